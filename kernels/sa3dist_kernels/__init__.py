@@ -1,0 +1,1 @@
+"""Fused operations for adapted layers: torch reference, autograd, dispatch."""

@@ -1,0 +1,1 @@
+"""From any source of captioned audio to tensors: archives, decoding, the seeded stream of samples."""

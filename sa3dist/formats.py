@@ -1,0 +1,129 @@
+"""What is on disk: one reader and one writer for every artefact, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from sa3dist.errors import DataError
+
+INDEX_NAME = "index.json"
+INDEX_VERSION = 1
+
+
+@contextlib.contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``target``; on success fsync it and rename it over ``target``.
+
+    The temporary file is removed when the block raises, so a reader sees the old file or the whole new one.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        # mkstemp makes the file private; artefacts are for everyone the umask allows.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, target)
+        fsync_directory(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make a rename inside ``path`` survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def digest_of(*parts: str | bytes) -> str:
+    """SHA-256 over length-prefixed parts, as hex: no two different lists of parts share one input."""
+    state = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        state.update(len(data).to_bytes(8, "little"))
+        state.update(data)
+    return state.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipEntry:
+    """One captioned clip inside a shard.
+
+    key             path of the clip inside the source without its extension; unique, what users see in messages
+    shard           file name of the tar holding it
+    audio_offset    byte offset of the audio bytes inside the tar
+    audio_bytes     length of the audio in bytes, kept exactly as they came
+    audio_sha256    hex digest of those bytes
+    extension       lower case, without the dot
+    samples         length at its own sample rate, per channel
+    sample_rate_hz, channels
+    caption         stripped, never empty
+    """
+
+    key: str
+    shard: str
+    audio_offset: int
+    audio_bytes: int
+    audio_sha256: str
+    extension: str
+    samples: int
+    sample_rate_hz: int
+    channels: int
+    caption: str
+
+    @property
+    def seconds(self) -> float:
+        return self.samples / self.sample_rate_hz
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetIndex:
+    """The shards of one dataset. ``clips`` is sorted by key; ``skipped`` names what ``on_bad_clip: skip`` left out."""
+
+    directory: Path
+    digest: str
+    clips: tuple[ClipEntry, ...]
+    skipped: tuple[str, ...] = ()
+
+    def write(self) -> None:
+        value = {
+            "version": INDEX_VERSION,
+            "digest": self.digest,
+            "clips": [dataclasses.asdict(clip) for clip in self.clips],
+            "skipped": list(self.skipped),
+        }
+        write_json(self.directory / INDEX_NAME, value)
+
+    @classmethod
+    def read(cls, directory: Path) -> DatasetIndex:
+        """Raises DataError, naming the file, when the index is missing, damaged or of another version."""
+        path = Path(directory) / INDEX_NAME
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+            if value["version"] != INDEX_VERSION:
+                raise DataError(f"{path}: index version {value['version']}, expected {INDEX_VERSION}; run sa3dist shard")
+            clips = tuple(ClipEntry(**clip) for clip in value["clips"])
+            return cls(Path(directory), value["digest"], clips, tuple(value["skipped"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: not a readable shard index ({error}); run sa3dist shard") from error

@@ -1,0 +1,1 @@
+"""Processes acting as one: rank and world size, waiting, checkpoints, signals."""
