@@ -1,1 +1,23 @@
-"""The rectified-flow training step as pure functions of tensors and explicit generators."""
+"""The rectified-flow training step as pure functions of tensors and explicit generators.
+
+Suffixes: B clips of the micro batch, D latent channels, T latent frames, 1 a broadcast axis. t = 0 is data, t = 1 is noise.
+"""
+
+from sa3dist.flow.coupling import couple_noise
+from sa3dist.flow.masks import draw_extension, draw_inpaint_mask
+from sa3dist.flow.noising import draw_noise, masked_loss, noise_latents
+from sa3dist.flow.randomness import generator_for
+from sa3dist.flow.timesteps import effective_frames, sample_timesteps, shift_timesteps
+
+__all__ = [
+    "couple_noise",
+    "draw_extension",
+    "draw_inpaint_mask",
+    "draw_noise",
+    "effective_frames",
+    "generator_for",
+    "masked_loss",
+    "noise_latents",
+    "sample_timesteps",
+    "shift_timesteps",
+]

@@ -1,0 +1,288 @@
+"""The request and the run settings: one validated tree, read from YAML, JSON and key=value words."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sa3dist.adapters.types import ADAPTER_TYPES
+from sa3dist.errors import ConfigError
+
+# YAML 1.1 reads a bare on, off, no as a boolean; these keys mean the words.
+_YAML_WORDS = {True: "on", False: "off"}
+OnOff = BeforeValidator(lambda value: _YAML_WORDS[value] if isinstance(value, bool) else value)
+NoWord = BeforeValidator(lambda value: "no" if value is False else value)
+PRECISION_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+# The endpoint's documented limit, kept for compatibility; the shapes themselves allow more (spec/training.md 3).
+XS_RANK_LIMIT = 17
+AdapterName = Literal[tuple(ADAPTER_TYPES)]
+
+
+class Settings(BaseModel):
+    """Everything a run depends on. Endpoint fields keep the endpoint's names, defaults and ranges (spec/training.md 3)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, protected_namespaces=())
+
+    # The hosted endpoint's fields.
+    audio_data_url: str = Field(
+        description="zip, folder or WebDataset shards of captioned clips: local path, file://, http(s)://, s3://"
+    )
+    model: str = Field(
+        "medium-base", description="medium-base, small-music-base, small-sfx-base, or a directory holding a base"
+    )
+    number_of_steps: int = Field(1000, ge=1, le=20000, description="optimiser steps")
+    learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False, description="AdamW learning rate, constant")
+    rank: int = Field(16, ge=1, le=256, description="rank of the adapters; at most 17 for the -xs types")
+    adapter_type: AdapterName = Field("dora-rows", description="one of the nine adapter types")
+    duration: float | None = Field(
+        None,
+        ge=1,
+        le=380,
+        description="crop length in seconds, capped at the model's native length; unset = longest clip",
+    )
+    batch_size: int = Field(1, ge=1, le=8, description="clips per process and micro batch")
+    seed: int = Field(42, ge=0, le=2147483647, description="seed of every random draw")
+    base_precision: Literal["bf16", "fp16", "fp32"] = Field(
+        "bf16", description="storage of the frozen base: bf16 (bfloat16), fp16 (float16), fp32"
+    )
+    include: list[str] | None = Field(
+        None, description="adapt only layers whose name holds one of these; [a-b] expands"
+    )
+    exclude: list[str] | None = Field(
+        None, description="never adapt layers whose name holds one of these; [a-b] expands"
+    )
+    lora_checkpoint_url: str | None = Field(None, description="adapter file (.safetensors) to start from")
+    pre_encode: bool = Field(False, description="encode every clip before step 1 (true) or on first use (false)")
+
+    # Where things are.
+    name: str = Field("sa3dist-lora", min_length=1, description="name of the run")
+    output_dir: Path = Field(None, validate_default=False, description="results and checkpoints; unset = runs/<name>")
+    work_dir: Path = Field(
+        None,
+        validate_default=False,
+        description="shards and latents, shared by runs; unset = sa3dist-work beside output_dir",
+    )
+    text_encoder: str | None = Field(None, description="directory or repo id of T5Gemma; unset = the model's own")
+
+    # The adapter and the objective.
+    alpha: float | None = Field(None, gt=0, allow_inf_nan=False, description="adapter scale times rank; unset = rank")
+    prompt_dropout: float = Field(0.1, ge=0, le=1, description="share of clips trained without prompt, for guidance")
+    context_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="weight of the loss on given context")
+    weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="AdamW weight decay")
+    seconds_total_of: Literal["file", "clip"] = Field(
+        "file", description="duration told to the model: of the whole file, as the reference does, or of the crop"
+    )
+    reference_numerics: bool = Field(
+        False,
+        description="round timestep and duration to the base's precision before their features, as the reference does",
+    )
+
+    # Running at scale.
+    gradient_accumulation_steps: int = Field(1, ge=1, description="micro batches per process and optimiser step")
+    global_batch_size: int | None = Field(
+        None, ge=1, description="clips per optimiser step over all processes; derives gradient_accumulation_steps"
+    )
+    mixed_precision: Annotated[Literal["bf16", "no"], NoWord] = Field(
+        "bf16", description="autocast of the step: bf16 or no"
+    )
+    gradient_checkpointing: Annotated[Literal["auto", "on", "off"], OnOff] = Field(
+        "auto", description="recompute blocks in the backward pass: auto (when memory asks for it), on, off"
+    )
+    deterministic: bool = Field(False, description="only deterministic kernels: same command, same bits")
+    num_workers: int = Field(2, ge=0, description="loader processes per rank")
+    on_bad_clip: Literal["raise", "skip"] = Field(
+        "raise", description="stop at unusable clips, or skip, count and name them"
+    )
+    allow_any_dataset_size: bool = Field(False, description="lift the limit of 4..2000 clips")
+
+    # Saving, resuming, reporting.
+    log_every: int = Field(10, ge=1, description="steps between rows of metrics.jsonl")
+    save_every: int = Field(500, ge=1, description="steps between checkpoints; the last step is always saved")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept")
+    resume: str = Field(
+        "auto", description="auto (newest good checkpoint in output_dir), never, or a checkpoint directory"
+    )
+    log_clips: bool = Field(False, description="add the keys of every step's clips to metrics.jsonl")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_booleans_as_numbers(cls, values: Any) -> Any:
+        for key, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(key)
+            if (
+                isinstance(value, bool)
+                and field
+                and {int, float} & {field.annotation, *typing.get_args(field.annotation)}
+            ):
+                raise ValueError(f"{key}: {value!r} is not a number")
+        return values
+
+    @field_validator("base_precision", mode="before")
+    @classmethod
+    def _resolve_alias(cls, value: Any) -> Any:
+        return PRECISION_ALIASES.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _empty_list_is_unset(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [value]
+        if isinstance(value, list):
+            value = [item.strip() if isinstance(item, str) else item for item in value]
+            if "" in value:
+                raise ValueError("an empty pattern matches every layer; remove it")
+        return value or None
+
+    @model_validator(mode="after")
+    def _check_across(self) -> Settings:
+        if self.adapter_type.endswith("-xs") and self.rank > XS_RANK_LIMIT:
+            raise ValueError(
+                f"rank: {self.rank} is out of range for {self.adapter_type}, expected 1..{XS_RANK_LIMIT}; the -xs types "
+                f"train a rank x rank matrix, so choose a smaller rank or another adapter_type"
+            )
+        output_dir = self.output_dir or Path("runs") / self.name
+        object.__setattr__(self, "output_dir", Path(output_dir))
+        object.__setattr__(self, "work_dir", Path(self.work_dir or self.output_dir.parent / "sa3dist-work"))
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """The tree as plain YAML and JSON values."""
+        return self.model_dump(mode="json")
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro batches per process and step. Raises ConfigError when global_batch_size does not divide."""
+        if self.global_batch_size is None:
+            return self.gradient_accumulation_steps
+        per_round = self.batch_size * world_size
+        if self.global_batch_size % per_round:
+            raise ConfigError(
+                f"global_batch_size: {self.global_batch_size} is not a multiple of batch_size x processes = "
+                f"{self.batch_size} x {world_size}; choose a multiple of {per_round}"
+            )
+        return self.global_batch_size // per_round
+
+
+def crop_frames(
+    duration: float | None, longest_seconds: float, native_seconds: float, sample_rate_hz: int, samples_per_frame: int
+) -> int:
+    """Training length in latent frames: ``duration``, else the longest clip, never above the native length; at least 1.
+
+    Floored to whole frames as the reference does (spec/training.md 3, sample size).
+    """
+    seconds = min(longest_seconds if duration is None else duration, native_seconds)
+    # A float just below a whole sample count (0.1 + 0.2 style) must not lose the frame it stands for.
+    samples = math.floor(seconds * sample_rate_hz + 1e-6)
+    return max(1, samples // samples_per_frame)
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """Keys and values of a YAML config or JSON request. Raises ConfigError, naming the file, when it is neither."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read this config file ({error})") from error
+    try:
+        value = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{path}: not valid {'JSON' if path.endswith('.json') else 'YAML'}: {_one_line(error)}"
+        ) from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: holds a {type(value).__name__}, expected keys with values such as `rank: 16`")
+    return value
+
+
+def read_words(words: list[str]) -> dict[str, Any]:
+    """Merge config files and key=value overrides, later words winning. Values are read as YAML."""
+    merged: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        # A path may hold "=" too; a key never holds a separator.
+        if not equals or "/" in key or Path(word).is_file():
+            merged |= read_file(word)
+            continue
+        try:
+            merged[key] = yaml.safe_load(text) if text else None
+        except yaml.YAMLError:
+            merged[key] = text
+    return merged
+
+
+def build(values: dict[str, Any]) -> Settings:
+    """Validate raw values. Raises ConfigError: one line per field that is unknown, missing or out of range."""
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from error
+    except TypeError as error:
+        raise ConfigError(f"config: keys must be words ({error})") from error
+
+
+def output_dir_of(values: dict[str, Any]) -> Path:
+    """Where status.json of a run goes whose settings did not validate."""
+    chosen, name = values.get("output_dir"), values.get("name")
+    if isinstance(chosen, str | Path) and str(chosen):
+        return Path(chosen)
+    return Path("runs") / (name if isinstance(name, str) and name else Settings.model_fields["name"].default)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    field = str(problem["loc"][0]) if problem["loc"] else ""
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(field, Settings.model_fields, n=1, cutoff=0.5)
+        return f"{field}: unknown key" + (
+            f", did you mean {near[0]}?" if near else "; sa3dist train --help lists all keys"
+        )
+    if kind == "missing":
+        return f"{field}: missing; give it in the config file or as {field}=..."
+    if kind == "value_error":
+        message = str(problem["ctx"]["error"])
+        return message if not field else f"{field}: {message}"
+    return f"{field}: {problem['input']!r} is not valid, expected {allowed_values(field)}"
+
+
+def allowed_values(field: str) -> str:
+    """What a field accepts, in words: its range, its choices or its type."""
+    info = Settings.model_fields[field]
+    bounds = {name: getattr(item, name) for item in info.metadata for name in ("ge", "gt", "le") if hasattr(item, name)}
+    annotation = info.annotation
+    options = typing.get_args(annotation)
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        kinds = [option for option in options if option is not type(None)]
+        annotation, options = kinds[0], typing.get_args(kinds[0])
+    if typing.get_origin(annotation) is Literal:
+        aliases = [alias for alias in PRECISION_ALIASES if field == "base_precision"]
+        return "one of " + ", ".join([*options, *aliases])
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    text = words.get(annotation, "a list of text")
+    if "le" in bounds:
+        return f"{text}, {bounds['ge']}..{bounds['le']}"
+    if "gt" in bounds:
+        return f"a finite number above {bounds['gt']}"
+    if "ge" in bounds:
+        return f"{text}, {bounds['ge']} or more"
+    return text
+
+
+def help_text() -> str:
+    """One line per key: meaning, what it accepts, default."""
+    lines = []
+    for field, info in Settings.model_fields.items():
+        default = "required" if info.is_required() else f"default {'unset' if info.default is None else info.default}"
+        lines.append(f"  {field}\n      {info.description} ({allowed_values(field)}; {default})")
+    return "\n".join(lines)

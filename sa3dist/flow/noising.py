@@ -1,0 +1,64 @@
+"""Rectified-flow noising and its loss: mix clip and noise, form the target, weigh every clip alike."""
+
+import math
+
+import torch
+
+# torch fills normals in blocks of 16 and redraws the last block when the size is no multiple of it;
+# whole blocks make a short draw a prefix of a long one from the same generator.
+_NORMAL_BLOCK = 16
+
+
+def draw_noise(frames: int, channels: int, generator: torch.Generator) -> torch.Tensor:
+    """Standard normal noise of one clip, float32 of shape (channels, frames).
+
+    Drawn frame by frame: fewer frames from an equal generator are the first frames of more, so neither padding nor
+    a neighbour's length changes a clip's noise.
+    """
+    count = frames * channels
+    whole_blocks = math.ceil(count / _NORMAL_BLOCK) * _NORMAL_BLOCK
+    return torch.randn(whole_blocks, generator=generator)[:count].view(frames, channels).T.contiguous()
+
+
+def noise_latents(
+    latents_BDT: torch.Tensor, noise_BDT: torch.Tensor, t_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix clips and noise at time t, and form the velocity the model should predict.
+
+    latents_BDT, noise_BDT   float32 of shape (B, D, T)
+    t_B                      time of each clip, 0 = data, 1 = noise
+    Returns (noised, target), both (B, D, T): (1 - t) latents + t noise, and noise - latents. Source: spec/training.md 2.6.
+    """
+    t_B11 = t_B[:, None, None]
+    return (1 - t_B11) * latents_BDT + t_B11 * noise_BDT, noise_BDT - latents_BDT
+
+
+def _mean_over_clips(error_BDT: torch.Tensor, frames_BT: torch.Tensor) -> torch.Tensor:
+    weight = frames_BT.to(error_BDT.dtype)
+    per_clip = (error_BDT.sum(dim=1) * weight).sum(dim=1)
+    return (per_clip / (weight.sum(dim=1) * error_BDT.shape[1] + 1e-8)).mean()
+
+
+def masked_loss(
+    velocity_BDT: torch.Tensor,
+    target_BDT: torch.Tensor,
+    keep_BT: torch.Tensor,
+    inpaint_mask_B1T: torch.Tensor,
+    context_weight: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Squared velocity error: mean per clip, then mean over clips, context and generated frames apart.
+
+    velocity_BDT, target_BDT   shape (B, D, T); computed in float32 or wider
+    keep_BT                    true or 1 where a frame counts (clip and silence extension)
+    inpaint_mask_B1T           1 = given context, 0 = to generate
+    Returns (loss, loss_gen, loss_ctx), scalars, loss = loss_gen + context_weight * loss_ctx. A clip without frames in a
+    part contributes 0 to that part. Source: spec/training.md 2.11.
+    """
+    wide = torch.promote_types(velocity_BDT.dtype, torch.float32)
+    keep = keep_BT.bool()
+    context = inpaint_mask_B1T[:, 0].bool()
+    # Frames that do not count may hold anything; 0 * nan would still be nan.
+    error = torch.where(keep[:, None, :], velocity_BDT.to(wide) - target_BDT.to(wide), 0.0).square()
+    loss_gen = _mean_over_clips(error, keep & ~context)
+    loss_ctx = _mean_over_clips(error, keep & context)
+    return loss_gen + context_weight * loss_ctx, loss_gen, loss_ctx
