@@ -1,1 +1,16 @@
 """Fused operations for adapted layers: torch reference, autograd, dispatch."""
+
+from sa3dist_kernels.adapted_linear import adapted_linear, effective_weight_reference
+from sa3dist_kernels.adapter_types import ADAPTER_TYPES, AdapterType
+from sa3dist_kernels.frozen_linear import frozen_linear
+from sa3dist_kernels.weight_norms import FrozenConstants, frozen_constants
+
+__all__ = [
+    "ADAPTER_TYPES",
+    "AdapterType",
+    "FrozenConstants",
+    "adapted_linear",
+    "effective_weight_reference",
+    "frozen_constants",
+    "frozen_linear",
+]

@@ -1,0 +1,206 @@
+"""Row and column norms of W0 + s L R and their gradients, from thin products with W0: the sum is never formed.
+
+With V = W0 + s L R, C = W0 R^T and E = L^T W0,
+
+    |row i of V|^2     = |row i of W0|^2    + 2 s C_i . L_i      + s^2 L_i (R R^T) L_i^T
+    |column j of V|^2  = |column j of W0|^2 + 2 s E_j . R_j      + s^2 R_j^T (L^T L) R_j
+
+and for the columns of diag(g) V the same with W0 weighted by g^2 and L^T by L^T diag(g^2).
+
+Layouts: O fan_out, I fan_in, R rank. Everything here is float32 or wider, except the operands of products with W0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from sa3dist_kernels.adapter_types import AdapterType
+from sa3dist_kernels.frozen_linear import small_blocks, times, weight_times
+
+# Added to the norm, not to its square: part of the file format.
+EPS = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenConstants:
+    """What a layer's maths needs of its frozen weight beyond the weight itself; computed once.
+
+    row_squares_O, col_squares_I     squared norms of W0's rows and columns
+    left_OR, right_IR                the singular bases U and V of -xs types, else None
+    weight_right_OR, left_weight_RI  W0 V and U^T W0: with them the norms of -xs types need no pass over W0
+    """
+
+    row_squares_O: torch.Tensor
+    col_squares_I: torch.Tensor
+    left_OR: torch.Tensor | None = None
+    right_IR: torch.Tensor | None = None
+    weight_right_OR: torch.Tensor | None = None
+    left_weight_RI: torch.Tensor | None = None
+
+
+def frozen_constants(weight, left_OR=None, right_IR=None) -> FrozenConstants:
+    """Constants of ``weight`` (O, I) or (O, I, 1), in float32 or the weight's wider dtype; bases only for -xs types."""
+    weight_OI = weight.detach().flatten(1)
+    weight_OI = weight_OI.to(torch.promote_types(weight_OI.dtype, torch.float32))
+    row_squares_O = torch.linalg.vector_norm(weight_OI, dim=1).square()
+    col_squares_I = torch.linalg.vector_norm(weight_OI, dim=0).square()
+    if left_OR is None:
+        return FrozenConstants(row_squares_O, col_squares_I)
+    left_OR, right_IR = left_OR.to(weight_OI), right_IR.to(weight_OI)
+    products = weight_OI @ right_IR, left_OR.t() @ weight_OI
+    return FrozenConstants(row_squares_O, col_squares_I, left_OR, right_IR, *products)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """The frozen side of one evaluation.
+
+    product    format in which operands are multiplied with the weight
+    statistic  format of norms, gains and parameter gradients
+    """
+
+    kind: AdapterType
+    scale: float
+    weight_OI: torch.Tensor
+    frozen: FrozenConstants
+    product: torch.dtype
+    statistic: torch.dtype
+
+    def constant(self, name: str) -> torch.Tensor:
+        return getattr(self.frozen, name).to(self.statistic)
+
+    def weight_times(self, right_RI) -> torch.Tensor:
+        """``W0 @ right^T`` (O, R)."""
+        return weight_times(self.weight_OI, right_RI.t().to(self.product)).to(self.statistic)
+
+    def times_weight(self, left_OR) -> torch.Tensor:
+        """``left^T @ W0`` (R, I)."""
+        return times(left_OR.t().to(self.product), self.weight_OI).to(self.statistic)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowScaling:
+    """g = magnitude / (norms + eps), one per output; ``cross_OR`` is W0 R^T."""
+
+    gain_O: torch.Tensor
+    norms_O: torch.Tensor
+    cross_OR: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class ColScaling:
+    """h = magnitude / (norms + eps), one per input; ``weighted_OR`` is diag(g^2) L, ``cross_RI`` its product with W0."""
+
+    gain_I: torch.Tensor
+    norms_I: torch.Tensor
+    weighted_OR: torch.Tensor
+    cross_RI: torch.Tensor
+
+
+def row_cross(layer: Layer, core, right_RI) -> torch.Tensor:
+    """W0 R^T (O, R). ``core`` is the trained M of an -xs type, for which no read of W0 is needed."""
+    if layer.kind.xs:
+        return layer.constant("weight_right_OR") @ core.t()
+    return layer.weight_times(right_RI)
+
+
+def row_scaling(layer: Layer, left_OR, right_RI, magnitude_O, cross_OR) -> RowScaling:
+    inner = 2 * cross_OR + layer.scale * (left_OR @ (right_RI @ right_RI.t()))
+    squares = layer.constant("row_squares_O") + layer.scale * _rowdot(inner, left_OR)
+    return RowScaling(*_gain(magnitude_O, squares), cross_OR)
+
+
+def col_scaling(layer: Layer, left_OR, right_RI, magnitude_I, rows: RowScaling | None) -> ColScaling:
+    """Columns of V, or of diag(g) V when the rows are scaled first."""
+    if rows is None:
+        weighted, squares = left_OR, layer.constant("col_squares_I")
+        cross = layer.constant("left_weight_RI") if layer.kind.xs else layer.times_weight(left_OR)
+    else:
+        gain_squares = rows.gain_O.square()
+        weighted = gain_squares[:, None] * left_OR
+        squares, cross = _squares_and_left(layer.weight_OI, gain_squares, weighted)
+    inner = 2 * cross + layer.scale * ((weighted.t() @ left_OR) @ right_RI)
+    squares = squares + layer.scale * _coldot(inner, right_RI)
+    return ColScaling(*_gain(magnitude_I, squares), weighted, cross)
+
+
+def row_slope(rows: RowScaling, grad_gain_O) -> torch.Tensor:
+    """k (O,): the norm of the rows adds diag(k) V to the gradient of V. Zero where a row is zero."""
+    slope = -grad_gain_O * rows.gain_O / ((rows.norms_O + EPS) * rows.norms_O)
+    return slope.masked_fill(rows.norms_O == 0, 0)
+
+
+def row_backward(layer: Layer, left_OR, right_RI, rows: RowScaling, slope_O, sloped_cross_RI=None):
+    """Gradients of the row norms towards L (O, R) and towards the trained right core.
+
+    slope_O          what ``row_slope`` returned
+    sloped_cross_RI  (diag(k) L)^T W0 where the caller has it already; -xs types need none
+    Returns (grad_left, grad_core): the core is R (R, I), or M (R, R) of an -xs type, whose left factor gets None.
+    """
+    s = layer.scale
+    sloped = slope_O[:, None] * left_OR
+    square = s * ((sloped.t() @ left_OR) @ right_RI)
+    if layer.kind.xs:
+        return None, s * (sloped.t() @ layer.constant("weight_right_OR") + square @ layer.constant("right_IR"))
+    if sloped_cross_RI is None:
+        sloped_cross_RI = layer.times_weight(sloped)
+    grad_left = s * slope_O[:, None] * (rows.cross_OR + s * (left_OR @ (right_RI @ right_RI.t())))
+    return grad_left, s * (sloped_cross_RI + square)
+
+
+def col_backward(layer: Layer, left_OR, right_RI, rows: RowScaling | None, cols: ColScaling, grad_gain_I):
+    """Gradients of the column norms.
+
+    Returns (grad_left, grad_right, grad_row_gain): towards L (O, R), None for -xs types; towards R (R, I); and towards
+    the row gain g (O,) that weighted the columns, None where rows are not scaled.
+    """
+    s = layer.scale
+    slope = -grad_gain_I * cols.gain_I / ((cols.norms_I + EPS) * cols.norms_I)
+    slope = slope.masked_fill(cols.norms_I == 0, 0)
+    sloped = right_RI * slope
+    grad_right = s * (cols.cross_RI + s * ((cols.weighted_OR.t() @ left_OR) @ right_RI)) * slope
+    if layer.kind.xs and rows is None:
+        return None, grad_right, None
+    inner = s * (left_OR @ (sloped @ right_RI.t()))
+    if rows is None:
+        return s * (layer.weight_times(sloped) + inner), grad_right, None
+    squares, cross = _squares_and_right(layer.weight_OI, slope, sloped)
+    grad_row_gain = rows.gain_O * (squares + s * _rowdot(2 * cross + inner, left_OR))
+    grad_left = None if layer.kind.xs else s * rows.gain_O.square()[:, None] * (cross + inner)
+    return grad_left, grad_right, grad_row_gain
+
+
+def _gain(magnitude, squares):
+    # Clamped: where a row nearly vanishes, rounding can leave the sum of its three terms below zero.
+    norms = squares.clamp_min(0).sqrt()
+    return magnitude / (norms + EPS), norms
+
+
+def _rowdot(first, second):
+    return (first * second).sum(1)
+
+
+def _coldot(first, second):
+    return (first * second).sum(0)
+
+
+def _squares_and_left(weight_OI, squares_O, left_OR):
+    """``squares @ W0^2`` (I,) and ``left^T @ W0`` (R, I) in one read of W0."""
+    total = left_OR.new_zeros(weight_OI.shape[1])
+    cross = left_OR.new_zeros(left_OR.shape[1], weight_OI.shape[1])
+    for span, block in small_blocks(weight_OI, left_OR.dtype):
+        total += squares_O[span] @ block.square()
+        cross.addmm_(left_OR[span].t(), block)
+    return total, cross
+
+
+def _squares_and_right(weight_OI, squares_I, right_RI):
+    """``W0^2 @ squares`` (O,) and ``W0 @ right^T`` (O, R) in one read of W0."""
+    total = right_RI.new_empty(weight_OI.shape[0])
+    cross = right_RI.new_empty(weight_OI.shape[0], right_RI.shape[0])
+    for span, block in small_blocks(weight_OI, right_RI.dtype):
+        torch.mv(block.square(), squares_I, out=total[span])
+        torch.mm(block, right_RI.t(), out=cross[span])
+    return total, cross
