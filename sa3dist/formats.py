@@ -7,7 +7,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from sa3dist.errors import DataError
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
+# A temporary folder this old belongs to a run that was killed.
+STALE_SECONDS = 24 * 3600
 
 
 @contextlib.contextmanager
@@ -30,9 +34,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         # mkstemp makes the file private; artefacts are for everyone the umask allows.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(0o666 & ~_umask())
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
@@ -40,6 +42,36 @@ def atomic_path(target: Path) -> Iterator[Path]:
         fsync_directory(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """Give an empty folder beside ``target``; on success rename it to ``target``, replacing what was there.
+
+    Files written into it must be synced already (``atomic_path`` does). The folder is removed when the block raises,
+    and so are leftovers of killed runs older than a day, and a parent that stays empty.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in target.parent.glob(".*.tmp"):
+        if leftover.is_dir() and time.time() - leftover.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(leftover, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        fsync_directory(temporary)
+        if target.exists():
+            # Out of the way in one step, so that readers of the old folder miss it for microseconds only.
+            os.rename(target, tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old.tmp", dir=target.parent))
+        os.rename(temporary, target)
+        fsync_directory(target.parent)
+    finally:
+        for leftover in (temporary, *target.parent.glob(f".{target.name}.*.old.tmp")):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            # Only when nothing else is in it.
+            target.parent.rmdir()
 
 
 def fsync_directory(path: Path) -> None:
@@ -63,6 +95,15 @@ def digest_of(*parts: str | bytes) -> str:
         data = part.encode() if isinstance(part, str) else part
         state.update(len(data).to_bytes(8, "little"))
         state.update(data)
+    return state.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hex, read in pieces."""
+    state = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            state.update(block)
     return state.hexdigest()
 
 
@@ -98,13 +139,29 @@ class ClipEntry:
 
 
 @dataclasses.dataclass(frozen=True)
+class ShardEntry:
+    """One finished tar: file name, length in bytes, hex SHA-256 of the whole file."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
 class DatasetIndex:
-    """The shards of one dataset. ``clips`` is sorted by key; ``skipped`` names what ``on_bad_clip: skip`` left out."""
+    """The shards of one dataset.
+
+    directory  where the shards and this index lie
+    digest     identifies keys, audio bytes and captions, whatever archive they came in
+    clips      sorted by key
+    skipped    "name: reason" of what ``on_bad_clip: skip`` left out
+    """
 
     directory: Path
     digest: str
     clips: tuple[ClipEntry, ...]
     skipped: tuple[str, ...] = ()
+    shards: tuple[ShardEntry, ...] = ()
 
     def write(self) -> None:
         value = {
@@ -112,8 +169,9 @@ class DatasetIndex:
             "digest": self.digest,
             "clips": [dataclasses.asdict(clip) for clip in self.clips],
             "skipped": list(self.skipped),
+            "shards": [dataclasses.asdict(shard) for shard in self.shards],
         }
-        write_json(self.directory / INDEX_NAME, value)
+        write_json(self.directory / INDEX_NAME, value | {"self_sha256": _json_digest(value)})
 
     @classmethod
     def read(cls, directory: Path) -> DatasetIndex:
@@ -122,8 +180,25 @@ class DatasetIndex:
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
             if value["version"] != INDEX_VERSION:
-                raise DataError(f"{path}: index version {value['version']}, expected {INDEX_VERSION}; run sa3dist shard")
+                raise DataError(
+                    f"{path}: index version {value['version']}, expected {INDEX_VERSION}; run sa3dist shard"
+                )
+            if value.pop("self_sha256") != _json_digest(value):
+                raise DataError(
+                    f"{path}: the index is damaged, its digest does not match; delete it and run sa3dist shard"
+                )
             clips = tuple(ClipEntry(**clip) for clip in value["clips"])
-            return cls(Path(directory), value["digest"], clips, tuple(value["skipped"]))
+            shards = tuple(ShardEntry(**shard) for shard in value["shards"])
+            return cls(Path(directory), value["digest"], clips, tuple(value["skipped"]), shards)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not a readable shard index ({error}); run sa3dist shard") from error
+
+
+def _json_digest(value) -> str:
+    return digest_of(json.dumps(value, sort_keys=True))
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask

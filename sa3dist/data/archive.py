@@ -1,0 +1,177 @@
+"""Any source of captioned audio (zip, folder, shards; local or remote) as a sorted list of (audio, caption) pairs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import unicodedata
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+from sa3dist.data.containers import Container, FolderContainer, Member, TarContainer, printable
+from sa3dist.data.fetch import fetch, is_remote, shown
+from sa3dist.data.zips import ZipContainer
+from sa3dist.errors import DataError
+
+AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "ogg", "opus", "aif", "aiff")
+# T5Gemma reads 256 tokens, about 1 kB of text; 64 kB is another kind of document.
+MAX_CAPTION_BYTES = 1 << 16
+# More shards than any listed data set needs, and a typo like {0..99999999} must not fill the memory.
+MAX_SHARDS = 100_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """key: posix path inside the source without extension; both members lie in the container that listed them."""
+
+    key: str
+    extension: str
+    audio: Member
+    caption: Member
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """pairs     sorted by key
+    refusals  one line per fault of the container itself (hostile or unreadable members): never skipped
+    problems  key -> one line: audio without caption, caption without audio, two audio files for one caption
+    ignored   files that are neither audio nor captions, among them dot files and __MACOSX
+    """
+
+    pairs: tuple[Pair, ...]
+    refusals: tuple[str, ...]
+    problems: dict[str, tuple[str, ...]]
+    ignored: int
+
+
+@contextlib.contextmanager
+def open_source(source: str, work_dir: Path, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Container]:
+    """Open ``source``: a path, file:// or fsspec URL of a zip, a folder, or tars (one, or with {000..127}).
+
+    Remote sources are downloaded into ``work_dir``/downloads first and stay there for the next run, unless a DataError
+    refuses them. Raises DataError when the source is missing, of no known kind, or hostile as a whole.
+    """
+    downloads = Path(work_dir) / "downloads"
+    fetched: list[Path] = []
+    try:
+        paths = [_localised(part, downloads, fetched, should_stop) for part in expand_braces(source)]
+        with _container(paths, shown(source)) as container:
+            yield container
+    except DataError:
+        for path in fetched:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            # Only when nothing else is in it.
+            downloads.rmdir()
+        raise
+
+
+def pair_members(container: Container) -> Listing:
+    """Match every audio file with the .txt of the same path and stem (upper and lower case count as one)."""
+    audio: dict[str, list[Member]] = {}
+    captions: dict[str, list[Member]] = {}
+    ignored = container.hidden
+    for member in container.members:
+        extension = PurePosixPath(member.name).suffix[1:].lower()
+        if extension in AUDIO_EXTENSIONS:
+            audio.setdefault(_stem(member.name), []).append(member)
+        elif extension == "txt":
+            captions.setdefault(_stem(member.name), []).append(member)
+        else:
+            ignored += 1
+    # A partner that was refused is there: its absence is no second problem.
+    refused = {_stem(name) for names in container.refused.values() for name in names}
+    problems: dict[str, tuple[str, ...]] = {}
+    pairs = []
+    for stem in sorted(audio.keys() | captions.keys()):
+        sounds, texts = audio.get(stem, []), captions.get(stem, [])
+        if problem := _mismatch(sounds, texts, stem in refused):
+            problems[_without_extension((sounds or texts)[0].name)] = (problem,)
+        elif sounds and texts:
+            name = sounds[0].name
+            pairs.append(Pair(_without_extension(name), PurePosixPath(name).suffix[1:].lower(), sounds[0], texts[0]))
+    pairs.sort(key=lambda pair: pair.key)
+    return Listing(
+        tuple(pairs), tuple(_refusal(*item) for item in sorted(container.refused.items())), problems, ignored
+    )
+
+
+def read_caption(container: Container, member: Member) -> str:
+    """The stripped text. Raises DataError, without the file's name, when it is empty, too long or not UTF-8."""
+    if member.size > MAX_CAPTION_BYTES:
+        raise DataError(f"caption of {member.size} bytes, expected at most {MAX_CAPTION_BYTES}; shorten it")
+    try:
+        # utf-8-sig: Windows editors put a byte order mark in front.
+        caption = container.read(member).decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"caption is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    if not caption:
+        raise DataError("caption is empty; describe the clip in it")
+    return caption
+
+
+def expand_braces(source: str) -> list[str]:
+    """``x-{000..127}.tar`` as its 128 names; anything else as itself. Raises DataError above MAX_SHARDS."""
+    before, opened, rest = source.partition("{")
+    inside, closed, after = rest.partition("}")
+    first, dots, last = inside.partition("..")
+    if not (opened and closed and dots and first.isdecimal() and last.isdecimal()) or not source.endswith(".tar"):
+        return [source]
+    if not 0 <= int(last) - int(first) < MAX_SHARDS:
+        raise DataError(f"{shown(source)}: expected a range of 1 to {MAX_SHARDS} shards in braces, lower number first")
+    numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    return [before + number + tail for number in numbers for tail in expand_braces(after)]
+
+
+def _localised(source: str, downloads: Path, fetched: list[Path], should_stop: Callable[[], bool]) -> Path:
+    if is_remote(source):
+        fetched.append(fetch(source, downloads, should_stop))
+        return fetched[-1]
+    path = Path(unquote(urlsplit(source).path) if source.startswith("file://") else source).expanduser()
+    if not path.exists():
+        raise DataError(f"{source}: no such file or folder; check the path")
+    if not (path.is_file() or path.is_dir()):
+        raise DataError(f"{source}: neither a file nor a folder")
+    return path
+
+
+def _container(paths: list[Path], label: str) -> Container:
+    path = paths[0]
+    if len(paths) > 1 or path.suffix.lower() == ".tar":
+        return TarContainer(paths, label)
+    if path.is_file():
+        return ZipContainer(path, label)
+    suffixes = {child.suffix[1:].lower() for child in path.iterdir()}
+    if "tar" in suffixes and not suffixes & set(AUDIO_EXTENSIONS):
+        return TarContainer(sorted(path.glob("*.tar")), label)
+    return FolderContainer(path, label)
+
+
+def _stem(name: str) -> str:
+    # macOS stores names decomposed, Windows and macOS do not tell upper from lower case.
+    return unicodedata.normalize("NFC", _without_extension(name)).casefold()
+
+
+def _without_extension(name: str) -> str:
+    return name[: len(name) - len(PurePosixPath(name).suffix)]
+
+
+def _mismatch(sounds: list[Member], texts: list[Member], partner_refused: bool) -> str | None:
+    names = " and ".join(printable(member.name) for member in (*sounds, *texts))
+    if len(sounds) > 1:
+        return f"{names}: {len(sounds)} audio files claim one caption; rename or remove all but one"
+    if len(texts) > 1:
+        return f"{names}: {len(texts)} captions for one clip; remove all but one"
+    if not texts and not partner_refused:
+        return f"{names}: audio without a caption; add {printable(PurePosixPath(sounds[0].name).stem)}.txt beside it"
+    if not sounds and not partner_refused:
+        return f"{names}: caption without audio; add the clip beside it or remove the caption"
+    return None
+
+
+def _refusal(fault: str, names: list[str]) -> str:
+    listed = ", ".join(printable(name) for name in names[:3])
+    more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
+    return f"{listed}{more}: {fault}"

@@ -1,0 +1,225 @@
+"""Audio bytes to samples: decode, check, resample, two channels. Layout suffix: CN = channels, samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sa3dist.errors import DataError
+from sa3dist.formats import ClipEntry, DatasetIndex
+
+if TYPE_CHECKING:
+    import torch
+
+# A tenth of one latent frame: a shorter file holds no sound to learn from and is a mistake (a 1-sample export, say).
+MIN_SECONDS = 0.010
+# The longest model hears 380 s at once; an hour decoded at 48 kHz stereo already takes 1.4 GB of memory.
+MAX_SECONDS = 3600
+# Bounds what a small file with many channels may decode to: one hour of stereo at 192 kHz, float32, is 5.5 GB.
+MAX_DECODED_BYTES = 6 * 10**9
+# -60 dBFS, below which the reference calls a chunk silent (spec/training.md 4.2).
+SILENCE_PEAK = 1e-3
+# Telephone recordings have 8 kHz, DXD has 352.8 kHz; beyond that the header is damaged.
+SAMPLE_RATE_RANGE_HZ = (1000, 768_000)
+# libmpg123 may count one or two frames of 1152 samples more than it delivers, without any damage.
+MP3_SLACK_SAMPLES = 2304
+CONTAINER_FORMATS = {"WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "AIFF"}
+DECODE_BLOCK_SAMPLES = 1 << 18
+# torchaudio tabulates one filter per output phase: 64 MB of float32 here, 8 GB from 48,001 to 44,100 Hz.
+MAX_FILTER_TABLE = 1 << 24
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioFacts:
+    """What a decode check learns: samples per channel, sample rate in Hz, channels."""
+
+    samples: int
+    sample_rate_hz: int
+    channels: int
+
+
+def check_audio(data: bytes) -> AudioFacts:
+    """Decode ``data`` block by block, in memory independent of its length, and refuse what cannot be trained on.
+
+    Raises DataError, without a file name, when it is undecodable, empty, shorter than 10 ms or longer than an hour,
+    holds NaN or infinity, or never exceeds -60 dBFS. Content decides the format, not the extension.
+    """
+    samples, peak = 0, 0.0
+    with _open(data) as sound:
+        rate, channels, declared = sound.samplerate, sound.channels, sound.frames
+        _check_size(rate, channels, declared)
+        for block in _blocks(sound):
+            samples += len(block)
+            _check_size(rate, channels, samples)
+            peak = max(peak, float(np.abs(block).max()))
+            if not math.isfinite(peak) or math.isnan(float(block.sum())):
+                raise DataError("holds NaN or infinite samples, expected finite ones; export it again")
+        slack = MP3_SLACK_SAMPLES if sound.format == "MP3" else 0
+    if samples == 0:
+        raise DataError("is empty (0 samples); replace or remove it")
+    if samples + slack < declared:
+        raise DataError(f"is cut off: only {samples} of {declared} samples decode; copy or export it again")
+    if samples < MIN_SECONDS * rate:
+        raise DataError(
+            f"has {samples} sample{'s' * (samples != 1)} ({1000 * samples / rate:.3g} ms at {rate} Hz), "
+            f"expected at least {1000 * MIN_SECONDS:.0f} ms; replace or remove it"
+        )
+    if peak < SILENCE_PEAK:
+        level = f"peak {20 * math.log10(peak):.0f} dBFS" if peak > 0 else "every sample is 0"
+        raise DataError(f"is silent ({level}, expected above -60 dBFS); replace or remove it")
+    return AudioFacts(samples, rate, channels)
+
+
+def decode(data: bytes) -> tuple[np.ndarray, int]:
+    """All samples of ``data``: float32 (channels, n), full scale = 1, and the sample rate in Hz.
+
+    Raises DataError, without a file name, when libsndfile cannot decode it.
+    """
+    with _open(data) as sound:
+        _check_size(sound.samplerate, sound.channels, sound.frames)
+        blocks = list(_blocks(sound))
+        shape = (0, sound.channels)
+        return np.ascontiguousarray(np.concatenate(blocks or [np.zeros(shape, np.float32)]).T), sound.samplerate
+
+
+def load_clip_audio(index: DatasetIndex, entry: ClipEntry, sample_rate_hz: int) -> torch.Tensor:
+    """The whole clip ready for cropping: float32 (2, n) in [-1, 1] at ``sample_rate_hz``, n = resampled_length(...).
+
+    Reads the audio bytes from their place in the shard; nothing else of the shard is touched.
+    Mono is duplicated, of more than two channels the first two stay (spec/training.md 4.2, whose clamp comes after crop
+    and flip but commutes with both).
+    Raises DataError naming shard and clip when the bytes are not the ones that were checked when the shard was written.
+    """
+    import torch
+
+    place = f"{index.directory / entry.shard}, clip {entry.key}"
+    data = _read_at(index.directory / entry.shard, entry, place)
+    try:
+        audio_CN, rate = decode(data)
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from error
+    if audio_CN.shape != (entry.channels, entry.samples) or rate != entry.sample_rate_hz:
+        raise DataError(
+            f"{place}: decodes to {audio_CN.shape} at {rate} Hz, the index says {(entry.channels, entry.samples)} at "
+            f"{entry.sample_rate_hz} Hz. Another libsndfile wrote it; run sa3dist shard on this machine."
+        )
+    audio_CN = resample(torch.from_numpy(audio_CN[:2]), rate, sample_rate_hz).clamp_(-1, 1)
+    return audio_CN.expand(2, -1).contiguous()
+
+
+def resampled_length(samples: int, from_hz: int, to_hz: int) -> int:
+    """Samples that ``resample`` returns: ceil(samples * to / from), in exact integers."""
+    return -(-samples * to_hz // from_hz)
+
+
+def resample(audio_CN: torch.Tensor, from_hz: int, to_hz: int) -> torch.Tensor:
+    """torchaudio's default sinc resampler (Hann window of 6 zero crossings, roll-off 0.99), for any pair of rates.
+
+    audio_CN  float32, any number of channels. Returns float32 (channels, resampled_length).
+    Source: torchaudio.functional.resample. Where its table of filters would not fit in memory (rates with a small
+    common divisor) the same filter is evaluated per output sample. It rounds lengths beyond 2^24 in float32, we do not.
+    """
+    if from_hz == to_hz:
+        return audio_CN.clone()
+    divisor = math.gcd(from_hz, to_hz)
+    old, new = from_hz // divisor, to_hz // divisor
+    width = math.ceil(6 * old / (min(old, new) * 0.99))
+    if new * (2 * width + old) <= MAX_FILTER_TABLE:
+        from torchaudio.functional import resample as tabulated
+
+        resampled_CN = tabulated(audio_CN, old, new)
+    else:
+        resampled_CN = _resample_by_sample(audio_CN, old, new, width)
+    missing = resampled_length(audio_CN.shape[-1], old, new) - resampled_CN.shape[-1]
+    if missing == 0:
+        return resampled_CN
+    import torch
+
+    return torch.nn.functional.pad(resampled_CN, (0, missing))
+
+
+def _resample_by_sample(audio_CN: torch.Tensor, old: int, new: int, width: int) -> torch.Tensor:
+    """out[j] = sum over k of x[k] h(k/old - j/new), taps within ``width`` of the centre, in float64."""
+    import torch
+
+    length = resampled_length(audio_CN.shape[-1], old, new)
+    base = min(old, new) * 0.99
+    taps_K = torch.arange(-width, width + 2)
+    padded_CN = torch.nn.functional.pad(audio_CN.double(), (width, width + 2))
+    out_CN = torch.empty(audio_CN.shape[0], length)
+    # About 32 MB per intermediate.
+    step = max(1, (1 << 22) // len(taps_K))
+    for start in range(0, length, step):
+        position_J = torch.arange(start, min(start + step, length)) * old
+        centre_J, rest_J = position_J // new, position_J % new
+        t_JK = (taps_K[None].double() - rest_J[:, None].double() / new) * (base / old)
+        t_JK.clamp_(-6, 6)
+        filter_JK = torch.sinc(t_JK) * torch.cos(t_JK * (math.pi / 12)) ** 2 * (base / old)
+        window_CJK = padded_CN[:, centre_J[:, None] + taps_K[None] + width]
+        out_CN[:, start : start + len(position_J)] = (window_CJK * filter_JK).sum(-1).float()
+    return out_CN
+
+
+def _open(data: bytes):
+    import soundfile
+
+    try:
+        sound = soundfile.SoundFile(io.BytesIO(data))
+    except (soundfile.LibsndfileError, TypeError, ValueError) as error:
+        raise _undecodable(error) from error
+    if sound.format not in CONTAINER_FORMATS:
+        sound.close()
+        raise DataError(f"is {sound.format} inside, expected WAV, FLAC, MP3, OGG, OPUS or AIFF; convert it")
+    return sound
+
+
+def _blocks(sound):
+    import soundfile
+
+    while True:
+        try:
+            block = sound.read(DECODE_BLOCK_SAMPLES, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            raise _undecodable(error) from error
+        if len(block) == 0:
+            return
+        yield block
+
+
+def _undecodable(error: Exception) -> DataError:
+    # error_string leaves out the address of the in-memory file, which str(error) shows.
+    reason = getattr(error, "error_string", str(error)).strip().rstrip(".")
+    return DataError(f"cannot be decoded ({reason}), expected WAV, FLAC, MP3, OGG, OPUS or AIFF; export it again")
+
+
+def _check_size(rate: int, channels: int, samples: int) -> None:
+    low, high = SAMPLE_RATE_RANGE_HZ
+    if not low <= rate <= high:
+        raise DataError(f"has a sample rate of {rate} Hz, expected {low} to {high}; export it again")
+    if samples > MAX_SECONDS * rate:
+        raise DataError(f"is longer than {MAX_SECONDS} s; cut it into shorter clips")
+    if 4 * samples * channels > MAX_DECODED_BYTES:
+        raise DataError(
+            f"decodes to {4 * samples * channels} bytes, expected at most {MAX_DECODED_BYTES}; cut it into shorter ones"
+        )
+
+
+def _read_at(shard: Path, entry: ClipEntry, place: str) -> bytes:
+    try:
+        with open(shard, "rb") as stream:
+            stream.seek(entry.audio_offset)
+            data = stream.read(entry.audio_bytes)
+    except OSError as error:
+        raise DataError(f"{place}: cannot be read ({error.strerror or error}); run sa3dist shard") from error
+    if len(data) != entry.audio_bytes or hashlib.sha256(data).hexdigest() != entry.audio_sha256:
+        raise DataError(
+            f"{place}: the audio bytes are not the ones in the index, the shard is damaged; "
+            f"delete {shard.parent} and run sa3dist shard"
+        )
+    return data

@@ -1,0 +1,242 @@
+"""Zip (zips.py), folder and tar as one thing: a checked list of members, and bounded reads. Input may be hostile.
+
+Faults of single members are collected in ``refused``, so that all are reported at once; what makes the whole container
+unusable raises DataError.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import io
+import os
+import re
+import stat
+import struct
+import tarfile
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from sa3dist.errors import DataError
+
+# An hour of 24-bit stereo at 48 kHz is 1.04e9 bytes; the longest clip a model sees is 380 s.
+MAX_MEMBER_BYTES = 1 << 30
+# 2000 clips of 380 s in 24-bit stereo at 48 kHz are 0.2 TB: five times that is nobody's data set by accident.
+MAX_TOTAL_BYTES = 1 << 40
+# 100,000 captioned clips are 200,000 members; each costs about 1 kB of memory here.
+MAX_MEMBERS = 1_000_000
+READ_BLOCK_BYTES = 1 << 20
+
+_DRIVE = re.compile(r"^[A-Za-z]:")
+_TAR_FAULTS = (tarfile.TarError, struct.error, EOFError, OSError, ValueError, LookupError, OverflowError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One regular file of a container: normalised posix name, size in bytes, and where the container finds it."""
+
+    name: str
+    size: int
+    handle: Any
+
+
+def printable(name: str) -> str:
+    """``name`` with control characters and broken encodings escaped, so that a message stays one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def name_fault(name: str) -> str | None:
+    """Why ``name`` could point outside the container or cannot be a key, or None."""
+    if "\\" in name:
+        return (
+            "has a backslash in its name, expected '/' between folders; rename it or make the archive with another tool"
+        )
+    if name.startswith("/") or _DRIVE.match(name):
+        return (
+            "has an absolute path, expected one relative to the archive; make the archive again from inside its folder"
+        )
+    if ".." in name.split("/"):
+        return "points outside the archive with '..'; make the archive again from inside its folder"
+    if any(ord(c) < 32 or ord(c) == 127 for c in name):
+        return "has a control character in its name; rename it"
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return "has a name that is not valid UTF-8; rename it"
+    return None
+
+
+def hidden(name: str) -> bool:
+    """Dot files and the resource forks macOS adds to zips."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+
+
+class Container(abc.ABC):
+    """Base of the three kinds.
+
+    label    how messages call it
+    members  regular, visible files in order of name; names are unique
+    hidden   how many dot files and __MACOSX entries were passed over
+    refused  fault -> names of the members that have it
+    """
+
+    def __init__(self, label: str):
+        self.label = label
+        self.members: list[Member] = []
+        self.hidden = 0
+        self.refused: dict[str, list[str]] = {}
+        self._names: set[str] = set()
+        self._total = 0
+
+    @abc.abstractmethod
+    def read(self, member: Member) -> bytes:
+        """The whole member, never more than its declared size; several threads may read at once.
+
+        Raises DataError, without the member's name, when it is damaged or gone.
+        """
+
+    def close(self) -> None:  # noqa: B027 - only a zip holds a file open
+        """Let go of open files."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _admit(self, name: str, size: int, handle: Any, fault: str | None = None) -> None:
+        fault = name_fault(name) or fault
+        if fault is None and hidden(name):
+            self.hidden += 1
+            return
+        clean = PurePosixPath(name).as_posix()
+        if fault is None and size > MAX_MEMBER_BYTES:
+            fault = f"is {size} bytes, expected at most {MAX_MEMBER_BYTES}; cut it into shorter clips"
+        if fault is None and clean in self._names:
+            fault = "is there twice under one name; make the archive again"
+        if fault is not None:
+            self.refused.setdefault(fault, []).append(name)
+            return
+        self._names.add(clean)
+        self._total += size
+        self.members.append(Member(clean, size, handle))
+        if len(self.members) > MAX_MEMBERS:
+            raise DataError(f"{self.label}: more than {MAX_MEMBERS} files; split it into several data sets")
+        if self._total > MAX_TOTAL_BYTES:
+            raise DataError(
+                f"{self.label}: unpacks to more than {MAX_TOTAL_BYTES} bytes; split it into several data sets"
+            )
+
+
+class FolderContainer(Container):
+    def __init__(self, path: Path, label: str):
+        super().__init__(label)
+        self._root = Path(path).resolve()
+        for folder, folders, files in os.walk(self._root, onerror=self._unreadable):
+            inside = os.path.relpath(folder, self._root)
+            for name in [f for f in folders if os.path.islink(os.path.join(folder, f))]:
+                relative = os.path.normpath(os.path.join(inside, name))
+                self._admit(relative, 0, None, "is a link to a folder, expected the folder itself; copy it there")
+            folders[:] = sorted(f for f in folders if not hidden(f))
+            for name in files:
+                if hidden(name):
+                    self.hidden += 1
+                    continue
+                self._add(Path(folder, name), os.path.normpath(os.path.join(inside, name)))
+        self.members.sort(key=lambda member: member.name)
+
+    def read(self, member: Member) -> bytes:
+        try:
+            with open(member.handle, "rb") as stream:
+                return read_exactly(stream, member.size)
+        except OSError as error:
+            raise DataError(
+                f"cannot be read ({error.strerror or error}); check the file and its permissions"
+            ) from error
+
+    def _add(self, path: Path, name: str) -> None:
+        try:
+            # resolve(strict) follows links; a dangling one or a loop raises.
+            target = path.resolve(strict=True)
+            status = target.stat()
+        except (OSError, RuntimeError):
+            self._admit(name, 0, None, "is a link to nothing; remove it or copy the file there")
+            return
+        fault = None
+        if not target.is_relative_to(self._root):
+            fault = "is a link that leaves the folder, expected the file itself; copy it there"
+        elif not stat.S_ISREG(status.st_mode):
+            fault = "is a device or pipe, expected a file"
+        self._admit(name, status.st_size, target, fault)
+
+    def _unreadable(self, error: OSError) -> None:
+        raise DataError(
+            f"{self.label}: folder {error.filename} cannot be listed ({error.strerror}); check its permissions"
+        )
+
+
+class TarContainer(Container):
+    """One or more uncompressed tars, as WebDataset writes them. Names that several share are prefixed."""
+
+    def __init__(self, paths: list[Path], label: str):
+        super().__init__(label)
+        found = [(path, info) for path in paths for info in self._scan(path)]
+        names = [info.name for _, info in found]
+        prefixed = len(paths) > 1 and len(set(names)) < len(names)
+        for path, info in sorted(found, key=lambda pair: (pair[1].name, pair[0].name)):
+            name = f"{path.stem}/{info.name}" if prefixed and not name_fault(info.name) else info.name
+            self._admit(name, info.size, (path, info.offset_data), _tar_fault(info))
+        self.members.sort(key=lambda member: member.name)
+
+    def read(self, member: Member) -> bytes:
+        path, offset = member.handle
+        try:
+            with open(path, "rb") as stream:
+                stream.seek(offset)
+                return read_exactly(stream, member.size, whole_file=False)
+        except OSError as error:
+            raise DataError(f"cannot be read from {path.name} ({error.strerror or error})") from error
+
+    def _scan(self, path: Path) -> list[tarfile.TarInfo]:
+        found: list[tarfile.TarInfo] = []
+        try:
+            end = os.path.getsize(path)
+            # "r:" is uncompressed only: offsets must point at bytes on disk.
+            with tarfile.open(path, "r:") as tar:
+                for info in tar:
+                    if info.isfile() and info.offset_data + info.size > end:
+                        raise EOFError(f"{info.name} ends behind the end of the file")
+                    if not info.isdir():
+                        found.append(info)
+                    if len(found) > MAX_MEMBERS:
+                        raise DataError(f"{self.label}: more than {MAX_MEMBERS} files; split it into several data sets")
+        except _TAR_FAULTS as error:
+            raise DataError(
+                f"{self.label}, {path.name}: no readable plain tar ({short_reason(error)}); make or download it again"
+            ) from error
+        return found
+
+
+def _tar_fault(info: tarfile.TarInfo) -> str | None:
+    if info.issym() or info.islnk():
+        return "is a link, expected a file; put the file itself into the archive"
+    if not info.isreg() or info.issparse():
+        return "is a device, pipe or sparse file, expected a plain file"
+    return None
+
+
+def read_exactly(stream: BinaryIO, size: int, whole_file: bool = True) -> bytes:
+    """``size`` bytes in blocks; DataError when there are fewer, or (``whole_file``) more."""
+    buffer = io.BytesIO()
+    while buffer.tell() < size:
+        block = stream.read(min(READ_BLOCK_BYTES, size - buffer.tell()))
+        if not block:
+            raise DataError(f"ends after {buffer.tell()} of {size} bytes; make or copy it again")
+        buffer.write(block)
+    if whole_file and stream.read(1):
+        raise DataError(f"is longer than the {size} bytes it declares; make or copy it again")
+    return buffer.getvalue()
+
+
+def short_reason(error: BaseException) -> str:
+    return printable(str(error) or type(error).__name__)[:120]

@@ -1,0 +1,223 @@
+"""Stage 1: any source of captioned clips -> checked WebDataset tars and their index."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from sa3dist.data.archive import Listing, Pair, open_source, pair_members, read_caption
+from sa3dist.data.audio import AudioFacts, check_audio
+from sa3dist.data.containers import Container, printable
+from sa3dist.data.tars import shard_name, write_shard
+from sa3dist.errors import DataError, EnvironmentFailure, Interrupted
+from sa3dist.formats import ClipEntry, DatasetIndex, atomic_directory, digest_of
+
+# The endpoint's documented limits (spec/training.md section 3).
+CLIP_COUNT_RANGE = (4, 2000)
+# Large enough to stream well, small enough that a damaged one is little lost.
+MAX_SHARD_BYTES = 256 << 20
+# Compressed audio of the clips being checked at one time; a larger clip is checked alone.
+IN_FLIGHT_BYTES = 1 << 30
+MAX_PROBLEM_LINES = 20
+
+Known = dict[tuple[str, int], AudioFacts]
+
+
+def build_shards(
+    source: str,
+    work_dir: Path,
+    *,
+    on_bad_clip: str = "raise",
+    allow_any_dataset_size: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    num_workers: int | None = None,
+    report: Callable[[int, int], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> DatasetIndex:
+    """Check every clip of ``source`` and write it to ``work_dir``/shards/<digest>/; the audio bytes stay as they are.
+
+    source           path, file:// or fsspec URL of a zip, a folder or WebDataset tars (data/archive.py)
+    on_bad_clip      "raise": one DataError lists all problems; "skip": bad clips are left out and named in .skipped
+    num_workers      threads that decode; the shards do not depend on it. Default: one per core
+    report           called as report(checked, total) after every clip
+    should_stop      polled after every clip; when true, Interrupted is raised and nothing stays behind
+    The same clips and captions, from whatever archive, give the same folder: it is then reused, not decoded or written.
+    Raises DataError (nothing is left in ``work_dir``), EnvironmentFailure when disk or network fail, Interrupted.
+    """
+    if on_bad_clip not in ("raise", "skip"):
+        raise ValueError(f"on_bad_clip is {on_bad_clip!r}, expected 'raise' or 'skip'")
+    shards_dir = Path(work_dir) / "shards"
+    with open_source(source, Path(work_dir), should_stop) as container:
+        listing = pair_members(container)
+        if on_bad_clip == "raise" and not allow_any_dataset_size and len(listing.pairs) > CLIP_COUNT_RANGE[1]:
+            raise DataError(f"{container.label}: {_count_problem(len(listing.pairs), allow_any_dataset_size)}")
+        usable: list[tuple[ClipEntry, Pair]] = []
+        problems = dict(listing.problems)
+        known = _known_facts(shards_dir)
+        for done, (pair, clip, found) in enumerate(
+            _checked_clips(container, listing, known, num_workers, should_stop), 1
+        ):
+            if clip is None:
+                problems[pair.key] = found
+            else:
+                usable.append((clip, pair))
+            if report:
+                report(done, len(listing.pairs))
+        skipped = _settle(container.label, listing, problems, len(usable), on_bad_clip, allow_any_dataset_size)
+        digest = digest_of(*(part for clip, _ in usable for part in _identity(clip)))
+        directory = shards_dir / digest[:16]
+        finished = _finished(directory, digest)
+        if finished is None:
+            finished = _write(container, usable, directory, digest, skipped, max_shard_bytes, should_stop)
+        return dataclasses.replace(finished, skipped=skipped)
+
+
+def _checked_clips(
+    container: Container, listing: Listing, known: Known, num_workers: int | None, should_stop: Callable[[], bool]
+) -> Iterator[tuple[Pair, ClipEntry | None, tuple[str, ...]]]:
+    """(pair, clip or None, problems) in order of key; several clips at a time, IN_FLIGHT_BYTES at most."""
+    workers = num_workers or os.cpu_count() or 1
+    pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="shard-check")
+    waiting: deque[tuple[Pair, Future]] = deque()
+    in_flight = 0
+    try:
+        for pair in listing.pairs:
+            while waiting and (len(waiting) >= 4 * workers or in_flight + pair.audio.size > IN_FLIGHT_BYTES):
+                done, future = waiting.popleft()
+                in_flight -= done.audio.size
+                yield done, *future.result()
+            if should_stop():
+                raise Interrupted(f"{container.label}: stopped while checking clips; run again")
+            waiting.append((pair, pool.submit(_check, container, pair, known)))
+            in_flight += pair.audio.size
+        while waiting:
+            if should_stop():
+                raise Interrupted(f"{container.label}: stopped while checking clips; run again")
+            done, future = waiting.popleft()
+            yield done, *future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _check(container: Container, pair: Pair, known: Known) -> tuple[ClipEntry | None, tuple[str, ...]]:
+    problems = []
+    try:
+        caption = read_caption(container, pair.caption)
+    except DataError as error:
+        problems.append(f"{printable(pair.caption.name)}: {error}")
+    try:
+        data = container.read(pair.audio)
+        sha256 = hashlib.sha256(data).hexdigest()
+        facts = known.get((sha256, len(data))) or check_audio(data)
+    except DataError as error:
+        problems.append(f"{printable(pair.audio.name)}: {error}")
+    if problems:
+        return None, tuple(problems)
+    place = {"shard": "", "audio_offset": 0, "audio_bytes": len(data), "audio_sha256": sha256}
+    return ClipEntry(pair.key, extension=pair.extension, caption=caption, **place, **dataclasses.asdict(facts)), ()
+
+
+def _settle(
+    label: str, listing: Listing, problems: dict[str, tuple[str, ...]], usable: int, on_bad_clip: str, any_size: bool
+) -> tuple[str, ...]:
+    """Raise all that is wrong as one DataError, or return what is skipped. Faults of the archive are never skipped."""
+    bad = [line for key in sorted(problems) for line in problems[key]]
+    lines = list(listing.refusals) + (bad if on_bad_clip == "raise" else [])
+    low, high = (1, usable) if any_size else CLIP_COUNT_RANGE
+    # What is reported will be mended and then counts: the number is a problem of its own only if that cannot help.
+    possible = usable + len(problems) if on_bad_clip == "raise" else usable
+    if not listing.refusals and (possible < low or usable > high):
+        # Where too little is left, what was skipped is the reason.
+        lines = [_count_problem(usable, any_size), *bad]
+    if lines:
+        hidden = len(lines) - MAX_PROBLEM_LINES
+        if hidden > 0:
+            lines[MAX_PROBLEM_LINES:] = [f"and {hidden} more problems"]
+        raise DataError("\n".join(f"{label}: {line}" for line in lines))
+    return tuple("; ".join(problems[key]) for key in sorted(problems))
+
+
+def _count_problem(count: int, any_size: bool) -> str:
+    if any_size:
+        return "found no usable clip; expected audio files, each with a .txt caption of the same name"
+    low, high = CLIP_COUNT_RANGE
+    return f"found {count} usable clips, expected {low} to {high}; set allow_any_dataset_size: true to lift the limits"
+
+
+def _identity(clip: ClipEntry) -> tuple[str, str, str, str]:
+    return clip.key, clip.extension, clip.audio_sha256, clip.caption
+
+
+def _known_facts(shards_dir: Path) -> Known:
+    """What earlier runs learned about the same bytes, so that unchanged clips are not decoded again."""
+    known: Known = {}
+    for directory in sorted(path for path in shards_dir.glob("[0-9a-f]*") if path.is_dir()):
+        # A damaged or outdated index teaches nothing: its clips are decoded again.
+        with contextlib.suppress(DataError):
+            for clip in DatasetIndex.read(directory).clips:
+                facts = AudioFacts(clip.samples, clip.sample_rate_hz, clip.channels)
+                known[clip.audio_sha256, clip.audio_bytes] = facts
+    return known
+
+
+def _finished(directory: Path, digest: str) -> DatasetIndex | None:
+    """The index in ``directory`` if it is whole and each shard has its recorded length (reading hashes clips)."""
+    try:
+        index = DatasetIndex.read(directory)
+        whole = all((directory / shard.name).stat().st_size == shard.bytes for shard in index.shards)
+    except (DataError, OSError):
+        return None
+    return index if whole and index.digest == digest else None
+
+
+def _write(
+    container: Container,
+    usable: list[tuple[ClipEntry, Pair]],
+    directory: Path,
+    digest: str,
+    skipped: tuple[str, ...],
+    max_shard_bytes: int,
+    should_stop: Callable[[], bool],
+) -> DatasetIndex:
+    """Fill a temporary folder with shards, then the index, and rename it. A full disk is EnvironmentFailure."""
+    pairs = {clip.key: pair for clip, pair in usable}
+
+    def read_audio(clip: ClipEntry) -> bytes:
+        if should_stop():
+            raise Interrupted(f"{container.label}: stopped while writing shards; run again")
+        data = container.read(pairs[clip.key].audio)
+        if hashlib.sha256(data).hexdigest() != clip.audio_sha256:
+            raise DataError(f"{container.label}: {pairs[clip.key].audio.name} changed while it was read; run again")
+        return data
+
+    shards, placed = [], []
+    try:
+        with atomic_directory(directory) as temporary:
+            for number, clips in enumerate(_split([clip for clip, _ in usable], max_shard_bytes)):
+                shard, clips = write_shard(temporary / shard_name(number), clips, read_audio)
+                shards.append(shard)
+                placed += clips
+            DatasetIndex(temporary, digest, tuple(placed), skipped, tuple(shards)).write()
+    except OSError as error:
+        raise EnvironmentFailure(f"{directory}: cannot write shards ({error.strerror or error})") from error
+    return DatasetIndex.read(directory)
+
+
+def _split(clips: list[ClipEntry], max_shard_bytes: int) -> Iterator[list[ClipEntry]]:
+    """Consecutive clips, ``max_shard_bytes`` of audio at most unless a single clip is larger."""
+    group: list[ClipEntry] = []
+    size = 0
+    for clip in clips:
+        if group and size + clip.audio_bytes > max_shard_bytes:
+            yield group
+            group, size = [], 0
+        group.append(clip)
+        size += clip.audio_bytes
+    if group:
+        yield group
