@@ -1,3 +1,22 @@
 """Distributed LoRA trainer for Stable Audio 3: a zip of captioned clips goes in, one adapter file comes out."""
 
+import importlib
+
 __version__ = "0.1.0"
+
+# Public names and the module each comes from, imported when first asked for: `import sa3dist` stays light.
+_EXPORTS = {
+    "load_base": "sa3dist.model.loading",
+}
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted([*globals(), *_EXPORTS])

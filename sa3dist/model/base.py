@@ -1,0 +1,220 @@
+"""A frozen Stable Audio 3 base: audio, prompts and noisy latents in; latents, embeddings and velocity out.
+
+Legend: B batch, C channels or conditioning width, N samples, D latent channels, T latent frames, L prompt tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sa3dist.errors import CheckpointError
+from sa3dist.model.checkpoint import fill
+from sa3dist.model.conditioners import Conditioners
+from sa3dist.model.config import ModelConfig
+from sa3dist.model.dit import DiT
+from sa3dist.model.same import Autoencoder, Decoder
+from sa3dist.model.text import TextEncoder, TextSource
+
+MODEL_PREFIX = "model."
+CONDITIONER_PREFIX = "conditioner."
+AUTOENCODER_PREFIX = "pretransform.model."
+
+
+class Wrapper(nn.Module):
+    """One child called ``model``, as the official key names want it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+
+class Base(nn.Module):
+    """The network the adapters attach to. Its state-dict keys are the official file's keys; none of it learns.
+
+    config        ModelConfig
+    weights       where tensors come from: CheckpointFile or the random weights of a benchmark
+    device, dtype of the parameters; rotary tables and conditioning features stay float32
+    text_source   where the text encoder is looked for, on first use
+    The SAME encoder is loaded here; its decoder and the text encoder on first use.
+    """
+
+    def __init__(self, config: ModelConfig, weights, device, dtype: torch.dtype, text_source: TextSource | None):
+        super().__init__()
+        self.config = config
+        self.weights = weights
+        self.text_source = text_source
+        self._text_encoder: TextEncoder | None = None
+        self._reference_numerics = False
+        with torch.device("meta"):
+            self.model = Wrapper(DiT(config.dit))
+            self.conditioner = Conditioners(config)
+            self.pretransform = Wrapper(Autoencoder(config.autoencoder, decoder=False))
+        for name, child in self.named_children():
+            fill(child, f"{name}.", weights, device, dtype)
+        self.eval()
+
+    @property
+    def sample_rate_hz(self) -> int:
+        return self.config.sample_rate_hz
+
+    @property
+    def samples_per_frame(self) -> int:
+        return self.config.samples_per_frame
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.latent_channels
+
+    @property
+    def dit(self) -> DiT:
+        return self.model.model
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        return self.pretransform.model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.dit.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.dit.transformer.layers[0].to_scale_shift_gate.device
+
+    @property
+    def adapter_roots(self) -> tuple[nn.Module, nn.Module]:
+        """Where adapter layers live; their names are relative to these."""
+        return self.model, self.conditioner
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Recompute every block in the backward pass instead of keeping its activations."""
+        return self.dit.transformer.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        self.dit.transformer.gradient_checkpointing = on
+
+    @property
+    def reference_numerics(self) -> bool:
+        """Round t, seconds and rotary frequencies to the base's dtype first, as the reference does when it is cast."""
+        return self._reference_numerics
+
+    @reference_numerics.setter
+    def reference_numerics(self, on: bool) -> None:
+        self._reference_numerics = on
+        self.dit.reference_numerics = on
+
+    def fp32_weight(self, name: str) -> Tensor:
+        """A layer's weight in float32 on the CPU, straight from the checkpoint, by adapter-relative layer name."""
+        prefix = CONDITIONER_PREFIX if name.startswith("conditioners.") else MODEL_PREFIX
+        return self.weights.read(f"{prefix}{name}.weight", None, "cpu", torch.float32)
+
+    def weights_digest(self) -> str:
+        """Hex SHA-256 that identifies the checkpoint; the file is read once per process."""
+        return self.weights.digest
+
+    @torch.no_grad()
+    def encode_audio(self, audio_BCN: Tensor) -> Tensor:
+        """Latents (B, D, ceil(N / samples_per_frame)), float32, without noise.
+
+        audio_BCN   any float dtype, N >= 1 samples at ``sample_rate_hz``, C the model's channels (2)
+        Raises ValueError for another shape: a mono clip is duplicated by its reader, not here.
+        """
+        channels = self.config.audio_channels
+        if audio_BCN.ndim != 3 or audio_BCN.shape[1] != channels or audio_BCN.shape[2] < 1:
+            raise ValueError(f"audio is {tuple(audio_BCN.shape)}, expected (batch, {channels}, at least 1 sample)")
+        first = self.autoencoder.bottleneck.scaling_factor
+        with torch.autocast(first.device.type, enabled=False):
+            return self.autoencoder.encode(audio_BCN.to(first.device, first.dtype)).float()
+
+    @torch.no_grad()
+    def decode_latents(self, latents_BDT: Tensor) -> Tensor:
+        """Audio (B, C, T * samples_per_frame), float32, without noise; not clamped."""
+        channels = self.latent_channels
+        if latents_BDT.ndim != 3 or latents_BDT.shape[1] != channels or latents_BDT.shape[2] < 1:
+            raise ValueError(f"latents are {tuple(latents_BDT.shape)}, expected (batch, {channels}, at least 1 frame)")
+        first = self.autoencoder.bottleneck.scaling_factor
+        if self.autoencoder.decoder is None:
+            with torch.device("meta"):
+                decoder = Decoder(self.config.autoencoder.decoder)
+            fill(decoder, f"{AUTOENCODER_PREFIX}decoder.", self.weights, first.device, first.dtype)
+            self.autoencoder.decoder = decoder
+        with torch.autocast(first.device.type, enabled=False):
+            return self.autoencoder.decode(latents_BDT.to(first.device, first.dtype)).float()
+
+    def encode_hidden(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """The text encoder's last hidden states (B, L, 768) and mask (B, L), before any projection: what to cache."""
+        if self._text_encoder is None:
+            if self.text_source is None:
+                raise CheckpointError(f"{self.config.source}: this base has no text encoder; pass text_encoder=/path")
+            self._text_encoder = TextEncoder(self.text_source, self.device)
+        return self._text_encoder.encode(prompts, self.device)
+
+    def release_text_encoder(self) -> None:
+        """Drop the text encoder from memory; the next prompt loads it again."""
+        self._text_encoder = None
+
+    def embed_prompts(self, hidden_BLH: Tensor, mask_BL: Tensor) -> Tensor:
+        """Hidden states to embeddings (B, L, C): projection (adapted when present), then padding. Differentiable."""
+        return self.conditioner.prompt(hidden_BLH.to(self.device), mask_BL.to(self.device), self.dtype)
+
+    def encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, L, C) as ``velocity`` takes them, and the mask (B, L), True = a token of the prompt."""
+        hidden, mask = self.encode_hidden(prompts)
+        return self.embed_prompts(hidden, mask), mask
+
+    def assemble(self, prompt_embeds_BLC, prompt_mask_BL, seconds_total_B, drop_cross_B=None) -> tuple[Tensor, Tensor]:
+        """The DiT's cross-attention sequence (B, L + 1, C) and its global vector (B, C).
+
+        drop_cross_B   bool: the whole sequence of these clips becomes zero, the global vector stays
+        """
+        seconds = self.conditioner.seconds_total(seconds_total_B, self.dtype, self.reference_numerics)
+        prompt = self.conditioner.prompt.fill_padding(prompt_embeds_BLC, prompt_mask_BL)
+        cross = torch.cat([prompt.to(self.dtype), seconds.to(self.dtype)], dim=1)
+        if drop_cross_B is not None:
+            cross = torch.where(drop_cross_B.bool()[:, None, None], cross.new_zeros(()), cross)
+        return cross, seconds[:, 0]
+
+    def local_conditioning(self, inpaint_mask_B1T: Tensor | None, inpaint_latents_BDT: Tensor | None) -> Tensor | None:
+        """Mask and masked latents as channels, (B, D + 1, T); neither given: zeros of one frame, good for all."""
+        width = self.config.dit.local_add_cond_dim
+        if inpaint_mask_B1T is None and inpaint_latents_BDT is None:
+            return None if width is None else torch.zeros(1, width, 1, device=self.device, dtype=self.dtype)
+        if inpaint_mask_B1T is None or inpaint_latents_BDT is None:
+            raise ValueError("inpaint_mask and inpaint_latents come together or not at all")
+        if width is None:
+            raise ValueError(f"{self.config.source}: this model takes no inpainting conditioning")
+        mask = inpaint_mask_B1T.to(inpaint_latents_BDT.dtype)
+        return torch.cat([mask, inpaint_latents_BDT * mask], dim=1)
+
+    def velocity(
+        self,
+        x_BDT: Tensor,
+        t_B: Tensor,
+        prompt_embeds_BLC: Tensor,
+        prompt_mask_BL: Tensor,
+        seconds_total_B: Tensor,
+        padding_mask_BT: Tensor | None = None,
+        inpaint_mask_B1T: Tensor | None = None,
+        inpaint_latents_BDT: Tensor | None = None,
+        drop_cross_B: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity (noise - data) of noisy latents, (B, D, T), float32; gradients reach adapters only.
+
+        x_BDT               noisy latents              t_B   0 data .. 1 noise
+        prompt_embeds_BLC, prompt_mask_BL              as from encode_prompts; padding is filled in again
+        seconds_total_B     seconds of the whole item
+        padding_mask_BT     True = valid; nobody attends to the rest
+        inpaint_mask_B1T    1 = given context          inpaint_latents_BDT   clean latents, masked here
+        drop_cross_B        True = no prompt and no seconds token for this clip (guidance dropout)
+        """
+        cross, embed = self.assemble(prompt_embeds_BLC, prompt_mask_BL, seconds_total_B, drop_cross_B)
+        local = self.local_conditioning(inpaint_mask_B1T, inpaint_latents_BDT)
+        mask = None if padding_mask_BT is None else padding_mask_BT.bool()
+        return self.dit(x_BDT, t_B, cross, embed, local, mask)
+
+    def forward(self, *arguments, **keywords) -> Tensor:
+        """``velocity``, for wrappers that call the module itself."""
+        return self.velocity(*arguments, **keywords)

@@ -1,0 +1,214 @@
+"""Building blocks shared by the DiT and the SAME autoencoder: norms, Fourier features, rotary tables, attention, GLU.
+
+Legend: B batch, N sequence, E channels, H heads, D head width, P members of a differential pair (1 or 2).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """``gamma * x / sqrt(mean(x^2) + eps)`` over the last axis.
+
+    force_fp32  compute in float32, gamma included, and cast the result back (the DiT's block norms)
+    """
+
+    def __init__(self, width: int, eps: float, force_fp32: bool = False):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+        self.eps = eps
+        self.force_fp32 = force_fp32
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = self.gamma.shape
+        if not self.force_fp32:
+            return F.rms_norm(x, width, self.gamma, self.eps)
+        if x.dtype == self.gamma.dtype:
+            # One fused pass: it already squares, sums and scales in float32 and rounds once at the end.
+            with torch.autocast(x.device.type, enabled=False):
+                return F.rms_norm(x, width, self.gamma, self.eps)
+        return F.rms_norm(x.float(), width, self.gamma.float(), self.eps).to(x.dtype)
+
+
+class DyT(nn.Module):
+    """``gamma * tanh(alpha * x) + beta``: a norm without statistics. Source: DyT, arXiv:2503.10622."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(1))
+        self.gamma = nn.Parameter(torch.ones(width))
+        self.beta = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.beta, self.gamma, torch.tanh(self.alpha * x))
+
+
+@functools.cache
+def expo_frequencies(count: int, device: torch.device, lowest: float = 0.5, highest: float = 10000.0) -> Tensor:
+    """``count`` log-spaced frequencies, float32, built on the CPU whatever the device.
+
+    Accelerators differ by an ulp in linspace and exp, which the arguments of up to 6e4 rad turn into visible errors.
+    """
+    with torch.inference_mode(False):
+        ramp = torch.linspace(0, 1, count, dtype=torch.float32, device="cpu")
+        span = math.log(highest) - math.log(lowest)
+        return torch.exp(ramp * span + math.log(lowest)).to(device)
+
+
+def expo_features(values: Tensor, width: int) -> Tensor:
+    """Exponential Fourier features of one number per item.
+
+    values  any shape, cast to float32        width  features per value, cosines first
+    Returns float32 of shape (*values.shape, width). The order of the float32 products is part of the definition.
+    """
+    frequencies = expo_frequencies(width // 2, values.device)
+    angles = ((values.float().unsqueeze(-1) * frequencies) * 2) * math.pi
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary position tables from the checkpoint's ``inv_freq``, which stays float32 through every cast."""
+
+    def __init__(self, rotated_width: int):
+        super().__init__()
+        exponents = torch.arange(0, rotated_width, 2, dtype=torch.float32) / rotated_width
+        self.register_buffer("inv_freq", 10000.0**-exponents)
+
+    def _apply(self, fn, recurse=True):
+        kept = self.inv_freq
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != torch.float32:
+            # bfloat16 frequencies are 0.7 rad off at position 4159: the cast of the module must not reach them.
+            self.inv_freq = kept.to(self.inv_freq.device, torch.float32)
+        return self
+
+    def tables(self, length: int, head_dim: int, rounding: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines for positions 0..length-1, each (length, head_dim) float32.
+
+        Columns past the rotated width are 1 and 0, so one multiply-add serves the whole head.
+        rounding    round the frequencies through this dtype, as the reference does when it is cast
+        """
+        frequencies = self.inv_freq if rounding is None else self.inv_freq.to(rounding).float()
+        positions = torch.arange(length, device=frequencies.device, dtype=torch.float32)
+        angles = torch.outer(positions, frequencies)
+        cos, sin = angles.cos(), angles.sin()
+        rest = head_dim - 2 * frequencies.numel()
+        return (
+            F.pad(torch.cat([cos, cos], dim=-1), (0, rest), value=1.0),
+            F.pad(torch.cat([-sin, sin], dim=-1), (0, rest)),
+        )
+
+
+def rotate(x_NPHD: Tensor, cos_ND: Tensor, signed_sin_ND: Tensor, half: int) -> Tensor:
+    """Rotate the first ``2 * half`` channels of every head in float32; ``x`` is (..., N, P, H, D).
+
+    The pairing is half-split, channel j with j + half. Returns float32.
+    """
+    swapped = torch.cat([x_NPHD[..., half : 2 * half], x_NPHD[..., :half], x_NPHD[..., 2 * half :]], dim=-1)
+    cos, sin = cos_ND[:, None, None], signed_sin_ND[:, None, None]
+    return x_NPHD * cos + swapped * sin
+
+
+def merge_pairs(x_BNPHD: Tensor) -> Tensor:
+    """(B, N, P, H, D) to the (B, P * H, N, D) that scaled_dot_product_attention takes."""
+    return x_BNPHD.flatten(2, 3).transpose(1, 2)
+
+
+def subtract_pairs(x_BHND: Tensor, pairs: int) -> Tensor:
+    """Difference of the two halves of the heads (or the only half), as (B, N, H * D)."""
+    if pairs == 2:
+        first, second = x_BHND.chunk(2, dim=1)
+        x_BHND = first - second
+    return x_BHND.transpose(1, 2).flatten(2)
+
+
+def make_head_norm(kind: str, head_dim: int, eps: float) -> nn.Module:
+    """The q/k norm: computed in the input's dtype. Raises KeyError for a kind the config should have refused."""
+    table = {"none": nn.Identity, "rms": lambda: RMSNorm(head_dim, eps), "dyt": lambda: DyT(head_dim)}
+    return table[kind]()
+
+
+class Attention(nn.Module):
+    """Projections of plain or differential attention; the subclass says which rows hold q, k and v.
+
+    Differential: ``softmax(q k^T) v - softmax(q' k'^T) v`` as one attention call with doubled heads.
+    """
+
+    def __init__(self, width: int, head_dim: int, differential: bool, qk_norm: str, qk_norm_eps: float):
+        super().__init__()
+        self.head_dim = head_dim
+        self.pairs = 2 if differential else 1
+        self.to_out = nn.Linear(width, width, bias=False)
+        self.q_norm = make_head_norm(qk_norm, head_dim, qk_norm_eps)
+        self.k_norm = make_head_norm(qk_norm, head_dim, qk_norm_eps)
+
+    def heads(self, x_BNE: Tensor, parts: int) -> Tensor:
+        """(B, N, parts * E) to (B, N, parts, H, D)."""
+        return x_BNE.unflatten(-1, (parts, -1, self.head_dim))
+
+
+class SelfAttention(Attention):
+    """Rows of ``to_qkv``: q, k, v or, differential, q, k, v, q', k'."""
+
+    def __init__(self, width: int, head_dim: int, differential: bool, qk_norm: str, qk_norm_eps: float):
+        super().__init__(width, head_dim, differential, qk_norm, qk_norm_eps)
+        self.to_qkv = nn.Linear(width, (2 * self.pairs + 1) * width, bias=False)
+
+    def forward(self, x_BNE: Tensor, rotary: tuple[Tensor, Tensor, int], attend) -> Tensor:
+        """``attend(q, k, v)`` is the attention over (B, P * H, N, D); ``rotary`` is cos, signed sin, half width."""
+        qkv = self.heads(self.to_qkv(x_BNE), 2 * self.pairs + 1)
+        q, k, v = qkv[:, :, 0::3], qkv[:, :, 1::3], qkv[:, :, 2:3]
+        q = rotate(self.q_norm(q), *rotary).to(v.dtype)
+        k = rotate(self.k_norm(k), *rotary).to(v.dtype)
+        v = v.expand(-1, -1, self.pairs, -1, -1)
+        out = attend(merge_pairs(q), merge_pairs(k), merge_pairs(v))
+        return self.to_out(subtract_pairs(out, self.pairs))
+
+
+class CrossAttention(Attention):
+    """Rows of ``to_q``: q or q, q'; of ``to_kv``: k, v or k, k', v. No rotary, no mask: every context token counts."""
+
+    def __init__(self, width: int, head_dim: int, differential: bool, qk_norm: str, qk_norm_eps: float):
+        super().__init__(width, head_dim, differential, qk_norm, qk_norm_eps)
+        self.to_q = nn.Linear(width, self.pairs * width, bias=False)
+        self.to_kv = nn.Linear(width, (self.pairs + 1) * width, bias=False)
+
+    def forward(self, x_BNE: Tensor, context_BSE: Tensor) -> Tensor:
+        kv = self.heads(self.to_kv(context_BSE), self.pairs + 1)
+        k, v = kv[:, :, : self.pairs], kv[:, :, self.pairs :]
+        q = self.q_norm(self.heads(self.to_q(x_BNE), self.pairs)).to(v.dtype)
+        k = self.k_norm(k).to(v.dtype)
+        v = v.expand(-1, -1, self.pairs, -1, -1)
+        out = F.scaled_dot_product_attention(merge_pairs(q), merge_pairs(k), merge_pairs(v))
+        return self.to_out(subtract_pairs(out, self.pairs))
+
+
+class GatedProjection(nn.Module):
+    """``a * act(g)`` with ``[a, g] = proj(x)``: the second half is the gate; act is SiLU or ``sin(pi g)``."""
+
+    def __init__(self, width: int, inner: int, sinusoidal: bool):
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner)
+        self.sinusoidal = sinusoidal
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * (torch.sin(math.pi * gate) if self.sinusoidal else F.silu(gate))
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward; ``inner`` is ``mult`` times the width. The Identity keeps the file's key ``ff.2``."""
+
+    def __init__(self, width: int, mult: float, sinusoidal: bool = False):
+        super().__init__()
+        inner = int(width * mult)
+        self.ff = nn.Sequential(GatedProjection(width, inner, sinusoidal), nn.Identity(), nn.Linear(inner, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ff(x)

@@ -1,0 +1,97 @@
+"""From prompt and duration to the sequences the DiT reads. The text encoder itself is in ``text.py``.
+
+Legend: B batch, L prompt tokens, H text encoder width, C conditioning width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sa3dist.model.blocks import expo_features
+from sa3dist.model.config import ModelConfig, NumberConfig, PromptConfig
+
+# Width of T5Gemma b-b, the only text encoder the format knows.
+HIDDEN_WIDTH = 768
+FEATURES = 256
+
+
+class ExpoFeatures(nn.Module):
+    """Stateless first entry of the number embedding; the file's Linear is entry 1."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return expo_features(values, FEATURES)
+
+
+class NumberEmbedder(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.embedding = nn.Sequential(ExpoFeatures(), nn.Linear(FEATURES, width))
+
+
+class NumberConditioner(nn.Module):
+    """One token from one number, for ``seconds_total`` in seconds."""
+
+    def __init__(self, config: NumberConfig, width: int):
+        super().__init__()
+        self.lowest, self.highest = config.min_val, config.max_val
+        self.embedder = NumberEmbedder(width)
+
+    def forward(self, values_B: Tensor, dtype: torch.dtype, reference_numerics: bool = False) -> Tensor:
+        """(B,) to (B, 1, C). Values are clamped to the configured range.
+
+        dtype               the base's dtype, which the features are cast to
+        reference_numerics  round the normalised number to ``dtype`` before its features, as the reference does
+        """
+        value = (values_B.float().clamp(self.lowest, self.highest) - self.lowest) / (self.highest - self.lowest)
+        features, linear = self.embedder.embedding
+        return linear(features(value.to(dtype) if reference_numerics else value).to(dtype))[:, None]
+
+
+class PromptConditioner(nn.Module):
+    """Projects the text encoder's hidden states and fills the padded positions."""
+
+    def __init__(self, config: PromptConfig, width: int):
+        super().__init__()
+        self.padding_mode = config.padding_mode
+        self.register_module(
+            "proj_out", nn.Linear(HIDDEN_WIDTH, width) if config.project_out or width != HIDDEN_WIDTH else None
+        )
+        self.register_parameter(
+            "padding_embedding", nn.Parameter(torch.zeros(width)) if config.padding_mode == "learned" else None
+        )
+
+    def forward(self, hidden_BLH: Tensor, mask_BL: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, L, H) to (B, L, C). The projection runs in ``dtype``; without one the input's dtype is kept."""
+        embeds = hidden_BLH if self.proj_out is None else self.proj_out(hidden_BLH.to(dtype))
+        return self.fill_padding(embeds, mask_BL)
+
+    def fill_padding(self, embeds_BLC: Tensor, mask_BL: Tensor) -> Tensor:
+        """Positions with mask 0 become the learned vector, or zero, or stay, as the config says. Idempotent."""
+        if self.padding_mode == "none":
+            return embeds_BLC
+        valid = mask_BL.bool()[..., None]
+        # where, not a product: what stands at a padded position may be anything, NaN included.
+        filler = self.padding_embedding if self.padding_mode == "learned" else embeds_BLC.new_zeros(())
+        return torch.where(valid, embeds_BLC, filler)
+
+
+class Conditioners(nn.Module):
+    """The conditioner root: adapter names start at ``conditioners.``."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.conditioners = nn.ModuleDict(
+            {
+                "prompt": PromptConditioner(config.prompt, config.cond_dim),
+                "seconds_total": NumberConditioner(config.seconds_total, config.cond_dim),
+            }
+        )
+
+    @property
+    def prompt(self) -> PromptConditioner:
+        return self.conditioners["prompt"]
+
+    @property
+    def seconds_total(self) -> NumberConditioner:
+        return self.conditioners["seconds_total"]

@@ -1,0 +1,113 @@
+"""From a released name or a directory to a Base, or to a stand-alone autoencoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from sa3dist.errors import CheckpointError
+from sa3dist.model.base import AUTOENCODER_PREFIX, CONDITIONER_PREFIX, MODEL_PREFIX, Base, Wrapper
+from sa3dist.model.checkpoint import CheckpointFile, check_keys, fill, tensor_shapes
+from sa3dist.model.conditioners import Conditioners
+from sa3dist.model.config import (
+    ModelConfig,
+    parse_autoencoder_config,
+    parse_model_config,
+    read_model_config,
+)
+from sa3dist.model.dit import DiT
+from sa3dist.model.hub import hub_file
+from sa3dist.model.released import RELEASED
+from sa3dist.model.same import Autoencoder
+from sa3dist.model.text import TextSource
+
+CONFIG_NAME = "model_config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseFiles:
+    """Where one base's files are. ``directory`` is set for a local base, ``repo_id`` for a released one."""
+
+    config: Path
+    weights: Path
+    directory: Path | None = None
+    repo_id: str | None = None
+
+
+def find_base(name_or_directory: str | Path) -> BaseFiles:
+    """The files of a released name (from the cache or the hub) or of a directory. Raises CheckpointError."""
+    name = str(name_or_directory)
+    if name in RELEASED:
+        repo_id = RELEASED[name]
+        return BaseFiles(hub_file(repo_id, CONFIG_NAME), hub_file(repo_id, WEIGHTS_NAME), repo_id=repo_id)
+    directory = Path(name).expanduser()
+    if not directory.is_dir():
+        known = ", ".join(RELEASED)
+        raise CheckpointError(f"model={name}: no such directory, and not a released base ({known})")
+    for file in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (directory / file).is_file():
+            raise CheckpointError(f"{directory}: no {file}; expected {CONFIG_NAME} and {WEIGHTS_NAME} side by side")
+    return BaseFiles(directory / CONFIG_NAME, directory / WEIGHTS_NAME, directory=directory)
+
+
+def load_config(name_or_directory: str | Path) -> ModelConfig:
+    """Only the parsed config of a base: what a dry run needs. Raises CheckpointError."""
+    name = str(name_or_directory)
+    path = hub_file(RELEASED[name], CONFIG_NAME) if name in RELEASED else find_base(name).config
+    return parse_model_config(read_model_config(path), str(path))
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every key of ``model.safetensors`` with its shape, as the config implies them."""
+    with torch.device("meta"):
+        return {
+            **tensor_shapes(Wrapper(DiT(config.dit)), MODEL_PREFIX),
+            **tensor_shapes(Conditioners(config), CONDITIONER_PREFIX),
+            **tensor_shapes(Autoencoder(config.autoencoder), AUTOENCODER_PREFIX),
+        }
+
+
+def load_base(
+    name_or_directory: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    text_encoder: str | Path | None = None,
+) -> Base:
+    """Load a base model strictly by the official keys.
+
+    name_or_directory  small-music-base, small-sfx-base, medium-base, or a directory with model_config.json and
+                       model.safetensors
+    text_encoder       where T5Gemma is, when not beside the model
+    Every tensor goes from the mapped file to ``device`` and ``dtype`` on its own. Raises CheckpointError when a file is
+    missing or damaged, a key is missing, unexpected or of the wrong shape, or the config is unsupported.
+    """
+    files = find_base(name_or_directory)
+    config = parse_model_config(read_model_config(files.config), str(files.config))
+    weights = CheckpointFile(files.weights)
+    check_keys(expected_tensors(config), weights.shapes, files.weights)
+    source = TextSource(
+        config.prompt,
+        override=None if text_encoder is None else str(text_encoder),
+        model_directory=files.directory,
+        base_repo=files.repo_id,
+    )
+    return Base(config, weights, device, dtype, source)
+
+
+def load_autoencoder(
+    directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Autoencoder:
+    """A SAME autoencoder, encoder and decoder, from its stand-alone directory or from a full model's."""
+    files = find_base(directory)
+    config = parse_autoencoder_config(read_model_config(files.config), str(files.config))
+    weights = CheckpointFile(files.weights)
+    inside = {key: shape for key, shape in weights.shapes.items() if key.startswith(AUTOENCODER_PREFIX)}
+    with torch.device("meta"):
+        model = Autoencoder(config)
+    prefix = AUTOENCODER_PREFIX if inside else ""
+    check_keys(tensor_shapes(model, prefix), inside or weights.shapes, files.weights)
+    fill(model, prefix, weights, device, dtype)
+    return model

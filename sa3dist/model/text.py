@@ -1,0 +1,141 @@
+"""The T5Gemma text encoder: where it comes from, and prompts to hidden states. Loaded on first use."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sa3dist.errors import CheckpointError
+from sa3dist.model.conditioners import HIDDEN_WIDTH
+from sa3dist.model.config import PromptConfig
+from sa3dist.model.hub import hub_folder
+
+NEEDED_FILES = ("config.json", "tokenizer_config.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSource:
+    """Where the text encoder is looked for, in this order.
+
+    override         what the user passed as ``text_encoder``: a directory, or ``org/name[/subfolder]`` on the hub
+    model_directory  the checkpoint's own directory, whose subfolder is used when present
+    base_repo        hub repository of a released base: the config's own repo_id names the post-trained twin, which is
+                     gated separately, while the bytes are the same
+    config           the config's model_path, repo_id and model_name, with its subfolder
+    """
+
+    config: PromptConfig
+    override: str | None = None
+    model_directory: Path | None = None
+    base_repo: str | None = None
+
+    def resolve(self) -> Path:
+        """A local directory with config, tokenizer and weights. Raises CheckpointError when there is none."""
+        subfolder = self.config.subfolder
+        if self.override:
+            return self._resolve_override(self.override)
+        if self.model_directory and subfolder and (self.model_directory / subfolder / "config.json").is_file():
+            return self.model_directory / subfolder
+        if self.base_repo:
+            return hub_folder(self.base_repo, subfolder, NEEDED_FILES)
+        if self.config.model_path:
+            return self._directory(Path(self.config.model_path), "model_path of the model config")
+        return hub_folder(self.config.repo_id or self.config.model_name, subfolder, NEEDED_FILES)
+
+    def _resolve_override(self, override: str) -> Path:
+        path = Path(override).expanduser()
+        if path.is_dir():
+            return self._directory(path, "text_encoder")
+        match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?", override)
+        if match is None:
+            raise CheckpointError(f"text_encoder={override}: no such directory, nor a hub name org/name[/subfolder]")
+        return hub_folder(match[1], match[2], NEEDED_FILES)
+
+    def _directory(self, path: Path, origin: str) -> Path:
+        for candidate in (path, path / (self.config.subfolder or "")):
+            if (candidate / "config.json").is_file():
+                return candidate
+        raise CheckpointError(f"{path}: {origin} holds no config.json; expected a saved T5Gemma directory")
+
+
+class TextEncoder:
+    """Tokenizer and encoder. Deliberately no nn.Module: no adapters, no casts, no state dict."""
+
+    def __init__(self, source: TextSource, device: torch.device | str):
+        self.max_length = source.config.max_length
+        directory = source.resolve()
+        with quiet_transformers():
+            self.tokenizer = load_tokenizer(directory)
+            self.model = load_encoder(directory).to(device)
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Last hidden states (B, L, 768) in the encoder's stored dtype, and the mask (B, L), bool, True = a token.
+
+        Every prompt is padded or cut to the config's length: the DiT attends to all of it.
+        """
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
+        )
+        mask = tokens["attention_mask"].to(device)
+        with torch.autocast(device.type, enabled=False):
+            model = self.model.to(device)
+            hidden = model(input_ids=tokens["input_ids"].to(device), attention_mask=mask).last_hidden_state
+        return hidden, mask.bool()
+
+
+def load_tokenizer(directory: Path):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{directory}: no usable tokenizer ({first_line(error)})") from error
+
+
+def load_encoder(directory: Path):
+    """The encoder half in its stored dtype, frozen. Raises CheckpointError when a weight is missing."""
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, T5GemmaEncoderModel
+
+    try:
+        config = AutoConfig.from_pretrained(str(directory), local_files_only=True)
+        config.is_encoder_decoder = False
+        model, info = T5GemmaEncoderModel.from_pretrained(
+            str(directory), config=config, local_files_only=True, dtype="auto", output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{directory}: not a loadable T5Gemma encoder ({first_line(error)})") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        # transformers would go on with random values there.
+        raise CheckpointError(f"{directory}: {len(missing)} encoder weights are missing: {', '.join(missing[:3])}")
+    width = model.config.encoder.hidden_size
+    if width != HIDDEN_WIDTH:
+        raise CheckpointError(f"{directory}: the encoder is {width} wide, expected {HIDDEN_WIDTH} (T5Gemma b-b)")
+    return model.requires_grad_(False).eval()
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def quiet_transformers():
+    """No progress bar and no report about the decoder's weights, which are unused on purpose."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
