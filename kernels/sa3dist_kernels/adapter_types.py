@@ -38,6 +38,10 @@ class AdapterType:
             return None
         return "magnitude_c" if self.rows else "magnitude"
 
+    def computes_as(self, other: AdapterType) -> bool:
+        """Whether two names stand for the same maths."""
+        return (self.rows, self.cols, self.xs) == (other.rows, other.cols, other.xs)
+
     def parameter_shapes(self, fan_out: int, fan_in: int, rank: int) -> dict[str, tuple[int, ...]]:
         """Trainable tensors of one layer, by their names in a file, in the order they are stored."""
         if self.xs:

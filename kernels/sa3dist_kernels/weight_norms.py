@@ -64,7 +64,7 @@ class Layer:
     kind: AdapterType
     scale: float
     weight_OI: torch.Tensor
-    frozen: FrozenConstants
+    frozen: FrozenConstants | None
     product: torch.dtype
     statistic: torch.dtype
 
@@ -91,7 +91,7 @@ class RowScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ColScaling:
-    """h = magnitude / (norms + eps), one per input; ``weighted_OR`` is diag(g^2) L, ``cross_RI`` its product with W0."""
+    """h = magnitude / (norms + eps), one per input; ``weighted_OR`` is diag(g^2) L, ``cross_RI`` is that times W0."""
 
     gain_I: torch.Tensor
     norms_I: torch.Tensor

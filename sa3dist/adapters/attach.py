@@ -1,0 +1,177 @@
+"""Putting an adapter on a base model, reaching its tensors, taking it off again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from sa3dist_kernels import ADAPTER_TYPES, AdapterType
+from torch import nn
+
+from sa3dist.adapters.layers import AdaptedLayer, fan_limit, initial_adapter
+from sa3dist.adapters.select import candidate_layers, normalise, require_match
+from sa3dist.errors import ConfigError
+from sa3dist.formats import digest_of
+
+# The place of the one adapter of a weight, between the layer's name and the tensor's: part of the file format.
+SLOT = "parametrizations.weight.0"
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """What was attached. ``alpha`` keeps the number as it was given; the pattern lists are None when unset."""
+
+    rank: int
+    alpha: int | float
+    adapter_type: str
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        if self.adapter_type not in ADAPTER_TYPES:
+            raise ConfigError(f"adapter_type is {self.adapter_type!r}, expected one of {', '.join(ADAPTER_TYPES)}")
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise ConfigError(f"rank is {self.rank!r}, expected a whole number of at least 1")
+        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
+        if not number or not math.isfinite(self.alpha) or self.alpha <= 0:
+            raise ConfigError(f"alpha is {self.alpha!r}, expected a positive number")
+        object.__setattr__(self, "include", normalise(self.include, "include"))
+        object.__setattr__(self, "exclude", normalise(self.exclude, "exclude"))
+
+    @property
+    def kind(self) -> AdapterType:
+        return ADAPTER_TYPES[self.adapter_type]
+
+
+def attach_adapter(
+    base,
+    adapter_type: str = "dora-rows",
+    rank: int = 16,
+    alpha: float | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    seed: int = 42,
+) -> None:
+    """Put a fresh adapter on every selected layer of ``base`` and freeze everything else under its adapter roots.
+
+    alpha    scaling is alpha / rank; None means alpha = rank
+    include  substrings of layer names, ``[a-b]`` expands; unset or empty takes every layer. ``exclude`` then removes.
+    seed     lora_A of a layer depends on (seed, layer name) alone, not on selection, order, device or process
+
+    A fresh adapter leaves the model's output as it was: exactly for lora types, to rounding for the others.
+    Raises ConfigError when a setting is out of range, a pattern list matches nothing, the rank exceeds what a selected
+    layer allows, or an adapter is attached already.
+    """
+    config = AdapterConfig(rank, rank if alpha is None else alpha, adapter_type, include, exclude)
+    if adapted_layers(base):
+        raise ConfigError("an adapter is attached already; detach_adapter(base) takes it off")
+    layers = candidate_layers(base.adapter_roots)
+    selected = require_match(list(layers), config.include, config.exclude)
+    attach_to(base, config, selected, seed)
+
+
+def attach_to(base, config: AdapterConfig, selected: Sequence[str], seed: int) -> None:
+    """``attach_adapter`` for layers selected already. Nothing is changed when it raises."""
+    layers = candidate_layers(base.adapter_roots)
+    _check_layers(config, {name: layers[name] for name in selected})
+    for root in base.adapter_roots:
+        root.requires_grad_(False)
+    for name in selected:
+        adapter = initial_adapter(config.kind, config.rank, base.fp32_weight(name), _generator(seed, name))
+        adapter.to(layers[name].weight.device)
+        replace_layer(base, name, AdaptedLayer(layers[name], config.kind, adapter, config.alpha / config.rank))
+    base.adapter_config = config
+
+
+def detach_adapter(base) -> None:
+    """Put the frozen layers back. Does nothing where no adapter is attached."""
+    for name, layer in adapted_layers(base).items():
+        replace_layer(base, name, layer.original)
+    base.adapter_config = None
+
+
+def adapted_layers(base) -> dict[str, AdaptedLayer]:
+    """The adapted layers by name, in registration order."""
+    return {
+        name: module
+        for root in base.adapter_roots
+        for name, module in root.named_modules()
+        if isinstance(module, AdaptedLayer)
+    }
+
+
+def adapter_parameters(base) -> dict[str, nn.Parameter]:
+    """Every trained tensor by its name in a file, in registration order; empty where no adapter is attached."""
+    return {
+        f"{name}.{SLOT}.{parameter_name}": parameter
+        for name, layer in adapted_layers(base).items()
+        for parameter_name, parameter in layer.trained().items()
+    }
+
+
+def set_strength(base, strength: float) -> None:
+    """Scale the update: 1 as trained, 0 the base model. Magnitudes act in full at every strength but 0."""
+    if not math.isfinite(strength):
+        raise ConfigError(f"strength is {strength}, expected a finite number")
+    for layer in adapted_layers(base).values():
+        layer.strength = float(strength)
+
+
+def effective_weight(base, name: str) -> torch.Tensor:
+    """The weight a layer acts with, float32, in the shape of its frozen weight; made from the base's float32 weights.
+
+    name  relative to its root, for example "model.transformer.layers.0.self_attn.to_qkv"; a layer without an adapter
+          acts with its frozen weight.
+    Raises ConfigError for a name that is no layer.
+    """
+    adapted = adapted_layers(base)
+    if name in adapted:
+        return adapted[name].effective_weight(base.fp32_weight(name)).float()
+    others = candidate_layers(base.adapter_roots)
+    if name not in others:
+        examples = ", ".join([*adapted, *others][:3])
+        raise ConfigError(f"{name!r} is not an adaptable layer; names look like {examples}")
+    return base.fp32_weight(name).float()
+
+
+def adapter_digest(base) -> str:
+    """SHA-256 over names, shapes and float32 values: equal on two processes exactly when their adapters are."""
+    state = hashlib.sha256()
+    for name, parameter in adapter_parameters(base).items():
+        value = parameter.detach().to("cpu", torch.float32).contiguous()
+        state.update(digest_of(name, str(tuple(value.shape)), value.numpy().tobytes()).encode())
+    return state.hexdigest()
+
+
+def replace_layer(base, name: str, module: nn.Module) -> None:
+    """Make ``module`` the child called ``name`` under the root that has one."""
+    parent, _, leaf = name.rpartition(".")
+    for root in base.adapter_roots:
+        if name in dict(root.named_modules()):
+            setattr(root.get_submodule(parent), leaf, module)
+            return
+    raise KeyError(name)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(int(digest_of("lora_A", str(seed), name)[:15], 16))
+
+
+def _check_layers(config: AdapterConfig, layers: dict[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        if isinstance(layer, nn.Conv1d) and not _acts_per_frame(layer):
+            raise ConfigError(f"{name} is {layer}; of convolutions only plain ones of kernel size 1 can be adapted")
+    tightest = min(layers, key=lambda name: fan_limit(layers[name]))
+    limit = fan_limit(layers[tightest])
+    if config.rank > limit:
+        shape = tuple(layers[tightest].weight.shape)
+        raise ConfigError(
+            f"rank is {config.rank}, but {tightest} {shape} allows at most {limit}; lower it or exclude it"
+        )
+
+
+def _acts_per_frame(layer: nn.Conv1d) -> bool:
+    return (layer.kernel_size, layer.stride, layer.padding, layer.groups) == ((1,), (1,), (0,), 1)

@@ -1,0 +1,153 @@
+"""Adapter files: one safetensors file per adapter, the layout Stable Audio 3's own inference loads.
+
+Keys are ``<layer>.parametrizations.weight.0.<tensor>``, values float16, and the header's ``lora_config`` says what they
+are. Any other header entry is a trainer's own and ignored by other readers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from sa3dist.adapters.attach import AdapterConfig
+from sa3dist.errors import CheckpointError, ConfigError, EnvironmentFailure
+from sa3dist.formats import atomic_path
+
+CONFIG_KEY = "lora_config"
+# Header entry holding base.weights_digest(); written by whoever saves, checked by warm_start.
+BASE_KEY = "base_sha256"
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFile:
+    """A file as read: config with its defaults filled in, tensors by key, and the other header entries."""
+
+    path: Path
+    config: AdapterConfig
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+
+
+def read_adapter_file(path: str | Path) -> AdapterFile:
+    """Read and check a file by itself; whether it fits a base model is for ``load_adapter`` to say.
+
+    Raises CheckpointError, naming the file, for what is no adapter file, a bad ``lora_config`` or non-finite values.
+    """
+    path = Path(path)
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+    for key, value in tensors.items():
+        if not value.is_floating_point() or not value.isfinite().all():
+            raise CheckpointError(
+                f"{path}: {key} ({value.dtype}) holds values that are not finite floats; train it again"
+            )
+    try:
+        config = _read_config(metadata.pop(CONFIG_KEY, None), tensors)
+    except (ConfigError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: {CONFIG_KEY} in the header is not valid: {error}") from error
+    return AdapterFile(path, config, {key: _squeezed(key, value) for key, value in tensors.items()}, metadata)
+
+
+def describe_adapter(path: str | Path) -> dict:
+    """What a file holds, for people: config, counts, size, and the trainer's own header entries."""
+    file = read_adapter_file(path)
+    return {
+        "lora_config": config_value(file.config),
+        "tensors": len(file.tensors),
+        "layers": len({key.rpartition(".")[0] for key in file.tensors}),
+        "parameters": sum(value.numel() for value in file.tensors.values()),
+        "file_size": file.path.stat().st_size,
+        "metadata": file.metadata,
+    }
+
+
+def write_adapter_file(
+    path: str | Path, config: AdapterConfig, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, object]
+) -> None:
+    """Write float32 tensors as float16, whole or not at all; equal contents give equal bytes.
+
+    Raises EnvironmentFailure, naming the tensor and leaving any older file in place, for values that are empty, not
+    finite, or beyond float16's range.
+    """
+    halves = {key: _publishable(key, value) for key, value in tensors.items()}
+    header = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    header[CONFIG_KEY] = json.dumps(config_value(config))
+    with atomic_path(Path(path)) as temporary:
+        temporary.write_bytes(_sorted_header(safetensors.torch.save(halves, header)))
+
+
+def config_value(config: AdapterConfig) -> dict:
+    """``lora_config`` in the reference's field order. Dropout is never applied, there or here."""
+    return {
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "adapter_type": config.adapter_type,
+        "dropout": 0.0,
+        "include": None if config.include is None else list(config.include),
+        "exclude": None if config.exclude is None else list(config.exclude),
+    }
+
+
+def _read_config(text: str | None, tensors: Mapping[str, torch.Tensor]) -> AdapterConfig:
+    """The header's config; absent fields as inference fills them in: type lora, rank from a shape, alpha = rank."""
+    value = {} if text is None else json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, found {text}")
+    rank = value.get("rank")
+    if rank is None:
+        cores = [
+            tensor.shape[0] for key, tensor in tensors.items() if key.endswith((".lora_A", ".M_xs")) and tensor.ndim
+        ]
+        if not cores:
+            raise ValueError("no rank, and no lora_A or M_xs tensor to take it from; is this an adapter file?")
+        rank = cores[0]
+    alpha = value.get("alpha")
+    adapter_type = value.get("adapter_type") or "lora"
+    if adapter_type == "dora" and _first_magnitude_is_a_row(tensors):
+        adapter_type = "dora-cols"
+    alpha = rank if alpha is None else alpha
+    return AdapterConfig(rank, alpha, adapter_type, value.get("include"), value.get("exclude"))
+
+
+def _first_magnitude_is_a_row(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Early ``dora`` files kept 2-D magnitudes: (1, fan_in) for columns, (fan_out, 1) for rows."""
+    first = next((value for key, value in tensors.items() if key.endswith(".magnitude")), None)
+    return first is not None and first.ndim == 2 and first.shape[0] == 1
+
+
+def _squeezed(key: str, value: torch.Tensor) -> torch.Tensor:
+    legacy = key.endswith(".magnitude") and value.ndim == 2 and 1 in value.shape
+    return value.reshape(-1) if legacy else value
+
+
+def _publishable(key: str, value: torch.Tensor) -> torch.Tensor:
+    value = value.detach().to("cpu", torch.float32)
+    if not value.numel():
+        raise EnvironmentFailure(f"{key} is empty: its values are on another process; gather them before saving")
+    half = value.half().contiguous()
+    if not half.isfinite().all():
+        raise EnvironmentFailure(
+            f"{key} holds {value.abs().max().item():g}, which float16 cannot: the adapter was not saved"
+        )
+    return half
+
+
+def _sorted_header(data: bytes) -> bytes:
+    """The same file with its metadata sorted: safetensors writes it in an order that changes from run to run."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # The format keeps tensor data aligned to 8 bytes by spaces after the header.
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]

@@ -1,0 +1,137 @@
+"""The module that takes a frozen layer's place: same name, same weight, plus its adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from sa3dist_kernels import (
+    AdapterType,
+    FrozenConstants,
+    adapted_linear,
+    effective_weight_reference,
+    frozen_constants,
+    frozen_linear,
+)
+from torch import nn
+
+
+class Adapter(nn.Module):
+    """Trained tensors of one layer, under their names in a file, and the frozen constants of its weight.
+
+    Both stay float32 when the base around them is cast to a narrower dtype; they follow its device, and float64.
+    """
+
+    def __init__(self, trained: dict[str, torch.Tensor], frozen: FrozenConstants):
+        super().__init__()
+        for name, value in trained.items():
+            self.register_parameter(name, nn.Parameter(value))
+        for name, value in vars(frozen).items():
+            self.register_buffer(name, value, persistent=False)
+
+    @property
+    def frozen(self) -> FrozenConstants:
+        return FrozenConstants(*(getattr(self, field.name) for field in dataclasses.fields(FrozenConstants)))
+
+    def _apply(self, fn, recurse=True):
+        def keep_precision(value):
+            moved = fn(value)
+            narrowed = moved.dtype.is_floating_point and moved.dtype.itemsize < value.dtype.itemsize
+            return value.to(moved.device) if narrowed else moved
+
+        return super()._apply(keep_precision, recurse)
+
+
+class AdaptedLayer(nn.Module):
+    """An ``nn.Linear`` or kernel-size-1 ``nn.Conv1d`` with an adapter over its frozen weight.
+
+    Linear  (..., fan_in) to (..., fan_out)        Conv1d  (B, fan_in, T) to (B, fan_out, T)
+    ``weight`` and ``bias`` are the frozen layer's own parameters, so the base keeps its state-dict keys. The adapter's
+    place in the module tree spells its names in a file: ``<layer>.parametrizations.weight.0.lora_A``.
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv1d, kind: AdapterType, adapter: Adapter, scale: float):
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.parametrizations = nn.ModuleDict({"weight": nn.ModuleList([adapter])})
+        self.kind = kind
+        self.channels_first = isinstance(layer, nn.Conv1d)
+        # alpha / rank. ``strength`` multiplies it: 1 in training, adjustable afterwards.
+        self.scale = scale
+        self.strength = 1.0
+        # In a tuple, because a module assigned as an attribute would be registered and name the weight twice.
+        self._original = (layer,)
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.parametrizations["weight"][0]
+
+    @property
+    def original(self) -> nn.Linear | nn.Conv1d:
+        """The frozen layer that was replaced."""
+        return self._original[0]
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return dict(self.adapter.named_parameters(recurse=False))
+
+    def forward(self, x):
+        if self.channels_first:
+            return self._linear(x.transpose(1, 2)).transpose(1, 2)
+        return self._linear(x)
+
+    def _linear(self, x):
+        if self.strength == 0:
+            # By definition the base layer, magnitudes or not; the limit of small strengths is another weight.
+            return frozen_linear(x, self.weight.flatten(1), self.bias)
+        scale = self.strength * self.scale
+        return adapted_linear(x, self.weight, self.bias, self.trained(), self.kind, scale, frozen=self.adapter.frozen)
+
+    @torch.no_grad()
+    def effective_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """W' made from ``weight``, the frozen weight at the precision wanted."""
+        if self.strength == 0:
+            return weight.clone()
+        weight = weight.to(next(self.adapter.parameters()).device)
+        return effective_weight_reference(
+            weight, self.trained(), self.kind, self.strength * self.scale, self.adapter.frozen
+        )
+
+    def extra_repr(self):
+        fan_out, fan_in = self.weight.flatten(1).shape
+        return f"{self.kind.name}, {fan_in} -> {fan_out}, scale={self.scale:g}, strength={self.strength:g}"
+
+
+def fan_limit(layer: nn.Linear | nn.Conv1d) -> int:
+    """Largest rank a layer allows: the smaller side of its weight as a matrix."""
+    return min(layer.weight.flatten(1).shape)
+
+
+def initial_adapter(kind: AdapterType, rank: int, weight: torch.Tensor, generator: torch.Generator) -> Adapter:
+    """A fresh adapter, W' = W0 up to rounding.
+
+    weight     the frozen weight in float32 on the CPU, at the precision inference has it: bases and norms depend on it
+    generator  a CPU generator of this layer's own; draws lora_A ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in))
+    """
+    weight_OI = weight.detach().flatten(1).float()
+    fan_out, fan_in = weight_OI.shape
+    frozen = frozen_constants(weight_OI, *(singular_bases(weight_OI, rank) if kind.xs else ()))
+    initial = {
+        "lora_A": lambda shape: torch.empty(shape).uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator),
+        kind.row_magnitude: lambda shape: frozen.row_squares_O.sqrt(),
+        kind.col_magnitude: lambda shape: frozen.col_squares_I.sqrt(),
+    }
+    shapes = kind.parameter_shapes(fan_out, fan_in, rank)
+    return Adapter({name: initial.get(name, torch.zeros)(shape) for name, shape in shapes.items()}, frozen)
+
+
+def singular_bases(weight_OI: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The leading ``rank`` left and right singular vectors, (O, rank) and (I, rank), with signs made unique.
+
+    Inference recomputes them, so the rule is part of the file format: the entry of largest absolute value in every left
+    vector (the first of equals) is positive.
+    """
+    left_OR, _, right_RI = torch.linalg.svd(weight_OI.cpu().float(), full_matrices=False)
+    left_OR, right_IR = left_OR[:, :rank], right_RI[:rank].t()
+    leading = left_OR.gather(0, left_OR.abs().argmax(0, keepdim=True))
+    signs = torch.where(leading < 0, -1.0, 1.0)
+    return (left_OR * signs).contiguous(), (right_IR * signs).contiguous()

@@ -1,0 +1,76 @@
+"""Which layers an adapter covers: every Linear and Conv1d of the roots, filtered by substrings of their names."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from sa3dist.errors import ConfigError
+
+RANGE = re.compile(r"\[(\d+)-(\d+)\]")
+
+
+def candidate_layers(roots: Iterable[nn.Module]) -> dict[str, nn.Linear | nn.Conv1d]:
+    """Every layer an adapter can cover, by its name relative to its root, in registration order."""
+    return {
+        name: module
+        for root in roots
+        for name, module in root.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv1d))
+    }
+
+
+def expand(pattern: str) -> list[str]:
+    """``layers.[0-2].`` into ``layers.0.``, ``layers.1.``, ``layers.2.``; several ranges give every combination.
+
+    A range may fall; anything else in brackets stands for itself. Surrounding spaces are dropped.
+    """
+    pieces = RANGE.split(pattern.strip())
+    choices = []
+    for start, stop in zip(pieces[1::3], pieces[2::3], strict=True):
+        first, last = int(start), int(stop)
+        step = 1 if first <= last else -1
+        choices.append([str(number) for number in range(first, last + step, step)])
+    literals = pieces[0::3]
+    return [
+        "".join(itertools.chain(*zip(literals, (*numbers, ""), strict=True))) for numbers in itertools.product(*choices)
+    ]
+
+
+def normalise(patterns: Sequence[str] | None, field: str) -> tuple[str, ...] | None:
+    """A pattern list as it is kept: None when unset or empty. Raises ConfigError for anything but strings in a list."""
+    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns or ()):
+        raise ConfigError(
+            f"{field} is {patterns!r}, expected a list of strings, for example [self_attn, 'layers.[0-3].']"
+        )
+    return tuple(patterns) if patterns else None
+
+
+def select(names: Iterable[str], include: Sequence[str] | None, exclude: Sequence[str] | None) -> list[str]:
+    """Names in which some ``include`` pattern occurs (all, when unset) and no ``exclude`` pattern does.
+
+    Patterns are plain substrings, case-sensitive: ``layers.1`` is also part of ``layers.10``; write ``layers.1.``.
+    """
+    wanted = [text for pattern in include or () for text in expand(pattern)]
+    unwanted = [text for pattern in exclude or () for text in expand(pattern)]
+    return [
+        name
+        for name in names
+        if (not include or any(text in name for text in wanted)) and not any(text in name for text in unwanted)
+    ]
+
+
+def require_match(names: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str] | None) -> list[str]:
+    """``select``, but a list that has no effect, or leaves nothing, raises ConfigError and shows some real names."""
+    examples = f"names look like {', '.join([*names[:2], *names[-2:]])}"
+    for field, patterns in (("include", include), ("exclude", exclude)):
+        if patterns and not select(names, patterns, None):
+            raise ConfigError(f"{field}: {list(patterns)} matches none of the {len(names)} layers; {examples}")
+    selected = select(names, include, exclude)
+    if not selected:
+        lists = f"include {list(include or ())} and exclude {list(exclude or ())}"
+        raise ConfigError(f"{lists} leave none of the {len(names)} layers; {examples}")
+    return selected

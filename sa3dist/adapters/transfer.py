@@ -1,0 +1,130 @@
+"""Between a base model and an adapter file: load, warm-start, save. A tensor without its place is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from sa3dist.adapters.attach import (
+    SLOT,
+    AdapterConfig,
+    adapted_layers,
+    adapter_parameters,
+    attach_to,
+    set_strength,
+)
+from sa3dist.adapters.file import BASE_KEY, AdapterFile, config_value, read_adapter_file, write_adapter_file
+from sa3dist.adapters.select import candidate_layers, select
+from sa3dist.errors import CheckpointError, ConfigError
+
+
+def load_adapter(base, path: str | Path, strength: float = 1.0) -> None:
+    """Attach the adapter in ``path`` and set its strength.
+
+    Where an adapter is attached already its values are replaced, provided that its type, rank, alpha and pattern lists
+    are the file's. Raises CheckpointError when they are not, and for any missing, unexpected or misshapen tensor: the
+    reference's own loader passes over these. ``base`` is as before when it raises.
+    """
+    file = read_adapter_file(path)
+    if adapted_layers(base):
+        _require_agreement(base.adapter_config, file)
+        _require_tensors({key: value.shape for key, value in adapter_parameters(base).items()}, file)
+    else:
+        layers = candidate_layers(base.adapter_roots)
+        names = select(layers, file.config.include, file.config.exclude)
+        if not names:
+            raise CheckpointError(f"{file.path}: its include and exclude lists select no layer of this base model")
+        _require_tensors(_fresh_shapes(file.config, {name: layers[name] for name in names}), file)
+        try:
+            # The seed is of no consequence: every trained value comes from the file.
+            attach_to(base, file.config, names, seed=0)
+        except ConfigError as error:
+            raise CheckpointError(f"{file.path}: {error}") from error
+    _copy_values(base, file)
+    set_strength(base, strength)
+
+
+def warm_start(base, path: str | Path) -> None:
+    """Start the attached adapter from the values in ``path``.
+
+    Raises CheckpointError, naming the field and both values, when the file's type, rank, alpha or pattern lists are not
+    the attached adapter's or when it names another base by its hash; and for tensors that do not match.
+    """
+    if not adapted_layers(base):
+        raise ConfigError("warm_start needs an attached adapter; attach_adapter(base, ...) first")
+    file = read_adapter_file(path)
+    _require_agreement(base.adapter_config, file)
+    if BASE_KEY in file.metadata and file.metadata[BASE_KEY] != base.weights_digest():
+        raise CheckpointError(
+            f"{file.path}: {BASE_KEY} is {file.metadata[BASE_KEY]}, this base has {base.weights_digest()}; "
+            "the adapter was trained on another base model"
+        )
+    _require_tensors({key: value.shape for key, value in adapter_parameters(base).items()}, file)
+    _copy_values(base, file)
+
+
+def save_adapter(base, path: str | Path, metadata: Mapping[str, object] | None = None) -> None:
+    """Write the attached adapter, float16, whole or not at all; equal adapters and metadata give equal bytes.
+
+    metadata  further header entries, kept as strings; ``base_sha256`` (base.weights_digest()) is checked by warm_start
+    Raises ConfigError without an attached adapter, and EnvironmentFailure, naming the tensor and leaving any older file
+    in place, for values that are empty, not finite, or beyond float16's range.
+    """
+    parameters = adapter_parameters(base)
+    if not parameters:
+        raise ConfigError("there is no adapter to save; attach_adapter(base, ...) first")
+    write_adapter_file(path, base.adapter_config, parameters, metadata or {})
+
+
+def lora_config(base) -> dict:
+    """The attached adapter's ``lora_config``, in the reference's field order. Raises ConfigError when there is none."""
+    if not adapted_layers(base):
+        raise ConfigError("no adapter is attached; attach_adapter(base, ...) first")
+    return config_value(base.adapter_config)
+
+
+def _fresh_shapes(config: AdapterConfig, layers: Mapping[str, torch.nn.Module]) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{name}.{SLOT}.{tensor}": shape
+        for name, layer in layers.items()
+        for tensor, shape in config.kind.parameter_shapes(*layer.weight.flatten(1).shape, config.rank).items()
+    }
+
+
+def _require_agreement(attached: AdapterConfig, file: AdapterFile) -> None:
+    for field in ("adapter_type", "rank", "alpha", "include", "exclude"):
+        ours, theirs = getattr(attached, field), getattr(file.config, field)
+        # "dora" is another name of dora-rows.
+        same = attached.kind.computes_as(file.config.kind) if field == "adapter_type" else ours == theirs
+        if not same:
+            raise CheckpointError(f"{file.path}: {field} is {theirs!r} in the file, {ours!r} in the attached adapter")
+
+
+def _require_tensors(expected: Mapping[str, Iterable[int]], file: AdapterFile) -> None:
+    missing = [key for key in expected if key not in file.tensors]
+    unexpected = [key for key in file.tensors if key not in expected]
+    shapes = {key: tuple(value.shape) for key, value in file.tensors.items()}
+    misshapen = [
+        f"{key} {shapes[key]} instead of {tuple(shape)}"
+        for key, shape in expected.items()
+        if key in shapes and shapes[key] != tuple(shape)
+    ]
+    found = (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", misshapen))
+    problems = [f"{len(keys)} {what} ({_first_three(keys)})" for what, keys in found if keys]
+    if problems:
+        raise CheckpointError(
+            f"{file.path}: of the {len(expected)} tensors this base model and the file's lora_config ask for, "
+            f"{'; '.join(problems)}"
+        )
+
+
+def _first_three(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+
+
+@torch.no_grad()
+def _copy_values(base, file: AdapterFile) -> None:
+    for key, parameter in adapter_parameters(base).items():
+        parameter.copy_(file.tensors[key])
