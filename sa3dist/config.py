@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from sa3dist_kernels.adapter_types import ADAPTER_TYPES
 
-from sa3dist.adapters.types import ADAPTER_TYPES
 from sa3dist.errors import ConfigError
 
 # YAML 1.1 reads a bare on, off, no as a boolean; these keys mean the words.
@@ -27,7 +27,7 @@ AdapterName = Literal[tuple(ADAPTER_TYPES)]
 
 
 class Settings(BaseModel):
-    """Everything a run depends on. Endpoint fields keep the endpoint's names, defaults and ranges (spec/training.md 3)."""
+    """Everything a run depends on. Endpoint fields keep the endpoint's names, defaults and ranges."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, protected_namespaces=())
 
@@ -145,8 +145,8 @@ class Settings(BaseModel):
     def _check_across(self) -> Settings:
         if self.adapter_type.endswith("-xs") and self.rank > XS_RANK_LIMIT:
             raise ValueError(
-                f"rank: {self.rank} is out of range for {self.adapter_type}, expected 1..{XS_RANK_LIMIT}; the -xs types "
-                f"train a rank x rank matrix, so choose a smaller rank or another adapter_type"
+                f"rank: {self.rank} is out of range for {self.adapter_type}, expected 1..{XS_RANK_LIMIT}; the -xs "
+                f"types train a rank x rank matrix, so choose a smaller rank or another adapter_type"
             )
         output_dir = self.output_dir or Path("runs") / self.name
         object.__setattr__(self, "output_dir", Path(output_dir))

@@ -1,0 +1,45 @@
+# Two commands for a newcomer: `make demo` and `make test`. Everything else is for developers.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+PART ?= tests
+GPU_PYTHON ?= python3
+OUT ?= kernels/benchmarks/results
+
+.PHONY: demo test fast-test lint format bench gpu-check clean
+
+# The stamp, not the folder, says that an install finished.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(RUN) -m sa3dist.demo
+
+test: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(RUN) -m pytest
+
+fast-test: $(VENV)/.installed
+	$(RUN) -m pytest -m "not slow"
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/.installed
+	$(RUN) kernels/benchmarks/bench_step.py
+
+# From the source tree on a bare machine: no install, no network.
+gpu-check:
+	PYTHONPATH=.:kernels OUT=$(OUT) $(GPU_PYTHON) kernels/benchmarks/gpu_check.py $(PART)
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,251 @@
+"""The seeded stream of training samples: slot → clip → crop → noised micro batch, a pure function of the seed.
+
+A slot is the position of a sample in the endless stream. Every draw is keyed by (seed, purpose, slot), so which rank or
+worker makes a sample changes nothing.
+
+Suffixes: B clips, D latent channels, T latent frames, L prompt tokens, H prompt features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import signal
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from sa3dist import flow
+from sa3dist.data.latents import EncodedClips
+from sa3dist.errors import SA3DistError
+from sa3dist.parallel.signals import SIGNALS
+
+# A crop quieter than this is drawn again; source: spec/training.md 4.2, item 5 (-60 dBFS).
+SILENCE_PEAK = 1e-3
+MAX_CROP_DRAWS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamSettings:
+    """What the samples depend on besides the clips themselves."""
+
+    seed: int
+    micro_batch: int
+    crop_frames: int
+    prompt_dropout: float
+    seconds_total_of: str
+    min_length: int
+    max_length: int
+
+
+@dataclasses.dataclass
+class MicroBatch:
+    """One micro batch, ready for the step. ``keep_BT`` is None when every frame counts."""
+
+    clips: list[str]
+    latents_BDT: torch.Tensor
+    noised_BDT: torch.Tensor
+    target_BDT: torch.Tensor
+    t_B: torch.Tensor
+    keep_BT: torch.Tensor | None
+    inpaint_mask_B1T: torch.Tensor
+    hidden_BLH: torch.Tensor
+    prompt_mask_BL: torch.Tensor
+    seconds_total_B: torch.Tensor
+    drop_cross_B: torch.Tensor
+    silent_crops: int
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro batch with its tensors on ``device``."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in values.items()
+        }
+        return MicroBatch(**moved)
+
+    def pin_memory(self) -> MicroBatch:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return MicroBatch(**{n: v.pin_memory() if isinstance(v, torch.Tensor) else v for n, v in values.items()})
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, clips: int) -> torch.Tensor:
+    """Order of one epoch: int64 permutation of 0..clips-1, a function of (seed, epoch) alone."""
+    return torch.randperm(clips, generator=flow.generator_for(seed, "order", epoch))
+
+
+def clip_of_slot(seed: int, slot: int, clips: int) -> int:
+    """Index of the clip a slot trains on: every clip exactly once per epoch of ``clips`` slots."""
+    epoch, position = divmod(slot, clips)
+    return int(epoch_order(seed, epoch, clips)[position])
+
+
+def polarity_of_slot(seed: int, slot: int) -> bool:
+    """Whether the clip is phase-flipped in this slot: probability 1/2 (spec/training.md 4.2, item 6)."""
+    return bool(torch.rand(1, generator=flow.generator_for(seed, "flip", slot)) < 0.5)
+
+
+def micro_batch_slots(micro_index: int, micro_batch: int) -> range:
+    return range(micro_index * micro_batch, (micro_index + 1) * micro_batch)
+
+
+def micro_indices(first_step: int, last_step: int, accumulation: int, dist_rank: int, world_size: int) -> Iterator[int]:
+    """Micro batches of one rank for steps first_step..last_step, counted from 1, in the order it trains on them."""
+    for step in range(first_step, last_step + 1):
+        for round_ in range(accumulation):
+            yield ((step - 1) * accumulation + round_) * world_size + dist_rank
+
+
+class MicroBatches(Dataset):
+    """Micro batch by its global index: the loader's workers do the reading, cropping, drawing and coupling."""
+
+    def __init__(self, encoded: EncodedClips, settings: StreamSettings) -> None:
+        self.encoded = encoded
+        self.settings = settings
+
+    def __len__(self) -> int:
+        raise TypeError("the stream of micro batches has no end")
+
+    def __getitem__(self, micro_index: int) -> MicroBatch | SA3DistError:
+        slots = micro_batch_slots(micro_index, self.settings.micro_batch)
+        try:
+            return collate([self._sample(slot) for slot in slots], self.settings)
+        except SA3DistError as problem:
+            # As a value: the loader would bury its one line under a worker's traceback.
+            return problem
+
+    def _sample(self, slot: int) -> _Sample:
+        seed, limit = self.settings.seed, self.settings.crop_frames
+        clip = self.encoded.clips[clip_of_slot(seed, slot, len(self.encoded.clips))]
+        flipped = polarity_of_slot(seed, slot)
+        latents = self.encoded.latents(clip, flipped)
+        start, silent = _draw_crop(latents.peaks_T, limit, seed, slot)
+        valid = min(latents.valid_frames - start, limit)
+        mean_frames = flow.masks.EXTENSION_SECONDS * self.encoded.sample_rate_hz / self.encoded.samples_per_frame
+        extension = flow.draw_extension(mean_frames, flow.generator_for(seed, "extension", slot))
+        frames = min(limit, valid + extension)
+        file_seconds = math.ceil(clip.seconds)
+        crop_seconds = math.ceil(
+            min(clip.seconds, limit * self.encoded.samples_per_frame / self.encoded.sample_rate_hz)
+        )
+        seconds_total = file_seconds if self.settings.seconds_total_of == "file" else crop_seconds
+        hidden_LH, prompt_mask_L = self.encoded.prompt(clip.caption)
+        dropped = (
+            torch.rand(1, generator=flow.generator_for(seed, "prompt_dropout", slot)) < self.settings.prompt_dropout
+        )
+        return _Sample(
+            slot=slot,
+            clip=clip.key,
+            latents_DT=latents.window(start, frames),
+            seconds_total=float(seconds_total),
+            hidden_LH=hidden_LH,
+            prompt_mask_L=prompt_mask_L,
+            dropped=bool(dropped),
+            silent=silent,
+            effective_frames=flow.effective_frames(
+                seconds_total, self.encoded.sample_rate_hz, self.encoded.samples_per_frame
+            ),
+        )
+
+
+@dataclasses.dataclass
+class _Sample:
+    slot: int
+    clip: str
+    latents_DT: torch.Tensor
+    seconds_total: float
+    hidden_LH: torch.Tensor
+    prompt_mask_L: torch.Tensor
+    dropped: bool
+    silent: bool
+    effective_frames: int
+
+
+def _draw_crop(peaks_T: torch.Tensor, limit: int, seed: int, slot: int) -> tuple[int, bool]:
+    """Start frame of the crop, and whether it is silent after the last draw allowed."""
+    spare = len(peaks_T) - limit
+    if spare <= 0:
+        return 0, bool(peaks_T.max() < SILENCE_PEAK)
+    for attempt in range(MAX_CROP_DRAWS + 1):
+        start = int(torch.randint(0, spare + 1, (1,), generator=flow.generator_for(seed, "crop", slot, attempt)))
+        if peaks_T[start : start + limit].max() >= SILENCE_PEAK:
+            return start, False
+    return start, True
+
+
+def collate(samples: list[_Sample], settings: StreamSettings) -> MicroBatch:
+    """Draw each slot's t, noise and mask; pad to the longest sample; couple, mix and form the target."""
+    seed = settings.seed
+    lengths = [sample.latents_DT.shape[1] for sample in samples]
+    longest, channels = max(lengths), samples[0].latents_DT.shape[0]
+    latents_BDT = torch.zeros(len(samples), channels, longest)
+    noise_BDT = torch.empty_like(latents_BDT)
+    inpaint_mask_B1T = torch.zeros(len(samples), 1, longest)
+    t_B = torch.empty(len(samples))
+    for row, (sample, frames) in enumerate(zip(samples, lengths, strict=True)):
+        latents_BDT[row, :, :frames] = sample.latents_DT
+        noise_BDT[row] = flow.draw_noise(longest, channels, flow.generator_for(seed, "noise", sample.slot))
+        mask = flow.draw_inpaint_mask(frames, frames, flow.generator_for(seed, "inpaint", sample.slot))
+        inpaint_mask_B1T[row, 0, :frames] = mask
+        t_B[row] = flow.sample_timesteps(1, flow.generator_for(seed, "timestep", sample.slot))
+    effective_B = torch.tensor([sample.effective_frames for sample in samples])
+    t_B = flow.shift_timesteps(t_B, effective_B, settings.min_length, settings.max_length)
+    noise_BDT = noise_BDT[flow.couple_noise(latents_BDT, noise_BDT)]
+    noised_BDT, target_BDT = flow.noise_latents(latents_BDT, noise_BDT, t_B)
+    keep_BT = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
+    return MicroBatch(
+        clips=[sample.clip for sample in samples],
+        latents_BDT=latents_BDT,
+        noised_BDT=noised_BDT,
+        target_BDT=target_BDT,
+        t_B=t_B,
+        keep_BT=None if min(lengths) == longest else keep_BT,
+        inpaint_mask_B1T=inpaint_mask_B1T,
+        hidden_BLH=torch.stack([sample.hidden_LH for sample in samples]),
+        prompt_mask_BL=torch.stack([sample.prompt_mask_L for sample in samples]),
+        seconds_total_B=torch.tensor([sample.seconds_total for sample in samples]),
+        drop_cross_B=torch.tensor([sample.dropped for sample in samples]),
+        silent_crops=sum(sample.silent for sample in samples),
+    )
+
+
+def loader(
+    batches: MicroBatches,
+    indices: Iterator[int],
+    before: Callable[[int], None],
+    num_workers: int,
+    device: torch.device,
+) -> Iterator[MicroBatch]:
+    """Micro batches in the order of ``indices``, prepared ahead by worker processes.
+
+    before   called in this process with each index just before its micro batch is handed to a worker; encodes what a
+             first use still lacks
+    """
+
+    class Order:
+        def __iter__(self) -> Iterator[int]:
+            for index in indices:
+                before(index)
+                yield index
+
+    ready = DataLoader(
+        batches,
+        sampler=Order(),
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_signals_to_the_main_process,
+    )
+    for batch in ready:
+        if isinstance(batch, SA3DistError):
+            raise batch
+        yield batch.to(device)
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    # A terminal's Ctrl-C and Slurm's signals reach the whole process group; a worker that dies of one fails the step.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,54 @@
+"""Stage two: clips and captions become latents and prompt features on disk, shared out over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sa3dist.data.latents import EncodedClips
+from sa3dist.data.stream import clip_of_slot, micro_batch_slots, polarity_of_slot
+from sa3dist.errors import SA3DistError
+from sa3dist.parallel.group import Group, all_done
+from sa3dist.parallel.outcome import translate
+from sa3dist.parallel.signals import StopRequest
+
+
+def encode_all(
+    base, encoded: EncodedClips, group: Group, stop: StopRequest, report: Callable[[int, int], None] | None = None
+) -> None:
+    """Encode every clip in both polarities and every distinct caption; what is on disk already is not done again.
+
+    Each rank takes every world_size-th piece of work; all return together, however long the slowest one takes.
+    report   called with (done, total) of this rank
+    Raises what failed on any rank, on every rank.
+    """
+    captions = sorted({clip.caption for clip in encoded.clips})
+    work: list[Callable[[], None]] = [lambda c=caption: encoded.encode_prompts(base, [c]) for caption in captions]
+    # Both polarities: the autoencoder is not linear, so the latents of a flipped clip are not the flipped latents.
+    for clip in encoded.clips:
+        work += [lambda c=clip, f=flipped: encoded.encode_latents(base, c, f) for flipped in (False, True)]
+    mine = work[group.dist_rank :: group.world_size]
+    problem: SA3DistError | None = None
+    try:
+        for done, piece in enumerate(mine, start=1):
+            stop.raise_if_asked("encoding")
+            piece()
+            if report:
+                report(done, len(mine))
+    except Exception as failure:
+        problem = translate(failure)
+        if problem is None:
+            all_done(group, "encode", SA3DistError(f"{type(failure).__name__}: {failure}"), stop)
+            raise
+    all_done(group, "encode", problem, stop)
+
+
+def encode_on_first_use(base, encoded: EncodedClips, seed: int, micro_batch: int) -> Callable[[int], None]:
+    """A function that encodes what one micro batch still lacks, given its index."""
+
+    def prepare(micro_index: int) -> None:
+        for slot in micro_batch_slots(micro_index, micro_batch):
+            clip = encoded.clips[clip_of_slot(seed, slot, len(encoded.clips))]
+            encoded.encode_prompts(base, [clip.caption])
+            encoded.encode_latents(base, clip, polarity_of_slot(seed, slot))
+
+    return prepare

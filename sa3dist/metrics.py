@@ -1,0 +1,89 @@
+"""What a run says while it trains: metrics.jsonl for programs, a progress bar for people."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sa3dist.formats import atomic_path
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class MetricsFile:
+    """One JSON object per logged step, appended; on resume, rows past the checkpoint are dropped."""
+
+    def __init__(self, output_dir: Path, resumed_from: int | None) -> None:
+        self._path = Path(output_dir) / METRICS_NAME
+        self._resumed_from = resumed_from
+        kept = _rows_up_to(self._path, resumed_from or 0)
+        with atomic_path(self._path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self._resumed_from is not None:
+            row = {**row, "resumed_from": self._resumed_from}
+            self._resumed_from = None
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def sync(self) -> None:
+        """Make the rows written so far as durable as the checkpoint that follows."""
+        with self._path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _rows_up_to(path: Path, step: int) -> list[str]:
+    if step == 0 or not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        # A kill in the middle of a write leaves a torn last line, which is past the checkpoint by construction.
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    return kept
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int, shown: bool) -> Iterator[Callable[..., None]]:
+    """A bar on stderr with rate and time left; gives update(done, text). Without a terminal, a line now and then."""
+    if not shown:
+        yield lambda done, text="", total=0: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(file=sys.stderr)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total, text="")
+
+        def update(done: int, text: str = "", total: int = total) -> None:
+            bar.update(task, completed=done, total=total, text=text)
+            if not console.is_terminal and (done % max(1, total // 10) == 0 or done == total):
+                remaining = bar.tasks[task].time_remaining
+                eta = "" if remaining is None else f" ETA {remaining:.0f} s"
+                print(f"{title} {done}/{total} {text}{eta}", file=sys.stderr, flush=True)
+
+        yield update

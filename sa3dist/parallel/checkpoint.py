@@ -1,0 +1,130 @@
+"""Training checkpoints: adapters, moments and the step; safetensors and JSON, never pickle, never the base."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sa3dist.errors import CheckpointError
+from sa3dist.formats import file_sha256, fsync_directory
+
+log = logging.getLogger(__name__)
+
+STATE_NAME = "state.json"
+ADAPTER_NAME = "adapter.safetensors"
+MOMENTS_NAME = "moments.safetensors"
+CHECKPOINT_VERSION = 1
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """One saved state.
+
+    adapters   float32 adapter tensors by their name in the adapter file
+    moments    {"exp_avg": {...}, "exp_avg_sq": {...}}: AdamW's running means, float32, same names
+    state      JSON values: step, seed, micro and global batch, lora_config, base and dataset digests, versions
+    """
+
+    adapters: dict[str, torch.Tensor]
+    moments: dict[str, dict[str, torch.Tensor]]
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+
+def path_of(output_dir: Path, step: int) -> Path:
+    return Path(output_dir) / "checkpoints" / f"step-{step:08d}"
+
+
+def save(output_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Publish a checkpoint by rename after fsync, then drop all but the newest ``keep``. Returns its directory."""
+    target = path_of(output_dir, checkpoint.step)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        save_file(checkpoint.adapters, temporary / ADAPTER_NAME)
+        moments = {f"{moment}/{name}": t for moment in MOMENTS for name, t in checkpoint.moments[moment].items()}
+        save_file(moments, temporary / MOMENTS_NAME)
+        digests = {name: file_sha256(temporary / name) for name in (ADAPTER_NAME, MOMENTS_NAME)}
+        body = {"version": CHECKPOINT_VERSION, **checkpoint.state, "files": digests}
+        text = json.dumps({**body, "digest": _digest_of_state(body)}, indent=2)
+        (temporary / STATE_NAME).write_text(text, encoding="utf-8")
+        for name in (ADAPTER_NAME, MOMENTS_NAME, STATE_NAME):
+            with (temporary / name).open("rb") as written:
+                os.fsync(written.fileno())
+        # mkdtemp makes the directory private; results are for everyone the umask allows.
+        temporary.chmod(0o755)
+        aside = temporary.with_suffix(".old")
+        if target.exists():
+            os.replace(target, aside)
+        os.replace(temporary, target)
+        shutil.rmtree(aside, ignore_errors=True)
+        fsync_directory(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in list_all(output_dir)[keep:]:
+        shutil.rmtree(old)
+    return target
+
+
+def list_all(output_dir: Path) -> list[Path]:
+    """Checkpoint directories, newest first, intact or not."""
+    return sorted((Path(output_dir) / "checkpoints").glob("step-" + "[0-9]" * 8), reverse=True)
+
+
+def load(directory: Path) -> Checkpoint:
+    """Read one checkpoint. Raises CheckpointError, naming the file, when anything is missing or damaged."""
+    directory = Path(directory)
+    try:
+        state = json.loads((directory / STATE_NAME).read_text(encoding="utf-8"))
+        digest, files = state.pop("digest"), state["files"]
+        if _digest_of_state(state) != digest:
+            raise CheckpointError(f"{directory / STATE_NAME}: content does not match its digest")
+        if state["version"] != CHECKPOINT_VERSION:
+            raise CheckpointError(f"{directory}: checkpoint version {state['version']}, expected {CHECKPOINT_VERSION}")
+        for name, expected in files.items():
+            if file_sha256(directory / name) != expected:
+                raise CheckpointError(f"{directory / name}: content does not match its digest")
+        moments: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in MOMENTS}
+        for key, tensor in load_file(directory / MOMENTS_NAME).items():
+            moment, _, name = key.partition("/")
+            moments[moment][name] = tensor
+        return Checkpoint(load_file(directory / ADAPTER_NAME), moments, state)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{directory}: not a readable checkpoint ({type(error).__name__}: {error})") from error
+
+
+def find(output_dir: Path, resume: str) -> Checkpoint | None:
+    """The checkpoint a run continues from.
+
+    resume   "never": none; "auto": the newest intact one in output_dir, damaged ones passed over and named; else a
+             checkpoint directory, which must be intact
+    """
+    if resume == "never":
+        return None
+    if resume != "auto":
+        return load(Path(resume))
+    for directory in list_all(output_dir):
+        try:
+            return load(directory)
+        except CheckpointError as damage:
+            log.warning("passing over a damaged checkpoint: %s", damage)
+    return None
+
+
+def _digest_of_state(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

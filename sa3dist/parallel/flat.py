@@ -1,0 +1,78 @@
+"""Adapters and their gradients as views of two flat buffers: one optimiser kernel, one all-reduce per step."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sa3dist.parallel.checkpoint import MOMENTS
+from sa3dist.parallel.group import Group
+
+# AdamW as the reference configures it; source: spec/training.md 2.13.
+BETAS = (0.9, 0.95)
+EPSILON = 1e-8
+
+
+class FlatAdapters:
+    """The trainable tensors, their gradients and their AdamW moments, all float32 and contiguous in one order."""
+
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], learning_rate: float, weight_decay: float, scalars: int
+    ) -> None:
+        """scalars: extra float32 values that travel with the gradients in the same reduction."""
+        self.parameters = parameters
+        device = next(iter(parameters.values())).device
+        assert all(p.dtype == torch.float32 and p.device == device for p in parameters.values())
+        count = sum(parameter.numel() for parameter in parameters.values())
+        self.values = nn.Parameter(torch.empty(count, device=device))
+        self._reduced = torch.zeros(count + scalars, device=device)
+        self.gradient, self.scalars = self._reduced[:count], self._reduced[count:]
+        self.values.grad = self.gradient
+        for parameter, values, gradient in self._views(self.values.data, self.gradient):
+            values.copy_(parameter.data)
+            parameter.data = values
+            parameter.grad = gradient
+        self.optimizer = torch.optim.AdamW(
+            [self.values], lr=learning_rate, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True
+        )
+
+    def _views(self, *flats: torch.Tensor):
+        offset = 0
+        for parameter in self.parameters.values():
+            end = offset + parameter.numel()
+            yield parameter, *(flat[offset:end].view(parameter.shape) for flat in flats)
+            offset = end
+
+    def zero(self) -> None:
+        self._reduced.zero_()
+
+    def average(self, group: Group) -> None:
+        """Mean of gradients and sum of scalars over all ranks."""
+        group.sum_(self._reduced)
+        if group.world_size > 1:
+            self.gradient.div_(group.world_size)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
+        """Adapters and moments by name, copied to the CPU."""
+        held = self.optimizer.state[self.values]
+        flats = [self.values.data.cpu(), *(held[moment].cpu() for moment in MOMENTS)]
+        adapters: dict[str, torch.Tensor] = {}
+        moments: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in MOMENTS}
+        for name, (_, values, *means) in zip(self.parameters, self._views(*flats), strict=True):
+            adapters[name] = values.clone()
+            for moment, mean in zip(MOMENTS, means, strict=True):
+                moments[moment][name] = mean.clone()
+        return adapters, moments
+
+    def restore(
+        self, adapters: dict[str, torch.Tensor], moments: dict[str, dict[str, torch.Tensor]], step: int
+    ) -> None:
+        """Take over what ``state`` gave after ``step`` optimiser steps."""
+        flat_moments = {moment: torch.zeros_like(self.values.data) for moment in MOMENTS}
+        rows = self._views(self.values.data, *flat_moments.values())
+        for name, (_, values, *means) in zip(self.parameters, rows, strict=True):
+            values.copy_(adapters[name])
+            for moment, mean in zip(MOMENTS, means, strict=True):
+                mean.copy_(moments[moment][name])
+        count = torch.tensor(float(step), device=self.values.device)
+        self.optimizer.state[self.values] = {"step": count, **flat_moments}

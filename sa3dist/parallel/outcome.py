@@ -1,0 +1,106 @@
+"""How a program ends: one message, status.json, and the exit code that belongs to it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from sa3dist import errors
+from sa3dist.formats import write_json
+
+STATUS_NAME = "status.json"
+STATES = {
+    errors.EXIT_DONE: "done",
+    errors.EXIT_USER: "refused",
+    errors.EXIT_ENVIRONMENT: "failed",
+    errors.EXIT_INTERRUPTED: "interrupted",
+    errors.EXIT_BUG: "crashed",
+}
+
+
+def dist_rank_from_environment() -> int:
+    """Rank as the launcher gave it, known before and after the process group lives."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def translate(failure: BaseException) -> errors.SA3DistError | None:
+    """The explained failure an exception of a library stands for, or None when it is a bug of ours."""
+    if isinstance(failure, errors.SA3DistError):
+        return failure
+    if isinstance(failure, KeyboardInterrupt):
+        return errors.Interrupted("interrupted; finished work is kept, run the same command to continue")
+    if isinstance(failure, torch.OutOfMemoryError | MemoryError):
+        return errors.EnvironmentFailure(
+            f"out of memory ({_first_line(failure)}); "
+            f"try gradient_checkpointing=on, a smaller batch_size or a shorter duration"
+        )
+    if isinstance(failure, OSError):
+        where = f"{failure.filename}: " if failure.filename else ""
+        if failure.errno in (errno.ENOSPC, errno.EDQUOT):
+            return errors.EnvironmentFailure(f"{where}disk full; free space and run again to continue")
+        if failure.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EIO):
+            return errors.EnvironmentFailure(f"{where}{failure.strerror}; state is as last saved")
+    if isinstance(failure, torch.distributed.DistError) or _is_lost_peer(failure):
+        return errors.EnvironmentFailure(
+            f"lost contact with another rank ({_first_line(failure)}); state is as last saved"
+        )
+    return None
+
+
+def _is_lost_peer(failure: BaseException) -> bool:
+    # Gloo reports a dead peer as a plain RuntimeError that names its source file.
+    text = str(failure)
+    return isinstance(failure, RuntimeError) and ("gloo" in text or "Connection closed by peer" in text)
+
+
+def _first_line(failure: BaseException) -> str:
+    return (str(failure).strip() or type(failure).__name__).splitlines()[0]
+
+
+def run_program(body: Callable[[], None], output_dir: Callable[[], Path | None], step: Callable[[], int]) -> int:
+    """Run ``body``; report its end once, write status.json where the run's results are, return the exit code.
+
+    output_dir, step   asked when the program ends, because settings may turn out unreadable on the way; no directory,
+                       no status
+    """
+    message = "done"
+    try:
+        body()
+        code = errors.EXIT_DONE
+    except (Exception, KeyboardInterrupt) as failure:
+        explained = translate(failure)
+        code = errors.EXIT_BUG if explained is None else explained.exit_code
+        message = f"{type(failure).__name__}: {failure}" if explained is None else str(explained)
+        if code == errors.EXIT_BUG:
+            traceback.print_exception(failure)
+        elif dist_rank_from_environment() == 0:
+            print(message, file=sys.stderr, flush=True)
+    directory = output_dir()
+    if directory is not None:
+        _write_status(directory, code, message, step())
+    return code
+
+
+def _write_status(directory: Path, code: int, message: str, step: int) -> None:
+    status = {
+        "state": STATES[code],
+        "exit_code": code,
+        "message": message,
+        "dist_rank": dist_rank_from_environment(),
+        "host": socket.gethostname(),
+        "step": step,
+    }
+    # Rank 0 speaks for all; another rank speaks only of a failure rank 0 may not live to tell.
+    if dist_rank_from_environment() != 0 and code in (errors.EXIT_DONE, errors.EXIT_USER, errors.EXIT_INTERRUPTED):
+        return
+    try:
+        write_json(directory / STATUS_NAME, status)
+    except OSError as error:
+        print(f"{directory / STATUS_NAME}: cannot write ({error.strerror})", file=sys.stderr, flush=True)

@@ -1,0 +1,110 @@
+"""Checkpoints: what is saved comes back, what is damaged is passed over, what is half-written never shows."""
+
+import pytest
+import torch
+
+from sa3dist.errors import CheckpointError
+from sa3dist.parallel import checkpoint
+from sa3dist.parallel.flat import FlatAdapters
+from sa3dist.parallel.group import Group
+
+ALONE = Group(0, 1, torch.device("cpu"))
+
+
+def make(step):
+    generator = torch.Generator().manual_seed(step)
+    tensors = {name: torch.randn(3, 5, generator=generator) for name in ("model.b.lora_A", "model.a.lora_B")}
+    moments = {moment: {k: torch.randn(3, 5, generator=generator) for k in tensors} for moment in checkpoint.MOMENTS}
+    return checkpoint.Checkpoint(tensors, moments, {"step": step, "identity": {"seed": 1, "include": None}})
+
+
+def assert_equal(one, other):
+    assert one.adapters.keys() == other.adapters.keys()
+    assert all(torch.equal(one.adapters[k], other.adapters[k]) for k in one.adapters)
+    assert all(torch.equal(one.moments[m][k], other.moments[m][k]) for m in checkpoint.MOMENTS for k in one.adapters)
+    assert one.step == other.step
+    assert one.state["identity"] == other.state["identity"]
+
+
+def test_a_checkpoint_reads_back_as_it_was(tmp_path):
+    path = checkpoint.save(tmp_path, make(500), keep=2)
+    assert path == tmp_path / "checkpoints/step-00000500"
+    assert_equal(checkpoint.load(path), make(500))
+
+
+def test_only_the_newest_are_kept_and_nothing_else_lies_about(tmp_path):
+    for step in (1, 2, 3, 10):
+        checkpoint.save(tmp_path, make(step), keep=2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000010"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    checkpoint.save(tmp_path, make(4), keep=2)
+    checkpoint.save(tmp_path, make(4), keep=2)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+@pytest.mark.parametrize("name", [checkpoint.STATE_NAME, checkpoint.ADAPTER_NAME, checkpoint.MOMENTS_NAME])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog, name, damage):
+    checkpoint.save(tmp_path, make(5), keep=3)
+    newest = checkpoint.save(tmp_path, make(9), keep=3)
+    content = bytearray((newest / name).read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    elif damage == "truncate":
+        del content[len(content) // 2 :]
+    (newest / name).write_bytes(content)
+    if damage == "remove":
+        (newest / name).unlink()
+    found = checkpoint.find(tmp_path, "auto")
+    assert_equal(found, make(5))
+    assert "step-00000009" in caplog.text
+    with pytest.raises(CheckpointError, match="step-00000009"):
+        checkpoint.find(tmp_path, str(newest))
+
+
+def test_nothing_to_resume_is_no_error(tmp_path):
+    assert checkpoint.find(tmp_path, "auto") is None
+    checkpoint.save(tmp_path, make(1), keep=1)
+    assert checkpoint.find(tmp_path, "never") is None
+
+
+def _parameters(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"a": (4, 3), "b": (7,), "c": (2, 2)}
+    return {name: torch.nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+
+
+def _train(parameters, steps, first=1, flat=None):
+    flat = flat or FlatAdapters(parameters, learning_rate=0.05, weight_decay=0.1, scalars=2)
+    for step in range(first, first + steps):
+        flat.zero()
+        sum((p.sin() * (k + step)).sum() for k, p in enumerate(parameters.values())).backward()
+        flat.average(ALONE)
+        flat.optimizer.step()
+    return flat
+
+
+def test_the_flat_optimiser_equals_adamw_over_separate_tensors():
+    ours, plain = _parameters(), _parameters()
+    _train(ours, 5)
+    adamw = torch.optim.AdamW(plain.values(), lr=0.05, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for step in range(1, 6):
+        adamw.zero_grad()
+        sum((p.sin() * (k + step)).sum() for k, p in enumerate(plain.values())).backward()
+        adamw.step()
+    for name, parameter in ours.items():
+        torch.testing.assert_close(parameter.data, plain[name].data, atol=1e-6, rtol=1e-6)
+
+
+def test_a_restored_optimiser_continues_to_the_bit():
+    straight = _parameters()
+    _train(straight, 7)
+    stopped = _parameters()
+    adapters, moments = _train(stopped, 3).state()
+    resumed = _parameters(seed=99)
+    flat = FlatAdapters(resumed, learning_rate=0.05, weight_decay=0.1, scalars=2)
+    flat.restore(adapters, moments, step=3)
+    _train(resumed, 4, first=4, flat=flat)
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)

@@ -1,0 +1,187 @@
+"""The sample stream: who trains on what, when, and with which draws, whatever the number of ranks and workers."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sa3dist.data import stream
+from sa3dist.data.latents import ClipLatents
+from sa3dist.errors import EnvironmentFailure
+from sa3dist.formats import ClipEntry
+
+CHANNELS, TOKENS, FRAME, RATE = 6, 4, 4096, 44100
+
+
+class Clips:
+    """Latents and prompts of made-up clips, as EncodedClips serves them from disk."""
+
+    sample_rate_hz, samples_per_frame = RATE, FRAME
+
+    def __init__(self, frames, silent_until=0):
+        self.frames, self.silent_until = frames, silent_until
+        self.clips = tuple(
+            ClipEntry(f"clip_{i}", "s.tar", 0, 1, str(i), "wav", n * FRAME - 7, RATE, 2, f"caption {i}")
+            for i, n in enumerate(frames)
+        )
+
+    def latents(self, clip, flipped):
+        number = int(clip.audio_sha256)
+        generator = torch.Generator().manual_seed(2 * number + flipped)
+        peaks = torch.ones(self.frames[number])
+        peaks[: self.silent_until] = 0
+        latents = torch.randn(CHANNELS, self.frames[number] + 5, generator=generator)
+        return ClipLatents(latents, torch.tensor([[8.0, 9.0]]).repeat(CHANNELS, 1), peaks)
+
+    def prompt(self, caption):
+        return torch.full((TOKENS, 3), float(caption.split()[1])), torch.arange(TOKENS) < 2
+
+
+def make_settings(**changes):
+    values = {"seed": 3, "micro_batch": 2, "crop_frames": 20, "prompt_dropout": 0.1, "seconds_total_of": "file"}
+    return stream.StreamSettings(**{**values, "min_length": 256, "max_length": 4096, **changes})
+
+
+@given(
+    clips=st.sampled_from([4, 5, 17, 64]),
+    world=st.sampled_from([1, 2, 3, 4, 8]),
+    micro_batch=st.sampled_from([1, 2, 3]),
+    accumulation=st.sampled_from([1, 2, 3]),
+    seed=st.integers(0, 2**31 - 1),
+)
+@settings(deadline=None, max_examples=40)
+def test_ranks_partition_the_slots_and_every_epoch_holds_every_clip_once(clips, world, micro_batch, accumulation, seed):
+    steps = math.ceil(3 * clips / (world * accumulation * micro_batch))
+    taken = [
+        slot
+        for dist_rank in range(world)
+        for index in stream.micro_indices(1, steps, accumulation, dist_rank, world)
+        for slot in stream.micro_batch_slots(index, micro_batch)
+    ]
+    assert sorted(taken) == list(range(steps * accumulation * world * micro_batch))
+    for epoch in range(3):
+        used = [stream.clip_of_slot(seed, slot, clips) for slot in range(epoch * clips, (epoch + 1) * clips)]
+        assert sorted(used) == list(range(clips))
+
+
+@given(st.integers(1, 30), st.integers(0, 20), st.sampled_from([(1, 4), (2, 2), (4, 1)]))
+@settings(deadline=None, max_examples=30)
+def test_resuming_at_any_step_continues_the_same_micro_batches(first, more, split):
+    world, accumulation = split
+    whole = [list(stream.micro_indices(1, first + more, accumulation, rank, world)) for rank in range(world)]
+    tail = [list(stream.micro_indices(first, first + more, accumulation, rank, world)) for rank in range(world)]
+    assert [rows[(first - 1) * accumulation :] for rows in whole] == tail
+
+
+def test_a_steps_micro_batches_are_the_same_set_for_every_split_of_ranks_and_accumulation():
+    def of_step(step, world, accumulation):
+        return {i for rank in range(world) for i in stream.micro_indices(step, step, accumulation, rank, world)}
+
+    for step in (1, 2, 9):
+        assert of_step(step, 1, 4) == of_step(step, 2, 2) == of_step(step, 4, 1)
+
+
+def test_epochs_differ_in_order():
+    orders = {tuple(stream.epoch_order(1, epoch, 17).tolist()) for epoch in range(6)}
+    assert len(orders) == 6
+
+
+def fields(batch):
+    return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+
+
+def assert_equal(one, other):
+    for name, value in fields(one).items():
+        match = getattr(other, name)
+        assert torch.equal(value, match) if isinstance(value, torch.Tensor) else value == match, name
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_worker_processes_change_nothing(workers):
+    batches = stream.MicroBatches(Clips([12, 30, 25, 40, 20]), make_settings())
+    indices = list(range(9))
+    told = []
+    loaded = stream.loader(batches, iter(indices), told.append, workers, torch.device("cpu"))
+    for index, batch in zip(indices, loaded, strict=True):
+        assert_equal(batch, batches[index])
+    assert told == indices
+
+
+def test_a_clips_draws_do_not_depend_on_its_neighbours():
+    # One long clip and short ones: alone, slot 0 is shorter than beside a longer clip, yet draws the same.
+    clips = Clips([12, 30, 25, 40, 20])
+    together = stream.MicroBatches(clips, make_settings(micro_batch=5))[0]
+    for slot in range(5):
+        alone = stream.MicroBatches(clips, make_settings(micro_batch=1))[slot]
+        frames = alone.latents_BDT.shape[2]
+        assert alone.clips == together.clips[slot : slot + 1]
+        assert torch.equal(alone.latents_BDT[0], together.latents_BDT[slot, :, :frames])
+        assert torch.equal(alone.t_B, together.t_B[slot : slot + 1])
+        assert torch.equal(alone.inpaint_mask_B1T[0], together.inpaint_mask_B1T[slot, :, :frames])
+        assert torch.equal(alone.drop_cross_B, together.drop_cross_B[slot : slot + 1])
+        keep = together.keep_BT[slot] if together.keep_BT is not None else torch.ones(together.t_B.shape)
+        assert int(keep.sum()) == frames or together.keep_BT is None
+
+
+def test_short_clips_are_extended_by_encoded_silence_never_past_the_crop():
+    clips = Clips([12] * 4)
+    seen = set()
+    for slot in range(60):
+        batch = stream.MicroBatches(clips, make_settings(micro_batch=1, crop_frames=30))[slot]
+        frames = batch.latents_BDT.shape[2]
+        assert 12 <= frames <= 30
+        seen.add(frames)
+        tail = batch.latents_BDT[0, 0, 17:]
+        expected = torch.tensor([9.0 if position % 2 else 8.0 for position in range(17, frames)])
+        assert torch.equal(tail, expected)
+    assert {30} < seen
+    assert batch.keep_BT is None
+
+
+def test_crops_reach_both_ends_of_a_long_clip():
+    clips = Clips([24] * 4)
+    whole = clips.latents(clips.clips[0], False).latents_DT
+    starts = set()
+    for slot in range(300):
+        batch = stream.MicroBatches(clips, make_settings(micro_batch=1))[slot]
+        flipped = stream.polarity_of_slot(3, slot)
+        number = int(batch.clips[0].split("_")[1])
+        whole = clips.latents(clips.clips[number], flipped).latents_DT
+        (start,) = [s for s in range(5) if torch.equal(whole[:, s : s + 20], batch.latents_BDT[0])]
+        starts.add(start)
+    assert starts == {0, 1, 2, 3, 4}
+
+
+def test_a_silent_crop_is_drawn_again_and_the_clip_stays():
+    # Frames 0..29 of 60 are silent: one in four crops of 20 is silent at first.
+    batches = stream.MicroBatches(Clips([60] * 4, silent_until=30), make_settings(micro_batch=1))
+    assert sum(batches[slot].silent_crops for slot in range(200)) == 0
+    hopeless = stream.MicroBatches(Clips([60] * 4, silent_until=60), make_settings(micro_batch=1))
+    assert sum(hopeless[slot].silent_crops for slot in range(10)) == 10
+
+
+@pytest.mark.parametrize(("choice", "seconds"), [("file", 6), ("clip", 2)])
+def test_the_duration_told_is_the_files_or_the_crops(choice, seconds):
+    batch = stream.MicroBatches(Clips([60] * 4), make_settings(seconds_total_of=choice))[0]
+    assert batch.seconds_total_B.tolist() == [seconds, seconds]
+
+
+def test_prompts_are_dropped_for_their_share_of_slots():
+    batches = stream.MicroBatches(Clips([3] * 4), make_settings(crop_frames=3, micro_batch=8, prompt_dropout=0.3))
+    dropped = torch.cat([batches[index].drop_cross_B for index in range(250)]).double()
+    assert abs(dropped.mean().item() - 0.3) < 4.5 * math.sqrt(0.21 / len(dropped))
+
+
+def test_a_damaged_file_reaches_the_step_as_its_own_one_line():
+    class Damaged(Clips):
+        def latents(self, clip, flipped):
+            raise EnvironmentFailure(f"latents of clip {clip.key}: damaged")
+
+    batches = stream.MicroBatches(Damaged([12] * 4), make_settings())
+    with pytest.raises(EnvironmentFailure) as caught:
+        next(stream.loader(batches, iter([0]), lambda index: None, 1, torch.device("cpu")))
+    assert str(caught.value).count("\n") == 0
+    assert str(caught.value).startswith("latents of clip clip_")
