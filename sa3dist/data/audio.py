@@ -25,14 +25,17 @@ MAX_SECONDS = 3600
 MAX_DECODED_BYTES = 6 * 10**9
 # -60 dBFS, below which the reference calls a chunk silent (spec/training.md 4.2).
 SILENCE_PEAK = 1e-3
+# Float files may overshoot and are clamped, as in the reference. At +40 dBFS the scale itself is wrong (integers written
+# as floats peak at 32768) and clamping would leave a square wave.
+MAX_PEAK = 100.0
 # Telephone recordings have 8 kHz, DXD has 352.8 kHz; beyond that the header is damaged.
 SAMPLE_RATE_RANGE_HZ = (1000, 768_000)
 # libmpg123 may count one or two frames of 1152 samples more than it delivers, without any damage.
 MP3_SLACK_SAMPLES = 2304
 CONTAINER_FORMATS = {"WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "AIFF"}
 DECODE_BLOCK_SAMPLES = 1 << 18
-# torchaudio tabulates one filter per output phase: 64 MB of float32 here, 8 GB from 48,001 to 44,100 Hz.
-MAX_FILTER_TABLE = 1 << 24
+# torchaudio tabulates one filter per output phase: at most 0.6 MB for the usual rates, 8 GB from 48,001 to 44,100 Hz.
+MAX_FILTER_TABLE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +55,14 @@ def check_audio(data: bytes) -> AudioFacts:
     """
     samples, peak = 0, 0.0
     with _open(data) as sound:
-        rate, channels, declared = sound.samplerate, sound.channels, sound.frames
+        rate, channels, declared = sound.samplerate, sound.channels, _declared_samples(sound)
         _check_size(rate, channels, declared)
         for block in _blocks(sound):
             samples += len(block)
             _check_size(rate, channels, samples)
-            peak = max(peak, float(np.abs(block).max()))
-            if not math.isfinite(peak) or math.isnan(float(block.sum())):
+            if not np.isfinite(block).all():
                 raise DataError("holds NaN or infinite samples, expected finite ones; export it again")
+            peak = max(peak, float(np.abs(block).max()))
         slack = MP3_SLACK_SAMPLES if sound.format == "MP3" else 0
     if samples == 0:
         raise DataError("is empty (0 samples); replace or remove it")
@@ -73,6 +76,8 @@ def check_audio(data: bytes) -> AudioFacts:
     if peak < SILENCE_PEAK:
         level = f"peak {20 * math.log10(peak):.0f} dBFS" if peak > 0 else "every sample is 0"
         raise DataError(f"is silent ({level}, expected above -60 dBFS); replace or remove it")
+    if peak > MAX_PEAK:
+        raise DataError(f"peaks at {peak:.3g} times full scale, expected about 1 at most; normalise it")
     return AudioFacts(samples, rate, channels)
 
 
@@ -82,7 +87,7 @@ def decode(data: bytes) -> tuple[np.ndarray, int]:
     Raises DataError, without a file name, when libsndfile cannot decode it.
     """
     with _open(data) as sound:
-        _check_size(sound.samplerate, sound.channels, sound.frames)
+        _check_size(sound.samplerate, sound.channels, _declared_samples(sound))
         blocks = list(_blocks(sound))
         shape = (0, sound.channels)
         return np.ascontiguousarray(np.concatenate(blocks or [np.zeros(shape, np.float32)]).T), sound.samplerate
@@ -177,6 +182,13 @@ def _open(data: bytes):
         sound.close()
         raise DataError(f"is {sound.format} inside, expected WAV, FLAC, MP3, OGG, OPUS or AIFF; convert it")
     return sound
+
+
+def _declared_samples(sound) -> int:
+    # A FLAC that was written to a pipe: libsndfile then says 2^63 - 1 samples, and soundfile cannot read it in blocks.
+    if sound.frames >= 1 << 62:
+        raise DataError("does not say how long it is, as if written to a pipe; write it to a file again (flac -f)")
+    return sound.frames
 
 
 def _blocks(sound):
