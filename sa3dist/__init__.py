@@ -7,6 +7,11 @@ __version__ = "0.1.0"
 # Public names and the module each comes from, imported when first asked for: `import sa3dist` stays light.
 _EXPORTS = {
     "load_base": "sa3dist.model.loading",
+    "attach_adapter": "sa3dist.adapters",
+    "load_adapter": "sa3dist.adapters",
+    "adapter_parameters": "sa3dist.adapters",
+    "effective_weight": "sa3dist.adapters",
+    "save_adapter": "sa3dist.adapters",
 }
 
 

@@ -2,7 +2,7 @@
 
 from sa3dist_kernels.adapted_linear import adapted_linear, effective_weight_reference
 from sa3dist_kernels.adapter_types import ADAPTER_TYPES, AdapterType
-from sa3dist_kernels.frozen_linear import frozen_linear
+from sa3dist_kernels.frozen_products import frozen_linear
 from sa3dist_kernels.weight_norms import FrozenConstants, frozen_constants
 
 __all__ = [

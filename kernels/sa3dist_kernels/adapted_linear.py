@@ -22,7 +22,7 @@ from collections.abc import Mapping
 import torch
 
 from sa3dist_kernels.adapter_types import AdapterType
-from sa3dist_kernels.frozen_linear import compute_dtype, no_autocast, product_dtype, times, times_transposed
+from sa3dist_kernels.frozen_products import compute_dtype, no_autocast, product_dtype, times, times_transposed
 from sa3dist_kernels.weight_norms import (
     EPS,
     ColScaling,

@@ -17,7 +17,7 @@ import dataclasses
 import torch
 
 from sa3dist_kernels.adapter_types import AdapterType
-from sa3dist_kernels.frozen_linear import small_blocks, times, weight_times
+from sa3dist_kernels.frozen_products import small_blocks, times, weight_times
 
 # Added to the norm, not to its square: part of the file format.
 EPS = 1e-12

@@ -47,7 +47,7 @@ def read_adapter_file(path: str | Path) -> AdapterFile:
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
     for key, value in tensors.items():
-        if not value.is_floating_point() or not value.isfinite().all():
+        if not value.is_floating_point() or not value.float().isfinite().all():
             raise CheckpointError(
                 f"{path}: {key} ({value.dtype}) holds values that are not finite floats; train it again"
             )

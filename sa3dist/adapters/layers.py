@@ -89,9 +89,9 @@ class AdaptedLayer(nn.Module):
     @torch.no_grad()
     def effective_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """W' made from ``weight``, the frozen weight at the precision wanted."""
+        weight = weight.to(self.weight.device, copy=True)
         if self.strength == 0:
-            return weight.clone()
-        weight = weight.to(next(self.adapter.parameters()).device)
+            return weight
         return effective_weight_reference(
             weight, self.trained(), self.kind, self.strength * self.scale, self.adapter.frozen
         )
