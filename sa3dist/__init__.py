@@ -7,6 +7,8 @@ __version__ = "0.1.0"
 # Public names and the module each comes from, imported when first asked for: `import sa3dist` stays light.
 _EXPORTS = {
     "load_base": "sa3dist.model.loading",
+    "random_base": "sa3dist.model.random_weights",
+    "write_tiny_base": "sa3dist.model.tiny",
     "attach_adapter": "sa3dist.adapters",
     "load_adapter": "sa3dist.adapters",
     "adapter_parameters": "sa3dist.adapters",

@@ -13,7 +13,7 @@ from sa3dist.model.checkpoint import fill
 from sa3dist.model.conditioners import Conditioners
 from sa3dist.model.config import ModelConfig
 from sa3dist.model.dit import DiT
-from sa3dist.model.same import Autoencoder, Decoder
+from sa3dist.model.same import Autoencoder, Decoder, Encoder
 from sa3dist.model.text import TextEncoder, TextSource
 
 MODEL_PREFIX = "model."
@@ -35,11 +35,13 @@ class Base(nn.Module):
     config        ModelConfig
     weights       where tensors come from: CheckpointFile or the random weights of a benchmark
     device, dtype of the parameters; rotary tables and conditioning features stay float32
-    text_source   where the text encoder is looked for, on first use
-    The SAME encoder is loaded here; its decoder and the text encoder on first use.
+    text_source   where the text encoder is looked for, on first use; None: this base has none
+    encoder       load the SAME encoder now; it, its decoder and the text encoder otherwise load on first use
     """
 
-    def __init__(self, config: ModelConfig, weights, device, dtype: torch.dtype, text_source: TextSource | None):
+    def __init__(
+        self, config: ModelConfig, weights, device, dtype: torch.dtype, text_source: TextSource | None, encoder: bool
+    ):
         super().__init__()
         self.config = config
         self.weights = weights
@@ -49,7 +51,7 @@ class Base(nn.Module):
         with torch.device("meta"):
             self.model = Wrapper(DiT(config.dit))
             self.conditioner = Conditioners(config)
-            self.pretransform = Wrapper(Autoencoder(config.autoencoder, decoder=False))
+            self.pretransform = Wrapper(Autoencoder(config.autoencoder, parts=("encoder",) if encoder else ()))
         for name, child in self.named_children():
             fill(child, f"{name}.", weights, device, dtype)
         self.eval()
@@ -125,7 +127,7 @@ class Base(nn.Module):
         channels = self.config.audio_channels
         if audio_BCN.ndim != 3 or audio_BCN.shape[1] != channels or audio_BCN.shape[2] < 1:
             raise ValueError(f"audio is {tuple(audio_BCN.shape)}, expected (batch, {channels}, at least 1 sample)")
-        first = self.autoencoder.bottleneck.scaling_factor
+        first = self._load_part("encoder", Encoder)
         with torch.autocast(first.device.type, enabled=False):
             return self.autoencoder.encode(audio_BCN.to(first.device, first.dtype)).float()
 
@@ -135,14 +137,19 @@ class Base(nn.Module):
         channels = self.latent_channels
         if latents_BDT.ndim != 3 or latents_BDT.shape[1] != channels or latents_BDT.shape[2] < 1:
             raise ValueError(f"latents are {tuple(latents_BDT.shape)}, expected (batch, {channels}, at least 1 frame)")
-        first = self.autoencoder.bottleneck.scaling_factor
-        if self.autoencoder.decoder is None:
-            with torch.device("meta"):
-                decoder = Decoder(self.config.autoencoder.decoder)
-            fill(decoder, f"{AUTOENCODER_PREFIX}decoder.", self.weights, first.device, first.dtype)
-            self.autoencoder.decoder = decoder
+        first = self._load_part("decoder", Decoder)
         with torch.autocast(first.device.type, enabled=False):
             return self.autoencoder.decode(latents_BDT.to(first.device, first.dtype)).float()
+
+    def _load_part(self, name: str, kind: type[nn.Module]) -> Tensor:
+        """Make sure one half of the autoencoder is in memory; returns a tensor whose device and dtype are its own."""
+        like = self.autoencoder.bottleneck.scaling_factor
+        if getattr(self.autoencoder, name) is None:
+            with torch.device("meta"):
+                part = kind(getattr(self.config.autoencoder, name))
+            fill(part, f"{AUTOENCODER_PREFIX}{name}.", self.weights, like.device, like.dtype)
+            setattr(self.autoencoder, name, part)
+        return like
 
     def encode_hidden(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """The text encoder's last hidden states (B, L, 768) and mask (B, L), before any projection: what to cache."""
@@ -152,9 +159,11 @@ class Base(nn.Module):
             self._text_encoder = TextEncoder(self.text_source, self.device)
         return self._text_encoder.encode(prompts, self.device)
 
-    def release_text_encoder(self) -> None:
-        """Drop the text encoder from memory; the next prompt loads it again."""
+    def release_encoders(self) -> None:
+        """Drop the text encoder and both halves of SAME from memory; what is used again is loaded again."""
         self._text_encoder = None
+        self.autoencoder.encoder = None
+        self.autoencoder.decoder = None
 
     def embed_prompts(self, hidden_BLH: Tensor, mask_BL: Tensor) -> Tensor:
         """Hidden states to embeddings (B, L, C): projection (adapted when present), then padding. Differentiable."""

@@ -75,12 +75,14 @@ def load_base(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     text_encoder: str | Path | None = None,
+    encoder: bool = True,
 ) -> Base:
     """Load a base model strictly by the official keys.
 
     name_or_directory  small-music-base, small-sfx-base, medium-base, or a directory with model_config.json and
                        model.safetensors
     text_encoder       where T5Gemma is, when not beside the model
+    encoder            False leaves the SAME encoder on disk until audio is encoded (training on cached latents)
     Every tensor goes from the mapped file to ``device`` and ``dtype`` on its own. Raises CheckpointError when a file is
     missing or damaged, a key is missing, unexpected or of the wrong shape, or the config is unsupported.
     """
@@ -94,7 +96,7 @@ def load_base(
         model_directory=files.directory,
         base_repo=files.repo_id,
     )
-    return Base(config, weights, device, dtype, source)
+    return Base(config, weights, device, dtype, source, encoder)
 
 
 def load_autoencoder(

@@ -186,12 +186,13 @@ class Bottleneck(nn.Module):
 class Autoencoder(nn.Module):
     """Audio to latents and back. Noise the reference always adds is off unless its draws are given."""
 
-    def __init__(self, config: AutoencoderConfig, decoder: bool = True):
+    def __init__(self, config: AutoencoderConfig, parts: tuple[str, ...] = ("encoder", "decoder")):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config.encoder)
         self.bottleneck = Bottleneck(config.bottleneck)
-        self.register_module("decoder", Decoder(config.decoder) if decoder else None)
+        # A part left out has no tensors, in memory or in the state dict, until someone assigns it.
+        self.register_module("encoder", Encoder(config.encoder) if "encoder" in parts else None)
+        self.register_module("decoder", Decoder(config.decoder) if "decoder" in parts else None)
 
     def patch(self, audio_BCN: Tensor) -> Tensor:
         """(B, C, N) to (B, C * P, ceil(N / P)): channel major, sample in patch minor, zero-padded on the right."""
