@@ -81,15 +81,17 @@ def pair_members(container: Container) -> Listing:
             captions.setdefault(_stem(member.name), []).append(member)
         else:
             ignored += 1
-    # A partner that was refused is there: its absence is no second problem.
+    # What was refused ends the run anyway: an absent or unreadable partner of it is no second problem.
     refused = {_stem(name) for names in container.refused.values() for name in names}
     problems: dict[str, tuple[str, ...]] = {}
     pairs = []
     for stem in sorted(audio.keys() | captions.keys()):
         sounds, texts = audio.get(stem, []), captions.get(stem, [])
-        if problem := _mismatch(sounds, texts, stem in refused):
+        if stem in refused:
+            continue
+        if problem := _mismatch(sounds, texts):
             problems[_without_extension((sounds or texts)[0].name)] = (problem,)
-        elif sounds and texts:
+        else:
             name = sounds[0].name
             pairs.append(Pair(_without_extension(name), PurePosixPath(name).suffix[1:].lower(), sounds[0], texts[0]))
     pairs.sort(key=lambda pair: pair.key)
@@ -158,15 +160,15 @@ def _without_extension(name: str) -> str:
     return name[: len(name) - len(PurePosixPath(name).suffix)]
 
 
-def _mismatch(sounds: list[Member], texts: list[Member], partner_refused: bool) -> str | None:
+def _mismatch(sounds: list[Member], texts: list[Member]) -> str | None:
     names = " and ".join(printable(member.name) for member in (*sounds, *texts))
     if len(sounds) > 1:
         return f"{names}: {len(sounds)} audio files claim one caption; rename or remove all but one"
     if len(texts) > 1:
         return f"{names}: {len(texts)} captions for one clip; remove all but one"
-    if not texts and not partner_refused:
+    if not texts:
         return f"{names}: audio without a caption; add {printable(PurePosixPath(sounds[0].name).stem)}.txt beside it"
-    if not sounds and not partner_refused:
+    if not sounds:
         return f"{names}: caption without audio; add the clip beside it or remove the caption"
     return None
 

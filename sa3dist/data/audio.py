@@ -25,7 +25,7 @@ MAX_SECONDS = 3600
 MAX_DECODED_BYTES = 6 * 10**9
 # -60 dBFS, below which the reference calls a chunk silent (spec/training.md 4.2).
 SILENCE_PEAK = 1e-3
-# Float files may overshoot and are clamped, as in the reference. At +40 dBFS the scale itself is wrong (integers written
+# Float files may overshoot and are clamped, as in the reference. At +40 dBFS the scale itself is wrong (integers
 # as floats peak at 32768) and clamping would leave a square wave.
 MAX_PEAK = 100.0
 # Telephone recordings have 8 kHz, DXD has 352.8 kHz; beyond that the header is damaged.

@@ -115,7 +115,7 @@ class Container(abc.ABC):
         if fault is None and clean in self._names:
             fault = "is there twice under one name; make the archive again"
         if fault is not None:
-            self.refused.setdefault(fault, []).append(name)
+            self.refused.setdefault(fault, []).append(name if name_fault(name) else clean)
             return
         self._names.add(clean)
         self._total += size
@@ -211,9 +211,8 @@ class TarContainer(Container):
                     if len(found) > MAX_MEMBERS:
                         raise DataError(f"{self.label}: more than {MAX_MEMBERS} files; split it into several data sets")
         except _TAR_FAULTS as error:
-            raise DataError(
-                f"{self.label}, {path.name}: no readable plain tar ({short_reason(error)}); make or download it again"
-            ) from error
+            reason = f"{path.name} is no readable plain tar ({short_reason(error)})"
+            raise DataError(f"{self.label}: {reason}; make or download it again") from error
         return found
 
 
