@@ -11,14 +11,10 @@ from sa3dist.errors import CheckpointError
 from sa3dist.model.base import AUTOENCODER_PREFIX, CONDITIONER_PREFIX, MODEL_PREFIX, Base, Wrapper
 from sa3dist.model.checkpoint import CheckpointFile, check_keys, fill, tensor_shapes
 from sa3dist.model.conditioners import Conditioners
-from sa3dist.model.config import (
-    ModelConfig,
-    parse_autoencoder_config,
-    parse_model_config,
-    read_model_config,
-)
+from sa3dist.model.config import ModelConfig
 from sa3dist.model.dit import DiT
 from sa3dist.model.hub import hub_file
+from sa3dist.model.parse_config import parse_autoencoder_config, parse_model_config, read_model_config
 from sa3dist.model.released import RELEASED
 from sa3dist.model.same import Autoencoder
 from sa3dist.model.text import TextSource

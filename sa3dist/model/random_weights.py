@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sa3dist.formats import digest_of
 from sa3dist.model.base import Base
-from sa3dist.model.config import ModelConfig, parse_model_config
+from sa3dist.model.config import ModelConfig
 from sa3dist.model.loading import expected_tensors
+from sa3dist.model.parse_config import parse_model_config
 from sa3dist.model.released import released_config
 
 # Key pattern -> (mean, spread) of the entries; the first match counts. Nothing is at its initial value: zeros and ones

@@ -6,7 +6,6 @@ Legend: B batch, C channels, L patches, T latent frames, S patches per frame (th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +14,8 @@ from torch import Tensor, nn
 from sa3dist.model.attention_windows import SlidingWindow
 from sa3dist.model.blocks import DyT, FeedForward, RMSNorm, RotaryEmbedding, SelfAttention
 from sa3dist.model.config import AutoencoderConfig, BottleneckConfig, ResamplingConfig
+from sa3dist.model.long_clips import passes
 
-# Outer chunking of long clips, in latent frames. Source: the reference's pretransform wrapper.
-WINDOW_FRAMES = 128
-OVERLAP_FRAMES = 32
 # Without DyT both the block and the q/k norms are RMS norms with this epsilon.
 RMS_EPS = 1e-3
 # Noise on the decoder's latents, relative to running_std. Source: the reference's bottleneck in eval mode.
@@ -219,7 +216,7 @@ class Autoencoder(nn.Module):
         size = self.config.downsampling_ratio
         frames = math.ceil(audio_BCN.shape[2] / size)
         out = None
-        for window in self.windows(frames, self.config.encoder):
+        for window in passes(frames, self.config.encoder.frames_per_chunk, self.config.chunked):
             z = self.encode_once(audio_BCN[:, :, window.start * size : window.stop * size])
             if out is None:
                 out = z.new_empty(z.shape[0], z.shape[1], frames)
@@ -231,38 +228,8 @@ class Autoencoder(nn.Module):
         size = self.config.downsampling_ratio
         batch, _, frames = latents_BDT.shape
         out = latents_BDT.new_empty(batch, self.config.patching.channels, frames * size)
-        for window in self.windows(frames, self.config.decoder):
+        for window in passes(frames, self.config.decoder.frames_per_chunk, self.config.chunked):
             audio = self.decode_once(latents_BDT[:, :, window.start : window.stop])
             kept = audio[:, :, (window.keep - window.start) * size : (window.stop - window.start) * size]
             out[:, :, window.keep * size : window.stop * size] = kept
         return out
-
-    def windows(self, frames: int, side: ResamplingConfig) -> Iterator[Window]:
-        """The passes that cover ``frames``: one when the file says so or the clip is short."""
-        if not self.config.chunked or frames <= WINDOW_FRAMES:
-            yield Window(0, frames, 0)
-            return
-        yield from overlapping_windows(frames, side.frames_per_chunk)
-
-
-class Window:
-    """Frames ``start .. stop`` of one pass, of which ``keep .. stop`` are written over what came before."""
-
-    __slots__ = ("keep", "start", "stop")
-
-    def __init__(self, start: int, stop: int, keep: int):
-        self.start, self.stop, self.keep = start, stop, keep
-
-
-def overlapping_windows(frames: int, phase: int) -> Iterator[Window]:
-    """Windows of 128 frames every 96; the last is anchored to the end but starts on a multiple of ``phase``.
-
-    Chunked attention pairs frames by their position, so a window that starts elsewhere pairs them differently.
-    Half the overlap is dropped at inner edges: there a window lacks context that its neighbour has.
-    """
-    hop = WINDOW_FRAMES - OVERLAP_FRAMES
-    starts = list(range(0, frames - WINDOW_FRAMES + 1, hop))
-    if starts[-1] + WINDOW_FRAMES < frames:
-        starts.append(-(-(frames - WINDOW_FRAMES) // phase) * phase)
-    for start in starts:
-        yield Window(start, min(start + WINDOW_FRAMES, frames), start + (OVERLAP_FRAMES // 2 if start else 0))

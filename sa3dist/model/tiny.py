@@ -9,7 +9,7 @@ import torch
 from sa3dist.errors import ConfigError
 from sa3dist.formats import atomic_path, write_json
 from sa3dist.model.conditioners import HIDDEN_WIDTH
-from sa3dist.model.config import parse_model_config
+from sa3dist.model.parse_config import parse_model_config
 from sa3dist.model.random_weights import RandomWeights, uniform
 from sa3dist.model.released import released_config
 

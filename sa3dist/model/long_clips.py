@@ -1,0 +1,37 @@
+"""Outer chunking: which overlapping windows of frames cover a long clip, and what is kept of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+# In latent frames. Source: the reference's pretransform wrapper.
+WINDOW_FRAMES = 128
+OVERLAP_FRAMES = 32
+
+
+class Window(NamedTuple):
+    """Frames ``start .. stop`` of one pass, of which ``keep .. stop`` are written over what came before."""
+
+    start: int
+    stop: int
+    keep: int
+
+
+def passes(frames: int, phase: int, chunked: bool) -> Iterator[Window]:
+    """The passes that cover a clip: one when the model says so or the clip is short, else overlapping windows.
+
+    phase   latent frames that attention treats as one chunk, 1 for a sliding window
+
+    Windows have 128 frames and stand 96 apart; the last is anchored to the end but starts on a multiple of ``phase``:
+    chunked attention pairs frames by their position, so a window that starts elsewhere pairs them differently. Half
+    the overlap is dropped at inner edges, where a window lacks the context its neighbour has.
+    """
+    if not chunked or frames <= WINDOW_FRAMES:
+        yield Window(0, frames, 0)
+        return
+    starts = list(range(0, frames - WINDOW_FRAMES + 1, WINDOW_FRAMES - OVERLAP_FRAMES))
+    if starts[-1] + WINDOW_FRAMES < frames:
+        starts.append(-(-(frames - WINDOW_FRAMES) // phase) * phase)
+    for start in starts:
+        yield Window(start, min(start + WINDOW_FRAMES, frames), start + (OVERLAP_FRAMES // 2 if start else 0))
