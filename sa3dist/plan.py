@@ -20,7 +20,7 @@ USABLE_SHARE = 0.8
 
 def activation_bytes(base, frames: int, clips: int, value_bytes: int) -> int:
     """Bytes one micro batch keeps for its backward pass when no block is recomputed."""
-    dit = base.config.diffusion.config
+    dit = base.config.dit
     widths = SAVED_WIDTHS_DIFFERENTIAL if dit.attn_kwargs.differential else SAVED_WIDTHS_PLAIN
     tokens = clips * (frames + dit.num_memory_tokens)
     return tokens * dit.depth * widths * dit.embed_dim * value_bytes

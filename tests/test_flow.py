@@ -79,7 +79,7 @@ def test_timesteps_follow_the_truncated_logit_normal():
     t = flow.sample_timesteps(DRAWS, torch.Generator().manual_seed(5)).numpy()
     assert stats.kstest(t, cdf).pvalue > 1e-3
     assert t.dtype == "float32"
-    assert 0 < t.min()
+    assert t.min() > 0
     assert t.max() <= 1
 
 
@@ -137,7 +137,7 @@ def test_random_segments_have_the_recorded_statistics(described):
         context = flow.draw_inpaint_mask(1000, 1291, generator)[:1000]
         edges = int((context.diff() != 0).sum()) + int(context[0] == 0)
         # Segment masks are those that are neither full nor a prefix of ones.
-        if 0 < context.sum() and int(context.cumprod(0).sum()) != int(context.sum()):
+        if context.sum() > 0 and int(context.cumprod(0).sum()) != int(context.sum()):
             fractions.append(1 - context.mean().item())
             runs.append((edges + int(context[-1] == 0)) / 2)
     fractions, runs = torch.tensor(fractions), torch.tensor(runs)

@@ -12,6 +12,7 @@ from sa3dist.data import stream
 from sa3dist.data.latents import ClipLatents
 from sa3dist.errors import EnvironmentFailure
 from sa3dist.formats import ClipEntry
+from sa3dist.model.config import ShiftConfig
 
 CHANNELS, TOKENS, FRAME, RATE = 6, 4, 4096, 44100
 
@@ -42,7 +43,7 @@ class Clips:
 
 def make_settings(**changes):
     values = {"seed": 3, "micro_batch": 2, "crop_frames": 20, "prompt_dropout": 0.1, "seconds_total_of": "file"}
-    return stream.StreamSettings(**{**values, "min_length": 256, "max_length": 4096, **changes})
+    return stream.StreamSettings(**{**values, "shift": ShiftConfig(), **changes})
 
 
 @given(

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from sa3dist import flow
 from sa3dist.data.latents import EncodedClips
 from sa3dist.errors import SA3DistError
+from sa3dist.model.config import ShiftConfig
 from sa3dist.parallel.signals import SIGNALS
 
 # A crop quieter than this is drawn again; source: spec/training.md 4.2, item 5 (-60 dBFS).
@@ -29,15 +30,14 @@ MAX_CROP_DRAWS = 8
 
 @dataclasses.dataclass(frozen=True)
 class StreamSettings:
-    """What the samples depend on besides the clips themselves."""
+    """What the samples depend on besides the clips themselves. ``shift`` is the base's, None where it has none."""
 
     seed: int
     micro_batch: int
     crop_frames: int
     prompt_dropout: float
     seconds_total_of: str
-    min_length: int
-    max_length: int
+    shift: ShiftConfig | None
 
 
 @dataclasses.dataclass
@@ -192,7 +192,10 @@ def collate(samples: list[_Sample], settings: StreamSettings) -> MicroBatch:
         inpaint_mask_B1T[row, 0, :frames] = mask
         t_B[row] = flow.sample_timesteps(1, flow.generator_for(seed, "timestep", sample.slot))
     effective_B = torch.tensor([sample.effective_frames for sample in samples])
-    t_B = flow.shift_timesteps(t_B, effective_B, settings.min_length, settings.max_length)
+    if settings.shift is not None:
+        shift = settings.shift
+        lengths_and_shifts = shift.min_length, shift.max_length, shift.base_shift, shift.max_shift
+        t_B = flow.shift_timesteps(t_B, effective_B, *lengths_and_shifts)
     noise_BDT = noise_BDT[flow.couple_noise(latents_BDT, noise_BDT)]
     noised_BDT, target_BDT = flow.noise_latents(latents_BDT, noise_BDT, t_B)
     keep_BT = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]

@@ -1,6 +1,7 @@
 """The rectified-flow training step as pure functions of tensors and explicit generators.
 
-Suffixes: B clips of the micro batch, D latent channels, T latent frames, 1 a broadcast axis. t = 0 is data, t = 1 is noise.
+Suffixes: B clips of the micro batch, D latent channels, T latent frames, 1 a broadcast axis.
+Time: t = 0 is data, t = 1 is noise.
 """
 
 from sa3dist.flow.coupling import couple_noise

@@ -27,7 +27,8 @@ def noise_latents(
 
     latents_BDT, noise_BDT   float32 of shape (B, D, T)
     t_B                      time of each clip, 0 = data, 1 = noise
-    Returns (noised, target), both (B, D, T): (1 - t) latents + t noise, and noise - latents. Source: spec/training.md 2.6.
+    Returns (noised, target), both (B, D, T): (1 - t) latents + t noise, and noise - latents.
+    Source: spec/training.md 2.6.
     """
     t_B11 = t_B[:, None, None]
     return (1 - t_B11) * latents_BDT + t_B11 * noise_BDT, noise_BDT - latents_BDT

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-# Source: spec/training.md 2.3. The cut at 0.075 removes the noisiest 0.6 % of the logit-normal, the rest is stretched to t = 1.
+# Source: spec/training.md 2.3. The cut at 0.075 removes the noisiest 0.6 % of the logit-normal, the rest is
+# stretched to t = 1.
 TRUNCATION = 0.075
 
 

@@ -5,6 +5,8 @@ Legend: B batch, C channels or conditioning width, N samples, D latent channels,
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +36,7 @@ class Base(nn.Module):
 
     config        ModelConfig
     weights       where tensors come from: CheckpointFile or the random weights of a benchmark
-    device, dtype of the parameters; rotary tables and conditioning features stay float32
+    device, dtype of the parameters; rotary tables, conditioning features and SAME stay float32
     text_source   where the text encoder is looked for, on first use; None: this base has none
     encoder       load the SAME encoder now; it, its decoder and the text encoder otherwise load on first use
     """
@@ -53,7 +55,9 @@ class Base(nn.Module):
             self.conditioner = Conditioners(config)
             self.pretransform = Wrapper(Autoencoder(config.autoencoder, parts=("encoder",) if encoder else ()))
         for name, child in self.named_children():
-            fill(child, f"{name}.", weights, device, dtype)
+            # SAME stays float32: its latents are what the run trains on, made once and kept.
+            wide = torch.promote_types(dtype, torch.float32) if child is self.pretransform else dtype
+            fill(child, f"{name}.", weights, device, wide)
         self.eval()
 
     @property
@@ -67,6 +71,16 @@ class Base(nn.Module):
     @property
     def latent_channels(self) -> int:
         return self.config.latent_channels
+
+    @property
+    def native_seconds(self) -> float:
+        """Longest clip the model was made for, in seconds."""
+        return self.config.native_seconds
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length every prompt is padded or cut to, in tokens."""
+        return self.config.prompt.max_length
 
     @property
     def dit(self) -> DiT:
@@ -117,6 +131,20 @@ class Base(nn.Module):
         """Hex SHA-256 that identifies the checkpoint; the file is read once per process."""
         return self.weights.digest
 
+    def autoencoder_digest(self) -> str:
+        """Hex SHA-256 of the weights that decide what ``encode_audio`` gives; two bases may share an autoencoder."""
+        parts = (f"{AUTOENCODER_PREFIX}encoder.", f"{AUTOENCODER_PREFIX}bottleneck.")
+        state = hashlib.sha256(repr(self.config.autoencoder.encoder).encode())
+        for name in sorted(key for key in self.weights.shapes if key.startswith(parts)):
+            tensor = self.weights.read(name, None, "cpu", torch.float32).contiguous()
+            state.update(name.encode())
+            state.update(tensor.view(-1).numpy())
+        return state.hexdigest()
+
+    def text_encoder_digest(self) -> str:
+        """Hex SHA-256 of the text encoder's files. Raises CheckpointError when the base has none."""
+        return self._found_text_source().digest()
+
     @torch.no_grad()
     def encode_audio(self, audio_BCN: Tensor) -> Tensor:
         """Latents (B, D, ceil(N / samples_per_frame)), float32, without noise.
@@ -154,10 +182,13 @@ class Base(nn.Module):
     def encode_hidden(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """The text encoder's last hidden states (B, L, 768) and mask (B, L), before any projection: what to cache."""
         if self._text_encoder is None:
-            if self.text_source is None:
-                raise CheckpointError(f"{self.config.source}: this base has no text encoder; pass text_encoder=/path")
-            self._text_encoder = TextEncoder(self.text_source, self.device)
+            self._text_encoder = TextEncoder(self._found_text_source(), self.device)
         return self._text_encoder.encode(prompts, self.device)
+
+    def _found_text_source(self) -> TextSource:
+        if self.text_source is None:
+            raise CheckpointError(f"{self.config.source}: this base has no text encoder; pass text_encoder=/path")
+        return self.text_source
 
     def release_encoders(self) -> None:
         """Drop the text encoder and both halves of SAME from memory; what is used again is loaded again."""

@@ -63,7 +63,7 @@ _PROMPT_ONLY = {
     "padding_mode": ("none", "zero", "learned"),
     "enable_grad": (False,),
 }
-_SHIFT_ONLY = {"type": ("full",)}
+_SHIFT_ONLY = {"type": ("full",), "use_sine": (False,)}
 _CONDITIONING_IDS = {
     "cross_attention_cond_ids": ["prompt", "seconds_total"],
     "global_cond_ids": ["seconds_total"],

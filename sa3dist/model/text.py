@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from sa3dist.errors import CheckpointError
+from sa3dist.formats import digest_of, file_sha256
 from sa3dist.model.conditioners import HIDDEN_WIDTH
 from sa3dist.model.config import PromptConfig
 from sa3dist.model.hub import hub_folder
 
+DECIDING_SUFFIXES = (".safetensors", ".json", ".model")
 NEEDED_FILES = ("config.json", "tokenizer_config.json")
 
 
@@ -46,6 +48,11 @@ class TextSource:
         if self.config.model_path:
             return self._directory(Path(self.config.model_path), "model_path of the model config")
         return hub_folder(self.config.repo_id or self.config.model_name, subfolder, NEEDED_FILES)
+
+    def digest(self) -> str:
+        """Hex SHA-256 over the files that decide the hidden states: weights, tokenizer and their configs."""
+        files = sorted(path for path in self.resolve().iterdir() if path.suffix in DECIDING_SUFFIXES)
+        return digest_of(*(part for path in files for part in (path.name, file_sha256(path))))
 
     def _resolve_override(self, override: str) -> Path:
         path = Path(override).expanduser()

@@ -1,0 +1,46 @@
+"""Stage four: the trained adapter becomes the files a user takes away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sa3dist.adapters import save_adapter
+from sa3dist.formats import write_json
+
+LORA_NAME = "lora.safetensors"
+CONFIG_NAME = "config.json"
+RESULT_NAME = "result.json"
+# Which released models take the adapters of a base: the base itself and its post-trained sibling.
+INFERENCE_MODELS = {
+    "medium-base": ["medium-base", "medium"],
+    "small-music-base": ["small-music-base", "small-music"],
+    "small-sfx-base": ["small-sfx-base", "small-sfx"],
+}
+HEADER_KEYS = ("step", "base_model", "base_sha256", "dataset_sha256", "sa3dist_version")
+
+
+def publish(base, output_dir: Path, description: dict[str, Any]) -> dict[str, Any]:
+    """Write lora.safetensors, config.json and result.json, each by rename. Returns the result.
+
+    description   what config.json holds; its HEADER_KEYS also go into the adapter file's header
+    """
+    output_dir = Path(output_dir)
+    save_adapter(base, output_dir / LORA_NAME, metadata={key: description[key] for key in HEADER_KEYS})
+    models = INFERENCE_MODELS.get(description["base_model"], [description["base_model"]])
+    write_json(output_dir / CONFIG_NAME, {**description, "inference_models": models})
+    result = {
+        "lora_file": _describe_file(output_dir / LORA_NAME, "application/octet-stream"),
+        "config_file": _describe_file(output_dir / CONFIG_NAME, "application/json"),
+    }
+    write_json(output_dir / RESULT_NAME, result)
+    return result
+
+
+def _describe_file(path: Path, content_type: str) -> dict[str, Any]:
+    return {
+        "url": path.resolve().as_uri(),
+        "content_type": content_type,
+        "file_name": path.name,
+        "file_size": path.stat().st_size,
+    }

@@ -1,0 +1,263 @@
+"""Stage three: the training loop. Latents and prompt features in, checkpoints of the adapters out."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sa3dist import flow
+from sa3dist.adapters import adapter_digest
+from sa3dist.data.stream import MicroBatch, clip_of_slot
+from sa3dist.errors import CheckpointError, EnvironmentFailure, Interrupted, SA3DistError
+from sa3dist.metrics import MetricsFile, progress
+from sa3dist.parallel import checkpoint
+from sa3dist.parallel.flat import FlatAdapters
+from sa3dist.parallel.group import Group, on_main_first
+from sa3dist.parallel.outcome import translate
+from sa3dist.parallel.signals import StopRequest
+
+log = logging.getLogger(__name__)
+
+# What travels with the gradients: sums over the step's micro batches and ranks.
+LOSS, LOSS_GEN, LOSS_CTX, STOP, TROUBLE, SILENT = range(6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How one run divides its work.
+
+    accumulation    micro batches per rank and step
+    global_batch    clips per step over all ranks
+    identity        what a checkpoint must agree with to be continued: JSON values by name
+    clip_keys       keys of the dataset's clips, in index order
+    """
+
+    steps: int
+    accumulation: int
+    micro_batch: int
+    global_batch: int
+    seed: int
+    identity: dict[str, Any]
+    clip_keys: list[str]
+
+    def clips_of_step(self, step: int) -> list[str]:
+        """Keys of the clips all ranks train on in a step, in slot order."""
+        slots = range((step - 1) * self.global_batch, step * self.global_batch)
+        return [self.clip_keys[clip_of_slot(self.seed, slot, len(self.clip_keys))] for slot in slots]
+
+
+def check_identity(saved: checkpoint.Checkpoint, identity: dict[str, Any], where: Path) -> None:
+    """Raises CheckpointError naming the first value in which the run and its checkpoint differ."""
+    for name, value in identity.items():
+        found = saved.state["identity"].get(name)
+        if found != value:
+            raise CheckpointError(
+                f"{where}: holds a checkpoint with {name} {found!r}, this run has {value!r}; "
+                f"use another output_dir, or resume=never to start over"
+            )
+
+
+def divide_work(saved: checkpoint.Checkpoint | None, settings, world_size: int) -> int:
+    """Accumulation of this run. A checkpoint's global batch decides over the configuration.
+
+    Raises CheckpointError, naming the workable process counts, when that batch does not divide.
+    """
+    if saved is None:
+        return settings.accumulation(world_size)
+    global_batch, micro_batch = saved.state["global_batch"], saved.state["identity"]["batch_size"]
+    rounds, rest = divmod(global_batch, micro_batch * world_size)
+    if rest:
+        workable = [n for n in range(1, global_batch // micro_batch + 1) if global_batch % (micro_batch * n) == 0]
+        raise CheckpointError(
+            f"resume: the checkpoint trains {global_batch} clips per step in micro batches of {micro_batch}, which "
+            f"{world_size} processes cannot share evenly; use {' or '.join(map(str, workable))} processes"
+        )
+    if rounds != settings.gradient_accumulation_steps or settings.global_batch_size not in (None, global_batch):
+        log.info("resuming with the checkpoint's %d clips per step: %d micro batches per process", global_batch, rounds)
+    return rounds
+
+
+class Trainer:
+    """One rank's part of the loop: gradients of its micro batches, the common step, saving."""
+
+    def __init__(self, base, parameters: dict[str, torch.nn.Parameter], settings, plan: Plan, group: Group) -> None:
+        self.base = base
+        self.settings = settings
+        self.plan = plan
+        self.group = group
+        self.step = 0
+        self.flat = FlatAdapters(parameters, settings.learning_rate, settings.weight_decay, scalars=SILENT + 1)
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        missing = self.flat.parameters.keys() ^ saved.adapters.keys()
+        if missing:
+            raise CheckpointError(
+                f"checkpoint of step {saved.step}: its layers differ from this run's, e.g. {min(missing)}"
+            )
+        self.flat.restore(saved.adapters, saved.moments, saved.step)
+        self.step = saved.step
+
+    def loss(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Loss of one micro batch on this device: (loss, loss_gen, loss_ctx)."""
+        autocast = torch.autocast(
+            self.group.device.type, torch.bfloat16, enabled=self.settings.mixed_precision == "bf16"
+        )
+        with autocast:
+            velocity_BDT = self.base.velocity(
+                batch.noised_BDT,
+                batch.t_B,
+                self.base.embed_prompts(batch.hidden_BLH, batch.prompt_mask_BL),
+                batch.prompt_mask_BL,
+                batch.seconds_total_B,
+                padding_mask_BT=batch.keep_BT,
+                inpaint_mask_B1T=batch.inpaint_mask_B1T,
+                inpaint_latents_BDT=batch.latents_BDT,
+                drop_cross_B=batch.drop_cross_B,
+            )
+        keep_BT = batch.keep_BT
+        if keep_BT is None:
+            keep_BT = torch.ones_like(batch.inpaint_mask_B1T[:, 0], dtype=torch.bool)
+        return flow.masked_loss(
+            velocity_BDT, batch.target_BDT, keep_BT, batch.inpaint_mask_B1T, self.settings.context_weight
+        )
+
+    def accumulate(self, batches: Iterator[MicroBatch]) -> tuple[float, list[tuple[list[str], torch.Tensor]]]:
+        """Gradients of this rank's micro batches of one step.
+
+        Returns the seconds spent waiting for data, and (clip keys, loss) per micro batch.
+        """
+        waited, losses = 0.0, []
+        for _ in range(self.plan.accumulation):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            loss, loss_gen, loss_ctx = self.loss(batch)
+            (loss / self.plan.accumulation).backward()
+            parts = torch.stack([loss.detach(), loss_gen.detach(), loss_ctx.detach()])
+            self.flat.scalars[LOSS : LOSS_CTX + 1] += parts
+            self.flat.scalars[SILENT] += batch.silent_crops
+            losses.append((batch.clips, parts[0]))
+        return waited, losses
+
+    def take_step(self, batches: Iterator[MicroBatch], stop: StopRequest) -> dict[str, float]:
+        """One optimiser step over all ranks. Returns its figures, equal on every rank.
+
+        Raises on every rank alike when any rank failed or the loss is not finite; the adapters then stay as they were.
+        """
+        self.flat.zero()
+        waited, losses, failure = 0.0, [], None
+        try:
+            waited, losses = self.accumulate(batches)
+        except Exception as error:
+            # Peers wait in the reduction below: join it first, fail afterwards, all together.
+            failure = error
+            self.flat.scalars[TROUBLE] = 1
+        self.flat.scalars[STOP] = float(stop())
+        self.flat.average(self.group)
+        grad_norm = torch.linalg.vector_norm(self.flat.gradient)
+        *figures, norm = torch.cat([self.flat.scalars, grad_norm[None]]).tolist()
+        if figures[TROUBLE]:
+            self._fail_together(failure)
+        count = self.plan.accumulation * self.group.world_size
+        means = [value / count for value in figures[: LOSS_CTX + 1]]
+        if not (math.isfinite(means[LOSS]) and math.isfinite(norm)):
+            self._name_the_non_finite(losses)
+        self.flat.optimizer.step()
+        self.step += 1
+        return {
+            "loss": means[LOSS],
+            "loss_gen": means[LOSS_GEN],
+            "loss_ctx": means[LOSS_CTX],
+            "grad_norm": norm,
+            "stop": figures[STOP],
+            "silent_crops": figures[SILENT],
+            "data_wait_seconds": waited,
+        }
+
+    def _fail_together(self, failure: Exception | None) -> None:
+        problem = None if failure is None else translate(failure)
+        if failure is not None and problem is None:
+            problem = SA3DistError(f"{type(failure).__name__}: {failure}")
+            log.error("step %d failed", self.step + 1, exc_info=failure)
+        self.group.agree(problem)
+
+    def _name_the_non_finite(self, losses: list[tuple[list[str], torch.Tensor]]) -> None:
+        mine = [key for clips, loss in losses if not bool(loss.isfinite()) for key in clips]
+        clips = sorted({key for keys in self.group.gather(mine) for key in keys})
+        found = f"loss of clip {', '.join(clips)}" if clips else "gradient"
+        raise EnvironmentFailure(
+            f"step {self.step + 1}: the {found} is not finite; training stopped, state is as last saved. "
+            f"Look at that clip, or lower learning_rate"
+        )
+
+    def save(self, output_dir: Path, stop: StopRequest) -> None:
+        """Write a checkpoint on rank 0 while all ranks wait; first check that the ranks hold equal, finite adapters."""
+        finite = bool(self.flat.values.isfinite().all())
+        held = self.group.gather((adapter_digest(self.base), finite))
+        if len({digest for digest, _ in held}) > 1:
+            raise EnvironmentFailure(f"step {self.step}: the ranks' adapters differ; state is as last saved")
+        if not all(ok for _, ok in held):
+            raise EnvironmentFailure(f"step {self.step}: an adapter value is not finite; state is as last saved")
+
+        def write() -> None:
+            adapters, moments = self.flat.state()
+            state = {"step": self.step, "global_batch": self.plan.global_batch, "identity": self.plan.identity}
+            state |= {"world_size": self.group.world_size, "torch": torch.__version__}
+            checkpoint.save(output_dir, checkpoint.Checkpoint(adapters, moments, state), self.settings.keep_checkpoints)
+
+        stop.saving = True
+        try:
+            on_main_first(self.group, f"save-{self.step}", write, should_stop=lambda: False)
+        finally:
+            stop.saving = False
+
+
+def train(
+    trainer: Trainer,
+    batches: Iterator[MicroBatch],
+    stop: StopRequest,
+    output_dir: Path,
+    resumed_from: int | None,
+    describe: Callable[[], dict[str, Any]] = dict,
+) -> None:
+    """Train from the trainer's step to the plan's last one, saving on the way and at the end.
+
+    describe   extra figures for a logged row, e.g. peak memory
+    Raises Interrupted after saving when any rank was asked to stop.
+    """
+    settings, plan, group = trainer.settings, trainer.plan, trainer.group
+    metrics = MetricsFile(output_dir, resumed_from) if group.is_main else None
+    with contextlib.ExitStack() as stack:
+        update = stack.enter_context(progress("train", plan.steps, shown=group.is_main))
+        clock, waited, silent, last_logged = time.perf_counter(), 0.0, 0.0, trainer.step
+        while trainer.step < plan.steps:
+            figures = trainer.take_step(batches, stop)
+            step = trainer.step
+            stopping = figures.pop("stop") > 0
+            waited += figures.pop("data_wait_seconds")
+            silent += figures.pop("silent_crops")
+            if metrics and (step % settings.log_every == 0 or step == plan.steps):
+                elapsed = time.perf_counter() - clock
+                row = {"step": step, **figures, "lr": settings.learning_rate, "clips_seen": step * plan.global_batch}
+                row |= {"epoch": step * plan.global_batch / len(plan.clip_keys), "silent_crops": int(silent)}
+                row |= {"step_seconds": elapsed / (step - last_logged), "data_wait": waited / elapsed, **describe()}
+                if settings.log_clips:
+                    row["clips"] = plan.clips_of_step(step)
+                metrics.write(row)
+                clock, waited, silent, last_logged = time.perf_counter(), 0.0, 0.0, step
+            rate = (step - last_logged) / (time.perf_counter() - clock) if step > last_logged else 0.0
+            update(step, f"loss {figures['loss']:.4f}" + (f" {rate:.2f} it/s" if rate else ""))
+            if stopping or step % settings.save_every == 0 or step == plan.steps:
+                if metrics:
+                    metrics.sync()
+                trainer.save(output_dir, stop)
+            if stopping and step < plan.steps:
+                raise Interrupted(f"stopped after step {step}, state saved; run the same command to continue")

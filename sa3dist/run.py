@@ -1,0 +1,252 @@
+"""One run: the settings, the processes, and each stage with what it needs from the ones before."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from sa3dist import __version__, adapters, encode, export, loop, plan, shard
+from sa3dist.config import Settings, crop_frames
+from sa3dist.data.fetch import fetch, is_remote
+from sa3dist.data.latents import EncodedClips
+from sa3dist.data.stream import MicroBatches, StreamSettings, loader, micro_indices
+from sa3dist.errors import CheckpointError
+from sa3dist.formats import DatasetIndex, atomic_path
+from sa3dist.metrics import progress
+from sa3dist.model.loading import load_base
+from sa3dist.parallel import checkpoint
+from sa3dist.parallel.group import Group, on_main_first
+from sa3dist.parallel.signals import StopRequest
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def make_deterministic() -> None:
+    """Only deterministic kernels from here on; a kernel that has no deterministic form raises."""
+    # cuBLAS reads this at its first call.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+class Run:
+    """The stages in the order they are called: open_base, shard, encode, prepare, train, export."""
+
+    def __init__(self, settings: Settings, group: Group, stop: StopRequest) -> None:
+        self.settings = settings
+        self.group = group
+        self.stop = stop
+        self.trainer: loop.Trainer | None = None
+        self._saved_step: int | None = None
+        self._frames = 0
+
+    @property
+    def step(self) -> int:
+        return self.trainer.step if self.trainer else 0
+
+    def open_base(self):
+        """Load the frozen base, attach fresh adapters, and start them from lora_checkpoint_url when given.
+
+        Comes first, so that a wrong model, rank, include list or adapter file is refused before hours of preparation.
+        """
+        settings = self.settings
+        base = load_base(
+            settings.model, self.group.device, DTYPES[settings.base_precision], text_encoder=settings.text_encoder
+        )
+        base.reference_numerics = settings.reference_numerics
+        adapters.attach_adapter(
+            base,
+            adapter_type=settings.adapter_type,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            include=settings.include,
+            exclude=settings.exclude,
+            seed=settings.seed,
+        )
+        if settings.lora_checkpoint_url:
+            path = on_main_first(self.group, "warm-start", self._local_adapter_file, self.stop)
+            adapters.warm_start(base, path)
+        return base
+
+    def _local_adapter_file(self) -> str:
+        url = self.settings.lora_checkpoint_url
+        if is_remote(url):
+            return str(fetch(url, self.settings.work_dir / "downloads", self.stop))
+        return url.removeprefix("file://")
+
+    def shard(self) -> DatasetIndex:
+        """Stage one on rank 0; every rank reads the index it leaves."""
+        settings = self.settings
+
+        def build() -> str:
+            with progress("check clips", 1, shown=True) as update:
+                index = shard.build_shards(
+                    settings.audio_data_url,
+                    settings.work_dir,
+                    on_bad_clip=settings.on_bad_clip,
+                    allow_any_dataset_size=settings.allow_any_dataset_size,
+                    report=lambda done, total: update(done, total=total),
+                    should_stop=self.stop,
+                )
+            hours = sum(clip.seconds for clip in index.clips) / 3600
+            log.info("dataset: %d clips, %.2f hours, in %s", len(index.clips), hours, index.directory)
+            for name in index.skipped:
+                log.warning("skipped: %s", name)
+            return str(index.directory)
+
+        return DatasetIndex.read(Path(on_main_first(self.group, "shard", build, self.stop)))
+
+    def encode(self, base, index: DatasetIndex, everything: bool | None = None) -> EncodedClips:
+        """Stage two. everything: encode all clips now, or each on first use; None does as ``pre_encode`` says."""
+        encoded = EncodedClips(index, self.settings.work_dir, base)
+        if self.settings.pre_encode if everything is None else everything:
+            with progress("encode", 1, shown=self.group.is_main) as update:
+                encode.encode_all(base, encoded, self.group, self.stop, lambda done, total: update(done, total=total))
+            base.release_encoders()
+        return encoded
+
+    def prepare(self, base, encoded: EncodedClips) -> None:
+        """Make the trainer: as the newest good checkpoint left it, or fresh."""
+        settings, group = self.settings, self.group
+        frames = crop_frames(
+            settings.duration,
+            max(clip.seconds for clip in encoded.clips),
+            base.native_seconds,
+            base.sample_rate_hz,
+            base.samples_per_frame,
+        )
+        identity = self._identity(base, encoded, frames)
+        saved = self._find_checkpoint()
+        if saved is not None:
+            loop.check_identity(saved, identity, settings.output_dir)
+        accumulation = loop.divide_work(saved, settings, group.world_size)
+        work = loop.Plan(
+            steps=settings.number_of_steps,
+            accumulation=accumulation,
+            micro_batch=settings.batch_size,
+            global_batch=accumulation * settings.batch_size * group.world_size,
+            seed=settings.seed,
+            identity=identity,
+            clip_keys=[clip.key for clip in encoded.clips],
+        )
+        self.trainer = loop.Trainer(base, adapters.adapter_parameters(base), settings, work, group)
+        if saved is not None:
+            self.trainer.restore(saved)
+        self._saved_step = saved.step if saved else None
+        self._frames = frames
+
+    def train(self, base, encoded: EncodedClips) -> None:
+        """Stage three: train from where ``prepare`` left the trainer to number_of_steps."""
+        settings, group, work, frames = self.settings, self.group, self.trainer.plan, self._frames
+        base.gradient_checkpointing = plan.wants_checkpointing(
+            settings.gradient_checkpointing, base, frames, settings.batch_size, group.device
+        )
+        self._announce(base)
+        if self.trainer.step < work.steps:
+            loop.train(
+                self.trainer,
+                self._batches(base, encoded),
+                self.stop,
+                settings.output_dir,
+                self._saved_step,
+                describe=lambda: plan.memory_figures(group.device),
+            )
+
+    def _batches(self, base, encoded: EncodedClips):
+        settings, group, work = self.settings, self.group, self.trainer.plan
+        stream = StreamSettings(
+            seed=settings.seed,
+            micro_batch=settings.batch_size,
+            crop_frames=self._frames,
+            prompt_dropout=settings.prompt_dropout,
+            seconds_total_of=settings.seconds_total_of,
+            shift=base.config.distribution_shift,
+        )
+        first = self.trainer.step + 1
+        indices = micro_indices(first, work.steps, work.accumulation, group.dist_rank, group.world_size)
+        prepare = encode.encode_on_first_use(base, encoded, settings.seed, settings.batch_size)
+        before = (lambda micro_index: None) if settings.pre_encode else prepare
+        return loader(MicroBatches(encoded, stream), indices, before, settings.num_workers, group.device)
+
+    def _find_checkpoint(self) -> checkpoint.Checkpoint | None:
+        settings, group = self.settings, self.group
+
+        def find() -> str | None:
+            found = checkpoint.find(settings.output_dir, settings.resume)
+            return None if found is None else str(checkpoint.path_of(settings.output_dir, found.step))
+
+        if settings.resume not in ("auto", "never"):
+            return checkpoint.load(Path(settings.resume))
+        path = on_main_first(group, "find-checkpoint", find, self.stop)
+        saved, problem = None, None
+        try:
+            saved = None if path is None else checkpoint.load(Path(path))
+        except CheckpointError as error:
+            problem = error
+        group.agree(problem)
+        return saved
+
+    def _identity(self, base, encoded: EncodedClips, frames: int) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            "base_sha256": base.weights_digest(),
+            "dataset_sha256": encoded.index.digest,
+            "lora_config": adapters.lora_config(base),
+            "batch_size": settings.batch_size,
+            "crop_frames": frames,
+            "seed": settings.seed,
+            "base_precision": settings.base_precision,
+            "mixed_precision": settings.mixed_precision,
+            "prompt_dropout": settings.prompt_dropout,
+            "context_weight": settings.context_weight,
+            "seconds_total_of": settings.seconds_total_of,
+            "reference_numerics": settings.reference_numerics,
+        }
+
+    def _announce(self, base) -> None:
+        settings, group, work = self.settings, self.group, self.trainer.plan
+        if not group.is_main:
+            return
+        with atomic_path(settings.output_dir / "run.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(settings.as_dict(), sort_keys=False), encoding="utf-8")
+        log.info(
+            "training %d steps of %d clips (batch_size %d x %d processes x %d accumulated), crops of %.1f s%s%s",
+            work.steps,
+            work.global_batch,
+            work.micro_batch,
+            group.world_size,
+            work.accumulation,
+            self._frames * base.samples_per_frame / base.sample_rate_hz,
+            ", recomputing blocks to save memory" if base.gradient_checkpointing else "",
+            f", continuing after step {self._saved_step}" if self._saved_step else "",
+        )
+
+    def export(self, base, encoded: EncodedClips) -> dict[str, Any]:
+        """Stage four on rank 0: the adapter file, config.json and result.json. Returns the result."""
+        settings, work = self.settings, self.trainer.plan
+
+        def publish() -> dict[str, Any]:
+            description = {
+                "sa3dist_version": __version__,
+                "base_model": settings.model,
+                "base_sha256": work.identity["base_sha256"],
+                "dataset_sha256": encoded.index.digest,
+                "dataset_clips": len(encoded.clips),
+                "dataset_seconds": round(sum(clip.seconds for clip in encoded.clips), 3),
+                "skipped_clips": list(encoded.index.skipped),
+                "step": self.step,
+                "effective_batch_size": work.global_batch,
+                "world_size": self.group.world_size,
+                "lora_config": work.identity["lora_config"],
+                "settings": settings.as_dict(),
+            }
+            return export.publish(base, settings.output_dir, description)
+
+        return on_main_first(self.group, "export", publish, should_stop=lambda: False)

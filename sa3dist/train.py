@@ -1,0 +1,89 @@
+"""The whole road, started by `accelerate launch -m sa3dist.train`, by torchrun or by plain python."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sa3dist import config
+from sa3dist.parallel.outcome import dist_rank_from_environment, run_program
+from sa3dist.parallel.signals import StopRequest
+
+if TYPE_CHECKING:
+    from sa3dist.run import Run
+
+
+def whole_road(run: Run) -> None:
+    """Request to files: every stage in order. The result is the last line on rank 0's stdout."""
+    base = run.open_base()
+    index = run.shard()
+    encoded = run.encode(base, index)
+    run.prepare(base, encoded)
+    run.train(base, encoded)
+    finish(run, base, encoded)
+
+
+def finish(run: Run, base, encoded) -> None:
+    result = run.export(base, encoded)
+    if run.group.is_main:
+        print(json.dumps(result), flush=True)
+
+
+def parser(program: str, about: str) -> argparse.ArgumentParser:
+    """Command line of every program that takes a run's settings."""
+    made = argparse.ArgumentParser(
+        prog=program,
+        description=about,
+        epilog="Keys, in CONFIG.yaml, REQUEST.json or as key=value:\n" + config.help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("words", nargs="*", metavar="CONFIG.yaml|REQUEST.json|key=value", help="later words win")
+    made.add_argument("--print-config", action="store_true", help="print the resolved settings as YAML and exit")
+    return made
+
+
+def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Sequence[str] | None) -> int:
+    """Read the settings, join the other processes, run ``stages``; the exit code tells how it ended."""
+    arguments = parser(program, about).parse_args(argv)
+    main_rank = dist_rank_from_environment() == 0
+    logging.basicConfig(format="sa3dist: %(message)s", stream=sys.stderr)
+    logging.getLogger("sa3dist").setLevel(logging.INFO if main_rank else logging.ERROR)
+    stop = StopRequest()
+    values: dict = {}
+    running: list[Run] = []
+
+    def body() -> None:
+        values.update(config.read_words(arguments.words))
+        settings = config.build(values)
+        if arguments.print_config:
+            import yaml
+
+            print(yaml.safe_dump(settings.as_dict(), sort_keys=False), end="")
+            return
+        stop.install()
+        from sa3dist.parallel.group import connect, disconnect
+        from sa3dist.run import Run, make_deterministic
+
+        if settings.deterministic:
+            make_deterministic()
+        running.append(Run(settings, connect(), stop))
+        stages(running[0])
+        disconnect()
+
+    def output_dir() -> Path | None:
+        return None if arguments.print_config else config.output_dir_of(values)
+
+    return run_program(body, output_dir, lambda: running[0].step if running else 0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_stages("sa3dist.train", "Train a Stable Audio 3 LoRA from captioned audio.", whole_road, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
