@@ -28,7 +28,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         width = self.gamma.shape
         if not self.force_fp32:
-            return F.rms_norm(x, width, self.gamma, self.eps)
+            # Under autocast a float32 gamma beside a bf16 x would leave the fused kernel.
+            return F.rms_norm(x, width, self.gamma.to(x.dtype), self.eps)
         if x.dtype == self.gamma.dtype:
             # One fused pass: it already squares, sums and scales in float32 and rounds once at the end.
             with torch.autocast(x.device.type, enabled=False):

@@ -178,6 +178,7 @@ class ShiftConfig:
     max_length: int = 4096
     base_shift: float = 0.5
     max_shift: float = 1.15
+    use_sine: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,162 @@
+"""Previews from a base model: the inference schedule, guidance, and Euler steps from noise to latents.
+
+Legend: B batch, C latent channels, T latent frames, S context tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Norm floors of the projection without and with a padding mask. Source: the reference's guidance.
+NORM_FLOOR = 1e-12
+MASKED_NORM_FLOOR = 1e-8
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """How the conditional and the null velocity are combined; the defaults are the reference's.
+
+    scale     1 runs the conditional branch alone
+    apg       1 keeps only the part of the difference orthogonal to the estimate, 0 all of it
+    rescale   0 leaves the velocity's spread, 1 gives it the conditional one's
+    """
+
+    scale: float = 1.0
+    apg: float = 1.0
+    rescale: float = 0.0
+
+
+def logsnr_schedule(
+    steps: int,
+    sigma_max: float = 1.0,
+    length: int | None = None,
+    rate: float = 0.0,
+    anchor_logsnr: float = -6.2,
+    anchor_length: int = 2000,
+    logsnr_end: float = 2.0,
+) -> Tensor:
+    """Timesteps from ``sigma_max`` to 0, (steps + 1,) float32, spaced evenly in log signal-to-noise ratio.
+
+    length   latent frames; matters only when ``rate`` is not 0
+    For sigma_max < 1 the grid is warped before its first entry is set, so it is not monotonic, as in the reference.
+    """
+    start = anchor_logsnr - (rate * math.log2(length / anchor_length) if rate else 0.0)
+    t = torch.linspace(sigma_max, 0, steps + 1, dtype=torch.float32)
+    logsnr = logsnr_end - t * (logsnr_end - start)
+    warped = torch.sigmoid(-logsnr)
+    warped[t <= 0] = 0.0
+    warped[t >= 1] = 1.0
+    warped[0] = sigma_max
+    return warped
+
+
+def combine(
+    cond_BCT: Tensor, null_BCT: Tensor, x_BCT: Tensor, t_B: Tensor, guidance: Guidance, keep_BT: Tensor | None = None
+) -> Tensor:
+    """Guided velocity from the two branches, (B, C, T) float32.
+
+    cond, null   velocities        x   the noisy latents they were predicted from
+    keep_BT      True = valid frame; the projection ignores the rest
+    Source: adaptive projected guidance, arXiv:2410.02416, in the space of the denoised estimate.
+    """
+    sigma = t_B.float()[:, None, None]
+    estimate, null = x_BCT - sigma * cond_BCT, x_BCT - sigma * null_BCT
+    difference = estimate - null
+    step = guidance.apg * orthogonal(difference, estimate, keep_BT) + (1 - guidance.apg) * difference
+    velocity = (x_BCT - (estimate + (guidance.scale - 1) * step)) / sigma
+    if not guidance.rescale:
+        return velocity
+    spread = cond_BCT.std(dim=1, keepdim=True) / velocity.std(dim=1, keepdim=True)
+    return guidance.rescale * velocity * spread + (1 - guidance.rescale) * velocity
+
+
+def orthogonal(difference_BCT: Tensor, estimate_BCT: Tensor, keep_BT: Tensor | None) -> Tensor:
+    """The part of ``difference`` orthogonal to ``estimate``, over channels and time jointly, in float32."""
+    difference, estimate, floor = difference_BCT.float(), estimate_BCT.float(), NORM_FLOOR
+    if keep_BT is not None:
+        keep = keep_BT[:, None].float()
+        estimate, floor = estimate * keep, MASKED_NORM_FLOOR
+    norm = torch.linalg.vector_norm(estimate, dim=(1, 2), keepdim=True).clamp_min(floor)
+    direction = estimate / norm
+    rest = difference - (difference * direction).sum(dim=(1, 2), keepdim=True) * direction
+    return rest if keep_BT is None else rest * keep
+
+
+def guided_velocity(
+    network: Callable[..., Tensor],
+    x_BCT: Tensor,
+    t_B: Tensor,
+    cross_BSC: Tensor,
+    global_BC: Tensor,
+    local_BCT: Tensor | None,
+    guidance: Guidance,
+    keep_BT: Tensor | None = None,
+    null_cross_BSC: Tensor | None = None,
+) -> Tensor:
+    """Velocity with guidance: both branches in one doubled batch through ``network`` (the DiT).
+
+    null_cross_BSC   what the null branch attends to; None means zeros. For a negative prompt see ``negative_cross``
+    """
+    if guidance.scale == 1:
+        return network(x_BCT, t_B, cross_BSC, global_BC, local_BCT, keep_BT)
+    null = torch.zeros_like(cross_BSC) if null_cross_BSC is None else null_cross_BSC
+
+    def twice(value: Tensor | None) -> Tensor | None:
+        # One row stands for the whole batch already.
+        return value if value is None or len(value) == 1 != len(x_BCT) else torch.cat([value, value])
+
+    both = torch.cat([cross_BSC, null])
+    velocity = network(twice(x_BCT), twice(t_B), both, twice(global_BC), twice(local_BCT), twice(keep_BT))
+    cond, null = velocity.chunk(2)
+    return combine(cond, null, x_BCT, t_B, guidance, keep_BT)
+
+
+def negative_cross(cross_BSC: Tensor, mask_BS: Tensor) -> Tensor:
+    """A negative prompt's sequence: positions with mask 0 are zero vectors, not the learned padding."""
+    return torch.where(mask_BS.bool()[..., None], cross_BSC, cross_BSC.new_zeros(()))
+
+
+def euler(velocity: Callable[[Tensor, Tensor], Tensor], noise_BCT: Tensor, schedule: Tensor) -> Tensor:
+    """Integrate from noise to latents; ``velocity(x, t_B)`` is never asked at t = 0."""
+    x = noise_BCT
+    # The schedule is read on the host once, not once per step.
+    times = schedule.tolist()
+    for now, then in zip(times[:-1], times[1:], strict=True):
+        x = x + (then - now) * velocity(x, x.new_full((len(x),), now))
+    return x
+
+
+@torch.no_grad()
+def sample(
+    base,
+    noise_BDT: Tensor,
+    prompts: list[str],
+    seconds: list[float],
+    steps: int = 50,
+    guidance: Guidance | None = None,
+    negative_prompts: list[str] | None = None,
+    keep_BT: Tensor | None = None,
+) -> Tensor:
+    """Latents (B, D, T) for prompts, by Euler steps from the given noise; ``base.decode_latents`` makes them audio.
+
+    seconds   length of every item       keep_BT   True = valid frame, None = all
+    guidance  default: scale 7, the reference's training demos
+    """
+    seconds_B = torch.tensor(seconds, device=noise_BDT.device)
+    cross, embed = base.assemble(*base.encode_prompts(prompts), seconds_B)
+    null = None
+    if negative_prompts is not None:
+        embeds, mask = base.encode_prompts(negative_prompts)
+        null = negative_cross(base.assemble(embeds, mask, seconds_B)[0], torch.nn.functional.pad(mask, (0, 1), value=1))
+    local = base.local_conditioning(None, None)
+    chosen = guidance or Guidance(scale=7.0)
+
+    def velocity(x: Tensor, t_B: Tensor) -> Tensor:
+        return guided_velocity(base.dit, x, t_B, cross, embed, local, chosen, keep_BT, null)
+
+    return euler(velocity, noise_BDT, logsnr_schedule(steps))
