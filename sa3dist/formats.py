@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sa3dist.errors import DataError
@@ -45,33 +45,48 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path, unless: Callable[[], bool] = lambda: False) -> Iterator[Path]:
     """Give an empty folder beside ``target``; on success rename it to ``target``, replacing what was there.
 
+    unless  asked before the rename: true when another process has made a good ``target`` meanwhile, which then stays
     Files written into it must be synced already (``atomic_path`` does). The folder is removed when the block raises,
     and so are leftovers of killed runs older than a day, and a parent that stays empty.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     for leftover in target.parent.glob(".*.tmp"):
-        if leftover.is_dir() and time.time() - leftover.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(leftover, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            if leftover.is_dir() and time.time() - leftover.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
         temporary.chmod(0o777 & ~_umask())
         yield temporary
         fsync_directory(temporary)
-        if target.exists():
-            # Out of the way in one step, so that readers of the old folder miss it for microseconds only.
-            os.rename(target, tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old.tmp", dir=target.parent))
-        os.rename(temporary, target)
+        try:
+            if not unless():
+                _replace_directory(temporary, target)
+        except OSError:
+            # Another process may have been faster by a moment.
+            if not unless():
+                raise
         fsync_directory(target.parent)
     finally:
-        for leftover in (temporary, *target.parent.glob(f".{target.name}.*.old.tmp")):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):
             # Only when nothing else is in it.
             target.parent.rmdir()
+
+
+def _replace_directory(new: Path, target: Path) -> None:
+    # A full folder cannot be renamed over: the old one is moved away first; readers miss it for microseconds.
+    trash = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(target, trash)
+        os.rename(new, target)
+    finally:
+        shutil.rmtree(trash, ignore_errors=True)
 
 
 def fsync_directory(path: Path) -> None:

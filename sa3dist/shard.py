@@ -198,7 +198,7 @@ def _write(
 
     shards, placed = [], []
     try:
-        with atomic_directory(directory) as temporary:
+        with atomic_directory(directory, unless=lambda: _finished(directory, digest) is not None) as temporary:
             for number, clips in enumerate(_split([clip for clip, _ in usable], max_shard_bytes)):
                 shard, clips = write_shard(temporary / shard_name(number), clips, read_audio)
                 shards.append(shard)

@@ -112,7 +112,8 @@ OUTSIDE = [
 # A tar header cannot say these.
 OUTSIDE_ZIP = [
     ("nul\0.wav", "has a control character in its name"),
-    ("../", r"points outside the archive with '\.\.'"),
+    ("a/../", r"points outside the archive with '\.\.'"),
+    ("", "has no name"),
 ]
 
 

@@ -47,6 +47,8 @@ def printable(name: str) -> str:
 
 def name_fault(name: str) -> str | None:
     """Why ``name`` could point outside the container or cannot be a key, or None."""
+    if not name:
+        return "has no name; make the archive again with another tool"
     if "\\" in name:
         return (
             "has a backslash in its name, expected '/' between folders; rename it or make the archive with another tool"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from sa3dist.data.containers import MAX_MEMBER_BYTES, MAX_TOTAL_BYTES
+from sa3dist.data.containers import MAX_MEMBER_BYTES, MAX_TOTAL_BYTES, printable
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted, SA3DistError
 from sa3dist.formats import atomic_path, digest_of
 
@@ -50,14 +50,16 @@ def fetch(source: str, downloads: Path, should_stop: Callable[[], bool]) -> Path
         return target
     except SA3DistError:
         raise
-    except FileNotFoundError as error:
-        raise DataError(f"{shown(source)}: not found; check the address") from error
-    except PermissionError as error:
-        raise DataError(f"{shown(source)}: access denied; check the address and the credentials") from error
     except Exception as error:
-        # Every fsspec backend brings its own network errors; all of them mean that the transfer failed.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise EnvironmentFailure(f"{shown(source)}: download failed ({reason[:200]}); run again") from error
+        # Every fsspec backend brings its own errors, and its http calls all of them "not found": the cause tells.
+        cause = error.__cause__ or error
+        status = getattr(cause, "status", None)
+        if isinstance(cause, FileNotFoundError) or status in (404, 410):
+            raise DataError(f"{shown(source)}: not found; check the address") from error
+        if isinstance(cause, PermissionError) or status in (401, 403):
+            raise DataError(f"{shown(source)}: access denied; check the address and the credentials") from error
+        reason = f"status {status}" if status else printable(str(cause) or type(cause).__name__)[:200]
+        raise EnvironmentFailure(f"{shown(source)}: download failed ({reason}); run again") from error
 
 
 def _filesystem(source: str):

@@ -40,7 +40,7 @@ class ZipContainer(Container):
             raise DataError(f"{label}: no readable zip ({short_reason(error)}); make or download it again") from error
         try:
             for info in sorted(self._zip.infolist(), key=lambda info: info.filename):
-                if not info.is_dir() or name_fault(info.orig_filename):
+                if not info.orig_filename.endswith("/") or name_fault(info.orig_filename):
                     self._admit(info.orig_filename, info.file_size, info, _zip_fault(info))
             # Members may share their compressed bytes, so each can look harmless while all together are a bomb.
             if self._total > max(RATIO_CHECKED_ABOVE_BYTES, MAX_RATIO * os.path.getsize(path)):
