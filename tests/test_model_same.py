@@ -146,9 +146,8 @@ def test_one_pass_grows_linearly_and_windows_not_at_all(autoencoder):
         audio = torch.randn(1, 2, frames * 32)
         with LargestTensor() as watch:
             encode(audio)
-        return watch.elements / audio.numel()
+        return watch.elements
 
-    short, long = (largest(autoencoder.encode_once, frames) for frames in (200, 1200))
-    assert long < 1.2 * short
-    # In windows only the clip itself and its latents grow: 1200 frames hold nothing larger than the audio.
-    assert largest(autoencoder.encode, 1200) == 1.0
+    assert largest(autoencoder.encode_once, 1200) <= 6 * largest(autoencoder.encode_once, 200)
+    # In windows only the clip itself and its latents grow, and here they are the smaller part.
+    assert largest(autoencoder.encode, 1200) == largest(autoencoder.encode, 600)
