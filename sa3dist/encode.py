@@ -43,12 +43,28 @@ def encode_all(
 
 
 def encode_on_first_use(base, encoded: EncodedClips, seed: int, micro_batch: int) -> Callable[[int], None]:
-    """A function that encodes what one micro batch still lacks, given its index."""
+    """A function that encodes what one micro batch still lacks, given its index.
+
+    When nothing of the dataset is left to encode, the encoders leave the memory.
+    """
+    left = {
+        (number, flipped)
+        for number, clip in enumerate(encoded.clips)
+        for flipped in (False, True)
+        if not (encoded.latents_path(clip, flipped).exists() and encoded.prompt_path(clip.caption).exists())
+    }
+    if not left:
+        base.release_encoders()
 
     def prepare(micro_index: int) -> None:
         for slot in micro_batch_slots(micro_index, micro_batch):
-            clip = encoded.clips[clip_of_slot(seed, slot, len(encoded.clips))]
-            encoded.encode_prompts(base, [clip.caption])
-            encoded.encode_latents(base, clip, polarity_of_slot(seed, slot))
+            number, flipped = clip_of_slot(seed, slot, len(encoded.clips)), polarity_of_slot(seed, slot)
+            if (number, flipped) not in left:
+                continue
+            encoded.encode_prompts(base, [encoded.clips[number].caption])
+            encoded.encode_latents(base, encoded.clips[number], flipped)
+            left.remove((number, flipped))
+            if not left:
+                base.release_encoders()
 
     return prepare

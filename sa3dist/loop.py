@@ -85,6 +85,30 @@ def divide_work(saved: checkpoint.Checkpoint | None, settings, world_size: int) 
     return rounds
 
 
+def micro_batch_loss(base, batch: MicroBatch, settings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss of one micro batch where it is: (loss, loss_gen, loss_ctx).
+
+    settings   gives ``mixed_precision`` and ``context_weight``
+    """
+    device = batch.noised_BDT.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=settings.mixed_precision == "bf16"):
+        velocity_BDT = base.velocity(
+            batch.noised_BDT,
+            batch.t_B,
+            base.embed_prompts(batch.hidden_BLH, batch.prompt_mask_BL),
+            batch.prompt_mask_BL,
+            batch.seconds_total_B,
+            padding_mask_BT=batch.keep_BT,
+            inpaint_mask_B1T=batch.inpaint_mask_B1T,
+            inpaint_latents_BDT=batch.latents_BDT,
+            drop_cross_B=batch.drop_cross_B,
+        )
+    keep_BT = batch.keep_BT
+    if keep_BT is None:
+        keep_BT = torch.ones_like(batch.inpaint_mask_B1T[:, 0], dtype=torch.bool)
+    return flow.masked_loss(velocity_BDT, batch.target_BDT, keep_BT, batch.inpaint_mask_B1T, settings.context_weight)
+
+
 class Trainer:
     """One rank's part of the loop: gradients of its micro batches, the common step, saving."""
 
@@ -105,30 +129,6 @@ class Trainer:
         self.flat.restore(saved.adapters, saved.moments, saved.step)
         self.step = saved.step
 
-    def loss(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Loss of one micro batch on this device: (loss, loss_gen, loss_ctx)."""
-        autocast = torch.autocast(
-            self.group.device.type, torch.bfloat16, enabled=self.settings.mixed_precision == "bf16"
-        )
-        with autocast:
-            velocity_BDT = self.base.velocity(
-                batch.noised_BDT,
-                batch.t_B,
-                self.base.embed_prompts(batch.hidden_BLH, batch.prompt_mask_BL),
-                batch.prompt_mask_BL,
-                batch.seconds_total_B,
-                padding_mask_BT=batch.keep_BT,
-                inpaint_mask_B1T=batch.inpaint_mask_B1T,
-                inpaint_latents_BDT=batch.latents_BDT,
-                drop_cross_B=batch.drop_cross_B,
-            )
-        keep_BT = batch.keep_BT
-        if keep_BT is None:
-            keep_BT = torch.ones_like(batch.inpaint_mask_B1T[:, 0], dtype=torch.bool)
-        return flow.masked_loss(
-            velocity_BDT, batch.target_BDT, keep_BT, batch.inpaint_mask_B1T, self.settings.context_weight
-        )
-
     def accumulate(self, batches: Iterator[MicroBatch]) -> tuple[float, list[tuple[list[str], torch.Tensor]]]:
         """Gradients of this rank's micro batches of one step.
 
@@ -139,7 +139,7 @@ class Trainer:
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
-            loss, loss_gen, loss_ctx = self.loss(batch)
+            loss, loss_gen, loss_ctx = micro_batch_loss(self.base, batch, self.settings)
             (loss / self.plan.accumulation).backward()
             parts = torch.stack([loss.detach(), loss_gen.detach(), loss_ctx.detach()])
             self.flat.scalars[LOSS : LOSS_CTX + 1] += parts
@@ -237,7 +237,8 @@ def train(
     metrics = MetricsFile(output_dir, resumed_from) if group.is_main else None
     with contextlib.ExitStack() as stack:
         update = stack.enter_context(progress("train", plan.steps, shown=group.is_main))
-        clock, waited, silent, last_logged = time.perf_counter(), 0.0, 0.0, trainer.step
+        begin, first = time.perf_counter(), trainer.step
+        clock, waited, silent, last_logged = begin, 0.0, 0.0, first
         while trainer.step < plan.steps:
             figures = trainer.take_step(batches, stop)
             step = trainer.step
@@ -253,8 +254,8 @@ def train(
                     row["clips"] = plan.clips_of_step(step)
                 metrics.write(row)
                 clock, waited, silent, last_logged = time.perf_counter(), 0.0, 0.0, step
-            rate = (step - last_logged) / (time.perf_counter() - clock) if step > last_logged else 0.0
-            update(step, f"loss {figures['loss']:.4f}" + (f" {rate:.2f} it/s" if rate else ""))
+            rate = (step - first) / (time.perf_counter() - begin)
+            update(step, f"loss {figures['loss']:.4f} {rate:.2f} it/s")
             if stopping or step % settings.save_every == 0 or step == plan.steps:
                 if metrics:
                     metrics.sync()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ import yaml
 
 from sa3dist import __version__, adapters, encode, export, loop, plan, shard
 from sa3dist.config import Settings, crop_frames
-from sa3dist.data.fetch import fetch, is_remote
+from sa3dist.data.fetch import fetch, is_remote, shown
 from sa3dist.data.latents import EncodedClips
-from sa3dist.data.stream import MicroBatches, StreamSettings, loader, micro_indices
+from sa3dist.data.stream import MicroBatch, MicroBatches, StreamSettings, loader, micro_indices
 from sa3dist.errors import CheckpointError
 from sa3dist.formats import DatasetIndex, atomic_path
 from sa3dist.metrics import progress
@@ -85,7 +87,7 @@ class Run:
         """Stage one on rank 0; every rank reads the index it leaves."""
         settings = self.settings
 
-        def build() -> str:
+        def build() -> dict[str, Any]:
             with progress("check clips", 1, shown=True) as update:
                 index = shard.build_shards(
                     settings.audio_data_url,
@@ -99,13 +101,21 @@ class Run:
             log.info("dataset: %d clips, %.2f hours, in %s", len(index.clips), hours, index.directory)
             for name in index.skipped:
                 log.warning("skipped: %s", name)
-            return str(index.directory)
+            return {"directory": str(index.directory), "skipped": index.skipped}
 
-        return DatasetIndex.read(Path(on_main_first(self.group, "shard", build, self.stop)))
+        built = on_main_first(self.group, "shard", build, self.stop)
+        # What was skipped belongs to this run's source; another source of the same good clips may share the shards.
+        return dataclasses.replace(DatasetIndex.read(Path(built["directory"])), skipped=tuple(built["skipped"]))
 
     def encode(self, base, index: DatasetIndex, everything: bool | None = None) -> EncodedClips:
         """Stage two. everything: encode all clips now, or each on first use; None does as ``pre_encode`` says."""
-        encoded = EncodedClips(index, self.settings.work_dir, base)
+
+        def digests() -> list[str]:
+            return [base.autoencoder_digest(), base.text_encoder_digest()]
+
+        # Hashing gigabytes is one rank's work.
+        found = on_main_first(self.group, "digests", digests, self.stop)
+        encoded = EncodedClips(index, self.settings.work_dir, base, *found)
         if self.settings.pre_encode if everything is None else everything:
             with progress("encode", 1, shown=self.group.is_main) as update:
                 encode.encode_all(base, encoded, self.group, self.stop, lambda done, total: update(done, total=total))
@@ -115,14 +125,9 @@ class Run:
     def prepare(self, base, encoded: EncodedClips) -> None:
         """Make the trainer: as the newest good checkpoint left it, or fresh."""
         settings, group = self.settings, self.group
-        frames = crop_frames(
-            settings.duration,
-            max(clip.seconds for clip in encoded.clips),
-            base.native_seconds,
-            base.sample_rate_hz,
-            base.samples_per_frame,
-        )
-        identity = self._identity(base, encoded, frames)
+        self._frames = self.crop_frames(base, encoded)
+        base_sha256 = on_main_first(group, "base-digest", base.weights_digest, self.stop)
+        identity = self._identity(base, encoded, base_sha256)
         saved = self._find_checkpoint()
         if saved is not None:
             loop.check_identity(saved, identity, settings.output_dir)
@@ -140,13 +145,17 @@ class Run:
         if saved is not None:
             self.trainer.restore(saved)
         self._saved_step = saved.step if saved else None
-        self._frames = frames
+
+    def crop_frames(self, base, encoded: EncodedClips) -> int:
+        longest = max(clip.seconds for clip in encoded.clips)
+        framing = base.native_seconds, base.sample_rate_hz, base.samples_per_frame
+        return crop_frames(self.settings.duration, longest, *framing)
 
     def train(self, base, encoded: EncodedClips) -> None:
         """Stage three: train from where ``prepare`` left the trainer to number_of_steps."""
-        settings, group, work, frames = self.settings, self.group, self.trainer.plan, self._frames
+        settings, group, work = self.settings, self.group, self.trainer.plan
         base.gradient_checkpointing = plan.wants_checkpointing(
-            settings.gradient_checkpointing, base, frames, settings.batch_size, group.device
+            settings.gradient_checkpointing, base, self._frames, settings.batch_size, group.device
         )
         self._announce(base)
         if self.trainer.step < work.steps:
@@ -159,21 +168,25 @@ class Run:
                 describe=lambda: plan.memory_figures(group.device),
             )
 
-    def _batches(self, base, encoded: EncodedClips):
-        settings, group, work = self.settings, self.group, self.trainer.plan
+    def micro_batches(self, base, encoded: EncodedClips) -> MicroBatches:
+        """The seeded stream of this run's samples, by micro batch."""
+        settings = self.settings
         stream = StreamSettings(
             seed=settings.seed,
             micro_batch=settings.batch_size,
-            crop_frames=self._frames,
+            crop_frames=self.crop_frames(base, encoded),
             prompt_dropout=settings.prompt_dropout,
             seconds_total_of=settings.seconds_total_of,
             shift=base.config.distribution_shift,
         )
+        return MicroBatches(encoded, stream)
+
+    def _batches(self, base, encoded: EncodedClips) -> Iterator[MicroBatch]:
+        settings, group, work = self.settings, self.group, self.trainer.plan
         first = self.trainer.step + 1
         indices = micro_indices(first, work.steps, work.accumulation, group.dist_rank, group.world_size)
         prepare = encode.encode_on_first_use(base, encoded, settings.seed, settings.batch_size)
-        before = (lambda micro_index: None) if settings.pre_encode else prepare
-        return loader(MicroBatches(encoded, stream), indices, before, settings.num_workers, group.device)
+        return loader(self.micro_batches(base, encoded), indices, prepare, settings.num_workers, group.device)
 
     def _find_checkpoint(self) -> checkpoint.Checkpoint | None:
         settings, group = self.settings, self.group
@@ -193,14 +206,14 @@ class Run:
         group.agree(problem)
         return saved
 
-    def _identity(self, base, encoded: EncodedClips, frames: int) -> dict[str, Any]:
+    def _identity(self, base, encoded: EncodedClips, base_sha256: str) -> dict[str, Any]:
         settings = self.settings
         return {
-            "base_sha256": base.weights_digest(),
+            "base_sha256": base_sha256,
             "dataset_sha256": encoded.index.digest,
             "lora_config": adapters.lora_config(base),
             "batch_size": settings.batch_size,
-            "crop_frames": frames,
+            "crop_frames": self._frames,
             "seed": settings.seed,
             "base_precision": settings.base_precision,
             "mixed_precision": settings.mixed_precision,
@@ -228,6 +241,10 @@ class Run:
             f", continuing after step {self._saved_step}" if self._saved_step else "",
         )
 
+    def _urls(self) -> dict[str, str]:
+        urls = {key: getattr(self.settings, key) for key in ("audio_data_url", "lora_checkpoint_url")}
+        return {key: url for key, url in urls.items() if url}
+
     def export(self, base, encoded: EncodedClips) -> dict[str, Any]:
         """Stage four on rank 0: the adapter file, config.json and result.json. Returns the result."""
         settings, work = self.settings, self.trainer.plan
@@ -245,7 +262,8 @@ class Run:
                 "effective_batch_size": work.global_batch,
                 "world_size": self.group.world_size,
                 "lora_config": work.identity["lora_config"],
-                "settings": settings.as_dict(),
+                # URLs may hold credentials, and this file is given away.
+                "settings": {**settings.as_dict(), **{key: shown(url) for key, url in self._urls().items()}},
             }
             return export.publish(base, settings.output_dir, description)
 

@@ -50,8 +50,10 @@ class ClipLatents:
 class EncodedClips:
     """Reader and writer of the latents and prompt features of one dataset under one base."""
 
-    def __init__(self, index: DatasetIndex, work_dir: Path, base) -> None:
-        """base: the sa3dist.model.Base that encodes; only its digests and framing are kept here."""
+    def __init__(
+        self, index: DatasetIndex, work_dir: Path, base, autoencoder_digest: str, text_encoder_digest: str
+    ) -> None:
+        """base: the sa3dist.model.Base whose framing counts; the digests of its encoders name the files."""
         self.index = index
         self.clips = index.clips
         self.sample_rate_hz: int = base.sample_rate_hz
@@ -59,8 +61,8 @@ class EncodedClips:
         self.prompt_tokens: int = base.prompt_tokens
         self._latents_dir = Path(work_dir) / "latents"
         self._prompts_dir = Path(work_dir) / "prompts"
-        self._autoencoder = base.autoencoder_digest()
-        self._text_encoder = base.text_encoder_digest()
+        self._autoencoder = autoencoder_digest
+        self._text_encoder = text_encoder_digest
         self._silence_D2: torch.Tensor | None = None
 
     def latents_path(self, clip: ClipEntry, flipped: bool) -> Path:
