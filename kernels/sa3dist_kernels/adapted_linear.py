@@ -78,17 +78,16 @@ def _rides_along(kind: AdapterType) -> bool:
     return kind.rows and not kind.cols and not kind.xs
 
 
-def _scaled(values_NX, gain_X, dtype, extra_rows: int = 0):
-    """``values * gain`` in ``dtype`` as the first N rows of a buffer with ``extra_rows`` more; gain None is one."""
-    if gain_X is None and not extra_rows:
-        return values_NX.to(dtype)
-    out = torch.empty(values_NX.shape[0] + extra_rows, values_NX.shape[1], dtype=dtype, device=values_NX.device)
-    head = out[: values_NX.shape[0]]
+def _scaled(values_NX, gain_X, dtype):
+    """``values * gain`` in ``dtype``, in one pass; a gain of None is one."""
     if gain_X is None:
-        head.copy_(values_NX)
-    else:
-        torch.mul(values_NX, gain_X, out=head)
-    return out
+        return values_NX.to(dtype)
+    return torch.mul(values_NX, gain_X, out=torch.empty_like(values_NX, dtype=dtype))
+
+
+def _with_room(values_NX, dtype, extra_rows: int):
+    """An uninitialised (N + extra_rows, X) buffer: the tokens to multiply with the weight, and what rides along."""
+    return values_NX.new_empty(values_NX.shape[0] + extra_rows, values_NX.shape[1], dtype=dtype)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -133,8 +132,8 @@ def _forward(layer: Layer, x, core, left, magnitude_O, magnitude_I, bias_O):
     if kind.cols:
         cols = col_scaling(layer, L, R, magnitude_I, rows)
     if _rides_along(kind):
-        stacked = _scaled(x, None, layer.product, extra_rows=R.shape[0])
-        stacked[tokens:] = R
+        stacked = _with_room(x, layer.product, R.shape[0])
+        stacked[:tokens], stacked[tokens:] = x, R
         z, product = stacked[:tokens], times_transposed(stacked, layer.weight_OI)
         p, cross = product[:tokens], product[tokens:].t().to(layer.statistic)
         rows = row_scaling(layer, L, R, magnitude_O, cross)
@@ -160,10 +159,15 @@ def _backward(layer: Layer, x, core, left, p, down, rows, cols, grad, needs_x: b
     kind, tokens = layer.kind, x.shape[0]
     grad_gain_O = slope_O = sloped_cross = grad_row_magnitude = grad_col_magnitude = None
     rides = _rides_along(kind) and needs_trained
-    if rows is not None and needs_trained:
-        grad_gain_O = (grad * p).sum(0, dtype=layer.statistic)
-    stacked = _scaled(grad, None if rows is None else rows.gain_O, layer.product, R.shape[0] if rides else 0)
-    grad_p = stacked[:tokens]
+    if rows is None:
+        stacked = grad_p = grad.to(layer.product)
+    else:
+        stacked = _with_room(grad, layer.product, R.shape[0] if rides else 0)
+        grad_p = stacked[:tokens]
+        if needs_trained:
+            # The buffer holds the products first: a temporary of its own costs more than the products on a CPU.
+            grad_gain_O = torch.mul(grad, p, out=grad_p).sum(0, dtype=layer.statistic)
+        torch.mul(grad, rows.gain_O, out=grad_p)
     if rides:
         slope_O = row_slope(rows, grad_gain_O)
         stacked[tokens:] = (slope_O[:, None] * L).t()

@@ -58,13 +58,13 @@ def blocks(weight_OI: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice,
     """Consecutive rows of the weight in ``dtype``: the weight itself, or copies of at most BLOCK_ELEMENTS."""
     if weight_OI.dtype == dtype:
         yield slice(0, weight_OI.shape[0]), weight_OI
-        return
-    yield from small_blocks(weight_OI, dtype)
+    else:
+        yield from small_blocks(weight_OI, dtype, BLOCK_ELEMENTS)
 
 
-def small_blocks(weight_OI: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-    """As ``blocks``, but never the whole of a large weight, for callers that need a temporary of the block's size."""
-    rows = max(1, BLOCK_ELEMENTS // weight_OI.shape[1])
+def small_blocks(weight_OI: torch.Tensor, dtype: torch.dtype, elements: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Consecutive rows of the weight in ``dtype``, at most ``elements`` at a time but at least one row."""
+    rows = max(1, elements // weight_OI.shape[1])
     for start in range(0, weight_OI.shape[0], rows):
         span = slice(start, start + rows)
         yield span, weight_OI[span].to(dtype)

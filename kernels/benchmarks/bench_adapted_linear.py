@@ -1,0 +1,235 @@
+"""One adapted layer, forward and backward: factored op against the frozen layer and against the materialised weight.
+
+    python kernels/benchmarks/bench_adapted_linear.py --shape small --tokens 192 --rank 16
+
+frozen        the same layer without adapter: x @ W0.T + bias and the gradient of x (``frozen_linear``)
+materialised  W' formed by a float32 parametrisation with autograd through it, as the reference does
+All variants of a layer run in turn in one process, so that a busy machine slows them alike; medians are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from sa3dist_kernels import (
+    ADAPTER_TYPES,
+    adapted_linear,
+    effective_weight_reference,
+    frozen_constants,
+    frozen_linear,
+)
+
+# fan_in, fan_out, bias of one transformer block, in the order it runs them.
+SHAPES = {
+    "small": {
+        "self_attn.to_qkv": (1024, 3072, False),
+        "self_attn.to_out": (1024, 1024, False),
+        "cross_attn.to_q": (1024, 1024, False),
+        "cross_attn.to_kv": (1024, 2048, False),
+        "cross_attn.to_out": (1024, 1024, False),
+        "ff.ff.0.proj": (1024, 8192, True),
+        "ff.ff.2": (4096, 1024, True),
+    },
+    "medium": {
+        "self_attn.to_qkv": (1536, 7680, False),
+        "self_attn.to_out": (1536, 1536, False),
+        "cross_attn.to_q": (1536, 3072, False),
+        "cross_attn.to_kv": (1536, 4608, False),
+        "cross_attn.to_out": (1536, 1536, False),
+        "ff.ff.0.proj": (1536, 12288, True),
+        "ff.ff.2": (6144, 1536, True),
+    },
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# "cpu" counts this process's processor time: with one thread it stays meaningful on a machine shared with others.
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+# Scaling alpha / rank; alpha = rank.
+SCALE = 1.0
+
+
+def make_variants(fan_in, fan_out, bias, tokens, rank, kinds, device, dtype):
+    """Name to a function that runs one forward and backward and returns its output and gradients."""
+    weight = (torch.randn(fan_out, fan_in, device=device) / fan_in**0.5).to(dtype)
+    offset = torch.randn(fan_out, device=device).to(dtype) if bias else None
+    x = torch.randn(tokens, fan_in, device=device).to(dtype).requires_grad_()
+    grad = torch.randn(tokens, fan_out, device=device).to(dtype)
+    # Any bases serve for timing; the singular ones take longer to compute than the whole benchmark.
+    bases = [torch.linalg.qr(torch.randn(side, rank, device=device))[0] for side in (fan_out, fan_in)]
+
+    def run(layer, params):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = layer()
+        return [y, *torch.autograd.grad(y, [x, *params.values()], grad)]
+
+    variants = {"frozen": lambda: run(lambda: frozen_linear(x, weight, offset), {})}
+    for kind in kinds:
+        frozen = frozen_constants(weight, *(bases if kind.xs else ()))
+        shapes = kind.parameter_shapes(fan_out, fan_in, rank)
+        params = {key: torch.randn(shape, device=device).mul_(0.1).requires_grad_() for key, shape in shapes.items()}
+
+        def factored(kind=kind, frozen=frozen, params=params):
+            return run(lambda: adapted_linear(x, weight, offset, params, kind, SCALE, frozen=frozen), params)
+
+        def materialised(kind=kind, frozen=frozen, params=params):
+            def layer():
+                merged = effective_weight_reference(weight, params, kind, SCALE, frozen)
+                return F.linear(x, merged.to(dtype), offset)
+
+            return run(layer, params)
+
+        variants[f"{kind.name} factored"] = factored
+        variants[f"{kind.name} materialised"] = materialised
+    return variants
+
+
+def median_times(variants, repeats, device, clock):
+    """Milliseconds of every variant, (median, interquartile range), measured in turn after one warm-up round each."""
+    times = {name: [] for name in variants}
+    for round_ in range(repeats + 1):
+        for name, run in variants.items():
+            synchronise(device)
+            start = clock()
+            run()
+            synchronise(device)
+            if round_:
+                times[name].append(1e3 * (clock() - start))
+    return {name: (statistics.median(values), spread(values)) for name, values in times.items()}
+
+
+def spread(values):
+    low, _, high = statistics.quantiles(values, n=4)
+    return high - low
+
+
+def synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_bytes(run, device):
+    """Most memory allocated while ``run`` runs, beyond what was held before; None on a CPU, which does not count it."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def check(variants, kinds, dtype):
+    """The two ways must compute the same thing before their times mean anything."""
+    limit = 1e-4 if dtype == torch.float32 else 0.05
+    for kind in kinds:
+        pairs = zip(variants[f"{kind.name} factored"](), variants[f"{kind.name} materialised"](), strict=True)
+        for ours, theirs in pairs:
+            error = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
+            assert error < limit, f"{kind.name}: factored and materialised differ by {error:.1e}"
+
+
+def measure(options, kinds, device):
+    rows = []
+    for layer, (fan_in, fan_out, bias) in SHAPES[options.shape].items():
+        variants = make_variants(
+            fan_in, fan_out, bias, options.tokens, options.rank, kinds, device, DTYPES[options.dtype]
+        )
+        if options.skip_materialised:
+            variants = {name: run for name, run in variants.items() if not name.endswith("materialised")}
+        else:
+            check(variants, kinds, DTYPES[options.dtype])
+        times = median_times(variants, options.repeats, device, CLOCKS[options.clock])
+        for name, (median, interquartile) in times.items():
+            rows.append(
+                {
+                    "layer": layer,
+                    "fan_in": fan_in,
+                    "fan_out": fan_out,
+                    "variant": name,
+                    "milliseconds": median,
+                    "interquartile": interquartile,
+                    "peak_bytes": peak_bytes(variants[name], device),
+                }
+            )
+            print(
+                f"{layer:18} {fan_in:5} -> {fan_out:5}  {name:26} {median:9.2f} ms  +- {interquartile:.2f}", flush=True
+            )
+    return rows
+
+
+def summarise(rows, kinds):
+    """Per type: the block's layers together, over the frozen layers and under the materialised ones."""
+    total = {}
+    for row in rows:
+        total[row["variant"]] = total.get(row["variant"], 0.0) + row["milliseconds"]
+    summary = {}
+    print(f"\n{'type':14} {'factored':>10} {'x frozen':>9} {'materialised / factored':>24}")
+    for kind in kinds:
+        ours = total[f"{kind.name} factored"]
+        theirs = total.get(f"{kind.name} materialised")
+        ratio = ours / total["frozen"]
+        gain = None if theirs is None else theirs / ours
+        summary[kind.name] = {"milliseconds": ours, "over_frozen": ratio, "materialised_over_factored": gain}
+        print(f"{kind.name:14} {ours:7.1f} ms {ratio:9.2f} {'' if gain is None else f'{gain:24.2f}'}")
+    return summary
+
+
+def environment(device):
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def parse_options():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--tokens", type=int, default=192, help="rows of x: memory tokens and frames of all clips")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16: base and autocast in bfloat16")
+    parser.add_argument("--types", nargs="+", choices=ADAPTER_TYPES, default=list(ADAPTER_TYPES))
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--threads", type=int, help="CPU threads, default all")
+    parser.add_argument("--skip-materialised", action="store_true")
+    parser.add_argument("--out", type=Path, help="write everything as JSON")
+    return parser.parse_args()
+
+
+def main():
+    options = parse_options()
+    torch.manual_seed(0)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    kinds = [ADAPTER_TYPES[name] for name in options.types]
+    rows = measure(options, kinds, device)
+    result = {
+        "environment": environment(device),
+        "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
+        "summary": summarise(rows, kinds),
+        "rows": rows,
+    }
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
