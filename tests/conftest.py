@@ -8,6 +8,9 @@ from safetensors.torch import load_file
 
 from sa3dist.model.loading import load_base
 
+# Tiny tensors: a second thread only waits for the first, for milliseconds per operation on a busy machine.
+torch.set_num_threads(1)
+
 GOLDEN = Path(__file__).parent / "golden"
 TINY_MODELS = ("tiny-sa3", "tiny-sa3-small")
 
@@ -42,3 +45,35 @@ def recorded(tiny_name, _tiny_tensors) -> dict[str, torch.Tensor]:
 def tiny_base(tiny_name):
     """A fresh base: a test may cast or damage it."""
     return load_base(golden(tiny_name))
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def demo_base(tmp_path_factory) -> Path:
+    """The demo's tiny base: official format, real framing, its own text encoder."""
+    from sa3dist.model.tiny import write_tiny_base
+
+    return write_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def demo_clips(tmp_path_factory) -> Path:
+    """A zip of eight captioned clips of every format, 0.5 to 12 s."""
+    from sa3dist.demo import synthesise_clips
+
+    path = tmp_path_factory.mktemp("clips") / "clips.zip"
+    synthesise_clips(path, seed=1, count=8)
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo_work(tmp_path_factory) -> Path:
+    """One work directory for all runs on ``demo_clips``: what one has encoded the others find."""
+    return tmp_path_factory.mktemp("work")

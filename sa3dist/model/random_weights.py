@@ -49,12 +49,15 @@ _GAINS = {
 
 
 class RandomWeights:
-    """Tensors as a pure function of (seed, key, shape, kind of device); read like a checkpoint file."""
+    """Tensors as a pure function of (seed, key, shape, kind of device); read like a checkpoint file.
 
-    def __init__(self, config: ModelConfig, seed: int):
-        self.seed = seed
+    device   where they are drawn, wherever they are read to: an accelerator fills a large base much faster
+    """
+
+    def __init__(self, config: ModelConfig, seed: int, device: torch.device | str = "cpu"):
+        self.seed, self.device = seed, torch.device(device)
         self.shapes = expected_tensors(config)
-        self.digest = digest_of("random weights", str(seed), repr(sorted(self.shapes.items())))
+        self.digest = digest_of("random weights", self.device.type, str(seed), repr(sorted(self.shapes.items())))
 
     def read(self, name: str, shape: tuple[int, ...] | None, device, dtype: torch.dtype) -> Tensor:
         """One tensor. ``shape`` is known here already; it is a parameter so that a file can be read the same way."""
@@ -63,7 +66,7 @@ class RandomWeights:
             exponents = torch.arange(shape[0], dtype=torch.float32) / shape[0]
             return (10000.0**-exponents).to(device, dtype)
         mean, spread = moments(name, shape)
-        return uniform(f"{self.seed}/{name}", shape, mean, spread, device).to(dtype)
+        return uniform(f"{self.seed}/{name}", shape, mean, spread, self.device).to(device, dtype)
 
 
 def moments(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
@@ -102,4 +105,4 @@ def random_base(
     The same arguments give the same weights on the same kind of device. Raises CheckpointError for an unknown shape.
     """
     config = parse_model_config(released_config(shape, depth), f"random {shape}")
-    return Base(config, RandomWeights(config, seed), device, dtype, text_source=None, encoder=False)
+    return Base(config, RandomWeights(config, seed, device), device, dtype, text_source=None, encoder=False)
