@@ -266,6 +266,24 @@ def test_autocast_stays_close_to_float32_and_keeps_float32_gradients(name, dtype
     assert all(relative_error(a.float(), b) < 3 * torch.finfo(dtype).eps for a, b in zip(rough, exact, strict=True))
 
 
+@pytest.mark.parametrize("name", NINE)
+def test_bfloat16_products_stay_close_to_float32_where_the_machine_has_them(name, monkeypatch):
+    monkeypatch.setattr("sa3dist_kernels.frozen_products.cpu_multiplies", lambda dtype: True)
+    kind = ADAPTER_TYPES[name]
+    weight, bias, params, frozen, x, dy = make_layer(kind, 64, 48, 40, 4, dtype=torch.float32)
+    weight, x, dy = weight.bfloat16(), x.detach().bfloat16().requires_grad_(), dy.bfloat16()
+    exact = values_and_gradients(
+        lambda: materialised(x.float(), weight.float(), bias, params, kind, 0.5, frozen), x, params, dy.float()
+    )
+    rough = values_and_gradients(
+        lambda: adapted_linear(x, weight, bias, params, kind, 0.5, frozen=frozen), x, params, dy
+    )
+    assert rough[0].dtype == rough[1].dtype == torch.bfloat16
+    assert all(gradient.dtype == torch.float32 for gradient in rough[2:])
+    eps = torch.finfo(torch.bfloat16).eps
+    assert all(relative_error(a.float(), b.float()) < 4 * eps for a, b in zip(rough, exact, strict=True))
+
+
 def test_backward_inside_autocast_gives_the_same_gradients_as_outside():
     kind = ADAPTER_TYPES["dora-rows"]
     weight, bias, params, frozen, x, dy = make_layer(kind, 32, 48, 40, 4, dtype=torch.float32)
