@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,12 @@ class Run:
         """
         settings = self.settings
         base = load_base(
-            settings.model, self.group.device, DTYPES[settings.base_precision], text_encoder=settings.text_encoder
+            settings.model,
+            self.group.device,
+            DTYPES[settings.base_precision],
+            text_encoder=settings.text_encoder,
+            # A run whose latents are all on disk never needs it.
+            encoder=False,
         )
         base.reference_numerics = settings.reference_numerics
         adapters.attach_adapter(
@@ -159,14 +165,16 @@ class Run:
         )
         self._announce(base)
         if self.trainer.step < work.steps:
-            loop.train(
-                self.trainer,
-                self._batches(base, encoded),
-                self.stop,
-                settings.output_dir,
-                self._saved_step,
-                describe=lambda: plan.memory_figures(group.device),
-            )
+            # Closed on every way out: an unclosed loader leaves worker processes that the exit would wait for.
+            with contextlib.closing(self._batches(base, encoded)) as batches:
+                loop.train(
+                    self.trainer,
+                    batches,
+                    self.stop,
+                    settings.output_dir,
+                    self._saved_step,
+                    describe=lambda: plan.memory_figures(group.device),
+                )
 
     def micro_batches(self, base, encoded: EncodedClips) -> MicroBatches:
         """The seeded stream of this run's samples, by micro batch."""
@@ -181,7 +189,7 @@ class Run:
         )
         return MicroBatches(encoded, stream)
 
-    def _batches(self, base, encoded: EncodedClips) -> Iterator[MicroBatch]:
+    def _batches(self, base, encoded: EncodedClips) -> Generator[MicroBatch, None, None]:
         settings, group, work = self.settings, self.group, self.trainer.plan
         first = self.trainer.step + 1
         indices = micro_indices(first, work.steps, work.accumulation, group.dist_rank, group.world_size)

@@ -1,4 +1,4 @@
-"""Whole training steps of the reference on the tiny medium-shaped model: what the network receives, gradients, AdamW."""
+"""Whole training steps of the reference on a tiny model: what the network receives, gradients, AdamW."""
 
 import json
 

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -221,7 +221,7 @@ def loader(
     before: Callable[[int], None],
     num_workers: int,
     device: torch.device,
-) -> Iterator[MicroBatch]:
+) -> Generator[MicroBatch, None, None]:
     """Micro batches in the order of ``indices``, prepared ahead by worker processes.
 
     before   called in this process with each index just before its micro batch is handed to a worker; encodes what a

@@ -66,10 +66,12 @@ def connect() -> Group:
 
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
     accelerator = Accelerator(mixed_precision="no", cpu=on_cpu)
+    # Under gloo Accelerate says "cpu:0", a name that file readers do not know.
+    device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
     if dist.is_initialized():
         # Not accelerator.num_processes: it is 1 on every rank under DeepSpeed on CPU.
-        return Group(dist.get_rank(), dist.get_world_size(), accelerator.device)
-    return Group(0, 1, accelerator.device)
+        return Group(dist.get_rank(), dist.get_world_size(), device)
+    return Group(0, 1, device)
 
 
 def disconnect() -> None:

@@ -1,0 +1,303 @@
+"""The whole road as a user walks it: request in, files out; two ranks, interruptions, and what must not happen."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import sa3dist
+from sa3dist import train
+from sa3dist.data.latents import _digest_of_tensors
+
+ROOT = Path(__file__).parent.parent
+STEPS = 6
+
+
+@pytest.fixture
+def words(demo_base, demo_clips, demo_work):
+    """key=value words of a small deterministic float32 run."""
+    return [
+        f"audio_data_url={demo_clips}",
+        f"model={demo_base}",
+        f"work_dir={demo_work}",
+        f"number_of_steps={STEPS}",
+        "learning_rate=3e-3",
+        "rank=4",
+        "base_precision=fp32",
+        "mixed_precision=no",
+        "deterministic=true",
+        "duration=2",
+        "log_every=1",
+        "log_clips=true",
+        "num_workers=1",
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _restore_process_settings():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield
+    torch.use_deterministic_algorithms(False)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def rows(output_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def status(output_dir: Path) -> dict:
+    return json.loads((output_dir / "status.json").read_text())
+
+
+def run(words, output_dir, *more) -> int:
+    return train.main([*words, f"output_dir={output_dir}", *more])
+
+
+def command(*words, ranks=1):
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(ranks)] if ranks > 1 else []
+    return [sys.executable, *launcher, "-m", "sa3dist.train", *words]
+
+
+ENVIRONMENT = {
+    **os.environ,
+    "ACCELERATE_USE_CPU": "true",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": f"{ROOT}:{ROOT}/kernels",
+}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, demo_base, demo_clips, demo_work):
+    """The output directory of one undisturbed run, shared by the tests that compare with it."""
+    output_dir = tmp_path_factory.mktemp("straight") / "run"
+    words = [f"audio_data_url={demo_clips}", f"model={demo_base}", f"work_dir={demo_work}"]
+    words += [f"number_of_steps={STEPS}", "learning_rate=3e-3", "rank=4", "base_precision=fp32", "mixed_precision=no"]
+    words += ["deterministic=true", "duration=2", "log_every=1", "log_clips=true", "num_workers=1"]
+    assert run(words, output_dir) == 0
+    torch.use_deterministic_algorithms(False)
+    return output_dir
+
+
+def test_a_run_leaves_the_promised_files(straight, demo_base):
+    assert {path.name for path in straight.iterdir()} == {
+        "lora.safetensors",
+        "config.json",
+        "result.json",
+        "metrics.jsonl",
+        "run.yaml",
+        "status.json",
+        "checkpoints",
+    }
+    result = json.loads((straight / "result.json").read_text())
+    assert result["lora_file"]["file_name"] == "lora.safetensors"
+    assert result["lora_file"]["file_size"] == (straight / "lora.safetensors").stat().st_size
+    assert result["config_file"]["content_type"] == "application/json"
+    assert status(straight) | {"host": ""} == {
+        "state": "done",
+        "exit_code": 0,
+        "message": "done",
+        "dist_rank": 0,
+        "host": "",
+        "step": STEPS,
+    }
+    assert [row["step"] for row in rows(straight)] == list(range(1, STEPS + 1))
+    described = json.loads((straight / "config.json").read_text())
+    assert described["lora_config"]["rank"] == 4
+    with safe_open(straight / "lora.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["lora_config"])["adapter_type"] == "dora-rows"
+        assert file.metadata()["step"] == str(STEPS)
+        assert file.metadata()["base_sha256"] == described["base_sha256"]
+        assert {str(file.get_tensor(key).dtype) for key in file.keys()} == {"torch.float16"}  # noqa: SIM118
+
+
+def test_the_trained_file_changes_the_velocity(straight, demo_base):
+    base = sa3dist.load_base(demo_base)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, base.latent_channels, 20, generator=generator)
+    prompt, mask = base.encode_prompts(["a bright tone"])
+    arguments = (x, torch.tensor([0.5]), prompt, mask, torch.tensor([2.0]))
+    with torch.no_grad():
+        before = base.velocity(*arguments)
+        sa3dist.load_adapter(base, straight / "lora.safetensors")
+        after = base.velocity(*arguments)
+    assert (after - before).norm() > 0.01 * before.norm()
+
+
+def test_the_last_line_of_stdout_is_the_result(words, tmp_path, capsys):
+    assert run(words, tmp_path / "run", "number_of_steps=1") == 0
+    printed = capsys.readouterr().out.strip().splitlines()
+    assert json.loads(printed[-1]) == json.loads((tmp_path / "run/result.json").read_text())
+
+
+def test_the_same_command_twice_gives_the_same_bits(words, straight, tmp_path):
+    assert run(words, tmp_path / "run", "resume=never") == 0
+    assert (tmp_path / "run/lora.safetensors").read_bytes() == (straight / "lora.safetensors").read_bytes()
+
+
+def test_neither_workers_nor_encoding_ahead_change_the_result(words, straight, tmp_path):
+    more = ["num_workers=0", "pre_encode=true", f"work_dir={tmp_path / 'fresh'}", "gradient_checkpointing=on"]
+    assert run(words, tmp_path / "run", *more) == 0
+    expected, found = (load_file(p / "lora.safetensors") for p in (straight, tmp_path / "run"))
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_resuming_equals_not_stopping(words, straight, tmp_path):
+    output_dir = tmp_path / "run"
+    assert run(words, output_dir, "number_of_steps=2") == 0
+    assert run(words, output_dir) == 0
+    assert (output_dir / "lora.safetensors").read_bytes() == (straight / "lora.safetensors").read_bytes()
+    expected, found = rows(straight), rows(output_dir)
+    assert [row["loss"] for row in found] == [row["loss"] for row in expected]
+    assert [row["clips"] for row in found] == [row["clips"] for row in expected]
+    assert [row.get("resumed_from") for row in found] == [None, None, 2, None, None, None]
+
+
+def test_a_finished_run_is_not_trained_again(words, straight, tmp_path):
+    before = (straight / "metrics.jsonl").read_bytes()
+    assert run(words, straight) == 0
+    assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+def test_every_clip_is_used_once_per_epoch(straight, words, tmp_path):
+    assert run(words, tmp_path / "run", "batch_size=4", "number_of_steps=4") == 0
+    used = [clip for row in rows(tmp_path / "run") for clip in row["clips"]]
+    assert sorted(used[:8]) == sorted(used[8:]) == sorted(set(used))
+
+
+@pytest.mark.parametrize("changed", ["seed=7", "rank=5", "adapter_type=lora", "batch_size=2", "duration=3"])
+def test_a_checkpoint_of_other_settings_is_refused(words, straight, capfd, changed):
+    before = sorted(straight.rglob("*"))
+    assert run(words, straight, changed, "number_of_steps=9") == 2
+    message = capfd.readouterr().err.strip().splitlines()[-1]
+    assert (
+        changed.split("=")[0]
+        .replace("rank", "lora_config")
+        .replace("adapter_type", "lora_config")
+        .replace("duration", "crop_frames")
+        in message
+    )
+    assert "resume=never" in message
+    assert sorted(straight.rglob("*")) == before
+
+
+def test_a_warm_start_begins_where_the_file_ends(words, straight, tmp_path):
+    first = rows(straight)[0]["loss"]
+    assert (
+        run(words, tmp_path / "run", f"lora_checkpoint_url={straight / 'lora.safetensors'}", "number_of_steps=1") == 0
+    )
+    # The same first draws, seen by the adapter that six steps of training made.
+    assert rows(tmp_path / "run")[0]["loss"] != pytest.approx(first, rel=1e-3)
+    assert rows(tmp_path / "run")[0]["clips"] == rows(straight)[0]["clips"]
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_rank_with_two_accumulated(words, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(words, one, "gradient_accumulation_steps=2") == 0
+    done = subprocess.run(
+        command(*words, f"output_dir={two}", ranks=2), env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    for expected, found in zip(rows(one), rows(two), strict=True):
+        assert found["clips"] == expected["clips"]
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    adapters = [load_file(d / f"checkpoints/step-{STEPS:08d}/adapter.safetensors") for d in (one, two)]
+    for key, expected in adapters[0].items():
+        assert (adapters[1][key] - expected).norm() <= 1e-5 * expected.norm() + 1e-9
+    assert json.loads((two / "config.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_a_run_of_one_rank_continues_on_two_with_the_same_global_batch(words, tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert run(words, one, "gradient_accumulation_steps=2") == 0
+    assert run(words, other, "gradient_accumulation_steps=2", "number_of_steps=3") == 0
+    done = subprocess.run(
+        command(*words, f"output_dir={other}", "gradient_accumulation_steps=2", ranks=2),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 clips per step" in done.stderr
+    for expected, found in zip(rows(one), rows(other), strict=True):
+        assert (found["clips"], found["loss"]) == (expected["clips"], pytest.approx(expected["loss"], rel=1e-5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_the_same_command_continues(words, straight, tmp_path, number):
+    output_dir = tmp_path / "run"
+    more = [f"output_dir={output_dir}", "number_of_steps=2000", "save_every=2000"]
+    process = subprocess.Popen(command(*words, *more), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (output_dir / "metrics.jsonl").exists() or len(rows(output_dir)) < 3:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(number)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 75
+    stopped = status(output_dir)
+    assert (stopped["state"], stopped["exit_code"]) == ("interrupted", 75)
+    saved = stopped["step"]
+    assert [path.name for path in (output_dir / "checkpoints").iterdir()] == [f"step-{saved:08d}"]
+    process.stderr.close()
+    # Continue three steps and compare with a run that never stopped.
+    assert run(words, output_dir, f"number_of_steps={saved + 3}") == 0
+    assert run(words, tmp_path / "whole", f"number_of_steps={saved + 3}") == 0
+    assert (output_dir / "lora.safetensors").read_bytes() == (tmp_path / "whole/lora.safetensors").read_bytes()
+
+
+def spoil(latents_dir: Path, keep_digest: bool) -> None:
+    """Put one NaN into every latents file; with ``keep_digest`` the digest is made to fit."""
+    for path in latents_dir.rglob("*.safetensors"):
+        tensors = load_file(path)
+        tensors["latents"][0, 0] = torch.nan
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        if keep_digest:
+            metadata = {"sha256": _digest_of_tensors(tensors)}
+        save_file(tensors, path, metadata=metadata)
+
+
+@pytest.mark.parametrize("keep_digest", [True, False])
+def test_a_nan_in_a_latent_stops_the_run_names_the_clip_and_keeps_the_last_save(words, tmp_path, capfd, keep_digest):
+    output_dir, work_dir = tmp_path / "run", tmp_path / "work"
+    more = [f"work_dir={work_dir}", "save_every=1", "pre_encode=true"]
+    assert run(words, output_dir, *more, "number_of_steps=2") == 0
+    saved = {path: path.read_bytes() for path in (output_dir / "checkpoints/step-00000002").iterdir()}
+    exported = (output_dir / "lora.safetensors").read_bytes()
+    capfd.readouterr()
+    spoil(work_dir / "latents", keep_digest)
+    assert run(words, output_dir, *more, "number_of_steps=6") == 70
+    message = capfd.readouterr().err.strip().splitlines()[-1]
+    third = rows_of_straight_clip(words, tmp_path)
+    assert third in message
+    assert {path: path.read_bytes() for path in saved} == saved
+    assert (output_dir / "lora.safetensors").read_bytes() == exported
+    assert status(output_dir)["exit_code"] == 70
+
+
+def rows_of_straight_clip(words, tmp_path) -> str:
+    """Key of the clip that an undisturbed run meets at step 3."""
+    assert run(words, tmp_path / "undisturbed", "number_of_steps=3") == 0
+    return rows(tmp_path / "undisturbed")[2]["clips"][0]
+
+
+def test_a_loss_that_overflows_stops_the_run_and_names_the_clip(words, tmp_path, capfd):
+    assert run(words, tmp_path / "run", "learning_rate=1e30", "number_of_steps=20") == 70
+    message = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "not finite" in message
+    assert not (tmp_path / "run/lora.safetensors").exists()
