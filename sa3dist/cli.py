@@ -49,6 +49,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Run], None]]] = {
 
 def usage() -> str:
     lines = [f"  {name:<8} {about}" for name, (about, _) in COMMANDS.items()]
+    lines.append(f"  {'inspect':<8} look at a data set and what training would do with each clip")
     return (
         "usage: sa3dist COMMAND [CONFIG.yaml|REQUEST.json] [key=value ...]\n\n"
         + "\n".join(lines)
@@ -64,8 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0
+    if words[0] == "inspect":
+        from sa3dist import inspection_text
+
+        return inspection_text.main(words[1:])
     if words[0] not in COMMANDS:
-        print(f"sa3dist: {words[0]!r} is no command; choose {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"sa3dist: {words[0]!r} is no command; choose {', '.join([*COMMANDS, 'inspect'])}", file=sys.stderr)
         return 2
     about, stages = COMMANDS[words[0]]
     return train.run_stages(f"sa3dist {words[0]}", about, stages, words[1:])

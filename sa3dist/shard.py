@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import os
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from sa3dist.data.archive import Listing, Pair, open_source, pair_members, read_caption
 from sa3dist.data.audio import AudioFacts, check_audio
 from sa3dist.data.containers import Container, printable
+from sa3dist.data.pool import ordered_map
 from sa3dist.data.tars import shard_name, write_shard
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted
 from sa3dist.formats import ClipEntry, DatasetIndex, atomic_directory, digest_of
@@ -22,8 +20,6 @@ from sa3dist.formats import ClipEntry, DatasetIndex, atomic_directory, digest_of
 CLIP_COUNT_RANGE = (4, 2000)
 # Large enough to stream well, small enough that a damaged one is little lost.
 MAX_SHARD_BYTES = 256 << 20
-# Compressed audio of the clips being checked at one time; a larger clip is checked alone.
-IN_FLIGHT_BYTES = 1 << 30
 MAX_PROBLEM_LINES = 20
 
 Known = dict[tuple[str, int], AudioFacts]
@@ -81,28 +77,21 @@ def build_shards(
 def _checked_clips(
     container: Container, listing: Listing, known: Known, num_workers: int | None, should_stop: Callable[[], bool]
 ) -> Iterator[tuple[Pair, ClipEntry | None, tuple[str, ...]]]:
-    """(pair, clip or None, problems) in order of key; several clips at a time, IN_FLIGHT_BYTES at most."""
-    workers = num_workers or os.cpu_count() or 1
-    pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="shard-check")
-    waiting: deque[tuple[Pair, Future]] = deque()
-    in_flight = 0
-    try:
-        for pair in listing.pairs:
-            while waiting and (len(waiting) >= 4 * workers or in_flight + pair.audio.size > IN_FLIGHT_BYTES):
-                done, future = waiting.popleft()
-                in_flight -= done.audio.size
-                yield done, *future.result()
-            if should_stop():
-                raise Interrupted(f"{container.label}: stopped while checking clips; run again")
-            waiting.append((pair, pool.submit(_check, container, pair, known)))
-            in_flight += pair.audio.size
-        while waiting:
-            if should_stop():
-                raise Interrupted(f"{container.label}: stopped while checking clips; run again")
-            done, future = waiting.popleft()
-            yield done, *future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    """(pair, clip or None, problems) in order of key; several clips at a time, in bounded memory."""
+
+    def check_stop() -> None:
+        if should_stop():
+            raise Interrupted(f"{container.label}: stopped while checking clips; run again")
+
+    checked = ordered_map(
+        lambda pair: _check(container, pair, known),
+        listing.pairs,
+        lambda pair: pair.audio.size,
+        num_workers,
+        check_stop,
+    )
+    for pair, (clip, problems) in checked:
+        yield pair, clip, problems
 
 
 def _check(container: Container, pair: Pair, known: Known) -> tuple[ClipEntry | None, tuple[str, ...]]:

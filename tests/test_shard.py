@@ -12,7 +12,7 @@ import webdataset
 from clips import captioned, encode, tone, write_folder, write_zip
 
 from sa3dist import formats, shard
-from sa3dist.data import audio
+from sa3dist.data import audio, pool
 from sa3dist.data.audio import check_audio, load_clip_audio
 from sa3dist.data.tars import member_stem
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted
@@ -321,7 +321,7 @@ def test_two_runs_at_once_share_one_result(tmp_path):
 
 def test_clips_in_flight_are_bounded_by_bytes(tmp_path, monkeypatch):
     lock, live, most = threading.Lock(), set(), []
-    monkeypatch.setattr(shard, "IN_FLIGHT_BYTES", 60_000)
+    monkeypatch.setattr(pool, "IN_FLIGHT_BYTES", 60_000)
 
     def watched(data):
         with lock:

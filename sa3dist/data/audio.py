@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,9 +48,10 @@ class AudioFacts:
     channels: int
 
 
-def check_audio(data: bytes) -> AudioFacts:
+def check_audio(data: bytes, observe: Callable[[np.ndarray, int], None] | None = None) -> AudioFacts:
     """Decode ``data`` block by block, in memory independent of its length, and refuse what cannot be trained on.
 
+    observe   called with every block, float32 (samples, channels), and the sample rate in Hz
     Raises DataError, without a file name, when it is undecodable, empty, shorter than 10 ms or longer than an hour,
     holds NaN or infinity, or never exceeds -60 dBFS. Content decides the format, not the extension.
     """
@@ -63,6 +65,8 @@ def check_audio(data: bytes) -> AudioFacts:
             if not np.isfinite(block).all():
                 raise DataError("holds NaN or infinite samples, expected finite ones; export it again")
             peak = max(peak, float(np.abs(block).max()))
+            if observe:
+                observe(block, rate)
         slack = MP3_SLACK_SAMPLES if sound.format == "MP3" else 0
     if samples == 0:
         raise DataError("is empty (0 samples); replace or remove it")

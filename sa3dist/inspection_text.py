@@ -1,0 +1,112 @@
+"""`sa3dist inspect` on the command line: the report as tables in the terminal, as JSON or as an HTML file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sa3dist import config
+from sa3dist.inspection import Report, framing_of, inspect_source
+from sa3dist.inspection_html import write_html
+from sa3dist.metrics import progress
+from sa3dist.parallel.outcome import run_program
+
+# A terminal is for a look; --json and --html hold every clip.
+MAX_ROWS = 200
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 whatever the clips are like; 2 when the source cannot be opened."""
+    made = argparse.ArgumentParser(
+        prog="sa3dist inspect", description="Look at a data set: what is in it, and what training would do with it."
+    )
+    made.add_argument("dataset", help="zip, folder or shards: local path, file://, http(s)://, s3://")
+    made.add_argument(
+        "words", nargs="*", metavar="CONFIG.yaml|key=value", help="settings that matter: duration, model, on_bad_clip"
+    )
+    made.add_argument("--json", action="store_true", help="print everything as JSON instead of tables")
+    made.add_argument("--html", type=Path, metavar="FILE", help="also write a report with pictures")
+    arguments = made.parse_args(argv)
+
+    def body() -> None:
+        settings = config.build(config.read_words(arguments.words) | {"audio_data_url": arguments.dataset})
+        framing = framing_of(settings.model)
+        with progress("inspect", 1, shown=True) as update:
+            report = inspect_source(settings, framing, lambda done, total: update(done, total=total))
+        if arguments.html:
+            write_html(report, arguments.html)
+            print(f"wrote {arguments.html}", file=sys.stderr)
+        if arguments.json:
+            print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
+        else:
+            show(report)
+
+    # An inspection leaves no status file: it has no output directory.
+    return run_program(body, lambda: None, lambda: 0)
+
+
+def show(report: Report) -> None:
+    """Print the tables to stdout."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    overview = Table(title=escape(report.source), show_header=False)
+    for name, value in overview_rows(report.summary()):
+        overview.add_row(name, escape(value))
+    console.print(overview)
+    clips = Table("clip", "s", "Hz", "ch", "LUFS", "peak", "silent", "clipped", "training", title="clips")
+    for clip in report.clips[:MAX_ROWS]:
+        figures = [""] * 7
+        if clip.facts and clip.figures:
+            figures = [f"{clip.seconds:.2f}", str(clip.facts.sample_rate_hz), str(clip.facts.channels)]
+            figures += [f"{clip.figures.lufs:.1f}", f"{clip.figures.peak_dbfs:.1f}"]
+            figures += [f"{100 * clip.figures.silent_share:.0f} %", str(clip.figures.clipped_samples)]
+        colour = {"skipped": "red", "cropped": "yellow"}.get(clip.treatment, "")
+        clips.add_row(escape(clip.key), *figures, clip.treatment, style=colour)
+    console.print(clips)
+    if len(report.clips) > MAX_ROWS:
+        console.print(f"and {len(report.clips) - MAX_ROWS} more clips; --json or --html shows all")
+    for clip in report.clips:
+        if clip.problems:
+            console.print(escape(f"skipped: {clip.reason}"), style="red", soft_wrap=True)
+    for keys in report.exact:
+        console.print(escape(f"equal bytes: {', '.join(keys)}"), soft_wrap=True)
+    for one, other, distance in report.near:
+        console.print(escape(f"sound alike ({distance:.1f} dB apart): {one}, {other}"), soft_wrap=True)
+    for line in report.verdict:
+        console.print(escape(f"training would stop: {line}"), style="red", soft_wrap=True)
+
+
+def overview_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """The summary as (name, text) lines."""
+    rows = [("clips", f"{summary['clips']}, {summary['usable']} usable"), ("hours", f"{summary['hours']:.3f}")]
+    if not summary["usable"]:
+        return rows
+
+    def spread(name: str, unit: str) -> str:
+        values = summary[name]
+        return f"{values['min']:g} to {values['max']:g} {unit}, median {values['median']:g}" if values else "none"
+
+    def counts(name: str) -> str:
+        return ", ".join(f"{value} x {key}" for key, value in summary[name].items())
+
+    captions = summary["captions"]
+    words = captions["words"]
+    return rows + [
+        ("length", spread("seconds", "s")),
+        ("formats", counts("formats")),
+        ("sample rates", counts("sample_rates_hz") + " Hz"),
+        ("channels", counts("channels")),
+        ("loudness", spread("lufs", "LUFS")),
+        ("peak", spread("peak_dbfs", "dBFS")),
+        ("clipping", f"{summary['clipped_clips']} clips"),
+        ("mostly silent", f"{summary['mostly_silent_clips']} clips"),
+        ("captions", f"{captions['distinct']} distinct, {words['min']:g} to {words['max']:g} words"),
+        ("training", counts("treatment") + f"; crops of {summary['crop_seconds']:.1f} s"),
+    ]
