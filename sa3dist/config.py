@@ -101,6 +101,7 @@ class Settings(BaseModel):
     on_bad_clip: Literal["raise", "skip"] = Field(
         "raise", description="stop at unusable clips, or skip, count and name them"
     )
+    max_download_bytes: int = Field(1 << 40, ge=1, description="largest remote source that is downloaded, in bytes")
     allow_any_dataset_size: bool = Field(False, description="lift the limit of 4..2000 clips")
 
     # Saving, resuming, reporting.

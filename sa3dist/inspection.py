@@ -141,7 +141,9 @@ def inspect_source(
     report    called as report(inspected, total) after every clip
     Raises DataError when the source as a whole cannot be opened.
     """
-    with open_source(settings.audio_data_url, settings.work_dir) as container:
+    with open_source(
+        settings.audio_data_url, settings.work_dir, max_download_bytes=settings.max_download_bytes
+    ) as container:
         listing = pair_members(container)
         inspected = ordered_map(lambda pair: _inspect(container, pair), listing.pairs, lambda pair: pair.audio.size)
         clips = []

@@ -100,6 +100,7 @@ class Run:
                     settings.work_dir,
                     on_bad_clip=settings.on_bad_clip,
                     allow_any_dataset_size=settings.allow_any_dataset_size,
+                    max_download_bytes=settings.max_download_bytes,
                     report=lambda done, total: update(done, total=total),
                     should_stop=self.stop,
                 )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sa3dist.data.archive import Listing, Pair, open_source, pair_members, read_caption
 from sa3dist.data.audio import AudioFacts, check_audio
-from sa3dist.data.containers import Container, printable
+from sa3dist.data.containers import MAX_TOTAL_BYTES, Container, printable
 from sa3dist.data.pool import ordered_map
 from sa3dist.data.tars import shard_name, write_shard
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted
@@ -31,6 +31,7 @@ def build_shards(
     *,
     on_bad_clip: str = "raise",
     allow_any_dataset_size: bool = False,
+    max_download_bytes: int = MAX_TOTAL_BYTES,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     num_workers: int | None = None,
     report: Callable[[int, int], None] | None = None,
@@ -49,7 +50,7 @@ def build_shards(
     if on_bad_clip not in ("raise", "skip"):
         raise ValueError(f"on_bad_clip is {on_bad_clip!r}, expected 'raise' or 'skip'")
     shards_dir = Path(work_dir) / "shards"
-    with open_source(source, Path(work_dir), should_stop) as container:
+    with open_source(source, Path(work_dir), should_stop, max_download_bytes) as container:
         listing = pair_members(container)
         if on_bad_clip == "raise" and not allow_any_dataset_size and len(listing.pairs) > CLIP_COUNT_RANGE[1]:
             raise DataError(f"{container.label}: {_count_problem(len(listing.pairs), allow_any_dataset_size)}")

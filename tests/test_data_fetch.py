@@ -9,7 +9,7 @@ import fsspec
 import pytest
 from clips import captioned, encode, tone, write_tar, write_zip
 
-from sa3dist.data import fetch
+from sa3dist.data import download, fetch
 from sa3dist.data.archive import open_source
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted
 from sa3dist.shard import build_shards
@@ -34,6 +34,11 @@ class _Server(http.server.SimpleHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch):
+    monkeypatch.setattr(download, "RETRY_PAUSES_SECONDS", (0, 0))
 
 
 @pytest.fixture
@@ -120,12 +125,11 @@ def test_remote_shards_and_remote_folders_are_sources(memory, tmp_path):
 
 def test_downloads_are_bounded_also_when_the_size_is_not_told(memory, tmp_path, monkeypatch):
     memory.pipe("/a.zip", write_zip(tmp_path / "a.zip", captioned(4)).read_bytes())
-    monkeypatch.setattr(fetch, "MAX_TOTAL_BYTES", 50_000)
     with pytest.raises(DataError, match=r"memory://a.zip: \d+ bytes, expected at most 50000"):
-        build_shards("memory://a.zip", tmp_path / "work")
+        build_shards("memory://a.zip", tmp_path / "work", max_download_bytes=50_000)
     monkeypatch.setattr(type(memory), "info", lambda self, path, **_: {"name": path, "type": "file", "size": None})
     with pytest.raises(DataError, match="memory://a.zip: more than 50000 bytes"):
-        build_shards("memory://a.zip", tmp_path / "work")
+        build_shards("memory://a.zip", tmp_path / "work", max_download_bytes=50_000)
     assert not [file for file in (tmp_path / "work").rglob("*") if file.is_file()]
 
 
@@ -146,6 +150,8 @@ def test_a_refused_download_does_not_stay(memory, tmp_path):
 
 def test_a_missing_optional_package_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
+    # A class that fsspec has met once is not imported again.
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     with pytest.raises(
         DataError, match=r"s3://bucket/a.zip: s3:// needs an optional package .* pip install 'sa3dist\[s3\]'"
     ):

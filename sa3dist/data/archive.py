@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from sa3dist.data.containers import Container, FolderContainer, Member, TarContainer, printable
-from sa3dist.data.fetch import fetch, is_remote, shown
+from sa3dist.data.containers import MAX_TOTAL_BYTES, Container, FolderContainer, Member, TarContainer, printable
+from sa3dist.data.fetch import Downloads, is_remote, shown
 from sa3dist.data.zips import ZipContainer
 from sa3dist.errors import DataError
 
@@ -47,24 +46,24 @@ class Listing:
 
 
 @contextlib.contextmanager
-def open_source(source: str, work_dir: Path, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Container]:
+def open_source(
+    source: str,
+    work_dir: Path,
+    should_stop: Callable[[], bool] = lambda: False,
+    max_download_bytes: int = MAX_TOTAL_BYTES,
+) -> Iterator[Container]:
     """Open ``source``: a path, file:// or fsspec URL of a zip, a folder, or tars (one, or with {000..127}).
 
     Remote sources are downloaded into ``work_dir``/downloads first and stay there for the next run, unless a DataError
     refuses them. Raises DataError when the source is missing, of no known kind, or hostile as a whole.
     """
-    downloads = Path(work_dir) / "downloads"
-    fetched: list[Path] = []
+    downloads = Downloads(Path(work_dir) / "downloads", should_stop, max_download_bytes)
     try:
-        paths = [_localised(part, downloads, fetched, should_stop) for part in expand_braces(source)]
+        paths = [downloads.fetch(part) if is_remote(part) else _local(part) for part in expand_braces(source)]
         with _container(paths, shown(source)) as container:
             yield container
     except DataError:
-        for path in fetched:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            # Only when nothing else is in it.
-            downloads.rmdir()
+        downloads.forget()
         raise
 
 
@@ -127,10 +126,7 @@ def expand_braces(source: str) -> list[str]:
     return [before + number + tail for number in numbers for tail in expand_braces(after)]
 
 
-def _localised(source: str, downloads: Path, fetched: list[Path], should_stop: Callable[[], bool]) -> Path:
-    if is_remote(source):
-        fetched.append(fetch(source, downloads, should_stop))
-        return fetched[-1]
+def _local(source: str) -> Path:
     path = Path(unquote(urlsplit(source).path) if source.startswith("file://") else source).expanduser()
     if not path.exists():
         raise DataError(f"{source}: no such file or folder; check the path")

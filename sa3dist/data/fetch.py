@@ -1,21 +1,24 @@
-"""Bring a remote source (any fsspec URL) into the work directory: bounded, streaming, whole or not at all."""
+"""Remote sources (any fsspec URL) in the work directory: each version of a file once, whatever URL it came from."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from sa3dist.data.containers import MAX_MEMBER_BYTES, MAX_TOTAL_BYTES, printable
-from sa3dist.errors import DataError, EnvironmentFailure, Interrupted, SA3DistError
-from sa3dist.formats import atomic_path, digest_of
+from sa3dist.data.containers import MAX_MEMBER_BYTES, MAX_TOTAL_BYTES
+from sa3dist.data.download import CONNECT_SECONDS, SILENT_SECONDS, download, remote_info, version_of
+from sa3dist.errors import DataError
+from sa3dist.formats import digest_of, file_sha256, fsync_directory, write_json
 
-_BLOCK_BYTES = 4 << 20
 _EXTRAS = {"s3": "pip install 'sa3dist[s3]'", "http": "pip install aiohttp", "https": "pip install aiohttp"}
-# Whatever of these a server tells identifies the version of a file; with none of them it is fetched anew.
-_VERSION_KEYS = ("ETag", "etag", "LastModified", "last_modified", "mtime", "md5Hash", "generation")
 
 
 def is_remote(source: str) -> bool:
@@ -30,44 +33,147 @@ def shown(source: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-def fetch(source: str, downloads: Path, should_stop: Callable[[], bool]) -> Path:
-    """Download ``source`` below ``downloads`` and return the local file, or folder when the URL is one.
+def fetch(source: str, downloads: Path, should_stop: Callable[[], bool], max_bytes: int = MAX_TOTAL_BYTES) -> Path:
+    """The local file of one URL, or the folder when the URL is one; see ``Downloads``."""
+    return Downloads(downloads, should_stop, max_bytes).fetch(source)
 
-    A file whose version (ETag, time and size) is there already is not fetched again.
-    Raises DataError when it does not exist, may not be read or is too large, EnvironmentFailure when it breaks off.
+
+class Downloads:
+    """A folder of downloaded files, named by content: <sha256>-<name>, with a note of URL and version beside each.
+
+    A file whose version (ETag, time, size) is there already is not fetched again; a broken download of a known version
+    is continued by the next run.
     """
-    try:
+
+    def __init__(self, directory: Path, should_stop: Callable[[], bool], max_bytes: int = MAX_TOTAL_BYTES) -> None:
+        """max_bytes: of everything fetched through this object together, from the cache or not."""
+        self._directory = directory
+        self._should_stop = should_stop
+        self._left = max_bytes
+        self.fetched: list[Path] = []
+
+    def fetch(self, source: str) -> Path:
+        """Bring ``source`` here and return the local file or folder.
+
+        Raises DataError when it does not exist, may not be read or is too large, EnvironmentFailure when it breaks off.
+        """
         system, path = _filesystem(source)
-        info = system.info(path)
-        if info.get("type") == "directory":
-            return _fetch_folder(system, path, source, downloads, should_stop)
-        version = {key: str(info[key]) for key in _VERSION_KEYS if info.get(key)}
-        name = re.sub(r"[^A-Za-z0-9._-]", "_", Path(urlsplit(source).path).name)[-80:] or "data"
-        target = downloads / f"{digest_of(source, repr(sorted(version.items())))[:16]}-{name}"
-        if version and target.is_file() and target.stat().st_size == info.get("size"):
+        label = shown(source)
+        info = remote_info(system, path, label, self._should_stop)
+        local = (
+            self._folder(system, path, source)
+            if info.get("type") == "directory"
+            else self._file(system, path, source, info, label)
+        )
+        self.fetched.append(local)
+        return local
+
+    def forget(self) -> None:
+        """Remove what was fetched: a refused source leaves nothing behind."""
+        for path in self.fetched:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            for note in self._directory.glob(f"{path.name}.*.json"):
+                note.unlink()
+        with contextlib.suppress(OSError):
+            # Only when nothing else is in it.
+            self._directory.rmdir()
+
+    def _file(self, system, path: str, source: str, info: dict[str, Any], label: str) -> Path:
+        version = version_of(info)
+        key = digest_of(source, json.dumps(version, sort_keys=True))[:16]
+        found = self._cached(key) if version else None
+        if found is None:
+            name = re.sub(r"[^A-Za-z0-9._-]", "_", Path(urlsplit(source).path).name)[-80:] or "data"
+            found = self._bring(system, path, info, key, name, label)
+            if version:
+                note = {"url": label, "version": version, "sha256": found.name[:64], "bytes": found.stat().st_size}
+                write_json(self._directory / f"{found.name}.{key}.json", note)
+        self._left -= found.stat().st_size
+        if self._left < 0:
+            self.fetched.append(found)
+            raise DataError(f"{label}: more bytes than max_download_bytes allows for the whole source; split it")
+        return found
+
+    def _cached(self, key: str) -> Path | None:
+        for note in self._directory.glob(f"*.{key}.json"):
+            path = note.with_name(note.name[: -len(f".{key}.json")])
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                if path.stat().st_size == json.loads(note.read_text(encoding="utf-8"))["bytes"]:
+                    return path
+        return None
+
+    def _bring(self, system, path: str, info: dict[str, Any], key: str, name: str, label: str) -> Path:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        versioned = bool(version_of(info))
+        part = self._directory / f".{key}.part"
+        if not versioned:
+            # Nobody could tell whether the next run continues the same file.
+            handle, temporary = tempfile.mkstemp(prefix=f".{key}.", suffix=".part", dir=self._directory)
+            os.close(handle)
+            part = Path(temporary)
+        try:
+            download(system, path, info, part, label, max(self._left, 0), self._should_stop)
+            with part.open("rb") as written:
+                os.fsync(written.fileno())
+            target = self._directory / f"{file_sha256(part)}-{name}"
+            os.replace(part, target)
+            fsync_directory(self._directory)
             return target
-        _copy(system, path, info.get("size"), target, shown(source), MAX_TOTAL_BYTES, should_stop)
+        except BaseException as failure:
+            if not versioned or isinstance(failure, DataError):
+                part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._directory.rmdir()
+            raise
+
+    def _folder(self, system, path: str, source: str) -> Path:
+        """All files below ``path``; unchanged ones stay, vanished ones go."""
+        found = sorted((name, info) for name, info in system.find(path, detail=True).items())
+        target = self._directory / f"{digest_of(source)[:16]}-folder"
+        notes = self._directory / f"{target.name}.versions.json"
+        held: dict[str, dict[str, str]] = {}
+        with contextlib.suppress(OSError, ValueError):
+            held = json.loads(notes.read_text(encoding="utf-8"))
+        kept: dict[str, dict[str, str]] = {}
+        self.fetched.append(target)
+        try:
+            for name, info in found:
+                relative = name[len(path.rstrip("/")) + 1 :]
+                label = f"{shown(source)}, {relative}"
+                if relative.startswith("/") or ".." in relative.split("/"):
+                    raise DataError(f"{label}: points outside the folder; rename it")
+                local, version = target / relative, version_of(info)
+                whole = local.is_file() and local.stat().st_size == info.get("size")
+                if not (version and whole and held.get(relative) == version):
+                    local.parent.mkdir(parents=True, exist_ok=True)
+                    part = local.with_name(f".{local.name}.part")
+                    part.unlink(missing_ok=True)
+                    download(system, name, info, part, label, min(self._left, MAX_MEMBER_BYTES), self._should_stop)
+                    os.replace(part, local)
+                self._left -= local.stat().st_size
+                kept[relative] = version
+            for local in [path for path in target.rglob("*") if path.is_file()]:
+                if local.relative_to(target).as_posix() not in kept:
+                    local.unlink()
+        finally:
+            if target.exists():
+                write_json(notes, kept)
         return target
-    except SA3DistError:
-        raise
-    except Exception as error:
-        # Every fsspec backend brings its own errors, and its http calls all of them "not found": the cause tells.
-        cause = error.__cause__ or error
-        status = getattr(cause, "status", None)
-        if isinstance(cause, FileNotFoundError) or status in (404, 410):
-            raise DataError(f"{shown(source)}: not found; check the address") from error
-        if isinstance(cause, PermissionError) or status in (401, 403):
-            raise DataError(f"{shown(source)}: access denied; check the address and the credentials") from error
-        reason = f"status {status}" if status else printable(str(cause) or type(cause).__name__)[:200]
-        raise EnvironmentFailure(f"{shown(source)}: download failed ({reason}); run again") from error
 
 
 def _filesystem(source: str):
     import fsspec
 
     scheme = source.split("://", 1)[0]
+    options = {}
+    if scheme in ("http", "https"):
+        import aiohttp
+
+        # aiohttp's default ends every request, however it goes, after five minutes.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS)
+        options = {"client_kwargs": {"timeout": timeout}}
     try:
-        return fsspec.core.url_to_fs(source)
+        return fsspec.core.url_to_fs(source, **options)
     except ImportError as error:
         hint = _EXTRAS.get(scheme, "install the package it names")
         raise DataError(f"{shown(source)}: {scheme}:// needs an optional package ({error}); {hint}") from error
@@ -75,41 +181,3 @@ def _filesystem(source: str):
         raise DataError(
             f"{shown(source)}: {scheme}:// is no known kind of location; use a path, http(s):// or s3://"
         ) from error
-
-
-def _fetch_folder(system, path: str, source: str, downloads: Path, should_stop: Callable[[], bool]) -> Path:
-    found = sorted((name, info) for name, info in system.find(path, detail=True).items())
-    total = sum(info.get("size") or 0 for _, info in found)
-    if total > MAX_TOTAL_BYTES:
-        raise DataError(f"{shown(source)}: holds {total} bytes, expected at most {MAX_TOTAL_BYTES}; split it")
-    # Folders have no version to compare: they are fetched anew.
-    target = downloads / f"{digest_of(source)[:16]}-folder"
-    shutil.rmtree(target, ignore_errors=True)
-    try:
-        for name, info in found:
-            relative = name[len(path.rstrip("/")) + 1 :]
-            if relative.startswith("/") or ".." in relative.split("/"):
-                raise DataError(f"{shown(source)}, {relative}: points outside the folder; rename it")
-            label = f"{shown(source)}, {relative}"
-            _copy(system, name, info.get("size"), target / relative, label, MAX_MEMBER_BYTES, should_stop)
-    except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
-        raise
-    return target
-
-
-def _copy(system, path: str, size: int | None, target: Path, label: str, limit: int, should_stop) -> None:
-    if size is not None and size > limit:
-        raise DataError(f"{label}: {size} bytes, expected at most {limit}; split it")
-    done = 0
-    with atomic_path(target) as temporary, system.open(path, "rb") as stream, temporary.open("wb") as out:
-        while block := stream.read(_BLOCK_BYTES):
-            if should_stop():
-                raise Interrupted(f"{label}: stopped while downloading; run again")
-            done += len(block)
-            if done > limit:
-                raise DataError(f"{label}: more than {limit} bytes; split it")
-            out.write(block)
-    if size is not None and done != size:
-        target.unlink()
-        raise EnvironmentFailure(f"{label}: {done} of {size} bytes arrived; run again")
