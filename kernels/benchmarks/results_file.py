@@ -1,0 +1,121 @@
+"""Measurements as they come: one JSON file per benchmark, rewritten whole after every row; and the time for them."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class ResultsFile:
+    """A JSON object on disk that is complete after every change, so that a killed run keeps what it measured.
+
+    content   "state" (running, finished or failed), "environment", "options", "rows" and whatever ``set`` adds
+    """
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        self.path = Path(path)
+        self.content = content
+
+    @classmethod
+    def start(cls, path: Path, device: torch.device, options: dict[str, Any]) -> ResultsFile:
+        file = cls(path, {"state": "running", "environment": environment(device), "options": options, "rows": []})
+        file.write()
+        return file
+
+    @classmethod
+    def reopen(cls, path: Path) -> ResultsFile:
+        return cls(path, json.loads(Path(path).read_text(encoding="utf-8")))
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return self.content["rows"]
+
+    def add(self, **row: Any) -> None:
+        self.rows.append(row)
+        self.write()
+
+    def set(self, **values: Any) -> None:
+        self.content.update(values)
+        self.write()
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(json.dumps(self.content, indent=1) + "\n")
+        Path(temporary).chmod(0o644)
+        os.replace(temporary, self.path)
+
+
+class Budget:
+    """The seconds a part may take. What does not fit is left out and named, not cut off in the middle."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def allows(self, seconds: float) -> bool:
+        return self.left() > seconds
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the numbers were measured on and with. A machine without git or triton is described without them."""
+    cuda = device.type == "cuda"
+    properties = torch.cuda.get_device_properties(device) if cuda else None
+    return {
+        "device": properties.name if cuda else platform.processor() or platform.machine(),
+        "device_memory_bytes": properties.total_memory if cuda else None,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "native_bf16_matmul_on_cpu": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        **{name: version_of(name) for name in ("triton", "transformers", "accelerate")},
+        "python": platform.python_version(),
+        "commit": commit(),
+        "source_sha256": source_digest(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+    }
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """Commit of the checkout, ``-dirty`` when files differ from it; None in a copy without git or its history."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
+def source_digest() -> str:
+    """SHA-256 over the Python sources of both packages: names the code where there is no git."""
+    state = hashlib.sha256()
+    for folder in ("sa3dist", "kernels"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            state.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return state.hexdigest()

@@ -1,0 +1,204 @@
+"""What bench_step compares: our trainer, one that trains as the reference does, and the frozen model without adapters.
+
+All three run the same network code on the same weights and batch, under the same autocast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from sa3dist_kernels import effective_weight_reference, frozen_constants
+from sa3dist_kernels.frozen_products import product_dtype
+from torch import nn
+from torch.nn.utils import parametrize
+
+from sa3dist import adapters, flow
+from sa3dist.adapters import layers
+from sa3dist.model.base import Base
+from sa3dist.model.parse_config import parse_model_config
+from sa3dist.model.random_weights import RandomWeights, random_base
+from sa3dist.model.released import RELEASED
+from sa3dist.model.tiny import tiny_config
+from sa3dist.parallel.flat import BETAS, EPSILON, FlatAdapters
+
+# The released shapes, and the demo's narrow ones, which take milliseconds on any machine.
+TINY = {"tiny-medium": "medium", "tiny-small": "small"}
+SHAPES = (*RELEASED, *TINY)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+LEARNING_RATE, WEIGHT_DECAY = 1e-5, 0.01
+# Where the frozen model's backward pass ends; every layer of the adapted one lies on a path to them.
+INPUTS = ("noised", "latents", "t", "prompt", "seconds")
+
+
+def make_base(shape: str, depth: int | None, device: torch.device, dtype: torch.dtype) -> Base:
+    """A base with random weights: a released shape or a tiny one; ``depth`` None is the released number of blocks."""
+    if shape not in TINY:
+        return random_base(shape, depth=depth, device=device, dtype=dtype, seed=1)
+    config = parse_model_config(tiny_config(TINY[shape], depth or 2), shape)
+    return Base(config, RandomWeights(config, 1, device), device, dtype, text_source=None, encoder=False)
+
+
+def attach(base: Base, adapter_type: str, rank: int) -> None:
+    """Attach an adapter and move it off its initial values; equal for equal arguments."""
+    with cheap_bases():
+        adapters.attach_adapter(base, adapter_type=adapter_type, rank=rank, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in adapters.adapter_parameters(base).values():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+            parameter.mul_(1 + 0.02 * noise).add_(0.002 * noise)
+
+
+@contextlib.contextmanager
+def cheap_bases() -> Iterator[None]:
+    """Random orthonormal bases for -xs types: a step costs the same, and attaching takes seconds, not half an hour."""
+    exact = layers.singular_bases
+    layers.singular_bases = orthonormal_bases
+    try:
+        yield
+    finally:
+        layers.singular_bases = exact
+
+
+def orthonormal_bases(weight_OI: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(weight_OI.numel())
+    left_OR, right_IR = (torch.linalg.qr(torch.randn(side, rank, generator=generator))[0] for side in weight_OI.shape)
+    return left_OR, right_IR
+
+
+class Materialised(nn.Module):
+    """W' formed anew at every use of the weight and returned in the base's dtype, with autograd through all of it.
+
+    In the adapter's float32 where norms are taken; lora and -xs types work in the base's dtype, as the reference's
+    training does (spec/adapters.md 1.3).
+    """
+
+    def __init__(self, layer: layers.AdaptedLayer) -> None:
+        super().__init__()
+        self.kind, self.scale = layer.kind, layer.scale
+        self.trained = nn.ParameterDict({name: nn.Parameter(value.clone()) for name, value in layer.trained().items()})
+        wide = (layer.kind.rows or layer.kind.cols) and not layer.kind.xs
+        self.dtype = torch.float32 if wide else layer.weight.dtype
+        bases = (layer.adapter.frozen.left_OR, layer.adapter.frozen.right_IR) if layer.kind.xs else ()
+        self.frozen = frozen_constants(layer.weight, *bases) if bases else None
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        trained = {name: value.to(self.dtype) for name, value in self.trained.items()}
+        merged = effective_weight_reference(weight.to(self.dtype), trained, self.kind, self.scale, self.frozen)
+        return merged.to(weight.dtype)
+
+
+def materialise(base: Base) -> dict[str, nn.Parameter]:
+    """Replace the factored layers by parametrised ones of equal value, and recompute every block in the backward pass.
+
+    Returns the trained parameters by the names ``adapter_parameters`` gave them.
+    """
+    trained: dict[str, nn.Parameter] = {}
+    adapted = adapters.adapted_layers(base)
+    adapters.detach_adapter(base)
+    for name, layer in adapted.items():
+        made = Materialised(layer)
+        parametrize.register_parametrization(layer.original, "weight", made, unsafe=True)
+        trained |= {f"{name}.{adapters.attach.SLOT}.{key}": value for key, value in made.trained.items()}
+    base.gradient_checkpointing = True
+    return trained
+
+
+class Side:
+    """One contestant: a base, what it trains, and the step it repeats on the batch given to ``use``."""
+
+    def __init__(self, name: str, options, device: torch.device) -> None:
+        """options: shape, depth, precision, adapter_type, rank."""
+        self.device = device
+        self.autocast = options.precision == "bf16"
+        self.base = make_base(options.shape, options.depth, device, DTYPES[options.precision])
+        attach(self.base, options.adapter_type, options.rank)
+        self.trained: dict[str, nn.Parameter] = {}
+        self.batch: dict[str, torch.Tensor] = {}
+        self.zero, self.update = MAKERS[name](self)
+
+    def use(self, clips: int, frames: int) -> None:
+        """Train on another batch; the same sizes give the same values."""
+        self.batch = make_batch(self.base, clips, frames)
+        if not self.trained:
+            for name in INPUTS:
+                self.batch[name].requires_grad_()
+
+    def step(self) -> torch.Tensor:
+        """Forward, loss, backward, and the optimiser's step where something is trained. Returns the loss."""
+        batch = self.batch
+        self.zero()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            velocity = self.base.velocity(
+                batch["noised"],
+                batch["t"],
+                batch["prompt"],
+                batch["prompt_mask"],
+                batch["seconds"],
+                inpaint_mask_B1T=batch["inpaint_mask"],
+                inpaint_latents_BDT=batch["latents"],
+            )
+        keep = torch.ones_like(batch["inpaint_mask"][:, 0], dtype=torch.bool)
+        loss, _, _ = flow.masked_loss(velocity, batch["target"], keep, batch["inpaint_mask"])
+        loss.backward()
+        self.update()
+        return loss.detach()
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Copies of the trained tensors' gradients after a step."""
+        return {name: parameter.grad.clone() for name, parameter in self.trained.items()}
+
+
+def _ours(side: Side) -> tuple[Callable, Callable]:
+    side.trained = adapters.adapter_parameters(side.base)
+    flat = FlatAdapters(side.trained, LEARNING_RATE, WEIGHT_DECAY, scalars=0)
+    return flat.zero, flat.optimizer.step
+
+
+def _baseline(side: Side) -> tuple[Callable, Callable]:
+    side.trained = materialise(side.base)
+    optimizer = torch.optim.AdamW(
+        side.trained.values(), lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY
+    )
+    return optimizer.zero_grad, optimizer.step
+
+
+def _frozen(side: Side) -> tuple[Callable, Callable]:
+    """The base as it is, gradients to its inputs only."""
+    if product_dtype(side.base.dtype, side.device) == side.base.dtype:
+        adapters.detach_adapter(side.base)
+    else:
+        # Plain layers would emulate their products on this CPU; strength 0 is the frozen layer without that handicap.
+        adapters.set_strength(side.base, 0)
+
+    def zero() -> None:
+        for value in side.batch.values():
+            value.grad = None
+
+    return zero, lambda: None
+
+
+MAKERS = {"ours": _ours, "baseline": _baseline, "frozen": _frozen}
+
+
+def make_batch(base: Base, clips: int, frames: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shape = (clips, base.latent_channels, frames)
+    latents, noise = (torch.randn(shape, generator=generator) for _ in range(2))
+    t = flow.sample_timesteps(clips, generator)
+    noised, target = flow.noise_latents(latents, noise, t)
+    tokens, width = base.config.prompt.max_length, base.config.cond_dim
+    batch = {
+        "latents": latents,
+        "noised": noised,
+        "target": target,
+        "t": t,
+        "prompt": torch.randn(clips, tokens, width, generator=generator),
+        "prompt_mask": torch.arange(tokens).expand(clips, tokens) < 20,
+        "seconds": torch.full((clips,), 30.0),
+        # As in four of five training samples: nothing given.
+        "inpaint_mask": torch.zeros(clips, 1, frames),
+    }
+    return {name: value.to(base.device) for name, value in batch.items()}

@@ -1,0 +1,72 @@
+"""Medians of interleaved runs: what is compared runs in turn, so that a busy or warming machine slows all alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# More than the last-level cache of any device in use (H200: 60 MB), so that a timed call finds its operands in memory,
+# as a layer does inside a model whose weights do not fit the cache.
+FLUSH_BYTES = 256 << 20
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def milliseconds(run: Callable[[], Any], device: torch.device, flush: torch.Tensor | None = None) -> float:
+    """Time of one call: between two events of a CUDA device, by the wall clock elsewhere.
+
+    flush   device memory to overwrite first, outside the timed span
+    """
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - begin)
+    if flush is not None:
+        flush.zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def interleaved(
+    variants: dict[str, Callable[[], Any]], rounds: int, device: torch.device, warm_up: int = 1, cold: bool = False
+) -> dict[str, list[float]]:
+    """Milliseconds of every variant, ``rounds`` of each, measured in turn after ``warm_up`` rounds.
+
+    cold   overwrite the device's cache before every timed call
+    """
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if cold and device.type == "cuda" else None
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for round_ in range(warm_up + rounds):
+        for name, run in variants.items():
+            spent = milliseconds(run, device, flush)
+            if round_ >= warm_up:
+                times[name].append(spent)
+    return times
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median, fastest and slowest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Most memory allocated while ``run`` runs, beyond what was held before; None on a CPU, which does not count it."""
+    if device.type != "cuda":
+        return None
+    synchronise(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    held = torch.cuda.memory_allocated(device)
+    run()
+    synchronise(device)
+    return torch.cuda.max_memory_allocated(device) - held
