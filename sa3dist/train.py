@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa3dist import config
-from sa3dist.parallel.outcome import dist_rank_from_environment, run_program
+from sa3dist.errors import ConfigError
 from sa3dist.parallel.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -36,6 +35,8 @@ def finish(run: Run, base, encoded) -> None:
 
 def parser(program: str, about: str) -> argparse.ArgumentParser:
     """Command line of every program that takes a run's settings."""
+    from sa3dist import config
+
     made = argparse.ArgumentParser(
         prog=program,
         description=about,
@@ -49,29 +50,36 @@ def parser(program: str, about: str) -> argparse.ArgumentParser:
 
 def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Sequence[str] | None) -> int:
     """Read the settings, join the other processes, run ``stages``; the exit code tells how it ended."""
-    arguments = parser(program, about).parse_args(argv)
+    # Before anything slow: a signal during the imports must not kill the process.
+    stop = StopRequest().install()
+    from sa3dist import config
+    from sa3dist.parallel.outcome import dist_rank_from_environment, run_program
+
+    arguments, unknown = parser(program, about).parse_known_args(argv)
     main_rank = dist_rank_from_environment() == 0
     logging.basicConfig(format="sa3dist: %(message)s", stream=sys.stderr)
     logging.getLogger("sa3dist").setLevel(logging.INFO if main_rank else logging.ERROR)
-    stop = StopRequest()
     values: dict = {}
     running: list[Run] = []
 
     def body() -> None:
         values.update(config.read_words(arguments.words))
+        if unknown:
+            raise ConfigError(f"{' '.join(unknown)}: unknown option; settings are given as key=value")
         settings = config.build(values)
         if arguments.print_config:
             import yaml
 
             print(yaml.safe_dump(settings.as_dict(), sort_keys=False), end="")
             return
-        stop.install()
         from sa3dist.parallel.group import connect, disconnect
         from sa3dist.run import Run, make_deterministic
 
         if settings.deterministic:
             make_deterministic()
         running.append(Run(settings, connect(), stop))
+        # Not before: the peers of a rank that leaves early would wait for it in connect.
+        stop.raise_if_asked("starting")
         stages(running[0])
         disconnect()
 
