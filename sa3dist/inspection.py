@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from sa3dist.config import Settings, crop_frames
-from sa3dist.data.archive import Pair, open_source, pair_members, read_caption
+from sa3dist.data.archive import Pair, open_source, pair_members
 from sa3dist.data.audio import AudioFacts, check_audio, resampled_length
+from sa3dist.data.captions import read_caption
 from sa3dist.data.containers import Container, printable
 from sa3dist.data.measure import ClipFigures, Measurement, fingerprint_distance_db
 from sa3dist.data.pool import ordered_map
@@ -173,7 +174,7 @@ def _inspect(container: Container, pair: Pair) -> InspectedClip:
     try:
         clip.caption = read_caption(container, pair.caption)
     except DataError as error:
-        problems.append(f"{printable(pair.caption.name)}: {error}")
+        problems.append(f"{pair.caption_name}: {error}")
     try:
         data = container.read(pair.audio)
         clip.audio_sha256 = hashlib.sha256(data).hexdigest()

@@ -8,8 +8,9 @@ import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sa3dist.data.archive import Listing, Pair, open_source, pair_members, read_caption
+from sa3dist.data.archive import Listing, Pair, open_source, pair_members
 from sa3dist.data.audio import AudioFacts, check_audio
+from sa3dist.data.captions import read_caption
 from sa3dist.data.containers import MAX_TOTAL_BYTES, Container, printable
 from sa3dist.data.pool import ordered_map
 from sa3dist.data.tars import shard_name, write_shard
@@ -100,7 +101,7 @@ def _check(container: Container, pair: Pair, known: Known) -> tuple[ClipEntry | 
     try:
         caption = read_caption(container, pair.caption)
     except DataError as error:
-        problems.append(f"{printable(pair.caption.name)}: {error}")
+        problems.append(f"{pair.caption_name}: {error}")
     try:
         data = container.read(pair.audio)
         sha256 = hashlib.sha256(data).hexdigest()

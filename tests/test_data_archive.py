@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sa3dist.data import containers, zips
-from sa3dist.data.archive import expand_braces, open_source, pair_members, read_caption
+from sa3dist.data.archive import expand_braces, open_source, pair_members
+from sa3dist.data.captions import read_caption
 from sa3dist.errors import DataError
 from sa3dist.shard import build_shards
 

@@ -9,33 +9,37 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
+from sa3dist.data.captions import is_json, is_manifest, read_manifest
 from sa3dist.data.containers import MAX_TOTAL_BYTES, Container, FolderContainer, Member, TarContainer, printable
 from sa3dist.data.fetch import Downloads, is_remote, shown
 from sa3dist.data.zips import ZipContainer
 from sa3dist.errors import DataError
 
 AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "ogg", "opus", "aif", "aiff")
-# T5Gemma reads 256 tokens, about 1 kB of text; 64 kB is another kind of document.
-MAX_CAPTION_BYTES = 1 << 16
 # More shards than any listed data set needs, and a typo like {0..99999999} must not fill the memory.
 MAX_SHARDS = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """key: posix path inside the source without extension; both members lie in the container that listed them."""
+    """key: posix path inside the source without extension; the members lie in the container that listed them.
+
+    caption       a .txt or .json member, or the text itself where a manifest holds it
+    caption_name  where the caption is, for messages
+    """
 
     key: str
     extension: str
     audio: Member
-    caption: Member
+    caption: Member | str
+    caption_name: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
     """pairs     sorted by key
     refusals  one line per fault of the container itself (hostile or unreadable members): never skipped
-    problems  key -> one line: audio without caption, caption without audio, two audio files for one caption
+    problems  key -> one line: audio without caption, caption without audio, two audio files or captions that compete
     ignored   files that are neither audio nor captions, among them dot files and __MACOSX
     """
 
@@ -68,16 +72,36 @@ def open_source(
 
 
 def pair_members(container: Container) -> Listing:
-    """Match every audio file with the .txt of the same path and stem (upper and lower case count as one)."""
+    """Match every audio file with its caption; upper and lower case of a name count as one.
+
+    The caption is the .txt of the same path and stem, or a line of captions.csv or captions.jsonl in a folder above;
+    where there is neither, the .json of that stem.
+    """
     audio: dict[str, list[Member]] = {}
-    captions: dict[str, list[Member]] = {}
+    captions: dict[str, list[Member | _Line]] = {}
+    descriptions: dict[str, Member] = {}
     ignored = container.hidden
+    refusals = [_refusal(*item) for item in sorted(container.refused.items())]
     for member in container.members:
         extension = PurePosixPath(member.name).suffix[1:].lower()
         if extension in AUDIO_EXTENSIONS:
             audio.setdefault(_stem(member.name), []).append(member)
         elif extension == "txt":
             captions.setdefault(_stem(member.name), []).append(member)
+        elif is_manifest(member.name):
+            try:
+                for name, text, place in read_manifest(container, member):
+                    captions.setdefault(_stem(name), []).append(_Line(name, text, place))
+            except DataError as error:
+                refusals.append(str(error))
+        elif is_json(member.name):
+            descriptions[_stem(member.name)] = member
+        else:
+            ignored += 1
+    for stem, member in descriptions.items():
+        # Beside a caption a .json holds something else, and alone it may be anything.
+        if stem in audio and stem not in captions:
+            captions[stem] = [member]
         else:
             ignored += 1
     # What was refused ends the run anyway: an absent or unreadable partner of it is no second problem.
@@ -91,26 +115,12 @@ def pair_members(container: Container) -> Listing:
         if problem := _mismatch(sounds, texts):
             problems[_without_extension((sounds or texts)[0].name)] = (problem,)
         else:
-            name = sounds[0].name
-            pairs.append(Pair(_without_extension(name), PurePosixPath(name).suffix[1:].lower(), sounds[0], texts[0]))
+            name, caption = sounds[0].name, texts[0]
+            extension = PurePosixPath(name).suffix[1:].lower()
+            text = caption.text if isinstance(caption, _Line) else caption
+            pairs.append(Pair(_without_extension(name), extension, sounds[0], text, _place(caption)))
     pairs.sort(key=lambda pair: pair.key)
-    return Listing(
-        tuple(pairs), tuple(_refusal(*item) for item in sorted(container.refused.items())), problems, ignored
-    )
-
-
-def read_caption(container: Container, member: Member) -> str:
-    """The stripped text. Raises DataError, without the file's name, when it is empty, too long or not UTF-8."""
-    if member.size > MAX_CAPTION_BYTES:
-        raise DataError(f"caption of {member.size} bytes, expected at most {MAX_CAPTION_BYTES}; shorten it")
-    try:
-        # utf-8-sig: Windows editors put a byte order mark in front.
-        caption = container.read(member).decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise DataError(f"caption is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    if not caption:
-        raise DataError("caption is empty; describe the clip in it")
-    return caption
+    return Listing(tuple(pairs), tuple(refusals), problems, ignored)
 
 
 def expand_braces(source: str) -> list[str]:
@@ -156,14 +166,29 @@ def _without_extension(name: str) -> str:
     return name[: len(name) - len(PurePosixPath(name).suffix)]
 
 
-def _mismatch(sounds: list[Member], texts: list[Member]) -> str | None:
-    names = " and ".join(printable(member.name) for member in (*sounds, *texts))
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    """A manifest's line: the audio file it names, the caption, and where it stands."""
+
+    name: str
+    text: str
+    place: str
+
+
+def _place(caption: Member | _Line) -> str:
+    return caption.place if isinstance(caption, _Line) else printable(caption.name)
+
+
+def _mismatch(sounds: list[Member], texts: list[Member | _Line]) -> str | None:
+    names = " and ".join([*(printable(member.name) for member in sounds), *(_place(text) for text in texts)])
     if len(sounds) > 1:
         return f"{names}: {len(sounds)} audio files claim one caption; rename or remove all but one"
     if len(texts) > 1:
         return f"{names}: {len(texts)} captions for one clip; remove all but one"
     if not texts:
         return f"{names}: audio without a caption; add {printable(PurePosixPath(sounds[0].name).stem)}.txt beside it"
+    if not sounds and isinstance(texts[0], _Line):
+        return f"{names}: caption of {printable(texts[0].name)}, which is not there; add the clip or remove the line"
     if not sounds:
         return f"{names}: caption without audio; add the clip beside it or remove the caption"
     return None
