@@ -12,10 +12,11 @@ from sa3dist.data.archive import Listing, Pair, open_source, pair_members
 from sa3dist.data.audio import AudioFacts, check_audio
 from sa3dist.data.captions import read_caption
 from sa3dist.data.containers import MAX_TOTAL_BYTES, Container, printable
+from sa3dist.data.layout import REPORT_NAME, FinishedShards, describe, split
 from sa3dist.data.pool import ordered_map
 from sa3dist.data.tars import shard_name, write_shard
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted
-from sa3dist.formats import ClipEntry, DatasetIndex, atomic_directory, digest_of
+from sa3dist.formats import ClipEntry, DatasetIndex, atomic_directory, atomic_path, digest_of
 
 # The endpoint's documented limits (spec/training.md section 3).
 CLIP_COUNT_RANGE = (4, 2000)
@@ -46,6 +47,7 @@ def build_shards(
     report           called as report(checked, total) after every clip
     should_stop      polled after every clip; when true, Interrupted is raised and nothing stays behind
     The same clips and captions, from whatever archive, give the same folder: it is then reused, not decoded or written.
+    Where some clips changed, only those are decoded and only their shards written.
     Raises DataError (nothing is left in ``work_dir``), EnvironmentFailure when disk or network fail, Interrupted.
     """
     if on_bad_clip not in ("raise", "skip"):
@@ -57,7 +59,8 @@ def build_shards(
             raise DataError(f"{container.label}: {_count_problem(len(listing.pairs), allow_any_dataset_size)}")
         usable: list[tuple[ClipEntry, Pair]] = []
         problems = dict(listing.problems)
-        known = _known_facts(shards_dir)
+        earlier = _earlier(shards_dir)
+        known = _known_facts(earlier)
         for done, (pair, clip, found) in enumerate(
             _checked_clips(container, listing, known, num_workers, should_stop), 1
         ):
@@ -72,7 +75,8 @@ def build_shards(
         directory = shards_dir / digest[:16]
         finished = _finished(directory, digest)
         if finished is None:
-            finished = _write(container, usable, directory, digest, skipped, max_shard_bytes, should_stop)
+            shards = FinishedShards(earlier)
+            finished = _write(container, usable, directory, digest, skipped, max_shard_bytes, should_stop, shards)
         return dataclasses.replace(finished, skipped=skipped)
 
 
@@ -145,16 +149,22 @@ def _identity(clip: ClipEntry) -> tuple[str, str, str, str]:
     return clip.key, clip.extension, clip.audio_sha256, clip.caption
 
 
-def _known_facts(shards_dir: Path) -> Known:
-    """What earlier runs learned about the same bytes, so that unchanged clips are not decoded again."""
-    known: Known = {}
+def _earlier(shards_dir: Path) -> list[DatasetIndex]:
+    """What earlier runs left. A damaged or outdated index teaches nothing: its clips are decoded and written again."""
+    indices = []
     for directory in sorted(path for path in shards_dir.glob("[0-9a-f]*") if path.is_dir()):
-        # A damaged or outdated index teaches nothing: its clips are decoded again.
         with contextlib.suppress(DataError):
-            for clip in DatasetIndex.read(directory).clips:
-                facts = AudioFacts(clip.samples, clip.sample_rate_hz, clip.channels)
-                known[clip.audio_sha256, clip.audio_bytes] = facts
-    return known
+            indices.append(DatasetIndex.read(directory))
+    return indices
+
+
+def _known_facts(earlier: list[DatasetIndex]) -> Known:
+    """What is known of the same bytes, so that unchanged clips are not decoded again."""
+    return {
+        (clip.audio_sha256, clip.audio_bytes): AudioFacts(clip.samples, clip.sample_rate_hz, clip.channels)
+        for index in earlier
+        for clip in index.clips
+    }
 
 
 def _finished(directory: Path, digest: str) -> DatasetIndex | None:
@@ -175,6 +185,7 @@ def _write(
     skipped: tuple[str, ...],
     max_shard_bytes: int,
     should_stop: Callable[[], bool],
+    earlier: FinishedShards,
 ) -> DatasetIndex:
     """Fill a temporary folder with shards, then the index, and rename it. A full disk is EnvironmentFailure."""
     pairs = {clip.key: pair for clip, pair in usable}
@@ -190,25 +201,15 @@ def _write(
     shards, placed = [], []
     try:
         with atomic_directory(directory, unless=lambda: _finished(directory, digest) is not None) as temporary:
-            for number, clips in enumerate(_split([clip for clip, _ in usable], max_shard_bytes)):
-                shard, clips = write_shard(temporary / shard_name(number), clips, read_audio)
+            for number, clips in enumerate(split([clip for clip, _ in usable], max_shard_bytes)):
+                target = temporary / shard_name(number)
+                shard, clips = earlier.reuse(clips, target) or write_shard(target, clips, read_audio)
                 shards.append(shard)
                 placed += clips
-            DatasetIndex(temporary, digest, tuple(placed), skipped, tuple(shards)).write()
+            index = DatasetIndex(temporary, digest, tuple(placed), skipped, tuple(shards))
+            with atomic_path(temporary / REPORT_NAME) as path:
+                path.write_text(describe(index), encoding="utf-8")
+            index.write()
     except OSError as error:
         raise EnvironmentFailure(f"{directory}: cannot write shards ({error.strerror or error})") from error
     return DatasetIndex.read(directory)
-
-
-def _split(clips: list[ClipEntry], max_shard_bytes: int) -> Iterator[list[ClipEntry]]:
-    """Consecutive clips, ``max_shard_bytes`` of audio at most unless a single clip is larger."""
-    group: list[ClipEntry] = []
-    size = 0
-    for clip in clips:
-        if group and size + clip.audio_bytes > max_shard_bytes:
-            yield group
-            group, size = [], 0
-        group.append(clip)
-        size += clip.audio_bytes
-    if group:
-        yield group

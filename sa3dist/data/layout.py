@@ -1,0 +1,124 @@
+"""Which clips share a shard, which shards are there already, and a report on all of them for people."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import shutil
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from sa3dist.data.tars import member_stem
+from sa3dist.formats import ClipEntry, DatasetIndex, ShardEntry, atomic_path, digest_of, file_sha256
+
+REPORT_NAME = "report.txt"
+
+
+def split(clips: list[ClipEntry], max_shard_bytes: int) -> Iterator[list[ClipEntry]]:
+    """Consecutive clips, ``max_shard_bytes`` of audio at most unless a single clip is larger.
+
+    Where one shard does not hold all, most cuts hang on the names of the clips alone, about two per full shard: a
+    changed clip then moves no cut but perhaps the next one, and the other shards stay as they are.
+    """
+    total = sum(clip.audio_bytes for clip in clips)
+    halves = max(1, max_shard_bytes * len(clips) // max(2 * total, 1))
+    # A power of two, so that it stays the same while the data set grows a little.
+    chance = 1 << (halves.bit_length() - 1) if total > max_shard_bytes else 0
+    group: list[ClipEntry] = []
+    size = 0
+    for clip in clips:
+        drawn = int.from_bytes(hashlib.sha256(clip.key.encode()).digest()[:8], "little")
+        named = chance and drawn % chance == 0 and size > max_shard_bytes // 8
+        if group and (named or size + clip.audio_bytes > max_shard_bytes):
+            yield group
+            group, size = [], 0
+        group.append(clip)
+        size += clip.audio_bytes
+    if group:
+        yield group
+
+
+class FinishedShards:
+    """Shards of earlier runs, found again by what is in them."""
+
+    def __init__(self, indices: Iterable[DatasetIndex]) -> None:
+        self._places: dict[str, tuple[Path, ShardEntry, list[ClipEntry]]] = {}
+        for index in indices:
+            groups: dict[str, list[ClipEntry]] = {}
+            for clip in index.clips:
+                groups.setdefault(clip.shard, []).append(clip)
+            for entry in index.shards:
+                clips = groups.get(entry.name, [])
+                self._places[_content(clips)] = (index.directory / entry.name, entry, clips)
+
+    def reuse(self, clips: list[ClipEntry], target: Path) -> tuple[ShardEntry, list[ClipEntry]] | None:
+        """Put the shard that holds exactly ``clips`` at ``target``; returns as ``write_shard``, None if there is none.
+
+        A damaged one is none. Costs no space where the file system has hard links.
+        """
+        path, entry, found = self._places.get(_content(clips), (None, None, None))
+        if path is None:
+            return None
+        try:
+            if file_sha256(path) != entry.sha256:
+                return None
+            _link_or_copy(path, target)
+        except OSError:
+            # Gone meanwhile, or on a full disk, which writing the shard will say.
+            target.unlink(missing_ok=True)
+            return None
+        placed = [
+            dataclasses.replace(clip, shard=target.name, audio_offset=earlier.audio_offset)
+            for clip, earlier in zip(clips, found, strict=True)
+        ]
+        return dataclasses.replace(entry, name=target.name), placed
+
+
+def _content(clips: list[ClipEntry]) -> str:
+    return digest_of(
+        *(part for clip in clips for part in (member_stem(clip.key), clip.extension, clip.audio_sha256, clip.caption))
+    )
+
+
+def _link_or_copy(path: Path, target: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.link(path, target)
+        return
+    with atomic_path(target) as temporary:
+        shutil.copyfile(path, temporary)
+
+
+def describe(index: DatasetIndex) -> str:
+    """A report for people: what the data set holds, what lies in which shard, what was left out and why."""
+    clips = index.clips
+    seconds = [clip.seconds for clip in clips]
+    words = [len(clip.caption.split()) for clip in clips]
+    spread = f"{min(seconds):.2f} to {max(seconds):.2f} s, median {statistics.median(seconds):.2f} s"
+    lines = [
+        f"data set     {index.digest}",
+        f"clips        {len(clips)}, {sum(seconds) / 3600:.3f} hours, {sum(c.audio_bytes for c in clips)} bytes",
+        f"length       {spread}",
+        f"formats      {_counted(clip.extension for clip in clips)}",
+        f"sample rates {_counted(f'{clip.sample_rate_hz} Hz' for clip in clips)}",
+        f"channels     {_counted(str(clip.channels) for clip in clips)}",
+        f"captions     {len({clip.caption for clip in clips})} distinct, {min(words)} to {max(words)} words",
+        f"skipped      {len(index.skipped)}",
+        *(f"  {line}" for line in index.skipped),
+        "",
+        "shard                   bytes  clips  first",
+    ]
+    held: dict[str, list[str]] = {}
+    for clip in clips:
+        held.setdefault(clip.shard, []).append(clip.key)
+    for shard in index.shards:
+        keys = held[shard.name]
+        lines.append(f"{shard.name} {shard.bytes:>12} {len(keys):>6}  {keys[0]}")
+    return "\n".join(lines) + "\n"
+
+
+def _counted(values: Iterable[str]) -> str:
+    return ", ".join(f"{count} x {value}" for value, count in sorted(Counter(values).items()))
