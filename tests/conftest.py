@@ -1,5 +1,6 @@
 """Shared fixtures: where the golden tensors are, and the two tiny reference models."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from sa3dist.model.loading import load_base
 
 # Tiny tensors: a second thread only waits for the first, for milliseconds per operation on a busy machine.
 torch.set_num_threads(1)
+
+# Where gpu-marked tests with a ``device`` run; "cpu" exercises their code on a machine without a GPU.
+TEST_DEVICE = os.environ.get("SA3DIST_TEST_DEVICE", "cuda")
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY_MODELS = ("tiny-sa3", "tiny-sa3-small")
@@ -47,11 +51,17 @@ def tiny_base(tiny_name):
     return load_base(golden(tiny_name))
 
 
+@pytest.fixture
+def device() -> torch.device:
+    """Where a gpu-marked test computes."""
+    return torch.device(TEST_DEVICE)
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not (TEST_DEVICE == "cpu" and "device" in item.fixturenames):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 

@@ -27,7 +27,8 @@ from sa3dist.parallel.flat import BETAS, EPSILON, FlatAdapters
 TINY = {"tiny-medium": "medium", "tiny-small": "small"}
 SHAPES = (*RELEASED, *TINY)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-LEARNING_RATE, WEIGHT_DECAY = 1e-5, 0.01
+# AdamW takes as long at any rate; at this one all steps of all sides are taken at the same point.
+LEARNING_RATE, WEIGHT_DECAY = 1e-9, 0.01
 # Where the frozen model's backward pass ends; every layer of the adapted one lies on a path to them.
 INPUTS = ("noised", "latents", "t", "prompt", "seconds")
 

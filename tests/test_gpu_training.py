@@ -1,0 +1,219 @@
+"""The training step on CUDA: the reference's recorded steps, recomputation, AdamW, no waiting, and equal bits twice."""
+
+import math
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sa3dist
+from sa3dist import loop
+from sa3dist.adapters import adapter_digest, adapter_parameters, attach_adapter
+from sa3dist.parallel.flat import BETAS, EPSILON, FlatAdapters
+from sa3dist.parallel.group import Group
+from sa3dist.parallel.signals import StopRequest
+from tests import test_training_step
+from tests.conftest import golden
+
+pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).resolve().parent.parent
+# The fixture with what the reference recorded of one run.
+run = test_training_step.run
+
+
+class Settings:
+    """What the loop reads of the settings tree."""
+
+    learning_rate = 1e-4
+    weight_decay = 0.01
+    context_weight = 1.0
+
+    def __init__(self, mixed_precision):
+        self.mixed_precision = mixed_precision
+
+
+@pytest.fixture(autouse=True)
+def _exact_float32():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def make_trained(device, adapter_type, dtype=torch.float32):
+    """A tiny base with an adapter moved off its initial values, and a recorded micro batch, on ``device``."""
+    base = sa3dist.load_base(golden("tiny-sa3"), device=device, dtype=dtype)
+    attach_adapter(base, adapter_type, rank=4)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter_parameters(base).values():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=draw).to(device)
+    return base, recorded_batch(base).to(torch.device(device))
+
+
+def recorded_batch(base):
+    return test_training_step.make_batch(base, load_file(golden("training/tiny_sa3_step_dora_rows.safetensors")))
+
+
+def gradients_of(base, batch, settings):
+    """Loss and every adapter gradient of one micro batch."""
+    parameters = adapter_parameters(base)
+    loss, _, _ = loop.micro_batch_loss(base, batch, settings)
+    return loss.detach(), dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_losses_and_gradients_of_three_steps_are_the_references(device, run, checkpointing):
+    _, recorded, described = run
+    base = sa3dist.load_base(golden("tiny-sa3"), device=device)
+    sa3dist.load_adapter(base, golden("training") / described["checkpoint"])
+    base.gradient_checkpointing = checkpointing
+    flat = FlatAdapters(adapter_parameters(base), learning_rate=1e-4, weight_decay=0.01, scalars=0)
+    batch = test_training_step.make_batch(base, recorded).to(device)
+    losses = []
+    for step in range(3):
+        flat.zero()
+        loss, _, _ = loop.micro_batch_loss(base, batch, Settings("no"))
+        loss.backward()
+        losses.append(loss.item())
+        if step == 0:
+            for name, parameter in flat.parameters.items():
+                expected = recorded[f"grad.{name}"]
+                atol = 2e-3 * expected.abs().max().item() + 1e-12
+                torch.testing.assert_close(parameter.grad.cpu(), expected, rtol=0, atol=atol, msg=name)
+        flat.optimizer.step()
+    assert losses == pytest.approx(described["losses_of_3_steps_same_inputs"], rel=1e-4)
+
+
+@pytest.mark.parametrize("adapter_type", ["lora", "dora-cols", "bora", "dora-rows-xs"])
+def test_bf16_step_stays_near_float32(device, adapter_type, record_property):
+    expected_loss, expected = gradients_of(*make_trained("cpu", adapter_type), Settings("no"))
+    loss, found = gradients_of(*make_trained(device, adapter_type, torch.bfloat16), Settings("bf16"))
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=0.02)
+    squares = [((found[name].cpu() - value).square().sum(), value.square().sum()) for name, value in expected.items()]
+    distance = math.sqrt(sum(float(a) for a, _ in squares) / sum(float(b) for _, b in squares))
+    record_property("gradient_distance", distance)
+    assert distance < 0.1
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_recomputed_blocks_give_the_same_gradients(device, mixed_precision):
+    dtype = torch.float32 if mixed_precision == "no" else torch.bfloat16
+    base, batch = make_trained(device, "bora", dtype)
+    loss, kept = gradients_of(base, batch, Settings(mixed_precision))
+    base.gradient_checkpointing = True
+    loss_again, recomputed = gradients_of(base, batch, Settings(mixed_precision))
+    assert torch.equal(loss, loss_again)
+    # The same operations on the same values: only the order in which a device adds may differ.
+    tolerance = 1e-5 if mixed_precision == "no" else 1e-2
+    for name, value in kept.items():
+        torch.testing.assert_close(recomputed[name], value, rtol=0, atol=tolerance * value.abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_content_of_padded_frames_changes_no_loss(device, mixed_precision):
+    base, batch = make_trained(device, "dora-rows", torch.float32 if mixed_precision == "no" else torch.bfloat16)
+    frames = batch.noised_BDT.shape[2]
+    batch.keep_BT = torch.arange(frames, device=device)[None] < torch.tensor([[frames], [frames - 5]], device=device)
+    loss, _, _ = loop.micro_batch_loss(base, batch, Settings(mixed_precision))
+    padding = ~batch.keep_BT[:, None]
+    batch.noised_BDT = torch.where(padding, 50.0, batch.noised_BDT)
+    batch.target_BDT = torch.where(padding, math.nan, batch.target_BDT)
+    changed, _, _ = loop.micro_batch_loss(base, batch, Settings(mixed_precision))
+    assert torch.equal(loss, changed)
+    batch.keep_BT = None
+    assert not torch.equal(loss, loop.micro_batch_loss(base, batch, Settings(mixed_precision))[0])
+
+
+def test_flat_adamw_is_adamw_in_float64(device):
+    draw = torch.Generator().manual_seed(2)
+    start = {"a": torch.randn(7, 5, generator=draw), "b": torch.randn(11, generator=draw)}
+    parameters = {name: torch.nn.Parameter(value.clone().to(device)) for name, value in start.items()}
+    flat = FlatAdapters(parameters, learning_rate=1e-2, weight_decay=0.1, scalars=1)
+    expected = {name: value.double() for name, value in start.items()}
+    first = {name: torch.zeros_like(value) for name, value in expected.items()}
+    second = {name: torch.zeros_like(value) for name, value in expected.items()}
+    for step in range(1, 6):
+        flat.zero()
+        for name, parameter in parameters.items():
+            gradient = torch.randn(parameter.shape, generator=draw)
+            parameter.grad += gradient.to(device)
+            first[name] = BETAS[0] * first[name] + (1 - BETAS[0]) * gradient.double()
+            second[name] = BETAS[1] * second[name] + (1 - BETAS[1]) * gradient.double().square()
+            mean, spread = first[name] / (1 - BETAS[0] ** step), (second[name] / (1 - BETAS[1] ** step)).sqrt()
+            expected[name] = expected[name] * (1 - 1e-2 * 0.1) - 1e-2 * mean / (spread + EPSILON)
+        flat.optimizer.step()
+    for name, parameter in parameters.items():
+        assert parameter.data_ptr() >= flat.values.data_ptr()
+        torch.testing.assert_close(parameter.detach().cpu().double(), expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("adapter_type", ["lora", "dora-rows", "bora", "dora-cols-xs"])
+def test_forward_and_backward_never_wait_for_the_device(device, adapter_type, checkpointing):
+    if device.type != "cuda":
+        pytest.skip("only a CUDA device can be waited for")
+    base, batch = make_trained(device, adapter_type, torch.bfloat16)
+    base.gradient_checkpointing = checkpointing
+    # The first step uploads the frequency table and picks kernels.
+    gradients_of(base, batch, Settings("bf16"))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, gradients = gradients_of(base, batch, Settings("bf16"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
+    assert all(value.isfinite().all() for value in gradients.values())
+
+
+def test_a_whole_step_waits_once(device):
+    base, batch = make_trained(device, "dora-rows", torch.bfloat16)
+    work = loop.Plan(9, 2, 2, 4, 42, {}, ["a", "b"])
+    trainer = loop.Trainer(base, adapter_parameters(base), Settings("bf16"), work, Group(0, 1, device))
+    stop = StopRequest()
+    losses = [trainer.take_step(iter([batch, batch]), stop)["loss"]]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            losses.append(trainer.take_step(iter([batch, batch]), stop)["loss"])
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    waits = [warning for warning in caught if "synchronizing" in str(warning.message)]
+    # The figures of the step come to the host together.
+    assert len(waits) == (1 if device.type == "cuda" else 0)
+    assert losses[1] < losses[0]
+
+
+def trained_digest(device_name):
+    """Digest of an adapter after three bf16 steps with deterministic kernels. Runs in a process of its own."""
+    torch.use_deterministic_algorithms(True)
+    device = torch.device(device_name)
+    base, batch = make_trained(device, "dora-rows", torch.bfloat16)
+    work = loop.Plan(3, 1, 2, 2, 42, {}, ["a", "b"])
+    trainer = loop.Trainer(base, adapter_parameters(base), Settings("bf16"), work, Group(0, 1, device))
+    for _ in range(3):
+        trainer.take_step(iter([batch]), StopRequest())
+    return adapter_digest(base)
+
+
+def test_deterministic_mode_gives_equal_bits_in_two_processes(device):
+    code = f"from tests.test_gpu_training import trained_digest; print(trained_digest({device.type!r}))"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    # cuBLAS reads its variable when a process first uses it.
+    environment = {**os.environ, "PYTHONPATH": paths, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    command = [sys.executable, "-c", code]
+    digests = {
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+        for _ in range(2)
+    }
+    assert len(digests) == 1
+    assert len(digests.pop().strip()) == 64
