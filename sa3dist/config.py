@@ -97,6 +97,11 @@ class Settings(BaseModel):
         "auto", description="recompute blocks in the backward pass: auto (when memory asks for it), on, off"
     )
     deterministic: bool = Field(False, description="only deterministic kernels: same command, same bits")
+    bucket_batches: int = Field(
+        1,
+        ge=1,
+        description="micro batches sorted by length together, so that less is padded; 1 = plain shuffle",
+    )
     num_workers: int = Field(2, ge=0, description="loader processes per rank")
     on_bad_clip: Literal["raise", "skip"] = Field(
         "raise", description="stop at unusable clips, or skip, count and name them"

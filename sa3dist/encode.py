@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sa3dist.data.latents import EncodedClips
-from sa3dist.data.stream import clip_of_slot, micro_batch_slots, polarity_of_slot
+from sa3dist.data.order import ClipOrder, micro_batch_slots
+from sa3dist.data.stream import polarity_of_slot
 from sa3dist.errors import SA3DistError
 from sa3dist.parallel.group import Group, all_done
 from sa3dist.parallel.outcome import translate
@@ -42,7 +43,7 @@ def encode_all(
     all_done(group, "encode", problem, stop)
 
 
-def encode_on_first_use(base, encoded: EncodedClips, seed: int, micro_batch: int) -> Callable[[int], None]:
+def encode_on_first_use(base, encoded: EncodedClips, order: ClipOrder, micro_batch: int) -> Callable[[int], None]:
     """A function that encodes what one micro batch still lacks, given its index.
 
     When nothing of the dataset is left to encode, the encoders leave the memory.
@@ -58,7 +59,7 @@ def encode_on_first_use(base, encoded: EncodedClips, seed: int, micro_batch: int
 
     def prepare(micro_index: int) -> None:
         for slot in micro_batch_slots(micro_index, micro_batch):
-            number, flipped = clip_of_slot(seed, slot, len(encoded.clips)), polarity_of_slot(seed, slot)
+            number, flipped = order.clip_of_slot(slot), polarity_of_slot(order.seed, slot)
             if (number, flipped) not in left:
                 continue
             encoded.encode_prompts(base, [encoded.clips[number].caption])

@@ -15,7 +15,8 @@ import torch
 
 from sa3dist import flow
 from sa3dist.adapters import adapter_digest
-from sa3dist.data.stream import MicroBatch, clip_of_slot
+from sa3dist.data.order import ClipOrder
+from sa3dist.data.stream import MicroBatch
 from sa3dist.errors import CheckpointError, EnvironmentFailure, Interrupted, SA3DistError
 from sa3dist.metrics import MetricsFile, progress
 from sa3dist.parallel import checkpoint
@@ -38,6 +39,7 @@ class Plan:
     global_batch    clips per step over all ranks
     identity        what a checkpoint must agree with to be continued: JSON values by name
     clip_keys       keys of the dataset's clips, in index order
+    order           which of them each slot trains on; None = the plain shuffle
     """
 
     steps: int
@@ -47,11 +49,13 @@ class Plan:
     seed: int
     identity: dict[str, Any]
     clip_keys: list[str]
+    order: ClipOrder | None = None
 
     def clips_of_step(self, step: int) -> list[str]:
         """Keys of the clips all ranks train on in a step, in slot order."""
         slots = range((step - 1) * self.global_batch, step * self.global_batch)
-        return [self.clip_keys[clip_of_slot(self.seed, slot, len(self.clip_keys))] for slot in slots]
+        order = self.order or ClipOrder(self.seed, len(self.clip_keys))
+        return [self.clip_keys[order.clip_of_slot(slot)] for slot in slots]
 
 
 def check_identity(saved: checkpoint.Checkpoint, identity: dict[str, Any], where: Path) -> None:

@@ -147,6 +147,7 @@ class Run:
             seed=settings.seed,
             identity=identity,
             clip_keys=[clip.key for clip in encoded.clips],
+            order=self.micro_batches(base, encoded).order,
         )
         self.trainer = loop.Trainer(base, adapters.adapter_parameters(base), settings, work, group)
         if saved is not None:
@@ -187,6 +188,7 @@ class Run:
             prompt_dropout=settings.prompt_dropout,
             seconds_total_of=settings.seconds_total_of,
             shift=base.config.distribution_shift,
+            bucket_batches=settings.bucket_batches,
         )
         return MicroBatches(encoded, stream)
 
@@ -194,8 +196,9 @@ class Run:
         settings, group, work = self.settings, self.group, self.trainer.plan
         first = self.trainer.step + 1
         indices = micro_indices(first, work.steps, work.accumulation, group.dist_rank, group.world_size)
-        prepare = encode.encode_on_first_use(base, encoded, settings.seed, settings.batch_size)
-        return loader(self.micro_batches(base, encoded), indices, prepare, settings.num_workers, group.device)
+        batches = self.micro_batches(base, encoded)
+        prepare = encode.encode_on_first_use(base, encoded, batches.order, settings.batch_size)
+        return loader(batches, indices, prepare, settings.num_workers, group.device)
 
     def _find_checkpoint(self) -> checkpoint.Checkpoint | None:
         settings, group = self.settings, self.group
@@ -229,6 +232,7 @@ class Run:
             "prompt_dropout": settings.prompt_dropout,
             "context_weight": settings.context_weight,
             "seconds_total_of": settings.seconds_total_of,
+            "bucket_batches": settings.bucket_batches,
             "reference_numerics": settings.reference_numerics,
         }
 

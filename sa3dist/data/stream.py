@@ -9,7 +9,6 @@ Suffixes: B clips, D latent channels, T latent frames, L prompt tokens, H prompt
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import signal
 from collections.abc import Callable, Generator, Iterator
@@ -18,8 +17,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from sa3dist import flow
+from sa3dist.data.audio import resampled_length
 from sa3dist.data.latents import EncodedClips
+from sa3dist.data.order import clip_order, micro_batch_slots
 from sa3dist.errors import SA3DistError
+from sa3dist.formats import ClipEntry
 from sa3dist.model.config import ShiftConfig
 from sa3dist.parallel.signals import SIGNALS
 
@@ -30,7 +32,10 @@ MAX_CROP_DRAWS = 8
 
 @dataclasses.dataclass(frozen=True)
 class StreamSettings:
-    """What the samples depend on besides the clips themselves. ``shift`` is the base's, None where it has none."""
+    """What the samples depend on besides the clips themselves. ``shift`` is the base's, None where it has none.
+
+    bucket_batches   micro batches whose clips are sorted by length together; 1 = plain shuffle
+    """
 
     seed: int
     micro_batch: int
@@ -38,6 +43,7 @@ class StreamSettings:
     prompt_dropout: float
     seconds_total_of: str
     shift: ShiftConfig | None
+    bucket_batches: int = 1
 
 
 @dataclasses.dataclass
@@ -71,25 +77,9 @@ class MicroBatch:
         return MicroBatch(**{n: v.pin_memory() if isinstance(v, torch.Tensor) else v for n, v in values.items()})
 
 
-@functools.lru_cache(maxsize=4)
-def epoch_order(seed: int, epoch: int, clips: int) -> torch.Tensor:
-    """Order of one epoch: int64 permutation of 0..clips-1, a function of (seed, epoch) alone."""
-    return torch.randperm(clips, generator=flow.generator_for(seed, "order", epoch))
-
-
-def clip_of_slot(seed: int, slot: int, clips: int) -> int:
-    """Index of the clip a slot trains on: every clip exactly once per epoch of ``clips`` slots."""
-    epoch, position = divmod(slot, clips)
-    return int(epoch_order(seed, epoch, clips)[position])
-
-
 def polarity_of_slot(seed: int, slot: int) -> bool:
     """Whether the clip is phase-flipped in this slot: probability 1/2 (spec/training.md 4.2, item 6)."""
     return bool(torch.rand(1, generator=flow.generator_for(seed, "flip", slot)) < 0.5)
-
-
-def micro_batch_slots(micro_index: int, micro_batch: int) -> range:
-    return range(micro_index * micro_batch, (micro_index + 1) * micro_batch)
 
 
 def micro_indices(first_step: int, last_step: int, accumulation: int, dist_rank: int, world_size: int) -> Iterator[int]:
@@ -105,6 +95,8 @@ class MicroBatches(Dataset):
     def __init__(self, encoded: EncodedClips, settings: StreamSettings) -> None:
         self.encoded = encoded
         self.settings = settings
+        lengths = [min(settings.crop_frames, _frames_of(clip, encoded)) for clip in encoded.clips]
+        self.order = clip_order(settings.seed, lengths, settings.micro_batch, settings.bucket_batches)
 
     def __len__(self) -> int:
         raise TypeError("the stream of micro batches has no end")
@@ -119,7 +111,7 @@ class MicroBatches(Dataset):
 
     def _sample(self, slot: int) -> _Sample:
         seed, limit = self.settings.seed, self.settings.crop_frames
-        clip = self.encoded.clips[clip_of_slot(seed, slot, len(self.encoded.clips))]
+        clip = self.encoded.clips[self.order.clip_of_slot(slot)]
         flipped = polarity_of_slot(seed, slot)
         latents = self.encoded.latents(clip, flipped)
         start, silent = _draw_crop(latents.peaks_T, limit, seed, slot)
@@ -149,6 +141,11 @@ class MicroBatches(Dataset):
                 seconds_total, self.encoded.sample_rate_hz, self.encoded.samples_per_frame
             ),
         )
+
+
+def _frames_of(clip: ClipEntry, encoded: EncodedClips) -> int:
+    samples = resampled_length(clip.samples, clip.sample_rate_hz, encoded.sample_rate_hz)
+    return -(-samples // encoded.samples_per_frame)
 
 
 @dataclasses.dataclass

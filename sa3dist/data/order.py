@@ -1,0 +1,83 @@
+"""Which clip a slot trains on: a pure function of the seed, every clip exactly once per epoch, by length if wished."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from sa3dist import flow
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, clips: int) -> torch.Tensor:
+    """Order of one epoch: int64 permutation of 0..clips-1, a function of (seed, epoch) alone."""
+    return torch.randperm(clips, generator=flow.generator_for(seed, "order", epoch))
+
+
+class ClipOrder:
+    """The endless sequence of clips. Slot s lies in epoch s // clips; the cursor of a run is one integer."""
+
+    def __init__(self, seed: int, clips: int) -> None:
+        self.seed = seed
+        self.clips = clips
+
+    def clip_of_slot(self, slot: int) -> int:
+        """Index of the clip a slot trains on."""
+        epoch, position = divmod(slot, self.clips)
+        return int(self.epoch(epoch)[position])
+
+    def epoch(self, epoch: int) -> torch.Tensor:
+        """The clips of one epoch in order, int64."""
+        return epoch_order(self.seed, epoch, self.clips)
+
+
+class BucketedOrder(ClipOrder):
+    """The same, with clips of about one length in each micro batch, so that less of it is padding.
+
+    The plain order is cut into windows of ``window`` micro batches; within one, clips are sorted by length, cut into
+    micro batches, and these are shuffled. A window is small against an epoch, so what is drawn stays close to random;
+    the clips of a micro batch that lies across two epochs stay where they are.
+    """
+
+    def __init__(self, seed: int, lengths: Sequence[int], micro_batch: int, window: int) -> None:
+        super().__init__(seed, len(lengths))
+        self._lengths = torch.tensor(lengths)
+        self._micro_batch = micro_batch
+        self._window = window * micro_batch
+        self._epoch = functools.lru_cache(maxsize=4)(self._arranged)
+
+    def epoch(self, epoch: int) -> torch.Tensor:
+        return self._epoch(epoch)
+
+    def _arranged(self, epoch: int) -> torch.Tensor:
+        order = super().epoch(epoch).clone()
+        size = self._micro_batch
+        # Micro batches are counted over the whole run: this epoch's first whole one may start later.
+        first = -epoch * self.clips % size
+        last = first + (self.clips - first) // size * size
+        generator = flow.generator_for(self.seed, "buckets", epoch)
+        for start in range(first, last, self._window):
+            window = order[start : min(start + self._window, last)]
+            # Stable: clips of one length stay in their drawn order.
+            rows = window[torch.argsort(self._lengths[window], stable=True)].view(-1, size)
+            order[start : start + len(window)] = rows[torch.randperm(len(rows), generator=generator)].reshape(-1)
+        return order
+
+    def __getstate__(self) -> dict:
+        # A worker process that is spawned builds its own cache.
+        return {name: value for name, value in self.__dict__.items() if name != "_epoch"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._epoch = functools.lru_cache(maxsize=4)(self._arranged)
+
+
+def clip_order(seed: int, lengths: Sequence[int], micro_batch: int, window: int) -> ClipOrder:
+    """The order of a run. lengths: frames every clip is trained on; window: micro batches sorted together, 1 = none."""
+    return BucketedOrder(seed, lengths, micro_batch, window) if window > 1 else ClipOrder(seed, len(lengths))
+
+
+def micro_batch_slots(micro_index: int, micro_batch: int) -> range:
+    return range(micro_index * micro_batch, (micro_index + 1) * micro_batch)
