@@ -1,0 +1,159 @@
+"""Part ``ops``: one adapted layer on the medium model's real shapes, against its frozen and its materialised form.
+
+Every time is forward and backward of one layer with operands not in the cache. ``floor_ms`` is what the two products of
+a frozen layer must take at the rates this device reached on one large product and one large copy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import torch
+from bench_adapted_linear import DTYPES, SHAPES, make_variants
+from results_file import Budget, ResultsFile
+from sa3dist_kernels import ADAPTER_TYPES
+from timing import interleaved, milliseconds, peak_bytes, summary
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """layers are (fan_in, fan_out, bias); matmul is the side of a square product, copy a number of bytes."""
+
+    layers: tuple[tuple[int, int, bool], ...]
+    tokens: tuple[int, ...]
+    ranks: tuple[int, ...]
+    types: tuple[str, ...]
+    dtype: str
+    rounds: int
+    matmul: int
+    copy: int
+
+
+TYPES = ("dora-rows", "lora", "dora-cols", "bora", "dora-rows-xs")
+REAL = Sizes(
+    layers=tuple(dict.fromkeys(SHAPES["medium"].values())),
+    # 30 s and 380 s of latent frames behind 64 memory tokens.
+    tokens=(323 + 64, 4096 + 64),
+    ranks=(16, 128),
+    types=TYPES,
+    dtype="bf16",
+    rounds=15,
+    matmul=8192,
+    copy=4 << 30,
+)
+SMALL = Sizes(((48, 80, True), (32, 48, False)), (5, 9), (4,), TYPES, "fp32", 2, 64, 1 << 20)
+# Relative L2 distance of the two forms' outputs and gradients. Both are rounded; equal maths stays far below.
+AGREEMENT = {"fp32": 1e-4, "bf16": 0.05}
+
+
+def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) -> bool:
+    """Returns whether factored and materialised form agreed everywhere."""
+    sizes = SMALL if tiny else REAL
+    torch.manual_seed(0)
+    ceilings = measure_ceilings(sizes, device)
+    results.set(ceilings=ceilings, skipped=[])
+    cases = [(rank, tokens, layer) for rank in sizes.ranks for tokens in sizes.tokens for layer in sizes.layers]
+    longest = 0.0
+    for rank, tokens, layer in cases:
+        if not budget.allows(1.5 * longest):
+            results.content["skipped"].append({"layer": layer, "tokens": tokens, "rank": rank, "why": "time budget"})
+            results.write()
+            continue
+        begin = time.monotonic()
+        for row in measure_layer(sizes, layer, tokens, rank, device):
+            row["floor_ms"] = floor_ms(layer, tokens, DTYPES[sizes.dtype].itemsize, ceilings)
+            results.add(**row)
+            print(line(row), flush=True)
+        longest = max(longest, time.monotonic() - begin)
+    results.set(summary=summarise(results.rows))
+    return all(row["agree"] for row in results.rows)
+
+
+def measure_ceilings(sizes: Sizes, device: torch.device) -> dict[str, float]:
+    """Rates this device reaches: one large matrix product, one large copy counting bytes read and written."""
+    dtype, side = DTYPES[sizes.dtype], sizes.matmul
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    source = torch.randint(0, 255, (sizes.copy // 2,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = interleaved({"matmul": lambda: left @ right, "copy": lambda: target.copy_(source)}, 10, device, warm_up=3)
+    medians = {name: summary(values)["median"] for name, values in times.items()}
+    return {
+        "matmul_tflops": 2 * side**3 / medians["matmul"] / 1e9,
+        "copy_gb_per_s": 2 * source.numel() / medians["copy"] / 1e6,
+        "empty_event_ms": min(milliseconds(lambda: None, device) for _ in range(10)),
+    }
+
+
+def floor_ms(layer: tuple[int, int, bool], tokens: int, itemsize: int, ceilings: dict[str, float]) -> float:
+    """Time that x W^T and dy W cannot beat: the larger of their arithmetic and their memory traffic."""
+    fan_in, fan_out, _ = layer
+    arithmetic = 4 * tokens * fan_in * fan_out / ceilings["matmul_tflops"] / 1e9
+    traffic = 2 * itemsize * (fan_in * fan_out + tokens * (fan_in + fan_out)) / ceilings["copy_gb_per_s"] / 1e6
+    return max(arithmetic, traffic)
+
+
+def measure_layer(sizes: Sizes, layer, tokens: int, rank: int, device: torch.device) -> list[dict]:
+    """One row per adapter type, all variants measured in turn."""
+    fan_in, fan_out, bias = layer
+    kinds = [ADAPTER_TYPES[name] for name in sizes.types]
+    dtype = DTYPES[sizes.dtype]
+    variants = make_variants(fan_in, fan_out, bias, tokens, rank, kinds, device, dtype)
+    distances = {kind.name: distance(variants, kind.name) for kind in kinds}
+    spans = {n: summary(t) for n, t in interleaved(variants, sizes.rounds, device, warm_up=2, cold=True).items()}
+    peaks = {name: peak_bytes(variant, device) for name, variant in variants.items()}
+    frozen = spans["frozen"]["median"]
+    rows = []
+    for kind in kinds:
+        ours, theirs = f"{kind.name} factored", f"{kind.name} materialised"
+        rows.append(
+            {
+                "fan_in": fan_in,
+                "fan_out": fan_out,
+                "bias": bias,
+                "tokens": tokens,
+                "rank": rank,
+                "adapter_type": kind.name,
+                "ours_ms": spans[ours],
+                "frozen_ms": spans["frozen"],
+                "materialised_ms": spans[theirs],
+                "over_frozen": spans[ours]["median"] / frozen,
+                "materialised_over_ours": spans[theirs]["median"] / spans[ours]["median"],
+                "peak_bytes": {"ours": peaks[ours], "frozen": peaks["frozen"], "materialised": peaks[theirs]},
+                "distance": distances[kind.name],
+                "agree": distances[kind.name] <= AGREEMENT[sizes.dtype],
+            }
+        )
+    return rows
+
+
+def distance(variants: dict, name: str) -> float:
+    """Largest relative L2 distance between the two forms, over the output and every gradient."""
+    pairs = zip(variants[f"{name} factored"](), variants[f"{name} materialised"](), strict=True)
+    return max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs)
+
+
+def line(row: dict) -> str:
+    return (
+        f"{row['fan_in']:5} -> {row['fan_out']:5} N {row['tokens']:5} r{row['rank']:<4}{row['adapter_type']:13} "
+        f"ours {row['ours_ms']['median']:8.3f} ms  frozen {row['frozen_ms']['median']:8.3f} ({row['over_frozen']:.2f}x)"
+        f"  materialised {row['materialised_ms']['median']:8.3f} ({row['materialised_over_ours']:.2f}x)  "
+        f"floor {row['floor_ms']:.3f}  distance {row['distance']:.1e}"
+    )
+
+
+def summarise(rows: list[dict]) -> list[dict]:
+    """Per tokens, rank and type: the measured layer shapes together."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["tokens"], row["rank"], row["adapter_type"]), []).append(row)
+    summaries = []
+    for (tokens, rank, name), members in groups.items():
+        ours, frozen, theirs = (
+            sum(row[f"{side}_ms"]["median"] for row in members) for side in ("ours", "frozen", "materialised")
+        )
+        floor = sum(row["floor_ms"] for row in members)
+        ratios = {"over_frozen": ours / frozen, "materialised_over_ours": theirs / ours, "over_floor": ours / floor}
+        shapes = len(members)
+        summaries.append({"tokens": tokens, "rank": rank, "adapter_type": name, "layers": shapes, **ratios})
+    return summaries

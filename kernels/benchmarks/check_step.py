@@ -1,0 +1,106 @@
+"""Part ``step``: whole training steps on the released shapes at full depth, most telling cases first."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import time
+
+import torch
+from bench_step import compare, line
+from results_file import Budget, ResultsFile
+from step_sides import MAKERS, Side
+from timing import peak_bytes
+
+# Expected of a group of a shape that no group has been measured on yet.
+FIRST_GROUP_SECONDS = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Measurements that share their models; building those takes longer than stepping them."""
+
+    shape: str
+    adapter_type: str
+    rank: int
+    frames: tuple[int, ...]
+
+
+# 10, 30, 120 and 380 s of latent frames.
+MEDIUM, SMALL = (323, 4091, 108, 1292), (323, 1291)
+PLAN = (
+    Group("medium-base", "dora-rows", 16, MEDIUM),
+    Group("small-music-base", "dora-rows", 16, SMALL),
+    Group("medium-base", "lora", 16, MEDIUM),
+    Group("medium-base", "bora", 16, MEDIUM),
+    Group("medium-base", "dora-rows-xs", 16, MEDIUM),
+    Group("medium-base", "dora-rows", 128, MEDIUM),
+    Group("small-music-base", "lora", 16, SMALL),
+    Group("small-music-base", "bora", 16, SMALL),
+    Group("small-music-base", "dora-rows-xs", 16, SMALL),
+    Group("small-music-base", "dora-rows", 128, SMALL),
+)
+TINY_PLAN = (Group("tiny-medium", "dora-rows", 4, (6, 9)), Group("tiny-small", "dora-rows-xs", 4, (6,)))
+
+
+def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) -> bool:
+    """Returns whether both sides computed the same loss and gradients in every case, and no case failed."""
+    results.set(skipped=[], failed=[])
+    spent: dict[str, float] = {}
+    for group in TINY_PLAN if tiny else PLAN:
+        if not budget.allows(spent.get(group.shape, 0 if tiny else FIRST_GROUP_SECONDS)):
+            results.content["skipped"].append({**dataclasses.asdict(group), "why": "time budget"})
+            results.write()
+            continue
+        begin = time.monotonic()
+        try:
+            measure(group, results, device, tiny)
+        except torch.OutOfMemoryError as problem:
+            results.content["failed"].append({**dataclasses.asdict(group), "why": str(problem).splitlines()[0]})
+            results.write()
+        # Models hold reference cycles; the next group needs their memory.
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        spent[group.shape] = time.monotonic() - begin
+    agreed = all(row["losses_agree"] and row["gradients_agree"] for row in results.rows)
+    return agreed and not results.content["failed"]
+
+
+def measure(group: Group, results: ResultsFile, device: torch.device, tiny: bool) -> None:
+    """One row per length of the group."""
+    options = argparse.Namespace(
+        shape=group.shape,
+        depth=2 if tiny else None,
+        adapter_type=group.adapter_type,
+        rank=group.rank,
+        precision="fp32" if tiny else "bf16",
+        batch=1,
+        repeats=2 if tiny else 7,
+        skip_memory=tiny,
+        frames=group.frames[0],
+    )
+    begin, before = time.monotonic(), allocated(device)
+    sides = {"ours": Side("ours", options, device)}
+    sides["ours"].use(options.batch, group.frames[0])
+    # AdamW makes its moments in the first step.
+    sides["ours"].step()
+    held = allocated(device) - before
+    sides |= {name: Side(name, options, device) for name in MAKERS if name != "ours"}
+    setup_seconds = time.monotonic() - begin
+    for frames in group.frames:
+        options.frames = frames
+        row = compare(options, sides, device)
+        row |= {"ours_held_bytes": held, "setup_seconds": setup_seconds}
+        # What gradient_checkpointing=on would need: the least this step can run in.
+        ours = sides["ours"]
+        ours.base.gradient_checkpointing = True
+        row["ours_recomputing_step_bytes"] = peak_bytes(ours.step, device)
+        ours.base.gradient_checkpointing = False
+        results.add(**row)
+        print(line(row), flush=True)
+
+
+def allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
