@@ -126,9 +126,13 @@ def _store(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
 
 def main() -> int:
     """`make demo`: make clips and a tiny base, train on them, reload the adapter and say what it learned."""
+    import torch
+
     from sa3dist import train
     from sa3dist.model.tiny import write_tiny_base
 
+    # The tiny base's operations are too small to share: on a busy machine threads cost more than they give.
+    torch.set_num_threads(1)
     clips, base = FOLDER / "clips.zip", FOLDER / "base"
     if not clips.exists():
         synthesise_clips(clips)

@@ -1,0 +1,58 @@
+"""What the repository promises as such: its layout, its light imports, and that it hides no other package."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Missing on the machines the GPU check runs on.
+ABSENT = ("webdataset", "soundfile", "deepspeed", "diffusers", "pydantic")
+GPU_PATH = (
+    "sa3dist",
+    "sa3dist.flow",
+    "sa3dist.model.loading",
+    "sa3dist.model.random_weights",
+    "sa3dist.adapters",
+    "sa3dist.data.stream",
+    "sa3dist.loop",
+    "sa3dist.plan",
+    "sa3dist.parallel.group",
+    "sa3dist_kernels",
+)
+
+
+def python(program: str, cwd: Path = ROOT) -> str:
+    done = subprocess.run([sys.executable, "-c", program], cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_binding_top_level_is_there():
+    for name in ("pyproject.toml", "launch", "sa3dist", "kernels", "tests", "configs", "docker", "README.md"):
+        assert (ROOT / name).exists(), name
+    for command in ("make demo", "make test"):
+        assert command in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("package", ["transformers", "diffusers"])
+def test_the_kernels_folder_does_not_pass_for_hugging_faces_package(package, tmp_path):
+    assert not (ROOT / "kernels/__init__.py").exists()
+    program = f"from {package}.utils.import_utils import is_kernels_available as found; print(found())"
+    assert python(program, ROOT) == python(program, tmp_path)
+
+
+def test_the_gpu_path_imports_without_what_gpu_machines_lack():
+    block = (
+        "import sys, importlib, importlib.abc\n"
+        "class Block(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in {ABSENT}: raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+    )
+    assert python(block + "".join(f"import {name}\n" for name in GPU_PATH) + "print('imported')") == "imported\n"
+
+
+def test_importing_the_package_imports_no_framework():
+    assert python("import sa3dist, sys; print('torch' in sys.modules)") == "False\n"
