@@ -69,7 +69,7 @@ def progress(title: str, total: int, shown: bool) -> Iterator[Callable[..., None
     console = Console(file=sys.stderr)
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TextColumn("{task.fields[text]}"),
         TimeElapsedColumn(),

@@ -38,6 +38,14 @@ def test_only_the_newest_are_kept_and_nothing_else_lies_about(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000010"]
 
 
+def test_a_run_started_over_leaves_no_later_checkpoint_to_resume_from(tmp_path):
+    for step in (5, 9):
+        checkpoint.save(tmp_path, make(step), keep=2)
+    checkpoint.save(tmp_path, make(2), keep=2)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    assert checkpoint.find(tmp_path, "auto").step == 2
+
+
 def test_saving_a_step_again_replaces_it(tmp_path):
     checkpoint.save(tmp_path, make(4), keep=2)
     checkpoint.save(tmp_path, make(4), keep=2)

@@ -51,7 +51,10 @@ def path_of(output_dir: Path, step: int) -> Path:
 
 
 def save(output_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Publish a checkpoint by rename after fsync, then drop all but the newest ``keep``. Returns its directory."""
+    """Publish a checkpoint by rename after fsync, then drop all but the newest ``keep``. Returns its directory.
+
+    Checkpoints of later steps are dropped too: they are damaged, or of a course this run has left.
+    """
     target = path_of(output_dir, checkpoint.step)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -76,8 +79,10 @@ def save(output_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
         fsync_directory(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in list_all(output_dir)[keep:]:
-        shutil.rmtree(old)
+    everything = list_all(output_dir)
+    position = everything.index(target)
+    for stale in everything[:position] + everything[position + keep :]:
+        shutil.rmtree(stale)
     return target
 
 
