@@ -208,19 +208,28 @@ def read_file(path: str) -> dict[str, Any]:
     return value
 
 
-def read_words(words: list[str]) -> dict[str, Any]:
-    """Merge config files and key=value overrides, later words winning. Values are read as YAML."""
-    merged: dict[str, Any] = {}
+def read_words(words: list[str], merged: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Merge config files and key=value overrides, later words winning. Values are read as YAML.
+
+    merged   filled with what could be read even when a file could not: the failure's status goes to its output_dir
+    """
+    merged = {} if merged is None else merged
+    unreadable: ConfigError | None = None
     for word in words:
         key, equals, text = word.partition("=")
         # A path may hold "=" too; a key never holds a separator.
         if not equals or "/" in key or Path(word).is_file():
-            merged |= read_file(word)
+            try:
+                merged.update(read_file(word))
+            except ConfigError as error:
+                unreadable = unreadable or error
             continue
         try:
             merged[key] = yaml.safe_load(text) if text else None
         except yaml.YAMLError:
             merged[key] = text
+    if unreadable is not None:
+        raise unreadable
     return merged
 
 

@@ -63,7 +63,7 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
     running: list[Run] = []
 
     def body() -> None:
-        values.update(config.read_words(arguments.words))
+        config.read_words(arguments.words, values)
         if unknown:
             raise ConfigError(f"{' '.join(unknown)}: unknown option; settings are given as key=value")
         settings = config.build(values)

@@ -76,7 +76,17 @@ def test_xs_types_take_ranks_up_to_17(kind):
 def test_an_unknown_type_is_answered_with_all_nine():
     with pytest.raises(ConfigError) as caught:
         build(adapter_type="dorra")
-    for name in ["lora", "dora", "dora-rows", "dora-cols", "bora", "lora-xs", "dora-rows-xs", "dora-cols-xs", "bora-xs"]:
+    for name in [
+        "lora",
+        "dora",
+        "dora-rows",
+        "dora-cols",
+        "bora",
+        "lora-xs",
+        "dora-rows-xs",
+        "dora-cols-xs",
+        "bora-xs",
+    ]:
         assert name in str(caught.value)
 
 
@@ -191,3 +201,10 @@ def test_the_global_batch_derives_the_accumulation():
 )
 def test_the_crop_is_the_duration_or_the_longest_clip_capped_and_floored(duration, longest, native, frames):
     assert config.crop_frames(duration, longest, native, 44100, 4096) == frames
+
+
+def test_an_unreadable_config_file_leaves_the_other_words_known(tmp_path):
+    merged: dict = {}
+    with pytest.raises(ConfigError, match="absent.yaml"):
+        config.read_words([str(tmp_path / "absent.yaml"), f"output_dir={tmp_path}/run"], merged)
+    assert config.output_dir_of(merged) == tmp_path / "run"
