@@ -1,0 +1,147 @@
+"""Run the trainer under any launcher: pass stop signals on, end with the program's own exit code.
+
+    python -m sa3dist.supervise torchrun --nproc-per-node 8 -m sa3dist.train CONFIG.yaml key=value
+
+Launch agents turn every exit code of a worker into 1, and signals reach them, the batch shell or PID 1, not the ranks.
+This process can be any of the three. With --slurm-requeue it also puts an interrupted Slurm job back into the queue.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from sa3dist import errors
+
+PROGRAM = "sa3dist.train"
+STATUS_NAME = "status.json"
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# An agent that is signalled while it already stops its workers may leave them behind; the ranks, too, take a repeat
+# within this time as the same request.
+SAME_REQUEST_SECONDS = 5.0
+# How long rank 0's status may take to appear here: it may run on another machine of a shared filesystem.
+STATUS_SECONDS = 5.0
+REQUEUE_OPTION = "--slurm-requeue"
+
+
+class Supervisor:
+    """One command, the signals it is sent, and how it ended."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self.command = list(command)
+        self.asked_at: float | None = None
+        self.child: subprocess.Popen | None = None
+
+    def install(self) -> None:
+        for number in FORWARDED:
+            signal.signal(number, self._forward)
+        # A closed terminal asks to stop, except under nohup.
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._forward)
+
+    def _forward(self, number: int, frame) -> None:
+        now = time.monotonic()
+        if self.asked_at is not None and now - self.asked_at < SAME_REQUEST_SECONDS:
+            return
+        self.asked_at = now
+        if self.child is not None:
+            self.child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+
+    def run(self) -> int:
+        """Start the command, wait for it, return the exit code the program meant."""
+        self.install()
+        status = status_path(self.command)
+        before = identity_of(status)
+        if self.asked_at is not None:
+            return errors.EXIT_INTERRUPTED
+        names = ",".join(number.name for number in FORWARDED)
+        # A session of its own: a terminal's Ctrl-C then comes here only, and once. torchrun reads the variable, and so
+        # does accelerate when it starts several processes.
+        self.child = subprocess.Popen(
+            self.command, start_new_session=True, env={**os.environ, "PET_SIGNALS_TO_HANDLE": names}
+        )
+        code = self.child.wait()
+        if code == errors.EXIT_DONE:
+            return code
+        return self._meant(code, status, before)
+
+    def _meant(self, code: int, status: Path, before: tuple | None) -> int:
+        deadline = time.monotonic() + STATUS_SECONDS
+        while identity_of(status) == before:
+            if time.monotonic() > deadline:
+                return self._without_status(code)
+            time.sleep(0.1)
+        return int(json.loads(status.read_text(encoding="utf-8"))["exit_code"])
+
+    def _without_status(self, code: int) -> int:
+        if self.asked_at is not None:
+            return errors.EXIT_INTERRUPTED
+        # A signal nobody sent through us: the machine ran out of memory, or someone used kill.
+        return errors.EXIT_ENVIRONMENT if code < 0 else code
+
+
+def status_path(command: Sequence[str]) -> Path:
+    """Where the program started by ``command`` reports its end. Raises ConfigError when it starts another program."""
+    if PROGRAM not in command:
+        raise errors.ConfigError(f"supervise: no {PROGRAM} in the command; expected ... -m {PROGRAM} CONFIG.yaml ...")
+    # Imported late: it is slow, and signals must be caught meanwhile.
+    from sa3dist import config
+
+    words = [word for word in command[list(command).index(PROGRAM) + 1 :] if not word.startswith("-")]
+    values: dict = {}
+    # What cannot be read the program itself reports, in the directory that follows from the rest.
+    with contextlib.suppress(errors.ConfigError):
+        config.read_words(words, values)
+    return config.output_dir_of(values) / STATUS_NAME
+
+
+def identity_of(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is replaced; None where there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def requeue_slurm_job() -> None:
+    """Queue this job again, unless Slurm is ending it: it requeues a preempted job itself, a cancelled one is over.
+
+    Queueing again makes Slurm kill what is left of the job's processes, this one among them.
+    """
+    job = os.environ["SLURM_JOB_ID"]
+    query = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
+    state = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    if state == "RUNNING":
+        print(f"supervise: interrupted with its state saved, queueing job {job} again", file=sys.stderr, flush=True)
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    else:
+        print(f"supervise: interrupted, job {job} is {state or 'gone'}, not queueing it again", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    command = list(sys.argv[1:] if argv is None else argv)
+    requeue = command[:1] == [REQUEUE_OPTION]
+    command = command[requeue:]
+    try:
+        code = Supervisor(command).run()
+        if requeue and code == errors.EXIT_INTERRUPTED:
+            requeue_slurm_job()
+        return code
+    except errors.ConfigError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"supervise: {error}", file=sys.stderr)
+        return errors.EXIT_ENVIRONMENT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
