@@ -41,6 +41,13 @@ PLAN = (
     Group("small-music-base", "dora-rows-xs", 16, SMALL),
     Group("small-music-base", "dora-rows", 128, SMALL),
 )
+# The aims for dora-rows of rank 16 on the medium model: (frames or None for all, figure, bound, whether it is a floor).
+TARGETS = (
+    (323, "ratio", 8.0, True),
+    (4091, "ratio", 2.2, True),
+    (None, "over_frozen", 1.15, False),
+    (4091, "recomputing_total_bytes", 24e9, False),
+)
 TINY_PLAN = (Group("tiny-medium", "dora-rows", 4, (6, 9)), Group("tiny-small", "dora-rows-xs", 4, (6,)))
 
 
@@ -64,6 +71,7 @@ def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) 
         if device.type == "cuda":
             torch.cuda.empty_cache()
         spent[group.shape] = time.monotonic() - begin
+    results.set(targets=against_targets(results.rows))
     agreed = all(row["losses_agree"] and row["gradients_agree"] for row in results.rows)
     return agreed and not results.content["failed"]
 
@@ -96,10 +104,27 @@ def measure(group: Group, results: ResultsFile, device: torch.device, tiny: bool
         # What gradient_checkpointing=on would need: the least this step can run in.
         ours = sides["ours"]
         ours.base.gradient_checkpointing = True
-        row["ours_recomputing_step_bytes"] = peak_bytes(ours.step, device)
+        recomputing = peak_bytes(ours.step, device)
         ours.base.gradient_checkpointing = False
+        row["recomputing_total_bytes"] = None if recomputing is None else held + recomputing
         results.add(**row)
         print(line(row), flush=True)
+
+
+def against_targets(rows: list[dict]) -> list[dict]:
+    """Every aim that was measured: what was found, what is wanted, whether it is met."""
+    found = []
+    for row in rows:
+        if (row["shape"], row["adapter_type"], row["rank"]) != ("medium-base", "dora-rows", 16):
+            continue
+        for frames, figure, bound, is_floor in TARGETS:
+            if frames in (None, row["frames"]) and row[figure] is not None:
+                met = row[figure] >= bound if is_floor else row[figure] <= bound
+                wanted = f"{'at least' if is_floor else 'at most'} {bound:g}"
+                found.append(
+                    {"frames": row["frames"], "figure": figure, "found": row[figure], "wanted": wanted, "met": met}
+                )
+    return found
 
 
 def allocated(device: torch.device) -> int:
