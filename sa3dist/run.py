@@ -60,6 +60,8 @@ class Run:
         Comes first, so that a wrong model, rank, include list or adapter file is refused before hours of preparation.
         """
         settings = self.settings
+        # cuDNN's convolutions would round float32 latents to ten bits of mantissa.
+        torch.backends.cudnn.allow_tf32 = False
         base = load_base(
             settings.model,
             self.group.device,
