@@ -53,9 +53,9 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
     # Before anything slow: a signal during the imports must not kill the process.
     stop = StopRequest().install()
     from sa3dist import config
-    from sa3dist.parallel.outcome import dist_rank_from_environment, run_program
+    from sa3dist.parallel.outcome import dist_rank_from_environment, has_peers, run_program
 
-    arguments, unknown = parser(program, about).parse_known_args(argv)
+    arguments, unknown = parser(program, about).parse_known_intermixed_args(argv)
     main_rank = dist_rank_from_environment() == 0
     logging.basicConfig(format="sa3dist: %(message)s", stream=sys.stderr)
     logging.getLogger("sa3dist").setLevel(logging.INFO if main_rank else logging.ERROR)
@@ -72,13 +72,15 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
 
             print(yaml.safe_dump(settings.as_dict(), sort_keys=False), end="")
             return
+        if not has_peers():
+            stop.raise_if_asked("starting")
         from sa3dist.parallel.group import connect, disconnect
         from sa3dist.run import Run, make_deterministic
 
         if settings.deterministic:
             make_deterministic()
         running.append(Run(settings, connect(), stop))
-        # Not before: the peers of a rank that leaves early would wait for it in connect.
+        # Only now: peers of a rank that left before would wait for it in connect.
         stop.raise_if_asked("starting")
         stages(running[0])
         disconnect()

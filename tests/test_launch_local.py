@@ -79,6 +79,24 @@ def test_a_signal_to_the_launcher_of_two_processes_saves_and_the_same_command_co
 
 
 @pytest.mark.slow
+def test_a_signal_during_the_first_imports_is_answered(settings, tmp_path):
+    launched = start(1, *settings, f"output_dir={tmp_path}/run")
+    while not catches(launched.pid, signal.SIGTERM):
+        assert launched.poll() is None, launched.communicate()
+        time.sleep(0.01)
+    launched.send_signal(signal.SIGTERM)
+    _, err = launched.communicate(timeout=60)
+    assert launched.returncode == 75, err
+    assert "SIGTERM while starting" in json.loads((tmp_path / "run/status.json").read_text())["message"]
+
+
+def catches(pid, number) -> bool:
+    """Whether a process has a handler for a signal, as Linux tells."""
+    lines = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
+    return bool(int(lines.get("SigCgt", "0"), 16) >> (number - 1) & 1)
+
+
+@pytest.mark.slow
 def test_two_processes_refuse_a_bad_config_with_2(settings, tmp_path):
     launched = start(2, *settings, f"output_dir={tmp_path}/run", "rank=0")
     _, err = launched.communicate(timeout=60)

@@ -179,3 +179,9 @@ def test_a_released_model_that_cannot_be_fetched(refuse, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     (line,) = refuse(model="small-music-base")
     assert "stable-audio-3-small-music-base" in line
+
+
+def test_an_unknown_option_is_a_refusal_with_a_status(tmp_path, capfd):
+    assert train.main([f"output_dir={tmp_path}/run", "--steps", "5"]) == 2
+    assert "--steps 5: unknown option" in json.loads((tmp_path / "run/status.json").read_text())["message"]
+    assert capfd.readouterr().err.count("\n") == 1

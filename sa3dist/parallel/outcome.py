@@ -30,6 +30,11 @@ def dist_rank_from_environment() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def has_peers() -> bool:
+    """Whether the launcher started more ranks than this one, known before the process group lives."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def translate(failure: BaseException) -> errors.SA3DistError | None:
     """The explained failure an exception of a library stands for, or None when it is a bug of ours."""
     if isinstance(failure, errors.SA3DistError):
