@@ -50,6 +50,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Run], None]]] = {
 def usage() -> str:
     lines = [f"  {name:<8} {about}" for name, (about, _) in COMMANDS.items()]
     lines.append(f"  {'inspect':<8} look at a data set and what training would do with each clip")
+    lines.append(f"  {'submit':<8} start a run on this machine, under Slurm or on Kubernetes")
     return (
         "usage: sa3dist COMMAND [CONFIG.yaml|REQUEST.json] [key=value ...]\n\n"
         + "\n".join(lines)
@@ -69,8 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         from sa3dist import inspection_text
 
         return inspection_text.main(words[1:])
+    if words[0] == "submit":
+        from sa3dist import submit
+
+        return submit.main(words[1:])
     if words[0] not in COMMANDS:
-        print(f"sa3dist: {words[0]!r} is no command; choose {', '.join([*COMMANDS, 'inspect'])}", file=sys.stderr)
+        known = ", ".join([*COMMANDS, "inspect", "submit"])
+        print(f"sa3dist: {words[0]!r} is no command; choose {known}", file=sys.stderr)
         return 2
     about, stages = COMMANDS[words[0]]
     return train.run_stages(f"sa3dist {words[0]}", about, stages, words[1:])
