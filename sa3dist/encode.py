@@ -46,26 +46,19 @@ def encode_all(
 def encode_on_first_use(base, encoded: EncodedClips, order: ClipOrder, micro_batch: int) -> Callable[[int], None]:
     """A function that encodes what one micro batch still lacks, given its index.
 
-    When nothing of the dataset is left to encode, the encoders leave the memory.
+    The encoders are loaded when the first file is missing, and leave the memory when all have been seen.
     """
-    left = {
-        (number, flipped)
-        for number, clip in enumerate(encoded.clips)
-        for flipped in (False, True)
-        if not (encoded.latents_path(clip, flipped).exists() and encoded.prompt_path(clip.caption).exists())
-    }
-    if not left:
-        base.release_encoders()
+    ready: set[tuple[int, bool]] = set()
 
     def prepare(micro_index: int) -> None:
         for slot in micro_batch_slots(micro_index, micro_batch):
             number, flipped = order.clip_of_slot(slot), polarity_of_slot(order.seed, slot)
-            if (number, flipped) not in left:
+            if (number, flipped) in ready:
                 continue
             encoded.encode_prompts(base, [encoded.clips[number].caption])
             encoded.encode_latents(base, encoded.clips[number], flipped)
-            left.remove((number, flipped))
-            if not left:
+            ready.add((number, flipped))
+            if len(ready) == 2 * len(encoded.clips):
                 base.release_encoders()
 
     return prepare

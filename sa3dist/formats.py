@@ -16,7 +16,9 @@ from pathlib import Path
 from sa3dist.errors import DataError
 
 INDEX_NAME = "index.json"
-INDEX_VERSION = 1
+INDEX_VERSION = 2
+# Ends the index: the digest of every byte before it.
+_SEAL = '"self_sha256": "'
 # A temporary folder this old belongs to a run that was killed.
 STALE_SECONDS = 24 * 3600
 
@@ -179,26 +181,30 @@ class DatasetIndex:
     shards: tuple[ShardEntry, ...] = ()
 
     def write(self) -> None:
-        value = {
-            "version": INDEX_VERSION,
-            "digest": self.digest,
-            "clips": [dataclasses.asdict(clip) for clip in self.clips],
-            "skipped": list(self.skipped),
-            "shards": [dataclasses.asdict(shard) for shard in self.shards],
-        }
-        write_json(self.directory / INDEX_NAME, value | {"self_sha256": _json_digest(value)})
+        """One clip per line, so that people can search it and programs read 100,000 clips in a second."""
+        clips = ",\n".join(json.dumps(vars(clip), ensure_ascii=False) for clip in self.clips)
+        rest = {"skipped": list(self.skipped), "shards": [dataclasses.asdict(shard) for shard in self.shards]}
+        body = (
+            f'{{"version": {INDEX_VERSION}, "digest": {json.dumps(self.digest)}, "clips": [\n{clips}\n],\n'
+            f"{json.dumps(rest, ensure_ascii=False)[1:-1]},\n{_SEAL}"
+        )
+        with atomic_path(self.directory / INDEX_NAME) as temporary:
+            temporary.write_text(f'{body}{digest_of(body)}"}}\n', encoding="utf-8", newline="")
 
     @classmethod
     def read(cls, directory: Path) -> DatasetIndex:
         """Raises DataError, naming the file, when the index is missing, damaged or of another version."""
         path = Path(directory) / INDEX_NAME
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            # Bytes: reading as text would take another line end for ours.
+            text = path.read_bytes().decode("utf-8")
+            value = json.loads(text)
             if value["version"] != INDEX_VERSION:
                 raise DataError(
                     f"{path}: index version {value['version']}, expected {INDEX_VERSION}; run sa3dist shard"
                 )
-            if value.pop("self_sha256") != _json_digest(value):
+            body = text[: text.rindex(_SEAL) + len(_SEAL)]
+            if text != f'{body}{digest_of(body)}"}}\n':
                 raise DataError(
                     f"{path}: the index is damaged, its digest does not match; delete it and run sa3dist shard"
                 )
@@ -207,10 +213,6 @@ class DatasetIndex:
             return cls(Path(directory), value["digest"], clips, tuple(value["skipped"]), shards)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not a readable shard index ({error}); run sa3dist shard") from error
-
-
-def _json_digest(value) -> str:
-    return digest_of(json.dumps(value, sort_keys=True))
 
 
 def _umask() -> int:

@@ -160,3 +160,50 @@ print(time.perf_counter() - begin, (resource.getrusage(resource.RUSAGE_SELF).ru_
     seconds, megabytes = map(float, out.split())
     assert seconds < 1
     assert megabytes < 100
+
+
+@pytest.mark.slow
+def test_100_000_clips_give_their_first_batch_in_two_seconds_after_imports(tmp_path):
+    program = """
+import sys, time
+from pathlib import Path
+import torch
+from sa3dist import encode
+from sa3dist.data import latents
+from sa3dist.data.stream import MicroBatches, StreamSettings, loader, polarity_of_slot
+from sa3dist.formats import ClipEntry, DatasetIndex
+
+class Base:
+    sample_rate_hz, samples_per_frame, prompt_tokens = 44100, 4096, 128
+
+work = Path(sys.argv[1])
+clips = tuple(
+    ClipEntry(f"c/{i:06d}", f"s-{i // 500}.tar", 512, 9000, str(i), "wav", 44100 * (3 + i % 20), 44100, 2, f"clip {i}")
+    for i in range(100_000)
+)
+DatasetIndex(work, "0" * 64, clips, (), ()).write()
+
+def stream():
+    encoded = latents.EncodedClips(DatasetIndex.read(work), work, Base, "a", "b")
+    return encoded, MicroBatches(encoded, StreamSettings(3, 2, 129, 0.1, "file", None, 8))
+
+encoded, batches = stream()
+for slot in range(16):
+    clip, flipped = encoded.clips[batches.order.clip_of_slot(slot)], polarity_of_slot(3, slot)
+    frames = clip.samples // 4096 + 1
+    tensors = {"latents": torch.randn(8, frames + 32), "silence": torch.randn(8, 2), "peaks": torch.ones(frames)}
+    latents._write(encoded.latents_path(clip, flipped), tensors)
+    latents._write(encoded.prompt_path(clip.caption), {"hidden": torch.randn(7, 16)})
+# Processor time, so that a busy machine does not fail the test; nothing here waits for anything else.
+begin = time.process_time()
+encoded, batches = stream()
+prepare = encode.encode_on_first_use(Base, encoded, batches.order, 2)
+first = next(loader(batches, iter(range(4)), prepare, 1, torch.device("cpu")))
+print(time.process_time() - begin, len(first.clips))
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+    seconds, clips = out.split()
+    assert float(seconds) < 2
+    assert int(clips) == 2

@@ -156,7 +156,7 @@ def test_an_index_of_another_version_is_refused(tmp_path):
     index = build_shards(str(write_zip(tmp_path / "a.zip", captioned(4))), tmp_path / "work")
     path = index.directory / "index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
-    with pytest.raises(DataError, match="index version 99, expected 1; run sa3dist shard"):
+    with pytest.raises(DataError, match="index version 99, expected 2; run sa3dist shard"):
         DatasetIndex.read(index.directory)
 
 
