@@ -15,12 +15,14 @@ import yaml
 
 from sa3dist import __version__, adapters, encode, export, loop, plan, shard
 from sa3dist.config import Settings, crop_frames
+from sa3dist.data.crops import CropsInFlight, EncodedCrops
 from sa3dist.data.fetch import fetch, is_remote, shown
 from sa3dist.data.latents import EncodedClips
 from sa3dist.data.stream import MicroBatch, MicroBatches, StreamSettings, loader, micro_indices
 from sa3dist.errors import CheckpointError
 from sa3dist.formats import DatasetIndex, atomic_path
 from sa3dist.metrics import progress
+from sa3dist.model.config import ModelConfig
 from sa3dist.model.loading import load_base
 from sa3dist.parallel import checkpoint
 from sa3dist.parallel.group import Group, on_main_first
@@ -37,6 +39,15 @@ def make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def _require_trainable(config: ModelConfig) -> None:
+    for key in ("mask_padding_attention", "use_effective_length_for_schedule"):
+        if not getattr(config, key):
+            raise CheckpointError(
+                f"{config.source}: model.diffusion.{key} is false or absent; only models made with it can be "
+                f"trained here, as all released bases are"
+            )
 
 
 class Run:
@@ -70,6 +81,7 @@ class Run:
             # A run whose latents are all on disk never needs it.
             encoder=False,
         )
+        _require_trainable(base.config)
         base.reference_numerics = settings.reference_numerics
         adapters.attach_adapter(
             base,
@@ -124,10 +136,24 @@ class Run:
 
         # Hashing gigabytes is one rank's work.
         found = on_main_first(self.group, "digests", digests, self.stop)
-        encoded = EncodedClips(index, self.settings.work_dir, base, *found)
-        if self.settings.pre_encode if everything is None else everything:
+        settings = self.settings
+        where = index, settings.work_dir, base, *found
+        encoded = EncodedClips(*where)
+        if settings.latents != "whole":
+            keep = settings.latents == "crop"
+            encoded = EncodedCrops(*where, crop_frames=self.crop_frames(base, encoded), keep=keep)
+        if settings.pre_encode if everything is None else everything and settings.latents != "on_the_fly":
+            per_step = settings.batch_size * settings.accumulation(self.group.world_size) * self.group.world_size
             with progress("encode", 1, shown=self.group.is_main) as update:
-                encode.encode_all(base, encoded, self.group, self.stop, lambda done, total: update(done, total=total))
+                encode.encode_all(
+                    base,
+                    encoded,
+                    self.group,
+                    self.stop,
+                    report=lambda done, total: update(done, total=total),
+                    order=self.micro_batches(base, encoded).order,
+                    slots=settings.number_of_steps * per_step,
+                )
             base.release_encoders()
         return encoded
 
@@ -199,6 +225,9 @@ class Run:
         first = self.trainer.step + 1
         indices = micro_indices(first, work.steps, work.accumulation, group.dist_rank, group.world_size)
         batches = self.micro_batches(base, encoded)
+        if isinstance(encoded, EncodedCrops):
+            crops = CropsInFlight(base, encoded, batches.order, settings.batch_size)
+            return loader(batches, indices, crops.prepare, settings.num_workers, group.device, after=crops.used)
         prepare = encode.encode_on_first_use(base, encoded, batches.order, settings.batch_size)
         return loader(batches, indices, prepare, settings.num_workers, group.device)
 
@@ -235,6 +264,7 @@ class Run:
             "context_weight": settings.context_weight,
             "seconds_total_of": settings.seconds_total_of,
             "bucket_batches": settings.bucket_batches,
+            "latents": settings.latents,
             "reference_numerics": settings.reference_numerics,
         }
 

@@ -242,3 +242,21 @@ def test_the_digest_is_of_the_values(base):
     with torch.no_grad():
         list(adapter_parameters(twin).values())[-1].view(-1)[-1] += 1e-6
     assert adapter_digest(twin) != adapter_digest(base)
+
+
+def test_an_attachment_that_fails_halfway_leaves_the_base_as_it_was(base, monkeypatch):
+    read, seen = base.fp32_weight, []
+
+    def fail_at_the_sixth(name):
+        seen.append(name)
+        if len(seen) == 6:
+            raise OSError("no more")
+        return read(name)
+
+    monkeypatch.setattr(base, "fp32_weight", fail_at_the_sixth)
+    with pytest.raises(OSError, match="no more"):
+        attach_adapter(base, rank=4)
+    assert adapted_layers(base) == {}
+    monkeypatch.undo()
+    attach_adapter(base, rank=4)
+    assert len(adapted_layers(base)) > 6

@@ -268,3 +268,10 @@ def test_an_empty_tensor_is_never_published(base, tmp_path):
 def test_saving_without_an_adapter_is_refused(base, tmp_path):
     with pytest.raises(ConfigError, match="no adapter to save"):
         save_adapter(base, tmp_path / "x.safetensors")
+
+
+def test_a_strength_that_is_no_number_is_refused_before_anything_is_attached():
+    base = RecordedBase()
+    with pytest.raises(ConfigError, match="strength is nan"):
+        load_adapter(base, golden("adapters/lora_tiny_dora_rows.safetensors"), strength=float("nan"))
+    assert adapted_layers(base) == {}

@@ -73,6 +73,11 @@ def test_xs_types_take_ranks_up_to_17(kind):
         build(adapter_type=kind, rank=18)
 
 
+def test_a_float16_base_without_autocast_is_refused():
+    with pytest.raises(ConfigError, match="^mixed_precision: no loses gradients"):
+        build(base_precision="fp16", mixed_precision="no")
+
+
 def test_an_unknown_type_is_answered_with_all_nine():
     with pytest.raises(ConfigError) as caught:
         build(adapter_type="dorra")

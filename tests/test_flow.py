@@ -105,6 +105,12 @@ def test_silence_extensions_are_floored_exponentials(described):
         assert abs((drawn >= k).double().mean().item() - tail) < 4.5 * math.sqrt(tail * (1 - tail) / DRAWS)
 
 
+def test_degenerate_arguments_have_their_limits():
+    assert flow.draw_extension(0, torch.Generator()) == 0
+    one_length = flow.shift_timesteps(torch.tensor([0.3]), torch.tensor([9]), min_length=256, max_length=256)
+    torch.testing.assert_close(one_length, flow.shift_timesteps(torch.tensor([0.3]), torch.tensor([256])))
+
+
 @pytest.fixture(scope="module")
 def masks():
     """100,000 masks of 40 valid frames in 50: few enough frames to enumerate what each type can give."""

@@ -105,3 +105,9 @@ def test_random_base_of_a_released_shape_keeps_its_activations_sane(name):
         torch.tensor([2.0]),
     )
     assert 0.1 < velocity.std() < 10
+
+
+@pytest.mark.parametrize("prompts", ["one string", []])
+def test_prompts_are_a_list_of_strings(tiny_base, prompts):
+    with pytest.raises(ValueError, match="expected a list"):
+        tiny_base.encode_prompts(prompts)

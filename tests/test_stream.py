@@ -83,6 +83,28 @@ def test_a_clips_draws_do_not_depend_on_its_neighbours():
         assert int(keep.sum()) == frames or together.keep_BT is None
 
 
+def test_noise_is_coupled_over_whole_crops():
+    from sa3dist import flow
+
+    clips, settings = Clips([12, 30, 25, 40, 20]), make_settings(micro_batch=3, crop_frames=35)
+    for index in range(6):
+        batch = stream.MicroBatches(clips, settings)[index]
+        slots = range(3 * index, 3 * index + 3)
+        noise = torch.stack([flow.draw_noise(35, CHANNELS, flow.generator_for(3, "noise", slot)) for slot in slots])
+        whole = []
+        for slot, key in zip(slots, batch.clips, strict=True):
+            clip = next(clip for clip in clips.clips if clip.key == key)
+            stored = clips.latents(clip, stream.polarity_of_slot(3, slot))
+            alone = stream.MicroBatches(clips, make_settings(micro_batch=1, crop_frames=35))[slot]
+            first = alone.latents_BDT[0, :, 0]
+            start = next(s for s in range(stored.valid_frames) if torch.equal(stored.latents_DT[:, s], first))
+            whole.append(stored.window(start, 35))
+        permutation = flow.couple_noise(torch.stack(whole), noise)
+        frames = batch.target_BDT.shape[2]
+        expected = noise[permutation][..., :frames] - torch.stack(whole)[..., :frames]
+        assert torch.equal(batch.target_BDT, expected)
+
+
 def test_short_clips_are_extended_by_encoded_silence_never_past_the_crop():
     clips = Clips([12] * 4)
     seen = set()

@@ -167,6 +167,15 @@ def test_a_finished_run_is_not_trained_again(words, straight, tmp_path):
     assert (straight / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("base_precision", ["bf16", "bfloat16", "fp16", "float16", "fp32"])
+def test_every_base_precision_trains_under_autocast(words, straight, tmp_path, base_precision):
+    more = [f"base_precision={base_precision}", "mixed_precision=bf16", "number_of_steps=2"]
+    assert run(words, tmp_path / "run", *more) == 0
+    for found, exact in zip(rows(tmp_path / "run"), rows(straight)[:2], strict=True):
+        assert found["loss"] == pytest.approx(exact["loss"], rel=0.02)
+        assert found["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.1)
+
+
 def test_every_clip_is_used_once_per_epoch(straight, words, tmp_path):
     assert run(words, tmp_path / "run", "batch_size=4", "number_of_steps=4") == 0
     used = [clip for row in rows(tmp_path / "run") for clip in row["clips"]]

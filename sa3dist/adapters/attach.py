@@ -61,7 +61,7 @@ def attach_adapter(
     include  substrings of layer names, ``[a-b]`` expands; unset or empty takes every layer. ``exclude`` then removes.
     seed     lora_A of a layer depends on (seed, layer name) alone, not on selection, order, device or process
 
-    A fresh adapter leaves the model's output as it was: exactly for lora types, to rounding for the others.
+    A fresh adapter leaves the model's output as it was, to rounding.
     Raises ConfigError when a setting is out of range, a pattern list matches nothing, the rank exceeds what a selected
     layer allows, or an adapter is attached already.
     """
@@ -79,10 +79,13 @@ def attach_to(base, config: AdapterConfig, selected: Sequence[str], seed: int) -
     _check_layers(config, {name: layers[name] for name in selected})
     for root in base.adapter_roots:
         root.requires_grad_(False)
+    adapted = {}
     for name in selected:
         adapter = initial_adapter(config.kind, config.rank, base.fp32_weight(name), _generator(seed, name))
         adapter.to(layers[name].weight.device)
-        replace_layer(base, name, AdaptedLayer(layers[name], config.kind, adapter, config.alpha / config.rank))
+        adapted[name] = AdaptedLayer(layers[name], config.kind, adapter, config.alpha / config.rank)
+    for name, layer in adapted.items():
+        replace_layer(base, name, layer)
     base.adapter_config = config
 
 
@@ -112,10 +115,14 @@ def adapter_parameters(base) -> dict[str, nn.Parameter]:
     }
 
 
-def set_strength(base, strength: float) -> None:
-    """Scale the update: 1 as trained, 0 the base model. Magnitudes act in full at every strength but 0."""
+def check_strength(strength: float) -> None:
     if not math.isfinite(strength):
         raise ConfigError(f"strength is {strength}, expected a finite number")
+
+
+def set_strength(base, strength: float) -> None:
+    """Scale the update: 1 as trained, 0 the base model. Magnitudes act in full at every strength but 0."""
+    check_strength(strength)
     for layer in adapted_layers(base).values():
         layer.strength = float(strength)
 

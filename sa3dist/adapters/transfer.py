@@ -13,6 +13,7 @@ from sa3dist.adapters.attach import (
     adapted_layers,
     adapter_parameters,
     attach_to,
+    check_strength,
     set_strength,
 )
 from sa3dist.adapters.file import BASE_KEY, AdapterFile, config_value, read_adapter_file, write_adapter_file
@@ -27,6 +28,7 @@ def load_adapter(base, path: str | Path, strength: float = 1.0) -> None:
     are the file's. Raises CheckpointError when they are not, and for any missing, unexpected or misshapen tensor: the
     reference's own loader passes over these. ``base`` is as before when it raises.
     """
+    check_strength(strength)
     file = read_adapter_file(path)
     if adapted_layers(base):
         _require_agreement(base.adapter_config, file)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 
 import torch
@@ -114,7 +115,7 @@ class MicroBatches(Dataset):
         clip = self.encoded.clips[self.order.clip_of_slot(slot)]
         flipped = polarity_of_slot(seed, slot)
         latents = self.encoded.latents(clip, flipped)
-        start, silent = _draw_crop(latents.peaks_T, limit, seed, slot)
+        start, silent = draw_crop(latents.peaks_T, limit, seed, slot)
         valid = min(latents.valid_frames - start, limit)
         mean_frames = flow.masks.EXTENSION_SECONDS * self.encoded.sample_rate_hz / self.encoded.samples_per_frame
         extension = flow.draw_extension(mean_frames, flow.generator_for(seed, "extension", slot))
@@ -131,7 +132,9 @@ class MicroBatches(Dataset):
         return _Sample(
             slot=slot,
             clip=clip.key,
-            latents_DT=latents.window(start, frames),
+            # Coupling looks at whole crops, with the silence behind short clips.
+            latents_DT=latents.window(start, limit if self.settings.micro_batch > 1 else frames),
+            frames=frames,
             seconds_total=float(seconds_total),
             hidden_LH=hidden_LH,
             prompt_mask_L=prompt_mask_L,
@@ -153,6 +156,7 @@ class _Sample:
     slot: int
     clip: str
     latents_DT: torch.Tensor
+    frames: int
     seconds_total: float
     hidden_LH: torch.Tensor
     prompt_mask_L: torch.Tensor
@@ -161,7 +165,7 @@ class _Sample:
     effective_frames: int
 
 
-def _draw_crop(peaks_T: torch.Tensor, limit: int, seed: int, slot: int) -> tuple[int, bool]:
+def draw_crop(peaks_T: torch.Tensor, limit: int, seed: int, slot: int) -> tuple[int, bool]:
     """Start frame of the crop, and whether it is silent after the last draw allowed."""
     spare = len(peaks_T) - limit
     if spare <= 0:
@@ -176,15 +180,19 @@ def _draw_crop(peaks_T: torch.Tensor, limit: int, seed: int, slot: int) -> tuple
 def collate(samples: list[_Sample], settings: StreamSettings) -> MicroBatch:
     """Draw each slot's t, noise and mask; pad to the longest sample; couple, mix and form the target."""
     seed = settings.seed
-    lengths = [sample.latents_DT.shape[1] for sample in samples]
-    longest, channels = max(lengths), samples[0].latents_DT.shape[0]
-    latents_BDT = torch.zeros(len(samples), channels, longest)
-    noise_BDT = torch.empty_like(latents_BDT)
+    lengths = [sample.frames for sample in samples]
+    longest = max(lengths)
+    latents_BDT = torch.stack([sample.latents_DT for sample in samples])
+    channels, drawn_frames = latents_BDT.shape[1:]
+    noise_BDT = torch.stack(
+        [flow.draw_noise(drawn_frames, channels, flow.generator_for(seed, "noise", sample.slot)) for sample in samples]
+    )
+    # Over whole crops as the reference couples, whatever is cut off afterwards.
+    noise_BDT = noise_BDT[flow.couple_noise(latents_BDT, noise_BDT)]
+    latents_BDT, noise_BDT = latents_BDT[..., :longest].contiguous(), noise_BDT[..., :longest].contiguous()
     inpaint_mask_B1T = torch.zeros(len(samples), 1, longest)
     t_B = torch.empty(len(samples))
     for row, (sample, frames) in enumerate(zip(samples, lengths, strict=True)):
-        latents_BDT[row, :, :frames] = sample.latents_DT
-        noise_BDT[row] = flow.draw_noise(longest, channels, flow.generator_for(seed, "noise", sample.slot))
         mask = flow.draw_inpaint_mask(frames, frames, flow.generator_for(seed, "inpaint", sample.slot))
         inpaint_mask_B1T[row, 0, :frames] = mask
         t_B[row] = flow.sample_timesteps(1, flow.generator_for(seed, "timestep", sample.slot))
@@ -193,7 +201,6 @@ def collate(samples: list[_Sample], settings: StreamSettings) -> MicroBatch:
         shift = settings.shift
         lengths_and_shifts = shift.min_length, shift.max_length, shift.base_shift, shift.max_shift
         t_B = flow.shift_timesteps(t_B, effective_B, *lengths_and_shifts)
-    noise_BDT = noise_BDT[flow.couple_noise(latents_BDT, noise_BDT)]
     noised_BDT, target_BDT = flow.noise_latents(latents_BDT, noise_BDT, t_B)
     keep_BT = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
     return MicroBatch(
@@ -218,17 +225,21 @@ def loader(
     before: Callable[[int], None],
     num_workers: int,
     device: torch.device,
+    after: Callable[[int], None] = lambda index: None,
 ) -> Generator[MicroBatch, None, None]:
     """Micro batches in the order of ``indices``, prepared ahead by worker processes.
 
     before   called in this process with each index just before its micro batch is handed to a worker; encodes what a
              first use still lacks
+    after    called with each index when its micro batch has come back
     """
+    issued: deque[int] = deque()
 
     class Order:
         def __iter__(self) -> Iterator[int]:
             for index in indices:
                 before(index)
+                issued.append(index)
                 yield index
 
     ready = DataLoader(
@@ -242,6 +253,7 @@ def loader(
     for batch in ready:
         if isinstance(batch, SA3DistError):
             raise batch
+        after(issued.popleft())
         yield batch.to(device)
 
 

@@ -13,6 +13,8 @@ MAX_SEGMENTS = 10
 
 def draw_extension(scale_frames: float, generator: torch.Generator) -> int:
     """Frames of encoded silence to show behind one clip: the floor of an exponential with mean ``scale_frames``."""
+    if scale_frames == 0:
+        return 0
     return int(torch.empty(1, dtype=torch.float64).exponential_(1 / scale_frames, generator=generator).floor())
 
 

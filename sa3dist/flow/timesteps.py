@@ -42,7 +42,8 @@ def shift_timesteps(
     Returns t with the shape of t_B. Source: spec/training.md 2.4.
     """
     length = frames_B.to(t_B).clamp(min_length, max_length)
-    slope = (max_shift - base_shift) / (max_length - min_length)
+    # Equal bounds leave one length, at base_shift.
+    slope = (max_shift - base_shift) / max(max_length - min_length, 1)
     shrink = torch.exp(-(base_shift + slope * (length - min_length)))
     # These operations in this order: features of frequency 1e4 turn one ulp of t into 1e-3 of velocity. t = 1 passes
     # through 1 / 0 = inf and comes out as 1.

@@ -14,7 +14,7 @@ from sa3dist.errors import CheckpointError
 from sa3dist.model.checkpoint import fill
 from sa3dist.model.conditioners import Conditioners
 from sa3dist.model.config import ModelConfig
-from sa3dist.model.dit import DiT
+from sa3dist.model.dit import DiT, working_dtype
 from sa3dist.model.same import Autoencoder, Decoder, Encoder
 from sa3dist.model.text import TextEncoder, TextSource
 
@@ -93,6 +93,9 @@ class Base(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.dit.dtype
+
+    def _working_dtype(self) -> torch.dtype:
+        return working_dtype(self.dtype, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -180,7 +183,12 @@ class Base(nn.Module):
         return like
 
     def encode_hidden(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """The text encoder's last hidden states (B, L, 768) and mask (B, L), before any projection: what to cache."""
+        """The text encoder's last hidden states (B, L, 768) and mask (B, L), before any projection: what to cache.
+
+        Raises ValueError for anything but a non-empty list of strings: a bare string would be a list of letters.
+        """
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"prompts is {prompts!r}, expected a list of at least one string")
         if self._text_encoder is None:
             self._text_encoder = TextEncoder(self._found_text_source(), self.device)
         return self._text_encoder.encode(prompts, self.device)
@@ -198,7 +206,7 @@ class Base(nn.Module):
 
     def embed_prompts(self, hidden_BLH: Tensor, mask_BL: Tensor) -> Tensor:
         """Hidden states to embeddings (B, L, C): projection (adapted when present), then padding. Differentiable."""
-        return self.conditioner.prompt(hidden_BLH.to(self.device), mask_BL.to(self.device), self.dtype)
+        return self.conditioner.prompt(hidden_BLH.to(self.device), mask_BL.to(self.device), self._working_dtype())
 
     def encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Embeddings (B, L, C) as ``velocity`` takes them, and the mask (B, L), True = a token of the prompt."""
@@ -210,9 +218,10 @@ class Base(nn.Module):
 
         drop_cross_B   bool: the whole sequence of these clips becomes zero, the global vector stays
         """
-        seconds = self.conditioner.seconds_total(seconds_total_B, self.dtype, self.reference_numerics)
+        dtype = self._working_dtype()
+        seconds = self.conditioner.seconds_total(seconds_total_B, dtype, self.reference_numerics)
         prompt = self.conditioner.prompt.fill_padding(prompt_embeds_BLC, prompt_mask_BL)
-        cross = torch.cat([prompt.to(self.dtype), seconds.to(self.dtype)], dim=1)
+        cross = torch.cat([prompt.to(dtype), seconds.to(dtype)], dim=1)
         if drop_cross_B is not None:
             cross = torch.where(drop_cross_B.bool()[:, None, None], cross.new_zeros(()), cross)
         return cross, seconds[:, 0]
@@ -221,7 +230,7 @@ class Base(nn.Module):
         """Mask and masked latents as channels, (B, D + 1, T); neither given: zeros of one frame, good for all."""
         width = self.config.dit.local_add_cond_dim
         if inpaint_mask_B1T is None and inpaint_latents_BDT is None:
-            return None if width is None else torch.zeros(1, width, 1, device=self.device, dtype=self.dtype)
+            return None if width is None else torch.zeros(1, width, 1, device=self.device, dtype=self._working_dtype())
         if inpaint_mask_B1T is None or inpaint_latents_BDT is None:
             raise ValueError("inpaint_mask and inpaint_latents come together or not at all")
         if width is None:

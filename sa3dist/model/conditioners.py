@@ -40,7 +40,7 @@ class NumberConditioner(nn.Module):
     def forward(self, values_B: Tensor, dtype: torch.dtype, reference_numerics: bool = False) -> Tensor:
         """(B,) to (B, 1, C). Values are clamped to the configured range.
 
-        dtype               the base's dtype, which the features are cast to
+        dtype               the format of activations, which the features are cast to
         reference_numerics  round the normalised number to ``dtype`` before its features, as the reference does
         """
         value = (values_B.float().clamp(self.lowest, self.highest) - self.lowest) / (self.highest - self.lowest)

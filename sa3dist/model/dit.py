@@ -129,7 +129,7 @@ class Transformer(nn.Module):
 
     def modulations(self, global_BE: Tensor, dtype: torch.dtype):
         """Six (B, 1, E) tensors for every layer, all layers in a handful of operations."""
-        own_L6E = torch.stack([layer.to_scale_shift_gate for layer in self.layers])
+        own_L6E = torch.stack([layer.to_scale_shift_gate.to(dtype) for layer in self.layers])
         both = (own_L6E[:, None] + self.global_cond_embedder(global_BE)).to(dtype).unsqueeze(2)
         # (L, B, 1, 6E): scale, shift, gate of the attention, then of the feed-forward.
         parts = both.unflatten(-1, (2, 3, -1))
@@ -138,6 +138,16 @@ class Transformer(nn.Module):
         gate = torch.sigmoid(1 - parts[..., 2, :])
         for i in range(len(self.layers)):
             yield tuple(part[i, ..., half, :] for half in (0, 1) for part in (scale, shift, gate))
+
+
+def working_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """Format of activations over weights stored as ``stored``: the same, unless autocast uses another 16-bit format.
+
+    torch refuses to mix the two: a float16 base trains under bfloat16 autocast with bfloat16 activations.
+    """
+    if stored.itemsize == 2 and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return stored
 
 
 def call(function, *arguments):
@@ -192,14 +202,14 @@ class DiT(nn.Module):
                          frame. None leaves the local branch out, which is not the same as zeros.
         padding_mask_BT  bool, True = valid. Padded frames are attended by nobody. They must be finite.
         """
-        dtype = self.dtype
+        dtype = working_dtype(self.dtype, x_BCT.device)
         context = self.to_cond_embed(cross_BSC.to(dtype))
         embed = self.to_global_embed(global_BC.to(dtype))
         embed = embed + self.to_timestep_embed(self.timestep_features(t_B).to(dtype))
         x_BCT = x_BCT.to(dtype)
         x_BCT = self.preprocess_conv(x_BCT) + x_BCT
         local = None if local_BCT is None else local_BCT.to(dtype).transpose(1, 2)
-        rounding = dtype if self.reference_numerics else None
+        rounding = self.dtype if self.reference_numerics else None
         y_BTC = self.transformer(x_BCT.transpose(1, 2), context, embed, local, padding_mask_BT, dtype, rounding)
         y_BCT = y_BTC.transpose(1, 2)
         return (self.postprocess_conv(y_BCT) + y_BCT).float()
