@@ -102,6 +102,8 @@ def on_main_first(group: Group, name: str, work: Callable[[], Any], should_stop:
         return result["result"]
     while not store.check([key]):
         if should_stop():
+            # Rank 0, asked to stop too, need not wait until this rank has read why.
+            store.add(f"{key}/read", 1)
             raise errors.Interrupted(f"stopped while waiting for rank 0 ({name})")
         time.sleep(POLL_SECONDS)
     result = json.loads(store.get(key))

@@ -1,0 +1,59 @@
+"""Ranks that wait for rank 0's work: results and failures reach them, and none keeps another from leaving."""
+
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from sa3dist import errors
+from sa3dist.parallel.group import READERS_SECONDS, Group, on_main_first
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """Runs on_main_first as two ranks, in threads with one store; how each ended, and rank 0's seconds."""
+    store = dist.HashStore()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    ended, seconds = {}, {}
+
+    def rank(number, work, should_stop):
+        began = time.monotonic()
+        try:
+            ended[number] = on_main_first(Group(number, 2, torch.device("cpu")), "work", work, should_stop)
+        except errors.SA3DistError as error:
+            ended[number] = error
+        seconds[number] = time.monotonic() - began
+
+    def run(work, should_stop=lambda: False):
+        threads = [threading.Thread(target=rank, args=(number, work, should_stop)) for number in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return ended, seconds[0]
+
+    return run
+
+
+def test_the_result_reaches_the_waiting_rank(ranks):
+    assert ranks(lambda: {"clips": 7})[0] == {0: {"clips": 7}, 1: {"clips": 7}}
+
+
+def test_the_failure_reaches_the_waiting_rank(ranks):
+    def work():
+        raise errors.DataError("clip 3: silent")
+
+    ended, _ = ranks(work)
+    assert [(type(error), str(error)) for error in ended.values()] == [(errors.DataError, "clip 3: silent")] * 2
+
+
+def test_ranks_that_are_all_asked_to_stop_do_not_wait_for_each_other(ranks):
+    def work():
+        time.sleep(0.5)
+        raise errors.Interrupted("stopped while working")
+
+    ended, seconds = ranks(work, should_stop=lambda: True)
+    assert all(isinstance(error, errors.Interrupted) for error in ended.values())
+    assert seconds < READERS_SECONDS / 2
