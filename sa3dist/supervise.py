@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sa3dist import errors
+from sa3dist.formats import write_json
 
 PROGRAM = "sa3dist.train"
 STATUS_NAME = "status.json"
@@ -60,7 +62,7 @@ class Supervisor:
         status = status_path(self.command)
         before = identity_of(status)
         if self.asked_at is not None:
-            return errors.EXIT_INTERRUPTED
+            return self._without_status(errors.EXIT_INTERRUPTED, status)
         names = ",".join(number.name for number in FORWARDED)
         # A session of its own: a terminal's Ctrl-C then comes here only, and once. torchrun reads the variable, and so
         # does accelerate when it starts several processes.
@@ -76,12 +78,15 @@ class Supervisor:
         deadline = time.monotonic() + STATUS_SECONDS
         while identity_of(status) == before:
             if time.monotonic() > deadline:
-                return self._without_status(code)
+                return self._without_status(code, status)
             time.sleep(0.1)
         return int(json.loads(status.read_text(encoding="utf-8"))["exit_code"])
 
-    def _without_status(self, code: int) -> int:
+    def _without_status(self, code: int, status: Path) -> int:
         if self.asked_at is not None:
+            message = "stopped before the ranks had started; run the same command to continue"
+            said = {"state": "interrupted", "exit_code": errors.EXIT_INTERRUPTED, "message": message}
+            write_json(status, said | {"dist_rank": 0, "host": socket.gethostname(), "step": 0})
             return errors.EXIT_INTERRUPTED
         # A signal nobody sent through us: the machine ran out of memory, or someone used kill.
         return errors.EXIT_ENVIRONMENT if code < 0 else code

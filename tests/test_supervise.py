@@ -1,5 +1,6 @@
 """The supervisor's promise: every stop signal reaches the child once, and the exit code is the program's own."""
 
+import json
 import os
 import signal
 import sys
@@ -111,8 +112,12 @@ def test_a_run_under_nohup_survives_a_closed_terminal(tmp_path):
 
 def test_an_agent_that_dies_of_the_signal_counts_as_interrupted(tmp_path):
     script = f"import pathlib, time; pathlib.Path({str(tmp_path)!r}, 'ready').touch(); time.sleep(60)"
+    (tmp_path / "status.json").write_text('{"exit_code": 0, "state": "done"}')
     when_ready(tmp_path, lambda: os.kill(os.getpid(), signal.SIGUSR1))
     assert Supervisor(command(script, tmp_path)).run() == 75
+    # Nobody else could: the ranks had not started.
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("interrupted", 75)
 
 
 def test_a_signal_before_the_start_starts_nothing(tmp_path, monkeypatch):

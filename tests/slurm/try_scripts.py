@@ -106,7 +106,8 @@ def check_preemption() -> str:
     number = submit("preemptible.sbatch", "config.json", "output_dir=preempted", f"number_of_steps={steps}")
     wait_for("20 steps", lambda: len(rows("preempted")) >= 20)
     asked = time.monotonic()
-    intruder = run("sbatch", "--parsable", "--partition=high", "--cpus-per-task=2", "--output=high.log", "--wrap=true")
+    whole_cluster = ("--partition=high", "--nodes=2", "--exclusive")
+    intruder = run("sbatch", "--parsable", *whole_cluster, "--output=high.log", "--wrap=true")
     assert ended(intruder) == "COMPLETED"
     seconds = time.monotonic() - asked
     assert status("preempted")["exit_code"] == 75
@@ -138,14 +139,15 @@ def check_cancellation() -> str:
 
 
 def check_multi_node() -> str:
-    steps, options = 120, ("--nodes=1",)
+    steps, options = 120, ("--nodes=2", "--export=ALL,SA3DIST_PROCESSES=1")
     words = ("config.json", "output_dir=nodes", f"number_of_steps={steps}")
     number = submit("multi_node.sbatch", *words, options=options)
     wait_for("20 steps", lambda: len(rows("nodes")) >= 20)
     run("scancel", "--batch", "--signal=USR1", number)
     start_again(number)
     assert (ended(number), job(number)["Restarts"]) == ("COMPLETED", "1")
-    return f"srun and c10d: signalled, queued again, resumed from {continued('nodes', steps)}"
+    assert json.loads(Path("nodes/config.json").read_text())["world_size"] == 2
+    return f"two nodes: signalled, queued again, resumed from {continued('nodes', steps)}"
 
 
 def check_sweep() -> str:
