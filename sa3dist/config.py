@@ -165,9 +165,7 @@ class Settings(BaseModel):
                 "mixed_precision: no loses gradients over a float16 base; use bf16, or base_precision fp32"
             )
         if self.pre_encode and self.latents == "on_the_fly":
-            raise ValueError(
-                "pre_encode: true has nothing to encode ahead with latents: on_the_fly; set one of the two"
-            )
+            raise ValueError("pre_encode: true has nothing to encode ahead with latents: on_the_fly; unset one")
         output_dir = self.output_dir or Path("runs") / self.name
         object.__setattr__(self, "output_dir", Path(output_dir))
         object.__setattr__(self, "work_dir", Path(self.work_dir or self.output_dir.parent / "sa3dist-work"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from sa3dist.data.crops import EncodedCrops
 from sa3dist.data.latents import EncodedClips
 from sa3dist.data.order import ClipOrder, micro_batch_slots
 from sa3dist.data.stream import polarity_of_slot
@@ -14,9 +15,17 @@ from sa3dist.parallel.signals import StopRequest
 
 
 def encode_all(
-    base, encoded: EncodedClips, group: Group, stop: StopRequest, report: Callable[[int, int], None] | None = None
+    base,
+    encoded: EncodedClips,
+    group: Group,
+    stop: StopRequest,
+    report: Callable[[int, int], None] | None = None,
+    order: ClipOrder | None = None,
+    slots: int = 0,
 ) -> None:
     """Encode every clip in both polarities and every distinct caption; what is on disk already is not done again.
+
+    Where crops are encoded, those of the first ``slots`` slots of ``order`` take the place of the clips.
 
     Each rank takes every world_size-th piece of work; all return together, however long the slowest one takes.
     report   called with (done, total) of this rank
@@ -24,9 +33,14 @@ def encode_all(
     """
     captions = sorted({clip.caption for clip in encoded.clips})
     work: list[Callable[[], None]] = [lambda c=caption: encoded.encode_prompts(base, [c]) for caption in captions]
-    # Both polarities: the autoencoder is not linear, so the latents of a flipped clip are not the flipped latents.
-    for clip in encoded.clips:
-        work += [lambda c=clip, f=flipped: encoded.encode_latents(base, c, f) for flipped in (False, True)]
+    if isinstance(encoded, EncodedCrops):
+        for slot in range(slots):
+            clip = encoded.clips[order.clip_of_slot(slot)]
+            work.append(lambda c=clip, s=slot: encoded.encode_slot(base, c, order.seed, s))
+    else:
+        # Both polarities: the autoencoder is not linear, so the latents of a flipped clip are not the flipped latents.
+        for clip in encoded.clips:
+            work += [lambda c=clip, f=flipped: encoded.encode_latents(base, c, f) for flipped in (False, True)]
     mine = work[group.dist_rank :: group.world_size]
     problem: SA3DistError | None = None
     try:

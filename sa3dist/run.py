@@ -19,7 +19,7 @@ from sa3dist.data.crops import CropsInFlight, EncodedCrops
 from sa3dist.data.fetch import fetch, is_remote, shown
 from sa3dist.data.latents import EncodedClips
 from sa3dist.data.stream import MicroBatch, MicroBatches, StreamSettings, loader, micro_indices
-from sa3dist.errors import CheckpointError
+from sa3dist.errors import CheckpointError, ConfigError
 from sa3dist.formats import DatasetIndex, atomic_path
 from sa3dist.metrics import progress
 from sa3dist.model.config import ModelConfig
@@ -142,7 +142,9 @@ class Run:
         if settings.latents != "whole":
             keep = settings.latents == "crop"
             encoded = EncodedCrops(*where, crop_frames=self.crop_frames(base, encoded), keep=keep)
-        if settings.pre_encode if everything is None else everything and settings.latents != "on_the_fly":
+        if everything and settings.latents == "on_the_fly":
+            raise ConfigError("latents: on_the_fly leaves nothing to encode ahead; choose whole or crop")
+        if settings.pre_encode if everything is None else everything:
             per_step = settings.batch_size * settings.accumulation(self.group.world_size) * self.group.world_size
             with progress("encode", 1, shown=self.group.is_main) as update:
                 encode.encode_all(

@@ -75,12 +75,12 @@ class EncodedClips:
 
     def latents(self, clip: ClipEntry, flipped: bool) -> ClipLatents:
         """Raises EnvironmentFailure, naming file and clip, when the file is damaged or holds a non-finite value."""
-        tensors = _read(self.latents_path(clip, flipped), f"latents of clip {clip.key}")
+        tensors = read_tensors(self.latents_path(clip, flipped), f"latents of clip {clip.key}")
         return ClipLatents(tensors["latents"], tensors["silence"], tensors["peaks"])
 
     def prompt(self, caption: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (L, H) and mask (L,) of a caption, padded to the prompt length with zeros, real tokens first."""
-        tensors = _read(self.prompt_path(caption), f"prompt features of caption {caption[:40]!r}")
+        tensors = read_tensors(self.prompt_path(caption), f"prompt features of caption {caption[:40]!r}")
         tokens_LH = tensors["hidden"]
         hidden_LH = tokens_LH.new_zeros(self.prompt_tokens, tokens_LH.shape[1])
         hidden_LH[: len(tokens_LH)] = tokens_LH
@@ -100,9 +100,9 @@ class EncodedClips:
         tensors = {
             "latents": latents_DT[:, : valid_frames + SILENCE_TAIL_FRAMES].contiguous(),
             "silence": self._lasting_silence(base, audio_CN.shape[0]),
-            "peaks": padded_CN[:, : valid_frames * frame].abs().view(-1, valid_frames, frame).amax(dim=(0, 2)),
+            "peaks": frame_peaks(audio_CN, frame),
         }
-        _write(path, tensors)
+        write_tensors(path, tensors)
 
     def _lasting_silence(self, base, channels: int) -> torch.Tensor:
         """Latents of silence far from both ends of a sequence, float32 (D, 2): an even frame and an odd one."""
@@ -119,10 +119,17 @@ class EncodedClips:
             if path.exists():
                 continue
             hidden_BLH, mask_BL = base.encode_hidden([caption])
-            _write(path, {"hidden": hidden_BLH[0][mask_BL[0].bool()].cpu().contiguous()})
+            write_tensors(path, {"hidden": hidden_BLH[0][mask_BL[0].bool()].cpu().contiguous()})
 
 
-def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def frame_peaks(audio_CN: torch.Tensor, samples_per_frame: int) -> torch.Tensor:
+    """Largest absolute sample of each latent frame, float32 (ceil(N / samples_per_frame),)."""
+    missing = -audio_CN.shape[1] % samples_per_frame
+    padded_CN = torch.nn.functional.pad(audio_CN.abs(), (0, missing))
+    return padded_CN.view(audio_CN.shape[0], -1, samples_per_frame).amax(dim=(0, 2))
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     with atomic_path(path) as temporary:
         temporary.write_bytes(save(tensors, metadata={"sha256": _digest_of_tensors(tensors)}))
 
@@ -136,7 +143,8 @@ def _digest_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
     return state.hexdigest()
 
 
-def _read(path: Path, what: str) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path, what: str) -> dict[str, torch.Tensor]:
+    """The tensors of a ``write_tensors`` file. Raises EnvironmentFailure, naming it, when they are not as written."""
     try:
         content = path.read_bytes()
         tensors = load(content)

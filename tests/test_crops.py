@@ -1,0 +1,129 @@
+"""Latents of crops: the same samples as encoding on the fly, near to crops of whole latents, nothing left behind."""
+
+import gc
+
+import pytest
+import torch
+from clips import captioned, encode, tone, write_zip
+
+from sa3dist import config
+from sa3dist.data.audio import load_clip_audio
+from sa3dist.data.crops import CropsInFlight, EncodedCrops
+from sa3dist.data.latents import EncodedClips
+from sa3dist.data.stream import MicroBatches, StreamSettings, draw_crop, loader, polarity_of_slot
+from sa3dist.encode import encode_all
+from sa3dist.errors import ConfigError
+from sa3dist.model.loading import load_base
+from sa3dist.model.tiny import write_tiny_base
+from sa3dist.parallel.group import Group
+from sa3dist.parallel.signals import StopRequest
+from sa3dist.shard import build_shards
+
+LIMIT = 12
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return load_base(write_tiny_base(tmp_path_factory.mktemp("base")))
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    members = captioned(3, seconds=0.4)
+    noise = torch.rand(44100 * 4, 2, generator=torch.Generator().manual_seed(1)).numpy() - 0.5
+    members |= {"long.wav": encode(noise), "long.txt": b"noise", "mono.flac": encode(tone(2.0, 32000), 32000, "FLAC")}
+    members["mono.txt"] = b"a longer tone"
+    return build_shards(str(write_zip(folder / "a.zip", members)), folder / "work")
+
+
+def crops_of(index, base, work_dir, keep):
+    return EncodedCrops(index, work_dir, base, "a", "t", crop_frames=LIMIT, keep=keep)
+
+
+def stream_of(encoded):
+    return MicroBatches(encoded, StreamSettings(3, 2, LIMIT, 0.1, "file", None))
+
+
+def test_a_crop_is_what_encoding_its_audio_alone_gives(index, base, tmp_path):
+    encoded = crops_of(index, base, tmp_path, keep=True)
+    number = [clip.key for clip in index.clips].index("long")
+    clip = index.clips[number]
+    audio_CN = load_clip_audio(index, clip, 44100)
+    starts = set()
+    for slot in range(6):
+        encoded.encode_slot(base, clip, 3, slot)
+        flipped = polarity_of_slot(3, slot)
+        latents = encoded.latents(clip, flipped)
+        start, _ = draw_crop(latents.peaks_T, LIMIT, 3, slot)
+        starts.add(start)
+        part_CN = audio_CN[:, start * 4096 : (start + LIMIT) * 4096] * (-1 if flipped else 1)
+        expected = base.encode_audio(part_CN[None])[0, :, : part_CN.shape[1] // 4096]
+        torch.testing.assert_close(latents.window(start, LIMIT)[:, : expected.shape[1]], expected, rtol=1e-5, atol=1e-5)
+        assert latents.valid_frames == 44
+    assert len(starts) > 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_on_the_fly_gives_the_samples_of_kept_crops_and_leaves_no_file(index, base, tmp_path, workers):
+    kept = crops_of(index, base, tmp_path / "kept", keep=True)
+    flying = crops_of(index, base, tmp_path / "flying", keep=False)
+    batches = []
+    for encoded in (kept, flying):
+        stream = stream_of(encoded)
+        crops = CropsInFlight(base, encoded, stream.order, 2)
+        batches.append(list(loader(stream, iter(range(7)), crops.prepare, workers, CPU, after=crops.used)))
+    for one, other in zip(*batches, strict=True):
+        assert one.clips == other.clips
+        assert torch.equal(one.noised_BDT, other.noised_BDT)
+    assert len(list((tmp_path / "kept" / "latents").rglob("*.safetensors"))) >= 7
+    assert not list((tmp_path / "flying" / "latents").rglob("*.safetensors"))
+    del stream, crops, encoded, flying, kept
+    gc.collect()
+    assert not list((tmp_path / "flying" / "latents").iterdir())
+
+
+def test_a_crop_stays_while_another_micro_batch_on_its_way_needs_it(index, base, tmp_path):
+    encoded = crops_of(index, base, tmp_path, keep=False)
+    stream = stream_of(encoded)
+    crops = CropsInFlight(base, encoded, stream.order, 2)
+    for micro_index in range(30):
+        crops.prepare(micro_index)
+    for micro_index in range(30):
+        # Reading after the ones before have been let go.
+        assert not isinstance(stream[micro_index], Exception), stream[micro_index]
+        crops.used(micro_index)
+    assert not list((tmp_path / "latents").rglob("*.safetensors"))
+
+
+def test_encoding_ahead_leaves_nothing_to_encode_on_the_way(index, base, tmp_path, monkeypatch):
+    encoded = crops_of(index, base, tmp_path, keep=True)
+    stream = stream_of(encoded)
+    encode_all(base, encoded, Group(0, 1, CPU), StopRequest(), order=stream.order, slots=14)
+    monkeypatch.setattr(type(base), "encode_audio", lambda *_: pytest.fail("encoded again"))
+    crops = CropsInFlight(base, encoded, stream.order, 2)
+    assert len(list(loader(stream, iter(range(7)), crops.prepare, 0, CPU, after=crops.used))) == 7
+
+
+def test_a_crop_of_whole_latents_differs_near_its_ends_only(index, base, tmp_path):
+    whole, crops = EncodedClips(index, tmp_path, base, "a", "t"), crops_of(index, base, tmp_path, keep=True)
+    number = [clip.key for clip in index.clips].index("long")
+    clip = index.clips[number]
+    for slot in range(6):
+        flipped = polarity_of_slot(3, slot)
+        whole.encode_latents(base, clip, flipped)
+        crops.encode_slot(base, clip, 3, slot)
+        one, other = whole.latents(clip, flipped), crops.latents(clip, flipped)
+        torch.testing.assert_close(one.peaks_T, other.peaks_T)
+        start, _ = draw_crop(one.peaks_T, LIMIT, 3, slot)
+        difference_T = (one.window(start, LIMIT) - other.window(start, LIMIT)).abs().amax(dim=0)
+        # The tiny encoder has one layer with a window of one frame; the released SAME-L has twelve.
+        assert difference_T[2:-2].max() < 1e-4 * one.window(start, LIMIT).abs().max()
+
+
+def test_settings_that_contradict_each_other_are_refused():
+    with pytest.raises(ConfigError, match="pre_encode: true has nothing to encode ahead with latents: on_the_fly"):
+        config.build({"audio_data_url": "x", "latents": "on_the_fly", "pre_encode": True})
+    with pytest.raises(ConfigError, match="latents: 'both' is not valid, expected one of whole, crop, on_the_fly"):
+        config.build({"audio_data_url": "x", "latents": "both"})
