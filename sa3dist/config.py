@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from sa3dist_kernels.adapter_types import ADAPTER_TYPES
 
 from sa3dist.errors import ConfigError
@@ -123,18 +132,20 @@ class Settings(BaseModel):
     )
     log_clips: bool = Field(False, description="add the keys of every step's clips to metrics.jsonl")
 
-    @model_validator(mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _refuse_booleans_as_numbers(cls, values: Any) -> Any:
-        for key, value in values.items() if isinstance(values, dict) else ():
-            field = cls.model_fields.get(key)
-            if (
-                isinstance(value, bool)
-                and field
-                and {int, float} & {field.annotation, *typing.get_args(field.annotation)}
-            ):
-                raise ValueError(f"{key}: {value!r} is not a number")
-        return values
+    def _refuse_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and {int, float} & {annotation, *typing.get_args(annotation)}:
+            raise ValueError(f"{value!r} is not a number")
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_no_path(cls, value: str) -> str:
+        if "/" in value or value in (".", ".."):
+            raise ValueError(f"{value!r} is a path, expected a plain name; output_dir says where results go")
+        return value
 
     @field_validator("base_precision", mode="before")
     @classmethod
@@ -204,7 +215,7 @@ def crop_frames(
 def read_file(path: str) -> dict[str, Any]:
     """Keys and values of a YAML config or JSON request. Raises ConfigError, naming the file, when it is neither."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot read this config file ({error})") from error
     try:

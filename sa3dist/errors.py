@@ -37,6 +37,10 @@ class EnvironmentFailure(SA3DistError):
     exit_code = EXIT_ENVIRONMENT
 
 
+class LostPeer(EnvironmentFailure):
+    """Another rank is gone or silent; the reason, if any, is for that rank to tell."""
+
+
 class Interrupted(SA3DistError):
     """A signal or a time limit stopped the run after its state was saved."""
 

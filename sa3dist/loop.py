@@ -214,6 +214,7 @@ class Trainer:
         def write() -> None:
             adapters, moments = self.flat.state()
             state = {"step": self.step, "global_batch": self.plan.global_batch, "identity": self.plan.identity}
+            state |= {key: getattr(self.settings, key) for key in ("learning_rate", "weight_decay")}
             state |= {"world_size": self.group.world_size, "torch": torch.__version__}
             checkpoint.save(output_dir, checkpoint.Checkpoint(adapters, moments, state), self.settings.keep_checkpoints)
 
@@ -265,4 +266,5 @@ def train(
                     metrics.sync()
                 trainer.save(output_dir, stop)
             if stopping and step < plan.steps:
-                raise Interrupted(f"stopped after step {step}, state saved; run the same command to continue")
+                how = "run the same command" if settings.resume == "auto" else "run again with resume=auto"
+                raise Interrupted(f"stopped after step {step}, state saved; {how} to continue")

@@ -44,7 +44,7 @@ def _rows_up_to(path: Path, step: int) -> list[str]:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         # A kill in the middle of a write leaves a torn last line, which is past the checkpoint by construction.
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             if json.loads(line)["step"] <= step:
                 kept.append(line)
     return kept

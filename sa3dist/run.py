@@ -9,6 +9,7 @@ import os
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import torch
 import yaml
@@ -20,12 +21,12 @@ from sa3dist.data.fetch import fetch, is_remote, shown
 from sa3dist.data.latents import EncodedClips
 from sa3dist.data.stream import MicroBatch, MicroBatches, StreamSettings, loader, micro_indices
 from sa3dist.errors import CheckpointError, ConfigError
-from sa3dist.formats import DatasetIndex, atomic_path
+from sa3dist.formats import DatasetIndex, atomic_path, file_sha256
 from sa3dist.metrics import progress
 from sa3dist.model.config import ModelConfig
 from sa3dist.model.loading import load_base
 from sa3dist.parallel import checkpoint
-from sa3dist.parallel.group import Group, on_main_first
+from sa3dist.parallel.group import Group, on_main_first, together
 from sa3dist.parallel.signals import StopRequest
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class Run:
         self.group = group
         self.stop = stop
         self.trainer: loop.Trainer | None = None
+        self._warm_start_sha256: str | None = None
         self._saved_step: int | None = None
         self._frames = 0
 
@@ -65,7 +67,23 @@ class Run:
     def step(self) -> int:
         return self.trainer.step if self.trainer else 0
 
+    def check(self) -> None:
+        """Refuse at once what needs no preparation to be seen wrong. Raises ConfigError, CheckpointError."""
+        settings = self.settings
+        for key in ("output_dir", "work_dir"):
+            path = getattr(settings, key)
+            if path.exists() and not path.is_dir():
+                raise ConfigError(f"{key}: {path} is a file, expected a directory; choose another {key}")
+        if settings.resume not in ("auto", "never"):
+            checkpoint.load(Path(settings.resume))
+        elif settings.resume == "never" or not checkpoint.list_all(settings.output_dir):
+            settings.accumulation(self.group.world_size)
+
     def open_base(self):
+        """``_open_base``, together: a rank that cannot read the model takes the others along with its reason."""
+        return together(self.group, "base", self._open_base, self.stop)
+
+    def _open_base(self):
         """Load the frozen base, attach fresh adapters, and start them from lora_checkpoint_url when given.
 
         Comes first, so that a wrong model, rank, include list or adapter file is refused before hours of preparation.
@@ -95,13 +113,14 @@ class Run:
         if settings.lora_checkpoint_url:
             path = on_main_first(self.group, "warm-start", self._local_adapter_file, self.stop)
             adapters.warm_start(base, path)
+            self._warm_start_sha256 = file_sha256(Path(path))
         return base
 
     def _local_adapter_file(self) -> str:
         url = self.settings.lora_checkpoint_url
         if is_remote(url):
             return str(fetch(url, self.settings.work_dir / "downloads", self.stop))
-        return url.removeprefix("file://")
+        return unquote(urlsplit(url).path) if url.startswith("file://") else url
 
     def shard(self) -> DatasetIndex:
         """Stage one on rank 0; every rank reads the index it leaves."""
@@ -168,6 +187,7 @@ class Run:
         saved = self._find_checkpoint()
         if saved is not None:
             loop.check_identity(saved, identity, settings.output_dir)
+            self._check_course(saved)
         accumulation = loop.divide_work(saved, settings, group.world_size)
         work = loop.Plan(
             steps=settings.number_of_steps,
@@ -184,6 +204,18 @@ class Run:
             self.trainer.restore(saved)
         self._saved_step = saved.step if saved else None
 
+    def _check_course(self, saved: checkpoint.Checkpoint) -> None:
+        """What may change between a checkpoint and the run that continues it, said or refused."""
+        settings = self.settings
+        if saved.step > settings.number_of_steps:
+            raise CheckpointError(
+                f"{settings.output_dir}: has trained {saved.step} steps already, number_of_steps is "
+                f"{settings.number_of_steps}; raise it, use another output_dir, or resume=never to start over"
+            )
+        for key in ("learning_rate", "weight_decay"):
+            if saved.state[key] != getattr(settings, key):
+                log.warning("continuing with %s %g, it was %g", key, getattr(settings, key), saved.state[key])
+
     def crop_frames(self, base, encoded: EncodedClips) -> int:
         longest = max(clip.seconds for clip in encoded.clips)
         framing = base.native_seconds, base.sample_rate_hz, base.samples_per_frame
@@ -195,6 +227,7 @@ class Run:
         base.gradient_checkpointing = plan.wants_checkpointing(
             settings.gradient_checkpointing, base, self._frames, settings.batch_size, group.device
         )
+        on_main_first(group, "set-aside", self._set_aside_later_checkpoints, self.stop)
         self._announce(base)
         if self.trainer.step < work.steps:
             # Closed on every way out: an unclosed loader leaves worker processes that the exit would wait for.
@@ -256,6 +289,7 @@ class Run:
         return {
             "base_sha256": base_sha256,
             "dataset_sha256": encoded.index.digest,
+            "lora_checkpoint_sha256": self._warm_start_sha256,
             "lora_config": adapters.lora_config(base),
             "batch_size": settings.batch_size,
             "crop_frames": self._frames,
@@ -269,6 +303,11 @@ class Run:
             "latents": settings.latents,
             "reference_numerics": settings.reference_numerics,
         }
+
+    def _set_aside_later_checkpoints(self) -> None:
+        moved = checkpoint.set_aside(self.settings.output_dir, self.trainer.step)
+        for path in moved:
+            log.warning("set aside %s: this run takes another course from step %d on", path, self.trainer.step)
 
     def _announce(self, base) -> None:
         settings, group, work = self.settings, self.group, self.trainer.plan

@@ -76,7 +76,8 @@ class Supervisor:
 
     def _meant(self, code: int, status: Path, before: tuple | None) -> int:
         deadline = time.monotonic() + STATUS_SECONDS
-        while identity_of(status) == before:
+        # None: the run has removed what an earlier one said, and not ended yet.
+        while identity_of(status) in (before, None):
             if time.monotonic() > deadline:
                 return self._without_status(code, status)
             time.sleep(0.1)

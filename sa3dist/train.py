@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def whole_road(run: Run) -> None:
     """Request to files: every stage in order. The result is the last line on rank 0's stdout."""
+    run.check()
     base = run.open_base()
     index = run.shard()
     encoded = run.encode(base, index)
@@ -53,7 +54,7 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
     # Before anything slow: a signal during the imports must not kill the process.
     stop = StopRequest().install()
     from sa3dist import config
-    from sa3dist.parallel.outcome import dist_rank_from_environment, has_peers, run_program
+    from sa3dist.parallel.outcome import dist_rank_from_environment, forget_status, has_peers, run_program
 
     arguments, unknown = parser(program, about).parse_known_intermixed_args(argv)
     main_rank = dist_rank_from_environment() == 0
@@ -74,15 +75,24 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
             return
         if not has_peers():
             stop.raise_if_asked("starting")
-        from sa3dist.parallel.group import connect, disconnect
+        from sa3dist.parallel.group import connect, disconnect, leave
         from sa3dist.run import Run, make_deterministic
 
         if settings.deterministic:
             make_deterministic()
         running.append(Run(settings, connect(), stop))
-        # Only now: peers of a rank that left before would wait for it in connect.
-        stop.raise_if_asked("starting")
-        stages(running[0])
+        group = running[0].group
+        if group.is_main:
+            forget_status(settings.output_dir)
+        try:
+            # Only now: peers of a rank that left before would wait for it in connect.
+            stop.raise_if_asked("starting")
+            stages(running[0])
+        except Exception as failure:
+            reason = leave(group, failure)
+            if reason is failure:
+                raise
+            raise reason from failure
         disconnect()
 
     def output_dir() -> Path | None:

@@ -1,12 +1,16 @@
 """Checkpoints: what is saved comes back, what is damaged is passed over, what is half-written never shows."""
 
+import errno
+from pathlib import Path
+
 import pytest
 import torch
 
-from sa3dist.errors import CheckpointError
+from sa3dist.errors import CheckpointError, EnvironmentFailure
 from sa3dist.parallel import checkpoint
 from sa3dist.parallel.flat import FlatAdapters
 from sa3dist.parallel.group import Group
+from sa3dist.parallel.outcome import translate
 
 ALONE = Group(0, 1, torch.device("cpu"))
 
@@ -44,6 +48,48 @@ def test_a_run_started_over_leaves_no_later_checkpoint_to_resume_from(tmp_path):
     checkpoint.save(tmp_path, make(2), keep=2)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
     assert checkpoint.find(tmp_path, "auto").step == 2
+
+
+def test_a_run_from_an_earlier_step_sets_later_checkpoints_aside(tmp_path):
+    for step in (5, 9):
+        checkpoint.save(tmp_path, make(step), keep=2)
+    assert [path.name for path in checkpoint.set_aside(tmp_path, 5)] == ["step-00000009"]
+    assert checkpoint.find(tmp_path, "auto").step == 5
+    assert_equal(checkpoint.load(tmp_path / "checkpoints-aside/step-00000009"), make(9))
+    checkpoint.set_aside(tmp_path, 0)
+    assert checkpoint.find(tmp_path, "auto") is None
+
+
+def test_a_full_disk_is_told_with_its_path_and_leaves_the_save_before(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, make(5), keep=2)
+
+    def fail(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(OSError, match="No space") as caught:
+        checkpoint.save(tmp_path, make(9), keep=2)
+    explained = translate(caught.value)
+    assert (type(explained), explained.exit_code) == (EnvironmentFailure, 70)
+    assert "step-00000009" in str(explained)
+    assert "disk full" in str(explained)
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
+    assert_equal(checkpoint.load(checkpoint.path_of(tmp_path, 5)), make(5))
+
+
+def test_what_a_killed_save_left_is_swept_by_the_next(tmp_path):
+    (tmp_path / "checkpoints/.step-00000003.abc").mkdir(parents=True)
+    checkpoint.save(tmp_path, make(4), keep=2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+@pytest.mark.parametrize("content", ["[]", "7", "null", "{}"])
+def test_a_state_file_of_another_shape_is_damage(tmp_path, content):
+    path = checkpoint.save(tmp_path, make(4), keep=2)
+    (path / checkpoint.STATE_NAME).write_text(content)
+    with pytest.raises(CheckpointError, match="step-00000004"):
+        checkpoint.load(path)
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):

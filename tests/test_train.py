@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -198,6 +199,28 @@ def test_a_checkpoint_of_other_settings_is_refused(words, straight, capfd, chang
     assert sorted(straight.rglob("*")) == before
 
 
+def test_fewer_steps_than_are_trained_are_refused(words, straight, capfd):
+    assert run(words, straight, "number_of_steps=3") == 2
+    assert "number_of_steps is 3" in capfd.readouterr().err
+
+
+def test_starting_over_sets_the_old_course_aside(words, tmp_path, capfd):
+    output_dir = tmp_path / "run"
+    assert run(words, output_dir, "number_of_steps=3") == 0
+    assert run(words, output_dir, "number_of_steps=2", "seed=9", "resume=never") == 0
+    assert [path.name for path in (output_dir / "checkpoints").iterdir()] == ["step-00000002"]
+    assert [path.name for path in (output_dir / "checkpoints-aside").iterdir()] == ["step-00000003"]
+    assert [row["step"] for row in rows(output_dir)] == [1, 2]
+
+
+def test_a_results_url_is_a_warm_start(words, straight, tmp_path):
+    copied = tmp_path / "a b%c ü" / "lora.safetensors"
+    copied.parent.mkdir()
+    copied.write_bytes((straight / "lora.safetensors").read_bytes())
+    more = [f"lora_checkpoint_url={copied.as_uri()}", "number_of_steps=1"]
+    assert run(words, tmp_path / "run", *more) == 0
+
+
 def test_a_warm_start_begins_where_the_file_ends(words, straight, tmp_path):
     first = rows(straight)[0]["loss"]
     assert (
@@ -206,6 +229,27 @@ def test_a_warm_start_begins_where_the_file_ends(words, straight, tmp_path):
     # The same first draws, seen by the adapter that six steps of training made.
     assert rows(tmp_path / "run")[0]["loss"] != pytest.approx(first, rel=1e-3)
     assert rows(tmp_path / "run")[0]["clips"] == rows(straight)[0]["clips"]
+
+
+@pytest.mark.slow
+def test_one_rank_that_cannot_load_takes_the_other_along_with_its_reason(words, tmp_path):
+    """Ranks started by hand, so that no launch agent ends the other one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for dist_rank in range(2):
+        environment = {"RANK": dist_rank, "LOCAL_RANK": dist_rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+        environment = (
+            ENVIRONMENT | {key: str(value) for key, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        )
+        more = [f"output_dir={tmp_path / 'run'}", *(["model=/nowhere"] if dist_rank else [])]
+        processes.append(subprocess.Popen(command(*words, *more), env=environment, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=90)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert "rank 1: model=/nowhere" in said[0]
+    assert status(tmp_path / "run")["message"] == said[0].strip().splitlines()[-1]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["status.json"]
 
 
 @pytest.mark.slow

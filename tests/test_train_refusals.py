@@ -169,6 +169,18 @@ def test_a_checkpoint_to_resume_that_is_none(refuse, tmp_path):
     only_line(refuse(resume=tmp_path / "step-00000001"), "step-00000001")
 
 
+@pytest.mark.parametrize("key", ["output_dir", "work_dir"])
+def test_a_directory_that_is_a_file(demo_base, demo_clips, tmp_path, capfd, key):
+    (tmp_path / "taken").write_text("")
+    values = {"audio_data_url": demo_clips, "model": demo_base, "output_dir": tmp_path / "out"}
+    assert train.main([f"{k}={v}" for k, v in (values | {key: tmp_path / "taken"}).items()]) == 2
+    assert f"{key}: {tmp_path / 'taken'} is a file" in capfd.readouterr().err
+
+
+def test_a_name_that_is_a_path(refuse):
+    only_line(refuse(name="a/../../b"), "name", "output_dir")
+
+
 def test_a_global_batch_that_does_not_divide(refuse):
     only_line(refuse(global_batch_size=3, batch_size=2), "global_batch_size", "multiple of 2")
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 
 from sa3dist.errors import CheckpointError
 from sa3dist.formats import file_sha256, fsync_directory
@@ -57,11 +58,15 @@ def save(output_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """
     target = path_of(output_dir, checkpoint.step)
     target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in target.parent.glob(".step-*"):
+        # Of a save that was killed: only this process writes here.
+        shutil.rmtree(leftover)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        save_file(checkpoint.adapters, temporary / ADAPTER_NAME)
+        # Bytes written by Python: a full disk is then an OSError that names the file.
+        (temporary / ADAPTER_NAME).write_bytes(serialize(checkpoint.adapters))
         moments = {f"{moment}/{name}": t for moment in MOMENTS for name, t in checkpoint.moments[moment].items()}
-        save_file(moments, temporary / MOMENTS_NAME)
+        (temporary / MOMENTS_NAME).write_bytes(serialize(moments))
         digests = {name: file_sha256(temporary / name) for name in (ADAPTER_NAME, MOMENTS_NAME)}
         body = {"version": CHECKPOINT_VERSION, **checkpoint.state, "files": digests}
         text = json.dumps({**body, "digest": _digest_of_state(body)}, indent=2)
@@ -77,6 +82,10 @@ def save(output_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
         os.replace(temporary, target)
         shutil.rmtree(aside, ignore_errors=True)
         fsync_directory(target.parent)
+    except OSError as error:
+        # A failed write, unlike a failed open, does not say where.
+        error.filename = error.filename or str(target)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     everything = list_all(output_dir)
@@ -84,6 +93,22 @@ def save(output_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
     for stale in everything[:position] + everything[position + keep :]:
         shutil.rmtree(stale)
     return target
+
+
+def set_aside(output_dir: Path, step: int) -> list[Path]:
+    """Move checkpoints of later steps than ``step`` to ``checkpoints-aside``; returns what was moved.
+
+    A run that starts over, or from an earlier step, would otherwise be continued from another course's end.
+    """
+    moved = []
+    for path in list_all(output_dir):
+        if int(path.name.removeprefix("step-")) > step:
+            aside = Path(output_dir) / "checkpoints-aside" / path.name
+            aside.parent.mkdir(exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
+            moved.append(path)
+    return moved
 
 
 def list_all(output_dir: Path) -> list[Path]:
@@ -109,7 +134,7 @@ def load(directory: Path) -> Checkpoint:
             moment, _, name = key.partition("/")
             moments[moment][name] = tensor
         return Checkpoint(load_file(directory / ADAPTER_NAME), moments, state)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{directory}: not a readable checkpoint ({type(error).__name__}: {error})") from error
 
 

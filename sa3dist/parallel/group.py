@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +14,17 @@ import torch
 import torch.distributed as dist
 
 from sa3dist import errors
+from sa3dist.parallel.outcome import translate
 
 # Waiting ranks look this often whether rank 0 is done: a poll, for preparation outlasts any collective
-POLL_SECONDS = 0.2
-# How long a failing rank 0 waits for its peers to read the reason.
-READERS_SECONDS = 10.0
+POLL_SECONDS = 0.05
+# How long rank 0 waits for its peers to read what it has to say.
+READERS_SECONDS = 30.0
+HEARTBEAT_SECONDS = 3.0
+# A rank whose heart stands still this long counts as lost; loading a base may hold the interpreter for seconds.
+STALL_SECONDS = 50.0
+
+_ended = threading.Event()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +77,16 @@ def connect() -> Group:
     device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
     if dist.is_initialized():
         # Not accelerator.num_processes: it is 1 on every rank under DeepSpeed on CPU.
-        return Group(dist.get_rank(), dist.get_world_size(), device)
+        group = Group(dist.get_rank(), dist.get_world_size(), device)
+        if group.world_size > 1:
+            _ended.clear()
+            threading.Thread(target=_beat, args=(_store(), group.dist_rank), daemon=True).start()
+        return group
     return Group(0, 1, device)
 
 
 def disconnect() -> None:
+    _ended.set()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -87,25 +99,18 @@ def on_main_first(group: Group, name: str, work: Callable[[], Any], should_stop:
     """
     if group.world_size == 1:
         return work()
-    store = dist.distributed_c10d._get_default_store()
-    key = f"sa3dist/{name}"
+    store, key = _store(), f"sa3dist/{name}"
     if group.is_main:
         try:
             result = {"result": work()}
         except Exception as failure:
-            known = isinstance(failure, errors.SA3DistError)
-            problem = failure if known else errors.SA3DistError(f"{type(failure).__name__}: {failure}")
-            store.set(key, json.dumps({"problem": _pack(problem)}))
+            store.set(key, json.dumps({"problem": _pack(explain(failure))}))
             _await_readers(store, key, group)
             raise
         store.set(key, json.dumps(result))
+        _await_readers(store, key, group)
         return result["result"]
-    while not store.check([key]):
-        if should_stop():
-            # Rank 0, asked to stop too, need not wait until this rank has read why.
-            store.add(f"{key}/read", 1)
-            raise errors.Interrupted(f"stopped while waiting for rank 0 ({name})")
-        time.sleep(POLL_SECONDS)
+    _wait_for(store, key, 0, group, should_stop)
     result = json.loads(store.get(key))
     store.add(f"{key}/read", 1)
     if "problem" in result:
@@ -114,7 +119,7 @@ def on_main_first(group: Group, name: str, work: Callable[[], Any], should_stop:
 
 
 def _await_readers(store: dist.Store, key: str, group: Group) -> None:
-    # Rank 0 may host the store: it must not leave before its peers have read why.
+    # Rank 0 may host the store: it must not leave before its peers have read.
     deadline = time.monotonic() + READERS_SECONDS
     while store.add(f"{key}/read", 0) < group.world_size - 1 and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
@@ -126,17 +131,96 @@ def all_done(group: Group, name: str, problem: errors.SA3DistError | None, shoul
         if problem is not None:
             raise problem
         return
-    store = dist.distributed_c10d._get_default_store()
+    store = _store()
     store.set(f"sa3dist/{name}/{group.dist_rank}", json.dumps(_pack(problem)))
+    found = []
     for dist_rank in range(group.world_size):
         key = f"sa3dist/{name}/{dist_rank}"
-        while not store.check([key]):
-            if should_stop():
-                raise errors.Interrupted(f"stopped while waiting for rank {dist_rank} ({name})")
-            time.sleep(POLL_SECONDS)
-        found = json.loads(store.get(key))
-        if found is not None:
-            raise _unpack(found, dist_rank, group)
+        _wait_for(store, key, dist_rank, group, should_stop)
+        found.append(json.loads(store.get(key)))
+    store.add(f"sa3dist/{name}/read", 1)
+    if group.is_main:
+        store.add(f"sa3dist/{name}/read", -1)
+        _await_readers(store, f"sa3dist/{name}", group)
+    for dist_rank, packed in enumerate(found):
+        if packed is not None:
+            raise _unpack(packed, dist_rank, group)
+
+
+def together(group: Group, name: str, work: Callable[[], Any], should_stop: Callable[[], bool]) -> Any:
+    """Run ``work`` on every rank; when it fails on any, it fails on all, with that rank's reason."""
+    result, failure = None, None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    try:
+        all_done(group, name, None if failure is None else explain(failure), should_stop)
+    except errors.SA3DistError as problem:
+        # A bug of ours keeps its traceback on the rank that has it.
+        raise problem if failure is None or isinstance(failure, errors.SA3DistError) else failure from None
+    return result
+
+
+def leave(group: Group, failure: Exception) -> Exception:
+    """Tell the waiting peers why this rank leaves; returns what to report: for a lost peer, that peer's own reason."""
+    if group.world_size == 1:
+        return failure
+    try:
+        if isinstance(translate(failure), errors.LostPeer):
+            for dist_rank in range(group.world_size):
+                if dist_rank != group.dist_rank and _store().check([_left(dist_rank)]):
+                    return _unpack(json.loads(_store().get(_left(dist_rank))), dist_rank, group)
+        else:
+            _store().set(_left(group.dist_rank), json.dumps(_pack(explain(failure))))
+    except RuntimeError:
+        # The store went with the rank that hosted it: nobody is left to tell.
+        return failure
+    return failure
+
+
+def _left(dist_rank: int) -> str:
+    return f"sa3dist/left/{dist_rank}"
+
+
+def _alive(dist_rank: int) -> str:
+    return f"sa3dist/alive/{dist_rank}"
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _beat(store: dist.Store, dist_rank: int) -> None:
+    count = 0
+    while not _ended.wait(HEARTBEAT_SECONDS):
+        count += 1
+        try:
+            store.set(_alive(dist_rank), str(count))
+        except RuntimeError:
+            # The store is gone, and the run with it.
+            return
+
+
+def _wait_for(store: dist.Store, key: str, awaited: int, group: Group, should_stop: Callable[[], bool]) -> None:
+    """Return when ``key`` is set. Raises when asked to stop, and when the awaited rank has left or stopped beating."""
+    seen, since = None, time.monotonic()
+    while not store.check([key]):
+        if should_stop():
+            raise errors.Interrupted(f"stopped while waiting for rank {awaited}; run the same command to continue")
+        if awaited != group.dist_rank and store.check([_left(awaited)]) and not store.check([key]):
+            raise _unpack(json.loads(store.get(_left(awaited))), awaited, group)
+        beat = store.get(_alive(awaited)) if store.check([_alive(awaited)]) else b""
+        if beat != seen:
+            seen, since = beat, time.monotonic()
+        elif time.monotonic() - since > STALL_SECONDS:
+            raise errors.LostPeer(f"rank {awaited} has not answered for {STALL_SECONDS:.0f} s; state is as last saved")
+        time.sleep(POLL_SECONDS)
+
+
+def explain(failure: Exception) -> errors.SA3DistError:
+    """The explained failure that peers are told of; a bug of ours keeps its type in the message."""
+    return translate(failure) or errors.SA3DistError(f"{type(failure).__name__}: {failure}")
 
 
 def _pack(problem: errors.SA3DistError | None) -> list[str] | None:
@@ -145,9 +229,6 @@ def _pack(problem: errors.SA3DistError | None) -> list[str] | None:
 
 def _unpack(packed: list[str], dist_rank: int, group: Group) -> errors.SA3DistError:
     kind, message = packed
-    where = (
-        ""
-        if group.world_size == 1 or dist_rank == group.dist_rank or kind != "EnvironmentFailure"
-        else f"rank {dist_rank}: "
-    )
+    # What rank 0 found it says for all; any other rank's finding is that rank's.
+    where = "" if dist_rank in (0, group.dist_rank) else f"rank {dist_rank}: "
     return getattr(errors, kind, errors.SA3DistError)(where + message)

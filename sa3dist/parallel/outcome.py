@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,26 @@ STATES = {
     errors.EXIT_INTERRUPTED: "interrupted",
     errors.EXIT_BUG: "crashed",
 }
+
+
+ENVIRONMENT_ERRNOS = {
+    getattr(errno, name)
+    for name in (
+        "EROFS",
+        "EACCES",
+        "EPERM",
+        "ESTALE",
+        "EIO",
+        "EEXIST",
+        "ENOTDIR",
+        "EISDIR",
+        "ENAMETOOLONG",
+        "EMFILE",
+        "EFBIG",
+    )
+}
+# How long a failing rank leaves the word to rank 0.
+RANK_0_SECONDS = 3.0
 
 
 def dist_rank_from_environment() -> int:
@@ -50,11 +72,14 @@ def translate(failure: BaseException) -> errors.SA3DistError | None:
         where = f"{failure.filename}: " if failure.filename else ""
         if failure.errno in (errno.ENOSPC, errno.EDQUOT):
             return errors.EnvironmentFailure(f"{where}disk full; free space and run again to continue")
-        if failure.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EIO):
+        if failure.errno in ENVIRONMENT_ERRNOS:
             return errors.EnvironmentFailure(f"{where}{failure.strerror}; state is as last saved")
     if isinstance(failure, torch.distributed.DistError) or _is_lost_peer(failure):
+        return errors.LostPeer(f"lost contact with another rank ({_first_line(failure)}); state is as last saved")
+    if isinstance(failure, ConnectionError | EOFError) or "DataLoader worker" in str(failure):
         return errors.EnvironmentFailure(
-            f"lost contact with another rank ({_first_line(failure)}); state is as last saved"
+            f"a loader process was killed, by the machine's memory limit perhaps ({_first_line(failure)}); "
+            f"lower num_workers or run again to continue"
         )
     return None
 
@@ -93,6 +118,22 @@ def run_program(body: Callable[[], None], output_dir: Callable[[], Path | None],
     return code
 
 
+def forget_status(directory: Path) -> None:
+    """Remove what an earlier run said; until this one ends there is no status."""
+    # An output_dir that is a file is refused a moment later, by its name.
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        (directory / STATUS_NAME).unlink()
+
+
+def _rank_0_has_spoken(directory: Path) -> bool:
+    deadline = time.monotonic() + RANK_0_SECONDS
+    while not (directory / STATUS_NAME).exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 def _write_status(directory: Path, code: int, message: str, step: int) -> None:
     status = {
         "state": STATES[code],
@@ -103,7 +144,7 @@ def _write_status(directory: Path, code: int, message: str, step: int) -> None:
         "step": step,
     }
     # Rank 0 speaks for all; another rank speaks only of a failure rank 0 may not live to tell.
-    if dist_rank_from_environment() != 0 and code in (errors.EXIT_DONE, errors.EXIT_USER, errors.EXIT_INTERRUPTED):
+    if dist_rank_from_environment() != 0 and (code == errors.EXIT_DONE or _rank_0_has_spoken(directory)):
         return
     try:
         write_json(directory / STATUS_NAME, status)
