@@ -110,9 +110,12 @@ def on_main_first(group: Group, name: str, work: Callable[[], Any], should_stop:
         store.set(key, json.dumps(result))
         _await_readers(store, key, group)
         return result["result"]
-    _wait_for(store, key, 0, group, should_stop)
-    result = json.loads(store.get(key))
-    store.add(f"{key}/read", 1)
+    try:
+        _wait_for(store, key, 0, group, should_stop)
+        result = json.loads(store.get(key))
+    finally:
+        # A rank that leaves without reading must not be waited for either.
+        store.add(f"{key}/read", 1)
     if "problem" in result:
         raise _unpack(result["problem"], 0, group)
     return result["result"]
@@ -134,13 +137,15 @@ def all_done(group: Group, name: str, problem: errors.SA3DistError | None, shoul
     store = _store()
     store.set(f"sa3dist/{name}/{group.dist_rank}", json.dumps(_pack(problem)))
     found = []
-    for dist_rank in range(group.world_size):
-        key = f"sa3dist/{name}/{dist_rank}"
-        _wait_for(store, key, dist_rank, group, should_stop)
-        found.append(json.loads(store.get(key)))
-    store.add(f"sa3dist/{name}/read", 1)
+    try:
+        for dist_rank in range(group.world_size):
+            key = f"sa3dist/{name}/{dist_rank}"
+            _wait_for(store, key, dist_rank, group, should_stop)
+            found.append(json.loads(store.get(key)))
+    finally:
+        if not group.is_main:
+            store.add(f"sa3dist/{name}/read", 1)
     if group.is_main:
-        store.add(f"sa3dist/{name}/read", -1)
         _await_readers(store, f"sa3dist/{name}", group)
     for dist_rank, packed in enumerate(found):
         if packed is not None:
