@@ -1,0 +1,101 @@
+"""600 mutated audio and caption files under a memory limit: each is taken or refused in one line, never a crash."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import json, random, resource, sys
+sys.path.insert(0, sys.argv[1])
+from clips import encode, tone, write_zip
+from pathlib import Path
+from sa3dist.data.archive import open_source, pair_members
+from sa3dist.data.audio import check_audio
+from sa3dist.data.captions import read_caption
+from sa3dist.data.measure import Measurement
+from sa3dist.errors import DataError
+
+folder = Path(sys.argv[2])
+audio = [
+    encode(tone(0.3, rate, channels), rate, container, subtype)
+    for container, subtype, rate, channels in [
+        ("WAV", "PCM_16", 44100, 1), ("WAV", "FLOAT", 48000, 2), ("FLAC", None, 44100, 2), ("OGG", "VORBIS", 44100, 1),
+        ("OGG", "OPUS", 48000, 2), ("MP3", None, 44100, 1), ("AIFF", None, 22050, 1),
+    ]
+]
+texts = [
+    (".json", json.dumps({"caption": "a tone", "tags": ["x", {"y": [1, 2.5, None]}]}).encode()),
+    ("captions.csv", b'file,caption\\r\\nx.wav,"a, tone"\\r\\nsub/y.wav,other\\r\\n'),
+    ("captions.jsonl", b'{"file": "x.wav", "text": "a tone"}\\n{"file": "y.wav", "caption": "b"}\\n'),
+]
+draw = random.Random(5)
+
+def mutated(data):
+    data = bytearray(data)
+    for _ in range(draw.randrange(1, 6)):
+        # Headers decide most: half of the damage falls on the first 100 bytes.
+        place = draw.randrange(min(len(data), 100) if draw.random() < 0.5 else len(data)) if data else 0
+        match draw.randrange(5):
+            case 0: data[place : place + 1] = bytes([draw.randrange(256)])
+            case 1: del data[place : place + draw.randrange(1, 2000)]
+            case 2: data[place:place] = draw.randbytes(draw.randrange(1, 2000))
+            case 3: data[place : place + 4] = draw.choice([b"\\xff" * 4, b"\\0" * 4, b"\\x7f\\xff\\xff\\xff"])
+            case 4: data[place:place] = data[: draw.randrange(1, 500)]
+    return bytes(data)
+
+def outcome(work):
+    try:
+        work()
+        return "taken"
+    except DataError as problem:
+        assert "\\n" not in str(problem), repr(str(problem))
+        return "refused"
+
+check_audio(audio[2], Measurement())
+used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+counts = {"taken": 0, "refused": 0}
+
+def measure(data):
+    measurement = Measurement()
+    check_audio(data, measurement)
+    measurement.finish()
+
+for number in range(420):
+    data = mutated(audio[number % len(audio)])
+    counts[outcome(lambda: measure(data))] += 1
+
+def captions(source):
+    with open_source(str(source), folder / "work") as container:
+        listing = pair_members(container)
+        assert all("\\n" not in line for line in listing.refusals)
+        for pair in listing.pairs:
+            read_caption(container, pair.caption)
+        if listing.refusals:
+            raise DataError(listing.refusals[0])
+
+for number in range(180):
+    name, data = texts[number % len(texts)]
+    name = "x.json" if name == ".json" else name
+    source = write_zip(folder / "a.zip", {"x.wav": b"", "sub/y.wav": b"", "y.wav": b"", name: mutated(data)})
+    counts[outcome(lambda: captions(source))] += 1
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - used
+print(json.dumps(counts | {"grown": grown}))
+"""
+
+
+def test_600_mutated_files_are_taken_or_refused_in_one_line_within_bounded_memory(tmp_path):
+
+    command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parent), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        pytest.fail(done.stderr[-2000:])
+    counts = json.loads(done.stdout)
+    assert counts["taken"] + counts["refused"] == 600
+    assert min(counts["taken"], counts["refused"]) > 60
+    # What a damaged header may claim is bounded by the limits of one clip; here nothing was that large.
+    assert counts["grown"] < 1 << 30
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
