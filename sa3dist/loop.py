@@ -95,6 +95,8 @@ def micro_batch_loss(base, batch: MicroBatch, settings) -> tuple[torch.Tensor, t
     settings   gives ``mixed_precision`` and ``context_weight``
     """
     device = batch.noised_BDT.device.type
+    # Nothing given is the same at every frame: the network then evaluates its local conditioning once.
+    context = (batch.inpaint_mask_B1T, batch.latents_BDT) if batch.has_context else (None, None)
     with torch.autocast(device, torch.bfloat16, enabled=settings.mixed_precision == "bf16"):
         velocity_BDT = base.velocity(
             batch.noised_BDT,
@@ -103,8 +105,8 @@ def micro_batch_loss(base, batch: MicroBatch, settings) -> tuple[torch.Tensor, t
             batch.prompt_mask_BL,
             batch.seconds_total_B,
             padding_mask_BT=batch.keep_BT,
-            inpaint_mask_B1T=batch.inpaint_mask_B1T,
-            inpaint_latents_BDT=batch.latents_BDT,
+            inpaint_mask_B1T=context[0],
+            inpaint_latents_BDT=context[1],
             drop_cross_B=batch.drop_cross_B,
         )
     keep_BT = batch.keep_BT

@@ -45,6 +45,7 @@ def test_losses_and_gradients_of_both_sides_agree_in_float32(adapter_type):
         side.use(1, FRAMES)
         # Some context is given, so that the local branch has gradients too.
         side.batch["inpaint_mask"][..., :3] = 1
+        side.has_context = True
         losses[name] = side.step().item()
     assert losses["ours"] == pytest.approx(losses["baseline"], rel=1e-5)
     ours, baseline = (sides[name].gradients() for name in ("ours", "baseline"))

@@ -54,6 +54,16 @@ def assert_equal(one, other):
         assert torch.equal(value, match) if isinstance(value, torch.Tensor) else value == match, name
 
 
+def test_a_micro_batch_knows_whether_it_has_context():
+    batches = stream.MicroBatches(Clips([12, 30, 25, 40, 20]), make_settings())
+    seen = set()
+    for index in range(40):
+        batch = batches[index]
+        assert batch.has_context == (batch.inpaint_mask_B1T.sum().item() > 0)
+        seen.add(batch.has_context)
+    assert seen == {True, False}
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("bucket_batches", [1, 2])
 @pytest.mark.parametrize("workers", [1, 2, 3])

@@ -49,6 +49,7 @@ def make_batch(base, recorded) -> MicroBatch:
         prompt_mask_BL=model["prompt.mask"][[0, 2]],
         seconds_total_B=torch.tensor(SECONDS),
         drop_cross_B=torch.zeros(2, dtype=torch.bool),
+        has_context=bool(recorded["inpaint_mask"].any()),
         silent_crops=0,
     )
 
@@ -123,3 +124,37 @@ def test_losses_gradients_and_updates_of_three_steps_equal_the_reference(run, ch
     assert trained == {id(flat.values)}
     assert flat.values.numel() == sum(parameter.numel() for parameter in parameters.values())
     assert [name for name, p in base.named_parameters() if p.requires_grad and "parametrizations" not in name] == []
+
+
+@pytest.mark.parametrize("kind", ["dora-rows", "bora"])
+def test_leaving_out_an_empty_context_changes_no_loss_and_no_gradient(tiny_base, recorded, kind):
+    sa3dist.attach_adapter(tiny_base, adapter_type=kind, rank=4)
+    generator = torch.Generator().manual_seed(3)
+    parameters = adapter_parameters(tiny_base)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    latents, noise = (torch.randn(2, tiny_base.latent_channels, 24, generator=generator) for _ in range(2))
+    noised, target = flow.noise_latents(latents, noise, torch.tensor([0.3, 0.7]))
+    found = {}
+    for has_context in (True, False):
+        batch = MicroBatch(
+            clips=["a", "b"],
+            latents_BDT=latents,
+            noised_BDT=noised,
+            target_BDT=target,
+            t_B=torch.tensor([0.3, 0.7]),
+            keep_BT=torch.arange(24)[None] < torch.tensor([[24], [15]]),
+            inpaint_mask_B1T=torch.zeros(2, 1, 24),
+            hidden_BLH=recorded["prompt.hidden_states"][:2],
+            prompt_mask_BL=recorded["prompt.mask"][:2],
+            seconds_total_B=torch.tensor(SECONDS),
+            drop_cross_B=torch.tensor([False, True]),
+            has_context=has_context,
+            silent_crops=0,
+        )
+        loss, _, _ = micro_batch_loss(tiny_base, batch, Float32Settings)
+        found[has_context] = loss.item(), torch.autograd.grad(loss, list(parameters.values()))
+    assert found[True][0] == pytest.approx(found[False][0], rel=1e-5)
+    for whole, short in zip(found[True][1], found[False][1], strict=True):
+        close(short, whole, relative_to_max=1e-4)

@@ -49,7 +49,11 @@ class StreamSettings:
 
 @dataclasses.dataclass
 class MicroBatch:
-    """One micro batch, ready for the step. ``keep_BT`` is None when every frame counts."""
+    """One micro batch, ready for the step.
+
+    keep_BT       None when every frame counts
+    has_context   whether any frame is given as context: known here, where asking does not stop the device
+    """
 
     clips: list[str]
     latents_BDT: torch.Tensor
@@ -62,6 +66,7 @@ class MicroBatch:
     prompt_mask_BL: torch.Tensor
     seconds_total_B: torch.Tensor
     drop_cross_B: torch.Tensor
+    has_context: bool
     silent_crops: int
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -215,6 +220,7 @@ def collate(samples: list[_Sample], settings: StreamSettings) -> MicroBatch:
         prompt_mask_BL=torch.stack([sample.prompt_mask_L for sample in samples]),
         seconds_total_B=torch.tensor([sample.seconds_total for sample in samples]),
         drop_cross_B=torch.tensor([sample.dropped for sample in samples]),
+        has_context=bool(inpaint_mask_B1T.any()),
         silent_crops=sum(sample.silent for sample in samples),
     )
 
