@@ -30,7 +30,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # AdamW takes as long at any rate; at this one all steps of all sides are taken at the same point.
 LEARNING_RATE, WEIGHT_DECAY = 1e-9, 0.01
 # Where the frozen model's backward pass ends; every layer of the adapted one lies on a path to them.
-INPUTS = ("noised", "latents", "t", "prompt", "seconds")
+# Not the clean latents: with nothing given, as here, they do not enter the network.
+INPUTS = ("noised", "t", "prompt", "seconds")
 
 
 def make_base(shape: str, depth: int | None, device: torch.device, dtype: torch.dtype) -> Base:
