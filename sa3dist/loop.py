@@ -58,37 +58,6 @@ class Plan:
         return [self.clip_keys[order.clip_of_slot(slot)] for slot in slots]
 
 
-def check_identity(saved: checkpoint.Checkpoint, identity: dict[str, Any], where: Path) -> None:
-    """Raises CheckpointError naming the first value in which the run and its checkpoint differ."""
-    for name, value in identity.items():
-        found = saved.state["identity"].get(name)
-        if found != value:
-            raise CheckpointError(
-                f"{where}: holds a checkpoint with {name} {found!r}, this run has {value!r}; "
-                f"use another output_dir, or resume=never to start over"
-            )
-
-
-def divide_work(saved: checkpoint.Checkpoint | None, settings, world_size: int) -> int:
-    """Accumulation of this run. A checkpoint's global batch decides over the configuration.
-
-    Raises CheckpointError, naming the workable process counts, when that batch does not divide.
-    """
-    if saved is None:
-        return settings.accumulation(world_size)
-    global_batch, micro_batch = saved.state["global_batch"], saved.state["identity"]["batch_size"]
-    rounds, rest = divmod(global_batch, micro_batch * world_size)
-    if rest:
-        workable = [n for n in range(1, global_batch // micro_batch + 1) if global_batch % (micro_batch * n) == 0]
-        raise CheckpointError(
-            f"resume: the checkpoint trains {global_batch} clips per step in micro batches of {micro_batch}, which "
-            f"{world_size} processes cannot share evenly; use {' or '.join(map(str, workable))} processes"
-        )
-    if rounds != settings.gradient_accumulation_steps or settings.global_batch_size not in (None, global_batch):
-        log.info("resuming with the checkpoint's %d clips per step: %d micro batches per process", global_batch, rounds)
-    return rounds
-
-
 def micro_batch_loss(base, batch: MicroBatch, settings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss of one micro batch where it is: (loss, loss_gen, loss_ctx).
 

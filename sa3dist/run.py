@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 import torch
 import yaml
 
-from sa3dist import __version__, adapters, encode, export, loop, plan, shard
+from sa3dist import __version__, adapters, encode, export, loop, plan, resume, shard
 from sa3dist.config import Settings, crop_frames
 from sa3dist.data.crops import CropsInFlight, EncodedCrops
 from sa3dist.data.fetch import fetch, is_remote, shown
@@ -183,12 +183,19 @@ class Run:
         settings, group = self.settings, self.group
         self._frames = self.crop_frames(base, encoded)
         base_sha256 = on_main_first(group, "base-digest", base.weights_digest, self.stop)
-        identity = self._identity(base, encoded, base_sha256)
-        saved = self._find_checkpoint()
+        identity = resume.identity(
+            settings,
+            base_sha256=base_sha256,
+            dataset_sha256=encoded.index.digest,
+            lora_checkpoint_sha256=self._warm_start_sha256,
+            lora_config=adapters.lora_config(base),
+            crop_frames=self._frames,
+        )
+        saved = resume.find_checkpoint(settings, group, self.stop)
         if saved is not None:
-            loop.check_identity(saved, identity, settings.output_dir)
-            self._check_course(saved)
-        accumulation = loop.divide_work(saved, settings, group.world_size)
+            resume.check_identity(saved, identity, settings.output_dir)
+            resume.check_course(saved, settings)
+        accumulation = resume.divide_work(saved, settings, group.world_size)
         work = loop.Plan(
             steps=settings.number_of_steps,
             accumulation=accumulation,
@@ -204,18 +211,6 @@ class Run:
             self.trainer.restore(saved)
         self._saved_step = saved.step if saved else None
 
-    def _check_course(self, saved: checkpoint.Checkpoint) -> None:
-        """What may change between a checkpoint and the run that continues it, said or refused."""
-        settings = self.settings
-        if saved.step > settings.number_of_steps:
-            raise CheckpointError(
-                f"{settings.output_dir}: has trained {saved.step} steps already, number_of_steps is "
-                f"{settings.number_of_steps}; raise it, use another output_dir, or resume=never to start over"
-            )
-        for key in ("learning_rate", "weight_decay"):
-            if saved.state[key] != getattr(settings, key):
-                log.warning("continuing with %s %g, it was %g", key, getattr(settings, key), saved.state[key])
-
     def crop_frames(self, base, encoded: EncodedClips) -> int:
         longest = max(clip.seconds for clip in encoded.clips)
         framing = base.native_seconds, base.sample_rate_hz, base.samples_per_frame
@@ -227,7 +222,7 @@ class Run:
         base.gradient_checkpointing = plan.wants_checkpointing(
             settings.gradient_checkpointing, base, self._frames, settings.batch_size, group.device
         )
-        on_main_first(group, "set-aside", self._set_aside_later_checkpoints, self.stop)
+        resume.set_aside(settings.output_dir, self.trainer.step, group, self.stop)
         self._announce(base)
         if self.trainer.step < work.steps:
             # Closed on every way out: an unclosed loader leaves worker processes that the exit would wait for.
@@ -265,49 +260,6 @@ class Run:
             return loader(batches, indices, crops.prepare, settings.num_workers, group.device, after=crops.used)
         prepare = encode.encode_on_first_use(base, encoded, batches.order, settings.batch_size)
         return loader(batches, indices, prepare, settings.num_workers, group.device)
-
-    def _find_checkpoint(self) -> checkpoint.Checkpoint | None:
-        settings, group = self.settings, self.group
-
-        def find() -> str | None:
-            found = checkpoint.find(settings.output_dir, settings.resume)
-            return None if found is None else str(checkpoint.path_of(settings.output_dir, found.step))
-
-        if settings.resume not in ("auto", "never"):
-            return checkpoint.load(Path(settings.resume))
-        path = on_main_first(group, "find-checkpoint", find, self.stop)
-        saved, problem = None, None
-        try:
-            saved = None if path is None else checkpoint.load(Path(path))
-        except CheckpointError as error:
-            problem = error
-        group.agree(problem)
-        return saved
-
-    def _identity(self, base, encoded: EncodedClips, base_sha256: str) -> dict[str, Any]:
-        settings = self.settings
-        return {
-            "base_sha256": base_sha256,
-            "dataset_sha256": encoded.index.digest,
-            "lora_checkpoint_sha256": self._warm_start_sha256,
-            "lora_config": adapters.lora_config(base),
-            "batch_size": settings.batch_size,
-            "crop_frames": self._frames,
-            "seed": settings.seed,
-            "base_precision": settings.base_precision,
-            "mixed_precision": settings.mixed_precision,
-            "prompt_dropout": settings.prompt_dropout,
-            "context_weight": settings.context_weight,
-            "seconds_total_of": settings.seconds_total_of,
-            "bucket_batches": settings.bucket_batches,
-            "latents": settings.latents,
-            "reference_numerics": settings.reference_numerics,
-        }
-
-    def _set_aside_later_checkpoints(self) -> None:
-        moved = checkpoint.set_aside(self.settings.output_dir, self.trainer.step)
-        for path in moved:
-            log.warning("set aside %s: this run takes another course from step %d on", path, self.trainer.step)
 
     def _announce(self, base) -> None:
         settings, group, work = self.settings, self.group, self.trainer.plan

@@ -16,7 +16,7 @@ from results_file import Budget, ResultsFile
 from step_sides import make_base
 from synthetic_clips import SyntheticClips
 
-from sa3dist import adapters, loop, plan
+from sa3dist import adapters, loop, plan, resume
 from sa3dist.data.stream import MicroBatch, MicroBatches, StreamSettings, loader, micro_indices
 from sa3dist.parallel import checkpoint
 from sa3dist.parallel.group import Group
@@ -121,7 +121,7 @@ def trained(base, sizes: Sizes, frames: int, steps: int, output_dir: Path, devic
     )
     trainer = loop.Trainer(base, adapters.adapter_parameters(base), settings, work, Group(0, 1, device))
     if saved is not None:
-        loop.check_identity(saved, work.identity, output_dir)
+        resume.check_identity(saved, work.identity, output_dir)
         trainer.restore(saved)
     first = trainer.step
     base.gradient_checkpointing = plan.wants_checkpointing("auto", base, frames, 1, device)
