@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -14,13 +15,13 @@ from typing import Any
 import torch
 
 from sa3dist import flow
-from sa3dist.adapters import adapter_digest
+from sa3dist.adapters import tensors_digest
 from sa3dist.data.order import ClipOrder
 from sa3dist.data.stream import MicroBatch
 from sa3dist.errors import CheckpointError, EnvironmentFailure, Interrupted, SA3DistError
 from sa3dist.metrics import MetricsFile, progress
 from sa3dist.parallel import checkpoint
-from sa3dist.parallel.flat import FlatAdapters
+from sa3dist.parallel.engines import FlatEngine
 from sa3dist.parallel.group import Group, on_main_first
 from sa3dist.parallel.outcome import translate
 from sa3dist.parallel.signals import StopRequest
@@ -93,15 +94,16 @@ class Trainer:
         self.plan = plan
         self.group = group
         self.step = 0
-        self.flat = FlatAdapters(parameters, settings.learning_rate, settings.weight_decay, scalars=SILENT + 1)
+        forward = functools.partial(micro_batch_loss, base, settings=settings)
+        self.engine = FlatEngine(parameters, forward, settings, group, scalars=SILENT + 1)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        missing = self.flat.parameters.keys() ^ saved.adapters.keys()
+        missing = self.engine.parameters.keys() ^ saved.adapters.keys()
         if missing:
             raise CheckpointError(
                 f"checkpoint of step {saved.step}: its layers differ from this run's, e.g. {min(missing)}"
             )
-        self.flat.restore(saved.adapters, saved.moments, saved.step)
+        self.engine.restore(saved.adapters, saved.moments, saved.step)
         self.step = saved.step
 
     def accumulate(self, batches: Iterator[MicroBatch]) -> tuple[float, list[tuple[list[str], torch.Tensor]]]:
@@ -110,15 +112,15 @@ class Trainer:
         Returns the seconds spent waiting for data, and (clip keys, loss) per micro batch.
         """
         waited, losses = 0.0, []
-        for _ in range(self.plan.accumulation):
+        for left in reversed(range(self.plan.accumulation)):
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
-            loss, loss_gen, loss_ctx = micro_batch_loss(self.base, batch, self.settings)
-            (loss / self.plan.accumulation).backward()
+            loss, loss_gen, loss_ctx = self.engine.losses(batch)
+            self.engine.backward(loss / self.plan.accumulation, last=left == 0)
             parts = torch.stack([loss.detach(), loss_gen.detach(), loss_ctx.detach()])
-            self.flat.scalars[LOSS : LOSS_CTX + 1] += parts
-            self.flat.scalars[SILENT] += batch.silent_crops
+            self.engine.scalars[LOSS : LOSS_CTX + 1] += parts
+            self.engine.scalars[SILENT] += batch.silent_crops
             losses.append((batch.clips, parts[0]))
         return waited, losses
 
@@ -127,25 +129,24 @@ class Trainer:
 
         Raises on every rank alike when any rank failed or the loss is not finite; the adapters then stay as they were.
         """
-        self.flat.zero()
+        self.engine.zero()
         waited, losses, failure = 0.0, [], None
         try:
             waited, losses = self.accumulate(batches)
         except Exception as error:
             # Peers wait in the reduction below: join it first, fail afterwards, all together.
             failure = error
-            self.flat.scalars[TROUBLE] = 1
-        self.flat.scalars[STOP] = float(stop())
-        self.flat.average(self.group)
-        grad_norm = torch.linalg.vector_norm(self.flat.gradient)
-        *figures, norm = torch.cat([self.flat.scalars, grad_norm[None]]).tolist()
+            self.engine.scalars[TROUBLE] = 1
+        self.engine.scalars[STOP] = float(stop())
+        grad_norm = self.engine.average()
+        *figures, norm = torch.cat([self.engine.scalars, grad_norm[None]]).tolist()
         if figures[TROUBLE]:
             self._fail_together(failure)
         count = self.plan.accumulation * self.group.world_size
         means = [value / count for value in figures[: LOSS_CTX + 1]]
         if not (math.isfinite(means[LOSS]) and math.isfinite(norm)):
             self._name_the_non_finite(losses)
-        self.flat.optimizer.step()
+        self.engine.step(self.settings.learning_rate)
         self.step += 1
         return {
             "loss": means[LOSS],
@@ -175,15 +176,16 @@ class Trainer:
 
     def save(self, output_dir: Path, stop: StopRequest) -> None:
         """Write a checkpoint on rank 0 while all ranks wait; first check that the ranks hold equal, finite adapters."""
-        finite = bool(self.flat.values.isfinite().all())
-        held = self.group.gather((adapter_digest(self.base), finite))
+        # On all ranks: some modes gather it.
+        adapters, moments = self.engine.state()
+        finite = all(bool(value.isfinite().all()) for value in adapters.values())
+        held = self.group.gather((tensors_digest(adapters), finite))
         if len({digest for digest, _ in held}) > 1:
             raise EnvironmentFailure(f"step {self.step}: the ranks' adapters differ; state is as last saved")
         if not all(ok for _, ok in held):
             raise EnvironmentFailure(f"step {self.step}: an adapter value is not finite; state is as last saved")
 
         def write() -> None:
-            adapters, moments = self.flat.state()
             state = {"step": self.step, "global_batch": self.plan.global_batch, "identity": self.plan.identity}
             state |= {key: getattr(self.settings, key) for key in ("learning_rate", "weight_decay")}
             state |= {"world_size": self.group.world_size, "torch": torch.__version__}

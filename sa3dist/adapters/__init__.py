@@ -9,6 +9,7 @@ from sa3dist.adapters.attach import (
     detach_adapter,
     effective_weight,
     set_strength,
+    tensors_digest,
 )
 from sa3dist.adapters.file import BASE_KEY, AdapterFile, describe_adapter, read_adapter_file
 from sa3dist.adapters.select import candidate_layers, select
@@ -32,5 +33,6 @@ __all__ = [
     "save_adapter",
     "select",
     "set_strength",
+    "tensors_digest",
     "warm_start",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from sa3dist_kernels import ADAPTER_TYPES, AdapterType
@@ -145,10 +145,15 @@ def effective_weight(base, name: str) -> torch.Tensor:
 
 
 def adapter_digest(base) -> str:
-    """SHA-256 over names, shapes and float32 values: equal on two processes exactly when their adapters are."""
+    """``tensors_digest`` of the attached adapter: equal on two processes exactly when their adapters are."""
+    return tensors_digest(adapter_parameters(base))
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hex SHA-256 over names, shapes and float32 values, in the order given."""
     state = hashlib.sha256()
-    for name, parameter in adapter_parameters(base).items():
-        value = parameter.detach().to("cpu", torch.float32).contiguous()
+    for name, tensor in tensors.items():
+        value = tensor.detach().to("cpu", torch.float32).contiguous()
         state.update(digest_of(name, str(tuple(value.shape)), value.numpy().tobytes()).encode())
     return state.hexdigest()
 
