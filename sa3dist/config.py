@@ -116,6 +116,12 @@ class Settings(BaseModel):
         ge=1,
         description="micro batches sorted by length together, so that less is padded; 1 = plain shuffle",
     )
+    encode_batch: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="clips of one length, or captions, encoded in one pass; above 1 values may differ by rounding",
+    )
     num_workers: int = Field(2, ge=0, description="loader processes per rank")
     on_bad_clip: Literal["raise", "skip"] = Field(
         "raise", description="stop at unusable clips, or skip, count and name them"

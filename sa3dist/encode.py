@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
 
 from sa3dist.data.crops import EncodedCrops
-from sa3dist.data.latents import EncodedClips
+from sa3dist.data.latents import SILENCE_TAIL_FRAMES, EncodedClips
 from sa3dist.data.order import ClipOrder, micro_batch_slots
-from sa3dist.data.stream import polarity_of_slot
+from sa3dist.data.pool import ordered_map
+from sa3dist.data.stream import frames_of, polarity_of_slot
 from sa3dist.errors import SA3DistError
+from sa3dist.formats import ClipEntry
 from sa3dist.parallel.group import Group, all_done
 from sa3dist.parallel.outcome import translate
+from sa3dist.parallel.progress import shared_progress
 from sa3dist.parallel.signals import StopRequest
+
+# One pass holds no more frames than the longest clip of any base (380 s) has alone.
+MAX_PASS_FRAMES = 4160
+# Decoded audio waiting for the encoder, beyond that of the clips being encoded.
+WAITING_BYTES = 256 << 20
+# A caption costs about as much as a few frames: 256 tokens through a small model.
+CAPTION_COST = 4.0
+
+
+class Piece(Protocol):
+    """Work that is done as a whole.
+
+    cost    relative, by length        count   clips or captions in it        memory   bytes of what ``load`` returns
+    """
+
+    cost: float
+    count: int
+    memory: int
+
+    def lacking(self) -> bool:
+        """Whether an earlier run has left any of it."""
+
+    def load(self) -> list[torch.Tensor]:
+        """What ``encode`` needs, read in another thread while the piece before is encoded."""
+
+    def encode(self, loaded: list[torch.Tensor]) -> None: ...
 
 
 def encode_all(
@@ -19,42 +52,141 @@ def encode_all(
     encoded: EncodedClips,
     group: Group,
     stop: StopRequest,
-    report: Callable[[int, int], None] | None = None,
     order: ClipOrder | None = None,
     slots: int = 0,
+    batch: int = 1,
 ) -> None:
     """Encode every clip in both polarities and every distinct caption; what is on disk already is not done again.
 
     Where crops are encoded, those of the first ``slots`` slots of ``order`` take the place of the clips.
+    batch   clips of one length, or captions, that go through the encoder in one pass
 
     Each rank takes every world_size-th piece of work; all return together, however long the slowest one takes.
-    report   called with (done, total) of this rank
+    What shares a pass depends on the data set alone, never on ranks or on what an earlier run has left.
     Raises what failed on any rank, on every rank.
     """
     captions = sorted({clip.caption for clip in encoded.clips})
-    work: list[Callable[[], None]] = [lambda c=caption: encoded.encode_prompts(base, [c]) for caption in captions]
+    pieces: list[Piece] = [CaptionPiece(base, encoded, some) for some in in_groups(captions, batch)]
     if isinstance(encoded, EncodedCrops):
-        for slot in range(slots):
-            clip = encoded.clips[order.clip_of_slot(slot)]
-            work.append(lambda c=clip, s=slot: encoded.encode_slot(base, c, order.seed, s))
+        pieces += [CropPiece(base, encoded, order, slot) for slot in range(slots)]
     else:
-        # Both polarities: the autoencoder is not linear, so the latents of a flipped clip are not the flipped latents.
-        for clip in encoded.clips:
-            work += [lambda c=clip, f=flipped: encoded.encode_latents(base, c, f) for flipped in (False, True)]
-    mine = work[group.dist_rank :: group.world_size]
-    problem: SA3DistError | None = None
-    try:
-        for done, piece in enumerate(mine, start=1):
-            stop.raise_if_asked("encoding")
-            piece()
-            if report:
-                report(done, len(mine))
-    except Exception as failure:
-        problem = translate(failure)
-        if problem is None:
-            all_done(group, "encode", SA3DistError(f"{type(failure).__name__}: {failure}"), stop)
-            raise
-    all_done(group, "encode", problem, stop)
+        pieces += clip_pieces(base, encoded, batch)
+    mine = pieces[group.dist_rank :: group.world_size]
+    left = [piece for piece in mine if piece.lacking()]
+    total = sum(piece.count for piece in mine)
+    held = total - sum(piece.count for piece in left)
+    with shared_progress(group, "encode", total, held) as report:
+        problem: SA3DistError | None = None
+        try:
+            _encode(left, stop, held, report)
+        except Exception as failure:
+            problem = translate(failure)
+            if problem is None:
+                all_done(group, "encode", SA3DistError(f"{type(failure).__name__}: {failure}"), stop)
+                raise
+        all_done(group, "encode", problem, stop)
+
+
+def _encode(left: list[Piece], stop: StopRequest, held: int, report: Callable[[int, float], None]) -> None:
+    whole = sum(piece.cost for piece in left)
+    done, cost = held, 0.0
+    report(done, 0.0)
+    loaded = ordered_map(
+        lambda piece: piece.load(),
+        left,
+        lambda piece: piece.memory,
+        num_workers=1,
+        check_stop=lambda: stop.raise_if_asked("encoding"),
+        in_flight_bytes=WAITING_BYTES,
+    )
+    with contextlib.closing(loaded):
+        for piece, value in loaded:
+            piece.encode(value)
+            done, cost = done + piece.count, cost + piece.cost
+            report(done, cost / whole)
+
+
+class CaptionPiece:
+    """Captions that are encoded in one pass: every one is padded to the prompt length."""
+
+    memory = 0
+
+    def __init__(self, base, encoded: EncodedClips, captions: Sequence[str]) -> None:
+        self._base, self._encoded, self._captions = base, encoded, captions
+        self.cost, self.count = CAPTION_COST * len(captions), len(captions)
+
+    def lacking(self) -> bool:
+        return not all(self._encoded.prompt_path(caption).exists() for caption in self._captions)
+
+    def load(self) -> list[torch.Tensor]:
+        return []
+
+    def encode(self, loaded: list[torch.Tensor]) -> None:
+        self._encoded.encode_prompts(self._base, self._captions)
+
+
+class CropPiece:
+    """The crop of one slot; which one it is shows when the clip's peaks have been read."""
+
+    cost, count, memory = 1.0, 1, 0
+
+    def __init__(self, base, encoded: EncodedCrops, order: ClipOrder, slot: int) -> None:
+        self._base, self._encoded, self._order, self._slot = base, encoded, order, slot
+
+    def lacking(self) -> bool:
+        return True
+
+    def load(self) -> list[torch.Tensor]:
+        return []
+
+    def encode(self, loaded: list[torch.Tensor]) -> None:
+        clip = self._encoded.clips[self._order.clip_of_slot(self._slot)]
+        self._encoded.encode_slot(self._base, clip, self._order.seed, self._slot)
+
+
+class ClipPiece:
+    """Clips of one length, each in both polarities: the latents of a flipped clip are not the flipped latents."""
+
+    def __init__(self, base, encoded: EncodedClips, clips: Sequence[ClipEntry], frames: int, rows: int) -> None:
+        """rows: how many go through the encoder at once, a clip and its flipped self counting as two."""
+        self._base, self._encoded, self._clips, self._rows = base, encoded, clips, rows
+        self.cost, self.count = 2.0 * frames * len(clips), len(clips)
+        # float32 stereo.
+        self.memory = 8 * frames * encoded.samples_per_frame * len(clips)
+
+    def lacking(self) -> bool:
+        return any(self._encoded.lacks(clip) for clip in self._clips)
+
+    def load(self) -> list[torch.Tensor]:
+        return [self._encoded.audio(clip) for clip in self._clips]
+
+    def encode(self, loaded: list[torch.Tensor]) -> None:
+        rows = [(clip, flip, audio) for clip, audio in zip(self._clips, loaded, strict=True) for flip in (False, True)]
+        for some in in_groups(rows, self._rows):
+            if not all(self._encoded.latents_path(clip, flipped).exists() for clip, flipped, _ in some):
+                self._encoded.encode_together(self._base, some)
+
+
+def clip_pieces(base, encoded: EncodedClips, batch: int) -> list[Piece]:
+    """Groups of clips of one length, longest first, so that the ranks end at about one time."""
+    by_frames: dict[int, list[ClipEntry]] = {}
+    for clip in encoded.clips:
+        by_frames.setdefault(frames_of(clip, encoded), []).append(clip)
+    pieces = []
+    for frames in sorted(by_frames, reverse=True):
+        rows = rows_per_pass(frames, batch)
+        for clips in in_groups(by_frames[frames], max(1, rows // 2)):
+            pieces.append(ClipPiece(base, encoded, clips, frames, rows))
+    return pieces
+
+
+def rows_per_pass(frames: int, batch: int) -> int:
+    """``batch`` where that many clips of ``frames`` fit into one pass, else as many as fit; at least one."""
+    return max(1, min(batch, MAX_PASS_FRAMES // (frames + 2 * SILENCE_TAIL_FRAMES)))
+
+
+def in_groups(items: Sequence, size: int) -> list[Sequence]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def encode_on_first_use(base, encoded: EncodedClips, order: ClipOrder, micro_batch: int) -> Callable[[int], None]:

@@ -223,6 +223,7 @@ def train(
             stopping = figures.pop("stop") > 0
             waited += figures.pop("data_wait_seconds")
             silent += figures.pop("silent_crops")
+            data_wait = waited / (time.perf_counter() - clock)
             if metrics and (step % settings.log_every == 0 or step == plan.steps):
                 elapsed = time.perf_counter() - clock
                 row = {"step": step, **figures, "lr": settings.learning_rate, "clips_seen": step * plan.global_batch}
@@ -233,7 +234,7 @@ def train(
                 metrics.write(row)
                 clock, waited, silent, last_logged = time.perf_counter(), 0.0, 0.0, step
             rate = (step - first) / (time.perf_counter() - begin)
-            update(step, f"loss {figures['loss']:.4f} {rate:.2f} it/s")
+            update(step, f"loss {figures['loss']:.4f} {rate:.2f} it/s, {data_wait:.0%} waiting for data")
             if stopping or step % settings.save_every == 0 or step == plan.steps:
                 if metrics:
                     metrics.sync()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,19 +54,15 @@ def _rows_up_to(path: Path, step: int) -> list[str]:
 
 @contextlib.contextmanager
 def progress(title: str, total: int, shown: bool) -> Iterator[Callable[..., None]]:
-    """A bar on stderr with rate and time left; gives update(done, text). Without a terminal, a line now and then."""
+    """A bar on stderr with the time left; gives update(done, text, total, seconds_left).
+
+    Without a terminal a line for every tenth. seconds_left None: what is left at the speed so far.
+    """
     if not shown:
-        yield lambda done, text="", total=0: None
+        yield lambda done, text="", total=0, seconds_left=None: None
         return
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(file=sys.stderr)
     columns = (
@@ -73,17 +71,30 @@ def progress(title: str, total: int, shown: bool) -> Iterator[Callable[..., None
         MofNCompleteColumn(),
         TextColumn("{task.fields[text]}"),
         TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
+        TextColumn("ETA {task.fields[eta]}"),
     )
+    begin, first, tenths = time.monotonic(), None, -1
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=total, text="")
+        task = bar.add_task(title, total=total, text="", eta=clock_text(math.inf))
 
-        def update(done: int, text: str = "", total: int = total) -> None:
-            bar.update(task, completed=done, total=total, text=text)
-            if not console.is_terminal and (done % max(1, total // 10) == 0 or done == total):
-                remaining = bar.tasks[task].time_remaining
-                eta = "" if remaining is None else f" ETA {remaining:.0f} s"
-                print(f"{title} {done}/{total} {text}{eta}", file=sys.stderr, flush=True)
+        def update(done: int, text: str = "", total: int = total, seconds_left: float | None = None) -> None:
+            nonlocal first, tenths
+            # What was done before the first call took none of this bar's time.
+            first = max(done - 1, 0) if first is None else first
+            if seconds_left is None:
+                seconds_left = (time.monotonic() - begin) / max(done - first, 1) * max(total - done, 0)
+            eta = clock_text(seconds_left)
+            bar.update(task, completed=done, total=total, text=text, eta=eta)
+            if not console.is_terminal and 10 * done // max(total, 1) > tenths:
+                tenths = 10 * done // max(total, 1)
+                print(f"{title} {done}/{total} {text} ETA {eta}", file=sys.stderr, flush=True)
 
         yield update
+
+
+def clock_text(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are some; "-" while nobody can tell."""
+    if not math.isfinite(seconds):
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

@@ -165,16 +165,15 @@ class Run:
             raise ConfigError("latents: on_the_fly leaves nothing to encode ahead; choose whole or crop")
         if settings.pre_encode if everything is None else everything:
             per_step = settings.batch_size * settings.accumulation(self.group.world_size) * self.group.world_size
-            with progress("encode", 1, shown=self.group.is_main) as update:
-                encode.encode_all(
-                    base,
-                    encoded,
-                    self.group,
-                    self.stop,
-                    report=lambda done, total: update(done, total=total),
-                    order=self.micro_batches(base, encoded).order,
-                    slots=settings.number_of_steps * per_step,
-                )
+            encode.encode_all(
+                base,
+                encoded,
+                self.group,
+                self.stop,
+                order=self.micro_batches(base, encoded).order,
+                slots=settings.number_of_steps * per_step,
+                batch=settings.encode_batch,
+            )
             base.release_encoders()
         return encoded
 

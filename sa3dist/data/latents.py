@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -86,23 +86,40 @@ class EncodedClips:
         hidden_LH[: len(tokens_LH)] = tokens_LH
         return hidden_LH, torch.arange(self.prompt_tokens) < len(tokens_LH)
 
+    def lacks(self, clip: ClipEntry) -> bool:
+        """Whether the latents of either polarity are still to be made."""
+        return not all(self.latents_path(clip, flipped).exists() for flipped in (False, True))
+
     def encode_latents(self, base, clip: ClipEntry, flipped: bool) -> None:
         """Encode one clip and publish its file, unless that is done already."""
-        path = self.latents_path(clip, flipped)
-        if path.exists():
-            return
+        if not self.latents_path(clip, flipped).exists():
+            self.encode_together(base, [(clip, flipped, self.audio(clip))])
+
+    def audio(self, clip: ClipEntry) -> torch.Tensor:
+        """The whole clip, float32 (2, n) at the base's sample rate."""
+        return load_clip_audio(self.index, clip, self.sample_rate_hz)
+
+    def encode_together(self, base, rows: Sequence[tuple[ClipEntry, bool, torch.Tensor]]) -> None:
+        """Encode clips of one length in frames in one pass; publish the files that are not there yet.
+
+        rows   (clip, flipped, its ``audio``)
+        """
         frame = self.samples_per_frame
-        audio_CN = load_clip_audio(self.index, clip, self.sample_rate_hz)
-        valid_frames = -(-audio_CN.shape[1] // frame)
-        padded_CN = torch.zeros(audio_CN.shape[0], (valid_frames + 2 * SILENCE_TAIL_FRAMES) * frame)
-        padded_CN[:, : audio_CN.shape[1]] = -audio_CN if flipped else audio_CN
-        latents_DT = base.encode_audio(padded_CN[None].to(base.device))[0].float().cpu()
-        tensors = {
-            "latents": latents_DT[:, : valid_frames + SILENCE_TAIL_FRAMES].contiguous(),
-            "silence": self._lasting_silence(base, audio_CN.shape[0]),
-            "peaks": frame_peaks(audio_CN, frame),
-        }
-        write_tensors(path, tensors)
+        channels, valid_frames = rows[0][2].shape[0], -(-rows[0][2].shape[1] // frame)
+        padded_BCN = torch.zeros(len(rows), channels, (valid_frames + 2 * SILENCE_TAIL_FRAMES) * frame)
+        for padded_CN, (_, flipped, audio_CN) in zip(padded_BCN, rows, strict=True):
+            padded_CN[:, : audio_CN.shape[1]] = -audio_CN if flipped else audio_CN
+        latents_BDT = base.encode_audio(padded_BCN.to(base.device)).float().cpu()
+        for latents_DT, (clip, flipped, audio_CN) in zip(latents_BDT, rows, strict=True):
+            path = self.latents_path(clip, flipped)
+            if path.exists():
+                continue
+            tensors = {
+                "latents": latents_DT[:, : valid_frames + SILENCE_TAIL_FRAMES].contiguous(),
+                "silence": self._lasting_silence(base, channels),
+                "peaks": frame_peaks(audio_CN, frame),
+            }
+            write_tensors(path, tensors)
 
     def _lasting_silence(self, base, channels: int) -> torch.Tensor:
         """Latents of silence far from both ends of a sequence, float32 (D, 2): an even frame and an odd one."""
@@ -112,14 +129,15 @@ class EncodedClips:
             self._silence_D2 = base.encode_audio(silent_1CN)[0, :, middle : middle + 2].float().cpu().contiguous()
         return self._silence_D2
 
-    def encode_prompts(self, base, captions: Iterable[str]) -> None:
-        """Encode the captions not yet on disk, one by one: the features of one never depend on its neighbours."""
-        for caption in captions:
+    def encode_prompts(self, base, captions: Sequence[str]) -> None:
+        """Encode captions in one pass unless all are on disk already; publish the files that are not there yet."""
+        if all(self.prompt_path(caption).exists() for caption in captions):
+            return
+        hidden_BLH, mask_BL = base.encode_hidden(list(captions))
+        for caption, hidden_LH, mask_L in zip(captions, hidden_BLH, mask_BL, strict=True):
             path = self.prompt_path(caption)
-            if path.exists():
-                continue
-            hidden_BLH, mask_BL = base.encode_hidden([caption])
-            write_tensors(path, {"hidden": hidden_BLH[0][mask_BL[0].bool()].cpu().contiguous()})
+            if not path.exists():
+                write_tensors(path, {"hidden": hidden_LH[mask_L.bool()].cpu().contiguous()})
 
 
 def frame_peaks(audio_CN: torch.Tensor, samples_per_frame: int) -> torch.Tensor:

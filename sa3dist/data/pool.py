@@ -21,20 +21,22 @@ def ordered_map(
     size_of: Callable[[Item], int],
     num_workers: int | None = None,
     check_stop: Callable[[], None] = lambda: None,
+    in_flight_bytes: int | None = None,
 ) -> Iterator[tuple[Item, Result]]:
     """(item, work(item)) in the given order; threads do the work, for decoding and hashing release the interpreter.
 
-    size_of      bytes an item holds while it is worked on; IN_FLIGHT_BYTES at most together
+    size_of      bytes an item holds while it is worked on; ``in_flight_bytes`` at most together, or one item's
     num_workers  threads; default: one per core
     check_stop   called before every item and every result; what it raises ends the map
     """
     workers = num_workers or os.cpu_count() or 1
+    limit = IN_FLIGHT_BYTES if in_flight_bytes is None else in_flight_bytes
     pool = ThreadPoolExecutor(workers, thread_name_prefix="clips")
     waiting: deque[tuple[Item, Future]] = deque()
     in_flight = 0
     try:
         for item in items:
-            while waiting and (len(waiting) >= 4 * workers or in_flight + size_of(item) > IN_FLIGHT_BYTES):
+            while waiting and (len(waiting) >= 4 * workers or in_flight + size_of(item) > limit):
                 done, future = waiting.popleft()
                 in_flight -= size_of(done)
                 yield done, future.result()

@@ -101,7 +101,7 @@ class MicroBatches(Dataset):
     def __init__(self, encoded: EncodedClips, settings: StreamSettings) -> None:
         self.encoded = encoded
         self.settings = settings
-        lengths = [min(settings.crop_frames, _frames_of(clip, encoded)) for clip in encoded.clips]
+        lengths = [min(settings.crop_frames, frames_of(clip, encoded)) for clip in encoded.clips]
         self.order = clip_order(settings.seed, lengths, settings.micro_batch, settings.bucket_batches)
 
     def __len__(self) -> int:
@@ -151,7 +151,8 @@ class MicroBatches(Dataset):
         )
 
 
-def _frames_of(clip: ClipEntry, encoded: EncodedClips) -> int:
+def frames_of(clip: ClipEntry, encoded: EncodedClips) -> int:
+    """Latent frames that hold sound of the whole clip."""
     samples = resampled_length(clip.samples, clip.sample_rate_hz, encoded.sample_rate_hz)
     return -(-samples // encoded.samples_per_frame)
 

@@ -53,6 +53,14 @@ class Group:
         dist.all_gather_object(values, value)
         return values
 
+    def tell(self, name: str, value: Any) -> None:
+        """Leave a JSON value where every rank may look for it; nobody waits."""
+        _store().set(name, json.dumps(value))
+
+    def told(self, name: str) -> Any | None:
+        """What a rank has left under ``name`` last, or None."""
+        return json.loads(_store().get(name)) if _store().check([name]) else None
+
     def agree(self, problem: errors.SA3DistError | None) -> None:
         """Raise the first rank's problem on every rank, or return on all of them.
 
