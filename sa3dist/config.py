@@ -32,6 +32,8 @@ NoWord = BeforeValidator(lambda value: "no" if value is False else value)
 PRECISION_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 # The endpoint's documented limit, kept for compatibility; the shapes themselves allow more (spec/training.md 3).
 XS_RANK_LIMIT = 17
+# What other trainers call some keys, where spelling alone would suggest another.
+OTHER_TRAINERS = {"steps": "number_of_steps", "max_steps": "number_of_steps", "lr": "learning_rate"}
 AdapterName = Literal[tuple(ADAPTER_TYPES)]
 
 
@@ -48,7 +50,9 @@ class Settings(BaseModel):
         "medium-base", description="medium-base, small-music-base, small-sfx-base, or a directory holding a base"
     )
     number_of_steps: int = Field(1000, ge=1, le=20000, description="optimiser steps")
-    learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False, description="AdamW learning rate, constant")
+    learning_rate: float = Field(
+        1e-4, gt=0, allow_inf_nan=False, description="AdamW learning rate; its peak where it is scheduled"
+    )
     rank: int = Field(16, ge=1, le=256, description="rank of the adapters; at most 17 for the -xs types")
     adapter_type: AdapterName = Field("dora-rows", description="one of the nine adapter types")
     duration: float | None = Field(
@@ -91,6 +95,10 @@ class Settings(BaseModel):
     prompt_dropout: float = Field(0.1, ge=0, le=1, description="share of clips trained without prompt, for guidance")
     context_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="weight of the loss on given context")
     weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="AdamW weight decay")
+    warmup_steps: int = Field(0, ge=0, description="first steps, over which the learning rate rises linearly")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="learning rate after the warm-up: constant, or falling to 0 just behind the last step"
+    )
     seconds_total_of: Literal["file", "clip"] = Field(
         "file", description="duration told to the model: of the whole file, as the reference does, or of the crop"
     )
@@ -175,6 +183,11 @@ class Settings(BaseModel):
             raise ValueError(
                 f"rank: {self.rank} is out of range for {self.adapter_type}, expected 1..{XS_RANK_LIMIT}; the -xs "
                 f"types train a rank x rank matrix, so choose a smaller rank or another adapter_type"
+            )
+        if self.warmup_steps >= self.number_of_steps:
+            raise ValueError(
+                f"warmup_steps: {self.warmup_steps} leaves none of number_of_steps ({self.number_of_steps}) at "
+                f"the full learning rate; choose fewer"
             )
         if (self.base_precision, self.mixed_precision) == ("fp16", "no"):
             # Measured: at 380 s the gradients of activations underflow, adapter gradients are off by up to 59 %.
@@ -288,7 +301,8 @@ def _explain(problem: dict[str, Any]) -> str:
     field = str(problem["loc"][0]) if problem["loc"] else ""
     kind = problem["type"]
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(field, Settings.model_fields, n=1, cutoff=0.5)
+        near = [OTHER_TRAINERS[field]] if field in OTHER_TRAINERS else []
+        near = near or difflib.get_close_matches(field, Settings.model_fields, n=1, cutoff=0.5)
         return f"{field}: unknown key" + (
             f", did you mean {near[0]}?" if near else "; sa3dist train --help lists all keys"
         )

@@ -25,6 +25,7 @@ from sa3dist.parallel.engines import FlatEngine
 from sa3dist.parallel.group import Group, on_main_first
 from sa3dist.parallel.outcome import translate
 from sa3dist.parallel.signals import StopRequest
+from sa3dist.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Plan:
     identity        what a checkpoint must agree with to be continued: JSON values by name
     clip_keys       keys of the dataset's clips, in index order
     order           which of them each slot trains on; None = the plain shuffle
+    schedule        the learning rate of each step; None = the settings' learning_rate throughout
     """
 
     steps: int
@@ -51,6 +53,7 @@ class Plan:
     identity: dict[str, Any]
     clip_keys: list[str]
     order: ClipOrder | None = None
+    schedule: Schedule | None = None
 
     def clips_of_step(self, step: int) -> list[str]:
         """Keys of the clips all ranks train on in a step, in slot order."""
@@ -94,6 +97,7 @@ class Trainer:
         self.plan = plan
         self.group = group
         self.step = 0
+        self.schedule = plan.schedule or Schedule(settings.learning_rate, plan.steps)
         forward = functools.partial(micro_batch_loss, base, settings=settings)
         self.engine = FlatEngine(parameters, forward, settings, group, scalars=SILENT + 1)
 
@@ -146,13 +150,15 @@ class Trainer:
         means = [value / count for value in figures[: LOSS_CTX + 1]]
         if not (math.isfinite(means[LOSS]) and math.isfinite(norm)):
             self._name_the_non_finite(losses)
-        self.engine.step(self.settings.learning_rate)
+        rate = self.schedule.rate(self.step + 1)
+        self.engine.step(rate)
         self.step += 1
         return {
             "loss": means[LOSS],
             "loss_gen": means[LOSS_GEN],
             "loss_ctx": means[LOSS_CTX],
             "grad_norm": norm,
+            "lr": rate,
             "stop": figures[STOP],
             "silent_crops": figures[SILENT],
             "data_wait_seconds": waited,
@@ -187,7 +193,7 @@ class Trainer:
 
         def write() -> None:
             state = {"step": self.step, "global_batch": self.plan.global_batch, "identity": self.plan.identity}
-            state |= {key: getattr(self.settings, key) for key in ("learning_rate", "weight_decay")}
+            state |= {"schedule": dataclasses.asdict(self.schedule), "weight_decay": self.settings.weight_decay}
             state |= {"world_size": self.group.world_size, "torch": torch.__version__}
             checkpoint.save(output_dir, checkpoint.Checkpoint(adapters, moments, state), self.settings.keep_checkpoints)
 
@@ -226,7 +232,7 @@ def train(
             data_wait = waited / (time.perf_counter() - clock)
             if metrics and (step % settings.log_every == 0 or step == plan.steps):
                 elapsed = time.perf_counter() - clock
-                row = {"step": step, **figures, "lr": settings.learning_rate, "clips_seen": step * plan.global_batch}
+                row = {"step": step, **figures, "clips_seen": step * plan.global_batch}
                 row |= {"epoch": step * plan.global_batch / len(plan.clip_keys), "silent_crops": int(silent)}
                 row |= {"step_seconds": elapsed / (step - last_logged), "data_wait": waited / elapsed, **describe()}
                 if settings.log_clips:

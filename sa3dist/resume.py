@@ -6,10 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from sa3dist import schedule
 from sa3dist.errors import CheckpointError
 from sa3dist.parallel import checkpoint
 from sa3dist.parallel.group import Group, on_main_first
 from sa3dist.parallel.signals import StopRequest
+from sa3dist.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
@@ -96,9 +98,11 @@ def check_course(saved: checkpoint.Checkpoint, settings) -> None:
             f"{settings.output_dir}: has trained {saved.step} steps already, number_of_steps is "
             f"{settings.number_of_steps}; raise it, use another output_dir, or resume=never to start over"
         )
-    for key in ("learning_rate", "weight_decay"):
-        if saved.state[key] != getattr(settings, key):
-            log.warning("continuing with %s %g, it was %g", key, getattr(settings, key), saved.state[key])
+    was, now = Schedule(**saved.state["schedule"]), schedule.of_settings(settings)
+    if not now.same_course(was):
+        log.warning("continuing with learning rate %s; it was %s", now, was)
+    if saved.state["weight_decay"] != settings.weight_decay:
+        log.warning("continuing with weight_decay %g, it was %g", settings.weight_decay, saved.state["weight_decay"])
 
 
 def set_aside(output_dir: Path, step: int, group: Group, stop: StopRequest) -> None:

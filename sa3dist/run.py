@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 import torch
 import yaml
 
-from sa3dist import __version__, adapters, encode, export, loop, plan, resume, shard
+from sa3dist import __version__, adapters, encode, export, loop, plan, resume, schedule, shard
 from sa3dist.config import Settings, crop_frames
 from sa3dist.data.crops import CropsInFlight, EncodedCrops
 from sa3dist.data.fetch import fetch, is_remote, shown
@@ -204,6 +204,7 @@ class Run:
             identity=identity,
             clip_keys=[clip.key for clip in encoded.clips],
             order=self.micro_batches(base, encoded).order,
+            schedule=schedule.of_settings(settings),
         )
         self.trainer = loop.Trainer(base, adapters.adapter_parameters(base), settings, work, group)
         if saved is not None:

@@ -96,7 +96,13 @@ def test_an_unknown_type_is_answered_with_all_nine():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "right"), [("learning_rte", "learning_rate"), ("steps", "number_of_steps"), ("adapter", "adapter_type")]
+    ("wrong", "right"),
+    [
+        ("learning_rte", "learning_rate"),
+        ("steps", "number_of_steps"),
+        ("adapter", "adapter_type"),
+        ("lr", "learning_rate"),
+    ],
 )
 def test_an_unknown_key_is_answered_with_the_nearest(wrong, right):
     with pytest.raises(ConfigError, match=f"^{wrong}: unknown key, did you mean {right}\\?$"):

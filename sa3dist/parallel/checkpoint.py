@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 STATE_NAME = "state.json"
 ADAPTER_NAME = "adapter.safetensors"
 MOMENTS_NAME = "moments.safetensors"
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
