@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from sa3dist import adapters
+from sa3dist.data.stream import without_common_padding
 from sa3dist.model.random_weights import random_base
 
 
@@ -105,6 +107,30 @@ def test_random_base_of_a_released_shape_keeps_its_activations_sane(name):
         torch.tensor([2.0]),
     )
     assert 0.1 < velocity.std() < 10
+
+
+@pytest.mark.parametrize("adapter_type", ["dora-rows", "bora"])
+@pytest.mark.parametrize("drop", [None, torch.tensor([True, False])])
+def test_one_position_of_padding_may_stand_for_all(tiny_base, recorded, drop, adapter_type):
+    adapters.attach_adapter(tiny_base, adapter_type=adapter_type, rank=2)
+    trained = adapters.adapter_parameters(tiny_base)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.mul_(1.1).add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    tiny_base.double()
+    given = inputs(recorded)
+    hidden, mask = torch.randn(2, 77, 768, dtype=torch.float64), torch.arange(77) < torch.tensor([[9], [31]])
+    x, t, seconds = given["x_BDT"][:2].double(), given["t_B"][:2], given["seconds_total_B"][:2]
+    results = []
+    for kept in ((hidden, mask), without_common_padding(hidden, mask)):
+        embeds = tiny_base.embed_prompts(*kept)
+        velocity = tiny_base.velocity(x, t, embeds, kept[1], seconds, drop_cross_B=drop, prompt_length=77)
+        gradients = torch.autograd.grad(velocity.square().sum(), list(trained.values()), materialize_grads=True)
+        results.append((velocity, *gradients))
+    assert kept[1].shape == (2, 32)
+    assert all(gradient.abs().max() > 0 for gradient in results[0][1:3])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("prompts", ["one string", []])

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from sa3dist import adapters, flow
 from sa3dist.adapters import layers
+from sa3dist.data.stream import without_common_padding
 from sa3dist.model.base import Base
 from sa3dist.model.parse_config import parse_model_config
 from sa3dist.model.random_weights import RandomWeights, random_base
@@ -113,8 +114,8 @@ class Side:
 
     def __init__(self, name: str, options, device: torch.device) -> None:
         """options: shape, depth, precision, adapter_type, rank."""
-        # As our loop does when nothing is given; the reference feeds its networks zeros.
-        self.leaves_out_empty_context = name != "baseline"
+        # As our loop and loader do; the reference feeds its networks zeros, and every position of a prompt's padding.
+        self.evaluates_equals_once = name != "baseline"
         self.device = device
         self.autocast = options.precision == "bf16"
         self.base = make_base(options.shape, options.depth, device, DTYPES[options.precision])
@@ -135,16 +136,20 @@ class Side:
         """Forward, loss, backward, and the optimiser's step where something is trained. Returns the loss."""
         batch = self.batch
         context = {"inpaint_mask_B1T": batch["inpaint_mask"], "inpaint_latents_BDT": batch["latents"]}
-        if self.leaves_out_empty_context and not self.has_context:
+        if self.evaluates_equals_once and not self.has_context:
             context = {}
+        prompt, prompt_mask = batch["prompt"], batch["prompt_mask"]
+        if self.evaluates_equals_once:
+            prompt, prompt_mask = without_common_padding(prompt, prompt_mask)
         self.zero()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             velocity = self.base.velocity(
                 batch["noised"],
                 batch["t"],
-                batch["prompt"],
-                batch["prompt_mask"],
+                prompt,
+                prompt_mask,
                 batch["seconds"],
+                prompt_length=self.base.prompt_tokens,
                 **context,
             )
         keep = torch.ones_like(batch["inpaint_mask"][:, 0], dtype=torch.bool)

@@ -29,6 +29,8 @@ from sa3dist.parallel.signals import SIGNALS
 # A crop quieter than this is drawn again; source: spec/training.md 4.2, item 5 (-60 dBFS).
 SILENCE_PEAK = 1e-3
 MAX_CROP_DRAWS = 8
+# Prompt lengths are rounded up to whole steps of this many tokens.
+PROMPT_STEP = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,7 @@ class MicroBatch:
     """One micro batch, ready for the step.
 
     keep_BT       None when every frame counts
+    hidden_BLH    may end in one position that is padding in every clip and stands for the rest of ``prompt_length``
     has_context   whether any frame is given as context: known here, where asking does not stop the device
     """
 
@@ -68,6 +71,7 @@ class MicroBatch:
     drop_cross_B: torch.Tensor
     has_context: bool
     silent_crops: int
+    prompt_length: int | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro batch with its tensors on ``device``."""
@@ -81,6 +85,16 @@ class MicroBatch:
     def pin_memory(self) -> MicroBatch:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return MicroBatch(**{n: v.pin_memory() if isinstance(v, torch.Tensor) else v for n, v in values.items()})
+
+
+def without_common_padding(hidden_BLH: torch.Tensor, mask_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompt features and mask up to the longest prompt and at least one position of padding.
+
+    All padding is alike, so one position can stand for the rest. Cut to whole PROMPT_STEPs: few different shapes.
+    """
+    used = int(mask_BL.sum(1).max())
+    length = min((used // PROMPT_STEP + 1) * PROMPT_STEP, mask_BL.shape[1])
+    return hidden_BLH[:, :length].contiguous(), mask_BL[:, :length].contiguous()
 
 
 def polarity_of_slot(seed: int, slot: int) -> bool:
@@ -208,6 +222,9 @@ def collate(samples: list[_Sample], settings: StreamSettings) -> MicroBatch:
         lengths_and_shifts = shift.min_length, shift.max_length, shift.base_shift, shift.max_shift
         t_B = flow.shift_timesteps(t_B, effective_B, *lengths_and_shifts)
     noised_BDT, target_BDT = flow.noise_latents(latents_BDT, noise_BDT, t_B)
+    hidden_BLH, prompt_mask_BL = without_common_padding(
+        torch.stack([sample.hidden_LH for sample in samples]), torch.stack([sample.prompt_mask_L for sample in samples])
+    )
     keep_BT = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
     return MicroBatch(
         clips=[sample.clip for sample in samples],
@@ -217,12 +234,13 @@ def collate(samples: list[_Sample], settings: StreamSettings) -> MicroBatch:
         t_B=t_B,
         keep_BT=None if min(lengths) == longest else keep_BT,
         inpaint_mask_B1T=inpaint_mask_B1T,
-        hidden_BLH=torch.stack([sample.hidden_LH for sample in samples]),
-        prompt_mask_BL=torch.stack([sample.prompt_mask_L for sample in samples]),
+        hidden_BLH=hidden_BLH,
+        prompt_mask_BL=prompt_mask_BL,
         seconds_total_B=torch.tensor([sample.seconds_total for sample in samples]),
         drop_cross_B=torch.tensor([sample.dropped for sample in samples]),
         has_context=bool(inpaint_mask_B1T.any()),
         silent_crops=sum(sample.silent for sample in samples),
+        prompt_length=len(samples[0].prompt_mask_L),
     )
 
 

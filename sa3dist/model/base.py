@@ -249,6 +249,7 @@ class Base(nn.Module):
         inpaint_mask_B1T: Tensor | None = None,
         inpaint_latents_BDT: Tensor | None = None,
         drop_cross_B: Tensor | None = None,
+        prompt_length: int | None = None,
     ) -> Tensor:
         """Velocity (noise - data) of noisy latents, (B, D, T), float32; gradients reach adapters only.
 
@@ -258,11 +259,15 @@ class Base(nn.Module):
         padding_mask_BT     True = valid; nobody attends to the rest
         inpaint_mask_B1T    1 = given context          inpaint_latents_BDT   clean latents, masked here
         drop_cross_B        True = no prompt and no seconds token for this clip (guidance dropout)
+        prompt_length       positions of the whole prompt where fewer are given: the last one given, which must be
+                            padding in every clip, stands for the rest; its projections are then evaluated once
         """
         cross, embed = self.assemble(prompt_embeds_BLC, prompt_mask_BL, seconds_total_B, drop_cross_B)
         local = self.local_conditioning(inpaint_mask_B1T, inpaint_latents_BDT)
         mask = None if padding_mask_BT is None else padding_mask_BT.bool()
-        return self.dit(x_BDT, t_B, cross, embed, local, mask)
+        last = prompt_embeds_BLC.shape[1] - 1
+        equal = (prompt_length or last + 1) - last
+        return self.dit(x_BDT, t_B, cross, embed, local, mask, (last, equal) if equal > 1 else None)
 
     def forward(self, *arguments, **keywords) -> Tensor:
         """``velocity``, for wrappers that call the module itself."""

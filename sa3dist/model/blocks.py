@@ -135,6 +135,15 @@ def make_head_norm(kind: str, head_dim: int, eps: float) -> nn.Module:
     return table[kind]()
 
 
+def repeat_token(x_BSE: Tensor, repeated: tuple[int, int] | None) -> Tensor:
+    """``x`` with the token at ``repeated[0]`` written out ``repeated[1]`` times; unchanged for None."""
+    if repeated is None:
+        return x_BSE
+    position, count = repeated
+    before, token, after = x_BSE.split([position, 1, x_BSE.shape[1] - position - 1], dim=1)
+    return torch.cat([before, token.expand(-1, count, -1), after], dim=1)
+
+
 class Attention(nn.Module):
     """Projections of plain or differential attention; the subclass says which rows hold q, k and v.
 
@@ -180,8 +189,9 @@ class CrossAttention(Attention):
         self.to_q = nn.Linear(width, self.pairs * width, bias=False)
         self.to_kv = nn.Linear(width, (self.pairs + 1) * width, bias=False)
 
-    def forward(self, x_BNE: Tensor, context_BSE: Tensor) -> Tensor:
-        kv = self.heads(self.to_kv(context_BSE), self.pairs + 1)
+    def forward(self, x_BNE: Tensor, context_BSE: Tensor, repeated: tuple[int, int] | None = None) -> Tensor:
+        """repeated: position of the one context token that stands for several equal ones in a row, and how many."""
+        kv = self.heads(repeat_token(self.to_kv(context_BSE), repeated), self.pairs + 1)
         k, v = kv[:, :, : self.pairs], kv[:, :, self.pairs :]
         q = self.q_norm(self.heads(self.to_q(x_BNE), self.pairs)).to(v.dtype)
         k = self.k_norm(k).to(v.dtype)

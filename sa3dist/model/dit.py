@@ -28,11 +28,13 @@ from sa3dist.model.config import DiTConfig
 class Shared(NamedTuple):
     """What every layer of one forward reads, computed once.
 
-    context_BSE, local_BTC (or None; T may be 1, standing for every frame), rotary (cos, signed sin, half width),
-    valid_BN (or None: nothing is padding), memory (how many leading tokens are not frames)
+    context_BSE, repeated (the context token that stands for several, see CrossAttention), local_BTC (or None; T may be
+    1, standing for every frame), rotary (cos, signed sin, half width), valid_BN (or None: nothing is padding), memory
+    (how many leading tokens are not frames)
     """
 
     context_BSE: Tensor
+    repeated: tuple[int, int] | None
     local_BTC: Tensor | None
     rotary: tuple[Tensor, Tensor, int]
     valid_BN: Tensor | None
@@ -75,7 +77,9 @@ class Block(nn.Module):
             attend = functools.partial(attend, attn_mask=shared.valid_BN[:, None, None])
         branch = self.self_attn(torch.addcmul(shift1, self.pre_norm(h_BNE), scale1), shared.rotary, attend)
         h_BNE = torch.addcmul(h_BNE, gate1, drop_padding(branch, shared.valid_BN).to(h_BNE.dtype))
-        h_BNE = h_BNE + self.cross_attn(self.cross_attend_norm(h_BNE), shared.context_BSE).to(h_BNE.dtype)
+        h_BNE = h_BNE + self.cross_attn(self.cross_attend_norm(h_BNE), shared.context_BSE, shared.repeated).to(
+            h_BNE.dtype
+        )
         if shared.local_BTC is not None:
             local = self.to_local_embed(shared.local_BTC).to(h_BNE.dtype)
             frames = h_BNE.shape[1] - shared.memory
@@ -107,7 +111,15 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
 
     def forward(
-        self, x_BTC: Tensor, context_BSE: Tensor, global_BE: Tensor, local_BTC, padding_mask_BT, dtype, rounding
+        self,
+        x_BTC: Tensor,
+        context_BSE: Tensor,
+        repeated,
+        global_BE: Tensor,
+        local_BTC,
+        padding_mask_BT,
+        dtype,
+        rounding,
     ) -> Tensor:
         h_BNE = self.project_in(x_BTC).to(dtype)
         if self.memory:
@@ -115,6 +127,7 @@ class Transformer(nn.Module):
         cos, sin = self.rotary_pos_emb.tables(h_BNE.shape[1], self.head_dim, rounding)
         shared = Shared(
             context_BSE=context_BSE,
+            repeated=repeated,
             local_BTC=local_BTC,
             rotary=(cos, sin, self.rotary_pos_emb.inv_freq.numel()),
             valid_BN=None if padding_mask_BT is None else F.pad(padding_mask_BT, (self.memory, 0), value=True),
@@ -192,6 +205,7 @@ class DiT(nn.Module):
         global_BC: Tensor,
         local_BCT: Tensor | None = None,
         padding_mask_BT: Tensor | None = None,
+        repeated: tuple[int, int] | None = None,
     ) -> Tensor:
         """Velocity (B, C, T) in float32.
 
@@ -201,6 +215,7 @@ class DiT(nn.Module):
         local_BCT        inpainting mask then masked latents; (1 or B, C+1, T), or T = 1 for the same value at every
                          frame. None leaves the local branch out, which is not the same as zeros.
         padding_mask_BT  bool, True = valid. Padded frames are attended by nobody. They must be finite.
+        repeated         (position, count): the token of cross_BSC that stands for ``count`` equal ones in a row
         """
         dtype = working_dtype(self.dtype, x_BCT.device)
         context = self.to_cond_embed(cross_BSC.to(dtype))
@@ -210,6 +225,8 @@ class DiT(nn.Module):
         x_BCT = self.preprocess_conv(x_BCT) + x_BCT
         local = None if local_BCT is None else local_BCT.to(dtype).transpose(1, 2)
         rounding = self.dtype if self.reference_numerics else None
-        y_BTC = self.transformer(x_BCT.transpose(1, 2), context, embed, local, padding_mask_BT, dtype, rounding)
+        y_BTC = self.transformer(
+            x_BCT.transpose(1, 2), context, repeated, embed, local, padding_mask_BT, dtype, rounding
+        )
         y_BCT = y_BTC.transpose(1, 2)
         return (self.postprocess_conv(y_BCT) + y_BCT).float()
