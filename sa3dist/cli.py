@@ -35,7 +35,7 @@ def export_only(run: Run) -> None:
     run.prepare(base, encoded)
     if run.step == 0:
         raise CheckpointError(f"{run.settings.output_dir}: no checkpoint to export; run sa3dist loop first")
-    train.finish(run, base, encoded)
+    train.finish(run, base)
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Run], None]]] = {
@@ -43,13 +43,14 @@ COMMANDS: dict[str, tuple[str, Callable[[Run], None]]] = {
     "shard": ("check the clips and write them as WebDataset shards with an index", shard_only),
     "encode": ("encode every clip and caption into the work directory", encode_only),
     "loop": ("train and save checkpoints, without exporting", loop_only),
-    "export": ("write the adapter file of the newest checkpoint", export_only),
+    "export": ("write the adapter file of the newest checkpoint; export PATH: from a checkpoint alone", export_only),
 }
 
 
 def usage() -> str:
     lines = [f"  {name:<8} {about}" for name, (about, _) in COMMANDS.items()]
     lines.append(f"  {'inspect':<8} look at a data set and what training would do with each clip")
+    lines.append(f"  {'merge':<8} several adapters into one file, or adapters into a base")
     lines.append(f"  {'submit':<8} start a run on this machine, under Slurm or on Kubernetes")
     return (
         "usage: sa3dist COMMAND [CONFIG.yaml|REQUEST.json] [key=value ...]\n\n"
@@ -70,12 +71,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         from sa3dist import inspection_text
 
         return inspection_text.main(words[1:])
+    if words[0] == "merge":
+        from sa3dist import merge
+
+        return merge.main(words[1:])
+    if words[0] == "export":
+        from sa3dist import export_command
+
+        if export_command.is_path(words[1:]):
+            return export_command.main(words[1:])
     if words[0] == "submit":
         from sa3dist import submit
 
         return submit.main(words[1:])
     if words[0] not in COMMANDS:
-        known = ", ".join([*COMMANDS, "inspect", "submit"])
+        known = ", ".join([*COMMANDS, "inspect", "merge", "submit"])
         print(f"sa3dist: {words[0]!r} is no command; choose {known}", file=sys.stderr)
         return 2
     about, stages = COMMANDS[words[0]]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sa3dist.adapters import save_adapter
+import torch
+
+from sa3dist.adapters import AdapterConfig, adapter_parameters
+from sa3dist.adapters.file import write_adapter_file
+from sa3dist.errors import ConfigError
 from sa3dist.formats import write_json
 
 LORA_NAME = "lora.safetensors"
@@ -25,8 +30,18 @@ def publish(base, output_dir: Path, description: dict[str, Any]) -> dict[str, An
 
     description   what config.json holds; its HEADER_KEYS also go into the adapter file's header
     """
+    if not adapter_parameters(base):
+        raise ConfigError("there is no adapter to export; attach_adapter(base, ...) first")
+    return publish_tensors(base.adapter_config, adapter_parameters(base), output_dir, description)
+
+
+def publish_tensors(
+    config: AdapterConfig, tensors: Mapping[str, torch.Tensor], output_dir: Path, description: dict[str, Any]
+) -> dict[str, Any]:
+    """``publish`` for tensors that are on no base."""
     output_dir = Path(output_dir)
-    save_adapter(base, output_dir / LORA_NAME, metadata={key: description[key] for key in HEADER_KEYS})
+    metadata = {key: description[key] for key in HEADER_KEYS}
+    write_adapter_file(output_dir / LORA_NAME, config, tensors, metadata)
     models = INFERENCE_MODELS.get(description["base_model"], [description["base_model"]])
     write_json(output_dir / CONFIG_NAME, {**description, "inference_models": models})
     result = {

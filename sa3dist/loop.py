@@ -43,6 +43,7 @@ class Plan:
     clip_keys       keys of the dataset's clips, in index order
     order           which of them each slot trains on; None = the plain shuffle
     schedule        the learning rate of each step; None = the settings' learning_rate throughout
+    description     what config.json says of the run beside the step; kept with every checkpoint for an offline export
     """
 
     steps: int
@@ -54,6 +55,7 @@ class Plan:
     clip_keys: list[str]
     order: ClipOrder | None = None
     schedule: Schedule | None = None
+    description: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def clips_of_step(self, step: int) -> list[str]:
         """Keys of the clips all ranks train on in a step, in slot order."""
@@ -196,6 +198,7 @@ class Trainer:
             state = {"step": self.step, "global_batch": self.plan.global_batch, "identity": self.plan.identity}
             state |= {"schedule": dataclasses.asdict(self.schedule), "weight_decay": self.settings.weight_decay}
             state |= {"world_size": self.group.world_size, "torch": torch.__version__}
+            state |= {"description": self.plan.description}
             checkpoint.save(output_dir, checkpoint.Checkpoint(adapters, moments, state), self.settings.keep_checkpoints)
 
         stop.saving = True

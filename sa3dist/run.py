@@ -195,16 +195,18 @@ class Run:
             resume.check_identity(saved, identity, settings.output_dir)
             resume.check_course(saved, settings)
         accumulation = resume.divide_work(saved, settings, group.world_size)
+        global_batch = accumulation * settings.batch_size * group.world_size
         work = loop.Plan(
             steps=settings.number_of_steps,
             accumulation=accumulation,
             micro_batch=settings.batch_size,
-            global_batch=accumulation * settings.batch_size * group.world_size,
+            global_batch=global_batch,
             seed=settings.seed,
             identity=identity,
             clip_keys=[clip.key for clip in encoded.clips],
             order=self.micro_batches(base, encoded).order,
             schedule=schedule.of_settings(settings),
+            description=self._describe(encoded, identity, global_batch),
         )
         self.trainer = loop.Trainer(base, adapters.adapter_parameters(base), settings, work, group)
         if saved is not None:
@@ -283,26 +285,29 @@ class Run:
         urls = {key: getattr(self.settings, key) for key in ("audio_data_url", "lora_checkpoint_url")}
         return {key: url for key, url in urls.items() if url}
 
-    def export(self, base, encoded: EncodedClips) -> dict[str, Any]:
+    def _describe(self, encoded: EncodedClips, identity: dict[str, Any], global_batch: int) -> dict[str, Any]:
+        """What config.json says, but for the step."""
+        settings = self.settings
+        return {
+            "sa3dist_version": __version__,
+            "base_model": settings.model,
+            "base_sha256": identity["base_sha256"],
+            "dataset_sha256": encoded.index.digest,
+            "dataset_clips": len(encoded.clips),
+            "dataset_seconds": round(sum(clip.seconds for clip in encoded.clips), 3),
+            "skipped_clips": list(encoded.index.skipped),
+            "effective_batch_size": global_batch,
+            "world_size": self.group.world_size,
+            "lora_config": identity["lora_config"],
+            # URLs may hold credentials, and this is given away.
+            "settings": {**settings.as_dict(), **{key: shown(url) for key, url in self._urls().items()}},
+        }
+
+    def export(self, base) -> dict[str, Any]:
         """Stage four on rank 0: the adapter file, config.json and result.json. Returns the result."""
-        settings, work = self.settings, self.trainer.plan
+        description = {**self.trainer.plan.description, "step": self.step}
 
         def publish() -> dict[str, Any]:
-            description = {
-                "sa3dist_version": __version__,
-                "base_model": settings.model,
-                "base_sha256": work.identity["base_sha256"],
-                "dataset_sha256": encoded.index.digest,
-                "dataset_clips": len(encoded.clips),
-                "dataset_seconds": round(sum(clip.seconds for clip in encoded.clips), 3),
-                "skipped_clips": list(encoded.index.skipped),
-                "step": self.step,
-                "effective_batch_size": work.global_batch,
-                "world_size": self.group.world_size,
-                "lora_config": work.identity["lora_config"],
-                # URLs may hold credentials, and this file is given away.
-                "settings": {**settings.as_dict(), **{key: shown(url) for key, url in self._urls().items()}},
-            }
-            return export.publish(base, settings.output_dir, description)
+            return export.publish(base, self.settings.output_dir, description)
 
         return on_main_first(self.group, "export", publish, should_stop=lambda: False)

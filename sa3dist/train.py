@@ -25,11 +25,11 @@ def whole_road(run: Run) -> None:
     encoded = run.encode(base, index)
     run.prepare(base, encoded)
     run.train(base, encoded)
-    finish(run, base, encoded)
+    finish(run, base)
 
 
-def finish(run: Run, base, encoded) -> None:
-    result = run.export(base, encoded)
+def finish(run: Run, base) -> None:
+    result = run.export(base)
     if run.group.is_main:
         print(json.dumps(result), flush=True)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sa3dist
-from sa3dist import train
+from sa3dist import cli, train
 from sa3dist.data.latents import _digest_of_tensors
 
 ROOT = Path(__file__).parent.parent
@@ -354,3 +355,26 @@ def test_a_loss_that_overflows_stops_the_run_and_names_the_clip(words, tmp_path,
     message = capfd.readouterr().err.strip().splitlines()[-1]
     assert "not finite" in message
     assert not (tmp_path / "run/lora.safetensors").exists()
+
+
+@pytest.mark.parametrize("of", ["run", "checkpoint"])
+def test_an_export_from_the_checkpoint_alone_equals_what_the_run_published(straight, tmp_path, of):
+    copy = tmp_path / "run"
+    shutil.copytree(straight / "checkpoints", copy / "checkpoints")
+    source = copy if of == "run" else copy / f"checkpoints/step-{STEPS:08d}"
+    written = copy if of == "run" else copy / f"exported/step-{STEPS:08d}"
+    assert cli.main(["export", str(source)]) == 0
+    for name in ("lora.safetensors", "config.json"):
+        assert (written / name).read_bytes() == (straight / name).read_bytes()
+    result = (written / "result.json").read_text()
+    assert result.replace(str(written), str(straight)) == (straight / "result.json").read_text()
+
+
+def test_a_damaged_checkpoint_is_not_exported(straight, tmp_path, capsys):
+    shutil.copytree(straight / "checkpoints", tmp_path / "run/checkpoints")
+    with (tmp_path / f"run/checkpoints/step-{STEPS:08d}/adapter.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")
+    assert cli.main(["export", str(tmp_path / "run/checkpoints" / f"step-{STEPS:08d}")]) == 2
+    assert "adapter.safetensors: content does not match its digest" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints"}

@@ -15,7 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from sa3dist.adapters.attach import AdapterConfig
+from sa3dist.adapters.attach import SLOT, AdapterConfig
 from sa3dist.errors import CheckpointError, ConfigError, EnvironmentFailure
 from sa3dist.formats import atomic_path
 
@@ -32,6 +32,27 @@ class AdapterFile:
     config: AdapterConfig
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str]
+
+    def layers(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Tensors of every layer by their names in the layer, in the file's order.
+
+        Raises CheckpointError, naming the layer, when they are not those of the adapter type and of one another's
+        shape. Whether they fit a base is not known here.
+        """
+        layers: dict[str, dict[str, torch.Tensor]] = {}
+        for key, value in self.tensors.items():
+            name, slot, tensor = key.rpartition(f".{SLOT}.")
+            if not slot:
+                raise CheckpointError(f"{self.path}: {key} is no adapter tensor; expected <layer>.{SLOT}.<tensor>")
+            layers.setdefault(name, {})[tensor] = value
+        for name, tensors in layers.items():
+            found = {tensor: tuple(value.shape) for tensor, value in tensors.items()}
+            fan_out = (found.get("lora_B") or found.get(self.config.kind.row_magnitude) or (0,))[0]
+            fan_in = (found.get("lora_A") or found.get(self.config.kind.col_magnitude) or (0,))[-1]
+            expected = self.config.kind.parameter_shapes(fan_out, fan_in, self.config.rank)
+            if found != expected:
+                raise CheckpointError(f"{self.path}: {name} holds {found}, expected {expected}")
+        return layers
 
 
 def read_adapter_file(path: str | Path) -> AdapterFile:
@@ -79,11 +100,16 @@ def write_adapter_file(
     Raises EnvironmentFailure, naming the tensor and leaving any older file in place, for values that are empty, not
     finite, or beyond float16's range.
     """
-    halves = {key: _publishable(key, value) for key, value in tensors.items()}
+    halves = publishable(tensors)
     header = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     header[CONFIG_KEY] = json.dumps(config_value(config))
+    write_safetensors(path, halves, header)
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole or not at all; equal contents give equal bytes."""
     with atomic_path(Path(path)) as temporary:
-        temporary.write_bytes(_sorted_header(safetensors.torch.save(halves, header)))
+        temporary.write_bytes(_sorted_header(safetensors.torch.save(dict(tensors), dict(header))))
 
 
 def config_value(config: AdapterConfig) -> dict:
@@ -96,6 +122,11 @@ def config_value(config: AdapterConfig) -> dict:
         "include": None if config.include is None else list(config.include),
         "exclude": None if config.exclude is None else list(config.exclude),
     }
+
+
+def config_from_value(value: Mapping) -> AdapterConfig:
+    """The inverse of ``config_value``."""
+    return AdapterConfig(value["rank"], value["alpha"], value["adapter_type"], value["include"], value["exclude"])
 
 
 def _read_config(text: str | None, tensors: Mapping[str, torch.Tensor]) -> AdapterConfig:
@@ -128,6 +159,11 @@ def _first_magnitude_is_a_row(tensors: Mapping[str, torch.Tensor]) -> bool:
 def _squeezed(key: str, value: torch.Tensor) -> torch.Tensor:
     legacy = key.endswith(".magnitude") and value.ndim == 2 and 1 in value.shape
     return value.reshape(-1) if legacy else value
+
+
+def publishable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every tensor as a file holds it, float16 on the CPU. Raises as ``write_adapter_file`` does."""
+    return {key: _publishable(key, value) for key, value in tensors.items()}
 
 
 def _publishable(key: str, value: torch.Tensor) -> torch.Tensor:

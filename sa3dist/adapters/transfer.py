@@ -32,13 +32,13 @@ def load_adapter(base, path: str | Path, strength: float = 1.0) -> None:
     file = read_adapter_file(path)
     if adapted_layers(base):
         _require_agreement(base.adapter_config, file)
-        _require_tensors({key: value.shape for key, value in adapter_parameters(base).items()}, file)
+        require_tensors({key: value.shape for key, value in adapter_parameters(base).items()}, file)
     else:
         layers = candidate_layers(base.adapter_roots)
         names = select(layers, file.config.include, file.config.exclude)
         if not names:
             raise CheckpointError(f"{file.path}: its include and exclude lists select no layer of this base model")
-        _require_tensors(_fresh_shapes(file.config, {name: layers[name] for name in names}), file)
+        require_tensors(fresh_shapes(file.config, {name: layers[name] for name in names}), file)
         try:
             # The seed is of no consequence: every trained value comes from the file.
             attach_to(base, file.config, names, seed=0)
@@ -63,7 +63,7 @@ def warm_start(base, path: str | Path) -> None:
             f"{file.path}: {BASE_KEY} is {file.metadata[BASE_KEY]}, this base has {base.weights_digest()}; "
             "the adapter was trained on another base model"
         )
-    _require_tensors({key: value.shape for key, value in adapter_parameters(base).items()}, file)
+    require_tensors({key: value.shape for key, value in adapter_parameters(base).items()}, file)
     _copy_values(base, file)
 
 
@@ -87,7 +87,8 @@ def lora_config(base) -> dict:
     return config_value(base.adapter_config)
 
 
-def _fresh_shapes(config: AdapterConfig, layers: Mapping[str, torch.nn.Module]) -> dict[str, tuple[int, ...]]:
+def fresh_shapes(config: AdapterConfig, layers: Mapping[str, torch.nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Shapes of an adapter's tensors over these layers, by their names in a file."""
     return {
         f"{name}.{SLOT}.{tensor}": shape
         for name, layer in layers.items()
@@ -104,7 +105,8 @@ def _require_agreement(attached: AdapterConfig, file: AdapterFile) -> None:
             raise CheckpointError(f"{file.path}: {field} is {theirs!r} in the file, {ours!r} in the attached adapter")
 
 
-def _require_tensors(expected: Mapping[str, Iterable[int]], file: AdapterFile) -> None:
+def require_tensors(expected: Mapping[str, Iterable[int]], file: AdapterFile) -> None:
+    """Raises CheckpointError naming up to three of the tensors that are missing, too many or of the wrong shape."""
     missing = [key for key in expected if key not in file.tensors]
     unexpected = [key for key in file.tensors if key not in expected]
     shapes = {key: tuple(value.shape) for key, value in file.tensors.items()}

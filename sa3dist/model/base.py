@@ -23,6 +23,12 @@ CONDITIONER_PREFIX = "conditioner."
 AUTOENCODER_PREFIX = "pretransform.model."
 
 
+def weight_key(layer: str) -> str:
+    """The checkpoint's key of an adaptable layer's weight, by adapter-relative layer name."""
+    prefix = CONDITIONER_PREFIX if layer.startswith("conditioners.") else MODEL_PREFIX
+    return f"{prefix}{layer}.weight"
+
+
 class Wrapper(nn.Module):
     """One child called ``model``, as the official key names want it."""
 
@@ -127,8 +133,7 @@ class Base(nn.Module):
 
     def fp32_weight(self, name: str) -> Tensor:
         """A layer's weight in float32 on the CPU, straight from the checkpoint, by adapter-relative layer name."""
-        prefix = CONDITIONER_PREFIX if name.startswith("conditioners.") else MODEL_PREFIX
-        return self.weights.read(f"{prefix}{name}.weight", None, "cpu", torch.float32)
+        return self.weights.read(weight_key(name), None, "cpu", torch.float32)
 
     def weights_digest(self) -> str:
         """Hex SHA-256 that identifies the checkpoint; the file is read once per process."""

@@ -6,9 +6,10 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from sa3dist.errors import CheckpointError
-from sa3dist.model.base import AUTOENCODER_PREFIX, CONDITIONER_PREFIX, MODEL_PREFIX, Base, Wrapper
+from sa3dist.model.base import AUTOENCODER_PREFIX, CONDITIONER_PREFIX, MODEL_PREFIX, Base, Wrapper, weight_key
 from sa3dist.model.checkpoint import CheckpointFile, check_keys, fill, tensor_shapes
 from sa3dist.model.conditioners import Conditioners
 from sa3dist.model.config import ModelConfig
@@ -66,6 +67,33 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class BaseOnDisk:
+    """A base that is checked as strictly as ``load_base`` does, but not loaded: its tensors are read one by one."""
+
+    files: BaseFiles
+    config: ModelConfig
+    weights: CheckpointFile
+
+    @classmethod
+    def open(cls, name_or_directory: str | Path) -> BaseOnDisk:
+        """Raises CheckpointError as ``load_base`` does."""
+        files = find_base(name_or_directory)
+        config = parse_model_config(read_model_config(files.config), str(files.config))
+        weights = CheckpointFile(files.weights)
+        check_keys(expected_tensors(config), weights.shapes, files.weights)
+        return cls(files, config, weights)
+
+    def adapter_roots(self) -> tuple[nn.Module, nn.Module]:
+        """What ``Base.adapter_roots`` is, without values: modules on the meta device."""
+        with torch.device("meta"):
+            return Wrapper(DiT(self.config.dit)), Conditioners(self.config)
+
+    def fp32_weight(self, name: str) -> torch.Tensor:
+        """A layer's weight in float32 on the CPU, by adapter-relative layer name."""
+        return self.weights.read(weight_key(name), None, "cpu", torch.float32)
+
+
 def load_base(
     name_or_directory: str | Path,
     device: str | torch.device = "cpu",
@@ -82,17 +110,14 @@ def load_base(
     Every tensor goes from the mapped file to ``device`` and ``dtype`` on its own. Raises CheckpointError when a file is
     missing or damaged, a key is missing, unexpected or of the wrong shape, or the config is unsupported.
     """
-    files = find_base(name_or_directory)
-    config = parse_model_config(read_model_config(files.config), str(files.config))
-    weights = CheckpointFile(files.weights)
-    check_keys(expected_tensors(config), weights.shapes, files.weights)
+    found = BaseOnDisk.open(name_or_directory)
     source = TextSource(
-        config.prompt,
+        found.config.prompt,
         override=None if text_encoder is None else str(text_encoder),
-        model_directory=files.directory,
-        base_repo=files.repo_id,
+        model_directory=found.files.directory,
+        base_repo=found.files.repo_id,
     )
-    return Base(config, weights, device, dtype, source, encoder)
+    return Base(found.config, found.weights, device, dtype, source, encoder)
 
 
 def load_autoencoder(
