@@ -116,7 +116,7 @@ class CaptionPiece:
         self.cost, self.count = CAPTION_COST * len(captions), len(captions)
 
     def lacking(self) -> bool:
-        return not all(self._encoded.prompt_path(caption).exists() for caption in self._captions)
+        return not all(self._encoded.has_prompt(caption) for caption in self._captions)
 
     def load(self) -> list[torch.Tensor]:
         return []
@@ -163,7 +163,7 @@ class ClipPiece:
     def encode(self, loaded: list[torch.Tensor]) -> None:
         rows = [(clip, flip, audio) for clip, audio in zip(self._clips, loaded, strict=True) for flip in (False, True)]
         for some in in_groups(rows, self._rows):
-            if not all(self._encoded.latents_path(clip, flipped).exists() for clip, flipped, _ in some):
+            if not all(self._encoded.has_latents(clip, flipped) for clip, flipped, _ in some):
                 self._encoded.encode_together(self._base, some)
 
 

@@ -186,25 +186,23 @@ class DatasetIndex:
         rest = {"skipped": list(self.skipped), "shards": [dataclasses.asdict(shard) for shard in self.shards]}
         body = (
             f'{{"version": {INDEX_VERSION}, "digest": {json.dumps(self.digest)}, "clips": [\n{clips}\n],\n'
-            f"{json.dumps(rest, ensure_ascii=False)[1:-1]},\n{_SEAL}"
+            f"{json.dumps(rest, ensure_ascii=False)[1:-1]}"
         )
         with atomic_path(self.directory / INDEX_NAME) as temporary:
-            temporary.write_text(f'{body}{digest_of(body)}"}}\n', encoding="utf-8", newline="")
+            temporary.write_bytes(sealed(body))
 
     @classmethod
     def read(cls, directory: Path) -> DatasetIndex:
         """Raises DataError, naming the file, when the index is missing, damaged or of another version."""
         path = Path(directory) / INDEX_NAME
         try:
-            # Bytes: reading as text would take another line end for ours.
-            text = path.read_bytes().decode("utf-8")
-            value = json.loads(text)
+            data = path.read_bytes()
+            value = json.loads(data)
             if value["version"] != INDEX_VERSION:
                 raise DataError(
                     f"{path}: index version {value['version']}, expected {INDEX_VERSION}; run sa3dist shard"
                 )
-            body = text[: text.rindex(_SEAL) + len(_SEAL)]
-            if text != f'{body}{digest_of(body)}"}}\n':
+            if not is_sealed(data):
                 raise DataError(
                     f"{path}: the index is damaged, its digest does not match; delete it and run sa3dist shard"
                 )
@@ -213,6 +211,19 @@ class DatasetIndex:
             return cls(Path(directory), value["digest"], clips, tuple(value["skipped"]), shards)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not a readable shard index ({error}); run sa3dist shard") from error
+
+
+def sealed(body: str) -> bytes:
+    """A JSON object, given without its closing brace, with the digest of all its bytes as its last value."""
+    body += f",\n{_SEAL}"
+    return f'{body}{digest_of(body)}"}}\n'.encode()
+
+
+def is_sealed(data: bytes) -> bool:
+    """Whether ``data`` is to the byte what ``sealed`` gave."""
+    # Bytes throughout: reading as text would take another line end for ours.
+    body = data[: data.rfind(_SEAL.encode()) + len(_SEAL)]
+    return data == body + digest_of(body).encode() + b'"}\n'
 
 
 def _umask() -> int:

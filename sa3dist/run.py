@@ -16,6 +16,7 @@ import yaml
 
 from sa3dist import __version__, adapters, encode, export, loop, plan, resume, schedule, shard
 from sa3dist.config import Settings, crop_frames
+from sa3dist.data.collect import collect
 from sa3dist.data.crops import CropsInFlight, EncodedCrops
 from sa3dist.data.fetch import fetch, is_remote, shown
 from sa3dist.data.latents import EncodedClips
@@ -174,6 +175,8 @@ class Run:
                 slots=settings.number_of_steps * per_step,
                 batch=settings.encode_batch,
             )
+            if settings.latents == "whole":
+                collect(encoded, self.group, self.stop)
             base.release_encoders()
         return encoded
 

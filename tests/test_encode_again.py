@@ -1,4 +1,4 @@
-"""The encode stage killed at any moment; artefacts with a byte flipped anywhere: noticed, named or harmless."""
+"""The encode stage killed at any moment; shards with a byte flipped anywhere: noticed, named or harmless."""
 
 import json
 import random
@@ -9,6 +9,8 @@ from clips import captioned, write_zip
 from kills import Killable
 
 from sa3dist.data.audio import load_clip_audio
+from sa3dist.data.collect import collect
+from sa3dist.data.latent_shards import LatentShard
 from sa3dist.data.latents import EncodedClips
 from sa3dist.encode import encode_all
 from sa3dist.errors import DataError, EnvironmentFailure
@@ -32,18 +34,28 @@ def index(tmp_path_factory):
     return build_shards(str(source), folder / "work", allow_any_dataset_size=True)
 
 
+ALONE = Group(0, 1, torch.device("cpu"))
+
+
 def encode_everything(base, index, work_dir):
     encoded = EncodedClips(index, work_dir, base, "a", "t")
-    encode_all(base, encoded, Group(0, 1, torch.device("cpu")), StopRequest())
+    encode_all(base, encoded, ALONE, StopRequest())
+    # Three shards.
+    collect(encoded, ALONE, StopRequest(), max_shard_bytes=30_000)
     return encoded
 
 
 def published(folder):
+    """What is there under its final name, but for files of single clips."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*.safetensors")
-        if not path.name.startswith(".")
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith(".") and path.suffix != ".safetensors"
     }
+
+
+def files_of_clips(folder):
+    return [path for path in folder.rglob("*.safetensors") if not path.name.startswith(".")]
 
 
 @pytest.mark.slow
@@ -72,7 +84,8 @@ def work(target): encode_everything(base, index, Path(target))
         process.run(tmp_path / "warm")
         duration, _ = process.run(tmp_path / "whole")
         whole = published(tmp_path / "whole")
-        assert len(whole) == 3 * 2 + 3
+        assert len(whole) == 2 * 3
+        assert files_of_clips(tmp_path / "whole") == []
         for moment in range(20):
             work = tmp_path / f"killed-{moment}"
             killed += process.run(work, kill_after=draw.uniform(0, duration))[1]
@@ -80,23 +93,29 @@ def work(target): encode_everything(base, index, Path(target))
             assert held.items() <= whole.items(), moment
             process.run(work)
             assert published(work) == whole, moment
+            assert files_of_clips(work) == [], moment
     assert killed >= 10
 
 
-def test_finished_pieces_are_not_encoded_again(base_dir, index, tmp_path, monkeypatch):
+def test_only_what_a_lost_shard_held_is_encoded_again(base_dir, index, tmp_path, monkeypatch):
     base = load_base(base_dir)
     encoded = encode_everything(base, index, tmp_path)
     whole = published(tmp_path)
-    gone = encoded.latents_path(index.clips[2], True)
-    gone.unlink()
-    lengths = []
-    original = type(base).encode_audio
-    monkeypatch.setattr(type(base), "encode_audio", lambda self, audio: lengths.append(audio) or original(self, audio))
-    monkeypatch.setattr(type(base), "encode_hidden", lambda *_: pytest.fail("encoded a caption again"))
+    (lost,) = (shard for shard in encoded.shards_dir.glob("*.tar") if holds(shard, index.clips[2]))
+    lost.unlink()
+    audio, captions = [], []
+    encode_audio, encode_hidden = type(base).encode_audio, type(base).encode_hidden
+    monkeypatch.setattr(type(base), "encode_audio", lambda self, a: audio.append(a) or encode_audio(self, a))
+    monkeypatch.setattr(type(base), "encode_hidden", lambda self, c: captions.extend(c) or encode_hidden(self, c))
     encode_everything(base, index, tmp_path)
-    # The clip, and the silence that follows it.
-    assert len(lengths) == 2
+    # The clip in both polarities, and the silence that follows it.
+    assert len(audio) == 3
+    assert captions == [index.clips[2].caption]
     assert published(tmp_path) == whole
+
+
+def holds(shard, clip):
+    return any(found.clip.key == clip.key for found in LatentShard.read(shard).clips)
 
 
 def _everything_read(directory, encoded):
@@ -113,24 +132,74 @@ def _everything_read(directory, encoded):
 
 
 def test_a_flipped_byte_anywhere_is_noticed_and_named_or_changes_nothing(base_dir, index, tmp_path):
-    encoded = encode_everything(load_base(base_dir), index, tmp_path)
-    whole = _everything_read(index.directory, encoded)
+    base = load_base(base_dir)
+    whole = _everything_read(index.directory, encode_everything(base, index, tmp_path))
     files = sorted(path for folder in (index.directory, tmp_path) for path in folder.rglob("*") if path.is_file())
+    contents = {path: path.read_bytes() for path in files}
     draw = random.Random(11)
     noticed = []
-    for _ in range(50):
+    for _ in range(60):
         # Every kind of file as often, whatever its size.
-        kind = draw.choice(["shard-000000.tar", "index.json", "latents", "prompts"])
-        path = draw.choice([path for path in files if kind in path.parts])
-        data = path.read_bytes()
+        kind = draw.choice(["shard-000000.tar", "index.json", "latents-*.tar", "latents-*.json"])
+        path = draw.choice([path for path in files if path.match(kind)])
+        data = contents[path]
         place, bit = draw.randrange(len(data)), 1 << draw.randrange(8)
         path.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
         try:
+            # The stage runs again, as before every training.
+            encoded = encode_everything(base, index, tmp_path)
             assert _everything_read(index.directory, encoded) == whole, (path, place)
         except (DataError, EnvironmentFailure) as problem:
             noticed.append((path.name, str(problem)))
         finally:
-            path.write_bytes(data)
-    assert len(noticed) > 35
-    assert all(name in message and "\n" not in message for name, message in noticed)
-    assert _everything_read(index.directory, encoded) == whole
+            for changed, content in contents.items():
+                changed.write_bytes(content)
+    assert len(noticed) > 30
+    assert [pair for pair in noticed if pair[0] not in pair[1] or "\n" in pair[1]] == []
+    assert _everything_read(index.directory, encode_everything(base, index, tmp_path)) == whole
+
+
+def test_a_member_that_lies_in_the_place_of_another_is_noticed(base_dir, index, tmp_path):
+    encoded = encode_everything(load_base(base_dir), index, tmp_path)
+    path, *others = sorted(encoded.shards_dir.glob("*.tar"))
+    kept = path.read_bytes()
+    # Whole in itself, of the right size, and of another clip.
+    path.write_bytes(others[0].read_bytes())
+    (clip,) = (found.clip for found in LatentShard.read(path).clips)
+    with pytest.raises(EnvironmentFailure, match=f"{path.name}: the latents of clip {clip.key} do not match"):
+        encoded.latents(clip, False)
+    path.write_bytes(kept)
+    assert encoded.latents(clip, False).valid_frames == 6
+
+
+def test_clips_with_one_sound_or_one_caption_share_what_is_encoded(base_dir, tmp_path):
+    members = captioned(3, seconds=0.5)
+    members["again.wav"], members["again.txt"] = members["clip0.wav"], members["clip1.txt"]
+    source = write_zip(tmp_path / "a.zip", members)
+    index = build_shards(str(source), tmp_path / "work", allow_any_dataset_size=True)
+    encoded = encode_everything(load_base(base_dir), index, tmp_path / "one")
+    clips = {clip.key: clip for clip in index.clips}
+    again, first = (encoded.latents(clips[key], True) for key in ("again", "clip0"))
+    assert torch.equal(again.latents_DT, first.latents_DT)
+    assert files_of_clips(tmp_path / "one") == []
+    # Every shard can be read alone: the caption's features are in both shards that need them.
+    held = [found for path in sorted(encoded.shards_dir.glob("*.tar")) for found in LatentShard.read(path).clips]
+    assert [found.clip.key for found in held] == ["again", "clip0", "clip1", "clip2"]
+    assert all("prompt" in found.places for found in held)
+
+
+def test_a_second_data_set_takes_over_what_the_first_has_encoded(base_dir, index, tmp_path, monkeypatch):
+    base = load_base(base_dir)
+    first = encode_everything(base, index, tmp_path / "work")
+    members = captioned(4, seconds=0.5)
+    source = write_zip(tmp_path / "b.zip", members)
+    grown = build_shards(str(source), tmp_path / "grown", allow_any_dataset_size=True)
+    encoded = []
+    original = type(base).encode_audio
+    monkeypatch.setattr(type(base), "encode_audio", lambda self, audio: encoded.append(audio) or original(self, audio))
+    second = encode_everything(base, grown, tmp_path / "work")
+    # The new clip in both polarities, and the silence that follows it.
+    assert len(encoded) == 3
+    assert second.shards_dir != first.shards_dir
+    for clip in index.clips:
+        assert torch.equal(first.latents(clip, True).latents_DT, second.latents(clip, True).latents_DT)

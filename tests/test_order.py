@@ -174,7 +174,7 @@ from sa3dist.data.stream import MicroBatches, StreamSettings, loader, polarity_o
 from sa3dist.formats import ClipEntry, DatasetIndex
 
 class Base:
-    sample_rate_hz, samples_per_frame, prompt_tokens = 44100, 4096, 128
+    sample_rate_hz, samples_per_frame, latent_channels, prompt_tokens = 44100, 4096, 8, 128
 
 work = Path(sys.argv[1])
 clips = tuple(

@@ -1,4 +1,7 @@
-"""Latents and prompt features on disk: encoded once per clip and caption, found again by content."""
+"""Latents and prompt features on disk: encoded once per clip and caption, found again by content.
+
+What is encoded on first use lies in a file of its own; ``sa3dist encode`` collects these into shards (collect.py).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from sa3dist.data.audio import load_clip_audio
+from sa3dist.data.latent_shards import FLIPPED, LATENTS, PROMPT, Encoders, LatentShards, Name, member_name, read_member
 from sa3dist.errors import EnvironmentFailure
 from sa3dist.formats import ClipEntry, DatasetIndex, atomic_path, digest_of
 
@@ -64,6 +68,13 @@ class EncodedClips:
         self._autoencoder = autoencoder_digest
         self._text_encoder = text_encoder_digest
         self._silence_D2: torch.Tensor | None = None
+        framing = self.sample_rate_hz, self.samples_per_frame, base.latent_channels, self.prompt_tokens
+        encoders = Encoders(ENCODING_VERSION, autoencoder_digest, text_encoder_digest, *framing)
+        self.shards = LatentShards(Path(work_dir) / "latent_shards", encoders)
+        name = digest_of(*map(str, dataclasses.astuple(encoders)), index.digest)
+        # Where the shards of this data set under this base lie, or will.
+        self.shards_dir = Path(work_dir) / "latent_shards" / name[:16]
+        self.shards.load(self.shards_dir)
 
     def latents_path(self, clip: ClipEntry, flipped: bool) -> Path:
         name = digest_of(ENCODING_VERSION, self._autoencoder, clip.audio_sha256, str(flipped))
@@ -73,26 +84,66 @@ class EncodedClips:
         name = digest_of(ENCODING_VERSION, self._text_encoder, str(self.prompt_tokens), caption)
         return self._prompts_dir / name[:2] / f"{name}.safetensors"
 
+    def has_latents(self, clip: ClipEntry, flipped: bool) -> bool:
+        """Whether a clip is encoded, in a shard or in a file of its own."""
+        return self._has(member_name(clip, _kind(flipped)), self.latents_path(clip, flipped))
+
+    def has_prompt(self, caption: str) -> bool:
+        return self._has((PROMPT, caption), self.prompt_path(caption))
+
+    def _has(self, name: Name, path: Path) -> bool:
+        return self.shards.find(name) is not None or path.exists() or self.shards.search(name) is not None
+
     def latents(self, clip: ClipEntry, flipped: bool) -> ClipLatents:
         """Raises EnvironmentFailure, naming file and clip, when the file is damaged or holds a non-finite value."""
-        tensors = read_tensors(self.latents_path(clip, flipped), f"latents of clip {clip.key}")
-        return ClipLatents(tensors["latents"], tensors["silence"], tensors["peaks"])
+        name = member_name(clip, _kind(flipped))
+        tensors = self._tensors(name, self.latents_path(clip, flipped), f"latents of clip {clip.key}")
+        return clip_latents(tensors)
 
     def prompt(self, caption: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (L, H) and mask (L,) of a caption, padded to the prompt length with zeros, real tokens first."""
-        tensors = read_tensors(self.prompt_path(caption), f"prompt features of caption {caption[:40]!r}")
-        tokens_LH = tensors["hidden"]
-        hidden_LH = tokens_LH.new_zeros(self.prompt_tokens, tokens_LH.shape[1])
-        hidden_LH[: len(tokens_LH)] = tokens_LH
-        return hidden_LH, torch.arange(self.prompt_tokens) < len(tokens_LH)
+        what = f"prompt features of caption {caption[:40]!r}"
+        tensors = self._tensors((PROMPT, caption), self.prompt_path(caption), what)
+        return padded_prompt(tensors["hidden"], self.prompt_tokens)
+
+    def _tensors(self, name: Name, path: Path, what: str) -> dict[str, torch.Tensor]:
+        content, where = self._content(name, path, what)
+        # A member of a shard has been compared with the digest of all its bytes.
+        return unpack_tensors(content, where, what, compare=where == path)
+
+    def member(self, clip: ClipEntry, kind: str) -> bytes:
+        """What a shard keeps of a clip, verified; kind: LATENTS, FLIPPED, or PROMPT for its caption's features."""
+        if kind == PROMPT:
+            path, what = self.prompt_path(clip.caption), f"prompt features of caption {clip.caption[:40]!r}"
+        else:
+            path, what = self.latents_path(clip, kind == FLIPPED), f"latents of clip {clip.key}"
+        content, where = self._content(member_name(clip, kind), path, what)
+        # A damaged file must not become part of a shard with a digest that fits.
+        unpack_tensors(content, where, what)
+        return content
+
+    def _content(self, name: Name, path: Path, what: str) -> tuple[bytes, Path]:
+        """The bytes of a shard's member, or of the file at ``path``; and where they lie."""
+        found = self.shards.find(name)
+        if found is None:
+            try:
+                return path.read_bytes(), path
+            except FileNotFoundError as error:
+                # Another process may have put it into a shard meanwhile.
+                found = self.shards.search(name)
+                if found is None:
+                    raise EnvironmentFailure(f"{path}: the {what} are gone; run again") from error
+            except OSError as error:
+                raise EnvironmentFailure(f"{path}: cannot read the {what} ({error})") from error
+        return read_member(*found, what), found[0]
 
     def lacks(self, clip: ClipEntry) -> bool:
         """Whether the latents of either polarity are still to be made."""
-        return not all(self.latents_path(clip, flipped).exists() for flipped in (False, True))
+        return not all(self.has_latents(clip, flipped) for flipped in (False, True))
 
     def encode_latents(self, base, clip: ClipEntry, flipped: bool) -> None:
         """Encode one clip and publish its file, unless that is done already."""
-        if not self.latents_path(clip, flipped).exists():
+        if not self.has_latents(clip, flipped):
             self.encode_together(base, [(clip, flipped, self.audio(clip))])
 
     def audio(self, clip: ClipEntry) -> torch.Tensor:
@@ -111,15 +162,14 @@ class EncodedClips:
             padded_CN[:, : audio_CN.shape[1]] = -audio_CN if flipped else audio_CN
         latents_BDT = base.encode_audio(padded_BCN.to(base.device)).float().cpu()
         for latents_DT, (clip, flipped, audio_CN) in zip(latents_BDT, rows, strict=True):
-            path = self.latents_path(clip, flipped)
-            if path.exists():
+            if self.has_latents(clip, flipped):
                 continue
             tensors = {
                 "latents": latents_DT[:, : valid_frames + SILENCE_TAIL_FRAMES].contiguous(),
                 "silence": self._lasting_silence(base, channels),
                 "peaks": frame_peaks(audio_CN, frame),
             }
-            write_tensors(path, tensors)
+            write_tensors(self.latents_path(clip, flipped), tensors)
 
     def _lasting_silence(self, base, channels: int) -> torch.Tensor:
         """Latents of silence far from both ends of a sequence, float32 (D, 2): an even frame and an odd one."""
@@ -130,14 +180,14 @@ class EncodedClips:
         return self._silence_D2
 
     def encode_prompts(self, base, captions: Sequence[str]) -> None:
-        """Encode captions in one pass unless all are on disk already; publish the files that are not there yet."""
-        if all(self.prompt_path(caption).exists() for caption in captions):
+        """Encode captions in one pass unless all are on disk already; publish those that are not there yet."""
+        if all(self.has_prompt(caption) for caption in captions):
             return
         hidden_BLH, mask_BL = base.encode_hidden(list(captions))
         for caption, hidden_LH, mask_L in zip(captions, hidden_BLH, mask_BL, strict=True):
-            path = self.prompt_path(caption)
-            if not path.exists():
-                write_tensors(path, {"hidden": hidden_LH[mask_L.bool()].cpu().contiguous()})
+            if not self.has_prompt(caption):
+                tokens_LH = hidden_LH[mask_L.bool()].cpu().contiguous()
+                write_tensors(self.prompt_path(caption), {"hidden": tokens_LH})
 
 
 def frame_peaks(audio_CN: torch.Tensor, samples_per_frame: int) -> torch.Tensor:
@@ -145,6 +195,21 @@ def frame_peaks(audio_CN: torch.Tensor, samples_per_frame: int) -> torch.Tensor:
     missing = -audio_CN.shape[1] % samples_per_frame
     padded_CN = torch.nn.functional.pad(audio_CN.abs(), (0, missing))
     return padded_CN.view(audio_CN.shape[0], -1, samples_per_frame).amax(dim=(0, 2))
+
+
+def _kind(flipped: bool) -> str:
+    return FLIPPED if flipped else LATENTS
+
+
+def clip_latents(tensors: dict[str, torch.Tensor]) -> ClipLatents:
+    return ClipLatents(tensors["latents"], tensors["silence"], tensors["peaks"])
+
+
+def padded_prompt(tokens_LH: torch.Tensor, prompt_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of the real tokens as ``EncodedClips.prompt`` returns them."""
+    hidden_LH = tokens_LH.new_zeros(prompt_tokens, tokens_LH.shape[1])
+    hidden_LH[: len(tokens_LH)] = tokens_LH
+    return hidden_LH, torch.arange(prompt_tokens) < len(tokens_LH)
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -165,14 +230,25 @@ def read_tensors(path: Path, what: str) -> dict[str, torch.Tensor]:
     """The tensors of a ``write_tensors`` file. Raises EnvironmentFailure, naming it, when they are not as written."""
     try:
         content = path.read_bytes()
+    except OSError as error:
+        raise EnvironmentFailure(f"{path}: cannot read the {what} ({error}); delete the file and run again") from error
+    return unpack_tensors(content, path, what)
+
+
+def unpack_tensors(content: bytes, path: Path, what: str, compare: bool = True) -> dict[str, torch.Tensor]:
+    """The tensors in the bytes ``write_tensors`` left. Raises EnvironmentFailure, naming ``path``, when damaged.
+
+    compare   with the digest they carry; needless where that of all the bytes has been compared
+    """
+    try:
         tensors = load(content)
         # The first 8 bytes of a safetensors file are the length of its JSON header.
         header = content[8 : 8 + int.from_bytes(content[:8], "little")]
         expected = json.loads(header)["__metadata__"]["sha256"]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (ValueError, KeyError, SafetensorError) as error:
         raise EnvironmentFailure(f"{path}: cannot read the {what} ({error}); delete the file and run again") from error
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise EnvironmentFailure(f"{path}: the {what} hold a non-finite value; delete the file and run again")
-    if _digest_of_tensors(tensors) != expected:
+    if compare and _digest_of_tensors(tensors) != expected:
         raise EnvironmentFailure(f"{path}: the {what} do not match their digest; delete the file and run again")
     return tensors

@@ -9,7 +9,7 @@ import os
 import shutil
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from sa3dist.data.tars import member_stem
@@ -18,13 +18,19 @@ from sa3dist.formats import ClipEntry, DatasetIndex, ShardEntry, atomic_path, di
 REPORT_NAME = "report.txt"
 
 
-def split(clips: list[ClipEntry], max_shard_bytes: int) -> Iterator[list[ClipEntry]]:
-    """Consecutive clips, ``max_shard_bytes`` of audio at most unless a single clip is larger.
+def split(
+    clips: Sequence[ClipEntry],
+    max_shard_bytes: int,
+    size_of: Callable[[ClipEntry], int] = lambda clip: clip.audio_bytes,
+) -> Iterator[list[ClipEntry]]:
+    """Consecutive clips, ``max_shard_bytes`` at most unless a single clip is larger.
+
+    size_of   bytes of one clip; default: its audio's
 
     Where one shard does not hold all, most cuts hang on the names of the clips alone, about two per full shard: a
     changed clip then moves no cut but perhaps the next one, and the other shards stay as they are.
     """
-    total = sum(clip.audio_bytes for clip in clips)
+    total = sum(map(size_of, clips))
     halves = max(1, max_shard_bytes * len(clips) // max(2 * total, 1))
     # A power of two, so that it stays the same while the data set grows a little.
     chance = 1 << (halves.bit_length() - 1) if total > max_shard_bytes else 0
@@ -33,11 +39,11 @@ def split(clips: list[ClipEntry], max_shard_bytes: int) -> Iterator[list[ClipEnt
     for clip in clips:
         drawn = int.from_bytes(hashlib.sha256(clip.key.encode()).digest()[:8], "little")
         named = chance and drawn % chance == 0 and size > max_shard_bytes // 8
-        if group and (named or size + clip.audio_bytes > max_shard_bytes):
+        if group and (named or size + size_of(clip) > max_shard_bytes):
             yield group
             group, size = [], 0
         group.append(clip)
-        size += clip.audio_bytes
+        size += size_of(clip)
     if group:
         yield group
 
@@ -66,7 +72,7 @@ class FinishedShards:
         try:
             if file_sha256(path) != entry.sha256:
                 return None
-            _link_or_copy(path, target)
+            link_or_copy(path, target)
         except OSError:
             # Gone meanwhile, or on a full disk, which writing the shard will say.
             target.unlink(missing_ok=True)
@@ -84,7 +90,7 @@ def _content(clips: list[ClipEntry]) -> str:
     )
 
 
-def _link_or_copy(path: Path, target: Path) -> None:
+def link_or_copy(path: Path, target: Path) -> None:
     with contextlib.suppress(OSError):
         os.link(path, target)
         return

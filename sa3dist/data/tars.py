@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import re
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from sa3dist.formats import ClipEntry, ShardEntry, atomic_path
 
@@ -33,39 +36,53 @@ def write_shard(path: Path, clips: list[ClipEntry], read_audio) -> tuple[ShardEn
 
     read_audio(clip) -> bytes; called once per clip, in order, so that one clip at a time is in memory.
     Returns the shard's entry, and the clips with ``shard`` and ``audio_offset`` filled in.
-    Same clips, same bytes: owner, mode and time are constants.
     """
     placed = []
-    with atomic_path(path) as temporary, temporary.open("wb") as raw:
-        out = _Hashed(raw)
+    with new_tar(path) as out:
         for clip in clips:
             stem = member_stem(clip.key)
-            offset = _add(out, f"{stem}.{clip.extension}", read_audio(clip))
-            _add(out, f"{stem}.txt", clip.caption.encode())
+            offset = out.add(f"{stem}.{clip.extension}", read_audio(clip))
+            out.add(f"{stem}.txt", clip.caption.encode())
             placed.append(dataclasses.replace(clip, shard=path.name, audio_offset=offset))
-        out.write(b"\0" * (2 * tarfile.BLOCKSIZE))
-        out.write(b"\0" * (-out.position % tarfile.RECORDSIZE))
-        entry = ShardEntry(path.name, out.position, out.state.hexdigest())
-    return entry, placed
+    return out.entry, placed
 
 
-class _Hashed:
-    """A file that counts and hashes what is written to it."""
+@contextlib.contextmanager
+def new_tar(path: Path) -> Iterator[TarWriter]:
+    """A tar at ``path`` that appears there whole when the block ends; ``.entry`` then describes it.
 
-    def __init__(self, raw):
-        self.raw, self.position, self.state = raw, 0, hashlib.sha256()
+    Same members, same bytes: owner, mode and time are constants.
+    """
+    with atomic_path(path) as temporary, temporary.open("wb") as raw:
+        out = TarWriter(raw, path.name)
+        yield out
+        out.finish()
 
-    def write(self, data: bytes) -> None:
-        self.raw.write(data)
-        self.state.update(data)
-        self.position += len(data)
 
+class TarWriter:
+    """Adds members to a file that counts and hashes what is written to it."""
 
-def _add(out: _Hashed, name: str, data: bytes) -> int:
-    info = tarfile.TarInfo(name)
-    info.size, info.mode, info.mtime = len(data), 0o644, 0
-    out.write(info.tobuf(tarfile.USTAR_FORMAT))
-    offset = out.position
-    out.write(data)
-    out.write(b"\0" * (-len(data) % tarfile.BLOCKSIZE))
-    return offset
+    def __init__(self, raw: BinaryIO, name: str) -> None:
+        self._raw, self._position, self._state = raw, 0, hashlib.sha256()
+        self._name = name
+        self.entry: ShardEntry | None = None
+
+    def add(self, name: str, data: bytes) -> int:
+        """Append one member; returns where its data begins."""
+        info = tarfile.TarInfo(name)
+        info.size, info.mode, info.mtime = len(data), 0o644, 0
+        self._write(info.tobuf(tarfile.USTAR_FORMAT))
+        offset = self._position
+        self._write(data)
+        self._write(b"\0" * (-len(data) % tarfile.BLOCKSIZE))
+        return offset
+
+    def finish(self) -> None:
+        self._write(b"\0" * (2 * tarfile.BLOCKSIZE))
+        self._write(b"\0" * (-self._position % tarfile.RECORDSIZE))
+        self.entry = ShardEntry(self._name, self._position, self._state.hexdigest())
+
+    def _write(self, data: bytes) -> None:
+        self._raw.write(data)
+        self._state.update(data)
+        self._position += len(data)
