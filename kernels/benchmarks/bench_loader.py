@@ -37,7 +37,7 @@ ROUNDS = 5
 
 
 class Framing:
-    sample_rate_hz, samples_per_frame, prompt_tokens = RATE, FRAME, TOKENS
+    sample_rate_hz, samples_per_frame, latent_channels, prompt_tokens = RATE, FRAME, CHANNELS, TOKENS
 
 
 class FolderAudio(Dataset):
