@@ -84,6 +84,7 @@ def micro_batch_loss(base, batch: MicroBatch, settings) -> tuple[torch.Tensor, t
             inpaint_latents_BDT=context[1],
             drop_cross_B=batch.drop_cross_B,
             prompt_length=batch.prompt_length,
+            packing=batch.packing,
         )
     keep_BT = batch.keep_BT
     if keep_BT is None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import sa3dist
 from sa3dist import loop
 from sa3dist.adapters import adapter_digest, adapter_parameters, attach_adapter
+from sa3dist.model.packing import Packing
 from sa3dist.parallel.flat import BETAS, EPSILON, FlatAdapters
 from sa3dist.parallel.group import Group
 from sa3dist.parallel.signals import StopRequest
@@ -154,12 +155,37 @@ def test_flat_adamw_is_adamw_in_float64(device):
         torch.testing.assert_close(parameter.detach().cpu().double(), expected[name], rtol=1e-5, atol=1e-6)
 
 
+def pack(batch):
+    """Make the second clip shorter, as the loader hands it over: its mask and packing come from the host."""
+    frames = batch.noised_BDT.shape[2]
+    batch.keep_BT = torch.arange(frames)[None] < torch.tensor([[frames], [frames - 5]])
+    batch.packing = Packing.of(batch.keep_BT).to(batch.noised_BDT.device)
+    batch.keep_BT = batch.keep_BT.to(batch.noised_BDT.device)
+    return batch
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("adapter_type", ["lora", "dora-rows", "bora"])
+def test_packed_clips_train_as_padded_ones(device, adapter_type, mixed_precision):
+    dtype = torch.float32 if mixed_precision == "no" else torch.bfloat16
+    base, batch = make_trained(device, adapter_type, dtype)
+    loss, found = gradients_of(base, pack(batch), Settings(mixed_precision))
+    batch.packing = None
+    padded_loss, expected = gradients_of(base, batch, Settings(mixed_precision))
+    relative, tolerance = (1e-5, 1e-4) if mixed_precision == "no" else (0.02, 0.1)
+    assert loss.item() == pytest.approx(padded_loss.item(), rel=relative)
+    squares = [((found[name] - value).square().sum(), value.square().sum()) for name, value in expected.items()]
+    assert math.sqrt(sum(float(a) for a, _ in squares) / sum(float(b) for _, b in squares)) < tolerance
+
+
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("adapter_type", ["lora", "dora-rows", "bora", "dora-cols-xs"])
-def test_forward_and_backward_never_wait_for_the_device(device, adapter_type, checkpointing):
+def test_forward_and_backward_never_wait_for_the_device(device, adapter_type, checkpointing, packed):
     if device.type != "cuda":
         pytest.skip("only a CUDA device can be waited for")
     base, batch = make_trained(device, adapter_type, torch.bfloat16)
+    batch = pack(batch) if packed else batch
     base.gradient_checkpointing = checkpointing
     # The first step uploads the frequency table and picks kernels.
     gradients_of(base, batch, Settings("bf16"))

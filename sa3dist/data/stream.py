@@ -24,6 +24,7 @@ from sa3dist.data.order import clip_order, micro_batch_slots
 from sa3dist.errors import SA3DistError
 from sa3dist.formats import ClipEntry
 from sa3dist.model.config import ShiftConfig
+from sa3dist.model.packing import Packing
 from sa3dist.parallel.signals import SIGNALS
 
 # A crop quieter than this is drawn again; source: spec/training.md 4.2, item 5 (-60 dBFS).
@@ -55,6 +56,7 @@ class MicroBatch:
 
     keep_BT       None when every frame counts
     hidden_BLH    may end in one position that is padding in every clip and stands for the rest of ``prompt_length``
+    packing       of keep_BT: the frames the network computes; None with it
     has_context   whether any frame is given as context: known here, where asking does not stop the device
     """
 
@@ -72,19 +74,18 @@ class MicroBatch:
     has_context: bool
     silent_crops: int
     prompt_length: int | None = None
+    packing: Packing | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro batch with its tensors on ``device``."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in values.items()
-        }
-        return MicroBatch(**moved)
+        return self._each(lambda value: value.to(device, non_blocking=True))
 
     def pin_memory(self) -> MicroBatch:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return MicroBatch(**{n: v.pin_memory() if isinstance(v, torch.Tensor) else v for n, v in values.items()})
+        return self._each(lambda value: value.pin_memory())
+
+    def _each(self, change: Callable) -> MicroBatch:
+        movable = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor | Packing)}
+        return dataclasses.replace(self, **{name: change(value) for name, value in movable.items()})
 
 
 def without_common_padding(hidden_BLH: torch.Tensor, mask_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -225,14 +226,17 @@ def collate(samples: list[_Sample], settings: StreamSettings) -> MicroBatch:
     hidden_BLH, prompt_mask_BL = without_common_padding(
         torch.stack([sample.hidden_LH for sample in samples]), torch.stack([sample.prompt_mask_L for sample in samples])
     )
-    keep_BT = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
+    keep_BT = None
+    if min(lengths) < longest:
+        keep_BT = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
     return MicroBatch(
         clips=[sample.clip for sample in samples],
         latents_BDT=latents_BDT,
         noised_BDT=noised_BDT,
         target_BDT=target_BDT,
         t_B=t_B,
-        keep_BT=None if min(lengths) == longest else keep_BT,
+        keep_BT=keep_BT,
+        packing=None if keep_BT is None else Packing.of(keep_BT),
         inpaint_mask_B1T=inpaint_mask_B1T,
         hidden_BLH=hidden_BLH,
         prompt_mask_BL=prompt_mask_BL,

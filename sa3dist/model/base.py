@@ -15,6 +15,7 @@ from sa3dist.model.checkpoint import fill
 from sa3dist.model.conditioners import Conditioners
 from sa3dist.model.config import ModelConfig
 from sa3dist.model.dit import DiT, working_dtype
+from sa3dist.model.packing import Packing
 from sa3dist.model.same import Autoencoder, Decoder, Encoder
 from sa3dist.model.text import TextEncoder, TextSource
 
@@ -255,6 +256,7 @@ class Base(nn.Module):
         inpaint_latents_BDT: Tensor | None = None,
         drop_cross_B: Tensor | None = None,
         prompt_length: int | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Velocity (noise - data) of noisy latents, (B, D, T), float32; gradients reach adapters only.
 
@@ -266,13 +268,14 @@ class Base(nn.Module):
         drop_cross_B        True = no prompt and no seconds token for this clip (guidance dropout)
         prompt_length       positions of the whole prompt where fewer are given: the last one given, which must be
                             padding in every clip, stands for the rest; its projections are then evaluated once
+        packing             of that padding mask, made ahead: padded frames are then not computed, but zero
         """
         cross, embed = self.assemble(prompt_embeds_BLC, prompt_mask_BL, seconds_total_B, drop_cross_B)
         local = self.local_conditioning(inpaint_mask_B1T, inpaint_latents_BDT)
         mask = None if padding_mask_BT is None else padding_mask_BT.bool()
         last = prompt_embeds_BLC.shape[1] - 1
         equal = (prompt_length or last + 1) - last
-        return self.dit(x_BDT, t_B, cross, embed, local, mask, (last, equal) if equal > 1 else None)
+        return self.dit(x_BDT, t_B, cross, embed, local, mask, (last, equal) if equal > 1 else None, packing)
 
     def forward(self, *arguments, **keywords) -> Tensor:
         """``velocity``, for wrappers that call the module itself."""

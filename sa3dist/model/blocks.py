@@ -189,14 +189,17 @@ class CrossAttention(Attention):
         self.to_q = nn.Linear(width, self.pairs * width, bias=False)
         self.to_kv = nn.Linear(width, (self.pairs + 1) * width, bias=False)
 
-    def forward(self, x_BNE: Tensor, context_BSE: Tensor, repeated: tuple[int, int] | None = None) -> Tensor:
-        """repeated: position of the one context token that stands for several equal ones in a row, and how many."""
+    def forward(self, x_GNE: Tensor, context_BSE: Tensor, repeated: tuple[int, int] | None, attend) -> Tensor:
+        """``attend(q, k, v)``: attention of the tokens (G, P * H, N, D) to their clips' contexts (B, P * H, S, D).
+
+        repeated: position of the one context token that stands for several equal ones in a row, and how many; or None
+        """
         kv = self.heads(repeat_token(self.to_kv(context_BSE), repeated), self.pairs + 1)
         k, v = kv[:, :, : self.pairs], kv[:, :, self.pairs :]
-        q = self.q_norm(self.heads(self.to_q(x_BNE), self.pairs)).to(v.dtype)
+        q = self.q_norm(self.heads(self.to_q(x_GNE), self.pairs)).to(v.dtype)
         k = self.k_norm(k).to(v.dtype)
         v = v.expand(-1, -1, self.pairs, -1, -1)
-        out = F.scaled_dot_product_attention(merge_pairs(q), merge_pairs(k), merge_pairs(v))
+        out = attend(merge_pairs(q), merge_pairs(k), merge_pairs(v))
         return self.to_out(subtract_pairs(out, self.pairs))
 
 

@@ -1,6 +1,7 @@
 """The diffusion transformer: noisy latents and conditioning in, velocity out.
 
-Legend: B batch, C latent channels, T latent frames, M memory tokens, N = M + T, S context tokens, E width.
+Legend: B batch, C latent channels, T latent frames, M memory tokens, S context tokens, E width; (G, N, E) tokens: of a
+padded batch G = B, N = M + T; packed G = 1 and N counts all clips' tokens (``layouts.py``).
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import functools
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,22 +23,22 @@ from sa3dist.model.blocks import (
     expo_features,
 )
 from sa3dist.model.config import DiTConfig
+from sa3dist.model.layouts import Packed, Padded
+from sa3dist.model.packing import Packing
 
 
 class Shared(NamedTuple):
     """What every layer of one forward reads, computed once.
 
-    context_BSE, repeated (the context token that stands for several, see CrossAttention), local_BTC (or None; T may be
-    1, standing for every frame), rotary (cos, signed sin, half width), valid_BN (or None: nothing is padding), memory
-    (how many leading tokens are not frames)
+    context_BSE, repeated (the context token that stands for several, see CrossAttention), local (G, frames, C) or None
+    (one frame may stand for all), rotary (cos, signed sin, half width), layout (which token belongs to which clip)
     """
 
     context_BSE: Tensor
     repeated: tuple[int, int] | None
-    local_BTC: Tensor | None
+    local_GTC: Tensor | None
     rotary: tuple[Tensor, Tensor, int]
-    valid_BN: Tensor | None
-    memory: int
+    layout: Padded | Packed
 
 
 def two_layers(inner: int, outer: int, bias: bool) -> nn.Sequential:
@@ -69,28 +69,22 @@ class Block(nn.Module):
         if config.local_add_cond_dim is not None:
             self.to_local_embed = two_layers(config.local_add_cond_dim, width, bias=True)
 
-    def forward(self, h_BNE: Tensor, modulation: tuple[Tensor, ...], shared: Shared) -> Tensor:
-        """modulation: 1 + scale, shift, opened gate of the attention, then of the feed-forward, each (B, 1, E)."""
+    def forward(self, h_GNE: Tensor, modulation: tuple[Tensor, ...], shared: Shared) -> Tensor:
+        """modulation: 1 + scale, shift, opened gate of the attention, then of the feed-forward, each (B, E)."""
         scale1, shift1, gate1, scale2, shift2, gate2 = modulation
-        attend = F.scaled_dot_product_attention
-        if shared.valid_BN is not None:
-            attend = functools.partial(attend, attn_mask=shared.valid_BN[:, None, None])
-        branch = self.self_attn(torch.addcmul(shift1, self.pre_norm(h_BNE), scale1), shared.rotary, attend)
-        h_BNE = torch.addcmul(h_BNE, gate1, drop_padding(branch, shared.valid_BN).to(h_BNE.dtype))
-        h_BNE = h_BNE + self.cross_attn(self.cross_attend_norm(h_BNE), shared.context_BSE, shared.repeated).to(
-            h_BNE.dtype
-        )
-        if shared.local_BTC is not None:
-            local = self.to_local_embed(shared.local_BTC).to(h_BNE.dtype)
-            frames = h_BNE.shape[1] - shared.memory
-            h_BNE = h_BNE + F.pad(local.expand(-1, frames, -1), (0, 0, shared.memory, 0))
-        branch = self.ff(torch.addcmul(shift2, self.ff_norm(h_BNE), scale2))
-        return torch.addcmul(h_BNE, gate2, drop_padding(branch, shared.valid_BN).to(h_BNE.dtype))
-
-
-def drop_padding(branch_BNE: Tensor, valid_BN: Tensor | None) -> Tensor:
-    """Packed semantics: attention and feed-forward add nothing at padded frames."""
-    return branch_BNE if valid_BN is None else branch_BNE * valid_BN[..., None]
+        layout = shared.layout
+        if layout.attends:
+            branch = self.self_attn(layout.modulate(self.pre_norm(h_GNE), scale1, shift1), shared.rotary, layout.attend)
+            h_GNE = layout.add_gated(h_GNE, gate1, branch.to(h_GNE.dtype))
+        context = shared.context_BSE, shared.repeated
+        branch = self.cross_attn(self.cross_attend_norm(h_GNE), *context, layout.attend_to_context)
+        h_GNE = h_GNE + branch.to(h_GNE.dtype)
+        if shared.local_GTC is not None:
+            h_GNE = layout.add_to_frames(h_GNE, self.to_local_embed(shared.local_GTC).to(h_GNE.dtype))
+        if layout.attends:
+            branch = self.ff(layout.modulate(self.ff_norm(h_GNE), scale2, shift2))
+            h_GNE = layout.add_gated(h_GNE, gate2, branch.to(h_GNE.dtype))
+        return h_GNE
 
 
 class Transformer(nn.Module):
@@ -112,39 +106,39 @@ class Transformer(nn.Module):
 
     def forward(
         self,
-        x_BTC: Tensor,
-        context_BSE: Tensor,
-        repeated,
+        x_GTC: Tensor,
+        context: tuple[Tensor, tuple[int, int] | None],
         global_BE: Tensor,
-        local_BTC,
-        padding_mask_BT,
-        dtype,
-        rounding,
+        local_GTC: Tensor | None,
+        layout: Padded | Packed,
+        dtype: torch.dtype,
+        rounding: torch.dtype | None,
     ) -> Tensor:
-        h_BNE = self.project_in(x_BTC).to(dtype)
-        if self.memory:
-            h_BNE = torch.cat([self.memory_tokens.to(dtype).expand(len(h_BNE), -1, -1), h_BNE], dim=1)
-        cos, sin = self.rotary_pos_emb.tables(h_BNE.shape[1], self.head_dim, rounding)
+        h_GNE = self.project_in(x_GTC).to(dtype)
+        if layout.memory:
+            h_GNE = layout.with_memory(self.memory_tokens.to(dtype), h_GNE)
+        cos, sin = self.rotary_pos_emb.tables(layout.memory + layout.frames, self.head_dim, rounding)
+        if layout.positions is not None:
+            cos, sin = cos.index_select(0, layout.positions), sin.index_select(0, layout.positions)
         shared = Shared(
-            context_BSE=context_BSE,
-            repeated=repeated,
-            local_BTC=local_BTC,
+            context_BSE=context[0],
+            repeated=context[1],
+            local_GTC=local_GTC,
             rotary=(cos, sin, self.rotary_pos_emb.inv_freq.numel()),
-            valid_BN=None if padding_mask_BT is None else F.pad(padding_mask_BT, (self.memory, 0), value=True),
-            memory=self.memory,
+            layout=layout,
         )
         run = functools.partial(checkpoint, use_reentrant=False)
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
             run = call
         for layer, modulation in zip(self.layers, self.modulations(global_BE, dtype), strict=True):
-            h_BNE = run(layer, h_BNE, modulation, shared)
-        return self.project_out(h_BNE[:, self.memory :])
+            h_GNE = run(layer, h_GNE, modulation, shared)
+        return self.project_out(layout.without_memory(h_GNE))
 
     def modulations(self, global_BE: Tensor, dtype: torch.dtype):
-        """Six (B, 1, E) tensors for every layer, all layers in a handful of operations."""
+        """Six (B, E) tensors for every layer, all layers in a handful of operations."""
         own_L6E = torch.stack([layer.to_scale_shift_gate.to(dtype) for layer in self.layers])
-        both = (own_L6E[:, None] + self.global_cond_embedder(global_BE)).to(dtype).unsqueeze(2)
-        # (L, B, 1, 6E): scale, shift, gate of the attention, then of the feed-forward.
+        both = (own_L6E[:, None] + self.global_cond_embedder(global_BE)).to(dtype)
+        # (L, B, 6E): scale, shift, gate of the attention, then of the feed-forward.
         parts = both.unflatten(-1, (2, 3, -1))
         scale = 1 + parts[..., 0, :]
         shift = parts[..., 1, :]
@@ -206,6 +200,7 @@ class DiT(nn.Module):
         local_BCT: Tensor | None = None,
         padding_mask_BT: Tensor | None = None,
         repeated: tuple[int, int] | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Velocity (B, C, T) in float32.
 
@@ -216,17 +211,41 @@ class DiT(nn.Module):
                          frame. None leaves the local branch out, which is not the same as zeros.
         padding_mask_BT  bool, True = valid. Padded frames are attended by nobody. They must be finite.
         repeated         (position, count): the token of cross_BSC that stands for ``count`` equal ones in a row
+        packing          of that mask, made ahead and on the device of x: padded frames are not computed, but zero
         """
         dtype = working_dtype(self.dtype, x_BCT.device)
-        context = self.to_cond_embed(cross_BSC.to(dtype))
+        context = self.to_cond_embed(cross_BSC.to(dtype)), repeated
         embed = self.to_global_embed(global_BC.to(dtype))
         embed = embed + self.to_timestep_embed(self.timestep_features(t_B).to(dtype))
-        x_BCT = x_BCT.to(dtype)
-        x_BCT = self.preprocess_conv(x_BCT) + x_BCT
+        x_BTC = x_BCT.to(dtype).transpose(1, 2)
         local = None if local_BCT is None else local_BCT.to(dtype).transpose(1, 2)
+        layouts = self.layouts(x_BCT, padding_mask_BT, packing)
+        parts = [self._velocity(layout, x_BTC, context, embed, local, dtype) for layout in layouts]
+        # Every layout gives zeros where it computes nothing.
+        return functools.reduce(torch.add, parts)
+
+    def layouts(self, x_BCT: Tensor, padding_mask_BT: Tensor | None, packing: Packing | None) -> list[Padded | Packed]:
+        """What to compute, so that the sum over it is the velocity."""
+        frames, memory = x_BCT.shape[2], self.transformer.memory
+        if packing is not None:
+            return [Packed(packing, memory)]
+        if padding_mask_BT is None or padding_mask_BT.device.type != "cpu":
+            # Asking a device where its valid frames are would stop the host until it answers.
+            return [Padded(frames, memory, padding_mask_BT)]
+        layouts = [Packed(Packing.of(padding_mask_BT), memory)]
+        if not padding_mask_BT.all():
+            # The reference goes on with padded frames, without attention and feed-forward: its velocity there too.
+            layouts.append(Packed(Packing.of(~padding_mask_BT), memory=0, attends=False))
+        return layouts
+
+    def _velocity(self, layout: Padded | Packed, x_BTC: Tensor, context, embed, local_BTC, dtype) -> Tensor:
+        """Velocity of the layout's frames, (B, C, T) float32, zero at frames it leaves out."""
+        x_GCT = layout.take(x_BTC).transpose(1, 2)
+        x_GCT = self.preprocess_conv(x_GCT) + x_GCT
+        if local_BTC is not None and local_BTC.shape[1] > 1:
+            local_BTC = layout.take(local_BTC.expand(len(x_BTC), -1, -1))
         rounding = self.dtype if self.reference_numerics else None
-        y_BTC = self.transformer(
-            x_BCT.transpose(1, 2), context, repeated, embed, local, padding_mask_BT, dtype, rounding
-        )
-        y_BCT = y_BTC.transpose(1, 2)
-        return (self.postprocess_conv(y_BCT) + y_BCT).float()
+        y_GTC = self.transformer(x_GCT.transpose(1, 2), context, embed, local_BTC, layout, dtype, rounding)
+        y_GCT = y_GTC.transpose(1, 2)
+        y_GCT = self.postprocess_conv(y_GCT) + y_GCT
+        return layout.put(y_GCT.transpose(1, 2)).transpose(1, 2).float()

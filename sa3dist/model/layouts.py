@@ -1,0 +1,189 @@
+"""How the clips of a batch lie in the transformer's tokens: side by side and padded, or packed into one list.
+
+A layout brings frames in and out, and does what depends on which token belongs to which clip; everything else in the
+network works token by token and sees (G, N, E) tokens: G = B padded clips, or G = 1 list of all clips' tokens.
+
+Legend: B clips, C channels, T frames, M memory tokens, H heads (of both members of a pair), S context tokens,
+D head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from sa3dist.model.packing import Packing
+
+
+class Padded:
+    """Every clip with every frame, (B, M + T, E).
+
+    valid_BT   True = valid; padded frames are computed, attended by nobody and get nothing from attention and
+               feed-forward. None: every frame is valid.
+    """
+
+    attends = True
+
+    def __init__(self, frames: int, memory: int, valid_BT: Tensor | None = None):
+        self.memory, self.frames = memory, frames
+        self.valid_BN = None if valid_BT is None else F.pad(valid_BT, (memory, 0), value=True)
+        self.positions = None
+
+    def take(self, x_BTC: Tensor) -> Tensor:
+        """The frames that are computed, as (G, frames, C)."""
+        return x_BTC
+
+    def put(self, y_BTC: Tensor) -> Tensor:
+        """Computed frames back in their places, (B, T, C)."""
+        return y_BTC
+
+    def with_memory(self, memory_ME: Tensor, x_BTE: Tensor) -> Tensor:
+        """Memory tokens in front of every clip's frames."""
+        return torch.cat([memory_ME.expand(len(x_BTE), -1, -1), x_BTE], dim=1)
+
+    def without_memory(self, h_BNE: Tensor) -> Tensor:
+        return h_BNE[:, self.memory :]
+
+    def modulate(self, h_BNE: Tensor, scale_BE: Tensor, shift_BE: Tensor) -> Tensor:
+        """``h * scale + shift`` with the values of every token's clip."""
+        return torch.addcmul(shift_BE[:, None], h_BNE, scale_BE[:, None])
+
+    def add_gated(self, h_BNE: Tensor, gate_BE: Tensor, branch_BNE: Tensor) -> Tensor:
+        """``h + gate * branch``."""
+        if self.valid_BN is not None:
+            branch_BNE = branch_BNE * self.valid_BN[..., None]
+        return torch.addcmul(h_BNE, gate_BE[:, None], branch_BNE)
+
+    def add_to_frames(self, h_BNE: Tensor, local_BTE: Tensor) -> Tensor:
+        """``local`` (T may be 1, standing for every frame) added to the frames; memory tokens stay."""
+        return h_BNE + F.pad(local_BTE.expand(-1, self.frames, -1), (0, 0, self.memory, 0))
+
+    def attend(self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor) -> Tensor:
+        """Attention of every clip's tokens to each other."""
+        mask = None if self.valid_BN is None else self.valid_BN[:, None, None]
+        return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=mask)
+
+    def attend_to_context(self, q_BHND: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
+        """Attention of every clip's tokens to its own context."""
+        return F.scaled_dot_product_attention(q_BHND, k_BHSD, v_BHSD)
+
+
+class Packed:
+    """Only valid frames, all clips' tokens in one list, (1, K, E). Frames left out are zeros in what ``put`` gives.
+
+    attends    False for frames that nobody attends to and that attend to nobody: the padded ones, where their values
+               are wanted
+    """
+
+    def __init__(self, packing: Packing, memory: int, attends: bool = True):
+        self.packing = packing
+        self.memory, self.frames = memory, packing.frames
+        self.attends = attends
+        self.spans = tuple(memory + length for length in packing.lengths)
+        # Rotary positions are those of the padded clip. Everything below is made where the indices are, without a wait.
+        device, clips = packing.frame_F.device, len(self.spans)
+        front = torch.arange(memory, device=device)
+        places = (packing.frame_F % packing.frames + memory).split(packing.lengths)
+        self.positions = torch.cat([piece for places_of_clip in places for piece in (front, places_of_clip)])
+        tokens = enumerate(self.spans)
+        self.clip_K = torch.cat([torch.full((count,), clip, device=device) for clip, count in tokens])
+        self.start_B1 = torch.searchsorted(self.clip_K, torch.arange(clips + 1, device=device), out_int32=True)
+        # Which clip owns a token, for sums over a clip's tokens: a product with it adds in a fixed order, without
+        # atomics, in one kernel.
+        self.owner_BK = torch.arange(clips, device=device)[:, None] == self.clip_K
+
+    def take(self, x_BTC: Tensor) -> Tensor:
+        return x_BTC.flatten(0, 1).index_select(0, self.packing.frame_F)[None]
+
+    def put(self, y_1FC: Tensor) -> Tensor:
+        clips, frames = len(self.spans), self.frames
+        empty = y_1FC.new_zeros(clips * frames, y_1FC.shape[-1])
+        return empty.index_copy(0, self.packing.frame_F, y_1FC[0]).unflatten(0, (clips, frames))
+
+    def with_memory(self, memory_ME: Tensor, x_1FE: Tensor) -> Tensor:
+        pieces = [piece for frames in x_1FE[0].split(self.packing.lengths) for piece in (memory_ME, frames)]
+        return torch.cat(pieces)[None]
+
+    def without_memory(self, h_1KE: Tensor) -> Tensor:
+        return torch.cat([tokens[:, self.memory :] for tokens in h_1KE.split(self.spans, dim=1)], dim=1)
+
+    def modulate(self, h_1KE: Tensor, scale_BE: Tensor, shift_BE: Tensor) -> Tensor:
+        return _AddScaled.apply(shift_BE, h_1KE, scale_BE, self.clip_K, self.owner_BK)
+
+    def add_gated(self, h_1KE: Tensor, gate_BE: Tensor, branch_1KE: Tensor) -> Tensor:
+        return _AddScaled.apply(h_1KE, branch_1KE, gate_BE, self.clip_K, self.owner_BK)
+
+    def add_to_frames(self, h_1KE: Tensor, local_1FE: Tensor) -> Tensor:
+        if local_1FE.shape[1] == 1:
+            is_frame_K1 = (self.positions >= self.memory)[:, None].to(h_1KE.dtype)
+            return torch.addcmul(h_1KE, is_frame_K1, local_1FE)
+        pieces = local_1FE.split(self.packing.lengths, dim=1)
+        return h_1KE + torch.cat([F.pad(piece, (0, 0, self.memory, 0)) for piece in pieces], dim=1)
+
+    def attend(self, q_1HKD: Tensor, k_1HKD: Tensor, v_1HKD: Tensor) -> Tensor:
+        if _takes_unequal_lengths(q_1HKD):
+            longest = max(self.spans)
+            return self._varlen(q_1HKD, k_1HKD, v_1HKD, self.start_B1, longest)
+        parts = zip(*(x.split(self.spans, dim=2) for x in (q_1HKD, k_1HKD, v_1HKD)), strict=True)
+        return _joined([F.scaled_dot_product_attention(*part) for part in parts])
+
+    def attend_to_context(self, q_1HKD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
+        if _takes_unequal_lengths(q_1HKD):
+            clips, tokens = len(k_BHSD), k_BHSD.shape[2]
+            starts = torch.arange(0, (clips + 1) * tokens, tokens, device=q_1HKD.device, dtype=torch.int32)
+            k, v = (x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for x in (k_BHSD, v_BHSD))
+            return self._varlen(q_1HKD, k, v, starts, tokens)
+        parts = zip(q_1HKD.split(self.spans, dim=2), k_BHSD.split(1), v_BHSD.split(1), strict=True)
+        return _joined([F.scaled_dot_product_attention(*part) for part in parts])
+
+    def _varlen(self, q_1HKD: Tensor, k_1HJD: Tensor, v_1HJD: Tensor, key_start_B1: Tensor, longest: int) -> Tensor:
+        q, k, v = (x[0].transpose(0, 1) for x in (q_1HKD, k_1HJD, v_1HJD))
+        out_KHD = varlen_attn(q, k, v, self.start_B1, key_start_B1, max(self.spans), longest)
+        return out_KHD.transpose(0, 1)[None]
+
+
+def _takes_unequal_lengths(q: Tensor) -> bool:
+    """Whether one flash kernel serves clips of unequal length; elsewhere every clip is a call of its own."""
+    return q.is_cuda and q.dtype.itemsize == 2 and torch.backends.cuda.is_flash_attention_available()
+
+
+def _joined(outputs_1HND: list[Tensor]) -> Tensor:
+    # Joined with tokens before heads, as the fused kernels lay their output out: plain copies of whole blocks.
+    return torch.cat([out.transpose(1, 2) for out in outputs_1HND], dim=1).transpose(1, 2)
+
+
+class _AddScaled(torch.autograd.Function):
+    """``base + x * factor[clip]`` per token; ``base`` is per token too, or per clip. Saves nothing per token but x.
+
+    base (1, K, E) or (B, E)    x (1, K, E)    factor (B, E)    clip_K, owner_BK  see Packed
+    """
+
+    @staticmethod
+    def forward(ctx, base, x, factor, clip_K, owner_BK):
+        ctx.save_for_backward(x, factor, clip_K, owner_BK)
+        ctx.base_per_clip = base.ndim == 2
+        if ctx.base_per_clip:
+            base = base.index_select(0, clip_K)
+        return torch.addcmul(base, x, factor.index_select(0, clip_K))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, factor, clip_K, owner_BK = ctx.saved_tensors
+        needs_base, needs_x, needs_factor = ctx.needs_input_grad[:3]
+        grad_base = grad_x = grad_factor = None
+        if needs_base:
+            grad_base = _sum_per_clip(grad, owner_BK) if ctx.base_per_clip else grad
+        if needs_x:
+            grad_x = grad * factor.index_select(0, clip_K)
+        if needs_factor:
+            grad_factor = _sum_per_clip(grad * x, owner_BK)
+        return grad_base, grad_x, grad_factor, None, None
+
+
+def _sum_per_clip(values_1KE: Tensor, owner_BK: Tensor) -> Tensor:
+    # A CPU without bfloat16 instructions would emulate the product.
+    dtype = torch.float32 if values_1KE.device.type == "cpu" and values_1KE.dtype.itemsize == 2 else values_1KE.dtype
+    return (owner_BK.to(dtype) @ values_1KE[0].to(dtype)).to(values_1KE.dtype)
