@@ -135,6 +135,9 @@ class Settings(BaseModel):
         "raise", description="stop at unusable clips, or skip, count and name them"
     )
     max_download_bytes: int = Field(1 << 40, ge=1, description="largest remote source that is downloaded, in bytes")
+    cache_bytes: int = Field(
+        64 << 30, ge=0, description="clips of remote shards kept on the local disk, in bytes; the least used go first"
+    )
     allow_any_dataset_size: bool = Field(False, description="lift the limit of 4..2000 clips")
 
     # Saving, resuming, reporting.

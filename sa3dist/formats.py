@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 from sa3dist.errors import DataError
 
@@ -164,6 +165,13 @@ class ShardEntry:
     sha256: str
 
 
+class ClipReader(Protocol):
+    """Where the audio of clips comes from whose shards do not lie beside their index."""
+
+    def read(self, entry: ClipEntry) -> bytes:
+        """The clip's audio bytes, verified. Raises DataError, EnvironmentFailure or Interrupted."""
+
+
 @dataclasses.dataclass(frozen=True)
 class DatasetIndex:
     """The shards of one dataset.
@@ -172,6 +180,7 @@ class DatasetIndex:
     digest     identifies keys, audio bytes and captions, whatever archive they came in
     clips      sorted by key
     skipped    "name: reason" of what ``on_bad_clip: skip`` left out
+    reader     reads the audio where the shards lie elsewhere; not part of what is stored or compared
     """
 
     directory: Path
@@ -179,6 +188,7 @@ class DatasetIndex:
     clips: tuple[ClipEntry, ...]
     skipped: tuple[str, ...] = ()
     shards: tuple[ShardEntry, ...] = ()
+    reader: ClipReader | None = dataclasses.field(default=None, compare=False)
 
     def write(self) -> None:
         """One clip per line, so that people can search it and programs read 100,000 clips in a second."""

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 import torch
 import yaml
 
-from sa3dist import __version__, adapters, encode, export, loop, plan, resume, schedule, shard
+from sa3dist import __version__, adapters, encode, export, loop, plan, resume, schedule, shard, shard_remote
 from sa3dist.config import Settings, crop_frames
 from sa3dist.data.collect import collect
 from sa3dist.data.crops import CropsInFlight, EncodedCrops
@@ -129,24 +129,31 @@ class Run:
 
         def build() -> dict[str, Any]:
             with progress("check clips", 1, shown=True) as update:
-                index = shard.build_shards(
-                    settings.audio_data_url,
-                    settings.work_dir,
-                    on_bad_clip=settings.on_bad_clip,
-                    allow_any_dataset_size=settings.allow_any_dataset_size,
-                    max_download_bytes=settings.max_download_bytes,
-                    report=lambda done, total: update(done, total=total),
-                    should_stop=self.stop,
-                )
+                index, urls = self._index(lambda done, total: update(done, total=total))
             hours = sum(clip.seconds for clip in index.clips) / 3600
             log.info("dataset: %d clips, %.2f hours, in %s", len(index.clips), hours, index.directory)
             for name in index.skipped:
                 log.warning("skipped: %s", name)
-            return {"directory": str(index.directory), "skipped": index.skipped}
+            return {"directory": str(index.directory), "skipped": index.skipped, "urls": urls}
 
         built = on_main_first(self.group, "shard", build, self.stop)
         # What was skipped belongs to this run's source; another source of the same good clips may share the shards.
-        return dataclasses.replace(DatasetIndex.read(Path(built["directory"])), skipped=tuple(built["skipped"]))
+        index = dataclasses.replace(DatasetIndex.read(Path(built["directory"])), skipped=tuple(built["skipped"]))
+        if built["urls"]:
+            settings = self.settings
+            index = shard_remote.attach(index, built["urls"], settings.work_dir, settings.cache_bytes, self.stop)
+        return index
+
+    def _index(self, report: Callable[[int, int], None]) -> tuple[DatasetIndex, dict[str, str]]:
+        """The data set's index, and the URLs of its shards where they stay remote."""
+        settings = self.settings
+        limits = {key: getattr(settings, key) for key in shard_remote.LIMITS}
+        options = shard_remote.RemoteOptions(**limits, cache_bytes=settings.cache_bytes)
+        where = settings.audio_data_url, settings.work_dir
+        remote = shard_remote.index_remote(*where, options, report, self.stop)
+        if remote is not None:
+            return remote
+        return shard.build_shards(*where, **limits, report=report, should_stop=self.stop), {}
 
     def encode(self, base, index: DatasetIndex, everything: bool | None = None) -> EncodedClips:
         """Stage two. everything: encode all clips now, or each on first use; None does as ``pre_encode`` says."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sa3dist.data.archive import Listing, Pair, open_source, pair_members
@@ -59,10 +59,10 @@ def build_shards(
             raise DataError(f"{container.label}: {_count_problem(len(listing.pairs), allow_any_dataset_size)}")
         usable: list[tuple[ClipEntry, Pair]] = []
         problems = dict(listing.problems)
-        earlier = _earlier(shards_dir)
-        known = _known_facts(earlier)
+        earlier = earlier_indices(shards_dir)
+        known = known_facts(earlier)
         for done, (pair, clip, found) in enumerate(
-            _checked_clips(container, listing, known, num_workers, should_stop), 1
+            checked_clips(container, listing, known, num_workers, should_stop), 1
         ):
             if clip is None:
                 problems[pair.key] = found
@@ -70,8 +70,8 @@ def build_shards(
                 usable.append((clip, pair))
             if report:
                 report(done, len(listing.pairs))
-        skipped = _settle(container.label, listing, problems, len(usable), on_bad_clip, allow_any_dataset_size)
-        digest = digest_of(*(part for clip, _ in usable for part in _identity(clip)))
+        skipped = settle(container.label, listing.refusals, problems, len(usable), on_bad_clip, allow_any_dataset_size)
+        digest = digest_of(*(part for clip, _ in usable for part in identity_of(clip)))
         directory = shards_dir / digest[:16]
         finished = _finished(directory, digest)
         if finished is None:
@@ -80,17 +80,26 @@ def build_shards(
         return dataclasses.replace(finished, skipped=skipped)
 
 
-def _checked_clips(
-    container: Container, listing: Listing, known: Known, num_workers: int | None, should_stop: Callable[[], bool]
+def checked_clips(
+    container: Container,
+    listing: Listing,
+    known: Known,
+    num_workers: int | None,
+    should_stop: Callable[[], bool],
+    keep: Callable[[str, bytes], None] = lambda sha256, data: None,
 ) -> Iterator[tuple[Pair, ClipEntry | None, tuple[str, ...]]]:
-    """(pair, clip or None, problems) in order of key; several clips at a time, in bounded memory."""
+    """(pair, clip or None, problems) in order of key; several clips at a time, in bounded memory.
+
+    known   facts of clips by digest and length, which are not decoded again
+    keep    called with the digest and the audio bytes of every good clip
+    """
 
     def check_stop() -> None:
         if should_stop():
             raise Interrupted(f"{container.label}: stopped while checking clips; run again")
 
     checked = ordered_map(
-        lambda pair: _check(container, pair, known),
+        lambda pair: _check(container, pair, known, keep),
         listing.pairs,
         lambda pair: pair.audio.size,
         num_workers,
@@ -100,7 +109,9 @@ def _checked_clips(
         yield pair, clip, problems
 
 
-def _check(container: Container, pair: Pair, known: Known) -> tuple[ClipEntry | None, tuple[str, ...]]:
+def _check(
+    container: Container, pair: Pair, known: Known, keep: Callable[[str, bytes], None]
+) -> tuple[ClipEntry | None, tuple[str, ...]]:
     problems = []
     try:
         caption = read_caption(container, pair.caption)
@@ -114,20 +125,26 @@ def _check(container: Container, pair: Pair, known: Known) -> tuple[ClipEntry | 
         problems.append(f"{printable(pair.audio.name)}: {error}")
     if problems:
         return None, tuple(problems)
+    keep(sha256, data)
     place = {"shard": "", "audio_offset": 0, "audio_bytes": len(data), "audio_sha256": sha256}
     return ClipEntry(pair.key, extension=pair.extension, caption=caption, **place, **dataclasses.asdict(facts)), ()
 
 
-def _settle(
-    label: str, listing: Listing, problems: dict[str, tuple[str, ...]], usable: int, on_bad_clip: str, any_size: bool
+def settle(
+    label: str,
+    refusals: Sequence[str],
+    problems: dict[str, tuple[str, ...]],
+    usable: int,
+    on_bad_clip: str,
+    any_size: bool,
 ) -> tuple[str, ...]:
     """Raise all that is wrong as one DataError, or return what is skipped. Faults of the archive are never skipped."""
     bad = [line for key in sorted(problems) for line in problems[key]]
-    lines = list(listing.refusals) + (bad if on_bad_clip == "raise" else [])
+    lines = list(refusals) + (bad if on_bad_clip == "raise" else [])
     low, high = (1, usable) if any_size else CLIP_COUNT_RANGE
     # What is reported will be mended and then counts: the number is a problem of its own only if that cannot help.
     possible = usable + len(problems) if on_bad_clip == "raise" else usable
-    if not listing.refusals and (possible < low or usable > high):
+    if not refusals and (possible < low or usable > high):
         # Where too little is left, what was skipped is the reason.
         lines = [_count_problem(usable, any_size), *bad]
     if lines:
@@ -145,11 +162,12 @@ def _count_problem(count: int, any_size: bool) -> str:
     return f"found {count} usable clips, expected {low} to {high}; set allow_any_dataset_size: true to lift the limits"
 
 
-def _identity(clip: ClipEntry) -> tuple[str, str, str, str]:
+def identity_of(clip: ClipEntry) -> tuple[str, str, str, str]:
+    """What of a clip a data set's digest covers."""
     return clip.key, clip.extension, clip.audio_sha256, clip.caption
 
 
-def _earlier(shards_dir: Path) -> list[DatasetIndex]:
+def earlier_indices(shards_dir: Path) -> list[DatasetIndex]:
     """What earlier runs left. A damaged or outdated index teaches nothing: its clips are decoded and written again."""
     indices = []
     for directory in sorted(path for path in shards_dir.glob("[0-9a-f]*") if path.is_dir()):
@@ -158,7 +176,7 @@ def _earlier(shards_dir: Path) -> list[DatasetIndex]:
     return indices
 
 
-def _known_facts(earlier: list[DatasetIndex]) -> Known:
+def known_facts(earlier: list[DatasetIndex]) -> Known:
     """What is known of the same bytes, so that unchanged clips are not decoded again."""
     return {
         (clip.audio_sha256, clip.audio_bytes): AudioFacts(clip.samples, clip.sample_rate_hz, clip.channels)

@@ -1,20 +1,15 @@
 """Downloads from real servers on loopback that drop, lie, throttle and change: the right bytes, or one clear line."""
 
-import contextlib
 import hashlib
-import http.server
 import os
-import re
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-import urllib.request
 
 import pytest
 from clips import captioned, write_zip
+from servers import hostile_http, s3_bucket
 
 from sa3dist.data import download
 from sa3dist.data.fetch import Downloads, fetch
@@ -24,79 +19,10 @@ from sa3dist.shard import build_shards
 CONTENT = bytes(hashlib.shake_256(b"a large file").digest(1_500_000))
 
 
-class _Server(http.server.BaseHTTPRequestHandler):
-    """One file under many addresses; what goes wrong stands in the address: /drop,norange,etag/file.zip."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self):
-        self._answer(send=False)
-
-    def do_GET(self):
-        self._answer(send=True)
-
-    def _answer(self, send):
-        traits = self.path.split("/")[1].split(",")
-        self.server.requests.append((self.command, self.headers.get("Range")))
-        gets = sum(method == "GET" for method, _ in self.server.requests)
-        if "redirect" in traits:
-            self.send_response(302)
-            self.send_header("Location", "/etag/moved.zip")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        if "loop" in traits or ("flaky" in traits and send and gets % 2) or "busy" in traits:
-            self.send_response(302 if "loop" in traits else 503)
-            self.send_header("Location", self.path)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        body, start = self.server.content, 0
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        ranged = asked and "norange" not in traits
-        if ranged:
-            start = int(asked[1])
-            body = body[start : int(asked[2] or len(body)) + 1]
-        self.send_response(206 if ranged else 200)
-        if ranged:
-            self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(self.server.content)}")
-        if "etag" in traits:
-            self.send_header("ETag", f'"{hashlib.md5(self.server.content).hexdigest()}"')
-        told = len(body) + 5000 * ("claims-more" in traits) - 5000 * ("claims-less" in traits)
-        if "nolength" not in traits:
-            self.send_header("Content-Length", str(told))
-        self.send_header("Connection", "close")
-        self.end_headers()
-        if not send:
-            return
-        if "changes" in traits and start == 0:
-            self.server.content = bytes(reversed(self.server.content))
-        if "drop" in traits:
-            body = body[:200_000]
-        with contextlib.suppress(OSError):
-            if "stall" in traits:
-                self.wfile.write(body[:1000])
-                time.sleep(5)
-            elif "throttle" in traits:
-                for at in range(0, len(body), 100_000):
-                    self.wfile.write(body[at : at + 100_000])
-                    time.sleep(0.02)
-            else:
-                self.wfile.write(body[:told] if "claims-less" in traits else body)
-        self.close_connection = True
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def server():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Server) as running:
-        running.content, running.requests = CONTENT, []
-        running.url = f"http://127.0.0.1:{running.server_port}"
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+    with hostile_http(CONTENT) as running:
         yield running
-        running.shutdown()
 
 
 @pytest.fixture(autouse=True)
@@ -248,29 +174,8 @@ def test_a_signal_ends_the_pauses_at_once(server, tmp_path, monkeypatch):
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """moto's S3 server with one bucket; gives the s3fs file system that talks to it."""
-    pytest.importorskip("flask")
-    server_module = pytest.importorskip("moto.server")
-    s3fs = pytest.importorskip("s3fs")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    running = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-    running.start()
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "k",
-        "AWS_SECRET_ACCESS_KEY": "s",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-    }.items():
-        monkeypatch.setenv(name, value)
-    urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/moto-api/reset", method="POST")).close()
-    s3fs.S3FileSystem.clear_instance_cache()
-    system = s3fs.S3FileSystem()
-    system.mkdir("clips")
-    yield system
-    running.stop()
-    s3fs.S3FileSystem.clear_instance_cache()
+    with s3_bucket(monkeypatch) as system:
+        yield system
 
 
 def test_zips_folders_and_shards_come_from_s3(bucket, tmp_path):

@@ -269,7 +269,7 @@ def test_a_stop_request_ends_either_phase_and_leaves_nothing(tmp_path, polls):
 
 def test_a_clip_that_changes_between_check_and_write_is_noticed(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "in", captioned(4))
-    original = shard._settle
+    original = shard.settle
 
     def meddle(*args):
         data = bytearray((folder / "clip2.wav").read_bytes())
@@ -277,7 +277,7 @@ def test_a_clip_that_changes_between_check_and_write_is_noticed(tmp_path, monkey
         (folder / "clip2.wav").write_bytes(data)
         return original(*args)
 
-    monkeypatch.setattr(shard, "_settle", meddle)
+    monkeypatch.setattr(shard, "settle", meddle)
     with pytest.raises(DataError, match=r"clip2.wav changed while it was read; run again"):
         build_shards(str(folder), tmp_path / "work")
     assert files_of(tmp_path / "work") == {}

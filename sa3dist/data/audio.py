@@ -100,7 +100,7 @@ def decode(data: bytes) -> tuple[np.ndarray, int]:
 def load_clip_audio(index: DatasetIndex, entry: ClipEntry, sample_rate_hz: int) -> torch.Tensor:
     """The whole clip ready for cropping: float32 (2, n) in [-1, 1] at ``sample_rate_hz``, n = resampled_length(...).
 
-    Reads the audio bytes from their place in the shard; nothing else of the shard is touched.
+    Reads the audio bytes from their place in the shard, or by the index's reader; nothing else of the shard is touched.
     Mono is duplicated, of more than two channels the first two stay (spec/training.md 4.2, whose clamp comes after crop
     and flip but commutes with both).
     Raises DataError naming shard and clip when the bytes are not the ones that were checked when the shard was written.
@@ -108,7 +108,7 @@ def load_clip_audio(index: DatasetIndex, entry: ClipEntry, sample_rate_hz: int) 
     import torch
 
     place = f"{index.directory / entry.shard}, clip {entry.key}"
-    data = _read_at(index.directory / entry.shard, entry, place)
+    data = index.reader.read(entry) if index.reader else _read_at(index.directory / entry.shard, entry, place)
     try:
         audio_CN, rate = decode(data)
     except DataError as error:

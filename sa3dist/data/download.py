@@ -35,7 +35,7 @@ def version_of(info: dict[str, Any]) -> dict[str, str]:
 
 def remote_info(system, path: str, label: str, should_stop: Callable[[], bool]) -> dict[str, Any]:
     """fsspec's description of ``path``, asked again while the server fails. Raises as ``download`` does."""
-    return _persist(lambda: system.info(path), label, should_stop, moved=lambda: False)
+    return persist(lambda: system.info(path), label, should_stop, moved=lambda: False)
 
 
 def download(
@@ -51,7 +51,7 @@ def download(
     if size is not None and size > limit:
         raise DataError(f"{label}: {size} bytes, expected at most {limit}; split it, or raise max_download_bytes")
     transfer = _Transfer(system, path, size, part, label, limit, should_stop)
-    _persist(transfer.attempt, label, should_stop, transfer.moved)
+    persist(transfer.attempt, label, should_stop, transfer.moved)
     if version_of(info):
         system.invalidate_cache()
         if version_of(remote_info(system, path, label, should_stop)) != version_of(info):
@@ -116,9 +116,14 @@ class _Transfer:
             out.truncate(self.reached)
 
 
-def _persist(
+def persist(
     work: Callable[[], Result], label: str, should_stop: Callable[[], bool], moved: Callable[[], bool]
 ) -> Result:
+    """work(), again after growing pauses while it fails for reasons that may pass.
+
+    moved   whether the failed attempt got further, which starts the count of failures again
+    Raises DataError for what asking again cannot mend, EnvironmentFailure when patience ends, Interrupted.
+    """
     failures = 0
     while True:
         try:

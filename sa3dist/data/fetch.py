@@ -57,7 +57,7 @@ class Downloads:
 
         Raises DataError when it does not exist, may not be read or is too large, EnvironmentFailure when it breaks off.
         """
-        system, path = _filesystem(source)
+        system, path = filesystem(source)
         label = shown(source)
         info = remote_info(system, path, label, self._should_stop)
         local = (
@@ -71,9 +71,13 @@ class Downloads:
     def forget(self) -> None:
         """Remove what was fetched: a refused source leaves nothing behind."""
         for path in self.fetched:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-            for note in self._directory.glob(f"{path.name}.*.json"):
-                note.unlink()
+            self.release(path)
+
+    def release(self, path: Path) -> None:
+        """Remove what ``fetch`` returned."""
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        for note in self._directory.glob(f"{path.name}.*.json"):
+            note.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             # Only when nothing else is in it.
             self._directory.rmdir()
@@ -161,7 +165,11 @@ class Downloads:
         return target
 
 
-def _filesystem(source: str):
+def filesystem(source: str):
+    """fsspec's file system of a URL and the path in it, of this process: a fork makes its own.
+
+    Raises DataError when the package for it is missing or the scheme is unknown.
+    """
     import fsspec
 
     scheme = source.split("://", 1)[0]

@@ -1,0 +1,217 @@
+"""Shards that stay where they are: found by URL, described by an index, read clip by clip through a bounded cache."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit, urlunsplit
+
+from sa3dist.data.archive import AUDIO_EXTENSIONS, expand_braces
+from sa3dist.data.audio import MAX_SECONDS, SAMPLE_RATE_RANGE_HZ
+from sa3dist.data.cache import ClipCache
+from sa3dist.data.containers import MAX_MEMBER_BYTES, name_fault
+from sa3dist.data.download import download, remote_info
+from sa3dist.data.fetch import filesystem, is_remote, shown
+from sa3dist.data.ranges import NoRanges, read_range
+from sa3dist.errors import DataError
+from sa3dist.formats import INDEX_NAME, ClipEntry, DatasetIndex, ShardEntry
+
+log = logging.getLogger(__name__)
+
+# A million clips with captions of 500 bytes.
+MAX_INDEX_BYTES = 1 << 30
+# A wrong byte on the way is cured by asking again; a changed shard is not.
+READS = 3
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar")
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteShards:
+    """Reads clips by range requests; what was read once comes from the cache.
+
+    urls         shard name -> its URL
+    file_bytes   shard name -> its length
+    """
+
+    urls: dict[str, str]
+    file_bytes: dict[str, int]
+    cache: ClipCache
+    should_stop: Callable[[], bool]
+
+    def read(self, entry: ClipEntry) -> bytes:
+        """The clip's audio bytes, as the index has them. Raises DataError naming shard and clip when they never are."""
+        held = self.cache.get(entry.audio_sha256)
+        if held is not None:
+            return held
+        url = self.urls[entry.shard]
+        for _ in range(READS):
+            data = read_range(
+                url, self.file_bytes[entry.shard], entry.audio_offset, entry.audio_bytes, self.should_stop
+            )
+            if hashlib.sha256(data).hexdigest() == entry.audio_sha256:
+                self.cache.put(entry.audio_sha256, data)
+                return data
+            log.warning("%s, clip %s: other bytes than the index has, reading again", shown(url), entry.key)
+        raise DataError(
+            f"{shown(url)}, clip {entry.key}: the audio bytes are not the ones in the index, the shard has changed or "
+            f"is damaged; write shard and index again"
+        )
+
+
+def tars_of(source: str, should_stop: Callable[[], bool]) -> list[str] | None:
+    """URLs of the shards that a remote ``source`` names, or None when it is something else, or local.
+
+    source   URL of one tar, of several with {000..127}, of a folder of tars, or of the index.json beside them, which
+             also stands for a folder where the server cannot list one
+    Raises as ``download`` does.
+    """
+    if not is_remote(source):
+        return None
+    parts = expand_braces(source)
+    if all(urlsplit(part).path.endswith(".tar") for part in parts):
+        return parts
+    if len(parts) > 1:
+        return None
+    if urlsplit(source).path.endswith(f"/{INDEX_NAME}"):
+        return []
+    system, path = filesystem(source)
+    if remote_info(system, path, shown(source), should_stop).get("type") != "directory":
+        return None
+    names = sorted(PurePosixPath(name).name for name in system.ls(path, detail=False))
+    extensions = {name.rpartition(".")[2].lower() for name in names}
+    if "tar" not in extensions or extensions & set(AUDIO_EXTENSIONS):
+        return None
+    return [f"{source.rstrip('/')}/{name}" for name in names if name.endswith(".tar")]
+
+
+def find_index(
+    source: str, tars: list[str], scratch: Path, should_stop: Callable[[], bool]
+) -> tuple[DatasetIndex, dict[str, str]] | None:
+    """The index beside the shards, cut down to the shards that are named, and the URL of each; None when none fits.
+
+    Raises DataError when it is damaged or holds what no index of ours does.
+    """
+    folders = {_folder(url) for url in tars or [source]}
+    if len(folders) > 1 or any(urlsplit(url).query for url in tars):
+        return None
+    (folder,) = folders
+    url = source if not tars else f"{folder}/{INDEX_NAME}"
+    try:
+        index = _read_index(url, scratch, should_stop)
+    except FileNotFoundError:
+        if tars:
+            return None
+        raise DataError(f"{shown(url)}: not found or not readable; name the .tar files instead") from None
+    urls = {shard.name: f"{folder}/{shard.name}" for shard in index.shards}
+    if url is source and urlsplit(source).query:
+        urls = {name: _with_query_of(source, one) for name, one in urls.items()}
+    if tars:
+        named = {PurePosixPath(urlsplit(tar).path).name: tar for tar in tars}
+        if not named.keys() <= urls.keys():
+            log.warning("%s does not know all of the shards named: reading them without it", shown(url))
+            return None
+        urls = named
+        index = dataclasses.replace(
+            index,
+            clips=tuple(clip for clip in index.clips if clip.shard in named),
+            shards=tuple(shard for shard in index.shards if shard.name in named),
+        )
+    return index, urls
+
+
+def _read_index(url: str, scratch: Path, should_stop: Callable[[], bool]) -> DatasetIndex:
+    """Raises FileNotFoundError when there is none, DataError when it is damaged or no index of ours."""
+    system, remote = filesystem(url)
+    path = scratch / INDEX_NAME
+    for attempt in range(READS):
+        path.unlink(missing_ok=True)
+        try:
+            info = remote_info(system, remote, shown(url), should_stop)
+            download(system, remote, info, path, shown(url), MAX_INDEX_BYTES, should_stop)
+        except DataError as error:
+            # Some servers answer "forbidden" for what is not there.
+            raise FileNotFoundError(str(error)) from error
+        try:
+            index = DatasetIndex.read(scratch)
+        except DataError as error:
+            log.warning("%s: damaged, or no index of ours (attempt %d)", shown(url), attempt + 1)
+            problem = error
+            continue
+        for fault in index_faults(index):
+            raise DataError(f"{shown(url)}: {fault}; write it again with sa3dist shard")
+        return index
+    reason = str(problem).removeprefix(f"{path}: ").partition(";")[0]
+    raise DataError(f"{shown(url)}: {reason}; write it again with sa3dist shard")
+
+
+def index_faults(index: DatasetIndex) -> Iterator[str]:
+    """What a stranger's index must not hold, one line each, ending in no full stop; yields nothing for one of ours."""
+    shards = {shard.name: shard for shard in index.shards}
+    for shard in index.shards:
+        if not (_SHARD_NAME.fullmatch(str(shard.name)) and _whole(shard.bytes, 1)):
+            yield f"names a shard {str(shard.name)[:80]!r}"
+    keys = [clip.key for clip in index.clips]
+    if not all(isinstance(key, str) for key in keys) or keys != sorted(set(keys)):
+        yield "does not list every clip once, in order of its key"
+        return
+    for clip in index.clips:
+        if (problem := _clip_fault(clip, shards)) is not None:
+            yield f"clip {clip.key[:80]!r} {problem}"
+
+
+def _clip_fault(clip: ClipEntry, shards: dict[str, ShardEntry]) -> str | None:
+    if name_fault(clip.key):
+        return "has an unusable name"
+    if clip.shard not in shards:
+        return "lies in a shard that is not listed"
+    if not (_whole(clip.audio_offset, 0) and _whole(clip.audio_bytes, 1, MAX_MEMBER_BYTES)):
+        return "has no usable place"
+    if clip.audio_offset + clip.audio_bytes > shards[clip.shard].bytes:
+        return "lies outside its shard"
+    if not re.fullmatch(r"[0-9a-f]{64}", str(clip.audio_sha256)) or clip.extension not in AUDIO_EXTENSIONS:
+        return "has no usable digest or extension"
+    rate_fits = _whole(clip.sample_rate_hz, *SAMPLE_RATE_RANGE_HZ) and _whole(clip.channels, 1)
+    if not rate_fits or not _whole(clip.samples, 1, MAX_SECONDS * clip.sample_rate_hz):
+        return "has no usable length, sample rate or channels"
+    if not (isinstance(clip.caption, str) and clip.caption.strip()):
+        return "has no caption"
+    return None
+
+
+def _whole(value, low: int, high: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def has_ranges(url: str, file_bytes: int, should_stop: Callable[[], bool]) -> bool:
+    """Whether the server of ``url`` sends parts of files. Raises as ``read_range`` does for other trouble."""
+    with contextlib.suppress(NoRanges):
+        # The last byte: what sends the file from its start sends something else.
+        read_range(url, file_bytes, file_bytes - 1, 1, should_stop)
+        return True
+    return False
+
+
+def check_sizes(index: DatasetIndex, urls: dict[str, str], should_stop: Callable[[], bool]) -> None:
+    """Raises DataError when a shard is missing or has another length than the index says."""
+    for shard in index.shards:
+        system, path = filesystem(urls[shard.name])
+        found = remote_info(system, path, shown(urls[shard.name]), should_stop).get("size")
+        if found is not None and found != shard.bytes:
+            raise DataError(
+                f"{shown(urls[shard.name])}: {found} bytes, its index says {shard.bytes}; write shard and index again"
+            )
+
+
+def _folder(url: str) -> str:
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc, parts.path.rpartition("/")[0], "", ""))
+
+
+def _with_query_of(source: str, url: str) -> str:
+    return f"{url}?{urlsplit(source).query}"
