@@ -44,7 +44,8 @@ class Settings(BaseModel):
 
     # The hosted endpoint's fields.
     audio_data_url: str = Field(
-        description="zip, folder or WebDataset shards of captioned clips: local path, file://, http(s)://, s3://"
+        description="zip, folder or WebDataset shards of captioned clips, or latent shards: local path, file://, "
+        "http(s)://, s3://"
     )
     model: str = Field(
         "medium-base", description="medium-base, small-music-base, small-sfx-base, or a directory holding a base"

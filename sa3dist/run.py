@@ -19,6 +19,7 @@ from sa3dist.config import Settings, crop_frames
 from sa3dist.data.collect import collect
 from sa3dist.data.crops import CropsInFlight, EncodedCrops
 from sa3dist.data.fetch import fetch, is_remote, shown
+from sa3dist.data.latent_source import LatentDataset, Paths, fetch_latents, latent_shards_of, read_latents
 from sa3dist.data.latents import EncodedClips
 from sa3dist.data.stream import MicroBatch, MicroBatches, StreamSettings, loader, micro_indices
 from sa3dist.errors import CheckpointError, ConfigError
@@ -124,8 +125,13 @@ class Run:
         return unquote(urlsplit(url).path) if url.startswith("file://") else url
 
     def shard(self) -> DatasetIndex:
-        """Stage one on rank 0; every rank reads the index it leaves."""
+        """Stage one on rank 0; every rank reads the index it leaves. Latent shards need no such stage."""
         settings = self.settings
+        latents = on_main_first(self.group, "find-latents", self._find_latents, self.stop)
+        if latents is not None:
+            return together(
+                self.group, "read-latents", lambda: read_latents(settings.audio_data_url, latents), self.stop
+            )
 
         def build() -> dict[str, Any]:
             with progress("check clips", 1, shown=True) as update:
@@ -155,6 +161,17 @@ class Run:
             return remote
         return shard.build_shards(*where, **limits, report=report, should_stop=self.stop), {}
 
+    def _find_latents(self) -> list[Paths] | None:
+        settings = self.settings
+        parts = latent_shards_of(settings.audio_data_url)
+        if parts is None:
+            return None
+        paths = fetch_latents(parts, settings.work_dir, self.stop, settings.max_download_bytes)
+        index = read_latents(settings.audio_data_url, paths)
+        shard.check_count(shown(settings.audio_data_url), len(index.clips), settings.allow_any_dataset_size)
+        log.info("dataset: %d clips as latents in %d shards", len(index.clips), len(paths))
+        return paths
+
     def encode(self, base, index: DatasetIndex, everything: bool | None = None) -> EncodedClips:
         """Stage two. everything: encode all clips now, or each on first use; None does as ``pre_encode`` says."""
 
@@ -166,6 +183,13 @@ class Run:
         settings = self.settings
         where = index, settings.work_dir, base, *found
         encoded = EncodedClips(*where)
+        if isinstance(index, LatentDataset):
+            if settings.latents != "whole":
+                raise ConfigError(
+                    f"latents: {settings.latents} needs audio, and audio_data_url holds latents; choose whole"
+                )
+            encoded.take(index.latent_shards)
+            return encoded
         if settings.latents != "whole":
             keep = settings.latents == "crop"
             encoded = EncodedCrops(*where, crop_frames=self.crop_frames(base, encoded), keep=keep)

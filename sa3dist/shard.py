@@ -155,6 +155,13 @@ def settle(
     return tuple("; ".join(problems[key]) for key in sorted(problems))
 
 
+def check_count(label: str, count: int, any_size: bool) -> None:
+    """Raises DataError when a data set holds too few or too many clips."""
+    low, high = (1, count) if any_size else CLIP_COUNT_RANGE
+    if not low <= count <= high:
+        raise DataError(f"{label}: {_count_problem(count, any_size)}")
+
+
 def _count_problem(count: int, any_size: bool) -> str:
     if any_size:
         return "found no usable clip; expected audio files, each with a .txt caption of the same name"

@@ -63,7 +63,7 @@ def open_source(
     """
     downloads = Downloads(Path(work_dir) / "downloads", should_stop, max_download_bytes)
     try:
-        paths = [downloads.fetch(part) if is_remote(part) else _local(part) for part in expand_braces(source)]
+        paths = [downloads.fetch(part) if is_remote(part) else local_path(part) for part in expand_braces(source)]
         with _container(paths, shown(source)) as container:
             yield container
     except DataError:
@@ -136,7 +136,8 @@ def expand_braces(source: str) -> list[str]:
     return [before + number + tail for number in numbers for tail in expand_braces(after)]
 
 
-def _local(source: str) -> Path:
+def local_path(source: str) -> Path:
+    """The file or folder of a path or file:// address. Raises DataError when there is none."""
     path = Path(unquote(urlsplit(source).path) if source.startswith("file://") else source).expanduser()
     if not path.exists():
         raise DataError(f"{source}: no such file or folder; check the path")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,8 +16,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from sa3dist.data.audio import load_clip_audio
-from sa3dist.data.latent_shards import FLIPPED, LATENTS, PROMPT, Encoders, LatentShards, Name, member_name, read_member
-from sa3dist.errors import EnvironmentFailure
+from sa3dist.data.latent_shards import (
+    FLIPPED,
+    LATENTS,
+    PROMPT,
+    Encoders,
+    LatentShard,
+    LatentShards,
+    Name,
+    member_name,
+    read_member,
+)
+from sa3dist.errors import DataError, EnvironmentFailure
 from sa3dist.formats import ClipEntry, DatasetIndex, atomic_path, digest_of
 
 # Frames of silence kept behind every clip: more than twice SAME-L's reach (12 layers x 1 frame), so that the clip's end
@@ -75,6 +85,19 @@ class EncodedClips:
         # Where the shards of this data set under this base lie, or will.
         self.shards_dir = Path(work_dir) / "latent_shards" / name[:16]
         self.shards.load(self.shards_dir)
+
+    def take(self, shards: Iterable[LatentShard]) -> None:
+        """Serve what these shards of a source hold.
+
+        Raises DataError, naming the shard, when another encoder than the base's wrote it.
+        """
+        for shard in shards:
+            difference = self.shards.encoders.difference(shard.encoders)
+            if difference:
+                raise DataError(
+                    f"{shard.path}: encoded with {difference}; give the model it was encoded with, or the audio"
+                )
+            self.shards.add(shard)
 
     def latents_path(self, clip: ClipEntry, flipped: bool) -> Path:
         name = digest_of(ENCODING_VERSION, self._autoencoder, clip.audio_sha256, str(flipped))

@@ -1,0 +1,83 @@
+"""Latent shards as a data set: found by their name, fetched when remote, checked against the base. No audio needed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from sa3dist.data.archive import expand_braces, local_path
+from sa3dist.data.fetch import Downloads, filesystem, is_remote, shown
+from sa3dist.data.latent_shards import MEND, SHARD_PREFIX, LatentShard, dataset_digest
+from sa3dist.errors import DataError
+from sa3dist.formats import DatasetIndex
+
+# Where a tar and its index lie.
+Paths = tuple[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentDataset(DatasetIndex):
+    """The index of a data set that is there as latents only, in ``latent_shards``."""
+
+    latent_shards: tuple[LatentShard, ...] = ()
+
+
+def latent_shards_of(source: str) -> list[str] | None:
+    """The latent shards ``source`` names, as paths and URLs in order; None when it holds something else.
+
+    They are known by their name, latents-*.tar, whether named one by one, by a pattern in braces or by their folder.
+    """
+    parts = expand_braces(source)
+    if all(_is_latent_name(part) for part in parts):
+        return parts
+    if not is_remote(source):
+        folder = local_path(source) if len(parts) == 1 else None
+        found = sorted(folder.glob(f"{SHARD_PREFIX}*.tar")) if folder is not None and folder.is_dir() else []
+        return [str(path) for path in found] or None
+    # Plain web servers have no folders; what looks like one may be a file of any size.
+    if source.startswith(("http://", "https://")) or len(parts) > 1 or Path(urlsplit(source).path).suffix:
+        return None
+    system, path = filesystem(source)
+    if not system.isdir(path):
+        return None
+    found = [system.unstrip_protocol(name) for name in system.ls(path, detail=False) if _is_latent_name(name)]
+    return sorted(found) or None
+
+
+def _is_latent_name(part: str) -> bool:
+    name = part.rsplit("/", 1)[-1]
+    return name.startswith(SHARD_PREFIX) and name.endswith(".tar")
+
+
+def fetch_latents(parts: list[str], work_dir: Path, should_stop: Callable[[], bool], max_bytes: int) -> list[Paths]:
+    """Local paths of the shards and of their indices; remote ones come to ``work_dir``/downloads.
+
+    Raises DataError when one is missing (nothing fetched then stays), EnvironmentFailure when the network fails.
+    """
+    downloads = Downloads(Path(work_dir) / "downloads", should_stop, max_bytes)
+
+    def local(part: str) -> str:
+        return str(downloads.fetch(part) if is_remote(part) else local_path(part))
+
+    try:
+        return [(local(part), local(part.removesuffix(".tar") + ".json")) for part in parts]
+    except DataError:
+        downloads.forget()
+        raise
+
+
+def read_latents(source: str, paths: list[Paths]) -> LatentDataset:
+    """The data set in shards that are here. Raises DataError when one is damaged, or some of a folder are missing."""
+    shards = tuple(LatentShard.read(Path(tar), Path(index)) for tar, index in paths)
+    label, first = shown(source), shards[0]
+    if "{" not in source and not source.endswith(".tar"):
+        missing = set(range(first.of)) - {shard.number for shard in shards}
+        if missing:
+            raise DataError(f"{label}: shard {min(missing)} of {first.of} is not there; copy all of them")
+    clips = sorted((found.clip for shard in shards for found in shard.clips), key=lambda clip: clip.key)
+    for one, other in zip(clips, clips[1:], strict=False):
+        if one.key == other.key:
+            raise DataError(f"{label}: clip {one.key} is there twice; {MEND}")
+    return LatentDataset(Path(paths[0][0]).parent, dataset_digest(clips), tuple(clips), latent_shards=shards)
