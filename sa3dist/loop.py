@@ -216,10 +216,12 @@ def train(
     output_dir: Path,
     resumed_from: int | None,
     describe: Callable[[], dict[str, Any]] = dict,
+    on_first_step: Callable[[float], None] = lambda waited: None,
 ) -> None:
     """Train from the trainer's step to the plan's last one, saving on the way and at the end.
 
     describe   extra figures for a logged row, e.g. peak memory
+    on_first_step   called when the first step is done, with the seconds it waited for data
     Raises Interrupted after saving when any rank was asked to stop.
     """
     settings, plan, group = trainer.settings, trainer.plan, trainer.group
@@ -231,6 +233,8 @@ def train(
         while trainer.step < plan.steps:
             figures = trainer.take_step(batches, stop)
             step = trainer.step
+            if step == first + 1:
+                on_first_step(figures["data_wait_seconds"])
             stopping = figures.pop("stop") > 0
             waited += figures.pop("data_wait_seconds")
             silent += figures.pop("silent_crops")

@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import torch
 import yaml
+from sa3dist_kernels import ADAPTER_TYPES
 
 from sa3dist import __version__, adapters, encode, export, loop, plan, resume, schedule, shard, shard_remote
 from sa3dist.config import Settings, crop_frames
@@ -30,6 +31,7 @@ from sa3dist.model.loading import load_base
 from sa3dist.parallel import checkpoint
 from sa3dist.parallel.group import Group, on_main_first, together
 from sa3dist.parallel.signals import StopRequest
+from sa3dist.startup import Startup, timed
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ class Run:
         self.trainer: loop.Trainer | None = None
         self._warm_start_sha256: str | None = None
         self._saved_step: int | None = None
+        self.startup = Startup()
         self._frames = 0
 
     @property
@@ -82,14 +85,18 @@ class Run:
             settings.accumulation(self.group.world_size)
 
     def open_base(self):
-        """``_open_base``, together: a rank that cannot read the model takes the others along with its reason."""
-        return together(self.group, "base", self._open_base, self.stop)
-
-    def _open_base(self):
-        """Load the frozen base, attach fresh adapters, and start them from lora_checkpoint_url when given.
+        """The frozen base with fresh adapters, started from lora_checkpoint_url when given.
 
         Comes first, so that a wrong model, rank, include list or adapter file is refused before hours of preparation.
+        Each part together: a rank that cannot read the model takes the others along with its reason.
         """
+        base = together(self.group, "base", self._load_base, self.stop)
+        bases = self._singular_bases(base)
+        together(self.group, "attach", lambda: self._attach(base, bases), self.stop)
+        return base
+
+    @timed("load_base")
+    def _load_base(self):
         settings = self.settings
         # cuDNN's convolutions would round float32 latents to ten bits of mantissa.
         torch.backends.cudnn.allow_tf32 = False
@@ -103,6 +110,32 @@ class Run:
         )
         _require_trainable(base.config)
         base.reference_numerics = settings.reference_numerics
+        return base
+
+    @timed("singular_bases")
+    def _singular_bases(self, base) -> adapters.BasesCache | None:
+        """Where the -xs types find their layers' bases; each rank finds its share of those not kept yet."""
+        settings, group = self.settings, self.group
+        if not ADAPTER_TYPES[settings.adapter_type].xs:
+            return None
+        digest = on_main_first(group, "digest-for-bases", base.weights_digest, self.stop)
+        cache = adapters.BasesCache(settings.work_dir / "singular_bases", digest, group.device)
+        names = adapters.select(adapters.candidate_layers(base.adapter_roots), settings.include, settings.exclude)
+
+        def find() -> None:
+            mine = names[group.dist_rank :: group.world_size]
+            with progress("singular bases", len(mine), shown=group.is_main) as update:
+                for done, name in enumerate(mine, start=1):
+                    self.stop.raise_if_asked("finding singular bases")
+                    cache(name, base.fp32_weight(name).flatten(1), settings.rank)
+                    update(done)
+
+        together(group, "singular-bases", find, self.stop)
+        return cache
+
+    @timed("attach")
+    def _attach(self, base, bases: adapters.BasesCache | None) -> None:
+        settings = self.settings
         adapters.attach_adapter(
             base,
             adapter_type=settings.adapter_type,
@@ -111,12 +144,12 @@ class Run:
             include=settings.include,
             exclude=settings.exclude,
             seed=settings.seed,
+            bases=bases,
         )
         if settings.lora_checkpoint_url:
             path = on_main_first(self.group, "warm-start", self._local_adapter_file, self.stop)
             adapters.warm_start(base, path)
             self._warm_start_sha256 = file_sha256(Path(path))
-        return base
 
     def _local_adapter_file(self) -> str:
         url = self.settings.lora_checkpoint_url
@@ -124,6 +157,7 @@ class Run:
             return str(fetch(url, self.settings.work_dir / "downloads", self.stop))
         return unquote(urlsplit(url).path) if url.startswith("file://") else url
 
+    @timed("check_clips")
     def shard(self) -> DatasetIndex:
         """Stage one on rank 0; every rank reads the index it leaves. Latent shards need no such stage."""
         settings = self.settings
@@ -172,6 +206,7 @@ class Run:
         log.info("dataset: %d clips as latents in %d shards", len(index.clips), len(paths))
         return paths
 
+    @timed("encode")
     def encode(self, base, index: DatasetIndex, everything: bool | None = None) -> EncodedClips:
         """Stage two. everything: encode all clips now, or each on first use; None does as ``pre_encode`` says."""
 
@@ -211,6 +246,7 @@ class Run:
             base.release_encoders()
         return encoded
 
+    @timed("prepare")
     def prepare(self, base, encoded: EncodedClips) -> None:
         """Make the trainer: as the newest good checkpoint left it, or fresh."""
         settings, group = self.settings, self.group
@@ -261,6 +297,7 @@ class Run:
         resume.set_aside(settings.output_dir, self.trainer.step, group, self.stop)
         self._announce(base)
         if self.trainer.step < work.steps:
+            self.startup.training()
             # Closed on every way out: an unclosed loader leaves worker processes that the exit would wait for.
             with contextlib.closing(self._batches(base, encoded)) as batches:
                 loop.train(
@@ -269,7 +306,8 @@ class Run:
                     self.stop,
                     settings.output_dir,
                     self._saved_step,
-                    describe=lambda: plan.memory_figures(group.device),
+                    describe=lambda: plan.memory_figures(group.device) | self.startup.once(),
+                    on_first_step=self.startup.first_step_done,
                 )
 
     def micro_batches(self, base, encoded: EncodedClips) -> MicroBatches:
@@ -339,7 +377,7 @@ class Run:
 
     def export(self, base) -> dict[str, Any]:
         """Stage four on rank 0: the adapter file, config.json and result.json. Returns the result."""
-        description = {**self.trainer.plan.description, "step": self.step}
+        description = {**self.trainer.plan.description, "step": self.step, "startup_seconds": self.startup.seconds}
 
         def publish() -> dict[str, Any]:
             return export.publish(base, self.settings.output_dir, description)

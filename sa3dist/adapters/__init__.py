@@ -11,6 +11,7 @@ from sa3dist.adapters.attach import (
     set_strength,
     tensors_digest,
 )
+from sa3dist.adapters.bases import BasesCache
 from sa3dist.adapters.file import BASE_KEY, AdapterFile, describe_adapter, read_adapter_file
 from sa3dist.adapters.select import candidate_layers, select
 from sa3dist.adapters.transfer import load_adapter, lora_config, save_adapter, warm_start
@@ -19,6 +20,7 @@ __all__ = [
     "BASE_KEY",
     "AdapterConfig",
     "AdapterFile",
+    "BasesCache",
     "adapted_layers",
     "adapter_digest",
     "adapter_parameters",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ import torch
 from sa3dist_kernels import ADAPTER_TYPES, AdapterType
 from torch import nn
 
+from sa3dist.adapters.bases import BasesCache
 from sa3dist.adapters.layers import AdaptedLayer, fan_limit, initial_adapter
 from sa3dist.adapters.select import candidate_layers, normalise, require_match
 from sa3dist.errors import ConfigError
@@ -54,11 +56,13 @@ def attach_adapter(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     seed: int = 42,
+    bases: BasesCache | None = None,
 ) -> None:
     """Put a fresh adapter on every selected layer of ``base`` and freeze everything else under its adapter roots.
 
     alpha    scaling is alpha / rank; None means alpha = rank
     include  substrings of layer names, ``[a-b]`` expands; unset or empty takes every layer. ``exclude`` then removes.
+    bases    where the singular bases of -xs types are kept; None finds them anew
     seed     lora_A of a layer depends on (seed, layer name) alone, not on selection, order, device or process
 
     A fresh adapter leaves the model's output as it was, to rounding.
@@ -70,10 +74,10 @@ def attach_adapter(
         raise ConfigError("an adapter is attached already; detach_adapter(base) takes it off")
     layers = candidate_layers(base.adapter_roots)
     selected = require_match(list(layers), config.include, config.exclude)
-    attach_to(base, config, selected, seed)
+    attach_to(base, config, selected, seed, bases)
 
 
-def attach_to(base, config: AdapterConfig, selected: Sequence[str], seed: int) -> None:
+def attach_to(base, config: AdapterConfig, selected: Sequence[str], seed: int, bases: BasesCache | None = None) -> None:
     """``attach_adapter`` for layers selected already. Nothing is changed when it raises."""
     layers = candidate_layers(base.adapter_roots)
     _check_layers(config, {name: layers[name] for name in selected})
@@ -81,7 +85,8 @@ def attach_to(base, config: AdapterConfig, selected: Sequence[str], seed: int) -
         root.requires_grad_(False)
     adapted = {}
     for name in selected:
-        adapter = initial_adapter(config.kind, config.rank, base.fp32_weight(name), _generator(seed, name))
+        find_bases = None if bases is None else functools.partial(bases, name)
+        adapter = initial_adapter(config.kind, config.rank, base.fp32_weight(name), _generator(seed, name), find_bases)
         adapter.to(layers[name].weight.device)
         adapted[name] = AdaptedLayer(layers[name], config.kind, adapter, config.alpha / config.rank)
     for name, layer in adapted.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from sa3dist_kernels import (
@@ -14,6 +15,8 @@ from sa3dist_kernels import (
     frozen_linear,
 )
 from torch import nn
+
+from sa3dist.adapters.bases import Bases, singular_bases
 
 
 class Adapter(nn.Module):
@@ -106,15 +109,22 @@ def fan_limit(layer: nn.Linear | nn.Conv1d) -> int:
     return min(layer.weight.flatten(1).shape)
 
 
-def initial_adapter(kind: AdapterType, rank: int, weight: torch.Tensor, generator: torch.Generator) -> Adapter:
+def initial_adapter(
+    kind: AdapterType,
+    rank: int,
+    weight: torch.Tensor,
+    generator: torch.Generator,
+    find_bases: Callable[[torch.Tensor, int], Bases] | None = None,
+) -> Adapter:
     """A fresh adapter, W' = W0 up to rounding.
 
     weight     the frozen weight in float32 on the CPU, at the precision inference has it: bases and norms depend on it
     generator  a CPU generator of this layer's own; draws lora_A ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in))
+    find_bases  gives the singular bases of -xs types for (weight, rank); None: ``singular_bases``
     """
     weight_OI = weight.detach().flatten(1).float()
     fan_out, fan_in = weight_OI.shape
-    frozen = frozen_constants(weight_OI, *(singular_bases(weight_OI, rank) if kind.xs else ()))
+    frozen = frozen_constants(weight_OI, *((find_bases or singular_bases)(weight_OI, rank) if kind.xs else ()))
     initial = {
         "lora_A": lambda shape: torch.empty(shape).uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator),
         kind.row_magnitude: lambda shape: frozen.row_squares_O.sqrt(),
@@ -122,16 +132,3 @@ def initial_adapter(kind: AdapterType, rank: int, weight: torch.Tensor, generato
     }
     shapes = kind.parameter_shapes(fan_out, fan_in, rank)
     return Adapter({name: initial.get(name, torch.zeros)(shape) for name, shape in shapes.items()}, frozen)
-
-
-def singular_bases(weight_OI: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The leading ``rank`` left and right singular vectors, (O, rank) and (I, rank), with signs made unique.
-
-    Inference recomputes them, so the rule is part of the file format: the entry of largest absolute value in every left
-    vector (the first of equals) is positive.
-    """
-    left_OR, _, right_RI = torch.linalg.svd(weight_OI.cpu().float(), full_matrices=False)
-    left_OR, right_IR = left_OR[:, :rank], right_RI[:rank].t()
-    leading = left_OR.gather(0, left_OR.abs().argmax(0, keepdim=True))
-    signs = torch.where(leading < 0, -1.0, 1.0)
-    return (left_OR * signs).contiguous(), (right_IR * signs).contiguous()

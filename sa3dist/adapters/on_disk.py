@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from sa3dist_kernels import FrozenConstants, effective_weight_reference, frozen_constants
 
+from sa3dist.adapters.bases import singular_bases
 from sa3dist.adapters.file import BASE_KEY, AdapterFile
-from sa3dist.adapters.layers import singular_bases
 from sa3dist.adapters.select import candidate_layers, select
 from sa3dist.adapters.transfer import fresh_shapes, require_tensors
 from sa3dist.errors import CheckpointError
