@@ -1,0 +1,37 @@
+"""The report shows what the results files hold: the newest measurement of every case, in a table and a picture."""
+
+import json
+
+import report
+
+ROW = {
+    "device": "x86_64",
+    "threads": 2,
+    "shape": "small",
+    "depth": 4,
+    "precision": "fp32",
+    "frames": 128,
+    "adapter_type": "lora",
+    "rank": 16,
+    "ours_ms": 100.0,
+    "over_frozen": 1.25,
+    "ours_step_bytes": 3e8,
+    "baseline_step_bytes": None,
+}
+
+
+def test_the_newest_measurement_of_a_case_is_shown_in_table_and_picture(tmp_path):
+    rows = [{**ROW, "ratio": 2.5}, {**ROW, "ratio": 3.75}, {**ROW, "ratio": 9.5, "frames": 512}]
+    (tmp_path / "step_here.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    peft = {"layer": "to_q", "fan_in": 8, "fan_out": 16, "ours_ms": {"median": 2.0}, "peft_ms": {"median": 5.0}}
+    options = {"dtype": "fp32", "adapter_type": "lora", "rank": 4, "tokens": 64}
+    environment = {"device": "H200", "threads": 1}
+    (tmp_path / "peft.json").write_text(json.dumps({"environment": environment, "options": options, "rows": [peft]}))
+    report.main(["--results", str(tmp_path)])
+    text = (tmp_path / "README.md").read_text()
+    assert "| x86_64, 2 threads | small x 4 | fp32 | 128 | lora r16 | 100 ms | 3.75x | 1.25 | 300 / - |" in text
+    # Of PEFT alone: the older step is gone.
+    assert text.count("2.50x") == 1
+    assert "9.50x" in text
+    assert [(tmp_path / name).read_bytes()[:4] for name in ("step.png", "peft.png")] == [b"\x89PNG"] * 2
+    assert not (tmp_path / "packing.png").exists()
