@@ -1,0 +1,186 @@
+"""One trial: the shipped launcher on a tiny base, watched from outside through its files and its processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+LAUNCHER = ROOT / "launch" / "local.sh"
+# Found again in /proc: a process of a trial stays one whoever its parent is.
+MARK = "SA3DIST_TRIAL"
+SETTINGS = {
+    "rank": 4,
+    "base_precision": "fp32",
+    "mixed_precision": "no",
+    "pre_encode": "true",
+    "num_workers": 0,
+    "duration": 1,
+    "log_every": 1,
+    "deterministic": "true",
+}
+
+
+def prepare(directory: Path, clips: int = 8) -> dict[str, str | int]:
+    """Make a tiny base and clips below ``directory``, once; the settings of a run on them."""
+    from sa3dist.demo import synthesise_clips
+    from sa3dist.model.tiny import write_tiny_base
+
+    directory.mkdir(parents=True, exist_ok=True)
+    archive, base = directory / f"clips-{clips}.zip", directory / "base"
+    if not archive.exists():
+        synthesise_clips(archive, seed=1, count=clips)
+    if not (base / "model.safetensors").exists():
+        write_tiny_base(base)
+    return SETTINGS | {"audio_data_url": str(archive), "model": str(base), "work_dir": str(directory / "work")}
+
+
+def wait_for(what: str, true: Callable[[], bool], seconds: float = 120, poll: float = 0.002) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(poll)
+
+
+class Trial:
+    """One start of a launcher, in an environment that marks all processes that come of it."""
+
+    def __init__(self, command: list[str], output_dir: Path, log: Path, environment: dict[str, str] | None = None):
+        self.output_dir = output_dir
+        self.log = log
+        self.mark = uuid.uuid4().hex
+        log.parent.mkdir(parents=True, exist_ok=True)
+        settings = {"SA3DIST_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        settings |= {MARK: self.mark} | (environment or {})
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                command, env=os.environ | settings, stdout=out, stderr=out, start_new_session=True
+            )
+
+    def processes(self) -> dict[int, dict[str, str]]:
+        """Environment by pid of all that lives of this trial."""
+        return marked(self.mark)
+
+    def ranks(self) -> dict[int, int]:
+        """Pid by rank: a process with a rank whose parent has none (loader workers inherit theirs)."""
+        living = self.processes()
+        return {
+            int(environment["RANK"]): pid
+            for pid, environment in living.items()
+            if "RANK" in environment and "RANK" not in living.get(parent_of(pid), {})
+        }
+
+    def kill_all(self) -> None:
+        """What a power cut does."""
+        for pid in self.processes():
+            send(pid, signal.SIGKILL)
+
+    def wait(self, seconds: float = 120) -> int:
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill_all()
+            raise AssertionError(f"still running after {seconds:.0f} s; {self.log}: {tail(self.log)}") from None
+
+    def leftovers(self, seconds: float = 3.0) -> list[int]:
+        """What still lives of the trial a while after its launcher has ended; it is killed."""
+        deadline = time.monotonic() + seconds
+        while (living := list(self.processes())) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.kill_all()
+        return living
+
+
+def local(words: dict, processes: int) -> list[str]:
+    """Command line of launch/local.sh."""
+    return [str(LAUNCHER), "-n", str(processes), "--cpu", *(f"{key}={value}" for key, value in words.items())]
+
+
+def marked(mark: str) -> dict[int, dict[str, str]]:
+    """Environment by pid of all processes that carry the mark, zombies excepted: theirs reads empty."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            pairs = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        environment = dict(pair.partition("=")[::2] for pair in pairs)
+        if environment.get(MARK) == mark:
+            found[int(entry.name)] = environment
+    return found
+
+
+def parent_of(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def send(pid: int, number: int) -> bool:
+    """Whether the process was there to be signalled."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def rows(output_dir: Path) -> list[dict]:
+    """The whole rows of metrics.jsonl."""
+    path = output_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            found.append(json.loads(line))
+    return found
+
+
+def status(output_dir: Path) -> dict:
+    path = output_dir / "status.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def newest_intact(output_dir: Path) -> int:
+    """Step of the checkpoint a restart has to continue from; 0 = none."""
+    from sa3dist.parallel import checkpoint
+
+    found = checkpoint.find(output_dir, "auto")
+    return 0 if found is None else found.step
+
+
+def saving(output_dir: Path) -> bool:
+    """Whether a checkpoint is being written, or was when the writer was killed."""
+    return any((output_dir / "checkpoints").glob(".*"))
+
+
+def tail(path: Path, lines: int = 12) -> str:
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+
+
+def own_lines(log: Path) -> list[str]:
+    """Lines of the log that are neither progress, nor news of ours, nor the launch agent's or a library's."""
+    known = ("sa3dist:", "train ", "encode ", "check clips", "supervise:", '{"lora_file"', "W1", "E1", "I1", "[")
+    kept = []
+    for line in log.read_text(errors="replace").splitlines():
+        # torchrun ends with a traceback of its own and a framed summary.
+        if line.startswith(("Traceback", "=====")):
+            break
+        if line.strip() and not line.startswith(known):
+            kept.append(line)
+    return kept
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Smallest value that at least ``share`` of them do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1)]
