@@ -1,12 +1,14 @@
 """SIGKILL at random moments, again and again: the file that comes out is the undisturbed run's, bit for bit.
 
-    python tests/survival/kill_series.py DIRECTORY [--runs 25] [--processes 2] [--seed 0]
+    python tests/survival/kill_series.py DIRECTORY [--runs 25] [--processes 2] [--seed 0] [--launcher]
     python tests/survival/kill_series.py DIRECTORY --elastic [--runs 5]
 
 Each run is killed one to three times: a random rank, or every process of it as a power cut would, at a random moment of
 start and preparation, in a step, or inside a save. The same command starts it again, as a scheduler would. Checked:
 no step is missing or logged twice; each restart resumes from the newest intact checkpoint; whatever is left of a killed
-run ends within 60 s with one message; the final file equals the undisturbed one. With --elastic a run goes 2, 1, 4, 2
+run ends within 60 s with one message; the final file equals the undisturbed one. Ranks are forked from this process,
+which has imported the program and stands in for the launch agent; with --launcher they come of launch/local.sh, with
+torchrun above them, and a start takes seconds longer. With --elastic a run goes 2, 1, 4, 2
 processes, killed after each of the first three, and its float32 state is held to 1e-5 of a straight run's.
 """
 
@@ -21,7 +23,20 @@ import sys
 import time
 from pathlib import Path
 
-from trial import Trial, local, newest_intact, own_lines, percentile, prepare, rows, saving, send, status, wait_for
+from trial import (
+    ForkedTrial,
+    Trial,
+    local,
+    newest_intact,
+    own_lines,
+    percentile,
+    prepare,
+    rows,
+    send,
+    status,
+    unfinished,
+    wait_for,
+)
 
 STEPS, SAVE_EVERY = 24, 4
 # A dead rank's peers and launch agent have this long.
@@ -39,19 +54,25 @@ def digest(output_dir: Path) -> str:
     return hashlib.sha256((output_dir / "lora.safetensors").read_bytes()).hexdigest()
 
 
-def wait_until(trial: Trial, what: str, true) -> None:
+def wait_until(trial: Trial | ForkedTrial, what: str, true) -> None:
     """Wait for a moment of a trial; returns early when the trial ends before it."""
-    wait_for(what, lambda: true() or trial.process.poll() is not None, poll=0.0005)
+    wait_for(what, lambda: true() or trial.ended(), poll=0.0005)
 
 
-def reach_moment(trial: Trial, moment: str, draw: random.Random, first_step: int) -> None:
-    """Wait until the run is in the given phase, and a random time more."""
+def reach_moment(trial, moment: str, draw: random.Random, first_step: int, before: int | None) -> None:
+    """Wait until the run is in the given phase, and a random time more.
+
+    before   which file an earlier start left as metrics.jsonl
+    """
     if moment == "start":
-        time.sleep(draw.uniform(0.2, 8))
-    elif moment == "save":
+        time.sleep(draw.uniform(0, 3))
+        return
+    wait_until(trial, "training", lambda: metrics_file(trial.output_dir) not in (None, before))
+    if moment == "save":
         aim = min(STEPS, (first_step // SAVE_EVERY + draw.randint(1, 3)) * SAVE_EVERY)
         wait_until(trial, f"step {aim}", lambda: len(rows(trial.output_dir)) >= aim)
-        wait_until(trial, "a save", lambda: saving(trial.output_dir))
+        earlier = unfinished(trial.output_dir)
+        wait_until(trial, "a save", lambda: unfinished(trial.output_dir) - earlier)
         time.sleep(draw.uniform(0, 0.008))
     else:
         aim = draw.randint(first_step + 1, STEPS)
@@ -59,10 +80,10 @@ def reach_moment(trial: Trial, moment: str, draw: random.Random, first_step: int
         time.sleep(draw.uniform(0, 0.2))
 
 
-def kill(trial: Trial, victim: str) -> bool:
+def kill(trial: Trial | ForkedTrial, victim: str) -> bool:
     """Whether anything was there to be killed."""
     if victim == "all":
-        there = trial.process.poll() is None
+        there = not trial.ended()
         trial.kill_all()
         return there
     return send(trial.ranks().get(int(victim), -1), signal.SIGKILL) if victim.isdigit() and trial.ranks() else False
@@ -71,16 +92,19 @@ def kill(trial: Trial, victim: str) -> bool:
 class Series:
     """All runs of one series and what was seen of them."""
 
-    def __init__(self, directory: Path, processes: int, seed: int) -> None:
-        self.directory, self.processes = directory, processes
+    def __init__(self, directory: Path, processes: int, seed: int, launcher: bool) -> None:
+        self.directory, self.processes, self.launcher = directory, processes, launcher
         self.words = prepare(directory) | {"number_of_steps": STEPS, "save_every": SAVE_EVERY}
         self.draw = random.Random(seed)
         self.kills: list[dict] = []
 
-    def start(self, output_dir: Path, attempt: int, **changes) -> Trial:
+    def start(self, output_dir: Path, attempt: int, **changes) -> Trial | ForkedTrial:
         words = self.words | {"output_dir": output_dir} | changes
         processes = words.pop("processes", self.processes)
-        return Trial(local(words, processes), output_dir, output_dir.with_name(f"{output_dir.name}-{attempt}.log"))
+        log = output_dir.with_name(f"{output_dir.name}-{attempt}.log")
+        if self.launcher:
+            return Trial(local(words, processes), output_dir, log)
+        return ForkedTrial(words, processes, output_dir, log, as_agent=self.draw.random() < 0.5)
 
     def undisturbed(self, **changes) -> Path:
         output_dir = self.directory / "undisturbed"
@@ -90,9 +114,9 @@ class Series:
 
     def disturb(self, output_dir: Path, attempt: int, moment: str, victim: str, **changes) -> bool:
         """One start that is killed. Returns whether it ended before it could be."""
-        saved, before = newest_intact(output_dir), metrics_file(output_dir)
+        saved, before, torn = newest_intact(output_dir), metrics_file(output_dir), unfinished(output_dir)
         trial = self.start(output_dir, attempt, **changes)
-        reach_moment(trial, moment, self.draw, saved)
+        reach_moment(trial, moment, self.draw, saved, before)
         killed_at = time.monotonic()
         killed = kill(trial, victim)
         code = trial.wait(END_SECONDS)
@@ -106,7 +130,7 @@ class Series:
             {
                 "moment": moment,
                 "victim": victim,
-                "in_save": saving(output_dir),
+                "in_save": bool(unfinished(output_dir) - torn),
                 "resumed_from": saved,
                 "saved": newest_intact(output_dir),
                 "exit": code,
@@ -161,7 +185,9 @@ def plain(series: Series, runs: int) -> dict:
     for number in range(runs):
         outcome = series.run(number)
         outcomes.append(outcome)
-        told = ", ".join(f"{k['victim']}@{k['moment']}{'!' if k['in_save'] else ''}->{k['saved']}" for k in outcome["kills"])
+        told = ", ".join(
+            f"{k['victim']}@{k['moment']}{'!' if k['in_save'] else ''}->{k['saved']}" for k in outcome["kills"]
+        )
         print(f"run {number:2d}  {'identical' if outcome['sha256'] == expected else 'DIFFERENT'}  {told}", flush=True)
     identical = sum(outcome["sha256"] == expected for outcome in outcomes)
     return {"identical": identical, "runs": runs} | figures(series.kills)
@@ -226,7 +252,7 @@ def elastic(series: Series, runs: int) -> dict:
 
 def disturb_after_a_save(series: Series, output_dir: Path, attempt: int, victim: str, words: dict) -> bool:
     """Kill within the four steps after the next save, so that each world size leaves a checkpoint of its own."""
-    saved, before = newest_intact(output_dir), metrics_file(output_dir)
+    saved, before, torn = newest_intact(output_dir), metrics_file(output_dir), unfinished(output_dir)
     trial = series.start(output_dir, attempt, **words)
     wait_until(trial, "a checkpoint", lambda: newest_named(output_dir) > saved)
     time.sleep(series.draw.uniform(0, 0.5))
@@ -238,7 +264,13 @@ def disturb_after_a_save(series: Series, output_dir: Path, attempt: int, victim:
     found = newest_intact(output_dir)
     said = status(output_dir).get("message", "")
     series.kills.append(
-        {"moment": "step", "victim": victim, "in_save": saving(output_dir), "resumed_from": saved, "saved": found}
+        {
+            "moment": "step",
+            "victim": victim,
+            "in_save": bool(unfinished(output_dir) - torn),
+            "resumed_from": saved,
+            "saved": found,
+        }
         | {"exit": code, "seconds": round(time.monotonic() - began, 2), "message": said, "lines": own_lines(trial.log)}
     )
     return found > saved
@@ -255,11 +287,16 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--elastic", action="store_true")
+    parser.add_argument("--launcher", action="store_true")
     options = parser.parse_args()
     began = time.monotonic()
-    series = Series(options.directory.resolve(), options.processes, options.seed)
+    series = Series(options.directory.resolve(), options.processes, options.seed, options.launcher)
     found = (elastic if options.elastic else plain)(series, options.runs)
-    found |= {"processes": options.processes, "minutes": round((time.monotonic() - began) / 60, 1), "cores": os.cpu_count()}
+    found |= {
+        "processes": options.processes,
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        "cores": os.cpu_count(),
+    }
     print(json.dumps(found, indent=1))
     (options.directory / "kills.json").write_text(json.dumps(series.kills, indent=1))
     return 0 if found.get("within", found.get("identical") == found["runs"]) else 1

@@ -68,7 +68,7 @@ class Job:
     def reach(self, step: int) -> None:
         wait_for(
             f"step {step}",
-            lambda: len(rows(self.output_dir)) >= step or any(part.process.poll() is not None for part in self.parts),
+            lambda: len(rows(self.output_dir)) >= step or any(part.ended() for part in self.parts),
         )
 
     def wait(self, parts: list[int], seconds: float) -> list[int]:
@@ -83,7 +83,7 @@ class Proof:
     def __init__(self, directory: Path, network: Network) -> None:
         self.directory, self.network = directory, network
         self.words = prepare(directory) | {"number_of_steps": STEPS, "save_every": SAVE_EVERY}
-#        self.words |= {"step_timeout": STEP_TIMEOUT_SECONDS}
+        self.words |= {"step_timeout": STEP_TIMEOUT_SECONDS}
         self._expected: dict[int, str] = {}
 
     def expected(self, processes: int) -> str:

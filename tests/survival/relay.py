@@ -1,7 +1,7 @@
 """Copy every frame between two devices, each a fixed time later: `relay.py DEVICE DEVICE SECONDS`.
 
-Stands in for tc's netem where the kernel is built without it. `relay.py --prepare DEVICE` makes a sending device fill in
-its checksums and cut its segments itself, for a copied frame passes no hardware that would.
+Stands in for tc's netem where the kernel is built without it. `relay.py --prepare DEVICE` makes a sending device fill
+in its checksums and cut its segments itself, for a copied frame passes no hardware that would.
 """
 
 import collections

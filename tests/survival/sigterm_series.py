@@ -4,9 +4,9 @@
 
 `pid1` starts launch/local.sh, the image's entry point, as the first process of a process namespace, as Docker and
 Kubernetes do (needs root); odd runs with one process, even ones with two. The moments are spread over preparation,
-encoding, steps and saves, each run starting with empty caches. Checked: the launcher's code and status.json say 75, the
-checkpoint of the step they name is intact, nothing is left running; every fifth run is started again and must finish with
-the file of an undisturbed run.
+encoding (both with empty caches), steps and saves. Checked: the launcher's code and status.json say 75, the checkpoint
+of the step they name is intact, nothing is left running; every fifth run is started again and must finish with the file
+of an undisturbed run.
 """
 
 import argparse
@@ -30,9 +30,9 @@ from trial import (
     percentile,
     prepare,
     rows,
-    saving,
     send,
     status,
+    unfinished,
     wait_for,
 )
 
@@ -70,13 +70,13 @@ class Series:
         """Wait for a random moment of the phase."""
         text = {"preparation": "check clips", "encode": "encode "}.get(phase)
         if text:
-            wait_for(phase, lambda: text in trial.log.read_text() or trial.process.poll() is not None)
+            wait_for(phase, lambda: text in trial.log.read_text() or trial.ended())
             time.sleep(self.draw.uniform(0, 1.0))
             return
         aim = self.draw.randint(1, LAST_AIM)
-        wait_for(f"step {aim}", lambda: len(rows(trial.output_dir)) >= aim or trial.process.poll() is not None)
+        wait_for(f"step {aim}", lambda: len(rows(trial.output_dir)) >= aim or trial.ended())
         if phase == "save":
-            wait_for("a save", lambda: saving(trial.output_dir) or trial.process.poll() is not None, poll=0.0005)
+            wait_for("a save", lambda: unfinished(trial.output_dir) or trial.ended(), poll=0.0005)
             time.sleep(self.draw.uniform(0, 0.008))
         else:
             time.sleep(self.draw.uniform(0, 0.2))
@@ -133,7 +133,9 @@ def as_promised(outcome: dict) -> bool:
 
 def summary(outcomes: list[dict]) -> dict:
     seconds = [outcome["seconds"] for outcome in outcomes]
-    messages = Counter(outcome["status"].get("message", "").split(";")[0].rstrip("0123456789, ") for outcome in outcomes)
+    messages = Counter(
+        outcome["status"].get("message", "").split(";")[0].rstrip("0123456789, ") for outcome in outcomes
+    )
     return {
         "as_promised": sum(map(as_promised, outcomes)),
         "runs": len(outcomes),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +84,9 @@ class Trial:
         for pid in self.processes():
             send(pid, signal.SIGKILL)
 
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
     def wait(self, seconds: float = 120) -> int:
         try:
             return self.process.wait(seconds)
@@ -96,6 +101,100 @@ class Trial:
             time.sleep(0.05)
         self.kill_all()
         return living
+
+
+class ForkedTrial:
+    """Ranks forked from this process, which has imported the program: a start then costs no imports.
+
+    The caller stands in for the launch agent. With ``as_agent`` peers of a rank that ends are sent SIGTERM, as torchrun
+    does; without, they are left to find out, as under srun.
+    """
+
+    def __init__(self, words: dict, processes: int, output_dir: Path, log: Path, as_agent: bool) -> None:
+        # What a run imports on its way, before the first fork.
+        import accelerate  # noqa: F401
+        import transformers  # noqa: F401
+
+        from sa3dist import run  # noqa: F401
+
+        self.output_dir, self.log, self.as_agent = output_dir, log, as_agent
+        self.codes: dict[int, int] = {}
+        self._told = False
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.pids = {rank: self._fork(rank, processes, port, words) for rank in range(processes)}
+
+    def _fork(self, rank: int, processes: int, port: int, words: dict) -> int:
+        pid = os.fork()
+        if pid:
+            return pid
+        code = 1
+        try:
+            os.setsid()
+            out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(out, 1)
+            os.dup2(out, 2)
+            os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+            if processes > 1:
+                places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+                places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                os.environ |= {name: str(value) for name, value in places.items()}
+            from sa3dist import train
+
+            code = train.main([f"{key}={value}" for key, value in words.items()])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def ended(self) -> bool:
+        """Whether all ranks have; does the agent's work on the way."""
+        for rank, pid in self.ranks().items():
+            done, result = os.waitpid(pid, os.WNOHANG)
+            if done:
+                self.codes[rank] = os.waitstatus_to_exitcode(result)
+        if self.as_agent and any(self.codes.values()) and not self._told:
+            self._told = True
+            for pid in self.ranks().values():
+                send(pid, signal.SIGTERM)
+        return len(self.codes) == len(self.pids)
+
+    def ranks(self) -> dict[int, int]:
+        return {rank: pid for rank, pid in self.pids.items() if rank not in self.codes}
+
+    def kill_all(self) -> None:
+        for pid in self.ranks().values():
+            send(pid, signal.SIGKILL)
+
+    def wait(self, seconds: float = 120) -> int:
+        """Exit code of the ranks: the one status.json would be read for, so that of a rank that was not killed."""
+        deadline = time.monotonic() + seconds
+        while not self.ended():
+            if time.monotonic() > deadline:
+                self.kill_all()
+                raise AssertionError(f"still running after {seconds:.0f} s; {self.log}: {tail(self.log)}")
+            time.sleep(0.01)
+        return max(self.codes.values())
+
+    def leftovers(self) -> list[int]:
+        """Processes whose group one of the ranks led: loader workers, mostly."""
+        return [pid for pid in session_members(set(self.pids.values())) if pid not in self.pids.values()]
+
+
+def session_members(leaders: set[int]) -> list[int]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            session = int((entry / "stat").read_text().rpartition(")")[2].split()[3])
+        except OSError:
+            continue
+        if session in leaders:
+            found.append(int(entry.name))
+    return found
 
 
 def local(words: dict, processes: int) -> list[str]:
@@ -158,9 +257,9 @@ def newest_intact(output_dir: Path) -> int:
     return 0 if found is None else found.step
 
 
-def saving(output_dir: Path) -> bool:
-    """Whether a checkpoint is being written, or was when the writer was killed."""
-    return any((output_dir / "checkpoints").glob(".*"))
+def unfinished(output_dir: Path) -> set[str]:
+    """Names of checkpoints that are being written, or were when their writer was killed."""
+    return {path.name for path in (output_dir / "checkpoints").glob(".*")}
 
 
 def tail(path: Path, lines: int = 12) -> str:

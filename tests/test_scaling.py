@@ -1,0 +1,112 @@
+"""The scaling model: its bytes are those of a ring that is played through, and of the buffers that are really sent."""
+
+import pytest
+import torch
+
+from sa3dist import scaling
+from sa3dist.loop import SILENT
+from sa3dist.parallel.flat import FlatAdapters
+from sa3dist.scaling import Cluster, Link, Sizes, Transfer
+
+SIZES = Sizes(adapter_elements=6000, base_elements=90000, accumulation=3)
+
+
+def ring_all_reduce(values):
+    """Bytes each rank sends while all of them sum their vectors around a ring; the sums."""
+    ranks = len(values)
+    parts = [list(value.tensor_split(ranks)) for value in values]
+    sent = [0] * ranks
+    for phase, reduces in ((0, True), (1, False)):
+        for turn in range(ranks - 1):
+            # All send at once: what a rank passes on is what it held before this turn.
+            held = [[part.clone() for part in own] for own in parts]
+            for rank in range(ranks):
+                piece = (rank - turn + phase) % ranks
+                moved, target = held[rank][piece], parts[(rank + 1) % ranks]
+                sent[rank] += moved.numel() * moved.element_size()
+                target[piece] = target[piece] + moved if reduces else moved
+    return sent, [torch.cat(own) for own in parts]
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_the_counted_bytes_are_those_of_a_ring_that_is_played_through(ranks):
+    values = [torch.randn(ranks * 24, dtype=torch.float64) for _ in range(ranks)]
+    sent, sums = ring_all_reduce(values)
+    for found in sums:
+        torch.testing.assert_close(found, torch.stack(values).sum(0))
+    counted = scaling.sent_bytes([Transfer("all-reduce", values[0].numel() * 8)], ranks)
+    assert sent == [counted] * ranks
+
+
+def test_data_parallel_sends_the_flat_buffer_once_a_step():
+    parameters = {f"layer.{n}": torch.nn.Parameter(torch.randn(n + 2, 5)) for n in range(4)}
+    flat = FlatAdapters(parameters, 0.1, 0.0, scalars=SILENT + 1)
+    reduced = []
+
+    class Group:
+        world_size = 2
+
+        def sum_(self, tensor):
+            reduced.append(tensor.numel() * tensor.element_size())
+
+    flat.average(Group())
+    elements = sum(parameter.numel() for parameter in parameters.values())
+    assert reduced == [transfer.whole_bytes for transfer in scaling.ddp(Sizes(elements))]
+
+
+def test_no_mode_sends_anything_alone_and_a_step_alone_takes_its_computing():
+    link = Link(1e9, 1e-5)
+    for count in scaling.MODES.values():
+        assert scaling.sent_bytes(count(SIZES), ranks=1) == 0
+        assert scaling.step_seconds(0.2, count(SIZES), 1, Cluster(8, link, link)) == pytest.approx(0.2)
+
+
+def test_only_gathering_the_base_and_per_micro_batch_gradients_grow_with_accumulation():
+    once = Sizes(6000, 90000)
+    growth = {
+        mode: scaling.sent_bytes(count(SIZES), 4) / scaling.sent_bytes(count(once), 4)
+        for mode, count in scaling.MODES.items()
+    }
+    assert growth["ddp"] == growth["zero-1"] == 1
+    assert 1 < growth["zero-2"] < growth["zero-3"] < 3
+
+
+def test_compression_halves_the_gradients_only():
+    whole, compressed = (sum(t.whole_bytes for t in scaling.ddp(SIZES, compressed=c)) for c in (False, True))
+    assert whole - compressed == SIZES.adapter_elements * 2
+
+
+def test_a_slower_link_and_more_nodes_never_make_a_step_shorter():
+    for count in scaling.MODES.values():
+        shares = [
+            scaling.efficiency(0.3, count(SIZES), ranks, Cluster(8, Link(1e9, 1e-6), Link(speed, 1e-5)))
+            for speed in (1e8, 1e6)
+            for ranks in (8, 64, 512)
+        ]
+        assert shares[:3] == sorted(shares[:3], reverse=True)
+        assert all(slow <= fast for fast, slow in zip(shares[:3], shares[3:], strict=True))
+        assert all(0 < share <= 1 for share in shares)
+
+
+def test_a_step_waits_for_what_does_not_overlap_and_for_what_outlasts_the_computing():
+    link = Link(1e6, 0.0)
+    cluster = Cluster(1, link, link)
+    # Two ranks: an all-reduce of 1 MB sends 1 MB from each, a second at this speed.
+    assert scaling.step_seconds(0.5, [Transfer("all-reduce", 1e6)], 2, cluster) == pytest.approx(1.5)
+    hidden = Transfer("all-reduce", 1e6, overlaps=True)
+    assert scaling.step_seconds(2.0, [hidden], 2, cluster, overlap=0.5) == pytest.approx(2.0)
+    assert scaling.step_seconds(1.0, [hidden], 2, cluster, overlap=0.5) == pytest.approx(1.5)
+
+
+def test_every_piece_of_a_transfer_waits_for_the_latency():
+    cluster = Cluster(1, Link(1.0, 0.0), Link(float("inf"), 1e-3))
+    whole, pieces = (Transfer("all-gather", 1e6, pieces=n) for n in (1, 50))
+    assert scaling.transfer_seconds(whole, 2, cluster) == pytest.approx(1e-3)
+    assert scaling.transfer_seconds(pieces, 2, cluster) == pytest.approx(50e-3)
+
+
+def test_frames_carry_their_payload_and_the_acknowledgements_of_what_comes_back():
+    # 100 full segments, and 50 empty ones for the 100 that arrive.
+    payload = 100 * 1448
+    assert scaling.ethernet_bytes(payload) == pytest.approx(100 * 1514)
+    assert scaling.ethernet_bytes(payload, acknowledged=payload) == pytest.approx(100 * 1514 + 50 * 66)
