@@ -17,6 +17,7 @@ Layouts: N tokens, O fan_out, I fan_in, R rank.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -91,14 +92,18 @@ def _with_room(values_NX, dtype, extra_rows: int):
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """Torch path. Gradients reach x (N, I) and the trained tensors; ``layer`` and ``bias_O`` are frozen."""
+    """Torch path. Gradients reach x (N, I) and the trained tensors; ``layer``, ``bias_O`` and ``weight`` are frozen.
+
+    weight  W0 in the shape its owner has it. Kept instead of ``layer.weight_OI``, which is a view of its values now: an
+            owner that gathers W0 for each pass and drops it in between (ZeRO-3) must not find it held until backward.
+    """
 
     @staticmethod
-    def forward(ctx, x, core, left, magnitude_O, magnitude_I, bias_O, layer):
+    def forward(ctx, x, core, left, magnitude_O, magnitude_I, bias_O, layer, weight):
         with no_autocast(x.device):
             y, *kept = _forward(layer, x, core, left, magnitude_O, magnitude_I, bias_O)
         p, down, rows, cols = kept
-        ctx.layer = layer
+        ctx.layer, ctx.weight = dataclasses.replace(layer, weight_OI=None), weight
         ctx.has_rows, ctx.has_cols = rows is not None, cols is not None
         ctx.save_for_backward(x, core, left, p, down, *_tensors(rows), *_tensors(cols))
         return y
@@ -110,9 +115,10 @@ class _AdaptedLinear(torch.autograd.Function):
         rows = RowScaling(*stats[:3]) if ctx.has_rows else None
         cols = ColScaling(*stats[-4:]) if ctx.has_cols else None
         needs_x, *needs_trained = ctx.needs_input_grad[:5]
+        layer = dataclasses.replace(ctx.layer, weight_OI=ctx.weight.detach().flatten(1))
         with no_autocast(grad.device):
-            grads = _backward(ctx.layer, x, core, left, p, down, rows, cols, grad, needs_x, any(needs_trained))
-        return *grads, None, None
+            grads = _backward(layer, x, core, left, p, down, rows, cols, grad, needs_x, any(needs_trained))
+        return *grads, None, None, None
 
 
 def _tensors(scaling: RowScaling | ColScaling | None) -> tuple[torch.Tensor, ...]:
@@ -250,5 +256,5 @@ def adapted_linear(
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     trained = (core, params.get("lora_B"), params.get(kind.row_magnitude), params.get(kind.col_magnitude))
     trained = [None if value is None else value.to(statistic) for value in trained]
-    y = IMPLEMENTATIONS[impl](rows, *trained, None if bias is None else bias.detach(), layer)
+    y = IMPLEMENTATIONS[impl](rows, *trained, None if bias is None else bias.detach(), layer, weight)
     return y.view(*x.shape[:-1], weight_OI.shape[0])
