@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from sa3dist.adapters import AdapterConfig, adapter_parameters
+from sa3dist.adapters import AdapterConfig
 from sa3dist.adapters.file import write_adapter_file
-from sa3dist.errors import ConfigError
 from sa3dist.formats import write_json
 
 LORA_NAME = "lora.safetensors"
@@ -25,20 +24,15 @@ INFERENCE_MODELS = {
 HEADER_KEYS = ("step", "base_model", "base_sha256", "dataset_sha256", "sa3dist_version")
 
 
-def publish(base, output_dir: Path, description: dict[str, Any]) -> dict[str, Any]:
-    """Write lora.safetensors, config.json and result.json, each by rename. Returns the result.
-
-    description   what config.json holds; its HEADER_KEYS also go into the adapter file's header
-    """
-    if not adapter_parameters(base):
-        raise ConfigError("there is no adapter to export; attach_adapter(base, ...) first")
-    return publish_tensors(base.adapter_config, adapter_parameters(base), output_dir, description)
-
-
-def publish_tensors(
+def publish(
     config: AdapterConfig, tensors: Mapping[str, torch.Tensor], output_dir: Path, description: dict[str, Any]
 ) -> dict[str, Any]:
-    """``publish`` for tensors that are on no base."""
+    """Write lora.safetensors, config.json and result.json, each by rename. Returns the result.
+
+    tensors       whole adapter tensors by their name in the file
+    description   what config.json holds; its HEADER_KEYS also go into the adapter file's header
+    Raises EnvironmentFailure, naming the tensor and leaving any older file, when one is empty or not finite.
+    """
     output_dir = Path(output_dir)
     metadata = {key: description[key] for key in HEADER_KEYS}
     write_adapter_file(output_dir / LORA_NAME, config, tensors, metadata)

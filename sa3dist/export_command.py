@@ -74,7 +74,7 @@ def from_checkpoint(source: Path, output: Path | None) -> dict:
             f"sa3dist export CONFIG instead"
         )
     config = config_from_value(description["lora_config"])
-    return export.publish_tensors(config, saved.adapters, output or default, {**description, "step": saved.step})
+    return export.publish(config, saved.adapters, output or default, {**description, "step": saved.step})
 
 
 def _open_checkpoint(source: Path) -> tuple[checkpoint.Checkpoint, Path]:

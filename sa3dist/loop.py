@@ -20,8 +20,7 @@ from sa3dist.data.order import ClipOrder
 from sa3dist.data.stream import MicroBatch
 from sa3dist.errors import CheckpointError, EnvironmentFailure, Interrupted, SA3DistError
 from sa3dist.metrics import MetricsFile, progress
-from sa3dist.parallel import checkpoint
-from sa3dist.parallel.engines import FlatEngine
+from sa3dist.parallel import checkpoint, engines
 from sa3dist.parallel.group import Group, on_main_first
 from sa3dist.parallel.outcome import translate
 from sa3dist.parallel.signals import StopRequest
@@ -103,7 +102,7 @@ class Trainer:
         self.step = 0
         self.schedule = plan.schedule or Schedule(settings.learning_rate, plan.steps)
         forward = functools.partial(micro_batch_loss, base, settings=settings)
-        self.engine = FlatEngine(parameters, forward, settings, group, scalars=SILENT + 1)
+        self.engine = engines.make(base, parameters, forward, settings, plan, group, scalars=SILENT + 1)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         missing = self.engine.parameters.keys() ^ saved.adapters.keys()
@@ -122,7 +121,7 @@ class Trainer:
         waited, losses = 0.0, []
         for left in reversed(range(self.plan.accumulation)):
             asked = time.perf_counter()
-            batch = next(batches)
+            batch = self._fetch(batches)
             waited += time.perf_counter() - asked
             loss, loss_gen, loss_ctx = self.engine.losses(batch)
             self.engine.backward(loss / self.plan.accumulation, last=left == 0)
@@ -131,6 +130,19 @@ class Trainer:
             self.engine.scalars[SILENT] += batch.silent_crops
             losses.append((batch.clips, parts[0]))
         return waited, losses
+
+    def _fetch(self, batches: Iterator[MicroBatch]) -> MicroBatch:
+        """The next micro batch. In lockstep all ranks fail here when any of them has none."""
+        batch, failure = None, None
+        try:
+            batch = next(batches)
+        except Exception as error:
+            failure = error
+        if self.engine.lockstep and self.group.any(failure is not None):
+            self._fail_together(failure)
+        if failure is not None:
+            raise failure
+        return batch
 
     def take_step(self, batches: Iterator[MicroBatch], stop: StopRequest) -> dict[str, float]:
         """One optimiser step over all ranks. Returns its figures, equal on every rank.
@@ -142,6 +154,8 @@ class Trainer:
         try:
             waited, losses = self.accumulate(batches)
         except Exception as error:
+            if self.engine.lockstep:
+                raise
             # Peers wait in the reduction below: join it first, fail afterwards, all together.
             failure = error
             self.engine.scalars[TROUBLE] = 1
@@ -184,16 +198,20 @@ class Trainer:
             f"Look at that clip, or lower learning_rate"
         )
 
-    def save(self, output_dir: Path, stop: StopRequest) -> None:
-        """Write a checkpoint on rank 0 while all ranks wait; first check that the ranks hold equal, finite adapters."""
-        # On all ranks: some modes gather it.
-        adapters, moments = self.engine.state()
+    def check_ranks_agree(self, adapters: dict[str, torch.Tensor]) -> None:
+        """Raises EnvironmentFailure on all ranks when they hold different, or non-finite, adapters."""
         finite = all(bool(value.isfinite().all()) for value in adapters.values())
         held = self.group.gather((tensors_digest(adapters), finite))
         if len({digest for digest, _ in held}) > 1:
             raise EnvironmentFailure(f"step {self.step}: the ranks' adapters differ; state is as last saved")
         if not all(ok for _, ok in held):
             raise EnvironmentFailure(f"step {self.step}: an adapter value is not finite; state is as last saved")
+
+    def save(self, output_dir: Path, stop: StopRequest) -> None:
+        """Write a checkpoint on rank 0 while all ranks wait; first check that the ranks hold equal, finite adapters."""
+        # On all ranks: some modes gather it.
+        adapters, moments = self.engine.adapters(), self.engine.moments()
+        self.check_ranks_agree(adapters)
 
         def write() -> None:
             state = {"step": self.step, "global_batch": self.plan.global_batch, "identity": self.plan.identity}

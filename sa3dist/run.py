@@ -28,7 +28,7 @@ from sa3dist.formats import DatasetIndex, atomic_path, file_sha256
 from sa3dist.metrics import progress
 from sa3dist.model.config import ModelConfig
 from sa3dist.model.loading import load_base
-from sa3dist.parallel import checkpoint
+from sa3dist.parallel import checkpoint, zero_config
 from sa3dist.parallel.group import Group, on_main_first, together
 from sa3dist.parallel.signals import StopRequest
 from sa3dist.startup import Startup, timed
@@ -79,6 +79,8 @@ class Run:
             path = getattr(settings, key)
             if path.exists() and not path.is_dir():
                 raise ConfigError(f"{key}: {path} is a file, expected a directory; choose another {key}")
+        if self.group.deepspeed is not None:
+            zero_config.check(self.group.deepspeed)
         if settings.resume not in ("auto", "never"):
             checkpoint.load(Path(settings.resume))
         elif settings.resume == "never" or not checkpoint.list_all(settings.output_dir):
@@ -281,6 +283,7 @@ class Run:
         self.trainer = loop.Trainer(base, adapters.adapter_parameters(base), settings, work, group)
         if saved is not None:
             self.trainer.restore(saved)
+        self.trainer.check_ranks_agree(self.trainer.engine.adapters())
         self._saved_step = saved.step if saved else None
 
     def crop_frames(self, base, encoded: EncodedClips) -> int:
@@ -378,8 +381,10 @@ class Run:
     def export(self, base) -> dict[str, Any]:
         """Stage four on rank 0: the adapter file, config.json and result.json. Returns the result."""
         description = {**self.trainer.plan.description, "step": self.step, "startup_seconds": self.startup.seconds}
+        # On every rank: in some modes each of them holds a part.
+        tensors = self.trainer.engine.adapters()
 
         def publish() -> dict[str, Any]:
-            return export.publish(base, self.settings.output_dir, description)
+            return export.publish(base.adapter_config, tensors, self.settings.output_dir, description)
 
         return on_main_first(self.group, "export", publish, should_stop=lambda: False)

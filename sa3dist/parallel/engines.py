@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from sa3dist.adapters import adapted_layers
 from sa3dist.parallel.flat import FlatAdapters
 from sa3dist.parallel.group import Group
 
@@ -24,10 +25,12 @@ class Engine(Protocol):
 
     parameters   the trained tensors by their name in a file; under ZeRO-3 a rank holds only its part of their values
     scalars      float32 sums that ``average`` adds up over the ranks
+    lockstep     ranks exchange tensors within the passes: one that fails there cannot join its peers afterwards
     """
 
     parameters: dict[str, nn.Parameter]
     scalars: Tensor
+    lockstep: bool
 
     def zero(self) -> None:
         """Forget the gradients and scalars of the step before."""
@@ -44,15 +47,58 @@ class Engine(Protocol):
     def step(self, learning_rate: float) -> None:
         """One AdamW step with the averaged gradients."""
 
-    def state(self) -> tuple[Tensors, dict[str, Tensors]]:
-        """Whole adapters and moments by name, float32 copies on the CPU of every rank."""
+    def adapters(self) -> Tensors:
+        """Whole tensors by name, float32 copies on the CPU of every rank."""
+
+    def moments(self) -> dict[str, Tensors]:
+        """AdamW's running means of every tensor, likewise; after at least one step."""
 
     def restore(self, adapters: Tensors, moments: dict[str, Tensors], step: int) -> None:
-        """Take over what ``state`` of any engine gave after ``step`` optimiser steps."""
+        """Take over what any engine's ``adapters`` and ``moments`` gave after ``step`` optimiser steps."""
+
+
+def make(
+    base,
+    parameters: dict[str, nn.Parameter],
+    forward: Callable[..., Losses],
+    settings,
+    work,
+    group: Group,
+    scalars: int,
+) -> Engine:
+    """The engine of the mode this process was launched in.
+
+    forward   (batch) to its losses        scalars   how many float32 values travel with the gradients
+    settings  learning_rate, weight_decay  work      micro_batch and accumulation
+    """
+    share_initial_state(base, parameters, group)
+    if group.deepspeed is None:
+        return FlatEngine(parameters, forward, settings, group, scalars)
+    # DeepSpeed is imported where it is used: most runs do without it.
+    from sa3dist.parallel import zero_config
+    from sa3dist.parallel.zero import ZeroEngine
+
+    config = zero_config.build(group.deepspeed, work.micro_batch, work.accumulation, group.world_size, "none")
+    return ZeroEngine(base, parameters, forward, settings, config, group, scalars)
+
+
+@torch.no_grad()
+def share_initial_state(base, parameters: dict[str, nn.Parameter], group: Group) -> None:
+    """Give every rank rank 0's adapters, and the frozen constants they act with.
+
+    Both come out of norms and singular vectors, whose last bits, and signs, differ between kinds of CPU.
+    """
+    for parameter in parameters.values():
+        group.broadcast_(parameter.data)
+    for layer in adapted_layers(base).values():
+        for constant in layer.adapter.buffers():
+            group.broadcast_(constant)
 
 
 class FlatEngine:
     """One process, or data parallel ranks that hold everything: one optimiser kernel and one all-reduce per step."""
+
+    lockstep = False
 
     def __init__(
         self, parameters: dict[str, nn.Parameter], forward: Callable[..., Losses], settings, group: Group, scalars: int
@@ -78,8 +124,11 @@ class FlatEngine:
         self.flat.optimizer.param_groups[0]["lr"] = learning_rate
         self.flat.optimizer.step()
 
-    def state(self) -> tuple[Tensors, dict[str, Tensors]]:
-        return self.flat.state()
+    def adapters(self) -> Tensors:
+        return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
+
+    def moments(self) -> dict[str, Tensors]:
+        return self.flat.state()[1]
 
     def restore(self, adapters: Tensors, moments: dict[str, Tensors], step: int) -> None:
         self.flat.restore(adapters, moments, step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -11,6 +13,10 @@ from sa3dist.parallel.group import Group
 # AdamW as the reference configures it; source: spec/training.md 2.13.
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
+
+
+def adamw(tensors: Iterable[torch.Tensor], learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(tensors, lr=learning_rate, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True)
 
 
 class FlatAdapters:
@@ -32,9 +38,7 @@ class FlatAdapters:
             values.copy_(parameter.data)
             parameter.data = values
             parameter.grad = gradient
-        self.optimizer = torch.optim.AdamW(
-            [self.values], lr=learning_rate, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True
-        )
+        self.optimizer = adamw([self.values], learning_rate, weight_decay)
 
     def _views(self, *flats: torch.Tensor):
         offset = 0

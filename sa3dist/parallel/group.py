@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from sa3dist import errors
+from sa3dist.parallel import zero_config
 from sa3dist.parallel.outcome import translate
 
 # Waiting ranks look this often whether rank 0 is done: a poll, for preparation outlasts any collective
@@ -29,11 +30,15 @@ _ended = threading.Event()
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """This process among its peers. dist_rank 0 writes; ``device`` is where this process computes."""
+    """This process among its peers. dist_rank 0 writes; ``device`` is where this process computes.
+
+    deepspeed   the launcher's DeepSpeed configuration as read; None outside of that mode
+    """
 
     dist_rank: int
     world_size: int
     device: torch.device
+    deepspeed: dict[str, Any] | None = None
 
     @property
     def is_main(self) -> bool:
@@ -44,6 +49,15 @@ class Group:
         if self.world_size > 1:
             dist.all_reduce(flat)
         return flat
+
+    def broadcast_(self, tensor: torch.Tensor) -> None:
+        """Overwrite a tensor with rank 0's."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, 0)
+
+    def any(self, mine: bool) -> bool:
+        """Whether it is true on any process."""
+        return self.sum_(torch.tensor(float(mine), device=self.device)).item() > 0
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, in rank order, on every process."""
@@ -80,12 +94,20 @@ def connect() -> Group:
     from accelerate import Accelerator
 
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
+    if zero_config.asked_for():
+        zero_config.prepare_environment(on_cpu)
+        # Told of a CPU, Accelerate would pass DeepSpeed over without a word.
+        on_cpu = False
     accelerator = Accelerator(mixed_precision="no", cpu=on_cpu)
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        # It would make transformers divide the text encoder as it loads.
+        plugin.dschf = None
     # Under gloo Accelerate says "cpu:0", a name that file readers do not know.
     device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
     if dist.is_initialized():
         # Not accelerator.num_processes: it is 1 on every rank under DeepSpeed on CPU.
-        group = Group(dist.get_rank(), dist.get_world_size(), device)
+        group = Group(dist.get_rank(), dist.get_world_size(), device, plugin and plugin.deepspeed_config)
         if group.world_size > 1:
             _ended.clear()
             threading.Thread(target=_beat, args=(_store(), group.dist_rank), daemon=True).start()
