@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
+import safetensors
 import torch
 from conftest import TINY_MODELS, golden
 from safetensors.torch import load_file, save_file
@@ -382,3 +384,17 @@ def test_text_encoder_with_missing_weights_is_refused_not_filled_at_random(tiny,
     save_file(tensors, tmp_path / "text" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"mlp\.up_proj\.weight"):
         load_encoder(tmp_path / "text")
+
+
+def test_a_load_opens_its_file_once_and_the_base_can_still_be_copied(monkeypatch):
+    opened = []
+    open_file = safetensors.safe_open
+    monkeypatch.setattr(
+        safetensors, "safe_open", lambda *given, **how: opened.append(given) or open_file(*given, **how)
+    )
+    base = sa3dist.load_base(golden("tiny-sa3"))
+    assert len(opened) == 1
+    twin = deepcopy(base)
+    layer = "model.transformer.layers.0.self_attn.to_qkv"
+    assert torch.equal(twin.fp32_weight(layer), base.fp32_weight(layer))
+    assert len(opened) == 2
