@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from pathlib import Path
@@ -35,6 +36,15 @@ XS_RANK_LIMIT = 17
 # What other trainers call some keys, where spelling alone would suggest another.
 OTHER_TRAINERS = {"steps": "number_of_steps", "max_steps": "number_of_steps", "lr": "learning_rate"}
 AdapterName = Literal[tuple(ADAPTER_TYPES)]
+
+
+def read_duration(value: Any) -> Any:
+    """Seconds of H:MM:SS, with days in front (D-H:MM:SS) as Slurm writes them; anything else as it is."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", value.strip()) if isinstance(value, str) else None
+    if found is None:
+        return value
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 class Settings(BaseModel):
@@ -140,6 +150,22 @@ class Settings(BaseModel):
         64 << 30, ge=0, description="clips of remote shards kept on the local disk, in bytes; the least used go first"
     )
     allow_any_dataset_size: bool = Field(False, description="lift the limit of 4..2000 clips")
+
+    on_oom: Literal["fail", "adapt"] = Field(
+        "fail", description="out of memory in a step: end with 70, or do it again with gradient checkpointing"
+    )
+    step_timeout: float = Field(
+        600,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds without progress in a step after which the run ends with 70",
+    )
+    max_wall_time: Annotated[float | None, BeforeValidator(read_duration)] = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="save and end with 75 so that the program has run for no longer: seconds, or H:MM:SS",
+    )
 
     # Saving, resuming, reporting.
     log_every: int = Field(10, ge=1, description="steps between rows of metrics.jsonl")

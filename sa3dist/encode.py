@@ -189,9 +189,16 @@ def in_groups(items: Sequence, size: int) -> list[Sequence]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def encode_on_first_use(base, encoded: EncodedClips, order: ClipOrder, micro_batch: int) -> Callable[[int], None]:
+def encode_on_first_use(
+    base,
+    encoded: EncodedClips,
+    order: ClipOrder,
+    micro_batch: int,
+    before_work: Callable[[str], None] = lambda doing: None,
+) -> Callable[[int], None]:
     """A function that encodes what one micro batch still lacks, given its index.
 
+    before_work   called with what is about to be done; what it raises ends the step
     The encoders are loaded when the first file is missing, and leave the memory when all have been seen.
     """
     ready: set[tuple[int, bool]] = set()
@@ -201,8 +208,11 @@ def encode_on_first_use(base, encoded: EncodedClips, order: ClipOrder, micro_bat
             number, flipped = order.clip_of_slot(slot), polarity_of_slot(order.seed, slot)
             if (number, flipped) in ready:
                 continue
-            encoded.encode_prompts(base, [encoded.clips[number].caption])
-            encoded.encode_latents(base, encoded.clips[number], flipped)
+            clip = encoded.clips[number]
+            if not encoded.has_latents(clip, flipped):
+                before_work(f"encoding clip {clip.key}")
+            encoded.encode_prompts(base, [clip.caption])
+            encoded.encode_latents(base, clip, flipped)
             ready.add((number, flipped))
             if len(ready) == 2 * len(encoded.clips):
                 base.release_encoders()

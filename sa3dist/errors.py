@@ -8,9 +8,13 @@ EXIT_INTERRUPTED = 75
 
 
 class SA3DistError(Exception):
-    """Base of every failure we explain ourselves: one message, no traceback, a fixed exit code."""
+    """Base of every failure we explain ourselves: one message, no traceback, a fixed exit code.
+
+    origin   (dist_rank, host) where it arose; None = here
+    """
 
     exit_code = EXIT_BUG
+    origin: tuple[int, str] | None = None
 
 
 class ConfigError(SA3DistError):
@@ -39,6 +43,10 @@ class EnvironmentFailure(SA3DistError):
 
 class LostPeer(EnvironmentFailure):
     """Another rank is gone or silent; the reason, if any, is for that rank to tell."""
+
+
+class OutOfMemory(EnvironmentFailure):
+    """A step did not fit into memory; less may."""
 
 
 class Interrupted(SA3DistError):

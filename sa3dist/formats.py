@@ -237,6 +237,6 @@ def is_sealed(data: bytes) -> bool:
 
 
 def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+    # Not by os.umask, which sets it on the way: another thread may create a file at that moment.
+    status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("Umask:")), 8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 from collections.abc import Callable, Generator
@@ -24,12 +25,13 @@ from sa3dist.data.latent_source import LatentDataset, Paths, fetch_latents, late
 from sa3dist.data.latents import EncodedClips
 from sa3dist.data.stream import MicroBatch, MicroBatches, StreamSettings, loader, micro_indices
 from sa3dist.errors import CheckpointError, ConfigError
-from sa3dist.formats import DatasetIndex, atomic_path, file_sha256
+from sa3dist.formats import DatasetIndex, atomic_path, digest_of, file_sha256
 from sa3dist.metrics import progress
 from sa3dist.model.config import ModelConfig
 from sa3dist.model.loading import load_base
 from sa3dist.parallel import checkpoint, zero_config
 from sa3dist.parallel.group import Group, on_main_first, together
+from sa3dist.parallel.pulse import PREPARATION_SECONDS
 from sa3dist.parallel.signals import StopRequest
 from sa3dist.startup import Startup, timed
 
@@ -92,6 +94,7 @@ class Run:
         Comes first, so that a wrong model, rank, include list or adapter file is refused before hours of preparation.
         Each part together: a rank that cannot read the model takes the others along with its reason.
         """
+        self._enter("base")
         base = together(self.group, "base", self._load_base, self.stop)
         bases = self._singular_bases(base)
         together(self.group, "attach", lambda: self._attach(base, bases), self.stop)
@@ -162,6 +165,7 @@ class Run:
     @timed("check_clips")
     def shard(self) -> DatasetIndex:
         """Stage one on rank 0; every rank reads the index it leaves. Latent shards need no such stage."""
+        self._enter("shard")
         settings = self.settings
         latents = on_main_first(self.group, "find-latents", self._find_latents, self.stop)
         if latents is not None:
@@ -211,6 +215,7 @@ class Run:
     @timed("encode")
     def encode(self, base, index: DatasetIndex, everything: bool | None = None) -> EncodedClips:
         """Stage two. everything: encode all clips now, or each on first use; None does as ``pre_encode`` says."""
+        self._enter("encode")
 
         def digests() -> list[str]:
             return [base.autoencoder_digest(), base.text_encoder_digest()]
@@ -251,6 +256,7 @@ class Run:
     @timed("prepare")
     def prepare(self, base, encoded: EncodedClips) -> None:
         """Make the trainer: as the newest good checkpoint left it, or fresh."""
+        self._enter("prepare")
         settings, group = self.settings, self.group
         self._frames = self.crop_frames(base, encoded)
         base_sha256 = on_main_first(group, "base-digest", base.weights_digest, self.stop)
@@ -278,6 +284,7 @@ class Run:
             clip_keys=[clip.key for clip in encoded.clips],
             order=self.micro_batches(base, encoded).order,
             schedule=schedule.of_settings(settings),
+            adapt_memory=settings.on_oom == "adapt",
             description=self._describe(encoded, identity, global_batch),
         )
         self.trainer = loop.Trainer(base, adapters.adapter_parameters(base), settings, work, group)
@@ -299,6 +306,7 @@ class Run:
         )
         resume.set_aside(settings.output_dir, self.trainer.step, group, self.stop)
         self._announce(base)
+        group.pulse.enter("train", settings.step_timeout)
         if self.trainer.step < work.steps:
             self.startup.training()
             # Closed on every way out: an unclosed loader leaves worker processes that the exit would wait for.
@@ -309,7 +317,11 @@ class Run:
                     self.stop,
                     settings.output_dir,
                     self._saved_step,
-                    describe=lambda: plan.memory_figures(group.device) | self.startup.once(),
+                    describe=lambda: {
+                        "gradient_checkpointing": base.gradient_checkpointing,
+                        **plan.memory_figures(group.device),
+                        **self.startup.once(),
+                    },
                     on_first_step=self.startup.first_step_done,
                 )
 
@@ -333,9 +345,9 @@ class Run:
         indices = micro_indices(first, work.steps, work.accumulation, group.dist_rank, group.world_size)
         batches = self.micro_batches(base, encoded)
         if isinstance(encoded, EncodedCrops):
-            crops = CropsInFlight(base, encoded, batches.order, settings.batch_size)
+            crops = CropsInFlight(base, encoded, batches.order, settings.batch_size, self._before_work)
             return loader(batches, indices, crops.prepare, settings.num_workers, group.device, after=crops.used)
-        prepare = encode.encode_on_first_use(base, encoded, batches.order, settings.batch_size)
+        prepare = encode.encode_on_first_use(base, encoded, batches.order, settings.batch_size, self._before_work)
         return loader(batches, indices, prepare, settings.num_workers, group.device)
 
     def _announce(self, base) -> None:
@@ -356,9 +368,17 @@ class Run:
             f", continuing after step {self._saved_step}" if self._saved_step else "",
         )
 
-    def _urls(self) -> dict[str, str]:
+    def _public_settings(self) -> dict[str, Any]:
+        # URLs may hold credentials, and these files are given away.
         urls = {key: getattr(self.settings, key) for key in ("audio_data_url", "lora_checkpoint_url")}
-        return {key: url for key, url in urls.items() if url}
+        return {**self.settings.as_dict(), **{key: shown(url) for key, url in urls.items() if url}}
+
+    def _before_work(self, doing: str) -> None:
+        self.stop.raise_if_asked(doing)
+        self.group.pulse.beats += 1
+
+    def _enter(self, stage: str) -> None:
+        self.group.pulse.enter(stage, max(PREPARATION_SECONDS, self.settings.step_timeout))
 
     def _describe(self, encoded: EncodedClips, identity: dict[str, Any], global_batch: int) -> dict[str, Any]:
         """What config.json says, but for the step."""
@@ -374,13 +394,14 @@ class Run:
             "effective_batch_size": global_batch,
             "world_size": self.group.world_size,
             "lora_config": identity["lora_config"],
-            # URLs may hold credentials, and this is given away.
-            "settings": {**settings.as_dict(), **{key: shown(url) for key, url in self._urls().items()}},
+            "config_sha256": digest_of(json.dumps(self._public_settings())),
+            "settings": self._public_settings(),
         }
 
     def export(self, base) -> dict[str, Any]:
         """Stage four on rank 0: the adapter file, config.json and result.json. Returns the result."""
-        description = {**self.trainer.plan.description, "step": self.step, "startup_seconds": self.startup.seconds}
+        self._enter("export")
+        description = {**self.trainer.description(), "startup_seconds": self.startup.seconds}
         # On every rank: in some modes each of them holds a part.
         tensors = self.trainer.engine.adapters()
 

@@ -68,6 +68,8 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
         if unknown:
             raise ConfigError(f"{' '.join(unknown)}: unknown option; settings are given as key=value")
         settings = config.build(values)
+        if settings.max_wall_time is not None:
+            stop.limit(settings.max_wall_time)
         if arguments.print_config:
             import yaml
 
@@ -75,24 +77,27 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
             return
         if not has_peers():
             stop.raise_if_asked("starting")
-        from sa3dist.parallel.group import connect, disconnect, leave
+        from sa3dist.parallel.group import connect, disconnect
+        from sa3dist.parallel.watchdog import Watchdog
+        from sa3dist.parallel.word import leave
         from sa3dist.run import Run, make_deterministic
 
         if settings.deterministic:
             make_deterministic()
-        running.append(Run(settings, connect(), stop))
-        group = running[0].group
+        group = connect(settings.step_timeout)
+        running.append(Run(settings, group, stop))
         if group.is_main:
             forget_status(settings.output_dir)
-        try:
-            # Only now: peers of a rank that left before would wait for it in connect.
-            stop.raise_if_asked("starting")
-            stages(running[0])
-        except Exception as failure:
-            reason = leave(group, failure)
-            if reason is failure:
-                raise
-            raise reason from failure
+        with Watchdog(group, stop, settings.output_dir):
+            try:
+                # Only now: peers of a rank that left before would wait for it in connect.
+                stop.raise_if_asked("starting")
+                stages(running[0])
+            except Exception as failure:
+                reason = leave(group, failure)
+                if reason is failure:
+                    raise
+                raise reason from failure
         disconnect()
 
     def output_dir() -> Path | None:

@@ -95,6 +95,7 @@ def test_a_run_leaves_the_promised_files(straight, demo_base):
         "config.json",
         "result.json",
         "metrics.jsonl",
+        "heartbeat.json",
         "run.yaml",
         "status.json",
         "checkpoints",
@@ -248,7 +249,7 @@ def test_one_rank_that_cannot_load_takes_the_other_along_with_its_reason(words, 
         processes.append(subprocess.Popen(command(*words, *more), env=environment, stderr=subprocess.PIPE, text=True))
     said = [process.communicate(timeout=90)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
-    assert "rank 1: model=/nowhere" in said[0]
+    assert f"rank 1 on {socket.gethostname()}: model=/nowhere" in said[0]
     assert status(tmp_path / "run")["message"] == said[0].strip().splitlines()[-1]
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["status.json"]
 

@@ -106,7 +106,16 @@ class EncodedCrops(EncodedClips):
 class CropsInFlight:
     """Encodes the crops of micro batches on their way to the step, and lets go of them when they have been used."""
 
-    def __init__(self, base, encoded: EncodedCrops, order: ClipOrder, micro_batch: int) -> None:
+    def __init__(
+        self,
+        base,
+        encoded: EncodedCrops,
+        order: ClipOrder,
+        micro_batch: int,
+        before_work: Callable[[str], None] = lambda doing: None,
+    ) -> None:
+        """before_work: called with what is about to be done; what it raises ends the step."""
+        self._before_work = before_work
         self._base, self._encoded, self._order, self._micro_batch = base, encoded, order, micro_batch
         self._held: dict[int, list[Path]] = {}
         self._uses: Counter[Path] = Counter()
@@ -115,6 +124,7 @@ class CropsInFlight:
         paths = []
         for slot in micro_batch_slots(micro_index, self._micro_batch):
             clip = self._encoded.clips[self._order.clip_of_slot(slot)]
+            self._before_work(f"encoding a crop of clip {clip.key}")
             self._encoded.encode_prompts(self._base, [clip.caption])
             paths.append(self._encoded.encode_slot(self._base, clip, self._order.seed, slot))
         self._uses.update(paths)

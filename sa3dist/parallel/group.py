@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,17 +15,25 @@ import torch.distributed as dist
 
 from sa3dist import errors
 from sa3dist.parallel import zero_config
-from sa3dist.parallel.outcome import translate
+from sa3dist.parallel.pulse import Pulse, Still
+from sa3dist.parallel.word import (
+    STALL_SECONDS,
+    alive_key,
+    default_store,
+    explain,
+    left_key,
+    lost_rank,
+    pack,
+    read,
+    unpack,
+)
 
 # Waiting ranks look this often whether rank 0 is done: a poll, for preparation outlasts any collective
 POLL_SECONDS = 0.05
 # How long rank 0 waits for its peers to read what it has to say.
 READERS_SECONDS = 30.0
-HEARTBEAT_SECONDS = 3.0
-# A rank whose heart stands still this long counts as lost; loading a base may hold the interpreter for seconds.
-STALL_SECONDS = 50.0
-
-_ended = threading.Event()
+# The watchdog speaks first: it knows who has not come.
+GROUP_TIMEOUT_MARGIN_SECONDS = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +41,14 @@ class Group:
     """This process among its peers. dist_rank 0 writes; ``device`` is where this process computes.
 
     deepspeed   the launcher's DeepSpeed configuration as read; None outside of that mode
+    pulse   what this process is doing, told to the others
     """
 
     dist_rank: int
     world_size: int
     device: torch.device
     deepspeed: dict[str, Any] | None = None
+    pulse: Pulse = dataclasses.field(default_factory=Pulse, kw_only=True, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -69,36 +79,40 @@ class Group:
 
     def tell(self, name: str, value: Any) -> None:
         """Leave a JSON value where every rank may look for it; nobody waits."""
-        _store().set(name, json.dumps(value))
+        default_store().set(name, json.dumps(value))
 
     def told(self, name: str) -> Any | None:
         """What a rank has left under ``name`` last, or None."""
-        return json.loads(_store().get(name)) if _store().check([name]) else None
+        return read(default_store(), name)
 
     def agree(self, problem: errors.SA3DistError | None) -> None:
-        """Raise the first rank's problem on every rank, or return on all of them.
+        """Raise the first rank's problem on every rank, or return on all of them; what can be mended comes last.
 
         A rank that fails alone would leave its peers waiting in the next collective.
         """
-        for dist_rank, found in enumerate(self.gather(_pack(problem))):
-            if found is not None:
-                raise _unpack(found, dist_rank, self)
+        found = [unpack(packed) for packed in self.gather(pack(problem, self.dist_rank)) if packed is not None]
+        for problem in sorted(found, key=lambda problem: isinstance(problem, errors.OutOfMemory)):
+            raise problem
 
 
-def connect() -> Group:
+def connect(step_timeout_seconds: float) -> Group:
     """Join the process group the launcher prepared: accelerate, torchrun or plain python.
+
+    step_timeout_seconds   a collective that waits for longer, and a margin, fails
 
     Accelerate is made with mixed precision off whatever the launcher says; the step autocasts itself, so that adapters,
     gradients and moments stay float32 in every mode.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
     if zero_config.asked_for():
         zero_config.prepare_environment(on_cpu)
         # Told of a CPU, Accelerate would pass DeepSpeed over without a word.
         on_cpu = False
-    accelerator = Accelerator(mixed_precision="no", cpu=on_cpu)
+    patience = timedelta(seconds=step_timeout_seconds + GROUP_TIMEOUT_MARGIN_SECONDS)
+    handlers = [InitProcessGroupKwargs(timeout=patience)]
+    accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, kwargs_handlers=handlers)
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         # It would make transformers divide the text encoder as it loads.
@@ -107,16 +121,11 @@ def connect() -> Group:
     device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
     if dist.is_initialized():
         # Not accelerator.num_processes: it is 1 on every rank under DeepSpeed on CPU.
-        group = Group(dist.get_rank(), dist.get_world_size(), device, plugin and plugin.deepspeed_config)
-        if group.world_size > 1:
-            _ended.clear()
-            threading.Thread(target=_beat, args=(_store(), group.dist_rank), daemon=True).start()
-        return group
+        return Group(dist.get_rank(), dist.get_world_size(), device, plugin and plugin.deepspeed_config)
     return Group(0, 1, device)
 
 
 def disconnect() -> None:
-    _ended.set()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -129,12 +138,12 @@ def on_main_first(group: Group, name: str, work: Callable[[], Any], should_stop:
     """
     if group.world_size == 1:
         return work()
-    store, key = _store(), f"sa3dist/{name}"
+    store, key = default_store(), f"sa3dist/{name}"
     if group.is_main:
         try:
             result = {"result": work()}
         except Exception as failure:
-            store.set(key, json.dumps({"problem": _pack(explain(failure))}))
+            store.set(key, json.dumps({"problem": pack(explain(failure), 0)}))
             _await_readers(store, key, group)
             raise
         store.set(key, json.dumps(result))
@@ -147,7 +156,7 @@ def on_main_first(group: Group, name: str, work: Callable[[], Any], should_stop:
         # A rank that leaves without reading must not be waited for either.
         store.add(f"{key}/read", 1)
     if "problem" in result:
-        raise _unpack(result["problem"], 0, group)
+        raise unpack(result["problem"])
     return result["result"]
 
 
@@ -164,8 +173,8 @@ def all_done(group: Group, name: str, problem: errors.SA3DistError | None, shoul
         if problem is not None:
             raise problem
         return
-    store = _store()
-    store.set(f"sa3dist/{name}/{group.dist_rank}", json.dumps(_pack(problem)))
+    store = default_store()
+    store.set(f"sa3dist/{name}/{group.dist_rank}", json.dumps(pack(problem, group.dist_rank)))
     found = []
     try:
         for dist_rank in range(group.world_size):
@@ -177,9 +186,9 @@ def all_done(group: Group, name: str, problem: errors.SA3DistError | None, shoul
             store.add(f"sa3dist/{name}/read", 1)
     if group.is_main:
         _await_readers(store, f"sa3dist/{name}", group)
-    for dist_rank, packed in enumerate(found):
+    for packed in found:
         if packed is not None:
-            raise _unpack(packed, dist_rank, group)
+            raise unpack(packed)
 
 
 def together(group: Group, name: str, work: Callable[[], Any], should_stop: Callable[[], bool]) -> Any:
@@ -197,73 +206,18 @@ def together(group: Group, name: str, work: Callable[[], Any], should_stop: Call
     return result
 
 
-def leave(group: Group, failure: Exception) -> Exception:
-    """Tell the waiting peers why this rank leaves; returns what to report: for a lost peer, that peer's own reason."""
-    if group.world_size == 1:
-        return failure
-    try:
-        if isinstance(translate(failure), errors.LostPeer):
-            for dist_rank in range(group.world_size):
-                if dist_rank != group.dist_rank and _store().check([_left(dist_rank)]):
-                    return _unpack(json.loads(_store().get(_left(dist_rank))), dist_rank, group)
-        else:
-            _store().set(_left(group.dist_rank), json.dumps(_pack(explain(failure))))
-    except RuntimeError:
-        # The store went with the rank that hosted it: nobody is left to tell.
-        return failure
-    return failure
-
-
-def _left(dist_rank: int) -> str:
-    return f"sa3dist/left/{dist_rank}"
-
-
-def _alive(dist_rank: int) -> str:
-    return f"sa3dist/alive/{dist_rank}"
-
-
-def _store() -> dist.Store:
-    return dist.distributed_c10d._get_default_store()
-
-
-def _beat(store: dist.Store, dist_rank: int) -> None:
-    count = 0
-    while not _ended.wait(HEARTBEAT_SECONDS):
-        count += 1
-        try:
-            store.set(_alive(dist_rank), str(count))
-        except RuntimeError:
-            # The store is gone, and the run with it.
-            return
-
-
 def _wait_for(store: dist.Store, key: str, awaited: int, group: Group, should_stop: Callable[[], bool]) -> None:
     """Return when ``key`` is set. Raises when asked to stop, and when the awaited rank has left or stopped beating."""
-    seen, since = None, time.monotonic()
+    heart, last = Still(), time.monotonic()
     while not store.check([key]):
         if should_stop():
             raise errors.Interrupted(f"stopped while waiting for rank {awaited}; run the same command to continue")
-        if awaited != group.dist_rank and store.check([_left(awaited)]) and not store.check([key]):
-            raise _unpack(json.loads(store.get(_left(awaited))), awaited, group)
-        beat = store.get(_alive(awaited)) if store.check([_alive(awaited)]) else b""
-        if beat != seen:
-            seen, since = beat, time.monotonic()
-        elif time.monotonic() - since > STALL_SECONDS:
-            raise errors.LostPeer(f"rank {awaited} has not answered for {STALL_SECONDS:.0f} s; state is as last saved")
+        if awaited != group.dist_rank and store.check([left_key(awaited)]) and not store.check([key]):
+            raise unpack(read(store, left_key(awaited)))
+        now = time.monotonic()
+        # A suspended process did not wait, it did not run.
+        tick, last = min(now - last, 1.0), now
+        said = read(store, alive_key(awaited))
+        if heart.look(said, tick) > STALL_SECONDS:
+            raise lost_rank(awaited, said, f", silent for {STALL_SECONDS:.0f} s")
         time.sleep(POLL_SECONDS)
-
-
-def explain(failure: Exception) -> errors.SA3DistError:
-    """The explained failure that peers are told of; a bug of ours keeps its type in the message."""
-    return translate(failure) or errors.SA3DistError(f"{type(failure).__name__}: {failure}")
-
-
-def _pack(problem: errors.SA3DistError | None) -> list[str] | None:
-    return None if problem is None else [type(problem).__name__, str(problem)]
-
-
-def _unpack(packed: list[str], dist_rank: int, group: Group) -> errors.SA3DistError:
-    kind, message = packed
-    # What rank 0 found it says for all; any other rank's finding is that rank's.
-    where = "" if dist_rank in (0, group.dist_rank) else f"rank {dist_rank}: "
-    return getattr(errors, kind, errors.SA3DistError)(where + message)

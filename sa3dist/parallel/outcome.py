@@ -43,6 +43,8 @@ ENVIRONMENT_ERRNOS = {
         "EFBIG",
     )
 }
+# torch's allocator on the CPU raises a plain RuntimeError.
+NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 # How long a failing rank leaves the word to rank 0.
 RANK_0_SECONDS = 3.0
 
@@ -63,10 +65,10 @@ def translate(failure: BaseException) -> errors.SA3DistError | None:
         return failure
     if isinstance(failure, KeyboardInterrupt):
         return errors.Interrupted("interrupted; finished work is kept, run the same command to continue")
-    if isinstance(failure, torch.OutOfMemoryError | MemoryError):
-        return errors.EnvironmentFailure(
-            f"out of memory ({_first_line(failure)}); "
-            f"try gradient_checkpointing=on, a smaller batch_size or a shorter duration"
+    if isinstance(failure, torch.OutOfMemoryError | MemoryError) or NO_HOST_MEMORY in str(failure):
+        return errors.OutOfMemory(
+            f"out of memory ({_first_line(failure)}); try gradient_checkpointing=on (or on_oom=adapt, which tries that "
+            f"by itself), a smaller batch_size or a shorter duration"
         )
     if isinstance(failure, OSError):
         where = f"{failure.filename}: " if failure.filename else ""
@@ -100,22 +102,45 @@ def run_program(body: Callable[[], None], output_dir: Callable[[], Path | None],
     output_dir, step   asked when the program ends, because settings may turn out unreadable on the way; no directory,
                        no status
     """
-    message = "done"
+    problem = None
     try:
         body()
-        code = errors.EXIT_DONE
     except (Exception, KeyboardInterrupt) as failure:
-        explained = translate(failure)
-        code = errors.EXIT_BUG if explained is None else explained.exit_code
-        message = f"{type(failure).__name__}: {failure}" if explained is None else str(explained)
-        if code == errors.EXIT_BUG:
+        problem = translate(failure)
+        if problem is None:
             traceback.print_exception(failure)
-        elif dist_rank_from_environment() == 0:
-            print(message, file=sys.stderr, flush=True)
-    directory = output_dir()
-    if directory is not None:
-        _write_status(directory, code, message, step())
-    return code
+            problem = errors.SA3DistError(f"{type(failure).__name__}: {failure}")
+    report(problem, output_dir(), step())
+    return errors.EXIT_DONE if problem is None else problem.exit_code
+
+
+def report(
+    problem: errors.SA3DistError | None, directory: Path | None, step: int, patience_seconds: float = RANK_0_SECONDS
+) -> None:
+    """Say once on stderr, and in status.json, how the run ended; None: well.
+
+    Rank 0 speaks for all. Another rank waits, and speaks only of a failure that rank 0 has not lived to tell.
+    patience_seconds   how long rank 0 may take
+    """
+    dist_rank, host = here = dist_rank_from_environment(), socket.gethostname()
+    if dist_rank != 0 and (problem is None or directory is None or _has_spoken(directory, patience_seconds)):
+        return
+    message, code = "done", errors.EXIT_DONE
+    if problem is not None:
+        message, code = str(problem), problem.exit_code
+        dist_rank, host = problem.origin or here
+        # Where it happened matters when it is not the user's mistake, or one only some rank sees.
+        if code == errors.EXIT_ENVIRONMENT or dist_rank != 0:
+            message = f"rank {dist_rank} on {host}: {message}"
+        print(message, file=sys.stderr, flush=True)
+    if directory is None:
+        return
+    status = {"state": STATES[code], "exit_code": code, "message": message}
+    status |= {"dist_rank": dist_rank, "host": host, "step": step}
+    try:
+        write_json(directory / STATUS_NAME, status)
+    except OSError as error:
+        print(f"{directory / STATUS_NAME}: cannot write ({error.strerror})", file=sys.stderr, flush=True)
 
 
 def forget_status(directory: Path) -> None:
@@ -125,28 +150,10 @@ def forget_status(directory: Path) -> None:
         (directory / STATUS_NAME).unlink()
 
 
-def _rank_0_has_spoken(directory: Path) -> bool:
-    deadline = time.monotonic() + RANK_0_SECONDS
+def _has_spoken(directory: Path, patience_seconds: float) -> bool:
+    deadline = time.monotonic() + patience_seconds
     while not (directory / STATUS_NAME).exists():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
     return True
-
-
-def _write_status(directory: Path, code: int, message: str, step: int) -> None:
-    status = {
-        "state": STATES[code],
-        "exit_code": code,
-        "message": message,
-        "dist_rank": dist_rank_from_environment(),
-        "host": socket.gethostname(),
-        "step": step,
-    }
-    # Rank 0 speaks for all; another rank speaks only of a failure rank 0 may not live to tell.
-    if dist_rank_from_environment() != 0 and (code == errors.EXIT_DONE or _rank_0_has_spoken(directory)):
-        return
-    try:
-        write_json(directory / STATUS_NAME, status)
-    except OSError as error:
-        print(f"{directory / STATUS_NAME}: cannot write ({error.strerror})", file=sys.stderr, flush=True)

@@ -1,30 +1,52 @@
-"""Stop requests: the first signal asks for a save at the next step boundary, a late repeat ends the process at once."""
+"""Stop requests: a signal, or the end of the allowed time, asks for a save at the next step boundary.
+
+A late repeat of a signal ends the process at once.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from pathlib import Path
 
 from sa3dist.errors import EXIT_INTERRUPTED, Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Launch agents and schedulers repeat a signal within milliseconds; a person who means it waits longer.
 SAME_REQUEST_SECONDS = 5.0
+# What a process takes to end after its last save.
+EXIT_SECONDS = 5.0
 
 
 class StopRequest:
-    """Whether this process was asked to stop. While ``saving`` is true no signal ends it."""
+    """Whether this process was asked to stop. While ``saving`` is true no signal ends it.
+
+    polls   how often it was asked: the main thread lives
+    """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
         self.saving = False
+        self.polls = 0
         self._first_at = 0.0
+        self._ends_at: float | None = None
+        self._allowed_seconds = 0.0
+        self._reserve_seconds = EXIT_SECONDS
 
     def install(self) -> StopRequest:
         for number in SIGNALS:
             signal.signal(number, self._handle)
         return self
+
+    def limit(self, allowed_seconds: float) -> None:
+        """Ask to stop in time to be gone ``allowed_seconds`` after this program's start."""
+        self._allowed_seconds = allowed_seconds
+        self._ends_at = time.monotonic() + allowed_seconds - seconds_since_start()
+
+    def reserve(self, step_seconds: float, save_seconds: float) -> None:
+        """What stopping takes, from what a step and a save have taken: twice that, for the next may be slower."""
+        self._reserve_seconds = EXIT_SECONDS + 2 * (step_seconds + save_seconds)
 
     def _handle(self, number: int, frame) -> None:
         now = time.monotonic()
@@ -34,11 +56,27 @@ class StopRequest:
         elif now - self._first_at > SAME_REQUEST_SECONDS and not self.saving:
             os._exit(EXIT_INTERRUPTED)
 
+    @property
+    def reason(self) -> str | None:
+        """What asked this process to stop, if anything did."""
+        if self.signal_name is not None:
+            return self.signal_name
+        if self._ends_at is not None and time.monotonic() > self._ends_at - self._reserve_seconds:
+            return f"max_wall_time ({self._allowed_seconds:.0f} s) nearly over"
+        return None
+
     def __call__(self) -> bool:
-        return self.signal_name is not None
+        self.polls += 1
+        return self.reason is not None
 
     def raise_if_asked(self, doing: str) -> None:
-        if self.signal_name is not None:
-            raise Interrupted(
-                f"{self.signal_name} while {doing}; finished work is kept, run the same command to continue"
-            )
+        self.polls += 1
+        if self.reason is not None:
+            raise Interrupted(f"{self.reason} while {doing}; finished work is kept, run the same command to continue")
+
+
+def seconds_since_start() -> float:
+    """Age of this process, imports included; independent of the time of day."""
+    # Field 22, counted behind the name, which may hold anything: start time in clock ticks since boot.
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,200 @@
+"""Never a hang: threads beside the main one end this process when it, or a peer, has stood still for too long.
+
+The heart tells the peers through the store that this rank lives, and looks at the next rank's heart; another thread
+keeps heartbeat.json; the watchdog itself only counts, so that neither a dead network nor a dead disk can hold it up.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from sa3dist import errors
+from sa3dist.parallel.group import Group
+from sa3dist.parallel.heartbeat import HeartbeatFile
+from sa3dist.parallel.outcome import report
+from sa3dist.parallel.pulse import AVERAGING, Still
+from sa3dist.parallel.signals import StopRequest
+from sa3dist.parallel.word import (
+    END,
+    HEARTBEAT_SECONDS,
+    STALL_SECONDS,
+    alive_key,
+    default_store,
+    end_for_all,
+    lost_rank,
+    read,
+    unpack,
+)
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.5
+# How long the main thread may take to end by itself when the run is over: it closes loaders and finishes a save.
+GRACE_SECONDS = 10.0
+# And how much longer while a save is in flight.
+SAVING_SECONDS = 30.0
+# A word to the store or to the disk that takes longer is not waited for.
+WORD_SECONDS = 5.0
+
+
+class Watchdog:
+    """Runs between ``connect`` and the end of the stages, as a context manager."""
+
+    def __init__(self, group: Group, stop: StopRequest, output_dir: Path) -> None:
+        self._group, self._stop, self._output_dir = group, stop, output_dir
+        self._host = socket.gethostname()
+        self._ended = threading.Event()
+        self._next = (group.dist_rank + 1) % group.world_size
+        self._next_last: dict | None = None
+        self._contacts = 0
+        self._told: errors.SA3DistError | None = None
+        self._threads: list[threading.Thread] = []
+        self._file = HeartbeatFile(output_dir, group.pulse)
+
+    def __enter__(self) -> Watchdog:
+        work = [self._watch]
+        if self._group.world_size > 1:
+            store = default_store()
+            self._say_alive(store, 0)
+            work.append(lambda: self._beat(store))
+        if self._group.is_main:
+            work.append(lambda: self._file.keep(self._progress, self._ended))
+        self._threads = [threading.Thread(target=target, daemon=True) for target in work]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind, failure: BaseException | None, traceback) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            # One may hang in a dead store or on a dead disk.
+            thread.join(WORD_SECONDS)
+        if self._group.is_main:
+            bounded(lambda: self._file.close(failure))
+
+    def _say_alive(self, store: dist.Store, count: int) -> None:
+        pulse = self._group.pulse
+        said = {"count": count, "beats": pulse.beats, "doing": pulse.doing, "host": self._host}
+        said |= {"step": pulse.step, "place": pulse.place}
+        store.set(alive_key(self._group.dist_rank), json.dumps(said))
+
+    def _beat(self, store: dist.Store) -> None:
+        count = 0
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            count += 1
+            try:
+                self._say_alive(store, count)
+                self._next_last = read(store, alive_key(self._next))
+                told = read(store, END)
+            except RuntimeError:
+                # The store is gone; the watchdog counts the time without contact.
+                continue
+            self._contacts += 1
+            if told is not None:
+                self._told = unpack(told)
+
+    def _progress(self) -> tuple[int, int]:
+        return self._group.pulse.beats, self._stop.polls
+
+    def _watch(self) -> None:
+        stuck, silent, cut, over = Still(), Still(), Still(), Still()
+        last = time.monotonic()
+        while not self._ended.wait(TICK_SECONDS):
+            now = time.monotonic()
+            # A suspended process did not stand still, it did not run.
+            tick, last = min(now - last, 2 * TICK_SECONDS), now
+            limit = self._group.pulse.timeout_seconds
+            if self._told is not None:
+                patience = GRACE_SECONDS + (SAVING_SECONDS if self._stop.saving else 0)
+                if over.look("over", tick) > patience:
+                    self._end(self._told)
+            elif stuck.look(self._progress(), tick) > limit:
+                self._end_all(self._explain_standstill(limit))
+            elif self._group.world_size == 1:
+                continue
+            elif cut.look(self._contacts, tick) > STALL_SECONDS:
+                self._end(self._explain_cut())
+            elif silent.look(self._next_last, tick) > STALL_SECONDS and self._next_last is not None:
+                how = f", silent for {STALL_SECONDS:.0f} s"
+                self._end_all(lost_rank(self._next, self._next_last, how))
+
+    def _explain_standstill(self, limit: float) -> errors.EnvironmentFailure:
+        pulse = self._group.pulse
+        peers = bounded(self._peers) or {}
+        behind = {n: said for n, said in peers.items() if (said["step"], said["place"]) < (pulse.step, pulse.place)}
+        if behind:
+            first, *others = sorted(behind)
+            also = f", nor have ranks {', '.join(map(str, others))}" if others else ""
+            said = behind[first]
+            return self._failure(
+                f"has not come to the end of step {pulse.step} in {limit:.0f} s{also}; last seen in step "
+                f"{said['step']} ({said['doing']})",
+                (first, said["host"]),
+            )
+        if pulse.doing == AVERAGING and peers:
+            return self._failure(f"step {pulse.step}: every rank has arrived, but nothing has come in {limit:.0f} s")
+        where = f"step {pulse.step}" if pulse.stage == "train" else pulse.stage
+        return self._failure(f"{where}: no progress for {limit:.0f} s ({pulse.doing})")
+
+    def _explain_cut(self) -> errors.EnvironmentFailure:
+        address = f"{os.environ.get('MASTER_ADDR', 'unknown')}:{os.environ.get('MASTER_PORT', '')}"
+        return self._failure(
+            f"no contact with the rendezvous store at {address} for {STALL_SECONDS:.0f} s: the network is cut, or the "
+            f"host of rank 0 is gone"
+        )
+
+    def _failure(self, message: str, origin: tuple[int, str] | None = None) -> errors.EnvironmentFailure:
+        problem = errors.EnvironmentFailure(f"{message}; state is as last saved, run again to continue (step_timeout)")
+        problem.origin = origin or (self._group.dist_rank, self._host)
+        return problem
+
+    def _peers(self) -> dict[int, dict]:
+        store, found = default_store(), {}
+        for dist_rank in range(self._group.world_size):
+            said = read(store, alive_key(dist_rank))
+            if said is not None and dist_rank != self._group.dist_rank:
+                found[dist_rank] = said
+        return found
+
+    def _end_all(self, problem: errors.SA3DistError) -> None:
+        if self._group.world_size > 1:
+            told = bounded(lambda: end_for_all(default_store(), problem, self._group.dist_rank))
+            problem = told or problem
+        self._end(problem)
+
+    def _end(self, problem: errors.SA3DistError) -> None:
+        if self._group.is_main:
+            bounded(lambda: self._file.close(problem))
+        # Loader processes would outlive this one.
+        for child in multiprocessing.active_children():
+            child.kill()
+        said = lambda: report(problem, self._output_dir, max(0, self._group.pulse.step - 1), GRACE_SECONDS)  # noqa: E731
+        bounded(said, GRACE_SECONDS + WORD_SECONDS)
+        os._exit(problem.exit_code)
+
+
+def bounded(work: Callable[[], Any], seconds: float = WORD_SECONDS) -> Any | None:
+    """What ``work`` returns, or None when the store or the disk it needs is gone or does not answer in time."""
+    results = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except (RuntimeError, OSError) as error:
+            log.warning("while ending: %s", error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else None

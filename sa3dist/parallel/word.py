@@ -1,0 +1,111 @@
+"""What ranks tell each other through the store besides results: that they live, and why they leave."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from typing import Any
+
+import torch.distributed as dist
+
+from sa3dist import errors
+from sa3dist.parallel.outcome import translate
+
+HEARTBEAT_SECONDS = 2.0
+# A rank whose heart stands still this long counts as lost; loading a base may hold the interpreter for seconds.
+STALL_SECONDS = 40.0
+# The first rank that cannot go on leaves its reason here, and all others take it.
+END = "sa3dist/end"
+
+
+def default_store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
+
+
+def explain(failure: Exception) -> errors.SA3DistError:
+    """The explained failure that peers are told of; a bug of ours keeps its type in the message."""
+    return translate(failure) or errors.SA3DistError(f"{type(failure).__name__}: {failure}")
+
+
+def pack(problem: errors.SA3DistError | None, dist_rank: int) -> list[Any] | None:
+    """A failure as JSON values, with the rank and host it comes from."""
+    if problem is None:
+        return None
+    return [type(problem).__name__, str(problem), *(problem.origin or (dist_rank, socket.gethostname()))]
+
+
+def unpack(packed: list[Any]) -> errors.SA3DistError:
+    kind, message, dist_rank, host = packed
+    problem = getattr(errors, kind, errors.SA3DistError)(message)
+    problem.origin = (dist_rank, host)
+    return problem
+
+
+def left_key(dist_rank: int) -> str:
+    return f"sa3dist/left/{dist_rank}"
+
+
+def alive_key(dist_rank: int) -> str:
+    return f"sa3dist/alive/{dist_rank}"
+
+
+def read(store: dist.Store, key: str) -> Any | None:
+    """The JSON value under ``key``, or None."""
+    return json.loads(store.get(key)) if store.check([key]) else None
+
+
+def end_for_all(store: dist.Store, problem: errors.SA3DistError, dist_rank: int) -> errors.SA3DistError:
+    """Make ``problem`` the reason all ranks end with, unless one is known already. Returns the one that holds."""
+    held = store.compare_set(END, "", json.dumps(pack(problem, dist_rank)))
+    return unpack(json.loads(held))
+
+
+def leave(group, failure: Exception) -> Exception:
+    """Tell the peers why this rank leaves; returns what to report: for a lost peer, that peer's own reason or its name.
+
+    A peer that is gone shows first as a closed connection; which one it was, the hearts tell.
+    """
+    if group.world_size == 1:
+        return failure
+    store = default_store()
+    try:
+        if not isinstance(translate(failure), errors.LostPeer):
+            packed = pack(explain(failure), group.dist_rank)
+            store.set(left_key(group.dist_rank), json.dumps(packed))
+            store.compare_set(END, "", json.dumps(packed))
+            return failure
+        reason = _reason_of_the_lost(store, group)
+        return failure if reason is None else end_for_all(store, reason, group.dist_rank)
+    except RuntimeError:
+        # The store went with the rank that hosted it: nobody is left to tell.
+        lost = errors.LostPeer("gone, and the rendezvous store with it; killed, or its machine or network failed")
+        lost.origin = (0, "the store's host")
+        return lost
+
+
+def _reason_of_the_lost(store: dist.Store, group) -> errors.SA3DistError | None:
+    peers = [dist_rank for dist_rank in range(group.world_size) if dist_rank != group.dist_rank]
+    before = {dist_rank: read(store, alive_key(dist_rank)) for dist_rank in peers}
+    # Everyone alive beats within this time, also a rank that fails for the same reason.
+    deadline = time.monotonic() + 2 * HEARTBEAT_SECONDS + 1
+    silent = set(peers)
+    while time.monotonic() < deadline and silent:
+        told = read(store, END)
+        if told is not None:
+            return unpack(told)
+        silent = {n for n in silent if read(store, alive_key(n)) == before[n] and not store.check([left_key(n)])}
+        time.sleep(0.2)
+    if not silent:
+        return None
+    return lost_rank(min(silent), before[min(silent)])
+
+
+def lost_rank(dist_rank: int, last: dict[str, Any] | None, how: str = "") -> errors.LostPeer:
+    """The failure that stands for a rank that has gone or fallen silent. last: what it told of itself at the end."""
+    at = f" in step {last['step']} ({last['doing']})" if last else ""
+    problem = errors.LostPeer(
+        f"gone{at}{how}: killed, or its machine or network failed; state is as last saved, run again to continue"
+    )
+    problem.origin = (dist_rank, last["host"] if last else "unknown host")
+    return problem
