@@ -130,6 +130,9 @@ class Settings(BaseModel):
         "auto", description="recompute blocks in the backward pass: auto (when memory asks for it), on, off"
     )
     deterministic: bool = Field(False, description="only deterministic kernels: same command, same bits")
+    gradient_compression: Literal["none", "bf16"] = Field(
+        "none", description="format in which gradients travel between processes: float32 (none), or bf16 for slow links"
+    )
     bucket_batches: int = Field(
         1,
         ge=1,

@@ -27,6 +27,7 @@ SAME_COURSE = (
     "bucket_batches",
     "latents",
     "reference_numerics",
+    "gradient_compression",
 )
 
 

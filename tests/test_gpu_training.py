@@ -34,6 +34,7 @@ class Settings:
     learning_rate = 1e-4
     weight_decay = 0.01
     context_weight = 1.0
+    gradient_compression = "none"
 
     def __init__(self, mixed_precision):
         self.mixed_precision = mixed_precision

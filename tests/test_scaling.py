@@ -6,6 +6,7 @@ import torch
 from sa3dist import scaling
 from sa3dist.loop import SILENT
 from sa3dist.parallel.flat import FlatAdapters
+from sa3dist.parallel.reduction import GradientReduction
 from sa3dist.scaling import Cluster, Link, Sizes, Transfer
 
 SIZES = Sizes(adapter_elements=6000, base_elements=90000, accumulation=3)
@@ -49,7 +50,7 @@ def test_data_parallel_sends_the_flat_buffer_once_a_step():
         def sum_(self, tensor):
             reduced.append(tensor.numel() * tensor.element_size())
 
-    flat.average(Group())
+    GradientReduction(flat, Group(), "none").finish()
     elements = sum(parameter.numel() for parameter in parameters.values())
     assert reduced == [transfer.whole_bytes for transfer in scaling.ddp(Sizes(elements))]
 

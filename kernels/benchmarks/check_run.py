@@ -55,6 +55,7 @@ class RunSettings:
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
     context_weight: float = 1.0
+    gradient_compression: str = "none"
     keep_checkpoints: int = 4
     log_every: int = 1
     log_clips: bool = False

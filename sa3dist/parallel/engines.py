@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sa3dist.adapters import adapted_layers
 from sa3dist.parallel.flat import FlatAdapters
 from sa3dist.parallel.group import Group
+from sa3dist.parallel.reduction import GradientReduction
 
 Tensors = dict[str, Tensor]
 # (loss, loss_gen, loss_ctx) of one micro batch.
@@ -69,7 +70,7 @@ def make(
     """The engine of the mode this process was launched in.
 
     forward   (batch) to its losses        scalars   how many float32 values travel with the gradients
-    settings  learning_rate, weight_decay  work      micro_batch and accumulation
+    settings  learning_rate, weight_decay, gradient_compression        work   micro_batch and accumulation
     """
     share_initial_state(base, parameters, group)
     if group.deepspeed is None:
@@ -78,7 +79,8 @@ def make(
     from sa3dist.parallel import zero_config
     from sa3dist.parallel.zero import ZeroEngine
 
-    config = zero_config.build(group.deepspeed, work.micro_batch, work.accumulation, group.world_size, "none")
+    compression = settings.gradient_compression
+    config = zero_config.build(group.deepspeed, work.micro_batch, work.accumulation, group.world_size, compression)
     return ZeroEngine(base, parameters, forward, settings, config, group, scalars)
 
 
@@ -103,21 +105,27 @@ class FlatEngine:
     def __init__(
         self, parameters: dict[str, nn.Parameter], forward: Callable[..., Losses], settings, group: Group, scalars: int
     ) -> None:
-        """forward: losses of a micro batch; scalars: how many travel along; settings give rate and weight decay."""
+        """forward: losses of a micro batch; scalars: how many travel along; settings as for ``make``."""
         self.parameters = parameters
         self.losses = forward
-        self.group = group
-        self.flat = FlatAdapters(parameters, settings.learning_rate, settings.weight_decay, scalars)
+        # The conditioners are the last modules, yet the last to have their gradients.
+        backward_order = sorted(parameters, key=lambda name: not name.startswith("conditioners."))
+        ordered = {name: parameters[name] for name in backward_order}
+        self.flat = FlatAdapters(ordered, settings.learning_rate, settings.weight_decay, scalars)
         self.scalars = self.flat.scalars
+        self.reduction = GradientReduction(self.flat, group, settings.gradient_compression)
 
     def zero(self) -> None:
         self.flat.zero()
+        self.reduction.reset()
 
     def backward(self, loss: Tensor, last: bool) -> None:
+        if last:
+            self.reduction.arm()
         loss.backward()
 
     def average(self) -> Tensor:
-        self.flat.average(self.group)
+        self.reduction.finish()
         return torch.linalg.vector_norm(self.flat.gradient)
 
     def step(self, learning_rate: float) -> None:

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from sa3dist.parallel.checkpoint import MOMENTS
-from sa3dist.parallel.group import Group
 
 # AdamW as the reference configures it; source: spec/training.md 2.13.
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
+# Elements: 256 bytes, as CUDA allocates.
+ALIGNMENT = 64
 
 
 def adamw(tensors: Iterable[torch.Tensor], learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
@@ -31,8 +32,10 @@ class FlatAdapters:
         assert all(p.dtype == torch.float32 and p.device == device for p in parameters.values())
         count = sum(parameter.numel() for parameter in parameters.values())
         self.values = nn.Parameter(torch.empty(count, device=device))
-        self._reduced = torch.zeros(count + scalars, device=device)
-        self.gradient, self.scalars = self._reduced[:count], self._reduced[count:]
+        # The scalars stand before the gradient, in a room that leaves it aligned.
+        room = -(-scalars // ALIGNMENT) * ALIGNMENT
+        self._reduced = torch.zeros(room + count, device=device)[room - scalars :]
+        self.scalars, self.gradient = self._reduced[:scalars], self._reduced[scalars:]
         self.values.grad = self.gradient
         for parameter, values, gradient in self._views(self.values.data, self.gradient):
             values.copy_(parameter.data)
@@ -50,11 +53,9 @@ class FlatAdapters:
     def zero(self) -> None:
         self._reduced.zero_()
 
-    def average(self, group: Group) -> None:
-        """Mean of gradients and sum of scalars over all ranks."""
-        group.sum_(self._reduced)
-        if group.world_size > 1:
-            self.gradient.div_(group.world_size)
+    def scalars_and_gradient(self, count: int) -> torch.Tensor:
+        """One span that holds the scalars and the first ``count`` elements of the gradient."""
+        return self._reduced[: self.scalars.numel() + count]
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
         """Adapters and moments by name, copied to the CPU."""

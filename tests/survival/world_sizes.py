@@ -1,0 +1,155 @@
+"""World size and parallel mode do not change the training: every mode against one process, as a table.
+
+    python tests/survival/world_sizes.py [--steps 30] [--only zero3] [--out DIRECTORY]
+
+Every run takes the same number of clips per step, divided over ranks and accumulation. Compared are the loss of every
+step, the float32 tensors of the last checkpoint (relative Frobenius distance of the whole state and of the worst
+tensor), and whether the float16 file is one rounding of them. Exits with 1 when a bound is exceeded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from sa3dist.demo import synthesise_clips
+from sa3dist.model.tiny import write_tiny_base
+
+ROOT = Path(__file__).parent.parent.parent
+CLIPS_PER_STEP = 4
+# Relative, in float32 on the CPU; "state" is over all tensors together.
+BOUNDS = {"no": {"loss": 1e-5, "state": 1e-5}, "bf16": {"loss": 2e-2, "state": 2e-2}}
+EVERYTHING_DIVIDED = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 5000000}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """launcher: "plain", "ddp", or the name of a DeepSpeed file in configs/deepspeed or made here."""
+
+    launcher: str
+    ranks: int
+    precision: str = "no"
+
+    @property
+    def name(self) -> str:
+        return f"{self.launcher}-{self.ranks}-{self.precision}"
+
+    @property
+    def accumulation(self) -> int:
+        return CLIPS_PER_STEP // self.ranks
+
+
+MODES = [
+    Mode(launcher, ranks, precision)
+    for precision, rows in {
+        "no": "plain 1, ddp 2, ddp 4, zero1 2, zero2 2, zero3 1, zero3 2, divided 2, zero3 4",
+        "bf16": "plain 1, ddp 2, zero2 2, divided 2",
+    }.items()
+    for launcher, ranks in ((row.split()[0], int(row.split()[1])) for row in rows.split(","))
+]
+
+
+def command(mode: Mode, words: list[str], directory: Path) -> list[str]:
+    program = ["-m", "sa3dist.train", *words]
+    if mode.launcher == "plain":
+        return [sys.executable, *program]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(mode.ranks)]
+    launch += ["--main_process_port", "0", "--num_machines", "1", "--dynamo_backend", "no"]
+    if mode.launcher == "ddp":
+        return [*launch, "--multi_gpu", "--mixed_precision", "no", *program]
+    file = ROOT / "configs" / "deepspeed" / f"{mode.launcher}.json"
+    if mode.launcher == "divided":
+        file = directory / "divided.json"
+        file.write_text(json.dumps({"zero_optimization": EVERYTHING_DIVIDED}))
+    return [*launch, "--use_deepspeed", "--deepspeed_config_file", str(file), *program]
+
+
+def run(mode: Mode, directory: Path, common: list[str]) -> Path:
+    """Train in one mode; returns its output directory. Raises CalledProcessError, after showing what it said."""
+    output = directory / mode.name
+    words = [*common, f"output_dir={output}", f"mixed_precision={mode.precision}"]
+    words += [f"gradient_accumulation_steps={mode.accumulation}"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"}
+    done = subprocess.run(command(mode, words, directory), env=environment, capture_output=True, text=True)
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        done.check_returncode()
+    return output
+
+
+def losses(output: Path) -> torch.Tensor:
+    return torch.tensor([json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()])
+
+
+def state(output: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(max((output / "checkpoints").iterdir()) / f"{name}.safetensors")
+
+
+def distances(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """Relative Frobenius distance of everything together, and of the worst tensor."""
+    assert found.keys() == expected.keys()
+    assert all(found[key].numel() and found[key].dtype == torch.float32 for key in expected)
+    squares = torch.tensor(
+        [[(found[k] - v).double().square().sum(), v.double().square().sum()] for k, v in expected.items()]
+    )
+    together, each = squares.sum(0), squares[:, 0] / squares[:, 1].clamp(min=1e-60)
+    return (together[0] / together[1]).sqrt().item(), each.max().sqrt().item()
+
+
+def compare(mode: Mode, output: Path, reference: Path) -> dict:
+    adapters = state(output, "adapter")
+    published = load_file(output / "lora.safetensors")
+    whole, worst = distances(adapters, state(reference, "adapter"))
+    expected = losses(reference)
+    return {
+        "mode": mode.launcher,
+        "ranks": mode.ranks,
+        "accumulation": mode.accumulation,
+        "autocast": mode.precision,
+        "loss": ((losses(output) - expected).abs() / expected.abs()).max().item(),
+        "state": whole,
+        "worst_tensor": worst,
+        "moments": distances(state(output, "moments"), state(reference, "moments"))[0],
+        "tensors": len(adapters),
+        "file_is_one_rounding": all(torch.equal(published[key], value.half()) for key, value in adapters.items()),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--only", default="", help="modes whose name holds this, and the references")
+    parser.add_argument("--out", type=Path, help="kept; unset = a temporary directory")
+    arguments = parser.parse_args()
+    directory = (arguments.out or Path(tempfile.mkdtemp(prefix="world_sizes."))).resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    base = write_tiny_base(directory / "base")
+    synthesise_clips(directory / "clips.zip", seed=1, count=12)
+    common = [f"audio_data_url={directory}/clips.zip", f"model={base}", f"work_dir={directory}/work", "duration=3"]
+    common += [f"number_of_steps={arguments.steps}", "rank=5", "base_precision=fp32", "log_every=1", "num_workers=0"]
+    common += ["save_every=1000000", "resume=never", "pre_encode=true", "seed=3"]
+    failed = False
+    for mode in MODES:
+        if mode.launcher != "plain" and arguments.only not in mode.name:
+            continue
+        output = run(mode, directory, common)
+        row = compare(mode, output, directory / Mode("plain", 1, mode.precision).name)
+        bounds = BOUNDS[mode.precision]
+        row["ok"] = row["file_is_one_rounding"] and all(row[key] <= bound for key, bound in bounds.items())
+        failed = failed or not row["ok"]
+        print(json.dumps(row), flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
