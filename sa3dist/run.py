@@ -16,7 +16,7 @@ import torch
 import yaml
 from sa3dist_kernels import ADAPTER_TYPES
 
-from sa3dist import __version__, adapters, encode, export, loop, plan, resume, schedule, shard, shard_remote
+from sa3dist import __version__, adapters, encode, export, loop, memory, resume, schedule, shard, shard_remote
 from sa3dist.config import Settings, crop_frames
 from sa3dist.data.collect import collect
 from sa3dist.data.crops import CropsInFlight, EncodedCrops
@@ -301,7 +301,7 @@ class Run:
     def train(self, base, encoded: EncodedClips) -> None:
         """Stage three: train from where ``prepare`` left the trainer to number_of_steps."""
         settings, group, work = self.settings, self.group, self.trainer.plan
-        base.gradient_checkpointing = plan.wants_checkpointing(
+        base.recomputed_blocks = memory.recomputed_blocks(
             settings.gradient_checkpointing, base, self._frames, settings.batch_size, group.device
         )
         resume.set_aside(settings.output_dir, self.trainer.step, group, self.stop)
@@ -318,8 +318,8 @@ class Run:
                     settings.output_dir,
                     self._saved_step,
                     describe=lambda: {
-                        "gradient_checkpointing": base.gradient_checkpointing,
-                        **plan.memory_figures(group.device),
+                        "recomputed_blocks": base.recomputed_blocks,
+                        **memory.memory_figures(group.device),
                         **self.startup.once(),
                     },
                     on_first_step=self.startup.first_step_done,
@@ -364,7 +364,7 @@ class Run:
             group.world_size,
             work.accumulation,
             self._frames * base.samples_per_frame / base.sample_rate_hz,
-            ", recomputing blocks to save memory" if base.gradient_checkpointing else "",
+            f", recomputing {base.recomputed_blocks} blocks to save memory" if base.recomputed_blocks else "",
             f", continuing after step {self._saved_step}" if self._saved_step else "",
         )
 

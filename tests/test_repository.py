@@ -17,7 +17,7 @@ GPU_PATH = (
     "sa3dist.adapters",
     "sa3dist.data.stream",
     "sa3dist.loop",
-    "sa3dist.plan",
+    "sa3dist.memory",
     "sa3dist.parallel.group",
     "sa3dist_kernels",
 )

@@ -16,7 +16,7 @@ from results_file import Budget, ResultsFile
 from step_sides import make_base
 from synthetic_clips import SyntheticClips
 
-from sa3dist import adapters, loop, plan, resume
+from sa3dist import adapters, loop, memory, resume
 from sa3dist.data.stream import MicroBatch, MicroBatches, StreamSettings, loader, micro_indices
 from sa3dist.parallel import checkpoint
 from sa3dist.parallel.group import Group
@@ -99,7 +99,7 @@ class Trained:
     attach_seconds: float
     train_seconds: float
     peak_bytes: int
-    gradient_checkpointing: bool
+    recomputed_blocks: int
 
 
 def trained(base, sizes: Sizes, frames: int, steps: int, output_dir: Path, device, saved=None) -> Trained:
@@ -125,12 +125,12 @@ def trained(base, sizes: Sizes, frames: int, steps: int, output_dir: Path, devic
         resume.check_identity(saved, work.identity, output_dir)
         trainer.restore(saved)
     first = trainer.step
-    base.gradient_checkpointing = plan.wants_checkpointing("auto", base, frames, 1, device)
+    base.recomputed_blocks = memory.recomputed_blocks("auto", base, frames, 1, device)
     output_dir.mkdir(parents=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.closing(batches(samples, first, work, device)) as stream:
-        loop.train(trainer, stream, StopRequest(), output_dir, first or None, lambda: plan.memory_figures(device))
+        loop.train(trainer, stream, StopRequest(), output_dir, first or None, lambda: memory.memory_figures(device))
     rows = [json.loads(text) for text in (output_dir / "metrics.jsonl").read_text().splitlines()]
     return Trained(
         output_dir=output_dir,
@@ -139,7 +139,7 @@ def trained(base, sizes: Sizes, frames: int, steps: int, output_dir: Path, devic
         attach_seconds=attached - begin,
         train_seconds=time.monotonic() - attached,
         peak_bytes=rows[-1]["peak_bytes"],
-        gradient_checkpointing=base.gradient_checkpointing,
+        recomputed_blocks=base.recomputed_blocks,
     )
 
 
@@ -179,7 +179,7 @@ def report(run_: Trained) -> dict:
         "attach_seconds": run_.attach_seconds,
         "train_seconds": run_.train_seconds,
         "peak_bytes": run_.peak_bytes,
-        "gradient_checkpointing": run_.gradient_checkpointing,
+        "recomputed_blocks": run_.recomputed_blocks,
         "loss_first": statistics.fmean(losses[:tenth]),
         "loss_last": statistics.fmean(losses[-tenth:]),
         "losses": losses,

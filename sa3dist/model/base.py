@@ -114,13 +114,22 @@ class Base(nn.Module):
         return self.model, self.conditioner
 
     @property
+    def recomputed_blocks(self) -> int:
+        """How many blocks are computed again in the backward pass instead of keeping their activations."""
+        return self.dit.transformer.recomputed_blocks
+
+    @recomputed_blocks.setter
+    def recomputed_blocks(self, count: int) -> None:
+        self.dit.transformer.recomputed_blocks = count
+
+    @property
     def gradient_checkpointing(self) -> bool:
-        """Recompute every block in the backward pass instead of keeping its activations."""
-        return self.dit.transformer.gradient_checkpointing
+        """Whether every block is recomputed; setting it recomputes all of them or none."""
+        return self.recomputed_blocks >= self.config.dit.depth
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, on: bool) -> None:
-        self.dit.transformer.gradient_checkpointing = on
+        self.recomputed_blocks = self.config.dit.depth if on else 0
 
     @property
     def reference_numerics(self) -> bool:

@@ -94,7 +94,9 @@ class Transformer(nn.Module):
         super().__init__()
         width, channels = config.embed_dim, config.io_channels
         self.head_dim = config.head_dim
-        self.gradient_checkpointing = False
+        # Blocks, from the first on, that are computed again in the backward pass instead of kept: the first are the
+        # last to be needed, when what the others kept is free again.
+        self.recomputed_blocks = 0
         self.project_in = nn.Linear(channels, width, bias=False)
         self.project_out = nn.Linear(width, channels, bias=False)
         self.memory = config.num_memory_tokens
@@ -127,11 +129,11 @@ class Transformer(nn.Module):
             rotary=(cos, sin, self.rotary_pos_emb.inv_freq.numel()),
             layout=layout,
         )
-        run = functools.partial(checkpoint, use_reentrant=False)
-        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
-            run = call
-        for layer, modulation in zip(self.layers, self.modulations(global_BE, dtype), strict=True):
-            h_GNE = run(layer, h_GNE, modulation, shared)
+        recompute = functools.partial(checkpoint, use_reentrant=False)
+        recomputed = self.recomputed_blocks if torch.is_grad_enabled() else 0
+        for i, modulation in enumerate(self.modulations(global_BE, dtype)):
+            run = recompute if i < recomputed else call
+            h_GNE = run(self.layers[i], h_GNE, modulation, shared)
         return self.project_out(layout.without_memory(h_GNE))
 
     def modulations(self, global_BE: Tensor, dtype: torch.dtype):

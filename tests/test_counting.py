@@ -1,0 +1,155 @@
+"""The count of a step's work and kept values, against torch's own counter and the tensors autograd really saves."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
+
+from sa3dist import counting, memory
+from sa3dist.adapters import attach_adapter
+from sa3dist.counting import Adapter, MicroBatch
+from sa3dist.model import random_weights
+from sa3dist.model.base import Base
+from sa3dist.model.parse_config import parse_model_config
+from sa3dist.model.released import released_config
+from sa3dist.model.tiny import tiny_config
+
+CLIPS, FRAMES, PROMPT = 2, 21, 9
+FROZEN = Adapter(None, 0, frozenset())
+# torch's counter knows the fused attention of GPUs only, and overlooks the product that adds in place.
+ALSO_COUNTED = {
+    torch.ops.aten.addmm_: lambda _, a, b, *__, **___: mm_flop(a, b),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+
+
+@pytest.fixture(params=["medium", "small"])
+def base(request):
+    config = parse_model_config(tiny_config(request.param, depth=3), request.param)
+    weights = random_weights.RandomWeights(config, 1)
+    return Base(config, weights, "cpu", torch.float32, text_source=None, encoder=False)
+
+
+def velocity(base, clips, frames, prompt, learn=False):
+    x = torch.randn(clips, base.latent_channels, frames, requires_grad=learn)
+    hidden = torch.randn(clips, prompt, base.config.cond_dim, requires_grad=learn)
+    t, seconds = (torch.full((clips,), value, requires_grad=learn) for value in (0.5, 9.0))
+    return base.velocity(x, t, hidden, torch.ones(clips, prompt), seconds)
+
+
+def batch_of(clips, frames, prompt):
+    return MicroBatch((frames,) * clips, prompt + 1, prompt + 1)
+
+
+def counted_flops(base, learn):
+    with FlopCounterMode(display=False, custom_mapping=ALSO_COUNTED) as counter:
+        velocity(base, CLIPS, FRAMES, PROMPT, learn).sum().backward()
+    return counter.get_total_flops()
+
+
+def expected_flops(base, learn, recomputed=0):
+    batch = batch_of(CLIPS, FRAMES, PROMPT)
+    made = counting.count(base.config, batch, memory.adapter_of(base), 4, 4, inputs_learn=learn)
+    return made.total(recomputed).flops
+
+
+@pytest.mark.parametrize("recomputed", [0, 2, 3])
+def test_the_frozen_networks_operations_equal_torchs_own_count(base, recomputed):
+    base.recomputed_blocks = recomputed
+    assert counted_flops(base, learn=True) == expected_flops(base, True, recomputed)
+
+
+@pytest.mark.parametrize("include", [None, ["layers.1.ff", "layers.2."], ["to_cond_embed"], ["layers.0.to_local"]])
+def test_a_loras_operations_equal_torchs_own_count_and_start_at_the_first_adapted_layer(base, include):
+    attach_adapter(base, adapter_type="lora", rank=5, include=include)
+    assert counted_flops(base, learn=False) == expected_flops(base, False)
+
+
+@pytest.mark.parametrize("kind", ["dora-rows", "dora-cols", "bora", "lora-xs", "dora-rows-xs", "bora-xs"])
+def test_other_types_operations_are_counted_but_for_small_squares(base, kind):
+    attach_adapter(base, adapter_type=kind, rank=2)
+    # Products of a rank x rank matrix with one factor are left out of the count.
+    assert expected_flops(base, False) == pytest.approx(counted_flops(base, learn=False), rel=0.02)
+
+
+def kept_bytes(base, clips, frames, prompt) -> int:
+    """Bytes of distinct storages autograd saves, parameters and buffers aside."""
+    kept: dict[int, torch.UntypedStorage] = {}
+    own = {value.untyped_storage().data_ptr() for value in (*base.parameters(), *base.buffers())}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            # Held alive, so that no address is counted for two tensors.
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = velocity(base, clips, frames, prompt)
+    assert output.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"), [("small-music-base", "bora"), ("medium-base", "dora-rows"), ("medium-base", "lora")]
+)
+def test_kept_bytes_bound_what_autograd_saves_within_a_tenth(monkeypatch, shape, kind):
+    # What is saved does not depend on values, and millions of random numbers take seconds.
+    monkeypatch.setattr(random_weights, "uniform", lambda key, shape, *_: torch.full(shape, 0.01))
+    base = random_weights.random_base(shape, depth=1)
+    attach_adapter(base, adapter_type=kind, rank=16)
+    counted = counting.count(base.config, batch_of(2, 60, 40), memory.adapter_of(base), 4, 4)
+    measured = kept_bytes(base, 2, 60, 40)
+    assert measured <= 1.02 * counted.kept_bytes()
+    assert counted.kept_bytes() <= 1.1 * measured
+
+
+def medium_count(frames=4091, clips=1):
+    config = parse_model_config(released_config("medium-base"), "medium")
+    return config, counting.count(config, memory.batch_of(config, frames, clips), FROZEN, 2, 2, inputs_learn=True)
+
+
+def test_the_fewest_blocks_are_recomputed_that_make_the_step_fit():
+    config, counted = medium_count()
+    kept = [counted.kept_bytes(blocks) for blocks in range(config.dit.depth + 1)]
+    assert kept[1:] == sorted(kept[1:], reverse=True)
+    for free, expected in ((1e12, 0), (1e9, config.dit.depth), ((kept[7] + 1e9) / memory.USABLE_SHARE, 7)):
+        choice = memory.fewest_recomputed(counted, 1e9, free)
+        assert choice.recomputed_blocks == expected
+        assert choice.fits is (free != 1e9)
+    assert not memory.Choice(6, 1e9 + kept[6], (kept[7] + 1e9) / memory.USABLE_SHARE).fits
+
+
+@pytest.mark.parametrize(("choice", "expected"), [("on", 3), ("off", 0), ("auto", 0)])
+def test_the_setting_decides_and_auto_says_what_it_picked(base, caplog, choice, expected):
+    attach_adapter(base, rank=2)
+    with caplog.at_level("INFO", logger="sa3dist"):
+        assert memory.recomputed_blocks(choice, base, FRAMES, CLIPS, torch.device("cpu")) == expected
+    assert ("0 of 3 blocks recomputed" in caplog.text) is (choice == "auto")
+
+
+def test_auto_recomputes_everything_where_nothing_fits_and_says_so(base, caplog, monkeypatch):
+    attach_adapter(base, rank=2)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 20)
+    with caplog.at_level("INFO", logger="sa3dist"):
+        assert memory.recomputed_blocks("auto", base, FRAMES, CLIPS, torch.device("cpu")) == 3
+    assert "may run out of memory" in caplog.text
+
+
+def test_recomputing_any_number_of_blocks_changes_no_bit_of_any_gradient(base):
+    attach_adapter(base, adapter_type="dora-rows", rank=3)
+    trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
+    found = {}
+    for blocks in (0, 1, 2, 3):
+        base.recomputed_blocks = blocks
+        torch.manual_seed(3)
+        found[blocks] = torch.autograd.grad(velocity(base, CLIPS, FRAMES, PROMPT).square().sum(), trained)
+    for blocks in (1, 2, 3):
+        assert all(map(torch.equal, found[blocks], found[0]))
+
+
+def test_free_memory_and_peak_are_plausible():
+    assert 0 < memory.free_bytes(torch.device("cpu")) < 1 << 50
+    assert memory.memory_figures(torch.device("cpu"))["peak_bytes"] > 50 << 20
