@@ -256,13 +256,14 @@ class Trainer:
         raise problem
 
     def check_ranks_agree(self, adapters: dict[str, torch.Tensor]) -> None:
-        """Raises EnvironmentFailure on all ranks when they hold different, or non-finite, adapters."""
-        finite = all(bool(value.isfinite().all()) for value in adapters.values())
-        held = self.group.gather((tensors_digest(adapters), finite))
+        """Raises EnvironmentFailure on all ranks when they hold different, empty or non-finite adapters."""
+        bad = next((name for name, value in adapters.items() if not (value.numel() and value.isfinite().all())), None)
+        held = self.group.gather((tensors_digest(adapters), bad))
         if len({digest for digest, _ in held}) > 1:
             raise EnvironmentFailure(f"step {self.step}: the ranks' adapters differ; state is as last saved")
-        if not all(ok for _, ok in held):
-            raise EnvironmentFailure(f"step {self.step}: an adapter value is not finite; state is as last saved")
+        found = next((name for _, name in held if name is not None), None)
+        if found is not None:
+            raise EnvironmentFailure(f"step {self.step}: {found} is empty or not finite; state is as last saved")
 
     def save(self, output_dir: Path, stop: StopRequest, wait: bool, before: Callable[[], None] = lambda: None) -> None:
         """Copy the state and publish it on rank 0; first check that the ranks hold equal, finite adapters.

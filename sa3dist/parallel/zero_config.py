@@ -38,6 +38,8 @@ def asked_for() -> bool:
 
 def prepare_environment(on_cpu: bool) -> None:
     """What Accelerate and DeepSpeed read when this process joins the others. Raises ConfigError."""
+    if "LOCAL_RANK" not in os.environ:
+        raise ConfigError(f"{USE_VARIABLE} is set, but DeepSpeed needs a launcher: accelerate launch or torchrun")
     _find_file()
     if on_cpu:
         if torch.cuda.is_available():
