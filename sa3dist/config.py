@@ -129,6 +129,10 @@ class Settings(BaseModel):
     gradient_checkpointing: Annotated[Literal["auto", "on", "off"], OnOff] = Field(
         "auto", description="recompute blocks in the backward pass: auto (when memory asks for it), on, off"
     )
+    compile: Annotated[Literal["auto", "on", "off"], OnOff] = Field(
+        "auto",
+        description="compile what lies between the matrix products: auto (CUDA, runs of 200 steps or more), on, off",
+    )
     deterministic: bool = Field(False, description="only deterministic kernels: same command, same bits")
     gradient_compression: Literal["none", "bf16"] = Field(
         "none", description="format in which gradients travel between processes: float32 (none), or bf16 for slow links"
@@ -229,6 +233,8 @@ class Settings(BaseModel):
             )
         if self.pre_encode and self.latents == "on_the_fly":
             raise ValueError("pre_encode: true has nothing to encode ahead with latents: on_the_fly; unset one")
+        if self.deterministic and self.compile == "on":
+            raise ValueError("compile: on lets the compiler choose kernels by measuring; not with deterministic: true")
         output_dir = self.output_dir or Path("runs") / self.name
         object.__setattr__(self, "output_dir", Path(output_dir))
         object.__setattr__(self, "work_dir", Path(self.work_dir or self.output_dir.parent / "sa3dist-work"))

@@ -28,6 +28,7 @@ from sa3dist.errors import CheckpointError, ConfigError
 from sa3dist.formats import DatasetIndex, atomic_path, digest_of, file_sha256
 from sa3dist.metrics import progress
 from sa3dist.model.config import ModelConfig
+from sa3dist.model.fused import keep_compiled_in, use_compiled, wants_compile
 from sa3dist.model.loading import load_base
 from sa3dist.parallel import checkpoint, zero_config
 from sa3dist.parallel.group import Group, on_main_first, together
@@ -304,6 +305,9 @@ class Run:
         base.recomputed_blocks = memory.recomputed_blocks(
             settings.gradient_checkpointing, base, self._frames, settings.batch_size, group.device
         )
+        if wants_compile(settings.compile, group.device, work.steps, settings.deterministic):
+            keep_compiled_in(settings.work_dir / "compiled")
+            use_compiled(base.dit)
         resume.set_aside(settings.output_dir, self.trainer.step, group, self.stop)
         self._announce(base)
         group.pulse.enter("train", settings.step_timeout)

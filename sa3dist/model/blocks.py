@@ -116,6 +116,11 @@ def rotate(x_NPHD: Tensor, cos_ND: Tensor, signed_sin_ND: Tensor, half: int) -> 
     return x_NPHD * cos + swapped * sin
 
 
+def turn(norm: nn.Module, x_NPHD: Tensor, rotary: tuple[Tensor, Tensor, int], dtype: torch.dtype) -> Tensor:
+    """Queries or keys, normed and rotated, in the dtype of the values."""
+    return rotate(norm(x_NPHD), *rotary).to(dtype)
+
+
 def merge_pairs(x_BNPHD: Tensor) -> Tensor:
     """(B, N, P, H, D) to the (B, P * H, N, D) that scaled_dot_product_attention takes."""
     return x_BNPHD.flatten(2, 3).transpose(1, 2)
@@ -166,6 +171,9 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Rows of ``to_qkv``: q, k, v or, differential, q, k, v, q', k'."""
 
+    # fused.py may put a compiled one in its place.
+    turn = staticmethod(turn)
+
     def __init__(self, width: int, head_dim: int, differential: bool, qk_norm: str, qk_norm_eps: float):
         super().__init__(width, head_dim, differential, qk_norm, qk_norm_eps)
         self.to_qkv = nn.Linear(width, (2 * self.pairs + 1) * width, bias=False)
@@ -174,8 +182,8 @@ class SelfAttention(Attention):
         """``attend(q, k, v)`` is the attention over (B, P * H, N, D); ``rotary`` is cos, signed sin, half width."""
         qkv = self.heads(self.to_qkv(x_BNE), 2 * self.pairs + 1)
         q, k, v = qkv[:, :, 0::3], qkv[:, :, 1::3], qkv[:, :, 2:3]
-        q = rotate(self.q_norm(q), *rotary).to(v.dtype)
-        k = rotate(self.k_norm(k), *rotary).to(v.dtype)
+        q = self.turn(self.q_norm, q, rotary, v.dtype)
+        k = self.turn(self.k_norm, k, rotary, v.dtype)
         v = v.expand(-1, -1, self.pairs, -1, -1)
         out = attend(merge_pairs(q), merge_pairs(k), merge_pairs(v))
         return self.to_out(subtract_pairs(out, self.pairs))
@@ -203,17 +211,29 @@ class CrossAttention(Attention):
         return self.to_out(subtract_pairs(out, self.pairs))
 
 
+def silu_gate(x: Tensor) -> Tensor:
+    """``a * silu(g)`` with ``[a, g] = x``."""
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.silu(gate)
+
+
+def sine_gate(x: Tensor) -> Tensor:
+    """``a * sin(pi g)`` with ``[a, g] = x``."""
+    value, gate = x.chunk(2, dim=-1)
+    return value * torch.sin(math.pi * gate)
+
+
 class GatedProjection(nn.Module):
     """``a * act(g)`` with ``[a, g] = proj(x)``: the second half is the gate; act is SiLU or ``sin(pi g)``."""
 
     def __init__(self, width: int, inner: int, sinusoidal: bool):
         super().__init__()
         self.proj = nn.Linear(width, 2 * inner)
-        self.sinusoidal = sinusoidal
+        # fused.py may put a compiled one in its place.
+        self.gate = sine_gate if sinusoidal else silu_gate
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * (torch.sin(math.pi * gate) if self.sinusoidal else F.silu(gate))
+        return self.gate(self.proj(x))
 
 
 class FeedForward(nn.Module):

@@ -52,8 +52,20 @@ def make_block_norm(config: DiTConfig) -> nn.Module:
     return RMSNorm(config.embed_dim, config.norm_kwargs.eps, config.norm_kwargs.force_fp32)
 
 
+def modulated_norm(norm: nn.Module, h_GNE: Tensor, scale_BE: Tensor, shift_BE: Tensor, layout) -> Tensor:
+    return layout.modulate(norm(h_GNE), scale_BE, shift_BE)
+
+
+def add_gated(h_GNE: Tensor, gate_BE: Tensor, branch_GNE: Tensor, layout) -> Tensor:
+    return layout.add_gated(h_GNE, gate_BE, branch_GNE.to(h_GNE.dtype))
+
+
 class Block(nn.Module):
     """One layer: modulated self-attention, cross-attention, local conditioning, modulated feed-forward."""
+
+    # fused.py may put compiled ones in their place.
+    modulated_norm = staticmethod(modulated_norm)
+    add_gated = staticmethod(add_gated)
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -74,16 +86,17 @@ class Block(nn.Module):
         scale1, shift1, gate1, scale2, shift2, gate2 = modulation
         layout = shared.layout
         if layout.attends:
-            branch = self.self_attn(layout.modulate(self.pre_norm(h_GNE), scale1, shift1), shared.rotary, layout.attend)
-            h_GNE = layout.add_gated(h_GNE, gate1, branch.to(h_GNE.dtype))
+            entering = self.modulated_norm(self.pre_norm, h_GNE, scale1, shift1, layout)
+            branch = self.self_attn(entering, shared.rotary, layout.attend)
+            h_GNE = self.add_gated(h_GNE, gate1, branch, layout)
         context = shared.context_BSE, shared.repeated
         branch = self.cross_attn(self.cross_attend_norm(h_GNE), *context, layout.attend_to_context)
         h_GNE = h_GNE + branch.to(h_GNE.dtype)
         if shared.local_GTC is not None:
             h_GNE = layout.add_to_frames(h_GNE, self.to_local_embed(shared.local_GTC).to(h_GNE.dtype))
         if layout.attends:
-            branch = self.ff(layout.modulate(self.ff_norm(h_GNE), scale2, shift2))
-            h_GNE = layout.add_gated(h_GNE, gate2, branch.to(h_GNE.dtype))
+            branch = self.ff(self.modulated_norm(self.ff_norm, h_GNE, scale2, shift2, layout))
+            h_GNE = self.add_gated(h_GNE, gate2, branch, layout)
         return h_GNE
 
 
@@ -244,8 +257,8 @@ class DiT(nn.Module):
         """Velocity of the layout's frames, (B, C, T) float32, zero at frames it leaves out."""
         x_GCT = layout.take(x_BTC).transpose(1, 2)
         x_GCT = self.preprocess_conv(x_GCT) + x_GCT
-        if local_BTC is not None and local_BTC.shape[1] > 1:
-            local_BTC = layout.take(local_BTC.expand(len(x_BTC), -1, -1))
+        if local_BTC is not None and local_BTC.shape[:2] != (1, 1):
+            local_BTC = layout.take(local_BTC)
         rounding = self.dtype if self.reference_numerics else None
         y_GTC = self.transformer(x_GCT.transpose(1, 2), context, embed, local_BTC, layout, dtype, rounding)
         y_GCT = y_GTC.transpose(1, 2)

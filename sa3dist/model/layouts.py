@@ -32,7 +32,7 @@ class Padded:
         self.positions = None
 
     def take(self, x_BTC: Tensor) -> Tensor:
-        """The frames that are computed, as (G, frames, C)."""
+        """The frames that are computed, as (G, frames, C); where B or T is 1, one row stands for all."""
         return x_BTC
 
     def put(self, y_BTC: Tensor) -> Tensor:
@@ -95,7 +95,8 @@ class Packed:
         self.owner_BK = torch.arange(clips, device=device)[:, None] == self.clip_K
 
     def take(self, x_BTC: Tensor) -> Tensor:
-        return x_BTC.flatten(0, 1).index_select(0, self.packing.frame_F)[None]
+        every_frame = x_BTC.expand(len(self.spans), self.frames, -1)
+        return every_frame.flatten(0, 1).index_select(0, self.packing.frame_F)[None]
 
     def put(self, y_1FC: Tensor) -> Tensor:
         clips, frames = len(self.spans), self.frames
@@ -110,10 +111,10 @@ class Packed:
         return torch.cat([tokens[:, self.memory :] for tokens in h_1KE.split(self.spans, dim=1)], dim=1)
 
     def modulate(self, h_1KE: Tensor, scale_BE: Tensor, shift_BE: Tensor) -> Tensor:
-        return _AddScaled.apply(shift_BE, h_1KE, scale_BE, self.clip_K, self.owner_BK)
+        return add_scaled(shift_BE, h_1KE, scale_BE, self.clip_K, self.owner_BK)
 
     def add_gated(self, h_1KE: Tensor, gate_BE: Tensor, branch_1KE: Tensor) -> Tensor:
-        return _AddScaled.apply(h_1KE, branch_1KE, gate_BE, self.clip_K, self.owner_BK)
+        return add_scaled(h_1KE, branch_1KE, gate_BE, self.clip_K, self.owner_BK)
 
     def add_to_frames(self, h_1KE: Tensor, local_1FE: Tensor) -> Tensor:
         if local_1FE.shape[1] == 1:
@@ -183,7 +184,14 @@ class _AddScaled(torch.autograd.Function):
         return grad_base, grad_x, grad_factor, None, None
 
 
+def add_scaled(base: Tensor, x_1KE: Tensor, factor_BE: Tensor, clip_K: Tensor, owner_BK: Tensor) -> Tensor:
+    """``base + x * factor[clip]`` per token, differentiable; see ``_AddScaled``."""
+    return _AddScaled.apply(base, x_1KE, factor_BE, clip_K, owner_BK)
+
+
 def _sum_per_clip(values_1KE: Tensor, owner_BK: Tensor) -> Tensor:
     # A CPU without bfloat16 instructions would emulate the product.
     dtype = torch.float32 if values_1KE.device.type == "cpu" and values_1KE.dtype.itemsize == 2 else values_1KE.dtype
-    return (owner_BK.to(dtype) @ values_1KE[0].to(dtype)).to(values_1KE.dtype)
+    # The compiler traces backward passes under the forward's autocast.
+    with torch.autocast(values_1KE.device.type, enabled=False):
+        return (owner_BK.to(dtype) @ values_1KE[0].to(dtype)).to(values_1KE.dtype)
