@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sa3dist import config
 from sa3dist.inspection import Report, framing_of, inspect_source
 from sa3dist.inspection_html import write_html
@@ -35,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body() -> None:
         settings = config.build(config.read_words(arguments.words) | {"audio_data_url": arguments.dataset})
         framing = framing_of(settings.model)
+        # As many clips as there are cores are measured at a time: one clip needs no threads of its own.
+        torch.set_num_threads(1)
         with progress("inspect", 1, shown=True) as update:
             report = inspect_source(settings, framing, lambda done, total: update(done, total=total))
         if arguments.html:

@@ -1,6 +1,7 @@
 """Decoding, the checks of one clip, resampling, and reading a clip back from its shard."""
 
 import io
+import os
 import struct
 import wave
 
@@ -10,7 +11,7 @@ import torch
 import torchaudio
 from clips import captioned, encode, tone, write_zip
 
-from sa3dist.data import audio
+from sa3dist.data import audio, places
 from sa3dist.data.audio import AudioFacts, check_audio, decode, load_clip_audio, resample, resampled_length
 from sa3dist.errors import DataError
 from sa3dist.shard import build_shards
@@ -200,6 +201,38 @@ def test_one_flipped_byte_in_a_shard_is_noticed_and_named(tmp_path):
     with pytest.raises(DataError, match=r"shard-000000.tar, clip clip2: the audio bytes are not the ones in the index"):
         load_clip_audio(index, clip, 44100)
     assert load_clip_audio(index, _clip(index, "clip1"), 44100).shape == (2, 13230)
+
+
+def test_a_clip_is_hashed_when_first_read_and_again_when_its_shard_was_written_to(tmp_path, monkeypatch):
+    index = _shards(tmp_path)
+    clip = _clip(index, "clip2")
+    shard = index.directory / clip.shard
+    whole = shard.read_bytes()
+    flipped = bytearray(whole)
+    flipped[clip.audio_offset + 100] ^= 1
+    # Each the first read of a process that has seen nothing.
+    for data, good in [(bytes(flipped), False), (whole, True)]:
+        monkeypatch.setattr(places, "_compared", {})
+        shard.write_bytes(data)
+        if good:
+            expected = load_clip_audio(index, clip, 44100)
+        else:
+            with pytest.raises(DataError, match="clip clip2: the audio bytes are not the ones"):
+                load_clip_audio(index, clip, 44100)
+    hashed = []
+    original = places.hashlib.sha256
+    monkeypatch.setattr(places.hashlib, "sha256", lambda data: hashed.append(len(data)) or original(data))
+    assert torch.equal(load_clip_audio(index, clip, 44100), expected)
+    assert hashed == []
+    # As a copy over it, a restored backup or a repaired disk would: the time of the file is another one.
+    shard.write_bytes(flipped)
+    os.utime(shard, ns=(0, 1))
+    with pytest.raises(DataError, match="clip clip2: the audio bytes are not the ones"):
+        load_clip_audio(index, clip, 44100)
+    shard.write_bytes(whole)
+    os.utime(shard, ns=(0, 2))
+    assert torch.equal(load_clip_audio(index, clip, 44100), expected)
+    assert hashed == [clip.audio_bytes] * 2
 
 
 def test_a_missing_or_short_shard_is_named(tmp_path):

@@ -1,11 +1,15 @@
 """Samples per second of our stream, a plain webdataset pipeline and a plain PyTorch folder dataset, on the same files.
 
-    python kernels/benchmarks/bench_loader.py [--clips 64] [--seconds 12] [--workers 2] [--out FILE.json]
+    python kernels/benchmarks/bench_loader.py [--clips 64] [--seconds 12] [--workers 1,2] [--rounds 7] [--out FILE.json]
 
 audio    decode every clip, cut or pad it to the crop: ours reads it from the shard by offset and checks its digest
-latents  read every clip's latents and cut them; the folder dataset, which keeps none, decodes as before
+latents  read every clip's latents and cut them: ours from latent shards, digest checked; webdataset from a tar of .npy;
+         the folder dataset, which keeps none, decodes the audio as before
 ours     the samples as the training step takes them: besides the latents also prompt, noise, masks, coupling, target
-No model is needed: the latents are random, of the released shape (256 x frames).
+The others are what a newcomer writes: soundfile, torch and webdataset alone, nothing checked. No model is needed: the
+latents are random, of the released shape (256 x frames). Workers live on from pass to pass, as they do in a long run;
+whole passes of all variants are timed in turn, so that a busy machine slows all alike. With 0 workers the figure is
+samples per second of processor time, which other processes disturb little.
 """
 
 import argparse
@@ -25,15 +29,17 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader, Dataset
 
-from sa3dist.data.audio import decode, load_clip_audio, resample
-from sa3dist.data.latents import SILENCE_TAIL_FRAMES, EncodedClips, read_tensors, write_tensors
+from sa3dist.data.audio import load_clip_audio
+from sa3dist.data.collect import collect
+from sa3dist.data.latents import SILENCE_TAIL_FRAMES, EncodedClips, write_tensors
 from sa3dist.data.stream import MicroBatches, StreamSettings
 from sa3dist.formats import write_json
 from sa3dist.model.config import ShiftConfig
+from sa3dist.parallel.group import Group
+from sa3dist.parallel.signals import StopRequest
 from sa3dist.shard import build_shards
 
 RATE, FRAME, CHANNELS, TOKENS = 44100, 4096, 256, 256
-ROUNDS = 5
 
 
 class Framing:
@@ -80,12 +86,14 @@ class IndexedLatents(Dataset):
 
 
 def fitted(data, crop_samples):
-    audio_CN, rate = decode(data)
-    return cut(resample(torch.from_numpy(audio_CN[:2]), rate, RATE).expand(2, -1), crop_samples)
+    """Clips are stereo at the model's rate already: nobody resamples."""
+    samples_NC, _ = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    return cut(torch.from_numpy(np.ascontiguousarray(samples_NC.T)), crop_samples)
 
 
 def cut(audio_CN, crop_samples):
-    return torch.nn.functional.pad(audio_CN[:, :crop_samples], (0, max(0, crop_samples - audio_CN.shape[1])))
+    missing = crop_samples - audio_CN.shape[1]
+    return torch.nn.functional.pad(audio_CN, (0, missing)) if missing > 0 else audio_CN[:, :crop_samples].contiguous()
 
 
 def write_clips(folder, count, seconds):
@@ -107,7 +115,7 @@ def write_clips(folder, count, seconds):
 
 
 def write_latents(encoded, work):
-    """Our latents and prompts, and the same latents as a WebDataset tar of .npy."""
+    """Our latents and prompts in latent shards, and the same latents as a WebDataset tar of .npy."""
     generator = torch.Generator().manual_seed(0)
     with webdataset.TarWriter(str(work / "latents.tar")) as tar:
         for clip in encoded.clips:
@@ -122,43 +130,11 @@ def write_latents(encoded, work):
                 write_tensors(encoded.latents_path(clip, flipped), tensors)
             write_tensors(encoded.prompt_path(clip.caption), {"hidden": torch.randn(12, 768, generator=generator)})
             tar.write({"__key__": clip.key, "latents.npy": latents_DT.numpy(), "txt": clip.caption})
-    read_tensors(encoded.latents_path(encoded.clips[0], False), "first latents")
+    collect(encoded, Group(0, 1, torch.device("cpu")), StopRequest())
 
 
-def rate_of(make, count, workers):
-    """Median samples per second over whole passes, workers started before the clock."""
-    rates = []
-    for _ in range(ROUNDS + 1):
-        source = iter(DataLoader(make(), batch_size=None, num_workers=workers))
-        first = next(source)
-        begin = time.perf_counter()
-        seen = sum(1 for _ in source)
-        rates.append(seen / (time.perf_counter() - begin))
-        assert first is not None
-        assert seen == count - 1
-    return {"samples_per_second": statistics.median(rates[1:]), "spread": [min(rates[1:]), max(rates[1:])]}
-
-
-def main():
-    warnings.filterwarnings("ignore", message="This DataLoader will create")
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    made.add_argument("--clips", type=int, default=64)
-    made.add_argument("--seconds", type=float, default=12.0)
-    made.add_argument("--workers", type=int, default=2)
-    made.add_argument("--out", type=Path)
-    chosen = made.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        rows = measure(Path(name), chosen.clips, chosen.seconds, chosen.workers)
-    for row, figures in rows.items():
-        print(f"{row:<28} {figures['samples_per_second']:9.1f} samples/s", file=sys.stderr)
-    report = {"clips": chosen.clips, "seconds": chosen.seconds, "workers": chosen.workers, "rows": rows}
-    report |= {"torch": torch.__version__, "cpus": torch.get_num_threads()}
-    if chosen.out:
-        write_json(chosen.out, report)
-    print(json.dumps(report))
-
-
-def measure(work, clips, seconds, workers):
+def make_variants(work, clips, seconds):
+    """Name -> dataset, each of ``clips`` samples."""
     source = write_clips(work / "in", clips, seconds)
     index = build_shards(str(source), work / "work", allow_any_dataset_size=True)
     encoded = EncodedClips(index, work / "work", Framing, "a", "t")
@@ -167,26 +143,78 @@ def measure(work, clips, seconds, workers):
     settings = StreamSettings(3, 1, frames, 0.1, "file", ShiftConfig())
     tars = [str(index.directory / shard.name) for shard in index.shards]
 
-    def webdataset_audio():
-        split = webdataset.split_by_worker if workers else webdataset.shardlists.single_node_only
-        stream = webdataset.WebDataset(tars, shardshuffle=False, workersplitter=split, empty_check=False)
-        return stream.map(lambda sample: fitted(sample["flac"], frames * FRAME))
-
-    def webdataset_latents():
-        stream = webdataset.WebDataset([str(work / "latents.tar")], shardshuffle=False, empty_check=False)
-        return stream.decode().map(lambda sample: torch.from_numpy(sample["latents.npy"][:, :frames]))
-
-    def ours():
-        return torch.utils.data.Subset(MicroBatches(encoded, settings), range(clips))
+    def pipeline(urls):
+        return webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
 
     return {
-        "audio, ours": rate_of(lambda: IndexedAudio(index, frames * FRAME), clips, workers),
-        "audio, webdataset": rate_of(webdataset_audio, clips, workers),
-        "audio, folder": rate_of(lambda: FolderAudio(work / "in", frames * FRAME), clips, workers),
-        "latents, ours": rate_of(lambda: IndexedLatents(encoded, frames), clips, workers),
-        "latents, webdataset": rate_of(webdataset_latents, clips, workers),
-        "whole training samples, ours": rate_of(ours, clips, workers),
+        "audio, ours": IndexedAudio(index, frames * FRAME),
+        "audio, webdataset": pipeline(tars).map(lambda sample: fitted(sample["flac"], frames * FRAME)),
+        "audio, folder": FolderAudio(work / "in", frames * FRAME),
+        "latents, ours": IndexedLatents(encoded, frames),
+        "latents, webdataset": pipeline([str(work / "latents.tar")])
+        .decode()
+        .map(lambda sample: torch.from_numpy(sample["latents.npy"][:, :frames].copy())),
+        "whole training samples, ours": torch.utils.data.Subset(MicroBatches(encoded, settings), range(clips)),
     }
+
+
+def measure(variants, clips, workers, rounds):
+    """Samples per second of every variant: median, slowest and fastest of ``rounds`` interleaved passes."""
+    loaders = {
+        name: DataLoader(dataset, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
+        for name, dataset in variants.items()
+    }
+    clock = time.perf_counter if workers else time.process_time
+    rates = {name: [] for name in loaders}
+    for round_ in range(rounds + 1):
+        for name, loader in loaders.items():
+            begin = clock()
+            seen = sum(1 for _ in loader)
+            spent = clock() - begin
+            assert seen == clips
+            # The first pass starts the workers.
+            if round_:
+                rates[name].append(seen / spent)
+    return {
+        name: {"samples_per_second": statistics.median(some), "spread": [min(some), max(some)]}
+        for name, some in rates.items()
+    }
+
+
+def ratios(rows):
+    """What the figures are for: how many times as fast as the others ours is, median of the passes."""
+    rate = {name: figures["samples_per_second"] for name, figures in rows.items()}
+    return {
+        "audio, ours over webdataset": rate["audio, ours"] / rate["audio, webdataset"],
+        "audio, ours over folder": rate["audio, ours"] / rate["audio, folder"],
+        "latents, ours over webdataset": rate["latents, ours"] / rate["latents, webdataset"],
+        "latents, ours over folder": rate["latents, ours"] / rate["audio, folder"],
+    }
+
+
+def main():
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("--clips", type=int, default=64)
+    made.add_argument("--seconds", type=float, default=12.0)
+    made.add_argument("--workers", default="1,2", help="numbers of loader processes to measure with")
+    made.add_argument("--rounds", type=int, default=7, help="timed passes of every variant")
+    made.add_argument("--out", type=Path)
+    chosen = made.parse_args()
+    report = {"clips": chosen.clips, "seconds": chosen.seconds, "rounds": chosen.rounds, "workers": {}}
+    report |= {"torch": torch.__version__, "webdataset": webdataset.__version__, "cpus": torch.get_num_threads()}
+    with tempfile.TemporaryDirectory() as name:
+        variants = make_variants(Path(name), chosen.clips, chosen.seconds)
+        for workers in map(int, chosen.workers.split(",")):
+            rows = measure(variants, chosen.clips, workers, chosen.rounds)
+            report["workers"][str(workers)] = {"rows": rows, "ratios": ratios(rows)}
+            for row, figures in rows.items():
+                print(f"{workers} workers  {row:<28} {figures['samples_per_second']:9.1f} samples/s", file=sys.stderr)
+            for row, ratio in ratios(rows).items():
+                print(f"{workers} workers  {row:<32} {ratio:6.2f}", file=sys.stderr)
+    if chosen.out:
+        write_json(chosen.out, report)
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

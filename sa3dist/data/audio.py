@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sa3dist.data.places import read_clip
 from sa3dist.errors import DataError
 from sa3dist.formats import ClipEntry, DatasetIndex
 
@@ -90,11 +89,23 @@ def decode(data: bytes) -> tuple[np.ndarray, int]:
 
     Raises DataError, without a file name, when libsndfile cannot decode it.
     """
+    samples_CN, rate, _ = _decode(data)
+    return samples_CN, rate
+
+
+def _decode(data: bytes) -> tuple[np.ndarray, int, bool]:
+    """As ``decode``, and whether the encoding keeps all samples in [-1, 1] by itself."""
     with _open(data) as sound:
         _check_size(sound.samplerate, sound.channels, _declared_samples(sound))
-        blocks = list(_blocks(sound))
-        shape = (0, sound.channels)
-        return np.ascontiguousarray(np.concatenate(blocks or [np.zeros(shape, np.float32)]).T), sound.samplerate
+        blocks, rate, channels = list(_blocks(sound)), sound.samplerate, sound.channels
+        bounded = sound.subtype.startswith("PCM_")
+    # As long as what was decoded, not as what a header claims; turned and joined in one pass.
+    samples_CN = np.empty((channels, sum(map(len, blocks))), np.float32)
+    start = 0
+    for block in blocks:
+        samples_CN[:, start : start + len(block)] = block.T
+        start += len(block)
+    return samples_CN, rate, bounded
 
 
 def load_clip_audio(index: DatasetIndex, entry: ClipEntry, sample_rate_hz: int) -> torch.Tensor:
@@ -108,9 +119,9 @@ def load_clip_audio(index: DatasetIndex, entry: ClipEntry, sample_rate_hz: int) 
     import torch
 
     place = f"{index.directory / entry.shard}, clip {entry.key}"
-    data = index.reader.read(entry) if index.reader else _read_at(index.directory / entry.shard, entry, place)
+    data = index.reader.read(entry) if index.reader else read_clip(index.directory / entry.shard, entry)
     try:
-        audio_CN, rate = decode(data)
+        audio_CN, rate, bounded = _decode(data)
     except DataError as error:
         raise DataError(f"{place}: {error}") from error
     if audio_CN.shape != (entry.channels, entry.samples) or rate != entry.sample_rate_hz:
@@ -118,8 +129,12 @@ def load_clip_audio(index: DatasetIndex, entry: ClipEntry, sample_rate_hz: int) 
             f"{place}: decodes to {audio_CN.shape} at {rate} Hz, the index says {(entry.channels, entry.samples)} at "
             f"{entry.sample_rate_hz} Hz. Another libsndfile wrote it; run sa3dist shard on this machine."
         )
-    audio_CN = resample(torch.from_numpy(audio_CN[:2]), rate, sample_rate_hz).clamp_(-1, 1)
-    return audio_CN.expand(2, -1).contiguous()
+    samples_CN = torch.from_numpy(audio_CN[:2])
+    if rate != sample_rate_hz:
+        samples_CN, bounded = resample(samples_CN, rate, sample_rate_hz), False
+    if not bounded:
+        samples_CN.clamp_(-1, 1)
+    return samples_CN.expand(2, -1).contiguous()
 
 
 def resampled_length(samples: int, from_hz: int, to_hz: int) -> int:
@@ -224,18 +239,3 @@ def _check_size(rate: int, channels: int, samples: int) -> None:
         raise DataError(
             f"decodes to {4 * samples * channels} bytes, expected at most {MAX_DECODED_BYTES}; cut it into shorter ones"
         )
-
-
-def _read_at(shard: Path, entry: ClipEntry, place: str) -> bytes:
-    try:
-        with open(shard, "rb") as stream:
-            stream.seek(entry.audio_offset)
-            data = stream.read(entry.audio_bytes)
-    except OSError as error:
-        raise DataError(f"{place}: cannot be read ({error.strerror or error}); run sa3dist shard") from error
-    if len(data) != entry.audio_bytes or hashlib.sha256(data).hexdigest() != entry.audio_sha256:
-        raise DataError(
-            f"{place}: the audio bytes are not the ones in the index, the shard is damaged; "
-            f"delete {shard.parent} and run sa3dist shard"
-        )
-    return data

@@ -10,6 +10,7 @@ import functools
 import math
 
 import numpy as np
+import torch
 
 from sa3dist.data.audio import SILENCE_PEAK
 
@@ -69,13 +70,13 @@ def k_weighting(rate_hz: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
 
 
 @functools.lru_cache(maxsize=32)
-def k_response(rate_hz: int, size: int) -> np.ndarray:
+def k_response(rate_hz: int, size: int) -> torch.Tensor:
     """Frequency response of the K weighting at the bins of a real FFT of ``size`` samples, complex64."""
     z_F = np.exp(-2j * np.pi * np.fft.rfftfreq(size))
     response_F = np.ones_like(z_F)
     for b, a in k_weighting(rate_hz):
         response_F *= np.polyval(b[::-1], z_F) / np.polyval(a[::-1], z_F)
-    return response_F.astype(np.complex64)
+    return torch.from_numpy(response_F.astype(np.complex64))
 
 
 class Measurement:
@@ -83,8 +84,8 @@ class Measurement:
 
     def __init__(self) -> None:
         self._rate = 0
-        self._pending_NC = np.zeros((0, 1), np.float32)
-        self._history_NC = np.zeros((0, 1), np.float32)
+        self._pending_CN = np.zeros((1, 0), np.float32)
+        self._history_CN = np.zeros((1, 0), np.float32)
         self._powers: list[np.ndarray] = []
         self._peaks: list[np.ndarray] = []
         self._bands: list[np.ndarray] = []
@@ -92,26 +93,32 @@ class Measurement:
 
     def __call__(self, block_NC: np.ndarray, rate_hz: int) -> None:
         """Add float32 samples; of more than two channels the first two count, as in training."""
-        block_NC = block_NC[:, :2]
+        # Channel by channel from here on: every pass below then runs along memory.
+        block_CN = np.ascontiguousarray(block_NC[:, :2].T)
         if not self._rate:
             self._rate = rate_hz
             self._piece = max(1, round(rate_hz / PIECES_PER_SECOND))
-            self._history_NC = np.zeros((self._piece, block_NC.shape[1]), np.float32)
-            self._pending_NC = block_NC[:0]
-            self._edges = np.searchsorted(np.fft.rfftfreq(self._piece, 1 / rate_hz), BAND_EDGES_HZ)
-        full_NC = np.abs(block_NC) >= FULL_SCALE
-        self._clipped += int((full_NC[:-2] & full_NC[1:-1] & full_NC[2:]).sum())
-        joined_NC = np.concatenate([self._pending_NC, block_NC])
-        whole = len(joined_NC) // self._piece * self._piece
-        self._pending_NC = joined_NC[whole:]
+            self._window_N = np.hanning(self._piece).astype(np.float32) / self._piece
+            self._history_CN = np.zeros((len(block_CN), self._piece), np.float32)
+            self._pending_CN = block_CN[:, :0]
+            edges = np.searchsorted(np.fft.rfftfreq(self._piece, 1 / rate_hz), BAND_EDGES_HZ)
+            # Low bands may be narrower than a bin: each holds one at least.
+            self._last = np.minimum(np.maximum(edges[1:], edges[:-1] + 1), self._piece // 2 + 1)
+            self._first = np.minimum(edges[:-1], self._last)
+        if max(block_CN.max(), -block_CN.min()) >= FULL_SCALE:
+            full_CN = np.abs(block_CN) >= FULL_SCALE
+            self._clipped += int((full_CN[:, :-2] & full_CN[:, 1:-1] & full_CN[:, 2:]).sum())
+        joined_CN = np.concatenate([self._pending_CN, block_CN], axis=1)
+        whole = joined_CN.shape[1] // self._piece * self._piece
+        self._pending_CN = joined_CN[:, whole:]
         if whole:
-            self._add(joined_NC[:whole])
+            self._add(joined_CN[:, :whole])
 
     def finish(self) -> ClipFigures:
         """The figures. Call once, after the last block."""
-        if len(self._pending_NC):
-            short = len(self._pending_NC)
-            self._add(np.pad(self._pending_NC, ((0, self._piece - short), (0, 0))))
+        short = self._pending_CN.shape[1]
+        if short:
+            self._add(np.pad(self._pending_CN, ((0, 0), (0, self._piece - short))))
             # The padding is no part of the sound.
             self._powers[-1] *= self._piece / short
         powers_P, peaks_P = np.concatenate(self._powers), np.concatenate(self._peaks)
@@ -131,28 +138,33 @@ class Measurement:
             fingerprint=_fingerprint(bands_SP),
         )
 
-    def _add(self, samples_NC: np.ndarray) -> None:
-        channels = samples_NC.shape[1]
-        pieces_PNC = samples_NC.reshape(-1, self._piece, channels)
-        self._peaks.append(np.abs(pieces_PNC).max(axis=(1, 2)))
-        weighted_PNC = self._weighted(samples_NC).reshape(pieces_PNC.shape)
-        self._powers.append((weighted_PNC.astype(np.float64) ** 2).mean(axis=1).sum(axis=1))
-        window_N = np.hanning(self._piece).astype(np.float32)
-        spectrum_PF = np.abs(np.fft.rfft(pieces_PNC.mean(axis=2) * window_N, axis=1)) ** 2 / self._piece**2
-        summed_PF = np.pad(np.cumsum(spectrum_PF, axis=1, dtype=np.float64), ((0, 0), (1, 0)))
-        # Low bands may be narrower than a bin: each holds one at least.
-        last = np.minimum(np.maximum(self._edges[1:], self._edges[:-1] + 1), spectrum_PF.shape[1])
-        first = np.minimum(self._edges[:-1], last)
-        self._bands.append((summed_PF[:, last] - summed_PF[:, first]).clip(0).astype(np.float32))
+    def _add(self, samples_CN: np.ndarray) -> None:
+        pieces_CPN = samples_CN.reshape(len(samples_CN), -1, self._piece)
+        self._peaks.append(np.maximum(pieces_CPN.max(axis=2), -pieces_CPN.min(axis=2)).max(axis=0))
+        weighted_CPN = self._weighted(samples_CN).reshape(pieces_CPN.shape)
+        self._powers.append(np.einsum("cpn,cpn->p", weighted_CPN, weighted_CPN) / self._piece)
+        mono_PN = pieces_CPN[0] if len(pieces_CPN) == 1 else (pieces_CPN[0] + pieces_CPN[1]) / 2
+        power_PF = torch.fft.rfft(torch.from_numpy(mono_PN * self._window_N)).abs().square_().numpy()
+        summed_PF = np.pad(np.cumsum(power_PF, axis=1, dtype=np.float64), ((0, 0), (1, 0)))
+        self._bands.append((summed_PF[:, self._last] - summed_PF[:, self._first]).clip(0).astype(np.float32))
 
-    def _weighted(self, samples_NC: np.ndarray) -> np.ndarray:
-        # The filters by their frequency response. Their memory is below 1e-9 after the 100 ms that are put in front.
-        joined_NC = np.concatenate([self._history_NC, samples_NC])
-        self._history_NC = joined_NC[-self._piece :]
-        size = 1 << (len(joined_NC) + self._piece - 1).bit_length()
-        spectrum_CF = np.fft.rfft(np.ascontiguousarray(joined_NC.T), size)
-        weighted_CN = np.fft.irfft(spectrum_CF * k_response(self._rate, size), size)
-        return weighted_CN[:, len(self._history_NC) : len(joined_NC)].T
+    def _weighted(self, samples_CN: np.ndarray) -> np.ndarray:
+        """K-weighted samples, float32: the filters by their frequency response, in blocks that overlap by a piece.
+
+        The filters' memory is below 1e-9 after the 100 ms that every block has in front, and that are cut off again.
+        """
+        channels, length = samples_CN.shape
+        size = 1 << (4 * self._piece - 1).bit_length()
+        hop = size - self._piece
+        blocks = -(-length // hop)
+        joined_CN = np.concatenate(
+            [self._history_CN, samples_CN, np.zeros((channels, blocks * hop - length), np.float32)], axis=1
+        )
+        self._history_CN = joined_CN[:, length : length + self._piece].copy()
+        # torch's transforms take two thirds of the time of numpy's.
+        spectrum_CBF = torch.fft.rfft(torch.from_numpy(joined_CN).unfold(1, size, hop))
+        weighted_CBN = torch.fft.irfft(spectrum_CBF.mul_(k_response(self._rate, size)), size)
+        return weighted_CBN[:, :, self._piece :].reshape(channels, -1)[:, :length].numpy()
 
 
 def integrated_loudness(powers_P: np.ndarray) -> float:
