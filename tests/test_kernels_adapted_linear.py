@@ -1,5 +1,7 @@
 """The factored op against recorded reference tensors and against autograd through the materialised weight."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -55,6 +57,15 @@ def relative_error(got, expected):
     return float(((got - expected).norm() / scale).detach()) if scale > 0 else float(got.norm().detach())
 
 
+def cancellation(weight, params, kind, scale, frozen):
+    """How many times longer, in squares, a row or column of W0 is than that of W0 + s L R: lost digits, 1 for none."""
+    merged = effective_weight_reference(
+        weight, params, dataclasses.replace(kind, rows=False, cols=False), scale, frozen
+    )
+    ratios = [weight.square().sum(axis) / merged.detach().square().sum(axis) for axis in (0, 1)]
+    return max(1.0, *(float(ratio.max()) for ratio in ratios))
+
+
 def recorded_layer(file, name):
     tensors = load_file(golden(f"adapters/{file}.safetensors"))
     kind = ADAPTER_TYPES[name]
@@ -108,9 +119,10 @@ def test_factored_form_is_the_materialised_form_in_float64(name, data):
     )
     expected = values_and_gradients(lambda: materialised(x, weight, bias, params, kind, scale, frozen), x, params, dy)
     # Where all terms of a gradient cancel (one row, one column) only the absolute error means anything.
-    floor = 1e-12 * max(float(value.detach().norm()) for value in expected[1:])
+    limit = 1e-12 * cancellation(weight, params, kind, scale, frozen)
+    floor = limit * max(float(value.detach().norm()) for value in expected[1:])
     for key, ours, theirs in zip(["y", "x", *params], got, expected, strict=True):
-        assert relative_error(ours, theirs) < 1e-12 or float((ours - theirs).norm()) < floor, key
+        assert relative_error(ours, theirs) < limit or float((ours - theirs).norm()) < floor, key
 
 
 @pytest.mark.parametrize("name", NINE)
@@ -331,8 +343,6 @@ def test_frozen_linear_is_a_linear_layer_without_weight_gradient(autocast):
 def test_wrong_calls_say_what_is_wrong():
     kind = ADAPTER_TYPES["dora-rows"]
     weight, bias, params, frozen, x, _ = make_layer(kind, 3, 5, 4, 2)
-    with pytest.raises(ValueError, match="no fused kernel in this build"):
-        adapted_linear(x, weight, bias, params, kind, 1.0, frozen=frozen, impl="triton")
     with pytest.raises(ValueError, match="impl='cuda', expected one of auto, torch, triton"):
         adapted_linear(x, weight, bias, params, kind, 1.0, frozen=frozen, impl="cuda")
     with pytest.raises(ValueError, match="3 features"):

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 import torch
 
 from sa3dist_kernels.adapter_types import AdapterType
+from sa3dist_kernels.dispatch import IMPLEMENTATIONS, runs_fused
 from sa3dist_kernels.frozen_products import compute_dtype, no_autocast, product_dtype, times, times_transposed
 from sa3dist_kernels.weight_norms import (
     EPS,
@@ -32,6 +33,7 @@ from sa3dist_kernels.weight_norms import (
     RowScaling,
     col_backward,
     col_scaling,
+    factors,
     frozen_constants,
     row_backward,
     row_cross,
@@ -66,14 +68,6 @@ def effective_weight_reference(
     return merged.view(weight.shape)
 
 
-def _factors(layer: Layer, core, left):
-    """L (O, R), R (R, I) and, for -xs types, M: the trained core is R itself or M in R = M V^T."""
-    core = core.to(layer.statistic)
-    if layer.kind.xs:
-        return layer.constant("left_OR"), core @ layer.constant("right_IR").t()
-    return left.to(layer.statistic), core
-
-
 def _rides_along(kind: AdapterType) -> bool:
     """Whether W0 R^T comes out of the main product: not where columns are scaled before it or frozen bases give it."""
     return kind.rows and not kind.cols and not kind.xs
@@ -106,7 +100,8 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx.layer, ctx.weight = dataclasses.replace(layer, weight_OI=None), weight
         ctx.has_rows, ctx.has_cols = rows is not None, cols is not None
         ctx.save_for_backward(x, core, left, p, down, *_tensors(rows), *_tensors(cols))
-        return y
+        # A view: where the result itself was written in place, torch 2.11's compiler silently gives no gradient.
+        return y.view_as(y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -122,7 +117,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 def _tensors(scaling: RowScaling | ColScaling | None) -> tuple[torch.Tensor, ...]:
-    return () if scaling is None else tuple(vars(scaling).values())
+    return () if scaling is None else tuple(scaling)
 
 
 def _forward(layer: Layer, x, core, left, magnitude_O, magnitude_I, bias_O):
@@ -130,7 +125,7 @@ def _forward(layer: Layer, x, core, left, magnitude_O, magnitude_I, bias_O):
 
     p is kept although y holds it too: (y - bias) / g loses it where g is small.
     """
-    L, R = _factors(layer, core, left)
+    L, R = factors(layer, core, left)
     kind, tokens = layer.kind, x.shape[0]
     rows = cols = None
     if kind.rows and not _rides_along(kind):
@@ -161,7 +156,7 @@ def _forward(layer: Layer, x, core, left, magnitude_O, magnitude_I, bias_O):
 
 def _backward(layer: Layer, x, core, left, p, down, rows, cols, grad, needs_x: bool, needs_trained: bool):
     """Gradients of (x, core, left, row magnitude, column magnitude); None for what nobody asked for."""
-    L, R = _factors(layer, core, left)
+    L, R = factors(layer, core, left)
     kind, tokens = layer.kind, x.shape[0]
     grad_gain_O = slope_O = sloped_cross = grad_row_magnitude = grad_col_magnitude = None
     rides = _rides_along(kind) and needs_trained
@@ -208,13 +203,6 @@ def _backward(layer: Layer, x, core, left, p, down, rows, cols, grad, needs_x: b
     return grad_x, grad_core, grad_left, grad_row_magnitude, grad_col_magnitude
 
 
-def _triton(*_):
-    raise ValueError("adapted_linear has no fused kernel in this build; use impl='auto' or impl='torch'")
-
-
-IMPLEMENTATIONS = {"auto": _AdaptedLinear.apply, "torch": _AdaptedLinear.apply, "triton": _triton}
-
-
 def adapted_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -234,9 +222,10 @@ def adapted_linear(
     params  trained tensors by their names in a file (``AdapterType.parameter_shapes``); gradients come in their dtype
     scale   strength * alpha / rank
     frozen  ``frozen_constants`` of the layer; may be left out for types without frozen bases, at one more read of W0
-    impl    "auto" or "torch" (this file); "triton" raises ValueError while there is no fused kernel
+    impl    "torch": this file. "triton": ``fused_linear``. "auto": the one ``dispatch`` finds fit for x, said once
 
-    Raises ValueError for an unknown ``impl``, an input whose last axis does not fit, or an -xs type without its bases.
+    Raises ValueError for an unknown ``impl``, an input whose last axis does not fit, an -xs type without its bases, or
+    impl="triton" where no kernel can run.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
@@ -252,9 +241,18 @@ def adapted_linear(
     statistic = torch.promote_types(torch.promote_types(dtype, core.dtype), torch.float32)
     if frozen is None and (kind.rows or kind.cols):
         frozen = frozen_constants(weight)
-    layer = Layer(kind, scale, weight_OI, frozen, product_dtype(dtype, x.device), statistic)
+    fused = runs_fused(impl, x.device, dtype, statistic)
+    product = dtype if fused else product_dtype(dtype, x.device)
+    layer = Layer(kind, scale, weight_OI, frozen, product, statistic)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     trained = (core, params.get("lora_B"), params.get(kind.row_magnitude), params.get(kind.col_magnitude))
     trained = [None if value is None else value.to(statistic) for value in trained]
-    y = IMPLEMENTATIONS[impl](rows, *trained, None if bias is None else bias.detach(), layer, weight)
+    bias = None if bias is None else bias.detach()
+    if fused:
+        # Imported here: a machine without Triton runs everything else.
+        from sa3dist_kernels.fused_linear import fused_linear
+
+        y = fused_linear(rows, *trained, bias, layer, weight)
+    else:
+        y = _AdaptedLinear.apply(rows, *trained, bias, layer, weight)
     return y.view(*x.shape[:-1], weight_OI.shape[0])

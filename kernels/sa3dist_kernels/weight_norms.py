@@ -13,6 +13,7 @@ Layouts: O fan_out, I fan_in, R rank. Everything here is float32 or wider, excep
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 
@@ -80,8 +81,15 @@ class Layer:
         return times(left_OR.t().to(self.product), self.weight_OI).to(self.statistic)
 
 
-@dataclasses.dataclass(frozen=True)
-class RowScaling:
+def factors(layer: Layer, core, left) -> tuple[torch.Tensor, torch.Tensor]:
+    """L (O, R) and R (R, I). The trained ``core`` is R itself or, for -xs types, M in R = M V^T; then L is frozen."""
+    core = core.to(layer.statistic)
+    if layer.kind.xs:
+        return layer.constant("left_OR"), core @ layer.constant("right_IR").t()
+    return left.to(layer.statistic), core
+
+
+class RowScaling(NamedTuple):
     """g = magnitude / (norms + eps), one per output; ``cross_OR`` is W0 R^T."""
 
     gain_O: torch.Tensor
@@ -89,8 +97,7 @@ class RowScaling:
     cross_OR: torch.Tensor
 
 
-@dataclasses.dataclass(frozen=True)
-class ColScaling:
+class ColScaling(NamedTuple):
     """h = magnitude / (norms + eps), one per input; ``weighted_OR`` is diag(g^2) L, ``cross_RI`` is that times W0."""
 
     gain_I: torch.Tensor

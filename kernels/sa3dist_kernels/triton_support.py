@@ -1,0 +1,51 @@
+"""What every Triton kernel here needs: whether it can run, its matrix product, and block sizes."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+# tl.dot takes no side shorter than this.
+LEAST_BLOCK = 16
+# A longer rank is walked in steps of this, so that a tile's registers do not grow with it.
+LARGEST_RANK_BLOCK = 64
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """``acc + left @ right`` in float32. UPCAST: the interpreter would multiply the bits of bfloat16 as integers."""
+    if UPCAST:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, acc, input_precision=PRECISION)
+
+
+def interpreting() -> bool:
+    """Whether the kernels of this process run in Triton's interpreter: decided when they were first imported."""
+    return not isinstance(dot, triton.JITFunction)
+
+
+def check_triton(x: torch.Tensor) -> None:
+    """Raises ValueError where no kernel can take ``x``."""
+    if x.device.type != "cuda" and not interpreting():
+        raise ValueError(
+            f"impl='triton' needs a CUDA device, the input is on {x.device}; use impl='auto', or set TRITON_INTERPRET=1"
+            " before Python starts to run the kernels in Triton's interpreter"
+        )
+    if x.dtype not in DTYPES:
+        raise ValueError(f"the Triton kernels take {', '.join(map(str, DTYPES))}, not {x.dtype}; use impl='torch'")
+
+
+def dot_precision() -> str:
+    """How float32 operands are multiplied: as torch's own products are."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def rank_block(rank: int) -> int:
+    return min(LARGEST_RANK_BLOCK, triton.next_power_of_2(max(rank, LEAST_BLOCK)))
+
+
+def loop_end(count: int):
+    """A size a kernel loops to. The interpreter's scalars are arrays, which numpy from 2.4 on takes for no index."""
+    return tl.constexpr(count) if interpreting() else count
