@@ -7,7 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sa3dist.model.loading import load_base
+# Read when Triton is first imported: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from sa3dist.model.loading import load_base  # noqa: E402
 
 # Tiny tensors: a second thread only waits for the first, for milliseconds per operation on a busy machine.
 torch.set_num_threads(1)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layer_cases import make_layer, materialised, relative_error, values_and_gradients
 from sa3dist_kernels import (
     ADAPTER_TYPES,
     adapted_linear,
@@ -23,38 +24,6 @@ NINE = tuple(ADAPTER_TYPES)
 # Recorded with these alpha / rank; tolerances are the recording's own suggestion.
 RECORDED = {"linear_48_80_r8": 1.0, "conv1d_32_32_k1_r4": 2.5}
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}
-
-
-def make_layer(kind, tokens, fan_out, fan_in, rank, bias=True, dtype=torch.float64, seed=0):
-    """Weight, bias, randomised parameters, frozen constants, input and upstream gradient of one layer."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype)
-
-    weight = normal(fan_out, fan_in)
-    # Not orthogonal on purpose: the closed forms must hold for whatever bases a layer has.
-    bases = (normal(fan_out, rank), normal(fan_in, rank)) if kind.xs else ()
-    params = {
-        name: normal(*shape).requires_grad_() for name, shape in kind.parameter_shapes(fan_out, fan_in, rank).items()
-    }
-    x = normal(tokens, fan_in).requires_grad_()
-    constants = frozen_constants(weight, *bases)
-    return weight, normal(fan_out) if bias else None, params, constants, x, normal(tokens, fan_out)
-
-
-def materialised(x, weight, bias, params, kind, scale, frozen):
-    return F.linear(x, effective_weight_reference(weight, params, kind, scale, frozen), bias)
-
-
-def values_and_gradients(layer_function, x, params, grad):
-    y = layer_function()
-    return [y, *torch.autograd.grad(y, [x, *params.values()], grad)]
-
-
-def relative_error(got, expected):
-    scale = expected.norm()
-    return float(((got - expected).norm() / scale).detach()) if scale > 0 else float(got.norm().detach())
 
 
 def cancellation(weight, params, kind, scale, frozen):

@@ -8,18 +8,24 @@ import logging
 
 import torch
 
+from sa3dist_kernels.adapter_types import ADAPTER_TYPES
+from sa3dist_kernels.frozen_products import no_autocast
+
 log = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
+# Formats the kernels take, and how far the two implementations may be apart in each (relative L2): a few roundings.
+FORMATS = {torch.float32: 5e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 # Below compute capability 8.0 a GPU has neither bfloat16 products nor asynchronous copies to shared memory.
 LEAST_CAPABILITY = (8, 0)
-FORMATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def runs_fused(impl: str, device: torch.device, dtype: torch.dtype, statistic: torch.dtype) -> bool:
     """Whether an input of ``dtype`` on ``device`` goes through the Triton kernels.
 
-    impl   "auto" takes them where they can run, "torch" never; "triton" always, and the kernels raise where they cannot
+    impl       "torch" never; "triton" always, and the kernels raise where they cannot; "auto" where they have proved
+               themselves: once per device and format both implementations compute a small layer and are compared
+    statistic  format of the trained tensors' gradients; the kernels know float32 only
     """
     if impl != "auto":
         return impl == "triton"
@@ -32,9 +38,12 @@ runs_fused._dynamo_marked_constant = True
 
 @functools.cache
 def _auto(kind: str, index: int | None, dtype: torch.dtype) -> bool:
-    obstacle = _obstacle(torch.device(kind, index), dtype)
-    name = "torch" if obstacle else "Triton kernels"
-    log.info("adapted layers on %s in %s: %s%s", kind, dtype, name, f" ({obstacle})" if obstacle else "")
+    device = torch.device(kind, index)
+    obstacle = _obstacle(device, dtype)
+    if obstacle is None and (failure := trial(device, dtype)):
+        log.warning("adapted layers on %s in %s: torch, because the Triton kernels failed: %s", device, dtype, failure)
+        return False
+    log.info("adapted layers on %s in %s: %s", device, dtype, f"torch ({obstacle})" if obstacle else "Triton kernels")
     return obstacle is None
 
 
@@ -49,3 +58,36 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     return None
+
+
+def trial(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What went wrong when the kernels computed a small layer, forward and backward, or None: they agree with torch."""
+    try:
+        with torch.enable_grad(), no_autocast(device):
+            for name in ("dora-rows", "bora"):
+                ours, theirs = (_small_layer(impl, ADAPTER_TYPES[name], device, dtype) for impl in ("triton", "torch"))
+                for key, expected in theirs.items():
+                    error = float((ours[key].float() - expected.float()).norm() / expected.float().norm())
+                    # Not "error > limit": that is false for a NaN.
+                    if not error <= FORMATS[dtype]:
+                        return f"{name}: {key} is {error:.1e} from torch's"
+    except Exception as problem:
+        # Whatever a compiler or driver raises: the run goes on with torch, and the caller logs this.
+        return f"{type(problem).__name__}: {problem}"
+    return None
+
+
+def _small_layer(impl: str, kind, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Output and every gradient of one random layer of odd sizes, the same for equal arguments but ``impl``."""
+    from sa3dist_kernels.adapted_linear import adapted_linear
+
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=draw).to(device)
+
+    weight, bias, x, grad = (normal(*shape).to(dtype) for shape in ((37, 26), (37,), (19, 26), (19, 37)))
+    params = {name: normal(*shape).requires_grad_() for name, shape in kind.parameter_shapes(37, 26, 3).items()}
+    y = adapted_linear(x.requires_grad_(), weight, bias, params, kind, 0.5, impl=impl)
+    gradients = torch.autograd.grad(y, [x, *params.values()], grad)
+    return {"y": y.detach(), **dict(zip(("gradient of x", *params), gradients, strict=True))}

@@ -146,6 +146,11 @@ def _(x, weight_OI, bias_O, core, *_):
     return x.new_empty(x.shape[0], weight_OI.shape[0]), x.new_empty(x.shape[0], core.shape[0])
 
 
+def _wanted(values, needs_x: bool, needs_trained: bool) -> list[bool]:
+    """Which of (x, core, left, row magnitude, column magnitude) the backward operator differentiates."""
+    return [needs_x, *(needs_trained and value is not None for value in values[1:])]
+
+
 @torch.library.custom_op("sa3dist::adapted_linear_backward", mutates_args=())
 def adapted_linear_backward_op(
     grad: Tensor, y: Tensor, down: Tensor, x: Tensor, weight_OI: Tensor, bias_O: Maybe, core: Tensor, left: Maybe,
@@ -164,9 +169,8 @@ def adapted_linear_backward_op(
 
 @adapted_linear_backward_op.register_fake
 def _(grad, y, down, x, weight_OI, bias_O, core, left, magnitude_O, magnitude_I, *rest):
-    needs_x, needs_trained = rest[-2:]
-    wanted = [needs_x, *(needs_trained and value is not None for value in (core, left, magnitude_O, magnitude_I))]
     values = x, core, left, magnitude_O, magnitude_I
+    wanted = _wanted(values, *rest[-2:])
     return tuple(torch.empty_like(v) if w else x.new_empty(0) for v, w in zip(values, wanted, strict=True))
 
 
@@ -232,8 +236,12 @@ def _keep(ctx, inputs, output):
 
 def _differentiate(ctx, grad, _):
     needs_x, _, _, *needs_trained = ctx.needs_input_grad[:7]
-    found = adapted_linear_backward_op(grad, *ctx.saved_tensors, ctx.scale, needs_x, any(needs_trained))
-    grad_x, *grad_trained = (gradient if gradient.numel() else None for gradient in found)
+    # Once: under checkpointing every look recomputes, and a second one is refused.
+    kept = ctx.saved_tensors
+    found = adapted_linear_backward_op(grad, *kept, ctx.scale, needs_x, any(needs_trained))
+    x, _, _, *trained = kept[2:9]
+    wanted = _wanted((x, *trained), needs_x, any(needs_trained))
+    grad_x, *grad_trained = (gradient if w else None for gradient, w in zip(found, wanted, strict=True))
     return grad_x, None, None, *grad_trained, *[None] * 13
 
 
