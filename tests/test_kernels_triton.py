@@ -234,6 +234,18 @@ def test_nothing_of_the_outputs_size_is_kept_but_the_output():
     assert 0 < extra <= 40 * 2 + 2 * 60 + 60 * 2
 
 
+def test_the_weight_is_kept_as_its_owner_has_it():
+    # An owner that swaps the values in and out of its parameter (ZeRO-3) must not find a view of them held.
+    kind = ADAPTER_TYPES["bora"]
+    weight, bias, params, frozen, x, _ = make_layer(kind, 4, 6, 5, 2, dtype=torch.float32)
+    owned = torch.nn.Parameter(weight[:, :, None], requires_grad=False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value), lambda value: value):
+        fused(x, owned, bias, params, kind, 0.7, frozen)
+    assert any(value is owned for value in kept)
+    assert not any(value is not owned and value.data_ptr() == owned.data_ptr() for value in kept)
+
+
 def operator_arguments(name):
     """Arguments of the three operators, as ``fused_linear`` and its backward pass call them."""
     kind = ADAPTER_TYPES[name]

@@ -78,22 +78,22 @@ class Constants(NamedTuple):
     left_weight_RI: Maybe
 
 
-def _layer(weight_OI, constants, rows, cols, xs, scale, product) -> Layer:
+def _layer(weight, constants, rows, cols, xs, scale, product) -> Layer:
     kind = AdapterType("", rows, cols, xs)
-    return Layer(kind, scale, weight_OI, FrozenConstants(*constants), product, torch.float32)
+    return Layer(kind, scale, weight.flatten(1), FrozenConstants(*constants), product, torch.float32)
 
 
 @torch.library.custom_op("sa3dist::norm_state", mutates_args=())
 def norm_state_op(
-    like: Tensor, weight_OI: Tensor, core: Tensor, left: Maybe, magnitude_O: Maybe, magnitude_I: Maybe,
+    like: Tensor, weight: Tensor, core: Tensor, left: Maybe, magnitude_O: Maybe, magnitude_I: Maybe,
     row_squares_O: Maybe, col_squares_I: Maybe, left_OR: Maybe, right_IR: Maybe, weight_right_OR: Maybe,
     left_weight_RI: Maybe, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """``NormState`` of a layer whose products are in the format of ``like``."""
     constants = (row_squares_O, col_squares_I, left_OR, right_IR, weight_right_OR, left_weight_RI)
     xs = left is None
-    layer = _layer(weight_OI, constants, magnitude_O is not None, magnitude_I is not None, xs, scale, like.dtype)
-    with no_autocast(weight_OI.device):
+    layer = _layer(weight, constants, magnitude_O is not None, magnitude_I is not None, xs, scale, like.dtype)
+    with no_autocast(weight.device):
         L, R = factors(layer, core, left)
         rows = cols = None
         if magnitude_O is not None:
@@ -111,10 +111,10 @@ def norm_state_op(
 
 @norm_state_op.register_fake
 def _(
-    like, weight_OI, core, left, magnitude_O, magnitude_I, row_squares_O, col_squares_I, left_OR, right_IR,
+    like, weight, core, left, magnitude_O, magnitude_I, row_squares_O, col_squares_I, left_OR, right_IR,
     weight_right_OR, left_weight_RI, scale,
 ):  # fmt: skip
-    O, I, R = *weight_OI.shape, core.shape[0]
+    (O, I), R = weight.shape[:2], core.shape[0]
     shapes = [(O,), (O,), (O, R)] if magnitude_O is not None else [(0,)] * 3
     shapes += [(I,), (I,), (R, I)] if magnitude_I is not None else [(0,)] * 3
     return tuple(core.new_empty(shape) for shape in shapes)
@@ -122,28 +122,28 @@ def _(
 
 @torch.library.custom_op("sa3dist::adapted_linear", mutates_args=())
 def adapted_linear_op(
-    x: Tensor, weight_OI: Tensor, bias_O: Maybe, core: Tensor, left: Maybe, magnitude_O: Maybe, magnitude_I: Maybe,
+    x: Tensor, weight: Tensor, bias_O: Maybe, core: Tensor, left: Maybe, magnitude_O: Maybe, magnitude_I: Maybe,
     row_squares_O: Maybe, col_squares_I: Maybe, left_OR: Maybe, right_IR: Maybe, weight_right_OR: Maybe,
     left_weight_RI: Maybe, row_gain_O: Tensor, row_norms_O: Tensor, row_cross_OR: Tensor, col_gain_I: Tensor,
     col_norms_I: Tensor, col_cross_RI: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y (N, O) and R z (N, R) in the format of x."""
     constants = (row_squares_O, col_squares_I, left_OR, right_IR, weight_right_OR, left_weight_RI)
-    layer = _layer(weight_OI, constants, magnitude_O is not None, magnitude_I is not None, left is None, scale, x.dtype)
+    layer = _layer(weight, constants, magnitude_O is not None, magnitude_I is not None, left is None, scale, x.dtype)
     with no_autocast(x.device):
         L, R = factors(layer, core, left)
         col_gain = col_gain_I if magnitude_I is not None else None
         down = x @ _gained(R, col_gain).t().to(x.dtype)
         y, _, _ = scaled_matmul(
-            x, weight_OI.t(), down, L.t(), scale, left_gain_K=col_gain, bias_M=bias_O,
+            x, layer.weight_OI.t(), down, L.t(), scale, left_gain_K=col_gain, bias_M=bias_O,
             out_gain_M=row_gain_O if magnitude_O is not None else None,
         )  # fmt: skip
     return y, down
 
 
 @adapted_linear_op.register_fake
-def _(x, weight_OI, bias_O, core, *_):
-    return x.new_empty(x.shape[0], weight_OI.shape[0]), x.new_empty(x.shape[0], core.shape[0])
+def _(x, weight, bias_O, core, *_):
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], core.shape[0])
 
 
 def _wanted(values, needs_x: bool, needs_trained: bool) -> list[bool]:
@@ -153,14 +153,14 @@ def _wanted(values, needs_x: bool, needs_trained: bool) -> list[bool]:
 
 @torch.library.custom_op("sa3dist::adapted_linear_backward", mutates_args=())
 def adapted_linear_backward_op(
-    grad: Tensor, y: Tensor, down: Tensor, x: Tensor, weight_OI: Tensor, bias_O: Maybe, core: Tensor, left: Maybe,
+    grad: Tensor, y: Tensor, down: Tensor, x: Tensor, weight: Tensor, bias_O: Maybe, core: Tensor, left: Maybe,
     magnitude_O: Maybe, magnitude_I: Maybe, row_squares_O: Maybe, col_squares_I: Maybe, left_OR: Maybe, right_IR: Maybe,
     weight_right_OR: Maybe, left_weight_RI: Maybe, row_gain_O: Tensor, row_norms_O: Tensor, row_cross_OR: Tensor,
     col_gain_I: Tensor, col_norms_I: Tensor, col_cross_RI: Tensor, scale: float, needs_x: bool, needs_trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, core, left and both magnitudes; a tensor without elements for what nobody asked for."""
     constants = (row_squares_O, col_squares_I, left_OR, right_IR, weight_right_OR, left_weight_RI)
-    layer = _layer(weight_OI, constants, magnitude_O is not None, magnitude_I is not None, left is None, scale, x.dtype)
+    layer = _layer(weight, constants, magnitude_O is not None, magnitude_I is not None, left is None, scale, x.dtype)
     state = NormState(row_gain_O, row_norms_O, row_cross_OR, col_gain_I, col_norms_I, col_cross_RI)
     with no_autocast(x.device):
         found = _backward(layer, state, grad.contiguous(), y, down, x, bias_O, core, left, needs_x, needs_trained)
@@ -168,7 +168,7 @@ def adapted_linear_backward_op(
 
 
 @adapted_linear_backward_op.register_fake
-def _(grad, y, down, x, weight_OI, bias_O, core, left, magnitude_O, magnitude_I, *rest):
+def _(grad, y, down, x, weight, bias_O, core, left, magnitude_O, magnitude_I, *rest):
     values = x, core, left, magnitude_O, magnitude_I
     wanted = _wanted(values, *rest[-2:])
     return tuple(torch.empty_like(v) if w else x.new_empty(0) for v, w in zip(values, wanted, strict=True))
@@ -248,10 +248,10 @@ def _differentiate(ctx, grad, _):
 adapted_linear_op.register_autograd(_differentiate, setup_context=_keep)
 
 
-def norm_state(layer: Layer, like, core, left, magnitude_O, magnitude_I) -> NormState:
+def norm_state(layer: Layer, like, weight, core, left, magnitude_O, magnitude_I) -> NormState:
     """What does not depend on the input; not differentiable by itself: the layer's backward pass sees to that."""
     trained = [None if value is None else value.detach() for value in (core, left, magnitude_O, magnitude_I)]
-    return NormState(*norm_state_op(like.detach(), layer.weight_OI, *trained, *_constants(layer), layer.scale))
+    return NormState(*norm_state_op(like.detach(), weight.detach(), *trained, *_constants(layer), layer.scale))
 
 
 def _constants(layer: Layer) -> Constants:
@@ -260,15 +260,16 @@ def _constants(layer: Layer) -> Constants:
     return Constants(*[getattr(layer.frozen, name) for name in Constants._fields])
 
 
-def fused_linear(x, core, left, magnitude_O, magnitude_I, bias_O, layer: Layer, state: NormState | None = None):
+def fused_linear(x, core, left, magnitude_O, magnitude_I, bias_O, layer: Layer, weight, state: NormState | None = None):
     """``adapted_linear`` for rows x (N, I) of float32, float16 or bfloat16; trained tensors are float32.
 
+    weight  W0 as its owner has it, (O, I) or (O, I, 1): kept for the backward pass, as ``nn.Linear`` keeps it
     state   what ``norm_state`` returned for these trained tensors; None makes it
     Raises ValueError where Triton cannot run.
     """
     check_triton(x)
     if state is None:
-        state = norm_state(layer, x, core, left, magnitude_O, magnitude_I)
+        state = norm_state(layer, x, weight, core, left, magnitude_O, magnitude_I)
     trained = core, left, magnitude_O, magnitude_I
-    y, _ = adapted_linear_op(x, layer.weight_OI, bias_O, *trained, *_constants(layer), *state, layer.scale)
+    y, _ = adapted_linear_op(x, weight, bias_O, *trained, *_constants(layer), *state, layer.scale)
     return y
