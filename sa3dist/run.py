@@ -311,6 +311,7 @@ class Run:
         resume.set_aside(settings.output_dir, self.trainer.step, group, self.stop)
         self._announce(base)
         group.pulse.enter("train", settings.step_timeout)
+        self.stop.holds_state = True
         if self.trainer.step < work.steps:
             self.startup.training()
             # Closed on every way out: an unclosed loader leaves worker processes that the exit would wait for.

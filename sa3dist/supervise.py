@@ -64,11 +64,11 @@ class Supervisor:
         if self.asked_at is not None:
             return self._without_status(errors.EXIT_INTERRUPTED, status)
         names = ",".join(number.name for number in FORWARDED)
-        # A session of its own: a terminal's Ctrl-C then comes here only, and once. torchrun reads the variable, and so
-        # does accelerate when it starts several processes.
-        self.child = subprocess.Popen(
-            self.command, start_new_session=True, env={**os.environ, "PET_SIGNALS_TO_HANDLE": names}
-        )
+        # torchrun reads the first, and so does accelerate when it starts several processes. Without the second a lost
+        # store fills pages with torch's C++ stacks, around the one line that says which rank was lost.
+        environment = {"TORCH_CPP_LOG_LEVEL": "ERROR"} | os.environ | {"PET_SIGNALS_TO_HANDLE": names}
+        # A session of its own: a terminal's Ctrl-C then comes here only, and once.
+        self.child = subprocess.Popen(self.command, start_new_session=True, env=environment)
         code = self.child.wait()
         if code == errors.EXIT_DONE:
             return code

@@ -77,11 +77,13 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
             return
         if not has_peers():
             stop.raise_if_asked("starting")
+        from sa3dist.parallel.departure import leave_in_time
         from sa3dist.parallel.group import connect, disconnect
         from sa3dist.parallel.watchdog import Watchdog
         from sa3dist.parallel.word import leave
         from sa3dist.run import Run, make_deterministic
 
+        leave_in_time(stop, settings.output_dir)
         if settings.deterministic:
             make_deterministic()
         group = connect(settings.step_timeout)

@@ -22,13 +22,15 @@ EXIT_SECONDS = 5.0
 class StopRequest:
     """Whether this process was asked to stop. While ``saving`` is true no signal ends it.
 
-    polls   how often it was asked: the main thread lives
+    polls         how often it was asked: the main thread lives
+    holds_state   training has begun: stopping has to save
     """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
         self.saving = False
         self.polls = 0
+        self.holds_state = False
         self._first_at = 0.0
         self._ends_at: float | None = None
         self._allowed_seconds = 0.0

@@ -56,11 +56,15 @@ class Job:
 
     ports = iter(range(29600, 29999))
 
-    def __init__(self, network: Network, words: dict, output_dir: Path, name: str, kind="torchrun", per_host=1) -> None:
+    def __init__(
+        self, network: Network, words: dict, output_dir: Path, name: str, kind="torchrun", per_host=1, more=None
+    ) -> None:
+        """more: further variables of the launcher's environment."""
         self.output_dir = output_dir
         port, self.parts = next(self.ports), []
         for number in range(len(network.nodes)):
             command, environment = launch(kind, number, len(network.nodes), per_host, port)
+            environment |= more or {}
             command += [f"{key}={value}" for key, value in (words | {"output_dir": output_dir}).items()]
             log = output_dir.with_name(f"{name}-host{number}.log")
             self.parts.append(Trial(network.on(number, command), output_dir, log, environment))

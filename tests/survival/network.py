@@ -90,7 +90,7 @@ class Network:
                 subprocess.run([*tc, "del", "dev", DEVICE, "root"], check=True)
             else:
                 rate = f"{megabits_per_second * 1e6:.0f}bit"
-                shape = ["tbf", "rate", rate, "burst", str(BURST_BYTES), "latency", "2s"]
+                shape = ["tbf", "rate", rate, "burst", str(BURST_BYTES), "latency", "200ms"]
                 subprocess.run([*tc, "replace", "dev", DEVICE, "root", *shape], check=True)
 
     def delay(self, seconds: float | None) -> None:

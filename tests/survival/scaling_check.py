@@ -1,6 +1,7 @@
 """The scaling model against a network of known speed, and the tables it gives for real clusters.
 
     python tests/survival/scaling_check.py measure DIRECTORY      root: two hosts as namespaces, a few minutes
+    python tests/survival/scaling_check.py count DIRECTORY        root: likewise, bytes of the DeepSpeed modes
     python tests/survival/scaling_check.py tables                 no training; the tables of docs/scaling.md
 
 `measure` trains on two hosts and changes the speed of their link while it does, back to unbounded after each change, so
@@ -10,6 +11,7 @@ the gradient's size and the speed set. Ends with 1 when a prediction is off by m
 """
 
 import argparse
+import functools
 import json
 import shutil
 import statistics
@@ -28,16 +30,19 @@ MEGABITS = (5, 10, 20)
 ADAPTERS = {4: 8, 64: 4}
 ROUNDS = 2
 TOLERANCE = 0.2
+COUNTED_RANK, COUNTED_ACCUMULATION = 16, 2
 # Gloo's messages over a veth pair: nothing beside these speeds.
 VETH_LATENCY_SECONDS = 1e-4
 
 # Bytes per second in one direction. NVLink: what NCCL's all-reduce reaches on eight H100 or H200. InfiniBand: eight
 # 400 Gb/s ports per node. Ethernet: one 25 Gb/s port per node. The last two at 90 % of the wire.
 CLUSTERS = {
-    "NVLink + 8 x 400 Gb/s IB": Cluster(8, Link(350e9, 3e-6), Link(8 * 50e9 * 0.9, 5e-6)),
-    "NVLink + 1 x 25 GbE": Cluster(8, Link(350e9, 3e-6), Link(25e9 / 8 * 0.9, 30e-6)),
+    "InfiniBand": Cluster(8, Link(350e9, 3e-6), Link(8 * 50e9 * 0.9, 5e-6)),
+    "25 GbE": Cluster(8, Link(350e9, 3e-6), Link(25e9 / 8 * 0.9, 30e-6)),
 }
 BASES, RANKS, GPUS, COMPUTE_SECONDS = ("small-music-base", "medium-base"), (16, 128), (8, 64, 512), (0.1, 0.3, 1.0)
+COUNTED_GPUS = 64
+PREDICTED_MODES = ("ddp", "zero-2", "zero-3")
 
 
 def sizes_of(base: str, rank: int) -> Sizes:
@@ -64,23 +69,27 @@ def sizes_of(base: str, rank: int) -> Sizes:
 
 
 def tables() -> int:
-    for base in BASES:
-        for rank in RANKS:
-            sizes = sizes_of(base, rank)
-            print(f"\n{base}, rank {rank}: {sizes.adapter_elements:,} trained, {sizes.base_elements:,} frozen values")
-            for mode, count in scaling.MODES.items():
-                sent = [scaling.sent_bytes(count(sizes), gpus) / 1e6 for gpus in GPUS]
-                print(f"  {mode:7s} MB sent per rank and step at {GPUS}: " + "  ".join(f"{each:8.1f}" for each in sent))
-            for name, cluster in CLUSTERS.items():
-                for mode, count in scaling.MODES.items():
-                    cells = []
-                    for gpus in GPUS:
-                        shares = [
-                            scaling.efficiency(seconds, count(sizes), gpus, cluster) for seconds in COMPUTE_SECONDS
-                        ]
-                        cells.append(" / ".join(f"{100 * share:5.1f}" for share in shares))
-                    print(f"  {name:25s} {mode:7s} " + "   ".join(cells))
+    """In Markdown: what is sent, and what is left of the ideal."""
+    sizes = {(base.removesuffix("-base"), rank): sizes_of(base, rank) for base in BASES for rank in RANKS}
+    formulas = scaling.MODES | {"ddp bf16": functools.partial(scaling.ddp, compressed=True)}
+    print(f"| base, rank | trained | {' | '.join(formulas)} |\n|---|---:|{'---:|' * len(formulas)}")
+    for (base, rank), each in sizes.items():
+        sent = [f"{scaling.sent_bytes(formula(each), COUNTED_GPUS) / 1e6:,.0f}" for formula in formulas.values()]
+        print(f"| {base}, {rank} | {each.adapter_elements / 1e6:.1f} M | {' | '.join(sent)} |")
+    print(
+        f"\n| base, rank | network | mode | {' | '.join(f'{gpus} GPUs' for gpus in GPUS)} |\n|---|---|---|{'---|' * 3}"
+    )
+    for (base, rank), each in sizes.items():
+        for network, cluster in CLUSTERS.items():
+            for mode in PREDICTED_MODES:
+                cells = [shares(formulas[mode](each), gpus, cluster) for gpus in GPUS]
+                print(f"| {base}, {rank} | {network} | {mode} | {' | '.join(cells)} |")
     return 0
+
+
+def shares(transfers: list[scaling.Transfer], gpus: int, cluster: Cluster) -> str:
+    found = [scaling.efficiency(seconds, transfers, gpus, cluster) for seconds in COMPUTE_SECONDS]
+    return " / ".join(f"{100 * share:.0f}" for share in found)
 
 
 class Measurement:
@@ -159,13 +168,15 @@ def compare(blocks: list[dict], elements: int) -> list[dict]:
     return found
 
 
-def elements_of(directory: Path, network: Network, rank: int) -> int:
-    """Trained values of the tiny base at this rank, from the adapter it makes."""
+def tiny_sizes(directory: Path, rank: int) -> Sizes:
+    """Of the adapter that the tiny base gets at this rank."""
     from sa3dist import adapter_parameters, attach_adapter, load_base
 
     base = load_base(prepare(directory)["model"])
+    frozen = sum(parameter.numel() for root in base.adapter_roots for parameter in root.parameters())
     attach_adapter(base, rank=rank)
-    return sum(parameter.numel() for parameter in adapter_parameters(base).values())
+    trained = sum(parameter.numel() for parameter in adapter_parameters(base).values())
+    return Sizes(trained, frozen, base_bytes=scaling.FP32_BYTES, accumulation=COUNTED_ACCUMULATION)
 
 
 def measure(directory: Path) -> int:
@@ -174,7 +185,7 @@ def measure(directory: Path) -> int:
     with Network(2) as network:
         for rank in ADAPTERS:
             blocks = Measurement(directory, network, rank).run()
-            for row in compare(blocks, elements_of(directory, network, rank)):
+            for row in compare(blocks, tiny_sizes(directory, rank).adapter_elements):
                 found.append(row)
                 print(json.dumps(row), flush=True)
     worst = max(abs(row["time_error"]) for row in found)
@@ -183,13 +194,61 @@ def measure(directory: Path) -> int:
     return 0 if worst <= TOLERANCE else 1
 
 
+def count(directory: Path) -> int:
+    """Bytes per step of every mode, micro batches accumulated, against the formula."""
+    require_root()
+    directory.mkdir(parents=True, exist_ok=True)
+    with Network(2) as network:
+        for mode, formula in scaling.MODES.items():
+            more = {}
+            if mode != "ddp":
+                # Everything divided: the tiny base's tensors are all smaller than what is kept whole by default.
+                zero = {"stage": int(mode[-1]), "stage3_param_persistence_threshold": 0}
+                config = directory / f"{mode}.json"
+                config.write_text(json.dumps({"zero_optimization": zero}))
+                more = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config)}
+            sizes = tiny_sizes(directory, COUNTED_RANK)
+            job, output_dir = counted_job(directory, network, mode, more)
+            wait_for("5 steps", lambda job=job, path=output_dir: at(path, job) >= 5, 300)
+            first, before = len(rows(output_dir)), network.sent_bytes(0)
+            wait_for("45 steps", lambda job=job, path=output_dir: at(path, job) >= 45, 300)
+            steps, sent = len(rows(output_dir)) - first, network.sent_bytes(0) - before
+            for part in job.parts:
+                part.kill_all()
+                part.wait()
+            assert steps > 0, f"{mode}: see {output_dir}*.log"
+            payload = scaling.sent_bytes(formula(sizes), 2)
+            frames = scaling.ethernet_bytes(payload, acknowledged=payload)
+            row = {"mode": mode, "counted_bytes": round(payload), "counted_frame_bytes": round(frames)}
+            row |= {"sent_bytes": round(sent / steps), "sent_over_counted": round(sent / steps / frames, 3)}
+            print(json.dumps(row), flush=True)
+    return 0
+
+
+def at(output_dir: Path, job: Job) -> int:
+    """The step a job is at; a very large one when any part of it has ended."""
+    return 10**9 if any(part.ended() for part in job.parts) else len(rows(output_dir))
+
+
+def counted_job(directory: Path, network: Network, mode: str, more: dict[str, str]) -> tuple[Job, Path]:
+    output_dir = directory / f"count-{mode}"
+    shutil.rmtree(output_dir, ignore_errors=True)
+    output_dir.mkdir(parents=True)
+    words = prepare(directory) | {"rank": COUNTED_RANK, "number_of_steps": 10_000, "save_every": 10_000}
+    words |= {"gradient_accumulation_steps": COUNTED_ACCUMULATION}
+    return Job(network, words, output_dir, f"count-{mode}", more=more), output_dir
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("tables")
-    commands.add_parser("measure").add_argument("directory", type=Path)
+    for name in ("measure", "count"):
+        commands.add_parser(name).add_argument("directory", type=Path)
     options = parser.parse_args()
-    return tables() if options.command == "tables" else measure(options.directory.resolve())
+    if options.command == "tables":
+        return tables()
+    return {"measure": measure, "count": count}[options.command](options.directory.resolve())
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
     python tests/survival/sigterm_series.py DIRECTORY [--target rank|launcher|pid1 ...] [--runs 25] [--seed 0]
 
-`pid1` starts launch/local.sh, the image's entry point, as the first process of a process namespace, as Docker and
-Kubernetes do (needs root); odd runs with one process, even ones with two. The moments are spread over preparation,
-encoding (both with empty caches), steps and saves. Checked: the launcher's code and status.json say 75, the checkpoint
-of the step they name is intact, nothing is left running; every fifth run is started again and must finish with the file
-of an undisturbed run.
+`rank` forks two ranks from this process, which has imported the program and acts as torchrun does: when one ends it
+TERMs the other. `launcher` starts launch/local.sh with two processes. `pid1` starts launch/local.sh, the image's entry
+point, as the first process of a process namespace, as Docker and Kubernetes do (needs root); odd runs with one process,
+even ones with two. The moments are spread over preparation, encoding (with empty caches), steps and saves. Checked:
+the launcher's code and status.json say 75, the checkpoint of the step they name is intact, nothing is left running;
+every fifth run is started again and must finish with the file of an undisturbed run.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from collections import Counter
 from pathlib import Path
 
 from trial import (
+    ForkedTrial,
     Trial,
     local,
     newest_intact,
@@ -53,24 +55,26 @@ class Series:
         self.draw = random.Random(seed)
         self._undisturbed: dict[int, str] = {}
 
-    def start(self, output_dir: Path, name: str, processes: int, target: str, **changes) -> Trial:
-        command = local(self.words | {"output_dir": output_dir} | changes, processes)
-        return Trial((CONTAINER if target == "pid1" else []) + command, output_dir, self.directory / f"{name}.log")
+    def start(self, output_dir: Path, name: str, processes: int, target: str, **changes) -> Trial | ForkedTrial:
+        words, log = self.words | {"output_dir": output_dir} | changes, self.directory / f"{name}.log"
+        if target == "rank":
+            return ForkedTrial(words, processes, output_dir, log, as_agent=True)
+        return Trial((CONTAINER if target == "pid1" else []) + local(words, processes), output_dir, log)
 
     def undisturbed(self, processes: int) -> str:
         if processes not in self._undisturbed:
             output_dir = self.directory / f"undisturbed-{processes}"
             shutil.rmtree(output_dir, ignore_errors=True)
-            trial = self.start(output_dir, output_dir.name, processes, "launcher")
+            trial = self.start(output_dir, output_dir.name, processes, "rank")
             assert trial.wait(300) == 0, trial.log.read_text()
             self._undisturbed[processes] = digest(output_dir)
         return self._undisturbed[processes]
 
-    def reach(self, trial: Trial, phase: str) -> None:
+    def reach(self, trial: Trial | ForkedTrial, phase: str) -> None:
         """Wait for a random moment of the phase."""
         text = {"preparation": "check clips", "encode": "encode "}.get(phase)
         if text:
-            wait_for(phase, lambda: text in trial.log.read_text() or trial.ended())
+            wait_for(phase, lambda: text in trial.said() or trial.ended())
             time.sleep(self.draw.uniform(0, 1.0))
             return
         aim = self.draw.randint(1, LAST_AIM)
@@ -81,7 +85,7 @@ class Series:
         else:
             time.sleep(self.draw.uniform(0, 0.2))
 
-    def signal_target(self, trial: Trial, target: str) -> None:
+    def signal_target(self, trial: Trial | ForkedTrial, target: str) -> None:
         if target == "rank":
             pid = self.draw.choice(sorted(trial.ranks().values()))
         elif target == "launcher":

@@ -94,6 +94,9 @@ class Trial:
             self.kill_all()
             raise AssertionError(f"still running after {seconds:.0f} s; {self.log}: {tail(self.log)}") from None
 
+    def said(self) -> str:
+        return said(self.log)
+
     def leftovers(self, seconds: float = 3.0) -> list[int]:
         """What still lives of the trial a while after its launcher has ended; it is killed."""
         deadline = time.monotonic() + seconds
@@ -180,6 +183,9 @@ class ForkedTrial:
             time.sleep(0.01)
         return max(self.codes.values())
 
+    def said(self) -> str:
+        return said(self.log)
+
     def leftovers(self) -> list[int]:
         """Processes whose group one of the ranks led: loader workers, mostly."""
         return [pid for pid in session_members(set(self.pids.values())) if pid not in self.pids.values()]
@@ -262,15 +268,19 @@ def unfinished(output_dir: Path) -> set[str]:
     return {path.name for path in (output_dir / "checkpoints").glob(".*")}
 
 
-def tail(path: Path, lines: int = 12) -> str:
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+def said(log: Path) -> str:
+    return log.read_text(errors="replace") if log.exists() else ""
+
+
+def tail(log: Path, lines: int = 12) -> str:
+    return "\n".join(said(log).splitlines()[-lines:])
 
 
 def own_lines(log: Path) -> list[str]:
     """Lines of the log that are neither progress, nor news of ours, nor the launch agent's or a library's."""
     known = ("sa3dist:", "train ", "encode ", "check clips", "supervise:", '{"lora_file"', "W1", "E1", "I1", "[")
     kept = []
-    for line in log.read_text(errors="replace").splitlines():
+    for line in said(log).splitlines():
         # torchrun ends with a traceback of its own and a framed summary.
         if line.startswith(("Traceback", "=====")):
             break
