@@ -12,7 +12,12 @@ import math
 
 FP32_BYTES, BF16_BYTES = 4, 2
 # Losses, stop and trouble flags that travel with the gradients; see loop.py.
-SCALAR_BYTES = 6 * FP32_BYTES
+SCALAR_BYTES = 7 * FP32_BYTES
+# Gradients leave in pieces of this many values; see parallel/reduction.py.
+BUCKET_ELEMENTS = 1 << 22
+# Of a micro batch's computing, and how much of a pass the network can really work beside: the first layers' gradients
+# come last, and copies take their part of the memory's bandwidth. An assumption.
+BACKWARD_SHARE, USABLE_SHARE = 2 / 3, 0.8
 # A full frame on a wire with 1500-byte packets: Ethernet 14, IPv4 20, TCP with timestamps 32, payload 1448.
 SEGMENT_PAYLOAD_BYTES, SEGMENT_BYTES = 1448, 1514
 # The receiver acknowledges every second segment with an empty one.
@@ -48,25 +53,25 @@ class Sizes:
 class Transfer:
     """One kind of collective of a step: ``times`` times over ``whole_bytes``, the size of the tensor all ranks share.
 
-    overlaps   whether it runs beside the passes; otherwise the step waits for all of it
-    pieces     messages it is cut into, each of which waits for the network's latency
+    beside   share of the step's computing beside which it can run; the step waits for the rest of it
+    pieces   messages it is cut into, each of which waits for the network's latency
     """
 
     kind: str
     whole_bytes: float
     times: int = 1
-    overlaps: bool = False
+    beside: float = 0.0
     pieces: int = 1
 
 
 def ddp(sizes: Sizes, compressed: bool = False) -> list[Transfer]:
-    """Ours: one all-reduce of the flat gradients with the step's scalars, after the last backward pass."""
+    """Ours: whole buckets of the gradient beside the step's last backward pass, the rest and the scalars after it."""
     value_bytes = BF16_BYTES if compressed else FP32_BYTES
-    if compressed:
-        # Rounded gradients and exact scalars do not share a buffer.
-        gradients = Transfer("all-reduce", sizes.adapter_elements * value_bytes)
-        return [gradients, Transfer("all-reduce", SCALAR_BYTES)]
-    return [Transfer("all-reduce", sizes.adapter_bytes + SCALAR_BYTES)]
+    buckets, rest = divmod(sizes.adapter_elements, BUCKET_ELEMENTS)
+    beside = USABLE_SHARE * BACKWARD_SHARE / sizes.accumulation
+    early = Transfer("all-reduce", buckets * BUCKET_ELEMENTS * value_bytes, beside=beside, pieces=buckets)
+    late = [rest * value_bytes, SCALAR_BYTES] if compressed else [rest * value_bytes + SCALAR_BYTES]
+    return [early] * (buckets > 0) + [Transfer("all-reduce", whole) for whole in late]
 
 
 def zero_1(sizes: Sizes) -> list[Transfer]:
@@ -80,7 +85,10 @@ def zero_1(sizes: Sizes) -> list[Transfer]:
 
 def zero_2(sizes: Sizes) -> list[Transfer]:
     """DeepSpeed stage 2: as stage 1, but the gradients of every micro batch go out, beside its backward pass."""
-    return [Transfer("all-reduce", sizes.adapter_bytes, sizes.accumulation, overlaps=True), *_stepped(sizes)]
+    return [
+        Transfer("all-reduce", sizes.adapter_bytes, sizes.accumulation, USABLE_SHARE * BACKWARD_SHARE),
+        *_stepped(sizes),
+    ]
 
 
 def zero_3(sizes: Sizes) -> list[Transfer]:
@@ -90,8 +98,8 @@ def zero_3(sizes: Sizes) -> list[Transfer]:
     """
     whole = sizes.base_elements * sizes.base_bytes + sizes.adapter_bytes
     return [
-        Transfer("all-gather", whole, sizes.accumulation * sizes.passes, overlaps=True, pieces=sizes.layers),
-        Transfer("reduce-scatter", sizes.adapter_bytes, sizes.accumulation, overlaps=True),
+        Transfer("all-gather", whole, sizes.accumulation * sizes.passes, USABLE_SHARE, sizes.layers),
+        Transfer("reduce-scatter", sizes.adapter_bytes, sizes.accumulation, USABLE_SHARE),
         Transfer("all-reduce", SCALAR_BYTES),
     ]
 
@@ -160,21 +168,22 @@ def _level(transfer: Transfer, members: int, link: Link, hops: int) -> float:
     return RING_ROUNDS[transfer.kind] * (share * transfer.whole_bytes / link.bytes_per_second + waiting)
 
 
-def step_seconds(
-    compute_seconds: float, transfers: list[Transfer], ranks: int, cluster: Cluster, overlap: float = 0.8
-) -> float:
+def step_seconds(compute_seconds: float, transfers: list[Transfer], ranks: int, cluster: Cluster) -> float:
     """One optimiser step.
 
     compute_seconds   of the same step on one rank, with nothing to send: measured, not predicted here
-    overlap           share of the computing time beside which an overlapping transfer may run
     """
-    times = {True: 0.0, False: 0.0}
+    hidden, exposed, window = 0.0, 0.0, 0.0
     for each in transfers:
-        times[each.overlaps] += transfer_seconds(each, ranks, cluster)
-    exposed = max(0.0, times[True] - overlap * compute_seconds)
-    return compute_seconds + exposed + times[False]
+        seconds = transfer_seconds(each, ranks, cluster)
+        if each.beside:
+            hidden += seconds
+            window = max(window, each.beside * compute_seconds)
+        else:
+            exposed += seconds
+    return compute_seconds + exposed + max(0.0, hidden - window)
 
 
-def efficiency(compute_seconds: float, transfers: list[Transfer], ranks: int, cluster: Cluster, **options) -> float:
+def efficiency(compute_seconds: float, transfers: list[Transfer], ranks: int, cluster: Cluster) -> float:
     """Share of the GPUs' time that is not spent waiting for the network: 1 = twice the GPUs, twice the clips."""
-    return compute_seconds / step_seconds(compute_seconds, transfers, ranks, cluster, **options)
+    return compute_seconds / step_seconds(compute_seconds, transfers, ranks, cluster)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from sa3dist import scaling
-from sa3dist.loop import SILENT
+from sa3dist.loop import SAVING
 from sa3dist.parallel.flat import FlatAdapters
-from sa3dist.parallel.reduction import GradientReduction
+from sa3dist.parallel.reduction import BUCKET_ELEMENTS, GradientReduction
 from sa3dist.scaling import Cluster, Link, Sizes, Transfer
 
 SIZES = Sizes(adapter_elements=6000, base_elements=90000, accumulation=3)
@@ -41,7 +41,7 @@ def test_the_counted_bytes_are_those_of_a_ring_that_is_played_through(ranks):
 
 def test_data_parallel_sends_the_flat_buffer_once_a_step():
     parameters = {f"layer.{n}": torch.nn.Parameter(torch.randn(n + 2, 5)) for n in range(4)}
-    flat = FlatAdapters(parameters, 0.1, 0.0, scalars=SILENT + 1)
+    flat = FlatAdapters(parameters, 0.1, 0.0, scalars=SAVING + 1)
     reduced = []
 
     class Group:
@@ -72,6 +72,15 @@ def test_only_gathering_the_base_and_per_micro_batch_gradients_grow_with_accumul
     assert 1 < growth["zero-2"] < growth["zero-3"] < 3
 
 
+def test_only_whole_buckets_travel_early():
+    assert scaling.BUCKET_ELEMENTS == BUCKET_ELEMENTS
+    early, late = scaling.ddp(Sizes(2 * BUCKET_ELEMENTS + 100))
+    assert (early.whole_bytes, early.pieces) == (2 * BUCKET_ELEMENTS * 4, 2)
+    assert late.whole_bytes == 400 + scaling.SCALAR_BYTES
+    # Beside the last backward pass of the step only.
+    assert late.beside == 0 < scaling.ddp(Sizes(2 * BUCKET_ELEMENTS, accumulation=4))[0].beside == early.beside / 4
+
+
 def test_compression_halves_the_gradients_only():
     whole, compressed = (sum(t.whole_bytes for t in scaling.ddp(SIZES, compressed=c)) for c in (False, True))
     assert whole - compressed == SIZES.adapter_elements * 2
@@ -94,9 +103,9 @@ def test_a_step_waits_for_what_does_not_overlap_and_for_what_outlasts_the_comput
     cluster = Cluster(1, link, link)
     # Two ranks: an all-reduce of 1 MB sends 1 MB from each, a second at this speed.
     assert scaling.step_seconds(0.5, [Transfer("all-reduce", 1e6)], 2, cluster) == pytest.approx(1.5)
-    hidden = Transfer("all-reduce", 1e6, overlaps=True)
-    assert scaling.step_seconds(2.0, [hidden], 2, cluster, overlap=0.5) == pytest.approx(2.0)
-    assert scaling.step_seconds(1.0, [hidden], 2, cluster, overlap=0.5) == pytest.approx(1.5)
+    hidden = Transfer("all-reduce", 1e6, beside=0.5)
+    assert scaling.step_seconds(2.0, [hidden], 2, cluster) == pytest.approx(2.0)
+    assert scaling.step_seconds(1.0, [hidden], 2, cluster) == pytest.approx(1.5)
 
 
 def test_every_piece_of_a_transfer_waits_for_the_latency():

@@ -218,9 +218,9 @@ def count(directory: Path) -> int:
                 part.wait()
             assert steps > 0, f"{mode}: see {output_dir}*.log"
             payload = scaling.sent_bytes(formula(sizes), 2)
-            frames = scaling.ethernet_bytes(payload, acknowledged=payload)
-            row = {"mode": mode, "counted_bytes": round(payload), "counted_frame_bytes": round(frames)}
-            row |= {"sent_bytes": round(sent / steps), "sent_over_counted": round(sent / steps / frames, 3)}
+            # On an unbounded link the device counts packets before they are cut into segments: hardly any headers.
+            row = {"mode": mode, "counted_bytes": round(payload), "sent_bytes": round(sent / steps)}
+            row |= {"sent_over_counted": round(sent / steps / payload, 3)}
             print(json.dumps(row), flush=True)
     return 0
 
