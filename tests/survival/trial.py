@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -66,6 +67,8 @@ class Trial:
                 command, env=os.environ | settings, stdout=out, stderr=out, start_new_session=True
             )
 
+        end_with_this_process(self.kill_all)
+
     def processes(self) -> dict[int, dict[str, str]]:
         """Environment by pid of all that lives of this trial."""
         return marked(self.mark)
@@ -128,6 +131,7 @@ class ForkedTrial:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.pids = {rank: self._fork(rank, processes, port, words) for rank in range(processes)}
+        end_with_this_process(self.kill_all)
 
     def _fork(self, rank: int, processes: int, port: int, words: dict) -> int:
         pid = os.fork()
@@ -189,6 +193,12 @@ class ForkedTrial:
     def leftovers(self) -> list[int]:
         """Processes whose group one of the ranks led: loader workers, mostly."""
         return [pid for pid in session_members(set(self.pids.values())) if pid not in self.pids.values()]
+
+
+def end_with_this_process(kill: Callable[[], None]) -> None:
+    """Leave nothing running, also when this program is interrupted."""
+    atexit.register(kill)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def session_members(leaders: set[int]) -> list[int]:
