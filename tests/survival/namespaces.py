@@ -113,7 +113,7 @@ class Proof:
         assert steps == list(range(1, STEPS + 1)), f"{output_dir}: logged steps {steps}"
         assert digest(output_dir) == self.expected(processes), f"{output_dir}: another file than on one host"
 
-    def ends_well(self, name: str, during: Callable[[], None] = lambda: None, seconds=240.0, **options) -> dict:
+    def ends_well(self, name: str, during: Callable[[], None] = lambda: None, seconds=600.0, **options) -> dict:
         """A job that must not mind what happens ``during`` its tenth step."""
         processes = 2 * options.get("per_host", 1)
         self.expected(processes)
@@ -150,7 +150,7 @@ class Proof:
         mend()
         saved = newest_intact(output_dir)
         again = self.job(f"{name}-again", output_dir)
-        assert again.wait([0, 1], 240) == [0, 0], status(output_dir)
+        assert again.wait([0, 1], 600) == [0, 0], status(output_dir)
         self.is_whole(output_dir, 2)
         resumed = [row["resumed_from"] for row in rows(output_dir) if "resumed_from" in row]
         assert resumed == [saved]

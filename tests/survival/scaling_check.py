@@ -209,9 +209,9 @@ def count(directory: Path) -> int:
                 more = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config)}
             sizes = tiny_sizes(directory, COUNTED_RANK)
             job, output_dir = counted_job(directory, network, mode, more)
-            wait_for("5 steps", lambda job=job, path=output_dir: at(path, job) >= 5, 300)
+            wait_for("5 steps", lambda job=job, path=output_dir: at(path, job) >= 5)
             first, before = len(rows(output_dir)), network.sent_bytes(0)
-            wait_for("45 steps", lambda job=job, path=output_dir: at(path, job) >= 45, 300)
+            wait_for("45 steps", lambda job=job, path=output_dir: at(path, job) >= 45)
             steps, sent = len(rows(output_dir)) - first, network.sent_bytes(0) - before
             for part in job.parts:
                 part.kill_all()

@@ -66,7 +66,7 @@ class Series:
             output_dir = self.directory / f"undisturbed-{processes}"
             shutil.rmtree(output_dir, ignore_errors=True)
             trial = self.start(output_dir, output_dir.name, processes, "rank")
-            assert trial.wait(300) == 0, trial.log.read_text()
+            assert trial.wait() == 0, trial.log.read_text()
             self._undisturbed[processes] = digest(output_dir)
         return self._undisturbed[processes]
 
@@ -116,7 +116,7 @@ class Series:
         if number % RESUME_EVERY == 0:
             expected = self.undisturbed(processes)
             again = self.start(output_dir, f"{name}-again", processes, target, **work)
-            outcome["resumed_identical"] = again.wait(300) == 0 and digest(output_dir) == expected
+            outcome["resumed_identical"] = again.wait() == 0 and digest(output_dir) == expected
         shutil.rmtree(work_dir, ignore_errors=True)
         return outcome
 

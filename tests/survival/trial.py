@@ -45,7 +45,7 @@ def prepare(directory: Path, clips: int = 8) -> dict[str, str | int]:
     return SETTINGS | {"audio_data_url": str(archive), "model": str(base), "work_dir": str(directory / "work")}
 
 
-def wait_for(what: str, true: Callable[[], bool], seconds: float = 120, poll: float = 0.002) -> None:
+def wait_for(what: str, true: Callable[[], bool], seconds: float = 600, poll: float = 0.002) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
@@ -90,7 +90,7 @@ class Trial:
     def ended(self) -> bool:
         return self.process.poll() is not None
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 600) -> int:
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -177,7 +177,7 @@ class ForkedTrial:
         for pid in self.ranks().values():
             send(pid, signal.SIGKILL)
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 600) -> int:
         """Exit code of the ranks: the one status.json would be read for, so that of a rank that was not killed."""
         deadline = time.monotonic() + seconds
         while not self.ended():
