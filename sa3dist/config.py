@@ -137,6 +137,11 @@ class Settings(BaseModel):
     gradient_compression: Literal["none", "bf16"] = Field(
         "none", description="format in which gradients travel between processes: float32 (none), or bf16 for slow links"
     )
+    mode: Literal["indexed", "streaming"] = Field(
+        "indexed",
+        description="indexed (every clip once per epoch, by position) or streaming (shards too many to index, in turn)",
+    )
+    shuffle_buffer: int = Field(256, ge=1, description="clips each loader process mixes in streaming mode")
     bucket_batches: int = Field(
         1,
         ge=1,
@@ -235,10 +240,24 @@ class Settings(BaseModel):
             raise ValueError("pre_encode: true has nothing to encode ahead with latents: on_the_fly; unset one")
         if self.deterministic and self.compile == "on":
             raise ValueError("compile: on lets the compiler choose kernels by measuring; not with deterministic: true")
+        if self.mode == "streaming":
+            self._check_streaming()
         output_dir = self.output_dir or Path("runs") / self.name
         object.__setattr__(self, "output_dir", Path(output_dir))
         object.__setattr__(self, "work_dir", Path(self.work_dir or self.output_dir.parent / "sa3dist-work"))
         return self
+
+    def _check_streaming(self) -> None:
+        reasons = {
+            "bucket_batches": (self.bucket_batches == 1, "sorts by length, which only an index knows; leave it at 1"),
+            "duration": (self.duration is not None, "must be given: without an index the longest clip is not known"),
+            "latents": (self.latents == "whole", "must be whole: there is no cache to keep crops in"),
+            "pre_encode": (not self.pre_encode, "would have no end; stream the shards that sa3dist encode leaves"),
+            "on_bad_clip": (self.on_bad_clip == "raise", "must be raise; sa3dist shard leaves out what cannot be used"),
+        }
+        for key, (fits, reason) in reasons.items():
+            if not fits:
+                raise ValueError(f"{key}: with mode: streaming it {reason}")
 
     def as_dict(self) -> dict[str, Any]:
         """The tree as plain YAML and JSON values."""

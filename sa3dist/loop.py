@@ -21,6 +21,7 @@ import torch
 
 from sa3dist import flow
 from sa3dist.adapters import tensors_digest
+from sa3dist.data.lanes import LanePlaces
 from sa3dist.data.order import ClipOrder
 from sa3dist.data.stream import MicroBatch
 from sa3dist.errors import CheckpointError, EnvironmentFailure, Interrupted, OutOfMemory, SA3DistError
@@ -40,7 +41,7 @@ RECENT_STEPS = 20
 COMPUTING = "computing gradients"
 
 # What travels with the gradients: sums over the step's micro batches and ranks.
-LOSS, LOSS_GEN, LOSS_CTX, STOP, TROUBLE, SILENT, SAVING = range(7)
+LOSS, LOSS_GEN, LOSS_CTX, STOP, TROUBLE, SILENT, REPEATED, SAVING = range(8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Plan:
     accumulation    micro batches per rank and step
     global_batch    clips per step over all ranks
     identity        what a checkpoint must agree with to be continued: JSON values by name
-    clip_keys       keys of the dataset's clips, in index order
+    clip_keys       keys of the dataset's clips, in index order; empty where a stream has no index
     order           which of them each slot trains on; None = the plain shuffle
     schedule        the learning rate of each step; None = the settings' learning_rate throughout
     description     what config.json says of the run beside the step; kept with every checkpoint for an offline export
@@ -117,6 +118,9 @@ class Trainer:
         forward = functools.partial(micro_batch_loss, base, settings=settings)
         self.engine = engines.make(base, parameters, forward, settings, plan, group, scalars=SAVING + 1)
         self.saver = Saver()
+        # Where a stream without an index is; None where the step alone says it.
+        self.places: LanePlaces | None = None
+        self._clips: list[list[str]] = []
         # The step from which on blocks are recomputed because memory did not suffice.
         self.adapted_at: int | None = None
 
@@ -146,6 +150,7 @@ class Trainer:
             parts = torch.stack([loss.detach(), loss_gen.detach(), loss_ctx.detach()])
             self.engine.scalars[LOSS : LOSS_CTX + 1] += parts
             self.engine.scalars[SILENT] += batch.silent_crops
+            self.engine.scalars[REPEATED] += batch.repeated_clips
             losses.append((batch.clips, parts[0]))
         return waited, losses
 
@@ -207,6 +212,9 @@ class Trainer:
         rate = self.schedule.rate(self.step + 1)
         self.engine.step(rate)
         self.step += 1
+        self._clips = [clips for clips, _ in losses]
+        if self.places is not None:
+            self.places.advance(repeated=round(figures[REPEATED]))
         return {
             "loss": means[LOSS],
             "loss_gen": means[LOSS_GEN],
@@ -217,6 +225,13 @@ class Trainer:
             "silent_crops": figures[SILENT],
             "data_wait_seconds": waited,
         }
+
+    def clips_of_step(self) -> list[str]:
+        """Keys of the clips all ranks trained on in the last step, in slot order; called on all ranks."""
+        if self.places is None:
+            return self.plan.clips_of_step(self.step)
+        ranks = self.group.gather(self._clips)
+        return [key for round_ in zip(*ranks, strict=True) for clips in round_ for key in clips]
 
     def _explain(self, failure: Exception) -> SA3DistError:
         """What the peers are told. The failure itself is let go: it holds the tensors of the step."""
@@ -300,8 +315,9 @@ class Trainer:
             stop.saving = False
 
     def _state(self) -> dict[str, Any]:
+        """What a checkpoint says beside its tensors; called on all ranks."""
         plan = self.plan
-        return {
+        state = {
             "step": self.step,
             "next_slot": self.step * plan.global_batch,
             "global_batch": plan.global_batch,
@@ -313,6 +329,10 @@ class Trainer:
             "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "description": self.description(),
         }
+        if self.places is not None:
+            cursors = self.group.gather(list(self.places.cursors))
+            state["stream"] = {"cursors": cursors, "repeated": self.places.repeated}
+        return state
 
     def description(self) -> dict[str, Any]:
         """What config.json says of the run as it is now."""
@@ -346,13 +366,20 @@ class Journal:
         self._silent += figures.pop("silent_crops")
         now = time.perf_counter()
         data_wait = self._waited / (now - self._clock)
-        if self._metrics and (step % settings.log_every == 0 or step == plan.steps):
+        logged = step % settings.log_every == 0 or step == plan.steps
+        # On all ranks: without an index each knows only its own.
+        clips = self._trainer.clips_of_step() if logged and settings.log_clips else None
+        if self._metrics and logged:
             row = {"step": step, **figures, "clips_seen": step * plan.global_batch}
-            row |= {"epoch": step * plan.global_batch / len(plan.clip_keys), "silent_crops": int(self._silent)}
+            row["silent_crops"] = int(self._silent)
+            if self._trainer.places is None:
+                row["epoch"] = step * plan.global_batch / len(plan.clip_keys)
+            else:
+                row["repeated_clips"] = self._trainer.places.repeated
             row |= {"step_seconds": (now - self._clock) / (step - self._last_logged), "data_wait": data_wait}
             row |= self._describe()
-            if settings.log_clips:
-                row["clips"] = plan.clips_of_step(step)
+            if clips is not None:
+                row["clips"] = clips
             self._metrics.write(row)
             self._clock, self._waited, self._silent, self._last_logged = now, 0.0, 0.0, step
         rate = (step - self._first) / (now - self._begin)

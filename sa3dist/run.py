@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -21,9 +22,19 @@ from sa3dist.config import Settings, crop_frames
 from sa3dist.data.collect import collect
 from sa3dist.data.crops import CropsInFlight, EncodedCrops
 from sa3dist.data.fetch import fetch, is_remote, shown
-from sa3dist.data.latent_source import LatentDataset, Paths, fetch_latents, latent_shards_of, read_latents
+from sa3dist.data.lanes import LanePlaces
+from sa3dist.data.latent_source import (
+    LatentDataset,
+    Paths,
+    StreamedDataset,
+    fetch_latents,
+    latent_shards_of,
+    read_latents,
+    streamed_shards,
+)
 from sa3dist.data.latents import EncodedClips
 from sa3dist.data.stream import MicroBatch, MicroBatches, StreamSettings, loader, micro_indices
+from sa3dist.data.streaming import StreamedBatches, StreamedClips, finisher, streaming_loader
 from sa3dist.errors import CheckpointError, ConfigError
 from sa3dist.formats import DatasetIndex, atomic_path, digest_of, file_sha256
 from sa3dist.metrics import progress
@@ -168,6 +179,8 @@ class Run:
         """Stage one on rank 0; every rank reads the index it leaves. Latent shards need no such stage."""
         self._enter("shard")
         settings = self.settings
+        if settings.mode == "streaming":
+            return self._streamed()
         latents = on_main_first(self.group, "find-latents", self._find_latents, self.stop)
         if latents is not None:
             return together(
@@ -202,6 +215,16 @@ class Run:
             return remote
         return shard.build_shards(*where, **limits, report=report, should_stop=self.stop), {}
 
+    def _streamed(self) -> StreamedDataset:
+        def find() -> dict[str, Any]:
+            index = streamed_shards(self.settings.audio_data_url)
+            return {"digest": index.digest, "urls": index.urls, "holds_latents": index.holds_latents}
+
+        found = on_main_first(self.group, "find-shards", find, self.stop)
+        index = StreamedDataset(Path(), clips=(), **{**found, "urls": tuple(found["urls"])})
+        log.info("streaming %d shards of %s", len(index.urls), "latents" if index.holds_latents else "audio")
+        return index
+
     def _find_latents(self) -> list[Paths] | None:
         settings = self.settings
         parts = latent_shards_of(settings.audio_data_url)
@@ -225,6 +248,12 @@ class Run:
         found = on_main_first(self.group, "digests", digests, self.stop)
         settings = self.settings
         where = index, settings.work_dir, base, *found
+        if isinstance(index, StreamedDataset):
+            if everything:
+                raise ConfigError("mode: streaming encodes nothing ahead; encode with mode: indexed, then stream that")
+            encoded = StreamedClips(*where, max_bytes=settings.max_download_bytes)
+            on_main_first(self.group, "first-clip", encoded.check_first, self.stop)
+            return encoded
         encoded = EncodedClips(*where)
         if isinstance(index, LatentDataset):
             if settings.latents != "whole":
@@ -269,10 +298,15 @@ class Run:
             lora_config=adapters.lora_config(base),
             crop_frames=self._frames,
         )
+        streamed = isinstance(encoded, StreamedClips)
+        if streamed:
+            identity["shuffle_buffer"] = settings.shuffle_buffer
         saved = resume.find_checkpoint(settings, group, self.stop)
         if saved is not None:
             resume.check_identity(saved, identity, settings.output_dir)
             resume.check_course(saved, settings)
+        stream = saved.state.get("stream") if saved else None
+        places = LanePlaces.of(stream, group.dist_rank, group.world_size, max(1, settings.num_workers))
         accumulation = resume.divide_work(saved, settings, group.world_size)
         global_batch = accumulation * settings.batch_size * group.world_size
         work = loop.Plan(
@@ -283,7 +317,7 @@ class Run:
             seed=settings.seed,
             identity=identity,
             clip_keys=[clip.key for clip in encoded.clips],
-            order=self.micro_batches(base, encoded).order,
+            order=None if streamed else self.micro_batches(base, encoded).order,
             schedule=schedule.of_settings(settings),
             adapt_memory=settings.on_oom == "adapt",
             description=self._describe(encoded, identity, global_batch),
@@ -292,10 +326,12 @@ class Run:
         if saved is not None:
             self.trainer.restore(saved)
         self.trainer.check_ranks_agree(self.trainer.engine.adapters())
+        self.trainer.places = places if streamed else None
         self._saved_step = saved.step if saved else None
 
     def crop_frames(self, base, encoded: EncodedClips) -> int:
-        longest = max(clip.seconds for clip in encoded.clips)
+        # Without an index no clip is known, and ``duration`` is set.
+        longest = max((clip.seconds for clip in encoded.clips), default=math.inf)
         framing = base.native_seconds, base.sample_rate_hz, base.samples_per_frame
         return crop_frames(self.settings.duration, longest, *framing)
 
@@ -329,11 +365,17 @@ class Run:
                     },
                     on_first_step=self.startup.first_step_done,
                 )
+        if self.trainer.places:
+            seen = self.step * work.global_batch
+            log.info("streaming: %d clips trained on, %d of them repeated", seen, self.trainer.places.repeated)
 
     def micro_batches(self, base, encoded: EncodedClips) -> MicroBatches:
         """The seeded stream of this run's samples, by micro batch."""
+        return MicroBatches(encoded, self._stream_settings(base, encoded))
+
+    def _stream_settings(self, base, encoded: EncodedClips) -> StreamSettings:
         settings = self.settings
-        stream = StreamSettings(
+        return StreamSettings(
             seed=settings.seed,
             micro_batch=settings.batch_size,
             crop_frames=self.crop_frames(base, encoded),
@@ -342,10 +384,11 @@ class Run:
             shift=base.config.distribution_shift,
             bucket_batches=settings.bucket_batches,
         )
-        return MicroBatches(encoded, stream)
 
     def _batches(self, base, encoded: EncodedClips) -> Generator[MicroBatch, None, None]:
         settings, group, work = self.settings, self.group, self.trainer.plan
+        if isinstance(encoded, StreamedClips):
+            return self._streamed_batches(base, encoded)
         first = self.trainer.step + 1
         indices = micro_indices(first, work.steps, work.accumulation, group.dist_rank, group.world_size)
         batches = self.micro_batches(base, encoded)
@@ -354,6 +397,13 @@ class Run:
             return loader(batches, indices, crops.prepare, settings.num_workers, group.device, after=crops.used)
         prepare = encode.encode_on_first_use(base, encoded, batches.order, settings.batch_size, self._before_work)
         return loader(batches, indices, prepare, settings.num_workers, group.device)
+
+    def _streamed_batches(self, base, encoded: StreamedClips) -> Generator[MicroBatch, None, None]:
+        settings, trainer, stream = self.settings, self.trainer, self._stream_settings(base, encoded)
+        done = trainer.step * trainer.plan.accumulation
+        batches = StreamedBatches(encoded, stream, self.group, trainer.places.cursors, done, settings.shuffle_buffer)
+        finish = finisher(base, encoded, stream, self._before_work)
+        return streaming_loader(batches, finish, trainer.places, settings.num_workers, self.group.device)
 
     def _announce(self, base) -> None:
         settings, group, work = self.settings, self.group, self.trainer.plan
@@ -393,8 +443,8 @@ class Run:
             "base_model": settings.model,
             "base_sha256": identity["base_sha256"],
             "dataset_sha256": encoded.index.digest,
-            "dataset_clips": len(encoded.clips),
-            "dataset_seconds": round(sum(clip.seconds for clip in encoded.clips), 3),
+            "dataset_clips": len(encoded.clips) or None,
+            "dataset_seconds": round(sum(clip.seconds for clip in encoded.clips), 3) or None,
             "skipped_clips": list(encoded.index.skipped),
             "effective_batch_size": global_batch,
             "world_size": self.group.world_size,

@@ -116,8 +116,6 @@ def load_clip_audio(index: DatasetIndex, entry: ClipEntry, sample_rate_hz: int) 
     and flip but commutes with both).
     Raises DataError naming shard and clip when the bytes are not the ones that were checked when the shard was written.
     """
-    import torch
-
     place = f"{index.directory / entry.shard}, clip {entry.key}"
     data = index.reader.read(entry) if index.reader else read_clip(index.directory / entry.shard, entry)
     try:
@@ -129,9 +127,19 @@ def load_clip_audio(index: DatasetIndex, entry: ClipEntry, sample_rate_hz: int) 
             f"{place}: decodes to {audio_CN.shape} at {rate} Hz, the index says {(entry.channels, entry.samples)} at "
             f"{entry.sample_rate_hz} Hz. Another libsndfile wrote it; run sa3dist shard on this machine."
         )
+    return ready_audio(audio_CN, rate, sample_rate_hz, bounded)
+
+
+def ready_audio(audio_CN: np.ndarray, from_hz: int, to_hz: int, bounded: bool = False) -> torch.Tensor:
+    """What ``decode`` gives, ready for cropping, as ``load_clip_audio`` returns it.
+
+    bounded   its samples are known to lie in [-1, 1]
+    """
+    import torch
+
     samples_CN = torch.from_numpy(audio_CN[:2])
-    if rate != sample_rate_hz:
-        samples_CN, bounded = resample(samples_CN, rate, sample_rate_hz), False
+    if from_hz != to_hz:
+        samples_CN, bounded = resample(samples_CN, from_hz, to_hz), False
     if not bounded:
         samples_CN.clamp_(-1, 1)
     return samples_CN.expand(2, -1).contiguous()

@@ -29,13 +29,22 @@ def read_caption(container: Container, caption: Member | str) -> str:
 
     Raises DataError, without the file's name, when it is empty, too long, not UTF-8 or no caption.
     """
-    if isinstance(caption, Member):
-        as_json = is_json(caption.name)
-        limit = MAX_JSON_BYTES if as_json else MAX_CAPTION_BYTES
-        if caption.size > limit:
-            raise DataError(f"caption of {caption.size} bytes, expected at most {limit}; shorten it")
-        text = _decoded(container.read(caption), "caption")
-        caption = _caption_field(_parsed(text)) if as_json else text
+    if not isinstance(caption, Member):
+        return _checked(caption)
+    as_json = is_json(caption.name)
+    limit = MAX_JSON_BYTES if as_json else MAX_CAPTION_BYTES
+    if caption.size > limit:
+        raise DataError(f"caption of {caption.size} bytes, expected at most {limit}; shorten it")
+    return caption_text(container.read(caption), as_json)
+
+
+def caption_text(data: bytes, as_json: bool) -> str:
+    """The stripped caption in the bytes of a .txt, or of a .json. Raises DataError when there is none."""
+    text = _decoded(data, "caption")
+    return _checked(_caption_field(_parsed(text)) if as_json else text)
+
+
+def _checked(caption: str) -> str:
     caption = caption.strip()
     if not caption:
         raise DataError("caption is empty; describe the clip in it")

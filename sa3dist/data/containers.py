@@ -28,7 +28,7 @@ MAX_MEMBERS = 1_000_000
 READ_BLOCK_BYTES = 1 << 20
 
 _DRIVE = re.compile(r"^[A-Za-z]:")
-_TAR_FAULTS = (tarfile.TarError, struct.error, EOFError, OSError, ValueError, LookupError, OverflowError)
+TAR_FAULTS = (tarfile.TarError, struct.error, EOFError, OSError, ValueError, LookupError, OverflowError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +212,7 @@ class TarContainer(Container):
                         found.append(info)
                     if len(found) > MAX_MEMBERS:
                         raise DataError(f"{self.label}: more than {MAX_MEMBERS} files; split it into several data sets")
-        except _TAR_FAULTS as error:
+        except TAR_FAULTS as error:
             reason = f"{path.name} is no readable plain tar ({short_reason(error)})"
             raise DataError(f"{self.label}: {reason}; make or download it again") from error
         return found

@@ -169,8 +169,9 @@ def write_latent_shard(
             data = {kind: content(clip, kind) for kind in kinds}
             digests = {kind: hashlib.sha256(value).hexdigest() for kind, value in data.items()}
             stem = member_stem(clip.key)
-            facts = {**vars(clip), "position": position, "of": len(clips), "sha256": digests}
-            out.add(f"{stem}.json", sealed(json.dumps({**facts, "encoders": vars(encoders)})[:-1]))
+            facts = {"version": SHARD_INDEX_VERSION, **vars(clip), "position": position, "of": len(clips)}
+            facts |= {"sha256": digests, "encoders": vars(encoders)}
+            out.add(f"{stem}.json", sealed(json.dumps(facts)[:-1]))
             out.add(f"{stem}.txt", clip.caption.encode())
             places = {
                 kind: Place(out.add(f"{stem}.{kind}.safetensors", value), len(value), digests[kind])

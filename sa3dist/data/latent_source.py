@@ -1,8 +1,9 @@
-"""Latent shards as a data set: found by their name, fetched when remote, checked against the base. No audio needed."""
+"""Shards as a data set: latent shards instead of audio, fetched when remote; shards of either kind to stream."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -11,7 +12,7 @@ from sa3dist.data.archive import expand_braces, local_path
 from sa3dist.data.fetch import Downloads, filesystem, is_remote, shown
 from sa3dist.data.latent_shards import MEND, SHARD_PREFIX, LatentShard, dataset_digest
 from sa3dist.errors import DataError
-from sa3dist.formats import DatasetIndex
+from sa3dist.formats import DatasetIndex, digest_of
 
 # Where a tar and its index lie.
 Paths = tuple[str, str]
@@ -24,29 +25,57 @@ class LatentDataset(DatasetIndex):
     latent_shards: tuple[LatentShard, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class StreamedDataset(DatasetIndex):
+    """A data set without an index: its clips are not known. ``digest`` is of the shards' names, and sizes if local."""
+
+    urls: tuple[str, ...] = ()
+    holds_latents: bool = False
+
+
 def latent_shards_of(source: str) -> list[str] | None:
     """The latent shards ``source`` names, as paths and URLs in order; None when it holds something else.
 
     They are known by their name, latents-*.tar, whether named one by one, by a pattern in braces or by their folder.
     """
+    return _shards_named(source, is_latent_name)
+
+
+def streamed_shards(source: str) -> StreamedDataset:
+    """The shards of any kind ``source`` names. Raises DataError when it names something else, or both kinds."""
+    label = shown(source)
+    urls = _shards_named(source, lambda name: name.endswith(".tar"))
+    if urls is None:
+        raise DataError(f"{label}: mode: streaming reads shards (.tar, a pattern or a folder of them)")
+    kinds = {is_latent_name(url) for url in urls}
+    if len(kinds) > 1:
+        raise DataError(f"{label}: latent shards and others side by side; stream one kind")
+    # Sizes tell an exchanged shard from the one before; asking a server for them all would take too long.
+    local = [url if is_remote(url) else str(local_path(url)) for url in urls]
+    facts = [f"{Path(url).name} {'' if is_remote(url) else os.path.getsize(url)}" for url in local]
+    digest = digest_of("streaming", *facts)
+    return StreamedDataset(Path(), digest, (), urls=tuple(local), holds_latents=kinds == {True})
+
+
+def _shards_named(source: str, matches: Callable[[str], bool]) -> list[str] | None:
     parts = expand_braces(source)
-    if all(_is_latent_name(part) for part in parts):
+    if all(map(matches, parts)):
         return parts
     if not is_remote(source):
         folder = local_path(source) if len(parts) == 1 else None
-        found = sorted(folder.glob(f"{SHARD_PREFIX}*.tar")) if folder is not None and folder.is_dir() else []
-        return [str(path) for path in found] or None
+        found = sorted(folder.glob("*.tar")) if folder is not None and folder.is_dir() else []
+        return [str(path) for path in found if matches(path.name)] or None
     # Plain web servers have no folders; what looks like one may be a file of any size.
     if source.startswith(("http://", "https://")) or len(parts) > 1 or Path(urlsplit(source).path).suffix:
         return None
     system, path = filesystem(source)
     if not system.isdir(path):
         return None
-    found = [system.unstrip_protocol(name) for name in system.ls(path, detail=False) if _is_latent_name(name)]
+    found = [system.unstrip_protocol(name) for name in system.ls(path, detail=False) if matches(name)]
     return sorted(found) or None
 
 
-def _is_latent_name(part: str) -> bool:
+def is_latent_name(part: str) -> bool:
     name = part.rsplit("/", 1)[-1]
     return name.startswith(SHARD_PREFIX) and name.endswith(".tar")
 

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -179,21 +179,26 @@ class EncodedClips:
 
         rows   (clip, flipped, its ``audio``)
         """
+        for (clip, flipped, _), tensors in zip(rows, self.encode_rows(base, rows), strict=True):
+            if not self.has_latents(clip, flipped):
+                write_tensors(self.latents_path(clip, flipped), tensors)
+
+    def encode_rows(
+        self, base, rows: Sequence[tuple[ClipEntry, bool, torch.Tensor]]
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """What is kept of each row of ``encode_together``: latents, silence, peaks."""
         frame = self.samples_per_frame
         channels, valid_frames = rows[0][2].shape[0], -(-rows[0][2].shape[1] // frame)
         padded_BCN = torch.zeros(len(rows), channels, (valid_frames + 2 * SILENCE_TAIL_FRAMES) * frame)
         for padded_CN, (_, flipped, audio_CN) in zip(padded_BCN, rows, strict=True):
             padded_CN[:, : audio_CN.shape[1]] = -audio_CN if flipped else audio_CN
         latents_BDT = base.encode_audio(padded_BCN.to(base.device)).float().cpu()
-        for latents_DT, (clip, flipped, audio_CN) in zip(latents_BDT, rows, strict=True):
-            if self.has_latents(clip, flipped):
-                continue
-            tensors = {
+        for latents_DT, (_, _, audio_CN) in zip(latents_BDT, rows, strict=True):
+            yield {
                 "latents": latents_DT[:, : valid_frames + SILENCE_TAIL_FRAMES].contiguous(),
                 "silence": self._lasting_silence(base, channels),
                 "peaks": frame_peaks(audio_CN, frame),
             }
-            write_tensors(self.latents_path(clip, flipped), tensors)
 
     def _lasting_silence(self, base, channels: int) -> torch.Tensor:
         """Latents of silence far from both ends of a sequence, float32 (D, 2): an even frame and an odd one."""
@@ -238,7 +243,12 @@ def padded_prompt(tokens_LH: torch.Tensor, prompt_tokens: int) -> tuple[torch.Te
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_bytes(save(tensors, metadata={"sha256": _digest_of_tensors(tensors)}))
+        temporary.write_bytes(pack_tensors(tensors))
+
+
+def pack_tensors(tensors: dict[str, torch.Tensor]) -> bytes:
+    """As safetensors, with the digest of what they hold."""
+    return save(tensors, metadata={"sha256": _digest_of_tensors(tensors)})
 
 
 def _digest_of_tensors(tensors: dict[str, torch.Tensor]) -> str:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sa3dist import flow
 from sa3dist.data.audio import resampled_length
-from sa3dist.data.latents import EncodedClips
+from sa3dist.data.latents import ClipLatents, EncodedClips
 from sa3dist.data.order import clip_order, micro_batch_slots
 from sa3dist.errors import SA3DistError
 from sa3dist.formats import ClipEntry
@@ -58,6 +58,7 @@ class MicroBatch:
     hidden_BLH    may end in one position that is padding in every clip and stands for the rest of ``prompt_length``
     packing       of keep_BT: the frames the network computes; None with it
     has_context   whether any frame is given as context: known here, where asking does not stop the device
+    repeated_clips   how many a stream without an index gave before; 0 where every clip comes once per epoch
     """
 
     clips: list[str]
@@ -73,6 +74,7 @@ class MicroBatch:
     drop_cross_B: torch.Tensor
     has_context: bool
     silent_crops: int
+    repeated_clips: int = 0
     prompt_length: int | None = None
     packing: Packing | None = None
 
@@ -130,40 +132,47 @@ class MicroBatches(Dataset):
             # As a value: the loader would bury its one line under a worker's traceback.
             return problem
 
-    def _sample(self, slot: int) -> _Sample:
-        seed, limit = self.settings.seed, self.settings.crop_frames
+    def _sample(self, slot: int) -> Sample:
         clip = self.encoded.clips[self.order.clip_of_slot(slot)]
-        flipped = polarity_of_slot(seed, slot)
-        latents = self.encoded.latents(clip, flipped)
-        start, silent = draw_crop(latents.peaks_T, limit, seed, slot)
-        valid = min(latents.valid_frames - start, limit)
-        mean_frames = flow.masks.EXTENSION_SECONDS * self.encoded.sample_rate_hz / self.encoded.samples_per_frame
-        extension = flow.draw_extension(mean_frames, flow.generator_for(seed, "extension", slot))
-        frames = min(limit, valid + extension)
-        file_seconds = math.ceil(clip.seconds)
-        crop_seconds = math.ceil(
-            min(clip.seconds, limit * self.encoded.samples_per_frame / self.encoded.sample_rate_hz)
-        )
-        seconds_total = file_seconds if self.settings.seconds_total_of == "file" else crop_seconds
-        hidden_LH, prompt_mask_L = self.encoded.prompt(clip.caption)
-        dropped = (
-            torch.rand(1, generator=flow.generator_for(seed, "prompt_dropout", slot)) < self.settings.prompt_dropout
-        )
-        return _Sample(
-            slot=slot,
-            clip=clip.key,
-            # Coupling looks at whole crops, with the silence behind short clips.
-            latents_DT=latents.window(start, limit if self.settings.micro_batch > 1 else frames),
-            frames=frames,
-            seconds_total=float(seconds_total),
-            hidden_LH=hidden_LH,
-            prompt_mask_L=prompt_mask_L,
-            dropped=bool(dropped),
-            silent=silent,
-            effective_frames=flow.effective_frames(
-                seconds_total, self.encoded.sample_rate_hz, self.encoded.samples_per_frame
-            ),
-        )
+        latents = self.encoded.latents(clip, polarity_of_slot(self.settings.seed, slot))
+        return draw_sample(slot, clip, latents, self.encoded.prompt(clip.caption), self.settings, self.encoded)
+
+
+def draw_sample(
+    slot: int,
+    clip: ClipEntry,
+    latents: ClipLatents,
+    prompt: tuple[torch.Tensor, torch.Tensor],
+    settings: StreamSettings,
+    framing: EncodedClips,
+) -> Sample:
+    """Draw the crop, the extension and the prompt's dropout of one slot.
+
+    latents   in the slot's polarity        prompt    features and mask of the caption
+    """
+    seed, limit = settings.seed, settings.crop_frames
+    start, silent = draw_crop(latents.peaks_T, limit, seed, slot)
+    valid = min(latents.valid_frames - start, limit)
+    mean_frames = flow.masks.EXTENSION_SECONDS * framing.sample_rate_hz / framing.samples_per_frame
+    extension = flow.draw_extension(mean_frames, flow.generator_for(seed, "extension", slot))
+    frames = min(limit, valid + extension)
+    file_seconds = math.ceil(clip.seconds)
+    crop_seconds = math.ceil(min(clip.seconds, limit * framing.samples_per_frame / framing.sample_rate_hz))
+    seconds_total = file_seconds if settings.seconds_total_of == "file" else crop_seconds
+    dropped = torch.rand(1, generator=flow.generator_for(seed, "prompt_dropout", slot)) < settings.prompt_dropout
+    return Sample(
+        slot=slot,
+        clip=clip.key,
+        # Coupling looks at whole crops, with the silence behind short clips.
+        latents_DT=latents.window(start, limit if settings.micro_batch > 1 else frames),
+        frames=frames,
+        seconds_total=float(seconds_total),
+        hidden_LH=prompt[0],
+        prompt_mask_L=prompt[1],
+        dropped=bool(dropped),
+        silent=silent,
+        effective_frames=flow.effective_frames(seconds_total, framing.sample_rate_hz, framing.samples_per_frame),
+    )
 
 
 def frames_of(clip: ClipEntry, encoded: EncodedClips) -> int:
@@ -173,7 +182,9 @@ def frames_of(clip: ClipEntry, encoded: EncodedClips) -> int:
 
 
 @dataclasses.dataclass
-class _Sample:
+class Sample:
+    """One slot's part of a micro batch; latents_DT is what its noise is coupled with, frames what is trained on."""
+
     slot: int
     clip: str
     latents_DT: torch.Tensor
@@ -198,7 +209,7 @@ def draw_crop(peaks_T: torch.Tensor, limit: int, seed: int, slot: int) -> tuple[
     return start, True
 
 
-def collate(samples: list[_Sample], settings: StreamSettings) -> MicroBatch:
+def collate(samples: list[Sample], settings: StreamSettings) -> MicroBatch:
     """Draw each slot's t, noise and mask; pad to the longest sample; couple, mix and form the target."""
     seed = settings.seed
     lengths = [sample.frames for sample in samples]
@@ -277,7 +288,7 @@ def loader(
         batch_size=None,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_signals_to_the_main_process,
+        worker_init_fn=leave_signals_to_the_main_process,
     )
     for batch in ready:
         if isinstance(batch, SA3DistError):
@@ -286,7 +297,7 @@ def loader(
         yield batch.to(device)
 
 
-def _leave_signals_to_the_main_process(worker: int) -> None:
+def leave_signals_to_the_main_process(worker: int) -> None:
     # A terminal's Ctrl-C and Slurm's signals reach the whole process group; a worker that dies of one fails the step.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
