@@ -5,6 +5,8 @@ RUN := $(VENV)/bin/python
 PART ?= tests
 GPU_PYTHON ?= python3
 OUT ?= kernels/benchmarks/results
+# Most tests keep one core busy; whole files stay together because they share what they prepare.
+PARALLEL ?= --numprocesses 2 --dist loadfile
 
 .PHONY: demo test fast-test lint format bench gpu-check clean
 
@@ -21,10 +23,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(PARALLEL)
 
 fast-test: $(VENV)/.installed
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest $(PARALLEL) -m "not slow"
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
