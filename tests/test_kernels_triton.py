@@ -12,7 +12,14 @@ from sa3dist_kernels import ADAPTER_TYPES, FrozenConstants, adapted_linear, disp
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
-from sa3dist_kernels import fused_linear, gain_gradient, scaled_matmul, triton_support  # noqa: E402
+from sa3dist_kernels import (  # noqa: E402
+    fused_linear,
+    gain_gradient,
+    scaled_matmul,
+    thin_norms,
+    triton_support,
+    weight_pass,
+)
 
 pytestmark = pytest.mark.skipif(not triton_support.interpreting(), reason="Triton was imported without its interpreter")
 
@@ -118,6 +125,33 @@ def test_gain_gradient_is_exact_where_the_output_has_lost_the_product(dtype, wit
     # Column by column, in roundings of the terms of its sum; a bias may cost a factor of four.
     errors = (got.double() - terms.sum(0)).abs() / terms.norm(dim=0)
     assert float(errors.max()) < 4 * ROUNDINGS[dtype] * torch.finfo(dtype).eps
+
+
+@pytest.mark.usefixtures("nan_memory")
+@pytest.mark.parametrize(("inner", "outer", "rank"), [(150, 21, 3), (1, 1, 1), (70, 33, 20)])
+def test_one_read_of_a_weight_gives_thin_product_and_squares(inner, outer, rank):
+    weight, thin, squares = torch.randn(outer, inner).half().t(), torch.randn(rank, inner).t(), torch.randn(inner)
+    found = weight_pass.weight_pass(weight, thin, squares)
+    expected = weight_pass.weight_pass(*doubled((weight, thin, squares)), impl="torch")
+    for what, ours, theirs in zip(("cross", "totals"), found, expected, strict=True):
+        assert_close(ours, theirs, torch.float32, what)
+
+
+@pytest.mark.usefixtures("nan_memory")
+@pytest.mark.parametrize(("side", "rank"), [(37, 3), (1, 1), (18, 70)])
+def test_norms_and_their_gradient_from_thin_products(side, rank):
+    cross, factor, other = torch.randn(rank, side).t(), torch.randn(rank, side).t(), torch.randn(rank, 5)
+    squares, magnitude, slope = torch.rand(side) * 400 * rank, torch.randn(side), torch.randn(side)
+    # Rounding can leave a vanishing row's sum below zero: length zero, not NaN.
+    squares[0] = -1e6
+    thin, numbers = (cross, factor, other @ other.t()), (0.5, 1e-12)
+    found = thin_norms.thin_norms(*thin, squares, magnitude, *numbers)
+    expected = thin_norms.thin_norms(*doubled((*thin, squares, magnitude)), *numbers, impl="torch")
+    for what, ours, theirs in zip(("gain", "norms"), found, expected, strict=True):
+        assert_close(ours, theirs, torch.float32, what)
+    assert found[1][0] == 0
+    grad = thin_norms.thin_norms_backward(*thin, slope, 0.5)
+    assert_close(grad, thin_norms.thin_norms_backward(*doubled((*thin, slope)), 0.5, impl="torch"), torch.float32)
 
 
 def in_format(layer, dtype):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sa3dist_kernels.adapter_types import AdapterType
 from sa3dist_kernels.frozen_products import no_autocast
+from sa3dist_kernels.fused_norms import col_backward, col_scaling, row_backward, row_scaling
 from sa3dist_kernels.gain_gradient import gain_gradient
 from sa3dist_kernels.scaled_matmul import scaled_matmul
 from sa3dist_kernels.triton_support import check_triton
@@ -29,12 +30,8 @@ from sa3dist_kernels.weight_norms import (
     FrozenConstants,
     Layer,
     RowScaling,
-    col_backward,
-    col_scaling,
     factors,
-    row_backward,
     row_cross,
-    row_scaling,
     row_slope,
 )
 

@@ -162,13 +162,14 @@ def _finish_kernel(
     )  # fmt: skip
 
 
-def candidates(tokens: int, dtype: torch.dtype) -> tuple[dict, ...]:
+def candidates(tokens: int, dtype: torch.dtype, sums: bool = False) -> tuple[dict, ...]:
     """Configurations to choose from; the first is used where nothing may be measured."""
     if interpreting():
         return (INTERPRETED, {**LIBRARY, "block_n": 16, "block_m": 16})
     if dtype == torch.float32:
         return (LIBRARY, SINGLE)
-    return (LIBRARY, SQUARE, FEW_TOKENS if tokens <= 1024 else MANY_TOKENS)
+    # With column sums the largest tile does not fit the registers (benchmarks/compile_kernels.py).
+    return (LIBRARY, SQUARE, FEW_TOKENS if sums or tokens <= 1024 else MANY_TOKENS)
 
 
 def _fused(arguments: dict, config: dict) -> None:
@@ -270,7 +271,9 @@ def scaled_matmul(
             name[0] for name in ("left_gain", "out_gain", "sums", "tail") if arguments.get(name) is not None
         )
         shape = (tuning.bucket(tokens), M, K, rank_block(lift_RM.shape[0]), weight_KM.stride(0) == 1)
-        config = tuning.chosen("scaled_matmul", (*shape, present), left_NK, candidates(tokens, left_NK.dtype), run)
+        config = tuning.chosen(
+            "scaled_matmul", (*shape, present), left_NK, candidates(tokens, left_NK.dtype, other_NM is not None), run
+        )
     run(config)
     sums_M = None if other_NM is None else arguments["sums"].sum(0)
     return arguments["out"], sums_M, arguments["tail_out"]
