@@ -10,10 +10,13 @@ from sa3dist_kernels import ADAPTER_TYPES
 from torch import nn
 
 from sa3dist.adapters.layers import AdaptedLayer, initial_adapter
+from sa3dist.errors import DataError
+from sa3dist.loop import Trainer
 from sa3dist.parallel.engines import share_initial_state
 from sa3dist.parallel.flat import FlatAdapters
 from sa3dist.parallel.group import Group
 from sa3dist.parallel.reduction import GradientReduction
+from sa3dist.parallel.saving import Saver
 
 RANKS = 3
 SHAPES = [(3, 5), (40,), (7, 11), (64,), (2, 2), (30,)]
@@ -55,6 +58,24 @@ def first_tensors(rank):
     return before, dict([*adapter.named_parameters(), *adapter.named_buffers()])
 
 
+def fetched(rank):
+    """How a rank fares in lockstep when rank 1 finds no clip to train on."""
+
+    def batches():
+        if rank == 1:
+            raise DataError("kick_03: unreadable")
+        yield "a micro batch"
+
+    group = Group(rank, RANKS, torch.device("cpu"))
+    trainer = types.SimpleNamespace(
+        engine=types.SimpleNamespace(lockstep=True), group=group, saver=Saver(), _explain=lambda failure: failure
+    )
+    try:
+        return Trainer._fetch(trainer, batches())
+    except DataError as failure:
+        return str(failure), failure.origin
+
+
 def one_rank(rank, directory):
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=RANKS)
     found = {
@@ -64,6 +85,7 @@ def one_rank(rank, directory):
         "compressed": reduced(rank, 40, "bf16"),
         "failing": reduced(rank, 40, fails=rank == 1),
         "first": first_tensors(rank),
+        "fetched": fetched(rank),
     }
     torch.save(found, f"{directory}/{rank}.pt")
     dist.destroy_process_group()
@@ -118,3 +140,10 @@ def test_ranks_begin_with_rank_0s_adapters_and_frozen_constants(ranks):
     assert any(not torch.equal(ranks[1]["first"][0][name], value) for name, value in expected.items())
     for found in ranks:
         assert all(torch.equal(found["first"][1][name], value) for name, value in expected.items())
+
+
+def test_in_lockstep_a_rank_without_data_stops_all_before_they_wait_for_it(ranks):
+    for found in ranks:
+        text, origin = found["fetched"]
+        assert "kick_03: unreadable" in text
+        assert origin[0] == 1

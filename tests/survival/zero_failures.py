@@ -1,0 +1,79 @@
+"""What ends a run ends it under DeepSpeed too: a signal to one rank, a killed rank, a loss that is not finite.
+
+    python tests/survival/zero_failures.py DIRECTORY [--stage 2 3]
+
+Two ranks on the CPU, started by launch/local.sh with DeepSpeed asked for in the environment. Prints one JSON line per
+case: exit code, seconds from the event to the end, what the user is told; a run stopped by a signal is started again
+and must finish. Exits with 1 when a code differs, a run takes over 60 s to end, or anything is left running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+from trial import ROOT, Trial, local, newest_intact, own_lines, prepare, rows, send, status, wait_for
+
+STEPS, EVENT_AT_STEP = 60, 5
+EXPECTED = {"sigterm": 75, "sigkill": 70, "not finite": 70}
+
+
+def start(directory: Path, words: dict, stage: int, name: str) -> Trial:
+    output_dir = directory / f"{name}-{stage}".replace(" ", "-")
+    zero = {"ACCELERATE_USE_DEEPSPEED": "true"}
+    zero |= {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "configs" / "deepspeed" / f"zero{stage}.json")}
+    command = local(words | {"output_dir": output_dir}, 2)
+    return Trial(command, output_dir, output_dir.with_suffix(".log"), zero)
+
+
+def happen(trial: Trial, case: str) -> float:
+    """Bring the event about; returns when."""
+    if case == "not finite":
+        wait_for("a row or the end", lambda: bool(rows(trial.output_dir)) or trial.ended(), 300)
+    else:
+        wait_for("the step", lambda: len(rows(trial.output_dir)) >= EVENT_AT_STEP, 300)
+        send(trial.ranks()[1], signal.SIGTERM if case == "sigterm" else signal.SIGKILL)
+    return time.monotonic()
+
+
+def run(directory: Path, words: dict, stage: int, case: str) -> dict:
+    changes = {"learning_rate": 1e30} if case == "not finite" else {}
+    trial = start(directory, words | changes, stage, case)
+    begin = happen(trial, case)
+    code = trial.wait()
+    row = {"stage": stage, "case": case, "exit_code": code, "seconds": round(time.monotonic() - begin, 1)}
+    row |= {"told": own_lines(trial.log)[-1:], "status": status(trial.output_dir), "left_running": trial.leftovers()}
+    ok = code == row["status"].get("exit_code") == EXPECTED[case] and row["seconds"] < 60 and not row["left_running"]
+    if case == "sigterm":
+        row["resumed_from"] = newest_intact(trial.output_dir)
+        again = start(directory, words, stage, case)
+        ok = ok and again.wait(600) == 0 and row["resumed_from"] > 0
+        steps = [each["step"] for each in rows(trial.output_dir)]
+        ok = ok and steps == list(range(1, STEPS + 1))
+    return row | {"ok": ok}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--stage", type=int, nargs="*", default=[1, 2, 3])
+    arguments = parser.parse_args()
+    directory = arguments.directory.resolve()
+    words = prepare(directory) | {"number_of_steps": STEPS, "save_every": 1000}
+    failed = False
+    for stage in arguments.stage:
+        for case in EXPECTED:
+            shutil.rmtree(directory / f"{case}-{stage}".replace(" ", "-"), ignore_errors=True)
+            row = run(directory, words, stage, case)
+            failed = failed or not row["ok"]
+            print(json.dumps(row), flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
