@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,6 +54,8 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
     """Read the settings, join the other processes, run ``stages``; the exit code tells how it ended."""
     # Before anything slow: a signal during the imports must not kill the process.
     stop = StopRequest().install()
+    # Stack frames of a store that went with its host would bury the one line that says which host that was.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from sa3dist import config
     from sa3dist.parallel.outcome import dist_rank_from_environment, forget_status, has_peers, run_program
 
@@ -90,13 +93,13 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
         running.append(Run(settings, group, stop))
         if group.is_main:
             forget_status(settings.output_dir)
-        with Watchdog(group, stop, settings.output_dir):
+        with Watchdog(group, stop, settings.output_dir) as watchdog:
             try:
                 # Only now: peers of a rank that left before would wait for it in connect.
                 stop.raise_if_asked("starting")
                 stages(running[0])
             except Exception as failure:
-                reason = leave(group, failure)
+                reason = leave(group, failure, watchdog.told)
                 if reason is failure:
                     raise
                 raise reason from failure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -41,6 +42,7 @@ class Group:
     """This process among its peers. dist_rank 0 writes; ``device`` is where this process computes.
 
     deepspeed   the launcher's DeepSpeed configuration as read; None outside of that mode
+    hosts   name of every rank's machine; empty for a process alone
     pulse   what this process is doing, told to the others
     """
 
@@ -48,6 +50,7 @@ class Group:
     world_size: int
     device: torch.device
     deepspeed: dict[str, Any] | None = None
+    hosts: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
     pulse: Pulse = dataclasses.field(default_factory=Pulse, kw_only=True, compare=False)
 
     @property
@@ -121,7 +124,8 @@ def connect(step_timeout_seconds: float) -> Group:
     device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
     if dist.is_initialized():
         # Not accelerator.num_processes: it is 1 on every rank under DeepSpeed on CPU.
-        return Group(dist.get_rank(), dist.get_world_size(), device, plugin and plugin.deepspeed_config)
+        group = Group(dist.get_rank(), dist.get_world_size(), device, plugin and plugin.deepspeed_config)
+        return dataclasses.replace(group, hosts=tuple(group.gather(socket.gethostname())))
     return Group(0, 1, device)
 
 

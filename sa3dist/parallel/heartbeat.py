@@ -12,12 +12,11 @@ from pathlib import Path
 
 from sa3dist import errors
 from sa3dist.formats import write_json
-from sa3dist.parallel.outcome import STATES, translate
+from sa3dist.parallel.outcome import HEARTBEAT_NAME, STATES, translate
 from sa3dist.parallel.pulse import Pulse
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_NAME = "heartbeat.json"
 RENEWAL_SECONDS = 3.0
 
 

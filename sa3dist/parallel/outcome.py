@@ -18,6 +18,7 @@ from sa3dist import errors
 from sa3dist.formats import write_json
 
 STATUS_NAME = "status.json"
+HEARTBEAT_NAME = "heartbeat.json"
 STATES = {
     errors.EXIT_DONE: "done",
     errors.EXIT_USER: "refused",
@@ -123,7 +124,13 @@ def report(
     patience_seconds   how long rank 0 may take
     """
     dist_rank, host = here = dist_rank_from_environment(), socket.gethostname()
-    if dist_rank != 0 and (problem is None or directory is None or _has_spoken(directory, patience_seconds)):
+    if dist_rank != 0:
+        if problem is None or directory is None or _is_word_of_rank_0(problem):
+            return
+        if _has_spoken(directory, patience_seconds):
+            return
+    elif isinstance(problem, errors.LostPeer) and directory is not None and _has_spoken(directory, 0):
+        # This one was given up as lost, by peers that have told so.
         return
     message, code = "done", errors.EXIT_DONE
     if problem is not None:
@@ -138,9 +145,19 @@ def report(
     status = {"state": STATES[code], "exit_code": code, "message": message}
     status |= {"dist_rank": dist_rank, "host": host, "step": step}
     try:
+        with contextlib.suppress(OSError):
+            write_json(directory / STATUS_NAME, status)
+            return
+        # On a full disk the heartbeat gives its place to the last word.
+        (directory / HEARTBEAT_NAME).unlink(missing_ok=True)
         write_json(directory / STATUS_NAME, status)
     except OSError as error:
         print(f"{directory / STATUS_NAME}: cannot write ({error.strerror})", file=sys.stderr, flush=True)
+
+
+def _is_word_of_rank_0(problem: errors.SA3DistError) -> bool:
+    """Whether rank 0 has found it, and not others that rank 0 is lost."""
+    return problem.origin is not None and problem.origin[0] == 0 and not isinstance(problem, errors.LostPeer)
 
 
 def forget_status(directory: Path) -> None:

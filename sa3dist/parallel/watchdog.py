@@ -6,6 +6,7 @@ keeps heartbeat.json; the watchdog itself only counts, so that neither a dead ne
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -32,6 +33,7 @@ from sa3dist.parallel.word import (
     alive_key,
     default_store,
     end_for_all,
+    heard_key,
     lost_rank,
     read,
     unpack,
@@ -41,7 +43,7 @@ log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.5
 # How long the main thread may take to end by itself when the run is over: it closes loaders and finishes a save.
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 5.0
 # And how much longer while a save is in flight.
 SAVING_SECONDS = 30.0
 # A word to the store or to the disk that takes longer is not waited for.
@@ -49,7 +51,10 @@ WORD_SECONDS = 5.0
 
 
 class Watchdog:
-    """Runs between ``connect`` and the end of the stages, as a context manager."""
+    """Runs between ``connect`` and the end of the stages, as a context manager.
+
+    told   why another rank has left, as soon as this one knows
+    """
 
     def __init__(self, group: Group, stop: StopRequest, output_dir: Path) -> None:
         self._group, self._stop, self._output_dir = group, stop, output_dir
@@ -58,7 +63,7 @@ class Watchdog:
         self._next = (group.dist_rank + 1) % group.world_size
         self._next_last: dict | None = None
         self._contacts = 0
-        self._told: errors.SA3DistError | None = None
+        self.told: errors.SA3DistError | None = None
         self._threads: list[threading.Thread] = []
         self._file = HeartbeatFile(output_dir, group.pulse)
 
@@ -101,8 +106,10 @@ class Watchdog:
                 # The store is gone; the watchdog counts the time without contact.
                 continue
             self._contacts += 1
-            if told is not None:
-                self._told = unpack(told)
+            if told is not None and self.told is None:
+                self.told = unpack(told)
+                with contextlib.suppress(RuntimeError):
+                    store.set(heard_key(self._group.dist_rank), "1")
 
     def _progress(self) -> tuple[int, int]:
         return self._group.pulse.beats, self._stop.polls
@@ -115,10 +122,10 @@ class Watchdog:
             # A suspended process did not stand still, it did not run.
             tick, last = min(now - last, 2 * TICK_SECONDS), now
             limit = self._group.pulse.timeout_seconds
-            if self._told is not None:
+            if self.told is not None:
                 patience = GRACE_SECONDS + (SAVING_SECONDS if self._stop.saving else 0)
                 if over.look("over", tick) > patience:
-                    self._end(self._told)
+                    self._end(self.told)
             elif stuck.look(self._progress(), tick) > limit:
                 self._end_all(self._explain_standstill(limit))
             elif self._group.world_size == 1:
@@ -137,11 +144,12 @@ class Watchdog:
             first, *others = sorted(behind)
             also = f", nor have ranks {', '.join(map(str, others))}" if others else ""
             said = behind[first]
-            return self._failure(
+            problem = errors.LostPeer(
                 f"has not come to the end of step {pulse.step} in {limit:.0f} s{also}; last seen in step "
-                f"{said['step']} ({said['doing']})",
-                (first, said["host"]),
+                f"{said['step']} ({said['doing']}); state is as last saved, run again to continue (step_timeout)"
             )
+            problem.origin = (first, said["host"])
+            return problem
         if pulse.doing == AVERAGING and peers:
             return self._failure(f"step {pulse.step}: every rank has arrived, but nothing has come in {limit:.0f} s")
         where = f"step {pulse.step}" if pulse.stage == "train" else pulse.stage
@@ -154,9 +162,9 @@ class Watchdog:
             f"host of rank 0 is gone"
         )
 
-    def _failure(self, message: str, origin: tuple[int, str] | None = None) -> errors.EnvironmentFailure:
+    def _failure(self, message: str) -> errors.EnvironmentFailure:
         problem = errors.EnvironmentFailure(f"{message}; state is as last saved, run again to continue (step_timeout)")
-        problem.origin = origin or (self._group.dist_rank, self._host)
+        problem.origin = (self._group.dist_rank, self._host)
         return problem
 
     def _peers(self) -> dict[int, dict]:
@@ -176,11 +184,13 @@ class Watchdog:
     def _end(self, problem: errors.SA3DistError) -> None:
         if self._group.is_main:
             bounded(lambda: self._file.close(problem))
+        # Rank 0 hears of it a heartbeat later, and has its grace.
+        patience = 2 * HEARTBEAT_SECONDS + GRACE_SECONDS + 1
+        said = lambda: report(problem, self._output_dir, max(0, self._group.pulse.step - 1), patience)  # noqa: E731
+        bounded(said, patience + WORD_SECONDS)
         # Loader processes would outlive this one.
         for child in multiprocessing.active_children():
             child.kill()
-        said = lambda: report(problem, self._output_dir, max(0, self._group.pulse.step - 1), GRACE_SECONDS)  # noqa: E731
-        bounded(said, GRACE_SECONDS + WORD_SECONDS)
         os._exit(problem.exit_code)
 
 

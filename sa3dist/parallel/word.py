@@ -14,7 +14,7 @@ from sa3dist.parallel.outcome import translate
 
 HEARTBEAT_SECONDS = 2.0
 # A rank whose heart stands still this long counts as lost; loading a base may hold the interpreter for seconds.
-STALL_SECONDS = 40.0
+STALL_SECONDS = 35.0
 # The first rank that cannot go on leaves its reason here, and all others take it.
 END = "sa3dist/end"
 
@@ -50,6 +50,10 @@ def alive_key(dist_rank: int) -> str:
     return f"sa3dist/alive/{dist_rank}"
 
 
+def heard_key(dist_rank: int) -> str:
+    return f"sa3dist/heard/{dist_rank}"
+
+
 def read(store: dist.Store, key: str) -> Any | None:
     """The JSON value under ``key``, or None."""
     return json.loads(store.get(key)) if store.check([key]) else None
@@ -61,27 +65,48 @@ def end_for_all(store: dist.Store, problem: errors.SA3DistError, dist_rank: int)
     return unpack(json.loads(held))
 
 
-def leave(group, failure: Exception) -> Exception:
+def leave(group, failure: Exception, heard: errors.SA3DistError | None) -> Exception:
     """Tell the peers why this rank leaves; returns what to report: for a lost peer, that peer's own reason or its name.
 
+    heard   the reason of another rank, if this one has been told
     A peer that is gone shows first as a closed connection; which one it was, the hearts tell.
     """
     if group.world_size == 1:
         return failure
     store = default_store()
     try:
+        reason = failure
         if not isinstance(translate(failure), errors.LostPeer):
             packed = pack(explain(failure), group.dist_rank)
             store.set(left_key(group.dist_rank), json.dumps(packed))
             store.compare_set(END, "", json.dumps(packed))
-            return failure
-        reason = _reason_of_the_lost(store, group)
-        return failure if reason is None else end_for_all(store, reason, group.dist_rank)
+        elif heard is not None:
+            reason = heard
+        else:
+            found = _reason_of_the_lost(store, group)
+            reason = failure if found is None else end_for_all(store, found, group.dist_rank)
+        store.set(heard_key(group.dist_rank), "1")
+        if group.is_main:
+            _await_hearing(store, group.world_size)
+        return reason
     except RuntimeError:
         # The store went with the rank that hosted it: nobody is left to tell.
-        lost = errors.LostPeer("gone, and the rendezvous store with it; killed, or its machine or network failed")
-        lost.origin = (0, "the store's host")
+        if heard is not None or not isinstance(translate(failure), errors.LostPeer):
+            return heard or failure
+        lost = errors.LostPeer(
+            "gone, and the rendezvous store with it: killed, or its machine or network failed; state is as last saved, "
+            "run again to continue"
+        )
+        lost.origin = (0, group.hosts[0])
         return lost
+
+
+def _await_hearing(store: dist.Store, world_size: int) -> None:
+    # Rank 0 may host the store, and a peer that finds it gone can only guess.
+    deadline = time.monotonic() + 2 * HEARTBEAT_SECONDS + 1
+    keys = [heard_key(dist_rank) for dist_rank in range(world_size)]
+    while not store.check(keys) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _reason_of_the_lost(store: dist.Store, group) -> errors.SA3DistError | None:
