@@ -50,6 +50,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Run], None]]] = {
 def usage() -> str:
     lines = [f"  {name:<8} {about}" for name, (about, _) in COMMANDS.items()]
     lines.append(f"  {'inspect':<8} look at a data set and what training would do with each clip")
+    lines.append(f"  {'plan':<8} predict memory and time of a run, or find settings that fit")
     lines.append(f"  {'merge':<8} several adapters into one file, or adapters into a base")
     lines.append(f"  {'submit':<8} start a run on this machine, under Slurm or on Kubernetes")
     return (
@@ -71,6 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from sa3dist import inspection_text
 
         return inspection_text.main(words[1:])
+    if words[0] == "plan":
+        from sa3dist import plan_command
+
+        return plan_command.main(words[1:])
     if words[0] == "merge":
         from sa3dist import merge
 
@@ -85,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return submit.main(words[1:])
     if words[0] not in COMMANDS:
-        known = ", ".join([*COMMANDS, "inspect", "merge", "submit"])
+        known = ", ".join([*COMMANDS, "inspect", "plan", "merge", "submit"])
         print(f"sa3dist: {words[0]!r} is no command; choose {known}", file=sys.stderr)
         return 2
     about, stages = COMMANDS[words[0]]

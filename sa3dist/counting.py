@@ -51,20 +51,29 @@ class Adapter:
 
 @dataclasses.dataclass
 class Work:
-    """Operations and bytes of one direction, split by what is done."""
+    """What one direction does: (floating point operations, bytes moved) of every operation."""
 
-    products: float = 0.0
-    attention: float = 0.0
-    bytes: float = 0.0
+    operations: list[tuple[float, float]] = dataclasses.field(default_factory=list)
 
-    def add(self, other: Work, times: float = 1.0) -> None:
-        self.products += times * other.products
-        self.attention += times * other.attention
-        self.bytes += times * other.bytes
+    def do(self, flops: float, moved: float) -> None:
+        self.operations.append((flops, moved))
 
     @property
     def flops(self) -> float:
-        return self.products + self.attention
+        return sum(flops for flops, _ in self.operations)
+
+    @property
+    def bytes(self) -> float:
+        return sum(moved for _, moved in self.operations)
+
+    def seconds(self, flops_per_second: float, bytes_per_second: float) -> tuple[float, float]:
+        """Shortest time on such a device, split: operations it multiplies for, and those it waits for memory in."""
+        computing = moving = 0.0
+        for flops, moved in self.operations:
+            compute, memory = flops / flops_per_second, moved / bytes_per_second
+            computing += compute if compute >= memory else 0
+            moving += memory if memory > compute else 0
+        return computing, moving
 
 
 @dataclasses.dataclass
@@ -91,8 +100,8 @@ class Count:
         """Forward, backward, and the forward of the first ``recomputed_blocks`` blocks once more."""
         total = Work()
         for i, part in enumerate((self.ends, *self.blocks)):
-            total.add(part.forward, 2 if 0 < i <= recomputed_blocks else 1)
-            total.add(part.backward)
+            total.operations += part.forward.operations * (2 if 0 < i <= recomputed_blocks else 1)
+            total.operations += part.backward.operations
         return total
 
     def kept_bytes(self, recomputed_blocks: int = 0) -> float:
@@ -197,13 +206,11 @@ class _Walk:
     def linear(self, name: str, rows: int, fan_out: int, fan_in: int, needs: bool) -> bool:
         """A frozen or adapted layer over ``rows`` inputs that need a gradient or not. Returns whether outputs do."""
         kind = self.adapter.kind if name in self.adapter.layers else None
-        weight, forward, backward = fan_out * fan_in, self.part.forward, self.part.backward
-        through = rows * (fan_out + fan_in) * self.value_bytes + weight * self.weight_bytes
-        forward.products += 2 * rows * weight
-        forward.bytes += through
+        weight = fan_out * fan_in
+        moved = rows * (fan_out + fan_in) * self.value_bytes + weight * self.weight_bytes
+        self.part.forward.do(2 * rows * weight, moved)
         if needs or (kind and kind.cols):
-            backward.products += 2 * rows * weight
-            backward.bytes += through
+            self.part.backward.do(2 * rows * weight, moved)
         if kind is None:
             return needs
         self.adapter_of(kind, rows, fan_out, fan_in, needs)
@@ -213,30 +220,32 @@ class _Walk:
         """What an adapted layer does beyond the frozen one: the branch, the passes over the weight, the scalings."""
         rank, weight, value = self.adapter.rank, fan_out * fan_in, self.value_bytes
         forward, backward = self.part.forward, self.part.backward
-        through_both = 2 * rows * rank * (fan_out + fan_in)
-        forward.products += through_both
-        # The gradient of the branch's middle and of the right factor; of the input; of the left factor where it learns.
-        backward.products += through_both
-        backward.products += 2 * rows * rank * fan_in if needs or kind.cols else 0
-        backward.products += 0 if kind.xs else 2 * rows * rank * fan_out
-        passes = weight_passes(kind)
-        forward.products += passes[0] * 2 * rank * weight
-        backward.products += passes[1] * 2 * rank * weight
-        forward.bytes += rows * rank * 2 * value
-        backward.bytes += rows * (fan_in + 2 * rank) * value
+        through_one, through_other = (2 * rows * rank * fan for fan in (fan_out, fan_in))
+        thin = [(rows * (fan + rank)) * value for fan in (fan_out, fan_in)]
+        forward.do(through_one, thin[0])
+        forward.do(through_other, thin[1])
+        # Gradients of the branch's middle and of the right factor; of the input; of the left factor where it learns.
+        backward.do(through_one, thin[0])
+        backward.do(through_other, thin[1])
+        if needs or kind.cols:
+            backward.do(through_other, thin[1])
+        if not kind.xs:
+            backward.do(through_one, thin[0])
+        # Rows ride along with the main product; columns read the weight once more for every pass.
+        read = weight * self.weight_bytes if kind.cols else 0
+        for direction, passes in zip((forward, backward), weight_passes(kind), strict=True):
+            for _ in range(passes):
+                direction.do(2 * rank * weight, read)
         kept = rows * rank * value
         if kind.rows:
-            forward.bytes += 2 * rows * fan_out * value
-            backward.bytes += 4 * rows * fan_out * value
+            forward.do(0, 2 * rows * fan_out * value)
+            backward.do(0, 4 * rows * fan_out * value)
             # The product before its scaling; gain, norms and W0 R^T in float32.
             kept += rows * fan_out * value + 4 * fan_out * (rank + 2)
         if kind.cols:
-            forward.bytes += 2 * rows * fan_in * value
-            backward.bytes += 4 * rows * fan_in * value
+            forward.do(0, 2 * rows * fan_in * value)
+            backward.do(0, 4 * rows * fan_in * value)
             kept += 4 * (fan_in * (rank + 2) + (fan_out * rank if kind.rows else 0))
-            # Rows ride along with the main product; columns read the weight once more for every pass.
-            forward.bytes += passes[0] * weight * self.weight_bytes
-            backward.bytes += passes[1] * weight * self.weight_bytes
         self.part.kept_bytes += kept
 
     def attention(self, sizes: Iterable[tuple[int, int]], needs: bool) -> None:
@@ -245,11 +254,9 @@ class _Walk:
         for queries, keys in sizes:
             flops = 4 * pairs * width * queries * keys
             moved = (2 * queries + 2 * keys) * pairs * width * self.value_bytes
-            self.part.forward.attention += flops
-            self.part.forward.bytes += moved
+            self.part.forward.do(flops, moved)
             if needs:
-                self.part.backward.attention += ATTENTION_BACKWARD * flops
-                self.part.backward.bytes += 2 * moved
+                self.part.backward.do(ATTENTION_BACKWARD * flops, 2 * moved)
 
     def passes(self, needs: bool) -> None:
         """Everything that is no product: norms, rotary, gates, sums."""
@@ -259,8 +266,9 @@ class _Walk:
             for stream, head, gate in zip(STREAM_PASSES, HEAD_PASSES, GATE_PASSES, strict=True)
         ]
         moved = self.tokens * self.dit.embed_dim * self.value_bytes
-        self.part.forward.bytes += per_width[0] * moved
-        self.part.backward.bytes += per_width[1] * moved if needs else 0
+        self.part.forward.do(0, per_width[0] * moved)
+        if needs:
+            self.part.backward.do(0, per_width[1] * moved)
 
     def keep(self, rows: int, widths: float, needs: bool) -> None:
         """Values that wait for the backward pass, in widths per row; counted from what autograd saves of each block."""

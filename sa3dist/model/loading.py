@@ -67,6 +67,12 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         }
 
 
+def meta_roots(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
+    """The modules adapter layers live in, on the meta device: names and shapes, no values."""
+    with torch.device("meta"):
+        return Wrapper(DiT(config.dit)), Conditioners(config)
+
+
 @dataclasses.dataclass(frozen=True)
 class BaseOnDisk:
     """A base that is checked as strictly as ``load_base`` does, but not loaded: its tensors are read one by one."""
@@ -85,9 +91,8 @@ class BaseOnDisk:
         return cls(files, config, weights)
 
     def adapter_roots(self) -> tuple[nn.Module, nn.Module]:
-        """What ``Base.adapter_roots`` is, without values: modules on the meta device."""
-        with torch.device("meta"):
-            return Wrapper(DiT(self.config.dit)), Conditioners(self.config)
+        """What ``Base.adapter_roots`` is, without values."""
+        return meta_roots(self.config)
 
     def fp32_weight(self, name: str) -> torch.Tensor:
         """A layer's weight in float32 on the CPU, by adapter-relative layer name."""
