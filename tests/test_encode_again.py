@@ -2,11 +2,13 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
 from clips import captioned, write_zip
 from kills import Killable
+from ranks import run_ranks
 
 from sa3dist.data.audio import load_clip_audio
 from sa3dist.data.collect import collect
@@ -37,11 +39,11 @@ def index(tmp_path_factory):
 ALONE = Group(0, 1, torch.device("cpu"))
 
 
-def encode_everything(base, index, work_dir):
+def encode_everything(base, index, work_dir, group=ALONE):
     encoded = EncodedClips(index, work_dir, base, "a", "t")
-    encode_all(base, encoded, ALONE, StopRequest())
+    encode_all(base, encoded, group, StopRequest())
     # Three shards.
-    collect(encoded, ALONE, StopRequest(), max_shard_bytes=30_000)
+    collect(encoded, group, StopRequest(), max_shard_bytes=30_000)
     return encoded
 
 
@@ -95,6 +97,41 @@ def work(target): encode_everything(base, index, Path(target))
             assert published(work) == whole, moment
             assert files_of_clips(work) == [], moment
     assert killed >= 10
+
+
+@pytest.mark.slow
+def test_a_kill_while_shards_are_collected_loses_nothing(base_dir, index, tmp_path):
+    base = load_base(base_dir)
+    encode_all(base, EncodedClips(index, tmp_path / "loose", base, "a", "t"), ALONE, StopRequest())
+    setup = f"""
+import sys
+sys.path.insert(0, {str(__file__.rsplit("/", 1)[0])!r})
+from pathlib import Path
+from test_encode_again import ALONE, DatasetIndex, EncodedClips, StopRequest, collect, load_base
+base = load_base({str(base_dir)!r})
+index = DatasetIndex.read(Path({str(index.directory)!r}))
+def work(target):
+    # Nothing here can encode: what a kill loses would be missing.
+    collect(EncodedClips(index, Path(target), base, "a", "t"), ALONE, StopRequest(), max_shard_bytes=30_000)
+"""
+    draw = random.Random(5)
+    partly = 0
+    with Killable(setup) as process:
+        shutil.copytree(tmp_path / "loose", tmp_path / "whole")
+        duration, _ = process.run(tmp_path / "whole")
+        whole = published(tmp_path / "whole")
+        assert len(whole) == 2 * 3
+        for moment in range(20):
+            work = tmp_path / f"killed-{moment}"
+            shutil.copytree(tmp_path / "loose", work)
+            process.run(work, kill_after=draw.uniform(0, duration))
+            held = published(work)
+            assert held.items() <= whole.items(), moment
+            partly += 0 < len(held) < len(whole)
+            process.run(work)
+            assert published(work) == whole, moment
+            assert files_of_clips(work) == [], moment
+    assert partly >= 3
 
 
 def test_only_what_a_lost_shard_held_is_encoded_again(base_dir, index, tmp_path, monkeypatch):
@@ -203,3 +240,12 @@ def test_a_second_data_set_takes_over_what_the_first_has_encoded(base_dir, index
     assert second.shards_dir != first.shards_dir
     for clip in index.clips:
         assert torch.equal(first.latents(clip, True).latents_DT, second.latents(clip, True).latents_DT)
+
+
+def test_two_ranks_leave_the_shards_that_one_leaves(base_dir, index, tmp_path):
+    base = load_base(base_dir)
+    encode_everything(base, index, tmp_path / "one")
+    whole = published(tmp_path / "one")
+    run_ranks(2, lambda group: bool(encode_everything(base, index, tmp_path / "two", group)))
+    assert published(tmp_path / "two") == whole
+    assert files_of_clips(tmp_path / "two") == []

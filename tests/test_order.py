@@ -170,6 +170,7 @@ from pathlib import Path
 import torch
 from sa3dist import encode
 from sa3dist.data import latents
+from sa3dist.data.tensor_files import write_tensors
 from sa3dist.data.stream import MicroBatches, StreamSettings, loader, polarity_of_slot
 from sa3dist.formats import ClipEntry, DatasetIndex
 
@@ -192,8 +193,8 @@ for slot in range(16):
     clip, flipped = encoded.clips[batches.order.clip_of_slot(slot)], polarity_of_slot(3, slot)
     frames = clip.samples // 4096 + 1
     tensors = {"latents": torch.randn(8, frames + 32), "silence": torch.randn(8, 2), "peaks": torch.ones(frames)}
-    latents.write_tensors(encoded.latents_path(clip, flipped), tensors)
-    latents.write_tensors(encoded.prompt_path(clip.caption), {"hidden": torch.randn(7, 16)})
+    write_tensors(encoded.latents_path(clip, flipped), tensors)
+    write_tensors(encoded.prompt_path(clip.caption), {"hidden": torch.randn(7, 16)})
 # Processor time, so that a busy machine does not fail the test; nothing here waits for anything else.
 begin = time.process_time()
 encoded, batches = stream()

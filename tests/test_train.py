@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import sa3dist
 from sa3dist import cli, train
-from sa3dist.data.latents import _digest_of_tensors
+from sa3dist.data.tensor_files import digest_of_tensors
 
 ROOT = Path(__file__).parent.parent
 STEPS = 6
@@ -323,7 +323,7 @@ def spoil(latents_dir: Path, keep_digest: bool) -> None:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
         if keep_digest:
-            metadata = {"sha256": _digest_of_tensors(tensors)}
+            metadata = {"sha256": digest_of_tensors(tensors)}
         save_file(tensors, path, metadata=metadata)
 
 

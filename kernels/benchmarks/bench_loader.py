@@ -31,8 +31,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from sa3dist.data.audio import load_clip_audio
 from sa3dist.data.collect import collect
-from sa3dist.data.latents import SILENCE_TAIL_FRAMES, EncodedClips, write_tensors
+from sa3dist.data.latents import SILENCE_TAIL_FRAMES, EncodedClips
 from sa3dist.data.stream import MicroBatches, StreamSettings
+from sa3dist.data.tensor_files import write_tensors
 from sa3dist.formats import write_json
 from sa3dist.model.config import ShiftConfig
 from sa3dist.parallel.group import Group

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from sa3dist.data.audio import load_clip_audio
-from sa3dist.data.latents import ENCODING_VERSION, EncodedClips, frame_peaks, read_tensors, write_tensors
+from sa3dist.data.latents import ENCODING_VERSION, EncodedClips, frame_peaks
 from sa3dist.data.order import ClipOrder, micro_batch_slots
 from sa3dist.data.stream import draw_crop, polarity_of_slot
+from sa3dist.data.tensor_files import read_tensors, write_tensors
 from sa3dist.formats import STALE_SECONDS, ClipEntry, digest_of
 
 

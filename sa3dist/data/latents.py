@@ -6,15 +6,10 @@ What is encoded on first use lies in a file of its own; ``sa3dist encode`` colle
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 
 from sa3dist.data.audio import load_clip_audio
 from sa3dist.data.latent_shards import (
@@ -28,8 +23,9 @@ from sa3dist.data.latent_shards import (
     member_name,
     read_member,
 )
+from sa3dist.data.tensor_files import unpack_tensors, write_tensors
 from sa3dist.errors import DataError, EnvironmentFailure
-from sa3dist.formats import ClipEntry, DatasetIndex, atomic_path, digest_of
+from sa3dist.formats import ClipEntry, DatasetIndex, digest_of
 
 # Frames of silence kept behind every clip: more than twice SAME-L's reach (12 layers x 1 frame), so that the clip's end
 # rings out as it does in one long padded clip; as many again are cut off, because the sequence's end reaches into them.
@@ -239,56 +235,3 @@ def padded_prompt(tokens_LH: torch.Tensor, prompt_tokens: int) -> tuple[torch.Te
     hidden_LH = tokens_LH.new_zeros(prompt_tokens, tokens_LH.shape[1])
     hidden_LH[: len(tokens_LH)] = tokens_LH
     return hidden_LH, torch.arange(prompt_tokens) < len(tokens_LH)
-
-
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(pack_tensors(tensors))
-
-
-def pack_tensors(tensors: dict[str, torch.Tensor]) -> bytes:
-    """As safetensors, with the digest of what they hold."""
-    return save(tensors, metadata={"sha256": _digest_of_tensors(tensors)})
-
-
-def _digest_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
-    state = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        state.update(tensor.contiguous().view(torch.uint8).numpy())
-    return state.hexdigest()
-
-
-def read_tensors(path: Path, what: str) -> dict[str, torch.Tensor]:
-    """The tensors of a ``write_tensors`` file. Raises EnvironmentFailure, naming it, when they are not as written."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise EnvironmentFailure(f"{path}: cannot read the {what} ({error}); delete the file and run again") from error
-    return unpack_tensors(content, path, what)
-
-
-def _all_finite(tensor: torch.Tensor) -> bool:
-    # A NaN or infinity makes any sum one; summing takes a twentieth of the time. Large values may overflow it.
-    return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
-
-
-def unpack_tensors(content: bytes, path: Path, what: str, compare: bool = True) -> dict[str, torch.Tensor]:
-    """The tensors in the bytes ``write_tensors`` left. Raises EnvironmentFailure, naming ``path``, when damaged.
-
-    compare   with the digest they carry; needless where that of all the bytes has been compared
-    """
-    try:
-        tensors = load(content)
-        if compare:
-            # The first 8 bytes of a safetensors file are the length of its JSON header.
-            header = content[8 : 8 + int.from_bytes(content[:8], "little")]
-            expected = json.loads(header)["__metadata__"]["sha256"]
-    except (ValueError, KeyError, SafetensorError) as error:
-        raise EnvironmentFailure(f"{path}: cannot read the {what} ({error}); delete the file and run again") from error
-    if not all(_all_finite(tensor) for tensor in tensors.values()):
-        raise EnvironmentFailure(f"{path}: the {what} hold a non-finite value; delete the file and run again")
-    if compare and _digest_of_tensors(tensors) != expected:
-        raise EnvironmentFailure(f"{path}: the {what} do not match their digest; delete the file and run again")
-    return tensors

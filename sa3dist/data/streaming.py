@@ -16,7 +16,7 @@ from sa3dist.data.audio import decode, ready_audio
 from sa3dist.data.lanes import Cursor, Lane, LanePlaces
 from sa3dist.data.latent_shards import FLIPPED, LATENTS, PROMPT
 from sa3dist.data.latent_source import StreamedDataset
-from sa3dist.data.latents import EncodedClips, clip_latents, padded_prompt, unpack_tensors
+from sa3dist.data.latents import EncodedClips, clip_latents, padded_prompt
 from sa3dist.data.order import micro_batch_slots
 from sa3dist.data.shard_stream import ShardClip, ShardSource
 from sa3dist.data.stream import (
@@ -28,6 +28,7 @@ from sa3dist.data.stream import (
     leave_signals_to_the_main_process,
     polarity_of_slot,
 )
+from sa3dist.data.tensor_files import unpack_tensors
 from sa3dist.errors import SA3DistError
 from sa3dist.formats import ClipEntry
 from sa3dist.parallel.group import Group

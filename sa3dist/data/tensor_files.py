@@ -1,0 +1,68 @@
+"""Tensors as safetensors with a digest of what they hold: written whole, and never read damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from sa3dist.errors import EnvironmentFailure
+from sa3dist.formats import atomic_path
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(pack_tensors(tensors))
+
+
+def pack_tensors(tensors: dict[str, torch.Tensor]) -> bytes:
+    """As safetensors, with the digest of what they hold."""
+    return save(tensors, metadata={"sha256": digest_of_tensors(tensors)})
+
+
+def digest_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
+    state = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(tensor.contiguous().view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
+def read_tensors(path: Path, what: str) -> dict[str, torch.Tensor]:
+    """The tensors of a ``write_tensors`` file. Raises EnvironmentFailure, naming it, when they are not as written."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise EnvironmentFailure(f"{path}: cannot read the {what} ({error}); delete the file and run again") from error
+    return unpack_tensors(content, path, what)
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    # A NaN or infinity makes any sum one; summing takes a twentieth of the time. Large values may overflow it.
+    return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
+
+
+def unpack_tensors(content: bytes, path: Path, what: str, compare: bool = True) -> dict[str, torch.Tensor]:
+    """The tensors in the bytes ``write_tensors`` left. Raises EnvironmentFailure, naming ``path``, when damaged.
+
+    compare   with the digest they carry; needless where that of all the bytes has been compared
+    """
+    try:
+        tensors = load(content)
+        if compare:
+            # The first 8 bytes of a safetensors file are the length of its JSON header.
+            header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+            expected = json.loads(header)["__metadata__"]["sha256"]
+    except (ValueError, KeyError, SafetensorError) as error:
+        raise EnvironmentFailure(f"{path}: cannot read the {what} ({error}); delete the file and run again") from error
+    if not all(_all_finite(tensor) for tensor in tensors.values()):
+        raise EnvironmentFailure(f"{path}: the {what} hold a non-finite value; delete the file and run again")
+    if compare and digest_of_tensors(tensors) != expected:
+        raise EnvironmentFailure(f"{path}: the {what} do not match their digest; delete the file and run again")
+    return tensors
