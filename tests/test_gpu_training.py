@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import sa3dist
 from sa3dist import loop
 from sa3dist.adapters import adapter_digest, adapter_parameters, attach_adapter
+from sa3dist.model.fused import use_compiled
 from sa3dist.model.packing import Packing
 from sa3dist.parallel.flat import BETAS, EPSILON, FlatAdapters
 from sa3dist.parallel.group import Group
@@ -175,6 +176,28 @@ def test_packed_clips_train_as_padded_ones(device, adapter_type, mixed_precision
     padded_loss, expected = gradients_of(base, batch, Settings(mixed_precision))
     relative, tolerance = (1e-5, 1e-4) if mixed_precision == "no" else (0.02, 0.1)
     assert loss.item() == pytest.approx(padded_loss.item(), rel=relative)
+    squares = [((found[name] - value).square().sum(), value.square().sum()) for name, value in expected.items()]
+    assert math.sqrt(sum(float(a) for a, _ in squares) / sum(float(b) for _, b in squares)) < tolerance
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_a_compiled_step_is_the_uncompiled_one_and_never_waits(device, mixed_precision, packed):
+    dtype = torch.float32 if mixed_precision == "no" else torch.bfloat16
+    base, batch = make_trained(device, "dora-rows", dtype)
+    batch = pack(batch) if packed else batch
+    loss, expected = gradients_of(base, batch, Settings(mixed_precision))
+    use_compiled(base.dit)
+    gradients_of(base, batch, Settings(mixed_precision))
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        compiled_loss, found = gradients_of(base, batch, Settings(mixed_precision))
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    relative, tolerance = (1e-5, 1e-4) if mixed_precision == "no" else (0.02, 0.1)
+    assert compiled_loss.item() == pytest.approx(loss.item(), rel=relative)
     squares = [((found[name] - value).square().sum(), value.square().sum()) for name, value in expected.items()]
     assert math.sqrt(sum(float(a) for a, _ in squares) / sum(float(b) for _, b in squares)) < tolerance
 

@@ -95,6 +95,22 @@ def test_packed_clips_equal_padded_ones_in_value_and_gradient(
     torch.testing.assert_close(asked_on_the_spot[0], exact[0].float(), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("frames", [1, FRAMES])
+def test_one_local_value_stands_for_every_frame_of_all_clips_or_of_its_own(tiny_base, frames):
+    base, draw = tiny_base, torch.Generator().manual_seed(4)
+    mask_BT = torch.arange(frames)[None] < torch.tensor([[frames], [max(frames - 9, 0)], [frames]])
+    x_BCT = torch.randn(3, base.latent_channels, frames, generator=draw)
+    embeds = torch.randn(3, base.prompt_tokens, base.config.cond_dim, generator=draw)
+    cross, embed = base.assemble(embeds, torch.ones(3, base.prompt_tokens), torch.tensor([3.0, 5.0, 8.0]))
+    for clips in (1, 3):
+        local = torch.randn(clips, base.config.dit.local_add_cond_dim, 1, generator=draw)
+        given = x_BCT, torch.full((3,), 0.5), cross, embed
+        for mask, packing in ((None, None), (mask_BT, None), (mask_BT, Packing.of(mask_BT))):
+            short = base.dit(*given, local, mask, packing=packing)
+            whole = base.dit(*given, local.expand(3, -1, frames), mask, packing=packing)
+            torch.testing.assert_close(short, whole, atol=2e-5, rtol=1e-4)
+
+
 def test_no_layer_sees_a_padded_frame(tiny_base):
     mask_BT = MASKS["leading"]
     base = adapted(tiny_base, "dora-rows")

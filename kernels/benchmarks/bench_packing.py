@@ -1,10 +1,10 @@
 """A micro batch of clips of unequal length: forward and backward with padded frames left out, against computing them.
 
 Both sides give the same loss and gradients: padded frames are attended by nobody. A third side is the padded batch with
-no mask at all, as if every clip had the full length: the least that any padded computation costs. Runs are interleaved;
-medians count.
+no mask at all, as if every clip had the full length: the least that any padded computation costs. With --compile the
+packed batch also runs with the stretches between its matrix products compiled. Runs are interleaved; medians count.
 
-    python kernels/benchmarks/bench_packing.py --shape small-music-base --depth 4 --lengths 1024,512,320,192
+    python kernels/benchmarks/bench_packing.py --shape small-music-base --depth 4 --lengths 1024,512,320,192 --compile
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from step_sides import DTYPES, SHAPES, attach, make_base, make_batch
 from timing import interleaved, peak_bytes, summary
 
 from sa3dist import adapters, flow
+from sa3dist.model.fused import use_compiled
 from sa3dist.model.layouts import Packed, Padded
 from sa3dist.model.packing import Packing
 
@@ -51,7 +52,9 @@ class Batch:
             "packed": lambda: Packed(self.packing, memory),
             "padded": lambda: Padded(frames, memory, self.keep),
             "full": lambda: Padded(frames, memory),
+            "compiled": lambda: Packed(self.packing, memory),
         }[side]
+        use_compiled(self.base.dit, "inductor" if side == "compiled" else None)
         # As given, whatever the network would choose.
         self.base.dit.layouts = lambda *_: [layout()]
         for parameter in self.trained.values():
@@ -77,11 +80,13 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 def measure(options, device: torch.device) -> dict:
     batch = Batch(options, device)
     losses, gradients = {}, {}
-    for side in SIDES[:2]:
+    sides = [*SIDES, "compiled"] if options.compile else SIDES
+    for side in set(sides) - {"full"}:
         losses[side], gradients[side] = batch.step(side).item(), batch.gradients()
-    apart = distance(gradients["packed"], gradients["padded"])
+    expected = gradients.pop("padded")
+    apart = max(distance(found, expected) for found in gradients.values())
     gradients.clear()
-    times = interleaved({side: lambda side=side: batch.step(side) for side in SIDES}, options.repeats, device)
+    times = interleaved({side: lambda side=side: batch.step(side) for side in sides}, options.repeats, device)
     spans = {side: summary(values) for side, values in times.items()}
     medians = {side: span["median"] for side, span in spans.items()}
     return {
@@ -97,7 +102,8 @@ def measure(options, device: torch.device) -> dict:
         "spread_ms": {side: [round(span["min"], 3), round(span["max"], 3)] for side, span in spans.items()},
         "ratio": round(medians["padded"] / medians["packed"], 3),
         "ratio_to_full": round(medians["full"] / medians["packed"], 3),
-        **{f"{side}_step_bytes": peak_bytes(lambda side=side: batch.step(side), device) for side in SIDES},
+        "ratio_of_compiling": round(medians["packed"] / medians["compiled"], 3) if options.compile else None,
+        **{f"{side}_step_bytes": peak_bytes(lambda side=side: batch.step(side), device) for side in sides},
         "losses": losses,
         "gradient_distance": apart,
         "gradients_agree": apart <= GRADIENT_TOLERANCE[options.precision],
@@ -114,6 +120,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=DTYPES, default="fp32", help="bf16: base and autocast; fp32: neither")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="measure the compiled packed step as well")
     parser.add_argument("--json", type=Path, help="append the measurement as one JSON object")
     options = parser.parse_args(arguments)
     options.depth = options.depth or None
@@ -130,7 +137,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"{row['shape']} clips of {row['lengths']} frames (fill {row['fill']:.0%}), {row['adapter_type']} "
         f"r{row['rank']} {row['precision']}: packed {row['packed_ms']:.1f} ms, padded {row['padded_ms']:.1f} ms "
         f"({row['ratio']:.2f}x), full {row['full_ms']:.1f} ms ({row['ratio_to_full']:.2f}x), "
-        f"gradients {row['gradient_distance']:.1e} {'agree' if row['gradients_agree'] else 'DIFFER'}"
+        + (f"compiled {row['compiled_ms']:.1f} ms ({row['ratio_of_compiling']:.2f}x), " if options.compile else "")
+        + f"gradients {row['gradient_distance']:.1e} {'agree' if row['gradients_agree'] else 'DIFFER'}"
     )
     if options.json:
         with options.json.open("a", encoding="utf-8") as file:
