@@ -27,8 +27,8 @@ from sa3dist.model.tiny import write_tiny_base
 ROOT = Path(__file__).parent.parent.parent
 CLIPS_PER_STEP = 4
 # Relative, in float32 on the CPU; "state" is over all tensors together.
-# bf16: ten times what was measured; a last bit of an adapter decides how its product is rounded.
-BOUNDS = {"no": {"loss": 1e-5, "state": 1e-5, "worst_tensor": 1e-5}, "bf16": {"loss": 1e-3, "state": 2e-5}}
+# bf16: some ten times what was measured; a last bit of an adapter decides how its product is rounded.
+BOUNDS = {"no": {"loss": 1e-5, "state": 1e-5, "worst_tensor": 1e-5}, "bf16": {"loss": 2e-3, "state": 1e-4}}
 EVERYTHING_DIVIDED = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 5000000}
 
 
