@@ -56,13 +56,19 @@ class BucketedOrder(ClipOrder):
         size = self._micro_batch
         # Micro batches are counted over the whole run: this epoch's first whole one may start later.
         first = -epoch * self.clips % size
-        last = first + (self.clips - first) // size * size
+        last = first + max(self.clips - first, 0) // size * size
         generator = flow.generator_for(self.seed, "buckets", epoch)
-        for start in range(first, last, self._window):
-            window = order[start : min(start + self._window, last)]
-            # Stable: clips of one length stay in their drawn order.
-            rows = window[torch.argsort(self._lengths[window], stable=True)].view(-1, size)
-            order[start : start + len(window)] = rows[torch.randperm(len(rows), generator=generator)].reshape(-1)
+        # All full windows at once: 100,000 clips have thousands. The last one may be shorter.
+        full = first + (last - first) // self._window * self._window
+        for start, stop, window in ((first, full, self._window), (full, last, last - full)):
+            if stop > start:
+                windows_WN = order[start:stop].view(-1, window)
+                # Stable: clips of one length stay in their drawn order.
+                sorted_WN = windows_WN.gather(1, torch.argsort(self._lengths[windows_WN], dim=1, stable=True))
+                rows = window // size
+                drawn = [torch.randperm(rows, generator=generator) for _ in range(len(windows_WN))]
+                first_rows = torch.arange(len(windows_WN))[:, None] * rows
+                order[start:stop] = sorted_WN.view(-1, size)[(torch.stack(drawn) + first_rows).flatten()].flatten()
         return order
 
     def __getstate__(self) -> dict:
