@@ -95,3 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     about, stages = COMMANDS[words[0]]
     return train.run_stages(f"sa3dist {words[0]}", about, stages, words[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from sa3dist.data.latent_shards import LatentShard, index_path, latent_shard_name, write_latent_shard
@@ -12,6 +13,8 @@ from sa3dist.errors import DataError
 from sa3dist.formats import ClipEntry
 from sa3dist.parallel.group import Group, together
 from sa3dist.parallel.signals import StopRequest
+
+log = logging.getLogger(__name__)
 
 # A quarter of an hour of audio: enough shards to share out among many ranks and workers, few enough to list.
 MAX_LATENT_SHARD_BYTES = 64 << 20
@@ -38,6 +41,7 @@ def collect(
             _remove_files(encoded, groups[number])
 
     together(group, "collect", work, stop)
+    log.info("latents: %d shards in %s", len(groups), encoded.shards_dir)
     encoded.shards.load(encoded.shards_dir)
 
 
