@@ -203,12 +203,17 @@ def scenarios(proof: Proof) -> dict[str, Callable[[], dict]]:
         finally:
             network.delay(None)
 
+    def cut_short() -> dict:
+        found = proof.ends_well("cut-5s", proof.cut_short)
+        assert found["longest_step"] >= CUT_SECONDS, f"cut-5s: the cut was not felt: {found}"
+        return found
+
     return {
         **{f"plain-{kind}": lambda kind=kind: proof.ends_well(f"plain-{kind}", kind=kind) for kind in LAUNCHERS},
         "plain-2x2": lambda: proof.ends_well("plain-2x2", per_host=2),
         "throttled": throttled,
         "delayed": delayed,
-        "cut-5s": lambda: proof.ends_well("cut-5s", proof.cut_short),
+        "cut-5s": cut_short,
         "cut": lambda: proof.ends_told("cut", proof.cut_for_good, mend, silent),
         "killed-0": lambda: proof.ends_told("killed-0", proof.kill(0, False), mend, END_SECONDS),
         "killed-1": lambda: proof.ends_told("killed-1", proof.kill(1, False), mend, END_SECONDS),

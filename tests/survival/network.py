@@ -78,9 +78,10 @@ class Network:
         self._port(number, "forwarding")
 
     def _port(self, number: int, state: str) -> None:
-        # The numbers of the bridge's port states; iproute2 knows no names for them here.
-        value = {"disabled": "0", "forwarding": "3"}[state]
-        ip("-n", SWITCH, "link", "set", f"p{number}", "type", "bridge_slave", "state", value)
+        # Not `ip link ... type bridge_slave state`: it ends with 0 and changes nothing.
+        port = f"p{number}"
+        subprocess.run(["bridge", "-n", SWITCH, "link", "set", "dev", port, "state", state], check=True)
+        assert f"bridge_slave state {state}" in ip("-n", SWITCH, "-d", "link", "show", port)
 
     def throttle(self, megabits_per_second: float | None) -> None:
         """Bound what every host sends; None takes the bound away."""
