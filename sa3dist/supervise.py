@@ -30,6 +30,8 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST_SECONDS = 5.0
 # How long rank 0's status may take to appear here: it may run on another machine of a shared filesystem.
 STATUS_SECONDS = 5.0
+# How long an agent may outlive the run: cut off from the other hosts' agents it waits for minutes to say goodbye.
+LINGER_SECONDS = 30.0
 REQUEUE_OPTION = "--slurm-requeue"
 
 
@@ -69,10 +71,24 @@ class Supervisor:
         environment = {"TORCH_CPP_LOG_LEVEL": "ERROR"} | os.environ | {"PET_SIGNALS_TO_HANDLE": names}
         # A session of its own: a terminal's Ctrl-C then comes here only, and once.
         self.child = subprocess.Popen(self.command, start_new_session=True, env=environment)
-        code = self.child.wait()
+        code = self._wait(status, before)
         if code == errors.EXIT_DONE:
             return code
         return self._meant(code, status, before)
+
+    def _wait(self, status: Path, before: tuple | None) -> int:
+        """The child's exit code; it is killed, with all it started, when it outlives the run's status for too long."""
+        ended_at = None
+        while True:
+            try:
+                return self.child.wait(timeout=1.0)
+            except subprocess.TimeoutExpired:
+                # Rank 0 reports when all is published: nobody has anything left to save.
+                if ended_at is None and identity_of(status) not in (before, None):
+                    ended_at = time.monotonic()
+                if ended_at is not None and time.monotonic() - ended_at > LINGER_SECONDS:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(self.child.pid, signal.SIGKILL)
 
     def _meant(self, code: int, status: Path, before: tuple | None) -> int:
         deadline = time.monotonic() + STATUS_SECONDS

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -61,6 +62,15 @@ def when_ready(directory, action):
 @pytest.mark.parametrize("code", [2, 70, 75, 1])
 def test_the_code_in_the_status_wins_over_the_agents(tmp_path, code):
     assert Supervisor(command(AGENT, tmp_path, f"code={code}")).run() == code
+
+
+def test_an_agent_that_outlives_the_run_is_ended_with_all_it_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervise, "LINGER_SECONDS", 0.5)
+    lingering = AGENT.replace("sys.exit(1)", "import subprocess; subprocess.run(['sleep', '61.25'])")
+    began = time.monotonic()
+    assert Supervisor(command(lingering, tmp_path, "code=70")).run() == 70
+    assert time.monotonic() - began < 30
+    assert "sleep 61.25" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
 
 
 def test_success_needs_no_status(tmp_path):
