@@ -21,16 +21,7 @@ def free_port():
 
 def run_ranks(world_size, work, timeout_seconds=60):
     """``work(group)`` on every rank; what each returned, in rank order."""
-    context = multiprocessing.get_context("fork")
-    port = free_port()
-    pipes, processes = [], []
-    for dist_rank in range(world_size):
-        ours, theirs = context.Pipe(duplex=False)
-        pipes.append(ours)
-        arguments = (work, dist_rank, world_size, port, theirs)
-        processes.append(context.Process(target=_rank, args=arguments, daemon=True))
-        processes[-1].start()
-        theirs.close()
+    pipes, processes = _start(world_size, work)
     results = []
     # All first: a rank leaves only when the others have sent theirs.
     for pipe in pipes:
@@ -41,9 +32,36 @@ def run_ranks(world_size, work, timeout_seconds=60):
     return results
 
 
+def exit_codes(world_size, work, timeout_seconds=60):
+    """Exit code of every rank, for ``work`` that ends its process itself."""
+    _, processes = _start(world_size, work)
+    for process in processes:
+        process.join(timeout_seconds)
+        if process.exitcode is None:
+            process.kill()
+            raise AssertionError("a rank hangs")
+    return [process.exitcode for process in processes]
+
+
+def _start(world_size, work):
+    context = multiprocessing.get_context("fork")
+    port = free_port()
+    pipes, processes = [], []
+    for dist_rank in range(world_size):
+        ours, theirs = context.Pipe(duplex=False)
+        pipes.append(ours)
+        arguments = (work, dist_rank, world_size, port, theirs)
+        processes.append(context.Process(target=_rank, args=arguments, daemon=True))
+        processes[-1].start()
+        theirs.close()
+    return pipes, processes
+
+
 def _rank(work, dist_rank, world_size, port, pipe):
     torch.set_num_threads(1)
-    group = Group(dist_rank, world_size, torch.device("cpu"))
+    hosts = tuple(f"host-{number}" for number in range(world_size))
+    group = Group(dist_rank, world_size, torch.device("cpu"), hosts=hosts)
+    os.environ["RANK"] = str(dist_rank)
     if world_size > 1:
         store = dist.TCPStore("127.0.0.1", port, world_size, is_master=dist_rank == 0)
         timeout = timedelta(seconds=60)

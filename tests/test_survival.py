@@ -1,0 +1,374 @@
+"""What keeps a run alive, and what ends it in time: saves beside the training, time limits, memory, hangs."""
+
+import ctypes
+import dataclasses
+import errno
+import json
+import os
+import resource
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import sa3dist
+from sa3dist import config, errors, loop
+from sa3dist.adapters import adapter_parameters, attach_adapter
+from sa3dist.parallel import checkpoint
+from sa3dist.parallel.group import Group
+from sa3dist.parallel.pulse import AVERAGING, Still
+from sa3dist.parallel.saving import Saver
+from sa3dist.parallel.signals import EXIT_SECONDS, StopRequest, seconds_since_start
+from sa3dist.parallel.watchdog import Watchdog
+from sa3dist.parallel.word import leave
+from tests.conftest import golden
+from tests.ranks import exit_codes, run_ranks
+from tests.test_gpu_training import recorded_batch
+
+HOST = socket.gethostname()
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the loop reads of the settings tree."""
+
+    mixed_precision: str = "no"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    context_weight: float = 1.0
+    save_every: int = 2
+    keep_checkpoints: int = 2
+    log_every: int = 1
+    log_clips: bool = False
+    resume: str = "auto"
+    gradient_compression: str = "none"
+
+
+def make_trainer(group, steps, settings=Settings(), times=1, **plan):
+    """A trainer on the tiny base, and the micro batch it is given again and again, ``times`` as long as recorded."""
+    base = sa3dist.load_base(golden("tiny-sa3"))
+    attach_adapter(base, "lora", rank=2, seed=1)
+    batch = recorded_batch(base)
+    for name in ("latents_BDT", "noised_BDT", "target_BDT", "inpaint_mask_B1T"):
+        setattr(batch, name, getattr(batch, name).repeat(1, 1, times))
+    work = loop.Plan(steps, 1, 2, 2 * group.world_size, 42, {}, ["a", "b"], **plan)
+    return loop.Trainer(base, adapter_parameters(base), settings, work, group), batch
+
+
+def forever(batch):
+    while True:
+        yield batch
+
+
+def status(output_dir: Path) -> dict:
+    return json.loads((output_dir / "status.json").read_text())
+
+
+# Time limits.
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [("90", 90), (90.5, 90.5), ("1:30:00", 5400), ("0:00:05", 5), ("2-01:00:00", 49 * 3600)]
+)
+def test_the_allowed_time_is_read_as_seconds_or_as_slurm_writes_it(given, seconds):
+    read = config.build(config.read_words(["audio_data_url=clips.zip", f"max_wall_time={given}"]))
+    assert read.max_wall_time == seconds
+
+
+@pytest.mark.parametrize("given", ["soon", "0", "-5", "1:70:00", ".inf"])
+def test_an_allowed_time_that_is_none_is_refused(given):
+    with pytest.raises(errors.ConfigError, match="^max_wall_time: "):
+        config.build(config.read_words(["audio_data_url=clips.zip", f"max_wall_time={given}"]))
+
+
+def test_the_margin_grows_with_what_steps_and_saves_take():
+    stop = StopRequest()
+    stop.limit(seconds_since_start() + EXIT_SECONDS + 60)
+    assert not stop()
+    stop.reserve(step_seconds=10, save_seconds=5)
+    assert not stop()
+    stop.reserve(step_seconds=10, save_seconds=25)
+    assert stop()
+    assert "max_wall_time" in stop.reason
+    with pytest.raises(errors.Interrupted, match="max_wall_time.* while encoding"):
+        stop.raise_if_asked("encoding")
+
+
+def test_the_time_since_the_start_includes_what_ran_before_this_module():
+    before = seconds_since_start()
+    time.sleep(0.1)
+    assert 0.1 <= seconds_since_start() - before < 5
+    assert before > time.process_time() / (os.cpu_count() or 1)
+
+
+def test_a_run_whose_time_is_up_on_one_rank_saves_on_all(tmp_path):
+    def work(group):
+        stop = StopRequest()
+        if group.dist_rank == 1:
+            stop.limit(seconds_since_start() + EXIT_SECONDS + 1)
+        trainer, batch = make_trainer(group, 10**6, Settings(save_every=10**6))
+        try:
+            loop.train(trainer, forever(batch), stop, tmp_path, None)
+        except errors.Interrupted as end:
+            return trainer.step, str(end)
+
+    ended = run_ranks(2, work)
+    saved = checkpoint.find(tmp_path, "auto")
+    assert [step for step, _ in ended] == [saved.step] * 2
+    assert "max_wall_time" in ended[1][1]
+
+
+# Saves beside the training.
+
+
+def test_training_goes_on_while_a_save_is_in_flight_and_no_signal_ends_it(tmp_path, monkeypatch):
+    trainer, batch = make_trainer(Group(0, 1, torch.device("cpu")), 5)
+    stop, going_on = StopRequest(), []
+    write = checkpoint.save
+
+    def slow(*arguments):
+        deadline = time.monotonic() + 30
+        while trainer.step < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        going_on.append((trainer.step, stop.saving))
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    loop.train(trainer, forever(batch), stop, tmp_path, None)
+    # The save of step 2 saw step 3 done; the last one was waited for.
+    assert going_on[0] == (3, True)
+    assert checkpoint.find(tmp_path, "auto").step == 5
+    assert not stop.saving
+    assert checkpoint.load(checkpoint.path_of(tmp_path, 4)).state["next_slot"] == 8
+
+
+def test_what_is_saved_is_the_state_of_its_step_whatever_comes_after(tmp_path, monkeypatch):
+    group = Group(0, 1, torch.device("cpu"))
+    settings = Settings(keep_checkpoints=9)
+    trainer, batch = make_trainer(group, 6, settings)
+    loop.train(trainer, forever(batch), StopRequest(), tmp_path / "beside", None)
+    for step in (2, 4):
+        alone, batch = make_trainer(group, step, settings)
+        loop.train(alone, forever(batch), StopRequest(), tmp_path / f"to-{step}", None)
+        expected = checkpoint.load(checkpoint.path_of(tmp_path / f"to-{step}", step))
+        found = checkpoint.load(checkpoint.path_of(tmp_path / "beside", step))
+        assert all(torch.equal(value, found.adapters[name]) for name, value in expected.adapters.items())
+        for moment, tensors in expected.moments.items():
+            assert all(torch.equal(value, found.moments[moment][name]) for name, value in tensors.items())
+
+
+def test_a_save_that_fails_ends_all_ranks_at_the_next_step_with_its_reason(tmp_path):
+    # A file where the checkpoints should go.
+    (tmp_path / "checkpoints").write_text("")
+
+    def work(group):
+        trainer, batch = make_trainer(group, 10**6)
+        try:
+            loop.train(trainer, forever(batch), StopRequest(), tmp_path, None)
+        except errors.EnvironmentFailure as failure:
+            return trainer.step, failure.origin, str(failure)
+
+    ended = run_ranks(2, work)
+    assert ended[0] == ended[1]
+    step, origin, message = ended[0]
+    assert 2 <= step < 50
+    assert origin == (0, HOST)
+    assert "checkpoints" in message
+
+
+def test_a_process_killed_during_a_save_leaves_the_one_before(tmp_path):
+    def work(group):
+        fsync = os.fsync
+
+        def killed(handle):
+            if "step-00000004" in os.readlink(f"/proc/self/fd/{handle}"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            fsync(handle)
+
+        os.fsync = killed
+        trainer, batch = make_trainer(group, 10**6)
+        loop.train(trainer, forever(batch), StopRequest(), tmp_path, None)
+
+    assert exit_codes(1, work) == [-signal.SIGKILL]
+    assert checkpoint.find(tmp_path, "auto").step == 2
+    assert [path.name for path in checkpoint.list_all(tmp_path)] == ["step-00000002"]
+
+
+def test_a_saver_tells_of_a_failure_once_and_finishes_one_save_before_the_next():
+    saver, order = Saver(), []
+
+    def fail():
+        time.sleep(0.1)
+        raise OSError(errno.ENOSPC, "No space left on device", "x")
+
+    saver.start(fail, lambda: order.append("failed"))
+    with pytest.raises(OSError, match="No space"):
+        saver.start(lambda: order.append("second"), lambda: None)
+    assert order == ["failed"]
+    saver.start(lambda: order.append("third"), lambda: None)
+    saver.wait()
+    assert order == ["failed", "third"]
+
+
+# Memory.
+
+
+def _memory(key):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return 1024 * int(line.split()[1])
+
+
+def _map_every_tensor_anew():
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)
+
+
+def _bytes_of_a_step(checkpointing):
+    def work(group):
+        _map_every_tensor_anew()
+        trainer, batch = make_trainer(group, 9, times=30)
+        trainer.base.gradient_checkpointing = checkpointing
+        before = _memory("VmSize")
+        figures = trainer.take_step(iter([batch]), StopRequest())
+        return _memory("VmPeak") - before, figures["loss"], trainer.engine.flat.values.tolist()
+
+    return run_ranks(1, work)[0]
+
+
+def _steps_within(limit_bytes, **plan):
+    """Two ranks, of which the second may map ``limit_bytes`` more than it has."""
+
+    def work(group):
+        _map_every_tensor_anew()
+        trainer, batch = make_trainer(group, 9, times=30, **plan)
+        trainer.group.gather("connected")
+        if group.dist_rank == 1:
+            resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + limit_bytes,) * 2)
+        try:
+            figures = trainer.take_step(iter([batch]), StopRequest())
+        except errors.EnvironmentFailure as failure:
+            return type(failure).__name__, failure.origin, str(failure)
+        return figures["loss"], trainer.engine.flat.values.tolist(), trainer.description()
+
+    return run_ranks(2, work)
+
+
+@pytest.mark.slow
+def test_out_of_memory_on_one_rank_is_adapted_to_on_all_and_changes_no_bit():
+    (needed, _, _), (enough, loss, values) = _bytes_of_a_step(False), _bytes_of_a_step(True)
+    assert needed > 1.3 * enough
+    between = (needed + enough) // 2
+    kind, origin, message = _steps_within(between)[0]
+    assert (kind, origin) == ("OutOfMemory", (1, HOST))
+    assert "gradient_checkpointing=on" in message
+    for found_loss, found, description in _steps_within(between, adapt_memory=True):
+        assert (found_loss, found) == (pytest.approx(loss, rel=1e-6), pytest.approx(values, rel=1e-5))
+        assert (description["gradient_checkpointing"], description["out_of_memory_at_step"]) == (True, 1)
+    undisturbed = _steps_within(1 << 40)
+    adapted = _steps_within(between, adapt_memory=True)
+    assert [rank[:2] for rank in adapted] == [rank[:2] for rank in undisturbed]
+
+
+def test_memory_that_recomputing_cannot_save_is_said_with_what_to_change():
+    for kind, origin, message in _steps_within(1 << 20, adapt_memory=True):
+        assert (kind, origin) == ("EnvironmentFailure", (1, HOST))
+        assert "recomputing blocks is not enough" in message
+        assert "batch_size (2)" in message
+
+
+# Hangs.
+
+
+def test_a_value_is_still_by_ticks_so_that_a_suspended_process_has_not_stood_still():
+    still = Still()
+    assert [still.look(value, 0.5) for value in "aaab"] == [0, 0.5, 1.0, 0]
+
+
+def test_a_process_that_stands_still_ends_with_70_and_says_where(tmp_path, capfd):
+    def work(group):
+        stop = StopRequest()
+        with Watchdog(group, stop, tmp_path):
+            group.pulse.enter("train", 1.0)
+            group.pulse.beat("waiting for data", step=7)
+            time.sleep(120)
+
+    assert exit_codes(1, work) == [70]
+    said = status(tmp_path)
+    assert said["message"] == capfd.readouterr().err.strip().splitlines()[-1]
+    assert f"rank 0 on {HOST}: step 7: no progress for 1 s (waiting for data)" in said["message"]
+    assert (said["exit_code"], said["dist_rank"], said["host"], said["step"]) == (70, 0, HOST, 6)
+    assert json.loads((tmp_path / "heartbeat.json").read_text())["stage"] == "failed"
+
+
+def test_ranks_that_wait_for_a_stuck_one_name_it(tmp_path, capfd):
+    def work(group):
+        with Watchdog(group, StopRequest(), tmp_path):
+            group.pulse.enter("train", 3.0)
+            group.pulse.beat("beginning", step=5)
+            group.pulse.beat("waiting for data")
+            if group.dist_rank == 1:
+                time.sleep(120)
+            group.pulse.beat(AVERAGING)
+            dist.all_reduce(torch.zeros(4))
+
+    assert exit_codes(3, work) == [70, 70, 70]
+    said = [line for line in capfd.readouterr().err.splitlines() if "rank" in line]
+    assert said == [status(tmp_path)["message"]]
+    assert said[0].startswith(f"rank 1 on {HOST}: ")
+    assert "step 5" in said[0]
+
+
+def test_a_killed_rank_is_named_by_those_that_lose_it(tmp_path, capfd):
+    def work(group):
+        with Watchdog(group, StopRequest(), tmp_path) as watchdog:
+            group.pulse.beat("computing gradients", step=2)
+            dist.barrier()
+            if group.dist_rank == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                dist.all_reduce(torch.zeros(4))
+            except RuntimeError as failure:
+                reason = leave(group, failure, watchdog.told)
+                os._exit(reason.exit_code if reason.origin == (2, HOST) else 1)
+
+    assert exit_codes(3, work) == [70, 70, -signal.SIGKILL]
+
+
+def test_the_heartbeat_is_renewed_while_there_is_progress_and_only_then(tmp_path, monkeypatch):
+    monkeypatch.setattr("sa3dist.parallel.heartbeat.RENEWAL_SECONDS", 0.05)
+    group, path = Group(0, 1, torch.device("cpu")), tmp_path / "heartbeat.json"
+
+    def beat(step):
+        group.pulse.beat("computing gradients", step=step)
+        deadline = time.monotonic() + 30
+        while not path.exists() or json.loads(path.read_text())["step"] != step:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return path.stat().st_mtime_ns
+
+    with Watchdog(group, StopRequest(), tmp_path):
+        group.pulse.enter("train", 600)
+        first, second = beat(1), beat(2)
+        assert second > first
+        time.sleep(0.3)
+        assert path.stat().st_mtime_ns == second
+        said = json.loads(path.read_text())
+    assert (said["stage"], said["host"], said["pid"]) == ("train", HOST, os.getpid())
+    assert abs(said["time"] - time.time()) < 60
+    assert json.loads(path.read_text())["stage"] == "done"
+
+
+def test_a_refused_run_leaves_no_heartbeat(tmp_path):
+    group = Group(0, 1, torch.device("cpu"))
+
+    def refused():
+        with Watchdog(group, StopRequest(), tmp_path):
+            (tmp_path / "heartbeat.json").write_text("{}")
+            raise errors.ConfigError("rank: no")
+
+    with pytest.raises(errors.ConfigError):
+        refused()
+    assert not list(tmp_path.iterdir())
