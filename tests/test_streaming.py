@@ -109,7 +109,7 @@ def test_a_rank_continued_after_any_step_gives_the_rest(paths, tmp_path, workers
     encoded = clips_of(tmp_path, paths)
     group = Group(1, 2, CPU)
     whole, _ = loaded(encoded, group, workers, 11)
-    for done in (1, 4, 7):
+    for done in (3, 7):
         head, places = loaded(encoded, group, workers, done)
         rest, _ = loaded(encoded, group, workers, 11 - done, places, first=done)
         for batch, expected in zip(head + rest, whole, strict=True):

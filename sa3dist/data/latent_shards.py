@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -210,6 +212,7 @@ class LatentShards:
         self.encoders = encoders
         self._read: set[tuple[Path, int]] = set()
         self._places: dict[Name, tuple[Path, Place]] = {}
+        self._looked = -math.inf
 
     def add(self, shard: LatentShard) -> None:
         for found in shard.clips:
@@ -219,9 +222,10 @@ class LatentShards:
     def find(self, name: Name) -> tuple[Path, Place] | None:
         return self._places.get(name)
 
-    def search(self, name: Name) -> tuple[Path, Place] | None:
-        """As ``find``; first reads the indices that have appeared since."""
-        if name not in self._places:
+    def search(self, name: Name, after_seconds: float = 0.0) -> tuple[Path, Place] | None:
+        """As ``find``; first reads the indices that have appeared since, unless it has just looked for them."""
+        if name not in self._places and time.monotonic() - self._looked >= after_seconds:
+            self._looked = time.monotonic()
             for directory in sorted(path for path in self._root.glob("*") if path.is_dir()):
                 self.load(directory)
         return self._places.get(name)

@@ -30,6 +30,8 @@ from sa3dist.formats import ClipEntry, DatasetIndex, digest_of
 # Frames of silence kept behind every clip: more than twice SAME-L's reach (12 layers x 1 frame), so that the clip's end
 # rings out as it does in one long padded clip; as many again are cut off, because the sequence's end reaches into them.
 SILENCE_TAIL_FRAMES = 32
+# Looking through a work directory of a thousand shards takes milliseconds, and every clip asks.
+LOOK_AGAIN_SECONDS = 10.0
 # Changes when anything that decides the stored values changes, and so makes old files unfindable.
 ENCODING_VERSION = "1"
 
@@ -112,7 +114,10 @@ class EncodedClips:
         return self._has((PROMPT, caption), self.prompt_path(caption))
 
     def _has(self, name: Name, path: Path) -> bool:
-        return self.shards.find(name) is not None or path.exists() or self.shards.search(name) is not None
+        if self.shards.find(name) is not None or path.exists():
+            return True
+        # At worst what another process has just put into a shard is encoded again.
+        return self.shards.search(name, LOOK_AGAIN_SECONDS) is not None
 
     def latents(self, clip: ClipEntry, flipped: bool) -> ClipLatents:
         """Raises EnvironmentFailure, naming file and clip, when the file is damaged or holds a non-finite value."""
