@@ -14,6 +14,14 @@ SMALL_FACTOR = 1.5
 ROUNDINGS = {torch.float32: 8.0, torch.float16: 0.5, torch.bfloat16: 0.5}
 
 
+@pytest.fixture(params=["torch", "triton"])
+def impl(request, device) -> str:
+    """Both implementations by name: what "auto" would take is then no question."""
+    if request.param == "triton" and device.type != "cuda":
+        pytest.skip("in the interpreter the kernels have tests of their own")
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _exact_float32():
     before = torch.backends.cuda.matmul.allow_tf32
@@ -53,8 +61,11 @@ def evaluate(form, kind, layer, device, wide=None):
     return {name: value.detach().double().cpu() for name, value in zip(names, values, strict=True)}
 
 
-def factored(x, weight, bias, params, kind, scale, frozen):
-    return adapted_linear(x, weight, bias, params, kind, scale, frozen=frozen)
+def factored(impl):
+    def form(x, weight, bias, params, kind, scale, frozen):
+        return adapted_linear(x, weight, bias, params, kind, scale, frozen=frozen, impl=impl)
+
+    return form
 
 
 def materialised(x, weight, bias, params, kind, scale, frozen):
@@ -65,11 +76,13 @@ def materialised(x, weight, bias, params, kind, scale, frozen):
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("dtype", list(ROUNDINGS), ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("name", ADAPTER_TYPES)
-def test_factored_form_is_no_further_from_float64_than_the_materialised(device, name, dtype, sizes, record_property):
+def test_factored_form_is_no_further_from_float64_than_the_materialised(
+    device, name, dtype, sizes, impl, record_property
+):
     kind = ADAPTER_TYPES[name]
     layer = make_layer(kind, *SIZES[sizes], dtype)
     exact = evaluate(materialised, kind, layer, "cpu", torch.float64)
-    ours, theirs = evaluate(factored, kind, layer, device), evaluate(materialised, kind, layer, device)
+    ours, theirs = evaluate(factored(impl), kind, layer, device), evaluate(materialised, kind, layer, device)
     errors = {
         key: [float((found[key] - exact[key]).norm() / exact[key].norm()) for found in (ours, theirs)] for key in exact
     }
@@ -80,14 +93,14 @@ def test_factored_form_is_no_further_from_float64_than_the_materialised(device, 
 
 
 @pytest.mark.parametrize("name", ADAPTER_TYPES)
-def test_autocast_and_empty_input_give_the_formats_they_promise(device, name):
+def test_autocast_and_empty_input_give_the_formats_they_promise(device, name, impl):
     kind = ADAPTER_TYPES[name]
     weight, bias, bases, params, x, _ = make_layer(kind, 5, 32, 48, 4, torch.bfloat16)
     frozen = frozen_constants(weight.to(device), *(base.to(device) for base in bases))
     params = {key: value.to(device).requires_grad_() for key, value in params.items()}
     with torch.autocast(device.type, torch.bfloat16):
-        y = factored(x.float().to(device), weight.to(device), bias.to(device), params, kind, 1.0, frozen)
-        none = factored(x[:0].to(device), weight.to(device), bias.to(device), params, kind, 1.0, frozen)
+        y = factored(impl)(x.float().to(device), weight.to(device), bias.to(device), params, kind, 1.0, frozen)
+        none = factored(impl)(x[:0].to(device), weight.to(device), bias.to(device), params, kind, 1.0, frozen)
     assert y.dtype == torch.bfloat16
     assert none.shape == (0, 32)
     gradients = torch.autograd.grad(y.float().square().sum() + none.float().sum(), list(params.values()))
@@ -96,7 +109,7 @@ def test_autocast_and_empty_input_give_the_formats_they_promise(device, name):
 
 
 @pytest.mark.parametrize("name", ADAPTER_TYPES)
-def test_the_op_never_waits_for_the_device(device, name):
+def test_the_op_never_waits_for_the_device(device, name, impl):
     if device.type != "cuda":
         pytest.skip("only a CUDA device can be waited for")
     kind = ADAPTER_TYPES[name]
@@ -107,7 +120,7 @@ def test_the_op_never_waits_for_the_device(device, name):
     x.requires_grad_()
 
     def step():
-        y = factored(x, weight, bias, params, kind, 0.7, frozen)
+        y = factored(impl)(x, weight, bias, params, kind, 0.7, frozen)
         return torch.autograd.grad(y, [x, *params.values()], grad)
 
     step()

@@ -10,6 +10,7 @@ All variants of a layer run in turn in one process, so that a busy machine slows
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -55,8 +56,11 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SCALE = 1.0
 
 
-def make_variants(fan_in, fan_out, bias, tokens, rank, kinds, device, dtype):
-    """Name to a function that runs one forward and backward and returns its output and gradients."""
+def make_variants(fan_in, fan_out, bias, tokens, rank, kinds, device, dtype, by_torch=False):
+    """Name to a function that runs one forward and backward and returns its output and gradients.
+
+    by_torch   also "<type> torch": the factored op without Triton kernels, where "factored" takes what "auto" takes
+    """
     weight = (torch.randn(fan_out, fan_in, device=device) / fan_in**0.5).to(dtype)
     offset = torch.randn(fan_out, device=device).to(dtype) if bias else None
     x = torch.randn(tokens, fan_in, device=device).to(dtype).requires_grad_()
@@ -75,8 +79,8 @@ def make_variants(fan_in, fan_out, bias, tokens, rank, kinds, device, dtype):
         shapes = kind.parameter_shapes(fan_out, fan_in, rank)
         params = {key: torch.randn(shape, device=device).mul_(0.1).requires_grad_() for key, shape in shapes.items()}
 
-        def factored(kind=kind, frozen=frozen, params=params):
-            return run(lambda: adapted_linear(x, weight, offset, params, kind, SCALE, frozen=frozen), params)
+        def factored(kind=kind, frozen=frozen, params=params, impl="auto"):
+            return run(lambda: adapted_linear(x, weight, offset, params, kind, SCALE, frozen=frozen, impl=impl), params)
 
         def materialised(kind=kind, frozen=frozen, params=params):
             def layer():
@@ -86,6 +90,8 @@ def make_variants(fan_in, fan_out, bias, tokens, rank, kinds, device, dtype):
             return run(layer, params)
 
         variants[f"{kind.name} factored"] = factored
+        if by_torch:
+            variants[f"{kind.name} torch"] = functools.partial(factored, impl="torch")
         variants[f"{kind.name} materialised"] = materialised
     return variants
 

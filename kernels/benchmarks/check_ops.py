@@ -13,6 +13,7 @@ import torch
 from bench_adapted_linear import DTYPES, SHAPES, make_variants
 from results_file import Budget, ResultsFile
 from sa3dist_kernels import ADAPTER_TYPES
+from sa3dist_kernels.dispatch import runs_fused
 from timing import interleaved, milliseconds, peak_bytes, summary
 
 
@@ -48,11 +49,12 @@ AGREEMENT = {"fp32": 1e-4, "bf16": 0.05}
 
 
 def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) -> bool:
-    """Returns whether factored and materialised form agreed everywhere."""
+    """Returns whether both factored forms and the materialised one agreed everywhere, on CUDA through the kernels."""
     sizes = SMALL if tiny else REAL
     torch.manual_seed(0)
     ceilings = measure_ceilings(sizes, device)
-    results.set(ceilings=ceilings, skipped=[])
+    fused = runs_fused("auto", torch.device(device.type), DTYPES[sizes.dtype], torch.float32)
+    results.set(ceilings=ceilings, skipped=[], auto="triton" if fused else "torch")
     cases = [(rank, tokens, layer) for rank in sizes.ranks for tokens in sizes.tokens for layer in sizes.layers]
     longest = 0.0
     for rank, tokens, layer in cases:
@@ -67,7 +69,7 @@ def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) 
             print(line(row), flush=True)
         longest = max(longest, time.monotonic() - begin)
     results.set(summary=summarise(results.rows))
-    return all(row["agree"] for row in results.rows)
+    return all(row["agree"] for row in results.rows) and (fused or device.type != "cuda")
 
 
 def measure_ceilings(sizes: Sizes, device: torch.device) -> dict[str, float]:
@@ -98,14 +100,14 @@ def measure_layer(sizes: Sizes, layer, tokens: int, rank: int, device: torch.dev
     fan_in, fan_out, bias = layer
     kinds = [ADAPTER_TYPES[name] for name in sizes.types]
     dtype = DTYPES[sizes.dtype]
-    variants = make_variants(fan_in, fan_out, bias, tokens, rank, kinds, device, dtype)
+    variants = make_variants(fan_in, fan_out, bias, tokens, rank, kinds, device, dtype, by_torch=True)
     distances = {kind.name: distance(variants, kind.name) for kind in kinds}
     spans = {n: summary(t) for n, t in interleaved(variants, sizes.rounds, device, warm_up=2, cold=True).items()}
     peaks = {name: peak_bytes(variant, device) for name, variant in variants.items()}
     frozen = spans["frozen"]["median"]
     rows = []
     for kind in kinds:
-        ours, theirs = f"{kind.name} factored", f"{kind.name} materialised"
+        ours, by_torch, theirs = (f"{kind.name} {form}" for form in ("factored", "torch", "materialised"))
         rows.append(
             {
                 "fan_in": fan_in,
@@ -115,11 +117,18 @@ def measure_layer(sizes: Sizes, layer, tokens: int, rank: int, device: torch.dev
                 "rank": rank,
                 "adapter_type": kind.name,
                 "ours_ms": spans[ours],
+                "torch_ms": spans[by_torch],
                 "frozen_ms": spans["frozen"],
                 "materialised_ms": spans[theirs],
                 "over_frozen": spans[ours]["median"] / frozen,
                 "materialised_over_ours": spans[theirs]["median"] / spans[ours]["median"],
-                "peak_bytes": {"ours": peaks[ours], "frozen": peaks["frozen"], "materialised": peaks[theirs]},
+                "torch_over_ours": spans[by_torch]["median"] / spans[ours]["median"],
+                "peak_bytes": {
+                    "ours": peaks[ours],
+                    "torch": peaks[by_torch],
+                    "frozen": peaks["frozen"],
+                    "materialised": peaks[theirs],
+                },
                 "distance": distances[kind.name],
                 "agree": distances[kind.name] <= AGREEMENT[sizes.dtype],
             }
@@ -128,8 +137,9 @@ def measure_layer(sizes: Sizes, layer, tokens: int, rank: int, device: torch.dev
 
 
 def distance(variants: dict, name: str) -> float:
-    """Largest relative L2 distance between the two forms, over the output and every gradient."""
-    pairs = zip(variants[f"{name} factored"](), variants[f"{name} materialised"](), strict=True)
+    """Largest relative L2 distance of both factored forms to the materialised, over the output and every gradient."""
+    theirs = variants[f"{name} materialised"]()
+    pairs = [pair for form in ("factored", "torch") for pair in zip(variants[f"{name} {form}"](), theirs, strict=True)]
     return max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs)
 
 
@@ -137,6 +147,7 @@ def line(row: dict) -> str:
     return (
         f"{row['fan_in']:5} -> {row['fan_out']:5} N {row['tokens']:5} r{row['rank']:<4}{row['adapter_type']:13} "
         f"ours {row['ours_ms']['median']:8.3f} ms  frozen {row['frozen_ms']['median']:8.3f} ({row['over_frozen']:.2f}x)"
+        f"  torch {row['torch_ms']['median']:8.3f} ({row['torch_over_ours']:.2f}x)"
         f"  materialised {row['materialised_ms']['median']:8.3f} ({row['materialised_over_ours']:.2f}x)  "
         f"floor {row['floor_ms']:.3f}  distance {row['distance']:.1e}"
     )

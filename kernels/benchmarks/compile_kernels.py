@@ -36,22 +36,18 @@ PRODUCTS = {
 def product_variants(dtype: str):
     """(name, kernel, constant arguments, warps, stages) of both forms of ``scaled_matmul``."""
     tiles = (scaled_matmul.SQUARE, scaled_matmul.FEW_TOKENS, scaled_matmul.MANY_TOKENS)
-    for tile, (name, fixed) in itertools.product(
-        tiles if dtype != "fp32" else (scaled_matmul.SINGLE,), PRODUCTS.items()
-    ):
+    tiles = tiles if dtype != "fp32" else (scaled_matmul.SINGLE,)
+    for tile, (name, fixed) in itertools.product(tiles, PRODUCTS.items()):
+        if tile is scaled_matmul.MANY_TOKENS and "sums" not in fixed:
+            continue
         sizes = {f"BLOCK_{side.upper()}": tile[f"block_{side}"] for side in "nmk"}
         constants = sizes | PRECISION | fixed | {"BLOCK_R": 16, "GROUP": scaled_matmul.GROUP, "EVEN_K": True}
         label = f"{name} {tile['block_n']}x{tile['block_m']}"
         yield label, scaled_matmul._fused_kernel, constants, tile["warps"], tile["stages"]
     tile = scaled_matmul.LIBRARY
     sizes = {"BLOCK_N": tile["block_n"], "BLOCK_M": tile["block_m"], "BLOCK_R": 16}
-    yield (
-        "finish",
-        scaled_matmul._finish_kernel,
-        sizes | PRECISION | SUMS | {"lift_r": 1},
-        tile["warps"],
-        tile["stages"],
-    )
+    constants = sizes | PRECISION | SUMS | {"lift_r": 1}
+    yield "finish", scaled_matmul._finish_kernel, constants, tile["warps"], tile["stages"]
 
 
 def other_variants(dtype: str):
@@ -62,7 +58,7 @@ def other_variants(dtype: str):
     yield "gain gradient", gain_gradient._gain_gradient_kernel, exact, 4, 3
     precision = {"PRECISION": "ieee" if dtype == "fp32" else "tf32x3"}
     for stride in ("weight_k", "weight_m"):
-        tile = {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_R": 16, "thin_r": 1, stride: 1}
+        tile = {"BLOCK_M": 64, "BLOCK_K": 32, "BLOCK_R": 16, "thin_r": 1, stride: 1}
         yield f"{stride} is 1", weight_pass._weight_pass_kernel, tile | precision, 4, 3
     thin = {"BLOCK_D": 32, "BLOCK_R": 16, "cross_r": 1, "factor_r": 1, "gram_r": 1}
     yield "norms", thin_norms._thin_norms_kernel, thin | {"slope": None, "grad": None}, 4, 3
@@ -72,6 +68,7 @@ def other_variants(dtype: str):
 
 # What is float32 whatever the format of the products; every other capital-free argument is a size or a stride.
 WIDE = ["left_gain", "out_gain", "gain", "sums", "tail_out", "squares", "totals", "magnitude", "slope", "norms"]
+UNALIGNED = ("N", "span", "splits", "alpha", "scale", "eps")
 PRODUCT_FORMAT = ["left", "weight", "thin", "bias", "other", "tail", "out", "grad", "y", "product"]
 
 
@@ -96,8 +93,7 @@ def compiled(kernel, constants: dict, dtype: str, warps: int, stages: int, capab
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(names)
-        if name not in constants
-        and (types[name][0] == "*" or name not in ("N", "span", "splits", "alpha", "scale", "eps"))
+        if name not in constants and name not in UNALIGNED
     }
     types |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, types, {(names.index(name),): value for name, value in constants.items()}, aligned)

@@ -267,12 +267,10 @@ def scaled_matmul(
         FORMS[config["form"]](arguments, config)
 
     if config is None:
-        present = "".join(
-            name[0] for name in ("left_gain", "out_gain", "sums", "tail") if arguments.get(name) is not None
-        )
+        given = [name for name in ("left_gain", "out_gain", "other", "tail") if arguments[name] is not None]
         shape = (tuning.bucket(tokens), M, K, rank_block(lift_RM.shape[0]), weight_KM.stride(0) == 1)
         config = tuning.chosen(
-            "scaled_matmul", (*shape, present), left_NK, candidates(tokens, left_NK.dtype, other_NM is not None), run
+            "scaled_matmul", (*shape, *given), left_NK, candidates(tokens, left_NK.dtype, other_NM is not None), run
         )
     run(config)
     sums_M = None if other_NM is None else arguments["sums"].sum(0)
