@@ -48,11 +48,13 @@ class Factor:
     """A calibration: the factor, what it rests on in words, and how far single measurements are from it.
 
     spread   (lowest, highest) of the measurements it was made from, over it; None without any
+    own      whether they were made on that very device: what its host costs is then within the factor
     """
 
     value: float
     evidence: str
     spread: tuple[float, float] | None = None
+    own: bool = False
 
 
 @functools.cache
@@ -65,17 +67,27 @@ def _released(shape: str, depth: int) -> tuple[ModelConfig, frozenset[str]]:
 def read_results(folder: Path, here: Device | None) -> list[Measured]:
     """Every timed step of our side in a folder; those on CPUs are taken to be of this machine's kind.
 
-    here   this machine's measured ceilings, for results of CPUs, whose ceilings are in no table; None leaves those out
+    here   this machine's measured ceilings, for results of the same GPU or of CPUs, whose ceilings are in no table;
+           None leaves CPUs out
     """
     found = []
     for path in sorted(Path(folder).glob("*.json*")):
         for row in _rows(path):
             if row.get("emulated_products") or "ours_ms" not in row or row["shape"] not in RELEASED:
                 continue
-            device = datasheet_of(row["device"]) or (None if row.get("device_memory_bytes") else here)
+            device = _device_of(row, here)
             if device is not None:
                 found.append(_measured(row, device, path.name))
     return found
+
+
+def _device_of(row: dict[str, Any], here: Device | None) -> Device | None:
+    """Whose ceilings a result is held against: this machine's where it is the same device, else the table's."""
+    on_gpu = bool(row.get("device_memory_bytes"))
+    listed = datasheet_of(row["device"]) if on_gpu else None
+    if here is not None and here.on_gpu == on_gpu and (not on_gpu or listed is datasheet_of(here.name)):
+        return here
+    return listed
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -97,7 +109,7 @@ def _measured(row: dict[str, Any], device: Device, file: str) -> Measured:
     counted = count(config, batch, adapter, size, size)
     roofline = sum(counted.total().seconds(device.flops_per_second(size), device.bytes_per_second))
     tokens = row["batch"] * (row["frames"] + config.dit.num_memory_tokens)
-    where = device.name if device.source != "measured here" else f"a CPU ({row['cpu_capability']})"
+    where = device.name if device.on_gpu else f"a CPU ({row['cpu_capability']})"
     return Measured(row["shape"], row["adapter_type"], size, tokens, where, row["ours_ms"] / 1e3 / roofline, file)
 
 
@@ -121,4 +133,5 @@ def calibrate(
     files = ", ".join(sorted({one.file for one in used}))
     carried = "" if own else ", carried over from another device"
     evidence = f"calibrated by {len(used)} steps timed on {', '.join(where)} ({files}){carried}"
-    return Factor(value, evidence, (min(one.factor for one in used) / value, max(one.factor for one in used) / value))
+    factors = [one.factor for one in used]
+    return Factor(value, evidence, (min(factors) / value, max(factors) / value), own=bool(own))

@@ -125,7 +125,7 @@ def predict(job: Job, device: Device, measured: list[Measured]) -> Prediction:
     factor = calibrate(measured, device, settings.model, settings.adapter_type, size, tokens)
     compute, moving = work.seconds(device.flops_per_second(size), device.bytes_per_second)
     rounds = settings.accumulation(job.ranks)
-    launches = LAUNCHES_PER_OPERATION * len(work.operations) if device.on_gpu else 0
+    launches = LAUNCHES_PER_OPERATION * len(work.operations) if device.on_gpu and not factor.own else 0
     seconds = {
         "compute": rounds * factor.value * compute,
         "memory bandwidth": rounds * factor.value * moving,

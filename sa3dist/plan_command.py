@@ -113,7 +113,7 @@ def lines(job: Job, device: Device, changes: dict[str, Any], prediction: Predict
         f"total     {settings.number_of_steps} steps in {step * settings.number_of_steps / 60:.1f} min, "
         f"without start-up and encoding",
         f"evidence  time: {prediction.factor.evidence}{_spread(prediction)}",
-        "          memory: counted from shapes; host: launches estimated, not measured",
+        "          memory: counted from shapes" + ("; host: launches estimated" if prediction.seconds["host"] else ""),
     ]
     wanted = [f"{key}={value}" for key, value in changes.items() if value is not None]
     return made + ([f"change    {' '.join(wanted)}"] if wanted else [])

@@ -27,7 +27,7 @@ ALSO_COUNTED = {
 
 @pytest.fixture(params=["medium", "small"])
 def base(request):
-    config = parse_model_config(tiny_config(request.param, depth=3), request.param)
+    config = parse_model_config(tiny_config(request.param, depth=2), request.param)
     weights = random_weights.RandomWeights(config, 1)
     return Base(config, weights, "cpu", torch.float32, text_source=None, encoder=False)
 
@@ -55,18 +55,21 @@ def expected_flops(base, learn, recomputed=0):
     return made.total(recomputed).flops
 
 
-@pytest.mark.parametrize("recomputed", [0, 2, 3])
+@pytest.mark.parametrize("recomputed", [0, 1, 2])
 def test_the_frozen_networks_operations_equal_torchs_own_count(base, recomputed):
     base.recomputed_blocks = recomputed
     assert counted_flops(base, learn=True) == expected_flops(base, True, recomputed)
 
 
-@pytest.mark.parametrize("include", [None, ["layers.1.ff", "layers.2."], ["to_cond_embed"], ["layers.0.to_local"]])
+@pytest.mark.parametrize(
+    "include", [None, ["layers.0.ff", "layers.1.to_local"], ["to_cond_embed"], ["layers.0.to_local"]]
+)
 def test_a_loras_operations_equal_torchs_own_count_and_start_at_the_first_adapted_layer(base, include):
     attach_adapter(base, adapter_type="lora", rank=5, include=include)
     assert counted_flops(base, learn=False) == expected_flops(base, False)
 
 
+@pytest.mark.parametrize("base", ["medium"], indirect=True)
 @pytest.mark.parametrize("kind", ["dora-rows", "dora-cols", "bora", "lora-xs", "dora-rows-xs", "bora-xs"])
 def test_other_types_operations_are_counted_but_for_small_squares(base, kind):
     attach_adapter(base, adapter_type=kind, rank=2)
@@ -93,7 +96,7 @@ def kept_bytes(base, clips, frames, prompt) -> int:
 
 
 @pytest.mark.parametrize(
-    ("shape", "kind"), [("small-music-base", "bora"), ("medium-base", "dora-rows"), ("medium-base", "lora")]
+    ("shape", "kind"), [("small-music-base", "bora"), ("medium-base", "dora-rows"), ("small-music-base", "lora")]
 )
 def test_kept_bytes_bound_what_autograd_saves_within_a_tenth(monkeypatch, shape, kind):
     # What is saved does not depend on values, and millions of random numbers take seconds.
@@ -122,19 +125,19 @@ def test_the_fewest_blocks_are_recomputed_that_make_the_step_fit():
     assert not memory.Choice(6, 1e9 + kept[6], (kept[7] + 1e9) / memory.USABLE_SHARE).fits
 
 
-@pytest.mark.parametrize(("choice", "expected"), [("on", 3), ("off", 0), ("auto", 0)])
+@pytest.mark.parametrize(("choice", "expected"), [("on", 2), ("off", 0), ("auto", 0)])
 def test_the_setting_decides_and_auto_says_what_it_picked(base, caplog, choice, expected):
     attach_adapter(base, rank=2)
     with caplog.at_level("INFO", logger="sa3dist"):
         assert memory.recomputed_blocks(choice, base, FRAMES, CLIPS, torch.device("cpu")) == expected
-    assert ("0 of 3 blocks recomputed" in caplog.text) is (choice == "auto")
+    assert ("0 of 2 blocks recomputed" in caplog.text) is (choice == "auto")
 
 
 def test_auto_recomputes_everything_where_nothing_fits_and_says_so(base, caplog, monkeypatch):
     attach_adapter(base, rank=2)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 20)
     with caplog.at_level("INFO", logger="sa3dist"):
-        assert memory.recomputed_blocks("auto", base, FRAMES, CLIPS, torch.device("cpu")) == 3
+        assert memory.recomputed_blocks("auto", base, FRAMES, CLIPS, torch.device("cpu")) == 2
     assert "may run out of memory" in caplog.text
 
 
@@ -142,11 +145,11 @@ def test_recomputing_any_number_of_blocks_changes_no_bit_of_any_gradient(base):
     attach_adapter(base, adapter_type="dora-rows", rank=3)
     trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
     found = {}
-    for blocks in (0, 1, 2, 3):
+    for blocks in (0, 1, 2):
         base.recomputed_blocks = blocks
         torch.manual_seed(3)
         found[blocks] = torch.autograd.grad(velocity(base, CLIPS, FRAMES, PROMPT).square().sum(), trained)
-    for blocks in (1, 2, 3):
+    for blocks in (1, 2):
         assert all(map(torch.equal, found[blocks], found[0]))
 
 

@@ -1,6 +1,7 @@
 """The planner: memory equal to what is really held, time that follows counts and measurements, proposals that fit."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -24,10 +25,14 @@ from sa3dist.plan import Job, fit, predict
 H200 = GPUS["H200"]
 
 
-def job(**settings) -> Job:
-    values = {"audio_data_url": "x.zip", "model": "small-music-base", "duration": 30, **settings}
-    made = config.build(values)
-    return Job.of(made, plan_command.shape_of(made.model))
+@functools.cache
+def plain_job(model: str) -> Job:
+    made = config.build({"audio_data_url": "x.zip", "model": model, "duration": 30})
+    return Job.of(made, plan_command.shape_of(model))
+
+
+def job(model="small-music-base", **settings) -> Job:
+    return plain_job(model).changed(**settings)
 
 
 def timed_row(device="NVIDIA H200", factor=3.0, frames=323, kind="dora-rows") -> dict:
@@ -74,9 +79,9 @@ def test_time_follows_the_device_the_length_and_the_ranks():
         assert slow.seconds[part] == pytest.approx(2 * long.seconds[part])
     accumulated = predict(job(duration=60, gradient_accumulation_steps=3), H200, [])
     assert accumulated.seconds["compute"] == pytest.approx(3 * long.seconds["compute"])
-    two = Job.of(job().settings, job().config, ranks=4, link=25e9 / 8)
+    four = dataclasses.replace(job(), ranks=4, link_bytes_per_second=25e9 / 8)
     # The trained numbers of the small model's adapter, in float32, over the link twice but for a rank's own share.
-    assert predict(two, H200, []).seconds["network"] == pytest.approx(2 * 3 / 4 * 4 * 10.71e6 / (25e9 / 8), rel=1e-3)
+    assert predict(four, H200, []).seconds["network"] == pytest.approx(2 * 3 / 4 * 4 * 10.71e6 / (25e9 / 8), rel=1e-3)
 
 
 def test_recomputing_costs_time_and_saves_memory():
@@ -110,6 +115,17 @@ def test_results_of_other_kinds_are_left_out(tmp_path):
     (only,) = read_results(tmp_path, here)
     assert only.device == "a CPU (AVX2)"
     assert predict(job(), here, [only]).factor.value == pytest.approx(only.factor)
+
+
+def test_a_measured_gpu_is_calibrated_against_its_own_measured_ceilings(tmp_path):
+    here = dataclasses.replace(H200, name="NVIDIA H200", bf16_flops=H200.bf16_flops / 2, source="measured here")
+    results(tmp_path, timed_row(factor=3.0))
+    (only,) = read_results(tmp_path, here)
+    planned = predict(job(batch_size=1), here, [only])
+    assert planned.factor.evidence == "calibrated by 1 steps timed on NVIDIA H200 (step.jsonl)"
+    # Whatever the ceilings are, the step that was timed is predicted to take the time it took.
+    expected = timed_row(factor=3.0)["ours_ms"] / 1e3
+    assert planned.step_seconds == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize(
