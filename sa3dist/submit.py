@@ -174,13 +174,12 @@ def _job_set(run: Submission) -> dict[str, Any]:
 
 
 def _fill_pod(pod: dict[str, Any], run: Submission) -> dict[str, Any]:
-    """Put this run's image, GPUs, volume, settings and directories into a pod; its container."""
+    """Put this run's image, GPUs, volume, settings and directory into a pod; its container."""
     container = pod["containers"][0]
     container["image"] = run.options.image
     if run.options.processes:
         container["resources"]["limits"]["nvidia.com/gpu"] = run.options.processes
-    directories = [str(run.settings.output_dir), str(run.settings.work_dir)]
-    container["livenessProbe"]["exec"]["command"][2:] = directories
+    container["livenessProbe"]["exec"]["command"][2:] = [str(run.settings.output_dir)]
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     volumes["data"]["persistentVolumeClaim"]["claimName"] = run.options.volume
     volumes["config"]["configMap"]["name"] = f"{label(run.settings.name)}-config"

@@ -96,22 +96,23 @@ def test_health_is_watched_where_the_run_writes():
     settings = yaml.safe_load(of_kind("ConfigMap")["data"]["config.yaml"])
     for pod in pods():
         command = pod["containers"][0]["livenessProbe"]["exec"]["command"]
-        assert command == ["sa3dist-alive", "60", settings["output_dir"], settings["work_dir"]]
+        assert command == ["sa3dist-alive", "60", settings["output_dir"]]
 
 
 def test_the_training_job_finds_its_runtime():
     assert of_kind("TrainJob")["spec"]["runtimeRef"]["name"] == of_kind("TrainingRuntime")["metadata"]["name"]
 
 
+@pytest.mark.parametrize("given", [".", "run"])
 @pytest.mark.parametrize(("age_minutes", "code"), [(0, 0), (59, 0), (61, 1)])
-def test_alive_means_written_to_within_the_given_minutes(tmp_path, age_minutes, code):
-    (tmp_path / "latents").mkdir()
-    newest = tmp_path / "latents" / "clip.safetensors"
-    newest.touch()
+def test_alive_means_a_heartbeat_within_the_given_minutes(tmp_path, given, age_minutes, code):
+    heartbeat, other = tmp_path / "run/heartbeat.json", tmp_path / "run/metrics.jsonl"
+    heartbeat.parent.mkdir()
+    other.touch()
+    heartbeat.touch()
     written = time.time() - 60 * age_minutes
-    for path in (newest, newest.parent, tmp_path):
-        os.utime(path, (written, written))
-    command = [str(ROOT / "launch/alive.sh"), "60", str(tmp_path / "not-yet"), str(tmp_path)]
+    os.utime(heartbeat, (written, written))
+    command = [str(ROOT / "launch/alive.sh"), "60", str(tmp_path / "not-yet"), str(tmp_path / given)]
     assert subprocess.run(command).returncode == code
 
 

@@ -80,7 +80,7 @@ def test_kubernetes_gets_a_job_with_the_settings_the_request_stands_for(request_
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert volumes["data"]["persistentVolumeClaim"]["claimName"] == "big"
     assert volumes["config"]["configMap"]["name"] == config_map["metadata"]["name"]
-    assert container["livenessProbe"]["exec"]["command"][2:] == ["/data/runs/drums", "/data/runs/sa3dist-work"]
+    assert container["livenessProbe"]["exec"]["command"][2:] == ["/data/runs/drums"]
 
 
 def test_kubernetes_gets_a_job_set_for_several_nodes(request_file, capsys):
