@@ -257,16 +257,14 @@ def _constants(layer: Layer) -> Constants:
     return Constants(*[getattr(layer.frozen, name) for name in Constants._fields])
 
 
-def fused_linear(x, core, left, magnitude_O, magnitude_I, bias_O, layer: Layer, weight, state: NormState | None = None):
+def fused_linear(x, core, left, magnitude_O, magnitude_I, bias_O, layer: Layer, weight):
     """``adapted_linear`` for rows x (N, I) of float32, float16 or bfloat16; trained tensors are float32.
 
     weight  W0 as its owner has it, (O, I) or (O, I, 1): kept for the backward pass, as ``nn.Linear`` keeps it
-    state   what ``norm_state`` returned for these trained tensors; None makes it
     Raises ValueError where Triton cannot run.
     """
     check_triton(x)
-    if state is None:
-        state = norm_state(layer, x, weight, core, left, magnitude_O, magnitude_I)
+    state = norm_state(layer, x, weight, core, left, magnitude_O, magnitude_I)
     trained = core, left, magnitude_O, magnitude_I
     y, _ = adapted_linear_op(x, weight, bias_O, *trained, *_constants(layer), *state, layer.scale)
     return y
