@@ -83,9 +83,12 @@ def _plain(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
-def this_machine() -> Device:
-    """The device training would run on here, with its ceilings measured: large products and copies, best of a few."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def this_machine(device: torch.device | None = None) -> Device:
+    """A device of this machine with its ceilings measured: large products and copies, best of a few.
+
+    device   None is the one training would run on here
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     flops = {dtype: _product_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -174,7 +174,7 @@ def test_the_most_telling_steps_come_first():
 
 def test_targets_are_held_against_the_rows_they_are_about():
     row = {"shape": "medium-base", "adapter_type": "dora-rows", "rank": 16, "frames": 323, "ratio": 9.0}
-    row |= {"over_frozen": 1.2, "recomputing_total_bytes": 30e9}
+    row |= {"over_frozen": 1.2, "over_floor": 1.5, "recomputing_total_bytes": 30e9}
     others = [{**row, "rank": 128}, {**row, "shape": "small-music-base"}]
     found = check_step.against_targets([row, *others, {**row, "frames": 4091, "ratio": 2.1}])
     met = {(entry["frames"], entry["figure"]): entry["met"] for entry in found}
@@ -183,6 +183,7 @@ def test_targets_are_held_against_the_rows_they_are_about():
         (323, "over_frozen"): False,
         (4091, "ratio"): False,
         (4091, "over_frozen"): False,
+        (4091, "over_floor"): True,
         (4091, "recomputing_total_bytes"): False,
     }
 

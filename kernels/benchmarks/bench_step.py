@@ -3,7 +3,7 @@
 The baseline forms every adapted weight by parametrisation, lets autograd differentiate through it, and recomputes every
 block; both sides use the same network code, autocast and AdamW settings. A third side is the model with frozen plain
 layers, forward and backward to its inputs: what a step would cost if adapters were free. Runs are interleaved; medians
-count.
+count. The floor is what our step's counted operations and bytes take at the product and copy rates measured here.
 
     python kernels/benchmarks/bench_step.py --shape small-music-base --depth 4 --frames 128 --adapter-type dora-rows
 """
@@ -24,6 +24,10 @@ from sa3dist_kernels import ADAPTER_TYPES
 from sa3dist_kernels.frozen_products import product_dtype
 from step_sides import DTYPES, MAKERS, SHAPES, Side
 from timing import interleaved, peak_bytes, summary
+
+from sa3dist import adapters
+from sa3dist.counting import Adapter, MicroBatch, count
+from sa3dist.devices import Device, this_machine
 
 # Both sides compute one loss in another order and, with bf16, round at other places. A gradient is the difference of
 # many such roundings: in bf16 both sides are that far from float64, so only gross disagreement shows there.
@@ -85,6 +89,7 @@ def compare(options, sides: dict[str, Side], device: torch.device) -> dict:
     times = interleaved(steps, options.repeats, device, warm_up=1)
     spans = {name: summary(values) for name, values in times.items()}
     memory = step_bytes(options, sides, device)
+    floor = floor_ms(sides["ours"], options, device)
     ours, baseline, frozen = (spans[name]["median"] for name in ("ours", "baseline", "frozen"))
     loss_error = abs(losses["ours"] - losses["baseline"]) / abs(losses["baseline"])
     return {
@@ -103,6 +108,8 @@ def compare(options, sides: dict[str, Side], device: torch.device) -> dict:
         "spread_ms": {name: [round(span["min"], 3), round(span["max"], 3)] for name, span in spans.items()},
         "ratio": round(baseline / ours, 3),
         "over_frozen": round(ours / frozen, 3),
+        "floor_ms": round(floor, 3),
+        "over_floor": round(ours / floor, 3),
         **{f"{name}_step_bytes": value for name, value in memory.items()},
         "ours_loss": losses["ours"],
         "baseline_loss": losses["baseline"],
@@ -110,6 +117,24 @@ def compare(options, sides: dict[str, Side], device: torch.device) -> dict:
         "losses_agree": loss_error <= LOSS_TOLERANCE[options.precision],
         "gradients_agree": distance <= GRADIENT_TOLERANCE[options.precision],
     }
+
+
+@functools.cache
+def ceilings(device: torch.device) -> Device:
+    """What products and copies reach on this device, measured once per process."""
+    return this_machine(device)
+
+
+def floor_ms(side: Side, options, device: torch.device) -> float:
+    """Shortest time of our step on this device: each counted operation at the measured ceiling that limits it."""
+    base = side.base
+    layers = frozenset(adapters.adapted_layers(base))
+    prompt, _ = side.prompt()
+    batch = MicroBatch((options.frames,) * options.batch, prompt.shape[1] + 1, base.prompt_tokens + 1, side.has_context)
+    size = DTYPES[options.precision].itemsize
+    work = count(base.config, batch, Adapter(ADAPTER_TYPES[options.adapter_type], options.rank, layers), size, size)
+    here = ceilings(device)
+    return 1e3 * sum(work.total().seconds(here.flops_per_second(size), here.bytes_per_second))
 
 
 def emulated(options, device: torch.device) -> bool:
@@ -127,7 +152,8 @@ def line(row: dict) -> str:
     return (
         f"{row['shape']} {row['frames']:5} frames {row['adapter_type']:13} r{row['rank']:<4}"
         f"ours {row['ours_ms']:9.1f} ms  baseline {row['baseline_ms']:9.1f} ms ({row['ratio']:.2f}x)  "
-        f"frozen {row['frozen_ms']:9.1f} ms ({row['over_frozen']:.2f}x)  step MB {memory}  "
+        f"frozen {row['frozen_ms']:9.1f} ms ({row['over_frozen']:.2f}x)  "
+        f"floor {row['floor_ms']:.1f} ms ({row['over_floor']:.2f}x)  step MB {memory}  "
         f"losses {row['ours_loss']:.5f} / {row['baseline_loss']:.5f}, gradients {row['gradient_distance']:.1e} {agree}"
     )
 

@@ -46,6 +46,7 @@ TARGETS = (
     (323, "ratio", 8.0, True),
     (4091, "ratio", 2.2, True),
     (None, "over_frozen", 1.15, False),
+    (4091, "over_floor", 1.6, False),
     (4091, "recomputing_total_bytes", 24e9, False),
 )
 TINY_PLAN = (Group("tiny-medium", "dora-rows", 4, (6, 9)), Group("tiny-small", "dora-rows-xs", 4, (6,)))

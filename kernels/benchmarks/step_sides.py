@@ -138,9 +138,7 @@ class Side:
         context = {"inpaint_mask_B1T": batch["inpaint_mask"], "inpaint_latents_BDT": batch["latents"]}
         if self.evaluates_equals_once and not self.has_context:
             context = {}
-        prompt, prompt_mask = batch["prompt"], batch["prompt_mask"]
-        if self.evaluates_equals_once:
-            prompt, prompt_mask = without_common_padding(prompt, prompt_mask)
+        prompt, prompt_mask = self.prompt()
         self.zero()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             velocity = self.base.velocity(
@@ -157,6 +155,11 @@ class Side:
         loss.backward()
         self.update()
         return loss.detach()
+
+    def prompt(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompt features and mask as this side feeds them to the network."""
+        given = self.batch["prompt"], self.batch["prompt_mask"]
+        return without_common_padding(*given) if self.evaluates_equals_once else given
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Copies of the trained tensors' gradients after a step."""
