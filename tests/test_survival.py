@@ -22,7 +22,7 @@ from sa3dist.parallel import checkpoint
 from sa3dist.parallel.group import Group
 from sa3dist.parallel.pulse import AVERAGING, Still
 from sa3dist.parallel.saving import Saver
-from sa3dist.parallel.signals import EXIT_SECONDS, StopRequest, seconds_since_start
+from sa3dist.parallel.signals import EXIT_SECONDS, SAME_REQUEST_SECONDS, StopRequest, seconds_since_start
 from sa3dist.parallel.watchdog import Watchdog
 from sa3dist.parallel.word import leave
 from tests.conftest import golden
@@ -120,6 +120,27 @@ def test_a_run_whose_time_is_up_on_one_rank_saves_on_all(tmp_path):
     saved = checkpoint.find(tmp_path, "auto")
     assert [step for step, _ in ended] == [saved.step] * 2
     assert "max_wall_time" in ended[1][1]
+
+
+# Signals.
+
+
+def test_repeats_and_signals_during_a_save_are_the_same_request_and_a_later_one_ends_at_once(tmp_path):
+    def work(group):
+        stop = StopRequest().install()
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop()
+        stop._first_at -= SAME_REQUEST_SECONDS + 1
+        stop.saving = True
+        os.kill(os.getpid(), signal.SIGUSR1)
+        stop.saving = False
+        (tmp_path / "lived through four").touch()
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    assert exit_codes(1, work) == [errors.EXIT_INTERRUPTED]
+    assert (tmp_path / "lived through four").exists()
 
 
 # Saves beside the training.

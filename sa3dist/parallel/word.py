@@ -128,7 +128,7 @@ def _reason_of_the_lost(store: dist.Store, group) -> errors.SA3DistError | None:
 
 def lost_rank(dist_rank: int, last: dict[str, Any] | None, how: str = "") -> errors.LostPeer:
     """The failure that stands for a rank that has gone or fallen silent. last: what it told of itself at the end."""
-    at = f" in step {last['step']} ({last['doing']})" if last else ""
+    at = f", last seen in step {last['step']} ({last['doing']})" if last else ""
     problem = errors.LostPeer(
         f"gone{at}{how}: killed, or its machine or network failed; state is as last saved, run again to continue"
     )

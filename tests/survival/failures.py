@@ -96,9 +96,9 @@ def nothing(trial: ForkedTrial) -> None:
 
 LARGE_STEP = {"duration": 12, "batch_size": 2}
 SCENARIOS = {
-    "killed rank 1": Scenario(kill(1), f"rank 1 on {HOST}: gone in step"),
+    "killed rank 1": Scenario(kill(1), f"rank 1 on {HOST}: gone, last seen in step"),
     "killed rank 0, which holds the store": Scenario(kill(0), f"rank 0 on {HOST}: gone"),
-    "frozen rank 1": Scenario(freeze(1), f"rank 1 on {HOST}: gone in step"),
+    "frozen rank 1": Scenario(freeze(1), f"rank 1 on {HOST}: gone, last seen in step"),
     "frozen rank 0": Scenario(freeze(0), ": no contact with the rendezvous store"),
     "frozen loader of rank 1": Scenario(
         freeze_loader,
