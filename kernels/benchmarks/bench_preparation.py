@@ -2,9 +2,9 @@
 
     python kernels/benchmarks/bench_preparation.py [--clips 1000] [--seconds 12] [--source CLIPS.zip] [--out FILE.json]
 
-Without --source, clips are made: stereo noise with a beat, in turn FLAC, WAV, OGG and MP3. "decoder" decodes all
-of them with libsndfile, as many threads as cores, and does nothing else: the bound of both stages. Processor seconds tell
-what bounds a stage when the machine is not quiet.
+Without --source, clips are made: stereo noise with a beat, in turn FLAC, WAV, OGG and MP3.
+"decoder" decodes all of them with libsndfile, as many threads as cores, doing nothing else: the bound of both stages.
+Processor seconds tell what bounds a stage when the machine is not quiet.
 """
 
 import argparse
