@@ -3,53 +3,40 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import torch
 import yaml
-from sa3dist_kernels import ADAPTER_TYPES
 
-from sa3dist import __version__, adapters, encode, export, loop, memory, resume, schedule, shard, shard_remote
+from sa3dist import __version__, adapters, dataset, encode, export, loop, memory, opening, resume, schedule
 from sa3dist.config import Settings, crop_frames
 from sa3dist.data.collect import collect
 from sa3dist.data.crops import CropsInFlight, EncodedCrops
-from sa3dist.data.fetch import fetch, is_remote, shown
+from sa3dist.data.fetch import shown
 from sa3dist.data.lanes import LanePlaces
 from sa3dist.data.latent_source import (
     LatentDataset,
-    Paths,
     StreamedDataset,
-    fetch_latents,
-    latent_shards_of,
-    read_latents,
-    streamed_shards,
 )
 from sa3dist.data.latents import EncodedClips
 from sa3dist.data.stream import MicroBatch, MicroBatches, StreamSettings, loader, micro_indices
 from sa3dist.data.streaming import StreamedBatches, StreamedClips, finisher, streaming_loader
-from sa3dist.errors import CheckpointError, ConfigError
-from sa3dist.formats import DatasetIndex, atomic_path, digest_of, file_sha256
-from sa3dist.metrics import progress
-from sa3dist.model.config import ModelConfig
+from sa3dist.errors import ConfigError
+from sa3dist.formats import DatasetIndex, atomic_path, digest_of
 from sa3dist.model.fused import keep_compiled_in, use_compiled, wants_compile
-from sa3dist.model.loading import load_base
 from sa3dist.parallel import checkpoint, zero_config
-from sa3dist.parallel.group import Group, on_main_first, together
+from sa3dist.parallel.group import Group, on_main_first
 from sa3dist.parallel.pulse import PREPARATION_SECONDS
 from sa3dist.parallel.signals import StopRequest
 from sa3dist.startup import Startup, timed
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def make_deterministic() -> None:
@@ -58,15 +45,6 @@ def make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-
-
-def _require_trainable(config: ModelConfig) -> None:
-    for key in ("mask_padding_attention", "use_effective_length_for_schedule"):
-        if not getattr(config, key):
-            raise CheckpointError(
-                f"{config.source}: model.diffusion.{key} is false or absent; only models made with it can be "
-                f"trained here, as all released bases are"
-            )
 
 
 class Run:
@@ -107,134 +85,14 @@ class Run:
         Each part together: a rank that cannot read the model takes the others along with its reason.
         """
         self._enter("base")
-        base = together(self.group, "base", self._load_base, self.stop)
-        bases = self._singular_bases(base)
-        together(self.group, "attach", lambda: self._attach(base, bases), self.stop)
+        base, self._warm_start_sha256 = opening.open_base(self.settings, self.group, self.stop, self.startup)
         return base
-
-    @timed("load_base")
-    def _load_base(self):
-        settings = self.settings
-        # cuDNN's convolutions would round float32 latents to ten bits of mantissa.
-        torch.backends.cudnn.allow_tf32 = False
-        base = load_base(
-            settings.model,
-            self.group.device,
-            DTYPES[settings.base_precision],
-            text_encoder=settings.text_encoder,
-            # A run whose latents are all on disk never needs it.
-            encoder=False,
-        )
-        _require_trainable(base.config)
-        base.reference_numerics = settings.reference_numerics
-        return base
-
-    @timed("singular_bases")
-    def _singular_bases(self, base) -> adapters.BasesCache | None:
-        """Where the -xs types find their layers' bases; each rank finds its share of those not kept yet."""
-        settings, group = self.settings, self.group
-        if not ADAPTER_TYPES[settings.adapter_type].xs:
-            return None
-        digest = on_main_first(group, "digest-for-bases", base.weights_digest, self.stop)
-        cache = adapters.BasesCache(settings.work_dir / "singular_bases", digest, group.device)
-        names = adapters.select(adapters.candidate_layers(base.adapter_roots), settings.include, settings.exclude)
-
-        def find() -> None:
-            mine = names[group.dist_rank :: group.world_size]
-            with progress("singular bases", len(mine), shown=group.is_main) as update:
-                for done, name in enumerate(mine, start=1):
-                    self.stop.raise_if_asked("finding singular bases")
-                    cache(name, base.fp32_weight(name).flatten(1), settings.rank)
-                    update(done)
-
-        together(group, "singular-bases", find, self.stop)
-        return cache
-
-    @timed("attach")
-    def _attach(self, base, bases: adapters.BasesCache | None) -> None:
-        settings = self.settings
-        adapters.attach_adapter(
-            base,
-            adapter_type=settings.adapter_type,
-            rank=settings.rank,
-            alpha=settings.alpha,
-            include=settings.include,
-            exclude=settings.exclude,
-            seed=settings.seed,
-            bases=bases,
-        )
-        if settings.lora_checkpoint_url:
-            path = on_main_first(self.group, "warm-start", self._local_adapter_file, self.stop)
-            adapters.warm_start(base, path)
-            self._warm_start_sha256 = file_sha256(Path(path))
-
-    def _local_adapter_file(self) -> str:
-        url = self.settings.lora_checkpoint_url
-        if is_remote(url):
-            return str(fetch(url, self.settings.work_dir / "downloads", self.stop))
-        return unquote(urlsplit(url).path) if url.startswith("file://") else url
 
     @timed("check_clips")
     def shard(self) -> DatasetIndex:
         """Stage one on rank 0; every rank reads the index it leaves. Latent shards need no such stage."""
         self._enter("shard")
-        settings = self.settings
-        if settings.mode == "streaming":
-            return self._streamed()
-        latents = on_main_first(self.group, "find-latents", self._find_latents, self.stop)
-        if latents is not None:
-            return together(
-                self.group, "read-latents", lambda: read_latents(settings.audio_data_url, latents), self.stop
-            )
-
-        def build() -> dict[str, Any]:
-            with progress("check clips", 1, shown=True) as update:
-                index, urls = self._index(lambda done, total: update(done, total=total))
-            hours = sum(clip.seconds for clip in index.clips) / 3600
-            log.info("dataset: %d clips, %.2f hours, in %s", len(index.clips), hours, index.directory)
-            for name in index.skipped:
-                log.warning("skipped: %s", name)
-            return {"directory": str(index.directory), "skipped": index.skipped, "urls": urls}
-
-        built = on_main_first(self.group, "shard", build, self.stop)
-        # What was skipped belongs to this run's source; another source of the same good clips may share the shards.
-        index = dataclasses.replace(DatasetIndex.read(Path(built["directory"])), skipped=tuple(built["skipped"]))
-        if built["urls"]:
-            settings = self.settings
-            index = shard_remote.attach(index, built["urls"], settings.work_dir, settings.cache_bytes, self.stop)
-        return index
-
-    def _index(self, report: Callable[[int, int], None]) -> tuple[DatasetIndex, dict[str, str]]:
-        """The data set's index, and the URLs of its shards where they stay remote."""
-        settings = self.settings
-        limits = {key: getattr(settings, key) for key in shard_remote.LIMITS}
-        options = shard_remote.RemoteOptions(**limits, cache_bytes=settings.cache_bytes)
-        where = settings.audio_data_url, settings.work_dir
-        remote = shard_remote.index_remote(*where, options, report, self.stop)
-        if remote is not None:
-            return remote
-        return shard.build_shards(*where, **limits, report=report, should_stop=self.stop), {}
-
-    def _streamed(self) -> StreamedDataset:
-        def find() -> dict[str, Any]:
-            index = streamed_shards(self.settings.audio_data_url)
-            return {"digest": index.digest, "urls": index.urls, "holds_latents": index.holds_latents}
-
-        found = on_main_first(self.group, "find-shards", find, self.stop)
-        index = StreamedDataset(Path(), clips=(), **{**found, "urls": tuple(found["urls"])})
-        log.info("streaming %d shards of %s", len(index.urls), "latents" if index.holds_latents else "audio")
-        return index
-
-    def _find_latents(self) -> list[Paths] | None:
-        settings = self.settings
-        parts = latent_shards_of(settings.audio_data_url)
-        if parts is None:
-            return None
-        paths = fetch_latents(parts, settings.work_dir, self.stop, settings.max_download_bytes)
-        index = read_latents(settings.audio_data_url, paths)
-        shard.check_count(shown(settings.audio_data_url), len(index.clips), settings.allow_any_dataset_size)
-        log.info("dataset: %d clips as latents in %d shards", len(index.clips), len(paths))
-        return paths
+        return dataset.open_dataset(self.settings, self.group, self.stop)
 
     @timed("encode")
     def encode(self, base, index: DatasetIndex, everything: bool | None = None) -> EncodedClips:

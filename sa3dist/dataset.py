@@ -1,0 +1,90 @@
+"""Which clips a run trains on: audio to be sharded, shards that stay remote, latents, or a stream without index."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sa3dist import shard, shard_remote
+from sa3dist.config import Settings
+from sa3dist.data.fetch import shown
+from sa3dist.data.latent_source import (
+    Paths,
+    StreamedDataset,
+    fetch_latents,
+    latent_shards_of,
+    read_latents,
+    streamed_shards,
+)
+from sa3dist.formats import DatasetIndex
+from sa3dist.metrics import progress
+from sa3dist.parallel.group import Group, on_main_first, together
+from sa3dist.parallel.signals import StopRequest
+
+log = logging.getLogger(__name__)
+
+
+def open_dataset(settings: Settings, group: Group, stop: StopRequest) -> DatasetIndex:
+    """The data set of ``audio_data_url``, prepared by rank 0 where it needs that, and read by every rank.
+
+    Raises what failed on any rank, on every rank.
+    """
+    if settings.mode == "streaming":
+        return _streamed(settings, group, stop)
+    latents = on_main_first(group, "find-latents", lambda: _find_latents(settings, stop), stop)
+    if latents is not None:
+        return together(group, "read-latents", lambda: read_latents(settings.audio_data_url, latents), stop)
+
+    def build() -> dict[str, Any]:
+        with progress("check clips", 1, shown=True) as update:
+            index, urls = _index(settings, stop, lambda done, total: update(done, total=total))
+        hours = sum(clip.seconds for clip in index.clips) / 3600
+        log.info("dataset: %d clips, %.2f hours, in %s", len(index.clips), hours, index.directory)
+        for name in index.skipped:
+            log.warning("skipped: %s", name)
+        return {"directory": str(index.directory), "skipped": index.skipped, "urls": urls}
+
+    built = on_main_first(group, "shard", build, stop)
+    # What was skipped belongs to this run's source; another source of the same good clips may share the shards.
+    index = dataclasses.replace(DatasetIndex.read(Path(built["directory"])), skipped=tuple(built["skipped"]))
+    if built["urls"]:
+        index = shard_remote.attach(index, built["urls"], settings.work_dir, settings.cache_bytes, stop)
+    return index
+
+
+def _index(
+    settings: Settings, stop: StopRequest, report: Callable[[int, int], None]
+) -> tuple[DatasetIndex, dict[str, str]]:
+    """The data set's index, and the URLs of its shards where they stay remote."""
+    limits = {key: getattr(settings, key) for key in shard_remote.LIMITS}
+    options = shard_remote.RemoteOptions(**limits, cache_bytes=settings.cache_bytes)
+    where = settings.audio_data_url, settings.work_dir
+    remote = shard_remote.index_remote(*where, options, report, stop)
+    if remote is not None:
+        return remote
+    return shard.build_shards(*where, **limits, report=report, should_stop=stop), {}
+
+
+def _streamed(settings: Settings, group: Group, stop: StopRequest) -> StreamedDataset:
+    def find() -> dict[str, Any]:
+        index = streamed_shards(settings.audio_data_url)
+        return {"digest": index.digest, "urls": index.urls, "holds_latents": index.holds_latents}
+
+    found = on_main_first(group, "find-shards", find, stop)
+    index = StreamedDataset(Path(), clips=(), **{**found, "urls": tuple(found["urls"])})
+    log.info("streaming %d shards of %s", len(index.urls), "latents" if index.holds_latents else "audio")
+    return index
+
+
+def _find_latents(settings: Settings, stop: StopRequest) -> list[Paths] | None:
+    parts = latent_shards_of(settings.audio_data_url)
+    if parts is None:
+        return None
+    paths = fetch_latents(parts, settings.work_dir, stop, settings.max_download_bytes)
+    index = read_latents(settings.audio_data_url, paths)
+    shard.check_count(shown(settings.audio_data_url), len(index.clips), settings.allow_any_dataset_size)
+    log.info("dataset: %d clips as latents in %d shards", len(index.clips), len(paths))
+    return paths
