@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -47,12 +48,17 @@ COMMANDS: dict[str, tuple[str, Callable[[Run], None]]] = {
 }
 
 
+# Programs of their own, imported when they are called.
+PROGRAMS = {
+    "inspect": ("look at a data set and what training would do with each clip", "sa3dist.inspection_text"),
+    "plan": ("predict memory and time of a run, or find settings that fit", "sa3dist.plan_command"),
+    "merge": ("several adapters into one file, or adapters into a base", "sa3dist.merge"),
+    "submit": ("start a run on this machine, under Slurm or on Kubernetes", "sa3dist.submit"),
+}
+
+
 def usage() -> str:
-    lines = [f"  {name:<8} {about}" for name, (about, _) in COMMANDS.items()]
-    lines.append(f"  {'inspect':<8} look at a data set and what training would do with each clip")
-    lines.append(f"  {'plan':<8} predict memory and time of a run, or find settings that fit")
-    lines.append(f"  {'merge':<8} several adapters into one file, or adapters into a base")
-    lines.append(f"  {'submit':<8} start a run on this machine, under Slurm or on Kubernetes")
+    lines = [f"  {name:<8} {about}" for name, (about, _) in (COMMANDS | PROGRAMS).items()]
     return (
         "usage: sa3dist COMMAND [CONFIG.yaml|REQUEST.json] [key=value ...]\n\n"
         + "\n".join(lines)
@@ -68,33 +74,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0
-    if words[0] == "inspect":
-        from sa3dist import inspection_text
-
-        return inspection_text.main(words[1:])
-    if words[0] == "plan":
-        from sa3dist import plan_command
-
-        return plan_command.main(words[1:])
-    if words[0] == "merge":
-        from sa3dist import merge
-
-        return merge.main(words[1:])
-    if words[0] == "export":
+    name, *rest = words
+    if name in PROGRAMS:
+        return importlib.import_module(PROGRAMS[name][1]).main(rest)
+    if name == "export":
         from sa3dist import export_command
 
-        if export_command.is_path(words[1:]):
-            return export_command.main(words[1:])
-    if words[0] == "submit":
-        from sa3dist import submit
-
-        return submit.main(words[1:])
-    if words[0] not in COMMANDS:
-        known = ", ".join([*COMMANDS, "inspect", "plan", "merge", "submit"])
-        print(f"sa3dist: {words[0]!r} is no command; choose {known}", file=sys.stderr)
+        if export_command.is_path(rest):
+            return export_command.main(rest)
+    if name not in COMMANDS:
+        known = ", ".join([*COMMANDS, *PROGRAMS])
+        print(f"sa3dist: {name!r} is no command; choose {known}", file=sys.stderr)
         return 2
-    about, stages = COMMANDS[words[0]]
-    return train.run_stages(f"sa3dist {words[0]}", about, stages, words[1:])
+    about, stages = COMMANDS[name]
+    return train.run_stages(f"sa3dist {name}", about, stages, rest)
 
 
 if __name__ == "__main__":
