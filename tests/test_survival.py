@@ -244,16 +244,24 @@ def _memory(key):
 
 
 def _map_every_tensor_anew():
+    """Returns what has to be kept for that: all memory that earlier tests have freed and this forked heap still holds."""
     ctypes.CDLL(None).mallopt(-3, 1 << 16)
+    held = []
+    for size in (1 << 24, 1 << 20, 1 << 16):
+        mapped = _memory("VmSize")
+        while _memory("VmSize") == mapped:
+            held.append(torch.empty(size, dtype=torch.uint8))
+    return held
 
 
 def _bytes_of_a_step(checkpointing):
     def work(group):
-        _map_every_tensor_anew()
+        freed_before = _map_every_tensor_anew()
         trainer, batch = make_trainer(group, 9, times=30)
         trainer.base.gradient_checkpointing = checkpointing
         before = _memory("VmSize")
         figures = trainer.take_step(iter([batch]), StopRequest())
+        assert freed_before
         return _memory("VmPeak") - before, figures["loss"], trainer.engine.flat.values.tolist()
 
     return run_ranks(1, work)[0]
@@ -263,7 +271,7 @@ def _steps_within(limit_bytes, **plan):
     """Two ranks, of which the second may map ``limit_bytes`` more than it has."""
 
     def work(group):
-        _map_every_tensor_anew()
+        freed_before = _map_every_tensor_anew()
         trainer, batch = make_trainer(group, 9, times=30, **plan)
         trainer.group.gather("connected")
         if group.dist_rank == 1:
@@ -272,6 +280,7 @@ def _steps_within(limit_bytes, **plan):
             figures = trainer.take_step(iter([batch]), StopRequest())
         except errors.EnvironmentFailure as failure:
             return type(failure).__name__, failure.origin, str(failure)
+        assert freed_before
         return figures["loss"], trainer.engine.flat.values.tolist(), trainer.description()
 
     return run_ranks(2, work)

@@ -83,7 +83,7 @@ class IndexedLatents(Dataset):
         return len(self.encoded.clips)
 
     def __getitem__(self, number):
-        return self.encoded.latents(self.encoded.clips[number], False).window(0, self.frames)
+        return self.encoded.latents(self.encoded.clips[number], False).window(0, self.frames).contiguous()
 
 
 def fitted(data, crop_samples):
