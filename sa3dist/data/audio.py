@@ -89,16 +89,18 @@ def decode(data: bytes) -> tuple[np.ndarray, int]:
 
     Raises DataError, without a file name, when libsndfile cannot decode it.
     """
-    samples_CN, rate, _ = _decode(data)
+    samples_CN, rate, _ = _decode(data, DECODE_BLOCK_SAMPLES)
     return samples_CN, rate
 
 
-def _decode(data: bytes) -> tuple[np.ndarray, int, bool]:
+def _decode(data: bytes, block_samples: int) -> tuple[np.ndarray, int, bool]:
     """As ``decode``, and whether the encoding keeps all samples in [-1, 1] by itself."""
     with _open(data) as sound:
         _check_size(sound.samplerate, sound.channels, _declared_samples(sound))
-        blocks, rate, channels = list(_blocks(sound)), sound.samplerate, sound.channels
+        blocks, rate, channels = list(_blocks(sound, block_samples)), sound.samplerate, sound.channels
         bounded = sound.subtype.startswith("PCM_")
+    if len(blocks) == 1:
+        return np.ascontiguousarray(blocks[0].T), rate, bounded
     # As long as what was decoded, not as what a header claims; turned and joined in one pass.
     samples_CN = np.empty((channels, sum(map(len, blocks))), np.float32)
     start = 0
@@ -119,7 +121,8 @@ def load_clip_audio(index: DatasetIndex, entry: ClipEntry, sample_rate_hz: int) 
     place = f"{index.directory / entry.shard}, clip {entry.key}"
     data = index.reader.read(entry) if index.reader else read_clip(index.directory / entry.shard, entry)
     try:
-        audio_CN, rate, bounded = _decode(data)
+        # In one piece: these bytes are known to decode to so many samples.
+        audio_CN, rate, bounded = _decode(data, entry.samples + 1)
     except DataError as error:
         raise DataError(f"{place}: {error}") from error
     if audio_CN.shape != (entry.channels, entry.samples) or rate != entry.sample_rate_hz:
@@ -218,12 +221,12 @@ def _declared_samples(sound) -> int:
     return sound.frames
 
 
-def _blocks(sound):
+def _blocks(sound, block_samples: int = DECODE_BLOCK_SAMPLES):
     import soundfile
 
     while True:
         try:
-            block = sound.read(DECODE_BLOCK_SAMPLES, dtype="float32", always_2d=True)
+            block = sound.read(block_samples, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:
             raise _undecodable(error) from error
         if len(block) == 0:
