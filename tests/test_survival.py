@@ -244,7 +244,7 @@ def _memory(key):
 
 
 def _map_every_tensor_anew():
-    """Returns what has to be kept for that: all memory that earlier tests have freed and this forked heap still holds."""
+    """Returns what has to be kept for that: memory that earlier tests have freed and this forked heap still holds."""
     ctypes.CDLL(None).mallopt(-3, 1 << 16)
     held = []
     for size in (1 << 24, 1 << 20, 1 << 16):
