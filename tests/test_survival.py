@@ -256,9 +256,9 @@ def _map_every_tensor_anew():
 
 def _bytes_of_a_step(checkpointing):
     def work(group):
-        freed_before = _map_every_tensor_anew()
         trainer, batch = make_trainer(group, 9, times=30)
         trainer.base.gradient_checkpointing = checkpointing
+        freed_before = _map_every_tensor_anew()
         before = _memory("VmSize")
         figures = trainer.take_step(iter([batch]), StopRequest())
         assert freed_before
@@ -271,9 +271,9 @@ def _steps_within(limit_bytes, **plan):
     """Two ranks, of which the second may map ``limit_bytes`` more than it has."""
 
     def work(group):
-        freed_before = _map_every_tensor_anew()
         trainer, batch = make_trainer(group, 9, times=30, **plan)
         trainer.group.gather("connected")
+        freed_before = _map_every_tensor_anew()
         if group.dist_rank == 1:
             resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + limit_bytes,) * 2)
         try:
