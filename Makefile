@@ -6,8 +6,6 @@ PART ?= tests
 GPU_PYTHON ?= python3
 OUT ?= kernels/benchmarks/results
 # Most tests keep one core busy; whole files stay together because they share what they prepare.
-# Tests that count memory need a process in which no other test has left a used heap.
-MEMORY := tests/test_survival.py::test_
 PARALLEL ?= --numprocesses 2 --dist loadfile
 
 .PHONY: demo test fast-test lint format bench gpu-check clean
@@ -25,9 +23,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(RUN) -m pytest $(PARALLEL) --deselect $(MEMORY)out_of_memory_on_one_rank_is_adapted_to_on_all_and_changes_no_bit \
-		--deselect $(MEMORY)memory_that_recomputing_cannot_save_is_said_with_what_to_change
-	$(RUN) -m pytest -q tests/test_survival.py -k memory
+	$(RUN) -m pytest $(PARALLEL)
 
 fast-test: $(VENV)/.installed
 	$(RUN) -m pytest $(PARALLEL) -m "not slow"

@@ -19,9 +19,9 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run_ranks(world_size, work, timeout_seconds=60):
+def run_ranks(world_size, work, timeout_seconds=60, method="fork"):
     """``work(group)`` on every rank; what each returned, in rank order."""
-    pipes, processes = _start(world_size, work)
+    pipes, processes = _start(world_size, work, method)
     results = []
     # All first: a rank leaves only when the others have sent theirs.
     for pipe in pipes:
@@ -43,8 +43,8 @@ def exit_codes(world_size, work, timeout_seconds=60):
     return [process.exitcode for process in processes]
 
 
-def _start(world_size, work):
-    context = multiprocessing.get_context("fork")
+def _start(world_size, work, method="fork"):
+    context = multiprocessing.get_context(method)
     port = free_port()
     pipes, processes = [], []
     for dist_rank in range(world_size):
