@@ -156,7 +156,7 @@ def _losses_without_and_with(run_dir: Path, base_dir: Path) -> tuple[float, floa
     import yaml
 
     from sa3dist import adapters, config
-    from sa3dist.loop import micro_batch_loss
+    from sa3dist.loss import micro_batch_loss
     from sa3dist.model.loading import load_base
     from sa3dist.parallel.group import Group
     from sa3dist.parallel.signals import StopRequest

@@ -31,10 +31,13 @@ from sa3dist.errors import ConfigError
 from sa3dist.formats import DatasetIndex, atomic_path, digest_of
 from sa3dist.model.fused import keep_compiled_in, use_compiled, wants_compile
 from sa3dist.parallel import checkpoint, zero_config
+from sa3dist.parallel.agreement import check_ranks_agree
 from sa3dist.parallel.group import Group, on_main_first
 from sa3dist.parallel.pulse import PREPARATION_SECONDS
 from sa3dist.parallel.signals import StopRequest
 from sa3dist.startup import Startup, timed
+from sa3dist.trainer import Trainer
+from sa3dist.work import Plan
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +57,7 @@ class Run:
         self.settings = settings
         self.group = group
         self.stop = stop
-        self.trainer: loop.Trainer | None = None
+        self.trainer: Trainer | None = None
         self._warm_start_sha256: str | None = None
         self._saved_step: int | None = None
         self.startup = Startup()
@@ -167,7 +170,7 @@ class Run:
         places = LanePlaces.of(stream, group.dist_rank, group.world_size, max(1, settings.num_workers))
         accumulation = resume.divide_work(saved, settings, group.world_size)
         global_batch = accumulation * settings.batch_size * group.world_size
-        work = loop.Plan(
+        work = Plan(
             steps=settings.number_of_steps,
             accumulation=accumulation,
             micro_batch=settings.batch_size,
@@ -180,10 +183,10 @@ class Run:
             adapt_memory=settings.on_oom == "adapt",
             description=self._describe(encoded, identity, global_batch),
         )
-        self.trainer = loop.Trainer(base, adapters.adapter_parameters(base), settings, work, group)
+        self.trainer = Trainer(base, adapters.adapter_parameters(base), settings, work, group)
         if saved is not None:
             self.trainer.restore(saved)
-        self.trainer.check_ranks_agree(self.trainer.engine.adapters())
+        check_ranks_agree(group, self.trainer.step, self.trainer.engine.adapters())
         self.trainer.places = places if streamed else None
         self._saved_step = saved.step if saved else None
 

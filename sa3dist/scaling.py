@@ -11,7 +11,7 @@ import dataclasses
 import math
 
 FP32_BYTES, BF16_BYTES = 4, 2
-# Losses, stop and trouble flags that travel with the gradients; see loop.py.
+# Losses, stop and trouble flags that travel with the gradients; see trainer.py.
 SCALAR_BYTES = 8 * FP32_BYTES
 # Gradients leave in pieces of this many values; see parallel/reduction.py.
 BUCKET_ELEMENTS = 1 << 22

@@ -12,13 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 import sa3dist
-from sa3dist import loop
 from sa3dist.adapters import adapter_digest, adapter_parameters, attach_adapter
+from sa3dist.loss import micro_batch_loss
 from sa3dist.model.fused import use_compiled
 from sa3dist.model.packing import Packing
 from sa3dist.parallel.flat import BETAS, EPSILON, FlatAdapters
 from sa3dist.parallel.group import Group
 from sa3dist.parallel.signals import StopRequest
+from sa3dist.trainer import Trainer
+from sa3dist.work import Plan
 from tests import test_training_step
 from tests.conftest import golden
 
@@ -67,7 +69,7 @@ def recorded_batch(base):
 def gradients_of(base, batch, settings):
     """Loss and every adapter gradient of one micro batch."""
     parameters = adapter_parameters(base)
-    loss, _, _ = loop.micro_batch_loss(base, batch, settings)
+    loss, _, _ = micro_batch_loss(base, batch, settings)
     return loss.detach(), dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
 
 
@@ -82,7 +84,7 @@ def test_losses_and_gradients_of_three_steps_are_the_references(device, run, che
     losses = []
     for step in range(3):
         flat.zero()
-        loss, _, _ = loop.micro_batch_loss(base, batch, Settings("no"))
+        loss, _, _ = micro_batch_loss(base, batch, Settings("no"))
         loss.backward()
         losses.append(loss.item())
         if step == 0:
@@ -124,14 +126,14 @@ def test_content_of_padded_frames_changes_no_loss(device, mixed_precision):
     base, batch = make_trained(device, "dora-rows", torch.float32 if mixed_precision == "no" else torch.bfloat16)
     frames = batch.noised_BDT.shape[2]
     batch.keep_BT = torch.arange(frames, device=device)[None] < torch.tensor([[frames], [frames - 5]], device=device)
-    loss, _, _ = loop.micro_batch_loss(base, batch, Settings(mixed_precision))
+    loss, _, _ = micro_batch_loss(base, batch, Settings(mixed_precision))
     padding = ~batch.keep_BT[:, None]
     batch.noised_BDT = torch.where(padding, 50.0, batch.noised_BDT)
     batch.target_BDT = torch.where(padding, math.nan, batch.target_BDT)
-    changed, _, _ = loop.micro_batch_loss(base, batch, Settings(mixed_precision))
+    changed, _, _ = micro_batch_loss(base, batch, Settings(mixed_precision))
     assert torch.equal(loss, changed)
     batch.keep_BT = None
-    assert not torch.equal(loss, loop.micro_batch_loss(base, batch, Settings(mixed_precision))[0])
+    assert not torch.equal(loss, micro_batch_loss(base, batch, Settings(mixed_precision))[0])
 
 
 def test_flat_adamw_is_adamw_in_float64(device):
@@ -224,8 +226,8 @@ def test_forward_and_backward_never_wait_for_the_device(device, adapter_type, ch
 
 def test_a_whole_step_waits_once(device):
     base, batch = make_trained(device, "dora-rows", torch.bfloat16)
-    work = loop.Plan(9, 2, 2, 4, 42, {}, ["a", "b"])
-    trainer = loop.Trainer(base, adapter_parameters(base), Settings("bf16"), work, Group(0, 1, device))
+    work = Plan(9, 2, 2, 4, 42, {}, ["a", "b"])
+    trainer = Trainer(base, adapter_parameters(base), Settings("bf16"), work, Group(0, 1, device))
     stop = StopRequest()
     losses = [trainer.take_step(iter([batch, batch]), stop)["loss"]]
     with warnings.catch_warnings(record=True) as caught:
@@ -248,8 +250,8 @@ def trained_digest(device_name):
     torch.use_deterministic_algorithms(True)
     device = torch.device(device_name)
     base, batch = make_trained(device, "dora-rows", torch.bfloat16)
-    work = loop.Plan(3, 1, 2, 2, 42, {}, ["a", "b"])
-    trainer = loop.Trainer(base, adapter_parameters(base), Settings("bf16"), work, Group(0, 1, device))
+    work = Plan(3, 1, 2, 2, 42, {}, ["a", "b"])
+    trainer = Trainer(base, adapter_parameters(base), Settings("bf16"), work, Group(0, 1, device))
     for _ in range(3):
         trainer.take_step(iter([batch]), StopRequest())
     return adapter_digest(base)

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from sa3dist import scaling
-from sa3dist.loop import SAVING
 from sa3dist.parallel.flat import FlatAdapters
 from sa3dist.parallel.reduction import BUCKET_ELEMENTS, GradientReduction
 from sa3dist.scaling import Cluster, Link, Sizes, Transfer
+from sa3dist.trainer import SAVING
 
 SIZES = Sizes(adapter_elements=6000, base_elements=90000, accumulation=3)
 

@@ -7,12 +7,14 @@ import torch
 from transformers import get_scheduler
 
 import sa3dist
-from sa3dist import config, loop, resume, schedule, train
+from sa3dist import config, resume, schedule, train
 from sa3dist.adapters import adapter_parameters, attach_adapter
 from sa3dist.errors import ConfigError
 from sa3dist.parallel import checkpoint
 from sa3dist.parallel.signals import StopRequest
 from sa3dist.schedule import Schedule
+from sa3dist.trainer import Trainer
+from sa3dist.work import Plan
 from tests.conftest import golden
 from tests.ranks import run_ranks
 from tests.test_gpu_training import Settings, recorded_batch
@@ -63,7 +65,7 @@ def curve_at(world_size, accumulation):
         base = sa3dist.load_base(golden("tiny-sa3"))
         attach_adapter(base, "lora", rank=2, seed=1)
         batch = recorded_batch(base)
-        plan = loop.Plan(
+        plan = Plan(
             STEPS,
             accumulation,
             2,
@@ -73,7 +75,7 @@ def curve_at(world_size, accumulation):
             ["a"],
             schedule=Schedule(PEAK, STEPS, WARM_UP, "cosine"),
         )
-        trainer = loop.Trainer(base, adapter_parameters(base), Settings("no"), plan, group)
+        trainer = Trainer(base, adapter_parameters(base), Settings("no"), plan, group)
         rates, used = [], []
         for _ in range(STEPS):
             rates.append(trainer.take_step(iter([batch] * accumulation), StopRequest())["lr"])

@@ -23,6 +23,8 @@ from sa3dist.parallel.saving import Saver
 from sa3dist.parallel.signals import EXIT_SECONDS, SAME_REQUEST_SECONDS, StopRequest, seconds_since_start
 from sa3dist.parallel.watchdog import Watchdog
 from sa3dist.parallel.word import leave
+from sa3dist.trainer import Trainer
+from sa3dist.work import Plan
 from tests.conftest import golden
 from tests.ranks import exit_codes, run_ranks
 from tests.test_gpu_training import recorded_batch
@@ -53,8 +55,8 @@ def make_trainer(group, steps, settings=Settings(), times=1, **plan):
     batch = recorded_batch(base)
     for name in ("latents_BDT", "noised_BDT", "target_BDT", "inpaint_mask_B1T"):
         setattr(batch, name, getattr(batch, name).repeat(1, 1, times))
-    work = loop.Plan(steps, 1, 2, 2 * group.world_size, 42, {}, ["a", "b"], **plan)
-    return loop.Trainer(base, adapter_parameters(base), settings, work, group), batch
+    work = Plan(steps, 1, 2, 2 * group.world_size, 42, {}, ["a", "b"], **plan)
+    return Trainer(base, adapter_parameters(base), settings, work, group), batch
 
 
 def forever(batch):

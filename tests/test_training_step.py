@@ -10,7 +10,7 @@ import sa3dist
 from sa3dist import flow
 from sa3dist.adapters import adapter_parameters, load_adapter
 from sa3dist.data.stream import MicroBatch
-from sa3dist.loop import micro_batch_loss
+from sa3dist.loss import micro_batch_loss
 from sa3dist.parallel.flat import FlatAdapters
 from tests.conftest import golden
 

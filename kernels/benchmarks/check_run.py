@@ -21,6 +21,8 @@ from sa3dist.data.stream import MicroBatch, MicroBatches, StreamSettings, loader
 from sa3dist.parallel import checkpoint
 from sa3dist.parallel.group import Group
 from sa3dist.parallel.signals import StopRequest
+from sa3dist.trainer import Trainer
+from sa3dist.work import Plan
 
 # A resumed run repeats the draws exactly; its losses differ by the order in which CUDA adds gradients, no more.
 RESUMED_LOSSES = {"cpu": 0.0, "cuda": 5e-3}
@@ -110,7 +112,7 @@ def trained(base, sizes: Sizes, frames: int, steps: int, output_dir: Path, devic
     attached = time.monotonic()
     settings = RunSettings("bf16" if sizes.dtype == torch.bfloat16 else "no", sizes.save_every)
     samples = make_samples(base, SyntheticClips(base, sizes.clips, frames), frames)
-    work = loop.Plan(
+    work = Plan(
         steps=steps,
         accumulation=1,
         micro_batch=1,
@@ -120,7 +122,7 @@ def trained(base, sizes: Sizes, frames: int, steps: int, output_dir: Path, devic
         clip_keys=[clip.key for clip in samples.encoded.clips],
         order=samples.order,
     )
-    trainer = loop.Trainer(base, adapters.adapter_parameters(base), settings, work, Group(0, 1, device))
+    trainer = Trainer(base, adapters.adapter_parameters(base), settings, work, Group(0, 1, device))
     if saved is not None:
         resume.check_identity(saved, work.identity, output_dir)
         trainer.restore(saved)
@@ -155,7 +157,7 @@ def make_samples(base, clips: SyntheticClips, frames: int) -> MicroBatches:
     return MicroBatches(clips, stream)
 
 
-def batches(samples: MicroBatches, first: int, work: loop.Plan, device) -> Generator[MicroBatch, None, None]:
+def batches(samples: MicroBatches, first: int, work: Plan, device) -> Generator[MicroBatch, None, None]:
     indices = micro_indices(first + 1, work.steps, work.accumulation, 0, 1)
     workers = 2 if device.type == "cuda" else 0
     return loader(samples, indices, lambda index: None, workers, device)

@@ -1,0 +1,260 @@
+"""Every setting of a run: one validated tree, with what each means, accepts and defaults to."""
+
+from __future__ import annotations
+
+import re
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from sa3dist_kernels.adapter_types import ADAPTER_TYPES
+
+from sa3dist.errors import ConfigError
+
+# YAML 1.1 reads a bare on, off, no as a boolean; these keys mean the words.
+_YAML_WORDS = {True: "on", False: "off"}
+OnOff = BeforeValidator(lambda value: _YAML_WORDS[value] if isinstance(value, bool) else value)
+NoWord = BeforeValidator(lambda value: "no" if value is False else value)
+PRECISION_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+# The endpoint's documented limit, kept for compatibility; the shapes themselves allow more (spec/training.md 3).
+XS_RANK_LIMIT = 17
+AdapterName = Literal[tuple(ADAPTER_TYPES)]
+
+
+def read_duration(value: Any) -> Any:
+    """Seconds of H:MM:SS, with days in front (D-H:MM:SS) as Slurm writes them; anything else as it is."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", value.strip()) if isinstance(value, str) else None
+    if found is None:
+        return value
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+class Settings(BaseModel):
+    """Everything a run depends on. Endpoint fields keep the endpoint's names, defaults and ranges."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, protected_namespaces=())
+
+    # The hosted endpoint's fields.
+    audio_data_url: str = Field(
+        description="zip, folder or WebDataset shards of captioned clips, or latent shards: local path, file://, "
+        "http(s)://, s3://"
+    )
+    model: str = Field(
+        "medium-base", description="medium-base, small-music-base, small-sfx-base, or a directory holding a base"
+    )
+    number_of_steps: int = Field(1000, ge=1, le=20000, description="optimiser steps")
+    learning_rate: float = Field(
+        1e-4, gt=0, allow_inf_nan=False, description="AdamW learning rate; its peak where it is scheduled"
+    )
+    rank: int = Field(16, ge=1, le=256, description="rank of the adapters; at most 17 for the -xs types")
+    adapter_type: AdapterName = Field("dora-rows", description="one of the nine adapter types")
+    duration: float | None = Field(
+        None,
+        ge=1,
+        le=380,
+        description="crop length in seconds, capped at the model's native length; unset = longest clip",
+    )
+    batch_size: int = Field(1, ge=1, le=8, description="clips per process and micro batch")
+    seed: int = Field(42, ge=0, le=2147483647, description="seed of every random draw")
+    base_precision: Literal["bf16", "fp16", "fp32"] = Field(
+        "bf16", description="storage of the frozen base: bf16 (bfloat16), fp16 (float16), fp32"
+    )
+    include: list[str] | None = Field(
+        None, description="adapt only layers whose name holds one of these; [a-b] expands"
+    )
+    exclude: list[str] | None = Field(
+        None, description="never adapt layers whose name holds one of these; [a-b] expands"
+    )
+    lora_checkpoint_url: str | None = Field(None, description="adapter file (.safetensors) to start from")
+    pre_encode: bool = Field(False, description="encode every clip before step 1 (true) or on first use (false)")
+
+    latents: Literal["whole", "crop", "on_the_fly"] = Field(
+        "whole",
+        description="encode whole clips once and crop latents, encode each crop once, or encode crops at every step",
+    )
+
+    # Where things are.
+    name: str = Field("sa3dist-lora", min_length=1, description="name of the run")
+    output_dir: Path = Field(None, validate_default=False, description="results and checkpoints; unset = runs/<name>")
+    work_dir: Path = Field(
+        None,
+        validate_default=False,
+        description="shards and latents, shared by runs; unset = sa3dist-work beside output_dir",
+    )
+    text_encoder: str | None = Field(None, description="directory or repo id of T5Gemma; unset = the model's own")
+
+    # The adapter and the objective.
+    alpha: float | None = Field(None, gt=0, allow_inf_nan=False, description="adapter scale times rank; unset = rank")
+    prompt_dropout: float = Field(0.1, ge=0, le=1, description="share of clips trained without prompt, for guidance")
+    context_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="weight of the loss on given context")
+    weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="AdamW weight decay")
+    warmup_steps: int = Field(0, ge=0, description="first steps, over which the learning rate rises linearly")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="learning rate after the warm-up: constant, or falling to 0 just behind the last step"
+    )
+    seconds_total_of: Literal["file", "clip"] = Field(
+        "file", description="duration told to the model: of the whole file, as the reference does, or of the crop"
+    )
+    reference_numerics: bool = Field(
+        False,
+        description="round timestep and duration to the base's precision before their features, as the reference does",
+    )
+
+    # Running at scale.
+    gradient_accumulation_steps: int = Field(1, ge=1, description="micro batches per process and optimiser step")
+    global_batch_size: int | None = Field(
+        None, ge=1, description="clips per optimiser step over all processes; derives gradient_accumulation_steps"
+    )
+    mixed_precision: Annotated[Literal["bf16", "no"], NoWord] = Field(
+        "bf16", description="autocast of the step: bf16 or no"
+    )
+    gradient_checkpointing: Annotated[Literal["auto", "on", "off"], OnOff] = Field(
+        "auto", description="recompute blocks in the backward pass: auto (when memory asks for it), on, off"
+    )
+    compile: Annotated[Literal["auto", "on", "off"], OnOff] = Field(
+        "auto",
+        description="compile what lies between the matrix products: auto (CUDA, runs of 200 steps or more), on, off",
+    )
+    deterministic: bool = Field(False, description="only deterministic kernels: same command, same bits")
+    gradient_compression: Literal["none", "bf16"] = Field(
+        "none", description="format in which gradients travel between processes: float32 (none), or bf16 for slow links"
+    )
+    mode: Literal["indexed", "streaming"] = Field(
+        "indexed",
+        description="indexed (every clip once per epoch, by position) or streaming (shards too many to index, in turn)",
+    )
+    shuffle_buffer: int = Field(256, ge=1, description="clips each loader process mixes in streaming mode")
+    bucket_batches: int = Field(
+        1,
+        ge=1,
+        description="micro batches sorted by length together, so that less is padded; 1 = plain shuffle",
+    )
+    encode_batch: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="clips of one length, or captions, encoded in one pass; above 1 values may differ by rounding",
+    )
+    num_workers: int = Field(2, ge=0, description="loader processes per rank")
+    on_bad_clip: Literal["raise", "skip"] = Field(
+        "raise", description="stop at unusable clips, or skip, count and name them"
+    )
+    max_download_bytes: int = Field(1 << 40, ge=1, description="largest remote source that is downloaded, in bytes")
+    cache_bytes: int = Field(
+        64 << 30, ge=0, description="clips of remote shards kept on the local disk, in bytes; the least used go first"
+    )
+    allow_any_dataset_size: bool = Field(False, description="lift the limit of 4..2000 clips")
+
+    on_oom: Literal["fail", "adapt"] = Field(
+        "fail", description="out of memory in a step: end with 70, or do it again with gradient checkpointing"
+    )
+    step_timeout: float = Field(
+        600,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds without progress in a step after which the run ends with 70",
+    )
+    max_wall_time: Annotated[float | None, BeforeValidator(read_duration)] = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="save and end with 75 so that the program has run for no longer: seconds, or H:MM:SS",
+    )
+
+    # Saving, resuming, reporting.
+    log_every: int = Field(10, ge=1, description="steps between rows of metrics.jsonl")
+    save_every: int = Field(500, ge=1, description="steps between checkpoints; the last step is always saved")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept")
+    resume: str = Field(
+        "auto", description="auto (newest good checkpoint in output_dir), never, or a checkpoint directory"
+    )
+    log_clips: bool = Field(False, description="add the keys of every step's clips to metrics.jsonl")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and {int, float} & {annotation, *typing.get_args(annotation)}:
+            raise ValueError(f"{value!r} is not a number")
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_no_path(cls, value: str) -> str:
+        if "/" in value or value in (".", ".."):
+            raise ValueError(f"{value!r} is a path, expected a plain name; output_dir says where results go")
+        return value
+
+    @field_validator("base_precision", mode="before")
+    @classmethod
+    def _resolve_alias(cls, value: Any) -> Any:
+        return PRECISION_ALIASES.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _empty_list_is_unset(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [value]
+        if isinstance(value, list):
+            value = [item.strip() if isinstance(item, str) else item for item in value]
+            if "" in value:
+                raise ValueError("an empty pattern matches every layer; remove it")
+        return value or None
+
+    @model_validator(mode="after")
+    def _check_across(self) -> Settings:
+        if self.adapter_type.endswith("-xs") and self.rank > XS_RANK_LIMIT:
+            raise ValueError(
+                f"rank: {self.rank} is out of range for {self.adapter_type}, expected 1..{XS_RANK_LIMIT}; the -xs "
+                f"types train a rank x rank matrix, so choose a smaller rank or another adapter_type"
+            )
+        if self.warmup_steps >= self.number_of_steps:
+            raise ValueError(
+                f"warmup_steps: {self.warmup_steps} leaves none of number_of_steps ({self.number_of_steps}) at "
+                f"the full learning rate; choose fewer"
+            )
+        if (self.base_precision, self.mixed_precision) == ("fp16", "no"):
+            # Measured: at 380 s the gradients of activations underflow, adapter gradients are off by up to 59 %.
+            raise ValueError(
+                "mixed_precision: no loses gradients over a float16 base; use bf16, or base_precision fp32"
+            )
+        if self.pre_encode and self.latents == "on_the_fly":
+            raise ValueError("pre_encode: true has nothing to encode ahead with latents: on_the_fly; unset one")
+        if self.deterministic and self.compile == "on":
+            raise ValueError("compile: on lets the compiler choose kernels by measuring; not with deterministic: true")
+        if self.mode == "streaming":
+            self._check_streaming()
+        output_dir = self.output_dir or Path("runs") / self.name
+        object.__setattr__(self, "output_dir", Path(output_dir))
+        object.__setattr__(self, "work_dir", Path(self.work_dir or self.output_dir.parent / "sa3dist-work"))
+        return self
+
+    def _check_streaming(self) -> None:
+        reasons = {
+            "bucket_batches": (self.bucket_batches == 1, "sorts by length, which only an index knows; leave it at 1"),
+            "duration": (self.duration is not None, "must be given: without an index the longest clip is not known"),
+            "latents": (self.latents == "whole", "must be whole: there is no cache to keep crops in"),
+            "pre_encode": (not self.pre_encode, "would have no end; stream the shards that sa3dist encode leaves"),
+            "on_bad_clip": (self.on_bad_clip == "raise", "must be raise; sa3dist shard leaves out what cannot be used"),
+        }
+        for key, (fits, reason) in reasons.items():
+            if not fits:
+                raise ValueError(f"{key}: with mode: streaming it {reason}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The tree as plain YAML and JSON values."""
+        return self.model_dump(mode="json")
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro batches per process and step. Raises ConfigError when global_batch_size does not divide."""
+        if self.global_batch_size is None:
+            return self.gradient_accumulation_steps
+        per_round = self.batch_size * world_size
+        if self.global_batch_size % per_round:
+            raise ConfigError(
+                f"global_batch_size: {self.global_batch_size} is not a multiple of batch_size x processes = "
+                f"{self.batch_size} x {world_size}; choose a multiple of {per_round}"
+            )
+        return self.global_batch_size // per_round

@@ -1,0 +1,258 @@
+"""One rank's part of the training: gradients of its micro batches, the common step, failing together, saving."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sa3dist.data.lanes import LanePlaces
+from sa3dist.data.stream import MicroBatch
+from sa3dist.errors import CheckpointError, EnvironmentFailure, OutOfMemory, SA3DistError
+from sa3dist.loss import micro_batch_loss
+from sa3dist.parallel import checkpoint, engines
+from sa3dist.parallel.agreement import check_ranks_agree, name_the_non_finite
+from sa3dist.parallel.group import Group, on_main_first
+from sa3dist.parallel.outcome import translate
+from sa3dist.parallel.pulse import AVERAGING
+from sa3dist.parallel.saving import Saver
+from sa3dist.parallel.signals import StopRequest
+from sa3dist.schedule import Schedule
+from sa3dist.work import Plan
+
+log = logging.getLogger(__name__)
+
+COMPUTING = "computing gradients"
+
+# What travels with the gradients: sums over the step's micro batches and ranks.
+LOSS, LOSS_GEN, LOSS_CTX, STOP, TROUBLE, SILENT, REPEATED, SAVING = range(8)
+
+
+class Trainer:
+    """One rank's part of the loop: gradients of its micro batches, the common step, saving."""
+
+    def __init__(self, base, parameters: dict[str, torch.nn.Parameter], settings, plan: Plan, group: Group) -> None:
+        self.base = base
+        self.settings = settings
+        self.plan = plan
+        self.group = group
+        self.step = 0
+        self.schedule = plan.schedule or Schedule(settings.learning_rate, plan.steps)
+        forward = functools.partial(micro_batch_loss, base, settings=settings)
+        self.engine = engines.make(base, parameters, forward, settings, plan, group, scalars=SAVING + 1)
+        self.saver = Saver()
+        # Where a stream without an index is; None where the step alone says it.
+        self.places: LanePlaces | None = None
+        self._clips: list[list[str]] = []
+        # The step from which on blocks are recomputed because memory did not suffice.
+        self.adapted_at: int | None = None
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        missing = self.engine.parameters.keys() ^ saved.adapters.keys()
+        if missing:
+            raise CheckpointError(
+                f"checkpoint of step {saved.step}: its layers differ from this run's, e.g. {min(missing)}"
+            )
+        self.engine.restore(saved.adapters, saved.moments, saved.step)
+        self.step = saved.step
+
+    def accumulate(self, batches: Iterator[MicroBatch]) -> tuple[float, list[tuple[list[str], torch.Tensor]]]:
+        """Gradients of this rank's micro batches of one step.
+
+        Returns the seconds spent waiting for data, and (clip keys, loss) per micro batch.
+        """
+        waited, losses = 0.0, []
+        for left in reversed(range(self.plan.accumulation)):
+            self.group.pulse.beat("waiting for data")
+            asked = time.perf_counter()
+            batch = self._fetch(batches)
+            waited += time.perf_counter() - asked
+            self.group.pulse.beat(COMPUTING)
+            loss, loss_gen, loss_ctx = self.engine.losses(batch)
+            self.engine.backward(loss / self.plan.accumulation, last=left == 0)
+            parts = torch.stack([loss.detach(), loss_gen.detach(), loss_ctx.detach()])
+            self.engine.scalars[LOSS : LOSS_CTX + 1] += parts
+            self.engine.scalars[SILENT] += batch.silent_crops
+            self.engine.scalars[REPEATED] += batch.repeated_clips
+            losses.append((batch.clips, parts[0]))
+        return waited, losses
+
+    def _fetch(self, batches: Iterator[MicroBatch]) -> MicroBatch:
+        """The next micro batch. In lockstep all ranks fail here when any has none, or could not save."""
+        batch, failure = None, None
+        try:
+            self.saver.check()
+            batch = next(batches)
+        except Exception as error:
+            failure = error
+        if self.engine.lockstep and self.group.any(failure is not None):
+            self.group.agree(None if failure is None else self._explain(failure))
+        if failure is not None:
+            raise failure
+        return batch
+
+    def take_step(self, batches: Iterator[MicroBatch], stop: StopRequest) -> dict[str, float]:
+        """One optimiser step over all ranks. Returns its figures, equal on every rank.
+
+        Raises on every rank alike when any rank failed or the loss is not finite; the adapters then stay as they were.
+        """
+        if not (self.plan.adapt_memory and self.adapted_at is None):
+            return self._attempt(batches, stop)
+        taken: list[MicroBatch] = []
+        try:
+            return self._attempt(remembering(batches, taken), stop)
+        except OutOfMemory as problem:
+            self._recompute_from_here(problem)
+        # The same micro batches: recomputing blocks changes no bit of their gradients.
+        return self._attempt(itertools.chain(taken, batches), stop)
+
+    def _attempt(self, batches: Iterator[MicroBatch], stop: StopRequest) -> dict[str, float]:
+        pulse = self.group.pulse
+        pulse.beat("beginning", step=self.step + 1)
+        self.engine.zero()
+        waited, losses, problem = 0.0, [], None
+        try:
+            waited, losses = self.accumulate(batches)
+        except Exception as failure:
+            if self.engine.lockstep:
+                raise
+            # Peers wait in the reduction below: join it first, fail afterwards, all together.
+            problem = self._explain(failure)
+            self.engine.scalars[TROUBLE] = 1
+        self.engine.scalars[STOP] = float(stop())
+        self.engine.scalars[SAVING] = float(self.saver.busy)
+        pulse.beat(AVERAGING)
+        grad_norm = self.engine.average()
+        *figures, norm = torch.cat([self.engine.scalars, grad_norm[None]]).tolist()
+        # As long as rank 0 has a save in flight no signal ends any rank.
+        stop.saving = figures[SAVING] > 0
+        if figures[TROUBLE]:
+            self.group.agree(problem)
+        count = self.plan.accumulation * self.group.world_size
+        means = [value / count for value in figures[: LOSS_CTX + 1]]
+        if not (math.isfinite(means[LOSS]) and math.isfinite(norm)):
+            name_the_non_finite(self.group, self.step + 1, losses)
+        rate = self.schedule.rate(self.step + 1)
+        self.engine.step(rate)
+        self.step += 1
+        self._clips = [clips for clips, _ in losses]
+        if self.places is not None:
+            self.places.advance(repeated=round(figures[REPEATED]))
+        return {
+            "loss": means[LOSS],
+            "loss_gen": means[LOSS_GEN],
+            "loss_ctx": means[LOSS_CTX],
+            "grad_norm": norm,
+            "lr": rate,
+            "stop": figures[STOP],
+            "silent_crops": figures[SILENT],
+            "data_wait_seconds": waited,
+        }
+
+    def clips_of_step(self) -> list[str]:
+        """Keys of the clips all ranks trained on in the last step, in slot order; called on all ranks."""
+        if self.places is None:
+            return self.plan.clips_of_step(self.step)
+        ranks = self.group.gather(self._clips)
+        return [key for round_ in zip(*ranks, strict=True) for clips in round_ for key in clips]
+
+    def _explain(self, failure: Exception) -> SA3DistError:
+        """What the peers are told. The failure itself is let go: it holds the tensors of the step."""
+        problem = translate(failure)
+        if problem is None:
+            problem = SA3DistError(f"{type(failure).__name__}: {failure}")
+            log.error("step %d failed", self.step + 1, exc_info=failure)
+        if not isinstance(problem, OutOfMemory) or not self.plan.adapt_memory:
+            return problem
+        if self.base.gradient_checkpointing or self.group.pulse.doing != COMPUTING:
+            return EnvironmentFailure(
+                f"step {self.step + 1}: recomputing blocks is not enough to fit into memory, and batch_size "
+                f"({self.plan.micro_batch}) decides what is trained, so on_oom: adapt can do no more; choose a shorter "
+                f"duration, a lower rank, or a smaller batch_size and another output_dir ({problem})"
+            )
+        return problem
+
+    def _recompute_from_here(self, problem: OutOfMemory) -> None:
+        self.base.gradient_checkpointing = True
+        self.adapted_at = self.step + 1
+        gc.collect()
+        if self.group.device.type == "cuda":
+            torch.cuda.empty_cache()
+        where = "rank {} on {}".format(*problem.origin) if problem.origin else "this rank"
+        log.warning("step %d: out of memory on %s; recomputing blocks from here on", self.step + 1, where)
+
+    def save(self, output_dir: Path, stop: StopRequest, wait: bool, before: Callable[[], None] = lambda: None) -> None:
+        """Copy the state and publish it on rank 0; first check that the ranks hold equal, finite adapters.
+
+        wait     return, on every rank, when it is published; otherwise rank 0 writes it while the training goes on
+        before   run ahead of the publication, beside the training likewise
+        """
+        self.group.pulse.beat("saving")
+        # On all ranks: some modes gather it.
+        adapters, moments = self.engine.adapters(), self.engine.moments()
+        check_ranks_agree(self.group, self.step, adapters)
+        saved = checkpoint.Checkpoint(adapters, moments, self._state())
+
+        def publish() -> None:
+            before()
+            checkpoint.save(output_dir, saved, self.settings.keep_checkpoints)
+
+        def done() -> None:
+            stop.saving = False
+
+        stop.saving = True
+        if not wait:
+            if self.group.is_main:
+                self.saver.start(publish, done)
+            return
+
+        def publish_now() -> None:
+            self.saver.start(publish, done)
+            self.saver.wait()
+
+        try:
+            on_main_first(self.group, f"save-{self.step}", publish_now, should_stop=lambda: False)
+        finally:
+            stop.saving = False
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint says beside its tensors; called on all ranks."""
+        plan = self.plan
+        state = {
+            "step": self.step,
+            "next_slot": self.step * plan.global_batch,
+            "global_batch": plan.global_batch,
+            "world_size": self.group.world_size,
+            "identity": plan.identity,
+            "schedule": dataclasses.asdict(self.schedule),
+            "weight_decay": self.settings.weight_decay,
+            "torch": torch.__version__,
+            "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "description": self.description(),
+        }
+        if self.places is not None:
+            cursors = self.group.gather(list(self.places.cursors))
+            state["stream"] = {"cursors": cursors, "repeated": self.places.repeated}
+        return state
+
+    def description(self) -> dict[str, Any]:
+        """What config.json says of the run as it is now."""
+        memory = {"gradient_checkpointing": self.base.gradient_checkpointing, "out_of_memory_at_step": self.adapted_at}
+        return {**self.plan.description, **memory, "step": self.step}
+
+
+def remembering(batches: Iterator[MicroBatch], taken: list[MicroBatch]) -> Iterator[MicroBatch]:
+    """The same micro batches, each also put into ``taken``."""
+    for batch in batches:
+        taken.append(batch)
+        yield batch
