@@ -30,8 +30,9 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST_SECONDS = 5.0
 # How long rank 0's status may take to appear here: it may run on another machine of a shared filesystem.
 STATUS_SECONDS = 5.0
-# How long an agent may outlive the run: cut off from the other hosts' agents it waits for minutes to say goodbye.
-LINGER_SECONDS = 30.0
+# How long an agent may outlive the run: cut off from the other hosts' agents it waits for minutes to say goodbye, and
+# for half a minute for a rank that is frozen. All ranks have to be gone within a minute of what ended them.
+LINGER_SECONDS = 10.0
 REQUEUE_OPTION = "--slurm-requeue"
 
 
@@ -87,8 +88,19 @@ class Supervisor:
                 if ended_at is None and identity_of(status) not in (before, None):
                     ended_at = time.monotonic()
                 if ended_at is not None and time.monotonic() - ended_at > LINGER_SECONDS:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(self.child.pid, signal.SIGKILL)
+                    self._kill_all()
+
+    def _kill_all(self) -> None:
+        """End the agent, and the ranks, which have sessions of their own."""
+        # Imported where it is needed: signals must be caught from the first moment on.
+        import psutil
+
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(self.child.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.child.pid, signal.SIGKILL)
 
     def _meant(self, code: int, status: Path, before: tuple | None) -> int:
         deadline = time.monotonic() + STATUS_SECONDS

@@ -32,15 +32,23 @@ def run_ranks(world_size, work, timeout_seconds=60, method="fork"):
     return results
 
 
-def exit_codes(world_size, work, timeout_seconds=60):
-    """Exit code of every rank, for ``work`` that ends its process itself."""
+def exit_codes(world_size, work, timeout_seconds=60, stopped=()):
+    """Exit code of every rank, for ``work`` that ends its process itself.
+
+    stopped   ranks that freeze themselves; they are killed when the others have ended, and have none
+    """
     _, processes = _start(world_size, work)
-    for process in processes:
+    for dist_rank, process in enumerate(processes):
+        if dist_rank in stopped:
+            continue
         process.join(timeout_seconds)
         if process.exitcode is None:
             process.kill()
             raise AssertionError("a rank hangs")
-    return [process.exitcode for process in processes]
+    codes = [process.exitcode for process in processes]
+    for dist_rank in stopped:
+        processes[dist_rank].kill()
+    return codes
 
 
 def _start(world_size, work, method="fork"):

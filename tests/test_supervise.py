@@ -66,7 +66,9 @@ def test_the_code_in_the_status_wins_over_the_agents(tmp_path, code):
 
 def test_an_agent_that_outlives_the_run_is_ended_with_all_it_started(tmp_path, monkeypatch):
     monkeypatch.setattr(supervise, "LINGER_SECONDS", 0.5)
-    lingering = AGENT.replace("sys.exit(1)", "import subprocess; subprocess.run(['sleep', '61.25'])")
+    # As torchrun starts ranks.
+    sleep = "import subprocess; subprocess.run(['sleep', '61.25'], start_new_session=True)"
+    lingering = AGENT.replace("sys.exit(1)", sleep)
     began = time.monotonic()
     assert Supervisor(command(lingering, tmp_path, "code=70")).run() == 70
     assert time.monotonic() - began < 30

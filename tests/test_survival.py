@@ -293,6 +293,53 @@ def test_a_killed_rank_is_named_by_those_that_lose_it(tmp_path, capfd):
     assert exit_codes(3, work) == [70, 70, -signal.SIGKILL]
 
 
+@pytest.mark.parametrize(
+    ("killed", "stage", "expected"),
+    [(1, "encode", [70, -9]), (0, "encode", [-9, 70]), (None, "encode", [75, 75]), (1, "train", [75, -9])],
+)
+def test_a_rank_that_an_agent_stops_for_the_sake_of_a_killed_one_names_that(
+    tmp_path, monkeypatch, killed, stage, expected
+):
+    # How long rank 0 waits to be heard, by one that cannot.
+    monkeypatch.setattr("sa3dist.parallel.word.HEARTBEAT_SECONDS", 0.1)
+
+    def work(group):
+        with Watchdog(group, StopRequest(), tmp_path) as watchdog:
+            group.pulse.enter(stage)
+            dist.barrier()
+            if group.dist_rank == killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if killed is not None:
+                with pytest.raises(RuntimeError):
+                    dist.barrier()
+            reason = leave(group, errors.Interrupted("SIGTERM while encoding"), watchdog.told)
+            named = isinstance(reason, errors.Interrupted) or reason.origin[0] == killed
+            os._exit(reason.exit_code if named else 1)
+
+    assert exit_codes(2, work) == expected
+
+
+def test_ranks_that_a_store_keeps_waiting_end_without_asking_it_for_the_last_word(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("sa3dist.parallel.watchdog.STALL_SECONDS", 3.0)
+    monkeypatch.setattr("sa3dist.parallel.watchdog.WORD_SECONDS", 0.5)
+
+    def work(group):
+        with Watchdog(group, StopRequest(), tmp_path):
+            group.pulse.enter("train", 600.0)
+            group.pulse.beat("waiting for data", step=3)
+            if group.dist_rank == 0:
+                # With the store, as when its host is gone: nobody answers, nothing is closed.
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(120)
+
+    ended = exit_codes(2, work, stopped=(0,))
+    assert ended == [None, 70]
+    said = status(tmp_path)
+    assert said["message"] in capfd.readouterr().err
+    assert said["message"].startswith(f"rank 1 on {HOST}: no contact with the rendezvous store")
+    assert "host of rank 0 (host-0)" in said["message"]
+
+
 def test_the_heartbeat_is_renewed_while_there_is_progress_and_only_then(tmp_path, monkeypatch):
     monkeypatch.setattr("sa3dist.parallel.heartbeat.RENEWAL_SECONDS", 0.05)
     group, path = Group(0, 1, torch.device("cpu")), tmp_path / "heartbeat.json"

@@ -36,6 +36,7 @@ from sa3dist.parallel.word import (
     heard_key,
     lost_rank,
     read,
+    sign_of_life,
     unpack,
 )
 
@@ -45,9 +46,14 @@ TICK_SECONDS = 0.5
 # How long the main thread may take to end by itself when the run is over: it closes loaders and finishes a save.
 GRACE_SECONDS = 5.0
 # And how much longer while a save is in flight.
-SAVING_SECONDS = 30.0
+SAVING_SECONDS = 15.0
 # A word to the store or to the disk that takes longer is not waited for.
 WORD_SECONDS = 5.0
+# A store that has not answered for this long is not asked for the last word.
+OUT_OF_REACH_SECONDS = 4 * HEARTBEAT_SECONDS
+# How long rank 0 may take to speak for all: it hears of the end a heartbeat later, and has its grace.
+RANK_0_SECONDS = 2 * HEARTBEAT_SECONDS + GRACE_SECONDS + 1
+AGAIN = "state is as last saved, run again to continue"
 
 
 class Watchdog:
@@ -89,10 +95,7 @@ class Watchdog:
             bounded(lambda: self._file.close(failure))
 
     def _say_alive(self, store: dist.Store, count: int) -> None:
-        pulse = self._group.pulse
-        said = {"count": count, "beats": pulse.beats, "doing": pulse.doing, "host": self._host}
-        said |= {"step": pulse.step, "place": pulse.place}
-        store.set(alive_key(self._group.dist_rank), json.dumps(said))
+        store.set(alive_key(self._group.dist_rank), json.dumps(sign_of_life(count, self._group.pulse)))
 
     def _beat(self, store: dist.Store) -> None:
         count = 0
@@ -116,23 +119,24 @@ class Watchdog:
 
     def _watch(self) -> None:
         stuck, silent, cut, over = Still(), Still(), Still(), Still()
-        last = time.monotonic()
+        alone, last = self._group.world_size == 1, time.monotonic()
         while not self._ended.wait(TICK_SECONDS):
             now = time.monotonic()
             # A suspended process did not stand still, it did not run.
             tick, last = min(now - last, 2 * TICK_SECONDS), now
             limit = self._group.pulse.timeout_seconds
+            stood, cut_off = stuck.look(self._progress(), tick), cut.look(self._contacts, tick)
+            unheard = silent.look(self._next_last, tick)
             if self.told is not None:
                 patience = GRACE_SECONDS + (SAVING_SECONDS if self._stop.saving else 0)
                 if over.look("over", tick) > patience:
                     self._end(self.told)
-            elif stuck.look(self._progress(), tick) > limit:
+            elif not alone and cut_off > (OUT_OF_REACH_SECONDS if stood > limit else STALL_SECONDS):
+                # Without the store nobody can be told, and rank 0 comes to an end of its own about now.
+                self._end(self._explain_cut(cut_off), WORD_SECONDS)
+            elif stood > limit:
                 self._end_all(self._explain_standstill(limit))
-            elif self._group.world_size == 1:
-                continue
-            elif cut.look(self._contacts, tick) > STALL_SECONDS:
-                self._end(self._explain_cut())
-            elif silent.look(self._next_last, tick) > STALL_SECONDS and self._next_last is not None:
+            elif not alone and unheard > STALL_SECONDS and self._next_last is not None:
                 how = f", silent for {STALL_SECONDS:.0f} s"
                 self._end_all(lost_rank(self._next, self._next_last, how))
 
@@ -146,24 +150,26 @@ class Watchdog:
             said = behind[first]
             problem = errors.LostPeer(
                 f"has not come to the end of step {pulse.step} in {limit:.0f} s{also}; last seen in step "
-                f"{said['step']} ({said['doing']}); state is as last saved, run again to continue (step_timeout)"
+                f"{said['step']} ({said['doing']}); {AGAIN} (step_timeout)"
             )
             problem.origin = (first, said["host"])
             return problem
         if pulse.doing == AVERAGING and peers:
-            return self._failure(f"step {pulse.step}: every rank has arrived, but nothing has come in {limit:.0f} s")
-        where = f"step {pulse.step}" if pulse.stage == "train" else pulse.stage
-        return self._failure(f"{where}: no progress for {limit:.0f} s ({pulse.doing})")
+            found = f"step {pulse.step}: every rank has arrived, but nothing has come in {limit:.0f} s"
+        else:
+            where = f"step {pulse.step}" if pulse.stage == "train" else pulse.stage
+            found = f"{where}: no progress for {limit:.0f} s ({pulse.doing})"
+        return self._failure(f"{found}; {AGAIN} (step_timeout)")
 
-    def _explain_cut(self) -> errors.EnvironmentFailure:
+    def _explain_cut(self, seconds: float) -> errors.EnvironmentFailure:
         address = f"{os.environ.get('MASTER_ADDR', 'unknown')}:{os.environ.get('MASTER_PORT', '')}"
         return self._failure(
-            f"no contact with the rendezvous store at {address} for {STALL_SECONDS:.0f} s: the network is cut, or the "
-            f"host of rank 0 is gone"
+            f"no contact with the rendezvous store at {address} for {seconds:.0f} s: the network is cut, or the "
+            f"host of rank 0 ({self._group.hosts[0]}) is gone; {AGAIN}"
         )
 
     def _failure(self, message: str) -> errors.EnvironmentFailure:
-        problem = errors.EnvironmentFailure(f"{message}; state is as last saved, run again to continue (step_timeout)")
+        problem = errors.EnvironmentFailure(message)
         problem.origin = (self._group.dist_rank, self._host)
         return problem
 
@@ -181,13 +187,16 @@ class Watchdog:
             problem = told or problem
         self._end(problem)
 
-    def _end(self, problem: errors.SA3DistError) -> None:
+    def _end(self, problem: errors.SA3DistError, patience_seconds: float = RANK_0_SECONDS) -> None:
+        """patience_seconds: how long rank 0 is left to speak before this rank does."""
         if self._group.is_main:
             bounded(lambda: self._file.close(problem))
-        # Rank 0 hears of it a heartbeat later, and has its grace.
-        patience = 2 * HEARTBEAT_SECONDS + GRACE_SECONDS + 1
-        said = lambda: report(problem, self._output_dir, max(0, self._group.pulse.step - 1), patience)  # noqa: E731
-        bounded(said, patience + WORD_SECONDS)
+            patience_seconds = 0.0
+        step = max(0, self._group.pulse.step - 1)
+        bounded(
+            lambda: report(problem, self._output_dir, step, patience_seconds),
+            patience_seconds + WORD_SECONDS,
+        )
         # Loader processes would outlive this one.
         for child in multiprocessing.active_children():
             child.kill()

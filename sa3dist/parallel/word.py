@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 
 from sa3dist import errors
 from sa3dist.parallel.outcome import translate
+from sa3dist.parallel.pulse import Pulse
 
 HEARTBEAT_SECONDS = 2.0
 # A rank whose heart stands still this long counts as lost; loading a base may hold the interpreter for seconds.
-STALL_SECONDS = 35.0
+# What follows, telling the others and leaving, must fit into a minute with it.
+STALL_SECONDS = 30.0
 # The first rank that cannot go on leaves its reason here, and all others take it.
 END = "sa3dist/end"
+# Stages in which a rank that is asked to stop has saved, or is done.
+HOLDING_STATE = ("train", "export")
 
 
 def default_store() -> dist.Store:
@@ -59,6 +67,18 @@ def read(store: dist.Store, key: str) -> Any | None:
     return json.loads(store.get(key)) if store.check([key]) else None
 
 
+def sign_of_life(count: int, pulse: Pulse) -> dict[str, Any]:
+    """What a rank tells of itself; ``count`` makes each telling another."""
+    said = {"count": count, "beats": pulse.beats, "doing": pulse.doing, "step": pulse.step, "place": pulse.place}
+    return said | {"host": socket.gethostname(), "pid": os.getpid(), "processes": _process_space()}
+
+
+@functools.cache
+def _process_space() -> list[str]:
+    """Equal where process ids mean the same: this start of the machine, this namespace of it."""
+    return [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+
+
 def end_for_all(store: dist.Store, problem: errors.SA3DistError, dist_rank: int) -> errors.SA3DistError:
     """Make ``problem`` the reason all ranks end with, unless one is known already. Returns the one that holds."""
     held = store.compare_set(END, "", json.dumps(pack(problem, dist_rank)))
@@ -69,15 +89,19 @@ def leave(group, failure: Exception, heard: errors.SA3DistError | None) -> Excep
     """Tell the peers why this rank leaves; returns what to report: for a lost peer, that peer's own reason or its name.
 
     heard   the reason of another rank, if this one has been told
-    A peer that is gone shows first as a closed connection; which one it was, the hearts tell.
+    A peer that is gone shows first as a closed connection; which one it was, the hearts tell. During preparation it may
+    show first as the stop signal that a launch agent sends to the others.
     """
     if group.world_size == 1:
         return failure
     store = default_store()
+    stopped = isinstance(failure, errors.Interrupted) and group.pulse.stage not in HOLDING_STATE
     try:
         reason = failure
+        if stopped:
+            reason = _reason_of_the_stop(store, group) or failure
         if not isinstance(translate(failure), errors.LostPeer):
-            packed = pack(explain(failure), group.dist_rank)
+            packed = pack(explain(reason), group.dist_rank)
             store.set(left_key(group.dist_rank), json.dumps(packed))
             store.compare_set(END, "", json.dumps(packed))
         elif heard is not None:
@@ -91,7 +115,7 @@ def leave(group, failure: Exception, heard: errors.SA3DistError | None) -> Excep
         return reason
     except RuntimeError:
         # The store went with the rank that hosted it: nobody is left to tell.
-        if heard is not None or not isinstance(translate(failure), errors.LostPeer):
+        if heard is not None or not (stopped or isinstance(translate(failure), errors.LostPeer)):
             return heard or failure
         lost = errors.LostPeer(
             "gone, and the rendezvous store with it: killed, or its machine or network failed; state is as last saved, "
@@ -99,6 +123,29 @@ def leave(group, failure: Exception, heard: errors.SA3DistError | None) -> Excep
         )
         lost.origin = (0, group.hosts[0])
         return lost
+
+
+def _reason_of_the_stop(store: dist.Store, group) -> errors.SA3DistError | None:
+    """Why this rank was stopped, if not to be stopped: an agent signals the peers of a rank that has failed.
+
+    That rank has told why, or it was killed: its process is gone from this machine, and has not said goodbye.
+    """
+    told = read(store, END)
+    if told is not None and not isinstance(unpack(told), errors.Interrupted):
+        return unpack(told)
+    for dist_rank in range(group.world_size):
+        last = read(store, alive_key(dist_rank))
+        here = last is not None and last["processes"] == _process_space()
+        if here and not _lives(last["pid"]) and not store.check([left_key(dist_rank)]):
+            return lost_rank(dist_rank, last)
+    return None
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _await_hearing(store: dist.Store, world_size: int) -> None:
