@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from sa3dist.adapters import adapted_layers
+from sa3dist.adapters.layers import unchanged
 from sa3dist.data.lanes import LanePlaces
 from sa3dist.data.stream import MicroBatch
 from sa3dist.errors import CheckpointError, EnvironmentFailure, OutOfMemory, SA3DistError
@@ -43,6 +45,7 @@ class Trainer:
 
     def __init__(self, base, parameters: dict[str, torch.nn.Parameter], settings, plan: Plan, group: Group) -> None:
         self.base = base
+        self.layers = list(adapted_layers(base).values())
         self.settings = settings
         self.plan = plan
         self.group = group
@@ -122,7 +125,9 @@ class Trainer:
         self.engine.zero()
         waited, losses, problem = 0.0, [], None
         try:
-            waited, losses = self.accumulate(batches)
+            # The norms are those of the step: found once, for all micro batches and recomputed blocks.
+            with unchanged(self.layers):
+                waited, losses = self.accumulate(batches)
         except Exception as failure:
             if self.engine.lockstep:
                 raise

@@ -13,6 +13,7 @@ Gains scale the thin factors instead of the tokens wherever that gives the same 
 Layouts: N tokens, O fan_out, I fan_in, R rank.
 """
 
+import functools
 from typing import NamedTuple, Optional
 
 import torch
@@ -257,14 +258,16 @@ def _constants(layer: Layer) -> Constants:
     return Constants(*[getattr(layer.frozen, name) for name in Constants._fields])
 
 
-def fused_linear(x, core, left, magnitude_O, magnitude_I, bias_O, layer: Layer, weight):
+def fused_linear(x, core, left, magnitude_O, magnitude_I, bias_O, layer: Layer, weight, recall=None):
     """``adapted_linear`` for rows x (N, I) of float32, float16 or bfloat16; trained tensors are float32.
 
     weight  W0 as its owner has it, (O, I) or (O, I, 1): kept for the backward pass, as ``nn.Linear`` keeps it
+    recall  returns what the given function returned when the trained tensors last changed; None calls it anew
     Raises ValueError where Triton cannot run.
     """
     check_triton(x)
-    state = norm_state(layer, x, weight, core, left, magnitude_O, magnitude_I)
     trained = core, left, magnitude_O, magnitude_I
+    find = functools.partial(norm_state, layer, x, weight, *trained)
+    state = find() if recall is None else recall(find)
     y, _ = adapted_linear_op(x, weight, bias_O, *trained, *_constants(layer), *state, layer.scale)
     return y

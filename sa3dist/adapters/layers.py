@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from sa3dist_kernels import (
     AdapterType,
     FrozenConstants,
+    NormMemo,
     adapted_linear,
     effective_weight_reference,
     frozen_constants,
@@ -62,6 +64,8 @@ class AdaptedLayer(nn.Module):
         # alpha / rank. ``strength`` multiplies it: 1 in training, adjustable afterwards.
         self.scale = scale
         self.strength = 1.0
+        # Set by ``unchanged`` for the stretch in which the adapter stays as it is.
+        self.memo: NormMemo | None = None
         # In a tuple, because a module assigned as an attribute would be registered and name the weight twice.
         self._original = (layer,)
 
@@ -86,8 +90,8 @@ class AdaptedLayer(nn.Module):
         if self.strength == 0:
             # By definition the base layer, magnitudes or not; the limit of small strengths is another weight.
             return frozen_linear(x, self.weight.flatten(1), self.bias)
-        scale = self.strength * self.scale
-        return adapted_linear(x, self.weight, self.bias, self.trained(), self.kind, scale, frozen=self.adapter.frozen)
+        named = {"frozen": self.adapter.frozen, "memo": self.memo}
+        return adapted_linear(x, self.weight, self.bias, self.trained(), self.kind, self.strength * self.scale, **named)
 
     @torch.no_grad()
     def effective_weight(self, weight: torch.Tensor) -> torch.Tensor:
@@ -102,6 +106,22 @@ class AdaptedLayer(nn.Module):
     def extra_repr(self):
         fan_out, fan_in = self.weight.flatten(1).shape
         return f"{self.kind.name}, {fan_in} -> {fan_out}, scale={self.scale:g}, strength={self.strength:g}"
+
+
+@contextlib.contextmanager
+def unchanged(layers: Iterable[AdaptedLayer]) -> Iterator[None]:
+    """Within this no trained tensor of ``layers`` is expected to change, and each layer finds its norms once.
+
+    A change that torch's version counters tell of is noticed; norms are then found anew.
+    """
+    layers = list(layers)
+    for layer in layers:
+        layer.memo = NormMemo()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.memo = None
 
 
 def fan_limit(layer: nn.Linear | nn.Conv1d) -> int:

@@ -42,6 +42,7 @@ class FlatAdapters:
             parameter.data = values
             parameter.grad = gradient
         self.optimizer = adamw([self.values], learning_rate, weight_decay)
+        self.optimizer.register_step_post_hook(lambda *_: self._tell_of_change())
 
     def _views(self, *flats: torch.Tensor):
         offset = 0
@@ -49,6 +50,10 @@ class FlatAdapters:
             end = offset + parameter.numel()
             yield parameter, *(flat[offset:end].view(parameter.shape) for flat in flats)
             offset = end
+
+    def _tell_of_change(self) -> None:
+        # Storage is shared, version counters are not: who keeps what follows from the values must see them move.
+        torch.autograd.graph.increment_version(self.parameters.values())
 
     def zero(self) -> None:
         self._reduced.zero_()
@@ -81,3 +86,4 @@ class FlatAdapters:
                 mean.copy_(moments[moment][name])
         count = torch.tensor(float(step), device=self.values.device)
         self.optimizer.state[self.values] = {"step": count, **flat_moments}
+        self._tell_of_change()
