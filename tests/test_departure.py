@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-# The main thread sleeps in C, again and again: it runs handlers but never polls, as an import does.
+# The main thread sleeps in C, again and again, and opens files: it runs handlers but never polls, as an import does.
 PROGRAM = """
 import ctypes, subprocess, sys
 from pathlib import Path
@@ -23,8 +23,10 @@ stop.holds_state = len(sys.argv) > 2
 child = subprocess.Popen(["sleep", "60"])
 (directory / "child").write_text(str(child.pid))
 (directory / "ready").touch()
+files = []
 while True:
-    ctypes.CDLL(None).sleep(60)
+    ctypes.CDLL(None).usleep(200_000)
+    files.append(open(directory / f"file-{len(files)}", "wb"))
 """
 
 
@@ -70,6 +72,18 @@ def test_a_process_that_holds_unsaved_state_is_left_to_save_it(start, tmp_path):
     time.sleep(1.0)
     assert process.poll() is None
     assert not (tmp_path / "status.json").exists()
+
+
+def test_later_signals_write_nothing_into_files_opened_since(start, tmp_path):
+    process = start("training")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    files = list(tmp_path.glob("file-*"))
+    assert process.poll() is None
+    assert len(files) > 3
+    assert [file.stat().st_size for file in files] == [0] * len(files)
 
 
 def test_without_a_signal_nothing_ends(start):

@@ -21,7 +21,7 @@ HOST = socket.gethostname()
 @pytest.fixture(autouse=True, scope="module")
 def imported_once():
     # The second is what a first step imports, which no limit is meant to meet.
-    multiprocessing.set_forkserver_preload([__name__, "torch._dynamo"])
+    multiprocessing.set_forkserver_preload(["tests.test_survival", "torch._dynamo"])
 
 
 def _memory(key):

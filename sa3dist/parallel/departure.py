@@ -24,6 +24,9 @@ from sa3dist.parallel.signals import SIGNALS, StopRequest
 LEAVE_SECONDS = 15.0
 WORDS_SECONDS = 5.0
 
+# For good: the system writes a byte to that number at every signal, also when another file has it by then.
+_KEPT_OPEN: list[tuple[socket.socket, socket.socket]] = []
+
 
 def leave_in_time(stop: StopRequest, output_dir: Path) -> None:
     """From the first stop signal on, end this process after LEAVE_SECONDS unless ``stop.holds_state`` by then.
@@ -33,16 +36,15 @@ def leave_in_time(stop: StopRequest, output_dir: Path) -> None:
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
+    _KEPT_OPEN.append((reader, writer))
     # Written to at once, by the system's own handler: the thread below sees signals the main thread has no time for.
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     # A child shares the socket, and its signals are its own.
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
-    threading.Thread(target=_wait, args=(reader, writer, stop, output_dir), daemon=True).start()
+    threading.Thread(target=_wait, args=(reader, stop, output_dir), daemon=True).start()
 
 
-def _wait(reader: socket.socket, writer: socket.socket, stop: StopRequest, output_dir: Path) -> None:
-    # Held here, or it would be closed.
-    assert writer.fileno() >= 0
+def _wait(reader: socket.socket, stop: StopRequest, output_dir: Path) -> None:
     asked = None
     while asked is None:
         asked = next((number for number in reader.recv(64) if number in SIGNALS), None)
