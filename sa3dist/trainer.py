@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
 import itertools
 import logging
 import math
@@ -16,11 +15,12 @@ from typing import Any
 
 import torch
 
+from sa3dist import out_of_memory
 from sa3dist.adapters import adapted_layers
 from sa3dist.adapters.layers import unchanged
 from sa3dist.data.lanes import LanePlaces
 from sa3dist.data.stream import MicroBatch
-from sa3dist.errors import CheckpointError, EnvironmentFailure, OutOfMemory, SA3DistError
+from sa3dist.errors import CheckpointError, OutOfMemory, SA3DistError
 from sa3dist.loss import micro_batch_loss
 from sa3dist.parallel import checkpoint, engines
 from sa3dist.parallel.agreement import check_ranks_agree, name_the_non_finite
@@ -81,14 +81,42 @@ class Trainer:
             batch = self._fetch(batches)
             waited += time.perf_counter() - asked
             self.group.pulse.beat(COMPUTING)
-            loss, loss_gen, loss_ctx = self.engine.losses(batch)
-            self.engine.backward(loss / self.plan.accumulation, last=left == 0)
-            parts = torch.stack([loss.detach(), loss_gen.detach(), loss_ctx.detach()])
+            losses_of_batch = self._pass_alone if self.engine.separate else self._pass
+            parts = torch.stack([loss.detach() for loss in losses_of_batch(batch, last=left == 0)])
             self.engine.scalars[LOSS : LOSS_CTX + 1] += parts
             self.engine.scalars[SILENT] += batch.silent_crops
             self.engine.scalars[REPEATED] += batch.repeated_clips
             losses.append((batch.clips, parts[0]))
         return waited, losses
+
+    def _pass(self, batch: MicroBatch, last: bool) -> engines.Losses:
+        """Add the gradients of one micro batch; returns its losses."""
+        losses = self.engine.losses(batch)
+        self.engine.backward(losses[0] / self.plan.accumulation, last)
+        return losses
+
+    def _pass_alone(self, batch: MicroBatch, last: bool) -> engines.Losses:
+        """The same in lockstep, but all ranks know that none has failed before any of them hands its gradients over.
+
+        When memory did not suffice on one of them, all do the micro batch again, once.
+        """
+        while True:
+            losses, gradients, problem = self._find_gradients(batch)
+            if not self.group.any(problem is not None):
+                self.engine.add(gradients, last)
+                return losses
+            del losses, gradients
+            try:
+                self.group.agree(problem)
+            except OutOfMemory as shortage:
+                self._recompute_from_here(shortage)
+
+    def _find_gradients(self, batch: MicroBatch) -> tuple[engines.Losses | None, Any, SA3DistError | None]:
+        try:
+            losses = self.engine.losses(batch)
+            return losses, self.engine.gradients(losses[0] / self.plan.accumulation), None
+        except Exception as failure:
+            return None, None, self._explain(failure)
 
     def _fetch(self, batches: Iterator[MicroBatch]) -> MicroBatch:
         """The next micro batch. In lockstep all ranks fail here when any has none, or could not save."""
@@ -109,11 +137,11 @@ class Trainer:
 
         Raises on every rank alike when any rank failed or the loss is not finite; the adapters then stay as they were.
         """
-        if not (self.plan.adapt_memory and self.adapted_at is None):
+        if self.engine.lockstep or not self.plan.adapt_memory or self.adapted_at is not None:
             return self._attempt(batches, stop)
         taken: list[MicroBatch] = []
         try:
-            return self._attempt(remembering(batches, taken), stop)
+            return self._attempt(out_of_memory.remembering(batches, taken), stop)
         except OutOfMemory as problem:
             self._recompute_from_here(problem)
         # The same micro batches: recomputing blocks changes no bit of their gradients.
@@ -130,6 +158,8 @@ class Trainer:
                 waited, losses = self.accumulate(batches)
         except Exception as failure:
             if self.engine.lockstep:
+                if isinstance(translate(failure), OutOfMemory):
+                    raise self._explain(failure) from failure
                 raise
             # Peers wait in the reduction below: join it first, fail afterwards, all together.
             problem = self._explain(failure)
@@ -180,21 +210,14 @@ class Trainer:
         if not isinstance(problem, OutOfMemory) or not self.plan.adapt_memory:
             return problem
         if self.base.gradient_checkpointing or self.group.pulse.doing != COMPUTING:
-            return EnvironmentFailure(
-                f"step {self.step + 1}: recomputing blocks is not enough to fit into memory, and batch_size "
-                f"({self.plan.micro_batch}) decides what is trained, so on_oom: adapt can do no more; choose a shorter "
-                f"duration, a lower rank, or a smaller batch_size and another output_dir ({problem})"
-            )
+            return out_of_memory.beyond_recomputing(problem, self.step + 1, self.plan.micro_batch)
+        if self.engine.lockstep and not self.engine.separate:
+            return out_of_memory.within_an_exchange(problem, self.step + 1)
         return problem
 
     def _recompute_from_here(self, problem: OutOfMemory) -> None:
-        self.base.gradient_checkpointing = True
         self.adapted_at = self.step + 1
-        gc.collect()
-        if self.group.device.type == "cuda":
-            torch.cuda.empty_cache()
-        where = "rank {} on {}".format(*problem.origin) if problem.origin else "this rank"
-        log.warning("step %d: out of memory on %s; recomputing blocks from here on", self.step + 1, where)
+        out_of_memory.recompute_from(self.adapted_at, self.base, self.group.device, problem)
 
     def save(self, output_dir: Path, stop: StopRequest, wait: bool, before: Callable[[], None] = lambda: None) -> None:
         """Copy the state and publish it on rank 0; first check that the ranks hold equal, finite adapters.
@@ -254,10 +277,3 @@ class Trainer:
         """What config.json says of the run as it is now."""
         memory = {"gradient_checkpointing": self.base.gradient_checkpointing, "out_of_memory_at_step": self.adapted_at}
         return {**self.plan.description, **memory, "step": self.step}
-
-
-def remembering(batches: Iterator[MicroBatch], taken: list[MicroBatch]) -> Iterator[MicroBatch]:
-    """The same micro batches, each also put into ``taken``."""
-    for batch in batches:
-        taken.append(batch)
-        yield batch

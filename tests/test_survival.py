@@ -48,14 +48,14 @@ class Settings:
     gradient_compression: str = "none"
 
 
-def make_trainer(group, steps, settings=Settings(), times=1, **plan):
+def make_trainer(group, steps, settings=Settings(), times=1, accumulation=1, **plan):
     """A trainer on the tiny base, and the micro batch it is given again and again, ``times`` as long as recorded."""
     base = sa3dist.load_base(golden("tiny-sa3"))
     attach_adapter(base, "lora", rank=2, seed=1)
     batch = recorded_batch(base)
     for name in ("latents_BDT", "noised_BDT", "target_BDT", "inpaint_mask_B1T"):
         setattr(batch, name, getattr(batch, name).repeat(1, 1, times))
-    work = Plan(steps, 1, 2, 2 * group.world_size, 42, {}, ["a", "b"], **plan)
+    work = Plan(steps, accumulation, 2, 2 * accumulation * group.world_size, 42, {}, ["a", "b"], **plan)
     return Trainer(base, adapter_parameters(base), settings, work, group), batch
 
 

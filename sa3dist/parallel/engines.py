@@ -27,11 +27,13 @@ class Engine(Protocol):
     parameters   the trained tensors by their name in a file; under ZeRO-3 a rank holds only its part of their values
     scalars      float32 sums that ``average`` adds up over the ranks
     lockstep     ranks exchange tensors within the passes: one that fails there cannot join its peers afterwards
+    separate     in lockstep, but ``losses`` and ``gradients`` exchange nothing; ``add``, in place of ``backward``, does
     """
 
     parameters: dict[str, nn.Parameter]
     scalars: Tensor
     lockstep: bool
+    separate: bool
 
     def zero(self) -> None:
         """Forget the gradients and scalars of the step before."""
@@ -70,7 +72,8 @@ def make(
     """The engine of the mode this process was launched in.
 
     forward   (batch) to its losses        scalars   how many float32 values travel with the gradients
-    settings  learning_rate, weight_decay, gradient_compression        work   micro_batch and accumulation
+    settings  learning_rate, weight_decay, gradient_compression
+    work      micro_batch, accumulation, adapt_memory
     """
     share_initial_state(base, parameters, group)
     if group.deepspeed is None:
@@ -81,7 +84,7 @@ def make(
 
     compression = settings.gradient_compression
     config = zero_config.build(group.deepspeed, work.micro_batch, work.accumulation, group.world_size, compression)
-    return ZeroEngine(base, parameters, forward, settings, config, group, scalars)
+    return ZeroEngine(base, parameters, forward, settings, config, group, scalars, separate=work.adapt_memory)
 
 
 @torch.no_grad()
@@ -101,6 +104,7 @@ class FlatEngine:
     """One process, or data parallel ranks that hold everything: one optimiser kernel and one all-reduce per step."""
 
     lockstep = False
+    separate = False
 
     def __init__(
         self, parameters: dict[str, nn.Parameter], forward: Callable[..., Losses], settings, group: Group, scalars: int

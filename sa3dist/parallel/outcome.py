@@ -129,8 +129,7 @@ def report(
             return
         if _has_spoken(directory, patience_seconds):
             return
-    elif isinstance(problem, errors.LostPeer) and directory is not None and _has_spoken(directory, 0):
-        # This one was given up as lost, by peers that have told so.
+    elif directory is not None and _is_known_to_others(problem) and _has_spoken(directory, 0):
         return
     message, code = "done", errors.EXIT_DONE
     if problem is not None:
@@ -158,6 +157,12 @@ def report(
 def _is_word_of_rank_0(problem: errors.SA3DistError) -> bool:
     """Whether rank 0 has found it, and not others that rank 0 is lost."""
     return problem.origin is not None and problem.origin[0] == 0 and not isinstance(problem, errors.LostPeer)
+
+
+def _is_known_to_others(problem: errors.SA3DistError | None) -> bool:
+    """Whether another rank may tell of it: it is that one's own, or this one was given up as lost."""
+    theirs = problem is not None and problem.origin is not None and problem.origin[0] != 0
+    return theirs or isinstance(problem, errors.LostPeer)
 
 
 def forget_status(directory: Path) -> None:

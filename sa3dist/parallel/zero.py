@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -31,7 +31,7 @@ from sa3dist.parallel.group import Group
 
 
 class LossOfMicroBatch(nn.Module):
-    """What DeepSpeed sees: the trained roots of the base as children, the losses as output.
+    """What DeepSpeed sees: the trained roots of the base as children, the losses of a micro batch as output.
 
     The autoencoder and the text encoder are left out: they work outside of the step, on ranks of their own.
     """
@@ -42,7 +42,17 @@ class LossOfMicroBatch(nn.Module):
         self.losses = forward
 
     def forward(self, batch) -> Losses:
-        return self.losses(batch)
+        return batch.loss() if isinstance(batch, GivenGradients) else self.losses(batch)
+
+
+class GivenGradients(NamedTuple):
+    """In place of a micro batch: (parameter, gradient) pairs, found already."""
+
+    pairs: list[tuple[nn.Parameter, Tensor]]
+
+    def loss(self) -> Tensor:
+        """What has exactly these gradients."""
+        return sum((parameter * gradient).sum() for parameter, gradient in self.pairs)
 
 
 class ZeroEngine:
@@ -59,12 +69,17 @@ class ZeroEngine:
         config: dict[str, Any],
         group: Group,
         scalars: int,
+        separate: bool,
     ) -> None:
-        """config: what ``zero_config.build`` made of the launcher's file; the rest as for ``engines.FlatEngine``."""
+        """config: what ``zero_config.build`` made of the launcher's file; the rest as for ``engines.FlatEngine``.
+
+        separate   find a micro batch's gradients before any is exchanged, where the stage lets a rank do so
+        """
         self.parameters = parameters
         self.group = group
         self.scalars = torch.zeros(scalars, device=group.device)
         self.replicated = config["zero_optimization"]["stage"] < 3
+        self.separate = separate and self.replicated
         for layer in adapted_layers(base).values():
             for parameter in layer.trained().values():
                 # A child's tensors, read by the layer itself: stage 3 has to gather them with the layer's own.
@@ -99,7 +114,18 @@ class ZeroEngine:
         self.scalars.zero_()
 
     def losses(self, batch) -> Losses:
-        return self.engine(batch)
+        # Around DeepSpeed where it must not hear of gradients: it would begin to exchange them.
+        return self.engine.module(batch) if self.separate else self.engine(batch)
+
+    def gradients(self, loss: Tensor) -> GivenGradients:
+        """Of one micro batch, by this rank alone; where ``separate``."""
+        trained = list(self.parameters.values())
+        found = torch.autograd.grad(loss, trained, allow_unused=True)
+        return GivenGradients([pair for pair in zip(trained, found, strict=True) if pair[1] is not None])
+
+    def add(self, gradients: GivenGradients, last: bool) -> None:
+        """Hand over what ``gradients`` found, as ``backward`` would have; in lockstep."""
+        self.backward(self.engine(gradients), last)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)

@@ -1,7 +1,7 @@
 """The scaling model against a network of known speed, and the tables it gives for real clusters.
 
     python tests/survival/scaling_check.py measure DIRECTORY      root: two hosts as namespaces, a few minutes
-    python tests/survival/scaling_check.py count DIRECTORY        root: likewise, bytes of the DeepSpeed modes
+    python tests/survival/scaling_check.py count DIRECTORY [MODE ...]      root: likewise, bytes of every mode
     python tests/survival/scaling_check.py tables                 no training; the tables of docs/scaling.md
 
 `measure` trains on two hosts and changes the speed of their link while it does, back to unbounded after each change, so
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from namespaces import Job
 from network import Network, require_root
-from trial import prepare, rows, wait_for
+from trial import ROOT, prepare, rows, wait_for
 
 from sa3dist import scaling
 from sa3dist.scaling import Cluster, Link, Sizes
@@ -31,6 +31,10 @@ ADAPTERS = {4: 8, 64: 4}
 ROUNDS = 2
 TOLERANCE = 0.2
 COUNTED_RANK, COUNTED_ACCUMULATION = 16, 2
+# What lets ZeRO-3 keep a tensor whole, or gathered until it is used again.
+NOTHING_KEPT = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+# The first steps hold what is done once.
+COUNTED_FROM, COUNTED_STEPS = 3, 10
 # Gloo's messages over a veth pair: nothing beside these speeds.
 VETH_LATENCY_SECONDS = 1e-4
 
@@ -194,40 +198,56 @@ def measure(directory: Path) -> int:
     return 0 if worst <= TOLERANCE else 1
 
 
-def count(directory: Path) -> int:
-    """Bytes per step of every mode, micro batches accumulated, against the formula."""
+def count(directory: Path, modes: list[str]) -> int:
+    """Bytes per step of every mode, micro batches accumulated, against the formula; as the devices count them."""
     require_root()
     directory.mkdir(parents=True, exist_ok=True)
     with Network(2) as network:
-        for mode, formula in scaling.MODES.items():
-            more = {}
-            if mode != "ddp":
-                # Everything divided: the tiny base's tensors are all smaller than what is kept whole by default.
-                zero = {"stage": int(mode[-1]), "stage3_param_persistence_threshold": 0}
-                config = directory / f"{mode}.json"
-                config.write_text(json.dumps({"zero_optimization": zero}))
-                more = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config)}
+        for mode in modes or scaling.MODES:
             sizes = tiny_sizes(directory, COUNTED_RANK)
-            job, output_dir = counted_job(directory, network, mode, more)
-            wait_for("5 steps", lambda job=job, path=output_dir: at(path, job) >= 5)
-            first, before = len(rows(output_dir)), network.sent_bytes(0)
-            wait_for("45 steps", lambda job=job, path=output_dir: at(path, job) >= 45)
-            steps, sent = len(rows(output_dir)) - first, network.sent_bytes(0) - before
+            job, output_dir = counted_job(directory, network, mode, engine_of(mode, directory))
+            begin, before = reach(COUNTED_FROM, output_dir, job), sent(network)
+            steps, bytes_sent = reach(begin + COUNTED_STEPS, output_dir, job) - begin, sent(network) - before
             for part in job.parts:
                 part.kill_all()
                 part.wait()
-            assert steps > 0, f"{mode}: see {output_dir}*.log"
-            payload = scaling.sent_bytes(formula(sizes), 2)
+            payload = scaling.sent_bytes(scaling.MODES[mode](sizes), 2)
             # On an unbounded link the device counts packets before they are cut into segments: hardly any headers.
-            row = {"mode": mode, "counted_bytes": round(payload), "sent_bytes": round(sent / steps)}
-            row |= {"sent_over_counted": round(sent / steps / payload, 3)}
+            row = {"mode": mode, "counted_bytes": round(payload), "sent_bytes": round(bytes_sent / steps)}
+            row |= {"sent_over_counted": round(bytes_sent / steps / payload, 3)}
             print(json.dumps(row), flush=True)
     return 0
 
 
-def at(output_dir: Path, job: Job) -> int:
-    """The step a job is at; a very large one when any part of it has ended."""
-    return 10**9 if any(part.ended() for part in job.parts) else len(rows(output_dir))
+def engine_of(mode: str, directory: Path) -> dict[str, str]:
+    """Environment that starts a mode: the shipped DeepSpeed file, but with everything divided and gathered anew.
+
+    The tiny base is smaller than what the shipped file lets stage 3 keep.
+    """
+    if mode == "ddp":
+        return {}
+    settings = json.loads((ROOT / "configs" / "deepspeed" / f"zero{mode[-1]}.json").read_text())
+    if mode == "zero-3":
+        settings["zero_optimization"] |= dict.fromkeys(NOTHING_KEPT, 0)
+    config = directory / f"{mode}.json"
+    config.write_text(json.dumps(settings))
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config)}
+
+
+def sent(network: Network) -> float:
+    """Bytes a host has sent so far, the mean of the two."""
+    return statistics.mean(network.sent_bytes(number) for number in (0, 1))
+
+
+def reach(step: int, output_dir: Path, job: Job) -> int:
+    """Wait for a step; the one the job has come to meanwhile."""
+
+    def ended() -> bool:
+        return any(part.ended() for part in job.parts)
+
+    wait_for(f"step {step}", lambda: len(rows(output_dir)) >= step or ended(), poll=0.05)
+    assert not ended(), f"see {output_dir}-host0.log"
+    return len(rows(output_dir))
 
 
 def counted_job(directory: Path, network: Network, mode: str, more: dict[str, str]) -> tuple[Job, Path]:
@@ -243,12 +263,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("tables")
-    for name in ("measure", "count"):
-        commands.add_parser(name).add_argument("directory", type=Path)
+    commands.add_parser("measure").add_argument("directory", type=Path)
+    counting = commands.add_parser("count")
+    counting.add_argument("directory", type=Path)
+    counting.add_argument("mode", nargs="*", choices=[[], *scaling.MODES], help="default: all")
     options = parser.parse_args()
     if options.command == "tables":
         return tables()
-    return {"measure": measure, "count": count}[options.command](options.directory.resolve())
+    if options.command == "measure":
+        return measure(options.directory.resolve())
+    return count(options.directory.resolve(), options.mode)
 
 
 if __name__ == "__main__":
