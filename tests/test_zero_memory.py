@@ -12,6 +12,9 @@ from sa3dist.parallel.signals import StopRequest
 from tests.ranks import run_ranks
 from tests.test_survival import make_trainer
 
+# The import of DeepSpeed, on two ranks.
+pytestmark = pytest.mark.slow
+
 STEPS, ACCUMULATION = 2, 2
 
 
