@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from conftest import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layer_cases import make_layer, materialised, relative_error, values_and_gradients
+from layer_cases import (
+    make_layer,
+    materialised,
+    relative_error,
+    values_and_gradients,
+    zero_a_row_and_a_column,
+)
 from sa3dist_kernels import (
     ADAPTER_TYPES,
     adapted_linear,
@@ -113,15 +119,7 @@ def test_zero_rows_and_columns_give_zero_gradients_and_no_nan(name):
     left, right = torch.randn(9, 3).double(), torch.randn(7, 3).double()
     left[4], right[2] = 0, 0
     frozen = frozen_constants(weight, *((left, right) if kind.xs else ()))
-    with torch.no_grad():
-        for key, value in params.items():
-            # A zero row of the base starts with magnitude 0, and so does its row of the factor.
-            if key in ("lora_B", kind.row_magnitude):
-                value[4] = 0
-            if key == "lora_A":
-                value[:, 2] = 0
-            if key == kind.col_magnitude:
-                value[2] = 0
+    zero_a_row_and_a_column(kind, params)
     values = values_and_gradients(
         lambda: adapted_linear(x, weight, bias, params, kind, 1.3, frozen=frozen), x, params, dy
     )
