@@ -15,7 +15,6 @@ from sa3dist.inspection import InspectedClip, Report
 
 # 4 kB a picture: beyond this a browser suffers; the figures of all clips are still in the table.
 MAX_PICTURES = 2000
-PICTURE_COLUMNS = 160
 # From the loudest band of a clip downwards.
 PICTURE_RANGE_DB = 70.0
 
@@ -91,12 +90,8 @@ def png(pixels_HW: np.ndarray) -> bytes:
 
 
 def thumbnail(spectrogram_SP: np.ndarray) -> bytes:
-    """PNG of a spectrogram in dB, low bands at the bottom, loud dark; long clips by the loudest of their pieces."""
-    pieces = spectrogram_SP.shape[1]
-    columns = min(pieces, PICTURE_COLUMNS)
-    starts = np.arange(columns) * pieces // columns
-    picture = np.maximum.reduceat(spectrogram_SP, starts, axis=1)
-    level = 1 + (picture - picture.max()) / PICTURE_RANGE_DB
+    """PNG of a spectrogram in dB, low bands at the bottom, loud dark."""
+    level = 1 + (spectrogram_SP - spectrogram_SP.max()) / PICTURE_RANGE_DB
     return png((255 * (1 - level.clip(0, 1))).astype(np.uint8)[::-1])
 
 

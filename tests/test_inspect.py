@@ -15,7 +15,8 @@ from clips import captioned, encode, tone, write_folder, write_zip
 
 from sa3dist import cli, config
 from sa3dist.data.audio import check_audio, decode, resample
-from sa3dist.data.measure import Measurement, fingerprint_distance_db, integrated_loudness, k_weighting
+from sa3dist.data.loudness import integrated_loudness, k_weighting
+from sa3dist.data.measure import Measurement, fingerprint_distance_db
 from sa3dist.demo import synthesise_clips
 from sa3dist.inspection import NEAR_DUPLICATE_DB, framing_of, inspect_source
 from sa3dist.inspection_html import png, render
@@ -26,7 +27,7 @@ FRAMING = (380.0, 44100, 4096)
 def measure(samples_NC, rate, block=1 << 18):
     measurement = Measurement()
     for start in range(0, len(samples_NC), block):
-        measurement(samples_NC[start : start + block].astype(np.float32), rate)
+        measurement(samples_NC[start : start + block].astype(np.float32), rate, len(samples_NC))
     return measurement.finish()
 
 

@@ -1,6 +1,6 @@
 """What one clip sounds like in figures: loudness, peak, silence, clipping, a spectrogram and a fingerprint.
 
-Suffixes: N samples, C channels, P pieces of 100 ms, S bands of the spectrum.
+Suffixes: N samples, C channels, P pieces of 100 ms, F bins and S bands of the spectrum.
 """
 
 from __future__ import annotations
@@ -13,13 +13,8 @@ import numpy as np
 import torch
 
 from sa3dist.data.audio import SILENCE_PEAK
+from sa3dist.data.loudness import PIECES_PER_SECOND, KWeighting, integrated_loudness
 
-PIECES_PER_SECOND = 10
-# BS.1770-4: gating blocks of 400 ms every 100 ms; below -70 LUFS silence; then 10 LU below the mean of the rest.
-GATING_PIECES = 4
-ABSOLUTE_GATE_LUFS = -70.0
-RELATIVE_GATE_LU = -10.0
-LUFS_OFFSET = -0.691
 # A 16-bit file clips at 32767/32768; three neighbours there are a flat top, one alone is a peak that fits.
 FULL_SCALE = 32766.5 / 32768
 BANDS = 64
@@ -29,6 +24,8 @@ FINGERPRINT_TOP_HZ = 8000.0
 FINGERPRINT_PIECES = 24
 # How far below a clip's loudest band the fingerprint looks: quieter parts are codec noise.
 FINGERPRINT_RANGE_DB = 50.0
+# As many pieces of a clip as its picture shows: those of the fingerprint, and one between each two.
+PICTURE_PIECES = 2 * FINGERPRINT_PIECES - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +35,7 @@ class ClipFigures:
     silent_share    share of 100 ms pieces that stay below -60 dBFS, training's own limit
     lead_seconds, tail_seconds   silence before and after the sound
     clipped_samples   samples at full scale between two others at full scale
-    spectrogram_SP  float32 dB, 64 bands from 40 Hz to 16 kHz by 100 ms
+    spectrogram_SP  float32 dB, 64 bands from 40 Hz to 16 kHz by pieces of 100 ms, 47 of them spread over a longer clip
     fingerprint     float32: level-free picture of the spectrum over time, compare with ``fingerprint_distance_db``
     """
 
@@ -52,77 +49,41 @@ class ClipFigures:
     fingerprint: np.ndarray
 
 
-def k_weighting(rate_hz: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    """(b, a) of BS.1770-4's two biquads, shelf and high pass, for any sample rate.
-
-    Source: the standard tabulates 48 kHz only; these are the analogue prototypes of its tables, mapped bilinearly.
-    """
-    k, q = math.tan(math.pi * 1681.974450955533 / rate_hz), 0.7071752369554196
-    high = 10 ** (3.999843853973347 / 20)
-    middle = high**0.4996667741545416
-    a0 = 1 + k / q + k * k
-    shelf_b = np.array([high + middle * k / q + k * k, 2 * (k * k - high), high - middle * k / q + k * k]) / a0
-    shelf_a = np.array([1, 2 * (k * k - 1) / a0, (1 - k / q + k * k) / a0])
-    k, q = math.tan(math.pi * 38.13547087602444 / rate_hz), 0.5003270373238773
-    a0 = 1 + k / q + k * k
-    pass_a = np.array([1, 2 * (k * k - 1) / a0, (1 - k / q + k * k) / a0])
-    return (shelf_b, shelf_a), (np.array([1.0, -2.0, 1.0]), pass_a)
-
-
-@functools.lru_cache(maxsize=32)
-def k_response(rate_hz: int, size: int) -> torch.Tensor:
-    """Frequency response of the K weighting at the bins of a real FFT of ``size`` samples, complex64."""
-    z_F = np.exp(-2j * np.pi * np.fft.rfftfreq(size))
-    response_F = np.ones_like(z_F)
-    for b, a in k_weighting(rate_hz):
-        response_F *= np.polyval(b[::-1], z_F) / np.polyval(a[::-1], z_F)
-    return torch.from_numpy(response_F.astype(np.complex64))
-
-
 class Measurement:
-    """Takes a clip block by block, as ``check_audio`` decodes it, in memory that grows by 256 bytes per 100 ms."""
+    """Takes a clip block by block, as ``check_audio`` decodes it, in memory that hardly grows with its length."""
 
     def __init__(self) -> None:
-        self._rate = 0
-        self._pending_CN = np.zeros((1, 0), np.float32)
-        self._history_CN = np.zeros((1, 0), np.float32)
+        self._begun = False
         self._powers: list[np.ndarray] = []
         self._peaks: list[np.ndarray] = []
-        self._bands: list[np.ndarray] = []
+        self._bands: dict[int, np.ndarray] = {}
+        self._measured = 0
         self._clipped = 0
 
-    def __call__(self, block_NC: np.ndarray, rate_hz: int) -> None:
-        """Add float32 samples; of more than two channels the first two count, as in training."""
-        # Channel by channel from here on: every pass below then runs along memory.
-        block_CN = np.ascontiguousarray(block_NC[:, :2].T)
-        if not self._rate:
-            self._rate = rate_hz
-            self._piece = max(1, round(rate_hz / PIECES_PER_SECOND))
-            self._window_N = np.hanning(self._piece).astype(np.float32) / self._piece
-            self._history_CN = np.zeros((len(block_CN), self._piece), np.float32)
-            self._pending_CN = block_CN[:, :0]
-            edges = np.searchsorted(np.fft.rfftfreq(self._piece, 1 / rate_hz), BAND_EDGES_HZ)
-            # Low bands may be narrower than a bin: each holds one at least.
-            self._last = np.minimum(np.maximum(edges[1:], edges[:-1] + 1), self._piece // 2 + 1)
-            self._first = np.minimum(edges[:-1], self._last)
-        if max(block_CN.max(), -block_CN.min()) >= FULL_SCALE:
-            full_CN = np.abs(block_CN) >= FULL_SCALE
-            self._clipped += int((full_CN[:, :-2] & full_CN[:, 1:-1] & full_CN[:, 2:]).sum())
-        joined_CN = np.concatenate([self._pending_CN, block_CN], axis=1)
-        whole = joined_CN.shape[1] // self._piece * self._piece
-        self._pending_CN = joined_CN[:, whole:]
-        if whole:
-            self._add(joined_CN[:, :whole])
+    def __call__(self, block_NC: np.ndarray, rate_hz: int, expected_samples: int) -> None:
+        """Add float32 samples; of more than two channels the first two count, as in training.
+
+        expected_samples   length of the whole clip, which decides the pieces of spectrogram and fingerprint
+        """
+        if not self._begun:
+            self._begin(rate_hz, min(2, block_NC.shape[1]), expected_samples)
+        block_NC = block_NC[:, : self._samples_NC.shape[1]]
+        if max(block_NC.max(), -block_NC.min()) >= FULL_SCALE:
+            full_NC = np.abs(block_NC) >= FULL_SCALE
+            self._clipped += int((full_NC[:-2] & full_NC[1:-1] & full_NC[2:]).sum())
+        while len(block_NC):
+            taken = min(len(block_NC), self._full - self._held)
+            self._samples_NC[self._held : self._held + taken] = block_NC[:taken]
+            self._held += taken
+            block_NC = block_NC[taken:]
+            if self._held == self._full:
+                self._measure(self._full - self._weighting.memory)
 
     def finish(self) -> ClipFigures:
         """The figures. Call once, after the last block."""
-        short = self._pending_CN.shape[1]
-        if short:
-            self._add(np.pad(self._pending_CN, ((0, 0), (0, self._piece - short))))
-            # The padding is no part of the sound.
-            self._powers[-1] *= self._piece / short
+        if self._held > self._weighting.memory:
+            self._measure(self._held - self._weighting.memory)
         powers_P, peaks_P = np.concatenate(self._powers), np.concatenate(self._peaks)
-        bands_SP = np.concatenate(self._bands).T
         silent_P = peaks_P < SILENCE_PEAK
         sounding = np.flatnonzero(~silent_P)
         first, last = (sounding[0], sounding[-1]) if len(sounding) else (len(silent_P), len(silent_P) - 1)
@@ -134,60 +95,83 @@ class Measurement:
             lead_seconds=first / PIECES_PER_SECOND,
             tail_seconds=(len(silent_P) - 1 - last) / PIECES_PER_SECOND,
             clipped_samples=self._clipped,
-            spectrogram_SP=10 * np.log10(bands_SP + 1e-12),
-            fingerprint=_fingerprint(bands_SP),
+            spectrogram_SP=10 * np.log10(self._bands_of(self._pictured) + 1e-12),
+            fingerprint=_fingerprint(self._bands_of(self._compared)),
         )
 
-    def _add(self, samples_CN: np.ndarray) -> None:
-        pieces_CPN = samples_CN.reshape(len(samples_CN), -1, self._piece)
-        self._peaks.append(np.maximum(pieces_CPN.max(axis=2), -pieces_CPN.min(axis=2)).max(axis=0))
-        weighted_CPN = self._weighted(samples_CN).reshape(pieces_CPN.shape)
-        self._powers.append(np.einsum("cpn,cpn->p", weighted_CPN, weighted_CPN) / self._piece)
-        mono_PN = pieces_CPN[0] if len(pieces_CPN) == 1 else (pieces_CPN[0] + pieces_CPN[1]) / 2
-        power_PF = torch.fft.rfft(torch.from_numpy(mono_PN * self._window_N)).abs().square_().numpy()
-        summed_PF = np.pad(np.cumsum(power_PF, axis=1, dtype=np.float64), ((0, 0), (1, 0)))
-        self._bands.append((summed_PF[:, self._last] - summed_PF[:, self._first]).clip(0).astype(np.float32))
+    def _begin(self, rate_hz: int, channels: int, expected_samples: int) -> None:
+        self._begun = True
+        self._rate = rate_hz
+        self._weighting = weighting = KWeighting(rate_hz, channels)
+        # The past that the weighting needs, then what comes in.
+        self._samples_NC = np.zeros((weighting.length, channels), np.float32)
+        self._held = weighting.memory
+        self._full = weighting.memory + weighting.count * weighting.piece
+        pieces = max(1, -(-expected_samples // weighting.piece))
+        self._pictured = _spread(pieces, min(pieces, PICTURE_PIECES))
+        self._compared = _spread(pieces, FINGERPRINT_PIECES)
+        self._wanted = np.union1d(self._pictured, self._compared)
 
-    def _weighted(self, samples_CN: np.ndarray) -> np.ndarray:
-        """K-weighted samples, float32: the filters by their frequency response, in blocks that overlap by a piece.
+    def _measure(self, end: int) -> None:
+        """Measure the ``end`` samples that are held, and keep of them what the next ones need."""
+        piece, memory = self._weighting.piece, self._weighting.memory
+        self._powers.append(self._weighting.powers(self._samples_NC, end))
+        count = -(-end // piece)
+        self._samples_NC[memory + end : memory + count * piece] = 0
+        pieces_PNC = self._samples_NC[memory : memory + count * piece].reshape(count, piece, -1)
+        flat_PN = pieces_PNC.reshape(count, -1)
+        self._peaks.append(np.maximum(flat_PN.max(axis=1), -flat_PN.min(axis=1)))
+        first, behind = np.searchsorted(self._wanted, [self._measured, self._measured + count])
+        wanted = self._wanted[first:behind]
+        if len(wanted):
+            bands_PS = _bands(_mono(pieces_PNC[wanted - self._measured]), self._rate)
+            self._bands.update(zip(wanted.tolist(), bands_PS, strict=True))
+        self._samples_NC[:memory] = self._samples_NC[end : end + memory]
+        self._held = memory
+        self._measured += count
 
-        The filters' memory is below 1e-9 after the 100 ms that every block has in front, and that are cut off again.
-        """
-        channels, length = samples_CN.shape
-        size = 1 << (4 * self._piece - 1).bit_length()
-        hop = size - self._piece
-        blocks = -(-length // hop)
-        joined_CN = np.concatenate(
-            [self._history_CN, samples_CN, np.zeros((channels, blocks * hop - length), np.float32)], axis=1
-        )
-        self._history_CN = joined_CN[:, length : length + self._piece].copy()
-        # torch's transforms take two thirds of the time of numpy's.
-        spectrum_CBF = torch.fft.rfft(torch.from_numpy(joined_CN).unfold(1, size, hop))
-        weighted_CBN = torch.fft.irfft(spectrum_CBF.mul_(k_response(self._rate, size)), size)
-        return weighted_CBN[:, :, self._piece :].reshape(channels, -1)[:, :length].numpy()
-
-
-def integrated_loudness(powers_P: np.ndarray) -> float:
-    """LUFS of K-weighted mean squares, summed over channels, of consecutive 100 ms pieces (BS.1770-4, annex 1)."""
-    if len(powers_P) < GATING_PIECES:
-        return _lufs(powers_P.mean())
-    blocks = np.lib.stride_tricks.sliding_window_view(powers_P, GATING_PIECES).mean(axis=1)
-    blocks = blocks[blocks > 10 ** ((ABSOLUTE_GATE_LUFS - LUFS_OFFSET) / 10)]
-    if len(blocks) == 0:
-        return -math.inf
-    return _lufs(blocks[blocks > blocks.mean() * 10 ** (RELATIVE_GATE_LU / 10)].mean())
+    def _bands_of(self, pieces: np.ndarray) -> np.ndarray:
+        # A clip may be a little shorter than its header says.
+        last = max(self._bands)
+        return np.stack([self._bands[min(piece, last)] for piece in pieces.tolist()], axis=1)
 
 
-def _lufs(power: float) -> float:
-    return LUFS_OFFSET + 10 * math.log10(power) if power > 0 else -math.inf
+def _spread(pieces: int, count: int) -> np.ndarray:
+    return np.linspace(0, pieces - 1, count).round().astype(int)
+
+
+@functools.lru_cache(maxsize=32)
+def _band_edges(piece: int, rate_hz: int) -> np.ndarray:
+    return np.searchsorted(np.fft.rfftfreq(piece, 1 / rate_hz), BAND_EDGES_HZ)
+
+
+@functools.lru_cache(maxsize=32)
+def _hann(piece: int) -> np.ndarray:
+    return (np.hanning(piece) / piece).astype(np.float32)
+
+
+def _mono(pieces_PNC: np.ndarray) -> np.ndarray:
+    # numpy takes thirty times as long for the mean of so short an axis.
+    return pieces_PNC[..., 0].copy() if pieces_PNC.shape[2] == 1 else (pieces_PNC[..., 0] + pieces_PNC[..., 1]) / 2
+
+
+def _bands(mono_PN: np.ndarray, rate_hz: int) -> np.ndarray:
+    """Power in the bands of each piece, float32 (P, S); bands above half the sample rate hold nothing."""
+    piece = mono_PN.shape[1]
+    mono_PN *= _hann(piece)
+    spectrum_PF2 = torch.view_as_real(torch.fft.rfft(torch.from_numpy(mono_PN))).numpy()
+    np.square(spectrum_PF2, out=spectrum_PF2)
+    power_PF = np.zeros((len(mono_PN), spectrum_PF2.shape[1] + 1), np.float32)
+    np.add(spectrum_PF2[..., 0], spectrum_PF2[..., 1], out=power_PF[:, :-1])
+    # Where low bands are narrower than a bin, reduceat gives the one bin that begins them.
+    return np.add.reduceat(power_PF, _band_edges(piece, rate_hz), axis=1)[:, :-1]
 
 
 def _fingerprint(bands_SP: np.ndarray) -> np.ndarray:
     top = int(np.searchsorted(BAND_EDGES_HZ, FINGERPRINT_TOP_HZ)) - 1
-    moments = np.linspace(0, bands_SP.shape[1] - 1, FINGERPRINT_PIECES).round().astype(int)
     # Pairs of bands, so that a codec's rounding of a narrow one does not count.
-    picked = bands_SP[: top - top % 2, moments].reshape(-1, 2, FINGERPRINT_PIECES).sum(axis=1)
-    decibels = 10 * np.log10(picked + 1e-12)
+    paired = bands_SP[: top - top % 2].reshape(-1, 2, FINGERPRINT_PIECES).sum(axis=1)
+    decibels = 10 * np.log10(paired + 1e-12)
     decibels = np.maximum(decibels, decibels.max() - FINGERPRINT_RANGE_DB)
     return (decibels - decibels.mean()).astype(np.float32).ravel()
 
