@@ -58,7 +58,8 @@ class HostileServer(http.server.BaseHTTPRequestHandler):
         if "etag" in traits:
             self.send_header("ETag", f'"{hashlib.md5(content).hexdigest()}"')
         told = len(body) + 5000 * ("claims-more" in traits) - 5000 * ("claims-less" in traits)
-        if "nolength" not in traits:
+        endless = ranged and "endless" in traits
+        if "nolength" not in traits and not endless:
             self.send_header("Content-Length", str(told))
         self.send_header("Connection", "close")
         self.end_headers()
@@ -71,6 +72,9 @@ class HostileServer(http.server.BaseHTTPRequestHandler):
         if ranged and ("corrupt" in traits or ("glitch" in traits and gets % 2)):
             body = body[:-1] + bytes([body[-1] ^ 1])
         with contextlib.suppress(OSError):
+            while endless:
+                self.wfile.write(bytes(1 << 16))
+                self.server.sent += 1 << 16
             if "stall" in traits:
                 self.wfile.write(body[:1000])
                 time.sleep(5)
@@ -88,9 +92,13 @@ class HostileServer(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def hostile_http(content=None, files=None):
-    """A running server: .url, .requests as (method, Range), .content of any name that is not in .files."""
+    """A running server: .url, .requests as (method, Range), .content of any name that is not in .files.
+
+    .sent   bytes of endless answers so far
+    """
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), HostileServer) as running:
         running.content, running.files, running.requests, running.drop_after = content, files or {}, [], 200_000
+        running.sent = 0
         running.url = f"http://127.0.0.1:{running.server_port}"
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield running

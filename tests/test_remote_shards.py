@@ -93,6 +93,17 @@ def test_clips_are_read_by_range_from(site, local, audio, tmp_path, monkeypatch,
     assert not list(tmp_path.rglob("*.tar"))
 
 
+def test_a_part_that_never_ends_is_refused_after_what_was_asked_for(site, local):
+    entry = local.clips[2]
+    with pytest.raises(DataError, match=r"answers a request for \d+ bytes with more") as caught:
+        read_range(f"{site.url}/endless/{entry.shard}?key=secret", 10**6, entry.audio_offset, entry.audio_bytes, never)
+    assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+    # One request, no retries; what the sockets between hold has been sent too.
+    assert len(site.requests) == 1
+    assert site.sent < 32 << 20
+
+
 def test_only_the_clips_asked_for_are_fetched(site, local, tmp_path):
     index = opened(f"{site.url}/plain/index.json", tmp_path)
     site.requests.clear()

@@ -177,9 +177,11 @@ def filesystem(source: str):
     if scheme in ("http", "https"):
         import aiohttp
 
+        from sa3dist.data.http_bounds import BoundedResponse
+
         # aiohttp's default ends every request, however it goes, after five minutes.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS)
-        options = {"client_kwargs": {"timeout": timeout}}
+        options = {"client_kwargs": {"timeout": timeout, "response_class": BoundedResponse}}
     try:
         return fsspec.core.url_to_fs(source, **options)
     except ImportError as error:
