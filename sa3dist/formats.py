@@ -210,7 +210,7 @@ class DatasetIndex:
             value = json.loads(data)
             if value["version"] != INDEX_VERSION:
                 raise DataError(
-                    f"{path}: index version {value['version']}, expected {INDEX_VERSION}; run sa3dist shard"
+                    f"{path}: index version {ascii(value['version'])[:20]}, expected {INDEX_VERSION}; run sa3dist shard"
                 )
             if not is_sealed(data):
                 raise DataError(
@@ -219,8 +219,10 @@ class DatasetIndex:
             clips = tuple(map(_clip_entry, value["clips"]))
             shards = tuple(ShardEntry(**shard) for shard in value["shards"])
             return cls(Path(directory), value["digest"], clips, tuple(value["skipped"]), shards)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: not a readable shard index ({error}); run sa3dist shard") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            # What it holds may be anybody's: escaped, so that it stays a line.
+            reason = ascii(str(error))[1:-1]
+            raise DataError(f"{path}: not a readable shard index ({reason}); run sa3dist shard") from error
 
 
 _CLIP_FIELDS = {field.name for field in dataclasses.fields(ClipEntry)}

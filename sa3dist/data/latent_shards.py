@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sa3dist.data.containers import printable
+from sa3dist.data.index_faults import latent_faults
 from sa3dist.data.tars import member_stem, new_tar
 from sa3dist.errors import DataError, EnvironmentFailure
 from sa3dist.formats import ClipEntry, ShardEntry, atomic_path, digest_of, is_sealed, sealed
@@ -128,8 +130,11 @@ class LatentShard:
             rest = value["dataset"], value["number"], value["of"], clips
             shard = cls(path, ShardEntry(**value["shard"]), Encoders(**value["encoders"]), *rest)
             size = path.stat().st_size
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{index}: no readable index of a latent shard ({error}); {MEND}") from error
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            reason = printable(str(error))
+            raise DataError(f"{index}: no readable index of a latent shard ({reason}); {MEND}") from error
+        for fault in latent_faults(shard):
+            raise DataError(f"{index}: {fault}; {MEND}")
         if size != shard.entry.bytes:
             raise DataError(f"{path}: {size} bytes, expected {shard.entry.bytes}; {MEND}")
         return shard

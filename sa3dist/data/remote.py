@@ -6,21 +6,18 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit, urlunsplit
 
 from sa3dist.data.archive import AUDIO_EXTENSIONS, expand_braces
-from sa3dist.data.audio import MAX_SECONDS, SAMPLE_RATE_RANGE_HZ
 from sa3dist.data.cache import ClipCache
-from sa3dist.data.containers import MAX_MEMBER_BYTES, name_fault
 from sa3dist.data.download import download, remote_info
 from sa3dist.data.fetch import filesystem, is_remote, shown
+from sa3dist.data.index_faults import index_faults
 from sa3dist.data.ranges import NoRanges, read_range
 from sa3dist.errors import DataError
-from sa3dist.formats import INDEX_NAME, ClipEntry, DatasetIndex, ShardEntry
+from sa3dist.formats import INDEX_NAME, ClipEntry, DatasetIndex
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +25,6 @@ log = logging.getLogger(__name__)
 MAX_INDEX_BYTES = 1 << 30
 # A wrong byte on the way is cured by asking again; a changed shard is not.
 READS = 3
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,44 +144,6 @@ def _read_index(url: str, scratch: Path, should_stop: Callable[[], bool]) -> Dat
         return index
     reason = str(problem).removeprefix(f"{path}: ").partition(";")[0]
     raise DataError(f"{shown(url)}: {reason}; write it again with sa3dist shard")
-
-
-def index_faults(index: DatasetIndex) -> Iterator[str]:
-    """What a stranger's index must not hold, one line each, ending in no full stop; yields nothing for one of ours."""
-    shards = {shard.name: shard for shard in index.shards}
-    for shard in index.shards:
-        if not (_SHARD_NAME.fullmatch(str(shard.name)) and _whole(shard.bytes, 1)):
-            yield f"names a shard {str(shard.name)[:80]!r}"
-    keys = [clip.key for clip in index.clips]
-    if not all(isinstance(key, str) for key in keys) or keys != sorted(set(keys)):
-        yield "does not list every clip once, in order of its key"
-        return
-    for clip in index.clips:
-        if (problem := _clip_fault(clip, shards)) is not None:
-            yield f"clip {clip.key[:80]!r} {problem}"
-
-
-def _clip_fault(clip: ClipEntry, shards: dict[str, ShardEntry]) -> str | None:
-    if name_fault(clip.key):
-        return "has an unusable name"
-    if clip.shard not in shards:
-        return "lies in a shard that is not listed"
-    if not (_whole(clip.audio_offset, 0) and _whole(clip.audio_bytes, 1, MAX_MEMBER_BYTES)):
-        return "has no usable place"
-    if clip.audio_offset + clip.audio_bytes > shards[clip.shard].bytes:
-        return "lies outside its shard"
-    if not re.fullmatch(r"[0-9a-f]{64}", str(clip.audio_sha256)) or clip.extension not in AUDIO_EXTENSIONS:
-        return "has no usable digest or extension"
-    rate_fits = _whole(clip.sample_rate_hz, *SAMPLE_RATE_RANGE_HZ) and _whole(clip.channels, 1)
-    if not rate_fits or not _whole(clip.samples, 1, MAX_SECONDS * clip.sample_rate_hz):
-        return "has no usable length, sample rate or channels"
-    if not (isinstance(clip.caption, str) and clip.caption.strip()):
-        return "has no caption"
-    return None
-
-
-def _whole(value, low: int, high: float = math.inf) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def has_ranges(url: str, file_bytes: int, should_stop: Callable[[], bool]) -> bool:
