@@ -29,8 +29,12 @@ def write_tiny_base(directory: str | Path, shape: str = "medium", seed: int = 0,
     """
     if shape not in _RELEASED_TWIN:
         raise ConfigError(f"shape={shape}: expected one of {', '.join(_RELEASED_TWIN)}")
+    return write_random_base(directory, tiny_config(shape, depth), seed)
+
+
+def write_random_base(directory: str | Path, value: dict, seed: int) -> Path:
+    """Write a base of random weights with ``value`` as its model_config.json, beside a tiny text encoder."""
     directory = Path(directory)
-    value = tiny_config(shape, depth)
     config = parse_model_config(value, str(directory / "model_config.json"))
     weights = RandomWeights(config, seed)
     tensors = {key: weights.read(key, size, "cpu", torch.float32) for key, size in weights.shapes.items()}

@@ -1,7 +1,8 @@
 """Peak memory of encoding one clip, by its length: what `sa3dist encode` needs beyond the loaded base.
 
-    python tests/survival/encode_memory.py BASE_DIRECTORY [--seconds 12,95,380] [--batch 1]
+    python tests/survival/encode_memory.py BASE [--seconds 12,95,380] [--batch 1]
 
+BASE is a base's directory, or medium or small: the released autoencoder at its full width, with random weights.
 Each length in a process of its own; megabytes of resident memory above what the process held after a first short clip.
 One JSON object on stdout.
 """
@@ -25,6 +26,19 @@ RATE = 44100
 
 def megabytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def full_width(directory, shape):
+    """A base whose autoencoder has the released shape; its DiT is narrow, because encoding does not run it."""
+    from sa3dist.model.released import released_config
+    from sa3dist.model.tiny import tiny_config, write_random_base
+
+    released = released_config(f"{shape}-base" if shape == "medium" else f"{shape}-music-base", 2)["model"]
+    value = tiny_config(shape, 2)
+    channels = released["io_channels"]
+    value["model"] |= {"pretransform": released["pretransform"], "io_channels": channels}
+    value["model"]["diffusion"]["config"] |= {"io_channels": channels, "local_add_cond_dim": channels + 1}
+    return write_random_base(directory, value, 0)
 
 
 def dataset(work, seconds):
@@ -76,13 +90,16 @@ def main():
     grown = {}
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
+        base = chosen.base
+        if base in ("medium", "small"):
+            base = str(full_width(work / "base", base))
         (work / "short").mkdir()
         short = dataset(work / "short", 1.0)
         for seconds in map(float, chosen.seconds.split(",")):
             place = work / f"{seconds:g}"
             place.mkdir()
             index = dataset(place, seconds)
-            command = [sys.executable, __file__, chosen.base, "--batch", str(chosen.batch), "--one"]
+            command = [sys.executable, __file__, base, "--batch", str(chosen.batch), "--one"]
             command += [str(index.directory), str(short.directory), str(place)]
             out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             grown[f"{seconds:g} s"] = int(out)

@@ -15,6 +15,9 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+# Before torch is imported here: OpenMP's threads do not live through the fork, and a rank would wait for them for good.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 ROOT = Path(__file__).parents[2]
 LAUNCHER = ROOT / "launch" / "local.sh"
 # Found again in /proc: a process of a trial stays one whoever its parent is.
