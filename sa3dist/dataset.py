@@ -10,8 +10,10 @@ from typing import Any
 
 from sa3dist import shard, shard_remote
 from sa3dist.config import Settings
+from sa3dist.data.cache import ClipCache
 from sa3dist.data.fetch import shown
 from sa3dist.data.latent_source import (
+    LatentDataset,
     Paths,
     StreamedDataset,
     fetch_latents,
@@ -36,7 +38,7 @@ def open_dataset(settings: Settings, group: Group, stop: StopRequest) -> Dataset
         return _streamed(settings, group, stop)
     latents = on_main_first(group, "find-latents", lambda: _find_latents(settings, stop), stop)
     if latents is not None:
-        return together(group, "read-latents", lambda: read_latents(settings.audio_data_url, latents), stop)
+        return together(group, "read-latents", lambda: _read_latents(settings, latents, stop), stop)
 
     def build() -> dict[str, Any]:
         with progress("check clips", 1, shown=True) as update:
@@ -84,7 +86,12 @@ def _find_latents(settings: Settings, stop: StopRequest) -> list[Paths] | None:
     if parts is None:
         return None
     paths = fetch_latents(parts, settings.work_dir, stop, settings.max_download_bytes)
-    index = read_latents(settings.audio_data_url, paths)
+    index = _read_latents(settings, paths, stop)
     shard.check_count(shown(settings.audio_data_url), len(index.clips), settings.allow_any_dataset_size)
     log.info("dataset: %d clips as latents in %d shards", len(index.clips), len(paths))
     return paths
+
+
+def _read_latents(settings: Settings, paths: list[Paths], stop: StopRequest) -> LatentDataset:
+    cache = ClipCache(settings.work_dir / "clip-cache", settings.cache_bytes)
+    return read_latents(settings.audio_data_url, paths, cache, stop)

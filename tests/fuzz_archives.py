@@ -17,6 +17,7 @@ from fuzzing import forged, mutated, outcome
 from latent_sets import ENCODERS, Framing, write_set
 
 from sa3dist.data.archive import open_source, pair_members
+from sa3dist.data.cache import ClipCache
 from sa3dist.data.captions import read_caption
 from sa3dist.data.index_faults import index_faults
 from sa3dist.data.latent_shards import FLIPPED, LATENTS, PROMPT, dataset_digest
@@ -75,7 +76,7 @@ def use_index(directory):
 
 
 def use_latents(tar, work):
-    index = read_latents(str(tar), [(str(tar), str(tar.with_suffix(".json")))])
+    index = read_latents(str(tar), [(str(tar), str(tar.with_suffix(".json")), 0)], ClipCache(work / "clip-cache", 0))
     encoded = EncodedClips(index, work, Framing, ENCODERS.autoencoder, ENCODERS.text_encoder)
     encoded.take(index.latent_shards)
     for clip in index.clips:

@@ -13,12 +13,16 @@ import time
 import pytest
 import torch
 from clips import captioned, encode, tone, write_tar, write_zip
+from latent_sets import ENCODERS, Framing, write_set
 from servers import hostile_http, s3_bucket
 
 from sa3dist import config
 from sa3dist.data import download
 from sa3dist.data.audio import load_clip_audio
 from sa3dist.data.cache import ClipCache
+from sa3dist.data.latent_shards import LatentShard, read_member
+from sa3dist.data.latent_source import fetch_latents, latent_shards_of, read_latents
+from sa3dist.data.latents import EncodedClips
 from sa3dist.data.ranges import read_range
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted
 from sa3dist.formats import DatasetIndex
@@ -438,3 +442,62 @@ def test_threads_that_share_a_cache_keep_its_count_right(tmp_path):
     for thread in threads:
         thread.join()
     assert int((tmp_path / ".bytes").read_text()) == sum(map(len, blobs))
+
+
+@pytest.fixture
+def latent_site(tmp_path):
+    """A server with three latent shards, and their paths."""
+    (tmp_path / "made").mkdir()
+    paths = write_set(tmp_path / "made", [3, 3, 3])
+    with hostile_http(files={path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()}) as server:
+        yield server, paths
+
+
+def remote_latents(server, traits, work, later="etag"):
+    """The shards as opened from a server with ``traits``, which is another one when their members are read."""
+    url = f"{server.url}/{traits}/latents-{{000000..000002}}.tar"
+    paths = fetch_latents(latent_shards_of(url), work, never, 1 << 30)
+    paths = [(tar.replace(f"/{traits}/", f"/{later}/"), index, size) for tar, index, size in paths]
+    index = read_latents(url, paths, ClipCache(work / "clip-cache", 1 << 30), never)
+    encoded = EncodedClips(index, work, Framing, ENCODERS.autoencoder, ENCODERS.text_encoder)
+    encoded.take(index.latent_shards)
+    return encoded
+
+
+@pytest.mark.parametrize(("traits", "later"), [("etag", "etag"), ("etag", "glitch"), ("etag,norange", "etag")])
+def test_latents_of_remote_shards_equal_the_local_ones_and_only_those_asked_for_are_fetched(
+    latent_site, tmp_path, traits, later
+):
+    server, paths = latent_site
+    encoded = remote_latents(server, traits, tmp_path / "work", later)
+    local = {found.clip.key: (shard.path, found) for shard in map(LatentShard.read, paths) for found in shard.clips}
+    assert [clip.key for clip in encoded.clips] == sorted(local)
+    few = encoded.clips[1], encoded.clips[7]
+    server.requests.clear()
+    for clip in few:
+        path, found = local[clip.key]
+        for kind in ("latents", "flipped"):
+            assert encoded.member(clip, kind) == read_member(path, found.places[kind], kind)
+    if "norange" in traits:
+        assert not server.requests
+        return
+    wanted = sum(local[clip.key][1].places[kind].bytes for clip in few for kind in ("latents", "flipped"))
+    assert bytes_asked(server) == wanted * (2 if later == "glitch" else 1)
+    assert wanted < sum(path.stat().st_size for path in paths) / 3
+    assert not list((tmp_path / "work").rglob("*.tar"))
+    # What was read once comes from the disk.
+    server.requests.clear()
+    assert torch.equal(encoded.latents(few[0], True).latents_DT[0], torch.full((10,), -1.0))
+    assert server.requests == []
+
+
+def test_a_remote_latent_shard_that_is_not_its_indexs_is_refused_or_named(latent_site, tmp_path):
+    server, _ = latent_site
+    encoded = remote_latents(server, "etag", tmp_path / "work", "corrupt")
+    with pytest.raises(
+        EnvironmentFailure, match=r"latents-000000.tar: the latents of clip .* do not match their digest"
+    ):
+        encoded.latents(encoded.clips[0], False)
+    server.files["latents-000001.tar"] += b"longer"
+    with pytest.raises(DataError, match=r"latents-000001.tar: \d+ bytes, expected \d+"):
+        remote_latents(server, "etag", tmp_path / "other")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from sa3dist.data.containers import printable
 from sa3dist.data.index_faults import latent_faults
+from sa3dist.data.remote_latents import RemoteTar
 from sa3dist.data.tars import member_stem, new_tar
 from sa3dist.errors import DataError, EnvironmentFailure
 from sa3dist.formats import ClipEntry, ShardEntry, atomic_path, digest_of, is_sealed, sealed
@@ -89,7 +90,7 @@ class LatentShard:
     dataset      digest of the data set it was made from
     """
 
-    path: Path
+    path: Path | RemoteTar
     entry: ShardEntry
     encoders: Encoders
     dataset: str
@@ -114,7 +115,7 @@ class LatentShard:
             temporary.write_bytes(sealed(body))
 
     @classmethod
-    def read(cls, path: Path, index: Path | None = None) -> LatentShard:
+    def read(cls, path: Path | RemoteTar, index: Path | None = None) -> LatentShard:
         """The shard at ``path``. Only the index is read, and the tar's length compared; members are checked when read.
 
         index   where its index is; default: beside it
@@ -129,7 +130,7 @@ class LatentShard:
             clips = tuple(_clip_of(clip) for clip in value["clips"])
             rest = value["dataset"], value["number"], value["of"], clips
             shard = cls(path, ShardEntry(**value["shard"]), Encoders(**value["encoders"]), *rest)
-            size = path.stat().st_size
+            size = path.file_bytes if isinstance(path, RemoteTar) else path.stat().st_size
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             reason = printable(str(error))
             raise DataError(f"{index}: no readable index of a latent shard ({reason}); {MEND}") from error
@@ -190,8 +191,10 @@ def write_latent_shard(
     return shard
 
 
-def read_member(path: Path, place: Place, what: str) -> bytes:
+def read_member(path: Path | RemoteTar, place: Place, what: str) -> bytes:
     """The bytes of one member. Raises EnvironmentFailure, naming shard and ``what``, when they are not as written."""
+    if isinstance(path, RemoteTar):
+        return path.read(*place, what)
     try:
         with open(path, "rb", buffering=0) as stream:
             stream.seek(place.offset)
@@ -216,7 +219,7 @@ class LatentShards:
         self._root = Path(root)
         self.encoders = encoders
         self._read: set[tuple[Path, int]] = set()
-        self._places: dict[Name, tuple[Path, Place]] = {}
+        self._places: dict[Name, tuple[Path | RemoteTar, Place]] = {}
         self._looked = -math.inf
 
     def add(self, shard: LatentShard) -> None:
@@ -224,10 +227,10 @@ class LatentShards:
             for name, place in found.named():
                 self._places.setdefault(name, (shard.path, place))
 
-    def find(self, name: Name) -> tuple[Path, Place] | None:
+    def find(self, name: Name) -> tuple[Path | RemoteTar, Place] | None:
         return self._places.get(name)
 
-    def search(self, name: Name, after_seconds: float = 0.0) -> tuple[Path, Place] | None:
+    def search(self, name: Name, after_seconds: float = 0.0) -> tuple[Path | RemoteTar, Place] | None:
         """As ``find``; first reads the indices that have appeared since, unless it has just looked for them."""
         if name not in self._places and time.monotonic() - self._looked >= after_seconds:
             self._looked = time.monotonic()

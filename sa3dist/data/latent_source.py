@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from sa3dist.data.archive import expand_braces, local_path
+from sa3dist.data.cache import ClipCache
+from sa3dist.data.download import remote_info
 from sa3dist.data.fetch import Downloads, filesystem, is_remote, shown
 from sa3dist.data.latent_shards import MEND, SHARD_PREFIX, LatentShard, dataset_digest
+from sa3dist.data.remote import has_ranges
+from sa3dist.data.remote_latents import RemoteTar
 from sa3dist.errors import DataError
 from sa3dist.formats import DatasetIndex, digest_of
 
-# Where a tar and its index lie.
-Paths = tuple[str, str]
+log = logging.getLogger(__name__)
+
+# Where a tar lies, or its URL where it stays remote; where its index lies; the tar's length where it is remote, else 0.
+Paths = tuple[str, str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,25 +88,46 @@ def is_latent_name(part: str) -> bool:
 
 
 def fetch_latents(parts: list[str], work_dir: Path, should_stop: Callable[[], bool], max_bytes: int) -> list[Paths]:
-    """Local paths of the shards and of their indices; remote ones come to ``work_dir``/downloads.
+    """Where the shards and their indices are; remote indices come to ``work_dir``/downloads.
 
+    Remote shards stay where they are, unless their server sends whole files only, which is said: then they come too.
     Raises DataError when one is missing (nothing fetched then stays), EnvironmentFailure when the network fails.
     """
     downloads = Downloads(Path(work_dir) / "downloads", should_stop, max_bytes)
+    stays: bool | None = None
 
-    def local(part: str) -> str:
-        return str(downloads.fetch(part) if is_remote(part) else local_path(part))
+    def placed(part: str) -> Paths:
+        nonlocal stays
+        index = part.removesuffix(".tar") + ".json"
+        if not is_remote(part):
+            return str(local_path(part)), str(local_path(index)), 0
+        system, path = filesystem(part)
+        size = remote_info(system, path, shown(part), should_stop).get("size") or 0
+        if stays is None:
+            stays = bool(size) and has_ranges(part, size, should_stop)
+            if not stays:
+                log.warning("%s: the server does not send parts of files, downloading the shards whole", shown(part))
+        tar, size = (part, size) if stays and size else (str(downloads.fetch(part)), 0)
+        return tar, str(downloads.fetch(index)), size
 
     try:
-        return [(local(part), local(part.removesuffix(".tar") + ".json")) for part in parts]
+        return [placed(part) for part in parts]
     except DataError:
         downloads.forget()
         raise
 
 
-def read_latents(source: str, paths: list[Paths]) -> LatentDataset:
-    """The data set in shards that are here. Raises DataError when one is damaged, or some of a folder are missing."""
-    shards = tuple(LatentShard.read(Path(tar), Path(index)) for tar, index in paths)
+def read_latents(
+    source: str, paths: list[Paths], cache: ClipCache, should_stop: Callable[[], bool] = lambda: False
+) -> LatentDataset:
+    """The data set in the shards at ``paths``. Raises DataError when one is damaged, or some of a folder are missing.
+
+    cache   keeps what is read of remote shards
+    """
+    shards = tuple(
+        LatentShard.read(RemoteTar(tar, size, cache, should_stop) if size else Path(tar), Path(index))
+        for tar, index, size in paths
+    )
     label, first = shown(source), shards[0]
     if "{" not in source and not source.endswith(".tar"):
         missing = set(range(first.of)) - {shard.number for shard in shards}
@@ -109,4 +137,4 @@ def read_latents(source: str, paths: list[Paths]) -> LatentDataset:
     for one, other in zip(clips, clips[1:], strict=False):
         if one.key == other.key:
             raise DataError(f"{label}: clip {one.key} is there twice; {MEND}")
-    return LatentDataset(Path(paths[0][0]).parent, dataset_digest(clips), tuple(clips), latent_shards=shards)
+    return LatentDataset(Path(paths[0][1]).parent, dataset_digest(clips), tuple(clips), latent_shards=shards)
