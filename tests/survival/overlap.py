@@ -1,6 +1,6 @@
 """What it gains that gradients leave during the backward pass: two hosts over a shaped link, buckets against one piece.
 
-    python tests/survival/overlap.py [--megabits 100 400] [--backward 0.5] [--elements 2000000]      (root)
+    python tests/survival/overlap.py [--megabits 100] [--backward 0.5] [--elements 2000000]      (root)
 
 The backward pass sleeps in place of computing, as a CPU does that waits for its GPU; the gradients, the buckets and
 the link are real. Prints one JSON line per link: seconds of a step that sends one piece, of one that sends buckets,
@@ -94,7 +94,7 @@ def measure(net: network.Network, elements: int, backward: float) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabits", type=float, nargs="*", default=[100, 400])
+    parser.add_argument("--megabits", type=float, nargs="*", default=[100])
     parser.add_argument("--elements", type=int, default=2_000_000, help="trained values; buckets hold an eighth")
     parser.add_argument("--backward", type=float, default=0.5, help="seconds of the last backward pass")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
