@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from sa3dist_kernels.adapter_types import AdapterType
+from sa3dist_kernels.factored_linear import rides_along
 
 from sa3dist.model.conditioners import FEATURES, HIDDEN_WIDTH
 from sa3dist.model.config import ModelConfig
@@ -42,11 +43,15 @@ class MicroBatch:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """Which layers are adapted, and how; names are relative as in a file. An empty one is the frozen base."""
+    """Which layers are adapted, and how; names are relative as in a file. An empty one is the frozen base.
+
+    kernels   the Triton kernels compute them: these keep a layer's output instead of the product before its scaling
+    """
 
     kind: AdapterType | None
     rank: int
     layers: frozenset[str]
+    kernels: bool = False
 
 
 @dataclasses.dataclass
@@ -78,12 +83,16 @@ class Work:
 
 @dataclasses.dataclass
 class Part:
-    """One piece of the network: its forward and backward work, and bytes it keeps for the backward pass."""
+    """One piece of the network: its forward and backward work, and bytes it keeps for the backward pass.
+
+    norm_bytes   those of them that hold norms and gains shared over the step: recomputing does not save them
+    """
 
     forward: Work = dataclasses.field(default_factory=Work)
     backward: Work = dataclasses.field(default_factory=Work)
     kept_bytes: float = 0.0
     input_bytes: float = 0.0
+    norm_bytes: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +117,8 @@ class Count:
         """What waits for the backward pass at its start, with the working set of one block that is computed again."""
         kept = self.ends.kept_bytes + sum(part.kept_bytes for part in self.blocks[recomputed_blocks:])
         first = self.blocks[:recomputed_blocks]
-        return kept + sum(part.input_bytes for part in first) + max((part.kept_bytes for part in first), default=0.0)
+        kept += sum(part.input_bytes + part.norm_bytes for part in first)
+        return kept + max((part.kept_bytes - part.norm_bytes for part in first), default=0.0)
 
 
 def count(
@@ -166,6 +176,8 @@ class _Walk:
         x = self.linear("model.postprocess_conv", self.frames, dit.io_channels, dit.io_channels, x)
         self.keep(self.tokens, 2, x)
         self.keep(context, 4, text)
+        # Outputs that nobody else keeps, here of project_in and to_cond_embed.
+        self.keep(self.frames + context, 1, self.adapter.kernels)
         return Count(ends, tuple(blocks))
 
     def two_layers(self, name: str, rows: int, width: int, fan_in: int, needs: bool) -> bool:
@@ -188,6 +200,8 @@ class _Walk:
         attended = self.clips * self.batch.attended_tokens
         self.keep(attended, (pairs + 1) + pairs + (2 if pairs == 2 else 0), q or kv)
         x = self.linear(f"{name}.cross_attn.to_out", tokens, width, width, q or kv) or x
+        # The one output of a block that nobody else keeps.
+        self.keep(tokens, 1, self.adapter.kernels)
 
         if self.dit.local_add_cond_dim is not None:
             rows = self.frames if self.batch.given_context else 1
@@ -236,17 +250,23 @@ class _Walk:
         for direction, passes in zip((forward, backward), weight_passes(kind), strict=True):
             for _ in range(passes):
                 direction.do(2 * rank * weight, read)
-        kept = rows * rank * value
+        kept, norms = rows * rank * value, 0
         if kind.rows:
             forward.do(0, 2 * rows * fan_out * value)
             backward.do(0, 4 * rows * fan_out * value)
-            # The product before its scaling; gain, norms and W0 R^T in float32.
-            kept += rows * fan_out * value + 4 * fan_out * (rank + 2)
+            if not self.adapter.kernels:
+                # The product before its scaling.
+                kept += rows * fan_out * value
+            # Gain, norms and W0 R^T in float32.
+            norms += 4 * fan_out * (rank + 2)
         if kind.cols:
             forward.do(0, 2 * rows * fan_in * value)
             backward.do(0, 4 * rows * fan_in * value)
-            kept += 4 * (fan_in * (rank + 2) + (fan_out * rank if kind.rows else 0))
-        self.part.kept_bytes += kept
+            weighted = fan_out * rank if kind.rows and not self.adapter.kernels else 0
+            norms += 4 * (fan_in * (rank + 2) + weighted)
+        self.part.kept_bytes += kept + norms
+        if self.adapter.kernels or not rides_along(kind):
+            self.part.norm_bytes += norms
 
     def attention(self, sizes: Iterable[tuple[int, int]], needs: bool) -> None:
         """Fused attention of all heads: (queries, keys) of every clip."""

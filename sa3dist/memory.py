@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 import torch
+from sa3dist_kernels.dispatch import runs_fused
 
 from sa3dist.adapters import adapted_layers, adapter_parameters
 from sa3dist.counting import Adapter, Count, MicroBatch, count
@@ -29,11 +30,11 @@ def batch_of(config, frames: int, clips: int, given_context: bool = True) -> Mic
     return MicroBatch((frames,) * clips, context, context, given_context)
 
 
-def adapter_of(base) -> Adapter:
-    """The adapter attached to ``base``, as it is counted."""
+def adapter_of(base, kernels: bool = False) -> Adapter:
+    """The adapter attached to ``base``, as it is counted; kernels: whether the Triton kernels will compute it."""
     layers = adapted_layers(base)
     kind = next((layer.kind for layer in layers.values()), None)
-    return Adapter(kind, base.adapter_config.rank if layers else 0, frozenset(layers))
+    return Adapter(kind, base.adapter_config.rank if layers else 0, frozenset(layers), kernels)
 
 
 def working_bytes(config, tokens: int, value_bytes: int) -> float:
@@ -74,7 +75,10 @@ def recomputed_blocks(choice: str, base, frames: int, clips: int, device: torch.
     if choice != "auto":
         return depth if choice == "on" else 0
     value_bytes = 4 if base.dtype == torch.float32 else 2
-    counted = count(base.config, batch_of(base.config, frames, clips), adapter_of(base), value_bytes, value_bytes)
+    # Activations are in bfloat16 with autocast and in a 16-bit base's format without: the kernels take both or neither.
+    kernels = runs_fused("auto", device, base.dtype, torch.float32)
+    adapter = adapter_of(base, kernels)
+    counted = count(base.config, batch_of(base.config, frames, clips), adapter, value_bytes, value_bytes)
     tokens = clips * (frames + base.config.dit.num_memory_tokens)
     trained = sum(parameter.numel() for parameter in adapter_parameters(base).values())
     other = working_bytes(base.config, tokens, value_bytes) + MOMENT_BYTES * trained

@@ -1,11 +1,13 @@
 """The count of a step's work and kept values, against torch's own counter and the tensors autograd really saves."""
 
+import sys
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
 from sa3dist import counting, memory
-from sa3dist.adapters import attach_adapter
+from sa3dist.adapters import adapted_layers, attach_adapter
 from sa3dist.counting import Adapter, MicroBatch
 from sa3dist.model import random_weights
 from sa3dist.model.base import Base
@@ -107,6 +109,41 @@ def test_kept_bytes_bound_what_autograd_saves_within_a_tenth(monkeypatch, shape,
     measured = kept_bytes(base, 2, 60, 40)
     assert measured <= 1.02 * counted.kept_bytes()
     assert counted.kept_bytes() <= 1.1 * measured
+
+
+@pytest.mark.parametrize("kind", ["dora-rows", "bora"])
+@pytest.mark.parametrize("base", ["medium"], indirect=True)
+def test_the_kernels_keep_as_much_less_as_is_counted(base, monkeypatch, kind):
+    pytest.importorskip("triton")
+    from sa3dist_kernels import fused_linear, weight_norms
+
+    # What is saved does not depend on values, and Triton's interpreter takes minutes for a network.
+    monkeypatch.setattr(fused_linear, "scaled_matmul", lambda x, weight, *_, **__: (x @ weight, None, None))
+    monkeypatch.setattr(fused_linear, "row_scaling", weight_norms.row_scaling)
+    monkeypatch.setattr(fused_linear, "col_scaling", weight_norms.col_scaling)
+    monkeypatch.setattr(fused_linear, "check_triton", lambda x: None)
+    attach_adapter(base, adapter_type=kind, rank=2)
+    counted, measured = {}, {}
+    for kernels in (False, True):
+        monkeypatch.setattr(sys.modules["sa3dist_kernels.adapted_linear"], "runs_fused", lambda *_, on=kernels: on)
+        adapter = memory.adapter_of(base, kernels)
+        counted[kernels] = counting.count(base.config, batch_of(2, 100, 40), adapter, 4, 4).kept_bytes()
+        measured[kernels] = kept_bytes(base, 2, 100, 40)
+    assert measured[True] < 0.8 * measured[False]
+    assert counted[False] - counted[True] == pytest.approx(measured[False] - measured[True], rel=0.05)
+
+
+def test_recomputing_saves_all_but_the_norms_shared_over_the_step(base):
+    attach_adapter(base, adapter_type="dora-cols", rank=2)
+    counted = counting.count(base.config, batch_of(2, 100, 40), memory.adapter_of(base), 4, 4)
+    first, second = counted.blocks
+    norms = sum(
+        4 * (layer.weight.shape[1] * (2 + 2)) for name, layer in adapted_layers(base).items() if "layers.0." in name
+    )
+    assert first.norm_bytes == norms > 0
+    assert counted.kept_bytes(2) - counted.ends.kept_bytes == (
+        first.input_bytes + second.input_bytes + second.norm_bytes + first.kept_bytes
+    )
 
 
 def medium_count(frames=4091, clips=1):
