@@ -21,6 +21,7 @@ from step_sides import DTYPES, SHAPES, attach, make_base, make_batch
 from timing import interleaved, peak_bytes, summary
 
 from sa3dist import adapters, flow
+from sa3dist.data.stream import without_common_padding
 from sa3dist.model.fused import use_compiled
 from sa3dist.model.layouts import Packed, Padded
 from sa3dist.model.packing import Packing
@@ -39,6 +40,8 @@ class Batch:
         lengths = torch.tensor(options.lengths)
         keep = torch.arange(max(options.lengths))[None] < lengths[:, None]
         self.values = make_batch(self.base, len(lengths), keep.shape[1])
+        # As the loader hands them over: one position of padding stands for the rest.
+        self.prompt = without_common_padding(self.values["prompt"], self.values["prompt_mask"])
         self.fill = keep.float().mean().item()
         self.packing = Packing.of(keep).to(device)
         self.keep = keep.to(device)
@@ -59,9 +62,9 @@ class Batch:
         self.base.dit.layouts = lambda *_: [layout()]
         for parameter in self.trained.values():
             parameter.grad = None
-        given = (batch[name] for name in ("noised", "t", "prompt", "prompt_mask", "seconds"))
+        given = batch["noised"], batch["t"], *self.prompt, batch["seconds"]
         with torch.autocast(self.keep.device.type, torch.bfloat16, enabled=self.autocast):
-            velocity = self.base.velocity(*given)
+            velocity = self.base.velocity(*given, prompt_length=self.base.prompt_tokens)
         loss, _, _ = flow.masked_loss(velocity, batch["target"], self.keep, batch["inpaint_mask"])
         loss.backward()
         return loss.detach()
