@@ -2,6 +2,7 @@
 
 import io
 import os
+import random
 import struct
 import wave
 
@@ -201,6 +202,27 @@ def test_one_flipped_byte_in_a_shard_is_noticed_and_named(tmp_path):
     with pytest.raises(DataError, match=r"shard-000000.tar, clip clip2: the audio bytes are not the ones in the index"):
         load_clip_audio(index, clip, 44100)
     assert load_clip_audio(index, _clip(index, "clip1"), 44100).shape == (2, 13230)
+
+
+def test_a_byte_flipped_anywhere_in_a_shard_is_noticed_in_its_clip_or_changes_no_audio(tmp_path, monkeypatch):
+    index = _shards(tmp_path)
+    (shard,) = {index.directory / clip.shard for clip in index.clips}
+    whole = shard.read_bytes()
+    expected = {clip.key: load_clip_audio(index, clip, 44100) for clip in index.clips}
+    draw = random.Random(3)
+    noticed = 0
+    for place in (draw.randrange(len(whole)) for _ in range(50)):
+        shard.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << draw.randrange(8))]) + whole[place + 1 :])
+        # As the first read of a process that has seen nothing.
+        monkeypatch.setattr(places, "_compared", {})
+        for clip in index.clips:
+            if clip.audio_offset <= place < clip.audio_offset + clip.audio_bytes:
+                noticed += 1
+                with pytest.raises(DataError, match=f"clip {clip.key}: the audio bytes are not the ones in the index"):
+                    load_clip_audio(index, clip, 44100)
+            else:
+                assert torch.equal(load_clip_audio(index, clip, 44100), expected[clip.key])
+    assert noticed > 30
 
 
 def test_a_clip_is_hashed_when_first_read_and_again_when_its_shard_was_written_to(tmp_path, monkeypatch):
