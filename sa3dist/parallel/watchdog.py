@@ -45,8 +45,8 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 0.5
 # How long the main thread may take to end by itself when the run is over: it closes loaders and finishes a save.
 GRACE_SECONDS = 5.0
-# And how much longer while a save is in flight.
-SAVING_SECONDS = 15.0
+# And how much longer while a save is in flight: after a silence of STALL_SECONDS it has to end within a minute.
+SAVING_SECONDS = 10.0
 # A word to the store or to the disk that takes longer is not waited for.
 WORD_SECONDS = 5.0
 # A store that has not answered for this long is not asked for the last word.
@@ -130,7 +130,8 @@ class Watchdog:
             if self.told is not None:
                 patience = GRACE_SECONDS + (SAVING_SECONDS if self._stop.saving else 0)
                 if over.look("over", tick) > patience:
-                    self._end(self.told)
+                    # Rank 0 was told as well, a heartbeat later at most.
+                    self._end(self.told, WORD_SECONDS)
             elif not alone and cut_off > (OUT_OF_REACH_SECONDS if stood > limit else STALL_SECONDS):
                 # Without the store nobody can be told, and rank 0 comes to an end of its own about now.
                 self._end(self._explain_cut(cut_off), WORD_SECONDS)
