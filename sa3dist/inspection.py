@@ -17,19 +17,14 @@ from sa3dist.data.archive import Pair, open_source, pair_members
 from sa3dist.data.audio import AudioFacts, check_audio, resampled_length
 from sa3dist.data.captions import read_caption
 from sa3dist.data.containers import Container, printable
-from sa3dist.data.measure import ClipFigures, Measurement, fingerprint_distance_db
+from sa3dist.data.figures import Measured, read_figures, write_figures
+from sa3dist.data.measure import ClipFigures, Measurement
 from sa3dist.data.pool import ordered_map
+from sa3dist.duplicates import exact_duplicates, near_duplicates
 from sa3dist.errors import DataError
 from sa3dist.shard import CLIP_COUNT_RANGE
 
-# Measured on 90 drum recordings and 96 synthesised clips: copies as mp3, ogg, at half the sample rate or another level
-# lie below 3.2 dB (99 % below 2.3), the two closest different recordings of similar length at 3.3 dB.
-NEAR_DUPLICATE_DB = 2.5
-# Codecs add some 50 ms of padding; a cut of more makes another clip.
-LENGTH_TOLERANCE = (0.05, 0.02)
 LENGTH_BINS = 20
-# Clips compared with all others of their length at once: 100,000 of one length are 100 MB of distances.
-PAIR_BLOCK = 256
 
 
 @dataclasses.dataclass
@@ -136,7 +131,10 @@ class Report:
 def inspect_source(
     settings: Settings, framing: tuple[float, int, int], report: Callable[[int, int], None] = lambda done, total: None
 ) -> Report:
-    """Decode and measure every clip of ``settings.audio_data_url``; nothing is written but downloads.
+    """Decode and measure every clip of ``settings.audio_data_url``, except those whose figures an earlier look kept.
+
+    Nothing is written but downloads and, in a ``work_dir`` that is there or was asked for, the figures: also when this
+    is interrupted.
 
     framing   native length in seconds, sample rate in Hz and samples per latent frame of the model
     report    called as report(inspected, total) after every clip
@@ -146,11 +144,20 @@ def inspect_source(
         settings.audio_data_url, settings.work_dir, max_download_bytes=settings.max_download_bytes
     ) as container:
         listing = pair_members(container)
-        inspected = ordered_map(lambda pair: _inspect(container, pair), listing.pairs, lambda pair: pair.audio.size)
+        known = read_figures(settings.work_dir)
+        inspected = ordered_map(
+            lambda pair: _inspect(container, pair, known), listing.pairs, lambda pair: pair.audio.size
+        )
         clips = []
-        for done, (_, clip) in enumerate(inspected, 1):
-            clips.append(clip)
-            report(done, len(listing.pairs))
+        try:
+            for done, (_, clip) in enumerate(inspected, 1):
+                clips.append(clip)
+                report(done, len(listing.pairs))
+        finally:
+            measured = {(clip.audio_sha256, clip.bytes): (clip.facts, clip.figures) for clip in clips if clip.figures}
+            wanted = "work_dir" in settings.model_fields_set or settings.work_dir.is_dir()
+            if wanted and measured.keys() - known.keys():
+                write_figures(settings.work_dir, known | measured)
         for key, problems in listing.problems.items():
             clips.append(InspectedClip(key, "", 0, problems=problems))
         clips.sort(key=lambda clip: clip.key)
@@ -168,7 +175,7 @@ def inspect_source(
     return made
 
 
-def _inspect(container: Container, pair: Pair) -> InspectedClip:
+def _inspect(container: Container, pair: Pair, known: Measured) -> InspectedClip:
     clip = InspectedClip(pair.key, pair.extension, pair.audio.size)
     problems = []
     try:
@@ -178,13 +185,17 @@ def _inspect(container: Container, pair: Pair) -> InspectedClip:
     try:
         data = container.read(pair.audio)
         clip.audio_sha256 = hashlib.sha256(data).hexdigest()
-        measurement = Measurement()
-        facts = check_audio(data, measurement)
-        clip.facts, clip.figures = facts, measurement.finish()
+        clip.facts, clip.figures = known.get((clip.audio_sha256, len(data))) or _measure(data)
     except DataError as error:
         problems.append(f"{printable(pair.audio.name)}: {error}")
     clip.problems = tuple(problems)
     return clip
+
+
+def _measure(data: bytes) -> tuple[AudioFacts, ClipFigures]:
+    measurement = Measurement()
+    facts = check_audio(data, measurement)
+    return facts, measurement.finish()
 
 
 def _treatment(facts: AudioFacts, limit: int, sample_rate_hz: int, samples_per_frame: int) -> tuple[str, str]:
@@ -195,40 +206,6 @@ def _treatment(facts: AudioFacts, limit: int, sample_rate_hz: int, samples_per_f
     if frames == limit:
         return "whole", "all of it"
     return "padded", f"all of it and a random stretch of silence, up to {crop}"
-
-
-def exact_duplicates(clips: list[InspectedClip]) -> list[list[str]]:
-    """Groups of keys, two or more each, whose audio bytes are equal."""
-    groups: dict[str, list[str]] = {}
-    for clip in clips:
-        groups.setdefault(clip.audio_sha256, []).append(clip.key)
-    return [keys for keys in groups.values() if len(keys) > 1]
-
-
-def near_duplicates(clips: list[InspectedClip]) -> list[tuple[str, str, float]]:
-    """(key, key, distance in dB) of clips of about one length whose fingerprints agree, nearest first.
-
-    Finds one recording at another level, sample rate, format or channel count. Equal bytes are left to
-    ``exact_duplicates``; a recording cut at another place is another clip.
-    """
-    if len(clips) < 2:
-        return []
-    ordered = sorted(clips, key=lambda clip: clip.seconds)
-    seconds = np.array([clip.seconds for clip in ordered])
-    prints = np.stack([clip.figures.fingerprint for clip in ordered])
-    squares = (prints**2).sum(axis=1)
-    ends = np.searchsorted(seconds, seconds + np.maximum(LENGTH_TOLERANCE[0], LENGTH_TOLERANCE[1] * seconds), "right")
-    found = []
-    for start in range(0, len(ordered), PAIR_BLOCK):
-        rows = range(start, min(start + PAIR_BLOCK, len(ordered)))
-        near = slice(start, ends[rows[-1]])
-        squared = squares[rows, None] + squares[None, near] - 2 * prints[rows] @ prints[near].T
-        for row, column in np.argwhere(squared < prints.shape[1] * NEAR_DUPLICATE_DB**2):
-            one, other = ordered[start + row], ordered[start + column]
-            if row < column < ends[start + row] - start and one.audio_sha256 != other.audio_sha256:
-                distance = fingerprint_distance_db(one.figures.fingerprint, other.figures.fingerprint)
-                found.append((*sorted((one.key, other.key)), distance))
-    return sorted(found, key=lambda pair: pair[2])
 
 
 def _verdict(report: Report, settings: Settings) -> list[str]:

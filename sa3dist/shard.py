@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,17 +13,21 @@ from sa3dist.data.archive import Listing, Pair, open_source, pair_members
 from sa3dist.data.audio import AudioFacts, check_audio
 from sa3dist.data.captions import read_caption
 from sa3dist.data.containers import MAX_TOTAL_BYTES, Container, printable
+from sa3dist.data.figures import read_facts
+from sa3dist.data.kept_bytes import KeptBytes
 from sa3dist.data.layout import REPORT_NAME, FinishedShards, describe, split
 from sa3dist.data.pool import ordered_map
 from sa3dist.data.tars import shard_name, write_shard
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted
-from sa3dist.formats import ClipEntry, DatasetIndex, atomic_directory, atomic_path, digest_of
+from sa3dist.formats import ClipEntry, DatasetIndex, ShardEntry, atomic_directory, atomic_path, digest_of
 
 # The endpoint's documented limits (spec/training.md section 3).
 CLIP_COUNT_RANGE = (4, 2000)
 # Large enough to stream well, small enough that a damaged one is little lost.
 MAX_SHARD_BYTES = 256 << 20
 MAX_PROBLEM_LINES = 20
+# Checked clips that need not be read again to be written.
+KEPT_BYTES = 1 << 30
 
 Known = dict[tuple[str, int], AudioFacts]
 
@@ -60,9 +65,10 @@ def build_shards(
         usable: list[tuple[ClipEntry, Pair]] = []
         problems = dict(listing.problems)
         earlier = earlier_indices(shards_dir)
-        known = known_facts(earlier)
+        known = read_facts(work_dir) | known_facts(earlier)
+        kept = KeptBytes(KEPT_BYTES)
         for done, (pair, clip, found) in enumerate(
-            checked_clips(container, listing, known, num_workers, should_stop), 1
+            checked_clips(container, listing, known, num_workers, should_stop, kept.keep), 1
         ):
             if clip is None:
                 problems[pair.key] = found
@@ -75,8 +81,10 @@ def build_shards(
         directory = shards_dir / digest[:16]
         finished = _finished(directory, digest)
         if finished is None:
-            shards = FinishedShards(earlier)
-            finished = _write(container, usable, directory, digest, skipped, max_shard_bytes, should_stop, shards)
+            pairs = {clip.key: pair for clip, pair in usable}
+            read_audio = functools.partial(_read_again, container, pairs, kept, should_stop)
+            groups = list(split([clip for clip, _ in usable], max_shard_bytes))
+            finished = _write(directory, digest, groups, skipped, read_audio, FinishedShards(earlier), num_workers)
         return dataclasses.replace(finished, skipped=skipped)
 
 
@@ -202,33 +210,44 @@ def _finished(directory: Path, digest: str) -> DatasetIndex | None:
     return index if whole and index.digest == digest else None
 
 
-def _write(
-    container: Container,
-    usable: list[tuple[ClipEntry, Pair]],
-    directory: Path,
-    digest: str,
-    skipped: tuple[str, ...],
-    max_shard_bytes: int,
-    should_stop: Callable[[], bool],
-    earlier: FinishedShards,
-) -> DatasetIndex:
-    """Fill a temporary folder with shards, then the index, and rename it. A full disk is EnvironmentFailure."""
-    pairs = {clip.key: pair for clip, pair in usable}
-
-    def read_audio(clip: ClipEntry) -> bytes:
-        if should_stop():
-            raise Interrupted(f"{container.label}: stopped while writing shards; run again")
+def _read_again(
+    container: Container, pairs: dict[str, Pair], kept: KeptBytes, should_stop: Callable[[], bool], clip: ClipEntry
+) -> bytes:
+    """The bytes of a clip that was checked."""
+    if should_stop():
+        raise Interrupted(f"{container.label}: stopped while writing shards; run again")
+    data = kept.take(clip.audio_sha256)
+    if data is None:
         data = container.read(pairs[clip.key].audio)
         if hashlib.sha256(data).hexdigest() != clip.audio_sha256:
             raise DataError(f"{container.label}: {pairs[clip.key].audio.name} changed while it was read; run again")
-        return data
+    return data
 
+
+def _write(
+    directory: Path,
+    digest: str,
+    groups: list[list[ClipEntry]],
+    skipped: tuple[str, ...],
+    read_audio: Callable[[ClipEntry], bytes],
+    earlier: FinishedShards,
+    num_workers: int | None,
+) -> DatasetIndex:
+    """Fill a temporary folder with a shard per group, several at a time, then the index, and rename it.
+
+    A full disk is EnvironmentFailure.
+    """
     shards, placed = [], []
     try:
         with atomic_directory(directory, unless=lambda: _finished(directory, digest) is not None) as temporary:
-            for number, clips in enumerate(split([clip for clip, _ in usable], max_shard_bytes)):
+
+            def write(numbered: tuple[int, list[ClipEntry]]) -> tuple[ShardEntry, list[ClipEntry]]:
+                number, clips = numbered
                 target = temporary / shard_name(number)
-                shard, clips = earlier.reuse(clips, target) or write_shard(target, clips, read_audio)
+                return earlier.reuse(clips, target) or write_shard(target, clips, read_audio)
+
+            # One clip of a shard is in memory at a time.
+            for _, (shard, clips) in ordered_map(write, enumerate(groups), lambda _: 0, num_workers):
                 shards.append(shard)
                 placed += clips
             index = DatasetIndex(temporary, digest, tuple(placed), skipped, tuple(shards))

@@ -1,0 +1,122 @@
+"""A clip that was measured once is not decoded again by the next look or by the shards; damage is never believed."""
+
+import zipfile
+
+import numpy as np
+import pytest
+
+from sa3dist import config, inspection, shard
+from sa3dist.data import figures
+from sa3dist.demo import synthesise_clips
+from sa3dist.inspection import inspect_source
+
+FRAMING = (380.0, 44100, 4096)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clips") / "clips.zip"
+    synthesise_clips(path, seed=4, count=6)
+    return path
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Lengths of the files that are decoded from here on."""
+    lengths = []
+    for module in (inspection, shard):
+
+        def count(data, *observers, check=module.check_audio):
+            lengths.append(len(data))
+            return check(data, *observers)
+
+        monkeypatch.setattr(module, "check_audio", count)
+    return lengths
+
+
+def look(source, work_dir):
+    return inspect_source(config.build({"audio_data_url": str(source), "work_dir": str(work_dir)}), FRAMING)
+
+
+def pictures(report):
+    return [clip.figures.spectrogram_SP for clip in report.clips]
+
+
+def test_a_second_look_and_the_shards_decode_nothing_and_say_the_same(source, tmp_path, decoded):
+    first = look(source, tmp_path / "work")
+    assert len(decoded) == 6
+    second = look(source, tmp_path / "work")
+    assert len(decoded) == 6
+    assert second.as_dict() == first.as_dict()
+    assert all(np.array_equal(a, b) for a, b in zip(pictures(first), pictures(second), strict=True))
+    index = shard.build_shards(str(source), tmp_path / "work")
+    assert len(decoded) == 6
+    straight = shard.build_shards(str(source), tmp_path / "other")
+    assert len(decoded) == 12
+    assert [path.read_bytes() for path in sorted(index.directory.iterdir())] == [
+        path.read_bytes() for path in sorted(straight.directory.iterdir())
+    ]
+
+
+def test_a_new_clip_is_measured_beside_the_known_ones(source, tmp_path, decoded):
+    fewer = tmp_path / "fewer.zip"
+    with zipfile.ZipFile(source) as whole, zipfile.ZipFile(fewer, "w") as out:
+        names = sorted(whole.namelist())
+        for name in names[: len(names) - 2]:
+            out.writestr(name, whole.read(name))
+    look(fewer, tmp_path / "work")
+    report = look(source, tmp_path / "work")
+    assert len(decoded) == 6
+    assert report.as_dict() == look(source, tmp_path / "another").as_dict()
+
+
+def test_what_was_measured_before_an_interruption_is_kept(source, tmp_path, decoded):
+    def interrupt(done, total):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    settings = config.build({"audio_data_url": str(source), "work_dir": str(tmp_path / "work")})
+    with pytest.raises(KeyboardInterrupt):
+        inspect_source(settings, FRAMING, interrupt)
+    decoded.clear()
+    look(source, tmp_path / "work")
+    assert len(decoded) == 2
+
+
+def test_a_flipped_byte_anywhere_changes_no_figure(source, tmp_path):
+    expected = look(source, tmp_path / "work")
+    path = tmp_path / "work" / figures.NAME
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in rng.integers(0, len(whole), 40).tolist():
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        kept = figures.read_figures(tmp_path / "work")
+        assert set(kept) in (set(), {(clip.audio_sha256, clip.bytes) for clip in expected.clips})
+        for clip in expected.clips:
+            if kept:
+                facts, found = kept[clip.audio_sha256, clip.bytes]
+                assert (facts, found.lufs) == (clip.facts, clip.figures.lufs)
+                assert np.array_equal(found.spectrogram_SP, clip.figures.spectrogram_SP)
+                assert np.array_equal(found.fingerprint, clip.figures.fingerprint)
+
+
+def test_a_disk_that_takes_no_figures_is_said_and_harms_nothing(source, tmp_path, caplog):
+    (tmp_path / "file").write_text("not a folder")
+    report = look(source, tmp_path / "file" / "work")
+    assert len(report.usable) == 6
+    assert "are not kept" in caplog.text
+
+
+def test_a_clip_that_changed_since_is_decoded_anew(source, tmp_path, decoded):
+    folder = tmp_path / "folder"
+    with zipfile.ZipFile(source) as archive:
+        archive.extractall(folder)
+    look(folder, tmp_path / "work")
+    victim = next(folder.rglob("*.wav"))
+    data = victim.read_bytes()
+    victim.write_bytes(data[:-100] + bytes(100))
+    decoded.clear()
+    shard.build_shards(str(folder), tmp_path / "work")
+    assert decoded == [len(data)]
