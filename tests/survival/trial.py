@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 # Before torch is imported here: OpenMP's threads do not live through the fork, and a rank would wait for them for good.
-os.environ["OMP_NUM_THREADS"] = "1"
+# The second is what the program asks for itself where it is started anew.
+os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = ROOT / "launch" / "local.sh"
