@@ -66,7 +66,7 @@ def fewest_recomputed(counted: Count, other_bytes: float, free_bytes: float) -> 
     return choice
 
 
-def recomputed_blocks(choice: str, base, frames: int, clips: int, device: torch.device) -> int:
+def recomputed_blocks(choice: str, base, frames: int, clips: int, device: torch.device, mixed_precision: str) -> int:
     """Blocks to recompute in the backward pass: all with ``on``, none with ``off``, as few as fit with ``auto``.
 
     frames, clips   of the largest micro batch. The base is loaded and the adapter attached: only the rest must fit.
@@ -75,8 +75,8 @@ def recomputed_blocks(choice: str, base, frames: int, clips: int, device: torch.
     if choice != "auto":
         return depth if choice == "on" else 0
     value_bytes = 4 if base.dtype == torch.float32 else 2
-    # Activations are in bfloat16 with autocast and in a 16-bit base's format without: the kernels take both or neither.
-    kernels = runs_fused("auto", device, base.dtype, torch.float32)
+    products = torch.bfloat16 if mixed_precision == "bf16" else base.dtype
+    kernels = runs_fused("auto", device, products, torch.float32)
     adapter = adapter_of(base, kernels)
     counted = count(base.config, batch_of(base.config, frames, clips), adapter, value_bytes, value_bytes)
     tokens = clips * (frames + base.config.dit.num_memory_tokens)

@@ -200,7 +200,12 @@ class Run:
         """Stage three: train from where ``prepare`` left the trainer to number_of_steps."""
         settings, group, work = self.settings, self.group, self.trainer.plan
         base.recomputed_blocks = memory.recomputed_blocks(
-            settings.gradient_checkpointing, base, self._frames, settings.batch_size, group.device
+            settings.gradient_checkpointing,
+            base,
+            self._frames,
+            settings.batch_size,
+            group.device,
+            settings.mixed_precision,
         )
         if wants_compile(settings.compile, group.device, work.steps, settings.deterministic):
             keep_compiled_in(settings.work_dir / "compiled")

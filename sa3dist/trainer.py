@@ -20,7 +20,7 @@ from sa3dist.adapters import adapted_layers
 from sa3dist.adapters.layers import unchanged
 from sa3dist.data.lanes import LanePlaces
 from sa3dist.data.stream import MicroBatch
-from sa3dist.errors import CheckpointError, OutOfMemory, SA3DistError
+from sa3dist.errors import CheckpointError, DataError, EnvironmentFailure, OutOfMemory, SA3DistError
 from sa3dist.loss import micro_batch_loss
 from sa3dist.parallel import checkpoint, engines
 from sa3dist.parallel.agreement import check_ranks_agree, name_the_non_finite
@@ -207,6 +207,10 @@ class Trainer:
         if problem is None:
             problem = SA3DistError(f"{type(failure).__name__}: {failure}")
             log.error("step %d failed", self.step + 1, exc_info=failure)
+        if isinstance(problem, DataError) and self.step > 0:
+            # It was good enough to begin with: this run is not refused any more, and has state to continue from.
+            problem, known = EnvironmentFailure(f"{problem}; state is as last saved"), problem
+            problem.origin = known.origin
         if not isinstance(problem, OutOfMemory) or not self.plan.adapt_memory:
             return problem
         if self.base.gradient_checkpointing or self.group.pulse.doing != COMPUTING:

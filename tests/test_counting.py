@@ -166,7 +166,7 @@ def test_the_fewest_blocks_are_recomputed_that_make_the_step_fit():
 def test_the_setting_decides_and_auto_says_what_it_picked(base, caplog, choice, expected):
     attach_adapter(base, rank=2)
     with caplog.at_level("INFO", logger="sa3dist"):
-        assert memory.recomputed_blocks(choice, base, FRAMES, CLIPS, torch.device("cpu")) == expected
+        assert memory.recomputed_blocks(choice, base, FRAMES, CLIPS, torch.device("cpu"), "no") == expected
     assert ("0 of 2 blocks recomputed" in caplog.text) is (choice == "auto")
 
 
@@ -174,7 +174,7 @@ def test_auto_recomputes_everything_where_nothing_fits_and_says_so(base, caplog,
     attach_adapter(base, rank=2)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 20)
     with caplog.at_level("INFO", logger="sa3dist"):
-        assert memory.recomputed_blocks("auto", base, FRAMES, CLIPS, torch.device("cpu")) == 2
+        assert memory.recomputed_blocks("auto", base, FRAMES, CLIPS, torch.device("cpu"), "no") == 2
     assert "may run out of memory" in caplog.text
 
 

@@ -10,8 +10,12 @@ from safetensors.torch import load_file
 
 from sa3dist import train
 from sa3dist.data import collect
-from sa3dist.data.latent_shards import LatentShard
+from sa3dist.data.cache import ClipCache
+from sa3dist.data.latent_shards import LatentShard, latent_shard_name, write_latent_shard
+from sa3dist.data.latent_source import read_latents
+from sa3dist.errors import DataError
 from sa3dist.model.tiny import write_tiny_base
+from tests.latent_sets import ENCODERS, clip, content
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +117,12 @@ def test_a_clip_changed_in_a_shard_stops_the_run_and_is_named(made, tmp_path, ca
     assert "latents-" in line
     assert "do not match their digest" in line
     assert not (tmp_path / "run/lora.safetensors").exists()
+
+
+def test_an_index_that_claims_a_trillion_shards_is_refused_at_once(tmp_path):
+    path = tmp_path / latent_shard_name(0)
+    write_latent_shard(path, [clip(0)], ENCODERS, "made up", 0, 10**12, content)
+    with pytest.raises(DataError, match="shard 1 of 1000000000000 is not there"):
+        read_latents(
+            str(tmp_path), [(str(path), str(path.with_suffix(".json")), None)], ClipCache(tmp_path / "cache", 0)
+        )

@@ -167,6 +167,19 @@ def test_training_goes_on_while_a_save_is_in_flight_and_no_signal_ends_it(tmp_pa
     assert checkpoint.load(checkpoint.path_of(tmp_path, 4)).state["next_slot"] == 8
 
 
+def test_data_that_fails_once_steps_were_taken_ends_a_run_that_can_go_on(tmp_path):
+    def batches(good):
+        yield from [batch] * good
+        raise errors.DataError("https://host/shard-000000.tar: not found; check the address")
+
+    trainer, batch = make_trainer(Group(0, 1, torch.device("cpu")), 5)
+    with pytest.raises(errors.DataError, match="check the address$"):
+        loop.train(trainer, batches(0), StopRequest(), tmp_path, None)
+    with pytest.raises(errors.EnvironmentFailure, match="check the address; state is as last saved$"):
+        loop.train(trainer, batches(3), StopRequest(), tmp_path, None)
+    assert checkpoint.find(tmp_path, "auto").step == 2
+
+
 def test_what_is_saved_is_the_state_of_its_step_whatever_comes_after(tmp_path, monkeypatch):
     group = Group(0, 1, torch.device("cpu"))
     settings = Settings(keep_checkpoints=9)
@@ -253,7 +266,7 @@ def test_a_process_that_stands_still_ends_with_70_and_says_where(tmp_path, capfd
 
     assert exit_codes(1, work) == [70]
     said = status(tmp_path)
-    assert said["message"] == capfd.readouterr().err.strip().splitlines()[-1]
+    assert capfd.readouterr().err == said["message"] + "\n"
     assert f"rank 0 on {HOST}: step 7: no progress for 1 s (waiting for data)" in said["message"]
     assert (said["exit_code"], said["dist_rank"], said["host"], said["step"]) == (70, 0, HOST, 6)
     assert json.loads((tmp_path / "heartbeat.json").read_text())["stage"] == "failed"

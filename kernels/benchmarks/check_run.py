@@ -127,7 +127,7 @@ def trained(base, sizes: Sizes, frames: int, steps: int, output_dir: Path, devic
         resume.check_identity(saved, work.identity, output_dir)
         trainer.restore(saved)
     first = trainer.step
-    base.recomputed_blocks = memory.recomputed_blocks("auto", base, frames, 1, device)
+    base.recomputed_blocks = memory.recomputed_blocks("auto", base, frames, 1, device, settings.mixed_precision)
     output_dir.mkdir(parents=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

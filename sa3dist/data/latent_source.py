@@ -130,9 +130,11 @@ def read_latents(
     )
     label, first = shown(source), shards[0]
     if "{" not in source and not source.endswith(".tar"):
-        missing = set(range(first.of)) - {shard.number for shard in shards}
-        if missing:
-            raise DataError(f"{label}: shard {min(missing)} of {first.of} is not there; copy all of them")
+        numbers = {shard.number for shard in shards}
+        # The first gap: how many there are is what a file says.
+        missing = next((number for number in range(first.of) if number not in numbers), None)
+        if missing is not None:
+            raise DataError(f"{label}: shard {missing} of {first.of} is not there; copy all of them")
     clips = sorted((found.clip for shard in shards for found in shard.clips), key=lambda clip: clip.key)
     for one, other in zip(clips, clips[1:], strict=False):
         if one.key == other.key:

@@ -143,7 +143,7 @@ class Watchdog:
 
     def _explain_standstill(self, limit: float) -> errors.EnvironmentFailure:
         pulse = self._group.pulse
-        peers = bounded(self._peers) or {}
+        peers = {} if self._group.world_size == 1 else bounded(self._peers) or {}
         behind = {n: said for n, said in peers.items() if (said["step"], said["place"]) < (pulse.step, pulse.place)}
         if behind:
             first, *others = sorted(behind)
