@@ -43,6 +43,7 @@ class Supervisor:
         self.command = list(command)
         self.asked_at: float | None = None
         self.child: subprocess.Popen | None = None
+        self._to_forward: int | None = None
 
     def install(self) -> None:
         for number in FORWARDED:
@@ -56,8 +57,13 @@ class Supervisor:
         if self.asked_at is not None and now - self.asked_at < SAME_REQUEST_SECONDS:
             return
         self.asked_at = now
-        if self.child is not None:
-            self.child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+        self._to_forward = signal.SIGTERM if number == signal.SIGHUP else number
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self.child is not None and self._to_forward is not None:
+            number, self._to_forward = self._to_forward, None
+            self.child.send_signal(number)
 
     def run(self) -> int:
         """Start the command, wait for it, return the exit code the program meant."""
@@ -72,6 +78,8 @@ class Supervisor:
         environment = {"TORCH_CPP_LOG_LEVEL": "ERROR"} | os.environ | {"PET_SIGNALS_TO_HANDLE": names}
         # A session of its own: a terminal's Ctrl-C then comes here only, and once.
         self.child = subprocess.Popen(self.command, start_new_session=True, env=environment)
+        # What came while there was no child to send it to.
+        self._pass_on()
         code = self._wait(status, before)
         if code == errors.EXIT_DONE:
             return code
@@ -84,8 +92,9 @@ class Supervisor:
             try:
                 return self.child.wait(timeout=1.0)
             except subprocess.TimeoutExpired:
-                # Rank 0 reports when all is published: nobody has anything left to save.
-                if ended_at is None and identity_of(status) not in (before, None):
+                # Rank 0 reports when all is published, another rank when rank 0 has had its time to publish: nobody has
+                # anything left to save.
+                if ended_at is None and is_replaced(status, before):
                     ended_at = time.monotonic()
                 if ended_at is not None and time.monotonic() - ended_at > LINGER_SECONDS:
                     self._kill_all()
@@ -104,14 +113,16 @@ class Supervisor:
 
     def _meant(self, code: int, status: Path, before: tuple | None) -> int:
         deadline = time.monotonic() + STATUS_SECONDS
-        # None: the run has removed what an earlier one said, and not ended yet.
-        while identity_of(status) in (before, None):
+        while not is_replaced(status, before):
             if time.monotonic() > deadline:
                 return self._without_status(code, status)
             time.sleep(0.1)
         return int(json.loads(status.read_text(encoding="utf-8"))["exit_code"])
 
     def _without_status(self, code: int, status: Path) -> int:
+        # Refused for that, and nowhere to say so.
+        if status.parent.is_file():
+            return errors.EXIT_USER
         if self.asked_at is not None:
             message = "stopped before the ranks had started; run the same command to continue"
             said = {"state": "interrupted", "exit_code": errors.EXIT_INTERRUPTED, "message": message}
@@ -140,9 +151,19 @@ def identity_of(path: Path) -> tuple[int, int] | None:
     """What changes when a file is replaced; None where there is none."""
     try:
         found = path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return found.st_ino, found.st_mtime_ns
+
+
+def is_replaced(path: Path, before: tuple[int, int] | None) -> bool:
+    """Whether there is a file other than the one that ``before`` identifies, as far as can be seen now."""
+    try:
+        # None: the run has removed what an earlier one said, and not ended yet.
+        return identity_of(path) not in (before, None)
+    except OSError:
+        # A filesystem of the network that fails for a moment must not leave the run unsupervised; it is asked again.
+        return False
 
 
 def requeue_slurm_job() -> None:

@@ -1,5 +1,6 @@
 """The supervisor's promise: every stop signal reaches the child once, and the exit code is the program's own."""
 
+import errno
 import json
 import os
 import signal
@@ -139,6 +140,37 @@ def test_a_signal_before_the_start_starts_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(supervise, "identity_of", slow)
     supervisor = Supervisor(command("", tmp_path))
     assert (supervisor.run(), supervisor.child) == (75, None)
+
+
+def test_a_signal_while_the_command_is_being_started_reaches_it(tmp_path, monkeypatch):
+    start = subprocess.Popen
+
+    def slow(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", slow)
+    assert Supervisor(command("import time; time.sleep(5)", tmp_path)).run() == 75
+
+
+def test_a_filesystem_that_fails_for_a_moment_does_not_leave_the_run_alone(tmp_path, monkeypatch):
+    found, asked = supervise.identity_of, []
+
+    def failing(path):
+        asked.append(path)
+        if len(asked) == 2:
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return found(path)
+
+    monkeypatch.setattr(supervise, "identity_of", failing)
+    assert Supervisor(command(f"import time; time.sleep(1.2){AGENT}", tmp_path, "code=75")).run() == 75
+    assert len(asked) > 2
+
+
+@pytest.mark.parametrize("agents", [1, 2])
+def test_a_directory_that_is_a_file_is_the_users_mistake_whatever_the_agent_makes_of_it(tmp_path, agents):
+    (tmp_path / "taken").write_text("")
+    assert Supervisor(command(f"raise SystemExit({agents})", tmp_path / "taken")).run() == 2
 
 
 def test_the_status_is_looked_for_where_the_program_writes_it(tmp_path):
