@@ -1,12 +1,22 @@
 """A process asked to stop during preparation leaves in time even when its main thread never looks."""
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
+import torch.distributed as dist
+
+from sa3dist.parallel.departure import leave_in_time
+from sa3dist.parallel.group import all_done
+from sa3dist.parallel.signals import StopRequest
+from sa3dist.parallel.watchdog import Watchdog
+from sa3dist.parallel.word import leave
+from tests.ranks import exit_codes
 
 # The main thread sleeps in C, again and again, and opens files: it runs handlers but never polls, as an import does.
 PROGRAM = """
@@ -90,3 +100,29 @@ def test_without_a_signal_nothing_ends(start):
     process = start()
     time.sleep(0.8)
     assert process.poll() is None
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_never_looks_tells_its_peer_that_it_was_stopped(tmp_path, monkeypatch, stopped):
+    monkeypatch.setattr("sa3dist.parallel.departure.LEAVE_SECONDS", 0.3)
+    monkeypatch.setattr("sa3dist.parallel.departure.RANK_0_SECONDS", 0.3)
+    for module in ("watchdog", "word"):
+        monkeypatch.setattr(f"sa3dist.parallel.{module}.HEARTBEAT_SECONDS", 0.1)
+
+    def work(group):
+        stop = StopRequest().install()
+        leave_in_time(stop, tmp_path)
+        with Watchdog(group, stop, tmp_path) as watchdog:
+            group.pulse.enter("encode")
+            dist.barrier()
+            if group.dist_rank == stopped:
+                os.kill(os.getpid(), signal.SIGTERM)
+                while True:
+                    time.sleep(1)
+            try:
+                all_done(group, "encoded", None, stop)
+            except Exception as failure:
+                reason = leave(group, failure, watchdog.told)
+                os._exit(reason.exit_code if reason.origin == (stopped, socket.gethostname()) else 1)
+
+    assert exit_codes(2, work) == [75, 75]

@@ -15,14 +15,16 @@ import time
 from pathlib import Path
 
 import psutil
+import torch.distributed as dist
 
-from sa3dist.errors import EXIT_INTERRUPTED, Interrupted
-from sa3dist.parallel.outcome import report
+from sa3dist.errors import Interrupted
+from sa3dist.parallel.outcome import RANK_0_SECONDS, report
 from sa3dist.parallel.signals import SIGNALS, StopRequest
+from sa3dist.parallel.watchdog import bounded
+from sa3dist.parallel.word import leave_stopped
 
-# Half of what agents wait; ranks that poll are gone long before.
+# Half of what agents wait, with as much left for words to peers and disk; ranks that poll are gone long before.
 LEAVE_SECONDS = 15.0
-WORDS_SECONDS = 5.0
 
 # For good: the system writes a byte to that number at every signal, also when another file has it by then.
 _KEPT_OPEN: list[tuple[socket.socket, socket.socket]] = []
@@ -53,11 +55,12 @@ def _wait(reader: socket.socket, stop: StopRequest, output_dir: Path) -> None:
         return
     name = signal.Signals(asked).name
     why = Interrupted(f"{name} during preparation; finished work is kept, run the same command to continue")
+    if dist.is_initialized():
+        # Peers would take a rank that leaves without a word for killed.
+        why = bounded(lambda: leave_stopped(why)) or why
     # The disk may be what the main thread waits for.
-    words = threading.Thread(target=report, args=(why, output_dir, 0), daemon=True)
-    words.start()
-    words.join(WORDS_SECONDS)
+    bounded(lambda: report(why, output_dir, 0, RANK_0_SECONDS))
     # Workers of a pool wait for a parent that says goodbye.
     for child in psutil.Process().children(recursive=True):
         child.kill()
-    os._exit(EXIT_INTERRUPTED)
+    os._exit(why.exit_code)

@@ -104,7 +104,7 @@ def leave(group, failure: Exception, heard: errors.SA3DistError | None) -> Excep
     try:
         reason = failure
         if stopped:
-            reason = _reason_of_the_stop(store, group) or failure
+            reason = _reason_of_the_stop(store, group.world_size) or failure
         if not isinstance(translate(failure), errors.LostPeer):
             packed = pack(explain(reason), group.dist_rank)
             store.set(left_key(group.dist_rank), json.dumps(packed))
@@ -130,7 +130,22 @@ def leave(group, failure: Exception, heard: errors.SA3DistError | None) -> Excep
         return lost
 
 
-def _reason_of_the_stop(store: dist.Store, group) -> errors.SA3DistError | None:
+def leave_stopped(stopped: errors.Interrupted) -> errors.SA3DistError:
+    """Tell the peers that this rank leaves preparation because it was asked to stop; returns why all leave.
+
+    For a thread beside the main one, which may hold no Group yet. May block. Raises RuntimeError without the store.
+    """
+    store, dist_rank, world_size = default_store(), dist.get_rank(), dist.get_world_size()
+    reason = _reason_of_the_stop(store, world_size) or stopped
+    store.set(left_key(dist_rank), json.dumps(pack(reason, dist_rank)))
+    reason = end_for_all(store, reason, dist_rank)
+    store.set(heard_key(dist_rank), "1")
+    if dist_rank == 0:
+        _await_hearing(store, world_size)
+    return reason
+
+
+def _reason_of_the_stop(store: dist.Store, world_size: int) -> errors.SA3DistError | None:
     """Why this rank was stopped, if not to be stopped: an agent signals the peers of a rank that has failed.
 
     That rank has told why, or it was killed: its process is gone from this machine, and has not said goodbye.
@@ -138,7 +153,7 @@ def _reason_of_the_stop(store: dist.Store, group) -> errors.SA3DistError | None:
     told = read(store, END)
     if told is not None and not isinstance(unpack(told), errors.Interrupted):
         return unpack(told)
-    for dist_rank in range(group.world_size):
+    for dist_rank in range(world_size):
         last = read(store, alive_key(dist_rank))
         here = last is not None and last["processes"] == _process_space()
         if here and not _lives(last["pid"]) and not store.check([left_key(dist_rank)]):
