@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -44,7 +45,9 @@ class HeartbeatFile:
         if code != errors.EXIT_USER:
             self._write(STATES[code])
         elif not self._was_there:
-            self._path.unlink(missing_ok=True)
+            # An output_dir that is a file is what the run was refused for.
+            with contextlib.suppress(NotADirectoryError):
+                self._path.unlink(missing_ok=True)
 
     def _write(self, stage: str) -> None:
         pulse = self._pulse

@@ -46,7 +46,7 @@ ENVIRONMENT_ERRNOS = {
 }
 # torch's allocator on the CPU raises a plain RuntimeError.
 NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"
-# How long a failing rank leaves the word to rank 0.
+# How long a failing rank leaves the word to rank 0; while that one saves, the watchdog has held it back before.
 RANK_0_SECONDS = 3.0
 
 
@@ -111,13 +111,11 @@ def run_program(body: Callable[[], None], output_dir: Callable[[], Path | None],
         if problem is None:
             traceback.print_exception(failure)
             problem = errors.SA3DistError(f"{type(failure).__name__}: {failure}")
-    report(problem, output_dir(), step())
+    report(problem, output_dir(), step(), RANK_0_SECONDS)
     return errors.EXIT_DONE if problem is None else problem.exit_code
 
 
-def report(
-    problem: errors.SA3DistError | None, directory: Path | None, step: int, patience_seconds: float = RANK_0_SECONDS
-) -> None:
+def report(problem: errors.SA3DistError | None, directory: Path | None, step: int, patience_seconds: float) -> None:
     """Say once on stderr, and in status.json, how the run ended; None: well.
 
     Rank 0 speaks for all. Another rank waits, and speaks only of a failure that rank 0 has not lived to tell.
@@ -127,9 +125,9 @@ def report(
     if dist_rank != 0:
         if problem is None or directory is None or _is_word_of_rank_0(problem):
             return
-        if _has_spoken(directory, patience_seconds):
+        if has_spoken(directory, patience_seconds):
             return
-    elif directory is not None and _is_known_to_others(problem) and _has_spoken(directory, 0):
+    elif directory is not None and _is_known_to_others(problem) and has_spoken(directory, 0):
         return
     message, code = "done", errors.EXIT_DONE
     if problem is not None:
@@ -150,6 +148,9 @@ def report(
         # On a full disk the heartbeat gives its place to the last word.
         (directory / HEARTBEAT_NAME).unlink(missing_ok=True)
         write_json(directory / STATUS_NAME, status)
+    except NotADirectoryError:
+        # The message names an output_dir that is a file, which holds no status.
+        return
     except OSError as error:
         print(f"{directory / STATUS_NAME}: cannot write ({error.strerror})", file=sys.stderr, flush=True)
 
@@ -172,7 +173,8 @@ def forget_status(directory: Path) -> None:
         (directory / STATUS_NAME).unlink()
 
 
-def _has_spoken(directory: Path, patience_seconds: float) -> bool:
+def has_spoken(directory: Path, patience_seconds: float) -> bool:
+    """Whether a status appears in ``directory`` within ``patience_seconds``."""
     deadline = time.monotonic() + patience_seconds
     while not (directory / STATUS_NAME).exists():
         if time.monotonic() > deadline:
