@@ -39,7 +39,7 @@ def train(
     saved_step, recent = trainer.step, collections.deque(maxlen=RECENT_STEPS)
     with contextlib.ExitStack() as stack:
         update = stack.enter_context(progress("train", plan.steps, shown=group.is_main))
-        # However the training ends: a save that has begun is finished.
+        # However the training ends: a save that has begun is finished, in the time the watchdog leaves this process.
         stack.callback(trainer.saver.close)
         journal = Journal(trainer, output_dir, resumed_from, update, describe)
         while trainer.step < plan.steps:

@@ -18,6 +18,7 @@ from sa3dist import config, errors, loop
 from sa3dist.adapters import adapter_parameters, attach_adapter
 from sa3dist.parallel import checkpoint
 from sa3dist.parallel.group import Group
+from sa3dist.parallel.outcome import run_program
 from sa3dist.parallel.pulse import AVERAGING, Still
 from sa3dist.parallel.saving import Saver
 from sa3dist.parallel.signals import EXIT_SECONDS, SAME_REQUEST_SECONDS, StopRequest, seconds_since_start
@@ -246,6 +247,38 @@ def test_a_saver_tells_of_a_failure_once_and_finishes_one_save_before_the_next()
     saver.start(lambda: order.append("third"), lambda: None)
     saver.wait()
     assert order == ["failed", "third"]
+
+
+def test_a_rank_that_fails_leaves_rank_0_the_time_to_finish_a_save_before_it_speaks(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("sa3dist.parallel.watchdog.HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr("sa3dist.parallel.watchdog.GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("sa3dist.parallel.watchdog.RANK_0_SECONDS", 1.2)
+    monkeypatch.setattr("sa3dist.parallel.outcome.RANK_0_SECONDS", 0.1)
+
+    def work(group):
+        stop = StopRequest()
+
+        def body():
+            with Watchdog(group, stop, tmp_path) as watchdog:
+                stop.saving = True
+                dist.barrier()
+                try:
+                    if group.dist_rank == 1:
+                        raise errors.DataError("clips.zip: gone")
+                    time.sleep(2.0)
+                    if not (tmp_path / "status.json").exists():
+                        (tmp_path / "saved while nobody had spoken").touch()
+                    stop.saving = False
+                    time.sleep(60)
+                except errors.DataError as failure:
+                    raise leave(group, failure, watchdog.told) from None
+
+        os._exit(run_program(body, lambda: tmp_path, lambda: 3))
+
+    assert exit_codes(2, work) == [2, 2]
+    assert (tmp_path / "saved while nobody had spoken").exists()
+    assert [line for line in capfd.readouterr().err.splitlines() if "gone" in line] == [status(tmp_path)["message"]]
+    assert (status(tmp_path)["dist_rank"], status(tmp_path)["exit_code"]) == (1, 2)
 
 
 # Hangs.

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from sa3dist import errors
 from sa3dist.parallel.group import Group
 from sa3dist.parallel.heartbeat import HeartbeatFile
-from sa3dist.parallel.outcome import report
+from sa3dist.parallel.outcome import has_spoken, report
 from sa3dist.parallel.pulse import AVERAGING, Still
 from sa3dist.parallel.signals import StopRequest
 from sa3dist.parallel.word import (
@@ -51,7 +51,8 @@ SAVING_SECONDS = 10.0
 WORD_SECONDS = 5.0
 # A store that has not answered for this long is not asked for the last word.
 OUT_OF_REACH_SECONDS = 4 * HEARTBEAT_SECONDS
-# How long rank 0 may take to speak for all: it hears of the end a heartbeat later, and has its grace.
+# How long rank 0 may take to speak for all: it hears of the end a heartbeat later, and has its grace; a save in flight
+# adds to that.
 RANK_0_SECONDS = 2 * HEARTBEAT_SECONDS + GRACE_SECONDS + 1
 AGAIN = "state is as last saved, run again to continue"
 
@@ -93,6 +94,10 @@ class Watchdog:
             thread.join(WORD_SECONDS)
         if self._group.is_main:
             bounded(lambda: self._file.close(failure))
+        elif failure is not None and self._is_saved_elsewhere(failure):
+            # The first word in status.json, and the first rank gone, make launchers end the others.
+            patience_seconds = self._patience_seconds(failure)
+            bounded(lambda: has_spoken(self._output_dir, patience_seconds), patience_seconds + TICK_SECONDS)
 
     def _say_alive(self, store: dist.Store, count: int) -> None:
         store.set(alive_key(self._group.dist_rank), json.dumps(sign_of_life(count, self._group.pulse)))
@@ -188,8 +193,19 @@ class Watchdog:
             problem = told or problem
         self._end(problem)
 
-    def _end(self, problem: errors.SA3DistError, patience_seconds: float = RANK_0_SECONDS) -> None:
-        """patience_seconds: how long rank 0 is left to speak before this rank does."""
+    def _is_saved_elsewhere(self, failure: BaseException) -> bool:
+        """Whether rank 0 may have a save in flight: not when the failure is its own, or that it is lost."""
+        origin = getattr(failure, "origin", None)
+        return self._stop.saving and (origin is None or origin[0] != 0)
+
+    def _patience_seconds(self, failure: BaseException) -> float:
+        """How long rank 0 is left to speak of ``failure`` before this rank does."""
+        return RANK_0_SECONDS + (SAVING_SECONDS if self._is_saved_elsewhere(failure) else 0)
+
+    def _end(self, problem: errors.SA3DistError, patience_seconds: float | None = None) -> None:
+        """patience_seconds: how long rank 0 is left to speak before this rank does, if not what it may need."""
+        if patience_seconds is None:
+            patience_seconds = self._patience_seconds(problem)
         if self._group.is_main:
             bounded(lambda: self._file.close(problem))
             patience_seconds = 0.0
