@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sa3dist
-from sa3dist import train
+from sa3dist import errors, train
 from sa3dist.model.loading import load_base
+from sa3dist.parallel.outcome import report
 
 
 @pytest.fixture
@@ -175,6 +176,14 @@ def test_a_directory_that_is_a_file(demo_base, demo_clips, tmp_path, capfd, key)
     assert train.main([f"{k}={v}" for k, v in (values | {key: tmp_path / "taken"}).items()]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"{key}: {tmp_path / 'taken'} is a file")
+
+
+def test_a_directory_that_is_a_file_is_left_to_rank_0_to_refuse(tmp_path, monkeypatch, capfd):
+    (tmp_path / "taken").write_text("")
+    for dist_rank in range(2):
+        monkeypatch.setenv("RANK", str(dist_rank))
+        report(errors.ConfigError("output_dir: a file"), tmp_path / "taken", 0, patience_seconds=0.1)
+    assert capfd.readouterr().err == "output_dir: a file\n"
 
 
 def test_a_name_that_is_a_path(refuse):

@@ -125,7 +125,8 @@ def report(problem: errors.SA3DistError | None, directory: Path | None, step: in
     if dist_rank != 0:
         if problem is None or directory is None or _is_word_of_rank_0(problem):
             return
-        if has_spoken(directory, patience_seconds):
+        # A file has no place for a status, and is what rank 0 refuses as well.
+        if directory.is_file() or has_spoken(directory, patience_seconds):
             return
     elif directory is not None and _is_known_to_others(problem) and has_spoken(directory, 0):
         return
