@@ -102,7 +102,8 @@ SCENARIOS = {
     "frozen rank 0": Scenario(freeze(0), ": no contact with the rendezvous store"),
     "frozen loader of rank 1": Scenario(
         freeze_loader,
-        f"rank 1 on {HOST}: step",
+        # By itself, or by the peer that waits for it.
+        "(waiting for data); state is as last saved",
         words={"num_workers": 1, "step_timeout": STEP_TIMEOUT_SECONDS},
     ),
     "full disk": Scenario(fill_disk, "disk full", mount="8m"),
