@@ -17,8 +17,8 @@ from sa3dist.data.archive import Pair, open_source, pair_members
 from sa3dist.data.audio import AudioFacts, check_audio, resampled_length
 from sa3dist.data.captions import read_caption
 from sa3dist.data.containers import Container, printable
-from sa3dist.data.figures import Measured, read_figures, write_figures
-from sa3dist.data.measure import ClipFigures, Measurement
+from sa3dist.data.figures import ClipFigures, Measured, read_figures, write_figures
+from sa3dist.data.measure import Measurement
 from sa3dist.data.pool import ordered_map
 from sa3dist.duplicates import exact_duplicates, near_duplicates
 from sa3dist.errors import DataError

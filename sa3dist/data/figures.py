@@ -15,10 +15,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from sa3dist.data.audio import AudioFacts
-from sa3dist.data.measure import ClipFigures
 from sa3dist.formats import atomic_path
 
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipFigures:
+    """lufs            integrated loudness (ITU-R BS.1770-4), -inf when all of it is gated away; ungated below 400 ms
+    peak_dbfs       largest sample, dB full scale
+    silent_share    share of 100 ms pieces that stay below -60 dBFS, training's own limit
+    lead_seconds, tail_seconds   silence before and after the sound
+    clipped_samples   samples at full scale between two others at full scale
+    spectrogram_SP  float32 dB, 64 bands from 40 Hz to 16 kHz by pieces of 100 ms, 47 of them spread over a longer clip
+    fingerprint     float32: level-free picture of the spectrum over time, compare with ``fingerprint_distance_db``
+    """
+
+    lufs: float
+    peak_dbfs: float
+    silent_share: float
+    lead_seconds: float
+    tail_seconds: float
+    clipped_samples: int
+    spectrogram_SP: np.ndarray
+    fingerprint: np.ndarray
+
 
 NAME = "figures.safetensors"
 # Another number wherever clips are measured in another way.

@@ -5,7 +5,6 @@ Suffixes: N samples, C channels, P pieces of 100 ms, F bins and S bands of the s
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from sa3dist.data.audio import SILENCE_PEAK
+from sa3dist.data.figures import ClipFigures
 from sa3dist.data.loudness import PIECES_PER_SECOND, KWeighting, integrated_loudness
 
 # A 16-bit file clips at 32767/32768; three neighbours there are a flat top, one alone is a peak that fits.
@@ -26,27 +26,6 @@ FINGERPRINT_PIECES = 24
 FINGERPRINT_RANGE_DB = 50.0
 # As many pieces of a clip as its picture shows: those of the fingerprint, and one between each two.
 PICTURE_PIECES = 2 * FINGERPRINT_PIECES - 1
-
-
-@dataclasses.dataclass(frozen=True)
-class ClipFigures:
-    """lufs            integrated loudness (ITU-R BS.1770-4), -inf when all of it is gated away; ungated below 400 ms
-    peak_dbfs       largest sample, dB full scale
-    silent_share    share of 100 ms pieces that stay below -60 dBFS, training's own limit
-    lead_seconds, tail_seconds   silence before and after the sound
-    clipped_samples   samples at full scale between two others at full scale
-    spectrogram_SP  float32 dB, 64 bands from 40 Hz to 16 kHz by pieces of 100 ms, 47 of them spread over a longer clip
-    fingerprint     float32: level-free picture of the spectrum over time, compare with ``fingerprint_distance_db``
-    """
-
-    lufs: float
-    peak_dbfs: float
-    silent_share: float
-    lead_seconds: float
-    tail_seconds: float
-    clipped_samples: int
-    spectrogram_SP: np.ndarray
-    fingerprint: np.ndarray
 
 
 class Measurement:
