@@ -75,7 +75,8 @@ def reach_moment(trial, moment: str, draw: random.Random, first_step: int, befor
         wait_until(trial, "a save", lambda: unfinished(trial.output_dir) - earlier)
         time.sleep(draw.uniform(0, 0.008))
     else:
-        aim = draw.randint(first_step + 1, STEPS)
+        # The kill before may have come when the last step was saved.
+        aim = draw.randint(min(first_step + 1, STEPS), STEPS)
         wait_until(trial, f"step {aim}", lambda: len(rows(trial.output_dir)) >= aim)
         time.sleep(draw.uniform(0, 0.2))
 
