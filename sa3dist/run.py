@@ -29,6 +29,7 @@ from sa3dist.data.stream import MicroBatch, MicroBatches, StreamSettings, loader
 from sa3dist.data.streaming import StreamedBatches, StreamedClips, finisher, streaming_loader
 from sa3dist.errors import ConfigError
 from sa3dist.formats import DatasetIndex, atomic_path, digest_of
+from sa3dist.graphs import Recorder, wants_graphs
 from sa3dist.model.fused import keep_compiled_in, use_compiled, wants_compile
 from sa3dist.parallel import checkpoint, zero_config
 from sa3dist.parallel.agreement import check_ranks_agree
@@ -76,6 +77,8 @@ class Run:
                 raise ConfigError(f"{key}: {path} is a file, expected a directory; choose another {key}")
         if self.group.deepspeed is not None:
             zero_config.check(self.group.deepspeed)
+        if settings.cuda_graphs == "on" and (self.group.device.type != "cuda" or self.group.deepspeed is not None):
+            raise ConfigError("cuda_graphs: on needs a CUDA device and a run without DeepSpeed; use cuda_graphs=auto")
         if settings.resume not in ("auto", "never"):
             checkpoint.load(Path(settings.resume))
         elif settings.resume == "never" or not checkpoint.list_all(settings.output_dir):
@@ -210,6 +213,9 @@ class Run:
         if wants_compile(settings.compile, group.device, work.steps, settings.deterministic):
             keep_compiled_in(settings.work_dir / "compiled")
             use_compiled(base.dit)
+        tokens = settings.batch_size * (base.dit.transformer.memory + self._frames)
+        if group.deepspeed is None and wants_graphs(settings.cuda_graphs, group.device, tokens, work.steps):
+            self.trainer.record_passes(Recorder(group.device))
         resume.set_aside(settings.output_dir, self.trainer.step, group, self.stop)
         self._announce(base)
         group.pulse.enter("train", settings.step_timeout)

@@ -117,6 +117,10 @@ class Settings(BaseModel):
         "auto",
         description="compile what lies between the matrix products: auto (CUDA, runs of 200 steps or more), on, off",
     )
+    cuda_graphs: Annotated[Literal["auto", "on", "off"], OnOff] = Field(
+        "auto",
+        description="replay forward and backward as CUDA graphs: auto (micro batches of up to 2048 tokens), on, off",
+    )
     deterministic: bool = Field(False, description="only deterministic kernels: same command, same bits")
     gradient_compression: Literal["none", "bf16"] = Field(
         "none", description="format in which gradients travel between processes: float32 (none), or bf16 for slow links"

@@ -17,10 +17,11 @@ import torch
 
 from sa3dist import out_of_memory
 from sa3dist.adapters import adapted_layers
-from sa3dist.adapters.layers import unchanged
+from sa3dist.adapters.layers import unchanged, unshared
 from sa3dist.data.lanes import LanePlaces
 from sa3dist.data.stream import MicroBatch
 from sa3dist.errors import CheckpointError, DataError, EnvironmentFailure, OutOfMemory, SA3DistError
+from sa3dist.graphs import PassGraphs
 from sa3dist.loss import micro_batch_loss
 from sa3dist.parallel import checkpoint, engines
 from sa3dist.parallel.agreement import check_ranks_agree, name_the_non_finite
@@ -54,11 +55,19 @@ class Trainer:
         forward = functools.partial(micro_batch_loss, base, settings=settings)
         self.engine = engines.make(base, parameters, forward, settings, plan, group, scalars=SAVING + 1)
         self.saver = Saver()
+        self.graphs: PassGraphs | None = None
         # Where a stream without an index is; None where the step alone says it.
         self.places: LanePlaces | None = None
         self._clips: list[list[str]] = []
         # The step from which on blocks are recomputed because memory did not suffice.
         self.adapted_at: int | None = None
+
+    def record_passes(self, recorder) -> None:
+        """Replay the passes of often seen shapes as CUDA graphs; for engines that are not in lockstep.
+
+        recorder   see ``PassGraphs``
+        """
+        self.graphs = PassGraphs(self._pass, self._recordable_pass, self.engine.flat.gradient, recorder)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         missing = self.engine.parameters.keys() ^ saved.adapters.keys()
@@ -81,7 +90,7 @@ class Trainer:
             batch = self._fetch(batches)
             waited += time.perf_counter() - asked
             self.group.pulse.beat(COMPUTING)
-            losses_of_batch = self._pass_alone if self.engine.separate else self._pass
+            losses_of_batch = self._pass_alone if self.engine.separate else self.graphs or self._pass
             parts = torch.stack([loss.detach() for loss in losses_of_batch(batch, last=left == 0)])
             self.engine.scalars[LOSS : LOSS_CTX + 1] += parts
             self.engine.scalars[SILENT] += batch.silent_crops
@@ -94,6 +103,11 @@ class Trainer:
         losses = self.engine.losses(batch)
         self.engine.backward(losses[0] / self.plan.accumulation, last)
         return losses
+
+    def _recordable_pass(self, batch: MicroBatch) -> tuple[torch.Tensor, ...]:
+        """The same for a graph, which cannot know what other micro batches have found, nor send anything away."""
+        with unshared(self.layers):
+            return tuple(loss.detach() for loss in self._pass(batch, last=False))
 
     def _pass_alone(self, batch: MicroBatch, last: bool) -> engines.Losses:
         """The same in lockstep, but all ranks know that none has failed before any of them hands its gradients over.
@@ -221,6 +235,8 @@ class Trainer:
 
     def _recompute_from_here(self, problem: OutOfMemory) -> None:
         self.adapted_at = self.step + 1
+        if self.graphs is not None:
+            self.graphs.drop()
         out_of_memory.recompute_from(self.adapted_at, self.base, self.group.device, problem)
 
     def save(self, output_dir: Path, stop: StopRequest, wait: bool, before: Callable[[], None] = lambda: None) -> None:

@@ -1,5 +1,6 @@
 """The training step on CUDA: the reference's recorded steps, recomputation, AdamW, no waiting, and equal bits twice."""
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 import sa3dist
 from sa3dist.adapters import adapter_digest, adapter_parameters, attach_adapter
+from sa3dist.graphs import Recorder
 from sa3dist.loss import micro_batch_loss
 from sa3dist.model.fused import use_compiled
 from sa3dist.model.packing import Packing
@@ -243,6 +245,40 @@ def test_a_whole_step_waits_once(device):
     # The figures of the step come to the host together.
     assert len(waits) == (1 if device.type == "cuda" else 0)
     assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("adapter_type", ["lora", "dora-rows", "bora", "dora-cols-xs"])
+def test_steps_replayed_as_cuda_graphs_are_the_ordinary_steps(device, adapter_type, compiled, record_property):
+    if device.type != "cuda":
+        pytest.skip("only a CUDA device records graphs")
+    losses, adapters = {}, {}
+    for graphed in (False, True):
+        base, batch = make_trained(device, adapter_type, torch.bfloat16)
+        if compiled:
+            use_compiled(base.dit)
+        work = Plan(9, 2, 2, 4, 42, {}, ["a", "b"])
+        trainer = Trainer(base, adapter_parameters(base), Settings("bf16"), work, Group(0, 1, device))
+        if graphed:
+            trainer.record_passes(Recorder(device))
+        batches = iter(shifted(pack(batch.clone()) if number % 3 == 2 else batch, number) for number in range(18))
+        losses[graphed] = [trainer.take_step(batches, StopRequest())["loss"] for _ in range(9)]
+        adapters[graphed] = trainer.engine.adapters()
+        assert (trainer.graphs.shapes if graphed else 2) == 2, "no replay was found equal: see the warning"
+    assert len(set(losses[False])) == 9
+    assert losses[True] == pytest.approx(losses[False], rel=5e-3)
+    moved = torch.cat([(adapters[True][name] - value).flatten() for name, value in adapters[False].items()])
+    record_property("largest_difference", moved.abs().max().item())
+    # The sign of a gradient that is all rounding moves an entry by one learning rate a step.
+    assert moved.abs().max() <= 2.1 * 9 * Settings.learning_rate
+    assert moved.abs().mean() <= 0.2 * Settings.learning_rate
+
+
+def shifted(batch, number):
+    """Other values in the same shapes."""
+    noise = torch.randn(batch.noised_BDT.shape, generator=torch.Generator().manual_seed(number))
+    noise = noise.to(batch.noised_BDT.device)
+    return dataclasses.replace(batch, noised_BDT=batch.noised_BDT + noise, target_BDT=batch.target_BDT - noise)
 
 
 def trained_digest(device_name):

@@ -18,7 +18,8 @@ def measured(tmp_path, monkeypatch):
     """A device on which ``FAST`` is the faster; lists every configuration that is timed."""
     asked = []
     tuning._table.cache_clear()
-    monkeypatch.setattr(tuning, "_may_measure", lambda like: True)
+    monkeypatch.setattr(tuning, "_may_choose", lambda like: True)
+    monkeypatch.setattr(tuning, "_recording", lambda: False)
     monkeypatch.setattr(tuning, "_path", lambda device: tmp_path / "cache" / "device.json")
 
     def milliseconds(run):
@@ -75,6 +76,16 @@ def test_a_folder_that_cannot_be_written_is_said_and_costs_only_the_memory(measu
         assert choose(measured) == choose(measured) == FAST
     assert len(measured) == 2
     assert "cannot be written" in caplog.text
+
+
+def test_while_a_graph_is_captured_a_known_choice_serves_and_nothing_is_measured(measured, monkeypatch):
+    assert choose(measured) == FAST
+    monkeypatch.setattr(tuning, "_recording", lambda: True)
+    assert choose(measured) == FAST
+    assert choose(measured, sizes=(128, 8)) == SLOW
+    assert len(measured) == 2
+    monkeypatch.setattr(tuning, "_recording", lambda: False)
+    assert choose(measured, sizes=(128, 8)) == FAST
 
 
 def test_without_a_device_to_measure_the_first_candidate_serves():

@@ -1,9 +1,9 @@
 """Which configuration of a kernel a device runs fastest: measured once, kept on disk.
 
 One JSON file per device and Triton version in the user's cache directory maps "op, format, sizes" to the fastest of an
-op's few candidates. What is not there is measured at its first use. Nothing is measured, and the first candidate
-serves, in the interpreter, while a CUDA graph is captured, and under ``torch.use_deterministic_algorithms``, where a
-measured choice would make two runs round differently.
+op's few candidates. What is not there is measured at its first use, but not while a CUDA graph is captured: the first
+candidate serves then. So it does, whatever is on disk, in the interpreter, and under
+``torch.use_deterministic_algorithms``, where a measured choice would make two runs round differently.
 """
 
 from __future__ import annotations
@@ -44,23 +44,24 @@ def chosen(op: str, sizes: tuple, like: torch.Tensor, candidates: Sequence[dict]
 
     run   runs the op once with a configuration; called for measuring only, any number of times
     """
-    if not _may_measure(like):
+    if not _may_choose(like):
         return candidates[0]
     key = ", ".join(map(str, (op, like.dtype, *sizes)))
     table = _table(_path(like.device))
     if table.get(key) not in candidates:
+        if _recording():
+            return candidates[0]
         table[key] = _fastest(key, candidates, run)
         _save(_path(like.device), key, table[key])
     return table[key]
 
 
-def _may_measure(like: torch.Tensor) -> bool:
-    return (
-        like.device.type == "cuda"
-        and like.shape[0] > 0
-        and not torch.are_deterministic_algorithms_enabled()
-        and not torch.cuda.is_current_stream_capturing()
-    )
+def _may_choose(like: torch.Tensor) -> bool:
+    return like.device.type == "cuda" and like.shape[0] > 0 and not torch.are_deterministic_algorithms_enabled()
+
+
+def _recording() -> bool:
+    return torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache

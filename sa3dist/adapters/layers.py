@@ -124,6 +124,19 @@ def unchanged(layers: Iterable[AdaptedLayer]) -> Iterator[None]:
             layer.memo = None
 
 
+@contextlib.contextmanager
+def unshared(layers: Iterable[AdaptedLayer]) -> Iterator[None]:
+    """Within this every call of a layer finds its norms itself, whatever ``unchanged`` says around it."""
+    memos = [(layer, layer.memo) for layer in layers]
+    for layer, _ in memos:
+        layer.memo = None
+    try:
+        yield
+    finally:
+        for layer, memo in memos:
+            layer.memo = memo
+
+
 def fan_limit(layer: nn.Linear | nn.Conv1d) -> int:
     """Largest rank a layer allows: the smaller side of its weight as a matrix."""
     return min(layer.weight.flatten(1).shape)

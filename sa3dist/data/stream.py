@@ -85,6 +85,9 @@ class MicroBatch:
     def pin_memory(self) -> MicroBatch:
         return self._each(lambda value: value.pin_memory())
 
+    def clone(self) -> MicroBatch:
+        return self._each(lambda value: value.clone())
+
     def _each(self, change: Callable) -> MicroBatch:
         movable = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor | Packing)}
         return dataclasses.replace(self, **{name: change(value) for name, value in movable.items()})

@@ -142,7 +142,8 @@ class Transformer(nn.Module):
             rotary=(cos, sin, self.rotary_pos_emb.inv_freq.numel()),
             layout=layout,
         )
-        recompute = functools.partial(checkpoint, use_reentrant=False)
+        # No block draws anything, and a CUDA graph that is recorded must not ask for a generator's state.
+        recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         recomputed = self.recomputed_blocks if torch.is_grad_enabled() else 0
         for i, modulation in enumerate(self.modulations(global_BE, dtype)):
             run = recompute if i < recomputed else call

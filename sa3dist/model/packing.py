@@ -36,3 +36,6 @@ class Packing:
 
     def pin_memory(self) -> Packing:
         return dataclasses.replace(self, frame_F=self.frame_F.pin_memory())
+
+    def clone(self) -> Packing:
+        return dataclasses.replace(self, frame_F=self.frame_F.clone())

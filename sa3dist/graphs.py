@@ -1,0 +1,217 @@
+"""Forward and backward pass of a micro batch as one CUDA graph: one launch from the host instead of thousands.
+
+Short clips leave a GPU waiting for its host. Everything in a pass but the values depends on shapes alone, and nothing
+in it asks the device; so it can be recorded once per shape and replayed on other values, which are copied into the
+tensors it was recorded with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+from collections.abc import Callable, Hashable, Iterator
+
+import torch
+
+from sa3dist.data.stream import MicroBatch
+from sa3dist.model.packing import Packing
+
+log = logging.getLogger(__name__)
+
+Tensors = tuple[torch.Tensor, ...]
+# Where ``auto`` records: longer micro batches keep the device busy for longer than the host needs to launch them.
+MOST_TOKENS = 2048
+# Fewer steps do not earn back what recording takes.
+STEPS_WORTH_RECORDING = 50
+# A run with clips of ever other lengths must not fill the memory with graphs; each holds the values of one pass.
+MOST_GRAPHS = 8
+# Shapes remembered as seen once.
+MOST_SHAPES = 1000
+# Relative distance of a replay from the ordinary pass. The same kernels run; flash attention adds in varying order.
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-3, 1e-2
+
+
+def wants_graphs(choice: str, device: torch.device, tokens: int, steps: int) -> bool:
+    """Whether to record: as told, or with ``auto`` on CUDA where the device waits for its host and the run is long.
+
+    tokens   of the largest micro batch, memory tokens included
+    """
+    if choice != "auto":
+        return choice == "on"
+    chosen = device.type == "cuda" and tokens <= MOST_TOKENS and steps >= STEPS_WORTH_RECORDING
+    if device.type == "cuda":
+        log.info("cuda_graphs: auto chose %s (%d tokens)", "on" if chosen else "off", tokens)
+    return chosen
+
+
+class Recorder:
+    """Records functions on a stream of its own; their temporary values share one pool of memory, because only one
+    recording runs at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, function: Callable[[], Tensors]) -> Tensors:
+        """Run ``function`` where it will be recorded: kernels are compiled, chosen and given their workspaces."""
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            results = function()
+        current.wait_stream(self._stream)
+        return results
+
+    def record(self, function: Callable[[], Tensors]) -> Callable[[], Tensors]:
+        """What ``function`` launches, without running it. The result runs it and returns tensors the next run changes.
+
+        Raises RuntimeError where something in it cannot be recorded.
+        """
+        graph = torch.cuda.CUDAGraph()
+        # Other threads pin memory and watch collectives meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            results = function()
+
+        def replay() -> Tensors:
+            graph.replay()
+            return results
+
+        return replay
+
+
+@dataclasses.dataclass
+class _Recorded:
+    """One shape's graph, the micro batch it reads, and whether a replay was compared with an ordinary pass."""
+
+    batch: MicroBatch
+    replay: Callable[[], Tensors]
+    compared: bool = False
+
+
+class PassGraphs:
+    """Runs the passes of micro batches, those of often seen shapes as graphs.
+
+    The first micro batch of a shape takes the ordinary pass. At the second the pass is recorded. The third takes both:
+    unless loss and gradient agree, no graph is used from there on. Whatever goes wrong with a graph, the training goes
+    on without them, and says so once.
+    """
+
+    def __init__(
+        self,
+        passes: Callable[[MicroBatch, bool], Tensors],
+        recordable: Callable[[MicroBatch], Tensors],
+        gradient: torch.Tensor,
+        recorder,
+    ) -> None:
+        """
+        passes      (micro batch, last of its step) to losses: forward and backward, adds to ``gradient``
+        recordable  the same as a function of shapes and values alone: no state of the step, nothing sent away
+        recorder    a ``Recorder``
+        """
+        self._passes = passes
+        self._recordable = recordable
+        self._gradient = gradient
+        self._recorder = recorder
+        self._seen: set[Hashable] = set()
+        self._recorded: dict[Hashable, _Recorded] = {}
+
+    @property
+    def shapes(self) -> int:
+        """How many shapes are replayed."""
+        return sum(recorded.compared for recorded in self._recorded.values())
+
+    def __call__(self, batch: MicroBatch, last: bool) -> Tensors:
+        """Losses of a micro batch; its gradients are added."""
+        key = shape_of(batch)
+        recorded = self._recorded.get(key)
+        if recorded is None:
+            # Before the pass itself, whose gradients may leave for other ranks as they arrive.
+            if self._seen_before(key):
+                self._record(key, batch)
+            return self._passes(batch, last)
+        copy_values(batch, recorded.batch)
+        if recorded.compared:
+            return tuple(loss.clone() for loss in recorded.replay())
+        return self._compare(batch, recorded)
+
+    def _seen_before(self, key: Hashable) -> bool:
+        if self._recorder is None or len(self._recorded) == MOST_GRAPHS:
+            return False
+        if key in self._seen:
+            return True
+        if len(self._seen) == MOST_SHAPES:
+            self._seen.clear()
+        self._seen.add(key)
+        return False
+
+    def drop(self) -> None:
+        """Use no graph from here on, and give their memory back."""
+        self._recorder = None
+        self._recorded.clear()
+        gc.collect()
+
+    def _record(self, key: Hashable, batch: MicroBatch) -> None:
+        before = self._gradient.clone()
+        try:
+            own = batch.clone()
+            self._recorder.warm_up(lambda: self._recordable(own))
+            self._recorded[key] = _Recorded(own, self._recorder.record(lambda: self._recordable(own)))
+        except Exception as problem:
+            # Whatever a driver raises: the pass itself was done without a graph.
+            self._give_up(f"{type(problem).__name__}: {problem}")
+        # The warm-up has added to it.
+        self._gradient.copy_(before)
+
+    def _compare(self, batch: MicroBatch, recorded: _Recorded) -> Tensors:
+        before = self._gradient.clone()
+        losses = self._passes(batch, False)
+        expected = self._gradient - before
+        after = self._gradient.clone()
+        try:
+            self._gradient.copy_(before)
+            replayed = torch.stack(recorded.replay())
+            distances = [
+                _distance(self._gradient - before, expected) / GRADIENT_TOLERANCE,
+                _distance(replayed, torch.stack(losses).detach()) / LOSS_TOLERANCE,
+            ]
+            worst = torch.stack(distances).max().item()
+            # Not "worst > 1": that is false for a NaN.
+            if worst <= 1:
+                recorded.compared = True
+            else:
+                self._give_up(f"a replay was {worst:.1f} times as far from the ordinary pass as rounding explains")
+        except Exception as problem:
+            self._give_up(f"{type(problem).__name__}: {problem}")
+        self._gradient.copy_(after)
+        return losses
+
+    def _give_up(self, why: str) -> None:
+        log.warning("cuda_graphs: training goes on without them: %s", why.splitlines()[0])
+        self.drop()
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Relative L2 distance; 0 for two zeros."""
+    norm = torch.linalg.vector_norm
+    return norm(found - expected) / norm(expected).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _tensors(batch: MicroBatch) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in vars(batch).items():
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        elif isinstance(value, Packing):
+            yield f"{name}.frame_F", value.frame_F
+
+
+def shape_of(batch: MicroBatch) -> Hashable:
+    """What a pass depends on beside the values of its tensors."""
+    packing = batch.packing and (batch.packing.frames, batch.packing.lengths)
+    shapes = tuple((name, value.dtype, tuple(value.shape)) for name, value in _tensors(batch))
+    return shapes, packing, batch.has_context, batch.prompt_length
+
+
+def copy_values(source: MicroBatch, target: MicroBatch) -> None:
+    """Write the tensors of one micro batch into those of another of equal ``shape_of``."""
+    for (_, value), (_, own) in zip(_tensors(source), _tensors(target), strict=True):
+        own.copy_(value)

@@ -1,0 +1,213 @@
+"""Passes replayed as graphs: the ordinary run's bits, and no graph where a replay differs or cannot be recorded.
+
+On a CPU a recording is the function itself, run at each replay, as a graph's kernels are, on the tensors it was
+recorded with; what only a CUDA graph does is in test_gpu_training.py.
+"""
+
+import dataclasses
+import types
+
+import pytest
+import torch
+
+import sa3dist
+from sa3dist import graphs
+from sa3dist.adapters import adapter_parameters, attach_adapter
+from sa3dist.errors import OutOfMemory
+from sa3dist.model.packing import Packing
+from sa3dist.parallel.group import Group
+from sa3dist.parallel.signals import StopRequest
+from sa3dist.trainer import Trainer
+from sa3dist.work import Plan
+from tests import test_training_step
+from tests.conftest import golden
+from tests.ranks import run_ranks
+
+run = test_training_step.run
+ACCUMULATION = 2
+SETTINGS = types.SimpleNamespace(
+    learning_rate=1e-2, weight_decay=0.01, context_weight=1.0, gradient_compression="none", mixed_precision="no"
+)
+
+
+class HostRecorder:
+    """Keeps functions and runs them again; results lie in the tensors of the first run, as a graph's do."""
+
+    def __init__(self):
+        self.recorded = self.replayed = 0
+
+    def warm_up(self, function):
+        return function()
+
+    def record(self, function):
+        self.recorded += 1
+        results = []
+
+        def replay():
+            self.replayed += 1
+            found = function()
+            if not results:
+                results.extend(torch.empty_like(value) for value in found)
+            for kept, value in zip(results, found, strict=True):
+                kept.copy_(value)
+            return tuple(results)
+
+        return replay
+
+
+class Stale(HostRecorder):
+    """Replays give what the first one gave: a value that was asked for while recording."""
+
+    def record(self, function):
+        value = []
+
+        def replay():
+            value.append(function())
+            return tuple(loss * 1.01 for loss in value[0])
+
+        return replay
+
+
+class Unable(HostRecorder):
+    def record(self, function):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+
+class Twice(HostRecorder):
+    """Adds a gradient two times."""
+
+    def record(self, function):
+        return lambda: (function(), function())[0]
+
+
+def make_trainer(kind="dora-cols", group=None):
+    base = sa3dist.load_base(golden("tiny-sa3"))
+    attach_adapter(base, kind, rank=4, seed=1)
+    plan = Plan(9, ACCUMULATION, 2, 4, 42, {}, ["a", "b"], adapt_memory=True)
+    return Trainer(base, adapter_parameters(base), SETTINGS, plan, group or Group(0, 1, torch.device("cpu")))
+
+
+def micro_batches(count, first=0):
+    """Other values every time, of two shapes: whole, and one clip shorter."""
+    base = sa3dist.load_base(golden("tiny-sa3"))
+    recorded = test_training_step.load_file(golden("training/tiny_sa3_step_dora_rows.safetensors"))
+    whole = test_training_step.make_batch(base, recorded)
+    frames = whole.noised_BDT.shape[2]
+    keep_BT = torch.arange(frames)[None] < torch.tensor([[frames], [frames - 5]])
+    short = dataclasses.replace(whole, keep_BT=keep_BT, packing=Packing.of(keep_BT))
+    for number in range(first, first + count):
+        noise = torch.randn(whole.noised_BDT.shape, generator=torch.Generator().manual_seed(number))
+        batch = short if number % 3 == 2 else whole
+        yield dataclasses.replace(batch, noised_BDT=batch.noised_BDT + noise, target_BDT=batch.target_BDT - noise)
+
+
+def train(trainer, steps, first=0):
+    batches = micro_batches(steps * ACCUMULATION, first)
+    return [trainer.take_step(batches, StopRequest())["loss"] for _ in range(steps)]
+
+
+def assert_equal_state(found, expected):
+    for name, value in expected.engine.adapters().items():
+        assert torch.equal(found.engine.adapters()[name], value), name
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora-rows", "dora-cols", "bora"])
+def test_a_run_with_graphs_is_the_ordinary_run(kind):
+    ordinary, graphed, recorder = make_trainer(kind), make_trainer(kind), HostRecorder()
+    graphed.record_passes(recorder)
+    expected, found = train(ordinary, 9), train(graphed, 9)
+    assert found == pytest.approx(expected, rel=1e-6)
+    for name, value in ordinary.engine.adapters().items():
+        torch.testing.assert_close(graphed.engine.adapters()[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    # 12 of one shape and 6 of the other: the first two of each are ordinary passes.
+    assert (recorder.recorded, recorder.replayed, graphed.graphs.shapes) == (2, 10 + 4, 2)
+    assert len(set(expected)) == 9
+
+
+@pytest.mark.parametrize("recorder", [Stale, Twice, Unable])
+def test_a_graph_that_errs_is_not_used_and_leaves_no_trace(recorder, caplog):
+    ordinary, graphed = make_trainer(), make_trainer()
+    graphed.record_passes(recorder())
+    assert train(graphed, 5) == train(ordinary, 5)
+    assert_equal_state(graphed, ordinary)
+    assert caplog.text.count("training goes on without them") == 1
+    assert ("not permitted" in caplog.text) == (recorder is Unable)
+    assert graphed.graphs.shapes == 0
+
+
+def test_memory_that_runs_out_takes_the_graphs_along():
+    trainer = make_trainer()
+    trainer.record_passes(HostRecorder())
+    train(trainer, 4)
+    assert trainer.graphs.shapes == 1
+    trainer._recompute_from_here(OutOfMemory("full"))
+    assert trainer.graphs.shapes == 0
+    ordinary = make_trainer()
+    train(ordinary, 4)
+    ordinary.base.gradient_checkpointing = True
+    assert train(trainer, 3, first=8) == pytest.approx(train(ordinary, 3, first=8), rel=1e-6)
+    assert trainer.graphs.shapes == 0
+
+
+def two_ranks(group, graphed):
+    torch.manual_seed(0)
+    trainer = make_trainer(group=group)
+    # Buckets small enough that some leave during the backward pass.
+    trainer.engine.reduction = type(trainer.engine.reduction)(trainer.engine.flat, group, "none", 500)
+    assert len(trainer.engine.reduction.buckets) > 2
+    if graphed:
+        trainer.record_passes(HostRecorder())
+    losses = train(trainer, 7, first=100 * group.dist_rank)
+    return losses, trainer.engine.adapters(), trainer.graphs.shapes if graphed else 0
+
+
+def test_ranks_that_replay_exchange_the_same_gradients():
+    expected, found = (run_ranks(2, lambda group, on=on: two_ranks(group, on)) for on in (False, True))
+    assert [shapes for _, _, shapes in found] == [2, 2]
+    for (losses, adapters, _), (expected_losses, expected_adapters, _) in zip(found, expected, strict=True):
+        assert losses == pytest.approx(expected_losses, rel=1e-6)
+        for name, value in expected_adapters.items():
+            torch.testing.assert_close(adapters[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
+
+
+def test_ever_new_shapes_record_no_more_than_the_limit(monkeypatch):
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 1)
+    trainer, recorder = make_trainer(), HostRecorder()
+    trainer.record_passes(recorder)
+    train(trainer, 9)
+    assert (recorder.recorded, trainer.graphs.shapes) == (1, 1)
+
+
+def test_what_a_pass_depends_on_beside_values_tells_shapes_apart():
+    whole, _, short = micro_batches(3)
+    longer = dataclasses.replace(short.packing, lengths=(short.packing.lengths[0], short.packing.lengths[1] - 1))
+    changed = [
+        whole,
+        short,
+        dataclasses.replace(short, packing=longer),
+        dataclasses.replace(short, packing=None),
+        dataclasses.replace(whole, has_context=not whole.has_context),
+        dataclasses.replace(whole, prompt_length=77),
+        dataclasses.replace(whole, hidden_BLH=whole.hidden_BLH[:, :3]),
+        dataclasses.replace(whole, t_B=whole.t_B.double()),
+    ]
+    assert len({graphs.shape_of(batch) for batch in changed}) == len(changed)
+    same = dataclasses.replace(whole, t_B=whole.t_B + 1, clips=["c", "d"], silent_crops=1)
+    assert graphs.shape_of(same) == graphs.shape_of(whole)
+
+
+def test_auto_records_short_micro_batches_of_long_runs_on_cuda():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    chosen = [
+        graphs.wants_graphs(choice, device, tokens, steps)
+        for choice, device, tokens, steps in [
+            ("auto", cuda, 387, 300),
+            ("auto", cpu, 387, 300),
+            ("auto", cuda, 4160, 300),
+            ("auto", cuda, 387, 10),
+            ("on", cuda, 4160, 10),
+            ("off", cuda, 387, 300),
+        ]
+    ]
+    assert chosen == [True, False, False, False, True, False]
