@@ -3,6 +3,7 @@
 import json
 
 import bench_step
+import encoding_side
 import pytest
 import step_sides
 import torch
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sa3dist import adapters
 from sa3dist.adapters.layers import AdaptedLayer
+from tests.test_graphs import HostRecorder
 
 CPU = torch.device("cpu")
 FRAMES = 10
@@ -108,6 +110,44 @@ def test_frozen_side_has_no_adapter_and_reaches_its_inputs():
     for name in step_sides.INPUTS:
         assert side.batch[name].grad is not None, name
     assert all(parameter.grad is None for parameter in side.base.parameters())
+
+
+def test_from_audio_adds_what_encoding_the_whole_clip_and_its_caption_takes():
+    options = options_for("dora-rows", shape="tiny-small")
+    options.from_audio = True
+    row = bench_step.compare(options, bench_step.make_sides(options, CPU), CPU)
+    assert row["encoding_ms"] > 0
+    expected = (row["baseline_ms"] + row["encoding_ms"]) / row["ours_ms"]
+    assert row["ratio_from_audio"] == pytest.approx(expected, rel=0.01)
+    assert "from audio" in bench_step.line(row)
+
+
+def test_what_is_encoded_is_the_whole_clip_by_encoders_of_the_released_sizes(monkeypatch):
+    base = step_sides.make_base("tiny-small", 2, CPU, torch.float32)
+    seen = []
+    monkeypatch.setattr(base, "encode_audio", lambda audio: seen.append(audio.shape))
+    made = encoding_side.Encoding(base, FRAMES, 2)
+    made._text.register_forward_hook(lambda module, given, out: seen.append(out.last_hidden_state.shape))
+    made.step()
+    assert seen == [(2, 2, FRAMES * 4096), (2, base.prompt_tokens, 768)]
+    matrices = [value for value in made._text.parameters() if value.ndim == 2]
+    # 12 layers of four 768 x 768 projections and three of 768 x 2048, and the embedding.
+    assert sum(value.numel() for value in matrices) == 12 * (4 * 768**2 + 3 * 768 * 2048) + 1000 * 768
+
+
+def test_recorded_sides_compute_the_same_and_the_baseline_is_never_recorded(monkeypatch):
+    monkeypatch.setattr(step_sides, "Recorder", lambda device: HostRecorder())
+    options = options_for("dora-rows")
+    options.cuda_graphs = "on"
+    sides = bench_step.make_sides(options, CPU)
+    row = bench_step.compare(options, sides, CPU)
+    assert row["graphed"]
+    assert [side.replay is not None for side in sides.values()] == [True, False, True]
+    assert row["gradient_distance"] < 1e-4
+    options.cuda_graphs = "off"
+    ordinary = bench_step.compare(options, bench_step.make_sides(options, CPU), CPU)
+    assert not ordinary["graphed"]
+    assert row["ours_loss"] == pytest.approx(ordinary["ours_loss"], rel=1e-6)
 
 
 def test_random_weights_are_the_same_wherever_they_are_read():

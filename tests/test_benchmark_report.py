@@ -21,7 +21,11 @@ ROW = {
 
 
 def test_the_newest_measurement_of_a_case_is_shown_in_table_and_picture(tmp_path):
-    rows = [{**ROW, "ratio": 2.5}, {**ROW, "ratio": 3.75}, {**ROW, "ratio": 9.5, "frames": 512}]
+    rows = [
+        {**ROW, "ratio": 2.5},
+        {**ROW, "ratio": 3.75, "ratio_from_audio": 7.5},
+        {**ROW, "ratio": 9.5, "frames": 512},
+    ]
     (tmp_path / "step_here.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     peft = {"layer": "to_q", "fan_in": 8, "fan_out": 16, "ours_ms": {"median": 2.0}, "peft_ms": {"median": 5.0}}
     options = {"dtype": "fp32", "adapter_type": "lora", "rank": 4, "tokens": 64}
@@ -29,7 +33,7 @@ def test_the_newest_measurement_of_a_case_is_shown_in_table_and_picture(tmp_path
     (tmp_path / "peft.json").write_text(json.dumps({"environment": environment, "options": options, "rows": [peft]}))
     report.main(["--results", str(tmp_path)])
     text = (tmp_path / "README.md").read_text()
-    assert "| x86_64, 2 threads | small x 4 | fp32 | 128 | lora r16 | 100 ms | 3.75x | 1.25 | 300 / - |" in text
+    assert "| x86_64, 2 threads | small x 4 | fp32 | 128 | lora r16 | 100 ms | 3.75x | 7.50x | 1.25 | 300 / - |" in text
     # Of PEFT alone: the older step is gone.
     assert text.count("2.50x") == 1
     assert "9.50x" in text

@@ -4,6 +4,8 @@ The baseline forms every adapted weight by parametrisation, lets autograd differ
 block; both sides use the same network code, autocast and AdamW settings. A third side is the model with frozen plain
 layers, forward and backward to its inputs: what a step would cost if adapters were free. Runs are interleaved; medians
 count. The floor is what our step's counted operations and bytes take at the product and copy rates measured here.
+With --from-audio a fourth side encodes the clip's audio and its caption, which the reference does ahead of every step
+and we do once; ``ratio_from_audio`` adds that to the baseline.
 
     python kernels/benchmarks/bench_step.py --shape small-music-base --depth 4 --frames 128 --adapter-type dora-rows
 """
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from encoding_side import Encoding
 from results_file import environment
 from sa3dist_kernels import ADAPTER_TYPES
 from sa3dist_kernels.frozen_products import product_dtype
@@ -63,7 +66,7 @@ def cpu_step_bytes(side: Side) -> int:
 def memory_in_child(options, side: str) -> int:
     """``cpu_step_bytes`` in a fresh process, where the other sides have left no freed pages behind."""
     values = {"--memory-of": side, "--device": "cpu", "--depth": options.depth or 0}
-    for name in ("shape", "frames", "batch", "adapter_type", "rank", "precision"):
+    for name in ("shape", "frames", "batch", "adapter_type", "rank", "precision", "compile"):
         values[f"--{name.replace('_', '-')}"] = getattr(options, name)
     words = [str(word) for pair in values.items() for word in pair]
     done = subprocess.run([sys.executable, __file__, *words], check=True, stdout=subprocess.PIPE, text=True)
@@ -85,12 +88,21 @@ def compare(options, sides: dict[str, Side], device: torch.device) -> dict:
         side.use(options.batch, options.frames)
     losses = {name: side.step().item() for name, side in sides.items()}
     distance = gradient_distance(sides["ours"].gradients(), sides["baseline"].gradients())
-    steps = {name: functools.partial(Side.step, side) for name, side in sides.items()}
+    # Before anything is recorded: a graph holds its values between the steps.
+    memory = step_bytes(options, sides, device)
+    for side in sides.values():
+        side.record()
+    if sides["ours"].replay:
+        losses["ours"] = sides["ours"].step().item()
+        distance = max(distance, gradient_distance(sides["ours"].gradients(), sides["baseline"].gradients()))
+    steps = {name: side.step for name, side in sides.items()}
+    if options.from_audio:
+        steps["encoding"] = Encoding(sides["baseline"].base, options.frames, options.batch).step
     times = interleaved(steps, options.repeats, device, warm_up=1)
     spans = {name: summary(values) for name, values in times.items()}
-    memory = step_bytes(options, sides, device)
     floor = floor_ms(sides["ours"], options, device)
     ours, baseline, frozen = (spans[name]["median"] for name in ("ours", "baseline", "frozen"))
+    encoding = spans["encoding"]["median"] if options.from_audio else 0.0
     loss_error = abs(losses["ours"] - losses["baseline"]) / abs(losses["baseline"])
     return {
         "shape": options.shape,
@@ -102,11 +114,15 @@ def compare(options, sides: dict[str, Side], device: torch.device) -> dict:
         "precision": options.precision,
         "repeats": options.repeats,
         "emulated_products": emulated(options, device),
+        "compiled": sides["ours"].compiled,
+        "graphed": sides["ours"].replay is not None,
         "ours_ms": round(ours, 3),
         "baseline_ms": round(baseline, 3),
         "frozen_ms": round(frozen, 3),
+        "encoding_ms": round(encoding, 3) if options.from_audio else None,
         "spread_ms": {name: [round(span["min"], 3), round(span["max"], 3)] for name, span in spans.items()},
         "ratio": round(baseline / ours, 3),
+        "ratio_from_audio": round((baseline + encoding) / ours, 3) if options.from_audio else None,
         "over_frozen": round(ours / frozen, 3),
         "floor_ms": round(floor, 3),
         "over_floor": round(ours / floor, 3),
@@ -148,10 +164,11 @@ def line(row: dict) -> str:
     memory = " / ".join(
         "-" if row[f"{name}_step_bytes"] is None else f"{row[f'{name}_step_bytes'] / 1e6:.0f}" for name in MAKERS
     )
+    encoding = f", {row['ratio_from_audio']:.2f}x from audio" if row["ratio_from_audio"] else ""
     agree = "agree" if row["losses_agree"] and row["gradients_agree"] else "DIFFER"
     return (
         f"{row['shape']} {row['frames']:5} frames {row['adapter_type']:13} r{row['rank']:<4}"
-        f"ours {row['ours_ms']:9.1f} ms  baseline {row['baseline_ms']:9.1f} ms ({row['ratio']:.2f}x)  "
+        f"ours {row['ours_ms']:9.1f} ms  baseline {row['baseline_ms']:9.1f} ms ({row['ratio']:.2f}x{encoding})  "
         f"frozen {row['frozen_ms']:9.1f} ms ({row['over_frozen']:.2f}x)  "
         f"floor {row['floor_ms']:.1f} ms ({row['over_floor']:.2f}x)  step MB {memory}  "
         f"losses {row['ours_loss']:.5f} / {row['baseline_loss']:.5f}, gradients {row['gradient_distance']:.1e} {agree}"
@@ -168,6 +185,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--precision", choices=DTYPES, default="bf16", help="base and autocast; fp32: no autocast")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--compile", choices=("auto", "on", "off"), default="auto", help="as the setting, in a long run"
+    )
+    parser.add_argument("--cuda-graphs", choices=("auto", "on", "off"), default="auto", help="likewise")
+    parser.add_argument("--from-audio", action="store_true", help="time what the reference encodes in every step too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--skip-memory", action="store_true", help="on a CPU: leave out the fresh process per side")
     parser.add_argument("--json", type=Path, help="append one JSON object per measurement")

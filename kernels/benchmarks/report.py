@@ -49,12 +49,14 @@ def step_table(rows: list[dict]) -> Table:
             f"{row['adapter_type']} r{row['rank']}",
             f"{row['ours_ms']:.0f} ms",
             f"{row['ratio']:.2f}x",
+            f"{row['ratio_from_audio']:.2f}x" if row.get("ratio_from_audio") else "-",
             f"{row['over_frozen']:.2f}",
             f"{megabytes(row['ours_step_bytes'])} / {megabytes(row['baseline_step_bytes'])}",
         ]
         for row in rows
     ]
-    titles = ["device", "model x blocks", "precision", "frames", "adapter", "step", "baseline / ours", "ours / frozen"]
+    titles = ["device", "model x blocks", "precision", "frames", "adapter", "step", "baseline / ours"]
+    titles += ["the same with encoding in every step", "ours / frozen"]
     return "Whole training step (bench_step.py)", [*titles, "step MB, ours / baseline"], lines
 
 

@@ -1,11 +1,13 @@
 """What bench_step compares: our trainer, one that trains as the reference does, and the frozen model without adapters.
 
-All three run the same network code on the same weights and batch, under the same autocast.
+All three run the same network code on the same weights and batch, under the same autocast. Our trainer and the frozen
+model also run compiled and as CUDA graphs where a long run would choose to; the reference does neither.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -17,7 +19,9 @@ from torch.nn.utils import parametrize
 from sa3dist import adapters, flow
 from sa3dist.adapters import layers
 from sa3dist.data.stream import without_common_padding
+from sa3dist.graphs import Recorder, wants_graphs
 from sa3dist.model.base import Base
+from sa3dist.model.fused import use_compiled, wants_compile
 from sa3dist.model.parse_config import parse_model_config
 from sa3dist.model.random_weights import RandomWeights, random_base
 from sa3dist.model.released import RELEASED
@@ -30,6 +34,8 @@ SHAPES = (*RELEASED, *TINY)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # AdamW takes as long at any rate; at this one all steps of all sides are taken at the same point.
 LEARNING_RATE, WEIGHT_DECAY = 1e-9, 0.01
+# What "auto" is asked for: a run long enough for everything.
+STEPS = 1000
 # Where the frozen model's backward pass ends; every layer of the adapted one lies on a path to them.
 # Not the clean latents: with nothing given, as here, they do not enter the network.
 INPUTS = ("noised", "t", "prompt", "seconds")
@@ -113,7 +119,7 @@ class Side:
     """One contestant: a base, what it trains, and the step it repeats on the batch given to ``use``."""
 
     def __init__(self, name: str, options, device: torch.device) -> None:
-        """options: shape, depth, precision, adapter_type, rank."""
+        """options: shape, depth, precision, adapter_type, rank, compile, cuda_graphs."""
         # As our loop and loader do; the reference feeds its networks zeros, and every position of a prompt's padding.
         self.evaluates_equals_once = name != "baseline"
         self.device = device
@@ -123,23 +129,50 @@ class Side:
         self.trained: dict[str, nn.Parameter] = {}
         self.batch: dict[str, torch.Tensor] = {}
         self.zero, self.update = MAKERS[name](self)
+        self.graphs = "off" if name == "baseline" else options.cuda_graphs
+        self.compiled = name != "baseline" and wants_compile(options.compile, device, STEPS, False)
+        if self.compiled:
+            use_compiled(self.base.dit)
+        # Forward and backward as one graph, once ``record`` has been called.
+        self.replay: Callable[[], tuple[torch.Tensor, ...]] | None = None
 
     def use(self, clips: int, frames: int) -> None:
         """Train on another batch; the same sizes give the same values."""
+        self.replay = None
         self.batch = make_batch(self.base, clips, frames)
         self.has_context = bool(self.batch["inpaint_mask"].any())
         if not self.trained:
             for name in INPUTS:
                 self.batch[name].requires_grad_()
 
+    def record(self) -> None:
+        """Replay this batch's forward and backward from here on, where a run would."""
+        clips, _, frames = self.batch["latents"].shape
+        tokens = clips * (frames + self.base.dit.transformer.memory)
+        if wants_graphs(self.graphs, self.device, tokens, STEPS):
+            recorder = Recorder(self.device)
+            recorder.warm_up(self.passes)
+            self.zero()
+            try:
+                self.replay = recorder.record(self.passes)
+            except RuntimeError as problem:
+                # As a run would: it goes on without, and the row says "graphed": false.
+                print(f"no CUDA graph: {problem}", file=sys.stderr)
+
     def step(self) -> torch.Tensor:
         """Forward, loss, backward, and the optimiser's step where something is trained. Returns the loss."""
+        self.zero()
+        (loss,) = self.replay() if self.replay else self.passes()
+        self.update()
+        return loss
+
+    def passes(self) -> tuple[torch.Tensor]:
+        """Forward, loss, backward; the loss."""
         batch = self.batch
         context = {"inpaint_mask_B1T": batch["inpaint_mask"], "inpaint_latents_BDT": batch["latents"]}
         if self.evaluates_equals_once and not self.has_context:
             context = {}
         prompt, prompt_mask = self.prompt()
-        self.zero()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             velocity = self.base.velocity(
                 batch["noised"],
@@ -153,8 +186,7 @@ class Side:
         keep = torch.ones_like(batch["inpaint_mask"][:, 0], dtype=torch.bool)
         loss, _, _ = flow.masked_loss(velocity, batch["target"], keep, batch["inpaint_mask"])
         loss.backward()
-        self.update()
-        return loss.detach()
+        return (loss.detach(),)
 
     def prompt(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompt features and mask as this side feeds them to the network."""
@@ -189,8 +221,10 @@ def _frozen(side: Side) -> tuple[Callable, Callable]:
         adapters.set_strength(side.base, 0)
 
     def zero() -> None:
+        # In place: a graph writes to the gradients it was recorded with.
         for value in side.batch.values():
-            value.grad = None
+            if value.grad is not None:
+                value.grad.zero_()
 
     return zero, lambda: None
 
