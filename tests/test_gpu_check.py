@@ -174,14 +174,15 @@ def test_the_most_telling_steps_come_first():
 
 def test_targets_are_held_against_the_rows_they_are_about():
     row = {"shape": "medium-base", "adapter_type": "dora-rows", "rank": 16, "frames": 323, "ratio": 9.0}
-    row |= {"over_frozen": 1.2, "over_floor": 1.5, "recomputing_total_bytes": 30e9}
+    row |= {"ratio_from_audio": None, "over_frozen": 1.2, "over_floor": 1.5, "recomputing_total_bytes": 30e9}
     others = [{**row, "rank": 128}, {**row, "shape": "small-music-base"}]
-    found = check_step.against_targets([row, *others, {**row, "frames": 4091, "ratio": 2.1}])
+    found = check_step.against_targets([row, *others, {**row, "frames": 4091, "ratio": 2.1, "ratio_from_audio": 4.5}])
     met = {(entry["frames"], entry["figure"]): entry["met"] for entry in found}
     assert met == {
         (323, "ratio"): True,
         (323, "over_frozen"): False,
         (4091, "ratio"): False,
+        (4091, "ratio_from_audio"): True,
         (4091, "over_frozen"): False,
         (4091, "over_floor"): True,
         (4091, "recomputing_total_bytes"): False,
