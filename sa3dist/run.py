@@ -29,13 +29,12 @@ from sa3dist.data.stream import MicroBatch, MicroBatches, StreamSettings, loader
 from sa3dist.data.streaming import StreamedBatches, StreamedClips, finisher, streaming_loader
 from sa3dist.errors import ConfigError
 from sa3dist.formats import DatasetIndex, atomic_path, digest_of
-from sa3dist.graphs import Recorder, wants_graphs
-from sa3dist.model.fused import keep_compiled_in, use_compiled, wants_compile
 from sa3dist.parallel import checkpoint, zero_config
 from sa3dist.parallel.agreement import check_ranks_agree
 from sa3dist.parallel.group import Group, on_main_first
 from sa3dist.parallel.pulse import PREPARATION_SECONDS
 from sa3dist.parallel.signals import StopRequest
+from sa3dist.passes import choose_passes
 from sa3dist.startup import Startup, timed
 from sa3dist.trainer import Trainer
 from sa3dist.work import Plan
@@ -202,20 +201,7 @@ class Run:
     def train(self, base, encoded: EncodedClips) -> None:
         """Stage three: train from where ``prepare`` left the trainer to number_of_steps."""
         settings, group, work = self.settings, self.group, self.trainer.plan
-        base.recomputed_blocks = memory.recomputed_blocks(
-            settings.gradient_checkpointing,
-            base,
-            self._frames,
-            settings.batch_size,
-            group.device,
-            settings.mixed_precision,
-        )
-        if wants_compile(settings.compile, group.device, work.steps, settings.deterministic):
-            keep_compiled_in(settings.work_dir / "compiled")
-            use_compiled(base.dit)
-        tokens = settings.batch_size * (base.dit.transformer.memory + self._frames)
-        if group.deepspeed is None and wants_graphs(settings.cuda_graphs, group.device, tokens, work.steps):
-            self.trainer.record_passes(Recorder(group.device))
+        choose_passes(self.trainer, settings, self._frames)
         resume.set_aside(settings.output_dir, self.trainer.step, group, self.stop)
         self._announce(base)
         group.pulse.enter("train", settings.step_timeout)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sa3dist
-from sa3dist import graphs
+from sa3dist import graphs, passes
 from sa3dist.adapters import adapter_parameters, attach_adapter
 from sa3dist.errors import OutOfMemory
 from sa3dist.model.packing import Packing
@@ -195,6 +195,25 @@ def test_what_a_pass_depends_on_beside_values_tells_shapes_apart():
     assert len({graphs.shape_of(batch) for batch in changed}) == len(changed)
     same = dataclasses.replace(whole, t_B=whole.t_B + 1, clips=["c", "d"], silent_crops=1)
     assert graphs.shape_of(same) == graphs.shape_of(whole)
+
+
+@pytest.mark.parametrize("lockstep", [False, True])
+def test_a_run_that_is_told_to_records_unless_ranks_exchange_tensors_within_a_pass(monkeypatch, tmp_path, lockstep):
+    monkeypatch.setattr(passes, "Recorder", lambda device: HostRecorder())
+    settings = types.SimpleNamespace(
+        **vars(SETTINGS),
+        batch_size=2,
+        gradient_checkpointing="on",
+        compile="off",
+        deterministic=False,
+        cuda_graphs="on",
+        work_dir=tmp_path,
+    )
+    trainer = make_trainer()
+    trainer.engine.lockstep = lockstep
+    passes.choose_passes(trainer, settings, frames=24)
+    assert (trainer.graphs is None) is lockstep
+    assert trainer.base.gradient_checkpointing
 
 
 def test_auto_records_short_micro_batches_of_long_runs_on_cuda():

@@ -21,6 +21,7 @@ from sa3dist.data.stream import MicroBatch, MicroBatches, StreamSettings, loader
 from sa3dist.parallel import checkpoint
 from sa3dist.parallel.group import Group
 from sa3dist.parallel.signals import StopRequest
+from sa3dist.passes import choose_passes
 from sa3dist.trainer import Trainer
 from sa3dist.work import Plan
 
@@ -44,7 +45,7 @@ class Sizes:
     clips: int
 
 
-REAL = Sizes("medium-base", None, torch.bfloat16, 323, 50, 25, 4091, 8, 16, 24)
+REAL = Sizes("medium-base", None, torch.bfloat16, 323, 300, 150, 4091, 20, 16, 24)
 TINY = Sizes("tiny-medium", 2, torch.float32, 12, 6, 3, 20, 2, 4, 4)
 
 
@@ -54,6 +55,7 @@ class RunSettings:
 
     mixed_precision: str
     save_every: int
+    work_dir: Path
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
     context_weight: float = 1.0
@@ -61,6 +63,11 @@ class RunSettings:
     keep_checkpoints: int = 4
     log_every: int = 1
     log_clips: bool = False
+    batch_size: int = 1
+    gradient_checkpointing: str = "auto"
+    compile: str = "auto"
+    deterministic: bool = False
+    cuda_graphs: str = "auto"
 
 
 def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) -> bool:
@@ -102,6 +109,7 @@ class Trained:
     train_seconds: float
     peak_bytes: int
     recomputed_blocks: int
+    replayed_shapes: int
 
 
 def trained(base, sizes: Sizes, frames: int, steps: int, output_dir: Path, device, saved=None) -> Trained:
@@ -110,7 +118,7 @@ def trained(base, sizes: Sizes, frames: int, steps: int, output_dir: Path, devic
     adapters.detach_adapter(base)
     adapters.attach_adapter(base, rank=sizes.rank, seed=7)
     attached = time.monotonic()
-    settings = RunSettings("bf16" if sizes.dtype == torch.bfloat16 else "no", sizes.save_every)
+    settings = RunSettings("bf16" if sizes.dtype == torch.bfloat16 else "no", sizes.save_every, output_dir)
     samples = make_samples(base, SyntheticClips(base, sizes.clips, frames), frames)
     work = Plan(
         steps=steps,
@@ -127,7 +135,7 @@ def trained(base, sizes: Sizes, frames: int, steps: int, output_dir: Path, devic
         resume.check_identity(saved, work.identity, output_dir)
         trainer.restore(saved)
     first = trainer.step
-    base.recomputed_blocks = memory.recomputed_blocks("auto", base, frames, 1, device, settings.mixed_precision)
+    choose_passes(trainer, settings, frames)
     output_dir.mkdir(parents=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -142,6 +150,7 @@ def trained(base, sizes: Sizes, frames: int, steps: int, output_dir: Path, devic
         train_seconds=time.monotonic() - attached,
         peak_bytes=rows[-1]["peak_bytes"],
         recomputed_blocks=base.recomputed_blocks,
+        replayed_shapes=trainer.graphs.shapes if trainer.graphs else 0,
     )
 
 
@@ -182,6 +191,7 @@ def report(run_: Trained) -> dict:
         "train_seconds": run_.train_seconds,
         "peak_bytes": run_.peak_bytes,
         "recomputed_blocks": run_.recomputed_blocks,
+        "replayed_shapes": run_.replayed_shapes,
         "loss_first": statistics.fmean(losses[:tenth]),
         "loss_last": statistics.fmean(losses[-tenth:]),
         "losses": losses,

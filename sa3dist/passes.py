@@ -1,0 +1,27 @@
+"""How a run carries out its passes: which blocks are recomputed, what is compiled, what is replayed."""
+
+from __future__ import annotations
+
+from sa3dist import memory
+from sa3dist.graphs import Recorder, wants_graphs
+from sa3dist.model.fused import keep_compiled_in, use_compiled, wants_compile
+from sa3dist.trainer import Trainer
+
+
+def choose_passes(trainer: Trainer, settings, frames: int) -> None:
+    """Decide for this device, this run's length and its longest crop; each choice is logged.
+
+    settings   batch_size, gradient_checkpointing, mixed_precision, compile, deterministic, cuda_graphs, work_dir
+    Raises ConfigError when told to compile without a compiler.
+    """
+    base, group, steps = trainer.base, trainer.group, trainer.plan.steps
+    base.recomputed_blocks = memory.recomputed_blocks(
+        settings.gradient_checkpointing, base, frames, settings.batch_size, group.device, settings.mixed_precision
+    )
+    if wants_compile(settings.compile, group.device, steps, settings.deterministic):
+        keep_compiled_in(settings.work_dir / "compiled")
+        use_compiled(base.dit)
+    tokens = settings.batch_size * (base.dit.transformer.memory + frames)
+    # Ranks of an engine in lockstep exchange tensors within a pass.
+    if not trainer.engine.lockstep and wants_graphs(settings.cuda_graphs, group.device, tokens, steps):
+        trainer.record_passes(Recorder(group.device))
