@@ -16,6 +16,7 @@ import yaml
 
 from sa3dist import __version__, adapters, dataset, encode, export, loop, memory, opening, resume, schedule
 from sa3dist.config import Settings, crop_frames
+from sa3dist.data.archive import check_local
 from sa3dist.data.collect import collect
 from sa3dist.data.crops import CropsInFlight, EncodedCrops
 from sa3dist.data.fetch import shown
@@ -68,12 +69,14 @@ class Run:
         return self.trainer.step if self.trainer else 0
 
     def check(self) -> None:
-        """Refuse at once what needs no preparation to be seen wrong. Raises ConfigError, CheckpointError."""
+        """Refuse at once what needs no preparation to be seen wrong. Raises ConfigError, DataError, CheckpointError."""
         settings = self.settings
         for key in ("output_dir", "work_dir"):
             path = getattr(settings, key)
             if path.exists() and not path.is_dir():
                 raise ConfigError(f"{key}: {path} is a file, expected a directory; choose another {key}")
+        # Rank 0 reads it; on other hosts it need not be.
+        on_main_first(self.group, "find-source", lambda: check_local(settings.audio_data_url), self.stop)
         if self.group.deepspeed is not None:
             zero_config.check(self.group.deepspeed)
         if settings.cuda_graphs == "on" and (self.group.device.type != "cuda" or self.group.deepspeed is not None):

@@ -61,6 +61,11 @@ def test_a_model_directory_that_is_none(refuse, tmp_path):
     assert only_line(refuse(model=tmp_path / "nowhere"), "nowhere", "medium-base")
 
 
+def test_a_source_that_is_not_there_before_any_model_is_looked_for(refuse, tmp_path):
+    lines = refuse(audio_data_url=tmp_path / "none.zip", model=tmp_path / "nowhere")
+    assert only_line(lines, "none.zip", "no such file or folder")
+
+
 def damaged(demo_base: Path, target: Path, change) -> Path:
     shutil.copytree(demo_base, target)
     tensors = load_file(target / "model.safetensors")

@@ -136,6 +136,13 @@ def expand_braces(source: str) -> list[str]:
     return [before + number + tail for number in numbers for tail in expand_braces(after)]
 
 
+def check_local(source: str) -> None:
+    """Raise DataError when a part of ``source`` should be on this machine and is not; nothing is opened."""
+    for part in expand_braces(source):
+        if not is_remote(part):
+            local_path(part)
+
+
 def local_path(source: str) -> Path:
     """The file or folder of a path or file:// address. Raises DataError when there is none."""
     path = Path(unquote(urlsplit(source).path) if source.startswith("file://") else source).expanduser()
