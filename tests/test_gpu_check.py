@@ -168,13 +168,20 @@ def test_the_most_telling_steps_come_first():
     assert (first.shape, first.adapter_type, first.frames[:2]) == ("medium-base", "dora-rows", (323, 4091))
     assert (second.shape, second.adapter_type, second.frames[0]) == ("small-music-base", "dora-rows", 323)
     planned = {(g.shape, g.adapter_type, g.rank) for g in check_step.PLAN}
-    kinds = [("lora", 16), ("dora-rows", 16), ("bora", 16), ("dora-rows-xs", 16), ("dora-rows", 128)]
+    types = ("lora", "dora-rows", "dora-cols", "bora", "dora-rows-xs")
+    kinds = [(name, rank) for name in types for rank in (16, 128)]
     assert planned == {(shape, *kind) for shape in ("medium-base", "small-music-base") for kind in kinds}
 
 
 def test_targets_are_held_against_the_rows_they_are_about():
     row = {"shape": "medium-base", "adapter_type": "dora-rows", "rank": 16, "frames": 323, "ratio": 9.0}
-    row |= {"ratio_from_audio": None, "over_frozen": 1.2, "over_floor": 1.5, "recomputing_total_bytes": 30e9}
+    row |= {
+        "ratio_from_audio": None,
+        "named_share": None,
+        "over_frozen": 1.2,
+        "over_floor": 1.5,
+        "recomputing_total_bytes": 30e9,
+    }
     others = [{**row, "rank": 128}, {**row, "shape": "small-music-base"}]
     found = check_step.against_targets([row, *others, {**row, "frames": 4091, "ratio": 2.1, "ratio_from_audio": 4.5}])
     met = {(entry["frames"], entry["figure"]): entry["met"] for entry in found}

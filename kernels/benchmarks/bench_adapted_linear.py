@@ -4,6 +4,7 @@
 
 frozen        the same layer without adapter: x @ W0.T + bias and the gradient of x (``frozen_linear``)
 materialised  W' formed by a float32 parametrisation with autograd through it, as the reference does
+compiled      the same by ``torch.compile`` (--compile)
 All variants of a layer run in turn in one process, so that a busy machine slows them alike; medians are compared.
 """
 
@@ -12,14 +13,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import platform
 import statistics
-import subprocess
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from results_file import environment
 from sa3dist_kernels import (
     ADAPTER_TYPES,
     adapted_linear,
@@ -27,6 +28,7 @@ from sa3dist_kernels import (
     frozen_constants,
     frozen_linear,
 )
+from timing import peak_bytes, synchronise
 
 # fan_in, fan_out, bias of one transformer block, in the order it runs them.
 SHAPES = {
@@ -56,10 +58,13 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SCALE = 1.0
 
 
-def make_variants(fan_in, fan_out, bias, tokens, rank, kinds, device, dtype, by_torch=False):
+def make_variants(
+    fan_in, fan_out, bias, tokens, rank, kinds, device, dtype, by_torch=False, compiled: Collection[str] = ()
+):
     """Name to a function that runs one forward and backward and returns its output and gradients.
 
     by_torch   also "<type> torch": the factored op without Triton kernels, where "factored" takes what "auto" takes
+    compiled   also "<type> compiled" for these types: the materialised form by the compiler
     """
     weight = (torch.randn(fan_out, fan_in, device=device) / fan_in**0.5).to(dtype)
     offset = torch.randn(fan_out, device=device).to(dtype) if bias else None
@@ -82,17 +87,17 @@ def make_variants(fan_in, fan_out, bias, tokens, rank, kinds, device, dtype, by_
         def factored(kind=kind, frozen=frozen, params=params, impl="auto"):
             return run(lambda: adapted_linear(x, weight, offset, params, kind, SCALE, frozen=frozen, impl=impl), params)
 
-        def materialised(kind=kind, frozen=frozen, params=params):
-            def layer():
-                merged = effective_weight_reference(weight, params, kind, SCALE, frozen)
-                return F.linear(x, merged.to(dtype), offset)
-
-            return run(layer, params)
+        def materialised_layer(kind=kind, frozen=frozen, params=params):
+            merged = effective_weight_reference(weight, params, kind, SCALE, frozen)
+            return F.linear(x, merged.to(dtype), offset)
 
         variants[f"{kind.name} factored"] = factored
         if by_torch:
             variants[f"{kind.name} torch"] = functools.partial(factored, impl="torch")
-        variants[f"{kind.name} materialised"] = materialised
+        variants[f"{kind.name} materialised"] = functools.partial(run, materialised_layer, params)
+        if kind.name in compiled:
+            by_compiler = torch.compile(materialised_layer, dynamic=False)
+            variants[f"{kind.name} compiled"] = functools.partial(run, by_compiler, params)
     return variants
 
 
@@ -115,23 +120,6 @@ def spread(values):
     return high - low
 
 
-def synchronise(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def peak_bytes(run, device):
-    """Most memory allocated while ``run`` runs, beyond what was held before; None on a CPU, which does not count it."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def check(variants, kinds, dtype):
     """The two ways must compute the same thing before their times mean anything."""
     limit = 1e-4 if dtype == torch.float32 else 0.05
@@ -145,9 +133,9 @@ def check(variants, kinds, dtype):
 def measure(options, kinds, device):
     rows = []
     for layer, (fan_in, fan_out, bias) in SHAPES[options.shape].items():
-        variants = make_variants(
-            fan_in, fan_out, bias, options.tokens, options.rank, kinds, device, DTYPES[options.dtype]
-        )
+        sizes = fan_in, fan_out, bias, options.tokens, options.rank
+        compiled = options.types if options.compile else ()
+        variants = make_variants(*sizes, kinds, device, DTYPES[options.dtype], compiled=compiled)
         if options.skip_materialised:
             variants = {name: run for name, run in variants.items() if not name.endswith("materialised")}
         else:
@@ -177,29 +165,18 @@ def summarise(rows, kinds):
     for row in rows:
         total[row["variant"]] = total.get(row["variant"], 0.0) + row["milliseconds"]
     summary = {}
-    print(f"\n{'type':14} {'factored':>10} {'x frozen':>9} {'materialised / factored':>24}")
+    print(f"\n{'type':14} {'factored':>10} {'x frozen':>9} {'materialised / factored':>24} {'compiled / factored':>20}")
     for kind in kinds:
         ours = total[f"{kind.name} factored"]
-        theirs = total.get(f"{kind.name} materialised")
         ratio = ours / total["frozen"]
-        gain = None if theirs is None else theirs / ours
-        summary[kind.name] = {"milliseconds": ours, "over_frozen": ratio, "materialised_over_factored": gain}
-        print(f"{kind.name:14} {ours:7.1f} ms {ratio:9.2f} {'' if gain is None else f'{gain:24.2f}'}")
+        summary[kind.name] = {"milliseconds": ours, "over_frozen": ratio}
+        gains = []
+        for form, width in (("materialised", 24), ("compiled", 20)):
+            theirs = total.get(f"{kind.name} {form}")
+            summary[kind.name][f"{form}_over_factored"] = None if theirs is None else theirs / ours
+            gains.append(" " * width if theirs is None else f"{theirs / ours:{width}.2f}")
+        print(f"{kind.name:14} {ours:7.1f} ms {ratio:9.2f} {' '.join(gains)}".rstrip())
     return summary
-
-
-def environment(device):
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or None,
-    }
 
 
 def parse_options():
@@ -213,6 +190,7 @@ def parse_options():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--threads", type=int, help="CPU threads, default all")
+    parser.add_argument("--compile", action="store_true", help="measure the compiled materialised form as well")
     parser.add_argument("--skip-materialised", action="store_true")
     parser.add_argument("--out", type=Path, help="write everything as JSON")
     return parser.parse_args()

@@ -1,4 +1,5 @@
-"""Part ``ops``: one adapted layer on the medium model's real shapes, against its frozen and its materialised form.
+"""Part ``ops``: one adapted layer on the medium model's real shapes, against its frozen and its materialised form,
+the latter also compiled.
 
 Every time is forward and backward of one layer with operands not in the cache. ``floor_ms`` is what the two products of
 a frozen layer must take at the rates this device reached on one large product and one large copy.
@@ -31,6 +32,8 @@ class Sizes:
     copy: int
 
 
+# Type and rank whose materialised form is compiled too: that takes seconds a layer and length.
+COMPILED = ("dora-rows", 16)
 TYPES = ("dora-rows", "lora", "dora-cols", "bora", "dora-rows-xs")
 REAL = Sizes(
     layers=tuple(dict.fromkeys(SHAPES["medium"].values())),
@@ -100,7 +103,9 @@ def measure_layer(sizes: Sizes, layer, tokens: int, rank: int, device: torch.dev
     fan_in, fan_out, bias = layer
     kinds = [ADAPTER_TYPES[name] for name in sizes.types]
     dtype = DTYPES[sizes.dtype]
-    variants = make_variants(fan_in, fan_out, bias, tokens, rank, kinds, device, dtype, by_torch=True)
+    compiled = COMPILED[:1] if device.type == "cuda" and rank == COMPILED[1] else ()
+    sizes_ = fan_in, fan_out, bias, tokens, rank
+    variants = make_variants(*sizes_, kinds, device, dtype, by_torch=True, compiled=compiled)
     distances = {kind.name: distance(variants, kind.name) for kind in kinds}
     spans = {n: summary(t) for n, t in interleaved(variants, sizes.rounds, device, warm_up=2, cold=True).items()}
     peaks = {name: peak_bytes(variant, device) for name, variant in variants.items()}
@@ -108,6 +113,7 @@ def measure_layer(sizes: Sizes, layer, tokens: int, rank: int, device: torch.dev
     rows = []
     for kind in kinds:
         ours, by_torch, theirs = (f"{kind.name} {form}" for form in ("factored", "torch", "materialised"))
+        by_compiler = spans.get(f"{kind.name} compiled")
         rows.append(
             {
                 "fan_in": fan_in,
@@ -120,8 +126,10 @@ def measure_layer(sizes: Sizes, layer, tokens: int, rank: int, device: torch.dev
                 "torch_ms": spans[by_torch],
                 "frozen_ms": spans["frozen"],
                 "materialised_ms": spans[theirs],
+                "compiled_ms": by_compiler,
                 "over_frozen": spans[ours]["median"] / frozen,
                 "materialised_over_ours": spans[theirs]["median"] / spans[ours]["median"],
+                "compiled_over_ours": by_compiler and by_compiler["median"] / spans[ours]["median"],
                 "torch_over_ours": spans[by_torch]["median"] / spans[ours]["median"],
                 "peak_bytes": {
                     "ours": peaks[ours],

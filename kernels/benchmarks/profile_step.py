@@ -1,0 +1,93 @@
+"""Where a training step's time goes, kernel by kernel: what each is for, and how much of the time has a name.
+
+    python kernels/benchmarks/profile_step.py --shape medium-base --depth 0 --frames 323
+
+Times are a device's own: of its kernels on CUDA, of operations without what they call on a CPU. Passes are run as
+ordinary launches; replayed as a graph they are the same kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import torch
+from bench_step import parse
+from results_file import environment
+from step_sides import Side
+from timing import synchronise
+from torch.profiler import ProfilerActivity, profile
+
+STEPS = 5
+# Kernels are listed until they make up this share of the time.
+LISTED_SHARE = 0.95
+# The first that is found in a name says what it is for.
+PURPOSES = (
+    ("attention", r"flash|fmha|attention|sdpa|mha_"),
+    (
+        "adapters' kernels",
+        r"_(fused|finish|sums|gain_gradient|thin_norms|weight_pass)_kernel|FactoredLinear|FusedLinear",
+    ),
+    ("matrix products", r"gemm|cutlass|nvjet|xmma|cublas|splitK|aten::(add|b|badd)?mm|convolution|conv1d"),
+    ("compiled element-wise", r"^triton_"),
+    ("optimiser", r"[aA]dam"),
+    ("copies and fills", r"[mM]emcpy|[mM]emset|copy|[fF]ill|CatArray|aten::(cat|clone|contiguous|zero_|to$)"),
+    ("sums and norms", r"reduce|[nN]orm|aten::(sum|mean|pow|linalg)|softmax"),
+    ("element-wise", r"elementwise|vectorized|aten::(mul|add|sub|div|sigmoid|silu|exp|neg|tanh|rsqrt|where|sin|cos)"),
+    ("indexing", r"index|gather|scatter|arange|searchsorted"),
+)
+
+
+def profiled(side: Side) -> dict:
+    """Milliseconds per step by purpose and by kernel, and which share of the device's time has a purpose."""
+    for _ in range(2):
+        side.step()
+    synchronise(side.device)
+    on_cuda = side.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]) as recorded:
+        for _ in range(STEPS):
+            side.step()
+        synchronise(side.device)
+    spent: dict[str, tuple[float, int]] = {}
+    for event in recorded.key_averages():
+        # On CUDA only kernels and copies take the device's own time; operations that launch them do not.
+        own = event.self_device_time_total if on_cuda else event.self_cpu_time_total
+        of_device = event.device_type == torch.autograd.DeviceType.CUDA
+        if own > 0 and of_device == on_cuda:
+            spent[event.key] = (own / 1e3 / STEPS, event.count // STEPS)
+    total = sum(own for own, _ in spent.values())
+    purposes: dict[str, float] = {}
+    kernels, listed = [], 0.0
+    for name, (own, calls) in sorted(spent.items(), key=lambda item: -item[1][0]):
+        found = purpose(name)
+        purposes[found] = purposes.get(found, 0.0) + own
+        if listed < LISTED_SHARE * total:
+            listed += own
+            kernels.append({"name": name[:120], "purpose": found, "ms": round(own, 4), "calls": calls})
+    return {
+        "device_ms": total,
+        "purposes_ms": {name: round(own, 4) for name, own in sorted(purposes.items(), key=lambda item: -item[1])},
+        "named_share": 1 - purposes.get("other", 0.0) / total,
+        "kernels": kernels,
+    }
+
+
+def purpose(kernel: str) -> str:
+    return next((name for name, pattern in PURPOSES if re.search(pattern, kernel)), "other")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    device = torch.device(options.device)
+    side = Side("ours", options, device)
+    side.use(options.batch, options.frames)
+    row = {"frames": options.frames, "adapter_type": options.adapter_type, "rank": options.rank, **profiled(side)}
+    print(json.dumps({"environment": environment(device), "rows": [row]}, indent=1))
+    for name, own in row["purposes_ms"].items():
+        print(f"{name:24} {own:9.2f} ms  {own / row['device_ms']:6.1%}", file=sys.stderr)
+    print(f"{row['named_share']:.1%} of {row['device_ms']:.1f} ms has a name", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""The profile of a step: time by purpose adds up, and kernels of every kind that CUDA runs have one."""
+
+import bench_step
+import profile_step
+import pytest
+import step_sides
+import torch
+
+
+def test_times_add_up_and_nearly_all_have_a_purpose():
+    words = ["--shape", "tiny-medium", "--depth", "2", "--frames", "200", "--rank", "4", "--precision", "fp32"]
+    options = bench_step.parse([*words, "--device", "cpu"])
+    side = step_sides.Side("ours", options, torch.device("cpu"))
+    side.use(1, options.frames)
+    found = profile_step.profiled(side)
+    assert sum(found["purposes_ms"].values()) == pytest.approx(found["device_ms"], rel=1e-3)
+    listed = sum(kernel["ms"] for kernel in found["kernels"])
+    assert profile_step.LISTED_SHARE - 1e-3 <= listed / found["device_ms"] <= 1
+    assert found["named_share"] > 0.75
+    assert {"matrix products", "attention", "adapters' kernels", "optimiser"} <= found["purposes_ms"].keys()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "purpose"),
+    [
+        ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_TNN", "matrix products"),
+        ("sm80_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x64x64", "matrix products"),
+        ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm>", "matrix products"),
+        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob", "attention"),
+        ("_finish_kernel", "adapters' kernels"),
+        ("_thin_norms_kernel", "adapters' kernels"),
+        ("triton_poi_fused_add_mul_silu_3", "compiled element-wise"),
+        ("void at::native::multi_tensor_apply_kernel<at::native::FusedAdamMathFunctor<float, 4>>", "optimiser"),
+        ("void at::native::elementwise_kernel<128, 2, at::native::mul>", "element-wise"),
+        ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>", "sums and norms"),
+        ("Memcpy DtoD (Device -> Device)", "copies and fills"),
+        ("void at::native::index_elementwise_kernel<>", "element-wise"),
+        ("void at::native::vectorized_gather_kernel<16, long>", "element-wise"),
+        ("somebody_elses_kernel", "other"),
+    ],
+)
+def test_kernels_have_the_purpose_their_names_tell(kernel, purpose):
+    assert profile_step.purpose(kernel) == purpose
