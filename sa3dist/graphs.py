@@ -55,6 +55,8 @@ class Recorder:
 
     def warm_up(self, function: Callable[[], Tensors]) -> Tensors:
         """Run ``function`` where it will be recorded: kernels are compiled, chosen and given their workspaces."""
+        # A gradient's last node keeps the stream of the pass that made it; none of an earlier pass may live on.
+        gc.collect()
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -68,9 +70,14 @@ class Recorder:
         Raises RuntimeError where something in it cannot be recorded.
         """
         graph = torch.cuda.CUDAGraph()
-        # Other threads pin memory and watch collectives meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            results = function()
+        current = torch.cuda.current_stream(self._stream.device)
+        try:
+            # Other threads pin memory and watch collectives meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                results = function()
+        finally:
+            # A recording that fails leaves its stream as the current one.
+            torch.cuda.set_stream(current)
 
         def replay() -> Tensors:
             graph.replay()
@@ -157,8 +164,8 @@ class PassGraphs:
             self._recorder.warm_up(lambda: self._recordable(own))
             self._recorded[key] = _Recorded(own, self._recorder.record(lambda: self._recordable(own)))
         except Exception as problem:
-            # Whatever a driver raises: the pass itself was done without a graph.
-            self._give_up(f"{type(problem).__name__}: {problem}")
+            # Whatever a driver raises: the pass itself is done without a graph.
+            self._give_up(problem)
         # The warm-up has added to it.
         self._gradient.copy_(before)
 
@@ -179,14 +186,17 @@ class PassGraphs:
             if worst <= 1:
                 recorded.compared = True
             else:
-                self._give_up(f"a replay was {worst:.1f} times as far from the ordinary pass as rounding explains")
+                self._give_up(f"a replay is {worst:.1f} times as far from the ordinary pass as rounding explains")
         except Exception as problem:
-            self._give_up(f"{type(problem).__name__}: {problem}")
+            self._give_up(problem)
         self._gradient.copy_(after)
         return losses
 
-    def _give_up(self, why: str) -> None:
-        log.warning("cuda_graphs: training goes on without them: %s", why.splitlines()[0])
+    def _give_up(self, why: str | Exception) -> None:
+        while isinstance(why, Exception) and why.__context__ is not None:
+            # Ending a broken recording raises once more.
+            why = why.__context__
+        log.warning("cuda_graphs: training goes on without them: %s", str(why).partition("\n")[0])
         self.drop()
 
 
