@@ -28,6 +28,8 @@ STEPS_WORTH_RECORDING = 50
 MOST_GRAPHS = 8
 # Shapes remembered as seen once.
 MOST_SHAPES = 1000
+# Free memory before a recording, in passes: its own, an ordinary one, and what the allocator rounds up.
+PASSES_THAT_FIT = 2.2
 # Relative distance of a replay from the ordinary pass. The same kernels run; flash attention adds in varying order.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-3, 1e-2
 
@@ -67,8 +69,9 @@ class Recorder:
     def record(self, function: Callable[[], Tensors]) -> Callable[[], Tensors]:
         """What ``function`` launches, without running it. The result runs it and returns tensors the next run changes.
 
-        Raises RuntimeError where something in it cannot be recorded.
+        Raises RuntimeError where something in it cannot be recorded, or too little memory would be left.
         """
+        self._check_room()
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._stream.device)
         try:
@@ -84,6 +87,18 @@ class Recorder:
             return results
 
         return replay
+
+    def _check_room(self) -> None:
+        """What a recording keeps must leave room for an ordinary pass: other shapes still take one."""
+        device = self._stream.device
+        torch.cuda.empty_cache()
+        # At least what a pass takes: the most that was ever allocated beyond what is now.
+        one_pass = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+        free, _ = torch.cuda.mem_get_info(device)
+        if free < PASSES_THAT_FIT * one_pass:
+            raise RuntimeError(
+                f"a recorded pass of {one_pass / 1e9:.1f} GB leaves too little of {free / 1e9:.1f} GB for another"
+            )
 
 
 @dataclasses.dataclass
@@ -156,6 +171,8 @@ class PassGraphs:
         self._recorder = None
         self._recorded.clear()
         gc.collect()
+        if self._gradient.is_cuda:
+            torch.cuda.empty_cache()
 
     def _record(self, key: Hashable, batch: MicroBatch) -> None:
         before = self._gradient.clone()

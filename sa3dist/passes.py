@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from sa3dist import memory
 from sa3dist.graphs import Recorder, wants_graphs
 from sa3dist.model.fused import keep_compiled_in, use_compiled, wants_compile
@@ -15,6 +17,9 @@ def choose_passes(trainer: Trainer, settings, frames: int) -> None:
     Raises ConfigError when told to compile without a compiler.
     """
     base, group, steps = trainer.base, trainer.group, trainer.plan.steps
+    if group.device.type == "cuda":
+        # What encoding took says nothing about training.
+        torch.cuda.reset_peak_memory_stats(group.device)
     base.recomputed_blocks = memory.recomputed_blocks(
         settings.gradient_checkpointing, base, frames, settings.batch_size, group.device, settings.mixed_precision
     )

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from sa3dist_kernels import ADAPTER_TYPES
 
 from sa3dist import memory
@@ -16,6 +17,7 @@ from sa3dist.calibration import Factor, Measured, calibrate
 from sa3dist.config import Settings, crop_frames
 from sa3dist.counting import Adapter, Count, count
 from sa3dist.devices import Device
+from sa3dist.graphs import wants_graphs
 from sa3dist.model.base import AUTOENCODER_PREFIX
 from sa3dist.model.config import ModelConfig
 from sa3dist.model.loading import expected_tensors, meta_roots
@@ -118,14 +120,19 @@ def predict(job: Job, device: Device, measured: list[Measured]) -> Prediction:
     counted = count(config, largest, adapter, size, size)
     choice = _choose(settings.gradient_checkpointing, counted, sum(needed.values()), device.memory_bytes)
     needed["kept for the backward pass"] = counted.kept_bytes(choice.recomputed_blocks)
+    tokens = settings.batch_size * (job.frames + config.dit.num_memory_tokens)
+    graphed = _graphed(job, device, needed, tokens)
+    if graphed:
+        needed["recorded pass"] = needed["kept for the backward pass"] + needed["working"]
 
     usual = memory.batch_of(config, job.frames, settings.batch_size, given_context=False)
     work = count(config, usual, adapter, size, size).total(choice.recomputed_blocks)
-    tokens = settings.batch_size * (job.frames + config.dit.num_memory_tokens)
     factor = calibrate(measured, device, settings.model, settings.adapter_type, size, tokens)
     compute, moving = work.seconds(device.flops_per_second(size), device.bytes_per_second)
     rounds = settings.accumulation(job.ranks)
-    launches = LAUNCHES_PER_OPERATION * len(work.operations) if device.on_gpu and not factor.own else 0
+    # What a timed device's host costs is within the factor; a graph is launched at once.
+    from_host = device.on_gpu and not factor.own and not graphed
+    launches = LAUNCHES_PER_OPERATION * len(work.operations) if from_host else 0
     seconds = {
         "compute": rounds * factor.value * compute,
         "memory bandwidth": rounds * factor.value * moving,
@@ -147,6 +154,16 @@ def _held_bytes(job: Job, device: Device) -> dict[str, float]:
         "working": memory.working_bytes(job.config, tokens, job.value_bytes),
         "context": CONTEXT_BYTES if device.on_gpu else 0.0,
     }
+
+
+def _graphed(job: Job, device: Device, needed: dict[str, float], tokens: int) -> bool:
+    """Whether passes will be replayed: where the run wants it and their values fit the memory a second time."""
+    settings = job.settings
+    wanted = device.on_gpu and wants_graphs(
+        settings.cuda_graphs, torch.device("cuda"), tokens, settings.number_of_steps
+    )
+    twice = sum(needed.values()) + needed["kept for the backward pass"] + needed["working"]
+    return wanted and twice <= memory.USABLE_SHARE * device.memory_bytes
 
 
 def _choose(setting: str, counted: Count, other: float, free: float) -> memory.Choice:

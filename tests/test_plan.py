@@ -8,7 +8,7 @@ import pytest
 import torch
 from sa3dist_kernels import ADAPTER_TYPES
 
-from sa3dist import calibration, cli, config, plan_command
+from sa3dist import calibration, cli, config, memory, plan_command
 from sa3dist.adapters import adapter_parameters, attach_adapter, candidate_layers
 from sa3dist.calibration import read_results
 from sa3dist.counting import Adapter, MicroBatch, count
@@ -82,6 +82,17 @@ def test_time_follows_the_device_the_length_and_the_ranks():
     four = dataclasses.replace(job(), ranks=4, link_bytes_per_second=25e9 / 8)
     # The trained numbers of the small model's adapter, in float32, over the link twice but for a rank's own share.
     assert predict(four, H200, []).seconds["network"] == pytest.approx(2 * 3 / 4 * 4 * 10.71e6 / (25e9 / 8), rel=1e-3)
+
+
+def test_passes_are_planned_as_graphs_where_a_run_records_them_and_their_values_fit_twice():
+    small = predict(job(duration=30), H200, [])
+    launched = predict(job(duration=30, cuda_graphs="off"), H200, [])
+    assert small.seconds["host"] == 0 < launched.seconds["host"]
+    again = small.bytes["kept for the backward pass"] + small.bytes["working"]
+    assert small.peak_bytes == pytest.approx(launched.peak_bytes + again)
+    tight = dataclasses.replace(H200, memory_bytes=(launched.peak_bytes + again / 2) / memory.USABLE_SHARE)
+    assert predict(job(duration=30), tight, []).bytes == launched.bytes
+    assert "recorded pass" not in predict(job("medium-base", duration=380), H200, []).bytes
 
 
 def test_recomputing_costs_time_and_saves_memory():

@@ -137,8 +137,6 @@ def trained(base, sizes: Sizes, frames: int, steps: int, output_dir: Path, devic
     first = trainer.step
     choose_passes(trainer, settings, frames)
     output_dir.mkdir(parents=True)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     with contextlib.closing(batches(samples, first, work, device)) as stream:
         loop.train(trainer, stream, StopRequest(), output_dir, first or None, lambda: memory.memory_figures(device))
     rows = [json.loads(text) for text in (output_dir / "metrics.jsonl").read_text().splitlines()]
