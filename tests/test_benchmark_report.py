@@ -31,11 +31,19 @@ def test_the_newest_measurement_of_a_case_is_shown_in_table_and_picture(tmp_path
     options = {"dtype": "fp32", "adapter_type": "lora", "rank": 4, "tokens": 64}
     environment = {"device": "H200", "threads": 1}
     (tmp_path / "peft.json").write_text(json.dumps({"environment": environment, "options": options, "rows": [peft]}))
+    block = {"milliseconds": 124.3, "over_frozen": 1.26}
+    block |= {"materialised_over_factored": 3.7, "compiled_over_factored": None}
+    of_layers = {"environment": environment, "options": {**options, "shape": "small"}, "summary": {"dora-rows": block}}
+    (tmp_path / "layers_cpu.json").write_text(json.dumps({**of_layers, "rows": []}))
     report.main(["--results", str(tmp_path)])
     text = (tmp_path / "README.md").read_text()
-    assert "| x86_64, 2 threads | small x 4 | fp32 | 128 | lora r16 | 100 ms | 3.75x | 7.50x | 1.25 | 300 / - |" in text
+    assert (
+        "| x86_64, 2 threads | small x 4 | fp32 | 128 | lora r16 | - | 100 ms | 3.75x | 7.50x | 1.25 | 300 / - |"
+        in text
+    )
+    assert "| H200 | fp32 | small, 64 tokens | dora-rows r4 | 124.3 ms | 1.26 | 3.70x | - |" in text
     # Of PEFT alone: the older step is gone.
     assert text.count("2.50x") == 1
     assert "9.50x" in text
-    assert [(tmp_path / name).read_bytes()[:4] for name in ("step.png", "peft.png")] == [b"\x89PNG"] * 2
+    assert [(tmp_path / name).read_bytes()[:4] for name in ("step.png", "layers.png", "peft.png")] == [b"\x89PNG"] * 3
     assert not (tmp_path / "packing.png").exists()

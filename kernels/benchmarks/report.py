@@ -30,6 +30,16 @@ def read(directory: Path, prefix: str) -> list[dict]:
     return rows
 
 
+def read_blocks(directory: Path) -> list[dict]:
+    """One row per adapter type of every results file of bench_adapted_linear.py: its layers together."""
+    rows = []
+    for path in sorted(directory.glob("layers*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        shared = {**content["environment"], **content["options"]}
+        rows += [{**shared, "adapter_type": name, **figures} for name, figures in content["summary"].items()]
+    return rows
+
+
 def newest(rows: Iterable[dict], keys: tuple[str, ...]) -> list[dict]:
     """The last measurement of every case."""
     return list({tuple(str(row.get(key)) for key in keys): row for row in rows}.values())
@@ -47,6 +57,7 @@ def step_table(rows: list[dict]) -> Table:
             row["precision"] + (" (emulated)" if row.get("emulated_products") else ""),
             str(row["frames"]),
             f"{row['adapter_type']} r{row['rank']}",
+            ", ".join(way for way in ("compiled", "graphed") if row.get(way)) or "-",
             f"{row['ours_ms']:.0f} ms",
             f"{row['ratio']:.2f}x",
             f"{row['ratio_from_audio']:.2f}x" if row.get("ratio_from_audio") else "-",
@@ -55,7 +66,7 @@ def step_table(rows: list[dict]) -> Table:
         ]
         for row in rows
     ]
-    titles = ["device", "model x blocks", "precision", "frames", "adapter", "step", "baseline / ours"]
+    titles = ["device", "model x blocks", "precision", "frames", "adapter", "ours is", "step", "baseline / ours"]
     titles += ["the same with encoding in every step", "ours / frozen"]
     return "Whole training step (bench_step.py)", [*titles, "step MB, ours / baseline"], lines
 
@@ -94,6 +105,27 @@ def peft_table(rows: list[dict]) -> Table:
     return "Adapted layers against PEFT (bench_peft.py)", titles, lines
 
 
+def blocks_table(rows: list[dict]) -> Table:
+    def times(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}x"
+
+    lines = [
+        [
+            where(row),
+            row["dtype"],
+            f"{row['shape']}, {row['tokens']} tokens",
+            f"{row['adapter_type']} r{row['rank']}",
+            f"{row['milliseconds']:.1f} ms",
+            f"{row['over_frozen']:.2f}",
+            times(row["materialised_over_factored"]),
+            times(row["compiled_over_factored"]),
+        ]
+        for row in rows
+    ]
+    titles = ["device", "precision", "layers of one block", "adapter", "ours", "ours / frozen", "materialised / ours"]
+    return "Adapted layers (bench_adapted_linear.py)", [*titles, "materialised, compiled / ours"], lines
+
+
 def where(row: dict) -> str:
     return f"{row['device']}, {row['threads']} threads" if "x86" in row["device"] else row["device"]
 
@@ -127,17 +159,23 @@ def bars(path: Path, title: str, labels: list[str], values: list[float], unit: s
 def draw(directory: Path, kinds: dict[str, list[dict]]) -> list[str]:
     """One picture per kind that has rows; returns their file names."""
     labels = {
-        "step": lambda row: f"{row['adapter_type']} r{row['rank']}, {row['frames']} frames, {row['precision']}",
+        "step": lambda row: (
+            f"{row['adapter_type']} r{row['rank']}, {row['frames']} frames, {row['precision']}"
+            + (", compiled" if row.get("compiled") else "")
+        ),
+        "layers": lambda row: f"{row['adapter_type']} r{row['rank']}, {row['tokens']} tokens, {row['dtype']}",
         "packing": lambda row: f"fill {row['fill']:.0%}: {', '.join(map(str, row['lengths']))}",
         "peft": lambda row: f"{row['layer']}, {row['adapter_type']}, {row['dtype']}",
     }
     ratios = {
         "step": lambda row: row["ratio"],
+        "layers": lambda row: row["materialised_over_factored"],
         "packing": lambda row: row["ratio"],
         "peft": lambda row: row["peft_ms"]["median"] / row["ours_ms"]["median"],
     }
     titles = {
         "step": "Training step: time of the reference-like baseline over ours",
+        "layers": "Layers of one block, forward and backward: time of the materialised form over ours",
         "packing": "Unequal clips: time of the padded batch over the packed one",
         "peft": "One layer, forward and backward: PEFT's time over ours",
     }
@@ -156,13 +194,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     directory = parser.parse_args(arguments).results
-    step_case = ("device", "shape", "depth", "precision", "frames", "adapter_type", "rank")
+    step_case = ("device", "shape", "depth", "precision", "frames", "adapter_type", "rank", "compiled")
     kinds = {
         "step": newest(read(directory, "step"), step_case),
+        "layers": newest(read_blocks(directory), ("device", "dtype", "shape", "tokens", "adapter_type", "rank")),
         "packing": newest(read(directory, "packing"), ("device", "shape", "depth", "precision", "lengths")),
         "peft": newest(read(directory, "peft"), ("device", "dtype", "adapter_type", "rank", "tokens", "layer")),
     }
-    tables = {"step": step_table, "packing": packing_table, "peft": peft_table}
+    tables = {"step": step_table, "layers": blocks_table, "packing": packing_table, "peft": peft_table}
     pictures = draw(directory, kinds)
     text = ["# Measurements", "", "Made by `python kernels/benchmarks/report.py` from the files beside this one.", ""]
     text += [markdown(tables[kind](rows)) for kind, rows in kinds.items() if rows]
