@@ -34,8 +34,8 @@ SAMPLE_RATE_RANGE_HZ = (1000, 768_000)
 MP3_SLACK_SAMPLES = 2304
 CONTAINER_FORMATS = {"WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "AIFF"}
 DECODE_BLOCK_SAMPLES = 1 << 18
-# What is only looked at stays in a core's cache: 512 kB.
-CHECK_BLOCK_VALUES = 1 << 17
+# What is only looked at stays in a core's cache: 1 MB.
+CHECK_BLOCK_VALUES = 1 << 18
 # torchaudio tabulates one filter per output phase: at most 0.6 MB for the usual rates, 8 GB from 48,001 to 44,100 Hz.
 MAX_FILTER_TABLE = 1 << 20
 

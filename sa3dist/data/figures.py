@@ -43,7 +43,7 @@ class ClipFigures:
 
 NAME = "figures.safetensors"
 # Another number wherever clips are measured in another way.
-VERSION = "1"
+VERSION = "2"
 _FACTS = ("digests_N32", "facts_N4")
 _SCALARS = tuple(field.name for field in dataclasses.fields(ClipFigures)[:6])
 _FIGURES = ("scalars_N6", "widths_N", "spectrograms_SW", "fingerprints_NK")

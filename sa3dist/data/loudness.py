@@ -1,6 +1,6 @@
-"""Loudness by ITU-R BS.1770-4: the K-weighted power of pieces of 100 ms, and their gating.
+"""Loudness by ITU-R BS.1770-4: the K weighting, the power of pieces of 100 ms under it, and their gating.
 
-Suffixes: N samples, C channels, M frames of the transform, F bins, P pieces of 100 ms.
+Suffixes: N samples, C channels, F bins, P pieces of 100 ms.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import functools
 import math
 
 import numpy as np
-import torch
+
+from sa3dist.data.piece_energy import COLUMNS, PieceEnergy
 
 PIECES_PER_SECOND = 10
 # BS.1770-4: gating blocks of 400 ms every 100 ms; below -70 LUFS silence; then 10 LU below the mean of the rest.
@@ -17,10 +18,9 @@ GATING_PIECES = 4
 ABSOLUTE_GATE_LUFS = -70.0
 RELATIVE_GATE_LU = -10.0
 LUFS_OFFSET = -0.691
-# The two poles of the high pass at 38 Hz leave 1e-5 of a sample after so long.
-MEMORY_SECONDS = 0.05
-# So many pieces at one time: fewer transforms to plan; samples and spectra still stay in a core's cache.
-PIECES_AT_ONCE = range(12, 18)
+# The shelf begins here. Where a sample rate is too low for it, it stays below half of that: a filter must not explode.
+SHELF_HZ = 1681.974450955533
+SHELF_LIMIT = 0.45
 
 
 def k_weighting(rate_hz: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
@@ -28,7 +28,7 @@ def k_weighting(rate_hz: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
 
     Source: the standard tabulates 48 kHz only; these are the analogue prototypes of its tables, mapped bilinearly.
     """
-    k, q = math.tan(math.pi * 1681.974450955533 / rate_hz), 0.7071752369554196
+    k, q = math.tan(math.pi * min(SHELF_HZ / rate_hz, SHELF_LIMIT)), 0.7071752369554196
     high = 10 ** (3.999843853973347 / 20)
     middle = high**0.4996667741545416
     a0 = 1 + k / q + k * k
@@ -41,80 +41,47 @@ def k_weighting(rate_hz: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
 
 
 @functools.lru_cache(maxsize=32)
-def k_response(rate_hz: int, size: int) -> torch.Tensor:
-    """Frequency response of the K weighting at all bins of an FFT of ``size`` samples, divided by it, complex64."""
-    z_F = np.exp(-2j * np.pi * np.fft.fftfreq(size))
-    response_F = np.ones_like(z_F)
-    for b, a in k_weighting(rate_hz):
-        response_F *= np.polyval(b[::-1], z_F) / np.polyval(a[::-1], z_F)
-    return torch.from_numpy((response_F / size).astype(np.complex64))
+def k_energy(rate_hz: int) -> PieceEnergy:
+    """Measures the energy of K-weighted pieces of 100 ms, to the next length that the matrices come to (0.1 %)."""
+    return PieceEnergy(k_weighting(rate_hz), _piece_counts(rate_hz / PIECES_PER_SECOND))
 
 
-class KWeighting:
-    """Measures the K-weighted power of consecutive pieces, several at a time.
+def _piece_counts(samples: float) -> tuple[int, ...]:
+    """Three numbers whose product is as near to ``samples`` as any, and of those with the least work."""
 
-    piece    samples of 100 ms
-    count    pieces of one call
-    memory   samples of the past that each call needs in front of its pieces
-    length   samples one call looks at: memory, pieces, and whatever lies behind them
-    """
+    def cost(counts: tuple[int, int, int]) -> tuple[float, float]:
+        inner, middle, outer = counts
+        # Columns of the products times their rows, per sample; BLAS works at half its speed on small ones.
+        work = -(-(inner + 4) // COLUMNS) * COLUMNS + (32 * middle + 32) / inner + (32 * outer + 32) / (inner * middle)
+        return abs(inner * middle * outer - samples), work + 400 / inner
 
-    def __init__(self, rate_hz: int, channels: int) -> None:
-        """channels: 1 or 2"""
-        self.piece = max(1, round(rate_hz / PIECES_PER_SECOND))
-        self.memory = round(MEMORY_SECONDS * rate_hz)
-        self._channels = channels
-        self._size = 1 << (3 * self.memory - 1).bit_length()
-        self._hop = self._size - self.memory
-
-        def frames(count: int) -> int:
-            return -(-count * self.piece // self._hop)
-
-        # Where the last frame reaches least beyond the last piece.
-        self.count = min(PIECES_AT_ONCE, key=lambda count: frames(count) / count)
-        self._frames = frames(self.count)
-        self.length = self.memory + self._frames * self._hop
-        # Two channels are filtered as one complex signal: the response of a real filter keeps them apart.
-        response_F = k_response(rate_hz, self._size)
-        self._response_F = response_F if channels == 2 else response_F[: self._size // 2 + 1]
-        # Used again and again: fresh memory costs more than transforming what is in it.
-        self._spectrum_MF = torch.empty((self._frames, len(self._response_F)), dtype=torch.complex64)
-        weighted_dtype = torch.complex64 if channels == 2 else torch.float32
-        self._weighted_MN = torch.empty((self._frames, self._size), dtype=weighted_dtype)
-        self._joined = np.empty((self._frames, self._hop * channels), np.float32)
-
-    def powers(self, samples_NC: np.ndarray, end: int) -> np.ndarray:
-        """Weighted mean squares, summed over channels, of the pieces that begin before ``end``: float32.
-
-        samples_NC   float32 (length, channels), contiguous: memory, pieces, and anything behind them
-        end          samples of the pieces that count; of the last of them it may be a part only
-
-        The filters by their frequency response, in frames that overlap by their memory (overlap-save).
-        """
-        samples = torch.from_numpy(samples_NC.reshape(-1))
-        if self._channels == 2:
-            samples = torch.view_as_complex(samples.view(-1, 2))
-        frames_MN = samples.unfold(0, self._size, self._hop)
-        forward, back = (torch.fft.fft, torch.fft.ifft) if self._channels == 2 else (torch.fft.rfft, torch.fft.irfft)
-        spectrum_MF = forward(frames_MN, out=self._spectrum_MF).mul_(self._response_F)
-        # "forward": the response has been divided by the size already, which spares a pass.
-        weighted_MN = back(spectrum_MF, self._size, norm="forward", out=self._weighted_MN)
-        weighted = weighted_MN.view(torch.float32).numpy()
-        np.square(weighted[:, self.memory * self._channels :], out=self._joined)
-        begins = np.arange(0, end, self.piece)
-        sums_P = np.add.reduceat(self._joined.reshape(-1)[: end * self._channels], begins * self._channels)
-        return sums_P / np.minimum(self.piece, end - begins)
+    inners, middles = range(16, 65), range(1, 33)
+    choices = ((i, m, max(1, round(samples / (i * m)))) for i in inners for m in middles)
+    return tuple(count for count in min(choices, key=cost) if count > 1)
 
 
 def integrated_loudness(powers_P: np.ndarray) -> float:
-    """LUFS of K-weighted mean squares, summed over channels, of consecutive 100 ms pieces (BS.1770-4, annex 1)."""
-    if len(powers_P) < GATING_PIECES:
-        return _lufs(powers_P.mean())
-    blocks = np.lib.stride_tricks.sliding_window_view(powers_P, GATING_PIECES).mean(axis=1)
+    """LUFS of K-weighted mean squares, summed over channels, of whole consecutive 100 ms pieces (BS.1770-4, annex 1).
+
+    powers_P   at least 4: what is shorter than a gating block has no integrated loudness
+    """
+    blocks = np.convolve(powers_P, np.full(GATING_PIECES, 1 / GATING_PIECES), "valid")
     blocks = blocks[blocks > 10 ** ((ABSOLUTE_GATE_LUFS - LUFS_OFFSET) / 10)]
     if len(blocks) == 0:
         return -math.inf
     return _lufs(blocks[blocks > blocks.mean() * 10 ** (RELATIVE_GATE_LU / 10)].mean())
+
+
+def ungated_loudness(samples_NC: np.ndarray, rate_hz: int) -> float:
+    """LUFS of all of a short clip: its K-weighted power by the filters' frequency response, in float64."""
+    # The response to the last sample has died away before it comes round to the first.
+    size = len(samples_NC) + rate_hz // PIECES_PER_SECOND
+    z_F = np.exp(-2j * np.pi * np.fft.rfftfreq(size))
+    response_F = np.ones_like(z_F)
+    for b, a in k_weighting(rate_hz):
+        response_F *= np.polyval(b[::-1], z_F) / np.polyval(a[::-1], z_F)
+    weighted_NC = np.fft.irfft(np.fft.rfft(samples_NC, size, axis=0) * response_F[:, None], size, axis=0)
+    return _lufs(np.square(weighted_NC[: len(samples_NC)]).sum() / len(samples_NC))
 
 
 def _lufs(power: float) -> float:
