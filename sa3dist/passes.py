@@ -6,7 +6,7 @@ import torch
 
 from sa3dist import memory
 from sa3dist.graphs import Recorder, wants_graphs
-from sa3dist.model.fused import keep_compiled_in, use_compiled, wants_compile
+from sa3dist.model.fused import fall_back_on_failure, keep_compiled_in, use_compiled, wants_compile
 from sa3dist.trainer import Trainer
 
 
@@ -26,6 +26,8 @@ def choose_passes(trainer: Trainer, settings, frames: int) -> None:
     if wants_compile(settings.compile, group.device, steps, settings.deterministic):
         keep_compiled_in(settings.work_dir / "compiled")
         use_compiled(base.dit)
+        if settings.compile == "auto":
+            fall_back_on_failure()
     tokens = settings.batch_size * (base.dit.transformer.memory + frames)
     # Ranks of an engine in lockstep exchange tensors within a pass.
     if not trainer.engine.lockstep and wants_graphs(settings.cuda_graphs, group.device, tokens, steps):

@@ -83,6 +83,26 @@ def test_no_length_and_no_layer_recompiles_anything(tiny_base):
     assert not counters["graph_break"]
 
 
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("tiny_name", ["tiny-sa3"])
+def test_what_cannot_be_compiled_runs_uncompiled_where_auto_chose_to_compile(tiny_base, caplog):
+    def failing(graph, inputs):
+        raise RuntimeError("no C compiler on this machine")
+
+    torch._dynamo.register_backend(failing, name="failing")
+    base, given = adapted(tiny_base, "dora-rows"), inputs(tiny_base)
+    expected = velocity_and_gradients(base, given, None)
+    fused.use_compiled(base.dit, "failing")
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no C compiler"):
+        velocity_and_gradients(base, given, None)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(suppress_errors=False):
+        fused.fall_back_on_failure()
+        found = velocity_and_gradients(base, given, None)
+    torch.testing.assert_close(found, expected)
+    assert "no C compiler on this machine" in caplog.text
+
+
 def test_auto_compiles_long_free_runs_on_cuda_only():
     assert fused.wants_compile("auto", CUDA, 1000, deterministic=False)
     assert not fused.wants_compile("auto", CUDA, 20, deterministic=False)

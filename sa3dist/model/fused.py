@@ -130,6 +130,11 @@ def wants_compile(choice: str, device: torch.device, steps: int, deterministic: 
     return choice == "on"
 
 
+def fall_back_on_failure() -> None:
+    """Let what cannot be compiled run uncompiled from here on, in this process; the compiler logs why."""
+    torch._dynamo.config.suppress_errors = True
+
+
 def keep_compiled_in(directory: Path) -> None:
     """Where the compiler leaves its kernels for the next run, unless the environment says so already."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(directory))
