@@ -7,6 +7,7 @@ tensors it was recorded with.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import logging
@@ -61,10 +62,12 @@ class Recorder:
         gc.collect()
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            results = function()
-        current.wait_stream(self._stream)
-        return results
+        try:
+            with torch.cuda.stream(self._stream):
+                return function()
+        finally:
+            # Also after one that runs out of memory: what it has launched still adds to gradients.
+            current.wait_stream(self._stream)
 
     def record(self, function: Callable[[], Tensors]) -> Callable[[], Tensors]:
         """What ``function`` launches, without running it. The result runs it and returns tensors the next run changes.
@@ -78,6 +81,9 @@ class Recorder:
             # Other threads pin memory and watch collectives meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 results = function()
+        except Exception:
+            self._end_allocation()
+            raise
         finally:
             # A recording that fails leaves its stream as the current one.
             torch.cuda.set_stream(current)
@@ -87,6 +93,15 @@ class Recorder:
             return results
 
         return replay
+
+    def _end_allocation(self) -> None:
+        """After a recording that failed: up to torch 2.11 the allocator goes on with it, and cannot empty its cache.
+
+        Source: pytorch/pytorch#180395.
+        """
+        # Raises where the recording itself has ended it.
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._stream.device.index, self._pool)
 
     def _check_room(self) -> None:
         """What a recording keeps must leave room for an ordinary pass: other shapes still take one."""

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sa3dist import adapters
 from sa3dist.adapters.layers import AdaptedLayer
-from tests.test_graphs import HostRecorder
+from tests.test_graphs import HostRecorder, NothingAsked
 
 CPU = torch.device("cpu")
 FRAMES = 10
@@ -133,6 +133,14 @@ def test_what_is_encoded_is_the_whole_clip_by_encoders_of_the_released_sizes(mon
     matrices = [value for value in made._text.parameters() if value.ndim == 2]
     # 12 layers of four 768 x 768 projections and three of 768 x 2048, and the embedding.
     assert sum(value.numel() for value in matrices) == 12 * (4 * 768**2 + 3 * 768 * 2048) + 1000 * 768
+
+
+@pytest.mark.parametrize("side_name", ["ours", "frozen"])
+def test_sides_that_may_be_recorded_ask_no_tensor_for_its_value(side_name):
+    side = step_sides.Side(side_name, options_for("dora-rows"), CPU)
+    side.use(1, FRAMES)
+    with NothingAsked():
+        side.passes()
 
 
 def test_recorded_sides_compute_the_same_and_the_baseline_is_never_recorded(monkeypatch):

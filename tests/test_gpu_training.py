@@ -1,6 +1,7 @@
 """The training step on CUDA: the reference's recorded steps, recomputation, AdamW, no waiting, and equal bits twice."""
 
 import dataclasses
+import functools
 import math
 import os
 import subprocess
@@ -272,6 +273,29 @@ def test_steps_replayed_as_cuda_graphs_are_the_ordinary_steps(device, adapter_ty
     # The sign of a gradient that is all rounding moves an entry by one learning rate a step.
     assert moved.abs().max() <= 2.1 * 9 * Settings.learning_rate
     assert moved.abs().mean() <= 0.2 * Settings.learning_rate
+
+
+def asking_pass(trainer, batch):
+    """A pass that cannot be recorded: it asks for values."""
+    return [torch.tensor(loss.item()) for loss in Trainer._recordable_pass(trainer, batch)]
+
+
+def test_a_recording_that_fails_leaves_training_as_it_was(device, caplog):
+    if device.type != "cuda":
+        pytest.skip("only a CUDA device records graphs")
+    losses = {}
+    for graphed in (False, True):
+        base, batch = make_trained(device, "dora-rows", torch.bfloat16)
+        work = Plan(4, 1, 2, 2, 42, {}, ["a", "b"])
+        trainer = Trainer(base, adapter_parameters(base), Settings("bf16"), work, Group(0, 1, device))
+        if graphed:
+            trainer._recordable_pass = functools.partial(asking_pass, trainer)
+            trainer.record_passes(Recorder(device))
+        losses[graphed] = [trainer.take_step(iter([batch]), StopRequest())["loss"] for _ in range(4)]
+    assert caplog.text.count("training goes on without them") == 1
+    assert losses[True] == pytest.approx(losses[False], rel=5e-3)
+    # The allocator takes no recording to be under way.
+    torch.cuda.empty_cache()
 
 
 def shifted(batch, number):

@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sa3dist
 from sa3dist import graphs, passes
@@ -53,6 +54,17 @@ class HostRecorder:
             return tuple(results)
 
         return replay
+
+
+class NothingAsked(TorchDispatchMode):
+    """Raises where the host would wait for a device's values: a CUDA graph cannot record that."""
+
+    ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::").partition(".")[0]
+        assert name not in self.ASKING, f"{name} asks the device"
+        return function(*args, **(kwargs or {}))
 
 
 class Stale(HostRecorder):
@@ -125,6 +137,19 @@ def test_a_run_with_graphs_is_the_ordinary_run(kind):
     # 12 of one shape and 6 of the other: the first two of each are ordinary passes.
     assert (recorder.recorded, recorder.replayed, graphed.graphs.shapes) == (2, 10 + 4, 2)
     assert len(set(expected)) == 9
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "dora-rows", "bora", "dora-cols-xs"])
+def test_a_pass_that_is_recorded_asks_no_tensor_for_its_value(kind, recomputed):
+    trainer = make_trainer(kind)
+    trainer.base.gradient_checkpointing = recomputed
+    whole, _, short = micro_batches(3)
+    for batch in (whole, short):
+        with NothingAsked():
+            trainer._recordable_pass(batch)
+    with pytest.raises(AssertionError, match="asks the device"), NothingAsked():
+        whole.t_B.max().item()
 
 
 @pytest.mark.parametrize("recorder", [Stale, Twice, Unable])

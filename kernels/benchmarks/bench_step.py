@@ -88,8 +88,10 @@ def compare(options, sides: dict[str, Side], device: torch.device) -> dict:
         side.use(options.batch, options.frames)
     losses = {name: side.step().item() for name, side in sides.items()}
     distance = gradient_distance(sides["ours"].gradients(), sides["baseline"].gradients())
-    # Before anything is recorded: a graph holds its values between the steps.
+    # Before anything is recorded: a graph holds its values between the steps, and where recording fails, the device's
+    # random numbers, which the floor's products are made of, fail from there on.
     memory = step_bytes(options, sides, device)
+    floor = floor_ms(sides["ours"], options, device)
     for side in sides.values():
         side.record()
     if sides["ours"].replay:
@@ -100,7 +102,6 @@ def compare(options, sides: dict[str, Side], device: torch.device) -> dict:
         steps["encoding"] = Encoding(sides["baseline"].base, options.frames, options.batch).step
     times = interleaved(steps, options.repeats, device, warm_up=1)
     spans = {name: summary(values) for name, values in times.items()}
-    floor = floor_ms(sides["ours"], options, device)
     ours, baseline, frozen = (spans[name]["median"] for name in ("ours", "baseline", "frozen"))
     encoding = spans["encoding"]["median"] if options.from_audio else 0.0
     loss_error = abs(losses["ours"] - losses["baseline"]) / abs(losses["baseline"])
@@ -145,8 +146,8 @@ def floor_ms(side: Side, options, device: torch.device) -> float:
     """Shortest time of our step on this device: each counted operation at the measured ceiling that limits it."""
     base = side.base
     layers = frozenset(adapters.adapted_layers(base))
-    prompt, _ = side.prompt()
-    batch = MicroBatch((options.frames,) * options.batch, prompt.shape[1] + 1, base.prompt_tokens + 1, side.has_context)
+    evaluated = side.batch["prompt"].shape[1] + 1
+    batch = MicroBatch((options.frames,) * options.batch, evaluated, base.prompt_tokens + 1, side.has_context)
     size = DTYPES[options.precision].itemsize
     work = count(base.config, batch, Adapter(ADAPTER_TYPES[options.adapter_type], options.rank, layers), size, size)
     here = ceilings(device)

@@ -51,10 +51,11 @@ def profiled(side: Side) -> dict:
         synchronise(side.device)
     spent: dict[str, tuple[float, int]] = {}
     for event in recorded.key_averages():
-        # On CUDA only kernels and copies take the device's own time; operations that launch them do not.
+        # On CUDA only kernels and copies take the device's own time; operations that launch them do not, and named
+        # stretches (an optimiser's step, a compiled graph) span kernels that are counted already.
         own = event.self_device_time_total if on_cuda else event.self_cpu_time_total
         of_device = event.device_type == torch.autograd.DeviceType.CUDA
-        if own > 0 and of_device == on_cuda:
+        if own > 0 and of_device == on_cuda and not (on_cuda and event.is_user_annotation):
             spent[event.key] = (own / 1e3 / STEPS, event.count // STEPS)
     total = sum(own for own, _ in spent.values())
     purposes: dict[str, float] = {}

@@ -140,6 +140,10 @@ class Side:
         """Train on another batch; the same sizes give the same values."""
         self.replay = None
         self.batch = make_batch(self.base, clips, frames)
+        if self.evaluates_equals_once:
+            # Ahead of the step, as our loader does: asking for the longest prompt would stop the host.
+            cut = without_common_padding(self.batch["prompt"], self.batch["prompt_mask"])
+            self.batch["prompt"], self.batch["prompt_mask"] = cut
         self.has_context = bool(self.batch["inpaint_mask"].any())
         if not self.trained:
             for name in INPUTS:
@@ -172,13 +176,12 @@ class Side:
         context = {"inpaint_mask_B1T": batch["inpaint_mask"], "inpaint_latents_BDT": batch["latents"]}
         if self.evaluates_equals_once and not self.has_context:
             context = {}
-        prompt, prompt_mask = self.prompt()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             velocity = self.base.velocity(
                 batch["noised"],
                 batch["t"],
-                prompt,
-                prompt_mask,
+                batch["prompt"],
+                batch["prompt_mask"],
                 batch["seconds"],
                 prompt_length=self.base.prompt_tokens,
                 **context,
@@ -187,11 +190,6 @@ class Side:
         loss, _, _ = flow.masked_loss(velocity, batch["target"], keep, batch["inpaint_mask"])
         loss.backward()
         return (loss.detach(),)
-
-    def prompt(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompt features and mask as this side feeds them to the network."""
-        given = self.batch["prompt"], self.batch["prompt_mask"]
-        return without_common_padding(*given) if self.evaluates_equals_once else given
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Copies of the trained tensors' gradients after a step."""
