@@ -82,7 +82,7 @@ class Recorder:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 results = function()
         except Exception:
-            self._end_allocation()
+            self._recover()
             raise
         finally:
             # A recording that fails leaves its stream as the current one.
@@ -94,14 +94,20 @@ class Recorder:
 
         return replay
 
-    def _end_allocation(self) -> None:
-        """After a recording that failed: up to torch 2.11 the allocator goes on with it, and cannot empty its cache.
+    def _recover(self) -> None:
+        """After a recording that failed: without this torch 2.11 takes it to go on, and can neither empty its cache nor
+        draw random numbers on the device.
 
-        Source: pytorch/pytorch#180395.
+        Source: pytorch/pytorch#180395, and #190348 for the memory, which only a whole recording gives back by itself.
         """
-        # Raises where the recording itself has ended it.
+        place = self._stream.device.index, self._pool
+        # The first raises where the recording itself has ended it.
         with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(self._stream.device.index, self._pool)
+            torch._C._cuda_endAllocateToPool(*place)
+            torch._C._cuda_releasePool(*place)
+        # A generator leaves its state for recordings at the end of one that succeeds.
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local"):
+            torch.zeros(1, device=self._stream.device)
 
     def _check_room(self) -> None:
         """What a recording keeps must leave room for an ordinary pass: other shapes still take one."""

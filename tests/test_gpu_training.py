@@ -294,8 +294,10 @@ def test_a_recording_that_fails_leaves_training_as_it_was(device, caplog):
         losses[graphed] = [trainer.take_step(iter([batch]), StopRequest())["loss"] for _ in range(4)]
     assert caplog.text.count("training goes on without them") == 1
     assert losses[True] == pytest.approx(losses[False], rel=5e-3)
-    # The allocator takes no recording to be under way.
+    # Nothing takes that recording to be under way.
     torch.cuda.empty_cache()
+    assert torch.rand(1, device=device) < 1
+    assert Recorder(device).record(lambda: (torch.ones(2, device=device) + 1,))()[0].tolist() == [2, 2]
 
 
 def shifted(batch, number):
