@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterator
 
 import torch
 
+from sa3dist import memory
 from sa3dist.data.stream import MicroBatch
 from sa3dist.model.packing import Packing
 
@@ -52,7 +53,9 @@ class Recorder:
     """Records functions on a stream of its own; their temporary values share one pool of memory, because only one
     recording runs at a time."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, largest_pass_bytes: float = 0.0) -> None:
+        """largest_pass_bytes   of any pass to come, as far as it is known"""
+        self._largest_pass_bytes = largest_pass_bytes
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -113,12 +116,14 @@ class Recorder:
         """What a recording keeps must leave room for an ordinary pass: other shapes still take one."""
         device = self._stream.device
         torch.cuda.empty_cache()
-        # At least what a pass takes: the most that was ever allocated beyond what is now.
-        one_pass = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
-        free, _ = torch.cuda.mem_get_info(device)
+        # The most that was ever allocated beyond what is now; longer clips may be still to come.
+        found = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+        one_pass = max(found, self._largest_pass_bytes)
+        # With what earlier recordings hold: they lend it to the next.
+        free = memory.free_bytes(device)
         if free < PASSES_THAT_FIT * one_pass:
             raise RuntimeError(
-                f"a recorded pass of {one_pass / 1e9:.1f} GB leaves too little of {free / 1e9:.1f} GB for another"
+                f"{free / 1e9:.1f} GB are too little for a recorded pass and an ordinary one of {one_pass / 1e9:.1f} GB"
             )
 
 

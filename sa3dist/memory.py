@@ -74,15 +74,9 @@ def recomputed_blocks(choice: str, base, frames: int, clips: int, device: torch.
     depth = base.config.dit.depth
     if choice != "auto":
         return depth if choice == "on" else 0
-    value_bytes = 4 if base.dtype == torch.float32 else 2
-    products = torch.bfloat16 if mixed_precision == "bf16" else base.dtype
-    kernels = runs_fused("auto", device, products, torch.float32)
-    adapter = adapter_of(base, kernels)
-    counted = count(base.config, batch_of(base.config, frames, clips), adapter, value_bytes, value_bytes)
-    tokens = clips * (frames + base.config.dit.num_memory_tokens)
+    counted, working = largest_pass(base, frames, clips, device, mixed_precision)
     trained = sum(parameter.numel() for parameter in adapter_parameters(base).values())
-    other = working_bytes(base.config, tokens, value_bytes) + MOMENT_BYTES * trained
-    picked = fewest_recomputed(counted, other, free_bytes(device))
+    picked = fewest_recomputed(counted, working + MOMENT_BYTES * trained, free_bytes(device))
     log.info(
         "gradient checkpointing auto: %d of %d blocks recomputed, a step needs about %.1f GB of %.1f GB free%s",
         picked.recomputed_blocks,
@@ -92,6 +86,23 @@ def recomputed_blocks(choice: str, base, frames: int, clips: int, device: torch.
         "" if picked.fits else "; it may run out of memory: lower batch_size or duration",
     )
     return picked.recomputed_blocks
+
+
+def largest_pass(base, frames: int, clips: int, device: torch.device, mixed_precision: str) -> tuple[Count, float]:
+    """What the largest micro batch's pass counts, and the bytes of what comes and goes in it beside what is kept."""
+    value_bytes = 4 if base.dtype == torch.float32 else 2
+    products = torch.bfloat16 if mixed_precision == "bf16" else base.dtype
+    kernels = runs_fused("auto", device, products, torch.float32)
+    adapter = adapter_of(base, kernels)
+    counted = count(base.config, batch_of(base.config, frames, clips), adapter, value_bytes, value_bytes)
+    tokens = clips * (frames + base.config.dit.num_memory_tokens)
+    return counted, working_bytes(base.config, tokens, value_bytes)
+
+
+def largest_pass_bytes(base, frames: int, clips: int, device: torch.device, mixed_precision: str) -> float:
+    """Memory that pass takes beside what stays between steps, with as many recomputed blocks as ``base`` has now."""
+    counted, working = largest_pass(base, frames, clips, device, mixed_precision)
+    return working + counted.kept_bytes(base.recomputed_blocks)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -20,9 +20,8 @@ def choose_passes(trainer: Trainer, settings, frames: int) -> None:
     if group.device.type == "cuda":
         # What encoding took says nothing about training.
         torch.cuda.reset_peak_memory_stats(group.device)
-    base.recomputed_blocks = memory.recomputed_blocks(
-        settings.gradient_checkpointing, base, frames, settings.batch_size, group.device, settings.mixed_precision
-    )
+    largest = base, frames, settings.batch_size, group.device, settings.mixed_precision
+    base.recomputed_blocks = memory.recomputed_blocks(settings.gradient_checkpointing, *largest)
     if wants_compile(settings.compile, group.device, steps, settings.deterministic):
         keep_compiled_in(settings.work_dir / "compiled")
         use_compiled(base.dit)
@@ -31,4 +30,4 @@ def choose_passes(trainer: Trainer, settings, frames: int) -> None:
     tokens = settings.batch_size * (base.dit.transformer.memory + frames)
     # Ranks of an engine in lockstep exchange tensors within a pass.
     if not trainer.engine.lockstep and wants_graphs(settings.cuda_graphs, group.device, tokens, steps):
-        trainer.record_passes(Recorder(group.device))
+        trainer.record_passes(Recorder(group.device, memory.largest_pass_bytes(*largest)))

@@ -227,7 +227,8 @@ def test_what_a_pass_depends_on_beside_values_tells_shapes_apart():
 
 @pytest.mark.parametrize("lockstep", [False, True])
 def test_a_run_that_is_told_to_records_unless_ranks_exchange_tensors_within_a_pass(monkeypatch, tmp_path, lockstep):
-    monkeypatch.setattr(passes, "Recorder", lambda device: HostRecorder())
+    told = []
+    monkeypatch.setattr(passes, "Recorder", lambda *given: told.append(given) or HostRecorder())
     settings = types.SimpleNamespace(
         **vars(SETTINGS),
         batch_size=2,
@@ -242,6 +243,12 @@ def test_a_run_that_is_told_to_records_unless_ranks_exchange_tensors_within_a_pa
     passes.choose_passes(trainer, settings, frames=24)
     assert (trainer.graphs is None) is lockstep
     assert trainer.base.gradient_checkpointing
+    if not lockstep:
+        # Room is left for the longest clips, which may come after a shorter one was recorded.
+        trainer.base.gradient_checkpointing = False
+        passes.choose_passes(trainer, types.SimpleNamespace(**{**vars(settings), "gradient_checkpointing": "off"}), 48)
+        (_, recomputed), (_, kept) = told
+        assert 0 < 2 * recomputed < kept
 
 
 def test_auto_records_short_micro_batches_of_long_runs_on_cuda():
