@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import make_boxed_func
 
 from sa3dist import config, train
 from sa3dist.adapters import adapter_parameters
@@ -85,18 +87,21 @@ def test_no_length_and_no_layer_recompiles_anything(tiny_base):
 
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("tiny_name", ["tiny-sa3"])
-def test_what_cannot_be_compiled_runs_uncompiled_where_auto_chose_to_compile(tiny_base, caplog):
+@pytest.mark.parametrize("forward_too", [True, False])
+def test_what_cannot_be_compiled_runs_uncompiled_where_auto_chose_to_compile(tiny_base, caplog, forward_too):
     def failing(graph, inputs):
         raise RuntimeError("no C compiler on this machine")
 
-    torch._dynamo.register_backend(failing, name="failing")
+    backward_only = aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward), bw_compiler=failing)
+    torch._dynamo.register_backend(failing if forward_too else backward_only, name=f"failing-{forward_too}")
     base, given = adapted(tiny_base, "dora-rows"), inputs(tiny_base)
     expected = velocity_and_gradients(base, given, None)
-    fused.use_compiled(base.dit, "failing")
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no C compiler"):
+    fused.use_compiled(base.dit, f"failing-{forward_too}")
+    with pytest.raises(RuntimeError, match="no C compiler"):
         velocity_and_gradients(base, given, None)
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(suppress_errors=False):
+    lazily = torch._functorch.config.patch(force_non_lazy_backward_lowering=False)
+    with torch._dynamo.config.patch(suppress_errors=False), lazily:
         fused.fall_back_on_failure()
         found = velocity_and_gradients(base, given, None)
     torch.testing.assert_close(found, expected)

@@ -133,6 +133,8 @@ def wants_compile(choice: str, device: torch.device, steps: int, deterministic: 
 def fall_back_on_failure() -> None:
     """Let what cannot be compiled run uncompiled from here on, in this process; the compiler logs why."""
     torch._dynamo.config.suppress_errors = True
+    # Backward passes are compiled with their forward passes, then: once these have run there is no way back.
+    torch._functorch.config.force_non_lazy_backward_lowering = True
 
 
 def keep_compiled_in(directory: Path) -> None:
