@@ -173,6 +173,22 @@ def test_the_most_telling_steps_come_first():
     assert planned == {(shape, *kind) for shape in ("medium-base", "small-music-base") for kind in kinds}
 
 
+def test_a_group_that_breaks_fails_the_part_and_is_named_and_the_others_are_measured(monkeypatch, results):
+    measure, asked = check_step.measure, []
+
+    def breaks_once(group, *others):
+        asked.append(group)
+        if len(asked) == 1:
+            raise RuntimeError("device lost\nand more")
+        measure(group, *others)
+
+    monkeypatch.setattr(check_step, "measure", breaks_once)
+    assert check_step.run(results, results_file.Budget(60), CPU, tiny=True) is False
+    (broken,) = results.content["failed"]
+    assert (broken["shape"], broken["why"]) == (check_step.TINY_PLAN[0].shape, "RuntimeError: device lost")
+    assert {row["shape"] for row in results.rows} == {check_step.TINY_PLAN[1].shape}
+
+
 def test_targets_are_held_against_the_rows_they_are_about():
     row = {"shape": "medium-base", "adapter_type": "dora-rows", "rank": 16, "frames": 323, "ratio": 9.0}
     row |= {

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import gc
 import time
+import traceback
 
 import torch
 from bench_step import compare, line
@@ -69,8 +70,11 @@ def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) 
         begin = time.monotonic()
         try:
             measure(group, results, device, tiny)
-        except torch.OutOfMemoryError as problem:
-            results.content["failed"].append({**dataclasses.asdict(group), "why": str(problem).splitlines()[0]})
+        except Exception as problem:
+            # The part fails, but device time is dear: the other groups are measured.
+            traceback.print_exc()
+            why = f"{type(problem).__name__}: {problem}".partition("\n")[0]
+            results.content["failed"].append({**dataclasses.asdict(group), "why": why})
             results.write()
         # Models hold reference cycles; the next group needs their memory.
         gc.collect()
