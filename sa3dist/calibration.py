@@ -73,7 +73,7 @@ def read_results(folder: Path, here: Device | None) -> list[Measured]:
     found = []
     for path in sorted(Path(folder).glob("*.json*")):
         for row in _rows(path):
-            if row.get("emulated_products") or "ours_ms" not in row or row["shape"] not in RELEASED:
+            if row.get("emulated_products") or "ours_ms" not in row or row.get("shape") not in RELEASED:
                 continue
             device = _device_of(row, here)
             if device is not None:

@@ -121,7 +121,8 @@ def test_measured_steps_calibrate_their_device_and_are_carried_over_to_others(tm
 def test_results_of_other_kinds_are_left_out(tmp_path):
     emulated = {**timed_row(), "emulated_products": True}
     of_a_cpu = {**timed_row(device="x86_64"), "device_memory_bytes": None, "cpu_capability": "AVX2"}
-    assert results(tmp_path, emulated, of_a_cpu, {"samples_per_second": 3}) == []
+    of_a_layer = {"ours_ms": {"median": 2.0}, "fan_in": 8}
+    assert results(tmp_path, emulated, of_a_cpu, of_a_layer, {"samples_per_second": 3}) == []
     here = Device("this CPU", 1e10, 1e11, 1e11, 1e10, "measured here", on_gpu=False)
     (only,) = read_results(tmp_path, here)
     assert only.device == "a CPU (AVX2)"
