@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 
 def shard_only(run: Run) -> None:
-    run.shard()
+    import torch
+
+    from sa3dist.data.measure import measure_clip
+
+    # As many clips as there are cores are measured at a time: one clip needs no threads of its own.
+    torch.set_num_threads(1)
+    run.shard(measure_clip)
 
 
 def encode_only(run: Run) -> None:

@@ -29,9 +29,12 @@ from sa3dist.parallel.signals import StopRequest
 log = logging.getLogger(__name__)
 
 
-def open_dataset(settings: Settings, group: Group, stop: StopRequest) -> DatasetIndex:
+def open_dataset(
+    settings: Settings, group: Group, stop: StopRequest, measure: shard.Measure | None = None
+) -> DatasetIndex:
     """The data set of ``audio_data_url``, prepared by rank 0 where it needs that, and read by every rank.
 
+    measure   as in ``build_shards``
     Raises what failed on any rank, on every rank.
     """
     if settings.mode == "streaming":
@@ -42,7 +45,7 @@ def open_dataset(settings: Settings, group: Group, stop: StopRequest) -> Dataset
 
     def build() -> dict[str, Any]:
         with progress("check clips", 1, shown=True) as update:
-            index, urls = _index(settings, stop, lambda done, total: update(done, total=total))
+            index, urls = _index(settings, stop, measure, lambda done, total: update(done, total=total))
         hours = sum(clip.seconds for clip in index.clips) / 3600
         log.info("dataset: %d clips, %.2f hours, in %s", len(index.clips), hours, index.directory)
         for name in index.skipped:
@@ -58,7 +61,7 @@ def open_dataset(settings: Settings, group: Group, stop: StopRequest) -> Dataset
 
 
 def _index(
-    settings: Settings, stop: StopRequest, report: Callable[[int, int], None]
+    settings: Settings, stop: StopRequest, measure: shard.Measure | None, report: Callable[[int, int], None]
 ) -> tuple[DatasetIndex, dict[str, str]]:
     """The data set's index, and the URLs of its shards where they stay remote."""
     limits = {key: getattr(settings, key) for key in shard_remote.LIMITS}
@@ -67,7 +70,7 @@ def _index(
     remote = shard_remote.index_remote(*where, options, report, stop)
     if remote is not None:
         return remote
-    return shard.build_shards(*where, **limits, report=report, should_stop=stop), {}
+    return shard.build_shards(*where, **limits, measure=measure, report=report, should_stop=stop), {}
 
 
 def _streamed(settings: Settings, group: Group, stop: StopRequest) -> StreamedDataset:

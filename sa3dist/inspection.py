@@ -14,11 +14,11 @@ import numpy as np
 
 from sa3dist.config import Settings, crop_frames
 from sa3dist.data.archive import Pair, open_source, pair_members
-from sa3dist.data.audio import AudioFacts, check_audio, resampled_length
+from sa3dist.data.audio import AudioFacts, resampled_length
 from sa3dist.data.captions import read_caption
 from sa3dist.data.containers import Container, printable
 from sa3dist.data.figures import ClipFigures, Measured, read_figures, write_figures
-from sa3dist.data.measure import Measurement
+from sa3dist.data.measure import measure_clip
 from sa3dist.data.pool import ordered_map
 from sa3dist.duplicates import exact_duplicates, near_duplicates
 from sa3dist.errors import DataError
@@ -185,17 +185,11 @@ def _inspect(container: Container, pair: Pair, known: Measured) -> InspectedClip
     try:
         data = container.read(pair.audio)
         clip.audio_sha256 = hashlib.sha256(data).hexdigest()
-        clip.facts, clip.figures = known.get((clip.audio_sha256, len(data))) or _measure(data)
+        clip.facts, clip.figures = known.get((clip.audio_sha256, len(data))) or measure_clip(data)
     except DataError as error:
         problems.append(f"{printable(pair.audio.name)}: {error}")
     clip.problems = tuple(problems)
     return clip
-
-
-def _measure(data: bytes) -> tuple[AudioFacts, ClipFigures]:
-    measurement = Measurement()
-    facts = check_audio(data, measurement)
-    return facts, measurement.finish()
 
 
 def _treatment(facts: AudioFacts, limit: int, sample_rate_hz: int, samples_per_frame: int) -> tuple[str, str]:

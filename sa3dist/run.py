@@ -36,6 +36,7 @@ from sa3dist.parallel.group import Group, on_main_first
 from sa3dist.parallel.pulse import PREPARATION_SECONDS
 from sa3dist.parallel.signals import StopRequest
 from sa3dist.passes import choose_passes
+from sa3dist.shard import Measure
 from sa3dist.startup import Startup, timed
 from sa3dist.trainer import Trainer
 from sa3dist.work import Plan
@@ -97,10 +98,13 @@ class Run:
         return base
 
     @timed("check_clips")
-    def shard(self) -> DatasetIndex:
-        """Stage one on rank 0; every rank reads the index it leaves. Latent shards need no such stage."""
+    def shard(self, measure: Measure | None = None) -> DatasetIndex:
+        """Stage one on rank 0; every rank reads the index it leaves. Latent shards need no such stage.
+
+        measure   as in ``build_shards``
+        """
         self._enter("shard")
-        return dataset.open_dataset(self.settings, self.group, self.stop)
+        return dataset.open_dataset(self.settings, self.group, self.stop, measure)
 
     @timed("encode")
     def encode(self, base, index: DatasetIndex, everything: bool | None = None) -> EncodedClips:

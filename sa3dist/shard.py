@@ -13,7 +13,7 @@ from sa3dist.data.archive import Listing, Pair, open_source, pair_members
 from sa3dist.data.audio import AudioFacts, check_audio
 from sa3dist.data.captions import read_caption
 from sa3dist.data.containers import MAX_TOTAL_BYTES, Container, printable
-from sa3dist.data.figures import read_facts
+from sa3dist.data.figures import ClipFigures, Measured, read_facts, read_figures, write_figures
 from sa3dist.data.kept_bytes import KeptBytes
 from sa3dist.data.layout import REPORT_NAME, FinishedShards, describe, split
 from sa3dist.data.pool import ordered_map
@@ -28,8 +28,13 @@ MAX_SHARD_BYTES = 256 << 20
 MAX_PROBLEM_LINES = 20
 # Checked clips that need not be read again to be written.
 KEPT_BYTES = 1 << 30
+# Of larger sets no figures are kept on the way: these take 300 MB of memory.
+MAX_MEASURED_CLIPS = 20_000
 
 Known = dict[tuple[str, int], AudioFacts]
+Measure = Callable[[bytes], tuple[AudioFacts, ClipFigures]]
+# From a clip's SHA-256 and bytes; raises DataError.
+FactsOf = Callable[[str, bytes], AudioFacts]
 
 
 def build_shards(
@@ -41,6 +46,7 @@ def build_shards(
     max_download_bytes: int = MAX_TOTAL_BYTES,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     num_workers: int | None = None,
+    measure: Measure | None = None,
     report: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> DatasetIndex:
@@ -49,6 +55,7 @@ def build_shards(
     source           path, file:// or fsspec URL of a zip, a folder or WebDataset tars (data/archive.py)
     on_bad_clip      "raise": one DataError lists all problems; "skip": bad clips are left out and named in .skipped
     num_workers      threads that decode; the shards do not depend on it. Default: one per core
+    measure          decodes in place of ``check_audio``; the figures are kept in ``work_dir`` for ``sa3dist inspect``
     report           called as report(checked, total) after every clip
     should_stop      polled after every clip; when true, Interrupted is raised and nothing stays behind
     The same clips and captions, from whatever archive, give the same folder: it is then reused, not decoded or written.
@@ -66,9 +73,12 @@ def build_shards(
         problems = dict(listing.problems)
         earlier = earlier_indices(shards_dir)
         known = read_facts(work_dir) | known_facts(earlier)
+        figures: Measured = {}
+        measuring = len(listing.pairs) <= MAX_MEASURED_CLIPS
+        facts_of = decoder(known, measure if measuring else None, figures)
         kept = KeptBytes(KEPT_BYTES)
         for done, (pair, clip, found) in enumerate(
-            checked_clips(container, listing, known, num_workers, should_stop, kept.keep), 1
+            checked_clips(container, listing, facts_of, num_workers, should_stop, kept.keep), 1
         ):
             if clip is None:
                 problems[pair.key] = found
@@ -77,6 +87,9 @@ def build_shards(
             if report:
                 report(done, len(listing.pairs))
         skipped = settle(container.label, listing.refusals, problems, len(usable), on_bad_clip, allow_any_dataset_size)
+        if figures:
+            # Ahead of the shards: who finds these decodes nothing, and would measure nothing.
+            write_figures(work_dir, read_figures(work_dir) | figures)
         digest = digest_of(*(part for clip, _ in usable for part in identity_of(clip)))
         directory = shards_dir / digest[:16]
         finished = _finished(directory, digest)
@@ -88,18 +101,32 @@ def build_shards(
         return dataclasses.replace(finished, skipped=skipped)
 
 
+def decoder(known: Known, measure: Measure | None = None, figures: Measured | None = None) -> FactsOf:
+    """Decodes clips that are not known; what ``measure`` finds in them goes to ``figures``."""
+
+    def facts_of(sha256: str, data: bytes) -> AudioFacts:
+        key = sha256, len(data)
+        if key in known:
+            return known[key]
+        if measure is None:
+            return check_audio(data)
+        figures[key] = measure(data)
+        return figures[key][0]
+
+    return facts_of
+
+
 def checked_clips(
     container: Container,
     listing: Listing,
-    known: Known,
+    facts_of: FactsOf,
     num_workers: int | None,
     should_stop: Callable[[], bool],
     keep: Callable[[str, bytes], None] = lambda sha256, data: None,
 ) -> Iterator[tuple[Pair, ClipEntry | None, tuple[str, ...]]]:
     """(pair, clip or None, problems) in order of key; several clips at a time, in bounded memory.
 
-    known   facts of clips by digest and length, which are not decoded again
-    keep    called with the digest and the audio bytes of every good clip
+    keep   called with the digest and the audio bytes of every good clip
     """
 
     def check_stop() -> None:
@@ -107,7 +134,7 @@ def checked_clips(
             raise Interrupted(f"{container.label}: stopped while checking clips; run again")
 
     checked = ordered_map(
-        lambda pair: _check(container, pair, known, keep),
+        lambda pair: _check(container, pair, facts_of, keep),
         listing.pairs,
         lambda pair: pair.audio.size,
         num_workers,
@@ -118,7 +145,7 @@ def checked_clips(
 
 
 def _check(
-    container: Container, pair: Pair, known: Known, keep: Callable[[str, bytes], None]
+    container: Container, pair: Pair, facts_of: FactsOf, keep: Callable[[str, bytes], None]
 ) -> tuple[ClipEntry | None, tuple[str, ...]]:
     problems = []
     try:
@@ -128,7 +155,7 @@ def _check(
     try:
         data = container.read(pair.audio)
         sha256 = hashlib.sha256(data).hexdigest()
-        facts = known.get((sha256, len(data))) or check_audio(data)
+        facts = facts_of(sha256, data)
     except DataError as error:
         problems.append(f"{printable(pair.audio.name)}: {error}")
     if problems:

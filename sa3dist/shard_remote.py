@@ -20,7 +20,7 @@ from sa3dist.data.layout import REPORT_NAME, describe
 from sa3dist.data.remote import RemoteShards, check_sizes, find_index, has_ranges, tars_of
 from sa3dist.errors import DataError
 from sa3dist.formats import ClipEntry, DatasetIndex, ShardEntry, atomic_directory, atomic_path, digest_of
-from sa3dist.shard import Known, checked_clips, earlier_indices, identity_of, known_facts, settle
+from sa3dist.shard import Known, checked_clips, decoder, earlier_indices, identity_of, known_facts, settle
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ class _Reading:
             listing = pair_members(container)
             self._refusals += [f"{name}, {line}" for line in listing.refusals]
             skipped += ["; ".join(lines) for lines in listing.problems.values()]
-            checked = checked_clips(container, listing, known, None, self._should_stop, self._cache.put)
+            checked = checked_clips(container, listing, decoder(known), None, self._should_stop, self._cache.put)
             for pair, clip, problems in checked:
                 if clip is None:
                     skipped.append("; ".join(problems))

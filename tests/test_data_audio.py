@@ -1,5 +1,7 @@
 """Decoding, the checks of one clip, resampling, and reading a clip back from its shard."""
 
+import contextlib
+import errno
 import io
 import os
 import random
@@ -8,6 +10,7 @@ import wave
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import torchaudio
 from clips import captioned, encode, tone, write_zip
@@ -274,3 +277,32 @@ def test_a_wav_whose_header_claims_gigabytes_decodes_to_what_is_there():
     # Programs that write to a pipe leave the sizes at their maximum.
     data[4:8] = data[40:44] = struct.pack("<I", 0xFFFFFFFF)
     assert check_audio(bytes(data)).samples == len(tone())
+
+
+@pytest.mark.parametrize("container", ["WAV", "FLAC", "OGG", "MP3"])
+def test_what_no_file_of_the_system_takes_is_decoded_from_memory_alike(container, monkeypatch):
+    out = io.BytesIO()
+    soundfile.write(out, np.random.default_rng(3).uniform(-0.5, 0.5, (30_000, 2)), 44100, format=container)
+    data = out.getvalue()
+    by_descriptor, rate = audio.decode(data)
+    facts = audio.check_audio(data)
+
+    def refuse(name):
+        raise OSError(errno.EPERM, "not permitted")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    from_memory, same_rate = audio.decode(data)
+    assert np.array_equal(by_descriptor, from_memory)
+    assert (rate, facts) == (same_rate, audio.check_audio(data))
+    monkeypatch.delattr(os, "memfd_create")
+    assert np.array_equal(by_descriptor, audio.decode(data)[0])
+
+
+def test_no_descriptor_stays_open(monkeypatch):
+    out = io.BytesIO()
+    soundfile.write(out, np.random.default_rng(3).uniform(-0.5, 0.5, (3000, 2)), 44100, format="WAV")
+    before = len(os.listdir("/proc/self/fd"))
+    for data in (out.getvalue(), out.getvalue()[:60], b"no audio", b""):
+        with contextlib.suppress(DataError):
+            audio.check_audio(data)
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -5,9 +5,10 @@ import zipfile
 import numpy as np
 import pytest
 
-from sa3dist import config, inspection, shard
-from sa3dist.data import figures
+from sa3dist import config, shard
+from sa3dist.data import figures, measure
 from sa3dist.demo import synthesise_clips
+from sa3dist.errors import DataError
 from sa3dist.inspection import inspect_source
 
 FRAMING = (380.0, 44100, 4096)
@@ -24,7 +25,7 @@ def source(tmp_path_factory):
 def decoded(monkeypatch):
     """Lengths of the files that are decoded from here on."""
     lengths = []
-    for module in (inspection, shard):
+    for module in (measure, shard):
 
         def count(data, *observers, check=module.check_audio):
             lengths.append(len(data))
@@ -56,6 +57,49 @@ def test_a_second_look_and_the_shards_decode_nothing_and_say_the_same(source, tm
     assert [path.read_bytes() for path in sorted(index.directory.iterdir())] == [
         path.read_bytes() for path in sorted(straight.directory.iterdir())
     ]
+
+
+def test_shards_that_measure_leave_nothing_to_decode_for_a_look_and_are_the_same(source, tmp_path, decoded):
+    index = shard.build_shards(str(source), tmp_path / "work", measure=measure.measure_clip)
+    assert len(decoded) == 6
+    report = look(source, tmp_path / "work")
+    assert len(decoded) == 6
+    looked_first = look(source, tmp_path / "other")
+    assert report.as_dict() == looked_first.as_dict()
+    assert all(np.array_equal(a, b) for a, b in zip(pictures(report), pictures(looked_first), strict=True))
+    unmeasured = shard.build_shards(str(source), tmp_path / "third")
+    assert not (tmp_path / "third" / figures.NAME).exists()
+    for name in (path.name for path in index.directory.iterdir()):
+        assert (index.directory / name).read_bytes() == (unmeasured.directory / name).read_bytes()
+
+
+def test_shards_measure_only_what_they_decode_and_keep_what_was_known(source, tmp_path, decoded):
+    fewer = tmp_path / "fewer.zip"
+    with zipfile.ZipFile(source) as whole, zipfile.ZipFile(fewer, "w") as out:
+        for name in sorted(whole.namelist())[:8]:
+            out.writestr(name, whole.read(name))
+    look(fewer, tmp_path / "work")
+    shard.build_shards(str(source), tmp_path / "work", measure=measure.measure_clip)
+    assert len(decoded) == 6
+    assert len(figures.read_figures(tmp_path / "work")) == 6
+
+
+def test_a_source_that_is_refused_leaves_no_figures(source, tmp_path):
+    damaged = tmp_path / "damaged.zip"
+    with zipfile.ZipFile(source) as whole, zipfile.ZipFile(damaged, "w") as out:
+        for name in whole.namelist():
+            out.writestr(name, whole.read(name))
+        out.writestr("cut.wav", b"RIFF")
+        out.writestr("cut.txt", "a beat")
+    with pytest.raises(DataError, match="cut.wav"):
+        shard.build_shards(str(damaged), tmp_path / "work", measure=measure.measure_clip)
+    assert not (tmp_path / "work" / figures.NAME).exists()
+
+
+def test_sets_too_large_for_it_are_not_measured(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard, "MAX_MEASURED_CLIPS", 5)
+    shard.build_shards(str(source), tmp_path / "work", measure=measure.measure_clip)
+    assert not (tmp_path / "work" / figures.NAME).exists()
 
 
 def test_a_new_clip_is_measured_beside_the_known_ones(source, tmp_path, decoded):

@@ -1,11 +1,13 @@
 """Clips per second of `sa3dist shard` and `sa3dist inspect`, and of nothing but decoding the same clips.
 
-    python kernels/benchmarks/bench_preparation.py [--clips 1000] [--seconds 12] [--source CLIPS.zip] [--out FILE.json]
+    python kernels/benchmarks/bench_preparation.py [--clips 1000] [--seconds 12] [--repeats 3]
+        [--source CLIPS.zip] [--out FILE.json]
 
 Without --source, clips are made: stereo noise with a beat, in turn FLAC, WAV, OGG and MP3.
 "decoder" decodes all of them with libsndfile, as many threads as cores, doing nothing else: the bound of both stages.
-"decoder, digest" also takes the SHA-256 of every file. "shard after inspect" finds every clip checked. Processor
-seconds tell what bounds a stage when the machine is not quiet.
+"decoder, digest" also takes the SHA-256 of every file. "shard" measures what it decodes, as the command does; "shard
+in a run" does not, as where training begins with it. Whichever comes second of "shard" and "inspect" decodes nothing.
+Processor seconds tell what bounds a stage when the machine is not quiet.
 """
 
 import argparse
@@ -13,6 +15,8 @@ import hashlib
 import io
 import json
 import os
+import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -26,6 +30,7 @@ import torch
 
 from sa3dist import config
 from sa3dist.data.archive import AUDIO_EXTENSIONS
+from sa3dist.data.measure import measure_clip
 from sa3dist.formats import write_json
 from sa3dist.inspection import inspect_source
 from sa3dist.shard import build_shards
@@ -75,42 +80,70 @@ def decode_all(source, digest=False):
             return sum(1 for _ in pool.map(decode, names))
 
 
-def timed(work, count):
+def timed(work):
+    """Seconds on the clock and of the processor."""
     begin, cpu_begin = time.perf_counter(), time.process_time()
     work()
-    seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
-    return {"clips_per_second": count / seconds, "seconds": seconds, "cpu_seconds": cpu_seconds}
+    return time.perf_counter() - begin, time.process_time() - cpu_begin
 
 
-def measure(source, work):
-    torch.set_num_threads(1)
-    count = decode_all(source)
-    rows = {"decoder": timed(lambda: decode_all(source), count)}
-    rows["decoder, digest"] = timed(lambda: decode_all(source, digest=True), count)
+def stages(source, work):
+    """What is timed, in turn, from an empty ``work``: a name and a function each."""
 
-    def shard(place):
-        return lambda: build_shards(str(source), work / place, allow_any_dataset_size=True)
+    def shard(place, measure=measure_clip):
+        return lambda: build_shards(str(source), work / place, allow_any_dataset_size=True, measure=measure)
 
     def inspect(place):
         settings = config.build({"audio_data_url": str(source), "work_dir": str(work / place)})
         return lambda: inspect_source(settings, FRAMING)
 
-    rows["shard"] = timed(shard("one"), count)
-    rows["shard again"] = timed(shard("one"), count)
-    rows["inspect"] = timed(inspect("other"), count)
-    rows["inspect again"] = timed(inspect("other"), count)
-    rows["shard after inspect"] = timed(shard("other"), count)
-    decoder = rows["decoder, digest"]["cpu_seconds"]
-    for row in rows.values():
-        row["decoding_share_of_cpu"] = min(1.0, decoder / row["cpu_seconds"])
-        row["cpu_ms_per_clip"] = 1000 * row["cpu_seconds"] / count
-    return count, rows
+    return {
+        "decoder": lambda: decode_all(source),
+        "decoder, digest": lambda: decode_all(source, digest=True),
+        "shard in a run": shard("training", None),
+        "shard": shard("one"),
+        "inspect after shard": inspect("one"),
+        "shard again": shard("one"),
+        "inspect": inspect("other"),
+        "shard after inspect": shard("other"),
+        "inspect again": inspect("other"),
+    }
+
+
+def measure(source, work, repeats):
+    """Clips, and of every stage and of each order of the two stages the medians over ``repeats`` rounds."""
+    torch.set_num_threads(1)
+    count = decode_all(source)
+    runs = []
+    for number in range(repeats):
+        place = work / str(number)
+        runs.append({name: timed(stage) for name, stage in stages(source, place).items()})
+        shutil.rmtree(place)
+    rows = {name: row([run[name] for run in runs], count) for name in runs[0]}
+    orders = {}
+    for first, second in (("shard", "inspect after shard"), ("inspect", "shard after inspect")):
+        # Each round against its own two passes: cores change their speed from minute to minute.
+        ratios = [[2 * run["decoder, digest"][k] / (run[first][k] + run[second][k]) for run in runs] for k in (0, 1)]
+        names = "speed_of_two_decodings", "cpu_of_two_decodings"
+        orders[f"{first}, {second}"] = dict(zip(names, map(statistics.median, ratios), strict=True))
+    return count, rows, orders
+
+
+def row(timings, count):
+    seconds, cpu_seconds = (statistics.median(values) for values in zip(*timings, strict=True))
+    return {
+        "clips_per_second": count / seconds,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "cpu_ms_per_clip": 1000 * cpu_seconds / count,
+    }
 
 
 def main():
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     made.add_argument("--clips", type=int, default=1000)
     made.add_argument("--seconds", type=float, default=12.0)
+    made.add_argument("--repeats", type=int, default=3)
     made.add_argument("--source", type=Path, help="a zip of real clips instead (tests/make_real_dataset.py makes one)")
     made.add_argument("--out", type=Path)
     chosen = made.parse_args()
@@ -118,12 +151,18 @@ def main():
         source = chosen.source or Path(name) / "clips.zip"
         if chosen.source is None:
             write_clips(source, chosen.clips, chosen.seconds)
-        count, rows = measure(source, Path(name))
-    report = {"clips": count, "cpus": os.cpu_count(), "rows": rows}
-    for row, figures in rows.items():
+        count, rows, orders = measure(source, Path(name), chosen.repeats)
+    report = {"clips": count, "cpus": os.cpu_count(), "repeats": chosen.repeats, "rows": rows, "orders": orders}
+    for name, figures in rows.items():
         print(
-            f"{row:<19} {figures['clips_per_second']:8.1f} clips/s, {figures['cpu_ms_per_clip']:6.2f} ms of processor "
-            f"a clip, {figures['decoding_share_of_cpu']:.0%} of it what decoding and digest take",
+            f"{name:<19} {figures['clips_per_second']:8.1f} clips/s, {figures['cpu_ms_per_clip']:6.2f} ms of processor "
+            "a clip",
+            file=sys.stderr,
+        )
+    for name, ratios in orders.items():
+        print(
+            f"{name}: {ratios['speed_of_two_decodings']:.2f} times the speed of two passes of decoding and digests, "
+            f"{ratios['cpu_of_two_decodings']:.2f} by processor time",
             file=sys.stderr,
         )
     if chosen.out:

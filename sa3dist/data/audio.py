@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import math
+import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -36,6 +38,8 @@ CONTAINER_FORMATS = {"WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "AIFF"
 DECODE_BLOCK_SAMPLES = 1 << 18
 # What is only looked at stays in a core's cache: 1 MB.
 CHECK_BLOCK_VALUES = 1 << 18
+# Larger files are decoded where they are.
+MAX_COPIED_BYTES = 64 << 20
 # torchaudio tabulates one filter per output phase: at most 0.6 MB for the usual rates, 8 GB from 48,001 to 44,100 Hz.
 MAX_FILTER_TABLE = 1 << 20
 
@@ -207,17 +211,36 @@ def _resample_by_sample(audio_CN: torch.Tensor, old: int, new: int, width: int) 
     return out_CN
 
 
+@contextlib.contextmanager
 def _open(data: bytes):
     import soundfile
 
-    try:
-        sound = soundfile.SoundFile(io.BytesIO(data))
-    except (soundfile.LibsndfileError, TypeError, ValueError) as error:
-        raise _undecodable(error) from error
-    if sound.format not in CONTAINER_FORMATS:
-        sound.close()
-        raise DataError(f"is {sound.format} inside, expected WAV, FLAC, MP3, OGG, OPUS or AIFF; convert it")
-    return sound
+    with _file(data) as file:
+        try:
+            sound = soundfile.SoundFile(file if isinstance(file, io.BytesIO) else file.fileno(), closefd=False)
+        except (soundfile.LibsndfileError, TypeError, ValueError) as error:
+            raise _undecodable(error) from error
+        with sound:
+            if sound.format not in CONTAINER_FORMATS:
+                raise DataError(f"is {sound.format} inside, expected WAV, FLAC, MP3, OGG, OPUS or AIFF; convert it")
+            yield sound
+
+
+def _file(data: bytes) -> BinaryIO:
+    """``data`` as a file, of the system's where that is possible.
+
+    libsndfile reads those by itself; an object it reads through Python, up to a thousand times for one clip, and each
+    time it has to wait for the other threads that decode.
+    """
+    # Not on every system, nor in every container.
+    if len(data) <= MAX_COPIED_BYTES and hasattr(os, "memfd_create"):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            file = stack.enter_context(os.fdopen(os.memfd_create("clip"), "w+b"))
+            file.write(data)
+            file.seek(0)
+            stack.pop_all()
+            return file
+    return io.BytesIO(data)
 
 
 def _declared_samples(sound) -> int:
