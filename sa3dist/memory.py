@@ -114,9 +114,11 @@ def free_bytes(device: torch.device) -> int:
 
 
 def memory_figures(device: torch.device) -> dict[str, Any]:
-    """Peak memory of this process, for metrics.jsonl."""
+    """Peak memory of this process, for metrics.jsonl: in use, and on CUDA what the device had to hand out for it."""
     if device.type == "cuda":
-        return {"peak_bytes": torch.cuda.max_memory_allocated(device)}
+        # Recorded passes hold memory that counts as free to the allocator, yet is nobody else's.
+        reserved = torch.cuda.max_memory_reserved(device)
+        return {"peak_bytes": torch.cuda.max_memory_allocated(device), "reserved_bytes": reserved}
     import resource
 
     # Linux counts the peak resident set in kilobytes.

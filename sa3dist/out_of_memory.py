@@ -20,8 +20,11 @@ def recompute_from(step: int, base, device: torch.device, problem: OutOfMemory) 
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    where = "rank {} on {}".format(*problem.origin) if problem.origin else "this rank"
-    log.warning("step %d: out of memory on %s; recomputing blocks from here on", step, where)
+    log.warning("step %d: out of memory on %s; recomputing blocks from here on", step, place_of(problem))
+
+
+def place_of(problem: OutOfMemory) -> str:
+    return "rank {} on {}".format(*problem.origin) if problem.origin else "this rank"
 
 
 def beyond_recomputing(problem: OutOfMemory, step: int, micro_batch: int) -> EnvironmentFailure:

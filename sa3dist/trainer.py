@@ -56,6 +56,8 @@ class Trainer:
         self.engine = engines.make(base, parameters, forward, settings, plan, group, scalars=SAVING + 1)
         self.saver = Saver()
         self.graphs: PassGraphs | None = None
+        # Whether memory that runs out takes them along. Equal on all ranks, some of which may hold none any more.
+        self.graphs_may_go = False
         # Where a stream without an index is; None where the step alone says it.
         self.places: LanePlaces | None = None
         self._clips: list[list[str]] = []
@@ -68,6 +70,7 @@ class Trainer:
         recorder   see ``PassGraphs``
         """
         self.graphs = PassGraphs(self._pass, self._recordable_pass, self.engine.flat.gradient, recorder)
+        self.graphs_may_go = True
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         missing = self.engine.parameters.keys() ^ saved.adapters.keys()
@@ -151,15 +154,31 @@ class Trainer:
 
         Raises on every rank alike when any rank failed or the loss is not finite; the adapters then stay as they were.
         """
-        if self.engine.lockstep or not self.plan.adapt_memory or self.adapted_at is not None:
-            return self._attempt(batches, stop)
         taken: list[MicroBatch] = []
-        try:
-            return self._attempt(out_of_memory.remembering(batches, taken), stop)
-        except OutOfMemory as problem:
-            self._recompute_from_here(problem)
-        # The same micro batches: recomputing blocks changes no bit of their gradients.
+        while (remedy := self._remedy()) is not None:
+            # The same micro batches once more: neither remedy changes their gradients.
+            again = itertools.chain(tuple(taken), out_of_memory.remembering(batches, taken))
+            try:
+                return self._attempt(again, stop)
+            except OutOfMemory as problem:
+                remedy(problem)
         return self._attempt(itertools.chain(taken, batches), stop)
+
+    def _remedy(self) -> Callable[[OutOfMemory], None] | None:
+        """What helps against too little memory in a step, as all ranks see it; None where nothing is left to try."""
+        if self.engine.lockstep:
+            return None
+        if self.graphs_may_go:
+            return self._drop_graphs
+        if self.plan.adapt_memory and self.adapted_at is None:
+            return self._recompute_from_here
+        return None
+
+    def _drop_graphs(self, problem: OutOfMemory) -> None:
+        self.graphs_may_go = False
+        self.graphs.drop()
+        where = out_of_memory.place_of(problem)
+        log.warning("step %d: out of memory on %s; cuda_graphs are off from here on", self.step + 1, where)
 
     def _attempt(self, batches: Iterator[MicroBatch], stop: StopRequest) -> dict[str, float]:
         pulse = self.group.pulse
@@ -225,7 +244,7 @@ class Trainer:
             # It was good enough to begin with: this run is not refused any more, and has state to continue from.
             problem, known = EnvironmentFailure(f"{problem}; state is as last saved"), problem
             problem.origin = known.origin
-        if not isinstance(problem, OutOfMemory) or not self.plan.adapt_memory:
+        if not isinstance(problem, OutOfMemory) or not self.plan.adapt_memory or self.graphs_may_go:
             return problem
         if self.base.gradient_checkpointing or self.group.pulse.doing != COMPUTING:
             return out_of_memory.beyond_recomputing(problem, self.step + 1, self.plan.micro_batch)
@@ -235,8 +254,6 @@ class Trainer:
 
     def _recompute_from_here(self, problem: OutOfMemory) -> None:
         self.adapted_at = self.step + 1
-        if self.graphs is not None:
-            self.graphs.drop()
         out_of_memory.recompute_from(self.adapted_at, self.base, self.group.device, problem)
 
     def save(self, output_dir: Path, stop: StopRequest, wait: bool, before: Callable[[], None] = lambda: None) -> None:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sa3dist
 from sa3dist import graphs, passes
 from sa3dist.adapters import adapter_parameters, attach_adapter
-from sa3dist.errors import OutOfMemory
+from sa3dist.errors import EnvironmentFailure
 from sa3dist.model.packing import Packing
 from sa3dist.parallel.group import Group
 from sa3dist.parallel.signals import StopRequest
@@ -163,18 +163,63 @@ def test_a_graph_that_errs_is_not_used_and_leaves_no_trace(recorder, caplog):
     assert graphed.graphs.shapes == 0
 
 
-def test_memory_that_runs_out_takes_the_graphs_along():
-    trainer = make_trainer()
+def run_out(trainer, monkeypatch, times):
+    """Out of memory at the end of the next passes that are no replays, so often."""
+    forward, left = trainer.engine.losses, [times]
+
+    def losses(batch):
+        found = forward(batch)
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return found
+
+    monkeypatch.setattr(trainer.engine, "losses", losses)
+
+
+@pytest.mark.parametrize("adapt", [False, True])
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_memory_that_runs_out_takes_the_graphs_first_and_then_recomputes_where_that_was_asked_for(
+    monkeypatch, caplog, times, adapt
+):
+    trainer, ordinary = make_trainer(), make_trainer()
+    for one in (trainer, ordinary):
+        one.plan = dataclasses.replace(one.plan, adapt_memory=adapt)
     trainer.record_passes(HostRecorder())
-    train(trainer, 4)
+    assert train(trainer, 4) == pytest.approx(train(ordinary, 4), rel=1e-6)
     assert trainer.graphs.shapes == 1
-    trainer._recompute_from_here(OutOfMemory("full"))
-    assert trainer.graphs.shapes == 0
-    ordinary = make_trainer()
-    train(ordinary, 4)
-    ordinary.base.gradient_checkpointing = True
+    run_out(trainer, monkeypatch, times)
+    remedies = 1 + adapt
+    if times > remedies:
+        with pytest.raises(
+            EnvironmentFailure, match="recomputing blocks is not enough" if adapt else "try gradient_ch"
+        ):
+            train(trainer, 1, first=8)
+        assert trainer.step == 4
+        return
     assert train(trainer, 3, first=8) == pytest.approx(train(ordinary, 3, first=8), rel=1e-6)
     assert trainer.graphs.shapes == 0
+    assert trainer.base.gradient_checkpointing is (times == 2)
+    assert caplog.text.count("step 5: out of memory on") == times
+    assert caplog.text.count("cuda_graphs are off from here on") == 1
+
+
+def ranks_one_of_which_runs_out(group):
+    torch.manual_seed(0)
+    trainer = make_trainer(group=group)
+    trainer.record_passes(Unable() if group.dist_rank == 0 else HostRecorder())
+    train(trainer, 4)
+    with pytest.MonkeyPatch.context() as patch:
+        if group.dist_rank == 1:
+            run_out(trainer, patch, 1)
+        return train(trainer, 3, first=8), trainer.engine.adapters(), trainer.adapted_at
+
+
+def test_ranks_that_hold_none_any_more_do_the_step_again_with_those_that_do():
+    (losses, adapters, adapted), (same_losses, same_adapters, _) = run_ranks(2, ranks_one_of_which_runs_out)
+    assert losses == same_losses
+    assert all(torch.equal(adapters[name], same_adapters[name]) for name in adapters)
+    assert adapted is None
 
 
 def two_ranks(group, graphed):
