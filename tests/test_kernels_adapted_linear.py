@@ -21,6 +21,7 @@ from sa3dist_kernels import (
     effective_weight_reference,
     frozen_constants,
     frozen_linear,
+    frozen_products,
 )
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -305,6 +306,25 @@ def test_frozen_linear_is_a_linear_layer_without_weight_gradient(autocast):
     exact = F.linear(x.detach().bfloat16().double(), weight.double(), bias.double())
     assert relative_error(y.double(), exact) < 0.004
     assert relative_error(gradient.double(), dy.double() @ weight.double()) < 0.004
+
+
+@pytest.mark.parametrize("rows", [1, 17, 300])
+@pytest.mark.parametrize("fan_out", [255, 256, 777])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_products_with_a_wide_frozen_weight_are_those_of_float64(dtype, fan_out, rows, monkeypatch):
+    monkeypatch.setattr(frozen_products, "BLOCK_ELEMENTS", 400 * 40)
+    generator = torch.Generator().manual_seed(fan_out + rows)
+    left_KI = torch.randn(rows, 40, generator=generator, dtype=torch.float64)
+    # Rows of a larger buffer, as a layer's weight lies in it where ranks share it out; and every other of its columns.
+    buffer = torch.randn(fan_out + 2, 80, generator=generator, dtype=torch.float64).to(dtype)
+    for weight_OI in (buffer[1:-1, ::2].contiguous(), buffer[1:-1, ::2]):
+        product_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
+        found = frozen_products.times_transposed(left_KI.to(product_dtype), weight_OI)
+        expected = left_KI @ weight_OI.double().t()
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+        assert found.dtype == product_dtype
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=10 * tolerance)
+    assert frozen_products.times_transposed(left_KI[:0].to(product_dtype), weight_OI).shape == (0, fan_out)
 
 
 def test_wrong_calls_say_what_is_wrong():
