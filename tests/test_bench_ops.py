@@ -1,6 +1,7 @@
 """The benchmarks of single ops at tiny sizes: what they compare computes the same thing."""
 
 import pytest
+import timing
 import torch
 
 pytest.importorskip("triton")
@@ -17,6 +18,18 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _nothing_is_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+def test_a_cpus_peak_memory_is_that_of_the_tensors_alive_at_once():
+    def run():
+        first, second = torch.empty(1000, 1000), torch.ones(1000, 1000)
+        del first
+        third = torch.empty(500, 1000)
+        return second @ second, third
+
+    run()
+    assert timing.peak_bytes(run, CPU) == 10_000_000
+    assert timing.peak_bytes(lambda: None, CPU) == 0
 
 
 def first(value):

@@ -33,6 +33,7 @@ def test_the_newest_measurement_of_a_case_is_shown_in_table_and_picture(tmp_path
     (tmp_path / "peft.json").write_text(json.dumps({"environment": environment, "options": options, "rows": [peft]}))
     block = {"milliseconds": 124.3, "over_frozen": 1.26}
     block |= {"materialised_over_factored": 3.7, "compiled_over_factored": None}
+    block["layer_peak_bytes"] = {"factored": 8e6, "frozen": 7e6, "materialised": None}
     of_layers = {"environment": environment, "options": {**options, "shape": "small"}, "summary": {"dora-rows": block}}
     (tmp_path / "layers_cpu.json").write_text(json.dumps({**of_layers, "rows": []}))
     report.main(["--results", str(tmp_path)])
@@ -41,7 +42,7 @@ def test_the_newest_measurement_of_a_case_is_shown_in_table_and_picture(tmp_path
         "| x86_64, 2 threads | small x 4 | fp32 | 128 | lora r16 | - | 100 ms | 3.75x | 7.50x | 1.25 | 300 / - |"
         in text
     )
-    assert "| H200 | fp32 | small, 64 tokens | dora-rows r4 | 124.3 ms | 1.26 | 3.70x | - |" in text
+    assert "| H200 | fp32 | small, 64 tokens | dora-rows r4 | 124.3 ms | 1.26 | 3.70x | - | 8 / 7 / - |" in text
     # Of PEFT alone: the older step is gone.
     assert text.count("2.50x") == 1
     assert "9.50x" in text

@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from layer_cases import (
     make_layer,
     materialised,
@@ -14,7 +15,15 @@ from layer_cases import (
     values_and_gradients,
     zero_a_row_and_a_column,
 )
-from sa3dist_kernels import ADAPTER_TYPES, FrozenConstants, adapted_linear, dispatch, frozen_constants
+from sa3dist_kernels import (
+    ADAPTER_TYPES,
+    FrozenConstants,
+    adapted_linear,
+    dispatch,
+    effective_weight_reference,
+    frozen_constants,
+)
+from timing import peak_bytes
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
@@ -266,6 +275,26 @@ def test_nothing_of_the_outputs_size_is_kept_but_the_output():
     extra = sum(size for place, size in kept.items() if place not in {v.untyped_storage().data_ptr() for v in given})
     # R z, gain, norms and W0 R^T; the outputs are 2400 numbers.
     assert 0 < extra <= 40 * 2 + 2 * 60 + 60 * 2
+
+
+@pytest.mark.parametrize("name", ["dora-rows", "bora"])
+def test_forward_and_backward_take_hardly_more_memory_than_a_frozen_layers(name):
+    kind, (tokens, fan_out, fan_in, rank) = ADAPTER_TYPES[name], (64, 160, 96, 1)
+    weight, bias, params, frozen, x, grad = make_layer(kind, tokens, fan_out, fan_in, rank, dtype=torch.float32)
+
+    def peak(form):
+        return (
+            peak_bytes(lambda: torch.autograd.grad(form(), [x, *params.values()], grad, allow_unused=True), x.device)
+            / 4
+        )
+
+    extra = peak(lambda: fused(x, weight, bias, params, kind, 0.7, frozen)) - peak(lambda: F.linear(x, weight, bias))
+    # Factors, gains and norms; what is found per token; and the gain's sums over spans of 16 tokens, which on a GPU are
+    # longer. The outputs are 10240 numbers, the weight 15360.
+    bound = 6 * rank * (fan_out + fan_in) + 6 * (fan_out + fan_in) + 6 * tokens * rank + 3 * 4 * fan_out
+    assert 0 < extra < bound < tokens * fan_out / 1.7
+    materialised = peak(lambda: F.linear(x, effective_weight_reference(weight, params, kind, 0.7, frozen), bias))
+    assert materialised > 4 * weight.numel()
 
 
 def test_the_weight_is_kept_as_its_owner_has_it():

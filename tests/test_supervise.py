@@ -112,6 +112,8 @@ def test_a_later_repeat_is_passed_on(tmp_path, monkeypatch):
 
 
 def test_a_closed_terminal_asks_to_stop(tmp_path):
+    # As it is where nothing above has chosen otherwise; these tests themselves may run under nohup.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     when_ready(tmp_path, lambda: os.kill(os.getpid(), signal.SIGHUP))
     assert Supervisor(command(LISTENER, tmp_path)).run() == 75
     assert (tmp_path / "seen").read_text() == "SIGTERM"

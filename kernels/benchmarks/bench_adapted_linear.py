@@ -160,10 +160,12 @@ def measure(options, kinds, device):
 
 
 def summarise(rows, kinds):
-    """Per type: the block's layers together, over the frozen layers and under the materialised ones."""
-    total = {}
+    """Per type: the block's layers together, over the frozen layers and under the materialised ones; most memory of one
+    layer, and how much of that a frozen one takes."""
+    total, peak = {}, {}
     for row in rows:
         total[row["variant"]] = total.get(row["variant"], 0.0) + row["milliseconds"]
+        peak[row["variant"]] = max(peak.get(row["variant"], 0), row["peak_bytes"])
     summary = {}
     print(f"\n{'type':14} {'factored':>10} {'x frozen':>9} {'materialised / factored':>24} {'compiled / factored':>20}")
     for kind in kinds:
@@ -175,6 +177,8 @@ def summarise(rows, kinds):
             theirs = total.get(f"{kind.name} {form}")
             summary[kind.name][f"{form}_over_factored"] = None if theirs is None else theirs / ours
             gains.append(" " * width if theirs is None else f"{theirs / ours:{width}.2f}")
+        forms = {"frozen": "frozen", "factored": f"{kind.name} factored", "materialised": f"{kind.name} materialised"}
+        summary[kind.name]["layer_peak_bytes"] = {form: peak.get(variant) for form, variant in forms.items()}
         print(f"{kind.name:14} {ours:7.1f} ms {ratio:9.2f} {' '.join(gains)}".rstrip())
     return summary
 

@@ -120,11 +120,13 @@ def blocks_table(rows: list[dict]) -> Table:
             f"{row['over_frozen']:.2f}",
             times(row["materialised_over_factored"]),
             times(row["compiled_over_factored"]),
+            " / ".join(megabytes(row["layer_peak_bytes"][form]) for form in ("factored", "frozen", "materialised")),
         ]
         for row in rows
     ]
     titles = ["device", "precision", "layers of one block", "adapter", "ours", "ours / frozen", "materialised / ours"]
-    return "Adapted layers (bench_adapted_linear.py)", [*titles, "materialised, compiled / ours"], lines
+    titles += ["materialised, compiled / ours", "MB of the largest layer, ours / frozen / materialised"]
+    return "Adapted layers (bench_adapted_linear.py)", titles, lines
 
 
 def where(row: dict) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 # More than the last-level cache of any device in use (H200: 60 MB), so that a timed call finds its operands in memory,
 # as a layer does inside a model whose weights do not fit the cache.
@@ -60,13 +63,25 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Most memory allocated while ``run`` runs, beyond what was held before; None on a CPU, which does not count it."""
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """Most memory of tensors while ``run`` runs, beyond what was held before."""
     if device.type != "cuda":
-        return None
+        return _host_peak_bytes(run)
     synchronise(device)
     torch.cuda.reset_peak_memory_stats(device)
     held = torch.cuda.memory_allocated(device)
     run()
     synchronise(device)
     return torch.cuda.max_memory_allocated(device) - held
+
+
+def _host_peak_bytes(run: Callable[[], Any]) -> int:
+    """A CPU's allocator keeps no count, but tells the profiler of every allocation."""
+    with warnings.catch_warnings():
+        # Of a profiler that is started and stopped several times in a process.
+        warnings.simplefilter("ignore", UserWarning)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
+            run()
+    taken = [event for event in recording.profiler.kineto_results.events() if event.name() == "[memory]"]
+    taken.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in taken), initial=0))
