@@ -8,7 +8,7 @@ from clips import encode, tone, write_folder, write_zip
 from kills import Killable
 
 from sa3dist import shard
-from sa3dist.data import layout
+from sa3dist.data import figures, layout
 from sa3dist.data.audio import load_clip_audio
 from sa3dist.formats import ClipEntry, DatasetIndex
 from sa3dist.shard import build_shards
@@ -116,7 +116,8 @@ def test_a_kill_at_any_moment_leaves_nothing_wrong_and_the_next_run_gives_the_sa
     folder = write_folder(tmp_path / "in", many(80))
     program = (
         "from pathlib import Path; from sa3dist.shard import build_shards\n"
-        f"def work(target): build_shards({str(folder)!r}, Path(target), max_shard_bytes=150_000)"
+        "from sa3dist.data.measure import measure_clip\n"
+        f"def work(target): build_shards({str(folder)!r}, Path(target), max_shard_bytes=150_000, measure=measure_clip)"
     )
     draw = random.Random(7)
     killed = 0
@@ -124,6 +125,7 @@ def test_a_kill_at_any_moment_leaves_nothing_wrong_and_the_next_run_gives_the_sa
         process.run(tmp_path / "warm")
         duration, _ = process.run(tmp_path / "whole")
         whole = published(tmp_path / "whole")
+        assert figures.NAME in whole
         for moment in range(20):
             work = tmp_path / f"killed-{moment}"
             # Half of them again and again in the same place, as a preempted job is.
@@ -131,7 +133,8 @@ def test_a_kill_at_any_moment_leaves_nothing_wrong_and_the_next_run_gives_the_sa
                 killed += process.run(work, kill_after=draw.uniform(0, duration))[1]
                 for path in work.glob("shards/[0-9a-f]*"):
                     assert DatasetIndex.read(path).digest.startswith(path.name)
-            index = build_shards(str(folder), work, max_shard_bytes=150_000)
+            process.run(work)
             assert published(work) == whole, moment
+            index = build_shards(str(folder), work, max_shard_bytes=150_000)
             assert len(index.clips) == 80
     assert killed >= 10
