@@ -17,8 +17,9 @@ from sa3dist.model.tiny import tiny_config
 
 CLIPS, FRAMES, PROMPT = 2, 21, 9
 FROZEN = Adapter(None, 0, frozenset())
-# torch's counter knows the fused attention of GPUs only, and overlooks the product that adds in place.
+# torch's counter knows the fused attention of GPUs only, and overlooks oneDNN's product and the one that adds in place.
 ALSO_COUNTED = {
+    torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: mm_flop(x, weight[::-1]),
     torch.ops.aten.addmm_: lambda _, a, b, *__, **___: mm_flop(a, b),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
