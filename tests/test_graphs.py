@@ -5,6 +5,7 @@ recorded with; what only a CUDA graph does is in test_gpu_training.py.
 """
 
 import dataclasses
+import functools
 import types
 
 import pytest
@@ -102,14 +103,19 @@ def make_trainer(kind="dora-cols", group=None):
     return Trainer(base, adapter_parameters(base), SETTINGS, plan, group or Group(0, 1, torch.device("cpu")))
 
 
-def micro_batches(count, first=0):
-    """Other values every time, of two shapes: whole, and one clip shorter."""
+@functools.cache
+def both_shapes():
     base = sa3dist.load_base(golden("tiny-sa3"))
     recorded = test_training_step.load_file(golden("training/tiny_sa3_step_dora_rows.safetensors"))
     whole = test_training_step.make_batch(base, recorded)
     frames = whole.noised_BDT.shape[2]
     keep_BT = torch.arange(frames)[None] < torch.tensor([[frames], [frames - 5]])
-    short = dataclasses.replace(whole, keep_BT=keep_BT, packing=Packing.of(keep_BT))
+    return whole, dataclasses.replace(whole, keep_BT=keep_BT, packing=Packing.of(keep_BT))
+
+
+def micro_batches(count, first=0):
+    """Other values every time, of two shapes: whole, and one clip shorter."""
+    whole, short = both_shapes()
     for number in range(first, first + count):
         noise = torch.randn(whole.noised_BDT.shape, generator=torch.Generator().manual_seed(number))
         batch = short if number % 3 == 2 else whole

@@ -9,6 +9,7 @@ import socket
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -352,12 +353,15 @@ def test_a_rank_that_an_agent_stops_for_the_sake_of_a_killed_one_names_that(
     def work(group):
         with Watchdog(group, StopRequest(), tmp_path) as watchdog:
             group.pulse.enter(stage)
-            dist.barrier()
+            processes = [psutil.Process(pid) for pid in group.gather(os.getpid())]
             if group.dist_rank == killed:
                 os.kill(os.getpid(), signal.SIGKILL)
             if killed is not None:
                 with pytest.raises(RuntimeError):
                     dist.barrier()
+                # An agent signals the others once the killed one has ended; its connections close before.
+                while processes[killed].is_running() and processes[killed].status() != psutil.STATUS_ZOMBIE:
+                    time.sleep(0.01)
             reason = leave(group, errors.Interrupted("SIGTERM while encoding"), watchdog.told)
             named = isinstance(reason, errors.Interrupted) or reason.origin[0] == killed
             os._exit(reason.exit_code if named else 1)
