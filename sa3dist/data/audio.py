@@ -62,7 +62,7 @@ def check_audio(data: bytes, observe: Callable[[np.ndarray, int, int], None] | N
     holds NaN or infinity, or never exceeds -60 dBFS. Content decides the format, not the extension.
     """
     samples, peak = 0, 0.0
-    with _open(data) as sound:
+    with _file(data) as file, _open(file) as sound:
         rate, channels, declared = sound.samplerate, sound.channels, _declared_samples(sound)
         _check_size(rate, channels, declared)
         buffer = np.empty((CHECK_BLOCK_VALUES // channels or 1, channels), np.float32)
@@ -105,7 +105,8 @@ def decode(data: bytes) -> tuple[np.ndarray, int]:
 
 def _decode(data: bytes, block_samples: int) -> tuple[np.ndarray, int, bool]:
     """As ``decode``, and whether the encoding keeps all samples in [-1, 1] by itself."""
-    with _open(data) as sound:
+    # Loader processes decode one clip at a time: no thread waits, and nothing is copied.
+    with _open(io.BytesIO(data)) as sound:
         _check_size(sound.samplerate, sound.channels, _declared_samples(sound))
         blocks, rate, channels = list(_blocks(sound, block_samples)), sound.samplerate, sound.channels
         bounded = sound.subtype.startswith("PCM_")
@@ -212,18 +213,17 @@ def _resample_by_sample(audio_CN: torch.Tensor, old: int, new: int, width: int) 
 
 
 @contextlib.contextmanager
-def _open(data: bytes):
+def _open(file: BinaryIO):
     import soundfile
 
-    with _file(data) as file:
-        try:
-            sound = soundfile.SoundFile(file if isinstance(file, io.BytesIO) else file.fileno(), closefd=False)
-        except (soundfile.LibsndfileError, TypeError, ValueError) as error:
-            raise _undecodable(error) from error
-        with sound:
-            if sound.format not in CONTAINER_FORMATS:
-                raise DataError(f"is {sound.format} inside, expected WAV, FLAC, MP3, OGG, OPUS or AIFF; convert it")
-            yield sound
+    try:
+        sound = soundfile.SoundFile(file if isinstance(file, io.BytesIO) else file.fileno(), closefd=False)
+    except (soundfile.LibsndfileError, TypeError, ValueError) as error:
+        raise _undecodable(error) from error
+    with sound:
+        if sound.format not in CONTAINER_FORMATS:
+            raise DataError(f"is {sound.format} inside, expected WAV, FLAC, MP3, OGG, OPUS or AIFF; convert it")
+        yield sound
 
 
 def _file(data: bytes) -> BinaryIO:
