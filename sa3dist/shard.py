@@ -74,8 +74,7 @@ def build_shards(
         earlier = earlier_indices(shards_dir)
         known = read_facts(work_dir) | known_facts(earlier)
         figures: Measured = {}
-        measuring = len(listing.pairs) <= MAX_MEASURED_CLIPS
-        facts_of = decoder(known, measure if measuring else None, figures)
+        facts_of = decoder(known, measure if len(listing.pairs) <= MAX_MEASURED_CLIPS else None, figures)
         kept = KeptBytes(KEPT_BYTES)
         for done, (pair, clip, found) in enumerate(
             checked_clips(container, listing, facts_of, num_workers, should_stop, kept.keep), 1
