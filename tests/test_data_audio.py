@@ -1,12 +1,14 @@
 """Decoding, the checks of one clip, resampling, and reading a clip back from its shard."""
 
 import contextlib
+import dataclasses
 import errno
 import io
 import os
 import random
 import struct
 import wave
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -195,6 +197,70 @@ def test_loading_resamples_before_it_clamps(tmp_path):
     assert torch.equal(load_clip_audio(index, _clip(index, "loud"), 44100), expected)
 
 
+PARTS = {
+    "pcm16.wav": (44100, "WAV", "PCM_16", 2),
+    "float.wav": (44100, "WAV", "FLOAT", 1),
+    "double.aiff": (44100, "AIFF", "DOUBLE", 2),
+    "pcm24.flac": (44100, "FLAC", "PCM_24", 2),
+    "six.flac": (44100, "FLAC", "PCM_16", 6),
+    "vorbis.ogg": (44100, "OGG", "VORBIS", 2),
+    "opus.opus": (48000, "OGG", "OPUS", 2),
+    "mpeg.mp3": (44100, "MP3", None, 2),
+    "law.wav": (44100, "WAV", "ULAW", 1),
+    "other.flac": (32000, "FLAC", "PCM_16", 2),
+}
+
+
+@pytest.fixture(scope="module")
+def parted(tmp_path_factory):
+    """Noise in many encodings: what a decoder keeps from one sample to the next would show."""
+    rng = np.random.default_rng(5)
+    members = {}
+    for name, (rate, container, subtype, channels) in PARTS.items():
+        noise = rng.uniform(-0.9, 0.9, (rate * 3 // 2 + 17, channels)).astype(np.float32)
+        members |= {name: encode(noise, rate, container, subtype), f"{name.partition('.')[0]}.txt": b"noise"}
+    folder = tmp_path_factory.mktemp("parts")
+    return build_shards(str(write_zip(folder / "in.zip", members)), folder / "work")
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_is_bit_for_bit_that_of_the_whole(parted, name):
+    clip = _clip(parted, name.partition(".")[0])
+    whole_CN = load_clip_audio(parted, clip, 44100)
+    length = whole_CN.shape[1]
+    assert length == resampled_length(clip.samples, clip.sample_rate_hz, 44100)
+    drawn = random.Random(name)
+    starts = [0, 0, 1, length - 1, length, length + 5] + [drawn.randrange(length) for _ in range(30)]
+    for start in starts:
+        stop = start + drawn.choice([0, 1, 4096, drawn.randrange(length), 2 * length])
+        part_CN = load_clip_audio(parted, clip, 44100, start, stop)
+        assert part_CN.is_contiguous()
+        assert torch.equal(part_CN, whole_CN[:, start:stop]), (start, stop)
+
+
+@pytest.mark.parametrize(("name", "most"), [("pcm24", 1000), ("float", 1000), ("vorbis", 31000), ("mpeg", 31000)])
+def test_no_more_is_decoded_than_the_part_needs(parted, name, most, monkeypatch):
+    decoded = []
+    read = soundfile.SoundFile.read
+
+    def counted(self, *args, **kwargs):
+        block = read(self, *args, **kwargs)
+        decoded.append(len(block))
+        return block
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", counted)
+    load_clip_audio(parted, _clip(parted, name), 44100, 30000, 31000)
+    assert sum(decoded) == most
+
+
+def test_a_part_of_a_clip_that_decodes_otherwise_than_the_index_says_is_refused(parted):
+    clip = _clip(parted, "pcm24")
+    for wrong in ({"samples": clip.samples + 9}, {"samples": clip.samples - 9}, {"channels": 1}):
+        claimed = dataclasses.replace(clip, **wrong)
+        with pytest.raises(DataError, match="clip pcm24: decodes to .* the index says"):
+            load_clip_audio(parted, claimed, 44100, 1000, None)
+
+
 def test_one_flipped_byte_in_a_shard_is_noticed_and_named(tmp_path):
     index = _shards(tmp_path)
     clip = _clip(index, "clip2")
@@ -280,7 +346,7 @@ def test_a_wav_whose_header_claims_gigabytes_decodes_to_what_is_there():
 
 
 @pytest.mark.parametrize("container", ["WAV", "FLAC", "OGG", "MP3"])
-def test_what_no_file_of_the_system_takes_is_checked_from_memory_alike(container, monkeypatch):
+def test_what_no_file_of_the_system_takes_is_decoded_from_memory_alike(container, monkeypatch):
     out = io.BytesIO()
     soundfile.write(out, np.random.default_rng(3).uniform(-0.5, 0.5, (30_000, 2)), 44100, format=container)
     data = out.getvalue()
@@ -288,19 +354,28 @@ def test_what_no_file_of_the_system_takes_is_checked_from_memory_alike(container
     def decoded():
         blocks = []
         facts = check_audio(data, lambda block_NC, *_: blocks.append(block_NC.copy()))
-        return facts, np.concatenate(blocks)
+        np.testing.assert_array_equal(np.concatenate(blocks).T, decode(data)[0])
+        return facts, blocks
 
-    facts, by_descriptor = decoded()
-    assert np.array_equal(by_descriptor.T, decode(data)[0])
+    made = []
+    create = os.memfd_create
+    monkeypatch.setattr(os, "memfd_create", lambda name: made.append(name) or create(name))
+    facts, blocks = decoded()
+    assert not made
+    with ThreadPoolExecutor(1) as thread:
+        found = [thread.submit(decoded).result()]
+        assert len(made) == 2
 
-    def refuse(name):
-        raise OSError(errno.EPERM, "not permitted")
+        def refuse(name):
+            raise OSError(errno.EPERM, "not permitted")
 
-    monkeypatch.setattr(os, "memfd_create", refuse)
-    same_facts, from_memory = decoded()
-    assert (facts, True) == (same_facts, np.array_equal(by_descriptor, from_memory))
-    monkeypatch.delattr(os, "memfd_create")
-    assert np.array_equal(by_descriptor, decoded()[1])
+        monkeypatch.setattr(os, "memfd_create", refuse)
+        found.append(thread.submit(decoded).result())
+        monkeypatch.delattr(os, "memfd_create")
+        found.append(thread.submit(decoded).result())
+    for other_facts, other_blocks in found:
+        assert other_facts == facts
+        np.testing.assert_array_equal(np.concatenate(other_blocks), np.concatenate(blocks))
 
 
 def test_no_descriptor_stays_open(monkeypatch):
@@ -308,6 +383,6 @@ def test_no_descriptor_stays_open(monkeypatch):
     soundfile.write(out, np.random.default_rng(3).uniform(-0.5, 0.5, (3000, 2)), 44100, format="WAV")
     before = len(os.listdir("/proc/self/fd"))
     for data in (out.getvalue(), out.getvalue()[:60], b"no audio", b""):
-        with contextlib.suppress(DataError):
-            audio.check_audio(data)
+        with contextlib.suppress(DataError), ThreadPoolExecutor(1) as thread:
+            thread.submit(audio.check_audio, data).result()
     assert len(os.listdir("/proc/self/fd")) == before

@@ -8,13 +8,16 @@ latents  read every clip's latents and cut them: ours from latent shards, digest
 ours     the samples as the training step takes them: besides the latents also prompt, noise, masks, coupling, target
 The others are what a newcomer writes: soundfile, torch and webdataset alone, nothing checked. No model is needed: the
 latents are random, of the released shape (256 x frames). Workers live on from pass to pass, as they do in a long run;
-whole passes of all variants are timed in turn, so that a busy machine slows all alike. With 0 workers the figure is
+whole passes of all variants are timed in turn, in another order each time, so that a busy machine slows all alike and
+none always follows the same one. With 0 workers the figure is
 samples per second of processor time, which other processes disturb little.
 """
 
 import argparse
 import io
 import json
+import math
+import random
 import statistics
 import sys
 import tempfile
@@ -70,7 +73,7 @@ class IndexedAudio(Dataset):
         return len(self.index.clips)
 
     def __getitem__(self, number):
-        return cut(load_clip_audio(self.index, self.index.clips[number], RATE), self.crop_samples)
+        return cut(load_clip_audio(self.index, self.index.clips[number], RATE, 0, self.crop_samples), self.crop_samples)
 
 
 class IndexedLatents(Dataset):
@@ -160,37 +163,52 @@ def make_variants(work, clips, seconds):
 
 
 def measure(variants, clips, workers, rounds):
-    """Samples per second of every variant: median, slowest and fastest of ``rounds`` interleaved passes."""
+    """Seconds per sample of every variant, one figure per round."""
     loaders = {
         name: DataLoader(dataset, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
         for name, dataset in variants.items()
     }
     clock = time.perf_counter if workers else time.process_time
-    rates = {name: [] for name in loaders}
+    shuffled = random.Random(0)
+    seconds = {name: [] for name in loaders}
     for round_ in range(rounds + 1):
-        for name, loader in loaders.items():
+        # What a pass finds in the caches is what the one before it left there.
+        for name in shuffled.sample(list(loaders), len(loaders)):
             begin = clock()
-            seen = sum(1 for _ in loader)
+            seen = sum(1 for _ in loaders[name])
             spent = clock() - begin
             assert seen == clips
             # The first pass starts the workers.
             if round_:
-                rates[name].append(seen / spent)
+                seconds[name].append(spent / seen)
+    return seconds
+
+
+def rates(seconds):
+    """Samples per second: median of the rounds, slowest and fastest."""
     return {
-        name: {"samples_per_second": statistics.median(some), "spread": [min(some), max(some)]}
-        for name, some in rates.items()
+        name: {"samples_per_second": 1 / statistics.median(some), "spread": [1 / max(some), 1 / min(some)]}
+        for name, some in seconds.items()
     }
 
 
-def ratios(rows):
-    """What the figures are for: how many times as fast as the others ours is, median of the passes."""
-    rate = {name: figures["samples_per_second"] for name, figures in rows.items()}
-    return {
-        "audio, ours over webdataset": rate["audio, ours"] / rate["audio, webdataset"],
-        "audio, ours over folder": rate["audio, ours"] / rate["audio, folder"],
-        "latents, ours over webdataset": rate["latents, ours"] / rate["latents, webdataset"],
-        "latents, ours over folder": rate["latents, ours"] / rate["audio, folder"],
+def ratios(seconds):
+    """What the figures are for: how many times as fast as the others ours is, by round, so that all were as disturbed.
+
+    median   of the rounds        interval   holds the median of endless rounds at 95 %: order statistics, binomial
+    """
+    pairs = {
+        "audio, ours over webdataset": ("audio, webdataset", "audio, ours"),
+        "audio, ours over folder": ("audio, folder", "audio, ours"),
+        "latents, ours over webdataset": ("latents, webdataset", "latents, ours"),
+        "latents, ours over folder": ("audio, folder", "latents, ours"),
     }
+    found = {}
+    for name, (theirs, ours) in pairs.items():
+        ratio = sorted(their / our for their, our in zip(seconds[theirs], seconds[ours], strict=True))
+        outside = max(0, round((len(ratio) - 1.96 * math.sqrt(len(ratio))) / 2) - 1)
+        found[name] = {"median": statistics.median(ratio), "interval": [ratio[outside], ratio[-1 - outside]]}
+    return found
 
 
 def main():
@@ -207,12 +225,13 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         variants = make_variants(Path(name), chosen.clips, chosen.seconds)
         for workers in map(int, chosen.workers.split(",")):
-            rows = measure(variants, chosen.clips, workers, chosen.rounds)
-            report["workers"][str(workers)] = {"rows": rows, "ratios": ratios(rows)}
-            for row, figures in rows.items():
+            seconds = measure(variants, chosen.clips, workers, chosen.rounds)
+            rows = report["workers"][str(workers)] = {"rows": rates(seconds), "ratios": ratios(seconds)}
+            for row, figures in rows["rows"].items():
                 print(f"{workers} workers  {row:<28} {figures['samples_per_second']:9.1f} samples/s", file=sys.stderr)
-            for row, ratio in ratios(rows).items():
-                print(f"{workers} workers  {row:<32} {ratio:6.2f}", file=sys.stderr)
+            for row, ratio in rows["ratios"].items():
+                low, high = ratio["interval"]
+                print(f"{workers} workers  {row:<32} {ratio['median']:6.2f} ({low:.2f} to {high:.2f})", file=sys.stderr)
     if chosen.out:
         write_json(chosen.out, report)
     print(json.dumps(report))

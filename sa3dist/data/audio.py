@@ -7,6 +7,7 @@ import dataclasses
 import io
 import math
 import os
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -99,53 +100,64 @@ def decode(data: bytes) -> tuple[np.ndarray, int]:
 
     Raises DataError, without a file name, when libsndfile cannot decode it.
     """
-    samples_CN, rate, _ = _decode(data, DECODE_BLOCK_SAMPLES)
-    return samples_CN, rate
-
-
-def _decode(data: bytes, block_samples: int) -> tuple[np.ndarray, int, bool]:
-    """As ``decode``, and whether the encoding keeps all samples in [-1, 1] by itself."""
-    # Loader processes decode one clip at a time: no thread waits, and nothing is copied.
-    with _open(io.BytesIO(data)) as sound:
+    with _file(data) as file, _open(file) as sound:
         _check_size(sound.samplerate, sound.channels, _declared_samples(sound))
-        blocks, rate, channels = list(_blocks(sound, block_samples)), sound.samplerate, sound.channels
-        bounded = sound.subtype.startswith("PCM_")
-    if len(blocks) == 1:
-        return np.ascontiguousarray(blocks[0].T), rate, bounded
+        blocks, rate, channels = list(_blocks(sound)), sound.samplerate, sound.channels
     # As long as what was decoded, not as what a header claims; turned and joined in one pass.
     samples_CN = np.empty((channels, sum(map(len, blocks))), np.float32)
     start = 0
     for block in blocks:
         samples_CN[:, start : start + len(block)] = block.T
         start += len(block)
-    return samples_CN, rate, bounded
+    return samples_CN, rate
 
 
-def load_clip_audio(index: DatasetIndex, entry: ClipEntry, sample_rate_hz: int) -> torch.Tensor:
+def load_clip_audio(
+    index: DatasetIndex, entry: ClipEntry, sample_rate_hz: int, start: int = 0, stop: int | None = None
+) -> torch.Tensor:
     """The whole clip ready for cropping: float32 (2, n) in [-1, 1] at ``sample_rate_hz``, n = resampled_length(...).
+
+    start, stop   only ``[:, start:stop]`` of it, bit for bit; no more is decoded than that and, where the encoding does
+                  not hold every sample by itself, what comes before; a clip that is resampled is decoded whole
 
     Reads the audio bytes from their place in the shard, or by the index's reader; nothing else of the shard is touched.
     Mono is duplicated, of more than two channels the first two stay (spec/training.md 4.2, whose clamp comes after crop
     and flip but commutes with both).
     Raises DataError naming shard and clip when the bytes are not the ones that were checked when the shard was written.
     """
-    place = f"{index.directory / entry.shard}, clip {entry.key}"
     data = index.reader.read(entry) if index.reader else read_clip(index.directory / entry.shard, entry)
+    rate, samples = entry.sample_rate_hz, entry.samples
+    start, stop, _ = slice(start, stop).indices(resampled_length(samples, rate, sample_rate_hz))
     try:
-        # In one piece: these bytes are known to decode to so many samples.
-        audio_CN, rate, bounded = _decode(data, entry.samples + 1)
+        if rate != sample_rate_hz:
+            audio_CN = ready_audio(*_decode_part(data, entry, 0, samples), rate, sample_rate_hz)
+            return audio_CN[:, start:stop].contiguous()
+        return ready_audio(*_decode_part(data, entry, start, stop), rate, rate)
     except DataError as error:
-        raise DataError(f"{place}: {error}") from error
-    if audio_CN.shape != (entry.channels, entry.samples) or rate != entry.sample_rate_hz:
+        raise DataError(f"{index.directory / entry.shard}, clip {entry.key}: {error}") from error
+
+
+def _decode_part(data: bytes, entry: ClipEntry, start: int, stop: int) -> tuple[np.ndarray, bool]:
+    """Samples ``start`` to ``stop``, float32 (channels, n), and whether the encoding keeps all in [-1, 1] by itself."""
+    with _file(data) as file, _open(file) as sound:
+        _check_size(sound.samplerate, sound.channels, _declared_samples(sound))
+        bounded = sound.subtype.startswith("PCM_")
+        first = sound.seek(start) if start and (bounded or sound.subtype in ("FLOAT", "DOUBLE")) else 0
+        # One more than the index has would show.
+        wanted = stop - first + (stop == entry.samples)
+        part_NC = next(_blocks(sound, wanted), np.empty((0, sound.channels), np.float32))[start - first :]
+        found = (sound.channels, len(part_NC)), sound.samplerate
+    if found != ((entry.channels, stop - start), entry.sample_rate_hz):
         raise DataError(
-            f"{place}: decodes to {audio_CN.shape} at {rate} Hz, the index says {(entry.channels, entry.samples)} at "
+            f"decodes to {found[0]} at {found[1]} Hz, the index says {(entry.channels, stop - start)} at "
             f"{entry.sample_rate_hz} Hz. Another libsndfile wrote it; run sa3dist shard on this machine."
         )
-    return ready_audio(audio_CN, rate, sample_rate_hz, bounded)
+    # Here, for torch takes 16 times as long to turn them.
+    return np.ascontiguousarray(part_NC.T), bounded
 
 
-def ready_audio(audio_CN: np.ndarray, from_hz: int, to_hz: int, bounded: bool = False) -> torch.Tensor:
-    """What ``decode`` gives, ready for cropping, as ``load_clip_audio`` returns it.
+def ready_audio(audio_CN: np.ndarray, bounded: bool, from_hz: int, to_hz: int) -> torch.Tensor:
+    """Decoded samples ready for cropping, as ``load_clip_audio`` returns them.
 
     bounded   its samples are known to lie in [-1, 1]
     """
@@ -230,10 +242,12 @@ def _file(data: bytes) -> BinaryIO:
     """``data`` as a file, of the system's where that is possible.
 
     libsndfile reads those by itself; an object it reads through Python, up to a thousand times for one clip, and each
-    time it has to wait for the other threads that decode.
+    time a thread has to wait for the others. A process's main thread, which is all that a loader process has, does not:
+    to copy the bytes costs more there.
     """
+    waits = threading.current_thread() is not threading.main_thread()
     # Not on every system, nor in every container.
-    if len(data) <= MAX_COPIED_BYTES and hasattr(os, "memfd_create"):
+    if waits and len(data) <= MAX_COPIED_BYTES and hasattr(os, "memfd_create"):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             file = stack.enter_context(os.fdopen(os.memfd_create("clip"), "w+b"))
             file.write(data)

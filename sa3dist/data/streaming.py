@@ -137,7 +137,8 @@ class StreamedBatches(IterableDataset):
     def _read(self, slot: int, found: ShardClip) -> Sample | Decoded:
         if self.encoded.source.encoders is not None:
             return self.encoded.sample(slot, found, self.settings)
-        return slot, found.clip, ready_audio(*decode(found.content["audio"]), self.encoded.sample_rate_hz)
+        samples_CN, rate = decode(found.content["audio"])
+        return slot, found.clip, ready_audio(samples_CN, False, rate, self.encoded.sample_rate_hz)
 
     def _should_stop(self) -> bool:
         return self._ended.is_set() or (get_worker_info() is not None and os.getppid() != self._parent)
