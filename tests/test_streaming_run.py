@@ -68,7 +68,8 @@ def start(words, output_dir, world_size=2):
             torch.set_num_threads(1)
             ranks = {"RANK": dist_rank, "LOCAL_RANK": dist_rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
             os.environ |= {key: str(value) for key, value in ranks.items()}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+            # Else Accelerate gives every rank a thread per core, and they spin while they wait for each other.
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
             with open(f"{output_dir}-{dist_rank}.log", "a") as said, contextlib.redirect_stdout(said):
                 sys.stderr = said
                 # The test runner's would take what the program says.
