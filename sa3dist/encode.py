@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from sa3dist.data.crops import EncodedCrops
 from sa3dist.data.latents import SILENCE_TAIL_FRAMES, EncodedClips
 from sa3dist.data.order import ClipOrder, micro_batch_slots
-from sa3dist.data.pool import ordered_map
+from sa3dist.data.pool import WAITING_BYTES, ordered_map
 from sa3dist.data.stream import frames_of, polarity_of_slot
 from sa3dist.errors import SA3DistError
 from sa3dist.formats import ClipEntry
@@ -22,8 +22,6 @@ from sa3dist.parallel.signals import StopRequest
 
 # One pass holds no more frames than the longest clip of any base (380 s) has alone.
 MAX_PASS_FRAMES = 4160
-# Decoded audio waiting for the encoder, beyond that of the clips being encoded.
-WAITING_BYTES = 256 << 20
 # A caption costs about as much as a few frames: 256 tokens through a small model.
 CAPTION_COST = 4.0
 
@@ -128,20 +126,22 @@ class CaptionPiece:
 class CropPiece:
     """The crop of one slot; which one it is shows when the clip's peaks have been read."""
 
-    cost, count, memory = 1.0, 1, 0
+    cost, count = 1.0, 1
 
     def __init__(self, base, encoded: EncodedCrops, order: ClipOrder, slot: int) -> None:
-        self._base, self._encoded, self._order, self._slot = base, encoded, order, slot
+        self._base, self._encoded, self._seed, self._slot = base, encoded, order.seed, slot
+        self._clip = encoded.clips[order.clip_of_slot(slot)]
+        self.memory = encoded.crop_bytes
 
     def lacking(self) -> bool:
         return True
 
     def load(self) -> list[torch.Tensor]:
-        return []
+        crop_CN = self._encoded.load_slot(self._clip, self._seed, self._slot)
+        return [] if crop_CN is None else [crop_CN]
 
     def encode(self, loaded: list[torch.Tensor]) -> None:
-        clip = self._encoded.clips[self._order.clip_of_slot(self._slot)]
-        self._encoded.encode_slot(self._base, clip, self._order.seed, self._slot)
+        self._encoded.encode_slot(self._base, self._clip, self._seed, self._slot, *loaded)
 
 
 class ClipPiece:
@@ -189,32 +189,68 @@ def in_groups(items: Sequence, size: int) -> list[Sequence]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def encode_on_first_use(
-    base,
-    encoded: EncodedClips,
-    order: ClipOrder,
-    micro_batch: int,
-    before_work: Callable[[str], None] = lambda doing: None,
-) -> Callable[[int], None]:
-    """A function that encodes what one micro batch still lacks, given its index.
+class FirstUse:
+    """Encodes what a micro batch still lacks when its turn has come.
 
-    before_work   called with what is about to be done; what it raises ends the step
     The encoders are loaded when the first file is missing, and leave the memory when all have been seen.
     """
-    ready: set[tuple[int, bool]] = set()
 
-    def prepare(micro_index: int) -> None:
-        for slot in micro_batch_slots(micro_index, micro_batch):
-            number, flipped = order.clip_of_slot(slot), polarity_of_slot(order.seed, slot)
-            if (number, flipped) in ready:
+    def __init__(
+        self,
+        base,
+        encoded: EncodedClips,
+        order: ClipOrder,
+        micro_batch: int,
+        before_work: Callable[[str], None] = lambda doing: None,
+    ) -> None:
+        """before_work: called with what is about to be done; what it raises ends the step."""
+        self._base, self._encoded, self._order, self._micro_batch = base, encoded, order, micro_batch
+        self._before_work = before_work
+        self._ready: set[tuple[int, bool]] = set()
+        self._loaded: dict[int, dict[int, torch.Tensor]] = {}
+
+    def ahead(self, indices: Iterable[int]) -> Iterator[int]:
+        """``indices`` of micro batches; another thread reads the audio of clips to come that are not encoded yet."""
+
+        def memory(micro_index: int) -> int:
+            return sum(self._bytes_of(number) for number, _ in self._lacking(micro_index))
+
+        loaded = ordered_map(self._load, indices, memory, num_workers=1, in_flight_bytes=WAITING_BYTES)
+        for micro_index, audio in loaded:
+            self._loaded[micro_index] = audio
+            yield micro_index
+
+    def _lacking(self, micro_index: int) -> list[tuple[int, bool]]:
+        """Number and polarity of the clips of a micro batch that have not been seen to be encoded."""
+        slots = micro_batch_slots(micro_index, self._micro_batch)
+        wanted = [(self._order.clip_of_slot(slot), polarity_of_slot(self._order.seed, slot)) for slot in slots]
+        return [one for one in wanted if one not in self._ready]
+
+    def _bytes_of(self, number: int) -> int:
+        return 8 * self._encoded.samples_per_frame * frames_of(self._encoded.clips[number], self._encoded)
+
+    def _load(self, micro_index: int) -> dict[int, torch.Tensor]:
+        """Audio by the clip's number, of as many as fit; the others' turn comes when they are encoded."""
+        audio: dict[int, torch.Tensor] = {}
+        held = 0
+        for number, flipped in self._lacking(micro_index):
+            clip = self._encoded.clips[number]
+            if number in audio or self._encoded.has_latents(clip, flipped):
                 continue
-            clip = encoded.clips[number]
-            if not encoded.has_latents(clip, flipped):
-                before_work(f"encoding clip {clip.key}")
-            encoded.encode_prompts(base, [clip.caption])
-            encoded.encode_latents(base, clip, flipped)
-            ready.add((number, flipped))
-            if len(ready) == 2 * len(encoded.clips):
-                base.release_encoders()
+            held += self._bytes_of(number)
+            if audio and held > WAITING_BYTES:
+                break
+            audio[number] = self._encoded.audio(clip)
+        return audio
 
-    return prepare
+    def prepare(self, micro_index: int) -> None:
+        loaded = self._loaded.pop(micro_index, {})
+        for number, flipped in self._lacking(micro_index):
+            clip = self._encoded.clips[number]
+            if not self._encoded.has_latents(clip, flipped):
+                self._before_work(f"encoding clip {clip.key}")
+            self._encoded.encode_prompts(self._base, [clip.caption])
+            self._encoded.encode_latents(self._base, clip, flipped, loaded.get(number))
+            self._ready.add((number, flipped))
+            if len(self._ready) == 2 * len(self._encoded.clips):
+                self._base.release_encoders()

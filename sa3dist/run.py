@@ -257,11 +257,13 @@ class Run:
         first = self.trainer.step + 1
         indices = micro_indices(first, work.steps, work.accumulation, group.dist_rank, group.world_size)
         batches = self.micro_batches(base, encoded)
+        needed = base, encoded, batches.order, settings.batch_size, self._before_work
         if isinstance(encoded, EncodedCrops):
-            crops = CropsInFlight(base, encoded, batches.order, settings.batch_size, self._before_work)
-            return loader(batches, indices, crops.prepare, settings.num_workers, group.device, after=crops.used)
-        prepare = encode.encode_on_first_use(base, encoded, batches.order, settings.batch_size, self._before_work)
-        return loader(batches, indices, prepare, settings.num_workers, group.device)
+            crops = CropsInFlight(*needed)
+            ahead = crops.ahead(indices)
+            return loader(batches, ahead, crops.prepare, settings.num_workers, group.device, after=crops.used)
+        first_use = encode.FirstUse(*needed)
+        return loader(batches, first_use.ahead(indices), first_use.prepare, settings.num_workers, group.device)
 
     def _streamed_batches(self, base, encoded: StreamedClips) -> Generator[MicroBatch, None, None]:
         settings, trainer, stream = self.settings, self.trainer, self._stream_settings(base, encoded)

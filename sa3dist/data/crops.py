@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import shutil
 import tempfile
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from sa3dist.data.audio import load_clip_audio
 from sa3dist.data.latents import ENCODING_VERSION, EncodedClips, frame_peaks
 from sa3dist.data.order import ClipOrder, micro_batch_slots
+from sa3dist.data.pool import WAITING_BYTES, ordered_map
 from sa3dist.data.stream import draw_crop, polarity_of_slot
 from sa3dist.data.tensor_files import read_tensors, write_tensors
 from sa3dist.formats import STALE_SECONDS, ClipEntry, digest_of
@@ -81,27 +83,51 @@ class EncodedCrops(EncodedClips):
 
         return CropLatents(read_tensors(self.peaks_path(clip), f"peaks of clip {clip.key}")["peaks"], read)
 
-    def encode_slot(self, base, clip: ClipEntry, seed: int, slot: int) -> Path:
-        """Encode what ``slot`` needs of its clip unless that is done already; returns the crop's file."""
-        flipped = polarity_of_slot(seed, slot)
+    def load_slot(self, clip: ClipEntry, seed: int, slot: int) -> torch.Tensor | None:
+        """What ``slot`` needs of its clip, float32 (2, crop_frames x samples_per_frame); None where that is encoded.
+
+        Any thread may call it. A clip that is looked at for the first time is decoded whole, to know where it is loud.
+        """
         audio_CN = None
         if not self.peaks_path(clip).exists():
             audio_CN = load_clip_audio(self.index, clip, self.sample_rate_hz)
             write_tensors(self.peaks_path(clip), {"peaks": frame_peaks(audio_CN, self.samples_per_frame)})
+        path, start, flipped = self._crop_of_slot(clip, seed, slot)
+        if path.exists():
+            return None
+        first, end = start * self.samples_per_frame, (start + self._limit) * self.samples_per_frame
+        if audio_CN is None:
+            part_CN = load_clip_audio(self.index, clip, self.sample_rate_hz, first, end)
+        else:
+            part_CN = audio_CN[:, first:end]
+        padded_CN = torch.zeros(part_CN.shape[0], end - first)
+        padded_CN[:, : part_CN.shape[1]] = -part_CN if flipped else part_CN
+        return padded_CN
+
+    def encode_slot(self, base, clip: ClipEntry, seed: int, slot: int, loaded_CN: torch.Tensor | None = None) -> Path:
+        """Encode what ``slot`` needs of its clip unless that is done already; returns the crop's file.
+
+        loaded_CN   what ``load_slot`` has returned; another micro batch may have let the file go since
+        """
+        if loaded_CN is None:
+            loaded_CN = self.load_slot(clip, seed, slot)
+        path, _, _ = self._crop_of_slot(clip, seed, slot)
+        if loaded_CN is not None and not path.exists():
+            latents_1DT = base.encode_audio(loaded_CN[None].to(base.device))
+            write_tensors(path, {"latents": latents_1DT[0].float().cpu().contiguous()})
+        return path
+
+    def _crop_of_slot(self, clip: ClipEntry, seed: int, slot: int) -> tuple[Path, int, bool]:
+        """The file of the slot's crop, its first frame, and whether it is flipped."""
         peaks_T = read_tensors(self.peaks_path(clip), f"peaks of clip {clip.key}")["peaks"]
         start, _ = draw_crop(peaks_T, self._limit, seed, slot)
-        path = self.crop_path(clip, flipped, start)
-        if path.exists():
-            return path
-        if audio_CN is None:
-            audio_CN = load_clip_audio(self.index, clip, self.sample_rate_hz)
-        frame = self.samples_per_frame
-        part_CN = audio_CN[:, start * frame : (start + self._limit) * frame]
-        padded_CN = torch.zeros(part_CN.shape[0], self._limit * frame)
-        padded_CN[:, : part_CN.shape[1]] = -part_CN if flipped else part_CN
-        latents_1DT = base.encode_audio(padded_CN[None].to(base.device))
-        write_tensors(path, {"latents": latents_1DT[0].float().cpu().contiguous()})
-        return path
+        flipped = polarity_of_slot(seed, slot)
+        return self.crop_path(clip, flipped, start), start, flipped
+
+    @property
+    def crop_bytes(self) -> int:
+        """Of what ``load_slot`` returns."""
+        return 8 * self._limit * self.samples_per_frame
 
 
 class CropsInFlight:
@@ -118,16 +144,35 @@ class CropsInFlight:
         """before_work: called with what is about to be done; what it raises ends the step."""
         self._before_work = before_work
         self._base, self._encoded, self._order, self._micro_batch = base, encoded, order, micro_batch
+        self._loaded: dict[int, list[torch.Tensor | None]] = {}
         self._held: dict[int, list[Path]] = {}
         self._uses: Counter[Path] = Counter()
 
+    def ahead(self, indices: Iterable[int]) -> Iterator[int]:
+        """``indices`` of micro batches; another thread reads the audio of those to come."""
+        memory = self._encoded.crop_bytes * self._micro_batch
+        loaded = ordered_map(self._load, indices, lambda _: memory, num_workers=1, in_flight_bytes=WAITING_BYTES)
+        for micro_index, crops in loaded:
+            self._loaded[micro_index] = crops
+            yield micro_index
+
+    def _load(self, micro_index: int) -> list[torch.Tensor | None]:
+        """Of as many slots as fit; the others' turn comes when they are encoded."""
+        fit = max(1, WAITING_BYTES // self._encoded.crop_bytes)
+        seed = self._order.seed
+        return [self._encoded.load_slot(clip, seed, slot) for slot, clip in self._clips_of(micro_index)[:fit]]
+
+    def _clips_of(self, micro_index: int) -> list[tuple[int, ClipEntry]]:
+        slots = micro_batch_slots(micro_index, self._micro_batch)
+        return [(slot, self._encoded.clips[self._order.clip_of_slot(slot)]) for slot in slots]
+
     def prepare(self, micro_index: int) -> None:
         paths = []
-        for slot in micro_batch_slots(micro_index, self._micro_batch):
-            clip = self._encoded.clips[self._order.clip_of_slot(slot)]
+        loaded = self._loaded.pop(micro_index, [])
+        for (slot, clip), crop_CN in itertools.zip_longest(self._clips_of(micro_index), loaded):
             self._before_work(f"encoding a crop of clip {clip.key}")
             self._encoded.encode_prompts(self._base, [clip.caption])
-            paths.append(self._encoded.encode_slot(self._base, clip, self._order.seed, slot))
+            paths.append(self._encoded.encode_slot(self._base, clip, self._order.seed, slot, crop_CN))
         self._uses.update(paths)
         self._held[micro_index] = paths
 

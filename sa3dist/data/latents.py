@@ -166,10 +166,10 @@ class EncodedClips:
         """Whether the latents of either polarity are still to be made."""
         return not all(self.has_latents(clip, flipped) for flipped in (False, True))
 
-    def encode_latents(self, base, clip: ClipEntry, flipped: bool) -> None:
-        """Encode one clip and publish its file, unless that is done already."""
+    def encode_latents(self, base, clip: ClipEntry, flipped: bool, audio_CN: torch.Tensor | None = None) -> None:
+        """Encode one clip and publish its file, unless that is done already; audio_CN: its ``audio``, if at hand."""
         if not self.has_latents(clip, flipped):
-            self.encode_together(base, [(clip, flipped, self.audio(clip))])
+            self.encode_together(base, [(clip, flipped, self.audio(clip) if audio_CN is None else audio_CN)])
 
     def audio(self, clip: ClipEntry) -> torch.Tensor:
         """The whole clip, float32 (2, n) at the base's sample rate."""

@@ -13,6 +13,8 @@ Result = TypeVar("Result")
 
 # Compressed bytes of the items being worked on at one time; a larger item is worked on alone.
 IN_FLIGHT_BYTES = 1 << 30
+# Decoded audio waiting for the encoder, beyond that of the clips being encoded.
+WAITING_BYTES = 256 << 20
 
 
 def ordered_map(
@@ -32,20 +34,21 @@ def ordered_map(
     workers = num_workers or os.cpu_count() or 1
     limit = IN_FLIGHT_BYTES if in_flight_bytes is None else in_flight_bytes
     pool = ThreadPoolExecutor(workers, thread_name_prefix="clips")
-    waiting: deque[tuple[Item, Future]] = deque()
+    waiting: deque[tuple[Item, int, Future]] = deque()
     in_flight = 0
     try:
         for item in items:
-            while waiting and (len(waiting) >= 4 * workers or in_flight + size_of(item) > limit):
-                done, future = waiting.popleft()
-                in_flight -= size_of(done)
+            size = size_of(item)
+            while waiting and (len(waiting) >= 4 * workers or in_flight + size > limit):
+                done, freed, future = waiting.popleft()
+                in_flight -= freed
                 yield done, future.result()
             check_stop()
-            waiting.append((item, pool.submit(work, item)))
-            in_flight += size_of(item)
+            waiting.append((item, size, pool.submit(work, item)))
+            in_flight += size
         while waiting:
             check_stop()
-            done, future = waiting.popleft()
+            done, _, future = waiting.popleft()
             yield done, future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

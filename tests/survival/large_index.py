@@ -92,8 +92,8 @@ def measure(work, count):
     report["read_index"] = read_time.figures()
     with Timed() as first_time:
         encoded, batches = stream_of(work)
-        prepare = encode.encode_on_first_use(Base, encoded, batches.order, 2)
-        source = loader(batches, iter(range(4)), prepare, 1, torch.device("cpu"))
+        first_use = encode.FirstUse(Base, encoded, batches.order, 2)
+        source = loader(batches, first_use.ahead(range(4)), first_use.prepare, 1, torch.device("cpu"))
         first = next(source)
     assert len(first.clips) == 2
     source.close()

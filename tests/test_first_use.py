@@ -1,0 +1,119 @@
+"""Encoding on first use: another thread reads the audio ahead; the samples are those of encoding everything first."""
+
+import threading
+
+import pytest
+import torch
+from clips import encode, tone, write_zip
+
+from sa3dist import encode as stage
+from sa3dist.data import latents
+from sa3dist.data.audio import load_clip_audio
+from sa3dist.data.latents import EncodedClips
+from sa3dist.data.stream import MicroBatches, StreamSettings, frames_of, loader
+from sa3dist.encode import FirstUse, encode_all
+from sa3dist.errors import DataError
+from sa3dist.model.loading import load_base
+from sa3dist.parallel.group import Group
+from sa3dist.parallel.signals import StopRequest
+from sa3dist.shard import build_shards
+
+CPU = torch.device("cpu")
+CLIPS, MICRO_BATCH = 5, 2
+# Two epochs, in which most clips come in both polarities.
+INDICES = range(2 * CLIPS // MICRO_BATCH)
+
+
+@pytest.fixture
+def base(demo_base):
+    return load_base(demo_base)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    members = {f"c{n}.wav": encode(tone(0.2 + 0.1 * n, hertz=200 + 50 * n, channels=2)) for n in range(CLIPS)}
+    members |= {f"c{n}.txt": f"tone {n}".encode() for n in range(CLIPS)}
+    return build_shards(str(write_zip(folder / "a.zip", members)), folder / "work")
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """(clip, whether this thread read it) of every clip that is decoded."""
+    seen = []
+
+    def watched(index, clip, rate):
+        seen.append((clip.key, threading.current_thread() is threading.main_thread()))
+        return load_clip_audio(index, clip, rate)
+
+    monkeypatch.setattr(latents, "load_clip_audio", watched)
+    return seen
+
+
+def first_use(base, index, work_dir, before_work=lambda doing: None):
+    encoded = EncodedClips(index, work_dir, base, "a", "t")
+    stream = MicroBatches(encoded, StreamSettings(3, MICRO_BATCH, 12, 0.1, "file", None))
+    return encoded, stream, FirstUse(base, encoded, stream.order, MICRO_BATCH, before_work)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_samples_are_those_of_encoding_everything_first(base, index, tmp_path, reads, workers):
+    encoded, stream, _ = first_use(base, index, tmp_path / "before")
+    encode_all(base, encoded, Group(0, 1, CPU), StopRequest())
+    expected = [stream[number] for number in INDICES]
+    reads.clear()
+    encoded, stream, use = first_use(base, index, tmp_path / "on_the_way")
+    found = list(loader(stream, use.ahead(INDICES), use.prepare, workers, CPU))
+    for one, other in zip(expected, found, strict=True):
+        assert one.clips == other.clips
+        torch.testing.assert_close(one.noised_BDT, other.noised_BDT, rtol=1e-5, atol=1e-5)
+    polarities = sum(encoded.has_latents(clip, flipped) for clip in index.clips for flipped in (False, True))
+    assert {main for _, main in reads} == {False}
+    assert CLIPS <= len(reads) <= 2 * polarities
+
+
+def test_nothing_is_read_where_everything_is_encoded(base, index, tmp_path, reads):
+    encoded, stream, use = first_use(base, index, tmp_path)
+    encode_all(base, encoded, Group(0, 1, CPU), StopRequest())
+    reads.clear()
+    doing = []
+    encoded, stream, use = first_use(base, index, tmp_path, doing.append)
+    assert len(list(loader(stream, use.ahead(INDICES), use.prepare, 0, CPU))) == len(INDICES)
+    assert not reads
+    assert not doing
+
+
+@pytest.mark.parametrize("room", [0, 300_000])
+def test_no_more_is_read_ahead_than_fits(base, index, tmp_path, reads, monkeypatch, room):
+    # c0 fills three frames, 98 kB, c4 seven.
+    monkeypatch.setattr(stage, "WAITING_BYTES", room)
+    encoded, stream, use = first_use(base, index, tmp_path)
+    next(iter(use.ahead(INDICES)))
+    sizes = {clip.key: 8 * 4096 * frames_of(clip, encoded) for clip in index.clips}
+    ahead = [key for key, _ in reads]
+    assert ahead
+    assert sum(sizes[key] for key in ahead) <= max(room, sizes[ahead[0]])
+
+
+def test_a_clip_that_cannot_be_read_ends_the_run_when_its_turn_comes(base, index, tmp_path, monkeypatch):
+    encoded, stream, use = first_use(base, index, tmp_path)
+    # The first clip that no earlier micro batch has.
+    third = set(stream_clips(stream, 2)) - {clip for n in (0, 1) for clip in stream_clips(stream, n)}
+    bad = min(third)
+
+    def broken(index, clip, rate):
+        if clip.key == bad:
+            raise DataError(f"clip {clip.key}: damaged")
+        return load_clip_audio(index, clip, rate)
+
+    monkeypatch.setattr(latents, "load_clip_audio", broken)
+    ready = loader(stream, use.ahead(INDICES), use.prepare, 0, CPU)
+    assert [next(ready).clips, next(ready).clips] == [stream_clips(stream, 0), stream_clips(stream, 1)]
+    with pytest.raises(DataError, match=f"^clip {bad}: damaged$"):
+        next(ready)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("clips")]
+
+
+def stream_clips(stream, number):
+    slots = range(number * MICRO_BATCH, (number + 1) * MICRO_BATCH)
+    return [stream.encoded.clips[stream.order.clip_of_slot(slot)].key for slot in slots]
