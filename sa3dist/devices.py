@@ -26,6 +26,11 @@ class Device:
     source: str
     on_gpu: bool = True
 
+    @property
+    def runs_kernels(self) -> bool:
+        """Whether ``auto`` takes the Triton kernels there: what has units for bfloat16 has all else that they need."""
+        return self.on_gpu and self.bf16_flops > self.fp32_flops
+
     def flops_per_second(self, value_bytes: int) -> float:
         return self.bf16_flops if value_bytes == 2 else self.fp32_flops
 

@@ -114,7 +114,7 @@ class Prediction:
 def predict(job: Job, device: Device, measured: list[Measured]) -> Prediction:
     """Memory and time of a job on a device. measured: timed steps to calibrate with, may be empty."""
     settings, config, size = job.settings, job.config, job.value_bytes
-    adapter = Adapter(ADAPTER_TYPES[settings.adapter_type], settings.rank, frozenset(job.fans), device.on_gpu)
+    adapter = Adapter(ADAPTER_TYPES[settings.adapter_type], settings.rank, frozenset(job.fans), device.runs_kernels)
     needed = _held_bytes(job, device)
     largest = memory.batch_of(config, job.frames, settings.batch_size)
     counted = count(config, largest, adapter, size, size)

@@ -95,6 +95,14 @@ def test_passes_are_planned_as_graphs_where_a_run_records_them_and_their_values_
     assert "recorded pass" not in predict(job("medium-base", duration=380), H200, []).bytes
 
 
+def test_a_gpu_without_bfloat16_units_is_planned_without_the_kernels_that_need_them():
+    assert [name for name, device in GPUS.items() if not device.runs_kernels] == ["T4"]
+    turing = GPUS["T4"]
+    with_kernels = dataclasses.replace(turing, bf16_flops=8 * turing.bf16_flops)
+    plain, fused = (predict(job(gradient_checkpointing="off"), device, []) for device in (turing, with_kernels))
+    assert plain.bytes["kept for the backward pass"] > fused.bytes["kept for the backward pass"]
+
+
 def test_recomputing_costs_time_and_saves_memory():
     kept, again = (predict(job(gradient_checkpointing=choice), H200, []) for choice in ("off", "on"))
     assert (kept.recomputed_blocks, again.recomputed_blocks) == (0, 20)
