@@ -25,46 +25,34 @@ class HostileServer(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, send):
         traits = self.path.split("/")[1].split(",")
+        name = self.path.split("/")[-1].partition("?")[0]
         self.server.requests.append((self.command, self.headers.get("Range")))
         gets = sum(method == "GET" for method, _ in self.server.requests)
-        if "redirect" in traits:
-            self.send_response(302)
-            self.send_header("Location", f"/etag/{self.path.split('/')[-1]}")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        if "loop" in traits or ("flaky" in traits and send and gets % 2) or "busy" in traits:
-            self.send_response(302 if "loop" in traits else 503)
-            self.send_header("Location", self.path)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        name = self.path.split("/")[-1].partition("?")[0]
         content = self.server.files.get(name, self.server.content)
+        if "redirect" in traits:
+            return self._end(302, f"/etag/{self.path.split('/')[-1]}")
+        if "loop" in traits:
+            return self._end(302, self.path)
+        if ("flaky" in traits and send and gets % 2) or "busy" in traits:
+            return self._end(503)
         if content is None:
-            self.send_response(404)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        body, start = content, 0
+            return self._end(404)
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         ranged = asked and "norange" not in traits
-        if ranged:
-            start = int(asked[1])
-            body = body[start : int(asked[2] or len(body)) + 1]
+        start = int(asked[1]) if ranged else 0
+        body = content[start : int(asked[2] or len(content)) + 1] if ranged else content
+        told = len(body) + 5000 * ("claims-more" in traits) - 5000 * ("claims-less" in traits)
         self.send_response(206 if ranged else 200)
         if ranged:
             self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(content)}")
         if "etag" in traits:
             self.send_header("ETag", f'"{hashlib.md5(content).hexdigest()}"')
-        told = len(body) + 5000 * ("claims-more" in traits) - 5000 * ("claims-less" in traits)
-        endless = ranged and "endless" in traits
-        if "nolength" not in traits and not endless:
+        if "nolength" not in traits and not (ranged and "endless" in traits):
             self.send_header("Content-Length", str(told))
         self.send_header("Connection", "close")
         self.end_headers()
         if not send:
-            return
+            return None
         if "changes" in traits and start == 0:
             self.server.content = bytes(reversed(self.server.content))
         if "drop" in traits:
@@ -72,19 +60,31 @@ class HostileServer(http.server.BaseHTTPRequestHandler):
         if ranged and ("corrupt" in traits or ("glitch" in traits and gets % 2)):
             body = body[:-1] + bytes([body[-1] ^ 1])
         with contextlib.suppress(OSError):
-            while endless:
-                self.wfile.write(bytes(1 << 16))
-                self.server.sent += 1 << 16
-            if "stall" in traits:
-                self.wfile.write(body[:1000])
-                time.sleep(5)
-            elif "throttle" in traits:
-                for at in range(0, len(body), 100_000):
-                    self.wfile.write(body[at : at + 100_000])
-                    time.sleep(0.02)
-            else:
-                self.wfile.write(body[:told] if "claims-less" in traits else body)
+            self._write(body[:told] if "claims-less" in traits else body, traits, ranged)
         self.close_connection = True
+        return None
+
+    def _end(self, status, location=None):
+        """An answer without a body."""
+        self.send_response(status)
+        if location:
+            self.send_header("Location", location)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _write(self, body, traits, ranged):
+        while ranged and "endless" in traits:
+            self.wfile.write(bytes(1 << 16))
+            self.server.sent += 1 << 16
+        if "stall" in traits:
+            self.wfile.write(body[:1000])
+            time.sleep(5)
+        elif "throttle" in traits:
+            for at in range(0, len(body), 100_000):
+                self.wfile.write(body[at : at + 100_000])
+                time.sleep(0.02)
+        else:
+            self.wfile.write(body)
 
     def log_message(self, *args):
         pass
