@@ -230,6 +230,7 @@ def test_a_part_is_bit_for_bit_that_of_the_whole(parted, name):
     length = whole_CN.shape[1]
     assert length == resampled_length(clip.samples, clip.sample_rate_hz, 44100)
     drawn = random.Random(name)
+    assert load_clip_audio(parted, clip, 44100, 500, 400).shape == (2, 0)
     starts = [0, 0, 1, length - 1, length, length + 5] + [drawn.randrange(length) for _ in range(30)]
     for start in starts:
         stop = start + drawn.choice([0, 1, 4096, drawn.randrange(length), 2 * length])
@@ -251,6 +252,21 @@ def test_no_more_is_decoded_than_the_part_needs(parted, name, most, monkeypatch)
     monkeypatch.setattr(soundfile.SoundFile, "read", counted)
     load_clip_audio(parted, _clip(parted, name), 44100, 30000, 31000)
     assert sum(decoded) == most
+
+
+def test_a_flac_whose_table_of_places_is_wrong_gives_the_same_part(tmp_path):
+    noise = np.random.default_rng(6).uniform(-0.9, 0.9, (200_000, 2)).astype(np.float32)
+    data = encode(noise, container="FLAC")
+    # After STREAMINFO: two points, (first sample, offset from the first frame, samples), of which the second lies.
+    points = struct.pack(">QQHQQH", 0, 0, 4096, 81920, 200_000, 4096)
+    lying = data[:42] + b"\x03" + len(points).to_bytes(3, "big") + points + data[42:]
+    with pytest.raises(soundfile.LibsndfileError), soundfile.SoundFile(io.BytesIO(lying)) as sound:
+        sound.seek(90_000)
+    index = build_shards(
+        str(write_zip(tmp_path / "in.zip", captioned(4) | {"lying.flac": lying, "lying.txt": b"x"})), tmp_path / "work"
+    )
+    part_CN = load_clip_audio(index, _clip(index, "lying"), 44100, 90_000, 100_000)
+    assert np.array_equal(part_CN, decode(data)[0][:, 90_000:100_000])
 
 
 def test_a_part_of_a_clip_that_decodes_otherwise_than_the_index_says_is_refused(parted):

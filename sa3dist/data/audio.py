@@ -128,6 +128,7 @@ def load_clip_audio(
     data = index.reader.read(entry) if index.reader else read_clip(index.directory / entry.shard, entry)
     rate, samples = entry.sample_rate_hz, entry.samples
     start, stop, _ = slice(start, stop).indices(resampled_length(samples, rate, sample_rate_hz))
+    stop = max(start, stop)
     try:
         if rate != sample_rate_hz:
             audio_CN = ready_audio(*_decode_part(data, entry, 0, samples), rate, sample_rate_hz)
@@ -139,10 +140,18 @@ def load_clip_audio(
 
 def _decode_part(data: bytes, entry: ClipEntry, start: int, stop: int) -> tuple[np.ndarray, bool]:
     """Samples ``start`` to ``stop``, float32 (channels, n), and whether the encoding keeps all in [-1, 1] by itself."""
+    if start:
+        # A FLAC's table of places may be wrong although all of it decodes.
+        with contextlib.suppress(DataError):
+            return _read_part(data, entry, start, stop, seek=True)
+    return _read_part(data, entry, start, stop, seek=False)
+
+
+def _read_part(data: bytes, entry: ClipEntry, start: int, stop: int, seek: bool) -> tuple[np.ndarray, bool]:
     with _file(data) as file, _open(file) as sound:
         _check_size(sound.samplerate, sound.channels, _declared_samples(sound))
         bounded = sound.subtype.startswith("PCM_")
-        first = sound.seek(start) if start and (bounded or sound.subtype in ("FLOAT", "DOUBLE")) else 0
+        first = _skip(sound, start) if seek and (bounded or sound.subtype in ("FLOAT", "DOUBLE")) else 0
         # One more than the index has would show.
         wanted = stop - first + (stop == entry.samples)
         part_NC = next(_blocks(sound, wanted), np.empty((0, sound.channels), np.float32))[start - first :]
@@ -154,6 +163,15 @@ def _decode_part(data: bytes, entry: ClipEntry, start: int, stop: int) -> tuple[
         )
     # Here, for torch takes 16 times as long to turn them.
     return np.ascontiguousarray(part_NC.T), bounded
+
+
+def _skip(sound, samples: int) -> int:
+    import soundfile
+
+    try:
+        return sound.seek(samples)
+    except soundfile.LibsndfileError as error:
+        raise _undecodable(error) from error
 
 
 def ready_audio(audio_CN: np.ndarray, bounded: bool, from_hz: int, to_hz: int) -> torch.Tensor:
