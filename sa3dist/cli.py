@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from sa3dist import __version__, train
 from sa3dist.errors import CheckpointError
@@ -96,5 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return train.run_stages(f"sa3dist {name}", about, stages, rest)
 
 
-if __name__ == "__main__":
+def program() -> NoReturn:
     train.end_process(main())
+
+
+if __name__ == "__main__":
+    program()

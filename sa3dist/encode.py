@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
+from sa3dist.data.ahead import WAITING_BYTES, ReadAhead
 from sa3dist.data.crops import EncodedCrops
 from sa3dist.data.latents import SILENCE_TAIL_FRAMES, EncodedClips
 from sa3dist.data.order import ClipOrder, micro_batch_slots
-from sa3dist.data.pool import WAITING_BYTES, ordered_map
+from sa3dist.data.pool import ordered_map
 from sa3dist.data.stream import frames_of, polarity_of_slot
 from sa3dist.errors import SA3DistError
 from sa3dist.formats import ClipEntry
@@ -202,55 +203,36 @@ class FirstUse:
         order: ClipOrder,
         micro_batch: int,
         before_work: Callable[[str], None] = lambda doing: None,
+        check_stop: Callable[[], None] = lambda: None,
     ) -> None:
-        """before_work: called with what is about to be done; what it raises ends the step."""
+        """before_work: called with what is about to be done; what it, or check_stop, raises ends the step."""
         self._base, self._encoded, self._order, self._micro_batch = base, encoded, order, micro_batch
         self._before_work = before_work
+        self.audio = ReadAhead(self._read, micro_batch, check_stop)
+        # Number and polarity of the clips that have been seen to be encoded.
         self._ready: set[tuple[int, bool]] = set()
-        self._loaded: dict[int, dict[int, torch.Tensor]] = {}
 
-    def ahead(self, indices: Iterable[int]) -> Iterator[int]:
-        """``indices`` of micro batches; another thread reads the audio of clips to come that are not encoded yet."""
+    def _clip_of(self, slot: int) -> tuple[int, bool]:
+        return self._order.clip_of_slot(slot), polarity_of_slot(self._order.seed, slot)
 
-        def memory(micro_index: int) -> int:
-            return sum(self._bytes_of(number) for number, _ in self._lacking(micro_index))
-
-        loaded = ordered_map(self._load, indices, memory, num_workers=1, in_flight_bytes=WAITING_BYTES)
-        for micro_index, audio in loaded:
-            self._loaded[micro_index] = audio
-            yield micro_index
-
-    def _lacking(self, micro_index: int) -> list[tuple[int, bool]]:
-        """Number and polarity of the clips of a micro batch that have not been seen to be encoded."""
-        slots = micro_batch_slots(micro_index, self._micro_batch)
-        wanted = [(self._order.clip_of_slot(slot), polarity_of_slot(self._order.seed, slot)) for slot in slots]
-        return [one for one in wanted if one not in self._ready]
-
-    def _bytes_of(self, number: int) -> int:
-        return 8 * self._encoded.samples_per_frame * frames_of(self._encoded.clips[number], self._encoded)
-
-    def _load(self, micro_index: int) -> dict[int, torch.Tensor]:
-        """Audio by the clip's number, of as many as fit; the others' turn comes when they are encoded."""
-        audio: dict[int, torch.Tensor] = {}
-        held = 0
-        for number, flipped in self._lacking(micro_index):
-            clip = self._encoded.clips[number]
-            if number in audio or self._encoded.has_latents(clip, flipped):
-                continue
-            held += self._bytes_of(number)
-            if audio and held > WAITING_BYTES:
-                break
-            audio[number] = self._encoded.audio(clip)
-        return audio
+    def _read(self, slot: int) -> torch.Tensor | None:
+        number, flipped = self._clip_of(slot)
+        clip = self._encoded.clips[number]
+        if (number, flipped) in self._ready or self._encoded.has_latents(clip, flipped):
+            return None
+        return self._encoded.audio(clip)
 
     def prepare(self, micro_index: int) -> None:
-        loaded = self._loaded.pop(micro_index, {})
-        for number, flipped in self._lacking(micro_index):
-            clip = self._encoded.clips[number]
-            if not self._encoded.has_latents(clip, flipped):
+        for slot in micro_batch_slots(micro_index, self._micro_batch):
+            number, flipped = self._clip_of(slot)
+            clip, ready = self._encoded.clips[number], (number, flipped) in self._ready
+            if not ready and not self._encoded.has_latents(clip, flipped):
                 self._before_work(f"encoding clip {clip.key}")
+            audio_CN = self.audio.take(slot)
+            if ready:
+                continue
             self._encoded.encode_prompts(self._base, [clip.caption])
-            self._encoded.encode_latents(self._base, clip, flipped, loaded.get(number))
+            self._encoded.encode_latents(self._base, clip, flipped, audio_CN)
             self._ready.add((number, flipped))
             if len(self._ready) == 2 * len(self._encoded.clips):
                 self._base.release_encoders()

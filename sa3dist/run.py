@@ -253,17 +253,21 @@ class Run:
     def _batches(self, base, encoded: EncodedClips) -> Generator[MicroBatch, None, None]:
         settings, group, work = self.settings, self.group, self.trainer.plan
         if isinstance(encoded, StreamedClips):
-            return self._streamed_batches(base, encoded)
+            yield from self._streamed_batches(base, encoded)
+            return
         first = self.trainer.step + 1
         indices = micro_indices(first, work.steps, work.accumulation, group.dist_rank, group.world_size)
         batches = self.micro_batches(base, encoded)
-        needed = base, encoded, batches.order, settings.batch_size, self._before_work
+        needed = base, encoded, batches.order, settings.batch_size, self._before_work, self._check_stop
         if isinstance(encoded, EncodedCrops):
-            crops = CropsInFlight(*needed)
-            ahead = crops.ahead(indices)
-            return loader(batches, ahead, crops.prepare, settings.num_workers, group.device, after=crops.used)
-        first_use = encode.FirstUse(*needed)
-        return loader(batches, first_use.ahead(indices), first_use.prepare, settings.num_workers, group.device)
+            on_the_way = CropsInFlight(*needed)
+            after = on_the_way.used
+        else:
+            on_the_way = encode.FirstUse(*needed)
+            after = None
+        with contextlib.closing(on_the_way.audio):
+            ahead = on_the_way.audio.over(indices)
+            yield from loader(batches, ahead, on_the_way.prepare, settings.num_workers, group.device, after)
 
     def _streamed_batches(self, base, encoded: StreamedClips) -> Generator[MicroBatch, None, None]:
         settings, trainer, stream = self.settings, self.trainer, self._stream_settings(base, encoded)
@@ -298,6 +302,11 @@ class Run:
     def _before_work(self, doing: str) -> None:
         self.stop.raise_if_asked(doing)
         self.group.pulse.beats += 1
+
+    def _check_stop(self) -> None:
+        # While a clip is waited for, which may hang: to be asked is no sign of life then.
+        if self.stop.reason is not None:
+            self.stop.raise_if_asked("reading audio")
 
     def _enter(self, stage: str) -> None:
         self.group.pulse.enter(stage, max(PREPARATION_SECONDS, self.settings.step_timeout))

@@ -6,7 +6,9 @@ import argparse
 import gc
 import json
 import logging
+import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -125,6 +127,11 @@ def end_process(code: int) -> NoReturn:
     much as launch agents wait between SIGTERM and SIGKILL.
     """
     gc.freeze()
+    # The interpreter would wait for loader processes that a failure has left, and these take no signal. Their loader
+    # would raise when they end.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()
     sys.exit(code)
 
 

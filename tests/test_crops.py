@@ -8,6 +8,7 @@ import torch
 from clips import captioned, encode, tone, write_zip
 
 from sa3dist import config
+from sa3dist.data import ahead
 from sa3dist.data import crops as data_crops
 from sa3dist.data.audio import load_clip_audio
 from sa3dist.data.crops import CropsInFlight, EncodedCrops
@@ -67,19 +68,19 @@ def test_a_crop_is_what_encoding_its_audio_alone_gives(index, base, tmp_path):
     assert len(starts) > 3
 
 
-@pytest.mark.parametrize(("workers", "room"), [(0, data_crops.WAITING_BYTES), (1, 0)])
+@pytest.mark.parametrize(("workers", "room"), [(0, ahead.WAITING_BYTES), (1, 1)])
 def test_on_the_fly_gives_the_samples_of_kept_crops_and_leaves_no_file(
     index, base, tmp_path, workers, room, monkeypatch
 ):
-    # Without room the first clip of a micro batch is read ahead, the other one when it is encoded.
-    monkeypatch.setattr(data_crops, "WAITING_BYTES", room)
+    monkeypatch.setattr(ahead, "WAITING_BYTES", room)
     kept = crops_of(index, base, tmp_path / "kept", keep=True)
     flying = crops_of(index, base, tmp_path / "flying", keep=False)
     batches = []
     for encoded in (kept, flying):
         stream = stream_of(encoded)
         crops = CropsInFlight(base, encoded, stream.order, 2)
-        batches.append(list(loader(stream, crops.ahead(range(7)), crops.prepare, workers, CPU, after=crops.used)))
+        batches.append(list(loader(stream, crops.audio.over(range(7)), crops.prepare, workers, CPU, after=crops.used)))
+        crops.audio.close()
     for one, other in zip(*batches, strict=True):
         assert one.clips == other.clips
         assert torch.equal(one.noised_BDT, other.noised_BDT)
@@ -103,8 +104,8 @@ def test_a_crop_stays_while_another_micro_batch_on_its_way_needs_it(index, base,
     assert not list((tmp_path / "latents").rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_audio_is_read_by_another_thread_and_not_again_for_what_is_there(index, base, tmp_path, monkeypatch, ahead):
+@pytest.mark.parametrize("threaded", [False, True])
+def test_audio_is_read_by_another_thread_and_not_again_for_what_is_there(index, base, tmp_path, monkeypatch, threaded):
     read = []
 
     def watched(index, clip, *args):
@@ -115,18 +116,20 @@ def test_audio_is_read_by_another_thread_and_not_again_for_what_is_there(index, 
     encoded = crops_of(index, base, tmp_path, keep=True)
     stream = stream_of(encoded)
     crops = CropsInFlight(base, encoded, stream.order, 2)
-    indices = crops.ahead(range(20)) if ahead else range(20)
+    indices = crops.audio.over(range(20)) if threaded else range(20)
     found = list(loader(stream, indices, crops.prepare, 0, CPU, after=crops.used))
-    assert {main for _, main, _ in read} == {not ahead}
+    crops.audio.close()
+    assert {main for _, main, _ in read} == {not threaded}
     # Every clip once as a whole, for its peaks; after that only crops.
     whole = [key for key, _, arguments in read if arguments == 1]
     assert sorted(whole) == sorted(clip.key for clip in index.clips)
     assert {key for key, _, arguments in read if arguments == 3} >= {"long"}
     read.clear()
     again = CropsInFlight(base, encoded, stream.order, 2)
-    indices = again.ahead(range(20)) if ahead else range(20)
+    indices = again.audio.over(range(20)) if threaded else range(20)
     for one, other in zip(found, loader(stream, indices, again.prepare, 0, CPU, after=again.used), strict=True):
         assert torch.equal(one.noised_BDT, other.noised_BDT)
+    again.audio.close()
     assert not read
 
 

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import shutil
 import tempfile
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from sa3dist.data.ahead import ReadAhead
 from sa3dist.data.audio import load_clip_audio
 from sa3dist.data.latents import ENCODING_VERSION, EncodedClips, frame_peaks
 from sa3dist.data.order import ClipOrder, micro_batch_slots
-from sa3dist.data.pool import WAITING_BYTES, ordered_map
 from sa3dist.data.stream import draw_crop, polarity_of_slot
 from sa3dist.data.tensor_files import read_tensors, write_tensors
 from sa3dist.formats import STALE_SECONDS, ClipEntry, digest_of
@@ -140,37 +139,27 @@ class CropsInFlight:
         order: ClipOrder,
         micro_batch: int,
         before_work: Callable[[str], None] = lambda doing: None,
+        check_stop: Callable[[], None] = lambda: None,
     ) -> None:
-        """before_work: called with what is about to be done; what it raises ends the step."""
+        """before_work: called with what is about to be done; what it, or check_stop, raises ends the step."""
         self._before_work = before_work
         self._base, self._encoded, self._order, self._micro_batch = base, encoded, order, micro_batch
-        self._loaded: dict[int, list[torch.Tensor | None]] = {}
+        self.audio = ReadAhead(self._read, micro_batch, check_stop)
         self._held: dict[int, list[Path]] = {}
         self._uses: Counter[Path] = Counter()
 
-    def ahead(self, indices: Iterable[int]) -> Iterator[int]:
-        """``indices`` of micro batches; another thread reads the audio of those to come."""
-        memory = self._encoded.crop_bytes * self._micro_batch
-        loaded = ordered_map(self._load, indices, lambda _: memory, num_workers=1, in_flight_bytes=WAITING_BYTES)
-        for micro_index, crops in loaded:
-            self._loaded[micro_index] = crops
-            yield micro_index
+    def _clip_of(self, slot: int) -> ClipEntry:
+        return self._encoded.clips[self._order.clip_of_slot(slot)]
 
-    def _load(self, micro_index: int) -> list[torch.Tensor | None]:
-        """Of as many slots as fit; the others' turn comes when they are encoded."""
-        fit = max(1, WAITING_BYTES // self._encoded.crop_bytes)
-        seed = self._order.seed
-        return [self._encoded.load_slot(clip, seed, slot) for slot, clip in self._clips_of(micro_index)[:fit]]
-
-    def _clips_of(self, micro_index: int) -> list[tuple[int, ClipEntry]]:
-        slots = micro_batch_slots(micro_index, self._micro_batch)
-        return [(slot, self._encoded.clips[self._order.clip_of_slot(slot)]) for slot in slots]
+    def _read(self, slot: int) -> torch.Tensor | None:
+        return self._encoded.load_slot(self._clip_of(slot), self._order.seed, slot)
 
     def prepare(self, micro_index: int) -> None:
         paths = []
-        loaded = self._loaded.pop(micro_index, [])
-        for (slot, clip), crop_CN in itertools.zip_longest(self._clips_of(micro_index), loaded):
+        for slot in micro_batch_slots(micro_index, self._micro_batch):
+            clip = self._clip_of(slot)
             self._before_work(f"encoding a crop of clip {clip.key}")
+            crop_CN = self.audio.take(slot)
             self._encoded.encode_prompts(self._base, [clip.caption])
             paths.append(self._encoded.encode_slot(self._base, clip, self._order.seed, slot, crop_CN))
         self._uses.update(paths)

@@ -6,6 +6,7 @@ polarity); the first clip of a shard with a caption also has its .prompt.safeten
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -246,9 +247,11 @@ class LatentShards:
                 version = path, index_path(path).stat().st_mtime_ns
                 if version in self._read:
                     continue
-                self._read.add(version)
-                shard = LatentShard.read(path)
-            except (DataError, FileNotFoundError):
+                with contextlib.suppress(DataError):
+                    shard = LatentShard.read(path)
+                    if shard.encoders == self.encoders:
+                        self.add(shard)
+            except FileNotFoundError:
                 continue
-            if shard.encoders == self.encoders:
-                self.add(shard)
+            # Last: whoever finds it here, in another thread, finds its clips too.
+            self._read.add(version)

@@ -13,8 +13,6 @@ Result = TypeVar("Result")
 
 # Compressed bytes of the items being worked on at one time; a larger item is worked on alone.
 IN_FLIGHT_BYTES = 1 << 30
-# Decoded audio waiting for the encoder, beyond that of the clips being encoded.
-WAITING_BYTES = 256 << 20
 
 
 def ordered_map(

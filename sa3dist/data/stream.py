@@ -268,22 +268,27 @@ def loader(
     before: Callable[[int], None],
     num_workers: int,
     device: torch.device,
-    after: Callable[[int], None] = lambda index: None,
+    after: Callable[[int], None] | None = None,
 ) -> Generator[MicroBatch, None, None]:
     """Micro batches in the order of ``indices``, prepared ahead by worker processes.
 
     before   called in this process with each index just before its micro batch is handed to a worker; encodes what a
-             first use still lacks
+             first use still lacks. What it raises is raised when that micro batch's turn comes
     after    called with each index when its micro batch has come back
     """
     issued: deque[int] = deque()
+    problems: list[Exception] = []
 
     class Order:
         def __iter__(self) -> Iterator[int]:
-            for index in indices:
-                before(index)
-                issued.append(index)
-                yield index
+            try:
+                for index in indices:
+                    before(index)
+                    issued.append(index)
+                    yield index
+            except Exception as problem:
+                # Through the loader it would hold on to it, and with it to processes that the exit waits for.
+                problems.append(problem)
 
     ready = DataLoader(
         batches,
@@ -296,8 +301,12 @@ def loader(
     for batch in ready:
         if isinstance(batch, SA3DistError):
             raise batch
-        after(issued.popleft())
+        index = issued.popleft()
+        if after:
+            after(index)
         yield batch.to(device)
+    if problems:
+        raise problems[0]
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:

@@ -22,7 +22,7 @@ EXIT_SECONDS = 5.0
 class StopRequest:
     """Whether this process was asked to stop. While ``saving`` is true no signal ends it.
 
-    polls         how often it was asked: the main thread lives
+    polls         how often it was asked, by the main thread or one that it waits for: a sign of life
     holds_state   training has begun: stopping has to save
     """
 

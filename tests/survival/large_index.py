@@ -93,7 +93,7 @@ def measure(work, count):
     with Timed() as first_time:
         encoded, batches = stream_of(work)
         first_use = encode.FirstUse(Base, encoded, batches.order, 2)
-        source = loader(batches, first_use.ahead(range(4)), first_use.prepare, 1, torch.device("cpu"))
+        source = loader(batches, first_use.audio.over(range(4)), first_use.prepare, 1, torch.device("cpu"))
         first = next(source)
     assert len(first.clips) == 2
     source.close()

@@ -1,0 +1,113 @@
+"""Audio read before its turn, in a thread of its own that nobody waits for at the end."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
+
+import torch
+
+from sa3dist.data.order import micro_batch_slots
+
+# Decoded audio waiting for the encoder, beyond that of the clips being read and encoded.
+WAITING_BYTES = 256 << 20
+MICRO_BATCHES_AHEAD = 4
+# How soon a request to stop is noticed by who waits for a clip.
+TICK_SECONDS = 0.2
+# What a clip usually takes at most. A read that hangs is left behind: the thread is a daemon.
+CLOSE_SECONDS = 2.0
+
+
+class ReadAhead:
+    """Reads what the slots of coming micro batches need, one slot after the other; closed by its ``close``."""
+
+    def __init__(
+        self, read: Callable[[int], torch.Tensor | None], micro_batch: int, check_stop: Callable[[], None]
+    ) -> None:
+        """read: called in the thread with a slot, None where it needs nothing; check_stop: may raise, to end a wait."""
+        self._read, self._micro_batch, self._check_stop = read, micro_batch, check_stop
+        self._changed = threading.Condition()
+        self._wanted: deque[tuple[int, Future]] = deque()
+        self._futures: dict[int, Future] = {}
+        self._held_bytes = 0
+        self._awaited = self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def over(self, micro_indices: Iterable[int]) -> Iterator[int]:
+        """``micro_indices``, while the audio of those to come is read."""
+        waiting: deque[int] = deque()
+        for micro_index in micro_indices:
+            self._want(micro_batch_slots(micro_index, self._micro_batch))
+            waiting.append(micro_index)
+            if len(waiting) > MICRO_BATCHES_AHEAD:
+                yield waiting.popleft()
+        yield from waiting
+
+    def take(self, slot: int) -> torch.Tensor | None:
+        """What was read for a slot, once; None where it needs nothing, or is not among those to come.
+
+        Raises what reading it raised.
+        """
+        future = self._futures.pop(slot, None)
+        if future is None:
+            return None
+        self._now(awaited=True)
+        while not wait([future], TICK_SECONDS).done:
+            self._check_stop()
+        self._now(awaited=False)
+        audio_CN = future.result()
+        with self._changed:
+            self._held_bytes -= _bytes_of(audio_CN)
+            self._changed.notify()
+        return audio_CN
+
+    def close(self) -> None:
+        """Read no more. Waits for the clip in hand, but not for long."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread:
+            self._thread.join(CLOSE_SECONDS)
+
+    def _want(self, slots: Iterable[int]) -> None:
+        with self._changed:
+            for slot in slots:
+                self._futures[slot] = Future()
+                self._wanted.append((slot, self._futures[slot]))
+            self._changed.notify()
+        if self._thread is None:
+            # Not before: the loader has forked its processes by now.
+            self._thread = threading.Thread(target=self._work, name="read-ahead", daemon=True)
+            self._thread.start()
+
+    def _now(self, awaited: bool) -> None:
+        with self._changed:
+            self._awaited = awaited
+            self._changed.notify()
+
+    def _may_read(self) -> bool:
+        return bool(self._wanted) and (self._awaited or self._held_bytes < WAITING_BYTES)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._may_read())
+                if self._closed:
+                    return
+                slot, future = self._wanted.popleft()
+            try:
+                audio_CN = self._read(slot)
+            except BaseException as problem:
+                # Raised where the slot is taken.
+                future.set_exception(problem)
+                continue
+            with self._changed:
+                self._held_bytes += _bytes_of(audio_CN)
+            future.set_result(audio_CN)
+            del audio_CN, future
+
+
+def _bytes_of(audio_CN: torch.Tensor | None) -> int:
+    return 0 if audio_CN is None else audio_CN.nbytes

@@ -1,0 +1,126 @@
+"""Reading ahead: in order, within bounds, and left at once whatever the thread is doing."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from sa3dist.data import ahead
+from sa3dist.data.ahead import MICRO_BATCHES_AHEAD, ReadAhead
+from sa3dist.errors import DataError, Interrupted
+
+AUDIO_BYTES = 4000
+
+
+def never_asked():
+    """No request to stop."""
+
+
+class Reading:
+    """Audio whose first sample is the slot, and what was read when."""
+
+    def __init__(self):
+        self.read, self.main = [], []
+
+    def __call__(self, slot):
+        self.read.append(slot)
+        self.main.append(threading.current_thread() is threading.main_thread())
+        return torch.full((2, AUDIO_BYTES // 8), float(slot))
+
+
+def settled(reading):
+    """How many slots the thread has read when it reads no more."""
+    count = -1
+    while count != len(reading.read):
+        count = len(reading.read)
+        time.sleep(0.1)
+    return count
+
+
+def test_slots_come_in_order_from_another_thread_and_once():
+    reading = Reading()
+    reader = ReadAhead(reading, 3, never_asked)
+    taken = []
+    for micro_index in reader.over(iter([0, 2, 3, 7, 8, 9, 11])):
+        for slot in range(3 * micro_index, 3 * micro_index + 3):
+            taken.append(slot)
+            assert reader.take(slot)[0, 0] == slot
+            assert reader.take(slot) is None
+    reader.close()
+    assert reading.read == taken
+    assert not any(reading.main)
+
+
+def test_it_looks_a_few_micro_batches_ahead():
+    reading = Reading()
+    reader = ReadAhead(reading, 2, never_asked)
+    assert next(reader.over(iter(range(100)))) == 0
+    assert settled(reading) == 2 * (MICRO_BATCHES_AHEAD + 1)
+    reader.close()
+
+
+@pytest.mark.parametrize("room", [1, 2.5, 3])
+def test_no_more_waits_than_there_is_room_for_and_the_one_that_fills_it(monkeypatch, room):
+    monkeypatch.setattr(ahead, "WAITING_BYTES", int(room * AUDIO_BYTES))
+    reading = Reading()
+    reader = ReadAhead(reading, 4, never_asked)
+    indices = reader.over(iter(range(4)))
+    next(indices)
+    fit = int(-(-room // 1))
+    assert settled(reading) == fit
+    for slot in range(5):
+        assert reader.take(slot) is not None
+        assert settled(reading) == slot + 1 + fit
+    # One out of turn, for which there is no room: it comes all the same.
+    assert reader.take(12)[0, 0] == 12
+    reader.close()
+
+
+def test_what_reading_raises_is_raised_where_the_slot_is_taken():
+    def read(slot):
+        if slot == 1:
+            raise DataError("clip b: damaged")
+        return torch.zeros(2, slot)
+
+    reader = ReadAhead(read, 3, never_asked)
+    assert next(reader.over(iter([0]))) == 0
+    assert reader.take(0).shape == (2, 0)
+    with pytest.raises(DataError, match="^clip b: damaged$"):
+        reader.take(1)
+    assert reader.take(2).shape == (2, 2)
+    reader.close()
+
+
+def test_a_read_that_hangs_keeps_nobody(monkeypatch):
+    monkeypatch.setattr(ahead, "CLOSE_SECONDS", 0.3)
+    hangs = threading.Event()
+    begin = time.monotonic()
+
+    def asked():
+        if time.monotonic() - begin > 0.5:
+            raise Interrupted("SIGTERM while reading audio")
+
+    reader = ReadAhead(lambda slot: hangs.wait(60) and None, 1, asked)
+    assert next(reader.over(iter([0, 1]))) == 0
+    with pytest.raises(Interrupted):
+        reader.take(0)
+    reader.close()
+    assert time.monotonic() - begin < 5
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+    assert thread.daemon
+    hangs.set()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_closing_ends_the_thread_and_reads_no_more():
+    reading = Reading()
+    slow = lambda slot: (time.sleep(0.2), reading(slot))[1]  # noqa: E731
+    reader = ReadAhead(slow, 4, never_asked)
+    next(reader.over(iter(range(20))))
+    reader.close()
+    count = len(reading.read)
+    assert count < 4
+    assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+    reader.close()
