@@ -56,7 +56,7 @@ def open_dataset(
     # What was skipped belongs to this run's source; another source of the same good clips may share the shards.
     index = dataclasses.replace(DatasetIndex.read(Path(built["directory"])), skipped=tuple(built["skipped"]))
     if built["urls"]:
-        index = shard_remote.attach(index, built["urls"], settings.work_dir, settings.cache_bytes, stop)
+        index = shard_remote.attach(index, built["urls"], settings.work_dir, settings.cache_bytes, stop.asked)
     return index
 
 

@@ -304,8 +304,8 @@ class Run:
         self.group.pulse.beats += 1
 
     def _check_stop(self) -> None:
-        # While a clip is waited for, which may hang: to be asked is no sign of life then.
-        if self.stop.reason is not None:
+        # While a clip is waited for, which may hang.
+        if self.stop.asked():
             self.stop.raise_if_asked("reading audio")
 
     def _enter(self, stage: str) -> None:

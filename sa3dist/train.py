@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import gc
 import json
 import logging
@@ -132,6 +133,13 @@ def end_process(code: int) -> NoReturn:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()
+    ahead = sys.modules.get("sa3dist.data.ahead")
+    if ahead and ahead.still_reading():
+        # A thread in an operator of torch would abort an interpreter that shuts down.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -244,9 +244,15 @@ class Trainer:
             # It was good enough to begin with: this run is not refused any more, and has state to continue from.
             problem, known = EnvironmentFailure(f"{problem}; state is as last saved"), problem
             problem.origin = known.origin
-        if not isinstance(problem, OutOfMemory) or not self.plan.adapt_memory or self.graphs_may_go:
+        if not isinstance(problem, OutOfMemory) or not (self.plan.adapt_memory or self.graphs_may_go):
             return problem
-        if self.base.gradient_checkpointing or self.group.pulse.doing != COMPUTING:
+        computing = self.group.pulse.doing == COMPUTING
+        if computing and self.graphs_may_go:
+            return problem
+        if not self.plan.adapt_memory:
+            # The stream of micro batches has ended with it: nothing is left to do the step again with.
+            return EnvironmentFailure(str(problem))
+        if self.base.gradient_checkpointing or not computing:
             return out_of_memory.beyond_recomputing(problem, self.step + 1, self.plan.micro_batch)
         if self.engine.lockstep and not self.engine.separate:
             return out_of_memory.within_an_exchange(problem, self.step + 1)

@@ -1,5 +1,7 @@
 """Reading ahead: in order, within bounds, and left at once whatever the thread is doing."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -124,3 +126,29 @@ def test_closing_ends_the_thread_and_reads_no_more():
     assert count < 4
     assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
     reader.close()
+
+
+LEAVES = """
+import time, torch
+from sa3dist import train
+from sa3dist.data import ahead
+ahead.CLOSE_SECONDS = 0.1
+began = []
+def read(slot):
+    began.append(slot)
+    signal, kernel = torch.randn(1, 1, 200_000), torch.randn(1, 1, 999)
+    while True:
+        torch.nn.functional.conv1d(signal, kernel)
+reader = ahead.ReadAhead(read, 1, lambda: None)
+next(reader.over(iter([0])))
+while not began:
+    time.sleep(0.01)
+reader.close()
+print("said", flush=False)
+train.end_process(75)
+"""
+
+
+def test_a_process_leaves_with_its_code_though_the_thread_is_in_the_middle_of_an_operator():
+    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "said\n", "")

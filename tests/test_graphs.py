@@ -210,6 +210,22 @@ def test_memory_that_runs_out_takes_the_graphs_first_and_then_recomputes_where_t
     assert caplog.text.count("cuda_graphs are off from here on") == 1
 
 
+@pytest.mark.parametrize("adapt", [False, True])
+def test_memory_that_runs_out_while_clips_are_encoded_is_said_and_no_step_is_tried_again(adapt):
+    trainer = make_trainer()
+    trainer.plan = dataclasses.replace(trainer.plan, adapt_memory=adapt)
+    trainer.record_passes(HostRecorder())
+    train(trainer, 2)
+
+    def stream():
+        raise torch.OutOfMemoryError("out of memory in the encoder")
+        yield
+
+    with pytest.raises(EnvironmentFailure, match="out of memory in the encoder"):
+        trainer.take_step(stream(), StopRequest())
+    assert trainer.step == 2
+
+
 def ranks_one_of_which_runs_out(group):
     torch.manual_seed(0)
     trainer = make_trainer(group=group)

@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+import multiprocessing
 
 import pytest
 import torch
 
 from sa3dist.data import stream
 from sa3dist.data.latents import ClipLatents
-from sa3dist.errors import EnvironmentFailure
+from sa3dist.errors import DataError, EnvironmentFailure
 from sa3dist.formats import ClipEntry
 from sa3dist.model.config import ShiftConfig
 
@@ -75,6 +76,27 @@ def test_worker_processes_change_nothing(workers, bucket_batches):
     for index, batch in zip(indices, loaded, strict=True):
         assert_equal(batch, batches[index])
     assert told == indices
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("fails", [0, 2, 6])
+def test_what_preparing_raises_ends_the_stream_and_leaves_no_process(workers, fails):
+    def prepare(index):
+        if index == fails:
+            raise DataError("clip b: damaged")
+
+    batches = stream.MicroBatches(Clips([12, 30, 25, 40, 20]), make_settings())
+    loaded = stream.loader(batches, iter(range(9)), prepare, workers, torch.device("cpu"))
+    came = []
+    with pytest.raises(DataError, match="^clip b: damaged$") as kept:
+        came.extend(iter(loaded))
+    # Each worker is given two micro batches ahead.
+    assert len(came) == max(0, fails - 2 * workers)
+    for index, batch in enumerate(came):
+        assert_equal(batch, batches[index])
+    assert kept.value.__traceback__
+    assert not multiprocessing.active_children()
 
 
 def test_a_clips_draws_do_not_depend_on_its_neighbours():

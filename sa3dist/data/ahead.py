@@ -18,6 +18,7 @@ MICRO_BATCHES_AHEAD = 4
 TICK_SECONDS = 0.2
 # What a clip usually takes at most. A read that hangs is left behind: the thread is a daemon.
 CLOSE_SECONDS = 2.0
+THREAD_NAME = "read-ahead"
 
 
 class ReadAhead:
@@ -54,9 +55,11 @@ class ReadAhead:
         if future is None:
             return None
         self._now(awaited=True)
-        while not wait([future], TICK_SECONDS).done:
-            self._check_stop()
-        self._now(awaited=False)
+        try:
+            while not wait([future], TICK_SECONDS).done:
+                self._check_stop()
+        finally:
+            self._now(awaited=False)
         audio_CN = future.result()
         with self._changed:
             self._held_bytes -= _bytes_of(audio_CN)
@@ -79,7 +82,7 @@ class ReadAhead:
             self._changed.notify()
         if self._thread is None:
             # Not before: the loader has forked its processes by now.
-            self._thread = threading.Thread(target=self._work, name="read-ahead", daemon=True)
+            self._thread = threading.Thread(target=self._work, name=THREAD_NAME, daemon=True)
             self._thread.start()
 
     def _now(self, awaited: bool) -> None:
@@ -107,6 +110,11 @@ class ReadAhead:
                 self._held_bytes += _bytes_of(audio_CN)
             future.set_result(audio_CN)
             del audio_CN, future
+
+
+def still_reading() -> bool:
+    """Whether a read that hangs was left behind in this process."""
+    return any(thread.name == THREAD_NAME for thread in threading.enumerate())
 
 
 def _bytes_of(audio_CN: torch.Tensor | None) -> int:

@@ -273,7 +273,7 @@ def loader(
     """Micro batches in the order of ``indices``, prepared ahead by worker processes.
 
     before   called in this process with each index just before its micro batch is handed to a worker; encodes what a
-             first use still lacks. What it raises is raised when that micro batch's turn comes
+             first use still lacks. What it raises ends the stream, also ahead of what the workers have ready
     after    called with each index when its micro batch has come back
     """
     issued: deque[int] = deque()
@@ -287,7 +287,7 @@ def loader(
                     issued.append(index)
                     yield index
             except Exception as problem:
-                # Through the loader it would hold on to it, and with it to processes that the exit waits for.
+                # Raised through the loader it would hold on to it, and so to processes that the exit waits for.
                 problems.append(problem)
 
     ready = DataLoader(
@@ -299,6 +299,8 @@ def loader(
         worker_init_fn=leave_signals_to_the_main_process,
     )
     for batch in ready:
+        if problems:
+            break
         if isinstance(batch, SA3DistError):
             raise batch
         index = issued.popleft()

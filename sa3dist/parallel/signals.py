@@ -22,7 +22,7 @@ EXIT_SECONDS = 5.0
 class StopRequest:
     """Whether this process was asked to stop. While ``saving`` is true no signal ends it.
 
-    polls         how often it was asked, by the main thread or one that it waits for: a sign of life
+    polls         how often it was called: a sign of life of the main thread, or of one that it waits for
     holds_state   training has begun: stopping has to save
     """
 
@@ -69,6 +69,10 @@ class StopRequest:
 
     def __call__(self) -> bool:
         self.polls += 1
+        return self.reason is not None
+
+    def asked(self) -> bool:
+        """The same without being a sign of life: for threads beside the main one."""
         return self.reason is not None
 
     def raise_if_asked(self, doing: str) -> None:
