@@ -5,9 +5,10 @@
 `rank` forks two ranks from this process, which has imported the program and acts as torchrun does: when one ends it
 TERMs the other. `launcher` starts launch/local.sh with two processes. `pid1` starts launch/local.sh, the image's entry
 point, as the first process of a process namespace, as Docker and Kubernetes do (needs root); odd runs with one process,
-even ones with two. The moments are spread over preparation, encoding (with empty caches), steps and saves. Checked:
-the launcher's code and status.json say 75, the checkpoint of the step they name is intact, nothing is left running;
-every fifth run is started again and must finish with the file of an undisturbed run.
+even ones with two. The moments are spread over preparation, encoding (with empty caches), steps, saves, and steps that
+encode what they need, with loader processes. Checked: the launcher's code and status.json say 75, the checkpoint of the
+step they name is intact, nothing is left running; every third run is started again and must finish with the file of an
+undisturbed run.
 """
 
 import argparse
@@ -39,12 +40,12 @@ from trial import (
 )
 
 TARGETS = ("rank", "launcher", "pid1")
-PHASES = ("preparation", "encode", "step", "save")
+PHASES = ("preparation", "encode", "step", "save", "first use")
 # Enough that checking and encoding take seconds.
 CLIPS, STEPS, SAVE_EVERY = 24, 40, 4
 # No signal after this step: the run must not be over before it can answer.
 LAST_AIM = 24
-RESUME_EVERY = 5
+RESUME_EVERY = 3
 CONTAINER = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 
 
@@ -72,7 +73,7 @@ class Series:
 
     def reach(self, trial: Trial | ForkedTrial, phase: str) -> None:
         """Wait for a random moment of the phase."""
-        text = {"preparation": "check clips", "encode": "encode "}.get(phase)
+        text = {"preparation": "check clips", "encode": "encode ", "first use": f"training {STEPS} steps"}.get(phase)
         if text:
             wait_for(phase, lambda: text in trial.said() or trial.ended())
             time.sleep(self.draw.uniform(0, 1.0))
@@ -102,7 +103,9 @@ class Series:
         for path in (output_dir, work_dir):
             shutil.rmtree(path, ignore_errors=True)
         # Encoded clips are found again: only these phases need the whole road.
-        work = {"work_dir": work_dir} if phase in PHASES[:2] else {}
+        work = {} if phase in ("step", "save") else {"work_dir": work_dir}
+        if phase == "first use":
+            work |= {"pre_encode": "false", "num_workers": 2}
         trial = self.start(output_dir, name, processes, target, **work)
         self.reach(trial, phase)
         self.signal_target(trial, target)
