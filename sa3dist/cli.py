@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def program() -> NoReturn:
-    train.end_process(main())
+    train.as_process(main)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
+import faulthandler
 import gc
 import json
 import logging
@@ -121,6 +123,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_stages("sa3dist.train", "Train a Stable Audio 3 LoRA from captioned audio.", whole_road, argv)
 
 
+def as_process(program: Callable[[], int]) -> NoReturn:
+    """Run a program as this process's only work. A crash beneath Python says where it was, on stderr."""
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        # Without a stderr there is nobody to tell.
+        faulthandler.enable()
+    end_process(program())
+
+
 def end_process(code: int) -> NoReturn:
     """Leave the interpreter without a last collection of garbage; the system frees what there is.
 
@@ -144,4 +154,4 @@ def end_process(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    end_process(main())
+    as_process(main)

@@ -96,6 +96,14 @@ def test_later_signals_write_nothing_into_files_opened_since(start, tmp_path):
     assert [file.stat().st_size for file in files] == [0] * len(files)
 
 
+def test_a_crash_beneath_python_says_where_it_was():
+    code = "import ctypes; from sa3dist import train; train.as_process(lambda: ctypes.string_at(0))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGSEGV
+    assert "Fatal Python error: Segmentation fault" in done.stderr
+    assert "string_at" in done.stderr
+
+
 def test_without_a_signal_nothing_ends(start):
     process = start()
     time.sleep(0.8)
