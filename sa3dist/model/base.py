@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from sa3dist.errors import CheckpointError
 from sa3dist.model.checkpoint import fill
-from sa3dist.model.conditioners import Conditioners
+from sa3dist.model.conditioners import FEATURES, Conditioners
 from sa3dist.model.config import ModelConfig
 from sa3dist.model.dit import DiT, working_dtype
+from sa3dist.model.frequencies import expo_frequencies
 from sa3dist.model.packing import Packing
 from sa3dist.model.same import Autoencoder, Decoder, Encoder
 from sa3dist.model.text import TextEncoder, TextSource
@@ -140,6 +141,12 @@ class Base(nn.Module):
     def reference_numerics(self, on: bool) -> None:
         self._reference_numerics = on
         self.dit.reference_numerics = on
+
+    def frequency_tables(self) -> dict[str, Tensor]:
+        """By name, what sines and cosines are taken of: processes that train one model hold equal ones."""
+        widths = sorted({FEATURES, self.dit.config.timestep_features_dim})
+        fourier = {f"Fourier {width}": expo_frequencies(width // 2, self.device) for width in widths}
+        return {**fourier, **{name: value for name, value in self.dit.named_buffers() if name.endswith("inv_freq")}}
 
     def fp32_weight(self, name: str) -> Tensor:
         """A layer's weight in float32 on the CPU, straight from the checkpoint, by adapter-relative layer name."""

@@ -5,12 +5,13 @@ Legend: B batch, N sequence, E channels, H heads, D head width, P members of a d
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sa3dist.model.frequencies import expo_frequencies
 
 
 class RMSNorm(nn.Module):
@@ -48,18 +49,6 @@ class DyT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.addcmul(self.beta, self.gamma, torch.tanh(self.alpha * x))
-
-
-@functools.cache
-def expo_frequencies(count: int, device: torch.device, lowest: float = 0.5, highest: float = 10000.0) -> Tensor:
-    """``count`` log-spaced frequencies, float32, built on the CPU whatever the device.
-
-    Accelerators differ by an ulp in linspace and exp, which the arguments of up to 6e4 rad turn into visible errors.
-    """
-    with torch.inference_mode(False):
-        ramp = torch.linspace(0, 1, count, dtype=torch.float32, device="cpu")
-        span = math.log(highest) - math.log(lowest)
-        return torch.exp(ramp * span + math.log(lowest)).to(device)
 
 
 def expo_features(values: Tensor, width: int) -> Tensor:
