@@ -6,7 +6,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from sa3dist_kernels import ADAPTER_TYPES
+
 from sa3dist import schedule
+from sa3dist.adapters.bases import METHOD
 from sa3dist.errors import CheckpointError
 from sa3dist.parallel import checkpoint
 from sa3dist.parallel.group import Group, on_main_first
@@ -31,12 +34,17 @@ SAME_COURSE = (
 )
 
 
+# What a checkpoint that lacks a value was made with, in words.
+BEFORE = {"singular_bases": "found as earlier versions did"}
+
+
 def identity(settings, **measured: Any) -> dict[str, Any]:
     """What a checkpoint must agree with to be continued, as JSON values by name.
 
     measured   what the settings do not say: the digests of base, dataset and warm start, lora_config, crop_frames
     """
-    return {**measured, **{key: getattr(settings, key) for key in SAME_COURSE}}
+    bases = {"singular_bases": METHOD} if ADAPTER_TYPES[settings.adapter_type].xs else {}
+    return {**measured, **bases, **{key: getattr(settings, key) for key in SAME_COURSE}}
 
 
 def find_checkpoint(settings, group: Group, stop: StopRequest) -> checkpoint.Checkpoint | None:
@@ -64,7 +72,7 @@ def find_checkpoint(settings, group: Group, stop: StopRequest) -> checkpoint.Che
 def check_identity(saved: checkpoint.Checkpoint, identity: dict[str, Any], where: Path) -> None:
     """Raises CheckpointError naming the first value in which the run and its checkpoint differ."""
     for name, value in identity.items():
-        found = saved.state["identity"].get(name)
+        found = saved.state["identity"].get(name, BEFORE.get(name))
         if found != value:
             raise CheckpointError(
                 f"{where}: holds a checkpoint with {name} {found!r}, this run has {value!r}; "

