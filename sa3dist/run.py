@@ -31,7 +31,7 @@ from sa3dist.data.streaming import StreamedBatches, StreamedClips, finisher, str
 from sa3dist.errors import ConfigError
 from sa3dist.formats import DatasetIndex, atomic_path, digest_of
 from sa3dist.parallel import checkpoint, zero_config
-from sa3dist.parallel.agreement import check_ranks_agree
+from sa3dist.parallel.agreement import check_same_start
 from sa3dist.parallel.group import Group, on_main_first
 from sa3dist.parallel.pulse import PREPARATION_SECONDS
 from sa3dist.parallel.signals import StopRequest
@@ -195,7 +195,7 @@ class Run:
         self.trainer = Trainer(base, adapters.adapter_parameters(base), settings, work, group)
         if saved is not None:
             self.trainer.restore(saved)
-        check_ranks_agree(group, self.trainer.step, self.trainer.engine.adapters())
+        check_same_start(group, self.trainer.step, base, self.trainer.engine.adapters())
         self.trainer.places = places if streamed else None
         self._saved_step = saved.step if saved else None
 

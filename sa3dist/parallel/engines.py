@@ -5,6 +5,7 @@ Engines train. Steps, learning rates, order of clips and the checkpoint's format
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Protocol
 
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from sa3dist.adapters import adapted_layers
+from sa3dist.parallel.agreement import step_alike
 from sa3dist.parallel.flat import FlatAdapters
 from sa3dist.parallel.group import Group
 from sa3dist.parallel.reduction import GradientReduction
+
+log = logging.getLogger(__name__)
 
 Tensors = dict[str, Tensor]
 # (loss, loss_gen, loss_ctx) of one micro batch.
@@ -118,6 +122,10 @@ class FlatEngine:
         self.flat = FlatAdapters(ordered, settings.learning_rate, settings.weight_decay, scalars)
         self.scalars = self.flat.scalars
         self.reduction = GradientReduction(self.flat, group, settings.gradient_compression)
+        self.group = group
+        self.alike = step_alike(group)
+        if not self.alike and group.is_main:
+            log.info("the ranks' processors round AdamW steps differently; all take over rank 0's after every step")
 
     def zero(self) -> None:
         self.flat.zero()
@@ -135,6 +143,8 @@ class FlatEngine:
     def step(self, learning_rate: float) -> None:
         self.flat.optimizer.param_groups[0]["lr"] = learning_rate
         self.flat.optimizer.step()
+        if not self.alike:
+            self.group.broadcast_(self.flat.values.data)
 
     def adapters(self) -> Tensors:
         return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
