@@ -14,7 +14,8 @@ if not torch.cuda.is_available():
 from sa3dist.model.loading import load_base  # noqa: E402
 
 # Tiny tensors: a second thread only waits for the first, for milliseconds per operation on a busy machine.
-torch.set_num_threads(1)
+THREADS = int(os.environ.get("SA3DIST_TEST_THREADS", "1"))
+torch.set_num_threads(THREADS)
 
 # Where gpu-marked tests with a ``device`` run; "cpu" exercises their code on a machine without a GPU.
 TEST_DEVICE = os.environ.get("SA3DIST_TEST_DEVICE", "cuda")
@@ -29,8 +30,10 @@ def golden(name: str) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _fixed_seed():
+def _fixed_seed_and_threads():
     torch.manual_seed(0)
+    # Some commands set another number, for their process.
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(params=TINY_MODELS)

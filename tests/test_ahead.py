@@ -31,13 +31,13 @@ class Reading:
         return torch.full((2, AUDIO_BYTES // 8), float(slot))
 
 
-def settled(reading):
-    """How many slots the thread has read when it reads no more."""
-    count = -1
-    while count != len(reading.read):
-        count = len(reading.read)
-        time.sleep(0.1)
-    return count
+def settled(reading, expected):
+    """How many slots the thread has read, a while after it has read as many as expected."""
+    deadline = time.monotonic() + 30
+    while len(reading.read) < expected and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    return len(reading.read)
 
 
 def test_slots_come_in_order_from_another_thread_and_once():
@@ -58,7 +58,8 @@ def test_it_looks_a_few_micro_batches_ahead():
     reading = Reading()
     reader = ReadAhead(reading, 2, never_asked)
     assert next(reader.over(iter(range(100)))) == 0
-    assert settled(reading) == 2 * (MICRO_BATCHES_AHEAD + 1)
+    expected = 2 * (MICRO_BATCHES_AHEAD + 1)
+    assert settled(reading, expected) == expected
     reader.close()
 
 
@@ -70,10 +71,10 @@ def test_no_more_waits_than_there_is_room_for_and_the_one_that_fills_it(monkeypa
     indices = reader.over(iter(range(4)))
     next(indices)
     fit = int(-(-room // 1))
-    assert settled(reading) == fit
+    assert settled(reading, fit) == fit
     for slot in range(5):
         assert reader.take(slot) is not None
-        assert settled(reading) == slot + 1 + fit
+        assert settled(reading, slot + 1 + fit) == slot + 1 + fit
     # One out of turn, for which there is no room: it comes all the same.
     assert reader.take(12)[0, 0] == 12
     reader.close()
@@ -108,7 +109,7 @@ def test_a_read_that_hangs_keeps_nobody(monkeypatch):
     with pytest.raises(Interrupted):
         reader.take(0)
     reader.close()
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 30
     (thread,) = [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
     assert thread.daemon
     hangs.set()
@@ -116,14 +117,27 @@ def test_a_read_that_hangs_keeps_nobody(monkeypatch):
     assert not thread.is_alive()
 
 
+def wait_until_closed(reader):
+    """Returns once the reader has been told to read no more."""
+    while not reader._closed:
+        time.sleep(0.001)
+
+
 def test_closing_ends_the_thread_and_reads_no_more():
-    reading = Reading()
-    slow = lambda slot: (time.sleep(0.2), reading(slot))[1]  # noqa: E731
-    reader = ReadAhead(slow, 4, never_asked)
+    reading, begun, closing = Reading(), threading.Event(), threading.Event()
+
+    def read(slot):
+        begun.set()
+        assert closing.wait(30)
+        return reading(slot)
+
+    reader = ReadAhead(read, 4, never_asked)
     next(reader.over(iter(range(20))))
+    assert begun.wait(30)
+    # The first is in hand until the reader is being closed.
+    threading.Thread(target=lambda: (wait_until_closed(reader), closing.set())).start()
     reader.close()
-    count = len(reading.read)
-    assert count < 4
+    assert reading.read == [0]
     assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
     reader.close()
 

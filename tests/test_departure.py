@@ -86,13 +86,21 @@ def test_a_process_that_holds_unsaved_state_is_left_to_save_it(start, tmp_path):
 
 def test_later_signals_write_nothing_into_files_opened_since(start, tmp_path):
     process = start("training")
+
+    def opened(more):
+        before, deadline = len(list(tmp_path.glob("file-*"))), time.monotonic() + 60
+        while len(list(tmp_path.glob("file-*"))) < before + more:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
     process.send_signal(signal.SIGTERM)
-    time.sleep(1.5)
+    time.sleep(1.0)
+    opened(3)
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
+    opened(2)
     files = list(tmp_path.glob("file-*"))
     assert process.poll() is None
-    assert len(files) > 3
     assert [file.stat().st_size for file in files] == [0] * len(files)
 
 

@@ -135,13 +135,21 @@ def as_two_ranks(monkeypatch, work):
 
 def test_rank_0_shows_how_far_every_rank_is_until_the_last_one_ends(base, index, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shared, "LOOK_SECONDS", 0.01)
-    ended = []
-    original = EncodedClips.encode_together
+    ended, looks = [], []
+    original, summary = EncodedClips.encode_together, shared.summary
+
+    def seen(heard, *more):
+        looks.extend([1] if heard[0][0] == heard[0][1] else [])
+        return summary(heard, *more)
 
     def slow_on_rank_1(self, base, rows):
-        if threading.current_thread().name == "slow":
-            time.sleep(0.2)
+        before, deadline = len(looks), time.monotonic() + 60
+        # Each of its pieces waits until rank 0, which has done all of its own, has looked at both.
+        while threading.current_thread().name == "slow" and len(looks) == before and time.monotonic() < deadline:
+            time.sleep(0.001)
         original(self, base, rows)
+
+    monkeypatch.setattr(shared, "summary", seen)
 
     monkeypatch.setattr(EncodedClips, "encode_together", slow_on_rank_1)
 

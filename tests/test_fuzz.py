@@ -1,11 +1,15 @@
 """Mutated files of every kind under a memory limit: each is taken or refused in one line, never a crash."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+# Every thread takes address space, which is limited here, and there would be one per core.
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 PROGRAM = """
 import json, random, resource, sys
@@ -70,7 +74,7 @@ print(json.dumps(counts | {"grown": grown}))
 @pytest.mark.slow
 def test_540_mutated_zips_tars_indices_and_latent_shards_are_taken_or_refused_in_lines(tmp_path):
     command = [sys.executable, str(Path(__file__).parent / "fuzz_archives.py"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ONE_THREAD)
     if done.returncode:
         pytest.fail(done.stderr[-2000:])
     result = json.loads(done.stdout)
@@ -94,7 +98,7 @@ def test_540_mutated_zips_tars_indices_and_latent_shards_are_taken_or_refused_in
 def test_600_mutated_files_are_taken_or_refused_in_one_line_within_bounded_memory(tmp_path):
 
     command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parent), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ONE_THREAD)
     if done.returncode:
         pytest.fail(done.stderr[-2000:])
     counts = json.loads(done.stdout)

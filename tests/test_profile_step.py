@@ -1,13 +1,19 @@
 """The profile of a step: time by purpose adds up, and kernels of every kind that CUDA runs have one."""
 
+import re
+
 import bench_step
 import profile_step
 import pytest
 import step_sides
 import torch
 
+COMPUTES = re.compile(
+    r"(aten|mkldnn)::\w*(mm|linear|matmul|attention|conv|sum|mean|norm|mul|add|sqrt|exp|silu|softmax)"
+)
 
-def test_times_add_up_and_nearly_all_have_a_purpose():
+
+def test_times_add_up_and_whatever_computes_has_a_purpose():
     words = ["--shape", "tiny-medium", "--depth", "2", "--frames", "200", "--rank", "4", "--precision", "fp32"]
     options = bench_step.parse([*words, "--device", "cpu"])
     side = step_sides.Side("ours", options, torch.device("cpu"))
@@ -16,7 +22,10 @@ def test_times_add_up_and_nearly_all_have_a_purpose():
     assert sum(found["purposes_ms"].values()) == pytest.approx(found["device_ms"], rel=1e-3)
     listed = sum(kernel["ms"] for kernel in found["kernels"])
     assert profile_step.LISTED_SHARE - 1e-3 <= listed / found["device_ms"] <= 1
-    assert found["named_share"] > 0.75
+    assert 0 < found["named_share"] <= 1
+    # By name, not by time: on a busy or an odd processor any operation may be the slow one.
+    unnamed = [kernel["name"] for kernel in found["kernels"] if kernel["purpose"] == "other"]
+    assert not [name for name in unnamed if COMPUTES.match(name)]
     assert {"matrix products", "attention", "adapters' kernels", "optimiser"} <= found["purposes_ms"].keys()
 
 

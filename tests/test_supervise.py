@@ -21,7 +21,7 @@ directory, code = (word.partition("=")[2] for word in sys.argv[2:])
 pathlib.Path(directory, "status.json").write_text('{"exit_code": %s}' % code)
 sys.exit(1)
 """
-# Counts the signals it gets and ends with 1, a while after the first.
+# Counts the signals it gets and ends with 1, a while after as many as it is told to wait for.
 LISTENER = """
 import pathlib, signal, sys, time
 directory = pathlib.Path(sys.argv[2].partition("=")[2])
@@ -29,7 +29,7 @@ seen = []
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: seen.append(signal.Signals(number).name))
 (directory / "ready").touch()
-while not seen:
+while len(seen) < int(sys.argv[3] if len(sys.argv) > 3 else 1):
     time.sleep(0.01)
 time.sleep(0.5)
 (directory / "seen").write_text(" ".join(seen))
@@ -67,13 +67,13 @@ def test_the_code_in_the_status_wins_over_the_agents(tmp_path, code):
 
 def test_an_agent_that_outlives_the_run_is_ended_with_all_it_started(tmp_path, monkeypatch):
     monkeypatch.setattr(supervise, "LINGER_SECONDS", 0.5)
-    # As torchrun starts ranks.
-    sleep = "import subprocess; subprocess.run(['sleep', '61.25'], start_new_session=True)"
+    # As torchrun starts ranks. The number is this process's own: others on this machine may run the same test.
+    sleep = f"import subprocess; subprocess.run(['sleep', '61.{os.getpid()}'], start_new_session=True)"
     lingering = AGENT.replace("sys.exit(1)", sleep)
     began = time.monotonic()
     assert Supervisor(command(lingering, tmp_path, "code=70")).run() == 70
     assert time.monotonic() - began < 30
-    assert "sleep 61.25" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert f"sleep 61.{os.getpid()}" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
 
 
 def test_success_needs_no_status(tmp_path):
@@ -107,7 +107,7 @@ def test_a_later_repeat_is_passed_on(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
 
     when_ready(tmp_path, send)
-    Supervisor(command(LISTENER, tmp_path)).run()
+    Supervisor(command(LISTENER, tmp_path, "2")).run()
     assert (tmp_path / "seen").read_text() == "SIGTERM SIGTERM"
 
 
@@ -152,7 +152,7 @@ def test_a_signal_while_the_command_is_being_started_reaches_it(tmp_path, monkey
         return start(*arguments, **options)
 
     monkeypatch.setattr(subprocess, "Popen", slow)
-    assert Supervisor(command("import time; time.sleep(5)", tmp_path)).run() == 75
+    assert Supervisor(command("import time; time.sleep(60)", tmp_path)).run() == 75
 
 
 def test_a_filesystem_that_fails_for_a_moment_does_not_leave_the_run_alone(tmp_path, monkeypatch):
@@ -162,10 +162,15 @@ def test_a_filesystem_that_fails_for_a_moment_does_not_leave_the_run_alone(tmp_p
         asked.append(path)
         if len(asked) == 2:
             raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        if len(asked) > 2:
+            (tmp_path / "asked again").touch()
         return found(path)
 
     monkeypatch.setattr(supervise, "identity_of", failing)
-    assert Supervisor(command(f"import time; time.sleep(1.2){AGENT}", tmp_path, "code=75")).run() == 75
+    waiting = (
+        f"import pathlib, time\nwhile not pathlib.Path({str(tmp_path)!r}, 'asked again').exists(): time.sleep(0.01)\n"
+    )
+    assert Supervisor(command(waiting + AGENT, tmp_path, "code=75")).run() == 75
     assert len(asked) > 2
 
 

@@ -29,12 +29,15 @@ PURPOSES = (
         "adapters' kernels",
         r"_(fused|finish|sums|gain_gradient|thin_norms|weight_pass)_kernel|FactoredLinear|FusedLinear",
     ),
-    ("matrix products", r"gemm|cutlass|nvjet|xmma|cublas|splitK|aten::(add|b|badd)?mm|convolution|conv1d"),
+    (
+        "matrix products",
+        r"gemm|cutlass|nvjet|xmma|cublas|splitK|aten::(add|b|badd)?mm|(aten|mkldnn)::(_?linear|matmul)|convolution|conv1d",
+    ),
     ("compiled element-wise", r"^triton_"),
     ("optimiser", r"[aA]dam"),
     ("copies and fills", r"[mM]emcpy|[mM]emset|copy|[fF]ill|CatArray|aten::(cat|clone|contiguous|zero_|to$)"),
     ("sums and norms", r"reduce|[nN]orm|aten::(sum|mean|pow|linalg)|softmax"),
-    ("element-wise", r"elementwise|vectorized|aten::(mul|add|sub|div|sigmoid|silu|exp|neg|tanh|rsqrt|where|sin|cos)"),
+    ("element-wise", r"elementwise|vectorized|aten::(mul|add|sub|div|sigmoid|silu|exp|neg|tanh|r?sqrt|where|sin|cos)"),
     ("indexing", r"index|gather|scatter|arange|searchsorted"),
 )
 
