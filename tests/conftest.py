@@ -1,6 +1,7 @@
 """Shared fixtures: where the golden tensors are, and the two tiny reference models."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from sa3dist.model.loading import load_base  # noqa: E402
+
+# The GPU check runs without Hypothesis.
+if find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
+
+    # How fast this machine is today is no property of the code.
+    settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any machine")
 
 # Tiny tensors: a second thread only waits for the first, for milliseconds per operation on a busy machine.
 THREADS = int(os.environ.get("SA3DIST_TEST_THREADS", "1"))

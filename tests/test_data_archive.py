@@ -419,7 +419,7 @@ def _mutated(data, damage):
     return bytes(data)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.sampled_from(["zip", "tar"]), _DAMAGE, st.sampled_from(["raise", "skip"]))
 def test_no_mutated_archive_does_more_than_be_refused(tmp_path_factory, kind, damage, on_bad_clip):
     folder = tmp_path_factory.mktemp("fuzz")
