@@ -3,10 +3,13 @@
 It has no padding mask, no chunked SAME and another block-norm epsilon; key mapping: its own names on the right.
 """
 
+import math
+
 import pytest
 import torch
 
 from sa3dist.model.base import Base
+from sa3dist.model.frequencies import expo_frequencies
 from sa3dist.model.parse_config import parse_model_config
 from sa3dist.model.random_weights import RandomWeights
 from sa3dist.model.tiny import tiny_config
@@ -35,6 +38,12 @@ def renamed(state, table):
             key = key.replace(ours, theirs)
         out[key] = value
     return out
+
+
+def port_features(timestep):
+    """The port's own Fourier features, but of the recorded frequencies: it finds them anew, as this processor does."""
+    angles = timestep.float().view(-1, 1) * expo_frequencies(128, timestep.device) * 2.0 * math.pi
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(timestep.dtype)
 
 
 def port_of_dit(base):
@@ -67,6 +76,8 @@ def port_of_dit(base):
     for name, module in port.named_modules():
         if name.endswith(("pre_norm", "cross_attend_norm", "ff_norm")):
             module.eps = 1e-5
+        if type(module).__name__ == "StableAudio3ExpoFourierFeatures":
+            module.forward = port_features
     return port.eval()
 
 
@@ -137,6 +148,8 @@ def test_number_conditioner_equals_the_ports_duration_embedder():
     linear = base.conditioner.seconds_total.embedder.embedding[1]
     port = StableAudio3DurationEmbedder()
     port.load_state_dict({"linear.weight": linear.weight, "linear.bias": linear.bias}, strict=False)
+    # It finds them anew, as this processor does.
+    port.freqs.copy_(expo_frequencies(128, port.freqs.device))
     seconds = torch.tensor([0.0, 0.37, 12.5, 190.0, 384.0, 1000.0])
     ours = base.conditioner.seconds_total(seconds, torch.float32)[:, 0]
     torch.testing.assert_close(ours, port(seconds).reshape(6, -1), atol=1e-5, rtol=0)
