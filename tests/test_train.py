@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import sa3dist
 from sa3dist import cli, train
 from sa3dist.data.tensor_files import digest_of_tensors
+from tests.conftest import THREADS
 
 ROOT = Path(__file__).parent.parent
 STEPS = 6
@@ -72,7 +73,8 @@ def command(*words, ranks=1):
 ENVIRONMENT = {
     **os.environ,
     "ACCELERATE_USE_CPU": "true",
-    "OMP_NUM_THREADS": "1",
+    # As many as in this process: the same bits are expected.
+    "OMP_NUM_THREADS": str(THREADS),
     "PYTHONPATH": f"{ROOT}:{ROOT}/kernels",
 }
 
