@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from sa3dist.errors import CheckpointError
+from sa3dist.home import expand_home
 from sa3dist.model.base import AUTOENCODER_PREFIX, CONDITIONER_PREFIX, MODEL_PREFIX, Base, Wrapper, weight_key
 from sa3dist.model.checkpoint import CheckpointFile, check_keys, fill, tensor_shapes
 from sa3dist.model.conditioners import Conditioners
@@ -40,8 +42,8 @@ def find_base(name_or_directory: str | Path) -> BaseFiles:
     if name in RELEASED:
         repo_id = RELEASED[name]
         return BaseFiles(hub_file(repo_id, CONFIG_NAME), hub_file(repo_id, WEIGHTS_NAME), repo_id=repo_id)
-    directory = Path(name).expanduser()
-    if not directory.is_dir():
+    directory = Path(expand_home(name))
+    if not os.path.isdir(directory):
         known = ", ".join(RELEASED)
         raise CheckpointError(f"model={name}: no such directory, and not a released base ({known})")
     for file in (CONFIG_NAME, WEIGHTS_NAME):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from sa3dist.errors import CheckpointError
 from sa3dist.formats import digest_of, file_sha256
+from sa3dist.home import expand_home
 from sa3dist.model.conditioners import HIDDEN_WIDTH
 from sa3dist.model.config import PromptConfig
 from sa3dist.model.hub import hub_folder
@@ -55,8 +57,8 @@ class TextSource:
         return digest_of(*(part for path in files for part in (path.name, file_sha256(path))))
 
     def _resolve_override(self, override: str) -> Path:
-        path = Path(override).expanduser()
-        if path.is_dir():
+        path = Path(expand_home(override))
+        if os.path.isdir(path):
             return self._directory(path, "text_encoder")
         match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?", override)
         if match is None:
