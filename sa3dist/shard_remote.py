@@ -9,13 +9,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from urllib.parse import urlsplit
 
 from sa3dist.data.archive import pair_members
 from sa3dist.data.cache import ClipCache
 from sa3dist.data.containers import MAX_TOTAL_BYTES, TarContainer
 from sa3dist.data.download import remote_info, version_of
-from sa3dist.data.fetch import Downloads, filesystem, shown
+from sa3dist.data.fetch import Downloads, address_name, filesystem, shown
 from sa3dist.data.layout import REPORT_NAME, describe
 from sa3dist.data.remote import RemoteShards, check_sizes, find_index, has_ranges, tars_of
 from sa3dist.errors import DataError
@@ -116,7 +115,7 @@ class _Reading:
         self, source: str, tars: list[str], work_dir: Path, options: RemoteOptions, should_stop: Callable[[], bool]
     ) -> None:
         self._label, self._work_dir, self._options, self._should_stop = shown(source), work_dir, options, should_stop
-        names = [PurePosixPath(urlsplit(tar).path).name for tar in tars]
+        names = [address_name(tar) for tar in tars]
         if len(set(names)) < len(names):
             names = [f"{number:06d}-{name}" for number, name in enumerate(names)]
         self._urls = dict(zip(names, tars, strict=True))

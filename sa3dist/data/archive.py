@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urlsplit
 
 from sa3dist.data.captions import is_json, is_manifest, read_manifest
 from sa3dist.data.containers import MAX_TOTAL_BYTES, Container, FolderContainer, Member, TarContainer, printable
-from sa3dist.data.fetch import Downloads, is_remote, shown
+from sa3dist.data.fetch import Downloads, is_remote, shown, split_query
 from sa3dist.data.zips import ZipContainer
 from sa3dist.errors import DataError
+from sa3dist.home import local_name
 
 AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "ogg", "opus", "aif", "aiff")
 # More shards than any listed data set needs, and a typo like {0..99999999} must not fill the memory.
@@ -124,16 +125,28 @@ def pair_members(container: Container) -> Listing:
 
 
 def expand_braces(source: str) -> list[str]:
-    """``x-{000..127}.tar`` as its 128 names; anything else as itself. Raises DataError above MAX_SHARDS."""
-    before, opened, rest = source.partition("{")
+    """``x-{000..127}.tar`` as its 128 names, each with the query behind it; anything else as itself.
+
+    Raises DataError above MAX_SHARDS.
+    """
+    address, query = split_query(source)
+    if address.endswith(".tar"):
+        return [name + query for name in _numbered(address, shown(source))]
+    # A server that takes the name of the file as its query.
+    return _numbered(source, shown(source)) if source.endswith(".tar") else [source]
+
+
+def _numbered(pattern: str, label: str) -> list[str]:
+    before, opened, rest = pattern.partition("{")
     inside, closed, after = rest.partition("}")
     first, dots, last = inside.partition("..")
-    if not (opened and closed and dots and first.isdecimal() and last.isdecimal()) or not source.endswith(".tar"):
-        return [source]
-    if not 0 <= int(last) - int(first) < MAX_SHARDS:
-        raise DataError(f"{shown(source)}: expected a range of 1 to {MAX_SHARDS} shards in braces, lower number first")
+    if not (opened and closed and dots and first.isdecimal() and last.isdecimal()):
+        return [pattern]
+    tails = _numbered(after, label)
+    if not 0 <= int(last) - int(first) < MAX_SHARDS / len(tails):
+        raise DataError(f"{label}: expected a range of 1 to {MAX_SHARDS} shards in braces, lower number first")
     numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    return [before + number + tail for number in numbers for tail in expand_braces(after)]
+    return [before + number + tail for number in numbers for tail in tails]
 
 
 def check_local(source: str) -> None:
@@ -145,8 +158,9 @@ def check_local(source: str) -> None:
 
 def local_path(source: str) -> Path:
     """The file or folder of a path or file:// address. Raises DataError when there is none."""
-    path = Path(unquote(urlsplit(source).path) if source.startswith("file://") else source).expanduser()
-    if not path.exists():
+    path = Path(local_name(source))
+    # os.path, which finds nothing where a name is too long; Path raises.
+    if not os.path.exists(path):
         raise DataError(f"{source}: no such file or folder; check the path")
     if not (path.is_file() or path.is_dir()):
         raise DataError(f"{source}: neither a file nor a folder")
