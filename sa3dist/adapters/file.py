@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 
 from sa3dist.adapters.attach import SLOT, AdapterConfig
+from sa3dist.adapters.foreign import what_instead
 from sa3dist.errors import CheckpointError, ConfigError, EnvironmentFailure
 from sa3dist.formats import atomic_path
 
@@ -66,7 +67,7 @@ def read_adapter_file(path: str | Path) -> AdapterFile:
             metadata = dict(file.metadata() or {})
             tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+        raise CheckpointError(f"{path}: {what_instead(path, error)}") from error
     for key, value in tensors.items():
         if not value.is_floating_point() or not value.float().isfinite().all():
             raise CheckpointError(
