@@ -12,6 +12,7 @@ import numpy as np
 
 from sa3dist.formats import atomic_path
 from sa3dist.inspection import InspectedClip, Report
+from sa3dist.wording import counted, span
 
 # 4 kB a picture: beyond this a browser suffers; the figures of all clips are still in the table.
 MAX_PICTURES = 2000
@@ -39,7 +40,7 @@ def render(report: Report) -> str:
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(report.source)}</title>",
         f"<style>{_STYLE}</style><h1>{html.escape(report.source)}</h1>",
-        f"<p>{summary['usable']} of {summary['clips']} clips usable, {summary['hours']:.2f} hours; "
+        f"<p>{summary['usable']} of {counted(summary['clips'], 'clip')} usable, {span(3600 * summary['hours'])}; "
         f"training crops to {report.crop_seconds:.1f} s.</p>",
     ]
     parts += [f"<p class=bad>{html.escape(line)}</p>" for line in report.verdict]

@@ -39,6 +39,7 @@ from sa3dist.passes import choose_passes
 from sa3dist.shard import Measure
 from sa3dist.startup import Startup, timed
 from sa3dist.trainer import Trainer
+from sa3dist.wording import counted
 from sa3dist.work import Plan
 
 log = logging.getLogger(__name__)
@@ -232,7 +233,8 @@ class Run:
                 )
         if self.trainer.places:
             seen = self.step * work.global_batch
-            log.info("streaming: %d clips trained on, %d of them repeated", seen, self.trainer.places.repeated)
+            repeated = self.trainer.places.repeated
+            log.info("streaming: %s trained on, %d of them repeated", counted(seen, "clip"), repeated)
 
     def micro_batches(self, base, encoded: EncodedClips) -> MicroBatches:
         """The seeded stream of this run's samples, by micro batch."""
@@ -283,14 +285,16 @@ class Run:
         with atomic_path(settings.output_dir / "run.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(settings.as_dict(), sort_keys=False), encoding="utf-8")
         log.info(
-            "training %d steps of %d clips (batch_size %d x %d processes x %d accumulated), crops of %.1f s%s%s",
-            work.steps,
-            work.global_batch,
+            "training %s of %s (batch_size %d x %s x %d accumulated), crops of %.1f s%s%s",
+            counted(work.steps, "step"),
+            counted(work.global_batch, "clip"),
             work.micro_batch,
-            group.world_size,
+            counted(group.world_size, "process", "processes"),
             work.accumulation,
             self._frames * base.samples_per_frame / base.sample_rate_hz,
-            f", recomputing {base.recomputed_blocks} blocks to save memory" if base.recomputed_blocks else "",
+            f", recomputing {counted(base.recomputed_blocks, 'block')} to save memory"
+            if base.recomputed_blocks
+            else "",
             f", continuing after step {self._saved_step}" if self._saved_step else "",
         )
 

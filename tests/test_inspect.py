@@ -208,7 +208,7 @@ def test_pictures_are_valid_png():
 
 def test_a_report_without_a_usable_clip_still_renders(tmp_path):
     report = inspect(write_zip(tmp_path / "a.zip", {"a.wav": b"x", "a.txt": b"x"}), tmp_path)
-    assert "0 of 1 clips usable" in render(report)
+    assert "0 of 1 clip usable" in render(report)
     assert report.as_dict()["summary"]["usable"] == 0
 
 

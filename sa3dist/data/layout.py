@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sa3dist.data.tars import member_stem
 from sa3dist.formats import ClipEntry, DatasetIndex, ShardEntry, atomic_path, digest_of, file_sha256
+from sa3dist.wording import counted, span
 
 REPORT_NAME = "report.txt"
 
@@ -106,12 +107,12 @@ def describe(index: DatasetIndex) -> str:
     spread = f"{min(seconds):.2f} to {max(seconds):.2f} s, median {statistics.median(seconds):.2f} s"
     lines = [
         f"data set     {index.digest}",
-        f"clips        {len(clips)}, {sum(seconds) / 3600:.3f} hours, {sum(c.audio_bytes for c in clips)} bytes",
+        f"clips        {len(clips)}, {span(sum(seconds))}, {sum(c.audio_bytes for c in clips)} bytes",
         f"length       {spread}",
         f"formats      {_counted(clip.extension for clip in clips)}",
         f"sample rates {_counted(f'{clip.sample_rate_hz} Hz' for clip in clips)}",
         f"channels     {_counted(str(clip.channels) for clip in clips)}",
-        f"captions     {len({clip.caption for clip in clips})} distinct, {min(words)} to {max(words)} words",
+        f"captions     {len({clip.caption for clip in clips})} distinct, {min(words)} to {counted(max(words), 'word')}",
         f"skipped      {len(index.skipped)}",
         *(f"  {line}" for line in index.skipped),
         "",
