@@ -23,6 +23,7 @@ from sa3dist.data.pool import ordered_map
 from sa3dist.duplicates import exact_duplicates, near_duplicates
 from sa3dist.errors import DataError
 from sa3dist.shard import CLIP_COUNT_RANGE
+from sa3dist.wording import counted
 
 LENGTH_BINS = 20
 
@@ -140,9 +141,8 @@ def inspect_source(
     report    called as report(inspected, total) after every clip
     Raises DataError when the source as a whole cannot be opened.
     """
-    with open_source(
-        settings.audio_data_url, settings.work_dir, max_download_bytes=settings.max_download_bytes
-    ) as container:
+    limits = {"max_download_bytes": settings.max_download_bytes, "outputs": (settings.work_dir, settings.output_dir)}
+    with open_source(settings.audio_data_url, settings.work_dir, **limits) as container:
         listing = pair_members(container)
         known = read_figures(settings.work_dir)
         inspected = ordered_map(
@@ -206,11 +206,11 @@ def _verdict(report: Report, settings: Settings) -> list[str]:
     lines = [f"{report.source}: {line}" for line in report.refusals]
     bad = [clip for clip in report.clips if clip.problems]
     if bad and settings.on_bad_clip == "raise":
-        lines.append(f"{len(bad)} clips cannot be used; mend them, or set on_bad_clip: skip")
+        lines.append(f"{counted(len(bad), 'clip')} cannot be used; mend them, or set on_bad_clip: skip")
     low, high = (1, len(report.clips)) if settings.allow_any_dataset_size else CLIP_COUNT_RANGE
     if not low <= len(report.usable) <= high:
         lines.append(
-            f"{len(report.usable)} usable clips, expected {low} to {high}; "
+            f"{counted(len(report.usable), 'usable clip')}, expected {low} to {high}; "
             "set allow_any_dataset_size: true to lift the limits"
         )
     return lines

@@ -20,6 +20,7 @@ from sa3dist.data.pool import ordered_map
 from sa3dist.data.tars import shard_name, write_shard
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted
 from sa3dist.formats import ClipEntry, DatasetIndex, ShardEntry, atomic_directory, atomic_path, digest_of
+from sa3dist.wording import counted
 
 # The endpoint's documented limits (spec/training.md section 3).
 CLIP_COUNT_RANGE = (4, 2000)
@@ -44,6 +45,7 @@ def build_shards(
     on_bad_clip: str = "raise",
     allow_any_dataset_size: bool = False,
     max_download_bytes: int = MAX_TOTAL_BYTES,
+    output_dir: Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     num_workers: int | None = None,
     measure: Measure | None = None,
@@ -54,6 +56,7 @@ def build_shards(
 
     source           path, file:// or fsspec URL of a zip, a folder or WebDataset tars (data/archive.py)
     on_bad_clip      "raise": one DataError lists all problems; "skip": bad clips are left out and named in .skipped
+    output_dir       where the run writes its results; like what earlier runs have left, no part of the source
     num_workers      threads that decode; the shards do not depend on it. Default: one per core
     measure          decodes in place of ``check_audio``; the figures are kept in ``work_dir`` for ``sa3dist inspect``
     report           called as report(checked, total) after every clip
@@ -65,7 +68,8 @@ def build_shards(
     if on_bad_clip not in ("raise", "skip"):
         raise ValueError(f"on_bad_clip is {on_bad_clip!r}, expected 'raise' or 'skip'")
     shards_dir = Path(work_dir) / "shards"
-    with open_source(source, Path(work_dir), should_stop, max_download_bytes) as container:
+    outputs = [Path(path) for path in (work_dir, output_dir) if path is not None]
+    with open_source(source, Path(work_dir), should_stop, max_download_bytes, outputs) as container:
         listing = pair_members(container)
         if on_bad_clip == "raise" and not allow_any_dataset_size and len(listing.pairs) > CLIP_COUNT_RANGE[1]:
             raise DataError(f"{container.label}: {_count_problem(len(listing.pairs), allow_any_dataset_size)}")
@@ -184,7 +188,7 @@ def settle(
     if lines:
         hidden = len(lines) - MAX_PROBLEM_LINES
         if hidden > 0:
-            lines[MAX_PROBLEM_LINES:] = [f"and {hidden} more problems"]
+            lines[MAX_PROBLEM_LINES:] = [f"and {counted(hidden, 'more problem')}"]
         raise DataError("\n".join(f"{label}: {line}" for line in lines))
     return tuple("; ".join(problems[key]) for key in sorted(problems))
 
@@ -200,7 +204,8 @@ def _count_problem(count: int, any_size: bool) -> str:
     if any_size:
         return "found no usable clip; expected audio files, each with a .txt caption of the same name"
     low, high = CLIP_COUNT_RANGE
-    return f"found {count} usable clips, expected {low} to {high}; set allow_any_dataset_size: true to lift the limits"
+    found = counted(count, "usable clip")
+    return f"found {found}, expected {low} to {high}; set allow_any_dataset_size: true to lift the limits"
 
 
 def identity_of(clip: ClipEntry) -> tuple[str, str, str, str]:

@@ -59,7 +59,9 @@ class Recorder(http.server.BaseHTTPRequestHandler):
     def pass_on(self, host, port):
         connection = http.client.HTTPConnection(host, port)
         parts = urlsplit(self.path)
-        connection.request(self.command, self.path.partition(parts.netloc)[2], headers={**self.headers, "Host": f"{host}:{port}"})
+        connection.request(
+            self.command, self.path.partition(parts.netloc)[2], headers={**self.headers, "Host": f"{host}:{port}"}
+        )
         answer = connection.getresponse()
         body = answer.read()
         self.send_response(answer.status)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from sa3dist.data.captions import is_json, is_manifest, read_manifest
 from sa3dist.data.containers import MAX_TOTAL_BYTES, Container, FolderContainer, Member, TarContainer, printable
 from sa3dist.data.fetch import Downloads, is_remote, shown, split_query
+from sa3dist.data.own_folders import is_own, on_disk
 from sa3dist.data.zips import ZipContainer
 from sa3dist.errors import DataError
 from sa3dist.home import local_name
+from sa3dist.wording import counted
+
+log = logging.getLogger(__name__)
 
 AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "ogg", "opus", "aif", "aiff")
 # More shards than any listed data set needs, and a typo like {0..99999999} must not fill the memory.
@@ -56,16 +61,26 @@ def open_source(
     work_dir: Path,
     should_stop: Callable[[], bool] = lambda: False,
     max_download_bytes: int = MAX_TOTAL_BYTES,
+    outputs: Sequence[Path] = (),
 ) -> Iterator[Container]:
     """Open ``source``: a path, file:// or fsspec URL of a zip, a folder, or tars (one, or with {000..127}).
 
     Remote sources are downloaded into ``work_dir``/downloads first and stay there for the next run, unless a DataError
-    refuses them. Raises DataError when the source is missing, of no known kind, or hostile as a whole.
+    refuses them. What runs have left in the source, results and work directories, is passed over and said.
+    outputs   where the run at hand will write: refused where it holds clips of the source
+    Raises DataError when the source is missing, of no known kind, or hostile as a whole.
     """
     downloads = Downloads(Path(work_dir) / "downloads", should_stop, max_download_bytes)
     try:
         paths = [downloads.fetch(part) if is_remote(part) else local_path(part) for part in expand_braces(source)]
+        for directory in outputs:
+            for path in paths:
+                _refuse_clips_among_results(path, directory, shown(source))
         with _container(paths, shown(source)) as container:
+            container.leave_out_own()
+            if container.own:
+                found = [_with_sounds(paths[0], name) for name in container.own]
+                log.warning("%s: not part of the data set, as runs have left it: %s", shown(source), named(found))
             yield container
     except DataError:
         downloads.forget()
@@ -165,6 +180,37 @@ def local_path(source: str) -> Path:
     if not (path.is_file() or path.is_dir()):
         raise DataError(f"{source}: neither a file nor a folder")
     return path
+
+
+def _refuse_clips_among_results(source: Path, directory: Path, label: str) -> None:
+    """What a run writes is no part of its source: clips that lie there already cannot be meant to be left out."""
+    source, directory = Path(source).resolve(), Path(directory).resolve()
+    if directory == source or not directory.is_relative_to(source) or is_own(str(directory), on_disk):
+        return
+    for sound in _sounds(directory):
+        raise DataError(
+            f"{label}: {printable(str(sound.relative_to(source)))} lies in {directory.relative_to(source)}, where this "
+            f"run would write; choose another output_dir or work_dir"
+        )
+
+
+def _sounds(folder: Path) -> list[Path]:
+    """The audio files anywhere below a local folder."""
+    found = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
+    return sorted(path for path in found if path.suffix[1:].lower() in AUDIO_EXTENSIONS)
+
+
+def _with_sounds(source: Path, name: str) -> str:
+    """``name``, with the number of audio files in it: somebody may have meant them."""
+    count = len(_sounds(source / name))
+    return f"{name} ({counted(count, 'audio file')} in it)" if count else name
+
+
+def named(names: Sequence[str], most: int = 5) -> str:
+    """The first few of ``names`` for a message."""
+    return ", ".join(printable(name) for name in names[:most]) + (
+        f" and {len(names) - most} more" if len(names) > most else ""
+    )
 
 
 def _container(paths: list[Path], label: str) -> Container:

@@ -17,6 +17,7 @@ import tarfile
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from sa3dist.data.own_folders import is_below, own_names, own_on_disk
 from sa3dist.errors import DataError
 
 # An hour of 24-bit stereo at 48 kHz is 1.04e9 bytes; the longest clip a model sees is 380 s.
@@ -79,6 +80,7 @@ class Container(abc.ABC):
     label    how messages call it
     members  regular, visible files in order of name; names are unique
     hidden   how many dot files and __MACOSX entries were passed over
+    own      results and work directories of runs that were passed over, by name
     refused  fault -> names of the members that have it
     """
 
@@ -86,6 +88,7 @@ class Container(abc.ABC):
         self.label = label
         self.members: list[Member] = []
         self.hidden = 0
+        self.own: list[str] = []
         self.refused: dict[str, list[str]] = {}
         self._names: set[str] = set()
         self._total = 0
@@ -96,6 +99,11 @@ class Container(abc.ABC):
 
         Raises DataError, without the member's name, when it is damaged or gone.
         """
+
+    def leave_out_own(self) -> None:
+        """Pass over what runs have left, as far as the names tell; a folder does so on the way."""
+        self.own += sorted(own_names(member.name for member in self.members))
+        self.members = [member for member in self.members if not is_below(member.name, self.own)]
 
     def close(self) -> None:  # noqa: B027 - only a zip holds a file open
         """Let go of open files."""
@@ -136,11 +144,13 @@ class FolderContainer(Container):
         self._root = Path(path).resolve()
         for folder, folders, files in os.walk(self._root, onerror=self._unreadable):
             inside = os.path.relpath(folder, self._root)
-            for name in [f for f in folders if os.path.islink(os.path.join(folder, f))]:
+            own = {name for name in own_on_disk(folder, at_top=inside == ".") if not hidden(name)}
+            self.own += [os.path.normpath(os.path.join(inside, name)) for name in sorted(own)]
+            for name in [f for f in folders if f not in own and os.path.islink(os.path.join(folder, f))]:
                 relative = os.path.normpath(os.path.join(inside, name))
                 self._admit(relative, 0, None, "is a link to a folder, expected the folder itself; copy it there")
-            folders[:] = sorted(f for f in folders if not hidden(f))
-            for name in files:
+            folders[:] = sorted(f for f in folders if not hidden(f) and f not in own)
+            for name in set(files) - own:
                 if hidden(name):
                     self.hidden += 1
                     continue
