@@ -51,7 +51,7 @@ def read_file(path: str) -> dict[str, Any]:
         value = json.loads(text) if is_json else written.read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"{path}: not valid YAML: {_one_line(error)}; a value with ': ' or ' #' in it needs quotes"
+            f"{path}: not valid YAML: {_one_line(error)}; a value with ': ', ' #' or brackets in it needs quotes"
         ) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {'not valid JSON: ' if is_json else ''}{_one_line(error)}") from error

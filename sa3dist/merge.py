@@ -73,14 +73,14 @@ def read_weighted(word: str) -> tuple[AdapterFile, float]:
     """An adapter file and its weight from ``FILE`` or ``FILE=WEIGHT``."""
     path, equals, text = word.rpartition("=")
     if not equals or os.path.isfile(word):
-        return read_adapter_file(expand_home(word)), 1.0
+        return read_adapter_file(word), 1.0
     try:
         weight = float(text)
     except ValueError as error:
         raise ConfigError(f"{word}: the weight {text!r} is not a number; expected FILE or FILE=WEIGHT") from error
     if not math.isfinite(weight):
         raise ConfigError(f"{word}: the weight {text!r} is not a finite number")
-    return read_adapter_file(expand_home(path)), weight
+    return read_adapter_file(path), weight
 
 
 def describe(files: Sequence[tuple[AdapterFile, float]]) -> dict[str, str]:

@@ -92,7 +92,7 @@ def progress(title: str, total: int, shown: bool) -> Iterator[Callable[..., None
             now, tenth = time.monotonic(), 10 * done // max(total, 1)
             if not console.is_terminal and tenth > tenths and (now - said >= LINE_SECONDS or done >= total):
                 tenths, said = tenth, now
-                print(f"{title} {done}/{total} {text} ETA {eta}", file=sys.stderr, flush=True)
+                print(f"{title} {done}/{total}{' ' * bool(text)}{text} ETA {eta}", file=sys.stderr, flush=True)
 
         yield update
 

@@ -19,6 +19,7 @@ from sa3dist.adapters.attach import SLOT, AdapterConfig
 from sa3dist.adapters.foreign import what_instead
 from sa3dist.errors import CheckpointError, ConfigError, EnvironmentFailure
 from sa3dist.formats import atomic_path
+from sa3dist.home import expand_home
 
 CONFIG_KEY = "lora_config"
 # Header entry holding base.weights_digest(); written by whoever saves, checked by warm_start.
@@ -61,7 +62,7 @@ def read_adapter_file(path: str | Path) -> AdapterFile:
 
     Raises CheckpointError, naming the file, for what is no adapter file, a bad ``lora_config`` or non-finite values.
     """
-    path = Path(path)
+    path = Path(expand_home(path))
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             metadata = dict(file.metadata() or {})
@@ -109,7 +110,7 @@ def write_adapter_file(
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> None:
     """Write a safetensors file, whole or not at all; equal contents give equal bytes."""
-    with atomic_path(Path(path)) as temporary:
+    with atomic_path(Path(expand_home(path))) as temporary:
         temporary.write_bytes(_sorted_header(safetensors.torch.save(dict(tensors), dict(header))))
 
 

@@ -30,6 +30,29 @@ def as_sent(address: str) -> URL:
     return URL(f"{place.scheme}://{place.raw_authority}{target.partition('#')[0]}", encoded=True)
 
 
+def resolved(base: URL, location: str) -> str:
+    """What a redirect from ``base`` leads to. Not by yarl, which unquotes the path that a relative one is joined to."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", location):
+        return location
+    if location.startswith("//"):
+        return f"{base.scheme}:{location}"
+    origin = f"{base.scheme}://{base.raw_authority}"
+    if location.startswith("/"):
+        return origin + location
+    target = re.match(r"[^?#]*", location)[0]
+    if not target:
+        return origin + (base.raw_path if location.startswith("?") else base.raw_path_qs) + location
+    parts = base.raw_path.split("/")[:-1]
+    for part in target.split("/"):
+        if part == "..":
+            parts = parts[:-1] or [""]
+        elif part != ".":
+            parts.append(part)
+    if part in ("..", "."):
+        parts.append("")
+    return origin + "/".join(parts) + location[len(target) :]
+
+
 def proxy_for(url: URL) -> URL | None:
     """The proxy that http_proxy, https_proxy or all_proxy name for ``url``, unless no_proxy exempts its host.
 
