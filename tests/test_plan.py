@@ -142,7 +142,7 @@ def test_a_measured_gpu_is_calibrated_against_its_own_measured_ceilings(tmp_path
     results(tmp_path, timed_row(factor=3.0))
     (only,) = read_results(tmp_path, here)
     planned = predict(job(batch_size=1), here, [only])
-    assert planned.factor.evidence == "calibrated by 1 steps timed on NVIDIA H200 (step.jsonl)"
+    assert planned.factor.evidence == "calibrated by 1 step timed on NVIDIA H200 (step.jsonl)"
     # Whatever the ceilings are, the step that was timed is predicted to take the time it took.
     expected = timed_row(factor=3.0)["ours_ms"] / 1e3
     assert planned.step_seconds == pytest.approx(expected, rel=0.02)
