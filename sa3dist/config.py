@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from sa3dist import values as written
 from sa3dist.errors import ConfigError
-from sa3dist.home import can_be_named, expand_home
+from sa3dist.home import can_be_named, expand_home, is_text
 from sa3dist.settings import PRECISION_ALIASES, Settings
 
 # What other trainers call some keys, where spelling alone would suggest another.
@@ -42,19 +42,20 @@ def read_file(path: str) -> dict[str, Any]:
 
     JSON says itself what is text and what a number; in YAML the field decides (values.py).
     """
-    is_json = path.lower().endswith(".json")
+    is_json, place = path.lower().endswith(".json"), path
+    path = _sayable(path)
     try:
-        text = Path(expand_home(path)).read_text(encoding="utf-8-sig")
+        text = Path(expand_home(place)).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot read this config file ({error})") from error
+        raise ConfigError(f"{path}: cannot read this config file ({_reason(error)})") from error
     try:
         value = json.loads(text) if is_json else written.read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"{path}: not valid YAML: {_one_line(error)}; a value with ': ', ' #' or brackets in it needs quotes"
+            f"{path}: not valid YAML: {_reason(error)}; a value with ': ', ' #' or brackets in it needs quotes"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: {'not valid JSON: ' if is_json else ''}{_one_line(error)}") from error
+        raise ConfigError(f"{path}: {'not valid JSON: ' if is_json else ''}{_reason(error)}") from error
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -86,10 +87,13 @@ def read_words(words: list[str], merged: dict[str, Any] | None = None) -> dict[s
 
 def build(values: dict[str, Any]) -> Settings:
     """Validate raw values. Raises ConfigError: one line per field that is unknown, missing or out of range."""
+    for key in values:
+        if isinstance(key, str) and not is_text(key):
+            raise ConfigError(f"{_sayable(key)}: unknown key; sa3dist train --help lists all keys")
     try:
         return Settings(**values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from error
+        raise ConfigError(_sayable("\n".join(_explain(problem) for problem in error.errors()))) from error
     except TypeError as error:
         raise ConfigError(f"config: keys must be words ({error})") from error
 
@@ -108,8 +112,16 @@ def output_dir_of(values: dict[str, Any]) -> Path:
     return Path("runs") / (name if usable else Settings.model_fields["name"].default)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _sayable(text: str) -> str:
+    """Bytes of the command line that are not UTF-8 as escapes: status.json could not hold them."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _reason(error: Exception) -> str:
+    """What a library says, in one line and without the name of the file."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return " ".join(str(getattr(error, "strerror", None) or error).split())
 
 
 def _explain(problem: dict[str, Any]) -> str:

@@ -26,9 +26,19 @@ def expand_home(path: str | Path) -> str:
     raise ConfigError(f"{text}: {reason}; write the path without ~, or ./~... for a name that begins with it")
 
 
+def is_text(word: str) -> bool:
+    """Whether a word of the command line was UTF-8: what was not, no file of ours could hold."""
+    return not any(0xD800 <= ord(character) <= 0xDFFF for character in word)
+
+
 def can_be_named(path: str | Path) -> bool:
     """Whether a file system of today takes every part of ``path`` as a name."""
-    return "\0" not in str(path) and all(len(os.fsencode(part)) <= MAX_NAME_BYTES for part in Path(path).parts)
+    text = str(path)
+    return (
+        is_text(text)
+        and "\0" not in text
+        and all(len(os.fsencode(part)) <= MAX_NAME_BYTES for part in Path(path).parts)
+    )
 
 
 def local_name(source: str) -> str:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from sa3dist_kernels.adapter_types import ADAPTER_TYPES
 
 from sa3dist.errors import ConfigError
-from sa3dist.home import can_be_named, expand_home
+from sa3dist.home import can_be_named, expand_home, is_text
 
 # What YAML 1.1 and JSON write for on and off.
 _SWITCHES = {"true": "on", "yes": "on", "on": "on", "false": "off", "no": "off", "off": "off"}
@@ -187,6 +187,8 @@ class Settings(BaseModel):
         annotation = cls.model_fields[info.field_name].annotation
         if isinstance(value, bool) and {int, float} & {annotation, *typing.get_args(annotation)}:
             raise ValueError(f"{value!r} is not a number")
+        if isinstance(value, str) and not is_text(value):
+            raise ValueError("holds bytes that are not UTF-8; rename what it names, or give a link to it")
         if isinstance(value, str) and value == "":
             if cls.model_fields[info.field_name].default is not None:
                 raise ValueError("is empty; give a value or leave it out")

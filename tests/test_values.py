@@ -308,6 +308,18 @@ def test_a_long_value_is_a_users_mistake(field, demo_base, demo_clips, tmp_path,
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "word", ["name=\udcff", "audio_data_url=/caf\udce9", "output_dir=\udce9", "caf\udce9.yaml", "\udcff=1"]
+)
+def test_words_that_are_not_utf_8_are_one_line_and_leave_nothing_of_that_name(word, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["audio_data_url=x", word]) == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert json.loads(Path("runs/sa3dist-lora/status.json").read_text())["message"] == said.strip()
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
 def test_every_text_that_may_be_a_path_is_known_as_one():
     texts = {field for field in Settings.model_fields if "path" in config.allowed_values(field)}
     assert texts <= set(PLACES)
