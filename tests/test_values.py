@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from sa3dist import cli, config, train
+from sa3dist import cli, config, supervise, train
 from sa3dist.errors import ConfigError
 from sa3dist.settings import PLACES, Settings
 
@@ -281,6 +281,17 @@ def test_commands_expand_the_home_of_their_paths(home, adapter, capfd):
     (home / "run.yaml").write_text("audio_data_url: ~/clips.zip\n")
     assert cli.main(["train", "~/run.yaml", "--print-config"]) == 0
     assert f"audio_data_url: {home}/clips.zip" in capfd.readouterr().out
+
+
+def test_the_supervisor_looks_for_the_status_where_the_run_leaves_it(home):
+    def status(*words):
+        return supervise.status_path(["torchrun", "-m", "sa3dist.train", "audio_data_url=x", *words])
+
+    assert status("output_dir=~/x") == home / "x/status.json"
+    assert status("name=1.10") == Path("runs/1.10/status.json")
+    # Refused for it, and told where a run without output_dir would.
+    assert status("output_dir=~nosuchuser/x") == Path("runs/sa3dist-lora/status.json")
+    assert status(f"output_dir={'x' * 300}", "name=n") == Path("runs/n/status.json")
 
 
 def test_a_pod_has_another_home(home, capfd):
