@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sa3dist.data.archive import expand_braces, local_path
+from sa3dist.data.archive import expand_braces, local_path, shards_on_top, tars_on_top
 from sa3dist.data.cache import ClipCache
 from sa3dist.data.download import remote_info
 from sa3dist.data.fetch import Downloads, filesystem, is_remote, shown
+from sa3dist.data.folders import FolderContainer
 from sa3dist.data.latent_shards import MEND, SHARD_PREFIX, LatentShard, dataset_digest
 from sa3dist.data.remote import has_ranges
 from sa3dist.data.remote_latents import RemoteTar
@@ -51,7 +52,7 @@ def latent_shards_of(source: str) -> list[str] | None:
 def streamed_shards(source: str) -> StreamedDataset:
     """The shards of any kind ``source`` names. Raises DataError when it names something else, or both kinds."""
     label = shown(source)
-    urls = _shards_named(source, lambda name: name.endswith(".tar"))
+    urls = _shards_named(source, lambda name: name.lower().endswith(".tar"))
     if urls is None:
         raise DataError(f"{label}: mode: streaming reads shards (.tar, a pattern or a folder of them)")
     kinds = {is_latent_name(url) for url in urls}
@@ -70,8 +71,14 @@ def _shards_named(source: str, matches: Callable[[str], bool]) -> list[str] | No
         return parts
     if not is_remote(source):
         folder = local_path(source) if len(parts) == 1 else None
-        found = sorted(folder.glob("*.tar")) if folder is not None and folder.is_dir() else []
-        return [str(path) for path in found if matches(path.name)] or None
+        found = tars_on_top(folder) if folder is not None and folder.is_dir() else []
+        chosen = [path for path in found if matches(path.name)]
+        if not chosen:
+            return None
+        if len(chosen) < len(found):
+            raise DataError(f"{source}: latent shards and others side by side; move one kind elsewhere")
+        shards_on_top(FolderContainer(folder, source), folder)
+        return [str(path) for path in chosen]
     # Plain web servers have no folders; what looks like one may be a file of any size.
     if source.startswith(("http://", "https://")) or len(parts) > 1 or Path(urlsplit(source).path).suffix:
         return None

@@ -12,10 +12,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from sa3dist.data.audio import AudioFacts
+from sa3dist.data.kinds import NAMES_KEPT
 from sa3dist.data.tars import member_stem
+from sa3dist.errors import DataError
 from sa3dist.formats import ClipEntry, DatasetIndex, ShardEntry, atomic_path, digest_of, file_sha256
 
 REPORT_NAME = "report.txt"
+
+# By SHA-256 of the audio bytes, and their number.
+Known = dict[tuple[str, int], AudioFacts]
 
 
 def split(
@@ -46,6 +52,24 @@ def split(
         size += size_of(clip)
     if group:
         yield group
+
+
+def earlier_indices(shards_dir: Path) -> list[DatasetIndex]:
+    """What earlier runs left. A damaged or outdated index teaches nothing: its clips are decoded and written again."""
+    indices = []
+    for directory in sorted(path for path in shards_dir.glob("[0-9a-f]*") if path.is_dir()):
+        with contextlib.suppress(DataError):
+            indices.append(DatasetIndex.read(directory))
+    return indices
+
+
+def known_facts(earlier: list[DatasetIndex]) -> Known:
+    """What is known of the same bytes, so that unchanged clips are not decoded again."""
+    return {
+        (clip.audio_sha256, clip.audio_bytes): AudioFacts(clip.samples, clip.sample_rate_hz, clip.channels)
+        for index in earlier
+        for clip in index.clips
+    }
 
 
 class FinishedShards:
@@ -114,6 +138,8 @@ def describe(index: DatasetIndex) -> str:
         f"captions     {len({clip.caption for clip in clips})} distinct, {min(words)} to {max(words)} words",
         f"skipped      {len(index.skipped)}",
         *(f"  {line}" for line in index.skipped),
+        f"left out     {sum(kind.count for kind in index.left_out)}",
+        *(f"  {kind.line(most=NAMES_KEPT)}" for kind in index.left_out),
         "",
         "shard                   bytes  clips  first",
     ]
@@ -124,6 +150,16 @@ def describe(index: DatasetIndex) -> str:
         keys = held[shard.name]
         lines.append(f"{shard.name} {shard.bytes:>12} {len(keys):>6}  {keys[0]}")
     return "\n".join(lines) + "\n"
+
+
+def write_report(index: DatasetIndex) -> None:
+    """Put ``describe`` into the index's directory, unless it is there."""
+    path, text = index.directory / REPORT_NAME, describe(index)
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if path.read_text(encoding="utf-8") == text:
+            return
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _counted(values: Iterable[str]) -> str:
