@@ -83,6 +83,10 @@ def show(report: Report) -> None:
         console.print(escape(f"equal bytes: {', '.join(keys)}"), soft_wrap=True)
     for one, other, distance in report.near:
         console.print(escape(f"sound alike ({distance:.1f} dB apart): {one}, {other}"), soft_wrap=True)
+    for kind in report.left_out:
+        console.print(escape(f"left out: {kind.line(most=MAX_ROWS)}"), style="yellow", soft_wrap=True)
+    if report.cut and report.cut.tokens:
+        console.print(escape(f"captions: {report.cut.line(most=MAX_ROWS)}"), style="yellow", soft_wrap=True)
     for line in report.verdict:
         console.print(escape(f"training would stop: {line}"), style="red", soft_wrap=True)
 
@@ -90,6 +94,8 @@ def show(report: Report) -> None:
 def overview_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """The summary as (name, text) lines."""
     rows = [("clips", f"{summary['clips']}, {summary['usable']} usable"), ("hours", f"{summary['hours']:.3f}")]
+    if summary["left_out"]:
+        rows.append(("left out", f"{summary['left_out']} files that are no clips, see below"))
     if not summary["usable"]:
         return rows
 
