@@ -239,6 +239,27 @@ def test_the_tables_of_audio_folders_are_read_and_other_tables_of_that_name_are_
         assert "line" in kind.why
 
 
+def test_where_no_clip_has_a_caption_the_table_without_captions_is_what_is_named(tmp_path):
+    sounds = {f"a/{n}.wav": SOUND for n in range(30)}
+    source = write_zip(tmp_path / "a.zip", sounds | {"a/metadata.csv": b"file_name,transcription\n0.wav,hello\n"})
+    with pytest.raises(DataError) as caught:
+        build_shards(str(source), tmp_path / "work")
+    assert str(caught.value) == (
+        f"{source}: a/metadata.csv: its first line says file_name, transcription, no columns of files and captions; "
+        "expected names such as file_name and text"
+    )
+    # With one of thirty it is the clips that lack something.
+    source = write_zip(tmp_path / "b.zip", sounds | {"a/metadata.csv": b"id\n1\n", "a/3.txt": b"the one"})
+    with pytest.raises(DataError, match="a/0.wav: audio without a caption; add 0.txt beside it"):
+        build_shards(str(source), tmp_path / "work")
+
+
+def test_tables_of_windows_name_files_with_backslashes_and_marks_in_front_go(tmp_path):
+    table = b"file,caption\nsub\\a.wav,x\n"
+    members = {"sub/a.wav": SOUND, "captions.csv": table, "b.wav": SOUND, "b.txt": "\ufeff\ufeff kick \ufeff".encode()}
+    assert captions_of(members, tmp_path) == {"sub/a": "x", "b": "kick"}
+
+
 def test_two_captions_of_one_clip_are_refused_also_where_one_is_in_the_table_of_an_audio_folder(tmp_path):
     (line,) = faults_of({"metadata.csv": b"file_name,text\nclip1.wav,another\n"}, tmp_path)
     assert "metadata.csv, line 2: 2 captions for one clip" in line

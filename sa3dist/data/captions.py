@@ -52,7 +52,8 @@ def caption_text(data: bytes, as_json: bool) -> str:
 
 
 def _checked(caption: str) -> str:
-    caption = caption.strip()
+    # A second byte order mark is what joining two files leaves.
+    caption = caption.strip().strip("\ufeff").strip()
     if is_blank(caption):
         raise DataError("caption is empty; describe the clip in it")
     if "\0" in caption:
@@ -88,7 +89,7 @@ def read_manifest(container: Container, member: Member) -> Iterator[tuple[str, s
         if not name:
             raise DataError(f"{place}: names no file, expected one under {' or '.join(FILE_FIELDS)}")
         try:
-            yield (folder / name.strip()).as_posix(), _caption_field(row), place
+            yield (folder / name.strip().replace("\\", "/")).as_posix(), _caption_field(row), place
         except DataError as error:
             raise DataError(f"{place}: {error}") from error
 

@@ -218,7 +218,7 @@ def _trimmed(frame: bytes) -> int:
     at = next((at for at in _HEADINGS_AT if frame[at : at + 4] in (b"Xing", b"Info")), None)
     if at is None:
         return 0
-    (flags,) = struct.unpack_from(">I", frame, at + 4)
+    flags = int.from_bytes(frame[at + 4 : at + 8], "big")
     tag = at + 8 + 4 * bool(flags & 1) + 4 * bool(flags & 2) + 100 * bool(flags & 4) + 4 * bool(flags & 8)
     delays = int.from_bytes(frame[tag + 21 : tag + 24], "big")
     return (delays >> 12) + (delays & 0xFFF)

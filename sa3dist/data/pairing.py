@@ -75,6 +75,7 @@ class _Pairing:
         refused = [name for names in container.refused.values() for name in names]
         # Tables that were refused, and stems: an absent or unreadable partner of those is no second problem.
         self._tables = [name for name in refused if is_manifest(name)]
+        self._other_tables: dict[str, str] = {}
         self._refused = {_stem(name) for name in refused}
 
     def listing(self) -> Listing:
@@ -99,6 +100,7 @@ class _Pairing:
                 unread[_without_extension(sounds[0].name)] = (reason,)
             else:
                 problems[_without_extension((sounds or texts)[0].name)] = (_mismatch(sounds, texts),)
+        self._blame_unread_tables(pairs, problems, unread)
         pairs.sort(key=lambda pair: pair.key)
         return Listing(tuple(pairs), tuple(self._refusals), problems, unread, self._lines())
 
@@ -134,12 +136,23 @@ class _Pairing:
                 self._leave_out(("table", "it has no lines"), member.name)
         except NoCaptions as reason:
             self._leave_out(("table", str(reason)), member.name)
+            self._other_tables[member.name] = str(reason)
         except DataError as error:
             self._refusals.append(str(error))
             self._tables.append(member.name)
 
     def _table_above(self, name: str) -> str | None:
-        return next((t for t in self._tables if PurePosixPath(name).is_relative_to(PurePosixPath(t).parent)), None)
+        return next((table for table in self._tables if _lies_below(name, table)), None)
+
+    def _blame_unread_tables(
+        self, pairs: list[Pair], problems: dict[str, tuple[str, ...]], unread: dict[str, tuple[str, ...]]
+    ) -> None:
+        """Where no clip below a metadata table has a caption, that table is what is wrong, not each of the clips."""
+        for table, reason in self._other_tables.items():
+            alone = [key for key in problems if _lies_below(key, table) and not self._captions.get(_stem(f"{key}.x"))]
+            if alone and not any(_lies_below(pair.key, table) for pair in pairs):
+                self._refusals.append(f"{printable(table)}: {reason}; expected names such as file_name and text")
+                unread |= {key: problems.pop(key) for key in alone}
 
     def _leave_out(self, kind: tuple[str, str], *names: str) -> None:
         self._left_out.setdefault(kind, []).extend(names)
@@ -150,6 +163,10 @@ class _Pairing:
         if self._container.system:
             lines.append(LeftOut("system file", _SYSTEM, self._container.system))
         return tuple(lines)
+
+
+def _lies_below(name: str, table: str) -> bool:
+    return PurePosixPath(name).is_relative_to(PurePosixPath(table).parent)
 
 
 def _pair(sound: Member, caption: Member | _Line) -> Pair:

@@ -10,6 +10,8 @@ from sa3dist.errors import DataError
 
 # Written where the size was not known yet.
 UNKNOWN = 0xFFFFFFFF
+# A file of nothing but empty chunks would have a hundred million.
+MAX_CHUNKS = 10_000
 # Below this what lies behind the last chunk is padding, or a tag of some program.
 MIN_LOST_SECONDS = 0.5
 
@@ -19,18 +21,21 @@ class Layout:
     """What the chunk headers of a file say.
 
     order           of bytes: "<" or ">"        samples   name of the chunk with the samples
-    header          bytes in front of the first chunk
+    length          of the file in bytes
     chunks          (name, where its content begins, size as written), up to the one that holds samples without a size
     """
 
     order: str
     samples: bytes
-    header: int
+    length: int
     chunks: tuple[tuple[bytes, int, int], ...]
 
-    def find(self, name: bytes) -> tuple[int, int] | None:
-        """Where the content of a chunk begins, and its size as written."""
-        return next(((start, size) for found, start, size in self.chunks if found == name), None)
+    def find(self, name: bytes, at_least: int = 0) -> tuple[int, int] | None:
+        """Where the content of a chunk begins, and its size as written; None where ``at_least`` bytes are not there."""
+        for found, start, size in self.chunks:
+            if found == name and size >= at_least and start + at_least <= self.length:
+                return start, size
+        return None
 
 
 def layout_of(data: bytes) -> Layout | None:
@@ -42,7 +47,7 @@ def layout_of(data: bytes) -> Layout | None:
         order, samples = ">", b"SSND"
     else:
         return None
-    return Layout(order, samples, 12, tuple(_chunks(data, order, samples, _declared_end(data, order))))
+    return Layout(order, samples, len(data), tuple(_chunks(data, order, samples, _declared_end(data, order))))
 
 
 def _declared_end(data: bytes, order: str) -> int:
@@ -52,8 +57,9 @@ def _declared_end(data: bytes, order: str) -> int:
 
 
 def _chunks(data: bytes, order: str, samples: bytes, end: int) -> Iterator[tuple[bytes, int, int]]:
-    place, seen = 12, False
-    while place + 8 <= len(data) and (place < end or not seen):
+    place, seen, left = 12, False, MAX_CHUNKS
+    while left and place + 8 <= len(data) and (place < end or not seen):
+        left -= 1
         name = data[place : place + 4]
         (size,) = struct.unpack_from(f"{order}I", data, place + 4)
         yield name, place + 8, size
@@ -66,8 +72,8 @@ def _chunks(data: bytes, order: str, samples: bytes, end: int) -> Iterator[tuple
 def samples_of(data: bytes, layout: Layout) -> tuple[int, int]:
     """Where the chunk with the samples begins and ends; the end of the file where it does not say."""
     start, size = layout.find(layout.samples) or (len(data), 0)
-    sizes = layout.find(b"ds64")
-    if size == UNKNOWN and data[:4] == b"RF64" and sizes is not None and sizes[1] >= 24:
+    sizes = layout.find(b"ds64", 24)
+    if size == UNKNOWN and data[:4] == b"RF64" and sizes is not None:
         (size,) = struct.unpack_from("<Q", data, sizes[0] + 8)
     return start, len(data) if size in (0, UNKNOWN) else min(start + size, len(data))
 
@@ -99,15 +105,15 @@ def mended(data: bytes) -> bytes:
 
 
 def _mended_rf64(data: bytes, layout: Layout, start: int) -> bytes:
-    sizes = layout.find(b"ds64")
-    if sizes is None or sizes[1] < 24 or struct.unpack_from("<Q", data, sizes[0] + 8) != (0,):
+    sizes = layout.find(b"ds64", 24)
+    if sizes is None or struct.unpack_from("<Q", data, sizes[0] + 8) != (0,):
         return data
     return _with(data, (sizes[0], "<Q", len(data) - 8), (sizes[0] + 8, "<Q", len(data) - start))
 
 
 def _mended_aiff(data: bytes, layout: Layout, start: int) -> bytes:
-    common = layout.find(b"COMM")
-    if common is None or common[1] < 18:
+    common = layout.find(b"COMM", 18)
+    if common is None:
         return data
     channels, _, bits = struct.unpack_from(">hIh", data, common[0])
     frame = channels * ((bits + 7) // 8)
@@ -142,7 +148,9 @@ def _with(data: bytes, *values: tuple[int, str, int]) -> bytes:
 
 def _are_chunks(data: bytes, place: int, order: str) -> bool:
     """Whether whole chunks, of names in ASCII, fill the rest of the file."""
-    while place + 8 <= len(data):
+    for _ in range(MAX_CHUNKS):
+        if place + 8 > len(data):
+            break
         name, (size,) = data[place : place + 4], struct.unpack_from(f"{order}I", data, place + 4)
         if not (name.isascii() and name.decode().isprintable()):
             return False
@@ -171,9 +179,10 @@ def refuse_several(data: bytes) -> None:
 
 
 def _bytes_per_second(data: bytes, layout: Layout) -> float:
-    if (found := layout.find(b"fmt ")) and found[1] >= 16:
+    if found := layout.find(b"fmt ", 16):
         return struct.unpack_from(f"{layout.order}I", data, found[0] + 8)[0]
-    if (found := layout.find(b"COMM")) and found[1] >= 18:
+    if found := layout.find(b"COMM", 18):
         channels, _, bits, exponent, mantissa = struct.unpack_from(">hIhHQ", data, found[0])
-        return channels * bits / 8 * mantissa * 2.0 ** (exponent - 16383 - 63)
+        # A float of 80 bits; no rate needs more than 24 of them.
+        return channels * bits / 8 * (mantissa >> (16383 + 63 - exponent)) if 0 <= exponent - 16383 < 24 else 0.0
     return 0.0
