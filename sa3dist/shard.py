@@ -16,7 +16,7 @@ from sa3dist.data.containers import MAX_TOTAL_BYTES, Container, printable
 from sa3dist.data.figures import ClipFigures, Measured, read_facts, read_figures, write_figures
 from sa3dist.data.kept_bytes import KeptBytes
 from sa3dist.data.kinds import LeftOut
-from sa3dist.data.layout import FinishedShards, Known, earlier_indices, known_facts, split, write_report
+from sa3dist.data.layout import FinishedShards, Known, earlier_indices, known_facts, split, update_report, write_report
 from sa3dist.data.pool import ordered_map
 from sa3dist.data.tars import shard_name, write_shard
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted
@@ -94,8 +94,7 @@ def build_shards(
             finished = _write(index, groups, read_audio, FinishedShards(earlier), num_workers)
         # Another source of the same clips may have left them, beside other files.
         index = dataclasses.replace(finished, skipped=skipped, left_out=left_out)
-        with _disk(directory):
-            write_report(index)
+        update_report(index)
         return index
 
 

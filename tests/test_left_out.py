@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from sa3dist import cli
 from sa3dist.data.archive import open_source, pair_members
-from sa3dist.data.latent_source import latent_shards_of
+from sa3dist.data.latent_source import latent_shards_of, streamed_shards
 from sa3dist.errors import DataError
 from sa3dist.shard import build_shards
 
@@ -81,11 +81,34 @@ def test_what_lies_beside_shards_or_below_clips_is_named(tmp_path):
     write_tar(source / "x-0.tar", captioned(4))
     (source / "x-1.tar.gz").write_bytes(b"\x1f\x8b")
     named = ("captions.csv", "sub/note.md", "x-1.tar.gz")
-    assert left_out_of(source, tmp_path) == {"file beside the shards": named, "system file": 1}
+    assert left_out_of(source, tmp_path) == {"file": named, "system file": 1}
     clips = write_folder(tmp_path / "clips", captioned(4))
     (clips / "sub").mkdir()
     write_tar(clips / "sub" / "more.tar", captioned(4))
     assert left_out_of(clips, tmp_path) == {"tar archive": ("sub/more.tar",)}
+
+
+def test_what_lies_beside_latent_or_streamed_shards_is_named(tmp_path, caplog):
+    source = write_folder(tmp_path / "set", {"latents-000000.json": b"{}", "index.json": b"{}", "old/notes.md": b""})
+    write_tar(source / "latents-000000.tar", {"x": b""})
+    assert latent_shards_of(str(source)) == [str(source / "latents-000000.tar")]
+    assert f"{source}: left out: 1 file (old/notes.md): beside shards" in caplog.text
+    caplog.clear()
+    (source / "latents-000000.tar").rename(source / "x-000000.tar")
+    assert streamed_shards(str(source)).urls == (str(source / "x-000000.tar"),)
+    assert "2 files (latents-000000.json, old/notes.md): beside shards" in caplog.text
+
+
+def test_a_report_that_cannot_be_written_again_is_said_and_harms_nothing(tmp_path, monkeypatch, caplog):
+    first = build_shards(str(write_zip(tmp_path / "a.zip", captioned(4))), tmp_path / "work")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sa3dist.data.layout.write_report", full)
+    other = str(write_zip(tmp_path / "b.zip", captioned(4) | {"song.m4a": b""}))
+    assert build_shards(other, tmp_path / "work").clips == first.clips
+    assert f"{first.directory / 'report.txt'}: not written (No space left on device)" in caplog.text
 
 
 UNREAD = {

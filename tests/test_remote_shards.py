@@ -332,7 +332,7 @@ def test_a_remote_folder_of_shards_with_clips_below_is_refused_and_what_lies_bes
         bucket.pipe(f"clips/set/{path.name}", path.read_bytes())
     bucket.pipe("clips/set/notes/old.zip", b"PK")
     assert opened("s3://clips/set", tmp_path / "work").clips == local.clips
-    assert "s3://clips/set: left out: 1 file beside the shards (notes/old.zip)" in caplog.text
+    assert "s3://clips/set: left out: 1 file (notes/old.zip): beside shards" in caplog.text
     bucket.pipe("clips/set/drums/kick.wav", b"RIFF")
     with pytest.raises(DataError, match=r"holds shards \(shard-000000.tar\) and clips \(drums/kick.wav\)"):
         opened("s3://clips/set", tmp_path / "work")

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 from sa3dist.data.containers import MAX_TOTAL_BYTES, Container, TarContainer
 from sa3dist.data.fetch import Downloads, is_remote, shown
 from sa3dist.data.folders import FolderContainer
-from sa3dist.data.kinds import AUDIO_EXTENSIONS, extension_of, is_audio, is_system, printable
+from sa3dist.data.kinds import AUDIO_EXTENSIONS, BESIDE_SHARDS, extension_of, is_audio, is_system, printable
 from sa3dist.data.pairing import Listing, Pair, pair_members
 from sa3dist.data.zips import ZipContainer
 from sa3dist.errors import DataError
@@ -88,11 +88,8 @@ def _container(paths: list[Path], label: str) -> Container:
     names = {tar.name for tar in tars}
     beside = [*(m.name for m in folder.members), *(name for names in folder.left_out.values() for name in names)]
     if beside := sorted(set(beside) - names):
-        shards.left_out.setdefault(_BESIDE_SHARDS, []).extend(beside)
+        shards.left_out.setdefault(BESIDE_SHARDS, []).extend(beside)
     return shards
-
-
-_BESIDE_SHARDS = "file beside the shards", "of a folder with .tar files on top only these are read"
 
 
 def tars_on_top(path: Path) -> list[Path]:

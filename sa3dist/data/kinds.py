@@ -36,6 +36,7 @@ SYSTEM_FILES = frozenset(("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desk
 SYSTEM_FOLDERS = frozenset(("__macosx", "$recycle.bin", "system volume information", "lost+found", "@eadir"))
 # Their audio is deleted, or no audio at all.
 _DISCARDED = ("__macosx", "$recycle.bin", "@eadir", ".trash", ".git", "._")
+BESIDE_SHARDS = "file", "beside shards: of a folder with .tar files on top only these are read"
 # More of one kind are counted.
 NAMES_KEPT = 1000
 

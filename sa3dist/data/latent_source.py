@@ -14,11 +14,13 @@ from sa3dist.data.cache import ClipCache
 from sa3dist.data.download import remote_info
 from sa3dist.data.fetch import Downloads, filesystem, is_remote, shown
 from sa3dist.data.folders import FolderContainer
+from sa3dist.data.kinds import BESIDE_SHARDS, LeftOut
 from sa3dist.data.latent_shards import MEND, SHARD_PREFIX, LatentShard, dataset_digest
+from sa3dist.data.layout import REPORT_NAME
 from sa3dist.data.remote import has_ranges
 from sa3dist.data.remote_latents import RemoteTar
 from sa3dist.errors import DataError
-from sa3dist.formats import DatasetIndex, digest_of
+from sa3dist.formats import INDEX_NAME, DatasetIndex, digest_of
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +79,11 @@ def _shards_named(source: str, matches: Callable[[str], bool]) -> list[str] | No
             return None
         if len(chosen) < len(found):
             raise DataError(f"{source}: latent shards and others side by side; move one kind elsewhere")
-        shards_on_top(FolderContainer(folder, source), folder)
+        container = FolderContainer(folder, source)
+        shards_on_top(container, folder)
+        known = {INDEX_NAME, REPORT_NAME, *(name for path in chosen for name in (path.name, f"{path.stem}.json"))}
+        if beside := tuple(member.name for member in container.members if member.name not in known):
+            log.warning("%s: left out: %s", source, LeftOut(*BESIDE_SHARDS, len(beside), beside).line())
         return [str(path) for path in chosen]
     # Plain web servers have no folders; what looks like one may be a file of any size.
     if source.startswith(("http://", "https://")) or len(parts) > 1 or Path(urlsplit(source).path).suffix:

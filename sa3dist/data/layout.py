@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import os
 import shutil
 import statistics
@@ -17,6 +18,8 @@ from sa3dist.data.kinds import NAMES_KEPT
 from sa3dist.data.tars import member_stem
 from sa3dist.errors import DataError
 from sa3dist.formats import ClipEntry, DatasetIndex, ShardEntry, atomic_path, digest_of, file_sha256
+
+log = logging.getLogger(__name__)
 
 REPORT_NAME = "report.txt"
 
@@ -153,13 +156,21 @@ def describe(index: DatasetIndex) -> str:
 
 
 def write_report(index: DatasetIndex) -> None:
-    """Put ``describe`` into the index's directory, unless it is there."""
-    path, text = index.directory / REPORT_NAME, describe(index)
+    """Put ``describe`` into the index's directory."""
+    with atomic_path(index.directory / REPORT_NAME) as temporary:
+        temporary.write_text(describe(index), encoding="utf-8")
+
+
+def update_report(index: DatasetIndex) -> None:
+    """``write_report`` where the one that is there differs; what is in the way is said, and harms nothing."""
+    path = index.directory / REPORT_NAME
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        if path.read_text(encoding="utf-8") == text:
+        if path.read_text(encoding="utf-8") == describe(index):
             return
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    try:
+        write_report(index)
+    except OSError as error:
+        log.warning("%s: not written (%s)", path, error.strerror or error)
 
 
 def _counted(values: Iterable[str]) -> str:

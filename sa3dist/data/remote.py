@@ -15,7 +15,7 @@ from sa3dist.data.cache import ClipCache
 from sa3dist.data.download import download, remote_info
 from sa3dist.data.fetch import filesystem, is_remote, shown
 from sa3dist.data.index_faults import index_faults
-from sa3dist.data.kinds import LeftOut, extension_of, is_audio
+from sa3dist.data.kinds import BESIDE_SHARDS, LeftOut, extension_of, is_audio
 from sa3dist.data.layout import REPORT_NAME
 from sa3dist.data.ranges import NoRanges, read_range
 from sa3dist.errors import DataError
@@ -90,8 +90,7 @@ def tars_of(source: str, should_stop: Callable[[], bool]) -> list[str] | None:
     for name in filter(is_audio, sorted(names)):
         raise DataError(two_readings(shown(source), tars[0], name))
     if beside := sorted({*names} - {*tars, INDEX_NAME, REPORT_NAME}):
-        kind = LeftOut("file beside the shards", "of a folder with .tar files on top only these are read", len(beside))
-        log.warning("%s: left out: %s", shown(source), dataclasses.replace(kind, names=tuple(beside)).line())
+        log.warning("%s: left out: %s", shown(source), LeftOut(*BESIDE_SHARDS, len(beside), tuple(beside)).line())
     return [f"{source.rstrip('/')}/{name}" for name in tars]
 
 
