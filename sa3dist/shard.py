@@ -199,9 +199,10 @@ def settle(
     if not refusals and (possible < low or usable > high):
         # Where too little is left, what was skipped is the reason.
         lines = [_count_problem(usable, any_size), *bad, *(f"left out: {kind.line()}" for kind in left_out)]
-        if not possible and len(left_out) == 1:
+        causes = [kind for kind in left_out if kind.what not in ("caption", "system file")]
+        if not possible and len(causes) == 1:
             # A zip of zips, say: one line that says it all.
-            lines = [f"found no usable clip, but {left_out[0].line()}"]
+            lines = [f"found no usable clip, but {causes[0].line()}"]
     if lines:
         hidden = len(lines) - MAX_PROBLEM_LINES
         if hidden > 0:

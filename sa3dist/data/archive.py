@@ -76,14 +76,14 @@ def local_path(source: str) -> Path:
 def _container(paths: list[Path], label: str) -> Container:
     path = paths[0]
     if len(paths) > 1:
-        return TarContainer(paths, label)
+        return _tars(paths, label)
     if path.is_file():
         return _archive(path, label)
     folder = FolderContainer(path, label)
     tars = shards_on_top(folder, path)
     if not tars:
         return folder
-    shards = TarContainer(tars, label)
+    shards = _tars(tars, label)
     shards.system += folder.system
     names = {tar.name for tar in tars}
     beside = [*(m.name for m in folder.members), *(name for names in folder.left_out.values() for name in names)]
@@ -130,20 +130,32 @@ _AUDIO_STARTS = (b"fLaC", b"OggS", b"ID3", b"RF64", b"caff")
 
 def _archive(path: Path, label: str) -> Container:
     """A zip or a tar, by what it holds rather than by its name."""
+    start = _start_of(path, label)
+    _refuse_packed(path, start, label)
+    if start.startswith(_AUDIO_STARTS) or start[8:12] in (b"WAVE", b"AIFF", b"AIFC"):
+        raise DataError(f"{label}: is one recording, expected a zip, a .tar or a folder; give the folder it is in")
+    is_tar = start[257:262] == b"ustar" or extension_of(path.name) == "tar"
+    return TarContainer([path], label) if is_tar and not start.startswith(b"PK") else ZipContainer(path, label)
+
+
+def _tars(paths: list[Path], label: str) -> TarContainer:
+    for path in paths:
+        _refuse_packed(path, _start_of(path, label), f"{label}: {path.name}")
+    return TarContainer(paths, label)
+
+
+def _start_of(path: Path, label: str) -> bytes:
     try:
         with path.open("rb") as file:
-            start = file.read(512)
+            return file.read(512)
     except OSError as error:
-        raise DataError(f"{label}: cannot be read ({error.strerror or error}); check its permissions") from error
+        raise DataError(f"{label}: {path.name} cannot be read ({error.strerror or error}); check the path") from error
+
+
+def _refuse_packed(path: Path, start: bytes, label: str) -> None:
     for magic, what, command in _OTHER_FILES:
         if start.startswith(magic):
             raise DataError(
                 f"{label}: is {what}, expected a zip, a plain .tar or a folder; unpack it ({command} {path.name}) and "
                 f"give the folder"
             )
-    if start.startswith(_AUDIO_STARTS) or start[8:12] in (b"WAVE", b"AIFF", b"AIFC"):
-        raise DataError(
-            f"{label}: is one recording, expected a zip, a plain .tar or a folder; give the folder it is in"
-        )
-    is_tar = start[257:262] == b"ustar" or extension_of(path.name) == "tar"
-    return TarContainer([path], label) if is_tar and not start.startswith(b"PK") else ZipContainer(path, label)

@@ -96,7 +96,7 @@ class _Pairing:
             elif len(sounds) == len(texts) == 1:
                 pairs.append(_pair(sounds[0], texts[0]))
             elif len(sounds) == 1 and not texts and (table := self._table_above(sounds[0].name)):
-                reason = f"{printable(sounds[0].name)}: its caption may be in {printable(table)}, which is refused"
+                reason = f"its caption may be in {printable(table)}, which is refused"
                 unread[_without_extension(sounds[0].name)] = (reason,)
             else:
                 problems[_without_extension((sounds or texts)[0].name)] = (_mismatch(sounds, texts),)
@@ -152,7 +152,9 @@ class _Pairing:
             alone = [key for key in problems if _lies_below(key, table) and not self._captions.get(_stem(f"{key}.x"))]
             if alone and not any(_lies_below(pair.key, table) for pair in pairs):
                 self._refusals.append(f"{printable(table)}: {reason}; expected names such as file_name and text")
-                unread |= {key: problems.pop(key) for key in alone}
+                for key in alone:
+                    del problems[key]
+                    unread[key] = (f"its caption may be in {printable(table)}, which is refused",)
 
     def _leave_out(self, kind: tuple[str, str], *names: str) -> None:
         self._left_out.setdefault(kind, []).extend(names)

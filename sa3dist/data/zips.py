@@ -51,7 +51,7 @@ class ZipContainer(Container):
             infos = self._zip.infolist()
             unread = self._list(zip(infos, member_names(infos), strict=True))
             if unread:
-                what = f"are in a code page it does not state, {unread[0]} among others"
+                what = f"are in a code page it does not state, {unread[0][:80]} among others"
                 raise DataError(f"{label}: {_BAD_NAMES.format(what)}")
             # Members may share their compressed bytes, so each can look harmless while all together are a bomb.
             if self._total > max(RATIO_CHECKED_ABOVE_BYTES, MAX_RATIO * os.path.getsize(path)):
@@ -90,7 +90,7 @@ class ZipContainer(Container):
 
 
 def _escaped(name: str) -> str:
-    return "".join(c if c.isascii() else f"%{c.encode('cp437').hex()}" for c in name)
+    return "".join(c if " " <= c <= "~" else f"%{c.encode('cp437').hex()}" for c in name)
 
 
 def _unsafe(info: zipfile.ZipInfo) -> str | None:
