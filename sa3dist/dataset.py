@@ -51,6 +51,8 @@ def open_dataset(
         log.info("dataset: %s, %s, in %s", counted(len(index.clips), "clip"), length, index.directory)
         for name in index.skipped:
             log.warning("skipped: %s", name)
+        for kind in index.left_out:
+            log.warning("left out: %s", kind.line())
         return {"directory": str(index.directory), "skipped": index.skipped, "urls": urls}
 
     built = on_main_first(group, "shard", build, stop)

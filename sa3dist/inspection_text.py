@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sa3dist import config
+from sa3dist.data.kinds import LeftOut, printable
 from sa3dist.home import expand_home
 from sa3dist.inspection import Report, framing_of, inspect_source
 from sa3dist.inspection_html import write_html
@@ -79,20 +80,36 @@ def show(report: Report) -> None:
     console.print(clips)
     if len(report.clips) > MAX_ROWS:
         console.print(f"and {counted(len(report.clips) - MAX_ROWS, 'more clip')}; --json or --html shows all")
-    for clip in report.clips:
-        if clip.problems:
-            console.print(escape(f"skipped: {clip.reason}"), style="red", soft_wrap=True)
+    for line in _skipped(report):
+        console.print(escape(f"skipped: {line}"), style="red", soft_wrap=True)
     for keys in report.exact:
         console.print(escape(f"equal bytes: {', '.join(keys)}"), soft_wrap=True)
     for one, other, distance in report.near:
         console.print(escape(f"sound alike ({distance:.1f} dB apart): {one}, {other}"), soft_wrap=True)
+    for kind in report.left_out:
+        console.print(escape(f"left out: {kind.line(most=MAX_ROWS)}"), style="yellow", soft_wrap=True)
+    if report.cut and report.cut.tokens:
+        console.print(escape(f"captions: {report.cut.line(most=MAX_ROWS)}"), style="yellow", soft_wrap=True)
     for line in report.verdict:
         console.print(escape(f"training would stop: {line}"), style="red", soft_wrap=True)
+
+
+def _skipped(report: Report) -> Iterator[str]:
+    """One line for every reason: a table that cannot be read is the reason of many."""
+    reasons: dict[str, list[str]] = {}
+    for clip in report.clips:
+        if clip.problems:
+            reasons.setdefault(clip.reason, []).append(clip.key)
+    for reason, keys in reasons.items():
+        named = len(keys) == 1 and printable(keys[0]) in reason
+        yield reason if named else LeftOut("clip", reason, len(keys), tuple(keys)).line()
 
 
 def overview_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """The summary as (name, text) lines."""
     rows = [("clips", f"{summary['clips']}, {summary['usable']} usable"), ("audio", span(3600 * summary["hours"]))]
+    if summary["left_out"]:
+        rows.append(("left out", f"{summary['left_out']} files that are no clips, see below"))
     if not summary["usable"]:
         return rows
 

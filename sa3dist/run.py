@@ -16,6 +16,7 @@ import yaml
 
 from sa3dist import __version__, adapters, dataset, encode, export, loop, memory, opening, resume, schedule
 from sa3dist.config import Settings, crop_frames
+from sa3dist.cut_captions import say_cut_captions
 from sa3dist.data.archive import check_local
 from sa3dist.data.collect import collect
 from sa3dist.data.crops import CropsInFlight, EncodedCrops
@@ -118,6 +119,8 @@ class Run:
         # Hashing gigabytes is one rank's work.
         found = on_main_first(self.group, "digests", digests, self.stop)
         settings = self.settings
+        if self.group.is_main:
+            say_cut_captions(index, base.text_source)
         where = index, settings.work_dir, base, *found
         if isinstance(index, StreamedDataset):
             if everything:

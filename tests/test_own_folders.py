@@ -9,6 +9,7 @@ from clips import captioned, encode, tone, write_folder, write_tar, write_zip
 
 from sa3dist import train
 from sa3dist.data.archive import open_source, pair_members
+from sa3dist.data.own_folders import OWN
 from sa3dist.errors import DataError
 from sa3dist.shard import build_shards
 
@@ -41,6 +42,7 @@ def keys(source, tmp_path, **options):
         listing = pair_members(container)
     assert not listing.problems
     assert not listing.refusals
+    assert sum(kind.count for kind in listing.left_out if kind.what == OWN[0]) == len(container.own)
     return [pair.key for pair in listing.pairs], container.own
 
 
@@ -49,7 +51,7 @@ CLIPS = [f"clip{number}" for number in range(4)]
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
 @pytest.mark.parametrize("at", ["runs/one", "x/y/z"])
-def test_runs_and_work_directories_of_any_run_are_passed_over(kind, at, tmp_path, caplog):
+def test_runs_and_work_directories_of_any_run_are_passed_over(kind, at, tmp_path):
     members = captioned(4) | run_files(at, *RUN) | run_files(f"{at}-killed", "run.yaml", "heartbeat.json")
     members |= work_files(f"{at}-work") | {f"{at}-refused/status.json": b"{}"}
     made = {"folder": write_folder, "zip": write_zip, "tar": write_tar}[kind](tmp_path / f"source.{kind}", members)
@@ -57,7 +59,8 @@ def test_runs_and_work_directories_of_any_run_are_passed_over(kind, at, tmp_path
     assert found == CLIPS
     assert own == sorted([at, f"{at}-killed", f"{at}-refused", f"{at}-work"])
     sounds = " (2 audio files in it)" if kind == "folder" else ""
-    assert f"not part of the data set, as runs have left it: {own[0]}{sounds}, " in caplog.text
+    with open_source(str(made), tmp_path / "elsewhere") as container:
+        assert container.left_out[OWN][0] == f"{own[0]}{sounds}"
 
 
 @pytest.mark.parametrize("name", WORK)

@@ -8,15 +8,18 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from sa3dist.data.archive import expand_braces, local_path
+from sa3dist.data.archive import expand_braces, local_path, shards_on_top, tars_on_top
 from sa3dist.data.cache import ClipCache
 from sa3dist.data.download import remote_info
 from sa3dist.data.fetch import Downloads, address_name, filesystem, is_remote, shown, split_query
+from sa3dist.data.folders import FolderContainer
+from sa3dist.data.kinds import BESIDE_SHARDS, LeftOut
 from sa3dist.data.latent_shards import MEND, SHARD_PREFIX, LatentShard, dataset_digest
+from sa3dist.data.layout import REPORT_NAME
 from sa3dist.data.remote import has_ranges
 from sa3dist.data.remote_latents import RemoteTar
 from sa3dist.errors import DataError
-from sa3dist.formats import DatasetIndex, digest_of
+from sa3dist.formats import INDEX_NAME, DatasetIndex, digest_of
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ def latent_shards_of(source: str) -> list[str] | None:
 def streamed_shards(source: str) -> StreamedDataset:
     """The shards of any kind ``source`` names. Raises DataError when it names something else, or both kinds."""
     label = shown(source)
-    urls = _shards_named(source, lambda name: _last_part(name).endswith(".tar"))
+    urls = _shards_named(source, lambda name: _last_part(name).lower().endswith(".tar"))
     if urls is None:
         raise DataError(f"{label}: mode: streaming reads shards (.tar, a pattern or a folder of them)")
     kinds = {is_latent_name(url) for url in urls}
@@ -69,8 +72,18 @@ def _shards_named(source: str, matches: Callable[[str], bool]) -> list[str] | No
         return parts
     if not is_remote(source):
         folder = local_path(source) if len(parts) == 1 else None
-        found = sorted(folder.glob("*.tar")) if folder is not None and folder.is_dir() else []
-        return [str(path) for path in found if matches(path.name)] or None
+        found = tars_on_top(folder) if folder is not None and folder.is_dir() else []
+        chosen = [path for path in found if matches(path.name)]
+        if not chosen:
+            return None
+        if len(chosen) < len(found):
+            raise DataError(f"{source}: latent shards and others side by side; move one kind elsewhere")
+        container = FolderContainer(folder, source)
+        shards_on_top(container, folder)
+        known = {INDEX_NAME, REPORT_NAME, *(name for path in chosen for name in (path.name, f"{path.stem}.json"))}
+        if beside := tuple(member.name for member in container.members if member.name not in known):
+            log.warning("%s: left out: %s", source, LeftOut(*BESIDE_SHARDS, len(beside), beside).line())
+        return [str(path) for path in chosen]
     # Plain web servers have no folders; what looks like one may be a file of any size.
     if source[:4].lower() == "http" or len(parts) > 1 or Path(address_name(source)).suffix:
         return None

@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 # (files, folders) directly in a folder, by name.
 Listed = Callable[[str], tuple[Collection[str], Collection[str]]]
 
+OWN = "run's folder", "results and work directories of runs are never part of a data set"
 # What a run leaves in its output_dir, as far as no data set has it by chance.
 RUN_FILES = {"run.yaml", "metrics.jsonl", "status.json", "heartbeat.json", "result.json", "lora.safetensors"}
 _RUN_FOLDERS = ("checkpoints", "checkpoints-aside", "exported", "previews")

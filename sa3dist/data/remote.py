@@ -9,11 +9,13 @@ import logging
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from sa3dist.data.archive import AUDIO_EXTENSIONS, expand_braces
+from sa3dist.data.archive import expand_braces, two_readings
 from sa3dist.data.cache import ClipCache
 from sa3dist.data.download import download, remote_info
 from sa3dist.data.fetch import address_name, filesystem, is_remote, look_up, shown, split_query
 from sa3dist.data.index_faults import index_faults
+from sa3dist.data.kinds import BESIDE_SHARDS, LeftOut, extension_of, is_audio
+from sa3dist.data.layout import REPORT_NAME
 from sa3dist.data.ranges import NoRanges, read_range
 from sa3dist.errors import DataError
 from sa3dist.formats import INDEX_NAME, ClipEntry, DatasetIndex
@@ -78,11 +80,17 @@ def tars_of(source: str, should_stop: Callable[[], bool]) -> list[str] | None:
     system, path, info = look_up(source, should_stop)
     if info.get("type") != "directory":
         return None
-    names = sorted(PurePosixPath(name).name for name in system.ls(path, detail=False))
-    extensions = {name.rpartition(".")[2].lower() for name in names}
-    if "tar" not in extensions or extensions & set(AUDIO_EXTENSIONS):
+    found = {PurePosixPath(info["name"]).name: info.get("type") for info in system.ls(path, detail=True)}
+    tars = sorted(name for name in found if extension_of(name) == "tar")
+    if not tars:
         return None
-    return [f"{source.rstrip('/')}/{name}" for name in names if name.endswith(".tar")]
+    below = "directory" in found.values()
+    names = [name[len(path.rstrip("/")) + 1 :] for name in system.find(path)] if below else found
+    for name in filter(is_audio, sorted(names)):
+        raise DataError(two_readings(shown(source), tars[0], name))
+    if beside := sorted({*names} - {*tars, INDEX_NAME, REPORT_NAME}):
+        log.warning("%s: left out: %s", shown(source), LeftOut(*BESIDE_SHARDS, len(beside), tuple(beside)).line())
+    return [f"{source.rstrip('/')}/{name}" for name in tars]
 
 
 def find_index(

@@ -18,7 +18,7 @@ from sa3dist.model.config import ModelConfig
 from sa3dist.model.dit import DiT
 from sa3dist.model.hub import hub_file
 from sa3dist.model.parse_config import parse_autoencoder_config, parse_model_config, read_model_config
-from sa3dist.model.released import RELEASED
+from sa3dist.model.released import RELEASED, released_config
 from sa3dist.model.same import Autoencoder
 from sa3dist.model.text import TextSource
 
@@ -57,6 +57,16 @@ def load_config(name_or_directory: str | Path) -> ModelConfig:
     name = str(name_or_directory)
     path = hub_file(RELEASED[name], CONFIG_NAME) if name in RELEASED else find_base(name).config
     return parse_model_config(read_model_config(path), str(path))
+
+
+def known_config(name_or_directory: str | Path) -> ModelConfig:
+    """The parsed config without the hub: of a released name as published, else of a directory; weights stay unread.
+
+    Raises CheckpointError.
+    """
+    name = str(name_or_directory)
+    path = Path(name).expanduser() / CONFIG_NAME
+    return parse_model_config(released_config(name) if name in RELEASED else read_model_config(path), str(path))
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
