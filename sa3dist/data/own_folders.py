@@ -12,7 +12,15 @@ Listed = Callable[[str], tuple[Collection[str], Collection[str]]]
 
 OWN = "run's folder", "results and work directories of runs are never part of a data set"
 # What a run leaves in its output_dir, as far as no data set has it by chance.
-RUN_FILES = {"run.yaml", "metrics.jsonl", "status.json", "heartbeat.json", "result.json", "lora.safetensors"}
+RUN_FILES = {
+    "run.yaml",
+    "metrics.jsonl",
+    "status.json",
+    "heartbeat.json",
+    "result.json",
+    "lora.safetensors",
+    "run.lock",
+}
 _RUN_FOLDERS = ("checkpoints", "checkpoints-aside", "exported", "previews")
 # Folders in an output_dir, and in a work directory, with the names of everything that lies in them.
 RUN_FOLDERS = {name: re.compile(r"step-\d{8}(\..+)?") for name in _RUN_FOLDERS}
