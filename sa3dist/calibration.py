@@ -23,6 +23,7 @@ from sa3dist.model.config import ModelConfig
 from sa3dist.model.loading import meta_roots
 from sa3dist.model.parse_config import parse_model_config
 from sa3dist.model.released import RELEASED, released_config
+from sa3dist.wording import counted
 
 # Of a device no step was ever timed on: reaching half of the roofline is what unfused training steps commonly do.
 ASSUMED_FACTOR = 2.0
@@ -132,6 +133,6 @@ def calibrate(
     where = sorted({one.device for one in used})
     files = ", ".join(sorted({one.file for one in used}))
     carried = "" if own else ", carried over from another device"
-    evidence = f"calibrated by {len(used)} steps timed on {', '.join(where)} ({files}){carried}"
+    evidence = f"calibrated by {counted(len(used), 'step')} timed on {', '.join(where)} ({files}){carried}"
     factors = [one.factor for one in used]
     return Factor(value, evidence, (min(factors) / value, max(factors) / value), own=bool(own))

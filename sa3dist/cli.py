@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -17,11 +18,16 @@ if TYPE_CHECKING:
 def shard_only(run: Run) -> None:
     import torch
 
+    from sa3dist.cut_captions import say_cut_captions, text_source
     from sa3dist.data.measure import measure_clip
 
     # As many clips as there are cores are measured at a time: one clip needs no threads of its own.
     torch.set_num_threads(1)
-    run.shard(measure_clip)
+    index = run.shard(measure_clip)
+    # What is wrong with a model is for the stages that need one to say.
+    with contextlib.suppress(CheckpointError):
+        if run.group.is_main:
+            say_cut_captions(index, text_source(run.settings))
 
 
 def encode_only(run: Run) -> None:

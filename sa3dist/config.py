@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
-import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +13,15 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
+from sa3dist import values as written
 from sa3dist.errors import ConfigError
+from sa3dist.home import can_be_named, expand_home, is_text
 from sa3dist.settings import PRECISION_ALIASES, Settings
 
 # What other trainers call some keys, where spelling alone would suggest another.
 OTHER_TRAINERS = {"steps": "number_of_steps", "max_steps": "number_of_steps", "lr": "learning_rate"}
+# A message stays readable whatever was pasted.
+MAX_SHOWN_CHARACTERS = 200
 
 
 def crop_frames(
@@ -34,17 +38,24 @@ def crop_frames(
 
 
 def read_file(path: str) -> dict[str, Any]:
-    """Keys and values of a YAML config or JSON request. Raises ConfigError, naming the file, when it is neither."""
+    """Keys and values of a YAML config or JSON request. Raises ConfigError, naming the file, when it is neither.
+
+    JSON says itself what is text and what a number; in YAML the field decides (values.py).
+    """
+    is_json, place = path.lower().endswith(".json"), path
+    path = _sayable(path)
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot read this config file ({error})") from error
+        text = Path(expand_home(place)).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot read this config file ({_reason(error)})") from error
     try:
-        value = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+        value = json.loads(text) if is_json else written.read_yaml(text)
+    except yaml.YAMLError as error:
         raise ConfigError(
-            f"{path}: not valid {'JSON' if path.endswith('.json') else 'YAML'}: {_one_line(error)}"
+            f"{path}: not valid YAML: {_reason(error)}; a value with ': ', ' #' or brackets in it needs quotes"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {'not valid JSON: ' if is_json else ''}{_reason(error)}") from error
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -53,25 +64,22 @@ def read_file(path: str) -> dict[str, Any]:
 
 
 def read_words(words: list[str], merged: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Merge config files and key=value overrides, later words winning. Values are read as YAML.
+    """Merge config files and key=value overrides, later words winning. What a value means its field says (values.py).
 
     merged   filled with what could be read even when a file could not: the failure's status goes to its output_dir
     """
     merged = {} if merged is None else merged
     unreadable: ConfigError | None = None
     for word in words:
-        key, equals, text = word.partition("=")
-        # A path may hold "=" too; a key never holds a separator.
-        if not equals or "/" in key or Path(word).is_file():
-            try:
-                merged.update(read_file(word))
-            except ConfigError as error:
-                unreadable = unreadable or error
+        setting = written.split_word(word)
+        if setting is not None:
+            key, text = setting
+            merged[key] = written.of_word(key, text)
             continue
         try:
-            merged[key] = yaml.safe_load(text) if text else None
-        except yaml.YAMLError:
-            merged[key] = text
+            merged.update(read_file(word))
+        except ConfigError as error:
+            unreadable = unreadable or error
     if unreadable is not None:
         raise unreadable
     return merged
@@ -79,24 +87,41 @@ def read_words(words: list[str], merged: dict[str, Any] | None = None) -> dict[s
 
 def build(values: dict[str, Any]) -> Settings:
     """Validate raw values. Raises ConfigError: one line per field that is unknown, missing or out of range."""
+    for key in values:
+        if isinstance(key, str) and not is_text(key):
+            raise ConfigError(f"{_sayable(key)}: unknown key; sa3dist train --help lists all keys")
     try:
         return Settings(**values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from error
+        raise ConfigError(_sayable("\n".join(_explain(problem) for problem in error.errors()))) from error
     except TypeError as error:
         raise ConfigError(f"config: keys must be words ({error})") from error
 
 
 def output_dir_of(values: dict[str, Any]) -> Path:
-    """Where status.json of a run goes whose settings did not validate."""
+    """Where status.json of a run goes, whether or not its settings validate."""
     chosen, name = values.get("output_dir"), values.get("name")
     if isinstance(chosen, str | Path) and str(chosen):
-        return Path(chosen)
-    return Path("runs") / (name if isinstance(name, str) and name else Settings.model_fields["name"].default)
+        # A home that does not exist is what the run is refused for.
+        with contextlib.suppress(ConfigError):
+            if can_be_named(found := Path(expand_home(chosen))):
+                return found
+    # JSON may hold a number, which the field takes as text.
+    name = str(name) if isinstance(name, str | int | float) and not isinstance(name, bool) else ""
+    usable = name and "/" not in name and name not in (".", "..") and can_be_named(name)
+    return Path("runs") / (name if usable else Settings.model_fields["name"].default)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _sayable(text: str) -> str:
+    """Bytes of the command line that are not UTF-8 as escapes: status.json could not hold them."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _reason(error: Exception) -> str:
+    """What a library says, in one line and without the name of the file."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return " ".join(str(getattr(error, "strerror", None) or error).split())
 
 
 def _explain(problem: dict[str, Any]) -> str:
@@ -113,18 +138,19 @@ def _explain(problem: dict[str, Any]) -> str:
     if kind == "value_error":
         message = str(problem["ctx"]["error"])
         return message if not field else f"{field}: {message}"
-    return f"{field}: {problem['input']!r} is not valid, expected {allowed_values(field)}"
+    return f"{field}: {_shortened(repr(problem['input']))} is not valid, expected {allowed_values(field)}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
 
 
 def allowed_values(field: str) -> str:
     """What a field accepts, in words: its range, its choices or its type."""
     info = Settings.model_fields[field]
     bounds = {name: getattr(item, name) for item in info.metadata for name in ("ge", "gt", "le") if hasattr(item, name)}
-    annotation = info.annotation
+    annotation = written.value_type(field)
     options = typing.get_args(annotation)
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        kinds = [option for option in options if option is not type(None)]
-        annotation, options = kinds[0], typing.get_args(kinds[0])
     if typing.get_origin(annotation) is Literal:
         aliases = [alias for alias in PRECISION_ALIASES if field == "base_precision"]
         return "one of " + ", ".join([*options, *aliases])

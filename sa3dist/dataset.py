@@ -25,6 +25,7 @@ from sa3dist.formats import DatasetIndex
 from sa3dist.metrics import progress
 from sa3dist.parallel.group import Group, on_main_first, together
 from sa3dist.parallel.signals import StopRequest
+from sa3dist.wording import counted, span
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +47,12 @@ def open_dataset(
     def build() -> dict[str, Any]:
         with progress("check clips", 1, shown=True) as update:
             index, urls = _index(settings, stop, measure, lambda done, total: update(done, total=total))
-        hours = sum(clip.seconds for clip in index.clips) / 3600
-        log.info("dataset: %d clips, %.2f hours, in %s", len(index.clips), hours, index.directory)
+        length = span(sum(clip.seconds for clip in index.clips))
+        log.info("dataset: %s, %s, in %s", counted(len(index.clips), "clip"), length, index.directory)
         for name in index.skipped:
             log.warning("skipped: %s", name)
+        for kind in index.left_out:
+            log.warning("left out: %s", kind.line())
         return {"directory": str(index.directory), "skipped": index.skipped, "urls": urls}
 
     built = on_main_first(group, "shard", build, stop)
@@ -65,12 +68,13 @@ def _index(
 ) -> tuple[DatasetIndex, dict[str, str]]:
     """The data set's index, and the URLs of its shards where they stay remote."""
     limits = {key: getattr(settings, key) for key in shard_remote.LIMITS}
-    options = shard_remote.RemoteOptions(**limits, cache_bytes=settings.cache_bytes)
+    bounds = shard_remote.RemoteOptions(**limits, cache_bytes=settings.cache_bytes)
     where = settings.audio_data_url, settings.work_dir
-    remote = shard_remote.index_remote(*where, options, report, stop)
+    remote = shard_remote.index_remote(*where, bounds, report, stop)
     if remote is not None:
         return remote
-    return shard.build_shards(*where, **limits, measure=measure, report=report, should_stop=stop), {}
+    options = {**limits, "output_dir": settings.output_dir, "measure": measure, "report": report, "should_stop": stop}
+    return shard.build_shards(*where, **options), {}
 
 
 def _streamed(settings: Settings, group: Group, stop: StopRequest) -> StreamedDataset:
@@ -80,7 +84,7 @@ def _streamed(settings: Settings, group: Group, stop: StopRequest) -> StreamedDa
 
     found = on_main_first(group, "find-shards", find, stop)
     index = StreamedDataset(Path(), clips=(), **{**found, "urls": tuple(found["urls"])})
-    log.info("streaming %d shards of %s", len(index.urls), "latents" if index.holds_latents else "audio")
+    log.info("streaming %s of %s", counted(len(index.urls), "shard"), "latents" if index.holds_latents else "audio")
     return index
 
 
@@ -91,7 +95,8 @@ def _find_latents(settings: Settings, stop: StopRequest) -> list[Paths] | None:
     paths = fetch_latents(parts, settings.work_dir, stop, settings.max_download_bytes)
     index = _read_latents(settings, paths, stop)
     shard.check_count(shown(settings.audio_data_url), len(index.clips), settings.allow_any_dataset_size)
-    log.info("dataset: %d clips as latents in %d shards", len(index.clips), len(paths))
+    found = counted(len(index.clips), "clip"), counted(len(paths), "shard")
+    log.info("dataset: %s as latents in %s", *found)
     return paths
 
 

@@ -153,7 +153,6 @@ def main() -> int:
 def _losses_without_and_with(run_dir: Path, base_dir: Path) -> tuple[float, float]:
     """Mean loss of the base, and of the base with the trained file loaded, over one set of draws not trained on."""
     import torch
-    import yaml
 
     from sa3dist import adapters, config
     from sa3dist.loss import micro_batch_loss
@@ -162,7 +161,7 @@ def _losses_without_and_with(run_dir: Path, base_dir: Path) -> tuple[float, floa
     from sa3dist.parallel.signals import StopRequest
     from sa3dist.run import Run
 
-    settings = config.build(yaml.safe_load((run_dir / "run.yaml").read_text()) | {"seed": EVALUATION_SEED})
+    settings = config.build(config.read_file(str(run_dir / "run.yaml")) | {"seed": EVALUATION_SEED})
     run = Run(settings, Group(0, 1, torch.device("cpu")), StopRequest())
     base = load_base(base_dir)
     batches = run.micro_batches(base, run.encode(base, run.shard()))

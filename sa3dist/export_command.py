@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,16 +24,22 @@ from sa3dist.adapters.on_disk import AdapterOnDisk
 from sa3dist.adapters.peft_format import to_peft
 from sa3dist.errors import CheckpointError, ConfigError
 from sa3dist.formats import atomic_directory, write_json
+from sa3dist.home import expand_home
 from sa3dist.model.loading import BaseOnDisk
 from sa3dist.parallel import checkpoint
 from sa3dist.parallel.outcome import run_program
+from sa3dist.values import split_word
 
 ADAPTER_SUFFIX = ".safetensors"
 
 
 def is_path(words: Sequence[str]) -> bool:
     """Whether the words of ``sa3dist export`` name something to export from, not a config of a run."""
-    return any(Path(word).is_dir() or word.endswith(ADAPTER_SUFFIX) or word.startswith("--format") for word in words)
+    names = [word for word in words if word.startswith("-") or split_word(word) is None]
+    return any(
+        os.path.isdir(os.path.expanduser(name)) or name.endswith(ADAPTER_SUFFIX) or name.startswith("--format")
+        for name in names
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = made.parse_args(argv)
 
     def body() -> None:
+        options.source = Path(expand_home(options.source))
+        options.output = options.output and Path(expand_home(options.output))
         if options.format == "sa3":
             print(json.dumps(from_checkpoint(options.source, options.output)))
         else:

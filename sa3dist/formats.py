@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from sa3dist.data.kinds import LeftOut
 from sa3dist.errors import DataError
 
 INDEX_NAME = "index.json"
@@ -180,6 +181,7 @@ class DatasetIndex:
     digest     identifies keys, audio bytes and captions, whatever archive they came in
     clips      sorted by key
     skipped    "name: reason" of what ``on_bad_clip: skip`` left out
+    left_out   files of the source that are no clips, by kind
     reader     reads the audio where the shards lie elsewhere; not part of what is stored or compared
     """
 
@@ -189,11 +191,14 @@ class DatasetIndex:
     skipped: tuple[str, ...] = ()
     shards: tuple[ShardEntry, ...] = ()
     reader: ClipReader | None = dataclasses.field(default=None, compare=False)
+    left_out: tuple[LeftOut, ...] = ()
 
     def write(self) -> None:
         """One clip per line, so that people can search it and programs read 100,000 clips in a second."""
         clips = ",\n".join(json.dumps(vars(clip), ensure_ascii=False) for clip in self.clips)
         rest = {"skipped": list(self.skipped), "shards": [dataclasses.asdict(shard) for shard in self.shards]}
+        if self.left_out:
+            rest["left_out"] = [dataclasses.asdict(kind) for kind in self.left_out]
         body = (
             f'{{"version": {INDEX_VERSION}, "digest": {json.dumps(self.digest)}, "clips": [\n{clips}\n],\n'
             f"{json.dumps(rest, ensure_ascii=False)[1:-1]}"
@@ -218,7 +223,8 @@ class DatasetIndex:
                 )
             clips = tuple(map(_clip_entry, value["clips"]))
             shards = tuple(ShardEntry(**shard) for shard in value["shards"])
-            return cls(Path(directory), value["digest"], clips, tuple(value["skipped"]), shards)
+            left_out = tuple(LeftOut(**kind | {"names": tuple(kind["names"])}) for kind in value.get("left_out", ()))
+            return cls(Path(directory), value["digest"], clips, tuple(value["skipped"]), shards, left_out=left_out)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             # What it holds may be anybody's: escaped, so that it stays a line.
             reason = ascii(str(error))[1:-1]

@@ -7,22 +7,24 @@ import hashlib
 import statistics
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sa3dist.config import Settings, crop_frames
+from sa3dist.cut_captions import CutCaptions, cut_captions, text_source
 from sa3dist.data.archive import Pair, open_source, pair_members
-from sa3dist.data.audio import AudioFacts, resampled_length
+from sa3dist.data.audio import AudioFacts, check_whole, resampled_length
 from sa3dist.data.captions import read_caption
-from sa3dist.data.containers import Container, printable
+from sa3dist.data.containers import Container
 from sa3dist.data.figures import ClipFigures, Measured, read_figures, write_figures
+from sa3dist.data.kinds import LeftOut, printable
 from sa3dist.data.measure import measure_clip
 from sa3dist.data.pool import ordered_map
 from sa3dist.duplicates import exact_duplicates, near_duplicates
 from sa3dist.errors import DataError
 from sa3dist.shard import CLIP_COUNT_RANGE
+from sa3dist.wording import counted
 
 LENGTH_BINS = 20
 
@@ -64,6 +66,8 @@ class Report:
     exact, near      groups of keys with equal bytes; (key, key, distance in dB) of clips that sound alike
     crop_seconds     length training would crop to
     verdict          what would stop training with these settings; empty when nothing would
+    left_out         files that are no clips, by kind, all of them named but for system files
+    cut              captions the text encoder does not read to their end; None where that cannot be counted here
     """
 
     source: str
@@ -73,6 +77,8 @@ class Report:
     near: list[tuple[str, str, float]]
     crop_seconds: float
     verdict: list[str]
+    left_out: tuple[LeftOut, ...] = ()
+    cut: CutCaptions | None = None
 
     @property
     def usable(self) -> list[InspectedClip]:
@@ -84,6 +90,8 @@ class Report:
             "summary": self.summary(),
             "verdict": self.verdict,
             "refusals": self.refusals,
+            "left_out": [dataclasses.asdict(kind) for kind in self.left_out],
+            "cut_captions": None if self.cut is None else dataclasses.asdict(self.cut),
             "exact_duplicates": self.exact,
             "near_duplicates": [{"clips": [a, b], "distance_db": round(d, 2)} for a, b, d in self.near],
             "clips": [clip.as_dict() for clip in self.clips],
@@ -98,6 +106,7 @@ class Report:
             "hours": sum(clip.seconds for clip in usable) / 3600,
             "crop_seconds": self.crop_seconds,
             "treatment": dict(Counter(clip.treatment for clip in self.clips)),
+            "left_out": sum(kind.count for kind in self.left_out),
         }
         if not usable:
             return values
@@ -140,9 +149,8 @@ def inspect_source(
     report    called as report(inspected, total) after every clip
     Raises DataError when the source as a whole cannot be opened.
     """
-    with open_source(
-        settings.audio_data_url, settings.work_dir, max_download_bytes=settings.max_download_bytes
-    ) as container:
+    limits = {"max_download_bytes": settings.max_download_bytes, "outputs": (settings.work_dir, settings.output_dir)}
+    with open_source(settings.audio_data_url, settings.work_dir, **limits) as container:
         listing = pair_members(container)
         known = read_figures(settings.work_dir)
         inspected = ordered_map(
@@ -158,10 +166,10 @@ def inspect_source(
             wanted = "work_dir" in settings.model_fields_set or settings.work_dir.is_dir()
             if wanted and measured.keys() - known.keys():
                 write_figures(settings.work_dir, known | measured)
-        for key, problems in listing.problems.items():
+        for key, problems in (listing.problems | listing.unread).items():
             clips.append(InspectedClip(key, "", 0, problems=problems))
         clips.sort(key=lambda clip: clip.key)
-        made = Report(container.label, clips, list(listing.refusals), [], [], 0.0, [])
+        made = Report(container.label, clips, list(listing.refusals), [], [], 0.0, [], listing.left_out)
     good = [clip for clip in clips if not clip.problems]
     made.exact, made.near = exact_duplicates(good), near_duplicates(good)
     if good:
@@ -171,6 +179,7 @@ def inspect_source(
             clip.treatment, clip.reason = _treatment(clip.facts, frames, *framing[1:])
     for clip in clips:
         clip.reason = clip.reason or "; ".join(clip.problems)
+    made.cut = cut_captions(text_source(settings), ((clip.key, clip.caption) for clip in made.usable))
     made.verdict = _verdict(made, settings)
     return made
 
@@ -185,7 +194,10 @@ def _inspect(container: Container, pair: Pair, known: Measured) -> InspectedClip
     try:
         data = container.read(pair.audio)
         clip.audio_sha256 = hashlib.sha256(data).hexdigest()
-        clip.facts, clip.figures = known.get((clip.audio_sha256, len(data))) or measure_clip(data)
+        earlier = known.get((clip.audio_sha256, len(data)))
+        if earlier:
+            check_whole(data, earlier[0].samples)
+        clip.facts, clip.figures = earlier or measure_clip(data)
     except DataError as error:
         problems.append(f"{printable(pair.audio.name)}: {error}")
     clip.problems = tuple(problems)
@@ -206,11 +218,11 @@ def _verdict(report: Report, settings: Settings) -> list[str]:
     lines = [f"{report.source}: {line}" for line in report.refusals]
     bad = [clip for clip in report.clips if clip.problems]
     if bad and settings.on_bad_clip == "raise":
-        lines.append(f"{len(bad)} clips cannot be used; mend them, or set on_bad_clip: skip")
+        lines.append(f"{counted(len(bad), 'clip')} cannot be used; mend them, or set on_bad_clip: skip")
     low, high = (1, len(report.clips)) if settings.allow_any_dataset_size else CLIP_COUNT_RANGE
     if not low <= len(report.usable) <= high:
         lines.append(
-            f"{len(report.usable)} usable clips, expected {low} to {high}; "
+            f"{counted(len(report.usable), 'usable clip')}, expected {low} to {high}; "
             "set allow_any_dataset_size: true to lift the limits"
         )
     return lines
@@ -231,10 +243,7 @@ def framing_of(model: str) -> tuple[float, int, int]:
 
     model   a released name or a directory. Raises CheckpointError.
     """
-    from sa3dist.model.loading import CONFIG_NAME
-    from sa3dist.model.parse_config import parse_model_config, read_model_config
-    from sa3dist.model.released import RELEASED, released_config
+    from sa3dist.model.loading import known_config
 
-    path = Path(model) / CONFIG_NAME
-    config = parse_model_config(released_config(model) if model in RELEASED else read_model_config(path), str(path))
+    config = known_config(model)
     return config.native_seconds, config.sample_rate_hz, config.samples_per_frame

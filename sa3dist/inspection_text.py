@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sa3dist import config
+from sa3dist.data.kinds import LeftOut, printable
+from sa3dist.home import expand_home
 from sa3dist.inspection import Report, framing_of, inspect_source
 from sa3dist.inspection_html import write_html
 from sa3dist.metrics import progress
 from sa3dist.parallel.outcome import run_program
+from sa3dist.wording import counted, span
 
 # A terminal is for a look; --json and --html hold every clip.
 MAX_ROWS = 200
@@ -36,14 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         settings = config.build(config.read_words(arguments.words) | {"audio_data_url": arguments.dataset})
+        html = arguments.html and Path(expand_home(arguments.html))
         framing = framing_of(settings.model)
         # As many clips as there are cores are measured at a time: one clip needs no threads of its own.
         torch.set_num_threads(1)
         with progress("inspect", 1, shown=True) as update:
             report = inspect_source(settings, framing, lambda done, total: update(done, total=total))
-        if arguments.html:
-            write_html(report, arguments.html)
-            print(f"wrote {arguments.html}", file=sys.stderr)
+        if html:
+            write_html(report, html)
+            print(f"wrote {html}", file=sys.stderr)
         if arguments.json:
             print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
         else:
@@ -75,21 +79,37 @@ def show(report: Report) -> None:
         clips.add_row(escape(clip.key), *figures, clip.treatment, style=colour)
     console.print(clips)
     if len(report.clips) > MAX_ROWS:
-        console.print(f"and {len(report.clips) - MAX_ROWS} more clips; --json or --html shows all")
-    for clip in report.clips:
-        if clip.problems:
-            console.print(escape(f"skipped: {clip.reason}"), style="red", soft_wrap=True)
+        console.print(f"and {counted(len(report.clips) - MAX_ROWS, 'more clip')}; --json or --html shows all")
+    for line in _skipped(report):
+        console.print(escape(f"skipped: {line}"), style="red", soft_wrap=True)
     for keys in report.exact:
         console.print(escape(f"equal bytes: {', '.join(keys)}"), soft_wrap=True)
     for one, other, distance in report.near:
         console.print(escape(f"sound alike ({distance:.1f} dB apart): {one}, {other}"), soft_wrap=True)
+    for kind in report.left_out:
+        console.print(escape(f"left out: {kind.line(most=MAX_ROWS)}"), style="yellow", soft_wrap=True)
+    if report.cut and report.cut.tokens:
+        console.print(escape(f"captions: {report.cut.line(most=MAX_ROWS)}"), style="yellow", soft_wrap=True)
     for line in report.verdict:
         console.print(escape(f"training would stop: {line}"), style="red", soft_wrap=True)
 
 
+def _skipped(report: Report) -> Iterator[str]:
+    """One line for every reason: a table that cannot be read is the reason of many."""
+    reasons: dict[str, list[str]] = {}
+    for clip in report.clips:
+        if clip.problems:
+            reasons.setdefault(clip.reason, []).append(clip.key)
+    for reason, keys in reasons.items():
+        named = len(keys) == 1 and printable(keys[0]) in reason
+        yield reason if named else LeftOut("clip", reason, len(keys), tuple(keys)).line()
+
+
 def overview_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """The summary as (name, text) lines."""
-    rows = [("clips", f"{summary['clips']}, {summary['usable']} usable"), ("hours", f"{summary['hours']:.3f}")]
+    rows = [("clips", f"{summary['clips']}, {summary['usable']} usable"), ("audio", span(3600 * summary["hours"]))]
+    if summary["left_out"]:
+        rows.append(("left out", f"{summary['left_out']} files that are no clips, see below"))
     if not summary["usable"]:
         return rows
 
@@ -109,8 +129,8 @@ def overview_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("channels", counts("channels")),
         ("loudness", spread("lufs", "LUFS")),
         ("peak", spread("peak_dbfs", "dBFS")),
-        ("clipping", f"{summary['clipped_clips']} clips"),
-        ("mostly silent", f"{summary['mostly_silent_clips']} clips"),
+        ("clipping", counted(summary["clipped_clips"], "clip")),
+        ("mostly silent", counted(summary["mostly_silent_clips"], "clip")),
         ("captions", f"{captions['distinct']} distinct, {words['min']:g} to {words['max']:g} words"),
         ("training", counts("treatment") + f"; crops of {summary['crop_seconds']:.1f} s"),
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from sa3dist.adapters.file import BASE_KEY, AdapterFile, config_value, read_adap
 from sa3dist.adapters.on_disk import AdapterOnDisk
 from sa3dist.errors import ConfigError
 from sa3dist.formats import atomic_directory, atomic_path
+from sa3dist.home import expand_home
 from sa3dist.metrics import progress
 from sa3dist.model.base import weight_key
 from sa3dist.model.loading import CONFIG_NAME, WEIGHTS_NAME, BaseOnDisk
@@ -46,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = made.parse_intermixed_args(argv)
 
     def body() -> None:
+        options.output = Path(expand_home(options.output))
         files = [read_weighted(word) for word in options.adapters]
         if options.svd is not None and (options.base is None or options.svd < 1):
             raise ConfigError("--svd: needs a rank of at least 1, and --base MODEL for the weights that are changed")
@@ -69,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def read_weighted(word: str) -> tuple[AdapterFile, float]:
     """An adapter file and its weight from ``FILE`` or ``FILE=WEIGHT``."""
     path, equals, text = word.rpartition("=")
-    if not equals or Path(word).is_file():
+    if not equals or os.path.isfile(word):
         return read_adapter_file(word), 1.0
     try:
         weight = float(text)

@@ -15,6 +15,8 @@ from typing import Any
 from sa3dist.formats import atomic_path
 
 METRICS_NAME = "metrics.jsonl"
+# Between two lines of progress in a log file.
+LINE_SECONDS = 10.0
 
 
 class MetricsFile:
@@ -56,7 +58,8 @@ def _rows_up_to(path: Path, step: int) -> list[str]:
 def progress(title: str, total: int, shown: bool) -> Iterator[Callable[..., None]]:
     """A bar on stderr with the time left; gives update(done, text, total, seconds_left).
 
-    Without a terminal a line for every tenth. seconds_left None: what is left at the speed so far.
+    Without a terminal a line for every tenth, but none within LINE_SECONDS of the one before, except for the last: what
+    is done in a moment is said in one line. seconds_left None: what is left at the speed so far.
     """
     if not shown:
         yield lambda done, text="", total=0, seconds_left=None: None
@@ -74,20 +77,22 @@ def progress(title: str, total: int, shown: bool) -> Iterator[Callable[..., None
         TextColumn("ETA {task.fields[eta]}"),
     )
     begin, first, tenths = time.monotonic(), None, -1
+    said = begin
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=total, text="", eta=clock_text(math.inf))
 
         def update(done: int, text: str = "", total: int = total, seconds_left: float | None = None) -> None:
-            nonlocal first, tenths
+            nonlocal first, tenths, said
             # What was done before the first call took none of this bar's time.
             first = max(done - 1, 0) if first is None else first
             if seconds_left is None:
                 seconds_left = (time.monotonic() - begin) / max(done - first, 1) * max(total - done, 0)
             eta = clock_text(seconds_left)
             bar.update(task, completed=done, total=total, text=text, eta=eta)
-            if not console.is_terminal and 10 * done // max(total, 1) > tenths:
-                tenths = 10 * done // max(total, 1)
-                print(f"{title} {done}/{total} {text} ETA {eta}", file=sys.stderr, flush=True)
+            now, tenth = time.monotonic(), 10 * done // max(total, 1)
+            if not console.is_terminal and tenth > tenths and (now - said >= LINE_SECONDS or done >= total):
+                tenths, said = tenth, now
+                print(f"{title} {done}/{total}{' ' * bool(text)}{text} ETA {eta}", file=sys.stderr, flush=True)
 
         yield update
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import torch
 from sa3dist_kernels import ADAPTER_TYPES
@@ -13,6 +12,7 @@ from sa3dist.config import Settings
 from sa3dist.data.fetch import fetch, is_remote
 from sa3dist.errors import CheckpointError
 from sa3dist.formats import file_sha256
+from sa3dist.home import local_name
 from sa3dist.metrics import progress
 from sa3dist.model.config import ModelConfig
 from sa3dist.model.loading import load_base
@@ -106,4 +106,4 @@ def _local_adapter_file(settings: Settings, stop: StopRequest) -> str:
     url = settings.lora_checkpoint_url
     if is_remote(url):
         return str(fetch(url, settings.work_dir / "downloads", stop))
-    return unquote(urlsplit(url).path) if url.startswith("file://") else url
+    return local_name(url)

@@ -10,6 +10,7 @@ import torch
 
 from sa3dist.data.stream import MicroBatch
 from sa3dist.errors import EnvironmentFailure, OutOfMemory
+from sa3dist.parallel.outcome import has_peers
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,8 @@ def recompute_from(step: int, base, device: torch.device, problem: OutOfMemory) 
 
 
 def place_of(problem: OutOfMemory) -> str:
+    if not has_peers():
+        return "this machine"
     return "rank {} on {}".format(*problem.origin) if problem.origin else "this rank"
 
 

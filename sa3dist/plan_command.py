@@ -15,12 +15,14 @@ from sa3dist.calibration import RESULTS, read_results
 from sa3dist.config import Settings
 from sa3dist.devices import GPUS, THIS, Device, find_device
 from sa3dist.errors import ConfigError
+from sa3dist.home import expand_home
 from sa3dist.model.config import ModelConfig
 from sa3dist.model.loading import load_config
 from sa3dist.model.parse_config import parse_model_config
 from sa3dist.model.released import RELEASED, released_config
 from sa3dist.parallel.outcome import run_program
 from sa3dist.plan import Job, Prediction, fit, predict
+from sa3dist.wording import counted, span
 
 UNITS = {"GB": 1e9, "GIB": 1 << 30}
 
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         here = device if options.gpu == THIS else None
         if options.fit:
             device = dataclasses.replace(device, memory_bytes=parse_bytes(options.fit))
-        measured = read_results(options.results, here)
+        measured = read_results(Path(expand_home(options.results)), here)
         link = None if options.link_gbit is None else options.link_gbit * 1e9 / 8
         job = Job.of(settings, shape_of(settings.model), options.ranks, link)
         found = fit(job, device, measured) if options.fit else ({}, predict(job, device, measured))
@@ -110,7 +112,7 @@ def lines(job: Job, device: Device, changes: dict[str, Any], prediction: Predict
         f"          {prediction.recomputed_blocks} of {job.config.dit.depth} blocks recomputed",
         f"step      {step:.3g} s for {prediction.flops / 1e12:.3g} TFLOP: {times} s",
         f"limit     {prediction.limit}",
-        f"total     {settings.number_of_steps} steps in {step * settings.number_of_steps / 60:.1f} min, "
+        f"total     {counted(settings.number_of_steps, 'step')} in {span(step * settings.number_of_steps)}, "
         f"without start-up and encoding",
         f"evidence  time: {prediction.factor.evidence}{_spread(prediction)}",
         "          memory: counted from shapes" + ("; host: launches estimated" if prediction.seconds["host"] else ""),

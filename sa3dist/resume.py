@@ -15,6 +15,7 @@ from sa3dist.parallel import checkpoint
 from sa3dist.parallel.group import Group, on_main_first
 from sa3dist.parallel.signals import StopRequest
 from sa3dist.schedule import Schedule
+from sa3dist.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -92,11 +93,13 @@ def divide_work(saved: checkpoint.Checkpoint | None, settings, world_size: int) 
     if rest:
         workable = [n for n in range(1, global_batch // micro_batch + 1) if global_batch % (micro_batch * n) == 0]
         raise CheckpointError(
-            f"resume: the checkpoint trains {global_batch} clips per step in micro batches of {micro_batch}, which "
-            f"{world_size} processes cannot share evenly; use {' or '.join(map(str, workable))} processes"
+            f"resume: the checkpoint trains {counted(global_batch, 'clip')} per step in micro batches of "
+            f"{micro_batch}, which {counted(world_size, 'process', 'processes')} cannot share evenly; use "
+            f"{' or '.join(map(str, workable))} process{'es' * (workable != [1])}"
         )
     if rounds != settings.gradient_accumulation_steps or settings.global_batch_size not in (None, global_batch):
-        log.info("resuming with the checkpoint's %d clips per step: %d micro batches per process", global_batch, rounds)
+        found = counted(global_batch, "clip"), counted(rounds, "micro batch", "micro batches")
+        log.info("resuming with the checkpoint's %s per step: %s per process", *found)
     return rounds
 
 
@@ -104,7 +107,7 @@ def check_course(saved: checkpoint.Checkpoint, settings) -> None:
     """What may change between a checkpoint and the run that continues it, said or refused."""
     if saved.step > settings.number_of_steps:
         raise CheckpointError(
-            f"{settings.output_dir}: has trained {saved.step} steps already, number_of_steps is "
+            f"{settings.output_dir}: has trained {counted(saved.step, 'step')} already, number_of_steps is "
             f"{settings.number_of_steps}; raise it, use another output_dir, or resume=never to start over"
         )
     was, now = Schedule(**saved.state["schedule"]), schedule.of_settings(settings)

@@ -16,6 +16,7 @@ import yaml
 
 from sa3dist import __version__, adapters, dataset, encode, export, loop, memory, opening, resume, schedule
 from sa3dist.config import Settings, crop_frames
+from sa3dist.cut_captions import say_cut_captions
 from sa3dist.data.archive import check_local
 from sa3dist.data.collect import collect
 from sa3dist.data.crops import CropsInFlight, EncodedCrops
@@ -39,6 +40,7 @@ from sa3dist.passes import choose_passes
 from sa3dist.shard import Measure
 from sa3dist.startup import Startup, timed
 from sa3dist.trainer import Trainer
+from sa3dist.wording import counted
 from sa3dist.work import Plan
 
 log = logging.getLogger(__name__)
@@ -117,6 +119,8 @@ class Run:
         # Hashing gigabytes is one rank's work.
         found = on_main_first(self.group, "digests", digests, self.stop)
         settings = self.settings
+        if self.group.is_main:
+            say_cut_captions(index, base.text_source)
         where = index, settings.work_dir, base, *found
         if isinstance(index, StreamedDataset):
             if everything:
@@ -232,7 +236,8 @@ class Run:
                 )
         if self.trainer.places:
             seen = self.step * work.global_batch
-            log.info("streaming: %d clips trained on, %d of them repeated", seen, self.trainer.places.repeated)
+            repeated = self.trainer.places.repeated
+            log.info("streaming: %s trained on, %d of them repeated", counted(seen, "clip"), repeated)
 
     def micro_batches(self, base, encoded: EncodedClips) -> MicroBatches:
         """The seeded stream of this run's samples, by micro batch."""
@@ -283,14 +288,16 @@ class Run:
         with atomic_path(settings.output_dir / "run.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(settings.as_dict(), sort_keys=False), encoding="utf-8")
         log.info(
-            "training %d steps of %d clips (batch_size %d x %d processes x %d accumulated), crops of %.1f s%s%s",
-            work.steps,
-            work.global_batch,
+            "training %s of %s (batch_size %d x %s x %d accumulated), crops of %.1f s%s%s",
+            counted(work.steps, "step"),
+            counted(work.global_batch, "clip"),
             work.micro_batch,
-            group.world_size,
+            counted(group.world_size, "process", "processes"),
             work.accumulation,
             self._frames * base.samples_per_frame / base.sample_rate_hz,
-            f", recomputing {base.recomputed_blocks} blocks to save memory" if base.recomputed_blocks else "",
+            f", recomputing {counted(base.recomputed_blocks, 'block')} to save memory"
+            if base.recomputed_blocks
+            else "",
             f", continuing after step {self._saved_step}" if self._saved_step else "",
         )
 

@@ -11,11 +11,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from sa3dist_kernels.adapter_types import ADAPTER_TYPES
 
 from sa3dist.errors import ConfigError
+from sa3dist.home import can_be_named, expand_home, is_text
 
-# YAML 1.1 reads a bare on, off, no as a boolean; these keys mean the words.
-_YAML_WORDS = {True: "on", False: "off"}
-OnOff = BeforeValidator(lambda value: _YAML_WORDS[value] if isinstance(value, bool) else value)
-NoWord = BeforeValidator(lambda value: "no" if value is False else value)
+# What YAML 1.1 and JSON write for on and off.
+_SWITCHES = {"true": "on", "yes": "on", "on": "on", "false": "off", "no": "off", "off": "off"}
+OnOff = BeforeValidator(lambda value: _SWITCHES.get(str(value).lower(), value))
+NoWord = BeforeValidator(lambda value: "no" if _SWITCHES.get(str(value).lower()) == "off" else value)
+# Fields that name a file or folder of this machine, or may.
+PLACES = ("audio_data_url", "model", "lora_checkpoint_url", "output_dir", "work_dir", "text_encoder", "resume")
 PRECISION_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 # The endpoint's documented limit, kept for compatibility; the shapes themselves allow more (spec/training.md 3).
 XS_RANK_LIMIT = 17
@@ -77,8 +80,10 @@ class Settings(BaseModel):
 
     # Where things are.
     name: str = Field("sa3dist-lora", min_length=1, description="name of the run")
-    output_dir: Path = Field(None, validate_default=False, description="results and checkpoints; unset = runs/<name>")
-    work_dir: Path = Field(
+    output_dir: Path | None = Field(
+        None, validate_default=False, description="results and checkpoints; unset = runs/<name>"
+    )
+    work_dir: Path | None = Field(
         None,
         validate_default=False,
         description="shards and latents, shared by runs; unset = sa3dist-work beside output_dir",
@@ -182,13 +187,34 @@ class Settings(BaseModel):
         annotation = cls.model_fields[info.field_name].annotation
         if isinstance(value, bool) and {int, float} & {annotation, *typing.get_args(annotation)}:
             raise ValueError(f"{value!r} is not a number")
+        if isinstance(value, str) and not is_text(value):
+            raise ValueError("holds bytes that are not UTF-8; rename what it names, or give a link to it")
+        if isinstance(value, str) and value == "":
+            if cls.model_fields[info.field_name].default is not None:
+                raise ValueError("is empty; give a value or leave it out")
+            return None
         return value
+
+    @field_validator(*PLACES, mode="before")
+    @classmethod
+    def _home_as_in_a_shell(cls, value: Any) -> Any:
+        try:
+            return expand_home(value) if isinstance(value, str | Path) else value
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
 
     @field_validator("name")
     @classmethod
     def _name_is_no_path(cls, value: str) -> str:
         if "/" in value or value in (".", ".."):
             raise ValueError(f"{value!r} is a path, expected a plain name; output_dir says where results go")
+        return value
+
+    @field_validator("name", "output_dir", "work_dir")
+    @classmethod
+    def _can_be_made(cls, value: Any) -> Any:
+        if value is not None and not can_be_named(value):
+            raise ValueError("has a part that is no file name: at most 255 bytes, and no NUL")
         return value
 
     @field_validator("base_precision", mode="before")
@@ -200,7 +226,7 @@ class Settings(BaseModel):
     @classmethod
     def _empty_list_is_unset(cls, value: Any) -> Any:
         if isinstance(value, str):
-            value = [value]
+            value = [value] if value else None
         if isinstance(value, list):
             value = [item.strip() if isinstance(item, str) else item for item in value]
             if "" in value:

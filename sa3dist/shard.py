@@ -10,16 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sa3dist.data.archive import Listing, Pair, open_source, pair_members
-from sa3dist.data.audio import AudioFacts, check_audio
+from sa3dist.data.audio import AudioFacts, check_audio, check_whole
 from sa3dist.data.captions import read_caption
 from sa3dist.data.containers import MAX_TOTAL_BYTES, Container, printable
 from sa3dist.data.figures import ClipFigures, Measured, read_facts, read_figures, write_figures
 from sa3dist.data.kept_bytes import KeptBytes
-from sa3dist.data.layout import REPORT_NAME, FinishedShards, describe, split
+from sa3dist.data.kinds import LeftOut
+from sa3dist.data.layout import FinishedShards, Known, earlier_indices, known_facts, split, update_report, write_report
 from sa3dist.data.pool import ordered_map
 from sa3dist.data.tars import shard_name, write_shard
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted
-from sa3dist.formats import ClipEntry, DatasetIndex, ShardEntry, atomic_directory, atomic_path, digest_of
+from sa3dist.formats import ClipEntry, DatasetIndex, ShardEntry, atomic_directory, digest_of
+from sa3dist.wording import counted
 
 # The endpoint's documented limits (spec/training.md section 3).
 CLIP_COUNT_RANGE = (4, 2000)
@@ -31,7 +33,6 @@ KEPT_BYTES = 1 << 30
 # Of larger sets no figures are kept on the way: these take 300 MB of memory.
 MAX_MEASURED_CLIPS = 20_000
 
-Known = dict[tuple[str, int], AudioFacts]
 Measure = Callable[[bytes], tuple[AudioFacts, ClipFigures]]
 # From a clip's SHA-256 and bytes; raises DataError.
 FactsOf = Callable[[str, bytes], AudioFacts]
@@ -44,6 +45,7 @@ def build_shards(
     on_bad_clip: str = "raise",
     allow_any_dataset_size: bool = False,
     max_download_bytes: int = MAX_TOTAL_BYTES,
+    output_dir: Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     num_workers: int | None = None,
     measure: Measure | None = None,
@@ -54,6 +56,7 @@ def build_shards(
 
     source           path, file:// or fsspec URL of a zip, a folder or WebDataset tars (data/archive.py)
     on_bad_clip      "raise": one DataError lists all problems; "skip": bad clips are left out and named in .skipped
+    output_dir       where the run writes its results; like what earlier runs have left, no part of the source
     num_workers      threads that decode; the shards do not depend on it. Default: one per core
     measure          decodes in place of ``check_audio``; the figures are kept in ``work_dir`` for ``sa3dist inspect``
     report           called as report(checked, total) after every clip
@@ -65,27 +68,22 @@ def build_shards(
     if on_bad_clip not in ("raise", "skip"):
         raise ValueError(f"on_bad_clip is {on_bad_clip!r}, expected 'raise' or 'skip'")
     shards_dir = Path(work_dir) / "shards"
-    with open_source(source, Path(work_dir), should_stop, max_download_bytes) as container:
+    outputs = [Path(path) for path in (work_dir, output_dir) if path is not None]
+    with open_source(source, Path(work_dir), should_stop, max_download_bytes, outputs) as container:
         listing = pair_members(container)
         if on_bad_clip == "raise" and not allow_any_dataset_size and len(listing.pairs) > CLIP_COUNT_RANGE[1]:
             raise DataError(f"{container.label}: {_count_problem(len(listing.pairs), allow_any_dataset_size)}")
-        usable: list[tuple[ClipEntry, Pair]] = []
-        problems = dict(listing.problems)
         earlier = earlier_indices(shards_dir)
         known = read_facts(work_dir) | known_facts(earlier)
         figures: Measured = {}
         facts_of = decoder(known, measure if len(listing.pairs) <= MAX_MEASURED_CLIPS else None, figures)
         kept = KeptBytes(KEPT_BYTES)
-        for done, (pair, clip, found) in enumerate(
-            checked_clips(container, listing, facts_of, num_workers, should_stop, kept.keep), 1
-        ):
-            if clip is None:
-                problems[pair.key] = found
-            else:
-                usable.append((clip, pair))
-            if report:
-                report(done, len(listing.pairs))
-        skipped = settle(container.label, listing.refusals, problems, len(usable), on_bad_clip, allow_any_dataset_size)
+        checked = checked_clips(container, listing, facts_of, num_workers, should_stop, kept.keep)
+        usable, problems = _sorted_out(checked, len(listing.pairs), report)
+        problems |= listing.problems
+        left_out = tuple(kind.kept() for kind in listing.left_out)
+        sizes = len(usable), on_bad_clip, allow_any_dataset_size
+        skipped = settle(container.label, listing.refusals, problems, *sizes, left_out)
         if figures:
             # Ahead of the shards: who finds these decodes nothing, and would measure nothing.
             write_figures(work_dir, read_figures(work_dir) | figures)
@@ -96,8 +94,29 @@ def build_shards(
             pairs = {clip.key: pair for clip, pair in usable}
             read_audio = functools.partial(_read_again, container, pairs, kept, should_stop)
             groups = list(split([clip for clip, _ in usable], max_shard_bytes))
-            finished = _write(directory, digest, groups, skipped, read_audio, FinishedShards(earlier), num_workers)
-        return dataclasses.replace(finished, skipped=skipped)
+            index = DatasetIndex(directory, digest, (), skipped, left_out=left_out)
+            finished = _write(index, groups, read_audio, FinishedShards(earlier), num_workers)
+        # Another source of the same clips may have left them, beside other files.
+        index = dataclasses.replace(finished, skipped=skipped, left_out=left_out)
+        update_report(index)
+        return index
+
+
+def _sorted_out(
+    checked: Iterator[tuple[Pair, ClipEntry | None, tuple[str, ...]]],
+    total: int,
+    report: Callable[[int, int], None] | None,
+) -> tuple[list[tuple[ClipEntry, Pair]], dict[str, tuple[str, ...]]]:
+    """The good clips, and what is wrong with the others by key."""
+    usable, problems = [], {}
+    for done, (pair, clip, found) in enumerate(checked, 1):
+        if clip is None:
+            problems[pair.key] = found
+        else:
+            usable.append((clip, pair))
+        if report:
+            report(done, total)
+    return usable, problems
 
 
 def decoder(known: Known, measure: Measure | None = None, figures: Measured | None = None) -> FactsOf:
@@ -106,6 +125,8 @@ def decoder(known: Known, measure: Measure | None = None, figures: Measured | No
     def facts_of(sha256: str, data: bytes) -> AudioFacts:
         key = sha256, len(data)
         if key in known:
+            # An earlier version may have taken it in.
+            check_whole(data, known[key].samples)
             return known[key]
         if measure is None:
             return check_audio(data)
@@ -171,6 +192,7 @@ def settle(
     usable: int,
     on_bad_clip: str,
     any_size: bool,
+    left_out: Sequence[LeftOut] = (),
 ) -> tuple[str, ...]:
     """Raise all that is wrong as one DataError, or return what is skipped. Faults of the archive are never skipped."""
     bad = [line for key in sorted(problems) for line in problems[key]]
@@ -180,11 +202,15 @@ def settle(
     possible = usable + len(problems) if on_bad_clip == "raise" else usable
     if not refusals and (possible < low or usable > high):
         # Where too little is left, what was skipped is the reason.
-        lines = [_count_problem(usable, any_size), *bad]
+        lines = [_count_problem(usable, any_size), *bad, *(f"left out: {kind.line()}" for kind in left_out)]
+        causes = [kind for kind in left_out if kind.what not in ("caption", "system file")]
+        if not possible and len(causes) == 1:
+            # A zip of zips, say: one line that says it all.
+            lines = [f"found no usable clip, but {causes[0].line()}"]
     if lines:
         hidden = len(lines) - MAX_PROBLEM_LINES
         if hidden > 0:
-            lines[MAX_PROBLEM_LINES:] = [f"and {hidden} more problems"]
+            lines[MAX_PROBLEM_LINES:] = [f"and {counted(hidden, 'more problem')}"]
         raise DataError("\n".join(f"{label}: {line}" for line in lines))
     return tuple("; ".join(problems[key]) for key in sorted(problems))
 
@@ -200,30 +226,13 @@ def _count_problem(count: int, any_size: bool) -> str:
     if any_size:
         return "found no usable clip; expected audio files, each with a .txt caption of the same name"
     low, high = CLIP_COUNT_RANGE
-    return f"found {count} usable clips, expected {low} to {high}; set allow_any_dataset_size: true to lift the limits"
+    found = counted(count, "usable clip")
+    return f"found {found}, expected {low} to {high}; set allow_any_dataset_size: true to lift the limits"
 
 
 def identity_of(clip: ClipEntry) -> tuple[str, str, str, str]:
     """What of a clip a data set's digest covers."""
     return clip.key, clip.extension, clip.audio_sha256, clip.caption
-
-
-def earlier_indices(shards_dir: Path) -> list[DatasetIndex]:
-    """What earlier runs left. A damaged or outdated index teaches nothing: its clips are decoded and written again."""
-    indices = []
-    for directory in sorted(path for path in shards_dir.glob("[0-9a-f]*") if path.is_dir()):
-        with contextlib.suppress(DataError):
-            indices.append(DatasetIndex.read(directory))
-    return indices
-
-
-def known_facts(earlier: list[DatasetIndex]) -> Known:
-    """What is known of the same bytes, so that unchanged clips are not decoded again."""
-    return {
-        (clip.audio_sha256, clip.audio_bytes): AudioFacts(clip.samples, clip.sample_rate_hz, clip.channels)
-        for index in earlier
-        for clip in index.clips
-    }
 
 
 def _finished(directory: Path, digest: str) -> DatasetIndex | None:
@@ -251,35 +260,42 @@ def _read_again(
 
 
 def _write(
-    directory: Path,
-    digest: str,
+    index: DatasetIndex,
     groups: list[list[ClipEntry]],
-    skipped: tuple[str, ...],
     read_audio: Callable[[ClipEntry], bytes],
     earlier: FinishedShards,
     num_workers: int | None,
 ) -> DatasetIndex:
     """Fill a temporary folder with a shard per group, several at a time, then the index, and rename it.
 
+    index   without clips and shards, its directory the one to be
     A full disk is EnvironmentFailure.
     """
     shards, placed = [], []
+    directory, digest = index.directory, index.digest
+    with (
+        _disk(directory),
+        atomic_directory(directory, unless=lambda: _finished(directory, digest) is not None) as temporary,
+    ):
+
+        def write(numbered: tuple[int, list[ClipEntry]]) -> tuple[ShardEntry, list[ClipEntry]]:
+            number, clips = numbered
+            target = temporary / shard_name(number)
+            return earlier.reuse(clips, target) or write_shard(target, clips, read_audio)
+
+        # One clip of a shard is in memory at a time.
+        for _, (shard, clips) in ordered_map(write, enumerate(groups), lambda _: 0, num_workers):
+            shards.append(shard)
+            placed += clips
+        index = dataclasses.replace(index, directory=temporary, clips=tuple(placed), shards=tuple(shards))
+        write_report(index)
+        index.write()
+    return DatasetIndex.read(directory)
+
+
+@contextlib.contextmanager
+def _disk(directory: Path) -> Iterator[None]:
     try:
-        with atomic_directory(directory, unless=lambda: _finished(directory, digest) is not None) as temporary:
-
-            def write(numbered: tuple[int, list[ClipEntry]]) -> tuple[ShardEntry, list[ClipEntry]]:
-                number, clips = numbered
-                target = temporary / shard_name(number)
-                return earlier.reuse(clips, target) or write_shard(target, clips, read_audio)
-
-            # One clip of a shard is in memory at a time.
-            for _, (shard, clips) in ordered_map(write, enumerate(groups), lambda _: 0, num_workers):
-                shards.append(shard)
-                placed += clips
-            index = DatasetIndex(temporary, digest, tuple(placed), skipped, tuple(shards))
-            with atomic_path(temporary / REPORT_NAME) as path:
-                path.write_text(describe(index), encoding="utf-8")
-            index.write()
+        yield
     except OSError as error:
         raise EnvironmentFailure(f"{directory}: cannot write shards ({error.strerror or error})") from error
-    return DatasetIndex.read(directory)

@@ -9,18 +9,18 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from urllib.parse import urlsplit
 
 from sa3dist.data.archive import pair_members
 from sa3dist.data.cache import ClipCache
 from sa3dist.data.containers import MAX_TOTAL_BYTES, TarContainer
 from sa3dist.data.download import remote_info, version_of
-from sa3dist.data.fetch import Downloads, filesystem, shown
-from sa3dist.data.layout import REPORT_NAME, describe
+from sa3dist.data.fetch import Downloads, address_name, filesystem, shown
+from sa3dist.data.kinds import LeftOut, united
+from sa3dist.data.layout import Known, earlier_indices, known_facts, write_report
 from sa3dist.data.remote import RemoteShards, check_sizes, find_index, has_ranges, tars_of
 from sa3dist.errors import DataError
-from sa3dist.formats import ClipEntry, DatasetIndex, ShardEntry, atomic_directory, atomic_path, digest_of
-from sa3dist.shard import Known, checked_clips, decoder, earlier_indices, identity_of, known_facts, settle
+from sa3dist.formats import ClipEntry, DatasetIndex, ShardEntry, atomic_directory, digest_of
+from sa3dist.shard import checked_clips, decoder, identity_of, settle
 
 log = logging.getLogger(__name__)
 
@@ -103,9 +103,9 @@ def _publish(index: DatasetIndex, work_dir: Path) -> DatasetIndex:
 
     if not there():
         with atomic_directory(directory, unless=there) as temporary:
-            dataclasses.replace(index, directory=temporary).write()
-            with atomic_path(temporary / REPORT_NAME) as path:
-                path.write_text(describe(index), encoding="utf-8")
+            inside = dataclasses.replace(index, directory=temporary)
+            inside.write()
+            write_report(inside)
     return index
 
 
@@ -116,7 +116,7 @@ class _Reading:
         self, source: str, tars: list[str], work_dir: Path, options: RemoteOptions, should_stop: Callable[[], bool]
     ) -> None:
         self._label, self._work_dir, self._options, self._should_stop = shown(source), work_dir, options, should_stop
-        names = [PurePosixPath(urlsplit(tar).path).name for tar in tars]
+        names = [address_name(tar) for tar in tars]
         if len(set(names)) < len(names):
             names = [f"{number:06d}-{name}" for number, name in enumerate(names)]
         self._urls = dict(zip(names, tars, strict=True))
@@ -129,22 +129,25 @@ class _Reading:
         known = known_facts(earlier_indices(self._work_dir / "shards"))
         clips: list[ClipEntry] = []
         shards: list[ShardEntry] = []
+        left_out: list[LeftOut] = []
         try:
             for done, (name, url) in enumerate(self._urls.items(), 1):
                 part = self._part(name, url, known)
                 clips += part.clips
                 shards += part.shards
+                left_out += (kind.named_in(name) for kind in part.left_out)
                 self._problems |= {f"{name} {line}": (f"{name}, {line}",) for line in part.skipped}
                 report(done, len(self._urls))
             options = self._options
+            together = united(left_out)
             settings = options.on_bad_clip, options.allow_any_dataset_size
-            skipped = settle(self._label, self._refusals, self._problems, len(clips), *settings)
+            skipped = settle(self._label, self._refusals, self._problems, len(clips), *settings, together)
         except DataError:
             self._downloads.forget()
             raise
         filled = {clip.shard for clip in clips}
         shards = [shard for shard in shards if shard.name in filled]
-        index = DatasetIndex(self._work_dir, "", _unique(clips), skipped, tuple(shards))
+        index = DatasetIndex(self._work_dir, "", _unique(clips), skipped, tuple(shards), left_out=together)
         return _publish(index, self._work_dir), self._urls
 
     def _part(self, name: str, url: str, known: Known) -> DatasetIndex:
@@ -184,7 +187,8 @@ class _Reading:
                     clips.append(dataclasses.replace(clip, shard=name, audio_offset=offset))
         # Downloads are named by content: its digest, a dash, its name.
         shard = ShardEntry(name, local.stat().st_size, local.name[:64])
-        return DatasetIndex(self._work_dir, "", tuple(clips), tuple(sorted(skipped)), (shard,))
+        left_out = tuple(kind.kept() for kind in listing.left_out)
+        return DatasetIndex(self._work_dir, "", tuple(clips), tuple(sorted(skipped)), (shard,), left_out=left_out)
 
 
 def _unique(clips: list[ClipEntry]) -> tuple[ClipEntry, ...]:

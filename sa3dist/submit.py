@@ -103,7 +103,10 @@ def _with_environment(command: list[str]) -> str:
 
 def kubernetes(run: Submission) -> None:
     """Apply the settings as a ConfigMap, and a Job, or a JobSet where there are several nodes."""
+    typed = config.read_words(run.words)
     for key in ("output_dir", "work_dir"):
+        if str(typed.get(key) or "").startswith("~"):
+            raise ConfigError(f"{key}: {typed[key]} is a home of this machine; give its path in the pod, below /data")
         if not Path(getattr(run.settings, key)).is_absolute():
             raise ConfigError(f"{key}: {getattr(run.settings, key)} is relative; give its path in the pod, below /data")
     documents = [_config_map(run), _job(run) if run.options.nodes == 1 else _job_set(run)]

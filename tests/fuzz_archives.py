@@ -88,7 +88,7 @@ def main(folder):
     draw = random.Random(11)
     torch.set_num_threads(1)
     inputs, work = folder / "in", folder / "work"
-    members = captioned(3, seconds=0.02)
+    members = captioned(3, seconds=0.02) | {"song.m4a": b"x", "note.pdf": b"x"}
     archive, tar = zipped(members), write_tar(put(folder / "in/made.tar", b""), members).read_bytes()
     made = build_shards(str(put(inputs / "good.zip", archive)), work / "good", allow_any_dataset_size=True)
     index = (made.directory / INDEX_NAME).read_bytes()

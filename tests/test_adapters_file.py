@@ -200,8 +200,9 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line_and_changes_nothing(bas
 def test_what_is_no_safetensors_file_is_refused(base, tmp_path):
     (tmp_path / "text.safetensors").write_text("not a tensor in sight")
     (tmp_path / "cut.safetensors").write_bytes(ROWS.read_bytes()[:5000])
-    for name in ("text", "cut", "absent"):
-        with pytest.raises(CheckpointError, match=f"{name}.safetensors: not a readable safetensors file"):
+    reasons = {"text": "not a readable safetensors file", "cut": "is cut off: 5000 of", "absent": "cannot be read"}
+    for name, reason in reasons.items():
+        with pytest.raises(CheckpointError, match=f"{name}.safetensors: {reason}"):
             load_adapter(base, tmp_path / f"{name}.safetensors")
     save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="no lora_A or M_xs tensor .* is this an adapter file"):

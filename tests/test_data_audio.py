@@ -100,7 +100,7 @@ BAD = {
     "half a flac": (_half("FLAC"), "cannot be decoded"),
     "half an ogg": (_half("OGG"), "cannot be decoded"),
     "flac of unknown length": (_endless_flac(), "does not say how long it is"),
-    "another format": (encode(tone(), container="AU"), "is AU inside, expected WAV"),
+    "another format": (encode(tone(), container="VOC", subtype="PCM_16"), "is VOC inside, expected WAV"),
     "1 Hz": (encode(tone(), rate=1), "has a sample rate of 1 Hz, expected 1000 to 768000"),
 }
 

@@ -74,7 +74,7 @@ def test_a_zip_over_http_gives_the_clips_of_the_file(site, tmp_path):
         ("broken.zip", EnvironmentFailure, r"broken.zip: download failed \(status 500\)"),
         ("secret.zip", DataError, "secret.zip: access denied"),
         ("truncated.zip", EnvironmentFailure, "truncated.zip: "),
-        ("page.html", DataError, "page.html: no readable zip"),
+        ("page.html", DataError, "page.html: the server sends a web page; is it a share link?"),
     ],
 )
 def test_a_server_that_fails_gives_one_line_and_leaves_nothing(site, tmp_path, path, failure, message):

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from clips import encode, tone, write_zip
 
 from sa3dist import encode as stage
+from sa3dist import metrics
 from sa3dist.data import latents
 from sa3dist.data.latents import EncodedClips
 from sa3dist.errors import DataError
@@ -135,6 +136,7 @@ def as_two_ranks(monkeypatch, work):
 
 def test_rank_0_shows_how_far_every_rank_is_until_the_last_one_ends(base, index, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shared, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(metrics, "LINE_SECONDS", 0.0)
     ended, looks = [], []
     original, summary = EncodedClips.encode_together, shared.summary
 
@@ -178,7 +180,8 @@ def test_the_eta_of_all_is_that_of_the_slowest_rank():
     assert shared.summary({0: (0, 4, 0.0)}, 1, 60.0)[3] == math.inf
 
 
-def test_a_bar_without_a_terminal_says_every_tenth_and_the_time_left(capsys):
+def test_a_bar_without_a_terminal_says_every_tenth_and_the_time_left(capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "LINE_SECONDS", 0.0)
     with progress("check", 100, shown=True) as update:
         for done in range(0, 101, 3):
             update(done, "x", seconds_left=float(100 - done))
@@ -188,6 +191,25 @@ def test_a_bar_without_a_terminal_says_every_tenth_and_the_time_left(capsys):
     assert lines[1] == "check 12/100 x ETA 1:28"
     assert lines[-1] == "check 100/100 x ETA 0:00"
     assert len(lines) == 11
+
+
+@pytest.mark.parametrize("total", [1, 4, 10, 1000])
+def test_what_is_done_in_a_moment_is_one_line_of_a_log(capsys, total):
+    with progress("check", total, shown=True) as update:
+        for done in range(total + 1):
+            update(done, "x", seconds_left=0.0)
+    assert capsys.readouterr().err.splitlines() == [f"check {total}/{total} x ETA 0:00"]
+
+
+def test_lines_of_a_log_keep_their_distance_but_for_the_last(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    with progress("check", 10, shown=True) as update:
+        for done in range(1, 11):
+            update(done, seconds_left=0.0)
+    said = [int(line.split()[1].partition("/")[0]) for line in capsys.readouterr().err.splitlines()]
+    # Four seconds a clip: three of them are the first that make ten seconds.
+    assert said == [3, 6, 9, 10]
 
 
 def test_times_are_written_as_clocks_show_them():

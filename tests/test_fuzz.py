@@ -28,7 +28,8 @@ audio = [
     encode(tone(0.3, rate, channels), rate, container, subtype)
     for container, subtype, rate, channels in [
         ("WAV", "PCM_16", 44100, 1), ("WAV", "FLOAT", 48000, 2), ("FLAC", None, 44100, 2), ("OGG", "VORBIS", 44100, 1),
-        ("OGG", "OPUS", 48000, 2), ("MP3", None, 44100, 1), ("AIFF", None, 22050, 1),
+        ("OGG", "OPUS", 48000, 2), ("MP3", None, 44100, 1), ("AIFF", None, 22050, 1), ("RF64", None, 44100, 1),
+        ("W64", None, 44100, 2), ("CAF", None, 44100, 1), ("AU", None, 44100, 1), ("AIFF", "FLOAT", 44100, 1),
     ]
 ]
 texts = [

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import xml.etree.ElementTree
 
 import numpy as np
 import pytest
@@ -199,6 +200,35 @@ def test_the_terminal_shows_every_clip_and_the_page_escapes_what_strangers_wrote
     assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
 
 
+def test_the_page_fits_a_telephone_its_charts_have_axes_and_counts_and_a_long_caption_is_folded(tmp_path):
+    members = {}
+    for number, seconds in enumerate([0.5] * 5 + [1.0] * 2 + [2.0]):
+        members |= {f"{number}.wav": encode(tone(seconds, hertz=300 + 50 * number, peak=0.1 + 0.05 * number))}
+        members |= {f"{number}.txt": b"a tone"}
+    caption = " ".join(f"word{n}" for n in range(900))
+    members |= {"0.txt": caption.encode(), "song.m4a": b"", f"{'long name ' * 20}.pdf": b""}
+    page = render(inspect(write_zip(tmp_path / "a.zip", members), tmp_path))
+    assert '<meta name=viewport content="width=device-width' in page
+    (length, loudness) = [xml.etree.ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page)]
+    for chart in (length, loudness):
+        # Its size is the page's; what is drawn lies inside the picture.
+        assert not {"width", "height"} & chart.attrib.keys()
+        _, _, width, height = map(float, chart.attrib["viewBox"].split())
+        for shape in chart.iter("rect"):
+            assert 0 <= float(shape.get("x")) <= float(shape.get("x")) + float(shape.get("width")) <= width
+        assert all(
+            0 <= float(text.get("x")) <= width and 0 <= float(text.get("y")) <= height for text in chart.iter("text")
+        )
+    texts = [text.text for text in length.iter("text")]
+    assert texts[:3] == ["clips", "5", "0"]
+    # The clips of 0.5, 1 and 2 s, then where the bins lie.
+    assert texts[3:] == ["5", "2", "1", "0", "0.5", "1", "1.5", "2", "s"]
+    assert sum(int(text.text) for text in list(loudness.iter("text"))[3:-6]) == 8
+    folded = re.search(r"<details><summary>(.*?)</summary>(.*?)</details>", page)
+    assert (len(folded[1]) < 130, folded[2]) == (True, caption)
+    assert "left out: 1 m4a file (song.m4a)" in page
+
+
 def test_pictures_are_valid_png():
     image = pytest.importorskip("PIL.Image")
     pixels = np.arange(6 * 5, dtype=np.uint8).reshape(6, 5) * 8
@@ -208,7 +238,7 @@ def test_pictures_are_valid_png():
 
 def test_a_report_without_a_usable_clip_still_renders(tmp_path):
     report = inspect(write_zip(tmp_path / "a.zip", {"a.wav": b"x", "a.txt": b"x"}), tmp_path)
-    assert "0 of 1 clips usable" in render(report)
+    assert "0 of 1 clip usable" in render(report)
     assert report.as_dict()["summary"]["usable"] == 0
 
 

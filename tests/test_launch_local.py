@@ -125,3 +125,31 @@ def test_one_process_per_visible_gpu_by_default(tmp_path):
     for visible, expected in (({}, 3), ({"CUDA_VISIBLE_DEVICES": "4,6"}, 2)):
         done = subprocess.run([str(LAUNCHER), "a.yaml"], env=environment | visible, capture_output=True, text=True)
         assert f"--nproc-per-node {expected} -m sa3dist.train a.yaml" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("rank=32 learning_rate=2e-4", ["rank=32", "learning_rate=2e-4"]),
+        (
+            """name="take 1" 'audio_data_url=packs/Loops #1'  include=[a,b]""",
+            ["name=take 1", "audio_data_url=packs/Loops #1", "include=[a,b]"],
+        ),
+    ],
+)
+def test_a_line_of_a_sweep_is_split_as_a_command_line_is(line, words, tmp_path):
+    (tmp_path / "sweep.txt").write_text(f"seed=1\n{line}\nname='open\n")
+    (tmp_path / "interpreter").write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" > {tmp_path}/got\n")
+    (tmp_path / "interpreter").chmod(0o755)
+    script = LAUNCHER.parent / "slurm/sweep.sbatch"
+
+    def submit(task):
+        environment = os.environ | {"SA3DIST_PYTHON": str(tmp_path / "interpreter"), "SLURM_ARRAY_TASK_ID": task}
+        command = ["bash", str(script), "sweep.txt", "run.yaml"]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    assert submit("2").returncode == 0
+    got = (tmp_path / "got").read_text().splitlines()
+    assert got[got.index("run.yaml") + 1 : -1] == words
+    refused = submit("3")
+    assert (refused.returncode, refused.stderr.splitlines()[-1]) == (2, "sweep.txt: line 3: quotes do not match")

@@ -183,7 +183,7 @@ def wrong_files(demo_base, tmp_path_factory):
         (["rows.safetensors", "lora.safetensors"], "cannot be added up exactly"),
         (["lora.safetensors=much"], "'much' is not a number"),
         (["lora.safetensors=nan"], "not a finite number"),
-        (["missing.safetensors"], "not a readable safetensors file"),
+        (["missing.safetensors"], "cannot be read (No such file or directory)"),
         (["lora.safetensors", "--svd", "4"], "--svd: needs"),
         (["lora.safetensors", "--base", "nowhere"], "no such directory"),
         (["wide.safetensors", "wide.safetensors"], "the ranks add up to 80, but"),

@@ -117,7 +117,7 @@ def test_measured_steps_calibrate_their_device_and_are_carried_over_to_others(tm
     own, other = (predict(job(), device, measured) for device in (H200, GPUS["A100-80"]))
     assert own.factor.value == pytest.approx(3)
     assert own.seconds["compute"] == pytest.approx(3 / calibration.ASSUMED_FACTOR * without.seconds["compute"])
-    assert own.factor.evidence == "calibrated by 1 steps timed on H200 (step.jsonl)"
+    assert own.factor.evidence == "calibrated by 1 step timed on H200 (step.jsonl)"
     assert "carried over from another device" in other.factor.evidence
     # The nearest measurement counts most, and how far they are apart is told.
     near = results(tmp_path / "two", timed_row(factor=2.0, frames=323), timed_row(factor=4.0, frames=4091))
@@ -142,7 +142,7 @@ def test_a_measured_gpu_is_calibrated_against_its_own_measured_ceilings(tmp_path
     results(tmp_path, timed_row(factor=3.0))
     (only,) = read_results(tmp_path, here)
     planned = predict(job(batch_size=1), here, [only])
-    assert planned.factor.evidence == "calibrated by 1 steps timed on NVIDIA H200 (step.jsonl)"
+    assert planned.factor.evidence == "calibrated by 1 step timed on NVIDIA H200 (step.jsonl)"
     # Whatever the ceilings are, the step that was timed is predicted to take the time it took.
     expected = timed_row(factor=3.0)["ours_ms"] / 1e3
     assert planned.step_seconds == pytest.approx(expected, rel=0.02)

@@ -196,6 +196,20 @@ def test_bad_clips_of_remote_shards_are_listed_or_skipped(foreign, tmp_path):
         opened(source, tmp_path / "work")
 
 
+def test_what_remote_shards_hold_besides_clips_is_named_each_time(foreign, tmp_path):
+    for number in (1, 2):
+        members = captioned(3, folder=f"{number}/") | {"song.m4a": b"", "cover.jpg": b"", ".DS_Store": b""}
+        foreign.files[f"x-00{number}.tar"] = write_tar(tmp_path / "y.tar", members).read_bytes()
+    for _ in range(2):
+        index = opened(f"{foreign.url}/etag/x-{{000..002}}.tar", tmp_path / "work")
+        assert [(kind.what, kind.count, kind.names) for kind in index.left_out] == [
+            ("m4a file", 2, ("x-001.tar/song.m4a", "x-002.tar/song.m4a")),
+            ("other file", 2, ("x-001.tar/cover.jpg", "x-002.tar/cover.jpg")),
+            ("system file", 2, ()),
+        ]
+        assert "x-001.tar/song.m4a" in (index.directory / "report.txt").read_text()
+
+
 def test_a_server_without_ranges_is_said_and_its_shards_are_downloaded_whole(site, audio, tmp_path, caplog):
     source = f"{site.url}/etag,norange/shard-{{000000..00000{len(site.files) - 3}}}.tar"
     settings = config.build({"audio_data_url": source, "work_dir": str(tmp_path / "work")})
@@ -250,7 +264,9 @@ def test_a_missing_or_damaged_index_is_one_line(site, tmp_path, damage):
     if damage != "missing":
         made = {"flipped": whole.replace(b"tone number 3", b"tone number 4"), "cut": whole[:-9], "html": b"<html>"}
         site.files["index.json"] = made[damage]
-    message = {"missing": "not found", "flipped": "the index is damaged"}.get(damage, "not a readable shard index")
+    message = {"missing": "not found", "flipped": "the index is damaged", "html": "the server sends a web page"}.get(
+        damage, "not a readable shard index"
+    )
     with pytest.raises(DataError, match=f"plain/index.json: {message}") as caught:
         index_remote(f"{site.url}/plain/index.json", tmp_path / "work", RemoteOptions())
     assert "\n" not in str(caught.value)
@@ -309,6 +325,19 @@ def test_shards_in_s3_are_read_by_range_with_and_without_an_index(bucket, local,
     assert index.clips == local.clips
     assert_audio(index, audio)
     assert not list(tmp_path.rglob("*.tar"))
+
+
+def test_a_remote_folder_of_shards_with_clips_below_is_refused_and_what_lies_beside_them_is_named(
+    bucket, local, tmp_path, caplog
+):
+    for path in local.directory.iterdir():
+        bucket.pipe(f"clips/set/{path.name}", path.read_bytes())
+    bucket.pipe("clips/set/notes/old.zip", b"PK")
+    assert opened("s3://clips/set", tmp_path / "work").clips == local.clips
+    assert "s3://clips/set: left out: 1 file (notes/old.zip): beside shards" in caplog.text
+    bucket.pipe("clips/set/drums/kick.wav", b"RIFF")
+    with pytest.raises(DataError, match=r"holds shards \(shard-000000.tar\) and clips \(drums/kick.wav\)"):
+        opened("s3://clips/set", tmp_path / "work")
 
 
 class _Clips(torch.utils.data.Dataset):

@@ -105,7 +105,7 @@ def test_the_report_tells_people_what_is_where(tmp_path):
     source = str(write_zip(tmp_path / "a.zip", members))
     index = build_shards(source, tmp_path / "work", on_bad_clip="skip", max_shard_bytes=150_000)
     text = (index.directory / "report.txt").read_text()
-    assert "clips        60, 0.004 hours" in text
+    assert "clips        60, 14.9 s" in text
     assert "length       0.10 to 0.40 s, median 0.25 s" in text
     assert "skipped      1\n  bad.wav: cannot be decoded" in text
     assert all(f"{entry.name} {entry.bytes:>12}" in text for entry in index.shards)

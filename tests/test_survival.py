@@ -302,7 +302,8 @@ def test_a_process_that_stands_still_ends_with_70_and_says_where(tmp_path, capfd
     assert exit_codes(1, work) == [70]
     said = status(tmp_path)
     assert capfd.readouterr().err == said["message"] + "\n"
-    assert f"rank 0 on {HOST}: step 7: no progress for 1 s (waiting for data)" in said["message"]
+    # Of one process nobody asks which; the status tells all the same.
+    assert said["message"].startswith("step 7: no progress for 1 s (waiting for data)")
     assert (said["exit_code"], said["dist_rank"], said["host"], said["step"]) == (70, 0, HOST, 6)
     assert json.loads((tmp_path / "heartbeat.json").read_text())["stage"] == "failed"
 

@@ -16,8 +16,10 @@ import safetensors.torch
 import torch
 
 from sa3dist.adapters.attach import SLOT, AdapterConfig
+from sa3dist.adapters.foreign import what_instead
 from sa3dist.errors import CheckpointError, ConfigError, EnvironmentFailure
 from sa3dist.formats import atomic_path
+from sa3dist.home import expand_home
 
 CONFIG_KEY = "lora_config"
 # Header entry holding base.weights_digest(); written by whoever saves, checked by warm_start.
@@ -60,13 +62,13 @@ def read_adapter_file(path: str | Path) -> AdapterFile:
 
     Raises CheckpointError, naming the file, for what is no adapter file, a bad ``lora_config`` or non-finite values.
     """
-    path = Path(path)
+    path = Path(expand_home(path))
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             metadata = dict(file.metadata() or {})
             tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+        raise CheckpointError(f"{path}: {what_instead(path, error)}") from error
     for key, value in tensors.items():
         if not value.is_floating_point() or not value.float().isfinite().all():
             raise CheckpointError(
@@ -108,7 +110,7 @@ def write_adapter_file(
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> None:
     """Write a safetensors file, whole or not at all; equal contents give equal bytes."""
-    with atomic_path(Path(path)) as temporary:
+    with atomic_path(Path(expand_home(path))) as temporary:
         temporary.write_bytes(_sorted_header(safetensors.torch.save(dict(tensors), dict(header))))
 
 

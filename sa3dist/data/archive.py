@@ -1,52 +1,27 @@
-"""Any source of captioned audio (zip, folder, shards; local or remote) as a sorted list of (audio, caption) pairs."""
+"""Any source of captioned audio (zip, folder, shards; local or remote), opened as a container of its files."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import unicodedata
-from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urlsplit
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
-from sa3dist.data.captions import is_json, is_manifest, read_manifest
-from sa3dist.data.containers import MAX_TOTAL_BYTES, Container, FolderContainer, Member, TarContainer, printable
-from sa3dist.data.fetch import Downloads, is_remote, shown
+from sa3dist.data.containers import MAX_TOTAL_BYTES, Container, TarContainer
+from sa3dist.data.fetch import Downloads, is_remote, shown, split_query
+from sa3dist.data.folders import FolderContainer
+from sa3dist.data.kinds import AUDIO_EXTENSIONS, BESIDE_SHARDS, extension_of, is_audio, is_system, printable
+from sa3dist.data.own_folders import OWN, is_own, on_disk
+from sa3dist.data.pairing import Listing, Pair, pair_members
 from sa3dist.data.zips import ZipContainer
 from sa3dist.errors import DataError
+from sa3dist.home import local_name
+from sa3dist.wording import counted
 
-AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "ogg", "opus", "aif", "aiff")
+__all__ = ["AUDIO_EXTENSIONS", "Listing", "Pair", "expand_braces", "local_path", "open_source", "pair_members"]
+
 # More shards than any listed data set needs, and a typo like {0..99999999} must not fill the memory.
 MAX_SHARDS = 100_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """key: posix path inside the source without extension; the members lie in the container that listed them.
-
-    caption       a .txt or .json member, or the text itself where a manifest holds it
-    caption_name  where the caption is, for messages
-    """
-
-    key: str
-    extension: str
-    audio: Member
-    caption: Member | str
-    caption_name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Listing:
-    """pairs     sorted by key
-    refusals  one line per fault of the container itself (hostile or unreadable members): never skipped
-    problems  key -> one line: audio without caption, caption without audio, two audio files or captions that compete
-    ignored   files that are neither audio nor captions, among them dot files and __MACOSX
-    """
-
-    pairs: tuple[Pair, ...]
-    refusals: tuple[str, ...]
-    problems: dict[str, tuple[str, ...]]
-    ignored: int
 
 
 @contextlib.contextmanager
@@ -55,85 +30,54 @@ def open_source(
     work_dir: Path,
     should_stop: Callable[[], bool] = lambda: False,
     max_download_bytes: int = MAX_TOTAL_BYTES,
+    outputs: Sequence[Path] = (),
 ) -> Iterator[Container]:
     """Open ``source``: a path, file:// or fsspec URL of a zip, a folder, or tars (one, or with {000..127}).
 
     Remote sources are downloaded into ``work_dir``/downloads first and stay there for the next run, unless a DataError
-    refuses them. Raises DataError when the source is missing, of no known kind, or hostile as a whole.
+    refuses them. What runs have left in the source, results and work directories, is passed over and said.
+    outputs   where the run at hand will write: refused where it holds clips of the source
+    Raises DataError when the source is missing, of no known kind, or hostile as a whole.
     """
     downloads = Downloads(Path(work_dir) / "downloads", should_stop, max_download_bytes)
     try:
         paths = [downloads.fetch(part) if is_remote(part) else local_path(part) for part in expand_braces(source)]
+        for directory in outputs:
+            for path in paths:
+                _refuse_clips_among_results(path, directory, shown(source))
         with _container(paths, shown(source)) as container:
+            container.leave_out_own()
+            if container.own:
+                container.left_out[OWN] = [_with_sounds(paths[0], name) for name in container.own]
             yield container
     except DataError:
         downloads.forget()
         raise
 
 
-def pair_members(container: Container) -> Listing:
-    """Match every audio file with its caption; upper and lower case of a name count as one.
-
-    The caption is the .txt of the same path and stem, or a line of captions.csv or captions.jsonl in a folder above;
-    where there is neither, the .json of that stem.
-    """
-    audio: dict[str, list[Member]] = {}
-    captions: dict[str, list[Member | _Line]] = {}
-    descriptions: dict[str, Member] = {}
-    ignored = container.hidden
-    refusals = [_refusal(*item) for item in sorted(container.refused.items())]
-    for member in container.members:
-        extension = PurePosixPath(member.name).suffix[1:].lower()
-        if extension in AUDIO_EXTENSIONS:
-            audio.setdefault(_stem(member.name), []).append(member)
-        elif extension == "txt":
-            captions.setdefault(_stem(member.name), []).append(member)
-        elif is_manifest(member.name):
-            try:
-                for name, text, place in read_manifest(container, member):
-                    captions.setdefault(_stem(name), []).append(_Line(name, text, place))
-            except DataError as error:
-                refusals.append(str(error))
-        elif is_json(member.name):
-            descriptions[_stem(member.name)] = member
-        else:
-            ignored += 1
-    for stem, member in descriptions.items():
-        # Beside a caption a .json holds something else, and alone it may be anything.
-        if stem in audio and stem not in captions:
-            captions[stem] = [member]
-        else:
-            ignored += 1
-    # What was refused ends the run anyway: an absent or unreadable partner of it is no second problem.
-    refused = {_stem(name) for names in container.refused.values() for name in names}
-    problems: dict[str, tuple[str, ...]] = {}
-    pairs = []
-    for stem in sorted(audio.keys() | captions.keys()):
-        sounds, texts = audio.get(stem, []), captions.get(stem, [])
-        if stem in refused:
-            continue
-        if problem := _mismatch(sounds, texts):
-            problems[_without_extension((sounds or texts)[0].name)] = (problem,)
-        else:
-            name, caption = sounds[0].name, texts[0]
-            extension = PurePosixPath(name).suffix[1:].lower()
-            text = caption.text if isinstance(caption, _Line) else caption
-            pairs.append(Pair(_without_extension(name), extension, sounds[0], text, _place(caption)))
-    pairs.sort(key=lambda pair: pair.key)
-    return Listing(tuple(pairs), tuple(refusals), problems, ignored)
-
-
 def expand_braces(source: str) -> list[str]:
-    """``x-{000..127}.tar`` as its 128 names; anything else as itself. Raises DataError above MAX_SHARDS."""
-    before, opened, rest = source.partition("{")
+    """``x-{000..127}.tar`` as its 128 names, each with the query behind it; anything else as itself.
+
+    Raises DataError above MAX_SHARDS.
+    """
+    address, query = split_query(source)
+    if address.endswith(".tar"):
+        return [name + query for name in _numbered(address, shown(source))]
+    # A server that takes the name of the file as its query.
+    return _numbered(source, shown(source)) if source.endswith(".tar") else [source]
+
+
+def _numbered(pattern: str, label: str) -> list[str]:
+    before, opened, rest = pattern.partition("{")
     inside, closed, after = rest.partition("}")
     first, dots, last = inside.partition("..")
-    if not (opened and closed and dots and first.isdecimal() and last.isdecimal()) or not source.endswith(".tar"):
-        return [source]
-    if not 0 <= int(last) - int(first) < MAX_SHARDS:
-        raise DataError(f"{shown(source)}: expected a range of 1 to {MAX_SHARDS} shards in braces, lower number first")
+    if not (opened and closed and dots and first.isdecimal() and last.isdecimal()):
+        return [pattern]
+    tails = _numbered(after, label)
+    if not 0 <= int(last) - int(first) < MAX_SHARDS / len(tails):
+        raise DataError(f"{label}: expected a range of 1 to {MAX_SHARDS} shards in braces, lower number first")
     numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    return [before + number + tail for number in numbers for tail in expand_braces(after)]
+    return [before + number + tail for number in numbers for tail in tails]
 
 
 def check_local(source: str) -> None:
@@ -145,64 +89,122 @@ def check_local(source: str) -> None:
 
 def local_path(source: str) -> Path:
     """The file or folder of a path or file:// address. Raises DataError when there is none."""
-    path = Path(unquote(urlsplit(source).path) if source.startswith("file://") else source).expanduser()
-    if not path.exists():
+    path = Path(local_name(source))
+    # os.path, which finds nothing where a name is too long; Path raises.
+    if not os.path.exists(path):
         raise DataError(f"{source}: no such file or folder; check the path")
     if not (path.is_file() or path.is_dir()):
         raise DataError(f"{source}: neither a file nor a folder")
     return path
 
 
+def _refuse_clips_among_results(source: Path, directory: Path, label: str) -> None:
+    """What a run writes is no part of its source: clips that lie there already cannot be meant to be left out."""
+    source, directory = Path(source).resolve(), Path(directory).resolve()
+    if directory == source or not directory.is_relative_to(source) or is_own(str(directory), on_disk):
+        return
+    for sound in _sounds(directory):
+        raise DataError(
+            f"{label}: {printable(str(sound.relative_to(source)))} lies in {directory.relative_to(source)}, where this "
+            f"run would write; choose another output_dir or work_dir"
+        )
+
+
+def _sounds(folder: Path) -> list[Path]:
+    """The audio files anywhere below a local folder."""
+    found = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
+    return sorted(path for path in found if is_audio(path.name))
+
+
+def _with_sounds(source: Path, name: str) -> str:
+    """``name``, with the number of audio files in it: somebody may have meant them."""
+    count = len(_sounds(source / name))
+    return f"{name} ({counted(count, 'audio file')} in it)" if count else name
+
+
 def _container(paths: list[Path], label: str) -> Container:
     path = paths[0]
-    if len(paths) > 1 or path.suffix.lower() == ".tar":
-        return TarContainer(paths, label)
+    if len(paths) > 1:
+        return _tars(paths, label)
     if path.is_file():
-        return ZipContainer(path, label)
-    suffixes = {child.suffix[1:].lower() for child in path.iterdir()}
-    if "tar" in suffixes and not suffixes & set(AUDIO_EXTENSIONS):
-        return TarContainer(sorted(path.glob("*.tar")), label)
-    return FolderContainer(path, label)
+        return _archive(path, label)
+    folder = FolderContainer(path, label)
+    tars = shards_on_top(folder, path)
+    if not tars:
+        return folder
+    shards = _tars(tars, label)
+    shards.system += folder.system
+    names = {tar.name for tar in tars}
+    beside = [*(m.name for m in folder.members), *(name for names in folder.left_out.values() for name in names)]
+    if beside := sorted(set(beside) - names):
+        shards.left_out.setdefault(BESIDE_SHARDS, []).extend(beside)
+    return shards
 
 
-def _stem(name: str) -> str:
-    # macOS stores names decomposed, Windows and macOS do not tell upper from lower case.
-    return unicodedata.normalize("NFC", _without_extension(name)).casefold()
+def tars_on_top(path: Path) -> list[Path]:
+    """The .tar files directly in a folder, in order of name."""
+    tars = [child for child in path.iterdir() if extension_of(child.name) == "tar" and not is_system(child.name)]
+    return sorted(child for child in tars if child.is_file())
 
 
-def _without_extension(name: str) -> str:
-    return name[: len(name) - len(PurePosixPath(name).suffix)]
+def shards_on_top(folder: FolderContainer, path: Path) -> list[Path]:
+    """``tars_on_top`` of a folder of shards. Raises DataError where clips lie in it as well, in whatever subfolder."""
+    tars = tars_on_top(path)
+    refused = [name for names in folder.refused.values() for name in names]
+    for name in filter(is_audio, [*(member.name for member in folder.members), *refused] if tars else ()):
+        raise DataError(two_readings(folder.label, tars[0].name, name))
+    return tars
 
 
-@dataclasses.dataclass(frozen=True)
-class _Line:
-    """A manifest's line: the audio file it names, the caption, and where it stands."""
-
-    name: str
-    text: str
-    place: str
-
-
-def _place(caption: Member | _Line) -> str:
-    return caption.place if isinstance(caption, _Line) else printable(caption.name)
+def two_readings(label: str, tar: str, clip: str) -> str:
+    """The refusal of a folder that is one of shards or one of clips."""
+    return (
+        f"{label}: holds shards ({printable(tar)}) and clips ({printable(clip)}), and only one can be meant; "
+        f"move the .tar away, or give its path to read it alone"
+    )
 
 
-def _mismatch(sounds: list[Member], texts: list[Member | _Line]) -> str | None:
-    names = " and ".join([*(printable(member.name) for member in sounds), *(_place(text) for text in texts)])
-    if len(sounds) > 1:
-        return f"{names}: {len(sounds)} audio files claim one caption; rename or remove all but one"
-    if len(texts) > 1:
-        return f"{names}: {len(texts)} captions for one clip; remove all but one"
-    if not texts:
-        return f"{names}: audio without a caption; add {printable(PurePosixPath(sounds[0].name).stem)}.txt beside it"
-    if not sounds and isinstance(texts[0], _Line):
-        return f"{names}: caption of {printable(texts[0].name)}, which is not there; add the clip or remove the line"
-    if not sounds:
-        return f"{names}: caption without audio; add the clip beside it or remove the caption"
-    return None
+# How files begin that are no data set, what they are, and what helps.
+_OTHER_FILES = (
+    (b"\x1f\x8b", "compressed with gzip", "tar -xzf"),
+    (b"BZh", "compressed with bzip2", "tar -xjf"),
+    (b"\xfd7zXZ\0", "compressed with xz", "tar -xJf"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstandard", "tar --zstd -xf"),
+    (b"\x04\x22\x4d\x18", "compressed with lz4", "lz4 -d"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "7z x"),
+    (b"Rar!\x1a\x07", "a RAR archive", "unrar x"),
+)
+_AUDIO_STARTS = (b"fLaC", b"OggS", b"ID3", b"RF64", b"caff")
 
 
-def _refusal(fault: str, names: list[str]) -> str:
-    listed = ", ".join(printable(name) for name in names[:3])
-    more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
-    return f"{listed}{more}: {fault}"
+def _archive(path: Path, label: str) -> Container:
+    """A zip or a tar, by what it holds rather than by its name."""
+    start = _start_of(path, label)
+    _refuse_packed(path, start, label)
+    if start.startswith(_AUDIO_STARTS) or start[8:12] in (b"WAVE", b"AIFF", b"AIFC"):
+        raise DataError(f"{label}: is one recording, expected a zip, a .tar or a folder; give the folder it is in")
+    is_tar = start[257:262] == b"ustar" or extension_of(path.name) == "tar"
+    return TarContainer([path], label) if is_tar and not start.startswith(b"PK") else ZipContainer(path, label)
+
+
+def _tars(paths: list[Path], label: str) -> TarContainer:
+    for path in paths:
+        _refuse_packed(path, _start_of(path, label), f"{label}: {path.name}")
+    return TarContainer(paths, label)
+
+
+def _start_of(path: Path, label: str) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(512)
+    except OSError as error:
+        raise DataError(f"{label}: {path.name} cannot be read ({error.strerror or error}); check the path") from error
+
+
+def _refuse_packed(path: Path, start: bytes, label: str) -> None:
+    for magic, what, command in _OTHER_FILES:
+        if start.startswith(magic):
+            raise DataError(
+                f"{label}: is {what}, expected a zip, a plain .tar or a folder; unpack it ({command} {path.name}) and "
+                f"give the folder"
+            )

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from sa3dist.data.joined import counts_its_frames, refuse_joined, refuse_lost
 from sa3dist.data.places import read_clip
+from sa3dist.data.riff import mended
 from sa3dist.errors import DataError
 from sa3dist.formats import ClipEntry, DatasetIndex
 
@@ -35,7 +37,8 @@ MAX_PEAK = 100.0
 SAMPLE_RATE_RANGE_HZ = (1000, 768_000)
 # libmpg123 may count one or two frames of 1152 samples more than it delivers, without any damage.
 MP3_SLACK_SAMPLES = 2304
-CONTAINER_FORMATS = {"WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "AIFF"}
+CONTAINER_FORMATS = {"WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF"}
+EXPECTED = "expected WAV, FLAC, MP3, OGG, OPUS, AIFF, AU, CAF or W64"
 DECODE_BLOCK_SAMPLES = 1 << 18
 # What is only looked at stays in a core's cache: 1 MB.
 CHECK_BLOCK_VALUES = 1 << 18
@@ -60,9 +63,11 @@ def check_audio(data: bytes, observe: Callable[[np.ndarray, int, int], None] | N
     observe   called with every block, float32 (samples, channels), which the next one overwrites, the sample rate in Hz
               and the samples the header promises
     Raises DataError, without a file name, when it is undecodable, empty, shorter than 10 ms or longer than an hour,
-    holds NaN or infinity, or never exceeds -60 dBFS. Content decides the format, not the extension.
+    holds NaN or infinity, never exceeds -60 dBFS, or holds audio that is not decoded. Content decides the format, not
+    the extension.
     """
     samples, peak = 0, 0.0
+    refuse_joined(data)
     with _file(data) as file, _open(file) as sound:
         rate, channels, declared = sound.samplerate, sound.channels, _declared_samples(sound)
         _check_size(rate, channels, declared)
@@ -77,11 +82,14 @@ def check_audio(data: bytes, observe: Callable[[np.ndarray, int, int], None] | N
             peak = max(peak, high, -low)
             if observe:
                 observe(block, rate, declared)
-        slack = MP3_SLACK_SAMPLES if sound.format == "MP3" else 0
+        slack = 0
+        if sound.format == "MP3":
+            slack = MP3_SLACK_SAMPLES if counts_its_frames(data) else declared
     if samples == 0:
         raise DataError("is empty (0 samples); replace or remove it")
     if samples + slack < declared:
         raise DataError(f"is cut off: only {samples} of {declared} samples decode; copy or export it again")
+    refuse_lost(data, samples)
     if samples < MIN_SECONDS * rate:
         raise DataError(
             f"has {samples} sample{'s' * (samples != 1)} ({1000 * samples / rate:.3g} ms at {rate} Hz), "
@@ -252,17 +260,24 @@ def _open(file: BinaryIO):
         raise _undecodable(error) from error
     with sound:
         if sound.format not in CONTAINER_FORMATS:
-            raise DataError(f"is {sound.format} inside, expected WAV, FLAC, MP3, OGG, OPUS or AIFF; convert it")
+            raise DataError(f"is {sound.format} inside, {EXPECTED}; convert it")
         yield sound
 
 
+def check_whole(data: bytes, samples: int) -> None:
+    """Raise DataError when ``data`` holds other audio than the ``samples`` that were decoded of it at some time."""
+    refuse_joined(data)
+    refuse_lost(data, samples)
+
+
 def _file(data: bytes) -> BinaryIO:
-    """``data`` as a file, of the system's where that is possible.
+    """``data`` as a file, of the system's where that is possible; a header that its recorder left open is closed.
 
     libsndfile reads those by itself; an object it reads through Python, up to a thousand times for one clip, and each
     time a thread has to wait for the others. A process's main thread, which is all that a loader process has, does not:
     to copy the bytes costs more there.
     """
+    data = mended(data)
     waits = threading.current_thread() is not threading.main_thread()
     # Not on every system, nor in every container.
     if waits and len(data) <= MAX_COPIED_BYTES and hasattr(os, "memfd_create"):
@@ -299,7 +314,7 @@ def _blocks(sound, block_samples: int = DECODE_BLOCK_SAMPLES, out: np.ndarray | 
 def _undecodable(error: Exception) -> DataError:
     # error_string leaves out the address of the in-memory file, which str(error) shows.
     reason = getattr(error, "error_string", str(error)).strip().rstrip(".")
-    return DataError(f"cannot be decoded ({reason}), expected WAV, FLAC, MP3, OGG, OPUS or AIFF; export it again")
+    return DataError(f"cannot be decoded ({reason}), {EXPECTED}; export it again")
 
 
 def _check_size(rate: int, channels: int, samples: int) -> None:

@@ -13,6 +13,7 @@ from sa3dist.errors import DataError
 from sa3dist.formats import ClipEntry
 from sa3dist.parallel.group import Group, together
 from sa3dist.parallel.signals import StopRequest
+from sa3dist.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def collect(
             _remove_files(encoded, groups[number])
 
     together(group, "collect", work, stop)
-    log.info("latents: %d shards in %s", len(groups), encoded.shards_dir)
+    log.info("latents: %s in %s", counted(len(groups), "shard"), encoded.shards_dir)
     encoded.shards.load(encoded.shards_dir)
 
 

@@ -1,4 +1,4 @@
-"""Zip (zips.py), folder and tar as one thing: a checked list of members, and bounded reads. Input may be hostile.
+"""Zip (zips.py), folder (folders.py) and tar as one thing: a checked list of members, bounded reads, hostile input.
 
 Faults of single members are collected in ``refused``, so that all are reported at once; what makes the whole container
 unusable raises DataError.
@@ -11,12 +11,21 @@ import dataclasses
 import io
 import os
 import re
-import stat
 import struct
 import tarfile
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from sa3dist.data.kinds import (
+    extension_of,
+    is_audio,
+    is_hidden_audio,
+    is_manifest,
+    is_system,
+    kind_of,
+    printable,
+)
+from sa3dist.data.own_folders import is_below, own_names
 from sa3dist.errors import DataError
 
 # An hour of 24-bit stereo at 48 kHz is 1.04e9 bytes; the longest clip a model sees is 380 s.
@@ -27,6 +36,7 @@ MAX_TOTAL_BYTES = 1 << 40
 MAX_MEMBERS = 1_000_000
 READ_BLOCK_BYTES = 1 << 20
 
+HIDDEN_AUDIO = "hidden audio file", "names that begin with a dot are left out; rename it to use it"
 _DRIVE = re.compile(r"^[A-Za-z]:")
 TAR_FAULTS = (tarfile.TarError, struct.error, EOFError, OSError, ValueError, LookupError, OverflowError)
 
@@ -40,52 +50,54 @@ class Member:
     handle: Any
 
 
-def printable(name: str) -> str:
-    """``name`` with control characters and broken encodings escaped, so that a message stays one line."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-
-
 def name_fault(name: str) -> str | None:
     """Why ``name`` could point outside the container or cannot be a key, or None."""
+    if "\\" in name:
+        return "has a backslash in its name, expected '/' between folders; rename it"
+    return path_fault(name) or spelling_fault(name)
+
+
+def path_fault(name: str) -> str | None:
+    """Why a name with '/' between folders could point outside the container, or None."""
     if not name:
         return "has no name; make the archive again with another tool"
-    if "\\" in name:
-        return (
-            "has a backslash in its name, expected '/' between folders; rename it or make the archive with another tool"
-        )
     if name.startswith("/") or _DRIVE.match(name):
         return (
             "has an absolute path, expected one relative to the archive; make the archive again from inside its folder"
         )
     if ".." in name.split("/"):
         return "points outside the archive with '..'; make the archive again from inside its folder"
+    return None
+
+
+def spelling_fault(name: str) -> str | None:
+    """Why ``name`` cannot be a key although it leads nowhere else, or None."""
     if any(ord(c) < 32 or ord(c) == 127 for c in name):
         return "has a control character in its name; rename it"
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
-        return "has a name that is not valid UTF-8; rename it"
+        return "has a name that is not UTF-8; rename it, or make the archive again with names in UTF-8"
     return None
-
-
-def hidden(name: str) -> bool:
-    """Dot files and the resource forks macOS adds to zips."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
 class Container(abc.ABC):
     """Base of the three kinds.
 
-    label    how messages call it
-    members  regular, visible files in order of name; names are unique
-    hidden   how many dot files and __MACOSX entries were passed over
-    refused  fault -> names of the members that have it
+    label     how messages call it
+    members   regular files in order of name, but for system files and what is left out; names are unique
+    system    how many files of operating systems were passed over
+    left_out  (what, why) -> names of files that cannot matter and could not be listed, as kind_of names them
+    own       results and work directories of runs, which are left out, by name
+    refused   fault -> names of the members that have it
     """
 
     def __init__(self, label: str):
         self.label = label
         self.members: list[Member] = []
-        self.hidden = 0
+        self.system = 0
+        self.left_out: dict[tuple[str, str], list[str]] = {}
+        self.own: list[str] = []
         self.refused: dict[str, list[str]] = {}
         self._names: set[str] = set()
         self._total = 0
@@ -97,6 +109,11 @@ class Container(abc.ABC):
         Raises DataError, without the member's name, when it is damaged or gone.
         """
 
+    def leave_out_own(self) -> None:
+        """Pass over what runs have left, as far as the names tell; a folder does so on the way."""
+        self.own += sorted(own_names(member.name for member in self.members))
+        self.members = [member for member in self.members if not is_below(member.name, self.own)]
+
     def close(self) -> None:  # noqa: B027 - only a zip holds a file open
         """Let go of open files."""
 
@@ -106,18 +123,38 @@ class Container(abc.ABC):
     def __exit__(self, *_):
         self.close()
 
-    def _admit(self, name: str, size: int, handle: Any, fault: str | None = None) -> None:
-        fault = name_fault(name) or fault
-        if fault is None and hidden(name):
-            self.hidden += 1
+    def _admit(self, name: str, size: int, handle: Any, fault: str | None = None, unsafe: str | None = None) -> None:
+        """List a file, or say where it belongs otherwise.
+
+        fault    why it cannot be read, which does not matter of a file that would not be read anyway
+        unsafe   what no archive may hold, whatever it is called
+        """
+        # Some archives of Windows have backslashes between folders, and so have files unpacked from them elsewhere.
+        name = name.replace("\\", "/")
+        if unsafe := path_fault(name) or unsafe:
+            self.refused.setdefault(unsafe, []).append(name)
             return
         clean = PurePosixPath(name).as_posix()
+        if is_system(clean):
+            if is_hidden_audio(clean):
+                self._leave_out(HIDDEN_AUDIO, clean)
+            else:
+                self.system += 1
+            return
+        if odd := spelling_fault(name):
+            # What cannot be a clip's name cannot be its caption's or its table's either.
+            fault, matters = odd, is_audio(clean)
+        else:
+            matters = is_audio(clean) or extension_of(clean) == "txt" or is_manifest(clean)
         if fault is None and size > MAX_MEMBER_BYTES:
             fault = f"is {size} bytes, expected at most {MAX_MEMBER_BYTES}; cut it into shorter clips"
         if fault is None and clean in self._names:
             fault = "is there twice under one name; make the archive again"
+        if fault is not None and not matters:
+            self._leave_out(kind_of(clean), clean)
+            return
         if fault is not None:
-            self.refused.setdefault(fault, []).append(name if name_fault(name) else clean)
+            self.refused.setdefault(fault, []).append(clean)
             return
         self._names.add(clean)
         self._total += size
@@ -129,52 +166,8 @@ class Container(abc.ABC):
                 f"{self.label}: unpacks to more than {MAX_TOTAL_BYTES} bytes; split it into several data sets"
             )
 
-
-class FolderContainer(Container):
-    def __init__(self, path: Path, label: str):
-        super().__init__(label)
-        self._root = Path(path).resolve()
-        for folder, folders, files in os.walk(self._root, onerror=self._unreadable):
-            inside = os.path.relpath(folder, self._root)
-            for name in [f for f in folders if os.path.islink(os.path.join(folder, f))]:
-                relative = os.path.normpath(os.path.join(inside, name))
-                self._admit(relative, 0, None, "is a link to a folder, expected the folder itself; copy it there")
-            folders[:] = sorted(f for f in folders if not hidden(f))
-            for name in files:
-                if hidden(name):
-                    self.hidden += 1
-                    continue
-                self._add(Path(folder, name), os.path.normpath(os.path.join(inside, name)))
-        self.members.sort(key=lambda member: member.name)
-
-    def read(self, member: Member) -> bytes:
-        try:
-            with open(member.handle, "rb") as stream:
-                return read_exactly(stream, member.size)
-        except OSError as error:
-            raise DataError(
-                f"cannot be read ({error.strerror or error}); check the file and its permissions"
-            ) from error
-
-    def _add(self, path: Path, name: str) -> None:
-        try:
-            # resolve(strict) follows links; a dangling one or a loop raises.
-            target = path.resolve(strict=True)
-            status = target.stat()
-        except (OSError, RuntimeError):
-            self._admit(name, 0, None, "is a link to nothing; remove it or copy the file there")
-            return
-        fault = None
-        if not target.is_relative_to(self._root):
-            fault = "is a link that leaves the folder, expected the file itself; copy it there"
-        elif not stat.S_ISREG(status.st_mode):
-            fault = "is a device or pipe, expected a file"
-        self._admit(name, status.st_size, target, fault)
-
-    def _unreadable(self, error: OSError) -> None:
-        raise DataError(
-            f"{self.label}: folder {error.filename} cannot be listed ({error.strerror}); check its permissions"
-        )
+    def _leave_out(self, kind: tuple[str, str], name: str) -> None:
+        self.left_out.setdefault(kind, []).append(name)
 
 
 class TarContainer(Container):
@@ -186,8 +179,8 @@ class TarContainer(Container):
         names = [info.name for _, info in found]
         prefixed = len(paths) > 1 and len(set(names)) < len(names)
         for path, info in sorted(found, key=lambda pair: (pair[1].name, pair[0].name)):
-            name = f"{path.stem}/{info.name}" if prefixed and not name_fault(info.name) else info.name
-            self._admit(name, info.size, (path, info.offset_data), _tar_fault(info))
+            name = f"{path.stem}/{info.name}" if prefixed and not path_fault(info.name) else info.name
+            self._admit(name, info.size, (path, info.offset_data), unsafe=_tar_fault(info))
         self.members.sort(key=lambda member: member.name)
 
     def read(self, member: Member) -> bytes:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sa3dist.contents import HEAD_BYTES, answer_instead
 from sa3dist.data.containers import printable
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted, SA3DistError
 
@@ -52,11 +53,22 @@ def download(
         raise DataError(f"{label}: {size} bytes, expected at most {limit}; split it, or raise max_download_bytes")
     transfer = _Transfer(system, path, size, part, label, limit, should_stop)
     persist(transfer.attempt, label, should_stop, transfer.moved)
+    if "http" in system.protocol:
+        _refuse_answer(part, label)
     if version_of(info):
         system.invalidate_cache()
         if version_of(remote_info(system, path, label, should_stop)) != version_of(info):
             part.unlink(missing_ok=True)
             raise EnvironmentFailure(f"{label}: changed while it was downloaded; run again")
+
+
+def _refuse_answer(part: Path, label: str) -> None:
+    """Web servers say with status 200 what they think of a request; no other kind of server does."""
+    with part.open("rb") as stream:
+        instead = answer_instead(stream.read(HEAD_BYTES))
+    if instead is not None:
+        part.unlink()
+        raise DataError(f"{label}: the server sends {instead}")
 
 
 class _Transfer:
@@ -131,6 +143,9 @@ def persist(
         except SA3DistError:
             raise
         except Exception as error:
+            if isinstance(error.__cause__, SA3DistError):
+                # fsspec's http calls every failure of a first look "not found".
+                raise error.__cause__ from error
             problem = _refusal(error, label)
             if problem is not None:
                 raise problem from error
@@ -150,6 +165,8 @@ def persist(
 def _refusal(error: Exception, label: str) -> DataError | None:
     """What asking again cannot mend, or None."""
     cause, status = _cause(error)
+    if status == 407 or type(cause).__name__ == "ClientHttpProxyError":
+        return DataError(f"{label}: the proxy refuses it (status {status}); check http_proxy, https_proxy and no_proxy")
     if isinstance(cause, FileNotFoundError) or status in (404, 410):
         return DataError(f"{label}: not found; check the address")
     if isinstance(cause, PermissionError) or status in (401, 403) or type(cause).__name__ == "NoCredentialsError":
@@ -161,6 +178,7 @@ def _reason(error: Exception) -> str:
     cause, status = _cause(error)
     # Redirects are named with their signatures; whoever holds one may read the file.
     text = re.sub(r"(://[^\s?'\"]*)\?[^\s'\")]*", r"\1", str(cause) or type(cause).__name__)
+    text = re.sub(r"://[^\s/'\"]*@", "://", text)
     return f"status {status}" if status and status >= 400 else printable(text)[:200]
 
 

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from sa3dist.data.containers import MAX_MEMBER_BYTES, MAX_TOTAL_BYTES
 from sa3dist.data.download import CONNECT_SECONDS, SILENT_SECONDS, download, remote_info, version_of
@@ -22,15 +21,30 @@ _EXTRAS = {"s3": "pip install 'sa3dist[s3]'", "http": "pip install aiohttp", "ht
 
 
 def is_remote(source: str) -> bool:
-    return "://" in source and not source.startswith("file://")
+    return "://" in source and source[:7].lower() != "file://"
+
+
+def split_query(source: str) -> tuple[str, str]:
+    """An address up to its path, and from ``?`` on (in http also from ``#``, which elsewhere is part of a name)."""
+    if not is_remote(source):
+        return source, ""
+    ends = r"[?#]" if source[:4].lower() == "http" else r"\?"
+    address = re.split(ends, source, maxsplit=1)[0]
+    return address, source[len(address) :]
+
+
+def address_name(source: str) -> str:
+    """The last part of an address's path, as it is written there."""
+    return split_query(source)[0].partition("://")[2].partition("/")[2].rpartition("/")[2]
 
 
 def shown(source: str) -> str:
     """``source`` without user, password and query, which may hold secrets."""
     if not is_remote(source):
         return source
-    parts = urlsplit(source)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    scheme, _, rest = split_query(source)[0].partition("://")
+    authority, slash, path = rest.partition("/")
+    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
 
 
 def fetch(source: str, downloads: Path, should_stop: Callable[[], bool], max_bytes: int = MAX_TOTAL_BYTES) -> Path:
@@ -57,9 +71,8 @@ class Downloads:
 
         Raises DataError when it does not exist, may not be read or is too large, EnvironmentFailure when it breaks off.
         """
-        system, path = filesystem(source)
         label = shown(source)
-        info = remote_info(system, path, label, self._should_stop)
+        system, path, info = look_up(source, self._should_stop)
         local = (
             self._folder(system, path, source)
             if info.get("type") == "directory"
@@ -87,7 +100,7 @@ class Downloads:
         key = digest_of(source, json.dumps(version, sort_keys=True))[:16]
         found = self._cached(key) if version else None
         if found is None:
-            name = re.sub(r"[^A-Za-z0-9._-]", "_", Path(urlsplit(source).path).name)[-80:] or "data"
+            name = re.sub(r"[^A-Za-z0-9._-]", "_", address_name(source))[-80:] or "data"
             found = self._bring(system, path, info, key, name, label)
             if version:
                 note = {"url": label, "version": version, "sha256": found.name[:64], "bytes": found.stat().st_size}
@@ -165,25 +178,29 @@ class Downloads:
         return target
 
 
+def look_up(source: str, should_stop: Callable[[], bool]) -> tuple[Any, str, dict[str, Any]]:
+    """As ``filesystem``, and fsspec's description of the file. Raises as ``download`` does."""
+    system, path = filesystem(source)
+    try:
+        return system, path, remote_info(system, path, shown(source), should_stop)
+    except DataError as error:
+        if "#" not in split_query(source)[1].partition("?")[0]:
+            raise
+        raise DataError(f"{error}; what follows # is not sent, write %23 where it is part of the name") from error
+
+
 def filesystem(source: str):
     """fsspec's file system of a URL and the path in it, of this process: a fork makes its own.
 
-    Raises DataError when the package for it is missing or the scheme is unknown.
+    Raises DataError when the package for it is missing, the scheme is unknown, or an address or a proxy cannot be.
     """
     import fsspec
 
-    scheme = source.split("://", 1)[0]
-    options = {}
-    if scheme in ("http", "https"):
-        import aiohttp
-
-        from sa3dist.data.http_bounds import BoundedResponse
-
-        # aiohttp's default ends every request, however it goes, after five minutes.
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS)
-        options = {"client_kwargs": {"timeout": timeout, "response_class": BoundedResponse}}
+    scheme = source.split("://", 1)[0].lower()
     try:
-        return fsspec.core.url_to_fs(source, **options)
+        if scheme in ("http", "https"):
+            return _web(source, scheme)
+        return fsspec.core.url_to_fs(source)
     except ImportError as error:
         hint = _EXTRAS.get(scheme, "install the package it names")
         raise DataError(f"{shown(source)}: {scheme}:// needs an optional package ({error}); {hint}") from error
@@ -191,3 +208,24 @@ def filesystem(source: str):
         raise DataError(
             f"{shown(source)}: {scheme}:// is no known kind of location; use a path, http(s):// or s3://"
         ) from error
+
+
+def _web(source: str, scheme: str):
+    import aiohttp
+    import fsspec
+
+    from sa3dist.data.http_bounds import BoundedResponse
+    from sa3dist.data.http_request import Request, as_sent, proxy_for
+
+    try:
+        address = as_sent(source)
+    except ValueError as error:
+        raise DataError(f"{shown(source)}: no valid address ({error}); check it") from error
+    # At once, rather than as the cause of a failed request.
+    proxy_for(address)
+    # aiohttp's default ends every request, however it goes, after five minutes.
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS)
+    session = {"timeout": timeout, "response_class": BoundedResponse, "request_class": Request}
+    # Not by url_to_fs, to which "::" in an address is a chain of file systems.
+    system = fsspec.filesystem(scheme, client_kwargs={**session, "requote_redirect_url": False}, encoded=True)
+    return system, str(address)

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import aiohttp
+from aiohttp.hdrs import LOCATION
+from multidict import CIMultiDict, CIMultiDictProxy
 
+from sa3dist.data.http_request import as_sent, resolved
 from sa3dist.errors import DataError
 
 
 class BoundedResponse(aiohttp.ClientResponse):
     """fsspec reads the whole body of what claims to be a part: an endless or compressed one would fill the memory."""
+
+    @property
+    def headers(self) -> CIMultiDictProxy[str]:
+        """As they came, but for a redirect's Location: the whole address, as it will be asked for."""
+        if not self._headers or LOCATION not in self._headers:
+            return self._headers
+        headers = CIMultiDict(self._headers)
+        with contextlib.suppress(ValueError):
+            headers[LOCATION] = str(as_sent(resolved(self.url, headers[LOCATION])))
+        return CIMultiDictProxy(headers)
 
     async def read(self) -> bytes:
         """The body; DataError as soon as it is longer than the range that was asked for, if one was."""

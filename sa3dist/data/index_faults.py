@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sa3dist.data.archive import AUDIO_EXTENSIONS
 from sa3dist.data.audio import MAX_SECONDS, SAMPLE_RATE_RANGE_HZ
 from sa3dist.data.containers import MAX_MEMBER_BYTES, name_fault
+from sa3dist.data.kinds import LeftOut
 from sa3dist.formats import ClipEntry, DatasetIndex, ShardEntry
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ def index_faults(index: DatasetIndex) -> Iterator[str]:
             return
     if not all(isinstance(line, str) and line.isprintable() for line in index.skipped):
         yield "tells of skipped clips in no lines of text"
+    if not all(_is_left_out(kind) for kind in index.left_out):
+        yield "tells of files left out in no lines of text"
     shards = {str(shard.name): shard for shard in index.shards}
     keys = [clip.key for clip in index.clips]
     if not all(isinstance(key, str) for key in keys) or keys != sorted(set(keys)):
@@ -34,6 +37,13 @@ def index_faults(index: DatasetIndex) -> Iterator[str]:
     for clip in index.clips:
         if (problem := _place_fault(clip, shards) or _clip_fault(clip)) is not None:
             yield f"clip {ascii(clip.key)[:80]} {problem}"
+
+
+def _is_left_out(kind: LeftOut) -> bool:
+    texts = kind.what, kind.why, *kind.names
+    return (
+        all(isinstance(text, str) for text in texts) and (kind.what + kind.why).isprintable() and _whole(kind.count, 1)
+    )
 
 
 def _place_fault(clip: ClipEntry, shards: dict[str, ShardEntry]) -> str | None:

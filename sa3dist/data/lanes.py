@@ -13,6 +13,7 @@ import torch
 
 from sa3dist import flow
 from sa3dist.errors import CheckpointError
+from sa3dist.wording import counted
 
 # Shards whose clips are mixed together, and that a continued run reads again from their start to find its place.
 SEGMENT_SHARDS = 4
@@ -87,7 +88,8 @@ class LanePlaces:
         found = len(saved["cursors"]), len(saved["cursors"][0])
         if found != (world_size, lanes):
             raise CheckpointError(
-                f"resume: the checkpoint's places in the shards are those of {found[0]} processes with num_workers "
-                f"{found[1]}, this run has {world_size} and {lanes}; mode: streaming continues with the same only"
+                f"resume: the checkpoint's places in the shards are those of "
+                f"{counted(found[0], 'process', 'processes')} with num_workers {found[1]}, this run has {world_size} "
+                f"and {lanes}; mode: streaming continues with the same only"
             )
         return cls([Cursor(*cursor) for cursor in saved["cursors"][dist_rank]], saved["repeated"])

@@ -7,17 +7,19 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from sa3dist.data.archive import expand_braces, local_path
+from sa3dist.data.archive import expand_braces, local_path, shards_on_top, tars_on_top
 from sa3dist.data.cache import ClipCache
 from sa3dist.data.download import remote_info
-from sa3dist.data.fetch import Downloads, filesystem, is_remote, shown
+from sa3dist.data.fetch import Downloads, address_name, filesystem, is_remote, shown, split_query
+from sa3dist.data.folders import FolderContainer
+from sa3dist.data.kinds import BESIDE_SHARDS, LeftOut
 from sa3dist.data.latent_shards import MEND, SHARD_PREFIX, LatentShard, dataset_digest
+from sa3dist.data.layout import REPORT_NAME
 from sa3dist.data.remote import has_ranges
 from sa3dist.data.remote_latents import RemoteTar
 from sa3dist.errors import DataError
-from sa3dist.formats import DatasetIndex, digest_of
+from sa3dist.formats import INDEX_NAME, DatasetIndex, digest_of
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ def latent_shards_of(source: str) -> list[str] | None:
 def streamed_shards(source: str) -> StreamedDataset:
     """The shards of any kind ``source`` names. Raises DataError when it names something else, or both kinds."""
     label = shown(source)
-    urls = _shards_named(source, lambda name: name.endswith(".tar"))
+    urls = _shards_named(source, lambda name: _last_part(name).lower().endswith(".tar"))
     if urls is None:
         raise DataError(f"{label}: mode: streaming reads shards (.tar, a pattern or a folder of them)")
     kinds = {is_latent_name(url) for url in urls}
@@ -59,7 +61,7 @@ def streamed_shards(source: str) -> StreamedDataset:
         raise DataError(f"{label}: latent shards and others side by side; stream one kind")
     # Sizes tell an exchanged shard from the one before; asking a server for them all would take too long.
     local = [url if is_remote(url) else str(local_path(url)) for url in urls]
-    facts = [f"{Path(url).name} {'' if is_remote(url) else os.path.getsize(url)}" for url in local]
+    facts = [f"{_last_part(url)} {'' if is_remote(url) else os.path.getsize(url)}" for url in local]
     digest = digest_of("streaming", *facts)
     return StreamedDataset(Path(), digest, (), urls=tuple(local), holds_latents=kinds == {True})
 
@@ -70,10 +72,20 @@ def _shards_named(source: str, matches: Callable[[str], bool]) -> list[str] | No
         return parts
     if not is_remote(source):
         folder = local_path(source) if len(parts) == 1 else None
-        found = sorted(folder.glob("*.tar")) if folder is not None and folder.is_dir() else []
-        return [str(path) for path in found if matches(path.name)] or None
+        found = tars_on_top(folder) if folder is not None and folder.is_dir() else []
+        chosen = [path for path in found if matches(path.name)]
+        if not chosen:
+            return None
+        if len(chosen) < len(found):
+            raise DataError(f"{source}: latent shards and others side by side; move one kind elsewhere")
+        container = FolderContainer(folder, source)
+        shards_on_top(container, folder)
+        known = {INDEX_NAME, REPORT_NAME, *(name for path in chosen for name in (path.name, f"{path.stem}.json"))}
+        if beside := tuple(member.name for member in container.members if member.name not in known):
+            log.warning("%s: left out: %s", source, LeftOut(*BESIDE_SHARDS, len(beside), beside).line())
+        return [str(path) for path in chosen]
     # Plain web servers have no folders; what looks like one may be a file of any size.
-    if source.startswith(("http://", "https://")) or len(parts) > 1 or Path(urlsplit(source).path).suffix:
+    if source[:4].lower() == "http" or len(parts) > 1 or Path(address_name(source)).suffix:
         return None
     system, path = filesystem(source)
     if not system.isdir(path):
@@ -83,8 +95,12 @@ def _shards_named(source: str, matches: Callable[[str], bool]) -> list[str] | No
 
 
 def is_latent_name(part: str) -> bool:
-    name = part.rsplit("/", 1)[-1]
+    name = _last_part(part)
     return name.startswith(SHARD_PREFIX) and name.endswith(".tar")
+
+
+def _last_part(part: str) -> str:
+    return address_name(part) if is_remote(part) else Path(part).name
 
 
 def fetch_latents(parts: list[str], work_dir: Path, should_stop: Callable[[], bool], max_bytes: int) -> list[Paths]:
@@ -98,7 +114,8 @@ def fetch_latents(parts: list[str], work_dir: Path, should_stop: Callable[[], bo
 
     def placed(part: str) -> Paths:
         nonlocal stays
-        index = part.removesuffix(".tar") + ".json"
+        address, query = split_query(part)
+        index = address.removesuffix(".tar") + ".json" + query
         if not is_remote(part):
             return str(local_path(part)), str(local_path(index)), 0
         system, path = filesystem(part)
@@ -129,7 +146,7 @@ def read_latents(
         for tar, index, size in paths
     )
     label, first = shown(source), shards[0]
-    if "{" not in source and not source.endswith(".tar"):
+    if "{" not in source and not split_query(source)[0].endswith(".tar"):
         numbers = {shard.number for shard in shards}
         # The first gap: how many there are is what a file says.
         missing = next((number for number in range(first.of) if number not in numbers), None)

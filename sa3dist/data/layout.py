@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import os
 import shutil
 import statistics
@@ -12,10 +13,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from sa3dist.data.audio import AudioFacts
+from sa3dist.data.kinds import NAMES_KEPT
 from sa3dist.data.tars import member_stem
+from sa3dist.errors import DataError
 from sa3dist.formats import ClipEntry, DatasetIndex, ShardEntry, atomic_path, digest_of, file_sha256
+from sa3dist.wording import counted, span
+
+log = logging.getLogger(__name__)
 
 REPORT_NAME = "report.txt"
+
+# By SHA-256 of the audio bytes, and their number.
+Known = dict[tuple[str, int], AudioFacts]
 
 
 def split(
@@ -46,6 +56,24 @@ def split(
         size += size_of(clip)
     if group:
         yield group
+
+
+def earlier_indices(shards_dir: Path) -> list[DatasetIndex]:
+    """What earlier runs left. A damaged or outdated index teaches nothing: its clips are decoded and written again."""
+    indices = []
+    for directory in sorted(path for path in shards_dir.glob("[0-9a-f]*") if path.is_dir()):
+        with contextlib.suppress(DataError):
+            indices.append(DatasetIndex.read(directory))
+    return indices
+
+
+def known_facts(earlier: list[DatasetIndex]) -> Known:
+    """What is known of the same bytes, so that unchanged clips are not decoded again."""
+    return {
+        (clip.audio_sha256, clip.audio_bytes): AudioFacts(clip.samples, clip.sample_rate_hz, clip.channels)
+        for index in earlier
+        for clip in index.clips
+    }
 
 
 class FinishedShards:
@@ -106,14 +134,16 @@ def describe(index: DatasetIndex) -> str:
     spread = f"{min(seconds):.2f} to {max(seconds):.2f} s, median {statistics.median(seconds):.2f} s"
     lines = [
         f"data set     {index.digest}",
-        f"clips        {len(clips)}, {sum(seconds) / 3600:.3f} hours, {sum(c.audio_bytes for c in clips)} bytes",
+        f"clips        {len(clips)}, {span(sum(seconds))}, {sum(c.audio_bytes for c in clips)} bytes",
         f"length       {spread}",
         f"formats      {_counted(clip.extension for clip in clips)}",
         f"sample rates {_counted(f'{clip.sample_rate_hz} Hz' for clip in clips)}",
         f"channels     {_counted(str(clip.channels) for clip in clips)}",
-        f"captions     {len({clip.caption for clip in clips})} distinct, {min(words)} to {max(words)} words",
+        f"captions     {len({clip.caption for clip in clips})} distinct, {min(words)} to {counted(max(words), 'word')}",
         f"skipped      {len(index.skipped)}",
         *(f"  {line}" for line in index.skipped),
+        f"left out     {sum(kind.count for kind in index.left_out)}",
+        *(f"  {kind.line(most=NAMES_KEPT)}" for kind in index.left_out),
         "",
         "shard                   bytes  clips  first",
     ]
@@ -124,6 +154,24 @@ def describe(index: DatasetIndex) -> str:
         keys = held[shard.name]
         lines.append(f"{shard.name} {shard.bytes:>12} {len(keys):>6}  {keys[0]}")
     return "\n".join(lines) + "\n"
+
+
+def write_report(index: DatasetIndex) -> None:
+    """Put ``describe`` into the index's directory."""
+    with atomic_path(index.directory / REPORT_NAME) as temporary:
+        temporary.write_text(describe(index), encoding="utf-8")
+
+
+def update_report(index: DatasetIndex) -> None:
+    """``write_report`` where the one that is there differs; what is in the way is said, and harms nothing."""
+    path = index.directory / REPORT_NAME
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if path.read_text(encoding="utf-8") == describe(index):
+            return
+    try:
+        write_report(index)
+    except OSError as error:
+        log.warning("%s: not written (%s)", path, error.strerror or error)
 
 
 def _counted(values: Iterable[str]) -> str:

@@ -8,13 +8,14 @@ import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from urllib.parse import urlsplit, urlunsplit
 
-from sa3dist.data.archive import AUDIO_EXTENSIONS, expand_braces
+from sa3dist.data.archive import expand_braces, two_readings
 from sa3dist.data.cache import ClipCache
 from sa3dist.data.download import download, remote_info
-from sa3dist.data.fetch import filesystem, is_remote, shown
+from sa3dist.data.fetch import address_name, filesystem, is_remote, look_up, shown, split_query
 from sa3dist.data.index_faults import index_faults
+from sa3dist.data.kinds import BESIDE_SHARDS, LeftOut, extension_of, is_audio
+from sa3dist.data.layout import REPORT_NAME
 from sa3dist.data.ranges import NoRanges, read_range
 from sa3dist.errors import DataError
 from sa3dist.formats import INDEX_NAME, ClipEntry, DatasetIndex
@@ -70,20 +71,26 @@ def tars_of(source: str, should_stop: Callable[[], bool]) -> list[str] | None:
     if not is_remote(source):
         return None
     parts = expand_braces(source)
-    if all(urlsplit(part).path.endswith(".tar") for part in parts):
+    if all(address_name(part).endswith(".tar") for part in parts):
         return parts
     if len(parts) > 1:
         return None
-    if urlsplit(source).path.endswith(f"/{INDEX_NAME}"):
+    if address_name(source) == INDEX_NAME:
         return []
-    system, path = filesystem(source)
-    if remote_info(system, path, shown(source), should_stop).get("type") != "directory":
+    system, path, info = look_up(source, should_stop)
+    if info.get("type") != "directory":
         return None
-    names = sorted(PurePosixPath(name).name for name in system.ls(path, detail=False))
-    extensions = {name.rpartition(".")[2].lower() for name in names}
-    if "tar" not in extensions or extensions & set(AUDIO_EXTENSIONS):
+    found = {PurePosixPath(info["name"]).name: info.get("type") for info in system.ls(path, detail=True)}
+    tars = sorted(name for name in found if extension_of(name) == "tar")
+    if not tars:
         return None
-    return [f"{source.rstrip('/')}/{name}" for name in names if name.endswith(".tar")]
+    below = "directory" in found.values()
+    names = [name[len(path.rstrip("/")) + 1 :] for name in system.find(path)] if below else found
+    for name in filter(is_audio, sorted(names)):
+        raise DataError(two_readings(shown(source), tars[0], name))
+    if beside := sorted({*names} - {*tars, INDEX_NAME, REPORT_NAME}):
+        log.warning("%s: left out: %s", shown(source), LeftOut(*BESIDE_SHARDS, len(beside), tuple(beside)).line())
+    return [f"{source.rstrip('/')}/{name}" for name in tars]
 
 
 def find_index(
@@ -94,21 +101,21 @@ def find_index(
     Raises DataError when it is damaged or holds what no index of ours does.
     """
     folders = {_folder(url) for url in tars or [source]}
-    if len(folders) > 1 or any(urlsplit(url).query for url in tars):
+    if len(folders) > 1 or any(split_query(url)[1] for url in tars):
         return None
     (folder,) = folders
     url = source if not tars else f"{folder}/{INDEX_NAME}"
     try:
         index = _read_index(url, scratch, should_stop)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
         if tars:
             return None
-        raise DataError(f"{shown(url)}: not found or not readable; name the .tar files instead") from None
+        raise DataError(f"{error}; or name the .tar files instead") from None
     urls = {shard.name: f"{folder}/{shard.name}" for shard in index.shards}
-    if url is source and urlsplit(source).query:
-        urls = {name: _with_query_of(source, one) for name, one in urls.items()}
+    if url is source:
+        urls = {name: one + split_query(source)[1] for name, one in urls.items()}
     if tars:
-        named = {PurePosixPath(urlsplit(tar).path).name: tar for tar in tars}
+        named = {address_name(tar): tar for tar in tars}
         if not named.keys() <= urls.keys():
             log.warning("%s does not know all of the shards named: reading them without it", shown(url))
             return None
@@ -167,9 +174,4 @@ def check_sizes(index: DatasetIndex, urls: dict[str, str], should_stop: Callable
 
 
 def _folder(url: str) -> str:
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc, parts.path.rpartition("/")[0], "", ""))
-
-
-def _with_query_of(source: str, url: str) -> str:
-    return f"{url}?{urlsplit(source).query}"
+    return split_query(url)[0].rpartition("/")[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Generator, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from sa3dist.cut_captions import cut_captions
 from sa3dist.data.audio import decode, ready_audio
 from sa3dist.data.lanes import Cursor, Lane, LanePlaces
 from sa3dist.data.latent_shards import FLIPPED, LATENTS, PROMPT
@@ -32,6 +34,8 @@ from sa3dist.data.tensor_files import unpack_tensors
 from sa3dist.errors import SA3DistError
 from sa3dist.formats import ClipEntry
 from sa3dist.parallel.group import Group
+
+log = logging.getLogger(__name__)
 
 # Captions whose features are kept while audio is encoded on the fly.
 KEPT_CAPTIONS = 1024
@@ -157,6 +161,10 @@ def finisher(
 
     @functools.lru_cache(maxsize=KEPT_CAPTIONS)
     def prompt(caption: str) -> tuple[torch.Tensor, torch.Tensor]:
+        if base.text_source is not None:
+            found = cut_captions(base.text_source, [(f"{caption[:40]!r}", caption)])
+            if found and found.tokens:
+                log.warning("%s", found.line())
         hidden_BLH, mask_BL = base.encode_hidden([caption])
         return padded_prompt(hidden_BLH[0][mask_BL[0].bool()].cpu(), encoded.prompt_tokens)
 

@@ -26,8 +26,11 @@ def hub_file(repo_id: str, name: str) -> Path:
         raise CheckpointError(explain(error, repo_id, name, "model=/path/to/its/directory")) from error
 
 
-def hub_folder(repo_id: str, subfolder: str | None, needed: tuple[str, ...]) -> Path:
-    """Directory of a repository (or of one subfolder) that holds at least the files ``needed``, cache first."""
+def hub_folder(repo_id: str, subfolder: str | None, needed: tuple[str, ...], local_only: bool = False) -> Path:
+    """Directory of a repository (or of one subfolder) that holds at least the files ``needed``, cache first.
+
+    local_only   the cache alone
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -43,6 +46,8 @@ def hub_folder(repo_id: str, subfolder: str | None, needed: tuple[str, ...]) -> 
             return cached
     except LocalEntryNotFoundError:
         pass
+    if local_only:
+        raise CheckpointError(f"{repo_id}: not in the local cache")
     try:
         found = folder()
     except Exception as error:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from sa3dist.errors import CheckpointError
+from sa3dist.home import expand_home
 from sa3dist.model.base import AUTOENCODER_PREFIX, CONDITIONER_PREFIX, MODEL_PREFIX, Base, Wrapper, weight_key
 from sa3dist.model.checkpoint import CheckpointFile, check_keys, fill, tensor_shapes
 from sa3dist.model.conditioners import Conditioners
@@ -16,7 +18,7 @@ from sa3dist.model.config import ModelConfig
 from sa3dist.model.dit import DiT
 from sa3dist.model.hub import hub_file
 from sa3dist.model.parse_config import parse_autoencoder_config, parse_model_config, read_model_config
-from sa3dist.model.released import RELEASED
+from sa3dist.model.released import RELEASED, released_config
 from sa3dist.model.same import Autoencoder
 from sa3dist.model.text import TextSource
 
@@ -40,8 +42,8 @@ def find_base(name_or_directory: str | Path) -> BaseFiles:
     if name in RELEASED:
         repo_id = RELEASED[name]
         return BaseFiles(hub_file(repo_id, CONFIG_NAME), hub_file(repo_id, WEIGHTS_NAME), repo_id=repo_id)
-    directory = Path(name).expanduser()
-    if not directory.is_dir():
+    directory = Path(expand_home(name))
+    if not os.path.isdir(directory):
         known = ", ".join(RELEASED)
         raise CheckpointError(f"model={name}: no such directory, and not a released base ({known})")
     for file in (CONFIG_NAME, WEIGHTS_NAME):
@@ -55,6 +57,16 @@ def load_config(name_or_directory: str | Path) -> ModelConfig:
     name = str(name_or_directory)
     path = hub_file(RELEASED[name], CONFIG_NAME) if name in RELEASED else find_base(name).config
     return parse_model_config(read_model_config(path), str(path))
+
+
+def known_config(name_or_directory: str | Path) -> ModelConfig:
+    """The parsed config without the hub: of a released name as published, else of a directory; weights stay unread.
+
+    Raises CheckpointError.
+    """
+    name = str(name_or_directory)
+    path = Path(name).expanduser() / CONFIG_NAME
+    return parse_model_config(released_config(name) if name in RELEASED else read_model_config(path), str(path))
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from sa3dist.errors import CheckpointError
 from sa3dist.formats import digest_of, file_sha256
+from sa3dist.home import expand_home
 from sa3dist.model.conditioners import HIDDEN_WIDTH
 from sa3dist.model.config import PromptConfig
 from sa3dist.model.hub import hub_folder
@@ -36,32 +38,35 @@ class TextSource:
     model_directory: Path | None = None
     base_repo: str | None = None
 
-    def resolve(self) -> Path:
-        """A local directory with config, tokenizer and weights. Raises CheckpointError when there is none."""
+    def resolve(self, local_only: bool = False) -> Path:
+        """A local directory with config, tokenizer and weights. Raises CheckpointError when there is none.
+
+        local_only   nothing is downloaded
+        """
         subfolder = self.config.subfolder
         if self.override:
-            return self._resolve_override(self.override)
+            return self._resolve_override(self.override, local_only)
         if self.model_directory and subfolder and (self.model_directory / subfolder / "config.json").is_file():
             return self.model_directory / subfolder
         if self.base_repo:
-            return hub_folder(self.base_repo, subfolder, NEEDED_FILES)
+            return hub_folder(self.base_repo, subfolder, NEEDED_FILES, local_only)
         if self.config.model_path:
             return self._directory(Path(self.config.model_path), "model_path of the model config")
-        return hub_folder(self.config.repo_id or self.config.model_name, subfolder, NEEDED_FILES)
+        return hub_folder(self.config.repo_id or self.config.model_name, subfolder, NEEDED_FILES, local_only)
 
     def digest(self) -> str:
         """Hex SHA-256 over the files that decide the hidden states: weights, tokenizer and their configs."""
         files = sorted(path for path in self.resolve().iterdir() if path.suffix in DECIDING_SUFFIXES)
         return digest_of(*(part for path in files for part in (path.name, file_sha256(path))))
 
-    def _resolve_override(self, override: str) -> Path:
-        path = Path(override).expanduser()
-        if path.is_dir():
+    def _resolve_override(self, override: str, local_only: bool) -> Path:
+        path = Path(expand_home(override))
+        if os.path.isdir(path):
             return self._directory(path, "text_encoder")
         match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?", override)
         if match is None:
             raise CheckpointError(f"text_encoder={override}: no such directory, nor a hub name org/name[/subfolder]")
-        return hub_folder(match[1], match[2], NEEDED_FILES)
+        return hub_folder(match[1], match[2], NEEDED_FILES, local_only)
 
     def _directory(self, path: Path, origin: str) -> Path:
         for candidate in (path, path / (self.config.subfolder or "")):

@@ -134,8 +134,8 @@ def report(problem: errors.SA3DistError | None, directory: Path | None, step: in
     if problem is not None:
         message, code = str(problem), problem.exit_code
         dist_rank, host = problem.origin or here
-        # Where it happened matters when it is not the user's mistake, or one only some rank sees.
-        if code == errors.EXIT_ENVIRONMENT or dist_rank != 0:
+        # Where it happened matters when it is not the user's mistake, or one only some rank sees. One process is here.
+        if dist_rank != 0 or (code == errors.EXIT_ENVIRONMENT and has_peers()):
             message = f"rank {dist_rank} on {host}: {message}"
         print(message, file=sys.stderr, flush=True)
     if directory is None:

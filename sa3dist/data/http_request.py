@@ -1,0 +1,94 @@
+"""HTTP requests for addresses as given: no byte of path or query rewritten, through the proxies that are set."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import re
+from typing import Any
+from urllib.parse import quote
+from urllib.request import getproxies_environment, proxy_bypass_environment
+
+import aiohttp
+from yarl import URL
+
+from sa3dist.errors import DataError
+
+
+def as_sent(address: str) -> URL:
+    """The URL that is asked for. Raises ValueError for what has no host.
+
+    A signature covers the bytes of path and query: they stay, but for characters that no request can hold (spaces,
+    controls, anything beyond ASCII), which are percent-encoded as UTF-8. The part after ``#`` is never sent.
+    """
+    scheme, _, rest = address.partition("://")
+    authority = re.match(r"[^/?#]*", rest)[0]
+    target = re.sub(r"[^!-~]", lambda found: quote(found[0], errors="surrogateescape"), rest[len(authority) :])
+    place = URL(f"{scheme.lower()}://{authority}")
+    if not place.host:
+        raise ValueError("names no host")
+    return URL(f"{place.scheme}://{place.raw_authority}{target.partition('#')[0]}", encoded=True)
+
+
+def resolved(base: URL, location: str) -> str:
+    """What a redirect from ``base`` leads to. Not by yarl, which unquotes the path that a relative one is joined to."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", location):
+        return location
+    if location.startswith("//"):
+        return f"{base.scheme}:{location}"
+    origin = f"{base.scheme}://{base.raw_authority}"
+    if location.startswith("/"):
+        return origin + location
+    target = re.match(r"[^?#]*", location)[0]
+    if not target:
+        return origin + (base.raw_path if location.startswith("?") else base.raw_path_qs) + location
+    parts = base.raw_path.split("/")[:-1]
+    for part in target.split("/"):
+        if part == "..":
+            parts = parts[:-1] or [""]
+        elif part != ".":
+            parts.append(part)
+    if part in ("..", "."):
+        parts.append("")
+    return origin + "/".join(parts) + location[len(target) :]
+
+
+def proxy_for(url: URL) -> URL | None:
+    """The proxy that http_proxy, https_proxy or all_proxy name for ``url``, unless no_proxy exempts its host.
+
+    Raises DataError, naming the variable, when that is no HTTP proxy.
+    """
+    proxies = getproxies_environment()
+    key = url.scheme if proxies.get(url.scheme) else "all"
+    if not proxies.get(key) or _is_exempt(url, proxies):
+        return None
+    text = proxies[key]
+    with contextlib.suppress(ValueError):
+        proxy = URL(text if "://" in text else f"http://{text}")
+        if proxy.scheme in ("http", "https") and proxy.host:
+            return proxy
+    # Its value may hold a password.
+    raise DataError(f"{key}_proxy: is no HTTP proxy; expected http://host:port, or unset it")
+
+
+def _is_exempt(url: URL, proxies: dict[str, str]) -> bool:
+    if proxy_bypass_environment(f"{url.host}:{url.port}", proxies):
+        return True
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(url.host)
+        for entry in proxies.get("no", "").split(","):
+            with contextlib.suppress(ValueError):
+                if address in ipaddress.ip_network(entry.strip().strip("[]"), strict=False):
+                    return True
+    return False
+
+
+class Request(aiohttp.ClientRequest):
+    """One request, the first or one a redirect asks for: each has its own bytes to keep and its own proxy."""
+
+    def __init__(self, method: str, url: URL, **options: Any) -> None:
+        url = as_sent(str(url))
+        if options.get("auth") is not None:
+            # RFC 7617; aiohttp's Latin-1 cannot say every password.
+            options["auth"] = options["auth"]._replace(encoding="utf-8")
+        super().__init__(method, url, **{**options, "proxy": proxy_for(url)})

@@ -1,0 +1,128 @@
+"""What a file's name says it is: audio, a caption, a system's own file, or what is left out and has to be named."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+
+# What libsndfile reads in the containers of audio.py.
+AUDIO_EXTENSIONS = (
+    *("wav", "wave", "bwf", "flac", "mp3", "ogg", "oga", "opus", "aif", "aiff", "aifc"),
+    *("au", "snd", "caf", "w64", "rf64"),
+)
+# Recordings, and films with a sound track, that it does not.
+UNREAD_AUDIO_EXTENSIONS = frozenset(
+    (
+        *("m4a", "m4b", "m4p", "m4r", "mp4", "m4v", "aac", "adts", "alac", "wma", "wmv", "asf", "amr", "3gp"),
+        *("3g2", "ape", "wv", "tak", "tta", "mpc", "mp+", "ac3", "eac3", "dts", "dtshd", "thd", "dsf", "dff"),
+        *("mka", "mkv", "webm", "mov", "avi", "flv", "mpg", "mpeg", "ogv", "ra", "rm", "ram", "spx", "shn", "qcp"),
+        *("gsm", "vox", "voc", "mp1", "mp2", "mpga", "mpa", "paf", "sd2", "iff", "svx", "8svx", "ircam", "nist"),
+        *("sph", "weba", "caff", "oma", "aa3", "at3", "ofr", "la"),
+    )
+)
+ARCHIVE_EXTENSIONS = frozenset(
+    (
+        *("zip", "zipx", "tar", "gz", "tgz", "bz2", "tbz", "tbz2", "xz", "txz", "zst", "tzst", "lz4", "lzma"),
+        *("7z", "rar", "cab", "iso", "dmg", "z", "arj", "lzh"),
+    )
+)
+# Tables of captions; the second kind is that of Hugging Face's AudioFolder, and a common name for other tables.
+CAPTION_TABLES = ("captions.csv", "captions.jsonl")
+METADATA_TABLES = ("metadata.csv", "metadata.jsonl")
+MANIFEST_NAMES = CAPTION_TABLES + METADATA_TABLES
+# In lower case; docs/data.md lists them.
+SYSTEM_FILES = frozenset(("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"))
+SYSTEM_FOLDERS = frozenset(("__macosx", "$recycle.bin", "system volume information", "lost+found", "@eadir"))
+# Their audio is deleted, or no audio at all.
+_DISCARDED = ("__macosx", "$recycle.bin", "@eadir", ".trash", ".git", "._")
+BESIDE_SHARDS = "file", "beside shards: of a folder with .tar files on top only these are read"
+# More of one kind are counted.
+NAMES_KEPT = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """Files of one kind that nothing is trained on, and why.
+
+    what    the kind in the singular        count   how many
+    names   of as many as are named: all of them in a listing, NAMES_KEPT in an index, none of system files
+    """
+
+    what: str
+    why: str
+    count: int
+    names: tuple[str, ...] = ()
+
+    def line(self, most: int = 3) -> str:
+        """One line for people, with the first ``most`` names."""
+        named = ", ".join(printable(name) for name in self.names[:most])
+        more = f" and {self.count - most} more" if self.names and self.count > most else ""
+        listed = f" ({named}{more})" if named else ""
+        return f"{self.count} {self.what}{'s' * (self.count != 1)}{listed}: {self.why}"
+
+    def kept(self) -> LeftOut:
+        """As an index holds it."""
+        return dataclasses.replace(self, names=self.names[:NAMES_KEPT])
+
+    def named_in(self, place: str) -> LeftOut:
+        """With ``place`` in front of every name."""
+        return dataclasses.replace(self, names=tuple(f"{place}/{name}" for name in self.names))
+
+
+def united(kinds: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
+    """One of each kind."""
+    found: dict[tuple[str, str], LeftOut] = {}
+    for kind in kinds:
+        before = found.get((kind.what, kind.why), LeftOut(kind.what, kind.why, 0))
+        names = before.names + kind.names
+        found[kind.what, kind.why] = LeftOut(kind.what, kind.why, before.count + kind.count, names).kept()
+    return tuple(found[key] for key in sorted(found))
+
+
+def printable(name: str) -> str:
+    """``name`` with control characters and broken encodings escaped, so that a message stays one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def extension_of(name: str) -> str:
+    """Lower case, without the dot; empty where there is none."""
+    return PurePosixPath(name).suffix[1:].lower()
+
+
+def is_audio(name: str) -> bool:
+    return extension_of(name) in AUDIO_EXTENSIONS
+
+
+def is_manifest(name: str) -> bool:
+    return PurePosixPath(name).name.lower() in MANIFEST_NAMES
+
+
+def is_system(name: str) -> bool:
+    """What systems and their file managers leave behind, and every name that begins with a dot."""
+    parts = [part.lower() for part in PurePosixPath(name).parts]
+    return any(part.startswith(".") or part in SYSTEM_FOLDERS for part in parts) or parts[-1:][0] in SYSTEM_FILES
+
+
+def is_hidden_audio(name: str) -> bool:
+    """A recording among system files that somebody may miss: in a folder, or under a name, that begins with a dot."""
+    parts = [part.lower() for part in PurePosixPath(name).parts]
+    return is_audio(name) and not any(part.startswith(_DISCARDED) for part in parts)
+
+
+def kind_of(name: str) -> tuple[str, str]:
+    """(what it is, why it is left out and what helps) of a file that is neither audio we read nor a caption."""
+    extension = extension_of(name)
+    if extension in UNREAD_AUDIO_EXTENSIONS:
+        return (
+            f"{extension} file",
+            f"audio of a kind that cannot be read here; convert it: ffmpeg -i NAME.{extension} NAME.flac",
+        )
+    if extension in ARCHIVE_EXTENSIONS:
+        inner = extension_of(name[: -len(extension) - 1])
+        shown = f"tar.{extension}" if inner == "tar" else extension
+        return (
+            f"{shown} archive",
+            "an archive inside the data set is not opened; unpack it, or give it by itself",
+        )
+    return "other file", "neither audio nor a caption"

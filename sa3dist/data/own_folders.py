@@ -1,0 +1,123 @@
+"""What runs leave below a source: results and work directories, of whatever run, are never clips to train on."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection, Iterable
+from pathlib import PurePosixPath
+
+# (files, folders) directly in a folder, by name.
+Listed = Callable[[str], tuple[Collection[str], Collection[str]]]
+
+OWN = "run's folder", "results and work directories of runs are never part of a data set"
+# What a run leaves in its output_dir, as far as no data set has it by chance.
+RUN_FILES = {
+    "run.yaml",
+    "metrics.jsonl",
+    "status.json",
+    "heartbeat.json",
+    "result.json",
+    "lora.safetensors",
+    "run.lock",
+}
+_RUN_FOLDERS = ("checkpoints", "checkpoints-aside", "exported", "previews")
+# Folders in an output_dir, and in a work directory, with the names of everything that lies in them.
+RUN_FOLDERS = {name: re.compile(r"step-\d{8}(\..+)?") for name in _RUN_FOLDERS}
+WORK_FOLDERS = {
+    name: re.compile(pattern)
+    for name, pattern in {
+        "shards": r"[0-9a-f]{16}(-[0-9a-f]{8})?",
+        "latent_shards": r"[0-9a-f]{16}",
+        "latents": r"[0-9a-f]{2}",
+        "prompts": r"[0-9a-f]{2}",
+        "remote": r"[0-9a-f]{16}",
+        "streaming": r"[0-9a-f]{16}",
+        "clip-cache": r"[0-9a-f]{2}",
+        "downloads": r"[0-9a-f]{64}-.+|[0-9a-f]{16}-folder(\..+)?",
+        "singular_bases": r"[0-9a-f]{64}\.safetensors",
+    }.items()
+}
+
+
+def is_run(folder: str, listed: Listed) -> bool:
+    """Whether ``folder`` is an output_dir: it holds two of a run's marks, or nothing else than what a run leaves."""
+    files, folders = (set(names) for names in listed(folder))
+    parts = _parts(folder, RUN_FOLDERS, listed)
+    marks = len(RUN_FILES & files) + ("checkpoints" in parts)
+    return marks > 1 or (marks == 1 and files <= RUN_FILES and folders <= parts)
+
+
+def _parts(folder: str, kinds: dict[str, re.Pattern], listed: Listed) -> set[str]:
+    """Which of the folders in ``folder`` are of these kinds, by what lies in them."""
+    found = set()
+    for name in kinds.keys() & set(listed(folder)[1]):
+        files, folders = listed(f"{folder}/{name}" if folder else name)
+        inside = [child for child in (*files, *folders) if not child.startswith(".")]
+        if inside and all(kinds[name].fullmatch(child) for child in inside):
+            found.add(name)
+    return found
+
+
+def own_parts(folder: str, listed: Listed) -> set[str]:
+    """What in ``folder``, itself an output_dir or a work directory, is the run's: anything else may be a clip."""
+    files = (RUN_FILES | {"config.json"}) & set(listed(folder)[0])
+    return files | _parts(folder, RUN_FOLDERS, listed) | _parts(folder, WORK_FOLDERS, listed)
+
+
+def is_own(folder: str, listed: Listed) -> bool:
+    return is_run(folder, listed) or bool(_parts(folder, WORK_FOLDERS, listed))
+
+
+def own_on_disk(folder: str, at_top: bool) -> set[str]:
+    """What of a local folder's files and folders is a run's own. at_top: it is the source itself."""
+    parts = own_parts(folder, on_disk) if at_top and is_own(folder, on_disk) else set()
+    return parts | {child for child in on_disk(folder)[1] if is_own(os.path.join(folder, child), on_disk)}
+
+
+def own_names(names: Iterable[str]) -> set[str]:
+    """What is a run's own among the members of an archive: the topmost such folders, and parts of the data set itself.
+
+    An archive of one folder is that folder.
+    """
+    names = list(names)
+    listed, folders = in_names(names), {""}
+    for name in names:
+        parts = name.split("/")
+        folders |= {"/".join(parts[:depth]) for depth in range(1, len(parts))}
+    files, children = listed("")
+    top = next(iter(children)) if len(children) == 1 and not files else ""
+    prefix = f"{top}/" if top else ""
+    own = {prefix + part for part in own_parts(top, listed)} if is_own(top, listed) else set()
+    for folder in sorted(folders - {"", top}):
+        if not is_below(folder, own) and is_own(folder, listed):
+            own.add(folder)
+    return own
+
+
+def is_below(name: str, folders: Collection[str]) -> bool:
+    """Whether ``name`` is one of ``folders`` or lies in one."""
+    parts = name.split("/")
+    return any("/".join(parts[:depth]) in folders for depth in range(1, len(parts) + 1))
+
+
+def on_disk(folder: str) -> tuple[list[str], list[str]]:
+    """``Listed`` of the local file system; what cannot be read holds nothing."""
+    files, folders = [], []
+    try:
+        for entry in os.scandir(folder):
+            (folders if entry.is_dir() else files).append(entry.name)
+    except OSError:
+        return [], []
+    return files, folders
+
+
+def in_names(names: Iterable[str]) -> Listed:
+    """``Listed`` of an archive with these members; "" is its root."""
+    held: dict[str, tuple[set[str], set[str]]] = {"": (set(), set())}
+    for name in names:
+        parts = PurePosixPath(name).parts
+        for depth, part in enumerate(parts):
+            files, folders = held.setdefault("/".join(parts[:depth]), (set(), set()))
+            (files if depth == len(parts) - 1 else folders).add(part)
+    return lambda folder: held.get(folder, ((), ()))

@@ -1,0 +1,54 @@
+"""Paths as people write them: ``~`` and ``~user`` as in a shell, and file:// addresses."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import unquote
+
+from sa3dist.errors import ConfigError
+
+# NAME_MAX of Linux and macOS.
+MAX_NAME_BYTES = 255
+
+
+def expand_home(path: str | Path) -> str:
+    """``path`` with a leading ``~`` or ``~user`` replaced by that home; a file of that very name stays what it is.
+
+    Raises ConfigError when this machine knows no such user.
+    """
+    text = str(path)
+    expanded = os.path.expanduser(text)
+    if expanded != text or not text.startswith("~") or os.path.lexists(text):
+        return expanded
+    user = text[1:].partition("/")[0]
+    reason = f"no user {user} on this machine" if user else "no home directory is known here, HOME is not set"
+    raise ConfigError(f"{text}: {reason}; write the path without ~, or ./~... for a name that begins with it")
+
+
+def is_text(word: str) -> bool:
+    """Whether a word of the command line was UTF-8: what was not, no file of ours could hold."""
+    return not any(0xD800 <= ord(character) <= 0xDFFF for character in word)
+
+
+def can_be_named(path: str | Path) -> bool:
+    """Whether a file system of today takes every part of ``path`` as a name."""
+    text = str(path)
+    return (
+        is_text(text)
+        and "\0" not in text
+        and all(len(os.fsencode(part)) <= MAX_NAME_BYTES for part in Path(path).parts)
+    )
+
+
+def local_name(source: str) -> str:
+    """The path that a file:// address or a plain path stands for, with its home expanded. Raises ConfigError.
+
+    ``#`` and ``?`` are part of a file's name: neither means anything else in an address of this machine.
+    """
+    if source[:7].lower() != "file://":
+        return expand_home(source)
+    rest = source[7:].removeprefix("localhost")
+    if not rest.startswith(("/", "~")):
+        raise ConfigError(f"{source}: names another host; expected file:///folder/name or a plain path")
+    return expand_home(unquote(rest))

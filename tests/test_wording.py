@@ -1,0 +1,57 @@
+"""What is said in numbers: one clip is one, short sets have seconds, and a run of one process names no rank."""
+
+import json
+import re
+
+import pytest
+from clips import captioned, write_folder
+
+from sa3dist import cli, errors, train
+from sa3dist.parallel.outcome import report
+from sa3dist.wording import counted, span
+
+
+def test_one_is_singular():
+    assert [counted(n, "clip") for n in (0, 1, 2)] == ["0 clips", "1 clip", "2 clips"]
+    assert [counted(n, "process", "processes") for n in (1, 2)] == ["1 process", "2 processes"]
+
+
+def test_a_span_has_the_unit_that_shows_it():
+    spans = [span(seconds) for seconds in (0.04, 4, 59.9, 60, 3599, 3600, 9000)]
+    assert spans == ["0.0 s", "4.0 s", "59.9 s", "1.0 minutes", "60.0 minutes", "1.00 hours", "2.50 hours"]
+
+
+def test_a_tiny_set_is_told_in_few_lines_without_plurals_of_one_or_hours_of_nothing(demo_base, tmp_path, capfd, caplog):
+    source = write_folder(tmp_path / "packs/Loops #1", captioned(1, seconds=1.0))
+    write_folder(tmp_path / "packs/Loops", captioned(7))
+    words = [f"audio_data_url={source}", f"model={demo_base}", f"output_dir={tmp_path / 'out'}", "duration=1"]
+    words += ["allow_any_dataset_size=true", "number_of_steps=2", "base_precision=fp32", "mixed_precision=no"]
+    words += ["pre_encode=true", "num_workers=0"]
+    assert train.main(words) == 0
+    said = capfd.readouterr().err + caplog.text
+    assert "dataset: 1 clip, 1.0 s, in " in said
+    assert "training 2 steps of 1 clip (batch_size 1 x 1 process x 1 accumulated)" in said
+    assert not re.search(r"\b1 (clips|steps|shards|processes|words|batches|blocks)\b|hours", said)
+    for title in ("check clips", "encode", "train"):
+        assert len(re.findall(rf"^{title} [0-9]", said, re.MULTILINE)) == 1
+    (report_file,) = (tmp_path / "sa3dist-work/shards").glob("*/report.txt")
+    assert "clips        1, 1.0 s, " in report_file.read_text()
+    assert cli.main(["inspect", str(source), f"model={demo_base}", "allow_any_dataset_size=true"]) == 0
+    assert not re.search(r"\b1 (clips|words)\b|hours", capfd.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "dist_rank", "prefix"), [(None, 0, ""), (1, 0, ""), (2, 0, "rank 0 on "), (2, 1, "rank 1 on ")]
+)
+def test_a_rank_is_named_where_there_are_several(world_size, dist_rank, prefix, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("RANK", str(dist_rank))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world_size:
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    report(errors.EnvironmentFailure("disk full"), tmp_path, 3, patience_seconds=0.0)
+    said = capfd.readouterr().err
+    assert said.startswith(prefix or "disk full")
+    assert said.endswith("disk full\n")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["message"], status["dist_rank"]) == (said.strip(), dist_rank)
+    assert status["host"]
