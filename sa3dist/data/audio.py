@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from sa3dist.data.joined import counts_its_frames, refuse_joined, refuse_lost
+from sa3dist.data.joined import mp3_counted, refuse_joined, refuse_lost
 from sa3dist.data.places import read_clip
 from sa3dist.data.riff import mended
 from sa3dist.errors import DataError
@@ -84,7 +84,7 @@ def check_audio(data: bytes, observe: Callable[[np.ndarray, int, int], None] | N
                 observe(block, rate, declared)
         slack = 0
         if sound.format == "MP3":
-            slack = MP3_SLACK_SAMPLES if counts_its_frames(data) else declared
+            slack = declared if mp3_counted(data) is None else MP3_SLACK_SAMPLES
     if samples == 0:
         raise DataError("is empty (0 samples); replace or remove it")
     if samples + slack < declared:

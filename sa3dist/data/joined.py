@@ -58,12 +58,21 @@ def refuse_joined(data: bytes) -> None:
     elif (end := _end_of_samples(data)) is not None:
         _refuse_second(data, end)
         refuse_several(data)
+    elif (counted := mp3_counted(data)) is not None:
+        # Ahead of decoding: libmpg123 prints a warning of its own on the way.
+        _refuse_more(data, counted)
 
 
 def refuse_lost(data: bytes, samples: int) -> None:
-    """Raise DataError when an MP3 holds more than the ``samples`` that were decoded of it."""
+    """Raise DataError when an MP3 holds more than the ``samples`` that were decoded of it; after ``refuse_joined``."""
     if data[:4] == b"OggS" or _end_of_samples(data) is not None:
         return
+    counted = mp3_counted(data)
+    if counted is None or samples < counted:
+        _refuse_more(data, samples)
+
+
+def _refuse_more(data: bytes, samples: int) -> None:
     found = mp3_samples(data)
     if found is not None and samples < found:
         raise DataError(
@@ -146,19 +155,31 @@ def mp3_samples(data: bytes) -> int | None:
     return max(0, samples - trimmed - _SLACK_FRAMES * of_frame - int(samples * _SLACK_SHARE))
 
 
-def counts_its_frames(data: bytes) -> bool:
-    """Whether an MP3 begins with a frame that says how many there are; without one a decoder guesses by the size."""
-    place, _ = next(_mp3_frames(data), (-1, None))
-    return place in _headings(data[: place + 200])
+def mp3_counted(data: bytes) -> int | None:
+    """Samples an MP3 has by the frame that counts the others; None without one, where a decoder guesses by the size."""
+    place, frame = next(_mp3_frames(data), (0, None))
+    if frame is None or place not in _headings(data[place : place + 200], place):
+        return None
+    size, _, _, of_frame = frame
+    heading = data[place : place + size]
+    if heading[36:40] == b"VBRI":
+        return of_frame * int.from_bytes(heading[50:54], "big")
+    at = next((at for at in _HEADINGS_AT if heading[at : at + 4] in (b"Xing", b"Info")), None)
+    if at is None or not int.from_bytes(heading[at + 4 : at + 8], "big") & 1:
+        return None
+    return max(0, of_frame * int.from_bytes(heading[at + 8 : at + 12], "big") - _trimmed(heading))
 
 
-def _headings(data: bytes) -> set[int]:
-    """Where frames may begin that hold counts instead of sound, behind a header and 9 to 32 bytes of zeros."""
+def _headings(data: bytes, start: int = 0) -> set[int]:
+    """Where frames may begin that hold counts instead of sound, behind a header and 9 to 32 bytes of zeros.
+
+    start   place of ``data`` in the file
+    """
     found = set()
     for mark in (b"Xing", b"Info", b"VBRI"):
         at = data.find(mark)
         while at >= 0:
-            found.update(at - before for before in _HEADINGS_AT)
+            found.update(start + at - before for before in _HEADINGS_AT)
             at = data.find(mark, at + 1)
     return found
 
