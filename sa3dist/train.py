@@ -21,6 +21,7 @@ from sa3dist.errors import ConfigError
 from sa3dist.parallel.signals import StopRequest
 
 if TYPE_CHECKING:
+    from sa3dist.parallel.group import Group
     from sa3dist.run import Run
 
 
@@ -63,7 +64,7 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
     # Stack frames of a store that went with its host would bury the one line that says which host that was.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from sa3dist import config
-    from sa3dist.parallel.outcome import dist_rank_from_environment, forget_status, has_peers, run_program
+    from sa3dist.parallel.outcome import dist_rank_from_environment, has_peers, run_program
 
     arguments, unknown = parser(program, about).parse_known_intermixed_args(argv)
     main_rank = dist_rank_from_environment() == 0
@@ -99,12 +100,11 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
             make_deterministic()
         group = connect(settings.step_timeout)
         running.append(Run(settings, group, stop))
-        if group.is_main:
-            forget_status(settings.output_dir)
         with Watchdog(group, stop, settings.output_dir) as watchdog:
             try:
                 # Only now: peers of a rank that left before would wait for it in connect.
                 stop.raise_if_asked("starting")
+                take_output_dir(group, settings.output_dir, stop)
                 stages(running[0])
             except Exception as failure:
                 reason = leave(group, failure, watchdog.told)
@@ -117,6 +117,20 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
         return None if arguments.print_config else config.output_dir_of(values)
 
     return run_program(body, output_dir, lambda: running[0].step if running else 0)
+
+
+def take_output_dir(group: Group, directory: Path, stop: StopRequest) -> None:
+    """Before anything is written to it. Raises InUse, on all ranks, when another run does."""
+    from sa3dist.parallel import lock
+    from sa3dist.parallel.group import on_main_first
+    from sa3dist.parallel.outcome import forget_status
+
+    def take() -> str | None:
+        return lock.take(directory, lambda: stop.raise_if_asked("waiting for output_dir"))
+
+    lock.adopt(directory, on_main_first(group, "lock", take, stop))
+    if group.is_main:
+        forget_status(directory)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

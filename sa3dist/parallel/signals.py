@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 from sa3dist.errors import EXIT_INTERRUPTED, Interrupted
+from sa3dist.parallel import lock
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Launch agents and schedulers repeat a signal within milliseconds; a person who means it waits longer.
 SAME_REQUEST_SECONDS = 5.0
+# How long giving back the lock may take at an end that waits for nothing.
+RELEASE_SECONDS = 1.0
 # What a process takes to end after its last save.
 EXIT_SECONDS = 5.0
 
@@ -56,6 +60,10 @@ class StopRequest:
             self.signal_name = signal.Signals(number).name
             self._first_at = now
         elif now - self._first_at > SAME_REQUEST_SECONDS and not self.saving:
+            # Not waited for where its disk does not answer: without its process it counts for nothing.
+            giving_back = threading.Thread(target=lock.release_all, daemon=True)
+            giving_back.start()
+            giving_back.join(RELEASE_SECONDS)
             os._exit(EXIT_INTERRUPTED)
 
     @property

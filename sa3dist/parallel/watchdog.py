@@ -21,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sa3dist import errors
+from sa3dist.parallel import lock
 from sa3dist.parallel.group import Group
 from sa3dist.parallel.heartbeat import HeartbeatFile
 from sa3dist.parallel.outcome import has_spoken, report
@@ -132,7 +133,10 @@ class Watchdog:
             limit = self._group.pulse.timeout_seconds
             stood, cut_off = stuck.look(self._progress(), tick), cut.look(self._contacts, tick)
             unheard = silent.look(self._next_last, tick)
-            if self.told is not None:
+            taken_over = lock.lost(self._output_dir)
+            if taken_over is not None:
+                self._end_all(taken_over)
+            elif self.told is not None:
                 patience = GRACE_SECONDS + (SAVING_SECONDS if self._stop.saving else 0)
                 if over.look("over", tick) > patience:
                     # Rank 0 was told as well, a heartbeat later at most.
