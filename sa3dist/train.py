@@ -9,16 +9,15 @@ import faulthandler
 import gc
 import json
 import logging
-import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from sa3dist.errors import ConfigError
-from sa3dist.parallel.signals import StopRequest
+from sa3dist.parallel.signals import StopRequest, kill_loaders
+from sa3dist.streams import outlive_readers
 
 if TYPE_CHECKING:
     from sa3dist.parallel.group import Group
@@ -139,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def as_process(program: Callable[[], int]) -> NoReturn:
     """Run a program as this process's only work. A crash beneath Python says where it was, on stderr."""
+    outlive_readers()
     with contextlib.suppress(OSError, RuntimeError, ValueError):
         # Without a stderr there is nobody to tell.
         faulthandler.enable()
@@ -152,11 +152,8 @@ def end_process(code: int) -> NoReturn:
     much as launch agents wait between SIGTERM and SIGKILL.
     """
     gc.freeze()
-    # The interpreter would wait for loader processes that a failure has left, and these take no signal. Their loader
-    # would raise when they end.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for child in multiprocessing.active_children():
-        child.kill()
+    # The interpreter would wait for loader processes that a failure has left.
+    kill_loaders()
     ahead = sys.modules.get("sa3dist.data.ahead")
     if ahead and ahead.still_reading():
         # A thread in an operator of torch would abort an interpreter that shuts down.

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from sa3dist import export, train
 from sa3dist.adapters import AdapterConfig
 from sa3dist.errors import EnvironmentFailure
+from sa3dist.parallel.signals import SIGNALS
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {
@@ -55,7 +56,7 @@ def common(loud_base, demo_clips, demo_work):
 
 
 def alone(common, output_dir, steps):
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     words = [f"gradient_accumulation_steps={CLIPS_PER_STEP}", f"number_of_steps={steps}", f"output_dir={output_dir}"]
     assert train.main([*common, *words, "keep_checkpoints=9", "save_every=2"]) == 0
     for number, handler in handlers.items():

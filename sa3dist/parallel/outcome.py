@@ -49,6 +49,7 @@ ENVIRONMENT_ERRNOS = {
 }
 # torch's allocator on the CPU raises a plain RuntimeError.
 NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+SHARED_MEMORY = "/dev/shm"
 # How long a failing rank leaves the word to rank 0; while that one saves, the watchdog has held it back before.
 RANK_0_SECONDS = 3.0
 
@@ -82,12 +83,28 @@ def translate(failure: BaseException) -> errors.SA3DistError | None:
             return errors.EnvironmentFailure(f"{where}{failure.strerror}; state is as last saved")
     if isinstance(failure, torch.distributed.DistError) or _is_lost_peer(failure):
         return errors.LostPeer(f"lost contact with another rank ({_first_line(failure)}); state is as last saved")
+    if "DataLoader worker" in str(failure) and "Bus error" in str(failure):
+        return no_shared_memory(_first_line(failure))
     if isinstance(failure, ConnectionError | EOFError) or "DataLoader worker" in str(failure):
         return errors.EnvironmentFailure(
             f"a loader process was killed, by the machine's memory limit perhaps ({_first_line(failure)}); "
             f"lower num_workers or run again to continue"
         )
     return None
+
+
+def no_shared_memory(reason: str) -> errors.EnvironmentFailure:
+    """What to tell when a loader process cannot hand over a micro batch."""
+    if "Too many open files" in reason:
+        return errors.EnvironmentFailure(f"a loader process has too many files open ({reason}); raise ulimit -n")
+    size = ""
+    with contextlib.suppress(OSError):
+        found = os.statvfs(SHARED_MEMORY)
+        size = f" ({found.f_blocks * found.f_frsize >> 20} MiB, {found.f_bavail * found.f_frsize >> 20} free)"
+    return errors.EnvironmentFailure(
+        f"{SHARED_MEMORY}{size}: no room for what loader processes hand over ({reason}); give it more "
+        f"(docker run --shm-size=2g; Kubernetes: an emptyDir with medium Memory), or set num_workers=0"
+    )
 
 
 def _is_lost_peer(failure: BaseException) -> bool:

@@ -22,6 +22,8 @@ HEARTBEAT_SECONDS = 2.0
 STALL_SECONDS = 30.0
 # The first rank that cannot go on leaves its reason here, and all others take it.
 END = "sa3dist/end"
+# The first rank that is asked to stop while training leaves its reason here: others may be what it waits for.
+STOP = "sa3dist/stop"
 # Stages in which a rank that is asked to stop has saved, or is done.
 HOLDING_STATE = ("train", "export")
 
