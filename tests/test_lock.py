@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from sa3dist import cli, errors, supervise, train
+from sa3dist import cli, errors, file_lock, supervise, train
 from sa3dist.parallel import lock
 from sa3dist.parallel.outcome import STATUS_DIR_VARIABLE
 from sa3dist.parallel.signals import SIGNALS, StopRequest
@@ -100,7 +100,7 @@ def test_of_many_that_come_at_once_one_has_it(tmp_path, monkeypatch, left, locka
         raise OSError(errno.ENOLCK, "No locks available")
 
     if not lockable:
-        monkeypatch.setattr(lock.fcntl, "flock", cannot)
+        monkeypatch.setattr(file_lock.fcntl, "flock", cannot)
     for round_ in range(3 if lockable else 1):
         directory = tmp_path / str(round_)
         directory.mkdir()

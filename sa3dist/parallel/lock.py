@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import json
 import logging
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sa3dist.errors import EnvironmentFailure, InUse
+from sa3dist.file_lock import is_guarded, opened_alone
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +35,7 @@ DOUBT_SECONDS = 15.0
 LOOK_SECONDS = 0.5
 # For how long the file may be in others' hands, or hold no lock because somebody is about to write it.
 HANDS_SECONDS = 5.0
-# Filesystems on which files cannot be locked; there a lock that was written is read again a moment later.
-NO_FILE_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+# Where files cannot be locked, a lock that was written is read again after this time.
 AGAIN_SECONDS = 1.0
 # Where nothing can be written no run has to be kept out.
 NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
@@ -59,7 +58,6 @@ def take(directory: Path, check_stop: Callable[[], None] = lambda: None) -> str 
     mine = {"token": uuid.uuid4().hex, "beat": 0, "time": time.time(), **identity()}
     watched = _Watched(directory)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         while not _try_to_take(path, mine, watched):
             check_stop()
             time.sleep(LOOK_SECONDS)
@@ -207,7 +205,7 @@ def _try_to_take(path: Path, mine: Owner, watched: _Watched) -> bool:
         # Who may write to the directory may take over what is left of a run in it.
         with contextlib.suppress(PermissionError):
             os.fchmod(handle, 0o644 | path.parent.stat().st_mode & 0o666)
-        guarded = _is_guarded(handle)
+        guarded = is_guarded(handle)
     if not guarded:
         # Two runs may have found the same dead lock at the same moment: the last one to write has it.
         time.sleep(AGAIN_SECONDS)
@@ -233,53 +231,16 @@ def _keep(path: Path, mine: Owner, ended: threading.Event) -> None:
             _write(handle, mine)
 
 
-@contextlib.contextmanager
-def _opened(path: Path, create: bool) -> Iterator[int]:
-    """The file, in this process's hands alone where the filesystem can do that. Raises OSError."""
+def _opened(path: Path, create: bool) -> contextlib.AbstractContextManager[int]:
+    """The file, in this process's hands alone. Raises OSError, also when they are not free for a while."""
     deadline = time.monotonic() + HANDS_SECONDS
-    while True:
-        handle = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o666)
-        try:
-            _lock(handle, deadline)
-            # It may have been given back between the two: then another file has the name, or none.
-            if _is_at(handle, path):
-                yield handle
-                return
-        finally:
-            os.close(handle)
 
+    def not_for_ever() -> None:
+        # Who has it may be frozen.
+        if time.monotonic() > deadline:
+            raise BlockingIOError(errno.EAGAIN, "in other hands", str(path))
 
-def _lock(handle: int, deadline: float) -> None:
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            # Not for ever: who has it may be frozen.
-            if time.monotonic() > deadline:
-                raise
-        except OSError as failure:
-            if failure.errno in NO_FILE_LOCKS:
-                return
-            raise
-        time.sleep(0.02)
-
-
-def _is_guarded(handle: int) -> bool:
-    """Whether files can be locked here. Called with the file in hand."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return False
-    return (found.st_dev, found.st_ino) == (os.fstat(handle).st_dev, os.fstat(handle).st_ino)
+    return opened_alone(path, create, not_for_ever)
 
 
 def _read(handle: int) -> Owner | None:
