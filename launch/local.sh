@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on this machine, one process per GPU, or on its CPU:
 #   launch/local.sh [-n PROCESSES] [--cpu] CONFIG.yaml [key=value ...]
-# Ctrl-C, SIGTERM and SIGUSR1 save and end with 75; the same command continues. The exit codes: README.
+# Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal save and end with 75; the same command continues. The exit codes: README.
 # SA3DIST_PYTHON names the interpreter (default: python).
 set -euo pipefail
 

@@ -23,6 +23,10 @@ class ConfigError(SA3DistError):
     exit_code = EXIT_USER
 
 
+class InUse(ConfigError):
+    """Another run writes to the output directory; nothing in it is touched."""
+
+
 class DataError(SA3DistError):
     """A clip, caption or archive cannot be used. The message may hold several lines, one per problem."""
 

@@ -22,11 +22,11 @@ from sa3dist.adapters.file import (
 )
 from sa3dist.adapters.on_disk import AdapterOnDisk
 from sa3dist.adapters.peft_format import to_peft
-from sa3dist.errors import CheckpointError, ConfigError
+from sa3dist.errors import CheckpointError, ConfigError, InUse
 from sa3dist.formats import atomic_directory, write_json
 from sa3dist.home import expand_home
 from sa3dist.model.loading import BaseOnDisk
-from sa3dist.parallel import checkpoint
+from sa3dist.parallel import checkpoint, lock
 from sa3dist.parallel.outcome import run_program
 from sa3dist.values import split_word
 
@@ -73,7 +73,8 @@ def from_checkpoint(source: Path, output: Path | None) -> dict:
 
     source   a checkpoint directory, or an output_dir: its newest intact checkpoint
     output   default the output_dir itself; for a checkpoint directory, ``exported/<its name>`` beside ``checkpoints``
-    Raises CheckpointError when there is no intact checkpoint or it was saved without its run's description.
+    Raises CheckpointError when there is no intact checkpoint or it was saved without its run's description, InUse when
+    a run writes there.
     """
     saved, default = _open_checkpoint(source)
     description = saved.state.get("description")
@@ -83,7 +84,11 @@ def from_checkpoint(source: Path, output: Path | None) -> dict:
             f"sa3dist export CONFIG instead"
         )
     config = config_from_value(description["lora_config"])
-    return export.publish(config, saved.adapters, output or default, {**description, "step": saved.step})
+    try:
+        with lock.held(output or default):
+            return export.publish(config, saved.adapters, output or default, {**description, "step": saved.step})
+    except InUse as problem:
+        raise InUse(f"{problem} with --output") from None
 
 
 def _open_checkpoint(source: Path) -> tuple[checkpoint.Checkpoint, Path]:

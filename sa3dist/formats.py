@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,12 +57,8 @@ def atomic_directory(target: Path, unless: Callable[[], bool] = lambda: False) -
     and so are leftovers of killed runs older than a day, and a parent that stays empty.
     """
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in target.parent.glob(".*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            if leftover.is_dir() and time.time() - leftover.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(leftover, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    temporary = _empty_folder_beside(target)
+    remove_stale(path for path in target.parent.glob(".*.tmp") if path.is_dir())
     try:
         temporary.chmod(0o777 & ~_umask())
         yield temporary
@@ -80,6 +76,22 @@ def atomic_directory(target: Path, unless: Callable[[], bool] = lambda: False) -
         with contextlib.suppress(OSError):
             # Only when nothing else is in it.
             target.parent.rmdir()
+
+
+def remove_stale(leftovers: Iterable[Path]) -> None:
+    """Remove what killed runs have left, of these files and folders: what is older than a day."""
+    for leftover in leftovers:
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
+
+
+def _empty_folder_beside(target: Path) -> Path:
+    while True:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Another process may find the parent empty, and remove it, between the two.
+        with contextlib.suppress(FileNotFoundError):
+            return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
 
 
 def _replace_directory(new: Path, target: Path) -> None:

@@ -162,10 +162,9 @@ class _Reading:
             except DataError:
                 # Not read yet, or damaged, which reading it again mends.
                 log.info("%s: reading it", shown(url))
-        local = self._downloads.fetch(url)
         refused = len(self._refusals)
-        part = self._checked(local, name, url, known)
-        self._downloads.release(local)
+        with self._downloads.borrowed(url) as local:
+            part = self._checked(local, name, url, known)
         if version and len(self._refusals) == refused:
             with atomic_directory(kept) as temporary:
                 dataclasses.replace(part, directory=temporary, digest=key).write()

@@ -15,15 +15,19 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from sa3dist import errors
 from sa3dist.formats import write_json
+from sa3dist.parallel import lock
 
 PROGRAM = "sa3dist.train"
 STATUS_NAME = "status.json"
+# As in parallel/outcome.py, which imports torch.
+STATUS_DIR_VARIABLE = "SA3DIST_STATUS_DIR"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # An agent that is signalled while it already stops its workers may leave them behind; the ranks, too, take a repeat
 # within this time as the same request.
@@ -72,10 +76,20 @@ class Supervisor:
         before = identity_of(status)
         if self.asked_at is not None:
             return self._without_status(errors.EXIT_INTERRUPTED, status)
+        owner = lock.peek(status.parent)
+        if owner is not None and lock.lives(owner):
+            # Before a second launch agent asks for the port of the first.
+            raise lock.refusal(status.parent, owner)
+        with tempfile.TemporaryDirectory(prefix="sa3dist-") as elsewhere:
+            return self._run(status, before, Path(elsewhere))
+
+    def _run(self, status: Path, before: tuple | None, elsewhere: Path) -> int:
+        """elsewhere: where a run says how it ended that may not write to its output directory."""
         names = ",".join(number.name for number in FORWARDED)
         # torchrun reads the first, and so does accelerate when it starts several processes. Without the second a lost
         # store fills pages with torch's C++ stacks, around the one line that says which rank was lost.
         environment = {"TORCH_CPP_LOG_LEVEL": "ERROR"} | os.environ | {"PET_SIGNALS_TO_HANDLE": names}
+        environment[STATUS_DIR_VARIABLE] = str(elsewhere)
         # A session of its own: a terminal's Ctrl-C then comes here only, and once.
         self.child = subprocess.Popen(self.command, start_new_session=True, env=environment)
         # What came while there was no child to send it to.
@@ -83,6 +97,8 @@ class Supervisor:
         code = self._wait(status, before)
         if code == errors.EXIT_DONE:
             return code
+        if (elsewhere / STATUS_NAME).exists():
+            return _exit_code_in(elsewhere / STATUS_NAME)
         return self._meant(code, status, before)
 
     def _wait(self, status: Path, before: tuple | None) -> int:
@@ -94,7 +110,10 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 # Rank 0 reports when all is published, another rank when rank 0 has had its time to publish: nobody has
                 # anything left to save.
-                if ended_at is None and is_replaced(status, before):
+                if not is_replaced(status, before):
+                    # Or none again: it was an earlier run's, which ended while this one started.
+                    ended_at = None
+                elif ended_at is None:
                     ended_at = time.monotonic()
                 if ended_at is not None and time.monotonic() - ended_at > LINGER_SECONDS:
                     self._kill_all()
@@ -117,12 +136,14 @@ class Supervisor:
             if time.monotonic() > deadline:
                 return self._without_status(code, status)
             time.sleep(0.1)
-        return int(json.loads(status.read_text(encoding="utf-8"))["exit_code"])
+        return _exit_code_in(status)
 
     def _without_status(self, code: int, status: Path) -> int:
         # Refused for that, and nowhere to say so.
         if status.parent.is_file():
             return errors.EXIT_USER
+        if lock.is_anothers(status.parent):
+            return errors.EXIT_INTERRUPTED if self.asked_at is not None else code
         if self.asked_at is not None:
             message = "stopped before the ranks had started; run the same command to continue"
             said = {"state": "interrupted", "exit_code": errors.EXIT_INTERRUPTED, "message": message}
@@ -130,6 +151,10 @@ class Supervisor:
             return errors.EXIT_INTERRUPTED
         # A signal nobody sent through us: the machine ran out of memory, or someone used kill.
         return errors.EXIT_ENVIRONMENT if code < 0 else code
+
+
+def _exit_code_in(status: Path) -> int:
+    return int(json.loads(status.read_text(encoding="utf-8"))["exit_code"])
 
 
 def status_path(command: Sequence[str]) -> Path:

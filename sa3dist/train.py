@@ -9,18 +9,18 @@ import faulthandler
 import gc
 import json
 import logging
-import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from sa3dist.errors import ConfigError
-from sa3dist.parallel.signals import StopRequest
+from sa3dist.parallel.signals import StopRequest, kill_loaders
+from sa3dist.streams import outlive_readers
 
 if TYPE_CHECKING:
+    from sa3dist.parallel.group import Group
     from sa3dist.run import Run
 
 
@@ -63,7 +63,7 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
     # Stack frames of a store that went with its host would bury the one line that says which host that was.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from sa3dist import config
-    from sa3dist.parallel.outcome import dist_rank_from_environment, forget_status, has_peers, run_program
+    from sa3dist.parallel.outcome import dist_rank_from_environment, has_peers, run_program
 
     arguments, unknown = parser(program, about).parse_known_intermixed_args(argv)
     main_rank = dist_rank_from_environment() == 0
@@ -99,12 +99,11 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
             make_deterministic()
         group = connect(settings.step_timeout)
         running.append(Run(settings, group, stop))
-        if group.is_main:
-            forget_status(settings.output_dir)
         with Watchdog(group, stop, settings.output_dir) as watchdog:
             try:
                 # Only now: peers of a rank that left before would wait for it in connect.
                 stop.raise_if_asked("starting")
+                take_output_dir(group, settings.output_dir, stop)
                 stages(running[0])
             except Exception as failure:
                 reason = leave(group, failure, watchdog.told)
@@ -119,12 +118,27 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
     return run_program(body, output_dir, lambda: running[0].step if running else 0)
 
 
+def take_output_dir(group: Group, directory: Path, stop: StopRequest) -> None:
+    """Before anything is written to it. Raises InUse, on all ranks, when another run does."""
+    from sa3dist.parallel import lock
+    from sa3dist.parallel.group import on_main_first
+    from sa3dist.parallel.outcome import forget_status
+
+    def take() -> str | None:
+        return lock.take(directory, lambda: stop.raise_if_asked("waiting for output_dir"))
+
+    lock.adopt(directory, on_main_first(group, "lock", take, stop))
+    if group.is_main:
+        forget_status(directory)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     return run_stages("sa3dist.train", "Train a Stable Audio 3 LoRA from captioned audio.", whole_road, argv)
 
 
 def as_process(program: Callable[[], int]) -> NoReturn:
     """Run a program as this process's only work. A crash beneath Python says where it was, on stderr."""
+    outlive_readers()
     with contextlib.suppress(OSError, RuntimeError, ValueError):
         # Without a stderr there is nobody to tell.
         faulthandler.enable()
@@ -138,11 +152,8 @@ def end_process(code: int) -> NoReturn:
     much as launch agents wait between SIGTERM and SIGKILL.
     """
     gc.freeze()
-    # The interpreter would wait for loader processes that a failure has left, and these take no signal. Their loader
-    # would raise when they end.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for child in multiprocessing.active_children():
-        child.kill()
+    # The interpreter would wait for loader processes that a failure has left.
+    kill_loaders()
     ahead = sys.modules.get("sa3dist.data.ahead")
     if ahead and ahead.still_reading():
         # A thread in an operator of torch would abort an interpreter that shuts down.

@@ -55,6 +55,7 @@ class Trainer:
         forward = functools.partial(micro_batch_loss, base, settings=settings)
         self.engine = engines.make(base, parameters, forward, settings, plan, group, scalars=SAVING + 1)
         self.saver = Saver()
+        self._stop = StopRequest()
         self.graphs: PassGraphs | None = None
         # Whether memory that runs out takes them along. Equal on all ranks, some of which may hold none any more.
         self.graphs_may_go = False
@@ -140,7 +141,8 @@ class Trainer:
         batch, failure = None, None
         try:
             self.saver.check()
-            batch = next(batches)
+            with self._stop.breakable():
+                batch = next(batches)
         except Exception as error:
             failure = error
         if self.engine.lockstep and self.group.any(failure is not None):
@@ -154,6 +156,7 @@ class Trainer:
 
         Raises on every rank alike when any rank failed or the loss is not finite; the adapters then stay as they were.
         """
+        self._stop = stop
         taken: list[MicroBatch] = []
         while (remedy := self._remedy()) is not None:
             # The same micro batches once more: neither remedy changes their gradients.

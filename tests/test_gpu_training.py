@@ -331,3 +331,16 @@ def test_deterministic_mode_gives_equal_bits_in_two_processes(device):
     }
     assert len(digests) == 1
     assert len(digests.pop().strip()) == 64
+
+
+def test_a_launchers_wish_for_dynamo_does_not_round_products_to_tf32(device):
+    if device.type != "cuda":
+        pytest.skip("Accelerate turns TF32 on beside a CUDA device only")
+    code = (
+        "import torch; from sa3dist.parallel.group import connect; connect(60.0); "
+        "print(torch.backends.cuda.matmul.allow_tf32)"
+    )
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    assert done.stdout.split() == ["False"]

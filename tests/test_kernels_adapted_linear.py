@@ -90,6 +90,8 @@ def test_factored_form_is_the_materialised_form_in_float64(name, data):
     scale = data.draw(st.sampled_from([0.01, 0.5, 1.0, 2.5, -1.0]))
     bias, seed = data.draw(st.booleans()), data.draw(st.integers(0, 2**31))
     weight, bias, params, frozen, x, dy = make_layer(kind, tokens, fan_out, fan_in, rank, bias, seed=seed)
+    # Gradients far below and far above 1.
+    dy *= data.draw(st.sampled_from([1e-6, 1.0, 1e6]))
     got = values_and_gradients(
         lambda: adapted_linear(x, weight, bias, params, kind, scale, frozen=frozen), x, params, dy
     )
@@ -99,6 +101,22 @@ def test_factored_form_is_the_materialised_form_in_float64(name, data):
     floor = limit * max(float(value.detach().norm()) for value in expected[1:])
     for key, ours, theirs in zip(["y", "x", *params], got, expected, strict=True):
         assert relative_error(ours, theirs) < limit or float((ours - theirs).norm()) < floor, key
+
+
+@pytest.mark.parametrize("name", NINE)
+@pytest.mark.parametrize("factor", [2.0**-30, 2.0**30])
+def test_gradients_grow_with_what_they_are_asked_for_to_the_last_bit(name, factor):
+    kind = ADAPTER_TYPES[name]
+    weight, bias, params, frozen, x, dy = make_layer(kind, 7, 9, 8, 3, dtype=torch.float32)
+
+    def run():
+        return adapted_linear(x, weight, bias, params, kind, 0.7, frozen=frozen)
+
+    y, *whole = values_and_gradients(run, x, params, dy)
+    again, *scaled = values_and_gradients(run, x, params, factor * dy)
+    assert torch.equal(y, again)
+    # A power of two changes no digit; a clipping, or an epsilon beside a gradient, would.
+    assert all(torch.equal(factor * one, other) for one, other in zip(whole, scaled, strict=True))
 
 
 @pytest.mark.parametrize("name", NINE)

@@ -205,6 +205,17 @@ def test_every_type_and_gradient_is_the_materialised_form_in_float64(name, dtype
         assert_close(value, expected[key], dtype, key)
 
 
+@pytest.mark.parametrize("name", ["dora-rows", "bora", "dora-cols-xs"])
+@pytest.mark.parametrize("factor", [2.0**-30, 2.0**30])
+def test_gradients_grow_with_what_they_are_asked_for_to_the_last_bit(name, factor):
+    kind = ADAPTER_TYPES[name]
+    weight, bias, params, frozen, x, grad = make_layer(kind, 6, 9, 7, 3, dtype=torch.float32)
+    whole = evaluate(fused, kind, weight, bias, x, grad, params, frozen)
+    scaled = evaluate(fused, kind, weight, bias, x, factor * grad, params, frozen)
+    # A power of two changes no digit; a clipping, or an epsilon beside a gradient, would.
+    assert all(torch.equal(value if key == "y" else factor * value, scaled[key]) for key, value in whole.items())
+
+
 @pytest.mark.usefixtures("nan_memory")
 @pytest.mark.parametrize("name", ["dora-rows", "dora-cols", "bora", "bora-xs"])
 def test_zero_rows_and_columns_give_zero_gradients_and_no_nan(name):

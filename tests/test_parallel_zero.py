@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sa3dist import export, train
 from sa3dist.adapters import AdapterConfig
 from sa3dist.errors import EnvironmentFailure
+from sa3dist.parallel.signals import SIGNALS
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {
@@ -26,11 +28,21 @@ CLIPS_PER_STEP = 4
 
 
 @pytest.fixture(scope="module")
-def common(demo_base, demo_clips, demo_work):
+def loud_base(demo_base, tmp_path_factory):
+    """The demo's base with a last layer that makes every gradient large: DeepSpeed clips unless it is told not to."""
+    loud = shutil.copytree(demo_base, tmp_path_factory.mktemp("loud") / "base")
+    tensors = load_file(loud / "model.safetensors")
+    (last,) = [name for name in tensors if name.endswith("transformer.project_out.weight")]
+    save_file(tensors | {last: 40 * tensors[last]}, loud / "model.safetensors")
+    return loud
+
+
+@pytest.fixture(scope="module")
+def common(loud_base, demo_clips, demo_work):
     # rank 3: tensors whose size no number of ranks divides; bora: every kind of tensor.
     return [
         f"audio_data_url={demo_clips}",
-        f"model={demo_base}",
+        f"model={loud_base}",
         f"work_dir={demo_work}",
         "adapter_type=bora",
         "rank=3",
@@ -44,7 +56,7 @@ def common(demo_base, demo_clips, demo_work):
 
 
 def alone(common, output_dir, steps):
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     words = [f"gradient_accumulation_steps={CLIPS_PER_STEP}", f"number_of_steps={steps}", f"output_dir={output_dir}"]
     assert train.main([*common, *words, "keep_checkpoints=9", "save_every=2"]) == 0
     for number, handler in handlers.items():
@@ -110,6 +122,7 @@ def test_one_course_through_zero_2_then_zero_3_then_one_process(common, straight
     # The shipped files, from a directory that does not hold them.
     two_ranks(["--config_file", str(ROOT / "configs/accelerate/zero2.yaml")], common, run, steps=2, cwd=tmp_path)
     assert_same_course(run, straight, 2)
+    assert min(row["grad_norm"] for row in rows(straight)) > 100
 
     # Everything divided, nothing kept whole; and a file that asks for 16 bits.
     divided = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 100000}

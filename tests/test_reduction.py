@@ -16,6 +16,7 @@ from sa3dist.parallel.flat import FlatAdapters
 from sa3dist.parallel.group import Group
 from sa3dist.parallel.reduction import GradientReduction
 from sa3dist.parallel.saving import Saver
+from sa3dist.parallel.signals import StopRequest
 from sa3dist.trainer import Trainer
 
 RANKS = 3
@@ -68,7 +69,11 @@ def fetched(rank):
 
     group = Group(rank, RANKS, torch.device("cpu"))
     trainer = types.SimpleNamespace(
-        engine=types.SimpleNamespace(lockstep=True), group=group, saver=Saver(), _explain=lambda failure: failure
+        engine=types.SimpleNamespace(lockstep=True),
+        group=group,
+        saver=Saver(),
+        _stop=StopRequest(),
+        _explain=lambda failure: failure,
     )
     try:
         return Trainer._fetch(trainer, batches())

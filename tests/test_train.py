@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import sa3dist
 from sa3dist import cli, train
 from sa3dist.data.tensor_files import digest_of_tensors
+from sa3dist.parallel.signals import SIGNALS
 from tests.conftest import THREADS
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +47,7 @@ def words(demo_base, demo_clips, demo_work):
 
 @pytest.fixture(autouse=True)
 def _restore_process_settings():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     torch.use_deterministic_algorithms(False)
     for number, handler in handlers.items():

@@ -10,6 +10,7 @@ from sa3dist.data.latents import SILENCE_TAIL_FRAMES, EncodedClips
 from sa3dist.data.layout import split
 from sa3dist.data.stream import frames_of
 from sa3dist.errors import DataError
+from sa3dist.file_lock import alone
 from sa3dist.formats import ClipEntry
 from sa3dist.parallel.group import Group, together
 from sa3dist.parallel.signals import StopRequest
@@ -36,9 +37,12 @@ def collect(
         for number in range(group.dist_rank, len(groups), group.world_size):
             stop.raise_if_asked("collecting latents")
             path = encoded.shards_dir / latent_shard_name(number)
-            if not _is_finished(path):
-                where = encoded.index.digest, number, len(groups)
-                write_latent_shard(path, groups[number], encoded.shards.encoders, *where, encoded.member)
+            # Of two runs on one work_dir the index of the one must not meet the shard of the other.
+            lock = path.with_name(f".{path.stem}.lock")
+            with alone(lock, lambda: stop.raise_if_asked("collecting latents")):
+                if not _is_finished(path):
+                    where = encoded.index.digest, number, len(groups)
+                    write_latent_shard(path, groups[number], encoded.shards.encoders, *where, encoded.member)
             _remove_files(encoded, groups[number])
 
     together(group, "collect", work, stop)

@@ -8,13 +8,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from sa3dist.data.containers import MAX_MEMBER_BYTES, MAX_TOTAL_BYTES
 from sa3dist.data.download import CONNECT_SECONDS, SILENT_SECONDS, download, remote_info, version_of
-from sa3dist.errors import DataError
+from sa3dist.errors import DataError, Interrupted
+from sa3dist.file_lock import alone
 from sa3dist.formats import digest_of, file_sha256, fsync_directory, write_json
 
 _EXTRAS = {"s3": "pip install 'sa3dist[s3]'", "http": "pip install aiohttp", "https": "pip install aiohttp"}
@@ -71,6 +72,34 @@ class Downloads:
 
         Raises DataError when it does not exist, may not be read or is too large, EnvironmentFailure when it breaks off.
         """
+        with self._alone(source):
+            return self._fetch(source)
+
+    @contextlib.contextmanager
+    def borrowed(self, source: str) -> Iterator[Path]:
+        """``fetch`` for a block, which no other run that needs the same URL is in; then it is removed."""
+        with self._alone(source):
+            local = self._fetch(source)
+            yield local
+            self.release(local)
+
+    @contextlib.contextmanager
+    def _alone(self, source: str) -> Iterator[None]:
+        """One run at a time: two would write to one file, and each would rename it from under the other."""
+
+        def while_waiting() -> None:
+            if self._should_stop():
+                raise Interrupted(f"{shown(source)}: stopped while another run downloads it; run again")
+
+        try:
+            with alone(self._directory / f".{digest_of(source)[:16]}.lock", while_waiting):
+                yield
+        finally:
+            with contextlib.suppress(OSError):
+                # Only when nothing else is in it.
+                self._directory.rmdir()
+
+    def _fetch(self, source: str) -> Path:
         label = shown(source)
         system, path, info = look_up(source, self._should_stop)
         local = (

@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import random
+import socket
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,7 +23,7 @@ from sa3dist.data.fetch import filesystem, is_remote, shown
 from sa3dist.data.lanes import Cursor, Lane
 from sa3dist.data.latent_shards import FLIPPED, LATENTS, MEND, PROMPT, SHARD_INDEX_VERSION, Encoders
 from sa3dist.errors import DataError, EnvironmentFailure
-from sa3dist.formats import ClipEntry, is_sealed
+from sa3dist.formats import ClipEntry, is_sealed, remove_stale
 
 # Members without data, whatever their header says.
 _NO_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
@@ -88,7 +90,9 @@ class ShardSource:
     ) -> Iterator[ShardClip]:
         import webdataset
 
-        scratch = self.scratch / f"{lane.dist_rank}-{lane.number}.part"
+        # The place of another run on the same shards is another one.
+        mine = f"{socket.gethostname()}-{os.getpid()}"
+        scratch = self.scratch / f"{lane.dist_rank}-{lane.number}-{mine}.part"
         reading = [""]
 
         def opened(sources: Iterable[Sample]) -> Iterator[Sample]:
@@ -127,6 +131,7 @@ class ShardSource:
             return
         # Whole shards, resumed and retried as any download; what a killed run has left may be of another version.
         scratch.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(scratch.parent.glob("*.part"))
         scratch.unlink(missing_ok=True)
         try:
             system, path = filesystem(url)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 
@@ -19,13 +18,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from sa3dist import flow
 from sa3dist.data.audio import resampled_length
+from sa3dist.data.handing_over import (
+    hanging_processes_left_behind,
+    leave_signals_to_the_main_process,
+    naming_shared_memory,
+    share,
+)
 from sa3dist.data.latents import ClipLatents, EncodedClips
 from sa3dist.data.order import clip_order, micro_batch_slots
 from sa3dist.errors import SA3DistError
 from sa3dist.formats import ClipEntry
 from sa3dist.model.config import ShiftConfig
 from sa3dist.model.packing import Packing
-from sa3dist.parallel.signals import SIGNALS
 
 # A crop quieter than this is drawn again; source: spec/training.md 4.2, item 5 (-60 dBFS).
 SILENCE_PEAK = 1e-3
@@ -88,6 +92,10 @@ class MicroBatch:
     def clone(self) -> MicroBatch:
         return self._each(lambda value: value.clone())
 
+    def tensors(self) -> list[torch.Tensor]:
+        packed = [self.packing.frame_F] if self.packing is not None else []
+        return [value for value in vars(self).values() if isinstance(value, torch.Tensor)] + packed
+
     def _each(self, change: Callable) -> MicroBatch:
         movable = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor | Packing)}
         return dataclasses.replace(self, **{name: change(value) for name, value in movable.items()})
@@ -130,7 +138,9 @@ class MicroBatches(Dataset):
     def __getitem__(self, micro_index: int) -> MicroBatch | SA3DistError:
         slots = micro_batch_slots(micro_index, self.settings.micro_batch)
         try:
-            return collate([self._sample(slot) for slot in slots], self.settings)
+            batch = collate([self._sample(slot) for slot in slots], self.settings)
+            share(batch.tensors())
+            return batch
         except SA3DistError as problem:
             # As a value: the loader would bury its one line under a worker's traceback.
             return problem
@@ -298,20 +308,21 @@ def loader(
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_the_main_process,
     )
-    for batch in ready:
-        if problems:
-            break
-        if isinstance(batch, SA3DistError):
-            raise batch
-        index = issued.popleft()
-        if after:
-            after(index)
-        yield batch.to(device)
+    # By a name: the loop alone would let go of the processes, and wait for them, before they can be killed.
+    with naming_shared_memory():
+        handed = iter(ready)
+    try:
+        with hanging_processes_left_behind():
+            for batch in handed:
+                if problems:
+                    break
+                if isinstance(batch, SA3DistError):
+                    raise batch
+                index = issued.popleft()
+                if after:
+                    after(index)
+                yield batch.to(device)
+    finally:
+        del handed
     if problems:
         raise problems[0]
-
-
-def leave_signals_to_the_main_process(worker: int) -> None:
-    # A terminal's Ctrl-C and Slurm's signals reach the whole process group; a worker that dies of one fails the step.
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

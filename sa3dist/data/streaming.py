@@ -15,6 +15,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from sa3dist.cut_captions import cut_captions
 from sa3dist.data.audio import decode, ready_audio
+from sa3dist.data.handing_over import (
+    hanging_processes_left_behind,
+    leave_signals_to_the_main_process,
+    naming_shared_memory,
+    share,
+)
 from sa3dist.data.lanes import Cursor, Lane, LanePlaces
 from sa3dist.data.latent_shards import FLIPPED, LATENTS, PROMPT
 from sa3dist.data.latent_source import StreamedDataset
@@ -27,7 +33,6 @@ from sa3dist.data.stream import (
     StreamSettings,
     collate,
     draw_sample,
-    leave_signals_to_the_main_process,
     polarity_of_slot,
 )
 from sa3dist.data.tensor_files import unpack_tensors
@@ -104,7 +109,8 @@ class StreamedBatches(IterableDataset):
         self.encoded, self.settings, self.buffer = encoded, settings, buffer
         self._rank, self._world_size = group.dist_rank, group.world_size
         self._first, self._cursors = first, list(cursors)
-        self._ended = multiprocessing.Event()
+        with naming_shared_memory():
+            self._ended = multiprocessing.Event()
         self._parent = os.getpid()
 
     def end(self) -> None:
@@ -130,8 +136,12 @@ class StreamedBatches(IterableDataset):
                     found, cursor, repeated = next(clips)
                     repeats += repeated
                     content.append(self._read(slot, found))
-                whole = source.encoders is not None
-                yield Handed(number, cursor, repeats, collate(content, self.settings) if whole else content)
+                if source.encoders is not None:
+                    content = collate(content, self.settings)
+                    share(content.tensors())
+                else:
+                    share(audio_CN for _, _, audio_CN in content)
+                yield Handed(number, cursor, repeats, content)
             except SA3DistError as problem:
                 # As a value: the loader would bury its one line under a worker's traceback.
                 yield Handed(number, cursor, repeats, problem)
@@ -198,12 +208,17 @@ def streaming_loader(
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_the_main_process,
     )
+    # By a name: the loop alone would let go of the processes, and wait for them, before they can be killed.
+    with naming_shared_memory():
+        all_handed = iter(ready)
     try:
-        for handed in ready:
-            if isinstance(handed.content, SA3DistError):
-                raise handed.content
-            batch = handed.content if isinstance(handed.content, MicroBatch) else finish(handed.content)
-            places.ahead[handed.lane] = handed.cursor
-            yield dataclasses.replace(batch, repeated_clips=handed.repeated).to(device)
+        with hanging_processes_left_behind():
+            for handed in all_handed:
+                if isinstance(handed.content, SA3DistError):
+                    raise handed.content
+                batch = handed.content if isinstance(handed.content, MicroBatch) else finish(handed.content)
+                places.ahead[handed.lane] = handed.cursor
+                yield dataclasses.replace(batch, repeated_clips=handed.repeated).to(device)
     finally:
         batches.end()
+        del all_handed

@@ -50,6 +50,8 @@ def _wait(reader: socket.socket, stop: StopRequest, output_dir: Path) -> None:
     asked = None
     while asked is None:
         asked = next((number for number in reader.recv(64) if number in SIGNALS), None)
+    # The main thread may be in a reduction, waiting for a rank that waits for its loader, and would hear of it last.
+    stop.hear(signal.Signals(asked).name)
     time.sleep(LEAVE_SECONDS)
     if stop.holds_state:
         return

@@ -115,7 +115,10 @@ def connect(step_timeout_seconds: float) -> Group:
         on_cpu = False
     patience = timedelta(seconds=step_timeout_seconds + GROUP_TIMEOUT_MARGIN_SECONDS)
     handlers = [InitProcessGroupKwargs(timeout=patience)]
+    tf32 = torch.backends.cuda.matmul.allow_tf32
     accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, kwargs_handlers=handlers)
+    # It turns TF32 on where a launcher's file asks for dynamo, which compiles nothing here.
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         # It would make transformers divide the text encoder as it loads.

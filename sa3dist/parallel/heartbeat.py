@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sa3dist import errors
 from sa3dist.formats import write_json
+from sa3dist.parallel import lock
 from sa3dist.parallel.outcome import HEARTBEAT_NAME, STATES, translate
 from sa3dist.parallel.pulse import Pulse
 
@@ -40,6 +41,8 @@ class HeartbeatFile:
 
     def close(self, failure: BaseException | None) -> None:
         """The last word: how the run ended. A refused run leaves nothing but its status."""
+        if lock.is_anothers(self._path.parent):
+            return
         explained = None if failure is None else translate(failure)
         code = errors.EXIT_DONE if failure is None else errors.EXIT_BUG if explained is None else explained.exit_code
         if code != errors.EXIT_USER:
@@ -51,6 +54,8 @@ class HeartbeatFile:
 
     def _write(self, stage: str) -> None:
         pulse = self._pulse
+        if lock.is_anothers(self._path.parent):
+            return
         said = {"step": pulse.step, "stage": stage, "doing": pulse.doing, "time": time.time()}
         try:
             write_json(self._path, said | {"host": socket.gethostname(), "pid": os.getpid()})

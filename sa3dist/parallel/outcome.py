@@ -16,9 +16,12 @@ import torch
 
 from sa3dist import errors
 from sa3dist.formats import write_json
+from sa3dist.parallel import lock
 
 STATUS_NAME = "status.json"
 HEARTBEAT_NAME = "heartbeat.json"
+# Where a supervisor looks for the status of a run that may not write one beside its results.
+STATUS_DIR_VARIABLE = "SA3DIST_STATUS_DIR"
 STATES = {
     errors.EXIT_DONE: "done",
     errors.EXIT_USER: "refused",
@@ -46,6 +49,7 @@ ENVIRONMENT_ERRNOS = {
 }
 # torch's allocator on the CPU raises a plain RuntimeError.
 NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+SHARED_MEMORY = "/dev/shm"
 # How long a failing rank leaves the word to rank 0; while that one saves, the watchdog has held it back before.
 RANK_0_SECONDS = 3.0
 
@@ -79,12 +83,28 @@ def translate(failure: BaseException) -> errors.SA3DistError | None:
             return errors.EnvironmentFailure(f"{where}{failure.strerror}; state is as last saved")
     if isinstance(failure, torch.distributed.DistError) or _is_lost_peer(failure):
         return errors.LostPeer(f"lost contact with another rank ({_first_line(failure)}); state is as last saved")
+    if "DataLoader worker" in str(failure) and "Bus error" in str(failure):
+        return no_shared_memory(_first_line(failure))
     if isinstance(failure, ConnectionError | EOFError) or "DataLoader worker" in str(failure):
         return errors.EnvironmentFailure(
             f"a loader process was killed, by the machine's memory limit perhaps ({_first_line(failure)}); "
             f"lower num_workers or run again to continue"
         )
     return None
+
+
+def no_shared_memory(reason: str) -> errors.EnvironmentFailure:
+    """What to tell when a loader process cannot hand over a micro batch."""
+    if "Too many open files" in reason:
+        return errors.EnvironmentFailure(f"a loader process has too many files open ({reason}); raise ulimit -n")
+    size = ""
+    with contextlib.suppress(OSError):
+        found = os.statvfs(SHARED_MEMORY)
+        size = f" ({found.f_blocks * found.f_frsize >> 20} MiB, {found.f_bavail * found.f_frsize >> 20} free)"
+    return errors.EnvironmentFailure(
+        f"{SHARED_MEMORY}{size}: no room for what loader processes hand over ({reason}); give it more "
+        f"(docker run --shm-size=2g; Kubernetes: an emptyDir with medium Memory), or set num_workers=0"
+    )
 
 
 def _is_lost_peer(failure: BaseException) -> bool:
@@ -116,32 +136,52 @@ def run_program(body: Callable[[], None], output_dir: Callable[[], Path | None],
 
 
 def report(problem: errors.SA3DistError | None, directory: Path | None, step: int, patience_seconds: float) -> None:
-    """Say once on stderr, and in status.json, how the run ended; None: well.
+    """Say once on stderr, and in status.json, how the run ended, and give its directory back; None: well.
 
     Rank 0 speaks for all. Another rank waits, and speaks only of a failure that rank 0 has not lived to tell.
     patience_seconds   how long rank 0 may take
     """
+    try:
+        if directory is not None and (isinstance(problem, errors.InUse) or lock.is_anothers(directory)):
+            # It holds another run's words. A supervisor, whose agent turns every code into 1, has a place for ours.
+            directory = Path(os.environ[STATUS_DIR_VARIABLE]) if STATUS_DIR_VARIABLE in os.environ else None
+        _report(problem, directory, step, patience_seconds)
+    finally:
+        lock.release_all()
+
+
+def _report(problem: errors.SA3DistError | None, directory: Path | None, step: int, patience_seconds: float) -> None:
     dist_rank, host = here = dist_rank_from_environment(), socket.gethostname()
     if dist_rank != 0:
-        if problem is None or directory is None or _is_word_of_rank_0(problem):
+        if problem is None or directory is None:
+            return
+        if isinstance(problem, errors.InUse):
+            # Rank 0 has said it, perhaps on another host than this one's supervisor.
+            _write_status(directory, problem, problem.origin or here, str(problem), step)
+        if _is_word_of_rank_0(problem):
             return
         # A file has no place for a status, and is what rank 0 refuses as well.
         if directory.is_file() or has_spoken(directory, patience_seconds):
             return
     elif directory is not None and _is_known_to_others(problem) and has_spoken(directory, 0):
         return
-    message, code = "done", errors.EXIT_DONE
+    message, origin = "done", here
     if problem is not None:
-        message, code = str(problem), problem.exit_code
-        dist_rank, host = problem.origin or here
+        message, origin = str(problem), problem.origin or here
         # Where it happened matters when it is not the user's mistake, or one only some rank sees. One process is here.
-        if dist_rank != 0 or (code == errors.EXIT_ENVIRONMENT and has_peers()):
-            message = f"rank {dist_rank} on {host}: {message}"
+        if origin[0] != 0 or (problem.exit_code == errors.EXIT_ENVIRONMENT and has_peers()):
+            message = f"rank {origin[0]} on {origin[1]}: {message}"
         print(message, file=sys.stderr, flush=True)
-    if directory is None:
-        return
+    if directory is not None:
+        _write_status(directory, problem, origin, message, step)
+
+
+def _write_status(
+    directory: Path, problem: errors.SA3DistError | None, origin: tuple[int, str], message: str, step: int
+) -> None:
+    code = errors.EXIT_DONE if problem is None else problem.exit_code
     status = {"state": STATES[code], "exit_code": code, "message": message}
-    status |= {"dist_rank": dist_rank, "host": host, "step": step}
+    status |= {"dist_rank": origin[0], "host": origin[1], "step": step}
     try:
         with contextlib.suppress(OSError):
             write_json(directory / STATUS_NAME, status)

@@ -5,16 +5,27 @@ A late repeat of a signal ends the process at once.
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from sa3dist.errors import EXIT_INTERRUPTED, Interrupted
+from sa3dist.parallel import lock
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# The last one comes when the terminal, or the connection to it, is gone.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# What a thread sends the main one of its own process, to end a wait.
+BREAK_SIGNAL = signal.SIGALRM
 # Launch agents and schedulers repeat a signal within milliseconds; a person who means it waits longer.
 SAME_REQUEST_SECONDS = 5.0
+AGAIN = "run the same command to continue"
+# How long giving back the lock may take at an end that waits for nothing.
+RELEASE_SECONDS = 1.0
 # What a process takes to end after its last save.
 EXIT_SECONDS = 5.0
 
@@ -24,6 +35,7 @@ class StopRequest:
 
     polls         how often it was called: a sign of life of the main thread, or of one that it waits for
     holds_state   training has begun: stopping has to save
+    waiting       the main thread waits for something that may never come, and may be broken off
     """
 
     def __init__(self) -> None:
@@ -31,6 +43,8 @@ class StopRequest:
         self.saving = False
         self.polls = 0
         self.holds_state = False
+        self.waiting = False
+        self._heard: str | None = None
         self._first_at = 0.0
         self._ends_at: float | None = None
         self._allowed_seconds = 0.0
@@ -38,8 +52,33 @@ class StopRequest:
 
     def install(self) -> StopRequest:
         for number in SIGNALS:
-            signal.signal(number, self._handle)
+            # Under nohup a run outlives its terminal.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
+        signal.signal(BREAK_SIGNAL, self._end_wait)
         return self
+
+    @contextlib.contextmanager
+    def breakable(self) -> Iterator[None]:
+        """A block of the main thread that ``break_off`` may end with Interrupted."""
+        self.waiting = True
+        try:
+            yield
+        finally:
+            self.waiting = False
+
+    def break_off(self) -> None:
+        """End the main thread's ``breakable`` block; for threads beside it. Without effect outside of one."""
+        signal.pthread_kill(threading.main_thread().ident, BREAK_SIGNAL)
+
+    def _end_wait(self, number: int, frame) -> None:
+        if self.waiting:
+            self.waiting = False
+            raise Interrupted(f"{self.reason} while waiting for data; finished work is kept, {AGAIN}")
+
+    def hear(self, reason: str) -> None:
+        """Another rank was asked to stop, or this one while its main thread runs no handlers."""
+        self._heard = reason
 
     def limit(self, allowed_seconds: float) -> None:
         """Ask to stop in time to be gone ``allowed_seconds`` after this program's start."""
@@ -56,6 +95,10 @@ class StopRequest:
             self.signal_name = signal.Signals(number).name
             self._first_at = now
         elif now - self._first_at > SAME_REQUEST_SECONDS and not self.saving:
+            # Not waited for where its disk does not answer: without its process it counts for nothing.
+            giving_back = threading.Thread(target=lock.release_all, daemon=True)
+            giving_back.start()
+            giving_back.join(RELEASE_SECONDS)
             os._exit(EXIT_INTERRUPTED)
 
     @property
@@ -65,7 +108,7 @@ class StopRequest:
             return self.signal_name
         if self._ends_at is not None and time.monotonic() > self._ends_at - self._reserve_seconds:
             return f"max_wall_time ({self._allowed_seconds:.0f} s) nearly over"
-        return None
+        return self._heard
 
     def __call__(self) -> bool:
         self.polls += 1
@@ -78,7 +121,7 @@ class StopRequest:
     def raise_if_asked(self, doing: str) -> None:
         self.polls += 1
         if self.reason is not None:
-            raise Interrupted(f"{self.reason} while {doing}; finished work is kept, run the same command to continue")
+            raise Interrupted(f"{self.reason} while {doing}; finished work is kept, {AGAIN}")
 
 
 def seconds_since_start() -> float:
@@ -86,3 +129,12 @@ def seconds_since_start() -> float:
     # Field 22, counted behind the name, which may hold anything: start time in clock ticks since boot.
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def kill_loaders() -> None:
+    """End the loader processes of this one, which take no signal that asks. For ends that wait for nothing."""
+    if threading.current_thread() is threading.main_thread():
+        # Their loader would raise there when they end. Other threads end the process with them.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()

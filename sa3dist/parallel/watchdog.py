@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import multiprocessing
 import os
 import socket
 import threading
@@ -21,19 +20,22 @@ from typing import Any
 import torch.distributed as dist
 
 from sa3dist import errors
+from sa3dist.parallel import lock
 from sa3dist.parallel.group import Group
 from sa3dist.parallel.heartbeat import HeartbeatFile
 from sa3dist.parallel.outcome import has_spoken, report
 from sa3dist.parallel.pulse import AVERAGING, Still
-from sa3dist.parallel.signals import StopRequest
+from sa3dist.parallel.signals import StopRequest, kill_loaders
 from sa3dist.parallel.word import (
     END,
     HEARTBEAT_SECONDS,
     STALL_SECONDS,
+    STOP,
     alive_key,
     default_store,
     end_for_all,
     heard_key,
+    leave_stopped,
     lost_rank,
     read,
     sign_of_life,
@@ -47,6 +49,11 @@ TICK_SECONDS = 0.5
 GRACE_SECONDS = 5.0
 # And how much longer while a save is in flight: after a silence of STALL_SECONDS it has to end within a minute.
 SAVING_SECONDS = 10.0
+# Asked to stop, the main thread is given this long to come out of a wait for data by itself.
+BREAK_SECONDS = 2.0
+# And this long to be broken off, which a read that the system does not interrupt keeps it from: then the unsaved steps
+# are given up, in the time that launch agents and schedulers leave.
+HANGING_SECONDS = 15.0
 # A word to the store or to the disk that takes longer is not waited for.
 WORD_SECONDS = 5.0
 # A store that has not answered for this long is not asked for the last word.
@@ -70,6 +77,7 @@ class Watchdog:
         self._next = (group.dist_rank + 1) % group.world_size
         self._next_last: dict | None = None
         self._contacts = 0
+        self._asked_elsewhere = False
         self.told: errors.SA3DistError | None = None
         self._threads: list[threading.Thread] = []
         self._file = HeartbeatFile(output_dir, group.pulse)
@@ -110,6 +118,7 @@ class Watchdog:
                 self._say_alive(store, count)
                 self._next_last = read(store, alive_key(self._next))
                 told = read(store, END)
+                self._pass_on_stop(store)
             except RuntimeError:
                 # The store is gone; the watchdog counts the time without contact.
                 continue
@@ -119,11 +128,21 @@ class Watchdog:
                 with contextlib.suppress(RuntimeError):
                     store.set(heard_key(self._group.dist_rank), "1")
 
+    def _pass_on_stop(self, store: dist.Store) -> None:
+        """While training: the one that waits for its loader may not be the one that was asked to stop."""
+        if not self._stop.holds_state or self._asked_elsewhere:
+            return
+        if self._stop.asked():
+            store.compare_set(STOP, "", json.dumps(f"{self._stop.reason} on rank {self._group.dist_rank}"))
+        if (reason := read(store, STOP)) is not None:
+            self._asked_elsewhere = True
+            self._stop.hear(reason)
+
     def _progress(self) -> tuple[int, int]:
         return self._group.pulse.beats, self._stop.polls
 
     def _watch(self) -> None:
-        stuck, silent, cut, over = Still(), Still(), Still(), Still()
+        stuck, silent, cut, over, hanging = (Still() for _ in range(5))
         alone, last = self._group.world_size == 1, time.monotonic()
         while not self._ended.wait(TICK_SECONDS):
             now = time.monotonic()
@@ -132,7 +151,14 @@ class Watchdog:
             limit = self._group.pulse.timeout_seconds
             stood, cut_off = stuck.look(self._progress(), tick), cut.look(self._contacts, tick)
             unheard = silent.look(self._next_last, tick)
-            if self.told is not None:
+            asked = self._stop.waiting and self._stop.asked()
+            in_vain = hanging.look((self._progress(), asked), tick)
+            if asked and in_vain > BREAK_SECONDS:
+                self._break_off(in_vain)
+            taken_over = lock.lost(self._output_dir)
+            if taken_over is not None:
+                self._end_all(taken_over)
+            elif self.told is not None:
                 patience = GRACE_SECONDS + (SAVING_SECONDS if self._stop.saving else 0)
                 if over.look("over", tick) > patience:
                     # Rank 0 was told as well, a heartbeat later at most.
@@ -145,6 +171,17 @@ class Watchdog:
             elif not alone and unheard > STALL_SECONDS and self._next_last is not None:
                 how = f", silent for {STALL_SECONDS:.0f} s"
                 self._end_all(lost_rank(self._next, self._next_last, how))
+
+    def _break_off(self, in_vain: float) -> None:
+        """Asked to stop, the loader gives nothing: the step's end, where stopping is looked at, may never come."""
+        self._stop.break_off()
+        if in_vain > HANGING_SECONDS + (SAVING_SECONDS if self._stop.saving else 0):
+            problem = errors.Interrupted(f"{self._stop.reason} while waiting for data, which hangs; {AGAIN}")
+            problem.origin = (self._group.dist_rank, self._host)
+            if self._group.world_size > 1:
+                # Peers that do not hear of it would take this rank for killed.
+                problem = bounded(lambda: leave_stopped(problem)) or problem
+            self._end(problem)
 
     def _explain_standstill(self, limit: float) -> errors.EnvironmentFailure:
         pulse = self._group.pulse
@@ -215,8 +252,7 @@ class Watchdog:
             patience_seconds + WORD_SECONDS,
         )
         # Loader processes would outlive this one.
-        for child in multiprocessing.active_children():
-            child.kill()
+        kill_loaders()
         os._exit(problem.exit_code)
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import socket
 import time
-import uuid
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch.distributed as dist
 
 from sa3dist import errors
+from sa3dist.parallel.lock import process_space
 from sa3dist.parallel.outcome import translate
 from sa3dist.parallel.pulse import Pulse
 
@@ -24,6 +22,8 @@ HEARTBEAT_SECONDS = 2.0
 STALL_SECONDS = 30.0
 # The first rank that cannot go on leaves its reason here, and all others take it.
 END = "sa3dist/end"
+# The first rank that is asked to stop while training leaves its reason here: others may be what it waits for.
+STOP = "sa3dist/stop"
 # Stages in which a rank that is asked to stop has saved, or is done.
 HOLDING_STATE = ("train", "export")
 
@@ -71,17 +71,7 @@ def read(store: dist.Store, key: str) -> Any | None:
 def sign_of_life(count: int, pulse: Pulse) -> dict[str, Any]:
     """What a rank tells of itself; ``count`` makes each telling another."""
     said = {"count": count, "beats": pulse.beats, "doing": pulse.doing, "step": pulse.step, "place": pulse.place}
-    return said | {"host": socket.gethostname(), "pid": os.getpid(), "processes": _process_space()}
-
-
-@functools.cache
-def _process_space() -> list[str]:
-    """Equal where process ids mean the same: this start of the machine, this namespace of it."""
-    try:
-        return [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
-    except OSError:
-        # A sandbox that does not tell: equal to nobody's, and a lost process is noticed by its silence.
-        return [uuid.uuid4().hex, ""]
+    return said | {"host": socket.gethostname(), "pid": os.getpid(), "processes": process_space()}
 
 
 def end_for_all(store: dist.Store, problem: errors.SA3DistError, dist_rank: int) -> errors.SA3DistError:
@@ -155,7 +145,7 @@ def _reason_of_the_stop(store: dist.Store, world_size: int) -> errors.SA3DistErr
         return unpack(told)
     for dist_rank in range(world_size):
         last = read(store, alive_key(dist_rank))
-        here = last is not None and last["processes"] == _process_space()
+        here = last is not None and last["processes"] == process_space()
         if here and not _lives(last["pid"]) and not store.check([left_key(dist_rank)]):
             return lost_rank(dist_rank, last)
     return None

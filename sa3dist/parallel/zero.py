@@ -89,6 +89,7 @@ class ZeroEngine:
         self.engine, *_ = deepspeed.initialize(
             model=LossOfMicroBatch(base, forward), optimizer=optimizer, config=config, dist_init_required=False
         )
+        assert self.engine.gradient_clipping() == 0
         self._make_moments()
 
     @property

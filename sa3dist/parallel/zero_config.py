@@ -21,13 +21,55 @@ log = logging.getLogger(__name__)
 FILE_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 USE_VARIABLE = "ACCELERATE_USE_DEEPSPEED"
 # What would hold adapters, gradients or moments in 16 bits, or autocast a second time.
-HALF_PRECISION = ("fp16", "bf16", "amp", "torch_autocast")
+HALF_PRECISION = ("fp16", "bf16", "bfloat16", "amp", "torch_autocast")
 # Who decides instead of the file.
 OURS = {
     "optimizer": "AdamW is set by learning_rate and weight_decay",
     "scheduler": "the learning rate is set by learning_rate and its schedule",
     "communication_data_type": "it is set by gradient_compression",
     "data_types": "gradients are float32",
+    "activation_checkpointing": "it is set by gradient_checkpointing",
+}
+SIZES = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+# What could change a result: its value in every run, whatever DeepSpeed's default is, and why. A file may say the same.
+PINNED = {
+    # DeepSpeed 0.19 clips at 1.0 when nothing is said.
+    "gradient_clipping": (0.0, "gradients are not clipped here"),
+    "gradient_allreduce_op": ("mean", "a step takes the mean over the ranks"),
+    "gradient_predivide_factor": (1.0, "gradients are summed as they are and divided once"),
+    "prescale_gradients": (False, "gradients are summed as they are and divided once"),
+    "managed_gradient_accumulation": (True, "gradients of a step's micro batches are added up"),
+    # Optimiser state on the CPU works with torch's AdamW; DeepSpeed's own would need a compiler.
+    "zero_force_ds_cpu_optimizer": (False, "torch's AdamW steps in every mode"),
+}
+PINNED_ZERO = {
+    "zero_quantized_weights": (False, "the base is not rounded on its way"),
+    "zero_quantized_nontrainable_weights": (False, "the base is not rounded"),
+    "zero_quantized_gradients": (False, "gradients are rounded by gradient_compression only"),
+    # On, it puts a product of its own in the place of every linear layer of the process, encoders included.
+    "memory_efficient_linear": (False, "linear layers compute the same in every mode"),
+}
+PINNED_OFFLOAD = {
+    "ratio": (1.0, "DeepSpeed would step a part with an AdamW whose rate nobody sets"),
+    "super_offload": (False, "torch's AdamW steps in every mode"),
+}
+# What says how memory is divided or what is printed, and nothing else; docs/parallel.md goes through the rest.
+FREE = {
+    *("zero_optimization", "zero_allow_untested_optimizer", "aio", "checkpoint", "disable_python_gc", "log_level"),
+    *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "timers", "comms_logger"),
+    *("flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet", "dataloader_drop_last"),
+}
+FREE_ZERO = {
+    *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce"),
+    *("allgather_partitions", "allgather_bucket_size", "overlap_comm", "compute_grad_norm", "load_from_fp32_weights"),
+    *("elastic_checkpoint", "offload_param", "offload_optimizer", "sub_group_size", "cpu_offload", "cpu_offload_param"),
+    *("cpu_offload_use_pin_memory", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
+    *("stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"),
+    *("stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save"),
+    *("stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential"),
+    *("ignore_unused_parameters", "round_robin_gradients", "parameter_alignment", "zero_hpz_partition_size"),
+    *("override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks"),
+    *("pipeline_loading_checkpoint", "leaf_module"),
 }
 
 
@@ -81,22 +123,44 @@ def without_auto(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(config: dict[str, Any]) -> None:
-    """Raises ConfigError for what contradicts the run's settings. Says what it overrides."""
+    """Raises ConfigError for what contradicts the run's settings or could change a result. Says what it overrides."""
     config = without_auto(config)
-    stage = config["zero_optimization"].get("stage")
-    if stage not in (1, 2, 3):
+    zero = config.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else zero
+    if not isinstance(zero, dict) or stage not in (1, 2, 3):
         raise ConfigError(f"ds_config: zero_optimization.stage is {stage}, expected 1, 2 or 3; without ZeRO use DDP")
     for section, decides in OURS.items():
         if config.get(section):
             raise ConfigError(f"ds_config: remove {section}, {decides}")
-    if config.get("gradient_clipping"):
-        raise ConfigError("ds_config: remove gradient_clipping, gradients are not clipped here")
+    _check_keys(config, PINNED, {*FREE, *SIZES, *OURS, *HALF_PRECISION}, "")
+    _check_keys(zero, PINNED_ZERO, FREE_ZERO, "zero_optimization.")
+    _check_keys(zero.get("offload_optimizer") or {}, PINNED_OFFLOAD, None, "zero_optimization.offload_optimizer.")
     for section in HALF_PRECISION:
-        if config.get(section, {}).get("enabled"):
+        if _is_on(config.get(section)):
             log.warning(
                 "ds_config: %s.enabled is turned off; adapters, gradients and moments are float32 in every mode, "
                 "mixed_precision sets the autocast of the step",
                 section,
+            )
+
+
+def _is_on(value: Any) -> bool:
+    """Whether a section is asked for: one that says ``enabled`` by that, any other by being there."""
+    return bool(value.get("enabled", value) if isinstance(value, dict) else value)
+
+
+def _check_keys(section: dict[str, Any], pinned: dict[str, tuple], free: set[str] | None, where: str) -> None:
+    """free: the other keys that may be there; None: all."""
+    for key, value in section.items():
+        if key in pinned:
+            expected, why = pinned[key]
+            # ``null`` is DeepSpeed's default, which is ours to set.
+            if value is not None and value != expected:
+                raise ConfigError(f"ds_config: remove {where}{key}, {why}")
+        elif free is not None and key not in free and _is_on(value):
+            raise ConfigError(
+                f"ds_config: remove {where}{key}; the file says how memory is divided, and this key is not known to "
+                f"leave the result as it is"
             )
 
 
@@ -111,18 +175,15 @@ def build(
     Raises ConfigError when the file fixes other batch sizes.
     """
     config = without_auto(config)
-    sizes = {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro_batch * accumulation * world_size,
-    }
+    sizes = dict(zip(SIZES, (micro_batch, accumulation, micro_batch * accumulation * world_size), strict=True))
     for key, size in sizes.items():
         # Accelerate writes an accumulation of 1 into a file that has none.
         if config.get(key, size) not in (size, 1):
             raise ConfigError(f"ds_config: {key} is {config[key]}, this run's is {size}; remove it or say auto")
-    config.update(sizes)
-    config.update({section: {"enabled": False} for section in HALF_PRECISION if section in config})
+    # A section that is switched off says nothing; some DeepSpeed refuses all the same.
+    config = {key: value for key, value in config.items() if key in FREE} | sizes
+    config |= {key: value for key, (value, _) in PINNED.items()}
+    config["zero_optimization"] |= {key: value for key, (value, _) in PINNED_ZERO.items()}
+    config |= {"fp16": {"enabled": False}, "bf16": {"enabled": False}}
     config["communication_data_type"] = "bf16" if compression == "bf16" else "fp32"
-    # Optimiser state on the CPU works with torch's AdamW; DeepSpeed's own would need a compiler.
-    config["zero_force_ds_cpu_optimizer"] = False
     return config

@@ -1,0 +1,83 @@
+"""One process at a time at a file, of any machine that sees it; a process that is killed lets go."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Filesystems on which files cannot be locked: there nobody is kept waiting.
+NO_FILE_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+LOOK_SECONDS = 0.02
+
+
+@contextlib.contextmanager
+def opened_alone(path: Path, create: bool, while_waiting: Callable[[], None]) -> Iterator[int]:
+    """A file descriptor of ``path``, for reading and writing, that no other process has in this way meanwhile.
+
+    create          make it, and its folder, where there is none
+    while_waiting   called now and then while another process has it; what it raises ends the wait
+    """
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o666)
+        except FileNotFoundError:
+            if not create:
+                raise
+            # Not there yet, or removed a moment ago by the last one who needed it.
+            path.parent.mkdir(parents=True, exist_ok=True)
+            continue
+        try:
+            while not can_be_had(handle):
+                while_waiting()
+                time.sleep(LOOK_SECONDS)
+            # It may have been removed between the two: then another file has the name, or none.
+            if _is_at(handle, path):
+                yield handle
+                return
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def alone(path: Path, while_waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """A block that one process at a time is in; ``path`` is there as long."""
+    with opened_alone(path, create=True, while_waiting=while_waiting):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def can_be_had(handle: int) -> bool:
+    """Lock an open file; False while another process has it. True, too, where files cannot be locked."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as failure:
+        if failure.errno not in NO_FILE_LOCKS:
+            raise
+    return True
+
+
+def is_guarded(handle: int) -> bool:
+    """Whether a file that is had in this way is kept from others. Some filesystems cannot."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return False
+    mine = os.fstat(handle)
+    return (found.st_dev, found.st_ino) == (mine.st_dev, mine.st_ino)
