@@ -15,7 +15,7 @@ from sa3dist.model.checkpoint import fill
 from sa3dist.model.conditioners import Conditioners
 from sa3dist.model.config import ModelConfig
 from sa3dist.model.dit import DiT, working_dtype
-from sa3dist.model.packing import Packing
+from sa3dist.model.packing import FilledPacking, Packing
 from sa3dist.model.same import Autoencoder, Decoder, Encoder
 from sa3dist.model.text import TextEncoder, TextSource
 
@@ -265,7 +265,7 @@ class Base(nn.Module):
         inpaint_latents_BDT: Tensor | None = None,
         drop_cross_B: Tensor | None = None,
         prompt_length: int | None = None,
-        packing: Packing | None = None,
+        packing: Packing | FilledPacking | None = None,
     ) -> Tensor:
         """Velocity (noise - data) of noisy latents, (B, D, T), float32; gradients reach adapters only.
 

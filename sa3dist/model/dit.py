@@ -23,8 +23,8 @@ from sa3dist.model.blocks import (
     expo_features,
 )
 from sa3dist.model.config import DiTConfig
-from sa3dist.model.layouts import Packed, Padded
-from sa3dist.model.packing import Packing
+from sa3dist.model.layouts import Filled, Packed, Padded
+from sa3dist.model.packing import FilledPacking, Packing
 
 
 class Shared(NamedTuple):
@@ -38,7 +38,7 @@ class Shared(NamedTuple):
     repeated: tuple[int, int] | None
     local_GTC: Tensor | None
     rotary: tuple[Tensor, Tensor, int]
-    layout: Padded | Packed
+    layout: Padded | Packed | Filled
 
 
 def two_layers(inner: int, outer: int, bias: bool) -> nn.Sequential:
@@ -87,10 +87,10 @@ class Block(nn.Module):
         layout = shared.layout
         if layout.attends:
             entering = self.modulated_norm(self.pre_norm, h_GNE, scale1, shift1, layout)
-            branch = self.self_attn(entering, shared.rotary, layout.attend)
+            branch = self.self_attn(entering, shared.rotary, layout.attend_pairs)
             h_GNE = self.add_gated(h_GNE, gate1, branch, layout)
         context = shared.context_BSE, shared.repeated
-        branch = self.cross_attn(self.cross_attend_norm(h_GNE), *context, layout.attend_to_context)
+        branch = self.cross_attn(self.cross_attend_norm(h_GNE), *context, layout.attend_pairs_to_context)
         h_GNE = h_GNE + branch.to(h_GNE.dtype)
         if shared.local_GTC is not None:
             h_GNE = layout.add_to_frames(h_GNE, self.to_local_embed(shared.local_GTC).to(h_GNE.dtype))
@@ -125,7 +125,7 @@ class Transformer(nn.Module):
         context: tuple[Tensor, tuple[int, int] | None],
         global_BE: Tensor,
         local_GTC: Tensor | None,
-        layout: Padded | Packed,
+        layout: Padded | Packed | Filled,
         dtype: torch.dtype,
         rounding: torch.dtype | None,
     ) -> Tensor:
@@ -216,7 +216,7 @@ class DiT(nn.Module):
         local_BCT: Tensor | None = None,
         padding_mask_BT: Tensor | None = None,
         repeated: tuple[int, int] | None = None,
-        packing: Packing | None = None,
+        packing: Packing | FilledPacking | None = None,
     ) -> Tensor:
         """Velocity (B, C, T) in float32.
 
@@ -240,9 +240,11 @@ class DiT(nn.Module):
         # Every layout gives zeros where it computes nothing.
         return functools.reduce(torch.add, parts)
 
-    def layouts(self, x_BCT: Tensor, padding_mask_BT: Tensor | None, packing: Packing | None) -> list[Padded | Packed]:
+    def layouts(self, x_BCT: Tensor, padding_mask_BT: Tensor | None, packing: Packing | FilledPacking | None) -> list[Padded | Packed | Filled]:
         """What to compute, so that the sum over it is the velocity."""
         frames, memory = x_BCT.shape[2], self.transformer.memory
+        if isinstance(packing, FilledPacking):
+            return [Filled(packing, len(x_BCT), frames, memory)]
         if packing is not None:
             return [Packed(packing, memory)]
         if padding_mask_BT is None or padding_mask_BT.device.type != "cpu":
@@ -254,7 +256,7 @@ class DiT(nn.Module):
             layouts.append(Packed(Packing.of(~padding_mask_BT), memory=0, attends=False))
         return layouts
 
-    def _velocity(self, layout: Padded | Packed, x_BTC: Tensor, context, embed, local_BTC, dtype) -> Tensor:
+    def _velocity(self, layout: Padded | Packed | Filled, x_BTC: Tensor, context, embed, local_BTC, dtype) -> Tensor:
         """Velocity of the layout's frames, (B, C, T) float32, zero at frames it leaves out."""
         x_GCT = layout.take(x_BTC).transpose(1, 2)
         x_GCT = self.preprocess_conv(x_GCT) + x_GCT
