@@ -117,6 +117,11 @@ class Settings(BaseModel):
         "auto",
         description="compile what lies between the matrix products: auto (CUDA, runs of 200 steps or more), on, off",
     )
+    adapter_products: Literal["auto", "formed", "factored"] = Field(
+        "auto",
+        description="multiply with adapted weights formed once per step (auto on CUDA), or with base and factors apart, "
+        "which keeps updates too small for the weights' format",
+    )
     cuda_graphs: Annotated[Literal["auto", "on", "off"], OnOff] = Field(
         "auto",
         description="replay forward and backward as CUDA graphs: auto (micro batches of up to 2048 tokens), on, off",

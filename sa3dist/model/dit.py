@@ -118,6 +118,15 @@ class Transformer(nn.Module):
         self.rotary_pos_emb = RotaryEmbedding(max(config.head_dim // 2, 32))
         self.global_cond_embedder = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 6 * width))
         self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self._run_block = Block.forward
+
+    def use_compiled_blocks(self, backend: str | None) -> None:
+        """Run whole blocks as one compiled program, the same for all of them and for any number of tokens; None: as
+        they are."""
+        self._run_block = Block.forward if backend is None else torch.compile(
+            # Not dynamic of its own accord: what has other sizes is marked.
+            Block.forward, backend=backend, fullgraph=True, dynamic=False
+        )
 
     def forward(
         self,
@@ -147,7 +156,9 @@ class Transformer(nn.Module):
         recomputed = self.recomputed_blocks if torch.is_grad_enabled() else 0
         for i, modulation in enumerate(self.modulations(global_BE, dtype)):
             run = recompute if i < recomputed else call
-            h_GNE = run(self.layers[i], h_GNE, modulation, shared)
+            if self._run_block is not Block.forward:
+                mark_any_length(h_GNE, shared)
+            h_GNE = run(self._run_block, self.layers[i], h_GNE, modulation, shared)
         return self.project_out(layout.without_memory(h_GNE))
 
     def modulations(self, global_BE: Tensor, dtype: torch.dtype):
@@ -171,6 +182,17 @@ def working_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     if stored.itemsize == 2 and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return stored
+
+
+def mark_any_length(h_GNE: Tensor, shared: Shared) -> None:
+    """Tell the compiler which axes will have other lengths too: those over tokens."""
+    layout = shared.layout
+    marks = [(h_GNE, 1), *((table, 0) for table in (*shared.rotary[:2], layout.clip_K, layout.is_frame_K1))]
+    marks.append((layout.owner_BK, 1))
+    if shared.local_GTC is not None and shared.local_GTC.shape[1] > 1:
+        marks.append((shared.local_GTC, 1))
+    for tensor, axis in marks:
+        torch._dynamo.maybe_mark_dynamic(tensor, axis)
 
 
 def call(function, *arguments):

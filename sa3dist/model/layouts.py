@@ -168,27 +168,26 @@ class Filled:
     attends = True
 
     def __init__(self, packing: FilledPacking, clips: int, frames: int, memory: int):
-        self.packing = packing
         self.clips, self.frames, self.memory = clips, frames, memory
-        self.positions = packing.position_K
-        self.is_frame_K1 = packing.is_frame_K[:, None]
-        self.clip_K, self.start_S = packing.clip_K, packing.start_S
+        self.frame_K, self.slot_K, self.target_K, self.positions, self.clip_K = packing.table_5K.unbind()
+        self.start_S = packing.start_S
+        self.is_frame_K1 = (self.target_K < clips * frames)[:, None]
         self.owner_BK = torch.arange(clips, device=self.clip_K.device)[:, None] == self.clip_K
         # The filling is the last clip's as far as its context goes.
         self.context_start_B1 = torch.cat([self.start_S[:-2], self.start_S[-1:]])
 
     def take(self, x_BTC: Tensor) -> Tensor:
         every_frame = x_BTC.expand(self.clips, self.frames, -1).flatten(0, 1)
-        rows = every_frame.index_select(0, self.packing.frame_K)
+        rows = every_frame.index_select(0, self.frame_K)
         return torch.where(self.is_frame_K1, rows, rows.new_zeros(()))[None]
 
     def put(self, y_1KC: Tensor) -> Tensor:
         places = self.clips * self.frames
         empty = y_1KC.new_zeros(places + 1, y_1KC.shape[-1])
-        return empty.index_copy(0, self.packing.target_K, y_1KC[0])[:places].unflatten(0, (self.clips, self.frames))
+        return empty.index_copy(0, self.target_K, y_1KC[0])[:places].unflatten(0, (self.clips, self.frames))
 
     def with_memory(self, memory_ME: Tensor, x_1KE: Tensor) -> Tensor:
-        return torch.where(self.is_frame_K1, x_1KE, memory_ME.index_select(0, self.packing.slot_K))
+        return torch.where(self.is_frame_K1, x_1KE, memory_ME.index_select(0, self.slot_K))
 
     def without_memory(self, h_1KE: Tensor) -> Tensor:
         # ``put`` leaves these tokens out.

@@ -6,6 +6,7 @@ Legend: B clips, T frames of the padded batch, F valid frames of all clips, K to
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,60 +44,47 @@ class Packing:
 
 @dataclasses.dataclass(frozen=True)
 class FilledPacking:
-    """A packing brought to a given number of tokens by one more clip, which attends only to itself and enters no loss.
+    """Clips packed into one list of a given number of tokens: one more clip, the filling, makes up what is missing.
 
-    Everything is a tensor, so that one compiled program or CUDA graph serves all lengths. The filling has the last
-    clip's modulation and context; its tokens are finite and no gradient reaches them, so they add zeros to every sum.
+    The filling attends only to itself and enters no loss. Everything is a tensor, so that one compiled program or CUDA
+    graph serves all lengths. The filling has the last clip's modulation and context; its tokens are finite and no
+    gradient reaches them, so they add zeros to every sum.
 
-    frame_K      place of a token's frame among the B * T flattened ones; 0 for other tokens
-    slot_K       which memory token it is; 0 for other tokens
-    is_frame_K   bool; whether it is a frame of a clip
-    target_K     where its velocity goes among B * T places; B * T for memory tokens and the filling
-    position_K   rotary position
-    clip_K       its clip
-    start_S      int32 (B + 2): first token of every clip and of the filling, and K
+    table_5K   int64, per token: place of its frame among the B * T flattened ones (0 where it is none); which memory
+               token it is (0 where none); place of its velocity among them (B * T where it is no frame of a clip);
+               rotary position; clip
+    start_S    int32 (B + 2): first token of every clip and of the filling, and K
     """
 
-    frame_K: Tensor
-    slot_K: Tensor
-    is_frame_K: Tensor
-    target_K: Tensor
-    position_K: Tensor
-    clip_K: Tensor
+    table_5K: Tensor
     start_S: Tensor
 
     @classmethod
-    def of(cls, packing: Packing, memory: int, frames: int, tokens: int) -> FilledPacking:
-        """On the CPU. frames: of the padded batch, at least the packing's; tokens: to fill up to, at least its own."""
-        clips = len(packing.lengths)
-        counts = [memory + length for length in packing.lengths]
+    def of(cls, lengths: Sequence[int], memory: int, frames: int, tokens: int) -> FilledPacking:
+        """On the CPU.
+
+        lengths   frames of every clip, the first of the padded batch's        memory   tokens ahead of every clip's
+        frames    T, at least the longest                                      tokens   K, at least all clips' tokens
+        """
+        counts = [memory + length for length in lengths]
         missing = tokens - sum(counts)
         assert missing >= 0
-        assert frames >= packing.frames
-        slots = torch.arange(memory)
-        clip_of_frame, position = packing.frame_F // packing.frames, packing.frame_F % packing.frames
-        place_F = clip_of_frame * frames + position
-        frame, slot, target, positions = [], [], [], []
-        nothing = torch.zeros(memory, dtype=torch.int64)
-        for place, where in zip(place_F.split(packing.lengths), position.split(packing.lengths), strict=True):
-            frame += [nothing, place]
-            slot += [slots, torch.zeros_like(place)]
-            target += [torch.full_like(slots, clips * frames), place]
-            positions += [slots, where + memory]
-        rest = torch.zeros(missing, dtype=torch.int64)
-        target_K = torch.cat([*target, rest + clips * frames])
-        return cls(
-            frame_K=torch.cat([*frame, rest]),
-            slot_K=torch.cat([*slot, rest]),
-            is_frame_K=target_K < clips * frames,
-            target_K=target_K,
-            position_K=torch.cat([*positions, rest]),
-            clip_K=torch.repeat_interleave(torch.arange(clips), torch.tensor([*counts[:-1], counts[-1] + missing])),
-            start_S=torch.tensor([0, *counts, missing]).cumsum(0).to(torch.int32),
-        )
+        assert frames >= max(lengths)
+        places, nowhere = len(lengths) * frames, torch.zeros(5, missing, dtype=torch.int64)
+        parts = []
+        for clip, count in enumerate(counts):
+            part = torch.zeros(5, count, dtype=torch.int64)
+            frame_T = torch.arange(clip * frames, clip * frames + lengths[clip])
+            part[0, memory:], part[2, memory:] = frame_T, frame_T
+            part[1, :memory], part[2, :memory] = torch.arange(memory), places
+            part[3], part[4] = torch.arange(count), clip
+            parts.append(part)
+        nowhere[2], nowhere[4] = places, len(lengths) - 1
+        starts = torch.tensor([0, *counts, missing]).cumsum(0).to(torch.int32)
+        return cls(torch.cat([*parts, nowhere], dim=1), starts)
 
-    def _each(self, change) -> FilledPacking:
-        return FilledPacking(**{name: change(value) for name, value in vars(self).items()})
+    def _each(self, change: Callable[[Tensor], Tensor]) -> FilledPacking:
+        return FilledPacking(change(self.table_5K), change(self.start_S))
 
     def to(self, device: torch.device, non_blocking: bool = False) -> FilledPacking:
         return self._each(lambda value: value.to(device, non_blocking=non_blocking))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sa3dist.adapters import adapted_layers
+from sa3dist.adapters.formed import keep_formed
 from sa3dist.parallel.flat import FlatAdapters
 from sa3dist.parallel.group import Group
 from sa3dist.parallel.reduction import GradientReduction
@@ -72,12 +73,12 @@ def make(
     """The engine of the mode this process was launched in.
 
     forward   (batch) to its losses        scalars   how many float32 values travel with the gradients
-    settings  learning_rate, weight_decay, gradient_compression
+    settings  learning_rate, weight_decay, gradient_compression, adapter_products, mixed_precision
     work      micro_batch, accumulation, adapt_memory
     """
     share_initial_state(base, parameters, group)
     if group.deepspeed is None:
-        return FlatEngine(parameters, forward, settings, group, scalars)
+        return FlatEngine(base, parameters, forward, settings, group, scalars)
     # DeepSpeed is imported where it is used: most runs do without it.
     from sa3dist.parallel import zero_config
     from sa3dist.parallel.zero import ZeroEngine
@@ -107,7 +108,13 @@ class FlatEngine:
     separate = False
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], forward: Callable[..., Losses], settings, group: Group, scalars: int
+        self,
+        base,
+        parameters: dict[str, nn.Parameter],
+        forward: Callable[..., Losses],
+        settings,
+        group: Group,
+        scalars: int,
     ) -> None:
         """forward: losses of a micro batch; scalars: how many travel along; settings as for ``make``."""
         self.parameters = parameters
@@ -117,11 +124,14 @@ class FlatEngine:
         ordered = {name: parameters[name] for name in backward_order}
         self.flat = FlatAdapters(ordered, settings.learning_rate, settings.weight_decay, scalars)
         self.scalars = self.flat.scalars
+        self.formed = keep_formed(base, self.flat, settings, group.device)
         self.reduction = GradientReduction(self.flat, group, settings.gradient_compression)
 
     def zero(self) -> None:
         self.flat.zero()
         self.reduction.reset()
+        if self.formed is not None:
+            self.formed.form()
 
     def backward(self, loss: Tensor, last: bool) -> None:
         if last:
@@ -130,6 +140,9 @@ class FlatEngine:
 
     def average(self) -> Tensor:
         self.reduction.finish()
+        if self.formed is not None:
+            # Linear in what was summed up: once, after all micro batches and ranks.
+            self.formed.finish()
         return torch.linalg.vector_norm(self.flat.gradient)
 
     def step(self, learning_rate: float) -> None:
