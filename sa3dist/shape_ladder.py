@@ -45,6 +45,7 @@ class ShapeLadder:
         """The micro batch with all its tensors of a rung's shape, on the device where it was."""
         clips, _, frames = batch.noised_BDT.shape
         lengths = (frames,) * clips if batch.packing is None else batch.packing.lengths
+        self.frames = max(self.frames, frames)
         tokens = clips * self.memory + sum(lengths)
         longest = self.memory + self.frames
         filled = min(rung(tokens, longest), clips * longest)

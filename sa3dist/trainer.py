@@ -31,6 +31,7 @@ from sa3dist.parallel.pulse import AVERAGING
 from sa3dist.parallel.saving import Saver
 from sa3dist.parallel.signals import StopRequest
 from sa3dist.schedule import Schedule
+from sa3dist.shape_ladder import ShapeLadder
 from sa3dist.work import Plan
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,8 @@ class Trainer:
         forward = functools.partial(micro_batch_loss, base, settings=settings)
         self.engine = engines.make(base, parameters, forward, settings, plan, group, scalars=SAVING + 1)
         self.saver = Saver()
+        # Brings micro batches to few shapes; None where they are computed as they come.
+        self.ladder: ShapeLadder | None = None
         self.graphs: PassGraphs | None = None
         # Whether memory that runs out takes them along. Equal on all ranks, some of which may hold none any more.
         self.graphs_may_go = False
@@ -94,7 +97,8 @@ class Trainer:
             waited += time.perf_counter() - asked
             self.group.pulse.beat(COMPUTING)
             losses_of_batch = self._pass_alone if self.engine.separate else self.graphs or self._pass
-            parts = torch.stack([loss.detach() for loss in losses_of_batch(batch, last=left == 0)])
+            shaped = batch if self.ladder is None else self.ladder(batch)
+            parts = torch.stack([loss.detach() for loss in losses_of_batch(shaped, last=left == 0)])
             self.engine.scalars[LOSS : LOSS_CTX + 1] += parts
             self.engine.scalars[SILENT] += batch.silent_crops
             self.engine.scalars[REPEATED] += batch.repeated_clips

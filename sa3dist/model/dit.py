@@ -123,9 +123,16 @@ class Transformer(nn.Module):
     def use_compiled_blocks(self, backend: str | None) -> None:
         """Run whole blocks as one compiled program, the same for all of them and for any number of tokens; None: as
         they are."""
-        self._run_block = Block.forward if backend is None else torch.compile(
-            # Not dynamic of its own accord: what has other sizes is marked.
-            Block.forward, backend=backend, fullgraph=True, dynamic=False
+        self._run_block = (
+            Block.forward
+            if backend is None
+            else torch.compile(
+                # Not dynamic of its own accord: what has other sizes is marked.
+                Block.forward,
+                backend=backend,
+                fullgraph=True,
+                dynamic=False,
+            )
         )
 
     def forward(
@@ -262,7 +269,9 @@ class DiT(nn.Module):
         # Every layout gives zeros where it computes nothing.
         return functools.reduce(torch.add, parts)
 
-    def layouts(self, x_BCT: Tensor, padding_mask_BT: Tensor | None, packing: Packing | FilledPacking | None) -> list[Padded | Packed | Filled]:
+    def layouts(
+        self, x_BCT: Tensor, padding_mask_BT: Tensor | None, packing: Packing | FilledPacking | None
+    ) -> list[Padded | Packed | Filled]:
         """What to compute, so that the sum over it is the velocity."""
         frames, memory = x_BCT.shape[2], self.transformer.memory
         if isinstance(packing, FilledPacking):

@@ -88,9 +88,7 @@ def _backward(ctx, grad_KHD, _):
 _varlen_attention.register_autograd(_backward, setup_context=_setup)
 
 
-def varlen_attention(
-    q_KHD: Tensor, k_JHD: Tensor, v_JHD: Tensor, q_start_S1: Tensor, k_start_S1: Tensor
-) -> Tensor:
+def varlen_attention(q_KHD: Tensor, k_JHD: Tensor, v_JHD: Tensor, q_start_S1: Tensor, k_start_S1: Tensor) -> Tensor:
     """Attention of every clip's queries to its own keys, (K, H, D); scale 1 / sqrt(D).
 
     q_start_S1, k_start_S1   int32, on the device: where each clip's queries and keys begin, and where the last ends.

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
+from sa3dist_kernels import FormedWeights
 from torch import Tensor, nn
 
 from sa3dist.adapters import adapted_layers
@@ -28,6 +29,7 @@ class Engine(Protocol):
     parameters   the trained tensors by their name in a file; under ZeRO-3 a rank holds only its part of their values
     scalars      float32 sums that ``average`` adds up over the ranks
     lockstep     ranks exchange tensors within the passes: one that fails there cannot join its peers afterwards
+    formed       the weights the adapted layers multiply with, where they are kept for whole steps; None: factored form
     separate     in lockstep, but ``losses`` and ``gradients`` exchange nothing; ``add``, in place of ``backward``, does
     """
 
@@ -35,6 +37,7 @@ class Engine(Protocol):
     scalars: Tensor
     lockstep: bool
     separate: bool
+    formed: FormedWeights | None
 
     def zero(self) -> None:
         """Forget the gradients and scalars of the step before."""
