@@ -1,0 +1,204 @@
+"""Where the tensors of a group of layers lie, which program has which block, and how large the blocks are.
+
+A group is what one launch serves: layers of any shapes whose frozen weights have one format and one alignment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import triton
+
+from sa3dist_kernels.adapter_types import AdapterType
+from sa3dist_kernels.formed_tiles import FIELDS
+from sa3dist_kernels.triton_support import LEAST_BLOCK, interpreting
+
+# Bytes of the longest vector a thread loads.
+VECTOR_BYTES = 16
+# Elements to which everything allocated here is aligned.
+ALIGNED = 16
+# Programs that a column launch should have at least: four for each of an H100's 132 multiprocessors.
+PROGRAMS = 528
+# Rows of one program of a column launch: at most, so that the longest is a small part of the launch, and at least.
+MOST_ROWS, LEAST_ROWS = 3072, 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Sizes of the blocks, and warps and stages of a launch.
+
+    rank_step       part of the rank held at once
+    rows            a row program: BLOCK_O rows, SPLITS warps with BLOCK_J columns each
+    columns         a column program: steps of BLOCK_O rows, BLOCK_I columns
+    close, core     columns of a closing program; rows and columns that dM's sums step by
+    """
+
+    rank_step: int
+    rows: dict[str, int]
+    columns: dict[str, int]
+    close: int
+    core: int
+    row_stages: int = 1
+    column_warps: int = 4
+    column_stages: int = 3
+
+
+def default_tiles(rank: int, product: torch.dtype) -> Tiles:
+    """Tiles for an H100, small ones for the interpreter."""
+    least = triton.next_power_of_2(max(rank, LEAST_BLOCK))
+    if interpreting():
+        return Tiles(
+            min(least, 32), {"BLOCK_O": 16, "BLOCK_J": 16, "SPLITS": 2}, {"BLOCK_O": 16, "BLOCK_I": 32}, 32, 16
+        )
+    step = min(least, 64)
+    if product == torch.float32:
+        return Tiles(min(step, 32), {"BLOCK_O": 16, "BLOCK_J": 16, "SPLITS": 4}, {"BLOCK_O": 16, "BLOCK_I": 64}, 64, 32)
+    if step == 64:
+        return Tiles(step, {"BLOCK_O": 32, "BLOCK_J": 16, "SPLITS": 4}, {"BLOCK_O": 32, "BLOCK_I": 64}, 64, 32)
+    return Tiles(step, {"BLOCK_O": 32, "BLOCK_J": 32, "SPLITS": 8}, {"BLOCK_O": 32, "BLOCK_I": 128}, 128, 64)
+
+
+class Group:
+    """The table of one group. All its tensors lie on one device and stay alive with it.
+
+    floats    float32 statistics; the base of every float32 offset
+    product   W', L' and R' of all layers
+    """
+
+    def __init__(self, specs: Sequence, product: torch.dtype, tiles: Tiles) -> None:
+        self.specs, self.tiles, self.product_dtype = list(specs), tiles, product
+        self.kind: AdapterType = specs[0].kind
+        self.rank: int = specs[0].rank
+        self.device = specs[0].weight_OI.device
+        self.span = self._span()
+        self.splits = [triton.cdiv(spec.fan_out, self.span) for spec in specs]
+        self.owned, count = self._offsets(self._float_sizes)
+        self.floats = torch.empty(count, device=self.device)
+        self.formed, count = self._offsets(self._product_sizes)
+        self.product = torch.empty(count, device=self.device, dtype=product)
+        self.scales = torch.tensor([spec.scale for spec in specs], dtype=torch.float32).to(self.device)
+        self._make_programs()
+        self.places: tuple[int, ...] = ()
+        self.refresh()
+
+    def view(self, index: int, name: str, *shape: int) -> torch.Tensor:
+        """A tensor of layer ``index`` in the memory of this group."""
+        owned, memory = (self.formed, self.product) if name in self.formed[index] else (self.owned, self.floats)
+        begin = owned[index][name]
+        return memory[begin : begin + torch.Size(shape).numel()].view(shape)
+
+    def refresh(self) -> None:
+        """Make the table anew where a tensor has moved. Raises RuntimeError while a CUDA graph is recorded."""
+        places = tuple(tensor.data_ptr() for spec in self.specs for tensor in spec.tensors())
+        if places == self.places:
+            return
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a tensor of a formed layer has moved: form() must run once before it is recorded")
+        self.places, self.widths = places, self._widths()
+        table = [self._row(index, spec) for index, spec in enumerate(self.specs)]
+        self.layers = torch.tensor(table, dtype=torch.int64).to(self.device)
+
+    def weight_base(self) -> torch.Tensor:
+        return self.specs[0].weight_OI
+
+    def _widths(self) -> dict[str, int]:
+        """What every fan_in, every offset of a weight, and every offset of a trained tensor is a multiple of."""
+        bytes_ = self.weight_base().element_size()
+        wide = all(_is_wide(spec) for spec in self.specs)
+        thin = all(tensor.data_ptr() % VECTOR_BYTES == 0 for spec in self.specs for tensor in spec.tensors()[1:])
+        return {
+            "WIDE_I": ALIGNED if wide else 1,
+            "WIDE_W": VECTOR_BYTES // bytes_ if wide else 1,
+            "WIDE_T": VECTOR_BYTES // 4 if thin else 1,
+        }
+
+    def most(self, sizes: Iterable[int]) -> int:
+        """Where a loop ends that goes by a size from the table: 0, by that size. The interpreter cannot loop to one."""
+        return max(sizes) if interpreting() else 0
+
+    def _span(self) -> int:
+        blocks = sum(triton.cdiv(spec.fan_in, self.tiles.columns["BLOCK_I"]) for spec in self.specs)
+        longest = max(spec.fan_out for spec in self.specs)
+        # The interpreter's tests are to have several spans.
+        span = 32 if interpreting() else MOST_ROWS
+        while not interpreting() and span > LEAST_ROWS and blocks * triton.cdiv(longest, span) < PROGRAMS:
+            span //= 2
+        return span
+
+    def _offsets(self, sizes: Callable) -> tuple[list[dict[str, int]], int]:
+        """Where the named memory of each layer begins, and how much it is in all."""
+        offsets, end = [], 0
+        for index, spec in enumerate(self.specs):
+            named = {}
+            for name, size in sizes(index, spec).items():
+                named[name] = end
+                end += triton.cdiv(size, ALIGNED) * ALIGNED
+            offsets.append(named)
+        return offsets, end
+
+    def _float_sizes(self, index: int, spec) -> dict[str, int]:
+        O, I, R = spec.fan_out, spec.fan_in, spec.rank
+        sizes = {}
+        if self.kind.xs:
+            sizes["right"] = R * I
+        if self.kind.rows:
+            sizes |= {"row_gain": O, "row_norm": O, "row_slope": O, "row_cross": O * R}
+        if self.kind.cols:
+            sizes |= {"col_gain": I, "col_norm": I, "col_cross": R * I}
+            sizes["partial_squares"] = self.splits[index] * I
+        if self.kind.cols or (self.kind.rows and not self.kind.xs):
+            sizes["partial"] = self.splits[index] * R * I
+        return sizes
+
+    def _product_sizes(self, index: int, spec) -> dict[str, int]:
+        O, I, R = spec.fan_out, spec.fan_in, spec.rank
+        return {"formed": O * I, "left_out": O * R, "right_out": R * I}
+
+    def _row(self, index: int, spec) -> list[int]:
+        """The fields of one layer, in their order; 0 for what its type has not."""
+        values = {"fan_out": spec.fan_out, "fan_in": spec.fan_in, "splits": self.splits[index]}
+        values |= self.owned[index] | self.formed[index]
+        values["weight"] = _offset(spec.weight_OI, self.weight_base())
+        values |= {name: _offset(tensor, self.floats) for name, tensor in spec.named().items()}
+        return [values.get(name, 0) for name in FIELDS]
+
+    def _make_programs(self) -> None:
+        tiles, columns = self.tiles, self.tiles.columns["BLOCK_I"]
+        # The longest programs first: what runs alone at the end should be short.
+        by_width = sorted(range(len(self.specs)), key=lambda index: -self.specs[index].fan_in)
+        by_height = sorted(range(len(self.specs)), key=lambda index: -min(self.specs[index].fan_out, self.span))
+        ranks = range(triton.cdiv(self.rank, tiles.rank_step))
+
+        def blocks(size: int, block: int) -> range:
+            return range(triton.cdiv(size, block))
+
+        def table(rows: list[tuple[int, int, int]]) -> torch.Tensor:
+            return torch.tensor(rows, dtype=torch.int32).to(self.device)
+
+        fan_out, fan_in = ([getattr(spec, side) for spec in self.specs] for side in ("fan_out", "fan_in"))
+        self.programs = {
+            "rows": table([(at, b, 0) for at in by_width for b in blocks(fan_out[at], tiles.rows["BLOCK_O"])]),
+            "columns": table(
+                [(at, b, s) for at in by_height for s in range(self.splits[at]) for b in blocks(fan_in[at], columns)]
+            ),
+            "close": table([(at, b, 0) for at in by_width for b in blocks(fan_in[at], tiles.close)]),
+            "core": table([(at, down, across) for at in by_height for down in ranks for across in ranks]),
+        }
+
+
+def alignment(spec) -> tuple:
+    """Layers that differ in this are launched apart."""
+    return spec.weight_OI.dtype, _is_wide(spec)
+
+
+def _is_wide(spec) -> bool:
+    return spec.fan_in % ALIGNED == 0 and spec.weight_OI.data_ptr() % VECTOR_BYTES == 0
+
+
+def _offset(tensor: torch.Tensor, base: torch.Tensor) -> int:
+    """Elements from the start of ``base`` to that of ``tensor``, which need not share memory."""
+    distance = tensor.data_ptr() - base.data_ptr()
+    assert distance % tensor.element_size() == 0
+    return distance // tensor.element_size()
