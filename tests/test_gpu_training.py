@@ -41,6 +41,7 @@ class Settings:
     weight_decay = 0.01
     context_weight = 1.0
     gradient_compression = "none"
+    adapter_products = "auto"
 
     def __init__(self, mixed_precision):
         self.mixed_precision = mixed_precision

@@ -28,7 +28,12 @@ from tests.ranks import run_ranks
 run = test_training_step.run
 ACCUMULATION = 2
 SETTINGS = types.SimpleNamespace(
-    learning_rate=1e-2, weight_decay=0.01, context_weight=1.0, gradient_compression="none", mixed_precision="no"
+    learning_rate=1e-2,
+    weight_decay=0.01,
+    context_weight=1.0,
+    gradient_compression="none",
+    mixed_precision="no",
+    adapter_products="auto",
 )
 
 
