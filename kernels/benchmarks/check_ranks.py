@@ -27,7 +27,7 @@ def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) 
     steps = 4 if tiny else STEPS
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        environment = command_environment(scratch, device) | {"OMP_NUM_THREADS": "1"}
+        environment = command_environment(scratch, device)
         write_tiny_base(scratch / "base")
         write_clips(scratch / "clips.zip", 6)
         words = [

@@ -58,7 +58,8 @@ def command_environment(scratch: Path, device: torch.device) -> dict[str, str]:
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         environment.pop(name, None)
     if device.type == "cpu":
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
+        # Tiny models there: a second thread only waits for the first.
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     return environment
 
 
