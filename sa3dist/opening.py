@@ -15,6 +15,7 @@ from sa3dist.errors import CheckpointError
 from sa3dist.formats import file_sha256
 from sa3dist.metrics import progress
 from sa3dist.model.config import ModelConfig
+from sa3dist.model.kept_digests import KeptDigests
 from sa3dist.model.loading import load_base
 from sa3dist.parallel.group import Group, on_main_first, together
 from sa3dist.parallel.signals import StopRequest
@@ -51,6 +52,7 @@ def _load(settings: Settings, device: torch.device):
     )
     _require_trainable(base.config)
     base.reference_numerics = settings.reference_numerics
+    base.kept_digests = KeptDigests(settings.work_dir / "digests", settings.verify_base)
     return base
 
 

@@ -154,6 +154,10 @@ class Settings(BaseModel):
     cache_bytes: int = Field(
         64 << 30, ge=0, description="clips of remote shards kept on the local disk, in bytes; the least used go first"
     )
+    verify_base: bool = Field(
+        False,
+        description="hash the model's files again, though path, size, time and inode are those of the last run's",
+    )
     allow_any_dataset_size: bool = Field(False, description="lift the limit of 4..2000 clips")
 
     on_oom: Literal["fail", "adapt"] = Field(

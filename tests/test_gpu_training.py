@@ -100,6 +100,22 @@ def test_losses_and_gradients_of_three_steps_are_the_references(device, run, che
     assert losses == pytest.approx(described["losses_of_3_steps_same_inputs"], rel=1e-4)
 
 
+@pytest.mark.parametrize("adapter_type", ["bora", "bora-xs"])
+def test_an_adapter_initialised_on_the_device_is_the_one_of_the_cpu(device, adapter_type):
+    made = []
+    for where in ("cpu", device):
+        # In bfloat16: norms must come from the file's float32 weights, not from those in memory.
+        base = sa3dist.load_base(golden("tiny-sa3"), device=where, dtype=torch.bfloat16)
+        attach_adapter(base, adapter_type, rank=3)
+        layers = sa3dist.adapters.adapted_layers(base).values()
+        constants = [value for layer in layers for value in layer.adapter.buffers()]
+        made.append([*adapter_parameters(base).values(), *constants])
+    for expected, found in zip(*made, strict=True):
+        assert (found.device.type, found.dtype) == (device.type, torch.float32)
+        tolerance = 1e-5 * expected.abs().max().item()
+        torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("adapter_type", ["lora", "dora-cols", "bora", "dora-rows-xs"])
 def test_bf16_step_stays_near_float32(device, adapter_type, record_property):
     expected_loss, expected = gradients_of(*make_trained("cpu", adapter_type), Settings("no"))

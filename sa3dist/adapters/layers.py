@@ -160,7 +160,8 @@ def initial_adapter(
 ) -> Adapter:
     """A fresh adapter, W' = W0 up to rounding.
 
-    weight     the frozen weight in float32 on the CPU, at the precision inference has it: bases and norms depend on it
+    weight     the frozen weight in float32, at the precision inference has it: bases and norms depend on it, and are
+               found where it is
     generator  a CPU generator of this layer's own; draws lora_A ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in))
     find_bases  gives the singular bases of -xs types for (weight, rank); None: ``singular_bases``
     """

@@ -1,0 +1,64 @@
+"""Digests of large files, kept from one run to the next: no 9 GB file is hashed at every start."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sa3dist.formats import atomic_path, digest_of, is_sealed, sealed
+
+# A file changed so short a time ago could change again without its time of change showing it.
+SETTLED_SECONDS = 2.0
+
+
+class KeptDigests:
+    """Digests under path, size, time of change and inode of the file they are of; made anew when any of these differs.
+
+    directory   one small file there per file with digests; made when the first is
+    verify      make every digest anew whatever is kept
+    """
+
+    def __init__(self, directory: Path, verify: bool = False) -> None:
+        self.directory = Path(directory)
+        self.verify = verify
+
+    def of(self, path: Path, what: str, make: Callable[[], str]) -> str:
+        """The digest called ``what`` of a file, kept or from ``make``."""
+        state = _state_of(path)
+        kept_in = self.directory / f"{digest_of(state['path'])}.json"
+        kept = _read(kept_in, state)
+        if what in kept and not self.verify:
+            return kept[what]
+        settled = time.time() - state["mtime_ns"] / 1e9 > SETTLED_SECONDS
+        digest = make()
+        if settled and _state_of(path) == state:
+            body = json.dumps({**state, "digests": {**kept, what: digest}})
+            with atomic_path(kept_in) as temporary:
+                temporary.write_bytes(sealed(body.removesuffix("}")))
+        return digest
+
+
+def _state_of(path: Path) -> dict[str, Any]:
+    found = os.stat(path)
+    return {
+        "path": str(Path(path).resolve()),
+        "size": found.st_size,
+        "mtime_ns": found.st_mtime_ns,
+        "inode": found.st_ino,
+    }
+
+
+def _read(path: Path, state: dict[str, Any]) -> dict[str, str]:
+    """What is kept of a file in that state; nothing where the record is missing, damaged, or of another state."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return {}
+    if not is_sealed(data):
+        return {}
+    value = json.loads(data)
+    return value["digests"] if all(value[name] == state[name] for name in state) else {}
