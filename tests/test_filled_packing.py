@@ -1,4 +1,4 @@
-"""Packed lists filled up to a fixed length: the packed computation's velocity and gradients, untouched by the filling."""
+"""Packed lists filled up to a fixed length: the packed velocity and gradients, untouched by the filling."""
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ from sa3dist.model import layouts
 from sa3dist.model.packing import FilledPacking, Packing
 from tests import test_packing
 from tests.test_packing import FRAMES, adapted, inputs
-
 
 LENGTHS = {"leading": (7, FRAMES, 16), "one clip empty": (FRAMES, 0, 3), "equal": (FRAMES,) * 3}
 

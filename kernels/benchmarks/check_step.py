@@ -207,17 +207,19 @@ def mixed_lengths(side: Side, frames: int, equal_ms: float, budget: Budget, devi
     Every length is stepped once to make ready what a run would have ready, then timed. Lengths for which no time was
     left are missing from ``unequal_frames``.
     """
-    spent, longest = {}, 0.0
-    for length in mix_of(frames, 3 if tiny else MIXED):
-        if not budget.allows(2 * longest):
+    spent, slowest, lengths = {}, 0.0, mix_of(frames, 3 if tiny else MIXED)
+    for length in lengths:
+        if not budget.allows(2 * slowest):
             break
         begin = time.monotonic()
-        side.use(1, length)
-        side.step()
-        side.record()
+        side.use(1, length, max(lengths))
+        if side.replay is None:
+            # The first length of its rung.
+            side.step()
+            side.record()
         side.step()
         spent[length] = min(milliseconds(side.step, device) for _ in range(2))
-        longest = max(longest, time.monotonic() - begin)
+        slowest = max(slowest, time.monotonic() - begin)
     if not spent:
         return {"unequal_frames": [], "unequal_ms": None, "unequal_over_equal": None}
     mean = statistics.fmean(spent.values())

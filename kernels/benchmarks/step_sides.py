@@ -146,6 +146,8 @@ class Side:
         # Forward and backward as one graph, once ``record`` has been called.
         self.replay: Callable[[], tuple[torch.Tensor, ...]] | None = None
         self.recorder: Recorder | None = None
+        # By shape: the tensors a graph reads, and the graph. For one longest clip, as in a run.
+        self.recorded: dict[tuple, tuple[list[torch.Tensor], Callable]] = {}
 
     def use(self, clips: int, frames: int, longest: int | None = None) -> None:
         """Train on another batch; the same sizes give the same values.
@@ -165,6 +167,18 @@ class Side:
         if not self.trained:
             for name in INPUTS:
                 self.batch[name].requires_grad_()
+        elif self._shape() in self.recorded:
+            own, self.replay = self.recorded[self._shape()]
+            for target, value in zip(own, self._tensors(), strict=True):
+                target.copy_(value)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """Everything a pass reads that differs between batches."""
+        filled = [self.packing.table_5K, self.packing.start_S, self.keep] if self.filled else []
+        return [*self.batch.values(), *filled]
+
+    def _shape(self) -> tuple:
+        return tuple(value.shape for value in self._tensors())
 
     def _fill(self, clips: int, frames: int, longest: int) -> None:
         """As ``ShapeLadder`` does."""
@@ -178,13 +192,14 @@ class Side:
 
     def record(self) -> None:
         """Replay this batch's forward and backward from here on, where a run would."""
-        if wants_graphs(self.graphs, self.device, STEPS):
+        if self.replay is None and wants_graphs(self.graphs, self.device, STEPS):
             # One for all lengths: its graphs share their memory.
             recorder = self.recorder = self.recorder or Recorder(self.device)
             recorder.warm_up(self.passes)
             self.zero()
             try:
                 self.replay = recorder.record(self.passes)
+                self.recorded[self._shape()] = self._tensors(), self.replay
             except RuntimeError as problem:
                 # As a run would: it goes on without, and the row says "graphed": false.
                 print(f"no CUDA graph: {problem}", file=sys.stderr)

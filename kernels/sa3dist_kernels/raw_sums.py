@@ -119,9 +119,8 @@ def _raw_sums_kernel(
                 acc = dot(tl.trans(tile), thin, acc, PRECISION, UPCAST)
         if not XS:
             tl.store(mine + at_b + m[:, None] * R + r[None, :], acc, mask=m_mask[:, None] & r_mask[None, :])
-        if ROWS:
-            if rank == 0:
-                tl.store(mine + at_rows + m, gain, mask=m_mask)
+        if ROWS and rank == 0:
+            tl.store(mine + at_rows + m, gain, mask=m_mask)
     else:
         m = (block - y_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
         m_mask = m < I
@@ -137,9 +136,8 @@ def _raw_sums_kernel(
                 acc = dot(tl.trans(tile), thin, acc, PRECISION, UPCAST)
         if not XS:
             tl.store(mine + at_a + r[None, :] * I + m[:, None], acc, mask=m_mask[:, None] & r_mask[None, :])
-        if COLS:
-            if rank == 0:
-                tl.store(mine + at_cols + m, gain, mask=m_mask)
+        if COLS and rank == 0:
+            tl.store(mine + at_cols + m, gain, mask=m_mask)
 
 
 @triton.jit(do_not_specialize=["N", "span", "total"])
@@ -190,9 +188,11 @@ def raw_sums(
     block_n, block_k = shares[0]
     (x_shares, x_span), (y_shares, y_span) = shares[1:]
     precision = {"PRECISION": dot_precision(), "UPCAST": interpreting()}
+    # Tiles of a long rank must fit the shared memory of an A100 too.
+    launch = {"num_warps": 4, "num_stages": 3 if block_r <= 32 else 2}
     _thin_products_kernel[(triton.cdiv(N, block_n), x_shares + y_shares, ranks)](
         x, dy, right_RI, left_OR, down, up, N, I, O, R, x.stride(0), dy.stride(0), loop_end(x_span), loop_end(y_span),
-        X_SHARES=x_shares, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r, **precision, num_warps=4, num_stages=3,
+        X_SHARES=x_shares, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r, **precision, **launch,
     )  # fmt: skip
     order, total = {}, 0
     for name, shape in kind.parameter_shapes(O, I, R).items():
@@ -200,6 +200,8 @@ def raw_sums(
         total += torch.Size(shape).numel()
     counts = {"X_SHARES": x_shares, "Y_SHARES": y_shares}
     block_n, block_m = _sum_blocks(N, I, O)
+    if kind.xs and not interpreting():
+        block_n = 32
     y_blocks = triton.cdiv(O, block_m) if kind.rows or not kind.xs else 0
     x_blocks = triton.cdiv(I, block_m) if kind.cols or not kind.xs else 0
     # PM has few programs of its own: its spans are as short as T and U allow.
@@ -210,7 +212,9 @@ def raw_sums(
     out = x.new_empty(splits, total, dtype=torch.float32)
     if kind.xs:
         grid = (splits, ranks, ranks)
-        _core_sums_kernel[grid](down, up, out, N, R, span, total, **counts, BLOCK_N=block_n, BLOCK_R=block_r)
+        _core_sums_kernel[grid](
+            down, up, out, N, R, span, total, **counts, BLOCK_N=block_n, BLOCK_R=block_r, **launch
+        )  # fmt: skip
     if y_blocks + x_blocks:
         _raw_sums_kernel[(y_blocks + x_blocks, splits, 1 if kind.xs else ranks)](
             x, dx, dy, z, down, up, out, N, I, O, R, span, total,
@@ -218,7 +222,7 @@ def raw_sums(
             order.get("lora_A", 0), order.get("lora_B", 0),
             order.get(kind.row_magnitude, 0), order.get(kind.col_magnitude, 0),
             ROWS=kind.rows, COLS=kind.cols, XS=kind.xs, **counts,
-            BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_R=block_r, **precision, num_warps=4, num_stages=3,
+            BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_R=block_r, **precision, **launch,
         )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0)
 

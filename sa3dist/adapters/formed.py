@@ -35,7 +35,7 @@ def keep_formed(base, flat, settings, device: torch.device) -> FormedWeights | N
     specs = []
     for layer in layers:
         trained, frozen = layer.trained(), layer.adapter.frozen
-        bases = (frozen.left_OR, frozen.right_IR) if layer.kind.xs else (None, None)
+        bases = [base.contiguous() for base in (frozen.left_OR, frozen.right_IR)] if layer.kind.xs else (None, None)
         specs.append(
             FormedSpec(
                 weight_OI=layer.weight.detach().flatten(1),

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from sa3dist_kernels import (
     AdapterType,
-    FrozenConstants,
     FormedLayer,
+    FrozenConstants,
     NormMemo,
     adapted_linear,
     effective_weight_reference,
