@@ -24,8 +24,8 @@ import triton.language as tl
 from sa3dist_kernels.adapter_types import AdapterType
 from sa3dist_kernels.triton_support import check_triton, dot, dot_precision, interpreting, loop_end, rank_block
 
-# Programs of one launch: two for each of an H100's 132 multiprocessors.
-PROGRAMS = 264
+# Programs of one launch: two, and in the second kernel four, for each of an H100's 132 multiprocessors.
+PROGRAMS, SUM_PROGRAMS = 264, 528
 # Shares of T and U: every program of the second kernel adds them up again.
 MOST_SHARES = 4
 # Tokens that are worth a program of their own in the second kernel, and an addition of its result.
@@ -51,7 +51,7 @@ def raw_sums_reference(x, dx, dy, z, left_OR, right_RI, kind: AdapterType) -> to
 def _thin_products_kernel(
     x, dy, right, left, down, up, N, I, O, R, x_n, dy_n, x_share, y_share,
     X_SHARES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Shares of T (S, N, R) in ``down`` and of U in ``up``, float32: one block of tokens, one span of I or of O."""
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -62,7 +62,7 @@ def _thin_products_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     if share < X_SHARES:
         first = share * x_share
-        for start in range(0, x_share, BLOCK_K):
+        for start in tl.range(0, x_share, BLOCK_K, num_stages=STAGES):
             k = first + start + tl.arange(0, BLOCK_K)
             tile = tl.load(x + n[:, None] * x_n + k[None, :], mask=n_mask[:, None] & (k < I)[None, :], other=0.0)
             thin = tl.load(right + r[None, :] * I + k[:, None], mask=r_mask[None, :] & (k < I)[:, None], other=0.0)
@@ -71,7 +71,7 @@ def _thin_products_kernel(
     else:
         share -= X_SHARES
         first = share * y_share
-        for start in range(0, y_share, BLOCK_K):
+        for start in tl.range(0, y_share, BLOCK_K, num_stages=STAGES):
             k = first + start + tl.arange(0, BLOCK_K)
             tile = tl.load(dy + n[:, None] * dy_n + k[None, :], mask=n_mask[:, None] & (k < O)[None, :], other=0.0)
             thin = tl.load(left + k[:, None] * R + r[None, :], mask=r_mask[None, :] & (k < O)[:, None], other=0.0)
@@ -95,7 +95,7 @@ def _raw_sums_kernel(
     at_a, at_b, at_rows, at_cols,
     ROWS: tl.constexpr, COLS: tl.constexpr, XS: tl.constexpr, X_SHARES: tl.constexpr, Y_SHARES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One block of outputs (P1, s_g) or of inputs (P2, s_h) over one span of tokens, into ``out`` (S, total)."""
     block, split, rank = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -107,7 +107,7 @@ def _raw_sums_kernel(
     if block < y_blocks:
         m = block * BLOCK_M + tl.arange(0, BLOCK_M)
         m_mask = m < O
-        for start in range(0, span, BLOCK_N):
+        for start in tl.range(0, span, BLOCK_N, num_stages=STAGES):
             n = (split * span + start + tl.arange(0, BLOCK_N)).to(tl.int64)
             inside = (n < N)[:, None] & m_mask[None, :]
             tile = tl.load(dy + n[:, None] * dy_n + m[None, :], mask=inside, other=0.0)
@@ -124,7 +124,7 @@ def _raw_sums_kernel(
     else:
         m = (block - y_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
         m_mask = m < I
-        for start in range(0, span, BLOCK_N):
+        for start in tl.range(0, span, BLOCK_N, num_stages=STAGES):
             n = (split * span + start + tl.arange(0, BLOCK_N)).to(tl.int64)
             inside = (n < N)[:, None] & m_mask[None, :]
             tile = tl.load(x + n[:, None] * x_n + m[None, :], mask=inside, other=0.0)
@@ -187,12 +187,12 @@ def raw_sums(
     down, up = (x.new_empty(count, N, R, dtype=torch.float32) for count, _ in shares[1:])
     block_n, block_k = shares[0]
     (x_shares, x_span), (y_shares, y_span) = shares[1:]
-    precision = {"PRECISION": dot_precision(), "UPCAST": interpreting()}
-    # Tiles of a long rank must fit the shared memory of an A100 too.
-    launch = {"num_warps": 4, "num_stages": 3 if block_r <= 32 else 2}
+    # Tiles of a long rank must fit the shared memory of an A100 too. Said of the loops: else only what enters a product
+    # is loaded ahead.
+    launch = {"STAGES": 3 if block_r <= 32 else 2, "PRECISION": dot_precision(), "UPCAST": interpreting()}
     _thin_products_kernel[(triton.cdiv(N, block_n), x_shares + y_shares, ranks)](
         x, dy, right_RI, left_OR, down, up, N, I, O, R, x.stride(0), dy.stride(0), loop_end(x_span), loop_end(y_span),
-        X_SHARES=x_shares, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r, **precision, **launch,
+        X_SHARES=x_shares, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r, **launch, num_warps=4,
     )  # fmt: skip
     order, total = {}, 0
     for name, shape in kind.parameter_shapes(O, I, R).items():
@@ -207,13 +207,13 @@ def raw_sums(
     # PM has few programs of its own: its spans are as short as T and U allow.
     programs = ranks * ranks if kind.xs else ranks * (y_blocks + x_blocks)
     least = 4 * block_n if kind.xs else LEAST_SPAN
-    splits = max(1, min(triton.cdiv(PROGRAMS // (8 if kind.xs else 1), programs), N // least))
+    splits = max(1, min(triton.cdiv(PROGRAMS // 8 if kind.xs else SUM_PROGRAMS, programs), N // least))
     span = loop_end(triton.cdiv(triton.cdiv(N, splits), block_n) * block_n)
     out = x.new_empty(splits, total, dtype=torch.float32)
     if kind.xs:
         grid = (splits, ranks, ranks)
         _core_sums_kernel[grid](
-            down, up, out, N, R, span, total, **counts, BLOCK_N=block_n, BLOCK_R=block_r, **launch
+            down, up, out, N, R, span, total, **counts, BLOCK_N=block_n, BLOCK_R=block_r, num_warps=4, num_stages=2
         )  # fmt: skip
     if y_blocks + x_blocks:
         _raw_sums_kernel[(y_blocks + x_blocks, splits, 1 if kind.xs else ranks)](
@@ -222,7 +222,7 @@ def raw_sums(
             order.get("lora_A", 0), order.get("lora_B", 0),
             order.get(kind.row_magnitude, 0), order.get(kind.col_magnitude, 0),
             ROWS=kind.rows, COLS=kind.cols, XS=kind.xs, **counts,
-            BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_R=block_r, **precision, **launch,
+            BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_R=block_r, **launch, num_warps=4,
         )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0)
 
