@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sa3dist_kernels import finish, form
-from sa3dist_kernels.formed_layout import Group, Tiles, alignment, default_tiles
+from sa3dist_kernels.formed_layout import ColumnTile, Group, RowTile, Tiles, alignment, default_tiles
 from sa3dist_kernels.formed_weights import FormedLayer, FormedSpec
 from sa3dist_kernels.triton_support import check_triton, interpreting, loop_end
 
@@ -66,28 +66,30 @@ def _layer(group: Group, place: int) -> FormedLayer:
 
 def form_plan(group: Group) -> list[Launch]:
     """The launches of FORM, in order."""
-    kind, plan = group.kind, _Plan(group)
+    kind, tiles, plan = group.kind, group.tiles, _Plan(group)
     flags = {"ROWS": kind.rows, "COLS": kind.cols, "XS": kind.xs}
+    rows = plan.rows(tiles.form_rows) | flags
     if kind.xs:
-        plan.add("core", form.form_core_kernel, "close", _pick(plan.thin, "PRECISION") | plan.close)
+        plan.add("core", form.form_core_kernel, "close", plan.close | plan.exact)
     if kind.rows:
-        plan.add("rows", form.form_rows_kernel, "rows", plan.rows | flags | {"NORMS": True, "WRITE": not kind.cols})
+        plan.add("rows", form.form_rows_kernel, "form_rows", rows | {"NORMS": True, "WRITE": not kind.cols})
     if kind.cols:
-        plan.add("columns", form.form_columns_kernel, "columns", plan.columns | {"ROWS": kind.rows})
+        columns = plan.columns(tiles.form_columns) | {"ROWS": kind.rows}
+        plan.add("columns", form.form_columns_kernel, "form_columns", columns)
         plan.add("close", form.form_close_kernel, "close", plan.close | plan.spans | {"XS": kind.xs})
     if kind.cols or not kind.rows:
-        plan.add("write", form.form_rows_kernel, "rows", plan.rows | flags | {"NORMS": False, "WRITE": True})
+        plan.add("write", form.form_rows_kernel, "form_rows", rows | {"NORMS": False, "WRITE": True})
     return plan.launches
 
 
 def finish_plan(group: Group) -> list[Launch]:
     """The launches of FINISH, in order."""
-    kind, plan = group.kind, _Plan(group)
+    kind, tiles, plan = group.kind, group.tiles, _Plan(group)
     flags = {"ROWS": kind.rows, "COLS": kind.cols, "XS": kind.xs}
     if kind.rows or not kind.xs:
-        plan.add("rows", finish.finish_rows_kernel, "rows", plan.rows | flags)
+        plan.add("rows", finish.finish_rows_kernel, "finish_rows", plan.rows(tiles.finish_rows) | flags)
     if kind.rows and not kind.xs:
-        plan.add("columns", finish.finish_columns_kernel, "columns", plan.columns)
+        plan.add("columns", finish.finish_columns_kernel, "finish_columns", plan.columns(tiles.finish_columns))
     if kind.xs:
         plan.add("core", finish.finish_core_kernel, "core", plan.core | _pick(flags, "ROWS", "COLS"))
     if kind.cols or not kind.xs:
@@ -107,27 +109,36 @@ class Launch:
 
 
 class _Plan:
-    """Collects launches; ``rows``, ``columns``, ``close`` and ``core`` are what their kernels take of sizes."""
+    """Collects launches; the rest is what their kernels take of sizes."""
 
     def __init__(self, group: Group) -> None:
         self.group, self.launches = group, []
-        tiles, widths = group.tiles, group.widths
-        fan_in, fan_out = [spec.fan_in for spec in group.specs], [spec.fan_out for spec in group.specs]
-        narrow = _pick(widths, "WIDE_I", "WIDE_T")
-        # As exact as the products' own format needs: TF32 has 10 bits beside bfloat16's 7 and float16's 10.
-        precision = {"PRECISION": "ieee" if group.product_dtype == torch.float32 else "tf32"}
-        step = {"R": group.rank, "RANK_STEP": tiles.rank_step}
-        ends = {"LOOP_I": group.most(fan_in)}
-        self.thin = {"PRECISION": "ieee" if group.product_dtype == torch.float32 else "tf32x3"}
-        self.rows = step | widths | precision | ends | tiles.rows
-        self.rows |= {"num_warps": max(tiles.rows["SPLITS"], 4), "num_stages": tiles.row_stages}
-        self.columns = step | widths | precision | tiles.columns | {"BOUNDED": not interpreting()}
-        self.columns |= {"span": loop_end(group.span)}
-        self.columns |= {"num_warps": tiles.column_warps, "num_stages": tiles.column_stages}
-        self.close = step | narrow | {"BLOCK_I": tiles.close, "num_warps": 4}
+        float32 = group.product_dtype == torch.float32
+        # As exact as the format of the products needs: TF32 has 10 bits beside bfloat16's 7 and float16's 10.
+        self.precision = {"PRECISION": "ieee" if float32 else "tf32"}
+        self.exact = {"PRECISION": "ieee" if float32 else "tf32x3"}
+        self.step = {"R": group.rank, "RANK_STEP": group.tiles.rank_step}
+        self.ends = {"LOOP_I": group.most(spec.fan_in for spec in group.specs)}
         self.spans = {"LOOP_SPLITS": group.most(group.splits)}
-        self.core = step | narrow | self.thin | ends | {"LOOP_O": group.most(fan_out), "BLOCK": tiles.core}
-        self.core |= {"num_warps": 4, "num_stages": 3}
+        narrow = self.step | _pick(group.widths, "WIDE_I", "WIDE_T") | {"num_warps": 4}
+        self.close = narrow | {"BLOCK_I": group.tiles.close}
+        self.core = narrow | self.exact | self.ends | {"BLOCK": group.tiles.core}
+        self.core |= {"LOOP_O": group.most(spec.fan_out for spec in group.specs)}
+
+    def rows(self, tile: RowTile) -> dict[str, Any]:
+        widths = self.group.widths
+        blocks = {"BLOCK_O": tile.block_o, "BLOCK_J": tile.block_j, "SPLITS": tile.splits, "STAGES": tile.stages}
+        # bfloat16 has float32's range: the product that only the norms' gradient sees may take it.
+        narrow = {"NARROW": self.group.product_dtype == torch.bfloat16}
+        wide = {"WIDE_R": min(widths["WIDE_T"], tile.right_vector)}
+        launch = {"num_warps": tile.splits, "num_stages": 1, "maxnreg": tile.registers}
+        return self.step | widths | wide | self.precision | self.ends | blocks | narrow | launch
+
+    def columns(self, tile: ColumnTile) -> dict[str, Any]:
+        blocks = {"BLOCK_O": tile.block_o, "BLOCK_I": tile.block_i, "STAGES": tile.stages}
+        span = {"span": loop_end(self.group.span), "BOUNDED": not interpreting()}
+        launch = {"num_warps": tile.warps, "num_stages": 1}
+        return self.step | self.group.widths | self.precision | blocks | span | launch
 
     def add(self, name: str, kernel, programs: str, constants: dict[str, Any]) -> None:
         group = self.group

@@ -26,38 +26,65 @@ MOST_ROWS, LEAST_ROWS = 3072, 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiles:
-    """Sizes of the blocks, and warps and stages of a launch.
+class RowTile:
+    """A row program: a block of rows, ``splits`` warps with ``block_j`` columns each.
 
-    rank_step       part of the rank held at once
-    rows            a row program: BLOCK_O rows, SPLITS warps with BLOCK_J columns each
-    columns         a column program: steps of BLOCK_O rows, BLOCK_I columns
-    close, core     columns of a closing program; rows and columns that dM's sums step by
+    registers     of a thread, at most: with 168 three programs of four warps share a multiprocessor, and the rows they
+                  read twice stay in the second-level cache
+    right_vector  elements of R that a thread loads at once: 8 bytes come through the first-level cache, which then
+                  keeps R for all programs of a multiprocessor; 16 bytes go past it
+    """
+
+    block_o: int
+    block_j: int
+    splits: int
+    stages: int = 2
+    registers: int | None = 168
+    right_vector: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnTile:
+    """A column program: ``block_i`` columns, steps of ``block_o`` rows."""
+
+    block_o: int
+    block_i: int
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Blocks of all kernels.
+
+    rank_step   part of the rank held at once
+    close       columns of a closing program
+    core        rows and columns that the sums of dM step by
     """
 
     rank_step: int
-    rows: dict[str, int]
-    columns: dict[str, int]
-    close: int
-    core: int
-    row_stages: int = 1
-    column_warps: int = 4
-    column_stages: int = 3
+    form_rows: RowTile
+    finish_rows: RowTile
+    form_columns: ColumnTile
+    finish_columns: ColumnTile
+    close: int = 128
+    core: int = 64
 
 
 def default_tiles(rank: int, product: torch.dtype) -> Tiles:
-    """Tiles for an H100, small ones for the interpreter."""
-    least = triton.next_power_of_2(max(rank, LEAST_BLOCK))
+    """Tiles for an H100; small ones for the interpreter."""
+    step = min(triton.next_power_of_2(max(rank, LEAST_BLOCK)), 64)
     if interpreting():
-        return Tiles(
-            min(least, 32), {"BLOCK_O": 16, "BLOCK_J": 16, "SPLITS": 2}, {"BLOCK_O": 16, "BLOCK_I": 32}, 32, 16
-        )
-    step = min(least, 64)
+        rows, columns = RowTile(16, 16, 2), ColumnTile(16, 32)
+        return Tiles(min(step, 32), rows, rows, columns, columns, close=32, core=16)
     if product == torch.float32:
-        return Tiles(min(step, 32), {"BLOCK_O": 16, "BLOCK_J": 16, "SPLITS": 4}, {"BLOCK_O": 16, "BLOCK_I": 64}, 64, 32)
+        rows, columns = RowTile(16, 16, 4, registers=None), ColumnTile(16, 64)
+        return Tiles(min(step, 32), rows, rows, columns, columns, close=64, core=32)
     if step == 64:
-        return Tiles(step, {"BLOCK_O": 32, "BLOCK_J": 16, "SPLITS": 4}, {"BLOCK_O": 32, "BLOCK_I": 64}, 64, 32)
-    return Tiles(step, {"BLOCK_O": 32, "BLOCK_J": 32, "SPLITS": 8}, {"BLOCK_O": 32, "BLOCK_I": 128}, 128, 64)
+        rows, columns = RowTile(32, 16, 4, registers=None), ColumnTile(32, 64)
+        return Tiles(step, rows, RowTile(16, 16, 4, registers=None), columns, columns, close=64, core=32)
+    rows = RowTile(32, 32, 4)
+    return Tiles(step, rows, rows, ColumnTile(32, 128), ColumnTile(32, 256))
 
 
 class Group:
@@ -119,7 +146,7 @@ class Group:
         return max(sizes) if interpreting() else 0
 
     def _span(self) -> int:
-        blocks = sum(triton.cdiv(spec.fan_in, self.tiles.columns["BLOCK_I"]) for spec in self.specs)
+        blocks = sum(triton.cdiv(spec.fan_in, self.tiles.form_columns.block_i) for spec in self.specs)
         longest = max(spec.fan_out for spec in self.specs)
         # The interpreter's tests are to have several spans.
         span = 32 if interpreting() else MOST_ROWS
@@ -165,26 +192,32 @@ class Group:
         return [values.get(name, 0) for name in FIELDS]
 
     def _make_programs(self) -> None:
-        tiles, columns = self.tiles, self.tiles.columns["BLOCK_I"]
+        tiles, specs = self.tiles, self.specs
         # The longest programs first: what runs alone at the end should be short.
-        by_width = sorted(range(len(self.specs)), key=lambda index: -self.specs[index].fan_in)
-        by_height = sorted(range(len(self.specs)), key=lambda index: -min(self.specs[index].fan_out, self.span))
+        by_width = sorted(range(len(specs)), key=lambda index: -specs[index].fan_in)
+        by_height = sorted(range(len(specs)), key=lambda index: -min(specs[index].fan_out, self.span))
         ranks = range(triton.cdiv(self.rank, tiles.rank_step))
 
         def blocks(size: int, block: int) -> range:
             return range(triton.cdiv(size, block))
 
-        def table(rows: list[tuple[int, int, int]]) -> torch.Tensor:
-            return torch.tensor(rows, dtype=torch.int32).to(self.device)
+        def rows(block: int) -> list:
+            return [(at, b, 0) for at in by_width for b in blocks(specs[at].fan_out, block)]
 
-        fan_out, fan_in = ([getattr(spec, side) for spec in self.specs] for side in ("fan_out", "fan_in"))
+        def columns(block: int) -> list:
+            spans = [(at, split) for at in by_height for split in range(self.splits[at])]
+            return [(at, b, split) for at, split in spans for b in blocks(specs[at].fan_in, block)]
+
+        programs = {
+            "form_rows": rows(tiles.form_rows.block_o),
+            "finish_rows": rows(tiles.finish_rows.block_o),
+            "form_columns": columns(tiles.form_columns.block_i),
+            "finish_columns": columns(tiles.finish_columns.block_i),
+            "close": [(at, b, 0) for at in by_width for b in blocks(specs[at].fan_in, tiles.close)],
+            "core": [(at, down, across) for at in by_height for down in ranks for across in ranks],
+        }
         self.programs = {
-            "rows": table([(at, b, 0) for at in by_width for b in blocks(fan_out[at], tiles.rows["BLOCK_O"])]),
-            "columns": table(
-                [(at, b, s) for at in by_height for s in range(self.splits[at]) for b in blocks(fan_in[at], columns)]
-            ),
-            "close": table([(at, b, 0) for at in by_width for b in blocks(fan_in[at], tiles.close)]),
-            "core": table([(at, down, across) for at in by_height for down in ranks for across in ranks]),
+            name: torch.tensor(places, dtype=torch.int32).to(self.device) for name, places in programs.items()
         }
 
 
