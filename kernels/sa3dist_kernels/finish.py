@@ -62,7 +62,7 @@ def finish_rows_kernel(
     R: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, XS: tl.constexpr,
     LOOP_I: tl.constexpr, WIDE_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_R: tl.constexpr, WIDE_T: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr, SPLITS: tl.constexpr, RANK_STEP: tl.constexpr,
-    PRECISION: tl.constexpr, NARROW: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, NARROW: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dm_r, k and dL of a block of rows."""
     layer, block, _ = program(programs)
@@ -82,7 +82,7 @@ def finish_rows_kernel(
         if COLS and (ROWS or not XS):
             sum_t, cross = row_sweep(
                 floats, weight, layers, layer, rows, rows_ok, first, scale, O, I, R, RANK_STEP, True, XS, not XS,
-                LOOP_I, WIDE_W, WIDE_R, WIDE_T, BLOCK_O, BLOCK_J, SPLITS, PRECISION, NARROW, STAGES,
+                LOOP_I, WIDE_W, WIDE_R, WIDE_T, BLOCK_O, BLOCK_J, SPLITS, PRECISION, NARROW, UPCAST, STAGES,
             )  # fmt: skip
         if ROWS:
             grad_gain = total

@@ -65,7 +65,7 @@ def form_rows_kernel(
     R: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, XS: tl.constexpr, NORMS: tl.constexpr, WRITE: tl.constexpr,
     LOOP_I: tl.constexpr, WIDE_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_R: tl.constexpr, WIDE_T: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr, SPLITS: tl.constexpr, RANK_STEP: tl.constexpr,
-    PRECISION: tl.constexpr, NARROW: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, NARROW: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """NORMS: find n, g and V R^T; WRITE: W', L' and R', with the gains that are known by then."""
     layer, block, _ = program(programs)
@@ -79,7 +79,7 @@ def form_rows_kernel(
         for first in range(0, R, RANK_STEP):
             squares, cross = row_sweep(
                 floats, weight, layers, layer, rows, rows_ok, first, scale, O, I, R, RANK_STEP, False, XS, True,
-                LOOP_I, WIDE_W, WIDE_R, WIDE_T, BLOCK_O, BLOCK_J, SPLITS, PRECISION, NARROW, STAGES,
+                LOOP_I, WIDE_W, WIDE_R, WIDE_T, BLOCK_O, BLOCK_J, SPLITS, PRECISION, NARROW, UPCAST, STAGES,
             )  # fmt: skip
             rank = first + tl.arange(0, RANK_STEP)
             place = floats + field(layers, layer, ROW_CROSS, 16) + rows[:, None] * R + rank[None, :]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sa3dist_kernels import finish, form
-from sa3dist_kernels.formed_layout import ColumnTile, Group, RowTile, Tiles, alignment, default_tiles
+from sa3dist_kernels.formed_layout import ColumnTile, Group, RowTile, Tiles, alignment, default_tiles, interpreter_tiles
 from sa3dist_kernels.formed_weights import FormedLayer, FormedSpec
 from sa3dist_kernels.triton_support import check_triton, interpreting, loop_end
 
@@ -21,7 +21,8 @@ class TritonForms:
             check_triton(spec.weight_OI)
             if any(tensor.dtype != torch.float32 for tensor in spec.tensors()[1:]):
                 raise ValueError("the Triton kernels take float32 trained tensors and bases; use impl='torch'")
-        tiles = tiles or default_tiles(specs[0].rank, product)
+        rank = specs[0].rank
+        tiles = tiles or (interpreter_tiles(rank) if interpreting() else default_tiles(rank, product))
         self.members: dict[tuple, list[int]] = {}
         for index, spec in enumerate(specs):
             self.members.setdefault(alignment(spec), []).append(index)
@@ -129,7 +130,7 @@ class _Plan:
         widths = self.group.widths
         blocks = {"BLOCK_O": tile.block_o, "BLOCK_J": tile.block_j, "SPLITS": tile.splits, "STAGES": tile.stages}
         # bfloat16 has float32's range: the product that only the norms' gradient sees may take it.
-        narrow = {"NARROW": self.group.product_dtype == torch.bfloat16}
+        narrow = {"NARROW": self.group.product_dtype == torch.bfloat16, "UPCAST": interpreting()}
         wide = {"WIDE_R": min(widths["WIDE_T"], tile.right_vector)}
         launch = {"num_warps": tile.splits, "num_stages": 1, "maxnreg": tile.registers}
         return self.step | widths | wide | self.precision | self.ends | blocks | narrow | launch

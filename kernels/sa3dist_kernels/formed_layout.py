@@ -19,10 +19,8 @@ from sa3dist_kernels.triton_support import LEAST_BLOCK, interpreting
 VECTOR_BYTES = 16
 # Elements to which everything allocated here is aligned.
 ALIGNED = 16
-# Programs that a column launch should have at least: four for each of an H100's 132 multiprocessors.
-PROGRAMS = 528
-# Rows of one program of a column launch: at most, so that the longest is a small part of the launch, and at least.
-MOST_ROWS, LEAST_ROWS = 3072, 256
+# Rows of one column program: its sums, which it writes, are as many numbers as a few dozen rows.
+LEAST_ROWS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +55,12 @@ class ColumnTile:
 class Tiles:
     """Blocks of all kernels.
 
-    rank_step   part of the rank held at once
-    close       columns of a closing program
-    core        rows and columns that the sums of dM step by
+    rank_step       part of the rank held at once
+    close           columns of a closing program
+    core            rows and columns that the sums of dM step by
+    most_rows       rows of one column program: at most, so that the longest is a small part of the launch
+    least_programs  that a column launch should have, by shorter spans of rows: four to each of an H100's 132
+                    multiprocessors
     """
 
     rank_step: int
@@ -69,22 +70,28 @@ class Tiles:
     finish_columns: ColumnTile
     close: int = 128
     core: int = 64
+    most_rows: int = 3072
+    least_programs: int = 528
 
 
 def default_tiles(rank: int, product: torch.dtype) -> Tiles:
-    """Tiles for an H100; small ones for the interpreter."""
+    """Tiles for an H100. Chosen so that no kernel of any type spills registers (``compile_kernels.py`` shows it)."""
     step = min(triton.next_power_of_2(max(rank, LEAST_BLOCK)), 64)
-    if interpreting():
-        rows, columns = RowTile(16, 16, 2), ColumnTile(16, 32)
-        return Tiles(min(step, 32), rows, rows, columns, columns, close=32, core=16)
     if product == torch.float32:
-        rows, columns = RowTile(16, 16, 4, registers=None), ColumnTile(16, 64)
+        rows, columns = RowTile(16, 32 if rank <= 32 else 16, 4, registers=None), ColumnTile(16, 64)
         return Tiles(min(step, 32), rows, rows, columns, columns, close=64, core=32)
     if step == 64:
-        rows, columns = RowTile(32, 16, 4, registers=None), ColumnTile(32, 64)
-        return Tiles(step, rows, RowTile(16, 16, 4, registers=None), columns, columns, close=64, core=32)
+        low, high = RowTile(16, 16, 4, registers=None), RowTile(32, 16, 4, registers=None)
+        return Tiles(step, high if rank <= step else low, low, *(ColumnTile(32, 64),) * 2, close=64, core=32)
     rows = RowTile(32, 32, 4)
     return Tiles(step, rows, rows, ColumnTile(32, 128), ColumnTile(32, 256))
+
+
+def interpreter_tiles(rank: int) -> Tiles:
+    """Small ones, with several steps of the rank and spans of rows already in small layers."""
+    step = min(triton.next_power_of_2(max(rank, LEAST_BLOCK)), 32 if rank <= 64 else 128)
+    rows, columns = RowTile(16, 16, 2), ColumnTile(16, 32)
+    return Tiles(step, rows, rows, columns, columns, close=32, core=16, most_rows=16, least_programs=0)
 
 
 class Group:
@@ -148,9 +155,8 @@ class Group:
     def _span(self) -> int:
         blocks = sum(triton.cdiv(spec.fan_in, self.tiles.form_columns.block_i) for spec in self.specs)
         longest = max(spec.fan_out for spec in self.specs)
-        # The interpreter's tests are to have several spans.
-        span = 32 if interpreting() else MOST_ROWS
-        while not interpreting() and span > LEAST_ROWS and blocks * triton.cdiv(longest, span) < PROGRAMS:
+        span = self.tiles.most_rows
+        while span > LEAST_ROWS and blocks * triton.cdiv(longest, span) < self.tiles.least_programs:
             span //= 2
         return span
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sa3dist_kernels.triton_support import dot
+
 # Added to the norm, not to its square: part of the file format.
 EPS = tl.constexpr(1e-12)
 # Least size of a gain that enters W': z / gain keeps its digits, and no rounding sees 2^-40 of an output.
@@ -174,7 +176,7 @@ def row_sweep(
     R: tl.constexpr, RANK_STEP: tl.constexpr, SLOPED: tl.constexpr, XS: tl.constexpr, CROSS: tl.constexpr,
     LOOP_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_R: tl.constexpr, WIDE_T: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, NARROW: tl.constexpr,
-    STAGES: tl.constexpr,
+    UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Of a block of rows: sums of squares of V (BLOCK_O,), and V R^T, or V Q for -xs, at ranks ``first`` on.
 
@@ -214,7 +216,7 @@ def row_sweep(
                     part = part * q[:, None, :]
                 other = tl.permute(part, (0, 2, 1))
             if NARROW:
-                cross = tl.dot(v.to(tl.bfloat16), other.to(tl.bfloat16), cross)
+                cross = dot(v.to(tl.bfloat16), other.to(tl.bfloat16), cross, PRECISION, UPCAST)
             else:
                 cross = tl.dot(v, other, cross, input_precision=PRECISION)
     return tl.sum(tl.sum(squares, axis=2), axis=0), tl.sum(cross, axis=0)

@@ -116,7 +116,11 @@ class FormedWeights:
         for spec in self.specs:
             spec.check()
             if (spec.kind, spec.rank) != (self.specs[0].kind, self.specs[0].rank):
-                raise ValueError(f"{spec.kind.name} rank {spec.rank} among {self.specs[0].kind.name} layers")
+                first = self.specs[0]
+                raise ValueError(
+                    f"{spec.kind.name} rank {spec.rank} among {first.kind.name} layers of rank {first.rank}: expected one"
+                    " type and rank"
+                )
         if impl not in ("auto", "triton", "torch"):
             raise ValueError(f"impl={impl!r}, expected one of auto, triton, torch")
         if impl == "auto":
