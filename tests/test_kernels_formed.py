@@ -9,7 +9,7 @@ import pytest
 import torch
 from layer_cases import relative_error
 from sa3dist_kernels import ADAPTER_TYPES, FrozenConstants, effective_weight_reference
-from sa3dist_kernels.formed_weights import FormedSpec, FormedWeights
+from sa3dist_kernels.formed_weights import FormedSpec, FormedWeights, product_elements
 
 pytest.importorskip("triton")
 from sa3dist_kernels import triton_support  # noqa: E402
@@ -314,6 +314,25 @@ def test_strength_weight_and_storage_may_change_between_steps(impl):
     assert formed.layers[0].weight_OI is held
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_layers_that_take_turns_in_one_memory_give_what_they_give_alone(impl):
+    cases, _ = make_cases(ADAPTER_TYPES["dora-rows-xs"], [(23, 19), (17, 32)], 3)
+    memory = torch.empty(max(product_elements([case.spec]) for case in cases))
+    turns = [FormedWeights([case.spec], torch.float32, impl, memory) for case in cases]
+    for case, formed in zip(cases, turns, strict=True):
+        formed.form()
+        check_formed([case], formed, torch.float32)
+        case.load(case.sums())
+    # Forward; then backward in the other order, forming anew what the other layer overwrote.
+    for case, formed in zip(cases[::-1], turns[::-1], strict=True):
+        formed.form()
+        check_formed([case], formed, torch.float32)
+        formed.finish()
+    check_gradients(cases)
+    with pytest.raises(ValueError, match=r"memory is \(8,\) torch.float32, expected \(\d+,\) torch.float32 or longer"):
+        FormedWeights([cases[0].spec], torch.float32, impl, memory[:8])
+
+
 def test_specs_that_do_not_fit_are_refused_by_name():
     first, _ = make_cases(ADAPTER_TYPES["dora-rows"], [(5, 6)], 2, odd=False)
     other, _ = make_cases(ADAPTER_TYPES["dora-rows"], [(5, 6)], 3, odd=False)
@@ -345,7 +364,8 @@ def test_bytes_moved_are_few_beside_the_reads_and_writes_of_whole_weights(name):
         params = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
         bases = [torch.empty(side, rank, device="meta") for side in (fan_out, fan_in)] if kind.xs else (None, None)
         specs += [FormedSpec(weight, params, params, kind, 1.0, *bases)] * count
-    group = Group(specs, torch.bfloat16, default_tiles(rank, torch.bfloat16))
+    memory = torch.empty(product_elements(specs), dtype=torch.bfloat16, device="meta")
+    group = Group(specs, memory, default_tiles(rank, torch.bfloat16))
     weights = sum(spec.weight_OI.nbytes for spec in specs)
     form, finish = (sum(map(sum, count(group).values())) / weights for count in (form_bytes, finish_bytes))
     # W0 is read once and W' written once; once more for the columns' norms, and again for those of BoRA.

@@ -198,11 +198,11 @@ def form_close_kernel(
 
 @triton.jit
 def form_core_kernel(
-    floats, layers, programs,
-    R: tl.constexpr, WIDE_I: tl.constexpr, WIDE_T: tl.constexpr,
+    floats, product, layers, programs,
+    R: tl.constexpr, COLS: tl.constexpr, WIDE_I: tl.constexpr, WIDE_T: tl.constexpr,
     BLOCK_I: tl.constexpr, RANK_STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """R = M Q^T of an -xs type, a block of columns."""
+    """R = M Q^T of an -xs type, a block of columns; and R' = Q^T where the columns are not scaled."""
     layer, block, _ = program(programs)
     I = field(layers, layer, FAN_IN, WIDE_I)
     core, basis = floats + field(layers, layer, CORE, WIDE_T), floats + field(layers, layer, BASIS, WIDE_T)
@@ -216,5 +216,8 @@ def form_core_kernel(
             made = tl.dot(
                 square, basis_tile(basis, cols, cols_ok, inner, R, RANK_STEP), made, input_precision=PRECISION
             )
-        place = floats + field(layers, layer, RIGHT, 16) + rank[:, None].to(tl.int64) * I + cols[None, :]
-        tl.store(place, made, mask=(rank < R)[:, None] & cols_ok[None, :])
+        places, inside = rank[:, None].to(tl.int64) * I + cols[None, :], (rank < R)[:, None] & cols_ok[None, :]
+        tl.store(floats + field(layers, layer, RIGHT, 16) + places, made, mask=inside)
+        if not COLS:
+            part = basis_tile(basis, cols, cols_ok, first, R, RANK_STEP).to(product.dtype.element_ty)
+            tl.store(product + field(layers, layer, RIGHT_OUT, 16) + places, part, mask=inside)

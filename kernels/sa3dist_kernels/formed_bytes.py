@@ -52,7 +52,7 @@ def _form_layer(group: Group, index: int) -> dict[str, tuple[int, int]]:
     basis = right if kind.xs else 0
     counted = {}
     if kind.xs:
-        counted["core"] = FLOAT * spec.rank**2 + basis, right
+        counted["core"] = FLOAT * spec.rank**2 + basis, right + (0 if kind.cols else int(narrow * right))
     if kind.rows:
         # Of a block of rows W0 is read once: W' is written while the block is in the cache.
         written = left + 2 * row + (0 if kind.cols else formed + thin)

@@ -9,27 +9,30 @@ import torch
 
 from sa3dist_kernels import finish, form
 from sa3dist_kernels.formed_layout import ColumnTile, Group, RowTile, Tiles, alignment, default_tiles, interpreter_tiles
-from sa3dist_kernels.formed_weights import FormedLayer, FormedSpec
+from sa3dist_kernels.formed_weights import FormedSpec, formed_layer
 from sa3dist_kernels.triton_support import check_triton, interpreting, loop_end
 
 
 class TritonForms:
     """Groups of layers that share their launches."""
 
-    def __init__(self, specs: list[FormedSpec], product: torch.dtype, tiles: Tiles | None = None) -> None:
+    def __init__(self, specs: list[FormedSpec], memory: torch.Tensor, tiles: Tiles | None = None) -> None:
         for spec in specs:
             check_triton(spec.weight_OI)
             if any(tensor.dtype != torch.float32 for tensor in spec.tensors()[1:]):
                 raise ValueError("the Triton kernels take float32 trained tensors and bases; use impl='torch'")
-        rank = specs[0].rank
-        tiles = tiles or (interpreter_tiles(rank) if interpreting() else default_tiles(rank, product))
+        rank, rows = specs[0].rank, sum(spec.fan_out for spec in specs)
+        if tiles is None:
+            tiles = interpreter_tiles(rank) if interpreting() else default_tiles(rank, memory.dtype, rows)
         self.members: dict[tuple, list[int]] = {}
         for index, spec in enumerate(specs):
             self.members.setdefault(alignment(spec), []).append(index)
-        self.groups = [Group([specs[index] for index in of], product, tiles) for of in self.members.values()]
-        layers = {}
-        for group, of in zip(self.groups, self.members.values(), strict=True):
-            layers |= {index: _layer(group, place) for place, index in enumerate(of)}
+        layers, begin = {}, 0
+        self.groups = []
+        for of in self.members.values():
+            self.groups.append(Group([specs[index] for index in of], memory[begin:], tiles))
+            for index in of:
+                layers[index], begin = formed_layer(specs[index], memory, begin)
         self.layers = [layers[index] for index in range(len(specs))]
 
     def set_specs(self, specs: list[FormedSpec]) -> None:
@@ -52,26 +55,13 @@ class TritonForms:
                 launch.run()
 
 
-def _layer(group: Group, place: int) -> FormedLayer:
-    spec = group.specs[place]
-    layer = FormedLayer(
-        group.view(place, "formed", spec.fan_out, spec.fan_in),
-        group.view(place, "left_out", spec.fan_out, spec.rank),
-        group.view(place, "right_out", spec.rank, spec.fan_in),
-    )
-    if spec.kind.xs and not spec.kind.cols:
-        # Q^T does not change.
-        layer.right_RI.copy_(spec.right_IR.t())
-    return layer
-
-
 def form_plan(group: Group) -> list[Launch]:
     """The launches of FORM, in order."""
     kind, tiles, plan = group.kind, group.tiles, _Plan(group)
     flags = {"ROWS": kind.rows, "COLS": kind.cols, "XS": kind.xs}
     rows = plan.rows(tiles.form_rows) | flags
     if kind.xs:
-        plan.add("core", form.form_core_kernel, "close", plan.close | plan.exact)
+        plan.add("core", form.form_core_kernel, "close", plan.close | plan.exact | {"COLS": kind.cols})
     if kind.rows:
         plan.add("rows", form.form_rows_kernel, "form_rows", rows | {"NORMS": True, "WRITE": not kind.cols})
     if kind.cols:
@@ -114,7 +104,7 @@ class _Plan:
 
     def __init__(self, group: Group) -> None:
         self.group, self.launches = group, []
-        float32 = group.product_dtype == torch.float32
+        float32 = group.product.dtype == torch.float32
         # As exact as the format of the products needs: TF32 has 10 bits beside bfloat16's 7 and float16's 10.
         self.precision = {"PRECISION": "ieee" if float32 else "tf32"}
         self.exact = {"PRECISION": "ieee" if float32 else "tf32x3"}
@@ -130,7 +120,7 @@ class _Plan:
         widths = self.group.widths
         blocks = {"BLOCK_O": tile.block_o, "BLOCK_J": tile.block_j, "SPLITS": tile.splits, "STAGES": tile.stages}
         # bfloat16 has float32's range: the product that only the norms' gradient sees may take it.
-        narrow = {"NARROW": self.group.product_dtype == torch.bfloat16, "UPCAST": interpreting()}
+        narrow = {"NARROW": self.group.product.dtype == torch.bfloat16, "UPCAST": interpreting()}
         wide = {"WIDE_R": min(widths["WIDE_T"], tile.right_vector)}
         launch = {"num_warps": tile.splits, "num_stages": 1, "maxnreg": tile.registers}
         return self.step | widths | wide | self.precision | self.ends | blocks | narrow | launch

@@ -6,21 +6,22 @@ A group is what one launch serves: layers of any shapes whose frozen weights hav
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import triton
 
 from sa3dist_kernels.adapter_types import AdapterType
 from sa3dist_kernels.formed_tiles import FIELDS
+from sa3dist_kernels.formed_weights import ALIGNED, FormedSpec, aligned, product_sizes
 from sa3dist_kernels.triton_support import LEAST_BLOCK, interpreting
 
 # Bytes of the longest vector a thread loads.
 VECTOR_BYTES = 16
-# Elements to which everything allocated here is aligned.
-ALIGNED = 16
 # Rows of one column program: its sums, which it writes, are as many numbers as a few dozen rows.
 LEAST_ROWS = 256
+# Three row programs for each of an H100's 132 multiprocessors.
+FEWEST_BLOCKS = 396
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +75,11 @@ class Tiles:
     least_programs: int = 528
 
 
-def default_tiles(rank: int, product: torch.dtype) -> Tiles:
-    """Tiles for an H100. Chosen so that no kernel of any type spills registers (``compile_kernels.py`` shows it)."""
+def default_tiles(rank: int, product: torch.dtype, rows: int = 1 << 30) -> Tiles:
+    """Tiles for an H100, none of which spills registers (``compile_kernels.py`` shows it).
+
+    rows   of all layers: where they are few, as of a single layer, blocks are smaller, so that all the chip is used
+    """
     step = min(triton.next_power_of_2(max(rank, LEAST_BLOCK)), 64)
     if product == torch.float32:
         rows, columns = RowTile(16, 32 if rank <= 32 else 16, 4, registers=None), ColumnTile(16, 64)
@@ -83,8 +87,8 @@ def default_tiles(rank: int, product: torch.dtype) -> Tiles:
     if step == 64:
         low, high = RowTile(16, 16, 4, registers=None), RowTile(32, 16, 4, registers=None)
         return Tiles(step, high if rank <= step else low, low, *(ColumnTile(32, 64),) * 2, close=64, core=32)
-    rows = RowTile(32, 32, 4)
-    return Tiles(step, rows, rows, ColumnTile(32, 128), ColumnTile(32, 256))
+    blocks = RowTile(32 if rows >= 32 * FEWEST_BLOCKS else 16, 32, 4)
+    return Tiles(step, blocks, blocks, ColumnTile(32, 128), ColumnTile(32, 256))
 
 
 def interpreter_tiles(rank: int) -> Tiles:
@@ -101,27 +105,21 @@ class Group:
     product   W', L' and R' of all layers
     """
 
-    def __init__(self, specs: Sequence, product: torch.dtype, tiles: Tiles) -> None:
-        self.specs, self.tiles, self.product_dtype = list(specs), tiles, product
+    def __init__(self, specs: Sequence[FormedSpec], memory: torch.Tensor, tiles: Tiles) -> None:
+        """memory: flat and in the format of the products; W', L' and R' of the layers fill it from its start."""
+        self.specs, self.tiles, self.product = list(specs), tiles, memory
         self.kind: AdapterType = specs[0].kind
         self.rank: int = specs[0].rank
         self.device = specs[0].weight_OI.device
         self.span = self._span()
         self.splits = [triton.cdiv(spec.fan_out, self.span) for spec in specs]
-        self.owned, count = self._offsets(self._float_sizes)
+        self.owned, count = _offsets([self._float_sizes(index, spec) for index, spec in enumerate(specs)])
         self.floats = torch.empty(count, device=self.device)
-        self.formed, count = self._offsets(self._product_sizes)
-        self.product = torch.empty(count, device=self.device, dtype=product)
+        self.formed, _ = _offsets([product_sizes(spec) for spec in specs])
         self.scales = torch.tensor([spec.scale for spec in specs], dtype=torch.float32).to(self.device)
         self._make_programs()
         self.places: tuple[int, ...] = ()
         self.refresh()
-
-    def view(self, index: int, name: str, *shape: int) -> torch.Tensor:
-        """A tensor of layer ``index`` in the memory of this group."""
-        owned, memory = (self.formed, self.product) if name in self.formed[index] else (self.owned, self.floats)
-        begin = owned[index][name]
-        return memory[begin : begin + torch.Size(shape).numel()].view(shape)
 
     def refresh(self) -> None:
         """Make the table anew where a tensor has moved. Raises RuntimeError while a CUDA graph is recorded."""
@@ -160,17 +158,6 @@ class Group:
             span //= 2
         return span
 
-    def _offsets(self, sizes: Callable) -> tuple[list[dict[str, int]], int]:
-        """Where the named memory of each layer begins, and how much it is in all."""
-        offsets, end = [], 0
-        for index, spec in enumerate(self.specs):
-            named = {}
-            for name, size in sizes(index, spec).items():
-                named[name] = end
-                end += triton.cdiv(size, ALIGNED) * ALIGNED
-            offsets.append(named)
-        return offsets, end
-
     def _float_sizes(self, index: int, spec) -> dict[str, int]:
         O, I, R = spec.fan_out, spec.fan_in, spec.rank
         sizes = {}
@@ -184,10 +171,6 @@ class Group:
         if self.kind.cols or (self.kind.rows and not self.kind.xs):
             sizes["partial"] = self.splits[index] * R * I
         return sizes
-
-    def _product_sizes(self, index: int, spec) -> dict[str, int]:
-        O, I, R = spec.fan_out, spec.fan_in, spec.rank
-        return {"formed": O * I, "left_out": O * R, "right_out": R * I}
 
     def _row(self, index: int, spec) -> list[int]:
         """The fields of one layer, in their order; 0 for what its type has not."""
@@ -234,6 +217,17 @@ def alignment(spec) -> tuple:
 
 def _is_wide(spec) -> bool:
     return spec.fan_in % ALIGNED == 0 and spec.weight_OI.data_ptr() % VECTOR_BYTES == 0
+
+
+def _offsets(layers: list[dict[str, int]]) -> tuple[list[dict[str, int]], int]:
+    """Where the named memory of each layer begins, in one flat tensor, and how long that is."""
+    offsets, end = [], 0
+    for sizes in layers:
+        offsets.append({})
+        for name, size in sizes.items():
+            offsets[-1][name] = end
+            end += aligned(size)
+    return offsets, end
 
 
 def _offset(tensor: torch.Tensor, base: torch.Tensor) -> int:
