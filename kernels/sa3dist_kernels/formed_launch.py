@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,18 +41,20 @@ class TritonForms:
             scales = [specs[index].scale for index in of]
             if scales != [spec.scale for spec in group.specs]:
                 group.scales.copy_(torch.tensor(scales))
-            group.specs = [specs[index] for index in of]
+            group.set_specs([specs[index] for index in of])
 
     def form(self) -> None:
-        for group in self.groups:
-            group.refresh()
-            for launch in form_plan(group):
-                launch.run()
+        self._run(form_plan)
 
     def finish(self) -> None:
+        self._run(finish_plan)
+
+    def _run(self, make_plan: Callable) -> None:
         for group in self.groups:
             group.refresh()
-            for launch in finish_plan(group):
+            if make_plan not in group.plans:
+                group.plans[make_plan] = make_plan(group)
+            for launch in group.plans[make_plan]:
                 launch.run()
 
 

@@ -107,7 +107,8 @@ class Group:
 
     def __init__(self, specs: Sequence[FormedSpec], memory: torch.Tensor, tiles: Tiles) -> None:
         """memory: flat and in the format of the products; W', L' and R' of the layers fill it from its start."""
-        self.specs, self.tiles, self.product = list(specs), tiles, memory
+        self.tiles, self.product = tiles, memory
+        self.set_specs(specs)
         self.kind: AdapterType = specs[0].kind
         self.rank: int = specs[0].rank
         self.device = specs[0].weight_OI.device
@@ -119,11 +120,18 @@ class Group:
         self.scales = torch.tensor([spec.scale for spec in specs], dtype=torch.float32).to(self.device)
         self._make_programs()
         self.places: tuple[int, ...] = ()
+        # What is launched for a phase; made anew with the table.
+        self.plans: dict = {}
         self.refresh()
+
+    def set_specs(self, specs: Sequence[FormedSpec]) -> None:
+        """The same layers with other tensors; the table follows with the next ``refresh``."""
+        self.specs = list(specs)
+        self._watched = [tensor for spec in specs for tensor in spec.tensors()]
 
     def refresh(self) -> None:
         """Make the table anew where a tensor has moved. Raises RuntimeError while a CUDA graph is recorded."""
-        places = tuple(tensor.data_ptr() for spec in self.specs for tensor in spec.tensors())
+        places = tuple(tensor.data_ptr() for tensor in self._watched)
         if places == self.places:
             return
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -131,6 +139,7 @@ class Group:
         self.places, self.widths = places, self._widths()
         table = [self._row(index, spec) for index, spec in enumerate(self.specs)]
         self.layers = torch.tensor(table, dtype=torch.int64).to(self.device)
+        self.plans.clear()
 
     def weight_base(self) -> torch.Tensor:
         return self.specs[0].weight_OI

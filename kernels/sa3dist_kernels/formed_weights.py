@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from sa3dist_kernels.adapter_types import AdapterType
 from sa3dist_kernels.formed_reference import finish_reference, form_reference
+
+if TYPE_CHECKING:
+    from sa3dist_kernels.formed_layout import Tiles
 
 # Elements to which every tensor made here is aligned.
 ALIGNED = 16
@@ -111,6 +115,7 @@ class FormedWeights:
     impl      "triton", "torch" (plain tensors, one layer after the other), or "auto": triton on CUDA, else torch
     memory    for W', L' and R': a flat tensor on the layers' device, of that format, at least ``product_elements``
               long; several objects may take turns in it, each after its own ``form``. None: memory of its own
+    tiles     blocks of the Triton kernels; None: those that suit the rank, the format and the number of layers
     layers    a ``FormedLayer`` per spec, in their order; undefined before the first ``form``
 
     Raises ValueError for specs that do not fit together, and for impl="triton" where no kernel can run.
@@ -122,6 +127,7 @@ class FormedWeights:
         product: torch.dtype,
         impl: str = "auto",
         memory: torch.Tensor | None = None,
+        tiles: Tiles | None = None,
     ) -> None:
         self.specs = list(specs)
         for spec in self.specs:
@@ -147,25 +153,25 @@ class FormedWeights:
             # Imported here: a machine without Triton runs the rest.
             from sa3dist_kernels.formed_launch import TritonForms
 
-            self._forms = TritonForms(self.specs, memory)
+            self.forms = TritonForms(self.specs, memory, tiles)
         else:
-            self._forms = TorchForms(self.specs, memory)
-        self.layers: list[FormedLayer] = self._forms.layers
+            self.forms = TorchForms(self.specs, memory)
+        self.layers: list[FormedLayer] = self.forms.layers
 
     @torch.no_grad()
     def form(self) -> None:
         """W', L', R', gains and norms from the trained tensors as they are now."""
-        self._forms.form()
+        self.forms.form()
 
     @torch.no_grad()
     def finish(self) -> None:
         """Raw sums in ``grads`` to gradients, in place. The trained tensors must be those of the last ``form``."""
-        self._forms.finish()
+        self.forms.finish()
 
     def set_scales(self, scales: Sequence[float]) -> None:
         """Another strength * alpha / rank per layer, in the order of ``specs``; used from the next ``form`` on."""
         self.specs[:] = [dataclasses.replace(spec, scale=s) for spec, s in zip(self.specs, scales, strict=True)]
-        self._forms.set_specs(self.specs)
+        self.forms.set_specs(self.specs)
 
     def set_weight(self, index: int, weight_OI: torch.Tensor) -> None:
         """Read W0 of one layer from another tensor of the same shape and format, as where it is gathered anew."""
@@ -175,7 +181,7 @@ class FormedWeights:
                 f"weight {tuple(weight_OI.shape)} {weight_OI.dtype} in place of {tuple(old.shape)} {old.dtype}"
             )
         self.specs[index] = dataclasses.replace(self.specs[index], weight_OI=weight_OI)
-        self._forms.set_specs(self.specs)
+        self.forms.set_specs(self.specs)
 
 
 def product_elements(specs: Sequence[FormedSpec]) -> int:
