@@ -85,7 +85,8 @@ def default_tiles(rank: int, product: torch.dtype, rows: int = 1 << 30) -> Tiles
         rows, columns = RowTile(16, 32 if rank <= 32 else 16, 4, registers=None), ColumnTile(16, 64)
         return Tiles(min(step, 32), rows, rows, columns, columns, close=64, core=32)
     if step == 64:
-        low, high = RowTile(16, 16, 4, registers=None), RowTile(32, 16, 4, registers=None)
+        # R of a layer exceeds the first-level cache anyway.
+        high, low = (RowTile(*sizes, registers=None, right_vector=4) for sizes in ((32, 16, 4), (16, 32, 4)))
         return Tiles(step, high if rank <= step else low, low, *(ColumnTile(32, 64),) * 2, close=64, core=32)
     blocks = RowTile(32 if rows >= 32 * FEWEST_BLOCKS else 16, 32, 4)
     return Tiles(step, blocks, blocks, ColumnTile(32, 128), ColumnTile(32, 256))
