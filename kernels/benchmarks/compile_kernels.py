@@ -1,6 +1,6 @@
 """Compile every Triton kernel for a GPU that need not be there, and report what the machine code uses.
 
-    python kernels/benchmarks/compile_kernels.py --capability 90
+    python kernels/benchmarks/compile_kernels.py --capability 90 --rank 16 64 128 256
 
 Prints one line per kernel and variant: registers, bytes spilled to local memory, shared memory, matrix instructions.
 Exit code 1 when a kernel does not compile, or spills.
@@ -16,8 +16,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
-from sa3dist_kernels import gain_gradient, scaled_matmul, thin_norms, weight_pass
+from sa3dist_kernels import ADAPTER_TYPES, gain_gradient, scaled_matmul, thin_norms, weight_pass
+from sa3dist_kernels.formed_launch import finish_plan, form_plan
+from sa3dist_kernels.formed_layout import Group, default_tiles
+from sa3dist_kernels.formed_weights import FormedSpec, product_elements
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -66,6 +70,32 @@ def other_variants(dtype: str):
     yield "gradient", thin_norms._thin_norms_kernel, thin | unused, 4, 3
 
 
+FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FORMED_TYPES = {"floats": "*fp32", "scales": "*fp32", "layers": "*i64", "programs": "*i32", "span": "i32"}
+
+
+def formed_variants(dtype: str, rank: int):
+    """(name, kernel, constant arguments, launch options) of every launch of FORM and FINISH, equal ones once."""
+    product, side, seen = FORMATS[dtype], 1536, []
+    for kind in ADAPTER_TYPES.values():
+        shapes = kind.parameter_shapes(side, side, rank)
+        params = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        bases = [torch.empty(side, rank, device="meta")] * 2 if kind.xs else (None, None)
+        weight = torch.empty(side, side, dtype=product, device="meta")
+        spec = FormedSpec(weight, params, params, kind, 1.0, *bases)
+        memory = torch.empty(product_elements([spec]), dtype=product, device="meta")
+        group = Group([spec], memory, default_tiles(rank, product))
+        for phase, plan in (("form", form_plan(group)), ("finish", finish_plan(group))):
+            for launch in plan:
+                given = dict(launch.arguments)
+                options = {key: given.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in given}
+                variable = {*FORMED_TYPES, "weight", "product"}
+                constants = {key: value for key, value in given.items() if key not in variable}
+                if (launch.kernel, constants) not in seen:
+                    seen.append((launch.kernel, constants))
+                    yield f"rank {rank}, {phase} {launch.name}, {kind.name}", launch.kernel, constants, options
+
+
 # What is float32 whatever the format of the products; every other capital-free argument is a size or a stride.
 WIDE = ["left_gain", "out_gain", "gain", "sums", "tail_out", "squares", "totals", "magnitude", "slope", "norms"]
 UNALIGNED = ("N", "span", "splits", "alpha", "scale", "eps")
@@ -74,6 +104,8 @@ PRODUCT_FORMAT = ["left", "weight", "thin", "bias", "other", "tail", "out", "gra
 
 def signature(kernel, dtype: str) -> dict[str, str]:
     """Type of every argument. The thin kernels take float32 throughout, but for the weight."""
+    if "floats" in kernel.arg_names:
+        return {name: FORMED_TYPES.get(name, f"*{dtype}") for name in kernel.arg_names}
     thin = kernel in (weight_pass._weight_pass_kernel, thin_norms._thin_norms_kernel)
     narrow = ["weight"] if thin else PRODUCT_FORMAT
     types = {}
@@ -87,7 +119,7 @@ def signature(kernel, dtype: str) -> dict[str, str]:
     return types
 
 
-def compiled(kernel, constants: dict, dtype: str, warps: int, stages: int, capability: int) -> dict:
+def compiled(kernel, constants: dict, dtype: str, options: dict, capability: int) -> dict:
     names, types = kernel.arg_names, signature(kernel, dtype)
     # As at the real sizes: memory starts, sizes and strides are multiples of 16.
     aligned = {
@@ -97,7 +129,7 @@ def compiled(kernel, constants: dict, dtype: str, warps: int, stages: int, capab
     }
     types |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, types, {(names.index(name),): value for name, value in constants.items()}, aligned)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {key: value for key, value in options.items() if value is not None}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
@@ -114,15 +146,21 @@ def compiled(kernel, constants: dict, dtype: str, warps: int, stages: int, capab
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, default=90, help="90: H100 and H200, 80: A100")
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
+    parser.add_argument("--dtype", choices=FORMATS, default="bf16")
+    parser.add_argument("--rank", type=int, nargs="*", default=[16], help="of the formed weights; none: without them")
     options = parser.parse_args()
+    variants = [
+        (name, kernel, constants, {"num_warps": warps, "num_stages": stages})
+        for name, kernel, constants, warps, stages in (*product_variants(options.dtype), *other_variants(options.dtype))
+    ]
+    formed = itertools.chain.from_iterable(formed_variants(options.dtype, rank) for rank in options.rank)
     spills = 0
-    for name, kernel, constants, warps, stages in (*product_variants(options.dtype), *other_variants(options.dtype)):
-        used = compiled(kernel, constants, options.dtype, warps, stages, options.capability)
+    for name, kernel, constants, launch in itertools.chain(variants, formed):
+        used = compiled(kernel, constants, options.dtype, launch, options.capability)
         spills += used["spilled"]
         label = f"{kernel.fn.__name__.strip('_')}: {name}"
         print(
-            f"{label:42} {used['registers']:4} registers {used['spilled']:5} bytes spilled {used['shared']:7} shared "
+            f"{label:62} {used['registers']:4} registers {used['spilled']:5} bytes spilled {used['shared']:7} shared "
             f"{used['matrix']:4} matrix instructions",
             flush=True,
         )

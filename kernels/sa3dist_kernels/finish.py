@@ -60,9 +60,9 @@ from sa3dist_kernels.formed_tiles import (
 def finish_rows_kernel(
     floats, weight, scales, layers, programs,
     R: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, XS: tl.constexpr,
-    LOOP_I: tl.constexpr, WIDE_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_T: tl.constexpr,
+    LOOP_I: tl.constexpr, WIDE_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_R: tl.constexpr, WIDE_T: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr, SPLITS: tl.constexpr, RANK_STEP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, NARROW: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dm_r, k and dL of a block of rows."""
     layer, block, _ = program(programs)
@@ -82,7 +82,7 @@ def finish_rows_kernel(
         if COLS and (ROWS or not XS):
             sum_t, cross = row_sweep(
                 floats, weight, layers, layer, rows, rows_ok, first, scale, O, I, R, RANK_STEP, True, XS, not XS,
-                LOOP_I, WIDE_W, WIDE_T, BLOCK_O, BLOCK_J, SPLITS, PRECISION,
+                LOOP_I, WIDE_W, WIDE_R, WIDE_T, BLOCK_O, BLOCK_J, SPLITS, PRECISION, NARROW, UPCAST, STAGES,
             )  # fmt: skip
         if ROWS:
             grad_gain = total
@@ -111,11 +111,12 @@ def finish_columns_kernel(
     floats, weight, scales, layers, programs, span,
     R: tl.constexpr, BOUNDED: tl.constexpr, WIDE_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_T: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, RANK_STEP: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Shares of (diag(k) L)^T V."""
     column_sweep(
         floats, weight, scales, layers, programs, span, R, True, True, BOUNDED, WIDE_I, WIDE_W, WIDE_T,
-        BLOCK_O, BLOCK_I, RANK_STEP, PRECISION,
+        BLOCK_O, BLOCK_I, RANK_STEP, PRECISION, STAGES,
     )  # fmt: skip
 
 

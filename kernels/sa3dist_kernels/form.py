@@ -4,8 +4,8 @@
     W' = diag(g~) V diag(h~)        c = |columns of diag(g) V|       h = column magnitude / (c + eps)
     L' = diag(g) L                  R' = R diag(h)                   -xs: L = U, R = M Q^T, and R' = Q^T diag(h)
 
-g, h are 1 where a type does not scale that side; g~, h~ are kept from zero (``floored``). Beside W', L', R' it leaves what
-FINISH needs: g, n, h, c, V R^T (V Q for -xs) where rows are scaled, E = (diag(g^2) L)^T V where columns
+g, h are 1 where a type does not scale that side; g~, h~ are kept from zero (``floored``). Beside W', L', R' it leaves
+what FINISH needs: g, n, h, c, V R^T (V Q for -xs) where rows are scaled, E = (diag(g^2) L)^T V where columns
 are.
 
 rows      a program has a block of rows: norms and V R^T in one pass over the columns, W' in a second one that finds the
@@ -51,11 +51,11 @@ from sa3dist_kernels.formed_tiles import (
     loop_to,
     program,
     right_tile,
-    right_tiles,
     row_sweep,
     row_tiles,
     split_left,
     vector,
+    weight_tiles,
 )
 
 
@@ -63,9 +63,9 @@ from sa3dist_kernels.formed_tiles import (
 def form_rows_kernel(
     floats, weight, product, scales, layers, programs,
     R: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, XS: tl.constexpr, NORMS: tl.constexpr, WRITE: tl.constexpr,
-    LOOP_I: tl.constexpr, WIDE_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_T: tl.constexpr,
+    LOOP_I: tl.constexpr, WIDE_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_R: tl.constexpr, WIDE_T: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr, SPLITS: tl.constexpr, RANK_STEP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, NARROW: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """NORMS: find n, g and V R^T; WRITE: W', L' and R', with the gains that are known by then."""
     layer, block, _ = program(programs)
@@ -79,7 +79,7 @@ def form_rows_kernel(
         for first in range(0, R, RANK_STEP):
             squares, cross = row_sweep(
                 floats, weight, layers, layer, rows, rows_ok, first, scale, O, I, R, RANK_STEP, False, XS, True,
-                LOOP_I, WIDE_W, WIDE_T, BLOCK_O, BLOCK_J, SPLITS, PRECISION,
+                LOOP_I, WIDE_W, WIDE_R, WIDE_T, BLOCK_O, BLOCK_J, SPLITS, PRECISION, NARROW, UPCAST, STAGES,
             )  # fmt: skip
             rank = first + tl.arange(0, RANK_STEP)
             place = floats + field(layers, layer, ROW_CROSS, 16) + rows[:, None] * R + rank[None, :]
@@ -93,7 +93,7 @@ def form_rows_kernel(
     if WRITE:
         _write(
             floats, weight, product, layers, layer, block, rows, rows_ok, gain, scale, O, I, R, ROWS, COLS, XS,
-            LOOP_I, WIDE_W, WIDE_T, BLOCK_O, BLOCK_J, SPLITS, RANK_STEP, PRECISION,
+            LOOP_I, WIDE_W, WIDE_R, BLOCK_O, BLOCK_J, SPLITS, RANK_STEP, PRECISION, STAGES,
         )  # fmt: skip
 
 
@@ -101,47 +101,48 @@ def form_rows_kernel(
 def _write(
     floats, weight, product, layers, layer, block, rows, rows_ok, gain, scale, O, I,
     R: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, XS: tl.constexpr,
-    LOOP_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_T: tl.constexpr,
+    LOOP_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_R: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr, SPLITS: tl.constexpr, RANK_STEP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """W' and L' of a block of rows, and this block's share of R' where the columns are not scaled."""
     weight_rows = weight + field(layers, layer, WEIGHT, WIDE_W) + rows * I
     formed_rows = product + field(layers, layer, FORMED, 16) + rows * I
-    left, right = floats + field(layers, layer, LEFT, 1), floats + field(layers, layer, RIGHT, WIDE_T)
-    right_out = product + field(layers, layer, RIGHT_OUT, 16)
+    left, right = floats + field(layers, layer, LEFT, 1), floats + field(layers, layer, RIGHT, WIDE_R)
     for first in range(0, R, RANK_STEP):
         rank = first + tl.arange(0, RANK_STEP)
         some = left_tile(left, rows, rows_ok, first, R, RANK_STEP) * gain[:, None]
         place = product + field(layers, layer, LEFT_OUT, 16) + rows[:, None] * R + rank[None, :]
         tl.store(place, some.to(product.dtype.element_ty), mask=rows_ok[:, None] & (rank < R)[None, :])
+    if not COLS and not XS:
+        begin = block * BLOCK_J
+        while begin < I:
+            cols = begin + tl.arange(0, BLOCK_J)
+            for first in range(0, R, RANK_STEP):
+                rank = first + tl.arange(0, RANK_STEP)
+                part = right_tile(right, cols, cols < I, first, I, R, RANK_STEP).to(product.dtype.element_ty)
+                place = product + field(layers, layer, RIGHT_OUT, 16) + rank[:, None].to(tl.int64) * I + cols[None, :]
+                tl.store(place, part, mask=(rank < R)[:, None] & (cols < I)[None, :])
+            begin += tl.cdiv(O, BLOCK_O).to(tl.int32) * BLOCK_J
     held = split_left(scale * left_tile(left, rows, rows_ok, 0, R, RANK_STEP), SPLITS, BLOCK_O, RANK_STEP)
     places = tl.arange(0, SPLITS)[:, None] * BLOCK_J + tl.arange(0, BLOCK_J)[None, :]
-    blocks = tl.cdiv(O, BLOCK_O)
+    width = I.to(tl.int32)
     if ROWS:
         gain = floored(gain)
-    for start in range(0, loop_to(I, LOOP_I), SPLITS * BLOCK_J):
+    for start in tl.range(0, loop_to(I, LOOP_I), SPLITS * BLOCK_J, num_stages=STAGES):
         cols = start + places
-        cols_ok = cols < I
-        v, part = row_tiles(
-            weight_rows, left, right, held, scale, rows, rows_ok, cols, cols_ok, I, R, RANK_STEP, BLOCK_O, SPLITS,
-            PRECISION,
-        )  # fmt: skip
+        cols_ok = cols < width
+        tiles = weight_tiles(weight_rows, rows_ok, cols, cols_ok, False)
+        v, _ = row_tiles(
+            tiles, left, right, held, scale, rows, rows_ok, cols, cols_ok, I, R, RANK_STEP, BLOCK_O, SPLITS, PRECISION
+        )
         if ROWS:
             v = v * gain[None, :, None]
         if COLS:
             v = v * floored(vector(floats, layers, layer, COL_GAIN, cols, I))[:, None, :]
         mask = rows_ok[None, :, None] & cols_ok[:, None, :]
-        tl.store(formed_rows[None, :, None] + cols[:, None, :], v.to(product.dtype.element_ty), mask=mask)
-        if not COLS and not XS:
-            mine = cols_ok & ((start // (SPLITS * BLOCK_J)) % blocks == block)
-            for first in range(0, R, RANK_STEP):
-                rank = first + tl.arange(0, RANK_STEP)
-                if R > RANK_STEP:
-                    part = right_tiles(right, cols, mine, first, I, R, RANK_STEP)
-                place = right_out + rank[None, :, None].to(tl.int64) * I + cols[:, None, :]
-                inside = (rank < R)[None, :, None] & mine[:, None, :]
-                tl.store(place, part.to(product.dtype.element_ty), mask=inside)
+        place = formed_rows[None, :, None] + cols[:, None, :]
+        tl.store(place, v.to(product.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -150,11 +151,12 @@ def form_columns_kernel(
     R: tl.constexpr, ROWS: tl.constexpr, BOUNDED: tl.constexpr,
     WIDE_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_T: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, RANK_STEP: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Shares of the squared column norms and of E; ROWS: of diag(g) V."""
     column_sweep(
         floats, weight, scales, layers, programs, span, R, ROWS, False, BOUNDED, WIDE_I, WIDE_W, WIDE_T,
-        BLOCK_O, BLOCK_I, RANK_STEP, PRECISION,
+        BLOCK_O, BLOCK_I, RANK_STEP, PRECISION, STAGES,
     )  # fmt: skip
 
 
@@ -196,11 +198,11 @@ def form_close_kernel(
 
 @triton.jit
 def form_core_kernel(
-    floats, layers, programs,
-    R: tl.constexpr, WIDE_I: tl.constexpr, WIDE_T: tl.constexpr,
+    floats, product, layers, programs,
+    R: tl.constexpr, COLS: tl.constexpr, WIDE_I: tl.constexpr, WIDE_T: tl.constexpr,
     BLOCK_I: tl.constexpr, RANK_STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """R = M Q^T of an -xs type, a block of columns."""
+    """R = M Q^T of an -xs type, a block of columns; and R' = Q^T where the columns are not scaled."""
     layer, block, _ = program(programs)
     I = field(layers, layer, FAN_IN, WIDE_I)
     core, basis = floats + field(layers, layer, CORE, WIDE_T), floats + field(layers, layer, BASIS, WIDE_T)
@@ -214,5 +216,8 @@ def form_core_kernel(
             made = tl.dot(
                 square, basis_tile(basis, cols, cols_ok, inner, R, RANK_STEP), made, input_precision=PRECISION
             )
-        place = floats + field(layers, layer, RIGHT, 16) + rank[:, None].to(tl.int64) * I + cols[None, :]
-        tl.store(place, made, mask=(rank < R)[:, None] & cols_ok[None, :])
+        places, inside = rank[:, None].to(tl.int64) * I + cols[None, :], (rank < R)[:, None] & cols_ok[None, :]
+        tl.store(floats + field(layers, layer, RIGHT, 16) + places, made, mask=inside)
+        if not COLS:
+            part = basis_tile(basis, cols, cols_ok, first, R, RANK_STEP).to(product.dtype.element_ty)
+            tl.store(product + field(layers, layer, RIGHT_OUT, 16) + places, part, mask=inside)

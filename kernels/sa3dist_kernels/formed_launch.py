@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from sa3dist_kernels import finish, form
-from sa3dist_kernels.formed_layout import Group, Tiles, alignment, default_tiles
-from sa3dist_kernels.formed_weights import FormedLayer, FormedSpec
+from sa3dist_kernels.formed_layout import ColumnTile, Group, RowTile, Tiles, alignment, default_tiles, interpreter_tiles
+from sa3dist_kernels.formed_weights import FormedSpec, formed_layer
 from sa3dist_kernels.triton_support import check_triton, interpreting, loop_end
 
 
 class TritonForms:
     """Groups of layers that share their launches."""
 
-    def __init__(self, specs: list[FormedSpec], product: torch.dtype, tiles: Tiles | None = None) -> None:
+    def __init__(self, specs: list[FormedSpec], memory: torch.Tensor, tiles: Tiles | None = None) -> None:
         for spec in specs:
             check_triton(spec.weight_OI)
             if any(tensor.dtype != torch.float32 for tensor in spec.tensors()[1:]):
                 raise ValueError("the Triton kernels take float32 trained tensors and bases; use impl='torch'")
-        tiles = tiles or default_tiles(specs[0].rank, product)
+        rank, rows = specs[0].rank, sum(spec.fan_out for spec in specs)
+        if tiles is None:
+            tiles = interpreter_tiles(rank) if interpreting() else default_tiles(rank, memory.dtype, rows)
         self.members: dict[tuple, list[int]] = {}
         for index, spec in enumerate(specs):
             self.members.setdefault(alignment(spec), []).append(index)
-        self.groups = [Group([specs[index] for index in of], product, tiles) for of in self.members.values()]
-        layers = {}
-        for group, of in zip(self.groups, self.members.values(), strict=True):
-            layers |= {index: _layer(group, place) for place, index in enumerate(of)}
+        layers, begin = {}, 0
+        self.groups = []
+        for of in self.members.values():
+            self.groups.append(Group([specs[index] for index in of], memory[begin:], tiles))
+            for index in of:
+                layers[index], begin = formed_layer(specs[index], memory, begin)
         self.layers = [layers[index] for index in range(len(specs))]
 
     def set_specs(self, specs: list[FormedSpec]) -> None:
@@ -36,58 +41,49 @@ class TritonForms:
             scales = [specs[index].scale for index in of]
             if scales != [spec.scale for spec in group.specs]:
                 group.scales.copy_(torch.tensor(scales))
-            group.specs = [specs[index] for index in of]
+            group.set_specs([specs[index] for index in of])
 
     def form(self) -> None:
-        for group in self.groups:
-            group.refresh()
-            for launch in form_plan(group):
-                launch.run()
+        self._run(form_plan)
 
     def finish(self) -> None:
+        self._run(finish_plan)
+
+    def _run(self, make_plan: Callable) -> None:
         for group in self.groups:
             group.refresh()
-            for launch in finish_plan(group):
+            if make_plan not in group.plans:
+                group.plans[make_plan] = make_plan(group)
+            for launch in group.plans[make_plan]:
                 launch.run()
-
-
-def _layer(group: Group, place: int) -> FormedLayer:
-    spec = group.specs[place]
-    layer = FormedLayer(
-        group.view(place, "formed", spec.fan_out, spec.fan_in),
-        group.view(place, "left_out", spec.fan_out, spec.rank),
-        group.view(place, "right_out", spec.rank, spec.fan_in),
-    )
-    if spec.kind.xs and not spec.kind.cols:
-        # Q^T does not change.
-        layer.right_RI.copy_(spec.right_IR.t())
-    return layer
 
 
 def form_plan(group: Group) -> list[Launch]:
     """The launches of FORM, in order."""
-    kind, plan = group.kind, _Plan(group)
+    kind, tiles, plan = group.kind, group.tiles, _Plan(group)
     flags = {"ROWS": kind.rows, "COLS": kind.cols, "XS": kind.xs}
+    rows = plan.rows(tiles.form_rows) | flags
     if kind.xs:
-        plan.add("core", form.form_core_kernel, "close", _pick(plan.thin, "PRECISION") | plan.close)
+        plan.add("core", form.form_core_kernel, "close", plan.close | plan.exact | {"COLS": kind.cols})
     if kind.rows:
-        plan.add("rows", form.form_rows_kernel, "rows", plan.rows | flags | {"NORMS": True, "WRITE": not kind.cols})
+        plan.add("rows", form.form_rows_kernel, "form_rows", rows | {"NORMS": True, "WRITE": not kind.cols})
     if kind.cols:
-        plan.add("columns", form.form_columns_kernel, "columns", plan.columns | {"ROWS": kind.rows})
+        columns = plan.columns(tiles.form_columns) | {"ROWS": kind.rows}
+        plan.add("columns", form.form_columns_kernel, "form_columns", columns)
         plan.add("close", form.form_close_kernel, "close", plan.close | plan.spans | {"XS": kind.xs})
     if kind.cols or not kind.rows:
-        plan.add("write", form.form_rows_kernel, "rows", plan.rows | flags | {"NORMS": False, "WRITE": True})
+        plan.add("write", form.form_rows_kernel, "form_rows", rows | {"NORMS": False, "WRITE": True})
     return plan.launches
 
 
 def finish_plan(group: Group) -> list[Launch]:
     """The launches of FINISH, in order."""
-    kind, plan = group.kind, _Plan(group)
+    kind, tiles, plan = group.kind, group.tiles, _Plan(group)
     flags = {"ROWS": kind.rows, "COLS": kind.cols, "XS": kind.xs}
     if kind.rows or not kind.xs:
-        plan.add("rows", finish.finish_rows_kernel, "rows", plan.rows | flags)
+        plan.add("rows", finish.finish_rows_kernel, "finish_rows", plan.rows(tiles.finish_rows) | flags)
     if kind.rows and not kind.xs:
-        plan.add("columns", finish.finish_columns_kernel, "columns", plan.columns)
+        plan.add("columns", finish.finish_columns_kernel, "finish_columns", plan.columns(tiles.finish_columns))
     if kind.xs:
         plan.add("core", finish.finish_core_kernel, "core", plan.core | _pick(flags, "ROWS", "COLS"))
     if kind.cols or not kind.xs:
@@ -107,27 +103,36 @@ class Launch:
 
 
 class _Plan:
-    """Collects launches; ``rows``, ``columns``, ``close`` and ``core`` are what their kernels take of sizes."""
+    """Collects launches; the rest is what their kernels take of sizes."""
 
     def __init__(self, group: Group) -> None:
         self.group, self.launches = group, []
-        tiles, widths = group.tiles, group.widths
-        fan_in, fan_out = [spec.fan_in for spec in group.specs], [spec.fan_out for spec in group.specs]
-        narrow = _pick(widths, "WIDE_I", "WIDE_T")
-        # As exact as the products' own format needs: TF32 has 10 bits beside bfloat16's 7 and float16's 10.
-        precision = {"PRECISION": "ieee" if group.product_dtype == torch.float32 else "tf32"}
-        step = {"R": group.rank, "RANK_STEP": tiles.rank_step}
-        ends = {"LOOP_I": group.most(fan_in)}
-        self.thin = {"PRECISION": "ieee" if group.product_dtype == torch.float32 else "tf32x3"}
-        self.rows = step | widths | precision | ends | tiles.rows
-        self.rows |= {"num_warps": max(tiles.rows["SPLITS"], 4), "num_stages": tiles.row_stages}
-        self.columns = step | widths | precision | tiles.columns | {"BOUNDED": not interpreting()}
-        self.columns |= {"span": loop_end(group.span)}
-        self.columns |= {"num_warps": tiles.column_warps, "num_stages": tiles.column_stages}
-        self.close = step | narrow | {"BLOCK_I": tiles.close, "num_warps": 4}
+        float32 = group.product.dtype == torch.float32
+        # As exact as the format of the products needs: TF32 has 10 bits beside bfloat16's 7 and float16's 10.
+        self.precision = {"PRECISION": "ieee" if float32 else "tf32"}
+        self.exact = {"PRECISION": "ieee" if float32 else "tf32x3"}
+        self.step = {"R": group.rank, "RANK_STEP": group.tiles.rank_step}
+        self.ends = {"LOOP_I": group.most(spec.fan_in for spec in group.specs)}
         self.spans = {"LOOP_SPLITS": group.most(group.splits)}
-        self.core = step | narrow | self.thin | ends | {"LOOP_O": group.most(fan_out), "BLOCK": tiles.core}
-        self.core |= {"num_warps": 4, "num_stages": 3}
+        narrow = self.step | _pick(group.widths, "WIDE_I", "WIDE_T") | {"num_warps": 4}
+        self.close = narrow | {"BLOCK_I": group.tiles.close}
+        self.core = narrow | self.exact | self.ends | {"BLOCK": group.tiles.core}
+        self.core |= {"LOOP_O": group.most(spec.fan_out for spec in group.specs)}
+
+    def rows(self, tile: RowTile) -> dict[str, Any]:
+        widths = self.group.widths
+        blocks = {"BLOCK_O": tile.block_o, "BLOCK_J": tile.block_j, "SPLITS": tile.splits, "STAGES": tile.stages}
+        # bfloat16 has float32's range: the product that only the norms' gradient sees may take it.
+        narrow = {"NARROW": self.group.product.dtype == torch.bfloat16, "UPCAST": interpreting()}
+        wide = {"WIDE_R": min(widths["WIDE_T"], tile.right_vector)}
+        launch = {"num_warps": tile.splits, "num_stages": 1, "maxnreg": tile.registers}
+        return self.step | widths | wide | self.precision | self.ends | blocks | narrow | launch
+
+    def columns(self, tile: ColumnTile) -> dict[str, Any]:
+        blocks = {"BLOCK_O": tile.block_o, "BLOCK_I": tile.block_i, "STAGES": tile.stages}
+        span = {"span": loop_end(self.group.span), "BOUNDED": not interpreting()}
+        launch = {"num_warps": tile.warps, "num_stages": 1}
+        return self.step | self.group.widths | self.precision | blocks | span | launch
 
     def add(self, name: str, kernel, programs: str, constants: dict[str, Any]) -> None:
         group = self.group

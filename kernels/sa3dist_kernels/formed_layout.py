@@ -6,58 +6,97 @@ A group is what one launch serves: layers of any shapes whose frozen weights hav
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import triton
 
 from sa3dist_kernels.adapter_types import AdapterType
 from sa3dist_kernels.formed_tiles import FIELDS
+from sa3dist_kernels.formed_weights import ALIGNED, FormedSpec, aligned, product_sizes
 from sa3dist_kernels.triton_support import LEAST_BLOCK, interpreting
 
 # Bytes of the longest vector a thread loads.
 VECTOR_BYTES = 16
-# Elements to which everything allocated here is aligned.
-ALIGNED = 16
-# Programs that a column launch should have at least: four for each of an H100's 132 multiprocessors.
-PROGRAMS = 528
-# Rows of one program of a column launch: at most, so that the longest is a small part of the launch, and at least.
-MOST_ROWS, LEAST_ROWS = 3072, 256
+# Rows of one column program: its sums, which it writes, are as many numbers as a few dozen rows.
+LEAST_ROWS = 256
+# Three row programs for each of an H100's 132 multiprocessors.
+FEWEST_BLOCKS = 396
+
+
+@dataclasses.dataclass(frozen=True)
+class RowTile:
+    """A row program: a block of rows, ``splits`` warps with ``block_j`` columns each.
+
+    registers     of a thread, at most: with 168 three programs of four warps share a multiprocessor, and the rows they
+                  read twice stay in the second-level cache
+    right_vector  elements of R that a thread loads at once: 8 bytes come through the first-level cache, which then
+                  keeps R for all programs of a multiprocessor; 16 bytes go past it
+    """
+
+    block_o: int
+    block_j: int
+    splits: int
+    stages: int = 2
+    registers: int | None = 168
+    right_vector: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnTile:
+    """A column program: ``block_i`` columns, steps of ``block_o`` rows."""
+
+    block_o: int
+    block_i: int
+    warps: int = 4
+    stages: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Sizes of the blocks, and warps and stages of a launch.
+    """Blocks of all kernels.
 
     rank_step       part of the rank held at once
-    rows            a row program: BLOCK_O rows, SPLITS warps with BLOCK_J columns each
-    columns         a column program: steps of BLOCK_O rows, BLOCK_I columns
-    close, core     columns of a closing program; rows and columns that dM's sums step by
+    close           columns of a closing program
+    core            rows and columns that the sums of dM step by
+    most_rows       rows of one column program: at most, so that the longest is a small part of the launch
+    least_programs  that a column launch should have, by shorter spans of rows: four to each of an H100's 132
+                    multiprocessors
     """
 
     rank_step: int
-    rows: dict[str, int]
-    columns: dict[str, int]
-    close: int
-    core: int
-    row_stages: int = 1
-    column_warps: int = 4
-    column_stages: int = 3
+    form_rows: RowTile
+    finish_rows: RowTile
+    form_columns: ColumnTile
+    finish_columns: ColumnTile
+    close: int = 128
+    core: int = 64
+    most_rows: int = 3072
+    least_programs: int = 528
 
 
-def default_tiles(rank: int, product: torch.dtype) -> Tiles:
-    """Tiles for an H100, small ones for the interpreter."""
-    least = triton.next_power_of_2(max(rank, LEAST_BLOCK))
-    if interpreting():
-        return Tiles(
-            min(least, 32), {"BLOCK_O": 16, "BLOCK_J": 16, "SPLITS": 2}, {"BLOCK_O": 16, "BLOCK_I": 32}, 32, 16
-        )
-    step = min(least, 64)
+def default_tiles(rank: int, product: torch.dtype, rows: int = 1 << 30) -> Tiles:
+    """Tiles for an H100, none of which spills registers (``compile_kernels.py`` shows it).
+
+    rows   of all layers: where they are few, as of a single layer, blocks are smaller, so that all the chip is used
+    """
+    step = min(triton.next_power_of_2(max(rank, LEAST_BLOCK)), 64)
     if product == torch.float32:
-        return Tiles(min(step, 32), {"BLOCK_O": 16, "BLOCK_J": 16, "SPLITS": 4}, {"BLOCK_O": 16, "BLOCK_I": 64}, 64, 32)
+        rows, columns = RowTile(16, 32 if rank <= 32 else 16, 4, registers=None), ColumnTile(16, 64)
+        return Tiles(min(step, 32), rows, rows, columns, columns, close=64, core=32)
     if step == 64:
-        return Tiles(step, {"BLOCK_O": 32, "BLOCK_J": 16, "SPLITS": 4}, {"BLOCK_O": 32, "BLOCK_I": 64}, 64, 32)
-    return Tiles(step, {"BLOCK_O": 32, "BLOCK_J": 32, "SPLITS": 8}, {"BLOCK_O": 32, "BLOCK_I": 128}, 128, 64)
+        # R of a layer exceeds the first-level cache anyway.
+        high, low = (RowTile(*sizes, registers=None, right_vector=4) for sizes in ((32, 16, 4), (16, 32, 4)))
+        return Tiles(step, high if rank <= step else low, low, *(ColumnTile(32, 64),) * 2, close=64, core=32)
+    blocks = RowTile(32 if rows >= 32 * FEWEST_BLOCKS else 16, 32, 4)
+    return Tiles(step, blocks, blocks, ColumnTile(32, 128), ColumnTile(32, 256))
+
+
+def interpreter_tiles(rank: int) -> Tiles:
+    """Small ones, with several steps of the rank and spans of rows already in small layers."""
+    step = min(triton.next_power_of_2(max(rank, LEAST_BLOCK)), 32 if rank <= 64 else 128)
+    rows, columns = RowTile(16, 16, 2), ColumnTile(16, 32)
+    return Tiles(step, rows, rows, columns, columns, close=32, core=16, most_rows=16, least_programs=0)
 
 
 class Group:
@@ -67,31 +106,33 @@ class Group:
     product   W', L' and R' of all layers
     """
 
-    def __init__(self, specs: Sequence, product: torch.dtype, tiles: Tiles) -> None:
-        self.specs, self.tiles, self.product_dtype = list(specs), tiles, product
+    def __init__(self, specs: Sequence[FormedSpec], memory: torch.Tensor, tiles: Tiles) -> None:
+        """memory: flat and in the format of the products; W', L' and R' of the layers fill it from its start."""
+        self.tiles, self.product = tiles, memory
+        self.set_specs(specs)
         self.kind: AdapterType = specs[0].kind
         self.rank: int = specs[0].rank
         self.device = specs[0].weight_OI.device
         self.span = self._span()
         self.splits = [triton.cdiv(spec.fan_out, self.span) for spec in specs]
-        self.owned, count = self._offsets(self._float_sizes)
+        self.owned, count = _offsets([self._float_sizes(index, spec) for index, spec in enumerate(specs)])
         self.floats = torch.empty(count, device=self.device)
-        self.formed, count = self._offsets(self._product_sizes)
-        self.product = torch.empty(count, device=self.device, dtype=product)
+        self.formed, _ = _offsets([product_sizes(spec) for spec in specs])
         self.scales = torch.tensor([spec.scale for spec in specs], dtype=torch.float32).to(self.device)
         self._make_programs()
         self.places: tuple[int, ...] = ()
+        # What is launched for a phase; made anew with the table.
+        self.plans: dict = {}
         self.refresh()
 
-    def view(self, index: int, name: str, *shape: int) -> torch.Tensor:
-        """A tensor of layer ``index`` in the memory of this group."""
-        owned, memory = (self.formed, self.product) if name in self.formed[index] else (self.owned, self.floats)
-        begin = owned[index][name]
-        return memory[begin : begin + torch.Size(shape).numel()].view(shape)
+    def set_specs(self, specs: Sequence[FormedSpec]) -> None:
+        """The same layers with other tensors; the table follows with the next ``refresh``."""
+        self.specs = list(specs)
+        self._watched = [tensor for spec in specs for tensor in spec.tensors()]
 
     def refresh(self) -> None:
         """Make the table anew where a tensor has moved. Raises RuntimeError while a CUDA graph is recorded."""
-        places = tuple(tensor.data_ptr() for spec in self.specs for tensor in spec.tensors())
+        places = tuple(tensor.data_ptr() for tensor in self._watched)
         if places == self.places:
             return
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -99,6 +140,7 @@ class Group:
         self.places, self.widths = places, self._widths()
         table = [self._row(index, spec) for index, spec in enumerate(self.specs)]
         self.layers = torch.tensor(table, dtype=torch.int64).to(self.device)
+        self.plans.clear()
 
     def weight_base(self) -> torch.Tensor:
         return self.specs[0].weight_OI
@@ -119,24 +161,12 @@ class Group:
         return max(sizes) if interpreting() else 0
 
     def _span(self) -> int:
-        blocks = sum(triton.cdiv(spec.fan_in, self.tiles.columns["BLOCK_I"]) for spec in self.specs)
+        blocks = sum(triton.cdiv(spec.fan_in, self.tiles.form_columns.block_i) for spec in self.specs)
         longest = max(spec.fan_out for spec in self.specs)
-        # The interpreter's tests are to have several spans.
-        span = 32 if interpreting() else MOST_ROWS
-        while not interpreting() and span > LEAST_ROWS and blocks * triton.cdiv(longest, span) < PROGRAMS:
+        span = self.tiles.most_rows
+        while span > LEAST_ROWS and blocks * triton.cdiv(longest, span) < self.tiles.least_programs:
             span //= 2
         return span
-
-    def _offsets(self, sizes: Callable) -> tuple[list[dict[str, int]], int]:
-        """Where the named memory of each layer begins, and how much it is in all."""
-        offsets, end = [], 0
-        for index, spec in enumerate(self.specs):
-            named = {}
-            for name, size in sizes(index, spec).items():
-                named[name] = end
-                end += triton.cdiv(size, ALIGNED) * ALIGNED
-            offsets.append(named)
-        return offsets, end
 
     def _float_sizes(self, index: int, spec) -> dict[str, int]:
         O, I, R = spec.fan_out, spec.fan_in, spec.rank
@@ -152,10 +182,6 @@ class Group:
             sizes["partial"] = self.splits[index] * R * I
         return sizes
 
-    def _product_sizes(self, index: int, spec) -> dict[str, int]:
-        O, I, R = spec.fan_out, spec.fan_in, spec.rank
-        return {"formed": O * I, "left_out": O * R, "right_out": R * I}
-
     def _row(self, index: int, spec) -> list[int]:
         """The fields of one layer, in their order; 0 for what its type has not."""
         values = {"fan_out": spec.fan_out, "fan_in": spec.fan_in, "splits": self.splits[index]}
@@ -165,26 +191,32 @@ class Group:
         return [values.get(name, 0) for name in FIELDS]
 
     def _make_programs(self) -> None:
-        tiles, columns = self.tiles, self.tiles.columns["BLOCK_I"]
+        tiles, specs = self.tiles, self.specs
         # The longest programs first: what runs alone at the end should be short.
-        by_width = sorted(range(len(self.specs)), key=lambda index: -self.specs[index].fan_in)
-        by_height = sorted(range(len(self.specs)), key=lambda index: -min(self.specs[index].fan_out, self.span))
+        by_width = sorted(range(len(specs)), key=lambda index: -specs[index].fan_in)
+        by_height = sorted(range(len(specs)), key=lambda index: -min(specs[index].fan_out, self.span))
         ranks = range(triton.cdiv(self.rank, tiles.rank_step))
 
         def blocks(size: int, block: int) -> range:
             return range(triton.cdiv(size, block))
 
-        def table(rows: list[tuple[int, int, int]]) -> torch.Tensor:
-            return torch.tensor(rows, dtype=torch.int32).to(self.device)
+        def rows(block: int) -> list:
+            return [(at, b, 0) for at in by_width for b in blocks(specs[at].fan_out, block)]
 
-        fan_out, fan_in = ([getattr(spec, side) for spec in self.specs] for side in ("fan_out", "fan_in"))
+        def columns(block: int) -> list:
+            spans = [(at, split) for at in by_height for split in range(self.splits[at])]
+            return [(at, b, split) for at, split in spans for b in blocks(specs[at].fan_in, block)]
+
+        programs = {
+            "form_rows": rows(tiles.form_rows.block_o),
+            "finish_rows": rows(tiles.finish_rows.block_o),
+            "form_columns": columns(tiles.form_columns.block_i),
+            "finish_columns": columns(tiles.finish_columns.block_i),
+            "close": [(at, b, 0) for at in by_width for b in blocks(specs[at].fan_in, tiles.close)],
+            "core": [(at, down, across) for at in by_height for down in ranks for across in ranks],
+        }
         self.programs = {
-            "rows": table([(at, b, 0) for at in by_width for b in blocks(fan_out[at], tiles.rows["BLOCK_O"])]),
-            "columns": table(
-                [(at, b, s) for at in by_height for s in range(self.splits[at]) for b in blocks(fan_in[at], columns)]
-            ),
-            "close": table([(at, b, 0) for at in by_width for b in blocks(fan_in[at], tiles.close)]),
-            "core": table([(at, down, across) for at in by_height for down in ranks for across in ranks]),
+            name: torch.tensor(places, dtype=torch.int32).to(self.device) for name, places in programs.items()
         }
 
 
@@ -195,6 +227,17 @@ def alignment(spec) -> tuple:
 
 def _is_wide(spec) -> bool:
     return spec.fan_in % ALIGNED == 0 and spec.weight_OI.data_ptr() % VECTOR_BYTES == 0
+
+
+def _offsets(layers: list[dict[str, int]]) -> tuple[list[dict[str, int]], int]:
+    """Where the named memory of each layer begins, in one flat tensor, and how long that is."""
+    offsets, end = [], 0
+    for sizes in layers:
+        offsets.append({})
+        for name, size in sizes.items():
+            offsets[-1][name] = end
+            end += aligned(size)
+    return offsets, end
 
 
 def _offset(tensor: torch.Tensor, base: torch.Tensor) -> int:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sa3dist_kernels.triton_support import dot
+
 # Added to the norm, not to its square: part of the file format.
 EPS = tl.constexpr(1e-12)
 # Least size of a gain that enters W': z / gain keeps its digits, and no rounding sees 2^-40 of an output.
@@ -58,10 +60,10 @@ def loop_to(size, LOOP: tl.constexpr):
 
 
 @triton.jit
-def rows_to(span, left_over, BOUNDED: tl.constexpr):
-    """Rows of a span that exist; likewise all of it in the interpreter."""
+def rows_to(span, count, BOUNDED: tl.constexpr):
+    """Likewise the ``count`` rows of a span that exist, or all of it."""
     if BOUNDED:
-        return tl.minimum(span, left_over).to(tl.int32)
+        return count
     else:
         return span
 
@@ -132,22 +134,35 @@ def split_left(left, SPLITS: tl.constexpr, BLOCK_O: tl.constexpr, RANK_STEP: tl.
 
 
 @triton.jit
+def weight_tiles(weight_rows, rows_ok, cols, cols_ok, AGAIN: tl.constexpr):
+    """W0 (SPLITS, BLOCK_O, BLOCK_J), zero outside; AGAIN: whether it will soon be read once more.
+
+    weight_rows  pointers (BLOCK_O,) to the rows' first elements
+    """
+    mask = rows_ok[None, :, None] & cols_ok[:, None, :]
+    place = weight_rows[None, :, None] + cols[:, None, :]
+    if AGAIN:
+        # Not in the first-level cache, which is for R: all programs of a multiprocessor read that.
+        return tl.load(place, mask=mask, other=0.0, cache_modifier=".cg")
+    else:
+        return tl.load(place, mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
 def row_tiles(
-    weight_rows, left, right, held, scale, rows, rows_ok, cols, cols_ok, I,
+    tiles, left, right, held, scale, rows, rows_ok, cols, cols_ok, I,
     R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_O: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """V (SPLITS, BLOCK_O, BLOCK_J), float32, zero outside; and the last part of R it was made from.
 
-    weight_rows  pointers (BLOCK_O,) to the rows' first elements
-    held         s L (SPLITS, BLOCK_O, RANK_STEP), used where it is all of it
+    tiles  W0, as ``weight_tiles`` gives it
+    held   s L (SPLITS, BLOCK_O, RANK_STEP), used where it is all of it
     """
-    mask = rows_ok[None, :, None] & cols_ok[:, None, :]
-    v = tl.load(weight_rows[None, :, None] + cols[:, None, :], mask=mask, other=0.0).to(tl.float32)
+    v = tiles.to(tl.float32)
+    part = right_tiles(right, cols, cols_ok, 0, I, R, RANK_STEP)
     if R <= RANK_STEP:
-        part = right_tiles(right, cols, cols_ok, 0, I, R, RANK_STEP)
         v = tl.dot(held, part, v, input_precision=PRECISION)
     else:
-        part = right_tiles(right, cols, cols_ok, 0, I, R, RANK_STEP)
         for first in range(0, R, RANK_STEP):
             some = split_left(scale * left_tile(left, rows, rows_ok, first, R, RANK_STEP), SPLITS, BLOCK_O, RANK_STEP)
             part = right_tiles(right, cols, cols_ok, first, I, R, RANK_STEP)
@@ -159,26 +174,28 @@ def row_tiles(
 def row_sweep(
     floats, weight, layers, layer, rows, rows_ok, first, scale, O, I,
     R: tl.constexpr, RANK_STEP: tl.constexpr, SLOPED: tl.constexpr, XS: tl.constexpr, CROSS: tl.constexpr,
-    LOOP_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_T: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    LOOP_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_R: tl.constexpr, WIDE_T: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, NARROW: tl.constexpr,
+    UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Of a block of rows: sums of squares of V (BLOCK_O,), and V R^T, or V Q for -xs, at ranks ``first`` on.
 
     SLOPED weights both with q: (V.V) q and V (R.q)^T. CROSS: whether the product is wanted (else zeros).
     """
     weight_rows = weight + field(layers, layer, WEIGHT, WIDE_W) + rows * I
-    left, right = floats + field(layers, layer, LEFT, 1), floats + field(layers, layer, RIGHT, WIDE_T)
+    left, right = floats + field(layers, layer, LEFT, 1), floats + field(layers, layer, RIGHT, WIDE_R)
     held = split_left(scale * left_tile(left, rows, rows_ok, 0, R, RANK_STEP), SPLITS, BLOCK_O, RANK_STEP)
     places = tl.arange(0, SPLITS)[:, None] * BLOCK_J + tl.arange(0, BLOCK_J)[None, :]
-    rank = first + tl.arange(0, RANK_STEP)
+    rank, width = first + tl.arange(0, RANK_STEP), I.to(tl.int32)
     # By the eight columns that threads of one row hold, so that they need not meet before the end.
     squares = tl.zeros((SPLITS, BLOCK_O, 8), tl.float32)
     cross = tl.zeros((SPLITS, BLOCK_O, RANK_STEP), tl.float32)
-    for start in range(0, loop_to(I, LOOP_I), SPLITS * BLOCK_J):
+    for start in tl.range(0, loop_to(I, LOOP_I), SPLITS * BLOCK_J, num_stages=STAGES):
         cols = start + places
-        cols_ok = cols < I
+        cols_ok = cols < width
+        tiles = weight_tiles(weight_rows, rows_ok, cols, cols_ok, not SLOPED)
         v, part = row_tiles(
-            weight_rows, left, right, held, scale, rows, rows_ok, cols, cols_ok, I, R, RANK_STEP, BLOCK_O, SPLITS,
+            tiles, left, right, held, scale, rows, rows_ok, cols, cols_ok, I, R, RANK_STEP, BLOCK_O, SPLITS,
             PRECISION,
         )  # fmt: skip
         if SLOPED:
@@ -198,7 +215,10 @@ def row_sweep(
                 if SLOPED:
                     part = part * q[:, None, :]
                 other = tl.permute(part, (0, 2, 1))
-            cross = tl.dot(v, other, cross, input_precision=PRECISION)
+            if NARROW:
+                cross = dot(v.to(tl.bfloat16), other.to(tl.bfloat16), cross, PRECISION, UPCAST)
+            else:
+                cross = tl.dot(v, other, cross, input_precision=PRECISION)
     return tl.sum(tl.sum(squares, axis=2), axis=0), tl.sum(cross, axis=0)
 
 
@@ -208,6 +228,7 @@ def column_sweep(
     R: tl.constexpr, ROWS: tl.constexpr, SLOPED: tl.constexpr, BOUNDED: tl.constexpr,
     WIDE_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_T: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, RANK_STEP: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One span of rows' share of (diag(a) L)^T V (R, I), for a block of columns; a is k if SLOPED, else g^2 or 1.
 
@@ -216,51 +237,57 @@ def column_sweep(
     layer, block, split = program(programs)
     O, I = field(layers, layer, FAN_OUT, 1), field(layers, layer, FAN_IN, WIDE_I)
     scale = tl.load(scales + layer)
-    cols = block * BLOCK_I + tl.arange(0, BLOCK_I)
-    cols_ok = cols < I
-    weight_cols = weight + field(layers, layer, WEIGHT, WIDE_W)
-    left, right = floats + field(layers, layer, LEFT, 1), floats + field(layers, layer, RIGHT, WIDE_T)
-    partial = floats + field(layers, layer, PARTIAL, 16) + split.to(tl.int64) * R * I
-    held = right_tile(right, cols, cols_ok, 0, I, R, RANK_STEP)
     begin = split.to(tl.int64) * span
+    # Within a span 32 bits reach; its rows are counted from its own start.
+    count, stride = tl.minimum(O - begin, span).to(tl.int32), I.to(tl.int32)
+    cols = block * BLOCK_I + tl.arange(0, BLOCK_I)
+    cols_ok = cols < stride
+    weight_rows = weight + field(layers, layer, WEIGHT, WIDE_W) + begin * I
+    left, right = floats + field(layers, layer, LEFT, 1) + begin * R, floats + field(layers, layer, RIGHT, WIDE_T)
+    partial = floats + field(layers, layer, PARTIAL, 16) + split.to(tl.int64) * R * I
+    gains = floats
+    if SLOPED:
+        gains = floats + field(layers, layer, ROW_SLOPE, 16) + begin
+    elif ROWS:
+        gains = floats + field(layers, layer, ROW_GAIN, 16) + begin
+    held = right_tile(right, cols, cols_ok, 0, I, R, RANK_STEP)
     for first in range(0, R, RANK_STEP):
         cross = tl.zeros((RANK_STEP, BLOCK_I), tl.float32)
         gram = tl.zeros((RANK_STEP, RANK_STEP), tl.float32)
-        squares = tl.zeros((BLOCK_I,), tl.float32)
-        for start in range(0, rows_to(span, O - begin, BOUNDED), BLOCK_O):
-            rows = begin + start + tl.arange(0, BLOCK_O)
-            rows_ok = (rows < O) & (rows < begin + span)
+        # By the eight rows that threads of one column hold, so that they need not meet before the end.
+        squares = tl.zeros((8, BLOCK_I), tl.float32)
+        for start in tl.range(0, rows_to(span, count, BOUNDED), BLOCK_O, num_stages=STAGES):
+            rows = start + tl.arange(0, BLOCK_O)
+            rows_ok = rows < count
             mask = rows_ok[:, None] & cols_ok[None, :]
-            v = tl.load(weight_cols + rows[:, None] * I + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+            v = tl.load(weight_rows + (rows[:, None] * stride + cols[None, :]), mask=mask, other=0.0).to(tl.float32)
             some = left_tile(left, rows, rows_ok, first, R, RANK_STEP)
             if R > RANK_STEP:
                 for at in range(0, R, RANK_STEP):
-                    other = right_tile(right, cols, cols_ok, at, I, R, RANK_STEP)
+                    part = scale * left_tile(left, rows, rows_ok, at, R, RANK_STEP)
                     v = tl.dot(
-                        scale * left_tile(left, rows, rows_ok, at, R, RANK_STEP), other, v, input_precision=PRECISION
+                        part, right_tile(right, cols, cols_ok, at, I, R, RANK_STEP), v, input_precision=PRECISION
                     )
             elif not SLOPED:
                 v = tl.dot(scale * some, held, v, input_precision=PRECISION)
             weighted = some
             if SLOPED:
-                weighted = some * vector(floats, layers, layer, ROW_SLOPE, rows, O)[:, None]
+                weighted = some * tl.load(gains + rows, mask=rows_ok, other=0.0)[:, None]
                 if R <= RANK_STEP:
                     gram = tl.dot(tl.trans(weighted), some, gram, input_precision=PRECISION)
-            elif ROWS:
-                gain = vector(floats, layers, layer, ROW_GAIN, rows, O)
-                weighted = some * (gain * gain)[:, None]
-                scaled = v * gain[:, None]
-                squares += tl.sum(scaled * scaled, axis=0)
             else:
-                squares += tl.sum(v * v, axis=0)
+                scaled = v
+                if ROWS:
+                    gain = tl.load(gains + rows, mask=rows_ok, other=0.0)
+                    weighted = some * (gain * gain)[:, None]
+                    scaled = v * gain[:, None]
+                squares += tl.sum(tl.reshape(scaled * scaled, (BLOCK_O // 8, 8, BLOCK_I)), axis=0)
             cross = tl.dot(tl.trans(weighted), v, cross, input_precision=PRECISION)
         if SLOPED and R <= RANK_STEP:
             cross = tl.dot(scale * gram, held, cross, input_precision=PRECISION)
         rank = first + tl.arange(0, RANK_STEP)
-        tl.store(partial + rank[:, None] * I + cols[None, :], cross, mask=(rank < R)[:, None] & cols_ok[None, :])
+        place = partial + rank[:, None].to(tl.int64) * I + cols[None, :]
+        tl.store(place, cross, mask=(rank < R)[:, None] & cols_ok[None, :])
         if not SLOPED:
-            tl.store(
-                floats + field(layers, layer, PARTIAL_SQUARES, 16) + split.to(tl.int64) * I + cols,
-                squares,
-                mask=cols_ok,
-            )
+            place = floats + field(layers, layer, PARTIAL_SQUARES, 16) + split.to(tl.int64) * I + cols
+            tl.store(place, tl.sum(squares, axis=0), mask=cols_ok)

@@ -12,11 +12,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from sa3dist_kernels.adapter_types import AdapterType
 from sa3dist_kernels.formed_reference import finish_reference, form_reference
+
+if TYPE_CHECKING:
+    from sa3dist_kernels.formed_layout import Tiles
+
+# Elements to which every tensor made here is aligned.
+ALIGNED = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,44 +113,65 @@ class FormedWeights:
 
     product   format of the products and so of W', L' and R'
     impl      "triton", "torch" (plain tensors, one layer after the other), or "auto": triton on CUDA, else torch
+    memory    for W', L' and R': a flat tensor on the layers' device, of that format, at least ``product_elements``
+              long; several objects may take turns in it, each after its own ``form``. None: memory of its own
+    tiles     blocks of the Triton kernels; None: those that suit the rank, the format and the number of layers
     layers    a ``FormedLayer`` per spec, in their order; undefined before the first ``form``
 
     Raises ValueError for specs that do not fit together, and for impl="triton" where no kernel can run.
     """
 
-    def __init__(self, specs: Sequence[FormedSpec], product: torch.dtype, impl: str = "auto") -> None:
+    def __init__(
+        self,
+        specs: Sequence[FormedSpec],
+        product: torch.dtype,
+        impl: str = "auto",
+        memory: torch.Tensor | None = None,
+        tiles: Tiles | None = None,
+    ) -> None:
         self.specs = list(specs)
         for spec in self.specs:
             spec.check()
             if (spec.kind, spec.rank) != (self.specs[0].kind, self.specs[0].rank):
-                raise ValueError(f"{spec.kind.name} rank {spec.rank} among {self.specs[0].kind.name} layers")
+                first = self.specs[0]
+                raise ValueError(
+                    f"{spec.kind.name} rank {spec.rank} among {first.kind.name} layers of rank {first.rank}: expected"
+                    " one type and rank"
+                )
         if impl not in ("auto", "triton", "torch"):
             raise ValueError(f"impl={impl!r}, expected one of auto, triton, torch")
         if impl == "auto":
             impl = "triton" if self.specs[0].weight_OI.is_cuda and product != torch.float64 else "torch"
+        needed = product_elements(self.specs)
+        if memory is None:
+            memory = torch.empty(needed, dtype=product, device=self.specs[0].weight_OI.device)
+        if memory.dtype != product or memory.dim() != 1 or memory.numel() < needed:
+            raise ValueError(
+                f"memory is {tuple(memory.shape)} {memory.dtype}, expected ({needed},) {product} or longer"
+            )
         if impl == "triton":
             # Imported here: a machine without Triton runs the rest.
             from sa3dist_kernels.formed_launch import TritonForms
 
-            self._forms = TritonForms(self.specs, product)
+            self.forms = TritonForms(self.specs, memory, tiles)
         else:
-            self._forms = TorchForms(self.specs, product)
-        self.layers: list[FormedLayer] = self._forms.layers
+            self.forms = TorchForms(self.specs, memory)
+        self.layers: list[FormedLayer] = self.forms.layers
 
     @torch.no_grad()
     def form(self) -> None:
         """W', L', R', gains and norms from the trained tensors as they are now."""
-        self._forms.form()
+        self.forms.form()
 
     @torch.no_grad()
     def finish(self) -> None:
         """Raw sums in ``grads`` to gradients, in place. The trained tensors must be those of the last ``form``."""
-        self._forms.finish()
+        self.forms.finish()
 
     def set_scales(self, scales: Sequence[float]) -> None:
         """Another strength * alpha / rank per layer, in the order of ``specs``; used from the next ``form`` on."""
         self.specs[:] = [dataclasses.replace(spec, scale=s) for spec, s in zip(self.specs, scales, strict=True)]
-        self._forms.set_specs(self.specs)
+        self.forms.set_specs(self.specs)
 
     def set_weight(self, index: int, weight_OI: torch.Tensor) -> None:
         """Read W0 of one layer from another tensor of the same shape and format, as where it is gathered anew."""
@@ -153,22 +181,43 @@ class FormedWeights:
                 f"weight {tuple(weight_OI.shape)} {weight_OI.dtype} in place of {tuple(old.shape)} {old.dtype}"
             )
         self.specs[index] = dataclasses.replace(self.specs[index], weight_OI=weight_OI)
-        self._forms.set_specs(self.specs)
+        self.forms.set_specs(self.specs)
+
+
+def product_elements(specs: Sequence[FormedSpec]) -> int:
+    """How many numbers W', L' and R' of all layers take."""
+    return sum(aligned(size) for spec in specs for size in product_sizes(spec).values())
+
+
+def product_sizes(spec: FormedSpec) -> dict[str, int]:
+    """How many numbers each of W', L' and R' has, by their names in the kernels' table."""
+    O, I, R = spec.fan_out, spec.fan_in, spec.rank
+    return {"formed": O * I, "left_out": O * R, "right_out": R * I}
+
+
+def aligned(elements: int) -> int:
+    """Rounded up, so that what follows is aligned too."""
+    return -(-elements // ALIGNED) * ALIGNED
+
+
+def formed_layer(spec: FormedSpec, memory: torch.Tensor, begin: int) -> tuple[FormedLayer, int]:
+    """Views of the flat ``memory`` from element ``begin`` on, and where they end."""
+    shapes = (spec.fan_out, spec.fan_in), (spec.fan_out, spec.rank), (spec.rank, spec.fan_in)
+    views = []
+    for size, shape in zip(product_sizes(spec).values(), shapes, strict=True):
+        views.append(memory[begin : begin + size].view(shape))
+        begin += aligned(size)
+    return FormedLayer(*views), begin
 
 
 class TorchForms:
     """Plain tensors, one layer after the other."""
 
-    def __init__(self, specs: list[FormedSpec], product: torch.dtype) -> None:
-        self.specs = specs
-        self.layers = [
-            FormedLayer(
-                spec.weight_OI.new_empty(spec.weight_OI.shape, dtype=product),
-                spec.weight_OI.new_empty(spec.fan_out, spec.rank, dtype=product),
-                spec.weight_OI.new_empty(spec.rank, spec.fan_in, dtype=product),
-            )
-            for spec in specs
-        ]
+    def __init__(self, specs: list[FormedSpec], memory: torch.Tensor) -> None:
+        self.specs, self.layers, begin = specs, [], 0
+        for spec in specs:
+            layer, begin = formed_layer(spec, memory, begin)
+            self.layers.append(layer)
 
     def set_specs(self, specs: list[FormedSpec]) -> None:
         self.specs = specs
