@@ -36,6 +36,9 @@ def open_base(settings: Settings, group: Group, stop: StopRequest, startup: Star
     # AdamW and the compiler import it: two seconds of reading, which the disk and the device leave time for.
     with startup.part("load_base"), imported_beside("torch._dynamo"):
         base = together(group, "base", lambda: _load(settings, group.device), stop)
+    if group.is_main:
+        # Seconds of hashing beside what comes before they are asked for.
+        base.begin_weights_digest()
     with startup.part("singular_bases"):
         bases = _singular_bases(settings, group, stop, base)
     with startup.part("attach"):
