@@ -1,11 +1,13 @@
 """The training step on CUDA: the reference's recorded steps, recomputation, AdamW, no waiting, and equal bits twice."""
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
 import subprocess
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
@@ -244,25 +246,51 @@ def test_forward_and_backward_never_wait_for_the_device(device, adapter_type, ch
     assert all(value.isfinite().all() for value in gradients.values())
 
 
+@contextlib.contextmanager
+def waits_for(device):
+    """Gives a list that fills with the stack of every operation that makes the host wait for the device."""
+    found = []
+
+    def note(message, *_):
+        if "called a synchronizing CUDA operation" in str(message):
+            # Without this function and the warnings module above it.
+            found.append("".join(traceback.format_stack(limit=10)[:-1]))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_whole_step_waits_once(device):
     base, batch = make_trained(device, "dora-rows", torch.bfloat16)
     work = Plan(9, 2, 2, 4, 42, {}, ["a", "b"])
     trainer = Trainer(base, adapter_parameters(base), Settings("bf16"), work, Group(0, 1, device))
     stop = StopRequest()
     losses = [trainer.take_step(iter([batch, batch]), stop)["loss"]]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("warn")
-        try:
-            losses.append(trainer.take_step(iter([batch, batch]), stop)["loss"])
-        finally:
-            if device.type == "cuda":
-                torch.cuda.set_sync_debug_mode("default")
-    waits = [warning for warning in caught if "called a synchronizing CUDA operation" in str(warning.message)]
+    with waits_for(device) as waits:
+        losses.append(trainer.take_step(iter([batch, batch]), stop)["loss"])
     # The figures of the step come to the host together.
-    assert len(waits) == (1 if device.type == "cuda" else 0)
+    expected = 1 if device.type == "cuda" else 0
+    assert len(waits) == expected, f"the step waited {len(waits)} times:\n\n" + "\n".join(waits)
     assert losses[1] < losses[0]
+
+
+def test_a_wait_is_told_with_the_line_that_waits(device):
+    if device.type != "cuda":
+        pytest.skip("only a CUDA device can be waited for")
+    values = torch.ones(3, device=device)
+    with waits_for(device) as waits:
+        values.fill_(2)
+        values.sum().item()
+    (where,) = waits
+    assert "values.sum().item()" in where
 
 
 @pytest.mark.parametrize("compiled", [False, True])

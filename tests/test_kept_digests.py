@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 
 import pytest
 
@@ -118,6 +119,30 @@ def test_nothing_is_kept_of_a_file_that_was_written_just_now_or_changes_meanwhil
     assert keeper.of(fresh, "file", lambda: "digest") == "digest"
     assert keeper.of(file, "file", lambda: rewrite(file) or "digest") == "digest"
     assert not (tmp_path / "kept").exists()
+
+
+def test_a_digest_that_has_begun_is_waited_for_and_its_failure_is_raised_where_it_is_asked_for(file, tmp_path):
+    keeper, go, made = KeptDigests(tmp_path / "kept"), threading.Event(), []
+
+    def slow():
+        go.wait(10)
+        made.append("begun")
+        return "digest"
+
+    keeper.begin(file, "file", slow)
+    threading.Timer(0.05, go.set).start()
+    never = pytest.fail
+    assert keeper.of(file, "file", never) == "digest"
+    assert keeper.of(file, "file", never) == "digest"
+    assert made == ["begun"]
+
+    def breaks():
+        raise OSError("the disk went away")
+
+    keeper.begin(file, "other", breaks)
+    with pytest.raises(OSError, match="the disk went away"):
+        keeper.of(file, "other", never)
+    assert keeper.of(file, "other", lambda: "found later") == "found later"
 
 
 def test_a_second_run_hashes_no_weights_and_verify_base_does(words, tmp_path, demo_base, monkeypatch):  # noqa: F811

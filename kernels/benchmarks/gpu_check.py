@@ -65,6 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
     budget = Budget(options.seconds - spent)
     if options.part == ALL:
         return run_all(options, budget)
+    if options.tiny:
+        # A second thread only waits for the first.
+        torch.set_num_threads(1)
     device = torch.device(options.device)
     folder = Path(os.environ.get("OUT") or Path(__file__).resolve().parent / "results")
     results = ResultsFile.start(folder / f"gpu_{options.part}.json", device, vars(options))

@@ -5,7 +5,6 @@ Legend: B batch, C channels or conditioning width, N samples, D latent channels,
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -60,7 +59,6 @@ class Base(nn.Module):
         self.text_source = text_source
         self._text_encoder: TextEncoder | None = None
         self._reference_numerics = False
-        # Where digests of its files are kept; None makes them anew.
         self.kept_digests: KeptDigests | None = None
         with torch.device("meta"):
             self.model = Wrapper(DiT(config.dit))
@@ -154,6 +152,10 @@ class Base(nn.Module):
         """Hex SHA-256 that identifies the checkpoint; the file is read once per process, or not at all when kept."""
         return self._kept("file", lambda: self.weights.digest)
 
+    def begin_weights_digest(self) -> None:
+        """Let a thread find what ``weights_digest`` will return; for a base with ``kept_digests``."""
+        self.kept_digests.begin(self.weights.path, "file", lambda: self.weights.digest)
+
     def _kept(self, what: str, make: Callable[[], str]) -> str:
         return make() if self.kept_digests is None else self.kept_digests.of(self.weights.path, what, make)
 
@@ -162,8 +164,8 @@ class Base(nn.Module):
         parts = (f"{AUTOENCODER_PREFIX}encoder.", f"{AUTOENCODER_PREFIX}bottleneck.")
         names = sorted(key for key in self.weights.shapes if key.startswith(parts))
         described = repr(self.config.autoencoder.encoder)
-        make = functools.partial(tensors_sha256, self.weights, names, described)
-        return self._kept(f"autoencoder {digest_of(described)}", make)
+        what = f"autoencoder {digest_of(described)}"
+        return self._kept(what, lambda: tensors_sha256(self.weights, names, described))
 
     def text_encoder_digest(self) -> str:
         """Hex SHA-256 of the text encoder's files. Raises CheckpointError when the base has none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +26,21 @@ class KeptDigests:
     def __init__(self, directory: Path, verify: bool = False) -> None:
         self.directory = Path(directory)
         self.verify = verify
+        self._begun: dict[tuple[str, str], _Begun] = {}
+
+    def begin(self, path: Path, what: str, make: Callable[[], str]) -> None:
+        """Let a thread of its own find what ``of`` will be asked for; hashing leaves the interpreter to others."""
+        self._begun[str(path), what] = _Begun(lambda: self._find(path, what, make))
 
     def of(self, path: Path, what: str, make: Callable[[], str]) -> str:
-        """The digest called ``what`` of a file, kept or from ``make``."""
+        """The digest called ``what`` of a file, kept or from ``make``; what has begun is waited for.
+
+        Raises what ``make`` raised, here or in the thread.
+        """
+        begun = self._begun.pop((str(path), what), None)
+        return self._find(path, what, make) if begun is None else begun.result()
+
+    def _find(self, path: Path, what: str, make: Callable[[], str]) -> str:
         state = _state_of(path)
         kept_in = self.directory / f"{digest_of(state['path'])}.json"
         kept = _read(kept_in, state)
@@ -40,6 +53,28 @@ class KeptDigests:
             with atomic_path(kept_in) as temporary:
                 temporary.write_bytes(sealed(body.removesuffix("}")))
         return digest
+
+
+class _Begun:
+    """Work in a thread that an exit of the process does not wait for."""
+
+    def __init__(self, work: Callable[[], str]) -> None:
+        self._result: str | None = None
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(work,), name="hash the base", daemon=True)
+        self._thread.start()
+
+    def _run(self, work: Callable[[], str]) -> None:
+        try:
+            self._result = work()
+        except Exception as failure:
+            self._failure = failure
+
+    def result(self) -> str:
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return self._result
 
 
 def _state_of(path: Path) -> dict[str, Any]:
