@@ -4,8 +4,8 @@ import pytest
 import torch
 from sa3dist_kernels import ADAPTER_TYPES
 
-from sa3dist.adapters import adapter_parameters
-from sa3dist.adapters.formed import keep_formed, wants_formed
+from sa3dist.adapters import adapter_parameters, formed
+from sa3dist.adapters.formed import keep_formed
 from sa3dist.parallel.flat import FlatAdapters
 from tests.test_packing import adapted, inputs
 
@@ -38,19 +38,19 @@ def test_formed_weights_give_the_factored_forms_gradients_over_three_micro_batch
     scores = [weighted_velocity({name: value[:clips] for name, value in given.items()}, clips) for clips in (1, 3, 2)]
     expected = factored_gradients(base, scores)
     flat = FlatAdapters(adapter_parameters(base), 1e-3, 0.01, scalars=0)
-    formed = keep_formed(base, flat, Settings(), torch.device("cpu"))
-    formed.form()
+    weights = keep_formed(base, flat, Settings(), torch.device("cpu"))
+    weights.form()
     for score in scores:
         score(base).backward()
-    formed.finish()
+    weights.finish()
     for (name, parameter), wanted in zip(adapter_parameters(base).items(), expected, strict=True):
         assert (parameter.grad - wanted).norm() <= 2e-5 * wanted.norm(), name
 
 
-def test_formed_weights_are_for_cuda_and_for_formats_with_a_wide_range():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert not wants_formed("auto", cpu, torch.float32)
-    assert wants_formed("auto", cuda, torch.bfloat16)
-    assert not wants_formed("auto", cuda, torch.float16)
-    assert wants_formed("formed", cpu, torch.float32)
-    assert not wants_formed("factored", cuda, torch.bfloat16)
+def test_auto_forms_weights_where_the_kernels_serve_and_a_choice_is_obeyed(monkeypatch):
+    cpu = torch.device("cpu")
+    for serve in (False, True):
+        monkeypatch.setattr(formed, "kernels_serve", lambda device, products, serve=serve: serve)
+        assert formed.wants_formed("auto", cpu, torch.float32) is serve
+        assert formed.wants_formed("formed", cpu, torch.float32)
+        assert not formed.wants_formed("factored", cpu, torch.float32)

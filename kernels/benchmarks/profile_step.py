@@ -29,7 +29,7 @@ PURPOSES = (
     ("attention", r"flash|fmha|attention|sdpa|mha_"),
     (
         "adapters' kernels",
-        r"_(fused|finish|sums|gain_gradient|thin_norms|weight_pass)_kernel|FactoredLinear|FusedLinear",
+        r"(form|finish)_\w+_kernel|_(thin_products|raw_sums|core_sums)_kernel|(Factored|Formed)Linear",
     ),
     ("matrix products", r"gemm|cutlass|nvjet|xmma|cublas|splitK|aten::(add|b|badd)?mm|convolution|conv1d"),
     ("compiled element-wise", r"^triton_"),

@@ -1,4 +1,4 @@
-"""Fused operations for adapted layers: torch reference, autograd, dispatch."""
+"""Adapted layers: W' formed once per step on a GPU, the factored form everywhere, and their autograd."""
 
 from sa3dist_kernels.adapted_linear import adapted_linear, effective_weight_reference
 from sa3dist_kernels.adapter_types import ADAPTER_TYPES, AdapterType

@@ -6,6 +6,7 @@ import logging
 
 import torch
 from sa3dist_kernels import FormedSpec, FormedWeights
+from sa3dist_kernels.dispatch import kernels_serve
 
 from sa3dist.adapters.attach import adapted_layers
 
@@ -13,11 +14,8 @@ log = logging.getLogger(__name__)
 
 
 def wants_formed(choice: str, device: torch.device, products: torch.dtype) -> bool:
-    """Whether a run multiplies with formed weights: as told, or with ``auto`` on CUDA.
-
-    float16 products have too small a range for the gradients of small gains (spec/formed.md section 4).
-    """
-    return choice == "formed" or (choice == "auto" and device.type == "cuda" and products != torch.float16)
+    """Whether a run multiplies with formed weights: as told, or with ``auto`` where the kernels serve."""
+    return choice == "formed" or (choice == "auto" and kernels_serve(device, products))
 
 
 def keep_formed(base, flat, settings, device: torch.device) -> FormedWeights | None:
