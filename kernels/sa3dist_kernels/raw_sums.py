@@ -187,9 +187,7 @@ def raw_sums(
     down, up = (x.new_empty(count, N, R, dtype=torch.float32) for count, _ in shares[1:])
     block_n, block_k = shares[0]
     (x_shares, x_span), (y_shares, y_span) = shares[1:]
-    # Tiles of a long rank must fit the shared memory of an A100 too. Said of the loops: else only what enters a product
-    # is loaded ahead.
-    launch = {"STAGES": 3 if block_r <= 32 else 2, "PRECISION": dot_precision(), "UPCAST": interpreting()}
+    launch = _loops(block_r)
     _thin_products_kernel[(triton.cdiv(N, block_n), x_shares + y_shares, ranks)](
         x, dy, right_RI, left_OR, down, up, N, I, O, R, x.stride(0), dy.stride(0), loop_end(x_span), loop_end(y_span),
         X_SHARES=x_shares, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r, **launch, num_warps=4,
@@ -199,9 +197,7 @@ def raw_sums(
         order[name] = total
         total += torch.Size(shape).numel()
     counts = {"X_SHARES": x_shares, "Y_SHARES": y_shares}
-    block_n, block_m = _sum_blocks(N, I, O)
-    if kind.xs and not interpreting():
-        block_n = 32
+    block_n, block_m = _sum_blocks(I, O, kind.xs)
     y_blocks = triton.cdiv(O, block_m) if kind.rows or not kind.xs else 0
     x_blocks = triton.cdiv(I, block_m) if kind.cols or not kind.xs else 0
     # PM has few programs of its own: its spans are as short as T and U allow.
@@ -231,6 +227,12 @@ def _rows_contiguous(value: torch.Tensor | None) -> torch.Tensor | None:
     return value if value is None or value.stride(1) == 1 else value.contiguous()
 
 
+def _loops(block_r: int) -> dict:
+    """Constants of the loops. Tiles of a long rank must fit the shared memory of an A100 too."""
+    # Said of the loops: else only what enters a product is loaded ahead.
+    return {"STAGES": 3 if block_r <= 32 else 2, "PRECISION": dot_precision(), "UPCAST": interpreting()}
+
+
 def _share(N: int, I: int, O: int, ranks: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
     """Block sizes of the first kernel, then (shares, length) of its sums over I and over O."""
     if interpreting():
@@ -249,7 +251,8 @@ def _share(N: int, I: int, O: int, ranks: int) -> tuple[tuple[int, int], tuple[i
     return (block_n, block_k), shares(I), shares(O)
 
 
-def _sum_blocks(N: int, I: int, O: int) -> tuple[int, int]:
+def _sum_blocks(I: int, O: int, xs: bool) -> tuple[int, int]:
+    """Tokens and inputs or outputs that a program of the second kernel steps by."""
     if interpreting():
         return 16, 16
-    return (64, 64) if I + O >= 64 * PROGRAMS // 2 else (64, 32)
+    return 32 if xs else 64, 64 if I + O >= 64 * PROGRAMS // 2 else 32
