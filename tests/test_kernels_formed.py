@@ -1,6 +1,6 @@
 """Formed weights in torch and in Triton's interpreter: W' and every gradient against float64 autograd through W'.
 
-Where a GPU is the kernels run on it, in bfloat16 too, which the interpreter does not round as a GPU does.
+What only a GPU shows is in test_gpu_formed.py.
 """
 
 import dataclasses
@@ -373,16 +373,3 @@ def test_bytes_moved_are_few_beside_the_reads_and_writes_of_whole_weights(name):
     # No more than W0 once; BoRA twice, and what is thin: the sums alone, in and out, are 4 % at this rank.
     reads = 2 if kind.computes_as(ADAPTER_TYPES["bora"]) else 1
     assert finish <= reads + 0.2
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("product", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("name", NINE)
-def test_on_a_gpu_all_types_agree_with_float64_and_two_runs_to_the_last_bit(name, product, device):
-    kind = ADAPTER_TYPES[name]
-    impl = "triton" if device.type == "cuda" or triton_support.interpreting() else "torch"
-    for rank in (16, 40) if device.type == "cuda" else (3,):
-        sizes = [(41, 19), (128, 256), (300, 48)] if device.type == "cuda" else [(41, 19)]
-        first = check_layers(kind, sizes, rank, product, impl, gradient=product, device=device)
-        again = check_layers(kind, sizes, rank, product, impl, gradient=product, device=device)
-        assert torch.equal(first, again)

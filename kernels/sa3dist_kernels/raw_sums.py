@@ -197,7 +197,7 @@ def raw_sums(
         order[name] = total
         total += torch.Size(shape).numel()
     counts = {"X_SHARES": x_shares, "Y_SHARES": y_shares}
-    block_n, block_m = _sum_blocks(I, O, kind.xs)
+    block_n, block_m = _sum_blocks(I, O, block_r, kind.xs)
     y_blocks = triton.cdiv(O, block_m) if kind.rows or not kind.xs else 0
     x_blocks = triton.cdiv(I, block_m) if kind.cols or not kind.xs else 0
     # PM has few programs of its own: its spans are as short as T and U allow.
@@ -251,8 +251,10 @@ def _share(N: int, I: int, O: int, ranks: int) -> tuple[tuple[int, int], tuple[i
     return (block_n, block_k), shares(I), shares(O)
 
 
-def _sum_blocks(I: int, O: int, xs: bool) -> tuple[int, int]:
-    """Tokens and inputs or outputs that a program of the second kernel steps by."""
+def _sum_blocks(I: int, O: int, block_r: int, xs: bool) -> tuple[int, int]:
+    """Tokens that programs of the second launch step by, and inputs or outputs of one of them."""
     if interpreting():
         return 16, 16
-    return 32 if xs else 64, 64 if I + O >= 64 * PROGRAMS // 2 else 32
+    # Half as many beside a long rank: else registers spill on compute capability 8.0.
+    tokens = (32 if xs else 64) // (2 if block_r > 32 else 1)
+    return tokens, 64 if I + O >= 64 * PROGRAMS // 2 else 32
