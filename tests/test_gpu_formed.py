@@ -1,4 +1,4 @@
-"""Formed weights on a CUDA device: FORM, FINISH and raw sums in every format, and whole steps that multiply with them."""
+"""Formed weights on a CUDA device: FORM, FINISH and raw sums in every format, and whole steps that use them."""
 
 import dataclasses
 import math
