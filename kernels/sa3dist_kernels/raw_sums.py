@@ -241,7 +241,8 @@ def _share(N: int, I: int, O: int, ranks: int) -> tuple[tuple[int, int], tuple[i
     span = triton.cdiv(triton.cdiv(I + O, max(wanted, 2)), block_k) * block_k
 
     def shares(side: int) -> tuple[int, int]:
-        count = max(1, min(MOST_SHARES, triton.cdiv(side, span)))
+        # One or the most: any number between would be a kernel of its own.
+        count = MOST_SHARES if 2 * side > 3 * span else 1
         length = triton.cdiv(triton.cdiv(side, count), block_k) * block_k
         # Whole blocks may make the last shares empty.
         return triton.cdiv(side, length), length

@@ -168,7 +168,7 @@ class Transformer(nn.Module):
             h_GNE = run(self._run_block, self.layers[i], h_GNE, modulation, shared)
         return self.project_out(layout.without_memory(h_GNE))
 
-    def modulations(self, global_BE: Tensor, dtype: torch.dtype):
+    def modulations(self, global_BE: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
         """Six (B, E) tensors for every layer, all layers in a handful of operations."""
         own_L6E = torch.stack([layer.to_scale_shift_gate.to(dtype) for layer in self.layers])
         both = (own_L6E[:, None] + self.global_cond_embedder(global_BE)).to(dtype)
@@ -177,8 +177,9 @@ class Transformer(nn.Module):
         scale = 1 + parts[..., 0, :]
         shift = parts[..., 1, :]
         gate = torch.sigmoid(1 - parts[..., 2, :])
-        for i in range(len(self.layers)):
-            yield tuple(part[i, ..., half, :] for half in (0, 1) for part in (scale, shift, gate))
+        # Taken apart in one operation: the gradient of each part alone would fill, copy and add a tensor of all layers.
+        each_BE = torch.stack([scale, shift, gate], dim=3).permute(0, 2, 3, 1, 4).flatten(0, 2).unbind()
+        return [each_BE[i : i + 6] for i in range(0, len(each_BE), 6)]
 
 
 def working_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
