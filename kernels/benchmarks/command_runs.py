@@ -47,7 +47,7 @@ def command_environment(scratch: Path, device: torch.device) -> dict[str, str]:
                 f"{', '.join(absent)}: not installed here; install, or put wheels with all they need in {WHEELS}"
             )
         site = scratch / "site"
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-cache-dir"]
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
         subprocess.run([*command, "--target", str(site), *wheels], check=True)
         paths.append(str(site))
     environment = {
