@@ -123,17 +123,13 @@ class Transformer(nn.Module):
     def use_compiled_blocks(self, backend: str | None) -> None:
         """Run whole blocks as one compiled program, the same for all of them and for any number of tokens; None: as
         they are."""
-        self._run_block = (
-            Block.forward
-            if backend is None
-            else torch.compile(
-                # Not dynamic of its own accord: what has other sizes is marked.
-                Block.forward,
-                backend=backend,
-                fullgraph=True,
-                dynamic=False,
-            )
-        )
+        if backend is None:
+            self._run_block = Block.forward
+            return
+        # One program for each number of clips, with and without given context, for training and without gradients.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        # Not dynamic of its own accord: what has other sizes is marked (``mark_any_length``).
+        self._run_block = torch.compile(Block.forward, backend=backend, fullgraph=True, dynamic=False)
 
     def forward(
         self,
