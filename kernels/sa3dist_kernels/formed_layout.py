@@ -86,10 +86,16 @@ def default_tiles(rank: int, product: torch.dtype, rows: int = 1 << 30) -> Tiles
         return Tiles(min(step, 32), rows, rows, columns, columns, close=64, core=32)
     if step == 64:
         # R of a layer exceeds the first-level cache anyway.
-        high, low = (RowTile(*sizes, registers=None, right_vector=4) for sizes in ((32, 16, 4), (16, 32, 4)))
-        return Tiles(step, high if rank <= step else low, low, *(ColumnTile(32, 64),) * 2, close=64, core=32)
-    blocks = RowTile(32 if rows >= 32 * FEWEST_BLOCKS else 16, 32, 4)
-    return Tiles(step, blocks, blocks, ColumnTile(32, 128), ColumnTile(32, 256))
+        sizes = ((32, 16, 4), (16, 32, 4)) if rank <= step else ((16, 16, 4),) * 2
+        blocks = (RowTile(*size, registers=None, right_vector=4) for size in sizes)
+        return Tiles(step, *blocks, *(ColumnTile(32, 64),) * 2, close=32, core=32)
+    columns = ColumnTile(32, 128), ColumnTile(32, 256)
+    if step == 32 or product == torch.float16:
+        tile = RowTile(32, 32, 4, registers=None)
+        return Tiles(step, tile, dataclasses.replace(tile, block_o=512 // step), *columns)
+    # Two tiles under way behind the one in work: one would hide the memory's latency but barely.
+    tile = RowTile(32 if rows >= 32 * FEWEST_BLOCKS else 16, 32, 4, stages=3)
+    return Tiles(step, tile, tile, *columns)
 
 
 def interpreter_tiles(rank: int) -> Tiles:
