@@ -26,6 +26,7 @@ from sa3dist_kernels.formed_tiles import (
     COL_GAIN,
     COL_MAGNITUDE,
     COL_NORM,
+    COL_RATE,
     CORE,
     EPS,
     FAN_IN,
@@ -53,6 +54,7 @@ from sa3dist_kernels.formed_tiles import (
     right_tile,
     row_sweep,
     row_tiles,
+    slope,
     split_left,
     vector,
     weight_tiles,
@@ -108,7 +110,7 @@ def _write(
     """W' and L' of a block of rows, and this block's share of R' where the columns are not scaled."""
     weight_rows = weight + field(layers, layer, WEIGHT, WIDE_W) + rows * I
     formed_rows = product + field(layers, layer, FORMED, 16) + rows * I
-    left, right = floats + field(layers, layer, LEFT, 1), floats + field(layers, layer, RIGHT, WIDE_R)
+    left, right = floats + field(layers, layer, LEFT, WIDE_R), floats + field(layers, layer, RIGHT, WIDE_R)
     for first in range(0, R, RANK_STEP):
         rank = first + tl.arange(0, RANK_STEP)
         some = left_tile(left, rows, rows_ok, first, R, RANK_STEP) * gain[:, None]
@@ -166,7 +168,7 @@ def form_close_kernel(
     R: tl.constexpr, XS: tl.constexpr, LOOP_SPLITS: tl.constexpr, WIDE_I: tl.constexpr, WIDE_T: tl.constexpr,
     BLOCK_I: tl.constexpr, RANK_STEP: tl.constexpr,
 ):  # fmt: skip
-    """c, h, E and R' of a block of columns."""
+    """c, h, q over s_h, E and R' of a block of columns."""
     layer, block, _ = program(programs)
     I, splits = field(layers, layer, FAN_IN, WIDE_I), field(layers, layer, SPLIT_COUNT, 1)
     cols = block * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -179,6 +181,9 @@ def form_close_kernel(
     gain = vector(floats, layers, layer, COL_MAGNITUDE, cols, I) / (norm + EPS)
     tl.store(floats + field(layers, layer, COL_NORM, 16) + cols, norm, mask=cols_ok)
     tl.store(floats + field(layers, layer, COL_GAIN, 16) + cols, gain, mask=cols_ok)
+    # q over s_h. It stays within float32's range: the least norm above zero is the root of its least square, 4e-23.
+    rate = slope(1.0 / (norm + EPS), gain / floored(gain), norm)
+    tl.store(floats + field(layers, layer, COL_RATE, 16) + cols, rate, mask=cols_ok)
     for first in range(0, R, RANK_STEP):
         rank = first + tl.arange(0, RANK_STEP)
         inside = (rank < R)[:, None] & cols_ok[None, :]

@@ -25,14 +25,14 @@ FLOOR = tl.constexpr(2.0**-40)
 FIELDS = (
     "fan_out", "fan_in", "weight", "formed", "left_out", "right_out", "left", "right", "core", "basis",
     "row_magnitude", "col_magnitude", "grad_left", "grad_right", "grad_core", "grad_row", "grad_col",
-    "row_gain", "row_norm", "row_slope", "row_cross", "col_gain", "col_norm", "col_cross",
+    "row_gain", "row_norm", "row_slope", "row_cross", "col_gain", "col_norm", "col_rate", "col_cross",
     "partial", "partial_squares", "splits",
 )  # fmt: skip
 FIELD_COUNT = tl.constexpr(len(FIELDS))
 (
     FAN_OUT, FAN_IN, WEIGHT, FORMED, LEFT_OUT, RIGHT_OUT, LEFT, RIGHT, CORE, BASIS,
     ROW_MAGNITUDE, COL_MAGNITUDE, GRAD_LEFT, GRAD_RIGHT, GRAD_CORE, GRAD_ROW, GRAD_COL,
-    ROW_GAIN, ROW_NORM, ROW_SLOPE, ROW_CROSS, COL_GAIN, COL_NORM, COL_CROSS,
+    ROW_GAIN, ROW_NORM, ROW_SLOPE, ROW_CROSS, COL_GAIN, COL_NORM, COL_RATE, COL_CROSS,
     PARTIAL, PARTIAL_SQUARES, SPLIT_COUNT,
 ) = map(tl.constexpr, range(len(FIELDS)))  # fmt: skip
 
@@ -90,11 +90,8 @@ def slope(grad_magnitude, gain, norm):
 
 @triton.jit
 def col_slope(floats, layers, layer, cols, I):
-    """Slope q and gradient of the column magnitude from the raw sum s_h, for columns ``cols``."""
-    gain = vector(floats, layers, layer, COL_GAIN, cols, I)
-    norm = vector(floats, layers, layer, COL_NORM, cols, I)
-    grad = vector(floats, layers, layer, GRAD_COL, cols, I) / floored(gain) / (norm + EPS)
-    return slope(grad, gain, norm), grad
+    """q of columns ``cols`` from their raw sums s_h."""
+    return vector(floats, layers, layer, GRAD_COL, cols, I) * vector(floats, layers, layer, COL_RATE, cols, I)
 
 
 @triton.jit
@@ -183,7 +180,7 @@ def row_sweep(
     SLOPED weights both with q: (V.V) q and V (R.q)^T. CROSS: whether the product is wanted (else zeros).
     """
     weight_rows = weight + field(layers, layer, WEIGHT, WIDE_W) + rows * I
-    left, right = floats + field(layers, layer, LEFT, 1), floats + field(layers, layer, RIGHT, WIDE_R)
+    left, right = floats + field(layers, layer, LEFT, WIDE_T), floats + field(layers, layer, RIGHT, WIDE_R)
     held = split_left(scale * left_tile(left, rows, rows_ok, 0, R, RANK_STEP), SPLITS, BLOCK_O, RANK_STEP)
     places = tl.arange(0, SPLITS)[:, None] * BLOCK_J + tl.arange(0, BLOCK_J)[None, :]
     rank, width = first + tl.arange(0, RANK_STEP), I.to(tl.int32)
@@ -199,7 +196,7 @@ def row_sweep(
             PRECISION,
         )  # fmt: skip
         if SLOPED:
-            q, _ = col_slope(floats, layers, layer, cols, I)
+            q = col_slope(floats, layers, layer, cols, I)
             found = v * v * q[:, None, :]
         else:
             found = v * v
@@ -243,7 +240,7 @@ def column_sweep(
     cols = block * BLOCK_I + tl.arange(0, BLOCK_I)
     cols_ok = cols < stride
     weight_rows = weight + field(layers, layer, WEIGHT, WIDE_W) + begin * I
-    left, right = floats + field(layers, layer, LEFT, 1) + begin * R, floats + field(layers, layer, RIGHT, WIDE_T)
+    left, right = floats + field(layers, layer, LEFT, WIDE_T) + begin * R, floats + field(layers, layer, RIGHT, WIDE_T)
     partial = floats + field(layers, layer, PARTIAL, 16) + split.to(tl.int64) * R * I
     gains = floats
     if SLOPED:
