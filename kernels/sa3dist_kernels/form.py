@@ -24,6 +24,7 @@ from sa3dist_kernels.formed_tiles import (
     BASIS,
     COL_CROSS,
     COL_GAIN,
+    COL_KEPT,
     COL_MAGNITUDE,
     COL_NORM,
     COL_RATE,
@@ -141,7 +142,7 @@ def _write(
         if ROWS:
             v = v * gain[None, :, None]
         if COLS:
-            v = v * floored(vector(floats, layers, layer, COL_GAIN, cols, I))[:, None, :]
+            v = v * vector(floats, layers, layer, COL_KEPT, cols, I)[:, None, :]
         mask = rows_ok[None, :, None] & cols_ok[:, None, :]
         place = formed_rows[None, :, None] + cols[:, None, :]
         tl.store(place, v.to(product.dtype.element_ty), mask=mask, eviction_policy="evict_first")
@@ -168,7 +169,7 @@ def form_close_kernel(
     R: tl.constexpr, XS: tl.constexpr, LOOP_SPLITS: tl.constexpr, WIDE_I: tl.constexpr, WIDE_T: tl.constexpr,
     BLOCK_I: tl.constexpr, RANK_STEP: tl.constexpr,
 ):  # fmt: skip
-    """c, h, q over s_h, E and R' of a block of columns."""
+    """c, h, h~, q over s_h, E and R' of a block of columns."""
     layer, block, _ = program(programs)
     I, splits = field(layers, layer, FAN_IN, WIDE_I), field(layers, layer, SPLIT_COUNT, 1)
     cols = block * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -181,8 +182,10 @@ def form_close_kernel(
     gain = vector(floats, layers, layer, COL_MAGNITUDE, cols, I) / (norm + EPS)
     tl.store(floats + field(layers, layer, COL_NORM, 16) + cols, norm, mask=cols_ok)
     tl.store(floats + field(layers, layer, COL_GAIN, 16) + cols, gain, mask=cols_ok)
+    kept = floored(gain)
+    tl.store(floats + field(layers, layer, COL_KEPT, 16) + cols, kept, mask=cols_ok)
     # q over s_h. It stays within float32's range: the least norm above zero is the root of its least square, 4e-23.
-    rate = slope(1.0 / (norm + EPS), gain / floored(gain), norm)
+    rate = slope(1.0 / (norm + EPS), gain / kept, norm)
     tl.store(floats + field(layers, layer, COL_RATE, 16) + cols, rate, mask=cols_ok)
     for first in range(0, R, RANK_STEP):
         rank = first + tl.arange(0, RANK_STEP)

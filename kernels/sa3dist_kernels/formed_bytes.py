@@ -60,7 +60,7 @@ def _form_layer(group: Group, index: int) -> dict[str, tuple[int, int]]:
     if kind.cols:
         gains = row if kind.rows else 0
         counted["columns"] = steps * weight + left + right + gains, splits * (right + col)
-        counted["close"] = splits * (right + col) + right + col, 3 * col + right + int(narrow * right)
+        counted["close"] = splits * (right + col) + right + col, 4 * col + right + int(narrow * right)
     if kind.cols or not kind.rows:
         gains = (row if kind.rows else 0) + (col if kind.cols else 0)
         counted["write"] = weight + left + right + gains, formed + thin

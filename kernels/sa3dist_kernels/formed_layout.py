@@ -182,7 +182,7 @@ class Group:
         if self.kind.rows:
             sizes |= {"row_gain": O, "row_norm": O, "row_slope": O, "row_cross": O * R}
         if self.kind.cols:
-            sizes |= {"col_gain": I, "col_norm": I, "col_rate": I, "col_cross": R * I}
+            sizes |= dict.fromkeys(("col_gain", "col_kept", "col_norm", "col_rate"), I) | {"col_cross": R * I}
             sizes["partial_squares"] = self.splits[index] * I
         if self.kind.cols or (self.kind.rows and not self.kind.xs):
             sizes["partial"] = self.splits[index] * R * I

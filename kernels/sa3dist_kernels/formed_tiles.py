@@ -25,14 +25,14 @@ FLOOR = tl.constexpr(2.0**-40)
 FIELDS = (
     "fan_out", "fan_in", "weight", "formed", "left_out", "right_out", "left", "right", "core", "basis",
     "row_magnitude", "col_magnitude", "grad_left", "grad_right", "grad_core", "grad_row", "grad_col",
-    "row_gain", "row_norm", "row_slope", "row_cross", "col_gain", "col_norm", "col_rate", "col_cross",
+    "row_gain", "row_norm", "row_slope", "row_cross", "col_gain", "col_kept", "col_norm", "col_rate", "col_cross",
     "partial", "partial_squares", "splits",
 )  # fmt: skip
 FIELD_COUNT = tl.constexpr(len(FIELDS))
 (
     FAN_OUT, FAN_IN, WEIGHT, FORMED, LEFT_OUT, RIGHT_OUT, LEFT, RIGHT, CORE, BASIS,
     ROW_MAGNITUDE, COL_MAGNITUDE, GRAD_LEFT, GRAD_RIGHT, GRAD_CORE, GRAD_ROW, GRAD_COL,
-    ROW_GAIN, ROW_NORM, ROW_SLOPE, ROW_CROSS, COL_GAIN, COL_NORM, COL_RATE, COL_CROSS,
+    ROW_GAIN, ROW_NORM, ROW_SLOPE, ROW_CROSS, COL_GAIN, COL_KEPT, COL_NORM, COL_RATE, COL_CROSS,
     PARTIAL, PARTIAL_SQUARES, SPLIT_COUNT,
 ) = map(tl.constexpr, range(len(FIELDS)))  # fmt: skip
 
