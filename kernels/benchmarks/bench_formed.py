@@ -148,7 +148,7 @@ def candidates(rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
             side: dataclasses.replace(getattr(base, side), **change) for side in ("form_columns", "finish_columns")
         }
         yield f"columns {change}", dataclasses.replace(base, **columns)
-    for most in (1024, 2048, 6144):
+    for most in (1024, 2048, 12288):
         yield f"most_rows {most}", dataclasses.replace(base, most_rows=most)
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sa3dist_kernels.column_sweep import column_sweep
 from sa3dist_kernels.formed_tiles import (
     BASIS,
     COL_CROSS,
@@ -44,7 +45,6 @@ from sa3dist_kernels.formed_tiles import (
     ROW_SLOPE,
     SPLIT_COUNT,
     col_slope,
-    column_sweep,
     field,
     floored,
     left_tile,

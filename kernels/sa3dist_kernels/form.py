@@ -20,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sa3dist_kernels.column_sweep import column_sweep
 from sa3dist_kernels.formed_tiles import (
     BASIS,
     COL_CROSS,
@@ -46,7 +47,6 @@ from sa3dist_kernels.formed_tiles import (
     SPLIT_COUNT,
     WEIGHT,
     basis_tile,
-    column_sweep,
     field,
     floored,
     left_tile,

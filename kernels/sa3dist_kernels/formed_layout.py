@@ -71,7 +71,7 @@ class Tiles:
     finish_columns: ColumnTile
     close: int = 128
     core: int = 64
-    most_rows: int = 3072
+    most_rows: int = 4096
     least_programs: int = 528
 
 
@@ -155,7 +155,7 @@ class Group:
         """What every fan_in, every offset of a weight, and every offset of a trained tensor is a multiple of."""
         bytes_ = self.weight_base().element_size()
         wide = all(_is_wide(spec) for spec in self.specs)
-        thin = all(tensor.data_ptr() % VECTOR_BYTES == 0 for spec in self.specs for tensor in spec.tensors()[1:])
+        thin = all(_starts_whole(spec) for spec in self.specs)
         return {
             "WIDE_I": ALIGNED if wide else 1,
             "WIDE_W": VECTOR_BYTES // bytes_ if wide else 1,
@@ -201,6 +201,7 @@ class Group:
         # The longest programs first: what runs alone at the end should be short.
         by_width = sorted(range(len(specs)), key=lambda index: -specs[index].fan_in)
         by_height = sorted(range(len(specs)), key=lambda index: -min(specs[index].fan_out, self.span))
+        tallest = sorted(range(len(specs)), key=lambda index: -specs[index].fan_out)
         ranks = range(triton.cdiv(self.rank, tiles.rank_step))
 
         def blocks(size: int, block: int) -> range:
@@ -219,7 +220,7 @@ class Group:
             "form_columns": columns(tiles.form_columns.block_i),
             "finish_columns": columns(tiles.finish_columns.block_i),
             "close": [(at, b, 0) for at in by_width for b in blocks(specs[at].fan_in, tiles.close)],
-            "core": [(at, down, across) for at in by_height for down in ranks for across in ranks],
+            "core": [(at, down, across) for at in tallest for down in ranks for across in ranks],
         }
         self.programs = {
             name: torch.tensor(places, dtype=torch.int32).to(self.device) for name, places in programs.items()
@@ -228,11 +229,17 @@ class Group:
 
 def alignment(spec) -> tuple:
     """Layers that differ in this are launched apart."""
-    return spec.weight_OI.dtype, _is_wide(spec)
+    return spec.weight_OI.dtype, _is_wide(spec), _starts_whole(spec)
 
 
 def _is_wide(spec) -> bool:
+    """Whether every row of W0 starts at a whole vector."""
     return spec.fan_in % ALIGNED == 0 and spec.weight_OI.data_ptr() % VECTOR_BYTES == 0
+
+
+def _starts_whole(spec) -> bool:
+    """Whether its trained tensors and bases start at a whole vector."""
+    return all(tensor.data_ptr() % VECTOR_BYTES == 0 for tensor in spec.tensors()[1:])
 
 
 def _offsets(layers: list[dict[str, int]]) -> tuple[list[dict[str, int]], int]:
