@@ -94,7 +94,7 @@ def default_tiles(rank: int, product: torch.dtype, rows: int = 1 << 30) -> Tiles
         tile = RowTile(32, 32, 4, registers=None)
         return Tiles(step, tile, dataclasses.replace(tile, block_o=512 // step), *columns)
     # Two tiles under way behind the one in work: one would hide the memory's latency but barely.
-    tile = RowTile(32 if rows >= 32 * FEWEST_BLOCKS else 16, 32, 4, stages=3)
+    tile = RowTile(32 if rows >= 32 * FEWEST_BLOCKS else 16, 32, 4, stages=3, right_vector=4)
     return Tiles(step, tile, tile, *columns)
 
 

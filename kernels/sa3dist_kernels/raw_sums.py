@@ -24,8 +24,8 @@ import triton.language as tl
 from sa3dist_kernels.adapter_types import AdapterType
 from sa3dist_kernels.triton_support import check_triton, dot, dot_precision, interpreting, loop_end, rank_block
 
-# Programs of one launch: two, and in the second kernel four, for each of an H100's 132 multiprocessors.
-PROGRAMS, SUM_PROGRAMS = 264, 528
+# Programs of one launch: two, and in the second kernel eight, for each of an H100's 132 multiprocessors.
+PROGRAMS, SUM_PROGRAMS = 264, 1056
 # Shares of T and U: every program of the second kernel adds them up again.
 MOST_SHARES = 4
 # Tokens that are worth a program of their own in the second kernel, and an addition of its result.
@@ -199,9 +199,7 @@ def raw_sums(
         order[name] = total
         total += torch.Size(shape).numel()
     counts = {"X_SHARES": x_shares, "Y_SHARES": y_shares}
-    block_n, block_m = _sum_blocks(N, I, O)
-    if kind.xs and not interpreting():
-        block_n = 32
+    block_n, block_m = (16, 16) if interpreting() else (32 if kind.xs else 64, 64)
     y_blocks = triton.cdiv(O, block_m) if kind.rows or not kind.xs else 0
     x_blocks = triton.cdiv(I, block_m) if kind.cols or not kind.xs else 0
     # PM has few programs of its own: its spans are as short as T and U allow.
@@ -248,9 +246,3 @@ def _share(N: int, I: int, O: int, ranks: int) -> tuple[tuple[int, int], tuple[i
         return triton.cdiv(side, length), length
 
     return (block_n, block_k), shares(I), shares(O)
-
-
-def _sum_blocks(N: int, I: int, O: int) -> tuple[int, int]:
-    if interpreting():
-        return 16, 16
-    return (64, 64) if I + O >= 64 * PROGRAMS // 2 else (64, 32)

@@ -128,8 +128,10 @@ class Transformer(nn.Module):
             return
         # One program for each number of clips, with and without given context, for training and without gradients.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        # Not dynamic of its own accord: what has other sizes is marked (``mark_any_length``).
-        self._run_block = torch.compile(Block.forward, backend=backend, fullgraph=True, dynamic=False)
+        # Not dynamic of its own accord: what has other sizes is marked (``mark_any_length``). Whether reductions over
+        # rows and over columns are joined would depend on the number of tokens: another program for long clips.
+        options = {"triton.mix_order_reduction": False} if backend == "inductor" else None
+        self._run_block = torch.compile(Block.forward, backend=backend, fullgraph=True, dynamic=False, options=options)
 
     def forward(
         self,
@@ -193,8 +195,6 @@ def mark_any_length(h_GNE: Tensor, shared: Shared) -> None:
     layout = shared.layout
     marks = [(h_GNE, 1), *((table, 0) for table in (*shared.rotary[:2], layout.clip_K, layout.is_frame_K1))]
     marks.append((layout.owner_BK, 1))
-    if layout.bias_KK is not None:
-        marks += [(layout.bias_KK, 0), (layout.bias_KK, 1)]
     if shared.local_GTC is not None and shared.local_GTC.shape[1] > 1:
         marks.append((shared.local_GTC, 1))
     for tensor, axis in marks:
@@ -263,18 +263,18 @@ class DiT(nn.Module):
         embed = embed + self.to_timestep_embed(self.timestep_features(t_B).to(dtype))
         x_BTC = x_BCT.to(dtype).transpose(1, 2)
         local = None if local_BCT is None else local_BCT.to(dtype).transpose(1, 2)
-        layouts = self.layouts(x_BCT, padding_mask_BT, packing, dtype)
+        layouts = self.layouts(x_BCT, padding_mask_BT, packing)
         parts = [self._velocity(layout, x_BTC, context, embed, local, dtype) for layout in layouts]
         # Every layout gives zeros where it computes nothing.
         return functools.reduce(torch.add, parts)
 
     def layouts(
-        self, x_BCT: Tensor, padding_mask_BT: Tensor | None, packing: Packing | FilledPacking | None, dtype: torch.dtype
+        self, x_BCT: Tensor, padding_mask_BT: Tensor | None, packing: Packing | FilledPacking | None
     ) -> list[Padded | Packed | Filled]:
         """What to compute, so that the sum over it is the velocity."""
         frames, memory = x_BCT.shape[2], self.transformer.memory
         if isinstance(packing, FilledPacking):
-            return [Filled(packing, len(x_BCT), frames, memory, dtype)]
+            return [Filled(packing, len(x_BCT), frames, memory)]
         if packing is not None:
             return [Packed(packing, memory)]
         if padding_mask_BT is None or padding_mask_BT.device.type != "cpu":
