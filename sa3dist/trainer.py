@@ -200,9 +200,10 @@ class Trainer:
                 raise
             # Peers wait in the reduction below: join it first, fail afterwards, all together.
             problem = self._explain(failure)
-            self.engine.scalars[TROUBLE] = 1
-        self.engine.scalars[STOP] = float(stop())
-        self.engine.scalars[SAVING] = float(self.saver.busy)
+            self.engine.scalars[TROUBLE].fill_(1)
+        # Filled, not assigned: a number that is assigned is copied from the host, which waits for the device.
+        self.engine.scalars[STOP].fill_(float(stop()))
+        self.engine.scalars[SAVING].fill_(float(self.saver.busy))
         pulse.beat(AVERAGING)
         grad_norm = self.engine.average()
         *figures, norm = torch.cat([self.engine.scalars, grad_norm[None]]).tolist()

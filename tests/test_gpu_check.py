@@ -321,6 +321,26 @@ def test_all_runs_the_parts_in_order_and_starts_none_that_would_end_too_late(mon
     assert said.count("left out: time budget") == 5 - len(expected)
 
 
+def test_a_part_killed_by_all_says_so_in_its_file_and_keeps_its_rows(tmp_path, monkeypatch):
+    class Hanging:
+        def __init__(self, command, **_):
+            part = command[command.index("--device") - 1]
+            results_file.ResultsFile.start(gpu_check.results_path(part), CPU, {}).add(measured=1)
+
+        def wait(self, limit):
+            raise subprocess.TimeoutExpired("part", limit)
+
+    monkeypatch.setenv("OUT", str(tmp_path))
+    there = types.SimpleNamespace(Popen=Hanging, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(gpu_check, "subprocess", there)
+    monkeypatch.setattr(gpu_check, "end_family", lambda process: None)
+    assert gpu_check.run_all(types.SimpleNamespace(device="cpu", tiny=True), results_file.Budget(900)) == 1
+    for part in gpu_check.PARTS:
+        content = json.loads((tmp_path / f"gpu_{part}.json").read_text())
+        assert (content["state"], content["passed"]) == ("killed at the end of its time", False)
+        assert content["rows"] == [{"measured": 1}]
+
+
 def test_a_part_that_hangs_is_killed_with_what_it_has_started(tmp_path):
     code = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
     code += "; print('ready', flush=True); time.sleep(99)"

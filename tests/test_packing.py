@@ -58,7 +58,7 @@ def velocity_and_gradients(base, given, mask_BT, weights_BDT, **how):
 def padded_only(monkeypatch, base):
     """Make the network compute every frame of the padded batch, with a key mask: the oracle."""
     memory = base.dit.transformer.memory
-    layouts = lambda x_BCT, mask_BT, packing, dtype: [Padded(x_BCT.shape[2], memory, mask_BT)]  # noqa: E731
+    layouts = lambda x_BCT, mask_BT, packing: [Padded(x_BCT.shape[2], memory, mask_BT)]  # noqa: E731
     monkeypatch.setattr(base.dit, "layouts", layouts)
 
 

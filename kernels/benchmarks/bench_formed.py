@@ -126,9 +126,10 @@ def candidates(rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
         {"registers": 128},
         {"registers": None},
         {"stages": 1},
-        {"stages": 3},
+        {"stages": 2},
+        {"stages": 2, "registers": 128},
         {"right_vector": 4},
-        {"right_vector": 4, "stages": 3},
+        {"right_vector": 4, "stages": 2},
         {"block_o": 16, "block_j": 64},
         {"block_o": 16, "block_j": 64, "registers": 128},
         {"splits": 8, "registers": 128},
@@ -147,7 +148,7 @@ def candidates(rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
             side: dataclasses.replace(getattr(base, side), **change) for side in ("form_columns", "finish_columns")
         }
         yield f"columns {change}", dataclasses.replace(base, **columns)
-    for most in (1024, 2048, 6144):
+    for most in (1024, 2048, 12288):
         yield f"most_rows {most}", dataclasses.replace(base, most_rows=most)
 
 

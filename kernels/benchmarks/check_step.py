@@ -147,10 +147,11 @@ def measure_in_full(group: Group, results: ResultsFile, budget: Budget, device: 
         recomputing = peak_bytes(ours.step, device)
         ours.base.gradient_checkpointing = False
         row["recomputing_total_bytes"] = None if recomputing is None else held + recomputing
-        # Kept before the mix: that may overrun the time.
         results.add(**row)
         print(line(row), flush=True)
-        results.rows[-1] |= mixed_lengths(ours, frames, row["ours_ms"], budget, device, tiny)
+    # Last: it may overrun the time.
+    for row in results.rows[-len(group.frames) :]:
+        row |= mixed_lengths(ours, row["frames"], row["ours_ms"], budget, device, tiny)
         results.write()
 
 

@@ -18,6 +18,7 @@ from results_file import ROOT
 NEEDED = ("pydantic", "webdataset", "soundfile", "rich")
 # Where wheels of such packages may travel with the source tree; git ignores it.
 WHEELS = ROOT / ".whl"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1")
 # Metrics are looked for this often: well below a start's length, and no burden on the trainer.
 POLL_SECONDS = 0.02
 # How long a process that was asked to stop gets.
@@ -47,7 +48,7 @@ def command_environment(scratch: Path, device: torch.device) -> dict[str, str]:
                 f"{', '.join(absent)}: not installed here; install, or put wheels with all they need in {WHEELS}"
             )
         site = scratch / "site"
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-cache-dir"]
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
         subprocess.run([*command, "--target", str(site), *wheels], check=True)
         paths.append(str(site))
     environment = {
@@ -71,7 +72,9 @@ class Command:
         self.output_dir = Path(output_dir)
         self._log = self.output_dir.with_suffix(".log")
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        launcher = [*TORCHRUN, f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        # A bare machine may not know its own name: ranks find each other without it.
+        environment = {**environment, "GLOO_SOCKET_IFNAME": "lo"} if ranks > 1 else environment
         words = [*words, f"output_dir={self.output_dir}"]
         self.begin = time.monotonic()
         with self._log.open("ab") as log:

@@ -69,8 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         # A second thread only waits for the first.
         torch.set_num_threads(1)
     device = torch.device(options.device)
-    folder = Path(os.environ.get("OUT") or Path(__file__).resolve().parent / "results")
-    results = ResultsFile.start(folder / f"gpu_{options.part}.json", device, vars(options))
+    results = ResultsFile.start(results_path(options.part), device, vars(options))
     passed = False
     try:
         passed = importlib.import_module(PARTS[options.part]).run(results, budget, device, options.tiny)
@@ -81,6 +80,10 @@ def main(arguments: list[str] | None = None) -> int:
     results.set(passed=passed, seconds=round(spent + time.monotonic() - begin, 1))
     print(f"gpu-check {options.part}: {'passed' if passed else 'FAILED'}, {results.path}", flush=True)
     return 0 if passed else 1
+
+
+def results_path(part: str) -> Path:
+    return Path(os.environ.get("OUT") or Path(__file__).resolve().parent / "results") / f"gpu_{part}.json"
 
 
 def run_all(options: argparse.Namespace, budget: Budget) -> int:
@@ -100,6 +103,8 @@ def run_all(options: argparse.Namespace, budget: Budget) -> int:
             outcomes[part] = "passed" if code == 0 else f"FAILED ({code})"
         except subprocess.TimeoutExpired:
             end_family(process)
+            if results_path(part).exists():
+                ResultsFile.reopen(results_path(part)).set(state="killed at the end of its time", passed=False)
             outcomes[part] = "FAILED: killed at the end of its time"
         outcomes[part] += f", {time.monotonic() - begin:.0f} s"
     for part, outcome in outcomes.items():

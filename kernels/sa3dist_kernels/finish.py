@@ -23,10 +23,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sa3dist_kernels.column_sweep import column_sweep
 from sa3dist_kernels.formed_tiles import (
     BASIS,
     COL_CROSS,
     COL_GAIN,
+    COL_NORM,
     EPS,
     FAN_IN,
     FAN_OUT,
@@ -43,7 +45,6 @@ from sa3dist_kernels.formed_tiles import (
     ROW_SLOPE,
     SPLIT_COUNT,
     col_slope,
-    column_sweep,
     field,
     floored,
     left_tile,
@@ -93,7 +94,7 @@ def finish_rows_kernel(
         if not XS:
             rank = first + tl.arange(0, RANK_STEP)
             inside = rows_ok[:, None] & (rank < R)[None, :]
-            place = floats + field(layers, layer, GRAD_LEFT, 1) + rows[:, None] * R + rank[None, :]
+            place = floats + field(layers, layer, GRAD_LEFT, WIDE_T) + rows[:, None] * R + rank[None, :]
             left = gain[:, None] * tl.load(place, mask=inside, other=0.0)
             if COLS:
                 left += (gain * gain)[:, None] * cross
@@ -133,8 +134,10 @@ def finish_close_kernel(
     cols = block * BLOCK_I + tl.arange(0, BLOCK_I)
     cols_ok = cols < I
     if COLS:
-        q, grad = col_slope(floats, layers, layer, cols, I)
+        q = col_slope(floats, layers, layer, cols, I)
         gain = vector(floats, layers, layer, COL_GAIN, cols, I)
+        norm = vector(floats, layers, layer, COL_NORM, cols, I)
+        grad = vector(floats, layers, layer, GRAD_COL, cols, I) / floored(gain) / (norm + EPS)
     # An -xs type has no dR.
     LAST: tl.constexpr = 0 if XS else R
     for first in range(0, LAST, RANK_STEP):
@@ -172,7 +175,7 @@ def finish_core_kernel(
         crossed, basis = floats + field(layers, layer, COL_CROSS, 16), floats + field(layers, layer, BASIS, WIDE_T)
         for start in range(0, loop_to(I, LOOP_I), BLOCK):
             cols = (start + tl.arange(0, BLOCK)).to(tl.int64)
-            q, _ = col_slope(floats, layers, layer, cols, I)
+            q = col_slope(floats, layers, layer, cols, I)
             sloped = right_tile(crossed, cols, cols < I, down * RANK_STEP, I, R, RANK_STEP) * q[None, :]
             some = left_tile(basis, cols, cols < I, across * RANK_STEP, R, RANK_STEP)
             core = tl.dot(sloped, some, core, input_precision=PRECISION)

@@ -20,12 +20,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sa3dist_kernels.column_sweep import column_sweep
 from sa3dist_kernels.formed_tiles import (
     BASIS,
     COL_CROSS,
     COL_GAIN,
+    COL_KEPT,
     COL_MAGNITUDE,
     COL_NORM,
+    COL_RATE,
     CORE,
     EPS,
     FAN_IN,
@@ -44,7 +47,6 @@ from sa3dist_kernels.formed_tiles import (
     SPLIT_COUNT,
     WEIGHT,
     basis_tile,
-    column_sweep,
     field,
     floored,
     left_tile,
@@ -53,6 +55,7 @@ from sa3dist_kernels.formed_tiles import (
     right_tile,
     row_sweep,
     row_tiles,
+    slope,
     split_left,
     vector,
     weight_tiles,
@@ -108,7 +111,7 @@ def _write(
     """W' and L' of a block of rows, and this block's share of R' where the columns are not scaled."""
     weight_rows = weight + field(layers, layer, WEIGHT, WIDE_W) + rows * I
     formed_rows = product + field(layers, layer, FORMED, 16) + rows * I
-    left, right = floats + field(layers, layer, LEFT, 1), floats + field(layers, layer, RIGHT, WIDE_R)
+    left, right = floats + field(layers, layer, LEFT, WIDE_R), floats + field(layers, layer, RIGHT, WIDE_R)
     for first in range(0, R, RANK_STEP):
         rank = first + tl.arange(0, RANK_STEP)
         some = left_tile(left, rows, rows_ok, first, R, RANK_STEP) * gain[:, None]
@@ -139,7 +142,7 @@ def _write(
         if ROWS:
             v = v * gain[None, :, None]
         if COLS:
-            v = v * floored(vector(floats, layers, layer, COL_GAIN, cols, I))[:, None, :]
+            v = v * vector(floats, layers, layer, COL_KEPT, cols, I)[:, None, :]
         mask = rows_ok[None, :, None] & cols_ok[:, None, :]
         place = formed_rows[None, :, None] + cols[:, None, :]
         tl.store(place, v.to(product.dtype.element_ty), mask=mask, eviction_policy="evict_first")
@@ -166,7 +169,7 @@ def form_close_kernel(
     R: tl.constexpr, XS: tl.constexpr, LOOP_SPLITS: tl.constexpr, WIDE_I: tl.constexpr, WIDE_T: tl.constexpr,
     BLOCK_I: tl.constexpr, RANK_STEP: tl.constexpr,
 ):  # fmt: skip
-    """c, h, E and R' of a block of columns."""
+    """c, h, h~, q over s_h, E and R' of a block of columns."""
     layer, block, _ = program(programs)
     I, splits = field(layers, layer, FAN_IN, WIDE_I), field(layers, layer, SPLIT_COUNT, 1)
     cols = block * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -179,6 +182,11 @@ def form_close_kernel(
     gain = vector(floats, layers, layer, COL_MAGNITUDE, cols, I) / (norm + EPS)
     tl.store(floats + field(layers, layer, COL_NORM, 16) + cols, norm, mask=cols_ok)
     tl.store(floats + field(layers, layer, COL_GAIN, 16) + cols, gain, mask=cols_ok)
+    kept = floored(gain)
+    tl.store(floats + field(layers, layer, COL_KEPT, 16) + cols, kept, mask=cols_ok)
+    # q over s_h. It stays within float32's range: the least norm above zero is the root of its least square, 4e-23.
+    rate = slope(1.0 / (norm + EPS), gain / kept, norm)
+    tl.store(floats + field(layers, layer, COL_RATE, 16) + cols, rate, mask=cols_ok)
     for first in range(0, R, RANK_STEP):
         rank = first + tl.arange(0, RANK_STEP)
         inside = (rank < R)[:, None] & cols_ok[None, :]

@@ -60,7 +60,7 @@ def _form_layer(group: Group, index: int) -> dict[str, tuple[int, int]]:
     if kind.cols:
         gains = row if kind.rows else 0
         counted["columns"] = steps * weight + left + right + gains, splits * (right + col)
-        counted["close"] = splits * (right + col) + right + col, 2 * col + right + int(narrow * right)
+        counted["close"] = splits * (right + col) + right + col, 4 * col + right + int(narrow * right)
     if kind.cols or not kind.rows:
         gains = (row if kind.rows else 0) + (col if kind.cols else 0)
         counted["write"] = weight + left + right + gains, formed + thin
@@ -74,7 +74,7 @@ def _finish_layer(group: Group, index: int) -> dict[str, tuple[int, int]]:
     if kind.rows or not kind.xs:
         read = written = 0 if kind.xs else left
         if kind.cols and (kind.rows or not kind.xs):
-            read += weight + left + right + 3 * col
+            read += weight + left + right + 2 * col
         if kind.rows:
             read, written = read + 3 * row + (0 if kind.xs else left), written + 2 * row
         counted["rows"] = read, written
@@ -82,12 +82,12 @@ def _finish_layer(group: Group, index: int) -> dict[str, tuple[int, int]]:
         counted["columns"] = steps * weight + left + row + right, splits * right
     if kind.xs:
         core = FLOAT * group.rank**2
-        read = core + (steps * 2 * right + 3 * col if kind.cols else 0) + (steps * 2 * left + row if kind.rows else 0)
+        read = core + (steps * 2 * right + 2 * col if kind.cols else 0) + (steps * 2 * left + row if kind.rows else 0)
         counted["core"] = read, core
     if kind.cols or not kind.xs:
         read = written = 0 if kind.xs else right
         if kind.cols:
-            read, written = read + 3 * col + (0 if kind.xs else right), written + col
+            read, written = read + 4 * col + (0 if kind.xs else right), written + col
         if kind.rows and not kind.xs:
             read += splits * right
         counted["close"] = read, written

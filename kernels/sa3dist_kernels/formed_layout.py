@@ -71,7 +71,7 @@ class Tiles:
     finish_columns: ColumnTile
     close: int = 128
     core: int = 64
-    most_rows: int = 3072
+    most_rows: int = 4096
     least_programs: int = 528
 
 
@@ -86,10 +86,16 @@ def default_tiles(rank: int, product: torch.dtype, rows: int = 1 << 30) -> Tiles
         return Tiles(min(step, 32), rows, rows, columns, columns, close=64, core=32)
     if step == 64:
         # R of a layer exceeds the first-level cache anyway.
-        high, low = (RowTile(*sizes, registers=None, right_vector=4) for sizes in ((32, 16, 4), (16, 32, 4)))
-        return Tiles(step, high if rank <= step else low, low, *(ColumnTile(32, 64),) * 2, close=64, core=32)
-    blocks = RowTile(32 if rows >= 32 * FEWEST_BLOCKS else 16, 32, 4)
-    return Tiles(step, blocks, blocks, ColumnTile(32, 128), ColumnTile(32, 256))
+        sizes = ((32, 16, 4), (16, 32, 4)) if rank <= step else ((16, 16, 4),) * 2
+        blocks = (RowTile(*size, registers=None, right_vector=4) for size in sizes)
+        return Tiles(step, *blocks, *(ColumnTile(32, 64),) * 2, close=32, core=32)
+    columns = ColumnTile(32, 128), ColumnTile(32, 256)
+    if step == 32 or product == torch.float16:
+        tile = RowTile(32, 32, 4, registers=None)
+        return Tiles(step, tile, dataclasses.replace(tile, block_o=512 // step), *columns)
+    # Two tiles under way behind the one in work: one would hide the memory's latency but barely.
+    tile = RowTile(32 if rows >= 32 * FEWEST_BLOCKS else 16, 32, 4, stages=3, right_vector=4)
+    return Tiles(step, tile, tile, *columns)
 
 
 def interpreter_tiles(rank: int) -> Tiles:
@@ -149,7 +155,7 @@ class Group:
         """What every fan_in, every offset of a weight, and every offset of a trained tensor is a multiple of."""
         bytes_ = self.weight_base().element_size()
         wide = all(_is_wide(spec) for spec in self.specs)
-        thin = all(tensor.data_ptr() % VECTOR_BYTES == 0 for spec in self.specs for tensor in spec.tensors()[1:])
+        thin = all(_starts_whole(spec) for spec in self.specs)
         return {
             "WIDE_I": ALIGNED if wide else 1,
             "WIDE_W": VECTOR_BYTES // bytes_ if wide else 1,
@@ -176,7 +182,7 @@ class Group:
         if self.kind.rows:
             sizes |= {"row_gain": O, "row_norm": O, "row_slope": O, "row_cross": O * R}
         if self.kind.cols:
-            sizes |= {"col_gain": I, "col_norm": I, "col_cross": R * I}
+            sizes |= dict.fromkeys(("col_gain", "col_kept", "col_norm", "col_rate"), I) | {"col_cross": R * I}
             sizes["partial_squares"] = self.splits[index] * I
         if self.kind.cols or (self.kind.rows and not self.kind.xs):
             sizes["partial"] = self.splits[index] * R * I
@@ -195,6 +201,7 @@ class Group:
         # The longest programs first: what runs alone at the end should be short.
         by_width = sorted(range(len(specs)), key=lambda index: -specs[index].fan_in)
         by_height = sorted(range(len(specs)), key=lambda index: -min(specs[index].fan_out, self.span))
+        tallest = sorted(range(len(specs)), key=lambda index: -specs[index].fan_out)
         ranks = range(triton.cdiv(self.rank, tiles.rank_step))
 
         def blocks(size: int, block: int) -> range:
@@ -213,7 +220,7 @@ class Group:
             "form_columns": columns(tiles.form_columns.block_i),
             "finish_columns": columns(tiles.finish_columns.block_i),
             "close": [(at, b, 0) for at in by_width for b in blocks(specs[at].fan_in, tiles.close)],
-            "core": [(at, down, across) for at in by_height for down in ranks for across in ranks],
+            "core": [(at, down, across) for at in tallest for down in ranks for across in ranks],
         }
         self.programs = {
             name: torch.tensor(places, dtype=torch.int32).to(self.device) for name, places in programs.items()
@@ -222,11 +229,17 @@ class Group:
 
 def alignment(spec) -> tuple:
     """Layers that differ in this are launched apart."""
-    return spec.weight_OI.dtype, _is_wide(spec)
+    return spec.weight_OI.dtype, _is_wide(spec), _starts_whole(spec)
 
 
 def _is_wide(spec) -> bool:
+    """Whether every row of W0 starts at a whole vector."""
     return spec.fan_in % ALIGNED == 0 and spec.weight_OI.data_ptr() % VECTOR_BYTES == 0
+
+
+def _starts_whole(spec) -> bool:
+    """Whether its trained tensors and bases start at a whole vector."""
+    return all(tensor.data_ptr() % VECTOR_BYTES == 0 for tensor in spec.tensors()[1:])
 
 
 def _offsets(layers: list[dict[str, int]]) -> tuple[list[dict[str, int]], int]:

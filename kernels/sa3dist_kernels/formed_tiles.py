@@ -25,14 +25,14 @@ FLOOR = tl.constexpr(2.0**-40)
 FIELDS = (
     "fan_out", "fan_in", "weight", "formed", "left_out", "right_out", "left", "right", "core", "basis",
     "row_magnitude", "col_magnitude", "grad_left", "grad_right", "grad_core", "grad_row", "grad_col",
-    "row_gain", "row_norm", "row_slope", "row_cross", "col_gain", "col_norm", "col_cross",
+    "row_gain", "row_norm", "row_slope", "row_cross", "col_gain", "col_kept", "col_norm", "col_rate", "col_cross",
     "partial", "partial_squares", "splits",
 )  # fmt: skip
 FIELD_COUNT = tl.constexpr(len(FIELDS))
 (
     FAN_OUT, FAN_IN, WEIGHT, FORMED, LEFT_OUT, RIGHT_OUT, LEFT, RIGHT, CORE, BASIS,
     ROW_MAGNITUDE, COL_MAGNITUDE, GRAD_LEFT, GRAD_RIGHT, GRAD_CORE, GRAD_ROW, GRAD_COL,
-    ROW_GAIN, ROW_NORM, ROW_SLOPE, ROW_CROSS, COL_GAIN, COL_NORM, COL_CROSS,
+    ROW_GAIN, ROW_NORM, ROW_SLOPE, ROW_CROSS, COL_GAIN, COL_KEPT, COL_NORM, COL_RATE, COL_CROSS,
     PARTIAL, PARTIAL_SQUARES, SPLIT_COUNT,
 ) = map(tl.constexpr, range(len(FIELDS)))  # fmt: skip
 
@@ -60,15 +60,6 @@ def loop_to(size, LOOP: tl.constexpr):
 
 
 @triton.jit
-def rows_to(span, count, BOUNDED: tl.constexpr):
-    """Likewise the ``count`` rows of a span that exist, or all of it."""
-    if BOUNDED:
-        return count
-    else:
-        return span
-
-
-@triton.jit
 def vector(floats, layers, layer, NAME: tl.constexpr, index, size):
     """Elements ``index`` of a vector of ``size`` numbers; zero beyond."""
     return tl.load(floats + field(layers, layer, NAME, 1) + index, mask=index < size, other=0.0)
@@ -90,11 +81,8 @@ def slope(grad_magnitude, gain, norm):
 
 @triton.jit
 def col_slope(floats, layers, layer, cols, I):
-    """Slope q and gradient of the column magnitude from the raw sum s_h, for columns ``cols``."""
-    gain = vector(floats, layers, layer, COL_GAIN, cols, I)
-    norm = vector(floats, layers, layer, COL_NORM, cols, I)
-    grad = vector(floats, layers, layer, GRAD_COL, cols, I) / floored(gain) / (norm + EPS)
-    return slope(grad, gain, norm), grad
+    """q of columns ``cols`` from their raw sums s_h."""
+    return vector(floats, layers, layer, GRAD_COL, cols, I) * vector(floats, layers, layer, COL_RATE, cols, I)
 
 
 @triton.jit
@@ -183,7 +171,7 @@ def row_sweep(
     SLOPED weights both with q: (V.V) q and V (R.q)^T. CROSS: whether the product is wanted (else zeros).
     """
     weight_rows = weight + field(layers, layer, WEIGHT, WIDE_W) + rows * I
-    left, right = floats + field(layers, layer, LEFT, 1), floats + field(layers, layer, RIGHT, WIDE_R)
+    left, right = floats + field(layers, layer, LEFT, WIDE_T), floats + field(layers, layer, RIGHT, WIDE_R)
     held = split_left(scale * left_tile(left, rows, rows_ok, 0, R, RANK_STEP), SPLITS, BLOCK_O, RANK_STEP)
     places = tl.arange(0, SPLITS)[:, None] * BLOCK_J + tl.arange(0, BLOCK_J)[None, :]
     rank, width = first + tl.arange(0, RANK_STEP), I.to(tl.int32)
@@ -199,7 +187,7 @@ def row_sweep(
             PRECISION,
         )  # fmt: skip
         if SLOPED:
-            q, _ = col_slope(floats, layers, layer, cols, I)
+            q = col_slope(floats, layers, layer, cols, I)
             found = v * v * q[:, None, :]
         else:
             found = v * v
@@ -220,74 +208,3 @@ def row_sweep(
             else:
                 cross = tl.dot(v, other, cross, input_precision=PRECISION)
     return tl.sum(tl.sum(squares, axis=2), axis=0), tl.sum(cross, axis=0)
-
-
-@triton.jit
-def column_sweep(
-    floats, weight, scales, layers, programs, span,
-    R: tl.constexpr, ROWS: tl.constexpr, SLOPED: tl.constexpr, BOUNDED: tl.constexpr,
-    WIDE_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_T: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, RANK_STEP: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """One span of rows' share of (diag(a) L)^T V (R, I), for a block of columns; a is k if SLOPED, else g^2 or 1.
-
-    Not SLOPED: also of a (V.V) (I,). SLOPED takes (diag(a) L)^T W0 + s ((diag(a) L)^T L) R if the rank fits one step.
-    """
-    layer, block, split = program(programs)
-    O, I = field(layers, layer, FAN_OUT, 1), field(layers, layer, FAN_IN, WIDE_I)
-    scale = tl.load(scales + layer)
-    begin = split.to(tl.int64) * span
-    # Within a span 32 bits reach; its rows are counted from its own start.
-    count, stride = tl.minimum(O - begin, span).to(tl.int32), I.to(tl.int32)
-    cols = block * BLOCK_I + tl.arange(0, BLOCK_I)
-    cols_ok = cols < stride
-    weight_rows = weight + field(layers, layer, WEIGHT, WIDE_W) + begin * I
-    left, right = floats + field(layers, layer, LEFT, 1) + begin * R, floats + field(layers, layer, RIGHT, WIDE_T)
-    partial = floats + field(layers, layer, PARTIAL, 16) + split.to(tl.int64) * R * I
-    gains = floats
-    if SLOPED:
-        gains = floats + field(layers, layer, ROW_SLOPE, 16) + begin
-    elif ROWS:
-        gains = floats + field(layers, layer, ROW_GAIN, 16) + begin
-    held = right_tile(right, cols, cols_ok, 0, I, R, RANK_STEP)
-    for first in range(0, R, RANK_STEP):
-        cross = tl.zeros((RANK_STEP, BLOCK_I), tl.float32)
-        gram = tl.zeros((RANK_STEP, RANK_STEP), tl.float32)
-        # By the eight rows that threads of one column hold, so that they need not meet before the end.
-        squares = tl.zeros((8, BLOCK_I), tl.float32)
-        for start in tl.range(0, rows_to(span, count, BOUNDED), BLOCK_O, num_stages=STAGES):
-            rows = start + tl.arange(0, BLOCK_O)
-            rows_ok = rows < count
-            mask = rows_ok[:, None] & cols_ok[None, :]
-            v = tl.load(weight_rows + (rows[:, None] * stride + cols[None, :]), mask=mask, other=0.0).to(tl.float32)
-            some = left_tile(left, rows, rows_ok, first, R, RANK_STEP)
-            if R > RANK_STEP:
-                for at in range(0, R, RANK_STEP):
-                    part = scale * left_tile(left, rows, rows_ok, at, R, RANK_STEP)
-                    v = tl.dot(
-                        part, right_tile(right, cols, cols_ok, at, I, R, RANK_STEP), v, input_precision=PRECISION
-                    )
-            elif not SLOPED:
-                v = tl.dot(scale * some, held, v, input_precision=PRECISION)
-            weighted = some
-            if SLOPED:
-                weighted = some * tl.load(gains + rows, mask=rows_ok, other=0.0)[:, None]
-                if R <= RANK_STEP:
-                    gram = tl.dot(tl.trans(weighted), some, gram, input_precision=PRECISION)
-            else:
-                scaled = v
-                if ROWS:
-                    gain = tl.load(gains + rows, mask=rows_ok, other=0.0)
-                    weighted = some * (gain * gain)[:, None]
-                    scaled = v * gain[:, None]
-                squares += tl.sum(tl.reshape(scaled * scaled, (BLOCK_O // 8, 8, BLOCK_I)), axis=0)
-            cross = tl.dot(tl.trans(weighted), v, cross, input_precision=PRECISION)
-        if SLOPED and R <= RANK_STEP:
-            cross = tl.dot(scale * gram, held, cross, input_precision=PRECISION)
-        rank = first + tl.arange(0, RANK_STEP)
-        place = partial + rank[:, None].to(tl.int64) * I + cols[None, :]
-        tl.store(place, cross, mask=(rank < R)[:, None] & cols_ok[None, :])
-        if not SLOPED:
-            place = floats + field(layers, layer, PARTIAL_SQUARES, 16) + split.to(tl.int64) * I + cols
-            tl.store(place, tl.sum(squares, axis=0), mask=cols_ok)

@@ -24,8 +24,8 @@ import triton.language as tl
 from sa3dist_kernels.adapter_types import AdapterType
 from sa3dist_kernels.triton_support import check_triton, dot, dot_precision, interpreting, loop_end, rank_block
 
-# Programs of one launch: two, and in the second kernel four, for each of an H100's 132 multiprocessors.
-PROGRAMS, SUM_PROGRAMS = 264, 528
+# Programs of one launch: two, and in the second kernel eight, for each of an H100's 132 multiprocessors.
+PROGRAMS, SUM_PROGRAMS = 264, 1056
 # Shares of T and U: every program of the second kernel adds them up again.
 MOST_SHARES = 4
 # Tokens that are worth a program of their own in the second kernel, and an addition of its result.
@@ -197,7 +197,7 @@ def raw_sums(
         order[name] = total
         total += torch.Size(shape).numel()
     counts = {"X_SHARES": x_shares, "Y_SHARES": y_shares}
-    block_n, block_m = _sum_blocks(I, O, block_r, kind.xs)
+    block_n, block_m = _sum_blocks(block_r, kind.xs)
     y_blocks = triton.cdiv(O, block_m) if kind.rows or not kind.xs else 0
     x_blocks = triton.cdiv(I, block_m) if kind.cols or not kind.xs else 0
     # PM has few programs of its own: its spans are as short as T and U allow.
@@ -243,7 +243,8 @@ def _share(N: int, I: int, O: int, ranks: int) -> tuple[tuple[int, int], tuple[i
     span = triton.cdiv(triton.cdiv(I + O, max(wanted, 2)), block_k) * block_k
 
     def shares(side: int) -> tuple[int, int]:
-        count = max(1, min(MOST_SHARES, triton.cdiv(side, span)))
+        # One or the most: any number between would be a kernel of its own.
+        count = MOST_SHARES if 2 * side > 3 * span else 1
         length = triton.cdiv(triton.cdiv(side, count), block_k) * block_k
         # Whole blocks may make the last shares empty.
         return triton.cdiv(side, length), length
@@ -251,10 +252,9 @@ def _share(N: int, I: int, O: int, ranks: int) -> tuple[tuple[int, int], tuple[i
     return (block_n, block_k), shares(I), shares(O)
 
 
-def _sum_blocks(I: int, O: int, block_r: int, xs: bool) -> tuple[int, int]:
+def _sum_blocks(block_r: int, xs: bool) -> tuple[int, int]:
     """Tokens that programs of the second launch step by, and inputs or outputs of one of them."""
     if interpreting():
         return 16, 16
-    # Half as many beside a long rank: else registers spill on compute capability 8.0.
-    tokens = (32 if xs else 64) // (2 if block_r > 32 else 1)
-    return tokens, 64 if I + O >= 64 * PROGRAMS // 2 else 32
+    # A square of a long rank spills with longer steps.
+    return (16 if block_r > 32 else 32) if xs else 64, 64

@@ -123,17 +123,15 @@ class Transformer(nn.Module):
     def use_compiled_blocks(self, backend: str | None) -> None:
         """Run whole blocks as one compiled program, the same for all of them and for any number of tokens; None: as
         they are."""
-        self._run_block = (
-            Block.forward
-            if backend is None
-            else torch.compile(
-                # Not dynamic of its own accord: what has other sizes is marked.
-                Block.forward,
-                backend=backend,
-                fullgraph=True,
-                dynamic=False,
-            )
-        )
+        if backend is None:
+            self._run_block = Block.forward
+            return
+        # One program for each number of clips, with and without given context, for training and without gradients.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        # Not dynamic of its own accord: what has other sizes is marked (``mark_any_length``). Whether reductions over
+        # rows and over columns are joined would depend on the number of tokens: another program for long clips.
+        options = {"triton.mix_order_reduction": False} if backend == "inductor" else None
+        self._run_block = torch.compile(Block.forward, backend=backend, fullgraph=True, dynamic=False, options=options)
 
     def forward(
         self,
@@ -168,7 +166,7 @@ class Transformer(nn.Module):
             h_GNE = run(self._run_block, self.layers[i], h_GNE, modulation, shared)
         return self.project_out(layout.without_memory(h_GNE))
 
-    def modulations(self, global_BE: Tensor, dtype: torch.dtype):
+    def modulations(self, global_BE: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
         """Six (B, E) tensors for every layer, all layers in a handful of operations."""
         own_L6E = torch.stack([layer.to_scale_shift_gate.to(dtype) for layer in self.layers])
         both = (own_L6E[:, None] + self.global_cond_embedder(global_BE)).to(dtype)
@@ -177,8 +175,9 @@ class Transformer(nn.Module):
         scale = 1 + parts[..., 0, :]
         shift = parts[..., 1, :]
         gate = torch.sigmoid(1 - parts[..., 2, :])
-        for i in range(len(self.layers)):
-            yield tuple(part[i, ..., half, :] for half in (0, 1) for part in (scale, shift, gate))
+        # Taken apart in one operation: the gradient of each part alone would fill, copy and add a tensor of all layers.
+        each_BE = torch.stack([scale, shift, gate], dim=3).permute(0, 2, 3, 1, 4).flatten(0, 2).unbind()
+        return [each_BE[i : i + 6] for i in range(0, len(each_BE), 6)]
 
 
 def working_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
@@ -196,8 +195,6 @@ def mark_any_length(h_GNE: Tensor, shared: Shared) -> None:
     layout = shared.layout
     marks = [(h_GNE, 1), *((table, 0) for table in (*shared.rotary[:2], layout.clip_K, layout.is_frame_K1))]
     marks.append((layout.owner_BK, 1))
-    if layout.bias_KK is not None:
-        marks += [(layout.bias_KK, 0), (layout.bias_KK, 1)]
     if shared.local_GTC is not None and shared.local_GTC.shape[1] > 1:
         marks.append((shared.local_GTC, 1))
     for tensor, axis in marks:
@@ -266,18 +263,18 @@ class DiT(nn.Module):
         embed = embed + self.to_timestep_embed(self.timestep_features(t_B).to(dtype))
         x_BTC = x_BCT.to(dtype).transpose(1, 2)
         local = None if local_BCT is None else local_BCT.to(dtype).transpose(1, 2)
-        layouts = self.layouts(x_BCT, padding_mask_BT, packing, dtype)
+        layouts = self.layouts(x_BCT, padding_mask_BT, packing)
         parts = [self._velocity(layout, x_BTC, context, embed, local, dtype) for layout in layouts]
         # Every layout gives zeros where it computes nothing.
         return functools.reduce(torch.add, parts)
 
     def layouts(
-        self, x_BCT: Tensor, padding_mask_BT: Tensor | None, packing: Packing | FilledPacking | None, dtype: torch.dtype
+        self, x_BCT: Tensor, padding_mask_BT: Tensor | None, packing: Packing | FilledPacking | None
     ) -> list[Padded | Packed | Filled]:
         """What to compute, so that the sum over it is the velocity."""
         frames, memory = x_BCT.shape[2], self.transformer.memory
         if isinstance(packing, FilledPacking):
-            return [Filled(packing, len(x_BCT), frames, memory, dtype)]
+            return [Filled(packing, len(x_BCT), frames, memory)]
         if packing is not None:
             return [Packed(packing, memory)]
         if padding_mask_BT is None or padding_mask_BT.device.type != "cpu":

@@ -29,8 +29,10 @@ class KeptDigests:
         self._begun: dict[tuple[str, str], _Begun] = {}
 
     def begin(self, path: Path, what: str, make: Callable[[], str]) -> None:
-        """Let a thread of its own find what ``of`` will be asked for; hashing leaves the interpreter to others."""
-        self._begun[str(path), what] = _Begun(lambda: self._find(path, what, make))
+        """Let a thread of its own make what ``of`` will be asked for; hashing leaves the interpreter to others."""
+        state = _state_of(path)
+        if self._kept(state, what) is None:
+            self._begun[str(path), what] = _Begun(state, make)
 
     def of(self, path: Path, what: str, make: Callable[[], str]) -> str:
         """The digest called ``what`` of a file, kept or from ``make``; what has begun is waited for.
@@ -38,35 +40,42 @@ class KeptDigests:
         Raises what ``make`` raised, here or in the thread.
         """
         begun = self._begun.pop((str(path), what), None)
-        return self._find(path, what, make) if begun is None else begun.result()
-
-    def _find(self, path: Path, what: str, make: Callable[[], str]) -> str:
+        if begun is not None:
+            return self._keep(path, begun.state, what, begun.settled, begun.result())
         state = _state_of(path)
-        kept_in = self.directory / f"{digest_of(state['path'])}.json"
-        kept = _read(kept_in, state)
-        if what in kept and not self.verify:
-            return kept[what]
-        settled = time.time() - state["mtime_ns"] / 1e9 > SETTLED_SECONDS
-        digest = make()
+        kept = self._kept(state, what)
+        return self._keep(path, state, what, _is_settled(state), make()) if kept is None else kept
+
+    def _record_of(self, state: dict[str, Any]) -> Path:
+        return self.directory / f"{digest_of(state['path'])}.json"
+
+    def _kept(self, state: dict[str, Any], what: str) -> str | None:
+        return None if self.verify else _read(self._record_of(state), state).get(what)
+
+    def _keep(self, path: Path, state: dict[str, Any], what: str, settled: bool, digest: str) -> str:
+        """Write down a digest made of a file that was ``settled`` in ``state``, if it still is in that state."""
         if settled and _state_of(path) == state:
-            body = json.dumps({**state, "digests": {**kept, what: digest}})
-            with atomic_path(kept_in) as temporary:
+            record = self._record_of(state)
+            body = json.dumps({**state, "digests": {**_read(record, state), what: digest}})
+            with atomic_path(record) as temporary:
                 temporary.write_bytes(sealed(body.removesuffix("}")))
         return digest
 
 
 class _Begun:
-    """Work in a thread that an exit of the process does not wait for."""
+    """A digest that is being made in a thread that an exit of the process does not wait for; it writes nothing."""
 
-    def __init__(self, work: Callable[[], str]) -> None:
+    def __init__(self, state: dict[str, Any], make: Callable[[], str]) -> None:
+        self.state = state
+        self.settled = _is_settled(state)
         self._result: str | None = None
         self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._run, args=(work,), name="hash the base", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(make,), name="hash the base", daemon=True)
         self._thread.start()
 
-    def _run(self, work: Callable[[], str]) -> None:
+    def _run(self, make: Callable[[], str]) -> None:
         try:
-            self._result = work()
+            self._result = make()
         except Exception as failure:
             self._failure = failure
 
@@ -75,6 +84,10 @@ class _Begun:
         if self._failure is not None:
             raise self._failure
         return self._result
+
+
+def _is_settled(state: dict[str, Any]) -> bool:
+    return time.time() - state["mtime_ns"] / 1e9 > SETTLED_SECONDS
 
 
 def _state_of(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from sa3dist.model.blocks import in_one_call
 from sa3dist.model.packing import FilledPacking, Packing
-from sa3dist.model.varlen_attention import own_bias, varlen_attention, wants_bias
+from sa3dist.model.varlen_attention import varlen_attention
 
 
 class Layout:
@@ -163,22 +163,19 @@ class Packed(Layout):
 class Filled:
     """All clips' tokens in one list of a fixed length, (1, K, E): see ``FilledPacking``.
 
-    frames   T of the padded batch        dtype   of the attention's operands
+    frames   T of the padded batch
     """
 
     attends = True
 
-    def __init__(self, packing: FilledPacking, clips: int, frames: int, memory: int, dtype: torch.dtype):
+    def __init__(self, packing: FilledPacking, clips: int, frames: int, memory: int):
         self.clips, self.frames, self.memory = clips, frames, memory
         self.frame_K, self.slot_K, self.target_K, self.positions, self.clip_K = packing.table_5K.unbind()
         self.start_S = packing.start_S
         self.is_frame_K1 = (self.target_K < clips * frames)[:, None]
         self.owner_BK = torch.arange(clips, device=self.clip_K.device)[:, None] == self.clip_K
         # The filling is the last clip's as far as its context goes.
-        self.context_start_B1 = torch.cat([self.start_S[:-2], self.start_S[-1:]])
-        self.bias_KK = None
-        if wants_bias(self.clip_K.device, dtype, clips):
-            self.bias_KK = own_bias(self.start_S, self.clip_K.numel(), dtype)
+        self.context_start_B1 = torch.cat([self.start_S[:clips], self.start_S[-1:]])
 
     def take(self, x_BTC: Tensor) -> Tensor:
         every_frame = x_BTC.expand(self.clips, self.frames, -1).flatten(0, 1)
@@ -212,7 +209,7 @@ class Filled:
         return h_1KE + torch.where(self.is_frame_K1, local_1KE, local_1KE.new_zeros(()))
 
     def attend_pairs(self, q_1KPHD: Tensor, k_1KPHD: Tensor, v_1K1HD: Tensor) -> Tensor:
-        return _one_by_one(q_1KPHD[0], k_1KPHD[0], v_1K1HD[0], self.start_S, self.start_S, self.bias_KK)
+        return _one_by_one(q_1KPHD[0], k_1KPHD[0], v_1K1HD[0], self.start_S, self.start_S)
 
     def attend_pairs_to_context(self, q_1KPHD: Tensor, k_BSPHD: Tensor, v_BS1HD: Tensor) -> Tensor:
         tokens = k_BSPHD.shape[1]
@@ -221,17 +218,10 @@ class Filled:
         return _one_by_one(q_1KPHD[0], k_BSPHD.flatten(0, 1), v_BS1HD.flatten(0, 1), self.context_start_B1, starts)
 
 
-def _one_by_one(
-    q_KPHD: Tensor,
-    k_JPHD: Tensor,
-    v_J1HD: Tensor,
-    q_start_S1: Tensor,
-    k_start_S1: Tensor,
-    bias_KJ: Tensor | None = None,
-) -> Tensor:
+def _one_by_one(q_KPHD: Tensor, k_JPHD: Tensor, v_J1HD: Tensor, q_start_S1: Tensor, k_start_S1: Tensor) -> Tensor:
     """A call for each member of a pair, so that no values are copied for the second; (1, K, H * D)."""
     outputs = [
-        varlen_attention(q_KPHD[:, pair], k_JPHD[:, pair], v_J1HD[:, 0], q_start_S1, k_start_S1, bias_KJ)
+        varlen_attention(q_KPHD[:, pair], k_JPHD[:, pair], v_J1HD[:, 0], q_start_S1, k_start_S1)
         for pair in range(q_KPHD.shape[1])
     ]
     out_KHD = outputs[0] if len(outputs) == 1 else outputs[0] - outputs[1]

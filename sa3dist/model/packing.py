@@ -53,7 +53,7 @@ class FilledPacking:
     table_5K   int64, per token: place of its frame among the B * T flattened ones (0 where it is none); which memory
                token it is (0 where none); place of its velocity among them (B * T where it is no frame of a clip);
                rotary position; clip
-    start_S    int32 (B + 2): first token of every clip and of the filling, and K
+    start_S    int32 (B + 2): first token of every clip and of the filling, and K; (2) for one clip without a filling
     """
 
     table_5K: Tensor
@@ -80,7 +80,9 @@ class FilledPacking:
             part[3], part[4] = torch.arange(count), clip
             parts.append(part)
         nowhere[2], nowhere[4] = places, len(lengths) - 1
-        starts = torch.tensor([0, *counts, missing]).cumsum(0).to(torch.int32)
+        # One clip alone is a shape of its own: its attention need not ask where it ends.
+        spans = [*counts, missing] if missing or len(counts) > 1 else counts
+        starts = torch.tensor([0, *spans]).cumsum(0).to(torch.int32)
         return cls(torch.cat([*parts, nowhere], dim=1), starts)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> FilledPacking:
