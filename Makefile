@@ -41,7 +41,8 @@ bench: $(VENV)/.installed
 	$(RUN) kernels/benchmarks/bench_step.py --precision fp32
 	$(RUN) kernels/benchmarks/bench_step.py --precision bf16 --repeats 1
 
-# From the source tree on a bare machine: no install, no network.
+# From the source tree on a bare machine: no install, no network. PART=tests|step|ops|run|ranks|all; wheels of what `run`
+# and `ranks` lack there (pydantic, webdataset, soundfile and what these need) are taken from .whl beside this file.
 gpu-check:
 	PYTHONPATH=.:kernels OUT=$(OUT) $(GPU_PYTHON) kernels/benchmarks/gpu_check.py $(PART)
 

@@ -24,6 +24,8 @@ from sa3dist.model.config import ModelConfig
 STREAM_PASSES, HEAD_PASSES, GATE_PASSES = (19, 30), (6, 10), (5, 8)
 # A fused attention kernel keeps no scores: its backward pass makes them again, five products instead of four.
 ATTENTION_BACKWARD = 2.5
+# Parts of the names of layers with a bias.
+BIASED = (".ff.ff.", ".to_local_embed.", ".to_timestep_embed.", ".global_cond_embedder.", "conditioners.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +47,14 @@ class MicroBatch:
 class Adapter:
     """Which layers are adapted, and how; names are relative as in a file. An empty one is the frozen base.
 
-    kernels   the Triton kernels compute them: these keep a layer's output instead of the product before its scaling
+    formed   they multiply with W' formed once per step: a layer keeps its input and, where rows are scaled, its output
+             without the bias
     """
 
     kind: AdapterType | None
     rank: int
     layers: frozenset[str]
-    kernels: bool = False
+    formed: bool = False
 
 
 @dataclasses.dataclass
@@ -177,7 +180,7 @@ class _Walk:
         self.keep(self.tokens, 2, x)
         self.keep(context, 4, text)
         # Outputs that nobody else keeps, here of project_in and to_cond_embed.
-        self.keep(self.frames + context, 1, self.adapter.kernels)
+        self.keep(self.frames + context, 1, self.adapter.formed and self.adapter.kind.rows)
         return Count(ends, tuple(blocks))
 
     def two_layers(self, name: str, rows: int, width: int, fan_in: int, needs: bool) -> bool:
@@ -201,7 +204,7 @@ class _Walk:
         self.keep(attended, (pairs + 1) + pairs + (2 if pairs == 2 else 0), q or kv)
         x = self.linear(f"{name}.cross_attn.to_out", tokens, width, width, q or kv) or x
         # The one output of a block that nobody else keeps.
-        self.keep(tokens, 1, self.adapter.kernels)
+        self.keep(tokens, 1, self.adapter.formed and self.adapter.kind.rows)
 
         if self.dit.local_add_cond_dim is not None:
             rows = self.frames if self.batch.given_context else 1
@@ -228,6 +231,9 @@ class _Walk:
         if kind is None:
             return needs
         self.adapter_of(kind, rows, fan_out, fan_in, needs)
+        if self.adapter.formed and kind.rows and any(part in name for part in BIASED):
+            # Elsewhere it is the output, which the next operation keeps.
+            self.part.kept_bytes += rows * fan_out * self.value_bytes
         return True
 
     def adapter_of(self, kind: AdapterType, rows: int, fan_out: int, fan_in: int, needs: bool) -> None:
@@ -254,18 +260,19 @@ class _Walk:
         if kind.rows:
             forward.do(0, 2 * rows * fan_out * value)
             backward.do(0, 4 * rows * fan_out * value)
-            if not self.adapter.kernels:
-                # The product before its scaling.
-                kept += rows * fan_out * value
+            # The product before its scaling.
+            kept += rows * fan_out * value
             # Gain, norms and W0 R^T in float32.
             norms += 4 * fan_out * (rank + 2)
         if kind.cols:
             forward.do(0, 2 * rows * fan_in * value)
             backward.do(0, 4 * rows * fan_in * value)
-            weighted = fan_out * rank if kind.rows and not self.adapter.kernels else 0
-            norms += 4 * (fan_in * (rank + 2) + weighted)
+            norms += 4 * (fan_in * (rank + 2) + (fan_out * rank if kind.rows else 0))
+        if self.adapter.formed:
+            # What formed weights hold they hold for the whole run.
+            return
         self.part.kept_bytes += kept + norms
-        if self.adapter.kernels or not rides_along(kind):
+        if not rides_along(kind):
             self.part.norm_bytes += norms
 
     def attention(self, sizes: Iterable[tuple[int, int]], needs: bool) -> None:

@@ -17,17 +17,15 @@ import torch
 
 from sa3dist import memory
 from sa3dist.data.stream import MicroBatch
-from sa3dist.model.packing import Packing
+from sa3dist.model.packing import FilledPacking, Packing
 
 log = logging.getLogger(__name__)
 
 Tensors = tuple[torch.Tensor, ...]
-# Where ``auto`` records: longer micro batches keep the device busy for longer than the host needs to launch them.
-MOST_TOKENS = 2048
 # Fewer steps do not earn back what recording takes.
 STEPS_WORTH_RECORDING = 50
-# A run with clips of ever other lengths must not fill the memory with graphs; each holds the values of one pass.
-MOST_GRAPHS = 8
+# A ladder has 24 rungs for one clip of up to 380 s, each with and without context given; large micro batches have more.
+MOST_GRAPHS = 96
 # Shapes remembered as seen once.
 MOST_SHAPES = 1000
 # Free memory before a recording, in passes: its own, an ordinary one, and what the allocator rounds up.
@@ -36,16 +34,13 @@ PASSES_THAT_FIT = 2.2
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-3, 1e-2
 
 
-def wants_graphs(choice: str, device: torch.device, tokens: int, steps: int) -> bool:
-    """Whether to record: as told, or with ``auto`` on CUDA where the device waits for its host and the run is long.
-
-    tokens   of the largest micro batch, memory tokens included
-    """
+def wants_graphs(choice: str, device: torch.device, steps: int) -> bool:
+    """Whether to record: as told, or with ``auto`` on CUDA where the run is long."""
     if choice != "auto":
         return choice == "on"
-    chosen = device.type == "cuda" and tokens <= MOST_TOKENS and steps >= STEPS_WORTH_RECORDING
+    chosen = device.type == "cuda" and steps >= STEPS_WORTH_RECORDING
     if device.type == "cuda":
-        log.info("cuda_graphs: auto chose %s (%d tokens)", "on" if chosen else "off", tokens)
+        log.info("cuda_graphs: auto chose %s", "on" if chosen else "off")
     return chosen
 
 
@@ -162,6 +157,8 @@ class PassGraphs:
         self._recorder = recorder
         self._seen: set[Hashable] = set()
         self._recorded: dict[Hashable, _Recorded] = {}
+        # What graphs read. One at a time is replayed, so those of a shape are shared.
+        self._inputs: dict[Hashable, torch.Tensor] = {}
 
     @property
     def shapes(self) -> int:
@@ -196,6 +193,7 @@ class PassGraphs:
         """Use no graph from here on, and give their memory back."""
         self._recorder = None
         self._recorded.clear()
+        self._inputs.clear()
         gc.collect()
         if self._gradient.is_cuda:
             torch.cuda.empty_cache()
@@ -203,7 +201,7 @@ class PassGraphs:
     def _record(self, key: Hashable, batch: MicroBatch) -> None:
         before = self._gradient.clone()
         try:
-            own = batch.clone()
+            own = self._own(batch)
             self._recorder.warm_up(lambda: self._recordable(own))
             self._recorded[key] = _Recorded(own, self._recorder.record(lambda: self._recordable(own)))
         except Exception as problem:
@@ -211,6 +209,17 @@ class PassGraphs:
             self._give_up(problem)
         # The warm-up has added to it.
         self._gradient.copy_(before)
+
+    def _own(self, batch: MicroBatch) -> MicroBatch:
+        """A copy of ``batch`` in the tensors that graphs read."""
+        own = batch.clone()
+        for holder, name, value in _places(own):
+            key = name, value.dtype, tuple(value.shape)
+            shared = self._inputs.setdefault(key, value)
+            if shared is not value:
+                shared.copy_(value)
+                object.__setattr__(holder, name.rpartition(".")[2], shared)
+        return own
 
     def _compare(self, batch: MicroBatch, recorded: _Recorded) -> Tensors:
         before = self._gradient.clone()
@@ -249,22 +258,25 @@ def _distance(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     return norm(found - expected) / norm(expected).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _tensors(batch: MicroBatch) -> Iterator[tuple[str, torch.Tensor]]:
+def _places(batch: MicroBatch) -> Iterator[tuple[object, str, torch.Tensor]]:
+    """Every tensor of a micro batch: which object holds it, under which name, and the tensor."""
     for name, value in vars(batch).items():
         if isinstance(value, torch.Tensor):
-            yield name, value
-        elif isinstance(value, Packing):
-            yield f"{name}.frame_F", value.frame_F
+            yield batch, name, value
+        elif isinstance(value, Packing | FilledPacking):
+            for part, tensor in vars(value).items():
+                if isinstance(tensor, torch.Tensor):
+                    yield value, f"{name}.{part}", tensor
 
 
 def shape_of(batch: MicroBatch) -> Hashable:
     """What a pass depends on beside the values of its tensors."""
-    packing = batch.packing and (batch.packing.frames, batch.packing.lengths)
-    shapes = tuple((name, value.dtype, tuple(value.shape)) for name, value in _tensors(batch))
+    packing = (batch.packing.frames, batch.packing.lengths) if isinstance(batch.packing, Packing) else None
+    shapes = tuple((name, value.dtype, tuple(value.shape)) for _, name, value in _places(batch))
     return shapes, packing, batch.has_context, batch.prompt_length
 
 
 def copy_values(source: MicroBatch, target: MicroBatch) -> None:
     """Write the tensors of one micro batch into those of another of equal ``shape_of``."""
-    for (_, value), (_, own) in zip(_tensors(source), _tensors(target), strict=True):
+    for (*_, value), (*_, own) in zip(_places(source), _places(target), strict=True):
         own.copy_(value)

@@ -8,7 +8,6 @@ from typing import Any
 
 import psutil
 import torch
-from sa3dist_kernels.dispatch import runs_fused
 
 from sa3dist.adapters import adapted_layers, adapter_parameters
 from sa3dist.counting import Adapter, Count, MicroBatch, count
@@ -30,11 +29,12 @@ def batch_of(config, frames: int, clips: int, given_context: bool = True) -> Mic
     return MicroBatch((frames,) * clips, context, context, given_context)
 
 
-def adapter_of(base, kernels: bool = False) -> Adapter:
-    """The adapter attached to ``base``, as it is counted; kernels: whether the Triton kernels will compute it."""
+def adapter_of(base) -> Adapter:
+    """The adapter attached to ``base``, as it is counted."""
     layers = adapted_layers(base)
     kind = next((layer.kind for layer in layers.values()), None)
-    return Adapter(kind, base.adapter_config.rank if layers else 0, frozenset(layers), kernels)
+    formed = any(layer.formed is not None for layer in layers.values())
+    return Adapter(kind, base.adapter_config.rank if layers else 0, frozenset(layers), formed)
 
 
 def working_bytes(config, tokens: int, value_bytes: int) -> float:
@@ -91,10 +91,7 @@ def recomputed_blocks(choice: str, base, frames: int, clips: int, device: torch.
 def largest_pass(base, frames: int, clips: int, device: torch.device, mixed_precision: str) -> tuple[Count, float]:
     """What the largest micro batch's pass counts, and the bytes of what comes and goes in it beside what is kept."""
     value_bytes = 4 if base.dtype == torch.float32 else 2
-    products = torch.bfloat16 if mixed_precision == "bf16" else base.dtype
-    kernels = runs_fused("auto", device, products, torch.float32)
-    adapter = adapter_of(base, kernels)
-    counted = count(base.config, batch_of(base.config, frames, clips), adapter, value_bytes, value_bytes)
+    counted = count(base.config, batch_of(base.config, frames, clips), adapter_of(base), value_bytes, value_bytes)
     tokens = clips * (frames + base.config.dit.num_memory_tokens)
     return counted, working_bytes(base.config, tokens, value_bytes)
 

@@ -15,10 +15,11 @@ from sa3dist.formats import file_sha256
 from sa3dist.home import local_name
 from sa3dist.metrics import progress
 from sa3dist.model.config import ModelConfig
+from sa3dist.model.kept_digests import KeptDigests
 from sa3dist.model.loading import load_base
 from sa3dist.parallel.group import Group, on_main_first, together
 from sa3dist.parallel.signals import StopRequest
-from sa3dist.startup import Startup
+from sa3dist.startup import Startup, imported_beside, keep_kernels_in
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -29,8 +30,15 @@ def open_base(settings: Settings, group: Group, stop: StopRequest, startup: Star
     Each part together: a rank that cannot read the model takes the others along with its reason. Raises what failed on
     any rank, on every rank.
     """
-    with startup.part("load_base"):
+    if group.device.type == "cuda":
+        # Before the first kernel is compiled.
+        keep_kernels_in(settings.work_dir.resolve() / "kernels")
+    # AdamW and the compiler import it: two seconds of reading, which the disk and the device leave time for.
+    with startup.part("load_base"), imported_beside("torch._dynamo"):
         base = together(group, "base", lambda: _load(settings, group.device), stop)
+    if group.is_main:
+        # Seconds of hashing beside what comes before they are asked for.
+        base.begin_weights_digest()
     with startup.part("singular_bases"):
         bases = _singular_bases(settings, group, stop, base)
     with startup.part("attach"):
@@ -51,6 +59,7 @@ def _load(settings: Settings, device: torch.device):
     )
     _require_trainable(base.config)
     base.reference_numerics = settings.reference_numerics
+    base.kept_digests = KeptDigests(settings.work_dir / "digests", settings.verify_base)
     return base
 
 

@@ -7,6 +7,7 @@ import torch
 from sa3dist import memory
 from sa3dist.graphs import Recorder, wants_graphs
 from sa3dist.model.fused import fall_back_on_failure, keep_compiled_in, use_compiled, wants_compile
+from sa3dist.shape_ladder import ShapeLadder
 from sa3dist.trainer import Trainer
 
 
@@ -22,12 +23,16 @@ def choose_passes(trainer: Trainer, settings, frames: int) -> None:
         torch.cuda.reset_peak_memory_stats(group.device)
     largest = base, frames, settings.batch_size, group.device, settings.mixed_precision
     base.recomputed_blocks = memory.recomputed_blocks(settings.gradient_checkpointing, *largest)
+    if trainer.engine.formed is not None:
+        trainer.ladder = ShapeLadder(frames, base.dit.transformer.memory)
     if wants_compile(settings.compile, group.device, steps, settings.deterministic):
         keep_compiled_in(settings.work_dir / "compiled")
-        use_compiled(base.dit)
+        if trainer.ladder is not None:
+            base.dit.transformer.use_compiled_blocks("inductor")
+        else:
+            use_compiled(base.dit)
         if settings.compile == "auto":
             fall_back_on_failure()
-    tokens = settings.batch_size * (base.dit.transformer.memory + frames)
     # Ranks of an engine in lockstep exchange tensors within a pass.
-    if not trainer.engine.lockstep and wants_graphs(settings.cuda_graphs, group.device, tokens, steps):
+    if not trainer.engine.lockstep and wants_graphs(settings.cuda_graphs, group.device, steps):
         trainer.record_passes(Recorder(group.device, memory.largest_pass_bytes(*largest)))

@@ -121,7 +121,7 @@ def predict(job: Job, device: Device, measured: list[Measured]) -> Prediction:
     choice = _choose(settings.gradient_checkpointing, counted, sum(needed.values()), device.memory_bytes)
     needed["kept for the backward pass"] = counted.kept_bytes(choice.recomputed_blocks)
     tokens = settings.batch_size * (job.frames + config.dit.num_memory_tokens)
-    graphed = _graphed(job, device, needed, tokens)
+    graphed = _graphed(job, device, needed)
     if graphed:
         needed["recorded pass"] = needed["kept for the backward pass"] + needed["working"]
 
@@ -156,12 +156,10 @@ def _held_bytes(job: Job, device: Device) -> dict[str, float]:
     }
 
 
-def _graphed(job: Job, device: Device, needed: dict[str, float], tokens: int) -> bool:
+def _graphed(job: Job, device: Device, needed: dict[str, float]) -> bool:
     """Whether passes will be replayed: where the run wants it and their values fit the memory a second time."""
     settings = job.settings
-    wanted = device.on_gpu and wants_graphs(
-        settings.cuda_graphs, torch.device("cuda"), tokens, settings.number_of_steps
-    )
+    wanted = device.on_gpu and wants_graphs(settings.cuda_graphs, torch.device("cuda"), settings.number_of_steps)
     twice = sum(needed.values()) + needed["kept for the backward pass"] + needed["working"]
     return wanted and twice <= memory.USABLE_SHARE * device.memory_bytes
 

@@ -122,6 +122,11 @@ class Settings(BaseModel):
         "auto",
         description="compile what lies between the matrix products: auto (CUDA, runs of 200 steps or more), on, off",
     )
+    adapter_products: Literal["auto", "formed", "factored"] = Field(
+        "auto",
+        description="multiply with adapted weights formed once per step (auto on CUDA), or with base and factors "
+        "apart, which keeps updates too small for the weights' format",
+    )
     cuda_graphs: Annotated[Literal["auto", "on", "off"], OnOff] = Field(
         "auto",
         description="replay forward and backward as CUDA graphs: auto (micro batches of up to 2048 tokens), on, off",
@@ -153,6 +158,10 @@ class Settings(BaseModel):
     max_download_bytes: int = Field(1 << 40, ge=1, description="largest remote source that is downloaded, in bytes")
     cache_bytes: int = Field(
         64 << 30, ge=0, description="clips of remote shards kept on the local disk, in bytes; the least used go first"
+    )
+    verify_base: bool = Field(
+        False,
+        description="hash the model's files again, though path, size, time and inode are those of the last run's",
     )
     allow_any_dataset_size: bool = Field(False, description="lift the limit of 4..2000 clips")
 

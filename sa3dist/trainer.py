@@ -31,6 +31,7 @@ from sa3dist.parallel.pulse import AVERAGING
 from sa3dist.parallel.saving import Saver
 from sa3dist.parallel.signals import StopRequest
 from sa3dist.schedule import Schedule
+from sa3dist.shape_ladder import ShapeLadder
 from sa3dist.work import Plan
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ class Trainer:
         self.engine = engines.make(base, parameters, forward, settings, plan, group, scalars=SAVING + 1)
         self.saver = Saver()
         self._stop = StopRequest()
+        # Brings micro batches to few shapes; None where they are computed as they come.
+        self.ladder: ShapeLadder | None = None
         self.graphs: PassGraphs | None = None
         # Whether memory that runs out takes them along. Equal on all ranks, some of which may hold none any more.
         self.graphs_may_go = False
@@ -95,7 +98,8 @@ class Trainer:
             waited += time.perf_counter() - asked
             self.group.pulse.beat(COMPUTING)
             losses_of_batch = self._pass_alone if self.engine.separate else self.graphs or self._pass
-            parts = torch.stack([loss.detach() for loss in losses_of_batch(batch, last=left == 0)])
+            shaped = batch if self.ladder is None else self.ladder(batch)
+            parts = torch.stack([loss.detach() for loss in losses_of_batch(shaped, last=left == 0)])
             self.engine.scalars[LOSS : LOSS_CTX + 1] += parts
             self.engine.scalars[SILENT] += batch.silent_crops
             self.engine.scalars[REPEATED] += batch.repeated_clips
@@ -199,9 +203,10 @@ class Trainer:
                 raise
             # Peers wait in the reduction below: join it first, fail afterwards, all together.
             problem = self._explain(failure)
-            self.engine.scalars[TROUBLE] = 1
-        self.engine.scalars[STOP] = float(stop())
-        self.engine.scalars[SAVING] = float(self.saver.busy)
+            self.engine.scalars[TROUBLE].fill_(1)
+        # Filled, not assigned: a number that is assigned is copied from the host, which waits for the device.
+        self.engine.scalars[STOP].fill_(float(stop()))
+        self.engine.scalars[SAVING].fill_(float(self.saver.busy))
         pulse.beat(AVERAGING)
         grad_norm = self.engine.average()
         *figures, norm = torch.cat([self.engine.scalars, grad_norm[None]]).tolist()

@@ -16,7 +16,7 @@ ROUNDINGS = {torch.float32: 8.0, torch.float16: 0.5, torch.bfloat16: 0.5}
 
 @pytest.fixture(params=["torch", "triton"])
 def impl(request, device) -> str:
-    """Both implementations by name: what "auto" would take is then no question."""
+    """Both forms by name: the factored one, and W' formed per use."""
     if request.param == "triton" and device.type != "cuda":
         pytest.skip("in the interpreter the kernels have tests of their own")
     return request.param
@@ -61,7 +61,7 @@ def evaluate(form, kind, layer, device, wide=None):
     return {name: value.detach().double().cpu() for name, value in zip(names, values, strict=True)}
 
 
-def factored(impl):
+def adapted(impl):
     def form(x, weight, bias, params, kind, scale, frozen):
         return adapted_linear(x, weight, bias, params, kind, scale, frozen=frozen, impl=impl)
 
@@ -76,13 +76,13 @@ def materialised(x, weight, bias, params, kind, scale, frozen):
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("dtype", list(ROUNDINGS), ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("name", ADAPTER_TYPES)
-def test_factored_form_is_no_further_from_float64_than_the_materialised(
+def test_either_form_is_no_further_from_float64_than_the_materialised(
     device, name, dtype, sizes, impl, record_property
 ):
     kind = ADAPTER_TYPES[name]
     layer = make_layer(kind, *SIZES[sizes], dtype)
     exact = evaluate(materialised, kind, layer, "cpu", torch.float64)
-    ours, theirs = evaluate(factored(impl), kind, layer, device), evaluate(materialised, kind, layer, device)
+    ours, theirs = evaluate(adapted(impl), kind, layer, device), evaluate(materialised, kind, layer, device)
     errors = {
         key: [float((found[key] - exact[key]).norm() / exact[key].norm()) for found in (ours, theirs)] for key in exact
     }
@@ -99,8 +99,8 @@ def test_autocast_and_empty_input_give_the_formats_they_promise(device, name, im
     frozen = frozen_constants(weight.to(device), *(base.to(device) for base in bases))
     params = {key: value.to(device).requires_grad_() for key, value in params.items()}
     with torch.autocast(device.type, torch.bfloat16):
-        y = factored(impl)(x.float().to(device), weight.to(device), bias.to(device), params, kind, 1.0, frozen)
-        none = factored(impl)(x[:0].to(device), weight.to(device), bias.to(device), params, kind, 1.0, frozen)
+        y = adapted(impl)(x.float().to(device), weight.to(device), bias.to(device), params, kind, 1.0, frozen)
+        none = adapted(impl)(x[:0].to(device), weight.to(device), bias.to(device), params, kind, 1.0, frozen)
     assert y.dtype == torch.bfloat16
     assert none.shape == (0, 32)
     gradients = torch.autograd.grad(y.float().square().sum() + none.float().sum(), list(params.values()))
@@ -120,7 +120,7 @@ def test_the_op_never_waits_for_the_device(device, name, impl):
     x.requires_grad_()
 
     def step():
-        y = factored(impl)(x, weight, bias, params, kind, 0.7, frozen)
+        y = adapted(impl)(x, weight, bias, params, kind, 0.7, frozen)
         return torch.autograd.grad(y, [x, *params.values()], grad)
 
     step()

@@ -1,20 +1,26 @@
-"""Every part of gpu-check on a CPU with tiny sizes, as a bare machine without the data stages' packages runs it."""
+"""Every part of gpu-check on a CPU with tiny sizes; its budgets, and what a bare machine lacks."""
 
 import json
 import os
 import subprocess
 import sys
+import types
+import zipfile
 from pathlib import Path
 
 import bench_adapted_linear
 import check_ops
+import check_ranks
 import check_run
 import check_step
 import check_tests
+import command_runs
 import gpu_check
+import psutil
 import pytest
 import results_file
 import torch
+from sa3dist_kernels import ADAPTER_TYPES
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -61,8 +67,8 @@ def test_the_hidden_packages_are_hidden(tmp_path):
 
 
 @pytest.mark.slow
-def test_ops_step_and_run_pass_without_the_data_stages_packages(tmp_path):
-    for part in ("ops", "step", "run"):
+def test_ops_and_step_pass_without_the_data_stages_packages(tmp_path):
+    for part in ("ops", "step"):
         code, errors, content = bare_run(tmp_path, part, "--device", "cpu", "--tiny")
         assert code == 0, errors
         assert (content["state"], content["passed"], content["skipped"]) == ("finished", True, [])
@@ -72,6 +78,28 @@ def test_ops_step_and_run_pass_without_the_data_stages_packages(tmp_path):
         assert len(environment["source_sha256"]) == 64
         assert "gpu_check.py" in environment["command"]
         assert {"device", "triton", "commit", "date"} <= environment.keys()
+
+
+def test_run_names_the_packages_it_lacks_and_takes_them_from_wheels(tmp_path, monkeypatch):
+    monkeypatch.setattr(command_runs, "NEEDED", ("torch", "no_such_package", "nor_this"))
+    monkeypatch.setattr(command_runs, "WHEELS", tmp_path)
+    (tmp_path / "nor_this-1.0-py3-none-any.whl").touch()
+    with pytest.raises(command_runs.CommandFailed, match="^no_such_package: not installed here"):
+        command_runs.command_environment(tmp_path / "scratch", CPU)
+    write_wheel(tmp_path / "nor_this-1.0-py3-none-any.whl", "nor_this")
+    write_wheel(tmp_path / "no_such_package-1.0-py3-none-any.whl", "no_such_package")
+    environment = command_runs.command_environment(tmp_path / "scratch", CPU)
+    code = "import no_such_package, nor_this, sa3dist, sa3dist_kernels; print(nor_this.NAME)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd="/", capture_output=True, text=True)
+    assert done.stdout == "nor_this\n", done.stderr
+
+
+def write_wheel(path, name):
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(f"{name}.py", f"NAME = {name!r}\n")
+        wheel.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        wheel.writestr(f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{name}-1.0.dist-info/RECORD", "")
 
 
 @pytest.mark.slow
@@ -84,7 +112,8 @@ def test_tests_part_records_every_gpu_test_of_a_file(tmp_path):
     name = "test_factored_form_is_no_further_from_float64_than_the_materialised[torch-bora-bf16-odd]"
     assert outcomes[name]["outcome"] == "passed"
     assert len(outcomes[name]["errors_ours_and_materialised"]["y"]) == 2
-    assert content["files"] == [{"file": "test_gpu_adapted_linear.py", "exit_code": 0}]
+    assert (content["files"], content["exit_code"]) == (["test_gpu_adapted_linear.py"], 0)
+    assert content["processes"] == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
@@ -109,10 +138,21 @@ def test_a_failing_gpu_test_fails_the_part_and_is_recorded_with_its_reason(tmp_p
     bad.write_text("import pytest\n@pytest.mark.gpu\ndef test_bad():\n    assert 1 == 2, 'one is not two'\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n")
     monkeypatch.setattr(check_tests, "gpu_files", lambda device: [bad])
+    monkeypatch.setattr(check_tests, "PROCESSES", 0)
     assert check_tests.run(results, results_file.Budget(60), CPU, tiny=False) is False
     assert [row["outcome"] for row in results.rows] == ["failed"]
     assert "one is not two" in results.rows[0]["why"]
-    assert results.content["files"] == [{"file": bad.name, "exit_code": 1}]
+    assert (results.content["files"], results.content["exit_code"]) == ([bad.name], 1)
+
+
+def test_tests_that_hang_are_ended_with_the_budget(tmp_path, monkeypatch, results):
+    slow = tmp_path / "test_gpu_slow.py"
+    slow.write_text("import time\ntime.sleep(99)\n")
+    monkeypatch.setattr(check_tests, "gpu_files", lambda device: [slow])
+    monkeypatch.setattr(check_tests, "PROCESSES", 0)
+    monkeypatch.setattr(check_tests, "SHORTEST", 1.0)
+    assert check_tests.run(results, results_file.Budget(7), CPU, tiny=False) is False
+    assert results.content["exit_code"] == "stopped after 2 s"
 
 
 def test_a_part_without_time_left_skips_and_says_what(results):
@@ -122,7 +162,7 @@ def test_a_part_without_time_left_skips_and_says_what(results):
     assert len(results.content["skipped"]) == cases
     assert results.rows == []
     check_step.run(results, spent, CPU, tiny=True)
-    assert [entry["shape"] for entry in results.content["skipped"]] == ["tiny-medium", "tiny-small"]
+    assert [entry["adapter_type"] for entry in results.content["skipped"]] == ["dora-rows", "bora-xs"]
     assert check_tests.run(results, spent, CPU, tiny=True) is False
     assert results.content["skipped"][0]["why"] == "time budget"
     assert json.loads(results.path.read_text()) == results.content
@@ -163,67 +203,153 @@ def test_measured_layers_are_the_medium_models():
     assert set(check_ops.REAL.layers) == set(bench_adapted_linear.SHAPES["medium"].values())
 
 
-def test_the_most_telling_steps_come_first():
-    first, second = check_step.PLAN[:2]
-    assert (first.shape, first.adapter_type, first.frames[:2]) == ("medium-base", "dora-rows", (323, 4091))
-    assert (second.shape, second.adapter_type, second.frames[0]) == ("small-music-base", "dora-rows", 323)
-    planned = {(g.shape, g.adapter_type, g.rank) for g in check_step.PLAN}
-    types = ("lora", "dora-rows", "dora-cols", "bora", "dora-rows-xs")
-    kinds = [(name, rank) for name in types for rank in (16, 128)]
-    assert planned == {(shape, *kind) for shape in ("medium-base", "small-music-base") for kind in kinds}
+def test_all_nine_types_are_planned_the_most_telling_first():
+    first, *others = check_step.PLAN
+    assert (first.adapter_type, first.in_full) == ("dora-rows", True)
+    assert {group.adapter_type for group in others} == set(ADAPTER_TYPES) - {"dora-rows"}
+    assert {(group.shape, group.rank, group.frames) for group in check_step.PLAN} == {("medium-base", 16, (323, 4091))}
+
+
+@pytest.mark.parametrize("frames", [323, 4091])
+def test_unequal_lengths_lie_around_the_equal_ones_and_within_the_model(frames):
+    lengths = check_step.mix_of(frames, 24)
+    assert len(set(lengths)) == 24
+    assert lengths != sorted(lengths)
+    assert 0.8 * frames <= min(lengths) < 0.9 * frames
+    assert max(lengths) <= min(1.2 * frames, 4096)
 
 
 def test_a_group_that_breaks_fails_the_part_and_is_named_and_the_others_are_measured(monkeypatch, results):
-    measure, asked = check_step.measure, []
+    def breaks(*_):
+        raise RuntimeError("device lost\nand more")
 
-    def breaks_once(group, *others):
-        asked.append(group)
-        if len(asked) == 1:
-            raise RuntimeError("device lost\nand more")
-        measure(group, *others)
-
-    monkeypatch.setattr(check_step, "measure", breaks_once)
+    monkeypatch.setattr(check_step, "measure_in_full", breaks)
     assert check_step.run(results, results_file.Budget(60), CPU, tiny=True) is False
     (broken,) = results.content["failed"]
-    assert (broken["shape"], broken["why"]) == (check_step.TINY_PLAN[0].shape, "RuntimeError: device lost")
-    assert {row["shape"] for row in results.rows} == {check_step.TINY_PLAN[1].shape}
+    assert (broken["adapter_type"], broken["why"]) == ("dora-rows", "RuntimeError: device lost")
+    assert [(row["adapter_type"], row["frozen_ms"], row["over_frozen"]) for row in results.rows] == [
+        ("bora-xs", None, None)
+    ] * 2
 
 
 def test_targets_are_held_against_the_rows_they_are_about():
-    row = {"shape": "medium-base", "adapter_type": "dora-rows", "rank": 16, "frames": 323, "ratio": 9.0}
-    row |= {
-        "ratio_from_audio": None,
-        "named_share": None,
-        "over_frozen": 1.2,
-        "over_floor": 1.5,
-        "recomputing_total_bytes": 30e9,
-    }
+    row = {"shape": "medium-base", "adapter_type": "dora-rows", "rank": 16, "frames": 323, "frozen_ms": 12.5}
+    row |= {"ours_ms": 20.0, "over_frozen": 1.6, "unequal_over_equal": None, "total_bytes": 6e9}
+    long = {**row, "frames": 4091, "frozen_ms": 94.0, "ours_ms": 106.0, "total_bytes": 17e9}
     others = [{**row, "rank": 128}, {**row, "shape": "small-music-base"}]
-    found = check_step.against_targets([row, *others, {**row, "frames": 4091, "ratio": 2.1, "ratio_from_audio": 4.5}])
-    met = {(entry["frames"], entry["figure"]): entry["met"] for entry in found}
+    found = check_step.against_targets([row, long, *others, {**row, "adapter_type": "bora", "over_frozen": 2.0}])
+    met = {(entry["adapter_type"], entry["frames"], entry["figure"]): entry["met"] for entry in found}
     assert met == {
-        (323, "ratio"): True,
-        (323, "over_frozen"): False,
-        (4091, "ratio"): False,
-        (4091, "ratio_from_audio"): True,
-        (4091, "over_frozen"): False,
-        (4091, "over_floor"): True,
-        (4091, "recomputing_total_bytes"): False,
+        ("dora-rows", 323, "frozen_ms"): False,
+        ("dora-rows", 323, "ours_ms"): True,
+        ("dora-rows", 323, "total_bytes"): True,
+        ("dora-rows", 4091, "frozen_ms"): True,
+        ("dora-rows", 4091, "ours_ms"): False,
+        ("dora-rows", 4091, "total_bytes"): False,
+        ("bora", 323, "over_frozen"): False,
     }
 
 
-def test_resumed_losses_that_differ_fail_the_run(monkeypatch, results):
-    monkeypatch.setattr(check_run, "largest_difference", lambda rows, others: 0.1)
-    assert check_run.run(results, results_file.Budget(60), CPU, tiny=True) is False
-    resumed = next(row for row in results.rows if row["what"] == "resume")
-    assert not resumed["same"]
-    assert resumed["losses"] == results.rows[0]["losses"][check_run.TINY.save_every :]
+@pytest.mark.slow
+def test_run_takes_the_whole_road_and_a_resumed_loss_that_differs_fails_it(monkeypatch, results):
+    monkeypatch.setattr(check_run, "largest_difference", lambda rows, others: 1e-7)
+    assert check_run.run(results, results_file.Budget(300), CPU, tiny=True) is False
+    rows = {row["what"]: row for row in results.rows}
+    assert (results.content["failed"], results.content["skipped"]) == ([], [])
+    assert not rows["resume"]["same"]
+    assert rows["resume"]["every_step_once"]
+    assert 0 < rows["resume"]["resumed_from"] < rows["resume"]["killed_after"]
+    taken_twice = rows["resume"]["losses"][: rows["resume"]["steps_taken_twice"]]
+    assert taken_twice == rows["train"]["losses"][rows["resume"]["resumed_from"] :]
+    assert rows["export and reload"]["equal"]
+    assert rows["export and reload"]["acts"]
+    assert rows["warm start"]["startup_seconds"]["encode"] < rows["first start"]["startup_seconds"]["encode"]
 
 
-def test_a_changed_base_weight_changes_the_checksum():
-    base = check_run.make_base("tiny-small", 2, CPU, torch.bfloat16)
-    before = check_run.weights_checksum(base)
-    assert check_run.weights_checksum(base) == before
-    with torch.no_grad():
-        base.dit.transformer.layers[1].ff.ff[2].weight[3, 5] *= 1.01
-    assert check_run.weights_checksum(base) != before
+def test_a_command_that_ends_early_is_told_with_what_it_said(tmp_path):
+    environment = command_runs.command_environment(tmp_path, CPU)
+    with (
+        command_runs.Command(environment, tmp_path / "run", ["model=nowhere", "audio_data_url=nothing.zip"]) as command,
+        pytest.raises(command_runs.CommandFailed, match="ended with 2 before step 1: .*nothing.zip"),
+    ):
+        command.wait_for_step(1, 120)
+
+
+def test_ranks_that_drift_apart_fail():
+    results = types.SimpleNamespace(add=lambda **row: None)
+    row = {"step": 1, "loss": 2.0, "clips": ["a", "b"]}
+    adapters = {"w": torch.ones(4)}
+    pair = {"one": [row], "two": [row]}
+    assert check_ranks.compare(results, pair, {"one": adapters, "two": {"w": torch.ones(4) + 1e-6}})
+    assert not check_ranks.compare(results, pair, {"one": adapters, "two": {"w": torch.ones(4) + 1e-5}})
+    assert not check_ranks.compare(
+        results, pair | {"two": [{**row, "loss": 2.001}]}, {"one": adapters, "two": adapters}
+    )
+    assert not check_ranks.compare(
+        results, pair | {"two": [{**row, "clips": ["b", "a"]}]}, dict.fromkeys("ab", adapters)
+    )
+
+
+@pytest.mark.parametrize(
+    ("left", "expected"),
+    [
+        (1000.0, ["step", "tests", "run", "ranks", "ops"]),
+        # The last does not fit any more.
+        (450.0 + 30, ["step", "tests", "run"]),
+    ],
+)
+def test_all_runs_the_parts_in_order_and_starts_none_that_would_end_too_late(monkeypatch, capsys, left, expected):
+    started, clock = [], types.SimpleNamespace(left=left)
+
+    class Process:
+        def __init__(self, command, **_):
+            started.append(command[command.index("--device") - 1])
+            self.seconds = float(command[command.index("--seconds") + 1])
+
+        def wait(self, limit):
+            clock.left -= self.seconds
+            assert limit == pytest.approx(self.seconds + gpu_check.GRACE_SECONDS, abs=1)
+            return int(started[-1] == "tests")
+
+    monkeypatch.setattr(gpu_check.subprocess, "Popen", Process)
+    budget = types.SimpleNamespace(left=lambda: clock.left)
+    options = types.SimpleNamespace(device="cpu", tiny=True)
+    assert gpu_check.run_all(options, budget) == 1
+    assert started == expected
+    said = capsys.readouterr().out
+    assert "gpu-check tests: FAILED (1)" in said
+    assert said.count("left out: time budget") == 5 - len(expected)
+
+
+def test_a_part_killed_by_all_says_so_in_its_file_and_keeps_its_rows(tmp_path, monkeypatch):
+    class Hanging:
+        def __init__(self, command, **_):
+            part = command[command.index("--device") - 1]
+            results_file.ResultsFile.start(gpu_check.results_path(part), CPU, {}).add(measured=1)
+
+        def wait(self, limit):
+            raise subprocess.TimeoutExpired("part", limit)
+
+    monkeypatch.setenv("OUT", str(tmp_path))
+    there = types.SimpleNamespace(Popen=Hanging, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(gpu_check, "subprocess", there)
+    monkeypatch.setattr(gpu_check, "end_family", lambda process: None)
+    assert gpu_check.run_all(types.SimpleNamespace(device="cpu", tiny=True), results_file.Budget(900)) == 1
+    for part in gpu_check.PARTS:
+        content = json.loads((tmp_path / f"gpu_{part}.json").read_text())
+        assert (content["state"], content["passed"]) == ("killed at the end of its time", False)
+        assert content["rows"] == [{"measured": 1}]
+
+
+def test_a_part_that_hangs_is_killed_with_what_it_has_started(tmp_path):
+    code = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
+    code += "; print('ready', flush=True); time.sleep(99)"
+    mark = tmp_path / "late"
+    inner = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
+    process = subprocess.Popen([sys.executable, "-c", code, inner], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    members = psutil.Process(process.pid).children(recursive=True)
+    gpu_check.end_family(process)
+    assert process.returncode == -9
+    gone, alive = psutil.wait_procs(members, timeout=2)
+    assert (len(gone), alive) == (1, [])

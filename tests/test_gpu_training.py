@@ -1,11 +1,13 @@
 """The training step on CUDA: the reference's recorded steps, recomputation, AdamW, no waiting, and equal bits twice."""
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
 import subprocess
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
@@ -41,6 +43,7 @@ class Settings:
     weight_decay = 0.01
     context_weight = 1.0
     gradient_compression = "none"
+    adapter_products = "auto"
 
     def __init__(self, mixed_precision):
         self.mixed_precision = mixed_precision
@@ -97,6 +100,22 @@ def test_losses_and_gradients_of_three_steps_are_the_references(device, run, che
                 torch.testing.assert_close(parameter.grad.cpu(), expected, rtol=0, atol=atol, msg=name)
         flat.optimizer.step()
     assert losses == pytest.approx(described["losses_of_3_steps_same_inputs"], rel=1e-4)
+
+
+@pytest.mark.parametrize("adapter_type", ["bora", "bora-xs"])
+def test_an_adapter_initialised_on_the_device_is_the_one_of_the_cpu(device, adapter_type):
+    made = []
+    for where in ("cpu", device):
+        # In bfloat16: norms must come from the file's float32 weights, not from those in memory.
+        base = sa3dist.load_base(golden("tiny-sa3"), device=where, dtype=torch.bfloat16)
+        attach_adapter(base, adapter_type, rank=3)
+        layers = sa3dist.adapters.adapted_layers(base).values()
+        constants = [value for layer in layers for value in layer.adapter.buffers()]
+        made.append([*adapter_parameters(base).values(), *constants])
+    for expected, found in zip(*made, strict=True):
+        assert (found.device.type, found.dtype) == (device.type, torch.float32)
+        tolerance = 1e-5 * expected.abs().max().item()
+        torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("adapter_type", ["lora", "dora-cols", "bora", "dora-rows-xs"])
@@ -227,25 +246,51 @@ def test_forward_and_backward_never_wait_for_the_device(device, adapter_type, ch
     assert all(value.isfinite().all() for value in gradients.values())
 
 
+@contextlib.contextmanager
+def waits_for(device):
+    """Gives a list that fills with the stack of every operation that makes the host wait for the device."""
+    found = []
+
+    def note(message, *_):
+        if "called a synchronizing CUDA operation" in str(message):
+            # Without this function and the warnings module above it.
+            found.append("".join(traceback.format_stack(limit=10)[:-1]))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_whole_step_waits_once(device):
     base, batch = make_trained(device, "dora-rows", torch.bfloat16)
     work = Plan(9, 2, 2, 4, 42, {}, ["a", "b"])
     trainer = Trainer(base, adapter_parameters(base), Settings("bf16"), work, Group(0, 1, device))
     stop = StopRequest()
     losses = [trainer.take_step(iter([batch, batch]), stop)["loss"]]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("warn")
-        try:
-            losses.append(trainer.take_step(iter([batch, batch]), stop)["loss"])
-        finally:
-            if device.type == "cuda":
-                torch.cuda.set_sync_debug_mode("default")
-    waits = [warning for warning in caught if "called a synchronizing CUDA operation" in str(warning.message)]
+    with waits_for(device) as waits:
+        losses.append(trainer.take_step(iter([batch, batch]), stop)["loss"])
     # The figures of the step come to the host together.
-    assert len(waits) == (1 if device.type == "cuda" else 0)
+    expected = 1 if device.type == "cuda" else 0
+    assert len(waits) == expected, f"the step waited {len(waits)} times:\n\n" + "\n".join(waits)
     assert losses[1] < losses[0]
+
+
+def test_a_wait_is_told_with_the_line_that_waits(device):
+    if device.type != "cuda":
+        pytest.skip("only a CUDA device can be waited for")
+    values = torch.ones(3, device=device)
+    with waits_for(device) as waits:
+        values.fill_(2)
+        values.sum().item()
+    (where,) = waits
+    assert "values.sum().item()" in where
 
 
 @pytest.mark.parametrize("compiled", [False, True])

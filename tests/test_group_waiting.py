@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from sa3dist import errors
-from sa3dist.parallel.group import READERS_SECONDS, Group, on_main_first
+from sa3dist.parallel.group import READERS_SECONDS, Group, backend_for, on_main_first
 
 
 @pytest.fixture
@@ -57,3 +57,21 @@ def test_ranks_that_are_all_asked_to_stop_do_not_wait_for_each_other(ranks):
     ended, seconds = ranks(work, should_stop=lambda: True)
     assert all(isinstance(error, errors.Interrupted) for error in ended.values())
     assert seconds < READERS_SECONDS / 2
+
+
+@pytest.mark.parametrize(
+    ("here", "everywhere", "gpus", "expected"),
+    [(2, 2, 1, {"backend": "gloo"}), (2, 2, 2, {}), (1, 1, 1, {}), (2, 4, 1, {}), (3, 3, 2, {"backend": "gloo"})],
+)
+def test_processes_that_share_a_gpu_exchange_over_gloo_and_it_is_said(
+    monkeypatch, caplog, here, everywhere, gpus, expected
+):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    monkeypatch.setenv("WORLD_SIZE", str(everywhere))
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert backend_for(on_cpu=False) == expected
+    assert (f"{here} processes share {gpus} GPU(s)" in caplog.text) == bool(expected)
+    assert backend_for(on_cpu=True) == {}
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert backend_for(on_cpu=False) == {}

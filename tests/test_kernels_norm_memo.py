@@ -71,31 +71,6 @@ def test_a_changed_tensor_scale_or_format_is_noticed(name):
     torch.testing.assert_close(*both(x=x.float()), rtol=1e-5, atol=1e-5)
 
 
-def test_the_kernels_share_norms_too(monkeypatch):
-    pytest.importorskip("triton")
-    from sa3dist_kernels import fused_linear, triton_support
-
-    if not triton_support.interpreting():
-        pytest.skip("Triton was imported without its interpreter")
-    found = []
-    find = fused_linear.norm_state
-    monkeypatch.setattr(fused_linear, "norm_state", lambda *given: found.append(given) or find(*given))
-    kind, memo = ADAPTER_TYPES["bora"], NormMemo()
-    weight, bias, params, frozen, x, dy = make_layer(kind, 5, 9, 7, 3, dtype=torch.float32)
-
-    def layer(x, memo):
-        return adapted_linear(x, weight, bias, params, kind, 0.7, frozen=frozen, memo=memo, impl="triton")
-
-    results = []
-    for one in (None, memo, memo):
-        y = checkpoint(layer, x, one, use_reentrant=False)
-        results.append([y, *torch.autograd.grad(y, [x, *params.values()], dy)])
-    for shared in results[1:]:
-        assert all(map(torch.equal, shared, results[0]))
-    # Forward and recomputed without a memo; once in all with it.
-    assert len(found) == 2 + 1
-
-
 @pytest.mark.parametrize("name", SCALED)
 def test_recomputed_passes_share_the_norms_and_give_the_same_bits(name, norms_found):
     kind = ADAPTER_TYPES[name]

@@ -92,7 +92,6 @@ def test_passes_are_planned_as_graphs_where_a_run_records_them_and_their_values_
     assert small.peak_bytes == pytest.approx(launched.peak_bytes + again)
     tight = dataclasses.replace(H200, memory_bytes=(launched.peak_bytes + again / 2) / memory.USABLE_SHARE)
     assert predict(job(duration=30), tight, []).bytes == launched.bytes
-    assert "recorded pass" not in predict(job("medium-base", duration=380), H200, []).bytes
 
 
 def test_a_gpu_without_bfloat16_units_is_planned_without_the_kernels_that_need_them():

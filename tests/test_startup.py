@@ -1,6 +1,10 @@
 """What a run does before its first step: singular bases found once and kept, and every part's seconds told."""
 
+import importlib
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ from sa3dist import train
 from sa3dist.adapters import BasesCache, adapter_parameters, attach_adapter, bases
 from sa3dist.adapters.bases import gram_bases, singular_bases
 from sa3dist.model.loading import load_base
-from sa3dist.startup import Startup
+from sa3dist.startup import Startup, imported_beside, keep_kernels_in
 from tests.conftest import golden
 from tests.test_train import _restore_process_settings, words  # noqa: F401
 
@@ -94,6 +98,39 @@ def test_a_part_counted_twice_adds_up_and_nothing_counts_after_the_first_step():
     assert 0 < startup.seconds["before_run"] <= startup.seconds["total"]
     assert startup.once() == {"startup_seconds": startup.seconds}
     assert startup.once() == {}
+
+
+def test_age_of_the_process_is_what_the_clock_says_since_it_was_started():
+    begin = time.monotonic()
+    code = "import time; time.sleep(0.3); from sa3dist.startup import seconds_since_start as s; print(s())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0.3 <= float(done.stdout) <= time.monotonic() - begin + 0.02
+
+
+def test_a_module_imported_beside_is_there_afterwards_and_a_failing_one_fails_where_it_is_needed(tmp_path, monkeypatch):
+    (tmp_path / "imported_late.py").write_text("VALUE = 7\n")
+    (tmp_path / "breaks_late.py").write_text("raise ImportError('no such part')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("imported_late", "breaks_late"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        with imported_beside(name):
+            pass
+    assert sys.modules["imported_late"].VALUE == 7
+    with pytest.raises(ImportError, match="no such part"):
+        importlib.import_module("breaks_late")
+
+
+@pytest.mark.parametrize("told", [None, "/elsewhere"])
+def test_kernels_are_kept_in_work_dir_unless_the_environment_names_a_place(monkeypatch, tmp_path, told):
+    # Set first, so that what the function sets is undone.
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    if told:
+        monkeypatch.setenv("TRITON_CACHE_DIR", told)
+    keep_kernels_in(tmp_path / "kernels")
+    from triton import knobs
+
+    assert knobs.cache.dir == (told or str(tmp_path / "kernels"))
 
 
 def test_a_run_tells_where_its_start_went_and_keeps_its_bases(words, tmp_path):  # noqa: F811

@@ -48,6 +48,7 @@ class Settings:
     log_clips: bool = False
     resume: str = "auto"
     gradient_compression: str = "none"
+    adapter_products: str = "auto"
 
 
 def make_trainer(group, steps, settings=Settings(), times=1, accumulation=1, **plan):

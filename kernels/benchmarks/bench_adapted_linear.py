@@ -23,8 +23,11 @@ import torch.nn.functional as F
 from results_file import environment
 from sa3dist_kernels import (
     ADAPTER_TYPES,
+    FormedSpec,
+    FormedWeights,
     adapted_linear,
     effective_weight_reference,
+    formed_linear,
     frozen_constants,
     frozen_linear,
 )
@@ -59,11 +62,12 @@ SCALE = 1.0
 
 
 def make_variants(
-    fan_in, fan_out, bias, tokens, rank, kinds, device, dtype, by_torch=False, compiled: Collection[str] = ()
+    fan_in, fan_out, bias, tokens, rank, kinds, device, dtype, formed=False, compiled: Collection[str] = ()
 ):
     """Name to a function that runs one forward and backward and returns its output and gradients.
 
-    by_torch   also "<type> torch": the factored op without Triton kernels, where "factored" takes what "auto" takes
+    formed     also "<type> formed": one micro batch with W' kept from before, as training on a GPU has it, its raw sums
+               instead of gradients; and "<type> finished": the same with FORM ahead and FINISH behind
     compiled   also "<type> compiled" for these types: the materialised form by the compiler
     """
     weight = (torch.randn(fan_out, fan_in, device=device) / fan_in**0.5).to(dtype)
@@ -71,7 +75,7 @@ def make_variants(
     x = torch.randn(tokens, fan_in, device=device).to(dtype).requires_grad_()
     grad = torch.randn(tokens, fan_out, device=device).to(dtype)
     # Any bases serve for timing; the singular ones take longer to compute than the whole benchmark.
-    bases = [torch.linalg.qr(torch.randn(side, rank, device=device))[0] for side in (fan_out, fan_in)]
+    bases = [torch.linalg.qr(torch.randn(side, rank, device=device))[0].contiguous() for side in (fan_out, fan_in)]
 
     def run(layer, params):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -84,21 +88,51 @@ def make_variants(
         shapes = kind.parameter_shapes(fan_out, fan_in, rank)
         params = {key: torch.randn(shape, device=device).mul_(0.1).requires_grad_() for key, shape in shapes.items()}
 
-        def factored(kind=kind, frozen=frozen, params=params, impl="auto"):
-            return run(lambda: adapted_linear(x, weight, offset, params, kind, SCALE, frozen=frozen, impl=impl), params)
+        def factored(kind=kind, frozen=frozen, params=params):
+            return run(lambda: adapted_linear(x, weight, offset, params, kind, SCALE, frozen=frozen), params)
 
         def materialised_layer(kind=kind, frozen=frozen, params=params):
             merged = effective_weight_reference(weight, params, kind, SCALE, frozen)
             return F.linear(x, merged.to(dtype), offset)
 
         variants[f"{kind.name} factored"] = factored
-        if by_torch:
-            variants[f"{kind.name} torch"] = functools.partial(factored, impl="torch")
+        if formed:
+            passes, whole = formed_variants(weight, offset, params, kind, bases, x, grad)
+            variants[f"{kind.name} formed"], variants[f"{kind.name} finished"] = passes, whole
         variants[f"{kind.name} materialised"] = functools.partial(run, materialised_layer, params)
         if kind.name in compiled:
             by_compiler = torch.compile(materialised_layer, dynamic=False)
             variants[f"{kind.name} compiled"] = functools.partial(run, by_compiler, params)
     return variants
+
+
+def formed_variants(weight, bias, params, kind, bases, x, grad):
+    """(passes of one micro batch, these between FORM and FINISH), each giving the output and all gradients or sums."""
+    sums = torch.zeros(sum(value.numel() for value in params.values()), device=x.device, requires_grad=True)
+    sums.grad = torch.zeros_like(sums)
+    parts = sums.grad.split([value.numel() for value in params.values()])
+    grads = {name: part.view(value.shape) for part, (name, value) in zip(parts, params.items(), strict=True)}
+    spec = FormedSpec(
+        weight, {name: value.detach() for name, value in params.items()}, grads, kind, SCALE,
+        *(bases if kind.xs else (None, None)),
+    )  # fmt: skip
+    kept = FormedWeights([spec], x.dtype)
+    kept.form()
+    layer = kept.layers[0]
+
+    def passes():
+        z = formed_linear(x, sums, layer.weight_OI, layer.left_OR, layer.right_RI, kind)
+        y = z if bias is None else z + bias
+        return [y, *torch.autograd.grad(y, [x, sums], grad)]
+
+    def whole():
+        kept.form()
+        y, dx, found = passes()
+        sums.grad.copy_(found)
+        kept.finish()
+        return [y, dx, *grads.values()]
+
+    return passes, whole
 
 
 def median_times(variants, repeats, device, clock):

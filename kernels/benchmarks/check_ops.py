@@ -1,6 +1,7 @@
 """Part ``ops``: one adapted layer on the medium model's real shapes, against its frozen and its materialised form,
 the latter also compiled.
 
+Ours is a micro batch with W' kept from before; "finished" adds what a step does once, "torch" is the factored form.
 Every time is forward and backward of one layer with operands not in the cache. ``floor_ms`` is what the two products of
 a frozen layer must take at the rates this device reached on one large product and one large copy.
 """
@@ -14,7 +15,6 @@ import torch
 from bench_adapted_linear import DTYPES, SHAPES, make_variants
 from results_file import Budget, ResultsFile
 from sa3dist_kernels import ADAPTER_TYPES
-from sa3dist_kernels.dispatch import runs_fused
 from timing import interleaved, milliseconds, peak_bytes, summary
 
 
@@ -52,12 +52,11 @@ AGREEMENT = {"fp32": 1e-4, "bf16": 0.05}
 
 
 def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) -> bool:
-    """Returns whether both factored forms and the materialised one agreed everywhere, on CUDA through the kernels."""
+    """Returns whether the formed, the factored and the materialised form agreed everywhere."""
     sizes = SMALL if tiny else REAL
     torch.manual_seed(0)
     ceilings = measure_ceilings(sizes, device)
-    fused = runs_fused("auto", torch.device(device.type), DTYPES[sizes.dtype], torch.float32)
-    results.set(ceilings=ceilings, skipped=[], auto="triton" if fused else "torch")
+    results.set(ceilings=ceilings, skipped=[])
     cases = [(rank, tokens, layer) for rank in sizes.ranks for tokens in sizes.tokens for layer in sizes.layers]
     longest = 0.0
     for rank, tokens, layer in cases:
@@ -72,7 +71,7 @@ def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) 
             print(line(row), flush=True)
         longest = max(longest, time.monotonic() - begin)
     results.set(summary=summarise(results.rows))
-    return all(row["agree"] for row in results.rows) and (fused or device.type != "cuda")
+    return all(row["agree"] for row in results.rows)
 
 
 def measure_ceilings(sizes: Sizes, device: torch.device) -> dict[str, float]:
@@ -105,14 +104,15 @@ def measure_layer(sizes: Sizes, layer, tokens: int, rank: int, device: torch.dev
     dtype = DTYPES[sizes.dtype]
     compiled = COMPILED[:1] if device.type == "cuda" and rank == COMPILED[1] else ()
     sizes_ = fan_in, fan_out, bias, tokens, rank
-    variants = make_variants(*sizes_, kinds, device, dtype, by_torch=True, compiled=compiled)
+    variants = make_variants(*sizes_, kinds, device, dtype, formed=True, compiled=compiled)
     distances = {kind.name: distance(variants, kind.name) for kind in kinds}
     spans = {n: summary(t) for n, t in interleaved(variants, sizes.rounds, device, warm_up=2, cold=True).items()}
     peaks = {name: peak_bytes(variant, device) for name, variant in variants.items()}
     frozen = spans["frozen"]["median"]
     rows = []
     for kind in kinds:
-        ours, by_torch, theirs = (f"{kind.name} {form}" for form in ("factored", "torch", "materialised"))
+        forms = ("formed", "finished", "factored", "materialised")
+        ours, finished, by_torch, theirs = (f"{kind.name} {form}" for form in forms)
         by_compiler = spans.get(f"{kind.name} compiled")
         rows.append(
             {
@@ -123,6 +123,7 @@ def measure_layer(sizes: Sizes, layer, tokens: int, rank: int, device: torch.dev
                 "rank": rank,
                 "adapter_type": kind.name,
                 "ours_ms": spans[ours],
+                "finished_ms": spans[finished],
                 "torch_ms": spans[by_torch],
                 "frozen_ms": spans["frozen"],
                 "materialised_ms": spans[theirs],
@@ -145,9 +146,11 @@ def measure_layer(sizes: Sizes, layer, tokens: int, rank: int, device: torch.dev
 
 
 def distance(variants: dict, name: str) -> float:
-    """Largest relative L2 distance of both factored forms to the materialised, over the output and every gradient."""
+    """Largest relative L2 distance of both other forms to the materialised, over the output and every gradient."""
     theirs = variants[f"{name} materialised"]()
-    pairs = [pair for form in ("factored", "torch") for pair in zip(variants[f"{name} {form}"](), theirs, strict=True)]
+    pairs = [
+        pair for form in ("finished", "factored") for pair in zip(variants[f"{name} {form}"](), theirs, strict=True)
+    ]
     return max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs)
 
 

@@ -1,219 +1,310 @@
-"""Part ``run``: a real training run through sa3dist.loop on random weights; resumed midway, saved and reloaded."""
+"""Part ``run``: the whole road through the real command line on a base of random weights in a directory of its own.
+
+Clips in a zip are sharded and encoded, 200 steps are taken, the process is killed in the middle and the same command
+continues; a second run starts from a warm work_dir and is stopped by a signal; the file is loaded onto the bare base.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
+import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Generator
+import traceback
+import wave
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from command_runs import STOP_SECONDS, Command, CommandFailed, command_environment, largest_difference
+from random_directory import write_released_shape
 from results_file import Budget, ResultsFile
-from step_sides import make_base
-from synthetic_clips import SyntheticClips
+from timing import synchronise
 
-from sa3dist import adapters, loop, memory, resume
-from sa3dist.data.stream import MicroBatch, MicroBatches, StreamSettings, loader, micro_indices
+import sa3dist
+from sa3dist import adapters
+from sa3dist.errors import SA3DistError
+from sa3dist.model.tiny import write_tiny_base
 from sa3dist.parallel import checkpoint
-from sa3dist.parallel.group import Group
-from sa3dist.parallel.signals import StopRequest
-from sa3dist.passes import choose_passes
-from sa3dist.trainer import Trainer
-from sa3dist.work import Plan
 
 # A resumed run repeats the draws exactly; its losses differ by the order in which CUDA adds gradients, no more.
 RESUMED_LOSSES = {"cpu": 0.0, "cuda": 5e-3}
+# A second process, on everything the first has left, must be this quick (design: 20 s on an H100).
+WARM_SECONDS, COLD_SECONDS = 20.0, 45.0
+ENCODING_FACTOR = 60.0
+# Start no part of this check with less time left: loading the base alone takes a good part of it.
+LEAST_SECONDS = 20.0
+# Figures of rows that must all be true.
+VERDICTS = ("same", "every_step_once", "equal", "acts")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """save_every is where the resumed run starts; long_frames and long_steps are a second, longer-clip run."""
+    """kill_at: the step after which the first run is killed; encoded_seconds: clips that are timed in the encoder."""
 
     shape: str
-    depth: int | None
-    dtype: torch.dtype
-    frames: int
+    words: tuple[str, ...]
+    clips: int
     steps: int
     save_every: int
-    long_frames: int
-    long_steps: int
-    rank: int
-    clips: int
+    kill_at: int
+    encoded_seconds: tuple[float, ...]
+    model_bytes: int
 
 
-REAL = Sizes("medium-base", None, torch.bfloat16, 323, 300, 150, 4091, 20, 16, 24)
-TINY = Sizes("tiny-medium", 2, torch.float32, 12, 6, 3, 20, 2, 4, 4)
-
-
-@dataclasses.dataclass(frozen=True)
-class RunSettings:
-    """The settings the loop reads; the validated tree needs pydantic, which a bare machine may lack."""
-
-    mixed_precision: str
-    save_every: int
-    work_dir: Path
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.01
-    context_weight: float = 1.0
-    gradient_compression: str = "none"
-    keep_checkpoints: int = 4
-    log_every: int = 1
-    log_clips: bool = False
-    batch_size: int = 1
-    gradient_checkpointing: str = "auto"
-    compile: str = "auto"
-    deterministic: bool = False
-    cuda_graphs: str = "auto"
+REAL = Sizes("medium-base", ("rank=16",), 64, 200, 50, 120, (10.0, 29.7, 47.3), 11 << 30)
+TINY_WORDS = ("rank=4", "base_precision=fp32", "mixed_precision=no", "deterministic=true", "duration=2")
+TINY = Sizes("tiny", TINY_WORDS, 6, 24, 4, 6, (1.0, 2.1), 1 << 20)
 
 
 def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) -> bool:
-    """Returns whether resuming repeated the losses, the file came back, and the base stayed as it was."""
+    """Returns whether resuming repeated the losses, the file came back, and every command ended as it should."""
     sizes = TINY if tiny else REAL
-    results.set(skipped=[])
+    results.set(skipped=[], failed=[])
+    with scratch_directories(sizes.model_bytes) as (model, scratch):
+        environment = command_environment(scratch, device)
+        write_inputs(results, sizes, model, scratch, device)
+        words = [
+            f"model={model}",
+            f"audio_data_url={scratch / 'clips.zip'}",
+            f"work_dir={scratch / 'work'}",
+            f"number_of_steps={sizes.steps}",
+            f"save_every={sizes.save_every}",
+            "pre_encode=true",
+            "log_every=1",
+            *sizes.words,
+        ]
+        output_dir = scratch / "first"
+        parts = {
+            "train and resume": lambda: killed_and_resumed(
+                results, budget, sizes, environment, output_dir, words, device
+            ),
+            "warm start": lambda: warm_start(results, budget, environment, scratch / "second", words),
+            "reload": lambda: reloaded(results, sizes, model, output_dir, device),
+            "encode alone": lambda: encoder_alone(results, budget, sizes, model, device),
+        }
+        for what, part in parts.items():
+            if not budget.allows(0 if tiny else LEAST_SECONDS):
+                results.content["skipped"].append({"what": what, "why": "time budget"})
+                continue
+            try:
+                part()
+            # The part fails, but device time is dear: the others are measured.
+            except (CommandFailed, SA3DistError, OSError, RuntimeError) as problem:
+                traceback.print_exc()
+                results.content["failed"].append({"what": what, "why": str(problem)})
+            results.write()
+    results.set(targets=against_targets(results.rows))
+    verdicts = [row[name] for row in results.rows for name in VERDICTS if name in row]
+    return all(verdicts) and not results.content["failed"] and not results.content["skipped"]
+
+
+@contextlib.contextmanager
+def scratch_directories(model_bytes: int) -> Iterator[tuple[Path, Path]]:
+    """Where the model goes, in memory where there is room for it, and a folder for everything else."""
+    shared = Path("/dev/shm")
+    in_memory = shared.is_dir() and shutil.disk_usage(shared).free > 1.5 * model_bytes
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(tempfile.TemporaryDirectory(dir=shared if in_memory else None))
+        yield Path(model), Path(stack.enter_context(tempfile.TemporaryDirectory()))
+
+
+def write_inputs(results: ResultsFile, sizes: Sizes, model: Path, scratch: Path, device: torch.device) -> None:
     begin = time.monotonic()
-    base = make_base(sizes.shape, sizes.depth, device, sizes.dtype)
-    untouched = weights_checksum(base)
-    with tempfile.TemporaryDirectory() as scratch:
-        unbroken = trained(base, sizes, sizes.frames, sizes.steps, Path(scratch) / "unbroken", device)
-        results.add(what="train", setup_seconds=time.monotonic() - begin, **report(unbroken))
-        resumed = trained(
-            base, sizes, sizes.frames, sizes.steps, Path(scratch) / "resumed", device, checkpoint_of(unbroken, sizes)
-        )
-        difference = largest_difference(unbroken.rows[sizes.save_every :], resumed.rows)
-        same = difference <= RESUMED_LOSSES[device.type]
-        results.add(what="resume", largest_relative_loss_difference=difference, same=same, **report(resumed))
-        came_back = round_trip(base, Path(scratch) / "lora.safetensors")
-        results.add(what="save and load", equal=came_back)
-        if budget.allows(60 if not tiny else 0):
-            long = trained(base, sizes, sizes.long_frames, sizes.long_steps, Path(scratch) / "long", device)
-            results.add(what="train long clips", **report(long))
-        else:
-            results.set(skipped=[{"what": "train long clips", "why": "time budget"}])
-    unchanged = weights_checksum(base) == untouched
-    results.add(what="frozen base", unchanged=unchanged)
-    return same and came_back and unchanged
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """What one run left behind: its rows of metrics.jsonl and figures beside them."""
-
-    output_dir: Path
-    rows: list[dict]
-    frames: int
-    attach_seconds: float
-    train_seconds: float
-    peak_bytes: int
-    recomputed_blocks: int
-    replayed_shapes: int
-
-
-def trained(base, sizes: Sizes, frames: int, steps: int, output_dir: Path, device, saved=None) -> Trained:
-    """Attach a fresh adapter and train it to ``steps``, from ``saved`` when given."""
+    if sizes.shape == "tiny":
+        write_tiny_base(model)
+        written = (model / "model.safetensors").stat().st_size
+    else:
+        written = write_released_shape(model, sizes.shape, device)
+    results.add(what="write model", seconds=time.monotonic() - begin, bytes=written, directory=str(model.parent))
     begin = time.monotonic()
-    adapters.detach_adapter(base)
-    adapters.attach_adapter(base, rank=sizes.rank, seed=7)
-    attached = time.monotonic()
-    settings = RunSettings("bf16" if sizes.dtype == torch.bfloat16 else "no", sizes.save_every, output_dir)
-    samples = make_samples(base, SyntheticClips(base, sizes.clips, frames), frames)
-    work = Plan(
-        steps=steps,
-        accumulation=1,
-        micro_batch=1,
-        global_batch=1,
-        seed=samples.settings.seed,
-        identity={"batch_size": 1},
-        clip_keys=[clip.key for clip in samples.encoded.clips],
-        order=samples.order,
+    seconds = write_clips(scratch / "clips.zip", sizes.clips)
+    results.add(what="write clips", seconds=time.monotonic() - begin, clips=sizes.clips, audio_seconds=seconds)
+
+
+def write_clips(path: Path, count: int) -> float:
+    """Captioned clips of 0.5 to 12 s, 16 bit stereo, in a zip; the seconds of all of them. Needs no audio library."""
+    rate, total = 44100, 0
+    draw = np.random.default_rng(1)
+    with zipfile.ZipFile(path, "w") as archive:
+        for number, seconds in enumerate(draw.permutation(np.geomspace(0.5, 12, count))):
+            times_N = np.arange(round(seconds * rate)) / rate
+            hertz, total = 80 * 2 ** draw.uniform(0, 5), total + len(times_N)
+            left_N = np.sin(2 * np.pi * hertz * times_N) * (0.6 + 0.3 * np.sin(2 * np.pi * 3 * times_N))
+            stereo_NC = np.stack([left_N, 0.7 * left_N + 0.05 * draw.standard_normal(len(times_N))], axis=1)
+            data = io.BytesIO()
+            with wave.open(data, "wb") as file:
+                file.setnchannels(2)
+                file.setsampwidth(2)
+                file.setframerate(rate)
+                file.writeframes((np.clip(stereo_NC, -1, 1) * 32000).astype("<i2").tobytes())
+            archive.writestr(f"tone_{number:03}.wav", data.getvalue())
+            archive.writestr(f"tone_{number:03}.txt", f"a trembling tone at {hertz:.0f} Hz over quiet noise")
+    return total / rate
+
+
+def killed_and_resumed(
+    results: ResultsFile, budget: Budget, sizes: Sizes, environment, output_dir: Path, words: list[str], device
+) -> None:
+    """Train, kill -9, the same command again: the steps taken twice must have the same losses."""
+    with Command(environment, output_dir, words) as command:
+        first_step = command.wait_for_step(1, budget.left())
+        results.add(what="first start", command_to_first_step_seconds=first_step, **start_of(results, command.rows()))
+        command.wait_for_step(sizes.kill_at, budget.left())
+        command.kill()
+        before = command.rows()
+    results.add(what="train", **pace(before))
+    with Command(environment, output_dir, words) as command:
+        seconds = command.finish(budget.left())
+        after = command.rows()
+    resumed = next(row for row in after if "resumed_from" in row)
+    again = [row for row in after if row["step"] > resumed["resumed_from"]]
+    difference = largest_difference(again, before)
+    results.add(
+        what="resume",
+        killed_after=before[-1]["step"],
+        resumed_from=resumed["resumed_from"],
+        steps_taken_twice=before[-1]["step"] - resumed["resumed_from"],
+        largest_relative_loss_difference=difference,
+        same=difference <= RESUMED_LOSSES[device.type],
+        every_step_once=[row["step"] for row in after] == list(range(1, sizes.steps + 1)),
+        seconds=seconds,
+        startup_seconds=resumed["startup_seconds"],
+        **pace(again),
     )
-    trainer = Trainer(base, adapters.adapter_parameters(base), settings, work, Group(0, 1, device))
-    if saved is not None:
-        resume.check_identity(saved, work.identity, output_dir)
-        trainer.restore(saved)
-    first = trainer.step
-    choose_passes(trainer, settings, frames)
-    output_dir.mkdir(parents=True)
-    with contextlib.closing(batches(samples, first, work, device)) as stream:
-        loop.train(trainer, stream, StopRequest(), output_dir, first or None, lambda: memory.memory_figures(device))
-    rows = [json.loads(text) for text in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    return Trained(
-        output_dir=output_dir,
-        rows=rows,
-        frames=frames,
-        attach_seconds=attached - begin,
-        train_seconds=time.monotonic() - attached,
-        peak_bytes=rows[-1]["peak_bytes"],
-        recomputed_blocks=base.recomputed_blocks,
-        replayed_shapes=trainer.graphs.shapes if trainer.graphs else 0,
+
+
+def warm_start(results: ResultsFile, budget: Budget, environment, output_dir: Path, words: list[str]) -> None:
+    """A new run on a work_dir that holds everything; SIGTERM after its first steps must end it with 75."""
+    with Command(environment, output_dir, words) as command:
+        first_step = command.wait_for_step(1, budget.left())
+        rows = command.rows()
+        command.stop()
+        stopped = time.monotonic()
+        command.finish(min(budget.left(), STOP_SECONDS), expected=75)
+    results.add(
+        what="warm start",
+        command_to_first_step_seconds=first_step,
+        stop_seconds=time.monotonic() - stopped,
+        **start_of(results, rows),
     )
 
 
-def make_samples(base, clips: SyntheticClips, frames: int) -> MicroBatches:
-    stream = StreamSettings(
-        seed=42,
-        micro_batch=1,
-        crop_frames=frames,
-        prompt_dropout=0.1,
-        seconds_total_of="file",
-        shift=base.config.distribution_shift,
-    )
-    return MicroBatches(clips, stream)
+def start_of(results: ResultsFile, rows: list[dict]) -> dict:
+    """Where the seconds before the first step went, and how many times faster than it plays audio was encoded."""
+    startup = rows[0]["startup_seconds"]
+    audio = next(row["audio_seconds"] for row in results.rows if row["what"] == "write clips")
+    # Every clip is encoded in both polarities; loading the encoders, and captions, are in it.
+    return {"startup_seconds": startup, "encode_stage_real_time_factor": 2 * audio / startup["encode"]}
 
 
-def batches(samples: MicroBatches, first: int, work: Plan, device) -> Generator[MicroBatch, None, None]:
-    indices = micro_indices(first + 1, work.steps, work.accumulation, 0, 1)
-    workers = 2 if device.type == "cuda" else 0
-    return loader(samples, indices, lambda index: None, workers, device)
-
-
-def checkpoint_of(run_: Trained, sizes: Sizes) -> checkpoint.Checkpoint:
-    return checkpoint.load(checkpoint.path_of(run_.output_dir, sizes.save_every))
-
-
-def report(run_: Trained) -> dict:
-    """Figures of one run; the first step, which picks kernels, is told apart from the rest."""
-    seconds = [row["step_seconds"] for row in run_.rows]
-    losses = [row["loss"] for row in run_.rows]
-    tenth = max(1, len(losses) // 5)
+def pace(rows: list[dict]) -> dict:
+    """Steps per second and losses; the first half is left out of the pace: it compiles and records."""
+    seconds = [row["step_seconds"] for row in rows]
+    late = seconds[len(seconds) // 2 :]
     return {
-        "frames": run_.frames,
-        "steps": len(run_.rows),
-        "first_step_seconds": seconds[0],
-        "step_seconds": {"median": statistics.median(seconds[1:]), "min": min(seconds[1:]), "max": max(seconds[1:])},
-        "data_wait": statistics.median(row["data_wait"] for row in run_.rows[1:]),
-        "attach_seconds": run_.attach_seconds,
-        "train_seconds": run_.train_seconds,
-        "peak_bytes": run_.peak_bytes,
-        "recomputed_blocks": run_.recomputed_blocks,
-        "replayed_shapes": run_.replayed_shapes,
-        "loss_first": statistics.fmean(losses[:tenth]),
-        "loss_last": statistics.fmean(losses[-tenth:]),
-        "losses": losses,
+        "steps": len(rows),
+        "step_seconds": {"median": statistics.median(late), "min": min(late), "max": max(late)},
+        "steps_per_second": len(late) / sum(late),
+        "data_wait": statistics.median(row["data_wait"] for row in rows[len(rows) // 2 :]),
+        "peak_bytes": rows[-1].get("peak_bytes"),
+        "losses": [row["loss"] for row in rows],
     }
 
 
-def largest_difference(rows: list[dict], others: list[dict]) -> float:
-    """Largest relative difference of two runs' losses, step by step."""
-    pairs = list(zip(rows, others, strict=True))
-    assert all(row["step"] == other["step"] for row, other in pairs)
-    return max(abs(row["loss"] - other["loss"]) / abs(row["loss"]) for row, other in pairs)
+def load(model: Path, device: torch.device):
+    return sa3dist.load_base(model, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
 
 
-def round_trip(base, path: Path) -> bool:
-    """Whether a saved adapter, loaded onto the bare base, has the trained values rounded to float16."""
-    adapters.save_adapter(base, path, {"step": 1})
-    expected = {name: value.detach().half().float() for name, value in adapters.adapter_parameters(base).items()}
-    adapters.detach_adapter(base)
-    adapters.load_adapter(base, path)
+def reloaded(results: ResultsFile, sizes: Sizes, model: Path, output_dir: Path, device) -> None:
+    """The published file, loaded onto the bare base, must be the last checkpoint rounded to float16, and must act."""
+    begin = time.monotonic()
+    base = load(model, device)
+    sa3dist.load_adapter(base, output_dir / "lora.safetensors")
+    synchronise(device)
+    seconds = time.monotonic() - begin
     found = adapters.adapter_parameters(base)
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    saved = checkpoint.load(checkpoint.path_of(output_dir, sizes.steps)).adapters
+    equal = found.keys() == saved.keys() and all(
+        torch.equal(found[name].detach().cpu(), value.half().float()) for name, value in saved.items()
+    )
+    velocities = []
+    for strength in (1.0, 0.0):
+        adapters.set_strength(base, strength)
+        velocities.append(velocity(base))
+    acts = bool(velocities[0].isfinite().all()) and not torch.equal(*velocities)
+    published = json.loads((output_dir / "result.json").read_text(encoding="utf-8"))["lora_file"]["file_size"]
+    results.add(what="export and reload", seconds=seconds, equal=equal, acts=acts, file_size=published)
 
 
-def weights_checksum(base) -> int:
-    """Sum of the base's bytes, on its device: no frozen weight may change."""
-    frozen = (value for name, value in base.state_dict().items() if adapters.attach.SLOT not in name)
-    return sum(int(value.contiguous().view(torch.uint8).sum(dtype=torch.int64)) for value in frozen if value.numel())
+@torch.no_grad()
+def velocity(base) -> torch.Tensor:
+    """Velocity of fixed noisy latents."""
+    draw = torch.Generator().manual_seed(6)
+    noisy_BDT = torch.randn(1, base.latent_channels, 32, generator=draw).to(base.device)
+    prompt_BLC = torch.randn(1, base.prompt_tokens, base.config.cond_dim, generator=draw).to(base.device)
+    mask_BL = torch.ones(1, base.prompt_tokens, dtype=torch.bool, device=base.device)
+    one = torch.ones(1, device=base.device)
+    with torch.autocast(base.device.type, torch.bfloat16, enabled=base.dtype == torch.bfloat16):
+        return base.velocity(noisy_BDT, 0.5 * one, prompt_BLC, mask_BL, 3 * one)
+
+
+def encoder_alone(results: ResultsFile, budget: Budget, sizes: Sizes, model: Path, device) -> None:
+    """The autoencoder's encoder on clips of several lengths, in one polarity."""
+    base = load(model, device)
+    longest = 0.0
+    for length in sizes.encoded_seconds:
+        if not budget.allows(2 * longest):
+            results.content["skipped"].append({"what": f"encode {length} s", "why": "time budget"})
+            continue
+        begin = time.monotonic()
+        results.add(what="encode alone", **encoding(base, length))
+        longest = max(longest, time.monotonic() - begin)
+
+
+def encoding(base, seconds: float) -> dict:
+    """The autoencoder's encoder on one clip in one polarity: at this length for the first time, and again."""
+    samples = round(seconds * base.sample_rate_hz)
+    draw = torch.Generator().manual_seed(7)
+    audio_BCN = 0.1 * torch.randn(1, base.config.audio_channels, samples, generator=draw)
+    spent = []
+    for _ in range(3):
+        synchronise(base.device)
+        begin = time.perf_counter()
+        base.encode_audio(audio_BCN).cpu()
+        spent.append(time.perf_counter() - begin)
+    again = min(spent[1:])
+    return {
+        "audio_seconds": seconds,
+        "first_seconds": spent[0],
+        "again_seconds": again,
+        "real_time_factor": seconds / again,
+    }
+
+
+def against_targets(rows: list[dict]) -> list[dict]:
+    """Every aim of this part: what was found, what is wanted, whether it is met."""
+    by_what = {row["what"]: row for row in rows}
+    starts = (("first start", COLD_SECONDS), ("warm start", WARM_SECONDS))
+    found = [
+        {
+            "figure": f"{what}, command to first step",
+            "found": value,
+            "wanted": f"at most {bound:g} s",
+            "met": value <= bound,
+        }
+        for what, bound in starts
+        if (value := by_what.get(what, {}).get("command_to_first_step_seconds")) is not None
+    ]
+    factors = [row["real_time_factor"] for row in rows if row["what"] == "encode alone"]
+    if factors:
+        slowest = min(factors)
+        wanted = f"at least {ENCODING_FACTOR:g} times real time"
+        found.append({"figure": "encoder", "found": slowest, "wanted": wanted, "met": slowest >= ENCODING_FACTOR})
+    return found

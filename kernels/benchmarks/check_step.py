@@ -1,10 +1,16 @@
-"""Part ``step``: whole training steps on the released shapes at full depth, most telling cases first."""
+"""Part ``step``: whole training steps of the medium model at full depth, most telling cases first.
+
+First dora-rows of rank 16 beside the frozen model and the baseline, with a profile and a mix of unequal lengths; then
+the other eight types, over the frozen step measured then.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import gc
+import random
+import statistics
 import time
 import traceback
 
@@ -12,8 +18,9 @@ import torch
 from bench_step import compare, line
 from profile_step import profiled
 from results_file import Budget, ResultsFile
+from sa3dist_kernels import ADAPTER_TYPES
 from step_sides import MAKERS, Side
-from timing import peak_bytes
+from timing import interleaved, milliseconds, peak_bytes, summary
 
 # Expected of a group of which no like one has been measured yet.
 FIRST_GROUP_SECONDS = 60.0
@@ -21,55 +28,65 @@ FIRST_GROUP_SECONDS = 60.0
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Measurements that share their models; building those takes longer than stepping them."""
+    """Measurements that share their models; building those takes longer than stepping them.
+
+    in_full   beside the frozen model and the baseline, profiled, and at unequal lengths
+    """
 
     shape: str
     adapter_type: str
     rank: int
     frames: tuple[int, ...]
-
-    @property
-    def in_full(self) -> bool:
-        """Whether encoding and a profile are measured too, which are the same for every adapter."""
-        return (self.adapter_type, self.rank) == ("dora-rows", 16)
+    in_full: bool = False
 
 
-# 10, 30, 120 and 380 s of latent frames.
-MEDIUM, SMALL = (323, 4091, 108, 1292), (323, 1291)
-TYPES = ("dora-rows", "lora", "bora", "dora-rows-xs", "dora-cols")
-SHAPES_FRAMES = {"medium-base": MEDIUM, "small-music-base": SMALL}
-PLAN = tuple(
-    Group(shape, adapter_type, rank, frames)
-    for rank in (16, 128)
-    for adapter_type in TYPES
-    for shape, frames in SHAPES_FRAMES.items()
+# 30 and 380 s of latent frames.
+FRAMES = (323, 4091)
+# The longest clip of the released models, in latent frames.
+LONGEST = 4096
+FIRST = ("dora-rows", 16)
+PLAN = (
+    Group("medium-base", *FIRST, FRAMES, in_full=True),
+    *(Group("medium-base", name, 16, FRAMES) for name in ADAPTER_TYPES if name != FIRST[0]),
 )
-# The aims for dora-rows of rank 16 on the medium model: (frames or None for all, figure, bound, whether it is a floor).
+TINY_PLAN = (
+    Group("tiny-medium", "dora-rows", 4, (6, 9), in_full=True),
+    Group("tiny-medium", "bora-xs", 4, (6, 9)),
+)
+# Lengths of a mix, between these shares of the length they are spread around.
+MIXED, SHORTEST_SHARE, LONGEST_SHARE = 24, 0.8, 1.2
+# The aims on an H100 (medium-base, rank 16): frames, figure, bound, and whether it is of dora-rows or of the others.
+# Milliseconds, ratios, bytes.
 TARGETS = (
-    (323, "ratio", 8.0, True),
-    (4091, "ratio", 2.2, True),
-    (4091, "ratio_from_audio", 4.0, True),
-    (None, "over_frozen", 1.15, False),
-    (None, "named_share", 0.95, True),
-    (4091, "over_floor", 1.6, False),
-    (4091, "recomputing_total_bytes", 24e9, False),
+    (323, "frozen_ms", 12.0, True),
+    (4091, "frozen_ms", 95.0, True),
+    (323, "ours_ms", 22.0, True),
+    (4091, "ours_ms", 105.0, True),
+    (323, "unequal_over_equal", 1.1, True),
+    (4091, "unequal_over_equal", 1.1, True),
+    (323, "total_bytes", 7e9, True),
+    (4091, "total_bytes", 16e9, True),
+    (323, "recomputing_total_bytes", 4.5e9, True),
+    (4091, "recomputing_total_bytes", 7.9e9, True),
+    (323, "over_frozen", 1.9, False),
+    (4091, "over_frozen", 1.25, False),
 )
-TINY_PLAN = (Group("tiny-medium", "dora-rows", 4, (6, 9)), Group("tiny-small", "dora-rows-xs", 4, (6,)))
 
 
 def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) -> bool:
     """Returns whether both sides computed the same loss and gradients in every case, and no case failed."""
     results.set(skipped=[], failed=[])
-    # The first groups also compile and measure kernels: what they took says nothing of the others.
-    spent: dict[tuple[str, bool], float] = {}
+    # The first group also compiles and measures kernels: what it took says nothing of the others.
+    spent: dict[bool, float] = {}
     for group in TINY_PLAN if tiny else PLAN:
-        if not budget.allows(spent.get((group.shape, group.in_full), 0 if tiny else FIRST_GROUP_SECONDS)):
+        if not budget.allows(spent.get(group.in_full, 0 if tiny else FIRST_GROUP_SECONDS)):
             results.content["skipped"].append({**dataclasses.asdict(group), "why": "time budget"})
             results.write()
             continue
         begin = time.monotonic()
         try:
-            measure(group, results, device, tiny)
+            measure = measure_in_full if group.in_full else measure_type
+            measure(group, results, budget, device, tiny)
         except Exception as problem:
             # The part fails, but device time is dear: the other groups are measured.
             traceback.print_exc()
@@ -80,15 +97,14 @@ def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) 
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        spent[group.shape, group.in_full] = time.monotonic() - begin
+        spent[group.in_full] = time.monotonic() - begin
     results.set(targets=against_targets(results.rows))
-    agreed = all(row["losses_agree"] and row["gradients_agree"] for row in results.rows)
+    agreed = all(row[name] for row in results.rows for name in ("losses_agree", "gradients_agree") if name in row)
     return agreed and not results.content["failed"]
 
 
-def measure(group: Group, results: ResultsFile, device: torch.device, tiny: bool) -> None:
-    """One row per length of the group."""
-    options = argparse.Namespace(
+def options_of(group: Group, tiny: bool) -> argparse.Namespace:
+    return argparse.Namespace(
         shape=group.shape,
         depth=2 if tiny else None,
         adapter_type=group.adapter_type,
@@ -99,14 +115,20 @@ def measure(group: Group, results: ResultsFile, device: torch.device, tiny: bool
         skip_memory=tiny,
         compile="auto",
         cuda_graphs="auto",
-        from_audio=tiny or group.in_full,
+        from_audio=False,
         frames=group.frames[0],
     )
+
+
+def measure_in_full(group: Group, results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) -> None:
+    """One row per length, with everything that is measured of a step."""
+    options = options_of(group, tiny)
     begin, before = time.monotonic(), allocated(device)
     sides = {"ours": Side("ours", options, device)}
-    sides["ours"].use(options.batch, group.frames[0])
+    ours = sides["ours"]
+    ours.use(options.batch, group.frames[0])
     # AdamW makes its moments in the first step.
-    sides["ours"].step()
+    ours.step()
     held = allocated(device) - before
     sides |= {name: Side(name, options, device) for name in MAKERS if name != "ours"}
     setup_seconds = time.monotonic() - begin
@@ -114,32 +136,129 @@ def measure(group: Group, results: ResultsFile, device: torch.device, tiny: bool
         options.frames = frames
         row = compare(options, sides, device)
         row |= {"ours_held_bytes": held, "setup_seconds": setup_seconds}
+        step_bytes = row["ours_step_bytes"]
+        row["total_bytes"] = None if step_bytes is None else held + step_bytes
+        row["profile"] = profiled(ours)
+        row["named_share"] = row["profile"]["named_share"]
+        row["frozen_profile"] = profiled(sides["frozen"])
         # What gradient_checkpointing=on would need: the least this step can run in.
-        ours = sides["ours"]
         ours.replay = None
         ours.base.gradient_checkpointing = True
         recomputing = peak_bytes(ours.step, device)
         ours.base.gradient_checkpointing = False
         row["recomputing_total_bytes"] = None if recomputing is None else held + recomputing
-        # The same for every adapter but in what its own kernels take.
-        row["profile"] = profiled(ours) if options.from_audio else None
-        row["named_share"] = row["profile"] and row["profile"]["named_share"]
         results.add(**row)
         print(line(row), flush=True)
+    # Last: it may overrun the time.
+    for row in results.rows[-len(group.frames) :]:
+        row |= mixed_lengths(ours, row["frames"], row["ours_ms"], budget, device, tiny)
+        results.write()
+
+
+def measure_type(group: Group, results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) -> None:
+    """One row per length: our step of this type over the frozen model's, as measured beside the first type's."""
+    options = options_of(group, tiny)
+    begin, before = time.monotonic(), allocated(device)
+    side = Side("ours", options, device)
+    held, setup_seconds = None, time.monotonic() - begin
+    for frames in group.frames:
+        options.frames = frames
+        side.use(options.batch, frames)
+        loss = side.step().item()
+        held = held or allocated(device) - before
+        step_bytes = peak_bytes(side.step, device)
+        side.record()
+        span = summary(interleaved({"ours": side.step}, options.repeats, device, warm_up=1)["ours"])
+        frozen = frozen_ms(results.rows, group.shape, frames)
+        row = {
+            "shape": group.shape,
+            "depth": len(side.base.dit.transformer.layers),
+            "adapter_type": group.adapter_type,
+            "rank": group.rank,
+            "precision": options.precision,
+            "batch": options.batch,
+            "frames": frames,
+            "compiled": side.compiled,
+            "graphed": side.replay is not None,
+            "ours_ms": round(span["median"], 3),
+            "spread_ms": [round(span["min"], 3), round(span["max"], 3)],
+            "frozen_ms": frozen,
+            "over_frozen": frozen and round(span["median"] / frozen, 3),
+            "ours_loss": loss,
+            "total_bytes": None if step_bytes is None else held + step_bytes,
+            "setup_seconds": setup_seconds,
+        }
+        results.add(**row)
+        print(
+            f"{group.shape} {frames:5} frames {group.adapter_type:13} r{group.rank:<4}ours {row['ours_ms']:9.1f} ms"
+            f"  ({row['over_frozen']}x frozen)  loss {loss:.5f}",
+            flush=True,
+        )
+
+
+def frozen_ms(rows: list[dict], shape: str, frames: int) -> float | None:
+    """The frozen model's step at this length, where a row has it; the same for every adapter type."""
+    return next((row["frozen_ms"] for row in rows if (row["shape"], row["frames"]) == (shape, frames)), None)
+
+
+def mixed_lengths(side: Side, frames: int, equal_ms: float, budget: Budget, device: torch.device, tiny: bool) -> dict:
+    """Mean step over clips of unequal lengths around ``frames``, and that over the step at ``frames`` itself.
+
+    equal_ms   the step at ``frames``
+    Every length is stepped once to make ready what a run would have ready, then timed. Lengths for which no time was
+    left are missing from ``unequal_frames``.
+    """
+    spent, slowest, lengths = {}, 0.0, mix_of(frames, 3 if tiny else MIXED)
+    for length in lengths:
+        if not budget.allows(2 * slowest):
+            break
+        begin = time.monotonic()
+        side.use(1, length, max(lengths))
+        if side.replay is None:
+            # The first length of its rung.
+            side.step()
+            side.record()
+        side.step()
+        spent[length] = min(milliseconds(side.step, device) for _ in range(2))
+        slowest = max(slowest, time.monotonic() - begin)
+    if not spent:
+        return {"unequal_frames": [], "unequal_ms": None, "unequal_over_equal": None}
+    mean = statistics.fmean(spent.values())
+    return {
+        "unequal_frames": list(spent),
+        "unequal_each_ms": [round(value, 3) for value in spent.values()],
+        "unequal_ms": round(mean, 3),
+        # By the frames trained on: lengths that could not be measured, or are cut off at the longest, do not count.
+        "unequal_over_equal": round(mean / equal_ms * frames / statistics.fmean(spent), 3),
+    }
+
+
+def mix_of(frames: int, count: int) -> list[int]:
+    """``count`` lengths spread evenly around ``frames``, in an order that is always the same."""
+    first, last = SHORTEST_SHARE * frames, min(LONGEST_SHARE * frames, LONGEST)
+    lengths = [round(first + (last - first) * (i + 0.5) / count) for i in range(count)]
+    random.Random(8).shuffle(lengths)
+    return lengths
 
 
 def against_targets(rows: list[dict]) -> list[dict]:
     """Every aim that was measured: what was found, what is wanted, whether it is met."""
     found = []
     for row in rows:
-        if (row["shape"], row["adapter_type"], row["rank"]) != ("medium-base", "dora-rows", 16):
+        if (row["shape"], row["rank"]) != ("medium-base", FIRST[1]):
             continue
-        for frames, figure, bound, is_floor in TARGETS:
-            if frames in (None, row["frames"]) and row[figure] is not None:
-                met = row[figure] >= bound if is_floor else row[figure] <= bound
-                wanted = f"{'at least' if is_floor else 'at most'} {bound:g}"
+        for frames, figure, bound, of_first in TARGETS:
+            fits = frames == row["frames"] and of_first == (row["adapter_type"] == FIRST[0])
+            if fits and row.get(figure) is not None:
                 found.append(
-                    {"frames": row["frames"], "figure": figure, "found": row[figure], "wanted": wanted, "met": met}
+                    {
+                        "adapter_type": row["adapter_type"],
+                        "frames": frames,
+                        "figure": figure,
+                        "found": row[figure],
+                        "wanted": f"at most {bound:g}",
+                        "met": row[figure] <= bound,
+                    }
                 )
     return found
 

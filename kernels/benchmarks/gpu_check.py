@@ -1,7 +1,9 @@
-"""Everything that needs a CUDA device, in four parts of under eight minutes each, from the source tree alone.
+"""Everything that needs a CUDA device, part by part, from the source tree alone.
 
-    PYTHONPATH=.:kernels python kernels/benchmarks/gpu_check.py tests|ops|step|run
+    PYTHONPATH=.:kernels python kernels/benchmarks/gpu_check.py tests|step|ops|run|ranks|all
 
+Every part keeps a budget of seconds: it starts nothing that would end later, and names what it left out. ``all`` runs
+the parts one after the other, each in its own process, and ends within eleven minutes whatever they do.
 Results go into $OUT/gpu_<part>.json (default: kernels/benchmarks/results) as they come, so that a part that is cut off
 keeps what it measured. Exit code 0: the part passed; 1: something failed or disagreed; 2: no CUDA device here.
 """
@@ -11,39 +13,63 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import subprocess
 import sys
 import time
 import traceback
 from pathlib import Path
 
+import psutil
 import torch
 from results_file import Budget, ResultsFile
 
 # Part name -> module with run(results, budget, device, tiny) -> passed. Imported when chosen, so that a fault in one
-# part's imports does not cost the others.
-PARTS = {"tests": "check_tests", "ops": "check_ops", "step": "check_step", "run": "check_run"}
-# Under eight minutes with the start of the process and the last measurement's overrun.
-BUDGET_SECONDS = 400.0
+# part's imports does not cost the others. In the order in which ``all`` runs them: the most telling first.
+PARTS = {
+    "step": "check_step",
+    "tests": "check_tests",
+    "run": "check_run",
+    "ranks": "check_ranks",
+    "ops": "check_ops",
+}
+# From the start of a part's process to its end.
+BUDGET_SECONDS = {"step": 200.0, "tests": 150.0, "run": 200.0, "ranks": 50.0, "ops": 60.0}
+ALL = "all"
+ALL_SECONDS = 650.0
+# A part that has not ended by itself this long after its budget is killed by ``all``.
+GRACE_SECONDS = 10.0
+# Less than this is not worth the start of a process.
+LEAST_SECONDS = 15.0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("part", choices=[*PARTS, ALL])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="sizes that take seconds on a CPU: checks the check")
-    parser.add_argument("--seconds", type=float, default=BUDGET_SECONDS, help="start nothing that would end later")
-    return parser.parse_args(arguments)
+    parser.add_argument("--seconds", type=float, help="the budget, in place of the part's own")
+    options = parser.parse_args(arguments)
+    options.seconds = options.seconds or BUDGET_SECONDS.get(options.part, ALL_SECONDS)
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
+    begin, spent = time.monotonic(), max(0.0, time.time() - psutil.Process().create_time())
     options = parse(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("gpu-check: no CUDA device here; run it where there is one, or try --device cpu --tiny", file=sys.stderr)
         return 2
+    if arguments is not None:
+        # Called, not started: this process's past says nothing.
+        spent = 0.0
+    budget = Budget(options.seconds - spent)
+    if options.part == ALL:
+        return run_all(options, budget)
+    if options.tiny:
+        # A second thread only waits for the first.
+        torch.set_num_threads(1)
     device = torch.device(options.device)
-    folder = Path(os.environ.get("OUT") or Path(__file__).resolve().parent / "results")
-    budget, begin = Budget(options.seconds), time.monotonic()
-    results = ResultsFile.start(folder / f"gpu_{options.part}.json", device, vars(options))
+    results = ResultsFile.start(results_path(options.part), device, vars(options))
     passed = False
     try:
         passed = importlib.import_module(PARTS[options.part]).run(results, budget, device, options.tiny)
@@ -51,9 +77,51 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as problem:
         traceback.print_exc()
         results.set(state="failed", problem=f"{type(problem).__name__}: {problem}")
-    results.set(passed=passed, seconds=round(time.monotonic() - begin, 1))
+    results.set(passed=passed, seconds=round(spent + time.monotonic() - begin, 1))
     print(f"gpu-check {options.part}: {'passed' if passed else 'FAILED'}, {results.path}", flush=True)
     return 0 if passed else 1
+
+
+def results_path(part: str) -> Path:
+    return Path(os.environ.get("OUT") or Path(__file__).resolve().parent / "results") / f"gpu_{part}.json"
+
+
+def run_all(options: argparse.Namespace, budget: Budget) -> int:
+    """All parts in order; 0 when every one of them passed. A part is killed at its own end or at that of all."""
+    outcomes = {}
+    for part in PARTS:
+        seconds = min(BUDGET_SECONDS[part], budget.left() - GRACE_SECONDS)
+        if seconds < LEAST_SECONDS:
+            outcomes[part] = "left out: time budget"
+            continue
+        words = [part, "--device", options.device, "--seconds", f"{seconds:.0f}", *(["--tiny"] if options.tiny else [])]
+        begin = time.monotonic()
+        # A group of its own: what it has started goes with it.
+        process = subprocess.Popen([sys.executable, __file__, *words], start_new_session=True)
+        try:
+            code = process.wait(seconds + GRACE_SECONDS)
+            outcomes[part] = "passed" if code == 0 else f"FAILED ({code})"
+        except subprocess.TimeoutExpired:
+            end_family(process)
+            if results_path(part).exists():
+                ResultsFile.reopen(results_path(part)).set(state="killed at the end of its time", passed=False)
+            outcomes[part] = "FAILED: killed at the end of its time"
+        outcomes[part] += f", {time.monotonic() - begin:.0f} s"
+    for part, outcome in outcomes.items():
+        print(f"gpu-check {part}: {outcome}", flush=True)
+    return 0 if all(outcome.startswith("passed") for outcome in outcomes.values()) else 1
+
+
+def end_family(process: subprocess.Popen) -> None:
+    """Kill a process and its descendants, those in sessions of their own too."""
+    family = [psutil.Process(process.pid)]
+    family += family[0].children(recursive=True)
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
 
 
 if __name__ == "__main__":

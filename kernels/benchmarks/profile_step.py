@@ -20,6 +20,8 @@ from timing import synchronise
 from torch.profiler import ProfilerActivity, profile
 
 STEPS = 5
+# The driver's and the runtime's calls that start work on the device, as the profiler names them.
+LAUNCH = re.compile(r"cu(da)?(Launch\w*|GraphLaunch|Mem(cpy|set)\w*)$")
 # Kernels are listed until they make up this share of the time.
 LISTED_SHARE = 0.95
 # The first that is found in a name says what it is for.
@@ -27,7 +29,7 @@ PURPOSES = (
     ("attention", r"flash|fmha|attention|sdpa|mha_"),
     (
         "adapters' kernels",
-        r"_(fused|finish|sums|gain_gradient|thin_norms|weight_pass)_kernel|FactoredLinear|FusedLinear",
+        r"(form|finish)_\w+_kernel|_(thin_products|raw_sums|core_sums)_kernel|(Factored|Formed)Linear",
     ),
     (
         "matrix products",
@@ -43,7 +45,11 @@ PURPOSES = (
 
 
 def profiled(side: Side) -> dict:
-    """Milliseconds per step by purpose and by kernel, and which share of the device's time has a purpose."""
+    """Milliseconds per step by purpose and by kernel, and which share of the device's time has a purpose.
+
+    ``kernels_per_step`` counts kernels, copies and fills on the device; ``launches_per_step`` the host's calls that
+    started them, by name: one for all of a graph's.
+    """
     for _ in range(2):
         side.step()
     synchronise(side.device)
@@ -53,13 +59,16 @@ def profiled(side: Side) -> dict:
             side.step()
         synchronise(side.device)
     spent: dict[str, tuple[float, int]] = {}
+    launches: dict[str, float] = {}
     for event in recorded.key_averages():
         # On CUDA only kernels and copies take the device's own time; operations that launch them do not, and named
         # stretches (an optimiser's step, a compiled graph) span kernels that are counted already.
+        if event.device_type != torch.autograd.DeviceType.CUDA and LAUNCH.match(event.key):
+            launches[event.key] = event.count / STEPS
         own = event.self_device_time_total if on_cuda else event.self_cpu_time_total
         of_device = event.device_type == torch.autograd.DeviceType.CUDA
         if own > 0 and of_device == on_cuda and not (on_cuda and event.is_user_annotation):
-            spent[event.key] = (own / 1e3 / STEPS, event.count // STEPS)
+            spent[event.key] = (own / 1e3 / STEPS, event.count / STEPS)
     total = sum(own for own, _ in spent.values())
     purposes: dict[str, float] = {}
     kernels, listed = [], 0.0
@@ -71,6 +80,8 @@ def profiled(side: Side) -> dict:
             kernels.append({"name": name[:120], "purpose": found, "ms": round(own, 4), "calls": calls})
     return {
         "device_ms": total,
+        "kernels_per_step": sum(calls for _, calls in spent.values()),
+        "launches_per_step": launches,
         "purposes_ms": {name: round(own, 4) for name, own in sorted(purposes.items(), key=lambda item: -item[1])},
         "named_share": 1 - purposes.get("other", 0.0) / total,
         "kernels": kernels,

@@ -13,6 +13,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+# What results/before/ holds, in words.
+BEFORE = """## Before
+
+`before/` is what one H100 showed of the trainer at commit bdca748, before adapted weights were formed once a step:
+`gpu_step_before.json` (a step of 30 s), `gpu_ops_before.json` (single layers: launching one takes 2 to 4 ms, its
+arithmetic 0.02 to 0.2), and `gpu_prototype.jsonl` (the frozen model, and a prototype that forms the weights, at 30 and
+380 s). `sa3dist plan` does not read them.
+"""
 Table = tuple[str, list[str], list[list[str]]]
 
 
@@ -25,7 +33,8 @@ def read(directory: Path, prefix: str) -> list[dict]:
             rows += [{"file": path.name, **json.loads(line)} for line in text.splitlines()]
         else:
             content = json.loads(text)
-            shared = {"file": path.name, **content.get("environment", {}), **content.get("options", {})}
+            # Both name a device: the environment by its own name, the options as torch does.
+            shared = {"file": path.name, **content.get("options", {}), **content.get("environment", {})}
             rows += [{**shared, **row} for row in content["rows"]]
     return rows
 
@@ -47,6 +56,10 @@ def newest(rows: Iterable[dict], keys: tuple[str, ...]) -> list[dict]:
 
 def megabytes(value: int | None) -> str:
     return "-" if value is None else f"{value / 1e6:.0f}"
+
+
+def ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def step_table(rows: list[dict]) -> Table:
@@ -104,6 +117,41 @@ def peft_table(rows: list[dict]) -> Table:
     ]
     titles = ["device", "precision", "adapter", "layer", "ours", "PEFT / ours"]
     return "Adapted layers against PEFT (bench_peft.py)", titles, lines
+
+
+def gpu_table(rows: list[dict]) -> Table:
+    lines = [
+        [
+            row["file"],
+            row["device"],
+            f"{row['shape']}, {row['frames']} frames",
+            f"{row['adapter_type']} r{row['rank']}",
+            ", ".join(way for way in ("compiled", "graphed") if row.get(way)) or "-",
+            f"{row['ours_ms']:.1f} ms",
+            ratio(row.get("over_frozen")),
+            ratio(row.get("ratio")),
+            ratio(row.get("over_floor")),
+            ratio(row.get("unequal_over_equal")),
+            f"{megabytes(row.get('total_bytes'))} / {megabytes(row.get('recomputing_total_bytes'))}",
+        ]
+        for row in rows
+    ]
+    heads = [
+        "file",
+        "device",
+        "model",
+        "adapter",
+        "ours is",
+        "step",
+        "ours / frozen",
+        "baseline / ours",
+        "ours / floor",
+    ]
+    return (
+        "Whole training step on a GPU (gpu_check.py step)",
+        [*heads, "unequal / equal", "MB, all / recomputing"],
+        lines,
+    )
 
 
 def blocks_table(rows: list[dict]) -> Table:
@@ -204,10 +252,14 @@ def main(arguments: list[str] | None = None) -> None:
         "packing": newest(read(directory, "packing"), ("device", "shape", "depth", "precision", "lengths")),
         "peft": newest(read(directory, "peft"), ("device", "dtype", "adapter_type", "rank", "tokens", "layer")),
     }
+    # As it was before adapted weights were formed once a step; what a later run measures stands beside it.
+    gpu = [*read(directory / "before", "gpu_step"), *read(directory, "gpu_step")]
     tables = {"step": step_table, "layers": blocks_table, "packing": packing_table, "peft": peft_table}
     pictures = draw(directory, kinds)
     text = ["# Measurements", "", "Made by `python kernels/benchmarks/report.py` from the files beside this one.", ""]
     text += [markdown(tables[kind](rows)) for kind, rows in kinds.items() if rows]
+    text += [markdown(gpu_table(gpu))] if gpu else []
+    text += [BEFORE] if (directory / "before").is_dir() else []
     text += [f"![{name}]({name})" for name in pictures]
     (directory / "README.md").write_text("\n".join(text) + "\n", encoding="utf-8")
 

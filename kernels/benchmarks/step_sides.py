@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import types
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from sa3dist_kernels import effective_weight_reference, frozen_constants
 from sa3dist_kernels.frozen_products import product_dtype
 from torch import nn
@@ -18,15 +20,18 @@ from torch.nn.utils import parametrize
 
 from sa3dist import adapters, flow
 from sa3dist.adapters import layers
+from sa3dist.adapters.formed import keep_formed, wants_formed
 from sa3dist.data.stream import without_common_padding
 from sa3dist.graphs import Recorder, wants_graphs
 from sa3dist.model.base import Base
 from sa3dist.model.fused import use_compiled, wants_compile
+from sa3dist.model.packing import FilledPacking
 from sa3dist.model.parse_config import parse_model_config
 from sa3dist.model.random_weights import RandomWeights, random_base
 from sa3dist.model.released import RELEASED
 from sa3dist.model.tiny import tiny_config
 from sa3dist.parallel.flat import BETAS, EPSILON, FlatAdapters
+from sa3dist.shape_ladder import rung
 
 # The released shapes, and the demo's narrow ones, which take milliseconds on any machine.
 TINY = {"tiny-medium": "medium", "tiny-small": "small"}
@@ -34,6 +39,7 @@ SHAPES = (*RELEASED, *TINY)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # AdamW takes as long at any rate; at this one all steps of all sides are taken at the same point.
 LEARNING_RATE, WEIGHT_DECAY = 1e-9, 0.01
+ADAPTER_PRODUCTS = "auto"
 # What "auto" is asked for: a run long enough for everything.
 STEPS = 1000
 # Where the frozen model's backward pass ends; every layer of the adapted one lies on a path to them.
@@ -130,16 +136,29 @@ class Side:
         self.batch: dict[str, torch.Tensor] = {}
         self.zero, self.update = MAKERS[name](self)
         self.graphs = "off" if name == "baseline" else options.cuda_graphs
+        # What the loop does for clips of any length where adapted weights are formed; the frozen model beside it too.
+        self.filled = name != "baseline" and wants_formed(ADAPTER_PRODUCTS, device, DTYPES[options.precision])
         self.compiled = name != "baseline" and wants_compile(options.compile, device, STEPS, False)
-        if self.compiled:
+        if self.compiled and self.filled:
+            self.base.dit.transformer.use_compiled_blocks("inductor")
+        elif self.compiled:
             use_compiled(self.base.dit)
         # Forward and backward as one graph, once ``record`` has been called.
         self.replay: Callable[[], tuple[torch.Tensor, ...]] | None = None
+        self.recorder: Recorder | None = None
+        # By shape: the tensors a graph reads, and the graph. For one longest clip, as in a run.
+        self.recorded: dict[tuple, tuple[list[torch.Tensor], Callable]] = {}
 
-    def use(self, clips: int, frames: int) -> None:
-        """Train on another batch; the same sizes give the same values."""
+    def use(self, clips: int, frames: int, longest: int | None = None) -> None:
+        """Train on another batch; the same sizes give the same values.
+
+        longest   frames of the longest clip of a run that this batch is one of; None: this one's
+        """
         self.replay = None
         self.batch = make_batch(self.base, clips, frames)
+        self.packing = None
+        if self.filled:
+            self._fill(clips, frames, longest or frames)
         if self.evaluates_equals_once:
             # Ahead of the step, as our loader does: asking for the longest prompt would stop the host.
             cut = without_common_padding(self.batch["prompt"], self.batch["prompt_mask"])
@@ -148,17 +167,39 @@ class Side:
         if not self.trained:
             for name in INPUTS:
                 self.batch[name].requires_grad_()
+        elif self._shape() in self.recorded:
+            own, self.replay = self.recorded[self._shape()]
+            for target, value in zip(own, self._tensors(), strict=True):
+                target.copy_(value)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """Everything a pass reads that differs between batches."""
+        filled = [self.packing.table_5K, self.packing.start_S, self.keep] if self.filled else []
+        return [*self.batch.values(), *filled]
+
+    def _shape(self) -> tuple:
+        return tuple(value.shape for value in self._tensors())
+
+    def _fill(self, clips: int, frames: int, longest: int) -> None:
+        """As ``ShapeLadder`` does."""
+        memory, behind = self.base.dit.transformer.memory, (0, longest - frames)
+        most = memory + longest
+        tokens = min(rung(clips * (memory + frames), most), clips * most)
+        self.packing = FilledPacking.of((frames,) * clips, memory, longest, tokens).to(self.device)
+        for name in ("latents", "noised", "target", "inpaint_mask"):
+            self.batch[name] = F.pad(self.batch[name], behind)
+        self.keep = torch.arange(longest, device=self.device).expand(clips, longest) < frames
 
     def record(self) -> None:
         """Replay this batch's forward and backward from here on, where a run would."""
-        clips, _, frames = self.batch["latents"].shape
-        tokens = clips * (frames + self.base.dit.transformer.memory)
-        if wants_graphs(self.graphs, self.device, tokens, STEPS):
-            recorder = Recorder(self.device)
+        if self.replay is None and wants_graphs(self.graphs, self.device, STEPS):
+            # One for all lengths: its graphs share their memory.
+            recorder = self.recorder = self.recorder or Recorder(self.device)
             recorder.warm_up(self.passes)
             self.zero()
             try:
                 self.replay = recorder.record(self.passes)
+                self.recorded[self._shape()] = self._tensors(), self.replay
             except RuntimeError as problem:
                 # As a run would: it goes on without, and the row says "graphed": false.
                 print(f"no CUDA graph: {problem}", file=sys.stderr)
@@ -184,9 +225,10 @@ class Side:
                 batch["prompt_mask"],
                 batch["seconds"],
                 prompt_length=self.base.prompt_tokens,
+                packing=self.packing,
                 **context,
             )
-        keep = torch.ones_like(batch["inpaint_mask"][:, 0], dtype=torch.bool)
+        keep = self.keep if self.filled else torch.ones_like(batch["inpaint_mask"][:, 0], dtype=torch.bool)
         loss, _, _ = flow.masked_loss(velocity, batch["target"], keep, batch["inpaint_mask"])
         loss.backward()
         return (loss.detach(),)
@@ -199,7 +241,23 @@ class Side:
 def _ours(side: Side) -> tuple[Callable, Callable]:
     side.trained = adapters.adapter_parameters(side.base)
     flat = FlatAdapters(side.trained, LEARNING_RATE, WEIGHT_DECAY, scalars=0)
-    return flat.zero, flat.optimizer.step
+    products = types.SimpleNamespace(
+        adapter_products=ADAPTER_PRODUCTS, mixed_precision="bf16" if side.autocast else "no"
+    )
+    formed = keep_formed(side.base, flat, products, side.device)
+    if formed is None:
+        return flat.zero, flat.optimizer.step
+
+    def begin() -> None:
+        flat.zero()
+        formed.form()
+
+    def end() -> None:
+        formed.finish()
+        flat.optimizer.step()
+
+    side.formed = formed
+    return begin, end
 
 
 def _baseline(side: Side) -> tuple[Callable, Callable]:

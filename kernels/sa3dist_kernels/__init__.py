@@ -1,7 +1,9 @@
-"""Fused operations for adapted layers: torch reference, autograd, dispatch."""
+"""Adapted layers: W' formed once per step on a GPU, the factored form everywhere, and their autograd."""
 
 from sa3dist_kernels.adapted_linear import adapted_linear, effective_weight_reference
 from sa3dist_kernels.adapter_types import ADAPTER_TYPES, AdapterType
+from sa3dist_kernels.formed_linear import formed_linear
+from sa3dist_kernels.formed_weights import FormedLayer, FormedSpec, FormedWeights
 from sa3dist_kernels.frozen_products import frozen_linear
 from sa3dist_kernels.norm_memo import NormMemo
 from sa3dist_kernels.weight_norms import FrozenConstants, frozen_constants
@@ -9,10 +11,14 @@ from sa3dist_kernels.weight_norms import FrozenConstants, frozen_constants
 __all__ = [
     "ADAPTER_TYPES",
     "AdapterType",
+    "FormedLayer",
+    "FormedSpec",
+    "FormedWeights",
     "FrozenConstants",
     "NormMemo",
     "adapted_linear",
     "effective_weight_reference",
+    "formed_linear",
     "frozen_constants",
     "frozen_linear",
 ]

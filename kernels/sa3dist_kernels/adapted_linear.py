@@ -1,4 +1,4 @@
-"""An adapted linear layer, y = W' x + bias, evaluated and differentiated without forming W' or its gradient.
+"""An adapted linear layer, y = W' x + bias, by itself: with its norms shared over a step, but nothing else kept.
 
 With W0 the frozen weight, s the scale, L and R the two factors of the update and V = W0 + s L R,
 
@@ -7,8 +7,10 @@ With W0 the frozen weight, s the scale, L and R the two factors of the update an
 
     y = W' x + bias
 
-on one of two paths: plain torch (``factored_linear``) or the Triton kernels (``fused_linear``). On both the norms come
-from thin products with W0 (``weight_norms``), and may be found once for several calls (``norm_memo``).
+on one of two paths. In plain torch W' and its gradient are never formed (``factored_linear``): the norms come from
+thin products with W0 (``weight_norms``), and may be found once for several calls (``norm_memo``). On the Triton kernels
+W' is formed for every use (``formed_per_use``). Training on a GPU takes neither: it forms W' once per step
+(``formed_linear``).
 
 Layouts: N tokens, O fan_out, I fan_in, R rank.
 """
@@ -21,11 +23,12 @@ from collections.abc import Callable, Mapping
 import torch
 
 from sa3dist_kernels.adapter_types import AdapterType
-from sa3dist_kernels.dispatch import IMPLEMENTATIONS, runs_fused
 from sa3dist_kernels.factored_linear import FactoredLinear, rides_along, scalings
 from sa3dist_kernels.frozen_products import compute_dtype, no_autocast, product_dtype
 from sa3dist_kernels.norm_memo import NormMemo
 from sa3dist_kernels.weight_norms import EPS, FrozenConstants, Layer, frozen_constants
+
+IMPLEMENTATIONS = ("auto", "torch", "triton")
 
 
 def effective_weight_reference(
@@ -75,7 +78,7 @@ def adapted_linear(
     scale   strength * alpha / rank
     frozen  ``frozen_constants`` of the layer; may be left out for types without frozen bases, at one more read of W0
     memo    where norms are kept that several calls share; None finds them anew
-    impl    "torch" or "triton": that path. "auto": the one ``dispatch`` finds fit for x, said once
+    impl    "torch" and "auto": the factored form, on any device; "triton": W' formed per use, gradients in float32
 
     Raises ValueError for an unknown ``impl``, an input whose last axis does not fit, an -xs type without its bases, or
     impl="triton" where no kernel can run.
@@ -92,27 +95,28 @@ def adapted_linear(
     core = params["M_xs" if kind.xs else "lora_A"]
     dtype = compute_dtype(x)
     statistic = torch.promote_types(torch.promote_types(dtype, core.dtype), torch.float32)
-    if frozen is None and (kind.rows or kind.cols):
-        frozen = frozen_constants(weight)
-    fused = runs_fused(impl, x.device, dtype, statistic)
-    product = dtype if fused else product_dtype(dtype, x.device)
-    layer = Layer(kind, scale, weight_OI, frozen, product, statistic)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     trained = (core, params.get("lora_B"), params.get(kind.row_magnitude), params.get(kind.col_magnitude))
     trained = [None if value is None else value.to(statistic) for value in trained]
     bias = None if bias is None else bias.detach()
-    recall = _recall(memo, layer, params, (fused, scale, product, statistic))
-    if fused:
+    if impl == "triton":
         # Imported here: a machine without Triton runs everything else.
-        from sa3dist_kernels.fused_linear import fused_linear
+        from sa3dist_kernels.formed_per_use import formed_per_use
 
-        y = fused_linear(rows, *trained, bias, layer, weight, recall)
-    else:
-        known = None
-        if recall and not rides_along(kind):
-            with torch.no_grad(), no_autocast(x.device):
-                known = recall(functools.partial(scalings, layer, *trained))
-        y = FactoredLinear.apply(rows, *trained, bias, layer, weight, known)
+        bases = (frozen.left_OR.float(), frozen.right_IR.float()) if kind.xs else (None, None)
+        z = formed_per_use(rows, weight, trained, bases, scale)
+        y = z if bias is None else z + bias.to(z.dtype)
+        return y.view(*x.shape[:-1], weight_OI.shape[0])
+    if frozen is None and (kind.rows or kind.cols):
+        frozen = frozen_constants(weight)
+    product = product_dtype(dtype, x.device)
+    layer = Layer(kind, scale, weight_OI, frozen, product, statistic)
+    known = None
+    recall = _recall(memo, layer, params, (scale, product, statistic))
+    if recall and not rides_along(kind):
+        with torch.no_grad(), no_autocast(x.device):
+            known = recall(functools.partial(scalings, layer, *trained))
+    y = FactoredLinear.apply(rows, *trained, bias, layer, weight, known)
     return y.view(*x.shape[:-1], weight_OI.shape[0])
 
 

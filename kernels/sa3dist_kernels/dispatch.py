@@ -1,4 +1,4 @@
-"""Which implementation computes an adapted layer: the Triton kernels or plain torch. Decided once, and said."""
+"""Whether the Triton kernels serve on a device: asked once per device and format, and proved on a small layer."""
 
 from __future__ import annotations
 
@@ -13,31 +13,23 @@ from sa3dist_kernels.frozen_products import no_autocast
 
 log = logging.getLogger(__name__)
 
-IMPLEMENTATIONS = ("auto", "torch", "triton")
-# Formats the kernels take, and how far the two implementations may be apart in each (relative L2): a few roundings.
-FORMATS = {torch.float32: 5e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+# Formats training takes the kernels in, and how far they may be from plain torch in each (relative L2): a few
+# roundings. float16 has too small a range for W' with small gains.
+FORMATS = {torch.float32: 5e-3, torch.bfloat16: 3e-2}
 # Below compute capability 8.0 a GPU has neither bfloat16 products nor asynchronous copies to shared memory.
 LEAST_CAPABILITY = (8, 0)
 
 
-def runs_fused(impl: str, device: torch.device, dtype: torch.dtype, statistic: torch.dtype) -> bool:
-    """Whether an input of ``dtype`` on ``device`` goes through the Triton kernels.
+def kernels_serve(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether adapted layers with products in ``dtype`` on ``device`` may be left to the kernels.
 
-    impl       "torch" never; "triton" always, and the kernels raise where they cannot; "auto" where they have proved
-               themselves: once per device and format both implementations compute a small layer and are compared
-    statistic  format of the trained tensors' gradients; the kernels know float32 only
+    Where nothing speaks against it they compute one small layer first, and are compared with plain torch.
     """
-    if impl != "auto":
-        return impl == "triton"
-    return statistic == torch.float32 and _auto(device.type, device.index, dtype)
-
-
-# A constant for the compiler: what torch.compiler.assume_constant_result does, without the seconds its import takes.
-runs_fused._dynamo_marked_constant = True
+    return _kernels_serve(device.type, device.index, dtype)
 
 
 @functools.cache
-def _auto(kind: str, index: int | None, dtype: torch.dtype) -> bool:
+def _kernels_serve(kind: str, index: int | None, dtype: torch.dtype) -> bool:
     device = torch.device(kind, index)
     obstacle = _obstacle(device, dtype)
     if obstacle is None and (failure := trial(device, dtype)):
@@ -52,7 +44,7 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return "the kernels need a CUDA device"
     if dtype not in FORMATS:
-        return f"the kernels do not take {dtype}"
+        return f"the kernels do not train in {dtype}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
@@ -62,15 +54,15 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def trial(device: torch.device, dtype: torch.dtype) -> str | None:
     """What went wrong when the kernels computed a small layer, forward and backward, or None: they agree with torch."""
+    name = "dora-rows"
     try:
         with torch.enable_grad(), no_autocast(device):
-            for name in ("dora-rows", "bora"):
-                ours, theirs = (_small_layer(impl, ADAPTER_TYPES[name], device, dtype) for impl in ("triton", "torch"))
-                for key, expected in theirs.items():
-                    error = float((ours[key].float() - expected.float()).norm() / expected.float().norm())
-                    # Not "error > limit": that is false for a NaN.
-                    if not error <= FORMATS[dtype]:
-                        return f"{name}: {key} is {error:.1e} from torch's"
+            ours, theirs = (_small_layer(impl, ADAPTER_TYPES[name], device, dtype) for impl in ("triton", "torch"))
+            for key, expected in theirs.items():
+                error = float((ours[key].float() - expected.float()).norm() / expected.float().norm())
+                # Not "error > limit": that is false for a NaN.
+                if not error <= FORMATS[dtype]:
+                    return f"{name}: {key} is {error:.1e} from torch's"
     except Exception as problem:
         # Whatever a compiler or driver raises: the run goes on with torch, and the caller logs this.
         return f"{type(problem).__name__}: {problem}"

@@ -86,8 +86,10 @@ def attach_to(base, config: AdapterConfig, selected: Sequence[str], seed: int, b
     adapted = {}
     for name in selected:
         find_bases = None if bases is None else functools.partial(bases, name)
-        adapter = initial_adapter(config.kind, config.rank, base.fp32_weight(name), _generator(seed, name), find_bases)
-        adapter.to(layers[name].weight.device)
+        device = layers[name].weight.device
+        # Norms and bases are found where the weights are; only there are other devices than the CPU asked for.
+        weight = base.fp32_weight(name, *([device] if device.type != "cpu" else []))
+        adapter = initial_adapter(config.kind, config.rank, weight, _generator(seed, name), find_bases).to(device)
         adapted[name] = AdaptedLayer(layers[name], config.kind, adapter, config.alpha / config.rank)
     for name, layer in adapted.items():
         replace_layer(base, name, layer)

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from sa3dist_kernels import (
     AdapterType,
+    FormedLayer,
     FrozenConstants,
     NormMemo,
     adapted_linear,
     effective_weight_reference,
+    formed_linear,
     frozen_constants,
     frozen_linear,
 )
@@ -66,6 +68,9 @@ class AdaptedLayer(nn.Module):
         self.strength = 1.0
         # Set by ``unchanged`` for the stretch in which the adapter stays as it is.
         self.memo: NormMemo | None = None
+        # Set while W' is kept for whole optimiser steps: what the passes read, and the leaf that gets the raw sums.
+        self.formed: FormedLayer | None = None
+        self.sums: torch.Tensor | None = None
         # In a tuple, because a module assigned as an attribute would be registered and name the weight twice.
         self._original = (layer,)
 
@@ -90,6 +95,10 @@ class AdaptedLayer(nn.Module):
         if self.strength == 0:
             # By definition the base layer, magnitudes or not; the limit of small strengths is another weight.
             return frozen_linear(x, self.weight.flatten(1), self.bias)
+        if self.formed is not None:
+            formed = self.formed
+            z = formed_linear(x, self.sums, formed.weight_OI, formed.left_OR, formed.right_RI, self.kind)
+            return z if self.bias is None else z + self.bias.to(z.dtype)
         named = {"frozen": self.adapter.frozen, "memo": self.memo}
         return adapted_linear(x, self.weight, self.bias, self.trained(), self.kind, self.strength * self.scale, **named)
 
@@ -151,7 +160,8 @@ def initial_adapter(
 ) -> Adapter:
     """A fresh adapter, W' = W0 up to rounding.
 
-    weight     the frozen weight in float32 on the CPU, at the precision inference has it: bases and norms depend on it
+    weight     the frozen weight in float32, at the precision inference has it: bases and norms depend on it, and are
+               found where it is
     generator  a CPU generator of this layer's own; draws lora_A ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in))
     find_bases  gives the singular bases of -xs types for (weight, rank); None: ``singular_bases``
     """

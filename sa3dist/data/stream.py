@@ -29,7 +29,7 @@ from sa3dist.data.order import clip_order, micro_batch_slots
 from sa3dist.errors import SA3DistError
 from sa3dist.formats import ClipEntry
 from sa3dist.model.config import ShiftConfig
-from sa3dist.model.packing import Packing
+from sa3dist.model.packing import FilledPacking, Packing
 
 # A crop quieter than this is drawn again; source: spec/training.md 4.2, item 5 (-60 dBFS).
 SILENCE_PEAK = 1e-3
@@ -80,7 +80,7 @@ class MicroBatch:
     silent_crops: int
     repeated_clips: int = 0
     prompt_length: int | None = None
-    packing: Packing | None = None
+    packing: Packing | FilledPacking | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro batch with its tensors on ``device``."""
@@ -93,11 +93,15 @@ class MicroBatch:
         return self._each(lambda value: value.clone())
 
     def tensors(self) -> list[torch.Tensor]:
-        packed = [self.packing.frame_F] if self.packing is not None else []
-        return [value for value in vars(self).values() if isinstance(value, torch.Tensor)] + packed
+        packed = [] if self.packing is None else vars(self.packing).values()
+        return [value for value in (*vars(self).values(), *packed) if isinstance(value, torch.Tensor)]
 
     def _each(self, change: Callable) -> MicroBatch:
-        movable = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor | Packing)}
+        movable = {
+            name: value
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor | Packing | FilledPacking)
+        }
         return dataclasses.replace(self, **{name: change(value) for name, value in movable.items()})
 
 

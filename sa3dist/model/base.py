@@ -5,18 +5,20 @@ Legend: B batch, C channels or conditioning width, N samples, D latent channels,
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from sa3dist.errors import CheckpointError
-from sa3dist.model.checkpoint import fill
+from sa3dist.formats import digest_of
+from sa3dist.model.checkpoint import fill, tensors_sha256
 from sa3dist.model.conditioners import FEATURES, Conditioners
 from sa3dist.model.config import ModelConfig
 from sa3dist.model.dit import DiT, working_dtype
 from sa3dist.model.frequencies import expo_frequencies
-from sa3dist.model.packing import Packing
+from sa3dist.model.kept_digests import KeptDigests
+from sa3dist.model.packing import FilledPacking, Packing
 from sa3dist.model.same import Autoencoder, Decoder, Encoder
 from sa3dist.model.text import TextEncoder, TextSource
 
@@ -58,6 +60,7 @@ class Base(nn.Module):
         self.text_source = text_source
         self._text_encoder: TextEncoder | None = None
         self._reference_numerics = False
+        self.kept_digests: KeptDigests | None = None
         with torch.device("meta"):
             self.model = Wrapper(DiT(config.dit))
             self.conditioner = Conditioners(config)
@@ -148,27 +151,32 @@ class Base(nn.Module):
         fourier = {f"Fourier {width}": expo_frequencies(width // 2, self.device) for width in widths}
         return {**fourier, **{name: value for name, value in self.dit.named_buffers() if name.endswith("inv_freq")}}
 
-    def fp32_weight(self, name: str) -> Tensor:
-        """A layer's weight in float32 on the CPU, straight from the checkpoint, by adapter-relative layer name."""
-        return self.weights.read(weight_key(name), None, "cpu", torch.float32)
+    def fp32_weight(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """A layer's weight in float32 on ``device``, straight from the checkpoint, by adapter-relative layer name."""
+        return self.weights.read(weight_key(name), None, device, torch.float32)
 
     def weights_digest(self) -> str:
-        """Hex SHA-256 that identifies the checkpoint; the file is read once per process."""
-        return self.weights.digest
+        """Hex SHA-256 that identifies the checkpoint; the file is read once per process, or not at all when kept."""
+        return self._kept("file", lambda: self.weights.digest)
+
+    def begin_weights_digest(self) -> None:
+        """Let a thread find what ``weights_digest`` will return; for a base with ``kept_digests``."""
+        self.kept_digests.begin(self.weights.path, "file", lambda: self.weights.digest)
+
+    def _kept(self, what: str, make: Callable[[], str]) -> str:
+        return make() if self.kept_digests is None else self.kept_digests.of(self.weights.path, what, make)
 
     def autoencoder_digest(self) -> str:
         """Hex SHA-256 of the weights that decide what ``encode_audio`` gives; two bases may share an autoencoder."""
         parts = (f"{AUTOENCODER_PREFIX}encoder.", f"{AUTOENCODER_PREFIX}bottleneck.")
-        state = hashlib.sha256(repr(self.config.autoencoder.encoder).encode())
-        for name in sorted(key for key in self.weights.shapes if key.startswith(parts)):
-            tensor = self.weights.read(name, None, "cpu", torch.float32).contiguous()
-            state.update(name.encode())
-            state.update(tensor.view(-1).numpy())
-        return state.hexdigest()
+        names = sorted(key for key in self.weights.shapes if key.startswith(parts))
+        described = repr(self.config.autoencoder.encoder)
+        what = f"autoencoder {digest_of(described)}"
+        return self._kept(what, lambda: tensors_sha256(self.weights, names, described))
 
     def text_encoder_digest(self) -> str:
         """Hex SHA-256 of the text encoder's files. Raises CheckpointError when the base has none."""
-        return self._found_text_source().digest()
+        return self._found_text_source().digest(self.kept_digests)
 
     @torch.no_grad()
     def encode_audio(self, audio_BCN: Tensor) -> Tensor:
@@ -272,7 +280,7 @@ class Base(nn.Module):
         inpaint_latents_BDT: Tensor | None = None,
         drop_cross_B: Tensor | None = None,
         prompt_length: int | None = None,
-        packing: Packing | None = None,
+        packing: Packing | FilledPacking | None = None,
     ) -> Tensor:
         """Velocity (noise - data) of noisy latents, (B, D, T), float32; gradients reach adapters only.
 

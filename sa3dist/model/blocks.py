@@ -112,17 +112,18 @@ def turn(norm: nn.Module, x_NPHD: Tensor, rotary: tuple[Tensor, Tensor, int], dt
     return rotate(norm(x_NPHD), *rotary).to(dtype)
 
 
-def merge_pairs(x_BNPHD: Tensor) -> Tensor:
-    """(B, N, P, H, D) to the (B, P * H, N, D) that scaled_dot_product_attention takes."""
-    return x_BNPHD.flatten(2, 3).transpose(1, 2)
+def in_one_call(attend, q_BNPHD: Tensor, k_BSPHD: Tensor, v_BS1HD: Tensor) -> Tensor:
+    """Both members of a differential pair (or the only one) as one attention call with more heads; (B, N, H * D).
 
-
-def subtract_pairs(x_BHND: Tensor, pairs: int) -> Tensor:
-    """Difference of the two halves of the heads (or the only half), as (B, N, H * D)."""
+    attend   attention over (B, P * H, N, D), as scaled_dot_product_attention takes it
+    """
+    pairs = q_BNPHD.shape[2]
+    v_BSPHD = v_BS1HD.expand(-1, -1, pairs, -1, -1)
+    out_BHND = attend(*(x.flatten(2, 3).transpose(1, 2) for x in (q_BNPHD, k_BSPHD, v_BSPHD)))
     if pairs == 2:
-        first, second = x_BHND.chunk(2, dim=1)
-        x_BHND = first - second
-    return x_BHND.transpose(1, 2).flatten(2)
+        first, second = out_BHND.chunk(2, dim=1)
+        out_BHND = first - second
+    return out_BHND.transpose(1, 2).flatten(2)
 
 
 def make_head_norm(kind: str, head_dim: int, eps: float) -> nn.Module:
@@ -143,7 +144,7 @@ def repeat_token(x_BSE: Tensor, repeated: tuple[int, int] | None) -> Tensor:
 class Attention(nn.Module):
     """Projections of plain or differential attention; the subclass says which rows hold q, k and v.
 
-    Differential: ``softmax(q k^T) v - softmax(q' k'^T) v`` as one attention call with doubled heads.
+    Differential: ``softmax(q k^T) v - softmax(q' k'^T) v``.
     """
 
     def __init__(self, width: int, head_dim: int, differential: bool, qk_norm: str, qk_norm_eps: float):
@@ -169,15 +170,13 @@ class SelfAttention(Attention):
         super().__init__(width, head_dim, differential, qk_norm, qk_norm_eps)
         self.to_qkv = nn.Linear(width, (2 * self.pairs + 1) * width, bias=False)
 
-    def forward(self, x_BNE: Tensor, rotary: tuple[Tensor, Tensor, int], attend) -> Tensor:
-        """``attend(q, k, v)`` is the attention over (B, P * H, N, D); ``rotary`` is cos, signed sin, half width."""
+    def forward(self, x_BNE: Tensor, rotary: tuple[Tensor, Tensor, int], attend_pairs) -> Tensor:
+        """``attend_pairs(q, k, v)``: see ``layouts.Layout``; ``rotary`` is cos, signed sin, half width."""
         qkv = self.heads(self.to_qkv(x_BNE), 2 * self.pairs + 1)
         q, k, v = qkv[:, :, 0::3], qkv[:, :, 1::3], qkv[:, :, 2:3]
         q = self.turn(self.q_norm, q, rotary, v.dtype)
         k = self.turn(self.k_norm, k, rotary, v.dtype)
-        v = v.expand(-1, -1, self.pairs, -1, -1)
-        out = attend(merge_pairs(q), merge_pairs(k), merge_pairs(v))
-        return self.to_out(subtract_pairs(out, self.pairs))
+        return self.to_out(attend_pairs(q, k, v))
 
 
 class CrossAttention(Attention):
@@ -188,8 +187,8 @@ class CrossAttention(Attention):
         self.to_q = nn.Linear(width, self.pairs * width, bias=False)
         self.to_kv = nn.Linear(width, (self.pairs + 1) * width, bias=False)
 
-    def forward(self, x_GNE: Tensor, context_BSE: Tensor, repeated: tuple[int, int] | None, attend) -> Tensor:
-        """``attend(q, k, v)``: attention of the tokens (G, P * H, N, D) to their clips' contexts (B, P * H, S, D).
+    def forward(self, x_GNE: Tensor, context_BSE: Tensor, repeated: tuple[int, int] | None, attend_pairs) -> Tensor:
+        """``attend_pairs(q, k, v)``: attention of the tokens to their clips' contexts, see ``layouts.Layout``.
 
         repeated: position of the one context token that stands for several equal ones in a row, and how many; or None
         """
@@ -197,9 +196,7 @@ class CrossAttention(Attention):
         k, v = kv[:, :, : self.pairs], kv[:, :, self.pairs :]
         q = self.q_norm(self.heads(self.to_q(x_GNE), self.pairs)).to(v.dtype)
         k = self.k_norm(k).to(v.dtype)
-        v = v.expand(-1, -1, self.pairs, -1, -1)
-        out = attend(merge_pairs(q), merge_pairs(k), merge_pairs(v))
-        return self.to_out(subtract_pairs(out, self.pairs))
+        return self.to_out(attend_pairs(q, k, v))
 
 
 def silu_gate(x: Tensor) -> Tensor:

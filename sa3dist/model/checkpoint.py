@@ -60,6 +60,16 @@ def tensor_shapes(module: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
     return {prefix + name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
+def tensors_sha256(weights, names: list[str], described: str) -> str:
+    """SHA-256 over a description and the named tensors in that order, by name and float32 values, as hex."""
+    state = hashlib.sha256(described.encode())
+    for name in names:
+        tensor = weights.read(name, None, "cpu", torch.float32).contiguous()
+        state.update(name.encode())
+        state.update(tensor.view(-1).numpy())
+    return state.hexdigest()
+
+
 def check_keys(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], path: Path) -> None:
     """Raises CheckpointError naming up to three keys when the two inventories differ in any way."""
     missing = [key for key in expected if key not in found]

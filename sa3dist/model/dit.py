@@ -23,8 +23,8 @@ from sa3dist.model.blocks import (
     expo_features,
 )
 from sa3dist.model.config import DiTConfig
-from sa3dist.model.layouts import Packed, Padded
-from sa3dist.model.packing import Packing
+from sa3dist.model.layouts import Filled, Packed, Padded
+from sa3dist.model.packing import FilledPacking, Packing
 
 
 class Shared(NamedTuple):
@@ -38,7 +38,7 @@ class Shared(NamedTuple):
     repeated: tuple[int, int] | None
     local_GTC: Tensor | None
     rotary: tuple[Tensor, Tensor, int]
-    layout: Padded | Packed
+    layout: Padded | Packed | Filled
 
 
 def two_layers(inner: int, outer: int, bias: bool) -> nn.Sequential:
@@ -87,10 +87,10 @@ class Block(nn.Module):
         layout = shared.layout
         if layout.attends:
             entering = self.modulated_norm(self.pre_norm, h_GNE, scale1, shift1, layout)
-            branch = self.self_attn(entering, shared.rotary, layout.attend)
+            branch = self.self_attn(entering, shared.rotary, layout.attend_pairs)
             h_GNE = self.add_gated(h_GNE, gate1, branch, layout)
         context = shared.context_BSE, shared.repeated
-        branch = self.cross_attn(self.cross_attend_norm(h_GNE), *context, layout.attend_to_context)
+        branch = self.cross_attn(self.cross_attend_norm(h_GNE), *context, layout.attend_pairs_to_context)
         h_GNE = h_GNE + branch.to(h_GNE.dtype)
         if shared.local_GTC is not None:
             h_GNE = layout.add_to_frames(h_GNE, self.to_local_embed(shared.local_GTC).to(h_GNE.dtype))
@@ -118,6 +118,20 @@ class Transformer(nn.Module):
         self.rotary_pos_emb = RotaryEmbedding(max(config.head_dim // 2, 32))
         self.global_cond_embedder = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 6 * width))
         self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self._run_block = Block.forward
+
+    def use_compiled_blocks(self, backend: str | None) -> None:
+        """Run whole blocks as one compiled program, the same for all of them and for any number of tokens; None: as
+        they are."""
+        if backend is None:
+            self._run_block = Block.forward
+            return
+        # One program for each number of clips, with and without given context, for training and without gradients.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        # Not dynamic of its own accord: what has other sizes is marked (``mark_any_length``). Whether reductions over
+        # rows and over columns are joined would depend on the number of tokens: another program for long clips.
+        options = {"triton.mix_order_reduction": False} if backend == "inductor" else None
+        self._run_block = torch.compile(Block.forward, backend=backend, fullgraph=True, dynamic=False, options=options)
 
     def forward(
         self,
@@ -125,7 +139,7 @@ class Transformer(nn.Module):
         context: tuple[Tensor, tuple[int, int] | None],
         global_BE: Tensor,
         local_GTC: Tensor | None,
-        layout: Padded | Packed,
+        layout: Padded | Packed | Filled,
         dtype: torch.dtype,
         rounding: torch.dtype | None,
     ) -> Tensor:
@@ -147,10 +161,12 @@ class Transformer(nn.Module):
         recomputed = self.recomputed_blocks if torch.is_grad_enabled() else 0
         for i, modulation in enumerate(self.modulations(global_BE, dtype)):
             run = recompute if i < recomputed else call
-            h_GNE = run(self.layers[i], h_GNE, modulation, shared)
+            if self._run_block is not Block.forward:
+                mark_any_length(h_GNE, shared)
+            h_GNE = run(self._run_block, self.layers[i], h_GNE, modulation, shared)
         return self.project_out(layout.without_memory(h_GNE))
 
-    def modulations(self, global_BE: Tensor, dtype: torch.dtype):
+    def modulations(self, global_BE: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
         """Six (B, E) tensors for every layer, all layers in a handful of operations."""
         own_L6E = torch.stack([layer.to_scale_shift_gate.to(dtype) for layer in self.layers])
         both = (own_L6E[:, None] + self.global_cond_embedder(global_BE)).to(dtype)
@@ -159,8 +175,9 @@ class Transformer(nn.Module):
         scale = 1 + parts[..., 0, :]
         shift = parts[..., 1, :]
         gate = torch.sigmoid(1 - parts[..., 2, :])
-        for i in range(len(self.layers)):
-            yield tuple(part[i, ..., half, :] for half in (0, 1) for part in (scale, shift, gate))
+        # Taken apart in one operation: the gradient of each part alone would fill, copy and add a tensor of all layers.
+        each_BE = torch.stack([scale, shift, gate], dim=3).permute(0, 2, 3, 1, 4).flatten(0, 2).unbind()
+        return [each_BE[i : i + 6] for i in range(0, len(each_BE), 6)]
 
 
 def working_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
@@ -171,6 +188,17 @@ def working_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     if stored.itemsize == 2 and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return stored
+
+
+def mark_any_length(h_GNE: Tensor, shared: Shared) -> None:
+    """Tell the compiler which axes will have other lengths too: those over tokens."""
+    layout = shared.layout
+    marks = [(h_GNE, 1), *((table, 0) for table in (*shared.rotary[:2], layout.clip_K, layout.is_frame_K1))]
+    marks.append((layout.owner_BK, 1))
+    if shared.local_GTC is not None and shared.local_GTC.shape[1] > 1:
+        marks.append((shared.local_GTC, 1))
+    for tensor, axis in marks:
+        torch._dynamo.maybe_mark_dynamic(tensor, axis)
 
 
 def call(function, *arguments):
@@ -216,7 +244,7 @@ class DiT(nn.Module):
         local_BCT: Tensor | None = None,
         padding_mask_BT: Tensor | None = None,
         repeated: tuple[int, int] | None = None,
-        packing: Packing | None = None,
+        packing: Packing | FilledPacking | None = None,
     ) -> Tensor:
         """Velocity (B, C, T) in float32.
 
@@ -240,9 +268,13 @@ class DiT(nn.Module):
         # Every layout gives zeros where it computes nothing.
         return functools.reduce(torch.add, parts)
 
-    def layouts(self, x_BCT: Tensor, padding_mask_BT: Tensor | None, packing: Packing | None) -> list[Padded | Packed]:
+    def layouts(
+        self, x_BCT: Tensor, padding_mask_BT: Tensor | None, packing: Packing | FilledPacking | None
+    ) -> list[Padded | Packed | Filled]:
         """What to compute, so that the sum over it is the velocity."""
         frames, memory = x_BCT.shape[2], self.transformer.memory
+        if isinstance(packing, FilledPacking):
+            return [Filled(packing, len(x_BCT), frames, memory)]
         if packing is not None:
             return [Packed(packing, memory)]
         if padding_mask_BT is None or padding_mask_BT.device.type != "cpu":
@@ -254,7 +286,7 @@ class DiT(nn.Module):
             layouts.append(Packed(Packing.of(~padding_mask_BT), memory=0, attends=False))
         return layouts
 
-    def _velocity(self, layout: Padded | Packed, x_BTC: Tensor, context, embed, local_BTC, dtype) -> Tensor:
+    def _velocity(self, layout: Padded | Packed | Filled, x_BTC: Tensor, context, embed, local_BTC, dtype) -> Tensor:
         """Velocity of the layout's frames, (B, C, T) float32, zero at frames it leaves out."""
         x_GCT = layout.take(x_BTC).transpose(1, 2)
         x_GCT = self.preprocess_conv(x_GCT) + x_GCT

@@ -1,7 +1,8 @@
 """How the clips of a batch lie in the transformer's tokens: side by side and padded, or packed into one list.
 
-A layout brings frames in and out, and does what depends on which token belongs to which clip; everything else in the
-network works token by token and sees (G, N, E) tokens: G = B padded clips, or G = 1 list of all clips' tokens.
+``Filled`` is a packed list of a fixed length. A layout brings frames in and out, and does what depends on which token
+belongs to which clip; everything else in the network works token by token and sees (G, N, E) tokens: G = B padded
+clips, or G = 1 list of all clips' tokens.
 
 Legend: B clips, C channels, T frames, M memory tokens, H heads (of both members of a pair), S context tokens,
 D head width.
@@ -14,10 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from sa3dist.model.packing import Packing
+from sa3dist.model.blocks import in_one_call
+from sa3dist.model.packing import FilledPacking, Packing
+from sa3dist.model.varlen_attention import varlen_attention
 
 
-class Padded:
+class Layout:
+    """What the layouts share: attention of both members of a differential pair in one call."""
+
+    def attend_pairs(self, q_GNPHD: Tensor, k_GNPHD: Tensor, v_GN1HD: Tensor) -> Tensor:
+        """Attention of every clip's tokens to each other, (G, N, H * D); of a pair, the first's less the second's."""
+        return in_one_call(self.attend, q_GNPHD, k_GNPHD, v_GN1HD)
+
+    def attend_pairs_to_context(self, q_GNPHD: Tensor, k_BSPHD: Tensor, v_BS1HD: Tensor) -> Tensor:
+        """The same of every clip's tokens to its own context."""
+        return in_one_call(self.attend_to_context, q_GNPHD, k_BSPHD, v_BS1HD)
+
+
+class Padded(Layout):
     """Every clip with every frame, (B, M + T, E).
 
     valid_BT   True = valid; padded frames are computed, attended by nobody and get nothing from attention and
@@ -70,7 +85,7 @@ class Padded:
         return F.scaled_dot_product_attention(q_BHND, k_BHSD, v_BHSD)
 
 
-class Packed:
+class Packed(Layout):
     """Only valid frames, all clips' tokens in one list, (1, K, E). Frames left out are zeros in what ``put`` gives.
 
     attends    False for frames that nobody attends to and that attend to nobody: the padded ones, where their values
@@ -143,6 +158,74 @@ class Packed:
         q, k, v = (x[0].transpose(0, 1) for x in (q_1HKD, k_1HJD, v_1HJD))
         out_KHD = varlen_attn(q, k, v, self.start_B1, key_start_B1, max(self.spans), longest)
         return out_KHD.transpose(0, 1)[None]
+
+
+class Filled:
+    """All clips' tokens in one list of a fixed length, (1, K, E): see ``FilledPacking``.
+
+    frames   T of the padded batch
+    """
+
+    attends = True
+
+    def __init__(self, packing: FilledPacking, clips: int, frames: int, memory: int):
+        self.clips, self.frames, self.memory = clips, frames, memory
+        self.frame_K, self.slot_K, self.target_K, self.positions, self.clip_K = packing.table_5K.unbind()
+        self.start_S = packing.start_S
+        self.is_frame_K1 = (self.target_K < clips * frames)[:, None]
+        self.owner_BK = torch.arange(clips, device=self.clip_K.device)[:, None] == self.clip_K
+        # The filling is the last clip's as far as its context goes.
+        self.context_start_B1 = torch.cat([self.start_S[:clips], self.start_S[-1:]])
+
+    def take(self, x_BTC: Tensor) -> Tensor:
+        every_frame = x_BTC.expand(self.clips, self.frames, -1).flatten(0, 1)
+        rows = every_frame.index_select(0, self.frame_K)
+        return torch.where(self.is_frame_K1, rows, rows.new_zeros(()))[None]
+
+    def put(self, y_1KC: Tensor) -> Tensor:
+        places = self.clips * self.frames
+        empty = y_1KC.new_zeros(places + 1, y_1KC.shape[-1])
+        return empty.index_copy(0, self.target_K, y_1KC[0])[:places].unflatten(0, (self.clips, self.frames))
+
+    def with_memory(self, memory_ME: Tensor, x_1KE: Tensor) -> Tensor:
+        return torch.where(self.is_frame_K1, x_1KE, memory_ME.index_select(0, self.slot_K))
+
+    def without_memory(self, h_1KE: Tensor) -> Tensor:
+        # ``put`` leaves these tokens out.
+        return h_1KE
+
+    def modulate(self, h_1KE: Tensor, scale_BE: Tensor, shift_BE: Tensor) -> Tensor:
+        if self.clips == 1:
+            return torch.addcmul(shift_BE, h_1KE, scale_BE)
+        return add_scaled(shift_BE, h_1KE, scale_BE, self.clip_K, self.owner_BK)
+
+    def add_gated(self, h_1KE: Tensor, gate_BE: Tensor, branch_1KE: Tensor) -> Tensor:
+        if self.clips == 1:
+            return torch.addcmul(h_1KE, gate_BE, branch_1KE)
+        return add_scaled(h_1KE, branch_1KE, gate_BE, self.clip_K, self.owner_BK)
+
+    def add_to_frames(self, h_1KE: Tensor, local_1KE: Tensor) -> Tensor:
+        """local: of every token, or one row that stands for every frame."""
+        return h_1KE + torch.where(self.is_frame_K1, local_1KE, local_1KE.new_zeros(()))
+
+    def attend_pairs(self, q_1KPHD: Tensor, k_1KPHD: Tensor, v_1K1HD: Tensor) -> Tensor:
+        return _one_by_one(q_1KPHD[0], k_1KPHD[0], v_1K1HD[0], self.start_S, self.start_S)
+
+    def attend_pairs_to_context(self, q_1KPHD: Tensor, k_BSPHD: Tensor, v_BS1HD: Tensor) -> Tensor:
+        tokens = k_BSPHD.shape[1]
+        last = self.clips * tokens
+        starts = torch.arange(0, last + 1, tokens, device=self.start_S.device, dtype=torch.int32)
+        return _one_by_one(q_1KPHD[0], k_BSPHD.flatten(0, 1), v_BS1HD.flatten(0, 1), self.context_start_B1, starts)
+
+
+def _one_by_one(q_KPHD: Tensor, k_JPHD: Tensor, v_J1HD: Tensor, q_start_S1: Tensor, k_start_S1: Tensor) -> Tensor:
+    """A call for each member of a pair, so that no values are copied for the second; (1, K, H * D)."""
+    outputs = [
+        varlen_attention(q_KPHD[:, pair], k_JPHD[:, pair], v_J1HD[:, 0], q_start_S1, k_start_S1)
+        for pair in range(q_KPHD.shape[1])
+    ]
+    out_KHD = outputs[0] if len(outputs) == 1 else outputs[0] - outputs[1]
+    return out_KHD.flatten(1)[None]
 
 
 def _takes_unequal_lengths(q: Tensor) -> bool:

@@ -5,6 +5,7 @@ Legend: B batch, C channels, L patches, T latent frames, S patches per frame (th
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sa3dist.model.attention_windows import SlidingWindow
-from sa3dist.model.blocks import DyT, FeedForward, RMSNorm, RotaryEmbedding, SelfAttention
+from sa3dist.model.blocks import DyT, FeedForward, RMSNorm, RotaryEmbedding, SelfAttention, in_one_call
 from sa3dist.model.config import AutoencoderConfig, BottleneckConfig, ResamplingConfig
 from sa3dist.model.long_clips import passes
 
@@ -51,7 +52,7 @@ class Layer(nn.Module):
 
     def forward(self, h_BNW: Tensor, attend) -> Tensor:
         rotary = (*self.rope.tables(h_BNW.shape[1], self.self_attn.head_dim), self.rope.inv_freq.numel())
-        h_BNW = h_BNW + self.self_attn(self.pre_norm(h_BNW), rotary, attend)
+        h_BNW = h_BNW + self.self_attn(self.pre_norm(h_BNW), rotary, functools.partial(in_one_call, attend))
         return h_BNW + self.ff(self.ff_norm(h_BNW))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 from pathlib import Path
@@ -17,8 +18,11 @@ from sa3dist.home import expand_home
 from sa3dist.model.conditioners import HIDDEN_WIDTH
 from sa3dist.model.config import PromptConfig
 from sa3dist.model.hub import hub_folder
+from sa3dist.model.kept_digests import KeptDigests
 
 DECIDING_SUFFIXES = (".safetensors", ".json", ".model")
+# Below this, hashing a file costs no more than looking up its digest.
+LARGE_BYTES = 1 << 20
 NEEDED_FILES = ("config.json", "tokenizer_config.json")
 
 
@@ -54,10 +58,17 @@ class TextSource:
             return self._directory(Path(self.config.model_path), "model_path of the model config")
         return hub_folder(self.config.repo_id or self.config.model_name, subfolder, NEEDED_FILES, local_only)
 
-    def digest(self) -> str:
-        """Hex SHA-256 over the files that decide the hidden states: weights, tokenizer and their configs."""
-        files = sorted(path for path in self.resolve().iterdir() if path.suffix in DECIDING_SUFFIXES)
-        return digest_of(*(part for path in files for part in (path.name, file_sha256(path))))
+    def digest(self, kept: KeptDigests | None = None) -> str:
+        """Hex SHA-256 over the files that decide the hidden states: weights, tokenizer and their configs.
+
+        kept   where the digests of large ones are kept
+        """
+        parts = []
+        for path in sorted(path for path in self.resolve().iterdir() if path.suffix in DECIDING_SUFFIXES):
+            make = functools.partial(file_sha256, path)
+            large = kept is not None and path.stat().st_size >= LARGE_BYTES
+            parts += [path.name, kept.of(path, "file", make) if large else make()]
+        return digest_of(*parts)
 
     def _resolve_override(self, override: str, local_only: bool) -> Path:
         path = Path(expand_home(override))

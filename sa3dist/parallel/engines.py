@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
+from sa3dist_kernels import FormedWeights
 from torch import Tensor, nn
 
 from sa3dist.adapters import adapted_layers
+from sa3dist.adapters.formed import keep_formed
 from sa3dist.parallel.agreement import step_alike
 from sa3dist.parallel.flat import FlatAdapters
 from sa3dist.parallel.group import Group
@@ -31,6 +33,7 @@ class Engine(Protocol):
     parameters   the trained tensors by their name in a file; under ZeRO-3 a rank holds only its part of their values
     scalars      float32 sums that ``average`` adds up over the ranks
     lockstep     ranks exchange tensors within the passes: one that fails there cannot join its peers afterwards
+    formed       the weights the adapted layers multiply with, where they are kept for whole steps; None: factored form
     separate     in lockstep, but ``losses`` and ``gradients`` exchange nothing; ``add``, in place of ``backward``, does
     """
 
@@ -38,6 +41,7 @@ class Engine(Protocol):
     scalars: Tensor
     lockstep: bool
     separate: bool
+    formed: FormedWeights | None
 
     def zero(self) -> None:
         """Forget the gradients and scalars of the step before."""
@@ -76,12 +80,12 @@ def make(
     """The engine of the mode this process was launched in.
 
     forward   (batch) to its losses        scalars   how many float32 values travel with the gradients
-    settings  learning_rate, weight_decay, gradient_compression
+    settings  learning_rate, weight_decay, gradient_compression, adapter_products, mixed_precision
     work      micro_batch, accumulation, adapt_memory
     """
     share_initial_state(base, parameters, group)
     if group.deepspeed is None:
-        return FlatEngine(parameters, forward, settings, group, scalars)
+        return FlatEngine(base, parameters, forward, settings, group, scalars)
     # DeepSpeed is imported where it is used: most runs do without it.
     from sa3dist.parallel import zero_config
     from sa3dist.parallel.zero import ZeroEngine
@@ -111,7 +115,13 @@ class FlatEngine:
     separate = False
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], forward: Callable[..., Losses], settings, group: Group, scalars: int
+        self,
+        base,
+        parameters: dict[str, nn.Parameter],
+        forward: Callable[..., Losses],
+        settings,
+        group: Group,
+        scalars: int,
     ) -> None:
         """forward: losses of a micro batch; scalars: how many travel along; settings as for ``make``."""
         self.parameters = parameters
@@ -121,6 +131,7 @@ class FlatEngine:
         ordered = {name: parameters[name] for name in backward_order}
         self.flat = FlatAdapters(ordered, settings.learning_rate, settings.weight_decay, scalars)
         self.scalars = self.flat.scalars
+        self.formed = keep_formed(base, self.flat, settings, group.device)
         self.reduction = GradientReduction(self.flat, group, settings.gradient_compression)
         self.group = group
         self.alike = step_alike(group)
@@ -130,6 +141,8 @@ class FlatEngine:
     def zero(self) -> None:
         self.flat.zero()
         self.reduction.reset()
+        if self.formed is not None:
+            self.formed.form()
 
     def backward(self, loss: Tensor, last: bool) -> None:
         if last:
@@ -138,6 +151,9 @@ class FlatEngine:
 
     def average(self) -> Tensor:
         self.reduction.finish()
+        if self.formed is not None:
+            # Linear in what was summed up: once, after all micro batches and ranks.
+            self.formed.finish()
         return torch.linalg.vector_norm(self.flat.gradient)
 
     def step(self, learning_rate: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -37,6 +37,8 @@ class FlatAdapters:
         self._reduced = torch.zeros(room + count, device=device)[room - scalars :]
         self.scalars, self.gradient = self._reduced[:scalars], self._reduced[scalars:]
         self.values.grad = self.gradient
+        # What autograd accumulates into, in the order of the buffers.
+        self.leaves: list[torch.Tensor] = list(parameters.values())
         for parameter, values, gradient in self._views(self.values.data, self.gradient):
             values.copy_(parameter.data)
             parameter.data = values
@@ -50,6 +52,20 @@ class FlatAdapters:
             end = offset + parameter.numel()
             yield parameter, *(flat[offset:end].view(parameter.shape) for flat in flats)
             offset = end
+
+    def join(self, groups: Sequence[Sequence[nn.Parameter]]) -> list[torch.Tensor]:
+        """One leaf for each group of neighbours, over their values and gradients; autograd is to see these instead.
+
+        groups   all parameters, in their order
+        """
+        assert [id(member) for members in groups for member in members] == [id(p) for p in self.parameters.values()]
+        self.leaves, end = [], 0
+        for members in groups:
+            begin, end = end, end + sum(member.numel() for member in members)
+            leaf = self.values.data[begin:end].requires_grad_()
+            leaf.grad = self.gradient[begin:end]
+            self.leaves.append(leaf)
+        return self.leaves
 
     def _tell_of_change(self) -> None:
         # Storage is shared, version counters are not: who keeps what follows from the values must see them move.

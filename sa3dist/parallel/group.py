@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import socket
 import time
@@ -28,6 +29,8 @@ from sa3dist.parallel.word import (
     read,
     unpack,
 )
+
+log = logging.getLogger(__name__)
 
 # Waiting ranks look this often whether rank 0 is done: a poll, for preparation outlasts any collective
 POLL_SECONDS = 0.05
@@ -114,7 +117,7 @@ def connect(step_timeout_seconds: float) -> Group:
         # Told of a CPU, Accelerate would pass DeepSpeed over without a word.
         on_cpu = False
     patience = timedelta(seconds=step_timeout_seconds + GROUP_TIMEOUT_MARGIN_SECONDS)
-    handlers = [InitProcessGroupKwargs(timeout=patience)]
+    handlers = [InitProcessGroupKwargs(**backend_for(on_cpu), timeout=patience)]
     tf32 = torch.backends.cuda.matmul.allow_tf32
     accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, kwargs_handlers=handlers)
     # It turns TF32 on where a launcher's file asks for dynamo, which compiles nothing here.
@@ -130,6 +133,19 @@ def connect(step_timeout_seconds: float) -> Group:
         group = Group(dist.get_rank(), dist.get_world_size(), device, plugin and plugin.deepspeed_config)
         return dataclasses.replace(group, hosts=tuple(group.gather(socket.gethostname())))
     return Group(0, 1, device)
+
+
+def backend_for(on_cpu: bool) -> dict[str, str]:
+    """``{"backend": "gloo"}`` where this machine's processes outnumber its GPUs and are all there are, else nothing.
+
+    Accelerate lets them share the GPUs, but NCCL refuses two processes on one of them.
+    """
+    here, everywhere = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    # Of several machines one may have GPUs enough: it would wait for the others in another kind of group.
+    if on_cpu or zero_config.asked_for() or here < everywhere or here <= (gpus := torch.cuda.device_count()):
+        return {}
+    log.warning("%d processes share %d GPU(s): gradients travel over gloo, through the host's memory", here, gpus)
+    return {"backend": "gloo"}
 
 
 def disconnect() -> None:

@@ -35,10 +35,10 @@ class GradientReduction:
     def _cut(self, bucket_elements: int) -> None:
         """Fill ``buckets`` with spans of the gradient, last one first; what is left below them is the rest."""
         end = self.rest = self.flat.gradient.numel()
-        inside: list[torch.nn.Parameter] = []
-        for parameter in reversed(self.flat.parameters.values()):
-            self.rest -= parameter.numel()
-            inside.append(parameter)
+        inside: list[torch.Tensor] = []
+        for leaf in reversed(self.flat.leaves):
+            self.rest -= leaf.numel()
+            inside.append(leaf)
             if end - self.rest >= bucket_elements and self.rest > 0:
                 for member in inside:
                     member.register_post_accumulate_grad_hook(functools.partial(self._arrived, len(self.buckets)))
@@ -57,7 +57,7 @@ class GradientReduction:
         """The backward pass from here on is the step's last: its gradients are complete as they arrive."""
         self._armed = self.group.world_size > 1
 
-    def _arrived(self, bucket: int, parameter: torch.nn.Parameter) -> None:
+    def _arrived(self, bucket: int, leaf: torch.Tensor) -> None:
         if self._armed:
             self._missing[bucket] -= 1
             while len(self._travelling) < len(self.buckets) and not self._missing[len(self._travelling)]:

@@ -59,6 +59,7 @@ class ZeroEngine:
     """An ``engines.Engine`` over a DeepSpeed engine of stage 1, 2 or 3."""
 
     lockstep = True
+    formed = None
 
     def __init__(
         self,

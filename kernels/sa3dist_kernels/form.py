@@ -1,0 +1,231 @@
+"""FORM: the effective weights of all adapted layers, once per optimiser step, all layers in few launches.
+
+    V = W0 + s L R                  n = |rows of V|                  g = row magnitude / (n + eps)
+    W' = diag(g~) V diag(h~)        c = |columns of diag(g) V|       h = column magnitude / (c + eps)
+    L' = diag(g) L                  R' = R diag(h)                   -xs: L = U, R = M Q^T, and R' = Q^T diag(h)
+
+g, h are 1 where a type does not scale that side; g~, h~ are kept from zero (``floored``). Beside W', L', R' it leaves
+what FINISH needs: g, n, h, c, V R^T (V Q for -xs) where rows are scaled, E = (diag(g^2) L)^T V where columns
+are.
+
+rows      a program has a block of rows: norms and V R^T in one pass over the columns, W' in a second one that finds the
+          rows in the cache. Where columns are scaled too, W' waits for them and is written by a launch of its own.
+columns   a program has a block of columns and a span of rows; ``close`` adds the spans up in a fixed order.
+
+Layouts: O fan_out, I fan_in, R rank.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sa3dist_kernels.column_sweep import column_sweep
+from sa3dist_kernels.formed_tiles import (
+    BASIS,
+    COL_CROSS,
+    COL_GAIN,
+    COL_KEPT,
+    COL_MAGNITUDE,
+    COL_NORM,
+    COL_RATE,
+    CORE,
+    EPS,
+    FAN_IN,
+    FAN_OUT,
+    FORMED,
+    LEFT,
+    LEFT_OUT,
+    PARTIAL,
+    PARTIAL_SQUARES,
+    RIGHT,
+    RIGHT_OUT,
+    ROW_CROSS,
+    ROW_GAIN,
+    ROW_MAGNITUDE,
+    ROW_NORM,
+    SPLIT_COUNT,
+    WEIGHT,
+    basis_tile,
+    field,
+    floored,
+    left_tile,
+    loop_to,
+    program,
+    right_tile,
+    row_sweep,
+    row_tiles,
+    slope,
+    split_left,
+    vector,
+    weight_tiles,
+)
+
+
+@triton.jit
+def form_rows_kernel(
+    floats, weight, product, scales, layers, programs,
+    R: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, XS: tl.constexpr, NORMS: tl.constexpr, WRITE: tl.constexpr,
+    LOOP_I: tl.constexpr, WIDE_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_R: tl.constexpr, WIDE_T: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr, SPLITS: tl.constexpr, RANK_STEP: tl.constexpr,
+    PRECISION: tl.constexpr, NARROW: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """NORMS: find n, g and V R^T; WRITE: W', L' and R', with the gains that are known by then."""
+    layer, block, _ = program(programs)
+    O, I = field(layers, layer, FAN_OUT, 1), field(layers, layer, FAN_IN, WIDE_I)
+    scale = tl.load(scales + layer)
+    rows = block.to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
+    rows_ok = rows < O
+    gain = tl.full((BLOCK_O,), 1.0, tl.float32)
+    if NORMS:
+        squares = tl.zeros((BLOCK_O,), tl.float32)
+        for first in range(0, R, RANK_STEP):
+            squares, cross = row_sweep(
+                floats, weight, layers, layer, rows, rows_ok, first, scale, O, I, R, RANK_STEP, False, XS, True,
+                LOOP_I, WIDE_W, WIDE_R, WIDE_T, BLOCK_O, BLOCK_J, SPLITS, PRECISION, NARROW, UPCAST, STAGES,
+            )  # fmt: skip
+            rank = first + tl.arange(0, RANK_STEP)
+            place = floats + field(layers, layer, ROW_CROSS, 16) + rows[:, None] * R + rank[None, :]
+            tl.store(place, cross, mask=rows_ok[:, None] & (rank < R)[None, :])
+        norm = tl.sqrt(squares)
+        gain = vector(floats, layers, layer, ROW_MAGNITUDE, rows, O) / (norm + EPS)
+        tl.store(floats + field(layers, layer, ROW_NORM, 16) + rows, norm, mask=rows_ok)
+        tl.store(floats + field(layers, layer, ROW_GAIN, 16) + rows, gain, mask=rows_ok)
+    elif ROWS:
+        gain = vector(floats, layers, layer, ROW_GAIN, rows, O)
+    if WRITE:
+        _write(
+            floats, weight, product, layers, layer, block, rows, rows_ok, gain, scale, O, I, R, ROWS, COLS, XS,
+            LOOP_I, WIDE_W, WIDE_R, BLOCK_O, BLOCK_J, SPLITS, RANK_STEP, PRECISION, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _write(
+    floats, weight, product, layers, layer, block, rows, rows_ok, gain, scale, O, I,
+    R: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, XS: tl.constexpr,
+    LOOP_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_R: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr, SPLITS: tl.constexpr, RANK_STEP: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """W' and L' of a block of rows, and this block's share of R' where the columns are not scaled."""
+    weight_rows = weight + field(layers, layer, WEIGHT, WIDE_W) + rows * I
+    formed_rows = product + field(layers, layer, FORMED, 16) + rows * I
+    left, right = floats + field(layers, layer, LEFT, WIDE_R), floats + field(layers, layer, RIGHT, WIDE_R)
+    for first in range(0, R, RANK_STEP):
+        rank = first + tl.arange(0, RANK_STEP)
+        some = left_tile(left, rows, rows_ok, first, R, RANK_STEP) * gain[:, None]
+        place = product + field(layers, layer, LEFT_OUT, 16) + rows[:, None] * R + rank[None, :]
+        tl.store(place, some.to(product.dtype.element_ty), mask=rows_ok[:, None] & (rank < R)[None, :])
+    if not COLS and not XS:
+        begin = block * BLOCK_J
+        while begin < I:
+            cols = begin + tl.arange(0, BLOCK_J)
+            for first in range(0, R, RANK_STEP):
+                rank = first + tl.arange(0, RANK_STEP)
+                part = right_tile(right, cols, cols < I, first, I, R, RANK_STEP).to(product.dtype.element_ty)
+                place = product + field(layers, layer, RIGHT_OUT, 16) + rank[:, None].to(tl.int64) * I + cols[None, :]
+                tl.store(place, part, mask=(rank < R)[:, None] & (cols < I)[None, :])
+            begin += tl.cdiv(O, BLOCK_O).to(tl.int32) * BLOCK_J
+    held = split_left(scale * left_tile(left, rows, rows_ok, 0, R, RANK_STEP), SPLITS, BLOCK_O, RANK_STEP)
+    places = tl.arange(0, SPLITS)[:, None] * BLOCK_J + tl.arange(0, BLOCK_J)[None, :]
+    width = I.to(tl.int32)
+    if ROWS:
+        gain = floored(gain)
+    for start in tl.range(0, loop_to(I, LOOP_I), SPLITS * BLOCK_J, num_stages=STAGES):
+        cols = start + places
+        cols_ok = cols < width
+        tiles = weight_tiles(weight_rows, rows_ok, cols, cols_ok, False)
+        v, _ = row_tiles(
+            tiles, left, right, held, scale, rows, rows_ok, cols, cols_ok, I, R, RANK_STEP, BLOCK_O, SPLITS, PRECISION
+        )
+        if ROWS:
+            v = v * gain[None, :, None]
+        if COLS:
+            v = v * vector(floats, layers, layer, COL_KEPT, cols, I)[:, None, :]
+        mask = rows_ok[None, :, None] & cols_ok[:, None, :]
+        place = formed_rows[None, :, None] + cols[:, None, :]
+        tl.store(place, v.to(product.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit
+def form_columns_kernel(
+    floats, weight, scales, layers, programs, span,
+    R: tl.constexpr, ROWS: tl.constexpr, BOUNDED: tl.constexpr,
+    WIDE_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_T: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, RANK_STEP: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Shares of the squared column norms and of E; ROWS: of diag(g) V."""
+    column_sweep(
+        floats, weight, scales, layers, programs, span, R, ROWS, False, BOUNDED, WIDE_I, WIDE_W, WIDE_T,
+        BLOCK_O, BLOCK_I, RANK_STEP, PRECISION, STAGES,
+    )  # fmt: skip
+
+
+@triton.jit
+def form_close_kernel(
+    floats, product, layers, programs,
+    R: tl.constexpr, XS: tl.constexpr, LOOP_SPLITS: tl.constexpr, WIDE_I: tl.constexpr, WIDE_T: tl.constexpr,
+    BLOCK_I: tl.constexpr, RANK_STEP: tl.constexpr,
+):  # fmt: skip
+    """c, h, h~, q over s_h, E and R' of a block of columns."""
+    layer, block, _ = program(programs)
+    I, splits = field(layers, layer, FAN_IN, WIDE_I), field(layers, layer, SPLIT_COUNT, 1)
+    cols = block * BLOCK_I + tl.arange(0, BLOCK_I)
+    cols_ok = cols < I
+    squares = tl.zeros((BLOCK_I,), tl.float32)
+    for split in range(loop_to(splits, LOOP_SPLITS)):
+        place = floats + field(layers, layer, PARTIAL_SQUARES, 16) + split * I + cols
+        squares += tl.load(place, mask=cols_ok & (split < splits), other=0.0)
+    norm = tl.sqrt(squares)
+    gain = vector(floats, layers, layer, COL_MAGNITUDE, cols, I) / (norm + EPS)
+    tl.store(floats + field(layers, layer, COL_NORM, 16) + cols, norm, mask=cols_ok)
+    tl.store(floats + field(layers, layer, COL_GAIN, 16) + cols, gain, mask=cols_ok)
+    kept = floored(gain)
+    tl.store(floats + field(layers, layer, COL_KEPT, 16) + cols, kept, mask=cols_ok)
+    # q over s_h. It stays within float32's range: the least norm above zero is the root of its least square, 4e-23.
+    rate = slope(1.0 / (norm + EPS), gain / kept, norm)
+    tl.store(floats + field(layers, layer, COL_RATE, 16) + cols, rate, mask=cols_ok)
+    for first in range(0, R, RANK_STEP):
+        rank = first + tl.arange(0, RANK_STEP)
+        inside = (rank < R)[:, None] & cols_ok[None, :]
+        places = rank[:, None].to(tl.int64) * I + cols[None, :]
+        cross = tl.zeros((RANK_STEP, BLOCK_I), tl.float32)
+        for split in range(loop_to(splits, LOOP_SPLITS)):
+            partial = floats + field(layers, layer, PARTIAL, 16) + split * R * I
+            cross += tl.load(partial + places, mask=inside & (split < splits), other=0.0)
+        tl.store(floats + field(layers, layer, COL_CROSS, 16) + places, cross, mask=inside)
+        if XS:
+            part = basis_tile(floats + field(layers, layer, BASIS, WIDE_T), cols, cols_ok, first, R, RANK_STEP)
+        else:
+            part = right_tile(floats + field(layers, layer, RIGHT, WIDE_T), cols, cols_ok, first, I, R, RANK_STEP)
+        place = product + field(layers, layer, RIGHT_OUT, 16) + places
+        tl.store(place, (part * gain[None, :]).to(product.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def form_core_kernel(
+    floats, product, layers, programs,
+    R: tl.constexpr, COLS: tl.constexpr, WIDE_I: tl.constexpr, WIDE_T: tl.constexpr,
+    BLOCK_I: tl.constexpr, RANK_STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """R = M Q^T of an -xs type, a block of columns; and R' = Q^T where the columns are not scaled."""
+    layer, block, _ = program(programs)
+    I = field(layers, layer, FAN_IN, WIDE_I)
+    core, basis = floats + field(layers, layer, CORE, WIDE_T), floats + field(layers, layer, BASIS, WIDE_T)
+    cols = block * BLOCK_I + tl.arange(0, BLOCK_I)
+    cols_ok = cols < I
+    for first in range(0, R, RANK_STEP):
+        rank = first + tl.arange(0, RANK_STEP)
+        made = tl.zeros((RANK_STEP, BLOCK_I), tl.float32)
+        for inner in range(0, R, RANK_STEP):
+            square = left_tile(core, rank, rank < R, inner, R, RANK_STEP)
+            made = tl.dot(
+                square, basis_tile(basis, cols, cols_ok, inner, R, RANK_STEP), made, input_precision=PRECISION
+            )
+        places, inside = rank[:, None].to(tl.int64) * I + cols[None, :], (rank < R)[:, None] & cols_ok[None, :]
+        tl.store(floats + field(layers, layer, RIGHT, 16) + places, made, mask=inside)
+        if not COLS:
+            part = basis_tile(basis, cols, cols_ok, first, R, RANK_STEP).to(product.dtype.element_ty)
+            tl.store(product + field(layers, layer, RIGHT_OUT, 16) + places, part, mask=inside)

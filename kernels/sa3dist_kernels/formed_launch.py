@@ -1,0 +1,152 @@
+"""The launches of FORM and FINISH over all layers of a model: which kernels a type needs, in which order."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sa3dist_kernels import finish, form
+from sa3dist_kernels.formed_layout import ColumnTile, Group, RowTile, Tiles, alignment, default_tiles, interpreter_tiles
+from sa3dist_kernels.formed_weights import FormedSpec, formed_layer
+from sa3dist_kernels.triton_support import check_triton, interpreting, loop_end
+
+
+class TritonForms:
+    """Groups of layers that share their launches."""
+
+    def __init__(self, specs: list[FormedSpec], memory: torch.Tensor, tiles: Tiles | None = None) -> None:
+        for spec in specs:
+            check_triton(spec.weight_OI)
+            if any(tensor.dtype != torch.float32 for tensor in spec.tensors()[1:]):
+                raise ValueError("the Triton kernels take float32 trained tensors and bases; use impl='torch'")
+        rank, rows = specs[0].rank, sum(spec.fan_out for spec in specs)
+        if tiles is None:
+            tiles = interpreter_tiles(rank) if interpreting() else default_tiles(rank, memory.dtype, rows)
+        self.members: dict[tuple, list[int]] = {}
+        for index, spec in enumerate(specs):
+            self.members.setdefault(alignment(spec), []).append(index)
+        layers, begin = {}, 0
+        self.groups = []
+        for of in self.members.values():
+            self.groups.append(Group([specs[index] for index in of], memory[begin:], tiles))
+            for index in of:
+                layers[index], begin = formed_layer(specs[index], memory, begin)
+        self.layers = [layers[index] for index in range(len(specs))]
+
+    def set_specs(self, specs: list[FormedSpec]) -> None:
+        for group, of in zip(self.groups, self.members.values(), strict=True):
+            scales = [specs[index].scale for index in of]
+            if scales != [spec.scale for spec in group.specs]:
+                group.scales.copy_(torch.tensor(scales))
+            group.set_specs([specs[index] for index in of])
+
+    def form(self) -> None:
+        self._run(form_plan)
+
+    def finish(self) -> None:
+        self._run(finish_plan)
+
+    def _run(self, make_plan: Callable) -> None:
+        for group in self.groups:
+            group.refresh()
+            if make_plan not in group.plans:
+                group.plans[make_plan] = make_plan(group)
+            for launch in group.plans[make_plan]:
+                launch.run()
+
+
+def form_plan(group: Group) -> list[Launch]:
+    """The launches of FORM, in order."""
+    kind, tiles, plan = group.kind, group.tiles, _Plan(group)
+    flags = {"ROWS": kind.rows, "COLS": kind.cols, "XS": kind.xs}
+    rows = plan.rows(tiles.form_rows) | flags
+    if kind.xs:
+        plan.add("core", form.form_core_kernel, "close", plan.close | plan.exact | {"COLS": kind.cols})
+    if kind.rows:
+        plan.add("rows", form.form_rows_kernel, "form_rows", rows | {"NORMS": True, "WRITE": not kind.cols})
+    if kind.cols:
+        columns = plan.columns(tiles.form_columns) | {"ROWS": kind.rows}
+        plan.add("columns", form.form_columns_kernel, "form_columns", columns)
+        plan.add("close", form.form_close_kernel, "close", plan.close | plan.spans | {"XS": kind.xs})
+    if kind.cols or not kind.rows:
+        plan.add("write", form.form_rows_kernel, "form_rows", rows | {"NORMS": False, "WRITE": True})
+    return plan.launches
+
+
+def finish_plan(group: Group) -> list[Launch]:
+    """The launches of FINISH, in order."""
+    kind, tiles, plan = group.kind, group.tiles, _Plan(group)
+    flags = {"ROWS": kind.rows, "COLS": kind.cols, "XS": kind.xs}
+    if kind.rows or not kind.xs:
+        plan.add("rows", finish.finish_rows_kernel, "finish_rows", plan.rows(tiles.finish_rows) | flags)
+    if kind.rows and not kind.xs:
+        plan.add("columns", finish.finish_columns_kernel, "finish_columns", plan.columns(tiles.finish_columns))
+    if kind.xs:
+        plan.add("core", finish.finish_core_kernel, "core", plan.core | _pick(flags, "ROWS", "COLS"))
+    if kind.cols or not kind.xs:
+        plan.add("close", finish.finish_close_kernel, "close", plan.close | plan.spans | flags)
+    return plan.launches
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    name: str
+    kernel: Any
+    programs: torch.Tensor
+    arguments: dict[str, Any]
+
+    def run(self) -> None:
+        self.kernel[(self.programs.shape[0],)](**self.arguments)
+
+
+class _Plan:
+    """Collects launches; the rest is what their kernels take of sizes."""
+
+    def __init__(self, group: Group) -> None:
+        self.group, self.launches = group, []
+        float32 = group.product.dtype == torch.float32
+        # As exact as the format of the products needs: TF32 has 10 bits beside bfloat16's 7 and float16's 10.
+        self.precision = {"PRECISION": "ieee" if float32 else "tf32"}
+        self.exact = {"PRECISION": "ieee" if float32 else "tf32x3"}
+        self.step = {"R": group.rank, "RANK_STEP": group.tiles.rank_step}
+        self.ends = {"LOOP_I": group.most(spec.fan_in for spec in group.specs)}
+        self.spans = {"LOOP_SPLITS": group.most(group.splits)}
+        narrow = self.step | _pick(group.widths, "WIDE_I", "WIDE_T") | {"num_warps": 4}
+        self.close = narrow | {"BLOCK_I": group.tiles.close}
+        self.core = narrow | self.exact | self.ends | {"BLOCK": group.tiles.core}
+        self.core |= {"LOOP_O": group.most(spec.fan_out for spec in group.specs)}
+
+    def rows(self, tile: RowTile) -> dict[str, Any]:
+        widths = self.group.widths
+        blocks = {"BLOCK_O": tile.block_o, "BLOCK_J": tile.block_j, "SPLITS": tile.splits, "STAGES": tile.stages}
+        # bfloat16 has float32's range: the product that only the norms' gradient sees may take it.
+        narrow = {"NARROW": self.group.product.dtype == torch.bfloat16, "UPCAST": interpreting()}
+        wide = {"WIDE_R": min(widths["WIDE_T"], tile.right_vector)}
+        launch = {"num_warps": tile.splits, "num_stages": 1, "maxnreg": tile.registers}
+        return self.step | widths | wide | self.precision | self.ends | blocks | narrow | launch
+
+    def columns(self, tile: ColumnTile) -> dict[str, Any]:
+        blocks = {"BLOCK_O": tile.block_o, "BLOCK_I": tile.block_i, "STAGES": tile.stages}
+        span = {"span": loop_end(self.group.span), "BOUNDED": not interpreting()}
+        launch = {"num_warps": tile.warps, "num_stages": 1}
+        return self.step | self.group.widths | self.precision | blocks | span | launch
+
+    def add(self, name: str, kernel, programs: str, constants: dict[str, Any]) -> None:
+        group = self.group
+        given = {
+            "floats": group.floats,
+            "weight": group.weight_base(),
+            "product": group.product,
+            "scales": group.scales,
+            "layers": group.layers,
+            "programs": group.programs[programs],
+        }
+        arguments = _pick(given, *(name for name in given if name in kernel.arg_names))
+        self.launches.append(Launch(name, kernel, group.programs[programs], arguments | constants))
+
+
+def _pick(of: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: of[name] for name in names}

@@ -1,0 +1,260 @@
+"""Where the tensors of a group of layers lie, which program has which block, and how large the blocks are.
+
+A group is what one launch serves: layers of any shapes whose frozen weights have one format and one alignment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import torch
+import triton
+
+from sa3dist_kernels.adapter_types import AdapterType
+from sa3dist_kernels.formed_tiles import FIELDS
+from sa3dist_kernels.formed_weights import ALIGNED, FormedSpec, aligned, product_sizes
+from sa3dist_kernels.triton_support import LEAST_BLOCK, interpreting
+
+# Bytes of the longest vector a thread loads.
+VECTOR_BYTES = 16
+# Rows of one column program: its sums, which it writes, are as many numbers as a few dozen rows.
+LEAST_ROWS = 256
+# Three row programs for each of an H100's 132 multiprocessors.
+FEWEST_BLOCKS = 396
+
+
+@dataclasses.dataclass(frozen=True)
+class RowTile:
+    """A row program: a block of rows, ``splits`` warps with ``block_j`` columns each.
+
+    registers     of a thread, at most: with 168 three programs of four warps share a multiprocessor, and the rows they
+                  read twice stay in the second-level cache
+    right_vector  elements of R that a thread loads at once: 8 bytes come through the first-level cache, which then
+                  keeps R for all programs of a multiprocessor; 16 bytes go past it
+    """
+
+    block_o: int
+    block_j: int
+    splits: int
+    stages: int = 2
+    registers: int | None = 168
+    right_vector: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnTile:
+    """A column program: ``block_i`` columns, steps of ``block_o`` rows."""
+
+    block_o: int
+    block_i: int
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Blocks of all kernels.
+
+    rank_step       part of the rank held at once
+    close           columns of a closing program
+    core            rows and columns that the sums of dM step by
+    most_rows       rows of one column program: at most, so that the longest is a small part of the launch
+    least_programs  that a column launch should have, by shorter spans of rows: four to each of an H100's 132
+                    multiprocessors
+    """
+
+    rank_step: int
+    form_rows: RowTile
+    finish_rows: RowTile
+    form_columns: ColumnTile
+    finish_columns: ColumnTile
+    close: int = 128
+    core: int = 64
+    most_rows: int = 4096
+    least_programs: int = 528
+
+
+def default_tiles(rank: int, product: torch.dtype, rows: int = 1 << 30) -> Tiles:
+    """Tiles for an H100, none of which spills registers (``compile_kernels.py`` shows it).
+
+    rows   of all layers: where they are few, as of a single layer, blocks are smaller, so that all the chip is used
+    """
+    step = min(triton.next_power_of_2(max(rank, LEAST_BLOCK)), 64)
+    if product == torch.float32:
+        rows, columns = RowTile(16, 32 if rank <= 32 else 16, 4, registers=None), ColumnTile(16, 64)
+        return Tiles(min(step, 32), rows, rows, columns, columns, close=64, core=32)
+    if step == 64:
+        # R of a layer exceeds the first-level cache anyway.
+        sizes = ((32, 16, 4), (16, 32, 4)) if rank <= step else ((16, 16, 4),) * 2
+        blocks = (RowTile(*size, registers=None, right_vector=4) for size in sizes)
+        return Tiles(step, *blocks, *(ColumnTile(32, 64),) * 2, close=32, core=32)
+    columns = ColumnTile(32, 128), ColumnTile(32, 256)
+    if step == 32 or product == torch.float16:
+        tile = RowTile(32, 32, 4, registers=None)
+        return Tiles(step, tile, dataclasses.replace(tile, block_o=512 // step), *columns)
+    # Two tiles under way behind the one in work: one would hide the memory's latency but barely.
+    tile = RowTile(32 if rows >= 32 * FEWEST_BLOCKS else 16, 32, 4, stages=3, right_vector=4)
+    return Tiles(step, tile, tile, *columns)
+
+
+def interpreter_tiles(rank: int) -> Tiles:
+    """Small ones, with several steps of the rank and spans of rows already in small layers."""
+    step = min(triton.next_power_of_2(max(rank, LEAST_BLOCK)), 32 if rank <= 64 else 128)
+    rows, columns = RowTile(16, 16, 2), ColumnTile(16, 32)
+    return Tiles(step, rows, rows, columns, columns, close=32, core=16, most_rows=16, least_programs=0)
+
+
+class Group:
+    """The table of one group. All its tensors lie on one device and stay alive with it.
+
+    floats    float32 statistics; the base of every float32 offset
+    product   W', L' and R' of all layers
+    """
+
+    def __init__(self, specs: Sequence[FormedSpec], memory: torch.Tensor, tiles: Tiles) -> None:
+        """memory: flat and in the format of the products; W', L' and R' of the layers fill it from its start."""
+        self.tiles, self.product = tiles, memory
+        self.set_specs(specs)
+        self.kind: AdapterType = specs[0].kind
+        self.rank: int = specs[0].rank
+        self.device = specs[0].weight_OI.device
+        self.span = self._span()
+        self.splits = [triton.cdiv(spec.fan_out, self.span) for spec in specs]
+        self.owned, count = _offsets([self._float_sizes(index, spec) for index, spec in enumerate(specs)])
+        self.floats = torch.empty(count, device=self.device)
+        self.formed, _ = _offsets([product_sizes(spec) for spec in specs])
+        self.scales = torch.tensor([spec.scale for spec in specs], dtype=torch.float32).to(self.device)
+        self._make_programs()
+        self.places: tuple[int, ...] = ()
+        # What is launched for a phase; made anew with the table.
+        self.plans: dict = {}
+        self.refresh()
+
+    def set_specs(self, specs: Sequence[FormedSpec]) -> None:
+        """The same layers with other tensors; the table follows with the next ``refresh``."""
+        self.specs = list(specs)
+        self._watched = [tensor for spec in specs for tensor in spec.tensors()]
+
+    def refresh(self) -> None:
+        """Make the table anew where a tensor has moved. Raises RuntimeError while a CUDA graph is recorded."""
+        places = tuple(tensor.data_ptr() for tensor in self._watched)
+        if places == self.places:
+            return
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a tensor of a formed layer has moved: form() must run once before it is recorded")
+        self.places, self.widths = places, self._widths()
+        table = [self._row(index, spec) for index, spec in enumerate(self.specs)]
+        self.layers = torch.tensor(table, dtype=torch.int64).to(self.device)
+        self.plans.clear()
+
+    def weight_base(self) -> torch.Tensor:
+        return self.specs[0].weight_OI
+
+    def _widths(self) -> dict[str, int]:
+        """What every fan_in, every offset of a weight, and every offset of a trained tensor is a multiple of."""
+        bytes_ = self.weight_base().element_size()
+        wide = all(_is_wide(spec) for spec in self.specs)
+        thin = all(_starts_whole(spec) for spec in self.specs)
+        return {
+            "WIDE_I": ALIGNED if wide else 1,
+            "WIDE_W": VECTOR_BYTES // bytes_ if wide else 1,
+            "WIDE_T": VECTOR_BYTES // 4 if thin else 1,
+        }
+
+    def most(self, sizes: Iterable[int]) -> int:
+        """Where a loop ends that goes by a size from the table: 0, by that size. The interpreter cannot loop to one."""
+        return max(sizes) if interpreting() else 0
+
+    def _span(self) -> int:
+        blocks = sum(triton.cdiv(spec.fan_in, self.tiles.form_columns.block_i) for spec in self.specs)
+        longest = max(spec.fan_out for spec in self.specs)
+        span = self.tiles.most_rows
+        while span > LEAST_ROWS and blocks * triton.cdiv(longest, span) < self.tiles.least_programs:
+            span //= 2
+        return span
+
+    def _float_sizes(self, index: int, spec) -> dict[str, int]:
+        O, I, R = spec.fan_out, spec.fan_in, spec.rank
+        sizes = {}
+        if self.kind.xs:
+            sizes["right"] = R * I
+        if self.kind.rows:
+            sizes |= {"row_gain": O, "row_norm": O, "row_slope": O, "row_cross": O * R}
+        if self.kind.cols:
+            sizes |= dict.fromkeys(("col_gain", "col_kept", "col_norm", "col_rate"), I) | {"col_cross": R * I}
+            sizes["partial_squares"] = self.splits[index] * I
+        if self.kind.cols or (self.kind.rows and not self.kind.xs):
+            sizes["partial"] = self.splits[index] * R * I
+        return sizes
+
+    def _row(self, index: int, spec) -> list[int]:
+        """The fields of one layer, in their order; 0 for what its type has not."""
+        values = {"fan_out": spec.fan_out, "fan_in": spec.fan_in, "splits": self.splits[index]}
+        values |= self.owned[index] | self.formed[index]
+        values["weight"] = _offset(spec.weight_OI, self.weight_base())
+        values |= {name: _offset(tensor, self.floats) for name, tensor in spec.named().items()}
+        return [values.get(name, 0) for name in FIELDS]
+
+    def _make_programs(self) -> None:
+        tiles, specs = self.tiles, self.specs
+        # The longest programs first: what runs alone at the end should be short.
+        by_width = sorted(range(len(specs)), key=lambda index: -specs[index].fan_in)
+        by_height = sorted(range(len(specs)), key=lambda index: -min(specs[index].fan_out, self.span))
+        tallest = sorted(range(len(specs)), key=lambda index: -specs[index].fan_out)
+        ranks = range(triton.cdiv(self.rank, tiles.rank_step))
+
+        def blocks(size: int, block: int) -> range:
+            return range(triton.cdiv(size, block))
+
+        def rows(block: int) -> list:
+            return [(at, b, 0) for at in by_width for b in blocks(specs[at].fan_out, block)]
+
+        def columns(block: int) -> list:
+            spans = [(at, split) for at in by_height for split in range(self.splits[at])]
+            return [(at, b, split) for at, split in spans for b in blocks(specs[at].fan_in, block)]
+
+        programs = {
+            "form_rows": rows(tiles.form_rows.block_o),
+            "finish_rows": rows(tiles.finish_rows.block_o),
+            "form_columns": columns(tiles.form_columns.block_i),
+            "finish_columns": columns(tiles.finish_columns.block_i),
+            "close": [(at, b, 0) for at in by_width for b in blocks(specs[at].fan_in, tiles.close)],
+            "core": [(at, down, across) for at in tallest for down in ranks for across in ranks],
+        }
+        self.programs = {
+            name: torch.tensor(places, dtype=torch.int32).to(self.device) for name, places in programs.items()
+        }
+
+
+def alignment(spec) -> tuple:
+    """Layers that differ in this are launched apart."""
+    return spec.weight_OI.dtype, _is_wide(spec), _starts_whole(spec)
+
+
+def _is_wide(spec) -> bool:
+    """Whether every row of W0 starts at a whole vector."""
+    return spec.fan_in % ALIGNED == 0 and spec.weight_OI.data_ptr() % VECTOR_BYTES == 0
+
+
+def _starts_whole(spec) -> bool:
+    """Whether its trained tensors and bases start at a whole vector."""
+    return all(tensor.data_ptr() % VECTOR_BYTES == 0 for tensor in spec.tensors()[1:])
+
+
+def _offsets(layers: list[dict[str, int]]) -> tuple[list[dict[str, int]], int]:
+    """Where the named memory of each layer begins, in one flat tensor, and how long that is."""
+    offsets, end = [], 0
+    for sizes in layers:
+        offsets.append({})
+        for name, size in sizes.items():
+            offsets[-1][name] = end
+            end += aligned(size)
+    return offsets, end
+
+
+def _offset(tensor: torch.Tensor, base: torch.Tensor) -> int:
+    """Elements from the start of ``base`` to that of ``tensor``, which need not share memory."""
+    distance = tensor.data_ptr() - base.data_ptr()
+    assert distance % tensor.element_size() == 0
+    return distance // tensor.element_size()

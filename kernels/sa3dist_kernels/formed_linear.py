@@ -1,0 +1,92 @@
+"""An adapted layer whose W' has been formed: one library product each way, and raw sums for its trained tensors.
+
+    z = x W'^T      dx = dy W'
+
+The caller adds the bias to z: what is kept for the backward pass is z itself, from which small gains can still be
+divided (spec/formed.md section 4). The trained tensors do not enter: what they get is the layer's raw sums, as the
+gradient of ``sums``, and ``FormedWeights.finish`` makes their gradients of it once per optimiser step.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sa3dist_kernels.adapter_types import ADAPTER_TYPES, AdapterType
+from sa3dist_kernels.frozen_products import no_autocast
+from sa3dist_kernels.raw_sums import raw_sums
+
+
+def formed_linear(
+    x: torch.Tensor,
+    sums: torch.Tensor,
+    weight_OI: torch.Tensor,
+    left_OR: torch.Tensor,
+    right_RI: torch.Tensor,
+    kind: AdapterType,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """``x @ W'.T`` (..., O), in the format of W'.
+
+    x                    (..., I), cast to the format of W'
+    sums                 one vector, as long as the layer's trained tensors together: its gradient are the raw sums. Its
+                         values are not read
+    weight_OI, left_OR, right_RI    of a ``FormedLayer``
+    impl                 of the raw sums: "triton", "torch", or "auto", which is triton on CUDA
+    """
+    rows = x.reshape(-1, x.shape[-1]).to(weight_OI.dtype)
+    impl = ("triton" if x.is_cuda else "torch") if impl == "auto" else impl
+    z = _FormedLinear.apply(rows, sums, weight_OI, left_OR, right_RI, kind.name, impl)
+    return z.view(*x.shape[:-1], weight_OI.shape[0])
+
+
+class _FormedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, sums, weight_OI, left_OR, right_RI, kind_name, impl):
+        kind = ADAPTER_TYPES[kind_name]
+        with no_autocast(x.device):
+            z = x @ weight_OI.t()
+        ctx.save_for_backward(x, z if kind.rows else None, weight_OI, left_OR, right_RI)
+        ctx.kind_name, ctx.impl = kind_name, impl
+        return z
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, z, weight_OI, left_OR, right_RI = ctx.saved_tensors
+        kind = ADAPTER_TYPES[ctx.kind_name]
+        needs_x, needs_sums = ctx.needs_input_grad[:2]
+        dx = found = None
+        with no_autocast(dy.device):
+            if needs_x or kind.cols:
+                dx = dy @ weight_OI
+            if needs_sums:
+                found = raw_sums_op(x, dx if kind.cols else None, dy, z, left_OR, right_RI, ctx.kind_name, ctx.impl)
+        return dx if needs_x else None, found, None, None, None, None, None
+
+
+@torch.library.custom_op("sa3dist::raw_sums", mutates_args=())
+def _raw_sums_opaque(
+    x: torch.Tensor,
+    dx: torch.Tensor | None,
+    dy: torch.Tensor,
+    z: torch.Tensor | None,
+    left_OR: torch.Tensor,
+    right_RI: torch.Tensor,
+    kind_name: str,
+    impl: str,
+) -> torch.Tensor:
+    return raw_sums(x, dx, dy, z, left_OR, right_RI, ADAPTER_TYPES[kind_name], impl=impl)
+
+
+@_raw_sums_opaque.register_fake
+def _(x, dx, dy, z, left_OR, right_RI, kind_name, impl):
+    shapes = ADAPTER_TYPES[kind_name].parameter_shapes(left_OR.shape[0], right_RI.shape[1], left_OR.shape[1])
+    total = sum(torch.Size(shape).numel() for shape in shapes.values())
+    return x.new_empty(total, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def raw_sums_op(x, dx, dy, z, left_OR, right_RI, kind_name: str, impl: str) -> torch.Tensor:
+    """``raw_sums``; for the compiler one opaque operation."""
+    if torch.compiler.is_compiling():
+        return _raw_sums_opaque(x, dx, dy, z, left_OR, right_RI, kind_name, impl)
+    return raw_sums(x, dx, dy, z, left_OR, right_RI, ADAPTER_TYPES[kind_name], impl=impl)

@@ -1,0 +1,237 @@
+"""Formed weights: W' of every adapted layer once per optimiser step, and raw sums turned into gradients at its end.
+
+    formed = FormedWeights(specs, torch.bfloat16)
+    formed.form()        # from the trained tensors: W', L', R' of every layer (``form``)
+    ...                  # micro batches: products with W', raw sums added into ``grads``
+    formed.finish()      # raw sums to gradients, in place (``finish``)
+
+Layouts: O fan_out, I fan_in, R rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from sa3dist_kernels.adapter_types import AdapterType
+from sa3dist_kernels.formed_reference import finish_reference, form_reference
+
+if TYPE_CHECKING:
+    from sa3dist_kernels.formed_layout import Tiles
+
+# Elements to which every tensor made here is aligned.
+ALIGNED = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class FormedSpec:
+    """One adapted layer.
+
+    weight_OI           frozen W0, contiguous float32, float16 or bfloat16
+    params              trained tensors by their names in a file (``AdapterType.parameter_shapes``), contiguous float32
+    grads               likewise: raw sums in, gradients out. lora_A holds P2 = (dy L')^T x, lora_B P1 = dy^T (x R'^T),
+                        M_xs PM = (dy L')^T (x R'^T), a row magnitude sum_n dy z, a column magnitude sum_n x dx
+    scale               strength * alpha / rank
+    left_OR, right_IR   frozen bases U and Q of -xs types, contiguous float32, else None
+    """
+
+    weight_OI: torch.Tensor
+    params: Mapping[str, torch.Tensor]
+    grads: Mapping[str, torch.Tensor]
+    kind: AdapterType
+    scale: float
+    left_OR: torch.Tensor | None = None
+    right_IR: torch.Tensor | None = None
+
+    @property
+    def fan_out(self) -> int:
+        return self.weight_OI.shape[0]
+
+    @property
+    def fan_in(self) -> int:
+        return self.weight_OI.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return self.params["M_xs" if self.kind.xs else "lora_A"].shape[0]
+
+    @property
+    def bases(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return (self.left_OR, self.right_IR) if self.kind.xs else None
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """The float32 tensors by their names in the kernels' table."""
+        kind, params, grads = self.kind, self.params, self.grads
+        if kind.xs:
+            found = {"left": self.left_OR, "basis": self.right_IR, "core": params["M_xs"], "grad_core": grads["M_xs"]}
+        else:
+            found = {"left": params["lora_B"], "right": params["lora_A"]}
+            found |= {"grad_left": grads["lora_B"], "grad_right": grads["lora_A"]}
+        if kind.rows:
+            found |= {"row_magnitude": params[kind.row_magnitude], "grad_row": grads[kind.row_magnitude]}
+        if kind.cols:
+            found |= {"col_magnitude": params[kind.col_magnitude], "grad_col": grads[kind.col_magnitude]}
+        return found
+
+    def tensors(self) -> list[torch.Tensor]:
+        """W0 and the float32 tensors."""
+        return [self.weight_OI, *self.named().values()]
+
+    def check(self) -> None:
+        """Raises ValueError for a tensor of another shape, format or layout than the kernels read."""
+        shapes = self.kind.parameter_shapes(self.fan_out, self.fan_in, self.rank)
+        expected = {f"params {name}": (self.params[name], shape) for name, shape in shapes.items()}
+        expected |= {f"grads {name}": (self.grads[name], shape) for name, shape in shapes.items()}
+        if self.kind.xs:
+            expected["left_OR"] = self.left_OR, (self.fan_out, self.rank)
+            expected["right_IR"] = self.right_IR, (self.fan_in, self.rank)
+        for name, (tensor, shape) in expected.items():
+            if tensor is None or tensor.shape != shape or not tensor.is_contiguous():
+                found = None if tensor is None else (tuple(tensor.shape), tensor.stride())
+                raise ValueError(f"{self.kind.name}: {name} is {found}, expected contiguous {shape}")
+        if not self.weight_OI.is_contiguous():
+            raise ValueError(f"{self.kind.name}: the weight has strides {self.weight_OI.stride()}: expected contiguous")
+
+
+@dataclasses.dataclass(frozen=True)
+class FormedLayer:
+    """What a layer's passes read, in the format of the products. Their memory stays where it is.
+
+    weight_OI  W' = diag(g~) V diag(h~)    left_OR  L' = diag(g) L    right_RI  R' = R diag(h), or Q^T diag(h) for -xs
+    """
+
+    weight_OI: torch.Tensor
+    left_OR: torch.Tensor
+    right_RI: torch.Tensor
+
+
+class FormedWeights:
+    """W', L', R' of all ``specs``, one adapter type and rank, and what FINISH needs of them.
+
+    product   format of the products and so of W', L' and R'
+    impl      "triton", "torch" (plain tensors, one layer after the other), or "auto": triton on CUDA, else torch
+    memory    for W', L' and R': a flat tensor on the layers' device, of that format, at least ``product_elements``
+              long; several objects may take turns in it, each after its own ``form``. None: memory of its own
+    tiles     blocks of the Triton kernels; None: those that suit the rank, the format and the number of layers
+    layers    a ``FormedLayer`` per spec, in their order; undefined before the first ``form``
+
+    Raises ValueError for specs that do not fit together, and for impl="triton" where no kernel can run.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[FormedSpec],
+        product: torch.dtype,
+        impl: str = "auto",
+        memory: torch.Tensor | None = None,
+        tiles: Tiles | None = None,
+    ) -> None:
+        self.specs = list(specs)
+        for spec in self.specs:
+            spec.check()
+            if (spec.kind, spec.rank) != (self.specs[0].kind, self.specs[0].rank):
+                first = self.specs[0]
+                raise ValueError(
+                    f"{spec.kind.name} rank {spec.rank} among {first.kind.name} layers of rank {first.rank}: expected"
+                    " one type and rank"
+                )
+        if impl not in ("auto", "triton", "torch"):
+            raise ValueError(f"impl={impl!r}, expected one of auto, triton, torch")
+        if impl == "auto":
+            impl = "triton" if self.specs[0].weight_OI.is_cuda and product != torch.float64 else "torch"
+        needed = product_elements(self.specs)
+        if memory is None:
+            memory = torch.empty(needed, dtype=product, device=self.specs[0].weight_OI.device)
+        if memory.dtype != product or memory.dim() != 1 or memory.numel() < needed:
+            raise ValueError(
+                f"memory is {tuple(memory.shape)} {memory.dtype}, expected ({needed},) {product} or longer"
+            )
+        if impl == "triton":
+            # Imported here: a machine without Triton runs the rest.
+            from sa3dist_kernels.formed_launch import TritonForms
+
+            self.forms = TritonForms(self.specs, memory, tiles)
+        else:
+            self.forms = TorchForms(self.specs, memory)
+        self.layers: list[FormedLayer] = self.forms.layers
+
+    @torch.no_grad()
+    def form(self) -> None:
+        """W', L', R', gains and norms from the trained tensors as they are now."""
+        self.forms.form()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Raw sums in ``grads`` to gradients, in place. The trained tensors must be those of the last ``form``."""
+        self.forms.finish()
+
+    def set_scales(self, scales: Sequence[float]) -> None:
+        """Another strength * alpha / rank per layer, in the order of ``specs``; used from the next ``form`` on."""
+        self.specs[:] = [dataclasses.replace(spec, scale=s) for spec, s in zip(self.specs, scales, strict=True)]
+        self.forms.set_specs(self.specs)
+
+    def set_weight(self, index: int, weight_OI: torch.Tensor) -> None:
+        """Read W0 of one layer from another tensor of the same shape and format, as where it is gathered anew."""
+        old = self.specs[index].weight_OI
+        if (weight_OI.shape, weight_OI.dtype, weight_OI.device) != (old.shape, old.dtype, old.device):
+            raise ValueError(
+                f"weight {tuple(weight_OI.shape)} {weight_OI.dtype} in place of {tuple(old.shape)} {old.dtype}"
+            )
+        self.specs[index] = dataclasses.replace(self.specs[index], weight_OI=weight_OI)
+        self.forms.set_specs(self.specs)
+
+
+def product_elements(specs: Sequence[FormedSpec]) -> int:
+    """How many numbers W', L' and R' of all layers take."""
+    return sum(aligned(size) for spec in specs for size in product_sizes(spec).values())
+
+
+def product_sizes(spec: FormedSpec) -> dict[str, int]:
+    """How many numbers each of W', L' and R' has, by their names in the kernels' table."""
+    O, I, R = spec.fan_out, spec.fan_in, spec.rank
+    return {"formed": O * I, "left_out": O * R, "right_out": R * I}
+
+
+def aligned(elements: int) -> int:
+    """Rounded up, so that what follows is aligned too."""
+    return -(-elements // ALIGNED) * ALIGNED
+
+
+def formed_layer(spec: FormedSpec, memory: torch.Tensor, begin: int) -> tuple[FormedLayer, int]:
+    """Views of the flat ``memory`` from element ``begin`` on, and where they end."""
+    shapes = (spec.fan_out, spec.fan_in), (spec.fan_out, spec.rank), (spec.rank, spec.fan_in)
+    views = []
+    for size, shape in zip(product_sizes(spec).values(), shapes, strict=True):
+        views.append(memory[begin : begin + size].view(shape))
+        begin += aligned(size)
+    return FormedLayer(*views), begin
+
+
+class TorchForms:
+    """Plain tensors, one layer after the other."""
+
+    def __init__(self, specs: list[FormedSpec], memory: torch.Tensor) -> None:
+        self.specs, self.layers, begin = specs, [], 0
+        for spec in specs:
+            layer, begin = formed_layer(spec, memory, begin)
+            self.layers.append(layer)
+
+    def set_specs(self, specs: list[FormedSpec]) -> None:
+        self.specs = specs
+
+    def form(self) -> None:
+        for spec, layer in zip(self.specs, self.layers, strict=True):
+            formed = form_reference(spec.weight_OI, spec.params, spec.kind, spec.scale, spec.bases)
+            layer.weight_OI.copy_(formed.weight_OI())
+            layer.left_OR.copy_(formed.row_gain_O[:, None] * formed.left_OR)
+            right = spec.right_IR.t() if spec.kind.xs else formed.right_RI
+            layer.right_RI.copy_(right * formed.col_gain_I)
+
+    def finish(self) -> None:
+        # V is formed again: kept, it would take as much memory as the frozen weights.
+        for spec in self.specs:
+            formed = form_reference(spec.weight_OI, spec.params, spec.kind, spec.scale, spec.bases)
+            finish_reference(formed, spec.grads, spec.kind, spec.scale, spec.bases)

@@ -1,0 +1,260 @@
+"""The sums over tokens that a layer's gradients are made of, beside the layer's two library products.
+
+With x (N, I), dy (N, O) its output's gradient, z = x W'^T, dx = dy W', and the factors L' (O, R), R' (R, I) of one
+optimiser step (``formed_weights``):
+
+    T = x R'^T        U = dy L'
+    P1 = dy^T T (O, R)      P2 = U^T x (R, I)       types that train both factors
+    PM = U^T T (R, R)                               -xs types
+    s_g = sum_n dy .* z (O)     s_h = sum_n x .* dx (I)      row and column magnitudes
+
+They have the shapes of the trained tensors and stand for their gradients until ``FormedWeights.finish``. Two launches
+and, where the tokens are shared out over programs, a third that adds up; always in one fixed order, without atomics.
+Source: spec/formed.md section 2.
+
+Layouts: N tokens, O fan_out, I fan_in, R rank, S shares of a sum.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from sa3dist_kernels.adapter_types import AdapterType
+from sa3dist_kernels.triton_support import check_triton, dot, dot_precision, interpreting, loop_end, rank_block
+
+# Programs of one launch: two, and in the second kernel eight, for each of an H100's 132 multiprocessors.
+PROGRAMS, SUM_PROGRAMS = 264, 1056
+# Shares of T and U: every program of the second kernel adds them up again.
+MOST_SHARES = 4
+# Tokens that are worth a program of their own in the second kernel, and an addition of its result.
+LEAST_SPAN = 512
+
+
+def raw_sums_reference(x, dx, dy, z, left_OR, right_RI, kind: AdapterType) -> torch.Tensor:
+    """The maths; products in the operands' format, sums in float32 or the wider format of the operands."""
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    down, up = x @ right_RI.t(), dy @ left_OR
+    if kind.xs:
+        parts = [up.to(wide).t() @ down.to(wide)]
+    else:
+        parts = [up.to(wide).t() @ x.to(wide), dy.to(wide).t() @ down.to(wide)]
+    if kind.rows:
+        parts.append((dy.to(wide) * z.to(wide)).sum(0))
+    if kind.cols:
+        parts.append((x.to(wide) * dx.to(wide)).sum(0))
+    return torch.cat([part.flatten() for part in parts])
+
+
+@triton.jit(do_not_specialize=["N"])
+def _thin_products_kernel(
+    x, dy, right, left, down, up, N, I, O, R, x_n, dy_n, x_share, y_share,
+    X_SHARES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Shares of T (S, N, R) in ``down`` and of U in ``up``, float32: one block of tokens, one span of I or of O."""
+    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    n_mask, r_mask = n < N, r < R
+    inside = n_mask[:, None] & r_mask[None, :]
+    share = tl.program_id(1)
+    acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    if share < X_SHARES:
+        first = share * x_share
+        for start in tl.range(0, x_share, BLOCK_K, num_stages=STAGES):
+            k = first + start + tl.arange(0, BLOCK_K)
+            tile = tl.load(x + n[:, None] * x_n + k[None, :], mask=n_mask[:, None] & (k < I)[None, :], other=0.0)
+            thin = tl.load(right + r[None, :] * I + k[:, None], mask=r_mask[None, :] & (k < I)[:, None], other=0.0)
+            acc = dot(tile, thin, acc, PRECISION, UPCAST)
+        tl.store(down + (share * N + n[:, None]) * R + r[None, :], acc, mask=inside)
+    else:
+        share -= X_SHARES
+        first = share * y_share
+        for start in tl.range(0, y_share, BLOCK_K, num_stages=STAGES):
+            k = first + start + tl.arange(0, BLOCK_K)
+            tile = tl.load(dy + n[:, None] * dy_n + k[None, :], mask=n_mask[:, None] & (k < O)[None, :], other=0.0)
+            thin = tl.load(left + k[:, None] * R + r[None, :], mask=r_mask[None, :] & (k < O)[:, None], other=0.0)
+            acc = dot(tile, thin, acc, PRECISION, UPCAST)
+        tl.store(up + (share * N + n[:, None]) * R + r[None, :], acc, mask=inside)
+
+
+@triton.jit
+def _summed(parts, n, r, N, R, mask, SHARES: tl.constexpr):
+    """T or U at (n, r), from its shares."""
+    place = n[:, None] * R + r[None, :]
+    total = tl.load(parts + place, mask=mask, other=0.0)
+    for share in tl.static_range(1, SHARES):
+        total += tl.load(parts + share * N * R + place, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["N", "span", "total"])
+def _raw_sums_kernel(
+    x, dx, dy, z, down, up, out, N, I, O, R, span, total, x_n, dx_n, dy_n, z_n, y_blocks,
+    at_a, at_b, at_rows, at_cols,
+    ROWS: tl.constexpr, COLS: tl.constexpr, XS: tl.constexpr, X_SHARES: tl.constexpr, Y_SHARES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One block of outputs (P1, s_g) or of inputs (P2, s_h) over one span of tokens, into ``out`` (S, total)."""
+    block, split, rank = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    r = rank * BLOCK_R + tl.arange(0, BLOCK_R)
+    r_mask = r < R
+    mine = out + split.to(tl.int64) * total
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    gain = tl.zeros((BLOCK_M,), tl.float32)
+    if block < y_blocks:
+        m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        m_mask = m < O
+        for start in tl.range(0, span, BLOCK_N, num_stages=STAGES):
+            n = (split * span + start + tl.arange(0, BLOCK_N)).to(tl.int64)
+            inside = (n < N)[:, None] & m_mask[None, :]
+            tile = tl.load(dy + n[:, None] * dy_n + m[None, :], mask=inside, other=0.0)
+            if ROWS:
+                made = tl.load(z + n[:, None] * z_n + m[None, :], mask=inside, other=0.0)
+                gain += tl.sum(tile.to(tl.float32) * made.to(tl.float32), axis=0)
+            if not XS:
+                thin = _summed(down, n, r, N, R, (n < N)[:, None] & r_mask[None, :], X_SHARES).to(tile.dtype)
+                acc = dot(tl.trans(tile), thin, acc, PRECISION, UPCAST)
+        if not XS:
+            tl.store(mine + at_b + m[:, None] * R + r[None, :], acc, mask=m_mask[:, None] & r_mask[None, :])
+        if ROWS and rank == 0:
+            tl.store(mine + at_rows + m, gain, mask=m_mask)
+    else:
+        m = (block - y_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+        m_mask = m < I
+        for start in tl.range(0, span, BLOCK_N, num_stages=STAGES):
+            n = (split * span + start + tl.arange(0, BLOCK_N)).to(tl.int64)
+            inside = (n < N)[:, None] & m_mask[None, :]
+            tile = tl.load(x + n[:, None] * x_n + m[None, :], mask=inside, other=0.0)
+            if COLS:
+                made = tl.load(dx + n[:, None] * dx_n + m[None, :], mask=inside, other=0.0)
+                gain += tl.sum(tile.to(tl.float32) * made.to(tl.float32), axis=0)
+            if not XS:
+                thin = _summed(up, n, r, N, R, (n < N)[:, None] & r_mask[None, :], Y_SHARES).to(tile.dtype)
+                acc = dot(tl.trans(tile), thin, acc, PRECISION, UPCAST)
+        if not XS:
+            tl.store(mine + at_a + r[None, :] * I + m[:, None], acc, mask=m_mask[:, None] & r_mask[None, :])
+        if COLS and rank == 0:
+            tl.store(mine + at_cols + m, gain, mask=m_mask)
+
+
+@triton.jit(do_not_specialize=["N", "span", "total"])
+def _core_sums_kernel(
+    down, up, out, N, R, span, total,
+    X_SHARES: tl.constexpr, Y_SHARES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """PM over one span of tokens, float32: one block of its rows and one of its columns, into ``out`` (S, total)."""
+    split = tl.program_id(0)
+    i = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    j = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
+    for start in range(0, span, BLOCK_N):
+        n = (split * span + start + tl.arange(0, BLOCK_N)).to(tl.int64)
+        ups = _summed(up, n, i, N, R, (n < N)[:, None] & (i < R)[None, :], Y_SHARES)
+        downs = _summed(down, n, j, N, R, (n < N)[:, None] & (j < R)[None, :], X_SHARES)
+        acc = tl.dot(tl.trans(ups), downs, acc, input_precision="ieee")
+    place = out + split.to(tl.int64) * total + i[:, None] * R + j[None, :]
+    tl.store(place, acc, mask=(i < R)[:, None] & (j < R)[None, :])
+
+
+def raw_sums(
+    x: torch.Tensor,
+    dx: torch.Tensor | None,
+    dy: torch.Tensor,
+    z: torch.Tensor | None,
+    left_OR: torch.Tensor,
+    right_RI: torch.Tensor,
+    kind: AdapterType,
+    *,
+    impl: str = "triton",
+) -> torch.Tensor:
+    """All sums of one layer and micro batch in one float32 vector, in the order of ``kind.parameter_shapes``.
+
+    x, dy             (N, I), (N, O); dx, z likewise, needed for column and for row types only. One format
+    left_OR, right_RI L' and R' (or Q^T diag(h) of -xs types), contiguous, in that format
+    impl              "triton", or "torch" for the reference
+    """
+    if impl == "torch":
+        return raw_sums_reference(x, dx, dy, z, left_OR, right_RI, kind)
+    check_triton(dy)
+    x, dx, dy, z = (_rows_contiguous(value) for value in (x, dx, dy, z))
+    (N, I), (O, R) = x.shape, left_OR.shape
+    block_r = rank_block(R)
+    ranks = triton.cdiv(R, block_r)
+    shares = _share(N, I, O, ranks)
+    down, up = (x.new_empty(count, N, R, dtype=torch.float32) for count, _ in shares[1:])
+    block_n, block_k = shares[0]
+    (x_shares, x_span), (y_shares, y_span) = shares[1:]
+    launch = _loops(block_r)
+    _thin_products_kernel[(triton.cdiv(N, block_n), x_shares + y_shares, ranks)](
+        x, dy, right_RI, left_OR, down, up, N, I, O, R, x.stride(0), dy.stride(0), loop_end(x_span), loop_end(y_span),
+        X_SHARES=x_shares, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r, **launch, num_warps=4,
+    )  # fmt: skip
+    order, total = {}, 0
+    for name, shape in kind.parameter_shapes(O, I, R).items():
+        order[name] = total
+        total += torch.Size(shape).numel()
+    counts = {"X_SHARES": x_shares, "Y_SHARES": y_shares}
+    block_n, block_m = _sum_blocks(block_r, kind.xs)
+    y_blocks = triton.cdiv(O, block_m) if kind.rows or not kind.xs else 0
+    x_blocks = triton.cdiv(I, block_m) if kind.cols or not kind.xs else 0
+    # PM has few programs of its own: its spans are as short as T and U allow.
+    programs = ranks * ranks if kind.xs else ranks * (y_blocks + x_blocks)
+    least = 4 * block_n if kind.xs else LEAST_SPAN
+    splits = max(1, min(triton.cdiv(PROGRAMS // 8 if kind.xs else SUM_PROGRAMS, programs), N // least))
+    span = loop_end(triton.cdiv(triton.cdiv(N, splits), block_n) * block_n)
+    out = x.new_empty(splits, total, dtype=torch.float32)
+    if kind.xs:
+        grid = (splits, ranks, ranks)
+        _core_sums_kernel[grid](
+            down, up, out, N, R, span, total, **counts, BLOCK_N=block_n, BLOCK_R=block_r, num_warps=4, num_stages=2
+        )  # fmt: skip
+    if y_blocks + x_blocks:
+        _raw_sums_kernel[(y_blocks + x_blocks, splits, 1 if kind.xs else ranks)](
+            x, dx, dy, z, down, up, out, N, I, O, R, span, total,
+            x.stride(0), 0 if dx is None else dx.stride(0), dy.stride(0), 0 if z is None else z.stride(0), y_blocks,
+            order.get("lora_A", 0), order.get("lora_B", 0),
+            order.get(kind.row_magnitude, 0), order.get(kind.col_magnitude, 0),
+            ROWS=kind.rows, COLS=kind.cols, XS=kind.xs, **counts,
+            BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_R=block_r, **launch, num_warps=4,
+        )  # fmt: skip
+    return out[0] if splits == 1 else out.sum(0)
+
+
+def _rows_contiguous(value: torch.Tensor | None) -> torch.Tensor | None:
+    return value if value is None or value.stride(1) == 1 else value.contiguous()
+
+
+def _loops(block_r: int) -> dict:
+    """Constants of the loops. Tiles of a long rank must fit the shared memory of an A100 too."""
+    # Said of the loops: else only what enters a product is loaded ahead.
+    return {"STAGES": 3 if block_r <= 32 else 2, "PRECISION": dot_precision(), "UPCAST": interpreting()}
+
+
+def _share(N: int, I: int, O: int, ranks: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Block sizes of the first kernel, then (shares, length) of its sums over I and over O."""
+    if interpreting():
+        block_n, block_k = 16, 16
+    else:
+        block_n, block_k = (64 if N > 1024 else 16), 128
+    wanted = triton.cdiv(PROGRAMS, triton.cdiv(max(N, 1), block_n) * ranks)
+    span = triton.cdiv(triton.cdiv(I + O, max(wanted, 2)), block_k) * block_k
+
+    def shares(side: int) -> tuple[int, int]:
+        # One or the most: any number between would be a kernel of its own.
+        count = MOST_SHARES if 2 * side > 3 * span else 1
+        length = triton.cdiv(triton.cdiv(side, count), block_k) * block_k
+        # Whole blocks may make the last shares empty.
+        return triton.cdiv(side, length), length
+
+    return (block_n, block_k), shares(I), shares(O)
+
+
+def _sum_blocks(block_r: int, xs: bool) -> tuple[int, int]:
+    """Tokens that programs of the second launch step by, and inputs or outputs of one of them."""
+    if interpreting():
+        return 16, 16
+    # A square of a long rank spills with longer steps.
+    return (16 if block_r > 32 else 32) if xs else 64, 64

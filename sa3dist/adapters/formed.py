@@ -1,0 +1,52 @@
+"""Keeping every adapted layer's W' for whole optimiser steps: which runs do, and how the layers are told."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from sa3dist_kernels import FormedSpec, FormedWeights
+from sa3dist_kernels.dispatch import kernels_serve
+
+from sa3dist.adapters.attach import adapted_layers
+
+log = logging.getLogger(__name__)
+
+
+def wants_formed(choice: str, device: torch.device, products: torch.dtype) -> bool:
+    """Whether a run multiplies with formed weights: as told, or with ``auto`` where the kernels serve."""
+    return choice == "formed" or (choice == "auto" and kernels_serve(device, products))
+
+
+def keep_formed(base, flat, settings, device: torch.device) -> FormedWeights | None:
+    """Have the adapted layers of ``base`` multiply with W' as ``form`` of what is returned leaves it; None: not wanted.
+
+    flat       the ``FlatAdapters`` with their values and gradients
+    settings   adapter_products, mixed_precision
+    """
+    products = torch.bfloat16 if settings.mixed_precision == "bf16" else base.dtype
+    if not wants_formed(settings.adapter_products, device, products):
+        return None
+    owners = {id(value): layer for layer in adapted_layers(base).values() for value in layer.trained().values()}
+    layers = list(dict.fromkeys(owners[id(parameter)] for parameter in flat.parameters.values()))
+    leaves = flat.join([list(layer.trained().values()) for layer in layers])
+    specs = []
+    for layer in layers:
+        trained, frozen = layer.trained(), layer.adapter.frozen
+        bases = [base.contiguous() for base in (frozen.left_OR, frozen.right_IR)] if layer.kind.xs else (None, None)
+        specs.append(
+            FormedSpec(
+                weight_OI=layer.weight.detach().flatten(1),
+                params={name: parameter.detach() for name, parameter in trained.items()},
+                grads={name: parameter.grad for name, parameter in trained.items()},
+                kind=layer.kind,
+                scale=layer.strength * layer.scale,
+                left_OR=bases[0],
+                right_IR=bases[1],
+            )
+        )
+    formed = FormedWeights(specs, products)
+    for layer, made, leaf in zip(layers, formed.layers, leaves, strict=True):
+        layer.formed, layer.sums = made, leaf
+    log.info("adapted weights are formed once per step, in %s", products)
+    return formed
