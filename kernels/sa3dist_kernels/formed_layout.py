@@ -86,8 +86,11 @@ def default_tiles(rank: int, product: torch.dtype, rows: int = 1 << 30) -> Tiles
         return Tiles(min(step, 32), rows, rows, columns, columns, close=64, core=32)
     if step == 64:
         # R of a layer exceeds the first-level cache anyway.
-        sizes = ((32, 16, 4), (16, 32, 4)) if rank <= step else ((16, 16, 4),) * 2
-        blocks = (RowTile(*size, registers=None, right_vector=4) for size in sizes)
+        past = {"registers": None, "right_vector": 4}
+        if rank <= step:
+            blocks = RowTile(32, 16, 4, **past), RowTile(16, 32, 4, stages=3, **past)
+        else:
+            blocks = RowTile(16, 16, 4, **past), RowTile(16, 16, 2, **past)
         return Tiles(step, *blocks, *(ColumnTile(32, 64),) * 2, close=32, core=32)
     columns = ColumnTile(32, 128), ColumnTile(32, 256)
     if step == 32 or product == torch.float16:
