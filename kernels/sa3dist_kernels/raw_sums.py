@@ -240,16 +240,15 @@ def _share(
     if interpreting():
         block_n, block_k = 16, 16
     else:
-        block_n, block_k = (64 if N > 1024 else 16), 64 if dtype == torch.float32 else 128
+        block_n, block_k = (64 if N > 1024 else 16), 32 if dtype == torch.float32 else 128
     wanted = triton.cdiv(PROGRAMS, triton.cdiv(max(N, 1), block_n) * ranks)
     span = triton.cdiv(triton.cdiv(I + O, max(wanted, 2)), block_k) * block_k
 
     def shares(side: int) -> tuple[int, int]:
         # One or the most: any number between would be a kernel of its own.
         count = MOST_SHARES if 2 * side > 3 * span else 1
-        length = triton.cdiv(triton.cdiv(side, count), block_k) * block_k
-        # Whole blocks may make the last shares empty.
-        return triton.cdiv(side, length), length
+        # Whole blocks may make the last shares empty: they are zeros.
+        return count, triton.cdiv(triton.cdiv(side, count), block_k) * block_k
 
     return (block_n, block_k), shares(I), shares(O)
 
