@@ -65,9 +65,11 @@ def sums_variants(dtype: str, rank: int):
     seen, block_r = [], rank_block(rank)
     ranks = triton.cdiv(rank, block_r)
     for tokens, (fan_in, fan_out), kind in itertools.product(TOKENS, LAYERS, ADAPTER_TYPES.values()):
-        (block_n, block_k), (x_shares, _), (y_shares, _) = raw_sums._share(tokens, fan_in, fan_out, ranks)
+        (block_n, block_k), (x_shares, _), (y_shares, _) = raw_sums._share(
+            tokens, fan_in, fan_out, ranks, FORMATS[dtype]
+        )
         thin = {"X_SHARES": x_shares, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": block_r}
-        sums_n, sums_m = raw_sums._sum_blocks(block_r, kind.xs)
+        sums_n, sums_m = raw_sums._sum_blocks(block_r, kind.xs, FORMATS[dtype])
         counts = {"X_SHARES": x_shares, "Y_SHARES": y_shares, "BLOCK_N": sums_n, "BLOCK_R": block_r}
         flags = {"ROWS": kind.rows, "COLS": kind.cols, "XS": kind.xs, "BLOCK_M": sums_m}
         unused = dict.fromkeys(("dx",) * (not kind.cols) + ("z",) * (not kind.rows))

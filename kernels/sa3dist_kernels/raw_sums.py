@@ -183,7 +183,7 @@ def raw_sums(
     (N, I), (O, R) = x.shape, left_OR.shape
     block_r = rank_block(R)
     ranks = triton.cdiv(R, block_r)
-    shares = _share(N, I, O, ranks)
+    shares = _share(N, I, O, ranks, x.dtype)
     down, up = (x.new_empty(count, N, R, dtype=torch.float32) for count, _ in shares[1:])
     block_n, block_k = shares[0]
     (x_shares, x_span), (y_shares, y_span) = shares[1:]
@@ -197,7 +197,7 @@ def raw_sums(
         order[name] = total
         total += torch.Size(shape).numel()
     counts = {"X_SHARES": x_shares, "Y_SHARES": y_shares}
-    block_n, block_m = _sum_blocks(block_r, kind.xs)
+    block_n, block_m = _sum_blocks(block_r, kind.xs, x.dtype)
     y_blocks = triton.cdiv(O, block_m) if kind.rows or not kind.xs else 0
     x_blocks = triton.cdiv(I, block_m) if kind.cols or not kind.xs else 0
     # PM has few programs of its own: its spans are as short as T and U allow.
@@ -233,28 +233,31 @@ def _loops(block_r: int) -> dict:
     return {"STAGES": 3 if block_r <= 32 else 2, "PRECISION": dot_precision(), "UPCAST": interpreting()}
 
 
-def _share(N: int, I: int, O: int, ranks: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+def _share(
+    N: int, I: int, O: int, ranks: int, dtype: torch.dtype
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
     """Block sizes of the first kernel, then (shares, length) of its sums over I and over O."""
     if interpreting():
         block_n, block_k = 16, 16
     else:
-        block_n, block_k = (64 if N > 1024 else 16), 128
+        block_n, block_k = (64 if N > 1024 else 16), 32 if dtype == torch.float32 else 128
     wanted = triton.cdiv(PROGRAMS, triton.cdiv(max(N, 1), block_n) * ranks)
     span = triton.cdiv(triton.cdiv(I + O, max(wanted, 2)), block_k) * block_k
 
     def shares(side: int) -> tuple[int, int]:
         # One or the most: any number between would be a kernel of its own.
         count = MOST_SHARES if 2 * side > 3 * span else 1
-        length = triton.cdiv(triton.cdiv(side, count), block_k) * block_k
-        # Whole blocks may make the last shares empty.
-        return triton.cdiv(side, length), length
+        # Whole blocks may make the last shares empty: they are zeros.
+        return count, triton.cdiv(triton.cdiv(side, count), block_k) * block_k
 
     return (block_n, block_k), shares(I), shares(O)
 
 
-def _sum_blocks(block_r: int, xs: bool) -> tuple[int, int]:
+def _sum_blocks(block_r: int, xs: bool, dtype: torch.dtype) -> tuple[int, int]:
     """Tokens that programs of the second launch step by, and inputs or outputs of one of them."""
     if interpreting():
         return 16, 16
-    # A square of a long rank spills with longer steps.
+    # Longer steps spill: float32 has no matrix units, and neither has the square of a long rank.
+    if dtype == torch.float32:
+        return 16, 32 if block_r > 32 else 64
     return (16 if block_r > 32 else 32) if xs else 64, 64
