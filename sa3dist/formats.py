@@ -88,10 +88,16 @@ def remove_stale(leftovers: Iterable[Path]) -> None:
 
 def _empty_folder_beside(target: Path) -> Path:
     while True:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Another process may find the parent empty, and remove it, between the two.
-        with contextlib.suppress(FileNotFoundError):
+        # Another process may find the parent empty, and remove it, at any moment in between.
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        except FileNotFoundError:
+            continue
+        except FileExistsError:
+            # Gone by now, or a file in its place.
+            if target.parent.exists():
+                raise
 
 
 def _replace_directory(new: Path, target: Path) -> None:

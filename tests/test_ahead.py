@@ -95,7 +95,12 @@ def test_what_reading_raises_is_raised_where_the_slot_is_taken():
     reader.close()
 
 
+def reading_threads():
+    return {thread for thread in threading.enumerate() if thread.name == "read-ahead"}
+
+
 def test_a_read_that_hangs_keeps_nobody(monkeypatch):
+    others = reading_threads()
     monkeypatch.setattr(ahead, "CLOSE_SECONDS", 0.3)
     hangs = threading.Event()
     begin = time.monotonic()
@@ -110,7 +115,7 @@ def test_a_read_that_hangs_keeps_nobody(monkeypatch):
         reader.take(0)
     reader.close()
     assert time.monotonic() - begin < 30
-    (thread,) = [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+    (thread,) = reading_threads() - others
     assert thread.daemon
     hangs.set()
     thread.join(5)
@@ -125,6 +130,7 @@ def wait_until_closed(reader):
 
 def test_closing_ends_the_thread_and_reads_no_more():
     reading, begun, closing = Reading(), threading.Event(), threading.Event()
+    others = reading_threads()
 
     def read(slot):
         begun.set()
@@ -138,7 +144,7 @@ def test_closing_ends_the_thread_and_reads_no_more():
     threading.Thread(target=lambda: (wait_until_closed(reader), closing.set())).start()
     reader.close()
     assert reading.read == [0]
-    assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+    assert reading_threads() <= others
     reader.close()
 
 

@@ -109,7 +109,7 @@ def test_tests_part_records_every_gpu_test_of_a_file(tmp_path):
     outcomes = {row["test"].rpartition("::")[2]: row for row in content["rows"]}
     # bora and bora-xs in three formats and sizes, and the test of formats, by torch; Triton and waiting need CUDA.
     assert content["summary"] == {"passed": 2 * 3 * 3 + 2, "skipped": 2 * 3 * 3 + 2 + 2 * 2}
-    name = "test_factored_form_is_no_further_from_float64_than_the_materialised[torch-bora-bf16-odd]"
+    name = "test_either_form_is_no_further_from_float64_than_the_materialised[torch-bora-bf16-odd]"
     assert outcomes[name]["outcome"] == "passed"
     assert len(outcomes[name]["errors_ours_and_materialised"]["y"]) == 2
     assert (content["files"], content["exit_code"]) == (["test_gpu_adapted_linear.py"], 0)

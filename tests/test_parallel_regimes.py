@@ -41,6 +41,7 @@ class Settings:
     weight_decay: float = 0.01
     context_weight: float = 1.0
     gradient_compression: str = "none"
+    adapter_products: str = "auto"
     keep_checkpoints: int = 2
 
 

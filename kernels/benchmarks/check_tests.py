@@ -58,7 +58,8 @@ def run_files(
     here = Path(__file__).resolve().parent
     folders = [str(ROOT), str(ROOT / "kernels"), str(here), os.environ.get("PYTHONPATH", "")]
     environment = {
-        **os.environ,
+        # Not what tells a process that it is one of pytest-xdist's: this one's parent may be.
+        **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")},
         "PYTHONPATH": os.pathsep.join(filter(None, folders)),
         RESULTS_VARIABLE: str(results.resolve()),
         DEVICE_VARIABLE: device.type,

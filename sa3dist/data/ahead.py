@@ -33,7 +33,8 @@ class ReadAhead:
         self._wanted: deque[tuple[int, Future]] = deque()
         self._futures: dict[int, Future] = {}
         self._held_bytes = 0
-        self._awaited = self._closed = False
+        self._awaited: Future | None = None
+        self._closed = False
         self._thread: threading.Thread | None = None
 
     def over(self, micro_indices: Iterable[int]) -> Iterator[int]:
@@ -54,12 +55,12 @@ class ReadAhead:
         future = self._futures.pop(slot, None)
         if future is None:
             return None
-        self._now(awaited=True)
+        self._await(future)
         try:
             while not wait([future], TICK_SECONDS).done:
                 self._check_stop()
         finally:
-            self._now(awaited=False)
+            self._await(None)
         audio_CN = future.result()
         with self._changed:
             self._held_bytes -= _bytes_of(audio_CN)
@@ -85,13 +86,15 @@ class ReadAhead:
             self._thread = threading.Thread(target=self._work, name=THREAD_NAME, daemon=True)
             self._thread.start()
 
-    def _now(self, awaited: bool) -> None:
+    def _await(self, future: Future | None) -> None:
         with self._changed:
-            self._awaited = awaited
+            self._awaited = future
             self._changed.notify()
 
     def _may_read(self) -> bool:
-        return bool(self._wanted) and (self._awaited or self._held_bytes < WAITING_BYTES)
+        # Not longer than it is awaited, however late whoever waits for it comes to say so.
+        awaited = self._awaited is not None and not self._awaited.done()
+        return bool(self._wanted) and (awaited or self._held_bytes < WAITING_BYTES)
 
     def _work(self) -> None:
         while True:
