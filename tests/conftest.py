@@ -1,6 +1,7 @@
 """Shared fixtures: where the golden tensors are, and the two tiny reference models."""
 
 import os
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,6 +37,20 @@ TINY_MODELS = ("tiny-sa3", "tiny-sa3-small")
 def golden(name: str) -> Path:
     """Path of one recorded artefact."""
     return GOLDEN / name
+
+
+@pytest.fixture(autouse=True)
+def _signals_of_its_own():
+    yield
+    # A run in this process listens for signals to the process's end; one that a later test sends itself would end it.
+    signal.set_wakeup_fd(-1)
+
+
+@pytest.fixture(autouse=True)
+def _signals_of_its_own():
+    yield
+    # A run in this process listens for signals to the process's end; one that a later test sends itself would end it.
+    signal.set_wakeup_fd(-1)
 
 
 @pytest.fixture(autouse=True)
