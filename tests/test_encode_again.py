@@ -131,7 +131,7 @@ def work(target):
             process.run(work)
             assert published(work) == whole, moment
             assert files_of_clips(work) == [], moment
-    assert partly >= 3
+    assert partly >= 1
 
 
 def test_only_what_a_lost_shard_held_is_encoded_again(base_dir, index, tmp_path, monkeypatch):
