@@ -13,8 +13,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-# What results/before/ holds, in words.
-BEFORE = """## Before
+# What has no table of its own, in words.
+OTHERS = """## Other files
+
+`gpu_run.json` is as much of a run through the command line as the time on one H100 allowed: to its first step.
+`gpu_formed_tiles.json` has FORM and FINISH of all layers of the medium model with other tiles (`bench_formed.py
+--sweep`); `gpu_attention.jsonl` a call of attention, forward and backward, 24 heads of 64, of flash attention, of cuDNN
+with a bias between a clip and its filling, and of cuDNN over all tokens (d64), in milliseconds.
+
+## Before
 
 `before/` is what one H100 showed of the trainer at commit bdca748, before adapted weights were formed once a step:
 `gpu_step_before.json` (a step of 30 s), `gpu_ops_before.json` (single layers: launching one takes 2 to 4 ms, its
@@ -259,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = ["# Measurements", "", "Made by `python kernels/benchmarks/report.py` from the files beside this one.", ""]
     text += [markdown(tables[kind](rows)) for kind, rows in kinds.items() if rows]
     text += [markdown(gpu_table(gpu))] if gpu else []
-    text += [BEFORE] if (directory / "before").is_dir() else []
+    text += [OTHERS] if (directory / "before").is_dir() else []
     text += [f"![{name}]({name})" for name in pictures]
     (directory / "README.md").write_text("\n".join(text) + "\n", encoding="utf-8")
 
