@@ -28,7 +28,7 @@ def choose_passes(trainer: Trainer, settings, frames: int) -> None:
     if wants_compile(settings.compile, group.device, steps, settings.deterministic):
         keep_compiled_in(settings.work_dir / "compiled")
         if trainer.ladder is not None:
-            base.dit.transformer.use_compiled_blocks("inductor")
+            base.dit.transformer.use_compiled_blocks("inductor", whole=settings.compile == "on")
         else:
             use_compiled(base.dit)
         if settings.compile == "auto":

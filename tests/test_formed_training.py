@@ -6,6 +6,7 @@ from sa3dist_kernels import ADAPTER_TYPES
 
 from sa3dist.adapters import adapter_parameters, formed
 from sa3dist.adapters.formed import keep_formed
+from sa3dist.model.packing import FilledPacking
 from sa3dist.parallel.flat import FlatAdapters
 from tests.test_packing import adapted, inputs
 
@@ -54,3 +55,26 @@ def test_auto_forms_weights_where_the_kernels_serve_and_a_choice_is_obeyed(monke
         assert formed.wants_formed("auto", cpu, torch.float32) is serve
         assert formed.wants_formed("formed", cpu, torch.float32)
         assert not formed.wants_formed("factored", cpu, torch.float32)
+
+
+def test_blocks_that_cannot_be_compiled_run_uncompiled_unless_that_was_asked_for(tiny_base):
+    base, given = adapted(tiny_base, "dora-rows"), inputs(tiny_base)
+    packing = FilledPacking.of([24, 7, 16], base.dit.transformer.memory, 24, 70)
+    flat = FlatAdapters(adapter_parameters(base), 1e-3, 0.01, scalars=0)
+    keep_formed(base, flat, Settings(), torch.device("cpu")).form()
+
+    def no_compiler(graph, examples):
+        raise RuntimeError("no compiler here")
+
+    expected = base.velocity(**given, packing=packing)
+    try:
+        base.dit.transformer.use_compiled_blocks(no_compiler)
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no compiler here"):
+            base.velocity(**given, packing=packing)
+        torch._dynamo.reset()
+        base.dit.transformer.use_compiled_blocks(no_compiler, whole=False)
+        with torch._dynamo.config.patch(suppress_errors=True):
+            assert torch.equal(base.velocity(**given, packing=packing), expected)
+    finally:
+        torch._dynamo.reset()
+        base.dit.transformer.use_compiled_blocks(None)

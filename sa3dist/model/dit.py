@@ -120,9 +120,12 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
         self._run_block = Block.forward
 
-    def use_compiled_blocks(self, backend: str | None) -> None:
-        """Run whole blocks as one compiled program, the same for all of them and for any number of tokens; None: as
-        they are."""
+    def use_compiled_blocks(self, backend, whole: bool = True) -> None:
+        """Run whole blocks as one compiled program, the same for all of them and for any number of tokens.
+
+        backend   of torch.compile; None: blocks run as they are
+        whole     raise where a block cannot be compiled as one; otherwise that part of it runs uncompiled
+        """
         if backend is None:
             self._run_block = Block.forward
             return
@@ -131,7 +134,7 @@ class Transformer(nn.Module):
         # Not dynamic of its own accord: what has other sizes is marked (``mark_any_length``). Whether reductions over
         # rows and over columns are joined would depend on the number of tokens: another program for long clips.
         options = {"triton.mix_order_reduction": False} if backend == "inductor" else None
-        self._run_block = torch.compile(Block.forward, backend=backend, fullgraph=True, dynamic=False, options=options)
+        self._run_block = torch.compile(Block.forward, backend=backend, fullgraph=whole, dynamic=False, options=options)
 
     def forward(
         self,
