@@ -13,7 +13,7 @@ import torch
 
 from sa3dist_kernels.adapter_types import ADAPTER_TYPES, AdapterType
 from sa3dist_kernels.frozen_products import no_autocast
-from sa3dist_kernels.raw_sums import raw_sums
+from sa3dist_kernels.raw_sums import places, raw_sums
 
 
 def formed_linear(
@@ -80,8 +80,7 @@ def _raw_sums_opaque(
 
 @_raw_sums_opaque.register_fake
 def _(x, dx, dy, z, left_OR, right_RI, kind_name, impl):
-    shapes = ADAPTER_TYPES[kind_name].parameter_shapes(left_OR.shape[0], right_RI.shape[1], left_OR.shape[1])
-    total = sum(torch.Size(shape).numel() for shape in shapes.values())
+    _, total = places(ADAPTER_TYPES[kind_name], left_OR.shape[0], right_RI.shape[1], left_OR.shape[1])
     return x.new_empty(total, dtype=torch.promote_types(x.dtype, torch.float32))
 
 

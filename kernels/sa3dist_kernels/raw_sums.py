@@ -17,6 +17,8 @@ Layouts: N tokens, O fan_out, I fan_in, R rank, S shares of a sum.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -192,10 +194,7 @@ def raw_sums(
         x, dy, right_RI, left_OR, down, up, N, I, O, R, x.stride(0), dy.stride(0), loop_end(x_span), loop_end(y_span),
         X_SHARES=x_shares, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r, **launch, num_warps=4,
     )  # fmt: skip
-    order, total = {}, 0
-    for name, shape in kind.parameter_shapes(O, I, R).items():
-        order[name] = total
-        total += torch.Size(shape).numel()
+    order, total = places(kind, O, I, R)
     counts = {"X_SHARES": x_shares, "Y_SHARES": y_shares}
     block_n, block_m = _sum_blocks(block_r, kind.xs, x.dtype)
     y_blocks = triton.cdiv(O, block_m) if kind.rows or not kind.xs else 0
@@ -221,6 +220,15 @@ def raw_sums(
             BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_R=block_r, **launch, num_warps=4,
         )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0)
+
+
+def places(kind: AdapterType, O: int, I: int, R: int) -> tuple[dict[str, int], int]:
+    """Where each trained tensor's sums begin in the vector, by its name in a file, and the vector's length."""
+    begins, end = {}, 0
+    for name, shape in kind.parameter_shapes(O, I, R).items():
+        begins[name] = end
+        end += math.prod(shape)
+    return begins, end
 
 
 def _rows_contiguous(value: torch.Tensor | None) -> torch.Tensor | None:
