@@ -26,6 +26,9 @@ if find_spec("hypothesis"):
 # Tiny tensors: a second thread only waits for the first, for milliseconds per operation on a busy machine.
 THREADS = int(os.environ.get("SA3DIST_TEST_THREADS", "1"))
 torch.set_num_threads(THREADS)
+# At its first backward pass autograd decides whether it needs threads of its own, and a process that has them cannot be
+# forked into ranks. The compiler's fake tensors make it count a CUDA device, so this pass comes before them.
+torch.ones(1, requires_grad=True).sum().backward()
 
 # Where gpu-marked tests with a ``device`` run; "cpu" exercises their code on a machine without a GPU.
 TEST_DEVICE = os.environ.get("SA3DIST_TEST_DEVICE", "cuda")
