@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/.installed
-	$(RUN) -m sa3dist.demo
+	$(RUN) -m sa3dist.commands.demo
 
 test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -12,14 +12,14 @@ from sa3dist import __version__, train
 from sa3dist.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from sa3dist.run import Run
+    from sa3dist.pipeline import Run
 
 
 def shard_only(run: Run) -> None:
     import torch
 
-    from sa3dist.cut_captions import say_cut_captions, text_source
-    from sa3dist.data.measure import measure_clip
+    from sa3dist.data.source.cut_captions import say_cut_captions, text_source
+    from sa3dist.inspection.measure import measure_clip
 
     # As many clips as there are cores are measured at a time: one clip needs no threads of its own.
     torch.set_num_threads(1)
@@ -62,10 +62,10 @@ COMMANDS: dict[str, tuple[str, Callable[[Run], None]]] = {
 
 # Programs of their own, imported when they are called.
 PROGRAMS = {
-    "inspect": ("look at a data set and what training would do with each clip", "sa3dist.inspection_text"),
-    "plan": ("predict memory and time of a run, or find settings that fit", "sa3dist.plan_command"),
-    "merge": ("several adapters into one file, or adapters into a base", "sa3dist.merge"),
-    "submit": ("start a run on this machine, under Slurm or on Kubernetes", "sa3dist.submit"),
+    "inspect": ("look at a data set and what training would do with each clip", "sa3dist.inspection.text"),
+    "plan": ("predict memory and time of a run, or find settings that fit", "sa3dist.commands.plan"),
+    "merge": ("several adapters into one file, or adapters into a base", "sa3dist.commands.merge"),
+    "submit": ("start a run on this machine, under Slurm or on Kubernetes", "sa3dist.commands.submit"),
 }
 
 
@@ -90,10 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in PROGRAMS:
         return importlib.import_module(PROGRAMS[name][1]).main(rest)
     if name == "export":
-        from sa3dist import export_command
+        from sa3dist.commands import export
 
-        if export_command.is_path(rest):
-            return export_command.main(rest)
+        if export.is_path(rest):
+            return export.main(rest)
     if name not in COMMANDS:
         known = ", ".join([*COMMANDS, *PROGRAMS])
         print(f"sa3dist: {name!r} is no command; choose {known}", file=sys.stderr)

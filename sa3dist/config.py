@@ -14,8 +14,8 @@ import yaml
 from pydantic import ValidationError
 
 from sa3dist import values as written
+from sa3dist.data.remote.local_paths import can_be_named, expand_home, is_text
 from sa3dist.errors import ConfigError
-from sa3dist.home import can_be_named, expand_home, is_text
 from sa3dist.settings import PRECISION_ALIASES, Settings
 
 # What other trainers call some keys, where spelling alone would suggest another.

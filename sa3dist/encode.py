@@ -8,18 +8,18 @@ from typing import Protocol
 
 import torch
 
-from sa3dist.data.ahead import WAITING_BYTES, ReadAhead
-from sa3dist.data.crops import EncodedCrops
-from sa3dist.data.latents import SILENCE_TAIL_FRAMES, EncodedClips
-from sa3dist.data.order import ClipOrder, micro_batch_slots
-from sa3dist.data.pool import ordered_map
-from sa3dist.data.stream import frames_of, polarity_of_slot
+from sa3dist.data.batches.micro_batch import frames_of, polarity_of_slot
+from sa3dist.data.batches.order import ClipOrder, micro_batch_slots
+from sa3dist.data.batches.read_ahead import WAITING_BYTES, ReadAhead
+from sa3dist.data.latents.cache import SILENCE_TAIL_FRAMES, EncodedClips
+from sa3dist.data.latents.crops import EncodedCrops
+from sa3dist.data.source.bounded_map import ordered_map
 from sa3dist.errors import SA3DistError
 from sa3dist.formats import ClipEntry
-from sa3dist.parallel.group import Group, all_done
-from sa3dist.parallel.outcome import translate
-from sa3dist.parallel.progress import shared_progress
-from sa3dist.parallel.signals import StopRequest
+from sa3dist.runtime.exit_status import translate
+from sa3dist.runtime.process_group import Group, all_done
+from sa3dist.runtime.shared_progress import shared_progress
+from sa3dist.runtime.signals import StopRequest
 
 # One pass holds no more frames than the longest clip of any base (380 s) has alone.
 MAX_PASS_FRAMES = 4160

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from sa3dist.data.kinds import LeftOut
+from sa3dist.data.source.kinds import LeftOut
 from sa3dist.errors import DataError
 
 INDEX_NAME = "index.json"

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sa3dist.data.stream import MicroBatch
+from sa3dist.data.batches.micro_batch import MicroBatch
 from sa3dist.errors import Interrupted
-from sa3dist.journal import Journal
-from sa3dist.metrics import progress
-from sa3dist.parallel.signals import StopRequest
-from sa3dist.trainer import Trainer
+from sa3dist.progress import progress
+from sa3dist.runtime.signals import StopRequest
+from sa3dist.training.metrics import Journal
+from sa3dist.training.trainer import Trainer
 
 # The slowest of as many steps is what the next one may take.
 RECENT_STEPS = 20

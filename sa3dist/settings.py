@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from sa3dist_kernels.adapter_types import ADAPTER_TYPES
 
+from sa3dist.data.remote.local_paths import can_be_named, expand_home, is_text
 from sa3dist.errors import ConfigError
-from sa3dist.home import can_be_named, expand_home, is_text
 
 # What YAML 1.1 and JSON write for on and off.
 _SWITCHES = {"true": "on", "yes": "on", "on": "on", "false": "off", "no": "off", "off": "off"}

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from sa3dist import errors
 from sa3dist.formats import write_json
-from sa3dist.parallel import lock
+from sa3dist.runtime import run_lock
 
 PROGRAM = "sa3dist.train"
 STATUS_NAME = "status.json"
@@ -76,10 +76,10 @@ class Supervisor:
         before = identity_of(status)
         if self.asked_at is not None:
             return self._without_status(errors.EXIT_INTERRUPTED, status)
-        owner = lock.peek(status.parent)
-        if owner is not None and lock.lives(owner):
+        owner = run_lock.peek(status.parent)
+        if owner is not None and run_lock.lives(owner):
             # Before a second launch agent asks for the port of the first.
-            raise lock.refusal(status.parent, owner)
+            raise run_lock.refusal(status.parent, owner)
         with tempfile.TemporaryDirectory(prefix="sa3dist-") as elsewhere:
             return self._run(status, before, Path(elsewhere))
 
@@ -142,7 +142,7 @@ class Supervisor:
         # Refused for that, and nowhere to say so.
         if status.parent.is_file():
             return errors.EXIT_USER
-        if lock.is_anothers(status.parent):
+        if run_lock.is_anothers(status.parent):
             return errors.EXIT_INTERRUPTED if self.asked_at is not None else code
         if self.asked_at is not None:
             message = "stopped before the ranks had started; run the same command to continue"

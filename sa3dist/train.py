@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from sa3dist.errors import ConfigError
-from sa3dist.parallel.signals import StopRequest, kill_loaders
-from sa3dist.streams import outlive_readers
+from sa3dist.runtime.lasting_output import outlive_readers
+from sa3dist.runtime.signals import StopRequest, kill_loaders
 
 if TYPE_CHECKING:
-    from sa3dist.parallel.group import Group
-    from sa3dist.run import Run
+    from sa3dist.pipeline import Run
+    from sa3dist.runtime.process_group import Group
 
 
 def whole_road(run: Run) -> None:
@@ -63,7 +63,7 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
     # Stack frames of a store that went with its host would bury the one line that says which host that was.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from sa3dist import config
-    from sa3dist.parallel.outcome import dist_rank_from_environment, has_peers, run_program
+    from sa3dist.runtime.exit_status import dist_rank_from_environment, has_peers, run_program
 
     arguments, unknown = parser(program, about).parse_known_intermixed_args(argv)
     main_rank = dist_rank_from_environment() == 0
@@ -88,11 +88,11 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
             return
         if not has_peers():
             stop.raise_if_asked("starting")
-        from sa3dist.parallel.departure import leave_in_time
-        from sa3dist.parallel.group import connect, disconnect
-        from sa3dist.parallel.watchdog import Watchdog
-        from sa3dist.parallel.word import leave
-        from sa3dist.run import Run, make_deterministic
+        from sa3dist.pipeline import Run, make_deterministic
+        from sa3dist.runtime.peers import leave
+        from sa3dist.runtime.process_group import connect, disconnect
+        from sa3dist.runtime.stop_deadline import leave_in_time
+        from sa3dist.runtime.watchdog import Watchdog
 
         leave_in_time(stop, settings.output_dir)
         if settings.deterministic:
@@ -120,14 +120,14 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
 
 def take_output_dir(group: Group, directory: Path, stop: StopRequest) -> None:
     """Before anything is written to it. Raises InUse, on all ranks, when another run does."""
-    from sa3dist.parallel import lock
-    from sa3dist.parallel.group import on_main_first
-    from sa3dist.parallel.outcome import forget_status
+    from sa3dist.runtime import run_lock
+    from sa3dist.runtime.exit_status import forget_status
+    from sa3dist.runtime.process_group import on_main_first
 
     def take() -> str | None:
-        return lock.take(directory, lambda: stop.raise_if_asked("waiting for output_dir"))
+        return run_lock.take(directory, lambda: stop.raise_if_asked("waiting for output_dir"))
 
-    lock.adopt(directory, on_main_first(group, "lock", take, stop))
+    run_lock.adopt(directory, on_main_first(group, "lock", take, stop))
     if group.is_main:
         forget_status(directory)
 
@@ -154,7 +154,7 @@ def end_process(code: int) -> NoReturn:
     gc.freeze()
     # The interpreter would wait for loader processes that a failure has left.
     kill_loaders()
-    ahead = sys.modules.get("sa3dist.data.ahead")
+    ahead = sys.modules.get("sa3dist.data.batches.read_ahead")
     if ahead and ahead.still_reading():
         # A thread in an operator of torch would abort an interpreter that shuts down.
         atexit._run_exitfuncs()

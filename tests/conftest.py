@@ -110,7 +110,7 @@ def demo_base(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def demo_clips(tmp_path_factory) -> Path:
     """A zip of eight captioned clips of every format, 0.5 to 12 s."""
-    from sa3dist.demo import synthesise_clips
+    from sa3dist.commands.demo import synthesise_clips
 
     path = tmp_path_factory.mktemp("clips") / "clips.zip"
     synthesise_clips(path, seed=1, count=8)

@@ -16,17 +16,17 @@ from clips import captioned, write_tar
 from fuzzing import forged, mutated, outcome
 from latent_sets import ENCODERS, Framing, write_set
 
-from sa3dist.data.archive import open_source, pair_members
-from sa3dist.data.cache import ClipCache
-from sa3dist.data.captions import read_caption
-from sa3dist.data.index_faults import index_faults
-from sa3dist.data.latent_shards import FLIPPED, LATENTS, PROMPT, dataset_digest
-from sa3dist.data.latent_source import read_latents
-from sa3dist.data.latents import EncodedClips
-from sa3dist.data.layout import describe
+from sa3dist.data.latents.cache import EncodedClips
+from sa3dist.data.latents.shards import FLIPPED, LATENTS, PROMPT, dataset_digest
+from sa3dist.data.latents.source import read_latents
+from sa3dist.data.remote.disk_cache import ClipCache
+from sa3dist.data.source.archive import open_source, pair_members
+from sa3dist.data.source.build import build_shards
+from sa3dist.data.source.captions import read_caption
+from sa3dist.data.source.index_check import index_faults
+from sa3dist.data.source.shard_split import describe
 from sa3dist.errors import DataError
 from sa3dist.formats import INDEX_NAME, DatasetIndex
-from sa3dist.shard import build_shards
 
 MEMORY_BYTES = 6 << 30
 EACH = {"zip": 160, "tar": 120, "index": 100, "latent index": 100, "latent shard": 60}

@@ -4,8 +4,8 @@ import hashlib
 
 import torch
 
-from sa3dist.data.latent_shards import FLIPPED, PROMPT, Encoders, latent_shard_name, write_latent_shard
-from sa3dist.data.tensor_files import pack_tensors
+from sa3dist.data.latents.shards import FLIPPED, PROMPT, Encoders, latent_shard_name, write_latent_shard
+from sa3dist.data.latents.tensor_files import pack_tensors
 from sa3dist.formats import ClipEntry
 
 CHANNELS, FRAME, RATE, TOKENS = 3, 4096, 44100, 8

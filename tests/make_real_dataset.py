@@ -11,7 +11,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from sa3dist.data.audio import check_audio
+from sa3dist.data.source.audio import check_audio
 from sa3dist.errors import DataError
 from sa3dist.formats import atomic_path
 

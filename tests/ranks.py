@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from sa3dist.parallel.group import Group
+from sa3dist.runtime.process_group import Group
 
 
 def free_port():

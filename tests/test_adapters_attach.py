@@ -19,8 +19,8 @@ from sa3dist.adapters import (
     effective_weight,
     set_strength,
 )
-from sa3dist.adapters.bases import singular_bases
 from sa3dist.adapters.layers import AdaptedLayer, initial_adapter
+from sa3dist.adapters.svd_bases import singular_bases
 from sa3dist.errors import ConfigError
 
 NINE = tuple(ADAPTER_TYPES)

@@ -13,14 +13,14 @@ from clips import captioned, write_tar, write_zip
 from servers import s3_bucket
 from yarl import URL
 
-from sa3dist.data import download, fetch
-from sa3dist.data.archive import expand_braces, open_source
-from sa3dist.data.http_request import resolved
-from sa3dist.data.latent_source import latent_shards_of, streamed_shards
-from sa3dist.data.remote import tars_of
+from sa3dist.data.latents.source import latent_shards_of, streamed_shards
+from sa3dist.data.remote import download, fetch
+from sa3dist.data.remote.http_request import resolved
+from sa3dist.data.source.archive import expand_braces, open_source
+from sa3dist.data.source.build import build_shards
+from sa3dist.data.source.remote_index import RemoteOptions, index_remote
+from sa3dist.data.source.remote_shards import tars_of
 from sa3dist.errors import DataError
-from sa3dist.shard import build_shards
-from sa3dist.shard_remote import RemoteOptions, index_remote
 
 # What signers, hubs and content networks put into a query, and characters that libraries like to rewrite.
 QUERY = (

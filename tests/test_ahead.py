@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from sa3dist.data import ahead
-from sa3dist.data.ahead import MICRO_BATCHES_AHEAD, ReadAhead
+from sa3dist.data.batches import read_ahead
+from sa3dist.data.batches.read_ahead import MICRO_BATCHES_AHEAD, ReadAhead
 from sa3dist.errors import DataError, Interrupted
 
 AUDIO_BYTES = 4000
@@ -65,7 +65,7 @@ def test_it_looks_a_few_micro_batches_ahead():
 
 @pytest.mark.parametrize("room", [1, 2.5, 3])
 def test_no_more_waits_than_there_is_room_for_and_the_one_that_fills_it(monkeypatch, room):
-    monkeypatch.setattr(ahead, "WAITING_BYTES", int(room * AUDIO_BYTES))
+    monkeypatch.setattr(read_ahead, "WAITING_BYTES", int(room * AUDIO_BYTES))
     reading = Reading()
     reader = ReadAhead(reading, 4, never_asked)
     indices = reader.over(iter(range(4)))
@@ -101,7 +101,7 @@ def reading_threads():
 
 def test_a_read_that_hangs_keeps_nobody(monkeypatch):
     others = reading_threads()
-    monkeypatch.setattr(ahead, "CLOSE_SECONDS", 0.3)
+    monkeypatch.setattr(read_ahead, "CLOSE_SECONDS", 0.3)
     hangs = threading.Event()
     begin = time.monotonic()
 

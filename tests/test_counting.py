@@ -6,16 +6,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
-from sa3dist import counting, memory
 from sa3dist.adapters import adapted_layers, adapter_parameters, attach_adapter
 from sa3dist.adapters.formed import keep_formed
-from sa3dist.counting import Adapter, MicroBatch
+from sa3dist.cost_model import flops
+from sa3dist.cost_model.flops import Adapter, MicroBatch
 from sa3dist.model import random_weights
 from sa3dist.model.base import Base
 from sa3dist.model.parse_config import parse_model_config
 from sa3dist.model.released import released_config
 from sa3dist.model.tiny import tiny_config
-from sa3dist.parallel.flat import FlatAdapters
+from sa3dist.parallel.flat_adamw import FlatAdapters
+from sa3dist.training import memory
 
 CLIPS, FRAMES, PROMPT = 2, 21, 9
 FROZEN = Adapter(None, 0, frozenset())
@@ -56,7 +57,7 @@ def counted_flops(base, learn):
 
 def expected_flops(base, learn, recomputed=0):
     batch = batch_of(CLIPS, FRAMES, PROMPT)
-    made = counting.count(base.config, batch, memory.adapter_of(base), 4, 4, inputs_learn=learn)
+    made = flops.count(base.config, batch, memory.adapter_of(base), 4, 4, inputs_learn=learn)
     return made.total(recomputed).flops
 
 
@@ -108,7 +109,7 @@ def test_kept_bytes_bound_what_autograd_saves_within_a_tenth(monkeypatch, shape,
     monkeypatch.setattr(random_weights, "uniform", lambda key, shape, *_: torch.full(shape, 0.01))
     base = random_weights.random_base(shape, depth=1)
     attach_adapter(base, adapter_type=kind, rank=16)
-    counted = counting.count(base.config, batch_of(2, 60, 40), memory.adapter_of(base), 4, 4)
+    counted = flops.count(base.config, batch_of(2, 60, 40), memory.adapter_of(base), 4, 4)
     measured = kept_bytes(base, 2, 60, 40)
     assert measured <= 1.02 * counted.kept_bytes()
     assert counted.kept_bytes() <= 1.1 * measured
@@ -128,7 +129,7 @@ def test_formed_weights_keep_as_much_less_as_is_counted(base, kind):
             own = {value.untyped_storage().data_ptr() for value in (flat.values, held.layers[0].weight_OI)}
         adapter = memory.adapter_of(base)
         assert adapter.formed is formed
-        counted[formed] = counting.count(base.config, batch_of(2, 100, 40), adapter, 4, 4).kept_bytes()
+        counted[formed] = flops.count(base.config, batch_of(2, 100, 40), adapter, 4, 4).kept_bytes()
         measured[formed] = kept_bytes(base, 2, 100, 40, own)
     assert measured[True] < (0.9 if kind in ("dora-rows", "bora") else 1.0) * measured[False]
     assert counted[False] - counted[True] == pytest.approx(measured[False] - measured[True], rel=0.05)
@@ -136,7 +137,7 @@ def test_formed_weights_keep_as_much_less_as_is_counted(base, kind):
 
 def test_recomputing_saves_all_but_the_norms_shared_over_the_step(base):
     attach_adapter(base, adapter_type="dora-cols", rank=2)
-    counted = counting.count(base.config, batch_of(2, 100, 40), memory.adapter_of(base), 4, 4)
+    counted = flops.count(base.config, batch_of(2, 100, 40), memory.adapter_of(base), 4, 4)
     first, second = counted.blocks
     norms = sum(
         4 * (layer.weight.shape[1] * (2 + 2)) for name, layer in adapted_layers(base).items() if "layers.0." in name
@@ -149,7 +150,7 @@ def test_recomputing_saves_all_but_the_norms_shared_over_the_step(base):
 
 def medium_count(frames=4091, clips=1):
     config = parse_model_config(released_config("medium-base"), "medium")
-    return config, counting.count(config, memory.batch_of(config, frames, clips), FROZEN, 2, 2, inputs_learn=True)
+    return config, flops.count(config, memory.batch_of(config, frames, clips), FROZEN, 2, 2, inputs_learn=True)
 
 
 def test_the_fewest_blocks_are_recomputed_that_make_the_step_fit():

@@ -8,19 +8,19 @@ import torch
 from clips import captioned, encode, tone, write_zip
 
 from sa3dist import config
-from sa3dist.data import ahead
-from sa3dist.data import crops as data_crops
-from sa3dist.data.audio import load_clip_audio
-from sa3dist.data.crops import CropsInFlight, EncodedCrops
-from sa3dist.data.latents import EncodedClips
-from sa3dist.data.stream import MicroBatches, StreamSettings, draw_crop, loader, polarity_of_slot
+from sa3dist.data.batches import read_ahead
+from sa3dist.data.batches.micro_batch import MicroBatches, StreamSettings, draw_crop, loader, polarity_of_slot
+from sa3dist.data.latents import crops as data_crops
+from sa3dist.data.latents.cache import EncodedClips
+from sa3dist.data.latents.crops import CropsInFlight, EncodedCrops
+from sa3dist.data.source.audio import load_clip_audio
+from sa3dist.data.source.build import build_shards
 from sa3dist.encode import encode_all
 from sa3dist.errors import ConfigError
 from sa3dist.model.loading import load_base
 from sa3dist.model.tiny import write_tiny_base
-from sa3dist.parallel.group import Group
-from sa3dist.parallel.signals import StopRequest
-from sa3dist.shard import build_shards
+from sa3dist.runtime.process_group import Group
+from sa3dist.runtime.signals import StopRequest
 
 LIMIT = 12
 CPU = torch.device("cpu")
@@ -68,11 +68,11 @@ def test_a_crop_is_what_encoding_its_audio_alone_gives(index, base, tmp_path):
     assert len(starts) > 3
 
 
-@pytest.mark.parametrize(("workers", "room"), [(0, ahead.WAITING_BYTES), (1, 1)])
+@pytest.mark.parametrize(("workers", "room"), [(0, read_ahead.WAITING_BYTES), (1, 1)])
 def test_on_the_fly_gives_the_samples_of_kept_crops_and_leaves_no_file(
     index, base, tmp_path, workers, room, monkeypatch
 ):
-    monkeypatch.setattr(ahead, "WAITING_BYTES", room)
+    monkeypatch.setattr(read_ahead, "WAITING_BYTES", room)
     kept = crops_of(index, base, tmp_path / "kept", keep=True)
     flying = crops_of(index, base, tmp_path / "flying", keep=False)
     batches = []

@@ -10,7 +10,7 @@ import torch
 from clips import captioned, write_zip
 
 from sa3dist import cli, config, train
-from sa3dist.cut_captions import CutCaptions, cut_captions, text_source
+from sa3dist.data.source.cut_captions import CutCaptions, cut_captions, text_source
 from sa3dist.model.config import PromptConfig
 from sa3dist.model.text import TextSource
 from sa3dist.model.tiny import byte_tokenizer

@@ -17,11 +17,11 @@ from clips import captioned, declare, encode, tone, write_folder, write_tar, wri
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sa3dist.data import containers, zips
-from sa3dist.data.archive import expand_braces, open_source, pair_members
-from sa3dist.data.captions import read_caption
+from sa3dist.data.source import containers, zips
+from sa3dist.data.source.archive import expand_braces, open_source, pair_members
+from sa3dist.data.source.build import build_shards
+from sa3dist.data.source.captions import read_caption
 from sa3dist.errors import DataError
-from sa3dist.shard import build_shards
 
 
 def listing_of(source, tmp_path):
@@ -385,7 +385,7 @@ def test_bombs_are_refused_under_a_memory_limit(tmp_path):
     program = """
 import resource, sys
 from sa3dist.errors import DataError
-from sa3dist.shard import build_shards
+from sa3dist.data.source.build import build_shards
 import soundfile
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 for source in sys.argv[2:]:

@@ -17,10 +17,10 @@ import torch
 import torchaudio
 from clips import captioned, encode, tone, write_zip
 
-from sa3dist.data import audio, places
-from sa3dist.data.audio import AudioFacts, check_audio, decode, load_clip_audio, resample, resampled_length
+from sa3dist.data.source import audio, places
+from sa3dist.data.source.audio import AudioFacts, check_audio, decode, load_clip_audio, resample, resampled_length
+from sa3dist.data.source.build import build_shards
 from sa3dist.errors import DataError
-from sa3dist.shard import build_shards
 
 LOSSLESS = [
     ("WAV", "PCM_16", 2**-15),

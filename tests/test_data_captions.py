@@ -9,11 +9,11 @@ from clips import captioned, encode, tone, write_folder, write_tar, write_zip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sa3dist.data.archive import open_source, pair_members
-from sa3dist.data.captions import read_caption
-from sa3dist.data.texts import is_blank
+from sa3dist.data.source.archive import open_source, pair_members
+from sa3dist.data.source.build import build_shards
+from sa3dist.data.source.captions import read_caption
+from sa3dist.data.source.text_encoding import is_blank
 from sa3dist.errors import DataError
-from sa3dist.shard import build_shards
 
 SOUND = encode(tone())
 

@@ -6,9 +6,9 @@ import numpy as np
 from clips import encode, tone, write_folder
 from make_real_dataset import write_dataset
 
-from sa3dist.data.audio import decode
-from sa3dist.demo import synthesise_clips
-from sa3dist.shard import build_shards
+from sa3dist.commands.demo import synthesise_clips
+from sa3dist.data.source.audio import decode
+from sa3dist.data.source.build import build_shards
 
 
 def test_the_demo_clips_are_varied_and_pass_every_check(tmp_path):

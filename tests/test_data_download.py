@@ -11,10 +11,10 @@ import pytest
 from clips import captioned, write_zip
 from servers import hostile_http, s3_bucket
 
-from sa3dist.data import download
-from sa3dist.data.fetch import Downloads, fetch
+from sa3dist.data.remote.fetch import Downloads, fetch
+from sa3dist.data.source.build import build_shards
+from sa3dist.data.source.remote_shards import download
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted
-from sa3dist.shard import build_shards
 
 CONTENT = bytes(hashlib.shake_256(b"a large file").digest(1_500_000))
 
@@ -29,7 +29,7 @@ def server():
 def _quick(monkeypatch):
     monkeypatch.setattr(download, "RETRY_PAUSES_SECONDS", (0.01,) * 5)
     monkeypatch.setattr(download, "BLOCK_BYTES", 400_000)
-    monkeypatch.setattr("sa3dist.data.fetch.SILENT_SECONDS", 0.5)
+    monkeypatch.setattr("sa3dist.data.remote.fetch.SILENT_SECONDS", 0.5)
 
 
 def get(url, tmp_path, **options):

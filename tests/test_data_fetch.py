@@ -9,10 +9,10 @@ import fsspec
 import pytest
 from clips import captioned, encode, tone, write_tar, write_zip
 
-from sa3dist.data import download, fetch
-from sa3dist.data.archive import open_source
+from sa3dist.data.remote import download, fetch
+from sa3dist.data.source.archive import open_source
+from sa3dist.data.source.build import build_shards
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted
-from sa3dist.shard import build_shards
 
 
 class _Server(http.server.SimpleHTTPRequestHandler):

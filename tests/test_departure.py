@@ -11,11 +11,11 @@ import time
 import pytest
 import torch.distributed as dist
 
-from sa3dist.parallel.departure import leave_in_time
-from sa3dist.parallel.group import all_done
-from sa3dist.parallel.signals import StopRequest
-from sa3dist.parallel.watchdog import Watchdog
-from sa3dist.parallel.word import leave
+from sa3dist.runtime.peers import leave
+from sa3dist.runtime.process_group import all_done
+from sa3dist.runtime.signals import StopRequest
+from sa3dist.runtime.stop_deadline import leave_in_time
+from sa3dist.runtime.watchdog import Watchdog
 from tests.ranks import exit_codes
 
 # The main thread sleeps in C, again and again, and opens files: it runs handlers but never polls, as an import does.
@@ -23,7 +23,7 @@ PROGRAM = """
 import ctypes, subprocess, sys
 from pathlib import Path
 from sa3dist.parallel import departure
-from sa3dist.parallel.signals import StopRequest
+from sa3dist.runtime.signals import StopRequest
 
 directory = Path(sys.argv[1])
 departure.LEAVE_SECONDS = 0.3
@@ -120,10 +120,10 @@ def test_without_a_signal_nothing_ends(start):
 
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_rank_that_never_looks_tells_its_peer_that_it_was_stopped(tmp_path, monkeypatch, stopped):
-    monkeypatch.setattr("sa3dist.parallel.departure.LEAVE_SECONDS", 0.3)
-    monkeypatch.setattr("sa3dist.parallel.departure.RANK_0_SECONDS", 0.3)
-    for module in ("watchdog", "word"):
-        monkeypatch.setattr(f"sa3dist.parallel.{module}.HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr("sa3dist.runtime.stop_deadline.LEAVE_SECONDS", 0.3)
+    monkeypatch.setattr("sa3dist.runtime.stop_deadline.RANK_0_SECONDS", 0.3)
+    for module in ("watchdog", "peers"):
+        monkeypatch.setattr(f"sa3dist.runtime.{module}.HEARTBEAT_SECONDS", 0.1)
 
     def work(group):
         stop = StopRequest().install()

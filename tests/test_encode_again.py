@@ -10,18 +10,18 @@ from clips import captioned, write_zip
 from kills import Killable
 from ranks import run_ranks
 
-from sa3dist.data.audio import load_clip_audio
-from sa3dist.data.collect import collect
-from sa3dist.data.latent_shards import LatentShard
-from sa3dist.data.latents import EncodedClips
+from sa3dist.data.latents.cache import EncodedClips
+from sa3dist.data.latents.collect import collect
+from sa3dist.data.latents.shards import LatentShard
+from sa3dist.data.source.audio import load_clip_audio
+from sa3dist.data.source.build import build_shards
 from sa3dist.encode import encode_all
 from sa3dist.errors import DataError, EnvironmentFailure
 from sa3dist.formats import DatasetIndex
 from sa3dist.model.loading import load_base
 from sa3dist.model.tiny import write_tiny_base
-from sa3dist.parallel.group import Group
-from sa3dist.parallel.signals import StopRequest
-from sa3dist.shard import build_shards
+from sa3dist.runtime.process_group import Group
+from sa3dist.runtime.signals import StopRequest
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,16 @@ import torch.distributed as dist
 from clips import encode, tone, write_zip
 
 from sa3dist import encode as stage
-from sa3dist import metrics
-from sa3dist.data import latents
-from sa3dist.data.latents import EncodedClips
+from sa3dist import progress as progress_module
+from sa3dist.data.latents import cache
+from sa3dist.data.latents.cache import EncodedClips
+from sa3dist.data.source.build import build_shards
 from sa3dist.errors import DataError
-from sa3dist.metrics import clock_text, progress
 from sa3dist.model.loading import load_base
-from sa3dist.parallel import progress as shared
-from sa3dist.parallel.group import Group
-from sa3dist.parallel.signals import StopRequest
-from sa3dist.shard import build_shards
+from sa3dist.progress import clock_text, progress
+from sa3dist.runtime import shared_progress as shared
+from sa3dist.runtime.process_group import Group
+from sa3dist.runtime.signals import StopRequest
 
 CPU = torch.device("cpu")
 # Three lengths in frames, the most common one five times.
@@ -41,7 +41,7 @@ def index(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _short_tail(monkeypatch):
-    for module in (latents, stage):
+    for module in (cache, stage):
         monkeypatch.setattr(module, "SILENCE_TAIL_FRAMES", 4)
 
 
@@ -97,7 +97,7 @@ def test_an_interrupted_batch_is_finished_to_the_same_bytes_on_any_number_of_ran
 
 def test_a_pass_holds_no_more_than_one_longest_clip(base, index, tmp_path):
     encoded = EncodedClips(index, tmp_path, base, "a", "t")
-    tails = 2 * latents.SILENCE_TAIL_FRAMES
+    tails = 2 * cache.SILENCE_TAIL_FRAMES
     for rows, frames in [(64, 7), (2, stage.MAX_PASS_FRAMES // 2 - tails), (1, stage.MAX_PASS_FRAMES // 2), (1, 9999)]:
         assert stage.rows_per_pass(frames, 64) == rows
     assert sum(piece.count for piece in stage.clip_pieces(base, encoded, 64)) == len(SECONDS)
@@ -105,9 +105,9 @@ def test_a_pass_holds_no_more_than_one_longest_clip(base, index, tmp_path):
 
 def test_a_clip_is_decoded_once_for_both_polarities(base, index, tmp_path, monkeypatch):
     decoded = []
-    original = latents.load_clip_audio
+    original = cache.load_clip_audio
     monkeypatch.setattr(
-        latents, "load_clip_audio", lambda index, clip, rate: decoded.append(clip.key) or original(index, clip, rate)
+        cache, "load_clip_audio", lambda index, clip, rate: decoded.append(clip.key) or original(index, clip, rate)
     )
     encode_everything(base, index, tmp_path)
     assert sorted(decoded) == [f"c{n}" for n in range(len(SECONDS))]
@@ -117,7 +117,7 @@ def test_a_clip_that_cannot_be_read_ends_the_stage_in_its_own_line(base, index, 
     def broken(index, clip, rate):
         raise DataError(f"clip {clip.key}: damaged")
 
-    monkeypatch.setattr(latents, "load_clip_audio", broken)
+    monkeypatch.setattr(cache, "load_clip_audio", broken)
     # The longest goes first.
     with pytest.raises(DataError, match="^clip c4: damaged$"):
         encode_everything(base, index, tmp_path)
@@ -136,7 +136,7 @@ def as_two_ranks(monkeypatch, work):
 
 def test_rank_0_shows_how_far_every_rank_is_until_the_last_one_ends(base, index, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shared, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(metrics, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(progress_module, "LINE_SECONDS", 0.0)
     ended, looks = [], []
     original, summary = EncodedClips.encode_together, shared.summary
 
@@ -181,7 +181,7 @@ def test_the_eta_of_all_is_that_of_the_slowest_rank():
 
 
 def test_a_bar_without_a_terminal_says_every_tenth_and_the_time_left(capsys, monkeypatch):
-    monkeypatch.setattr(metrics, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(progress_module, "LINE_SECONDS", 0.0)
     with progress("check", 100, shown=True) as update:
         for done in range(0, 101, 3):
             update(done, "x", seconds_left=float(100 - done))
@@ -203,7 +203,7 @@ def test_what_is_done_in_a_moment_is_one_line_of_a_log(capsys, total):
 
 def test_lines_of_a_log_keep_their_distance_but_for_the_last(capsys, monkeypatch):
     clock = iter(range(0, 1000, 4))
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
     with progress("check", 10, shown=True) as update:
         for done in range(1, 11):
             update(done, seconds_left=0.0)

@@ -5,11 +5,12 @@ import zipfile
 import numpy as np
 import pytest
 
-from sa3dist import config, shard
-from sa3dist.data import figures, measure
-from sa3dist.demo import synthesise_clips
+from sa3dist import config
+from sa3dist.commands.demo import synthesise_clips
+from sa3dist.data.source import build, clip_stats
 from sa3dist.errors import DataError
-from sa3dist.inspection import inspect_source
+from sa3dist.inspection import measure
+from sa3dist.inspection.report import inspect_source
 
 FRAMING = (380.0, 44100, 4096)
 
@@ -25,7 +26,7 @@ def source(tmp_path_factory):
 def decoded(monkeypatch):
     """Lengths of the files that are decoded from here on."""
     lengths = []
-    for module in (measure, shard):
+    for module in (measure, build):
 
         def count(data, *observers, check=module.check_audio):
             lengths.append(len(data))
@@ -50,9 +51,9 @@ def test_a_second_look_and_the_shards_decode_nothing_and_say_the_same(source, tm
     assert len(decoded) == 6
     assert second.as_dict() == first.as_dict()
     assert all(np.array_equal(a, b) for a, b in zip(pictures(first), pictures(second), strict=True))
-    index = shard.build_shards(str(source), tmp_path / "work")
+    index = build.build_shards(str(source), tmp_path / "work")
     assert len(decoded) == 6
-    straight = shard.build_shards(str(source), tmp_path / "other")
+    straight = build.build_shards(str(source), tmp_path / "other")
     assert len(decoded) == 12
     assert [path.read_bytes() for path in sorted(index.directory.iterdir())] == [
         path.read_bytes() for path in sorted(straight.directory.iterdir())
@@ -60,15 +61,15 @@ def test_a_second_look_and_the_shards_decode_nothing_and_say_the_same(source, tm
 
 
 def test_shards_that_measure_leave_nothing_to_decode_for_a_look_and_are_the_same(source, tmp_path, decoded):
-    index = shard.build_shards(str(source), tmp_path / "work", measure=measure.measure_clip)
+    index = build.build_shards(str(source), tmp_path / "work", measure=measure.measure_clip)
     assert len(decoded) == 6
     report = look(source, tmp_path / "work")
     assert len(decoded) == 6
     looked_first = look(source, tmp_path / "other")
     assert report.as_dict() == looked_first.as_dict()
     assert all(np.array_equal(a, b) for a, b in zip(pictures(report), pictures(looked_first), strict=True))
-    unmeasured = shard.build_shards(str(source), tmp_path / "third")
-    assert not (tmp_path / "third" / figures.NAME).exists()
+    unmeasured = build.build_shards(str(source), tmp_path / "third")
+    assert not (tmp_path / "third" / clip_stats.NAME).exists()
     for name in (path.name for path in index.directory.iterdir()):
         assert (index.directory / name).read_bytes() == (unmeasured.directory / name).read_bytes()
 
@@ -79,9 +80,9 @@ def test_shards_measure_only_what_they_decode_and_keep_what_was_known(source, tm
         for name in sorted(whole.namelist())[:8]:
             out.writestr(name, whole.read(name))
     look(fewer, tmp_path / "work")
-    shard.build_shards(str(source), tmp_path / "work", measure=measure.measure_clip)
+    build.build_shards(str(source), tmp_path / "work", measure=measure.measure_clip)
     assert len(decoded) == 6
-    assert len(figures.read_figures(tmp_path / "work")) == 6
+    assert len(clip_stats.read_figures(tmp_path / "work")) == 6
 
 
 def test_a_source_that_is_refused_leaves_no_figures(source, tmp_path):
@@ -92,14 +93,14 @@ def test_a_source_that_is_refused_leaves_no_figures(source, tmp_path):
         out.writestr("cut.wav", b"RIFF")
         out.writestr("cut.txt", "a beat")
     with pytest.raises(DataError, match="cut.wav"):
-        shard.build_shards(str(damaged), tmp_path / "work", measure=measure.measure_clip)
-    assert not (tmp_path / "work" / figures.NAME).exists()
+        build.build_shards(str(damaged), tmp_path / "work", measure=measure.measure_clip)
+    assert not (tmp_path / "work" / clip_stats.NAME).exists()
 
 
 def test_sets_too_large_for_it_are_not_measured(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(shard, "MAX_MEASURED_CLIPS", 5)
-    shard.build_shards(str(source), tmp_path / "work", measure=measure.measure_clip)
-    assert not (tmp_path / "work" / figures.NAME).exists()
+    monkeypatch.setattr(build, "MAX_MEASURED_CLIPS", 5)
+    build.build_shards(str(source), tmp_path / "work", measure=measure.measure_clip)
+    assert not (tmp_path / "work" / clip_stats.NAME).exists()
 
 
 def test_a_new_clip_is_measured_beside_the_known_ones(source, tmp_path, decoded):
@@ -129,14 +130,14 @@ def test_what_was_measured_before_an_interruption_is_kept(source, tmp_path, deco
 
 def test_a_flipped_byte_anywhere_changes_no_figure(source, tmp_path):
     expected = look(source, tmp_path / "work")
-    path = tmp_path / "work" / figures.NAME
+    path = tmp_path / "work" / clip_stats.NAME
     whole = path.read_bytes()
     rng = np.random.default_rng(0)
     for place in rng.integers(0, len(whole), 40).tolist():
         damaged = bytearray(whole)
         damaged[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
-        kept = figures.read_figures(tmp_path / "work")
+        kept = clip_stats.read_figures(tmp_path / "work")
         assert set(kept) in (set(), {(clip.audio_sha256, clip.bytes) for clip in expected.clips})
         for clip in expected.clips:
             if kept:
@@ -162,5 +163,5 @@ def test_a_clip_that_changed_since_is_decoded_anew(source, tmp_path, decoded):
     data = victim.read_bytes()
     victim.write_bytes(data[:-100] + bytes(100))
     decoded.clear()
-    shard.build_shards(str(folder), tmp_path / "work")
+    build.build_shards(str(folder), tmp_path / "work")
     assert decoded == [len(data)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sa3dist.model import layouts
+from sa3dist.model import token_layout
 from sa3dist.model.packing import FilledPacking, Packing
 from tests import test_packing
 from tests.test_packing import FRAMES, adapted, inputs
@@ -57,7 +57,7 @@ def test_one_clip_alone_is_not_touched_by_its_filling(tiny_base):
 def test_huge_values_in_the_filling_change_no_bit(tiny_base, monkeypatch):
     base, given = adapted(tiny_base, "dora-rows"), inputs(tiny_base)
     mask_BT, weights = mask_of(LENGTHS["leading"]), weights_for(given)
-    with_memory = layouts.Filled.with_memory
+    with_memory = token_layout.Filled.with_memory
 
     def run(value):
         def put_in(self, memory_ME, x_1KE):
@@ -65,7 +65,7 @@ def test_huge_values_in_the_filling_change_no_bit(tiny_base, monkeypatch):
             begin = int(self.start_S[-2])
             return torch.cat([h_1KE[:, :begin], torch.full_like(h_1KE[:, begin:], value)], dim=1)
 
-        monkeypatch.setattr(layouts.Filled, "with_memory", put_in)
+        monkeypatch.setattr(token_layout.Filled, "with_memory", put_in)
         return velocity_and_gradients(base, given, mask_BT, weights, packing=filled(base, LENGTHS["leading"], 11))
 
     for huge, small in zip(run(1e18), run(1.0), strict=True):

@@ -13,17 +13,17 @@ import pytest
 import torch
 from clips import encode, tone, write_zip
 
-from sa3dist.data import latents
-from sa3dist.data.audio import load_clip_audio
-from sa3dist.data.latents import EncodedClips
-from sa3dist.data.order import ClipOrder
-from sa3dist.data.stream import MicroBatches, StreamSettings, loader
+from sa3dist.data.batches.micro_batch import MicroBatches, StreamSettings, loader
+from sa3dist.data.batches.order import ClipOrder
+from sa3dist.data.latents import cache
+from sa3dist.data.latents.cache import EncodedClips
+from sa3dist.data.source.audio import load_clip_audio
+from sa3dist.data.source.build import build_shards
 from sa3dist.encode import FirstUse, encode_all
 from sa3dist.errors import DataError
 from sa3dist.model.loading import load_base
-from sa3dist.parallel.group import Group
-from sa3dist.parallel.signals import StopRequest
-from sa3dist.shard import build_shards
+from sa3dist.runtime.process_group import Group
+from sa3dist.runtime.signals import StopRequest
 
 CPU = torch.device("cpu")
 CLIPS, MICRO_BATCH = 5, 2
@@ -53,7 +53,7 @@ def reads(monkeypatch):
         seen.append((clip.key, threading.current_thread() is threading.main_thread()))
         return load_clip_audio(index, clip, rate)
 
-    monkeypatch.setattr(latents, "load_clip_audio", watched)
+    monkeypatch.setattr(cache, "load_clip_audio", watched)
     return seen
 
 
@@ -109,7 +109,7 @@ def test_a_clip_that_cannot_be_read_ends_the_run_when_its_turn_comes(first_use, 
             raise DataError(f"clip {clip.key}: damaged")
         return load_clip_audio(index, clip, rate)
 
-    monkeypatch.setattr(latents, "load_clip_audio", broken)
+    monkeypatch.setattr(cache, "load_clip_audio", broken)
     ready = loader(stream, use.audio.over(INDICES), use.prepare, 0, CPU)
     assert [next(ready).clips, next(ready).clips] == [stream_clips(stream, 0), stream_clips(stream, 1)]
     with pytest.raises(DataError, match=f"^clip {bad}: damaged$"):

@@ -7,7 +7,7 @@ from sa3dist_kernels import ADAPTER_TYPES
 from sa3dist.adapters import adapter_parameters, formed
 from sa3dist.adapters.formed import keep_formed
 from sa3dist.model.packing import FilledPacking
-from sa3dist.parallel.flat import FlatAdapters
+from sa3dist.parallel.flat_adamw import FlatAdapters
 from tests.test_packing import adapted, inputs
 
 

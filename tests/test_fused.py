@@ -9,7 +9,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from sa3dist import config, train
 from sa3dist.adapters import adapter_parameters
 from sa3dist.errors import ConfigError
-from sa3dist.model import fused
+from sa3dist.model import compiled
 from sa3dist.model.packing import Packing
 from tests.test_packing import adapted, inputs
 from tests.test_train import _restore_process_settings, rows, words  # noqa: F401
@@ -22,7 +22,7 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 @pytest.fixture
 def _fresh_compiler():
     torch._dynamo.reset()
-    fused.fused.cache_clear()
+    compiled.fused.cache_clear()
     counters.clear()
     yield
     torch._dynamo.reset()
@@ -56,15 +56,15 @@ def test_compiled_blocks_give_the_same_velocity_and_gradients(tiny_base, checkpo
     base.gradient_checkpointing = checkpointing
     found = {}
     for backend in (None, "aot_eager"):
-        fused.use_compiled(base.dit, backend)
+        compiled.use_compiled(base.dit, backend)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             found[backend] = [velocity_and_gradients(base, given, mask) for mask in (None, mask_of(24, 9, 16))]
     assert counters["stats"]["unique_graphs"] == COMPILATIONS
-    for eager, compiled in zip(found[None], found["aot_eager"], strict=True):
-        for expected, value in zip(eager, compiled, strict=True):
+    for eager, fast in zip(found[None], found["aot_eager"], strict=True):
+        for expected, value in zip(eager, fast, strict=True):
             tolerance = 0.05 if autocast else 1e-5
             assert (value - expected).norm() <= tolerance * expected.norm()
-    fused.use_compiled(base.dit, None)
+    compiled.use_compiled(base.dit, None)
     again = velocity_and_gradients(base, given, None)
     if not autocast:
         assert all(torch.equal(a, b) for a, b in zip(found[None][0], again, strict=True))
@@ -74,7 +74,7 @@ def test_compiled_blocks_give_the_same_velocity_and_gradients(tiny_base, checkpo
 @pytest.mark.parametrize("tiny_name", ["tiny-sa3-small"])
 def test_no_length_and_no_layer_recompiles_anything(tiny_base):
     base, given = adapted(tiny_base, "dora-rows"), inputs(tiny_base)
-    fused.use_compiled(base.dit, "aot_eager")
+    compiled.use_compiled(base.dit, "aot_eager")
     velocity_and_gradients(base, cut(given, 20), None)
     velocity_and_gradients(base, cut(given, 20), mask_of(20, 9, 4))
     assert counters["stats"]["unique_graphs"] == COMPILATIONS
@@ -96,25 +96,25 @@ def test_what_cannot_be_compiled_runs_uncompiled_where_auto_chose_to_compile(tin
     torch._dynamo.register_backend(failing if forward_too else backward_only, name=f"failing-{forward_too}")
     base, given = adapted(tiny_base, "dora-rows"), inputs(tiny_base)
     expected = velocity_and_gradients(base, given, None)
-    fused.use_compiled(base.dit, f"failing-{forward_too}")
+    compiled.use_compiled(base.dit, f"failing-{forward_too}")
     with pytest.raises(RuntimeError, match="no C compiler"):
         velocity_and_gradients(base, given, None)
     torch._dynamo.reset()
     lazily = torch._functorch.config.patch(force_non_lazy_backward_lowering=False)
     with torch._dynamo.config.patch(suppress_errors=False), lazily:
-        fused.fall_back_on_failure()
+        compiled.fall_back_on_failure()
         found = velocity_and_gradients(base, given, None)
     torch.testing.assert_close(found, expected)
     assert "no C compiler on this machine" in caplog.text
 
 
 def test_auto_compiles_long_free_runs_on_cuda_only():
-    assert fused.wants_compile("auto", CUDA, 1000, deterministic=False)
-    assert not fused.wants_compile("auto", CUDA, 20, deterministic=False)
-    assert not fused.wants_compile("auto", CUDA, 1000, deterministic=True)
-    assert not fused.wants_compile("auto", CPU, 1000, deterministic=False)
-    assert fused.wants_compile("on", CUDA, 1, deterministic=False)
-    assert not fused.wants_compile("off", CUDA, 1000, deterministic=False)
+    assert compiled.wants_compile("auto", CUDA, 1000, deterministic=False)
+    assert not compiled.wants_compile("auto", CUDA, 20, deterministic=False)
+    assert not compiled.wants_compile("auto", CUDA, 1000, deterministic=True)
+    assert not compiled.wants_compile("auto", CPU, 1000, deterministic=False)
+    assert compiled.wants_compile("on", CUDA, 1, deterministic=False)
+    assert not compiled.wants_compile("off", CUDA, 1000, deterministic=False)
 
 
 def test_compiling_without_a_compiler_or_deterministically_is_refused(monkeypatch):
@@ -125,7 +125,7 @@ def test_compiling_without_a_compiler_or_deterministically_is_refused(monkeypatc
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none_found)
     with pytest.raises(ConfigError, match="C\\+\\+ compiler"):
-        fused.wants_compile("on", CPU, 10, deterministic=False)
+        compiled.wants_compile("on", CPU, 10, deterministic=False)
     with pytest.raises(ConfigError, match="deterministic"):
         config.build({"audio_data_url": "x.zip", "compile": "on", "deterministic": True})
 

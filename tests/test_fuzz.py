@@ -17,10 +17,10 @@ sys.path.insert(0, sys.argv[1])
 from clips import encode, tone, write_zip
 from fuzzing import mutated, outcome
 from pathlib import Path
-from sa3dist.data.archive import open_source, pair_members
-from sa3dist.data.audio import check_audio
-from sa3dist.data.captions import read_caption
-from sa3dist.data.measure import Measurement
+from sa3dist.data.source.archive import open_source, pair_members
+from sa3dist.data.source.audio import check_audio
+from sa3dist.data.source.captions import read_caption
+from sa3dist.inspection.measure import Measurement
 from sa3dist.errors import DataError
 
 folder = Path(sys.argv[2])

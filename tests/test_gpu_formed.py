@@ -10,13 +10,13 @@ from sa3dist_kernels import ADAPTER_TYPES
 
 import sa3dist
 from sa3dist.adapters import adapter_parameters, attach_adapter
-from sa3dist.graphs import Recorder
 from sa3dist.model.packing import Packing
-from sa3dist.parallel.group import Group
-from sa3dist.parallel.signals import StopRequest
-from sa3dist.shape_ladder import ShapeLadder
-from sa3dist.trainer import Trainer
-from sa3dist.work import Plan
+from sa3dist.runtime.process_group import Group
+from sa3dist.runtime.signals import StopRequest
+from sa3dist.training.cuda_graphs import Recorder
+from sa3dist.training.run_plan import Plan
+from sa3dist.training.shape_ladder import ShapeLadder
+from sa3dist.training.trainer import Trainer
 from tests import test_graphs
 from tests.conftest import golden
 from tests.test_gpu_training import Settings, recorded_batch, shifted

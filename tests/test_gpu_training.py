@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 
 import sa3dist
 from sa3dist.adapters import adapter_digest, adapter_parameters, attach_adapter
-from sa3dist.graphs import Recorder
-from sa3dist.loss import micro_batch_loss
-from sa3dist.model.fused import use_compiled
+from sa3dist.model.compiled import use_compiled
 from sa3dist.model.packing import Packing
-from sa3dist.parallel.flat import BETAS, EPSILON, FlatAdapters
-from sa3dist.parallel.group import Group
-from sa3dist.parallel.signals import StopRequest
-from sa3dist.trainer import Trainer
-from sa3dist.work import Plan
+from sa3dist.parallel.flat_adamw import BETAS, EPSILON, FlatAdapters
+from sa3dist.runtime.process_group import Group
+from sa3dist.runtime.signals import StopRequest
+from sa3dist.training.cuda_graphs import Recorder
+from sa3dist.training.loss import micro_batch_loss
+from sa3dist.training.run_plan import Plan
+from sa3dist.training.trainer import Trainer
 from tests import test_training_step
 from tests.conftest import golden
 
@@ -382,7 +382,7 @@ def test_a_launchers_wish_for_dynamo_does_not_round_products_to_tf32(device):
     if device.type != "cuda":
         pytest.skip("Accelerate turns TF32 on beside a CUDA device only")
     code = (
-        "import torch; from sa3dist.parallel.group import connect; connect(60.0); "
+        "import torch; from sa3dist.runtime.process_group import connect; connect(60.0); "
         "print(torch.backends.cuda.matmul.allow_tf32)"
     )
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])

@@ -13,14 +13,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sa3dist
-from sa3dist import graphs, passes
 from sa3dist.adapters import adapter_parameters, attach_adapter
 from sa3dist.errors import EnvironmentFailure
 from sa3dist.model.packing import Packing
-from sa3dist.parallel.group import Group
-from sa3dist.parallel.signals import StopRequest
-from sa3dist.trainer import Trainer
-from sa3dist.work import Plan
+from sa3dist.runtime.process_group import Group
+from sa3dist.runtime.signals import StopRequest
+from sa3dist.training import acceleration, cuda_graphs
+from sa3dist.training.run_plan import Plan
+from sa3dist.training.trainer import Trainer
 from tests import test_training_step
 from tests.conftest import golden
 from tests.ranks import run_ranks
@@ -272,7 +272,7 @@ def test_ranks_that_replay_exchange_the_same_gradients():
 
 
 def test_ever_new_shapes_record_no_more_than_the_limit(monkeypatch):
-    monkeypatch.setattr(graphs, "MOST_GRAPHS", 1)
+    monkeypatch.setattr(cuda_graphs, "MOST_GRAPHS", 1)
     trainer, recorder = make_trainer(), HostRecorder()
     trainer.record_passes(recorder)
     train(trainer, 9)
@@ -292,15 +292,15 @@ def test_what_a_pass_depends_on_beside_values_tells_shapes_apart():
         dataclasses.replace(whole, hidden_BLH=whole.hidden_BLH[:, :3]),
         dataclasses.replace(whole, t_B=whole.t_B.double()),
     ]
-    assert len({graphs.shape_of(batch) for batch in changed}) == len(changed)
+    assert len({cuda_graphs.shape_of(batch) for batch in changed}) == len(changed)
     same = dataclasses.replace(whole, t_B=whole.t_B + 1, clips=["c", "d"], silent_crops=1)
-    assert graphs.shape_of(same) == graphs.shape_of(whole)
+    assert cuda_graphs.shape_of(same) == cuda_graphs.shape_of(whole)
 
 
 @pytest.mark.parametrize("lockstep", [False, True])
 def test_a_run_that_is_told_to_records_unless_ranks_exchange_tensors_within_a_pass(monkeypatch, tmp_path, lockstep):
     told = []
-    monkeypatch.setattr(passes, "Recorder", lambda *given: told.append(given) or HostRecorder())
+    monkeypatch.setattr(acceleration, "Recorder", lambda *given: told.append(given) or HostRecorder())
     settings = types.SimpleNamespace(
         **vars(SETTINGS),
         batch_size=2,
@@ -312,13 +312,15 @@ def test_a_run_that_is_told_to_records_unless_ranks_exchange_tensors_within_a_pa
     )
     trainer = make_trainer()
     trainer.engine.lockstep = lockstep
-    passes.choose_passes(trainer, settings, frames=24)
+    acceleration.choose_passes(trainer, settings, frames=24)
     assert (trainer.graphs is None) is lockstep
     assert trainer.base.gradient_checkpointing
     if not lockstep:
         # Room is left for the longest clips, which may come after a shorter one was recorded.
         trainer.base.gradient_checkpointing = False
-        passes.choose_passes(trainer, types.SimpleNamespace(**{**vars(settings), "gradient_checkpointing": "off"}), 48)
+        acceleration.choose_passes(
+            trainer, types.SimpleNamespace(**{**vars(settings), "gradient_checkpointing": "off"}), 48
+        )
         (_, recomputed), (_, kept) = told
         assert 0 < 2 * recomputed < kept
 
@@ -326,7 +328,7 @@ def test_a_run_that_is_told_to_records_unless_ranks_exchange_tensors_within_a_pa
 def test_auto_records_long_runs_on_cuda():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     chosen = [
-        graphs.wants_graphs(choice, device, steps)
+        cuda_graphs.wants_graphs(choice, device, steps)
         for choice, device, steps in [
             ("auto", cuda, 300),
             ("auto", cpu, 300),

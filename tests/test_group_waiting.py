@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from sa3dist import errors
-from sa3dist.parallel.group import READERS_SECONDS, Group, backend_for, on_main_first
+from sa3dist.runtime.process_group import READERS_SECONDS, Group, backend_for, on_main_first
 
 
 @pytest.fixture

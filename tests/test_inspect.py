@@ -15,13 +15,13 @@ import torch
 from clips import captioned, encode, tone, write_folder, write_zip
 
 from sa3dist import cli, config
-from sa3dist.data.audio import check_audio, decode, resample
-from sa3dist.data.loudness import integrated_loudness, k_weighting
-from sa3dist.data.measure import Measurement, fingerprint_distance_db
-from sa3dist.demo import synthesise_clips
-from sa3dist.duplicates import NEAR_DUPLICATE_DB
-from sa3dist.inspection import framing_of, inspect_source
-from sa3dist.inspection_html import png, render
+from sa3dist.commands.demo import synthesise_clips
+from sa3dist.data.source.audio import check_audio, decode, resample
+from sa3dist.inspection.duplicates import NEAR_DUPLICATE_DB
+from sa3dist.inspection.html import png, render
+from sa3dist.inspection.loudness import integrated_loudness, k_weighting
+from sa3dist.inspection.measure import Measurement, fingerprint_distance_db
+from sa3dist.inspection.report import framing_of, inspect_source
 
 FRAMING = (380.0, 44100, 4096)
 

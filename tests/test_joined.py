@@ -9,12 +9,12 @@ import soundfile
 import torch
 from clips import captioned, encode, tone, write_zip
 
-from sa3dist.data.audio import check_audio, decode, load_clip_audio
-from sa3dist.data.joined import _mp3_frames, mp3_samples, refuse_joined
-from sa3dist.data.riff import mended
+from sa3dist.data.source.audio import check_audio, decode, load_clip_audio
+from sa3dist.data.source.build import build_shards
+from sa3dist.data.source.joined_streams import _mp3_frames, mp3_samples, refuse_joined
+from sa3dist.data.source.riff import mended
 from sa3dist.errors import DataError
-from sa3dist.inspection import inspect_source
-from sa3dist.shard import build_shards
+from sa3dist.inspection.report import inspect_source
 
 FORMATS = [
     ("OGG", "VORBIS", 44100),
@@ -247,7 +247,7 @@ def test_joined_files_are_named_also_where_an_earlier_version_took_them_in(tmp_p
     source = str(write_zip(tmp_path / "a.zip", captioned(4) | {"j.ogg": joined, "j.txt": b"x"}))
     with monkeypatch.context() as patch:
         for name in ("refuse_joined", "refuse_lost"):
-            patch.setattr(f"sa3dist.data.audio.{name}", lambda *_: None)
+            patch.setattr(f"sa3dist.data.source.audio.{name}", lambda *_: None)
         build_shards(source, tmp_path / "work")
     with pytest.raises(DataError, match="j.ogg: holds 2 streams joined one after the other"):
         build_shards(source, tmp_path / "work")

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sa3dist.adapters import adapted_layers, adapter_parameters, attach_adapter
 from sa3dist.adapters.layers import unchanged
-from sa3dist.parallel.flat import FlatAdapters
+from sa3dist.parallel.flat_adamw import FlatAdapters
 from tests.adapter_base import RecordedBase, forward_inputs, move
 
 # On the torch path their norms come out of each main product, so that bits do not depend on the accumulation.

@@ -9,10 +9,10 @@ from clips import captioned, write_zip
 from safetensors.torch import load_file
 
 from sa3dist import train
-from sa3dist.data import collect
-from sa3dist.data.cache import ClipCache
-from sa3dist.data.latent_shards import LatentShard, latent_shard_name, write_latent_shard
-from sa3dist.data.latent_source import read_latents
+from sa3dist.data.latents import collect
+from sa3dist.data.latents.shards import LatentShard, latent_shard_name, write_latent_shard
+from sa3dist.data.latents.source import read_latents
+from sa3dist.data.remote.disk_cache import ClipCache
 from sa3dist.errors import DataError
 from sa3dist.model.tiny import write_tiny_base
 from tests.latent_sets import ENCODERS, clip, content
@@ -28,7 +28,7 @@ def made(tmp_path_factory, demo_base):
     words += ["deterministic=true", "batch_size=2", "num_workers=1", "pre_encode=true", "learning_rate=3e-3"]
     source = write_zip(folder / "a.zip", members)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sa3dist.run.collect", lambda *args: collect.collect(*args, max_shard_bytes=45_000))
+        patch.setattr("sa3dist.pipeline.collect", lambda *args: collect.collect(*args, max_shard_bytes=45_000))
         assert run(words, folder / "with_audio", f"audio_data_url={source}", f"work_dir={folder / 'work'}") == 0
     (shards,) = (folder / "work/latent_shards").iterdir()
     shutil.copytree(shards, folder / "copied")

@@ -20,18 +20,19 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from sa3dist import errors, loop
-from sa3dist.data.handing_over import (
+from sa3dist.data.batches.handover import (
     hanging_processes_left_behind,
     leave_signals_to_the_main_process,
     naming_shared_memory,
     share,
 )
-from sa3dist.parallel import checkpoint, watchdog, word
-from sa3dist.parallel.departure import leave_in_time
-from sa3dist.parallel.outcome import translate
-from sa3dist.parallel.signals import StopRequest
-from sa3dist.parallel.watchdog import Watchdog
-from sa3dist.streams import Lasting
+from sa3dist.runtime import peers, watchdog
+from sa3dist.runtime.exit_status import translate
+from sa3dist.runtime.lasting_output import Lasting
+from sa3dist.runtime.signals import StopRequest
+from sa3dist.runtime.stop_deadline import leave_in_time
+from sa3dist.runtime.watchdog import Watchdog
+from sa3dist.training import checkpoint
 from tests.ranks import exit_codes, run_ranks
 from tests.test_survival import Settings, make_trainer
 
@@ -162,7 +163,7 @@ def short_times(monkeypatch):
     monkeypatch.setattr(watchdog, "BREAK_SECONDS", 0.2)
     monkeypatch.setattr(watchdog, "HANGING_SECONDS", 1.0)
     monkeypatch.setattr(watchdog, "GRACE_SECONDS", 0.5)
-    for module in (watchdog, word):
+    for module in (watchdog, peers):
         monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.1)
 
 
@@ -188,7 +189,7 @@ def train_until_asked(group, output_dir, hangs, asked, blocked=()):
             try:
                 loop.train(trainer, stream, stop, output_dir, None)
             except Exception as failure:
-                reason = word.leave(group, failure, dog.told)
+                reason = peers.leave(group, failure, dog.told)
                 return trainer.step, reason.exit_code, str(reason)
 
 

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sa3dist import cli
-from sa3dist.data.archive import open_source, pair_members
-from sa3dist.data.latent_source import latent_shards_of, streamed_shards
+from sa3dist.data.latents.source import latent_shards_of, streamed_shards
+from sa3dist.data.source.archive import open_source, pair_members
+from sa3dist.data.source.build import build_shards
 from sa3dist.errors import DataError
-from sa3dist.shard import build_shards
 
 SOUND = encode(tone())
 
@@ -105,7 +105,7 @@ def test_a_report_that_cannot_be_written_again_is_said_and_harms_nothing(tmp_pat
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sa3dist.data.layout.write_report", full)
+    monkeypatch.setattr("sa3dist.data.source.shard_split.write_report", full)
     other = str(write_zip(tmp_path / "b.zip", captioned(4) | {"song.m4a": b""}))
     assert build_shards(other, tmp_path / "work").clips == first.clips
     assert f"{first.directory / 'report.txt'}: not written (No space left on device)" in caplog.text

@@ -7,9 +7,9 @@ import pytest
 import scipy.signal
 from clips import tone
 
-from sa3dist.data.audio import SAMPLE_RATE_RANGE_HZ
-from sa3dist.data.loudness import k_energy, k_weighting
-from sa3dist.data.measure import FULL_SCALE, Measurement
+from sa3dist.data.source.audio import SAMPLE_RATE_RANGE_HZ
+from sa3dist.inspection.loudness import k_energy, k_weighting
+from sa3dist.inspection.measure import FULL_SCALE, Measurement
 
 RATES = [11025, 44100, 192000]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sa3dist import errors
-from sa3dist.parallel.signals import StopRequest
+from sa3dist.runtime.signals import StopRequest
 from tests.ranks import run_ranks
 from tests.test_survival import make_trainer
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sa3dist import cli
 from sa3dist.adapters import detach_adapter, load_adapter, read_adapter_file
 from sa3dist.model.checkpoint import CheckpointFile
-from sa3dist.model.rewrite import rewrite_checkpoint
+from sa3dist.model.rewrite_safetensors import rewrite_checkpoint
 
 BLOCK_0 = ["layers.0."]
 

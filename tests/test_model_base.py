@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sa3dist import adapters
-from sa3dist.data.stream import without_common_padding
+from sa3dist.data.batches.micro_batch import without_common_padding
 from sa3dist.model.random_weights import random_base
 
 

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sa3dist.model.attention_windows import SlidingWindow
+from sa3dist.model.chunking import OVERLAP_FRAMES, passes
 from sa3dist.model.loading import load_autoencoder
-from sa3dist.model.long_clips import OVERLAP_FRAMES, passes
+from sa3dist.model.sliding_window import SlidingWindow
 
 # tests/golden/tiny-sa3/README.md
 SAME = {"atol": 1e-5, "rtol": 0}

@@ -8,10 +8,10 @@ import pytest
 from clips import captioned, encode, tone, write_folder, write_tar, write_zip
 
 from sa3dist import train
-from sa3dist.data.archive import open_source, pair_members
-from sa3dist.data.own_folders import OWN
+from sa3dist.data.source.archive import open_source, pair_members
+from sa3dist.data.source.build import build_shards
+from sa3dist.data.source.own_folders import OWN
 from sa3dist.errors import DataError
-from sa3dist.shard import build_shards
 
 RUN = ("run.yaml", "metrics.jsonl", "status.json", "heartbeat.json", "result.json", "lora.safetensors", "config.json")
 SHA = "0123456789abcdef" * 4

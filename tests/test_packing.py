@@ -8,10 +8,10 @@ import torch
 
 import sa3dist
 from sa3dist.adapters import adapter_parameters
-from sa3dist.data.stream import MicroBatch
-from sa3dist.loss import micro_batch_loss
-from sa3dist.model.layouts import Padded
+from sa3dist.data.batches.micro_batch import MicroBatch
 from sa3dist.model.packing import Packing
+from sa3dist.model.token_layout import Padded
+from sa3dist.training.loss import micro_batch_loss
 from tests.test_training_step import Float32Settings
 
 FRAMES = 24

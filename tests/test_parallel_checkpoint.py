@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from sa3dist.errors import CheckpointError, EnvironmentFailure
-from sa3dist.parallel import checkpoint
-from sa3dist.parallel.flat import FlatAdapters
-from sa3dist.parallel.group import Group
-from sa3dist.parallel.outcome import translate
+from sa3dist.parallel.flat_adamw import FlatAdapters
+from sa3dist.runtime.exit_status import translate
+from sa3dist.runtime.process_group import Group
+from sa3dist.training import checkpoint
 
 ALONE = Group(0, 1, torch.device("cpu"))
 

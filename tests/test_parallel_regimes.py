@@ -12,11 +12,11 @@ import torch
 
 import sa3dist
 from sa3dist.adapters import adapter_parameters, attach_adapter
-from sa3dist.data.stream import micro_indices
-from sa3dist.parallel import checkpoint
-from sa3dist.parallel.signals import StopRequest
-from sa3dist.trainer import Trainer
-from sa3dist.work import Plan
+from sa3dist.data.batches.micro_batch import micro_indices
+from sa3dist.runtime.signals import StopRequest
+from sa3dist.training import checkpoint
+from sa3dist.training.run_plan import Plan
+from sa3dist.training.trainer import Trainer
 from tests.conftest import golden
 from tests.ranks import run_ranks
 from tests.test_gpu_training import recorded_batch, shifted

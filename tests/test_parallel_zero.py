@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sa3dist import export, train
 from sa3dist.adapters import AdapterConfig
 from sa3dist.errors import EnvironmentFailure
-from sa3dist.parallel.signals import SIGNALS
+from sa3dist.runtime.signals import SIGNALS
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {
@@ -153,7 +153,7 @@ def test_a_tensor_that_was_not_gathered_or_is_not_finite_is_never_published(tmp_
 
 
 def test_a_run_whose_engine_gathers_nothing_ends_before_it_saves(common, tmp_path, monkeypatch, capfd):
-    from sa3dist.parallel.engines import FlatEngine
+    from sa3dist.parallel.engine import FlatEngine
 
     whole = FlatEngine.adapters
     monkeypatch.setattr(

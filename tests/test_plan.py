@@ -8,11 +8,13 @@ import pytest
 import torch
 from sa3dist_kernels import ADAPTER_TYPES
 
-from sa3dist import calibration, cli, config, memory, plan_command
+from sa3dist import cli, config
 from sa3dist.adapters import adapter_parameters, attach_adapter, candidate_layers
-from sa3dist.calibration import read_results
-from sa3dist.counting import Adapter, MicroBatch, count
-from sa3dist.devices import GPUS, Device, datasheet_of, find_device
+from sa3dist.commands import plan, plan_calibration
+from sa3dist.commands.plan_calibration import read_results
+from sa3dist.commands.plan_predict import Job, fit, predict
+from sa3dist.cost_model.devices import GPUS, Device, datasheet_of, find_device
+from sa3dist.cost_model.flops import Adapter, MicroBatch, count
 from sa3dist.errors import ConfigError
 from sa3dist.model.base import Base
 from sa3dist.model.loading import meta_roots
@@ -20,7 +22,7 @@ from sa3dist.model.parse_config import parse_model_config
 from sa3dist.model.random_weights import RandomWeights
 from sa3dist.model.released import released_config
 from sa3dist.model.tiny import tiny_config
-from sa3dist.plan import Job, fit, predict
+from sa3dist.training import memory
 
 H200 = GPUS["H200"]
 
@@ -28,7 +30,7 @@ H200 = GPUS["H200"]
 @functools.cache
 def plain_job(model: str) -> Job:
     made = config.build({"audio_data_url": "x.zip", "model": model, "duration": 30})
-    return Job.of(made, plan_command.shape_of(model))
+    return Job.of(made, plan.shape_of(model))
 
 
 def job(model="small-music-base", **settings) -> Job:
@@ -115,7 +117,7 @@ def test_measured_steps_calibrate_their_device_and_are_carried_over_to_others(tm
     measured = results(tmp_path / "own", timed_row(factor=3.0))
     own, other = (predict(job(), device, measured) for device in (H200, GPUS["A100-80"]))
     assert own.factor.value == pytest.approx(3)
-    assert own.seconds["compute"] == pytest.approx(3 / calibration.ASSUMED_FACTOR * without.seconds["compute"])
+    assert own.seconds["compute"] == pytest.approx(3 / plan_calibration.ASSUMED_FACTOR * without.seconds["compute"])
     assert own.factor.evidence == "calibrated by 1 step timed on H200 (step.jsonl)"
     assert "carried over from another device" in other.factor.evidence
     # The nearest measurement counts most, and how far they are apart is told.
@@ -191,9 +193,9 @@ def test_devices_are_found_as_drivers_and_people_name_them(name, found):
 
 
 def test_amounts_of_memory_are_read_as_written():
-    assert [plan_command.parse_bytes(text) for text in ("24GB", "24", "1.5gib")] == [24e9, 24e9, 1.5 * 2**30]
+    assert [plan.parse_bytes(text) for text in ("24GB", "24", "1.5gib")] == [24e9, 24e9, 1.5 * 2**30]
     with pytest.raises(ConfigError, match="is no amount of memory"):
-        plan_command.parse_bytes("lots")
+        plan.parse_bytes("lots")
 
 
 def test_the_command_says_what_its_figures_rest_on(tmp_path, capsys):

@@ -14,11 +14,11 @@ from ranks import free_port, run_ranks
 
 import sa3dist
 from sa3dist import train
-from sa3dist.adapters import adapted_layers, adapter_parameters, bases
+from sa3dist.adapters import adapted_layers, adapter_parameters, svd_bases
 from sa3dist.errors import EnvironmentFailure
 from sa3dist.model.frequencies import expo_frequencies
 from sa3dist.model.loading import load_base
-from sa3dist.parallel import agreement, checkpoint
+from sa3dist.training import checkpoint, rank_checks
 from tests.conftest import golden
 from tests.test_train import ENVIRONMENT, _restore_process_settings, command, rows, run, status, words  # noqa: F401
 
@@ -89,7 +89,7 @@ def begin_apart(group):
         if group.dist_rank == 1:
             tensor.view(-1)[-1] = torch.nextafter(tensor.view(-1)[-1], torch.tensor(9.0))
         try:
-            agreement.check_same_start(group, 0, base, adapter_parameters(base))
+            rank_checks.check_same_start(group, 0, base, adapter_parameters(base))
         except EnvironmentFailure as failure:
             said[what] = str(failure)
         tensor.copy_(kept)
@@ -105,11 +105,11 @@ def test_ranks_that_begin_one_bit_apart_are_refused_on_all_of_them_by_name():
 
 
 def test_kept_bases_of_another_method_are_not_taken(tmp_path, monkeypatch):
-    cache = bases.BasesCache(tmp_path, "a base", torch.device("cpu"))
+    cache = svd_bases.BasesCache(tmp_path, "a base", torch.device("cpu"))
     weight = torch.randn(12, 9)
     left, _ = cache("layer", weight, 3)
     old = cache.path("layer", 3)
-    monkeypatch.setattr(bases, "METHOD", "another")
+    monkeypatch.setattr(svd_bases, "METHOD", "another")
     assert cache.path("layer", 3) != old
     assert torch.equal(cache("layer", weight, 3)[0], left)
     assert len(list(tmp_path.iterdir())) == 2
@@ -121,7 +121,7 @@ def test_a_run_with_other_bases_is_not_continued_but_may_be_started_from(words, 
     more = ["adapter_type=lora-xs", "include=[to_qkv]", "duration=1"]
     assert run(words, output_dir, *more, "number_of_steps=1") == 0
     saved = checkpoint.load(checkpoint.path_of(output_dir, 1))
-    assert saved.state["identity"].pop("singular_bases") == bases.METHOD
+    assert saved.state["identity"].pop("singular_bases") == svd_bases.METHOD
     if held:
         saved.state["identity"]["singular_bases"] = held
     checkpoint.save(output_dir, saved, keep=1)

@@ -11,13 +11,13 @@ from torch import nn
 
 from sa3dist.adapters.layers import AdaptedLayer, initial_adapter
 from sa3dist.errors import DataError
-from sa3dist.parallel.engines import share_initial_state
-from sa3dist.parallel.flat import FlatAdapters
-from sa3dist.parallel.group import Group
-from sa3dist.parallel.reduction import GradientReduction
-from sa3dist.parallel.saving import Saver
-from sa3dist.parallel.signals import StopRequest
-from sa3dist.trainer import Trainer
+from sa3dist.parallel.engine import share_initial_state
+from sa3dist.parallel.flat_adamw import FlatAdapters
+from sa3dist.parallel.gradient_buckets import GradientReduction
+from sa3dist.runtime.process_group import Group
+from sa3dist.runtime.signals import StopRequest
+from sa3dist.training.saving import Saver
+from sa3dist.training.trainer import Trainer
 
 RANKS = 3
 SHAPES = [(3, 5), (40,), (7, 11), (64,), (2, 2), (30,)]

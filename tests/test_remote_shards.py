@@ -17,20 +17,20 @@ from latent_sets import ENCODERS, Framing, write_set
 from servers import hostile_http, s3_bucket
 
 from sa3dist import config
-from sa3dist.data import download
-from sa3dist.data.audio import load_clip_audio
-from sa3dist.data.cache import ClipCache
-from sa3dist.data.latent_shards import LatentShard, read_member
-from sa3dist.data.latent_source import fetch_latents, latent_shards_of, read_latents
-from sa3dist.data.latents import EncodedClips
-from sa3dist.data.ranges import read_range
+from sa3dist.data.latents.cache import EncodedClips
+from sa3dist.data.latents.shards import LatentShard, read_member
+from sa3dist.data.latents.source import fetch_latents, latent_shards_of, read_latents
+from sa3dist.data.remote.disk_cache import ClipCache
+from sa3dist.data.remote.ranges import read_range
+from sa3dist.data.source.audio import load_clip_audio
+from sa3dist.data.source.build import build_shards
+from sa3dist.data.source.remote_index import RemoteOptions, attach, index_remote
+from sa3dist.data.source.remote_shards import download
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted
 from sa3dist.formats import DatasetIndex
-from sa3dist.parallel.group import Group
-from sa3dist.parallel.signals import StopRequest
-from sa3dist.run import Run
-from sa3dist.shard import build_shards
-from sa3dist.shard_remote import RemoteOptions, attach, index_remote
+from sa3dist.pipeline import Run
+from sa3dist.runtime.process_group import Group
+from sa3dist.runtime.signals import StopRequest
 
 
 def never():
@@ -40,7 +40,7 @@ def never():
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(download, "RETRY_PAUSES_SECONDS", (0.01,) * 5)
-    monkeypatch.setattr("sa3dist.data.fetch.SILENT_SECONDS", 0.5)
+    monkeypatch.setattr("sa3dist.data.remote.fetch.SILENT_SECONDS", 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def bytes_asked(server):
 @pytest.mark.parametrize("traits", ["etag", "plain", "redirect", "throttle", "drop", "flaky", "flaky,drop", "glitch"])
 def test_clips_are_read_by_range_from(site, local, audio, tmp_path, monkeypatch, traits):
     monkeypatch.setattr(download, "SMALLEST_BLOCK_BYTES", 20_000)
-    monkeypatch.setattr("sa3dist.data.ranges.SMALLEST_BLOCK_BYTES", 20_000)
+    monkeypatch.setattr("sa3dist.data.remote.ranges.SMALLEST_BLOCK_BYTES", 20_000)
     index = opened(f"{site.url}/{traits}/index.json", tmp_path)
     assert (index.clips, index.shards, index.digest) == (local.clips, local.shards, local.digest)
     site.requests.clear()

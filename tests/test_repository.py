@@ -15,10 +15,10 @@ GPU_PATH = (
     "sa3dist.model.loading",
     "sa3dist.model.random_weights",
     "sa3dist.adapters",
-    "sa3dist.data.stream",
+    "sa3dist.data.batches.micro_batch",
     "sa3dist.loop",
-    "sa3dist.memory",
-    "sa3dist.parallel.group",
+    "sa3dist.training.memory",
+    "sa3dist.runtime.process_group",
     "sa3dist_kernels",
 )
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from sa3dist import scaling
-from sa3dist.parallel.flat import FlatAdapters
-from sa3dist.parallel.reduction import BUCKET_ELEMENTS, GradientReduction
-from sa3dist.scaling import Cluster, Link, Sizes, Transfer
-from sa3dist.trainer import SAVING
+from sa3dist.parallel.flat_adamw import FlatAdapters
+from sa3dist.parallel.gradient_buckets import BUCKET_ELEMENTS, GradientReduction
+from sa3dist.training.trainer import SAVING
+from tests.survival import network_model
+from tests.survival.network_model import Cluster, Link, Sizes, Transfer
 
 SIZES = Sizes(adapter_elements=6000, base_elements=90000, accumulation=3)
 
@@ -35,7 +35,7 @@ def test_the_counted_bytes_are_those_of_a_ring_that_is_played_through(ranks):
     sent, sums = ring_all_reduce(values)
     for found in sums:
         torch.testing.assert_close(found, torch.stack(values).sum(0))
-    counted = scaling.sent_bytes([Transfer("all-reduce", values[0].numel() * 8)], ranks)
+    counted = network_model.sent_bytes([Transfer("all-reduce", values[0].numel() * 8)], ranks)
     assert sent == [counted] * ranks
 
 
@@ -52,44 +52,46 @@ def test_data_parallel_sends_the_flat_buffer_once_a_step():
 
     GradientReduction(flat, Group(), "none").finish()
     elements = sum(parameter.numel() for parameter in parameters.values())
-    assert reduced == [transfer.whole_bytes for transfer in scaling.ddp(Sizes(elements))]
+    assert reduced == [transfer.whole_bytes for transfer in network_model.ddp(Sizes(elements))]
 
 
 def test_no_mode_sends_anything_alone_and_a_step_alone_takes_its_computing():
     link = Link(1e9, 1e-5)
-    for count in scaling.MODES.values():
-        assert scaling.sent_bytes(count(SIZES), ranks=1) == 0
-        assert scaling.step_seconds(0.2, count(SIZES), 1, Cluster(8, link, link)) == pytest.approx(0.2)
+    for count in network_model.MODES.values():
+        assert network_model.sent_bytes(count(SIZES), ranks=1) == 0
+        assert network_model.step_seconds(0.2, count(SIZES), 1, Cluster(8, link, link)) == pytest.approx(0.2)
 
 
 def test_only_gathering_the_base_and_per_micro_batch_gradients_grow_with_accumulation():
     once = Sizes(6000, 90000)
     growth = {
-        mode: scaling.sent_bytes(count(SIZES), 4) / scaling.sent_bytes(count(once), 4)
-        for mode, count in scaling.MODES.items()
+        mode: network_model.sent_bytes(count(SIZES), 4) / network_model.sent_bytes(count(once), 4)
+        for mode, count in network_model.MODES.items()
     }
     assert growth["ddp"] == growth["zero-1"] == 1
     assert 1 < growth["zero-2"] < growth["zero-3"] < 3
 
 
 def test_only_whole_buckets_travel_early():
-    assert scaling.BUCKET_ELEMENTS == BUCKET_ELEMENTS
-    early, late = scaling.ddp(Sizes(2 * BUCKET_ELEMENTS + 100))
+    assert network_model.BUCKET_ELEMENTS == BUCKET_ELEMENTS
+    early, late = network_model.ddp(Sizes(2 * BUCKET_ELEMENTS + 100))
     assert (early.whole_bytes, early.pieces) == (2 * BUCKET_ELEMENTS * 4, 2)
-    assert late.whole_bytes == 400 + scaling.SCALAR_BYTES
+    assert late.whole_bytes == 400 + network_model.SCALAR_BYTES
     # Beside the last backward pass of the step only.
-    assert late.beside == 0 < scaling.ddp(Sizes(2 * BUCKET_ELEMENTS, accumulation=4))[0].beside == early.beside / 4
+    assert (
+        late.beside == 0 < network_model.ddp(Sizes(2 * BUCKET_ELEMENTS, accumulation=4))[0].beside == early.beside / 4
+    )
 
 
 def test_compression_halves_the_gradients_only():
-    whole, compressed = (sum(t.whole_bytes for t in scaling.ddp(SIZES, compressed=c)) for c in (False, True))
+    whole, compressed = (sum(t.whole_bytes for t in network_model.ddp(SIZES, compressed=c)) for c in (False, True))
     assert whole - compressed == SIZES.adapter_elements * 2
 
 
 def test_a_slower_link_and_more_nodes_never_make_a_step_shorter():
-    for count in scaling.MODES.values():
+    for count in network_model.MODES.values():
         shares = [
-            scaling.efficiency(0.3, count(SIZES), ranks, Cluster(8, Link(1e9, 1e-6), Link(speed, 1e-5)))
+            network_model.efficiency(0.3, count(SIZES), ranks, Cluster(8, Link(1e9, 1e-6), Link(speed, 1e-5)))
             for speed in (1e8, 1e6)
             for ranks in (8, 64, 512)
         ]
@@ -102,21 +104,21 @@ def test_a_step_waits_for_what_does_not_overlap_and_for_what_outlasts_the_comput
     link = Link(1e6, 0.0)
     cluster = Cluster(1, link, link)
     # Two ranks: an all-reduce of 1 MB sends 1 MB from each, a second at this speed.
-    assert scaling.step_seconds(0.5, [Transfer("all-reduce", 1e6)], 2, cluster) == pytest.approx(1.5)
+    assert network_model.step_seconds(0.5, [Transfer("all-reduce", 1e6)], 2, cluster) == pytest.approx(1.5)
     hidden = Transfer("all-reduce", 1e6, beside=0.5)
-    assert scaling.step_seconds(2.0, [hidden], 2, cluster) == pytest.approx(2.0)
-    assert scaling.step_seconds(1.0, [hidden], 2, cluster) == pytest.approx(1.5)
+    assert network_model.step_seconds(2.0, [hidden], 2, cluster) == pytest.approx(2.0)
+    assert network_model.step_seconds(1.0, [hidden], 2, cluster) == pytest.approx(1.5)
 
 
 def test_every_piece_of_a_transfer_waits_for_the_latency():
     cluster = Cluster(1, Link(1.0, 0.0), Link(float("inf"), 1e-3))
     whole, pieces = (Transfer("all-gather", 1e6, pieces=n) for n in (1, 50))
-    assert scaling.transfer_seconds(whole, 2, cluster) == pytest.approx(1e-3)
-    assert scaling.transfer_seconds(pieces, 2, cluster) == pytest.approx(50e-3)
+    assert network_model.transfer_seconds(whole, 2, cluster) == pytest.approx(1e-3)
+    assert network_model.transfer_seconds(pieces, 2, cluster) == pytest.approx(50e-3)
 
 
 def test_frames_carry_their_payload_and_the_acknowledgements_of_what_comes_back():
     # 100 full segments, and 50 empty ones for the 100 that arrive.
     payload = 100 * 1448
-    assert scaling.ethernet_bytes(payload) == pytest.approx(100 * 1514)
-    assert scaling.ethernet_bytes(payload, acknowledged=payload) == pytest.approx(100 * 1514 + 50 * 66)
+    assert network_model.ethernet_bytes(payload) == pytest.approx(100 * 1514)
+    assert network_model.ethernet_bytes(payload, acknowledged=payload) == pytest.approx(100 * 1514 + 50 * 66)

@@ -7,14 +7,14 @@ import torch
 from transformers import get_scheduler
 
 import sa3dist
-from sa3dist import config, resume, schedule, train
+from sa3dist import config, train
 from sa3dist.adapters import adapter_parameters, attach_adapter
 from sa3dist.errors import ConfigError
-from sa3dist.parallel import checkpoint
-from sa3dist.parallel.signals import StopRequest
-from sa3dist.schedule import Schedule
-from sa3dist.trainer import Trainer
-from sa3dist.work import Plan
+from sa3dist.runtime.signals import StopRequest
+from sa3dist.training import checkpoint, lr_schedule, resume
+from sa3dist.training.lr_schedule import Schedule
+from sa3dist.training.run_plan import Plan
+from sa3dist.training.trainer import Trainer
 from tests.conftest import golden
 from tests.ranks import run_ranks
 from tests.test_gpu_training import Settings, recorded_batch
@@ -22,7 +22,7 @@ from tests.test_gpu_training import Settings, recorded_batch
 STEPS, WARM_UP, PEAK = 6, 2, 2e-4
 
 
-@pytest.mark.parametrize("decay", sorted(schedule.DECAYS))
+@pytest.mark.parametrize("decay", sorted(lr_schedule.DECAYS))
 def test_after_the_warm_up_the_rates_are_those_of_transformers(decay):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=PEAK)
     name = "constant_with_warmup" if decay == "constant" else decay

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from sa3dist.adapters import adapter_parameters
-from sa3dist.loss import micro_batch_loss
 from sa3dist.model.packing import FilledPacking, Packing
-from sa3dist.shape_ladder import FACTOR, LEAST_TOKENS, ShapeLadder, rung
+from sa3dist.training.loss import micro_batch_loss
+from sa3dist.training.shape_ladder import FACTOR, LEAST_TOKENS, ShapeLadder, rung
 from tests import test_graphs
 from tests.test_packing import adapted
 from tests.test_training_step import Float32Settings

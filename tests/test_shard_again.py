@@ -7,11 +7,11 @@ import pytest
 from clips import encode, tone, write_folder, write_zip
 from kills import Killable
 
-from sa3dist import shard
-from sa3dist.data import figures, layout
-from sa3dist.data.audio import load_clip_audio
+from sa3dist.data.source import build as stage
+from sa3dist.data.source import clip_stats, shard_split
+from sa3dist.data.source.audio import load_clip_audio
+from sa3dist.data.source.build import build_shards
 from sa3dist.formats import ClipEntry, DatasetIndex
-from sa3dist.shard import build_shards
 
 
 def many(count=60):
@@ -53,8 +53,8 @@ def test_one_changed_clip_rewrites_its_own_shard_and_a_neighbour_at_most(tmp_pat
         case "added":
             members |= {"take 030b.wav": encode(tone(0.2)), "take 030b.txt": b"one more"}
     written = []
-    original = shard.write_shard
-    monkeypatch.setattr(shard, "write_shard", lambda path, *rest: written.append(path.name) or original(path, *rest))
+    original = stage.write_shard
+    monkeypatch.setattr(stage, "write_shard", lambda path, *rest: written.append(path.name) or original(path, *rest))
     second = build(members, tmp_path)
     assert 1 <= len(written) <= 2
     assert second.digest != first.digest
@@ -87,17 +87,17 @@ def test_cuts_hang_on_names_so_that_growth_elsewhere_moves_none():
         return ClipEntry(f"clip {number:05d}", "", 0, size, "", "wav", 1, 44100, 1, "x")
 
     clips = [clip(number, int(size)) for number, size in enumerate(rng.integers(1000, 9000, 4000))]
-    groups = list(layout.split(clips, 100_000))
+    groups = list(shard_split.split(clips, 100_000))
     assert [c for group in groups for c in group] == clips
     sizes = [sum(c.audio_bytes for c in group) for group in groups]
     assert max(sizes) <= 100_000
     assert len(groups) < 3.5 * sum(sizes) / 100_000
     changed = [clip(2000, 8999) if c.key == "clip 02000" else c for c in clips]
-    before, after = ({tuple(c for c in g) for g in layout.split(cs, 100_000)} for cs in (clips, changed))
+    before, after = ({tuple(c for c in g) for g in shard_split.split(cs, 100_000)} for cs in (clips, changed))
     assert len(before - after) <= 3
     # All that fits into one shard is one shard, and a clip beyond the limit is one of its own.
-    assert len(list(layout.split(clips[:10], 100_000))) == 1
-    assert [len(g) for g in layout.split([clip(0, 500), clip(1, 5000), clip(2, 500)], 1000)] == [1, 1, 1]
+    assert len(list(shard_split.split(clips[:10], 100_000))) == 1
+    assert [len(g) for g in shard_split.split([clip(0, 500), clip(1, 5000), clip(2, 500)], 1000)] == [1, 1, 1]
 
 
 def test_the_report_tells_people_what_is_where(tmp_path):
@@ -115,8 +115,8 @@ def test_the_report_tells_people_what_is_where(tmp_path):
 def test_a_kill_at_any_moment_leaves_nothing_wrong_and_the_next_run_gives_the_same_bytes(tmp_path):
     folder = write_folder(tmp_path / "in", many(80))
     program = (
-        "from pathlib import Path; from sa3dist.shard import build_shards\n"
-        "from sa3dist.data.measure import measure_clip\n"
+        "from pathlib import Path; from sa3dist.data.source.build import build_shards\n"
+        "from sa3dist.inspection.measure import measure_clip\n"
         f"def work(target): build_shards({str(folder)!r}, Path(target), max_shard_bytes=150_000, measure=measure_clip)"
     )
     draw = random.Random(7)
@@ -125,7 +125,7 @@ def test_a_kill_at_any_moment_leaves_nothing_wrong_and_the_next_run_gives_the_sa
         process.run(tmp_path / "warm")
         duration, _ = process.run(tmp_path / "whole")
         whole = published(tmp_path / "whole")
-        assert figures.NAME in whole
+        assert clip_stats.NAME in whole
         for moment in range(20):
             work = tmp_path / f"killed-{moment}"
             # Half of them again and again in the same place, as a preempted job is.

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from sa3dist import errors
-from sa3dist.data.fetch import Downloads
-from sa3dist.data.lanes import Cursor, Lane
-from sa3dist.file_lock import alone
+from sa3dist.data.batches.worker_shards import Cursor, Lane
+from sa3dist.data.remote.fetch import Downloads
 from sa3dist.formats import atomic_directory
+from sa3dist.runtime.file_lock import alone
 from tests.ranks import run_ranks
 from tests.servers import hostile_http
 from tests.test_streaming import paths, source_of  # noqa: F401

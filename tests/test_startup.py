@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from sa3dist import train
-from sa3dist.adapters import BasesCache, adapter_parameters, attach_adapter, bases
-from sa3dist.adapters.bases import gram_bases, singular_bases
+from sa3dist.adapters import BasesCache, adapter_parameters, attach_adapter, svd_bases
+from sa3dist.adapters.svd_bases import gram_bases, singular_bases
 from sa3dist.model.loading import load_base
-from sa3dist.startup import Startup, imported_beside, keep_kernels_in
+from sa3dist.training.startup_times import Startup, imported_beside, keep_kernels_in
 from tests.conftest import golden
 from tests.test_train import _restore_process_settings, words  # noqa: F401
 
@@ -45,7 +45,7 @@ def test_kept_bases_are_the_ones_found_and_are_not_found_again(tmp_path, monkeyp
     for mine, expected in zip(found, singular_bases(given, 3), strict=True):
         assert torch.equal(mine, expected)
     asked = []
-    monkeypatch.setattr(bases, "singular_bases", lambda *_: asked.append(_) or found)
+    monkeypatch.setattr(svd_bases, "singular_bases", lambda *_: asked.append(_) or found)
     again = BasesCache(tmp_path / "kept", "a base", CPU)("layer", given, 3)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
     assert asked == []
@@ -102,7 +102,9 @@ def test_a_part_counted_twice_adds_up_and_nothing_counts_after_the_first_step():
 
 def test_age_of_the_process_is_what_the_clock_says_since_it_was_started():
     begin = time.monotonic()
-    code = "import time; time.sleep(0.3); from sa3dist.startup import seconds_since_start as s; print(s())"
+    code = (
+        "import time; time.sleep(0.3); from sa3dist.training.startup_times import seconds_since_start as s; print(s())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 0.3 <= float(done.stdout) <= time.monotonic() - begin + 0.02
 

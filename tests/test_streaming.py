@@ -12,13 +12,13 @@ from clips import captioned, encode, tone, write_tar
 from latent_sets import ENCODERS, Framing, write_set
 
 from sa3dist.config import build
-from sa3dist.data import stream, streaming
-from sa3dist.data.lanes import SEGMENT_SHARDS, Cursor, Lane, LanePlaces
-from sa3dist.data.latent_source import streamed_shards
-from sa3dist.data.shard_stream import ShardSource
+from sa3dist.data.batches import micro_batch, streaming
+from sa3dist.data.batches.shard_stream import ShardSource
+from sa3dist.data.batches.worker_shards import SEGMENT_SHARDS, Cursor, Lane, LanePlaces
+from sa3dist.data.latents.source import streamed_shards
 from sa3dist.errors import CheckpointError, ConfigError, DataError, EnvironmentFailure
 from sa3dist.model.config import ShiftConfig
-from sa3dist.parallel.group import Group
+from sa3dist.runtime.process_group import Group
 
 CPU = torch.device("cpu")
 WORLDS, LANES, SHARDS = (1, 2, 3, 4, 8), (1, 2, 3), (1, 2, 5, 16, 33)
@@ -89,7 +89,7 @@ def clips_of(folder, paths, base=Framing):
 
 def make_settings(**changes):
     values = {"seed": 3, "micro_batch": 2, "crop_frames": 5, "prompt_dropout": 0.1, "seconds_total_of": "file"}
-    return stream.StreamSettings(**{**values, "shift": ShiftConfig(), **changes})
+    return micro_batch.StreamSettings(**{**values, "shift": ShiftConfig(), **changes})
 
 
 def loaded(encoded, group, workers, steps, places=None, first=0):
@@ -124,9 +124,9 @@ def test_a_slot_draws_as_in_indexed_mode_and_its_clip_is_in_the_slots_polarity(p
     for local, batch in enumerate(batches):
         for row, slot in enumerate(range(2 * (2 * local + 1), 2 * (2 * local + 1) + 2)):
             number = float(batch.clips[row].split()[1])
-            sign = -1 if stream.polarity_of_slot(3, slot) else 1
+            sign = -1 if micro_batch.polarity_of_slot(3, slot) else 1
             assert set(batch.latents_BDT[row, 0].tolist()) <= {sign * number, 0.0}
-            start, _ = stream.draw_crop(torch.ones(6), 5, 3, slot)
+            start, _ = micro_batch.draw_crop(torch.ones(6), 5, 3, slot)
             assert batch.latents_BDT[row, 1, 0] == start
             assert batch.hidden_BLH[row, 0, 0] == number // 2
 
@@ -186,12 +186,12 @@ def test_what_goes_wrong_in_a_lane_reaches_the_step_as_its_own_one_line(tmp_path
 
 
 def test_audio_shards_give_the_batches_of_the_latents_made_of_them(demo_base, tmp_path):
-    from sa3dist.data.collect import collect
-    from sa3dist.data.latents import EncodedClips
+    from sa3dist.data.latents.cache import EncodedClips
+    from sa3dist.data.latents.collect import collect
+    from sa3dist.data.source.build import build_shards
     from sa3dist.encode import encode_all
     from sa3dist.model.loading import load_base
-    from sa3dist.parallel.signals import StopRequest
-    from sa3dist.shard import build_shards
+    from sa3dist.runtime.signals import StopRequest
 
     base = load_base(demo_base)
     audio = write_tar(tmp_path / "audio.tar", captioned(4, seconds=0.6))

@@ -17,13 +17,13 @@ from ranks import free_port
 from safetensors.torch import load_file
 
 from sa3dist import train
-from sa3dist.data.latent_shards import latent_shard_name, write_latent_shard
-from sa3dist.data.latents import EncodedClips
+from sa3dist.data.latents.cache import EncodedClips
+from sa3dist.data.latents.shards import latent_shard_name, write_latent_shard
+from sa3dist.data.source.build import build_shards
 from sa3dist.encode import encode_all
 from sa3dist.model.loading import load_base
-from sa3dist.parallel.group import Group
-from sa3dist.parallel.signals import StopRequest
-from sa3dist.shard import build_shards
+from sa3dist.runtime.process_group import Group
+from sa3dist.runtime.signals import StopRequest
 
 SIZES = (5, 1, 4, 2, 2)
 

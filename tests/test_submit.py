@@ -8,7 +8,8 @@ import sys
 import pytest
 import yaml
 
-from sa3dist import cli, config, submit
+from sa3dist import cli, config
+from sa3dist.commands import submit
 
 REQUEST = '{"audio_data_url": "/data/clips.zip", "model": "/data/base", "rank": 8}'
 

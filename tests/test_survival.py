@@ -17,16 +17,16 @@ import torch.distributed as dist
 import sa3dist
 from sa3dist import config, errors, loop
 from sa3dist.adapters import adapter_parameters, attach_adapter
-from sa3dist.parallel import checkpoint
-from sa3dist.parallel.group import Group
-from sa3dist.parallel.outcome import run_program
-from sa3dist.parallel.pulse import AVERAGING, Still
-from sa3dist.parallel.saving import Saver
-from sa3dist.parallel.signals import EXIT_SECONDS, SAME_REQUEST_SECONDS, StopRequest, seconds_since_start
-from sa3dist.parallel.watchdog import Watchdog
-from sa3dist.parallel.word import leave
-from sa3dist.trainer import Trainer
-from sa3dist.work import Plan
+from sa3dist.runtime.exit_status import run_program
+from sa3dist.runtime.liveness import AVERAGING, Still
+from sa3dist.runtime.peers import leave
+from sa3dist.runtime.process_group import Group
+from sa3dist.runtime.signals import EXIT_SECONDS, SAME_REQUEST_SECONDS, StopRequest, seconds_since_start
+from sa3dist.runtime.watchdog import Watchdog
+from sa3dist.training import checkpoint
+from sa3dist.training.run_plan import Plan
+from sa3dist.training.saving import Saver
+from sa3dist.training.trainer import Trainer
 from tests.conftest import golden
 from tests.ranks import exit_codes, run_ranks
 from tests.test_gpu_training import recorded_batch
@@ -253,10 +253,10 @@ def test_a_saver_tells_of_a_failure_once_and_finishes_one_save_before_the_next()
 
 
 def test_a_rank_that_fails_leaves_rank_0_the_time_to_finish_a_save_before_it_speaks(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("sa3dist.parallel.watchdog.HEARTBEAT_SECONDS", 0.1)
-    monkeypatch.setattr("sa3dist.parallel.watchdog.GRACE_SECONDS", 0.5)
-    monkeypatch.setattr("sa3dist.parallel.watchdog.RANK_0_SECONDS", 1.2)
-    monkeypatch.setattr("sa3dist.parallel.outcome.RANK_0_SECONDS", 0.1)
+    monkeypatch.setattr("sa3dist.runtime.watchdog.HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr("sa3dist.runtime.watchdog.GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("sa3dist.runtime.watchdog.RANK_0_SECONDS", 1.2)
+    monkeypatch.setattr("sa3dist.runtime.exit_status.RANK_0_SECONDS", 0.1)
 
     def work(group):
         stop = StopRequest()
@@ -353,7 +353,7 @@ def test_a_rank_that_an_agent_stops_for_the_sake_of_a_killed_one_names_that(
     tmp_path, monkeypatch, killed, stage, expected
 ):
     # How long rank 0 waits to be heard, by one that cannot.
-    monkeypatch.setattr("sa3dist.parallel.word.HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr("sa3dist.runtime.peers.HEARTBEAT_SECONDS", 0.1)
 
     def work(group):
         with Watchdog(group, StopRequest(), tmp_path) as watchdog:
@@ -375,8 +375,8 @@ def test_a_rank_that_an_agent_stops_for_the_sake_of_a_killed_one_names_that(
 
 
 def test_ranks_that_a_store_keeps_waiting_end_without_asking_it_for_the_last_word(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("sa3dist.parallel.watchdog.STALL_SECONDS", 3.0)
-    monkeypatch.setattr("sa3dist.parallel.watchdog.WORD_SECONDS", 0.5)
+    monkeypatch.setattr("sa3dist.runtime.watchdog.STALL_SECONDS", 3.0)
+    monkeypatch.setattr("sa3dist.runtime.watchdog.WORD_SECONDS", 0.5)
 
     def work(group):
         with Watchdog(group, StopRequest(), tmp_path):
@@ -396,7 +396,7 @@ def test_ranks_that_a_store_keeps_waiting_end_without_asking_it_for_the_last_wor
 
 
 def test_the_heartbeat_is_renewed_while_there_is_progress_and_only_then(tmp_path, monkeypatch):
-    monkeypatch.setattr("sa3dist.parallel.heartbeat.RENEWAL_SECONDS", 0.05)
+    monkeypatch.setattr("sa3dist.runtime.heartbeat.RENEWAL_SECONDS", 0.05)
     group, path = Group(0, 1, torch.device("cpu")), tmp_path / "heartbeat.json"
 
     def beat(step):

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import sa3dist
 from sa3dist import cli, train
-from sa3dist.data.tensor_files import digest_of_tensors
-from sa3dist.parallel.signals import SIGNALS
+from sa3dist.data.latents.tensor_files import digest_of_tensors
+from sa3dist.runtime.signals import SIGNALS
 from tests.conftest import THREADS
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import sa3dist
 from sa3dist import errors, train
 from sa3dist.model.loading import load_base
-from sa3dist.parallel.outcome import report
+from sa3dist.runtime.exit_status import report
 
 
 @pytest.fixture

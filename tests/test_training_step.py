@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 import sa3dist
 from sa3dist import flow
 from sa3dist.adapters import adapter_parameters, load_adapter
-from sa3dist.data.stream import MicroBatch
-from sa3dist.loss import micro_batch_loss
-from sa3dist.parallel.flat import FlatAdapters
+from sa3dist.data.batches.micro_batch import MicroBatch
+from sa3dist.parallel.flat_adamw import FlatAdapters
+from sa3dist.training.loss import micro_batch_loss
 from tests.conftest import golden
 
 SECONDS = (1.0, 30.0)

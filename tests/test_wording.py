@@ -7,7 +7,7 @@ import pytest
 from clips import captioned, write_folder
 
 from sa3dist import cli, errors, train
-from sa3dist.parallel.outcome import report
+from sa3dist.runtime.exit_status import report
 from sa3dist.wording import counted, span
 
 

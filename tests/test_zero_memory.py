@@ -6,9 +6,10 @@ import os
 import pytest
 import torch
 
-from sa3dist import errors, trainer
+from sa3dist import errors
 from sa3dist.parallel import zero_config
-from sa3dist.parallel.signals import StopRequest
+from sa3dist.runtime.signals import StopRequest
+from sa3dist.training import trainer
 from tests.ranks import run_ranks
 from tests.test_survival import make_trainer
 

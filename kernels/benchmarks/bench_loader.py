@@ -32,16 +32,16 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader, Dataset
 
-from sa3dist.data.audio import load_clip_audio
-from sa3dist.data.collect import collect
-from sa3dist.data.latents import SILENCE_TAIL_FRAMES, EncodedClips
-from sa3dist.data.stream import MicroBatches, StreamSettings
-from sa3dist.data.tensor_files import write_tensors
+from sa3dist.data.batches.micro_batch import MicroBatches, StreamSettings
+from sa3dist.data.latents.cache import SILENCE_TAIL_FRAMES, EncodedClips
+from sa3dist.data.latents.collect import collect
+from sa3dist.data.latents.tensor_files import write_tensors
+from sa3dist.data.source.audio import load_clip_audio
+from sa3dist.data.source.build import build_shards
 from sa3dist.formats import write_json
 from sa3dist.model.config import ShiftConfig
-from sa3dist.parallel.group import Group
-from sa3dist.parallel.signals import StopRequest
-from sa3dist.shard import build_shards
+from sa3dist.runtime.process_group import Group
+from sa3dist.runtime.signals import StopRequest
 
 RATE, FRAME, CHANNELS, TOKENS = 44100, 4096, 256, 256
 

@@ -21,10 +21,10 @@ from step_sides import DTYPES, SHAPES, attach, make_base, make_batch
 from timing import interleaved, peak_bytes, summary
 
 from sa3dist import adapters, flow
-from sa3dist.data.stream import without_common_padding
-from sa3dist.model.fused import use_compiled
-from sa3dist.model.layouts import Packed, Padded
+from sa3dist.data.batches.micro_batch import without_common_padding
+from sa3dist.model.compiled import use_compiled
 from sa3dist.model.packing import Packing
+from sa3dist.model.token_layout import Packed, Padded
 
 GRADIENT_TOLERANCE = {"bf16": 0.3, "fp32": 1e-3}
 SIDES = ("packed", "padded", "full")

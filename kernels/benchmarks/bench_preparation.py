@@ -29,11 +29,11 @@ import soundfile
 import torch
 
 from sa3dist import config
-from sa3dist.data.archive import AUDIO_EXTENSIONS
-from sa3dist.data.measure import measure_clip
+from sa3dist.data.source.archive import AUDIO_EXTENSIONS
+from sa3dist.data.source.build import build_shards
 from sa3dist.formats import write_json
-from sa3dist.inspection import inspect_source
-from sa3dist.shard import build_shards
+from sa3dist.inspection.measure import measure_clip
+from sa3dist.inspection.report import inspect_source
 
 RATE = 44100
 FORMATS = ("FLAC", "WAV", "OGG", "MP3")

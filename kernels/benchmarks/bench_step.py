@@ -29,8 +29,8 @@ from step_sides import DTYPES, MAKERS, SHAPES, Side
 from timing import interleaved, peak_bytes, summary
 
 from sa3dist import adapters
-from sa3dist.counting import Adapter, MicroBatch, count
-from sa3dist.devices import Device, this_machine
+from sa3dist.cost_model.devices import Device, this_machine
+from sa3dist.cost_model.flops import Adapter, MicroBatch, count
 
 # Both sides compute one loss in another order and, with bf16, round at other places. A gradient is the difference of
 # many such roundings: in bf16 both sides are that far from float64, so only gross disagreement shows there.

@@ -11,7 +11,7 @@ from command_runs import Command, command_environment, largest_difference
 from results_file import Budget, ResultsFile
 
 from sa3dist.model.tiny import write_tiny_base
-from sa3dist.parallel import checkpoint
+from sa3dist.training import checkpoint
 
 # The same micro batches by the same kernels; only the order in which their gradients are added differs.
 LOSSES = 1e-4

@@ -31,7 +31,7 @@ import sa3dist
 from sa3dist import adapters
 from sa3dist.errors import SA3DistError
 from sa3dist.model.tiny import write_tiny_base
-from sa3dist.parallel import checkpoint
+from sa3dist.training import checkpoint
 
 # A resumed run repeats the draws exactly; its losses differ by the order in which CUDA adds gradients, no more.
 RESUMED_LOSSES = {"cpu": 0.0, "cuda": 5e-3}

@@ -21,17 +21,17 @@ from torch.nn.utils import parametrize
 from sa3dist import adapters, flow
 from sa3dist.adapters import layers
 from sa3dist.adapters.formed import keep_formed, wants_formed
-from sa3dist.data.stream import without_common_padding
-from sa3dist.graphs import Recorder, wants_graphs
+from sa3dist.data.batches.micro_batch import without_common_padding
 from sa3dist.model.base import Base
-from sa3dist.model.fused import use_compiled, wants_compile
+from sa3dist.model.compiled import use_compiled, wants_compile
 from sa3dist.model.packing import FilledPacking
 from sa3dist.model.parse_config import parse_model_config
 from sa3dist.model.random_weights import RandomWeights, random_base
 from sa3dist.model.released import RELEASED
 from sa3dist.model.tiny import tiny_config
-from sa3dist.parallel.flat import BETAS, EPSILON, FlatAdapters
-from sa3dist.shape_ladder import rung
+from sa3dist.parallel.flat_adamw import BETAS, EPSILON, FlatAdapters
+from sa3dist.training.cuda_graphs import Recorder, wants_graphs
+from sa3dist.training.shape_ladder import rung
 
 # The released shapes, and the demo's narrow ones, which take milliseconds on any machine.
 TINY = {"tiny-medium": "medium", "tiny-small": "small"}

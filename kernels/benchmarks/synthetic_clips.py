@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sa3dist.data.latents import SILENCE_TAIL_FRAMES, ClipLatents
+from sa3dist.data.latents.cache import SILENCE_TAIL_FRAMES, ClipLatents
 from sa3dist.formats import ClipEntry
 from sa3dist.model.conditioners import HIDDEN_WIDTH
 

@@ -11,9 +11,9 @@ from sa3dist.adapters.attach import (
     set_strength,
     tensors_digest,
 )
-from sa3dist.adapters.bases import BasesCache
 from sa3dist.adapters.file import BASE_KEY, AdapterFile, describe_adapter, read_adapter_file
 from sa3dist.adapters.select import candidate_layers, select
+from sa3dist.adapters.svd_bases import BasesCache
 from sa3dist.adapters.transfer import load_adapter, lora_config, save_adapter, warm_start
 
 __all__ = [

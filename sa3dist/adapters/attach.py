@@ -12,9 +12,9 @@ import torch
 from sa3dist_kernels import ADAPTER_TYPES, AdapterType
 from torch import nn
 
-from sa3dist.adapters.bases import BasesCache
 from sa3dist.adapters.layers import AdaptedLayer, fan_limit, initial_adapter
 from sa3dist.adapters.select import candidate_layers, normalise, require_match
+from sa3dist.adapters.svd_bases import BasesCache
 from sa3dist.errors import ConfigError
 from sa3dist.formats import digest_of
 

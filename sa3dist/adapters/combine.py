@@ -11,7 +11,7 @@ import torch
 
 from sa3dist.adapters.attach import SLOT, AdapterConfig
 from sa3dist.adapters.file import BASE_KEY, AdapterFile
-from sa3dist.adapters.on_disk import AdapterOnDisk
+from sa3dist.adapters.lazy_file import AdapterOnDisk
 from sa3dist.errors import CheckpointError, ConfigError
 
 Weighted = Sequence[tuple[AdapterFile, float]]

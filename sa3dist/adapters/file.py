@@ -17,9 +17,9 @@ import torch
 
 from sa3dist.adapters.attach import SLOT, AdapterConfig
 from sa3dist.adapters.foreign import what_instead
+from sa3dist.data.remote.local_paths import expand_home
 from sa3dist.errors import CheckpointError, ConfigError, EnvironmentFailure
 from sa3dist.formats import atomic_path
-from sa3dist.home import expand_home
 
 CONFIG_KEY = "lora_config"
 # Header entry holding base.weights_digest(); written by whoever saves, checked by warm_start.

@@ -20,7 +20,7 @@ from sa3dist_kernels import (
 )
 from torch import nn
 
-from sa3dist.adapters.bases import Bases, singular_bases
+from sa3dist.adapters.svd_bases import Bases, singular_bases
 
 
 class Adapter(nn.Module):

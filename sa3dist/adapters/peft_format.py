@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from sa3dist.adapters.file import AdapterFile
-from sa3dist.adapters.on_disk import AdapterOnDisk
+from sa3dist.adapters.lazy_file import AdapterOnDisk
 from sa3dist.errors import ConfigError
 
 TRANSFORMER, DURATION = "transformer", "duration_embedder"

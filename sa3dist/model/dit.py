@@ -23,8 +23,8 @@ from sa3dist.model.blocks import (
     expo_features,
 )
 from sa3dist.model.config import DiTConfig
-from sa3dist.model.layouts import Filled, Packed, Padded
 from sa3dist.model.packing import FilledPacking, Packing
+from sa3dist.model.token_layout import Filled, Packed, Padded
 
 
 class Shared(NamedTuple):

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sa3dist.data.remote.local_paths import expand_home
 from sa3dist.errors import CheckpointError
-from sa3dist.home import expand_home
 from sa3dist.model.base import AUTOENCODER_PREFIX, CONDITIONER_PREFIX, MODEL_PREFIX, Base, Wrapper, weight_key
 from sa3dist.model.checkpoint import CheckpointFile, check_keys, fill, tensor_shapes
 from sa3dist.model.conditioners import Conditioners

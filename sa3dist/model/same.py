@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sa3dist.model.attention_windows import SlidingWindow
 from sa3dist.model.blocks import DyT, FeedForward, RMSNorm, RotaryEmbedding, SelfAttention, in_one_call
+from sa3dist.model.chunking import passes
 from sa3dist.model.config import AutoencoderConfig, BottleneckConfig, ResamplingConfig
-from sa3dist.model.long_clips import passes
+from sa3dist.model.sliding_window import SlidingWindow
 
 # Without DyT both the block and the q/k norms are RMS norms with this epsilon.
 RMS_EPS = 1e-3

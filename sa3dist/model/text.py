@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sa3dist.data.remote.local_paths import expand_home
 from sa3dist.errors import CheckpointError
 from sa3dist.formats import digest_of, file_sha256
-from sa3dist.home import expand_home
 from sa3dist.model.conditioners import HIDDEN_WIDTH
 from sa3dist.model.config import PromptConfig
 from sa3dist.model.hub import hub_folder

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sa3dist.adapters import adapted_layers
-from sa3dist.parallel.checkpoint import MOMENTS
-from sa3dist.parallel.engines import Losses, Tensors
-from sa3dist.parallel.flat import adamw
-from sa3dist.parallel.group import Group
+from sa3dist.parallel.engine import Losses, Tensors
+from sa3dist.parallel.flat_adamw import adamw
+from sa3dist.runtime.process_group import Group
+from sa3dist.training.checkpoint import MOMENTS
 
 
 class LossOfMicroBatch(nn.Module):

@@ -83,7 +83,7 @@ def continued(directory: str, steps: int) -> int:
 
 
 def prepare() -> None:
-    from sa3dist.demo import synthesise_clips
+    from sa3dist.commands.demo import synthesise_clips
     from sa3dist.model.tiny import write_tiny_base
 
     synthesise_clips(Path("clips.zip"), count=6)

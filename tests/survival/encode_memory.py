@@ -43,7 +43,7 @@ def full_width(directory, shape):
 
 def dataset(work, seconds):
     """Index of one clip."""
-    from sa3dist.shard import build_shards
+    from sa3dist.data.source.build import build_shards
 
     rng = np.random.default_rng(0)
     audio_NC = (rng.standard_normal((int(seconds * RATE), 2)) * 0.1).astype(np.float32)
@@ -56,11 +56,11 @@ def dataset(work, seconds):
 
 
 def encode(base, directory, work, batch):
-    from sa3dist.data.latents import EncodedClips
+    from sa3dist.data.latents.cache import EncodedClips
     from sa3dist.encode import encode_all
     from sa3dist.formats import DatasetIndex
-    from sa3dist.parallel.group import Group
-    from sa3dist.parallel.signals import StopRequest
+    from sa3dist.runtime.process_group import Group
+    from sa3dist.runtime.signals import StopRequest
 
     encoded = EncodedClips(DatasetIndex.read(directory), work, base, "a", "t")
     encode_all(base, encoded, Group(0, 1, torch.device("cpu")), StopRequest(), batch=batch)

@@ -214,7 +214,7 @@ def difference(one: Path, other: Path) -> float:
     """Largest relative Frobenius distance of any adapter tensor or moment between two runs' last checkpoints."""
     import torch
 
-    from sa3dist.parallel import checkpoint
+    from sa3dist.training import checkpoint
 
     first, second = (checkpoint.find(path, "auto") for path in (one, other))
     assert first.step == second.step == STEPS

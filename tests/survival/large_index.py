@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from sa3dist import encode
-from sa3dist.data import latents
-from sa3dist.data.order import clip_order
-from sa3dist.data.stream import MicroBatches, StreamSettings, loader, polarity_of_slot
-from sa3dist.data.tensor_files import write_tensors
+from sa3dist.data.batches.micro_batch import MicroBatches, StreamSettings, loader, polarity_of_slot
+from sa3dist.data.batches.order import clip_order
+from sa3dist.data.latents import cache
+from sa3dist.data.latents.tensor_files import write_tensors
 from sa3dist.formats import ClipEntry, DatasetIndex
 
 WINDOW = 8
@@ -59,7 +59,7 @@ def write_index(work, count):
 
 
 def stream_of(work):
-    encoded = latents.EncodedClips(DatasetIndex.read(work), work, Base, "a", "b")
+    encoded = cache.EncodedClips(DatasetIndex.read(work), work, Base, "a", "b")
     return encoded, MicroBatches(encoded, StreamSettings(3, 2, 129, 0.1, "file", None, WINDOW))
 
 

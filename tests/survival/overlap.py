@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sa3dist.parallel.flat import FlatAdapters
-from sa3dist.parallel.group import Group
-from sa3dist.parallel.reduction import GradientReduction
+from sa3dist.parallel.flat_adamw import FlatAdapters
+from sa3dist.parallel.gradient_buckets import GradientReduction
+from sa3dist.runtime.process_group import Group
 
 LAYERS, ROUNDS, PORT = 32, 4, 29655
 

@@ -22,8 +22,8 @@ from namespaces import Job
 from network import Network, require_root
 from trial import ROOT, prepare, rows, wait_for
 
-from sa3dist import scaling
-from sa3dist.scaling import Cluster, Link, Sizes
+from tests.survival import network_model
+from tests.survival.network_model import Cluster, Link, Sizes
 
 MEGABITS = (5, 10, 20)
 # Adapter rank: steps at each speed. Two gradient sizes, sixteen times apart.
@@ -75,10 +75,10 @@ def sizes_of(base: str, rank: int) -> Sizes:
 def tables() -> int:
     """In Markdown: what is sent, and what is left of the ideal."""
     sizes = {(base.removesuffix("-base"), rank): sizes_of(base, rank) for base in BASES for rank in RANKS}
-    formulas = scaling.MODES | {"ddp bf16": functools.partial(scaling.ddp, compressed=True)}
+    formulas = network_model.MODES | {"ddp bf16": functools.partial(network_model.ddp, compressed=True)}
     print(f"| base, rank | trained | {' | '.join(formulas)} |\n|---|---:|{'---:|' * len(formulas)}")
     for (base, rank), each in sizes.items():
-        sent = [f"{scaling.sent_bytes(formula(each), COUNTED_GPUS) / 1e6:,.0f}" for formula in formulas.values()]
+        sent = [f"{network_model.sent_bytes(formula(each), COUNTED_GPUS) / 1e6:,.0f}" for formula in formulas.values()]
         print(f"| {base}, {rank} | {each.adapter_elements / 1e6:.1f} M | {' | '.join(sent)} |")
     print(
         f"\n| base, rank | network | mode | {' | '.join(f'{gpus} GPUs' for gpus in GPUS)} |\n|---|---|---|{'---|' * 3}"
@@ -91,8 +91,8 @@ def tables() -> int:
     return 0
 
 
-def shares(transfers: list[scaling.Transfer], gpus: int, cluster: Cluster) -> str:
-    found = [scaling.efficiency(seconds, transfers, gpus, cluster) for seconds in COMPUTE_SECONDS]
+def shares(transfers: list[network_model.Transfer], gpus: int, cluster: Cluster) -> str:
+    found = [network_model.efficiency(seconds, transfers, gpus, cluster) for seconds in COMPUTE_SECONDS]
     return " / ".join(f"{100 * share:.0f}" for share in found)
 
 
@@ -142,9 +142,9 @@ class Measurement:
 
 def compare(blocks: list[dict], elements: int) -> list[dict]:
     """One row per speed: what was measured, what the model says."""
-    transfers = scaling.ddp(Sizes(elements))
-    payload = scaling.sent_bytes(transfers, ranks=2)
-    frames = scaling.ethernet_bytes(payload, acknowledged=payload)
+    transfers = network_model.ddp(Sizes(elements))
+    payload = network_model.sent_bytes(transfers, ranks=2)
+    frames = network_model.ethernet_bytes(payload, acknowledged=payload)
     found = []
     for speed in MEGABITS:
         at = [number for number, block in enumerate(blocks) if block["speed"] == speed]
@@ -153,11 +153,11 @@ def compare(blocks: list[dict], elements: int) -> list[dict]:
         measured = statistics.median(second for number in at for second in blocks[number]["seconds"])
         # What the speed set means for payload: it counts whole frames.
         link = Link(speed * 1e6 / 8 * payload / frames, VETH_LATENCY_SECONDS)
-        predicted = scaling.step_seconds(unbounded, transfers, 2, Cluster(1, link, link))
+        predicted = network_model.step_seconds(unbounded, transfers, 2, Cluster(1, link, link))
         sent = statistics.mean(blocks[number]["sent"] for number in at)
         found.append(
             {
-                "gradient_bytes": elements * scaling.FP32_BYTES,
+                "gradient_bytes": elements * network_model.FP32_BYTES,
                 "megabits": speed,
                 "unbounded_seconds": round(unbounded, 3),
                 "measured_seconds": round(measured, 3),
@@ -180,7 +180,7 @@ def tiny_sizes(directory: Path, rank: int) -> Sizes:
     frozen = sum(parameter.numel() for root in base.adapter_roots for parameter in root.parameters())
     attach_adapter(base, rank=rank)
     trained = sum(parameter.numel() for parameter in adapter_parameters(base).values())
-    return Sizes(trained, frozen, base_bytes=scaling.FP32_BYTES, accumulation=COUNTED_ACCUMULATION)
+    return Sizes(trained, frozen, base_bytes=network_model.FP32_BYTES, accumulation=COUNTED_ACCUMULATION)
 
 
 def measure(directory: Path) -> int:
@@ -203,7 +203,7 @@ def count(directory: Path, modes: list[str]) -> int:
     require_root()
     directory.mkdir(parents=True, exist_ok=True)
     with Network(2) as network:
-        for mode in modes or scaling.MODES:
+        for mode in modes or network_model.MODES:
             sizes = tiny_sizes(directory, COUNTED_RANK)
             job, output_dir = counted_job(directory, network, mode, engine_of(mode, directory))
             begin, before = reach(COUNTED_FROM, output_dir, job), sent(network)
@@ -211,7 +211,7 @@ def count(directory: Path, modes: list[str]) -> int:
             for part in job.parts:
                 part.kill_all()
                 part.wait()
-            payload = scaling.sent_bytes(scaling.MODES[mode](sizes), 2)
+            payload = network_model.sent_bytes(network_model.MODES[mode](sizes), 2)
             # On an unbounded link the device counts packets before they are cut into segments: hardly any headers.
             row = {"mode": mode, "counted_bytes": round(payload), "sent_bytes": round(bytes_sent / steps)}
             row |= {"sent_over_counted": round(bytes_sent / steps / payload, 3)}
@@ -266,7 +266,7 @@ def main() -> int:
     commands.add_parser("measure").add_argument("directory", type=Path)
     counting = commands.add_parser("count")
     counting.add_argument("directory", type=Path)
-    counting.add_argument("mode", nargs="*", choices=[[], *scaling.MODES], help="default: all")
+    counting.add_argument("mode", nargs="*", choices=[[], *network_model.MODES], help="default: all")
     options = parser.parse_args()
     if options.command == "tables":
         return tables()

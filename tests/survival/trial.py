@@ -37,7 +37,7 @@ SETTINGS = {
 
 def prepare(directory: Path, clips: int = 8) -> dict[str, str | int]:
     """Make a tiny base and clips below ``directory``, once; the settings of a run on them."""
-    from sa3dist.demo import synthesise_clips
+    from sa3dist.commands.demo import synthesise_clips
     from sa3dist.model.tiny import write_tiny_base
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ class ForkedTrial:
         import accelerate  # noqa: F401
         import transformers  # noqa: F401
 
-        from sa3dist import run  # noqa: F401
+        from sa3dist import pipeline  # noqa
 
         self.output_dir, self.log, self.as_agent = output_dir, log, as_agent
         self.codes: dict[int, int] = {}
@@ -271,7 +271,7 @@ def status(output_dir: Path) -> dict:
 
 def newest_intact(output_dir: Path) -> int:
     """Step of the checkpoint a restart has to continue from; 0 = none."""
-    from sa3dist.parallel import checkpoint
+    from sa3dist.training import checkpoint
 
     found = checkpoint.find(output_dir, "auto")
     return 0 if found is None else found.step

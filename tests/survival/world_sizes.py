@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from sa3dist.demo import synthesise_clips
+from sa3dist.commands.demo import synthesise_clips
 from sa3dist.model.tiny import write_tiny_base
 
 ROOT = Path(__file__).parent.parent.parent

@@ -1,0 +1,140 @@
+"""`sa3dist merge`: several adapters into one file, or adapters into the weights of a base."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sa3dist import __version__
+from sa3dist.adapters.combine import approximate, combine, merged_weight
+from sa3dist.adapters.file import BASE_KEY, AdapterFile, config_value, read_adapter_file, write_adapter_file
+from sa3dist.adapters.lazy_file import AdapterOnDisk
+from sa3dist.data.remote.local_paths import expand_home
+from sa3dist.errors import ConfigError
+from sa3dist.formats import atomic_directory, atomic_path
+from sa3dist.model.base import weight_key
+from sa3dist.model.loading import CONFIG_NAME, WEIGHTS_NAME, BaseOnDisk
+from sa3dist.model.rewrite_safetensors import rewrite_checkpoint
+from sa3dist.progress import progress
+from sa3dist.runtime.exit_status import run_program
+
+EPILOG = """\
+  sa3dist merge piano.safetensors=0.7 drums.safetensors=0.3 --output both.safetensors
+      one adapter, exactly: lora files by adding up their ranks, lora-xs files by adding up their cores
+  sa3dist merge drums.safetensors --base medium-base --output merged/
+      a whole base with the adapter inside, for any types: W0 + sum of weight * (W' - W0)
+  sa3dist merge a.safetensors b.safetensors --base medium-base --svd 64 --output both.safetensors
+      one lora of rank 64 nearest to that sum, for any types; the error of every layer is printed"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when written; 2, with one line and nothing written, when the files cannot be merged like this."""
+    made = argparse.ArgumentParser(
+        prog="sa3dist merge",
+        description="Merge adapters into one file, or into a base.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("adapters", nargs="+", metavar="FILE[=WEIGHT]", help="adapter files; a weight is 1 when left out")
+    made.add_argument("--output", type=Path, required=True, help="the new adapter file, or the new base's directory")
+    made.add_argument("--base", metavar="MODEL", help="released name or directory of the base to merge into")
+    made.add_argument("--svd", type=int, metavar="RANK", help="with --base: write a lora of this rank, not a base")
+    options = made.parse_intermixed_args(argv)
+
+    def body() -> None:
+        options.output = Path(expand_home(options.output))
+        files = [read_weighted(word) for word in options.adapters]
+        if options.svd is not None and (options.base is None or options.svd < 1):
+            raise ConfigError("--svd: needs a rank of at least 1, and --base MODEL for the weights that are changed")
+        if options.base is None:
+            write_adapter_file(options.output, *combine(files), describe(files))
+            print(f"wrote {options.output}")
+            return
+        base = BaseOnDisk.open(options.base)
+        adapters = [(AdapterOnDisk(file, base), weight) for file, weight in files]
+        for adapter, _ in adapters:
+            if adapter.of_another_base:
+                print(f"note: {adapter.file.path} was trained on another base than {options.base}", file=sys.stderr)
+        if options.svd is not None:
+            write_approximation(options.output, adapters, options.svd)
+        else:
+            into_base(options.output, base, adapters)
+
+    return run_program(body, lambda: None, lambda: 0)
+
+
+def read_weighted(word: str) -> tuple[AdapterFile, float]:
+    """An adapter file and its weight from ``FILE`` or ``FILE=WEIGHT``."""
+    path, equals, text = word.rpartition("=")
+    if not equals or os.path.isfile(word):
+        return read_adapter_file(word), 1.0
+    try:
+        weight = float(text)
+    except ValueError as error:
+        raise ConfigError(f"{word}: the weight {text!r} is not a number; expected FILE or FILE=WEIGHT") from error
+    if not math.isfinite(weight):
+        raise ConfigError(f"{word}: the weight {text!r} is not a finite number")
+    return read_adapter_file(path), weight
+
+
+def describe(files: Sequence[tuple[AdapterFile, float]]) -> dict[str, str]:
+    """Header entries of a merged file: what it was made from, and of which base where all agree."""
+    parts = [
+        {"file": file.path.name, "weight": weight, "lora_config": config_value(file.config)} for file, weight in files
+    ]
+    header = {"merged_from": json.dumps(parts), "sa3dist_version": __version__}
+    for key in (BASE_KEY, "base_model"):
+        found = {file.metadata.get(key) for file, _ in files}
+        if len(found) == 1 and None not in found:
+            header[key] = found.pop()
+    return header
+
+
+def write_approximation(output: Path, adapters: Sequence[tuple[AdapterOnDisk, float]], rank: int) -> None:
+    errors: list[float] = []
+
+    def report(name: str, error: float) -> None:
+        errors.append(error)
+        print(f"{name}: relative error {error:.3e}")
+
+    config, tensors = approximate(adapters, rank, report)
+    header = describe([(adapter.file, weight) for adapter, weight in adapters])
+    write_adapter_file(output, config, tensors, {**header, "svd_largest_relative_error": f"{max(errors):.6g}"})
+    print(f"wrote {output}: a lora of rank {rank}, relative error of a layer's change up to {max(errors):.3e}")
+
+
+def into_base(output: Path, base: BaseOnDisk, adapters: Sequence[tuple[AdapterOnDisk, float]]) -> None:
+    """Write the directory of a base whose adapted weights are merged: config, weights, text encoder where it lies
+    inside. Every other byte of the weights' data is the base's own.
+    """
+    if output.exists():
+        raise ConfigError(f"--output: {output} exists already; choose a new directory")
+    names = list(dict.fromkeys(name for adapter, _ in adapters for name in adapter.layers))
+    header = describe([(adapter.file, weight) for adapter, weight in adapters])
+    with progress("merge", len(names), shown=True) as update, atomic_directory(output) as temporary:
+        done = iter(range(1, len(names) + 1))
+
+        def merged(name: str):
+            update(next(done))
+            return merged_weight(adapters, name)
+
+        changed = {weight_key(name): (lambda name=name: merged(name)) for name in names}
+        rewrite_checkpoint(base.files.weights, temporary / WEIGHTS_NAME, changed, header)
+        copy_file(base.files.config, temporary / CONFIG_NAME)
+        folder = base.config.prompt.subfolder
+        if base.files.directory and folder and (base.files.directory / folder).is_dir():
+            for path in sorted((base.files.directory / folder).rglob("*")):
+                if path.is_file():
+                    copy_file(path, temporary / path.relative_to(base.files.directory))
+    print(f"wrote {output}: {len(names)} of {len(base.weights.shapes)} tensors changed")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)

@@ -1,0 +1,126 @@
+"""`sa3dist plan`: memory and time of a run before it is started, on this machine or on a GPU from a table."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sa3dist import config
+from sa3dist.commands.plan_calibration import RESULTS, read_results
+from sa3dist.commands.plan_predict import Job, Prediction, fit, predict
+from sa3dist.config import Settings
+from sa3dist.cost_model.devices import GPUS, THIS, Device, find_device
+from sa3dist.data.remote.local_paths import expand_home
+from sa3dist.errors import ConfigError
+from sa3dist.model.config import ModelConfig
+from sa3dist.model.loading import load_config
+from sa3dist.model.parse_config import parse_model_config
+from sa3dist.model.released import RELEASED, released_config
+from sa3dist.runtime.exit_status import run_program
+from sa3dist.wording import counted, span
+
+UNITS = {"GB": 1e9, "GIB": 1 << 30}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 with the plan on stdout, also when the run does not fit; 2 when settings or device are refused."""
+    made = argparse.ArgumentParser(prog="sa3dist plan", description="Predict memory and time of a run.")
+    made.add_argument("words", nargs="*", metavar="CONFIG.yaml|REQUEST.json|key=value", help="settings of the run")
+    made.add_argument("--gpu", default=THIS, help=f"{', '.join(GPUS)}, or {THIS} machine (default)")
+    made.add_argument("--fit", metavar="24GB", help="plan for so much memory, and propose settings that fit it")
+    made.add_argument("--ranks", type=int, default=1, help="processes, each on such a device")
+    made.add_argument("--link-gbit", type=float, metavar="X", help="gigabits/s of the slowest link between them")
+    made.add_argument("--results", type=Path, default=RESULTS, help="folder of benchmark results to calibrate with")
+    made.add_argument("--json", action="store_true", help="print everything as JSON")
+    options = made.parse_intermixed_args(argv)
+
+    def body() -> None:
+        if options.ranks < 1 or (options.link_gbit is not None and options.link_gbit <= 0):
+            raise ConfigError("--ranks and --link-gbit: expected positive numbers")
+        # A plan needs no data; where they are is nobody's business here.
+        settings = config.build({"audio_data_url": "unknown", **config.read_words(options.words)})
+        device = find_device(options.gpu)
+        here = device if options.gpu == THIS else None
+        if options.fit:
+            device = dataclasses.replace(device, memory_bytes=parse_bytes(options.fit))
+        measured = read_results(Path(expand_home(options.results)), here)
+        link = None if options.link_gbit is None else options.link_gbit * 1e9 / 8
+        job = Job.of(settings, shape_of(settings.model), options.ranks, link)
+        found = fit(job, device, measured) if options.fit else ({}, predict(job, device, measured))
+        if found is None:
+            raise ConfigError(f"--fit: nothing fits {device.memory_bytes / 1e9:g} GB; take a smaller model or rank")
+        changes, prediction = found
+        if options.json:
+            print(json.dumps(as_dict(job, device, changes, prediction), indent=2))
+        else:
+            print("\n".join(lines(job, device, changes, prediction)))
+
+    return run_program(body, lambda: None, lambda: 0)
+
+
+def shape_of(model: str) -> ModelConfig:
+    """The model's config; a released name needs no download."""
+    return parse_model_config(released_config(model), model) if model in RELEASED else load_config(model)
+
+
+def parse_bytes(text: str) -> float:
+    """``24GB``, ``24GiB`` or ``24`` (gigabytes) as bytes. Raises ConfigError for anything else."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(GB|GiB)?\s*", text, re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise ConfigError(f"--fit: {text!r} is no amount of memory; write it as 24GB")
+    return float(match[1]) * UNITS[(match[2] or "GB").upper()]
+
+
+def as_dict(job: Job, device: Device, changes: dict[str, Any], prediction: Prediction) -> dict[str, Any]:
+    planned: Settings = job.settings.model_copy(update=changes)
+    return {
+        "device": dataclasses.asdict(device),
+        "changes": {key: value for key, value in changes.items() if value is not None},
+        "peak_bytes": prediction.peak_bytes,
+        "bytes": prediction.bytes,
+        "fits": prediction.fits,
+        "recomputed_blocks": prediction.recomputed_blocks,
+        "flops_per_step": prediction.flops,
+        "step_seconds": prediction.step_seconds,
+        "seconds": prediction.seconds,
+        "limit": prediction.limit,
+        "total_seconds": prediction.step_seconds * planned.number_of_steps,
+        "factor": dataclasses.asdict(prediction.factor),
+    }
+
+
+def lines(job: Job, device: Device, changes: dict[str, Any], prediction: Prediction) -> list[str]:
+    """The plan for a terminal, a fact a line."""
+    settings = job.settings.model_copy(update=changes)
+    seconds = settings.duration or job.frames * job.config.samples_per_frame / job.config.sample_rate_hz
+    assumed = "" if settings.duration else " (no duration given: the model's full length)"
+    peak, step = prediction.peak_bytes, prediction.step_seconds
+    parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in prediction.bytes.items() if value)
+    times = ", ".join(f"{name} {value:.3g}" for name, value in prediction.seconds.items() if value)
+    size = job.value_bytes
+    made = [
+        f"run       {settings.model}, {settings.adapter_type} rank {settings.rank}, micro batches of "
+        f"{settings.batch_size} x {seconds:.1f} s{assumed}, base in {settings.base_precision}",
+        f"device    {device.name}: {device.memory_bytes / 1e9:.0f} GB, {device.flops_per_second(size) / 1e12:.3g} "
+        f"TFLOP/s, {device.bytes_per_second / 1e9:.0f} GB/s ({device.source})",
+        f"memory    {peak / 1e9:.1f} GB at the peak, {'fits' if prediction.fits else 'DOES NOT FIT'}: {parts} GB",
+        f"          {prediction.recomputed_blocks} of {job.config.dit.depth} blocks recomputed",
+        f"step      {step:.3g} s for {prediction.flops / 1e12:.3g} TFLOP: {times} s",
+        f"limit     {prediction.limit}",
+        f"total     {counted(settings.number_of_steps, 'step')} in {span(step * settings.number_of_steps)}, "
+        f"without start-up and encoding",
+        f"evidence  time: {prediction.factor.evidence}{_spread(prediction)}",
+        "          memory: counted from shapes" + ("; host: launches estimated" if prediction.seconds["host"] else ""),
+    ]
+    wanted = [f"{key}={value}" for key, value in changes.items() if value is not None]
+    return made + ([f"change    {' '.join(wanted)}"] if wanted else [])
+
+
+def _spread(prediction: Prediction) -> str:
+    spread = prediction.factor.spread
+    return "" if spread is None else f", single ones between {spread[0]:.2f} and {spread[1]:.2f} of the prediction"

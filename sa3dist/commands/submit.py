@@ -1,0 +1,190 @@
+"""`sa3dist submit`: start a run on this machine, under Slurm or on Kubernetes, from one request."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sa3dist import config
+from sa3dist.config import Settings
+from sa3dist.errors import ConfigError, EnvironmentFailure
+from sa3dist.runtime.exit_status import run_program
+
+
+@dataclasses.dataclass(frozen=True)
+class Submission:
+    """What to run and where: the words of a training command, its checked settings, and the options of submit."""
+
+    words: list[str]
+    settings: Settings
+    options: argparse.Namespace
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when submitted, 2 when the settings are refused, 70 when the backend is; the local backend becomes the run."""
+    options = parser().parse_intermixed_args(argv)
+
+    def body() -> None:
+        # Refused here rather than after hours in a queue.
+        settings = config.build(config.read_words(options.words))
+        # Local and Slurm runs use this installation; Slurm hands the environment on.
+        os.environ.setdefault("SA3DIST_PYTHON", sys.executable)
+        BACKENDS[options.backend](Submission(options.words, settings, options))
+
+    # The run itself writes the status of its output directory.
+    return run_program(body, lambda: None, lambda: 0)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="sa3dist submit", description="Start a training run on a backend.")
+    made.add_argument("words", nargs="+", metavar="CONFIG.yaml|REQUEST.json|key=value", help="as for sa3dist train")
+    made.add_argument("--backend", required=True, choices=BACKENDS)
+    made.add_argument("--dry-run", action="store_true", help="print what would be submitted, and submit nothing")
+    made.add_argument(
+        "--processes", type=_count, metavar="N", help="processes per node; unset = all GPUs, or 8 asked for"
+    )
+    made.add_argument("--nodes", type=_count, default=1, metavar="N", help="nodes (slurm, kubernetes)")
+    made.add_argument("--option", action="append", default=[], help="passed on to sbatch or kubectl apply; may repeat")
+    made.add_argument("--image", default="sa3dist:0.1.0", help="container image (kubernetes)")
+    made.add_argument("--volume", default="sa3dist-data", help="volume claim mounted at /data (kubernetes)")
+    return made
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 1 or more")
+    return int(text)
+
+
+def launch_file(name: str) -> Path:
+    """A file of launch/: installed inside the package, or beside it in the source tree."""
+    package = Path(__file__).parents[1]
+    installed = package / "launch" / name
+    return installed if installed.exists() else package.parent / "launch" / name
+
+
+def local(run: Submission) -> None:
+    """Become launch/local.sh, so that signals and exit code need no one in between."""
+    if run.options.nodes > 1:
+        raise ConfigError(f"submit: --nodes {run.options.nodes} needs --backend slurm or kubernetes")
+    processes = ["-n", str(run.options.processes)] if run.options.processes else []
+    command = ["bash", str(launch_file("local.sh")), *processes, *run.words]
+    if run.options.dry_run:
+        print(_with_environment(command))
+    else:
+        os.execvp(command[0], command)
+
+
+def slurm(run: Submission) -> None:
+    """Queue a batch script that is queued again when interrupted."""
+    processes, nodes = run.options.processes, run.options.nodes
+    script = launch_file("slurm/multi_node.sbatch" if nodes > 1 else "slurm/preemptible.sbatch")
+    asked = [f"--job-name={label(run.settings.name)}", f"--nodes={nodes}"]
+    asked += [f"--gpus-per-node={processes}"] if processes else []
+    command = ["sbatch", "--parsable", *asked, *run.options.option, str(script), *run.words]
+    if run.options.dry_run:
+        print(f"# {_with_environment(command)}\n{script.read_text(encoding='utf-8')}", end="")
+    else:
+        print(_answer(command))
+
+
+def _with_environment(command: list[str]) -> str:
+    return shlex.join([f"SA3DIST_PYTHON={os.environ['SA3DIST_PYTHON']}", *command])
+
+
+def kubernetes(run: Submission) -> None:
+    """Apply the settings as a ConfigMap, and a Job, or a JobSet where there are several nodes."""
+    typed = config.read_words(run.words)
+    for key in ("output_dir", "work_dir"):
+        if str(typed.get(key) or "").startswith("~"):
+            raise ConfigError(f"{key}: {typed[key]} is a home of this machine; give its path in the pod, below /data")
+        if not Path(getattr(run.settings, key)).is_absolute():
+            raise ConfigError(f"{key}: {getattr(run.settings, key)} is relative; give its path in the pod, below /data")
+    documents = [_config_map(run), _job(run) if run.options.nodes == 1 else _job_set(run)]
+    text = yaml.safe_dump_all(documents, sort_keys=False, width=120)
+    if run.options.dry_run:
+        print(text, end="")
+    else:
+        print(_answer(["kubectl", "apply", *run.options.option, "--filename=-"], text))
+
+
+BACKENDS: dict[str, Callable[[Submission], None]] = {"local": local, "slurm": slurm, "kubernetes": kubernetes}
+
+
+def _answer(command: list[str], text: str | None = None) -> str:
+    """Run a scheduler's client. Raises EnvironmentFailure with what it said."""
+    try:
+        done = subprocess.run(command, input=text, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise EnvironmentFailure(
+            f"submit: {command[0]} is not installed here; --dry-run shows what it would get"
+        ) from error
+    if done.returncode != 0:
+        said = " ".join((done.stderr or done.stdout).split())
+        raise EnvironmentFailure(f"submit: {command[0]} refused ({done.returncode}): {said}")
+    return done.stdout.strip()
+
+
+def label(name: str) -> str:
+    """A run's name as a DNS label, short enough for what JobSet appends to it."""
+    kept = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-")
+    return kept if kept[:1].isalpha() else f"run-{kept}".strip("-")
+
+
+def _config_map(run: Submission) -> dict[str, Any]:
+    values = config.read_words(run.words) | {key: str(getattr(run.settings, key)) for key in ("output_dir", "work_dir")}
+    name = f"{label(run.settings.name)}-config"
+    text = yaml.safe_dump(values, sort_keys=False)
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {"config.yaml": text}}
+
+
+def _template(file: str, run: Submission) -> dict[str, Any]:
+    template = yaml.safe_load(launch_file(f"kubernetes/{file}").read_text(encoding="utf-8"))
+    template["metadata"]["name"] = label(run.settings.name)
+    return template
+
+
+def _job(run: Submission) -> dict[str, Any]:
+    job = _template("job.yaml", run)
+    container = _fill_pod(job["spec"]["template"]["spec"], run)
+    if run.options.processes:
+        at = next(i for i, word in enumerate(container["command"]) if word.startswith("--nproc-per-node="))
+        container["command"][at] = f"--nproc-per-node={run.options.processes}"
+    return job
+
+
+def _job_set(run: Submission) -> dict[str, Any]:
+    job_set = _template("jobset.yaml", run)
+    job = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]
+    job["completions"] = job["parallelism"] = run.options.nodes
+    name = job_set["metadata"]["name"]
+    changes = {"PET_NNODES": str(run.options.nodes), "PET_MASTER_ADDR": f"{name}-node-0-0.{name}"}
+    if run.options.processes:
+        changes["PET_NPROC_PER_NODE"] = str(run.options.processes)
+    for variable in _fill_pod(job["template"]["spec"], run)["env"]:
+        if variable["name"] in changes:
+            variable["value"] = changes[variable["name"]]
+    return job_set
+
+
+def _fill_pod(pod: dict[str, Any], run: Submission) -> dict[str, Any]:
+    """Put this run's image, GPUs, volume, settings and directory into a pod; its container."""
+    container = pod["containers"][0]
+    container["image"] = run.options.image
+    if run.options.processes:
+        container["resources"]["limits"]["nvidia.com/gpu"] = run.options.processes
+    container["livenessProbe"]["exec"]["command"][2:] = [str(run.settings.output_dir)]
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    volumes["data"]["persistentVolumeClaim"]["claimName"] = run.options.volume
+    volumes["config"]["configMap"]["name"] = f"{label(run.settings.name)}-config"
+    return container

@@ -1,0 +1,138 @@
+"""What devices can do: public figures of GPUs, and the ceilings of this machine, measured in a second."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import torch
+
+from sa3dist.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A device's ceilings: memory in bytes, dense operations per second by number format, bytes per second.
+
+    source   where the figures come from: the maker's page, or "measured here"
+    """
+
+    name: str
+    memory_bytes: float
+    bf16_flops: float
+    fp32_flops: float
+    bytes_per_second: float
+    source: str
+    on_gpu: bool = True
+
+    @property
+    def runs_kernels(self) -> bool:
+        """Whether ``auto`` takes the Triton kernels there: what has units for bfloat16 has all else that they need."""
+        return self.on_gpu and self.bf16_flops > self.fp32_flops
+
+    def flops_per_second(self, value_bytes: int) -> float:
+        return self.bf16_flops if value_bytes == 2 else self.fp32_flops
+
+
+_NVIDIA = "https://www.nvidia.com/en-us/data-center"
+_ADA = "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"
+_AMPERE = "https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf"
+# Name, gigabytes, dense bfloat16 and float32 TFLOP/s (accumulated in float32, without sparsity and TF32), GB/s, source.
+_DATASHEETS = (
+    ("H200", 141, 989, 67, 4800, f"{_NVIDIA}/h200/"),
+    ("H100", 80, 989, 67, 3350, f"{_NVIDIA}/h100/ (SXM)"),
+    ("H100-PCIe", 80, 756, 51, 2000, f"{_NVIDIA}/h100/ (PCIe)"),
+    ("A100-80", 80, 312, 19.5, 2039, f"{_NVIDIA}/a100/ (SXM, 80 GB)"),
+    ("A100-40", 40, 312, 19.5, 1555, f"{_NVIDIA}/a100/ (40 GB)"),
+    ("L40S", 48, 362, 91.6, 864, f"{_NVIDIA}/l40s/"),
+    ("L4", 24, 121, 30.3, 300, f"{_NVIDIA}/l4/"),
+    ("A10", 24, 125, 31.2, 600, f"{_NVIDIA}/products/a10-gpu/"),
+    ("RTX-4090", 24, 165.2, 82.6, 1008, _ADA),
+    ("RTX-3090", 24, 71, 35.6, 936, _AMPERE),
+    # Turing has no bfloat16 units: its products run as float32.
+    ("T4", 16, 8.1, 8.1, 320, f"{_NVIDIA}/tesla-t4/"),
+)
+GPUS = {
+    name: Device(name, memory * 1e9, bf16 * 1e12, fp32 * 1e12, bandwidth * 1e9, source)
+    for name, memory, bf16, fp32, bandwidth, source in _DATASHEETS
+}
+THIS = "this"
+# Products of this size and copies of this many bytes are beyond caches and short on any device.
+SQUARE, COPY_BYTES, REPEATS = 2048, 256 << 20, 5
+
+
+def find_device(name: str) -> Device:
+    """A GPU of the table by name, spelled with or without dashes, or ``this`` machine, measured.
+
+    Raises ConfigError, listing the names, for another one.
+    """
+    if name == THIS:
+        return this_machine()
+    wanted = _plain(name)
+    for known, device in GPUS.items():
+        if wanted in (_plain(known), _plain(known).removeprefix("rtx"), _plain(known).removesuffix("80") + "80gb"):
+            return device
+    raise ConfigError(f"--gpu: {name!r} is not in the table; choose {', '.join(GPUS)}, or {THIS}")
+
+
+def datasheet_of(name: str) -> Device | None:
+    """The table's entry for a device as its driver names it, such as ``NVIDIA H200``."""
+    words = set(name.upper().replace("-", " ").split())
+    matches = [device for known, device in GPUS.items() if set(known.upper().replace("-", " ").split()) <= words]
+    matches += [GPUS["A100-80" if "80GB" in words else "A100-40"]] if "A100" in words else []
+    return matches[-1] if matches else None
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+def this_machine(device: torch.device | None = None) -> Device:
+    """A device of this machine with its ceilings measured: large products and copies, best of a few.
+
+    device   None is the one training would run on here
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    flops = {dtype: _product_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, memory = properties.name, properties.total_memory
+    else:
+        from sa3dist_kernels.frozen_products import product_dtype
+
+        from sa3dist.training.memory import free_bytes
+
+        name, memory = "this CPU", free_bytes(device)
+        if product_dtype(torch.bfloat16, device) == torch.float32:
+            flops[torch.bfloat16] = flops[torch.float32]
+    rate = _copy_rate(device)
+    return Device(
+        name, memory, flops[torch.bfloat16], flops[torch.float32], rate, "measured here", device.type == "cuda"
+    )
+
+
+def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    # A CPU that emulates bfloat16 would take minutes; it is told apart by one small product.
+    side = SQUARE if device.type == "cuda" or dtype == torch.float32 else SQUARE // 8
+    one, other = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / _best_seconds(lambda: one @ other, device)
+
+
+def _copy_rate(device: torch.device) -> float:
+    source = torch.zeros(COPY_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / _best_seconds(lambda: target.copy_(source), device)
+
+
+def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
+    best = float("inf")
+    for _ in range(REPEATS + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return best

@@ -1,0 +1,1 @@
+"""Micro batches from latents: order, draws, loader processes, streaming."""

@@ -1,0 +1,57 @@
+"""What loader processes hand over to the main one, the signals they leave to it, and their end when they hang."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import signal
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch.utils.data import get_worker_info
+
+from sa3dist.errors import Interrupted
+from sa3dist.runtime.exit_status import no_shared_memory
+from sa3dist.runtime.signals import SIGNALS, kill_loaders
+
+
+def share(tensors: Iterable[torch.Tensor]) -> None:
+    """In a loader process, put tensors where the main one can take them from. Raises EnvironmentFailure without room.
+
+    The loader would do so in a thread, whose failure nobody hears of: the main process would wait for ever.
+    """
+    if get_worker_info() is None:
+        return
+    try:
+        for tensor in tensors:
+            tensor.share_memory_()
+    except RuntimeError as error:
+        raise no_shared_memory(str(error)) from error
+
+
+@contextlib.contextmanager
+def naming_shared_memory() -> Iterator[None]:
+    """Where locks and queues of loader processes are made, which lie there too. Raises EnvironmentFailure."""
+    try:
+        yield
+    except OSError as error:
+        # One that names a file is about that.
+        if error.errno == errno.ENOSPC and error.filename is None:
+            raise no_shared_memory(error.strerror) from error
+        raise
+
+
+@contextlib.contextmanager
+def hanging_processes_left_behind() -> Iterator[None]:
+    """Where a wait for the loader is broken off: it would wait for each of its processes in turn, for 5 s."""
+    try:
+        yield
+    except Interrupted:
+        kill_loaders()
+        raise
+
+
+def leave_signals_to_the_main_process(worker: int) -> None:
+    # A terminal's Ctrl-C and Slurm's signals reach the whole process group; a worker that dies of one fails the step.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,332 @@
+"""The seeded stream of training samples: slot → clip → crop → noised micro batch, a pure function of the seed.
+
+A slot is the position of a sample in the endless stream. Every draw is keyed by (seed, purpose, slot), so which rank or
+worker makes a sample changes nothing.
+
+Suffixes: B clips, D latent channels, T latent frames, L prompt tokens, H prompt features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from sa3dist import flow
+from sa3dist.data.batches.handover import (
+    hanging_processes_left_behind,
+    leave_signals_to_the_main_process,
+    naming_shared_memory,
+    share,
+)
+from sa3dist.data.batches.order import clip_order, micro_batch_slots
+from sa3dist.data.latents.cache import ClipLatents, EncodedClips
+from sa3dist.data.source.audio import resampled_length
+from sa3dist.errors import SA3DistError
+from sa3dist.formats import ClipEntry
+from sa3dist.model.config import ShiftConfig
+from sa3dist.model.packing import FilledPacking, Packing
+
+# A crop quieter than this is drawn again; source: spec/training.md 4.2, item 5 (-60 dBFS).
+SILENCE_PEAK = 1e-3
+MAX_CROP_DRAWS = 8
+# Prompt lengths are rounded up to whole steps of this many tokens.
+PROMPT_STEP = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamSettings:
+    """What the samples depend on besides the clips themselves. ``shift`` is the base's, None where it has none.
+
+    bucket_batches   micro batches whose clips are sorted by length together; 1 = plain shuffle
+    """
+
+    seed: int
+    micro_batch: int
+    crop_frames: int
+    prompt_dropout: float
+    seconds_total_of: str
+    shift: ShiftConfig | None
+    bucket_batches: int = 1
+
+
+@dataclasses.dataclass
+class MicroBatch:
+    """One micro batch, ready for the step.
+
+    keep_BT       None when every frame counts
+    hidden_BLH    may end in one position that is padding in every clip and stands for the rest of ``prompt_length``
+    packing       of keep_BT: the frames the network computes; None with it
+    has_context   whether any frame is given as context: known here, where asking does not stop the device
+    repeated_clips   how many a stream without an index gave before; 0 where every clip comes once per epoch
+    """
+
+    clips: list[str]
+    latents_BDT: torch.Tensor
+    noised_BDT: torch.Tensor
+    target_BDT: torch.Tensor
+    t_B: torch.Tensor
+    keep_BT: torch.Tensor | None
+    inpaint_mask_B1T: torch.Tensor
+    hidden_BLH: torch.Tensor
+    prompt_mask_BL: torch.Tensor
+    seconds_total_B: torch.Tensor
+    drop_cross_B: torch.Tensor
+    has_context: bool
+    silent_crops: int
+    repeated_clips: int = 0
+    prompt_length: int | None = None
+    packing: Packing | FilledPacking | None = None
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro batch with its tensors on ``device``."""
+        return self._each(lambda value: value.to(device, non_blocking=True))
+
+    def pin_memory(self) -> MicroBatch:
+        return self._each(lambda value: value.pin_memory())
+
+    def clone(self) -> MicroBatch:
+        return self._each(lambda value: value.clone())
+
+    def tensors(self) -> list[torch.Tensor]:
+        packed = [] if self.packing is None else vars(self.packing).values()
+        return [value for value in (*vars(self).values(), *packed) if isinstance(value, torch.Tensor)]
+
+    def _each(self, change: Callable) -> MicroBatch:
+        movable = {
+            name: value
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor | Packing | FilledPacking)
+        }
+        return dataclasses.replace(self, **{name: change(value) for name, value in movable.items()})
+
+
+def without_common_padding(hidden_BLH: torch.Tensor, mask_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompt features and mask up to the longest prompt and at least one position of padding.
+
+    All padding is alike, so one position can stand for the rest. Cut to whole PROMPT_STEPs: few different shapes.
+    """
+    used = int(mask_BL.sum(1).max())
+    length = min((used // PROMPT_STEP + 1) * PROMPT_STEP, mask_BL.shape[1])
+    return hidden_BLH[:, :length].contiguous(), mask_BL[:, :length].contiguous()
+
+
+def polarity_of_slot(seed: int, slot: int) -> bool:
+    """Whether the clip is phase-flipped in this slot: probability 1/2 (spec/training.md 4.2, item 6)."""
+    return bool(torch.rand(1, generator=flow.generator_for(seed, "flip", slot)) < 0.5)
+
+
+def micro_indices(first_step: int, last_step: int, accumulation: int, dist_rank: int, world_size: int) -> Iterator[int]:
+    """Micro batches of one rank for steps first_step..last_step, counted from 1, in the order it trains on them."""
+    for step in range(first_step, last_step + 1):
+        for round_ in range(accumulation):
+            yield ((step - 1) * accumulation + round_) * world_size + dist_rank
+
+
+class MicroBatches(Dataset):
+    """Micro batch by its global index: the loader's workers do the reading, cropping, drawing and coupling."""
+
+    def __init__(self, encoded: EncodedClips, settings: StreamSettings) -> None:
+        self.encoded = encoded
+        self.settings = settings
+        lengths = [min(settings.crop_frames, frames_of(clip, encoded)) for clip in encoded.clips]
+        self.order = clip_order(settings.seed, lengths, settings.micro_batch, settings.bucket_batches)
+
+    def __len__(self) -> int:
+        raise TypeError("the stream of micro batches has no end")
+
+    def __getitem__(self, micro_index: int) -> MicroBatch | SA3DistError:
+        slots = micro_batch_slots(micro_index, self.settings.micro_batch)
+        try:
+            batch = collate([self._sample(slot) for slot in slots], self.settings)
+            share(batch.tensors())
+            return batch
+        except SA3DistError as problem:
+            # As a value: the loader would bury its one line under a worker's traceback.
+            return problem
+
+    def _sample(self, slot: int) -> Sample:
+        clip = self.encoded.clips[self.order.clip_of_slot(slot)]
+        latents = self.encoded.latents(clip, polarity_of_slot(self.settings.seed, slot))
+        return draw_sample(slot, clip, latents, self.encoded.prompt(clip.caption), self.settings, self.encoded)
+
+
+def draw_sample(
+    slot: int,
+    clip: ClipEntry,
+    latents: ClipLatents,
+    prompt: tuple[torch.Tensor, torch.Tensor],
+    settings: StreamSettings,
+    framing: EncodedClips,
+) -> Sample:
+    """Draw the crop, the extension and the prompt's dropout of one slot.
+
+    latents   in the slot's polarity        prompt    features and mask of the caption
+    """
+    seed, limit = settings.seed, settings.crop_frames
+    start, silent = draw_crop(latents.peaks_T, limit, seed, slot)
+    valid = min(latents.valid_frames - start, limit)
+    mean_frames = flow.masks.EXTENSION_SECONDS * framing.sample_rate_hz / framing.samples_per_frame
+    extension = flow.draw_extension(mean_frames, flow.generator_for(seed, "extension", slot))
+    frames = min(limit, valid + extension)
+    file_seconds = math.ceil(clip.seconds)
+    crop_seconds = math.ceil(min(clip.seconds, limit * framing.samples_per_frame / framing.sample_rate_hz))
+    seconds_total = file_seconds if settings.seconds_total_of == "file" else crop_seconds
+    dropped = torch.rand(1, generator=flow.generator_for(seed, "prompt_dropout", slot)) < settings.prompt_dropout
+    return Sample(
+        slot=slot,
+        clip=clip.key,
+        # Coupling looks at whole crops, with the silence behind short clips.
+        latents_DT=latents.window(start, limit if settings.micro_batch > 1 else frames),
+        frames=frames,
+        seconds_total=float(seconds_total),
+        hidden_LH=prompt[0],
+        prompt_mask_L=prompt[1],
+        dropped=bool(dropped),
+        silent=silent,
+        effective_frames=flow.effective_frames(seconds_total, framing.sample_rate_hz, framing.samples_per_frame),
+    )
+
+
+def frames_of(clip: ClipEntry, encoded: EncodedClips) -> int:
+    """Latent frames that hold sound of the whole clip."""
+    samples = resampled_length(clip.samples, clip.sample_rate_hz, encoded.sample_rate_hz)
+    return -(-samples // encoded.samples_per_frame)
+
+
+@dataclasses.dataclass
+class Sample:
+    """One slot's part of a micro batch; latents_DT is what its noise is coupled with, frames what is trained on."""
+
+    slot: int
+    clip: str
+    latents_DT: torch.Tensor
+    frames: int
+    seconds_total: float
+    hidden_LH: torch.Tensor
+    prompt_mask_L: torch.Tensor
+    dropped: bool
+    silent: bool
+    effective_frames: int
+
+
+def draw_crop(peaks_T: torch.Tensor, limit: int, seed: int, slot: int) -> tuple[int, bool]:
+    """Start frame of the crop, and whether it is silent after the last draw allowed."""
+    spare = len(peaks_T) - limit
+    if spare <= 0:
+        return 0, bool(peaks_T.max() < SILENCE_PEAK)
+    for attempt in range(MAX_CROP_DRAWS + 1):
+        start = int(torch.randint(0, spare + 1, (1,), generator=flow.generator_for(seed, "crop", slot, attempt)))
+        if peaks_T[start : start + limit].max() >= SILENCE_PEAK:
+            return start, False
+    return start, True
+
+
+def collate(samples: list[Sample], settings: StreamSettings) -> MicroBatch:
+    """Draw each slot's t, noise and mask; pad to the longest sample; couple, mix and form the target."""
+    seed = settings.seed
+    lengths = [sample.frames for sample in samples]
+    longest = max(lengths)
+    latents_BDT = torch.stack([sample.latents_DT for sample in samples])
+    channels, drawn_frames = latents_BDT.shape[1:]
+    noise_BDT = torch.stack(
+        [flow.draw_noise(drawn_frames, channels, flow.generator_for(seed, "noise", sample.slot)) for sample in samples]
+    )
+    # Over whole crops as the reference couples, whatever is cut off afterwards.
+    noise_BDT = noise_BDT[flow.couple_noise(latents_BDT, noise_BDT)]
+    latents_BDT, noise_BDT = latents_BDT[..., :longest].contiguous(), noise_BDT[..., :longest].contiguous()
+    inpaint_mask_B1T = torch.zeros(len(samples), 1, longest)
+    t_B = torch.empty(len(samples))
+    for row, (sample, frames) in enumerate(zip(samples, lengths, strict=True)):
+        mask = flow.draw_inpaint_mask(frames, frames, flow.generator_for(seed, "inpaint", sample.slot))
+        inpaint_mask_B1T[row, 0, :frames] = mask
+        t_B[row] = flow.sample_timesteps(1, flow.generator_for(seed, "timestep", sample.slot))
+    effective_B = torch.tensor([sample.effective_frames for sample in samples])
+    if settings.shift is not None:
+        shift = settings.shift
+        lengths_and_shifts = shift.min_length, shift.max_length, shift.base_shift, shift.max_shift
+        t_B = flow.shift_timesteps(t_B, effective_B, *lengths_and_shifts)
+    noised_BDT, target_BDT = flow.noise_latents(latents_BDT, noise_BDT, t_B)
+    hidden_BLH, prompt_mask_BL = without_common_padding(
+        torch.stack([sample.hidden_LH for sample in samples]), torch.stack([sample.prompt_mask_L for sample in samples])
+    )
+    keep_BT = None
+    if min(lengths) < longest:
+        keep_BT = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
+    return MicroBatch(
+        clips=[sample.clip for sample in samples],
+        latents_BDT=latents_BDT,
+        noised_BDT=noised_BDT,
+        target_BDT=target_BDT,
+        t_B=t_B,
+        keep_BT=keep_BT,
+        packing=None if keep_BT is None else Packing.of(keep_BT),
+        inpaint_mask_B1T=inpaint_mask_B1T,
+        hidden_BLH=hidden_BLH,
+        prompt_mask_BL=prompt_mask_BL,
+        seconds_total_B=torch.tensor([sample.seconds_total for sample in samples]),
+        drop_cross_B=torch.tensor([sample.dropped for sample in samples]),
+        has_context=bool(inpaint_mask_B1T.any()),
+        silent_crops=sum(sample.silent for sample in samples),
+        prompt_length=len(samples[0].prompt_mask_L),
+    )
+
+
+def loader(
+    batches: MicroBatches,
+    indices: Iterator[int],
+    before: Callable[[int], None],
+    num_workers: int,
+    device: torch.device,
+    after: Callable[[int], None] | None = None,
+) -> Generator[MicroBatch, None, None]:
+    """Micro batches in the order of ``indices``, prepared ahead by worker processes.
+
+    before   called in this process with each index just before its micro batch is handed to a worker; encodes what a
+             first use still lacks. What it raises ends the stream, also ahead of what the workers have ready
+    after    called with each index when its micro batch has come back
+    """
+    issued: deque[int] = deque()
+    problems: list[Exception] = []
+
+    class Order:
+        def __iter__(self) -> Iterator[int]:
+            try:
+                for index in indices:
+                    before(index)
+                    issued.append(index)
+                    yield index
+            except Exception as problem:
+                # Raised through the loader it would hold on to it, and so to processes that the exit waits for.
+                problems.append(problem)
+
+    ready = DataLoader(
+        batches,
+        sampler=Order(),
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals_to_the_main_process,
+    )
+    # By a name: the loop alone would let go of the processes, and wait for them, before they can be killed.
+    with naming_shared_memory():
+        handed = iter(ready)
+    try:
+        with hanging_processes_left_behind():
+            for batch in handed:
+                if problems:
+                    break
+                if isinstance(batch, SA3DistError):
+                    raise batch
+                index = issued.popleft()
+                if after:
+                    after(index)
+                yield batch.to(device)
+    finally:
+        del handed
+    if problems:
+        raise problems[0]

@@ -1,0 +1,1 @@
+"""Latents and prompt features on disk: the cache, latent shards, crops."""

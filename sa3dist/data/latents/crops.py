@@ -1,0 +1,175 @@
+"""Latents of crops instead of whole clips: each crop is encoded by itself, as the reference does it every step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from sa3dist.data.batches.micro_batch import draw_crop, polarity_of_slot
+from sa3dist.data.batches.order import ClipOrder, micro_batch_slots
+from sa3dist.data.batches.read_ahead import ReadAhead
+from sa3dist.data.latents.cache import ENCODING_VERSION, EncodedClips, frame_peaks
+from sa3dist.data.latents.tensor_files import read_tensors, write_tensors
+from sa3dist.data.source.audio import load_clip_audio
+from sa3dist.formats import STALE_SECONDS, ClipEntry, digest_of
+
+
+@dataclasses.dataclass(frozen=True)
+class CropLatents:
+    """The crops of one clip in one polarity, as ``ClipLatents`` shows the whole: the file of a crop is read when asked.
+
+    peaks_T   float32 (valid_frames,): largest absolute sample of each frame of the whole clip
+    """
+
+    peaks_T: torch.Tensor
+    read: Callable[[int], torch.Tensor]
+
+    @property
+    def valid_frames(self) -> int:
+        return len(self.peaks_T)
+
+    def window(self, start: int, frames: int) -> torch.Tensor:
+        """The first ``frames`` of the crop that begins at ``start``, float32 (D, frames)."""
+        return self.read(start)[:, :frames]
+
+
+class EncodedCrops(EncodedClips):
+    """Reader and writer of single crops. A clip shorter than the crop is padded with zeros first, as in the reference.
+
+    crop_frames   length of every crop in latent frames
+    keep          crops stay in the work directory for the next epoch and run; otherwise until they have been used
+    """
+
+    def __init__(self, *args, crop_frames: int, keep: bool) -> None:
+        super().__init__(*args)
+        self._limit = crop_frames
+        self._peaks_dir = self._latents_dir.with_name("peaks")
+        self.keep = keep
+        if not keep:
+            self._latents_dir.mkdir(parents=True, exist_ok=True)
+            for leftover in self._latents_dir.glob(".on-the-fly-*"):
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
+                        shutil.rmtree(leftover, ignore_errors=True)
+            # Each process its own: it alone knows when a crop has been used.
+            self._latents_dir = Path(tempfile.mkdtemp(prefix=".on-the-fly-", dir=self._latents_dir))
+            weakref.finalize(self, shutil.rmtree, self._latents_dir, ignore_errors=True)
+
+    def peaks_path(self, clip: ClipEntry) -> Path:
+        name = digest_of("peaks", str(self.sample_rate_hz), str(self.samples_per_frame), clip.audio_sha256)
+        return self._peaks_dir / name[:2] / f"{name}.safetensors"
+
+    def crop_path(self, clip: ClipEntry, flipped: bool, start: int) -> Path:
+        place = f"{start}+{self._limit}"
+        name = digest_of(ENCODING_VERSION, "crop", self._autoencoder, clip.audio_sha256, str(flipped), place)
+        return self._latents_dir / name[:2] / f"{name}.safetensors"
+
+    def latents(self, clip: ClipEntry, flipped: bool) -> CropLatents:
+        """Raises EnvironmentFailure, naming file and clip, when a file is damaged or holds a non-finite value."""
+
+        def read(start: int) -> torch.Tensor:
+            path = self.crop_path(clip, flipped, start)
+            return read_tensors(path, f"crop at frame {start} of clip {clip.key}")["latents"]
+
+        return CropLatents(read_tensors(self.peaks_path(clip), f"peaks of clip {clip.key}")["peaks"], read)
+
+    def load_slot(self, clip: ClipEntry, seed: int, slot: int) -> torch.Tensor | None:
+        """What ``slot`` needs of its clip, float32 (2, crop_frames x samples_per_frame); None where that is encoded.
+
+        Any thread may call it. A clip that is looked at for the first time is decoded whole, to know where it is loud.
+        """
+        audio_CN = None
+        if not self.peaks_path(clip).exists():
+            audio_CN = load_clip_audio(self.index, clip, self.sample_rate_hz)
+            write_tensors(self.peaks_path(clip), {"peaks": frame_peaks(audio_CN, self.samples_per_frame)})
+        path, start, flipped = self._crop_of_slot(clip, seed, slot)
+        if path.exists():
+            return None
+        first, end = start * self.samples_per_frame, (start + self._limit) * self.samples_per_frame
+        if audio_CN is None:
+            part_CN = load_clip_audio(self.index, clip, self.sample_rate_hz, first, end)
+        else:
+            part_CN = audio_CN[:, first:end]
+        padded_CN = torch.zeros(part_CN.shape[0], end - first)
+        padded_CN[:, : part_CN.shape[1]] = -part_CN if flipped else part_CN
+        return padded_CN
+
+    def encode_slot(self, base, clip: ClipEntry, seed: int, slot: int, loaded_CN: torch.Tensor | None = None) -> Path:
+        """Encode what ``slot`` needs of its clip unless that is done already; returns the crop's file.
+
+        loaded_CN   what ``load_slot`` has returned; another micro batch may have let the file go since
+        """
+        if loaded_CN is None:
+            loaded_CN = self.load_slot(clip, seed, slot)
+        path, _, _ = self._crop_of_slot(clip, seed, slot)
+        if loaded_CN is not None and not path.exists():
+            latents_1DT = base.encode_audio(loaded_CN[None].to(base.device))
+            write_tensors(path, {"latents": latents_1DT[0].float().cpu().contiguous()})
+        return path
+
+    def _crop_of_slot(self, clip: ClipEntry, seed: int, slot: int) -> tuple[Path, int, bool]:
+        """The file of the slot's crop, its first frame, and whether it is flipped."""
+        peaks_T = read_tensors(self.peaks_path(clip), f"peaks of clip {clip.key}")["peaks"]
+        start, _ = draw_crop(peaks_T, self._limit, seed, slot)
+        flipped = polarity_of_slot(seed, slot)
+        return self.crop_path(clip, flipped, start), start, flipped
+
+    @property
+    def crop_bytes(self) -> int:
+        """Of what ``load_slot`` returns."""
+        return 8 * self._limit * self.samples_per_frame
+
+
+class CropsInFlight:
+    """Encodes the crops of micro batches on their way to the step, and lets go of them when they have been used."""
+
+    def __init__(
+        self,
+        base,
+        encoded: EncodedCrops,
+        order: ClipOrder,
+        micro_batch: int,
+        before_work: Callable[[str], None] = lambda doing: None,
+        check_stop: Callable[[], None] = lambda: None,
+    ) -> None:
+        """before_work: called with what is about to be done; what it, or check_stop, raises ends the step."""
+        self._before_work = before_work
+        self._base, self._encoded, self._order, self._micro_batch = base, encoded, order, micro_batch
+        self.audio = ReadAhead(self._read, micro_batch, check_stop)
+        self._held: dict[int, list[Path]] = {}
+        self._uses: Counter[Path] = Counter()
+
+    def _clip_of(self, slot: int) -> ClipEntry:
+        return self._encoded.clips[self._order.clip_of_slot(slot)]
+
+    def _read(self, slot: int) -> torch.Tensor | None:
+        return self._encoded.load_slot(self._clip_of(slot), self._order.seed, slot)
+
+    def prepare(self, micro_index: int) -> None:
+        paths = []
+        for slot in micro_batch_slots(micro_index, self._micro_batch):
+            clip = self._clip_of(slot)
+            self._before_work(f"encoding a crop of clip {clip.key}")
+            crop_CN = self.audio.take(slot)
+            self._encoded.encode_prompts(self._base, [clip.caption])
+            paths.append(self._encoded.encode_slot(self._base, clip, self._order.seed, slot, crop_CN))
+        self._uses.update(paths)
+        self._held[micro_index] = paths
+
+    def used(self, micro_index: int) -> None:
+        """The micro batch has been read: crops that no other one on its way needs are removed unless they are kept."""
+        for path in self._held.pop(micro_index):
+            self._uses[path] -= 1
+            if not self._uses[path]:
+                del self._uses[path]
+                if not self._encoded.keep:
+                    path.unlink(missing_ok=True)

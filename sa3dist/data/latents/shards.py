@@ -1,0 +1,257 @@
+"""Latent shards: WebDataset tars of encoded clips, each with an index of what lies where and its digest.
+
+A clip is <stem>.json (its facts, sealed), .txt (caption), .latents.safetensors and .flipped.safetensors (one per
+polarity); the first clip of a shard with a caption also has its .prompt.safetensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sa3dist.data.latents.remote_tar import RemoteTar
+from sa3dist.data.source.containers import printable
+from sa3dist.data.source.index_check import latent_faults
+from sa3dist.data.source.tar_writer import member_stem, new_tar
+from sa3dist.errors import DataError, EnvironmentFailure
+from sa3dist.formats import ClipEntry, ShardEntry, atomic_path, digest_of, is_sealed, sealed
+
+SHARD_PREFIX = "latents-"
+SHARD_INDEX_VERSION = 1
+# Members of a clip by what they hold: the two polarities, and the caption's features.
+LATENTS, FLIPPED, PROMPT = "latents", "flipped", "prompt"
+# What to do about bytes that are not as written.
+MEND = "delete the shard and run sa3dist encode, or copy it again"
+
+Name = tuple[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoders:
+    """What decides the numbers in a shard, besides audio and caption; digests of the weights in hex."""
+
+    version: str
+    autoencoder: str
+    text_encoder: str
+    sample_rate_hz: int
+    samples_per_frame: int
+    latent_channels: int
+    prompt_tokens: int
+
+    def difference(self, other: Encoders) -> str | None:
+        """The first value in which ``other`` (a shard's) differs from this one (the base's), in words."""
+        # Sizes first: they tell more than digests.
+        for name in ("latent_channels", "samples_per_frame", "sample_rate_hz", *vars(self)):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                return f"{name} {str(theirs)[:16]}, this base has {str(ours)[:16]}"
+        return None
+
+
+class Place(NamedTuple):
+    """Where one member lies, and the hex SHA-256 of its bytes."""
+
+    offset: int
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedClip:
+    """One clip of a shard. ``places`` has LATENTS and FLIPPED, and PROMPT where the clip is the first of its caption.
+
+    clip   its ``shard`` and ``audio_offset`` are empty: the audio may be gone
+    """
+
+    clip: ClipEntry
+    places: dict[str, Place]
+
+    def named(self) -> Iterator[tuple[Name, Place]]:
+        """What the members hold -> where they are."""
+        return ((member_name(self.clip, kind), place) for kind, place in self.places.items())
+
+
+def member_name(clip: ClipEntry, kind: str) -> Name:
+    """What a member is looked up by: whatever clip has the same audio, or the same caption, finds it."""
+    return (PROMPT, clip.caption) if kind == PROMPT else (kind, clip.audio_sha256)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentShard:
+    """One finished shard and its index, which lies beside it under the same name with .json.
+
+    number, of   place among the shards of the data set, counted from 0, and how many they are
+    dataset      digest of the data set it was made from
+    """
+
+    path: Path | RemoteTar
+    entry: ShardEntry
+    encoders: Encoders
+    dataset: str
+    number: int
+    of: int
+    clips: tuple[EncodedClip, ...]
+
+    def write_index(self) -> None:
+        head = {
+            "version": SHARD_INDEX_VERSION,
+            "encoders": dataclasses.asdict(self.encoders),
+            "dataset": self.dataset,
+            "number": self.number,
+            "of": self.of,
+            "shard": dataclasses.asdict(self.entry),
+        }
+        clips = ",\n".join(
+            json.dumps({**vars(found.clip), "places": found.places}, ensure_ascii=False) for found in self.clips
+        )
+        body = f'{json.dumps(head, ensure_ascii=False)[:-1]}, "clips": [\n{clips}\n]'
+        with atomic_path(index_path(self.path)) as temporary:
+            temporary.write_bytes(sealed(body))
+
+    @classmethod
+    def read(cls, path: Path | RemoteTar, index: Path | None = None) -> LatentShard:
+        """The shard at ``path``. Only the index is read, and the tar's length compared; members are checked when read.
+
+        index   where its index is; default: beside it
+        Raises DataError, naming the file, when either is missing or damaged.
+        """
+        index = index_path(path) if index is None else index
+        try:
+            data = index.read_bytes()
+            value = json.loads(data)
+            if not is_sealed(data) or value["version"] != SHARD_INDEX_VERSION:
+                raise DataError(f"{index}: the index is damaged or of another version; {MEND}")
+            clips = tuple(_clip_of(clip) for clip in value["clips"])
+            rest = value["dataset"], value["number"], value["of"], clips
+            shard = cls(path, ShardEntry(**value["shard"]), Encoders(**value["encoders"]), *rest)
+            size = path.file_bytes if isinstance(path, RemoteTar) else path.stat().st_size
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            reason = printable(str(error))
+            raise DataError(f"{index}: no readable index of a latent shard ({reason}); {MEND}") from error
+        for fault in latent_faults(shard):
+            raise DataError(f"{index}: {fault}; {MEND}")
+        if size != shard.entry.bytes:
+            raise DataError(f"{path}: {size} bytes, expected {shard.entry.bytes}; {MEND}")
+        return shard
+
+
+def _clip_of(value: dict[str, Any]) -> EncodedClip:
+    places = {kind: Place(*place) for kind, place in value.pop("places").items()}
+    return EncodedClip(ClipEntry(**value), places)
+
+
+def index_path(shard: Path) -> Path:
+    return shard.with_suffix(".json")
+
+
+def latent_shard_name(number: int) -> str:
+    return f"{SHARD_PREFIX}{number:06d}.tar"
+
+
+def write_latent_shard(
+    path: Path,
+    clips: list[ClipEntry],
+    encoders: Encoders,
+    dataset: str,
+    number: int,
+    of: int,
+    content: Callable[[ClipEntry, str], bytes],
+) -> LatentShard:
+    """Write a shard, then its index, each atomically: a shard with an index is a finished one.
+
+    content   the bytes of one kind of member of a clip, asked for in order: one clip at a time is in memory
+    """
+    written: list[EncodedClip] = []
+    captions: set[str] = set()
+    with new_tar(path) as out:
+        for position, clip in enumerate(clips):
+            clip = dataclasses.replace(clip, shard="", audio_offset=0)
+            kinds = (LATENTS, FLIPPED) if clip.caption in captions else (LATENTS, FLIPPED, PROMPT)
+            captions.add(clip.caption)
+            data = {kind: content(clip, kind) for kind in kinds}
+            digests = {kind: hashlib.sha256(value).hexdigest() for kind, value in data.items()}
+            stem = member_stem(clip.key)
+            facts = {"version": SHARD_INDEX_VERSION, **vars(clip), "position": position, "of": len(clips)}
+            facts |= {"sha256": digests, "encoders": vars(encoders)}
+            out.add(f"{stem}.json", sealed(json.dumps(facts)[:-1]))
+            out.add(f"{stem}.txt", clip.caption.encode())
+            places = {
+                kind: Place(out.add(f"{stem}.{kind}.safetensors", value), len(value), digests[kind])
+                for kind, value in data.items()
+            }
+            written.append(EncodedClip(clip, places))
+    shard = LatentShard(path, out.entry, encoders, dataset, number, of, tuple(written))
+    shard.write_index()
+    return shard
+
+
+def read_member(path: Path | RemoteTar, place: Place, what: str) -> bytes:
+    """The bytes of one member. Raises EnvironmentFailure, naming shard and ``what``, when they are not as written."""
+    if isinstance(path, RemoteTar):
+        return path.read(*place, what)
+    try:
+        with open(path, "rb", buffering=0) as stream:
+            stream.seek(place.offset)
+            data = stream.read(place.bytes)
+    except OSError as error:
+        raise EnvironmentFailure(f"{path}: cannot read the {what} ({error.strerror or error}); {MEND}") from error
+    if hashlib.sha256(data).hexdigest() != place.sha256:
+        raise EnvironmentFailure(f"{path}: the {what} do not match their digest; {MEND}")
+    return data
+
+
+def dataset_digest(clips: list[ClipEntry]) -> str:
+    """What identifies a data set: the keys, audio bytes and captions of its clips, sorted by key."""
+    return digest_of(*(part for c in clips for part in (c.key, c.extension, c.audio_sha256, c.caption)))
+
+
+class LatentShards:
+    """What the shards of a work directory, or of a source, hold: member by name."""
+
+    def __init__(self, root: Path, encoders: Encoders) -> None:
+        """root   folder of folders of shards; those of other encoders are passed over."""
+        self._root = Path(root)
+        self.encoders = encoders
+        self._read: set[tuple[Path, int]] = set()
+        self._places: dict[Name, tuple[Path | RemoteTar, Place]] = {}
+        self._looked = -math.inf
+
+    def add(self, shard: LatentShard) -> None:
+        for found in shard.clips:
+            for name, place in found.named():
+                self._places.setdefault(name, (shard.path, place))
+
+    def find(self, name: Name) -> tuple[Path | RemoteTar, Place] | None:
+        return self._places.get(name)
+
+    def search(self, name: Name, after_seconds: float = 0.0) -> tuple[Path | RemoteTar, Place] | None:
+        """As ``find``; first reads the indices that have appeared since, unless it has just looked for them."""
+        if name not in self._places and time.monotonic() - self._looked >= after_seconds:
+            self._looked = time.monotonic()
+            for directory in sorted(path for path in self._root.glob("*") if path.is_dir()):
+                self.load(directory)
+        return self._places.get(name)
+
+    def load(self, directory: Path) -> None:
+        """Read the indices in one folder. A damaged or foreign one teaches nothing: its clips are encoded again."""
+        for path in sorted(directory.glob(f"{SHARD_PREFIX}*.tar")):
+            try:
+                # One that was damaged may have been written again.
+                version = path, index_path(path).stat().st_mtime_ns
+                if version in self._read:
+                    continue
+                with contextlib.suppress(DataError):
+                    shard = LatentShard.read(path)
+                    if shard.encoders == self.encoders:
+                        self.add(shard)
+            except FileNotFoundError:
+                continue
+            # Last: whoever finds it here, in another thread, finds its clips too.
+            self._read.add(version)

@@ -1,0 +1,159 @@
+"""Shards as a data set: latent shards instead of audio, fetched when remote; shards of either kind to stream."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from sa3dist.data.latents.remote_tar import RemoteTar
+from sa3dist.data.latents.shards import MEND, SHARD_PREFIX, LatentShard, dataset_digest
+from sa3dist.data.remote.disk_cache import ClipCache
+from sa3dist.data.remote.download import remote_info
+from sa3dist.data.remote.fetch import Downloads, address_name, filesystem, is_remote, shown, split_query
+from sa3dist.data.source.archive import expand_braces, local_path, shards_on_top, tars_on_top
+from sa3dist.data.source.folders import FolderContainer
+from sa3dist.data.source.kinds import BESIDE_SHARDS, LeftOut
+from sa3dist.data.source.remote_shards import has_ranges
+from sa3dist.data.source.shard_split import REPORT_NAME
+from sa3dist.errors import DataError
+from sa3dist.formats import INDEX_NAME, DatasetIndex, digest_of
+
+log = logging.getLogger(__name__)
+
+# Where a tar lies, or its URL where it stays remote; where its index lies; the tar's length where it is remote, else 0.
+Paths = tuple[str, str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentDataset(DatasetIndex):
+    """The index of a data set that is there as latents only, in ``latent_shards``."""
+
+    latent_shards: tuple[LatentShard, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedDataset(DatasetIndex):
+    """A data set without an index: its clips are not known. ``digest`` is of the shards' names, and sizes if local."""
+
+    urls: tuple[str, ...] = ()
+    holds_latents: bool = False
+
+
+def latent_shards_of(source: str) -> list[str] | None:
+    """The latent shards ``source`` names, as paths and URLs in order; None when it holds something else.
+
+    They are known by their name, latents-*.tar, whether named one by one, by a pattern in braces or by their folder.
+    """
+    return _shards_named(source, is_latent_name)
+
+
+def streamed_shards(source: str) -> StreamedDataset:
+    """The shards of any kind ``source`` names. Raises DataError when it names something else, or both kinds."""
+    label = shown(source)
+    urls = _shards_named(source, lambda name: _last_part(name).lower().endswith(".tar"))
+    if urls is None:
+        raise DataError(f"{label}: mode: streaming reads shards (.tar, a pattern or a folder of them)")
+    kinds = {is_latent_name(url) for url in urls}
+    if len(kinds) > 1:
+        raise DataError(f"{label}: latent shards and others side by side; stream one kind")
+    # Sizes tell an exchanged shard from the one before; asking a server for them all would take too long.
+    local = [url if is_remote(url) else str(local_path(url)) for url in urls]
+    facts = [f"{_last_part(url)} {'' if is_remote(url) else os.path.getsize(url)}" for url in local]
+    digest = digest_of("streaming", *facts)
+    return StreamedDataset(Path(), digest, (), urls=tuple(local), holds_latents=kinds == {True})
+
+
+def _shards_named(source: str, matches: Callable[[str], bool]) -> list[str] | None:
+    parts = expand_braces(source)
+    if all(map(matches, parts)):
+        return parts
+    if not is_remote(source):
+        folder = local_path(source) if len(parts) == 1 else None
+        found = tars_on_top(folder) if folder is not None and folder.is_dir() else []
+        chosen = [path for path in found if matches(path.name)]
+        if not chosen:
+            return None
+        if len(chosen) < len(found):
+            raise DataError(f"{source}: latent shards and others side by side; move one kind elsewhere")
+        container = FolderContainer(folder, source)
+        shards_on_top(container, folder)
+        known = {INDEX_NAME, REPORT_NAME, *(name for path in chosen for name in (path.name, f"{path.stem}.json"))}
+        if beside := tuple(member.name for member in container.members if member.name not in known):
+            log.warning("%s: left out: %s", source, LeftOut(*BESIDE_SHARDS, len(beside), beside).line())
+        return [str(path) for path in chosen]
+    # Plain web servers have no folders; what looks like one may be a file of any size.
+    if source[:4].lower() == "http" or len(parts) > 1 or Path(address_name(source)).suffix:
+        return None
+    system, path = filesystem(source)
+    if not system.isdir(path):
+        return None
+    found = [system.unstrip_protocol(name) for name in system.ls(path, detail=False) if matches(name)]
+    return sorted(found) or None
+
+
+def is_latent_name(part: str) -> bool:
+    name = _last_part(part)
+    return name.startswith(SHARD_PREFIX) and name.endswith(".tar")
+
+
+def _last_part(part: str) -> str:
+    return address_name(part) if is_remote(part) else Path(part).name
+
+
+def fetch_latents(parts: list[str], work_dir: Path, should_stop: Callable[[], bool], max_bytes: int) -> list[Paths]:
+    """Where the shards and their indices are; remote indices come to ``work_dir``/downloads.
+
+    Remote shards stay where they are, unless their server sends whole files only, which is said: then they come too.
+    Raises DataError when one is missing (nothing fetched then stays), EnvironmentFailure when the network fails.
+    """
+    downloads = Downloads(Path(work_dir) / "downloads", should_stop, max_bytes)
+    stays: bool | None = None
+
+    def placed(part: str) -> Paths:
+        nonlocal stays
+        address, query = split_query(part)
+        index = address.removesuffix(".tar") + ".json" + query
+        if not is_remote(part):
+            return str(local_path(part)), str(local_path(index)), 0
+        system, path = filesystem(part)
+        size = remote_info(system, path, shown(part), should_stop).get("size") or 0
+        if stays is None:
+            stays = bool(size) and has_ranges(part, size, should_stop)
+            if not stays:
+                log.warning("%s: the server does not send parts of files, downloading the shards whole", shown(part))
+        tar, size = (part, size) if stays and size else (str(downloads.fetch(part)), 0)
+        return tar, str(downloads.fetch(index)), size
+
+    try:
+        return [placed(part) for part in parts]
+    except DataError:
+        downloads.forget()
+        raise
+
+
+def read_latents(
+    source: str, paths: list[Paths], cache: ClipCache, should_stop: Callable[[], bool] = lambda: False
+) -> LatentDataset:
+    """The data set in the shards at ``paths``. Raises DataError when one is damaged, or some of a folder are missing.
+
+    cache   keeps what is read of remote shards
+    """
+    shards = tuple(
+        LatentShard.read(RemoteTar(tar, size, cache, should_stop) if size else Path(tar), Path(index))
+        for tar, index, size in paths
+    )
+    label, first = shown(source), shards[0]
+    if "{" not in source and not split_query(source)[0].endswith(".tar"):
+        numbers = {shard.number for shard in shards}
+        # The first gap: how many there are is what a file says.
+        missing = next((number for number in range(first.of) if number not in numbers), None)
+        if missing is not None:
+            raise DataError(f"{label}: shard {missing} of {first.of} is not there; copy all of them")
+    clips = sorted((found.clip for shard in shards for found in shard.clips), key=lambda clip: clip.key)
+    for one, other in zip(clips, clips[1:], strict=False):
+        if one.key == other.key:
+            raise DataError(f"{label}: clip {one.key} is there twice; {MEND}")
+    return LatentDataset(Path(paths[0][1]).parent, dataset_digest(clips), tuple(clips), latent_shards=shards)

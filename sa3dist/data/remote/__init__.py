@@ -1,0 +1,1 @@
+"""Bytes from addresses: local paths, http(s) and object stores, kept on disk."""

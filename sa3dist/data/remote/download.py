@@ -1,0 +1,191 @@
+"""One remote file to disk: resumed where it broke off, retried with growing pauses, verified, never mixed."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sa3dist.data.remote.web_answer import HEAD_BYTES, answer_instead
+from sa3dist.data.source.containers import printable
+from sa3dist.errors import DataError, EnvironmentFailure, Interrupted, SA3DistError
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+# One request. A connection that breaks more often than that gets smaller requests, down to the second figure.
+BLOCK_BYTES = 8 << 20
+SMALLEST_BLOCK_BYTES = 64 << 10
+# Half a minute of pauses outlasts a server's restart; whatever moves the file forward starts the count again.
+RETRY_PAUSES_SECONDS = (1, 2, 4, 8, 16)
+# Silence on an open connection that counts as broken; a slow but steady server may take any time.
+CONNECT_SECONDS = 30
+SILENT_SECONDS = 60
+# Whatever of these a server tells identifies the version of a file.
+_VERSION_KEYS = ("ETag", "etag", "Last-Modified", "LastModified", "last_modified", "mtime", "md5Hash", "generation")
+
+
+def version_of(info: dict[str, Any]) -> dict[str, str]:
+    """What tells this state of a remote file from others; empty where the server does not say."""
+    return {key: str(info[key]) for key in _VERSION_KEYS if info.get(key)}
+
+
+def remote_info(system, path: str, label: str, should_stop: Callable[[], bool]) -> dict[str, Any]:
+    """fsspec's description of ``path``, asked again while the server fails. Raises as ``download`` does."""
+    return persist(lambda: system.info(path), label, should_stop, moved=lambda: False)
+
+
+def download(
+    system, path: str, info: dict[str, Any], part: Path, label: str, limit: int, should_stop: Callable[[], bool]
+) -> None:
+    """Complete ``part`` with the bytes of ``path``. What it holds already must be of the same version.
+
+    info    of ``remote_info``        limit   bytes allowed        label   how messages call the file
+    Raises DataError when it does not exist, may not be read or is too large; EnvironmentFailure when it keeps breaking
+    off or changes on the way; Interrupted. ``part`` then holds what arrived.
+    """
+    size = info.get("size")
+    if size is not None and size > limit:
+        raise DataError(f"{label}: {size} bytes, expected at most {limit}; split it, or raise max_download_bytes")
+    transfer = _Transfer(system, path, size, part, label, limit, should_stop)
+    persist(transfer.attempt, label, should_stop, transfer.moved)
+    if "http" in system.protocol:
+        _refuse_answer(part, label)
+    if version_of(info):
+        system.invalidate_cache()
+        if version_of(remote_info(system, path, label, should_stop)) != version_of(info):
+            part.unlink(missing_ok=True)
+            raise EnvironmentFailure(f"{label}: changed while it was downloaded; run again")
+
+
+def _refuse_answer(part: Path, label: str) -> None:
+    """Web servers say with status 200 what they think of a request; no other kind of server does."""
+    with part.open("rb") as stream:
+        instead = answer_instead(stream.read(HEAD_BYTES))
+    if instead is not None:
+        part.unlink()
+        raise DataError(f"{label}: the server sends {instead}")
+
+
+class _Transfer:
+    """Attempts at one file. ``moved`` says whether the last one got further."""
+
+    def __init__(
+        self, system, path: str, size: int | None, part: Path, label: str, limit: int, should_stop: Callable[[], bool]
+    ) -> None:
+        self.system, self.path, self.size = system, path, size
+        self.part, self.label, self.limit, self.should_stop = part, label, limit, should_stop
+        # Without a known length a server's ranges cannot be checked: such a file comes in one stream.
+        self.block = BLOCK_BYTES if size else 0
+        self.begun = self.reached = 0
+
+    def attempt(self) -> None:
+        """Read on from what ``part`` holds to the end."""
+        held = self.part.stat().st_size if self.part.exists() else 0
+        self.begun = self.reached = held if self.block and held <= self.size else 0
+        try:
+            self._read()
+        except ValueError:
+            # How fsspec says that the server does not know ranges: it sends everything from the start again.
+            if not self.block:
+                raise
+            self.block = self.begun = self.reached = 0
+            self._read()
+        if self.size is not None and self.reached != self.size:
+            raise OSError(f"{self.reached} of {self.size} bytes arrived")
+
+    def moved(self) -> bool:
+        """Whether the failed attempt brought anything that stays; a smaller request is tried where it did not."""
+        if self.block and self.reached > self.begun:
+            return True
+        if self.block:
+            self.block = max(SMALLEST_BLOCK_BYTES, self.block // 4)
+        return False
+
+    def _read(self) -> None:
+        # No truncation: another process may be completing the same version of the same file, byte for byte.
+        mode = "r+b" if self.part.exists() else "w+b"
+        options = {"block_size": self.block, "cache_type": "none"} if self.block else {"block_size": 0}
+        with self.system.open(self.path, "rb", **options) as stream, self.part.open(mode) as out:
+            if self.reached:
+                stream.seek(self.reached)
+            out.seek(self.reached)
+            while block := stream.read(self.block or BLOCK_BYTES):
+                if self.should_stop():
+                    raise Interrupted(f"{self.label}: stopped while downloading; run again")
+                if self.reached + len(block) > self.limit:
+                    raise DataError(
+                        f"{self.label}: more than {self.limit} bytes; split it, or raise max_download_bytes"
+                    )
+                out.write(block)
+                # On disk before it counts as progress.
+                out.flush()
+                self.reached += len(block)
+            out.truncate(self.reached)
+
+
+def persist(
+    work: Callable[[], Result], label: str, should_stop: Callable[[], bool], moved: Callable[[], bool]
+) -> Result:
+    """work(), again after growing pauses while it fails for reasons that may pass.
+
+    moved   whether the failed attempt got further, which starts the count of failures again
+    Raises DataError for what asking again cannot mend, EnvironmentFailure when patience ends, Interrupted.
+    """
+    failures = 0
+    while True:
+        try:
+            return work()
+        except SA3DistError:
+            raise
+        except Exception as error:
+            if isinstance(error.__cause__, SA3DistError):
+                # fsspec's http calls every failure of a first look "not found".
+                raise error.__cause__ from error
+            problem = _refusal(error, label)
+            if problem is not None:
+                raise problem from error
+            failures = 1 if moved() else failures + 1
+            if failures > len(RETRY_PAUSES_SECONDS):
+                reason = _reason(error)
+                raise EnvironmentFailure(f"{label}: download failed ({reason}); run again to continue") from error
+            pause = RETRY_PAUSES_SECONDS[failures - 1]
+            log.info("%s: %s; trying again in %g s", label, _reason(error), pause)
+        deadline = time.monotonic() + pause
+        while time.monotonic() < deadline:
+            if should_stop():
+                raise Interrupted(f"{label}: stopped while downloading; run again")
+            time.sleep(min(0.2, pause))
+
+
+def _refusal(error: Exception, label: str) -> DataError | None:
+    """What asking again cannot mend, or None."""
+    cause, status = _cause(error)
+    if status == 407 or type(cause).__name__ == "ClientHttpProxyError":
+        return DataError(f"{label}: the proxy refuses it (status {status}); check http_proxy, https_proxy and no_proxy")
+    if isinstance(cause, FileNotFoundError) or status in (404, 410):
+        return DataError(f"{label}: not found; check the address")
+    if isinstance(cause, PermissionError) or status in (401, 403) or type(cause).__name__ == "NoCredentialsError":
+        return DataError(f"{label}: access denied; check the address and the credentials")
+    return None
+
+
+def _reason(error: Exception) -> str:
+    cause, status = _cause(error)
+    # Redirects are named with their signatures; whoever holds one may read the file.
+    text = re.sub(r"(://[^\s?'\"]*)\?[^\s'\")]*", r"\1", str(cause) or type(cause).__name__)
+    text = re.sub(r"://[^\s/'\"]*@", "://", text)
+    return f"status {status}" if status and status >= 400 else printable(text)[:200]
+
+
+def _cause(error: Exception) -> tuple[BaseException, int | None]:
+    """What tells most, and the HTTP status in it."""
+    cause = error.__cause__
+    # fsspec's http calls every failure "not found" and keeps the truth as its cause; others translate theirs well.
+    if cause is None or not type(cause).__module__.startswith(("aiohttp", "asyncio", "builtins")):
+        cause = error
+    return cause, getattr(cause, "status", None)

@@ -1,0 +1,260 @@
+"""Remote sources (any fsspec URL) in the work directory: each version of a file once, whatever URL it came from."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sa3dist.data.remote.download import CONNECT_SECONDS, SILENT_SECONDS, download, remote_info, version_of
+from sa3dist.data.source.containers import MAX_MEMBER_BYTES, MAX_TOTAL_BYTES
+from sa3dist.errors import DataError, Interrupted
+from sa3dist.formats import digest_of, file_sha256, fsync_directory, write_json
+from sa3dist.runtime.file_lock import alone
+
+_EXTRAS = {"s3": "pip install 'sa3dist[s3]'", "http": "pip install aiohttp", "https": "pip install aiohttp"}
+
+
+def is_remote(source: str) -> bool:
+    return "://" in source and source[:7].lower() != "file://"
+
+
+def split_query(source: str) -> tuple[str, str]:
+    """An address up to its path, and from ``?`` on (in http also from ``#``, which elsewhere is part of a name)."""
+    if not is_remote(source):
+        return source, ""
+    ends = r"[?#]" if source[:4].lower() == "http" else r"\?"
+    address = re.split(ends, source, maxsplit=1)[0]
+    return address, source[len(address) :]
+
+
+def address_name(source: str) -> str:
+    """The last part of an address's path, as it is written there."""
+    return split_query(source)[0].partition("://")[2].partition("/")[2].rpartition("/")[2]
+
+
+def shown(source: str) -> str:
+    """``source`` without user, password and query, which may hold secrets."""
+    if not is_remote(source):
+        return source
+    scheme, _, rest = split_query(source)[0].partition("://")
+    authority, slash, path = rest.partition("/")
+    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
+
+
+def fetch(source: str, downloads: Path, should_stop: Callable[[], bool], max_bytes: int = MAX_TOTAL_BYTES) -> Path:
+    """The local file of one URL, or the folder when the URL is one; see ``Downloads``."""
+    return Downloads(downloads, should_stop, max_bytes).fetch(source)
+
+
+class Downloads:
+    """A folder of downloaded files, named by content: <sha256>-<name>, with a note of URL and version beside each.
+
+    A file whose version (ETag, time, size) is there already is not fetched again; a broken download of a known version
+    is continued by the next run.
+    """
+
+    def __init__(self, directory: Path, should_stop: Callable[[], bool], max_bytes: int = MAX_TOTAL_BYTES) -> None:
+        """max_bytes: of everything fetched through this object together, from the cache or not."""
+        self._directory = directory
+        self._should_stop = should_stop
+        self._left = max_bytes
+        self.fetched: list[Path] = []
+
+    def fetch(self, source: str) -> Path:
+        """Bring ``source`` here and return the local file or folder.
+
+        Raises DataError when it does not exist, may not be read or is too large, EnvironmentFailure when it breaks off.
+        """
+        with self._alone(source):
+            return self._fetch(source)
+
+    @contextlib.contextmanager
+    def borrowed(self, source: str) -> Iterator[Path]:
+        """``fetch`` for a block, which no other run that needs the same URL is in; then it is removed."""
+        with self._alone(source):
+            local = self._fetch(source)
+            yield local
+            self.release(local)
+
+    @contextlib.contextmanager
+    def _alone(self, source: str) -> Iterator[None]:
+        """One run at a time: two would write to one file, and each would rename it from under the other."""
+
+        def while_waiting() -> None:
+            if self._should_stop():
+                raise Interrupted(f"{shown(source)}: stopped while another run downloads it; run again")
+
+        try:
+            with alone(self._directory / f".{digest_of(source)[:16]}.lock", while_waiting):
+                yield
+        finally:
+            with contextlib.suppress(OSError):
+                # Only when nothing else is in it.
+                self._directory.rmdir()
+
+    def _fetch(self, source: str) -> Path:
+        label = shown(source)
+        system, path, info = look_up(source, self._should_stop)
+        local = (
+            self._folder(system, path, source)
+            if info.get("type") == "directory"
+            else self._file(system, path, source, info, label)
+        )
+        self.fetched.append(local)
+        return local
+
+    def forget(self) -> None:
+        """Remove what was fetched: a refused source leaves nothing behind."""
+        for path in self.fetched:
+            self.release(path)
+
+    def release(self, path: Path) -> None:
+        """Remove what ``fetch`` returned."""
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        for note in self._directory.glob(f"{path.name}.*.json"):
+            note.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            # Only when nothing else is in it.
+            self._directory.rmdir()
+
+    def _file(self, system, path: str, source: str, info: dict[str, Any], label: str) -> Path:
+        version = version_of(info)
+        key = digest_of(source, json.dumps(version, sort_keys=True))[:16]
+        found = self._cached(key) if version else None
+        if found is None:
+            name = re.sub(r"[^A-Za-z0-9._-]", "_", address_name(source))[-80:] or "data"
+            found = self._bring(system, path, info, key, name, label)
+            if version:
+                note = {"url": label, "version": version, "sha256": found.name[:64], "bytes": found.stat().st_size}
+                write_json(self._directory / f"{found.name}.{key}.json", note)
+        self._left -= found.stat().st_size
+        if self._left < 0:
+            self.fetched.append(found)
+            raise DataError(f"{label}: more bytes than max_download_bytes allows for the whole source; split it")
+        return found
+
+    def _cached(self, key: str) -> Path | None:
+        for note in self._directory.glob(f"*.{key}.json"):
+            path = note.with_name(note.name[: -len(f".{key}.json")])
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                if path.stat().st_size == json.loads(note.read_text(encoding="utf-8"))["bytes"]:
+                    return path
+        return None
+
+    def _bring(self, system, path: str, info: dict[str, Any], key: str, name: str, label: str) -> Path:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        versioned = bool(version_of(info))
+        part = self._directory / f".{key}.part"
+        if not versioned:
+            # Nobody could tell whether the next run continues the same file.
+            handle, temporary = tempfile.mkstemp(prefix=f".{key}.", suffix=".part", dir=self._directory)
+            os.close(handle)
+            part = Path(temporary)
+        try:
+            download(system, path, info, part, label, max(self._left, 0), self._should_stop)
+            with part.open("rb") as written:
+                os.fsync(written.fileno())
+            target = self._directory / f"{file_sha256(part)}-{name}"
+            os.replace(part, target)
+            fsync_directory(self._directory)
+            return target
+        except BaseException as failure:
+            if not versioned or isinstance(failure, DataError):
+                part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._directory.rmdir()
+            raise
+
+    def _folder(self, system, path: str, source: str) -> Path:
+        """All files below ``path``; unchanged ones stay, vanished ones go."""
+        found = sorted((name, info) for name, info in system.find(path, detail=True).items())
+        target = self._directory / f"{digest_of(source)[:16]}-folder"
+        notes = self._directory / f"{target.name}.versions.json"
+        held: dict[str, dict[str, str]] = {}
+        with contextlib.suppress(OSError, ValueError):
+            held = json.loads(notes.read_text(encoding="utf-8"))
+        kept: dict[str, dict[str, str]] = {}
+        self.fetched.append(target)
+        try:
+            for name, info in found:
+                relative = name[len(path.rstrip("/")) + 1 :]
+                label = f"{shown(source)}, {relative}"
+                if relative.startswith("/") or ".." in relative.split("/"):
+                    raise DataError(f"{label}: points outside the folder; rename it")
+                local, version = target / relative, version_of(info)
+                whole = local.is_file() and local.stat().st_size == info.get("size")
+                if not (version and whole and held.get(relative) == version):
+                    local.parent.mkdir(parents=True, exist_ok=True)
+                    part = local.with_name(f".{local.name}.part")
+                    part.unlink(missing_ok=True)
+                    download(system, name, info, part, label, min(self._left, MAX_MEMBER_BYTES), self._should_stop)
+                    os.replace(part, local)
+                self._left -= local.stat().st_size
+                kept[relative] = version
+            for local in [path for path in target.rglob("*") if path.is_file()]:
+                if local.relative_to(target).as_posix() not in kept:
+                    local.unlink()
+        finally:
+            if target.exists():
+                write_json(notes, kept)
+        return target
+
+
+def look_up(source: str, should_stop: Callable[[], bool]) -> tuple[Any, str, dict[str, Any]]:
+    """As ``filesystem``, and fsspec's description of the file. Raises as ``download`` does."""
+    system, path = filesystem(source)
+    try:
+        return system, path, remote_info(system, path, shown(source), should_stop)
+    except DataError as error:
+        if "#" not in split_query(source)[1].partition("?")[0]:
+            raise
+        raise DataError(f"{error}; what follows # is not sent, write %23 where it is part of the name") from error
+
+
+def filesystem(source: str):
+    """fsspec's file system of a URL and the path in it, of this process: a fork makes its own.
+
+    Raises DataError when the package for it is missing, the scheme is unknown, or an address or a proxy cannot be.
+    """
+    import fsspec
+
+    scheme = source.split("://", 1)[0].lower()
+    try:
+        if scheme in ("http", "https"):
+            return _web(source, scheme)
+        return fsspec.core.url_to_fs(source)
+    except ImportError as error:
+        hint = _EXTRAS.get(scheme, "install the package it names")
+        raise DataError(f"{shown(source)}: {scheme}:// needs an optional package ({error}); {hint}") from error
+    except ValueError as error:
+        raise DataError(
+            f"{shown(source)}: {scheme}:// is no known kind of location; use a path, http(s):// or s3://"
+        ) from error
+
+
+def _web(source: str, scheme: str):
+    import aiohttp
+    import fsspec
+
+    from sa3dist.data.remote.http_bounds import BoundedResponse
+    from sa3dist.data.remote.http_request import Request, as_sent, proxy_for
+
+    try:
+        address = as_sent(source)
+    except ValueError as error:
+        raise DataError(f"{shown(source)}: no valid address ({error}); check it") from error
+    # At once, rather than as the cause of a failed request.
+    proxy_for(address)
+    # aiohttp's default ends every request, however it goes, after five minutes.
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS)
+    session = {"timeout": timeout, "response_class": BoundedResponse, "request_class": Request}
+    # Not by url_to_fs, to which "::" in an address is a chain of file systems.
+    system = fsspec.filesystem(scheme, client_kwargs={**session, "requote_redirect_url": False}, encoded=True)
+    return system, str(address)

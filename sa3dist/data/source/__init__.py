@@ -1,0 +1,1 @@
+"""Checked clips from what people bring: archives, folders, captions, audio, shards."""

@@ -1,0 +1,210 @@
+"""Any source of captioned audio (zip, folder, shards; local or remote), opened as a container of its files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from sa3dist.data.remote.fetch import Downloads, is_remote, shown, split_query
+from sa3dist.data.remote.local_paths import local_name
+from sa3dist.data.source.containers import MAX_TOTAL_BYTES, Container, TarContainer
+from sa3dist.data.source.folders import FolderContainer
+from sa3dist.data.source.kinds import AUDIO_EXTENSIONS, BESIDE_SHARDS, extension_of, is_audio, is_system, printable
+from sa3dist.data.source.own_folders import OWN, is_own, on_disk
+from sa3dist.data.source.pairing import Listing, Pair, pair_members
+from sa3dist.data.source.zips import ZipContainer
+from sa3dist.errors import DataError
+from sa3dist.wording import counted
+
+__all__ = ["AUDIO_EXTENSIONS", "Listing", "Pair", "expand_braces", "local_path", "open_source", "pair_members"]
+
+# More shards than any listed data set needs, and a typo like {0..99999999} must not fill the memory.
+MAX_SHARDS = 100_000
+
+
+@contextlib.contextmanager
+def open_source(
+    source: str,
+    work_dir: Path,
+    should_stop: Callable[[], bool] = lambda: False,
+    max_download_bytes: int = MAX_TOTAL_BYTES,
+    outputs: Sequence[Path] = (),
+) -> Iterator[Container]:
+    """Open ``source``: a path, file:// or fsspec URL of a zip, a folder, or tars (one, or with {000..127}).
+
+    Remote sources are downloaded into ``work_dir``/downloads first and stay there for the next run, unless a DataError
+    refuses them. What runs have left in the source, results and work directories, is passed over and said.
+    outputs   where the run at hand will write: refused where it holds clips of the source
+    Raises DataError when the source is missing, of no known kind, or hostile as a whole.
+    """
+    downloads = Downloads(Path(work_dir) / "downloads", should_stop, max_download_bytes)
+    try:
+        paths = [downloads.fetch(part) if is_remote(part) else local_path(part) for part in expand_braces(source)]
+        for directory in outputs:
+            for path in paths:
+                _refuse_clips_among_results(path, directory, shown(source))
+        with _container(paths, shown(source)) as container:
+            container.leave_out_own()
+            if container.own:
+                container.left_out[OWN] = [_with_sounds(paths[0], name) for name in container.own]
+            yield container
+    except DataError:
+        downloads.forget()
+        raise
+
+
+def expand_braces(source: str) -> list[str]:
+    """``x-{000..127}.tar`` as its 128 names, each with the query behind it; anything else as itself.
+
+    Raises DataError above MAX_SHARDS.
+    """
+    address, query = split_query(source)
+    if address.endswith(".tar"):
+        return [name + query for name in _numbered(address, shown(source))]
+    # A server that takes the name of the file as its query.
+    return _numbered(source, shown(source)) if source.endswith(".tar") else [source]
+
+
+def _numbered(pattern: str, label: str) -> list[str]:
+    before, opened, rest = pattern.partition("{")
+    inside, closed, after = rest.partition("}")
+    first, dots, last = inside.partition("..")
+    if not (opened and closed and dots and first.isdecimal() and last.isdecimal()):
+        return [pattern]
+    tails = _numbered(after, label)
+    if not 0 <= int(last) - int(first) < MAX_SHARDS / len(tails):
+        raise DataError(f"{label}: expected a range of 1 to {MAX_SHARDS} shards in braces, lower number first")
+    numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    return [before + number + tail for number in numbers for tail in tails]
+
+
+def check_local(source: str) -> None:
+    """Raise DataError when a part of ``source`` should be on this machine and is not; nothing is opened."""
+    for part in expand_braces(source):
+        if not is_remote(part):
+            local_path(part)
+
+
+def local_path(source: str) -> Path:
+    """The file or folder of a path or file:// address. Raises DataError when there is none."""
+    path = Path(local_name(source))
+    # os.path, which finds nothing where a name is too long; Path raises.
+    if not os.path.exists(path):
+        raise DataError(f"{source}: no such file or folder; check the path")
+    if not (path.is_file() or path.is_dir()):
+        raise DataError(f"{source}: neither a file nor a folder")
+    return path
+
+
+def _refuse_clips_among_results(source: Path, directory: Path, label: str) -> None:
+    """What a run writes is no part of its source: clips that lie there already cannot be meant to be left out."""
+    source, directory = Path(source).resolve(), Path(directory).resolve()
+    if directory == source or not directory.is_relative_to(source) or is_own(str(directory), on_disk):
+        return
+    for sound in _sounds(directory):
+        raise DataError(
+            f"{label}: {printable(str(sound.relative_to(source)))} lies in {directory.relative_to(source)}, where this "
+            f"run would write; choose another output_dir or work_dir"
+        )
+
+
+def _sounds(folder: Path) -> list[Path]:
+    """The audio files anywhere below a local folder."""
+    found = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
+    return sorted(path for path in found if is_audio(path.name))
+
+
+def _with_sounds(source: Path, name: str) -> str:
+    """``name``, with the number of audio files in it: somebody may have meant them."""
+    count = len(_sounds(source / name))
+    return f"{name} ({counted(count, 'audio file')} in it)" if count else name
+
+
+def _container(paths: list[Path], label: str) -> Container:
+    path = paths[0]
+    if len(paths) > 1:
+        return _tars(paths, label)
+    if path.is_file():
+        return _archive(path, label)
+    folder = FolderContainer(path, label)
+    tars = shards_on_top(folder, path)
+    if not tars:
+        return folder
+    shards = _tars(tars, label)
+    shards.system += folder.system
+    names = {tar.name for tar in tars}
+    beside = [*(m.name for m in folder.members), *(name for names in folder.left_out.values() for name in names)]
+    if beside := sorted(set(beside) - names):
+        shards.left_out.setdefault(BESIDE_SHARDS, []).extend(beside)
+    return shards
+
+
+def tars_on_top(path: Path) -> list[Path]:
+    """The .tar files directly in a folder, in order of name."""
+    tars = [child for child in path.iterdir() if extension_of(child.name) == "tar" and not is_system(child.name)]
+    return sorted(child for child in tars if child.is_file())
+
+
+def shards_on_top(folder: FolderContainer, path: Path) -> list[Path]:
+    """``tars_on_top`` of a folder of shards. Raises DataError where clips lie in it as well, in whatever subfolder."""
+    tars = tars_on_top(path)
+    refused = [name for names in folder.refused.values() for name in names]
+    for name in filter(is_audio, [*(member.name for member in folder.members), *refused] if tars else ()):
+        raise DataError(two_readings(folder.label, tars[0].name, name))
+    return tars
+
+
+def two_readings(label: str, tar: str, clip: str) -> str:
+    """The refusal of a folder that is one of shards or one of clips."""
+    return (
+        f"{label}: holds shards ({printable(tar)}) and clips ({printable(clip)}), and only one can be meant; "
+        f"move the .tar away, or give its path to read it alone"
+    )
+
+
+# How files begin that are no data set, what they are, and what helps.
+_OTHER_FILES = (
+    (b"\x1f\x8b", "compressed with gzip", "tar -xzf"),
+    (b"BZh", "compressed with bzip2", "tar -xjf"),
+    (b"\xfd7zXZ\0", "compressed with xz", "tar -xJf"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstandard", "tar --zstd -xf"),
+    (b"\x04\x22\x4d\x18", "compressed with lz4", "lz4 -d"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "7z x"),
+    (b"Rar!\x1a\x07", "a RAR archive", "unrar x"),
+)
+_AUDIO_STARTS = (b"fLaC", b"OggS", b"ID3", b"RF64", b"caff")
+
+
+def _archive(path: Path, label: str) -> Container:
+    """A zip or a tar, by what it holds rather than by its name."""
+    start = _start_of(path, label)
+    _refuse_packed(path, start, label)
+    if start.startswith(_AUDIO_STARTS) or start[8:12] in (b"WAVE", b"AIFF", b"AIFC"):
+        raise DataError(f"{label}: is one recording, expected a zip, a .tar or a folder; give the folder it is in")
+    is_tar = start[257:262] == b"ustar" or extension_of(path.name) == "tar"
+    return TarContainer([path], label) if is_tar and not start.startswith(b"PK") else ZipContainer(path, label)
+
+
+def _tars(paths: list[Path], label: str) -> TarContainer:
+    for path in paths:
+        _refuse_packed(path, _start_of(path, label), f"{label}: {path.name}")
+    return TarContainer(paths, label)
+
+
+def _start_of(path: Path, label: str) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(512)
+    except OSError as error:
+        raise DataError(f"{label}: {path.name} cannot be read ({error.strerror or error}); check the path") from error
+
+
+def _refuse_packed(path: Path, start: bytes, label: str) -> None:
+    for magic, what, command in _OTHER_FILES:
+        if start.startswith(magic):
+            raise DataError(
+                f"{label}: is {what}, expected a zip, a plain .tar or a folder; unpack it ({command} {path.name}) and "
+                f"give the folder"
+            )

@@ -1,0 +1,329 @@
+"""Audio bytes to samples: decode, check, resample, two channels. Layout suffix: CN = channels, samples."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import math
+import os
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+
+from sa3dist.data.source.joined_streams import mp3_counted, refuse_joined, refuse_lost
+from sa3dist.data.source.places import read_clip
+from sa3dist.data.source.riff import mended
+from sa3dist.errors import DataError
+from sa3dist.formats import ClipEntry, DatasetIndex
+
+if TYPE_CHECKING:
+    import torch
+
+# A tenth of one latent frame: a shorter file holds no sound to learn from and is a mistake (a 1-sample export, say).
+MIN_SECONDS = 0.010
+# The longest model hears 380 s at once; an hour decoded at 48 kHz stereo already takes 1.4 GB of memory.
+MAX_SECONDS = 3600
+# Bounds what a small file with many channels may decode to: one hour of stereo at 192 kHz, float32, is 5.5 GB.
+MAX_DECODED_BYTES = 6 * 10**9
+# -60 dBFS, below which the reference calls a chunk silent (spec/training.md 4.2).
+SILENCE_PEAK = 1e-3
+# Float files may overshoot and are clamped, as in the reference. At +40 dBFS the scale itself is wrong (integers
+# as floats peak at 32768) and clamping would leave a square wave.
+MAX_PEAK = 100.0
+# Telephone recordings have 8 kHz, DXD has 352.8 kHz; beyond that the header is damaged.
+SAMPLE_RATE_RANGE_HZ = (1000, 768_000)
+# libmpg123 may count one or two frames of 1152 samples more than it delivers, without any damage.
+MP3_SLACK_SAMPLES = 2304
+CONTAINER_FORMATS = {"WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF"}
+EXPECTED = "expected WAV, FLAC, MP3, OGG, OPUS, AIFF, AU, CAF or W64"
+DECODE_BLOCK_SAMPLES = 1 << 18
+# What is only looked at stays in a core's cache: 1 MB.
+CHECK_BLOCK_VALUES = 1 << 18
+# Larger files are decoded where they are.
+MAX_COPIED_BYTES = 64 << 20
+# torchaudio tabulates one filter per output phase: at most 0.6 MB for the usual rates, 8 GB from 48,001 to 44,100 Hz.
+MAX_FILTER_TABLE = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioFacts:
+    """What a decode check learns: samples per channel, sample rate in Hz, channels."""
+
+    samples: int
+    sample_rate_hz: int
+    channels: int
+
+
+def check_audio(data: bytes, observe: Callable[[np.ndarray, int, int], None] | None = None) -> AudioFacts:
+    """Decode ``data`` block by block, in memory independent of its length, and refuse what cannot be trained on.
+
+    observe   called with every block, float32 (samples, channels), which the next one overwrites, the sample rate in Hz
+              and the samples the header promises
+    Raises DataError, without a file name, when it is undecodable, empty, shorter than 10 ms or longer than an hour,
+    holds NaN or infinity, never exceeds -60 dBFS, or holds audio that is not decoded. Content decides the format, not
+    the extension.
+    """
+    samples, peak = 0, 0.0
+    refuse_joined(data)
+    with _file(data) as file, _open(file) as sound:
+        rate, channels, declared = sound.samplerate, sound.channels, _declared_samples(sound)
+        _check_size(rate, channels, declared)
+        buffer = np.empty((CHECK_BLOCK_VALUES // channels or 1, channels), np.float32)
+        for block in _blocks(sound, len(buffer), buffer):
+            samples += len(block)
+            _check_size(rate, channels, samples)
+            # A NaN makes both of them one.
+            low, high = float(block.min()), float(block.max())
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise DataError("holds NaN or infinite samples, expected finite ones; export it again")
+            peak = max(peak, high, -low)
+            if observe:
+                observe(block, rate, declared)
+        slack = 0
+        if sound.format == "MP3":
+            slack = declared if mp3_counted(data) is None else MP3_SLACK_SAMPLES
+    if samples == 0:
+        raise DataError("is empty (0 samples); replace or remove it")
+    if samples + slack < declared:
+        raise DataError(f"is cut off: only {samples} of {declared} samples decode; copy or export it again")
+    refuse_lost(data, samples)
+    if samples < MIN_SECONDS * rate:
+        raise DataError(
+            f"has {samples} sample{'s' * (samples != 1)} ({1000 * samples / rate:.3g} ms at {rate} Hz), "
+            f"expected at least {1000 * MIN_SECONDS:.0f} ms; replace or remove it"
+        )
+    if peak < SILENCE_PEAK:
+        level = f"peak {20 * math.log10(peak):.0f} dBFS" if peak > 0 else "every sample is 0"
+        raise DataError(f"is silent ({level}, expected above -60 dBFS); replace or remove it")
+    if peak > MAX_PEAK:
+        raise DataError(f"peaks at {peak:.3g} times full scale, expected about 1 at most; normalise it")
+    return AudioFacts(samples, rate, channels)
+
+
+def decode(data: bytes) -> tuple[np.ndarray, int]:
+    """All samples of ``data``: float32 (channels, n), full scale = 1, and the sample rate in Hz.
+
+    Raises DataError, without a file name, when libsndfile cannot decode it.
+    """
+    with _file(data) as file, _open(file) as sound:
+        _check_size(sound.samplerate, sound.channels, _declared_samples(sound))
+        blocks, rate, channels = list(_blocks(sound)), sound.samplerate, sound.channels
+    # As long as what was decoded, not as what a header claims; turned and joined in one pass.
+    samples_CN = np.empty((channels, sum(map(len, blocks))), np.float32)
+    start = 0
+    for block in blocks:
+        samples_CN[:, start : start + len(block)] = block.T
+        start += len(block)
+    return samples_CN, rate
+
+
+def load_clip_audio(
+    index: DatasetIndex, entry: ClipEntry, sample_rate_hz: int, start: int = 0, stop: int | None = None
+) -> torch.Tensor:
+    """The whole clip ready for cropping: float32 (2, n) in [-1, 1] at ``sample_rate_hz``, n = resampled_length(...).
+
+    start, stop   only ``[:, start:stop]`` of it, bit for bit; no more is decoded than that and, where the encoding does
+                  not hold every sample by itself, what comes before; a clip that is resampled is decoded whole
+
+    Reads the audio bytes from their place in the shard, or by the index's reader; nothing else of the shard is touched.
+    Mono is duplicated, of more than two channels the first two stay (spec/training.md 4.2, whose clamp comes after crop
+    and flip but commutes with both).
+    Raises DataError naming shard and clip when the bytes are not the ones that were checked when the shard was written.
+    """
+    data = index.reader.read(entry) if index.reader else read_clip(index.directory / entry.shard, entry)
+    rate, samples = entry.sample_rate_hz, entry.samples
+    start, stop, _ = slice(start, stop).indices(resampled_length(samples, rate, sample_rate_hz))
+    stop = max(start, stop)
+    try:
+        if rate != sample_rate_hz:
+            audio_CN = ready_audio(*_decode_part(data, entry, 0, samples), rate, sample_rate_hz)
+            return audio_CN[:, start:stop].contiguous()
+        return ready_audio(*_decode_part(data, entry, start, stop), rate, rate)
+    except DataError as error:
+        raise DataError(f"{index.directory / entry.shard}, clip {entry.key}: {error}") from error
+
+
+def _decode_part(data: bytes, entry: ClipEntry, start: int, stop: int) -> tuple[np.ndarray, bool]:
+    """Samples ``start`` to ``stop``, float32 (channels, n), and whether the encoding keeps all in [-1, 1] by itself."""
+    if start:
+        # A FLAC's table of places may be wrong although all of it decodes.
+        with contextlib.suppress(DataError):
+            return _read_part(data, entry, start, stop, seek=True)
+    return _read_part(data, entry, start, stop, seek=False)
+
+
+def _read_part(data: bytes, entry: ClipEntry, start: int, stop: int, seek: bool) -> tuple[np.ndarray, bool]:
+    with _file(data) as file, _open(file) as sound:
+        _check_size(sound.samplerate, sound.channels, _declared_samples(sound))
+        bounded = sound.subtype.startswith("PCM_")
+        first = _skip(sound, start) if seek and (bounded or sound.subtype in ("FLOAT", "DOUBLE")) else 0
+        # One more than the index has would show.
+        wanted = stop - first + (stop == entry.samples)
+        part_NC = next(_blocks(sound, wanted), np.empty((0, sound.channels), np.float32))[start - first :]
+        found = (sound.channels, len(part_NC)), sound.samplerate
+    if found != ((entry.channels, stop - start), entry.sample_rate_hz):
+        raise DataError(
+            f"decodes to {found[0]} at {found[1]} Hz, the index says {(entry.channels, stop - start)} at "
+            f"{entry.sample_rate_hz} Hz. Another libsndfile wrote it; run sa3dist shard on this machine."
+        )
+    # Here, for torch takes 16 times as long to turn them.
+    return np.ascontiguousarray(part_NC.T), bounded
+
+
+def _skip(sound, samples: int) -> int:
+    import soundfile
+
+    try:
+        return sound.seek(samples)
+    except soundfile.LibsndfileError as error:
+        raise _undecodable(error) from error
+
+
+def ready_audio(audio_CN: np.ndarray, bounded: bool, from_hz: int, to_hz: int) -> torch.Tensor:
+    """Decoded samples ready for cropping, as ``load_clip_audio`` returns them.
+
+    bounded   its samples are known to lie in [-1, 1]
+    """
+    import torch
+
+    samples_CN = torch.from_numpy(audio_CN[:2])
+    if from_hz != to_hz:
+        samples_CN, bounded = resample(samples_CN, from_hz, to_hz), False
+    if not bounded:
+        samples_CN.clamp_(-1, 1)
+    return samples_CN.expand(2, -1).contiguous()
+
+
+def resampled_length(samples: int, from_hz: int, to_hz: int) -> int:
+    """Samples that ``resample`` returns: ceil(samples * to / from), in exact integers."""
+    return -(-samples * to_hz // from_hz)
+
+
+def resample(audio_CN: torch.Tensor, from_hz: int, to_hz: int) -> torch.Tensor:
+    """torchaudio's default sinc resampler (Hann window of 6 zero crossings, roll-off 0.99), for any pair of rates.
+
+    audio_CN  float32, any number of channels. Returns float32 (channels, resampled_length).
+    Source: torchaudio.functional.resample. Where its table of filters would not fit in memory (rates with a small
+    common divisor) the same filter is evaluated per output sample. It rounds lengths beyond 2^24 in float32, we do not.
+    """
+    if from_hz == to_hz:
+        return audio_CN.clone()
+    divisor = math.gcd(from_hz, to_hz)
+    old, new = from_hz // divisor, to_hz // divisor
+    width = math.ceil(6 * old / (min(old, new) * 0.99))
+    if new * (2 * width + old) <= MAX_FILTER_TABLE:
+        from torchaudio.functional import resample as tabulated
+
+        resampled_CN = tabulated(audio_CN, old, new)
+    else:
+        resampled_CN = _resample_by_sample(audio_CN, old, new, width)
+    missing = resampled_length(audio_CN.shape[-1], old, new) - resampled_CN.shape[-1]
+    if missing == 0:
+        return resampled_CN
+    import torch
+
+    return torch.nn.functional.pad(resampled_CN, (0, missing))
+
+
+def _resample_by_sample(audio_CN: torch.Tensor, old: int, new: int, width: int) -> torch.Tensor:
+    """out[j] = sum over k of x[k] h(k/old - j/new), taps within ``width`` of the centre, in float64."""
+    import torch
+
+    length = resampled_length(audio_CN.shape[-1], old, new)
+    base = min(old, new) * 0.99
+    taps_K = torch.arange(-width, width + 2)
+    padded_CN = torch.nn.functional.pad(audio_CN.double(), (width, width + 2))
+    out_CN = torch.empty(audio_CN.shape[0], length)
+    # About 32 MB per intermediate.
+    step = max(1, (1 << 22) // len(taps_K))
+    for start in range(0, length, step):
+        position_J = torch.arange(start, min(start + step, length)) * old
+        centre_J, rest_J = position_J // new, position_J % new
+        t_JK = (taps_K[None].double() - rest_J[:, None].double() / new) * (base / old)
+        t_JK.clamp_(-6, 6)
+        filter_JK = torch.sinc(t_JK) * torch.cos(t_JK * (math.pi / 12)) ** 2 * (base / old)
+        window_CJK = padded_CN[:, centre_J[:, None] + taps_K[None] + width]
+        out_CN[:, start : start + len(position_J)] = (window_CJK * filter_JK).sum(-1).float()
+    return out_CN
+
+
+@contextlib.contextmanager
+def _open(file: BinaryIO):
+    import soundfile
+
+    try:
+        sound = soundfile.SoundFile(file if isinstance(file, io.BytesIO) else file.fileno(), closefd=False)
+    except (soundfile.LibsndfileError, TypeError, ValueError) as error:
+        raise _undecodable(error) from error
+    with sound:
+        if sound.format not in CONTAINER_FORMATS:
+            raise DataError(f"is {sound.format} inside, {EXPECTED}; convert it")
+        yield sound
+
+
+def check_whole(data: bytes, samples: int) -> None:
+    """Raise DataError when ``data`` holds other audio than the ``samples`` that were decoded of it at some time."""
+    refuse_joined(data)
+    refuse_lost(data, samples)
+
+
+def _file(data: bytes) -> BinaryIO:
+    """``data`` as a file, of the system's where that is possible; a header that its recorder left open is closed.
+
+    libsndfile reads those by itself; an object it reads through Python, up to a thousand times for one clip, and each
+    time a thread has to wait for the others. A process's main thread, which is all that a loader process has, does not:
+    to copy the bytes costs more there.
+    """
+    data = mended(data)
+    waits = threading.current_thread() is not threading.main_thread()
+    # Not on every system, nor in every container.
+    if waits and len(data) <= MAX_COPIED_BYTES and hasattr(os, "memfd_create"):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            file = stack.enter_context(os.fdopen(os.memfd_create("clip"), "w+b"))
+            file.write(data)
+            file.seek(0)
+            stack.pop_all()
+            return file
+    return io.BytesIO(data)
+
+
+def _declared_samples(sound) -> int:
+    # A FLAC that was written to a pipe: libsndfile then says 2^63 - 1 samples, and soundfile cannot read it in blocks.
+    if sound.frames >= 1 << 62:
+        raise DataError("does not say how long it is, as if written to a pipe; write it to a file again (flac -f)")
+    return sound.frames
+
+
+def _blocks(sound, block_samples: int = DECODE_BLOCK_SAMPLES, out: np.ndarray | None = None):
+    """float32 (samples, channels), in ``out`` where that is given."""
+    import soundfile
+
+    while True:
+        try:
+            block = sound.read(block_samples, dtype="float32", always_2d=True, out=out)
+        except soundfile.LibsndfileError as error:
+            raise _undecodable(error) from error
+        if len(block) == 0:
+            return
+        yield block
+
+
+def _undecodable(error: Exception) -> DataError:
+    # error_string leaves out the address of the in-memory file, which str(error) shows.
+    reason = getattr(error, "error_string", str(error)).strip().rstrip(".")
+    return DataError(f"cannot be decoded ({reason}), {EXPECTED}; export it again")
+
+
+def _check_size(rate: int, channels: int, samples: int) -> None:
+    low, high = SAMPLE_RATE_RANGE_HZ
+    if not low <= rate <= high:
+        raise DataError(f"has a sample rate of {rate} Hz, expected {low} to {high}; export it again")
+    if samples > MAX_SECONDS * rate:
+        raise DataError(f"is longer than {MAX_SECONDS} s; cut it into shorter clips")
+    if 4 * samples * channels > MAX_DECODED_BYTES:
+        raise DataError(
+            f"decodes to {4 * samples * channels} bytes, expected at most {MAX_DECODED_BYTES}; cut it into shorter ones"
+        )

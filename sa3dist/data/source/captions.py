@@ -1,0 +1,191 @@
+"""Where a clip's caption is: a .txt or .json of its name, or a line of a table (captions.csv, metadata.jsonl, ...)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+from sa3dist.data.source.containers import Container, Member
+from sa3dist.data.source.kinds import METADATA_TABLES, printable
+from sa3dist.data.source.text_encoding import decoded, is_blank
+from sa3dist.errors import DataError
+
+# T5Gemma reads 256 tokens, about 1 kB of text; 64 kB is another kind of document.
+MAX_CAPTION_BYTES = 1 << 16
+# Tools keep whole feature tables beside the caption.
+MAX_JSON_BYTES = 1 << 24
+# 100,000 captions of 2 kB.
+MAX_MANIFEST_BYTES = 1 << 28
+# What tools call the columns; the first that is there counts.
+CAPTION_FIELDS = ("caption", "prompt", "text")
+FILE_FIELDS = ("file", "file_name", "path", "audio")
+# Spreadsheets of countries with a decimal comma write the second, and tables of tabs are called .csv too.
+DELIMITERS = (",", ";", "\t")
+
+
+class NoCaptions(Exception):
+    """A table with a common name that is about something else."""
+
+
+def read_caption(container: Container, caption: Member | str) -> str:
+    """The stripped text of a .txt or .json member, or of a manifest's line.
+
+    Raises DataError, without the file's name, when it is empty, too long, not UTF-8 or no caption.
+    """
+    if not isinstance(caption, Member):
+        return _checked(caption)
+    as_json = is_json(caption.name)
+    limit = MAX_JSON_BYTES if as_json else MAX_CAPTION_BYTES
+    if caption.size > limit:
+        raise DataError(f"caption of {caption.size} bytes, expected at most {limit}; shorten it")
+    return caption_text(container.read(caption), as_json)
+
+
+def caption_text(data: bytes, as_json: bool) -> str:
+    """The stripped caption in the bytes of a .txt, or of a .json. Raises DataError when there is none."""
+    text = decoded(data, "caption")
+    return _checked(_caption_field(_parsed(text)) if as_json else text)
+
+
+def _checked(caption: str) -> str:
+    # A second byte order mark is what joining two files leaves.
+    caption = caption.strip().strip("\ufeff").strip()
+    if is_blank(caption):
+        raise DataError("caption is empty; describe the clip in it")
+    if "\0" in caption:
+        raise DataError("caption holds NUL characters; save it again as plain text")
+    if len(caption.encode()) > MAX_CAPTION_BYTES:
+        raise DataError(f"caption of {len(caption)} characters, expected at most {MAX_CAPTION_BYTES} bytes; shorten it")
+    return caption
+
+
+def is_json(name: str) -> bool:
+    return name.lower().endswith(".json")
+
+
+def read_manifest(container: Container, member: Member) -> Iterator[tuple[str, str, str]]:
+    """(audio file's name in the container, caption, place for messages) of every line; names are relative to it.
+
+    Raises DataError, naming the line, at the first one that cannot be understood, and NoCaptions where a metadata table
+    has no columns of files and captions.
+    """
+    label = printable(member.name)
+    if member.size > MAX_MANIFEST_BYTES:
+        raise DataError(f"{label}: {member.size} bytes, expected at most {MAX_MANIFEST_BYTES}; split the data set")
+    try:
+        text = decoded(container.read(member), "manifest")
+    except DataError as error:
+        raise DataError(f"{label}: {error}") from error
+    folder = PurePosixPath(member.name).parent
+    any_table = PurePosixPath(member.name).name.lower() in METADATA_TABLES
+    rows = (_csv_rows if member.name.lower().endswith(".csv") else _json_rows)(text, label, any_table)
+    for number, row in rows:
+        place = f"{label}, line {number}"
+        name = next((row[field] for field in FILE_FIELDS if isinstance(row.get(field), str)), None)
+        if not name:
+            raise DataError(f"{place}: names no file, expected one under {' or '.join(FILE_FIELDS)}")
+        try:
+            yield (folder / name.strip().replace("\\", "/")).as_posix(), _caption_field(row), place
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
+
+
+def _csv_rows(text: str, label: str, any_table: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line where it begins, columns by lower-case name) of every row."""
+    taken: list[str] = []
+
+    def lines() -> Iterator[str]:
+        for line in io.StringIO(text, newline=""):
+            taken.append(line)
+            yield line
+
+    begins, fields = 1, []
+    try:
+        delimiter, fields = _header(text, label, any_table)
+        reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+        header_comes = True
+        for cells in reader:
+            if cells and not header_comes:
+                yield begins, _row(fields, cells, "".join(taken), delimiter, f"{label}, line {begins}")
+            header_comes = header_comes and not cells
+            begins, taken[:] = reader.line_num + 1, []
+    except csv.Error as error:
+        raise DataError(f"{label}, line {begins}: no valid CSV ({error})") from error
+
+
+def _header(text: str, label: str, any_table: bool) -> tuple[str, list[str]]:
+    """What separates the columns, and their names."""
+    first = next((line for line in io.StringIO(text, newline="") if line.strip()), "")
+    for delimiter in DELIMITERS:
+        if _are_columns(fields := _fields(first, delimiter)):
+            return delimiter, fields
+    found = printable(", ".join(_fields(first, ",")))[:120] or "nothing"
+    if any_table:
+        raise NoCaptions(f"its first line says {found}, no columns of files and captions")
+    raise DataError(f"{label}: its first line says {found}, expected column names such as file,caption")
+
+
+def _fields(line: str, delimiter: str) -> list[str]:
+    return [cell.strip().lower() for cell in next(csv.reader([line], delimiter=delimiter), [])]
+
+
+def _are_columns(fields: list[str]) -> bool:
+    return bool(set(fields) & set(FILE_FIELDS)) and bool(set(fields) & set(CAPTION_FIELDS))
+
+
+def _row(fields: list[str], cells: list[str], raw: str, delimiter: str, place: str) -> dict[str, Any]:
+    """The cells by column. Where there are too many, the caption is the rest of the line, if it is the last column."""
+    if len(cells) > len(fields):
+        # Some put a space between the comma and the quotes.
+        spaced = next(csv.reader([raw], delimiter=delimiter, skipinitialspace=True))
+        if len(spaced) == len(fields):
+            return dict(zip(fields, spaced, strict=True))
+        rest = delimiter.join(cells[len(fields) - 1 :])
+        # With quotes in it nobody can tell which of the commas were meant.
+        if fields[-1] not in CAPTION_FIELDS or not raw.rstrip("\r\n").endswith(delimiter + rest):
+            raise DataError(
+                f"{place}: {len(cells)} cells, its header has {len(fields)}; put a caption with commas in quotes"
+            )
+        cells = [*cells[: len(fields) - 1], rest]
+    return dict(zip(fields, cells, strict=False))
+
+
+def _json_rows(text: str, label: str, any_table: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+    # Not splitlines: captions may hold U+2028 and other characters that it takes for ends of lines.
+    rows = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+    for number, line in rows:
+        try:
+            row = _parsed(line)
+        except DataError as error:
+            raise DataError(f"{label}, line {number}: {error}") from error
+        if any_table and not _are_columns(list(row)):
+            raise NoCaptions(f"its line {number} has no fields of a file and a caption")
+        any_table = False
+        yield number, row
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        # Not strict: control characters in texts are written raw by some tools.
+        value = json.loads(text, strict=False)
+    # Brackets nested by the thousand end in a RecursionError.
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"is not valid JSON ({printable(str(error))[:120]})") from error
+    if not isinstance(value, dict):
+        raise DataError(f"holds a JSON {type(value).__name__}, expected an object with a caption")
+    return value
+
+
+def _caption_field(row: dict[str, Any]) -> str:
+    found = next((row[field] for field in CAPTION_FIELDS if row.get(field) is not None), None)
+    if not isinstance(found, str):
+        raise DataError(f"holds no caption, expected text under {' or '.join(CAPTION_FIELDS)}")
+    try:
+        found.encode()
+    except UnicodeEncodeError as error:
+        raise DataError("caption is not valid Unicode (a lone surrogate); write it again") from error
+    return found

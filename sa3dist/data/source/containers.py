@@ -1,0 +1,236 @@
+"""Zip (zips.py), folder (folders.py) and tar as one thing: a checked list of members, bounded reads, hostile input.
+
+Faults of single members are collected in ``refused``, so that all are reported at once; what makes the whole container
+unusable raises DataError.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import io
+import os
+import re
+import struct
+import tarfile
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from sa3dist.data.source.kinds import (
+    extension_of,
+    is_audio,
+    is_hidden_audio,
+    is_manifest,
+    is_system,
+    kind_of,
+    printable,
+)
+from sa3dist.data.source.own_folders import is_below, own_names
+from sa3dist.errors import DataError
+
+# An hour of 24-bit stereo at 48 kHz is 1.04e9 bytes; the longest clip a model sees is 380 s.
+MAX_MEMBER_BYTES = 1 << 30
+# 2000 clips of 380 s in 24-bit stereo at 48 kHz are 0.2 TB: five times that is nobody's data set by accident.
+MAX_TOTAL_BYTES = 1 << 40
+# 100,000 captioned clips are 200,000 members; each costs about 1 kB of memory here.
+MAX_MEMBERS = 1_000_000
+READ_BLOCK_BYTES = 1 << 20
+
+HIDDEN_AUDIO = "hidden audio file", "names that begin with a dot are left out; rename it to use it"
+_DRIVE = re.compile(r"^[A-Za-z]:")
+TAR_FAULTS = (tarfile.TarError, struct.error, EOFError, OSError, ValueError, LookupError, OverflowError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One regular file of a container: normalised posix name, size in bytes, and where the container finds it."""
+
+    name: str
+    size: int
+    handle: Any
+
+
+def name_fault(name: str) -> str | None:
+    """Why ``name`` could point outside the container or cannot be a key, or None."""
+    if "\\" in name:
+        return "has a backslash in its name, expected '/' between folders; rename it"
+    return path_fault(name) or spelling_fault(name)
+
+
+def path_fault(name: str) -> str | None:
+    """Why a name with '/' between folders could point outside the container, or None."""
+    if not name:
+        return "has no name; make the archive again with another tool"
+    if name.startswith("/") or _DRIVE.match(name):
+        return (
+            "has an absolute path, expected one relative to the archive; make the archive again from inside its folder"
+        )
+    if ".." in name.split("/"):
+        return "points outside the archive with '..'; make the archive again from inside its folder"
+    return None
+
+
+def spelling_fault(name: str) -> str | None:
+    """Why ``name`` cannot be a key although it leads nowhere else, or None."""
+    if any(ord(c) < 32 or ord(c) == 127 for c in name):
+        return "has a control character in its name; rename it"
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return "has a name that is not UTF-8; rename it, or make the archive again with names in UTF-8"
+    return None
+
+
+class Container(abc.ABC):
+    """Base of the three kinds.
+
+    label     how messages call it
+    members   regular files in order of name, but for system files and what is left out; names are unique
+    system    how many files of operating systems were passed over
+    left_out  (what, why) -> names of files that cannot matter and could not be listed, as kind_of names them
+    own       results and work directories of runs, which are left out, by name
+    refused   fault -> names of the members that have it
+    """
+
+    def __init__(self, label: str):
+        self.label = label
+        self.members: list[Member] = []
+        self.system = 0
+        self.left_out: dict[tuple[str, str], list[str]] = {}
+        self.own: list[str] = []
+        self.refused: dict[str, list[str]] = {}
+        self._names: set[str] = set()
+        self._total = 0
+
+    @abc.abstractmethod
+    def read(self, member: Member) -> bytes:
+        """The whole member, never more than its declared size; several threads may read at once.
+
+        Raises DataError, without the member's name, when it is damaged or gone.
+        """
+
+    def leave_out_own(self) -> None:
+        """Pass over what runs have left, as far as the names tell; a folder does so on the way."""
+        self.own += sorted(own_names(member.name for member in self.members))
+        self.members = [member for member in self.members if not is_below(member.name, self.own)]
+
+    def close(self) -> None:  # noqa: B027 - only a zip holds a file open
+        """Let go of open files."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _admit(self, name: str, size: int, handle: Any, fault: str | None = None, unsafe: str | None = None) -> None:
+        """List a file, or say where it belongs otherwise.
+
+        fault    why it cannot be read, which does not matter of a file that would not be read anyway
+        unsafe   what no archive may hold, whatever it is called
+        """
+        # Some archives of Windows have backslashes between folders, and so have files unpacked from them elsewhere.
+        name = name.replace("\\", "/")
+        if unsafe := path_fault(name) or unsafe:
+            self.refused.setdefault(unsafe, []).append(name)
+            return
+        clean = PurePosixPath(name).as_posix()
+        if is_system(clean):
+            if is_hidden_audio(clean):
+                self._leave_out(HIDDEN_AUDIO, clean)
+            else:
+                self.system += 1
+            return
+        if odd := spelling_fault(name):
+            # What cannot be a clip's name cannot be its caption's or its table's either.
+            fault, matters = odd, is_audio(clean)
+        else:
+            matters = is_audio(clean) or extension_of(clean) == "txt" or is_manifest(clean)
+        if fault is None and size > MAX_MEMBER_BYTES:
+            fault = f"is {size} bytes, expected at most {MAX_MEMBER_BYTES}; cut it into shorter clips"
+        if fault is None and clean in self._names:
+            fault = "is there twice under one name; make the archive again"
+        if fault is not None and not matters:
+            self._leave_out(kind_of(clean), clean)
+            return
+        if fault is not None:
+            self.refused.setdefault(fault, []).append(clean)
+            return
+        self._names.add(clean)
+        self._total += size
+        self.members.append(Member(clean, size, handle))
+        if len(self.members) > MAX_MEMBERS:
+            raise DataError(f"{self.label}: more than {MAX_MEMBERS} files; split it into several data sets")
+        if self._total > MAX_TOTAL_BYTES:
+            raise DataError(
+                f"{self.label}: unpacks to more than {MAX_TOTAL_BYTES} bytes; split it into several data sets"
+            )
+
+    def _leave_out(self, kind: tuple[str, str], name: str) -> None:
+        self.left_out.setdefault(kind, []).append(name)
+
+
+class TarContainer(Container):
+    """One or more uncompressed tars, as WebDataset writes them. Names that several share are prefixed."""
+
+    def __init__(self, paths: list[Path], label: str):
+        super().__init__(label)
+        found = [(path, info) for path in paths for info in self._scan(path)]
+        names = [info.name for _, info in found]
+        prefixed = len(paths) > 1 and len(set(names)) < len(names)
+        for path, info in sorted(found, key=lambda pair: (pair[1].name, pair[0].name)):
+            name = f"{path.stem}/{info.name}" if prefixed and not path_fault(info.name) else info.name
+            self._admit(name, info.size, (path, info.offset_data), unsafe=_tar_fault(info))
+        self.members.sort(key=lambda member: member.name)
+
+    def read(self, member: Member) -> bytes:
+        path, offset = member.handle
+        try:
+            with open(path, "rb") as stream:
+                stream.seek(offset)
+                return read_exactly(stream, member.size, whole_file=False)
+        except OSError as error:
+            raise DataError(f"cannot be read from {path.name} ({error.strerror or error})") from error
+
+    def _scan(self, path: Path) -> list[tarfile.TarInfo]:
+        found: list[tarfile.TarInfo] = []
+        try:
+            end = os.path.getsize(path)
+            # "r:" is uncompressed only: offsets must point at bytes on disk.
+            with tarfile.open(path, "r:") as tar:
+                for info in tar:
+                    if info.isfile() and info.offset_data + info.size > end:
+                        raise EOFError(f"{info.name} ends behind the end of the file")
+                    if not info.isdir():
+                        found.append(info)
+                    if len(found) > MAX_MEMBERS:
+                        raise DataError(f"{self.label}: more than {MAX_MEMBERS} files; split it into several data sets")
+        except TAR_FAULTS as error:
+            reason = f"{path.name} is no readable plain tar ({short_reason(error)})"
+            raise DataError(f"{self.label}: {reason}; make or download it again") from error
+        return found
+
+
+def _tar_fault(info: tarfile.TarInfo) -> str | None:
+    if info.issym() or info.islnk():
+        return "is a link, expected a file; put the file itself into the archive"
+    if not info.isreg() or info.issparse():
+        return "is a device, pipe or sparse file, expected a plain file"
+    return None
+
+
+def read_exactly(stream: BinaryIO, size: int, whole_file: bool = True) -> bytes:
+    """``size`` bytes in blocks; DataError when there are fewer, or (``whole_file``) more."""
+    buffer = io.BytesIO()
+    while buffer.tell() < size:
+        block = stream.read(min(READ_BLOCK_BYTES, size - buffer.tell()))
+        if not block:
+            raise DataError(f"ends after {buffer.tell()} of {size} bytes; make or copy it again")
+        buffer.write(block)
+    if whole_file and stream.read(1):
+        raise DataError(f"is longer than the {size} bytes it declares; make or copy it again")
+    return buffer.getvalue()
+
+
+def short_reason(error: BaseException) -> str:
+    return printable(str(error) or type(error).__name__)[:120]

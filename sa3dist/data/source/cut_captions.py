@@ -1,0 +1,88 @@
+"""Captions longer than the text encoder reads: what lies behind its limit trains nothing, so they are named."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sa3dist.data.source.kinds import printable
+from sa3dist.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from sa3dist.config import Settings
+    from sa3dist.formats import DatasetIndex
+    from sa3dist.model.text import TextSource
+
+# Every token stands for a byte at least, but for one at either end and a space in front.
+_TOKENS_ADDED = 3
+_NAMES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class CutCaptions:
+    """limit    tokens the text encoder reads
+    tokens   clip's key -> tokens of its caption, of those that have more
+    """
+
+    limit: int
+    tokens: dict[str, int]
+
+    def line(self, most: int = _NAMES) -> str:
+        """One line for people, with the first ``most`` clips; empty where no caption is cut."""
+        if not self.tokens:
+            return ""
+        named = ", ".join(f"{printable(key)} has {count}" for key, count in sorted(self.tokens.items())[:most])
+        more = f" and {len(self.tokens) - most} more" if len(self.tokens) > most else ""
+        what = "caption is" if len(self.tokens) == 1 else "captions are"
+        return (
+            f"{len(self.tokens)} {what} longer than the {self.limit} tokens the text encoder reads, and cut there: "
+            f"{named}{more}; put what matters first, or shorten"
+        )
+
+
+def cut_captions(source: TextSource, captions: Iterable[tuple[str, str]]) -> CutCaptions | None:
+    """Which of (clip's key, caption) do not fit; None where some may not and there is no tokenizer on this machine.
+
+    Nothing is downloaded, and nothing imported where all are short.
+    """
+    limit = source.config.max_length
+    long = [(key, caption) for key, caption in captions if len(caption.encode()) + _TOKENS_ADDED > limit]
+    if not long:
+        return CutCaptions(limit, {})
+    from sa3dist.model.text import load_tokenizer, quiet_transformers
+
+    try:
+        directory = source.resolve(local_only=True)
+        with quiet_transformers():
+            tokenizer = load_tokenizer(directory)
+            counts = [len(ids) for ids in tokenizer([caption for _, caption in long])["input_ids"]]
+    except CheckpointError:
+        return None
+    cut = {key: count for (key, _), count in zip(long, counts, strict=True) if count > limit}
+    return CutCaptions(limit, cut)
+
+
+def say_cut_captions(index: DatasetIndex, source: TextSource | None) -> None:
+    """Warn of the captions that do not fit, if any, and if the tokenizer is here."""
+    found = source and cut_captions(source, ((clip.key, clip.caption) for clip in index.clips))
+    if found and found.tokens:
+        log.warning("%s", found.line())
+
+
+def text_source(settings: Settings) -> TextSource:
+    """Where a run with these settings finds its text encoder; reads the model's config, no weights.
+
+    Raises CheckpointError.
+    """
+    from sa3dist.model.loading import known_config
+    from sa3dist.model.released import RELEASED
+    from sa3dist.model.text import TextSource
+
+    override = None if settings.text_encoder is None else str(settings.text_encoder)
+    directory = None if settings.model in RELEASED else Path(settings.model).expanduser()
+    return TextSource(known_config(settings.model).prompt, override, directory, RELEASED.get(settings.model))

@@ -1,0 +1,102 @@
+"""A local folder as a container: what lies below it, and what its links lead to."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from sa3dist.data.source.containers import Container, Member, read_exactly
+from sa3dist.data.source.kinds import is_system
+from sa3dist.data.source.own_folders import own_on_disk
+from sa3dist.errors import DataError
+
+LOOP = "looping link", "it leads to a folder that holds it"
+READ_ALREADY = "linked folder", "it is read already, under another name"
+
+
+class FolderContainer(Container):
+    """A person's own folder: links to files and folders are followed wherever they lead, each folder once."""
+
+    def __init__(self, path: Path, label: str):
+        super().__init__(label)
+        self._root = Path(path).resolve()
+        self._seen: set[tuple[int, int]] = set()
+        self._links: list[tuple[str, Path]] = []
+        self._walk(self._root, ".")
+        # Behind everything that lies here itself, so that what is found twice keeps its own name.
+        while self._links:
+            name, link = self._links.pop(0)
+            target = link.resolve()
+            if self._root.is_relative_to(target) or link.is_relative_to(target):
+                self._leave_out(LOOP, name)
+            elif _identity(target) in self._seen:
+                self._leave_out(READ_ALREADY, name)
+            else:
+                self._walk(target, name)
+        self.members.sort(key=lambda member: member.name)
+
+    def _walk(self, top: Path, name: str) -> None:
+        """Everything below ``top``, whose place in the data set is ``name``; links to folders wait in ``_links``."""
+        for folder, folders, files in os.walk(top, onerror=self._unreadable):
+            inside = os.path.normpath(os.path.join(name, os.path.relpath(folder, top)))
+            self._seen.add(_identity(folder))
+            own = {child for child in own_on_disk(folder, at_top=inside == ".") if not is_system(child)}
+            self.own += [os.path.normpath(os.path.join(inside, child)) for child in sorted(own)]
+            folders[:] = [child for child in folders if child not in own]
+            for child in sorted(folders):
+                path, relative = Path(folder, child), os.path.normpath(os.path.join(inside, child))
+                if is_system(child):
+                    self._count_system(path, relative)
+                elif path.is_symlink():
+                    self._links.append((relative, path))
+                elif _identity(path) in self._seen:
+                    self._leave_out(READ_ALREADY, relative)
+                else:
+                    continue
+                folders.remove(child)
+            for child in sorted(set(files) - own):
+                self._add(Path(folder, child), os.path.normpath(os.path.join(inside, child)))
+
+    def _count_system(self, top: Path, name: str) -> None:
+        # Some of them nobody but the system may list.
+        if top.is_symlink():
+            self.system += 1
+            return
+        for folder, _, files in os.walk(top):
+            for child in sorted(files):
+                relative = os.path.normpath(os.path.join(name, os.path.relpath(folder, top), child))
+                self._admit(relative, 0, None)
+
+    def read(self, member: Member) -> bytes:
+        try:
+            with open(member.handle, "rb") as stream:
+                return read_exactly(stream, member.size)
+        except OSError as error:
+            raise DataError(
+                f"cannot be read ({error.strerror or error}); check the file and its permissions"
+            ) from error
+
+    def _add(self, path: Path, name: str) -> None:
+        try:
+            status = path.stat()
+        except OSError as error:
+            lost = isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP
+            fault = "is a link to nothing; remove it or copy the file there"
+            if not lost:
+                fault = f"cannot be looked at ({error.strerror}); check its permissions"
+            self._admit(name, 0, None, fault)
+            return
+        fault = None if stat.S_ISREG(status.st_mode) else "is a device or pipe, expected a file"
+        self._admit(name, status.st_size, path, fault)
+
+    def _unreadable(self, error: OSError) -> None:
+        raise DataError(
+            f"{self.label}: folder {error.filename} cannot be listed ({error.strerror}); check its permissions"
+        )
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino

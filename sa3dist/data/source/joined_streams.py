@@ -1,0 +1,262 @@
+"""Files that hold more than a decoder gives: two streams joined with cat, or an MP3 that counts its frames wrong."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Iterator
+
+from sa3dist.data.source.riff import UNKNOWN, layout_of, refuse_several, samples_of
+from sa3dist.errors import DataError
+
+_MEND = "cut it apart, or join it anew: ffmpeg -i IN OUT.flac"
+# How other files begin: what is looked for, and what has to stand so many bytes behind it.
+_STARTS = (
+    (b"RIFF", 8, b"WAVE"),
+    (b"RIFX", 8, b"WAVE"),
+    (b"RF64", 8, b"WAVE"),
+    (b"FORM", 8, b"AIF"),
+    (b"fLaC", 5, b"\0\0\x22"),
+    (b"caff\0\1", 8, b"desc"),
+    (b"OggS\0\2", 6, bytes(8)),
+    (b".snd\0\0", 12, b"\0\0\0"),
+    (b"riff\x2e\x91\xcf\x11", 24, b"wave"),
+)
+_SEARCHED_THROUGHOUT = (
+    (b"fLaC\0\0\0\x22", 0, b""),
+    (b"fLaC\x80\0\0\x22", 0, b""),
+    (b"caff\0\1\0\0desc", 0, b""),
+)
+_BITRATES_KBPS = {
+    1: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    2: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+# Behind the side information of mono or stereo, of either version, and perhaps two bytes of CRC.
+_HEADINGS_AT = (13, 15, 21, 23, 36, 38)
+_RATES_HZ = (44100, 48000, 32000)
+# So many frames in a row are no accident.
+_FRAMES_IN_A_ROW = 3
+# The first frame may need what lies before it, and the last may be cut.
+_SLACK_FRAMES = 4
+# Where no header counts the frames, a decoder's guess of their size may be off by 0.04 bytes of 418.
+_SLACK_SHARE = 1 / 4000
+
+
+def refuse_joined(data: bytes) -> None:
+    """Raise DataError, without a file name, when other audio begins where the first stream ends.
+
+    Covers, overviews and tags are none, nor are streams that run beside each other in one Ogg file.
+    """
+    if data[:3] == b"ID3":
+        # Also in front of a FLAC.
+        data = data[_tag_size(data, 0) :]
+    if data[:4] == b"OggS":
+        streams, end = _ogg_streams(data)
+        if streams > 1:
+            raise DataError(f"holds {streams} streams joined one after the other, of which one would be used; {_MEND}")
+        _refuse_second(data, end)
+    elif (end := _end_of_samples(data)) is not None:
+        _refuse_second(data, end)
+        refuse_several(data)
+    elif (counted := mp3_counted(data)) is not None:
+        # Ahead of decoding: libmpg123 prints a warning of its own on the way.
+        _refuse_more(data, counted)
+
+
+def refuse_lost(data: bytes, samples: int) -> None:
+    """Raise DataError when an MP3 holds more than the ``samples`` that were decoded of it; after ``refuse_joined``."""
+    if data[:4] == b"OggS" or _end_of_samples(data) is not None:
+        return
+    counted = mp3_counted(data)
+    if counted is None or samples < counted:
+        _refuse_more(data, samples)
+
+
+def _refuse_more(data: bytes, samples: int) -> None:
+    found = mp3_samples(data)
+    if found is not None and samples < found:
+        raise DataError(
+            f"holds at least {found} samples, of which {samples} would be used, as where files were joined or cut "
+            f"without a new header; {_MEND}"
+        )
+
+
+def _refuse_second(data: bytes, start: int) -> None:
+    # Where only decoding finds the end, all is searched: for a file of the same kind alone, which takes long enough.
+    own = [known for known in _SEARCHED_THROUGHOUT if data.startswith(known[0][:4])]
+    for magic, offset, rest in own or _STARTS:
+        place = start - 1
+        while (place := data.find(magic, place + 1)) >= 0:
+            if data.startswith(rest, place + offset):
+                raise DataError(f"holds a second file, which begins at byte {place} and would be lost; {_MEND}")
+
+
+def _end_of_samples(data: bytes) -> int | None:
+    """From where on a second file would show; None for MP3 and what is no audio. Tags in front may hold anything."""
+    if data[:4] == b"fLaC":
+        # Only decoding finds the end of the samples.
+        place = 4
+        while place + 4 <= len(data):
+            kind, size = data[place], int.from_bytes(data[place + 1 : place + 4], "big")
+            place += 4 + size
+            if kind & 0x80:
+                break
+        return place
+    layout = layout_of(data)
+    if layout is not None:
+        return samples_of(data, layout)[1]
+    if data[:4] == b".snd" and len(data) >= 24:
+        start, size = struct.unpack_from(">II", data, 4)
+        return len(data) if size == UNKNOWN else start + size
+    if data[:4] == b"riff" and len(data) >= 24:
+        return struct.unpack_from("<Q", data, 16)[0]
+    return 12 if data[:4] == b"caff" else None
+
+
+def _ogg_streams(data: bytes) -> tuple[int, int]:
+    """How many groups of streams follow each other, and where the last page ends.
+
+    A group begins wherever the first page of a stream comes behind other pages.
+    """
+    streams, in_heads, place, end = 0, False, 0, 0
+    while (place := data.find(b"OggS", place)) >= 0 and place + 27 <= len(data):
+        segments = data[place + 26]
+        if data[place + 4] != 0:
+            place += 4
+            continue
+        begins = bool(data[place + 5] & 2)
+        streams += begins and not in_heads
+        in_heads = begins
+        place = end = place + 27 + segments + sum(data[place + 27 : place + 27 + segments])
+    return streams, end
+
+
+def mp3_samples(data: bytes) -> int | None:
+    """Samples per channel that the frames of an MP3 hold at least; None where that cannot be told (layers I, II).
+
+    Raises DataError where its frames differ in rate or channels: what is joined there cannot be decoded as one.
+    """
+    headings = _headings(data)
+    samples, kinds, trimmed, end = 0, set(), 0, 0
+    for place, frame in _mp3_frames(data):
+        size, rate, channels, of_frame = frame
+        if place in headings:
+            # Only the first one counts for a decoder.
+            trimmed = trimmed if end else _trimmed(data[place : place + size])
+        else:
+            kinds.add((rate, channels))
+            samples += of_frame
+        end = place + size
+    if len(kinds) > 1:
+        raise DataError(f"changes its sample rate or channels on the way, as where files were joined; {_MEND}")
+    if not kinds:
+        return None
+    _refuse_second(data, end)
+    return max(0, samples - trimmed - _SLACK_FRAMES * of_frame - int(samples * _SLACK_SHARE))
+
+
+def mp3_counted(data: bytes) -> int | None:
+    """Samples an MP3 has by the frame that counts the others; None without one, where a decoder guesses by the size."""
+    place, frame = next(_mp3_frames(data), (0, None))
+    if frame is None or place not in _headings(data[place : place + 200], place):
+        return None
+    size, _, _, of_frame = frame
+    heading = data[place : place + size]
+    if heading[36:40] == b"VBRI":
+        return of_frame * int.from_bytes(heading[50:54], "big")
+    at = next((at for at in _HEADINGS_AT if heading[at : at + 4] in (b"Xing", b"Info")), None)
+    if at is None or not int.from_bytes(heading[at + 4 : at + 8], "big") & 1:
+        return None
+    return max(0, of_frame * int.from_bytes(heading[at + 8 : at + 12], "big") - _trimmed(heading))
+
+
+def _headings(data: bytes, start: int = 0) -> set[int]:
+    """Where frames may begin that hold counts instead of sound, behind a header and 9 to 32 bytes of zeros.
+
+    start   place of ``data`` in the file
+    """
+    found = set()
+    for mark in (b"Xing", b"Info", b"VBRI"):
+        at = data.find(mark)
+        while at >= 0:
+            found.update(start + at - before for before in _HEADINGS_AT)
+            at = data.find(mark, at + 1)
+    return found
+
+
+def _mp3_frames(data: bytes) -> Iterator[tuple[int, tuple[int, int, int, int]]]:
+    """(place, (bytes, sample rate in Hz, channels, samples)) of every frame of layer III; passes over tags."""
+    place, in_step = 0, False
+    tags = dict.fromkeys((b"ID3", b"APETAGEX"), -1)
+    while place + 4 <= len(data):
+        frame = _frame(data[place : place + 4])
+        if frame and (in_step or _in_a_row(data, place)):
+            in_step = True
+            yield place, frame
+            place += frame[0]
+            continue
+        in_step = False
+        tag = _tag_size(data, place)
+        if tag:
+            place += tag
+            continue
+        for mark, at in tags.items():
+            if at <= place:
+                tags[mark] = _found(data, mark, place + 1)
+        place = min(_found(data, b"\xff", place + 1), *tags.values())
+
+
+def _found(data: bytes, mark: bytes, start: int) -> int:
+    place = data.find(mark, start)
+    return len(data) if place < 0 else place
+
+
+def _in_a_row(data: bytes, place: int) -> bool:
+    for _ in range(_FRAMES_IN_A_ROW):
+        frame = _frame(data[place : place + 4])
+        if frame is None:
+            return False
+        place += frame[0]
+        if place >= len(data):
+            return True
+    return True
+
+
+# A file has few kinds of frames, and a minute of it 2300 of them.
+@functools.lru_cache(maxsize=4096)
+def _frame(header: bytes) -> tuple[int, int, int, int] | None:
+    head = int.from_bytes(header, "big")
+    version, bitrate, rate = (head >> 19) & 3, (head >> 12) & 15, (head >> 10) & 3
+    if head >> 21 != 0x7FF or version == 1 or (head >> 17) & 3 != 1 or bitrate in (0, 15) or rate == 3:
+        return None
+    first = version == 3
+    rate_hz = _RATES_HZ[rate] >> {3: 0, 2: 1, 0: 2}[version]
+    samples = 1152 if first else 576
+    size = samples // 8 * 1000 * _BITRATES_KBPS[1 if first else 2][bitrate] // rate_hz + ((head >> 9) & 1)
+    return size, rate_hz, 1 if (head >> 6) & 3 == 3 else 2, samples
+
+
+def _trimmed(frame: bytes) -> int:
+    """Samples of delay and padding that a decoder leaves out, as the encoder's tag says."""
+    at = next((at for at in _HEADINGS_AT if frame[at : at + 4] in (b"Xing", b"Info")), None)
+    if at is None:
+        return 0
+    flags = int.from_bytes(frame[at + 4 : at + 8], "big")
+    tag = at + 8 + 4 * bool(flags & 1) + 4 * bool(flags & 2) + 100 * bool(flags & 4) + 4 * bool(flags & 8)
+    delays = int.from_bytes(frame[tag + 21 : tag + 24], "big")
+    return (delays >> 12) + (delays & 0xFFF)
+
+
+def _tag_size(data: bytes, place: int) -> int:
+    """Bytes of the ID3v2, ID3v1 or APE tag at ``place``; 0 where there is none."""
+    head = data[place : place + 10]
+    if head[:3] == b"ID3" and len(head) == 10 and max(head[6:]) < 128:
+        size = sum(byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
+        return 10 + size + 10 * bool(head[5] & 0x10)
+    if head[:3] == b"TAG" and place == len(data) - 128:
+        return 128
+    if head[:8] == b"APETAGEX":
+        # The size counts items and footer; of what comes first, a header, it is all that follows.
+        (size,) = struct.unpack_from("<I", data[place : place + 32].ljust(32, b"\0"), 12)
+        return 32 + size
+    return 0

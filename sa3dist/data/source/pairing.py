@@ -1,0 +1,222 @@
+"""The files of a container as pairs of audio and caption; what is neither is named, and what competes is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import unicodedata
+from pathlib import PurePosixPath
+
+from sa3dist.data.source.captions import NoCaptions, is_json, read_manifest
+from sa3dist.data.source.containers import Container, Member
+from sa3dist.data.source.kinds import (
+    UNREAD_AUDIO_EXTENSIONS,
+    LeftOut,
+    extension_of,
+    is_audio,
+    is_manifest,
+    kind_of,
+    printable,
+)
+from sa3dist.errors import DataError
+
+_OF_UNREADABLE = "caption", "of audio that is left out"
+_SYSTEM = "what systems and their file managers leave behind, and names that begin with a dot"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """key: posix path inside the source without extension; the members lie in the container that listed them.
+
+    caption       a .txt or .json member, or the text itself where a manifest holds it
+    caption_name  where the caption is, for messages
+    """
+
+    key: str
+    extension: str
+    audio: Member
+    caption: Member | str
+    caption_name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """pairs     sorted by key
+    refusals  one line per fault of the container itself (hostile or unreadable members): never skipped
+    problems  key -> one line: audio without caption, caption without audio, two audio files or captions that compete
+    unread    key -> one line: clips whose captions may lie in a table that was refused, which is the one thing to mend
+    left_out  every other file, by kind; system files are counted, not named
+    """
+
+    pairs: tuple[Pair, ...]
+    refusals: tuple[str, ...]
+    problems: dict[str, tuple[str, ...]]
+    unread: dict[str, tuple[str, ...]]
+    left_out: tuple[LeftOut, ...]
+
+
+def pair_members(container: Container) -> Listing:
+    """Match every audio file with its caption; upper and lower case of a name count as one.
+
+    The caption is the .txt of the same path and stem, or a line of a table (captions.csv, captions.jsonl, metadata.csv,
+    metadata.jsonl) in a folder above; where there is neither, the .json of that stem.
+    """
+    return _Pairing(container).listing()
+
+
+class _Pairing:
+    """By stem: audio, captions; and by kind what is left out."""
+
+    def __init__(self, container: Container) -> None:
+        self._container = container
+        self._audio: dict[str, list[Member]] = {}
+        self._captions: dict[str, list[Member | _Line]] = {}
+        self._left_out = {kind: list(names) for kind, names in container.left_out.items()}
+        self._refusals = [_refusal(*item) for item in sorted(container.refused.items())]
+        refused = [name for names in container.refused.values() for name in names]
+        # Tables that were refused, and stems: an absent or unreadable partner of those is no second problem.
+        self._tables = [name for name in refused if is_manifest(name)]
+        self._other_tables: dict[str, str] = {}
+        self._refused = {_stem(name) for name in refused}
+
+    def listing(self) -> Listing:
+        self._sort()
+        unreadable = {
+            _stem(name)
+            for names in self._left_out.values()
+            for name in names
+            if extension_of(name) in UNREAD_AUDIO_EXTENSIONS
+        }
+        pairs: list[Pair] = []
+        problems: dict[str, tuple[str, ...]] = {}
+        unread: dict[str, tuple[str, ...]] = {}
+        for stem in sorted((self._audio.keys() | self._captions.keys()) - self._refused):
+            sounds, texts = self._audio.get(stem, []), self._captions.get(stem, [])
+            if not sounds and stem in unreadable:
+                self._leave_out(_OF_UNREADABLE, *map(_place, texts))
+            elif len(sounds) == len(texts) == 1:
+                pairs.append(_pair(sounds[0], texts[0]))
+            elif len(sounds) == 1 and not texts and (table := self._table_above(sounds[0].name)):
+                reason = f"its caption may be in {printable(table)}, which is refused"
+                unread[_without_extension(sounds[0].name)] = (reason,)
+            else:
+                problems[_without_extension((sounds or texts)[0].name)] = (_mismatch(sounds, texts),)
+        self._blame_unread_tables(pairs, problems, unread)
+        pairs.sort(key=lambda pair: pair.key)
+        return Listing(tuple(pairs), tuple(self._refusals), problems, unread, self._lines())
+
+    def _sort(self) -> None:
+        """Put every member where it belongs."""
+        descriptions: list[Member] = []
+        for member in self._container.members:
+            if is_audio(member.name):
+                self._audio.setdefault(_stem(member.name), []).append(member)
+            elif extension_of(member.name) == "txt":
+                self._captions.setdefault(_stem(member.name), []).append(member)
+            elif is_manifest(member.name):
+                self._read_table(member)
+            elif is_json(member.name):
+                descriptions.append(member)
+            else:
+                self._leave_out(kind_of(member.name), member.name)
+        for member in descriptions:
+            # Beside a caption a .json holds something else, and alone it may be anything.
+            stem = _stem(member.name)
+            if stem in self._audio and stem not in self._captions:
+                self._captions[stem] = [member]
+            else:
+                self._leave_out(kind_of(member.name), member.name)
+
+    def _read_table(self, member: Member) -> None:
+        try:
+            empty = True
+            for name, text, place in read_manifest(self._container, member):
+                self._captions.setdefault(_stem(name), []).append(_Line(name, text, place))
+                empty = False
+            if empty:
+                self._leave_out(("table", "it has no lines"), member.name)
+        except NoCaptions as reason:
+            self._leave_out(("table", str(reason)), member.name)
+            self._other_tables[member.name] = str(reason)
+        except DataError as error:
+            self._refusals.append(str(error))
+            self._tables.append(member.name)
+
+    def _table_above(self, name: str) -> str | None:
+        return next((table for table in self._tables if _lies_below(name, table)), None)
+
+    def _blame_unread_tables(
+        self, pairs: list[Pair], problems: dict[str, tuple[str, ...]], unread: dict[str, tuple[str, ...]]
+    ) -> None:
+        """Where no clip below a metadata table has a caption, that table is what is wrong, not each of the clips."""
+        for table, reason in self._other_tables.items():
+            alone = [key for key in problems if _lies_below(key, table) and not self._captions.get(_stem(f"{key}.x"))]
+            if alone and not any(_lies_below(pair.key, table) for pair in pairs):
+                self._refusals.append(f"{printable(table)}: {reason}; expected names such as file_name and text")
+                for key in alone:
+                    del problems[key]
+                    unread[key] = (f"its caption may be in {printable(table)}, which is refused",)
+
+    def _leave_out(self, kind: tuple[str, str], *names: str) -> None:
+        self._left_out.setdefault(kind, []).extend(names)
+
+    def _lines(self) -> tuple[LeftOut, ...]:
+        found = sorted(self._left_out.items())
+        lines = [LeftOut(what, why, len(names), tuple(sorted(map(_writable, names)))) for (what, why), names in found]
+        if self._container.system:
+            lines.append(LeftOut("system file", _SYSTEM, self._container.system))
+        return tuple(lines)
+
+
+def _lies_below(name: str, table: str) -> bool:
+    return PurePosixPath(name).is_relative_to(PurePosixPath(table).parent)
+
+
+def _pair(sound: Member, caption: Member | _Line) -> Pair:
+    text = caption.text if isinstance(caption, _Line) else caption
+    return Pair(_without_extension(sound.name), extension_of(sound.name), sound, text, _place(caption))
+
+
+def _stem(name: str) -> str:
+    # macOS stores names decomposed, Windows and macOS do not tell upper from lower case.
+    return unicodedata.normalize("NFC", _without_extension(name)).casefold()
+
+
+def _without_extension(name: str) -> str:
+    return name[: len(name) - len(PurePosixPath(name).suffix)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    """A manifest's line: the audio file it names, the caption, and where it stands."""
+
+    name: str
+    text: str
+    place: str
+
+
+def _place(caption: Member | _Line) -> str:
+    return caption.place if isinstance(caption, _Line) else printable(caption.name)
+
+
+def _mismatch(sounds: list[Member], texts: list[Member | _Line]) -> str:
+    names = " and ".join([*(printable(member.name) for member in sounds), *(_place(text) for text in texts)])
+    if len(sounds) > 1:
+        return f"{names}: {len(sounds)} audio files claim one caption; rename or remove all but one"
+    if len(texts) > 1:
+        return f"{names}: {len(texts)} captions for one clip; remove all but one"
+    if not texts:
+        return f"{names}: audio without a caption; add {printable(PurePosixPath(sounds[0].name).stem)}.txt beside it"
+    if not sounds and isinstance(texts[0], _Line):
+        return f"{names}: caption of {printable(texts[0].name)}, which is not there; add the clip or remove the line"
+    return f"{names}: caption without audio; add the clip beside it or remove the caption"
+
+
+def _writable(name: str) -> str:
+    """Names that are no Unicode go into no file."""
+    return printable(name) if any("\ud800" <= c <= "\udfff" for c in name) else name
+
+
+def _refusal(fault: str, names: list[str]) -> str:
+    listed = ", ".join(printable(name) for name in names[:3])
+    more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
+    return f"{listed}{more}: {fault}"

@@ -1,0 +1,197 @@
+"""Stage 1 where the shards stay remote: an index of what is in them, taken as it is or made by reading each once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+from sa3dist.data.remote.disk_cache import ClipCache
+from sa3dist.data.remote.download import remote_info, version_of
+from sa3dist.data.remote.fetch import Downloads, address_name, filesystem, shown
+from sa3dist.data.source.archive import pair_members
+from sa3dist.data.source.build import checked_clips, decoder, identity_of, settle
+from sa3dist.data.source.containers import MAX_TOTAL_BYTES, TarContainer
+from sa3dist.data.source.kinds import LeftOut, united
+from sa3dist.data.source.remote_shards import RemoteShards, check_sizes, find_index, has_ranges, tars_of
+from sa3dist.data.source.shard_split import Known, earlier_indices, known_facts, write_report
+from sa3dist.errors import DataError
+from sa3dist.formats import ClipEntry, DatasetIndex, ShardEntry, atomic_directory, digest_of
+
+log = logging.getLogger(__name__)
+
+# Settings that ``build_shards`` and ``index_remote`` take alike.
+LIMITS = ("on_bad_clip", "allow_any_dataset_size", "max_download_bytes")
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteOptions:
+    """The settings of ``build_shards`` that count here too, and where clips are kept."""
+
+    on_bad_clip: str = "raise"
+    allow_any_dataset_size: bool = False
+    max_download_bytes: int = MAX_TOTAL_BYTES
+    cache_bytes: int = 64 << 30
+
+
+def index_remote(
+    source: str,
+    work_dir: Path,
+    options: RemoteOptions,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[DatasetIndex, dict[str, str]] | None:
+    """Index of remote WebDataset shards, in ``work_dir``/shards, and the URL of each; None where that is not possible.
+
+    Without an index beside them every shard is downloaded once, checked as ``build_shards`` does, and let go of again;
+    its clips stay in the cache as far as they fit. A shard that is known already is not read again.
+    None: ``source`` is local, or no shards, or its server sends whole files only, which is said.
+    report   called as report(shards read, all shards)
+    Raises as ``build_shards`` does.
+    """
+    work_dir = Path(work_dir)
+    tars = tars_of(source, should_stop)
+    if tars is None:
+        return None
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".index-", suffix=".tmp", dir=work_dir) as scratch:
+        found = find_index(source, tars, Path(scratch), should_stop)
+    if not _sends_ranges(found, tars, should_stop):
+        log.warning("%s: the server does not send parts of files, downloading the shards whole", shown(source))
+        return None
+    if found is not None:
+        index, urls = found
+        check_sizes(index, urls, should_stop)
+        skipped = settle(shown(source), (), {}, len(index.clips), options.on_bad_clip, options.allow_any_dataset_size)
+        return _publish(dataclasses.replace(index, skipped=skipped), work_dir), urls
+    log.info("%s: no index beside the shards, reading all of them once", shown(source))
+    return _Reading(source, tars, work_dir, options, should_stop).run(report)
+
+
+def attach(index: DatasetIndex, urls: dict[str, str], work_dir: Path, cache_bytes: int, should_stop) -> DatasetIndex:
+    """The index with a reader that fetches clips from ``urls``."""
+    sizes = {shard.name: shard.bytes for shard in index.shards}
+    cache = ClipCache(Path(work_dir) / "clip-cache", cache_bytes)
+    return dataclasses.replace(index, reader=RemoteShards(urls, sizes, cache, should_stop))
+
+
+def _sends_ranges(found, tars: list[str], should_stop: Callable[[], bool]) -> bool:
+    if found is not None:
+        index, urls = found
+        return not index.shards or has_ranges(urls[index.shards[0].name], index.shards[0].bytes, should_stop)
+    system, path = filesystem(tars[0])
+    size = remote_info(system, path, shown(tars[0]), should_stop).get("size")
+    return bool(size) and has_ranges(tars[0], size, should_stop)
+
+
+def _publish(index: DatasetIndex, work_dir: Path) -> DatasetIndex:
+    """Write the index into a folder named by what it holds and where that lies."""
+    digest = digest_of(*(part for clip in index.clips for part in identity_of(clip)))
+    places = digest_of(*(f"{clip.shard} {clip.audio_offset}" for clip in index.clips))
+    directory = work_dir / "shards" / f"{digest[:16]}-{places[:8]}"
+    index = dataclasses.replace(index, directory=directory, digest=digest)
+
+    def there() -> bool:
+        try:
+            return DatasetIndex.read(directory) == index
+        except DataError:
+            return False
+
+    if not there():
+        with atomic_directory(directory, unless=there) as temporary:
+            inside = dataclasses.replace(index, directory=temporary)
+            inside.write()
+            write_report(inside)
+    return index
+
+
+class _Reading:
+    """The first pass over shards without an index. What it learns of a shard is kept under the shard's version."""
+
+    def __init__(
+        self, source: str, tars: list[str], work_dir: Path, options: RemoteOptions, should_stop: Callable[[], bool]
+    ) -> None:
+        self._label, self._work_dir, self._options, self._should_stop = shown(source), work_dir, options, should_stop
+        names = [address_name(tar) for tar in tars]
+        if len(set(names)) < len(names):
+            names = [f"{number:06d}-{name}" for number, name in enumerate(names)]
+        self._urls = dict(zip(names, tars, strict=True))
+        self._downloads = Downloads(work_dir / "downloads", should_stop, options.max_download_bytes)
+        self._cache = ClipCache(work_dir / "clip-cache", options.cache_bytes)
+        self._refusals: list[str] = []
+        self._problems: dict[str, tuple[str, ...]] = {}
+
+    def run(self, report: Callable[[int, int], None]) -> tuple[DatasetIndex, dict[str, str]]:
+        known = known_facts(earlier_indices(self._work_dir / "shards"))
+        clips: list[ClipEntry] = []
+        shards: list[ShardEntry] = []
+        left_out: list[LeftOut] = []
+        try:
+            for done, (name, url) in enumerate(self._urls.items(), 1):
+                part = self._part(name, url, known)
+                clips += part.clips
+                shards += part.shards
+                left_out += (kind.named_in(name) for kind in part.left_out)
+                self._problems |= {f"{name} {line}": (f"{name}, {line}",) for line in part.skipped}
+                report(done, len(self._urls))
+            options = self._options
+            together = united(left_out)
+            settings = options.on_bad_clip, options.allow_any_dataset_size
+            skipped = settle(self._label, self._refusals, self._problems, len(clips), *settings, together)
+        except DataError:
+            self._downloads.forget()
+            raise
+        filled = {clip.shard for clip in clips}
+        shards = [shard for shard in shards if shard.name in filled]
+        index = DatasetIndex(self._work_dir, "", _unique(clips), skipped, tuple(shards), left_out=together)
+        return _publish(index, self._work_dir), self._urls
+
+    def _part(self, name: str, url: str, known: Known) -> DatasetIndex:
+        """What is in one shard; ``skipped`` holds a line for each of its bad clips."""
+        system, path = filesystem(url)
+        version = version_of(remote_info(system, path, shown(url), self._should_stop))
+        key = digest_of(name, shown(url), json.dumps(version, sort_keys=True))
+        kept = self._work_dir / "remote" / key[:16]
+        if version:
+            try:
+                return DatasetIndex.read(kept)
+            except DataError:
+                # Not read yet, or damaged, which reading it again mends.
+                log.info("%s: reading it", shown(url))
+        refused = len(self._refusals)
+        with self._downloads.borrowed(url) as local:
+            part = self._checked(local, name, url, known)
+        if version and len(self._refusals) == refused:
+            with atomic_directory(kept) as temporary:
+                dataclasses.replace(part, directory=temporary, digest=key).write()
+        return part
+
+    def _checked(self, local: Path, name: str, url: str, known: Known) -> DatasetIndex:
+        clips, skipped = [], []
+        with TarContainer([local], shown(url)) as container:
+            listing = pair_members(container)
+            self._refusals += [f"{name}, {line}" for line in listing.refusals]
+            skipped += ["; ".join(lines) for lines in listing.problems.values()]
+            checked = checked_clips(container, listing, decoder(known), None, self._should_stop, self._cache.put)
+            for pair, clip, problems in checked:
+                if clip is None:
+                    skipped.append("; ".join(problems))
+                else:
+                    # Where a TarContainer finds a member: its file and the offset in it.
+                    _, offset = pair.audio.handle
+                    clips.append(dataclasses.replace(clip, shard=name, audio_offset=offset))
+        # Downloads are named by content: its digest, a dash, its name.
+        shard = ShardEntry(name, local.stat().st_size, local.name[:64])
+        left_out = tuple(kind.kept() for kind in listing.left_out)
+        return DatasetIndex(self._work_dir, "", tuple(clips), tuple(sorted(skipped)), (shard,), left_out=left_out)
+
+
+def _unique(clips: list[ClipEntry]) -> tuple[ClipEntry, ...]:
+    """In order of key; where two shards use one key, all keys get their shard's name in front."""
+    if clips and max(Counter(clip.key for clip in clips).values()) > 1:
+        clips = [dataclasses.replace(clip, key=f"{PurePosixPath(clip.shard).stem}/{clip.key}") for clip in clips]
+    return tuple(sorted(clips, key=lambda clip: clip.key))

@@ -1,0 +1,177 @@
+"""Shards that stay where they are: found by URL, described by an index, read clip by clip through a bounded cache."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+from sa3dist.data.remote.disk_cache import ClipCache
+from sa3dist.data.remote.download import download, remote_info
+from sa3dist.data.remote.fetch import address_name, filesystem, is_remote, look_up, shown, split_query
+from sa3dist.data.remote.ranges import NoRanges, read_range
+from sa3dist.data.source.archive import expand_braces, two_readings
+from sa3dist.data.source.index_check import index_faults
+from sa3dist.data.source.kinds import BESIDE_SHARDS, LeftOut, extension_of, is_audio
+from sa3dist.data.source.shard_split import REPORT_NAME
+from sa3dist.errors import DataError
+from sa3dist.formats import INDEX_NAME, ClipEntry, DatasetIndex
+
+log = logging.getLogger(__name__)
+
+# A million clips with captions of 500 bytes.
+MAX_INDEX_BYTES = 1 << 30
+# A wrong byte on the way is cured by asking again; a changed shard is not.
+READS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteShards:
+    """Reads clips by range requests; what was read once comes from the cache.
+
+    urls         shard name -> its URL
+    file_bytes   shard name -> its length
+    """
+
+    urls: dict[str, str]
+    file_bytes: dict[str, int]
+    cache: ClipCache
+    should_stop: Callable[[], bool]
+
+    def read(self, entry: ClipEntry) -> bytes:
+        """The clip's audio bytes, as the index has them. Raises DataError naming shard and clip when they never are."""
+        held = self.cache.get(entry.audio_sha256)
+        if held is not None:
+            return held
+        url = self.urls[entry.shard]
+        for _ in range(READS):
+            data = read_range(
+                url, self.file_bytes[entry.shard], entry.audio_offset, entry.audio_bytes, self.should_stop
+            )
+            if hashlib.sha256(data).hexdigest() == entry.audio_sha256:
+                self.cache.put(entry.audio_sha256, data)
+                return data
+            log.warning("%s, clip %s: other bytes than the index has, reading again", shown(url), entry.key)
+        raise DataError(
+            f"{shown(url)}, clip {entry.key}: the audio bytes are not the ones in the index, the shard has changed or "
+            f"is damaged; write shard and index again"
+        )
+
+
+def tars_of(source: str, should_stop: Callable[[], bool]) -> list[str] | None:
+    """URLs of the shards that a remote ``source`` names, or None when it is something else, or local.
+
+    source   URL of one tar, of several with {000..127}, of a folder of tars, or of the index.json beside them, which
+             also stands for a folder where the server cannot list one
+    Raises as ``download`` does.
+    """
+    if not is_remote(source):
+        return None
+    parts = expand_braces(source)
+    if all(address_name(part).endswith(".tar") for part in parts):
+        return parts
+    if len(parts) > 1:
+        return None
+    if address_name(source) == INDEX_NAME:
+        return []
+    system, path, info = look_up(source, should_stop)
+    if info.get("type") != "directory":
+        return None
+    found = {PurePosixPath(info["name"]).name: info.get("type") for info in system.ls(path, detail=True)}
+    tars = sorted(name for name in found if extension_of(name) == "tar")
+    if not tars:
+        return None
+    below = "directory" in found.values()
+    names = [name[len(path.rstrip("/")) + 1 :] for name in system.find(path)] if below else found
+    for name in filter(is_audio, sorted(names)):
+        raise DataError(two_readings(shown(source), tars[0], name))
+    if beside := sorted({*names} - {*tars, INDEX_NAME, REPORT_NAME}):
+        log.warning("%s: left out: %s", shown(source), LeftOut(*BESIDE_SHARDS, len(beside), tuple(beside)).line())
+    return [f"{source.rstrip('/')}/{name}" for name in tars]
+
+
+def find_index(
+    source: str, tars: list[str], scratch: Path, should_stop: Callable[[], bool]
+) -> tuple[DatasetIndex, dict[str, str]] | None:
+    """The index beside the shards, cut down to the shards that are named, and the URL of each; None when none fits.
+
+    Raises DataError when it is damaged or holds what no index of ours does.
+    """
+    folders = {_folder(url) for url in tars or [source]}
+    if len(folders) > 1 or any(split_query(url)[1] for url in tars):
+        return None
+    (folder,) = folders
+    url = source if not tars else f"{folder}/{INDEX_NAME}"
+    try:
+        index = _read_index(url, scratch, should_stop)
+    except FileNotFoundError as error:
+        if tars:
+            return None
+        raise DataError(f"{error}; or name the .tar files instead") from None
+    urls = {shard.name: f"{folder}/{shard.name}" for shard in index.shards}
+    if url is source:
+        urls = {name: one + split_query(source)[1] for name, one in urls.items()}
+    if tars:
+        named = {address_name(tar): tar for tar in tars}
+        if not named.keys() <= urls.keys():
+            log.warning("%s does not know all of the shards named: reading them without it", shown(url))
+            return None
+        urls = named
+        index = dataclasses.replace(
+            index,
+            clips=tuple(clip for clip in index.clips if clip.shard in named),
+            shards=tuple(shard for shard in index.shards if shard.name in named),
+        )
+    return index, urls
+
+
+def _read_index(url: str, scratch: Path, should_stop: Callable[[], bool]) -> DatasetIndex:
+    """Raises FileNotFoundError when there is none, DataError when it is damaged or no index of ours."""
+    system, remote = filesystem(url)
+    path = scratch / INDEX_NAME
+    for attempt in range(READS):
+        path.unlink(missing_ok=True)
+        try:
+            info = remote_info(system, remote, shown(url), should_stop)
+            download(system, remote, info, path, shown(url), MAX_INDEX_BYTES, should_stop)
+        except DataError as error:
+            # Some servers answer "forbidden" for what is not there.
+            raise FileNotFoundError(str(error)) from error
+        try:
+            index = DatasetIndex.read(scratch)
+        except DataError as error:
+            log.warning("%s: damaged, or no index of ours (attempt %d)", shown(url), attempt + 1)
+            problem = error
+            continue
+        for fault in index_faults(index):
+            raise DataError(f"{shown(url)}: {fault}; write it again with sa3dist shard")
+        return index
+    reason = str(problem).removeprefix(f"{path}: ").partition(";")[0]
+    raise DataError(f"{shown(url)}: {reason}; write it again with sa3dist shard")
+
+
+def has_ranges(url: str, file_bytes: int, should_stop: Callable[[], bool]) -> bool:
+    """Whether the server of ``url`` sends parts of files. Raises as ``read_range`` does for other trouble."""
+    with contextlib.suppress(NoRanges):
+        # The last byte: what sends the file from its start sends something else.
+        read_range(url, file_bytes, file_bytes - 1, 1, should_stop)
+        return True
+    return False
+
+
+def check_sizes(index: DatasetIndex, urls: dict[str, str], should_stop: Callable[[], bool]) -> None:
+    """Raises DataError when a shard is missing or has another length than the index says."""
+    for shard in index.shards:
+        system, path = filesystem(urls[shard.name])
+        found = remote_info(system, path, shown(urls[shard.name]), should_stop).get("size")
+        if found is not None and found != shard.bytes:
+            raise DataError(
+                f"{shown(urls[shard.name])}: {found} bytes, its index says {shard.bytes}; write shard and index again"
+            )
+
+
+def _folder(url: str) -> str:
+    return split_query(url)[0].rpartition("/")[0]

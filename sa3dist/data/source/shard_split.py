@@ -1,0 +1,178 @@
+"""Which clips share a shard, which shards are there already, and a report on all of them for people."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import os
+import shutil
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from sa3dist.data.source.audio import AudioFacts
+from sa3dist.data.source.kinds import NAMES_KEPT
+from sa3dist.data.source.tar_writer import member_stem
+from sa3dist.errors import DataError
+from sa3dist.formats import ClipEntry, DatasetIndex, ShardEntry, atomic_path, digest_of, file_sha256
+from sa3dist.wording import counted, span
+
+log = logging.getLogger(__name__)
+
+REPORT_NAME = "report.txt"
+
+# By SHA-256 of the audio bytes, and their number.
+Known = dict[tuple[str, int], AudioFacts]
+
+
+def split(
+    clips: Sequence[ClipEntry],
+    max_shard_bytes: int,
+    size_of: Callable[[ClipEntry], int] = lambda clip: clip.audio_bytes,
+) -> Iterator[list[ClipEntry]]:
+    """Consecutive clips, ``max_shard_bytes`` at most unless a single clip is larger.
+
+    size_of   bytes of one clip; default: its audio's
+
+    Where one shard does not hold all, most cuts hang on the names of the clips alone, about two per full shard: a
+    changed clip then moves no cut but perhaps the next one, and the other shards stay as they are.
+    """
+    total = sum(map(size_of, clips))
+    halves = max(1, max_shard_bytes * len(clips) // max(2 * total, 1))
+    # A power of two, so that it stays the same while the data set grows a little.
+    chance = 1 << (halves.bit_length() - 1) if total > max_shard_bytes else 0
+    group: list[ClipEntry] = []
+    size = 0
+    for clip in clips:
+        drawn = int.from_bytes(hashlib.sha256(clip.key.encode()).digest()[:8], "little")
+        named = chance and drawn % chance == 0 and size > max_shard_bytes // 8
+        if group and (named or size + size_of(clip) > max_shard_bytes):
+            yield group
+            group, size = [], 0
+        group.append(clip)
+        size += size_of(clip)
+    if group:
+        yield group
+
+
+def earlier_indices(shards_dir: Path) -> list[DatasetIndex]:
+    """What earlier runs left. A damaged or outdated index teaches nothing: its clips are decoded and written again."""
+    indices = []
+    for directory in sorted(path for path in shards_dir.glob("[0-9a-f]*") if path.is_dir()):
+        with contextlib.suppress(DataError):
+            indices.append(DatasetIndex.read(directory))
+    return indices
+
+
+def known_facts(earlier: list[DatasetIndex]) -> Known:
+    """What is known of the same bytes, so that unchanged clips are not decoded again."""
+    return {
+        (clip.audio_sha256, clip.audio_bytes): AudioFacts(clip.samples, clip.sample_rate_hz, clip.channels)
+        for index in earlier
+        for clip in index.clips
+    }
+
+
+class FinishedShards:
+    """Shards of earlier runs, found again by what is in them."""
+
+    def __init__(self, indices: Iterable[DatasetIndex]) -> None:
+        self._places: dict[str, tuple[Path, ShardEntry, list[ClipEntry]]] = {}
+        for index in indices:
+            groups: dict[str, list[ClipEntry]] = {}
+            for clip in index.clips:
+                groups.setdefault(clip.shard, []).append(clip)
+            for entry in index.shards:
+                clips = groups.get(entry.name, [])
+                self._places[_content(clips)] = (index.directory / entry.name, entry, clips)
+
+    def reuse(self, clips: list[ClipEntry], target: Path) -> tuple[ShardEntry, list[ClipEntry]] | None:
+        """Put the shard that holds exactly ``clips`` at ``target``; returns as ``write_shard``, None if there is none.
+
+        A damaged one is none. Costs no space where the file system has hard links.
+        """
+        path, entry, found = self._places.get(_content(clips), (None, None, None))
+        if path is None:
+            return None
+        try:
+            if file_sha256(path) != entry.sha256:
+                return None
+            link_or_copy(path, target)
+        except OSError:
+            # Gone meanwhile, or on a full disk, which writing the shard will say.
+            target.unlink(missing_ok=True)
+            return None
+        placed = [
+            dataclasses.replace(clip, shard=target.name, audio_offset=earlier.audio_offset)
+            for clip, earlier in zip(clips, found, strict=True)
+        ]
+        return dataclasses.replace(entry, name=target.name), placed
+
+
+def _content(clips: list[ClipEntry]) -> str:
+    return digest_of(
+        *(part for clip in clips for part in (member_stem(clip.key), clip.extension, clip.audio_sha256, clip.caption))
+    )
+
+
+def link_or_copy(path: Path, target: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.link(path, target)
+        return
+    with atomic_path(target) as temporary:
+        shutil.copyfile(path, temporary)
+
+
+def describe(index: DatasetIndex) -> str:
+    """A report for people: what the data set holds, what lies in which shard, what was left out and why."""
+    clips = index.clips
+    seconds = [clip.seconds for clip in clips]
+    words = [len(clip.caption.split()) for clip in clips]
+    spread = f"{min(seconds):.2f} to {max(seconds):.2f} s, median {statistics.median(seconds):.2f} s"
+    lines = [
+        f"data set     {index.digest}",
+        f"clips        {len(clips)}, {span(sum(seconds))}, {sum(c.audio_bytes for c in clips)} bytes",
+        f"length       {spread}",
+        f"formats      {_counted(clip.extension for clip in clips)}",
+        f"sample rates {_counted(f'{clip.sample_rate_hz} Hz' for clip in clips)}",
+        f"channels     {_counted(str(clip.channels) for clip in clips)}",
+        f"captions     {len({clip.caption for clip in clips})} distinct, {min(words)} to {counted(max(words), 'word')}",
+        f"skipped      {len(index.skipped)}",
+        *(f"  {line}" for line in index.skipped),
+        f"left out     {sum(kind.count for kind in index.left_out)}",
+        *(f"  {kind.line(most=NAMES_KEPT)}" for kind in index.left_out),
+        "",
+        "shard                   bytes  clips  first",
+    ]
+    held: dict[str, list[str]] = {}
+    for clip in clips:
+        held.setdefault(clip.shard, []).append(clip.key)
+    for shard in index.shards:
+        keys = held[shard.name]
+        lines.append(f"{shard.name} {shard.bytes:>12} {len(keys):>6}  {keys[0]}")
+    return "\n".join(lines) + "\n"
+
+
+def write_report(index: DatasetIndex) -> None:
+    """Put ``describe`` into the index's directory."""
+    with atomic_path(index.directory / REPORT_NAME) as temporary:
+        temporary.write_text(describe(index), encoding="utf-8")
+
+
+def update_report(index: DatasetIndex) -> None:
+    """``write_report`` where the one that is there differs; what is in the way is said, and harms nothing."""
+    path = index.directory / REPORT_NAME
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if path.read_text(encoding="utf-8") == describe(index):
+            return
+    try:
+        write_report(index)
+    except OSError as error:
+        log.warning("%s: not written (%s)", path, error.strerror or error)
+
+
+def _counted(values: Iterable[str]) -> str:
+    return ", ".join(f"{count} x {value}" for value, count in sorted(Counter(values).items()))

@@ -1,0 +1,1 @@
+"""What `sa3dist inspect` measures and shows."""

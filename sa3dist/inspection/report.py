@@ -1,0 +1,249 @@
+"""`sa3dist inspect`: what is in a source of captioned clips, and what training would do with each of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import statistics
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from sa3dist.config import Settings, crop_frames
+from sa3dist.data.source.archive import Pair, open_source, pair_members
+from sa3dist.data.source.audio import AudioFacts, check_whole, resampled_length
+from sa3dist.data.source.bounded_map import ordered_map
+from sa3dist.data.source.build import CLIP_COUNT_RANGE
+from sa3dist.data.source.captions import read_caption
+from sa3dist.data.source.clip_stats import ClipFigures, Measured, read_figures, write_figures
+from sa3dist.data.source.containers import Container
+from sa3dist.data.source.cut_captions import CutCaptions, cut_captions, text_source
+from sa3dist.data.source.kinds import LeftOut, printable
+from sa3dist.errors import DataError
+from sa3dist.inspection.duplicates import exact_duplicates, near_duplicates
+from sa3dist.inspection.measure import measure_clip
+from sa3dist.wording import counted
+
+LENGTH_BINS = 20
+
+
+@dataclasses.dataclass
+class InspectedClip:
+    """One pair of the source. ``facts`` and ``figures`` are None when the audio cannot be used."""
+
+    key: str
+    extension: str
+    bytes: int
+    audio_sha256: str = ""
+    caption: str = ""
+    facts: AudioFacts | None = None
+    figures: ClipFigures | None = None
+    problems: tuple[str, ...] = ()
+    treatment: str = "skipped"
+    reason: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values; infinities as None."""
+        values = {name: getattr(self, name) for name in ("key", "extension", "bytes", "audio_sha256", "caption")}
+        if self.facts and self.figures:
+            values |= dataclasses.asdict(self.facts) | {"seconds": self.seconds}
+            for name in ("lufs", "peak_dbfs", "silent_share", "lead_seconds", "tail_seconds", "clipped_samples"):
+                value = getattr(self.figures, name)
+                values[name] = None if value == -np.inf else round(value, 3)
+        return values | {"treatment": self.treatment, "reason": self.reason}
+
+    @property
+    def seconds(self) -> float:
+        return self.facts.samples / self.facts.sample_rate_hz if self.facts else 0.0
+
+
+@dataclasses.dataclass
+class Report:
+    """clips            every pair, by key, and what claims to be one but cannot be used
+    refusals         faults of the archive itself, each of which stops any run
+    exact, near      groups of keys with equal bytes; (key, key, distance in dB) of clips that sound alike
+    crop_seconds     length training would crop to
+    verdict          what would stop training with these settings; empty when nothing would
+    left_out         files that are no clips, by kind, all of them named but for system files
+    cut              captions the text encoder does not read to their end; None where that cannot be counted here
+    """
+
+    source: str
+    clips: list[InspectedClip]
+    refusals: list[str]
+    exact: list[list[str]]
+    near: list[tuple[str, str, float]]
+    crop_seconds: float
+    verdict: list[str]
+    left_out: tuple[LeftOut, ...] = ()
+    cut: CutCaptions | None = None
+
+    @property
+    def usable(self) -> list[InspectedClip]:
+        return [clip for clip in self.clips if clip.treatment != "skipped"]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "summary": self.summary(),
+            "verdict": self.verdict,
+            "refusals": self.refusals,
+            "left_out": [dataclasses.asdict(kind) for kind in self.left_out],
+            "cut_captions": None if self.cut is None else dataclasses.asdict(self.cut),
+            "exact_duplicates": self.exact,
+            "near_duplicates": [{"clips": [a, b], "distance_db": round(d, 2)} for a, b, d in self.near],
+            "clips": [clip.as_dict() for clip in self.clips],
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Counts and spreads over the usable clips, JSON values."""
+        usable = self.usable
+        values: dict[str, Any] = {
+            "clips": len(self.clips),
+            "usable": len(usable),
+            "hours": sum(clip.seconds for clip in usable) / 3600,
+            "crop_seconds": self.crop_seconds,
+            "treatment": dict(Counter(clip.treatment for clip in self.clips)),
+            "left_out": sum(kind.count for kind in self.left_out),
+        }
+        if not usable:
+            return values
+        edges, counts = self.length_histogram()
+        words = [len(clip.caption.split()) for clip in usable]
+        captions = Counter(clip.caption for clip in usable)
+        return values | {
+            "seconds": _spread([clip.seconds for clip in usable]),
+            "length_histogram": {"edges_seconds": [round(edge, 3) for edge in edges], "clips": counts},
+            "formats": dict(Counter(clip.extension for clip in usable)),
+            "sample_rates_hz": {str(k): n for k, n in Counter(clip.facts.sample_rate_hz for clip in usable).items()},
+            "channels": {str(k): n for k, n in Counter(clip.facts.channels for clip in usable).items()},
+            "lufs": _spread([clip.figures.lufs for clip in usable if clip.figures.lufs > -np.inf]),
+            "peak_dbfs": _spread([clip.figures.peak_dbfs for clip in usable]),
+            "clipped_clips": sum(clip.figures.clipped_samples > 0 for clip in usable),
+            "mostly_silent_clips": sum(clip.figures.silent_share > 0.5 for clip in usable),
+            "captions": {
+                "words": _spread([float(count) for count in words]),
+                "distinct": len(captions),
+                "most_common": captions.most_common(5),
+            },
+        }
+
+    def length_histogram(self) -> tuple[list[float], list[int]]:
+        """Bin edges in seconds, evenly spaced from 0, and how many usable clips lie in each."""
+        seconds = [clip.seconds for clip in self.usable]
+        counts, edges = np.histogram(seconds, LENGTH_BINS, (0.0, max(seconds)))
+        return edges.tolist(), counts.tolist()
+
+
+def inspect_source(
+    settings: Settings, framing: tuple[float, int, int], report: Callable[[int, int], None] = lambda done, total: None
+) -> Report:
+    """Decode and measure every clip of ``settings.audio_data_url``, except those whose figures an earlier look kept.
+
+    Nothing is written but downloads and, in a ``work_dir`` that is there or was asked for, the figures: also when this
+    is interrupted.
+
+    framing   native length in seconds, sample rate in Hz and samples per latent frame of the model
+    report    called as report(inspected, total) after every clip
+    Raises DataError when the source as a whole cannot be opened.
+    """
+    limits = {"max_download_bytes": settings.max_download_bytes, "outputs": (settings.work_dir, settings.output_dir)}
+    with open_source(settings.audio_data_url, settings.work_dir, **limits) as container:
+        listing = pair_members(container)
+        known = read_figures(settings.work_dir)
+        inspected = ordered_map(
+            lambda pair: _inspect(container, pair, known), listing.pairs, lambda pair: pair.audio.size
+        )
+        clips = []
+        try:
+            for done, (_, clip) in enumerate(inspected, 1):
+                clips.append(clip)
+                report(done, len(listing.pairs))
+        finally:
+            measured = {(clip.audio_sha256, clip.bytes): (clip.facts, clip.figures) for clip in clips if clip.figures}
+            wanted = "work_dir" in settings.model_fields_set or settings.work_dir.is_dir()
+            if wanted and measured.keys() - known.keys():
+                write_figures(settings.work_dir, known | measured)
+        for key, problems in (listing.problems | listing.unread).items():
+            clips.append(InspectedClip(key, "", 0, problems=problems))
+        clips.sort(key=lambda clip: clip.key)
+        made = Report(container.label, clips, list(listing.refusals), [], [], 0.0, [], listing.left_out)
+    good = [clip for clip in clips if not clip.problems]
+    made.exact, made.near = exact_duplicates(good), near_duplicates(good)
+    if good:
+        frames = crop_frames(settings.duration, max(clip.seconds for clip in good), *framing)
+        made.crop_seconds = frames * framing[2] / framing[1]
+        for clip in good:
+            clip.treatment, clip.reason = _treatment(clip.facts, frames, *framing[1:])
+    for clip in clips:
+        clip.reason = clip.reason or "; ".join(clip.problems)
+    made.cut = cut_captions(text_source(settings), ((clip.key, clip.caption) for clip in made.usable))
+    made.verdict = _verdict(made, settings)
+    return made
+
+
+def _inspect(container: Container, pair: Pair, known: Measured) -> InspectedClip:
+    clip = InspectedClip(pair.key, pair.extension, pair.audio.size)
+    problems = []
+    try:
+        clip.caption = read_caption(container, pair.caption)
+    except DataError as error:
+        problems.append(f"{pair.caption_name}: {error}")
+    try:
+        data = container.read(pair.audio)
+        clip.audio_sha256 = hashlib.sha256(data).hexdigest()
+        earlier = known.get((clip.audio_sha256, len(data)))
+        if earlier:
+            check_whole(data, earlier[0].samples)
+        clip.facts, clip.figures = earlier or measure_clip(data)
+    except DataError as error:
+        problems.append(f"{printable(pair.audio.name)}: {error}")
+    clip.problems = tuple(problems)
+    return clip
+
+
+def _treatment(facts: AudioFacts, limit: int, sample_rate_hz: int, samples_per_frame: int) -> tuple[str, str]:
+    frames = -(-resampled_length(facts.samples, facts.sample_rate_hz, sample_rate_hz) // samples_per_frame)
+    crop = f"{limit * samples_per_frame / sample_rate_hz:.1f} s"
+    if frames > limit:
+        return "cropped", f"another {crop} of it each time"
+    if frames == limit:
+        return "whole", "all of it"
+    return "padded", f"all of it and a random stretch of silence, up to {crop}"
+
+
+def _verdict(report: Report, settings: Settings) -> list[str]:
+    lines = [f"{report.source}: {line}" for line in report.refusals]
+    bad = [clip for clip in report.clips if clip.problems]
+    if bad and settings.on_bad_clip == "raise":
+        lines.append(f"{counted(len(bad), 'clip')} cannot be used; mend them, or set on_bad_clip: skip")
+    low, high = (1, len(report.clips)) if settings.allow_any_dataset_size else CLIP_COUNT_RANGE
+    if not low <= len(report.usable) <= high:
+        lines.append(
+            f"{counted(len(report.usable), 'usable clip')}, expected {low} to {high}; "
+            "set allow_any_dataset_size: true to lift the limits"
+        )
+    return lines
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    return {
+        "min": round(min(values), 3),
+        "median": round(statistics.median(values), 3),
+        "max": round(max(values), 3),
+    }
+
+
+def framing_of(model: str) -> tuple[float, int, int]:
+    """(native seconds, sample rate in Hz, samples per latent frame) of a base, from its config; weights stay unread.
+
+    model   a released name or a directory. Raises CheckpointError.
+    """
+    from sa3dist.model.loading import known_config
+
+    config = known_config(model)
+    return config.native_seconds, config.sample_rate_hz, config.samples_per_frame

@@ -1,0 +1,142 @@
+"""The element-wise stretches between a block's matrix products, compiled into one kernel each.
+
+Each is a plain function of tensors, one compilation for all layers and any number of tokens: the token axis is marked
+as dynamic, so neither clip lengths nor packing recompile anything. What they take the place of are attributes of the
+modules (``turn``, ``gate``, ``modulated_norm``, ``add_gated``), whose uncompiled forms stand in blocks.py and dit.py.
+
+Legend: G padded clips or 1 packed list, N tokens, B clips, E width, P members of a pair, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sa3dist.errors import ConfigError
+from sa3dist.model.blocks import GatedProjection, RMSNorm, SelfAttention, rotate, silu_gate, sine_gate, turn
+from sa3dist.model.dit import Block, DiT, add_gated, modulated_norm
+from sa3dist.model.token_layout import Packed, Padded, add_scaled
+
+log = logging.getLogger(__name__)
+
+# Compiling the functions takes about half a minute; a run this long gains more than that if it gains anything.
+STEPS_WORTH_COMPILING = 200
+
+
+def _scaled(base: Tensor, x: Tensor, factor_BE: Tensor, owners: Sequence[Tensor]) -> Tensor:
+    return add_scaled(base, x, factor_BE, *owners) if owners else torch.addcmul(base, x, factor_BE[:, None])
+
+
+def _modulated_norm(h_GNE, gamma, eps: float, scale_BE, shift_BE, *owners):
+    normed = F.rms_norm(h_GNE.float(), gamma.shape, gamma.float(), eps).to(h_GNE.dtype)
+    return _scaled(shift_BE if owners else shift_BE[:, None], normed, scale_BE, owners)
+
+
+def _add_gated(h_GNE, gate_BE, branch_GNE, *owners):
+    return _scaled(h_GNE, branch_GNE.to(h_GNE.dtype), gate_BE, owners)
+
+
+def _turn(x_GNPHD, gamma, eps: float, cos_ND, sin_ND, half: int, dtype: torch.dtype):
+    return rotate(F.rms_norm(x_GNPHD, gamma.shape, gamma.to(x_GNPHD.dtype), eps), cos_ND, sin_ND, half).to(dtype)
+
+
+class Fused:
+    """The compiled functions behind the signatures that the modules call."""
+
+    def __init__(self, backend: str) -> None:
+        functions = (_modulated_norm, _add_gated, _turn, silu_gate)
+        self._modulated_norm, self._add_gated, self._turn, self._silu_gate = (
+            torch.compile(function, backend=backend) for function in functions
+        )
+
+    def modulated_norm(self, norm: nn.Module, h_GNE, scale_BE, shift_BE, layout: Padded | Packed) -> Tensor:
+        if not (isinstance(norm, RMSNorm) and norm.force_fp32):
+            return modulated_norm(norm, h_GNE, scale_BE, shift_BE, layout)
+        tokens = any_length(h_GNE, axis=1)
+        return self._modulated_norm(tokens, norm.gamma, norm.eps, scale_BE, shift_BE, *owners(layout))
+
+    def add_gated(self, h_GNE, gate_BE, branch_GNE, layout: Padded | Packed) -> Tensor:
+        if isinstance(layout, Padded) and layout.valid_BN is not None:
+            return add_gated(h_GNE, gate_BE, branch_GNE, layout)
+        tokens = any_length(h_GNE, axis=1), gate_BE, any_length(branch_GNE, axis=1)
+        return self._add_gated(*tokens, *owners(layout))
+
+    def turn(self, norm: nn.Module, x_GNPHD, rotary: tuple[Tensor, Tensor, int], dtype: torch.dtype) -> Tensor:
+        if not isinstance(norm, RMSNorm):
+            return turn(norm, x_GNPHD, rotary, dtype)
+        cos_ND, sin_ND, half = rotary
+        tables = any_length(cos_ND, axis=0), any_length(sin_ND, axis=0)
+        return self._turn(any_length(x_GNPHD, axis=1), norm.gamma, norm.eps, *tables, half, dtype)
+
+    def silu_gate(self, x_GNE) -> Tensor:
+        return self._silu_gate(any_length(x_GNE, axis=1))
+
+
+def any_length(x: Tensor, axis: int) -> Tensor:
+    """``x``, with a promise to the compiler's guards: this axis will have other lengths too."""
+    torch._dynamo.maybe_mark_dynamic(x, axis)
+    return x
+
+
+def owners(layout: Padded | Packed) -> tuple[Tensor, ...]:
+    if isinstance(layout, Padded):
+        return ()
+    return any_length(layout.clip_K, axis=0), any_length(layout.owner_BK, axis=1)
+
+
+@functools.cache
+def fused(backend: str) -> Fused:
+    """One set of compiled functions per process and backend, whatever the number of models."""
+    return Fused(backend)
+
+
+def use_compiled(dit: DiT, backend: str | None = "inductor") -> None:
+    """Let every block of ``dit`` call the compiled functions, or with None its own again."""
+    made = None if backend is None else fused(backend)
+    for module in dit.modules():
+        if isinstance(module, Block):
+            module.modulated_norm = made.modulated_norm if made else modulated_norm
+            module.add_gated = made.add_gated if made else add_gated
+        elif isinstance(module, SelfAttention):
+            module.turn = made.turn if made else turn
+        elif isinstance(module, GatedProjection) and module.gate is not sine_gate:
+            module.gate = made.silu_gate if made else silu_gate
+
+
+def wants_compile(choice: str, device: torch.device, steps: int, deterministic: bool) -> bool:
+    """Whether to compile: as told, or with ``auto`` on CUDA where a run is long enough and may round as it likes.
+
+    Raises ConfigError when told to on a CPU without a C++ compiler.
+    """
+    if choice == "auto":
+        chosen = device.type == "cuda" and steps >= STEPS_WORTH_COMPILING and not deterministic
+        if device.type == "cuda":
+            log.info("compile: auto chose %s", "on" if chosen else "off")
+        return chosen
+    if choice == "on" and device.type == "cpu":
+        from torch._inductor import cpp_builder, exc
+
+        try:
+            cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler as error:
+            raise ConfigError("compile: on needs a C++ compiler on a CPU; install g++, or use compile=off") from error
+    return choice == "on"
+
+
+def fall_back_on_failure() -> None:
+    """Let what cannot be compiled run uncompiled from here on, in this process; the compiler logs why."""
+    torch._dynamo.config.suppress_errors = True
+    # Backward passes are compiled with their forward passes, then: once these have run there is no way back.
+    torch._functorch.config.force_non_lazy_backward_lowering = True
+
+
+def keep_compiled_in(directory: Path) -> None:
+    """Where the compiler leaves its kernels for the next run, unless the environment says so already."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(directory))

@@ -1,0 +1,105 @@
+"""Adapters and their gradients as views of two flat buffers: one optimiser kernel, one all-reduce per step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from sa3dist.training.checkpoint import MOMENTS
+
+# AdamW as the reference configures it; source: spec/training.md 2.13.
+BETAS = (0.9, 0.95)
+EPSILON = 1e-8
+# Elements: 256 bytes, as CUDA allocates.
+ALIGNMENT = 64
+
+
+def adamw(tensors: Iterable[torch.Tensor], learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(tensors, lr=learning_rate, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True)
+
+
+class FlatAdapters:
+    """The trainable tensors, their gradients and their AdamW moments, all float32 and contiguous in one order."""
+
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], learning_rate: float, weight_decay: float, scalars: int
+    ) -> None:
+        """scalars: extra float32 values that travel with the gradients in the same reduction."""
+        self.parameters = parameters
+        device = next(iter(parameters.values())).device
+        assert all(p.dtype == torch.float32 and p.device == device for p in parameters.values())
+        count = sum(parameter.numel() for parameter in parameters.values())
+        self.values = nn.Parameter(torch.empty(count, device=device))
+        # The scalars stand before the gradient, in a room that leaves it aligned.
+        room = -(-scalars // ALIGNMENT) * ALIGNMENT
+        self._reduced = torch.zeros(room + count, device=device)[room - scalars :]
+        self.scalars, self.gradient = self._reduced[:scalars], self._reduced[scalars:]
+        self.values.grad = self.gradient
+        # What autograd accumulates into, in the order of the buffers.
+        self.leaves: list[torch.Tensor] = list(parameters.values())
+        for parameter, values, gradient in self._views(self.values.data, self.gradient):
+            values.copy_(parameter.data)
+            parameter.data = values
+            parameter.grad = gradient
+        self.optimizer = adamw([self.values], learning_rate, weight_decay)
+        self.optimizer.register_step_post_hook(lambda *_: self._tell_of_change())
+
+    def _views(self, *flats: torch.Tensor):
+        offset = 0
+        for parameter in self.parameters.values():
+            end = offset + parameter.numel()
+            yield parameter, *(flat[offset:end].view(parameter.shape) for flat in flats)
+            offset = end
+
+    def join(self, groups: Sequence[Sequence[nn.Parameter]]) -> list[torch.Tensor]:
+        """One leaf for each group of neighbours, over their values and gradients; autograd is to see these instead.
+
+        groups   all parameters, in their order
+        """
+        assert [id(member) for members in groups for member in members] == [id(p) for p in self.parameters.values()]
+        self.leaves, end = [], 0
+        for members in groups:
+            begin, end = end, end + sum(member.numel() for member in members)
+            leaf = self.values.data[begin:end].requires_grad_()
+            leaf.grad = self.gradient[begin:end]
+            self.leaves.append(leaf)
+        return self.leaves
+
+    def _tell_of_change(self) -> None:
+        # Storage is shared, version counters are not: who keeps what follows from the values must see them move.
+        torch.autograd.graph.increment_version(self.parameters.values())
+
+    def zero(self) -> None:
+        self._reduced.zero_()
+
+    def scalars_and_gradient(self, count: int) -> torch.Tensor:
+        """One span that holds the scalars and the first ``count`` elements of the gradient."""
+        return self._reduced[: self.scalars.numel() + count]
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
+        """Adapters and moments by name, copied to the CPU."""
+        held = self.optimizer.state[self.values]
+        flats = [self.values.data.cpu(), *(held[moment].cpu() for moment in MOMENTS)]
+        adapters: dict[str, torch.Tensor] = {}
+        moments: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in MOMENTS}
+        for name, (_, values, *means) in zip(self.parameters, self._views(*flats), strict=True):
+            adapters[name] = values.clone()
+            for moment, mean in zip(MOMENTS, means, strict=True):
+                moments[moment][name] = mean.clone()
+        return adapters, moments
+
+    def restore(
+        self, adapters: dict[str, torch.Tensor], moments: dict[str, dict[str, torch.Tensor]], step: int
+    ) -> None:
+        """Take over what ``state`` gave after ``step`` optimiser steps."""
+        flat_moments = {moment: torch.zeros_like(self.values.data) for moment in MOMENTS}
+        rows = self._views(self.values.data, *flat_moments.values())
+        for name, (_, values, *means) in zip(self.parameters, rows, strict=True):
+            values.copy_(adapters[name])
+            for moment, mean in zip(MOMENTS, means, strict=True):
+                mean.copy_(moments[moment][name])
+        count = torch.tensor(float(step), device=self.values.device)
+        self.optimizer.state[self.values] = {"step": count, **flat_moments}
+        self._tell_of_change()

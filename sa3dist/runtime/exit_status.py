@@ -1,0 +1,224 @@
+"""How a program ends: one message, status.json, and the exit code that belongs to it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from sa3dist import errors
+from sa3dist.formats import write_json
+from sa3dist.runtime import run_lock
+
+STATUS_NAME = "status.json"
+HEARTBEAT_NAME = "heartbeat.json"
+# Where a supervisor looks for the status of a run that may not write one beside its results.
+STATUS_DIR_VARIABLE = "SA3DIST_STATUS_DIR"
+STATES = {
+    errors.EXIT_DONE: "done",
+    errors.EXIT_USER: "refused",
+    errors.EXIT_ENVIRONMENT: "failed",
+    errors.EXIT_INTERRUPTED: "interrupted",
+    errors.EXIT_BUG: "crashed",
+}
+
+
+ENVIRONMENT_ERRNOS = {
+    getattr(errno, name)
+    for name in (
+        "EROFS",
+        "EACCES",
+        "EPERM",
+        "ESTALE",
+        "EIO",
+        "EEXIST",
+        "ENOTDIR",
+        "EISDIR",
+        "ENAMETOOLONG",
+        "EMFILE",
+        "EFBIG",
+    )
+}
+# torch's allocator on the CPU raises a plain RuntimeError.
+NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+SHARED_MEMORY = "/dev/shm"
+# How long a failing rank leaves the word to rank 0; while that one saves, the watchdog has held it back before.
+RANK_0_SECONDS = 3.0
+
+
+def dist_rank_from_environment() -> int:
+    """Rank as the launcher gave it, known before and after the process group lives."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def has_peers() -> bool:
+    """Whether the launcher started more ranks than this one, known before the process group lives."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def translate(failure: BaseException) -> errors.SA3DistError | None:
+    """The explained failure an exception of a library stands for, or None when it is a bug of ours."""
+    if isinstance(failure, errors.SA3DistError):
+        return failure
+    if isinstance(failure, KeyboardInterrupt):
+        return errors.Interrupted("interrupted; finished work is kept, run the same command to continue")
+    if isinstance(failure, torch.OutOfMemoryError | MemoryError) or NO_HOST_MEMORY in str(failure):
+        return errors.OutOfMemory(
+            f"out of memory ({_first_line(failure)}); try gradient_checkpointing=on (or on_oom=adapt, which tries that "
+            f"by itself), a smaller batch_size or a shorter duration"
+        )
+    if isinstance(failure, OSError):
+        where = f"{failure.filename}: " if failure.filename else ""
+        if failure.errno in (errno.ENOSPC, errno.EDQUOT):
+            return errors.EnvironmentFailure(f"{where}disk full; free space and run again to continue")
+        if failure.errno in ENVIRONMENT_ERRNOS:
+            return errors.EnvironmentFailure(f"{where}{failure.strerror}; state is as last saved")
+    if isinstance(failure, torch.distributed.DistError) or _is_lost_peer(failure):
+        return errors.LostPeer(f"lost contact with another rank ({_first_line(failure)}); state is as last saved")
+    if "DataLoader worker" in str(failure) and "Bus error" in str(failure):
+        return no_shared_memory(_first_line(failure))
+    if isinstance(failure, ConnectionError | EOFError) or "DataLoader worker" in str(failure):
+        return errors.EnvironmentFailure(
+            f"a loader process was killed, by the machine's memory limit perhaps ({_first_line(failure)}); "
+            f"lower num_workers or run again to continue"
+        )
+    return None
+
+
+def no_shared_memory(reason: str) -> errors.EnvironmentFailure:
+    """What to tell when a loader process cannot hand over a micro batch."""
+    if "Too many open files" in reason:
+        return errors.EnvironmentFailure(f"a loader process has too many files open ({reason}); raise ulimit -n")
+    size = ""
+    with contextlib.suppress(OSError):
+        found = os.statvfs(SHARED_MEMORY)
+        size = f" ({found.f_blocks * found.f_frsize >> 20} MiB, {found.f_bavail * found.f_frsize >> 20} free)"
+    return errors.EnvironmentFailure(
+        f"{SHARED_MEMORY}{size}: no room for what loader processes hand over ({reason}); give it more "
+        f"(docker run --shm-size=2g; Kubernetes: an emptyDir with medium Memory), or set num_workers=0"
+    )
+
+
+def _is_lost_peer(failure: BaseException) -> bool:
+    # Gloo reports a dead peer as a plain RuntimeError that names its source file.
+    text = str(failure)
+    return isinstance(failure, RuntimeError) and ("gloo" in text or "Connection closed by peer" in text)
+
+
+def _first_line(failure: BaseException) -> str:
+    return (str(failure).strip() or type(failure).__name__).splitlines()[0]
+
+
+def run_program(body: Callable[[], None], output_dir: Callable[[], Path | None], step: Callable[[], int]) -> int:
+    """Run ``body``; report its end once, write status.json where the run's results are, return the exit code.
+
+    output_dir, step   asked when the program ends, because settings may turn out unreadable on the way; no directory,
+                       no status
+    """
+    problem = None
+    try:
+        body()
+    except (Exception, KeyboardInterrupt) as failure:
+        problem = translate(failure)
+        if problem is None:
+            traceback.print_exception(failure)
+            problem = errors.SA3DistError(f"{type(failure).__name__}: {failure}")
+    report(problem, output_dir(), step(), RANK_0_SECONDS)
+    return errors.EXIT_DONE if problem is None else problem.exit_code
+
+
+def report(problem: errors.SA3DistError | None, directory: Path | None, step: int, patience_seconds: float) -> None:
+    """Say once on stderr, and in status.json, how the run ended, and give its directory back; None: well.
+
+    Rank 0 speaks for all. Another rank waits, and speaks only of a failure that rank 0 has not lived to tell.
+    patience_seconds   how long rank 0 may take
+    """
+    try:
+        if directory is not None and (isinstance(problem, errors.InUse) or run_lock.is_anothers(directory)):
+            # It holds another run's words. A supervisor, whose agent turns every code into 1, has a place for ours.
+            directory = Path(os.environ[STATUS_DIR_VARIABLE]) if STATUS_DIR_VARIABLE in os.environ else None
+        _report(problem, directory, step, patience_seconds)
+    finally:
+        run_lock.release_all()
+
+
+def _report(problem: errors.SA3DistError | None, directory: Path | None, step: int, patience_seconds: float) -> None:
+    dist_rank, host = here = dist_rank_from_environment(), socket.gethostname()
+    if dist_rank != 0:
+        if problem is None or directory is None:
+            return
+        if isinstance(problem, errors.InUse):
+            # Rank 0 has said it, perhaps on another host than this one's supervisor.
+            _write_status(directory, problem, problem.origin or here, str(problem), step)
+        if _is_word_of_rank_0(problem):
+            return
+        # A file has no place for a status, and is what rank 0 refuses as well.
+        if directory.is_file() or has_spoken(directory, patience_seconds):
+            return
+    elif directory is not None and _is_known_to_others(problem) and has_spoken(directory, 0):
+        return
+    message, origin = "done", here
+    if problem is not None:
+        message, origin = str(problem), problem.origin or here
+        # Where it happened matters when it is not the user's mistake, or one only some rank sees. One process is here.
+        if origin[0] != 0 or (problem.exit_code == errors.EXIT_ENVIRONMENT and has_peers()):
+            message = f"rank {origin[0]} on {origin[1]}: {message}"
+        print(message, file=sys.stderr, flush=True)
+    if directory is not None:
+        _write_status(directory, problem, origin, message, step)
+
+
+def _write_status(
+    directory: Path, problem: errors.SA3DistError | None, origin: tuple[int, str], message: str, step: int
+) -> None:
+    code = errors.EXIT_DONE if problem is None else problem.exit_code
+    status = {"state": STATES[code], "exit_code": code, "message": message}
+    status |= {"dist_rank": origin[0], "host": origin[1], "step": step}
+    try:
+        with contextlib.suppress(OSError):
+            write_json(directory / STATUS_NAME, status)
+            return
+        # On a full disk the heartbeat gives its place to the last word.
+        (directory / HEARTBEAT_NAME).unlink(missing_ok=True)
+        write_json(directory / STATUS_NAME, status)
+    except NotADirectoryError:
+        # The message names an output_dir that is a file, which holds no status.
+        return
+    except OSError as error:
+        print(f"{directory / STATUS_NAME}: cannot write ({error.strerror})", file=sys.stderr, flush=True)
+
+
+def _is_word_of_rank_0(problem: errors.SA3DistError) -> bool:
+    """Whether rank 0 has found it, and not others that rank 0 is lost."""
+    return problem.origin is not None and problem.origin[0] == 0 and not isinstance(problem, errors.LostPeer)
+
+
+def _is_known_to_others(problem: errors.SA3DistError | None) -> bool:
+    """Whether another rank may tell of it: it is that one's own, or this one was given up as lost."""
+    theirs = problem is not None and problem.origin is not None and problem.origin[0] != 0
+    return theirs or isinstance(problem, errors.LostPeer)
+
+
+def forget_status(directory: Path) -> None:
+    """Remove what an earlier run said; until this one ends there is no status."""
+    # An output_dir that is a file is refused a moment later, by its name.
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        (directory / STATUS_NAME).unlink()
+
+
+def has_spoken(directory: Path, patience_seconds: float) -> bool:
+    """Whether a status appears in ``directory`` within ``patience_seconds``."""
+    deadline = time.monotonic() + patience_seconds
+    while not (directory / STATUS_NAME).exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True

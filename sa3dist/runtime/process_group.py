@@ -1,0 +1,246 @@
+"""The processes of one run acting as one: rank, world size, reductions, and waiting without a time limit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sa3dist import errors
+from sa3dist.parallel import zero_config
+from sa3dist.runtime.liveness import Pulse, Still
+from sa3dist.runtime.peers import (
+    STALL_SECONDS,
+    alive_key,
+    default_store,
+    explain,
+    left_key,
+    lost_rank,
+    pack,
+    read,
+    unpack,
+)
+
+log = logging.getLogger(__name__)
+
+# Waiting ranks look this often whether rank 0 is done: a poll, for preparation outlasts any collective
+POLL_SECONDS = 0.05
+# How long rank 0 waits for its peers to read what it has to say.
+READERS_SECONDS = 30.0
+# The watchdog speaks first: it knows who has not come.
+GROUP_TIMEOUT_MARGIN_SECONDS = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """This process among its peers. dist_rank 0 writes; ``device`` is where this process computes.
+
+    deepspeed   the launcher's DeepSpeed configuration as read; None outside of that mode
+    hosts   name of every rank's machine; empty for a process alone
+    pulse   what this process is doing, told to the others
+    """
+
+    dist_rank: int
+    world_size: int
+    device: torch.device
+    deepspeed: dict[str, Any] | None = None
+    hosts: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+    pulse: Pulse = dataclasses.field(default_factory=Pulse, kw_only=True, compare=False)
+
+    @property
+    def is_main(self) -> bool:
+        return self.dist_rank == 0
+
+    def sum_(self, flat: torch.Tensor) -> torch.Tensor:
+        """Add a tensor over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(flat)
+        return flat
+
+    def broadcast_(self, tensor: torch.Tensor) -> None:
+        """Overwrite a tensor with rank 0's."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, 0)
+
+    def any(self, mine: bool) -> bool:
+        """Whether it is true on any process."""
+        return self.sum_(torch.tensor(float(mine), device=self.device)).item() > 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in rank order, on every process."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def tell(self, name: str, value: Any) -> None:
+        """Leave a JSON value where every rank may look for it; nobody waits."""
+        default_store().set(name, json.dumps(value))
+
+    def told(self, name: str) -> Any | None:
+        """What a rank has left under ``name`` last, or None."""
+        return read(default_store(), name)
+
+    def agree(self, problem: errors.SA3DistError | None) -> None:
+        """Raise the first rank's problem on every rank, or return on all of them; what can be mended comes last.
+
+        A rank that fails alone would leave its peers waiting in the next collective.
+        """
+        found = [unpack(packed) for packed in self.gather(pack(problem, self.dist_rank)) if packed is not None]
+        for problem in sorted(found, key=lambda problem: isinstance(problem, errors.OutOfMemory)):
+            raise problem
+
+
+def connect(step_timeout_seconds: float) -> Group:
+    """Join the process group the launcher prepared: accelerate, torchrun or plain python.
+
+    step_timeout_seconds   a collective that waits for longer, and a margin, fails
+
+    Accelerate is made with mixed precision off whatever the launcher says; the step autocasts itself, so that adapters,
+    gradients and moments stay float32 in every mode.
+    """
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
+    if zero_config.asked_for():
+        zero_config.prepare_environment(on_cpu)
+        # Told of a CPU, Accelerate would pass DeepSpeed over without a word.
+        on_cpu = False
+    patience = timedelta(seconds=step_timeout_seconds + GROUP_TIMEOUT_MARGIN_SECONDS)
+    handlers = [InitProcessGroupKwargs(**backend_for(on_cpu), timeout=patience)]
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, kwargs_handlers=handlers)
+    # It turns TF32 on where a launcher's file asks for dynamo, which compiles nothing here.
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        # It would make transformers divide the text encoder as it loads.
+        plugin.dschf = None
+    # Under gloo Accelerate says "cpu:0", a name that file readers do not know.
+    device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
+    if dist.is_initialized():
+        # Not accelerator.num_processes: it is 1 on every rank under DeepSpeed on CPU.
+        group = Group(dist.get_rank(), dist.get_world_size(), device, plugin and plugin.deepspeed_config)
+        return dataclasses.replace(group, hosts=tuple(group.gather(socket.gethostname())))
+    return Group(0, 1, device)
+
+
+def backend_for(on_cpu: bool) -> dict[str, str]:
+    """``{"backend": "gloo"}`` where this machine's processes outnumber its GPUs and are all there are, else nothing.
+
+    Accelerate lets them share the GPUs, but NCCL refuses two processes on one of them.
+    """
+    here, everywhere = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    # Of several machines one may have GPUs enough: it would wait for the others in another kind of group.
+    if on_cpu or zero_config.asked_for() or here < everywhere or here <= (gpus := torch.cuda.device_count()):
+        return {}
+    log.warning("%d processes share %d GPU(s): gradients travel over gloo, through the host's memory", here, gpus)
+    return {"backend": "gloo"}
+
+
+def disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def on_main_first(group: Group, name: str, work: Callable[[], Any], should_stop: Callable[[], bool]) -> Any:
+    """Run ``work`` on rank 0 while the others wait, however long; its JSON result, or its failure, reaches all ranks.
+
+    name          unique per call within a run
+    should_stop   polled by waiting ranks; a stop request there raises Interrupted
+    """
+    if group.world_size == 1:
+        return work()
+    store, key = default_store(), f"sa3dist/{name}"
+    if group.is_main:
+        try:
+            result = {"result": work()}
+        except Exception as failure:
+            store.set(key, json.dumps({"problem": pack(explain(failure), 0)}))
+            _await_readers(store, key, group)
+            raise
+        store.set(key, json.dumps(result))
+        _await_readers(store, key, group)
+        return result["result"]
+    try:
+        _wait_for(store, key, 0, group, should_stop)
+        result = json.loads(store.get(key))
+    finally:
+        # A rank that leaves without reading must not be waited for either.
+        store.add(f"{key}/read", 1)
+    if "problem" in result:
+        raise unpack(result["problem"])
+    return result["result"]
+
+
+def _await_readers(store: dist.Store, key: str, group: Group) -> None:
+    # Rank 0 may host the store: it must not leave before its peers have read.
+    deadline = time.monotonic() + READERS_SECONDS
+    while store.add(f"{key}/read", 0) < group.world_size - 1 and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+
+
+def all_done(group: Group, name: str, problem: errors.SA3DistError | None, should_stop: Callable[[], bool]) -> None:
+    """Wait, however long, until every rank has come here; raise on all ranks what any of them brought along."""
+    if group.world_size == 1:
+        if problem is not None:
+            raise problem
+        return
+    store = default_store()
+    store.set(f"sa3dist/{name}/{group.dist_rank}", json.dumps(pack(problem, group.dist_rank)))
+    found = []
+    try:
+        for dist_rank in range(group.world_size):
+            key = f"sa3dist/{name}/{dist_rank}"
+            _wait_for(store, key, dist_rank, group, should_stop)
+            found.append(json.loads(store.get(key)))
+    finally:
+        if not group.is_main:
+            store.add(f"sa3dist/{name}/read", 1)
+    if group.is_main:
+        _await_readers(store, f"sa3dist/{name}", group)
+    for packed in found:
+        if packed is not None:
+            raise unpack(packed)
+
+
+def together(group: Group, name: str, work: Callable[[], Any], should_stop: Callable[[], bool]) -> Any:
+    """Run ``work`` on every rank; when it fails on any, it fails on all, with that rank's reason."""
+    result, failure = None, None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    try:
+        all_done(group, name, None if failure is None else explain(failure), should_stop)
+    except errors.SA3DistError as problem:
+        # A bug of ours keeps its traceback on the rank that has it.
+        raise problem if failure is None or isinstance(failure, errors.SA3DistError) else failure from None
+    return result
+
+
+def _wait_for(store: dist.Store, key: str, awaited: int, group: Group, should_stop: Callable[[], bool]) -> None:
+    """Return when ``key`` is set. Raises when asked to stop, and when the awaited rank has left or stopped beating."""
+    heart, last = Still(), time.monotonic()
+    while not store.check([key]):
+        if should_stop():
+            raise errors.Interrupted(f"stopped while waiting for rank {awaited}; run the same command to continue")
+        if awaited != group.dist_rank and store.check([left_key(awaited)]) and not store.check([key]):
+            raise unpack(read(store, left_key(awaited)))
+        now = time.monotonic()
+        # A suspended process did not wait, it did not run.
+        tick, last = min(now - last, 1.0), now
+        said = read(store, alive_key(awaited))
+        if heart.look(said, tick) > STALL_SECONDS:
+            raise lost_rank(awaited, said, f", silent for {STALL_SECONDS:.0f} s")
+        time.sleep(POLL_SECONDS)

@@ -1,0 +1,281 @@
+"""run.lock: one run at a time writes to an output directory, and shows in it that it lives.
+
+Rank 0 takes it before anything else is written and gives it back with the last word. A killed run leaves it behind: on
+the same machine its process is seen to be gone; from another machine its heartbeat is seen to stand still.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sa3dist.errors import EnvironmentFailure, InUse
+from sa3dist.runtime.file_lock import is_guarded, opened_alone
+
+log = logging.getLogger(__name__)
+
+LOCK_NAME = "run.lock"
+BEAT_SECONDS = 5.0
+# Another machine's lock is dead when it has not changed for this long.
+DEAD_SECONDS = 60.0
+# One that by its time is older than that is watched only until a living one would have beaten, with some to spare for a
+# slow disk: two machines' clocks may differ by anything.
+DOUBT_SECONDS = 15.0
+LOOK_SECONDS = 0.5
+# For how long the file may be in others' hands, or hold no lock because somebody is about to write it.
+HANDS_SECONDS = 5.0
+# Where files cannot be locked, a lock that was written is read again after this time.
+AGAIN_SECONDS = 1.0
+# Where nothing can be written no run has to be kept out.
+NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+
+# Tokens of the locks this process, or the rank 0 of its run, holds; and who has taken one of them over.
+_held: dict[Path, str] = {}
+_lost: dict[Path, EnvironmentFailure] = {}
+_ended: dict[Path, threading.Event] = {}
+
+Owner = dict[str, Any]
+
+
+def take(directory: Path, check_stop: Callable[[], None] = lambda: None) -> str | None:
+    """Take the lock of an output directory, and keep it alive until ``release``; its token, which peers ``adopt``.
+
+    check_stop   called while a lock of another machine is watched; what it raises ends the wait
+    Returns None where nothing can be written: who needs the directory says so. Raises InUse when a living run holds it.
+    """
+    path = _path(directory)
+    mine = {"token": uuid.uuid4().hex, "beat": 0, "time": time.time(), **identity()}
+    watched = _Watched(directory)
+    try:
+        while not _try_to_take(path, mine, watched):
+            check_stop()
+            time.sleep(LOOK_SECONDS)
+    except OSError as failure:
+        if failure.errno not in NOT_WRITABLE:
+            raise
+        if is_anothers(directory):
+            raise refusal(directory, peek(directory) or mine) from None
+        return None
+    _held[path], _ended[path] = mine["token"], threading.Event()
+    threading.Thread(target=_keep, args=(path, mine, _ended[path]), name="lock", daemon=True).start()
+    return mine["token"]
+
+
+def adopt(directory: Path, token: str | None) -> None:
+    """Know the lock that rank 0 of this run holds."""
+    if token is not None:
+        _held[_path(directory)] = token
+
+
+def release(directory: Path) -> None:
+    """Give the lock back, where this process has taken it."""
+    path = _path(directory)
+    ended = _ended.pop(path, None)
+    if ended is None:
+        return
+    ended.set()
+    token = _held.pop(path, None)
+    with contextlib.suppress(OSError), _opened(path, create=False) as handle:
+        owner = _read(handle)
+        if owner is not None and owner["token"] == token:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Hold the lock in a block. Raises InUse when a living run holds it."""
+    take(directory)
+    try:
+        yield
+    finally:
+        release(directory)
+
+
+def release_all() -> None:
+    """For an end that knows no directory any more."""
+    for path in list(_ended):
+        release(path.parent)
+
+
+def lost(directory: Path) -> EnvironmentFailure | None:
+    """That another run has taken over, because this one showed no sign of life for a while."""
+    return _lost.get(_path(directory))
+
+
+def is_anothers(directory: Path) -> bool:
+    """Whether another run that lives, or may live, writes to the directory: nothing may be written to it."""
+    path = _path(directory)
+    owner = peek(directory)
+    if owner is None or owner["token"] == _held.get(path):
+        return False
+    living = lives(owner)
+    return _age_seconds(owner) < DEAD_SECONDS if living is None else living
+
+
+def peek(directory: Path) -> Owner | None:
+    """What the lock says, if there is one that can be read."""
+    for _ in range(3):
+        with contextlib.suppress(OSError):
+            data = _path(directory).read_bytes()
+            if (owner := _parse(data)) is not None or not data:
+                return owner
+            # Read while it was written.
+            time.sleep(0.05)
+    return None
+
+
+def refusal(directory: Path, owner: Owner) -> InUse:
+    return InUse(
+        f"output_dir: {directory} is in use by process {owner['pid']} on {owner['host']}; wait for it, stop it, or "
+        f"choose another output_dir"
+    )
+
+
+def identity() -> Owner:
+    """This process, so that others can tell whether it lives."""
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "pid": pid, "start": _start_ticks(pid), "processes": process_space()}
+
+
+def lives(owner: Owner) -> bool | None:
+    """Whether a lock's process lives; None where that cannot be seen from here: another machine, or container."""
+    if owner["processes"] != process_space():
+        return None
+    start = _start_ticks(owner["pid"])
+    return start is not None and start == owner["start"]
+
+
+@functools.cache
+def process_space() -> list[str]:
+    """Equal where process ids mean the same: this start of the machine, this namespace of it."""
+    try:
+        return [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    except OSError:
+        # A sandbox that does not tell: equal to nobody's, and a lost process is noticed by its silence.
+        return [uuid.uuid4().hex, ""]
+
+
+class _Watched:
+    """A lock of another machine: for how long it has shown no sign of life."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._seen: Owner | None = None
+        self._since = time.monotonic()
+        self._needed = 0.0
+
+    def is_dead(self, owner: Owner) -> bool:
+        """Raises InUse when it has changed since the last look."""
+        now = time.monotonic()
+        if self._seen is None or owner["token"] != self._seen["token"]:
+            self._seen, self._since = owner, now
+            age = _age_seconds(owner)
+            self._needed = DOUBT_SECONDS if age > DEAD_SECONDS else DEAD_SECONDS
+            log.info(
+                "output_dir: %s was in use by process %d on %s %.0f s ago; watching for %.0f s whether it still lives",
+                *(self._directory, owner["pid"], owner["host"], age, self._needed),
+            )
+        elif owner != self._seen:
+            raise refusal(self._directory, owner)
+        return now - self._since >= self._needed
+
+
+def _try_to_take(path: Path, mine: Owner, watched: _Watched) -> bool:
+    """False when it has to be looked at again. Raises InUse."""
+    with _opened(path, create=True) as handle:
+        owner = _read(handle)
+        if owner is not None:
+            living = lives(owner)
+            if living:
+                raise refusal(path.parent, owner)
+            if living is None and not watched.is_dead(owner):
+                return False
+        _write(handle, mine)
+        # Who may write to the directory may take over what is left of a run in it.
+        with contextlib.suppress(PermissionError):
+            os.fchmod(handle, 0o644 | path.parent.stat().st_mode & 0o666)
+        guarded = is_guarded(handle)
+    if not guarded:
+        # Two runs may have found the same dead lock at the same moment: the last one to write has it.
+        time.sleep(AGAIN_SECONDS)
+        owner = peek(path.parent)
+        if owner is None or owner["token"] != mine["token"]:
+            raise refusal(path.parent, owner or mine)
+    return True
+
+
+def _keep(path: Path, mine: Owner, ended: threading.Event) -> None:
+    """Beat until ``ended``, or until another run is found to have taken over."""
+    while not ended.wait(BEAT_SECONDS):
+        # What needs the disk will say itself that it is gone.
+        with contextlib.suppress(OSError), _opened(path, create=False) as handle:
+            owner = _read(handle)
+            if owner is not None and owner["token"] != mine["token"]:
+                _lost[path] = EnvironmentFailure(
+                    f"output_dir: process {owner['pid']} on {owner['host']} has taken over {path.parent}, for this run "
+                    f"showed no sign of life for a minute (suspended, or its disk out of reach); it ends here"
+                )
+                return
+            mine = {**mine, "beat": mine["beat"] + 1, "time": time.time()}
+            _write(handle, mine)
+
+
+def _opened(path: Path, create: bool) -> contextlib.AbstractContextManager[int]:
+    """The file, in this process's hands alone. Raises OSError, also when they are not free for a while."""
+    deadline = time.monotonic() + HANDS_SECONDS
+
+    def not_for_ever() -> None:
+        # Who has it may be frozen.
+        if time.monotonic() > deadline:
+            raise BlockingIOError(errno.EAGAIN, "in other hands", str(path))
+
+    return opened_alone(path, create, not_for_ever)
+
+
+def _read(handle: int) -> Owner | None:
+    return _parse(os.pread(handle, 1 << 16, 0))
+
+
+def _write(handle: int, owner: Owner) -> None:
+    data = json.dumps(owner).encode() + b"\n"
+    os.pwrite(handle, data, 0)
+    os.ftruncate(handle, len(data))
+
+
+def _parse(data: bytes) -> Owner | None:
+    """None for what a writer was killed in the middle of."""
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        owner = json.loads(data)
+        if all(owner[key] is not None for key in ("token", "pid", "host", "processes", "time")):
+            return owner
+    return None
+
+
+def _age_seconds(owner: Owner) -> float:
+    """Since its last beat, by the clocks of two machines."""
+    return max(0.0, time.time() - owner["time"])
+
+
+def _start_ticks(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None when it is gone or a zombie."""
+    try:
+        # Fields 3 and 22, counted behind the name, which may hold anything.
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _path(directory: Path) -> Path:
+    return Path(os.path.abspath(directory)) / LOCK_NAME

@@ -1,0 +1,140 @@
+"""Stop requests: a signal, or the end of the allowed time, asks for a save at the next step boundary.
+
+A late repeat of a signal ends the process at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from sa3dist.errors import EXIT_INTERRUPTED, Interrupted
+from sa3dist.runtime import run_lock
+
+# The last one comes when the terminal, or the connection to it, is gone.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# What a thread sends the main one of its own process, to end a wait.
+BREAK_SIGNAL = signal.SIGALRM
+# Launch agents and schedulers repeat a signal within milliseconds; a person who means it waits longer.
+SAME_REQUEST_SECONDS = 5.0
+AGAIN = "run the same command to continue"
+# How long giving back the lock may take at an end that waits for nothing.
+RELEASE_SECONDS = 1.0
+# What a process takes to end after its last save.
+EXIT_SECONDS = 5.0
+
+
+class StopRequest:
+    """Whether this process was asked to stop. While ``saving`` is true no signal ends it.
+
+    polls         how often it was called: a sign of life of the main thread, or of one that it waits for
+    holds_state   training has begun: stopping has to save
+    waiting       the main thread waits for something that may never come, and may be broken off
+    """
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self.saving = False
+        self.polls = 0
+        self.holds_state = False
+        self.waiting = False
+        self._heard: str | None = None
+        self._first_at = 0.0
+        self._ends_at: float | None = None
+        self._allowed_seconds = 0.0
+        self._reserve_seconds = EXIT_SECONDS
+
+    def install(self) -> StopRequest:
+        for number in SIGNALS:
+            # Under nohup a run outlives its terminal.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
+        signal.signal(BREAK_SIGNAL, self._end_wait)
+        return self
+
+    @contextlib.contextmanager
+    def breakable(self) -> Iterator[None]:
+        """A block of the main thread that ``break_off`` may end with Interrupted."""
+        self.waiting = True
+        try:
+            yield
+        finally:
+            self.waiting = False
+
+    def break_off(self) -> None:
+        """End the main thread's ``breakable`` block; for threads beside it. Without effect outside of one."""
+        signal.pthread_kill(threading.main_thread().ident, BREAK_SIGNAL)
+
+    def _end_wait(self, number: int, frame) -> None:
+        if self.waiting:
+            self.waiting = False
+            raise Interrupted(f"{self.reason} while waiting for data; finished work is kept, {AGAIN}")
+
+    def hear(self, reason: str) -> None:
+        """Another rank was asked to stop, or this one while its main thread runs no handlers."""
+        self._heard = reason
+
+    def limit(self, allowed_seconds: float) -> None:
+        """Ask to stop in time to be gone ``allowed_seconds`` after this program's start."""
+        self._allowed_seconds = allowed_seconds
+        self._ends_at = time.monotonic() + allowed_seconds - seconds_since_start()
+
+    def reserve(self, step_seconds: float, save_seconds: float) -> None:
+        """What stopping takes, from what a step and a save have taken: twice that, for the next may be slower."""
+        self._reserve_seconds = EXIT_SECONDS + 2 * (step_seconds + save_seconds)
+
+    def _handle(self, number: int, frame) -> None:
+        now = time.monotonic()
+        if self.signal_name is None:
+            self.signal_name = signal.Signals(number).name
+            self._first_at = now
+        elif now - self._first_at > SAME_REQUEST_SECONDS and not self.saving:
+            # Not waited for where its disk does not answer: without its process it counts for nothing.
+            giving_back = threading.Thread(target=run_lock.release_all, daemon=True)
+            giving_back.start()
+            giving_back.join(RELEASE_SECONDS)
+            os._exit(EXIT_INTERRUPTED)
+
+    @property
+    def reason(self) -> str | None:
+        """What asked this process to stop, if anything did."""
+        if self.signal_name is not None:
+            return self.signal_name
+        if self._ends_at is not None and time.monotonic() > self._ends_at - self._reserve_seconds:
+            return f"max_wall_time ({self._allowed_seconds:.0f} s) nearly over"
+        return self._heard
+
+    def __call__(self) -> bool:
+        self.polls += 1
+        return self.reason is not None
+
+    def asked(self) -> bool:
+        """The same without being a sign of life: for threads beside the main one."""
+        return self.reason is not None
+
+    def raise_if_asked(self, doing: str) -> None:
+        self.polls += 1
+        if self.reason is not None:
+            raise Interrupted(f"{self.reason} while {doing}; finished work is kept, {AGAIN}")
+
+
+def seconds_since_start() -> float:
+    """Age of this process, imports included; independent of the time of day."""
+    # Field 22, counted behind the name, which may hold anything: start time in clock ticks since boot.
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def kill_loaders() -> None:
+    """End the loader processes of this one, which take no signal that asks. For ends that wait for nothing."""
+    if threading.current_thread() is threading.main_thread():
+        # Their loader would raise there when they end. Other threads end the process with them.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()

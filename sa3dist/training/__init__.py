@@ -1,0 +1,1 @@
+"""The trainer, its loss, checkpoints, resume, schedule, metrics and memory."""

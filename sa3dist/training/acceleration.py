@@ -1,0 +1,38 @@
+"""How a run carries out its passes: which blocks are recomputed, what is compiled, what is replayed."""
+
+from __future__ import annotations
+
+import torch
+
+from sa3dist.model.compiled import fall_back_on_failure, keep_compiled_in, use_compiled, wants_compile
+from sa3dist.training import memory
+from sa3dist.training.cuda_graphs import Recorder, wants_graphs
+from sa3dist.training.shape_ladder import ShapeLadder
+from sa3dist.training.trainer import Trainer
+
+
+def choose_passes(trainer: Trainer, settings, frames: int) -> None:
+    """Decide for this device, this run's length and its longest crop; each choice is logged.
+
+    settings   batch_size, gradient_checkpointing, mixed_precision, compile, deterministic, cuda_graphs, work_dir
+    Raises ConfigError when told to compile without a compiler.
+    """
+    base, group, steps = trainer.base, trainer.group, trainer.plan.steps
+    if group.device.type == "cuda":
+        # What encoding took says nothing about training.
+        torch.cuda.reset_peak_memory_stats(group.device)
+    largest = base, frames, settings.batch_size, group.device, settings.mixed_precision
+    base.recomputed_blocks = memory.recomputed_blocks(settings.gradient_checkpointing, *largest)
+    if trainer.engine.formed is not None:
+        trainer.ladder = ShapeLadder(frames, base.dit.transformer.memory)
+    if wants_compile(settings.compile, group.device, steps, settings.deterministic):
+        keep_compiled_in(settings.work_dir / "compiled")
+        if trainer.ladder is not None:
+            base.dit.transformer.use_compiled_blocks("inductor", whole=settings.compile == "on")
+        else:
+            use_compiled(base.dit)
+        if settings.compile == "auto":
+            fall_back_on_failure()
+    # Ranks of an engine in lockstep exchange tensors within a pass.
+    if not trainer.engine.lockstep and wants_graphs(settings.cuda_graphs, group.device, steps):
+        trainer.record_passes(Recorder(group.device, memory.largest_pass_bytes(*largest)))

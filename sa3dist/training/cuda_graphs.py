@@ -1,0 +1,282 @@
+"""Forward and backward pass of a micro batch as one CUDA graph: one launch from the host instead of thousands.
+
+Short clips leave a GPU waiting for its host. Everything in a pass but the values depends on shapes alone, and nothing
+in it asks the device; so it can be recorded once per shape and replayed on other values, which are copied into the
+tensors it was recorded with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import logging
+from collections.abc import Callable, Hashable, Iterator
+
+import torch
+
+from sa3dist.data.batches.micro_batch import MicroBatch
+from sa3dist.model.packing import FilledPacking, Packing
+from sa3dist.training import memory
+
+log = logging.getLogger(__name__)
+
+Tensors = tuple[torch.Tensor, ...]
+# Fewer steps do not earn back what recording takes.
+STEPS_WORTH_RECORDING = 50
+# A ladder has 24 rungs for one clip of up to 380 s, each with and without context given; large micro batches have more.
+MOST_GRAPHS = 96
+# Shapes remembered as seen once.
+MOST_SHAPES = 1000
+# Free memory before a recording, in passes: its own, an ordinary one, and what the allocator rounds up.
+PASSES_THAT_FIT = 2.2
+# Relative distance of a replay from the ordinary pass. The same kernels run; flash attention adds in varying order.
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-3, 1e-2
+
+
+def wants_graphs(choice: str, device: torch.device, steps: int) -> bool:
+    """Whether to record: as told, or with ``auto`` on CUDA where the run is long."""
+    if choice != "auto":
+        return choice == "on"
+    chosen = device.type == "cuda" and steps >= STEPS_WORTH_RECORDING
+    if device.type == "cuda":
+        log.info("cuda_graphs: auto chose %s", "on" if chosen else "off")
+    return chosen
+
+
+class Recorder:
+    """Records functions on a stream of its own; their temporary values share one pool of memory, because only one
+    recording runs at a time."""
+
+    def __init__(self, device: torch.device, largest_pass_bytes: float = 0.0) -> None:
+        """largest_pass_bytes   of any pass to come, as far as it is known"""
+        self._largest_pass_bytes = largest_pass_bytes
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, function: Callable[[], Tensors]) -> Tensors:
+        """Run ``function`` where it will be recorded: kernels are compiled, chosen and given their workspaces."""
+        # A gradient's last node keeps the stream of the pass that made it; none of an earlier pass may live on.
+        gc.collect()
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream):
+                return function()
+        finally:
+            # Also after one that runs out of memory: what it has launched still adds to gradients.
+            current.wait_stream(self._stream)
+
+    def record(self, function: Callable[[], Tensors]) -> Callable[[], Tensors]:
+        """What ``function`` launches, without running it. The result runs it and returns tensors the next run changes.
+
+        Raises RuntimeError where something in it cannot be recorded, or too little memory would be left.
+        """
+        self._check_room()
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self._stream.device)
+        try:
+            # Other threads pin memory and watch collectives meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                results = function()
+        except Exception:
+            self._recover()
+            raise
+        finally:
+            # A recording that fails leaves its stream as the current one.
+            torch.cuda.set_stream(current)
+
+        def replay() -> Tensors:
+            graph.replay()
+            return results
+
+        return replay
+
+    def _recover(self) -> None:
+        """After a recording that failed: without this torch 2.11 takes it to go on, and can neither empty its cache nor
+        draw random numbers on the device.
+
+        Source: pytorch/pytorch#180395, and #190348 for the memory, which only a whole recording gives back by itself.
+        """
+        place = self._stream.device.index, self._pool
+        # The first raises where the recording itself has ended it.
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(*place)
+            torch._C._cuda_releasePool(*place)
+        # A generator leaves its state for recordings at the end of one that succeeds.
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local"):
+            torch.zeros(1, device=self._stream.device)
+
+    def _check_room(self) -> None:
+        """What a recording keeps must leave room for an ordinary pass: other shapes still take one."""
+        device = self._stream.device
+        torch.cuda.empty_cache()
+        # The most that was ever allocated beyond what is now; longer clips may be still to come.
+        found = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+        one_pass = max(found, self._largest_pass_bytes)
+        # With what earlier recordings hold: they lend it to the next.
+        free = memory.free_bytes(device)
+        if free < PASSES_THAT_FIT * one_pass:
+            raise RuntimeError(
+                f"{free / 1e9:.1f} GB are too little for a recorded pass and an ordinary one of {one_pass / 1e9:.1f} GB"
+            )
+
+
+@dataclasses.dataclass
+class _Recorded:
+    """One shape's graph, the micro batch it reads, and whether a replay was compared with an ordinary pass."""
+
+    batch: MicroBatch
+    replay: Callable[[], Tensors]
+    compared: bool = False
+
+
+class PassGraphs:
+    """Runs the passes of micro batches, those of often seen shapes as graphs.
+
+    The first micro batch of a shape takes the ordinary pass. At the second the pass is recorded. The third takes both:
+    unless loss and gradient agree, no graph is used from there on. Whatever goes wrong with a graph, the training goes
+    on without them, and says so once.
+    """
+
+    def __init__(
+        self,
+        passes: Callable[[MicroBatch, bool], Tensors],
+        recordable: Callable[[MicroBatch], Tensors],
+        gradient: torch.Tensor,
+        recorder,
+    ) -> None:
+        """
+        passes      (micro batch, last of its step) to losses: forward and backward, adds to ``gradient``
+        recordable  the same as a function of shapes and values alone: no state of the step, nothing sent away
+        recorder    a ``Recorder``
+        """
+        self._passes = passes
+        self._recordable = recordable
+        self._gradient = gradient
+        self._recorder = recorder
+        self._seen: set[Hashable] = set()
+        self._recorded: dict[Hashable, _Recorded] = {}
+        # What graphs read. One at a time is replayed, so those of a shape are shared.
+        self._inputs: dict[Hashable, torch.Tensor] = {}
+
+    @property
+    def shapes(self) -> int:
+        """How many shapes are replayed."""
+        return sum(recorded.compared for recorded in self._recorded.values())
+
+    def __call__(self, batch: MicroBatch, last: bool) -> Tensors:
+        """Losses of a micro batch; its gradients are added."""
+        key = shape_of(batch)
+        recorded = self._recorded.get(key)
+        if recorded is None:
+            # Before the pass itself, whose gradients may leave for other ranks as they arrive.
+            if self._seen_before(key):
+                self._record(key, batch)
+            return self._passes(batch, last)
+        copy_values(batch, recorded.batch)
+        if recorded.compared:
+            return tuple(loss.clone() for loss in recorded.replay())
+        return self._compare(batch, recorded)
+
+    def _seen_before(self, key: Hashable) -> bool:
+        if self._recorder is None or len(self._recorded) == MOST_GRAPHS:
+            return False
+        if key in self._seen:
+            return True
+        if len(self._seen) == MOST_SHAPES:
+            self._seen.clear()
+        self._seen.add(key)
+        return False
+
+    def drop(self) -> None:
+        """Use no graph from here on, and give their memory back."""
+        self._recorder = None
+        self._recorded.clear()
+        self._inputs.clear()
+        gc.collect()
+        if self._gradient.is_cuda:
+            torch.cuda.empty_cache()
+
+    def _record(self, key: Hashable, batch: MicroBatch) -> None:
+        before = self._gradient.clone()
+        try:
+            own = self._own(batch)
+            self._recorder.warm_up(lambda: self._recordable(own))
+            self._recorded[key] = _Recorded(own, self._recorder.record(lambda: self._recordable(own)))
+        except Exception as problem:
+            # Whatever a driver raises: the pass itself is done without a graph.
+            self._give_up(problem)
+        # The warm-up has added to it.
+        self._gradient.copy_(before)
+
+    def _own(self, batch: MicroBatch) -> MicroBatch:
+        """A copy of ``batch`` in the tensors that graphs read."""
+        own = batch.clone()
+        for holder, name, value in _places(own):
+            key = name, value.dtype, tuple(value.shape)
+            shared = self._inputs.setdefault(key, value)
+            if shared is not value:
+                shared.copy_(value)
+                object.__setattr__(holder, name.rpartition(".")[2], shared)
+        return own
+
+    def _compare(self, batch: MicroBatch, recorded: _Recorded) -> Tensors:
+        before = self._gradient.clone()
+        losses = self._passes(batch, False)
+        expected = self._gradient - before
+        after = self._gradient.clone()
+        try:
+            self._gradient.copy_(before)
+            replayed = torch.stack(recorded.replay())
+            distances = [
+                _distance(self._gradient - before, expected) / GRADIENT_TOLERANCE,
+                _distance(replayed, torch.stack(losses).detach()) / LOSS_TOLERANCE,
+            ]
+            worst = torch.stack(distances).max().item()
+            # Not "worst > 1": that is false for a NaN.
+            if worst <= 1:
+                recorded.compared = True
+            else:
+                self._give_up(f"a replay is {worst:.1f} times as far from the ordinary pass as rounding explains")
+        except Exception as problem:
+            self._give_up(problem)
+        self._gradient.copy_(after)
+        return losses
+
+    def _give_up(self, why: str | Exception) -> None:
+        while isinstance(why, Exception) and why.__context__ is not None:
+            # Ending a broken recording raises once more.
+            why = why.__context__
+        log.warning("cuda_graphs: training goes on without them: %s", str(why).partition("\n")[0])
+        self.drop()
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Relative L2 distance; 0 for two zeros."""
+    norm = torch.linalg.vector_norm
+    return norm(found - expected) / norm(expected).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _places(batch: MicroBatch) -> Iterator[tuple[object, str, torch.Tensor]]:
+    """Every tensor of a micro batch: which object holds it, under which name, and the tensor."""
+    for name, value in vars(batch).items():
+        if isinstance(value, torch.Tensor):
+            yield batch, name, value
+        elif isinstance(value, Packing | FilledPacking):
+            for part, tensor in vars(value).items():
+                if isinstance(tensor, torch.Tensor):
+                    yield value, f"{name}.{part}", tensor
+
+
+def shape_of(batch: MicroBatch) -> Hashable:
+    """What a pass depends on beside the values of its tensors."""
+    packing = (batch.packing.frames, batch.packing.lengths) if isinstance(batch.packing, Packing) else None
+    shapes = tuple((name, value.dtype, tuple(value.shape)) for _, name, value in _places(batch))
+    return shapes, packing, batch.has_context, batch.prompt_length
+
+
+def copy_values(source: MicroBatch, target: MicroBatch) -> None:
+    """Write the tensors of one micro batch into those of another of equal ``shape_of``."""
+    for (*_, value), (*_, own) in zip(_places(source), _places(target), strict=True):
+        own.copy_(value)

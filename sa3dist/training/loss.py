@@ -1,0 +1,36 @@
+"""The loss of one micro batch: the base's velocity against the flow's, on the frames that count."""
+
+from __future__ import annotations
+
+import torch
+
+from sa3dist import flow
+from sa3dist.data.batches.micro_batch import MicroBatch
+
+
+def micro_batch_loss(base, batch: MicroBatch, settings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss of one micro batch where it is: (loss, loss_gen, loss_ctx).
+
+    settings   gives ``mixed_precision`` and ``context_weight``
+    """
+    device = batch.noised_BDT.device.type
+    # Nothing given is the same at every frame: the network then evaluates its local conditioning once.
+    context = (batch.inpaint_mask_B1T, batch.latents_BDT) if batch.has_context else (None, None)
+    with torch.autocast(device, torch.bfloat16, enabled=settings.mixed_precision == "bf16"):
+        velocity_BDT = base.velocity(
+            batch.noised_BDT,
+            batch.t_B,
+            base.embed_prompts(batch.hidden_BLH, batch.prompt_mask_BL),
+            batch.prompt_mask_BL,
+            batch.seconds_total_B,
+            padding_mask_BT=batch.keep_BT,
+            inpaint_mask_B1T=context[0],
+            inpaint_latents_BDT=context[1],
+            drop_cross_B=batch.drop_cross_B,
+            prompt_length=batch.prompt_length,
+            packing=batch.packing,
+        )
+    keep_BT = batch.keep_BT
+    if keep_BT is None:
+        keep_BT = torch.ones_like(batch.inpaint_mask_B1T[:, 0], dtype=torch.bool)
+    return flow.masked_loss(velocity_BDT, batch.target_BDT, keep_BT, batch.inpaint_mask_B1T, settings.context_weight)

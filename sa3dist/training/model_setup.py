@@ -1,0 +1,118 @@
+"""The frozen base a run trains on, with its fresh or warm-started adapters, opened on all ranks together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from sa3dist_kernels import ADAPTER_TYPES
+
+from sa3dist import adapters
+from sa3dist.config import Settings
+from sa3dist.data.remote.fetch import fetch, is_remote
+from sa3dist.data.remote.local_paths import local_name
+from sa3dist.errors import CheckpointError
+from sa3dist.formats import file_sha256
+from sa3dist.model.config import ModelConfig
+from sa3dist.model.kept_digests import KeptDigests
+from sa3dist.model.loading import load_base
+from sa3dist.progress import progress
+from sa3dist.runtime.process_group import Group, on_main_first, together
+from sa3dist.runtime.signals import StopRequest
+from sa3dist.training.startup_times import Startup, imported_beside, keep_kernels_in
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def open_base(settings: Settings, group: Group, stop: StopRequest, startup: Startup):
+    """The base with its adapters, and the digest of the file they were started from (None for fresh ones).
+
+    Each part together: a rank that cannot read the model takes the others along with its reason. Raises what failed on
+    any rank, on every rank.
+    """
+    if group.device.type == "cuda":
+        # Before the first kernel is compiled.
+        keep_kernels_in(settings.work_dir.resolve() / "kernels")
+    # AdamW and the compiler import it: two seconds of reading, which the disk and the device leave time for.
+    with startup.part("load_base"), imported_beside("torch._dynamo"):
+        base = together(group, "base", lambda: _load(settings, group.device), stop)
+    if group.is_main:
+        # Seconds of hashing beside what comes before they are asked for.
+        base.begin_weights_digest()
+    with startup.part("singular_bases"):
+        bases = _singular_bases(settings, group, stop, base)
+    with startup.part("attach"):
+        warm = together(group, "attach", lambda: _attach(settings, group, stop, base, bases), stop)
+    return base, warm
+
+
+def _load(settings: Settings, device: torch.device):
+    # cuDNN's convolutions would round float32 latents to ten bits of mantissa.
+    torch.backends.cudnn.allow_tf32 = False
+    base = load_base(
+        settings.model,
+        device,
+        DTYPES[settings.base_precision],
+        text_encoder=settings.text_encoder,
+        # A run whose latents are all on disk never needs it.
+        encoder=False,
+    )
+    _require_trainable(base.config)
+    base.reference_numerics = settings.reference_numerics
+    base.kept_digests = KeptDigests(settings.work_dir / "digests", settings.verify_base)
+    return base
+
+
+def _require_trainable(config: ModelConfig) -> None:
+    for key in ("mask_padding_attention", "use_effective_length_for_schedule"):
+        if not getattr(config, key):
+            raise CheckpointError(
+                f"{config.source}: model.diffusion.{key} is false or absent; only models made with it can be "
+                f"trained here, as all released bases are"
+            )
+
+
+def _singular_bases(settings: Settings, group: Group, stop: StopRequest, base) -> adapters.BasesCache | None:
+    """Where the -xs types find their layers' bases; each rank finds its share of those not kept yet."""
+    if not ADAPTER_TYPES[settings.adapter_type].xs:
+        return None
+    digest = on_main_first(group, "digest-for-bases", base.weights_digest, stop)
+    cache = adapters.BasesCache(settings.work_dir / "singular_bases", digest, group.device)
+    names = adapters.select(adapters.candidate_layers(base.adapter_roots), settings.include, settings.exclude)
+
+    def find() -> None:
+        mine = names[group.dist_rank :: group.world_size]
+        with progress("singular bases", len(mine), shown=group.is_main) as update:
+            for done, name in enumerate(mine, start=1):
+                stop.raise_if_asked("finding singular bases")
+                cache(name, base.fp32_weight(name).flatten(1), settings.rank)
+                update(done)
+
+    together(group, "singular-bases", find, stop)
+    return cache
+
+
+def _attach(settings: Settings, group: Group, stop: StopRequest, base, bases: adapters.BasesCache | None) -> str | None:
+    """Returns the digest of the adapter file the run starts from, if it does."""
+    adapters.attach_adapter(
+        base,
+        adapter_type=settings.adapter_type,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        include=settings.include,
+        exclude=settings.exclude,
+        seed=settings.seed,
+        bases=bases,
+    )
+    if not settings.lora_checkpoint_url:
+        return None
+    path = on_main_first(group, "warm-start", lambda: _local_adapter_file(settings, stop), stop)
+    adapters.warm_start(base, path)
+    return file_sha256(Path(path))
+
+
+def _local_adapter_file(settings: Settings, stop: StopRequest) -> str:
+    url = settings.lora_checkpoint_url
+    if is_remote(url):
+        return str(fetch(url, settings.work_dir / "downloads", stop))
+    return local_name(url)

@@ -1,0 +1,88 @@
+"""What all ranks must hold alike and finite, and which of them does not."""
+
+from __future__ import annotations
+
+import socket
+
+import torch
+
+from sa3dist.adapters import adapted_layers, tensors_digest
+from sa3dist.errors import EnvironmentFailure
+from sa3dist.parallel.flat_adamw import adamw
+from sa3dist.runtime.process_group import Group
+
+TRIAL_STEPS, TRIAL_ELEMENTS = 3, 4099
+
+
+def name_the_non_finite(group: Group, step: int, losses: list[tuple[list[str], torch.Tensor]]) -> None:
+    """Raises EnvironmentFailure on all ranks, with the clips whose loss is not finite; called on all.
+
+    losses  (clip keys, loss) of each micro batch this rank had in the step
+    """
+    mine = [key for clips, loss in losses if not bool(loss.isfinite()) for key in clips]
+    told = group.gather((mine, socket.gethostname()))
+    clips = sorted({key for keys, _ in told for key in keys})
+    found = f"loss of clip {', '.join(clips)}" if clips else "gradient"
+    problem = EnvironmentFailure(
+        f"step {step}: the {found} is not finite; training stopped, state is as last saved. "
+        f"Look at that clip, or lower learning_rate"
+    )
+    problem.origin = next(((n, host) for n, (keys, host) in enumerate(told) if keys), (0, told[0][1]))
+    raise problem
+
+
+def check_ranks_agree(group: Group, step: int, adapters: dict[str, torch.Tensor]) -> None:
+    """Raises EnvironmentFailure on all ranks when they hold different, empty or non-finite adapters."""
+    bad = next((name for name, value in adapters.items() if not (value.numel() and value.isfinite().all())), None)
+    held = group.gather((tensors_digest(adapters), bad))
+    if len({digest for digest, _ in held}) > 1:
+        raise EnvironmentFailure(f"step {step}: the ranks' adapters differ; state is as last saved")
+    found = next((name for _, name in held if name is not None), None)
+    if found is not None:
+        raise EnvironmentFailure(f"step {step}: {found} is empty or not finite; state is as last saved")
+
+
+def check_same_start(group: Group, step: int, base, adapters: dict[str, torch.Tensor]) -> None:
+    """Raises EnvironmentFailure on all ranks unless they begin with equal adapters, constants and frequency tables.
+
+    Called where training begins, with the step it begins after. What differs by a bit here trains two models there.
+    """
+    check_ranks_agree(group, step, adapters)
+    if group.world_size == 1:
+        return
+    layers = adapted_layers(base)
+    held = {
+        "frequency tables": base.frequency_tables(),
+        "frozen norms and singular bases": {
+            f"{name}.{constant}": value
+            for name, layer in layers.items()
+            for constant, value in layer.adapter.named_buffers()
+        },
+    }
+    ranks = group.gather({what: tensors_digest(tensors) for what, tensors in held.items()})
+    for what in held:
+        other = next((n for n, digests in enumerate(ranks) if digests[what] != ranks[0][what]), None)
+        if other is not None:
+            raise EnvironmentFailure(
+                f"step {step}: the {what} of rank {other} on {group.hosts[other]} are not those of rank 0 on "
+                f"{group.hosts[0]}; give all ranks the same model file and the same version of sa3dist"
+            )
+
+
+def step_alike(group: Group) -> bool:
+    """Whether an AdamW step takes equal values and gradients to equal bits on all ranks; called on all.
+
+    Kinds of processor differ in whether a product is rounded before it is added. A trial tells; no list of them would.
+    """
+    if group.world_size == 1:
+        return True
+    # Uniform draws have the same bits everywhere, normal ones do not.
+    draws = (
+        torch.rand(TRIAL_STEPS + 1, TRIAL_ELEMENTS, generator=torch.Generator().manual_seed(0)).to(group.device) - 0.5
+    )
+    values = torch.nn.Parameter(draws[0].clone())
+    optimizer = adamw([values], learning_rate=1e-3, weight_decay=0.01)
+    for gradient in draws[1:]:
+        values.grad = gradient
+        optimizer.step()
+    return len(set(group.gather(tensors_digest({"values": values})))) == 1

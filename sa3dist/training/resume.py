@@ -1,0 +1,126 @@
+"""Continuing a run: which checkpoint, whether it is this run's, and how its work divides over these processes."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from sa3dist_kernels import ADAPTER_TYPES
+
+from sa3dist.adapters.svd_bases import METHOD
+from sa3dist.errors import CheckpointError
+from sa3dist.runtime.process_group import Group, on_main_first
+from sa3dist.runtime.signals import StopRequest
+from sa3dist.training import checkpoint, lr_schedule
+from sa3dist.training.lr_schedule import Schedule
+from sa3dist.wording import counted
+
+log = logging.getLogger(__name__)
+
+# Settings that decide what every step computes; a checkpoint is continued only under the same ones.
+SAME_COURSE = (
+    "batch_size",
+    "seed",
+    "base_precision",
+    "mixed_precision",
+    "prompt_dropout",
+    "context_weight",
+    "seconds_total_of",
+    "bucket_batches",
+    "latents",
+    "reference_numerics",
+    "gradient_compression",
+)
+
+
+# What a checkpoint that lacks a value was made with, in words.
+BEFORE = {"singular_bases": "found as earlier versions did"}
+
+
+def identity(settings, **measured: Any) -> dict[str, Any]:
+    """What a checkpoint must agree with to be continued, as JSON values by name.
+
+    measured   what the settings do not say: the digests of base, dataset and warm start, lora_config, crop_frames
+    """
+    bases = {"singular_bases": METHOD} if ADAPTER_TYPES[settings.adapter_type].xs else {}
+    return {**measured, **bases, **{key: getattr(settings, key) for key in SAME_COURSE}}
+
+
+def find_checkpoint(settings, group: Group, stop: StopRequest) -> checkpoint.Checkpoint | None:
+    """The checkpoint ``settings.resume`` asks for, read by every rank; None when there is none to continue.
+
+    Raises CheckpointError on every rank when any rank cannot read it.
+    """
+
+    def find() -> str | None:
+        found = checkpoint.find(settings.output_dir, settings.resume)
+        return None if found is None else str(checkpoint.path_of(settings.output_dir, found.step))
+
+    if settings.resume not in ("auto", "never"):
+        return checkpoint.load(Path(settings.resume))
+    path = on_main_first(group, "find-checkpoint", find, stop)
+    saved, problem = None, None
+    try:
+        saved = None if path is None else checkpoint.load(Path(path))
+    except CheckpointError as error:
+        problem = error
+    group.agree(problem)
+    return saved
+
+
+def check_identity(saved: checkpoint.Checkpoint, identity: dict[str, Any], where: Path) -> None:
+    """Raises CheckpointError naming the first value in which the run and its checkpoint differ."""
+    for name, value in identity.items():
+        found = saved.state["identity"].get(name, BEFORE.get(name))
+        if found != value:
+            raise CheckpointError(
+                f"{where}: holds a checkpoint with {name} {found!r}, this run has {value!r}; "
+                f"use another output_dir, or resume=never to start over"
+            )
+
+
+def divide_work(saved: checkpoint.Checkpoint | None, settings, world_size: int) -> int:
+    """Accumulation of this run. A checkpoint's global batch decides over the configuration.
+
+    Raises CheckpointError, naming the workable process counts, when that batch does not divide.
+    """
+    if saved is None:
+        return settings.accumulation(world_size)
+    global_batch, micro_batch = saved.state["global_batch"], saved.state["identity"]["batch_size"]
+    rounds, rest = divmod(global_batch, micro_batch * world_size)
+    if rest:
+        workable = [n for n in range(1, global_batch // micro_batch + 1) if global_batch % (micro_batch * n) == 0]
+        raise CheckpointError(
+            f"resume: the checkpoint trains {counted(global_batch, 'clip')} per step in micro batches of "
+            f"{micro_batch}, which {counted(world_size, 'process', 'processes')} cannot share evenly; use "
+            f"{' or '.join(map(str, workable))} process{'es' * (workable != [1])}"
+        )
+    if rounds != settings.gradient_accumulation_steps or settings.global_batch_size not in (None, global_batch):
+        found = counted(global_batch, "clip"), counted(rounds, "micro batch", "micro batches")
+        log.info("resuming with the checkpoint's %s per step: %s per process", *found)
+    return rounds
+
+
+def check_course(saved: checkpoint.Checkpoint, settings) -> None:
+    """What may change between a checkpoint and the run that continues it, said or refused."""
+    if saved.step > settings.number_of_steps:
+        raise CheckpointError(
+            f"{settings.output_dir}: has trained {counted(saved.step, 'step')} already, number_of_steps is "
+            f"{settings.number_of_steps}; raise it, use another output_dir, or resume=never to start over"
+        )
+    was, now = Schedule(**saved.state["schedule"]), lr_schedule.of_settings(settings)
+    if not now.same_course(was):
+        log.warning("continuing with learning rate %s; it was %s", now, was)
+    if saved.state["weight_decay"] != settings.weight_decay:
+        log.warning("continuing with weight_decay %g, it was %g", settings.weight_decay, saved.state["weight_decay"])
+
+
+def set_aside(output_dir: Path, step: int, group: Group, stop: StopRequest) -> None:
+    """Move checkpoints of later steps than ``step`` out of the way, and say so: this run takes another course."""
+
+    def move() -> None:
+        for path in checkpoint.set_aside(output_dir, step):
+            log.warning("set aside %s: this run takes another course from step %d on", path, step)
+
+    on_main_first(group, "set-aside", move, stop)

@@ -1,0 +1,73 @@
+"""Few shapes for micro batches of any lengths: the packed list of tokens is filled up to the next rung of a ladder.
+
+One compiled program and one CUDA graph then serve all clips between two rungs. What fills a list up touches nothing
+(``model.packing.FilledPacking``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch.nn.functional as F
+
+from sa3dist.data.batches.micro_batch import MicroBatch
+from sa3dist.model.packing import FilledPacking
+
+# Rungs are this factor apart: at most 12.5 % more tokens, 24 rungs up to a clip of 380 s.
+FACTOR = 1.125
+# No rung below: so few tokens take as long as this many.
+LEAST_TOKENS = 256
+
+
+def rung(tokens: int, longest: int) -> int:
+    """The number of tokens a list of ``tokens`` is filled up to.
+
+    longest   tokens of the run's longest clip: it is a rung, and the others are whole factors from it
+    """
+    lowest = max(0, math.floor(math.log(longest / LEAST_TOKENS, FACTOR)))
+    steps = min(lowest, math.floor(math.log(longest / tokens, FACTOR)))
+    # The logarithm may be a rounding off where tokens stand on a rung.
+    near = (math.ceil(longest * FACTOR**-step) for step in range(steps + 1, steps - 3, -1) if step <= lowest)
+    return next(size for size in near if size >= tokens)
+
+
+class ShapeLadder:
+    """Fills micro batches up."""
+
+    def __init__(self, frames: int, memory: int) -> None:
+        """frames: of the run's longest crop; memory: tokens ahead of every clip's frames."""
+        self.frames, self.memory = frames, memory
+        # Prompts are brought to the longest seen: their length would multiply the shapes.
+        self._prompt_positions = 0
+
+    def __call__(self, batch: MicroBatch) -> MicroBatch:
+        """The micro batch with all its tensors of a rung's shape, on the device where it was."""
+        clips, _, frames = batch.noised_BDT.shape
+        lengths = (frames,) * clips if batch.packing is None else batch.packing.lengths
+        self.frames = max(self.frames, frames)
+        tokens = clips * self.memory + sum(lengths)
+        longest = self.memory + self.frames
+        filled = min(rung(tokens, longest), clips * longest)
+        device = batch.noised_BDT.device
+        packing = FilledPacking.of(lengths, self.memory, self.frames, filled)
+        if device.type == "cuda":
+            packing = packing.pin_memory().to(device, non_blocking=True)
+        self._prompt_positions = max(self._prompt_positions, batch.hidden_BLH.shape[1])
+        short = self._prompt_positions - batch.hidden_BLH.shape[1]
+        keep_BT = batch.keep_BT
+        if keep_BT is None:
+            keep_BT = batch.noised_BDT.new_ones(clips, frames, dtype=bool)
+        behind = (0, self.frames - frames)
+        padded = {
+            name: F.pad(getattr(batch, name), behind)
+            for name in ("latents_BDT", "noised_BDT", "target_BDT", "inpaint_mask_B1T")
+        }
+        return dataclasses.replace(
+            batch,
+            **padded,
+            keep_BT=F.pad(keep_BT, behind),
+            hidden_BLH=F.pad(batch.hidden_BLH, (0, 0, 0, short)),
+            prompt_mask_BL=F.pad(batch.prompt_mask_BL, (0, short)),
+            packing=packing,
+        )
