@@ -1,4 +1,4 @@
-"""Shared fixtures: where the golden tensors are, and the two tiny reference models."""
+"""Shared fixtures: the two tiny reference models, and the demo's base and clips."""
 
 import os
 import signal
@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from sa3dist.model.loading import load_base  # noqa: E402
+from tests.helpers.golden import THREADS, TINY_MODELS, golden  # noqa: E402
 
 # The GPU check runs without Hypothesis.
 if find_spec("hypothesis"):
@@ -23,8 +24,6 @@ if find_spec("hypothesis"):
     settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("any machine")
 
-# Tiny tensors: a second thread only waits for the first, for milliseconds per operation on a busy machine.
-THREADS = int(os.environ.get("SA3DIST_TEST_THREADS", "1"))
 torch.set_num_threads(THREADS)
 # At its first backward pass autograd decides whether it needs threads of its own, and a process that has them cannot be
 # forked into ranks. The compiler's fake tensors make it count a CUDA device, so this pass comes before them.
@@ -32,21 +31,6 @@ torch.ones(1, requires_grad=True).sum().backward()
 
 # Where gpu-marked tests with a ``device`` run; "cpu" exercises their code on a machine without a GPU.
 TEST_DEVICE = os.environ.get("SA3DIST_TEST_DEVICE", "cuda")
-
-GOLDEN = Path(__file__).parent / "golden"
-TINY_MODELS = ("tiny-sa3", "tiny-sa3-small")
-
-
-def golden(name: str) -> Path:
-    """Path of one recorded artefact."""
-    return GOLDEN / name
-
-
-@pytest.fixture(autouse=True)
-def _signals_of_its_own():
-    yield
-    # A run in this process listens for signals to the process's end; one that a later test sends itself would end it.
-    signal.set_wakeup_fd(-1)
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/machine_matrix.py                       every setting that this processor has, whole suite
     .venv/bin/python tests/machine_matrix.py --list                what would be run, and what not, and why
-    .venv/bin/python tests/machine_matrix.py --only threads=8 aten=default -- tests/test_model_dit.py
+    .venv/bin/python tests/machine_matrix.py --only threads=8 aten=default -- tests/model/test_dit.py
 
 One setting at a time, the whole suite each, some ten minutes each on two idle cores: no part of `make test` or CI. What
 comes after `--` goes to pytest in place of the Makefile's options. Ends with 1 when any test failed under any setting.

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers.golden import ROOT
+
 # Missing on the machines the GPU check runs on.
 ABSENT = ("webdataset", "soundfile", "deepspeed", "diffusers", "pydantic")
 GPU_PATH = (

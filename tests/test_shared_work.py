@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -16,11 +15,11 @@ from sa3dist.data.batches.worker_shards import Cursor, Lane
 from sa3dist.data.remote.fetch import Downloads
 from sa3dist.formats import atomic_directory
 from sa3dist.runtime.file_lock import alone
-from tests.ranks import run_ranks
-from tests.servers import hostile_http
-from tests.test_streaming import paths, source_of  # noqa: F401
+from tests.data.batches.test_streaming import paths, source_of  # noqa: F401
+from tests.helpers.golden import ROOT
+from tests.helpers.ranks import run_ranks
+from tests.helpers.servers import hostile_http
 
-ROOT = Path(__file__).parent.parent
 CONTENT = bytes(range(256)) * 8000
 
 

@@ -19,9 +19,8 @@ import sa3dist
 from sa3dist import cli, train
 from sa3dist.data.latents.tensor_files import digest_of_tensors
 from sa3dist.runtime.signals import SIGNALS
-from tests.conftest import THREADS
+from tests.helpers.golden import ROOT, THREADS
 
-ROOT = Path(__file__).parent.parent
 STEPS = 6
 
 

@@ -4,11 +4,11 @@ import json
 import re
 
 import pytest
-from clips import captioned, write_folder
 
 from sa3dist import cli, errors, train
 from sa3dist.runtime.exit_status import report
 from sa3dist.wording import counted, span
+from tests.helpers.clips import captioned, write_folder
 
 
 def test_one_is_singular():

@@ -144,7 +144,9 @@ def main():
     made.add_argument("--clips", type=int, default=1000)
     made.add_argument("--seconds", type=float, default=12.0)
     made.add_argument("--repeats", type=int, default=3)
-    made.add_argument("--source", type=Path, help="a zip of real clips instead (tests/make_real_dataset.py makes one)")
+    made.add_argument(
+        "--source", type=Path, help="a zip of real clips instead (tests/helpers/make_real_dataset.py makes one)"
+    )
     made.add_argument("--out", type=Path)
     chosen = made.parse_args()
     with tempfile.TemporaryDirectory() as name:

@@ -46,7 +46,7 @@ def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) 
 
 def gpu_files(device: torch.device) -> list[Path]:
     """Test files marked gpu as a whole; on a CPU only those that take their device from the environment."""
-    named = sorted((ROOT / "tests").glob("test_*gpu*.py"))
+    named = sorted((ROOT / "tests").rglob("test_*gpu*.py"))
     marked = [path for path in named if "\npytestmark = pytest.mark.gpu\n" in path.read_text(encoding="utf-8")]
     return [path for path in marked if device.type == "cuda" or path.name.startswith("test_gpu_")]
 

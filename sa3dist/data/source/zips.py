@@ -23,7 +23,7 @@ _BAD_NAMES = (
     "names of clips {}; make it again with names in UTF-8, or unpack it with the right code page (unzip -O cp932 for "
     "Japanese, gbk for Chinese, cp866 for Russian, cp1252 for Western Europe) and give the folder"
 )
-# What the standard library raises on damaged archives, found by mutating them (tests/test_data_archive.py).
+# What the standard library raises on damaged archives, found by mutating them (tests/data/source/test_archive.py).
 _ZIP_FAULTS = (
     zipfile.BadZipFile,
     zipfile.LargeZipFile,

@@ -1,0 +1,356 @@
+"""Every part of gpu-check on a CPU with tiny sizes; its budgets, and what a bare machine lacks."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import bench_adapted_linear
+import check_ops
+import check_ranks
+import check_run
+import check_step
+import check_tests
+import command_runs
+import gpu_check
+import psutil
+import pytest
+import results_file
+import torch
+from sa3dist_kernels import ADAPTER_TYPES
+
+from tests.helpers.golden import ROOT
+
+CPU = torch.device("cpu")
+# Absent on the machines gpu-check is for.
+ABSENT = ("webdataset", "soundfile", "pydantic", "pydantic_core", "deepspeed", "diffusers", "aiohttp")
+# Run by every Python process that finds it on its path: the named packages cannot be found, as if not installed.
+HIDE = f"""
+import sys
+from importlib.machinery import PathFinder
+
+class Bare(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {ABSENT!r} else super().find_spec(name, path, target)
+
+sys.meta_path[:] = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+@pytest.fixture
+def results(tmp_path):
+    return results_file.ResultsFile.start(tmp_path / "gpu_part.json", CPU, {})
+
+
+def bare_run(folder, *words):
+    """gpu_check.py in a process that lacks the absent packages: (exit code, stderr, its JSON or None)."""
+    (folder / "bare").mkdir(exist_ok=True)
+    (folder / "bare/sitecustomize.py").write_text(HIDE)
+    paths = [str(folder / "bare"), ".", "kernels"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OUT": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "kernels/benchmarks/gpu_check.py", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    path = folder / f"gpu_{words[0]}.json"
+    return done.returncode, done.stderr, json.loads(path.read_text()) if path.exists() else None
+
+
+def test_the_hidden_packages_are_hidden(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(HIDE)
+    code = "import importlib.util as u, sys; print([n for n in sys.argv[1:] if u.find_spec(n)])"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", code, *ABSENT]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_ops_and_step_pass_without_the_data_stages_packages(tmp_path):
+    for part in ("ops", "step"):
+        code, errors, content = bare_run(tmp_path, part, "--device", "cpu", "--tiny")
+        assert code == 0, errors
+        assert (content["state"], content["passed"], content["skipped"]) == ("finished", True, [])
+        assert content["rows"]
+        environment = content["environment"]
+        assert environment["torch"] == torch.__version__
+        assert len(environment["source_sha256"]) == 64
+        assert "gpu_check.py" in environment["command"]
+        assert {"device", "triton", "commit", "date"} <= environment.keys()
+
+
+def test_run_names_the_packages_it_lacks_and_takes_them_from_wheels(tmp_path, monkeypatch):
+    monkeypatch.setattr(command_runs, "NEEDED", ("torch", "no_such_package", "nor_this"))
+    monkeypatch.setattr(command_runs, "WHEELS", tmp_path)
+    (tmp_path / "nor_this-1.0-py3-none-any.whl").touch()
+    with pytest.raises(command_runs.CommandFailed, match="^no_such_package: not installed here"):
+        command_runs.command_environment(tmp_path / "scratch", CPU)
+    write_wheel(tmp_path / "nor_this-1.0-py3-none-any.whl", "nor_this")
+    write_wheel(tmp_path / "no_such_package-1.0-py3-none-any.whl", "no_such_package")
+    environment = command_runs.command_environment(tmp_path / "scratch", CPU)
+    code = "import no_such_package, nor_this, sa3dist, sa3dist_kernels; print(nor_this.NAME)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd="/", capture_output=True, text=True)
+    assert done.stdout == "nor_this\n", done.stderr
+
+
+def write_wheel(path, name):
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(f"{name}.py", f"NAME = {name!r}\n")
+        wheel.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        wheel.writestr(f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{name}-1.0.dist-info/RECORD", "")
+
+
+@pytest.mark.slow
+def test_tests_part_records_every_gpu_test_of_a_file(tmp_path):
+    code, errors, content = bare_run(tmp_path, "tests", "--device", "cpu", "--tiny")
+    assert code == 0, errors
+    outcomes = {row["test"].rpartition("::")[2]: row for row in content["rows"]}
+    # bora and bora-xs in three formats and sizes, and the test of formats, by torch; Triton and waiting need CUDA.
+    assert content["summary"] == {"passed": 2 * 3 * 3 + 2, "skipped": 2 * 3 * 3 + 2 + 2 * 2}
+    name = "test_either_form_is_no_further_from_float64_than_the_materialised[torch-bora-bf16-odd]"
+    assert outcomes[name]["outcome"] == "passed"
+    assert len(outcomes[name]["errors_ours_and_materialised"]["y"]) == 2
+    assert (content["files"], content["exit_code"]) == (["test_gpu_adapted_linear.py"], 0)
+    assert content["processes"] == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_without_cuda_it_says_so_in_one_line_and_exits_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu_check.main(["ops"]) == 2
+    said = capsys.readouterr().err
+    assert "no CUDA device" in said
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_gpu_tests_are_found_for_cuda_and_this_file_is_not():
+    names = {path.name for path in check_tests.gpu_files(torch.device("cuda"))}
+    assert {"test_gpu_adapted_linear.py", "test_gpu_training.py", "test_model_gpu.py"} <= names
+    assert Path(__file__).name not in names
+    assert "test_model_gpu.py" not in {path.name for path in check_tests.gpu_files(CPU)}
+
+
+def test_a_failing_gpu_test_fails_the_part_and_is_recorded_with_its_reason(tmp_path, monkeypatch, results):
+    bad = tmp_path / "test_gpu_bad.py"
+    bad.write_text("import pytest\n@pytest.mark.gpu\ndef test_bad():\n    assert 1 == 2, 'one is not two'\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n")
+    monkeypatch.setattr(check_tests, "gpu_files", lambda device: [bad])
+    monkeypatch.setattr(check_tests, "PROCESSES", 0)
+    assert check_tests.run(results, results_file.Budget(60), CPU, tiny=False) is False
+    assert [row["outcome"] for row in results.rows] == ["failed"]
+    assert "one is not two" in results.rows[0]["why"]
+    assert (results.content["files"], results.content["exit_code"]) == ([bad.name], 1)
+
+
+def test_tests_that_hang_are_ended_with_the_budget(tmp_path, monkeypatch, results):
+    slow = tmp_path / "test_gpu_slow.py"
+    slow.write_text("import time\ntime.sleep(99)\n")
+    monkeypatch.setattr(check_tests, "gpu_files", lambda device: [slow])
+    monkeypatch.setattr(check_tests, "PROCESSES", 0)
+    monkeypatch.setattr(check_tests, "SHORTEST", 1.0)
+    assert check_tests.run(results, results_file.Budget(7), CPU, tiny=False) is False
+    assert results.content["exit_code"] == "stopped after 2 s"
+
+
+def test_a_part_without_time_left_skips_and_says_what(results):
+    spent = results_file.Budget(-1)
+    check_ops.run(results, spent, CPU, tiny=True)
+    cases = len(check_ops.SMALL.layers) * len(check_ops.SMALL.tokens) * len(check_ops.SMALL.ranks)
+    assert len(results.content["skipped"]) == cases
+    assert results.rows == []
+    check_step.run(results, spent, CPU, tiny=True)
+    assert [entry["adapter_type"] for entry in results.content["skipped"]] == ["dora-rows", "bora-xs"]
+    assert check_tests.run(results, spent, CPU, tiny=True) is False
+    assert results.content["skipped"][0]["why"] == "time budget"
+    assert json.loads(results.path.read_text()) == results.content
+
+
+def test_a_part_that_breaks_keeps_what_it_measured_and_names_the_problem(tmp_path, monkeypatch, capsys):
+    def breaks(results, budget, device, tiny):
+        results.add(measured=1)
+        raise RuntimeError("the device fell off")
+
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(check_ops, "run", breaks)
+    assert gpu_check.main(["ops", "--device", "cpu", "--tiny"]) == 1
+    content = json.loads((tmp_path / "gpu_ops.json").read_text())
+    assert content["state"] == "failed"
+    assert content["rows"] == [{"measured": 1}]
+    assert content["problem"] == "RuntimeError: the device fell off"
+    assert not content["passed"]
+    assert "the device fell off" in capsys.readouterr().err
+
+
+def test_commit_is_none_where_git_is_absent(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert results_file.commit() is None
+
+
+def test_floor_is_the_larger_of_arithmetic_and_traffic():
+    ceilings = {"matmul_tflops": 800.0, "copy_gb_per_s": 4000.0}
+    # 4 N I O operations; N large: arithmetic decides. Weight read twice; N = 1: traffic decides.
+    assert check_ops.floor_ms((1536, 12288, True), 4160, 2, ceilings) == pytest.approx(4 * 4160 * 1536 * 12288 / 8e11)
+    one = check_ops.floor_ms((1536, 12288, True), 1, 2, ceilings)
+    assert one == pytest.approx(2 * 2 * (1536 * 12288 + 1536 + 12288) / 4e9)
+
+
+def test_measured_layers_are_the_medium_models():
+    shapes = {(fan_in, fan_out) for fan_in, fan_out, _ in check_ops.REAL.layers}
+    assert shapes == {(1536, n) for n in (7680, 1536, 3072, 4608, 12288)} | {(6144, 1536)}
+    assert set(check_ops.REAL.layers) == set(bench_adapted_linear.SHAPES["medium"].values())
+
+
+def test_all_nine_types_are_planned_the_most_telling_first():
+    first, *others = check_step.PLAN
+    assert (first.adapter_type, first.in_full) == ("dora-rows", True)
+    assert {group.adapter_type for group in others} == set(ADAPTER_TYPES) - {"dora-rows"}
+    assert {(group.shape, group.rank, group.frames) for group in check_step.PLAN} == {("medium-base", 16, (323, 4091))}
+
+
+@pytest.mark.parametrize("frames", [323, 4091])
+def test_unequal_lengths_lie_around_the_equal_ones_and_within_the_model(frames):
+    lengths = check_step.mix_of(frames, 24)
+    assert len(set(lengths)) == 24
+    assert lengths != sorted(lengths)
+    assert 0.8 * frames <= min(lengths) < 0.9 * frames
+    assert max(lengths) <= min(1.2 * frames, 4096)
+
+
+def test_a_group_that_breaks_fails_the_part_and_is_named_and_the_others_are_measured(monkeypatch, results):
+    def breaks(*_):
+        raise RuntimeError("device lost\nand more")
+
+    monkeypatch.setattr(check_step, "measure_in_full", breaks)
+    assert check_step.run(results, results_file.Budget(60), CPU, tiny=True) is False
+    (broken,) = results.content["failed"]
+    assert (broken["adapter_type"], broken["why"]) == ("dora-rows", "RuntimeError: device lost")
+    assert [(row["adapter_type"], row["frozen_ms"], row["over_frozen"]) for row in results.rows] == [
+        ("bora-xs", None, None)
+    ] * 2
+
+
+def test_targets_are_held_against_the_rows_they_are_about():
+    row = {"shape": "medium-base", "adapter_type": "dora-rows", "rank": 16, "frames": 323, "frozen_ms": 12.5}
+    row |= {"ours_ms": 20.0, "over_frozen": 1.6, "unequal_over_equal": None, "total_bytes": 6e9}
+    long = {**row, "frames": 4091, "frozen_ms": 94.0, "ours_ms": 106.0, "total_bytes": 17e9}
+    others = [{**row, "rank": 128}, {**row, "shape": "small-music-base"}]
+    found = check_step.against_targets([row, long, *others, {**row, "adapter_type": "bora", "over_frozen": 2.0}])
+    met = {(entry["adapter_type"], entry["frames"], entry["figure"]): entry["met"] for entry in found}
+    assert met == {
+        ("dora-rows", 323, "frozen_ms"): False,
+        ("dora-rows", 323, "ours_ms"): True,
+        ("dora-rows", 323, "total_bytes"): True,
+        ("dora-rows", 4091, "frozen_ms"): True,
+        ("dora-rows", 4091, "ours_ms"): False,
+        ("dora-rows", 4091, "total_bytes"): False,
+        ("bora", 323, "over_frozen"): False,
+    }
+
+
+@pytest.mark.slow
+def test_run_takes_the_whole_road_and_a_resumed_loss_that_differs_fails_it(monkeypatch, results):
+    monkeypatch.setattr(check_run, "largest_difference", lambda rows, others: 1e-7)
+    assert check_run.run(results, results_file.Budget(300), CPU, tiny=True) is False
+    rows = {row["what"]: row for row in results.rows}
+    assert (results.content["failed"], results.content["skipped"]) == ([], [])
+    assert not rows["resume"]["same"]
+    assert rows["resume"]["every_step_once"]
+    assert 0 < rows["resume"]["resumed_from"] < rows["resume"]["killed_after"]
+    taken_twice = rows["resume"]["losses"][: rows["resume"]["steps_taken_twice"]]
+    assert taken_twice == rows["train"]["losses"][rows["resume"]["resumed_from"] :]
+    assert rows["export and reload"]["equal"]
+    assert rows["export and reload"]["acts"]
+    assert rows["warm start"]["startup_seconds"]["encode"] < rows["first start"]["startup_seconds"]["encode"]
+
+
+def test_a_command_that_ends_early_is_told_with_what_it_said(tmp_path):
+    environment = command_runs.command_environment(tmp_path, CPU)
+    with (
+        command_runs.Command(environment, tmp_path / "run", ["model=nowhere", "audio_data_url=nothing.zip"]) as command,
+        pytest.raises(command_runs.CommandFailed, match="ended with 2 before step 1: .*nothing.zip"),
+    ):
+        command.wait_for_step(1, 120)
+
+
+def test_ranks_that_drift_apart_fail():
+    results = types.SimpleNamespace(add=lambda **row: None)
+    row = {"step": 1, "loss": 2.0, "clips": ["a", "b"]}
+    adapters = {"w": torch.ones(4)}
+    pair = {"one": [row], "two": [row]}
+    assert check_ranks.compare(results, pair, {"one": adapters, "two": {"w": torch.ones(4) + 1e-6}})
+    assert not check_ranks.compare(results, pair, {"one": adapters, "two": {"w": torch.ones(4) + 1e-5}})
+    assert not check_ranks.compare(
+        results, pair | {"two": [{**row, "loss": 2.001}]}, {"one": adapters, "two": adapters}
+    )
+    assert not check_ranks.compare(
+        results, pair | {"two": [{**row, "clips": ["b", "a"]}]}, dict.fromkeys("ab", adapters)
+    )
+
+
+@pytest.mark.parametrize(
+    ("left", "expected"),
+    [
+        (1000.0, ["step", "tests", "run", "ranks", "ops"]),
+        # The last does not fit any more.
+        (450.0 + 30, ["step", "tests", "run"]),
+    ],
+)
+def test_all_runs_the_parts_in_order_and_starts_none_that_would_end_too_late(monkeypatch, capsys, left, expected):
+    started, clock = [], types.SimpleNamespace(left=left)
+
+    class Process:
+        def __init__(self, command, **_):
+            started.append(command[command.index("--device") - 1])
+            self.seconds = float(command[command.index("--seconds") + 1])
+
+        def wait(self, limit):
+            clock.left -= self.seconds
+            assert limit == pytest.approx(self.seconds + gpu_check.GRACE_SECONDS, abs=1)
+            return int(started[-1] == "tests")
+
+    monkeypatch.setattr(gpu_check.subprocess, "Popen", Process)
+    budget = types.SimpleNamespace(left=lambda: clock.left)
+    options = types.SimpleNamespace(device="cpu", tiny=True)
+    assert gpu_check.run_all(options, budget) == 1
+    assert started == expected
+    said = capsys.readouterr().out
+    assert "gpu-check tests: FAILED (1)" in said
+    assert said.count("left out: time budget") == 5 - len(expected)
+
+
+def test_a_part_killed_by_all_says_so_in_its_file_and_keeps_its_rows(tmp_path, monkeypatch):
+    class Hanging:
+        def __init__(self, command, **_):
+            part = command[command.index("--device") - 1]
+            results_file.ResultsFile.start(gpu_check.results_path(part), CPU, {}).add(measured=1)
+
+        def wait(self, limit):
+            raise subprocess.TimeoutExpired("part", limit)
+
+    monkeypatch.setenv("OUT", str(tmp_path))
+    there = types.SimpleNamespace(Popen=Hanging, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(gpu_check, "subprocess", there)
+    monkeypatch.setattr(gpu_check, "end_family", lambda process: None)
+    assert gpu_check.run_all(types.SimpleNamespace(device="cpu", tiny=True), results_file.Budget(900)) == 1
+    for part in gpu_check.PARTS:
+        content = json.loads((tmp_path / f"gpu_{part}.json").read_text())
+        assert (content["state"], content["passed"]) == ("killed at the end of its time", False)
+        assert content["rows"] == [{"measured": 1}]
+
+
+def test_a_part_that_hangs_is_killed_with_what_it_has_started(tmp_path):
+    code = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
+    code += "; print('ready', flush=True); time.sleep(99)"
+    mark = tmp_path / "late"
+    inner = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
+    process = subprocess.Popen([sys.executable, "-c", code, inner], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    members = psutil.Process(process.pid).children(recursive=True)
+    gpu_check.end_family(process)
+    assert process.returncode == -9
+    gone, alive = psutil.wait_procs(members, timeout=2)
+    assert (len(gone), alive) == (1, [])

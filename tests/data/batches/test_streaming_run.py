@@ -1,0 +1,163 @@
+"""Streaming as it is run: two ranks, two loader processes each, unequal shards or too few; killed and continued."""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sa3dist import train
+from sa3dist.data.latents.cache import EncodedClips
+from sa3dist.data.latents.shards import latent_shard_name, write_latent_shard
+from sa3dist.data.source.build import build_shards
+from sa3dist.encode import encode_all
+from sa3dist.model.loading import load_base
+from sa3dist.runtime.process_group import Group
+from sa3dist.runtime.signals import StopRequest
+from tests.helpers.clips import captioned, write_zip
+from tests.helpers.ranks import free_port
+
+SIZES = (5, 1, 4, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory, demo_base):
+    """A folder of five latent shards of unequal length: 14 clips."""
+    folder = tmp_path_factory.mktemp("streaming")
+    base, alone = load_base(demo_base), Group(0, 1, torch.device("cpu"))
+    index = build_shards(str(write_zip(folder / "a.zip", captioned(sum(SIZES), seconds=0.4))), folder / "work")
+    digests = base.autoencoder_digest(), base.text_encoder_digest()
+    encoded = EncodedClips(index, folder / "work", base, *digests)
+    encode_all(base, encoded, alone, StopRequest())
+    begin = 0
+    for number, size in enumerate(SIZES):
+        path, clips = folder / "shards" / latent_shard_name(number), index.clips[begin : begin + size]
+        write_latent_shard(path, clips, encoded.shards.encoders, index.digest, number, len(SIZES), encoded.member)
+        begin += size
+    return folder / "shards"
+
+
+@pytest.fixture
+def words(demo_base, shards, tmp_path):
+    more = [f"model={demo_base}", f"work_dir={tmp_path / 'work'}", "mode=streaming", "duration=1", "rank=4"]
+    more += ["base_precision=fp32", "mixed_precision=no", "learning_rate=3e-3", "log_every=1", "log_clips=true"]
+    return [*more, "num_workers=2", "shuffle_buffer=3", f"audio_data_url={shards}"]
+
+
+def start(words, output_dir, world_size=2):
+    """The program on every rank, forked from this process, which has imported everything; pids in rank order."""
+    port, pids = str(free_port()), []
+    for dist_rank in range(world_size):
+        pid = os.fork()
+        if pid:
+            pids.append(pid)
+            continue
+        code = 1
+        try:
+            from accelerate.state import AcceleratorState
+
+            AcceleratorState._reset_state(reset_partial_state=True)
+            torch.set_num_threads(1)
+            ranks = {"RANK": dist_rank, "LOCAL_RANK": dist_rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+            os.environ |= {key: str(value) for key, value in ranks.items()}
+            # Else Accelerate gives every rank a thread per core, and they spin while they wait for each other.
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+            with open(f"{output_dir}-{dist_rank}.log", "a") as said, contextlib.redirect_stdout(said):
+                sys.stderr = said
+                # The test runner's would take what the program says.
+                logging.getLogger().handlers.clear()
+                code = train.main([*words, f"output_dir={output_dir}"])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return pids
+
+
+def finish(pids):
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def rows(output_dir):
+    path = output_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.slow
+def test_two_ranks_over_unequal_shards_killed_and_continued_equal_the_undisturbed_run(words, tmp_path):
+    words += ["number_of_steps=16", "save_every=4"]
+    assert finish(start(words, tmp_path / "whole")) == [0, 0]
+    whole = rows(tmp_path / "whole")
+    assert [row["step"] for row in whole] == list(range(1, 17))
+    # A step is one clip of each rank, however many clips its shards hold.
+    assert all(len(row["clips"]) == 2 for row in whole)
+    repeated = [row["repeated_clips"] for row in whole]
+    assert repeated == sorted(repeated)
+    assert repeated[0] == 0
+    assert 2 * 16 - sum(SIZES) <= repeated[-1] < 2 * 16
+    pids = start(words, tmp_path / "killed")
+    deadline = time.monotonic() + 120
+    while len(rows(tmp_path / "killed")) < 6:
+        assert time.monotonic() < deadline, (tmp_path / "killed-0.log").read_text()
+        time.sleep(0.01)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    assert finish(pids) == [-signal.SIGKILL] * 2
+    assert finish(start(words, tmp_path / "killed")) == [0, 0]
+    continued = rows(tmp_path / "killed")
+    assert [row["resumed_from"] for row in continued if "resumed_from" in row][0] in (4, 8)
+    for key in ("step", "loss", "grad_norm", "clips", "repeated_clips"):
+        assert [row[key] for row in continued] == [row[key] for row in whole], key
+    expected, found = (load_file(tmp_path / name / "lora.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert f"32 clips trained on, {repeated[-1]} of them repeated" in (tmp_path / "whole-0.log").read_text()
+
+
+@pytest.mark.slow
+def test_two_ranks_share_one_shard_count_the_repeats_and_learn(words, shards, tmp_path, capfd):
+    one = tmp_path / "one"
+    one.mkdir()
+    shutil.copy(shards / "latents-000002.tar", one)
+    words += [f"audio_data_url={one}", "number_of_steps=40"]
+    assert finish(start(words, tmp_path / "run")) == [0, 0]
+    found = rows(tmp_path / "run")
+    assert len(found) == 40
+    assert found[-1]["repeated_clips"] == 2 * 40 - SIZES[2]
+    assert len({key for row in found for key in row["clips"]}) == SIZES[2]
+    first, last = (sum(row["loss"] for row in part) / 12 for part in (found[:12], found[-12:]))
+    assert last < 0.9 * first
+    # Other processes or loaders have no place in this run's shards.
+    for changed in ("num_workers=1", "num_workers=2"):
+        assert train.main([*words, changed, f"output_dir={tmp_path / 'run'}", "number_of_steps=70"]) == 2
+        message = capfd.readouterr().err.strip().splitlines()[-1]
+        assert "those of 2 processes with num_workers 2, this run has 1 and" in message
+
+
+def test_a_wrong_source_or_base_is_refused_before_anything_is_left(words, shards, tmp_path, capfd):
+    from sa3dist.model.tiny import write_tiny_base
+
+    other = write_tiny_base(tmp_path / "base", seed=5)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "latents-000000.tar").write_bytes((shards / "latents-000000.tar").read_bytes()[:2000])
+    cases = {
+        f"model={other}": (2, "latents-000000.tar: encoded with autoencoder"),
+        f"audio_data_url={broken}": (70, "latents-000000.tar: no plain tar, or damaged at byte"),
+        f"audio_data_url={tmp_path}": (2, "mode: streaming reads shards"),
+        "duration=": (2, "duration: with mode: streaming it must be given"),
+    }
+    for number, (changed, (code, message)) in enumerate(cases.items()):
+        output_dir = tmp_path / f"run-{number}"
+        capfd.readouterr()
+        assert train.main([*words, changed, f"output_dir={output_dir}"]) == code
+        assert message in capfd.readouterr().err.strip().splitlines()[-1]
+        left = {path.name for path in output_dir.iterdir()}
+        assert left == {"status.json"} if code == 2 else "lora.safetensors" not in left

@@ -1,0 +1,175 @@
+"""Latents of crops: the same samples as encoding on the fly, near to crops of whole latents, nothing left behind."""
+
+import gc
+import threading
+
+import pytest
+import torch
+
+from sa3dist import config
+from sa3dist.data.batches import read_ahead
+from sa3dist.data.batches.micro_batch import MicroBatches, StreamSettings, draw_crop, loader, polarity_of_slot
+from sa3dist.data.latents import crops as data_crops
+from sa3dist.data.latents.cache import EncodedClips
+from sa3dist.data.latents.crops import CropsInFlight, EncodedCrops
+from sa3dist.data.source.audio import load_clip_audio
+from sa3dist.data.source.build import build_shards
+from sa3dist.encode import encode_all
+from sa3dist.errors import ConfigError
+from sa3dist.model.loading import load_base
+from sa3dist.model.tiny import write_tiny_base
+from sa3dist.runtime.process_group import Group
+from sa3dist.runtime.signals import StopRequest
+from tests.helpers.clips import captioned, encode, tone, write_zip
+
+LIMIT = 12
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return load_base(write_tiny_base(tmp_path_factory.mktemp("base")))
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    members = captioned(3, seconds=0.4)
+    noise = torch.rand(44100 * 4, 2, generator=torch.Generator().manual_seed(1)).numpy() - 0.5
+    members |= {"long.wav": encode(noise), "long.txt": b"noise", "mono.flac": encode(tone(2.0, 32000), 32000, "FLAC")}
+    members["mono.txt"] = b"a longer tone"
+    return build_shards(str(write_zip(folder / "a.zip", members)), folder / "work")
+
+
+def crops_of(index, base, work_dir, keep):
+    return EncodedCrops(index, work_dir, base, "a", "t", crop_frames=LIMIT, keep=keep)
+
+
+def stream_of(encoded):
+    return MicroBatches(encoded, StreamSettings(3, 2, LIMIT, 0.1, "file", None))
+
+
+def test_a_crop_is_what_encoding_its_audio_alone_gives(index, base, tmp_path):
+    encoded = crops_of(index, base, tmp_path, keep=True)
+    number = [clip.key for clip in index.clips].index("long")
+    clip = index.clips[number]
+    audio_CN = load_clip_audio(index, clip, 44100)
+    starts = set()
+    for slot in range(6):
+        encoded.encode_slot(base, clip, 3, slot)
+        flipped = polarity_of_slot(3, slot)
+        latents = encoded.latents(clip, flipped)
+        start, _ = draw_crop(latents.peaks_T, LIMIT, 3, slot)
+        starts.add(start)
+        part_CN = audio_CN[:, start * 4096 : (start + LIMIT) * 4096] * (-1 if flipped else 1)
+        expected = base.encode_audio(part_CN[None])[0, :, : part_CN.shape[1] // 4096]
+        torch.testing.assert_close(latents.window(start, LIMIT)[:, : expected.shape[1]], expected, rtol=1e-5, atol=1e-5)
+        assert latents.valid_frames == 44
+    assert len(starts) > 3
+
+
+@pytest.mark.parametrize(("workers", "room"), [(0, read_ahead.WAITING_BYTES), (1, 1)])
+def test_on_the_fly_gives_the_samples_of_kept_crops_and_leaves_no_file(
+    index, base, tmp_path, workers, room, monkeypatch
+):
+    monkeypatch.setattr(read_ahead, "WAITING_BYTES", room)
+    kept = crops_of(index, base, tmp_path / "kept", keep=True)
+    flying = crops_of(index, base, tmp_path / "flying", keep=False)
+    batches = []
+    for encoded in (kept, flying):
+        stream = stream_of(encoded)
+        crops = CropsInFlight(base, encoded, stream.order, 2)
+        batches.append(list(loader(stream, crops.audio.over(range(7)), crops.prepare, workers, CPU, after=crops.used)))
+        crops.audio.close()
+    for one, other in zip(*batches, strict=True):
+        assert one.clips == other.clips
+        assert torch.equal(one.noised_BDT, other.noised_BDT)
+    assert len(list((tmp_path / "kept" / "latents").rglob("*.safetensors"))) >= 7
+    assert not list((tmp_path / "flying" / "latents").rglob("*.safetensors"))
+    del stream, crops, encoded, flying, kept
+    gc.collect()
+    assert not list((tmp_path / "flying" / "latents").iterdir())
+
+
+def test_a_crop_stays_while_another_micro_batch_on_its_way_needs_it(index, base, tmp_path):
+    encoded = crops_of(index, base, tmp_path, keep=False)
+    stream = stream_of(encoded)
+    crops = CropsInFlight(base, encoded, stream.order, 2)
+    for micro_index in range(30):
+        crops.prepare(micro_index)
+    for micro_index in range(30):
+        # Reading after the ones before have been let go.
+        assert not isinstance(stream[micro_index], Exception), stream[micro_index]
+        crops.used(micro_index)
+    assert not list((tmp_path / "latents").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_audio_is_read_by_another_thread_and_not_again_for_what_is_there(index, base, tmp_path, monkeypatch, threaded):
+    read = []
+
+    def watched(index, clip, *args):
+        read.append((clip.key, threading.current_thread() is threading.main_thread(), len(args)))
+        return load_clip_audio(index, clip, *args)
+
+    monkeypatch.setattr(data_crops, "load_clip_audio", watched)
+    encoded = crops_of(index, base, tmp_path, keep=True)
+    stream = stream_of(encoded)
+    crops = CropsInFlight(base, encoded, stream.order, 2)
+    indices = crops.audio.over(range(20)) if threaded else range(20)
+    found = list(loader(stream, indices, crops.prepare, 0, CPU, after=crops.used))
+    crops.audio.close()
+    assert {main for _, main, _ in read} == {not threaded}
+    # Every clip once as a whole, for its peaks; after that only crops.
+    whole = [key for key, _, arguments in read if arguments == 1]
+    assert sorted(whole) == sorted(clip.key for clip in index.clips)
+    assert {key for key, _, arguments in read if arguments == 3} >= {"long"}
+    read.clear()
+    again = CropsInFlight(base, encoded, stream.order, 2)
+    indices = again.audio.over(range(20)) if threaded else range(20)
+    for one, other in zip(found, loader(stream, indices, again.prepare, 0, CPU, after=again.used), strict=True):
+        assert torch.equal(one.noised_BDT, other.noised_BDT)
+    again.audio.close()
+    assert not read
+
+
+def test_a_crop_that_was_let_go_after_the_look_ahead_is_encoded_again(index, base, tmp_path):
+    encoded = crops_of(index, base, tmp_path, keep=False)
+    clip = next(clip for clip in index.clips if clip.key == "clip0")
+    first = encoded.encode_slot(base, clip, 3, 0)
+    expected = first.read_bytes()
+    assert encoded.load_slot(clip, 3, 0) is None
+    first.unlink()
+    assert encoded.encode_slot(base, clip, 3, 0, None).read_bytes() == expected
+
+
+def test_encoding_ahead_leaves_nothing_to_encode_on_the_way(index, base, tmp_path, monkeypatch):
+    encoded = crops_of(index, base, tmp_path, keep=True)
+    stream = stream_of(encoded)
+    encode_all(base, encoded, Group(0, 1, CPU), StopRequest(), order=stream.order, slots=14)
+    monkeypatch.setattr(type(base), "encode_audio", lambda *_: pytest.fail("encoded again"))
+    crops = CropsInFlight(base, encoded, stream.order, 2)
+    assert len(list(loader(stream, iter(range(7)), crops.prepare, 0, CPU, after=crops.used))) == 7
+
+
+def test_a_crop_of_whole_latents_differs_near_its_ends_only(index, base, tmp_path):
+    whole, crops = EncodedClips(index, tmp_path, base, "a", "t"), crops_of(index, base, tmp_path, keep=True)
+    number = [clip.key for clip in index.clips].index("long")
+    clip = index.clips[number]
+    for slot in range(6):
+        flipped = polarity_of_slot(3, slot)
+        whole.encode_latents(base, clip, flipped)
+        crops.encode_slot(base, clip, 3, slot)
+        one, other = whole.latents(clip, flipped), crops.latents(clip, flipped)
+        torch.testing.assert_close(one.peaks_T, other.peaks_T)
+        start, _ = draw_crop(one.peaks_T, LIMIT, 3, slot)
+        difference_T = (one.window(start, LIMIT) - other.window(start, LIMIT)).abs().amax(dim=0)
+        # The tiny encoder has one layer with a window of one frame; the released SAME-L has twelve.
+        assert difference_T[2:-2].max() < 1e-4 * one.window(start, LIMIT).abs().max()
+
+
+def test_settings_that_contradict_each_other_are_refused():
+    with pytest.raises(ConfigError, match="pre_encode: true has nothing to encode ahead with latents: on_the_fly"):
+        config.build({"audio_data_url": "x", "latents": "on_the_fly", "pre_encode": True})
+    with pytest.raises(ConfigError, match="latents: 'both' is not valid, expected one of whole, crop, on_the_fly"):
+        config.build({"audio_data_url": "x", "latents": "both"})

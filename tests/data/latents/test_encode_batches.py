@@ -1,0 +1,223 @@
+"""Encoding in batches and on several ranks: what shares a pass changes nothing, and everyone sees how far it is."""
+
+import math
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from sa3dist import encode as stage
+from sa3dist import progress as progress_module
+from sa3dist.data.latents import cache
+from sa3dist.data.latents.cache import EncodedClips
+from sa3dist.data.source.build import build_shards
+from sa3dist.errors import DataError
+from sa3dist.model.loading import load_base
+from sa3dist.progress import clock_text, progress
+from sa3dist.runtime import shared_progress as shared
+from sa3dist.runtime.process_group import Group
+from sa3dist.runtime.signals import StopRequest
+from tests.helpers.clips import encode, tone, write_zip
+
+CPU = torch.device("cpu")
+# Three lengths in frames, the most common one five times.
+SECONDS = [0.1, 0.35, 0.1, 0.11, 0.6, 0.12, 0.35, 0.12]
+
+
+@pytest.fixture(scope="module")
+def base(demo_base):
+    return load_base(demo_base)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    members = {f"c{n}.wav": encode(tone(s, hertz=200 + 50 * n, channels=2)) for n, s in enumerate(SECONDS)}
+    members |= {f"c{n}.txt": f"tone {n}".encode() for n in range(len(SECONDS))}
+    return build_shards(str(write_zip(folder / "a.zip", members)), folder / "work")
+
+
+@pytest.fixture(autouse=True)
+def _short_tail(monkeypatch):
+    for module in (cache, stage):
+        monkeypatch.setattr(module, "SILENCE_TAIL_FRAMES", 4)
+
+
+def encode_everything(base, index, work_dir, dist_rank=0, world_size=1, batch=1):
+    encoded = EncodedClips(index, work_dir, base, "a", "t")
+    stage.encode_all(base, encoded, Group(dist_rank, world_size, CPU), StopRequest(), batch=batch)
+    return encoded
+
+
+def published(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*.safetensors") if not path.name.startswith(".")}
+
+
+def passes_of(base, monkeypatch):
+    """(rows, samples) of every pass through the encoder, as they happen."""
+    seen = []
+    original = type(base).encode_audio
+    monkeypatch.setattr(
+        type(base), "encode_audio", lambda self, audio: seen.append(tuple(audio.shape)) or original(self, audio)
+    )
+    return seen
+
+
+def test_clips_of_one_length_share_passes_and_their_latents_stay_the_same_to_rounding(
+    base, index, tmp_path, monkeypatch
+):
+    alone = encode_everything(base, index, tmp_path / "alone")
+    seen = passes_of(base, monkeypatch)
+    together = encode_everything(base, index, tmp_path / "together", batch=4)
+    silence = [shape for shape in seen if shape[0] == 1]
+    assert len(silence) == 1
+    # 0.6 s: two rows; 0.35 s: two clips, four rows; 0.1 to 0.12 s: five clips in three passes.
+    assert [shape[0] for shape in seen if shape not in silence] == [2, 4, 4, 4, 2]
+    for clip in index.clips:
+        for flipped in (False, True):
+            one, other = alone.latents(clip, flipped), together.latents(clip, flipped)
+            torch.testing.assert_close(one.latents_DT, other.latents_DT, rtol=1e-5, atol=1e-5)
+            assert torch.equal(one.peaks_T, other.peaks_T)
+        torch.testing.assert_close(alone.prompt(clip.caption), together.prompt(clip.caption), rtol=1e-4, atol=1e-4)
+
+
+def test_an_interrupted_batch_is_finished_to_the_same_bytes_on_any_number_of_ranks(base, index, tmp_path):
+    encoded = encode_everything(base, index, tmp_path, batch=4)
+    whole = published(tmp_path)
+    encoded.latents_path(index.clips[2], True).unlink()
+    encoded.latents_path(index.clips[5], False).unlink()
+    encoded.prompt_path(index.clips[1].caption).unlink()
+    pieces = stage.clip_pieces(base, encoded, 4)
+    assert [piece.lacking() for piece in pieces] == [False, False, True, True, False]
+    encode_everything(base, index, tmp_path, batch=4)
+    assert published(tmp_path) == whole
+
+
+def test_a_pass_holds_no_more_than_one_longest_clip(base, index, tmp_path):
+    encoded = EncodedClips(index, tmp_path, base, "a", "t")
+    tails = 2 * cache.SILENCE_TAIL_FRAMES
+    for rows, frames in [(64, 7), (2, stage.MAX_PASS_FRAMES // 2 - tails), (1, stage.MAX_PASS_FRAMES // 2), (1, 9999)]:
+        assert stage.rows_per_pass(frames, 64) == rows
+    assert sum(piece.count for piece in stage.clip_pieces(base, encoded, 64)) == len(SECONDS)
+
+
+def test_a_clip_is_decoded_once_for_both_polarities(base, index, tmp_path, monkeypatch):
+    decoded = []
+    original = cache.load_clip_audio
+    monkeypatch.setattr(
+        cache, "load_clip_audio", lambda index, clip, rate: decoded.append(clip.key) or original(index, clip, rate)
+    )
+    encode_everything(base, index, tmp_path)
+    assert sorted(decoded) == [f"c{n}" for n in range(len(SECONDS))]
+
+
+def test_a_clip_that_cannot_be_read_ends_the_stage_in_its_own_line(base, index, tmp_path, monkeypatch):
+    def broken(index, clip, rate):
+        raise DataError(f"clip {clip.key}: damaged")
+
+    monkeypatch.setattr(cache, "load_clip_audio", broken)
+    # The longest goes first.
+    with pytest.raises(DataError, match="^clip c4: damaged$"):
+        encode_everything(base, index, tmp_path)
+
+
+def as_two_ranks(monkeypatch, work):
+    """work(dist_rank) in two threads with one store."""
+    store = dist.HashStore()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    threads = [threading.Thread(target=work, args=(dist_rank,)) for dist_rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_rank_0_shows_how_far_every_rank_is_until_the_last_one_ends(base, index, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shared, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(progress_module, "LINE_SECONDS", 0.0)
+    ended, looks = [], []
+    original, summary = EncodedClips.encode_together, shared.summary
+
+    def seen(heard, *more):
+        looks.extend([1] if heard[0][0] == heard[0][1] else [])
+        return summary(heard, *more)
+
+    def slow_on_rank_1(self, base, rows):
+        before, deadline = len(looks), time.monotonic() + 60
+        # Each of its pieces waits until rank 0, which has done all of its own, has looked at both.
+        while threading.current_thread().name == "slow" and len(looks) == before and time.monotonic() < deadline:
+            time.sleep(0.001)
+        original(self, base, rows)
+
+    monkeypatch.setattr(shared, "summary", seen)
+
+    monkeypatch.setattr(EncodedClips, "encode_together", slow_on_rank_1)
+
+    def work(dist_rank):
+        threading.current_thread().name = ("quick", "slow")[dist_rank]
+        encode_everything(base, index, tmp_path, dist_rank, 2)
+        ended.append(dist_rank)
+
+    as_two_ranks(monkeypatch, work)
+    assert sorted(ended) == [0, 1]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("encode ")]
+    # Eight captions and eight clips, half of them on each rank; rank 0 was done while rank 1 was not.
+    assert "encode 16/16 rank 0 8/8 ETA 0:00, rank 1 8/8 ETA 0:00 ETA 0:00" in lines
+    assert any("rank 0 8/8 ETA 0:00, rank 1 " in line and "rank 1 8/8" not in line for line in lines)
+    assert len(published(tmp_path)) == 3 * len(SECONDS)
+
+
+def test_the_eta_of_all_is_that_of_the_slowest_rank():
+    heard = {0: (5, 10, 0.5), 1: (3, 10, 0.25), 2: (10, 10, 1.0)}
+    done, text, total, left = shared.summary(heard, 3, 60.0)
+    assert (done, total, left) == (18, 30, 180.0)
+    assert text == "rank 0 5/10 ETA 1:00, rank 1 3/10 ETA 3:00, rank 2 10/10 ETA 0:00"
+    many = dict.fromkeys(range(63), (5, 10, 0.5)) | {63: (4, 10, 0.4)}
+    assert shared.summary(many, 64, 60.0)[1] == "last: rank 63 4/10 ETA 1:30"
+    # Nobody knows before something is done.
+    assert shared.summary({0: (0, 4, 0.0)}, 1, 60.0)[3] == math.inf
+
+
+def test_a_bar_without_a_terminal_says_every_tenth_and_the_time_left(capsys, monkeypatch):
+    monkeypatch.setattr(progress_module, "LINE_SECONDS", 0.0)
+    with progress("check", 100, shown=True) as update:
+        for done in range(0, 101, 3):
+            update(done, "x", seconds_left=float(100 - done))
+        update(100, "x", seconds_left=0.0)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "check 0/100 x ETA 1:40"
+    assert lines[1] == "check 12/100 x ETA 1:28"
+    assert lines[-1] == "check 100/100 x ETA 0:00"
+    assert len(lines) == 11
+
+
+@pytest.mark.parametrize("total", [1, 4, 10, 1000])
+def test_what_is_done_in_a_moment_is_one_line_of_a_log(capsys, total):
+    with progress("check", total, shown=True) as update:
+        for done in range(total + 1):
+            update(done, "x", seconds_left=0.0)
+    assert capsys.readouterr().err.splitlines() == [f"check {total}/{total} x ETA 0:00"]
+
+
+def test_lines_of_a_log_keep_their_distance_but_for_the_last(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    with progress("check", 10, shown=True) as update:
+        for done in range(1, 11):
+            update(done, seconds_left=0.0)
+    said = [int(line.split()[1].partition("/")[0]) for line in capsys.readouterr().err.splitlines()]
+    # Four seconds a clip: three of them are the first that make ten seconds.
+    assert said == [3, 6, 9, 10]
+
+
+def test_times_are_written_as_clocks_show_them():
+    assert [clock_text(seconds) for seconds in (0, 9, 61.4, 3600, 90061, math.inf)] == [
+        "0:00",
+        "0:09",
+        "1:01",
+        "1:00:00",
+        "25:01:01",
+        "-",
+    ]

@@ -1,0 +1,260 @@
+"""Audio behind the end of the first stream is refused with that reason, and what a crashed recorder left is read."""
+
+import io
+import struct
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from sa3dist.data.source.audio import check_audio, decode, load_clip_audio
+from sa3dist.data.source.build import build_shards
+from sa3dist.data.source.joined_streams import _mp3_frames, mp3_samples, refuse_joined
+from sa3dist.data.source.riff import mended
+from sa3dist.errors import DataError
+from sa3dist.inspection.report import inspect_source
+from tests.helpers.clips import captioned, encode, tone, write_zip
+
+FORMATS = [
+    ("OGG", "VORBIS", 44100),
+    ("OGG", "OPUS", 48000),
+    ("MP3", None, 44100),
+    ("MP3", None, 22050),
+    ("MP3", None, 11025),
+    ("FLAC", None, 44100),
+    ("WAV", "PCM_16", 44100),
+    ("WAV", "IMA_ADPCM", 44100),
+    ("WAVEX", "PCM_24", 44100),
+    ("RF64", "PCM_16", 44100),
+    ("W64", "PCM_16", 44100),
+    ("AIFF", "PCM_16", 44100),
+    ("AIFF", "FLOAT", 44100),
+    ("AU", "PCM_16", 44100),
+    ("CAF", "PCM_16", 44100),
+    ("CAF", "ALAC_16", 44100),
+]
+
+
+def made(container, subtype, rate, seconds=0.5, hertz=440):
+    return encode(tone(seconds, rate, 2, hertz), rate, container, subtype)
+
+
+def fault_of(data):
+    with pytest.raises(DataError) as caught:
+        check_audio(data)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("container", "subtype", "rate"), FORMATS)
+def test_two_files_joined_with_cat_are_refused_and_each_alone_is_not(container, subtype, rate):
+    first, second = made(container, subtype, rate), made(container, subtype, rate, 1.0, 700)
+    for data in (first, second):
+        check_audio(data)
+    message = fault_of(first + second)
+    assert "joined" in message or "second file" in message
+    assert "ffmpeg -i IN OUT.flac" in message
+
+
+@pytest.mark.parametrize("container", ["OGG", "MP3", "AIFF", "WAV"])
+def test_a_file_of_another_format_behind_the_first_is_refused_too(container):
+    for other in ("FLAC", "WAV", "OGG", "AIFF"):
+        if other != container:
+            assert "holds a second file" in fault_of(made(container, None, 44100) + made(other, None, 44100))
+
+
+ID3V2 = b"ID3\x03\0\0\0\0\x01\x00" + bytes(128)
+ID3V1 = b"TAG" + b"title".ljust(125, b"\0")
+APE_ITEM = struct.pack("<II", 4, 0) + b"Title\0" + b"name"
+APE = b"APETAGEX" + struct.pack("<IIIQ", 2000, 32 + len(APE_ITEM), 1, 0xA0000000) + APE_ITEM
+APE += b"APETAGEX" + struct.pack("<IIIQ", 2000, 32 + len(APE_ITEM), 1, 0x80000000)
+
+
+def bare_mp3(seconds, mode="CONSTANT", rate=44100):
+    """Frames alone, as some cutters and radio recorders leave them: no header that counts them."""
+    out = io.BytesIO()
+    with soundfile.SoundFile(out, "w", rate, 2, format="MP3", bitrate_mode=mode, compression_level=0.5) as sound:
+        sound.write(tone(seconds, rate, 2))
+    data = out.getvalue()
+    at = data.index(data[:2], 100)
+    assert b"Xing" in data[:at] or b"Info" in data[:at]
+    return data[at:]
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 22050, 24000, 32000, 44100, 48000])
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+def test_the_frames_of_an_ordinary_mp3_hold_what_is_decoded(rate, channels, mode):
+    for seconds in (0.3, 1.7):
+        out = io.BytesIO()
+        with soundfile.SoundFile(out, "w", rate, channels, format="MP3", bitrate_mode=mode) as sound:
+            sound.write(tone(seconds, rate, channels))
+        data = out.getvalue()
+        for whole in (data, ID3V2 + data, data + ID3V1, data + APE, ID3V2 + data + APE + ID3V1, data + bytes(5000)):
+            samples = check_audio(whole).samples
+            assert samples - 5 * 1152 < mp3_samples(whole) <= samples
+
+
+def test_mp3s_are_refused_where_frames_are_not_decoded_whatever_lies_between_them():
+    first, second = made("MP3", None, 44100), made("MP3", None, 44100, 1.0)
+    for between in (b"", ID3V2, ID3V1 + ID3V2, APE, bytes(3000)):
+        assert "would be used, as where files were joined or cut without" in fault_of(first + between + second)
+    assert "changes its sample rate or channels" in fault_of(first + made("MP3", None, 22050))
+    assert "changes its sample rate or channels" in fault_of(first + encode(tone(1.0), 44100, "MP3"))
+    # libmpg123 takes the length of these from the first frame alone.
+    assert "would be used, as where files were joined or cut without" in fault_of(bare_mp3(2.0, "VARIABLE"))
+
+
+@pytest.mark.parametrize("rate", [22050, 44100])
+def test_an_mp3_cut_between_any_two_frames_is_read(rate):
+    data = bare_mp3(2.0, rate=rate)
+    for number, (place, _) in enumerate(_mp3_frames(data)):
+        if number % 9 == 1:
+            check_audio(data[place:])
+
+
+def test_a_heading_behind_a_checksum_is_one():
+    data = made("MP3", None, 44100)
+    size = next(_mp3_frames(data))[1][0]
+    # The bit that says there is no checksum, and two bytes of one; mono and stereo, both versions.
+    for place in (13, 21, 36):
+        frame = data[:1] + bytes([data[1] & 0xFE]) + data[2:4] + bytes(place + 2 - 4) + b"Xing" + bytes(400)
+        assert mp3_samples(frame[:size] + data[size:]) == mp3_samples(data[size:])
+
+
+def test_an_mp3_of_frames_alone_is_read_whole_also_joined():
+    one = bare_mp3(1.0)
+    assert check_audio(one).samples >= 44100
+    both = check_audio(one + one).samples
+    assert both >= 2 * 44100
+    # The decoder's guess is off by more the longer it is.
+    long = bare_mp3(1.0) * 200
+    assert check_audio(long).samples >= 200 * 44100
+
+
+def pages_of(data):
+    while data:
+        size = 27 + data[26] + sum(data[27 : 27 + data[26]])
+        yield data[:size]
+        data = data[size:]
+
+
+def test_streams_that_run_beside_each_other_in_an_ogg_file_are_not_joined_ones():
+    one, other = (list(pages_of(made("OGG", "VORBIS", 44100, 1.0, hertz))) for hertz in (440, 700))
+    refuse_joined(b"".join([one[0], other[0], one[1], other[1], *one[2:], *other[2:]]))
+    with pytest.raises(DataError, match="holds 2 streams joined"):
+        refuse_joined(b"".join([*one, *other]))
+    with pytest.raises(DataError, match="holds 3 streams joined"):
+        refuse_joined(b"".join([*one, b"junk between", *other, *one]))
+
+
+def chunk(name, content, order="<"):
+    return name + struct.pack(f"{order}I", len(content)) + content + b"\0" * (len(content) % 2)
+
+
+def test_covers_tags_and_padding_are_no_second_file():
+    inner = made("FLAC", None, 44100)
+    outer = made("FLAC", None, 44100, 1.0)
+    picture = struct.pack(">II", 3, 9) + b"image/xyz" + bytes(20) + struct.pack(">I", len(inner)) + inner
+    # Behind STREAMINFO, a picture that is a FLAC.
+    covered = outer[:42] + b"\x06" + len(picture).to_bytes(3, "big") + picture + outer[42:]
+    assert check_audio(covered).samples == check_audio(ID3V2 + outer).samples == 44100
+    assert "second file" in fault_of(ID3V2 + outer + inner)
+    wav = made("WAV", None, 44100)
+    tail = chunk(b"LIST", b"INFOICMT" + struct.pack("<I", 6) + b"hello\0") + chunk(b"bext", bytes(602))
+    tagged = wav[:4] + struct.pack("<I", len(wav) + len(tail) - 8) + wav[8:] + tail
+    for data in (tagged, wav + tail, wav + ID3V1, wav + bytes(200_000), wav + b"\0"):
+        assert check_audio(data).samples == 22050
+
+
+def test_two_pieces_in_one_file_of_chunks_are_refused():
+    wav, aiff = made("WAV", None, 44100), made("AIFF", "PCM_16", 44100)
+    samples = wav[44:]
+    both = wav + chunk(b"data", samples)
+    assert "holds 2 pieces of audio" in fault_of(both[:4] + struct.pack("<I", len(both) - 8) + both[8:])
+    both = aiff + chunk(b"SSND", bytes(8) + samples, ">")
+    assert "holds 2 pieces of audio" in fault_of(both[:4] + struct.pack(">I", len(both) - 8) + both[8:])
+
+
+def test_a_header_that_was_written_long_before_the_crash_is_refused_with_both_lengths():
+    wav = made("WAV", "PCM_16", 44100, 2.0)
+    stale = wav[:4] + struct.pack("<I", 36 + 44100) + wav[8:40] + struct.pack("<I", 44100) + wav[44:]
+    message = fault_of(stale)
+    assert message.startswith("holds 1.8 s more than its header counts (0.2 s), as where a recorder crashed")
+    assert "sox --ignore-length" in message
+
+
+def crashed(container, subtype="PCM_16"):
+    """As its recorder leaves a file that it never closed: sizes of the moment it was opened."""
+    data = bytearray(made(container, subtype, 44100))
+    at = data.rindex(b"SSND") if container == "AIFF" else data.find(b"data")
+    if container in ("WAV", "WAVEX"):
+        data[4:8] = data[at + 4 : at + 8] = bytes(4)
+    elif container == "AIFF":
+        common = data.index(b"COMM")
+        data[4:8] = data[at + 4 : at + 8] = data[common + 10 : common + 14] = bytes(4)
+    elif container == "AU":
+        data[8:12] = bytes(4)
+    elif container == "CAF":
+        data[at + 4 : at + 12] = bytes(8)
+    elif container == "RF64":
+        sizes = data.index(b"ds64")
+        data[sizes + 8 : sizes + 32] = bytes(24)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("container", ["WAV", "WAVEX", "AIFF", "AU", "CAF", "RF64"])
+def test_the_file_of_a_crashed_recorder_is_read_to_its_end(container):
+    whole, data = made(container, "PCM_16", 44100), crashed(container)
+    assert check_audio(data) == check_audio(whole)
+    np.testing.assert_array_equal(decode(data)[0], decode(whole)[0])
+    # Cut in the middle of a sample, as a full disk does.
+    assert check_audio(data[:-3]).samples == 22049
+
+
+@pytest.mark.parametrize("sizes", [(0, 0), (36, 0), (0, 0xFFFFFFFF), (0xFFFFFFFF, 0), (0xFFFFFFFF, 0xFFFFFFFF), (4, 0)])
+def test_whatever_a_wav_says_instead_of_its_size_it_is_read_to_its_end(sizes):
+    wav = made("WAV", "PCM_16", 44100)
+    data = wav[:4] + struct.pack("<I", sizes[0]) + wav[8:40] + struct.pack("<I", sizes[1]) + wav[44:]
+    assert check_audio(data).samples == 22050
+
+
+def test_an_empty_wav_stays_empty_and_a_good_one_as_it_is():
+    empty = encode(tone()[:0])
+    for data in (empty, empty + chunk(b"LIST", b"INFO"), empty + chunk(b"bext", bytes(603))):
+        assert mended(data) is data
+        assert "is empty" in fault_of(data)
+    for container in ("WAV", "AIFF", "AU", "CAF", "RF64", "W64", "FLAC", "OGG", "MP3"):
+        data = made(container, None, 44100)
+        assert mended(data) is data
+
+
+def test_a_crashed_recording_is_kept_as_it_came_and_cut_like_any_other(tmp_path):
+    data = crashed("WAV")
+    source = write_zip(tmp_path / "a.zip", captioned(3) | {"lost.wav": data, "lost.txt": b"found"})
+    index = build_shards(str(source), tmp_path / "work")
+    clip = next(clip for clip in index.clips if clip.key == "lost")
+    shard = (index.directory / clip.shard).read_bytes()
+    assert shard[clip.audio_offset : clip.audio_offset + clip.audio_bytes] == data
+    whole_CN = load_clip_audio(index, clip, 44100)
+    assert torch.equal(load_clip_audio(index, clip, 44100, 5000, 9000), whole_CN[:, 5000:9000])
+    np.testing.assert_array_equal(whole_CN.numpy(), decode(made("WAV", "PCM_16", 44100))[0])
+
+
+def test_joined_files_are_named_also_where_an_earlier_version_took_them_in(tmp_path, monkeypatch):
+    joined = made("OGG", "VORBIS", 44100) + made("OGG", "VORBIS", 44100, 1.0)
+    source = str(write_zip(tmp_path / "a.zip", captioned(4) | {"j.ogg": joined, "j.txt": b"x"}))
+    with monkeypatch.context() as patch:
+        for name in ("refuse_joined", "refuse_lost"):
+            patch.setattr(f"sa3dist.data.source.audio.{name}", lambda *_: None)
+        build_shards(source, tmp_path / "work")
+    with pytest.raises(DataError, match="j.ogg: holds 2 streams joined one after the other"):
+        build_shards(source, tmp_path / "work")
+    index = build_shards(source, tmp_path / "work", on_bad_clip="skip")
+    assert [clip.key for clip in index.clips] == [f"clip{n}" for n in range(4)]
+    from sa3dist import config
+
+    settings = config.build({"audio_data_url": source, "work_dir": str(tmp_path / "work")})
+    report = inspect_source(settings, (380.0, 44100, 4096))
+    assert [clip.key for clip in report.clips if clip.treatment == "skipped"] == ["j"]

@@ -1,0 +1,376 @@
+"""Formed weights in torch and in Triton's interpreter: W' and every gradient against float64 autograd through W'.
+
+What only a GPU shows is in test_gpu_formed.py.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from sa3dist_kernels import ADAPTER_TYPES, FrozenConstants, effective_weight_reference
+from sa3dist_kernels.formed_weights import FormedSpec, FormedWeights, product_elements
+
+from tests.helpers.layer_cases import relative_error
+
+pytest.importorskip("triton")
+from sa3dist_kernels import triton_support  # noqa: E402
+
+NINE = tuple(ADAPTER_TYPES)
+needs_interpreter = pytest.mark.skipif(
+    not triton_support.interpreting(), reason="Triton was imported without its interpreter"
+)
+IMPLEMENTATIONS = ["torch", pytest.param("triton", marks=needs_interpreter)]
+
+
+@dataclasses.dataclass
+class Case:
+    """One layer: what the kernels see (float32), the same in float64, and micro batches of (x, dy)."""
+
+    spec: FormedSpec
+    batches: list
+
+    def exact(self):
+        """W0, trained tensors and bases in float64."""
+        spec = self.spec
+        params = {name: value.double() for name, value in spec.params.items()}
+        bases = None if spec.bases is None else tuple(base.double() for base in spec.bases)
+        return spec.weight_OI.double(), params, bases
+
+    def effective(self, params=None):
+        weight, exact, bases = self.exact()
+        empty = weight.new_empty(0)
+        frozen = None if bases is None else FrozenConstants(empty, empty, *bases)
+        return effective_weight_reference(weight, params or exact, self.spec.kind, self.spec.scale, frozen)
+
+    def gradients(self, batches=None):
+        """By autograd through W', in float64."""
+        _, params, _ = self.exact()
+        leaves = {name: value.requires_grad_() for name, value in params.items()}
+        weight = self.effective(leaves)
+        sum(((x @ weight.t()) * dy).sum() for x, dy in batches or self.batches).backward()
+        return {name: value.grad for name, value in leaves.items()}
+
+    def formed(self):
+        """(g, h, g kept from zero, h kept from zero, L, R, V) in float64."""
+        weight, params, bases = self.exact()
+        kind, left, right = self.spec.kind, params.get("lora_B"), params.get("lora_A")
+        if kind.xs:
+            left, right = bases[0], params["M_xs"] @ bases[1].t()
+        v = weight + self.spec.scale * left @ right
+        g, h = v.new_ones(v.shape[0]), v.new_ones(v.shape[1])
+        if kind.rows:
+            g = params[kind.row_magnitude] / (v.norm(dim=1) + 1e-12)
+        if kind.cols:
+            h = params[kind.col_magnitude] / ((g[:, None] * v).norm(dim=0) + 1e-12)
+        kept = [
+            torch.where(gain.abs() < 2.0**-40, torch.where(gain < 0, -(2.0**-40), 2.0**-40), gain) for gain in (g, h)
+        ]
+        return g, h, *kept, left, right, v
+
+    def sums(self, batches=None):
+        """The raw sums of micro batches, in float64, as a formed layer's passes make them."""
+        g, h, g_kept, h_kept, left, right, v = self.formed()
+        kind, formed = self.spec.kind, g_kept[:, None] * v * h_kept
+        if kind.xs:
+            right = self.spec.right_IR.double().t()
+        made = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in self.spec.grads.items()}
+        for x, dy in batches or self.batches:
+            inner, outer = x @ (right * h).t(), dy @ (g[:, None] * left)
+            if kind.xs:
+                made["M_xs"] += outer.t() @ inner
+            else:
+                made["lora_B"] += dy.t() @ inner
+                made["lora_A"] += outer.t() @ x
+            if kind.rows:
+                made[kind.row_magnitude] += (dy * (x @ formed.t())).sum(0)
+            if kind.cols:
+                made[kind.col_magnitude] += (x * (dy @ formed)).sum(0)
+        return made
+
+    def load(self, sums):
+        for name, value in sums.items():
+            self.spec.grads[name].copy_(value)
+
+
+def make_cases(kind, sizes, rank, scale=0.35, weight_dtype=torch.float32, odd=True, tokens=(5, 1, 13), device=None):
+    """Layers of several sizes over one flat buffer of trained tensors and one of gradients, as training holds them."""
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=draw).to(device or "cpu")
+
+    shapes = [kind.parameter_shapes(*size, rank) for size in sizes]
+    count = sum(torch.Size(shape).numel() for named in shapes for shape in named.values())
+    # An odd start: nothing may rely on the alignment of what it is given.
+    flats = [torch.full((count + 1,), float("nan"), device=device)[1:] for _ in range(2)]
+    cases, begin = [], 0
+    for (fan_out, fan_in), named in zip(sizes, shapes, strict=True):
+        views: list[dict] = [{}, {}]
+        for name, shape in named.items():
+            for view, flat in zip(views, flats, strict=True):
+                view[name] = flat[begin : begin + torch.Size(shape).numel()].view(shape)
+            begin += torch.Size(shape).numel()
+        params, grads = views
+        weight = (normal(fan_out, fan_in) / fan_in**0.5).to(weight_dtype)
+        # Not orthogonal on purpose: the equations must hold for whatever bases a layer has.
+        bases = (normal(fan_out, rank) / fan_out**0.5, normal(fan_in, rank) / fan_in**0.5) if kind.xs else (None, None)
+        for value in params.values():
+            value.copy_(normal(*value.shape) / value.shape[-1] ** 0.5)
+        if odd:
+            weight[0], weight[:, 0] = 0, 0
+            for value in (params.get("lora_B"), *bases):
+                if value is not None:
+                    value[0] = 0
+            if not kind.xs:
+                params["lora_A"][:, 0] = 0
+        batches = [(normal(n, fan_in).double(), normal(n, fan_out).double()) for n in tokens]
+        case = Case(FormedSpec(weight, params, grads, kind, scale, *bases), batches)
+        for name in (kind.row_magnitude, kind.col_magnitude):
+            if name:
+                set_magnitudes(params[name], 1 + 0.2 * normal(*params[name].shape), odd)
+        cases.append(case)
+    return cases, flats[1]
+
+
+def set_magnitudes(magnitudes, values, odd):
+    """A zero row's is zero (0), and one that is zero (1), negative (2), small (3), below what W' is formed with (4)."""
+    magnitudes.copy_(values)
+    if odd:
+        magnitudes[0], magnitudes[1], magnitudes[2], magnitudes[3], magnitudes[4] = 0, 0, -values[2], 1e-9, 1e-40
+
+
+@pytest.fixture
+def nan_memory(monkeypatch):
+    """What is allocated holds NaN until it is written."""
+    empty = torch.empty
+
+    def filled(*args, **kwargs):
+        made = empty(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+def assert_close(got, expected, eps, what):
+    error = relative_error(got.double(), expected)
+    assert error < 8 * eps, f"{what}: {error / eps:.1f} roundings"
+
+
+def check_formed(cases, formed, product):
+    """W', L' and R' of every layer."""
+    eps = torch.finfo(product).eps
+    for case, layer in zip(cases, formed.layers, strict=True):
+        g, h, g_kept, h_kept, left, right, v = case.formed()
+        right = case.spec.right_IR.double().t() if case.spec.kind.xs else right
+        assert {value.dtype for value in vars(layer).values()} == {product}
+        assert_close(layer.weight_OI, g_kept[:, None] * v * h_kept, eps, "W'")
+        assert_close(layer.left_OR, g[:, None] * left, eps, "L'")
+        assert_close(layer.right_RI, right * h, eps, "R'")
+
+
+def check_gradients(cases, dtype=torch.float32):
+    eps = torch.finfo(dtype).eps
+    for case in cases:
+        for name, expected in case.gradients().items():
+            got = case.spec.grads[name].double()
+            assert_close(got, expected, eps, f"{case.spec.kind.name} {name}")
+            if name.startswith("magnitude") and len(expected) > 4:
+                # One by one, where the magnitude is zero, 1e-9 or 1e-40.
+                for at in (1, 3, 4):
+                    assert_close(got[at], expected[at], 8 * eps, f"{case.spec.kind.name} {name}[{at}]")
+
+
+def check_layers(kind, sizes, rank, product, impl, gradient=torch.float32, device=None):
+    """A step of several layers against float64; returns the flat gradient. ``gradient`` sets how close it must come."""
+    cases, flat = make_cases(kind, sizes, rank, weight_dtype=product, device=device)
+    formed = FormedWeights([case.spec for case in cases], product, impl)
+    formed.form()
+    check_formed(cases, formed, product)
+    for case in cases:
+        case.load(case.sums())
+    formed.finish()
+    check_gradients(cases, gradient)
+    return flat
+
+
+@pytest.mark.usefixtures("nan_memory")
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", NINE)
+def test_weights_and_gradients_of_three_micro_batches_are_autograds_through_the_effective_weight(name, impl):
+    check_layers(ADAPTER_TYPES[name], [(23, 19), (17, 32), (23, 19)], 3, torch.float32, impl)
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("nan_memory")
+@pytest.mark.parametrize("name", ["dora-cols", "bora", "dora-rows-xs"])
+def test_products_in_float16_round_the_weights_and_not_the_gradients(name):
+    check_layers(ADAPTER_TYPES[name], [(23, 19)], 3, torch.float16, "triton")
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("nan_memory")
+@pytest.mark.parametrize(("name", "rank"), [("bora", 1), ("dora-rows-xs", 16), ("bora", 40), ("bora-xs", 40)])
+def test_any_rank_is_taken_in_steps(name, rank):
+    check_layers(ADAPTER_TYPES[name], [(18, 17)], rank, torch.float32, "triton")
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("nan_memory")
+def test_rank_256_is_taken():
+    check_layers(ADAPTER_TYPES["dora-rows"], [(18, 17)], 256, torch.float32, "triton")
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", ["dora-rows", "bora"])
+def test_bfloat16_takes_its_own_format_for_the_norms_part_alone(name):
+    # The interpreter cuts bfloat16's last bits off instead of rounding: twice the error.
+    check_layers(ADAPTER_TYPES[name], [(23, 19)], 3, torch.bfloat16, "triton", gradient=torch.bfloat16)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["dora-rows", "bora", "bora-xs"])
+def test_gradients_of_a_sum_are_the_sum_of_gradients(name, impl):
+    cases, gradient = make_cases(ADAPTER_TYPES[name], [(23, 19)], 3)
+    formed = FormedWeights([cases[0].spec], torch.float32, impl)
+    formed.form()
+    total = torch.zeros_like(gradient)
+    for batch in cases[0].batches:
+        cases[0].load(cases[0].sums([batch]))
+        formed.finish()
+        total += gradient
+    cases[0].load(cases[0].sums())
+    formed.finish()
+    assert_close(total, gradient.double(), torch.finfo(torch.float32).eps, name)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["dora-rows", "dora-cols", "bora", "bora-xs"])
+def test_passes_with_the_weights_themselves_give_the_gradients_of_a_step(name, impl):
+    # z and dx from the formed W', as a layer has them, so that gains below the floor pass through it.
+    cases, _ = make_cases(ADAPTER_TYPES[name], [(23, 19)], 3)
+    case, formed = cases[0], FormedWeights([cases[0].spec], torch.float32, impl)
+    formed.form()
+    weight, left, right = (value.double() for value in vars(formed.layers[0]).values())
+    for value in case.spec.grads.values():
+        value.zero_()
+    for x, dy in case.batches:
+        inner, outer = x @ right.t(), dy @ left
+        if case.spec.kind.xs:
+            case.spec.grads["M_xs"] += outer.t() @ inner
+        else:
+            case.spec.grads["lora_B"] += dy.t() @ inner
+            case.spec.grads["lora_A"] += outer.t() @ x
+        if case.spec.kind.rows:
+            case.spec.grads[case.spec.kind.row_magnitude] += (dy * (x @ weight.t())).sum(0)
+        if case.spec.kind.cols:
+            case.spec.grads[case.spec.kind.col_magnitude] += (x * (dy @ weight)).sum(0)
+    formed.finish()
+    check_gradients(cases)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_zero_row_with_a_magnitude_and_a_nan_keep_to_themselves(impl):
+    kind = ADAPTER_TYPES["dora-rows"]
+    cases, _ = make_cases(kind, [(23, 19)], 3, odd=False)
+    spec = cases[0].spec
+    spec.weight_OI[7], spec.params["lora_B"][7] = 0, 0
+    expected = cases[0].gradients()
+    sums = cases[0].sums()
+    cases[0].load(sums)
+    formed = FormedWeights([spec], torch.float32, impl)
+    formed.form()
+    formed.finish()
+    eps = torch.finfo(torch.float32).eps
+    others = torch.arange(23) != 7
+    assert spec.grads["magnitude"][7] == 0
+    # Its gain is the magnitude over 1e-12, and so is its gradient.
+    assert expected["lora_B"][7].norm() > 1e10
+    assert_close(spec.grads["lora_B"][7], expected["lora_B"][7], eps, "the zero row")
+    assert_close(spec.grads["lora_B"][others], expected["lora_B"][others], eps, "the others")
+    spec.params["magnitude"][5] = float("nan")
+    formed.form()
+    bad = formed.layers[0].weight_OI.isnan()
+    assert bad[5].all()
+    assert not bad[torch.arange(23) != 5].any()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_strength_weight_and_storage_may_change_between_steps(impl):
+    kind = ADAPTER_TYPES["bora"]
+    cases, _ = make_cases(kind, [(23, 19), (17, 32)], 3)
+    formed = FormedWeights([case.spec for case in cases], torch.float32, impl)
+    formed.form()
+    held = formed.layers[0].weight_OI
+    formed.set_scales([0.175, 0.7])
+    formed.set_weight(1, cases[1].spec.weight_OI.clone() * 1.5)
+    moved = cases[0].spec.params["lora_A"]
+    moved.set_(moved * 0.5)
+    for case, spec in zip(cases, formed.specs, strict=True):
+        case.spec = spec
+        case.load(case.sums())
+    formed.form()
+    check_formed(cases, formed, torch.float32)
+    formed.finish()
+    check_gradients(cases)
+    assert formed.layers[0].weight_OI is held
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_layers_that_take_turns_in_one_memory_give_what_they_give_alone(impl):
+    cases, _ = make_cases(ADAPTER_TYPES["dora-rows-xs"], [(23, 19), (17, 32)], 3)
+    memory = torch.empty(max(product_elements([case.spec]) for case in cases))
+    turns = [FormedWeights([case.spec], torch.float32, impl, memory) for case in cases]
+    for case, formed in zip(cases, turns, strict=True):
+        formed.form()
+        check_formed([case], formed, torch.float32)
+        case.load(case.sums())
+    # Forward; then backward in the other order, forming anew what the other layer overwrote.
+    for case, formed in zip(cases[::-1], turns[::-1], strict=True):
+        formed.form()
+        check_formed([case], formed, torch.float32)
+        formed.finish()
+    check_gradients(cases)
+    with pytest.raises(ValueError, match=r"memory is \(8,\) torch.float32, expected \(\d+,\) torch.float32 or longer"):
+        FormedWeights([cases[0].spec], torch.float32, impl, memory[:8])
+
+
+def test_specs_that_do_not_fit_are_refused_by_name():
+    first, _ = make_cases(ADAPTER_TYPES["dora-rows"], [(5, 6)], 2, odd=False)
+    other, _ = make_cases(ADAPTER_TYPES["dora-rows"], [(5, 6)], 3, odd=False)
+    with pytest.raises(ValueError, match="dora-rows rank 3 among dora-rows layers of rank 2"):
+        FormedWeights([first[0].spec, other[0].spec], torch.float32)
+    spread = dataclasses.replace(first[0].spec, grads=first[0].spec.grads | {"lora_A": torch.zeros(6, 2).t()})
+    with pytest.raises(ValueError, match=r"grads lora_A is \(\(2, 6\), \(1, 2\)\), expected contiguous \(2, 6\)"):
+        FormedWeights([spread], torch.float32)
+    with pytest.raises(ValueError, match="expected one of auto, triton, torch"):
+        FormedWeights([first[0].spec], torch.float32, "cuda")
+
+
+# Layers of the medium base: (fan_out, fan_in) and how many.
+MEDIUM = {
+    (7680, 1536): 24, (12288, 1536): 24, (1536, 6144): 24, (1536, 1536): 74, (3072, 1536): 24, (4608, 1536): 24,
+    (9216, 1536): 1, (256, 1536): 1, (1536, 768): 1, (256, 256): 1, (768, 256): 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NINE)
+def test_bytes_moved_are_few_beside_the_reads_and_writes_of_whole_weights(name):
+    from sa3dist_kernels.formed_bytes import finish_bytes, form_bytes
+    from sa3dist_kernels.formed_layout import Group, default_tiles
+
+    kind, rank, specs = ADAPTER_TYPES[name], 16, []
+    for (fan_out, fan_in), count in MEDIUM.items():
+        weight = torch.empty(fan_out, fan_in, dtype=torch.bfloat16, device="meta")
+        shapes = kind.parameter_shapes(fan_out, fan_in, rank)
+        params = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        bases = [torch.empty(side, rank, device="meta") for side in (fan_out, fan_in)] if kind.xs else (None, None)
+        specs += [FormedSpec(weight, params, params, kind, 1.0, *bases)] * count
+    memory = torch.empty(product_elements(specs), dtype=torch.bfloat16, device="meta")
+    group = Group(specs, memory, default_tiles(rank, torch.bfloat16))
+    weights = sum(spec.weight_OI.nbytes for spec in specs)
+    form, finish = (sum(map(sum, count(group).values())) / weights for count in (form_bytes, finish_bytes))
+    # W0 is read once and W' written once; once more for the columns' norms, and again for those of BoRA.
+    assert 2 <= form <= 2 * (2.1 if kind.cols else 1.2)
+    # No more than W0 once; BoRA twice, and what is thin: the sums alone, in and out, are 4 % at this rank.
+    reads = 2 if kind.computes_as(ADAPTER_TYPES["bora"]) else 1
+    assert finish <= reads + 0.2

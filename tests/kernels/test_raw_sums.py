@@ -1,0 +1,192 @@
+"""The raw sums of a formed layer in Triton's interpreter, against float64; and the layer under the compiler.
+
+bfloat16 is left to the GPU tests: the interpreter cuts its last bits off instead of rounding.
+"""
+
+import pytest
+import torch
+from sa3dist_kernels import ADAPTER_TYPES, formed_linear
+from torch.utils.checkpoint import checkpoint
+
+from tests.helpers.layer_cases import relative_error
+
+pytest.importorskip("triton")
+from sa3dist_kernels import raw_sums, triton_support  # noqa: E402
+
+needs_interpreter = pytest.mark.skipif(
+    not triton_support.interpreting(), reason="Triton was imported without its interpreter"
+)
+NINE = tuple(ADAPTER_TYPES)
+# Roundings of one format that a sum may be away from float64, relative L2: T and U are rounded before they are used.
+ROUNDINGS = {torch.float32: 8.0, torch.float16: 2.0}
+FORMATS = pytest.mark.parametrize("dtype", ROUNDINGS, ids=["fp32", "fp16"])
+
+
+@pytest.fixture
+def nan_memory(monkeypatch):
+    """What an op allocates holds NaN until it is written."""
+    new_empty = torch.Tensor.new_empty
+
+    def filled(*args, **kwargs):
+        made = new_empty(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+
+
+def operands(kind, tokens, fan_in, fan_out, rank, dtype, columns=slice(None)):
+    """x, dx, dy, z, L' and R' of a layer; ``columns`` takes the first four out of wider tensors."""
+    draw = torch.Generator().manual_seed(tokens + fan_in)
+
+    def normal(rows, width):
+        return torch.randn(rows, width, generator=draw).to(dtype)
+
+    x, dx, dy, z = (normal(tokens, 3 * width)[:, columns][:, :width] for width in (fan_in, fan_in, fan_out, fan_out))
+    thin = normal(fan_out, rank) / rank**0.5, normal(rank, fan_in) / fan_in**0.5
+    return x, dx if kind.cols else None, dy, z if kind.rows else None, *thin
+
+
+def check(kind, given, dtype):
+    """Each sum by itself, against float64."""
+    found = raw_sums.raw_sums(*given, kind)
+    assert found.dtype == torch.float32
+    exact = raw_sums.raw_sums_reference(*(None if v is None else v.double() for v in given), kind)
+    shapes = kind.parameter_shapes(given[4].shape[0], given[5].shape[1], given[4].shape[1])
+    sizes = [torch.Size(shape).numel() for shape in shapes.values()]
+    for name, ours, theirs in zip(shapes, found.split(sizes), exact.split(sizes), strict=True):
+        assert relative_error(ours.double(), theirs) < ROUNDINGS[dtype] * torch.finfo(dtype).eps, name
+    return found
+
+
+@needs_interpreter
+@FORMATS
+@pytest.mark.usefixtures("nan_memory")
+@pytest.mark.parametrize("name", NINE)
+def test_sums_of_every_type_are_those_of_float64(name, dtype):
+    kind = ADAPTER_TYPES[name]
+    check(kind, operands(kind, 37, 21, 35, 3, dtype), dtype)
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("nan_memory")
+@pytest.mark.parametrize("rank", [1, 16, 40, 70])
+@pytest.mark.parametrize("name", ["bora", "bora-xs"])
+def test_any_rank_is_taken_in_blocks(name, rank):
+    kind = ADAPTER_TYPES[name]
+    check(kind, operands(kind, 19, 18, 17, rank, torch.float32), torch.float32)
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("nan_memory")
+@pytest.mark.parametrize(("tokens", "fan_in", "fan_out"), [(1, 33, 17), (1, 1, 1), (16, 16, 48), (0, 5, 6)])
+@pytest.mark.parametrize("name", ["lora", "bora", "dora-rows-xs"])
+def test_any_number_of_tokens_and_any_width(name, tokens, fan_in, fan_out):
+    kind = ADAPTER_TYPES[name]
+    check(kind, operands(kind, tokens, fan_in, fan_out, 3, torch.float32), torch.float32)
+
+
+@needs_interpreter
+@FORMATS
+@pytest.mark.usefixtures("nan_memory")
+@pytest.mark.parametrize(("programs", "sum_programs"), [(1, 1), (40, 40)])
+@pytest.mark.parametrize("name", ["lora", "bora", "bora-xs"])
+def test_shares_and_spans_add_up_and_in_one_order(name, programs, sum_programs, dtype, monkeypatch):
+    monkeypatch.setattr(raw_sums, "LEAST_SPAN", 16)
+    monkeypatch.setattr(raw_sums, "PROGRAMS", programs)
+    monkeypatch.setattr(raw_sums, "SUM_PROGRAMS", sum_programs)
+    kind, allocated = ADAPTER_TYPES[name], []
+    new_empty = torch.Tensor.new_empty
+
+    def noted(self, *sizes, **named):
+        allocated.append(sizes)
+        return new_empty(self, *sizes, **named)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", noted)
+    given = operands(kind, 130, 40, 35, 3, dtype)
+    found = check(kind, given, dtype)
+    assert torch.equal(raw_sums.raw_sums(*given, kind), found)
+    shares = [sizes[0] for sizes in allocated if len(sizes) == 3]
+    splits = [sizes[0] for sizes in allocated if len(sizes) == 2]
+    assert (len(shares), len(splits)) == (4, 2)
+    assert all((count > 1) == (programs > 1) for count in shares + splits)
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("nan_memory")
+@pytest.mark.parametrize("columns", [slice(1, None), slice(None, None, 2)], ids=["rows of a wider one", "every other"])
+@pytest.mark.parametrize("name", ["bora", "bora-xs"])
+def test_strided_operands_give_the_contiguous_ones_bits(name, columns):
+    kind = ADAPTER_TYPES[name]
+    given = operands(kind, 21, 18, 20, 3, torch.float32, columns)
+    assert not any(value.is_contiguous() for value in given[:4] if value is not None)
+    found = check(kind, given, torch.float32)
+    whole = [None if value is None else value.contiguous() for value in given]
+    assert torch.equal(raw_sums.raw_sums(*whole, kind), found)
+
+
+@needs_interpreter
+def test_a_nan_in_one_token_reaches_only_what_it_belongs_to():
+    kind = ADAPTER_TYPES["bora"]
+    x, dx, dy, z, left, right = operands(kind, 21, 18, 20, 3, torch.float32)
+    z = z.clone()
+    z[4, 7] = float("nan")
+    found = raw_sums.raw_sums(x, dx, dy, z, left, right, kind)
+    assert found.isnan().nonzero().flatten().tolist() == [3 * 18 + 20 * 3 + 7]
+
+
+def formed_layer(kind, fan_in=18, fan_out=20, rank=3, impl="torch"):
+    """The layer as a function of its input, and the leaf that gets its sums, with a gradient to add to."""
+    x, _, _, _, left, right = operands(kind, 1, fan_in, fan_out, rank, torch.float32)
+    weight = torch.randn(fan_out, fan_in) / fan_in**0.5
+    shapes = kind.parameter_shapes(fan_out, fan_in, rank)
+    sums = torch.zeros(sum(torch.Size(shape).numel() for shape in shapes.values()), requires_grad=True)
+    sums.grad = torch.zeros_like(sums)
+    return (lambda x: formed_linear(x, sums, weight, left, right, kind, impl).sin()), sums, (weight, left, right)
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_interpreter)])
+@pytest.mark.parametrize("name", ["lora", "dora-rows", "bora-xs"])
+def test_compiled_over_several_lengths_the_sums_of_micro_batches_add_up_in_place(name, impl):
+    kind = ADAPTER_TYPES[name]
+    layer, sums, (weight, left, right) = formed_layer(kind, impl=impl)
+    torch._dynamo.reset()
+    graphs = []
+
+    def counting(graph, example):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example)
+
+    compiled, place = torch.compile(layer, backend=counting, fullgraph=True, dynamic=True), sums.grad.data_ptr()
+    expected = torch.zeros_like(sums, dtype=torch.float64)
+    for tokens in (7, 13, 30):
+        x, dx = torch.randn(tokens, 18, requires_grad=True), torch.randn(tokens, 20)
+        y = compiled(x)
+        y.backward(dx)
+        z = x.detach().double() @ weight.double().t()
+        dy = dx.double() * z.cos()
+        back = dy @ weight.double()
+        double = (x.detach().double(), back, dy, z, left.double(), right.double())
+        expected += raw_sums.raw_sums_reference(*double, kind)
+        assert relative_error(x.grad.double(), back) < 1e-6
+    assert relative_error(sums.grad.double(), expected) < 2e-6
+    assert sums.grad.data_ptr() == place
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_interpreter)])
+@pytest.mark.parametrize("name", ["dora-rows", "bora"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recomputing_adds_the_same_bits_once(name, impl, compiled):
+    layer, sums, _ = formed_layer(ADAPTER_TYPES[name], impl=impl)
+    torch._dynamo.reset()
+    if compiled:
+        layer = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    x, dy, found = torch.randn(3, 5, 18), torch.randn(3, 5, 20), []
+    for recompute in (False, True):
+        sums.grad.zero_()
+        given = x.clone().requires_grad_()
+        y = checkpoint(layer, given, use_reentrant=False) if recompute else layer(given)
+        y.backward(dy)
+        found.append((y.detach(), given.grad, sums.grad.clone()))
+    assert all(map(torch.equal, *found))
+    assert found[0][2].any()

@@ -1,0 +1,143 @@
+"""All parallel modes train one model whatever the size of its gradients: norms far above 1, and far below.
+
+A clipping, an epsilon or a loss scale that one mode has and another has not shows in one of the two only.
+"""
+
+import dataclasses
+import functools
+import os
+
+import pytest
+import torch
+
+import sa3dist
+from sa3dist.adapters import adapter_parameters, attach_adapter
+from sa3dist.data.batches.micro_batch import micro_indices
+from sa3dist.runtime.signals import StopRequest
+from sa3dist.training import checkpoint
+from sa3dist.training.run_plan import Plan
+from sa3dist.training.trainer import Trainer
+from tests.helpers.golden import golden
+from tests.helpers.ranks import run_ranks
+from tests.training.test_gpu_training import recorded_batch, shifted
+
+CLIPS, MICRO_BATCH = 8, 2
+BELOW, ABOVE = "norms below 0.01", "norms above 100"
+# By what the base's last layer is multiplied, and steps. That layer does not learn: its gradient would not be small.
+REGIMES = {ABOVE: (3.0, 12), BELOW: (2.0**-10, 6)}
+INCLUDE = ["layers.1.", "project_in", "seconds_total"]
+DDP = None
+# Everything divided: nothing is small enough to be kept whole.
+ZERO = {stage: {"stage": stage, "reduce_bucket_size": 100_000} for stage in (1, 2, 3)}
+ZERO[3]["stage3_param_persistence_threshold"] = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the trainer reads of the settings tree."""
+
+    mixed_precision: str = "no"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    context_weight: float = 1.0
+    gradient_compression: str = "none"
+    adapter_products: str = "auto"
+    keep_checkpoints: int = 2
+
+
+@pytest.fixture(scope="module")
+def deepspeed():
+    found = pytest.importorskip("deepspeed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        # Once for all forked ranks, each of which would take seconds for them.
+        for late in ("runtime.zero.muon.muon_optimizer", "runtime.superoffload.superoffload_stage3"):
+            pytest.importorskip(f"deepspeed.{late}")
+        found.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        yield found
+
+
+def course(group, regime, zero=DDP, first=1, last=None, kept=None):
+    """Train steps first..last of the recorded base; (losses, norms, the state as a checkpoint holds it).
+
+    zero   the file's ``zero_optimization``
+    kept   where the state before ``first`` lies, and the one after ``last`` goes
+    """
+    gain, steps = REGIMES[regime]
+    last = last or steps
+    base = sa3dist.load_base(golden("tiny-sa3"))
+    with torch.no_grad():
+        base.dit.transformer.project_out.weight *= gain
+    attach_adapter(base, "bora", rank=3, include=INCLUDE, seed=1)
+    if zero is not DDP:
+        import deepspeed
+
+        os.environ["LOCAL_RANK"] = str(group.dist_rank)
+        deepspeed.comm.init_distributed("gloo", dist_init_required=False)
+        group = dataclasses.replace(group, deepspeed={"zero_optimization": dict(zero)})
+    accumulation = CLIPS // MICRO_BATCH // group.world_size
+    plan = Plan(steps, accumulation, MICRO_BATCH, CLIPS, 42, {}, ["a", "b"])
+    trainer = Trainer(base, adapter_parameters(base), Settings(), plan, group)
+    if first > 1:
+        trainer.restore(checkpoint.load(checkpoint.path_of(kept, first - 1)))
+    clips = recorded_batch(base)
+    numbers = micro_indices(first, last, accumulation, group.dist_rank, group.world_size)
+    batches = (shifted(clips, number) for number in numbers)
+    figures = [trainer.take_step(batches, StopRequest()) for _ in range(first, last + 1)]
+    if kept is not None:
+        trainer.save(kept, StopRequest(), wait=True)
+    adapters, moments = trainer.engine.adapters(), trainer.engine.moments()
+    state = {"values": adapters, **moments}
+    return [row["loss"] for row in figures], [row["grad_norm"] for row in figures], state
+
+
+@pytest.fixture(scope="module", params=REGIMES)
+def alone(request):
+    """The regime, and its course in one process that accumulates all micro batches of a step."""
+    # AdamW imports it; once for all forked ranks.
+    import torch._dynamo  # noqa: F401
+
+    (expected,) = run_ranks(1, lambda group: course(group, request.param))
+    return request.param, expected
+
+
+def assert_same_course(found, expected):
+    losses, norms, state = found
+    assert losses == pytest.approx(expected[0], rel=1e-5)
+    assert norms == pytest.approx(expected[1], rel=1e-5)
+    for part, tensors in expected[2].items():
+        assert state[part].keys() == tensors.keys()
+        for name, value in tensors.items():
+            assert (state[part][name] - value).double().norm() <= 1e-5 * value.double().norm(), (part, name)
+
+
+def test_the_regimes_are_what_they_are_called(alone):
+    regime, (losses, norms, _) = alone
+    assert min(norms) > 100 if regime == ABOVE else 0 < max(norms) < 0.01
+    assert losses[-1] < losses[0] or regime == BELOW
+
+
+def test_data_parallel_ranks_train_what_one_process_accumulates(alone):
+    regime, expected = alone
+    assert_same_course(run_ranks(2, lambda group: course(group, regime))[0], expected)
+
+
+@pytest.mark.usefixtures("deepspeed")
+@pytest.mark.parametrize("stage", ZERO)
+def test_zero_trains_what_one_process_accumulates(alone, stage):
+    regime, expected = alone
+    assert_same_course(run_ranks(2, lambda group: course(group, regime, ZERO[stage]))[0], expected)
+
+
+@pytest.mark.usefixtures("deepspeed")
+def test_a_run_passed_on_between_modes_trains_what_one_process_accumulates(alone, tmp_path):
+    regime, expected = alone
+    losses, norms = [], []
+    third = REGIMES[regime][1] // 3
+    for leg, (ranks, zero) in enumerate([(2, ZERO[3]), (4, DDP), (2, ZERO[2])]):
+        first, last = leg * third + 1, (leg + 1) * third
+        train = functools.partial(course, regime=regime, zero=zero, first=first, last=last, kept=tmp_path)
+        more_losses, more_norms, state = run_ranks(ranks, train)[0]
+        losses += more_losses
+        norms += more_norms
+    assert_same_course((losses, norms, state), expected)

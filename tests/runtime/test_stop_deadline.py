@@ -1,0 +1,144 @@
+"""A process asked to stop during preparation leaves in time even when its main thread never looks."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch.distributed as dist
+
+from sa3dist.runtime.peers import leave
+from sa3dist.runtime.process_group import all_done
+from sa3dist.runtime.signals import StopRequest
+from sa3dist.runtime.stop_deadline import leave_in_time
+from sa3dist.runtime.watchdog import Watchdog
+from tests.helpers.ranks import exit_codes
+
+# The main thread sleeps in C, again and again, and opens files: it runs handlers but never polls, as an import does.
+PROGRAM = """
+import ctypes, subprocess, sys
+from pathlib import Path
+from sa3dist.runtime import stop_deadline
+from sa3dist.runtime.signals import StopRequest
+
+directory = Path(sys.argv[1])
+stop_deadline.LEAVE_SECONDS = 0.3
+stop = StopRequest().install()
+stop_deadline.leave_in_time(stop, directory)
+stop.holds_state = len(sys.argv) > 2
+child = subprocess.Popen(["sleep", "60"])
+(directory / "child").write_text(str(child.pid))
+(directory / "ready").touch()
+files = []
+while True:
+    ctypes.CDLL(None).usleep(200_000)
+    files.append(open(directory / f"file-{len(files)}", "wb"))
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    started = []
+
+    def start(*words):
+        process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path), *words])
+        started.append(process)
+        while not (tmp_path / "ready").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+    for child in tmp_path.glob("child"):
+        subprocess.run(["kill", "-9", child.read_text()], stderr=subprocess.DEVNULL)
+
+
+def lives(pid) -> bool:
+    # Orphans of a container may stay as zombies: nobody waits for them.
+    done = subprocess.run(["ps", "--no-headers", "-o", "stat", "-p", str(pid)], capture_output=True, text=True)
+    return bool(done.stdout.strip()) and not done.stdout.startswith("Z")
+
+
+def test_a_signal_ends_a_process_that_never_looks_and_its_children(start, tmp_path):
+    process = start()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 75
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("interrupted", 75)
+    assert status["message"].startswith("SIGTERM during preparation")
+    assert not lives(int((tmp_path / "child").read_text()))
+
+
+def test_a_process_that_holds_unsaved_state_is_left_to_save_it(start, tmp_path):
+    process = start("training")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.0)
+    assert process.poll() is None
+    assert not (tmp_path / "status.json").exists()
+
+
+def test_later_signals_write_nothing_into_files_opened_since(start, tmp_path):
+    process = start("training")
+
+    def opened(more):
+        before, deadline = len(list(tmp_path.glob("file-*"))), time.monotonic() + 60
+        while len(list(tmp_path.glob("file-*"))) < before + more:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.0)
+    opened(3)
+    process.send_signal(signal.SIGTERM)
+    opened(2)
+    files = list(tmp_path.glob("file-*"))
+    assert process.poll() is None
+    assert [file.stat().st_size for file in files] == [0] * len(files)
+
+
+def test_a_crash_beneath_python_says_where_it_was():
+    code = "import ctypes; from sa3dist import train; train.as_process(lambda: ctypes.string_at(0))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGSEGV
+    assert "Fatal Python error: Segmentation fault" in done.stderr
+    assert "string_at" in done.stderr
+
+
+def test_without_a_signal_nothing_ends(start):
+    process = start()
+    time.sleep(0.8)
+    assert process.poll() is None
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_never_looks_tells_its_peer_that_it_was_stopped(tmp_path, monkeypatch, stopped):
+    monkeypatch.setattr("sa3dist.runtime.stop_deadline.LEAVE_SECONDS", 0.3)
+    monkeypatch.setattr("sa3dist.runtime.stop_deadline.RANK_0_SECONDS", 0.3)
+    for module in ("watchdog", "peers"):
+        monkeypatch.setattr(f"sa3dist.runtime.{module}.HEARTBEAT_SECONDS", 0.1)
+
+    def work(group):
+        stop = StopRequest().install()
+        leave_in_time(stop, tmp_path)
+        with Watchdog(group, stop, tmp_path) as watchdog:
+            group.pulse.enter("encode")
+            dist.barrier()
+            if group.dist_rank == stopped:
+                os.kill(os.getpid(), signal.SIGTERM)
+                while True:
+                    time.sleep(1)
+            try:
+                all_done(group, "encoded", None, stop)
+            except Exception as failure:
+                reason = leave(group, failure, watchdog.told)
+                os._exit(reason.exit_code if reason.origin == (stopped, socket.gethostname()) else 1)
+
+    assert exit_codes(2, work) == [75, 75]

@@ -1,0 +1,340 @@
+"""Passes replayed as graphs: the ordinary run's bits, and no graph where a replay differs or cannot be recorded.
+
+On a CPU a recording is the function itself, run at each replay, as a graph's kernels are, on the tensors it was
+recorded with; what only a CUDA graph does is in test_gpu_training.py.
+"""
+
+import dataclasses
+import functools
+import types
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sa3dist
+from sa3dist.adapters import adapter_parameters, attach_adapter
+from sa3dist.errors import EnvironmentFailure
+from sa3dist.model.packing import Packing
+from sa3dist.runtime.process_group import Group
+from sa3dist.runtime.signals import StopRequest
+from sa3dist.training import acceleration, cuda_graphs
+from sa3dist.training.run_plan import Plan
+from sa3dist.training.trainer import Trainer
+from tests.helpers.golden import golden
+from tests.helpers.ranks import run_ranks
+from tests.training import test_step
+
+run = test_step.run
+ACCUMULATION = 2
+SETTINGS = types.SimpleNamespace(
+    learning_rate=1e-2,
+    weight_decay=0.01,
+    context_weight=1.0,
+    gradient_compression="none",
+    mixed_precision="no",
+    adapter_products="auto",
+)
+
+
+class HostRecorder:
+    """Keeps functions and runs them again; results lie in the tensors of the first run, as a graph's do."""
+
+    def __init__(self):
+        self.recorded = self.replayed = 0
+
+    def warm_up(self, function):
+        return function()
+
+    def record(self, function):
+        self.recorded += 1
+        results = []
+
+        def replay():
+            self.replayed += 1
+            found = function()
+            if not results:
+                results.extend(torch.empty_like(value) for value in found)
+            for kept, value in zip(results, found, strict=True):
+                kept.copy_(value)
+            return tuple(results)
+
+        return replay
+
+
+class NothingAsked(TorchDispatchMode):
+    """Raises where the host would wait for a device's values: a CUDA graph cannot record that."""
+
+    ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::").partition(".")[0]
+        assert name not in self.ASKING, f"{name} asks the device"
+        return function(*args, **(kwargs or {}))
+
+
+class Stale(HostRecorder):
+    """Replays give what the first one gave: a value that was asked for while recording."""
+
+    def record(self, function):
+        value = []
+
+        def replay():
+            value.append(function())
+            return tuple(loss * 1.01 for loss in value[0])
+
+        return replay
+
+
+class Unable(HostRecorder):
+    def record(self, function):
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        finally:
+            raise RuntimeError("capture was invalidated")
+
+
+class Twice(HostRecorder):
+    """Adds a gradient two times."""
+
+    def record(self, function):
+        return lambda: (function(), function())[0]
+
+
+def make_trainer(kind="dora-cols", group=None):
+    base = sa3dist.load_base(golden("tiny-sa3"))
+    attach_adapter(base, kind, rank=4, seed=1)
+    plan = Plan(9, ACCUMULATION, 2, 4, 42, {}, ["a", "b"], adapt_memory=True)
+    return Trainer(base, adapter_parameters(base), SETTINGS, plan, group or Group(0, 1, torch.device("cpu")))
+
+
+@functools.cache
+def both_shapes():
+    base = sa3dist.load_base(golden("tiny-sa3"))
+    recorded = test_step.load_file(golden("training/tiny_sa3_step_dora_rows.safetensors"))
+    whole = test_step.make_batch(base, recorded)
+    frames = whole.noised_BDT.shape[2]
+    keep_BT = torch.arange(frames)[None] < torch.tensor([[frames], [frames - 5]])
+    return whole, dataclasses.replace(whole, keep_BT=keep_BT, packing=Packing.of(keep_BT))
+
+
+def micro_batches(count, first=0):
+    """Other values every time, of two shapes: whole, and one clip shorter."""
+    whole, short = both_shapes()
+    for number in range(first, first + count):
+        noise = torch.randn(whole.noised_BDT.shape, generator=torch.Generator().manual_seed(number))
+        batch = short if number % 3 == 2 else whole
+        yield dataclasses.replace(batch, noised_BDT=batch.noised_BDT + noise, target_BDT=batch.target_BDT - noise)
+
+
+def train(trainer, steps, first=0):
+    batches = micro_batches(steps * ACCUMULATION, first)
+    return [trainer.take_step(batches, StopRequest())["loss"] for _ in range(steps)]
+
+
+def assert_equal_state(found, expected):
+    for name, value in expected.engine.adapters().items():
+        assert torch.equal(found.engine.adapters()[name], value), name
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora-rows", "dora-cols", "bora"])
+def test_a_run_with_graphs_is_the_ordinary_run(kind):
+    ordinary, graphed, recorder = make_trainer(kind), make_trainer(kind), HostRecorder()
+    graphed.record_passes(recorder)
+    expected, found = train(ordinary, 9), train(graphed, 9)
+    assert found == pytest.approx(expected, rel=1e-6)
+    for name, value in ordinary.engine.adapters().items():
+        torch.testing.assert_close(graphed.engine.adapters()[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    # 12 of one shape and 6 of the other: the first two of each are ordinary passes.
+    assert (recorder.recorded, recorder.replayed, graphed.graphs.shapes) == (2, 10 + 4, 2)
+    assert len(set(expected)) == 9
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "dora-rows", "bora", "dora-cols-xs"])
+def test_a_pass_that_is_recorded_asks_no_tensor_for_its_value(kind, recomputed):
+    trainer = make_trainer(kind)
+    trainer.base.gradient_checkpointing = recomputed
+    whole, _, short = micro_batches(3)
+    for batch in (whole, short):
+        with NothingAsked():
+            trainer._recordable_pass(batch)
+    with pytest.raises(AssertionError, match="asks the device"), NothingAsked():
+        whole.t_B.max().item()
+
+
+@pytest.mark.parametrize("recorder", [Stale, Twice, Unable])
+def test_a_graph_that_errs_is_not_used_and_leaves_no_trace(recorder, caplog):
+    ordinary, graphed = make_trainer(), make_trainer()
+    graphed.record_passes(recorder())
+    assert train(graphed, 5) == train(ordinary, 5)
+    assert_equal_state(graphed, ordinary)
+    assert caplog.text.count("training goes on without them") == 1
+    assert ("them: operation not permitted when stream is capturing" in caplog.text) == (recorder is Unable)
+    assert graphed.graphs.shapes == 0
+
+
+def run_out(trainer, monkeypatch, times):
+    """Out of memory at the end of the next passes that are no replays, so often."""
+    forward, left = trainer.engine.losses, [times]
+
+    def losses(batch):
+        found = forward(batch)
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return found
+
+    monkeypatch.setattr(trainer.engine, "losses", losses)
+
+
+@pytest.mark.parametrize("adapt", [False, True])
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_memory_that_runs_out_takes_the_graphs_first_and_then_recomputes_where_that_was_asked_for(
+    monkeypatch, caplog, times, adapt
+):
+    trainer, ordinary = make_trainer(), make_trainer()
+    for one in (trainer, ordinary):
+        one.plan = dataclasses.replace(one.plan, adapt_memory=adapt)
+    trainer.record_passes(HostRecorder())
+    assert train(trainer, 4) == pytest.approx(train(ordinary, 4), rel=1e-6)
+    assert trainer.graphs.shapes == 1
+    run_out(trainer, monkeypatch, times)
+    remedies = 1 + adapt
+    if times > remedies:
+        with pytest.raises(
+            EnvironmentFailure, match="recomputing blocks is not enough" if adapt else "try gradient_ch"
+        ):
+            train(trainer, 1, first=8)
+        assert trainer.step == 4
+        return
+    assert train(trainer, 3, first=8) == pytest.approx(train(ordinary, 3, first=8), rel=1e-6)
+    assert trainer.graphs.shapes == 0
+    assert trainer.base.gradient_checkpointing is (times == 2)
+    assert caplog.text.count("step 5: out of memory on") == times
+    assert caplog.text.count("cuda_graphs are off from here on") == 1
+
+
+@pytest.mark.parametrize("adapt", [False, True])
+def test_memory_that_runs_out_while_clips_are_encoded_is_said_and_no_step_is_tried_again(adapt):
+    trainer = make_trainer()
+    trainer.plan = dataclasses.replace(trainer.plan, adapt_memory=adapt)
+    trainer.record_passes(HostRecorder())
+    train(trainer, 2)
+
+    def stream():
+        raise torch.OutOfMemoryError("out of memory in the encoder")
+        yield
+
+    with pytest.raises(EnvironmentFailure, match="out of memory in the encoder"):
+        trainer.take_step(stream(), StopRequest())
+    assert trainer.step == 2
+
+
+def ranks_one_of_which_runs_out(group):
+    torch.manual_seed(0)
+    trainer = make_trainer(group=group)
+    trainer.record_passes(Unable() if group.dist_rank == 0 else HostRecorder())
+    train(trainer, 4)
+    with pytest.MonkeyPatch.context() as patch:
+        if group.dist_rank == 1:
+            run_out(trainer, patch, 1)
+        return train(trainer, 3, first=8), trainer.engine.adapters(), trainer.adapted_at
+
+
+def test_ranks_that_hold_none_any_more_do_the_step_again_with_those_that_do():
+    (losses, adapters, adapted), (same_losses, same_adapters, _) = run_ranks(2, ranks_one_of_which_runs_out)
+    assert losses == same_losses
+    assert all(torch.equal(adapters[name], same_adapters[name]) for name in adapters)
+    assert adapted is None
+
+
+def two_ranks(group, graphed):
+    torch.manual_seed(0)
+    trainer = make_trainer(group=group)
+    # Buckets small enough that some leave during the backward pass.
+    trainer.engine.reduction = type(trainer.engine.reduction)(trainer.engine.flat, group, "none", 500)
+    assert len(trainer.engine.reduction.buckets) > 2
+    if graphed:
+        trainer.record_passes(HostRecorder())
+    losses = train(trainer, 7, first=100 * group.dist_rank)
+    return losses, trainer.engine.adapters(), trainer.graphs.shapes if graphed else 0
+
+
+def test_ranks_that_replay_exchange_the_same_gradients():
+    expected, found = (run_ranks(2, lambda group, on=on: two_ranks(group, on)) for on in (False, True))
+    assert [shapes for _, _, shapes in found] == [2, 2]
+    for (losses, adapters, _), (expected_losses, expected_adapters, _) in zip(found, expected, strict=True):
+        assert losses == pytest.approx(expected_losses, rel=1e-6)
+        for name, value in expected_adapters.items():
+            torch.testing.assert_close(adapters[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
+
+
+def test_ever_new_shapes_record_no_more_than_the_limit(monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "MOST_GRAPHS", 1)
+    trainer, recorder = make_trainer(), HostRecorder()
+    trainer.record_passes(recorder)
+    train(trainer, 9)
+    assert (recorder.recorded, trainer.graphs.shapes) == (1, 1)
+
+
+def test_what_a_pass_depends_on_beside_values_tells_shapes_apart():
+    whole, _, short = micro_batches(3)
+    longer = dataclasses.replace(short.packing, lengths=(short.packing.lengths[0], short.packing.lengths[1] - 1))
+    changed = [
+        whole,
+        short,
+        dataclasses.replace(short, packing=longer),
+        dataclasses.replace(short, packing=None),
+        dataclasses.replace(whole, has_context=not whole.has_context),
+        dataclasses.replace(whole, prompt_length=77),
+        dataclasses.replace(whole, hidden_BLH=whole.hidden_BLH[:, :3]),
+        dataclasses.replace(whole, t_B=whole.t_B.double()),
+    ]
+    assert len({cuda_graphs.shape_of(batch) for batch in changed}) == len(changed)
+    same = dataclasses.replace(whole, t_B=whole.t_B + 1, clips=["c", "d"], silent_crops=1)
+    assert cuda_graphs.shape_of(same) == cuda_graphs.shape_of(whole)
+
+
+@pytest.mark.parametrize("lockstep", [False, True])
+def test_a_run_that_is_told_to_records_unless_ranks_exchange_tensors_within_a_pass(monkeypatch, tmp_path, lockstep):
+    told = []
+    monkeypatch.setattr(acceleration, "Recorder", lambda *given: told.append(given) or HostRecorder())
+    settings = types.SimpleNamespace(
+        **vars(SETTINGS),
+        batch_size=2,
+        gradient_checkpointing="on",
+        compile="off",
+        deterministic=False,
+        cuda_graphs="on",
+        work_dir=tmp_path,
+    )
+    trainer = make_trainer()
+    trainer.engine.lockstep = lockstep
+    acceleration.choose_passes(trainer, settings, frames=24)
+    assert (trainer.graphs is None) is lockstep
+    assert trainer.base.gradient_checkpointing
+    if not lockstep:
+        # Room is left for the longest clips, which may come after a shorter one was recorded.
+        trainer.base.gradient_checkpointing = False
+        acceleration.choose_passes(
+            trainer, types.SimpleNamespace(**{**vars(settings), "gradient_checkpointing": "off"}), 48
+        )
+        (_, recomputed), (_, kept) = told
+        assert 0 < 2 * recomputed < kept
+
+
+def test_auto_records_long_runs_on_cuda():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    chosen = [
+        cuda_graphs.wants_graphs(choice, device, steps)
+        for choice, device, steps in [
+            ("auto", cuda, 300),
+            ("auto", cpu, 300),
+            ("auto", cuda, 10),
+            ("on", cuda, 10),
+            ("off", cuda, 300),
+        ]
+    ]
+    assert chosen == [True, False, False, True, False]

@@ -1,0 +1,80 @@
+"""Training with formed weights: the factored form's losses, gradients and steps, over micro batches and ranks."""
+
+import pytest
+import torch
+from sa3dist_kernels import ADAPTER_TYPES
+
+from sa3dist.adapters import adapter_parameters, formed
+from sa3dist.adapters.formed import keep_formed
+from sa3dist.model.packing import FilledPacking
+from sa3dist.parallel.flat_adamw import FlatAdapters
+from tests.model.test_packing import adapted, inputs
+
+
+class Settings:
+    adapter_products = "formed"
+    mixed_precision = "no"
+
+
+def factored_gradients(base, scores):
+    found = [torch.zeros_like(value) for value in adapter_parameters(base).values()]
+    for score in scores:
+        gradients = torch.autograd.grad(score(base), list(adapter_parameters(base).values()))
+        found = [total + value for total, value in zip(found, gradients, strict=True)]
+    return found
+
+
+def weighted_velocity(given, seed):
+    def score(base):
+        weights = torch.randn(given["x_BDT"].shape, generator=torch.Generator().manual_seed(seed))
+        return (base.velocity(**given) * weights).sum()
+
+    return score
+
+
+@pytest.mark.parametrize("tiny_name", ["tiny-sa3"])
+@pytest.mark.parametrize("kind", ADAPTER_TYPES)
+def test_formed_weights_give_the_factored_forms_gradients_over_three_micro_batches(tiny_base, kind):
+    base, given = adapted(tiny_base, kind), inputs(tiny_base)
+    scores = [weighted_velocity({name: value[:clips] for name, value in given.items()}, clips) for clips in (1, 3, 2)]
+    expected = factored_gradients(base, scores)
+    flat = FlatAdapters(adapter_parameters(base), 1e-3, 0.01, scalars=0)
+    weights = keep_formed(base, flat, Settings(), torch.device("cpu"))
+    weights.form()
+    for score in scores:
+        score(base).backward()
+    weights.finish()
+    for (name, parameter), wanted in zip(adapter_parameters(base).items(), expected, strict=True):
+        assert (parameter.grad - wanted).norm() <= 2e-5 * wanted.norm(), name
+
+
+def test_auto_forms_weights_where_the_kernels_serve_and_a_choice_is_obeyed(monkeypatch):
+    cpu = torch.device("cpu")
+    for serve in (False, True):
+        monkeypatch.setattr(formed, "kernels_serve", lambda device, products, serve=serve: serve)
+        assert formed.wants_formed("auto", cpu, torch.float32) is serve
+        assert formed.wants_formed("formed", cpu, torch.float32)
+        assert not formed.wants_formed("factored", cpu, torch.float32)
+
+
+def test_blocks_that_cannot_be_compiled_run_uncompiled_unless_that_was_asked_for(tiny_base):
+    base, given = adapted(tiny_base, "dora-rows"), inputs(tiny_base)
+    packing = FilledPacking.of([24, 7, 16], base.dit.transformer.memory, 24, 70)
+    flat = FlatAdapters(adapter_parameters(base), 1e-3, 0.01, scalars=0)
+    keep_formed(base, flat, Settings(), torch.device("cpu")).form()
+
+    def no_compiler(graph, examples):
+        raise RuntimeError("no compiler here")
+
+    expected = base.velocity(**given, packing=packing)
+    try:
+        base.dit.transformer.use_compiled_blocks(no_compiler)
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no compiler here"):
+            base.velocity(**given, packing=packing)
+        torch._dynamo.reset()
+        base.dit.transformer.use_compiled_blocks(no_compiler, whole=False)
+        with torch._dynamo.config.patch(suppress_errors=True):
+            assert torch.equal(base.velocity(**given, packing=packing), expected)
+    finally:
+        torch._dynamo.reset()
+        base.dit.transformer.use_compiled_blocks(None)
