@@ -1,6 +1,6 @@
-"""How many statements the product has: ``python tests/helpers/count_statements.py [COMMIT ...]``; none is the tree as it is.
+"""How many statements the product has: ``python tests/helpers/count_statements.py [COMMIT ...]``.
 
-A statement is a node of Python's syntax tree, so neither comments nor the way lines are broken count.
+The last line is the tree as it is. A statement is a node of the syntax tree: neither comments nor line breaks count.
 """
 
 import ast
