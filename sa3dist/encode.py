@@ -17,7 +17,7 @@ from sa3dist.data.source.bounded_map import ordered_map
 from sa3dist.errors import SA3DistError
 from sa3dist.formats import ClipEntry
 from sa3dist.runtime.exit_status import translate
-from sa3dist.runtime.process_group import Group, all_done
+from sa3dist.runtime.process_group import Group, barrier_with_errors
 from sa3dist.runtime.shared_progress import shared_progress
 from sa3dist.runtime.signals import StopRequest
 
@@ -81,9 +81,9 @@ def encode_all(
         except Exception as failure:
             problem = translate(failure)
             if problem is None:
-                all_done(group, "encode", SA3DistError(f"{type(failure).__name__}: {failure}"), stop)
+                barrier_with_errors(group, "encode", SA3DistError(f"{type(failure).__name__}: {failure}"), stop)
                 raise
-        all_done(group, "encode", problem, stop)
+        barrier_with_errors(group, "encode", problem, stop)
 
 
 def _encode(left: list[Piece], stop: StopRequest, held: int, report: Callable[[int, float], None]) -> None:

@@ -34,7 +34,7 @@ from sa3dist.errors import ConfigError
 from sa3dist.formats import DatasetIndex, atomic_path, digest_of
 from sa3dist.parallel import zero_config
 from sa3dist.runtime.liveness import PREPARATION_SECONDS
-from sa3dist.runtime.process_group import Group, on_main_first
+from sa3dist.runtime.process_group import Group, main_process_first
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import checkpoint, lr_schedule, memory, model_setup, resume
 from sa3dist.training.acceleration import choose_passes
@@ -80,7 +80,7 @@ class Run:
             if path.exists() and not path.is_dir():
                 raise ConfigError(f"{key}: {path} is a file, expected a directory; choose another {key}")
         # Rank 0 reads it; on other hosts it need not be.
-        on_main_first(self.group, "find-source", lambda: check_local(settings.audio_data_url), self.stop)
+        main_process_first(self.group, "find-source", lambda: check_local(settings.audio_data_url), self.stop)
         if self.group.deepspeed is not None:
             zero_config.check(self.group.deepspeed)
         if settings.cuda_graphs == "on" and (self.group.device.type != "cuda" or self.group.deepspeed is not None):
@@ -118,7 +118,7 @@ class Run:
             return [base.autoencoder_digest(), base.text_encoder_digest()]
 
         # Hashing gigabytes is one rank's work.
-        found = on_main_first(self.group, "digests", digests, self.stop)
+        found = main_process_first(self.group, "digests", digests, self.stop)
         settings = self.settings
         if self.group.is_main:
             say_cut_captions(index, base.text_source)
@@ -127,7 +127,7 @@ class Run:
             if everything:
                 raise ConfigError("mode: streaming encodes nothing ahead; encode with mode: indexed, then stream that")
             encoded = StreamedClips(*where, max_bytes=settings.max_download_bytes)
-            on_main_first(self.group, "first-clip", encoded.check_first, self.stop)
+            main_process_first(self.group, "first-clip", encoded.check_first, self.stop)
             return encoded
         encoded = EncodedClips(*where)
         if isinstance(index, LatentDataset):
@@ -164,7 +164,7 @@ class Run:
         self._enter("prepare")
         settings, group = self.settings, self.group
         self._frames = self.crop_frames(base, encoded)
-        base_sha256 = on_main_first(group, "base-digest", base.weights_digest, self.stop)
+        base_sha256 = main_process_first(group, "base-digest", base.weights_digest, self.stop)
         identity = resume.identity(
             settings,
             base_sha256=base_sha256,
@@ -347,4 +347,4 @@ class Run:
         def publish() -> dict[str, Any]:
             return export.publish(base.adapter_config, tensors, self.settings.output_dir, description)
 
-        return on_main_first(self.group, "export", publish, should_stop=lambda: False)
+        return main_process_first(self.group, "export", publish, should_stop=lambda: False)

@@ -23,7 +23,7 @@ from sa3dist.data.remote.fetch import shown
 from sa3dist.data.source import build, remote_index
 from sa3dist.formats import DatasetIndex
 from sa3dist.progress import progress
-from sa3dist.runtime.process_group import Group, on_main_first, together
+from sa3dist.runtime.process_group import Group, main_process_first, run_on_all_ranks
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.wording import counted, span
 
@@ -40,9 +40,9 @@ def open_dataset(
     """
     if settings.mode == "streaming":
         return _streamed(settings, group, stop)
-    latents = on_main_first(group, "find-latents", lambda: _find_latents(settings, stop), stop)
+    latents = main_process_first(group, "find-latents", lambda: _find_latents(settings, stop), stop)
     if latents is not None:
-        return together(group, "read-latents", lambda: _read_latents(settings, latents, stop), stop)
+        return run_on_all_ranks(group, "read-latents", lambda: _read_latents(settings, latents, stop), stop)
 
     def build() -> dict[str, Any]:
         with progress("check clips", 1, shown=True) as update:
@@ -55,7 +55,7 @@ def open_dataset(
             log.warning("left out: %s", kind.line())
         return {"directory": str(index.directory), "skipped": index.skipped, "urls": urls}
 
-    built = on_main_first(group, "shard", build, stop)
+    built = main_process_first(group, "shard", build, stop)
     # What was skipped belongs to this run's source; another source of the same good clips may share the shards.
     index = dataclasses.replace(DatasetIndex.read(Path(built["directory"])), skipped=tuple(built["skipped"]))
     if built["urls"]:
@@ -82,7 +82,7 @@ def _streamed(settings: Settings, group: Group, stop: StopRequest) -> StreamedDa
         index = streamed_shards(settings.audio_data_url)
         return {"digest": index.digest, "urls": index.urls, "holds_latents": index.holds_latents}
 
-    found = on_main_first(group, "find-shards", find, stop)
+    found = main_process_first(group, "find-shards", find, stop)
     index = StreamedDataset(Path(), clips=(), **{**found, "urls": tuple(found["urls"])})
     log.info("streaming %s of %s", counted(len(index.urls), "shard"), "latents" if index.holds_latents else "audio")
     return index

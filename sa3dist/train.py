@@ -122,12 +122,12 @@ def take_output_dir(group: Group, directory: Path, stop: StopRequest) -> None:
     """Before anything is written to it. Raises InUse, on all ranks, when another run does."""
     from sa3dist.runtime import run_lock
     from sa3dist.runtime.exit_status import forget_status
-    from sa3dist.runtime.process_group import on_main_first
+    from sa3dist.runtime.process_group import main_process_first
 
     def take() -> str | None:
         return run_lock.take(directory, lambda: stop.raise_if_asked("waiting for output_dir"))
 
-    run_lock.adopt(directory, on_main_first(group, "lock", take, stop))
+    run_lock.adopt(directory, main_process_first(group, "lock", take, stop))
     if group.is_main:
         forget_status(directory)
 

@@ -7,19 +7,12 @@ leaves them out or says "auto"; where it asks for something else it is refused, 
 from __future__ import annotations
 
 import logging
-import os
-from pathlib import Path
 from typing import Any
 
-import torch
-
-import sa3dist
 from sa3dist.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-FILE_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
-USE_VARIABLE = "ACCELERATE_USE_DEEPSPEED"
 # What would hold adapters, gradients or moments in 16 bits, or autocast a second time.
 HALF_PRECISION = ("fp16", "bf16", "bfloat16", "amp", "torch_autocast")
 # Who decides instead of the file.
@@ -71,49 +64,6 @@ FREE_ZERO = {
     *("override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks"),
     *("pipeline_loading_checkpoint", "leaf_module"),
 }
-
-
-def asked_for() -> bool:
-    """Whether the launcher started this process for DeepSpeed."""
-    return os.environ.get(USE_VARIABLE, "").lower() in {"1", "true", "yes"}
-
-
-def prepare_environment(on_cpu: bool) -> None:
-    """What Accelerate and DeepSpeed read when this process joins the others. Raises ConfigError."""
-    if "LOCAL_RANK" not in os.environ:
-        raise ConfigError(f"{USE_VARIABLE} is set, but DeepSpeed needs a launcher: accelerate launch or torchrun")
-    _find_file()
-    if on_cpu:
-        if torch.cuda.is_available():
-            raise ConfigError(
-                "DeepSpeed uses the GPUs it sees; hide them with CUDA_VISIBLE_DEVICES='' to run on the CPU"
-            )
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        os.environ["ACCELERATE_USE_CPU"] = "false"
-    try:
-        import deepspeed.ops
-    except ImportError as error:
-        raise ConfigError(
-            f"DeepSpeed was asked for but cannot be imported ({error}); install sa3dist[deepspeed]"
-        ) from error
-    # On a CPU it would compile an all-reduce of its own on first use, which only inference takes.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _find_file() -> None:
-    """Make the launcher's relative path absolute: below the working directory, or as shipped with this package.
-
-    So the files in ``configs/accelerate`` work from any directory.
-    """
-    named = os.environ.get(FILE_VARIABLE, "none")
-    if named == "none":
-        raise ConfigError("DeepSpeed was asked for without a file; give accelerate launch --deepspeed_config_file")
-    package = Path(sa3dist.__file__).parent
-    places = [Path(named), package.parent / named, package / named]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        raise ConfigError(f"deepspeed_config_file: {named} is neither below {Path.cwd()} nor shipped with sa3dist")
-    os.environ[FILE_VARIABLE] = str(found.resolve())
 
 
 def without_auto(config: dict[str, Any]) -> dict[str, Any]:

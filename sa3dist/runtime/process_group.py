@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from sa3dist import errors
-from sa3dist.parallel import zero_config
+from sa3dist.runtime import deepspeed_launch
 from sa3dist.runtime.liveness import Pulse, Still
 from sa3dist.runtime.peers import (
     STALL_SECONDS,
@@ -91,7 +91,7 @@ class Group:
         """What a rank has left under ``name`` last, or None."""
         return read(default_store(), name)
 
-    def agree(self, problem: errors.SA3DistError | None) -> None:
+    def raise_first_error(self, problem: errors.SA3DistError | None) -> None:
         """Raise the first rank's problem on every rank, or return on all of them; what can be mended comes last.
 
         A rank that fails alone would leave its peers waiting in the next collective.
@@ -112,8 +112,8 @@ def connect(step_timeout_seconds: float) -> Group:
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
-    if zero_config.asked_for():
-        zero_config.prepare_environment(on_cpu)
+    if deepspeed_launch.asked_for():
+        deepspeed_launch.prepare_environment(on_cpu)
         # Told of a CPU, Accelerate would pass DeepSpeed over without a word.
         on_cpu = False
     patience = timedelta(seconds=step_timeout_seconds + GROUP_TIMEOUT_MARGIN_SECONDS)
@@ -142,7 +142,7 @@ def backend_for(on_cpu: bool) -> dict[str, str]:
     """
     here, everywhere = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     # Of several machines one may have GPUs enough: it would wait for the others in another kind of group.
-    if on_cpu or zero_config.asked_for() or here < everywhere or here <= (gpus := torch.cuda.device_count()):
+    if on_cpu or deepspeed_launch.asked_for() or here < everywhere or here <= (gpus := torch.cuda.device_count()):
         return {}
     log.warning("%d processes share %d GPU(s): gradients travel over gloo, through the host's memory", here, gpus)
     return {"backend": "gloo"}
@@ -153,7 +153,7 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
-def on_main_first(group: Group, name: str, work: Callable[[], Any], should_stop: Callable[[], bool]) -> Any:
+def main_process_first(group: Group, name: str, work: Callable[[], Any], should_stop: Callable[[], bool]) -> Any:
     """Run ``work`` on rank 0 while the others wait, however long; its JSON result, or its failure, reaches all ranks.
 
     name          unique per call within a run
@@ -190,7 +190,9 @@ def _await_readers(store: dist.Store, key: str, group: Group) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def all_done(group: Group, name: str, problem: errors.SA3DistError | None, should_stop: Callable[[], bool]) -> None:
+def barrier_with_errors(
+    group: Group, name: str, problem: errors.SA3DistError | None, should_stop: Callable[[], bool]
+) -> None:
     """Wait, however long, until every rank has come here; raise on all ranks what any of them brought along."""
     if group.world_size == 1:
         if problem is not None:
@@ -214,7 +216,7 @@ def all_done(group: Group, name: str, problem: errors.SA3DistError | None, shoul
             raise unpack(packed)
 
 
-def together(group: Group, name: str, work: Callable[[], Any], should_stop: Callable[[], bool]) -> Any:
+def run_on_all_ranks(group: Group, name: str, work: Callable[[], Any], should_stop: Callable[[], bool]) -> Any:
     """Run ``work`` on every rank; when it fails on any, it fails on all, with that rank's reason."""
     result, failure = None, None
     try:
@@ -222,7 +224,7 @@ def together(group: Group, name: str, work: Callable[[], Any], should_stop: Call
     except Exception as error:
         failure = error
     try:
-        all_done(group, name, None if failure is None else explain(failure), should_stop)
+        barrier_with_errors(group, name, None if failure is None else explain(failure), should_stop)
     except errors.SA3DistError as problem:
         # A bug of ours keeps its traceback on the rank that has it.
         raise problem if failure is None or isinstance(failure, errors.SA3DistError) else failure from None

@@ -17,7 +17,7 @@ from sa3dist.model.config import ModelConfig
 from sa3dist.model.kept_digests import KeptDigests
 from sa3dist.model.loading import load_base
 from sa3dist.progress import progress
-from sa3dist.runtime.process_group import Group, on_main_first, together
+from sa3dist.runtime.process_group import Group, main_process_first, run_on_all_ranks
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training.startup_times import Startup, imported_beside, keep_kernels_in
 
@@ -35,14 +35,14 @@ def open_base(settings: Settings, group: Group, stop: StopRequest, startup: Star
         keep_kernels_in(settings.work_dir.resolve() / "kernels")
     # AdamW and the compiler import it: two seconds of reading, which the disk and the device leave time for.
     with startup.part("load_base"), imported_beside("torch._dynamo"):
-        base = together(group, "base", lambda: _load(settings, group.device), stop)
+        base = run_on_all_ranks(group, "base", lambda: _load(settings, group.device), stop)
     if group.is_main:
         # Seconds of hashing beside what comes before they are asked for.
         base.begin_weights_digest()
     with startup.part("singular_bases"):
         bases = _singular_bases(settings, group, stop, base)
     with startup.part("attach"):
-        warm = together(group, "attach", lambda: _attach(settings, group, stop, base, bases), stop)
+        warm = run_on_all_ranks(group, "attach", lambda: _attach(settings, group, stop, base, bases), stop)
     return base, warm
 
 
@@ -76,7 +76,7 @@ def _singular_bases(settings: Settings, group: Group, stop: StopRequest, base) -
     """Where the -xs types find their layers' bases; each rank finds its share of those not kept yet."""
     if not ADAPTER_TYPES[settings.adapter_type].xs:
         return None
-    digest = on_main_first(group, "digest-for-bases", base.weights_digest, stop)
+    digest = main_process_first(group, "digest-for-bases", base.weights_digest, stop)
     cache = adapters.BasesCache(settings.work_dir / "singular_bases", digest, group.device)
     names = adapters.select(adapters.candidate_layers(base.adapter_roots), settings.include, settings.exclude)
 
@@ -88,7 +88,7 @@ def _singular_bases(settings: Settings, group: Group, stop: StopRequest, base) -
                 cache(name, base.fp32_weight(name).flatten(1), settings.rank)
                 update(done)
 
-    together(group, "singular-bases", find, stop)
+    run_on_all_ranks(group, "singular-bases", find, stop)
     return cache
 
 
@@ -106,7 +106,7 @@ def _attach(settings: Settings, group: Group, stop: StopRequest, base, bases: ad
     )
     if not settings.lora_checkpoint_url:
         return None
-    path = on_main_first(group, "warm-start", lambda: _local_adapter_file(settings, stop), stop)
+    path = main_process_first(group, "warm-start", lambda: _local_adapter_file(settings, stop), stop)
     adapters.warm_start(base, path)
     return file_sha256(Path(path))
 

@@ -10,7 +10,7 @@ from sa3dist_kernels import ADAPTER_TYPES
 
 from sa3dist.adapters.svd_bases import METHOD
 from sa3dist.errors import CheckpointError
-from sa3dist.runtime.process_group import Group, on_main_first
+from sa3dist.runtime.process_group import Group, main_process_first
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import checkpoint, lr_schedule
 from sa3dist.training.lr_schedule import Schedule
@@ -59,13 +59,13 @@ def find_checkpoint(settings, group: Group, stop: StopRequest) -> checkpoint.Che
 
     if settings.resume not in ("auto", "never"):
         return checkpoint.load(Path(settings.resume))
-    path = on_main_first(group, "find-checkpoint", find, stop)
+    path = main_process_first(group, "find-checkpoint", find, stop)
     saved, problem = None, None
     try:
         saved = None if path is None else checkpoint.load(Path(path))
     except CheckpointError as error:
         problem = error
-    group.agree(problem)
+    group.raise_first_error(problem)
     return saved
 
 
@@ -123,4 +123,4 @@ def set_aside(output_dir: Path, step: int, group: Group, stop: StopRequest) -> N
         for path in checkpoint.set_aside(output_dir, step):
             log.warning("set aside %s: this run takes another course from step %d on", path, step)
 
-    on_main_first(group, "set-aside", move, stop)
+    main_process_first(group, "set-aside", move, stop)

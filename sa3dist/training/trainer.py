@@ -23,7 +23,7 @@ from sa3dist.errors import CheckpointError, DataError, EnvironmentFailure, OutOf
 from sa3dist.parallel import engine
 from sa3dist.runtime.exit_status import translate
 from sa3dist.runtime.liveness import AVERAGING
-from sa3dist.runtime.process_group import Group, on_main_first
+from sa3dist.runtime.process_group import Group, main_process_first
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import checkpoint, out_of_memory
 from sa3dist.training.cuda_graphs import PassGraphs
@@ -129,7 +129,7 @@ class Trainer:
                 return losses
             del losses, gradients
             try:
-                self.group.agree(problem)
+                self.group.raise_first_error(problem)
             except OutOfMemory as shortage:
                 self._recompute_from_here(shortage)
 
@@ -150,7 +150,7 @@ class Trainer:
         except Exception as error:
             failure = error
         if self.engine.lockstep and self.group.any(failure is not None):
-            self.group.agree(None if failure is None else self._explain(failure))
+            self.group.raise_first_error(None if failure is None else self._explain(failure))
         if failure is not None:
             raise failure
         return batch
@@ -213,7 +213,7 @@ class Trainer:
         # As long as rank 0 has a save in flight no signal ends any rank.
         stop.saving = figures[SAVING] > 0
         if figures[TROUBLE]:
-            self.group.agree(problem)
+            self.group.raise_first_error(problem)
         count = self.plan.accumulation * self.group.world_size
         means = [value / count for value in figures[: LOSS_CTX + 1]]
         if not (math.isfinite(means[LOSS]) and math.isfinite(norm)):
@@ -300,7 +300,7 @@ class Trainer:
             self.saver.wait()
 
         try:
-            on_main_first(self.group, f"save-{self.step}", publish_now, should_stop=lambda: False)
+            main_process_first(self.group, f"save-{self.step}", publish_now, should_stop=lambda: False)
         finally:
             stop.saving = False
 

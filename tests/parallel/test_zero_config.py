@@ -2,15 +2,13 @@
 
 import json
 import logging
-import sys
 
 import pytest
 import torch
 import yaml
 
 from sa3dist.errors import ConfigError
-from sa3dist.parallel import zero_config
-from sa3dist.parallel.zero_config import FILE_VARIABLE, build, check
+from sa3dist.parallel.zero_config import build, check
 from tests.helpers.golden import ROOT
 
 SHIPPED = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
@@ -148,43 +146,3 @@ def test_values_left_to_the_launcher_are_left_to_deepspeed():
     assert built["zero_optimization"]["stage"] == 1
     assert "reduce_bucket_size" not in built["zero_optimization"]
     assert "reduce" not in built
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    pytest.importorskip("deepspeed")
-    for variable in ("DS_ACCELERATOR", "ACCELERATE_USE_CPU"):
-        monkeypatch.setenv(variable, "")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    return monkeypatch
-
-
-def test_a_shipped_file_is_found_from_any_directory_and_ones_own_comes_first(launched, tmp_path):
-    launched.chdir(tmp_path)
-    launched.setenv(FILE_VARIABLE, "configs/deepspeed/zero2.json")
-    zero_config.prepare_environment(on_cpu=True)
-    assert zero_config.os.environ[FILE_VARIABLE] == str(ROOT / "configs/deepspeed/zero2.json")
-    own = tmp_path / "configs" / "deepspeed" / "zero2.json"
-    own.parent.mkdir(parents=True)
-    own.write_text(json.dumps(zero()))
-    launched.setenv(FILE_VARIABLE, "configs/deepspeed/zero2.json")
-    zero_config.prepare_environment(on_cpu=True)
-    assert zero_config.os.environ[FILE_VARIABLE] == str(own)
-
-
-@pytest.mark.parametrize(("named", "told"), [("nowhere.json", "nowhere.json"), ("none", "without a file")])
-def test_a_file_that_is_not_there_is_refused_before_anything_is_joined(launched, named, told):
-    launched.setenv(FILE_VARIABLE, named)
-    with pytest.raises(ConfigError, match=told):
-        zero_config.prepare_environment(on_cpu=True)
-
-
-def test_without_a_launcher_or_without_deepspeed_it_is_said(launched):
-    launched.setenv(FILE_VARIABLE, str(SHIPPED[0]))
-    launched.delenv("LOCAL_RANK")
-    with pytest.raises(ConfigError, match="accelerate launch or torchrun"):
-        zero_config.prepare_environment(on_cpu=True)
-    launched.setenv("LOCAL_RANK", "0")
-    launched.setitem(sys.modules, "deepspeed.ops", None)
-    with pytest.raises(ConfigError, match=r"sa3dist\[deepspeed\]"):
-        zero_config.prepare_environment(on_cpu=True)

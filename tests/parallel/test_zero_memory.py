@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sa3dist import errors
-from sa3dist.parallel import zero_config
+from sa3dist.runtime import deepspeed_launch
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import trainer
 from tests.helpers.ranks import run_ranks
@@ -46,8 +46,8 @@ def train(group, stage, failing=(), **plan):
 
 def train_all(group):
     os.environ |= {"LOCAL_RANK": str(group.dist_rank), "WORLD_SIZE": "2"}
-    os.environ[zero_config.FILE_VARIABLE] = "configs/deepspeed/zero2.json"
-    zero_config.prepare_environment(on_cpu=True)
+    os.environ[deepspeed_launch.FILE_VARIABLE] = "configs/deepspeed/zero2.json"
+    deepspeed_launch.prepare_environment(on_cpu=True)
     found = {}
     for stage in (1, 2):
         found[stage, "plain"] = train(group, stage)

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 
 from sa3dist import errors
-from sa3dist.runtime.process_group import READERS_SECONDS, Group, backend_for, on_main_first
+from sa3dist.runtime.process_group import READERS_SECONDS, Group, backend_for, main_process_first
 
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """Runs on_main_first as two ranks, in threads with one store; how each ended, and rank 0's seconds."""
+    """Runs main_process_first as two ranks, in threads with one store; how each ended, and rank 0's seconds."""
     store = dist.HashStore()
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
     ended, seconds = {}, {}
@@ -21,7 +21,7 @@ def ranks(monkeypatch):
     def rank(number, work, should_stop):
         began = time.monotonic()
         try:
-            ended[number] = on_main_first(Group(number, 2, torch.device("cpu")), "work", work, should_stop)
+            ended[number] = main_process_first(Group(number, 2, torch.device("cpu")), "work", work, should_stop)
         except errors.SA3DistError as error:
             ended[number] = error
         seconds[number] = time.monotonic() - began

@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from sa3dist.runtime.peers import leave
-from sa3dist.runtime.process_group import all_done
+from sa3dist.runtime.process_group import barrier_with_errors
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.runtime.stop_deadline import leave_in_time
 from sa3dist.runtime.watchdog import Watchdog
@@ -136,7 +136,7 @@ def test_a_rank_that_never_looks_tells_its_peer_that_it_was_stopped(tmp_path, mo
                 while True:
                     time.sleep(1)
             try:
-                all_done(group, "encoded", None, stop)
+                barrier_with_errors(group, "encoded", None, stop)
             except Exception as failure:
                 reason = leave(group, failure, watchdog.told)
                 os._exit(reason.exit_code if reason.origin == (stopped, socket.gethostname()) else 1)

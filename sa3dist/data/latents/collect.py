@@ -12,7 +12,7 @@ from sa3dist.data.source.shard_split import split
 from sa3dist.errors import DataError
 from sa3dist.formats import ClipEntry
 from sa3dist.runtime.file_lock import alone
-from sa3dist.runtime.process_group import Group, together
+from sa3dist.runtime.process_group import Group, run_on_all_ranks
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.wording import counted
 
@@ -45,7 +45,7 @@ def collect(
                     write_latent_shard(path, groups[number], encoded.shards.encoders, *where, encoded.member)
             _remove_files(encoded, groups[number])
 
-    together(group, "collect", work, stop)
+    run_on_all_ranks(group, "collect", work, stop)
     log.info("latents: %s in %s", counted(len(groups), "shard"), encoded.shards_dir)
     encoded.shards.load(encoded.shards_dir)
 
