@@ -1,4 +1,6 @@
-"""What can go wrong, and the exit code each kind of failure ends the program with."""
+"""The errors users see, the exit code of each, and how messages write names, counts and times."""
+
+from __future__ import annotations
 
 EXIT_DONE = 0
 EXIT_BUG = 1
@@ -57,3 +59,20 @@ class Interrupted(SA3DistError):
     """A signal or a time limit stopped the run after its state was saved."""
 
     exit_code = EXIT_INTERRUPTED
+
+
+def printable(name: str) -> str:
+    """``name`` with control characters and broken encodings escaped, so that a message stays one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """``1 clip``, ``2 clips``; ``many`` where an s is not enough."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def span(seconds: float) -> str:
+    """A time to three digits or so: ``4.0 s``, ``12.5 minutes``, ``2.50 hours``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} minutes" if seconds < 3600 else f"{seconds / 3600:.2f} hours"

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from sa3dist.data.source.kinds import LeftOut
-from sa3dist.errors import DataError
+from sa3dist.errors import DataError, printable
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 2
@@ -23,6 +22,8 @@ INDEX_VERSION = 2
 _SEAL = '"self_sha256": "'
 # A temporary folder this old belongs to a run that was killed.
 STALE_SECONDS = 24 * 3600
+# Names that an index holds of one kind of left-out files; more are counted.
+NAMES_KEPT = 1000
 
 
 @contextlib.contextmanager
@@ -182,6 +183,31 @@ class ShardEntry:
     name: str
     bytes: int
     sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """Files of one kind that nothing is trained on, and why.
+
+    what    the kind in the singular        count   how many
+    names   of as many as are named: all of them in a listing, NAMES_KEPT in an index, none of system files
+    """
+
+    what: str
+    why: str
+    count: int
+    names: tuple[str, ...] = ()
+
+    def line(self, most: int = 3) -> str:
+        """One line for people, with the first ``most`` names."""
+        named = ", ".join(printable(name) for name in self.names[:most])
+        more = f" and {self.count - most} more" if self.names and self.count > most else ""
+        listed = f" ({named}{more})" if named else ""
+        return f"{self.count} {self.what}{'s' * (self.count != 1)}{listed}: {self.why}"
+
+    def kept(self) -> LeftOut:
+        """As an index holds it."""
+        return dataclasses.replace(self, names=self.names[:NAMES_KEPT])
 
 
 class ClipReader(Protocol):

@@ -30,7 +30,7 @@ from sa3dist.data.remote.fetch import shown
 from sa3dist.data.source.archive import check_local
 from sa3dist.data.source.build import Measure
 from sa3dist.data.source.cut_captions import say_cut_captions
-from sa3dist.errors import ConfigError
+from sa3dist.errors import ConfigError, counted
 from sa3dist.formats import DatasetIndex, atomic_path, digest_of
 from sa3dist.parallel import zero_config
 from sa3dist.runtime.liveness import PREPARATION_SECONDS
@@ -42,7 +42,6 @@ from sa3dist.training.rank_checks import check_same_start
 from sa3dist.training.run_plan import Plan
 from sa3dist.training.startup_times import Startup, timed
 from sa3dist.training.trainer import Trainer
-from sa3dist.wording import counted
 
 log = logging.getLogger(__name__)
 

@@ -21,11 +21,11 @@ from sa3dist.data.latents.source import (
 from sa3dist.data.remote.disk_cache import ClipCache
 from sa3dist.data.remote.fetch import shown
 from sa3dist.data.source import build, remote_index
+from sa3dist.errors import counted, span
 from sa3dist.formats import DatasetIndex
 from sa3dist.progress import progress
 from sa3dist.runtime.process_group import Group, main_process_first, run_on_all_ranks
 from sa3dist.runtime.signals import StopRequest
-from sa3dist.wording import counted, span
 
 log = logging.getLogger(__name__)
 

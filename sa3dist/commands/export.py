@@ -22,6 +22,7 @@ from sa3dist.adapters.file import (
 )
 from sa3dist.adapters.lazy_file import AdapterOnDisk
 from sa3dist.adapters.peft_format import to_peft
+from sa3dist.config import split_word
 from sa3dist.data.remote.local_paths import expand_home
 from sa3dist.errors import CheckpointError, ConfigError, InUse
 from sa3dist.formats import atomic_directory, write_json
@@ -29,7 +30,6 @@ from sa3dist.model.loading import BaseOnDisk
 from sa3dist.runtime import run_lock
 from sa3dist.runtime.exit_status import run_program
 from sa3dist.training import checkpoint
-from sa3dist.values import split_word
 
 ADAPTER_SUFFIX = ".safetensors"
 

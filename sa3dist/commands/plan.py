@@ -16,13 +16,12 @@ from sa3dist.commands.plan_predict import Job, Prediction, fit, predict
 from sa3dist.config import Settings
 from sa3dist.cost_model.devices import GPUS, THIS, Device, find_device
 from sa3dist.data.remote.local_paths import expand_home
-from sa3dist.errors import ConfigError
+from sa3dist.errors import ConfigError, counted, span
 from sa3dist.model.config import ModelConfig
 from sa3dist.model.loading import load_config
 from sa3dist.model.parse_config import parse_model_config
 from sa3dist.model.released import RELEASED, released_config
 from sa3dist.runtime.exit_status import run_program
-from sa3dist.wording import counted, span
 
 UNITS = {"GB": 1e9, "GIB": 1 << 30}
 

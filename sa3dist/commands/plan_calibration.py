@@ -19,11 +19,11 @@ from sa3dist_kernels import ADAPTER_TYPES
 from sa3dist.adapters import candidate_layers
 from sa3dist.cost_model.devices import Device, datasheet_of
 from sa3dist.cost_model.flops import Adapter, MicroBatch, count
+from sa3dist.errors import counted
 from sa3dist.model.config import ModelConfig
 from sa3dist.model.loading import meta_roots
 from sa3dist.model.parse_config import parse_model_config
 from sa3dist.model.released import RELEASED, released_config
-from sa3dist.wording import counted
 
 # Of a device no step was ever timed on: reaching half of the roofline is what unfused training steps commonly do.
 ASSUMED_FACTOR = 2.0

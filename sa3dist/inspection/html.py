@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from sa3dist.errors import counted, span
 from sa3dist.formats import atomic_path
 from sa3dist.inspection.report import InspectedClip, Report
-from sa3dist.wording import counted, span
 
 # 4 kB a picture: beyond this a browser suffers; the figures of all clips are still in the table.
 MAX_PICTURES = 2000

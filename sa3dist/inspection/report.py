@@ -20,11 +20,10 @@ from sa3dist.data.source.captions import read_caption
 from sa3dist.data.source.clip_stats import ClipFigures, Measured, read_figures, write_figures
 from sa3dist.data.source.containers import Container
 from sa3dist.data.source.cut_captions import CutCaptions, cut_captions, text_source
-from sa3dist.data.source.kinds import LeftOut, printable
-from sa3dist.errors import DataError
+from sa3dist.errors import DataError, counted, printable
+from sa3dist.formats import LeftOut
 from sa3dist.inspection.duplicates import exact_duplicates, near_duplicates
 from sa3dist.inspection.measure import measure_clip
-from sa3dist.wording import counted
 
 LENGTH_BINS = 20
 

@@ -13,12 +13,12 @@ import torch
 
 from sa3dist import config
 from sa3dist.data.remote.local_paths import expand_home
-from sa3dist.data.source.kinds import LeftOut, printable
+from sa3dist.errors import counted, printable, span
+from sa3dist.formats import LeftOut
 from sa3dist.inspection.html import write_html
 from sa3dist.inspection.report import Report, framing_of, inspect_source
 from sa3dist.progress import progress
 from sa3dist.runtime.exit_status import run_program
-from sa3dist.wording import counted, span
 
 # A terminal is for a look; --json and --html hold every clip.
 MAX_ROWS = 200

@@ -9,12 +9,11 @@ from typing import Any
 from sa3dist_kernels import ADAPTER_TYPES
 
 from sa3dist.adapters.svd_bases import METHOD
-from sa3dist.errors import CheckpointError
+from sa3dist.errors import CheckpointError, counted
 from sa3dist.runtime.process_group import Group, main_process_first
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import checkpoint, lr_schedule
 from sa3dist.training.lr_schedule import Schedule
-from sa3dist.wording import counted
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sa3dist import flow
-from sa3dist.errors import CheckpointError
-from sa3dist.wording import counted
+from sa3dist.errors import CheckpointError, counted
 
 # Shards whose clips are mixed together, and that a continued run reads again from their start to find its place.
 SEGMENT_SHARDS = 4

@@ -9,12 +9,11 @@ from sa3dist.data.batches.micro_batch import frames_of
 from sa3dist.data.latents.cache import SILENCE_TAIL_FRAMES, EncodedClips
 from sa3dist.data.latents.shards import LatentShard, index_path, latent_shard_name, write_latent_shard
 from sa3dist.data.source.shard_split import split
-from sa3dist.errors import DataError
+from sa3dist.errors import DataError, counted
 from sa3dist.formats import ClipEntry
 from sa3dist.runtime.file_lock import alone
 from sa3dist.runtime.process_group import Group, run_on_all_ranks
 from sa3dist.runtime.signals import StopRequest
-from sa3dist.wording import counted
 
 log = logging.getLogger(__name__)
 

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sa3dist.data.latents.remote_tar import RemoteTar
-from sa3dist.data.source.containers import printable
 from sa3dist.data.source.index_check import latent_faults
 from sa3dist.data.source.tar_writer import member_stem, new_tar
-from sa3dist.errors import DataError, EnvironmentFailure
+from sa3dist.errors import DataError, EnvironmentFailure, printable
 from sa3dist.formats import ClipEntry, ShardEntry, atomic_path, digest_of, is_sealed, sealed
 
 SHARD_PREFIX = "latents-"

@@ -15,11 +15,11 @@ from sa3dist.data.remote.download import remote_info
 from sa3dist.data.remote.fetch import Downloads, address_name, filesystem, is_remote, shown, split_query
 from sa3dist.data.source.archive import expand_braces, local_path, shards_on_top, tars_on_top
 from sa3dist.data.source.folders import FolderContainer
-from sa3dist.data.source.kinds import BESIDE_SHARDS, LeftOut
+from sa3dist.data.source.kinds import BESIDE_SHARDS
 from sa3dist.data.source.remote_shards import has_ranges
 from sa3dist.data.source.shard_split import REPORT_NAME
 from sa3dist.errors import DataError
-from sa3dist.formats import INDEX_NAME, DatasetIndex, digest_of
+from sa3dist.formats import INDEX_NAME, DatasetIndex, LeftOut, digest_of
 
 log = logging.getLogger(__name__)
 

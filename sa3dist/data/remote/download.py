@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sa3dist.data.remote.web_answer import HEAD_BYTES, answer_instead
-from sa3dist.data.source.containers import printable
-from sa3dist.errors import DataError, EnvironmentFailure, Interrupted, SA3DistError
+from sa3dist.errors import DataError, EnvironmentFailure, Interrupted, SA3DistError, printable
 
 log = logging.getLogger(__name__)
 

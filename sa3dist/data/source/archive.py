@@ -7,16 +7,15 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from sa3dist.data.remote.fetch import Downloads, is_remote, shown, split_query
+from sa3dist.data.remote.fetch import MAX_TOTAL_BYTES, Downloads, is_remote, shown, split_query
 from sa3dist.data.remote.local_paths import local_name
-from sa3dist.data.source.containers import MAX_TOTAL_BYTES, Container, TarContainer
+from sa3dist.data.source.containers import Container, TarContainer
 from sa3dist.data.source.folders import FolderContainer
-from sa3dist.data.source.kinds import AUDIO_EXTENSIONS, BESIDE_SHARDS, extension_of, is_audio, is_system, printable
+from sa3dist.data.source.kinds import AUDIO_EXTENSIONS, BESIDE_SHARDS, extension_of, is_audio, is_system
 from sa3dist.data.source.own_folders import OWN, is_own, on_disk
 from sa3dist.data.source.pairing import Listing, Pair, pair_members
 from sa3dist.data.source.zips import ZipContainer
-from sa3dist.errors import DataError
-from sa3dist.wording import counted
+from sa3dist.errors import DataError, counted, printable
 
 __all__ = ["AUDIO_EXTENSIONS", "Listing", "Pair", "expand_braces", "local_path", "open_source", "pair_members"]
 

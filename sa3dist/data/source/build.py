@@ -9,14 +9,14 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from sa3dist.data.remote.fetch import MAX_TOTAL_BYTES
 from sa3dist.data.source.archive import Listing, Pair, open_source, pair_members
 from sa3dist.data.source.audio import AudioFacts, check_audio, check_whole
 from sa3dist.data.source.bounded_map import ordered_map
 from sa3dist.data.source.captions import read_caption
 from sa3dist.data.source.clip_stats import ClipFigures, Measured, read_facts, read_figures, write_figures
-from sa3dist.data.source.containers import MAX_TOTAL_BYTES, Container, printable
+from sa3dist.data.source.containers import Container
 from sa3dist.data.source.kept_bytes import KeptBytes
-from sa3dist.data.source.kinds import LeftOut
 from sa3dist.data.source.shard_split import (
     FinishedShards,
     Known,
@@ -27,9 +27,8 @@ from sa3dist.data.source.shard_split import (
     write_report,
 )
 from sa3dist.data.source.tar_writer import shard_name, write_shard
-from sa3dist.errors import DataError, EnvironmentFailure, Interrupted
-from sa3dist.formats import ClipEntry, DatasetIndex, ShardEntry, atomic_directory, digest_of
-from sa3dist.wording import counted
+from sa3dist.errors import DataError, EnvironmentFailure, Interrupted, counted, printable
+from sa3dist.formats import ClipEntry, DatasetIndex, LeftOut, ShardEntry, atomic_directory, digest_of
 
 # The endpoint's documented limits (spec/training.md section 3).
 CLIP_COUNT_RANGE = (4, 2000)

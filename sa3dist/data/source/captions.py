@@ -10,9 +10,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from sa3dist.data.source.containers import Container, Member
-from sa3dist.data.source.kinds import METADATA_TABLES, printable
+from sa3dist.data.source.kinds import METADATA_TABLES
 from sa3dist.data.source.text_encoding import decoded, is_blank
-from sa3dist.errors import DataError
+from sa3dist.errors import DataError, printable
 
 # T5Gemma reads 256 tokens, about 1 kB of text; 64 kB is another kind of document.
 MAX_CAPTION_BYTES = 1 << 16

@@ -16,22 +16,11 @@ import tarfile
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from sa3dist.data.source.kinds import (
-    extension_of,
-    is_audio,
-    is_hidden_audio,
-    is_manifest,
-    is_system,
-    kind_of,
-    printable,
-)
+from sa3dist.data.remote.fetch import MAX_MEMBER_BYTES, MAX_TOTAL_BYTES
+from sa3dist.data.source.kinds import extension_of, is_audio, is_hidden_audio, is_manifest, is_system, kind_of
 from sa3dist.data.source.own_folders import is_below, own_names
-from sa3dist.errors import DataError
+from sa3dist.errors import DataError, printable
 
-# An hour of 24-bit stereo at 48 kHz is 1.04e9 bytes; the longest clip a model sees is 380 s.
-MAX_MEMBER_BYTES = 1 << 30
-# 2000 clips of 380 s in 24-bit stereo at 48 kHz are 0.2 TB: five times that is nobody's data set by accident.
-MAX_TOTAL_BYTES = 1 << 40
 # 100,000 captioned clips are 200,000 members; each costs about 1 kB of memory here.
 MAX_MEMBERS = 1_000_000
 READ_BLOCK_BYTES = 1 << 20

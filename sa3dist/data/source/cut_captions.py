@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa3dist.data.source.kinds import printable
-from sa3dist.errors import CheckpointError
+from sa3dist.errors import CheckpointError, printable
 
 log = logging.getLogger(__name__)
 

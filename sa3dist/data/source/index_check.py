@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from sa3dist.data.remote.fetch import MAX_MEMBER_BYTES
 from sa3dist.data.source.archive import AUDIO_EXTENSIONS
 from sa3dist.data.source.audio import MAX_SECONDS, SAMPLE_RATE_RANGE_HZ
-from sa3dist.data.source.containers import MAX_MEMBER_BYTES, name_fault
-from sa3dist.data.source.kinds import LeftOut
-from sa3dist.formats import ClipEntry, DatasetIndex, ShardEntry
+from sa3dist.data.source.containers import name_fault
+from sa3dist.formats import ClipEntry, DatasetIndex, LeftOut, ShardEntry
 
 if TYPE_CHECKING:
     from sa3dist.data.latents.shards import EncodedClip, Encoders, LatentShard

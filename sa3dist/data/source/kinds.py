@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 # What libsndfile reads in the containers of audio.py.
@@ -37,52 +35,6 @@ SYSTEM_FOLDERS = frozenset(("__macosx", "$recycle.bin", "system volume informati
 # Their audio is deleted, or no audio at all.
 _DISCARDED = ("__macosx", "$recycle.bin", "@eadir", ".trash", ".git", "._")
 BESIDE_SHARDS = "file", "beside shards: of a folder with .tar files on top only these are read"
-# More of one kind are counted.
-NAMES_KEPT = 1000
-
-
-@dataclasses.dataclass(frozen=True)
-class LeftOut:
-    """Files of one kind that nothing is trained on, and why.
-
-    what    the kind in the singular        count   how many
-    names   of as many as are named: all of them in a listing, NAMES_KEPT in an index, none of system files
-    """
-
-    what: str
-    why: str
-    count: int
-    names: tuple[str, ...] = ()
-
-    def line(self, most: int = 3) -> str:
-        """One line for people, with the first ``most`` names."""
-        named = ", ".join(printable(name) for name in self.names[:most])
-        more = f" and {self.count - most} more" if self.names and self.count > most else ""
-        listed = f" ({named}{more})" if named else ""
-        return f"{self.count} {self.what}{'s' * (self.count != 1)}{listed}: {self.why}"
-
-    def kept(self) -> LeftOut:
-        """As an index holds it."""
-        return dataclasses.replace(self, names=self.names[:NAMES_KEPT])
-
-    def named_in(self, place: str) -> LeftOut:
-        """With ``place`` in front of every name."""
-        return dataclasses.replace(self, names=tuple(f"{place}/{name}" for name in self.names))
-
-
-def united(kinds: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
-    """One of each kind."""
-    found: dict[tuple[str, str], LeftOut] = {}
-    for kind in kinds:
-        before = found.get((kind.what, kind.why), LeftOut(kind.what, kind.why, 0))
-        names = before.names + kind.names
-        found[kind.what, kind.why] = LeftOut(kind.what, kind.why, before.count + kind.count, names).kept()
-    return tuple(found[key] for key in sorted(found))
-
-
-def printable(name: str) -> str:
-    """``name`` with control characters and broken encodings escaped, so that a message stays one line."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def extension_of(name: str) -> str:

@@ -8,16 +8,9 @@ from pathlib import PurePosixPath
 
 from sa3dist.data.source.captions import NoCaptions, is_json, read_manifest
 from sa3dist.data.source.containers import Container, Member
-from sa3dist.data.source.kinds import (
-    UNREAD_AUDIO_EXTENSIONS,
-    LeftOut,
-    extension_of,
-    is_audio,
-    is_manifest,
-    kind_of,
-    printable,
-)
-from sa3dist.errors import DataError
+from sa3dist.data.source.kinds import UNREAD_AUDIO_EXTENSIONS, extension_of, is_audio, is_manifest, kind_of
+from sa3dist.errors import DataError, printable
+from sa3dist.formats import LeftOut
 
 _OF_UNREADABLE = "caption", "of audio that is left out"
 _SYSTEM = "what systems and their file managers leave behind, and names that begin with a dot"

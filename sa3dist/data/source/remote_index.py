@@ -7,20 +7,19 @@ import json
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 from sa3dist.data.remote.disk_cache import ClipCache
 from sa3dist.data.remote.download import remote_info, version_of
-from sa3dist.data.remote.fetch import Downloads, address_name, filesystem, shown
+from sa3dist.data.remote.fetch import MAX_TOTAL_BYTES, Downloads, address_name, filesystem, shown
 from sa3dist.data.source.archive import pair_members
 from sa3dist.data.source.build import checked_clips, decoder, identity_of, settle
-from sa3dist.data.source.containers import MAX_TOTAL_BYTES, TarContainer
-from sa3dist.data.source.kinds import LeftOut, united
+from sa3dist.data.source.containers import TarContainer
 from sa3dist.data.source.remote_shards import RemoteShards, check_sizes, find_index, has_ranges, tars_of
 from sa3dist.data.source.shard_split import Known, earlier_indices, known_facts, write_report
 from sa3dist.errors import DataError
-from sa3dist.formats import ClipEntry, DatasetIndex, ShardEntry, atomic_directory, digest_of
+from sa3dist.formats import ClipEntry, DatasetIndex, LeftOut, ShardEntry, atomic_directory, digest_of
 
 log = logging.getLogger(__name__)
 
@@ -135,11 +134,13 @@ class _Reading:
                 part = self._part(name, url, known)
                 clips += part.clips
                 shards += part.shards
-                left_out += (kind.named_in(name) for kind in part.left_out)
+                for kind in part.left_out:
+                    names = tuple(f"{name}/{one}" for one in kind.names)
+                    left_out.append(dataclasses.replace(kind, names=names))
                 self._problems |= {f"{name} {line}": (f"{name}, {line}",) for line in part.skipped}
                 report(done, len(self._urls))
             options = self._options
-            together = united(left_out)
+            together = _united(left_out)
             settings = options.on_bad_clip, options.allow_any_dataset_size
             skipped = settle(self._label, self._refusals, self._problems, len(clips), *settings, together)
         except DataError:
@@ -195,3 +196,13 @@ def _unique(clips: list[ClipEntry]) -> tuple[ClipEntry, ...]:
     if clips and max(Counter(clip.key for clip in clips).values()) > 1:
         clips = [dataclasses.replace(clip, key=f"{PurePosixPath(clip.shard).stem}/{clip.key}") for clip in clips]
     return tuple(sorted(clips, key=lambda clip: clip.key))
+
+
+def _united(kinds: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
+    """One of each kind."""
+    found: dict[tuple[str, str], LeftOut] = {}
+    for kind in kinds:
+        before = found.get((kind.what, kind.why), LeftOut(kind.what, kind.why, 0))
+        names = before.names + kind.names
+        found[kind.what, kind.why] = LeftOut(kind.what, kind.why, before.count + kind.count, names).kept()
+    return tuple(found[key] for key in sorted(found))

@@ -15,10 +15,10 @@ from sa3dist.data.remote.fetch import address_name, filesystem, is_remote, look_
 from sa3dist.data.remote.ranges import NoRanges, read_range
 from sa3dist.data.source.archive import expand_braces, two_readings
 from sa3dist.data.source.index_check import index_faults
-from sa3dist.data.source.kinds import BESIDE_SHARDS, LeftOut, extension_of, is_audio
+from sa3dist.data.source.kinds import BESIDE_SHARDS, extension_of, is_audio
 from sa3dist.data.source.shard_split import REPORT_NAME
 from sa3dist.errors import DataError
-from sa3dist.formats import INDEX_NAME, ClipEntry, DatasetIndex
+from sa3dist.formats import INDEX_NAME, ClipEntry, DatasetIndex, LeftOut
 
 log = logging.getLogger(__name__)
 

@@ -14,11 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from sa3dist.data.source.audio import AudioFacts
-from sa3dist.data.source.kinds import NAMES_KEPT
 from sa3dist.data.source.tar_writer import member_stem
-from sa3dist.errors import DataError
-from sa3dist.formats import ClipEntry, DatasetIndex, ShardEntry, atomic_path, digest_of, file_sha256
-from sa3dist.wording import counted, span
+from sa3dist.errors import DataError, counted, span
+from sa3dist.formats import NAMES_KEPT, ClipEntry, DatasetIndex, ShardEntry, atomic_path, digest_of, file_sha256
 
 log = logging.getLogger(__name__)
 

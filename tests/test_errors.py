@@ -6,8 +6,8 @@ import re
 import pytest
 
 from sa3dist import cli, errors, train
+from sa3dist.errors import counted, span
 from sa3dist.runtime.exit_status import report
-from sa3dist.wording import counted, span
 from tests.helpers.clips import captioned, write_folder
 
 
