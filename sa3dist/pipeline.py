@@ -26,7 +26,7 @@ from sa3dist.data.latents.source import (
     LatentDataset,
     StreamedDataset,
 )
-from sa3dist.data.remote.fetch import shown
+from sa3dist.data.remote.fetch import redacted
 from sa3dist.data.source.archive import check_local
 from sa3dist.data.source.build import Measure
 from sa3dist.data.source.cut_captions import say_cut_captions
@@ -304,7 +304,7 @@ class Run:
     def _public_settings(self) -> dict[str, Any]:
         # URLs may hold credentials, and these files are given away.
         urls = {key: getattr(self.settings, key) for key in ("audio_data_url", "lora_checkpoint_url")}
-        return {**self.settings.as_dict(), **{key: shown(url) for key, url in urls.items() if url}}
+        return {**self.settings.as_dict(), **{key: redacted(url) for key, url in urls.items() if url}}
 
     def _before_work(self, doing: str) -> None:
         self.stop.raise_if_asked(doing)

@@ -19,7 +19,7 @@ from sa3dist.data.latents.source import (
     streamed_shards,
 )
 from sa3dist.data.remote.disk_cache import ClipCache
-from sa3dist.data.remote.fetch import shown
+from sa3dist.data.remote.fetch import redacted
 from sa3dist.data.source import build, remote_index
 from sa3dist.errors import counted, span
 from sa3dist.formats import DatasetIndex
@@ -94,7 +94,7 @@ def _find_latents(settings: Settings, stop: StopRequest) -> list[Paths] | None:
         return None
     paths = fetch_latents(parts, settings.work_dir, stop, settings.max_download_bytes)
     index = _read_latents(settings, paths, stop)
-    build.check_count(shown(settings.audio_data_url), len(index.clips), settings.allow_any_dataset_size)
+    build.check_count(redacted(settings.audio_data_url), len(index.clips), settings.allow_any_dataset_size)
     found = counted(len(index.clips), "clip"), counted(len(paths), "shard")
     log.info("dataset: %s as latents in %s", *found)
     return paths

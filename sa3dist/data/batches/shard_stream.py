@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from sa3dist.data.batches.worker_shards import Cursor, Lane
 from sa3dist.data.latents.shards import FLIPPED, LATENTS, MEND, PROMPT, SHARD_INDEX_VERSION, Encoders
 from sa3dist.data.remote.download import download, remote_info
-from sa3dist.data.remote.fetch import filesystem, is_remote, shown
+from sa3dist.data.remote.fetch import filesystem, is_remote, redacted
 from sa3dist.data.source.archive import AUDIO_EXTENSIONS
 from sa3dist.data.source.audio import check_audio
 from sa3dist.data.source.captions import caption_text
@@ -97,7 +97,7 @@ class ShardSource:
 
         def opened(sources: Iterable[Sample]) -> Iterator[Sample]:
             for source in sources:
-                reading[0] = shown(source["url"])
+                reading[0] = redacted(source["url"])
                 with self._open(source["url"], scratch, should_stop) as stream:
                     check_tar(stream, reading[0])
                     yield {**source, "stream": stream}
@@ -120,8 +120,8 @@ class ShardSource:
             raise EnvironmentFailure(f"{reading[0]}: no readable shard ({reason}); make or copy it again") from error
         for url in urls:
             # Also because a lane whose shards are all empty would look for a clip forever.
-            if shown(url) not in seen:
-                raise DataError(f"{shown(url)}: holds no clip; leave it out")
+            if redacted(url) not in seen:
+                raise DataError(f"{redacted(url)}: holds no clip; leave it out")
 
     @contextlib.contextmanager
     def _open(self, url: str, scratch: Path, should_stop: Callable[[], bool]) -> Iterator[BinaryIO]:
@@ -135,8 +135,8 @@ class ShardSource:
         scratch.unlink(missing_ok=True)
         try:
             system, path = filesystem(url)
-            info = remote_info(system, path, shown(url), should_stop)
-            download(system, path, info, scratch, shown(url), self.max_bytes, should_stop)
+            info = remote_info(system, path, redacted(url), should_stop)
+            download(system, path, info, scratch, redacted(url), self.max_bytes, should_stop)
             with scratch.open("rb") as stream:
                 yield stream
         finally:
@@ -183,17 +183,17 @@ def latent_clips(samples: Iterable[Sample], encoders: Encoders) -> Iterator[Shar
         try:
             content = {kind: sample[f"{kind}.safetensors"] for kind in sha256}
         except KeyError as error:
-            raise EnvironmentFailure(f"{shown(shard)}, clip {clip.key}: has no {error.args[0]}; {MEND}") from error
+            raise EnvironmentFailure(f"{redacted(shard)}, clip {clip.key}: has no {error.args[0]}; {MEND}") from error
         if PROMPT in content:
             prompts[clip.caption] = content[PROMPT], sha256[PROMPT]
         content[PROMPT], sha256[PROMPT] = prompts[clip.caption]
         count += 1
-        yield ShardClip(clip, shown(shard), content, sha256)
+        yield ShardClip(clip, redacted(shard), content, sha256)
     _expect(shard, count, of)
 
 
 def _facts(sample: Sample, encoders: Encoders) -> dict[str, Any]:
-    shard = shown(sample["__url__"])
+    shard = redacted(sample["__url__"])
     data = sample.get("json", b"")
     if not is_sealed(data):
         raise EnvironmentFailure(f"{shard}, clip {sample['__key__']}: its facts are missing or damaged; {MEND}")
@@ -211,13 +211,13 @@ def _facts(sample: Sample, encoders: Encoders) -> dict[str, Any]:
 
 def _expect(shard: str, count: int, of: int) -> None:
     if count != of:
-        raise EnvironmentFailure(f"{shown(shard)}: clip {min(count, of)} is not in its place; {MEND}")
+        raise EnvironmentFailure(f"{redacted(shard)}: clip {min(count, of)} is not in its place; {MEND}")
 
 
 def audio_clips(samples: Iterable[Sample]) -> Iterator[ShardClip]:
     """Clips of audio shards with their captions. What cannot be used raises DataError, naming shard and clip."""
     for sample in samples:
-        shard, key = shown(sample["__url__"]), sample["__key__"]
+        shard, key = redacted(sample["__url__"]), sample["__key__"]
         sounds = [extension for extension in AUDIO_EXTENSIONS if extension in sample]
         captions = [extension for extension in ("txt", "json") if extension in sample]
         try:

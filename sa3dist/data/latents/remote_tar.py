@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 
 from sa3dist.data.remote.disk_cache import ClipCache
-from sa3dist.data.remote.fetch import shown
+from sa3dist.data.remote.fetch import redacted
 from sa3dist.data.remote.ranges import read_range
 from sa3dist.errors import EnvironmentFailure
 
@@ -28,7 +28,7 @@ class RemoteTar:
     should_stop: Callable[[], bool]
 
     def __str__(self) -> str:
-        return shown(self.url)
+        return redacted(self.url)
 
     def read(self, offset: int, length: int, sha256: str, what: str) -> bytes:
         """One member, verified. Raises EnvironmentFailure, naming shard and ``what``, when it is never as written."""

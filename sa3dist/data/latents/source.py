@@ -12,7 +12,7 @@ from sa3dist.data.latents.remote_tar import RemoteTar
 from sa3dist.data.latents.shards import MEND, SHARD_PREFIX, LatentShard, dataset_digest
 from sa3dist.data.remote.disk_cache import ClipCache
 from sa3dist.data.remote.download import remote_info
-from sa3dist.data.remote.fetch import Downloads, address_name, filesystem, is_remote, shown, split_query
+from sa3dist.data.remote.fetch import Downloads, address_name, filesystem, is_remote, redacted, split_query
 from sa3dist.data.source.archive import expand_braces, local_path, shards_on_top, tars_on_top
 from sa3dist.data.source.folders import FolderContainer
 from sa3dist.data.source.kinds import BESIDE_SHARDS
@@ -52,7 +52,7 @@ def latent_shards_of(source: str) -> list[str] | None:
 
 def streamed_shards(source: str) -> StreamedDataset:
     """The shards of any kind ``source`` names. Raises DataError when it names something else, or both kinds."""
-    label = shown(source)
+    label = redacted(source)
     urls = _shards_named(source, lambda name: _last_part(name).lower().endswith(".tar"))
     if urls is None:
         raise DataError(f"{label}: mode: streaming reads shards (.tar, a pattern or a folder of them)")
@@ -119,11 +119,11 @@ def fetch_latents(parts: list[str], work_dir: Path, should_stop: Callable[[], bo
         if not is_remote(part):
             return str(local_path(part)), str(local_path(index)), 0
         system, path = filesystem(part)
-        size = remote_info(system, path, shown(part), should_stop).get("size") or 0
+        size = remote_info(system, path, redacted(part), should_stop).get("size") or 0
         if stays is None:
             stays = bool(size) and has_ranges(part, size, should_stop)
             if not stays:
-                log.warning("%s: the server does not send parts of files, downloading the shards whole", shown(part))
+                log.warning("%s: the server does not send parts of files, downloading the shards whole", redacted(part))
         tar, size = (part, size) if stays and size else (str(downloads.fetch(part)), 0)
         return tar, str(downloads.fetch(index)), size
 
@@ -145,7 +145,7 @@ def read_latents(
         LatentShard.read(RemoteTar(tar, size, cache, should_stop) if size else Path(tar), Path(index))
         for tar, index, size in paths
     )
-    label, first = shown(source), shards[0]
+    label, first = redacted(source), shards[0]
     if "{" not in source and not split_query(source)[0].endswith(".tar"):
         numbers = {shard.number for shard in shards}
         # The first gap: how many there are is what a file says.

@@ -42,7 +42,7 @@ def address_name(source: str) -> str:
     return split_query(source)[0].partition("://")[2].partition("/")[2].rpartition("/")[2]
 
 
-def shown(source: str) -> str:
+def redacted(source: str) -> str:
     """``source`` without user, password and query, which may hold secrets."""
     if not is_remote(source):
         return source
@@ -92,7 +92,7 @@ class Downloads:
 
         def while_waiting() -> None:
             if self._should_stop():
-                raise Interrupted(f"{shown(source)}: stopped while another run downloads it; run again")
+                raise Interrupted(f"{redacted(source)}: stopped while another run downloads it; run again")
 
         try:
             with alone(self._directory / f".{digest_of(source)[:16]}.lock", while_waiting):
@@ -103,7 +103,7 @@ class Downloads:
                 self._directory.rmdir()
 
     def _fetch(self, source: str) -> Path:
-        label = shown(source)
+        label = redacted(source)
         system, path, info = look_up(source, self._should_stop)
         local = (
             self._folder(system, path, source)
@@ -188,7 +188,7 @@ class Downloads:
         try:
             for name, info in found:
                 relative = name[len(path.rstrip("/")) + 1 :]
-                label = f"{shown(source)}, {relative}"
+                label = f"{redacted(source)}, {relative}"
                 if relative.startswith("/") or ".." in relative.split("/"):
                     raise DataError(f"{label}: points outside the folder; rename it")
                 local, version = target / relative, version_of(info)
@@ -214,7 +214,7 @@ def look_up(source: str, should_stop: Callable[[], bool]) -> tuple[Any, str, dic
     """As ``filesystem``, and fsspec's description of the file. Raises as ``download`` does."""
     system, path = filesystem(source)
     try:
-        return system, path, remote_info(system, path, shown(source), should_stop)
+        return system, path, remote_info(system, path, redacted(source), should_stop)
     except DataError as error:
         if "#" not in split_query(source)[1].partition("?")[0]:
             raise
@@ -235,10 +235,10 @@ def filesystem(source: str):
         return fsspec.core.url_to_fs(source)
     except ImportError as error:
         hint = _EXTRAS.get(scheme, "install the package it names")
-        raise DataError(f"{shown(source)}: {scheme}:// needs an optional package ({error}); {hint}") from error
+        raise DataError(f"{redacted(source)}: {scheme}:// needs an optional package ({error}); {hint}") from error
     except ValueError as error:
         raise DataError(
-            f"{shown(source)}: {scheme}:// is no known kind of location; use a path, http(s):// or s3://"
+            f"{redacted(source)}: {scheme}:// is no known kind of location; use a path, http(s):// or s3://"
         ) from error
 
 
@@ -252,7 +252,7 @@ def _web(source: str, scheme: str):
     try:
         address = as_sent(source)
     except ValueError as error:
-        raise DataError(f"{shown(source)}: no valid address ({error}); check it") from error
+        raise DataError(f"{redacted(source)}: no valid address ({error}); check it") from error
     # At once, rather than as the cause of a failed request.
     proxy_for(address)
     # aiohttp's default ends every request, however it goes, after five minutes.

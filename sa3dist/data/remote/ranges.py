@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sa3dist.data.remote.download import BLOCK_BYTES, SMALLEST_BLOCK_BYTES, persist
-from sa3dist.data.remote.fetch import filesystem, shown
+from sa3dist.data.remote.fetch import filesystem, redacted
 from sa3dist.errors import EnvironmentFailure
 
 
@@ -21,7 +21,7 @@ def read_range(source: str, file_bytes: int, first: int, length: int, should_sto
     Raises DataError when the file is not there or may not be read, NoRanges, EnvironmentFailure when it keeps breaking
     off, Interrupted.
     """
-    label = shown(source)
+    label = redacted(source)
     reader = _Reader(*filesystem(source), label, file_bytes, first, length)
     persist(reader.attempt, label, should_stop, reader.moved)
     return bytes(reader.data)

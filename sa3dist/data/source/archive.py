@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from sa3dist.data.remote.fetch import MAX_TOTAL_BYTES, Downloads, is_remote, shown, split_query
+from sa3dist.data.remote.fetch import MAX_TOTAL_BYTES, Downloads, is_remote, redacted, split_query
 from sa3dist.data.remote.local_paths import local_name
 from sa3dist.data.source.containers import Container, TarContainer
 from sa3dist.data.source.folders import FolderContainer
@@ -43,8 +43,8 @@ def open_source(
         paths = [downloads.fetch(part) if is_remote(part) else local_path(part) for part in expand_braces(source)]
         for directory in outputs:
             for path in paths:
-                _refuse_clips_among_results(path, directory, shown(source))
-        with _container(paths, shown(source)) as container:
+                _refuse_clips_among_results(path, directory, redacted(source))
+        with _container(paths, redacted(source)) as container:
             container.leave_out_own()
             if container.own:
                 container.left_out[OWN] = [_with_sounds(paths[0], name) for name in container.own]
@@ -61,9 +61,9 @@ def expand_braces(source: str) -> list[str]:
     """
     address, query = split_query(source)
     if address.endswith(".tar"):
-        return [name + query for name in _numbered(address, shown(source))]
+        return [name + query for name in _numbered(address, redacted(source))]
     # A server that takes the name of the file as its query.
-    return _numbered(source, shown(source)) if source.endswith(".tar") else [source]
+    return _numbered(source, redacted(source)) if source.endswith(".tar") else [source]
 
 
 def _numbered(pattern: str, label: str) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from sa3dist.data.remote.disk_cache import ClipCache
 from sa3dist.data.remote.download import remote_info, version_of
-from sa3dist.data.remote.fetch import MAX_TOTAL_BYTES, Downloads, address_name, filesystem, shown
+from sa3dist.data.remote.fetch import MAX_TOTAL_BYTES, Downloads, address_name, filesystem, redacted
 from sa3dist.data.source.archive import pair_members
 from sa3dist.data.source.build import checked_clips, decoder, identity_of, settle
 from sa3dist.data.source.containers import TarContainer
@@ -60,14 +60,16 @@ def index_remote(
     with tempfile.TemporaryDirectory(prefix=".index-", suffix=".tmp", dir=work_dir) as scratch:
         found = find_index(source, tars, Path(scratch), should_stop)
     if not _sends_ranges(found, tars, should_stop):
-        log.warning("%s: the server does not send parts of files, downloading the shards whole", shown(source))
+        log.warning("%s: the server does not send parts of files, downloading the shards whole", redacted(source))
         return None
     if found is not None:
         index, urls = found
         check_sizes(index, urls, should_stop)
-        skipped = settle(shown(source), (), {}, len(index.clips), options.on_bad_clip, options.allow_any_dataset_size)
+        skipped = settle(
+            redacted(source), (), {}, len(index.clips), options.on_bad_clip, options.allow_any_dataset_size
+        )
         return _publish(dataclasses.replace(index, skipped=skipped), work_dir), urls
-    log.info("%s: no index beside the shards, reading all of them once", shown(source))
+    log.info("%s: no index beside the shards, reading all of them once", redacted(source))
     return _Reading(source, tars, work_dir, options, should_stop).run(report)
 
 
@@ -83,7 +85,7 @@ def _sends_ranges(found, tars: list[str], should_stop: Callable[[], bool]) -> bo
         index, urls = found
         return not index.shards or has_ranges(urls[index.shards[0].name], index.shards[0].bytes, should_stop)
     system, path = filesystem(tars[0])
-    size = remote_info(system, path, shown(tars[0]), should_stop).get("size")
+    size = remote_info(system, path, redacted(tars[0]), should_stop).get("size")
     return bool(size) and has_ranges(tars[0], size, should_stop)
 
 
@@ -114,7 +116,7 @@ class _Reading:
     def __init__(
         self, source: str, tars: list[str], work_dir: Path, options: RemoteOptions, should_stop: Callable[[], bool]
     ) -> None:
-        self._label, self._work_dir, self._options, self._should_stop = shown(source), work_dir, options, should_stop
+        self._label, self._work_dir, self._options, self._should_stop = redacted(source), work_dir, options, should_stop
         names = [address_name(tar) for tar in tars]
         if len(set(names)) < len(names):
             names = [f"{number:06d}-{name}" for number, name in enumerate(names)]
@@ -154,15 +156,15 @@ class _Reading:
     def _part(self, name: str, url: str, known: Known) -> DatasetIndex:
         """What is in one shard; ``skipped`` holds a line for each of its bad clips."""
         system, path = filesystem(url)
-        version = version_of(remote_info(system, path, shown(url), self._should_stop))
-        key = digest_of(name, shown(url), json.dumps(version, sort_keys=True))
+        version = version_of(remote_info(system, path, redacted(url), self._should_stop))
+        key = digest_of(name, redacted(url), json.dumps(version, sort_keys=True))
         kept = self._work_dir / "remote" / key[:16]
         if version:
             try:
                 return DatasetIndex.read(kept)
             except DataError:
                 # Not read yet, or damaged, which reading it again mends.
-                log.info("%s: reading it", shown(url))
+                log.info("%s: reading it", redacted(url))
         refused = len(self._refusals)
         with self._downloads.borrowed(url) as local:
             part = self._checked(local, name, url, known)
@@ -173,7 +175,7 @@ class _Reading:
 
     def _checked(self, local: Path, name: str, url: str, known: Known) -> DatasetIndex:
         clips, skipped = [], []
-        with TarContainer([local], shown(url)) as container:
+        with TarContainer([local], redacted(url)) as container:
             listing = pair_members(container)
             self._refusals += [f"{name}, {line}" for line in listing.refusals]
             skipped += ["; ".join(lines) for lines in listing.problems.values()]

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from sa3dist.data.remote.disk_cache import ClipCache
 from sa3dist.data.remote.download import download, remote_info
-from sa3dist.data.remote.fetch import address_name, filesystem, is_remote, look_up, shown, split_query
+from sa3dist.data.remote.fetch import address_name, filesystem, is_remote, look_up, redacted, split_query
 from sa3dist.data.remote.ranges import NoRanges, read_range
 from sa3dist.data.source.archive import expand_braces, two_readings
 from sa3dist.data.source.index_check import index_faults
@@ -54,9 +54,9 @@ class RemoteShards:
             if hashlib.sha256(data).hexdigest() == entry.audio_sha256:
                 self.cache.put(entry.audio_sha256, data)
                 return data
-            log.warning("%s, clip %s: other bytes than the index has, reading again", shown(url), entry.key)
+            log.warning("%s, clip %s: other bytes than the index has, reading again", redacted(url), entry.key)
         raise DataError(
-            f"{shown(url)}, clip {entry.key}: the audio bytes are not the ones in the index, the shard has changed or "
+            f"{redacted(url)}, clip {entry.key}: the audio bytes are not the ones in the index, the shard has changed or "
             f"is damaged; write shard and index again"
         )
 
@@ -87,9 +87,9 @@ def tars_of(source: str, should_stop: Callable[[], bool]) -> list[str] | None:
     below = "directory" in found.values()
     names = [name[len(path.rstrip("/")) + 1 :] for name in system.find(path)] if below else found
     for name in filter(is_audio, sorted(names)):
-        raise DataError(two_readings(shown(source), tars[0], name))
+        raise DataError(two_readings(redacted(source), tars[0], name))
     if beside := sorted({*names} - {*tars, INDEX_NAME, REPORT_NAME}):
-        log.warning("%s: left out: %s", shown(source), LeftOut(*BESIDE_SHARDS, len(beside), tuple(beside)).line())
+        log.warning("%s: left out: %s", redacted(source), LeftOut(*BESIDE_SHARDS, len(beside), tuple(beside)).line())
     return [f"{source.rstrip('/')}/{name}" for name in tars]
 
 
@@ -117,7 +117,7 @@ def find_index(
     if tars:
         named = {address_name(tar): tar for tar in tars}
         if not named.keys() <= urls.keys():
-            log.warning("%s does not know all of the shards named: reading them without it", shown(url))
+            log.warning("%s does not know all of the shards named: reading them without it", redacted(url))
             return None
         urls = named
         index = dataclasses.replace(
@@ -135,22 +135,22 @@ def _read_index(url: str, scratch: Path, should_stop: Callable[[], bool]) -> Dat
     for attempt in range(READS):
         path.unlink(missing_ok=True)
         try:
-            info = remote_info(system, remote, shown(url), should_stop)
-            download(system, remote, info, path, shown(url), MAX_INDEX_BYTES, should_stop)
+            info = remote_info(system, remote, redacted(url), should_stop)
+            download(system, remote, info, path, redacted(url), MAX_INDEX_BYTES, should_stop)
         except DataError as error:
             # Some servers answer "forbidden" for what is not there.
             raise FileNotFoundError(str(error)) from error
         try:
             index = DatasetIndex.read(scratch)
         except DataError as error:
-            log.warning("%s: damaged, or no index of ours (attempt %d)", shown(url), attempt + 1)
+            log.warning("%s: damaged, or no index of ours (attempt %d)", redacted(url), attempt + 1)
             problem = error
             continue
         for fault in index_faults(index):
-            raise DataError(f"{shown(url)}: {fault}; write it again with sa3dist shard")
+            raise DataError(f"{redacted(url)}: {fault}; write it again with sa3dist shard")
         return index
     reason = str(problem).removeprefix(f"{path}: ").partition(";")[0]
-    raise DataError(f"{shown(url)}: {reason}; write it again with sa3dist shard")
+    raise DataError(f"{redacted(url)}: {reason}; write it again with sa3dist shard")
 
 
 def has_ranges(url: str, file_bytes: int, should_stop: Callable[[], bool]) -> bool:
@@ -166,10 +166,10 @@ def check_sizes(index: DatasetIndex, urls: dict[str, str], should_stop: Callable
     """Raises DataError when a shard is missing or has another length than the index says."""
     for shard in index.shards:
         system, path = filesystem(urls[shard.name])
-        found = remote_info(system, path, shown(urls[shard.name]), should_stop).get("size")
+        found = remote_info(system, path, redacted(urls[shard.name]), should_stop).get("size")
         if found is not None and found != shard.bytes:
             raise DataError(
-                f"{shown(urls[shard.name])}: {found} bytes, its index says {shard.bytes}; write shard and index again"
+                f"{redacted(urls[shard.name])}: {found} bytes, its index says {shard.bytes}; write shard and index again"
             )
 
 

@@ -164,8 +164,8 @@ def test_an_unknown_kind_of_location_is_refused(tmp_path):
 
 
 def test_names_shown_keep_no_secrets():
-    assert fetch.shown("https://me:pw@host.org/a.zip?X-Sig=abc#x") == "https://host.org/a.zip"
-    assert fetch.shown("/local/odd?name.zip") == "/local/odd?name.zip"
+    assert fetch.redacted("https://me:pw@host.org/a.zip?X-Sig=abc#x") == "https://host.org/a.zip"
+    assert fetch.redacted("/local/odd?name.zip") == "/local/odd?name.zip"
 
 
 def test_the_source_is_closed_and_cleaned_when_the_reader_fails(memory, tmp_path):
