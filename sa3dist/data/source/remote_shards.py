@@ -56,8 +56,8 @@ class RemoteShards:
                 return data
             log.warning("%s, clip %s: other bytes than the index has, reading again", redacted(url), entry.key)
         raise DataError(
-            f"{redacted(url)}, clip {entry.key}: the audio bytes are not the ones in the index, the shard has changed or "
-            f"is damaged; write shard and index again"
+            f"{redacted(url)}, clip {entry.key}: the audio bytes are not the ones in the index, the shard has changed "
+            f"or is damaged; write shard and index again"
         )
 
 
@@ -169,7 +169,8 @@ def check_sizes(index: DatasetIndex, urls: dict[str, str], should_stop: Callable
         found = remote_info(system, path, redacted(urls[shard.name]), should_stop).get("size")
         if found is not None and found != shard.bytes:
             raise DataError(
-                f"{redacted(urls[shard.name])}: {found} bytes, its index says {shard.bytes}; write shard and index again"
+                f"{redacted(urls[shard.name])}: {found} bytes, its index says {shard.bytes}; "
+                f"write shard and index again"
             )
 
 
