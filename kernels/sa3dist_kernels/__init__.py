@@ -5,7 +5,7 @@ from sa3dist_kernels.adapter_types import ADAPTER_TYPES, AdapterType
 from sa3dist_kernels.formed_linear import formed_linear
 from sa3dist_kernels.formed_weights import FormedLayer, FormedSpec, FormedWeights
 from sa3dist_kernels.frozen_products import frozen_linear
-from sa3dist_kernels.norm_memo import NormMemo
+from sa3dist_kernels.norm_cache import NormCache
 from sa3dist_kernels.weight_norms import FrozenConstants, frozen_constants
 
 __all__ = [
@@ -15,7 +15,7 @@ __all__ = [
     "FormedSpec",
     "FormedWeights",
     "FrozenConstants",
-    "NormMemo",
+    "NormCache",
     "adapted_linear",
     "effective_weight_reference",
     "formed_linear",

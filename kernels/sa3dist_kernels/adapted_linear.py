@@ -1,4 +1,4 @@
-"""An adapted linear layer, y = W' x + bias, by itself: with its norms shared over a step, but nothing else kept.
+"""One adapted linear layer by itself, y = W' x + bias; nothing but its norms is kept from call to call.
 
 With W0 the frozen weight, s the scale, L and R the two factors of the update and V = W0 + s L R,
 
@@ -7,9 +7,9 @@ With W0 the frozen weight, s the scale, L and R the two factors of the update an
 
     y = W' x + bias
 
-on one of two paths. In plain torch W' and its gradient are never formed (``factored_linear``): the norms come from
-thin products with W0 (``weight_norms``), and may be found once for several calls (``norm_memo``). On the Triton kernels
-W' is formed for every use (``formed_per_use``). Training on a GPU takes neither: it forms W' once per step
+There are two paths. In plain torch W' and its gradient are never formed (``factored_linear``): the norms come from thin
+products with W0 (``weight_norms``) and may be shared by several calls (``norm_cache``). On the Triton kernels W' is
+formed for every use (``formed_per_use``). Training on a GPU takes neither: it forms W' once per step
 (``formed_linear``).
 
 Layouts: N tokens, O fan_out, I fan_in, R rank.
@@ -18,14 +18,14 @@ Layouts: N tokens, O fan_out, I fan_in, R rank.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 
 from sa3dist_kernels.adapter_types import AdapterType
-from sa3dist_kernels.factored_linear import FactoredLinear, rides_along, scalings
+from sa3dist_kernels.factored_linear import FactoredLinear, cross_from_product, scalings
 from sa3dist_kernels.frozen_products import compute_dtype, no_autocast, product_dtype
-from sa3dist_kernels.norm_memo import NormMemo
+from sa3dist_kernels.norm_cache import NormCache
 from sa3dist_kernels.weight_norms import EPS, FrozenConstants, Layer, frozen_constants
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
@@ -66,7 +66,7 @@ def adapted_linear(
     scale: float,
     *,
     frozen: FrozenConstants | None = None,
-    memo: NormMemo | None = None,
+    norm_cache: NormCache | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
     """``x @ W'.T + bias`` for any of the nine adapter types.
@@ -77,7 +77,7 @@ def adapted_linear(
     params  trained tensors by their names in a file (``AdapterType.parameter_shapes``); gradients come in their dtype
     scale   strength * alpha / rank
     frozen  ``frozen_constants`` of the layer; may be left out for types without frozen bases, at one more read of W0
-    memo    where norms are kept that several calls share; None finds them anew
+    norm_cache  where norms are kept that several calls share; None computes them anew
     impl    "torch" and "auto": the factored form, on any device; "triton": W' formed per use, gradients in float32
 
     Raises ValueError for an unknown ``impl``, an input whose last axis does not fit, an -xs type without its bases, or
@@ -109,20 +109,18 @@ def adapted_linear(
         return y.view(*x.shape[:-1], weight_OI.shape[0])
     if frozen is None and (kind.rows or kind.cols):
         frozen = frozen_constants(weight)
-    product = product_dtype(dtype, x.device)
-    layer = Layer(kind, scale, weight_OI, frozen, product, statistic)
-    known = None
-    recall = _recall(memo, layer, params, (scale, product, statistic))
-    if recall and not rides_along(kind):
-        with torch.no_grad(), no_autocast(x.device):
-            known = recall(functools.partial(scalings, layer, *trained))
+    layer = Layer(kind, scale, weight_OI, frozen, product_dtype(dtype, x.device), statistic)
+    known = _known_scalings(layer, norm_cache, params, trained, x.device)
     y = FactoredLinear.apply(rows, *trained, bias, layer, weight, known)
     return y.view(*x.shape[:-1], weight_OI.shape[0])
 
 
-def _recall(memo: NormMemo | None, layer: Layer, params, settings: tuple) -> Callable | None:
-    """``memo.recall`` for a function that finds the norms; None where there is nothing to share or to find."""
-    # A compiled graph must not come to depend on what a memo happened to hold.
-    if memo is None or torch.compiler.is_compiling() or not (layer.kind.rows or layer.kind.cols):
+def _known_scalings(layer: Layer, norm_cache: NormCache | None, params: Mapping[str, torch.Tensor], trained, device):
+    """Both scalings through the cache; None without one, or where the main product gives them (see FactoredLinear)."""
+    kind = layer.kind
+    # A compiled graph must not come to depend on what a cache happened to hold.
+    if norm_cache is None or torch.compiler.is_compiling() or cross_from_product(kind) or not (kind.rows or kind.cols):
         return None
-    return functools.partial(memo.recall, settings, params.values())
+    settings = layer.scale, layer.product, layer.statistic
+    with torch.no_grad(), no_autocast(device):
+        return norm_cache.get_or_compute(settings, params.values(), functools.partial(scalings, layer, *trained))

@@ -11,7 +11,7 @@ from sa3dist_kernels import (
     AdapterType,
     FormedLayer,
     FrozenConstants,
-    NormMemo,
+    NormCache,
     adapted_linear,
     effective_weight_reference,
     formed_linear,
@@ -66,8 +66,8 @@ class AdaptedLayer(nn.Module):
         # alpha / rank. ``strength`` multiplies it: 1 in training, adjustable afterwards.
         self.scale = scale
         self.strength = 1.0
-        # Set by ``unchanged`` for the stretch in which the adapter stays as it is.
-        self.memo: NormMemo | None = None
+        # Set by ``cached_norms`` while the trained tensors stay as they are.
+        self.norm_cache: NormCache | None = None
         # Set while W' is kept for whole optimiser steps: what the passes read, and the leaf that gets the raw sums.
         self.formed: FormedLayer | None = None
         self.sums: torch.Tensor | None = None
@@ -99,7 +99,7 @@ class AdaptedLayer(nn.Module):
             formed = self.formed
             z = formed_linear(x, self.sums, formed.weight_OI, formed.left_OR, formed.right_RI, self.kind)
             return z if self.bias is None else z + self.bias.to(z.dtype)
-        named = {"frozen": self.adapter.frozen, "memo": self.memo}
+        named = {"frozen": self.adapter.frozen, "norm_cache": self.norm_cache}
         return adapted_linear(x, self.weight, self.bias, self.trained(), self.kind, self.strength * self.scale, **named)
 
     @torch.no_grad()
@@ -117,33 +117,29 @@ class AdaptedLayer(nn.Module):
         return f"{self.kind.name}, {fan_in} -> {fan_out}, scale={self.scale:g}, strength={self.strength:g}"
 
 
-@contextlib.contextmanager
-def unchanged(layers: Iterable[AdaptedLayer]) -> Iterator[None]:
-    """Within this no trained tensor of ``layers`` is expected to change, and each layer finds its norms once.
+def cached_norms(layers: Iterable[AdaptedLayer]) -> contextlib.AbstractContextManager[None]:
+    """While this is entered each layer computes its norms once; the caller keeps the trained tensors as they are.
 
-    A change that torch's version counters tell of is noticed; norms are then found anew.
+    Within it the layers keep copies of a few tensors of their trained tensors' size.
     """
-    layers = list(layers)
-    for layer in layers:
-        layer.memo = NormMemo()
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.memo = None
+    return _norm_caches(layers, NormCache)
+
+
+def uncached_norms(layers: Iterable[AdaptedLayer]) -> contextlib.AbstractContextManager[None]:
+    """While this is entered every call of a layer computes its norms, even inside ``cached_norms``."""
+    return _norm_caches(layers, lambda: None)
 
 
 @contextlib.contextmanager
-def unshared(layers: Iterable[AdaptedLayer]) -> Iterator[None]:
-    """Within this every call of a layer finds its norms itself, whatever ``unchanged`` says around it."""
-    memos = [(layer, layer.memo) for layer in layers]
-    for layer, _ in memos:
-        layer.memo = None
+def _norm_caches(layers: Iterable[AdaptedLayer], make: Callable[[], NormCache | None]) -> Iterator[None]:
+    before = [(layer, layer.norm_cache) for layer in layers]
+    for layer, _ in before:
+        layer.norm_cache = make()
     try:
         yield
     finally:
-        for layer, memo in memos:
-            layer.memo = memo
+        for layer, cache in before:
+            layer.norm_cache = cache
 
 
 def fan_limit(layer: nn.Linear | nn.Conv1d) -> int:

@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from sa3dist_kernels.adapter_types import AdapterType
-from sa3dist_kernels.factored_linear import rides_along
+from sa3dist_kernels.factored_linear import cross_from_product
 
 from sa3dist.model.conditioners import FEATURES, HIDDEN_WIDTH
 from sa3dist.model.config import ModelConfig
@@ -272,7 +272,7 @@ class _Walk:
             # What formed weights hold they hold for the whole run.
             return
         self.part.kept_bytes += kept + norms
-        if not rides_along(kind):
+        if not cross_from_product(kind):
             self.part.norm_bytes += norms
 
     def attention(self, sizes: Iterable[tuple[int, int]], needs: bool) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from sa3dist.adapters import adapted_layers
-from sa3dist.adapters.layers import unchanged, unshared
+from sa3dist.adapters.layers import cached_norms, uncached_norms
 from sa3dist.data.batches.micro_batch import MicroBatch
 from sa3dist.data.batches.worker_shards import LanePlaces
 from sa3dist.errors import CheckpointError, DataError, EnvironmentFailure, OutOfMemory, SA3DistError
@@ -114,7 +114,7 @@ class Trainer:
 
     def _recordable_pass(self, batch: MicroBatch) -> tuple[torch.Tensor, ...]:
         """The same for a graph, which cannot know what other micro batches have found, nor send anything away."""
-        with unshared(self.layers):
+        with uncached_norms(self.layers):
             return tuple(loss.detach() for loss in self._pass(batch, last=False))
 
     def _pass_alone(self, batch: MicroBatch, last: bool) -> engine.Losses:
@@ -194,7 +194,7 @@ class Trainer:
         waited, losses, problem = 0.0, [], None
         try:
             # The norms are those of the step: found once, for all micro batches and recomputed blocks.
-            with unchanged(self.layers):
+            with cached_norms(self.layers):
                 waited, losses = self.accumulate(batches)
         except Exception as failure:
             if self.engine.lockstep:
