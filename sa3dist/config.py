@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-import math
 import os
 import re
 import types
@@ -31,19 +30,6 @@ _WHOLE = re.compile(r"[+-]?[0-9]+(?:_[0-9]+)*")
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 # Python refuses to read more digits than 4300; no setting needs as many.
 _MAX_DIGITS = 100
-
-
-def crop_frames(
-    duration: float | None, longest_seconds: float, native_seconds: float, sample_rate_hz: int, samples_per_frame: int
-) -> int:
-    """Training length in latent frames: ``duration``, else the longest clip, never above the native length; at least 1.
-
-    Floored to whole frames as the reference does (spec/training.md 3, sample size).
-    """
-    seconds = min(longest_seconds if duration is None else duration, native_seconds)
-    # A float just below a whole sample count (0.1 + 0.2 style) must not lose the frame it stands for.
-    samples = math.floor(seconds * sample_rate_hz + 1e-6)
-    return max(1, samples // samples_per_frame)
 
 
 def read_file(path: str) -> dict[str, Any]:

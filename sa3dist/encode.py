@@ -8,13 +8,13 @@ from typing import Protocol
 
 import torch
 
-from sa3dist.data.batches.micro_batch import frames_of, polarity_of_slot
 from sa3dist.data.batches.order import ClipOrder, micro_batch_slots
 from sa3dist.data.batches.read_ahead import WAITING_BYTES, ReadAhead
-from sa3dist.data.latents.cache import SILENCE_TAIL_FRAMES, EncodedClips
+from sa3dist.data.latents.cache import SILENCE_TAIL_FRAMES, EncodedClips, frames_of
 from sa3dist.data.latents.crops import EncodedCrops
 from sa3dist.data.source.bounded_map import ordered_map
 from sa3dist.errors import SA3DistError
+from sa3dist.flow.crops import polarity_of_slot
 from sa3dist.formats import ClipEntry
 from sa3dist.runtime.exit_status import translate
 from sa3dist.runtime.process_group import Group, barrier_with_errors

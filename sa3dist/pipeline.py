@@ -15,8 +15,9 @@ import torch
 import yaml
 
 from sa3dist import __version__, adapters, encode, export, loop, shard
-from sa3dist.config import Settings, crop_frames
-from sa3dist.data.batches.micro_batch import MicroBatch, MicroBatches, StreamSettings, loader, micro_indices
+from sa3dist.config import Settings
+from sa3dist.data.batches.loader import MicroBatches, loader, micro_indices
+from sa3dist.data.batches.micro_batch import MicroBatch, StreamSettings
 from sa3dist.data.batches.streaming import StreamedBatches, StreamedClips, finisher, streaming_loader
 from sa3dist.data.batches.worker_shards import LanePlaces
 from sa3dist.data.latents.cache import EncodedClips
@@ -31,6 +32,7 @@ from sa3dist.data.source.archive import check_local
 from sa3dist.data.source.build import Measure
 from sa3dist.data.source.cut_captions import say_cut_captions
 from sa3dist.errors import ConfigError, counted
+from sa3dist.flow.crops import crop_frames
 from sa3dist.formats import DatasetIndex, atomic_path, digest_of
 from sa3dist.parallel import zero_config
 from sa3dist.runtime.liveness import PREPARATION_SECONDS

@@ -199,21 +199,6 @@ def test_the_global_batch_derives_the_accumulation():
         build(batch_size=2, global_batch_size=10).accumulation(world_size=4)
 
 
-@pytest.mark.parametrize(
-    ("duration", "longest", "native", "frames"),
-    [
-        (None, 5.0, 380, 53),  # floor(5 * 44100 / 4096)
-        (None, 999.0, 380, 4091),
-        (380, 5.0, 380, 4091),
-        (380, 5.0, 120, 1291),
-        (12.0, 5.0, 380, 129),
-        (None, 0.01, 380, 1),
-    ],
-)
-def test_the_crop_is_the_duration_or_the_longest_clip_capped_and_floored(duration, longest, native, frames):
-    assert config.crop_frames(duration, longest, native, 44100, 4096) == frames
-
-
 def test_an_unreadable_config_file_leaves_the_other_words_known(tmp_path):
     merged: dict = {}
     with pytest.raises(ConfigError, match="absent.yaml"):

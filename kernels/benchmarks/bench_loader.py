@@ -32,7 +32,8 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader, Dataset
 
-from sa3dist.data.batches.micro_batch import MicroBatches, StreamSettings
+from sa3dist.data.batches.loader import MicroBatches
+from sa3dist.data.batches.micro_batch import StreamSettings
 from sa3dist.data.latents.cache import SILENCE_TAIL_FRAMES, EncodedClips
 from sa3dist.data.latents.collect import collect
 from sa3dist.data.latents.tensor_files import write_tensors

@@ -13,9 +13,10 @@ from sa3dist_kernels import ADAPTER_TYPES
 from sa3dist.adapters import candidate_layers
 from sa3dist.adapters.select import require_match
 from sa3dist.commands.plan_calibration import Factor, Measured, calibrate
-from sa3dist.config import Settings, crop_frames
+from sa3dist.config import Settings
 from sa3dist.cost_model.devices import Device
 from sa3dist.cost_model.flops import Adapter, Count, count
+from sa3dist.flow.crops import crop_frames
 from sa3dist.model.base import AUTOENCODER_PREFIX
 from sa3dist.model.config import ModelConfig
 from sa3dist.model.loading import expected_tensors, meta_roots

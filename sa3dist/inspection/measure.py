@@ -13,8 +13,9 @@ import math
 import numpy as np
 import torch
 
-from sa3dist.data.source.audio import SILENCE_PEAK, AudioFacts, check_audio
+from sa3dist.data.source.audio import AudioFacts, check_audio
 from sa3dist.data.source.clip_stats import ClipFigures
+from sa3dist.flow.crops import SILENCE_PEAK
 from sa3dist.inspection.loudness import (
     GATING_PIECES,
     PIECES_PER_SECOND,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sa3dist.config import Settings, crop_frames
+from sa3dist.config import Settings
 from sa3dist.data.source.archive import Pair, open_source, pair_members
 from sa3dist.data.source.audio import AudioFacts, check_whole, resampled_length
 from sa3dist.data.source.bounded_map import ordered_map
@@ -21,6 +21,7 @@ from sa3dist.data.source.clip_stats import ClipFigures, Measured, read_figures, 
 from sa3dist.data.source.containers import Container
 from sa3dist.data.source.cut_captions import CutCaptions, cut_captions, text_source
 from sa3dist.errors import DataError, counted, printable
+from sa3dist.flow.crops import crop_frames
 from sa3dist.formats import LeftOut
 from sa3dist.inspection.duplicates import exact_duplicates, near_duplicates
 from sa3dist.inspection.measure import measure_clip

@@ -12,7 +12,7 @@ import torch
 
 import sa3dist
 from sa3dist.adapters import adapter_parameters, attach_adapter
-from sa3dist.data.batches.micro_batch import micro_indices
+from sa3dist.data.batches.loader import micro_indices
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import checkpoint
 from sa3dist.training.run_plan import Plan

@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 
 from sa3dist import encode
-from sa3dist.data.batches.micro_batch import MicroBatches, StreamSettings, loader, polarity_of_slot
+from sa3dist.data.batches.loader import MicroBatches, loader
+from sa3dist.data.batches.micro_batch import StreamSettings
 from sa3dist.data.batches.order import clip_order
 from sa3dist.data.latents import cache
 from sa3dist.data.latents.tensor_files import write_tensors
+from sa3dist.flow.crops import polarity_of_slot
 from sa3dist.formats import ClipEntry, DatasetIndex
 
 WINDOW = 8

@@ -10,30 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from sa3dist import flow
-from sa3dist.data.batches.handover import (
-    hanging_processes_left_behind,
-    leave_signals_to_the_main_process,
-    naming_shared_memory,
-    share,
-)
-from sa3dist.data.batches.order import clip_order, micro_batch_slots
 from sa3dist.data.latents.cache import ClipLatents, EncodedClips
-from sa3dist.data.source.audio import resampled_length
-from sa3dist.errors import SA3DistError
+from sa3dist.flow.crops import draw_crop
 from sa3dist.formats import ClipEntry
 from sa3dist.model.config import ShiftConfig
 from sa3dist.model.packing import FilledPacking, Packing
 
-# A crop quieter than this is drawn again; source: spec/training.md 4.2, item 5 (-60 dBFS).
-SILENCE_PEAK = 1e-3
-MAX_CROP_DRAWS = 8
 # Prompt lengths are rounded up to whole steps of this many tokens.
 PROMPT_STEP = 32
 
@@ -115,46 +102,6 @@ def without_common_padding(hidden_BLH: torch.Tensor, mask_BL: torch.Tensor) -> t
     return hidden_BLH[:, :length].contiguous(), mask_BL[:, :length].contiguous()
 
 
-def polarity_of_slot(seed: int, slot: int) -> bool:
-    """Whether the clip is phase-flipped in this slot: probability 1/2 (spec/training.md 4.2, item 6)."""
-    return bool(torch.rand(1, generator=flow.generator_for(seed, "flip", slot)) < 0.5)
-
-
-def micro_indices(first_step: int, last_step: int, accumulation: int, dist_rank: int, world_size: int) -> Iterator[int]:
-    """Micro batches of one rank for steps first_step..last_step, counted from 1, in the order it trains on them."""
-    for step in range(first_step, last_step + 1):
-        for round_ in range(accumulation):
-            yield ((step - 1) * accumulation + round_) * world_size + dist_rank
-
-
-class MicroBatches(Dataset):
-    """Micro batch by its global index: the loader's workers do the reading, cropping, drawing and coupling."""
-
-    def __init__(self, encoded: EncodedClips, settings: StreamSettings) -> None:
-        self.encoded = encoded
-        self.settings = settings
-        lengths = [min(settings.crop_frames, frames_of(clip, encoded)) for clip in encoded.clips]
-        self.order = clip_order(settings.seed, lengths, settings.micro_batch, settings.bucket_batches)
-
-    def __len__(self) -> int:
-        raise TypeError("the stream of micro batches has no end")
-
-    def __getitem__(self, micro_index: int) -> MicroBatch | SA3DistError:
-        slots = micro_batch_slots(micro_index, self.settings.micro_batch)
-        try:
-            batch = collate([self._sample(slot) for slot in slots], self.settings)
-            share(batch.tensors())
-            return batch
-        except SA3DistError as problem:
-            # As a value: the loader would bury its one line under a worker's traceback.
-            return problem
-
-    def _sample(self, slot: int) -> Sample:
-        clip = self.encoded.clips[self.order.clip_of_slot(slot)]
-        latents = self.encoded.latents(clip, polarity_of_slot(self.settings.seed, slot))
-        return draw_sample(slot, clip, latents, self.encoded.prompt(clip.caption), self.settings, self.encoded)
-
-
 def draw_sample(
     slot: int,
     clip: ClipEntry,
@@ -192,12 +139,6 @@ def draw_sample(
     )
 
 
-def frames_of(clip: ClipEntry, encoded: EncodedClips) -> int:
-    """Latent frames that hold sound of the whole clip."""
-    samples = resampled_length(clip.samples, clip.sample_rate_hz, encoded.sample_rate_hz)
-    return -(-samples // encoded.samples_per_frame)
-
-
 @dataclasses.dataclass
 class Sample:
     """One slot's part of a micro batch; latents_DT is what its noise is coupled with, frames what is trained on."""
@@ -212,18 +153,6 @@ class Sample:
     dropped: bool
     silent: bool
     effective_frames: int
-
-
-def draw_crop(peaks_T: torch.Tensor, limit: int, seed: int, slot: int) -> tuple[int, bool]:
-    """Start frame of the crop, and whether it is silent after the last draw allowed."""
-    spare = len(peaks_T) - limit
-    if spare <= 0:
-        return 0, bool(peaks_T.max() < SILENCE_PEAK)
-    for attempt in range(MAX_CROP_DRAWS + 1):
-        start = int(torch.randint(0, spare + 1, (1,), generator=flow.generator_for(seed, "crop", slot, attempt)))
-        if peaks_T[start : start + limit].max() >= SILENCE_PEAK:
-            return start, False
-    return start, True
 
 
 def collate(samples: list[Sample], settings: StreamSettings) -> MicroBatch:
@@ -274,59 +203,3 @@ def collate(samples: list[Sample], settings: StreamSettings) -> MicroBatch:
         silent_crops=sum(sample.silent for sample in samples),
         prompt_length=len(samples[0].prompt_mask_L),
     )
-
-
-def loader(
-    batches: MicroBatches,
-    indices: Iterator[int],
-    before: Callable[[int], None],
-    num_workers: int,
-    device: torch.device,
-    after: Callable[[int], None] | None = None,
-) -> Generator[MicroBatch, None, None]:
-    """Micro batches in the order of ``indices``, prepared ahead by worker processes.
-
-    before   called in this process with each index just before its micro batch is handed to a worker; encodes what a
-             first use still lacks. What it raises ends the stream, also ahead of what the workers have ready
-    after    called with each index when its micro batch has come back
-    """
-    issued: deque[int] = deque()
-    problems: list[Exception] = []
-
-    class Order:
-        def __iter__(self) -> Iterator[int]:
-            try:
-                for index in indices:
-                    before(index)
-                    issued.append(index)
-                    yield index
-            except Exception as problem:
-                # Raised through the loader it would hold on to it, and so to processes that the exit waits for.
-                problems.append(problem)
-
-    ready = DataLoader(
-        batches,
-        sampler=Order(),
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=leave_signals_to_the_main_process,
-    )
-    # By a name: the loop alone would let go of the processes, and wait for them, before they can be killed.
-    with naming_shared_memory():
-        handed = iter(ready)
-    try:
-        with hanging_processes_left_behind():
-            for batch in handed:
-                if problems:
-                    break
-                if isinstance(batch, SA3DistError):
-                    raise batch
-                index = issued.popleft()
-                if after:
-                    after(index)
-                yield batch.to(device)
-    finally:
-        del handed
-    if problems:
-        raise problems[0]

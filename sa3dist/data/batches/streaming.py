@@ -25,7 +25,6 @@ from sa3dist.data.batches.micro_batch import (
     StreamSettings,
     collate,
     draw_sample,
-    polarity_of_slot,
 )
 from sa3dist.data.batches.order import micro_batch_slots
 from sa3dist.data.batches.shard_stream import ShardClip, ShardSource
@@ -37,6 +36,7 @@ from sa3dist.data.latents.tensor_files import unpack_tensors
 from sa3dist.data.source.audio import decode, ready_audio
 from sa3dist.data.source.cut_captions import cut_captions
 from sa3dist.errors import SA3DistError
+from sa3dist.flow.crops import polarity_of_slot
 from sa3dist.formats import ClipEntry
 from sa3dist.runtime.process_group import Group
 

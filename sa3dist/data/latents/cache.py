@@ -23,7 +23,7 @@ from sa3dist.data.latents.shards import (
     read_member,
 )
 from sa3dist.data.latents.tensor_files import unpack_tensors, write_tensors
-from sa3dist.data.source.audio import load_clip_audio
+from sa3dist.data.source.audio import load_clip_audio, resampled_length
 from sa3dist.errors import DataError, EnvironmentFailure
 from sa3dist.formats import ClipEntry, DatasetIndex, digest_of
 
@@ -218,6 +218,12 @@ class EncodedClips:
             if not self.has_prompt(caption):
                 tokens_LH = hidden_LH[mask_L.bool()].cpu().contiguous()
                 write_tensors(self.prompt_path(caption), {"hidden": tokens_LH})
+
+
+def frames_of(clip: ClipEntry, encoded: EncodedClips) -> int:
+    """Latent frames that hold sound of the whole clip."""
+    samples = resampled_length(clip.samples, clip.sample_rate_hz, encoded.sample_rate_hz)
+    return -(-samples // encoded.samples_per_frame)
 
 
 def frame_peaks(audio_CN: torch.Tensor, samples_per_frame: int) -> torch.Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from sa3dist.data.batches.micro_batch import frames_of
-from sa3dist.data.latents.cache import SILENCE_TAIL_FRAMES, EncodedClips
+from sa3dist.data.latents.cache import SILENCE_TAIL_FRAMES, EncodedClips, frames_of
 from sa3dist.data.latents.shards import LatentShard, index_path, latent_shard_name, write_latent_shard
 from sa3dist.data.source.shard_split import split
 from sa3dist.errors import DataError, counted

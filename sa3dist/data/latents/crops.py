@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from sa3dist.data.batches.micro_batch import draw_crop, polarity_of_slot
 from sa3dist.data.batches.order import ClipOrder, micro_batch_slots
 from sa3dist.data.batches.read_ahead import ReadAhead
 from sa3dist.data.latents.cache import ENCODING_VERSION, EncodedClips, frame_peaks
 from sa3dist.data.latents.tensor_files import read_tensors, write_tensors
 from sa3dist.data.source.audio import load_clip_audio
+from sa3dist.flow.crops import draw_crop, polarity_of_slot
 from sa3dist.formats import STALE_SECONDS, ClipEntry, digest_of
 
 

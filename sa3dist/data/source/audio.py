@@ -17,6 +17,7 @@ from sa3dist.data.source.joined_streams import mp3_counted, refuse_joined, refus
 from sa3dist.data.source.places import read_clip
 from sa3dist.data.source.riff import mended
 from sa3dist.errors import DataError
+from sa3dist.flow.crops import SILENCE_PEAK
 from sa3dist.formats import ClipEntry, DatasetIndex
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ MIN_SECONDS = 0.010
 MAX_SECONDS = 3600
 # Bounds what a small file with many channels may decode to: one hour of stereo at 192 kHz, float32, is 5.5 GB.
 MAX_DECODED_BYTES = 6 * 10**9
-# -60 dBFS, below which the reference calls a chunk silent (spec/training.md 4.2).
-SILENCE_PEAK = 1e-3
 # Float files may overshoot and are clamped, as in the reference. At +40 dBFS the scale itself is wrong (integers
 # as floats peak at 32768) and clamping would leave a square wave.
 MAX_PEAK = 100.0

@@ -12,7 +12,8 @@ import psutil
 import pytest
 import torch
 
-from sa3dist.data.batches.micro_batch import MicroBatches, StreamSettings, loader
+from sa3dist.data.batches.loader import MicroBatches, loader
+from sa3dist.data.batches.micro_batch import StreamSettings
 from sa3dist.data.batches.order import ClipOrder
 from sa3dist.data.latents import cache
 from sa3dist.data.latents.cache import EncodedClips

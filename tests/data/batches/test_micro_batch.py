@@ -7,9 +7,11 @@ import multiprocessing
 import pytest
 import torch
 
-from sa3dist.data.batches import micro_batch
+from sa3dist.data.batches.loader import MicroBatches, loader
+from sa3dist.data.batches.micro_batch import StreamSettings
 from sa3dist.data.latents.cache import ClipLatents
 from sa3dist.errors import DataError, EnvironmentFailure
+from sa3dist.flow.crops import polarity_of_slot
 from sa3dist.formats import ClipEntry
 from sa3dist.model.config import ShiftConfig
 
@@ -42,7 +44,7 @@ class Clips:
 
 def make_settings(**changes):
     values = {"seed": 3, "micro_batch": 2, "crop_frames": 20, "prompt_dropout": 0.1, "seconds_total_of": "file"}
-    return micro_batch.StreamSettings(**{**values, "shift": ShiftConfig(), **changes})
+    return StreamSettings(**{**values, "shift": ShiftConfig(), **changes})
 
 
 def fields(batch):
@@ -56,7 +58,7 @@ def assert_equal(one, other):
 
 
 def test_a_micro_batch_knows_whether_it_has_context():
-    batches = micro_batch.MicroBatches(Clips([12, 30, 25, 40, 20]), make_settings())
+    batches = MicroBatches(Clips([12, 30, 25, 40, 20]), make_settings())
     seen = set()
     for index in range(40):
         batch = batches[index]
@@ -69,10 +71,10 @@ def test_a_micro_batch_knows_whether_it_has_context():
 @pytest.mark.parametrize("bucket_batches", [1, 2])
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_worker_processes_change_nothing(workers, bucket_batches):
-    batches = micro_batch.MicroBatches(Clips([12, 30, 25, 40, 20]), make_settings(bucket_batches=bucket_batches))
+    batches = MicroBatches(Clips([12, 30, 25, 40, 20]), make_settings(bucket_batches=bucket_batches))
     indices = list(range(9))
     told = []
-    loaded = micro_batch.loader(batches, iter(indices), told.append, workers, torch.device("cpu"))
+    loaded = loader(batches, iter(indices), told.append, workers, torch.device("cpu"))
     for index, batch in zip(indices, loaded, strict=True):
         assert_equal(batch, batches[index])
     assert told == indices
@@ -86,8 +88,8 @@ def test_what_preparing_raises_ends_the_stream_and_leaves_no_process(workers, fa
         if index == fails:
             raise DataError("clip b: damaged")
 
-    batches = micro_batch.MicroBatches(Clips([12, 30, 25, 40, 20]), make_settings())
-    loaded = micro_batch.loader(batches, iter(range(9)), prepare, workers, torch.device("cpu"))
+    batches = MicroBatches(Clips([12, 30, 25, 40, 20]), make_settings())
+    loaded = loader(batches, iter(range(9)), prepare, workers, torch.device("cpu"))
     came = []
     with pytest.raises(DataError, match="^clip b: damaged$") as kept:
         came.extend(iter(loaded))
@@ -102,9 +104,9 @@ def test_what_preparing_raises_ends_the_stream_and_leaves_no_process(workers, fa
 def test_a_clips_draws_do_not_depend_on_its_neighbours():
     # One long clip and short ones: alone, slot 0 is shorter than beside a longer clip, yet draws the same.
     clips = Clips([12, 30, 25, 40, 20])
-    together = micro_batch.MicroBatches(clips, make_settings(micro_batch=5))[0]
+    together = MicroBatches(clips, make_settings(micro_batch=5))[0]
     for slot in range(5):
-        alone = micro_batch.MicroBatches(clips, make_settings(micro_batch=1))[slot]
+        alone = MicroBatches(clips, make_settings(micro_batch=1))[slot]
         frames = alone.latents_BDT.shape[2]
         assert alone.clips == together.clips[slot : slot + 1]
         assert torch.equal(alone.latents_BDT[0], together.latents_BDT[slot, :, :frames])
@@ -120,14 +122,14 @@ def test_noise_is_coupled_over_whole_crops():
 
     clips, settings = Clips([12, 30, 25, 40, 20]), make_settings(micro_batch=3, crop_frames=35)
     for index in range(6):
-        batch = micro_batch.MicroBatches(clips, settings)[index]
+        batch = MicroBatches(clips, settings)[index]
         slots = range(3 * index, 3 * index + 3)
         noise = torch.stack([flow.draw_noise(35, CHANNELS, flow.generator_for(3, "noise", slot)) for slot in slots])
         whole = []
         for slot, key in zip(slots, batch.clips, strict=True):
             clip = next(clip for clip in clips.clips if clip.key == key)
-            stored = clips.latents(clip, micro_batch.polarity_of_slot(3, slot))
-            alone = micro_batch.MicroBatches(clips, make_settings(micro_batch=1, crop_frames=35))[slot]
+            stored = clips.latents(clip, polarity_of_slot(3, slot))
+            alone = MicroBatches(clips, make_settings(micro_batch=1, crop_frames=35))[slot]
             first = alone.latents_BDT[0, :, 0]
             start = next(s for s in range(stored.valid_frames) if torch.equal(stored.latents_DT[:, s], first))
             whole.append(stored.window(start, 35))
@@ -141,7 +143,7 @@ def test_short_clips_are_extended_by_encoded_silence_never_past_the_crop():
     clips = Clips([12] * 4)
     seen = set()
     for slot in range(60):
-        batch = micro_batch.MicroBatches(clips, make_settings(micro_batch=1, crop_frames=30))[slot]
+        batch = MicroBatches(clips, make_settings(micro_batch=1, crop_frames=30))[slot]
         frames = batch.latents_BDT.shape[2]
         assert 12 <= frames <= 30
         seen.add(frames)
@@ -157,8 +159,8 @@ def test_crops_reach_both_ends_of_a_long_clip():
     whole = clips.latents(clips.clips[0], False).latents_DT
     starts = set()
     for slot in range(300):
-        batch = micro_batch.MicroBatches(clips, make_settings(micro_batch=1))[slot]
-        flipped = micro_batch.polarity_of_slot(3, slot)
+        batch = MicroBatches(clips, make_settings(micro_batch=1))[slot]
+        flipped = polarity_of_slot(3, slot)
         number = int(batch.clips[0].split("_")[1])
         whole = clips.latents(clips.clips[number], flipped).latents_DT
         (start,) = [s for s in range(5) if torch.equal(whole[:, s : s + 20], batch.latents_BDT[0])]
@@ -168,20 +170,20 @@ def test_crops_reach_both_ends_of_a_long_clip():
 
 def test_a_silent_crop_is_drawn_again_and_the_clip_stays():
     # Frames 0..29 of 60 are silent: one in four crops of 20 is silent at first.
-    batches = micro_batch.MicroBatches(Clips([60] * 4, silent_until=30), make_settings(micro_batch=1))
+    batches = MicroBatches(Clips([60] * 4, silent_until=30), make_settings(micro_batch=1))
     assert sum(batches[slot].silent_crops for slot in range(200)) == 0
-    hopeless = micro_batch.MicroBatches(Clips([60] * 4, silent_until=60), make_settings(micro_batch=1))
+    hopeless = MicroBatches(Clips([60] * 4, silent_until=60), make_settings(micro_batch=1))
     assert sum(hopeless[slot].silent_crops for slot in range(10)) == 10
 
 
 @pytest.mark.parametrize(("choice", "seconds"), [("file", 6), ("clip", 2)])
 def test_the_duration_told_is_the_files_or_the_crops(choice, seconds):
-    batch = micro_batch.MicroBatches(Clips([60] * 4), make_settings(seconds_total_of=choice))[0]
+    batch = MicroBatches(Clips([60] * 4), make_settings(seconds_total_of=choice))[0]
     assert batch.seconds_total_B.tolist() == [seconds, seconds]
 
 
 def test_prompts_are_dropped_for_their_share_of_slots():
-    batches = micro_batch.MicroBatches(Clips([3] * 4), make_settings(crop_frames=3, micro_batch=8, prompt_dropout=0.3))
+    batches = MicroBatches(Clips([3] * 4), make_settings(crop_frames=3, micro_batch=8, prompt_dropout=0.3))
     dropped = torch.cat([batches[index].drop_cross_B for index in range(250)]).double()
     assert abs(dropped.mean().item() - 0.3) < 4.5 * math.sqrt(0.21 / len(dropped))
 
@@ -191,8 +193,8 @@ def test_a_damaged_file_reaches_the_step_as_its_own_one_line():
         def latents(self, clip, flipped):
             raise EnvironmentFailure(f"latents of clip {clip.key}: damaged")
 
-    batches = micro_batch.MicroBatches(Damaged([12] * 4), make_settings())
+    batches = MicroBatches(Damaged([12] * 4), make_settings())
     with pytest.raises(EnvironmentFailure) as caught:
-        next(micro_batch.loader(batches, iter([0]), lambda index: None, 1, torch.device("cpu")))
+        next(loader(batches, iter([0]), lambda index: None, 1, torch.device("cpu")))
     assert str(caught.value).count("\n") == 0
     assert str(caught.value).startswith("latents of clip clip_")

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from sa3dist.config import build
-from sa3dist.data.batches import micro_batch, streaming
+from sa3dist.data.batches import streaming
+from sa3dist.data.batches.micro_batch import StreamSettings
 from sa3dist.data.batches.shard_stream import ShardSource
 from sa3dist.data.batches.worker_shards import SEGMENT_SHARDS, Cursor, Lane, LanePlaces
 from sa3dist.data.latents.source import streamed_shards
 from sa3dist.errors import CheckpointError, ConfigError, DataError, EnvironmentFailure
+from sa3dist.flow.crops import draw_crop, polarity_of_slot
 from sa3dist.model.config import ShiftConfig
 from sa3dist.runtime.process_group import Group
 from tests.helpers.clips import captioned, encode, tone, write_tar
@@ -89,7 +91,7 @@ def clips_of(folder, paths, base=Framing):
 
 def make_settings(**changes):
     values = {"seed": 3, "micro_batch": 2, "crop_frames": 5, "prompt_dropout": 0.1, "seconds_total_of": "file"}
-    return micro_batch.StreamSettings(**{**values, "shift": ShiftConfig(), **changes})
+    return StreamSettings(**{**values, "shift": ShiftConfig(), **changes})
 
 
 def loaded(encoded, group, workers, steps, places=None, first=0):
@@ -124,9 +126,9 @@ def test_a_slot_draws_as_in_indexed_mode_and_its_clip_is_in_the_slots_polarity(p
     for local, batch in enumerate(batches):
         for row, slot in enumerate(range(2 * (2 * local + 1), 2 * (2 * local + 1) + 2)):
             number = float(batch.clips[row].split()[1])
-            sign = -1 if micro_batch.polarity_of_slot(3, slot) else 1
+            sign = -1 if polarity_of_slot(3, slot) else 1
             assert set(batch.latents_BDT[row, 0].tolist()) <= {sign * number, 0.0}
-            start, _ = micro_batch.draw_crop(torch.ones(6), 5, 3, slot)
+            start, _ = draw_crop(torch.ones(6), 5, 3, slot)
             assert batch.latents_BDT[row, 1, 0] == start
             assert batch.hidden_BLH[row, 0, 0] == number // 2
 

@@ -8,7 +8,8 @@ import torch
 
 from sa3dist import config
 from sa3dist.data.batches import read_ahead
-from sa3dist.data.batches.micro_batch import MicroBatches, StreamSettings, draw_crop, loader, polarity_of_slot
+from sa3dist.data.batches.loader import MicroBatches, loader
+from sa3dist.data.batches.micro_batch import StreamSettings
 from sa3dist.data.latents import crops as data_crops
 from sa3dist.data.latents.cache import EncodedClips
 from sa3dist.data.latents.crops import CropsInFlight, EncodedCrops
@@ -16,6 +17,7 @@ from sa3dist.data.source.audio import load_clip_audio
 from sa3dist.data.source.build import build_shards
 from sa3dist.encode import encode_all
 from sa3dist.errors import ConfigError
+from sa3dist.flow.crops import draw_crop, polarity_of_slot
 from sa3dist.model.loading import load_base
 from sa3dist.model.tiny import write_tiny_base
 from sa3dist.runtime.process_group import Group

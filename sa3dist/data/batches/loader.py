@@ -1,0 +1,112 @@
+"""Micro batches by index, and the loader whose worker processes make them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from sa3dist.data.batches.handover import (
+    hanging_processes_left_behind,
+    leave_signals_to_the_main_process,
+    naming_shared_memory,
+    share,
+)
+from sa3dist.data.batches.micro_batch import MicroBatch, Sample, StreamSettings, collate, draw_sample
+from sa3dist.data.batches.order import clip_order, micro_batch_slots
+from sa3dist.data.latents.cache import EncodedClips, frames_of
+from sa3dist.errors import SA3DistError
+from sa3dist.flow.crops import polarity_of_slot
+
+
+def micro_indices(first_step: int, last_step: int, accumulation: int, dist_rank: int, world_size: int) -> Iterator[int]:
+    """Micro batches of one rank for steps first_step..last_step, counted from 1, in the order it trains on them."""
+    for step in range(first_step, last_step + 1):
+        for round_ in range(accumulation):
+            yield ((step - 1) * accumulation + round_) * world_size + dist_rank
+
+
+class MicroBatches(Dataset):
+    """Micro batch by its global index: the loader's workers do the reading, cropping, drawing and coupling."""
+
+    def __init__(self, encoded: EncodedClips, settings: StreamSettings) -> None:
+        self.encoded = encoded
+        self.settings = settings
+        lengths = [min(settings.crop_frames, frames_of(clip, encoded)) for clip in encoded.clips]
+        self.order = clip_order(settings.seed, lengths, settings.micro_batch, settings.bucket_batches)
+
+    def __len__(self) -> int:
+        raise TypeError("the stream of micro batches has no end")
+
+    def __getitem__(self, micro_index: int) -> MicroBatch | SA3DistError:
+        slots = micro_batch_slots(micro_index, self.settings.micro_batch)
+        try:
+            batch = collate([self._sample(slot) for slot in slots], self.settings)
+            share(batch.tensors())
+            return batch
+        except SA3DistError as problem:
+            # As a value: the loader would bury its one line under a worker's traceback.
+            return problem
+
+    def _sample(self, slot: int) -> Sample:
+        clip = self.encoded.clips[self.order.clip_of_slot(slot)]
+        latents = self.encoded.latents(clip, polarity_of_slot(self.settings.seed, slot))
+        return draw_sample(slot, clip, latents, self.encoded.prompt(clip.caption), self.settings, self.encoded)
+
+
+def loader(
+    batches: MicroBatches,
+    indices: Iterator[int],
+    before: Callable[[int], None],
+    num_workers: int,
+    device: torch.device,
+    after: Callable[[int], None] | None = None,
+) -> Generator[MicroBatch, None, None]:
+    """Micro batches in the order of ``indices``, prepared ahead by worker processes.
+
+    before   called in this process with each index just before its micro batch is handed to a worker; encodes what a
+             first use still lacks. What it raises ends the stream, also ahead of what the workers have ready
+    after    called with each index when its micro batch has come back
+    """
+    issued: deque[int] = deque()
+    problems: list[Exception] = []
+
+    class Order:
+        def __iter__(self) -> Iterator[int]:
+            try:
+                for index in indices:
+                    before(index)
+                    issued.append(index)
+                    yield index
+            except Exception as problem:
+                # Raised through the loader it would hold on to it, and so to processes that the exit waits for.
+                problems.append(problem)
+
+    ready = DataLoader(
+        batches,
+        sampler=Order(),
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals_to_the_main_process,
+    )
+    # By a name: the loop alone would let go of the processes, and wait for them, before they can be killed.
+    with naming_shared_memory():
+        handed = iter(ready)
+    try:
+        with hanging_processes_left_behind():
+            for batch in handed:
+                if problems:
+                    break
+                if isinstance(batch, SA3DistError):
+                    raise batch
+                index = issued.popleft()
+                if after:
+                    after(index)
+                yield batch.to(device)
+    finally:
+        del handed
+    if problems:
+        raise problems[0]
