@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 
+import psutil
 import torch
 
 from sa3dist.errors import ConfigError
@@ -101,8 +102,6 @@ def this_machine(device: torch.device | None = None) -> Device:
     else:
         from sa3dist_kernels.frozen_products import product_dtype
 
-        from sa3dist.training.memory import free_bytes
-
         name, memory = "this CPU", free_bytes(device)
         if product_dtype(torch.bfloat16, device) == torch.float32:
             flops[torch.bfloat16] = flops[torch.float32]
@@ -110,6 +109,14 @@ def this_machine(device: torch.device | None = None) -> Device:
     return Device(
         name, memory, flops[torch.bfloat16], flops[torch.float32], rate, "measured here", device.type == "cuda"
     )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory a process could still take on the device, in bytes: free on the device or unused in torch's own pool."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -5,22 +5,10 @@ Engines train. Steps, learning rates, order of clips and the checkpoint's format
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from typing import Protocol
 
-import torch
 from sa3dist_kernels import FormedWeights
 from torch import Tensor, nn
-
-from sa3dist.adapters import adapted_layers
-from sa3dist.adapters.formed import keep_formed
-from sa3dist.parallel.flat_adamw import FlatAdapters
-from sa3dist.parallel.gradient_buckets import GradientReduction
-from sa3dist.runtime.process_group import Group
-from sa3dist.training.rank_checks import step_alike
-
-log = logging.getLogger(__name__)
 
 Tensors = dict[str, Tensor]
 # (loss, loss_gen, loss_ctx) of one micro batch.
@@ -66,107 +54,3 @@ class Engine(Protocol):
 
     def restore(self, adapters: Tensors, moments: dict[str, Tensors], step: int) -> None:
         """Take over what any engine's ``adapters`` and ``moments`` gave after ``step`` optimiser steps."""
-
-
-def make(
-    base,
-    parameters: dict[str, nn.Parameter],
-    forward: Callable[..., Losses],
-    settings,
-    work,
-    group: Group,
-    scalars: int,
-) -> Engine:
-    """The engine of the mode this process was launched in.
-
-    forward   (batch) to its losses        scalars   how many float32 values travel with the gradients
-    settings  learning_rate, weight_decay, gradient_compression, adapter_products, mixed_precision
-    work      micro_batch, accumulation, adapt_memory
-    """
-    share_initial_state(base, parameters, group)
-    if group.deepspeed is None:
-        return FlatEngine(base, parameters, forward, settings, group, scalars)
-    # DeepSpeed is imported where it is used: most runs do without it.
-    from sa3dist.parallel import zero_config
-    from sa3dist.parallel.zero import ZeroEngine
-
-    compression = settings.gradient_compression
-    config = zero_config.build(group.deepspeed, work.micro_batch, work.accumulation, group.world_size, compression)
-    return ZeroEngine(base, parameters, forward, settings, config, group, scalars, separate=work.adapt_memory)
-
-
-@torch.no_grad()
-def share_initial_state(base, parameters: dict[str, nn.Parameter], group: Group) -> None:
-    """Give every rank rank 0's adapters, and the frozen constants they act with.
-
-    Both come out of norms and singular vectors, whose last bits, and signs, differ between kinds of CPU.
-    """
-    for parameter in parameters.values():
-        group.broadcast_(parameter.data)
-    for layer in adapted_layers(base).values():
-        for constant in layer.adapter.buffers():
-            group.broadcast_(constant)
-
-
-class FlatEngine:
-    """One process, or data parallel ranks that hold everything: one optimiser kernel and one all-reduce per step."""
-
-    lockstep = False
-    separate = False
-
-    def __init__(
-        self,
-        base,
-        parameters: dict[str, nn.Parameter],
-        forward: Callable[..., Losses],
-        settings,
-        group: Group,
-        scalars: int,
-    ) -> None:
-        """forward: losses of a micro batch; scalars: how many travel along; settings as for ``make``."""
-        self.parameters = parameters
-        self.losses = forward
-        # The conditioners are the last modules, yet the last to have their gradients.
-        backward_order = sorted(parameters, key=lambda name: not name.startswith("conditioners."))
-        ordered = {name: parameters[name] for name in backward_order}
-        self.flat = FlatAdapters(ordered, settings.learning_rate, settings.weight_decay, scalars)
-        self.scalars = self.flat.scalars
-        self.formed = keep_formed(base, self.flat, settings, group.device)
-        self.reduction = GradientReduction(self.flat, group, settings.gradient_compression)
-        self.group = group
-        self.alike = step_alike(group)
-        if not self.alike and group.is_main:
-            log.info("the ranks' processors round AdamW steps differently; all take over rank 0's after every step")
-
-    def zero(self) -> None:
-        self.flat.zero()
-        self.reduction.reset()
-        if self.formed is not None:
-            self.formed.form()
-
-    def backward(self, loss: Tensor, last: bool) -> None:
-        if last:
-            self.reduction.arm()
-        loss.backward()
-
-    def average(self) -> Tensor:
-        self.reduction.finish()
-        if self.formed is not None:
-            # Linear in what was summed up: once, after all micro batches and ranks.
-            self.formed.finish()
-        return torch.linalg.vector_norm(self.flat.gradient)
-
-    def step(self, learning_rate: float) -> None:
-        self.flat.optimizer.param_groups[0]["lr"] = learning_rate
-        self.flat.optimizer.step()
-        if not self.alike:
-            self.group.broadcast_(self.flat.values.data)
-
-    def adapters(self) -> Tensors:
-        return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
-
-    def moments(self) -> dict[str, Tensors]:
-        return self.flat.state()[1]
-
-    def restore(self, adapters: Tensors, moments: dict[str, Tensors], step: int) -> None:
-        self.flat.restore(adapters, moments, step)

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from sa3dist.training.checkpoint import MOMENTS
-
+# Keys of AdamW's state: the running means of the gradient and of its square.
+MOMENTS = ("exp_avg", "exp_avg_sq")
 # AdamW as the reference configures it; source: spec/training.md 2.13.
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8

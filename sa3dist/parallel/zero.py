@@ -7,8 +7,8 @@ precision is decided outside of it, and the whole state can be had, and given ba
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import deepspeed
 import torch
@@ -23,11 +23,12 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sa3dist.adapters import adapted_layers
 from sa3dist.parallel.engine import Losses, Tensors
-from sa3dist.parallel.flat_adamw import adamw
+from sa3dist.parallel.flat_adamw import MOMENTS, adamw
 from sa3dist.runtime.process_group import Group
-from sa3dist.training.checkpoint import MOMENTS
+
+if TYPE_CHECKING:
+    from sa3dist.adapters.layers import AdaptedLayer
 
 
 class LossOfMicroBatch(nn.Module):
@@ -56,7 +57,7 @@ class GivenGradients(NamedTuple):
 
 
 class ZeroEngine:
-    """An ``engines.Engine`` over a DeepSpeed engine of stage 1, 2 or 3."""
+    """An ``engine.Engine`` over a DeepSpeed engine of stage 1, 2 or 3."""
 
     lockstep = True
     formed = None
@@ -64,6 +65,7 @@ class ZeroEngine:
     def __init__(
         self,
         base,
+        layers: Collection[AdaptedLayer],
         parameters: dict[str, nn.Parameter],
         forward: Callable[..., Losses],
         settings,
@@ -72,7 +74,7 @@ class ZeroEngine:
         scalars: int,
         separate: bool,
     ) -> None:
-        """config: what ``zero_config.build`` made of the launcher's file; the rest as for ``engines.FlatEngine``.
+        """config: what ``zero_config.build`` made of the launcher's file; the rest as for ``ddp.FlatEngine``.
 
         separate   find a micro batch's gradients before any is exchanged, where the stage lets a rank do so
         """
@@ -81,7 +83,7 @@ class ZeroEngine:
         self.scalars = torch.zeros(scalars, device=group.device)
         self.replicated = config["zero_optimization"]["stage"] < 3
         self.separate = separate and self.replicated
-        for layer in adapted_layers(base).values():
+        for layer in layers:
             for parameter in layer.trained().values():
                 # A child's tensors, read by the layer itself: stage 3 has to gather them with the layer's own.
                 deepspeed.zero.register_external_parameter(layer, parameter)

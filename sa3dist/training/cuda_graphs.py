@@ -15,9 +15,9 @@ from collections.abc import Callable, Hashable, Iterator
 
 import torch
 
+from sa3dist.cost_model.devices import free_bytes
 from sa3dist.data.batches.micro_batch import MicroBatch
 from sa3dist.model.packing import FilledPacking, Packing
-from sa3dist.training import memory
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class Recorder:
         found = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
         one_pass = max(found, self._largest_pass_bytes)
         # With what earlier recordings hold: they lend it to the next.
-        free = memory.free_bytes(device)
+        free = free_bytes(device)
         if free < PASSES_THAT_FIT * one_pass:
             raise RuntimeError(
                 f"{free / 1e9:.1f} GB are too little for a recorded pass and an ordinary one of {one_pass / 1e9:.1f} GB"

@@ -6,10 +6,10 @@ import dataclasses
 import logging
 from typing import Any
 
-import psutil
 import torch
 
 from sa3dist.adapters import adapted_layers, adapter_parameters
+from sa3dist.cost_model.devices import free_bytes
 from sa3dist.cost_model.flops import Adapter, Count, MicroBatch, count
 
 log = logging.getLogger(__name__)
@@ -100,14 +100,6 @@ def largest_pass_bytes(base, frames: int, clips: int, device: torch.device, mixe
     """Memory that pass takes beside what stays between steps, with as many recomputed blocks as ``base`` has now."""
     counted, working = largest_pass(base, frames, clips, device, mixed_precision)
     return working + counted.kept_bytes(base.recomputed_blocks)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory a process could still take on the device, in bytes: free on the device or unused in torch's own pool."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available
 
 
 def memory_figures(device: torch.device) -> dict[str, Any]:

@@ -8,10 +8,7 @@ import torch
 
 from sa3dist.adapters import adapted_layers, tensors_digest
 from sa3dist.errors import EnvironmentFailure
-from sa3dist.parallel.flat_adamw import adamw
 from sa3dist.runtime.process_group import Group
-
-TRIAL_STEPS, TRIAL_ELEMENTS = 3, 4099
 
 
 def name_the_non_finite(group: Group, step: int, losses: list[tuple[list[str], torch.Tensor]]) -> None:
@@ -67,22 +64,3 @@ def check_same_start(group: Group, step: int, base, adapters: dict[str, torch.Te
                 f"step {step}: the {what} of rank {other} on {group.hosts[other]} are not those of rank 0 on "
                 f"{group.hosts[0]}; give all ranks the same model file and the same version of sa3dist"
             )
-
-
-def step_alike(group: Group) -> bool:
-    """Whether an AdamW step takes equal values and gradients to equal bits on all ranks; called on all.
-
-    Kinds of processor differ in whether a product is rounded before it is added. A trial tells; no list of them would.
-    """
-    if group.world_size == 1:
-        return True
-    # Uniform draws have the same bits everywhere, normal ones do not.
-    draws = (
-        torch.rand(TRIAL_STEPS + 1, TRIAL_ELEMENTS, generator=torch.Generator().manual_seed(0)).to(group.device) - 0.5
-    )
-    values = torch.nn.Parameter(draws[0].clone())
-    optimizer = adamw([values], learning_rate=1e-3, weight_decay=0.01)
-    for gradient in draws[1:]:
-        values.grad = gradient
-        optimizer.step()
-    return len(set(group.gather(tensors_digest({"values": values})))) == 1

@@ -20,7 +20,7 @@ from sa3dist.adapters.layers import cached_norms, uncached_norms
 from sa3dist.data.batches.micro_batch import MicroBatch
 from sa3dist.data.batches.worker_shards import LanePlaces
 from sa3dist.errors import CheckpointError, DataError, EnvironmentFailure, OutOfMemory, SA3DistError
-from sa3dist.parallel import engine
+from sa3dist.parallel import build, engine
 from sa3dist.runtime.exit_status import translate
 from sa3dist.runtime.liveness import AVERAGING
 from sa3dist.runtime.process_group import Group, main_process_first
@@ -31,7 +31,6 @@ from sa3dist.training.loss import micro_batch_loss
 from sa3dist.training.lr_schedule import Schedule
 from sa3dist.training.rank_checks import check_ranks_agree, name_the_non_finite
 from sa3dist.training.run_plan import Plan
-from sa3dist.training.saving import Saver
 from sa3dist.training.shape_ladder import ShapeLadder
 
 log = logging.getLogger(__name__)
@@ -54,8 +53,8 @@ class Trainer:
         self.step = 0
         self.schedule = plan.schedule or Schedule(settings.learning_rate, plan.steps)
         forward = functools.partial(micro_batch_loss, base, settings=settings)
-        self.engine = engine.make(base, parameters, forward, settings, plan, group, scalars=SAVING + 1)
-        self.saver = Saver()
+        self.engine = build.make(base, self.layers, parameters, forward, settings, plan, group, scalars=SAVING + 1)
+        self.saver = checkpoint.Saver()
         self._stop = StopRequest()
         # Brings micro batches to few shapes; None where they are computed as they come.
         self.ladder: ShapeLadder | None = None

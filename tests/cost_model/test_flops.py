@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flo
 
 from sa3dist.adapters import adapted_layers, adapter_parameters, attach_adapter
 from sa3dist.adapters.formed import keep_formed
-from sa3dist.cost_model import flops
+from sa3dist.cost_model import devices, flops
 from sa3dist.cost_model.flops import Adapter, MicroBatch
 from sa3dist.model import random_weights
 from sa3dist.model.base import Base
@@ -194,5 +194,5 @@ def test_recomputing_any_number_of_blocks_changes_no_bit_of_any_gradient(base):
 
 
 def test_free_memory_and_peak_are_plausible():
-    assert 0 < memory.free_bytes(torch.device("cpu")) < 1 << 50
+    assert 0 < devices.free_bytes(torch.device("cpu")) < 1 << 50
     assert memory.memory_figures(torch.device("cpu"))["peak_bytes"] > 50 << 20

@@ -11,12 +11,12 @@ from torch import nn
 
 from sa3dist.adapters.layers import AdaptedLayer, initial_adapter
 from sa3dist.errors import DataError
-from sa3dist.parallel.engine import share_initial_state
+from sa3dist.parallel.build import share_initial_state
 from sa3dist.parallel.flat_adamw import FlatAdapters
 from sa3dist.parallel.gradient_buckets import GradientReduction
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
-from sa3dist.training.saving import Saver
+from sa3dist.training.checkpoint import Saver
 from sa3dist.training.trainer import Trainer
 
 RANKS = 3
@@ -52,10 +52,9 @@ def first_tensors(rank):
     layer = nn.Linear(12, 9)
     adapter = initial_adapter(ADAPTER_TYPES["bora-xs"], 4, torch.randn(9, 12, generator=generator), generator)
     adapted = AdaptedLayer(layer, ADAPTER_TYPES["bora-xs"], adapter, 1.0)
-    base = types.SimpleNamespace(adapter_roots=(nn.ModuleList([adapted]),))
     group = Group(rank, RANKS, torch.device("cpu"))
     before = {name: value.clone() for name, value in [*adapter.named_parameters(), *adapter.named_buffers()]}
-    share_initial_state(base, adapted.trained(), group)
+    share_initial_state(adapted.trained(), [adapted], group)
     return before, dict([*adapter.named_parameters(), *adapter.named_buffers()])
 
 

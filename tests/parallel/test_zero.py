@@ -152,7 +152,7 @@ def test_a_tensor_that_was_not_gathered_or_is_not_finite_is_never_published(tmp_
 
 
 def test_a_run_whose_engine_gathers_nothing_ends_before_it_saves(common, tmp_path, monkeypatch, capfd):
-    from sa3dist.parallel.engine import FlatEngine
+    from sa3dist.parallel.ddp import FlatEngine
 
     whole = FlatEngine.adapters
     monkeypatch.setattr(

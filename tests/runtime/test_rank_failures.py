@@ -24,8 +24,8 @@ from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import EXIT_SECONDS, SAME_REQUEST_SECONDS, StopRequest, seconds_since_start
 from sa3dist.runtime.watchdog import Watchdog
 from sa3dist.training import checkpoint
+from sa3dist.training.checkpoint import Saver
 from sa3dist.training.run_plan import Plan
-from sa3dist.training.saving import Saver
 from sa3dist.training.trainer import Trainer
 from tests.helpers.golden import golden
 from tests.helpers.ranks import exit_codes, run_ranks

@@ -1,0 +1,103 @@
+"""Data parallel training, and training in one process: every rank holds all adapters, gradients and moments."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sa3dist.adapters.attach import tensors_digest
+from sa3dist.adapters.formed import keep_formed
+from sa3dist.parallel.engine import Losses, Tensors
+from sa3dist.parallel.flat_adamw import FlatAdapters, adamw
+from sa3dist.parallel.gradient_buckets import GradientReduction
+from sa3dist.runtime.process_group import Group
+
+log = logging.getLogger(__name__)
+
+TRIAL_STEPS, TRIAL_ELEMENTS = 3, 4099
+
+
+class FlatEngine:
+    """One process, or data parallel ranks that hold everything: one optimiser kernel and one all-reduce per step."""
+
+    lockstep = False
+    separate = False
+
+    def __init__(
+        self,
+        base,
+        parameters: dict[str, nn.Parameter],
+        forward: Callable[..., Losses],
+        settings,
+        group: Group,
+        scalars: int,
+    ) -> None:
+        """forward: losses of a micro batch; scalars: how many travel along; settings as for ``make``."""
+        self.parameters = parameters
+        self.losses = forward
+        # The conditioners are the last modules, yet the last to have their gradients.
+        backward_order = sorted(parameters, key=lambda name: not name.startswith("conditioners."))
+        ordered = {name: parameters[name] for name in backward_order}
+        self.flat = FlatAdapters(ordered, settings.learning_rate, settings.weight_decay, scalars)
+        self.scalars = self.flat.scalars
+        self.formed = keep_formed(base, self.flat, settings, group.device)
+        self.reduction = GradientReduction(self.flat, group, settings.gradient_compression)
+        self.group = group
+        self.alike = step_alike(group)
+        if not self.alike and group.is_main:
+            log.info("the ranks' processors round AdamW steps differently; all take over rank 0's after every step")
+
+    def zero(self) -> None:
+        self.flat.zero()
+        self.reduction.reset()
+        if self.formed is not None:
+            self.formed.form()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        if last:
+            self.reduction.arm()
+        loss.backward()
+
+    def average(self) -> Tensor:
+        self.reduction.finish()
+        if self.formed is not None:
+            # Linear in what was summed up: once, after all micro batches and ranks.
+            self.formed.finish()
+        return torch.linalg.vector_norm(self.flat.gradient)
+
+    def step(self, learning_rate: float) -> None:
+        self.flat.optimizer.param_groups[0]["lr"] = learning_rate
+        self.flat.optimizer.step()
+        if not self.alike:
+            self.group.broadcast_(self.flat.values.data)
+
+    def adapters(self) -> Tensors:
+        return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
+
+    def moments(self) -> dict[str, Tensors]:
+        return self.flat.state()[1]
+
+    def restore(self, adapters: Tensors, moments: dict[str, Tensors], step: int) -> None:
+        self.flat.restore(adapters, moments, step)
+
+
+def step_alike(group: Group) -> bool:
+    """Whether an AdamW step takes equal values and gradients to equal bits on all ranks; called on all.
+
+    Kinds of processor differ in whether a product is rounded before it is added. A trial tells; no list of them would.
+    """
+    if group.world_size == 1:
+        return True
+    # Uniform draws have the same bits everywhere, normal ones do not.
+    draws = (
+        torch.rand(TRIAL_STEPS + 1, TRIAL_ELEMENTS, generator=torch.Generator().manual_seed(0)).to(group.device) - 0.5
+    )
+    values = torch.nn.Parameter(draws[0].clone())
+    optimizer = adamw([values], learning_rate=1e-3, weight_decay=0.01)
+    for gradient in draws[1:]:
+        values.grad = gradient
+        optimizer.step()
+    return len(set(group.gather(tensors_digest({"values": values})))) == 1
