@@ -13,7 +13,7 @@ from sa3dist.data.batches.micro_batch import MicroBatch
 from sa3dist.errors import Interrupted
 from sa3dist.progress import progress
 from sa3dist.runtime.signals import StopRequest
-from sa3dist.training.metrics import Journal
+from sa3dist.training.metrics import MetricsLogger
 from sa3dist.training.trainer import Trainer
 
 # The slowest of as many steps is what the next one may take.
@@ -41,7 +41,7 @@ def train(
         update = stack.enter_context(progress("train", plan.steps, shown=group.is_main))
         # However the training ends: a save that has begun is finished, in the time the watchdog leaves this process.
         stack.callback(trainer.saver.close)
-        journal = Journal(trainer, output_dir, resumed_from, update, describe)
+        metrics = MetricsLogger(trainer, output_dir, resumed_from, update, describe)
         while trainer.step < plan.steps:
             begin = time.perf_counter()
             try:
@@ -49,17 +49,17 @@ def train(
             except Interrupted:
                 # Asked to stop while clips of the next step were being encoded.
                 if trainer.step > saved_step:
-                    trainer.save(output_dir, stop, wait=True, before=journal.sync)
+                    trainer.save(output_dir, stop, wait=True, before=metrics.sync)
                 raise
             if len(recent) == 0:
                 on_first_step(figures["data_wait_seconds"])
             stopping = figures.pop("stop") > 0
-            journal.add(figures)
+            metrics.add(figures)
             recent.append(time.perf_counter() - begin)
             stop.reserve(max(recent), trainer.saver.seconds)
             step = trainer.step
             if stopping or step % settings.save_every == 0 or step == plan.steps:
-                trainer.save(output_dir, stop, wait=stopping or step == plan.steps, before=journal.sync)
+                trainer.save(output_dir, stop, wait=stopping or step == plan.steps, before=metrics.sync)
                 saved_step = step
             if stopping and step < plan.steps:
                 how = "run the same command" if settings.resume == "auto" else "run again with resume=auto"

@@ -39,9 +39,9 @@ from sa3dist.runtime.liveness import PREPARATION_SECONDS
 from sa3dist.runtime.process_group import Group, main_process_first
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import checkpoint, lr_schedule, memory, model_setup, resume
-from sa3dist.training.acceleration import choose_passes
+from sa3dist.training.acceleration import choose_acceleration
 from sa3dist.training.rank_checks import check_same_start
-from sa3dist.training.run_plan import Plan
+from sa3dist.training.run_plan import RunPlan
 from sa3dist.training.startup_times import Startup, timed
 from sa3dist.training.trainer import Trainer
 
@@ -185,7 +185,7 @@ class Run:
         places = LanePlaces.of(stream, group.dist_rank, group.world_size, max(1, settings.num_workers))
         accumulation = resume.divide_work(saved, settings, group.world_size)
         global_batch = accumulation * settings.batch_size * group.world_size
-        work = Plan(
+        work = RunPlan(
             steps=settings.number_of_steps,
             accumulation=accumulation,
             micro_batch=settings.batch_size,
@@ -214,7 +214,7 @@ class Run:
     def train(self, base, encoded: EncodedClips) -> None:
         """Stage three: train from where ``prepare`` left the trainer to number_of_steps."""
         settings, group, work = self.settings, self.group, self.trainer.plan
-        choose_passes(self.trainer, settings, self._frames)
+        choose_acceleration(self.trainer, settings, self._frames)
         resume.set_aside(settings.output_dir, self.trainer.step, group, self.stop)
         self._announce(base)
         group.pulse.enter("train", settings.step_timeout)

@@ -23,7 +23,7 @@ TRIAL_STEPS, TRIAL_ELEMENTS = 3, 4099
 class FlatEngine:
     """One process, or data parallel ranks that hold everything: one optimiser kernel and one all-reduce per step."""
 
-    lockstep = False
+    collectives_in_forward = False
     separate = False
 
     def __init__(

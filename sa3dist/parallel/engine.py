@@ -20,14 +20,15 @@ class Engine(Protocol):
 
     parameters   the trained tensors by their name in a file; under ZeRO-3 a rank holds only its part of their values
     scalars      float32 sums that ``average`` adds up over the ranks
-    lockstep     ranks exchange tensors within the passes: one that fails there cannot join its peers afterwards
+    collectives_in_forward   ranks exchange tensors within the forward and backward pass: one that fails there cannot
+                 join its peers afterwards
     formed       the weights the adapted layers multiply with, where they are kept for whole steps; None: factored form
-    separate     in lockstep, but ``losses`` and ``gradients`` exchange nothing; ``add``, in place of ``backward``, does
+    separate     with collectives_in_forward: ``losses`` and ``gradients`` exchange nothing; ``add``, in place of ``backward``, does
     """
 
     parameters: dict[str, nn.Parameter]
     scalars: Tensor
-    lockstep: bool
+    collectives_in_forward: bool
     separate: bool
     formed: FormedWeights | None
 

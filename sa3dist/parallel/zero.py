@@ -59,7 +59,7 @@ class GivenGradients(NamedTuple):
 class ZeroEngine:
     """An ``engine.Engine`` over a DeepSpeed engine of stage 1, 2 or 3."""
 
-    lockstep = True
+    collectives_in_forward = True
     formed = None
 
     def __init__(
@@ -128,7 +128,7 @@ class ZeroEngine:
         return GivenGradients([pair for pair in zip(trained, found, strict=True) if pair[1] is not None])
 
     def add(self, gradients: GivenGradients, last: bool) -> None:
-        """Hand over what ``gradients`` found, as ``backward`` would have; in lockstep."""
+        """Hand over what ``gradients`` found, as ``backward`` would have."""
         self.backward(self.engine(gradients), last)
 
     def backward(self, loss: Tensor, last: bool) -> None:

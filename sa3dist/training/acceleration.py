@@ -11,7 +11,7 @@ from sa3dist.training.shape_ladder import ShapeLadder
 from sa3dist.training.trainer import Trainer
 
 
-def choose_passes(trainer: Trainer, settings, frames: int) -> None:
+def choose_acceleration(trainer: Trainer, settings, frames: int) -> None:
     """Decide for this device, this run's length and its longest crop; each choice is logged.
 
     settings   batch_size, gradient_checkpointing, mixed_precision, compile, deterministic, cuda_graphs, work_dir
@@ -33,6 +33,6 @@ def choose_passes(trainer: Trainer, settings, frames: int) -> None:
             use_compiled(base.dit)
         if settings.compile == "auto":
             fall_back_on_failure()
-    # Ranks of an engine in lockstep exchange tensors within a pass.
-    if not trainer.engine.lockstep and wants_graphs(settings.cuda_graphs, group.device, steps):
-        trainer.record_passes(Recorder(group.device, memory.largest_pass_bytes(*largest)))
+    # A graph holds no collectives.
+    if not trainer.engine.collectives_in_forward and wants_graphs(settings.cuda_graphs, group.device, steps):
+        trainer.record_graphs(Recorder(group.device, memory.largest_pass_bytes(*largest)))

@@ -131,7 +131,7 @@ class _Recorded:
     compared: bool = False
 
 
-class PassGraphs:
+class CudaGraphs:
     """Runs the passes of micro batches, those of often seen shapes as graphs.
 
     The first micro batch of a shape takes the ordinary pass. At the second the pass is recorded. The third takes both:

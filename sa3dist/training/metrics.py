@@ -10,7 +10,7 @@ from sa3dist.progress import MetricsFile
 from sa3dist.training.trainer import Trainer
 
 
-class Journal:
+class MetricsLogger:
     """A row of metrics.jsonl now and then, and the progress bar."""
 
     def __init__(

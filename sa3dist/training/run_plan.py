@@ -10,7 +10,7 @@ from sa3dist.training.lr_schedule import Schedule
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """How one run divides its work.
 
     accumulation    micro batches per rank and step

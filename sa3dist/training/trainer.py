@@ -26,11 +26,11 @@ from sa3dist.runtime.liveness import AVERAGING
 from sa3dist.runtime.process_group import Group, main_process_first
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import checkpoint, out_of_memory
-from sa3dist.training.cuda_graphs import PassGraphs
+from sa3dist.training.cuda_graphs import CudaGraphs
 from sa3dist.training.loss import micro_batch_loss
 from sa3dist.training.lr_schedule import Schedule
 from sa3dist.training.rank_checks import check_ranks_agree, name_the_non_finite
-from sa3dist.training.run_plan import Plan
+from sa3dist.training.run_plan import RunPlan
 from sa3dist.training.shape_ladder import ShapeLadder
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ LOSS, LOSS_GEN, LOSS_CTX, STOP, TROUBLE, SILENT, REPEATED, SAVING = range(8)
 class Trainer:
     """One rank's part of the loop: gradients of its micro batches, the common step, saving."""
 
-    def __init__(self, base, parameters: dict[str, torch.nn.Parameter], settings, plan: Plan, group: Group) -> None:
+    def __init__(self, base, parameters: dict[str, torch.nn.Parameter], settings, plan: RunPlan, group: Group) -> None:
         self.base = base
         self.layers = list(adapted_layers(base).values())
         self.settings = settings
@@ -58,7 +58,7 @@ class Trainer:
         self._stop = StopRequest()
         # Brings micro batches to few shapes; None where they are computed as they come.
         self.ladder: ShapeLadder | None = None
-        self.graphs: PassGraphs | None = None
+        self.graphs: CudaGraphs | None = None
         # Whether memory that runs out takes them along. Equal on all ranks, some of which may hold none any more.
         self.graphs_may_go = False
         # Where a stream without an index is; None where the step alone says it.
@@ -67,12 +67,12 @@ class Trainer:
         # The step from which on blocks are recomputed because memory did not suffice.
         self.adapted_at: int | None = None
 
-    def record_passes(self, recorder) -> None:
-        """Replay the passes of often seen shapes as CUDA graphs; for engines that are not in lockstep.
+    def record_graphs(self, recorder) -> None:
+        """Replay the passes of often seen shapes as CUDA graphs; for engines without collectives in the forward pass.
 
-        recorder   see ``PassGraphs``
+        recorder   see ``CudaGraphs``
         """
-        self.graphs = PassGraphs(self._pass, self._recordable_pass, self.engine.flat.gradient, recorder)
+        self.graphs = CudaGraphs(self._pass, self._recordable_pass, self.engine.flat.gradient, recorder)
         self.graphs_may_go = True
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
@@ -117,7 +117,7 @@ class Trainer:
             return tuple(loss.detach() for loss in self._pass(batch, last=False))
 
     def _pass_alone(self, batch: MicroBatch, last: bool) -> engine.Losses:
-        """The same in lockstep, but all ranks know that none has failed before any of them hands its gradients over.
+        """The same, but all ranks know that none has failed before any of them hands its gradients over.
 
         When memory did not suffice on one of them, all do the micro batch again, once.
         """
@@ -140,7 +140,7 @@ class Trainer:
             return None, None, self._explain(failure)
 
     def _fetch(self, batches: Iterator[MicroBatch]) -> MicroBatch:
-        """The next micro batch. In lockstep all ranks fail here when any has none, or could not save."""
+        """The next micro batch. All ranks fail here with collectives_in_forward when any has none."""
         batch, failure = None, None
         try:
             self.saver.check()
@@ -148,7 +148,7 @@ class Trainer:
                 batch = next(batches)
         except Exception as error:
             failure = error
-        if self.engine.lockstep and self.group.any(failure is not None):
+        if self.engine.collectives_in_forward and self.group.any(failure is not None):
             self.group.raise_first_error(None if failure is None else self._explain(failure))
         if failure is not None:
             raise failure
@@ -172,7 +172,7 @@ class Trainer:
 
     def _remedy(self) -> Callable[[OutOfMemory], None] | None:
         """What helps against too little memory in a step, as all ranks see it; None where nothing is left to try."""
-        if self.engine.lockstep:
+        if self.engine.collectives_in_forward:
             return None
         if self.graphs_may_go:
             return self._drop_graphs
@@ -196,7 +196,7 @@ class Trainer:
             with cached_norms(self.layers):
                 waited, losses = self.accumulate(batches)
         except Exception as failure:
-            if self.engine.lockstep:
+            if self.engine.collectives_in_forward:
                 if isinstance(translate(failure), OutOfMemory):
                     raise self._explain(failure) from failure
                 raise
@@ -261,7 +261,7 @@ class Trainer:
             return EnvironmentFailure(str(problem))
         if self.base.gradient_checkpointing or not computing:
             return out_of_memory.beyond_recomputing(problem, self.step + 1, self.plan.micro_batch)
-        if self.engine.lockstep and not self.engine.separate:
+        if self.engine.collectives_in_forward and not self.engine.separate:
             return out_of_memory.within_an_exchange(problem, self.step + 1)
         return problem
 

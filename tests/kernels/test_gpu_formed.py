@@ -13,7 +13,7 @@ from sa3dist.model.packing import Packing
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training.cuda_graphs import Recorder
-from sa3dist.training.run_plan import Plan
+from sa3dist.training.run_plan import RunPlan
 from sa3dist.training.shape_ladder import ShapeLadder
 from sa3dist.training.trainer import Trainer
 from tests.helpers.golden import golden
@@ -92,7 +92,7 @@ def make_trainer(device, kind, precision, products="formed"):
             parameter += 0.05 * torch.randn(parameter.shape, generator=draw).to(device)
     settings = Settings(precision)
     settings.adapter_products = products
-    plan = Plan(9, ACCUMULATION, 2, 4, 42, {}, ["a", "b"])
+    plan = RunPlan(9, ACCUMULATION, 2, 4, 42, {}, ["a", "b"])
     return Trainer(base, adapter_parameters(base), settings, plan, Group(0, 1, device))
 
 
@@ -137,7 +137,7 @@ def test_a_run_over_unequal_lengths_with_ladder_compiler_and_graphs_is_the_plain
     quick.base.gradient_checkpointing = recomputed
     quick.ladder = ShapeLadder(recorded_batch(quick.base).noised_BDT.shape[2], transformer.memory)
     transformer.use_compiled_blocks("inductor" if on_cuda else "aot_eager")
-    quick.record_passes(Recorder(device) if on_cuda else test_cuda_graphs.HostRecorder())
+    quick.record_graphs(Recorder(device) if on_cuda else test_cuda_graphs.HostRecorder())
     steps = 6
     (losses, gradient, values), (expected_losses, expected, expected_values) = (
         train(trainer, device, steps) for trainer in (quick, plain)

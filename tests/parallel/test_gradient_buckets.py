@@ -59,7 +59,7 @@ def first_tensors(rank):
 
 
 def fetched(rank):
-    """How a rank fares in lockstep when rank 1 finds no clip to train on."""
+    """How a rank fares with collectives in the forward pass when rank 1 finds no clip to train on."""
 
     def batches():
         if rank == 1:
@@ -68,7 +68,7 @@ def fetched(rank):
 
     group = Group(rank, RANKS, torch.device("cpu"))
     trainer = types.SimpleNamespace(
-        engine=types.SimpleNamespace(lockstep=True),
+        engine=types.SimpleNamespace(collectives_in_forward=True),
         group=group,
         saver=Saver(),
         _stop=StopRequest(),
@@ -146,7 +146,7 @@ def test_ranks_begin_with_rank_0s_adapters_and_frozen_constants(ranks):
         assert all(torch.equal(found["first"][1][name], value) for name, value in expected.items())
 
 
-def test_in_lockstep_a_rank_without_data_stops_all_before_they_wait_for_it(ranks):
+def test_with_collectives_in_forward_a_rank_without_data_stops_all_before_they_wait_for_it(ranks):
     for found in ranks:
         text, origin = found["fetched"]
         assert "kick_03: unreadable" in text

@@ -15,7 +15,7 @@ from sa3dist.adapters import adapter_parameters, attach_adapter
 from sa3dist.data.batches.loader import micro_indices
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import checkpoint
-from sa3dist.training.run_plan import Plan
+from sa3dist.training.run_plan import RunPlan
 from sa3dist.training.trainer import Trainer
 from tests.helpers.golden import golden
 from tests.helpers.ranks import run_ranks
@@ -76,7 +76,7 @@ def course(group, regime, zero=DDP, first=1, last=None, kept=None):
         deepspeed.comm.init_distributed("gloo", dist_init_required=False)
         group = dataclasses.replace(group, deepspeed={"zero_optimization": dict(zero)})
     accumulation = CLIPS // MICRO_BATCH // group.world_size
-    plan = Plan(steps, accumulation, MICRO_BATCH, CLIPS, 42, {}, ["a", "b"])
+    plan = RunPlan(steps, accumulation, MICRO_BATCH, CLIPS, 42, {}, ["a", "b"])
     trainer = Trainer(base, adapter_parameters(base), Settings(), plan, group)
     if first > 1:
         trainer.restore(checkpoint.load(checkpoint.path_of(kept, first - 1)))

@@ -25,7 +25,7 @@ from sa3dist.runtime.signals import EXIT_SECONDS, SAME_REQUEST_SECONDS, StopRequ
 from sa3dist.runtime.watchdog import Watchdog
 from sa3dist.training import checkpoint
 from sa3dist.training.checkpoint import Saver
-from sa3dist.training.run_plan import Plan
+from sa3dist.training.run_plan import RunPlan
 from sa3dist.training.trainer import Trainer
 from tests.helpers.golden import golden
 from tests.helpers.ranks import exit_codes, run_ranks
@@ -58,7 +58,7 @@ def make_trainer(group, steps, settings=Settings(), times=1, accumulation=1, **p
     batch = recorded_batch(base)
     for name in ("latents_BDT", "noised_BDT", "target_BDT", "inpaint_mask_B1T"):
         setattr(batch, name, getattr(batch, name).repeat(1, 1, times))
-    work = Plan(steps, accumulation, 2, 2 * accumulation * group.world_size, 42, {}, ["a", "b"], **plan)
+    work = RunPlan(steps, accumulation, 2, 2 * accumulation * group.world_size, 42, {}, ["a", "b"], **plan)
     return Trainer(base, adapter_parameters(base), settings, work, group), batch
 
 

@@ -19,7 +19,7 @@ from sa3dist.model.packing import Packing
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import acceleration, cuda_graphs
-from sa3dist.training.run_plan import Plan
+from sa3dist.training.run_plan import RunPlan
 from sa3dist.training.trainer import Trainer
 from tests.helpers.golden import golden
 from tests.helpers.ranks import run_ranks
@@ -104,7 +104,7 @@ class Twice(HostRecorder):
 def make_trainer(kind="dora-cols", group=None):
     base = sa3dist.load_base(golden("tiny-sa3"))
     attach_adapter(base, kind, rank=4, seed=1)
-    plan = Plan(9, ACCUMULATION, 2, 4, 42, {}, ["a", "b"], adapt_memory=True)
+    plan = RunPlan(9, ACCUMULATION, 2, 4, 42, {}, ["a", "b"], adapt_memory=True)
     return Trainer(base, adapter_parameters(base), SETTINGS, plan, group or Group(0, 1, torch.device("cpu")))
 
 
@@ -140,7 +140,7 @@ def assert_equal_state(found, expected):
 @pytest.mark.parametrize("kind", ["lora", "dora-rows", "dora-cols", "bora"])
 def test_a_run_with_graphs_is_the_ordinary_run(kind):
     ordinary, graphed, recorder = make_trainer(kind), make_trainer(kind), HostRecorder()
-    graphed.record_passes(recorder)
+    graphed.record_graphs(recorder)
     expected, found = train(ordinary, 9), train(graphed, 9)
     assert found == pytest.approx(expected, rel=1e-6)
     for name, value in ordinary.engine.adapters().items():
@@ -166,7 +166,7 @@ def test_a_pass_that_is_recorded_asks_no_tensor_for_its_value(kind, recomputed):
 @pytest.mark.parametrize("recorder", [Stale, Twice, Unable])
 def test_a_graph_that_errs_is_not_used_and_leaves_no_trace(recorder, caplog):
     ordinary, graphed = make_trainer(), make_trainer()
-    graphed.record_passes(recorder())
+    graphed.record_graphs(recorder())
     assert train(graphed, 5) == train(ordinary, 5)
     assert_equal_state(graphed, ordinary)
     assert caplog.text.count("training goes on without them") == 1
@@ -196,7 +196,7 @@ def test_memory_that_runs_out_takes_the_graphs_first_and_then_recomputes_where_t
     trainer, ordinary = make_trainer(), make_trainer()
     for one in (trainer, ordinary):
         one.plan = dataclasses.replace(one.plan, adapt_memory=adapt)
-    trainer.record_passes(HostRecorder())
+    trainer.record_graphs(HostRecorder())
     assert train(trainer, 4) == pytest.approx(train(ordinary, 4), rel=1e-6)
     assert trainer.graphs.shapes == 1
     run_out(trainer, monkeypatch, times)
@@ -219,7 +219,7 @@ def test_memory_that_runs_out_takes_the_graphs_first_and_then_recomputes_where_t
 def test_memory_that_runs_out_while_clips_are_encoded_is_said_and_no_step_is_tried_again(adapt):
     trainer = make_trainer()
     trainer.plan = dataclasses.replace(trainer.plan, adapt_memory=adapt)
-    trainer.record_passes(HostRecorder())
+    trainer.record_graphs(HostRecorder())
     train(trainer, 2)
 
     def stream():
@@ -234,7 +234,7 @@ def test_memory_that_runs_out_while_clips_are_encoded_is_said_and_no_step_is_tri
 def ranks_one_of_which_runs_out(group):
     torch.manual_seed(0)
     trainer = make_trainer(group=group)
-    trainer.record_passes(Unable() if group.dist_rank == 0 else HostRecorder())
+    trainer.record_graphs(Unable() if group.dist_rank == 0 else HostRecorder())
     train(trainer, 4)
     with pytest.MonkeyPatch.context() as patch:
         if group.dist_rank == 1:
@@ -256,7 +256,7 @@ def two_ranks(group, graphed):
     trainer.engine.reduction = type(trainer.engine.reduction)(trainer.engine.flat, group, "none", 500)
     assert len(trainer.engine.reduction.buckets) > 2
     if graphed:
-        trainer.record_passes(HostRecorder())
+        trainer.record_graphs(HostRecorder())
     losses = train(trainer, 7, first=100 * group.dist_rank)
     return losses, trainer.engine.adapters(), trainer.graphs.shapes if graphed else 0
 
@@ -274,7 +274,7 @@ def test_ranks_that_replay_exchange_the_same_gradients():
 def test_ever_new_shapes_record_no_more_than_the_limit(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "MOST_GRAPHS", 1)
     trainer, recorder = make_trainer(), HostRecorder()
-    trainer.record_passes(recorder)
+    trainer.record_graphs(recorder)
     train(trainer, 9)
     assert (recorder.recorded, trainer.graphs.shapes) == (1, 1)
 
@@ -297,8 +297,8 @@ def test_what_a_pass_depends_on_beside_values_tells_shapes_apart():
     assert cuda_graphs.shape_of(same) == cuda_graphs.shape_of(whole)
 
 
-@pytest.mark.parametrize("lockstep", [False, True])
-def test_a_run_that_is_told_to_records_unless_ranks_exchange_tensors_within_a_pass(monkeypatch, tmp_path, lockstep):
+@pytest.mark.parametrize("collectives", [False, True])
+def test_a_run_that_is_told_to_records_unless_ranks_exchange_tensors_within_a_pass(monkeypatch, tmp_path, collectives):
     told = []
     monkeypatch.setattr(acceleration, "Recorder", lambda *given: told.append(given) or HostRecorder())
     settings = types.SimpleNamespace(
@@ -311,14 +311,14 @@ def test_a_run_that_is_told_to_records_unless_ranks_exchange_tensors_within_a_pa
         work_dir=tmp_path,
     )
     trainer = make_trainer()
-    trainer.engine.lockstep = lockstep
-    acceleration.choose_passes(trainer, settings, frames=24)
-    assert (trainer.graphs is None) is lockstep
+    trainer.engine.collectives_in_forward = collectives
+    acceleration.choose_acceleration(trainer, settings, frames=24)
+    assert (trainer.graphs is None) is collectives
     assert trainer.base.gradient_checkpointing
-    if not lockstep:
+    if not collectives:
         # Room is left for the longest clips, which may come after a shorter one was recorded.
         trainer.base.gradient_checkpointing = False
-        acceleration.choose_passes(
+        acceleration.choose_acceleration(
             trainer, types.SimpleNamespace(**{**vars(settings), "gradient_checkpointing": "off"}), 48
         )
         (_, recomputed), (_, kept) = told

@@ -23,7 +23,7 @@ from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training.cuda_graphs import Recorder
 from sa3dist.training.loss import micro_batch_loss
-from sa3dist.training.run_plan import Plan
+from sa3dist.training.run_plan import RunPlan
 from sa3dist.training.trainer import Trainer
 from tests.helpers.golden import ROOT, golden
 from tests.training import test_step
@@ -268,7 +268,7 @@ def waits_for(device):
 
 def test_a_whole_step_waits_once(device):
     base, batch = make_trained(device, "dora-rows", torch.bfloat16)
-    work = Plan(9, 2, 2, 4, 42, {}, ["a", "b"])
+    work = RunPlan(9, 2, 2, 4, 42, {}, ["a", "b"])
     trainer = Trainer(base, adapter_parameters(base), Settings("bf16"), work, Group(0, 1, device))
     stop = StopRequest()
     losses = [trainer.take_step(iter([batch, batch]), stop)["loss"]]
@@ -301,10 +301,10 @@ def test_steps_replayed_as_cuda_graphs_are_the_ordinary_steps(device, adapter_ty
         base, batch = make_trained(device, adapter_type, torch.bfloat16)
         if compiled:
             use_compiled(base.dit)
-        work = Plan(9, 2, 2, 4, 42, {}, ["a", "b"])
+        work = RunPlan(9, 2, 2, 4, 42, {}, ["a", "b"])
         trainer = Trainer(base, adapter_parameters(base), Settings("bf16"), work, Group(0, 1, device))
         if graphed:
-            trainer.record_passes(Recorder(device))
+            trainer.record_graphs(Recorder(device))
         batches = iter(shifted(pack(batch.clone()) if number % 3 == 2 else batch, number) for number in range(18))
         losses[graphed] = [trainer.take_step(batches, StopRequest())["loss"] for _ in range(9)]
         adapters[graphed] = trainer.engine.adapters()
@@ -329,11 +329,11 @@ def test_a_recording_that_fails_leaves_training_as_it_was(device, caplog):
     losses = {}
     for graphed in (False, True):
         base, batch = make_trained(device, "dora-rows", torch.bfloat16)
-        work = Plan(4, 1, 2, 2, 42, {}, ["a", "b"])
+        work = RunPlan(4, 1, 2, 2, 42, {}, ["a", "b"])
         trainer = Trainer(base, adapter_parameters(base), Settings("bf16"), work, Group(0, 1, device))
         if graphed:
             trainer._recordable_pass = functools.partial(asking_pass, trainer)
-            trainer.record_passes(Recorder(device))
+            trainer.record_graphs(Recorder(device))
         losses[graphed] = [trainer.take_step(iter([batch]), StopRequest())["loss"] for _ in range(4)]
     assert caplog.text.count("training goes on without them") == 1
     assert losses[True] == pytest.approx(losses[False], rel=5e-3)
@@ -355,7 +355,7 @@ def trained_digest(device_name):
     torch.use_deterministic_algorithms(True)
     device = torch.device(device_name)
     base, batch = make_trained(device, "dora-rows", torch.bfloat16)
-    work = Plan(3, 1, 2, 2, 42, {}, ["a", "b"])
+    work = RunPlan(3, 1, 2, 2, 42, {}, ["a", "b"])
     trainer = Trainer(base, adapter_parameters(base), Settings("bf16"), work, Group(0, 1, device))
     for _ in range(3):
         trainer.take_step(iter([batch]), StopRequest())

@@ -13,7 +13,7 @@ from sa3dist.errors import ConfigError
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import checkpoint, lr_schedule, resume
 from sa3dist.training.lr_schedule import Schedule
-from sa3dist.training.run_plan import Plan
+from sa3dist.training.run_plan import RunPlan
 from sa3dist.training.trainer import Trainer
 from tests.helpers.golden import golden
 from tests.helpers.ranks import run_ranks
@@ -65,7 +65,7 @@ def curve_at(world_size, accumulation):
         base = sa3dist.load_base(golden("tiny-sa3"))
         attach_adapter(base, "lora", rank=2, seed=1)
         batch = recorded_batch(base)
-        plan = Plan(
+        plan = RunPlan(
             STEPS,
             accumulation,
             2,
