@@ -29,7 +29,7 @@ from sa3dist.data.latents.source import (
 )
 from sa3dist.data.remote.fetch import redacted
 from sa3dist.data.source.archive import check_local
-from sa3dist.data.source.build import Measure
+from sa3dist.data.source.check import Measure
 from sa3dist.data.source.cut_captions import say_cut_captions
 from sa3dist.errors import ConfigError, counted
 from sa3dist.flow.crops import crop_frames

@@ -38,7 +38,7 @@ def near_duplicates(clips: list[InspectedClip]) -> list[tuple[str, str, float]]:
         return []
     ordered = sorted(clips, key=lambda clip: clip.seconds)
     seconds = np.array([clip.seconds for clip in ordered])
-    prints = np.stack([clip.figures.fingerprint for clip in ordered])
+    prints = np.stack([clip.stats.fingerprint for clip in ordered])
     squares = (prints**2).sum(axis=1)
     ends = np.searchsorted(seconds, seconds + np.maximum(LENGTH_TOLERANCE[0], LENGTH_TOLERANCE[1] * seconds), "right")
     found = []
@@ -49,6 +49,6 @@ def near_duplicates(clips: list[InspectedClip]) -> list[tuple[str, str, float]]:
         for row, column in np.argwhere(squared < prints.shape[1] * NEAR_DUPLICATE_DB**2):
             one, other = ordered[start + row], ordered[start + column]
             if row < column < ends[start + row] - start and one.audio_sha256 != other.audio_sha256:
-                distance = fingerprint_distance_db(one.figures.fingerprint, other.figures.fingerprint)
+                distance = fingerprint_distance_db(one.stats.fingerprint, other.stats.fingerprint)
                 found.append((*sorted((one.key, other.key)), distance))
     return sorted(found, key=lambda pair: pair[2])

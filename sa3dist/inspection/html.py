@@ -14,7 +14,7 @@ from sa3dist.errors import counted, span
 from sa3dist.formats import atomic_path
 from sa3dist.inspection.report import InspectedClip, Report
 
-# 4 kB a picture: beyond this a browser suffers; the figures of all clips are still in the table.
+# 4 kB a picture: beyond this a browser suffers; all clips are still in the table.
 MAX_PICTURES = 2000
 # From the loudest band of a clip downwards.
 PICTURE_RANGE_DB = 70.0
@@ -61,7 +61,7 @@ def render(report: Report) -> str:
     usable = report.usable
     if usable:
         edges, counts = report.length_histogram()
-        loudness = [clip.figures.lufs for clip in usable if clip.figures.lufs > -np.inf]
+        loudness = [clip.stats.lufs for clip in usable if clip.stats.lufs > -np.inf]
         parts += ["<h2>Length</h2>", bars(counts, edges, "s")]
         if loudness:
             counts, edges = np.histogram(loudness, 20)
@@ -135,21 +135,21 @@ def thumbnail(spectrogram_SP: np.ndarray) -> bytes:
 
 def _row(clip: InspectedClip, with_picture: bool) -> str:
     name, training = html.escape(clip.key), f"{clip.treatment}: {html.escape(clip.reason)}"
-    if clip.facts is None or clip.figures is None:
+    if clip.facts is None or clip.stats is None:
         return f"<tr class=skipped><td class=t>{name}<td colspan=9><td class=t>{training}</tr>"
     picture = ""
     if with_picture:
-        data = base64.b64encode(thumbnail(clip.figures.spectrogram_SP)).decode()
+        data = base64.b64encode(thumbnail(clip.stats.spectrogram_SP)).decode()
         picture = f'<img alt="spectrogram" src="data:image/png;base64,{data}">'
-    facts, figures = clip.facts, clip.figures
+    facts, stats = clip.facts, clip.stats
     numbers = (
         f"{clip.seconds:.2f}",
         f"{facts.sample_rate_hz}",
         f"{facts.channels}",
-        f"{figures.lufs:.1f}",
-        f"{figures.peak_dbfs:.1f}",
-        f"{100 * figures.silent_share:.0f} %",
-        f"{figures.clipped_samples}",
+        f"{stats.lufs:.1f}",
+        f"{stats.peak_dbfs:.1f}",
+        f"{100 * stats.silent_share:.0f} %",
+        f"{stats.clipped_samples}",
     )
     cells = "".join(f"<td class=n>{number}" for number in numbers)
     caption = _folded(clip.caption)

@@ -1,4 +1,4 @@
-"""What one clip sounds like in figures: loudness, peak, silence, clipping, a spectrogram and a fingerprint.
+"""Measure one clip: loudness, peak, silence, clipping, a spectrogram and a fingerprint.
 
 Suffixes: N samples, C channels, P pieces of 100 ms, F bins and S bands of the spectrum.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from sa3dist.data.source.audio import AudioFacts, check_audio
-from sa3dist.data.source.clip_stats import ClipFigures
+from sa3dist.data.source.clip_stats import ClipStats
 from sa3dist.flow.crops import SILENCE_PEAK
 from sa3dist.inspection.loudness import (
     GATING_PIECES,
@@ -41,8 +41,8 @@ VALUES_AT_ONCE = 1 << 21
 _SPARE: collections.deque[np.ndarray] = collections.deque()
 
 
-def measure_clip(data: bytes) -> tuple[AudioFacts, ClipFigures]:
-    """Decode check and figures of an audio file in one pass. Raises DataError as ``check_audio`` does."""
+def measure_clip(data: bytes) -> tuple[AudioFacts, ClipStats]:
+    """Decode check and stats of an audio file in one pass. Raises DataError as ``check_audio`` does."""
     measurement = Measurement()
     facts = check_audio(data, measurement)
     return facts, measurement.finish()
@@ -73,8 +73,8 @@ class Measurement:
                 self._measure(self._room)
                 self._held = 0
 
-    def finish(self) -> ClipFigures:
-        """The figures. Call once, after the last block."""
+    def finish(self) -> ClipStats:
+        """The stats. Call once, after the last block."""
         whole, rest = divmod(self._held, self._piece)
         if self._measured + whole < GATING_PIECES:
             # So short a clip is held from its first sample.
@@ -96,7 +96,7 @@ class Measurement:
         first, last = (sounding[0], sounding[-1]) if len(sounding) else (len(silent_P), len(silent_P) - 1)
         peak = float(peaks_P.max())
         _SPARE.append(self._memory)
-        return ClipFigures(
+        return ClipStats(
             lufs=lufs,
             peak_dbfs=20 * math.log10(peak) if peak > 0 else -math.inf,
             silent_share=float(silent_P.mean()),

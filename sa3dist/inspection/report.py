@@ -13,13 +13,14 @@ import numpy as np
 
 from sa3dist.config import Settings
 from sa3dist.data.source.archive import Pair, open_source, pair_members
-from sa3dist.data.source.audio import AudioFacts, check_whole, resampled_length
+from sa3dist.data.source.audio import AudioFacts, check_whole
 from sa3dist.data.source.bounded_map import ordered_map
-from sa3dist.data.source.build import CLIP_COUNT_RANGE
 from sa3dist.data.source.captions import read_caption
-from sa3dist.data.source.clip_stats import ClipFigures, Measured, read_figures, write_figures
+from sa3dist.data.source.check import CLIP_COUNT_RANGE
+from sa3dist.data.source.clip_stats import ClipStats, Measured, read_stats, write_stats
 from sa3dist.data.source.containers import Container
 from sa3dist.data.source.cut_captions import CutCaptions, cut_captions, text_source
+from sa3dist.data.source.resample import resampled_length
 from sa3dist.errors import DataError, counted, printable
 from sa3dist.flow.crops import crop_frames
 from sa3dist.formats import LeftOut
@@ -31,7 +32,7 @@ LENGTH_BINS = 20
 
 @dataclasses.dataclass
 class InspectedClip:
-    """One pair of the source. ``facts`` and ``figures`` are None when the audio cannot be used."""
+    """One pair of the source. ``facts`` and ``stats`` are None when the audio cannot be used."""
 
     key: str
     extension: str
@@ -39,7 +40,7 @@ class InspectedClip:
     audio_sha256: str = ""
     caption: str = ""
     facts: AudioFacts | None = None
-    figures: ClipFigures | None = None
+    stats: ClipStats | None = None
     problems: tuple[str, ...] = ()
     treatment: str = "skipped"
     reason: str = ""
@@ -47,10 +48,10 @@ class InspectedClip:
     def as_dict(self) -> dict[str, Any]:
         """JSON values; infinities as None."""
         values = {name: getattr(self, name) for name in ("key", "extension", "bytes", "audio_sha256", "caption")}
-        if self.facts and self.figures:
+        if self.facts and self.stats:
             values |= dataclasses.asdict(self.facts) | {"seconds": self.seconds}
             for name in ("lufs", "peak_dbfs", "silent_share", "lead_seconds", "tail_seconds", "clipped_samples"):
-                value = getattr(self.figures, name)
+                value = getattr(self.stats, name)
                 values[name] = None if value == -np.inf else round(value, 3)
         return values | {"treatment": self.treatment, "reason": self.reason}
 
@@ -119,10 +120,10 @@ class Report:
             "formats": dict(Counter(clip.extension for clip in usable)),
             "sample_rates_hz": {str(k): n for k, n in Counter(clip.facts.sample_rate_hz for clip in usable).items()},
             "channels": {str(k): n for k, n in Counter(clip.facts.channels for clip in usable).items()},
-            "lufs": _spread([clip.figures.lufs for clip in usable if clip.figures.lufs > -np.inf]),
-            "peak_dbfs": _spread([clip.figures.peak_dbfs for clip in usable]),
-            "clipped_clips": sum(clip.figures.clipped_samples > 0 for clip in usable),
-            "mostly_silent_clips": sum(clip.figures.silent_share > 0.5 for clip in usable),
+            "lufs": _spread([clip.stats.lufs for clip in usable if clip.stats.lufs > -np.inf]),
+            "peak_dbfs": _spread([clip.stats.peak_dbfs for clip in usable]),
+            "clipped_clips": sum(clip.stats.clipped_samples > 0 for clip in usable),
+            "mostly_silent_clips": sum(clip.stats.silent_share > 0.5 for clip in usable),
             "captions": {
                 "words": _spread([float(count) for count in words]),
                 "distinct": len(captions),
@@ -140,9 +141,9 @@ class Report:
 def inspect_source(
     settings: Settings, framing: tuple[float, int, int], report: Callable[[int, int], None] = lambda done, total: None
 ) -> Report:
-    """Decode and measure every clip of ``settings.audio_data_url``, except those whose figures an earlier look kept.
+    """Decode and measure every clip of ``settings.audio_data_url``, except those that an earlier look measured.
 
-    Nothing is written but downloads and, in a ``work_dir`` that is there or was asked for, the figures: also when this
+    Nothing is written but downloads and, in a ``work_dir`` that is there or was asked for, the stats: also when this
     is interrupted.
 
     framing   native length in seconds, sample rate in Hz and samples per latent frame of the model
@@ -152,7 +153,7 @@ def inspect_source(
     limits = {"max_download_bytes": settings.max_download_bytes, "outputs": (settings.work_dir, settings.output_dir)}
     with open_source(settings.audio_data_url, settings.work_dir, **limits) as container:
         listing = pair_members(container)
-        known = read_figures(settings.work_dir)
+        known = read_stats(settings.work_dir)
         inspected = ordered_map(
             lambda pair: _inspect(container, pair, known), listing.pairs, lambda pair: pair.audio.size
         )
@@ -162,10 +163,10 @@ def inspect_source(
                 clips.append(clip)
                 report(done, len(listing.pairs))
         finally:
-            measured = {(clip.audio_sha256, clip.bytes): (clip.facts, clip.figures) for clip in clips if clip.figures}
+            measured = {(clip.audio_sha256, clip.bytes): (clip.facts, clip.stats) for clip in clips if clip.stats}
             wanted = "work_dir" in settings.model_fields_set or settings.work_dir.is_dir()
             if wanted and measured.keys() - known.keys():
-                write_figures(settings.work_dir, known | measured)
+                write_stats(settings.work_dir, known | measured)
         for key, problems in (listing.problems | listing.unread).items():
             clips.append(InspectedClip(key, "", 0, problems=problems))
         clips.sort(key=lambda clip: clip.key)
@@ -197,7 +198,7 @@ def _inspect(container: Container, pair: Pair, known: Measured) -> InspectedClip
         earlier = known.get((clip.audio_sha256, len(data)))
         if earlier:
             check_whole(data, earlier[0].samples)
-        clip.facts, clip.figures = earlier or measure_clip(data)
+        clip.facts, clip.stats = earlier or measure_clip(data)
     except DataError as error:
         problems.append(f"{printable(pair.audio.name)}: {error}")
     clip.problems = tuple(problems)

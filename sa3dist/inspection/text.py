@@ -70,13 +70,13 @@ def show(report: Report) -> None:
     console.print(overview)
     clips = Table("clip", "s", "Hz", "ch", "LUFS", "peak", "silent", "clipped", "training", title="clips")
     for clip in report.clips[:MAX_ROWS]:
-        figures = [""] * 7
-        if clip.facts and clip.figures:
-            figures = [f"{clip.seconds:.2f}", str(clip.facts.sample_rate_hz), str(clip.facts.channels)]
-            figures += [f"{clip.figures.lufs:.1f}", f"{clip.figures.peak_dbfs:.1f}"]
-            figures += [f"{100 * clip.figures.silent_share:.0f} %", str(clip.figures.clipped_samples)]
+        cells = [""] * 7
+        if clip.facts and clip.stats:
+            cells = [f"{clip.seconds:.2f}", str(clip.facts.sample_rate_hz), str(clip.facts.channels)]
+            cells += [f"{clip.stats.lufs:.1f}", f"{clip.stats.peak_dbfs:.1f}"]
+            cells += [f"{100 * clip.stats.silent_share:.0f} %", str(clip.stats.clipped_samples)]
         colour = {"skipped": "red", "cropped": "yellow"}.get(clip.treatment, "")
-        clips.add_row(escape(clip.key), *figures, clip.treatment, style=colour)
+        clips.add_row(escape(clip.key), *cells, clip.treatment, style=colour)
     console.print(clips)
     if len(report.clips) > MAX_ROWS:
         console.print(f"and {counted(len(report.clips) - MAX_ROWS, 'more clip')}; --json or --html shows all")

@@ -15,7 +15,8 @@ import torch
 
 from sa3dist import cli, config
 from sa3dist.commands.demo import synthesise_clips
-from sa3dist.data.source.audio import check_audio, decode, resample
+from sa3dist.data.source.audio import check_audio, decode
+from sa3dist.data.source.resample import resample
 from sa3dist.inspection.duplicates import NEAR_DUPLICATE_DB
 from sa3dist.inspection.html import png, render
 from sa3dist.inspection.loudness import integrated_loudness, k_weighting

@@ -33,8 +33,9 @@ from sa3dist.data.latents.cache import EncodedClips, clip_latents, padded_prompt
 from sa3dist.data.latents.shards import FLIPPED, LATENTS, PROMPT
 from sa3dist.data.latents.source import StreamedDataset
 from sa3dist.data.latents.tensor_files import unpack_tensors
-from sa3dist.data.source.audio import decode, ready_audio
+from sa3dist.data.source.audio import decode
 from sa3dist.data.source.cut_captions import cut_captions
+from sa3dist.data.source.resample import ready_audio
 from sa3dist.errors import SA3DistError
 from sa3dist.flow.crops import polarity_of_slot
 from sa3dist.formats import ClipEntry

@@ -23,7 +23,8 @@ from sa3dist.data.latents.shards import (
     read_member,
 )
 from sa3dist.data.latents.tensor_files import unpack_tensors, write_tensors
-from sa3dist.data.source.audio import load_clip_audio, resampled_length
+from sa3dist.data.source.audio import load_clip_audio
+from sa3dist.data.source.resample import resampled_length
 from sa3dist.errors import DataError, EnvironmentFailure
 from sa3dist.formats import ClipEntry, DatasetIndex, digest_of
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from sa3dist.data.source.joined_streams import mp3_counted, refuse_joined, refuse_lost
-from sa3dist.data.source.places import read_clip
+from sa3dist.data.source.resample import ready_audio, resampled_length
 from sa3dist.data.source.riff import mended
+from sa3dist.data.source.tar_writer import read_clip
 from sa3dist.errors import DataError
 from sa3dist.flow.crops import SILENCE_PEAK
 from sa3dist.formats import ClipEntry, DatasetIndex
@@ -43,8 +44,6 @@ DECODE_BLOCK_SAMPLES = 1 << 18
 CHECK_BLOCK_VALUES = 1 << 18
 # Larger files are decoded where they are.
 MAX_COPIED_BYTES = 64 << 20
-# torchaudio tabulates one filter per output phase: at most 0.6 MB for the usual rates, 8 GB from 48,001 to 44,100 Hz.
-MAX_FILTER_TABLE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,74 +178,6 @@ def _skip(sound, samples: int) -> int:
         return sound.seek(samples)
     except soundfile.LibsndfileError as error:
         raise _undecodable(error) from error
-
-
-def ready_audio(audio_CN: np.ndarray, bounded: bool, from_hz: int, to_hz: int) -> torch.Tensor:
-    """Decoded samples ready for cropping, as ``load_clip_audio`` returns them.
-
-    bounded   its samples are known to lie in [-1, 1]
-    """
-    import torch
-
-    samples_CN = torch.from_numpy(audio_CN[:2])
-    if from_hz != to_hz:
-        samples_CN, bounded = resample(samples_CN, from_hz, to_hz), False
-    if not bounded:
-        samples_CN.clamp_(-1, 1)
-    return samples_CN.expand(2, -1).contiguous()
-
-
-def resampled_length(samples: int, from_hz: int, to_hz: int) -> int:
-    """Samples that ``resample`` returns: ceil(samples * to / from), in exact integers."""
-    return -(-samples * to_hz // from_hz)
-
-
-def resample(audio_CN: torch.Tensor, from_hz: int, to_hz: int) -> torch.Tensor:
-    """torchaudio's default sinc resampler (Hann window of 6 zero crossings, roll-off 0.99), for any pair of rates.
-
-    audio_CN  float32, any number of channels. Returns float32 (channels, resampled_length).
-    Source: torchaudio.functional.resample. Where its table of filters would not fit in memory (rates with a small
-    common divisor) the same filter is evaluated per output sample. It rounds lengths beyond 2^24 in float32, we do not.
-    """
-    if from_hz == to_hz:
-        return audio_CN.clone()
-    divisor = math.gcd(from_hz, to_hz)
-    old, new = from_hz // divisor, to_hz // divisor
-    width = math.ceil(6 * old / (min(old, new) * 0.99))
-    if new * (2 * width + old) <= MAX_FILTER_TABLE:
-        from torchaudio.functional import resample as tabulated
-
-        resampled_CN = tabulated(audio_CN, old, new)
-    else:
-        resampled_CN = _resample_by_sample(audio_CN, old, new, width)
-    missing = resampled_length(audio_CN.shape[-1], old, new) - resampled_CN.shape[-1]
-    if missing == 0:
-        return resampled_CN
-    import torch
-
-    return torch.nn.functional.pad(resampled_CN, (0, missing))
-
-
-def _resample_by_sample(audio_CN: torch.Tensor, old: int, new: int, width: int) -> torch.Tensor:
-    """out[j] = sum over k of x[k] h(k/old - j/new), taps within ``width`` of the centre, in float64."""
-    import torch
-
-    length = resampled_length(audio_CN.shape[-1], old, new)
-    base = min(old, new) * 0.99
-    taps_K = torch.arange(-width, width + 2)
-    padded_CN = torch.nn.functional.pad(audio_CN.double(), (width, width + 2))
-    out_CN = torch.empty(audio_CN.shape[0], length)
-    # About 32 MB per intermediate.
-    step = max(1, (1 << 22) // len(taps_K))
-    for start in range(0, length, step):
-        position_J = torch.arange(start, min(start + step, length)) * old
-        centre_J, rest_J = position_J // new, position_J % new
-        t_JK = (taps_K[None].double() - rest_J[:, None].double() / new) * (base / old)
-        t_JK.clamp_(-6, 6)
-        filter_JK = torch.sinc(t_JK) * torch.cos(t_JK * (math.pi / 12)) ** 2 * (base / old)
-        window_CJK = padded_CN[:, centre_J[:, None] + taps_K[None] + width]
-        out_CN[:, start : start + len(position_J)] = (window_CJK * filter_JK).sum(-1).float()
-    return out_CN
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
-"""Figures of clips, kept from one look at a source to the next: no clip is decoded twice only to be measured again.
+"""Statistics of clips (loudness, peak, spectrogram, ...) and the file that keeps them between runs.
 
-Layouts: N clips, W pieces of all their spectrograms in turn, S bands, K values of a fingerprint.
+Suffixes: N clips, W pieces of all their spectrograms in turn, S bands, K values of a fingerprint.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipFigures:
-    """lufs            integrated loudness (ITU-R BS.1770-4), -inf when all of it is gated away; ungated below 400 ms
+class ClipStats:
+    """What is measured in one clip.
+
+    lufs            integrated loudness (ITU-R BS.1770-4), -inf when all of it is gated away; ungated below 400 ms
     peak_dbfs       largest sample, dB full scale
     silent_share    share of 100 ms pieces that stay below -60 dBFS, training's own limit
     lead_seconds, tail_seconds   silence before and after the sound
@@ -45,12 +47,12 @@ NAME = "figures.safetensors"
 # Another number wherever clips are measured in another way.
 VERSION = "2"
 _FACTS = ("digests_N32", "facts_N4")
-_SCALARS = tuple(field.name for field in dataclasses.fields(ClipFigures)[:6])
-_FIGURES = ("scalars_N6", "widths_N", "spectrograms_SW", "fingerprints_NK")
+_SCALARS = tuple(field.name for field in dataclasses.fields(ClipStats)[:6])
+_STATS = ("scalars_N6", "widths_N", "spectrograms_SW", "fingerprints_NK")
 
 # SHA-256 of the audio bytes, and their number.
 Key = tuple[str, int]
-Measured = dict[Key, tuple[AudioFacts, ClipFigures]]
+Measured = dict[Key, tuple[AudioFacts, ClipStats]]
 
 
 def read_facts(work_dir: Path) -> dict[Key, AudioFacts]:
@@ -59,39 +61,39 @@ def read_facts(work_dir: Path) -> dict[Key, AudioFacts]:
     return {} if arrays is None else _facts(*arrays)
 
 
-def read_figures(work_dir: Path) -> Measured:
+def read_stats(work_dir: Path) -> Measured:
     """Clips that were measured earlier; nothing where the file is missing, damaged, or of another version."""
     path = Path(work_dir) / NAME
-    arrays = _read(path, _FACTS + _FIGURES)
+    arrays = _read(path, _FACTS + _STATS)
     if arrays is None:
         return {}
     digests_N32, facts_N4, scalars_N6, widths_N, spectrograms_SW, fingerprints_NK = arrays
     pictures = np.split(spectrograms_SW, np.cumsum(widths_N)[:-1], axis=1)
     kept = zip(scalars_N6.tolist(), pictures, fingerprints_NK, strict=True)
-    figures = [ClipFigures(*values[:5], int(values[5]), picture, print_) for values, picture, print_ in kept]
-    return {key: (facts, one) for (key, facts), one in zip(_facts(digests_N32, facts_N4).items(), figures, strict=True)}
+    stats = [ClipStats(*values[:5], int(values[5]), picture, print_) for values, picture, print_ in kept]
+    return {key: (facts, one) for (key, facts), one in zip(_facts(digests_N32, facts_N4).items(), stats, strict=True)}
 
 
-def write_figures(work_dir: Path, measured: Measured) -> None:
+def write_stats(work_dir: Path, measured: Measured) -> None:
     """Keep all of ``measured`` in place of what is there. A full or read-only disk is said, and harms nothing."""
     keys = sorted(measured)
-    facts, figures = zip(*(measured[key] for key in keys), strict=True)
+    facts, stats = zip(*(measured[key] for key in keys), strict=True)
     arrays = {
         "digests_N32": np.array([list(bytes.fromhex(digest)) for digest, _ in keys], np.uint8),
         "facts_N4": np.array(
             [(size, *dataclasses.astuple(one)) for (_, size), one in zip(keys, facts, strict=True)], np.int64
         ),
-        "scalars_N6": np.array([[getattr(one, name) for name in _SCALARS] for one in figures], np.float64),
-        "widths_N": np.array([one.spectrogram_SP.shape[1] for one in figures], np.int64),
-        "spectrograms_SW": np.concatenate([one.spectrogram_SP for one in figures], axis=1),
-        "fingerprints_NK": np.stack([one.fingerprint for one in figures]),
+        "scalars_N6": np.array([[getattr(one, name) for name in _SCALARS] for one in stats], np.float64),
+        "widths_N": np.array([one.spectrogram_SP.shape[1] for one in stats], np.int64),
+        "spectrograms_SW": np.concatenate([one.spectrogram_SP for one in stats], axis=1),
+        "fingerprints_NK": np.stack([one.fingerprint for one in stats]),
     }
     metadata = {name: _digest(array) for name, array in arrays.items()} | {"version": VERSION}
     try:
         with atomic_path(Path(work_dir) / NAME) as temporary:
             temporary.write_bytes(save(arrays, metadata=metadata))
     except OSError as error:
-        log.warning("%s: the figures of the clips are not kept (%s)", work_dir, error.strerror or error)
+        log.warning("%s: the statistics of the clips are not kept (%s)", work_dir, error.strerror or error)
 
 
 def _facts(digests_N32: np.ndarray, facts_N4: np.ndarray) -> dict[Key, AudioFacts]:

@@ -14,10 +14,18 @@ from sa3dist.data.remote.disk_cache import ClipCache
 from sa3dist.data.remote.download import remote_info, version_of
 from sa3dist.data.remote.fetch import MAX_TOTAL_BYTES, Downloads, address_name, filesystem, redacted
 from sa3dist.data.source.archive import pair_members
-from sa3dist.data.source.build import checked_clips, decoder, identity_of, settle
+from sa3dist.data.source.check import (
+    Known,
+    checked_clips,
+    clips_digest,
+    decoder,
+    earlier_indices,
+    known_facts,
+    raise_or_skip,
+)
 from sa3dist.data.source.containers import TarContainer
 from sa3dist.data.source.remote_shards import RemoteShards, check_sizes, find_index, has_ranges, tars_of
-from sa3dist.data.source.shard_split import Known, earlier_indices, known_facts, write_report
+from sa3dist.data.source.shard_split import write_report
 from sa3dist.errors import DataError
 from sa3dist.formats import ClipEntry, DatasetIndex, LeftOut, ShardEntry, atomic_directory, digest_of
 
@@ -65,7 +73,7 @@ def index_remote(
     if found is not None:
         index, urls = found
         check_sizes(index, urls, should_stop)
-        skipped = settle(
+        skipped = raise_or_skip(
             redacted(source), (), {}, len(index.clips), options.on_bad_clip, options.allow_any_dataset_size
         )
         return _publish(dataclasses.replace(index, skipped=skipped), work_dir), urls
@@ -91,7 +99,7 @@ def _sends_ranges(found, tars: list[str], should_stop: Callable[[], bool]) -> bo
 
 def _publish(index: DatasetIndex, work_dir: Path) -> DatasetIndex:
     """Write the index into a folder named by what it holds and where that lies."""
-    digest = digest_of(*(part for clip in index.clips for part in identity_of(clip)))
+    digest = clips_digest(index.clips)
     places = digest_of(*(f"{clip.shard} {clip.audio_offset}" for clip in index.clips))
     directory = work_dir / "shards" / f"{digest[:16]}-{places[:8]}"
     index = dataclasses.replace(index, directory=directory, digest=digest)
@@ -144,7 +152,7 @@ class _Reading:
             options = self._options
             together = _united(left_out)
             settings = options.on_bad_clip, options.allow_any_dataset_size
-            skipped = settle(self._label, self._refusals, self._problems, len(clips), *settings, together)
+            skipped = raise_or_skip(self._label, self._refusals, self._problems, len(clips), *settings, together)
         except DataError:
             self._downloads.forget()
             raise

@@ -13,17 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from sa3dist.data.source.audio import AudioFacts
 from sa3dist.data.source.tar_writer import member_stem
-from sa3dist.errors import DataError, counted, span
+from sa3dist.errors import counted, span
 from sa3dist.formats import NAMES_KEPT, ClipEntry, DatasetIndex, ShardEntry, atomic_path, digest_of, file_sha256
 
 log = logging.getLogger(__name__)
 
 REPORT_NAME = "report.txt"
-
-# By SHA-256 of the audio bytes, and their number.
-Known = dict[tuple[str, int], AudioFacts]
 
 
 def split(
@@ -54,24 +50,6 @@ def split(
         size += size_of(clip)
     if group:
         yield group
-
-
-def earlier_indices(shards_dir: Path) -> list[DatasetIndex]:
-    """What earlier runs left. A damaged or outdated index teaches nothing: its clips are decoded and written again."""
-    indices = []
-    for directory in sorted(path for path in shards_dir.glob("[0-9a-f]*") if path.is_dir()):
-        with contextlib.suppress(DataError):
-            indices.append(DatasetIndex.read(directory))
-    return indices
-
-
-def known_facts(earlier: list[DatasetIndex]) -> Known:
-    """What is known of the same bytes, so that unchanged clips are not decoded again."""
-    return {
-        (clip.audio_sha256, clip.audio_bytes): AudioFacts(clip.samples, clip.sample_rate_hz, clip.channels)
-        for index in earlier
-        for clip in index.clips
-    }
 
 
 class FinishedShards:

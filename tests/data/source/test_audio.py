@@ -16,9 +16,11 @@ import soundfile
 import torch
 import torchaudio
 
-from sa3dist.data.source import audio, places
-from sa3dist.data.source.audio import AudioFacts, check_audio, decode, load_clip_audio, resample, resampled_length
+from sa3dist.data.source import audio, tar_writer
+from sa3dist.data.source import resample as resampling
+from sa3dist.data.source.audio import AudioFacts, check_audio, decode, load_clip_audio
 from sa3dist.data.source.build import build_shards
+from sa3dist.data.source.resample import resample, resampled_length
 from sa3dist.errors import DataError
 from tests.helpers.clips import captioned, encode, tone, write_zip
 
@@ -148,7 +150,8 @@ def test_filtering_sample_by_sample_equals_the_tabulated_filter(old, new):
     x = torch.randn(2, 4001, generator=torch.Generator().manual_seed(new), dtype=torch.float64)
     width = int(np.ceil(6 * old / (min(old, new) * 0.99)))
     tabulated = torchaudio.functional.resample(x, old, new)
-    torch.testing.assert_close(audio._resample_by_sample(x, old, new, width).double(), tabulated, atol=2e-6, rtol=0)
+    by_sample = resampling._resample_by_sample(x, old, new, width)
+    torch.testing.assert_close(by_sample.double(), tabulated, atol=2e-6, rtol=0)
 
 
 def test_rates_without_a_common_divisor_resample_in_little_memory():
@@ -254,7 +257,7 @@ def test_no_more_is_decoded_than_the_part_needs(parted, name, most, monkeypatch)
     assert sum(decoded) == most
 
 
-def test_a_flac_whose_table_of_places_is_wrong_gives_the_same_part(tmp_path):
+def test_a_flac_whose_table_of_tar_writer_is_wrong_gives_the_same_part(tmp_path):
     noise = np.random.default_rng(6).uniform(-0.9, 0.9, (200_000, 2)).astype(np.float32)
     data = encode(noise, container="FLAC")
     # After STREAMINFO: two points, (first sample, offset from the first frame, samples), of which the second lies.
@@ -299,7 +302,7 @@ def test_a_byte_flipped_anywhere_in_a_shard_is_noticed_in_its_clip_or_changes_no
     for place in (draw.randrange(len(whole)) for _ in range(50)):
         shard.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << draw.randrange(8))]) + whole[place + 1 :])
         # As the first read of a process that has seen nothing.
-        monkeypatch.setattr(places, "_compared", {})
+        monkeypatch.setattr(tar_writer, "_compared", {})
         for clip in index.clips:
             if clip.audio_offset <= place < clip.audio_offset + clip.audio_bytes:
                 noticed += 1
@@ -319,7 +322,7 @@ def test_a_clip_is_hashed_when_first_read_and_again_when_its_shard_was_written_t
     flipped[clip.audio_offset + 100] ^= 1
     # Each the first read of a process that has seen nothing.
     for data, good in [(bytes(flipped), False), (whole, True)]:
-        monkeypatch.setattr(places, "_compared", {})
+        monkeypatch.setattr(tar_writer, "_compared", {})
         shard.write_bytes(data)
         if good:
             expected = load_clip_audio(index, clip, 44100)
@@ -327,8 +330,8 @@ def test_a_clip_is_hashed_when_first_read_and_again_when_its_shard_was_written_t
             with pytest.raises(DataError, match="clip clip2: the audio bytes are not the ones"):
                 load_clip_audio(index, clip, 44100)
     hashed = []
-    original = places.hashlib.sha256
-    monkeypatch.setattr(places.hashlib, "sha256", lambda data: hashed.append(len(data)) or original(data))
+    original = tar_writer.hashlib.sha256
+    monkeypatch.setattr(tar_writer.hashlib, "sha256", lambda data: hashed.append(len(data)) or original(data))
     assert torch.equal(load_clip_audio(index, clip, 44100), expected)
     assert hashed == []
     # As a copy over it, a restored backup or a repaired disk would: the time of the file is another one.

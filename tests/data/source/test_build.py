@@ -11,11 +11,10 @@ import pytest
 import webdataset
 
 from sa3dist import formats
-from sa3dist.data.source import audio, bounded_map, build
+from sa3dist.data.source import audio, bounded_map, build, check
 from sa3dist.data.source.audio import check_audio, load_clip_audio
 from sa3dist.data.source.build import build_shards
-from sa3dist.data.source.places import read_clip
-from sa3dist.data.source.tar_writer import member_stem
+from sa3dist.data.source.tar_writer import member_stem, read_clip
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted
 from sa3dist.formats import DatasetIndex
 from tests.helpers.clips import captioned, encode, tone, write_folder, write_zip
@@ -96,7 +95,7 @@ def test_a_second_run_decodes_nothing_and_writes_nothing(tmp_path, monkeypatch):
     source = str(write_zip(tmp_path / "a.zip", varied()))
     first = build_shards(source, tmp_path / "work")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*")}
-    monkeypatch.setattr(build, "check_audio", lambda data: pytest.fail("decoded again"))
+    monkeypatch.setattr(check, "check_audio", lambda data: pytest.fail("decoded again"))
     monkeypatch.setattr(build, "write_shard", lambda *_: pytest.fail("written again"))
     assert build_shards(source, tmp_path / "work") == first
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*")} == before
@@ -107,7 +106,7 @@ def test_one_changed_clip_is_the_only_one_decoded(tmp_path, monkeypatch):
     first = build_shards(str(write_zip(tmp_path / "a.zip", members)), tmp_path / "work")
     members["Set A/5 opus.opus"] = encode(tone(0.7, 48000, hertz=90), 48000, "OGG", "OPUS")
     decoded = []
-    monkeypatch.setattr(build, "check_audio", lambda data: decoded.append(data) or check_audio(data))
+    monkeypatch.setattr(check, "check_audio", lambda data: decoded.append(data) or check_audio(data))
     second = build_shards(str(write_zip(tmp_path / "a.zip", members)), tmp_path / "work")
     assert decoded == [members["Set A/5 opus.opus"]]
     assert second.digest != first.digest
@@ -233,7 +232,7 @@ def test_the_number_of_clips_is_limited_unless_lifted(tmp_path, monkeypatch, on_
         build_shards(three, tmp_path / "work", on_bad_clip=on_bad_clip)
     lifted = build_shards(three, tmp_path / "work", on_bad_clip=on_bad_clip, allow_any_dataset_size=True)
     assert len(lifted.clips) == 3
-    monkeypatch.setattr(build, "CLIP_COUNT_RANGE", (4, 6))
+    monkeypatch.setattr(check, "CLIP_COUNT_RANGE", (4, 6))
     seven = str(write_zip(tmp_path / "7.zip", captioned(7)))
     with pytest.raises(DataError, match="found 7 usable clips, expected 4 to 6"):
         build_shards(seven, tmp_path / "work", on_bad_clip=on_bad_clip)
@@ -272,7 +271,7 @@ def test_a_stop_request_ends_either_phase_and_leaves_nothing(tmp_path, polls):
 def test_a_clip_that_changes_between_check_and_write_is_noticed_or_written_as_checked(tmp_path, monkeypatch, kept):
     monkeypatch.setattr(build, "KEPT_BYTES", kept)
     folder = write_folder(tmp_path / "in", captioned(4))
-    original = build.settle
+    original = build.raise_or_skip
 
     def meddle(*args):
         data = bytearray((folder / "clip2.wav").read_bytes())
@@ -281,7 +280,7 @@ def test_a_clip_that_changes_between_check_and_write_is_noticed_or_written_as_ch
         return original(*args)
 
     checked = (folder / "clip2.wav").read_bytes()
-    monkeypatch.setattr(build, "settle", meddle)
+    monkeypatch.setattr(build, "raise_or_skip", meddle)
     if kept:
         index = build_shards(str(folder), tmp_path / "work")
         clip = next(clip for clip in index.clips if clip.key == "clip2")
@@ -341,7 +340,7 @@ def test_clips_in_flight_are_bounded_by_bytes(tmp_path, monkeypatch):
             live.discard(id(data))
         return facts
 
-    monkeypatch.setattr(build, "check_audio", watched)
+    monkeypatch.setattr(check, "check_audio", watched)
     # 26 kB each: two fit.
     build_shards(str(write_zip(tmp_path / "a.zip", captioned(12))), tmp_path / "work", num_workers=8)
     assert max(most) <= 2

@@ -7,7 +7,7 @@ import pytest
 
 from sa3dist import config
 from sa3dist.commands.demo import synthesise_clips
-from sa3dist.data.source import build, clip_stats
+from sa3dist.data.source import build, check, clip_stats
 from sa3dist.errors import DataError
 from sa3dist.inspection import measure
 from sa3dist.inspection.report import inspect_source
@@ -26,11 +26,11 @@ def source(tmp_path_factory):
 def decoded(monkeypatch):
     """Lengths of the files that are decoded from here on."""
     lengths = []
-    for module in (measure, build):
+    for module in (measure, check):
 
-        def count(data, *observers, check=module.check_audio):
+        def count(data, *observers, original=module.check_audio):
             lengths.append(len(data))
-            return check(data, *observers)
+            return original(data, *observers)
 
         monkeypatch.setattr(module, "check_audio", count)
     return lengths
@@ -41,7 +41,7 @@ def look(source, work_dir):
 
 
 def pictures(report):
-    return [clip.figures.spectrogram_SP for clip in report.clips]
+    return [clip.stats.spectrogram_SP for clip in report.clips]
 
 
 def test_a_second_look_and_the_shards_decode_nothing_and_say_the_same(source, tmp_path, decoded):
@@ -82,7 +82,7 @@ def test_shards_measure_only_what_they_decode_and_keep_what_was_known(source, tm
     look(fewer, tmp_path / "work")
     build.build_shards(str(source), tmp_path / "work", measure=measure.measure_clip)
     assert len(decoded) == 6
-    assert len(clip_stats.read_figures(tmp_path / "work")) == 6
+    assert len(clip_stats.read_stats(tmp_path / "work")) == 6
 
 
 def test_a_source_that_is_refused_leaves_no_figures(source, tmp_path):
@@ -137,14 +137,14 @@ def test_a_flipped_byte_anywhere_changes_no_figure(source, tmp_path):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
-        kept = clip_stats.read_figures(tmp_path / "work")
+        kept = clip_stats.read_stats(tmp_path / "work")
         assert set(kept) in (set(), {(clip.audio_sha256, clip.bytes) for clip in expected.clips})
         for clip in expected.clips:
             if kept:
                 facts, found = kept[clip.audio_sha256, clip.bytes]
-                assert (facts, found.lufs) == (clip.facts, clip.figures.lufs)
-                assert np.array_equal(found.spectrogram_SP, clip.figures.spectrogram_SP)
-                assert np.array_equal(found.fingerprint, clip.figures.fingerprint)
+                assert (facts, found.lufs) == (clip.facts, clip.stats.lufs)
+                assert np.array_equal(found.spectrogram_SP, clip.stats.spectrogram_SP)
+                assert np.array_equal(found.fingerprint, clip.stats.fingerprint)
 
 
 def test_a_disk_that_takes_no_figures_is_said_and_harms_nothing(source, tmp_path, caplog):

@@ -1,0 +1,168 @@
+"""Check the clips of an opened source, and refuse or skip those that cannot be used."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from sa3dist.data.source.archive import Listing, Pair
+from sa3dist.data.source.audio import AudioFacts, check_audio, check_whole
+from sa3dist.data.source.bounded_map import ordered_map
+from sa3dist.data.source.captions import read_caption
+from sa3dist.data.source.clip_stats import ClipStats, Measured
+from sa3dist.data.source.containers import Container
+from sa3dist.errors import DataError, Interrupted, counted, printable
+from sa3dist.formats import ClipEntry, DatasetIndex, LeftOut, digest_of
+
+# The endpoint's documented limits (spec/training.md section 3).
+CLIP_COUNT_RANGE = (4, 2000)
+MAX_PROBLEM_LINES = 20
+
+# By SHA-256 of the audio bytes, and their number.
+Known = dict[tuple[str, int], AudioFacts]
+Measure = Callable[[bytes], tuple[AudioFacts, ClipStats]]
+# From a clip's SHA-256 and bytes; raises DataError.
+FactsOf = Callable[[str, bytes], AudioFacts]
+
+
+def checked_clips(
+    container: Container,
+    listing: Listing,
+    facts_of: FactsOf,
+    num_workers: int | None,
+    should_stop: Callable[[], bool],
+    keep: Callable[[str, bytes], None] = lambda sha256, data: None,
+) -> Iterator[tuple[Pair, ClipEntry | None, tuple[str, ...]]]:
+    """(pair, clip or None, problems) in order of key; several clips at a time, in bounded memory.
+
+    keep   called with the digest and the audio bytes of every good clip
+    """
+
+    def check_stop() -> None:
+        if should_stop():
+            raise Interrupted(f"{container.label}: stopped while checking clips; run again")
+
+    checked = ordered_map(
+        lambda pair: _check(container, pair, facts_of, keep),
+        listing.pairs,
+        lambda pair: pair.audio.size,
+        num_workers,
+        check_stop,
+    )
+    for pair, (clip, problems) in checked:
+        yield pair, clip, problems
+
+
+def _check(
+    container: Container, pair: Pair, facts_of: FactsOf, keep: Callable[[str, bytes], None]
+) -> tuple[ClipEntry | None, tuple[str, ...]]:
+    problems = []
+    try:
+        caption = read_caption(container, pair.caption)
+    except DataError as error:
+        problems.append(f"{pair.caption_name}: {error}")
+    try:
+        data = container.read(pair.audio)
+        sha256 = hashlib.sha256(data).hexdigest()
+        facts = facts_of(sha256, data)
+    except DataError as error:
+        problems.append(f"{printable(pair.audio.name)}: {error}")
+    if problems:
+        return None, tuple(problems)
+    keep(sha256, data)
+    audio = {"shard": "", "audio_offset": 0, "audio_bytes": len(data), "audio_sha256": sha256}
+    return ClipEntry(pair.key, extension=pair.extension, caption=caption, **audio, **dataclasses.asdict(facts)), ()
+
+
+def decoder(known: Known, measure: Measure | None = None, stats: Measured | None = None) -> FactsOf:
+    """Decodes clips that are not known; what ``measure`` finds in them goes to ``stats``."""
+
+    def facts_of(sha256: str, data: bytes) -> AudioFacts:
+        key = sha256, len(data)
+        if key in known:
+            # An earlier version may have accepted it.
+            check_whole(data, known[key].samples)
+            return known[key]
+        if measure is None:
+            return check_audio(data)
+        stats[key] = measure(data)
+        return stats[key][0]
+
+    return facts_of
+
+
+def earlier_indices(shards_dir: Path) -> list[DatasetIndex]:
+    """Indexes of earlier runs. Damaged and outdated ones are ignored; their clips are decoded and written again."""
+    indices = []
+    for directory in sorted(path for path in shards_dir.glob("[0-9a-f]*") if path.is_dir()):
+        with contextlib.suppress(DataError):
+            indices.append(DatasetIndex.read(directory))
+    return indices
+
+
+def known_facts(earlier: list[DatasetIndex]) -> Known:
+    """What is known of the same bytes, so that unchanged clips are not decoded again."""
+    return {
+        (clip.audio_sha256, clip.audio_bytes): AudioFacts(clip.samples, clip.sample_rate_hz, clip.channels)
+        for index in earlier
+        for clip in index.clips
+    }
+
+
+def raise_or_skip(
+    label: str,
+    refusals: Sequence[str],
+    problems: dict[str, tuple[str, ...]],
+    usable: int,
+    on_bad_clip: str,
+    any_size: bool,
+    left_out: Sequence[LeftOut] = (),
+) -> tuple[str, ...]:
+    """Raise all problems as one DataError, or return those that are skipped, one line per clip.
+
+    refusals   faults of the archive, which are never skipped        problems   key of a clip -> what is wrong with it
+    usable     number of good clips                                  left_out   files that are no clips
+    """
+    bad = [line for key in sorted(problems) for line in problems[key]]
+    lines = list(refusals) + (bad if on_bad_clip == "raise" else [])
+    # A clip that is reported will be mended and then counts: the number is a problem only if that cannot help.
+    possible = usable + len(problems) if on_bad_clip == "raise" else usable
+    miscount = count_problem(usable, any_size, possible)
+    if miscount and not refusals:
+        # Where too few are left, what was skipped is the reason.
+        lines = [miscount, *bad, *(f"left out: {kind.line()}" for kind in left_out)]
+        causes = [kind for kind in left_out if kind.what not in ("caption", "system file")]
+        if not possible and len(causes) == 1:
+            # A zip of zips, say: one line is enough.
+            lines = [f"found no usable clip, but {causes[0].line()}"]
+    if lines:
+        hidden = len(lines) - MAX_PROBLEM_LINES
+        if hidden > 0:
+            lines[MAX_PROBLEM_LINES:] = [f"and {counted(hidden, 'more problem')}"]
+        raise DataError("\n".join(f"{label}: {line}" for line in lines))
+    return tuple("; ".join(problems[key]) for key in sorted(problems))
+
+
+def check_count(label: str, count: int, any_size: bool) -> None:
+    """Raise DataError when a data set holds too few or too many clips."""
+    if problem := count_problem(count, any_size, count):
+        raise DataError(f"{label}: {problem}")
+
+
+def count_problem(usable: int, any_size: bool, possible: int) -> str | None:
+    """What is wrong with the number of usable clips, or None. possible: their number once all faults are mended."""
+    low, high = (1, usable) if any_size else CLIP_COUNT_RANGE
+    if low <= possible and usable <= high:
+        return None
+    if any_size:
+        return "found no usable clip; expected audio files, each with a .txt caption of the same name"
+    found = counted(usable, "usable clip")
+    return f"found {found}, expected {low} to {high}; set allow_any_dataset_size: true to lift the limits"
+
+
+def clips_digest(clips: Iterable[ClipEntry]) -> str:
+    """The digest of a data set: of the keys, extensions, audio and captions of its clips, in order."""
+    return digest_of(*(part for clip in clips for part in (clip.key, clip.extension, clip.audio_sha256, clip.caption)))
