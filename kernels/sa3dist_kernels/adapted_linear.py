@@ -92,21 +92,22 @@ def adapted_linear(
         )
     if kind.xs and (frozen is None or frozen.left_OR is None):
         raise ValueError(f"{kind.name} needs the frozen bases of its layer: pass frozen=frozen_constants(weight, U, V)")
-    core = params["M_xs" if kind.xs else "lora_A"]
     dtype = compute_dtype(x)
+    core = params["M_xs" if kind.xs else "lora_A"]
     statistic = torch.promote_types(torch.promote_types(dtype, core.dtype), torch.float32)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    trained = (core, params.get("lora_B"), params.get(kind.row_magnitude), params.get(kind.col_magnitude))
-    trained = [None if value is None else value.to(statistic) for value in trained]
     bias = None if bias is None else bias.detach()
     if impl == "triton":
         # Imported here: a machine without Triton runs everything else.
         from sa3dist_kernels.formed_per_use import formed_per_use
 
+        trained = [params[name].to(statistic) for name in kind.parameter_shapes(*weight_OI.shape, 1)]
         bases = (frozen.left_OR.float(), frozen.right_IR.float()) if kind.xs else (None, None)
-        z = formed_per_use(rows, weight, trained, bases, scale)
+        z = formed_per_use(rows, weight, trained, kind.name, bases, scale)
         y = z if bias is None else z + bias.to(z.dtype)
         return y.view(*x.shape[:-1], weight_OI.shape[0])
+    trained = (core, params.get("lora_B"), params.get(kind.row_magnitude), params.get(kind.col_magnitude))
+    trained = [None if value is None else value.to(statistic) for value in trained]
     if frozen is None and (kind.rows or kind.cols):
         frozen = frozen_constants(weight)
     layer = Layer(kind, scale, weight_OI, frozen, product_dtype(dtype, x.device), statistic)

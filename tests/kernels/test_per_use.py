@@ -197,8 +197,7 @@ def operator_arguments(name):
     """Arguments of both operators, as the layer calls them."""
     kind = ADAPTER_TYPES[name]
     weight, _, params, frozen, x, grad = make_layer(kind, 5, 10, 6, 2, dtype=torch.float32)
-    slots = ("M_xs" if kind.xs else "lora_A", "lora_B", kind.row_magnitude, kind.col_magnitude)
-    rest = (*(params.get(slot) for slot in slots), weight, frozen.left_OR, frozen.right_IR, 0.7)
+    rest = (list(params.values()), name, weight, frozen.left_OR, frozen.right_IR, 0.7)
     z = formed_per_use.formed_product_op(x.detach(), *map(detached, rest))
     return {
         formed_per_use.formed_product_op: (x, *rest),
@@ -207,6 +206,8 @@ def operator_arguments(name):
 
 
 def detached(value):
+    if isinstance(value, list):
+        return [detached(one) for one in value]
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 
