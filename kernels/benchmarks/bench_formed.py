@@ -108,7 +108,7 @@ def measured(formed: FormedWeights, options, device: torch.device) -> dict[str, 
     }
     groups = getattr(formed.forms, "groups", [])
     if groups:
-        from sa3dist_kernels.formed_bytes import finish_bytes, form_bytes
+        from formed_bytes import finish_bytes, form_bytes
 
         for name, count in (("form", form_bytes), ("finish", finish_bytes)):
             row[f"{name}_bytes"] = sum(sum(map(sum, count(group).values())) for group in groups)

@@ -7,7 +7,10 @@ import torch
 
 pytest.importorskip("triton")
 import bench_formed  # noqa: E402
-from sa3dist_kernels import triton_support  # noqa: E402
+from formed_bytes import finish_bytes, form_bytes  # noqa: E402
+from sa3dist_kernels import ADAPTER_TYPES, triton_support  # noqa: E402
+from sa3dist_kernels.formed_layout import Group, default_tiles  # noqa: E402
+from sa3dist_kernels.formed_weights import FormedSpec, product_elements  # noqa: E402
 
 
 @pytest.mark.skipif(not triton_support.interpreting(), reason="Triton was imported without its interpreter")
@@ -26,3 +29,23 @@ def test_every_other_tile_of_a_sweep_differs_from_the_default():
     names, tiles = zip(*bench_formed.candidates(16, torch.bfloat16), strict=True)
     assert len(set(names)) == len(names)
     assert all(other != tiles[0] for other in tiles[1:])
+
+
+@pytest.mark.parametrize("name", ADAPTER_TYPES)
+def test_bytes_moved_are_few_beside_the_reads_and_writes_of_whole_weights(name):
+    kind, rank, specs = ADAPTER_TYPES[name], 16, []
+    for (fan_out, fan_in), count in bench_formed.MEDIUM.items():
+        weight = torch.empty(fan_out, fan_in, dtype=torch.bfloat16, device="meta")
+        shapes = kind.parameter_shapes(fan_out, fan_in, rank)
+        params = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        bases = [torch.empty(side, rank, device="meta") for side in (fan_out, fan_in)] if kind.xs else (None, None)
+        specs += [FormedSpec(weight, params, params, kind, 1.0, *bases)] * count
+    memory = torch.empty(product_elements(specs), dtype=torch.bfloat16, device="meta")
+    group = Group(specs, memory, default_tiles(rank, torch.bfloat16))
+    weights = sum(spec.weight_OI.nbytes for spec in specs)
+    form, finish = (sum(map(sum, count(group).values())) / weights for count in (form_bytes, finish_bytes))
+    # W0 is read once and W' written once; once more for the columns' norms, and again for those of BoRA.
+    assert 2 <= form <= 2 * (2.1 if kind.cols else 1.2)
+    # No more than W0 once; BoRA twice, and what is thin: the sums alone, in and out, are 4 % at this rank.
+    reads = 2 if kind.computes_as(ADAPTER_TYPES["bora"]) else 1
+    assert finish <= reads + 0.2

@@ -344,33 +344,3 @@ def test_specs_that_do_not_fit_are_refused_by_name():
         FormedWeights([spread], torch.float32)
     with pytest.raises(ValueError, match="expected one of auto, triton, torch"):
         FormedWeights([first[0].spec], torch.float32, "cuda")
-
-
-# Layers of the medium base: (fan_out, fan_in) and how many.
-MEDIUM = {
-    (7680, 1536): 24, (12288, 1536): 24, (1536, 6144): 24, (1536, 1536): 74, (3072, 1536): 24, (4608, 1536): 24,
-    (9216, 1536): 1, (256, 1536): 1, (1536, 768): 1, (256, 256): 1, (768, 256): 1,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NINE)
-def test_bytes_moved_are_few_beside_the_reads_and_writes_of_whole_weights(name):
-    from sa3dist_kernels.formed_bytes import finish_bytes, form_bytes
-    from sa3dist_kernels.formed_layout import Group, default_tiles
-
-    kind, rank, specs = ADAPTER_TYPES[name], 16, []
-    for (fan_out, fan_in), count in MEDIUM.items():
-        weight = torch.empty(fan_out, fan_in, dtype=torch.bfloat16, device="meta")
-        shapes = kind.parameter_shapes(fan_out, fan_in, rank)
-        params = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-        bases = [torch.empty(side, rank, device="meta") for side in (fan_out, fan_in)] if kind.xs else (None, None)
-        specs += [FormedSpec(weight, params, params, kind, 1.0, *bases)] * count
-    memory = torch.empty(product_elements(specs), dtype=torch.bfloat16, device="meta")
-    group = Group(specs, memory, default_tiles(rank, torch.bfloat16))
-    weights = sum(spec.weight_OI.nbytes for spec in specs)
-    form, finish = (sum(map(sum, count(group).values())) / weights for count in (form_bytes, finish_bytes))
-    # W0 is read once and W' written once; once more for the columns' norms, and again for those of BoRA.
-    assert 2 <= form <= 2 * (2.1 if kind.cols else 1.2)
-    # No more than W0 once; BoRA twice, and what is thin: the sums alone, in and out, are 4 % at this rank.
-    reads = 2 if kind.computes_as(ADAPTER_TYPES["bora"]) else 1
-    assert finish <= reads + 0.2
