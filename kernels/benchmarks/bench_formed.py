@@ -21,7 +21,7 @@ import torch
 from results_file import ResultsFile
 from sa3dist_kernels import ADAPTER_TYPES, triton_support
 from sa3dist_kernels.formed_reference import finish_reference, form_reference
-from sa3dist_kernels.formed_weights import FormedSpec, FormedWeights, product_elements
+from sa3dist_kernels.formed_weights import FormedSpec, FormedWeights
 from timing import interleaved, summary
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -157,10 +157,10 @@ def rows(options, device: torch.device) -> Iterator[dict[str, Any]]:
     for name in options.type:
         for rank in options.rank:
             specs, sums = make_specs(TINY if options.tiny else MEDIUM, ADAPTER_TYPES[name], rank, dtype, device)
-            oracle, memory = Oracle(specs, sums), torch.empty(product_elements(specs), dtype=dtype, device=device)
+            oracle = Oracle(specs, sums)
             impl = "triton" if triton_support.interpreting() else "auto"
             for what, tiles in candidates(rank, dtype) if options.sweep else [("default", None)]:
-                formed = FormedWeights(specs, dtype, impl, memory, tiles)
+                formed = FormedWeights(specs, dtype, impl, tiles)
                 row = {"adapter_type": name, "rank": rank, "tiles": what, "error": oracle.errors(formed)}
                 yield row | measured(formed, options, device)
 

@@ -9,7 +9,6 @@ Layouts: O fan_out, I fan_in, R rank.
 from __future__ import annotations
 
 import triton
-
 from sa3dist_kernels.formed_layout import Group
 
 FLOAT = 4

@@ -25,23 +25,16 @@ class TritonForms:
         rank, rows = specs[0].rank, sum(spec.fan_out for spec in specs)
         if tiles is None:
             tiles = interpreter_tiles(rank) if interpreting() else default_tiles(rank, memory.dtype, rows)
-        self.members: dict[tuple, list[int]] = {}
+        members: dict[tuple, list[int]] = {}
         for index, spec in enumerate(specs):
-            self.members.setdefault(alignment(spec), []).append(index)
+            members.setdefault(alignment(spec), []).append(index)
         layers, begin = {}, 0
         self.groups = []
-        for of in self.members.values():
-            self.groups.append(Group([specs[index] for index in of], memory[begin:], tiles))
-            for index in of:
+        for of_group in members.values():
+            self.groups.append(Group([specs[index] for index in of_group], memory[begin:], tiles))
+            for index in of_group:
                 layers[index], begin = formed_layer(specs[index], memory, begin)
         self.layers = [layers[index] for index in range(len(specs))]
-
-    def set_specs(self, specs: list[FormedSpec]) -> None:
-        for group, of in zip(self.groups, self.members.values(), strict=True):
-            scales = [specs[index].scale for index in of]
-            if scales != [spec.scale for spec in group.specs]:
-                group.scales.copy_(torch.tensor(scales))
-            group.set_specs([specs[index] for index in of])
 
     def form(self) -> None:
         self._run(form_plan)

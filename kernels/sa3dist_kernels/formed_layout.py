@@ -117,8 +117,8 @@ class Group:
 
     def __init__(self, specs: Sequence[FormedSpec], memory: torch.Tensor, tiles: Tiles) -> None:
         """memory: flat and in the format of the products; W', L' and R' of the layers fill it from its start."""
-        self.tiles, self.product = tiles, memory
-        self.set_specs(specs)
+        self.tiles, self.product, self.specs = tiles, memory, list(specs)
+        self._watched = [tensor for spec in specs for tensor in spec.tensors()]
         self.kind: AdapterType = specs[0].kind
         self.rank: int = specs[0].rank
         self.device = specs[0].weight_OI.device
@@ -129,24 +129,19 @@ class Group:
         self.formed, _ = _offsets([product_sizes(spec) for spec in specs])
         self.scales = torch.tensor([spec.scale for spec in specs], dtype=torch.float32).to(self.device)
         self._make_programs()
-        self.places: tuple[int, ...] = ()
+        self.addresses: tuple[int, ...] = ()
         # What is launched for a phase; made anew with the table.
         self.plans: dict = {}
         self.refresh()
 
-    def set_specs(self, specs: Sequence[FormedSpec]) -> None:
-        """The same layers with other tensors; the table follows with the next ``refresh``."""
-        self.specs = list(specs)
-        self._watched = [tensor for spec in specs for tensor in spec.tensors()]
-
     def refresh(self) -> None:
         """Make the table anew where a tensor has moved. Raises RuntimeError while a CUDA graph is recorded."""
-        places = tuple(tensor.data_ptr() for tensor in self._watched)
-        if places == self.places:
+        addresses = tuple(tensor.data_ptr() for tensor in self._watched)
+        if addresses == self.addresses:
             return
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("a tensor of a formed layer has moved: form() must run once before it is recorded")
-        self.places, self.widths = places, self._widths()
+        self.addresses, self.widths = addresses, self._widths()
         table = [self._row(index, spec) for index, spec in enumerate(self.specs)]
         self.layers = torch.tensor(table, dtype=torch.int64).to(self.device)
         self.plans.clear()
@@ -226,7 +221,7 @@ class Group:
             "core": [(at, down, across) for at in tallest for down in ranks for across in ranks],
         }
         self.programs = {
-            name: torch.tensor(places, dtype=torch.int32).to(self.device) for name, places in programs.items()
+            name: torch.tensor(table, dtype=torch.int32).to(self.device) for name, table in programs.items()
         }
 
 

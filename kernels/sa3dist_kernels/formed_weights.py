@@ -113,8 +113,6 @@ class FormedWeights:
 
     product   format of the products and so of W', L' and R'
     impl      "triton", "torch" (plain tensors, one layer after the other), or "auto": triton on CUDA, else torch
-    memory    for W', L' and R': a flat tensor on the layers' device, of that format, at least ``product_elements``
-              long; several objects may take turns in it, each after its own ``form``. None: memory of its own
     tiles     blocks of the Triton kernels; None: those that suit the rank, the format and the number of layers
     layers    a ``FormedLayer`` per spec, in their order; undefined before the first ``form``
 
@@ -126,7 +124,6 @@ class FormedWeights:
         specs: Sequence[FormedSpec],
         product: torch.dtype,
         impl: str = "auto",
-        memory: torch.Tensor | None = None,
         tiles: Tiles | None = None,
     ) -> None:
         self.specs = list(specs)
@@ -142,13 +139,7 @@ class FormedWeights:
             raise ValueError(f"impl={impl!r}, expected one of auto, triton, torch")
         if impl == "auto":
             impl = "triton" if self.specs[0].weight_OI.is_cuda and product != torch.float64 else "torch"
-        needed = product_elements(self.specs)
-        if memory is None:
-            memory = torch.empty(needed, dtype=product, device=self.specs[0].weight_OI.device)
-        if memory.dtype != product or memory.dim() != 1 or memory.numel() < needed:
-            raise ValueError(
-                f"memory is {tuple(memory.shape)} {memory.dtype}, expected ({needed},) {product} or longer"
-            )
+        memory = torch.empty(product_elements(self.specs), dtype=product, device=self.specs[0].weight_OI.device)
         if impl == "triton":
             # Imported here: a machine without Triton runs the rest.
             from sa3dist_kernels.formed_launch import TritonForms
@@ -167,21 +158,6 @@ class FormedWeights:
     def finish(self) -> None:
         """Raw sums in ``grads`` to gradients, in place. The trained tensors must be those of the last ``form``."""
         self.forms.finish()
-
-    def set_scales(self, scales: Sequence[float]) -> None:
-        """Another strength * alpha / rank per layer, in the order of ``specs``; used from the next ``form`` on."""
-        self.specs[:] = [dataclasses.replace(spec, scale=s) for spec, s in zip(self.specs, scales, strict=True)]
-        self.forms.set_specs(self.specs)
-
-    def set_weight(self, index: int, weight_OI: torch.Tensor) -> None:
-        """Read W0 of one layer from another tensor of the same shape and format, as where it is gathered anew."""
-        old = self.specs[index].weight_OI
-        if (weight_OI.shape, weight_OI.dtype, weight_OI.device) != (old.shape, old.dtype, old.device):
-            raise ValueError(
-                f"weight {tuple(weight_OI.shape)} {weight_OI.dtype} in place of {tuple(old.shape)} {old.dtype}"
-            )
-        self.specs[index] = dataclasses.replace(self.specs[index], weight_OI=weight_OI)
-        self.forms.set_specs(self.specs)
 
 
 def product_elements(specs: Sequence[FormedSpec]) -> int:
@@ -218,9 +194,6 @@ class TorchForms:
         for spec in specs:
             layer, begin = formed_layer(spec, memory, begin)
             self.layers.append(layer)
-
-    def set_specs(self, specs: list[FormedSpec]) -> None:
-        self.specs = specs
 
     def form(self) -> None:
         for spec, layer in zip(self.specs, self.layers, strict=True):
