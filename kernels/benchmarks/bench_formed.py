@@ -118,7 +118,7 @@ def measured(formed: FormedWeights, options, device: torch.device) -> dict[str, 
 
 def candidates(rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     """(what, tiles): the default, then one thing changed at a time."""
-    from sa3dist_kernels.formed_layout import default_tiles
+    from sa3dist_kernels.formed_group import default_tiles
 
     base = default_tiles(rank, dtype)
     yield "default", base

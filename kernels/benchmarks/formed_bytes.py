@@ -3,13 +3,13 @@
 What a program reads again while its block is still in the second-level cache counts once (the second pass over a block
 of rows, L and R of a layer), what a launch reads anew counts anew (W0 for every part of a rank that takes several).
 
-Layouts: O fan_out, I fan_in, R rank.
+Legend: O fan_out, I fan_in, R rank.
 """
 
 from __future__ import annotations
 
 import triton
-from sa3dist_kernels.formed_layout import Group
+from sa3dist_kernels.formed_group import Group
 
 FLOAT = 4
 

@@ -12,7 +12,7 @@ products with W0 (``weight_norms``) and may be shared by several calls (``norm_c
 formed for every use (``formed_per_use``). Training on a GPU takes neither: it forms W' once per step
 (``formed_linear``).
 
-Layouts: N tokens, O fan_out, I fan_in, R rank.
+Legend: N tokens, O fan_out, I fan_in, R rank.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""A block of columns of all rows of one span: what both FORM and FINISH sum over rows.
+"""The sums over rows that both FORM and FINISH need, for one block of columns and one span of rows.
 
     (diag(a) L)^T V     a (V.V)     with V = W0 + s L R and a = 1, g^2 (FORM) or k (FINISH)
 
 Each program writes its share; the closing kernels add them up in a fixed order, so that two runs agree to the last bit.
 
-Layouts: O fan_out, I fan_in, R rank.
+Legend: O fan_out, I fan_in, R rank.
 """
 
 from __future__ import annotations
@@ -42,9 +42,8 @@ def rows_to(span, count, BOUNDED: tl.constexpr):
 def column_sweep(
     floats, weight, scales, layers, programs, span,
     R: tl.constexpr, ROWS: tl.constexpr, SLOPED: tl.constexpr, BOUNDED: tl.constexpr,
-    WIDE_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_T: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, RANK_STEP: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    WIDE_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    RANK_STEP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One span of rows' share of (diag(a) L)^T V (R, I), for a block of columns; a is k if SLOPED, else g^2 or 1.
 

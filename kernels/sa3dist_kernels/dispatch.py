@@ -1,4 +1,4 @@
-"""Whether the Triton kernels serve on a device: asked once per device and format, and proved on a small layer."""
+"""Whether the Triton kernels work on a device: decided once per device and format, by computing a small layer."""
 
 from __future__ import annotations
 

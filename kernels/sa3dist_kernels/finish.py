@@ -15,7 +15,7 @@ columns   a program has a block of columns and a span of rows; it reads W0 for (
 close     adds the spans up in a fixed order
 core      dM of an -xs type, a tile of it to a program
 
-Layouts: O fan_out, I fan_in, R rank.
+Legend: O fan_out, I fan_in, R rank.
 """
 
 from __future__ import annotations

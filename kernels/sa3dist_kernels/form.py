@@ -12,7 +12,7 @@ rows      a program has a block of rows: norms and V R^T in one pass over the co
           rows in the cache. Where columns are scaled too, W' waits for them and is written by a launch of its own.
 columns   a program has a block of columns and a span of rows; ``close`` adds the spans up in a fixed order.
 
-Layouts: O fan_out, I fan_in, R rank.
+Legend: O fan_out, I fan_in, R rank.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sa3dist_kernels import finish, form
-from sa3dist_kernels.formed_layout import ColumnTile, Group, RowTile, Tiles, alignment, default_tiles, interpreter_tiles
+from sa3dist_kernels.formed_group import ColumnTile, Group, RowTile, Tiles, alignment, default_tiles, interpreter_tiles
 from sa3dist_kernels.formed_weights import FormedSpec, formed_layer
 from sa3dist_kernels.triton_support import check_triton, interpreting, loop_end
 

@@ -1,4 +1,4 @@
-"""An adapted layer whose W' has been formed: one library product each way, and raw sums for its trained tensors.
+"""A linear layer whose W' has been formed: one matrix product each way, and raw sums for its trained tensors.
 
     z = x W'^T      dx = dy W'
 
@@ -13,7 +13,7 @@ import torch
 
 from sa3dist_kernels.adapter_types import ADAPTER_TYPES, AdapterType
 from sa3dist_kernels.frozen_products import no_autocast
-from sa3dist_kernels.raw_sums import places, raw_sums
+from sa3dist_kernels.raw_sums import offsets, raw_sums
 
 
 def formed_linear(
@@ -80,7 +80,7 @@ def _raw_sums_opaque(
 
 @_raw_sums_opaque.register_fake
 def _(x, dx, dy, z, left_OR, right_RI, kind_name, impl):
-    _, total = places(ADAPTER_TYPES[kind_name], left_OR.shape[0], right_RI.shape[1], left_OR.shape[1])
+    _, total = offsets(ADAPTER_TYPES[kind_name], left_OR.shape[0], right_RI.shape[1], left_OR.shape[1])
     return x.new_empty(total, dtype=torch.promote_types(x.dtype, torch.float32))
 
 

@@ -2,7 +2,7 @@
 
 Everything is in the format of the trained tensors.
 
-Layouts: O fan_out, I fan_in, R rank.
+Legend: O fan_out, I fan_in, R rank.
 """
 
 from __future__ import annotations

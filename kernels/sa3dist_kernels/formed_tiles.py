@@ -1,4 +1,4 @@
-"""What the kernels of formed weights share: how they find a layer's tensors, and tiles of V = W0 + s L R on chip.
+"""Device functions that FORM and FINISH share: offsets of a layer's tensors, and tiles of V = W0 + s L R on chip.
 
 One launch serves layers of many shapes. A program looks up its layer and block in ``programs`` (P, 3), and where that
 layer's tensors lie in ``layers`` (G, FIELD_COUNT): sizes, and element offsets from three bases, ``floats`` (float32:
@@ -7,7 +7,7 @@ the trained tensors, their gradients, bases of -xs types, the statistics), ``wei
 A tile of a block of rows is (SPLITS, BLOCK_O, BLOCK_J): SPLITS neighbouring spans of columns, one to a warp, each with
 its own sums, added at the end. So no warp needs what another one formed.
 
-Layouts: O fan_out, I fan_in, R rank, RANK_STEP the part of the rank that is held at once.
+Legend: O fan_out, I fan_in, R rank, RANK_STEP the part of the rank that is held at once.
 """
 
 from __future__ import annotations

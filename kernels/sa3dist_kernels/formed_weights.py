@@ -5,7 +5,7 @@
     ...                  # micro batches: products with W', raw sums added into ``grads``
     formed.finish()      # raw sums to gradients, in place (``finish``)
 
-Layouts: O fan_out, I fan_in, R rank.
+Legend: O fan_out, I fan_in, R rank.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sa3dist_kernels.adapter_types import AdapterType
 from sa3dist_kernels.formed_reference import finish_reference, form_reference
 
 if TYPE_CHECKING:
-    from sa3dist_kernels.formed_layout import Tiles
+    from sa3dist_kernels.formed_group import Tiles
 
 # Elements to which every tensor made here is aligned.
 ALIGNED = 16

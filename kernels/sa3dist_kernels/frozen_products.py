@@ -1,6 +1,6 @@
 """Products with a frozen weight, in the number format the machine multiplies fastest, and the plain frozen layer.
 
-Layouts: O fan_out, I fan_in, K any number of rows.
+Legend: O fan_out, I fan_in, K any number of rows.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ They have the shapes of the trained tensors and stand for their gradients until 
 and, where the tokens are shared out over programs, a third that adds up; always in one fixed order, without atomics.
 Source: spec/formed.md section 2.
 
-Layouts: N tokens, O fan_out, I fan_in, R rank, S shares of a sum.
+Legend: N tokens, O fan_out, I fan_in, R rank, S shares of a sum.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def raw_sums(
         x, dy, right_RI, left_OR, down, up, N, I, O, R, x.stride(0), dy.stride(0), loop_end(x_span), loop_end(y_span),
         X_SHARES=x_shares, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r, **launch, num_warps=4,
     )  # fmt: skip
-    order, total = places(kind, O, I, R)
+    begin, total = offsets(kind, O, I, R)
     counts = {"X_SHARES": x_shares, "Y_SHARES": y_shares}
     block_n, block_m = _sum_blocks(block_r, kind.xs, x.dtype)
     y_blocks = triton.cdiv(O, block_m) if kind.rows or not kind.xs else 0
@@ -214,15 +214,15 @@ def raw_sums(
         _raw_sums_kernel[(y_blocks + x_blocks, splits, 1 if kind.xs else ranks)](
             x, dx, dy, z, down, up, out, N, I, O, R, span, total,
             x.stride(0), 0 if dx is None else dx.stride(0), dy.stride(0), 0 if z is None else z.stride(0), y_blocks,
-            order.get("lora_A", 0), order.get("lora_B", 0),
-            order.get(kind.row_magnitude, 0), order.get(kind.col_magnitude, 0),
+            begin.get("lora_A", 0), begin.get("lora_B", 0),
+            begin.get(kind.row_magnitude, 0), begin.get(kind.col_magnitude, 0),
             ROWS=kind.rows, COLS=kind.cols, XS=kind.xs, **counts,
             BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_R=block_r, **launch, num_warps=4,
         )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0)
 
 
-def places(kind: AdapterType, O: int, I: int, R: int) -> tuple[dict[str, int], int]:
+def offsets(kind: AdapterType, O: int, I: int, R: int) -> tuple[dict[str, int], int]:
     """Where each trained tensor's sums begin in the vector, by its name in a file, and the vector's length."""
     begins, end = {}, 0
     for name, shape in kind.parameter_shapes(O, I, R).items():

@@ -1,4 +1,4 @@
-"""What every Triton kernel here needs: whether it can run, its matrix product, and block sizes."""
+"""Helpers of all Triton kernels: whether one can run, its matrix product, and block sizes of the rank."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ With V = W0 + s L R, C = W0 R^T and E = L^T W0,
 
 and for the columns of diag(g) V the same with W0 weighted by g^2 and L^T by L^T diag(g^2).
 
-Layouts: O fan_out, I fan_in, R rank. Everything here is float32 or wider, except the operands of products with W0.
+Legend: O fan_out, I fan_in, R rank. Everything here is float32 or wider, except the operands of products with W0.
 """
 
 from __future__ import annotations

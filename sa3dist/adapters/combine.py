@@ -1,6 +1,6 @@
 """Several adapter files into one: exactly where the sum of their updates has the same form, else by a stated SVD.
 
-Layouts: O fan_out, I fan_in, R rank.
+Legend: O fan_out, I fan_in, R rank.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ by the norms of the weight before the update, ours by those after it: the quotie
 over this base, goes into dora_scale. Its columns are divided as ours are. Everything holds at strength 1; at other
 strengths ComfyUI mixes W and W', where we scale the update inside the norms.
 
-Layouts: O fan_out, I fan_in, R rank.
+Legend: O fan_out, I fan_in, R rank.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """An adapter file over a base on disk: effective weights and plain factors, one layer at a time.
 
-Layouts: O fan_out, I fan_in, R rank.
+Legend: O fan_out, I fan_in, R rank.
 """
 
 from __future__ import annotations

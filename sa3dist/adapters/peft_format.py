@@ -4,7 +4,7 @@ The port splits what one adapter file covers into two modules, ``transformer`` a
 a folder with adapter_config.json and adapter_model.safetensors. PEFT's LoRA is our lora, its DoRA our dora-rows; it
 has nothing for columns. -xs types are written as the factors of their update.
 
-Layouts: O fan_out, I fan_in, R rank.
+Legend: O fan_out, I fan_in, R rank.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The singular bases of -xs layers: found once per base, kept on disk, shared out among the processes.
 
 They depend on the base's weights alone; finding those of every layer of the medium model takes a CPU minutes.
-Layouts: O fan_out, I fan_in, R rank.
+Legend: O fan_out, I fan_in, R rank.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 import bench_formed  # noqa: E402
 from formed_bytes import finish_bytes, form_bytes  # noqa: E402
 from sa3dist_kernels import ADAPTER_TYPES, triton_support  # noqa: E402
-from sa3dist_kernels.formed_layout import Group, default_tiles  # noqa: E402
+from sa3dist_kernels.formed_group import Group, default_tiles  # noqa: E402
 from sa3dist_kernels.formed_weights import FormedSpec, product_elements  # noqa: E402
 
 

@@ -1,4 +1,4 @@
-"""Where the tensors of a group of layers lie, which program has which block, and how large the blocks are.
+"""The tables of one group of layers: offsets of their tensors, the block of every program, and the block sizes.
 
 A group is what one launch serves: layers of any shapes whose frozen weights have one format and one alignment.
 """
