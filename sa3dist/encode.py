@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -13,12 +15,10 @@ from sa3dist.data.batches.read_ahead import WAITING_BYTES, ReadAhead
 from sa3dist.data.latents.cache import SILENCE_TAIL_FRAMES, EncodedClips, frames_of
 from sa3dist.data.latents.crops import EncodedCrops
 from sa3dist.data.source.bounded_map import ordered_map
-from sa3dist.errors import SA3DistError
 from sa3dist.flow.crops import polarity_of_slot
 from sa3dist.formats import ClipEntry
-from sa3dist.runtime.exit_status import translate
-from sa3dist.runtime.process_group import Group, barrier_with_errors
-from sa3dist.runtime.shared_progress import shared_progress
+from sa3dist.progress import progress
+from sa3dist.runtime.process_group import Group, run_on_all_ranks
 from sa3dist.runtime.signals import StopRequest
 
 # One pass holds no more frames than the longest clip of any base (380 s) has alone.
@@ -74,35 +74,28 @@ def encode_all(
     left = [piece for piece in mine if piece.lacking()]
     total = sum(piece.count for piece in mine)
     held = total - sum(piece.count for piece in left)
-    with shared_progress(group, "encode", total, held) as report:
-        problem: SA3DistError | None = None
-        try:
-            _encode(left, stop, held, report)
-        except Exception as failure:
-            problem = translate(failure)
-            if problem is None:
-                barrier_with_errors(group, "encode", SA3DistError(f"{type(failure).__name__}: {failure}"), stop)
-                raise
-        barrier_with_errors(group, "encode", problem, stop)
+    with progress("encode", total, shown=group.is_main) as update:
+        run_on_all_ranks(group, "encode", lambda: _encode(left, group, stop, held, update), stop)
 
 
-def _encode(left: list[Piece], stop: StopRequest, held: int, report: Callable[[int, float], None]) -> None:
-    whole = sum(piece.cost for piece in left)
+def _encode(left: list[Piece], group: Group, stop: StopRequest, held: int, update: Callable[..., None]) -> None:
+    begin, whole = time.monotonic(), sum(piece.cost for piece in left)
     done, cost = held, 0.0
-    report(done, 0.0)
+    update(done, seconds_left=math.inf if left else 0.0)
     loaded = ordered_map(
         lambda piece: piece.load(),
         left,
         lambda piece: piece.memory,
         num_workers=1,
-        check_stop=lambda: stop.raise_if_asked("encoding"),
         in_flight_bytes=WAITING_BYTES,
     )
     with contextlib.closing(loaded):
         for piece, value in loaded:
+            group.liveness.progress()
+            stop.raise_if_requested("encoding")
             piece.encode(value)
             done, cost = done + piece.count, cost + piece.cost
-            report(done, cost / whole)
+            update(done, seconds_left=(time.monotonic() - begin) * (whole - cost) / cost)
 
 
 class CaptionPiece:

@@ -217,7 +217,7 @@ class Run:
         choose_acceleration(self.trainer, settings, self._frames)
         resume.set_aside(settings.output_dir, self.trainer.step, group, self.stop)
         self._announce(base)
-        group.pulse.enter("train", settings.step_timeout)
+        group.liveness.enter("train", settings.step_timeout)
         self.stop.holds_state = True
         if self.trainer.step < work.steps:
             self.startup.training()
@@ -309,16 +309,14 @@ class Run:
         return {**self.settings.as_dict(), **{key: redacted(url) for key, url in urls.items() if url}}
 
     def _before_work(self, doing: str) -> None:
-        self.stop.raise_if_asked(doing)
-        self.group.pulse.beats += 1
+        self.stop.raise_if_requested(doing)
+        self.group.liveness.progress()
 
     def _check_stop(self) -> None:
-        # While a clip is waited for, which may hang.
-        if self.stop.asked():
-            self.stop.raise_if_asked("reading audio")
+        self.stop.raise_if_requested("reading audio")
 
     def _enter(self, stage: str) -> None:
-        self.group.pulse.enter(stage, max(PREPARATION_SECONDS, self.settings.step_timeout))
+        self.group.liveness.enter(stage, max(PREPARATION_SECONDS, self.settings.step_timeout))
 
     def _describe(self, encoded: EncodedClips, identity: dict[str, Any], global_batch: int) -> dict[str, Any]:
         """What config.json says, but for the step."""
@@ -348,4 +346,4 @@ class Run:
         def publish() -> dict[str, Any]:
             return export.publish(base.adapter_config, tensors, self.settings.output_dir, description)
 
-        return main_process_first(self.group, "export", publish, should_stop=lambda: False)
+        return main_process_first(self.group, "export", publish, stop=None)

@@ -40,13 +40,14 @@ def open_dataset(
     """
     if settings.mode == "streaming":
         return _streamed(settings, group, stop)
-    latents = main_process_first(group, "find-latents", lambda: _find_latents(settings, stop), stop)
+    should_stop = group.liveness.counting(stop.requested)
+    latents = main_process_first(group, "find-latents", lambda: _find_latents(settings, should_stop), stop)
     if latents is not None:
-        return run_on_all_ranks(group, "read-latents", lambda: _read_latents(settings, latents, stop), stop)
+        return run_on_all_ranks(group, "read-latents", lambda: _read_latents(settings, latents, should_stop), stop)
 
     def build() -> dict[str, Any]:
         with progress("check clips", 1, shown=True) as update:
-            index, urls = _index(settings, stop, measure, lambda done, total: update(done, total=total))
+            index, urls = _index(settings, should_stop, measure, lambda done, total: update(done, total=total))
         length = span(sum(clip.seconds for clip in index.clips))
         log.info("dataset: %s, %s, in %s", counted(len(index.clips), "clip"), length, index.directory)
         for name in index.skipped:
@@ -59,22 +60,25 @@ def open_dataset(
     # What was skipped belongs to this run's source; another source of the same good clips may share the shards.
     index = dataclasses.replace(DatasetIndex.read(Path(built["directory"])), skipped=tuple(built["skipped"]))
     if built["urls"]:
-        index = remote_index.attach(index, built["urls"], settings.work_dir, settings.cache_bytes, stop.asked)
+        index = remote_index.attach(index, built["urls"], settings.work_dir, settings.cache_bytes, stop.requested)
     return index
 
 
 def _index(
-    settings: Settings, stop: StopRequest, measure: build.Measure | None, report: Callable[[int, int], None]
+    settings: Settings,
+    should_stop: Callable[[], bool],
+    measure: build.Measure | None,
+    report: Callable[[int, int], None],
 ) -> tuple[DatasetIndex, dict[str, str]]:
     """The data set's index, and the URLs of its shards where they stay remote."""
     limits = {key: getattr(settings, key) for key in remote_index.LIMITS}
     bounds = remote_index.RemoteOptions(**limits, cache_bytes=settings.cache_bytes)
     where = settings.audio_data_url, settings.work_dir
-    remote = remote_index.index_remote(*where, bounds, report, stop)
+    remote = remote_index.index_remote(*where, bounds, report, should_stop)
     if remote is not None:
         return remote
-    options = {**limits, "output_dir": settings.output_dir, "measure": measure, "report": report, "should_stop": stop}
-    return build.build_shards(*where, **options), {}
+    options = {**limits, "output_dir": settings.output_dir, "measure": measure, "report": report}
+    return build.build_shards(*where, should_stop=should_stop, **options), {}
 
 
 def _streamed(settings: Settings, group: Group, stop: StopRequest) -> StreamedDataset:
@@ -88,18 +92,18 @@ def _streamed(settings: Settings, group: Group, stop: StopRequest) -> StreamedDa
     return index
 
 
-def _find_latents(settings: Settings, stop: StopRequest) -> list[Paths] | None:
+def _find_latents(settings: Settings, should_stop: Callable[[], bool]) -> list[Paths] | None:
     parts = latent_shards_of(settings.audio_data_url)
     if parts is None:
         return None
-    paths = fetch_latents(parts, settings.work_dir, stop, settings.max_download_bytes)
-    index = _read_latents(settings, paths, stop)
+    paths = fetch_latents(parts, settings.work_dir, should_stop, settings.max_download_bytes)
+    index = _read_latents(settings, paths, should_stop)
     build.check_count(redacted(settings.audio_data_url), len(index.clips), settings.allow_any_dataset_size)
     found = counted(len(index.clips), "clip"), counted(len(paths), "shard")
     log.info("dataset: %s as latents in %s", *found)
     return paths
 
 
-def _read_latents(settings: Settings, paths: list[Paths], stop: StopRequest) -> LatentDataset:
+def _read_latents(settings: Settings, paths: list[Paths], should_stop: Callable[[], bool]) -> LatentDataset:
     cache = ClipCache(settings.work_dir / "clip-cache", settings.cache_bytes)
-    return read_latents(settings.audio_data_url, paths, cache, stop)
+    return read_latents(settings.audio_data_url, paths, cache, should_stop)

@@ -87,7 +87,7 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
             print(yaml.safe_dump(settings.as_dict(), sort_keys=False), end="")
             return
         if not has_peers():
-            stop.raise_if_asked("starting")
+            stop.raise_if_requested("starting")
         from sa3dist.pipeline import Run, make_deterministic
         from sa3dist.runtime.peers import leave
         from sa3dist.runtime.process_group import connect, disconnect
@@ -102,7 +102,7 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
         with Watchdog(group, stop, settings.output_dir) as watchdog:
             try:
                 # Only now: peers of a rank that left before would wait for it in connect.
-                stop.raise_if_asked("starting")
+                stop.raise_if_requested("starting")
                 take_output_dir(group, settings.output_dir, stop)
                 stages(running[0])
             except Exception as failure:
@@ -125,7 +125,7 @@ def take_output_dir(group: Group, directory: Path, stop: StopRequest) -> None:
     from sa3dist.runtime.process_group import main_process_first
 
     def take() -> str | None:
-        return run_lock.take(directory, lambda: stop.raise_if_asked("waiting for output_dir"))
+        return run_lock.take(directory, lambda: stop.raise_if_requested("waiting for output_dir"))
 
     run_lock.adopt(directory, main_process_first(group, "lock", take, stop))
     if group.is_main:

@@ -8,14 +8,13 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from sa3dist import errors
 from sa3dist.formats import write_json
 from sa3dist.runtime import run_lock
 from sa3dist.runtime.exit_status import HEARTBEAT_NAME, STATES, translate
-from sa3dist.runtime.liveness import Pulse
+from sa3dist.runtime.liveness import Liveness
 
 log = logging.getLogger(__name__)
 
@@ -25,18 +24,18 @@ RENEWAL_SECONDS = 3.0
 class HeartbeatFile:
     """Step, stage, what is being done, time, host and process id, written whole or not at all."""
 
-    def __init__(self, output_dir: Path, pulse: Pulse) -> None:
+    def __init__(self, output_dir: Path, liveness: Liveness) -> None:
         self._path = Path(output_dir) / HEARTBEAT_NAME
-        self._pulse = pulse
+        self._liveness = liveness
         self._was_there = self._path.exists()
 
-    def keep(self, progress: Callable[[], object], ended: threading.Event) -> None:
-        """Write now and then until ``ended``, when ``progress()`` has changed. Runs in a thread of its own."""
+    def keep(self, ended: threading.Event) -> None:
+        """Write now and then until ``ended``, when there was progress. Runs in a thread of its own."""
         written = None
         while not ended.wait(RENEWAL_SECONDS):
-            now = progress()
+            now = self._liveness.progress_count
             if now != written:
-                self._write(self._pulse.stage)
+                self._write(self._liveness.stage)
                 written = now
 
     def close(self, failure: BaseException | None) -> None:
@@ -53,10 +52,10 @@ class HeartbeatFile:
                 self._path.unlink(missing_ok=True)
 
     def _write(self, stage: str) -> None:
-        pulse = self._pulse
+        liveness = self._liveness
         if run_lock.is_anothers(self._path.parent):
             return
-        said = {"step": pulse.step, "stage": stage, "doing": pulse.doing, "time": time.time()}
+        said = {"step": liveness.step, "stage": stage, "doing": liveness.doing, "time": time.time()}
         try:
             write_json(self._path, said | {"host": socket.gethostname(), "pid": os.getpid()})
         except OSError as error:

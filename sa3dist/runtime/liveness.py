@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 # Preparation reads, downloads and hashes gigabytes in one go.
 PREPARATION_SECONDS = 3600.0
@@ -11,15 +12,15 @@ AVERAGING = "averaging gradients"
 
 
 @dataclasses.dataclass
-class Pulse:
+class Liveness:
     """Written by the main thread, read by others; every field is replaced whole.
 
     stage             the part of the run: starting, base, shard, encode, prepare, train, export
     step              the optimiser step being worked on, 0 before training
     doing             what the main thread is at
     place             how many things it has done in this step: all ranks pass the same ones in the same order
-    timeout_seconds   how long it may be at one thing
-    beats             counts up with every sign of progress
+    timeout_seconds   how long it may go without progress
+    progress_count    counts up with every sign of progress
     """
 
     stage: str = "starting"
@@ -27,20 +28,33 @@ class Pulse:
     doing: str = "starting"
     place: int = 0
     timeout_seconds: float = PREPARATION_SECONDS
-    beats: int = 0
+    progress_count: int = 0
 
     def enter(self, stage: str, timeout_seconds: float = PREPARATION_SECONDS) -> None:
         self.stage, self.doing = stage, stage
         self.timeout_seconds = timeout_seconds
-        self.beats += 1
+        self.progress()
 
-    def beat(self, doing: str, step: int | None = None) -> None:
+    def begin(self, doing: str, step: int | None = None) -> None:
         """step: given where a new one begins."""
         self.doing = doing
         self.place += 1
         if step is not None:
             self.step, self.place = step, 0
-        self.beats += 1
+        self.progress()
+
+    def progress(self) -> None:
+        """Show that this process gets on with what it is doing."""
+        self.progress_count += 1
+
+    def counting(self, should_stop: Callable[[], bool]) -> Callable[[], bool]:
+        """``should_stop`` for long work that asks as it gets on: each asking counts as progress."""
+
+        def ask() -> bool:
+            self.progress()
+            return should_stop()
+
+        return ask
 
 
 class Still:

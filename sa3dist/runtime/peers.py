@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from sa3dist import errors
 from sa3dist.runtime.exit_status import translate
-from sa3dist.runtime.liveness import Pulse
+from sa3dist.runtime.liveness import Liveness
 from sa3dist.runtime.run_lock import process_space
 
 HEARTBEAT_SECONDS = 2.0
@@ -68,9 +68,9 @@ def read(store: dist.Store, key: str) -> Any | None:
     return json.loads(store.get(key)) if store.check([key]) else None
 
 
-def sign_of_life(count: int, pulse: Pulse) -> dict[str, Any]:
+def sign_of_life(count: int, liveness: Liveness) -> dict[str, Any]:
     """What a rank tells of itself; ``count`` makes each telling another."""
-    said = {"count": count, "beats": pulse.beats, "doing": pulse.doing, "step": pulse.step, "place": pulse.place}
+    said = {"count": count, "doing": liveness.doing, "step": liveness.step, "place": liveness.place}
     return said | {"host": socket.gethostname(), "pid": os.getpid(), "processes": process_space()}
 
 
@@ -90,7 +90,7 @@ def leave(group, failure: Exception, heard: errors.SA3DistError | None) -> Excep
     if group.world_size == 1:
         return failure
     store = default_store()
-    stopped = isinstance(failure, errors.Interrupted) and group.pulse.stage not in HOLDING_STATE
+    stopped = isinstance(failure, errors.Interrupted) and group.liveness.stage not in HOLDING_STATE
     try:
         reason = failure
         if stopped:

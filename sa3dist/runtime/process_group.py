@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from sa3dist import errors
 from sa3dist.runtime import deepspeed_launch
-from sa3dist.runtime.liveness import Pulse, Still
+from sa3dist.runtime.liveness import Liveness, Still
 from sa3dist.runtime.peers import (
     STALL_SECONDS,
     alive_key,
@@ -29,6 +29,7 @@ from sa3dist.runtime.peers import (
     read,
     unpack,
 )
+from sa3dist.runtime.signals import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Group:
 
     deepspeed   the launcher's DeepSpeed configuration as read; None outside of that mode
     hosts   name of every rank's machine; empty for a process alone
-    pulse   what this process is doing, told to the others
+    liveness   what this process is doing, told to the others
     """
 
     dist_rank: int
@@ -54,7 +55,7 @@ class Group:
     device: torch.device
     deepspeed: dict[str, Any] | None = None
     hosts: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
-    pulse: Pulse = dataclasses.field(default_factory=Pulse, kw_only=True, compare=False)
+    liveness: Liveness = dataclasses.field(default_factory=Liveness, kw_only=True, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -82,14 +83,6 @@ class Group:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
-
-    def tell(self, name: str, value: Any) -> None:
-        """Leave a JSON value where every rank may look for it; nobody waits."""
-        default_store().set(name, json.dumps(value))
-
-    def told(self, name: str) -> Any | None:
-        """What a rank has left under ``name`` last, or None."""
-        return read(default_store(), name)
 
     def raise_first_error(self, problem: errors.SA3DistError | None) -> None:
         """Raise the first rank's problem on every rank, or return on all of them; what can be mended comes last.
@@ -153,11 +146,11 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
-def main_process_first(group: Group, name: str, work: Callable[[], Any], should_stop: Callable[[], bool]) -> Any:
+def main_process_first(group: Group, name: str, work: Callable[[], Any], stop: StopRequest | None) -> Any:
     """Run ``work`` on rank 0 while the others wait, however long; its JSON result, or its failure, reaches all ranks.
 
     name          unique per call within a run
-    should_stop   polled by waiting ranks; a stop request there raises Interrupted
+    stop          ends the wait of a rank with Interrupted; None: wait to the end
     """
     if group.world_size == 1:
         return work()
@@ -173,7 +166,7 @@ def main_process_first(group: Group, name: str, work: Callable[[], Any], should_
         _await_readers(store, key, group)
         return result["result"]
     try:
-        _wait_for(store, key, 0, group, should_stop)
+        _wait_for(store, key, 0, group, stop)
         result = json.loads(store.get(key))
     finally:
         # A rank that leaves without reading must not be waited for either.
@@ -190,9 +183,7 @@ def _await_readers(store: dist.Store, key: str, group: Group) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def barrier_with_errors(
-    group: Group, name: str, problem: errors.SA3DistError | None, should_stop: Callable[[], bool]
-) -> None:
+def barrier_with_errors(group: Group, name: str, problem: errors.SA3DistError | None, stop: StopRequest | None) -> None:
     """Wait, however long, until every rank has come here; raise on all ranks what any of them brought along."""
     if group.world_size == 1:
         if problem is not None:
@@ -204,7 +195,7 @@ def barrier_with_errors(
     try:
         for dist_rank in range(group.world_size):
             key = f"sa3dist/{name}/{dist_rank}"
-            _wait_for(store, key, dist_rank, group, should_stop)
+            _wait_for(store, key, dist_rank, group, stop)
             found.append(json.loads(store.get(key)))
     finally:
         if not group.is_main:
@@ -216,7 +207,7 @@ def barrier_with_errors(
             raise unpack(packed)
 
 
-def run_on_all_ranks(group: Group, name: str, work: Callable[[], Any], should_stop: Callable[[], bool]) -> Any:
+def run_on_all_ranks(group: Group, name: str, work: Callable[[], Any], stop: StopRequest | None) -> Any:
     """Run ``work`` on every rank; when it fails on any, it fails on all, with that rank's reason."""
     result, failure = None, None
     try:
@@ -224,19 +215,21 @@ def run_on_all_ranks(group: Group, name: str, work: Callable[[], Any], should_st
     except Exception as error:
         failure = error
     try:
-        barrier_with_errors(group, name, None if failure is None else explain(failure), should_stop)
+        barrier_with_errors(group, name, None if failure is None else explain(failure), stop)
     except errors.SA3DistError as problem:
         # A bug of ours keeps its traceback on the rank that has it.
         raise problem if failure is None or isinstance(failure, errors.SA3DistError) else failure from None
     return result
 
 
-def _wait_for(store: dist.Store, key: str, awaited: int, group: Group, should_stop: Callable[[], bool]) -> None:
+def _wait_for(store: dist.Store, key: str, awaited: int, group: Group, stop: StopRequest | None) -> None:
     """Return when ``key`` is set. Raises when asked to stop, and when the awaited rank has left or stopped beating."""
     heart, last = Still(), time.monotonic()
     while not store.check([key]):
-        if should_stop():
-            raise errors.Interrupted(f"stopped while waiting for rank {awaited}; run the same command to continue")
+        # A rank that waits for one that lives gets on.
+        group.liveness.progress()
+        if stop is not None:
+            stop.raise_if_requested(f"waiting for rank {awaited}")
         if awaited != group.dist_rank and store.check([left_key(awaited)]) and not store.check([key]):
             raise unpack(read(store, left_key(awaited)))
         now = time.monotonic()

@@ -33,7 +33,6 @@ EXIT_SECONDS = 5.0
 class StopRequest:
     """Whether this process was asked to stop. While ``saving`` is true no signal ends it.
 
-    polls         how often it was called: a sign of life of the main thread, or of one that it waits for
     holds_state   training has begun: stopping has to save
     waiting       the main thread waits for something that may never come, and may be broken off
     """
@@ -41,7 +40,6 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_name: str | None = None
         self.saving = False
-        self.polls = 0
         self.holds_state = False
         self.waiting = False
         self._heard: str | None = None
@@ -110,16 +108,11 @@ class StopRequest:
             return f"max_wall_time ({self._allowed_seconds:.0f} s) nearly over"
         return self._heard
 
-    def __call__(self) -> bool:
-        self.polls += 1
+    def requested(self) -> bool:
         return self.reason is not None
 
-    def asked(self) -> bool:
-        """The same without being a sign of life: for threads beside the main one."""
-        return self.reason is not None
-
-    def raise_if_asked(self, doing: str) -> None:
-        self.polls += 1
+    def raise_if_requested(self, doing: str) -> None:
+        """doing: what is ended by it, as said after "while"."""
         if self.reason is not None:
             raise Interrupted(f"{self.reason} while {doing}; finished work is kept, {AGAIN}")
 

@@ -80,7 +80,7 @@ class Watchdog:
         self._asked_elsewhere = False
         self.told: errors.SA3DistError | None = None
         self._threads: list[threading.Thread] = []
-        self._file = HeartbeatFile(output_dir, group.pulse)
+        self._file = HeartbeatFile(output_dir, group.liveness)
 
     def __enter__(self) -> Watchdog:
         work = [self._watch]
@@ -89,7 +89,7 @@ class Watchdog:
             self._say_alive(store, 0)
             work.append(lambda: self._beat(store))
         if self._group.is_main:
-            work.append(lambda: self._file.keep(self._progress, self._ended))
+            work.append(lambda: self._file.keep(self._ended))
         self._threads = [threading.Thread(target=target, daemon=True) for target in work]
         for thread in self._threads:
             thread.start()
@@ -108,7 +108,7 @@ class Watchdog:
             bounded(lambda: has_spoken(self._output_dir, patience_seconds), patience_seconds + TICK_SECONDS)
 
     def _say_alive(self, store: dist.Store, count: int) -> None:
-        store.set(alive_key(self._group.dist_rank), json.dumps(sign_of_life(count, self._group.pulse)))
+        store.set(alive_key(self._group.dist_rank), json.dumps(sign_of_life(count, self._group.liveness)))
 
     def _beat(self, store: dist.Store) -> None:
         count = 0
@@ -132,14 +132,11 @@ class Watchdog:
         """While training: the one that waits for its loader may not be the one that was asked to stop."""
         if not self._stop.holds_state or self._asked_elsewhere:
             return
-        if self._stop.asked():
+        if self._stop.requested():
             store.compare_set(STOP, "", json.dumps(f"{self._stop.reason} on rank {self._group.dist_rank}"))
         if (reason := read(store, STOP)) is not None:
             self._asked_elsewhere = True
             self._stop.hear(reason)
-
-    def _progress(self) -> tuple[int, int]:
-        return self._group.pulse.beats, self._stop.polls
 
     def _watch(self) -> None:
         stuck, silent, cut, over, hanging = (Still() for _ in range(5))
@@ -148,11 +145,12 @@ class Watchdog:
             now = time.monotonic()
             # A suspended process did not stand still, it did not run.
             tick, last = min(now - last, 2 * TICK_SECONDS), now
-            limit = self._group.pulse.timeout_seconds
-            stood, cut_off = stuck.look(self._progress(), tick), cut.look(self._contacts, tick)
+            limit = self._group.liveness.timeout_seconds
+            progress = self._group.liveness.progress_count
+            stood, cut_off = stuck.look(progress, tick), cut.look(self._contacts, tick)
             unheard = silent.look(self._next_last, tick)
-            asked = self._stop.waiting and self._stop.asked()
-            in_vain = hanging.look((self._progress(), asked), tick)
+            asked = self._stop.waiting and self._stop.requested()
+            in_vain = hanging.look((progress, asked), tick)
             if asked and in_vain > BREAK_SECONDS:
                 self._break_off(in_vain)
             taken_over = run_lock.lost(self._output_dir)
@@ -184,24 +182,25 @@ class Watchdog:
             self._end(problem)
 
     def _explain_standstill(self, limit: float) -> errors.EnvironmentFailure:
-        pulse = self._group.pulse
+        liveness = self._group.liveness
         peers = {} if self._group.world_size == 1 else bounded(self._peers) or {}
-        behind = {n: said for n, said in peers.items() if (said["step"], said["place"]) < (pulse.step, pulse.place)}
+        here = liveness.step, liveness.place
+        behind = {n: said for n, said in peers.items() if (said["step"], said["place"]) < here}
         if behind:
             first, *others = sorted(behind)
             also = f", nor have ranks {', '.join(map(str, others))}" if others else ""
             said = behind[first]
             problem = errors.LostPeer(
-                f"has not come to the end of step {pulse.step} in {limit:.0f} s{also}; last seen in step "
+                f"has not come to the end of step {liveness.step} in {limit:.0f} s{also}; last seen in step "
                 f"{said['step']} ({said['doing']}); {AGAIN} (step_timeout)"
             )
             problem.origin = (first, said["host"])
             return problem
-        if pulse.doing == AVERAGING and peers:
-            found = f"step {pulse.step}: every rank has arrived, but nothing has come in {limit:.0f} s"
+        if liveness.doing == AVERAGING and peers:
+            found = f"step {liveness.step}: every rank has arrived, but nothing has come in {limit:.0f} s"
         else:
-            where = f"step {pulse.step}" if pulse.stage == "train" else pulse.stage
-            found = f"{where}: no progress for {limit:.0f} s ({pulse.doing})"
+            where = f"step {liveness.step}" if liveness.stage == "train" else liveness.stage
+            found = f"{where}: no progress for {limit:.0f} s ({liveness.doing})"
         return self._failure(f"{found}; {AGAIN} (step_timeout)")
 
     def _explain_cut(self, seconds: float) -> errors.EnvironmentFailure:
@@ -246,7 +245,7 @@ class Watchdog:
         if self._group.is_main:
             bounded(lambda: self._file.close(problem))
             patience_seconds = 0.0
-        step = max(0, self._group.pulse.step - 1)
+        step = max(0, self._group.liveness.step - 1)
         bounded(
             lambda: report(problem, self._output_dir, step, patience_seconds),
             patience_seconds + WORD_SECONDS,

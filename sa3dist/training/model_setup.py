@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -84,7 +85,8 @@ def _singular_bases(settings: Settings, group: Group, stop: StopRequest, base) -
         mine = names[group.dist_rank :: group.world_size]
         with progress("singular bases", len(mine), shown=group.is_main) as update:
             for done, name in enumerate(mine, start=1):
-                stop.raise_if_asked("finding singular bases")
+                group.liveness.progress()
+                stop.raise_if_requested("finding singular bases")
                 cache(name, base.fp32_weight(name).flatten(1), settings.rank)
                 update(done)
 
@@ -106,13 +108,14 @@ def _attach(settings: Settings, group: Group, stop: StopRequest, base, bases: ad
     )
     if not settings.lora_checkpoint_url:
         return None
-    path = main_process_first(group, "warm-start", lambda: _local_adapter_file(settings, stop), stop)
+    should_stop = group.liveness.counting(stop.requested)
+    path = main_process_first(group, "warm-start", lambda: _local_adapter_file(settings, should_stop), stop)
     adapters.warm_start(base, path)
     return file_sha256(Path(path))
 
 
-def _local_adapter_file(settings: Settings, stop: StopRequest) -> str:
+def _local_adapter_file(settings: Settings, should_stop: Callable[[], bool]) -> str:
     url = settings.lora_checkpoint_url
     if is_remote(url):
-        return str(fetch(url, settings.work_dir / "downloads", stop))
+        return str(fetch(url, settings.work_dir / "downloads", should_stop))
     return local_name(url)

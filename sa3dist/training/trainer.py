@@ -91,11 +91,11 @@ class Trainer:
         """
         waited, losses = 0.0, []
         for left in reversed(range(self.plan.accumulation)):
-            self.group.pulse.beat("waiting for data")
+            self.group.liveness.begin("waiting for data")
             asked = time.perf_counter()
             batch = self._fetch(batches)
             waited += time.perf_counter() - asked
-            self.group.pulse.beat(COMPUTING)
+            self.group.liveness.begin(COMPUTING)
             losses_of_batch = self._pass_alone if self.engine.separate else self.graphs or self._pass
             shaped = batch if self.ladder is None else self.ladder(batch)
             parts = torch.stack([loss.detach() for loss in losses_of_batch(shaped, last=left == 0)])
@@ -187,8 +187,8 @@ class Trainer:
         log.warning("step %d: out of memory on %s; cuda_graphs are off from here on", self.step + 1, where)
 
     def _attempt(self, batches: Iterator[MicroBatch], stop: StopRequest) -> dict[str, float]:
-        pulse = self.group.pulse
-        pulse.beat("beginning", step=self.step + 1)
+        liveness = self.group.liveness
+        liveness.begin("beginning", step=self.step + 1)
         self.engine.zero()
         waited, losses, problem = 0.0, [], None
         try:
@@ -204,9 +204,9 @@ class Trainer:
             problem = self._explain(failure)
             self.engine.scalars[TROUBLE].fill_(1)
         # Filled, not assigned: a number that is assigned is copied from the host, which waits for the device.
-        self.engine.scalars[STOP].fill_(float(stop()))
+        self.engine.scalars[STOP].fill_(float(stop.requested()))
         self.engine.scalars[SAVING].fill_(float(self.saver.busy))
-        pulse.beat(AVERAGING)
+        liveness.begin(AVERAGING)
         grad_norm = self.engine.average()
         *figures, norm = torch.cat([self.engine.scalars, grad_norm[None]]).tolist()
         # As long as rank 0 has a save in flight no signal ends any rank.
@@ -253,7 +253,7 @@ class Trainer:
             problem.origin = known.origin
         if not isinstance(problem, OutOfMemory) or not (self.plan.adapt_memory or self.graphs_may_go):
             return problem
-        computing = self.group.pulse.doing == COMPUTING
+        computing = self.group.liveness.doing == COMPUTING
         if computing and self.graphs_may_go:
             return problem
         if not self.plan.adapt_memory:
@@ -275,7 +275,7 @@ class Trainer:
         wait     return, on every rank, when it is published; otherwise rank 0 writes it while the training goes on
         before   run ahead of the publication, beside the training likewise
         """
-        self.group.pulse.beat("saving")
+        self.group.liveness.begin("saving")
         # On all ranks: some modes gather it.
         adapters, moments = self.engine.adapters(), self.engine.moments()
         check_ranks_agree(self.group, self.step, adapters)
@@ -299,7 +299,7 @@ class Trainer:
             self.saver.wait()
 
         try:
-            main_process_first(self.group, f"save-{self.step}", publish_now, should_stop=lambda: False)
+            main_process_first(self.group, f"save-{self.step}", publish_now, stop=None)
         finally:
             stop.saving = False
 

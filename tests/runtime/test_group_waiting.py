@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from sa3dist import errors
 from sa3dist.runtime.process_group import READERS_SECONDS, Group, backend_for, main_process_first
+from sa3dist.runtime.signals import StopRequest
 
 
 @pytest.fixture
@@ -18,16 +19,16 @@ def ranks(monkeypatch):
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
     ended, seconds = {}, {}
 
-    def rank(number, work, should_stop):
+    def rank(number, work, stop):
         began = time.monotonic()
         try:
-            ended[number] = main_process_first(Group(number, 2, torch.device("cpu")), "work", work, should_stop)
+            ended[number] = main_process_first(Group(number, 2, torch.device("cpu")), "work", work, stop)
         except errors.SA3DistError as error:
             ended[number] = error
         seconds[number] = time.monotonic() - began
 
-    def run(work, should_stop=lambda: False):
-        threads = [threading.Thread(target=rank, args=(number, work, should_stop)) for number in (0, 1)]
+    def run(work, stop=None):
+        threads = [threading.Thread(target=rank, args=(number, work, stop)) for number in (0, 1)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -54,7 +55,9 @@ def test_ranks_that_are_all_asked_to_stop_do_not_wait_for_each_other(ranks):
         time.sleep(0.5)
         raise errors.Interrupted("stopped while working")
 
-    ended, seconds = ranks(work, should_stop=lambda: True)
+    stop = StopRequest()
+    stop.hear("SIGTERM")
+    ended, seconds = ranks(work, stop)
     assert all(isinstance(error, errors.Interrupted) for error in ended.values())
     assert seconds < READERS_SECONDS / 2
 

@@ -181,7 +181,7 @@ def train_until_asked(group, output_dir, hangs, asked, blocked=()):
     stop.holds_state = True
     stream = good_until(4, batch) if group.dist_rank == hangs else iter([batch] * 10**6)
     with Watchdog(group, stop, output_dir) as dog:
-        group.pulse.enter("train", 600)
+        group.liveness.enter("train", 600)
         if group.dist_rank == asked:
             signal_when(lambda: trainer.step == 3, signal.SIGTERM)
         with contextlib.closing(trainer.saver):

@@ -91,14 +91,14 @@ def test_an_allowed_time_that_is_none_is_refused(given):
 def test_the_margin_grows_with_what_steps_and_saves_take():
     stop = StopRequest()
     stop.limit(seconds_since_start() + EXIT_SECONDS + 60)
-    assert not stop()
+    assert not stop.requested()
     stop.reserve(step_seconds=10, save_seconds=5)
-    assert not stop()
+    assert not stop.requested()
     stop.reserve(step_seconds=10, save_seconds=25)
-    assert stop()
+    assert stop.requested()
     assert "max_wall_time" in stop.reason
     with pytest.raises(errors.Interrupted, match="max_wall_time.* while encoding"):
-        stop.raise_if_asked("encoding")
+        stop.raise_if_requested("encoding")
 
 
 def test_the_time_since_the_start_includes_what_ran_before_this_module():
@@ -134,7 +134,7 @@ def test_repeats_and_signals_during_a_save_are_the_same_request_and_a_later_one_
         stop = StopRequest().install()
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
-        assert stop()
+        assert stop.requested()
         stop._first_at -= SAME_REQUEST_SECONDS + 1
         stop.saving = True
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -296,8 +296,8 @@ def test_a_process_that_stands_still_ends_with_70_and_says_where(tmp_path, capfd
     def work(group):
         stop = StopRequest()
         with Watchdog(group, stop, tmp_path):
-            group.pulse.enter("train", 1.0)
-            group.pulse.beat("waiting for data", step=7)
+            group.liveness.enter("train", 1.0)
+            group.liveness.begin("waiting for data", step=7)
             time.sleep(120)
 
     assert exit_codes(1, work) == [70]
@@ -312,12 +312,12 @@ def test_a_process_that_stands_still_ends_with_70_and_says_where(tmp_path, capfd
 def test_ranks_that_wait_for_a_stuck_one_name_it(tmp_path, capfd):
     def work(group):
         with Watchdog(group, StopRequest(), tmp_path):
-            group.pulse.enter("train", 3.0)
-            group.pulse.beat("beginning", step=5)
-            group.pulse.beat("waiting for data")
+            group.liveness.enter("train", 3.0)
+            group.liveness.begin("beginning", step=5)
+            group.liveness.begin("waiting for data")
             if group.dist_rank == 1:
                 time.sleep(120)
-            group.pulse.beat(AVERAGING)
+            group.liveness.begin(AVERAGING)
             dist.all_reduce(torch.zeros(4))
 
     assert exit_codes(3, work) == [70, 70, 70]
@@ -332,7 +332,7 @@ def test_ranks_that_wait_for_a_stuck_one_name_it(tmp_path, capfd):
 def test_a_killed_rank_is_named_by_those_that_lose_it(tmp_path, capfd):
     def work(group):
         with Watchdog(group, StopRequest(), tmp_path) as watchdog:
-            group.pulse.beat("computing gradients", step=2)
+            group.liveness.begin("computing gradients", step=2)
             dist.barrier()
             if group.dist_rank == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -357,7 +357,7 @@ def test_a_rank_that_an_agent_stops_for_the_sake_of_a_killed_one_names_that(
 
     def work(group):
         with Watchdog(group, StopRequest(), tmp_path) as watchdog:
-            group.pulse.enter(stage)
+            group.liveness.enter(stage)
             processes = [psutil.Process(pid) for pid in group.gather(os.getpid())]
             if group.dist_rank == killed:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -380,8 +380,8 @@ def test_ranks_that_a_store_keeps_waiting_end_without_asking_it_for_the_last_wor
 
     def work(group):
         with Watchdog(group, StopRequest(), tmp_path):
-            group.pulse.enter("train", 600.0)
-            group.pulse.beat("waiting for data", step=3)
+            group.liveness.enter("train", 600.0)
+            group.liveness.begin("waiting for data", step=3)
             if group.dist_rank == 0:
                 # With the store, as when its host is gone: nobody answers, nothing is closed.
                 os.kill(os.getpid(), signal.SIGSTOP)
@@ -400,7 +400,7 @@ def test_the_heartbeat_is_renewed_while_there_is_progress_and_only_then(tmp_path
     group, path = Group(0, 1, torch.device("cpu")), tmp_path / "heartbeat.json"
 
     def beat(step):
-        group.pulse.beat("computing gradients", step=step)
+        group.liveness.begin("computing gradients", step=step)
         deadline = time.monotonic() + 30
         while not path.exists() or json.loads(path.read_text())["step"] != step:
             assert time.monotonic() < deadline
@@ -408,7 +408,7 @@ def test_the_heartbeat_is_renewed_while_there_is_progress_and_only_then(tmp_path
         return path.stat().st_mtime_ns
 
     with Watchdog(group, StopRequest(), tmp_path):
-        group.pulse.enter("train", 600)
+        group.liveness.enter("train", 600)
         first, second = beat(1), beat(2)
         assert second > first
         time.sleep(0.3)

@@ -187,7 +187,7 @@ def test_a_stop_request_ends_the_wait(tmp_path, owner):
     stop = StopRequest()
     stop.signal_name = "SIGTERM"
     with pytest.raises(errors.Interrupted, match="SIGTERM while waiting for output_dir"):
-        run_lock.take(tmp_path, lambda: stop.raise_if_asked("waiting for output_dir"))
+        run_lock.take(tmp_path, lambda: stop.raise_if_requested("waiting for output_dir"))
 
 
 def test_a_run_that_was_given_up_for_dead_and_is_continued_ends_and_touches_nothing(tmp_path, monkeypatch, capfd):

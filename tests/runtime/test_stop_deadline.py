@@ -129,7 +129,7 @@ def test_a_rank_that_never_looks_tells_its_peer_that_it_was_stopped(tmp_path, mo
         stop = StopRequest().install()
         leave_in_time(stop, tmp_path)
         with Watchdog(group, stop, tmp_path) as watchdog:
-            group.pulse.enter("encode")
+            group.liveness.enter("encode")
             dist.barrier()
             if group.dist_rank == stopped:
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -33,11 +33,12 @@ def collect(
 
     def work() -> None:
         for number in range(group.dist_rank, len(groups), group.world_size):
-            stop.raise_if_asked("collecting latents")
+            group.liveness.progress()
+            stop.raise_if_requested("collecting latents")
             path = encoded.shards_dir / latent_shard_name(number)
             # Of two runs on one work_dir the index of the one must not meet the shard of the other.
             lock = path.with_name(f".{path.stem}.lock")
-            with alone(lock, lambda: stop.raise_if_asked("collecting latents")):
+            with alone(lock, lambda: stop.raise_if_requested("collecting latents")):
                 if not _is_finished(path):
                     where = encoded.index.digest, number, len(groups)
                     write_latent_shard(path, groups[number], encoded.shards.encoders, *where, encoded.member)

@@ -1,5 +1,6 @@
 """Encoding in batches and on several ranks: what shares a pass changes nothing, and everyone sees how far it is."""
 
+import contextlib
 import math
 import threading
 import time
@@ -16,7 +17,6 @@ from sa3dist.data.source.build import build_shards
 from sa3dist.errors import DataError
 from sa3dist.model.loading import load_base
 from sa3dist.progress import clock_text, progress
-from sa3dist.runtime import shared_progress as shared
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
 from tests.helpers.clips import encode, tone, write_zip
@@ -134,24 +134,16 @@ def as_two_ranks(monkeypatch, work):
         thread.join()
 
 
-def test_rank_0_shows_how_far_every_rank_is_until_the_last_one_ends(base, index, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shared, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(progress_module, "LINE_SECONDS", 0.0)
-    ended, looks = [], []
-    original, summary = EncodedClips.encode_together, shared.summary
-
-    def seen(heard, *more):
-        looks.extend([1] if heard[0][0] == heard[0][1] else [])
-        return summary(heard, *more)
+def test_both_ranks_encode_and_return_together_and_rank_0_alone_shows_its_share(
+    base, index, tmp_path, monkeypatch, capsys
+):
+    ended, original = [], EncodedClips.encode_together
 
     def slow_on_rank_1(self, base, rows):
-        before, deadline = len(looks), time.monotonic() + 60
-        # Each of its pieces waits until rank 0, which has done all of its own, has looked at both.
-        while threading.current_thread().name == "slow" and len(looks) == before and time.monotonic() < deadline:
-            time.sleep(0.001)
+        if threading.current_thread().name == "slow":
+            time.sleep(0.05)
+            assert not ended
         original(self, base, rows)
-
-    monkeypatch.setattr(shared, "summary", seen)
 
     monkeypatch.setattr(EncodedClips, "encode_together", slow_on_rank_1)
 
@@ -163,21 +155,28 @@ def test_rank_0_shows_how_far_every_rank_is_until_the_last_one_ends(base, index,
     as_two_ranks(monkeypatch, work)
     assert sorted(ended) == [0, 1]
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("encode ")]
-    # Eight captions and eight clips, half of them on each rank; rank 0 was done while rank 1 was not.
-    assert "encode 16/16 rank 0 8/8 ETA 0:00, rank 1 8/8 ETA 0:00 ETA 0:00" in lines
-    assert any("rank 0 8/8 ETA 0:00, rank 1 " in line and "rank 1 8/8" not in line for line in lines)
+    # Eight captions and eight clips, half of them on each rank.
+    assert lines == ["encode 8/8 ETA 0:00"]
     assert len(published(tmp_path)) == 3 * len(SECONDS)
 
 
-def test_the_eta_of_all_is_that_of_the_slowest_rank():
-    heard = {0: (5, 10, 0.5), 1: (3, 10, 0.25), 2: (10, 10, 1.0)}
-    done, text, total, left = shared.summary(heard, 3, 60.0)
-    assert (done, total, left) == (18, 30, 180.0)
-    assert text == "rank 0 5/10 ETA 1:00, rank 1 3/10 ETA 3:00, rank 2 10/10 ETA 0:00"
-    many = dict.fromkeys(range(63), (5, 10, 0.5)) | {63: (4, 10, 0.4)}
-    assert shared.summary(many, 64, 60.0)[1] == "last: rank 63 4/10 ETA 1:30"
-    # Nobody knows before something is done.
-    assert shared.summary({0: (0, 4, 0.0)}, 1, 60.0)[3] == math.inf
+def test_the_time_left_goes_by_what_pieces_cost_not_by_how_many_they_are(base, index, tmp_path, monkeypatch):
+    left = []
+    # One second from one report to the next.
+    monkeypatch.setattr(stage.time, "monotonic", lambda: float(len(left)))
+
+    @contextlib.contextmanager
+    def recorded(title, total, shown):
+        yield lambda done, seconds_left: left.append(seconds_left)
+
+    monkeypatch.setattr(stage, "progress", recorded)
+    encode_everything(base, index, tmp_path)
+    pieces = stage.clip_pieces(base, EncodedClips(index, tmp_path, base, "a", "t"), 1)
+    costs = [stage.CAPTION_COST] * len(SECONDS) + [piece.cost for piece in pieces]
+    done = [sum(costs[:count]) for count in range(1, len(costs) + 1)]
+    assert left[0] == math.inf
+    expected = [seconds * (sum(costs) - cost) / cost for seconds, cost in enumerate(done, start=1)]
+    assert left[1:] == pytest.approx(expected)
 
 
 def test_a_bar_without_a_terminal_says_every_tenth_and_the_time_left(capsys, monkeypatch):
