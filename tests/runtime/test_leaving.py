@@ -81,6 +81,8 @@ def test_a_run_whose_terminal_closes_saves_although_nobody_reads_what_it_says(co
     ours, theirs = pty.openpty()
 
     def in_a_terminal():
+        # Whoever runs the tests under nohup has handed on that a closed terminal is to be passed over.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         os.setsid()
         os.close(os.open(os.ttyname(theirs), os.O_RDWR))
 
@@ -100,7 +102,10 @@ def test_a_run_whose_terminal_closes_saves_although_nobody_reads_what_it_says(co
         wait_until(trains, process)
     finally:
         os.close(ours)
-    assert process.wait(30) == 75
+    try:
+        assert process.wait(30) == 75
+    finally:
+        process.kill()
     assert_saved_all(tmp_path / "run")
 
 
