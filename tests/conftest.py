@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from sa3dist.model.loading import load_base  # noqa: E402
+from sa3dist.runtime.signals import SIGNALS  # noqa: E402
 from tests.helpers.golden import THREADS, TINY_MODELS, golden  # noqa: E402
 
 # The GPU check runs without Hypothesis.
@@ -34,10 +35,15 @@ TEST_DEVICE = os.environ.get("SA3DIST_TEST_DEVICE", "cuda")
 
 
 @pytest.fixture(autouse=True)
-def _signals_of_its_own():
+def _what_a_run_leaves_set():
+    """A run in this process decides over its signals and its arithmetic to the process's end; tests must not."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield
-    # A run in this process listens for signals to the process's end; one that a later test sends itself would end it.
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    # One that a later test sends itself would end the run it belonged to.
     signal.set_wakeup_fd(-1)
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)
@@ -105,3 +111,11 @@ def demo_clips(tmp_path_factory) -> Path:
 def demo_work(tmp_path_factory) -> Path:
     """One work directory for all runs on ``demo_clips``: what one has encoded the others find."""
     return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture
+def words(demo_base, demo_clips, demo_work) -> list[str]:
+    """key=value words of a small deterministic float32 run."""
+    from tests.helpers.program import short_run
+
+    return short_run(demo_clips, demo_base, demo_work)

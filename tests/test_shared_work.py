@@ -15,8 +15,9 @@ from sa3dist.data.batches.worker_shards import Cursor, Lane
 from sa3dist.data.remote.fetch import Downloads
 from sa3dist.formats import atomic_directory
 from sa3dist.runtime.file_lock import alone
-from tests.data.batches.test_streaming import paths, source_of  # noqa: F401
 from tests.helpers.golden import ROOT
+from tests.helpers.latent_sets import write_set
+from tests.helpers.latent_stream import source_of
 from tests.helpers.ranks import run_ranks
 from tests.helpers.servers import hostile_http
 
@@ -63,7 +64,8 @@ def stream(group, source, shards):
     return sorted(clip.clip.key for clip, _, _ in itertools.islice(clips, 27))
 
 
-def test_two_runs_stream_the_same_remote_shards(paths, tmp_path):  # noqa: F811
+def test_two_runs_stream_the_same_remote_shards(tmp_path_factory, tmp_path):
+    paths = write_set(tmp_path_factory.mktemp("set"), [4, 1, 7, 2, 9, 4])
     files = {path.name: path.read_bytes() for path in paths}
     with hostile_http(files=files) as server:
         source = source_of(paths, urls=tuple(f"{server.url}/etag/{path.name}" for path in paths), scratch=tmp_path)

@@ -1,12 +1,10 @@
 """The whole road as a user walks it: request in, files out; two ranks, interruptions, and what must not happen."""
 
 import json
-import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,76 +14,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sa3dist
-from sa3dist import cli, train
+from sa3dist import cli
 from sa3dist.data.latents.tensor_files import digest_of_tensors
-from sa3dist.runtime.signals import SIGNALS
-from tests.helpers.golden import ROOT, THREADS
-
-STEPS = 6
-
-
-@pytest.fixture
-def words(demo_base, demo_clips, demo_work):
-    """key=value words of a small deterministic float32 run."""
-    return [
-        f"audio_data_url={demo_clips}",
-        f"model={demo_base}",
-        f"work_dir={demo_work}",
-        f"number_of_steps={STEPS}",
-        "learning_rate=3e-3",
-        "rank=4",
-        "base_precision=fp32",
-        "mixed_precision=no",
-        "deterministic=true",
-        "duration=2",
-        "log_every=1",
-        "log_clips=true",
-        "num_workers=1",
-    ]
-
-
-@pytest.fixture(autouse=True)
-def _restore_process_settings():
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    torch.use_deterministic_algorithms(False)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def rows(output_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def status(output_dir: Path) -> dict:
-    return json.loads((output_dir / "status.json").read_text())
-
-
-def run(words, output_dir, *more) -> int:
-    return train.main([*words, f"output_dir={output_dir}", *more])
-
-
-def command(*words, ranks=1):
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(ranks)] if ranks > 1 else []
-    return [sys.executable, *launcher, "-m", "sa3dist.train", *words]
-
-
-ENVIRONMENT = {
-    **os.environ,
-    "ACCELERATE_USE_CPU": "true",
-    # As many as in this process: the same bits are expected.
-    "OMP_NUM_THREADS": str(THREADS),
-    "PYTHONPATH": f"{ROOT}:{ROOT}/kernels",
-}
+from tests.helpers.program import ENVIRONMENT, STEPS, command, rows, run, short_run, status
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, demo_base, demo_clips, demo_work):
     """The output directory of one undisturbed run, shared by the tests that compare with it."""
     output_dir = tmp_path_factory.mktemp("straight") / "run"
-    words = [f"audio_data_url={demo_clips}", f"model={demo_base}", f"work_dir={demo_work}"]
-    words += [f"number_of_steps={STEPS}", "learning_rate=3e-3", "rank=4", "base_precision=fp32", "mixed_precision=no"]
-    words += ["deterministic=true", "duration=2", "log_every=1", "log_clips=true", "num_workers=1"]
+    words = short_run(demo_clips, demo_base, demo_work)
     assert run(words, output_dir) == 0
     torch.use_deterministic_algorithms(False)
     return output_dir

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sa3dist import adapters
 from sa3dist.adapters.layers import AdaptedLayer
-from tests.training.test_cuda_graphs import HostRecorder, NothingAsked
+from tests.helpers.host_recorder import HostRecorder, NothingAsked
 
 CPU = torch.device("cpu")
 FRAMES = 10

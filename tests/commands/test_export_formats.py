@@ -8,7 +8,7 @@ from sa3dist import cli
 from sa3dist.adapters import adapted_layers, detach_adapter, load_adapter
 from sa3dist.model.frequencies import expo_frequencies
 from tests.helpers.adapter_files import changes, load, make_adapter, relative
-from tests.model.test_diffusers_port import port_of_dit
+from tests.helpers.diffusers_port import port_of_dit
 
 
 @pytest.fixture

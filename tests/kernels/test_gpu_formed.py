@@ -17,14 +17,14 @@ from sa3dist.training.run_plan import RunPlan
 from sa3dist.training.shape_ladder import ShapeLadder
 from sa3dist.training.trainer import Trainer
 from tests.helpers.golden import golden
+from tests.helpers.host_recorder import HostRecorder
 from tests.helpers.layer_cases import relative_error
-from tests.training import test_cuda_graphs
-from tests.training.test_gpu_training import Settings, recorded_batch, shifted
+from tests.helpers.recorded_step import StepSettings, recorded_batch, shifted
 
 pytest.importorskip("triton")
 from sa3dist_kernels import raw_sums, triton_support  # noqa: E402
 
-from tests.kernels.test_formed import check_layers  # noqa: E402
+from tests.helpers.formed_layers import check_layers  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -90,8 +90,7 @@ def make_trainer(device, kind, precision, products="formed"):
     with torch.no_grad():
         for parameter in adapter_parameters(base).values():
             parameter += 0.05 * torch.randn(parameter.shape, generator=draw).to(device)
-    settings = Settings(precision)
-    settings.adapter_products = products
+    settings = StepSettings(precision, adapter_products=products)
     plan = RunPlan(9, ACCUMULATION, 2, 4, 42, {}, ["a", "b"])
     return Trainer(base, adapter_parameters(base), settings, plan, Group(0, 1, device))
 
@@ -137,7 +136,7 @@ def test_a_run_over_unequal_lengths_with_ladder_compiler_and_graphs_is_the_plain
     quick.base.gradient_checkpointing = recomputed
     quick.ladder = ShapeLadder(recorded_batch(quick.base).noised_BDT.shape[2], transformer.memory)
     transformer.use_compiled_blocks("inductor" if on_cuda else "aot_eager")
-    quick.record_graphs(Recorder(device) if on_cuda else test_cuda_graphs.HostRecorder())
+    quick.record_graphs(Recorder(device) if on_cuda else HostRecorder())
     steps = 6
     (losses, gradient, values), (expected_losses, expected, expected_values) = (
         train(trainer, device, steps) for trainer in (quick, plain)
@@ -149,5 +148,5 @@ def test_a_run_over_unequal_lengths_with_ladder_compiler_and_graphs_is_the_plain
     assert distance < (1e-2 if precision == "no" else 0.1)
     # The sign of a gradient that is all rounding moves an entry by one learning rate a step.
     moved = (values - expected_values).abs()
-    assert moved.max() <= 2.1 * steps * Settings.learning_rate
-    assert moved.mean() <= 0.2 * Settings.learning_rate
+    assert moved.max() <= 2.1 * steps * StepSettings().learning_rate
+    assert moved.mean() <= 0.2 * StepSettings().learning_rate

@@ -11,8 +11,8 @@ from sa3dist.adapters import adapter_parameters
 from sa3dist.errors import ConfigError
 from sa3dist.model import compiled
 from sa3dist.model.packing import Packing
-from tests.model.test_packing import adapted, inputs
-from tests.test_train import _restore_process_settings, rows, words  # noqa: F401
+from tests.helpers.packed_clips import adapted, inputs
+from tests.helpers.program import rows
 
 # Four functions, for several padded clips and for one packed list.
 COMPILATIONS = 8

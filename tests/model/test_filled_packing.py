@@ -5,8 +5,8 @@ import torch
 
 from sa3dist.model import token_layout
 from sa3dist.model.packing import FilledPacking, Packing
-from tests.model import test_packing
-from tests.model.test_packing import FRAMES, adapted, inputs
+from tests.helpers import packed_clips
+from tests.helpers.packed_clips import FRAMES, adapted, inputs
 
 LENGTHS = {"leading": (7, FRAMES, 16), "one clip empty": (FRAMES, 0, 3), "equal": (FRAMES,) * 3}
 
@@ -21,7 +21,7 @@ def filled(base, lengths, extra):
 
 
 def velocity_and_gradients(*arguments, **how):
-    velocity, gradients = test_packing.velocity_and_gradients(*arguments, **how)
+    velocity, gradients = packed_clips.velocity_and_gradients(*arguments, **how)
     return [velocity, *gradients]
 
 

@@ -11,7 +11,6 @@ from sa3dist.formats import file_sha256
 from sa3dist.model import base as base_module
 from sa3dist.model import checkpoint, text
 from sa3dist.model.kept_digests import KeptDigests
-from tests.test_train import _restore_process_settings, words  # noqa: F401
 
 LONG_AGO = 10**18
 

@@ -6,53 +6,19 @@ import bench_packing
 import pytest
 import torch
 
-import sa3dist
 from sa3dist.adapters import adapter_parameters
 from sa3dist.data.batches.micro_batch import MicroBatch
 from sa3dist.model.packing import Packing
 from sa3dist.model.token_layout import Padded
 from sa3dist.training.loss import micro_batch_loss
-from tests.training.test_step import Float32Settings
+from tests.helpers.packed_clips import FRAMES, adapted, inputs, velocity_and_gradients
+from tests.helpers.recorded_step import StepSettings
 
-FRAMES = 24
 MASKS = {
     "leading": torch.arange(FRAMES)[None] < torch.tensor([[7], [FRAMES], [16]]),
     "holes": torch.arange(3 * FRAMES).view(3, FRAMES) % 5 != 2,
     "one clip empty": torch.arange(FRAMES)[None] < torch.tensor([[FRAMES], [0], [3]]),
 }
-
-
-def adapted(base, kind):
-    # The prompt projection stands before what these tests hand in.
-    sa3dist.attach_adapter(base, adapter_type=kind, rank=4, exclude=["conditioners.prompt"])
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in adapter_parameters(base).values():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
-    return base
-
-
-def inputs(base, with_context=True):
-    draw = torch.Generator().manual_seed(2)
-    shape = (3, base.latent_channels, FRAMES)
-    given = {
-        "x_BDT": torch.randn(shape, generator=draw),
-        "t_B": torch.tensor([0.2, 0.5, 0.9]),
-        "prompt_embeds_BLC": torch.randn(3, base.prompt_tokens, base.config.cond_dim, generator=draw),
-        "prompt_mask_BL": torch.ones(3, base.prompt_tokens),
-        "seconds_total_B": torch.tensor([3.0, 5.0, 8.0]),
-    }
-    if with_context:
-        given["inpaint_mask_B1T"] = (torch.rand(3, 1, FRAMES, generator=draw) < 0.5).float()
-        given["inpaint_latents_BDT"] = torch.randn(shape, generator=draw)
-    return given
-
-
-def velocity_and_gradients(base, given, mask_BT, weights_BDT, **how):
-    """Velocity, and gradients of a random weighting of its valid frames."""
-    velocity = base.velocity(**given, padding_mask_BT=mask_BT, **how)
-    score = (velocity * weights_BDT).transpose(1, 2)[mask_BT].sum()
-    return velocity.detach(), torch.autograd.grad(score, list(adapter_parameters(base).values()))
 
 
 def padded_only(monkeypatch, base):
@@ -194,7 +160,7 @@ def test_a_packed_micro_batch_trains_as_the_padded_one(tiny_base, monkeypatch):
     parameters = list(adapter_parameters(base).values())
 
     def losses_and_gradients():
-        losses = micro_batch_loss(base, batch, Float32Settings)
+        losses = micro_batch_loss(base, batch, StepSettings())
         return [loss.item() for loss in losses], torch.autograd.grad(losses[0], parameters)
 
     losses, gradients = losses_and_gradients()

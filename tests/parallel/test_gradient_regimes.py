@@ -19,7 +19,7 @@ from sa3dist.training.run_plan import RunPlan
 from sa3dist.training.trainer import Trainer
 from tests.helpers.golden import golden
 from tests.helpers.ranks import run_ranks
-from tests.training.test_gpu_training import recorded_batch, shifted
+from tests.helpers.recorded_step import recorded_batch, shifted
 
 CLIPS, MICRO_BATCH = 8, 2
 BELOW, ABOVE = "norms below 0.01", "norms above 100"

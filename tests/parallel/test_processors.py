@@ -14,12 +14,12 @@ import sa3dist
 from sa3dist import train
 from sa3dist.adapters import adapted_layers, adapter_parameters, svd_bases
 from sa3dist.errors import EnvironmentFailure
-from sa3dist.model.frequencies import expo_frequencies
 from sa3dist.model.loading import load_base
 from sa3dist.training import checkpoint, rank_checks
 from tests.helpers.golden import ROOT, golden
+from tests.helpers.processors import computed
+from tests.helpers.program import ENVIRONMENT, command, rows, run, status
 from tests.helpers.ranks import free_port, run_ranks
-from tests.test_train import ENVIRONMENT, _restore_process_settings, command, rows, run, status, words  # noqa: F401
 
 OTHER = {"ATEN_CPU_CAPABILITY": "default"}
 
@@ -28,21 +28,9 @@ found_here = pytest.mark.skipif(
 )
 
 
-def computed():
-    """Tables and bases as this process finds them, and something that is known to differ between instructions."""
-    base = load_base(golden("tiny-sa3"), encoder=False)
-    sa3dist.attach_adapter(base, adapter_type="lora-xs", rank=4)
-    layers = adapted_layers(base).items()
-    found = {
-        f"{side} {name}": getattr(layer.adapter, side) for name, layer in layers for side in ("left_OR", "right_IR")
-    }
-    tables = {f"table {count}": expo_frequencies(count, torch.device("cpu")) for count in (16, 33, 128, 256)}
-    return {**tables, **found, "rounding": torch.linspace(0, 1, 128)}
-
-
 @found_here
 def test_frequencies_and_singular_bases_are_the_same_under_other_instructions(tmp_path):
-    load = "import torch; from tests.parallel.test_processors import computed"
+    load = "import torch; from tests.helpers.processors import computed"
     program = f"{load}; torch.save(computed(), {str(tmp_path / 'found')!r})"
     environment = {**ENVIRONMENT, **OTHER, "PYTHONPATH": f"{ENVIRONMENT['PYTHONPATH']}:{ROOT}"}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=120)
@@ -57,7 +45,7 @@ def test_frequencies_and_singular_bases_are_the_same_under_other_instructions(tm
 
 @found_here
 @pytest.mark.slow
-def test_ranks_on_different_processors_train_one_model(words, tmp_path):  # noqa: F811
+def test_ranks_on_different_processors_train_one_model(words, tmp_path):
     output_dir, port = tmp_path / "run", free_port()
     more = ["adapter_type=bora-xs", "number_of_steps=3", "save_every=1", f"output_dir={output_dir}"]
     processes = []
@@ -116,7 +104,7 @@ def test_kept_bases_of_another_method_are_not_taken(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("held", [None, "float32"])
-def test_a_run_with_other_bases_is_not_continued_but_may_be_started_from(words, tmp_path, capfd, held):  # noqa: F811
+def test_a_run_with_other_bases_is_not_continued_but_may_be_started_from(words, tmp_path, capfd, held):
     output_dir = tmp_path / "run"
     more = ["adapter_type=lora-xs", "include=[to_qkv]", "duration=1"]
     assert run(words, output_dir, *more, "number_of_steps=1") == 0
@@ -136,7 +124,7 @@ def test_a_run_with_other_bases_is_not_continued_but_may_be_started_from(words, 
     assert train.main([*words, *more, "number_of_steps=1", start, f"output_dir={tmp_path / 'new'}"]) == 0
 
 
-def test_a_checkpoint_without_singular_bases_says_nothing_of_them(words, tmp_path):  # noqa: F811
+def test_a_checkpoint_without_singular_bases_says_nothing_of_them(words, tmp_path):
     assert run(words, tmp_path / "run", "adapter_type=lora", "number_of_steps=1", "duration=1") == 0
     state = json.loads((checkpoint.path_of(tmp_path / "run", 1) / "state.json").read_text())
     assert "singular_bases" not in state["identity"]

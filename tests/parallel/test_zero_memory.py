@@ -11,7 +11,7 @@ from sa3dist.runtime import deepspeed_launch
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import trainer
 from tests.helpers.ranks import run_ranks
-from tests.runtime.test_rank_failures import make_trainer
+from tests.helpers.trainers import make_trainer
 
 # The import of DeepSpeed, on two ranks.
 pytestmark = pytest.mark.slow

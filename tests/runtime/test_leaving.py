@@ -34,7 +34,7 @@ from sa3dist.runtime.watchdog import Watchdog
 from sa3dist.training import checkpoint
 from tests.helpers.golden import ROOT
 from tests.helpers.ranks import exit_codes, run_ranks
-from tests.runtime.test_rank_failures import Settings, make_trainer
+from tests.helpers.trainers import make_settings, make_trainer
 
 STEPS = 3
 
@@ -182,7 +182,7 @@ def train_until_asked(group, output_dir, hangs, asked, blocked=()):
     signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     stop = StopRequest().install()
     leave_in_time(stop, output_dir)
-    trainer, batch = make_trainer(group, 10**6, Settings(save_every=10**6))
+    trainer, batch = make_trainer(group, 10**6, make_settings(save_every=10**6))
     stop.holds_state = True
     stream = good_until(4, batch) if group.dist_rank == hangs else iter([batch] * 10**6)
     with Watchdog(group, stop, output_dir) as dog:

@@ -1,6 +1,5 @@
 """What keeps a run alive, and what ends it in time: saves beside the training, time limits, hangs."""
 
-import dataclasses
 import errno
 import json
 import os
@@ -14,9 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import sa3dist
 from sa3dist import config, errors, loop
-from sa3dist.adapters import adapter_parameters, attach_adapter
 from sa3dist.runtime.exit_status import run_program
 from sa3dist.runtime.liveness import AVERAGING, Still
 from sa3dist.runtime.peers import leave
@@ -25,41 +22,10 @@ from sa3dist.runtime.signals import EXIT_SECONDS, SAME_REQUEST_SECONDS, StopRequ
 from sa3dist.runtime.watchdog import Watchdog
 from sa3dist.training import checkpoint
 from sa3dist.training.checkpoint import Saver
-from sa3dist.training.run_plan import RunPlan
-from sa3dist.training.trainer import Trainer
-from tests.helpers.golden import golden
 from tests.helpers.ranks import exit_codes, run_ranks
-from tests.training.test_gpu_training import recorded_batch
+from tests.helpers.trainers import make_settings, make_trainer
 
 HOST = socket.gethostname()
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What the loop reads of the settings tree."""
-
-    mixed_precision: str = "no"
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    context_weight: float = 1.0
-    save_every: int = 2
-    keep_checkpoints: int = 2
-    log_every: int = 1
-    log_clips: bool = False
-    resume: str = "auto"
-    gradient_compression: str = "none"
-    adapter_products: str = "auto"
-
-
-def make_trainer(group, steps, settings=Settings(), times=1, accumulation=1, **plan):
-    """A trainer on the tiny base, and the micro batch it is given again and again, ``times`` as long as recorded."""
-    base = sa3dist.load_base(golden("tiny-sa3"))
-    attach_adapter(base, "lora", rank=2, seed=1)
-    batch = recorded_batch(base)
-    for name in ("latents_BDT", "noised_BDT", "target_BDT", "inpaint_mask_B1T"):
-        setattr(batch, name, getattr(batch, name).repeat(1, 1, times))
-    work = RunPlan(steps, accumulation, 2, 2 * accumulation * group.world_size, 42, {}, ["a", "b"], **plan)
-    return Trainer(base, adapter_parameters(base), settings, work, group), batch
 
 
 def forever(batch):
@@ -114,7 +80,7 @@ def test_a_run_whose_time_is_up_on_one_rank_saves_on_all(tmp_path):
         stop = StopRequest()
         if group.dist_rank == 1:
             stop.limit(seconds_since_start() + EXIT_SECONDS + 1)
-        trainer, batch = make_trainer(group, 10**6, Settings(save_every=10**6))
+        trainer, batch = make_trainer(group, 10**6, make_settings(save_every=10**6))
         try:
             loop.train(trainer, forever(batch), stop, tmp_path, None)
         except errors.Interrupted as end:
@@ -186,7 +152,7 @@ def test_data_that_fails_once_steps_were_taken_ends_a_run_that_can_go_on(tmp_pat
 
 def test_what_is_saved_is_the_state_of_its_step_whatever_comes_after(tmp_path, monkeypatch):
     group = Group(0, 1, torch.device("cpu"))
-    settings = Settings(keep_checkpoints=9)
+    settings = make_settings(keep_checkpoints=9)
     trainer, batch = make_trainer(group, 6, settings)
     loop.train(trainer, forever(batch), StopRequest(), tmp_path / "beside", None)
     for step in (2, 4):

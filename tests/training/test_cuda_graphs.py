@@ -5,27 +5,24 @@ recorded with; what only a CUDA graph does is in test_gpu_training.py.
 """
 
 import dataclasses
-import functools
 import types
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import sa3dist
 from sa3dist.adapters import adapter_parameters, attach_adapter
 from sa3dist.errors import EnvironmentFailure
-from sa3dist.model.packing import Packing
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import acceleration, cuda_graphs
 from sa3dist.training.run_plan import RunPlan
 from sa3dist.training.trainer import Trainer
 from tests.helpers.golden import golden
+from tests.helpers.host_recorder import HostRecorder, NothingAsked
 from tests.helpers.ranks import run_ranks
-from tests.training import test_step
+from tests.helpers.recorded_step import both_shapes
 
-run = test_step.run
 ACCUMULATION = 2
 SETTINGS = types.SimpleNamespace(
     learning_rate=1e-2,
@@ -35,42 +32,6 @@ SETTINGS = types.SimpleNamespace(
     mixed_precision="no",
     adapter_products="auto",
 )
-
-
-class HostRecorder:
-    """Keeps functions and runs them again; results lie in the tensors of the first run, as a graph's do."""
-
-    def __init__(self):
-        self.recorded = self.replayed = 0
-
-    def warm_up(self, function):
-        return function()
-
-    def record(self, function):
-        self.recorded += 1
-        results = []
-
-        def replay():
-            self.replayed += 1
-            found = function()
-            if not results:
-                results.extend(torch.empty_like(value) for value in found)
-            for kept, value in zip(results, found, strict=True):
-                kept.copy_(value)
-            return tuple(results)
-
-        return replay
-
-
-class NothingAsked(TorchDispatchMode):
-    """Raises where the host would wait for a device's values: a CUDA graph cannot record that."""
-
-    ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name().removeprefix("aten::").partition(".")[0]
-        assert name not in self.ASKING, f"{name} asks the device"
-        return function(*args, **(kwargs or {}))
 
 
 class Stale(HostRecorder):
@@ -106,16 +67,6 @@ def make_trainer(kind="dora-cols", group=None):
     attach_adapter(base, kind, rank=4, seed=1)
     plan = RunPlan(9, ACCUMULATION, 2, 4, 42, {}, ["a", "b"], adapt_memory=True)
     return Trainer(base, adapter_parameters(base), SETTINGS, plan, group or Group(0, 1, torch.device("cpu")))
-
-
-@functools.cache
-def both_shapes():
-    base = sa3dist.load_base(golden("tiny-sa3"))
-    recorded = test_step.load_file(golden("training/tiny_sa3_step_dora_rows.safetensors"))
-    whole = test_step.make_batch(base, recorded)
-    frames = whole.noised_BDT.shape[2]
-    keep_BT = torch.arange(frames)[None] < torch.tensor([[frames], [frames - 5]])
-    return whole, dataclasses.replace(whole, keep_BT=keep_BT, packing=Packing.of(keep_BT))
 
 
 def micro_batches(count, first=0):

@@ -8,7 +8,7 @@ from sa3dist.adapters import adapter_parameters, formed
 from sa3dist.adapters.formed import keep_formed
 from sa3dist.model.packing import FilledPacking
 from sa3dist.parallel.flat_adamw import FlatAdapters
-from tests.model.test_packing import adapted, inputs
+from tests.helpers.packed_clips import adapted, inputs
 
 
 class Settings:

@@ -1,7 +1,6 @@
 """The training step on CUDA: the reference's recorded steps, recomputation, AdamW, no waiting, and equal bits twice."""
 
 import contextlib
-import dataclasses
 import functools
 import math
 import os
@@ -12,12 +11,10 @@ import warnings
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import sa3dist
-from sa3dist.adapters import adapter_digest, adapter_parameters, attach_adapter
+from sa3dist.adapters import adapter_parameters, attach_adapter
 from sa3dist.model.compiled import use_compiled
-from sa3dist.model.packing import Packing
 from sa3dist.parallel.flat_adamw import BETAS, EPSILON, FlatAdapters
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
@@ -26,25 +23,15 @@ from sa3dist.training.loss import micro_batch_loss
 from sa3dist.training.run_plan import RunPlan
 from sa3dist.training.trainer import Trainer
 from tests.helpers.golden import ROOT, golden
-from tests.training import test_step
+from tests.helpers.gpu_steps import make_trained
+from tests.helpers.recorded_step import StepSettings, make_batch, recorded_run, shifted, shorten_second_clip
 
 pytestmark = pytest.mark.gpu
 
-# The fixture with what the reference recorded of one run.
-run = test_step.run
 
-
-class Settings:
-    """What the loop reads of the settings tree."""
-
-    learning_rate = 1e-4
-    weight_decay = 0.01
-    context_weight = 1.0
-    gradient_compression = "none"
-    adapter_products = "auto"
-
-    def __init__(self, mixed_precision):
-        self.mixed_precision = mixed_precision
+@pytest.fixture(params=["dora-rows", "bora-xs"])
+def run(request):
+    return recorded_run(request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -53,21 +40,6 @@ def _exact_float32():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-def make_trained(device, adapter_type, dtype=torch.float32):
-    """A tiny base with an adapter moved off its initial values, and a recorded micro batch, on ``device``."""
-    base = sa3dist.load_base(golden("tiny-sa3"), device=device, dtype=dtype)
-    attach_adapter(base, adapter_type, rank=4)
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in adapter_parameters(base).values():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=draw).to(device)
-    return base, recorded_batch(base).to(torch.device(device))
-
-
-def recorded_batch(base):
-    return test_step.make_batch(base, load_file(golden("training/tiny_sa3_step_dora_rows.safetensors")))
 
 
 def gradients_of(base, batch, settings):
@@ -84,11 +56,11 @@ def test_losses_and_gradients_of_three_steps_are_the_references(device, run, che
     sa3dist.load_adapter(base, golden("training") / described["checkpoint"])
     base.gradient_checkpointing = checkpointing
     flat = FlatAdapters(adapter_parameters(base), learning_rate=1e-4, weight_decay=0.01, scalars=0)
-    batch = test_step.make_batch(base, recorded).to(device)
+    batch = make_batch(base, recorded).to(device)
     losses = []
     for step in range(3):
         flat.zero()
-        loss, _, _ = micro_batch_loss(base, batch, Settings("no"))
+        loss, _, _ = micro_batch_loss(base, batch, StepSettings("no"))
         loss.backward()
         losses.append(loss.item())
         if step == 0:
@@ -118,8 +90,8 @@ def test_an_adapter_initialised_on_the_device_is_the_one_of_the_cpu(device, adap
 
 @pytest.mark.parametrize("adapter_type", ["lora", "dora-cols", "bora", "dora-rows-xs"])
 def test_bf16_step_stays_near_float32(device, adapter_type, record_property):
-    expected_loss, expected = gradients_of(*make_trained("cpu", adapter_type), Settings("no"))
-    loss, found = gradients_of(*make_trained(device, adapter_type, torch.bfloat16), Settings("bf16"))
+    expected_loss, expected = gradients_of(*make_trained("cpu", adapter_type), StepSettings("no"))
+    loss, found = gradients_of(*make_trained(device, adapter_type, torch.bfloat16), StepSettings("bf16"))
     assert loss.item() == pytest.approx(expected_loss.item(), rel=0.02)
     squares = [((found[name].cpu() - value).square().sum(), value.square().sum()) for name, value in expected.items()]
     distance = math.sqrt(sum(float(a) for a, _ in squares) / sum(float(b) for _, b in squares))
@@ -131,9 +103,9 @@ def test_bf16_step_stays_near_float32(device, adapter_type, record_property):
 def test_recomputed_blocks_give_the_same_gradients(device, mixed_precision):
     dtype = torch.float32 if mixed_precision == "no" else torch.bfloat16
     base, batch = make_trained(device, "bora", dtype)
-    loss, kept = gradients_of(base, batch, Settings(mixed_precision))
+    loss, kept = gradients_of(base, batch, StepSettings(mixed_precision))
     base.gradient_checkpointing = True
-    loss_again, recomputed = gradients_of(base, batch, Settings(mixed_precision))
+    loss_again, recomputed = gradients_of(base, batch, StepSettings(mixed_precision))
     assert torch.equal(loss, loss_again)
     # The same operations on the same values: only the order in which a device adds may differ.
     tolerance = 1e-5 if mixed_precision == "no" else 1e-2
@@ -146,14 +118,14 @@ def test_content_of_padded_frames_changes_no_loss(device, mixed_precision):
     base, batch = make_trained(device, "dora-rows", torch.float32 if mixed_precision == "no" else torch.bfloat16)
     frames = batch.noised_BDT.shape[2]
     batch.keep_BT = torch.arange(frames, device=device)[None] < torch.tensor([[frames], [frames - 5]], device=device)
-    loss, _, _ = micro_batch_loss(base, batch, Settings(mixed_precision))
+    loss, _, _ = micro_batch_loss(base, batch, StepSettings(mixed_precision))
     padding = ~batch.keep_BT[:, None]
     batch.noised_BDT = torch.where(padding, 50.0, batch.noised_BDT)
     batch.target_BDT = torch.where(padding, math.nan, batch.target_BDT)
-    changed, _, _ = micro_batch_loss(base, batch, Settings(mixed_precision))
+    changed, _, _ = micro_batch_loss(base, batch, StepSettings(mixed_precision))
     assert torch.equal(loss, changed)
     batch.keep_BT = None
-    assert not torch.equal(loss, micro_batch_loss(base, batch, Settings(mixed_precision))[0])
+    assert not torch.equal(loss, micro_batch_loss(base, batch, StepSettings(mixed_precision))[0])
 
 
 def test_flat_adamw_is_adamw_in_float64(device):
@@ -179,23 +151,14 @@ def test_flat_adamw_is_adamw_in_float64(device):
         torch.testing.assert_close(parameter.detach().cpu().double(), expected[name], rtol=1e-5, atol=1e-6)
 
 
-def pack(batch):
-    """Make the second clip shorter, as the loader hands it over: its mask and packing come from the host."""
-    frames = batch.noised_BDT.shape[2]
-    batch.keep_BT = torch.arange(frames)[None] < torch.tensor([[frames], [frames - 5]])
-    batch.packing = Packing.of(batch.keep_BT).to(batch.noised_BDT.device)
-    batch.keep_BT = batch.keep_BT.to(batch.noised_BDT.device)
-    return batch
-
-
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
 @pytest.mark.parametrize("adapter_type", ["lora", "dora-rows", "bora"])
 def test_packed_clips_train_as_padded_ones(device, adapter_type, mixed_precision):
     dtype = torch.float32 if mixed_precision == "no" else torch.bfloat16
     base, batch = make_trained(device, adapter_type, dtype)
-    loss, found = gradients_of(base, pack(batch), Settings(mixed_precision))
+    loss, found = gradients_of(base, shorten_second_clip(batch), StepSettings(mixed_precision))
     batch.packing = None
-    padded_loss, expected = gradients_of(base, batch, Settings(mixed_precision))
+    padded_loss, expected = gradients_of(base, batch, StepSettings(mixed_precision))
     relative, tolerance = (1e-5, 1e-4) if mixed_precision == "no" else (0.02, 0.1)
     assert loss.item() == pytest.approx(padded_loss.item(), rel=relative)
     squares = [((found[name] - value).square().sum(), value.square().sum()) for name, value in expected.items()]
@@ -207,14 +170,14 @@ def test_packed_clips_train_as_padded_ones(device, adapter_type, mixed_precision
 def test_a_compiled_step_is_the_uncompiled_one_and_never_waits(device, mixed_precision, packed):
     dtype = torch.float32 if mixed_precision == "no" else torch.bfloat16
     base, batch = make_trained(device, "dora-rows", dtype)
-    batch = pack(batch) if packed else batch
-    loss, expected = gradients_of(base, batch, Settings(mixed_precision))
+    batch = shorten_second_clip(batch) if packed else batch
+    loss, expected = gradients_of(base, batch, StepSettings(mixed_precision))
     use_compiled(base.dit)
-    gradients_of(base, batch, Settings(mixed_precision))
+    gradients_of(base, batch, StepSettings(mixed_precision))
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
-        compiled_loss, found = gradients_of(base, batch, Settings(mixed_precision))
+        compiled_loss, found = gradients_of(base, batch, StepSettings(mixed_precision))
     finally:
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
@@ -231,13 +194,13 @@ def test_forward_and_backward_never_wait_for_the_device(device, adapter_type, ch
     if device.type != "cuda":
         pytest.skip("only a CUDA device can be waited for")
     base, batch = make_trained(device, adapter_type, torch.bfloat16)
-    batch = pack(batch) if packed else batch
+    batch = shorten_second_clip(batch) if packed else batch
     base.gradient_checkpointing = checkpointing
     # The first step uploads the frequency table and picks kernels.
-    gradients_of(base, batch, Settings("bf16"))
+    gradients_of(base, batch, StepSettings("bf16"))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss, gradients = gradients_of(base, batch, Settings("bf16"))
+        loss, gradients = gradients_of(base, batch, StepSettings("bf16"))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()
@@ -269,7 +232,7 @@ def waits_for(device):
 def test_a_whole_step_waits_once(device):
     base, batch = make_trained(device, "dora-rows", torch.bfloat16)
     work = RunPlan(9, 2, 2, 4, 42, {}, ["a", "b"])
-    trainer = Trainer(base, adapter_parameters(base), Settings("bf16"), work, Group(0, 1, device))
+    trainer = Trainer(base, adapter_parameters(base), StepSettings("bf16"), work, Group(0, 1, device))
     stop = StopRequest()
     losses = [trainer.take_step(iter([batch, batch]), stop)["loss"]]
     with waits_for(device) as waits:
@@ -302,10 +265,12 @@ def test_steps_replayed_as_cuda_graphs_are_the_ordinary_steps(device, adapter_ty
         if compiled:
             use_compiled(base.dit)
         work = RunPlan(9, 2, 2, 4, 42, {}, ["a", "b"])
-        trainer = Trainer(base, adapter_parameters(base), Settings("bf16"), work, Group(0, 1, device))
+        trainer = Trainer(base, adapter_parameters(base), StepSettings("bf16"), work, Group(0, 1, device))
         if graphed:
             trainer.record_graphs(Recorder(device))
-        batches = iter(shifted(pack(batch.clone()) if number % 3 == 2 else batch, number) for number in range(18))
+        batches = iter(
+            shifted(shorten_second_clip(batch.clone()) if number % 3 == 2 else batch, number) for number in range(18)
+        )
         losses[graphed] = [trainer.take_step(batches, StopRequest())["loss"] for _ in range(9)]
         adapters[graphed] = trainer.engine.adapters()
         assert (trainer.graphs.shapes if graphed else 2) == 2, "no replay was found equal: see the warning"
@@ -314,8 +279,8 @@ def test_steps_replayed_as_cuda_graphs_are_the_ordinary_steps(device, adapter_ty
     moved = torch.cat([(adapters[True][name] - value).flatten() for name, value in adapters[False].items()])
     record_property("largest_difference", moved.abs().max().item())
     # The sign of a gradient that is all rounding moves an entry by one learning rate a step.
-    assert moved.abs().max() <= 2.1 * 9 * Settings.learning_rate
-    assert moved.abs().mean() <= 0.2 * Settings.learning_rate
+    assert moved.abs().max() <= 2.1 * 9 * StepSettings().learning_rate
+    assert moved.abs().mean() <= 0.2 * StepSettings().learning_rate
 
 
 def asking_pass(trainer, batch):
@@ -330,7 +295,7 @@ def test_a_recording_that_fails_leaves_training_as_it_was(device, caplog):
     for graphed in (False, True):
         base, batch = make_trained(device, "dora-rows", torch.bfloat16)
         work = RunPlan(4, 1, 2, 2, 42, {}, ["a", "b"])
-        trainer = Trainer(base, adapter_parameters(base), Settings("bf16"), work, Group(0, 1, device))
+        trainer = Trainer(base, adapter_parameters(base), StepSettings("bf16"), work, Group(0, 1, device))
         if graphed:
             trainer._recordable_pass = functools.partial(asking_pass, trainer)
             trainer.record_graphs(Recorder(device))
@@ -343,27 +308,8 @@ def test_a_recording_that_fails_leaves_training_as_it_was(device, caplog):
     assert Recorder(device).record(lambda: (torch.ones(2, device=device) + 1,))()[0].tolist() == [2, 2]
 
 
-def shifted(batch, number):
-    """Other values in the same shapes."""
-    noise = torch.randn(batch.noised_BDT.shape, generator=torch.Generator().manual_seed(number))
-    noise = noise.to(batch.noised_BDT.device)
-    return dataclasses.replace(batch, noised_BDT=batch.noised_BDT + noise, target_BDT=batch.target_BDT - noise)
-
-
-def trained_digest(device_name):
-    """Digest of an adapter after three bf16 steps with deterministic kernels. Runs in a process of its own."""
-    torch.use_deterministic_algorithms(True)
-    device = torch.device(device_name)
-    base, batch = make_trained(device, "dora-rows", torch.bfloat16)
-    work = RunPlan(3, 1, 2, 2, 42, {}, ["a", "b"])
-    trainer = Trainer(base, adapter_parameters(base), Settings("bf16"), work, Group(0, 1, device))
-    for _ in range(3):
-        trainer.take_step(iter([batch]), StopRequest())
-    return adapter_digest(base)
-
-
 def test_deterministic_mode_gives_equal_bits_in_two_processes(device):
-    code = f"from tests.training.test_gpu_training import trained_digest; print(trained_digest({device.type!r}))"
+    code = f"from tests.helpers.gpu_steps import trained_digest; print(trained_digest({device.type!r}))"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     # cuBLAS reads its variable when a process first uses it.
     environment = {**os.environ, "PYTHONPATH": paths, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}

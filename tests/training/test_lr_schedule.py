@@ -17,7 +17,7 @@ from sa3dist.training.run_plan import RunPlan
 from sa3dist.training.trainer import Trainer
 from tests.helpers.golden import golden
 from tests.helpers.ranks import run_ranks
-from tests.training.test_gpu_training import Settings, recorded_batch
+from tests.helpers.recorded_step import StepSettings, recorded_batch
 
 STEPS, WARM_UP, PEAK = 6, 2, 2e-4
 
@@ -75,7 +75,7 @@ def curve_at(world_size, accumulation):
             ["a"],
             schedule=Schedule(PEAK, STEPS, WARM_UP, "cosine"),
         )
-        trainer = Trainer(base, adapter_parameters(base), Settings("no"), plan, group)
+        trainer = Trainer(base, adapter_parameters(base), StepSettings(), plan, group)
         rates, used = [], []
         for _ in range(STEPS):
             rates.append(trainer.take_step(iter([batch] * accumulation), StopRequest())["lr"])

@@ -13,7 +13,7 @@ import torch
 from sa3dist import errors
 from sa3dist.runtime.signals import StopRequest
 from tests.helpers.ranks import run_ranks
-from tests.runtime.test_rank_failures import make_trainer
+from tests.helpers.trainers import make_trainer
 
 HOST = socket.gethostname()
 
@@ -21,7 +21,7 @@ HOST = socket.gethostname()
 @pytest.fixture(autouse=True, scope="module")
 def imported_once():
     # The second is what a first step imports, which no limit is meant to meet.
-    multiprocessing.set_forkserver_preload(["tests.runtime.test_rank_failures", "torch._dynamo"])
+    multiprocessing.set_forkserver_preload(["tests.helpers.trainers", "torch._dynamo"])
 
 
 def _memory(key):

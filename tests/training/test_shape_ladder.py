@@ -10,9 +10,8 @@ from sa3dist.adapters import adapter_parameters
 from sa3dist.model.packing import FilledPacking, Packing
 from sa3dist.training.loss import micro_batch_loss
 from sa3dist.training.shape_ladder import FACTOR, LEAST_TOKENS, ShapeLadder, rung
-from tests.model.test_packing import adapted
-from tests.training import test_cuda_graphs
-from tests.training.test_step import Float32Settings
+from tests.helpers.packed_clips import adapted
+from tests.helpers.recorded_step import StepSettings, both_shapes
 
 # Memory tokens and frames of the medium base's longest clip, 380 s.
 LONGEST = 64 + 4091
@@ -44,7 +43,7 @@ def test_micro_batches_of_several_clips_continue_the_ladder_of_one():
 
 
 def losses_and_gradients(base, batch):
-    losses = micro_batch_loss(base, batch, Float32Settings())
+    losses = micro_batch_loss(base, batch, StepSettings())
     gradients = torch.autograd.grad(losses[0], list(adapter_parameters(base).values()))
     return [loss.detach() for loss in losses], gradients
 
@@ -62,7 +61,7 @@ def first_clip(batch):
 
 def micro_batches():
     """By what is odd about them."""
-    whole, _ = test_cuda_graphs.both_shapes()
+    whole, _ = both_shapes()
     frames = whole.noised_BDT.shape[2]
     return {
         "whole clips": whole,
@@ -111,7 +110,7 @@ def test_prompts_are_brought_to_the_longest_seen_and_say_the_same(tiny_base):
 
 
 def test_micro_batches_of_any_lengths_take_few_shapes():
-    whole, _ = test_cuda_graphs.both_shapes()
+    whole, _ = both_shapes()
     frames, ladder = whole.noised_BDT.shape[2], ShapeLadder(whole.noised_BDT.shape[2], 4)
     lengths = [(first, second) for first in range(1, frames + 1) for second in range(1, frames + 1, 3)]
     shapes = set()

@@ -15,7 +15,6 @@ from sa3dist.adapters.svd_bases import gram_bases, singular_bases
 from sa3dist.model.loading import load_base
 from sa3dist.training.startup_times import Startup, imported_beside, keep_kernels_in
 from tests.helpers.golden import golden
-from tests.test_train import _restore_process_settings, words  # noqa: F401
 
 CPU = torch.device("cpu")
 

@@ -1,10 +1,7 @@
 """Whole training steps of the reference on a tiny model: what the network receives, gradients, AdamW."""
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import sa3dist
 from sa3dist import flow
@@ -13,44 +10,12 @@ from sa3dist.data.batches.micro_batch import MicroBatch
 from sa3dist.parallel.flat_adamw import FlatAdapters
 from sa3dist.training.loss import micro_batch_loss
 from tests.helpers.golden import golden
-
-SECONDS = (1.0, 30.0)
-
-
-class Float32Settings:
-    mixed_precision = "no"
-    context_weight = 1.0
+from tests.helpers.recorded_step import SECONDS, StepSettings, make_batch, recorded_run
 
 
 @pytest.fixture(params=["dora-rows", "bora-xs"])
 def run(request):
-    """Everything recorded of one run: (adapter type, tensors, description)."""
-    described = json.loads(golden("training/golden.json").read_text())["tiny_sa3"]
-    recorded = load_file(golden("training") / described["runs"][request.param]["step_file"])
-    return request.param, recorded, {**described, **described["runs"][request.param]}
-
-
-def make_batch(base, recorded) -> MicroBatch:
-    model = load_file(golden("tiny-sa3/golden.safetensors"))
-    permutation = flow.couple_noise(recorded["latents"], recorded["noise"])
-    frames = [flow.effective_frames(s, base.sample_rate_hz, base.samples_per_frame) for s in SECONDS]
-    t_B = flow.shift_timesteps(1 - recorded["t_sampler"], torch.tensor(frames))
-    noised, target = flow.noise_latents(recorded["latents"], recorded["noise"][permutation], t_B)
-    return MicroBatch(
-        clips=["a", "b"],
-        latents_BDT=recorded["latents"],
-        noised_BDT=noised,
-        target_BDT=target,
-        t_B=t_B,
-        keep_BT=None,
-        inpaint_mask_B1T=recorded["inpaint_mask"],
-        hidden_BLH=model["prompt.hidden_states"][[0, 2]],
-        prompt_mask_BL=model["prompt.mask"][[0, 2]],
-        seconds_total_B=torch.tensor(SECONDS),
-        drop_cross_B=torch.zeros(2, dtype=torch.bool),
-        has_context=bool(recorded["inpaint_mask"].any()),
-        silent_crops=0,
-    )
+    return recorded_run(request.param)
 
 
 def close(found, expected, relative_to_max):
@@ -97,7 +62,7 @@ def test_losses_gradients_and_updates_of_three_steps_equal_the_reference(run, ch
     losses = []
     for step in range(3):
         flat.zero()
-        loss, _, _ = micro_batch_loss(base, batch, Float32Settings)
+        loss, _, _ = micro_batch_loss(base, batch, StepSettings())
         loss.backward()
         losses.append(loss.item())
         if step == 0:
@@ -150,7 +115,7 @@ def test_leaving_out_an_empty_context_changes_no_loss_and_no_gradient(tiny_base,
             has_context=has_context,
             silent_crops=0,
         )
-        loss, _, _ = micro_batch_loss(tiny_base, batch, Float32Settings)
+        loss, _, _ = micro_batch_loss(tiny_base, batch, StepSettings())
         found[has_context] = loss.item(), torch.autograd.grad(loss, list(parameters.values()))
     assert found[True][0] == pytest.approx(found[False][0], rel=1e-5)
     for whole, short in zip(found[True][1], found[False][1], strict=True):

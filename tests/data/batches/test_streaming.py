@@ -12,7 +12,6 @@ import torch
 from sa3dist.config import build
 from sa3dist.data.batches import streaming
 from sa3dist.data.batches.micro_batch import StreamSettings
-from sa3dist.data.batches.shard_stream import ShardSource
 from sa3dist.data.batches.worker_shards import SEGMENT_SHARDS, Cursor, Lane, LanePlaces
 from sa3dist.data.latents.source import streamed_shards
 from sa3dist.errors import CheckpointError, ConfigError, DataError, EnvironmentFailure
@@ -20,7 +19,8 @@ from sa3dist.flow.crops import draw_crop, polarity_of_slot
 from sa3dist.model.config import ShiftConfig
 from sa3dist.runtime.process_group import Group
 from tests.helpers.clips import captioned, encode, tone, write_tar
-from tests.helpers.latent_sets import ENCODERS, Framing, write_set
+from tests.helpers.latent_sets import Framing, write_set
+from tests.helpers.latent_stream import source_of
 
 CPU = torch.device("cpu")
 WORLDS, LANES, SHARDS = (1, 2, 3, 4, 8), (1, 2, 3), (1, 2, 5, 16, 33)
@@ -52,11 +52,6 @@ def test_passes_deal_differently_and_lanes_shuffle_differently():
 def paths(tmp_path_factory):
     """Six shards of 1 to 9 clips, 27 in all."""
     return write_set(tmp_path_factory.mktemp("set"), [4, 1, 7, 2, 9, 4])
-
-
-def source_of(paths, **changes):
-    values = {"urls": tuple(map(str, paths)), "encoders": ENCODERS, "scratch": paths[0].parent, "max_bytes": 1 << 20}
-    return ShardSource(**{**values, **changes})
 
 
 def taken(source, lane, cursor, count, buffer=5):

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from sa3dist.data.latents.cache import EncodedClips
-from sa3dist.data.latents.collect import collect
 from sa3dist.data.latents.shards import LatentShard
 from sa3dist.data.source.audio import load_clip_audio
 from sa3dist.data.source.build import build_shards
@@ -17,9 +16,9 @@ from sa3dist.errors import DataError, EnvironmentFailure
 from sa3dist.formats import DatasetIndex
 from sa3dist.model.loading import load_base
 from sa3dist.model.tiny import write_tiny_base
-from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
 from tests.helpers.clips import captioned, write_zip
+from tests.helpers.encode_stage import ALONE, encode_everything
 from tests.helpers.golden import ROOT
 from tests.helpers.kills import Killable
 from tests.helpers.ranks import run_ranks
@@ -35,17 +34,6 @@ def index(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
     source = write_zip(folder / "a.zip", captioned(3, seconds=0.5))
     return build_shards(str(source), folder / "work", allow_any_dataset_size=True)
-
-
-ALONE = Group(0, 1, torch.device("cpu"))
-
-
-def encode_everything(base, index, work_dir, group=ALONE):
-    encoded = EncodedClips(index, work_dir, base, "a", "t")
-    encode_all(base, encoded, group, StopRequest())
-    # Three shards.
-    collect(encoded, group, StopRequest(), max_shard_bytes=30_000)
-    return encoded
 
 
 def published(folder):
@@ -72,7 +60,9 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from sa3dist.data.latents import cache
-from tests.data.latents.test_encode_again import DatasetIndex, encode_everything, load_base
+from sa3dist.formats import DatasetIndex
+from sa3dist.model.loading import load_base
+from tests.helpers.encode_stage import encode_everything
 # Less silence to encode: more of the kills fall on other moments.
 cache.SILENCE_TAIL_FRAMES = 4
 base = load_base({str(base_dir)!r})
@@ -109,7 +99,12 @@ def test_a_kill_while_shards_are_collected_loses_nothing(base_dir, index, tmp_pa
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from tests.data.latents.test_encode_again import ALONE, DatasetIndex, EncodedClips, StopRequest, collect, load_base
+from sa3dist.data.latents.cache import EncodedClips
+from sa3dist.data.latents.collect import collect
+from sa3dist.formats import DatasetIndex
+from sa3dist.model.loading import load_base
+from sa3dist.runtime.signals import StopRequest
+from tests.helpers.encode_stage import ALONE
 base = load_base({str(base_dir)!r})
 index = DatasetIndex.read(Path({str(index.directory)!r}))
 def work(target):

@@ -1,0 +1,19 @@
+"""The encode stage run whole, by one process or a group of them."""
+
+import torch
+
+from sa3dist.data.latents.cache import EncodedClips
+from sa3dist.data.latents.collect import collect
+from sa3dist.encode import encode_all
+from sa3dist.runtime.process_group import Group
+from sa3dist.runtime.signals import StopRequest
+
+ALONE = Group(0, 1, torch.device("cpu"))
+
+
+def encode_everything(base, index, work_dir, group=ALONE):
+    encoded = EncodedClips(index, work_dir, base, "a", "t")
+    encode_all(base, encoded, group, StopRequest())
+    # Three shards.
+    collect(encoded, group, StopRequest(), max_shard_bytes=30_000)
+    return encoded

@@ -1,0 +1,35 @@
+"""A tiny base with a trained adapter on any device, and what a process of its own computes with it."""
+
+import torch
+
+import sa3dist
+from sa3dist.adapters import adapter_digest, adapter_parameters, attach_adapter
+from sa3dist.runtime.process_group import Group
+from sa3dist.runtime.signals import StopRequest
+from sa3dist.training.run_plan import RunPlan
+from sa3dist.training.trainer import Trainer
+from tests.helpers.golden import golden
+from tests.helpers.recorded_step import StepSettings, recorded_batch
+
+
+def make_trained(device, adapter_type, dtype=torch.float32):
+    """A tiny base with an adapter moved off its initial values, and a recorded micro batch, on ``device``."""
+    base = sa3dist.load_base(golden("tiny-sa3"), device=device, dtype=dtype)
+    attach_adapter(base, adapter_type, rank=4)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter_parameters(base).values():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=draw).to(device)
+    return base, recorded_batch(base).to(torch.device(device))
+
+
+def trained_digest(device_name):
+    """Digest of an adapter after three bf16 steps with deterministic kernels. Runs in a process of its own."""
+    torch.use_deterministic_algorithms(True)
+    device = torch.device(device_name)
+    base, batch = make_trained(device, "dora-rows", torch.bfloat16)
+    work = RunPlan(3, 1, 2, 2, 42, {}, ["a", "b"])
+    trainer = Trainer(base, adapter_parameters(base), StepSettings("bf16"), work, Group(0, 1, device))
+    for _ in range(3):
+        trainer.take_step(iter([batch]), StopRequest())
+    return adapter_digest(base)
