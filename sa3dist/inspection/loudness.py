@@ -1,4 +1,4 @@
-"""Loudness by ITU-R BS.1770-4: the K weighting, the power of pieces of 100 ms under it, and their gating.
+"""Integrated loudness by ITU-R BS.1770-4: the K weighting, and the gating of the powers of 100 ms pieces.
 
 Suffixes: N samples, C channels, F bins, P pieces of 100 ms.
 """
@@ -9,8 +9,7 @@ import functools
 import math
 
 import numpy as np
-
-from sa3dist.inspection.piece_energy import COLUMNS, PieceEnergy
+import torch
 
 PIECES_PER_SECOND = 10
 # BS.1770-4: gating blocks of 400 ms every 100 ms; below -70 LUFS silence; then 10 LU below the mean of the rest.
@@ -40,24 +39,27 @@ def k_weighting(rate_hz: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
     return (shelf_b, shelf_a), (np.array([1.0, -2.0, 1.0]), pass_a)
 
 
-@functools.lru_cache(maxsize=32)
-def k_energy(rate_hz: int) -> PieceEnergy:
-    """Measures the energy of K-weighted pieces of 100 ms, to the next length that the matrices come to (0.1 %)."""
-    return PieceEnergy(k_weighting(rate_hz), _piece_counts(rate_hz / PIECES_PER_SECOND))
+def k_weighted(samples_CN: np.ndarray, rate_hz: int) -> np.ndarray:
+    """float32 samples as the K weighting leaves them, by its frequency response.
+
+    The transform is circular: the first 100 ms of the result are wrong, for the filters' response to the last samples
+    runs on into them. After 100 ms it is below float32's rounding.
+    """
+    # Not torchaudio.functional.loudness: it clips the weighted signal at full scale (2.5 LU off for a full-scale tone
+    # of 8 kHz), takes 380 MB for a minute of stereo, and is unstable at sample rates below 3 kHz.
+    spectrum_CF = torch.fft.rfft(torch.from_numpy(samples_CN))
+    # In place: fresh memory would take as long as both transforms.
+    spectrum_CF *= _k_response(rate_hz, samples_CN.shape[1])
+    return torch.fft.irfft(spectrum_CF, samples_CN.shape[1]).numpy()
 
 
-def _piece_counts(samples: float) -> tuple[int, ...]:
-    """Three numbers whose product is as near to ``samples`` as any, and of those with the least work."""
-
-    def cost(counts: tuple[int, int, int]) -> tuple[float, float]:
-        inner, middle, outer = counts
-        # Columns of the products times their rows, per sample; BLAS works at half its speed on small ones.
-        work = -(-(inner + 4) // COLUMNS) * COLUMNS + (32 * middle + 32) / inner + (32 * outer + 32) / (inner * middle)
-        return abs(inner * middle * outer - samples), work + 400 / inner
-
-    inners, middles = range(16, 65), range(1, 33)
-    choices = ((i, m, max(1, round(samples / (i * m)))) for i in inners for m in middles)
-    return tuple(count for count in min(choices, key=cost) if count > 1)
+@functools.lru_cache(maxsize=8)
+def _k_response(rate_hz: int, samples: int) -> torch.Tensor:
+    z_F = np.exp(-2j * np.pi * np.fft.rfftfreq(samples))
+    response_F = np.ones_like(z_F)
+    for b, a in k_weighting(rate_hz):
+        response_F *= np.polyval(b[::-1], z_F) / np.polyval(a[::-1], z_F)
+    return torch.from_numpy(response_F.astype(np.complex64))
 
 
 def integrated_loudness(powers_P: np.ndarray) -> float:
@@ -69,20 +71,9 @@ def integrated_loudness(powers_P: np.ndarray) -> float:
     blocks = blocks[blocks > 10 ** ((ABSOLUTE_GATE_LUFS - LUFS_OFFSET) / 10)]
     if len(blocks) == 0:
         return -math.inf
-    return _lufs(blocks[blocks > blocks.mean() * 10 ** (RELATIVE_GATE_LU / 10)].mean())
+    return lufs_of(blocks[blocks > blocks.mean() * 10 ** (RELATIVE_GATE_LU / 10)].mean())
 
 
-def ungated_loudness(samples_NC: np.ndarray, rate_hz: int) -> float:
-    """LUFS of all of a short clip: its K-weighted power by the filters' frequency response, in float64."""
-    # The response to the last sample has died away before it comes round to the first.
-    size = len(samples_NC) + rate_hz // PIECES_PER_SECOND
-    z_F = np.exp(-2j * np.pi * np.fft.rfftfreq(size))
-    response_F = np.ones_like(z_F)
-    for b, a in k_weighting(rate_hz):
-        response_F *= np.polyval(b[::-1], z_F) / np.polyval(a[::-1], z_F)
-    weighted_NC = np.fft.irfft(np.fft.rfft(samples_NC, size, axis=0) * response_F[:, None], size, axis=0)
-    return _lufs(np.square(weighted_NC[: len(samples_NC)]).sum() / len(samples_NC))
-
-
-def _lufs(power: float) -> float:
+def lufs_of(power: float) -> float:
+    """Loudness of a K-weighted mean square, without gates."""
     return LUFS_OFFSET + 10 * math.log10(power) if power > 0 else -math.inf

@@ -30,7 +30,7 @@ FRAMING = (380.0, 44100, 4096)
 def measure(samples_NC, rate, block=1 << 18):
     measurement = Measurement()
     for start in range(0, len(samples_NC), block):
-        measurement(samples_NC[start : start + block].astype(np.float32), rate, len(samples_NC))
+        measurement(samples_NC[start : start + block].astype(np.float32), rate)
     return measurement.finish()
 
 

@@ -55,11 +55,11 @@ class AudioFacts:
     channels: int
 
 
-def check_audio(data: bytes, observe: Callable[[np.ndarray, int, int], None] | None = None) -> AudioFacts:
+def check_audio(data: bytes, observe: Callable[[np.ndarray, int], None] | None = None) -> AudioFacts:
     """Decode ``data`` block by block, in memory independent of its length, and refuse what cannot be trained on.
 
-    observe   called with every block, float32 (samples, channels), which the next one overwrites, the sample rate in Hz
-              and the samples the header promises
+    observe   called with every block, float32 (samples, channels), which the next one overwrites, and the sample rate
+              in Hz
     Raises DataError, without a file name, when it is undecodable, empty, shorter than 10 ms or longer than an hour,
     holds NaN or infinity, never exceeds -60 dBFS, or holds audio that is not decoded. Content decides the format, not
     the extension.
@@ -79,7 +79,7 @@ def check_audio(data: bytes, observe: Callable[[np.ndarray, int, int], None] | N
                 raise DataError("holds NaN or infinite samples, expected finite ones; export it again")
             peak = max(peak, high, -low)
             if observe:
-                observe(block, rate, declared)
+                observe(block, rate)
         slack = 0
         if sound.format == "MP3":
             slack = declared if mp3_counted(data) is None else MP3_SLACK_SAMPLES

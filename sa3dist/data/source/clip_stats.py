@@ -45,7 +45,7 @@ class ClipStats:
 
 NAME = "figures.safetensors"
 # Another number wherever clips are measured in another way.
-VERSION = "2"
+VERSION = "3"
 _FACTS = ("digests_N32", "facts_N4")
 _SCALARS = tuple(field.name for field in dataclasses.fields(ClipStats)[:6])
 _STATS = ("scalars_N6", "widths_N", "spectrograms_SW", "fingerprints_NK")

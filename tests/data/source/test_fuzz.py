@@ -75,8 +75,8 @@ print(json.dumps(counts | {"grown": grown}))
 
 @pytest.mark.slow
 def test_540_mutated_zips_tars_indices_and_latent_shards_are_taken_or_refused_in_lines(tmp_path):
-    command = [sys.executable, str(ROOT / "tests/helpers/fuzz_archives.py"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ONE_THREAD)
+    command = [sys.executable, "-m", "tests.helpers.fuzz_archives", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ONE_THREAD, cwd=ROOT)
     if done.returncode:
         pytest.fail(done.stderr[-2000:])
     result = json.loads(done.stdout)
