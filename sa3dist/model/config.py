@@ -1,4 +1,7 @@
-"""``model_config.json`` as typed settings; every default is the reference constructor's."""
+"""``model_config.json`` as typed settings: what the network is built from; defaults are the reference constructor's.
+
+Options of which this network has one form only are no fields: ``parse_config`` checks that a file asks for that form.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,6 @@ import dataclasses
 class NormKwargs:
     eps: float = 1e-5
     force_fp32: bool = False
-    fix_scale: bool = False
-    bias: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,17 +19,12 @@ class AttentionKwargs:
     qk_norm: str = "none"
     qk_norm_eps: float = 1e-6
     differential: bool = False
-    feat_scale: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class FeedForwardKwargs:
     mult: float = 4
-    no_bias: bool = False
-    glu: bool = True
-    use_conv: bool = False
     sinusoidal: bool = False
-    zero_init_output: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,37 +32,19 @@ class DiTConfig:
     """``model.diffusion.config``."""
 
     io_channels: int = 32
-    patch_size: int = 1
     embed_dim: int = 768
     depth: int = 12
     num_heads: int = 8
     cond_token_dim: int = 0
-    project_cond_tokens: bool = True
     global_cond_dim: int = 0
-    project_global_cond: bool = True
-    input_concat_dim: int = 0
-    prepend_cond_dim: int = 0
-    global_cond_type: str = "prepend"
-    timestep_cond_type: str = "global"
-    timestep_features_type: str = "learned"
     timestep_features_dim: int = 256
     timestep_features_logsnr: bool = False
-    transformer_type: str = "continuous_transformer"
     local_add_cond_dim: int | None = None
     num_memory_tokens: int = 0
     norm_type: str = "layer_norm"
     norm_kwargs: NormKwargs = NormKwargs()
     attn_kwargs: AttentionKwargs = AttentionKwargs()
     ff_kwargs: FeedForwardKwargs = FeedForwardKwargs()
-    rotary_pos_emb: bool = True
-    cross_attn_rotary_pos_emb: bool = False
-    causal: bool = False
-    conformer: bool = False
-    layer_scale: bool = False
-    use_sinusoidal_emb: bool = False
-    use_abs_pos_emb: bool = False
-    sliding_window: list | None = None
-    final_cross_attn_ix: int = -1
 
     @property
     def head_dim(self) -> int:
@@ -75,7 +53,10 @@ class DiTConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ResamplingConfig:
-    """``encoder.config`` or ``decoder.config`` of a SAME autoencoder."""
+    """``encoder.config`` or ``decoder.config`` of a SAME autoencoder, every option of it.
+
+    Its ``repr`` is part of the keys of cached latents, so a field added or removed here means encoding again.
+    """
 
     in_channels: int = 2
     out_channels: int = 2
@@ -119,8 +100,6 @@ class ResamplingConfig:
 @dataclasses.dataclass(frozen=True)
 class BottleneckConfig:
     dim: int = 32
-    noise_augment_dim: int = 0
-    noise_regularize: bool = False
     auto_scale: bool = False
 
 
@@ -128,13 +107,11 @@ class BottleneckConfig:
 class PatchingConfig:
     channels: int = 2
     patch_size: int = 1
-    oversampling: int = 1
-    postfilter_channels: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
-    """A SAME autoencoder: ``model.pretransform.config``, or ``model`` of a stand-alone SAME file."""
+    """A SAME autoencoder: ``model.pretransform.config``."""
 
     encoder: ResamplingConfig
     decoder: ResamplingConfig
@@ -154,7 +131,6 @@ class PromptConfig:
     max_length: int = 128
     padding_mode: str = "zero"
     project_out: bool = False
-    enable_grad: bool = False
     model_path: str | None = None
     repo_id: str | None = None
     subfolder: str | None = None
@@ -166,19 +142,16 @@ class NumberConfig:
 
     min_val: float = 0.0
     max_val: float = 1.0
-    fourier_features_type: str = "learned"
 
 
 @dataclasses.dataclass(frozen=True)
 class ShiftConfig:
     """Training timestep shift; lengths in latent frames."""
 
-    type: str = "full"
     min_length: int = 256
     max_length: int = 4096
     base_shift: float = 0.5
     max_shift: float = 1.15
-    use_sine: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +159,6 @@ class ModelConfig:
     """A whole diffusion model. ``source`` is the file it came from; ``sample_size`` is in samples per channel."""
 
     source: str
-    model_type: str | None
     sample_rate_hz: int
     sample_size: int
     audio_channels: int
@@ -195,7 +167,6 @@ class ModelConfig:
     cond_dim: int
     prompt: PromptConfig
     seconds_total: NumberConfig
-    diffusion_objective: str
     distribution_shift: ShiftConfig | None
     mask_padding_attention: bool
     use_effective_length_for_schedule: bool
@@ -207,11 +178,6 @@ class ModelConfig:
     @property
     def samples_per_frame(self) -> int:
         return self.autoencoder.downsampling_ratio
-
-    @property
-    def native_frames(self) -> int:
-        """Whole latent frames in the longest clip the model was made for."""
-        return self.sample_size // self.samples_per_frame
 
     @property
     def native_seconds(self) -> float:

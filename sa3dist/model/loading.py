@@ -1,4 +1,4 @@
-"""From a released name or a directory to a Base, or to a stand-alone autoencoder."""
+"""Find and load a base model by its released name or its directory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import nn
 from sa3dist.data.remote.local_paths import expand_home
 from sa3dist.errors import CheckpointError
 from sa3dist.model.base import AUTOENCODER_PREFIX, CONDITIONER_PREFIX, MODEL_PREFIX, Base, Wrapper, weight_key
-from sa3dist.model.checkpoint import CheckpointFile, check_keys, fill, tensor_shapes
+from sa3dist.model.checkpoint import CheckpointFile, check_keys, tensor_shapes
 from sa3dist.model.conditioners import Conditioners
 from sa3dist.model.config import ModelConfig
 from sa3dist.model.dit import DiT
 from sa3dist.model.hub import hub_file
-from sa3dist.model.parse_config import parse_autoencoder_config, parse_model_config, read_model_config
+from sa3dist.model.parse_config import parse_model_config, read_model_config
 from sa3dist.model.released import RELEASED, released_config
 from sa3dist.model.same import Autoencoder
 from sa3dist.model.text import TextSource
@@ -135,19 +135,3 @@ def load_base(
         base_repo=found.files.repo_id,
     )
     return Base(found.config, found.weights, device, dtype, source, encoder)
-
-
-def load_autoencoder(
-    directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> Autoencoder:
-    """A SAME autoencoder, encoder and decoder, from its stand-alone directory or from a full model's."""
-    files = find_base(directory)
-    config = parse_autoencoder_config(read_model_config(files.config), str(files.config))
-    weights = CheckpointFile(files.weights)
-    inside = {key: shape for key, shape in weights.shapes.items() if key.startswith(AUTOENCODER_PREFIX)}
-    with torch.device("meta"):
-        model = Autoencoder(config)
-    prefix = AUTOENCODER_PREFIX if inside else ""
-    check_keys(tensor_shapes(model, prefix), inside or weights.shapes, files.weights)
-    fill(model, prefix, weights, device, dtype)
-    return model

@@ -1,4 +1,4 @@
-"""Parse ``model_config.json``: an absent key means its default, an inert key nothing, an unsupported one an error."""
+"""Parse ``model_config.json``: an absent key means its default, an unknown one nothing, an unsupported value an error."""
 
 from __future__ import annotations
 
@@ -23,47 +23,41 @@ from sa3dist.model.config import (
     ShiftConfig,
 )
 
-# What a structural option may say; anything else would build another network than the file describes.
-_DIT_ONLY = {
-    "patch_size": (1,),
-    "project_cond_tokens": (True,),
-    "project_global_cond": (True,),
-    "input_concat_dim": (0,),
-    "prepend_cond_dim": (0,),
-    "global_cond_type": ("adaLN",),
-    "timestep_cond_type": ("global",),
-    "timestep_features_type": ("expo",),
-    "transformer_type": ("continuous_transformer",),
-    "norm_type": ("rms_norm", "dyt"),
-    "rotary_pos_emb": (True,),
-    "cross_attn_rotary_pos_emb": (False,),
-    "causal": (False,),
-    "conformer": (False,),
-    "layer_scale": (False,),
-    "use_sinusoidal_emb": (False,),
-    "use_abs_pos_emb": (False,),
-    "sliding_window": (None,),
-    "final_cross_attn_ix": (-1,),
+# Options that decide which network is built: what an absent key means, then the values this network can represent.
+_DIT_OPTIONS = {
+    "patch_size": (1, 1),
+    "project_cond_tokens": (True, True),
+    "project_global_cond": (True, True),
+    "input_concat_dim": (0, 0),
+    "prepend_cond_dim": (0, 0),
+    "global_cond_type": ("prepend", "adaLN"),
+    "timestep_cond_type": ("global", "global"),
+    "timestep_features_type": ("learned", "expo"),
+    "transformer_type": ("continuous_transformer", "continuous_transformer"),
+    "norm_type": ("layer_norm", "rms_norm", "dyt"),
+    "rotary_pos_emb": (True, True),
+    "cross_attn_rotary_pos_emb": (False, False),
+    "causal": (False, False),
+    "conformer": (False, False),
+    "layer_scale": (False, False),
+    "use_sinusoidal_emb": (False, False),
+    "use_abs_pos_emb": (False, False),
+    "sliding_window": (None, None),
+    "final_cross_attn_ix": (-1, -1),
 }
-_NORM_ONLY = {"fix_scale": (False,)}
-_ATTENTION_ONLY = {"qk_norm": ("none", "rms", "dyt"), "feat_scale": (False,)}
-_FEED_FORWARD_ONLY = {"glu": (True,), "use_conv": (False,), "no_bias": (False,)}
-_RESAMPLING_ONLY = {
-    "conformer": (False,),
-    "layer_scale": (False,),
-    "causal": (False,),
-    "feat_scale": (False,),
-    "cross_attn": (False,),
+_NORM_OPTIONS = {"fix_scale": (False, False)}
+_ATTENTION_OPTIONS = {"qk_norm": ("none", "none", "rms", "dyt"), "feat_scale": (False, False)}
+_FEED_FORWARD_OPTIONS = {"glu": (True, True), "use_conv": (False, False), "no_bias": (False, False)}
+_RESAMPLING_OPTIONS = dict.fromkeys(("conformer", "layer_scale", "causal", "feat_scale", "cross_attn"), (False, False))
+_BOTTLENECK_OPTIONS = {"noise_augment_dim": (0, 0)}
+_PATCHING_OPTIONS = {"oversampling": (1, 1), "postfilter_channels": (0, 0)}
+_NUMBER_OPTIONS = {"fourier_features_type": ("learned", "expo")}
+_PROMPT_OPTIONS = {
+    "model_name": ("google/t5gemma-b-b-ul2", "google/t5gemma-b-b-ul2"),
+    "padding_mode": ("zero", "none", "zero", "learned"),
+    "enable_grad": (False, False),
 }
-_BOTTLENECK_ONLY = {"noise_augment_dim": (0,)}
-_PATCHING_ONLY = {"oversampling": (1,), "postfilter_channels": (0,)}
-_NUMBER_ONLY = {"fourier_features_type": ("expo",)}
-_PROMPT_ONLY = {
-    "model_name": ("google/t5gemma-b-b-ul2",),
-    "padding_mode": ("none", "zero", "learned"),
-    "enable_grad": (False,),
-}
-_SHIFT_ONLY = {"type": ("full",), "use_sine": (False,)}
+_SHIFT_OPTIONS = {"type": ("full", "full"), "use_sine": (False, False)}
 _CONDITIONING_IDS = {
     "cross_attention_cond_ids": ["prompt", "seconds_total"],
     "global_cond_ids": ["seconds_total"],
@@ -100,22 +94,24 @@ class _Section:
             raise CheckpointError(f"{self.source}: {self.name(key)} is {value!r}, expected a positive integer")
         return value
 
-    def read(self, cls, allowed: dict, **parsed):
-        """Build ``cls`` from the keys it knows; ``parsed`` are fields already built from nested objects."""
+    def read(self, cls, options: dict[str, tuple], **parsed):
+        """Build ``cls`` from the keys it has as fields, once ``options`` are found to be supported.
+
+        parsed   fields already built from nested objects
+        """
         fields = typing.get_type_hints(cls)
         known = {key: value for key, value in self.value.items() if key in fields and key not in parsed}
         for key, value in known.items():
             if not _fits(value, fields[key]):
                 expected = getattr(fields[key], "__name__", str(fields[key]))
                 raise CheckpointError(f"{self.source}: {self.name(key)} is {value!r}, expected {expected}")
-        config = cls(**known, **parsed)
-        for key, values in allowed.items():
-            found = getattr(config, key)
-            if found not in values:
-                choices = " or ".join(repr(value) for value in values)
-                said = repr(found) if key in known else f"absent, which means {found!r}"
+        for key, (absent, *supported) in options.items():
+            found = self.value.get(key, absent)
+            if found not in supported:
+                choices = " or ".join(map(repr, supported))
+                said = repr(found) if key in self.value else f"absent, which means {found!r}"
                 raise CheckpointError(f"{self.source}: {self.name(key)} is {said}; only {choices} is supported")
-        return config
+        return cls(**known, **parsed)
 
     def refuse(self, key: str, reason: str):
         raise CheckpointError(f"{self.source}: {self.name(key)}: {reason}")
@@ -157,10 +153,11 @@ def parse_model_config(value: dict, source: str) -> ModelConfig:
     for key in ("cond_token_dim", "global_cond_dim"):
         if getattr(dit, key) != cond_dim:
             diffusion.refuse(f"config.{key}", f"is {getattr(dit, key)}, but model.conditioning.cond_dim is {cond_dim}")
-    shift = diffusion.value.get("distribution_shift_options")
+    shift = None
+    if diffusion.value.get("distribution_shift_options") is not None:
+        shift = diffusion.child("distribution_shift_options").read(ShiftConfig, _SHIFT_OPTIONS)
     return ModelConfig(
         source=source,
-        model_type=value.get("model_type"),
         sample_rate_hz=root.number("sample_rate"),
         sample_size=root.number("sample_size"),
         audio_channels=autoencoder.patching.channels,
@@ -169,33 +166,20 @@ def parse_model_config(value: dict, source: str) -> ModelConfig:
         cond_dim=cond_dim,
         prompt=prompt,
         seconds_total=seconds_total,
-        diffusion_objective=objective,
-        distribution_shift=diffusion.child("distribution_shift_options").read(ShiftConfig, _SHIFT_ONLY)
-        if shift is not None
-        else None,
+        distribution_shift=shift,
         mask_padding_attention=bool(diffusion.value.get("mask_padding_attention", False)),
         use_effective_length_for_schedule=bool(diffusion.value.get("use_effective_length_for_schedule", False)),
     )
 
 
-def parse_autoencoder_config(value: dict, source: str) -> AutoencoderConfig:
-    """The autoencoder of a full model's config or of a stand-alone SAME config."""
-    model = _Section(value, source, "").child("model")
-    if "encoder" in model.value:
-        # The stand-alone files have no pretransform wrapper to say so; every released model is chunked.
-        return _parse_autoencoder(model, chunked=True)
-    pretransform = model.child("pretransform")
-    return _parse_autoencoder(pretransform.child("config"), bool(pretransform.value.get("chunked", False)))
-
-
 def _parse_dit(section: _Section) -> DiTConfig:
     nested = {
-        "norm_kwargs": (NormKwargs, _NORM_ONLY),
-        "attn_kwargs": (AttentionKwargs, _ATTENTION_ONLY),
-        "ff_kwargs": (FeedForwardKwargs, _FEED_FORWARD_ONLY),
+        "norm_kwargs": (NormKwargs, _NORM_OPTIONS),
+        "attn_kwargs": (AttentionKwargs, _ATTENTION_OPTIONS),
+        "ff_kwargs": (FeedForwardKwargs, _FEED_FORWARD_OPTIONS),
     }
     parsed = {key: section.child(key).read(*how) for key, how in nested.items() if section.value.get(key) is not None}
-    dit = section.read(DiTConfig, _DIT_ONLY, **parsed)
+    dit = section.read(DiTConfig, _DIT_OPTIONS, **parsed)
     if dit.embed_dim % dit.num_heads or dit.head_dim < 32 or dit.head_dim % 2:
         section.refuse("num_heads", f"{dit.embed_dim} / {dit.num_heads} must be a whole, even head width of 32 or more")
     for key in ("cond_token_dim", "global_cond_dim"):
@@ -226,18 +210,18 @@ def _parse_conditioning(section: _Section) -> tuple[int, PromptConfig, NumberCon
     if {key: kind for key, (kind, _) in found.items()} != expected:
         kinds = ", ".join(f"{key}: {kind}" for key, (kind, _) in found.items())
         section.refuse("configs", f"found {kinds or 'none'}; expected prompt: t5gemma, seconds_total: number")
-    prompt = found["prompt"][1].child("config").read(PromptConfig, _PROMPT_ONLY)
-    return cond_dim, prompt, found["seconds_total"][1].child("config").read(NumberConfig, _NUMBER_ONLY)
+    prompt = found["prompt"][1].child("config").read(PromptConfig, _PROMPT_OPTIONS)
+    return cond_dim, prompt, found["seconds_total"][1].child("config").read(NumberConfig, _NUMBER_OPTIONS)
 
 
 def _parse_autoencoder(section: _Section, chunked: bool) -> AutoencoderConfig:
     sides = {}
     for key in ("encoder", "decoder"):
         side = section.child(key).child("config")
-        sides[key] = side.read(ResamplingConfig, _RESAMPLING_ONLY)
+        sides[key] = side.read(ResamplingConfig, _RESAMPLING_OPTIONS)
         _check_resampling(side, sides[key])
-    patching = section.child("pretransform").child("config").read(PatchingConfig, _PATCHING_ONLY)
-    bottleneck = section.child("bottleneck").child("config").read(BottleneckConfig, _BOTTLENECK_ONLY)
+    patching = section.child("pretransform").child("config").read(PatchingConfig, _PATCHING_OPTIONS)
+    bottleneck = section.child("bottleneck").child("config").read(BottleneckConfig, _BOTTLENECK_OPTIONS)
     config = AutoencoderConfig(
         **sides,
         bottleneck=bottleneck,

@@ -19,14 +19,15 @@ class RecordedBase(nn.Module):
     def __init__(self):
         super().__init__()
         config = json.loads(golden("adapters/golden.json").read_text())["checkpoints"]["tiny_model_config"]
-        del config["conditioner"], config["note"]
+        for key in ("conditioner", "note", "global_cond_type", "timestep_features_type"):
+            del config[key]
         config["attn_kwargs"] = AttentionKwargs(**config["attn_kwargs"])
         config["norm_kwargs"] = NormKwargs(**config["norm_kwargs"])
         config["ff_kwargs"] = FeedForwardKwargs(**config["ff_kwargs"])
         self.model = nn.Module()
         self.model.model = DiT(DiTConfig(**config))
         self.conditioner = nn.Module()
-        number = NumberConditioner(NumberConfig(0.0, 384.0, "expo"), config["cond_token_dim"])
+        number = NumberConditioner(NumberConfig(0.0, 384.0), config["cond_token_dim"])
         self.conditioner.conditioners = nn.ModuleDict({"seconds_total": number})
         recorded = load_file(golden("adapters/base_tiny.safetensors"))
         # The file is rounded to bfloat16; the recorded forward used the exact frequencies.
