@@ -3,15 +3,13 @@
 from sa3dist.adapters.attach import (
     AdapterConfig,
     adapted_layers,
-    adapter_digest,
     adapter_parameters,
     attach_adapter,
     detach_adapter,
     effective_weight,
     set_strength,
-    tensors_digest,
 )
-from sa3dist.adapters.file import BASE_KEY, AdapterFile, describe_adapter, read_adapter_file
+from sa3dist.adapters.file import BASE_KEY, AdapterFile, read_adapter_file
 from sa3dist.adapters.select import candidate_layers, select
 from sa3dist.adapters.svd_bases import BasesCache
 from sa3dist.adapters.transfer import load_adapter, lora_config, save_adapter, warm_start
@@ -22,11 +20,9 @@ __all__ = [
     "AdapterFile",
     "BasesCache",
     "adapted_layers",
-    "adapter_digest",
     "adapter_parameters",
     "attach_adapter",
     "candidate_layers",
-    "describe_adapter",
     "detach_adapter",
     "effective_weight",
     "load_adapter",
@@ -35,6 +31,5 @@ __all__ = [
     "save_adapter",
     "select",
     "set_strength",
-    "tensors_digest",
     "warm_start",
 ]

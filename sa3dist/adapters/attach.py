@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from sa3dist_kernels import ADAPTER_TYPES, AdapterType
@@ -149,20 +148,6 @@ def effective_weight(base, name: str) -> torch.Tensor:
         examples = ", ".join([*adapted, *others][:3])
         raise ConfigError(f"{name!r} is not an adaptable layer; names look like {examples}")
     return base.fp32_weight(name).float()
-
-
-def adapter_digest(base) -> str:
-    """``tensors_digest`` of the attached adapter: equal on two processes exactly when their adapters are."""
-    return tensors_digest(adapter_parameters(base))
-
-
-def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Hex SHA-256 over names, shapes and float32 values, in the order given."""
-    state = hashlib.sha256()
-    for name, tensor in tensors.items():
-        value = tensor.detach().to("cpu", torch.float32).contiguous()
-        state.update(digest_of(name, str(tuple(value.shape)), value.numpy().tobytes()).encode())
-    return state.hexdigest()
 
 
 def replace_layer(base, name: str, module: nn.Module) -> None:

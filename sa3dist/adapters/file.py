@@ -7,6 +7,7 @@ are. Any other header entry is a trainer's own and ignored by other readers.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from sa3dist.adapters.foreign import what_instead
 from sa3dist.data.remote.local_paths import expand_home
 from sa3dist.errors import CheckpointError, ConfigError, EnvironmentFailure
 from sa3dist.formats import atomic_path
+from sa3dist.model.rewrite_safetensors import header_bytes, read_header
 
 CONFIG_KEY = "lora_config"
 # Header entry holding base.weights_digest(); written by whoever saves, checked by warm_start.
@@ -81,19 +83,6 @@ def read_adapter_file(path: str | Path) -> AdapterFile:
     return AdapterFile(path, config, {key: _squeezed(key, value) for key, value in tensors.items()}, metadata)
 
 
-def describe_adapter(path: str | Path) -> dict:
-    """What a file holds, for people: config, counts, size, and the trainer's own header entries."""
-    file = read_adapter_file(path)
-    return {
-        "lora_config": config_value(file.config),
-        "tensors": len(file.tensors),
-        "layers": len({key.rpartition(".")[0] for key in file.tensors}),
-        "parameters": sum(value.numel() for value in file.tensors.values()),
-        "file_size": file.path.stat().st_size,
-        "metadata": file.metadata,
-    }
-
-
 def write_adapter_file(
     path: str | Path, config: AdapterConfig, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, object]
 ) -> None:
@@ -111,7 +100,7 @@ def write_adapter_file(
 def write_safetensors(path: str | Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> None:
     """Write a safetensors file, whole or not at all; equal contents give equal bytes."""
     with atomic_path(Path(expand_home(path))) as temporary:
-        temporary.write_bytes(_sorted_header(safetensors.torch.save(dict(tensors), dict(header))))
+        temporary.write_bytes(_sorted_header(safetensors.torch.save(dict(tensors), dict(header)), path))
 
 
 def config_value(config: AdapterConfig) -> dict:
@@ -180,12 +169,8 @@ def _publishable(key: str, value: torch.Tensor) -> torch.Tensor:
     return half
 
 
-def _sorted_header(data: bytes) -> bytes:
+def _sorted_header(data: bytes, path: str | Path) -> bytes:
     """The same file with its metadata sorted: safetensors writes it in an order that changes from run to run."""
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
+    header, start = read_header(io.BytesIO(data), path)
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    # The format keeps tensor data aligned to 8 bytes by spaces after the header.
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+    return header_bytes(header) + data[start:]

@@ -6,13 +6,11 @@ Legend: O fan_out, I fan_in, R rank.
 from __future__ import annotations
 
 import torch
-from sa3dist_kernels import FrozenConstants, effective_weight_reference, frozen_constants
+from sa3dist_kernels import effective_weight_reference, frozen_constants
 
 from sa3dist.adapters.file import BASE_KEY, AdapterFile
-from sa3dist.adapters.select import candidate_layers, select
 from sa3dist.adapters.svd_bases import singular_bases
-from sa3dist.adapters.transfer import fresh_shapes, require_tensors
-from sa3dist.errors import CheckpointError
+from sa3dist.adapters.transfer import covered_layers
 
 
 class AdapterOnDisk:
@@ -24,13 +22,8 @@ class AdapterOnDisk:
     """
 
     def __init__(self, file: AdapterFile, base) -> None:
-        candidates = candidate_layers(base.adapter_roots())
-        names = select(candidates, file.config.include, file.config.exclude)
-        if not names:
-            raise CheckpointError(f"{file.path}: its include and exclude lists select no layer of this base model")
         self.file, self.base = file, base
-        self.layers = {name: candidates[name] for name in names}
-        require_tensors(fresh_shapes(file.config, self.layers), file)
+        self.layers = covered_layers(file, base.adapter_roots())
         self.kind = file.config.kind
         self.scale = file.config.alpha / file.config.rank
         self._trained = file.layers()
@@ -52,7 +45,8 @@ class AdapterOnDisk:
         """
         weight = self.base.fp32_weight(name)
         trained = {key: value.to(dtype) for key, value in self.trained(name).items()}
-        frozen = self._frozen(weight)
+        bases = singular_bases(weight.flatten(1), self.file.config.rank) if self.kind.xs else ()
+        frozen = frozen_constants(weight, *bases) if bases else None
         return effective_weight_reference(weight.to(dtype), trained, self.kind, self.scale, frozen)
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,8 +56,3 @@ class AdapterOnDisk:
             return trained["lora_B"], trained["lora_A"]
         left_OR, right_IR = singular_bases(self.base.fp32_weight(name).flatten(1), self.file.config.rank)
         return left_OR, trained["M_xs"] @ right_IR.t()
-
-    def _frozen(self, weight: torch.Tensor) -> FrozenConstants | None:
-        if not self.kind.xs:
-            return None
-        return frozen_constants(weight, *singular_bases(weight.flatten(1), self.file.config.rank))

@@ -6,7 +6,6 @@ Legend: O fan_out, I fan_in, R rank.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from sa3dist.formats import atomic_path, digest_of
+from sa3dist.model.checkpoint import tensors_digest
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class BasesCache:
         left_OR, right_IR = singular_bases(weight_OI.to(self.device), rank)
         tensors = {"left": left_OR, "right": right_IR}
         with atomic_path(path) as temporary:
-            temporary.write_bytes(save(tensors, metadata={"sha256": _digest(tensors)}))
+            temporary.write_bytes(save(tensors, metadata={"sha256": tensors_digest(tensors)}))
         return left_OR, right_IR
 
     def _read(self, path: Path) -> Bases | None:
@@ -108,14 +108,7 @@ class BasesCache:
             expected = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["sha256"]
         except (ValueError, KeyError, SafetensorError):
             tensors, expected = {}, ""
-        if _digest(tensors) != expected:
+        if tensors_digest(dict(sorted(tensors.items()))) != expected:
             log.warning("%s: not as it was written; these singular bases are made anew", path)
             return None
         return tensors["left"], tensors["right"]
-
-
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    state = hashlib.sha256()
-    for name in sorted(tensors):
-        state.update(digest_of(name, str(tuple(tensors[name].shape)), tensors[name].numpy().tobytes()).encode())
-    return state.hexdigest()

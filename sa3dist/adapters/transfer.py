@@ -19,6 +19,7 @@ from sa3dist.adapters.attach import (
 from sa3dist.adapters.file import BASE_KEY, AdapterFile, config_value, read_adapter_file, write_adapter_file
 from sa3dist.adapters.select import candidate_layers, select
 from sa3dist.errors import CheckpointError, ConfigError
+from sa3dist.model.checkpoint import differences
 
 
 def load_adapter(base, path: str | Path, strength: float = 1.0) -> None:
@@ -34,11 +35,7 @@ def load_adapter(base, path: str | Path, strength: float = 1.0) -> None:
         _require_agreement(base.adapter_config, file)
         require_tensors({key: value.shape for key, value in adapter_parameters(base).items()}, file)
     else:
-        layers = candidate_layers(base.adapter_roots)
-        names = select(layers, file.config.include, file.config.exclude)
-        if not names:
-            raise CheckpointError(f"{file.path}: its include and exclude lists select no layer of this base model")
-        require_tensors(fresh_shapes(file.config, {name: layers[name] for name in names}), file)
+        names = list(covered_layers(file, base.adapter_roots))
         try:
             # The seed is of no consequence: every trained value comes from the file.
             attach_to(base, file.config, names, seed=0)
@@ -105,27 +102,26 @@ def _require_agreement(attached: AdapterConfig, file: AdapterFile) -> None:
             raise CheckpointError(f"{file.path}: {field} is {theirs!r} in the file, {ours!r} in the attached adapter")
 
 
+def covered_layers(file: AdapterFile, roots: Iterable[torch.nn.Module]) -> dict[str, torch.nn.Linear | torch.nn.Conv1d]:
+    """The layers that the file's pattern lists select under ``roots``, by name.
+
+    Raises CheckpointError when there is none, and when the file's tensors are not those of an adapter over them.
+    """
+    candidates = candidate_layers(roots)
+    layers = {name: candidates[name] for name in select(candidates, file.config.include, file.config.exclude)}
+    if not layers:
+        raise CheckpointError(f"{file.path}: its include and exclude lists select no layer of this base model")
+    require_tensors(fresh_shapes(file.config, layers), file)
+    return layers
+
+
 def require_tensors(expected: Mapping[str, Iterable[int]], file: AdapterFile) -> None:
     """Raises CheckpointError naming up to three of the tensors that are missing, too many or of the wrong shape."""
-    missing = [key for key in expected if key not in file.tensors]
-    unexpected = [key for key in file.tensors if key not in expected]
-    shapes = {key: tuple(value.shape) for key, value in file.tensors.items()}
-    misshapen = [
-        f"{key} {shapes[key]} instead of {tuple(shape)}"
-        for key, shape in expected.items()
-        if key in shapes and shapes[key] != tuple(shape)
-    ]
-    found = (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", misshapen))
-    problems = [f"{len(keys)} {what} ({_first_three(keys)})" for what, keys in found if keys]
-    if problems:
+    if problems := differences(expected, {key: value.shape for key, value in file.tensors.items()}):
         raise CheckpointError(
             f"{file.path}: of the {len(expected)} tensors this base model and the file's lora_config ask for, "
-            f"{'; '.join(problems)}"
+            f"{problems}"
         )
-
-
-def _first_three(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
 
 
 @torch.no_grad()

@@ -17,10 +17,7 @@ from sa3dist.config import Settings
 from sa3dist.cost_model.devices import GPUS, THIS, Device, find_device
 from sa3dist.data.remote.local_paths import expand_home
 from sa3dist.errors import ConfigError, counted, span
-from sa3dist.model.config import ModelConfig
-from sa3dist.model.loading import load_config
-from sa3dist.model.parse_config import parse_model_config
-from sa3dist.model.released import RELEASED, released_config
+from sa3dist.model.loading import known_config
 from sa3dist.runtime.exit_status import run_program
 
 UNITS = {"GB": 1e9, "GIB": 1 << 30}
@@ -49,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             device = dataclasses.replace(device, memory_bytes=parse_bytes(options.fit))
         measured = read_results(Path(expand_home(options.results)), here)
         link = None if options.link_gbit is None else options.link_gbit * 1e9 / 8
-        job = Job.of(settings, shape_of(settings.model), options.ranks, link)
+        job = Job.of(settings, known_config(settings.model), options.ranks, link)
         found = fit(job, device, measured) if options.fit else ({}, predict(job, device, measured))
         if found is None:
             raise ConfigError(f"--fit: nothing fits {device.memory_bytes / 1e9:g} GB; take a smaller model or rank")
@@ -60,11 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(lines(job, device, changes, prediction)))
 
     return run_program(body, lambda: None, lambda: 0)
-
-
-def shape_of(model: str) -> ModelConfig:
-    """The model's config; a released name needs no download."""
-    return parse_model_config(released_config(model), model) if model in RELEASED else load_config(model)
 
 
 def parse_bytes(text: str) -> float:

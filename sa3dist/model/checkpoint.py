@@ -1,9 +1,10 @@
-"""Reading a base checkpoint: strict about its keys, straight from the mapped file to device and dtype."""
+"""Base checkpoints: tensors read one by one from the mapped file, strict checks of their keys, digests of tensors."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sa3dist.errors import CheckpointError
-
-DIGEST_CHUNK_BYTES = 16 << 20
+from sa3dist.formats import digest_of, file_sha256
 
 
 class CheckpointFile:
@@ -48,12 +48,7 @@ class CheckpointFile:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of the file, as hex; streamed, so it costs no memory."""
-        state = hashlib.sha256()
-        with self.path.open("rb") as stream:
-            while chunk := stream.read(DIGEST_CHUNK_BYTES):
-                state.update(chunk)
-        return state.hexdigest()
+        return file_sha256(self.path)
 
 
 def tensor_shapes(module: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
@@ -70,20 +65,39 @@ def tensors_sha256(weights, names: list[str], described: str) -> str:
     return state.hexdigest()
 
 
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hex SHA-256 over names, shapes and float32 values, in the order given."""
+    state = hashlib.sha256()
+    for name, tensor in tensors.items():
+        value = tensor.detach().to("cpu", torch.float32).contiguous()
+        state.update(digest_of(name, str(tuple(value.shape)), value.numpy().tobytes()).encode())
+    return state.hexdigest()
+
+
+def differences(expected: Mapping[str, Iterable[int]], found: Mapping[str, Iterable[int]]) -> str:
+    """Which tensors are missing, unexpected or of another shape, up to three of each by name; empty when none is."""
+    shared = [key for key in expected if key in found]
+    kinds = {
+        "missing": [key for key in expected if key not in found],
+        "unexpected": [key for key in found if key not in expected],
+        "of the wrong shape": [
+            f"{key} is {list(found[key])}, expected {list(expected[key])}"
+            for key in shared
+            if tuple(found[key]) != tuple(expected[key])
+        ],
+    }
+    return "; ".join(
+        f"{len(names)} {kind} ({', '.join([*names[:3], *(['...'] if len(names) > 3 else [])])})"
+        for kind, names in kinds.items()
+        if names
+    )
+
+
 def check_keys(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], path: Path) -> None:
-    """Raises CheckpointError naming up to three keys when the two inventories differ in any way."""
-    missing = [key for key in expected if key not in found]
-    unexpected = [key for key in found if key not in expected]
-    wrong = [
-        f"{key} is {list(found[key])}, expected {list(shape)}"
-        for key, shape in expected.items()
-        if key in found and found[key] != shape
-    ]
-    problems = [("missing", missing), ("unexpected", unexpected), ("of the wrong shape", wrong)]
-    parts = [f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in problems if names]
-    if parts:
+    """Raises CheckpointError when the two inventories differ in any way."""
+    if problems := differences(expected, found):
         raise CheckpointError(
-            f"{path}: the tensors do not fit model_config.json beside it ({'; '.join(parts)}); "
+            f"{path}: the tensors do not fit model_config.json beside it ({problems}); "
             "is this a complete, unmodified Stable Audio 3 checkpoint?"
         )
 

@@ -42,31 +42,31 @@ def find_base(name_or_directory: str | Path) -> BaseFiles:
     if name in RELEASED:
         repo_id = RELEASED[name]
         return BaseFiles(hub_file(repo_id, CONFIG_NAME), hub_file(repo_id, WEIGHTS_NAME), repo_id=repo_id)
-    directory = Path(expand_home(name))
-    if not os.path.isdir(directory):
-        known = ", ".join(RELEASED)
-        raise CheckpointError(f"model={name}: no such directory, and not a released base ({known})")
+    directory = _existing_directory(name)
     for file in (CONFIG_NAME, WEIGHTS_NAME):
         if not (directory / file).is_file():
             raise CheckpointError(f"{directory}: no {file}; expected {CONFIG_NAME} and {WEIGHTS_NAME} side by side")
     return BaseFiles(directory / CONFIG_NAME, directory / WEIGHTS_NAME, directory=directory)
 
 
-def load_config(name_or_directory: str | Path) -> ModelConfig:
-    """Only the parsed config of a base: what a dry run needs. Raises CheckpointError."""
-    name = str(name_or_directory)
-    path = hub_file(RELEASED[name], CONFIG_NAME) if name in RELEASED else find_base(name).config
-    return parse_model_config(read_model_config(path), str(path))
+def _existing_directory(name: str) -> Path:
+    directory = Path(expand_home(name))
+    if not os.path.isdir(directory):
+        known = ", ".join(RELEASED)
+        raise CheckpointError(f"model={name}: no such directory, and not a released base ({known})")
+    return directory
 
 
 def known_config(name_or_directory: str | Path) -> ModelConfig:
-    """The parsed config without the hub: of a released name as published, else of a directory; weights stay unread.
+    """The parsed config of a released name, as published and without the hub, or of a directory; weights stay unread.
 
     Raises CheckpointError.
     """
     name = str(name_or_directory)
-    path = Path(name).expanduser() / CONFIG_NAME
-    return parse_model_config(released_config(name) if name in RELEASED else read_model_config(path), str(path))
+    if name in RELEASED:
+        return parse_model_config(released_config(name), name)
+    path = _existing_directory(name) / CONFIG_NAME
+    return parse_model_config(read_model_config(path), str(path))
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""Parse ``model_config.json``: an absent key means its default, an unknown one nothing, an unsupported value an error."""
+"""Parse ``model_config.json``: absent keys mean their defaults, unknown ones nothing, unsupported values are errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint written again with some of its tensors changed, one tensor in memory at a time."""
+"""Safetensors files: their header, and a copy with some tensors changed, one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def rewrite_checkpoint(
     finite in that format; CheckpointError when a changed key is missing or of another shape.
     """
     with Path(source).open("rb") as read:
-        header, start = _read_header(read, source)
+        header, start = read_header(read, source)
         kept = header.pop("__metadata__", {})
         missing = changed.keys() - header.keys()
         if missing:
             raise CheckpointError(f"{source}: has no tensor {min(missing)}")
         with atomic_path(target) as temporary, temporary.open("wb") as write:
-            write.write(_header_bytes({"__metadata__": {**kept, **metadata}, **header}))
+            write.write(header_bytes({"__metadata__": {**kept, **metadata}, **header}))
             for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
                 begin, end = entry["data_offsets"]
                 if key in changed:
@@ -42,8 +42,8 @@ def rewrite_checkpoint(
                     _copy(read, write, start + begin, end - begin)
 
 
-def _read_header(file: BinaryIO, path: Path) -> tuple[dict, int]:
-    """The header and the offset of the data."""
+def read_header(file: BinaryIO, path: str | Path) -> tuple[dict, int]:
+    """The JSON header and the offset of the data. Raises CheckpointError for anything but a safetensors file."""
     length = int.from_bytes(file.read(8), "little")
     try:
         return json.loads(file.read(length)), 8 + length
@@ -51,7 +51,8 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict, int]:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
 
 
-def _header_bytes(header: dict) -> bytes:
+def header_bytes(header: dict) -> bytes:
+    """The start of a safetensors file, up to its data."""
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     # The format keeps tensor data aligned to 8 bytes by spaces after the header.
     text += b" " * (-len(text) % 8)

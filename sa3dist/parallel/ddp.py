@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sa3dist.adapters.attach import tensors_digest
 from sa3dist.adapters.formed import keep_formed
+from sa3dist.model.checkpoint import tensors_digest
 from sa3dist.parallel.engine import Losses, Tensors
 from sa3dist.parallel.flat_adamw import FlatAdapters, adamw
 from sa3dist.parallel.gradient_buckets import GradientReduction

@@ -23,7 +23,8 @@ class Engine(Protocol):
     collectives_in_forward   ranks exchange tensors within the forward and backward pass: one that fails there cannot
                  join its peers afterwards
     formed       the weights the adapted layers multiply with, where they are kept for whole steps; None: factored form
-    separate     with collectives_in_forward: ``losses`` and ``gradients`` exchange nothing; ``add``, in place of ``backward``, does
+    separate     with collectives_in_forward: ``losses`` and ``gradients`` exchange nothing; ``add``, in place of
+                 ``backward``, does
     """
 
     parameters: dict[str, nn.Parameter]

@@ -6,8 +6,9 @@ import socket
 
 import torch
 
-from sa3dist.adapters import adapted_layers, tensors_digest
+from sa3dist.adapters import adapted_layers
 from sa3dist.errors import EnvironmentFailure
+from sa3dist.model.checkpoint import tensors_digest
 from sa3dist.runtime.process_group import Group
 
 

@@ -10,7 +10,6 @@ from torch import nn
 
 from sa3dist.adapters import (
     adapted_layers,
-    adapter_digest,
     adapter_parameters,
     attach_adapter,
     detach_adapter,
@@ -20,7 +19,7 @@ from sa3dist.adapters import (
 from sa3dist.adapters.layers import AdaptedLayer, initial_adapter
 from sa3dist.adapters.svd_bases import singular_bases
 from sa3dist.errors import ConfigError
-from tests.helpers.adapter_base import RecordedBase, forward_inputs, move
+from tests.helpers.adapter_base import RecordedBase, adapter_digest, forward_inputs, move
 from tests.helpers.golden import golden
 
 NINE = tuple(ADAPTER_TYPES)

@@ -17,7 +17,7 @@ from sa3dist.cost_model.devices import GPUS, Device, datasheet_of, find_device
 from sa3dist.cost_model.flops import Adapter, MicroBatch, count
 from sa3dist.errors import ConfigError
 from sa3dist.model.base import Base
-from sa3dist.model.loading import meta_roots
+from sa3dist.model.loading import known_config, meta_roots
 from sa3dist.model.parse_config import parse_model_config
 from sa3dist.model.random_weights import RandomWeights
 from sa3dist.model.released import released_config
@@ -30,7 +30,7 @@ H200 = GPUS["H200"]
 @functools.cache
 def plain_job(model: str) -> Job:
     made = config.build({"audio_data_url": "x.zip", "model": model, "duration": 30})
-    return Job.of(made, plan.shape_of(model))
+    return Job.of(made, known_config(model))
 
 
 def job(model="small-music-base", **settings) -> Job:

@@ -7,10 +7,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sa3dist.adapters import adapter_parameters
+from sa3dist.model.checkpoint import tensors_digest
 from sa3dist.model.conditioners import NumberConditioner
 from sa3dist.model.config import AttentionKwargs, DiTConfig, FeedForwardKwargs, NormKwargs, NumberConfig
 from sa3dist.model.dit import DiT
 from tests.helpers.golden import golden
+
+
+def adapter_digest(base) -> str:
+    """Equal exactly for equal names, shapes and float32 values of the adapter's tensors."""
+    return tensors_digest(adapter_parameters(base))
 
 
 class RecordedBase(nn.Module):

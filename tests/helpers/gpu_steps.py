@@ -3,11 +3,12 @@
 import torch
 
 import sa3dist
-from sa3dist.adapters import adapter_digest, adapter_parameters, attach_adapter
+from sa3dist.adapters import adapter_parameters, attach_adapter
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training.run_plan import RunPlan
 from sa3dist.training.trainer import Trainer
+from tests.helpers.adapter_base import adapter_digest
 from tests.helpers.golden import golden
 from tests.helpers.recorded_step import StepSettings, recorded_batch
 

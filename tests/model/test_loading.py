@@ -114,7 +114,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named_three_at_most(copy):
     assert "model.safetensors" in message
     assert "4 missing" in message
     assert message.count("ff.ff.2") == 3
-    assert "1 unexpected: model.model.extra" in message
+    assert "1 unexpected (model.model.extra)" in message
     assert "preprocess_conv.weight is [8, 9, 1], expected [8, 8, 1]" in message
 
 
