@@ -53,6 +53,7 @@ def test_what_one_run_removes_after_use_is_not_taken_from_another_that_reads_it(
 def test_a_run_that_waits_for_anothers_download_can_be_stopped(tmp_path):
     url, asked = "http://127.0.0.1:9/clips.zip", threading.Event()
     downloads = Downloads(tmp_path, asked.is_set)
+    # As while the other run downloads: a server that keeps it long enough would take seconds.
     with downloads._alone(url):
         threading.Timer(0.3, asked.set).start()
         with pytest.raises(errors.Interrupted, match="stopped while another run downloads it"):

@@ -31,7 +31,7 @@ def kernels_serve(device: torch.device, dtype: torch.dtype) -> bool:
 @functools.cache
 def _kernels_serve(kind: str, index: int | None, dtype: torch.dtype) -> bool:
     device = torch.device(kind, index)
-    obstacle = _obstacle(device, dtype)
+    obstacle = obstacle_to(device, dtype)
     if obstacle is None and (failure := trial(device, dtype)):
         log.warning("adapted layers on %s in %s: torch, because the Triton kernels failed: %s", device, dtype, failure)
         return False
@@ -39,7 +39,7 @@ def _kernels_serve(kind: str, index: int | None, dtype: torch.dtype) -> bool:
     return obstacle is None
 
 
-def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def obstacle_to(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot serve, or None."""
     if device.type != "cuda":
         return "the kernels need a CUDA device"

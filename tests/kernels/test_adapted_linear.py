@@ -299,6 +299,7 @@ def test_backward_inside_autocast_gives_the_same_gradients_as_outside():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_large_low_precision_weight_is_multiplied_block_by_block(dtype, monkeypatch):
     monkeypatch.setattr("sa3dist_kernels.frozen_products.BLOCK_ELEMENTS", 100)
+    # Pieces of a few rows, as a weight of many megabytes is taken.
     monkeypatch.setattr("sa3dist_kernels.weight_norms._square_elements", lambda weight: 60)
     kind = ADAPTER_TYPES["bora"]
     weight, bias, params, _, x, dy = make_layer(kind, 11, 37, 23, 4)

@@ -21,7 +21,7 @@ SCALED = tuple(name for name, kind in ADAPTER_TYPES.items() if kind.rows or kind
 
 @pytest.fixture
 def norms_found(monkeypatch):
-    """Counts how often norms of rows and of columns are worked out, wherever that is."""
+    """Counts how often norms of rows and of columns are worked out, wherever that is: all of them end in this one."""
     count = SimpleNamespace(of_rows=0, of_cols=0)
     find_gain = weight_norms._gain
 

@@ -235,8 +235,16 @@ def test_the_compiler_sees_through_the_layer_without_a_break(impl, name, backend
     assert all(torch.equal(a, b) and bool(a.any()) for a, b in zip(plain, traced, strict=True))
 
 
-def test_kernels_do_not_serve_on_a_cpu_which_is_said_once(caplog):
+@pytest.fixture
+def answer_anew():
+    """Forgets the answer that is otherwise kept to the end of the process."""
     dispatch._kernels_serve.cache_clear()
+    yield dispatch._kernels_serve.cache_clear
+    dispatch._kernels_serve.cache_clear()
+
+
+@pytest.mark.usefixtures("answer_anew")
+def test_kernels_do_not_serve_on_a_cpu_which_is_said_once(caplog):
     with caplog.at_level(logging.INFO, "sa3dist_kernels.dispatch"):
         for _ in range(3):
             assert not dispatch.kernels_serve(torch.device("cpu"), torch.float32)
@@ -257,22 +265,20 @@ def test_kernels_do_not_serve_on_a_cpu_which_is_said_once(caplog):
 def test_kernels_are_for_gpus_since_ampere_and_formats_with_a_wide_range(monkeypatch, capability, dtype, why):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    assert dispatch._obstacle(torch.device("cuda", 0), dtype) == why
+    assert dispatch.obstacle_to(torch.device("cuda", 0), dtype) == why
 
 
-def test_kernels_serve_once_they_agree_with_torch_and_a_failure_is_a_warning(monkeypatch, caplog):
-    monkeypatch.setattr(dispatch, "_obstacle", lambda device, dtype: None)
-    dispatch._kernels_serve.cache_clear()
+def test_kernels_serve_once_they_agree_with_torch_and_a_failure_is_a_warning(monkeypatch, caplog, answer_anew):
+    monkeypatch.setattr(dispatch, "obstacle_to", lambda device, dtype: None)
     assert dispatch.kernels_serve(torch.device("cpu"), torch.float32)
     exact = formed_per_use.raw_sums
     wrong = lambda *given: 1.1 * exact(*given)  # noqa: E731
     for broken, message in ((wrong, r"dora-rows: lora_A is 1."), (None, "TypeError: 'NoneType' object")):
         monkeypatch.setattr(formed_per_use, "raw_sums", broken)
-        dispatch._kernels_serve.cache_clear()
+        answer_anew()
         assert not dispatch.kernels_serve(torch.device("cpu"), torch.float32)
         assert message in caplog.records[-1].message
         assert caplog.records[-1].levelno == logging.WARNING
-    dispatch._kernels_serve.cache_clear()
 
 
 def test_triton_by_name_says_why_it_cannot_run(monkeypatch):

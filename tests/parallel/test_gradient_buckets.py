@@ -1,7 +1,5 @@
 """Three ranks over gloo: what reduces their gradients, when it does, and that they begin with the same tensors."""
 
-import types
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,8 +14,7 @@ from sa3dist.parallel.flat_adamw import FlatAdapters
 from sa3dist.parallel.gradient_buckets import GradientReduction
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
-from sa3dist.training.checkpoint import Saver
-from sa3dist.training.trainer import Trainer
+from tests.helpers.trainers import make_trainer
 
 RANKS = 3
 SHAPES = [(3, 5), (40,), (7, 11), (64,), (2, 2), (30,)]
@@ -38,9 +35,12 @@ def reduced(rank, bucket_elements, compression="none", arm=True, fails=False):
     reduction.reset()
     if arm and not fails:
         reduction.arm()
-    if not fails:
-        sum((p * x).sum() for p, x in zip(parameters.values(), inputs(rank), strict=True)).backward()
-    early = len(reduction._travelling)
+    with pytest.MonkeyPatch.context() as patch:
+        sent, send = [], dist.all_reduce
+        patch.setattr(dist, "all_reduce", lambda *given, **how: sent.append(given) or send(*given, **how))
+        if not fails:
+            sum((p * x).sum() for p, x in zip(parameters.values(), inputs(rank), strict=True)).backward()
+    early = len(sent)
     flat.scalars.copy_(torch.tensor([1.0, float(fails)]))
     reduction.finish()
     return flat.gradient.clone(), flat.scalars.clone(), early
@@ -64,18 +64,13 @@ def fetched(rank):
     def batches():
         if rank == 1:
             raise DataError("kick_03: unreadable")
-        yield "a micro batch"
+        yield batch
 
     group = Group(rank, RANKS, torch.device("cpu"))
-    trainer = types.SimpleNamespace(
-        engine=types.SimpleNamespace(collectives_in_forward=True),
-        group=group,
-        saver=Saver(),
-        _stop=StopRequest(),
-        _explain=lambda failure: failure,
-    )
+    trainer, batch = make_trainer(group, 3)
+    trainer.engine.collectives_in_forward = True
     try:
-        return Trainer._fetch(trainer, batches())
+        return trainer.take_step(batches(), StopRequest())
     except DataError as failure:
         return str(failure), failure.origin
 

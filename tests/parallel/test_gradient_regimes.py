@@ -20,6 +20,7 @@ from sa3dist.training.trainer import Trainer
 from tests.helpers.golden import golden
 from tests.helpers.ranks import run_ranks
 from tests.helpers.recorded_step import recorded_batch, shifted
+from tests.helpers.trainers import make_settings
 
 CLIPS, MICRO_BATCH = 8, 2
 BELOW, ABOVE = "norms below 0.01", "norms above 100"
@@ -30,19 +31,6 @@ DDP = None
 # Everything divided: nothing is small enough to be kept whole.
 ZERO = {stage: {"stage": stage, "reduce_bucket_size": 100_000} for stage in (1, 2, 3)}
 ZERO[3]["stage3_param_persistence_threshold"] = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What the trainer reads of the settings tree."""
-
-    mixed_precision: str = "no"
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    context_weight: float = 1.0
-    gradient_compression: str = "none"
-    adapter_products: str = "auto"
-    keep_checkpoints: int = 2
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +65,7 @@ def course(group, regime, zero=DDP, first=1, last=None, kept=None):
         group = dataclasses.replace(group, deepspeed={"zero_optimization": dict(zero)})
     accumulation = CLIPS // MICRO_BATCH // group.world_size
     plan = RunPlan(steps, accumulation, MICRO_BATCH, CLIPS, 42, {}, ["a", "b"])
-    trainer = Trainer(base, adapter_parameters(base), Settings(), plan, group)
+    trainer = Trainer(base, adapter_parameters(base), make_settings(), plan, group)
     if first > 1:
         trainer.restore(checkpoint.load(checkpoint.path_of(kept, first - 1)))
     clips = recorded_batch(base)

@@ -5,7 +5,6 @@ recorded with; what only a CUDA graph does is in test_gpu_training.py.
 """
 
 import dataclasses
-import types
 
 import pytest
 import torch
@@ -22,16 +21,20 @@ from tests.helpers.golden import golden
 from tests.helpers.host_recorder import HostRecorder, NothingAsked
 from tests.helpers.ranks import run_ranks
 from tests.helpers.recorded_step import both_shapes
+from tests.helpers.trainers import make_settings
 
 ACCUMULATION = 2
-SETTINGS = types.SimpleNamespace(
-    learning_rate=1e-2,
-    weight_decay=0.01,
-    context_weight=1.0,
-    gradient_compression="none",
-    mixed_precision="no",
-    adapter_products="auto",
-)
+
+
+class Watching(HostRecorder):
+    """Nothing that is recorded may ask for a value."""
+
+    def record(self, function):
+        def watched():
+            with NothingAsked():
+                return function()
+
+        return super().record(watched)
 
 
 class Stale(HostRecorder):
@@ -66,7 +69,13 @@ def make_trainer(kind="dora-cols", group=None):
     base = sa3dist.load_base(golden("tiny-sa3"))
     attach_adapter(base, kind, rank=4, seed=1)
     plan = RunPlan(9, ACCUMULATION, 2, 4, 42, {}, ["a", "b"], adapt_memory=True)
-    return Trainer(base, adapter_parameters(base), SETTINGS, plan, group or Group(0, 1, torch.device("cpu")))
+    return Trainer(
+        base,
+        adapter_parameters(base),
+        make_settings(learning_rate=1e-2),
+        plan,
+        group or Group(0, 1, torch.device("cpu")),
+    )
 
 
 def micro_batches(count, first=0):
@@ -106,10 +115,10 @@ def test_a_run_with_graphs_is_the_ordinary_run(kind):
 def test_a_pass_that_is_recorded_asks_no_tensor_for_its_value(kind, recomputed):
     trainer = make_trainer(kind)
     trainer.base.gradient_checkpointing = recomputed
-    whole, _, short = micro_batches(3)
-    for batch in (whole, short):
-        with NothingAsked():
-            trainer._recordable_pass(batch)
+    trainer.record_graphs(Watching())
+    train(trainer, 5)
+    assert trainer.graphs.shapes == 2
+    whole, *_ = micro_batches(1)
     with pytest.raises(AssertionError, match="asks the device"), NothingAsked():
         whole.t_B.max().item()
 
@@ -252,26 +261,16 @@ def test_what_a_pass_depends_on_beside_values_tells_shapes_apart():
 def test_a_run_that_is_told_to_records_unless_ranks_exchange_tensors_within_a_pass(monkeypatch, tmp_path, collectives):
     told = []
     monkeypatch.setattr(acceleration, "Recorder", lambda *given: told.append(given) or HostRecorder())
-    settings = types.SimpleNamespace(
-        **vars(SETTINGS),
-        batch_size=2,
-        gradient_checkpointing="on",
-        compile="off",
-        deterministic=False,
-        cuda_graphs="on",
-        work_dir=tmp_path,
-    )
+    told_to = {"compile": "off", "cuda_graphs": "on", "batch_size": 2, "work_dir": str(tmp_path)}
     trainer = make_trainer()
     trainer.engine.collectives_in_forward = collectives
-    acceleration.choose_acceleration(trainer, settings, frames=24)
+    acceleration.choose_acceleration(trainer, make_settings(**told_to, gradient_checkpointing="on"), 24)
     assert (trainer.graphs is None) is collectives
     assert trainer.base.gradient_checkpointing
     if not collectives:
         # Room is left for the longest clips, which may come after a shorter one was recorded.
         trainer.base.gradient_checkpointing = False
-        acceleration.choose_acceleration(
-            trainer, types.SimpleNamespace(**{**vars(settings), "gradient_checkpointing": "off"}), 48
-        )
+        acceleration.choose_acceleration(trainer, make_settings(**told_to, gradient_checkpointing="off"), 48)
         (_, recomputed), (_, kept) = told
         assert 0 < 2 * recomputed < kept
 

@@ -9,11 +9,9 @@ from sa3dist.adapters.formed import keep_formed
 from sa3dist.model.packing import FilledPacking
 from sa3dist.parallel.flat_adamw import FlatAdapters
 from tests.helpers.packed_clips import adapted, inputs
+from tests.helpers.recorded_step import StepSettings
 
-
-class Settings:
-    adapter_products = "formed"
-    mixed_precision = "no"
+FORMED = StepSettings(adapter_products="formed")
 
 
 def factored_gradients(base, scores):
@@ -39,7 +37,7 @@ def test_formed_weights_give_the_factored_forms_gradients_over_three_micro_batch
     scores = [weighted_velocity({name: value[:clips] for name, value in given.items()}, clips) for clips in (1, 3, 2)]
     expected = factored_gradients(base, scores)
     flat = FlatAdapters(adapter_parameters(base), 1e-3, 0.01, scalars=0)
-    weights = keep_formed(base, flat, Settings(), torch.device("cpu"))
+    weights = keep_formed(base, flat, FORMED, torch.device("cpu"))
     weights.form()
     for score in scores:
         score(base).backward()
@@ -61,7 +59,7 @@ def test_blocks_that_cannot_be_compiled_run_uncompiled_unless_that_was_asked_for
     base, given = adapted(tiny_base, "dora-rows"), inputs(tiny_base)
     packing = FilledPacking.of([24, 7, 16], base.dit.transformer.memory, 24, 70)
     flat = FlatAdapters(adapter_parameters(base), 1e-3, 0.01, scalars=0)
-    keep_formed(base, flat, Settings(), torch.device("cpu")).form()
+    keep_formed(base, flat, FORMED, torch.device("cpu")).form()
 
     def no_compiler(graph, examples):
         raise RuntimeError("no compiler here")

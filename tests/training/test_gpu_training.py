@@ -1,7 +1,6 @@
 """The training step on CUDA: the reference's recorded steps, recomputation, AdamW, no waiting, and equal bits twice."""
 
 import contextlib
-import functools
 import math
 import os
 import subprocess
@@ -283,9 +282,11 @@ def test_steps_replayed_as_cuda_graphs_are_the_ordinary_steps(device, adapter_ty
     assert moved.abs().mean() <= 0.2 * StepSettings().learning_rate
 
 
-def asking_pass(trainer, batch):
-    """A pass that cannot be recorded: it asks for values."""
-    return [torch.tensor(loss.item()) for loss in Trainer._recordable_pass(trainer, batch)]
+class Asking(Recorder):
+    """Records passes that ask for values, which no graph can hold."""
+
+    def record(self, function):
+        return super().record(lambda: tuple(torch.tensor(loss.item()) for loss in function()))
 
 
 def test_a_recording_that_fails_leaves_training_as_it_was(device, caplog):
@@ -297,8 +298,7 @@ def test_a_recording_that_fails_leaves_training_as_it_was(device, caplog):
         work = RunPlan(4, 1, 2, 2, 42, {}, ["a", "b"])
         trainer = Trainer(base, adapter_parameters(base), StepSettings("bf16"), work, Group(0, 1, device))
         if graphed:
-            trainer._recordable_pass = functools.partial(asking_pass, trainer)
-            trainer.record_graphs(Recorder(device))
+            trainer.record_graphs(Asking(device))
         losses[graphed] = [trainer.take_step(iter([batch]), StopRequest())["loss"] for _ in range(4)]
     assert caplog.text.count("training goes on without them") == 1
     assert losses[True] == pytest.approx(losses[False], rel=5e-3)

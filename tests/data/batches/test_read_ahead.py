@@ -124,6 +124,7 @@ def test_a_read_that_hangs_keeps_nobody(monkeypatch):
 
 def wait_until_closed(reader):
     """Returns once the reader has been told to read no more."""
+    # Its users never ask; a test that closes it on another thread has to know when.
     while not reader._closed:
         time.sleep(0.001)
 

@@ -387,12 +387,17 @@ def held_by(cache):
     return {path.name for path in cache.directory.glob("??/*")}
 
 
+def held_path(cache, blob):
+    (found,) = cache.directory.glob(f"??/{named(blob)}")
+    return found
+
+
 def test_the_cache_lets_go_of_what_was_used_least_recently(tmp_path):
     cache = ClipCache(tmp_path, 1000)
     blobs = [bytes([n]) * 240 for n in range(6)]
     for number, blob in enumerate(blobs[:4]):
         cache.put(named(blob), blob)
-        os.utime(cache._path(named(blob)), ns=(number, number))
+        os.utime(held_path(cache, blob), ns=(number, number))
     assert cache.get(named(blobs[0])) == blobs[0]
     cache.put(named(blobs[4]), blobs[4])
     assert held_by(cache) == {named(blobs[n]) for n in (0, 2, 3, 4)}
@@ -405,7 +410,7 @@ def test_the_cache_lets_go_of_what_was_used_least_recently(tmp_path):
 def test_a_damaged_cached_clip_is_never_returned(tmp_path):
     cache = ClipCache(tmp_path, 1000)
     cache.put(named(b"clip"), b"clip")
-    cache._path(named(b"clip")).write_bytes(b"clap")
+    held_path(cache, b"clip").write_bytes(b"clap")
     assert cache.get(named(b"clip")) is None
     cache.put(named(b"clip"), b"clip")
     assert cache.get(named(b"clip")) == b"clip"
