@@ -17,12 +17,12 @@ from sa3dist import config
 from sa3dist.data.latents.cache import EncodedClips
 from sa3dist.data.latents.shards import LatentShard, read_member
 from sa3dist.data.latents.source import fetch_latents, latent_shards_of, read_latents
+from sa3dist.data.remote import download
 from sa3dist.data.remote.disk_cache import ClipCache
 from sa3dist.data.remote.ranges import read_range
 from sa3dist.data.source.audio import load_clip_audio
 from sa3dist.data.source.build import build_shards
 from sa3dist.data.source.remote_index import RemoteOptions, attach, index_remote
-from sa3dist.data.source.remote_shards import download
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted
 from sa3dist.formats import DatasetIndex
 from sa3dist.pipeline import Run
