@@ -55,6 +55,12 @@ class OutOfMemory(EnvironmentFailure):
     """A step did not fit into memory; less may."""
 
 
+class RecomputeOnRestart(OutOfMemory):
+    """The same with ``on_oom: adapt``: the next start of the run recomputes blocks. Nothing new was saved."""
+
+    exit_code = EXIT_INTERRUPTED
+
+
 class Interrupted(SA3DistError):
     """A signal or a time limit stopped the run after its state was saved."""
 

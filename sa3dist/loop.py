@@ -5,15 +5,15 @@ from __future__ import annotations
 import collections
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from sa3dist.data.batches.micro_batch import MicroBatch
 from sa3dist.errors import Interrupted
 from sa3dist.progress import progress
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training.metrics import MetricsLogger
+from sa3dist.training.startup_times import Startup
 from sa3dist.training.trainer import Trainer
 
 # The slowest of as many steps is what the next one may take.
@@ -26,13 +26,11 @@ def train(
     stop: StopRequest,
     output_dir: Path,
     resumed_from: int | None,
-    describe: Callable[[], dict[str, Any]] = dict,
-    on_first_step: Callable[[float], None] = lambda waited: None,
+    startup: Startup | None = None,
 ) -> None:
     """Train from the trainer's step to the plan's last one, saving on the way and at the end.
 
-    describe   extra figures for a logged row, e.g. peak memory
-    on_first_step   called when the first step is done, with the seconds it waited for data
+    startup   the parts of the start until here, for the first row of metrics.jsonl
     Raises Interrupted after saving when any rank was asked to stop.
     """
     settings, plan, group = trainer.settings, trainer.plan, trainer.group
@@ -41,7 +39,7 @@ def train(
         update = stack.enter_context(progress("train", plan.steps, shown=group.is_main))
         # However the training ends: a save that has begun is finished, in the time the watchdog leaves this process.
         stack.callback(trainer.saver.close)
-        metrics = MetricsLogger(trainer, output_dir, resumed_from, update, describe)
+        metrics = MetricsLogger(trainer, output_dir, resumed_from, update, startup)
         while trainer.step < plan.steps:
             begin = time.perf_counter()
             try:
@@ -51,9 +49,7 @@ def train(
                 if trainer.step > saved_step:
                     trainer.save(output_dir, stop, wait=True, before=metrics.sync)
                 raise
-            if len(recent) == 0:
-                on_first_step(figures["data_wait_seconds"])
-            stopping = figures.pop("stop") > 0
+            stopping = figures["stop"] > 0
             metrics.add(figures)
             recent.append(time.perf_counter() - begin)
             stop.reserve(max(recent), trainer.saver.seconds)

@@ -38,11 +38,11 @@ from sa3dist.parallel import zero_config
 from sa3dist.runtime.liveness import PREPARATION_SECONDS
 from sa3dist.runtime.process_group import Group, main_process_first
 from sa3dist.runtime.signals import StopRequest
-from sa3dist.training import checkpoint, lr_schedule, memory, model_setup, resume
+from sa3dist.training import checkpoint, lr_schedule, model_setup, resume
 from sa3dist.training.acceleration import choose_acceleration
 from sa3dist.training.rank_checks import check_same_start
 from sa3dist.training.run_plan import RunPlan
-from sa3dist.training.startup_times import Startup, timed
+from sa3dist.training.startup_times import Startup
 from sa3dist.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,10 @@ def make_deterministic() -> None:
 class Run:
     """The stages in the order they are called: open_base, shard, encode, prepare, train, export."""
 
-    def __init__(self, settings: Settings, group: Group, stop: StopRequest) -> None:
+    def __init__(
+        self, settings: Settings, group: Group, stop: StopRequest, out_of_memory_at_step: int | None = None
+    ) -> None:
+        """out_of_memory_at_step: where the start before ran out of memory, as its status.json notes it."""
         self.settings = settings
         self.group = group
         self.stop = stop
@@ -67,6 +70,7 @@ class Run:
         self._warm_start_sha256: str | None = None
         self._saved_step: int | None = None
         self.startup = Startup()
+        self._out_of_memory_at_step = out_of_memory_at_step
         self._frames = 0
 
     @property
@@ -101,19 +105,19 @@ class Run:
         base, self._warm_start_sha256 = model_setup.open_base(self.settings, self.group, self.stop, self.startup)
         return base
 
-    @timed("check_clips")
     def shard(self, measure: Measure | None = None) -> DatasetIndex:
         """Stage one on rank 0; every rank reads the index it leaves. Latent shards need no such stage.
 
         measure   as in ``build_shards``
         """
         self._enter("shard")
+        self.startup.begin("check_clips")
         return shard.open_dataset(self.settings, self.group, self.stop, measure)
 
-    @timed("encode")
     def encode(self, base, index: DatasetIndex, everything: bool | None = None) -> EncodedClips:
         """Stage two. everything: encode all clips now, or each on first use; None does as ``pre_encode`` says."""
         self._enter("encode")
+        self.startup.begin("encode")
 
         def digests() -> list[str]:
             return [base.autoencoder_digest(), base.text_encoder_digest()]
@@ -159,10 +163,10 @@ class Run:
             base.release_encoders()
         return encoded
 
-    @timed("prepare")
     def prepare(self, base, encoded: EncodedClips) -> None:
         """Make the trainer: as the newest good checkpoint left it, or fresh."""
         self._enter("prepare")
+        self.startup.begin("prepare")
         settings, group = self.settings, self.group
         self._frames = self.crop_frames(base, encoded)
         base_sha256 = main_process_first(group, "base-digest", base.weights_digest, self.stop)
@@ -196,6 +200,7 @@ class Run:
             order=None if streamed else self.micro_batches(base, encoded).order,
             schedule=lr_schedule.of_settings(settings),
             adapt_memory=settings.on_oom == "adapt",
+            out_of_memory_at_step=resume.out_of_memory_at(saved, settings, self._out_of_memory_at_step),
             description=self._describe(encoded, identity, global_batch),
         )
         self.trainer = Trainer(base, adapters.adapter_parameters(base), settings, work, group)
@@ -220,7 +225,6 @@ class Run:
         group.liveness.enter("train", settings.step_timeout)
         self.stop.holds_state = True
         if self.trainer.step < work.steps:
-            self.startup.training()
             # Closed on every way out: an unclosed loader leaves worker processes that the exit would wait for.
             with contextlib.closing(self._batches(base, encoded)) as batches:
                 loop.train(
@@ -229,12 +233,7 @@ class Run:
                     self.stop,
                     settings.output_dir,
                     self._saved_step,
-                    describe=lambda: {
-                        "recomputed_blocks": base.recomputed_blocks,
-                        **memory.memory_figures(group.device),
-                        **self.startup.once(),
-                    },
-                    on_first_step=self.startup.first_step_done,
+                    self.startup,
                 )
         if self.trainer.places:
             seen = self.step * work.global_batch
@@ -339,6 +338,7 @@ class Run:
     def export(self, base) -> dict[str, Any]:
         """Stage four on rank 0: the adapter file, config.json and result.json. Returns the result."""
         self._enter("export")
+        self.startup.begin("export")
         description = {**self.trainer.description(), "startup_seconds": self.startup.seconds}
         # On every rank: in some modes each of them holds a part.
         tensors = self.trainer.engine.adapters()

@@ -1,57 +1,15 @@
-"""What a run says while it trains: metrics.jsonl for programs, a progress bar for people."""
+"""The progress bar on stderr, or lines of progress where stderr is no terminal."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
-from sa3dist.formats import atomic_path
-
-METRICS_NAME = "metrics.jsonl"
 # Between two lines of progress in a log file.
 LINE_SECONDS = 10.0
-
-
-class MetricsFile:
-    """One JSON object per logged step, appended; on resume, rows past the checkpoint are dropped."""
-
-    def __init__(self, output_dir: Path, resumed_from: int | None) -> None:
-        self._path = Path(output_dir) / METRICS_NAME
-        self._resumed_from = resumed_from
-        kept = _rows_up_to(self._path, resumed_from or 0)
-        with atomic_path(self._path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
-
-    def write(self, row: dict[str, Any]) -> None:
-        if self._resumed_from is not None:
-            row = {**row, "resumed_from": self._resumed_from}
-            self._resumed_from = None
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def sync(self) -> None:
-        """Make the rows written so far as durable as the checkpoint that follows."""
-        with self._path.open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def _rows_up_to(path: Path, step: int) -> list[str]:
-    if step == 0 or not path.exists():
-        return []
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        # A kill in the middle of a write leaves a torn last line, which is past the checkpoint by construction.
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-    return kept
 
 
 @contextlib.contextmanager

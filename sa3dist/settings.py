@@ -166,7 +166,8 @@ class Settings(BaseModel):
     allow_any_dataset_size: bool = Field(False, description="lift the limit of 4..2000 clips")
 
     on_oom: Literal["fail", "adapt"] = Field(
-        "fail", description="out of memory in a step: end with 70, or do it again with gradient checkpointing"
+        "fail",
+        description="out of memory in a step: end with 70 (fail), or with 75, and the next start recomputes blocks",
     )
     step_timeout: float = Field(
         600,

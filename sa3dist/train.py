@@ -98,12 +98,12 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
         if settings.deterministic:
             make_deterministic()
         group = connect(settings.step_timeout)
-        running.append(Run(settings, group, stop))
         with Watchdog(group, stop, settings.output_dir) as watchdog:
             try:
                 # Only now: peers of a rank that left before would wait for it in connect.
                 stop.raise_if_requested("starting")
-                take_output_dir(group, settings.output_dir, stop)
+                out_of_memory_at_step = take_output_dir(group, settings.output_dir, stop)
+                running.append(Run(settings, group, stop, out_of_memory_at_step))
                 stages(running[0])
             except Exception as failure:
                 reason = leave(group, failure, watchdog.told)
@@ -118,8 +118,11 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
     return run_program(body, output_dir, lambda: running[0].step if running else 0)
 
 
-def take_output_dir(group: Group, directory: Path, stop: StopRequest) -> None:
-    """Before anything is written to it. Raises InUse, on all ranks, when another run does."""
+def take_output_dir(group: Group, directory: Path, stop: StopRequest) -> int | None:
+    """Before anything is written to it. Raises InUse, on all ranks, when another run does.
+
+    Returns, on all ranks, what ``forget_status`` found.
+    """
     from sa3dist.runtime import run_lock
     from sa3dist.runtime.exit_status import forget_status
     from sa3dist.runtime.process_group import main_process_first
@@ -128,8 +131,7 @@ def take_output_dir(group: Group, directory: Path, stop: StopRequest) -> None:
         return run_lock.take(directory, lambda: stop.raise_if_requested("waiting for output_dir"))
 
     run_lock.adopt(directory, main_process_first(group, "lock", take, stop))
-    if group.is_main:
-        forget_status(directory)
+    return main_process_first(group, "forget-status", lambda: forget_status(directory), stop)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -168,7 +168,9 @@ def _losses_without_and_with(run_dir: Path, base_dir: Path) -> tuple[float, floa
 
     @torch.no_grad()
     def mean_loss() -> float:
-        losses = [micro_batch_loss(base, batches[index], settings)[0].item() for index in range(EVALUATION_BATCHES)]
+        losses = [
+            micro_batch_loss(base, batches[index], settings)["loss"].item() for index in range(EVALUATION_BATCHES)
+        ]
         return sum(losses) / len(losses)
 
     without = mean_loss()

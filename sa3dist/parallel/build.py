@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from sa3dist.parallel.ddp import FlatEngine
-from sa3dist.parallel.engine import Engine, Losses
-from sa3dist.runtime.process_group import Group
 
 if TYPE_CHECKING:
     from sa3dist.adapters.layers import AdaptedLayer
+    from sa3dist.model.base import Base
+    from sa3dist.parallel.engine import Engine, Losses
+    from sa3dist.runtime.process_group import Group
+    from sa3dist.settings import Settings
+    from sa3dist.training.run_plan import RunPlan
 
 
 def make(
-    base,
+    base: Base,
     layers: Collection[AdaptedLayer],
     parameters: dict[str, nn.Parameter],
     forward: Callable[..., Losses],
-    settings,
-    work,
+    settings: Settings,
+    plan: RunPlan,
     group: Group,
     scalars: int,
 ) -> Engine:
-    """The engine of the mode this process was launched in.
+    """The engine of the mode this process was launched in, with equal adapters and frozen constants on all ranks.
 
-    layers    the adapted layers of ``base``, whose parameters ``parameters`` names
-    forward   (batch) to its losses        scalars   how many float32 values travel with the gradients
-    settings  learning_rate, weight_decay, gradient_compression, adapter_products, mixed_precision
-    work      micro_batch, accumulation, adapt_memory
+    layers      the adapted layers of ``base``        parameters   their trained tensors, by name in a file
+    forward     (micro batch) to its losses           scalars      how many float32 sums travel with the gradients
+    settings    gives learning_rate, weight_decay, gradient_compression, adapter_products, mixed_precision
+    plan        gives micro_batch and accumulation
+    Raises ConfigError when the launcher's DeepSpeed file fixes other batch sizes.
     """
     share_initial_state(parameters, layers, group)
     if group.deepspeed is None:
@@ -41,12 +45,12 @@ def make(
     from sa3dist.parallel.zero import ZeroEngine
 
     compression = settings.gradient_compression
-    config = zero_config.build(group.deepspeed, work.micro_batch, work.accumulation, group.world_size, compression)
-    return ZeroEngine(base, layers, parameters, forward, settings, config, group, scalars, separate=work.adapt_memory)
+    config = zero_config.build(group.deepspeed, plan.micro_batch, plan.accumulation, group.world_size, compression)
+    return ZeroEngine(base, layers, parameters, forward, settings, config, group, scalars)
 
 
 @torch.no_grad()
-def share_initial_state(parameters: dict[str, nn.Parameter], layers: Iterable[AdaptedLayer], group: Group) -> None:
+def share_initial_state(parameters: dict[str, nn.Parameter], layers: Collection[AdaptedLayer], group: Group) -> None:
     """Give every rank rank 0's adapters, and the frozen constants they act with.
 
     Both come out of norms and singular vectors, whose last bits, and signs, differ between kinds of CPU.

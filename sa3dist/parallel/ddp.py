@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,29 +14,33 @@ from sa3dist.model.checkpoint import tensors_digest
 from sa3dist.parallel.engine import Losses, Tensors
 from sa3dist.parallel.flat_adamw import FlatAdapters, adamw
 from sa3dist.parallel.gradient_buckets import GradientReduction
-from sa3dist.runtime.process_group import Group
+
+if TYPE_CHECKING:
+    from sa3dist.model.base import Base
+    from sa3dist.runtime.process_group import Group
+    from sa3dist.settings import Settings
 
 log = logging.getLogger(__name__)
 
+# Of the trial that compares processors; the odd count reaches the vector kernels' remainder too.
 TRIAL_STEPS, TRIAL_ELEMENTS = 3, 4099
 
 
 class FlatEngine:
-    """One process, or data parallel ranks that hold everything: one optimiser kernel and one all-reduce per step."""
+    """An ``Engine`` whose ranks hold everything: one optimiser kernel per step, and one all-reduce or a few buckets."""
 
     collectives_in_forward = False
-    separate = False
 
     def __init__(
         self,
-        base,
+        base: Base,
         parameters: dict[str, nn.Parameter],
         forward: Callable[..., Losses],
-        settings,
+        settings: Settings,
         group: Group,
         scalars: int,
     ) -> None:
-        """forward: losses of a micro batch; scalars: how many travel along; settings as for ``make``."""
+        """forward: losses of a micro batch; scalars: how many sums travel along; settings as for ``build.make``."""
         self.parameters = parameters
         self.losses = forward
         # The conditioners are the last modules, yet the last to have their gradients.

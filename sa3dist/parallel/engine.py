@@ -1,42 +1,45 @@
-"""From the losses of micro batches to the adapters' next values: one interface, one engine per parallel mode.
+"""What an engine must offer: from the losses of micro batches to the adapters' next values.
 
-Engines train. Steps, learning rates, order of clips and the checkpoint's format are the loop's in every mode.
+There is one engine per parallel mode. Engines train; steps, learning rates, the order of clips and the checkpoint's
+format are the trainer's in every mode. A new engine is a module here with a class that fulfils ``Engine``, and a line
+in ``build.make``; where a launcher has to ask for it, ``runtime.process_group.connect`` tells of it in ``Group``.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from sa3dist_kernels import FormedWeights
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from sa3dist_kernels import FormedWeights
+
+    from sa3dist.data.batches.micro_batch import MicroBatch
+
 Tensors = dict[str, Tensor]
-# (loss, loss_gen, loss_ctx) of one micro batch.
-Losses = tuple[Tensor, Tensor, Tensor]
+# The losses of one micro batch by name, each of shape (); "loss" is the one that is trained.
+Losses = dict[str, Tensor]
 
 
 class Engine(Protocol):
     """One rank's hold on the adapters; every method but ``losses`` and ``backward`` is called by all ranks alike.
 
     parameters   the trained tensors by their name in a file; under ZeRO-3 a rank holds only its part of their values
-    scalars      float32 sums that ``average`` adds up over the ranks
-    collectives_in_forward   ranks exchange tensors within the forward and backward pass: one that fails there cannot
-                 join its peers afterwards
+    scalars      float32 sums, set to zero by ``zero``, that ``average`` adds up over the ranks
     formed       the weights the adapted layers multiply with, where they are kept for whole steps; None: factored form
-    separate     with collectives_in_forward: ``losses`` and ``gradients`` exchange nothing; ``add``, in place of
-                 ``backward``, does
+    collectives_in_forward   ranks exchange tensors within the forward and backward pass: a rank that fails there cannot
+                 join its peers in ``average``, and a pass cannot be recorded as a CUDA graph
     """
 
     parameters: dict[str, nn.Parameter]
     scalars: Tensor
-    collectives_in_forward: bool
-    separate: bool
     formed: FormedWeights | None
+    collectives_in_forward: bool
 
     def zero(self) -> None:
         """Forget the gradients and scalars of the step before."""
 
-    def losses(self, batch) -> Losses:
+    def losses(self, batch: MicroBatch) -> Losses:
         """The forward pass of one micro batch."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -52,7 +55,7 @@ class Engine(Protocol):
         """Whole tensors by name, float32 copies on the CPU of every rank."""
 
     def moments(self) -> dict[str, Tensors]:
-        """AdamW's running means of every tensor, likewise; after at least one step."""
+        """AdamW's running means by ``flat_adamw.MOMENTS``, of every tensor, likewise; after at least one step."""
 
     def restore(self, adapters: Tensors, moments: dict[str, Tensors], step: int) -> None:
         """Take over what any engine's ``adapters`` and ``moments`` gave after ``step`` optimiser steps."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
@@ -25,10 +25,13 @@ from torch.nn import functional
 
 from sa3dist.parallel.engine import Losses, Tensors
 from sa3dist.parallel.flat_adamw import MOMENTS, adamw
-from sa3dist.runtime.process_group import Group
 
 if TYPE_CHECKING:
     from sa3dist.adapters.layers import AdaptedLayer
+    from sa3dist.data.batches.micro_batch import MicroBatch
+    from sa3dist.model.base import Base
+    from sa3dist.runtime.process_group import Group
+    from sa3dist.settings import Settings
 
 
 class LossOfMicroBatch(nn.Module):
@@ -37,23 +40,13 @@ class LossOfMicroBatch(nn.Module):
     The autoencoder and the text encoder are left out: they work outside of the step, on ranks of their own.
     """
 
-    def __init__(self, base, forward: Callable[..., Losses]):
+    def __init__(self, base: Base, forward: Callable[..., Losses]):
         super().__init__()
         self.roots = nn.ModuleList(base.adapter_roots)
         self.losses = forward
 
-    def forward(self, batch) -> Losses:
-        return batch.loss() if isinstance(batch, GivenGradients) else self.losses(batch)
-
-
-class GivenGradients(NamedTuple):
-    """In place of a micro batch: (parameter, gradient) pairs, found already."""
-
-    pairs: list[tuple[nn.Parameter, Tensor]]
-
-    def loss(self) -> Tensor:
-        """What has exactly these gradients."""
-        return sum((parameter * gradient).sum() for parameter, gradient in self.pairs)
+    def forward(self, batch: MicroBatch) -> Losses:
+        return self.losses(batch)
 
 
 class ZeroEngine:
@@ -64,25 +57,20 @@ class ZeroEngine:
 
     def __init__(
         self,
-        base,
+        base: Base,
         layers: Collection[AdaptedLayer],
         parameters: dict[str, nn.Parameter],
         forward: Callable[..., Losses],
-        settings,
+        settings: Settings,
         config: dict[str, Any],
         group: Group,
         scalars: int,
-        separate: bool,
     ) -> None:
-        """config: what ``zero_config.build`` made of the launcher's file; the rest as for ``ddp.FlatEngine``.
-
-        separate   find a micro batch's gradients before any is exchanged, where the stage lets a rank do so
-        """
+        """config: what ``zero_config.build`` made of the launcher's file; the rest as for ``build.make``."""
         self.parameters = parameters
         self.group = group
         self.scalars = torch.zeros(scalars, device=group.device)
         self.replicated = config["zero_optimization"]["stage"] < 3
-        self.separate = separate and self.replicated
         for layer in layers:
             for parameter in layer.trained().values():
                 # A child's tensors, read by the layer itself: stage 3 has to gather them with the layer's own.
@@ -117,19 +105,8 @@ class ZeroEngine:
     def zero(self) -> None:
         self.scalars.zero_()
 
-    def losses(self, batch) -> Losses:
-        # Around DeepSpeed where it must not hear of gradients: it would begin to exchange them.
-        return self.engine.module(batch) if self.separate else self.engine(batch)
-
-    def gradients(self, loss: Tensor) -> GivenGradients:
-        """Of one micro batch, by this rank alone; where ``separate``."""
-        trained = list(self.parameters.values())
-        found = torch.autograd.grad(loss, trained, allow_unused=True)
-        return GivenGradients([pair for pair in zip(trained, found, strict=True) if pair[1] is not None])
-
-    def add(self, gradients: GivenGradients, last: bool) -> None:
-        """Hand over what ``gradients`` found, as ``backward`` would have."""
-        self.backward(self.engine(gradients), last)
+    def losses(self, batch: MicroBatch) -> Losses:
+        return self.engine(batch)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import socket
 import sys
@@ -19,6 +20,8 @@ from sa3dist.formats import write_json
 from sa3dist.runtime import run_lock
 
 STATUS_NAME = "status.json"
+# The step that did not fit, where the next start of the run is to recompute blocks.
+OUT_OF_MEMORY_KEY = "out_of_memory_at_step"
 HEARTBEAT_NAME = "heartbeat.json"
 # Where a supervisor looks for the status of a run that may not write one beside its results.
 STATUS_DIR_VARIABLE = "SA3DIST_STATUS_DIR"
@@ -72,8 +75,8 @@ def translate(failure: BaseException) -> errors.SA3DistError | None:
         return errors.Interrupted("interrupted; finished work is kept, run the same command to continue")
     if isinstance(failure, torch.OutOfMemoryError | MemoryError) or NO_HOST_MEMORY in str(failure):
         return errors.OutOfMemory(
-            f"out of memory ({_first_line(failure)}); try gradient_checkpointing=on (or on_oom=adapt, which tries that "
-            f"by itself), a smaller batch_size or a shorter duration"
+            f"out of memory ({_first_line(failure)}); try gradient_checkpointing=on (or on_oom=adapt, with which "
+            f"the next start does so by itself), a smaller batch_size or a shorter duration"
         )
     if isinstance(failure, OSError):
         where = f"{failure.filename}: " if failure.filename else ""
@@ -182,6 +185,8 @@ def _write_status(
     code = errors.EXIT_DONE if problem is None else problem.exit_code
     status = {"state": STATES[code], "exit_code": code, "message": message}
     status |= {"dist_rank": origin[0], "host": origin[1], "step": step}
+    if isinstance(problem, errors.RecomputeOnRestart):
+        status[OUT_OF_MEMORY_KEY] = step + 1
     try:
         with contextlib.suppress(OSError):
             write_json(directory / STATUS_NAME, status)
@@ -207,11 +212,19 @@ def _is_known_to_others(problem: errors.SA3DistError | None) -> bool:
     return theirs or isinstance(problem, errors.LostPeer)
 
 
-def forget_status(directory: Path) -> None:
-    """Remove what an earlier run said; until this one ends there is no status."""
+def forget_status(directory: Path) -> int | None:
+    """Remove what an earlier run said; until this one ends there is no status.
+
+    Returns the step in which that run ran out of memory with ``on_oom: adapt``, None where it did not.
+    """
+    noted = None
+    # A damaged status notes nothing.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        noted = json.loads((directory / STATUS_NAME).read_text(encoding="utf-8")).get(OUT_OF_MEMORY_KEY)
     # An output_dir that is a file is refused a moment later, by its name.
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         (directory / STATUS_NAME).unlink()
+    return noted
 
 
 def has_spoken(directory: Path, patience_seconds: float) -> bool:

@@ -120,7 +120,8 @@ class StopRequest:
 def seconds_since_start() -> float:
     """Age of this process, imports included; independent of the time of day."""
     # Field 22, counted behind the name, which may hold anything: start time in clock ticks since boot.
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    status = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace")
+    ticks = int(status.rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 

@@ -1,6 +1,8 @@
-"""How a run carries out its passes: which blocks are recomputed, what is compiled, what is replayed."""
+"""How a run computes its steps: which blocks are recomputed, what is compiled, what is replayed as CUDA graphs."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -8,24 +10,29 @@ from sa3dist.model.compiled import fall_back_on_failure, keep_compiled_in, use_c
 from sa3dist.training import memory
 from sa3dist.training.cuda_graphs import Recorder, wants_graphs
 from sa3dist.training.shape_ladder import ShapeLadder
-from sa3dist.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from sa3dist.settings import Settings
+    from sa3dist.training.trainer import Trainer
 
 
-def choose_acceleration(trainer: Trainer, settings, frames: int) -> None:
-    """Decide for this device, this run's length and its longest crop; each choice is logged.
+def choose_acceleration(trainer: Trainer, settings: Settings, frames: int) -> None:
+    """Decide for this device, this run's length and its longest crop; each choice of ``auto`` is logged.
 
     settings   batch_size, gradient_checkpointing, mixed_precision, compile, deterministic, cuda_graphs, work_dir
     Raises ConfigError when told to compile without a compiler.
     """
-    base, group, steps = trainer.base, trainer.group, trainer.plan.steps
+    base, group, plan = trainer.base, trainer.group, trainer.plan
     if group.device.type == "cuda":
         # What encoding took says nothing about training.
         torch.cuda.reset_peak_memory_stats(group.device)
     largest = base, frames, settings.batch_size, group.device, settings.mixed_precision
-    base.recomputed_blocks = memory.recomputed_blocks(settings.gradient_checkpointing, *largest)
+    # An earlier start of this run ran out of memory; see ``out_of_memory.ending``.
+    choice = settings.gradient_checkpointing if plan.out_of_memory_at_step is None else "on"
+    base.recomputed_blocks = memory.recomputed_blocks(choice, *largest)
     if trainer.engine.formed is not None:
         trainer.ladder = ShapeLadder(frames, base.dit.transformer.memory)
-    if wants_compile(settings.compile, group.device, steps, settings.deterministic):
+    if wants_compile(settings.compile, group.device, plan.steps, settings.deterministic):
         keep_compiled_in(settings.work_dir / "compiled")
         if trainer.ladder is not None:
             base.dit.transformer.use_compiled_blocks("inductor", whole=settings.compile == "on")
@@ -34,5 +41,5 @@ def choose_acceleration(trainer: Trainer, settings, frames: int) -> None:
         if settings.compile == "auto":
             fall_back_on_failure()
     # A graph holds no collectives.
-    if not trainer.engine.collectives_in_forward and wants_graphs(settings.cuda_graphs, group.device, steps):
+    if not trainer.engine.collectives_in_forward and wants_graphs(settings.cuda_graphs, group.device, plan.steps):
         trainer.record_graphs(Recorder(group.device, memory.largest_pass_bytes(*largest)))

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from sa3dist import flow
-from sa3dist.data.batches.micro_batch import MicroBatch
+
+if TYPE_CHECKING:
+    from sa3dist.data.batches.micro_batch import MicroBatch
+    from sa3dist.model.base import Base
+    from sa3dist.settings import Settings
+
+# What ``micro_batch_loss`` gives: the loss that is trained, then its parts. Each is a column of metrics.jsonl.
+LOSSES = ("loss", "loss_gen", "loss_ctx")
 
 
-def micro_batch_loss(base, batch: MicroBatch, settings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss of one micro batch where it is: (loss, loss_gen, loss_ctx).
+def micro_batch_loss(base: Base, batch: MicroBatch, settings: Settings) -> dict[str, torch.Tensor]:
+    """The ``LOSSES`` of one micro batch by name, each of shape (), on the device where the micro batch is.
 
     settings   gives ``mixed_precision`` and ``context_weight``
     """
@@ -33,4 +42,5 @@ def micro_batch_loss(base, batch: MicroBatch, settings) -> tuple[torch.Tensor, t
     keep_BT = batch.keep_BT
     if keep_BT is None:
         keep_BT = torch.ones_like(batch.inpaint_mask_B1T[:, 0], dtype=torch.bool)
-    return flow.masked_loss(velocity_BDT, batch.target_BDT, keep_BT, batch.inpaint_mask_B1T, settings.context_weight)
+    parts = flow.masked_loss(velocity_BDT, batch.target_BDT, keep_BT, batch.inpaint_mask_B1T, settings.context_weight)
+    return dict(zip(LOSSES, parts, strict=True))

@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sa3dist.settings import Settings
 
 # What is left of the peak at ``progress`` 0..1 through the steps after the warm-up. Zero is reached one step after the
 # last, so that every step trains.
@@ -42,6 +46,6 @@ class Schedule:
         return f"{self.peak:g}, {warm_up}{decay}"
 
 
-def of_settings(settings) -> Schedule:
+def of_settings(settings: Settings) -> Schedule:
     """The schedule a run's settings ask for."""
     return Schedule(settings.learning_rate, settings.number_of_steps, settings.warmup_steps, settings.lr_scheduler)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sa3dist.adapters import adapted_layers, adapter_parameters
 from sa3dist.cost_model.devices import free_bytes
 from sa3dist.cost_model.flops import Adapter, Count, MicroBatch, count
+
+if TYPE_CHECKING:
+    from sa3dist.model.base import Base
+    from sa3dist.model.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
@@ -23,13 +27,13 @@ WORKING_WIDTHS = 16
 MOMENT_BYTES, VALUE_BYTES = 8, 8
 
 
-def batch_of(config, frames: int, clips: int, given_context: bool = True) -> MicroBatch:
+def batch_of(config: ModelConfig, frames: int, clips: int, given_context: bool = True) -> MicroBatch:
     """The largest micro batch a run can meet: full-length clips, context given, the whole prompt evaluated."""
     context = config.prompt.max_length + 1
     return MicroBatch((frames,) * clips, context, context, given_context)
 
 
-def adapter_of(base) -> Adapter:
+def adapter_of(base: Base) -> Adapter:
     """The adapter attached to ``base``, as it is counted."""
     layers = adapted_layers(base)
     kind = next((layer.kind for layer in layers.values()), None)
@@ -37,7 +41,7 @@ def adapter_of(base) -> Adapter:
     return Adapter(kind, base.adapter_config.rank if layers else 0, frozenset(layers), formed)
 
 
-def working_bytes(config, tokens: int, value_bytes: int) -> float:
+def working_bytes(config: ModelConfig, tokens: int, value_bytes: int) -> float:
     """Memory of the values that come and go within one block's backward pass."""
     dit = config.dit
     return tokens * dit.embed_dim * (WORKING_WIDTHS + 4 * dit.ff_kwargs.mult) * value_bytes
@@ -66,7 +70,9 @@ def fewest_recomputed(counted: Count, other_bytes: float, free_bytes: float) -> 
     return choice
 
 
-def recomputed_blocks(choice: str, base, frames: int, clips: int, device: torch.device, mixed_precision: str) -> int:
+def recomputed_blocks(
+    choice: str, base: Base, frames: int, clips: int, device: torch.device, mixed_precision: str
+) -> int:
     """Blocks to recompute in the backward pass: all with ``on``, none with ``off``, as few as fit with ``auto``.
 
     frames, clips   of the largest micro batch. The base is loaded and the adapter attached: only the rest must fit.
@@ -88,7 +94,9 @@ def recomputed_blocks(choice: str, base, frames: int, clips: int, device: torch.
     return picked.recomputed_blocks
 
 
-def largest_pass(base, frames: int, clips: int, device: torch.device, mixed_precision: str) -> tuple[Count, float]:
+def largest_pass(
+    base: Base, frames: int, clips: int, device: torch.device, mixed_precision: str
+) -> tuple[Count, float]:
     """What the largest micro batch's pass counts, and the bytes of what comes and goes in it beside what is kept."""
     value_bytes = 4 if base.dtype == torch.float32 else 2
     counted = count(base.config, batch_of(base.config, frames, clips), adapter_of(base), value_bytes, value_bytes)
@@ -96,7 +104,7 @@ def largest_pass(base, frames: int, clips: int, device: torch.device, mixed_prec
     return counted, working_bytes(base.config, tokens, value_bytes)
 
 
-def largest_pass_bytes(base, frames: int, clips: int, device: torch.device, mixed_precision: str) -> float:
+def largest_pass_bytes(base: Base, frames: int, clips: int, device: torch.device, mixed_precision: str) -> float:
     """Memory that pass takes beside what stays between steps, with as many recomputed blocks as ``base`` has now."""
     counted, working = largest_pass(base, frames, clips, device, mixed_precision)
     return working + counted.kept_bytes(base.recomputed_blocks)

@@ -1,54 +1,117 @@
-"""What is said of the steps on rank 0."""
+"""What rank 0 says of the steps: rows of metrics.jsonl for programs, the progress bar's text for people."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from sa3dist.progress import MetricsFile
-from sa3dist.training.trainer import Trainer
+from sa3dist.formats import atomic_path
+from sa3dist.training.memory import memory_figures
+
+if TYPE_CHECKING:
+    from sa3dist.training.startup_times import Startup
+    from sa3dist.training.trainer import Trainer
+
+METRICS_NAME = "metrics.jsonl"
+
+
+def open_outputs(output_dir: Path, resumed_from: int | None) -> list[MetricsFile]:
+    """Everything that rows go to. A tracker is one more entry, with ``write`` and ``sync`` as here."""
+    return [MetricsFile(output_dir, resumed_from)]
+
+
+class MetricsFile:
+    """One JSON object per logged step, appended; on resume, rows past the checkpoint are dropped."""
+
+    def __init__(self, output_dir: Path, resumed_from: int | None) -> None:
+        self._path = Path(output_dir) / METRICS_NAME
+        self._resumed_from = resumed_from
+        kept = _rows_up_to(self._path, resumed_from or 0)
+        with atomic_path(self._path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self._resumed_from is not None:
+            row = {**row, "resumed_from": self._resumed_from}
+            self._resumed_from = None
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def sync(self) -> None:
+        """Make the rows written so far as durable as the checkpoint that follows."""
+        with self._path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _rows_up_to(path: Path, step: int) -> list[str]:
+    if step == 0 or not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        # A kill in the middle of a write leaves a torn last line, which is past the checkpoint by construction.
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    return kept
 
 
 class MetricsLogger:
-    """A row of metrics.jsonl now and then, and the progress bar."""
+    """A row every ``log_every`` steps and at the end, and the progress bar's text after every step."""
 
     def __init__(
-        self, trainer: Trainer, output_dir: Path, resumed_from: int | None, update: Callable, describe: Callable
+        self,
+        trainer: Trainer,
+        output_dir: Path,
+        resumed_from: int | None,
+        update: Callable[[int, str], None],
+        startup: Startup | None = None,
     ) -> None:
-        self._trainer, self._update, self._describe = trainer, update, describe
-        self._metrics = MetricsFile(output_dir, resumed_from) if trainer.group.is_main else None
+        """update: moves the progress bar to a step, with a text; startup: goes into the first row."""
+        self._trainer, self._update, self._startup = trainer, update, startup
+        self._outputs = open_outputs(output_dir, resumed_from) if trainer.group.is_main else []
         self._begin = self._clock = time.perf_counter()
         self._first = self._last_logged = trainer.step
         self._waited = self._silent = 0.0
+        if startup:
+            startup.begin("first_step")
 
     def add(self, figures: dict[str, float]) -> None:
-        """Take up the figures of one step as ``take_step`` gave them."""
-        plan, settings, step = self._trainer.plan, self._trainer.settings, self._trainer.step
-        self._waited += figures.pop("data_wait_seconds")
-        self._silent += figures.pop("silent_crops")
+        """Take up the figures of one step as ``Trainer.take_step`` gave them; called on all ranks."""
+        trainer, plan, step = self._trainer, self._trainer.plan, self._trainer.step
+        row = {"step": step, **figures}
+        waited, silent, _ = (row.pop(name) for name in ("data_wait_seconds", "silent_crops", "stop"))
+        self._waited += waited
+        self._silent += silent
+        if self._startup and step == self._first + 1:
+            self._startup.first_step_done(waited)
         now = time.perf_counter()
         data_wait = self._waited / (now - self._clock)
-        logged = step % settings.log_every == 0 or step == plan.steps
-        # On all ranks: without an index each knows only its own.
-        clips = self._trainer.clips_of_step() if logged and settings.log_clips else None
-        if self._metrics and logged:
-            row = {"step": step, **figures, "clips_seen": step * plan.global_batch}
-            row["silent_crops"] = int(self._silent)
-            if self._trainer.places is None:
+        if step % trainer.settings.log_every == 0 or step == plan.steps:
+            row |= {"clips_seen": step * plan.global_batch, "silent_crops": int(self._silent)}
+            if trainer.places is None:
                 row["epoch"] = step * plan.global_batch / len(plan.clip_keys)
             else:
-                row["repeated_clips"] = self._trainer.places.repeated
+                row["repeated_clips"] = trainer.places.repeated
             row |= {"step_seconds": (now - self._clock) / (step - self._last_logged), "data_wait": data_wait}
-            row |= self._describe()
-            if clips is not None:
-                row["clips"] = clips
-            self._metrics.write(row)
+            row |= {"recomputed_blocks": trainer.base.recomputed_blocks, **memory_figures(trainer.group.device)}
+            if self._startup:
+                row["startup_seconds"] = self._startup.seconds
+            if trainer.settings.log_clips:
+                # On all ranks: without an index each knows only its own.
+                row["clips"] = trainer.clips_of_step()
+            for output in self._outputs:
+                output.write(row)
             self._clock, self._waited, self._silent, self._last_logged = now, 0.0, 0.0, step
+            self._startup = None
         rate = (step - self._first) / (now - self._begin)
         self._update(step, f"loss {figures['loss']:.4f} {rate:.2f} it/s, {data_wait:.0%} waiting for data")
 
     def sync(self) -> None:
         """Make the rows as durable as the checkpoint that follows."""
-        if self._metrics:
-            self._metrics.sync()
+        for output in self._outputs:
+            output.sync()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from sa3dist_kernels import ADAPTER_TYPES
 
 from sa3dist import adapters
-from sa3dist.config import Settings
 from sa3dist.data.remote.fetch import fetch, is_remote
 from sa3dist.data.remote.local_paths import local_name
 from sa3dist.errors import CheckpointError
@@ -22,10 +22,14 @@ from sa3dist.runtime.process_group import Group, main_process_first, run_on_all_
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training.startup_times import Startup, imported_beside, keep_kernels_in
 
+if TYPE_CHECKING:
+    from sa3dist.model.base import Base
+    from sa3dist.settings import Settings
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def open_base(settings: Settings, group: Group, stop: StopRequest, startup: Startup):
+def open_base(settings: Settings, group: Group, stop: StopRequest, startup: Startup) -> tuple[Base, str | None]:
     """The base with its adapters, and the digest of the file they were started from (None for fresh ones).
 
     Each part together: a rank that cannot read the model takes the others along with its reason. Raises what failed on
@@ -35,19 +39,20 @@ def open_base(settings: Settings, group: Group, stop: StopRequest, startup: Star
         # Before the first kernel is compiled.
         keep_kernels_in(settings.work_dir.resolve() / "kernels")
     # AdamW and the compiler import it: two seconds of reading, which the disk and the device leave time for.
-    with startup.part("load_base"), imported_beside("torch._dynamo"):
+    startup.begin("load_base")
+    with imported_beside("torch._dynamo"):
         base = run_on_all_ranks(group, "base", lambda: _load(settings, group.device), stop)
     if group.is_main:
         # Seconds of hashing beside what comes before they are asked for.
         base.begin_weights_digest()
-    with startup.part("singular_bases"):
-        bases = _singular_bases(settings, group, stop, base)
-    with startup.part("attach"):
-        warm = run_on_all_ranks(group, "attach", lambda: _attach(settings, group, stop, base, bases), stop)
+    startup.begin("singular_bases")
+    bases = _singular_bases(settings, group, stop, base)
+    startup.begin("attach")
+    warm = run_on_all_ranks(group, "attach", lambda: _attach(settings, group, stop, base, bases), stop)
     return base, warm
 
 
-def _load(settings: Settings, device: torch.device):
+def _load(settings: Settings, device: torch.device) -> Base:
     # cuDNN's convolutions would round float32 latents to ten bits of mantissa.
     torch.backends.cudnn.allow_tf32 = False
     base = load_base(
@@ -73,7 +78,7 @@ def _require_trainable(config: ModelConfig) -> None:
             )
 
 
-def _singular_bases(settings: Settings, group: Group, stop: StopRequest, base) -> adapters.BasesCache | None:
+def _singular_bases(settings: Settings, group: Group, stop: StopRequest, base: Base) -> adapters.BasesCache | None:
     """Where the -xs types find their layers' bases; each rank finds its share of those not kept yet."""
     if not ADAPTER_TYPES[settings.adapter_type].xs:
         return None
@@ -94,7 +99,9 @@ def _singular_bases(settings: Settings, group: Group, stop: StopRequest, base) -
     return cache
 
 
-def _attach(settings: Settings, group: Group, stop: StopRequest, base, bases: adapters.BasesCache | None) -> str | None:
+def _attach(
+    settings: Settings, group: Group, stop: StopRequest, base: Base, bases: adapters.BasesCache | None
+) -> str | None:
     """Returns the digest of the adapter file the run starts from, if it does."""
     adapters.attach_adapter(
         base,

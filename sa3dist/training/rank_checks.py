@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import socket
+from typing import TYPE_CHECKING
 
 import torch
 
 from sa3dist.adapters import adapted_layers
 from sa3dist.errors import EnvironmentFailure
 from sa3dist.model.checkpoint import tensors_digest
-from sa3dist.runtime.process_group import Group
+
+if TYPE_CHECKING:
+    from sa3dist.model.base import Base
+    from sa3dist.runtime.process_group import Group
 
 
 def name_the_non_finite(group: Group, step: int, losses: list[tuple[list[str], torch.Tensor]]) -> None:
@@ -40,7 +44,7 @@ def check_ranks_agree(group: Group, step: int, adapters: dict[str, torch.Tensor]
         raise EnvironmentFailure(f"step {step}: {found} is empty or not finite; state is as last saved")
 
 
-def check_same_start(group: Group, step: int, base, adapters: dict[str, torch.Tensor]) -> None:
+def check_same_start(group: Group, step: int, base: Base, adapters: dict[str, torch.Tensor]) -> None:
     """Raises EnvironmentFailure on all ranks unless they begin with equal adapters, constants and frequency tables.
 
     Called where training begins, with the step it begins after. What differs by a bit here trains two models there.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sa3dist_kernels import ADAPTER_TYPES
 
@@ -14,6 +14,9 @@ from sa3dist.runtime.process_group import Group, main_process_first
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import checkpoint, lr_schedule
 from sa3dist.training.lr_schedule import Schedule
+
+if TYPE_CHECKING:
+    from sa3dist.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +40,7 @@ SAME_COURSE = (
 BEFORE = {"singular_bases": "found as earlier versions did"}
 
 
-def identity(settings, **measured: Any) -> dict[str, Any]:
+def identity(settings: Settings, **measured: Any) -> dict[str, Any]:
     """What a checkpoint must agree with to be continued, as JSON values by name.
 
     measured   what the settings do not say: the digests of base, dataset and warm start, lora_config, crop_frames
@@ -46,7 +49,7 @@ def identity(settings, **measured: Any) -> dict[str, Any]:
     return {**measured, **bases, **{key: getattr(settings, key) for key in SAME_COURSE}}
 
 
-def find_checkpoint(settings, group: Group, stop: StopRequest) -> checkpoint.Checkpoint | None:
+def find_checkpoint(settings: Settings, group: Group, stop: StopRequest) -> checkpoint.Checkpoint | None:
     """The checkpoint ``settings.resume`` asks for, read by every rank; None when there is none to continue.
 
     Raises CheckpointError on every rank when any rank cannot read it.
@@ -79,7 +82,7 @@ def check_identity(saved: checkpoint.Checkpoint, identity: dict[str, Any], where
             )
 
 
-def divide_work(saved: checkpoint.Checkpoint | None, settings, world_size: int) -> int:
+def divide_work(saved: checkpoint.Checkpoint | None, settings: Settings, world_size: int) -> int:
     """Accumulation of this run. A checkpoint's global batch decides over the configuration.
 
     Raises CheckpointError, naming the workable process counts, when that batch does not divide.
@@ -101,7 +104,7 @@ def divide_work(saved: checkpoint.Checkpoint | None, settings, world_size: int) 
     return rounds
 
 
-def check_course(saved: checkpoint.Checkpoint, settings) -> None:
+def check_course(saved: checkpoint.Checkpoint, settings: Settings) -> None:
     """What may change between a checkpoint and the run that continues it, said or refused."""
     if saved.step > settings.number_of_steps:
         raise CheckpointError(
@@ -113,6 +116,19 @@ def check_course(saved: checkpoint.Checkpoint, settings) -> None:
         log.warning("continuing with learning rate %s; it was %s", now, was)
     if saved.state["weight_decay"] != settings.weight_decay:
         log.warning("continuing with weight_decay %g, it was %g", settings.weight_decay, saved.state["weight_decay"])
+
+
+def out_of_memory_at(saved: checkpoint.Checkpoint | None, settings: Settings, noted: int | None) -> int | None:
+    """The step in which an earlier start of this run ran out of memory: with ``on_oom: adapt`` blocks are recomputed.
+
+    noted   in the status of the start before, which may have saved nothing since; checkpoints of later ones hold it
+    """
+    if settings.on_oom != "adapt":
+        return None
+    known = saved.state.get("description", {}).get("out_of_memory_at_step") if saved else None
+    if noted is not None:
+        log.warning("step %d did not fit into memory; recomputing blocks from here on", noted)
+    return known if noted is None else noted
 
 
 def set_aside(output_dir: Path, step: int, group: Group, stop: StopRequest) -> None:

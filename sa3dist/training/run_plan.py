@@ -20,7 +20,9 @@ class RunPlan:
     order           which of them each slot trains on; None = the plain shuffle
     schedule        the learning rate of each step; None = the settings' learning_rate throughout
     description     what config.json says of the run beside the step; kept with every checkpoint for an offline export
-    adapt_memory    do a step that runs out of memory again, with gradient checkpointing
+    adapt_memory    ``on_oom: adapt``: after a step that runs out of memory the next start recomputes blocks
+    out_of_memory_at_step   the step in which an earlier start of this run, with adapt_memory, ran out of memory: every
+                    block is recomputed since; None = none did
     """
 
     steps: int
@@ -34,6 +36,7 @@ class RunPlan:
     schedule: Schedule | None = None
     description: dict[str, Any] = dataclasses.field(default_factory=dict)
     adapt_memory: bool = False
+    out_of_memory_at_step: int | None = None
 
     def clips_of_step(self, step: int) -> list[str]:
         """Keys of the clips all ranks train on in a step, in slot order."""

@@ -1,84 +1,47 @@
-"""Where the time between the command and the first step goes, by part, and what is done to shorten it."""
+"""Where the time between the command and the first step goes, by part, and two ways to shorten it."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+
+from sa3dist.runtime.signals import seconds_since_start
 
 log = logging.getLogger(__name__)
 
 
 class Startup:
-    """Seconds of every part, in the order they came; ``total`` counts from the start of this process.
+    """Seconds of each part of the start, in the order they came; a part lasts until the next one begins.
 
-    The launcher's own start is not in it. ``before_run`` is what lies between the process's start and this object:
-    the interpreter, imports, reading the settings, joining the other processes.
+    seconds   by part. "before_run" is the interpreter, imports, reading the settings and joining the other processes,
+              but not the launcher's own start. "total", there once the first step is done, is the sum
     """
 
     def __init__(self) -> None:
-        self._begin = time.monotonic() - seconds_since_start()
-        self._training: float | None = None
-        self._told = False
-        self.seconds: dict[str, float] = {"before_run": self._age()}
+        self.seconds: dict[str, float] = {}
+        self._part, self._since = "before_run", time.monotonic() - seconds_since_start()
 
-    def _age(self) -> float:
-        return round(time.monotonic() - self._begin, 3)
-
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Count the time of the block as ``name``; once the first step is done nothing counts any more."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            if "total" not in self.seconds:
-                self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - begin, 3)
-
-    def training(self) -> None:
-        """From here on the loop has the word."""
-        self._training = time.perf_counter()
+    def begin(self, part: str) -> None:
+        """Close the part before and open this one; one that comes again adds up. No effect after the first step."""
+        now = time.monotonic()
+        if "total" not in self.seconds:
+            self.seconds[self._part] = round(self.seconds.get(self._part, 0.0) + now - self._since, 3)
+            self._part, self._since = part, now
 
     def first_step_done(self, waited: float) -> None:
-        """waited: seconds of the first step spent on its data."""
-        self.seconds["first_batch"] = round(waited, 3)
-        self.seconds["first_step"] = round(time.perf_counter() - self._training - waited, 3)
-        self.seconds["total"] = self._age()
-        parts = ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items() if name != "total")
+        """Close the part "first_step". waited: seconds of it spent on data, which become the part "first_batch"."""
+        self.begin("")
+        first_step = self.seconds.pop("first_step")
+        self.seconds |= {"first_batch": round(waited, 3), "first_step": round(first_step - waited, 3)}
+        parts = ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())
+        self.seconds["total"] = round(sum(self.seconds.values()), 3)
         log.info("first step after %.1f s: %s", self.seconds["total"], parts)
-
-    def once(self) -> dict[str, dict[str, float]]:
-        """What the first row of metrics.jsonl says of it; nothing for later rows."""
-        told, self._told = self._told, True
-        return {} if told else {"startup_seconds": self.seconds}
-
-
-def timed(name: str) -> Callable[[Callable], Callable]:
-    """A method of something with a ``startup``, counted as the part ``name``."""
-
-    def decorate(method: Callable) -> Callable:
-        @functools.wraps(method)
-        def counted(self, *arguments, **keywords):
-            with self.startup.part(name):
-                return method(self, *arguments, **keywords)
-
-        return counted
-
-    return decorate
-
-
-def seconds_since_start() -> float:
-    """Age of this process, to the kernel's hundredths of a second."""
-    # Both count from the machine's start; the wall clock may have been set since, by seconds.
-    fields = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    ticks = int(fields[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager

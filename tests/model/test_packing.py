@@ -161,7 +161,7 @@ def test_a_packed_micro_batch_trains_as_the_padded_one(tiny_base, monkeypatch):
 
     def losses_and_gradients():
         losses = micro_batch_loss(base, batch, StepSettings())
-        return [loss.item() for loss in losses], torch.autograd.grad(losses[0], parameters)
+        return [loss.item() for loss in losses.values()], torch.autograd.grad(losses["loss"], parameters)
 
     losses, gradients = losses_and_gradients()
     padded_only(monkeypatch, base)

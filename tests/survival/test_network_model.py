@@ -5,7 +5,7 @@ import torch
 
 from sa3dist.parallel.flat_adamw import FlatAdapters
 from sa3dist.parallel.gradient_buckets import BUCKET_ELEMENTS, GradientReduction
-from sa3dist.training.trainer import SAVING
+from sa3dist.training.trainer import SUMS
 from tests.survival import network_model
 from tests.survival.network_model import Cluster, Link, Sizes, Transfer
 
@@ -41,7 +41,7 @@ def test_the_counted_bytes_are_those_of_a_ring_that_is_played_through(ranks):
 
 def test_data_parallel_sends_the_flat_buffer_once_a_step():
     parameters = {f"layer.{n}": torch.nn.Parameter(torch.randn(n + 2, 5)) for n in range(4)}
-    flat = FlatAdapters(parameters, 0.1, 0.0, scalars=SAVING + 1)
+    flat = FlatAdapters(parameters, 0.1, 0.0, scalars=len(SUMS))
     reduced = []
 
     class Group:

@@ -44,7 +44,7 @@ def _exact_float32():
 def gradients_of(base, batch, settings):
     """Loss and every adapter gradient of one micro batch."""
     parameters = adapter_parameters(base)
-    loss, _, _ = micro_batch_loss(base, batch, settings)
+    loss = micro_batch_loss(base, batch, settings)["loss"]
     return loss.detach(), dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
 
 
@@ -59,7 +59,7 @@ def test_losses_and_gradients_of_three_steps_are_the_references(device, run, che
     losses = []
     for step in range(3):
         flat.zero()
-        loss, _, _ = micro_batch_loss(base, batch, StepSettings("no"))
+        loss = micro_batch_loss(base, batch, StepSettings("no"))["loss"]
         loss.backward()
         losses.append(loss.item())
         if step == 0:
@@ -117,14 +117,14 @@ def test_content_of_padded_frames_changes_no_loss(device, mixed_precision):
     base, batch = make_trained(device, "dora-rows", torch.float32 if mixed_precision == "no" else torch.bfloat16)
     frames = batch.noised_BDT.shape[2]
     batch.keep_BT = torch.arange(frames, device=device)[None] < torch.tensor([[frames], [frames - 5]], device=device)
-    loss, _, _ = micro_batch_loss(base, batch, StepSettings(mixed_precision))
+    loss = micro_batch_loss(base, batch, StepSettings(mixed_precision))["loss"]
     padding = ~batch.keep_BT[:, None]
     batch.noised_BDT = torch.where(padding, 50.0, batch.noised_BDT)
     batch.target_BDT = torch.where(padding, math.nan, batch.target_BDT)
-    changed, _, _ = micro_batch_loss(base, batch, StepSettings(mixed_precision))
+    changed = micro_batch_loss(base, batch, StepSettings(mixed_precision))["loss"]
     assert torch.equal(loss, changed)
     batch.keep_BT = None
-    assert not torch.equal(loss, micro_batch_loss(base, batch, StepSettings(mixed_precision))[0])
+    assert not torch.equal(loss, micro_batch_loss(base, batch, StepSettings(mixed_precision))["loss"])
 
 
 def test_flat_adamw_is_adamw_in_float64(device):

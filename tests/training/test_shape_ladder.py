@@ -44,8 +44,8 @@ def test_micro_batches_of_several_clips_continue_the_ladder_of_one():
 
 def losses_and_gradients(base, batch):
     losses = micro_batch_loss(base, batch, StepSettings())
-    gradients = torch.autograd.grad(losses[0], list(adapter_parameters(base).values()))
-    return [loss.detach() for loss in losses], gradients
+    gradients = torch.autograd.grad(losses["loss"], list(adapter_parameters(base).values()))
+    return [loss.detach() for loss in losses.values()], gradients
 
 
 def shortened(batch, lengths):

@@ -62,7 +62,7 @@ def test_losses_gradients_and_updates_of_three_steps_equal_the_reference(run, ch
     losses = []
     for step in range(3):
         flat.zero()
-        loss, _, _ = micro_batch_loss(base, batch, StepSettings())
+        loss = micro_batch_loss(base, batch, StepSettings())["loss"]
         loss.backward()
         losses.append(loss.item())
         if step == 0:
@@ -115,7 +115,7 @@ def test_leaving_out_an_empty_context_changes_no_loss_and_no_gradient(tiny_base,
             has_context=has_context,
             silent_crops=0,
         )
-        loss, _, _ = micro_batch_loss(tiny_base, batch, StepSettings())
+        loss = micro_batch_loss(tiny_base, batch, StepSettings())["loss"]
         found[has_context] = loss.item(), torch.autograd.grad(loss, list(parameters.values()))
     assert found[True][0] == pytest.approx(found[False][0], rel=1e-5)
     for whole, short in zip(found[True][1], found[False][1], strict=True):
