@@ -88,11 +88,12 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
             return
         if not has_peers():
             stop.raise_if_requested("starting")
-        from sa3dist.pipeline import Run, make_deterministic
+        from sa3dist.pipeline import Run
         from sa3dist.runtime.peers import leave
         from sa3dist.runtime.process_group import connect, disconnect
         from sa3dist.runtime.stop_deadline import leave_in_time
         from sa3dist.runtime.watchdog import Watchdog
+        from sa3dist.training.acceleration import make_deterministic
 
         leave_in_time(stop, settings.output_dir)
         if settings.deterministic:
@@ -156,8 +157,8 @@ def end_process(code: int) -> NoReturn:
     gc.freeze()
     # The interpreter would wait for loader processes that a failure has left.
     kill_loaders()
-    ahead = sys.modules.get("sa3dist.data.batches.read_ahead")
-    if ahead and ahead.still_reading():
+    prefetch = sys.modules.get("sa3dist.data.source.prefetch")
+    if prefetch and prefetch.still_working():
         # A thread in an operator of torch would abort an interpreter that shuts down.
         atexit._run_exitfuncs()
         sys.stdout.flush()

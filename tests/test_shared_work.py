@@ -11,7 +11,7 @@ import time
 import pytest
 
 from sa3dist import errors
-from sa3dist.data.batches.worker_shards import Cursor, Lane
+from sa3dist.data.batches.worker_shards import StreamCursor, WorkerShards
 from sa3dist.data.remote.fetch import Downloads
 from sa3dist.formats import atomic_directory
 from sa3dist.runtime.file_lock import alone
@@ -61,7 +61,7 @@ def test_a_run_that_waits_for_anothers_download_can_be_stopped(tmp_path):
 
 
 def stream(group, source, shards):
-    clips = source.clips(Lane(1, shards, 0, 1, 0, 1), Cursor(), 5)
+    clips = source.clips(WorkerShards(1, shards, 0, 1, 0, 1), StreamCursor(), 5)
     return sorted(clip.clip.key for clip, _, _ in itertools.islice(clips, 27))
 
 

@@ -33,12 +33,12 @@ import webdataset
 from torch.utils.data import DataLoader, Dataset
 
 from sa3dist.data.batches.loader import MicroBatches
-from sa3dist.data.batches.micro_batch import StreamSettings
+from sa3dist.data.batches.micro_batch import SampleSettings
 from sa3dist.data.latents.cache import SILENCE_TAIL_FRAMES, EncodedClips
-from sa3dist.data.latents.collect import collect
 from sa3dist.data.latents.tensor_files import write_tensors
 from sa3dist.data.source.audio import load_clip_audio
 from sa3dist.data.source.build import build_shards
+from sa3dist.encode import pack_latents
 from sa3dist.formats import write_json
 from sa3dist.model.config import ShiftConfig
 from sa3dist.runtime.process_group import Group
@@ -135,7 +135,7 @@ def write_latents(encoded, work):
                 write_tensors(encoded.latents_path(clip, flipped), tensors)
             write_tensors(encoded.prompt_path(clip.caption), {"hidden": torch.randn(12, 768, generator=generator)})
             tar.write({"__key__": clip.key, "latents.npy": latents_DT.numpy(), "txt": clip.caption})
-    collect(encoded, Group(0, 1, torch.device("cpu")), StopRequest())
+    pack_latents(encoded, Group(0, 1, torch.device("cpu")), StopRequest())
 
 
 def make_variants(work, clips, seconds):
@@ -145,7 +145,7 @@ def make_variants(work, clips, seconds):
     encoded = EncodedClips(index, work / "work", Framing, "a", "t")
     write_latents(encoded, work)
     frames = int(seconds * RATE) // FRAME
-    settings = StreamSettings(3, 1, frames, 0.1, "file", ShiftConfig())
+    settings = SampleSettings(3, 1, frames, 0.1, "file", ShiftConfig())
     tars = [str(index.directory / shard.name) for shard in index.shards]
 
     def pipeline(urls):

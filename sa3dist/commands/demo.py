@@ -164,7 +164,7 @@ def _losses_without_and_with(run_dir: Path, base_dir: Path) -> tuple[float, floa
     settings = config.build(config.read_file(str(run_dir / "run.yaml")) | {"seed": EVALUATION_SEED})
     run = Run(settings, Group(0, 1, torch.device("cpu")), StopRequest())
     base = load_base(base_dir)
-    batches = run.micro_batches(base, run.encode(base, run.shard()))
+    batches = run.encode(base, run.shard()).micro_batches
 
     @torch.no_grad()
     def mean_loss() -> float:

@@ -14,12 +14,12 @@ import numpy as np
 from sa3dist.config import Settings
 from sa3dist.data.source.archive import Pair, open_source, pair_members
 from sa3dist.data.source.audio import AudioFacts, check_whole
-from sa3dist.data.source.bounded_map import ordered_map
 from sa3dist.data.source.captions import read_caption
 from sa3dist.data.source.check import CLIP_COUNT_RANGE
 from sa3dist.data.source.clip_stats import ClipStats, Measured, read_stats, write_stats
 from sa3dist.data.source.containers import Container
 from sa3dist.data.source.cut_captions import CutCaptions, cut_captions, text_source
+from sa3dist.data.source.prefetch import prefetch
 from sa3dist.data.source.resample import resampled_length
 from sa3dist.errors import DataError, counted, printable
 from sa3dist.flow.crops import crop_frames
@@ -154,9 +154,7 @@ def inspect_source(
     with open_source(settings.audio_data_url, settings.work_dir, **limits) as container:
         listing = pair_members(container)
         known = read_stats(settings.work_dir)
-        inspected = ordered_map(
-            lambda pair: _inspect(container, pair, known), listing.pairs, lambda pair: pair.audio.size
-        )
+        inspected = prefetch(lambda pair: _inspect(container, pair, known), listing.pairs, lambda pair: pair.audio.size)
         clips = []
         try:
             for done, (_, clip) in enumerate(inspected, 1):

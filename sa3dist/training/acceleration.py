@@ -1,7 +1,8 @@
-"""How a run computes its steps: which blocks are recomputed, what is compiled, what is replayed as CUDA graphs."""
+"""How a run computes its steps: which blocks are recomputed, what is compiled, replayed, deterministic."""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,3 +44,11 @@ def choose_acceleration(trainer: Trainer, settings: Settings, frames: int) -> No
     # A graph holds no collectives.
     if not trainer.engine.collectives_in_forward and wants_graphs(settings.cuda_graphs, group.device, plan.steps):
         trainer.record_graphs(Recorder(group.device, memory.largest_pass_bytes(*largest)))
+
+
+def make_deterministic() -> None:
+    """Only deterministic kernels from here on; a kernel that has no deterministic form raises."""
+    # cuBLAS reads this at its first call.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

@@ -93,10 +93,10 @@ class MetricsLogger:
         data_wait = self._waited / (now - self._clock)
         if step % trainer.settings.log_every == 0 or step == plan.steps:
             row |= {"clips_seen": step * plan.global_batch, "silent_crops": int(self._silent)}
-            if trainer.places is None:
+            if trainer.cursors is None:
                 row["epoch"] = step * plan.global_batch / len(plan.clip_keys)
             else:
-                row["repeated_clips"] = trainer.places.repeated
+                row["repeated_clips"] = trainer.cursors.repeated
             row |= {"step_seconds": (now - self._clock) / (step - self._last_logged), "data_wait": data_wait}
             row |= {"recomputed_blocks": trainer.base.recomputed_blocks, **memory_figures(trainer.group.device)}
             if self._startup:

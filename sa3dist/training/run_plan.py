@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import json
+from typing import TYPE_CHECKING, Any
 
+from sa3dist import __version__
 from sa3dist.data.batches.order import ClipOrder
+from sa3dist.data.remote.fetch import redacted
+from sa3dist.formats import digest_of
+from sa3dist.training import checkpoint, lr_schedule, resume
 from sa3dist.training.lr_schedule import Schedule
+
+if TYPE_CHECKING:
+    from sa3dist.data.batches.batch_source import BatchSource
+    from sa3dist.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,3 +52,46 @@ class RunPlan:
         slots = range((step - 1) * self.global_batch, step * self.global_batch)
         order = self.order or ClipOrder(self.seed, len(self.clip_keys))
         return [self.clip_keys[order.clip_of_slot(slot)] for slot in slots]
+
+
+def make(
+    settings: Settings,
+    source: BatchSource,
+    identity: dict[str, Any],
+    saved: checkpoint.Checkpoint | None,
+    world_size: int,
+    noted_step: int | None,
+) -> RunPlan:
+    """The plan of a run, begun or continued from ``saved``. Raises CheckpointError where its work does not divide.
+
+    noted_step   where the start before ran out of memory, as its status.json notes it
+    """
+    accumulation = resume.divide_work(saved, settings, world_size)
+    global_batch = accumulation * settings.batch_size * world_size
+    urls = {key: getattr(settings, key) for key in ("audio_data_url", "lora_checkpoint_url")}
+    # URLs may hold credentials, and these files are given away.
+    public = {**settings.as_dict(), **{key: redacted(url) for key, url in urls.items() if url}}
+    return RunPlan(
+        steps=settings.number_of_steps,
+        accumulation=accumulation,
+        micro_batch=settings.batch_size,
+        global_batch=global_batch,
+        seed=settings.seed,
+        identity=identity,
+        clip_keys=[clip.key for clip in source.index.clips],
+        order=source.order,
+        schedule=lr_schedule.of_settings(settings),
+        adapt_memory=settings.on_oom == "adapt",
+        out_of_memory_at_step=resume.out_of_memory_at(saved, settings, noted_step),
+        description={
+            "sa3dist_version": __version__,
+            "base_model": settings.model,
+            "base_sha256": identity["base_sha256"],
+            **source.describe(),
+            "effective_batch_size": global_batch,
+            "world_size": world_size,
+            "lora_config": identity["lora_config"],
+            "config_sha256": digest_of(json.dumps(public)),
+            "settings": public,
+        },
+    )

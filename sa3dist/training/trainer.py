@@ -31,7 +31,7 @@ from sa3dist.training.rank_checks import check_ranks_agree, name_the_non_finite
 
 if TYPE_CHECKING:
     from sa3dist.data.batches.micro_batch import MicroBatch
-    from sa3dist.data.batches.worker_shards import LanePlaces
+    from sa3dist.data.batches.worker_shards import RankCursors
     from sa3dist.model.base import Base
     from sa3dist.runtime.signals import StopRequest
     from sa3dist.settings import Settings
@@ -57,8 +57,12 @@ class Trainer:
         settings: Settings,
         plan: RunPlan,
         group: Group,
+        cursors: RankCursors | None = None,
     ) -> None:
-        """parameters: the trained tensors of the adapters attached to ``base``, by their name in a file."""
+        """parameters: the trained tensors of the adapters attached to ``base``, by their name in a file.
+
+        cursors   where a stream without an index is; None where the step alone says it
+        """
         self.base = base
         self.layers = list(adapted_layers(base).values())
         self.settings = settings
@@ -75,8 +79,7 @@ class Trainer:
         # Whether a step that runs out of memory is done again without graphs. Equal on all ranks, also on those whose
         # graphs have failed.
         self.graphs_may_go = False
-        # Where a stream without an index is; None where the step alone says it.
-        self.places: LanePlaces | None = None
+        self.cursors = cursors
         self._clips: list[list[str]] = []
 
     def record_graphs(self, recorder: Recorder) -> None:
@@ -129,8 +132,8 @@ class Trainer:
         self.engine.step(rate)
         self.step += 1
         self._clips = [clips for clips, _ in losses]
-        if self.places is not None:
-            self.places.advance(repeated=round(sums["repeated_clips"]))
+        if self.cursors is not None:
+            self.cursors.advance(repeated=round(sums["repeated_clips"]))
         counts = {name: sums[name] for name in ("silent_crops", "stop")}
         return {**means, "grad_norm": grad_norm, "lr": rate, **counts, "data_wait_seconds": waited}
 
@@ -240,7 +243,7 @@ class Trainer:
 
     def clips_of_step(self) -> list[str]:
         """Keys of the clips all ranks trained on in the last step, in slot order; called on all ranks."""
-        if self.places is None:
+        if self.cursors is None:
             return self.plan.clips_of_step(self.step)
         ranks = self.group.gather(self._clips)
         return [key for round_ in zip(*ranks, strict=True) for clips in round_ for key in clips]
@@ -292,9 +295,9 @@ class Trainer:
             "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "description": self.description(),
         }
-        if self.places is not None:
-            cursors = self.group.gather(list(self.places.cursors))
-            state["stream"] = {"cursors": cursors, "repeated": self.places.repeated}
+        if self.cursors is not None:
+            cursors = self.group.gather(list(self.cursors.cursors))
+            state["stream"] = {"cursors": cursors, "repeated": self.cursors.repeated}
         return state
 
     def description(self) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from sa3dist import encode
-from sa3dist.data.batches.loader import MicroBatches, loader
-from sa3dist.data.batches.micro_batch import StreamSettings
+from sa3dist.data.batches.encode_on_demand import EncodeOnDemand
+from sa3dist.data.batches.loader import MicroBatches
+from sa3dist.data.batches.micro_batch import SampleSettings
 from sa3dist.data.batches.order import clip_order
 from sa3dist.data.latents import cache
 from sa3dist.data.latents.tensor_files import write_tensors
@@ -62,7 +62,7 @@ def write_index(work, count):
 
 def stream_of(work):
     encoded = cache.EncodedClips(DatasetIndex.read(work), work, Base, "a", "b")
-    return encoded, MicroBatches(encoded, StreamSettings(3, 2, 129, 0.1, "file", None, WINDOW))
+    return encoded, MicroBatches(encoded, SampleSettings(3, 2, 129, 0.1, "file", None, WINDOW))
 
 
 def write_first_latents(work, slots):
@@ -93,9 +93,8 @@ def measure(work, count):
         DatasetIndex.read(work)
     report["read_index"] = read_time.figures()
     with Timed() as first_time:
-        encoded, batches = stream_of(work)
-        first_use = encode.FirstUse(Base, encoded, batches.order, 2)
-        source = loader(batches, first_use.audio.over(range(4)), first_use.prepare, 1, torch.device("cpu"))
+        _, batches = stream_of(work)
+        source = EncodeOnDemand(Base, batches).batches(range(4), 1, torch.device("cpu"))
         first = next(source)
     assert len(first.clips) == 2
     source.close()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any
 
 import torch
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sa3dist.errors import Interrupted
 from sa3dist.runtime.exit_status import no_shared_memory
@@ -55,3 +56,28 @@ def leave_signals_to_the_main_process(worker: int) -> None:
     # A terminal's Ctrl-C and Slurm's signals reach the whole process group; a worker that dies of one fails the step.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def results_of_workers(
+    dataset: Dataset, num_workers: int, device: torch.device, sampler: Iterable[int] | None = None
+) -> Generator[Any, None, None]:
+    """What loader processes make of ``dataset``, in order, in pinned memory where ``device`` is CUDA.
+
+    An SA3DistError comes as a value: raised in the process, its one line would be buried under a worker's traceback.
+    """
+    ready = DataLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals_to_the_main_process,
+    )
+    # By a name: the loop alone would let go of the processes, and wait for them, before they can be killed.
+    with naming_shared_memory():
+        results = iter(ready)
+    try:
+        with hanging_processes_left_behind():
+            yield from results
+    finally:
+        del results

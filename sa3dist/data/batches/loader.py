@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from sa3dist.data.batches.handover import (
-    hanging_processes_left_behind,
-    leave_signals_to_the_main_process,
-    naming_shared_memory,
-    share,
-)
-from sa3dist.data.batches.micro_batch import MicroBatch, Sample, StreamSettings, collate, draw_sample
+from sa3dist.data.batches.handover import results_of_workers, share
+from sa3dist.data.batches.micro_batch import MicroBatch, Sample, SampleSettings, collate, draw_sample
 from sa3dist.data.batches.order import clip_order, micro_batch_slots
 from sa3dist.data.latents.cache import EncodedClips, frames_of
 from sa3dist.errors import SA3DistError
@@ -31,14 +27,14 @@ def micro_indices(first_step: int, last_step: int, accumulation: int, dist_rank:
 class MicroBatches(Dataset):
     """Micro batch by its global index: the loader's workers do the reading, cropping, drawing and coupling."""
 
-    def __init__(self, encoded: EncodedClips, settings: StreamSettings) -> None:
+    def __init__(self, encoded: EncodedClips, settings: SampleSettings) -> None:
         self.encoded = encoded
         self.settings = settings
         lengths = [min(settings.crop_frames, frames_of(clip, encoded)) for clip in encoded.clips]
         self.order = clip_order(settings.seed, lengths, settings.micro_batch, settings.bucket_batches)
 
     def __len__(self) -> int:
-        raise TypeError("the stream of micro batches has no end")
+        raise TypeError("micro batches have no last one")
 
     def __getitem__(self, micro_index: int) -> MicroBatch | SA3DistError:
         slots = micro_batch_slots(micro_index, self.settings.micro_batch)
@@ -47,7 +43,6 @@ class MicroBatches(Dataset):
             share(batch.tensors())
             return batch
         except SA3DistError as problem:
-            # As a value: the loader would bury its one line under a worker's traceback.
             return problem
 
     def _sample(self, slot: int) -> Sample:
@@ -62,7 +57,7 @@ def loader(
     before: Callable[[int], None],
     num_workers: int,
     device: torch.device,
-    after: Callable[[int], None] | None = None,
+    after: Callable[[int], None] = lambda index: None,
 ) -> Generator[MicroBatch, None, None]:
     """Micro batches in the order of ``indices``, prepared ahead by worker processes.
 
@@ -81,32 +76,16 @@ def loader(
                     issued.append(index)
                     yield index
             except Exception as problem:
-                # Raised through the loader it would hold on to it, and so to processes that the exit waits for.
+                # Re-raised after the loop: inside the DataLoader the traceback would keep its workers alive at exit.
                 problems.append(problem)
 
-    ready = DataLoader(
-        batches,
-        sampler=Order(),
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=leave_signals_to_the_main_process,
-    )
-    # By a name: the loop alone would let go of the processes, and wait for them, before they can be killed.
-    with naming_shared_memory():
-        handed = iter(ready)
-    try:
-        with hanging_processes_left_behind():
-            for batch in handed:
-                if problems:
-                    break
-                if isinstance(batch, SA3DistError):
-                    raise batch
-                index = issued.popleft()
-                if after:
-                    after(index)
-                yield batch.to(device)
-    finally:
-        del handed
+    with contextlib.closing(results_of_workers(batches, num_workers, device, Order())) as results:
+        for batch in results:
+            if problems:
+                break
+            if isinstance(batch, SA3DistError):
+                raise batch
+            after(issued.popleft())
+            yield batch.to(device)
     if problems:
         raise problems[0]

@@ -26,7 +26,7 @@ PROMPT_STEP = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamSettings:
+class SampleSettings:
     """What the samples depend on besides the clips themselves. ``shift`` is the base's, None where it has none.
 
     bucket_batches   micro batches whose clips are sorted by length together; 1 = plain shuffle
@@ -107,7 +107,7 @@ def draw_sample(
     clip: ClipEntry,
     latents: ClipLatents,
     prompt: tuple[torch.Tensor, torch.Tensor],
-    settings: StreamSettings,
+    settings: SampleSettings,
     framing: EncodedClips,
 ) -> Sample:
     """Draw the crop, the extension and the prompt's dropout of one slot.
@@ -155,7 +155,7 @@ class Sample:
     effective_frames: int
 
 
-def collate(samples: list[Sample], settings: StreamSettings) -> MicroBatch:
+def collate(samples: list[Sample], settings: SampleSettings) -> MicroBatch:
     """Draw each slot's t, noise and mask; pad to the longest sample; couple, mix and form the target."""
     seed = settings.seed
     lengths = [sample.frames for sample in samples]

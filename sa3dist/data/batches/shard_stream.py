@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sa3dist.data.batches.worker_shards import Cursor, Lane
+from sa3dist.data.batches.worker_shards import StreamCursor, WorkerShards
 from sa3dist.data.latents.shards import FLIPPED, LATENTS, MEND, PROMPT, SHARD_INDEX_VERSION, Encoders
 from sa3dist.data.remote.download import download, remote_info
 from sa3dist.data.remote.fetch import filesystem, is_remote, redacted
@@ -28,7 +28,8 @@ from sa3dist.formats import ClipEntry, is_sealed, remove_stale
 # Members without data, whatever their header says.
 _NO_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
 
-Sample = dict[str, Any]
+# A clip's members by extension, as webdataset groups them.
+TarSample = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,36 +67,41 @@ class ShardSource:
     max_bytes: int
 
     def clips(
-        self, lane: Lane, cursor: Cursor, buffer: int, should_stop: Callable[[], bool] = lambda: False
-    ) -> Iterator[tuple[ShardClip, Cursor, bool]]:
-        """The endless clips of a lane from its cursor on: (clip, cursor behind it, whether it is a repeat).
+        self, worker: WorkerShards, cursor: StreamCursor, buffer: int, should_stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[ShardClip, StreamCursor, bool]]:
+        """The endless clips of a worker from its cursor on: (clip, cursor behind it, whether it is a repeat).
 
         buffer   clips the shuffle mixes
         Raises DataError or EnvironmentFailure, naming the shard, when one cannot be used.
         """
-        passed, begin, skip = cursor
+        epoch, begin, skip = cursor
         while True:
-            segments, borrowed = lane.segments(passed)
+            segments, borrowed = worker.segments(epoch)
             for number in range(begin, len(segments)):
-                shuffle = random.Random(lane.shuffle_seed(passed, number))
+                shuffle = random.Random(worker.shuffle_seed(epoch, number))
                 urls = [self.urls[shard] for shard in segments[number]]
-                for used, clip in enumerate(self._segment(urls, buffer, shuffle, lane, should_stop), start=1):
+                for used, clip in enumerate(self._segment(urls, buffer, shuffle, worker, should_stop), start=1):
                     if used > skip:
-                        yield clip, Cursor(passed, number, used), borrowed or passed > 0
+                        yield clip, StreamCursor(epoch, number, used), borrowed or epoch > 0
                 skip = 0
-            passed, begin = passed + 1, 0
+            epoch, begin = epoch + 1, 0
 
     def _segment(
-        self, urls: list[str], buffer: int, shuffle: random.Random, lane: Lane, should_stop: Callable[[], bool]
+        self,
+        urls: list[str],
+        buffer: int,
+        shuffle: random.Random,
+        worker: WorkerShards,
+        should_stop: Callable[[], bool],
     ) -> Iterator[ShardClip]:
         import webdataset
 
         # The place of another run on the same shards is another one.
         mine = f"{socket.gethostname()}-{os.getpid()}"
-        scratch = self.scratch / f"{lane.dist_rank}-{lane.number}-{mine}.part"
+        scratch = self.scratch / f"{worker.dist_rank}-{worker.number}-{mine}.part"
         reading = [""]
 
-        def opened(sources: Iterable[Sample]) -> Iterator[Sample]:
+        def opened(sources: Iterable[TarSample]) -> Iterator[TarSample]:
             for source in sources:
                 reading[0] = redacted(source["url"])
                 with self._open(source["url"], scratch, should_stop) as stream:
@@ -119,7 +125,7 @@ class ShardSource:
             reason = short_reason(error.args[0] if error.args else error)
             raise EnvironmentFailure(f"{reading[0]}: no readable shard ({reason}); make or copy it again") from error
         for url in urls:
-            # Also because a lane whose shards are all empty would look for a clip forever.
+            # Also because a worker whose shards are all empty would look for a clip forever.
             if redacted(url) not in seen:
                 raise DataError(f"{redacted(url)}: holds no clip; leave it out")
 
@@ -168,7 +174,7 @@ def check_tar(stream: BinaryIO, label: str) -> None:
     stream.seek(0)
 
 
-def latent_clips(samples: Iterable[Sample], encoders: Encoders) -> Iterator[ShardClip]:
+def latent_clips(samples: Iterable[TarSample], encoders: Encoders) -> Iterator[ShardClip]:
     """Clips of latent shards; each gets its caption's features. A clip that is missing or damaged ends the run."""
     shard, count, of = "", 0, 0
     prompts: dict[str, tuple[bytes, str]] = {}
@@ -192,7 +198,7 @@ def latent_clips(samples: Iterable[Sample], encoders: Encoders) -> Iterator[Shar
     _expect(shard, count, of)
 
 
-def _facts(sample: Sample, encoders: Encoders) -> dict[str, Any]:
+def _facts(sample: TarSample, encoders: Encoders) -> dict[str, Any]:
     shard = redacted(sample["__url__"])
     data = sample.get("json", b"")
     if not is_sealed(data):
@@ -214,7 +220,7 @@ def _expect(shard: str, count: int, of: int) -> None:
         raise EnvironmentFailure(f"{redacted(shard)}: clip {min(count, of)} is not in its place; {MEND}")
 
 
-def audio_clips(samples: Iterable[Sample]) -> Iterator[ShardClip]:
+def audio_clips(samples: Iterable[TarSample]) -> Iterator[ShardClip]:
     """Clips of audio shards with their captions. What cannot be used raises DataError, naming shard and clip."""
     for sample in samples:
         shard, key = redacted(sample["__url__"]), sample["__key__"]

@@ -1,9 +1,11 @@
-"""Streaming mode: micro batches from shards too many to index, drawn by slot as always, continued where a lane was."""
+"""Streaming mode: micro batches from shards too many to index, drawn by slot as always, continued at saved cursors."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import multiprocessing
 import os
@@ -11,24 +13,24 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from sa3dist.data.batches.handover import (
     hanging_processes_left_behind,
-    leave_signals_to_the_main_process,
     naming_shared_memory,
+    results_of_workers,
     share,
 )
 from sa3dist.data.batches.micro_batch import (
     MicroBatch,
     Sample,
-    StreamSettings,
+    SampleSettings,
     collate,
     draw_sample,
 )
 from sa3dist.data.batches.order import micro_batch_slots
 from sa3dist.data.batches.shard_stream import ShardClip, ShardSource
-from sa3dist.data.batches.worker_shards import Cursor, Lane, LanePlaces
+from sa3dist.data.batches.worker_shards import RankCursors, StreamCursor, WorkerShards
 from sa3dist.data.latents.cache import EncodedClips, clip_latents, padded_prompt
 from sa3dist.data.latents.shards import FLIPPED, LATENTS, PROMPT
 from sa3dist.data.latents.source import StreamedDataset
@@ -39,7 +41,6 @@ from sa3dist.data.source.resample import ready_audio
 from sa3dist.errors import SA3DistError
 from sa3dist.flow.crops import polarity_of_slot
 from sa3dist.formats import ClipEntry
-from sa3dist.runtime.process_group import Group
 
 log = logging.getLogger(__name__)
 
@@ -60,11 +61,10 @@ class StreamedClips(EncodedClips):
 
     def check_first(self) -> None:
         """Read the first clip, so that a wrong source or base is refused at once. Raises DataError."""
-        lane = Lane(0, 1, 0, 1, 0, 1)
         first = dataclasses.replace(self.source, urls=self.source.urls[:1])
-        next(first.clips(lane, Cursor(), buffer=1))
+        next(first.clips(WorkerShards(0, 1, 0, 1, 0, 1), StreamCursor(), buffer=1))
 
-    def sample(self, slot: int, found: ShardClip, settings: StreamSettings) -> Sample:
+    def sample(self, slot: int, found: ShardClip, settings: SampleSettings) -> Sample:
         """The sample of a slot from a clip of a latent shard."""
         kind = FLIPPED if polarity_of_slot(settings.seed, slot) else LATENTS
         where = Path(found.shard)
@@ -78,15 +78,15 @@ class StreamedClips(EncodedClips):
 
 @dataclasses.dataclass
 class Handed:
-    """What a lane hands over: a micro batch, decoded clips still to be encoded, or what went wrong; and its place.
+    """What a worker hands over: a micro batch, or decoded clips still to be encoded; and its cursor after that.
 
     repeated   clips of it that the set has given before
     """
 
-    lane: int
-    cursor: Cursor
+    worker: int
+    cursor: StreamCursor
     repeated: int
-    content: MicroBatch | list[Decoded] | SA3DistError
+    content: MicroBatch | list[Decoded]
 
     def pin_memory(self) -> Handed:
         if not isinstance(self.content, MicroBatch):
@@ -95,20 +95,21 @@ class Handed:
 
 
 class StreamedBatches(IterableDataset):
-    """The micro batches of one rank from its ``first`` on, made by one lane per loader process in turn."""
+    """The micro batches of one rank from its ``first`` on, made by its workers (loader processes) in turn."""
 
     def __init__(
         self,
         encoded: StreamedClips,
-        settings: StreamSettings,
-        group: Group,
-        cursors: list[Cursor],
+        settings: SampleSettings,
+        dist_rank: int,
+        world_size: int,
+        cursors: list[StreamCursor],
         first: int,
         buffer: int,
     ) -> None:
-        """first: how many micro batches this rank has trained on; cursors: of its lanes; buffer: clips a lane mixes."""
+        """first: how many micro batches this rank has trained on; cursors: by worker; buffer: clips a worker mixes."""
         self.encoded, self.settings, self.buffer = encoded, settings, buffer
-        self._rank, self._world_size = group.dist_rank, group.world_size
+        self._rank, self._world_size = dist_rank, world_size
         self._first, self._cursors = first, list(cursors)
         with naming_shared_memory():
             self._ended = multiprocessing.Event()
@@ -118,17 +119,16 @@ class StreamedBatches(IterableDataset):
         """Tell the loader processes that nobody waits for them any more."""
         self._ended.set()
 
-    def __iter__(self) -> Iterator[Handed]:
-        worker = get_worker_info()
-        begin = self._first + (worker.id if worker else 0)
-        # The loader asks its processes in turn; which lane comes next does not depend on where a run was continued.
-        lanes = len(self._cursors)
-        number = begin % lanes
+    def __iter__(self) -> Iterator[Handed | SA3DistError]:
+        process = get_worker_info()
+        begin = self._first + (process.id if process else 0)
+        # The loader asks its processes in turn; which worker comes next does not depend on where a run was continued.
+        workers = len(self._cursors)
+        number = begin % workers
         cursor, source = self._cursors[number], self.encoded.source
-        lane = Lane(self.settings.seed, len(source.urls), self._rank, self._world_size, number, lanes)
-        clips = source.clips(lane, cursor, self.buffer, self._should_stop)
-        local = begin
-        while True:
+        shards = WorkerShards(self.settings.seed, len(source.urls), self._rank, self._world_size, number, workers)
+        clips = source.clips(shards, cursor, self.buffer, self._should_stop)
+        for local in itertools.count(begin, workers):
             slots = micro_batch_slots(local * self._world_size + self._rank, self.settings.micro_batch)
             content: list[Sample] | list[Decoded] = []
             repeats = 0
@@ -142,12 +142,10 @@ class StreamedBatches(IterableDataset):
                     share(content.tensors())
                 else:
                     share(audio_CN for _, _, audio_CN in content)
-                yield Handed(number, cursor, repeats, content)
             except SA3DistError as problem:
-                # As a value: the loader would bury its one line under a worker's traceback.
-                yield Handed(number, cursor, repeats, problem)
+                yield problem
                 return
-            local += lanes
+            yield Handed(number, cursor, repeats, content)
 
     def _read(self, slot: int, found: ShardClip) -> Sample | Decoded:
         if self.encoded.source.encoders is not None:
@@ -162,7 +160,7 @@ class StreamedBatches(IterableDataset):
 def finisher(
     base,
     encoded: StreamedClips,
-    settings: StreamSettings,
+    settings: SampleSettings,
     before_work: Callable[[str], None] = lambda doing: None,
 ) -> Callable[[list[Decoded]], MicroBatch]:
     """A function that encodes decoded clips, whole and in their slot's polarity, and makes the micro batch.
@@ -194,32 +192,22 @@ def finisher(
 def streaming_loader(
     batches: StreamedBatches,
     finish: Callable[[list[Decoded]], MicroBatch],
-    places: LanePlaces,
+    cursors: RankCursors,
     num_workers: int,
     device: torch.device,
 ) -> Generator[MicroBatch, None, None]:
-    """The endless micro batches of one rank; ``places.ahead`` follows what has been handed to the loop."""
+    """The endless micro batches of one rank; ``cursors.ahead`` follows what has been handed to the loop."""
     # Before the loader forks: each of its processes would take a second to import it.
     import webdataset  # noqa: F401
 
-    ready = DataLoader(
-        batches,
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=leave_signals_to_the_main_process,
-    )
-    # By a name: the loop alone would let go of the processes, and wait for them, before they can be killed.
-    with naming_shared_memory():
-        all_handed = iter(ready)
-    try:
-        with hanging_processes_left_behind():
+    all_handed = results_of_workers(batches, num_workers, device)
+    with contextlib.closing(all_handed), hanging_processes_left_behind():
+        try:
             for handed in all_handed:
-                if isinstance(handed.content, SA3DistError):
-                    raise handed.content
+                if isinstance(handed, SA3DistError):
+                    raise handed
                 batch = handed.content if isinstance(handed.content, MicroBatch) else finish(handed.content)
-                places.ahead[handed.lane] = handed.cursor
+                cursors.ahead[handed.worker] = handed.cursor
                 yield dataclasses.replace(batch, repeated_clips=handed.repeated).to(device)
-    finally:
-        batches.end()
-        del all_handed
+        finally:
+            batches.end()

@@ -26,6 +26,7 @@ from sa3dist.data.latents.tensor_files import unpack_tensors, write_tensors
 from sa3dist.data.source.audio import load_clip_audio
 from sa3dist.data.source.resample import resampled_length
 from sa3dist.errors import DataError, EnvironmentFailure
+from sa3dist.flow.crops import polarity_of_slot
 from sa3dist.formats import ClipEntry, DatasetIndex, digest_of
 
 # Frames of silence kept behind every clip: more than twice SAME-L's reach (12 layers x 1 frame), so that the clip's end
@@ -167,10 +168,26 @@ class EncodedClips:
         """Whether the latents of either polarity are still to be made."""
         return not all(self.has_latents(clip, flipped) for flipped in (False, True))
 
-    def encode_latents(self, base, clip: ClipEntry, flipped: bool, audio_CN: torch.Tensor | None = None) -> None:
-        """Encode one clip and publish its file, unless that is done already; audio_CN: its ``audio``, if at hand."""
+    def slot_bytes(self, clip: ClipEntry) -> int:
+        """Of what ``load_slot`` returns: float32 stereo."""
+        return 8 * frames_of(clip, self) * self.samples_per_frame
+
+    def load_slot(self, clip: ClipEntry, seed: int, slot: int) -> torch.Tensor | None:
+        """The audio that encoding the clip for ``slot`` takes; None where that is encoded. Any thread may call it."""
+        return None if self.has_latents(clip, polarity_of_slot(seed, slot)) else self.audio(clip)
+
+    def encode_slot(self, base, clip: ClipEntry, seed: int, slot: int, loaded_CN: torch.Tensor | None) -> Path | None:
+        """Encode the clip for ``slot`` from what ``load_slot`` has returned, unless that is done already.
+
+        Returns a file that serves nothing but this slot's crop; None where what was encoded serves every epoch.
+        """
+        flipped = polarity_of_slot(seed, slot)
         if not self.has_latents(clip, flipped):
-            self.encode_together(base, [(clip, flipped, self.audio(clip) if audio_CN is None else audio_CN)])
+            self.encode_together(base, [(clip, flipped, self.audio(clip) if loaded_CN is None else loaded_CN)])
+        return None
+
+    def let_go(self, path: Path) -> None:
+        """A file that ``encode_slot`` has returned is needed by no micro batch on its way any more."""
 
     def audio(self, clip: ClipEntry) -> torch.Tensor:
         """The whole clip, float32 (2, n) at the base's sample rate."""

@@ -8,14 +8,11 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from sa3dist.data.batches.order import ClipOrder, micro_batch_slots
-from sa3dist.data.batches.read_ahead import ReadAhead
 from sa3dist.data.latents.cache import ENCODING_VERSION, EncodedClips, frame_peaks
 from sa3dist.data.latents.tensor_files import read_tensors, write_tensors
 from sa3dist.data.source.audio import load_clip_audio
@@ -123,53 +120,10 @@ class EncodedCrops(EncodedClips):
         flipped = polarity_of_slot(seed, slot)
         return self.crop_path(clip, flipped, start), start, flipped
 
-    @property
-    def crop_bytes(self) -> int:
+    def slot_bytes(self, clip: ClipEntry) -> int:
         """Of what ``load_slot`` returns."""
         return 8 * self._limit * self.samples_per_frame
 
-
-class CropsInFlight:
-    """Encodes the crops of micro batches on their way to the step, and lets go of them when they have been used."""
-
-    def __init__(
-        self,
-        base,
-        encoded: EncodedCrops,
-        order: ClipOrder,
-        micro_batch: int,
-        before_work: Callable[[str], None] = lambda doing: None,
-        check_stop: Callable[[], None] = lambda: None,
-    ) -> None:
-        """before_work: called with what is about to be done; what it, or check_stop, raises ends the step."""
-        self._before_work = before_work
-        self._base, self._encoded, self._order, self._micro_batch = base, encoded, order, micro_batch
-        self.audio = ReadAhead(self._read, micro_batch, check_stop)
-        self._held: dict[int, list[Path]] = {}
-        self._uses: Counter[Path] = Counter()
-
-    def _clip_of(self, slot: int) -> ClipEntry:
-        return self._encoded.clips[self._order.clip_of_slot(slot)]
-
-    def _read(self, slot: int) -> torch.Tensor | None:
-        return self._encoded.load_slot(self._clip_of(slot), self._order.seed, slot)
-
-    def prepare(self, micro_index: int) -> None:
-        paths = []
-        for slot in micro_batch_slots(micro_index, self._micro_batch):
-            clip = self._clip_of(slot)
-            self._before_work(f"encoding a crop of clip {clip.key}")
-            crop_CN = self.audio.take(slot)
-            self._encoded.encode_prompts(self._base, [clip.caption])
-            paths.append(self._encoded.encode_slot(self._base, clip, self._order.seed, slot, crop_CN))
-        self._uses.update(paths)
-        self._held[micro_index] = paths
-
-    def used(self, micro_index: int) -> None:
-        """The micro batch has been read: crops that no other one on its way needs are removed unless they are kept."""
-        for path in self._held.pop(micro_index):
-            self._uses[path] -= 1
-            if not self._uses[path]:
-                del self._uses[path]
-                if not self._encoded.keep:
-                    path.unlink(missing_ok=True)
+    def let_go(self, path: Path) -> None:
+        if not self.keep:
+            path.unlink(missing_ok=True)

@@ -13,7 +13,6 @@ from pathlib import Path
 from sa3dist.data.remote.fetch import MAX_TOTAL_BYTES
 from sa3dist.data.source import check
 from sa3dist.data.source.archive import Pair, open_source, pair_members
-from sa3dist.data.source.bounded_map import ordered_map
 from sa3dist.data.source.check import (
     Measure,
     check_count,
@@ -26,6 +25,7 @@ from sa3dist.data.source.check import (
 )
 from sa3dist.data.source.clip_stats import read_facts, read_stats, write_stats
 from sa3dist.data.source.containers import Container
+from sa3dist.data.source.prefetch import prefetch
 from sa3dist.data.source.shard_split import FinishedShards, split, update_report, write_report
 from sa3dist.data.source.tar_writer import shard_name, write_shard
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted
@@ -170,7 +170,7 @@ def _write(
             return earlier.reuse(clips, target) or write_shard(target, clips, read_audio)
 
         # One clip of a shard is in memory at a time.
-        for _, (shard, clips) in ordered_map(write, enumerate(groups), lambda _: 0, num_workers):
+        for _, (shard, clips) in prefetch(write, enumerate(groups), lambda _: 0, num_workers):
             shards.append(shard)
             placed += clips
         index = dataclasses.replace(index, directory=temporary, clips=tuple(placed), shards=tuple(shards))

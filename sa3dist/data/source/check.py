@@ -10,10 +10,10 @@ from pathlib import Path
 
 from sa3dist.data.source.archive import Listing, Pair
 from sa3dist.data.source.audio import AudioFacts, check_audio, check_whole
-from sa3dist.data.source.bounded_map import ordered_map
 from sa3dist.data.source.captions import read_caption
 from sa3dist.data.source.clip_stats import ClipStats, Measured
 from sa3dist.data.source.containers import Container
+from sa3dist.data.source.prefetch import prefetch
 from sa3dist.errors import DataError, Interrupted, counted, printable
 from sa3dist.formats import ClipEntry, DatasetIndex, LeftOut, digest_of
 
@@ -40,20 +40,17 @@ def checked_clips(
 
     keep   called with the digest and the audio bytes of every good clip
     """
-
-    def check_stop() -> None:
-        if should_stop():
-            raise Interrupted(f"{container.label}: stopped while checking clips; run again")
-
-    checked = ordered_map(
+    checked = prefetch(
         lambda pair: _check(container, pair, facts_of, keep),
         listing.pairs,
         lambda pair: pair.audio.size,
         num_workers,
-        check_stop,
     )
-    for pair, (clip, problems) in checked:
-        yield pair, clip, problems
+    with contextlib.closing(checked):
+        for pair, (clip, problems) in checked:
+            if should_stop():
+                raise Interrupted(f"{container.label}: stopped while checking clips; run again")
+            yield pair, clip, problems
 
 
 def _check(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sa3dist.data.batches.loader import MicroBatches, loader
-from sa3dist.data.batches.micro_batch import StreamSettings
+from sa3dist.data.batches.micro_batch import SampleSettings
 from sa3dist.data.latents.cache import ClipLatents
 from sa3dist.errors import DataError, EnvironmentFailure
 from sa3dist.flow.crops import polarity_of_slot
@@ -44,7 +44,7 @@ class Clips:
 
 def make_settings(**changes):
     values = {"seed": 3, "micro_batch": 2, "crop_frames": 20, "prompt_dropout": 0.1, "seconds_total_of": "file"}
-    return StreamSettings(**{**values, "shift": ShiftConfig(), **changes})
+    return SampleSettings(**{**values, "shift": ShiftConfig(), **changes})
 
 
 def fields(batch):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sa3dist.data.batches.loader import MicroBatches, loader, micro_indices
-from sa3dist.data.batches.micro_batch import StreamSettings
+from sa3dist.data.batches.micro_batch import SampleSettings
 from sa3dist.data.batches.order import ClipOrder, clip_order, epoch_order, micro_batch_slots
 from sa3dist.data.latents.cache import ClipLatents
 from sa3dist.formats import ClipEntry
@@ -187,7 +187,7 @@ def clips_of_numbers(clips):
 
 def through_real_workers(clips, micro_batch, window, world, dist_ranks, workers, first, last):
     """Keys of the clips of some ranks' micro batches in some steps, as a loader with real processes gives them."""
-    settings = StreamSettings(3, micro_batch, 8, 0.0, "file", None, bucket_batches=window)
+    settings = SampleSettings(3, micro_batch, 8, 0.0, "file", None, bucket_batches=window)
     ranks = []
     for dist_rank in dist_ranks:
         # Everything fresh, as a process that has just been started has it.

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from sa3dist import train
 from sa3dist.data.latents.cache import EncodedClips
+from sa3dist.data.latents.pieces import whole_pieces
 from sa3dist.data.latents.shards import latent_shard_name, write_latent_shard
 from sa3dist.data.source.build import build_shards
 from sa3dist.encode import encode_all
@@ -36,7 +37,7 @@ def shards(tmp_path_factory, demo_base):
     index = build_shards(str(write_zip(folder / "a.zip", captioned(sum(SIZES), seconds=0.4))), folder / "work")
     digests = base.autoencoder_digest(), base.text_encoder_digest()
     encoded = EncodedClips(index, folder / "work", base, *digests)
-    encode_all(base, encoded, alone, StopRequest())
+    encode_all(base, whole_pieces(encoded), alone, StopRequest())
     begin = 0
     for number, size in enumerate(SIZES):
         path, clips = folder / "shards" / latent_shard_name(number), index.clips[begin : begin + size]

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from sa3dist import config
-from sa3dist.data.batches import read_ahead
-from sa3dist.data.batches.loader import MicroBatches, loader
-from sa3dist.data.batches.micro_batch import StreamSettings
+from sa3dist.data.batches import encode_on_demand
+from sa3dist.data.batches.encode_on_demand import EncodeOnDemand
+from sa3dist.data.batches.loader import MicroBatches
+from sa3dist.data.batches.micro_batch import SampleSettings
 from sa3dist.data.latents import crops as data_crops
 from sa3dist.data.latents.cache import EncodedClips
-from sa3dist.data.latents.crops import CropsInFlight, EncodedCrops
+from sa3dist.data.latents.crops import EncodedCrops
+from sa3dist.data.latents.pieces import CropPiece, caption_pieces
 from sa3dist.data.source.audio import load_clip_audio
 from sa3dist.data.source.build import build_shards
 from sa3dist.encode import encode_all
@@ -48,7 +50,7 @@ def crops_of(index, base, work_dir, keep):
 
 
 def stream_of(encoded):
-    return MicroBatches(encoded, StreamSettings(3, 2, LIMIT, 0.1, "file", None))
+    return MicroBatches(encoded, SampleSettings(3, 2, LIMIT, 0.1, "file", None))
 
 
 def test_a_crop_is_what_encoding_its_audio_alone_gives(index, base, tmp_path):
@@ -70,44 +72,35 @@ def test_a_crop_is_what_encoding_its_audio_alone_gives(index, base, tmp_path):
     assert len(starts) > 3
 
 
-@pytest.mark.parametrize(("workers", "room"), [(0, read_ahead.WAITING_BYTES), (1, 1)])
+@pytest.mark.parametrize(("workers", "room"), [(0, encode_on_demand.WAITING_BYTES), (1, 1)])
 def test_on_the_fly_gives_the_samples_of_kept_crops_and_leaves_no_file(
     index, base, tmp_path, workers, room, monkeypatch
 ):
-    monkeypatch.setattr(read_ahead, "WAITING_BYTES", room)
+    monkeypatch.setattr(encode_on_demand, "WAITING_BYTES", room)
     kept = crops_of(index, base, tmp_path / "kept", keep=True)
     flying = crops_of(index, base, tmp_path / "flying", keep=False)
     batches = []
     for encoded in (kept, flying):
         stream = stream_of(encoded)
-        crops = CropsInFlight(base, encoded, stream.order, 2)
-        batches.append(list(loader(stream, crops.audio.over(range(7)), crops.prepare, workers, CPU, after=crops.used)))
-        crops.audio.close()
+        batches.append(list(EncodeOnDemand(base, stream).batches(range(7), workers, CPU)))
     for one, other in zip(*batches, strict=True):
         assert one.clips == other.clips
         assert torch.equal(one.noised_BDT, other.noised_BDT)
     assert len(list((tmp_path / "kept" / "latents").rglob("*.safetensors"))) >= 7
     assert not list((tmp_path / "flying" / "latents").rglob("*.safetensors"))
-    del stream, crops, encoded, flying, kept
+    del stream, encoded, flying, kept
     gc.collect()
     assert not list((tmp_path / "flying" / "latents").iterdir())
 
 
 def test_a_crop_stays_while_another_micro_batch_on_its_way_needs_it(index, base, tmp_path):
     encoded = crops_of(index, base, tmp_path, keep=False)
-    stream = stream_of(encoded)
-    crops = CropsInFlight(base, encoded, stream.order, 2)
-    for micro_index in range(30):
-        crops.prepare(micro_index)
-    for micro_index in range(30):
-        # Reading after the ones before have been let go.
-        assert not isinstance(stream[micro_index], Exception), stream[micro_index]
-        crops.used(micro_index)
+    # Four micro batches at a time are on their way; most clips are shorter than a crop, which then is always the same.
+    assert len(list(EncodeOnDemand(base, stream_of(encoded)).batches(range(30), 2, CPU))) == 30
     assert not list((tmp_path / "latents").rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("threaded", [False, True])
-def test_audio_is_read_by_another_thread_and_not_again_for_what_is_there(index, base, tmp_path, monkeypatch, threaded):
+def test_audio_is_read_by_another_thread_and_not_again_for_what_is_there(index, base, tmp_path, monkeypatch):
     read = []
 
     def watched(index, clip, *args):
@@ -117,21 +110,15 @@ def test_audio_is_read_by_another_thread_and_not_again_for_what_is_there(index, 
     monkeypatch.setattr(data_crops, "load_clip_audio", watched)
     encoded = crops_of(index, base, tmp_path, keep=True)
     stream = stream_of(encoded)
-    crops = CropsInFlight(base, encoded, stream.order, 2)
-    indices = crops.audio.over(range(20)) if threaded else range(20)
-    found = list(loader(stream, indices, crops.prepare, 0, CPU, after=crops.used))
-    crops.audio.close()
-    assert {main for _, main, _ in read} == {not threaded}
+    found = list(EncodeOnDemand(base, stream).batches(range(20), 0, CPU))
+    assert {main for _, main, _ in read} == {False}
     # Every clip once as a whole, for its peaks; after that only crops.
     whole = [key for key, _, arguments in read if arguments == 1]
     assert sorted(whole) == sorted(clip.key for clip in index.clips)
     assert {key for key, _, arguments in read if arguments == 3} >= {"long"}
     read.clear()
-    again = CropsInFlight(base, encoded, stream.order, 2)
-    indices = again.audio.over(range(20)) if threaded else range(20)
-    for one, other in zip(found, loader(stream, indices, again.prepare, 0, CPU, after=again.used), strict=True):
+    for one, other in zip(found, EncodeOnDemand(base, stream).batches(range(20), 0, CPU), strict=True):
         assert torch.equal(one.noised_BDT, other.noised_BDT)
-    again.audio.close()
     assert not read
 
 
@@ -148,10 +135,11 @@ def test_a_crop_that_was_let_go_after_the_look_ahead_is_encoded_again(index, bas
 def test_encoding_ahead_leaves_nothing_to_encode_on_the_way(index, base, tmp_path, monkeypatch):
     encoded = crops_of(index, base, tmp_path, keep=True)
     stream = stream_of(encoded)
-    encode_all(base, encoded, Group(0, 1, CPU), StopRequest(), order=stream.order, slots=14)
+    clips = [index.clips[stream.order.clip_of_slot(slot)] for slot in range(14)]
+    pieces = [CropPiece(encoded, clip, 3, slot) for slot, clip in enumerate(clips)]
+    encode_all(base, caption_pieces(encoded, 1) + pieces, Group(0, 1, CPU), StopRequest())
     monkeypatch.setattr(type(base), "encode_audio", lambda *_: pytest.fail("encoded again"))
-    crops = CropsInFlight(base, encoded, stream.order, 2)
-    assert len(list(loader(stream, iter(range(7)), crops.prepare, 0, CPU, after=crops.used))) == 7
+    assert len(list(EncodeOnDemand(base, stream).batches(range(7), 0, CPU))) == 7
 
 
 def test_a_crop_of_whole_latents_differs_near_its_ends_only(index, base, tmp_path):
@@ -160,7 +148,7 @@ def test_a_crop_of_whole_latents_differs_near_its_ends_only(index, base, tmp_pat
     clip = index.clips[number]
     for slot in range(6):
         flipped = polarity_of_slot(3, slot)
-        whole.encode_latents(base, clip, flipped)
+        whole.encode_slot(base, clip, 3, slot, None)
         crops.encode_slot(base, clip, 3, slot)
         one, other = whole.latents(clip, flipped), crops.latents(clip, flipped)
         torch.testing.assert_close(one.peaks_T, other.peaks_T)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sa3dist.data.latents.cache import EncodedClips
+from sa3dist.data.latents.pieces import whole_pieces
 from sa3dist.data.latents.shards import LatentShard
 from sa3dist.data.source.audio import load_clip_audio
 from sa3dist.data.source.build import build_shards
@@ -94,13 +95,13 @@ def work(target): encode_everything(base, index, Path(target))
 @pytest.mark.slow
 def test_a_kill_while_shards_are_collected_loses_nothing(base_dir, index, tmp_path):
     base = load_base(base_dir)
-    encode_all(base, EncodedClips(index, tmp_path / "loose", base, "a", "t"), ALONE, StopRequest())
+    encode_all(base, whole_pieces(EncodedClips(index, tmp_path / "loose", base, "a", "t")), ALONE, StopRequest())
     setup = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from sa3dist.data.latents.cache import EncodedClips
-from sa3dist.data.latents.collect import collect
+from sa3dist.encode import pack_latents
 from sa3dist.formats import DatasetIndex
 from sa3dist.model.loading import load_base
 from sa3dist.runtime.signals import StopRequest
@@ -109,7 +110,7 @@ base = load_base({str(base_dir)!r})
 index = DatasetIndex.read(Path({str(index.directory)!r}))
 def work(target):
     # Nothing here can encode: what a kill loses would be missing.
-    collect(EncodedClips(index, Path(target), base, "a", "t"), ALONE, StopRequest(), max_shard_bytes=30_000)
+    pack_latents(EncodedClips(index, Path(target), base, "a", "t"), ALONE, StopRequest(), max_shard_bytes=30_000)
 """
     draw = random.Random(5)
     partly = 0

@@ -13,6 +13,7 @@ from sa3dist import encode as stage
 from sa3dist import progress as progress_module
 from sa3dist.data.latents import cache
 from sa3dist.data.latents.cache import EncodedClips
+from sa3dist.data.latents.pieces import CAPTION_COST, MAX_PASS_FRAMES, clip_pieces, rows_per_pass, whole_pieces
 from sa3dist.data.source.build import build_shards
 from sa3dist.errors import DataError
 from sa3dist.model.loading import load_base
@@ -41,13 +42,13 @@ def index(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _short_tail(monkeypatch):
-    for module in (cache, stage):
-        monkeypatch.setattr(module, "SILENCE_TAIL_FRAMES", 4)
+    for module in ("cache", "pieces"):
+        monkeypatch.setattr(f"sa3dist.data.latents.{module}.SILENCE_TAIL_FRAMES", 4)
 
 
 def encode_everything(base, index, work_dir, dist_rank=0, world_size=1, batch=1):
     encoded = EncodedClips(index, work_dir, base, "a", "t")
-    stage.encode_all(base, encoded, Group(dist_rank, world_size, CPU), StopRequest(), batch=batch)
+    stage.encode_all(base, whole_pieces(encoded, batch), Group(dist_rank, world_size, CPU), StopRequest())
     return encoded
 
 
@@ -89,8 +90,8 @@ def test_an_interrupted_batch_is_finished_to_the_same_bytes_on_any_number_of_ran
     encoded.latents_path(index.clips[2], True).unlink()
     encoded.latents_path(index.clips[5], False).unlink()
     encoded.prompt_path(index.clips[1].caption).unlink()
-    pieces = stage.clip_pieces(base, encoded, 4)
-    assert [piece.lacking() for piece in pieces] == [False, False, True, True, False]
+    of_clips = clip_pieces(encoded, 4)
+    assert [piece.lacking() for piece in of_clips] == [False, False, True, True, False]
     encode_everything(base, index, tmp_path, batch=4)
     assert published(tmp_path) == whole
 
@@ -98,9 +99,14 @@ def test_an_interrupted_batch_is_finished_to_the_same_bytes_on_any_number_of_ran
 def test_a_pass_holds_no_more_than_one_longest_clip(base, index, tmp_path):
     encoded = EncodedClips(index, tmp_path, base, "a", "t")
     tails = 2 * cache.SILENCE_TAIL_FRAMES
-    for rows, frames in [(64, 7), (2, stage.MAX_PASS_FRAMES // 2 - tails), (1, stage.MAX_PASS_FRAMES // 2), (1, 9999)]:
-        assert stage.rows_per_pass(frames, 64) == rows
-    assert sum(piece.count for piece in stage.clip_pieces(base, encoded, 64)) == len(SECONDS)
+    for rows, frames in [
+        (64, 7),
+        (2, MAX_PASS_FRAMES // 2 - tails),
+        (1, MAX_PASS_FRAMES // 2),
+        (1, 9999),
+    ]:
+        assert rows_per_pass(frames, 64) == rows
+    assert sum(piece.count for piece in clip_pieces(encoded, 64)) == len(SECONDS)
 
 
 def test_a_clip_is_decoded_once_for_both_polarities(base, index, tmp_path, monkeypatch):
@@ -171,8 +177,8 @@ def test_the_time_left_goes_by_what_pieces_cost_not_by_how_many_they_are(base, i
 
     monkeypatch.setattr(stage, "progress", recorded)
     encode_everything(base, index, tmp_path)
-    pieces = stage.clip_pieces(base, EncodedClips(index, tmp_path, base, "a", "t"), 1)
-    costs = [stage.CAPTION_COST] * len(SECONDS) + [piece.cost for piece in pieces]
+    pieces = clip_pieces(EncodedClips(index, tmp_path, base, "a", "t"), 1)
+    costs = [CAPTION_COST] * len(SECONDS) + [piece.cost for piece in pieces]
     done = [sum(costs[:count]) for count in range(1, len(costs) + 1)]
     assert left[0] == math.inf
     expected = [seconds * (sum(costs) - cost) / cost for seconds, cost in enumerate(done, start=1)]

@@ -1,5 +1,6 @@
 """Latent shards as the data set itself: trained on without audio, bit for bit as with it, or refused in one line."""
 
+import functools
 import shutil
 
 import fsspec
@@ -7,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sa3dist import train
-from sa3dist.data.latents import collect
+from sa3dist import encode, train
 from sa3dist.data.latents.shards import LatentShard, latent_shard_name, write_latent_shard
 from sa3dist.data.latents.source import read_latents
 from sa3dist.data.remote.disk_cache import ClipCache
@@ -28,7 +28,7 @@ def made(tmp_path_factory, demo_base):
     words += ["deterministic=true", "batch_size=2", "num_workers=1", "pre_encode=true", "learning_rate=3e-3"]
     source = write_zip(folder / "a.zip", members)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sa3dist.pipeline.collect", lambda *args: collect.collect(*args, max_shard_bytes=45_000))
+        patch.setattr(encode, "pack_latents", functools.partial(encode.pack_latents, max_shard_bytes=45_000))
         assert run(words, folder / "with_audio", f"audio_data_url={source}", f"work_dir={folder / 'work'}") == 0
     (shards,) = (folder / "work/latent_shards").iterdir()
     shutil.copytree(shards, folder / "copied")

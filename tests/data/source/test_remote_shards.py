@@ -367,7 +367,7 @@ def test_a_run_encodes_remote_shards_and_its_cache_keeps_to_cache_bytes(site, lo
     passes = []
     original = base.encode_audio
     base.encode_audio = lambda audio_BCN: passes.append(len(audio_BCN)) or original(audio_BCN)
-    encoded = run.encode(base, index, everything=True)
+    encoded = run.encode(base, index, everything=True).encoded
     assert max(passes) == 4
     assert sum(passes) == 2 * len(local.clips) + 1
     for clip in index.clips:

@@ -1,6 +1,5 @@
 """Encoding on first use: another thread reads the audio ahead; the samples are those of encoding everything first."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -12,14 +11,16 @@ import psutil
 import pytest
 import torch
 
-from sa3dist.data.batches.loader import MicroBatches, loader
-from sa3dist.data.batches.micro_batch import StreamSettings
+from sa3dist.data.batches.encode_on_demand import EncodeOnDemand
+from sa3dist.data.batches.loader import MicroBatches
+from sa3dist.data.batches.micro_batch import SampleSettings
 from sa3dist.data.batches.order import ClipOrder
 from sa3dist.data.latents import cache
 from sa3dist.data.latents.cache import EncodedClips
+from sa3dist.data.latents.pieces import whole_pieces
 from sa3dist.data.source.audio import load_clip_audio
 from sa3dist.data.source.build import build_shards
-from sa3dist.encode import FirstUse, encode_all
+from sa3dist.encode import encode_all
 from sa3dist.errors import DataError
 from sa3dist.model.loading import load_base
 from sa3dist.runtime.process_group import Group
@@ -60,26 +61,22 @@ def reads(monkeypatch):
 
 @pytest.fixture
 def first_use(base, index):
-    with contextlib.ExitStack() as stack:
+    def made(work_dir, before_work=lambda doing: None):
+        encoded = EncodedClips(index, work_dir, base, "a", "t")
+        stream = MicroBatches(encoded, SampleSettings(3, MICRO_BATCH, 12, 0.1, "file", None))
+        return encoded, stream, EncodeOnDemand(base, stream, before_work)
 
-        def made(work_dir, before_work=lambda doing: None):
-            encoded = EncodedClips(index, work_dir, base, "a", "t")
-            stream = MicroBatches(encoded, StreamSettings(3, MICRO_BATCH, 12, 0.1, "file", None))
-            use = FirstUse(base, encoded, stream.order, MICRO_BATCH, before_work)
-            stack.callback(use.audio.close)
-            return encoded, stream, use
-
-        yield made
+    return made
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_samples_are_those_of_encoding_everything_first(base, index, first_use, tmp_path, reads, workers):
     encoded, stream, _ = first_use(tmp_path / "before")
-    encode_all(base, encoded, Group(0, 1, CPU), StopRequest())
+    encode_all(base, whole_pieces(encoded), Group(0, 1, CPU), StopRequest())
     expected = [stream[number] for number in INDICES]
     reads.clear()
     encoded, stream, use = first_use(tmp_path / "on_the_way")
-    found = list(loader(stream, use.audio.over(INDICES), use.prepare, workers, CPU))
+    found = list(use.batches(INDICES, workers, CPU))
     for one, other in zip(expected, found, strict=True):
         assert one.clips == other.clips
         torch.testing.assert_close(one.noised_BDT, other.noised_BDT, rtol=1e-5, atol=1e-5)
@@ -90,11 +87,11 @@ def test_the_samples_are_those_of_encoding_everything_first(base, index, first_u
 
 def test_nothing_is_read_where_everything_is_encoded(base, first_use, tmp_path, reads):
     encoded, stream, use = first_use(tmp_path)
-    encode_all(base, encoded, Group(0, 1, CPU), StopRequest())
+    encode_all(base, whole_pieces(encoded), Group(0, 1, CPU), StopRequest())
     reads.clear()
     doing = []
     encoded, stream, use = first_use(tmp_path, doing.append)
-    assert len(list(loader(stream, use.audio.over(INDICES), use.prepare, 0, CPU))) == len(INDICES)
+    assert len(list(use.batches(INDICES, 0, CPU))) == len(INDICES)
     assert not reads
     assert not doing
 
@@ -111,7 +108,7 @@ def test_a_clip_that_cannot_be_read_ends_the_run_when_its_turn_comes(first_use, 
         return load_clip_audio(index, clip, rate)
 
     monkeypatch.setattr(cache, "load_clip_audio", broken)
-    ready = loader(stream, use.audio.over(INDICES), use.prepare, 0, CPU)
+    ready = use.batches(INDICES, 0, CPU)
     assert [next(ready).clips, next(ready).clips] == [stream_clips(stream, 0), stream_clips(stream, 1)]
     with pytest.raises(DataError, match=f"^clip {bad}: damaged$"):
         next(ready)

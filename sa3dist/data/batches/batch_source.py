@@ -1,0 +1,227 @@
+"""What a run trains on, as the stages see it: one class per kind of data set, chosen once, in ``open_source``."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sa3dist.data.batches.encode_on_demand import EncodeOnDemand
+from sa3dist.data.batches.loader import MicroBatches, micro_indices
+from sa3dist.data.batches.micro_batch import MicroBatch, SampleSettings
+from sa3dist.data.batches.order import ClipOrder
+from sa3dist.data.batches.streaming import StreamedBatches, StreamedClips, finisher, streaming_loader
+from sa3dist.data.batches.worker_shards import RankCursors
+from sa3dist.data.latents.cache import EncodedClips
+from sa3dist.data.latents.crops import EncodedCrops
+from sa3dist.data.latents.pieces import CropPiece, Piece, caption_pieces, whole_pieces
+from sa3dist.data.latents.source import LatentDataset, StreamedDataset
+from sa3dist.errors import ConfigError, counted
+from sa3dist.flow.crops import crop_frames
+from sa3dist.formats import DatasetIndex
+
+if TYPE_CHECKING:
+    from sa3dist.model.base import Base
+    from sa3dist.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class RankShare:
+    """One rank's part of the training: its micro batches of steps first_step..last_step, counted from 1.
+
+    cursors       where this rank's workers are in a stream; None where the steps say it
+    before_work   called with what is about to be done, a clip encoded say; what it raises ends the step
+    check_stop    called while audio is waited for; what it raises ends the step
+    """
+
+    first_step: int
+    last_step: int
+    accumulation: int
+    dist_rank: int
+    world_size: int
+    device: torch.device
+    cursors: RankCursors | None = None
+    before_work: Callable[[str], None] = lambda doing: None
+    check_stop: Callable[[], None] = lambda: None
+
+
+class BatchSource(abc.ABC):
+    """A data set under one base, as the settings of one run read it.
+
+    encoded         its clips, latents and prompt features
+    draws           what samples depend on besides the clips
+    order           which clip each slot trains on; None where a stream decides
+    packs_latents   what was encoded ahead goes into latent shards
+    """
+
+    order: ClipOrder | None = None
+    packs_latents = False
+
+    def __init__(self, settings: Settings, base: Base, index: DatasetIndex, digests: Sequence[str]) -> None:
+        """digests: of the base's two encoders. Raises ConfigError or DataError where ``index`` cannot be read so."""
+        self.settings, self.base, self.index = settings, base, index
+        # Without an index no clip is known, and ``duration`` is set.
+        longest = max((clip.seconds for clip in index.clips), default=math.inf)
+        framing = base.native_seconds, base.sample_rate_hz, base.samples_per_frame
+        self.draws = SampleSettings(
+            seed=settings.seed,
+            micro_batch=settings.batch_size,
+            crop_frames=crop_frames(settings.duration, longest, *framing),
+            prompt_dropout=settings.prompt_dropout,
+            seconds_total_of=settings.seconds_total_of,
+            shift=base.config.distribution_shift,
+            bucket_batches=settings.bucket_batches,
+        )
+        self.encoded = self._open(index, settings.work_dir, base, *digests)
+
+    @abc.abstractmethod
+    def _open(self, *where) -> EncodedClips:
+        """The reader of its latents; where: index, work_dir, base and the digests of its encoders."""
+
+    def check(self) -> None:  # noqa: B027 (most kinds have nothing to check)
+        """Refuse at once, on rank 0, what shows in the first clip only. Raises DataError or EnvironmentFailure."""
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to be continued on this data set, as JSON values by name."""
+        return {"dataset_sha256": self.index.digest, "crop_frames": self.draws.crop_frames}
+
+    def describe(self) -> dict[str, Any]:
+        """What config.json says of the data set."""
+        clips = self.index.clips
+        return {
+            "dataset_sha256": self.index.digest,
+            "dataset_clips": len(clips) or None,
+            "dataset_seconds": round(sum(clip.seconds for clip in clips), 3) or None,
+            "skipped_clips": list(self.index.skipped),
+        }
+
+    @abc.abstractmethod
+    def pieces(self, slots: int) -> list[Piece]:
+        """What is to be encoded ahead for the first ``slots`` slots. Raises ConfigError where that makes no sense."""
+
+    def cursors(self, saved: dict[str, Any] | None, dist_rank: int, world_size: int) -> RankCursors | None:
+        """Where a stream goes on. saved: the checkpoint's "stream". Raises CheckpointError when it does not fit."""
+        return None
+
+    @abc.abstractmethod
+    def batches(self, share: RankShare) -> Generator[MicroBatch, None, None]:
+        """The micro batches of one rank in the order it trains on them, on its device. To be closed."""
+
+    def say_end(self, clips: int, cursors: RankCursors | None) -> None:  # noqa: B027 (most have nothing to say)
+        """Log what the end of a training shows. clips: how many were trained on, repeats included."""
+
+
+class IndexedSource(BatchSource):
+    """Clips that are known: every one once per epoch, by position. ``micro_batches`` gives any of them by its index."""
+
+    def __init__(self, *where) -> None:
+        super().__init__(*where)
+        self.micro_batches = MicroBatches(self.encoded, self.draws)
+        self.order = self.micro_batches.order
+
+    def batches(self, share: RankShare) -> Generator[MicroBatch, None, None]:
+        indices = micro_indices(
+            share.first_step, share.last_step, share.accumulation, share.dist_rank, share.world_size
+        )
+        on_demand = EncodeOnDemand(self.base, self.micro_batches, share.before_work, share.check_stop)
+        return on_demand.batches(indices, self.settings.num_workers, share.device)
+
+
+class WholeSource(IndexedSource):
+    """latents: whole. Clips are encoded whole, once in each polarity; crops are cut from their latents."""
+
+    packs_latents = True
+
+    def _open(self, *where) -> EncodedClips:
+        return EncodedClips(*where)
+
+    def pieces(self, slots: int) -> list[Piece]:
+        return whole_pieces(self.encoded, self.settings.encode_batch)
+
+
+class LatentSource(IndexedSource):
+    """Latent shards as the data set: all is encoded."""
+
+    def _open(self, *where) -> EncodedClips:
+        if self.settings.latents != "whole":
+            raise ConfigError(
+                f"latents: {self.settings.latents} needs audio, and audio_data_url holds latents; choose whole"
+            )
+        encoded = EncodedClips(*where)
+        encoded.take(self.index.latent_shards)
+        return encoded
+
+    def pieces(self, slots: int) -> list[Piece]:
+        return []
+
+
+class CropSource(IndexedSource):
+    """latents: crop. Each crop is encoded by itself and kept for other epochs and runs."""
+
+    keep = True
+
+    def _open(self, *where) -> EncodedCrops:
+        return EncodedCrops(*where, crop_frames=self.draws.crop_frames, keep=self.keep)
+
+    def pieces(self, slots: int) -> list[Piece]:
+        crops = [
+            CropPiece(self.encoded, self.index.clips[self.order.clip_of_slot(slot)], self.order.seed, slot)
+            for slot in range(slots)
+        ]
+        return caption_pieces(self.encoded, self.settings.encode_batch) + crops
+
+
+class OnTheFlySource(CropSource):
+    """latents: on_the_fly. As CropSource, but a crop is gone when it has been used, as in the reference."""
+
+    keep = False
+
+    def pieces(self, slots: int) -> list[Piece]:
+        raise ConfigError("latents: on_the_fly leaves nothing to encode ahead; choose whole or crop")
+
+
+class StreamSource(BatchSource):
+    """mode: streaming. Shards of latents or audio without an index, in turn, from where a checkpoint's cursors are."""
+
+    def _open(self, *where) -> StreamedClips:
+        return StreamedClips(*where, max_bytes=self.settings.max_download_bytes)
+
+    def check(self) -> None:
+        self.encoded.check_first()
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "shuffle_buffer": self.settings.shuffle_buffer}
+
+    def pieces(self, slots: int) -> list[Piece]:
+        raise ConfigError("mode: streaming encodes nothing ahead; encode with mode: indexed, then stream that")
+
+    def cursors(self, saved: dict[str, Any] | None, dist_rank: int, world_size: int) -> RankCursors:
+        return RankCursors.of(saved, dist_rank, world_size, max(1, self.settings.num_workers))
+
+    def batches(self, share: RankShare) -> Generator[MicroBatch, None, None]:
+        cursors, done = share.cursors, (share.first_step - 1) * share.accumulation
+        where = share.dist_rank, share.world_size, cursors.cursors, done, self.settings.shuffle_buffer
+        batches = StreamedBatches(self.encoded, self.draws, *where)
+        finish = finisher(self.base, self.encoded, self.draws, share.before_work)
+        return streaming_loader(batches, finish, cursors, self.settings.num_workers, share.device)
+
+    def say_end(self, clips: int, cursors: RankCursors) -> None:
+        log.info("streaming: %s trained on, %d of them repeated", counted(clips, "clip"), cursors.repeated)
+
+
+# By what was found at ``audio_data_url``; audio, by the setting ``latents``.
+OF_INDEX = {StreamedDataset: StreamSource, LatentDataset: LatentSource}
+OF_LATENTS = {"whole": WholeSource, "crop": CropSource, "on_the_fly": OnTheFlySource}
+
+
+def open_source(settings: Settings, base: Base, index: DatasetIndex, digests: Sequence[str]) -> BatchSource:
+    """The data set in ``index`` under ``base``. digests: of the base's autoencoder and text encoder."""
+    kind = OF_INDEX.get(type(index)) or OF_LATENTS[settings.latents]
+    return kind(settings, base, index, digests)
