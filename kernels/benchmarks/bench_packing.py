@@ -22,7 +22,7 @@ from timing import interleaved, peak_bytes, summary
 
 from sa3dist import adapters, flow
 from sa3dist.data.batches.micro_batch import without_common_padding
-from sa3dist.model.compiled import use_compiled
+from sa3dist.model.compiled import compile_elementwise
 from sa3dist.model.packing import Packing
 from sa3dist.model.token_layout import Packed, Padded
 
@@ -57,7 +57,7 @@ class Batch:
             "full": lambda: Padded(frames, memory),
             "compiled": lambda: Packed(self.packing, memory),
         }[side]
-        use_compiled(self.base.dit, "inductor" if side == "compiled" else None)
+        compile_elementwise(self.base.dit, "inductor" if side == "compiled" else None)
         # As given, whatever the network would choose.
         self.base.dit.layouts = lambda *_: [layout()]
         for parameter in self.trained.values():

@@ -23,7 +23,7 @@ from sa3dist.adapters import layers
 from sa3dist.adapters.formed import keep_formed, wants_formed
 from sa3dist.data.batches.micro_batch import without_common_padding
 from sa3dist.model.base import Base
-from sa3dist.model.compiled import use_compiled, wants_compile
+from sa3dist.model.compiled import compile_blocks, compile_elementwise, wants_compile
 from sa3dist.model.packing import FilledPacking
 from sa3dist.model.parse_config import parse_model_config
 from sa3dist.model.random_weights import RandomWeights, random_base
@@ -140,9 +140,9 @@ class Side:
         self.filled = name != "baseline" and wants_formed(ADAPTER_PRODUCTS, device, DTYPES[options.precision])
         self.compiled = name != "baseline" and wants_compile(options.compile, device, STEPS, False)
         if self.compiled and self.filled:
-            self.base.dit.transformer.use_compiled_blocks("inductor")
+            compile_blocks(self.base.dit, "inductor")
         elif self.compiled:
-            use_compiled(self.base.dit)
+            compile_elementwise(self.base.dit)
         # Forward and backward as one graph, once ``record`` has been called.
         self.replay: Callable[[], tuple[torch.Tensor, ...]] | None = None
         self.recorder: Recorder | None = None

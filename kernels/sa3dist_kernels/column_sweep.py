@@ -39,7 +39,7 @@ def rows_to(span, count, BOUNDED: tl.constexpr):
 
 
 @triton.jit
-def column_sweep(
+def column_sweep_kernel(
     floats, weight, scales, layers, programs, span,
     R: tl.constexpr, ROWS: tl.constexpr, SLOPED: tl.constexpr, BOUNDED: tl.constexpr,
     WIDE_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,

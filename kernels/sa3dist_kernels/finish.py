@@ -23,7 +23,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sa3dist_kernels.column_sweep import column_sweep
 from sa3dist_kernels.formed_tiles import (
     BASIS,
     COL_CROSS,
@@ -105,20 +104,6 @@ def finish_rows_kernel(
     if ROWS:
         tl.store(floats + field(layers, layer, GRAD_ROW, 1) + rows, grad, mask=rows_ok)
         tl.store(floats + field(layers, layer, ROW_SLOPE, 16) + rows, k, mask=rows_ok)
-
-
-@triton.jit
-def finish_columns_kernel(
-    floats, weight, scales, layers, programs, span,
-    R: tl.constexpr, BOUNDED: tl.constexpr, WIDE_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_T: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, RANK_STEP: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """Shares of (diag(k) L)^T V."""
-    column_sweep(
-        floats, weight, scales, layers, programs, span, R, True, True, BOUNDED, WIDE_I, WIDE_W, WIDE_T,
-        BLOCK_O, BLOCK_I, RANK_STEP, PRECISION, STAGES,
-    )  # fmt: skip
 
 
 @triton.jit

@@ -20,7 +20,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sa3dist_kernels.column_sweep import column_sweep
 from sa3dist_kernels.formed_tiles import (
     BASIS,
     COL_CROSS,
@@ -146,21 +145,6 @@ def _write(
         mask = rows_ok[None, :, None] & cols_ok[:, None, :]
         place = formed_rows[None, :, None] + cols[:, None, :]
         tl.store(place, v.to(product.dtype.element_ty), mask=mask, eviction_policy="evict_first")
-
-
-@triton.jit
-def form_columns_kernel(
-    floats, weight, scales, layers, programs, span,
-    R: tl.constexpr, ROWS: tl.constexpr, BOUNDED: tl.constexpr,
-    WIDE_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_T: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, RANK_STEP: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """Shares of the squared column norms and of E; ROWS: of diag(g) V."""
-    column_sweep(
-        floats, weight, scales, layers, programs, span, R, ROWS, False, BOUNDED, WIDE_I, WIDE_W, WIDE_T,
-        BLOCK_O, BLOCK_I, RANK_STEP, PRECISION, STAGES,
-    )  # fmt: skip
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sa3dist_kernels import finish, form
+from sa3dist_kernels.column_sweep import column_sweep_kernel
 from sa3dist_kernels.formed_group import ColumnTile, Group, RowTile, Tiles, alignment, default_tiles, interpreter_tiles
 from sa3dist_kernels.formed_weights import FormedSpec, formed_layer
 from sa3dist_kernels.triton_support import check_triton, interpreting, loop_end
@@ -61,8 +62,8 @@ def form_plan(group: Group) -> list[Launch]:
     if kind.rows:
         plan.add("rows", form.form_rows_kernel, "form_rows", rows | {"NORMS": True, "WRITE": not kind.cols})
     if kind.cols:
-        columns = plan.columns(tiles.form_columns) | {"ROWS": kind.rows}
-        plan.add("columns", form.form_columns_kernel, "form_columns", columns)
+        columns = plan.columns(tiles.form_columns) | {"ROWS": kind.rows, "SLOPED": False}
+        plan.add("columns", column_sweep_kernel, "form_columns", columns)
         plan.add("close", form.form_close_kernel, "close", plan.close | plan.spans | {"XS": kind.xs})
     if kind.cols or not kind.rows:
         plan.add("write", form.form_rows_kernel, "form_rows", rows | {"NORMS": False, "WRITE": True})
@@ -76,7 +77,8 @@ def finish_plan(group: Group) -> list[Launch]:
     if kind.rows or not kind.xs:
         plan.add("rows", finish.finish_rows_kernel, "finish_rows", plan.rows(tiles.finish_rows) | flags)
     if kind.rows and not kind.xs:
-        plan.add("columns", finish.finish_columns_kernel, "finish_columns", plan.columns(tiles.finish_columns))
+        columns = plan.columns(tiles.finish_columns) | {"ROWS": True, "SLOPED": True}
+        plan.add("columns", column_sweep_kernel, "finish_columns", columns)
     if kind.xs:
         plan.add("core", finish.finish_core_kernel, "core", plan.core | _pick(flags, "ROWS", "COLS"))
     if kind.cols or not kind.xs:

@@ -33,12 +33,9 @@ def weight_key(layer: str) -> str:
     return f"{prefix}{layer}.weight"
 
 
-class Wrapper(nn.Module):
+def wrapped(model: nn.Module) -> nn.ModuleDict:
     """One child called ``model``, as the official key names want it."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
+    return nn.ModuleDict({"model": model})
 
 
 class Base(nn.Module):
@@ -56,42 +53,23 @@ class Base(nn.Module):
     ):
         super().__init__()
         self.config = config
+        self.sample_rate_hz, self.samples_per_frame = config.sample_rate_hz, config.samples_per_frame
+        self.latent_channels = config.latent_channels
+        # Longest clip the model was made for; and the length every prompt is padded or cut to, in tokens.
+        self.native_seconds, self.prompt_tokens = config.native_seconds, config.prompt.max_length
         self.weights = weights
         self.text_source = text_source
         self._text_encoder: TextEncoder | None = None
-        self._reference_numerics = False
         self.kept_digests: KeptDigests | None = None
         with torch.device("meta"):
-            self.model = Wrapper(DiT(config.dit))
+            self.model = wrapped(DiT(config.dit))
             self.conditioner = Conditioners(config)
-            self.pretransform = Wrapper(Autoencoder(config.autoencoder, parts=("encoder",) if encoder else ()))
+            self.pretransform = wrapped(Autoencoder(config.autoencoder, parts=("encoder",) if encoder else ()))
         for name, child in self.named_children():
             # SAME stays float32: its latents are what the run trains on, made once and kept.
             wide = torch.promote_types(dtype, torch.float32) if child is self.pretransform else dtype
             fill(child, f"{name}.", weights, device, wide)
         self.eval()
-
-    @property
-    def sample_rate_hz(self) -> int:
-        return self.config.sample_rate_hz
-
-    @property
-    def samples_per_frame(self) -> int:
-        return self.config.samples_per_frame
-
-    @property
-    def latent_channels(self) -> int:
-        return self.config.latent_channels
-
-    @property
-    def native_seconds(self) -> float:
-        """Longest clip the model was made for, in seconds."""
-        return self.config.native_seconds
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Length every prompt is padded or cut to, in tokens."""
-        return self.config.prompt.max_length
 
     @property
     def dit(self) -> DiT:
@@ -138,11 +116,10 @@ class Base(nn.Module):
     @property
     def reference_numerics(self) -> bool:
         """Round t, seconds and rotary frequencies to the base's dtype first, as the reference does when it is cast."""
-        return self._reference_numerics
+        return self.dit.reference_numerics
 
     @reference_numerics.setter
     def reference_numerics(self, on: bool) -> None:
-        self._reference_numerics = on
         self.dit.reference_numerics = on
 
     def frequency_tables(self) -> dict[str, Tensor]:

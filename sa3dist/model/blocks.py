@@ -163,7 +163,7 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Rows of ``to_qkv``: q, k, v or, differential, q, k, v, q', k'."""
 
-    # fused.py may put a compiled one in its place.
+    # ``compile_elementwise`` may put a compiled one in its place.
     turn = staticmethod(turn)
 
     def __init__(self, width: int, head_dim: int, differential: bool, qk_norm: str, qk_norm_eps: float):
@@ -171,7 +171,7 @@ class SelfAttention(Attention):
         self.to_qkv = nn.Linear(width, (2 * self.pairs + 1) * width, bias=False)
 
     def forward(self, x_BNE: Tensor, rotary: tuple[Tensor, Tensor, int], attend_pairs) -> Tensor:
-        """``attend_pairs(q, k, v)``: see ``layouts.Layout``; ``rotary`` is cos, signed sin, half width."""
+        """``attend_pairs(q, k, v)``: see ``token_layout.Layout``; ``rotary`` is cos, signed sin, half width."""
         qkv = self.heads(self.to_qkv(x_BNE), 2 * self.pairs + 1)
         q, k, v = qkv[:, :, 0::3], qkv[:, :, 1::3], qkv[:, :, 2:3]
         q = self.turn(self.q_norm, q, rotary, v.dtype)
@@ -188,7 +188,7 @@ class CrossAttention(Attention):
         self.to_kv = nn.Linear(width, (self.pairs + 1) * width, bias=False)
 
     def forward(self, x_GNE: Tensor, context_BSE: Tensor, repeated: tuple[int, int] | None, attend_pairs) -> Tensor:
-        """``attend_pairs(q, k, v)``: attention of the tokens to their clips' contexts, see ``layouts.Layout``.
+        """``attend_pairs(q, k, v)``: attention of the tokens to their clips' contexts, see ``token_layout.Layout``.
 
         repeated: position of the one context token that stands for several equal ones in a row, and how many; or None
         """
@@ -217,7 +217,7 @@ class GatedProjection(nn.Module):
     def __init__(self, width: int, inner: int, sinusoidal: bool):
         super().__init__()
         self.proj = nn.Linear(width, 2 * inner)
-        # fused.py may put a compiled one in its place.
+        # ``compile_elementwise`` may put a compiled one in its place.
         self.gate = sine_gate if sinusoidal else silu_gate
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""The element-wise stretches between a block's matrix products, compiled into one kernel each.
+"""torch.compile for the transformer: whole blocks, or only the element-wise operations between matrix products.
 
-Each is a plain function of tensors, one compilation for all layers and any number of tokens: the token axis is marked
-as dynamic, so neither clip lengths nor packing recompile anything. What they take the place of are attributes of the
-modules (``turn``, ``gate``, ``modulated_norm``, ``add_gated``), whose uncompiled forms stand in blocks.py and dit.py.
+Either way there is one compilation for all layers and any number of tokens: the token axis is marked as dynamic, so
+neither clip lengths nor packing recompile anything. Whole blocks need tokens in one list of a fixed layout
+(``FilledPacking``). Element-wise functions take the place of attributes of the modules (``turn``, ``gate``,
+``modulated_norm``, ``add_gated``), whose uncompiled forms stand in blocks.py and dit.py.
 
 Legend: G padded clips or 1 packed list, N tokens, B clips, E width, P members of a pair, H heads, D head width.
 """
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from sa3dist.errors import ConfigError
 from sa3dist.model.blocks import GatedProjection, RMSNorm, SelfAttention, rotate, silu_gate, sine_gate, turn
-from sa3dist.model.dit import Block, DiT, add_gated, modulated_norm
+from sa3dist.model.dit import Block, DiT, Shared, add_gated, modulated_norm
 from sa3dist.model.token_layout import Packed, Padded, add_scaled
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def _turn(x_GNPHD, gamma, eps: float, cos_ND, sin_ND, half: int, dtype: torch.dt
     return rotate(F.rms_norm(x_GNPHD, gamma.shape, gamma.to(x_GNPHD.dtype), eps), cos_ND, sin_ND, half).to(dtype)
 
 
-class Fused:
+class CompiledElementwise:
     """The compiled functions behind the signatures that the modules call."""
 
     def __init__(self, backend: str) -> None:
@@ -92,14 +93,14 @@ def owners(layout: Padded | Packed) -> tuple[Tensor, ...]:
 
 
 @functools.cache
-def fused(backend: str) -> Fused:
+def compiled_elementwise(backend: str) -> CompiledElementwise:
     """One set of compiled functions per process and backend, whatever the number of models."""
-    return Fused(backend)
+    return CompiledElementwise(backend)
 
 
-def use_compiled(dit: DiT, backend: str | None = "inductor") -> None:
+def compile_elementwise(dit: DiT, backend: str | None = "inductor") -> None:
     """Let every block of ``dit`` call the compiled functions, or with None its own again."""
-    made = None if backend is None else fused(backend)
+    made = None if backend is None else compiled_elementwise(backend)
     for module in dit.modules():
         if isinstance(module, Block):
             module.modulated_norm = made.modulated_norm if made else modulated_norm
@@ -108,6 +109,35 @@ def use_compiled(dit: DiT, backend: str | None = "inductor") -> None:
             module.turn = made.turn if made else turn
         elif isinstance(module, GatedProjection) and module.gate is not sine_gate:
             module.gate = made.silu_gate if made else silu_gate
+
+
+def compile_blocks(dit: DiT, backend, whole: bool = True) -> None:
+    """Run whole blocks of ``dit`` as one compiled program, the same for all of them and for any number of tokens.
+
+    backend   of torch.compile; None: blocks run as they are
+    whole     raise where a block cannot be compiled as one; otherwise that part of it runs uncompiled
+    """
+    dit.transformer.run_block = Block.forward
+    if backend is None:
+        return
+    # One program for each number of clips, with and without given context, for training and without gradients.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    # Not dynamic of its own accord: what has other sizes is marked. Whether reductions over rows and over columns are
+    # joined would depend on the number of tokens: another program for long clips.
+    options = {"triton.mix_order_reduction": False} if backend == "inductor" else None
+    compiled = torch.compile(Block.forward, backend=backend, fullgraph=whole, dynamic=False, options=options)
+
+    def run_block(block: Block, h_GNE: Tensor, modulation: tuple[Tensor, ...], shared: Shared) -> Tensor:
+        layout, (cos_ND, sin_ND, _) = shared.layout, shared.rotary
+        any_length(h_GNE, axis=1)
+        any_length(layout.owner_BK, axis=1)
+        for table in (cos_ND, sin_ND, layout.clip_K, layout.is_frame_K1):
+            any_length(table, axis=0)
+        if shared.local_GTC is not None and shared.local_GTC.shape[1] > 1:
+            any_length(shared.local_GTC, axis=1)
+        return compiled(block, h_GNE, modulation, shared)
+
+    dit.transformer.run_block = run_block
 
 
 def wants_compile(choice: str, device: torch.device, steps: int, deterministic: bool) -> bool:

@@ -1,4 +1,4 @@
-"""From prompt and duration to the sequences the DiT reads. The text encoder itself is in ``text.py``.
+"""The prompt and duration conditioners: from hidden states and seconds to the sequences the DiT reads.
 
 Legend: B batch, L prompt tokens, H text encoder width, C conditioning width.
 """
@@ -23,19 +23,13 @@ class ExpoFeatures(nn.Module):
         return expo_features(values, FEATURES)
 
 
-class NumberEmbedder(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.embedding = nn.Sequential(ExpoFeatures(), nn.Linear(FEATURES, width))
-
-
 class NumberConditioner(nn.Module):
     """One token from one number, for ``seconds_total`` in seconds."""
 
     def __init__(self, config: NumberConfig, width: int):
         super().__init__()
         self.lowest, self.highest = config.min_val, config.max_val
-        self.embedder = NumberEmbedder(width)
+        self.embedder = nn.ModuleDict({"embedding": nn.Sequential(ExpoFeatures(), nn.Linear(FEATURES, width))})
 
     def forward(self, values_B: Tensor, dtype: torch.dtype, reference_numerics: bool = False) -> Tensor:
         """(B,) to (B, 1, C). Values are clamped to the configured range.
@@ -44,7 +38,7 @@ class NumberConditioner(nn.Module):
         reference_numerics  round the normalised number to ``dtype`` before its features, as the reference does
         """
         value = (values_B.float().clamp(self.lowest, self.highest) - self.lowest) / (self.highest - self.lowest)
-        features, linear = self.embedder.embedding
+        features, linear = self.embedder["embedding"]
         return linear(features(value.to(dtype) if reference_numerics else value).to(dtype))[:, None]
 
 

@@ -1,7 +1,7 @@
 """The diffusion transformer: noisy latents and conditioning in, velocity out.
 
 Legend: B batch, C latent channels, T latent frames, M memory tokens, S context tokens, E width; (G, N, E) tokens: of a
-padded batch G = B, N = M + T; packed G = 1 and N counts all clips' tokens (``layouts.py``).
+padded batch G = B, N = M + T; packed G = 1 and N counts all clips' tokens (``token_layout.py``).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def add_gated(h_GNE: Tensor, gate_BE: Tensor, branch_GNE: Tensor, layout) -> Ten
 class Block(nn.Module):
     """One layer: modulated self-attention, cross-attention, local conditioning, modulated feed-forward."""
 
-    # fused.py may put compiled ones in their place.
+    # ``compile_elementwise`` may put compiled ones in their place.
     modulated_norm = staticmethod(modulated_norm)
     add_gated = staticmethod(add_gated)
 
@@ -118,23 +118,8 @@ class Transformer(nn.Module):
         self.rotary_pos_emb = RotaryEmbedding(max(config.head_dim // 2, 32))
         self.global_cond_embedder = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 6 * width))
         self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self._run_block = Block.forward
-
-    def use_compiled_blocks(self, backend, whole: bool = True) -> None:
-        """Run whole blocks as one compiled program, the same for all of them and for any number of tokens.
-
-        backend   of torch.compile; None: blocks run as they are
-        whole     raise where a block cannot be compiled as one; otherwise that part of it runs uncompiled
-        """
-        if backend is None:
-            self._run_block = Block.forward
-            return
-        # One program for each number of clips, with and without given context, for training and without gradients.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        # Not dynamic of its own accord: what has other sizes is marked (``mark_any_length``). Whether reductions over
-        # rows and over columns are joined would depend on the number of tokens: another program for long clips.
-        options = {"triton.mix_order_reduction": False} if backend == "inductor" else None
-        self._run_block = torch.compile(Block.forward, backend=backend, fullgraph=whole, dynamic=False, options=options)
+        # ``compile_blocks`` may put a compiled one in its place.
+        self.run_block = Block.forward
 
     def forward(
         self,
@@ -164,9 +149,7 @@ class Transformer(nn.Module):
         recomputed = self.recomputed_blocks if torch.is_grad_enabled() else 0
         for i, modulation in enumerate(self.modulations(global_BE, dtype)):
             run = recompute if i < recomputed else call
-            if self._run_block is not Block.forward:
-                mark_any_length(h_GNE, shared)
-            h_GNE = run(self._run_block, self.layers[i], h_GNE, modulation, shared)
+            h_GNE = run(self.run_block, self.layers[i], h_GNE, modulation, shared)
         return self.project_out(layout.without_memory(h_GNE))
 
     def modulations(self, global_BE: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
@@ -191,17 +174,6 @@ def working_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     if stored.itemsize == 2 and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return stored
-
-
-def mark_any_length(h_GNE: Tensor, shared: Shared) -> None:
-    """Tell the compiler which axes will have other lengths too: those over tokens."""
-    layout = shared.layout
-    marks = [(h_GNE, 1), *((table, 0) for table in (*shared.rotary[:2], layout.clip_K, layout.is_frame_K1))]
-    marks.append((layout.owner_BK, 1))
-    if shared.local_GTC is not None and shared.local_GTC.shape[1] > 1:
-        marks.append((shared.local_GTC, 1))
-    for tensor, axis in marks:
-        torch._dynamo.maybe_mark_dynamic(tensor, axis)
 
 
 def call(function, *arguments):

@@ -1,4 +1,4 @@
-"""Digests of large files, kept from one run to the next: no 9 GB file is hashed at every start."""
+"""Digests of large files, kept on disk from one run to the next: no 9 GB file is hashed at every start."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +27,25 @@ class KeptDigests:
     def __init__(self, directory: Path, verify: bool = False) -> None:
         self.directory = Path(directory)
         self.verify = verify
-        self._begun: dict[tuple[str, str], _Begun] = {}
+        self._begun: dict[tuple[str, str], tuple[dict[str, Any], bool, Future[str]]] = {}
 
     def begin(self, path: Path, what: str, make: Callable[[], str]) -> None:
         """Let a thread of its own make what ``of`` will be asked for; hashing leaves the interpreter to others."""
         state = _state_of(path)
         if self._kept(state, what) is None:
-            self._begun[str(path), what] = _Begun(state, make)
+            digest: Future[str] = Future()
+            self._begun[str(path), what] = state, _is_settled(state), digest
+            # The process's exit does not wait for a daemon thread; it writes nothing.
+            threading.Thread(target=_make_into, args=(digest, make), name="hash the base", daemon=True).start()
 
     def of(self, path: Path, what: str, make: Callable[[], str]) -> str:
         """The digest called ``what`` of a file, kept or from ``make``; what has begun is waited for.
 
         Raises what ``make`` raised, here or in the thread.
         """
-        begun = self._begun.pop((str(path), what), None)
-        if begun is not None:
-            return self._keep(path, begun.state, what, begun.settled, begun.result())
+        if (str(path), what) in self._begun:
+            state, settled, digest = self._begun.pop((str(path), what))
+            return self._keep(path, state, what, settled, digest.result())
         state = _state_of(path)
         kept = self._kept(state, what)
         return self._keep(path, state, what, _is_settled(state), make()) if kept is None else kept
@@ -62,28 +66,11 @@ class KeptDigests:
         return digest
 
 
-class _Begun:
-    """A digest that is being made in a thread that an exit of the process does not wait for; it writes nothing."""
-
-    def __init__(self, state: dict[str, Any], make: Callable[[], str]) -> None:
-        self.state = state
-        self.settled = _is_settled(state)
-        self._result: str | None = None
-        self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._run, args=(make,), name="hash the base", daemon=True)
-        self._thread.start()
-
-    def _run(self, make: Callable[[], str]) -> None:
-        try:
-            self._result = make()
-        except Exception as failure:
-            self._failure = failure
-
-    def result(self) -> str:
-        self._thread.join()
-        if self._failure is not None:
-            raise self._failure
-        return self._result
+def _make_into(digest: Future[str], make: Callable[[], str]) -> None:
+    try:
+        digest.set_result(make())
+    except Exception as failure:
+        digest.set_exception(failure)
 
 
 def _is_settled(state: dict[str, Any]) -> bool:

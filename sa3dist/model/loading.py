@@ -11,7 +11,7 @@ from torch import nn
 
 from sa3dist.data.remote.local_paths import expand_home
 from sa3dist.errors import CheckpointError
-from sa3dist.model.base import AUTOENCODER_PREFIX, CONDITIONER_PREFIX, MODEL_PREFIX, Base, Wrapper, weight_key
+from sa3dist.model.base import AUTOENCODER_PREFIX, CONDITIONER_PREFIX, MODEL_PREFIX, Base, weight_key, wrapped
 from sa3dist.model.checkpoint import CheckpointFile, check_keys, tensor_shapes
 from sa3dist.model.conditioners import Conditioners
 from sa3dist.model.config import ModelConfig
@@ -73,7 +73,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every key of ``model.safetensors`` with its shape, as the config implies them."""
     with torch.device("meta"):
         return {
-            **tensor_shapes(Wrapper(DiT(config.dit)), MODEL_PREFIX),
+            **tensor_shapes(wrapped(DiT(config.dit)), MODEL_PREFIX),
             **tensor_shapes(Conditioners(config), CONDITIONER_PREFIX),
             **tensor_shapes(Autoencoder(config.autoencoder), AUTOENCODER_PREFIX),
         }
@@ -82,7 +82,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def meta_roots(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
     """The modules adapter layers live in, on the meta device: names and shapes, no values."""
     with torch.device("meta"):
-        return Wrapper(DiT(config.dit)), Conditioners(config)
+        return wrapped(DiT(config.dit)), Conditioners(config)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sa3dist.model.compiled import fall_back_on_failure, keep_compiled_in, use_compiled, wants_compile
+from sa3dist.model.compiled import (
+    compile_blocks,
+    compile_elementwise,
+    fall_back_on_failure,
+    keep_compiled_in,
+    wants_compile,
+)
 from sa3dist.training import memory
 from sa3dist.training.cuda_graphs import Recorder, wants_graphs
 from sa3dist.training.shape_ladder import ShapeLadder
@@ -36,9 +42,9 @@ def choose_acceleration(trainer: Trainer, settings: Settings, frames: int) -> No
     if wants_compile(settings.compile, group.device, plan.steps, settings.deterministic):
         keep_compiled_in(settings.work_dir / "compiled")
         if trainer.ladder is not None:
-            base.dit.transformer.use_compiled_blocks("inductor", whole=settings.compile == "on")
+            compile_blocks(base.dit, "inductor", whole=settings.compile == "on")
         else:
-            use_compiled(base.dit)
+            compile_elementwise(base.dit)
         if settings.compile == "auto":
             fall_back_on_failure()
     # A graph holds no collectives.

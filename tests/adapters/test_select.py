@@ -9,7 +9,7 @@ from torch import nn
 from sa3dist.adapters import attach_adapter, candidate_layers, select
 from sa3dist.adapters.select import expand
 from sa3dist.errors import ConfigError
-from sa3dist.model.base import Wrapper
+from sa3dist.model.base import wrapped
 from sa3dist.model.conditioners import Conditioners
 from sa3dist.model.dit import DiT
 from sa3dist.model.parse_config import parse_model_config
@@ -65,7 +65,7 @@ def test_selection_follows_its_definition(include, data):
 def test_released_shapes_have_the_reference_number_of_layers(shape, count):
     config = parse_model_config(released_config(shape), shape)
     with torch.device("meta"):
-        roots = Wrapper(DiT(config.dit)), Conditioners(config)
+        roots = wrapped(DiT(config.dit)), Conditioners(config)
     layers = candidate_layers(roots)
     assert len(layers) == count
     assert [name for name in layers if not name.startswith("model.")] == [

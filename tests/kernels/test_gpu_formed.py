@@ -9,6 +9,7 @@ from sa3dist_kernels import ADAPTER_TYPES
 
 import sa3dist
 from sa3dist.adapters import adapter_parameters, attach_adapter
+from sa3dist.model.compiled import compile_blocks
 from sa3dist.model.packing import Packing
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
@@ -132,10 +133,10 @@ def test_a_run_over_unequal_lengths_with_ladder_compiler_and_graphs_is_the_plain
 ):
     torch._dynamo.reset()
     plain, quick = make_trainer(device, kind, precision), make_trainer(device, kind, precision)
-    on_cuda, transformer = device.type == "cuda", quick.base.dit.transformer
+    on_cuda, dit = device.type == "cuda", quick.base.dit
     quick.base.gradient_checkpointing = recomputed
-    quick.ladder = ShapeLadder(recorded_batch(quick.base).noised_BDT.shape[2], transformer.memory)
-    transformer.use_compiled_blocks("inductor" if on_cuda else "aot_eager")
+    quick.ladder = ShapeLadder(recorded_batch(quick.base).noised_BDT.shape[2], dit.transformer.memory)
+    compile_blocks(dit, "inductor" if on_cuda else "aot_eager")
     quick.record_graphs(Recorder(device) if on_cuda else HostRecorder())
     steps = 6
     (losses, gradient, values), (expected_losses, expected, expected_values) = (

@@ -22,7 +22,7 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 @pytest.fixture
 def _fresh_compiler():
     torch._dynamo.reset()
-    compiled.fused.cache_clear()
+    compiled.compiled_elementwise.cache_clear()
     counters.clear()
     yield
     torch._dynamo.reset()
@@ -56,7 +56,7 @@ def test_compiled_blocks_give_the_same_velocity_and_gradients(tiny_base, checkpo
     base.gradient_checkpointing = checkpointing
     found = {}
     for backend in (None, "aot_eager"):
-        compiled.use_compiled(base.dit, backend)
+        compiled.compile_elementwise(base.dit, backend)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             found[backend] = [velocity_and_gradients(base, given, mask) for mask in (None, mask_of(24, 9, 16))]
     assert counters["stats"]["unique_graphs"] == COMPILATIONS
@@ -64,7 +64,7 @@ def test_compiled_blocks_give_the_same_velocity_and_gradients(tiny_base, checkpo
         for expected, value in zip(eager, fast, strict=True):
             tolerance = 0.05 if autocast else 1e-5
             assert (value - expected).norm() <= tolerance * expected.norm()
-    compiled.use_compiled(base.dit, None)
+    compiled.compile_elementwise(base.dit, None)
     again = velocity_and_gradients(base, given, None)
     if not autocast:
         assert all(torch.equal(a, b) for a, b in zip(found[None][0], again, strict=True))
@@ -74,7 +74,7 @@ def test_compiled_blocks_give_the_same_velocity_and_gradients(tiny_base, checkpo
 @pytest.mark.parametrize("tiny_name", ["tiny-sa3-small"])
 def test_no_length_and_no_layer_recompiles_anything(tiny_base):
     base, given = adapted(tiny_base, "dora-rows"), inputs(tiny_base)
-    compiled.use_compiled(base.dit, "aot_eager")
+    compiled.compile_elementwise(base.dit, "aot_eager")
     velocity_and_gradients(base, cut(given, 20), None)
     velocity_and_gradients(base, cut(given, 20), mask_of(20, 9, 4))
     assert counters["stats"]["unique_graphs"] == COMPILATIONS
@@ -96,7 +96,7 @@ def test_what_cannot_be_compiled_runs_uncompiled_where_auto_chose_to_compile(tin
     torch._dynamo.register_backend(failing if forward_too else backward_only, name=f"failing-{forward_too}")
     base, given = adapted(tiny_base, "dora-rows"), inputs(tiny_base)
     expected = velocity_and_gradients(base, given, None)
-    compiled.use_compiled(base.dit, f"failing-{forward_too}")
+    compiled.compile_elementwise(base.dit, f"failing-{forward_too}")
     with pytest.raises(RuntimeError, match="no C compiler"):
         velocity_and_gradients(base, given, None)
     torch._dynamo.reset()

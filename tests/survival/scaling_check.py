@@ -54,7 +54,7 @@ def sizes_of(base: str, rank: int) -> Sizes:
     import torch
 
     from sa3dist.adapters.select import candidate_layers
-    from sa3dist.model.base import Wrapper
+    from sa3dist.model.base import wrapped
     from sa3dist.model.conditioners import Conditioners
     from sa3dist.model.dit import DiT
     from sa3dist.model.parse_config import parse_model_config
@@ -62,7 +62,7 @@ def sizes_of(base: str, rank: int) -> Sizes:
 
     config = parse_model_config(released_config(base), base)
     with torch.device("meta"):
-        roots = (Wrapper(DiT(config.dit)), Conditioners(config))
+        roots = (wrapped(DiT(config.dit)), Conditioners(config))
     trained, layers = 0, candidate_layers(roots)
     for layer in layers.values():
         fan_out, fan_in = layer.weight.shape[:2]

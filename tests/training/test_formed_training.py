@@ -6,6 +6,7 @@ from sa3dist_kernels import ADAPTER_TYPES
 
 from sa3dist.adapters import adapter_parameters, formed
 from sa3dist.adapters.formed import keep_formed
+from sa3dist.model.compiled import compile_blocks
 from sa3dist.model.packing import FilledPacking
 from sa3dist.parallel.flat_adamw import FlatAdapters
 from tests.helpers.packed_clips import adapted, inputs
@@ -66,13 +67,13 @@ def test_blocks_that_cannot_be_compiled_run_uncompiled_unless_that_was_asked_for
 
     expected = base.velocity(**given, packing=packing)
     try:
-        base.dit.transformer.use_compiled_blocks(no_compiler)
+        compile_blocks(base.dit, no_compiler)
         with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no compiler here"):
             base.velocity(**given, packing=packing)
         torch._dynamo.reset()
-        base.dit.transformer.use_compiled_blocks(no_compiler, whole=False)
+        compile_blocks(base.dit, no_compiler, whole=False)
         with torch._dynamo.config.patch(suppress_errors=True):
             assert torch.equal(base.velocity(**given, packing=packing), expected)
     finally:
         torch._dynamo.reset()
-        base.dit.transformer.use_compiled_blocks(None)
+        compile_blocks(base.dit, None)

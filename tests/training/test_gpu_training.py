@@ -13,7 +13,7 @@ import torch
 
 import sa3dist
 from sa3dist.adapters import adapter_parameters, attach_adapter
-from sa3dist.model.compiled import use_compiled
+from sa3dist.model.compiled import compile_elementwise
 from sa3dist.parallel.flat_adamw import BETAS, EPSILON, FlatAdapters
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
@@ -171,7 +171,7 @@ def test_a_compiled_step_is_the_uncompiled_one_and_never_waits(device, mixed_pre
     base, batch = make_trained(device, "dora-rows", dtype)
     batch = shorten_second_clip(batch) if packed else batch
     loss, expected = gradients_of(base, batch, StepSettings(mixed_precision))
-    use_compiled(base.dit)
+    compile_elementwise(base.dit)
     gradients_of(base, batch, StepSettings(mixed_precision))
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
@@ -262,7 +262,7 @@ def test_steps_replayed_as_cuda_graphs_are_the_ordinary_steps(device, adapter_ty
     for graphed in (False, True):
         base, batch = make_trained(device, adapter_type, torch.bfloat16)
         if compiled:
-            use_compiled(base.dit)
+            compile_elementwise(base.dit)
         work = RunPlan(9, 2, 2, 4, 42, {}, ["a", "b"])
         trainer = Trainer(base, adapter_parameters(base), StepSettings("bf16"), work, Group(0, 1, device))
         if graphed:
