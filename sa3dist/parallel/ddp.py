@@ -83,7 +83,7 @@ class FlatEngine:
         return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
 
     def moments(self) -> dict[str, Tensors]:
-        return self.flat.state()[1]
+        return self.flat.moments()
 
     def restore(self, adapters: Tensors, moments: dict[str, Tensors], step: int) -> None:
         self.flat.restore(adapters, moments, step)

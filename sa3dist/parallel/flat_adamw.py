@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -39,18 +39,19 @@ class FlatAdapters:
         self.values.grad = self.gradient
         # What autograd accumulates into, in the order of the buffers.
         self.leaves: list[torch.Tensor] = list(parameters.values())
-        for parameter, values, gradient in self._views(self.values.data, self.gradient):
+        for _, parameter, values, gradient in self._views(self.values.data, self.gradient):
             values.copy_(parameter.data)
             parameter.data = values
             parameter.grad = gradient
         self.optimizer = adamw([self.values], learning_rate, weight_decay)
         self.optimizer.register_step_post_hook(lambda *_: self._tell_of_change())
 
-    def _views(self, *flats: torch.Tensor):
+    def _views(self, *flats: torch.Tensor) -> Iterator[tuple]:
+        """Name, parameter, and its span of each flat buffer in its shape."""
         offset = 0
-        for parameter in self.parameters.values():
+        for name, parameter in self.parameters.items():
             end = offset + parameter.numel()
-            yield parameter, *(flat[offset:end].view(parameter.shape) for flat in flats)
+            yield name, parameter, *(flat[offset:end].view(parameter.shape) for flat in flats)
             offset = end
 
     def join(self, groups: Sequence[Sequence[nn.Parameter]]) -> list[torch.Tensor]:
@@ -78,25 +79,17 @@ class FlatAdapters:
         """One span that holds the scalars and the first ``count`` elements of the gradient."""
         return self._reduced[: self.scalars.numel() + count]
 
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
-        """Adapters and moments by name, copied to the CPU."""
+    def moments(self) -> dict[str, dict[str, torch.Tensor]]:
+        """AdamW's running means by name, copied to the CPU."""
         held = self.optimizer.state[self.values]
-        flats = [self.values.data.cpu(), *(held[moment].cpu() for moment in MOMENTS)]
-        adapters: dict[str, torch.Tensor] = {}
-        moments: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in MOMENTS}
-        for name, (_, values, *means) in zip(self.parameters, self._views(*flats), strict=True):
-            adapters[name] = values.clone()
-            for moment, mean in zip(MOMENTS, means, strict=True):
-                moments[moment][name] = mean.clone()
-        return adapters, moments
+        return {moment: {name: mean.clone() for name, _, mean in self._views(held[moment].cpu())} for moment in MOMENTS}
 
     def restore(
         self, adapters: dict[str, torch.Tensor], moments: dict[str, dict[str, torch.Tensor]], step: int
     ) -> None:
-        """Take over what ``state`` gave after ``step`` optimiser steps."""
+        """Take over the values and ``moments`` that an optimiser had after ``step`` steps."""
         flat_moments = {moment: torch.zeros_like(self.values.data) for moment in MOMENTS}
-        rows = self._views(self.values.data, *flat_moments.values())
-        for name, (_, values, *means) in zip(self.parameters, rows, strict=True):
+        for name, _, values, *means in self._views(self.values.data, *flat_moments.values()):
             values.copy_(adapters[name])
             for moment, mean in zip(MOMENTS, means, strict=True):
                 mean.copy_(moments[moment][name])

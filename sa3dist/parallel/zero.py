@@ -6,7 +6,6 @@ precision is decided outside of it, and the whole state can be had, and given ba
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +31,10 @@ if TYPE_CHECKING:
     from sa3dist.model.base import Base
     from sa3dist.runtime.process_group import Group
     from sa3dist.settings import Settings
+
+# Of the values that AdamW steps, and of its moments.
+SET_WHOLE = safe_set_full_fp32_param, safe_set_full_optimizer_state
+SET_PART = safe_set_local_fp32_param, safe_set_local_optimizer_state
 
 
 class LossOfMicroBatch(nn.Module):
@@ -149,7 +152,9 @@ class ZeroEngine:
 
     @torch.no_grad()
     def restore(self, adapters: Tensors, moments: dict[str, Tensors], step: int) -> None:
-        with self._whole():
+        whole = list(self.parameters.values())
+        # What is written to them stays, as rank 0 wrote it.
+        with deepspeed.zero.GatheredParameters(whole, modifier_rank=0, enabled=not self.replicated):
             for name, parameter in self.parameters.items():
                 parameter.copy_(adapters[name])
         for name, parameter in self.parameters.items():
@@ -159,26 +164,15 @@ class ZeroEngine:
         for state in self._adamw_state.values():
             state["step"].fill_(step)
 
-    def _whole(self) -> contextlib.AbstractContextManager:
-        """The adapters in one piece; what is written to them stays, as rank 0 wrote it."""
-        if self.replicated:
-            return contextlib.nullcontext()
-        return deepspeed.zero.GatheredParameters(list(self.parameters.values()), modifier_rank=0)
-
     def _set_part(self, parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
         """Write what this rank holds of a tensor: of the stepped values, or of a moment."""
-        value = value.to(self.group.device)
-        if self.replicated:
-            if moment is None:
-                safe_set_full_fp32_param(parameter, value)
-            else:
-                safe_set_full_optimizer_state(parameter, value, moment)
-            return
-        # DeepSpeed's own division of a whole tensor fails where the last part is padded.
-        size = parameter.ds_tensor.numel()
-        padded = functional.pad(value.flatten(), (0, size * self.group.world_size - value.numel()))
-        part = padded.narrow(0, size * self.group.dist_rank, size)
+        value, setters = value.to(self.group.device), SET_WHOLE
+        if not self.replicated:
+            # DeepSpeed's own division of a whole tensor fails where the last part is padded.
+            size, setters = parameter.ds_tensor.numel(), SET_PART
+            padded = functional.pad(value.flatten(), (0, size * self.group.world_size - value.numel()))
+            value = padded.narrow(0, size * self.group.dist_rank, size)
         if moment is None:
-            safe_set_local_fp32_param(parameter, part)
+            setters[0](parameter, value)
         else:
-            safe_set_local_optimizer_state(parameter, part, moment)
+            setters[1](parameter, value, moment)

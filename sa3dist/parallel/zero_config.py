@@ -119,7 +119,7 @@ def build(
 ) -> dict[str, Any]:
     """What ``deepspeed.initialize`` takes.
 
-    config        the launcher's, passed by ``check``
+    config        the launcher's, which ``check`` has found good
     micro_batch   clips per process and micro batch; accumulation: micro batches per process and step
     compression   gradient_compression: "none" or "bf16"
     Raises ConfigError when the file fixes other batch sizes.

@@ -9,9 +9,9 @@ import logging
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def save(output_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
     target = path_of(output_dir, checkpoint.step)
     target.parent.mkdir(parents=True, exist_ok=True)
     for leftover in target.parent.glob(".step-*"):
-        # Of a save that was killed: only this process writes here.
+        # A killed save left it: only this process writes here.
         shutil.rmtree(leftover)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -144,7 +144,7 @@ def load(directory: Path) -> Checkpoint:
 def find(output_dir: Path, resume: str) -> Checkpoint | None:
     """The checkpoint a run continues from.
 
-    resume   "never": none; "auto": the newest intact one in output_dir, damaged ones passed over and named; else a
+    resume   "never": none; "auto": the newest intact one in output_dir, damaged ones skipped and named; else a
              checkpoint directory, which must be intact
     """
     if resume == "never":
@@ -155,7 +155,7 @@ def find(output_dir: Path, resume: str) -> Checkpoint | None:
         try:
             return load(directory)
         except CheckpointError as damage:
-            log.warning("passing over a damaged checkpoint: %s", damage)
+            log.warning("skipping a damaged checkpoint: %s", damage)
     return None
 
 
@@ -164,49 +164,44 @@ def _digest_of_state(state: dict[str, Any]) -> str:
 
 
 class Saver:
-    """Runs saves in a thread. What goes wrong there is raised where the training asks next.
+    """Runs saves in a thread of its own, one at a time. What goes wrong there is raised where the training asks next.
 
     seconds   what the last save took
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self._thread: threading.Thread | None = None
-        self._failure: Exception | None = None
+        # The interpreter does not end before its thread has finished, rename included.
+        self._executor = ThreadPoolExecutor(1, "save")
+        self._save: Future[None] | None = None
 
     @property
     def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        return self._save is not None and not self._save.done()
 
     def start(self, write: Callable[[], None], done: Callable[[], None]) -> None:
         """Run ``write``, then ``done`` however it ended, in the background. Waits for the save before, if any."""
         self.wait()
+        self._save = self._executor.submit(self._run, write, done)
 
-        def work() -> None:
-            begin = time.perf_counter()
-            try:
-                write()
-            except Exception as failure:
-                self._failure = failure
-            finally:
-                self.seconds = time.perf_counter() - begin
-                done()
-
-        # Not a daemon: the interpreter does not end before the rename.
-        self._thread = threading.Thread(target=work, name="save")
-        self._thread.start()
+    def _run(self, write: Callable[[], None], done: Callable[[], None]) -> None:
+        begin = time.perf_counter()
+        try:
+            write()
+        finally:
+            self.seconds = time.perf_counter() - begin
+            done()
 
     def check(self) -> None:
         """Raise what made a save fail, once."""
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        if not self.busy:
+            self.wait()
 
     def wait(self) -> None:
         """Return when no save is in flight; raises what made the last one fail."""
-        if self._thread is not None:
-            self._thread.join()
-        self.check()
+        save, self._save = self._save, None
+        if save is not None:
+            save.result()
 
     def close(self) -> None:
         """Let a save in flight finish on the way out of a run that ends for another reason."""

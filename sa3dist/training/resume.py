@@ -10,7 +10,7 @@ from sa3dist_kernels import ADAPTER_TYPES
 
 from sa3dist.adapters.svd_bases import METHOD
 from sa3dist.errors import CheckpointError, counted
-from sa3dist.runtime.process_group import Group, main_process_first
+from sa3dist.runtime.process_group import Group, main_process_first, run_on_all_ranks
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import checkpoint, lr_schedule
 from sa3dist.training.lr_schedule import Schedule
@@ -59,16 +59,11 @@ def find_checkpoint(settings: Settings, group: Group, stop: StopRequest) -> chec
         found = checkpoint.find(settings.output_dir, settings.resume)
         return None if found is None else str(checkpoint.path_of(settings.output_dir, found.step))
 
-    if settings.resume not in ("auto", "never"):
-        return checkpoint.load(Path(settings.resume))
-    path = main_process_first(group, "find-checkpoint", find, stop)
-    saved, problem = None, None
-    try:
-        saved = None if path is None else checkpoint.load(Path(path))
-    except CheckpointError as error:
-        problem = error
-    group.raise_first_error(problem)
-    return saved
+    named = settings.resume not in ("auto", "never")
+    path = settings.resume if named else main_process_first(group, "find-checkpoint", find, stop)
+    if path is None:
+        return None
+    return run_on_all_ranks(group, "load-checkpoint", lambda: checkpoint.load(Path(path)), stop)
 
 
 def check_identity(saved: checkpoint.Checkpoint, identity: dict[str, Any], where: Path) -> None:

@@ -19,7 +19,7 @@ from sa3dist.adapters import adapted_layers
 from sa3dist.adapters.layers import cached_norms, uncached_norms
 from sa3dist.errors import CheckpointError, DataError, EnvironmentFailure, OutOfMemory, SA3DistError
 from sa3dist.parallel import build
-from sa3dist.runtime.exit_status import has_peers, translate
+from sa3dist.runtime.exit_status import translate
 from sa3dist.runtime.liveness import AVERAGING
 from sa3dist.runtime.process_group import Group, main_process_first
 from sa3dist.training import checkpoint
@@ -76,8 +76,7 @@ class Trainer:
         # Brings micro batches to few shapes; None where they are computed as they come.
         self.ladder: ShapeLadder | None = None
         self.graphs: CudaGraphs | None = None
-        # Whether a step that runs out of memory is done again without graphs. Equal on all ranks, also on those whose
-        # graphs have failed.
+        # Whether a step that runs out of memory is done again without graphs; equal on all ranks.
         self.graphs_may_go = False
         self.cursors = cursors
         self._clips: list[list[str]] = []
@@ -91,7 +90,7 @@ class Trainer:
         self.graphs_may_go = True
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Continue from a checkpoint. Raises CheckpointError when it holds other layers than this run trains."""
+        """Continue from a checkpoint. Raises CheckpointError when it is of other layers than this run's."""
         missing = self.engine.parameters.keys() ^ saved.adapters.keys()
         if missing:
             raise CheckpointError(
@@ -236,9 +235,7 @@ class Trainer:
     def _drop_graphs(self, problem: OutOfMemory) -> None:
         self.graphs_may_go = False
         self.graphs.drop()
-        place = "this machine"
-        if has_peers():
-            place = "rank {} on {}".format(*problem.origin) if problem.origin else "this rank"
+        place = "rank {} on {}".format(*problem.origin)
         log.warning("step %d: out of memory on %s; cuda_graphs are off from here on", self.step + 1, place)
 
     def clips_of_step(self) -> list[str]:
@@ -264,21 +261,19 @@ class Trainer:
             before()
             checkpoint.save(output_dir, saved, self.settings.keep_checkpoints)
 
-        def begin() -> None:
+        def start() -> None:
             self.saver.start(publish, functools.partial(setattr, stop, "saving", False))
-
-        def finish() -> None:
-            begin()
-            self.saver.wait()
+            if wait:
+                self.saver.wait()
 
         stop.saving = True
         if wait:
             try:
-                main_process_first(self.group, f"save-{self.step}", finish, stop=None)
+                main_process_first(self.group, f"save-{self.step}", start, stop=None)
             finally:
                 stop.saving = False
         elif self.group.is_main:
-            begin()
+            start()
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint says beside its tensors; called on all ranks."""

@@ -210,7 +210,7 @@ def damaged_checkpoint(directory: Path, words: dict) -> dict:
     log = (place / "broken-8.log").read_text()
     resumed = [row["resumed_from"] for row in rows(place / "broken") if "resumed_from" in row]
     same = (place / "whole/lora.safetensors").read_bytes() == (place / "broken/lora.safetensors").read_bytes()
-    good = codes == [0, 0, 0] and resumed == [4] and same and "passing over a damaged checkpoint" in log
+    good = codes == [0, 0, 0] and resumed == [4] and same and "skipping a damaged checkpoint" in log
     return {"scenario": "damaged checkpoint", "codes": codes, "resumed_from": resumed, "same_file": same, "good": good}
 
 
