@@ -16,6 +16,9 @@ from typing import Any, Protocol
 
 from sa3dist.errors import DataError, printable
 
+# How a run ended, beside its results; or, where it may not write there, in the directory that a supervisor names.
+STATUS_NAME = "status.json"
+STATUS_DIR_VARIABLE = "SA3DIST_STATUS_DIR"
 INDEX_NAME = "index.json"
 INDEX_VERSION = 2
 # Ends the index: the digest of every byte before it.

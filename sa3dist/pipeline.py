@@ -127,7 +127,6 @@ class Run:
         resume.set_aside(settings.output_dir, self.trainer.step, group, self.stop)
         self._announce(base, source)
         group.liveness.enter("train", settings.step_timeout)
-        self.stop.holds_state = True
         if self.trainer.step < plan.steps:
             # Closed on every way out: an unclosed loader leaves worker processes that the exit would wait for.
             with contextlib.closing(source.batches(self._share())) as batches:

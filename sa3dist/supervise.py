@@ -20,18 +20,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 from sa3dist import errors
-from sa3dist.formats import write_json
+from sa3dist.formats import STATUS_DIR_VARIABLE, STATUS_NAME, write_json
 from sa3dist.runtime import run_lock
+from sa3dist.runtime.signals import SAME_REQUEST_SECONDS, SIGNALS
 
 PROGRAM = "sa3dist.train"
-STATUS_NAME = "status.json"
-# As in parallel/outcome.py, which imports torch.
-STATUS_DIR_VARIABLE = "SA3DIST_STATUS_DIR"
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# An agent that is signalled while it already stops its workers may leave them behind; the ranks, too, take a repeat
-# within this time as the same request.
-SAME_REQUEST_SECONDS = 5.0
+# A closed terminal asks to stop as the first of them does.
+FORWARDED = tuple(number for number in SIGNALS if number != signal.SIGHUP)
 # How long rank 0's status may take to appear here: it may run on another machine of a shared filesystem.
 STATUS_SECONDS = 5.0
 # How long an agent may outlive the run: cut off from the other hosts' agents it waits for minutes to say goodbye, and
@@ -58,6 +56,7 @@ class Supervisor:
 
     def _forward(self, number: int, frame) -> None:
         now = time.monotonic()
+        # An agent that is signalled while it already stops its workers may leave them behind.
         if self.asked_at is not None and now - self.asked_at < SAME_REQUEST_SECONDS:
             return
         self.asked_at = now
@@ -120,9 +119,6 @@ class Supervisor:
 
     def _kill_all(self) -> None:
         """End the agent, and the ranks, which have sessions of their own."""
-        # Imported where it is needed: signals must be caught from the first moment on.
-        import psutil
-
         with contextlib.suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self.child.pid).children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):

@@ -89,23 +89,23 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
         if not has_peers():
             stop.raise_if_requested("starting")
         from sa3dist.pipeline import Run
-        from sa3dist.runtime.peers import leave
+        from sa3dist.runtime.peers import GOODBYE_SECONDS, leave, part
         from sa3dist.runtime.process_group import connect, disconnect
-        from sa3dist.runtime.stop_deadline import leave_in_time
         from sa3dist.runtime.watchdog import Watchdog
         from sa3dist.training.acceleration import make_deterministic
 
-        leave_in_time(stop, settings.output_dir)
         if settings.deterministic:
             make_deterministic()
-        group = connect(settings.step_timeout)
-        with Watchdog(group, stop, settings.output_dir) as watchdog:
+        with Watchdog(stop, settings.output_dir) as watchdog:
+            group = connect(settings.step_timeout)
+            watchdog.watch(group)
             try:
                 # Only now: peers of a rank that left before would wait for it in connect.
                 stop.raise_if_requested("starting")
-                out_of_memory_at_step = take_output_dir(group, settings.output_dir, stop)
+                out_of_memory_at_step = take_output_dir(group, settings.output_dir, stop, watchdog.renew_heartbeat)
                 running.append(Run(settings, group, stop, out_of_memory_at_step))
                 stages(running[0])
+                part(group, GOODBYE_SECONDS)
             except Exception as failure:
                 reason = leave(group, failure, watchdog.told)
                 if reason is failure:
@@ -119,9 +119,10 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
     return run_program(body, output_dir, lambda: running[0].step if running else 0)
 
 
-def take_output_dir(group: Group, directory: Path, stop: StopRequest) -> int | None:
+def take_output_dir(group: Group, directory: Path, stop: StopRequest, each_beat: Callable[[], None]) -> int | None:
     """Before anything is written to it. Raises InUse, on all ranks, when another run does.
 
+    each_beat   as in ``run_lock.take``
     Returns, on all ranks, what ``forget_status`` found.
     """
     from sa3dist.runtime import run_lock
@@ -129,7 +130,7 @@ def take_output_dir(group: Group, directory: Path, stop: StopRequest) -> int | N
     from sa3dist.runtime.process_group import main_process_first
 
     def take() -> str | None:
-        return run_lock.take(directory, lambda: stop.raise_if_requested("waiting for output_dir"))
+        return run_lock.take(directory, lambda: stop.raise_if_requested("waiting for output_dir"), each_beat)
 
     run_lock.adopt(directory, main_process_first(group, "lock", take, stop))
     return main_process_first(group, "forget-status", lambda: forget_status(directory), stop)

@@ -16,15 +16,12 @@ from pathlib import Path
 import torch
 
 from sa3dist import errors
-from sa3dist.formats import write_json
+from sa3dist.formats import STATUS_DIR_VARIABLE, STATUS_NAME, write_json
 from sa3dist.runtime import run_lock
 
-STATUS_NAME = "status.json"
 # The step that did not fit, where the next start of the run is to recompute blocks.
 OUT_OF_MEMORY_KEY = "out_of_memory_at_step"
 HEARTBEAT_NAME = "heartbeat.json"
-# Where a supervisor looks for the status of a run that may not write one beside its results.
-STATUS_DIR_VARIABLE = "SA3DIST_STATUS_DIR"
 STATES = {
     errors.EXIT_DONE: "done",
     errors.EXIT_USER: "refused",
@@ -53,8 +50,8 @@ ENVIRONMENT_ERRNOS = {
 # torch's allocator on the CPU raises a plain RuntimeError.
 NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 SHARED_MEMORY = "/dev/shm"
-# How long a failing rank leaves the word to rank 0; while that one saves, the watchdog has held it back before.
-RANK_0_SECONDS = 3.0
+# How long rank 0 is left to report a failure that it knows of as well, before another rank does.
+REPORT_SECONDS = 3.0
 
 
 def dist_rank_from_environment() -> int:
@@ -134,8 +131,14 @@ def run_program(body: Callable[[], None], output_dir: Callable[[], Path | None],
         if problem is None:
             traceback.print_exception(failure)
             problem = errors.SA3DistError(f"{type(failure).__name__}: {failure}")
-    report(problem, output_dir(), step(), RANK_0_SECONDS)
-    return errors.EXIT_DONE if problem is None else problem.exit_code
+    report(problem, output_dir(), step(), REPORT_SECONDS)
+    return exit_code_of(problem)
+
+
+def exit_code_of(failure: BaseException | None) -> int:
+    """The exit code of a program that ends with ``failure``; None: well."""
+    explained = None if failure is None else translate(failure)
+    return errors.EXIT_DONE if failure is None else errors.EXIT_BUG if explained is None else explained.exit_code
 
 
 def report(problem: errors.SA3DistError | None, directory: Path | None, step: int, patience_seconds: float) -> None:
@@ -161,12 +164,12 @@ def _report(problem: errors.SA3DistError | None, directory: Path | None, step: i
         if isinstance(problem, errors.InUse):
             # Rank 0 has said it, perhaps on another host than this one's supervisor.
             _write_status(directory, problem, problem.origin or here, str(problem), step)
-        if _is_word_of_rank_0(problem):
+        if _is_found_by_rank_0(problem):
             return
         # A file has no place for a status, and is what rank 0 refuses as well.
-        if directory.is_file() or has_spoken(directory, patience_seconds):
+        if directory.is_file() or has_status(directory, patience_seconds):
             return
-    elif directory is not None and _is_known_to_others(problem) and has_spoken(directory, 0):
+    elif directory is not None and _is_known_to_others(problem) and has_status(directory, 0):
         return
     message, origin = "done", here
     if problem is not None:
@@ -182,7 +185,7 @@ def _report(problem: errors.SA3DistError | None, directory: Path | None, step: i
 def _write_status(
     directory: Path, problem: errors.SA3DistError | None, origin: tuple[int, str], message: str, step: int
 ) -> None:
-    code = errors.EXIT_DONE if problem is None else problem.exit_code
+    code = exit_code_of(problem)
     status = {"state": STATES[code], "exit_code": code, "message": message}
     status |= {"dist_rank": origin[0], "host": origin[1], "step": step}
     if isinstance(problem, errors.RecomputeOnRestart):
@@ -201,7 +204,7 @@ def _write_status(
         print(f"{directory / STATUS_NAME}: cannot write ({error.strerror})", file=sys.stderr, flush=True)
 
 
-def _is_word_of_rank_0(problem: errors.SA3DistError) -> bool:
+def _is_found_by_rank_0(problem: errors.SA3DistError) -> bool:
     """Whether rank 0 has found it, and not others that rank 0 is lost."""
     return problem.origin is not None and problem.origin[0] == 0 and not isinstance(problem, errors.LostPeer)
 
@@ -227,7 +230,7 @@ def forget_status(directory: Path) -> int | None:
     return noted
 
 
-def has_spoken(directory: Path, patience_seconds: float) -> bool:
+def has_status(directory: Path, patience_seconds: float) -> bool:
     """Whether a status appears in ``directory`` within ``patience_seconds``."""
     deadline = time.monotonic() + patience_seconds
     while not (directory / STATUS_NAME).exists():

@@ -9,6 +9,8 @@ from collections.abc import Callable
 PREPARATION_SECONDS = 3600.0
 # The one thing of a step that all ranks do together, and where those that are well wait for one that is not.
 AVERAGING = "averaging gradients"
+# Stages in which a rank that is asked to stop has state to save, or is done.
+HOLDING_STATE = ("train", "export")
 
 
 @dataclasses.dataclass
@@ -29,6 +31,11 @@ class Liveness:
     place: int = 0
     timeout_seconds: float = PREPARATION_SECONDS
     progress_count: int = 0
+
+    @property
+    def holds_state(self) -> bool:
+        """Whether training has begun: stopping has to save."""
+        return self.stage in HOLDING_STATE
 
     def enter(self, stage: str, timeout_seconds: float = PREPARATION_SECONDS) -> None:
         self.stage, self.doing = stage, stage
@@ -57,7 +64,7 @@ class Liveness:
         return ask
 
 
-class Still:
+class Unchanged:
     """For how long a value has not changed, in seconds this process was running.
 
     Counted in ticks, not read from a clock: neither a clock that jumps nor a job that a scheduler suspends looks like

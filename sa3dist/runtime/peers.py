@@ -1,46 +1,47 @@
-"""What ranks tell each other through the store besides results: that they live, and why they leave."""
+"""Rank liveness and exit reasons, shared through the rendezvous store.
+
+Keys: sa3dist/alive/R, what rank R does, renewed every HEARTBEAT_SECONDS; sa3dist/stop, who was asked to stop while
+training; sa3dist/end, the reason all ranks end with; sa3dist/left/R, rank R needs the store no more.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import socket
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch.distributed as dist
 
 from sa3dist import errors
+from sa3dist.runtime import run_lock
 from sa3dist.runtime.exit_status import translate
 from sa3dist.runtime.liveness import Liveness
-from sa3dist.runtime.run_lock import process_space
+
+if TYPE_CHECKING:
+    from sa3dist.runtime.process_group import Group
 
 HEARTBEAT_SECONDS = 2.0
-# A rank whose heart stands still this long counts as lost; loading a base may hold the interpreter for seconds.
+# A rank without a heartbeat for this long counts as lost; loading a base may hold the interpreter for seconds.
 # What follows, telling the others and leaving, must fit into a minute with it.
 STALL_SECONDS = 30.0
+# How long rank 0 waits at a good end for others to read what it has left in the store.
+GOODBYE_SECONDS = 30.0
 # The first rank that cannot go on leaves its reason here, and all others take it.
 END = "sa3dist/end"
 # The first rank that is asked to stop while training leaves its reason here: others may be what it waits for.
 STOP = "sa3dist/stop"
-# Stages in which a rank that is asked to stop has saved, or is done.
-HOLDING_STATE = ("train", "export")
 
 
 def default_store() -> dist.Store:
     return dist.distributed_c10d._get_default_store()
 
 
-def explain(failure: Exception) -> errors.SA3DistError:
-    """The explained failure that peers are told of; a bug of ours keeps its type in the message."""
-    return translate(failure) or errors.SA3DistError(f"{type(failure).__name__}: {failure}")
-
-
-def pack(problem: errors.SA3DistError | None, dist_rank: int) -> list[Any] | None:
-    """A failure as JSON values, with the rank and host it comes from."""
-    if problem is None:
+def pack(failure: Exception | None, dist_rank: int) -> list[Any] | None:
+    """A failure as JSON values, with the rank and host it comes from. A bug of ours keeps its type in the message."""
+    if failure is None:
         return None
+    problem = translate(failure) or errors.SA3DistError(f"{type(failure).__name__}: {failure}")
     return [type(problem).__name__, str(problem), *(problem.origin or (dist_rank, socket.gethostname()))]
 
 
@@ -51,16 +52,12 @@ def unpack(packed: list[Any]) -> errors.SA3DistError:
     return problem
 
 
-def left_key(dist_rank: int) -> str:
-    return f"sa3dist/left/{dist_rank}"
-
-
 def alive_key(dist_rank: int) -> str:
     return f"sa3dist/alive/{dist_rank}"
 
 
-def heard_key(dist_rank: int) -> str:
-    return f"sa3dist/heard/{dist_rank}"
+def left_key(dist_rank: int) -> str:
+    return f"sa3dist/left/{dist_rank}"
 
 
 def read(store: dist.Store, key: str) -> Any | None:
@@ -68,124 +65,86 @@ def read(store: dist.Store, key: str) -> Any | None:
     return json.loads(store.get(key)) if store.check([key]) else None
 
 
-def sign_of_life(count: int, liveness: Liveness) -> dict[str, Any]:
-    """What a rank tells of itself; ``count`` makes each telling another."""
-    said = {"count": count, "doing": liveness.doing, "step": liveness.step, "place": liveness.place}
-    return said | {"host": socket.gethostname(), "pid": os.getpid(), "processes": process_space()}
+def say_alive(store: dist.Store, dist_rank: int, liveness: Liveness) -> None:
+    """Tell the others what this rank does; each telling differs from the one before."""
+    said = {"at": time.monotonic(), "doing": liveness.doing, "step": liveness.step, "place": liveness.place}
+    store.set(alive_key(dist_rank), json.dumps(said | run_lock.identity()))
 
 
-def end_for_all(store: dist.Store, problem: errors.SA3DistError, dist_rank: int) -> errors.SA3DistError:
-    """Make ``problem`` the reason all ranks end with, unless one is known already. Returns the one that holds."""
-    held = store.compare_set(END, "", json.dumps(pack(problem, dist_rank)))
-    return unpack(json.loads(held))
+def end_for_all(failure: Exception, dist_rank: int) -> Exception:
+    """Make ``failure`` the reason all ranks end with. Returns it, or the reason another rank gave before."""
+    packed = json.dumps(pack(failure, dist_rank))
+    held = default_store().compare_set(END, "", packed).decode()
+    return failure if held == packed else unpack(json.loads(held))
 
 
-def leave(group, failure: Exception, heard: errors.SA3DistError | None) -> Exception:
-    """Tell the peers why this rank leaves; returns what to report: for a lost peer, that peer's own reason or its name.
+def leave(group: Group, failure: Exception, told: errors.SA3DistError | None = None) -> Exception:
+    """Tell the peers why this rank ends; returns what to report: for a lost peer, that peer's own reason or its name.
 
-    heard   the reason of another rank, if this one has been told
-    A peer that is gone shows first as a closed connection; which one it was, the hearts tell. During preparation it may
-    show first as the stop signal that a launch agent sends to the others.
+    told   the reason of another rank, if this one has read it
+    A lost peer shows first as a closed connection; which one it was, its missing heartbeats tell. During preparation it
+    may show first as the stop signal that a launch agent sends to the others. May block: the store may not answer.
     """
     if group.world_size == 1:
         return failure
-    store = default_store()
-    stopped = isinstance(failure, errors.Interrupted) and group.liveness.stage not in HOLDING_STATE
+    stopped = isinstance(failure, errors.Interrupted) and not group.liveness.holds_state
+    lost_contact = isinstance(translate(failure), errors.LostPeer)
+    reason = failure
     try:
-        reason = failure
         if stopped:
-            reason = _reason_of_the_stop(store, group.world_size) or failure
-        if not isinstance(translate(failure), errors.LostPeer):
-            packed = pack(explain(reason), group.dist_rank)
-            store.set(left_key(group.dist_rank), json.dumps(packed))
-            store.compare_set(END, "", json.dumps(packed))
-        elif heard is not None:
-            reason = heard
+            held = end_for_all(_killed_peer(group) or failure, group.dist_rank)
+            reason = failure if isinstance(held, errors.Interrupted) else held
+        elif lost_contact:
+            reason = told or _lost_peer(group) or failure
         else:
-            found = _reason_of_the_lost(store, group)
-            reason = failure if found is None else end_for_all(store, found, group.dist_rank)
-        store.set(heard_key(group.dist_rank), "1")
-        if group.is_main:
-            _await_hearing(store, group.world_size)
-        return reason
+            end_for_all(failure, group.dist_rank)
+        part(group, 2 * HEARTBEAT_SECONDS + 1)
     except RuntimeError:
         # The store went with the rank that hosted it: nobody is left to tell.
-        if heard is not None or not (stopped or isinstance(translate(failure), errors.LostPeer)):
-            return heard or failure
-        lost = errors.LostPeer(
-            "gone, and the rendezvous store with it: killed, or its machine or network failed; state is as last saved, "
-            "run again to continue"
-        )
-        lost.origin = (0, group.hosts[0])
-        return lost
-
-
-def leave_stopped(stopped: errors.Interrupted) -> errors.SA3DistError:
-    """Tell the peers that this rank leaves preparation because it was asked to stop; returns why all leave.
-
-    For a thread beside the main one, which may hold no Group yet. May block. Raises RuntimeError without the store.
-    """
-    store, dist_rank, world_size = default_store(), dist.get_rank(), dist.get_world_size()
-    reason = _reason_of_the_stop(store, world_size) or stopped
-    store.set(left_key(dist_rank), json.dumps(pack(reason, dist_rank)))
-    reason = end_for_all(store, reason, dist_rank)
-    store.set(heard_key(dist_rank), "1")
-    if dist_rank == 0:
-        _await_hearing(store, world_size)
+        if told is None and (stopped or lost_contact):
+            return lost_rank(0, {"host": group.hosts[0]}, ", and the rendezvous store with it")
+        return told or reason
     return reason
 
 
-def _reason_of_the_stop(store: dist.Store, world_size: int) -> errors.SA3DistError | None:
-    """Why this rank was stopped, if not to be stopped: an agent signals the peers of a rank that has failed.
+def part(group: Group, seconds: float) -> None:
+    """Say that this rank needs the store no more. Rank 0 may host it, and waits that long for the others."""
+    if group.world_size > 1:
+        store, deadline = default_store(), time.monotonic() + seconds
+        store.set(left_key(group.dist_rank), "1")
+        keys = [left_key(dist_rank) for dist_rank in range(group.world_size)]
+        while group.is_main and not store.check(keys) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
-    That rank has told why, or it was killed: its process is gone from this machine, and has not said goodbye.
-    """
-    told = read(store, END)
-    if told is not None and not isinstance(unpack(told), errors.Interrupted):
-        return unpack(told)
-    for dist_rank in range(world_size):
+
+def _killed_peer(group: Group) -> errors.LostPeer | None:
+    """The rank whose process is gone from this machine without having left: an agent signals its peers."""
+    store = default_store()
+    for dist_rank in range(group.world_size):
         last = read(store, alive_key(dist_rank))
-        here = last is not None and last["processes"] == process_space()
-        if here and not _lives(last["pid"]) and not store.check([left_key(dist_rank)]):
+        if last is not None and run_lock.lives(last) is False and not store.check([left_key(dist_rank)]):
             return lost_rank(dist_rank, last)
     return None
 
 
-def _lives(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _await_hearing(store: dist.Store, world_size: int) -> None:
-    # Rank 0 may host the store, and a peer that finds it gone can only guess.
+def _lost_peer(group: Group) -> Exception | None:
+    """Why another rank has left, or which one has no heartbeat."""
+    store = default_store()
+    before = {n: read(store, alive_key(n)) for n in range(group.world_size) if n != group.dist_rank}
+    # Everyone alive renews its key within this time, also a rank that fails for the same reason.
     deadline = time.monotonic() + 2 * HEARTBEAT_SECONDS + 1
-    keys = [heard_key(dist_rank) for dist_rank in range(world_size)]
-    while not store.check(keys) and time.monotonic() < deadline:
-        time.sleep(0.05)
-
-
-def _reason_of_the_lost(store: dist.Store, group) -> errors.SA3DistError | None:
-    peers = [dist_rank for dist_rank in range(group.world_size) if dist_rank != group.dist_rank]
-    before = {dist_rank: read(store, alive_key(dist_rank)) for dist_rank in peers}
-    # Everyone alive beats within this time, also a rank that fails for the same reason.
-    deadline = time.monotonic() + 2 * HEARTBEAT_SECONDS + 1
-    silent = set(peers)
+    silent = set(before)
     while time.monotonic() < deadline and silent:
-        told = read(store, END)
-        if told is not None:
+        if (told := read(store, END)) is not None:
             return unpack(told)
         silent = {n for n in silent if read(store, alive_key(n)) == before[n] and not store.check([left_key(n)])}
         time.sleep(0.2)
-    if not silent:
-        return None
-    return lost_rank(min(silent), before[min(silent)])
+    return end_for_all(lost_rank(min(silent), before[min(silent)]), group.dist_rank) if silent else None
 
 
 def lost_rank(dist_rank: int, last: dict[str, Any] | None, how: str = "") -> errors.LostPeer:
     """The failure that stands for a rank that has gone or fallen silent. last: what it told of itself at the end."""
-    at = f", last seen in step {last['step']} ({last['doing']})" if last else ""
+    at = f", last seen in step {last['step']} ({last['doing']})" if last and "step" in last else ""
     problem = errors.LostPeer(
         f"gone{at}{how}: killed, or its machine or network failed; state is as last saved, run again to continue"
     )

@@ -17,26 +17,14 @@ import torch.distributed as dist
 
 from sa3dist import errors
 from sa3dist.runtime import deepspeed_launch
-from sa3dist.runtime.liveness import Liveness, Still
-from sa3dist.runtime.peers import (
-    STALL_SECONDS,
-    alive_key,
-    default_store,
-    explain,
-    left_key,
-    lost_rank,
-    pack,
-    read,
-    unpack,
-)
+from sa3dist.runtime.liveness import Liveness
+from sa3dist.runtime.peers import END, default_store, pack, read, unpack
 from sa3dist.runtime.signals import StopRequest
 
 log = logging.getLogger(__name__)
 
 # Waiting ranks look this often whether rank 0 is done: a poll, for preparation outlasts any collective
 POLL_SECONDS = 0.05
-# How long rank 0 waits for its peers to read what it has to say.
-READERS_SECONDS = 30.0
 # The watchdog speaks first: it knows who has not come.
 GROUP_TIMEOUT_MARGIN_SECONDS = 60.0
 
@@ -147,95 +135,43 @@ def disconnect() -> None:
 
 
 def main_process_first(group: Group, name: str, work: Callable[[], Any], stop: StopRequest | None) -> Any:
-    """Run ``work`` on rank 0 while the others wait, however long; its JSON result, or its failure, reaches all ranks.
+    """Run ``work`` on rank 0 while the others wait, however long; its JSON result reaches all ranks.
 
-    name          unique per call within a run
-    stop          ends the wait of a rank with Interrupted; None: wait to the end
+    name    unique per call within a run
+    stop    ends the wait of a rank with Interrupted; None: wait to the end
+    Raises, on a waiting rank, the reason for which rank 0 or any other has left (``peers.leave``).
     """
     if group.world_size == 1:
         return work()
     store, key = default_store(), f"sa3dist/{name}"
     if group.is_main:
-        try:
-            result = {"result": work()}
-        except Exception as failure:
-            store.set(key, json.dumps({"problem": pack(explain(failure), 0)}))
-            _await_readers(store, key, group)
-            raise
+        result = work()
         store.set(key, json.dumps(result))
-        _await_readers(store, key, group)
-        return result["result"]
-    try:
-        _wait_for(store, key, 0, group, stop)
-        result = json.loads(store.get(key))
-    finally:
-        # A rank that leaves without reading must not be waited for either.
-        store.add(f"{key}/read", 1)
-    if "problem" in result:
-        raise unpack(result["problem"])
-    return result["result"]
-
-
-def _await_readers(store: dist.Store, key: str, group: Group) -> None:
-    # Rank 0 may host the store: it must not leave before its peers have read.
-    deadline = time.monotonic() + READERS_SECONDS
-    while store.add(f"{key}/read", 0) < group.world_size - 1 and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
-
-
-def barrier_with_errors(group: Group, name: str, problem: errors.SA3DistError | None, stop: StopRequest | None) -> None:
-    """Wait, however long, until every rank has come here; raise on all ranks what any of them brought along."""
-    if group.world_size == 1:
-        if problem is not None:
-            raise problem
-        return
-    store = default_store()
-    store.set(f"sa3dist/{name}/{group.dist_rank}", json.dumps(pack(problem, group.dist_rank)))
-    found = []
-    try:
-        for dist_rank in range(group.world_size):
-            key = f"sa3dist/{name}/{dist_rank}"
-            _wait_for(store, key, dist_rank, group, stop)
-            found.append(json.loads(store.get(key)))
-    finally:
-        if not group.is_main:
-            store.add(f"sa3dist/{name}/read", 1)
-    if group.is_main:
-        _await_readers(store, f"sa3dist/{name}", group)
-    for packed in found:
-        if packed is not None:
-            raise unpack(packed)
+        return result
+    _wait_for(store, key, 0, group, stop)
+    return json.loads(store.get(key))
 
 
 def run_on_all_ranks(group: Group, name: str, work: Callable[[], Any], stop: StopRequest | None) -> Any:
-    """Run ``work`` on every rank; when it fails on any, it fails on all, with that rank's reason."""
-    result, failure = None, None
-    try:
-        result = work()
-    except Exception as error:
-        failure = error
-    try:
-        barrier_with_errors(group, name, None if failure is None else explain(failure), stop)
-    except errors.SA3DistError as problem:
-        # A bug of ours keeps its traceback on the rank that has it.
-        raise problem if failure is None or isinstance(failure, errors.SA3DistError) else failure from None
+    """Run ``work`` on every rank; return its result when it is done on all of them. The rest as above."""
+    result = work()
+    if group.world_size > 1:
+        store = default_store()
+        store.set(f"sa3dist/{name}/{group.dist_rank}", "1")
+        for dist_rank in range(group.world_size):
+            _wait_for(store, f"sa3dist/{name}/{dist_rank}", dist_rank, group, stop)
     return result
 
 
 def _wait_for(store: dist.Store, key: str, awaited: int, group: Group, stop: StopRequest | None) -> None:
-    """Return when ``key`` is set. Raises when asked to stop, and when the awaited rank has left or stopped beating."""
-    heart, last = Still(), time.monotonic()
+    """Return when ``key`` is set. Raises when asked to stop, and when any rank has left."""
     while not store.check([key]):
-        # A rank that waits for one that lives gets on.
+        # A rank that waits for one that lives gets on; one that falls silent is noticed by the rank before it.
         group.liveness.progress()
         if stop is not None:
             stop.raise_if_requested(f"waiting for rank {awaited}")
-        if awaited != group.dist_rank and store.check([left_key(awaited)]) and not store.check([key]):
-            raise unpack(read(store, left_key(awaited)))
-        now = time.monotonic()
-        # A suspended process did not wait, it did not run.
-        tick, last = min(now - last, 1.0), now
-        said = read(store, alive_key(awaited))
-        if heart.look(said, tick) > STALL_SECONDS:
-            raise lost_rank(awaited, said, f", silent for {STALL_SECONDS:.0f} s")
+        ended = read(store, END)
+        # Set by a rank that has left after all have come here.
+        if ended is not None and not store.check([key]):
+            raise unpack(ended)
         time.sleep(POLL_SECONDS)

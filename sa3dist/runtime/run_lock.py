@@ -26,7 +26,7 @@ from sa3dist.runtime.file_lock import is_guarded, opened_alone
 log = logging.getLogger(__name__)
 
 LOCK_NAME = "run.lock"
-BEAT_SECONDS = 5.0
+BEAT_SECONDS = 3.0
 # Another machine's lock is dead when it has not changed for this long.
 DEAD_SECONDS = 60.0
 # One that by its time is older than that is watched only until a living one would have beaten, with some to spare for a
@@ -48,10 +48,13 @@ _ended: dict[Path, threading.Event] = {}
 Owner = dict[str, Any]
 
 
-def take(directory: Path, check_stop: Callable[[], None] = lambda: None) -> str | None:
+def take(
+    directory: Path, check_stop: Callable[[], None] = lambda: None, each_beat: Callable[[], None] = lambda: None
+) -> str | None:
     """Take the lock of an output directory, and keep it alive until ``release``; its token, which peers ``adopt``.
 
     check_stop   called while a lock of another machine is watched; what it raises ends the wait
+    each_beat    called in the thread that keeps the lock, while it is this run's
     Returns None where nothing can be written: who needs the directory says so. Raises InUse when a living run holds it.
     """
     path = _path(directory)
@@ -68,7 +71,7 @@ def take(directory: Path, check_stop: Callable[[], None] = lambda: None) -> str 
             raise refusal(directory, peek(directory) or mine) from None
         return None
     _held[path], _ended[path] = mine["token"], threading.Event()
-    threading.Thread(target=_keep, args=(path, mine, _ended[path]), name="lock", daemon=True).start()
+    threading.Thread(target=_keep, args=(path, mine, _ended[path], each_beat), name="lock", daemon=True).start()
     return mine["token"]
 
 
@@ -145,14 +148,14 @@ def refusal(directory: Path, owner: Owner) -> InUse:
 def identity() -> Owner:
     """This process, so that others can tell whether it lives."""
     pid = os.getpid()
-    return {"host": socket.gethostname(), "pid": pid, "start": _start_ticks(pid), "processes": process_space()}
+    return {"host": socket.gethostname(), "pid": pid, "start": start_ticks(pid), "processes": process_space()}
 
 
 def lives(owner: Owner) -> bool | None:
     """Whether a lock's process lives; None where that cannot be seen from here: another machine, or container."""
     if owner["processes"] != process_space():
         return None
-    start = _start_ticks(owner["pid"])
+    start = start_ticks(owner["pid"])
     return start is not None and start == owner["start"]
 
 
@@ -215,7 +218,7 @@ def _try_to_take(path: Path, mine: Owner, watched: _Watched) -> bool:
     return True
 
 
-def _keep(path: Path, mine: Owner, ended: threading.Event) -> None:
+def _keep(path: Path, mine: Owner, ended: threading.Event, each_beat: Callable[[], None]) -> None:
     """Beat until ``ended``, or until another run is found to have taken over."""
     while not ended.wait(BEAT_SECONDS):
         # What needs the disk will say itself that it is gone.
@@ -229,6 +232,7 @@ def _keep(path: Path, mine: Owner, ended: threading.Event) -> None:
                 return
             mine = {**mine, "beat": mine["beat"] + 1, "time": time.time()}
             _write(handle, mine)
+        each_beat()
 
 
 def _opened(path: Path, create: bool) -> contextlib.AbstractContextManager[int]:
@@ -267,7 +271,7 @@ def _age_seconds(owner: Owner) -> float:
     return max(0.0, time.time() - owner["time"])
 
 
-def _start_ticks(pid: int) -> int | None:
+def start_ticks(pid: int) -> int | None:
     """When a process started, in clock ticks since boot; None when it is gone or a zombie."""
     try:
         # Fields 3 and 22, counted behind the name, which may hold anything.

@@ -9,10 +9,13 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from typing import NoReturn
+
+import psutil
 
 from sa3dist.errors import EXIT_INTERRUPTED, Interrupted
 from sa3dist.runtime import run_lock
@@ -29,32 +32,71 @@ RELEASE_SECONDS = 1.0
 # What a process takes to end after its last save.
 EXIT_SECONDS = 5.0
 
+# For good: the system writes a byte to that number at every signal, also when another file has it by then.
+_KEPT_OPEN: list[socket.socket] = []
+
 
 class StopRequest:
     """Whether this process was asked to stop. While ``saving`` is true no signal ends it.
 
-    holds_state   training has begun: stopping has to save
-    waiting       the main thread waits for something that may never come, and may be broken off
+    waiting   the main thread waits for something that may never come, and may be broken off
     """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
         self.saving = False
-        self.holds_state = False
         self.waiting = False
         self._heard: str | None = None
+        self._signals: socket.socket | None = None
         self._first_at = 0.0
         self._ends_at: float | None = None
         self._allowed_seconds = 0.0
         self._reserve_seconds = EXIT_SECONDS
 
     def install(self) -> StopRequest:
+        """Handle the stop signals from here on. From the main thread."""
         for number in SIGNALS:
             # Under nohup a run outlives its terminal.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._handle)
         signal.signal(BREAK_SIGNAL, self._end_wait)
+        self._signals, writer = socket.socketpair()
+        _KEPT_OPEN.extend((self._signals, writer))
+        for end in (self._signals, writer):
+            end.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        # A child shares the socket, and its signals are its own.
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         return self
+
+    def requested(self) -> bool:
+        return self.reason is not None
+
+    def raise_if_requested(self, doing: str) -> None:
+        """doing: what is ended by it, as said after "while"."""
+        if self.reason is not None:
+            raise Interrupted(f"{self.reason} while {doing}; finished work is kept, {AGAIN}")
+
+    @property
+    def reason(self) -> str | None:
+        """What asked this process to stop, if anything did."""
+        if self.signal_name is not None:
+            return self.signal_name
+        if self._ends_at is not None and time.monotonic() > self._ends_at - self._reserve_seconds:
+            return f"max_wall_time ({self._allowed_seconds:.0f} s) nearly over"
+        return self._heard
+
+    def hear(self, reason: str) -> None:
+        """Another rank was asked to stop, or this one while its main thread runs no handlers."""
+        self._heard = reason
+
+    def hear_signals(self) -> None:
+        """For a thread beside the main one, which runs no handlers within an import, a slow read or a collective."""
+        if self._signals is not None:
+            # The system's own handler writes the number of each signal.
+            with contextlib.suppress(BlockingIOError):
+                for number in set(self._signals.recv(64)) & set(SIGNALS):
+                    self.hear(signal.Signals(number).name)
 
     @contextlib.contextmanager
     def breakable(self) -> Iterator[None]:
@@ -72,11 +114,7 @@ class StopRequest:
     def _end_wait(self, number: int, frame) -> None:
         if self.waiting:
             self.waiting = False
-            raise Interrupted(f"{self.reason} while waiting for data; finished work is kept, {AGAIN}")
-
-    def hear(self, reason: str) -> None:
-        """Another rank was asked to stop, or this one while its main thread runs no handlers."""
-        self._heard = reason
+            self.raise_if_requested("waiting for data")
 
     def limit(self, allowed_seconds: float) -> None:
         """Ask to stop in time to be gone ``allowed_seconds`` after this program's start."""
@@ -93,42 +131,29 @@ class StopRequest:
             self.signal_name = signal.Signals(number).name
             self._first_at = now
         elif now - self._first_at > SAME_REQUEST_SECONDS and not self.saving:
-            # Not waited for where its disk does not answer: without its process it counts for nothing.
-            giving_back = threading.Thread(target=run_lock.release_all, daemon=True)
-            giving_back.start()
-            giving_back.join(RELEASE_SECONDS)
-            os._exit(EXIT_INTERRUPTED)
-
-    @property
-    def reason(self) -> str | None:
-        """What asked this process to stop, if anything did."""
-        if self.signal_name is not None:
-            return self.signal_name
-        if self._ends_at is not None and time.monotonic() > self._ends_at - self._reserve_seconds:
-            return f"max_wall_time ({self._allowed_seconds:.0f} s) nearly over"
-        return self._heard
-
-    def requested(self) -> bool:
-        return self.reason is not None
-
-    def raise_if_requested(self, doing: str) -> None:
-        """doing: what is ended by it, as said after "while"."""
-        if self.reason is not None:
-            raise Interrupted(f"{self.reason} while {doing}; finished work is kept, {AGAIN}")
+            exit_now(EXIT_INTERRUPTED)
 
 
 def seconds_since_start() -> float:
     """Age of this process, imports included; independent of the time of day."""
-    # Field 22, counted behind the name, which may hold anything: start time in clock ticks since boot.
-    status = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace")
-    ticks = int(status.rpartition(")")[2].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - run_lock.start_ticks(os.getpid()) / os.sysconf("SC_CLK_TCK")
+
+
+def exit_now(code: int) -> NoReturn:
+    """End this process, whatever its threads wait for, and the processes it has started."""
+    # Not waited for where its disk does not answer: without its process a lock counts for nothing.
+    giving_back = threading.Thread(target=run_lock.release_all, daemon=True)
+    giving_back.start()
+    giving_back.join(RELEASE_SECONDS)
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    os._exit(code)
 
 
 def kill_loaders() -> None:
-    """End the loader processes of this one, which take no signal that asks. For ends that wait for nothing."""
-    if threading.current_thread() is threading.main_thread():
-        # Their loader would raise there when they end. Other threads end the process with them.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    """End the loader processes of this one, which take no signal that asks. For the main thread, on its way out."""
+    # Their loader would raise here when they end.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from sa3dist import errors
-from sa3dist.runtime.process_group import READERS_SECONDS, Group, backend_for, main_process_first
+from sa3dist.runtime.peers import GOODBYE_SECONDS, leave
+from sa3dist.runtime.process_group import Group, backend_for, main_process_first
 from sa3dist.runtime.signals import StopRequest
 
 
@@ -24,7 +25,7 @@ def ranks(monkeypatch):
         try:
             ended[number] = main_process_first(Group(number, 2, torch.device("cpu")), "work", work, stop)
         except errors.SA3DistError as error:
-            ended[number] = error
+            ended[number] = leave(Group(number, 2, torch.device("cpu")), error)
         seconds[number] = time.monotonic() - began
 
     def run(work, stop=None):
@@ -59,7 +60,7 @@ def test_ranks_that_are_all_asked_to_stop_do_not_wait_for_each_other(ranks):
     stop.hear("SIGTERM")
     ended, seconds = ranks(work, stop)
     assert all(isinstance(error, errors.Interrupted) for error in ended.values())
-    assert seconds < READERS_SECONDS / 2
+    assert seconds < GOODBYE_SECONDS / 2
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,6 @@ from sa3dist.runtime import peers, watchdog
 from sa3dist.runtime.exit_status import translate
 from sa3dist.runtime.lasting_output import Lasting
 from sa3dist.runtime.signals import StopRequest
-from sa3dist.runtime.stop_deadline import leave_in_time
 from sa3dist.runtime.watchdog import Watchdog
 from sa3dist.training import checkpoint
 from tests.helpers.golden import ROOT
@@ -165,10 +164,9 @@ def short_times(monkeypatch):
 
     monkeypatch.setattr(watchdog, "TICK_SECONDS", 0.05)
     monkeypatch.setattr(watchdog, "BREAK_SECONDS", 0.2)
-    monkeypatch.setattr(watchdog, "HANGING_SECONDS", 1.0)
+    monkeypatch.setattr(watchdog, "LEAVE_SECONDS", 1.0)
     monkeypatch.setattr(watchdog, "GRACE_SECONDS", 0.5)
-    for module in (watchdog, peers):
-        monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(peers, "HEARTBEAT_SECONDS", 0.1)
 
 
 def good_until(step, batch):
@@ -181,11 +179,9 @@ def train_until_asked(group, output_dir, hangs, asked, blocked=()):
     """Where the run ended, when rank ``hangs`` gets nothing for step 4 and rank ``asked`` is then sent SIGTERM."""
     signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     stop = StopRequest().install()
-    leave_in_time(stop, output_dir)
     trainer, batch = make_trainer(group, 10**6, make_settings(save_every=10**6))
-    stop.holds_state = True
     stream = good_until(4, batch) if group.dist_rank == hangs else iter([batch] * 10**6)
-    with Watchdog(group, stop, output_dir) as dog:
+    with Watchdog(stop, output_dir).watch(group) as dog:
         group.liveness.enter("train", 600)
         if group.dist_rank == asked:
             signal_when(lambda: trainer.step == 3, signal.SIGTERM)

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from sa3dist import config, errors, loop
+from sa3dist.runtime import run_lock
 from sa3dist.runtime.exit_status import run_program
-from sa3dist.runtime.liveness import AVERAGING, Still
+from sa3dist.runtime.liveness import AVERAGING, Unchanged
 from sa3dist.runtime.peers import leave
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import EXIT_SECONDS, StopRequest, seconds_since_start
@@ -220,16 +221,15 @@ def test_a_saver_tells_of_a_failure_once_and_finishes_one_save_before_the_next()
 
 
 def test_a_rank_that_fails_leaves_rank_0_the_time_to_finish_a_save_before_it_speaks(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("sa3dist.runtime.watchdog.HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr("sa3dist.runtime.peers.HEARTBEAT_SECONDS", 0.1)
     monkeypatch.setattr("sa3dist.runtime.watchdog.GRACE_SECONDS", 0.5)
-    monkeypatch.setattr("sa3dist.runtime.watchdog.RANK_0_SECONDS", 1.2)
-    monkeypatch.setattr("sa3dist.runtime.exit_status.RANK_0_SECONDS", 0.1)
+    monkeypatch.setattr("sa3dist.runtime.exit_status.REPORT_SECONDS", 0.1)
 
     def work(group):
         stop = StopRequest()
 
         def body():
-            with Watchdog(group, stop, tmp_path) as watchdog:
+            with Watchdog(stop, tmp_path).watch(group) as watchdog:
                 stop.saving = True
                 dist.barrier()
                 try:
@@ -255,14 +255,14 @@ def test_a_rank_that_fails_leaves_rank_0_the_time_to_finish_a_save_before_it_spe
 
 
 def test_a_value_is_still_by_ticks_so_that_a_suspended_process_has_not_stood_still():
-    still = Still()
+    still = Unchanged()
     assert [still.look(value, 0.5) for value in "aaab"] == [0, 0.5, 1.0, 0]
 
 
 def test_a_process_that_stands_still_ends_with_70_and_says_where(tmp_path, capfd):
     def work(group):
         stop = StopRequest()
-        with Watchdog(group, stop, tmp_path):
+        with Watchdog(stop, tmp_path).watch(group):
             group.liveness.enter("train", 1.0)
             group.liveness.begin("waiting for data", step=7)
             time.sleep(120)
@@ -278,7 +278,7 @@ def test_a_process_that_stands_still_ends_with_70_and_says_where(tmp_path, capfd
 
 def test_ranks_that_wait_for_a_stuck_one_name_it(tmp_path, capfd):
     def work(group):
-        with Watchdog(group, StopRequest(), tmp_path):
+        with Watchdog(StopRequest(), tmp_path).watch(group):
             group.liveness.enter("train", 3.0)
             group.liveness.begin("beginning", step=5)
             group.liveness.begin("waiting for data")
@@ -298,7 +298,7 @@ def test_ranks_that_wait_for_a_stuck_one_name_it(tmp_path, capfd):
 
 def test_a_killed_rank_is_named_by_those_that_lose_it(tmp_path, capfd):
     def work(group):
-        with Watchdog(group, StopRequest(), tmp_path) as watchdog:
+        with Watchdog(StopRequest(), tmp_path).watch(group) as watchdog:
             group.liveness.begin("computing gradients", step=2)
             dist.barrier()
             if group.dist_rank == 2:
@@ -323,7 +323,7 @@ def test_a_rank_that_an_agent_stops_for_the_sake_of_a_killed_one_names_that(
     monkeypatch.setattr("sa3dist.runtime.peers.HEARTBEAT_SECONDS", 0.1)
 
     def work(group):
-        with Watchdog(group, StopRequest(), tmp_path) as watchdog:
+        with Watchdog(StopRequest(), tmp_path).watch(group) as watchdog:
             group.liveness.enter(stage)
             processes = [psutil.Process(pid) for pid in group.gather(os.getpid())]
             if group.dist_rank == killed:
@@ -342,11 +342,11 @@ def test_a_rank_that_an_agent_stops_for_the_sake_of_a_killed_one_names_that(
 
 
 def test_ranks_that_a_store_keeps_waiting_end_without_asking_it_for_the_last_word(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("sa3dist.runtime.watchdog.STALL_SECONDS", 3.0)
-    monkeypatch.setattr("sa3dist.runtime.watchdog.WORD_SECONDS", 0.5)
+    monkeypatch.setattr("sa3dist.runtime.peers.STALL_SECONDS", 3.0)
+    monkeypatch.setattr("sa3dist.runtime.watchdog.ANSWER_SECONDS", 0.5)
 
     def work(group):
-        with Watchdog(group, StopRequest(), tmp_path):
+        with Watchdog(StopRequest(), tmp_path).watch(group):
             group.liveness.enter("train", 600.0)
             group.liveness.begin("waiting for data", step=3)
             if group.dist_rank == 0:
@@ -363,7 +363,7 @@ def test_ranks_that_a_store_keeps_waiting_end_without_asking_it_for_the_last_wor
 
 
 def test_the_heartbeat_is_renewed_while_there_is_progress_and_only_then(tmp_path, monkeypatch):
-    monkeypatch.setattr("sa3dist.runtime.heartbeat.RENEWAL_SECONDS", 0.05)
+    monkeypatch.setattr("sa3dist.runtime.run_lock.BEAT_SECONDS", 0.05)
     group, path = Group(0, 1, torch.device("cpu")), tmp_path / "heartbeat.json"
 
     def beat(step):
@@ -374,7 +374,8 @@ def test_the_heartbeat_is_renewed_while_there_is_progress_and_only_then(tmp_path
             time.sleep(0.01)
         return path.stat().st_mtime_ns
 
-    with Watchdog(group, StopRequest(), tmp_path):
+    with Watchdog(StopRequest(), tmp_path).watch(group) as watchdog:
+        run_lock.take(tmp_path, each_beat=watchdog.renew_heartbeat)
         group.liveness.enter("train", 600)
         first, second = beat(1), beat(2)
         assert second > first
@@ -384,13 +385,18 @@ def test_the_heartbeat_is_renewed_while_there_is_progress_and_only_then(tmp_path
     assert (said["stage"], said["host"], said["pid"]) == ("train", HOST, os.getpid())
     assert abs(said["time"] - time.time()) < 60
     assert json.loads(path.read_text())["stage"] == "done"
+    # However long the lock is kept beyond.
+    group.liveness.progress()
+    time.sleep(0.2)
+    assert json.loads(path.read_text())["stage"] == "done"
+    run_lock.release(tmp_path)
 
 
 def test_a_refused_run_leaves_no_heartbeat(tmp_path):
     group = Group(0, 1, torch.device("cpu"))
 
     def refused():
-        with Watchdog(group, StopRequest(), tmp_path):
+        with Watchdog(StopRequest(), tmp_path).watch(group):
             (tmp_path / "heartbeat.json").write_text("{}")
             raise errors.ConfigError("rank: no")
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from sa3dist import cli, errors, supervise, train
+from sa3dist.formats import STATUS_DIR_VARIABLE
 from sa3dist.runtime import file_lock, run_lock
-from sa3dist.runtime.exit_status import STATUS_DIR_VARIABLE
 from sa3dist.runtime.signals import SIGNALS, StopRequest
 from sa3dist.runtime.watchdog import Watchdog
 from tests.helpers.golden import ROOT
@@ -193,12 +193,11 @@ def test_a_stop_request_ends_the_wait(tmp_path, owner):
 def test_a_run_that_was_given_up_for_dead_and_is_continued_ends_and_touches_nothing(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.05)
     theirs = {"token": "theirs", "beat": 0, "time": time.time(), **run_lock.identity(), "pid": os.getppid()}
-    # Field 22, counted behind the name, which may hold anything: when it started, in ticks since boot.
-    theirs["start"] = int(Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19])
+    theirs["start"] = run_lock.start_ticks(os.getppid())
 
     def work(group):
         run_lock.take(tmp_path)
-        with Watchdog(group, StopRequest(), tmp_path):
+        with Watchdog(StopRequest(), tmp_path).watch(group):
             (tmp_path / run_lock.LOCK_NAME).write_text(json.dumps(theirs))
             time.sleep(60)
 
@@ -283,9 +282,9 @@ def test_all_ranks_are_refused_and_a_supervisor_is_told_elsewhere(tmp_path, owne
         from sa3dist.runtime.peers import leave
 
         def body():
-            with Watchdog(group, StopRequest(), directory) as watchdog:
+            with Watchdog(StopRequest(), directory).watch(group) as watchdog:
                 try:
-                    train.take_output_dir(group, directory, StopRequest())
+                    train.take_output_dir(group, directory, StopRequest(), watchdog.renew_heartbeat)
                 except errors.InUse as failure:
                     raise leave(group, failure, watchdog.told) from None
 

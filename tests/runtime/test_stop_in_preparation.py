@@ -12,9 +12,8 @@ import pytest
 import torch.distributed as dist
 
 from sa3dist.runtime.peers import leave
-from sa3dist.runtime.process_group import barrier_with_errors
+from sa3dist.runtime.process_group import run_on_all_ranks
 from sa3dist.runtime.signals import StopRequest
-from sa3dist.runtime.stop_deadline import leave_in_time
 from sa3dist.runtime.watchdog import Watchdog
 from tests.helpers.ranks import exit_codes
 
@@ -22,14 +21,18 @@ from tests.helpers.ranks import exit_codes
 PROGRAM = """
 import ctypes, subprocess, sys
 from pathlib import Path
-from sa3dist.runtime import stop_deadline
+import torch
+from sa3dist.runtime import watchdog
+from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
 
 directory = Path(sys.argv[1])
-stop_deadline.LEAVE_SECONDS = 0.3
-stop = StopRequest().install()
-stop_deadline.leave_in_time(stop, directory)
-stop.holds_state = len(sys.argv) > 2
+watchdog.LEAVE_SECONDS = 0.3
+dog = watchdog.Watchdog(StopRequest().install(), directory).__enter__()
+if len(sys.argv) > 2:
+    group = Group(0, 1, torch.device("cpu"))
+    group.liveness.enter("train")
+    dog.watch(group)
 child = subprocess.Popen(["sleep", "60"])
 (directory / "child").write_text(str(child.pid))
 (directory / "ready").touch()
@@ -120,15 +123,13 @@ def test_without_a_signal_nothing_ends(start):
 
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_rank_that_never_looks_tells_its_peer_that_it_was_stopped(tmp_path, monkeypatch, stopped):
-    monkeypatch.setattr("sa3dist.runtime.stop_deadline.LEAVE_SECONDS", 0.3)
-    monkeypatch.setattr("sa3dist.runtime.stop_deadline.RANK_0_SECONDS", 0.3)
-    for module in ("watchdog", "peers"):
-        monkeypatch.setattr(f"sa3dist.runtime.{module}.HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr("sa3dist.runtime.watchdog.LEAVE_SECONDS", 0.3)
+    monkeypatch.setattr("sa3dist.runtime.watchdog.REPORT_SECONDS", 0.3)
+    monkeypatch.setattr("sa3dist.runtime.peers.HEARTBEAT_SECONDS", 0.1)
 
     def work(group):
         stop = StopRequest().install()
-        leave_in_time(stop, tmp_path)
-        with Watchdog(group, stop, tmp_path) as watchdog:
+        with Watchdog(stop, tmp_path).watch(group) as watchdog:
             group.liveness.enter("encode")
             dist.barrier()
             if group.dist_rank == stopped:
@@ -136,7 +137,7 @@ def test_a_rank_that_never_looks_tells_its_peer_that_it_was_stopped(tmp_path, mo
                 while True:
                     time.sleep(1)
             try:
-                barrier_with_errors(group, "encoded", None, stop)
+                run_on_all_ranks(group, "encoded", lambda: None, stop)
             except Exception as failure:
                 reason = leave(group, failure, watchdog.told)
                 os._exit(reason.exit_code if reason.origin == (stopped, socket.gethostname()) else 1)
