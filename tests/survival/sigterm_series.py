@@ -1,6 +1,6 @@
 """SIGTERM at random moments to one rank, to the launcher, and to PID 1 of a container: exit 75, soon, resumable.
 
-    python tests/survival/sigterm_series.py DIRECTORY [--target rank|launcher|pid1 ...] [--runs 25] [--seed 0]
+    python tests/survival/sigterm_series.py DIRECTORY [--target rank|launcher|pid1 ...] [--phase PHASE ...] [--runs 25]
 
 `rank` forks two ranks from this process, which has imported the program and acts as torchrun does: when one ends it
 TERMs the other. `launcher` starts launch/local.sh with two processes. `pid1` starts launch/local.sh, the image's entry
@@ -50,9 +50,9 @@ CONTAINER = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 
 
 class Series:
-    def __init__(self, directory: Path, seed: int) -> None:
+    def __init__(self, directory: Path, seed: int, clips: int) -> None:
         self.directory = directory
-        self.words = prepare(directory, CLIPS) | {"number_of_steps": STEPS, "save_every": SAVE_EVERY}
+        self.words = prepare(directory, clips) | {"number_of_steps": STEPS, "save_every": SAVE_EVERY}
         self.draw = random.Random(seed)
         self._undisturbed: dict[int, str] = {}
 
@@ -95,8 +95,7 @@ class Series:
             pid = next(pid for pid in trial.processes() if parent_of(pid) == trial.process.pid)
         assert send(pid, signal.SIGTERM), f"{trial.log}: ended before the signal"
 
-    def run(self, target: str, number: int) -> dict:
-        phase = PHASES[number % len(PHASES)]
+    def run(self, target: str, number: int, phase: str) -> dict:
         processes = 1 if target == "pid1" and number % 2 else 2
         name = f"{target}-{number:02d}"
         output_dir, work_dir = self.directory / name, self.directory / f"{name}-work"
@@ -158,15 +157,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--target", choices=TARGETS, action="append")
+    parser.add_argument("--phase", choices=PHASES, action="append", help="default: all in turn")
     parser.add_argument("--runs", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clips", type=int, default=CLIPS)
     options = parser.parse_args()
-    series = Series(options.directory.resolve(), options.seed)
-    failed, found = 0, {"cores": os.cpu_count()}
+    series = Series(options.directory.resolve(), options.seed, options.clips)
+    failed, found, phases = 0, {"cores": os.cpu_count()}, options.phase or PHASES
     for target in options.target or TARGETS:
         outcomes = []
         for number in range(options.runs):
-            outcomes.append(series.run(target, number))
+            outcomes.append(series.run(target, number, phases[number % len(phases)]))
             last = outcomes[-1]
             failed += not as_promised(last)
             if not as_promised(last):

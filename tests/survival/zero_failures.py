@@ -1,6 +1,6 @@
 """What ends a run ends it under DeepSpeed too: a signal to one rank, a killed rank, a loss that is not finite.
 
-    python tests/survival/zero_failures.py DIRECTORY [--stage 2 3]
+    python tests/survival/zero_failures.py DIRECTORY [--stage 2 3] [--case sigterm ...]
 
 Two ranks on the CPU, started by launch/local.sh with DeepSpeed asked for in the environment. Prints one JSON line per
 case: exit code, seconds from the event to the end, what the user is told; a run stopped by a signal is started again
@@ -62,12 +62,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--stage", type=int, nargs="*", default=[1, 2, 3])
+    parser.add_argument("--case", choices=EXPECTED, action="append", help="default: all")
     arguments = parser.parse_args()
     directory = arguments.directory.resolve()
     words = prepare(directory) | {"number_of_steps": STEPS, "save_every": 1000}
     failed = False
     for stage in arguments.stage:
-        for case in EXPECTED:
+        for case in arguments.case or EXPECTED:
             shutil.rmtree(directory / f"{case}-{stage}".replace(" ", "-"), ignore_errors=True)
             row = run(directory, words, stage, case)
             failed = failed or not row["ok"]
