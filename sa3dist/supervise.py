@@ -20,12 +20,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-
 from sa3dist import errors
 from sa3dist.formats import STATUS_DIR_VARIABLE, STATUS_NAME, write_json
 from sa3dist.runtime import run_lock
-from sa3dist.runtime.signals import SAME_REQUEST_SECONDS, SIGNALS
+from sa3dist.runtime.signals import SAME_REQUEST_SECONDS, SIGNALS, kill_descendants
 
 PROGRAM = "sa3dist.train"
 # A closed terminal asks to stop as the first of them does.
@@ -119,10 +117,7 @@ class Supervisor:
 
     def _kill_all(self) -> None:
         """End the agent, and the ranks, which have sessions of their own."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for process in psutil.Process(self.child.pid).children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+        kill_descendants(self.child.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.child.pid, signal.SIGKILL)
 

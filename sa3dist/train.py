@@ -6,7 +6,6 @@ import argparse
 import atexit
 import contextlib
 import faulthandler
-import gc
 import json
 import logging
 import os
@@ -150,22 +149,16 @@ def as_process(program: Callable[[], int]) -> NoReturn:
 
 
 def end_process(code: int) -> NoReturn:
-    """Leave the interpreter without a last collection of garbage; the system frees what there is.
+    """Leave without taking the interpreter down; the system frees what there is.
 
-    DeepSpeed leaves so many objects that looking through them takes five seconds, on a busy machine half a minute: as
-    much as launch agents wait between SIGTERM and SIGKILL.
+    It would collect what DeepSpeed leaves, which takes five seconds, on a busy machine half a minute: as much as launch
+    agents wait between SIGTERM and SIGKILL. And a thread that hangs in an operator of torch would abort it.
     """
-    gc.freeze()
-    # The interpreter would wait for loader processes that a failure has left.
     kill_loaders()
-    prefetch = sys.modules.get("sa3dist.data.source.prefetch")
-    if prefetch and prefetch.still_working():
-        # A thread in an operator of torch would abort an interpreter that shuts down.
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -157,19 +157,20 @@ def report(problem: errors.SA3DistError | None, directory: Path | None, step: in
 
 
 def _report(problem: errors.SA3DistError | None, directory: Path | None, step: int, patience_seconds: float) -> None:
-    dist_rank, host = here = dist_rank_from_environment(), socket.gethostname()
-    if dist_rank != 0:
+    here = dist_rank_from_environment(), socket.gethostname()
+    lost = isinstance(problem, errors.LostPeer)
+    found_by = None if problem is None or problem.origin is None else problem.origin[0]
+    if here[0] != 0:
         if problem is None or directory is None:
             return
         if isinstance(problem, errors.InUse):
             # Rank 0 has said it, perhaps on another host than this one's supervisor.
             _write_status(directory, problem, problem.origin or here, str(problem), step)
-        if _is_found_by_rank_0(problem):
-            return
         # A file has no place for a status, and is what rank 0 refuses as well.
-        if directory.is_file() or has_status(directory, patience_seconds):
+        if (found_by == 0 and not lost) or directory.is_file() or has_status(directory, patience_seconds):
             return
-    elif directory is not None and _is_known_to_others(problem) and has_status(directory, 0):
+    elif directory is not None and (found_by or lost) and has_status(directory, 0):
+        # Another rank has told of what it has found, or that this one was given up as lost.
         return
     message, origin = "done", here
     if problem is not None:
@@ -202,17 +203,6 @@ def _write_status(
         return
     except OSError as error:
         print(f"{directory / STATUS_NAME}: cannot write ({error.strerror})", file=sys.stderr, flush=True)
-
-
-def _is_found_by_rank_0(problem: errors.SA3DistError) -> bool:
-    """Whether rank 0 has found it, and not others that rank 0 is lost."""
-    return problem.origin is not None and problem.origin[0] == 0 and not isinstance(problem, errors.LostPeer)
-
-
-def _is_known_to_others(problem: errors.SA3DistError | None) -> bool:
-    """Whether another rank may tell of it: it is that one's own, or this one was given up as lost."""
-    theirs = problem is not None and problem.origin is not None and problem.origin[0] != 0
-    return theirs or isinstance(problem, errors.LostPeer)
 
 
 def forget_status(directory: Path) -> int | None:

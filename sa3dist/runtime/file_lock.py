@@ -32,7 +32,8 @@ def opened_alone(path: Path, create: bool, while_waiting: Callable[[], None]) ->
             path.parent.mkdir(parents=True, exist_ok=True)
             continue
         try:
-            while not can_be_had(handle):
+            # None: what cannot be locked keeps nobody waiting.
+            while lock(handle) is False:
                 while_waiting()
                 time.sleep(LOOK_SECONDS)
             # It may have been removed between the two: then another file has the name, or none.
@@ -53,8 +54,8 @@ def alone(path: Path, while_waiting: Callable[[], None] = lambda: None) -> Itera
             path.unlink(missing_ok=True)
 
 
-def can_be_had(handle: int) -> bool:
-    """Lock an open file; False while another process has it. True, too, where files cannot be locked."""
+def lock(handle: int) -> bool | None:
+    """Lock an open file. False while another process has it; None where the filesystem locks no files."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -62,15 +63,7 @@ def can_be_had(handle: int) -> bool:
     except OSError as failure:
         if failure.errno not in NO_FILE_LOCKS:
             raise
-    return True
-
-
-def is_guarded(handle: int) -> bool:
-    """Whether a file that is had in this way is kept from others. Some filesystems cannot."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+        return None
     return True
 
 

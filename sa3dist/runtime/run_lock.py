@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sa3dist.errors import EnvironmentFailure, InUse
-from sa3dist.runtime.file_lock import is_guarded, opened_alone
+from sa3dist.runtime.file_lock import lock, opened_alone
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ def _try_to_take(path: Path, mine: Owner, watched: _Watched) -> bool:
         # Who may write to the directory may take over what is left of a run in it.
         with contextlib.suppress(PermissionError):
             os.fchmod(handle, 0o644 | path.parent.stat().st_mode & 0o666)
-        guarded = is_guarded(handle)
+        guarded = lock(handle)
     if not guarded:
         # Two runs may have found the same dead lock at the same moment: the last one to write has it.
         time.sleep(AGAIN_SECONDS)

@@ -145,10 +145,16 @@ def exit_now(code: int) -> NoReturn:
     giving_back = threading.Thread(target=run_lock.release_all, daemon=True)
     giving_back.start()
     giving_back.join(RELEASE_SECONDS)
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
+    kill_descendants(os.getpid())
     os._exit(code)
+
+
+def kill_descendants(pid: int) -> None:
+    """End the processes that a process has started, and theirs."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def kill_loaders() -> None:

@@ -86,8 +86,3 @@ def _work_off(tasks: queue.SimpleQueue, work: Callable) -> None:
                 future.set_exception(problem)
         # While the next item is waited for no result must be kept alive here.
         del task, future, item
-
-
-def still_working() -> bool:
-    """Whether work that hangs was left behind in this process."""
-    return any(thread.name == THREAD_NAME for thread in threading.enumerate())

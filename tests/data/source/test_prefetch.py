@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from sa3dist.data.source.prefetch import THREAD_NAME, prefetch, still_working
+from sa3dist.data.source.prefetch import THREAD_NAME, prefetch
 from sa3dist.errors import DataError, Interrupted
 
 BYTES = 4000
@@ -113,7 +113,7 @@ def test_work_that_hangs_keeps_nobody():
     assert time.monotonic() - begin < 30
     (thread,) = working_threads() - others
     assert thread.daemon
-    assert still_working()
+    assert thread.is_alive()
     hangs.set()
     thread.join(5)
     assert not thread.is_alive()
