@@ -20,17 +20,12 @@ FORMATS = {torch.float32: 5e-3, torch.bfloat16: 3e-2}
 LEAST_CAPABILITY = (8, 0)
 
 
+@functools.cache
 def kernels_serve(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether adapted layers with products in ``dtype`` on ``device`` may be left to the kernels.
 
     Where nothing speaks against it they compute one small layer first, and are compared with plain torch.
     """
-    return _kernels_serve(device.type, device.index, dtype)
-
-
-@functools.cache
-def _kernels_serve(kind: str, index: int | None, dtype: torch.dtype) -> bool:
-    device = torch.device(kind, index)
     obstacle = obstacle_to(device, dtype)
     if obstacle is None and (failure := trial(device, dtype)):
         log.warning("adapted layers on %s in %s: torch, because the Triton kernels failed: %s", device, dtype, failure)

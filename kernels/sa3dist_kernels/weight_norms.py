@@ -115,7 +115,7 @@ def row_cross(layer: Layer, core, right_RI) -> torch.Tensor:
 
 def row_scaling(layer: Layer, left_OR, right_RI, magnitude_O, cross_OR) -> RowScaling:
     inner = 2 * cross_OR + layer.scale * (left_OR @ (right_RI @ right_RI.t()))
-    squares = layer.constant("row_squares_O") + layer.scale * _rowdot(inner, left_OR)
+    squares = layer.constant("row_squares_O") + layer.scale * (inner * left_OR).sum(1)
     return RowScaling(*_gain(magnitude_O, squares), cross_OR)
 
 
@@ -129,7 +129,7 @@ def col_scaling(layer: Layer, left_OR, right_RI, magnitude_I, rows: RowScaling |
         weighted = gain_squares[:, None] * left_OR
         squares, cross = _squares_and_left(layer.weight_OI, gain_squares, weighted)
     inner = 2 * cross + layer.scale * ((weighted.t() @ left_OR) @ right_RI)
-    squares = squares + layer.scale * _coldot(inner, right_RI)
+    squares = squares + layer.scale * (inner * right_RI).sum(0)
     return ColScaling(*_gain(magnitude_I, squares), weighted, cross)
 
 
@@ -174,7 +174,7 @@ def col_backward(layer: Layer, left_OR, right_RI, rows: RowScaling | None, cols:
     if rows is None:
         return s * (layer.weight_times(sloped) + inner), grad_right, None
     squares, cross = _squares_and_right(layer.weight_OI, slope, sloped)
-    grad_row_gain = rows.gain_O * (squares + s * _rowdot(2 * cross + inner, left_OR))
+    grad_row_gain = rows.gain_O * (squares + s * ((2 * cross + inner) * left_OR).sum(1))
     grad_left = None if layer.kind.xs else s * rows.gain_O.square()[:, None] * (cross + inner)
     return grad_left, grad_right, grad_row_gain
 
@@ -183,14 +183,6 @@ def _gain(magnitude, squares):
     # Clamped: where a row nearly vanishes, rounding can leave the sum of its three terms below zero.
     norms = squares.clamp_min(0).sqrt()
     return magnitude / (norms + EPS), norms
-
-
-def _rowdot(first, second):
-    return (first * second).sum(1)
-
-
-def _coldot(first, second):
-    return (first * second).sum(0)
 
 
 def _square_elements(weight_OI):

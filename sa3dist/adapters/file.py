@@ -7,21 +7,18 @@ are. Any other header entry is a trainer's own and ignored by other readers.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 
 from sa3dist.adapters.attach import SLOT, AdapterConfig
 from sa3dist.adapters.foreign import what_instead
 from sa3dist.data.remote.local_paths import expand_home
 from sa3dist.errors import CheckpointError, ConfigError, EnvironmentFailure
-from sa3dist.formats import atomic_path
-from sa3dist.model.rewrite_safetensors import header_bytes, read_header
+from sa3dist.model.rewrite_safetensors import write_safetensors
 
 CONFIG_KEY = "lora_config"
 # Header entry holding base.weights_digest(); written by whoever saves, checked by warm_start.
@@ -94,13 +91,7 @@ def write_adapter_file(
     halves = publishable(tensors)
     header = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     header[CONFIG_KEY] = json.dumps(config_value(config))
-    write_safetensors(path, halves, header)
-
-
-def write_safetensors(path: str | Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> None:
-    """Write a safetensors file, whole or not at all; equal contents give equal bytes."""
-    with atomic_path(Path(expand_home(path))) as temporary:
-        temporary.write_bytes(_sorted_header(safetensors.torch.save(dict(tensors), dict(header)), path))
+    write_safetensors(Path(expand_home(path)), halves, header)
 
 
 def config_value(config: AdapterConfig) -> dict:
@@ -154,23 +145,11 @@ def _squeezed(key: str, value: torch.Tensor) -> torch.Tensor:
 
 def publishable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Every tensor as a file holds it, float16 on the CPU. Raises as ``write_adapter_file`` does."""
-    return {key: _publishable(key, value) for key, value in tensors.items()}
-
-
-def _publishable(key: str, value: torch.Tensor) -> torch.Tensor:
-    value = value.detach().to("cpu", torch.float32)
-    if not value.numel():
-        raise EnvironmentFailure(f"{key} is empty: its values are on another process; gather them before saving")
-    half = value.half().contiguous()
-    if not half.isfinite().all():
-        raise EnvironmentFailure(
-            f"{key} holds {value.abs().max().item():g}, which float16 cannot: the adapter was not saved"
-        )
-    return half
-
-
-def _sorted_header(data: bytes, path: str | Path) -> bytes:
-    """The same file with its metadata sorted: safetensors writes it in an order that changes from run to run."""
-    header, start = read_header(io.BytesIO(data), path)
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    return header_bytes(header) + data[start:]
+    halves = {key: value.detach().to("cpu", torch.float32).half().contiguous() for key, value in tensors.items()}
+    for key, half in halves.items():
+        if not half.numel():
+            raise EnvironmentFailure(f"{key} is empty: its values are on another process; gather them before saving")
+        if not half.isfinite().all():
+            largest = tensors[key].abs().max().item()
+            raise EnvironmentFailure(f"{key} holds {largest:g}, which float16 cannot: the adapter was not saved")
+    return halves

@@ -1,4 +1,4 @@
-"""The module that takes a frozen layer's place: same name, same weight, plus its adapter."""
+"""The module that replaces a frozen layer: same name, same weight, plus its adapter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch import nn
 from sa3dist.adapters.svd_bases import Bases, singular_bases
 
 
-class Adapter(nn.Module):
+class AdapterTensors(nn.Module):
     """Trained tensors of one layer, under their names in a file, and the frozen constants of its weight.
 
     Both stay float32 when the base around them is cast to a narrower dtype; they follow its device, and float64.
@@ -57,7 +57,7 @@ class AdaptedLayer(nn.Module):
     place in the module tree spells its names in a file: ``<layer>.parametrizations.weight.0.lora_A``.
     """
 
-    def __init__(self, layer: nn.Linear | nn.Conv1d, kind: AdapterType, adapter: Adapter, scale: float):
+    def __init__(self, layer: nn.Linear | nn.Conv1d, kind: AdapterType, adapter: AdapterTensors, scale: float):
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         self.parametrizations = nn.ModuleDict({"weight": nn.ModuleList([adapter])})
@@ -75,7 +75,7 @@ class AdaptedLayer(nn.Module):
         self._original = (layer,)
 
     @property
-    def adapter(self) -> Adapter:
+    def adapter(self) -> AdapterTensors:
         return self.parametrizations["weight"][0]
 
     @property
@@ -153,7 +153,7 @@ def initial_adapter(
     weight: torch.Tensor,
     generator: torch.Generator,
     find_bases: Callable[[torch.Tensor, int], Bases] | None = None,
-) -> Adapter:
+) -> AdapterTensors:
     """A fresh adapter, W' = W0 up to rounding.
 
     weight     the frozen weight in float32, at the precision inference has it: bases and norms depend on it, and are
@@ -170,4 +170,4 @@ def initial_adapter(
         kind.col_magnitude: lambda shape: frozen.col_squares_I.sqrt(),
     }
     shapes = kind.parameter_shapes(fan_out, fan_in, rank)
-    return Adapter({name: initial.get(name, torch.zeros)(shape) for name, shape in shapes.items()}, frozen)
+    return AdapterTensors({name: initial.get(name, torch.zeros)(shape) for name, shape in shapes.items()}, frozen)

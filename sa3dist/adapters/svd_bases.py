@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 
-from sa3dist.formats import atomic_path, digest_of
+from sa3dist.formats import digest_of
 from sa3dist.model.checkpoint import tensors_digest
+from sa3dist.model.rewrite_safetensors import write_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +94,7 @@ class BasesCache:
             return kept
         left_OR, right_IR = singular_bases(weight_OI.to(self.device), rank)
         tensors = {"left": left_OR, "right": right_IR}
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(save(tensors, metadata={"sha256": tensors_digest(tensors)}))
+        write_safetensors(path, tensors, {"sha256": tensors_digest(tensors)})
         return left_OR, right_IR
 
     def _read(self, path: Path) -> Bases | None:

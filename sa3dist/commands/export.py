@@ -18,7 +18,6 @@ from sa3dist.adapters.file import (
     config_value,
     publishable,
     read_adapter_file,
-    write_safetensors,
 )
 from sa3dist.adapters.lazy_file import AdapterOnDisk
 from sa3dist.adapters.peft_format import to_peft
@@ -27,6 +26,7 @@ from sa3dist.data.remote.local_paths import expand_home
 from sa3dist.errors import CheckpointError, ConfigError, InUse
 from sa3dist.formats import atomic_directory, write_json
 from sa3dist.model.loading import BaseOnDisk
+from sa3dist.model.rewrite_safetensors import write_safetensors
 from sa3dist.runtime import run_lock
 from sa3dist.runtime.exit_status import run_program
 from sa3dist.training import checkpoint

@@ -16,8 +16,9 @@ from collections.abc import Iterable
 from sa3dist_kernels.adapter_types import AdapterType
 from sa3dist_kernels.factored_linear import cross_from_product
 
-from sa3dist.model.conditioners import FEATURES, HIDDEN_WIDTH
+from sa3dist.model.conditioners import HIDDEN_WIDTH
 from sa3dist.model.config import ModelConfig
+from sa3dist.model.frequencies import FEATURES
 
 # Passes over memory, in values of one width per token and block, of what is not a product: forward, backward. Of norms,
 # modulation, gates and residual sums; of q and k norms with rotary, per projected width; of SwiGLU, per inner width.
@@ -163,7 +164,7 @@ class _Walk:
             prompt = self.linear("conditioners.prompt.proj_out", rows, self.config.cond_dim, HIDDEN_WIDTH, given)
         text = self.two_layers("model.to_cond_embed", context, width, dit.cond_token_dim, seconds or prompt)
         embed = self.two_layers("model.to_global_embed", clips, width, dit.global_cond_dim, seconds)
-        time = self.two_layers("model.to_timestep_embed", clips, width, dit.timestep_features_dim, given)
+        time = self.two_layers("model.to_timestep_embed", clips, width, FEATURES, given)
         name = "model.transformer.global_cond_embedder"
         embed = self.linear(f"{name}.0", clips, width, width, embed or time)
         modulated = self.linear(f"{name}.2", clips, 6 * width, width, embed)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sa3dist.errors import CheckpointError
 from sa3dist.formats import digest_of
 from sa3dist.model.checkpoint import fill, tensors_sha256
-from sa3dist.model.conditioners import FEATURES, Conditioners
+from sa3dist.model.conditioners import Conditioners
 from sa3dist.model.config import ModelConfig
 from sa3dist.model.dit import DiT, working_dtype
 from sa3dist.model.frequencies import expo_frequencies
@@ -124,9 +124,8 @@ class Base(nn.Module):
 
     def frequency_tables(self) -> dict[str, Tensor]:
         """By name, what sines and cosines are taken of: processes that train one model hold equal ones."""
-        widths = sorted({FEATURES, self.dit.config.timestep_features_dim})
-        fourier = {f"Fourier {width}": expo_frequencies(width // 2, self.device) for width in widths}
-        return {**fourier, **{name: value for name, value in self.dit.named_buffers() if name.endswith("inv_freq")}}
+        rotary = {name: value for name, value in self.dit.named_buffers() if name.endswith("inv_freq")}
+        return {"Fourier": expo_frequencies(self.device), **rotary}
 
     def fp32_weight(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """A layer's weight in float32 on ``device``, straight from the checkpoint, by adapter-relative layer name."""

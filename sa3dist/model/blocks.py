@@ -51,13 +51,14 @@ class DyT(nn.Module):
         return torch.addcmul(self.beta, self.gamma, torch.tanh(self.alpha * x))
 
 
-def expo_features(values: Tensor, width: int) -> Tensor:
+def expo_features(values: Tensor) -> Tensor:
     """Exponential Fourier features of one number per item.
 
-    values  any shape, cast to float32        width  features per value, cosines first
-    Returns float32 of shape (*values.shape, width). The order of the float32 products is part of the definition.
+    values  any shape, cast to float32
+    Returns float32 of shape (*values.shape, 256), cosines first. The order of the float32 products is part of the
+    definition.
     """
-    frequencies = expo_frequencies(width // 2, values.device)
+    frequencies = expo_frequencies(values.device)
     angles = ((values.float().unsqueeze(-1) * frequencies) * 2) * math.pi
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

@@ -1,4 +1,4 @@
-"""Outer chunking: which overlapping windows of frames cover a long clip, and what is kept of each."""
+"""Which overlapping windows of frames a long clip is encoded and decoded in, and what is kept of each."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ OVERLAP_FRAMES = 32
 
 
 class Window(NamedTuple):
-    """Frames ``start .. stop`` of one pass, of which ``keep .. stop`` are written over what came before."""
+    """Frames ``start .. stop``, of which ``keep .. stop`` are written over what came before."""
 
     start: int
     stop: int
     keep: int
 
 
-def passes(frames: int, phase: int, chunked: bool) -> Iterator[Window]:
-    """The passes that cover a clip: one when the model says so or the clip is short, else overlapping windows.
+def windows(frames: int, phase: int, chunked: bool) -> Iterator[Window]:
+    """The windows that cover a clip: one when the model is not chunked or the clip is short, else overlapping ones.
 
     phase   latent frames that attention treats as one chunk, 1 for a sliding window
 

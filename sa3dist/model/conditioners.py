@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from sa3dist.model.blocks import expo_features
 from sa3dist.model.config import ModelConfig, NumberConfig, PromptConfig
+from sa3dist.model.frequencies import FEATURES
 
 # Width of T5Gemma b-b, the only text encoder the format knows.
 HIDDEN_WIDTH = 768
-FEATURES = 256
 
 
 class ExpoFeatures(nn.Module):
     """Stateless first entry of the number embedding; the file's Linear is entry 1."""
 
     def forward(self, values: Tensor) -> Tensor:
-        return expo_features(values, FEATURES)
+        return expo_features(values)
 
 
 class NumberConditioner(nn.Module):

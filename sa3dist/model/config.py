@@ -37,7 +37,6 @@ class DiTConfig:
     num_heads: int = 8
     cond_token_dim: int = 0
     global_cond_dim: int = 0
-    timestep_features_dim: int = 256
     timestep_features_logsnr: bool = False
     local_add_cond_dim: int | None = None
     num_memory_tokens: int = 0

@@ -23,6 +23,7 @@ from sa3dist.model.blocks import (
     expo_features,
 )
 from sa3dist.model.config import DiTConfig
+from sa3dist.model.frequencies import FEATURES
 from sa3dist.model.packing import FilledPacking, Packing
 from sa3dist.model.token_layout import Filled, Packed, Padded
 
@@ -187,7 +188,7 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         width, channels = config.embed_dim, config.io_channels
-        self.to_timestep_embed = two_layers(config.timestep_features_dim, width, bias=True)
+        self.to_timestep_embed = two_layers(FEATURES, width, bias=True)
         self.to_cond_embed = two_layers(config.cond_token_dim, width, bias=False)
         self.to_global_embed = two_layers(config.global_cond_dim, width, bias=False)
         self.preprocess_conv = nn.Conv1d(channels, channels, 1, bias=False)
@@ -208,7 +209,7 @@ class DiT(nn.Module):
             value = (5 - torch.log((1 - inside) / inside).clamp(-12, 5)) / 17
         if self.reference_numerics:
             value = value.to(self.dtype)
-        return expo_features(value, self.config.timestep_features_dim)
+        return expo_features(value)
 
     def forward(
         self,

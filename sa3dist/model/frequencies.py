@@ -1,4 +1,4 @@
-"""The frequencies of the exponential Fourier features: the same bits on every machine.
+"""The 128 frequencies of the exponential Fourier features, recorded: the same bits on every machine.
 
 Their arguments reach 6e4 rad, where one bit of one frequency moves a velocity by 6e-5, and the float32 exponential and
 linspace of two processors differ by that bit. So neither is asked here.
@@ -7,17 +7,16 @@ linspace of two processors differ by that bit. So neither is asked here.
 from __future__ import annotations
 
 import functools
-import math
 import struct
-from decimal import Decimal
 
-import numpy as np
 import torch
 
-LOWEST, HIGHEST = 0.5, 10000.0
+# Features of one number: a cosine and a sine per frequency. All models have this many.
+FEATURES = 256
 
-# The float32 bits, big-endian, that the reference computed for 128 frequencies when the golden tensors were recorded:
-# ``expo.freqs`` in tests/golden/*/golden.safetensors. Five of them are not the float32 nearest to the formula's value.
+# 0.5 * 20000 ** ramp for 128 steps of a ramp from 0 to 1: the float32 bits, big-endian, that the reference had when
+# the golden tensors were recorded (``expo.freqs`` in tests/golden/*/golden.safetensors). Five of them are not the
+# float32 nearest to the formula's value.
 _RECORDED = """
     3f000000 3f0a6187 3f159a95 3f21bca5 3f2eda9d 3f3d08eb 3f4c5da5 3f5cf0ac 3f6edbd1 3f811d7d 3f8b962c 3f96e842
     3fa32562 3fb0609a 3fbeae8a 3fce2577 3fdedd75 3ff0f08f 40023d77 400ccd82 401838d7 40249143 4031ea00 404057d7
@@ -34,29 +33,8 @@ _RECORDED = """
 
 
 @functools.cache
-def expo_frequencies(count: int, device: torch.device) -> torch.Tensor:
-    """``count`` log-spaced frequencies from 0.5 to 10000, float32 of shape (count,).
-
-    128 of them, which is what all released models have, are the recorded ones. For other counts the exponents are found
-    in float32, as the reference does, and their exponentials are exact but for one rounding.
-    """
-    values = _recorded() if count == 128 else _computed(count)
+def expo_frequencies(device: torch.device) -> torch.Tensor:
+    """Log-spaced frequencies from 0.5 to 10000, float32 of shape (128,)."""
     with torch.inference_mode(False):
+        values = struct.unpack(f">{FEATURES // 2}f", bytes.fromhex(_RECORDED))
         return torch.tensor(values, dtype=torch.float32, device=device)
-
-
-def _recorded() -> list[float]:
-    return list(struct.unpack(">128f", bytes.fromhex(_RECORDED)))
-
-
-def _computed(count: int) -> list[float]:
-    """The nearest float32 values to the exponentials of float32 exponents; as Python numbers."""
-    # Spelled out in single roundings: what torch.linspace gives depends on whether the processor fuses them.
-    step = np.float32(1) / np.float32(max(count - 1, 1))
-    ranks = np.arange(count)
-    ramp = np.where(ranks < max(count // 2, 1), ranks * float(step), 1 - (count - 1 - ranks) * float(step)).astype(
-        np.float32
-    )
-    exponents = ramp * np.float32(math.log(HIGHEST) - math.log(LOWEST)) + np.float32(math.log(LOWEST))
-    # Decimal's exponential is correctly rounded; a C library's may be one bit off, and another library's is not.
-    return [float(np.float32(float(Decimal(float(exponent)).exp()))) for exponent in exponents]

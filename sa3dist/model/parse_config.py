@@ -22,6 +22,7 @@ from sa3dist.model.config import (
     ResamplingConfig,
     ShiftConfig,
 )
+from sa3dist.model.frequencies import FEATURES
 
 # Options that decide which network is built: what an absent key means, then the values this network can represent.
 _DIT_OPTIONS = {
@@ -33,6 +34,7 @@ _DIT_OPTIONS = {
     "global_cond_type": ("prepend", "adaLN"),
     "timestep_cond_type": ("global", "global"),
     "timestep_features_type": ("learned", "expo"),
+    "timestep_features_dim": (FEATURES, FEATURES),
     "transformer_type": ("continuous_transformer", "continuous_transformer"),
     "norm_type": ("layer_norm", "rms_norm", "dyt"),
     "rotary_pos_emb": (True, True),

@@ -1,12 +1,14 @@
-"""Safetensors files: their header, and a copy with some tensors changed, one tensor in memory at a time."""
+"""Writing safetensors files: whole, or as a copy with some tensors changed, one tensor in memory at a time."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
+import safetensors.torch
 import torch
 
 from sa3dist.errors import CheckpointError, EnvironmentFailure
@@ -15,6 +17,17 @@ from sa3dist.formats import atomic_path
 COPY_BYTES = 16 << 20
 # The format's names of the number formats a weight may be stored in.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file, whole or not at all; equal contents give equal bytes."""
+    data = io.BytesIO(safetensors.torch.save(dict(tensors), dict(metadata)))
+    header, _ = _read_header(data, path)
+    # Sorted: safetensors writes the metadata in an order that changes from run to run.
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    # Not save_file: it replaces the temporary by a file that only its owner can read.
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(_header_bytes(header) + data.read())
 
 
 def rewrite_checkpoint(
@@ -27,13 +40,13 @@ def rewrite_checkpoint(
     finite in that format; CheckpointError when a changed key is missing or of another shape.
     """
     with Path(source).open("rb") as read:
-        header, start = read_header(read, source)
+        header, start = _read_header(read, source)
         kept = header.pop("__metadata__", {})
         missing = changed.keys() - header.keys()
         if missing:
             raise CheckpointError(f"{source}: has no tensor {min(missing)}")
         with atomic_path(target) as temporary, temporary.open("wb") as write:
-            write.write(header_bytes({"__metadata__": {**kept, **metadata}, **header}))
+            write.write(_header_bytes({"__metadata__": {**kept, **metadata}, **header}))
             for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
                 begin, end = entry["data_offsets"]
                 if key in changed:
@@ -42,7 +55,7 @@ def rewrite_checkpoint(
                     _copy(read, write, start + begin, end - begin)
 
 
-def read_header(file: BinaryIO, path: str | Path) -> tuple[dict, int]:
+def _read_header(file: BinaryIO, path: str | Path) -> tuple[dict, int]:
     """The JSON header and the offset of the data. Raises CheckpointError for anything but a safetensors file."""
     length = int.from_bytes(file.read(8), "little")
     try:
@@ -51,7 +64,7 @@ def read_header(file: BinaryIO, path: str | Path) -> tuple[dict, int]:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
 
 
-def header_bytes(header: dict) -> bytes:
+def _header_bytes(header: dict) -> bytes:
     """The start of a safetensors file, up to its data."""
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     # The format keeps tensor data aligned to 8 bytes by spaces after the header.

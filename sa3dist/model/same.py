@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sa3dist.model.blocks import DyT, FeedForward, RMSNorm, RotaryEmbedding, SelfAttention, in_one_call
-from sa3dist.model.chunking import passes
+from sa3dist.model.chunking import windows
 from sa3dist.model.config import AutoencoderConfig, BottleneckConfig, ResamplingConfig
 from sa3dist.model.sliding_window import SlidingWindow
 
@@ -217,7 +217,7 @@ class Autoencoder(nn.Module):
         size = self.config.downsampling_ratio
         frames = math.ceil(audio_BCN.shape[2] / size)
         out = None
-        for window in passes(frames, self.config.encoder.frames_per_chunk, self.config.chunked):
+        for window in windows(frames, self.config.encoder.frames_per_chunk, self.config.chunked):
             z = self.encode_once(audio_BCN[:, :, window.start * size : window.stop * size])
             if out is None:
                 out = z.new_empty(z.shape[0], z.shape[1], frames)
@@ -229,7 +229,7 @@ class Autoencoder(nn.Module):
         size = self.config.downsampling_ratio
         batch, _, frames = latents_BDT.shape
         out = latents_BDT.new_empty(batch, self.config.patching.channels, frames * size)
-        for window in passes(frames, self.config.decoder.frames_per_chunk, self.config.chunked):
+        for window in windows(frames, self.config.decoder.frames_per_chunk, self.config.chunked):
             audio = self.decode_once(latents_BDT[:, :, window.start : window.stop])
             kept = audio[:, :, (window.keep - window.start) * size : (window.stop - window.start) * size]
             out[:, :, window.keep * size : window.stop * size] = kept

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from sa3dist.errors import ConfigError
-from sa3dist.formats import atomic_path, write_json
+from sa3dist.formats import write_json
 from sa3dist.model.conditioners import HIDDEN_WIDTH
 from sa3dist.model.parse_config import parse_model_config
 from sa3dist.model.random_weights import RandomWeights, uniform
 from sa3dist.model.released import released_config
+from sa3dist.model.rewrite_safetensors import write_safetensors
 
 TEXT_FOLDER = "t5gemma-b-b-ul2"
 LATENT_CHANNELS = 64
@@ -39,7 +40,7 @@ def write_random_base(directory: str | Path, value: dict, seed: int) -> Path:
     weights = RandomWeights(config, seed)
     tensors = {key: weights.read(key, size, "cpu", torch.float32) for key, size in weights.shapes.items()}
     write_json(directory / "model_config.json", value)
-    write_tensors(directory / "model.safetensors", tensors)
+    write_safetensors(directory / "model.safetensors", tensors, {"format": "pt"})
     write_text_encoder(directory / TEXT_FOLDER, seed)
     return directory
 
@@ -104,19 +105,11 @@ def write_text_encoder(directory: Path, seed: int) -> None:
         # Norm weights are offsets from 1; matrices keep the scale of their input.
         spread = 0.1 if len(shape) == 1 else shape[1] ** -0.5
         tensors[name] = uniform(f"{seed}/text/{name}", shape, 0.0, spread, "cpu")
-    write_tensors(directory / "model.safetensors", tensors)
+    write_safetensors(directory / "model.safetensors", tensors, {"format": "pt"})
     value = config.to_dict()
     value.pop("transformers_version", None)
     write_json(directory / "config.json", value)
     tokenizer.save_pretrained(directory)
-
-
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    from safetensors.torch import save
-
-    with atomic_path(path) as temporary:
-        # Not save_file: it replaces the temporary by a file only its owner can read.
-        temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def byte_tokenizer():

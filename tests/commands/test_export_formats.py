@@ -92,7 +92,7 @@ def test_peft_folders_make_the_port_answer_as_the_adapted_model(base, demo_base,
     durations = StableAudio3DurationEmbedder()
     durations.load_state_dict({"linear.weight": linear.weight, "linear.bias": linear.bias}, strict=False)
     # It finds them anew, as this processor does.
-    durations.freqs.copy_(expo_frequencies(128, durations.freqs.device))
+    durations.freqs.copy_(expo_frequencies(durations.freqs.device))
     draw = torch.Generator().manual_seed(2)
     x, cross, local = (torch.randn(shape, generator=draw) for shape in ((1, 64, 9), (1, 5, 768), (1, 65, 9)))
     arguments = x, torch.tensor([0.4]), cross

@@ -30,7 +30,7 @@ def renamed(state, table):
 
 def port_features(timestep):
     """The port's own Fourier features, but of the recorded frequencies: it finds them anew, as this processor does."""
-    angles = timestep.float().view(-1, 1) * expo_frequencies(128, timestep.device) * 2.0 * math.pi
+    angles = timestep.float().view(-1, 1) * expo_frequencies(timestep.device) * 2.0 * math.pi
     return torch.cat([angles.cos(), angles.sin()], dim=-1).to(timestep.dtype)
 
 

@@ -17,5 +17,4 @@ def computed():
     found = {
         f"{side} {name}": getattr(layer.adapter, side) for name, layer in layers for side in ("left_OR", "right_IR")
     }
-    tables = {f"table {count}": expo_frequencies(count, torch.device("cpu")) for count in (16, 33, 128, 256)}
-    return {**tables, **found, "rounding": torch.linspace(0, 1, 128)}
+    return {"table": expo_frequencies(torch.device("cpu")), **found, "rounding": torch.linspace(0, 1, 128)}

@@ -238,9 +238,9 @@ def test_the_compiler_sees_through_the_layer_without_a_break(impl, name, backend
 @pytest.fixture
 def answer_anew():
     """Forgets the answer that is otherwise kept to the end of the process."""
-    dispatch._kernels_serve.cache_clear()
-    yield dispatch._kernels_serve.cache_clear
-    dispatch._kernels_serve.cache_clear()
+    dispatch.kernels_serve.cache_clear()
+    yield dispatch.kernels_serve.cache_clear
+    dispatch.kernels_serve.cache_clear()
 
 
 @pytest.mark.usefixtures("answer_anew")

@@ -89,7 +89,7 @@ def test_number_conditioner_equals_the_ports_duration_embedder():
     port = StableAudio3DurationEmbedder()
     port.load_state_dict({"linear.weight": linear.weight, "linear.bias": linear.bias}, strict=False)
     # It finds them anew, as this processor does.
-    port.freqs.copy_(expo_frequencies(128, port.freqs.device))
+    port.freqs.copy_(expo_frequencies(port.freqs.device))
     seconds = torch.tensor([0.0, 0.37, 12.5, 190.0, 384.0, 1000.0])
     ours = base.conditioner.seconds_total(seconds, torch.float32)[:, 0]
     torch.testing.assert_close(ours, port(seconds).reshape(6, -1), atol=1e-5, rtol=0)

@@ -157,6 +157,7 @@ def dit_section(value):
         (lambda v: dit_section(v).pop("norm_type"), "norm_type is absent, which means 'layer_norm'"),
         (lambda v: dit_section(v).pop("global_cond_type"), "global_cond_type is absent, which means 'prepend'"),
         (lambda v: dit_section(v).update(patch_size=2), "patch_size is 2; only 1 is supported"),
+        (lambda v: dit_section(v).update(timestep_features_dim=64), "is 64; only 256 is supported"),
         (lambda v: dit_section(v).update(embed_dim="wide"), "embed_dim is 'wide', expected int"),
         (lambda v: dit_section(v)["attn_kwargs"].update(qk_norm="l2"), "attn_kwargs.qk_norm is 'l2'"),
         (lambda v: dit_section(v).update(num_heads=5), "num_heads"),

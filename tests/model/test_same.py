@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sa3dist.model.chunking import OVERLAP_FRAMES, passes
+from sa3dist.model.chunking import OVERLAP_FRAMES, windows
 from sa3dist.model.loading import load_base
 from sa3dist.model.sliding_window import SlidingWindow
 
@@ -117,10 +117,10 @@ def test_sliding_window_equals_the_masked_square(length, left, right, heads):
 
 @given(frames=st.integers(1, 5000), phase=st.sampled_from([1, 2, 4]))
 def test_windows_cover_every_frame_in_phase_with_context_at_inner_edges(frames, phase):
-    windows = list(passes(frames, phase, chunked=True))
-    assert windows[0].start == windows[0].keep == 0
-    assert windows[-1].stop == frames
-    for before, after in zip(windows, windows[1:], strict=False):
+    found = list(windows(frames, phase, chunked=True))
+    assert found[0].start == found[0].keep == 0
+    assert found[-1].stop == frames
+    for before, after in zip(found, found[1:], strict=False):
         assert after.start % phase == 0
         assert after.stop - after.start <= 128
         # Half the overlap on either side of the seam is context, and no frame is left out between them.
