@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sa3dist.data.latents.remote_tar import RemoteTar
-from sa3dist.data.source.index_check import latent_faults
+from sa3dist.data.source.index_check import clip_fault, is_digest, is_whole
 from sa3dist.data.source.tar_writer import member_stem, new_tar
 from sa3dist.errors import DataError, EnvironmentFailure, printable
 from sa3dist.formats import ClipEntry, ShardEntry, atomic_path, digest_of, is_sealed, sealed
@@ -139,6 +139,36 @@ class LatentShard:
         if size != shard.entry.bytes:
             raise DataError(f"{path}: {size} bytes, expected {shard.entry.bytes}; {MEND}")
         return shard
+
+
+def latent_faults(shard: LatentShard) -> Iterator[str]:
+    """As ``index_faults``, of a latent shard's index."""
+    if not (isinstance(shard.dataset, str) and is_whole(shard.of, 1) and is_whole(shard.number, 0, shard.of - 1)):
+        yield "names no data set, or no place among its shards"
+        return
+    if not (is_whole(shard.entry.bytes, 1) and _sound(shard.encoders)):
+        yield "has no usable length or encoders"
+        return
+    for found in shard.clips:
+        if (problem := clip_fault(found.clip) or _member_fault(found, shard.entry.bytes)) is not None:
+            yield f"clip {ascii(found.clip.key)[:80]} {problem}"
+
+
+def _sound(encoders: Encoders) -> bool:
+    texts = encoders.version, encoders.autoencoder, encoders.text_encoder
+    sizes = encoders.sample_rate_hz, encoders.samples_per_frame, encoders.latent_channels, encoders.prompt_tokens
+    return all(isinstance(text, str) and text.isprintable() for text in texts) and all(is_whole(n, 1) for n in sizes)
+
+
+def _member_fault(found: EncodedClip, shard_bytes: int) -> str | None:
+    if not {LATENTS, FLIPPED} <= found.places.keys() <= {LATENTS, FLIPPED, PROMPT}:
+        return "has not both polarities"
+    for place in found.places.values():
+        if not (is_whole(place.offset, 0) and is_whole(place.bytes, 1) and is_digest(place.sha256)):
+            return "has no usable place"
+        if place.offset + place.bytes > shard_bytes:
+            return "lies outside its shard"
+    return None
 
 
 def _clip_of(value: dict[str, Any]) -> EncodedClip:
