@@ -42,21 +42,12 @@ def loop_only(run: Run) -> None:
     run.train(base, encoded)
 
 
-def export_only(run: Run) -> None:
-    base = run.open_base()
-    encoded = run.encode(base, run.shard(), everything=False)
-    run.prepare(base, encoded)
-    if run.step == 0:
-        raise CheckpointError(f"{run.settings.output_dir}: no checkpoint to export; run sa3dist loop first")
-    train.finish(run, base)
-
-
 COMMANDS: dict[str, tuple[str, Callable[[Run], None]]] = {
     "train": ("the whole road: shard, encode, loop, export", train.whole_road),
     "shard": ("check the clips and write them as WebDataset shards with an index", shard_only),
     "encode": ("encode every clip and caption into the work directory", encode_only),
     "loop": ("train and save checkpoints, without exporting", loop_only),
-    "export": ("write the adapter file of the newest checkpoint; export PATH: from a checkpoint alone", export_only),
+    "export": ("write the adapter file of a run's newest checkpoint, or of PATH", lambda run: run.export_saved()),
 }
 
 

@@ -17,7 +17,7 @@ from sa3dist.data.source.cut_captions import say_cut_captions
 from sa3dist.data.source.prefetch import prefetch
 from sa3dist.data.source.shard_split import split
 from sa3dist.errors import DataError, counted
-from sa3dist.formats import ClipEntry, DatasetIndex
+from sa3dist.formats import DatasetIndex
 from sa3dist.progress import progress
 from sa3dist.runtime.file_lock import alone
 from sa3dist.runtime.process_group import Group, main_process_first, run_on_all_ranks
@@ -109,7 +109,15 @@ def pack_latents(
     (``EncodedClips.member``).
     Raises what failed on any rank, on every rank.
     """
-    groups = list(split(encoded.clips, max_shard_bytes, lambda clip: _latent_bytes(clip, encoded)))
+    # float32, both polarities.
+    frame_bytes = 8 * encoded.shards.encoders.latent_channels
+    groups = list(
+        split(
+            encoded.clips,
+            max_shard_bytes,
+            lambda clip: frame_bytes * (frames_of(clip, encoded) + SILENCE_TAIL_FRAMES),
+        )
+    )
 
     def work() -> None:
         for number in range(group.dist_rank, len(groups), group.world_size):
@@ -122,16 +130,14 @@ def pack_latents(
                 if not _is_finished(path):
                     where = encoded.index.digest, number, len(groups)
                     write_latent_shard(path, groups[number], encoded.shards.encoders, *where, encoded.member)
-            _remove_files(encoded, groups[number])
+            for clip in groups[number]:
+                for path in (encoded.latents_path(clip, False), encoded.latents_path(clip, True)):
+                    path.unlink(missing_ok=True)
+                encoded.prompt_path(clip.caption).unlink(missing_ok=True)
 
     run_on_all_ranks(group, "collect", work, stop)
     log.info("latents: %s in %s", counted(len(groups), "shard"), encoded.shards_dir)
     encoded.shards.load(encoded.shards_dir)
-
-
-def _latent_bytes(clip: ClipEntry, encoded: EncodedClips) -> int:
-    frames = frames_of(clip, encoded) + SILENCE_TAIL_FRAMES
-    return 2 * frames * encoded.shards.encoders.latent_channels * 4
 
 
 def _is_finished(path: Path) -> bool:
@@ -140,10 +146,3 @@ def _is_finished(path: Path) -> bool:
     except DataError:
         return False
     return True
-
-
-def _remove_files(encoded: EncodedClips, clips: list[ClipEntry]) -> None:
-    for clip in clips:
-        for flipped in (False, True):
-            encoded.latents_path(clip, flipped).unlink(missing_ok=True)
-        encoded.prompt_path(clip.caption).unlink(missing_ok=True)

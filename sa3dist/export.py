@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from sa3dist.adapters import AdapterConfig
-from sa3dist.adapters.file import write_adapter_file
+from sa3dist.adapters.file import config_from_value, write_adapter_file
+from sa3dist.errors import CheckpointError
 from sa3dist.formats import write_json
+from sa3dist.training.checkpoint import Checkpoint
 
 LORA_NAME = "lora.safetensors"
 CONFIG_NAME = "config.json"
@@ -44,6 +46,21 @@ def publish(
     }
     write_json(output_dir / RESULT_NAME, result)
     return result
+
+
+def publish_saved(saved: Checkpoint, output_dir: Path) -> dict[str, Any]:
+    """As ``publish``, of a checkpoint alone: what the run itself would have published at that step.
+
+    Raises CheckpointError when it was saved without its run's description.
+    """
+    description = saved.state.get("description")
+    if not description:
+        raise CheckpointError(
+            f"{output_dir}: the checkpoint of step {saved.step} holds no description of its run, an older version "
+            f"saved it; sa3dist train CONFIG exports it at the end of the run"
+        )
+    config = config_from_value(description["lora_config"])
+    return publish(config, saved.adapters, output_dir, {**description, "step": saved.step})
 
 
 def _describe_file(path: Path, content_type: str) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,11 @@ import yaml
 
 from sa3dist import adapters, encode, export, loop, shard
 from sa3dist.config import Settings
-from sa3dist.data.batches.batch_source import BatchSource, RankShare
+from sa3dist.data.batches.batch_source import BatchSource
 from sa3dist.data.batches.worker_shards import RankCursors
 from sa3dist.data.source.archive import check_local
 from sa3dist.data.source.build import Measure
-from sa3dist.errors import ConfigError, counted
+from sa3dist.errors import CheckpointError, ConfigError, counted
 from sa3dist.formats import DatasetIndex, atomic_path
 from sa3dist.model.base import Base
 from sa3dist.parallel import zero_config
@@ -50,7 +52,7 @@ class Run:
 
     @property
     def step(self) -> int:
-        return self.trainer.step if self.trainer else 0
+        return self.trainer.step if self.trainer else self._saved_step or 0
 
     def check(self) -> None:
         """Refuse at once what needs no preparation to be seen wrong. Raises ConfigError, DataError, CheckpointError."""
@@ -129,7 +131,9 @@ class Run:
         group.liveness.enter("train", settings.step_timeout)
         if self.trainer.step < plan.steps:
             # Closed on every way out: an unclosed loader leaves worker processes that the exit would wait for.
-            with contextlib.closing(source.batches(self._share())) as batches:
+            steps = range(self.step + 1, plan.steps + 1)
+            micro_batches = source.batches(steps, plan.accumulation, group, self.stop, self._cursors)
+            with contextlib.closing(micro_batches) as batches:
                 loop.train(
                     self.trainer,
                     batches,
@@ -139,20 +143,6 @@ class Run:
                     self.startup,
                 )
         source.say_end(self.step * plan.global_batch, self._cursors)
-
-    def _share(self) -> RankShare:
-        plan, group = self.trainer.plan, self.group
-        return RankShare(
-            first_step=self.step + 1,
-            last_step=plan.steps,
-            accumulation=plan.accumulation,
-            dist_rank=group.dist_rank,
-            world_size=group.world_size,
-            device=group.device,
-            cursors=self._cursors,
-            before_work=self._before_work,
-            check_stop=self._check_stop,
-        )
 
     def _announce(self, base: Base, source: BatchSource) -> None:
         settings, group, work = self.settings, self.group, self.trainer.plan
@@ -174,25 +164,35 @@ class Run:
             f", continuing after step {self._saved_step}" if self._saved_step else "",
         )
 
-    def _before_work(self, doing: str) -> None:
-        self.stop.raise_if_requested(doing)
-        self.group.liveness.progress()
-
-    def _check_stop(self) -> None:
-        self.stop.raise_if_requested("reading audio")
-
     def _enter(self, stage: str) -> None:
         self.group.liveness.enter(stage, max(PREPARATION_SECONDS, self.settings.step_timeout))
 
-    def export(self, base: Base) -> dict[str, Any]:
-        """Stage four on rank 0: the adapter file, config.json and result.json. Returns the result."""
+    def export(self, base: Base) -> None:
+        """Stage four on rank 0: the adapter file, config.json and result.json."""
         self._enter("export")
         self.startup.begin("export")
         description = {**self.trainer.description(), "startup_seconds": self.startup.seconds}
         # On every rank: in some modes each of them holds a part.
         tensors = self.trainer.engine.adapters()
+        where = self.settings.output_dir, description
+        self._publish(lambda: export.publish(base.adapter_config, tensors, *where))
+
+    def export_saved(self) -> None:
+        """Stage four of a checkpoint alone: the one to continue from, whose model and data may be gone."""
+        self._enter("export")
+        settings = self.settings
 
         def publish() -> dict[str, Any]:
-            return export.publish(base.adapter_config, tensors, self.settings.output_dir, description)
+            saved = checkpoint.find(settings.output_dir, "auto" if settings.resume == "never" else settings.resume)
+            if saved is None:
+                raise CheckpointError(f"{settings.output_dir}: no checkpoint to export; run sa3dist loop first")
+            self._saved_step = saved.step
+            return export.publish_saved(saved, settings.output_dir)
 
-        return main_process_first(self.group, "export", publish, stop=None)
+        self._publish(publish)
+
+    def _publish(self, publish: Callable[[], dict[str, Any]]) -> None:
+        """Make the result on rank 0, where it is the last line of stdout."""
+        result = main_process_first(self.group, "export", publish, stop=None)
+        if self.group.is_main:
+            print(json.dumps(result), flush=True)

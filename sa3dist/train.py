@@ -6,7 +6,6 @@ import argparse
 import atexit
 import contextlib
 import faulthandler
-import json
 import logging
 import os
 import sys
@@ -31,13 +30,7 @@ def whole_road(run: Run) -> None:
     encoded = run.encode(base, index)
     run.prepare(base, encoded)
     run.train(base, encoded)
-    finish(run, base)
-
-
-def finish(run: Run, base) -> None:
-    result = run.export(base)
-    if run.group.is_main:
-        print(json.dumps(result), flush=True)
+    run.export(base)
 
 
 def parser(program: str, about: str) -> argparse.ArgumentParser:

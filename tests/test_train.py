@@ -300,13 +300,16 @@ def test_a_loss_that_overflows_stops_the_run_and_names_the_clip(words, tmp_path,
     assert not (tmp_path / "run/lora.safetensors").exists()
 
 
-@pytest.mark.parametrize("of", ["run", "checkpoint"])
+@pytest.mark.parametrize("of", ["run", "checkpoint", "config"])
 def test_an_export_from_the_checkpoint_alone_equals_what_the_run_published(straight, tmp_path, of):
     copy = tmp_path / "run"
     shutil.copytree(straight / "checkpoints", copy / "checkpoints")
-    source = copy if of == "run" else copy / f"checkpoints/step-{STEPS:08d}"
-    written = copy if of == "run" else copy / f"exported/step-{STEPS:08d}"
-    assert cli.main(["export", str(source)]) == 0
+    checkpoint = copy / f"checkpoints/step-{STEPS:08d}"
+    # A config of the run, whose data and base are gone.
+    config = [f"output_dir={copy}", "audio_data_url=/gone.zip", "model=/gone"]
+    words = {"run": [str(copy)], "checkpoint": [str(checkpoint)], "config": config}[of]
+    written = copy / f"exported/step-{STEPS:08d}" if of == "checkpoint" else copy
+    assert cli.main(["export", *words]) == 0
     assert (written / "lora.safetensors").read_bytes() == (straight / "lora.safetensors").read_bytes()
     described, published = (json.loads((path / "config.json").read_text()) for path in (written, straight))
     # A timing of the process that trained, which no checkpoint holds.

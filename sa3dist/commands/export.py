@@ -74,20 +74,12 @@ def from_checkpoint(source: Path, output: Path | None) -> dict:
 
     source   a checkpoint directory, or an output_dir: its newest intact checkpoint
     output   default the output_dir itself; for a checkpoint directory, ``exported/<its name>`` beside ``checkpoints``
-    Raises CheckpointError when there is no intact checkpoint or it was saved without its run's description, InUse when
-    a run writes there.
+    Raises CheckpointError when there is no intact checkpoint or as ``publish_saved``, InUse when a run writes there.
     """
     saved, default = _open_checkpoint(source)
-    description = saved.state.get("description")
-    if not description:
-        raise CheckpointError(
-            f"{source}: the checkpoint holds no description of its run, an older version saved it; use "
-            f"sa3dist export CONFIG instead"
-        )
-    config = config_from_value(description["lora_config"])
     try:
         with run_lock.held(output or default):
-            return export.publish(config, saved.adapters, output or default, {**description, "step": saved.step})
+            return export.publish_saved(saved, output or default)
     except InUse as problem:
         raise InUse(f"{problem} with --output") from None
 

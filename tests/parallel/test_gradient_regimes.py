@@ -69,7 +69,7 @@ def course(group, regime, zero=DDP, first=1, last=None, kept=None):
     if first > 1:
         trainer.restore(checkpoint.load(checkpoint.path_of(kept, first - 1)))
     clips = recorded_batch(base)
-    numbers = micro_indices(first, last, accumulation, group.dist_rank, group.world_size)
+    numbers = micro_indices(range(first, last + 1), accumulation, group.dist_rank, group.world_size)
     batches = (shifted(clips, number) for number in numbers)
     figures = [trainer.take_step(batches, StopRequest()) for _ in range(first, last + 1)]
     if kept is not None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from sa3dist.data.batches.encode_on_demand import EncodeOnDemand
 from sa3dist.data.batches.loader import MicroBatches, micro_indices
@@ -19,7 +17,7 @@ from sa3dist.data.batches.streaming import StreamedBatches, StreamedClips, finis
 from sa3dist.data.batches.worker_shards import RankCursors
 from sa3dist.data.latents.cache import EncodedClips
 from sa3dist.data.latents.crops import EncodedCrops
-from sa3dist.data.latents.pieces import CropPiece, Piece, caption_pieces, whole_pieces
+from sa3dist.data.latents.pieces import Piece, caption_pieces, crop_piece, whole_pieces
 from sa3dist.data.latents.source import LatentDataset, StreamedDataset
 from sa3dist.errors import ConfigError, counted
 from sa3dist.flow.crops import crop_frames
@@ -27,29 +25,11 @@ from sa3dist.formats import DatasetIndex
 
 if TYPE_CHECKING:
     from sa3dist.model.base import Base
+    from sa3dist.runtime.process_group import Group
+    from sa3dist.runtime.signals import StopRequest
     from sa3dist.settings import Settings
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class RankShare:
-    """One rank's part of the training: its micro batches of steps first_step..last_step, counted from 1.
-
-    cursors       where this rank's workers are in a stream; None where the steps say it
-    before_work   called with what is about to be done, a clip encoded say; what it raises ends the step
-    check_stop    called while audio is waited for; what it raises ends the step
-    """
-
-    first_step: int
-    last_step: int
-    accumulation: int
-    dist_rank: int
-    world_size: int
-    device: torch.device
-    cursors: RankCursors | None = None
-    before_work: Callable[[str], None] = lambda doing: None
-    check_stop: Callable[[], None] = lambda: None
 
 
 class BatchSource(abc.ABC):
@@ -111,8 +91,15 @@ class BatchSource(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def batches(self, share: RankShare) -> Generator[MicroBatch, None, None]:
-        """The micro batches of one rank in the order it trains on them, on its device. To be closed."""
+    def batches(
+        self, steps: range, accumulation: int, group: Group, stop: StopRequest, cursors: RankCursors | None
+    ) -> Generator[MicroBatch, None, None]:
+        """This rank's micro batches of ``steps``, counted from 1, in the order it trains on them. To be closed.
+
+        accumulation   micro batches per rank and step
+        cursors        what ``cursors`` has returned, where the training keeps it up to date
+        Raises Interrupted before a clip is encoded, or while its audio is waited for, when asked to stop.
+        """
 
     def say_end(self, clips: int, cursors: RankCursors | None) -> None:  # noqa: B027 (most have nothing to say)
         """Log what the end of a training shows. clips: how many were trained on, repeats included."""
@@ -126,12 +113,13 @@ class IndexedSource(BatchSource):
         self.micro_batches = MicroBatches(self.encoded, self.draws)
         self.order = self.micro_batches.order
 
-    def batches(self, share: RankShare) -> Generator[MicroBatch, None, None]:
-        indices = micro_indices(
-            share.first_step, share.last_step, share.accumulation, share.dist_rank, share.world_size
-        )
-        on_demand = EncodeOnDemand(self.base, self.micro_batches, share.before_work, share.check_stop)
-        return on_demand.batches(indices, self.settings.num_workers, share.device)
+    def batches(
+        self, steps: range, accumulation: int, group: Group, stop: StopRequest, cursors: RankCursors | None
+    ) -> Generator[MicroBatch, None, None]:
+        indices = micro_indices(steps, accumulation, group.dist_rank, group.world_size)
+        check_stop = functools.partial(stop.raise_if_requested, "reading audio")
+        on_demand = EncodeOnDemand(self.base, self.micro_batches, _before_work(group, stop), check_stop)
+        return on_demand.batches(indices, self.settings.num_workers, group.device)
 
 
 class WholeSource(IndexedSource):
@@ -171,10 +159,8 @@ class CropSource(IndexedSource):
         return EncodedCrops(*where, crop_frames=self.draws.crop_frames, keep=self.keep)
 
     def pieces(self, slots: int) -> list[Piece]:
-        crops = [
-            CropPiece(self.encoded, self.index.clips[self.order.clip_of_slot(slot)], self.order.seed, slot)
-            for slot in range(slots)
-        ]
+        clips = (self.micro_batches.clip_of_slot(slot)[0] for slot in range(slots))
+        crops = [crop_piece(self.encoded, clip, self.settings.seed, slot) for slot, clip in enumerate(clips)]
         return caption_pieces(self.encoded, self.settings.encode_batch) + crops
 
 
@@ -205,15 +191,25 @@ class StreamSource(BatchSource):
     def cursors(self, saved: dict[str, Any] | None, dist_rank: int, world_size: int) -> RankCursors:
         return RankCursors.of(saved, dist_rank, world_size, max(1, self.settings.num_workers))
 
-    def batches(self, share: RankShare) -> Generator[MicroBatch, None, None]:
-        cursors, done = share.cursors, (share.first_step - 1) * share.accumulation
-        where = share.dist_rank, share.world_size, cursors.cursors, done, self.settings.shuffle_buffer
+    def batches(
+        self, steps: range, accumulation: int, group: Group, stop: StopRequest, cursors: RankCursors
+    ) -> Generator[MicroBatch, None, None]:
+        done = (steps.start - 1) * accumulation
+        where = group.dist_rank, group.world_size, cursors.cursors, done, self.settings.shuffle_buffer
         batches = StreamedBatches(self.encoded, self.draws, *where)
-        finish = finisher(self.base, self.encoded, self.draws, share.before_work)
-        return streaming_loader(batches, finish, cursors, self.settings.num_workers, share.device)
+        finish = finisher(self.base, self.encoded, self.draws, _before_work(group, stop))
+        return streaming_loader(batches, finish, cursors, self.settings.num_workers, group.device)
 
     def say_end(self, clips: int, cursors: RankCursors) -> None:
         log.info("streaming: %s trained on, %d of them repeated", counted(clips, "clip"), cursors.repeated)
+
+
+def _before_work(group: Group, stop: StopRequest) -> Callable[[str], None]:
+    def check(doing: str) -> None:
+        stop.raise_if_requested(doing)
+        group.liveness.progress()
+
+    return check
 
 
 # By what was found at ``audio_data_url``; audio, by the setting ``latents``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
@@ -13,10 +13,7 @@ import torch
 from sa3dist.data.batches.loader import MicroBatches, loader
 from sa3dist.data.batches.micro_batch import MicroBatch
 from sa3dist.data.batches.order import micro_batch_slots
-from sa3dist.data.latents.cache import EncodedClips
 from sa3dist.data.source.prefetch import prefetch
-from sa3dist.flow.crops import polarity_of_slot
-from sa3dist.formats import ClipEntry
 
 # Decoded audio waiting for the encoder.
 WAITING_BYTES = 256 << 20
@@ -39,68 +36,64 @@ class EncodeOnDemand:
         check_stop: Callable[[], None] = lambda: None,
     ) -> None:
         """before_work: called with what is about to be done; what it, or check_stop, raises ends the step."""
-        self._base, self._micro_batches = base, micro_batches
+        self._base, self._micro_batches, self._encoded = base, micro_batches, micro_batches.encoded
         self._before_work, self._check_stop = before_work, check_stop
-        self._encoded: EncodedClips = micro_batches.encoded
-        self._order, self._size = micro_batches.order, micro_batches.settings.micro_batch
-        # Number and polarity of the whole clips that have been seen to be encoded.
-        self._ready: set[tuple[int, bool]] = set()
-        # Files that are removed after their last use: by micro batch, and how many micro batches need each.
-        self._held: dict[int, list[Path]] = {}
+        # Key and polarity of the whole clips that have been seen to be encoded.
+        self._ready: set[tuple[str, bool]] = set()
+        # Files that are removed after their last use: of the micro batches on their way, and how many need each.
+        self._held: deque[list[Path]] = deque()
         self._uses: Counter[Path] = Counter()
 
     def batches(self, indices: Iterable[int], num_workers: int, device: torch.device) -> Generator[MicroBatch]:
         """The micro batches of ``indices``, in this order, on ``device``."""
         issued, coming = itertools.tee(indices)
-        slots = (slot for index in coming for slot in micro_batch_slots(index, self._size))
         self._audio = prefetch(
             self._load,
-            slots,
-            lambda slot: self._encoded.slot_bytes(self._clip(slot)),
+            (slot for index in coming for slot in self._slots(index)),
+            lambda slot: self._encoded.slot_bytes(self._micro_batches.clip_of_slot(slot)[0]),
             num_workers=1,
             check_stop=self._check_stop,
             in_flight_bytes=WAITING_BYTES,
-            ahead=MICRO_BATCHES_AHEAD * self._size,
+            ahead=MICRO_BATCHES_AHEAD * self._micro_batches.settings.micro_batch,
             close_seconds=CLOSE_SECONDS,
         )
         with contextlib.closing(self._audio):
             yield from loader(self._micro_batches, issued, self._prepare, num_workers, device, self._used)
 
-    def _clip(self, slot: int) -> ClipEntry:
-        return self._encoded.clips[self._order.clip_of_slot(slot)]
-
-    def _whole(self, slot: int) -> tuple[int, bool]:
-        return self._order.clip_of_slot(slot), polarity_of_slot(self._order.seed, slot)
+    def _slots(self, micro_index: int) -> range:
+        return micro_batch_slots(micro_index, self._micro_batches.settings.micro_batch)
 
     def _load(self, slot: int) -> torch.Tensor | None:
-        if self._whole(slot) in self._ready:
+        clip, flipped = self._micro_batches.clip_of_slot(slot)
+        if (clip.key, flipped) in self._ready:
             return None
-        return self._encoded.load_slot(self._clip(slot), self._order.seed, slot)
+        return self._encoded.load_slot(clip, self._micro_batches.settings.seed, slot)
 
     def _prepare(self, micro_index: int) -> None:
         paths = []
-        for slot in micro_batch_slots(micro_index, self._size):
-            clip = self._clip(slot)
+        for slot in self._slots(micro_index):
+            clip, flipped = self._micro_batches.clip_of_slot(slot)
             _, audio_CN = next(self._audio)
-            if self._whole(slot) in self._ready:
+            if (clip.key, flipped) in self._ready:
                 continue
             if audio_CN is not None:
                 self._before_work(f"encoding clip {clip.key}")
             self._encoded.encode_prompts(self._base, [clip.caption])
-            path = self._encoded.encode_slot(self._base, clip, self._order.seed, slot, audio_CN)
+            seed = self._micro_batches.settings.seed
+            path = self._encoded.encode_slot(self._base, clip, seed, slot, audio_CN)
             if path is not None:
                 paths.append(path)
                 continue
-            self._ready.add(self._whole(slot))
+            self._ready.add((clip.key, flipped))
             if len(self._ready) == 2 * len(self._encoded.clips):
                 self._base.release_encoders()
         self._uses.update(paths)
-        self._held[micro_index] = paths
+        self._held.append(paths)
 
     def _used(self, micro_index: int) -> None:
         """The micro batch has been read: crops that no other one on its way needs may go."""
-        for path in self._held.pop(micro_index):
-            self._uses[path] -= 1
+        self._uses.subtract(paths := self._held.popleft())
+        for path in paths:
             if not self._uses[path]:
-                del self._uses[path]
                 self._encoded.let_go(path)
+        self._uses += Counter()

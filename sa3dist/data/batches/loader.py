@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 
 import torch
 from torch.utils.data import Dataset
@@ -15,11 +15,12 @@ from sa3dist.data.batches.order import clip_order, micro_batch_slots
 from sa3dist.data.latents.cache import EncodedClips, frames_of
 from sa3dist.errors import SA3DistError
 from sa3dist.flow.crops import polarity_of_slot
+from sa3dist.formats import ClipEntry
 
 
-def micro_indices(first_step: int, last_step: int, accumulation: int, dist_rank: int, world_size: int) -> Iterator[int]:
-    """Micro batches of one rank for steps first_step..last_step, counted from 1, in the order it trains on them."""
-    for step in range(first_step, last_step + 1):
+def micro_indices(steps: Iterable[int], accumulation: int, dist_rank: int, world_size: int) -> Iterator[int]:
+    """Micro batches of one rank for ``steps``, counted from 1, in the order it trains on them."""
+    for step in steps:
         for round_ in range(accumulation):
             yield ((step - 1) * accumulation + round_) * world_size + dist_rank
 
@@ -33,9 +34,6 @@ class MicroBatches(Dataset):
         lengths = [min(settings.crop_frames, frames_of(clip, encoded)) for clip in encoded.clips]
         self.order = clip_order(settings.seed, lengths, settings.micro_batch, settings.bucket_batches)
 
-    def __len__(self) -> int:
-        raise TypeError("micro batches have no last one")
-
     def __getitem__(self, micro_index: int) -> MicroBatch | SA3DistError:
         slots = micro_batch_slots(micro_index, self.settings.micro_batch)
         try:
@@ -45,9 +43,13 @@ class MicroBatches(Dataset):
         except SA3DistError as problem:
             return problem
 
+    def clip_of_slot(self, slot: int) -> tuple[ClipEntry, bool]:
+        """The clip a slot trains on, and whether it is phase-flipped."""
+        return self.encoded.clips[self.order.clip_of_slot(slot)], polarity_of_slot(self.settings.seed, slot)
+
     def _sample(self, slot: int) -> Sample:
-        clip = self.encoded.clips[self.order.clip_of_slot(slot)]
-        latents = self.encoded.latents(clip, polarity_of_slot(self.settings.seed, slot))
+        clip, flipped = self.clip_of_slot(slot)
+        latents = self.encoded.latents(clip, flipped)
         return draw_sample(slot, clip, latents, self.encoded.prompt(clip.caption), self.settings, self.encoded)
 
 
@@ -68,18 +70,17 @@ def loader(
     issued: deque[int] = deque()
     problems: list[Exception] = []
 
-    class Order:
-        def __iter__(self) -> Iterator[int]:
-            try:
-                for index in indices:
-                    before(index)
-                    issued.append(index)
-                    yield index
-            except Exception as problem:
-                # Re-raised after the loop: inside the DataLoader the traceback would keep its workers alive at exit.
-                problems.append(problem)
+    def ordered() -> Iterator[int]:
+        try:
+            for index in indices:
+                before(index)
+                issued.append(index)
+                yield index
+        except Exception as problem:
+            # Re-raised after the loop: inside the DataLoader the traceback would keep its workers alive at exit.
+            problems.append(problem)
 
-    with contextlib.closing(results_of_workers(batches, num_workers, device, Order())) as results:
+    with contextlib.closing(results_of_workers(batches, num_workers, device, ordered())) as results:
         for batch in results:
             if problems:
                 break

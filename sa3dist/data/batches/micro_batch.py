@@ -183,9 +183,7 @@ def collate(samples: list[Sample], settings: SampleSettings) -> MicroBatch:
     hidden_BLH, prompt_mask_BL = without_common_padding(
         torch.stack([sample.hidden_LH for sample in samples]), torch.stack([sample.prompt_mask_L for sample in samples])
     )
-    keep_BT = None
-    if min(lengths) < longest:
-        keep_BT = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
+    keep_BT = torch.arange(longest)[None] < torch.tensor(lengths)[:, None] if min(lengths) < longest else None
     return MicroBatch(
         clips=[sample.clip for sample in samples],
         latents_BDT=latents_BDT,

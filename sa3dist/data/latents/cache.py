@@ -1,6 +1,6 @@
 """Latents and prompt features on disk: encoded once per clip and caption, found again by content.
 
-What is encoded on first use lies in a file of its own; ``sa3dist encode`` collects these into shards (collect.py).
+What is encoded on first use lies in a file of its own; ``encode.pack_latents`` makes shards of these.
 """
 
 from __future__ import annotations
@@ -163,10 +163,6 @@ class EncodedClips:
             except OSError as error:
                 raise EnvironmentFailure(f"{path}: cannot read the {what} ({error})") from error
         return read_member(*found, what), found[0]
-
-    def lacks(self, clip: ClipEntry) -> bool:
-        """Whether the latents of either polarity are still to be made."""
-        return not all(self.has_latents(clip, flipped) for flipped in (False, True))
 
     def slot_bytes(self, clip: ClipEntry) -> int:
         """Of what ``load_slot`` returns: float32 stereo."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shutil
 import tempfile
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +15,7 @@ from sa3dist.data.latents.cache import ENCODING_VERSION, EncodedClips, frame_pea
 from sa3dist.data.latents.tensor_files import read_tensors, write_tensors
 from sa3dist.data.source.audio import load_clip_audio
 from sa3dist.flow.crops import draw_crop, polarity_of_slot
-from sa3dist.formats import STALE_SECONDS, ClipEntry, digest_of
+from sa3dist.formats import ClipEntry, digest_of, remove_stale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +51,7 @@ class EncodedCrops(EncodedClips):
         self.keep = keep
         if not keep:
             self._latents_dir.mkdir(parents=True, exist_ok=True)
-            for leftover in self._latents_dir.glob(".on-the-fly-*"):
-                with contextlib.suppress(FileNotFoundError):
-                    if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
-                        shutil.rmtree(leftover, ignore_errors=True)
+            remove_stale(self._latents_dir.glob(".on-the-fly-*"))
             # Each process its own: it alone knows when a crop has been used.
             self._latents_dir = Path(tempfile.mkdtemp(prefix=".on-the-fly-", dir=self._latents_dir))
             weakref.finalize(self, shutil.rmtree, self._latents_dir, ignore_errors=True)

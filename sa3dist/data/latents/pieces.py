@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -17,83 +18,24 @@ MAX_PASS_FRAMES = 4160
 CAPTION_COST = 4.0
 
 
-class Piece(Protocol):
+@dataclasses.dataclass(frozen=True)
+class Piece:
     """Work that is done as a whole.
 
-    cost    relative, by length        count   clips or captions in it        memory   bytes of what ``load`` returns
+    cost      relative, by length
+    count     clips or captions in it
+    memory    bytes of what ``load`` returns
+    lacking   whether an earlier run has left any of it
+    load      what ``encode`` needs, read in another thread while the piece before is encoded
+    encode    called with the base and what was loaded
     """
 
     cost: float
     count: int
     memory: int
-
-    def lacking(self) -> bool:
-        """Whether an earlier run has left any of it."""
-
-    def load(self) -> list[torch.Tensor]:
-        """What ``encode`` needs, read in another thread while the piece before is encoded."""
-
-    def encode(self, base, loaded: list[torch.Tensor]) -> None: ...
-
-
-class CaptionPiece:
-    """Captions that are encoded in one pass: every one is padded to the prompt length."""
-
-    memory = 0
-
-    def __init__(self, encoded: EncodedClips, captions: Sequence[str]) -> None:
-        self._encoded, self._captions = encoded, captions
-        self.cost, self.count = CAPTION_COST * len(captions), len(captions)
-
-    def lacking(self) -> bool:
-        return not all(self._encoded.has_prompt(caption) for caption in self._captions)
-
-    def load(self) -> list[torch.Tensor]:
-        return []
-
-    def encode(self, base, loaded: list[torch.Tensor]) -> None:
-        self._encoded.encode_prompts(base, self._captions)
-
-
-class CropPiece:
-    """The crop of one slot; which one it is shows when the clip's peaks have been read."""
-
-    cost, count = 1.0, 1
-
-    def __init__(self, encoded: EncodedCrops, clip: ClipEntry, seed: int, slot: int) -> None:
-        self._encoded, self._place = encoded, (clip, seed, slot)
-        self.memory = encoded.slot_bytes(clip)
-
-    def lacking(self) -> bool:
-        return True
-
-    def load(self) -> list[torch.Tensor | None]:
-        return [self._encoded.load_slot(*self._place)]
-
-    def encode(self, base, loaded: list[torch.Tensor | None]) -> None:
-        self._encoded.encode_slot(base, *self._place, *loaded)
-
-
-class ClipPiece:
-    """Clips of one length, each in both polarities: the latents of a flipped clip are not the flipped latents."""
-
-    def __init__(self, encoded: EncodedClips, clips: Sequence[ClipEntry], frames: int, rows: int) -> None:
-        """rows: how many go through the encoder at once, a clip and its flipped self counting as two."""
-        self._encoded, self._clips, self._rows = encoded, clips, rows
-        self.cost, self.count = 2.0 * frames * len(clips), len(clips)
-        self.memory = sum(encoded.slot_bytes(clip) for clip in clips)
-
-    def lacking(self) -> bool:
-        return any(self._encoded.lacks(clip) for clip in self._clips)
-
-    def load(self) -> list[torch.Tensor]:
-        return [self._encoded.audio(clip) for clip in self._clips]
-
-    def encode(self, base, loaded: list[torch.Tensor]) -> None:
-        rows = [(clip, flip, audio) for clip, audio in zip(self._clips, loaded, strict=True) for flip in (False, True)]
-        for some in _in_groups(rows, self._rows):
-            if not all(self._encoded.has_latents(clip, flipped) for clip, flipped, _ in some):
-                self._encoded.encode_together(base, some)
+    lacking: Callable[[], bool]
+    load: Callable[[], Any]
+    encode: Callable[[Any, Any], object]
 
 
 def whole_pieces(encoded: EncodedClips, batch: int = 1) -> list[Piece]:
@@ -105,21 +47,63 @@ def whole_pieces(encoded: EncodedClips, batch: int = 1) -> list[Piece]:
 
 
 def caption_pieces(encoded: EncodedClips, batch: int) -> list[Piece]:
-    """Every distinct caption, ``batch`` in one pass."""
-    captions = sorted({clip.caption for clip in encoded.clips})
-    return [CaptionPiece(encoded, some) for some in _in_groups(captions, batch)]
+    """Every distinct caption, ``batch`` in one pass: each is padded to the prompt length."""
+
+    def piece(captions: Sequence[str]) -> Piece:
+        return Piece(
+            cost=CAPTION_COST * len(captions),
+            count=len(captions),
+            memory=0,
+            lacking=lambda: not all(map(encoded.has_prompt, captions)),
+            load=lambda: None,
+            encode=lambda base, loaded: encoded.encode_prompts(base, captions),
+        )
+
+    return [piece(some) for some in _in_groups(sorted({clip.caption for clip in encoded.clips}), batch)]
+
+
+def crop_piece(encoded: EncodedCrops, clip: ClipEntry, seed: int, slot: int) -> Piece:
+    """The crop of one slot; which one it is shows when the clip's peaks have been read."""
+    return Piece(
+        cost=1.0,
+        count=1,
+        memory=encoded.slot_bytes(clip),
+        lacking=lambda: True,
+        load=lambda: encoded.load_slot(clip, seed, slot),
+        encode=lambda base, loaded_CN: encoded.encode_slot(base, clip, seed, slot, loaded_CN),
+    )
 
 
 def clip_pieces(encoded: EncodedClips, batch: int) -> list[Piece]:
-    """Groups of clips of one length, longest first, so that the ranks end at about one time."""
+    """Groups of clips of one length in both polarities, longest first, so that the ranks end at about one time.
+
+    The latents of a flipped clip are not the flipped latents.
+    """
+
+    def piece(clips: Sequence[ClipEntry], frames: int, rows: int) -> Piece:
+        def encode(base, loaded: Sequence[torch.Tensor]) -> None:
+            work = [(clip, flip, audio) for clip, audio in zip(clips, loaded, strict=True) for flip in (False, True)]
+            for some in _in_groups(work, rows):
+                if not all(encoded.has_latents(clip, flipped) for clip, flipped, _ in some):
+                    encoded.encode_together(base, some)
+
+        return Piece(
+            cost=2.0 * frames * len(clips),
+            count=len(clips),
+            memory=sum(map(encoded.slot_bytes, clips)),
+            lacking=lambda: not all(encoded.has_latents(clip, flip) for clip in clips for flip in (False, True)),
+            load=lambda: list(map(encoded.audio, clips)),
+            encode=encode,
+        )
+
     by_frames: dict[int, list[ClipEntry]] = {}
     for clip in encoded.clips:
         by_frames.setdefault(frames_of(clip, encoded), []).append(clip)
     pieces = []
     for frames in sorted(by_frames, reverse=True):
+        # A clip and its flipped self are two rows.
         rows = rows_per_pass(frames, batch)
-        for clips in _in_groups(by_frames[frames], max(1, rows // 2)):
-            pieces.append(ClipPiece(encoded, clips, frames, rows))
+        pieces += [piece(clips, frames, rows) for clips in _in_groups(by_frames[frames], max(1, rows // 2))]
     return pieces
 
 

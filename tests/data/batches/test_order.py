@@ -47,7 +47,7 @@ def test_ranks_and_workers_partition_the_slots_and_every_epoch_holds_every_clip_
             for workers in WORKERS:
                 taken = []
                 for dist_rank in range(world):
-                    indices = list(micro_indices(1, steps, 1, dist_rank, world))
+                    indices = list(micro_indices(range(1, steps + 1), 1, dist_rank, world))
                     # No rank ever runs out, and none does more than another.
                     assert len(indices) == steps
                     made, returned = dealt_to_workers(indices, workers)
@@ -75,7 +75,7 @@ def test_resuming_at_any_step_at_any_split_continues_the_same_clips(clips, split
             sorted(
                 order.clip_of_slot(slot)
                 for dist_rank in range(world)
-                for index in micro_indices(step, step, accumulation, dist_rank, world)
+                for index in micro_indices([step], accumulation, dist_rank, world)
                 for slot in micro_batch_slots(index, micro_batch)
             )
             for step in range(begin, first + more + 1)
@@ -88,14 +88,14 @@ def test_resuming_at_any_step_at_any_split_continues_the_same_clips(clips, split
 @settings(deadline=None, max_examples=30)
 def test_resuming_continues_every_ranks_own_micro_batches(first, more, split):
     world, accumulation = split
-    whole = [list(micro_indices(1, first + more, accumulation, rank, world)) for rank in range(world)]
-    tail = [list(micro_indices(first, first + more, accumulation, rank, world)) for rank in range(world)]
+    whole = [list(micro_indices(range(1, first + more + 1), accumulation, rank, world)) for rank in range(world)]
+    tail = [list(micro_indices(range(first, first + more + 1), accumulation, rank, world)) for rank in range(world)]
     assert [rows[(first - 1) * accumulation :] for rows in whole] == tail
 
 
 def test_a_steps_micro_batches_are_the_same_set_for_every_split_of_ranks_and_accumulation():
     def of_step(step, world, accumulation):
-        return {i for rank in range(world) for i in micro_indices(step, step, accumulation, rank, world)}
+        return {i for rank in range(world) for i in micro_indices([step], accumulation, rank, world)}
 
     for step in (1, 2, 9):
         assert of_step(step, 1, 4) == of_step(step, 2, 2) == of_step(step, 4, 1)
@@ -192,7 +192,7 @@ def through_real_workers(clips, micro_batch, window, world, dist_ranks, workers,
     for dist_rank in dist_ranks:
         # Everything fresh, as a process that has just been started has it.
         batches = MicroBatches(clips_of_numbers(clips), settings)
-        indices = micro_indices(first, last, 1, dist_rank, world)
+        indices = micro_indices(range(first, last + 1), 1, dist_rank, world)
         source = loader(batches, indices, lambda index: None, workers, torch.device("cpu"))
         ranks.append([batch.clips for batch in source])
     return ranks
