@@ -63,7 +63,7 @@ class FlatEngine:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         if last:
-            self.reduction.arm()
+            self.reduction.begin_last_backward()
         loss.backward()
 
     def average(self) -> Tensor:

@@ -26,8 +26,6 @@ Tensors = tuple[torch.Tensor, ...]
 STEPS_WORTH_RECORDING = 50
 # A ladder has 24 rungs for one clip of up to 380 s, each with and without context given; large micro batches have more.
 MOST_GRAPHS = 96
-# Shapes remembered as seen once.
-MOST_SHAPES = 1000
 # Free memory before a recording, in passes: its own, an ordinary one, and what the allocator rounds up.
 PASSES_THAT_FIT = 2.2
 # Relative distance of a replay from the ordinary pass. The same kernels run; flash attention adds in varying order.
@@ -144,7 +142,7 @@ class CudaGraphs:
         passes: Callable[[MicroBatch, bool], Tensors],
         recordable: Callable[[MicroBatch], Tensors],
         gradient: torch.Tensor,
-        recorder,
+        recorder: Recorder | None,
     ) -> None:
         """
         passes      (micro batch, last of its step) to losses: forward and backward, adds to ``gradient``
@@ -182,12 +180,9 @@ class CudaGraphs:
     def _seen_before(self, key: Hashable) -> bool:
         if self._recorder is None or len(self._recorded) == MOST_GRAPHS:
             return False
-        if key in self._seen:
-            return True
-        if len(self._seen) == MOST_SHAPES:
-            self._seen.clear()
+        seen = key in self._seen
         self._seen.add(key)
-        return False
+        return seen
 
     def drop(self) -> None:
         """Use no graph from here on, and give their memory back."""

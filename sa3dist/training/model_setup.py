@@ -1,4 +1,4 @@
-"""The frozen base a run trains on, with its fresh or warm-started adapters, opened on all ranks together."""
+"""The frozen base a run trains on, with fresh or warm-started adapters, opened on all ranks."""
 
 from __future__ import annotations
 
@@ -32,18 +32,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def open_base(settings: Settings, group: Group, stop: StopRequest, startup: Startup) -> tuple[Base, str | None]:
     """The base with its adapters, and the digest of the file they were started from (None for fresh ones).
 
-    Each part together: a rank that cannot read the model takes the others along with its reason. Raises what failed on
-    any rank, on every rank.
+    If one rank fails, at loading, at singular bases or at attaching, all ranks raise its error.
     """
     if group.device.type == "cuda":
         # Before the first kernel is compiled.
         keep_kernels_in(settings.work_dir.resolve() / "kernels")
-    # AdamW and the compiler import it: two seconds of reading, which the disk and the device leave time for.
     startup.begin("load_base")
+    # AdamW and the compiler import it: two seconds, for which reading the base leaves time.
     with imported_beside("torch._dynamo"):
         base = run_on_all_ranks(group, "base", lambda: _load(settings, group.device), stop)
     if group.is_main:
-        # Seconds of hashing beside what comes before they are asked for.
+        # A thread hashes it while the bases are found and the clips are checked.
         base.begin_weights_digest()
     startup.begin("singular_bases")
     bases = _singular_bases(settings, group, stop, base)

@@ -1,4 +1,4 @@
-"""What all ranks must hold alike and finite, and which of them does not."""
+"""Checks that all ranks hold equal and finite tensors; each error names the rank, the clip or the tensor."""
 
 from __future__ import annotations
 

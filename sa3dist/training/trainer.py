@@ -82,10 +82,7 @@ class Trainer:
         self._clips: list[list[str]] = []
 
     def record_graphs(self, recorder: Recorder) -> None:
-        """Replay the passes of often seen shapes as CUDA graphs; for engines without collectives in the forward pass.
-
-        recorder   see ``CudaGraphs``
-        """
+        """Replay passes of often seen shapes as CUDA graphs; for engines without collectives in the forward pass."""
         self.graphs = CudaGraphs(self._pass, self._recordable_pass, self.engine.flat.gradient, recorder)
         self.graphs_may_go = True
 

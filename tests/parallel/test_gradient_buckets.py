@@ -34,7 +34,7 @@ def reduced(rank, bucket_elements, compression="none", arm=True, fails=False):
     reduction = GradientReduction(flat, Group(rank, RANKS, torch.device("cpu")), compression, bucket_elements)
     reduction.reset()
     if arm and not fails:
-        reduction.arm()
+        reduction.begin_last_backward()
     with pytest.MonkeyPatch.context() as patch:
         sent, send = [], dist.all_reduce
         patch.setattr(dist, "all_reduce", lambda *given, **how: sent.append(given) or send(*given, **how))

@@ -61,7 +61,7 @@ def rank(number: int, elements: int, backward: float) -> None:
             x = torch.ones((), requires_grad=True)
             for parameter in parameters.values():
                 x = Layer.apply(x, parameter, backward / LAYERS)
-            reduction.arm()
+            reduction.begin_last_backward()
             x.backward()
             reduction.finish()
             seconds.append(time.perf_counter() - begin)
