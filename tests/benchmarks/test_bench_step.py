@@ -127,6 +127,7 @@ def test_what_is_encoded_is_the_whole_clip_by_encoders_of_the_released_sizes(mon
     seen = []
     monkeypatch.setattr(base, "encode_audio", lambda audio: seen.append(audio.shape))
     made = encoding_side.Encoding(base, FRAMES, 2)
+    # What the encoder is given inside it is seen nowhere else.
     made._text.register_forward_hook(lambda module, given, out: seen.append(out.last_hidden_state.shape))
     made.step()
     assert seen == [(2, 2, FRAMES * 4096), (2, base.prompt_tokens, 768)]

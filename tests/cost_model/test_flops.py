@@ -1,7 +1,5 @@
 """The count of a step's work and kept values, against torch's own counter and the tensors autograd really saves."""
 
-import types
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
@@ -17,6 +15,7 @@ from sa3dist.model.released import released_config
 from sa3dist.model.tiny import tiny_config
 from sa3dist.parallel.flat_adamw import FlatAdapters
 from sa3dist.training import memory
+from tests.helpers.recorded_step import StepSettings
 
 CLIPS, FRAMES, PROMPT = 2, 21, 9
 FROZEN = Adapter(None, 0, frozenset())
@@ -122,7 +121,7 @@ def test_formed_weights_keep_as_much_less_as_is_counted(base, kind):
     counted, measured, own = {}, {}, set()
     for formed in (False, True):
         if formed:
-            settings = types.SimpleNamespace(adapter_products="formed", mixed_precision="no")
+            settings = StepSettings(adapter_products="formed")
             flat = FlatAdapters(adapter_parameters(base), 1e-3, 0.01, scalars=0)
             held = keep_formed(base, flat, settings, torch.device("cpu"))
             held.form()

@@ -1,10 +1,12 @@
 """Whole training steps of the reference on a tiny model: what the network receives, gradients, AdamW."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import sa3dist
-from sa3dist import flow
+from sa3dist import config, flow
 from sa3dist.adapters import adapter_parameters, load_adapter
 from sa3dist.data.batches.micro_batch import MicroBatch
 from sa3dist.parallel.flat_adamw import FlatAdapters
@@ -120,3 +122,9 @@ def test_leaving_out_an_empty_context_changes_no_loss_and_no_gradient(tiny_base,
     assert found[True][0] == pytest.approx(found[False][0], rel=1e-5)
     for whole, short in zip(found[True][1], found[False][1], strict=True):
         close(short, whole, relative_to_max=1e-4)
+
+
+def test_the_settings_that_the_gpu_check_uses_are_ones_of_the_settings_tree():
+    stand_ins = dataclasses.asdict(StepSettings())
+    built = config.build({"audio_data_url": "clips.zip", **stand_ins})
+    assert {name: getattr(built, name) for name in stand_ins} == stand_ins
