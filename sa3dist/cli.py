@@ -1,4 +1,4 @@
-"""The `sa3dist` command: the whole road, or one stage of it."""
+"""The `sa3dist` command: the whole run, one stage of it, or a program of its own."""
 
 from __future__ import annotations
 

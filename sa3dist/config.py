@@ -1,4 +1,4 @@
-"""The request and the run settings, read from YAML, JSON and key=value words, and what is said of wrong ones."""
+"""Read settings from YAML, JSON and key=value arguments, and explain what is wrong with them."""
 
 from __future__ import annotations
 
@@ -35,31 +35,30 @@ _MAX_DIGITS = 100
 def read_file(path: str) -> dict[str, Any]:
     """Keys and values of a YAML config or JSON request. Raises ConfigError, naming the file, when it is neither.
 
-    JSON says itself what is text and what a number; in YAML the field decides.
+    In JSON quotes tell text from numbers; in YAML the type of the field decides.
     """
-    is_json, place = path.lower().endswith(".json"), path
-    path = _sayable(path)
+    is_json, label = path.lower().endswith(".json"), _escaped(path)
     try:
-        text = Path(expand_home(place)).read_text(encoding="utf-8-sig")
+        text = Path(expand_home(path)).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot read this config file ({_reason(error)})") from error
+        raise ConfigError(f"{label}: cannot read this config file ({_reason(error)})") from error
     try:
         value = json.loads(text) if is_json else read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"{path}: not valid YAML: {_reason(error)}; a value with ': ', ' #' or brackets in it needs quotes"
+            f"{label}: not valid YAML: {_reason(error)}; a value with ': ', ' #' or brackets in it needs quotes"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: {'not valid JSON: ' if is_json else ''}{_reason(error)}") from error
+        raise ConfigError(f"{label}: {'not valid JSON: ' if is_json else ''}{_reason(error)}") from error
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: holds a {type(value).__name__}, expected keys with values such as `rank: 16`")
+        raise ConfigError(f"{label}: holds a {type(value).__name__}, expected keys with values such as `rank: 16`")
     return value
 
 
 def read_words(words: list[str], merged: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Merge config files and key=value overrides, later words winning. What a value means its field says.
+    """Merge config files and key=value overrides, later ones winning.
 
     merged   filled with what could be read even when a file could not: the failure's status goes to its output_dir
     """
@@ -84,11 +83,11 @@ def build(values: dict[str, Any]) -> Settings:
     """Validate raw values. Raises ConfigError: one line per field that is unknown, missing or out of range."""
     for key in values:
         if isinstance(key, str) and not is_text(key):
-            raise ConfigError(f"{_sayable(key)}: unknown key; sa3dist train --help lists all keys")
+            raise ConfigError(f"{_escaped(key)}: unknown key; sa3dist train --help lists all keys")
     try:
         return Settings(**values)
     except ValidationError as error:
-        raise ConfigError(_sayable("\n".join(_explain(problem) for problem in error.errors()))) from error
+        raise ConfigError(_escaped("\n".join(_explain(problem) for problem in error.errors()))) from error
     except TypeError as error:
         raise ConfigError(f"config: keys must be words ({error})") from error
 
@@ -107,13 +106,13 @@ def output_dir_of(values: dict[str, Any]) -> Path:
     return Path("runs") / (name if usable else Settings.model_fields["name"].default)
 
 
-def _sayable(text: str) -> str:
+def _escaped(text: str) -> str:
     """Bytes of the command line that are not UTF-8 as escapes: status.json could not hold them."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def _reason(error: Exception) -> str:
-    """What a library says, in one line and without the name of the file."""
+    """The message of a library in one line, without the name of the file."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         return f"line {error.problem_mark.line + 1}: {error.problem}"
     return " ".join(str(getattr(error, "strerror", None) or error).split())
@@ -188,7 +187,7 @@ def value_type(field: str) -> Any:
 
 
 def split_word(word: str) -> tuple[str, str] | None:
-    """(key, text) of a key=value word; None for a config file. What follows a field's name is never looked for."""
+    """(key, text) of a key=value argument; None for a config file. What follows a known key is never taken for one."""
     key, equals, text = word.partition("=")
     # A path may hold "=" too; a key never holds a separator.
     if not equals or (key not in Settings.model_fields and ("/" in key or os.path.exists(word))):
@@ -197,7 +196,7 @@ def split_word(word: str) -> tuple[str, str] | None:
 
 
 def of_word(field: str, text: str) -> Any:
-    """The value of ``field=text`` on a command line. ``null`` and nothing at all unset what can be unset."""
+    """The value of ``field=text`` on a command line. ``null`` and an empty text unset what can be unset."""
     if field in Settings.model_fields and Settings.model_fields[field].default is None and text in _NULLS:
         return None
     return of_text(field, text)
@@ -206,7 +205,7 @@ def of_word(field: str, text: str) -> Any:
 def of_text(field: str, text: str) -> Any:
     """Text and paths as typed, numbers in decimal, [a, b] as a list.
 
-    What a field cannot be stays text, for the field to refuse.
+    Text that does not fit the field's type stays text, and validation refuses it.
     """
     if field not in Settings.model_fields:
         return text
@@ -243,7 +242,7 @@ def read_yaml(text: str) -> Any:
 
 
 def _refuse_doubtful_comment(text: str, key: yaml.Node, value: yaml.Node) -> None:
-    """``packs/Loops #1`` is ``packs/Loops`` to YAML, and another folder to who wrote it."""
+    """``packs/Loops #1`` means ``packs/Loops`` to YAML, and another folder to the person who wrote it."""
     if not isinstance(value, yaml.ScalarNode) or value.style or key.value not in Settings.model_fields:
         return
     doubtful = re.compile(r"[ \t]+(#[^\s#].*)").match(text, value.end_mark.index)

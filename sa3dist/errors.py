@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 EXIT_DONE = 0
 EXIT_BUG = 1
 EXIT_USER = 2
@@ -48,7 +50,7 @@ class EnvironmentFailure(SA3DistError):
 
 
 class LostPeer(EnvironmentFailure):
-    """Another rank is gone or silent; the reason, if any, is for that rank to tell."""
+    """Another rank is gone or silent; that rank reports the reason, if there is one."""
 
 
 class OutOfMemory(EnvironmentFailure):
@@ -70,6 +72,12 @@ class Interrupted(SA3DistError):
 def printable(name: str) -> str:
     """``name`` with control characters and broken encodings escaped, so that a message stays one line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def listed(names: Sequence[str], count: int, most: int = 3) -> str:
+    """``a, b, c and 37 more``: the first ``most`` of ``count`` names, printable; nothing where none is given."""
+    more = f" and {count - most} more" if names and count > most else ""
+    return ", ".join(map(printable, names[:most])) + more
 
 
 def counted(number: int, one: str, many: str = "") -> str:

@@ -1,4 +1,4 @@
-"""What is on disk: one reader and one writer for every artefact, written whole or not at all."""
+"""Files on disk: atomic writes, digests, and the index of a data set's shards."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import dataclasses
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from sa3dist.errors import DataError, printable
+from sa3dist.errors import DataError, counted, listed
 
 # How a run ended, beside its results; or, where it may not write there, in the directory that a supervisor names.
 STATUS_NAME = "status.json"
@@ -31,18 +31,14 @@ NAMES_KEPT = 1000
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``target``; on success fsync it and rename it over ``target``.
+    """Give an unused path beside ``target`` to write to; on success fsync the file and rename it over ``target``.
 
     The temporary file is removed when the block raises, so a reader sees the old file or the whole new one.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _beside(target)
     try:
-        # mkstemp makes the file private; artefacts are for everyone the umask allows.
-        temporary.chmod(0o666 & ~_umask())
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
@@ -64,7 +60,6 @@ def atomic_directory(target: Path, unless: Callable[[], bool] = lambda: False) -
     temporary = _empty_folder_beside(target)
     remove_stale(path for path in target.parent.glob(".*.tmp") if path.is_dir())
     try:
-        temporary.chmod(0o777 & ~_umask())
         yield temporary
         fsync_directory(temporary)
         try:
@@ -90,12 +85,19 @@ def remove_stale(leftovers: Iterable[Path]) -> None:
                 shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
 
 
+def _beside(target: Path) -> Path:
+    # Not by tempfile, which makes its files private: artefacts are for everyone the umask allows.
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+
+
 def _empty_folder_beside(target: Path) -> Path:
     while True:
         # Another process may find the parent empty, and remove it, at any moment in between.
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+            temporary = _beside(target)
+            temporary.mkdir()
+            return temporary
         except FileNotFoundError:
             continue
         except FileExistsError:
@@ -106,7 +108,7 @@ def _empty_folder_beside(target: Path) -> Path:
 
 def _replace_directory(new: Path, target: Path) -> None:
     # A full folder cannot be renamed over: the old one is moved away first; readers miss it for microseconds.
-    trash = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    trash = _beside(target)
     try:
         with contextlib.suppress(FileNotFoundError):
             os.rename(target, trash)
@@ -179,6 +181,11 @@ class ClipEntry:
         return self.samples / self.sample_rate_hz
 
 
+def dataset_digest(clips: Iterable[ClipEntry]) -> str:
+    """The digest of a data set: of the keys, extensions, audio and captions of its clips, in order."""
+    return digest_of(*(part for clip in clips for part in (clip.key, clip.extension, clip.audio_sha256, clip.caption)))
+
+
 @dataclasses.dataclass(frozen=True)
 class ShardEntry:
     """One finished tar: file name, length in bytes, hex SHA-256 of the whole file."""
@@ -203,10 +210,8 @@ class LeftOut:
 
     def line(self, most: int = 3) -> str:
         """One line for people, with the first ``most`` names."""
-        named = ", ".join(printable(name) for name in self.names[:most])
-        more = f" and {self.count - most} more" if self.names and self.count > most else ""
-        listed = f" ({named}{more})" if named else ""
-        return f"{self.count} {self.what}{'s' * (self.count != 1)}{listed}: {self.why}"
+        names = listed(self.names, self.count, most)
+        return f"{counted(self.count, self.what)}{f' ({names})' if names else ''}: {self.why}"
 
     def kept(self) -> LeftOut:
         """As an index holds it."""
@@ -214,7 +219,7 @@ class LeftOut:
 
 
 class ClipReader(Protocol):
-    """Where the audio of clips comes from whose shards do not lie beside their index."""
+    """Reads the audio of clips whose shards do not lie beside their index."""
 
     def read(self, entry: ClipEntry) -> bytes:
         """The clip's audio bytes, verified. Raises DataError, EnvironmentFailure or Interrupted."""
@@ -273,7 +278,7 @@ class DatasetIndex:
             left_out = tuple(LeftOut(**kind | {"names": tuple(kind["names"])}) for kind in value.get("left_out", ()))
             return cls(Path(directory), value["digest"], clips, tuple(value["skipped"]), shards, left_out=left_out)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            # What it holds may be anybody's: escaped, so that it stays a line.
+            # Untrusted text, escaped so that the message stays one line.
             reason = ascii(str(error))[1:-1]
             raise DataError(f"{path}: not a readable shard index ({reason}); run sa3dist shard") from error
 
@@ -301,9 +306,3 @@ def is_sealed(data: bytes) -> bool:
     # Bytes throughout: reading as text would take another line end for ours.
     body = data[: data.rfind(_SEAL.encode()) + len(_SEAL)]
     return data == body + digest_of(body).encode() + b'"}\n'
-
-
-def _umask() -> int:
-    # Not by os.umask, which sets it on the way: another thread may create a file at that moment.
-    status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("Umask:")), 8)

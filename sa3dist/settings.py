@@ -1,4 +1,4 @@
-"""Every setting of a run: one validated tree, with what each means, accepts and defaults to."""
+"""The settings of a run: their meaning, ranges and defaults, and the checks across them."""
 
 from __future__ import annotations
 

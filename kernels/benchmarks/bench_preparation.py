@@ -29,8 +29,8 @@ import soundfile
 import torch
 
 from sa3dist import config
-from sa3dist.data.source.archive import AUDIO_EXTENSIONS
 from sa3dist.data.source.build import build_shards
+from sa3dist.data.source.kinds import AUDIO_EXTENSIONS
 from sa3dist.formats import write_json
 from sa3dist.inspection.measure import measure_clip
 from sa3dist.inspection.report import inspect_source

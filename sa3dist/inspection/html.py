@@ -1,4 +1,4 @@
-"""The inspection as one HTML file: pictures inside it, nothing loaded from elsewhere."""
+"""The inspection as one HTML file with its pictures inside: it loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import numpy as np
 
 from sa3dist.errors import counted, span
 from sa3dist.formats import atomic_path
-from sa3dist.inspection.report import InspectedClip, Report
+from sa3dist.inspection.clip import InspectedClip
+from sa3dist.inspection.report import Report
 
-# 4 kB a picture: beyond this a browser suffers; all clips are still in the table.
+# 4 kB a picture: more make browsers slow; all clips are still in the table.
 MAX_PICTURES = 2000
 # From the loudest band of a clip downwards.
 PICTURE_RANGE_DB = 70.0
@@ -43,7 +44,7 @@ def write_html(report: Report, path: Path) -> None:
 
 
 def render(report: Report) -> str:
-    """The report as an HTML document. Names and captions come from strangers and are escaped."""
+    """The report as an HTML document. Names and captions are untrusted and escaped."""
     summary = report.summary()
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8>",
@@ -66,7 +67,8 @@ def render(report: Report) -> str:
         if loudness:
             counts, edges = np.histogram(loudness, 20)
             parts += ["<h2>Integrated loudness</h2>", bars(counts.tolist(), edges.tolist(), "LUFS (ITU-R BS.1770-4)")]
-    parts += _duplicates(report)
+    if duplicates := report.duplicates():
+        parts += ["<h2>Duplicates</h2><ul>", *(f"<li>{html.escape(line)}</li>" for line in duplicates), "</ul>"]
     parts.append(
         "<h2>Clips</h2><div class=wide><table>"
         "<tr><th>clip<th>spectrogram<th>s<th>Hz<th>ch<th>LUFS<th>peak dBFS<th>silent<th>clipped"
@@ -141,17 +143,7 @@ def _row(clip: InspectedClip, with_picture: bool) -> str:
     if with_picture:
         data = base64.b64encode(thumbnail(clip.stats.spectrogram_SP)).decode()
         picture = f'<img alt="spectrogram" src="data:image/png;base64,{data}">'
-    facts, stats = clip.facts, clip.stats
-    numbers = (
-        f"{clip.seconds:.2f}",
-        f"{facts.sample_rate_hz}",
-        f"{facts.channels}",
-        f"{stats.lufs:.1f}",
-        f"{stats.peak_dbfs:.1f}",
-        f"{100 * stats.silent_share:.0f} %",
-        f"{stats.clipped_samples}",
-    )
-    cells = "".join(f"<td class=n>{number}" for number in numbers)
+    cells = "".join(f"<td class=n>{number}" for number in clip.cells())
     caption = _folded(clip.caption)
     return f"<tr class={clip.treatment}><td class=t>{name}<td>{picture}{cells}<td class=t>{caption}<td>{training}</tr>"
 
@@ -161,11 +153,3 @@ def _folded(text: str) -> str:
         return html.escape(text)
     start = html.escape(text[:FOLDED_CHARACTERS])
     return f"<details><summary>{start} ...</summary>{html.escape(text)}</details>"
-
-
-def _duplicates(report: Report) -> list[str]:
-    if not report.exact and not report.near:
-        return []
-    items = [f"equal bytes: {html.escape(', '.join(keys))}" for keys in report.exact]
-    items += [f"sound alike ({d:.1f} dB apart): {html.escape(a)}, {html.escape(b)}" for a, b, d in report.near]
-    return ["<h2>Duplicates</h2><ul>", *(f"<li>{item}</li>" for item in items), "</ul>"]

@@ -1,4 +1,4 @@
-"""`sa3dist inspect`: what is in a source of captioned clips, and what training would do with each of them."""
+"""Inspect a source of captioned clips: what is in it, and what training would do with each clip."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from typing import Any
 import numpy as np
 
 from sa3dist.config import Settings
-from sa3dist.data.source.archive import Pair, open_source, pair_members
+from sa3dist.data.source.archive import open_source
 from sa3dist.data.source.audio import AudioFacts, check_whole
 from sa3dist.data.source.captions import read_caption
-from sa3dist.data.source.check import CLIP_COUNT_RANGE
-from sa3dist.data.source.clip_stats import ClipStats, Measured, read_stats, write_stats
+from sa3dist.data.source.check import count_problem
+from sa3dist.data.source.clip_stats import Measured, read_stats, write_stats
 from sa3dist.data.source.containers import Container
 from sa3dist.data.source.cut_captions import CutCaptions, cut_captions, text_source
+from sa3dist.data.source.pairing import Pair, pair_members
 from sa3dist.data.source.prefetch import prefetch
 from sa3dist.data.source.resample import resampled_length
 from sa3dist.errors import DataError, counted, printable
 from sa3dist.flow.crops import crop_frames
 from sa3dist.formats import LeftOut
+from sa3dist.inspection.clip import InspectedClip
 from sa3dist.inspection.duplicates import exact_duplicates, near_duplicates
 from sa3dist.inspection.measure import measure_clip
 
@@ -31,38 +33,10 @@ LENGTH_BINS = 20
 
 
 @dataclasses.dataclass
-class InspectedClip:
-    """One pair of the source. ``facts`` and ``stats`` are None when the audio cannot be used."""
-
-    key: str
-    extension: str
-    bytes: int
-    audio_sha256: str = ""
-    caption: str = ""
-    facts: AudioFacts | None = None
-    stats: ClipStats | None = None
-    problems: tuple[str, ...] = ()
-    treatment: str = "skipped"
-    reason: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON values; infinities as None."""
-        values = {name: getattr(self, name) for name in ("key", "extension", "bytes", "audio_sha256", "caption")}
-        if self.facts and self.stats:
-            values |= dataclasses.asdict(self.facts) | {"seconds": self.seconds}
-            for name in ("lufs", "peak_dbfs", "silent_share", "lead_seconds", "tail_seconds", "clipped_samples"):
-                value = getattr(self.stats, name)
-                values[name] = None if value == -np.inf else round(value, 3)
-        return values | {"treatment": self.treatment, "reason": self.reason}
-
-    @property
-    def seconds(self) -> float:
-        return self.facts.samples / self.facts.sample_rate_hz if self.facts else 0.0
-
-
-@dataclasses.dataclass
 class Report:
-    """clips            every pair, by key, and what claims to be one but cannot be used
+    """What an inspection found.
+
+    clips            every pair, by key, and what claims to be one but cannot be used
     refusals         faults of the archive itself, each of which stops any run
     exact, near      groups of keys with equal bytes; (key, key, distance in dB) of clips that sound alike
     crop_seconds     length training would crop to
@@ -130,6 +104,11 @@ class Report:
                 "most_common": captions.most_common(5),
             },
         }
+
+    def duplicates(self) -> list[str]:
+        """One line for every group of equal clips, and for every pair of clips that sound alike."""
+        alike = [f"sound alike ({distance:.1f} dB apart): {one}, {other}" for one, other, distance in self.near]
+        return [f"equal bytes: {', '.join(keys)}" for keys in self.exact] + alike
 
     def length_histogram(self) -> tuple[list[float], list[int]]:
         """Bin edges in seconds, evenly spaced from 0, and how many usable clips lie in each."""
@@ -218,12 +197,9 @@ def _verdict(report: Report, settings: Settings) -> list[str]:
     bad = [clip for clip in report.clips if clip.problems]
     if bad and settings.on_bad_clip == "raise":
         lines.append(f"{counted(len(bad), 'clip')} cannot be used; mend them, or set on_bad_clip: skip")
-    low, high = (1, len(report.clips)) if settings.allow_any_dataset_size else CLIP_COUNT_RANGE
-    if not low <= len(report.usable) <= high:
-        lines.append(
-            f"{counted(len(report.usable), 'usable clip')}, expected {low} to {high}; "
-            "set allow_any_dataset_size: true to lift the limits"
-        )
+    usable = len(report.usable)
+    if problem := count_problem(usable, settings.allow_any_dataset_size, usable):
+        lines.append(problem)
     return lines
 
 

@@ -70,22 +70,15 @@ def show(report: Report) -> None:
     console.print(overview)
     clips = Table("clip", "s", "Hz", "ch", "LUFS", "peak", "silent", "clipped", "training", title="clips")
     for clip in report.clips[:MAX_ROWS]:
-        cells = [""] * 7
-        if clip.facts and clip.stats:
-            cells = [f"{clip.seconds:.2f}", str(clip.facts.sample_rate_hz), str(clip.facts.channels)]
-            cells += [f"{clip.stats.lufs:.1f}", f"{clip.stats.peak_dbfs:.1f}"]
-            cells += [f"{100 * clip.stats.silent_share:.0f} %", str(clip.stats.clipped_samples)]
         colour = {"skipped": "red", "cropped": "yellow"}.get(clip.treatment, "")
-        clips.add_row(escape(clip.key), *cells, clip.treatment, style=colour)
+        clips.add_row(escape(clip.key), *clip.cells(), clip.treatment, style=colour)
     console.print(clips)
     if len(report.clips) > MAX_ROWS:
         console.print(f"and {counted(len(report.clips) - MAX_ROWS, 'more clip')}; --json or --html shows all")
     for line in _skipped(report):
         console.print(escape(f"skipped: {line}"), style="red", soft_wrap=True)
-    for keys in report.exact:
-        console.print(escape(f"equal bytes: {', '.join(keys)}"), soft_wrap=True)
-    for one, other, distance in report.near:
-        console.print(escape(f"sound alike ({distance:.1f} dB apart): {one}, {other}"), soft_wrap=True)
+    for line in report.duplicates():
+        console.print(escape(line), soft_wrap=True)
     for kind in report.left_out:
         console.print(escape(f"left out: {kind.line(most=MAX_ROWS)}"), style="yellow", soft_wrap=True)
     if report.cut and report.cut.tokens:

@@ -14,16 +14,17 @@ from pathlib import Path
 import torch
 
 from sa3dist.data.latents.cache import EncodedClips
-from sa3dist.data.latents.shards import FLIPPED, LATENTS, PROMPT, dataset_digest
+from sa3dist.data.latents.shards import FLIPPED, LATENTS, PROMPT
 from sa3dist.data.latents.source import read_latents
 from sa3dist.data.remote.disk_cache import ClipCache
-from sa3dist.data.source.archive import open_source, pair_members
+from sa3dist.data.source.archive import open_source
 from sa3dist.data.source.build import build_shards
 from sa3dist.data.source.captions import read_caption
 from sa3dist.data.source.index_check import index_faults
+from sa3dist.data.source.pairing import pair_members
 from sa3dist.data.source.shard_split import describe
 from sa3dist.errors import DataError
-from sa3dist.formats import INDEX_NAME, DatasetIndex
+from sa3dist.formats import INDEX_NAME, DatasetIndex, dataset_digest
 from tests.helpers.clips import captioned, write_tar
 from tests.helpers.fuzzing import forged, mutated, outcome
 from tests.helpers.latent_sets import ENCODERS, Framing, write_set
@@ -72,7 +73,7 @@ def use_index(directory):
         raise DataError(fault)
     if index.clips:
         describe(index)
-        dataset_digest(list(index.clips))
+        dataset_digest(index.clips)
 
 
 def use_latents(tar, work):

@@ -167,7 +167,7 @@ def test_every_clip_has_its_treatment_and_every_fault_its_reason(tmp_path):
 
 def test_too_few_clips_are_said_to_stop_training(tmp_path):
     source = write_zip(tmp_path / "a.zip", captioned(3))
-    assert inspect(source, tmp_path).verdict[0].startswith("3 usable clips, expected 4 to 2000")
+    assert inspect(source, tmp_path).verdict[0].startswith("found 3 usable clips, expected 4 to 2000")
     assert inspect(source, tmp_path, allow_any_dataset_size=True).verdict == []
 
 

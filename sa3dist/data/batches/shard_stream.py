@@ -18,10 +18,10 @@ from sa3dist.data.batches.worker_shards import StreamCursor, WorkerShards
 from sa3dist.data.latents.shards import FLIPPED, LATENTS, MEND, PROMPT, SHARD_INDEX_VERSION, Encoders
 from sa3dist.data.remote.download import download, remote_info
 from sa3dist.data.remote.fetch import filesystem, is_remote, redacted
-from sa3dist.data.source.archive import AUDIO_EXTENSIONS
 from sa3dist.data.source.audio import check_audio
 from sa3dist.data.source.captions import caption_text
 from sa3dist.data.source.containers import TAR_FAULTS, short_reason
+from sa3dist.data.source.kinds import AUDIO_EXTENSIONS
 from sa3dist.errors import DataError, EnvironmentFailure
 from sa3dist.formats import ClipEntry, is_sealed, remove_stale
 

@@ -20,7 +20,7 @@ from sa3dist.data.latents.remote_tar import RemoteTar
 from sa3dist.data.source.index_check import clip_fault, is_digest, is_whole
 from sa3dist.data.source.tar_writer import member_stem, new_tar
 from sa3dist.errors import DataError, EnvironmentFailure, printable
-from sa3dist.formats import ClipEntry, ShardEntry, atomic_path, digest_of, is_sealed, sealed
+from sa3dist.formats import ClipEntry, ShardEntry, atomic_path, is_sealed, sealed
 
 SHARD_PREFIX = "latents-"
 SHARD_INDEX_VERSION = 1
@@ -234,11 +234,6 @@ def read_member(path: Path | RemoteTar, place: Place, what: str) -> bytes:
     if hashlib.sha256(data).hexdigest() != place.sha256:
         raise EnvironmentFailure(f"{path}: the {what} do not match their digest; {MEND}")
     return data
-
-
-def dataset_digest(clips: list[ClipEntry]) -> str:
-    """What identifies a data set: the keys, audio bytes and captions of its clips, sorted by key."""
-    return digest_of(*(part for c in clips for part in (c.key, c.extension, c.audio_sha256, c.caption)))
 
 
 class LatentShards:

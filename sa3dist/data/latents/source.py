@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sa3dist.data.latents.remote_tar import RemoteTar
-from sa3dist.data.latents.shards import MEND, SHARD_PREFIX, LatentShard, dataset_digest
+from sa3dist.data.latents.shards import MEND, SHARD_PREFIX, LatentShard
 from sa3dist.data.remote.disk_cache import ClipCache
 from sa3dist.data.remote.download import remote_info
 from sa3dist.data.remote.fetch import Downloads, address_name, filesystem, is_remote, redacted, split_query
@@ -19,7 +19,7 @@ from sa3dist.data.source.kinds import BESIDE_SHARDS
 from sa3dist.data.source.remote_shards import has_ranges
 from sa3dist.data.source.shard_split import REPORT_NAME
 from sa3dist.errors import DataError
-from sa3dist.formats import INDEX_NAME, DatasetIndex, LeftOut, digest_of
+from sa3dist.formats import INDEX_NAME, DatasetIndex, LeftOut, dataset_digest, digest_of
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Clips kept on the local disk by content, at most so many bytes: whoever is used least recently goes first.
+"""A disk cache of clips by digest with a bound on its bytes: the least recently used go first.
 
 Any number of processes of one machine share a cache. Reading takes no lock: a file appears whole, is verified by
 whoever reads it, and stays readable for those who hold it open when it goes. Writing and evicting take the lock.
@@ -18,7 +18,7 @@ from sa3dist.errors import EnvironmentFailure
 
 log = logging.getLogger(__name__)
 
-# When the cache is full this share of it is made free at once, so that not every clip looks through all files.
+# Freed at once when the cache is full, so that not every new clip makes us list all files.
 SPARE_SHARE = 1 / 16
 
 
@@ -49,7 +49,7 @@ class ClipCache:
         return data
 
     def put(self, sha256: str, data: bytes) -> None:
-        """Keep a clip, letting go of others where needed. Raises EnvironmentFailure when the disk is full."""
+        """Keep a clip, removing others where needed. Raises EnvironmentFailure when the disk is full."""
         path = self._path(sha256)
         if len(data) > self.max_bytes or path.exists():
             return
@@ -69,7 +69,7 @@ class ClipCache:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         self.directory.mkdir(parents=True, exist_ok=True)
-        # Each caller its own open file: the lock then holds between threads too. A killed process lets go of it.
+        # One open file per caller, so that the lock also holds between threads. It ends with its process.
         with (self.directory / ".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -77,7 +77,7 @@ class ClipCache:
     def _write(self, path: Path, data: bytes) -> None:
         path.parent.mkdir(exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        # Counted before it is there: a kill in between leaves the count too high, which the next look at all mends.
+        # Counted first: a kill in between leaves the count too high, which the next full count corrects.
         self._count(self._counted() + len(data))
         try:
             temporary.write_bytes(data)
@@ -109,7 +109,7 @@ class ClipCache:
         self._count(total)
 
     def _counted(self) -> int:
-        """Bytes held by the last count; without a readable one, as if full, so that all files are looked at."""
+        """Bytes by the last count; without a readable one max_bytes, so that all files are counted again."""
         try:
             return int((self.directory / ".bytes").read_text())
         except (FileNotFoundError, ValueError):

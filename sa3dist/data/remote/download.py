@@ -1,4 +1,4 @@
-"""One remote file to disk: resumed where it broke off, retried with growing pauses, verified, never mixed."""
+"""Download one remote file: resume it, retry with growing pauses, and never mix two versions of it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sa3dist.data.remote.web_answer import HEAD_BYTES, answer_instead
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted, SA3DistError, printable
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# One request. A connection that breaks more often than that gets smaller requests, down to the second figure.
+# Bytes of one request. After an attempt that brought nothing requests get smaller, down to the second number.
 BLOCK_BYTES = 8 << 20
 SMALLEST_BLOCK_BYTES = 64 << 10
 # Half a minute of pauses outlasts a server's restart; whatever moves the file forward starts the count again.
@@ -33,13 +36,19 @@ def version_of(info: dict[str, Any]) -> dict[str, str]:
     return {key: str(info[key]) for key in _VERSION_KEYS if info.get(key)}
 
 
-def remote_info(system, path: str, label: str, should_stop: Callable[[], bool]) -> dict[str, Any]:
+def remote_info(system: AbstractFileSystem, path: str, label: str, should_stop: Callable[[], bool]) -> dict[str, Any]:
     """fsspec's description of ``path``, asked again while the server fails. Raises as ``download`` does."""
     return persist(lambda: system.info(path), label, should_stop, moved=lambda: False)
 
 
 def download(
-    system, path: str, info: dict[str, Any], part: Path, label: str, limit: int, should_stop: Callable[[], bool]
+    system: AbstractFileSystem,
+    path: str,
+    info: dict[str, Any],
+    part: Path,
+    label: str,
+    limit: int,
+    should_stop: Callable[[], bool],
 ) -> None:
     """Complete ``part`` with the bytes of ``path``. What it holds already must be of the same version.
 
@@ -62,7 +71,7 @@ def download(
 
 
 def _refuse_answer(part: Path, label: str) -> None:
-    """Web servers say with status 200 what they think of a request; no other kind of server does."""
+    """Raise DataError when the file is a page of the server: web servers send those with status 200."""
     with part.open("rb") as stream:
         instead = answer_instead(stream.read(HEAD_BYTES))
     if instead is not None:
@@ -70,17 +79,42 @@ def _refuse_answer(part: Path, label: str) -> None:
         raise DataError(f"{label}: the server sends {instead}")
 
 
-class _Transfer:
-    """Attempts at one file. ``moved`` says whether the last one got further."""
+class Attempts:
+    """How far attempts at one file got: where the last one began, what it reached, and how much to ask for at a time.
+
+    block   bytes of a request; 0: all in one stream, of which nothing stays when it breaks off
+    """
+
+    def __init__(self, in_parts: bool = True) -> None:
+        self.block = BLOCK_BYTES if in_parts else 0
+        self.begun = self.reached = 0
+
+    def moved(self) -> bool:
+        """Whether the failed attempt brought anything that stays; a smaller request is tried where it did not."""
+        if self.block and self.reached > self.begun:
+            return True
+        if self.block:
+            self.block = max(SMALLEST_BLOCK_BYTES, self.block // 4)
+        return False
+
+
+class _Transfer(Attempts):
+    """Attempts at a whole file."""
 
     def __init__(
-        self, system, path: str, size: int | None, part: Path, label: str, limit: int, should_stop: Callable[[], bool]
+        self,
+        system: AbstractFileSystem,
+        path: str,
+        size: int | None,
+        part: Path,
+        label: str,
+        limit: int,
+        should_stop: Callable[[], bool],
     ) -> None:
+        # Without a known length a server's ranges cannot be checked: such a file comes in one stream.
+        super().__init__(in_parts=bool(size))
         self.system, self.path, self.size = system, path, size
         self.part, self.label, self.limit, self.should_stop = part, label, limit, should_stop
-        # Without a known length a server's ranges cannot be checked: such a file comes in one stream.
-        self.block = BLOCK_BYTES if size else 0
-        self.begun = self.reached = 0
 
     def attempt(self) -> None:
         """Read on from what ``part`` holds to the end."""
@@ -96,14 +130,6 @@ class _Transfer:
             self._read()
         if self.size is not None and self.reached != self.size:
             raise OSError(f"{self.reached} of {self.size} bytes arrived")
-
-    def moved(self) -> bool:
-        """Whether the failed attempt brought anything that stays; a smaller request is tried where it did not."""
-        if self.block and self.reached > self.begun:
-            return True
-        if self.block:
-            self.block = max(SMALLEST_BLOCK_BYTES, self.block // 4)
-        return False
 
     def _read(self) -> None:
         # No truncation: another process may be completing the same version of the same file, byte for byte.
@@ -130,10 +156,10 @@ class _Transfer:
 def persist(
     work: Callable[[], Result], label: str, should_stop: Callable[[], bool], moved: Callable[[], bool]
 ) -> Result:
-    """work(), again after growing pauses while it fails for reasons that may pass.
+    """Call ``work``, again after growing pauses while it fails for reasons that may pass.
 
     moved   whether the failed attempt got further, which starts the count of failures again
-    Raises DataError for what asking again cannot mend, EnvironmentFailure when patience ends, Interrupted.
+    Raises DataError for what no retry can mend, EnvironmentFailure after the last retry, Interrupted.
     """
     failures = 0
     while True:
@@ -162,7 +188,7 @@ def persist(
 
 
 def _refusal(error: Exception, label: str) -> DataError | None:
-    """What asking again cannot mend, or None."""
+    """The error for what no retry can mend, or None."""
     cause, status = _cause(error)
     if status == 407 or type(cause).__name__ == "ClientHttpProxyError":
         return DataError(f"{label}: the proxy refuses it (status {status}); check http_proxy, https_proxy and no_proxy")
@@ -182,7 +208,7 @@ def _reason(error: Exception) -> str:
 
 
 def _cause(error: Exception) -> tuple[BaseException, int | None]:
-    """What tells most, and the HTTP status in it."""
+    """The exception that says most, and the HTTP status in it."""
     cause = error.__cause__
     # fsspec's http calls every failure "not found" and keeps the truth as its cause; others translate theirs well.
     if cause is None or not type(cause).__module__.startswith(("aiohttp", "asyncio", "builtins")):

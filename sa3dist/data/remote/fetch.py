@@ -1,4 +1,4 @@
-"""Remote sources (any fsspec URL) in the work directory: each version of a file once, whatever URL it came from."""
+"""Download remote sources (any fsspec URL) into the work directory, each version of a file once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sa3dist.data.remote.download import CONNECT_SECONDS, SILENT_SECONDS, download, remote_info, version_of
 from sa3dist.errors import DataError, Interrupted
 from sa3dist.formats import digest_of, file_sha256, fsync_directory, write_json
 from sa3dist.runtime.file_lock import alone
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 # An hour of 24-bit stereo at 48 kHz is 1.04e9 bytes; the longest clip a model sees is 380 s.
 MAX_MEMBER_BYTES = 1 << 30
@@ -88,7 +91,7 @@ class Downloads:
 
     @contextlib.contextmanager
     def _alone(self, source: str) -> Iterator[None]:
-        """One run at a time: two would write to one file, and each would rename it from under the other."""
+        """One run at a time: two would write to one file, and one would rename it while the other writes."""
 
         def while_waiting() -> None:
             if self._should_stop():
@@ -114,7 +117,7 @@ class Downloads:
         return local
 
     def forget(self) -> None:
-        """Remove what was fetched: a refused source leaves nothing behind."""
+        """Remove everything fetched, for a source that is refused."""
         for path in self.fetched:
             self.release(path)
 
@@ -127,7 +130,7 @@ class Downloads:
             # Only when nothing else is in it.
             self._directory.rmdir()
 
-    def _file(self, system, path: str, source: str, info: dict[str, Any], label: str) -> Path:
+    def _file(self, system: AbstractFileSystem, path: str, source: str, info: dict[str, Any], label: str) -> Path:
         version = version_of(info)
         key = digest_of(source, json.dumps(version, sort_keys=True))[:16]
         found = self._cached(key) if version else None
@@ -151,12 +154,14 @@ class Downloads:
                     return path
         return None
 
-    def _bring(self, system, path: str, info: dict[str, Any], key: str, name: str, label: str) -> Path:
+    def _bring(
+        self, system: AbstractFileSystem, path: str, info: dict[str, Any], key: str, name: str, label: str
+    ) -> Path:
         self._directory.mkdir(parents=True, exist_ok=True)
         versioned = bool(version_of(info))
         part = self._directory / f".{key}.part"
         if not versioned:
-            # Nobody could tell whether the next run continues the same file.
+            # The next run could not tell whether it continues the same file.
             handle, temporary = tempfile.mkstemp(prefix=f".{key}.", suffix=".part", dir=self._directory)
             os.close(handle)
             part = Path(temporary)
@@ -175,7 +180,7 @@ class Downloads:
                 self._directory.rmdir()
             raise
 
-    def _folder(self, system, path: str, source: str) -> Path:
+    def _folder(self, system: AbstractFileSystem, path: str, source: str) -> Path:
         """All files below ``path``; unchanged ones stay, vanished ones go."""
         found = sorted((name, info) for name, info in system.find(path, detail=True).items())
         target = self._directory / f"{digest_of(source)[:16]}-folder"
@@ -210,7 +215,7 @@ class Downloads:
         return target
 
 
-def look_up(source: str, should_stop: Callable[[], bool]) -> tuple[Any, str, dict[str, Any]]:
+def look_up(source: str, should_stop: Callable[[], bool]) -> tuple[AbstractFileSystem, str, dict[str, Any]]:
     """As ``filesystem``, and fsspec's description of the file. Raises as ``download`` does."""
     system, path = filesystem(source)
     try:
@@ -221,7 +226,7 @@ def look_up(source: str, should_stop: Callable[[], bool]) -> tuple[Any, str, dic
         raise DataError(f"{error}; what follows # is not sent, write %23 where it is part of the name") from error
 
 
-def filesystem(source: str):
+def filesystem(source: str) -> tuple[AbstractFileSystem, str]:
     """fsspec's file system of a URL and the path in it, of this process: a fork makes its own.
 
     Raises DataError when the package for it is missing, the scheme is unknown, or an address or a proxy cannot be.
@@ -242,7 +247,7 @@ def filesystem(source: str):
         ) from error
 
 
-def _web(source: str, scheme: str):
+def _web(source: str, scheme: str) -> tuple[AbstractFileSystem, str]:
     import aiohttp
     import fsspec
 

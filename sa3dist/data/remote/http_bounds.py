@@ -1,4 +1,4 @@
-"""HTTP answers that are never read beyond what was asked for, whatever a server sends."""
+"""HTTP responses that are never read beyond the range that was asked for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class BoundedResponse(aiohttp.ClientResponse):
 
     @property
     def headers(self) -> CIMultiDictProxy[str]:
-        """As they came, but for a redirect's Location: the whole address, as it will be asked for."""
+        """As received, but a redirect's Location is the whole address, as it will be requested."""
         if not self._headers or LOCATION not in self._headers:
             return self._headers
         headers = CIMultiDict(self._headers)
@@ -38,9 +38,9 @@ class BoundedResponse(aiohttp.ClientResponse):
             if len(body) > wanted:
                 self.close()
                 # Without the query, which may hold secrets.
-                place = self.url.with_user(None).with_query(None)
+                address = self.url.with_user(None).with_query(None)
                 raise DataError(
-                    f"{place}: the server answers a request for {wanted} bytes with more of them; "
+                    f"{address}: the server answers a request for {wanted} bytes with more of them; "
                     f"download the file by other means and give its path"
                 )
         return bytes(body)

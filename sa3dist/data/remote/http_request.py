@@ -1,4 +1,4 @@
-"""HTTP requests for addresses as given: no byte of path or query rewritten, through the proxies that are set."""
+"""HTTP requests that send path and query as they were given, through the proxies that are set."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def as_sent(address: str) -> URL:
     scheme, _, rest = address.partition("://")
     authority = re.match(r"[^/?#]*", rest)[0]
     target = re.sub(r"[^!-~]", lambda found: quote(found[0], errors="surrogateescape"), rest[len(authority) :])
-    place = URL(f"{scheme.lower()}://{authority}")
-    if not place.host:
+    url = URL(f"{scheme.lower()}://{authority}")
+    if not url.host:
         raise ValueError("names no host")
-    return URL(f"{place.scheme}://{place.raw_authority}{target.partition('#')[0]}", encoded=True)
+    return URL(f"{url.scheme}://{url.raw_authority}{target.partition('#')[0]}", encoded=True)
 
 
 def resolved(base: URL, location: str) -> str:

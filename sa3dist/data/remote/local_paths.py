@@ -27,7 +27,7 @@ def expand_home(path: str | Path) -> str:
 
 
 def is_text(word: str) -> bool:
-    """Whether a word of the command line was UTF-8: what was not, no file of ours could hold."""
+    """Whether an argument was UTF-8: nothing else can be written to our files."""
     return not any(0xD800 <= ord(character) <= 0xDFFF for character in word)
 
 

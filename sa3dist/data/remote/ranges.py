@@ -1,12 +1,16 @@
-"""A few bytes from the middle of a remote file: in growing trouble with smaller requests, never more than asked for."""
+"""Read a range of a remote file, with smaller requests where connections break, never more than was asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from sa3dist.data.remote.download import BLOCK_BYTES, SMALLEST_BLOCK_BYTES, persist
+from sa3dist.data.remote.download import Attempts, persist
 from sa3dist.data.remote.fetch import filesystem, redacted
 from sa3dist.errors import EnvironmentFailure
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 
 class NoRanges(EnvironmentFailure):
@@ -27,18 +31,19 @@ def read_range(source: str, file_bytes: int, first: int, length: int, should_sto
     return bytes(reader.data)
 
 
-class _Reader:
-    """Attempts at one range. ``moved`` says whether the last one got further."""
+class _Reader(Attempts):
+    """Attempts at one range."""
 
-    def __init__(self, system, path: str, label: str, file_bytes: int, first: int, length: int) -> None:
+    def __init__(
+        self, system: AbstractFileSystem, path: str, label: str, file_bytes: int, first: int, length: int
+    ) -> None:
+        super().__init__()
         self.system, self.path, self.label, self.file_bytes = system, path, label, file_bytes
         self.first, self.length = first, length
         self.data = bytearray()
-        self.block = BLOCK_BYTES
-        self.begun = 0
 
     def attempt(self) -> None:
-        self.begun = len(self.data)
+        self.begun = self.reached
         options = {"block_size": self.block, "cache_type": "none", "size": self.file_bytes}
         with self.system.open(self.path, "rb", **options) as stream:
             stream.seek(self.first + self.begun)
@@ -51,9 +56,4 @@ class _Reader:
                 if not block or len(block) > missing:
                     raise OSError(f"{len(self.data) + len(block)} of {self.length} bytes arrived")
                 self.data += block
-
-    def moved(self) -> bool:
-        if len(self.data) > self.begun:
-            return True
-        self.block = max(SMALLEST_BLOCK_BYTES, self.block // 4)
-        return False
+                self.reached = len(self.data)

@@ -1,4 +1,4 @@
-"""What a file is when it is not what was asked for, by its first bytes."""
+"""Recognise what a web server sends in place of a file: a login page, an error, a Git LFS pointer."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Checked clips from what people bring: archives, folders, captions, audio, shards."""
+"""From archives, folders and shards of captioned audio to checked clips and an index."""

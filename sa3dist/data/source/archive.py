@@ -1,4 +1,4 @@
-"""Any source of captioned audio (zip, folder, shards; local or remote), opened as a container of its files."""
+"""Open any source of captioned audio (zip, folder or shards, local or remote) as a container of files."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from sa3dist.data.remote.fetch import MAX_TOTAL_BYTES, Downloads, is_remote, red
 from sa3dist.data.remote.local_paths import local_name
 from sa3dist.data.source.containers import Container, TarContainer
 from sa3dist.data.source.folders import FolderContainer
-from sa3dist.data.source.kinds import AUDIO_EXTENSIONS, BESIDE_SHARDS, extension_of, is_audio, is_system
+from sa3dist.data.source.kinds import BESIDE_SHARDS, extension_of, is_audio, is_system
 from sa3dist.data.source.own_folders import OWN, is_own, on_disk
-from sa3dist.data.source.pairing import Listing, Pair, pair_members
 from sa3dist.data.source.zips import ZipContainer
 from sa3dist.errors import DataError, counted, printable
-
-__all__ = ["AUDIO_EXTENSIONS", "Listing", "Pair", "expand_braces", "local_path", "open_source", "pair_members"]
 
 # More shards than any listed data set needs, and a typo like {0..99999999} must not fill the memory.
 MAX_SHARDS = 100_000
@@ -34,8 +31,8 @@ def open_source(
     """Open ``source``: a path, file:// or fsspec URL of a zip, a folder, or tars (one, or with {000..127}).
 
     Remote sources are downloaded into ``work_dir``/downloads first and stay there for the next run, unless a DataError
-    refuses them. What runs have left in the source, results and work directories, is passed over and said.
-    outputs   where the run at hand will write: refused where it holds clips of the source
+    refuses them. Results and work directories of runs inside the source are left out and named.
+    outputs   where this run will write: refused where it holds clips of the source
     Raises DataError when the source is missing, of no known kind, or hostile as a whole.
     """
     downloads = Downloads(Path(work_dir) / "downloads", should_stop, max_download_bytes)
@@ -98,7 +95,7 @@ def local_path(source: str) -> Path:
 
 
 def _refuse_clips_among_results(source: Path, directory: Path, label: str) -> None:
-    """What a run writes is no part of its source: clips that lie there already cannot be meant to be left out."""
+    """Refuse a run whose results would lie beside clips of its source: those clips would be left out as results."""
     source, directory = Path(source).resolve(), Path(directory).resolve()
     if directory == source or not directory.is_relative_to(source) or is_own(str(directory), on_disk):
         return
@@ -111,12 +108,12 @@ def _refuse_clips_among_results(source: Path, directory: Path, label: str) -> No
 
 def _sounds(folder: Path) -> list[Path]:
     """The audio files anywhere below a local folder."""
-    found = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
+    found = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
     return sorted(path for path in found if is_audio(path.name))
 
 
 def _with_sounds(source: Path, name: str) -> str:
-    """``name``, with the number of audio files in it: somebody may have meant them."""
+    """``name`` with the number of audio files in it, in case they were meant to be used."""
     count = len(_sounds(source / name))
     return f"{name} ({counted(count, 'audio file')} in it)" if count else name
 
@@ -156,14 +153,14 @@ def shards_on_top(folder: FolderContainer, path: Path) -> list[Path]:
 
 
 def two_readings(label: str, tar: str, clip: str) -> str:
-    """The refusal of a folder that is one of shards or one of clips."""
+    """The message for a folder that holds both shards and clips."""
     return (
         f"{label}: holds shards ({printable(tar)}) and clips ({printable(clip)}), and only one can be meant; "
         f"move the .tar away, or give its path to read it alone"
     )
 
 
-# How files begin that are no data set, what they are, and what helps.
+# First bytes of files that are no data set, what they are, and how to unpack them.
 _OTHER_FILES = (
     (b"\x1f\x8b", "compressed with gzip", "tar -xzf"),
     (b"BZh", "compressed with bzip2", "tar -xjf"),

@@ -1,4 +1,4 @@
-"""Audio bytes to samples: decode, check, resample, two channels. Layout suffix: CN = channels, samples."""
+"""Decode and check audio files. Suffixes: N samples, C channels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import io
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -23,6 +23,7 @@ from sa3dist.formats import ClipEntry, DatasetIndex
 
 if TYPE_CHECKING:
     import torch
+    from soundfile import SoundFile
 
 # A tenth of one latent frame: a shorter file holds no sound to learn from and is a mistake (a 1-sample export, say).
 MIN_SECONDS = 0.010
@@ -109,7 +110,7 @@ def decode(data: bytes) -> tuple[np.ndarray, int]:
     with _file(data) as file, _open(file) as sound:
         _check_size(sound.samplerate, sound.channels, _declared_samples(sound))
         blocks, rate, channels = list(_blocks(sound)), sound.samplerate, sound.channels
-    # As long as what was decoded, not as what a header claims; turned and joined in one pass.
+    # Sized by what was decoded, not by what the header claims; transposed and joined in one pass.
     samples_CN = np.empty((channels, sum(map(len, blocks))), np.float32)
     start = 0
     for block in blocks:
@@ -126,7 +127,7 @@ def load_clip_audio(
     start, stop   only ``[:, start:stop]`` of it, bit for bit; no more is decoded than that and, where the encoding does
                   not hold every sample by itself, what comes before; a clip that is resampled is decoded whole
 
-    Reads the audio bytes from their place in the shard, or by the index's reader; nothing else of the shard is touched.
+    Reads the audio bytes at their offset in the shard, or through the index's reader, and nothing else of the shard.
     Mono is duplicated, of more than two channels the first two stay (spec/training.md 4.2, whose clamp comes after crop
     and flip but commutes with both).
     Raises DataError naming shard and clip when the bytes are not the ones that were checked when the shard was written.
@@ -147,7 +148,7 @@ def load_clip_audio(
 def _decode_part(data: bytes, entry: ClipEntry, start: int, stop: int) -> tuple[np.ndarray, bool]:
     """Samples ``start`` to ``stop``, float32 (channels, n), and whether the encoding keeps all in [-1, 1] by itself."""
     if start:
-        # A FLAC's table of places may be wrong although all of it decodes.
+        # A FLAC's seek table may be wrong although the whole file decodes.
         with contextlib.suppress(DataError):
             return _read_part(data, entry, start, stop, seek=True)
     return _read_part(data, entry, start, stop, seek=False)
@@ -158,7 +159,7 @@ def _read_part(data: bytes, entry: ClipEntry, start: int, stop: int, seek: bool)
         _check_size(sound.samplerate, sound.channels, _declared_samples(sound))
         bounded = sound.subtype.startswith("PCM_")
         first = _skip(sound, start) if seek and (bounded or sound.subtype in ("FLOAT", "DOUBLE")) else 0
-        # One more than the index has would show.
+        # One sample more than the index has would be noticed.
         wanted = stop - first + (stop == entry.samples)
         part_NC = next(_blocks(sound, wanted), np.empty((0, sound.channels), np.float32))[start - first :]
         found = (sound.channels, len(part_NC)), sound.samplerate
@@ -167,11 +168,11 @@ def _read_part(data: bytes, entry: ClipEntry, start: int, stop: int, seek: bool)
             f"decodes to {found[0]} at {found[1]} Hz, the index says {(entry.channels, stop - start)} at "
             f"{entry.sample_rate_hz} Hz. Another libsndfile wrote it; run sa3dist shard on this machine."
         )
-    # Here, for torch takes 16 times as long to turn them.
+    # By numpy: torch takes 16 times as long for this transpose.
     return np.ascontiguousarray(part_NC.T), bounded
 
 
-def _skip(sound, samples: int) -> int:
+def _skip(sound: SoundFile, samples: int) -> int:
     import soundfile
 
     try:
@@ -181,7 +182,7 @@ def _skip(sound, samples: int) -> int:
 
 
 @contextlib.contextmanager
-def _open(file: BinaryIO):
+def _open(file: BinaryIO) -> Iterator[SoundFile]:
     import soundfile
 
     try:
@@ -195,17 +196,17 @@ def _open(file: BinaryIO):
 
 
 def check_whole(data: bytes, samples: int) -> None:
-    """Raise DataError when ``data`` holds other audio than the ``samples`` that were decoded of it at some time."""
+    """Raise DataError when ``data`` holds more audio than the ``samples`` that were once decoded from it."""
     refuse_joined(data)
     refuse_lost(data, samples)
 
 
 def _file(data: bytes) -> BinaryIO:
-    """``data`` as a file, of the system's where that is possible; a header that its recorder left open is closed.
+    """``data`` as a file, in memory of the operating system where possible; an unfinished header is completed.
 
-    libsndfile reads those by itself; an object it reads through Python, up to a thousand times for one clip, and each
-    time a thread has to wait for the others. A process's main thread, which is all that a loader process has, does not:
-    to copy the bytes costs more there.
+    libsndfile reads a file descriptor by itself, but a Python object through up to a thousand calls per clip, and for
+    each of them a thread waits for the interpreter lock. The main thread, the only one of a loader process, does not
+    wait: there the copy would cost more than it saves.
     """
     data = mended(data)
     waits = threading.current_thread() is not threading.main_thread()
@@ -220,14 +221,16 @@ def _file(data: bytes) -> BinaryIO:
     return io.BytesIO(data)
 
 
-def _declared_samples(sound) -> int:
+def _declared_samples(sound: SoundFile) -> int:
     # A FLAC that was written to a pipe: libsndfile then says 2^63 - 1 samples, and soundfile cannot read it in blocks.
     if sound.frames >= 1 << 62:
         raise DataError("does not say how long it is, as if written to a pipe; write it to a file again (flac -f)")
     return sound.frames
 
 
-def _blocks(sound, block_samples: int = DECODE_BLOCK_SAMPLES, out: np.ndarray | None = None):
+def _blocks(
+    sound: SoundFile, block_samples: int = DECODE_BLOCK_SAMPLES, out: np.ndarray | None = None
+) -> Iterator[np.ndarray]:
     """float32 (samples, channels), in ``out`` where that is given."""
     import soundfile
 

@@ -1,4 +1,4 @@
-"""Stage 1: any source of captioned clips -> checked WebDataset tars and their index."""
+"""Write the checked clips of a source as WebDataset tars with an index."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from pathlib import Path
 
 from sa3dist.data.remote.fetch import MAX_TOTAL_BYTES
 from sa3dist.data.source import check
-from sa3dist.data.source.archive import Pair, open_source, pair_members
+from sa3dist.data.source.archive import open_source
 from sa3dist.data.source.check import (
     Measure,
     check_count,
     checked_clips,
-    clips_digest,
     decoder,
     earlier_indices,
     known_facts,
@@ -25,11 +24,12 @@ from sa3dist.data.source.check import (
 )
 from sa3dist.data.source.clip_stats import read_facts, read_stats, write_stats
 from sa3dist.data.source.containers import Container
+from sa3dist.data.source.pairing import Pair, pair_members
 from sa3dist.data.source.prefetch import prefetch
 from sa3dist.data.source.shard_split import FinishedShards, split, update_report, write_report
 from sa3dist.data.source.tar_writer import shard_name, write_shard
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted
-from sa3dist.formats import ClipEntry, DatasetIndex, ShardEntry, atomic_directory
+from sa3dist.formats import ClipEntry, DatasetIndex, ShardEntry, atomic_directory, dataset_digest
 
 # Large enough to stream well, small enough that a damaged one is little lost.
 MAX_SHARD_BYTES = 256 << 20
@@ -86,7 +86,7 @@ def build_shards(
             # Before the shards: whoever finds those decodes nothing, and would measure nothing.
             write_stats(work_dir, read_stats(work_dir) | stats)
         clips = [clip for clip, _ in usable.values()]
-        digest = clips_digest(clips)
+        digest = dataset_digest(clips)
         index = DatasetIndex(shards_dir / digest[:16], digest, (), skipped, left_out=left_out)
         finished = _finished(index.directory, digest)
         if finished is None:

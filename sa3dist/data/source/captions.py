@@ -1,4 +1,4 @@
-"""Where a clip's caption is: a .txt or .json of its name, or a line of a table (captions.csv, metadata.jsonl, ...)."""
+"""Read captions: from a .txt or .json beside the clip, or from a table (captions.csv, metadata.jsonl, ...)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DELIMITERS = (",", ";", "\t")
 
 
 class NoCaptions(Exception):
-    """A table with a common name that is about something else."""
+    """A table with a common name that holds no captions."""
 
 
 def read_caption(container: Container, caption: Member | str) -> str:
@@ -68,7 +68,7 @@ def is_json(name: str) -> bool:
 
 
 def read_manifest(container: Container, member: Member) -> Iterator[tuple[str, str, str]]:
-    """(audio file's name in the container, caption, place for messages) of every line; names are relative to it.
+    """(audio file's name in the container, caption, where it stands for messages) of every line of a table.
 
     Raises DataError, naming the line, at the first one that cannot be understood, and NoCaptions where a metadata table
     has no columns of files and captions.
@@ -84,14 +84,14 @@ def read_manifest(container: Container, member: Member) -> Iterator[tuple[str, s
     any_table = PurePosixPath(member.name).name.lower() in METADATA_TABLES
     rows = (_csv_rows if member.name.lower().endswith(".csv") else _json_rows)(text, label, any_table)
     for number, row in rows:
-        place = f"{label}, line {number}"
+        where = f"{label}, line {number}"
         name = next((row[field] for field in FILE_FIELDS if isinstance(row.get(field), str)), None)
         if not name:
-            raise DataError(f"{place}: names no file, expected one under {' or '.join(FILE_FIELDS)}")
+            raise DataError(f"{where}: names no file, expected one under {' or '.join(FILE_FIELDS)}")
         try:
-            yield (folder / name.strip().replace("\\", "/")).as_posix(), _caption_field(row), place
+            yield (folder / name.strip().replace("\\", "/")).as_posix(), _caption_field(row), where
         except DataError as error:
-            raise DataError(f"{place}: {error}") from error
+            raise DataError(f"{where}: {error}") from error
 
 
 def _csv_rows(text: str, label: str, any_table: bool) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -137,7 +137,7 @@ def _are_columns(fields: list[str]) -> bool:
     return bool(set(fields) & set(FILE_FIELDS)) and bool(set(fields) & set(CAPTION_FIELDS))
 
 
-def _row(fields: list[str], cells: list[str], raw: str, delimiter: str, place: str) -> dict[str, Any]:
+def _row(fields: list[str], cells: list[str], raw: str, delimiter: str, where: str) -> dict[str, Any]:
     """The cells by column. Where there are too many, the caption is the rest of the line, if it is the last column."""
     if len(cells) > len(fields):
         # Some put a space between the comma and the quotes.
@@ -148,7 +148,7 @@ def _row(fields: list[str], cells: list[str], raw: str, delimiter: str, place: s
         # With quotes in it nobody can tell which of the commas were meant.
         if fields[-1] not in CAPTION_FIELDS or not raw.rstrip("\r\n").endswith(delimiter + rest):
             raise DataError(
-                f"{place}: {len(cells)} cells, its header has {len(fields)}; put a caption with commas in quotes"
+                f"{where}: {len(cells)} cells, its header has {len(fields)}; put a caption with commas in quotes"
             )
         cells = [*cells[: len(fields) - 1], rest]
     return dict(zip(fields, cells, strict=False))

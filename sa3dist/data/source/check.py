@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from sa3dist.data.source.archive import Listing, Pair
 from sa3dist.data.source.audio import AudioFacts, check_audio, check_whole
 from sa3dist.data.source.captions import read_caption
 from sa3dist.data.source.clip_stats import ClipStats, Measured
 from sa3dist.data.source.containers import Container
+from sa3dist.data.source.pairing import Listing, Pair
 from sa3dist.data.source.prefetch import prefetch
 from sa3dist.errors import DataError, Interrupted, counted, printable
-from sa3dist.formats import ClipEntry, DatasetIndex, LeftOut, digest_of
+from sa3dist.formats import ClipEntry, DatasetIndex, LeftOut
 
 # The endpoint's documented limits (spec/training.md section 3).
 CLIP_COUNT_RANGE = (4, 2000)
@@ -158,8 +158,3 @@ def count_problem(usable: int, any_size: bool, possible: int) -> str | None:
         return "found no usable clip; expected audio files, each with a .txt caption of the same name"
     found = counted(usable, "usable clip")
     return f"found {found}, expected {low} to {high}; set allow_any_dataset_size: true to lift the limits"
-
-
-def clips_digest(clips: Iterable[ClipEntry]) -> str:
-    """The digest of a data set: of the keys, extensions, audio and captions of its clips, in order."""
-    return digest_of(*(part for clip in clips for part in (clip.key, clip.extension, clip.audio_sha256, clip.caption)))

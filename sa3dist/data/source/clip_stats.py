@@ -47,7 +47,7 @@ NAME = "figures.safetensors"
 # Another number wherever clips are measured in another way.
 VERSION = "3"
 _FACTS = ("digests_N32", "facts_N4")
-_SCALARS = tuple(field.name for field in dataclasses.fields(ClipStats)[:6])
+SCALARS = tuple(field.name for field in dataclasses.fields(ClipStats)[:6])
 _STATS = ("scalars_N6", "widths_N", "spectrograms_SW", "fingerprints_NK")
 
 # SHA-256 of the audio bytes, and their number.
@@ -75,7 +75,7 @@ def read_stats(work_dir: Path) -> Measured:
 
 
 def write_stats(work_dir: Path, measured: Measured) -> None:
-    """Keep all of ``measured`` in place of what is there. A full or read-only disk is said, and harms nothing."""
+    """Replace the file by ``measured``. A full or read-only disk gives a warning, no error."""
     keys = sorted(measured)
     facts, stats = zip(*(measured[key] for key in keys), strict=True)
     arrays = {
@@ -83,7 +83,7 @@ def write_stats(work_dir: Path, measured: Measured) -> None:
         "facts_N4": np.array(
             [(size, *dataclasses.astuple(one)) for (_, size), one in zip(keys, facts, strict=True)], np.int64
         ),
-        "scalars_N6": np.array([[getattr(one, name) for name in _SCALARS] for one in stats], np.float64),
+        "scalars_N6": np.array([[getattr(one, name) for name in SCALARS] for one in stats], np.float64),
         "widths_N": np.array([one.spectrogram_SP.shape[1] for one in stats], np.int64),
         "spectrograms_SW": np.concatenate([one.spectrogram_SP for one in stats], axis=1),
         "fingerprints_NK": np.stack([one.fingerprint for one in stats]),

@@ -1,4 +1,4 @@
-"""Zip (zips.py), folder (folders.py) and tar as one thing: a checked list of members, bounded reads, hostile input.
+"""One interface to a zip (zips.py), a folder (folders.py) or tars: a checked list of members, and bounded reads.
 
 Faults of single members are collected in ``refused``, so that all are reported at once; what makes the whole container
 unusable raises DataError.
@@ -99,12 +99,12 @@ class Container(abc.ABC):
         """
 
     def leave_out_own(self) -> None:
-        """Pass over what runs have left, as far as the names tell; a folder does so on the way."""
+        """Pass over what runs have left, as far as names tell; a folder does so while it is listed."""
         self.own += sorted(own_names(member.name for member in self.members))
         self.members = [member for member in self.members if not is_below(member.name, self.own)]
 
     def close(self) -> None:  # noqa: B027 - only a zip holds a file open
-        """Let go of open files."""
+        """Close open files."""
 
     def __enter__(self):
         return self
@@ -113,12 +113,12 @@ class Container(abc.ABC):
         self.close()
 
     def _admit(self, name: str, size: int, handle: Any, fault: str | None = None, unsafe: str | None = None) -> None:
-        """List a file, or say where it belongs otherwise.
+        """Add a file to ``members``, or to ``refused``, ``left_out`` or ``system``.
 
-        fault    why it cannot be read, which does not matter of a file that would not be read anyway
-        unsafe   what no archive may hold, whatever it is called
+        fault    why it cannot be read; ignored for files that would not be read anyway
+        unsafe   why no archive may hold it, whatever its name
         """
-        # Some archives of Windows have backslashes between folders, and so have files unpacked from them elsewhere.
+        # Archives made on Windows may have backslashes between folders, and so do files unpacked from them elsewhere.
         name = name.replace("\\", "/")
         if unsafe := path_fault(name) or unsafe:
             self.refused.setdefault(unsafe, []).append(name)
@@ -131,7 +131,7 @@ class Container(abc.ABC):
                 self.system += 1
             return
         if odd := spelling_fault(name):
-            # What cannot be a clip's name cannot be its caption's or its table's either.
+            # A name that no clip can have, no caption or table of a clip has either.
             fault, matters = odd, is_audio(clean)
         else:
             matters = is_audio(clean) or extension_of(clean) == "txt" or is_manifest(clean)
@@ -139,11 +139,11 @@ class Container(abc.ABC):
             fault = f"is {size} bytes, expected at most {MAX_MEMBER_BYTES}; cut it into shorter clips"
         if fault is None and clean in self._names:
             fault = "is there twice under one name; make the archive again"
-        if fault is not None and not matters:
-            self._leave_out(kind_of(clean), clean)
-            return
         if fault is not None:
-            self.refused.setdefault(fault, []).append(clean)
+            if matters:
+                self.refused.setdefault(fault, []).append(clean)
+            else:
+                self._leave_out(kind_of(clean), clean)
             return
         self._names.add(clean)
         self._total += size
@@ -210,6 +210,7 @@ def _tar_fault(info: tarfile.TarInfo) -> str | None:
 
 def read_exactly(stream: BinaryIO, size: int, whole_file: bool = True) -> bytes:
     """``size`` bytes in blocks; DataError when there are fewer, or (``whole_file``) more."""
+    # Not at once: zipfile would hold a large member twice.
     buffer = io.BytesIO()
     while buffer.tell() < size:
         block = stream.read(min(READ_BLOCK_BYTES, size - buffer.tell()))

@@ -1,4 +1,4 @@
-"""Captions longer than the text encoder reads: what lies behind its limit trains nothing, so they are named."""
+"""Captions that are longer than the text encoder reads: they are cut there, so users are told which."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa3dist.errors import CheckpointError, printable
+from sa3dist.errors import CheckpointError, counted, listed
 
 log = logging.getLogger(__name__)
 
@@ -19,28 +19,27 @@ if TYPE_CHECKING:
 
 # Every token stands for a byte at least, but for one at either end and a space in front.
 _TOKENS_ADDED = 3
-_NAMES = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class CutCaptions:
-    """limit    tokens the text encoder reads
+    """Captions that do not fit.
+
+    limit    tokens the text encoder reads
     tokens   clip's key -> tokens of its caption, of those that have more
     """
 
     limit: int
     tokens: dict[str, int]
 
-    def line(self, most: int = _NAMES) -> str:
+    def line(self, most: int = 3) -> str:
         """One line for people, with the first ``most`` clips; empty where no caption is cut."""
         if not self.tokens:
             return ""
-        named = ", ".join(f"{printable(key)} has {count}" for key, count in sorted(self.tokens.items())[:most])
-        more = f" and {len(self.tokens) - most} more" if len(self.tokens) > most else ""
-        what = "caption is" if len(self.tokens) == 1 else "captions are"
+        named = listed([f"{key} has {count}" for key, count in sorted(self.tokens.items())], len(self.tokens), most)
         return (
-            f"{len(self.tokens)} {what} longer than the {self.limit} tokens the text encoder reads, and cut there: "
-            f"{named}{more}; put what matters first, or shorten"
+            f"{counted(len(self.tokens), 'caption is', 'captions are')} longer than the {self.limit} tokens the text "
+            f"encoder reads, and cut there: {named}; put what matters first, or shorten"
         )
 
 

@@ -1,4 +1,4 @@
-"""A local folder as a container: what lies below it, and what its links lead to."""
+"""A local folder as a container: the files below it and behind its links."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class FolderContainer(Container):
         self._seen: set[tuple[int, int]] = set()
         self._links: list[tuple[str, Path]] = []
         self._walk(self._root, ".")
-        # Behind everything that lies here itself, so that what is found twice keeps its own name.
+        # After everything else, so that a folder found twice keeps its own name.
         while self._links:
             name, link = self._links.pop(0)
             target = link.resolve()
@@ -38,7 +38,7 @@ class FolderContainer(Container):
         self.members.sort(key=lambda member: member.name)
 
     def _walk(self, top: Path, name: str) -> None:
-        """Everything below ``top``, whose place in the data set is ``name``; links to folders wait in ``_links``."""
+        """Add everything below ``top`` under the name ``name``; links to folders wait in ``_links``."""
         for folder, folders, files in os.walk(top, onerror=self._unreadable):
             inside = os.path.normpath(os.path.join(name, os.path.relpath(folder, top)))
             self._seen.add(_identity(folder))
@@ -60,7 +60,7 @@ class FolderContainer(Container):
                 self._add(Path(folder, child), os.path.normpath(os.path.join(inside, child)))
 
     def _count_system(self, top: Path, name: str) -> None:
-        # Some of them nobody but the system may list.
+        # Some of them only the system may list.
         if top.is_symlink():
             self.system += 1
             return

@@ -1,4 +1,4 @@
-"""What the index of a stranger must not hold: a sealed file is whole, but not for that reason one of ours."""
+"""Validate an untrusted index: a matching digest proves integrity, not origin."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from sa3dist.data.remote.fetch import MAX_MEMBER_BYTES
-from sa3dist.data.source.archive import AUDIO_EXTENSIONS
 from sa3dist.data.source.audio import MAX_SECONDS, SAMPLE_RATE_RANGE_HZ
 from sa3dist.data.source.containers import name_fault
+from sa3dist.data.source.kinds import AUDIO_EXTENSIONS
 from sa3dist.formats import ClipEntry, DatasetIndex, LeftOut, ShardEntry
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar")
 
 
 def index_faults(index: DatasetIndex) -> Iterator[str]:
-    """What a stranger's index must not hold, one line each, ending in no full stop; yields nothing for one of ours."""
+    """What is wrong with an untrusted index, a line without full stop for each fault; nothing for one of ours."""
     for shard in index.shards:
         if not (_SHARD_NAME.fullmatch(str(shard.name)) and is_whole(shard.bytes, 1)):
             yield f"names a shard {ascii(shard.name)[:80]}"

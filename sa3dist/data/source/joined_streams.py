@@ -1,4 +1,4 @@
-"""Files that hold more than a decoder gives: two streams joined with cat, or an MP3 that counts its frames wrong."""
+"""Find audio that a decoder would drop: a second stream joined with cat, or MP3 frames its header does not count."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import functools
 import struct
 from collections.abc import Iterator
 
-from sa3dist.data.source.riff import UNKNOWN, layout_of, refuse_several, samples_of
+from sa3dist.data.source.riff import UNKNOWN, chunk_table, refuse_several, samples_of
 from sa3dist.errors import DataError
 
 _MEND = "cut it apart, or join it anew: ffmpeg -i IN OUT.flac"
-# How other files begin: what is looked for, and what has to stand so many bytes behind it.
+# How other files begin: (bytes to search for, offset behind their start, bytes that must stand there).
 _STARTS = (
     (b"RIFF", 8, b"WAVE"),
     (b"RIFX", 8, b"WAVE"),
@@ -82,7 +82,7 @@ def _refuse_more(data: bytes, samples: int) -> None:
 
 
 def _refuse_second(data: bytes, start: int) -> None:
-    # Where only decoding finds the end, all is searched: for a file of the same kind alone, which takes long enough.
+    # Where only decoding finds the end, the whole file is searched, for its own kind alone: that is slow enough.
     own = [known for known in _SEARCHED_THROUGHOUT if data.startswith(known[0][:4])]
     for magic, offset, rest in own or _STARTS:
         place = start - 1
@@ -102,9 +102,9 @@ def _end_of_samples(data: bytes) -> int | None:
             if kind & 0x80:
                 break
         return place
-    layout = layout_of(data)
-    if layout is not None:
-        return samples_of(data, layout)[1]
+    table = chunk_table(data)
+    if table is not None:
+        return samples_of(data, table)[1]
     if data[:4] == b".snd" and len(data) >= 24:
         start, size = struct.unpack_from(">II", data, 4)
         return len(data) if size == UNKNOWN else start + size

@@ -1,4 +1,4 @@
-"""What a file's name says it is: audio, a caption, a system's own file, or what is left out and has to be named."""
+"""What kind of file a name stands for: audio, caption table, system file, or one that is left out."""
 
 from __future__ import annotations
 

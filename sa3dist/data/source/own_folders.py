@@ -1,4 +1,4 @@
-"""What runs leave below a source: results and work directories, of whatever run, are never clips to train on."""
+"""Recognise results and work directories of runs inside a source: they are never clips to train on."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _parts(folder: str, kinds: dict[str, re.Pattern], listed: Listed) -> set[str
 
 
 def own_parts(folder: str, listed: Listed) -> set[str]:
-    """What in ``folder``, itself an output_dir or a work directory, is the run's: anything else may be a clip."""
+    """Which files and folders of ``folder``, an output_dir or work directory, are the run's; others may be clips."""
     files = (RUN_FILES | {"config.json"}) & set(listed(folder)[0])
     return files | _parts(folder, RUN_FOLDERS, listed) | _parts(folder, WORK_FOLDERS, listed)
 
@@ -102,7 +102,7 @@ def is_below(name: str, folders: Collection[str]) -> bool:
 
 
 def on_disk(folder: str) -> tuple[list[str], list[str]]:
-    """``Listed`` of the local file system; what cannot be read holds nothing."""
+    """``Listed`` of the local file system; an unreadable folder counts as empty."""
     files, folders = [], []
     try:
         for entry in os.scandir(folder):

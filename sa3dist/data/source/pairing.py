@@ -1,4 +1,4 @@
-"""The files of a container as pairs of audio and caption; what is neither is named, and what competes is refused."""
+"""Match the audio files of a container with their captions, and say what is left out or refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from sa3dist.data.source.captions import NoCaptions, is_json, read_manifest
 from sa3dist.data.source.containers import Container, Member
 from sa3dist.data.source.kinds import UNREAD_AUDIO_EXTENSIONS, extension_of, is_audio, is_manifest, kind_of
-from sa3dist.errors import DataError, printable
+from sa3dist.errors import DataError, listed, printable
 from sa3dist.formats import LeftOut
 
 _OF_UNREADABLE = "caption", "of audio that is left out"
@@ -18,8 +18,9 @@ _SYSTEM = "what systems and their file managers leave behind, and names that beg
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """key: posix path inside the source without extension; the members lie in the container that listed them.
+    """One clip of a container: its audio file and its caption.
 
+    key           posix path inside the source, without extension
     caption       a .txt or .json member, or the text itself where a manifest holds it
     caption_name  where the caption is, for messages
     """
@@ -33,10 +34,12 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """pairs     sorted by key
+    """What a container holds.
+
+    pairs     sorted by key
     refusals  one line per fault of the container itself (hostile or unreadable members): never skipped
     problems  key -> one line: audio without caption, caption without audio, two audio files or captions that compete
-    unread    key -> one line: clips whose captions may lie in a table that was refused, which is the one thing to mend
+    unread    key -> one line: clips whose captions may lie in a refused table, which is the one thing to mend
     left_out  every other file, by kind; system files are counted, not named
     """
 
@@ -64,7 +67,7 @@ class _Pairing:
         self._audio: dict[str, list[Member]] = {}
         self._captions: dict[str, list[Member | _Line]] = {}
         self._left_out = {kind: list(names) for kind, names in container.left_out.items()}
-        self._refusals = [_refusal(*item) for item in sorted(container.refused.items())]
+        self._refusals = [f"{listed(names, len(names))}: {why}" for why, names in sorted(container.refused.items())]
         refused = [name for names in container.refused.values() for name in names]
         # Tables that were refused, and stems: an absent or unreadable partner of those is no second problem.
         self._tables = [name for name in refused if is_manifest(name)]
@@ -85,7 +88,7 @@ class _Pairing:
         for stem in sorted((self._audio.keys() | self._captions.keys()) - self._refused):
             sounds, texts = self._audio.get(stem, []), self._captions.get(stem, [])
             if not sounds and stem in unreadable:
-                self._leave_out(_OF_UNREADABLE, *map(_place, texts))
+                self._leave_out(_OF_UNREADABLE, *map(_where, texts))
             elif len(sounds) == len(texts) == 1:
                 pairs.append(_pair(sounds[0], texts[0]))
             elif len(sounds) == 1 and not texts and (table := self._table_above(sounds[0].name)):
@@ -122,8 +125,8 @@ class _Pairing:
     def _read_table(self, member: Member) -> None:
         try:
             empty = True
-            for name, text, place in read_manifest(self._container, member):
-                self._captions.setdefault(_stem(name), []).append(_Line(name, text, place))
+            for name, text, where in read_manifest(self._container, member):
+                self._captions.setdefault(_stem(name), []).append(_Line(name, text, where))
                 empty = False
             if empty:
                 self._leave_out(("table", "it has no lines"), member.name)
@@ -166,7 +169,7 @@ def _lies_below(name: str, table: str) -> bool:
 
 def _pair(sound: Member, caption: Member | _Line) -> Pair:
     text = caption.text if isinstance(caption, _Line) else caption
-    return Pair(_without_extension(sound.name), extension_of(sound.name), sound, text, _place(caption))
+    return Pair(_without_extension(sound.name), extension_of(sound.name), sound, text, _where(caption))
 
 
 def _stem(name: str) -> str:
@@ -184,15 +187,15 @@ class _Line:
 
     name: str
     text: str
-    place: str
+    where: str
 
 
-def _place(caption: Member | _Line) -> str:
-    return caption.place if isinstance(caption, _Line) else printable(caption.name)
+def _where(caption: Member | _Line) -> str:
+    return caption.where if isinstance(caption, _Line) else printable(caption.name)
 
 
 def _mismatch(sounds: list[Member], texts: list[Member | _Line]) -> str:
-    names = " and ".join([*(printable(member.name) for member in sounds), *(_place(text) for text in texts)])
+    names = " and ".join([*(printable(member.name) for member in sounds), *(_where(text) for text in texts)])
     if len(sounds) > 1:
         return f"{names}: {len(sounds)} audio files claim one caption; rename or remove all but one"
     if len(texts) > 1:
@@ -207,9 +210,3 @@ def _mismatch(sounds: list[Member], texts: list[Member | _Line]) -> str:
 def _writable(name: str) -> str:
     """Names that are no Unicode go into no file."""
     return printable(name) if any("\ud800" <= c <= "\udfff" for c in name) else name
-
-
-def _refusal(fault: str, names: list[str]) -> str:
-    listed = ", ".join(printable(name) for name in names[:3])
-    more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
-    return f"{listed}{more}: {fault}"

@@ -1,4 +1,4 @@
-"""Stage 1 where the shards stay remote: an index of what is in them, taken as it is or made by reading each once."""
+"""The index of shards that stay remote: the one beside them, or one made by reading each shard once."""
 
 from __future__ import annotations
 
@@ -13,21 +13,13 @@ from pathlib import Path, PurePosixPath
 from sa3dist.data.remote.disk_cache import ClipCache
 from sa3dist.data.remote.download import remote_info, version_of
 from sa3dist.data.remote.fetch import MAX_TOTAL_BYTES, Downloads, address_name, filesystem, redacted
-from sa3dist.data.source.archive import pair_members
-from sa3dist.data.source.check import (
-    Known,
-    checked_clips,
-    clips_digest,
-    decoder,
-    earlier_indices,
-    known_facts,
-    raise_or_skip,
-)
+from sa3dist.data.source.check import Known, checked_clips, decoder, earlier_indices, known_facts, raise_or_skip
 from sa3dist.data.source.containers import TarContainer
+from sa3dist.data.source.pairing import pair_members
 from sa3dist.data.source.remote_shards import RemoteShards, check_sizes, find_index, has_ranges, tars_of
 from sa3dist.data.source.shard_split import write_report
 from sa3dist.errors import DataError
-from sa3dist.formats import ClipEntry, DatasetIndex, LeftOut, ShardEntry, atomic_directory, digest_of
+from sa3dist.formats import ClipEntry, DatasetIndex, LeftOut, ShardEntry, atomic_directory, dataset_digest, digest_of
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +46,7 @@ def index_remote(
 ) -> tuple[DatasetIndex, dict[str, str]] | None:
     """Index of remote WebDataset shards, in ``work_dir``/shards, and the URL of each; None where that is not possible.
 
-    Without an index beside them every shard is downloaded once, checked as ``build_shards`` does, and let go of again;
+    Without an index beside them every shard is downloaded once, checked as ``build_shards`` does, and removed again;
     its clips stay in the cache as far as they fit. A shard that is known already is not read again.
     None: ``source`` is local, or no shards, or its server sends whole files only, which is said.
     report   called as report(shards read, all shards)
@@ -81,14 +73,18 @@ def index_remote(
     return _Reading(source, tars, work_dir, options, should_stop).run(report)
 
 
-def attach(index: DatasetIndex, urls: dict[str, str], work_dir: Path, cache_bytes: int, should_stop) -> DatasetIndex:
+def attach(
+    index: DatasetIndex, urls: dict[str, str], work_dir: Path, cache_bytes: int, should_stop: Callable[[], bool]
+) -> DatasetIndex:
     """The index with a reader that fetches clips from ``urls``."""
     sizes = {shard.name: shard.bytes for shard in index.shards}
     cache = ClipCache(Path(work_dir) / "clip-cache", cache_bytes)
     return dataclasses.replace(index, reader=RemoteShards(urls, sizes, cache, should_stop))
 
 
-def _sends_ranges(found, tars: list[str], should_stop: Callable[[], bool]) -> bool:
+def _sends_ranges(
+    found: tuple[DatasetIndex, dict[str, str]] | None, tars: list[str], should_stop: Callable[[], bool]
+) -> bool:
     if found is not None:
         index, urls = found
         return not index.shards or has_ranges(urls[index.shards[0].name], index.shards[0].bytes, should_stop)
@@ -99,7 +95,7 @@ def _sends_ranges(found, tars: list[str], should_stop: Callable[[], bool]) -> bo
 
 def _publish(index: DatasetIndex, work_dir: Path) -> DatasetIndex:
     """Write the index into a folder named by what it holds and where that lies."""
-    digest = clips_digest(index.clips)
+    digest = dataset_digest(index.clips)
     places = digest_of(*(f"{clip.shard} {clip.audio_offset}" for clip in index.clips))
     directory = work_dir / "shards" / f"{digest[:16]}-{places[:8]}"
     index = dataclasses.replace(index, directory=directory, digest=digest)
@@ -119,7 +115,7 @@ def _publish(index: DatasetIndex, work_dir: Path) -> DatasetIndex:
 
 
 class _Reading:
-    """The first pass over shards without an index. What it learns of a shard is kept under the shard's version."""
+    """Reads shards without an index, each once; what is in a shard is kept on disk under the shard's version."""
 
     def __init__(
         self, source: str, tars: list[str], work_dir: Path, options: RemoteOptions, should_stop: Callable[[], bool]
@@ -150,15 +146,15 @@ class _Reading:
                 self._problems |= {f"{name} {line}": (f"{name}, {line}",) for line in part.skipped}
                 report(done, len(self._urls))
             options = self._options
-            together = _united(left_out)
+            kinds = _united(left_out)
             settings = options.on_bad_clip, options.allow_any_dataset_size
-            skipped = raise_or_skip(self._label, self._refusals, self._problems, len(clips), *settings, together)
+            skipped = raise_or_skip(self._label, self._refusals, self._problems, len(clips), *settings, kinds)
         except DataError:
             self._downloads.forget()
             raise
         filled = {clip.shard for clip in clips}
         shards = [shard for shard in shards if shard.name in filled]
-        index = DatasetIndex(self._work_dir, "", _unique(clips), skipped, tuple(shards), left_out=together)
+        index = DatasetIndex(self._work_dir, "", _unique(clips), skipped, tuple(shards), left_out=kinds)
         return _publish(index, self._work_dir), self._urls
 
     def _part(self, name: str, url: str, known: Known) -> DatasetIndex:
@@ -171,7 +167,7 @@ class _Reading:
             try:
                 return DatasetIndex.read(kept)
             except DataError:
-                # Not read yet, or damaged, which reading it again mends.
+                # Not read yet, or damaged: read again.
                 log.info("%s: reading it", redacted(url))
         refused = len(self._refusals)
         with self._downloads.borrowed(url) as local:

@@ -1,4 +1,4 @@
-"""Shards that stay where they are: found by URL, described by an index, read clip by clip through a bounded cache."""
+"""Remote shards: find them and their index, and read single clips through a bounded cache."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class RemoteShards:
     should_stop: Callable[[], bool]
 
     def read(self, entry: ClipEntry) -> bytes:
-        """The clip's audio bytes, as the index has them. Raises DataError naming shard and clip when they never are."""
+        """The clip's audio bytes, verified. Raises DataError naming shard and clip when they never match the index."""
         held = self.cache.get(entry.audio_sha256)
         if held is not None:
             return held

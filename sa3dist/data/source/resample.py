@@ -1,14 +1,11 @@
-"""Decoded samples to the model's: another sample rate, two channels. Layout suffix: CN = channels, samples."""
+"""Bring decoded samples to the model's sample rate and two channels. Suffixes: C channels, N samples."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
+import torch
 
 # torchaudio tabulates one filter per output phase: at most 0.6 MB for the usual rates, 8 GB from 48,001 to 44,100 Hz.
 MAX_FILTER_TABLE = 1 << 20
@@ -19,8 +16,6 @@ def ready_audio(audio_CN: np.ndarray, bounded: bool, from_hz: int, to_hz: int) -
 
     bounded   its samples are known to lie in [-1, 1]
     """
-    import torch
-
     samples_CN = torch.from_numpy(audio_CN[:2])
     if from_hz != to_hz:
         samples_CN, bounded = resample(samples_CN, from_hz, to_hz), False
@@ -55,15 +50,11 @@ def resample(audio_CN: torch.Tensor, from_hz: int, to_hz: int) -> torch.Tensor:
     missing = resampled_length(audio_CN.shape[-1], old, new) - resampled_CN.shape[-1]
     if missing == 0:
         return resampled_CN
-    import torch
-
     return torch.nn.functional.pad(resampled_CN, (0, missing))
 
 
 def _resample_by_sample(audio_CN: torch.Tensor, old: int, new: int, width: int) -> torch.Tensor:
     """out[j] = sum over k of x[k] h(k/old - j/new), taps within ``width`` of the centre, in float64."""
-    import torch
-
     length = resampled_length(audio_CN.shape[-1], old, new)
     base = min(old, new) * 0.99
     taps_K = torch.arange(-width, width + 2)

@@ -1,4 +1,4 @@
-"""The chunks of WAV, AIFF and their kin: where the samples lie, and sizes that a recorder never wrote."""
+"""Chunks of WAV, AIFF, CAF and AU files: where the samples lie, and sizes that a recorder never wrote."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MIN_LOST_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class ChunkTable:
     """What the chunk headers of a file say.
 
     order           of bytes: "<" or ">"        samples   name of the chunk with the samples
@@ -38,7 +38,7 @@ class Layout:
         return None
 
 
-def layout_of(data: bytes) -> Layout | None:
+def chunk_table(data: bytes) -> ChunkTable | None:
     """None when ``data`` is no file of chunks with sizes of four bytes."""
     kind, form = data[:4], data[8:12]
     if kind in (b"RIFF", b"RF64", b"RIFX") and form == b"WAVE":
@@ -47,7 +47,7 @@ def layout_of(data: bytes) -> Layout | None:
         order, samples = ">", b"SSND"
     else:
         return None
-    return Layout(order, samples, len(data), tuple(_chunks(data, order, samples, _declared_end(data, order))))
+    return ChunkTable(order, samples, len(data), tuple(_chunks(data, order, samples, _declared_end(data, order))))
 
 
 def _declared_end(data: bytes, order: str) -> int:
@@ -57,22 +57,22 @@ def _declared_end(data: bytes, order: str) -> int:
 
 
 def _chunks(data: bytes, order: str, samples: bytes, end: int) -> Iterator[tuple[bytes, int, int]]:
-    place, seen, left = 12, False, MAX_CHUNKS
-    while left and place + 8 <= len(data) and (place < end or not seen):
+    offset, seen, left = 12, False, MAX_CHUNKS
+    while left and offset + 8 <= len(data) and (offset < end or not seen):
         left -= 1
-        name = data[place : place + 4]
-        (size,) = struct.unpack_from(f"{order}I", data, place + 4)
-        yield name, place + 8, size
+        name = data[offset : offset + 4]
+        (size,) = struct.unpack_from(f"{order}I", data, offset + 4)
+        yield name, offset + 8, size
         seen = seen or name == samples
         if name == samples and (size == 0 or size == UNKNOWN):
             return
-        place += 8 + size + size % 2
+        offset += 8 + size + size % 2
 
 
-def samples_of(data: bytes, layout: Layout) -> tuple[int, int]:
+def samples_of(data: bytes, table: ChunkTable) -> tuple[int, int]:
     """Where the chunk with the samples begins and ends; the end of the file where it does not say."""
-    start, size = layout.find(layout.samples) or (len(data), 0)
-    sizes = layout.find(b"ds64", 24)
+    start, size = table.find(table.samples) or (len(data), 0)
+    sizes = table.find(b"ds64", 24)
     if size == UNKNOWN and data[:4] == b"RF64" and sizes is not None:
         (size,) = struct.unpack_from("<Q", data, sizes[0] + 8)
     return start, len(data) if size in (0, UNKNOWN) else min(start + size, len(data))
@@ -87,32 +87,32 @@ def mended(data: bytes) -> bytes:
         return _with(data, (8, ">I", UNKNOWN))
     if data[:4] == b"caff":
         return _mended_caf(data)
-    layout = layout_of(data)
-    found = layout and layout.find(layout.samples)
+    table = chunk_table(data)
+    found = table and table.find(table.samples)
     if not found:
         return data
     start, size = found
     if data[:4] == b"RF64" and size == UNKNOWN:
-        return _mended_rf64(data, layout, start)
+        return _mended_rf64(data, table, start)
     left = len(data) - start
     # In an AIFF eight bytes of the chunk are no samples.
-    if size > (8 if layout.samples == b"SSND" else 0) or left <= 8 or _are_chunks(data, start + size, layout.order):
+    if size > (8 if table.samples == b"SSND" else 0) or left <= 8 or _are_chunks(data, start + size, table.order):
         return data
-    if layout.samples == b"SSND":
-        return _mended_aiff(data, layout, start)
-    order = layout.order
+    if table.samples == b"SSND":
+        return _mended_aiff(data, table, start)
+    order = table.order
     return _with(data, (4, f"{order}I", min(len(data) - 8, UNKNOWN - 1)), (start - 4, f"{order}I", left))
 
 
-def _mended_rf64(data: bytes, layout: Layout, start: int) -> bytes:
-    sizes = layout.find(b"ds64", 24)
+def _mended_rf64(data: bytes, table: ChunkTable, start: int) -> bytes:
+    sizes = table.find(b"ds64", 24)
     if sizes is None or struct.unpack_from("<Q", data, sizes[0] + 8) != (0,):
         return data
     return _with(data, (sizes[0], "<Q", len(data) - 8), (sizes[0] + 8, "<Q", len(data) - start))
 
 
-def _mended_aiff(data: bytes, layout: Layout, start: int) -> bytes:
-    common = layout.find(b"COMM", 18)
+def _mended_aiff(data: bytes, table: ChunkTable, start: int) -> bytes:
+    common = table.find(b"COMM", 18)
     if common is None:
         return data
     channels, _, bits = struct.unpack_from(">hIh", data, common[0])
@@ -126,62 +126,62 @@ def _mended_aiff(data: bytes, layout: Layout, start: int) -> bytes:
 
 
 def _mended_caf(data: bytes) -> bytes:
-    place = 8
-    while place + 12 <= len(data):
-        name, size = struct.unpack_from(">4sq", data, place)
+    offset = 8
+    while offset + 12 <= len(data):
+        name, size = struct.unpack_from(">4sq", data, offset)
         if name == b"data":
             # Four bytes of it count edits.
-            left = len(data) - place - 12
-            return _with(data, (place + 4, ">q", left)) if size in (0, 4) and left > 4 else data
+            left = len(data) - offset - 12
+            return _with(data, (offset + 4, ">q", left)) if size in (0, 4) and left > 4 else data
         if size < 0:
             break
-        place += 12 + size
+        offset += 12 + size
     return data
 
 
 def _with(data: bytes, *values: tuple[int, str, int]) -> bytes:
     patched = bytearray(data)
-    for place, kind, value in values:
-        struct.pack_into(kind, patched, place, value)
+    for offset, kind, value in values:
+        struct.pack_into(kind, patched, offset, value)
     return bytes(patched)
 
 
-def _are_chunks(data: bytes, place: int, order: str) -> bool:
+def _are_chunks(data: bytes, offset: int, order: str) -> bool:
     """Whether whole chunks, of names in ASCII, fill the rest of the file."""
     for _ in range(MAX_CHUNKS):
-        if place + 8 > len(data):
+        if offset + 8 > len(data):
             break
-        name, (size,) = data[place : place + 4], struct.unpack_from(f"{order}I", data, place + 4)
+        name, (size,) = data[offset : offset + 4], struct.unpack_from(f"{order}I", data, offset + 4)
         if not (name.isascii() and name.decode().isprintable()):
             return False
-        place += 8 + size + size % 2
+        offset += 8 + size + size % 2
     # A last byte that only evens the length is often left out.
-    return place in (len(data), len(data) + 1)
+    return offset in (len(data), len(data) + 1)
 
 
 def refuse_several(data: bytes) -> None:
     """Raise DataError where a file of chunks holds samples twice, or goes on behind its end."""
-    layout = layout_of(data)
-    if layout is None:
+    table = chunk_table(data)
+    if table is None:
         return
-    pieces = sum(name == layout.samples for name, _, _ in layout.chunks)
+    pieces = sum(name == table.samples for name, _, _ in table.chunks)
     if pieces > 1:
         raise DataError(f"holds {pieces} pieces of audio, of which one would be used; export it again as one")
-    start, end = samples_of(data, layout)
-    size, end = end - start, max(end, min(_declared_end(data, layout.order), len(data)))
+    start, end = samples_of(data, table)
+    size, end = end - start, max(end, min(_declared_end(data, table.order), len(data)))
     lost = len(data) - end
-    rate = _bytes_per_second(data, layout)
-    if lost > rate * MIN_LOST_SECONDS > 0 and not _are_chunks(data, end + end % 2, layout.order) and any(data[end:]):
+    rate = _bytes_per_second(data, table)
+    if lost > rate * MIN_LOST_SECONDS > 0 and not _are_chunks(data, end + end % 2, table.order) and any(data[end:]):
         raise DataError(
             f"holds {lost / rate:.1f} s more than its header counts ({size / rate:.1f} s), as where a recorder crashed "
             f"or files were joined; write its header again (sox --ignore-length IN.wav OUT.wav) or cut it off there"
         )
 
 
-def _bytes_per_second(data: bytes, layout: Layout) -> float:
-    if found := layout.find(b"fmt ", 16):
-        return struct.unpack_from(f"{layout.order}I", data, found[0] + 8)[0]
-    if found := layout.find(b"COMM", 18):
+def _bytes_per_second(data: bytes, table: ChunkTable) -> float:
+    if found := table.find(b"fmt ", 16):
+        return struct.unpack_from(f"{table.order}I", data, found[0] + 8)[0]
+    if found := table.find(b"COMM", 18):
         channels, _, bits, exponent, mantissa = struct.unpack_from(">hIhHQ", data, found[0])
         # A float of 80 bits; no rate needs more than 24 of them.
         return channels * bits / 8 * (mantissa >> (16383 + 63 - exponent)) if 0 <= exponent - 16383 < 24 else 0.0

@@ -1,4 +1,4 @@
-"""Which clips share a shard, which shards are there already, and a report on all of them for people."""
+"""Split clips into shards, reuse shards of earlier runs, and write the report on a data set."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def split(
 
     size_of   bytes of one clip; default: its audio's
 
-    Where one shard does not hold all, most cuts hang on the names of the clips alone, about two per full shard: a
-    changed clip then moves no cut but perhaps the next one, and the other shards stay as they are.
+    Where one shard does not hold all, most cuts depend on the names of clips alone, about two per full shard: a changed
+    clip then moves no cut but perhaps the next one, and the other shards stay as they are.
     """
     total = sum(map(size_of, clips))
     halves = max(1, max_shard_bytes * len(clips) // max(2 * total, 1))
@@ -139,7 +139,7 @@ def write_report(index: DatasetIndex) -> None:
 
 
 def update_report(index: DatasetIndex) -> None:
-    """``write_report`` where the one that is there differs; what is in the way is said, and harms nothing."""
+    """``write_report`` where the present one differs; a failure gives a warning, no error."""
     path = index.directory / REPORT_NAME
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if path.read_text(encoding="utf-8") == describe(index):

@@ -1,4 +1,4 @@
-"""Bytes of a text file to text: UTF-8, or UTF-16 and UTF-32 where they show; and what counts as no text."""
+"""Decode text files: UTF-8, or UTF-16 and UTF-32 where they can be recognised; and tell blank text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the members of a zip are called, whatever system made it: most say UTF-8, older ones say nothing at all."""
+"""Names of zip members in whatever encoding: most archives state UTF-8, older ones state nothing."""
 
 from __future__ import annotations
 

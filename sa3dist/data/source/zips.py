@@ -1,4 +1,4 @@
-"""Zip archives from strangers: refuse what could write outside, unpack without end, or cannot be read."""
+"""Untrusted zip archives: refuse members that point outside, unpack without end, or cannot be read."""
 
 from __future__ import annotations
 

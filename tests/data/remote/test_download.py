@@ -9,9 +9,9 @@ import time
 
 import pytest
 
+from sa3dist.data.remote import download
 from sa3dist.data.remote.fetch import Downloads, fetch
 from sa3dist.data.source.build import build_shards
-from sa3dist.data.source.remote_shards import download
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted
 from tests.helpers.clips import captioned, write_zip
 from tests.helpers.servers import hostile_http, s3_bucket

@@ -17,9 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sa3dist.data.source import containers, zips
-from sa3dist.data.source.archive import expand_braces, open_source, pair_members
+from sa3dist.data.source.archive import expand_braces, open_source
 from sa3dist.data.source.build import build_shards
 from sa3dist.data.source.captions import read_caption
+from sa3dist.data.source.pairing import pair_members
 from sa3dist.errors import DataError
 from tests.helpers.clips import captioned, declare, encode, tone, write_folder, write_tar, write_zip
 
@@ -227,7 +228,7 @@ def test_encrypted_members_are_refused_in_one_line_for_all(tmp_path):
             info.flag_bits |= 1
     message = refusal(path, tmp_path)
     assert message == (
-        f"{path}: clip0.txt, clip0.wav, clip1.txt (and 5 more): is encrypted; make the zip again without a password"
+        f"{path}: clip0.txt, clip0.wav, clip1.txt and 5 more: is encrypted; make the zip again without a password"
     )
 
 
@@ -368,7 +369,7 @@ def test_limits_on_size_and_number_hold_for_every_kind(tmp_path, monkeypatch):
     ]
     size = len(members["clip0.wav"])
     for limit, value, message in [
-        ("MAX_MEMBER_BYTES", size - 1, f"(and 1 more): is {size} bytes, expected at most {size - 1}; cut it"),
+        ("MAX_MEMBER_BYTES", size - 1, f" and 1 more: is {size} bytes, expected at most {size - 1}; cut it"),
         ("MAX_TOTAL_BYTES", 4 * size, f"unpacks to more than {4 * size} bytes; split it"),
         ("MAX_MEMBERS", 7, "more than 7 files; split it"),
     ]:
@@ -387,7 +388,9 @@ import resource, sys
 from sa3dist.errors import DataError
 from sa3dist.data.source.build import build_shards
 import soundfile
-resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+# Half a gigabyte beyond what the imports take.
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + (1 << 29),) * 2)
 for source in sys.argv[2:]:
     try:
         build_shards(source, sys.argv[1], num_workers=2)

@@ -18,7 +18,8 @@ sys.path.insert(0, sys.argv[1])
 from tests.helpers.clips import encode, tone, write_zip
 from tests.helpers.fuzzing import mutated, outcome
 from pathlib import Path
-from sa3dist.data.source.archive import open_source, pair_members
+from sa3dist.data.source.pairing import pair_members
+from sa3dist.data.source.archive import open_source
 from sa3dist.data.source.audio import check_audio
 from sa3dist.data.source.captions import read_caption
 from sa3dist.inspection.measure import Measurement

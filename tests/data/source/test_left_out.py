@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from sa3dist import cli
 from sa3dist.data.latents.source import latent_shards_of, streamed_shards
-from sa3dist.data.source.archive import open_source, pair_members
+from sa3dist.data.source.archive import open_source
 from sa3dist.data.source.build import build_shards
+from sa3dist.data.source.pairing import pair_members
 from sa3dist.errors import DataError
 from tests.helpers.clips import captioned, encode, tone, write_folder, write_tar, write_zip
 

@@ -7,9 +7,10 @@ import os
 import pytest
 
 from sa3dist import train
-from sa3dist.data.source.archive import open_source, pair_members
+from sa3dist.data.source.archive import open_source
 from sa3dist.data.source.build import build_shards
 from sa3dist.data.source.own_folders import OWN
+from sa3dist.data.source.pairing import pair_members
 from sa3dist.errors import DataError
 from tests.helpers.clips import captioned, encode, tone, write_folder, write_tar, write_zip
 

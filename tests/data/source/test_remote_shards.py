@@ -84,7 +84,6 @@ def bytes_asked(server):
 @pytest.mark.parametrize("traits", ["etag", "plain", "redirect", "throttle", "drop", "flaky", "flaky,drop", "glitch"])
 def test_clips_are_read_by_range_from(site, local, audio, tmp_path, monkeypatch, traits):
     monkeypatch.setattr(download, "SMALLEST_BLOCK_BYTES", 20_000)
-    monkeypatch.setattr("sa3dist.data.remote.ranges.SMALLEST_BLOCK_BYTES", 20_000)
     index = opened(f"{site.url}/{traits}/index.json", tmp_path)
     assert (index.clips, index.shards, index.digest) == (local.clips, local.shards, local.digest)
     site.requests.clear()

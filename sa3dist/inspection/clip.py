@@ -1,0 +1,59 @@
+"""One clip of a source as `sa3dist inspect` sees it: what it holds, and what training would do with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from sa3dist.data.source.audio import AudioFacts
+from sa3dist.data.source.clip_stats import SCALARS, ClipStats
+
+
+@dataclasses.dataclass
+class InspectedClip:
+    """One pair of the source. ``facts`` and ``stats`` are None when the audio cannot be used.
+
+    bytes      length of the audio file
+    treatment  "whole", "cropped", "padded" or "skipped"; ``reason`` says why in words
+    """
+
+    key: str
+    extension: str
+    bytes: int
+    audio_sha256: str = ""
+    caption: str = ""
+    facts: AudioFacts | None = None
+    stats: ClipStats | None = None
+    problems: tuple[str, ...] = ()
+    treatment: str = "skipped"
+    reason: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values; infinities as None."""
+        values = {name: getattr(self, name) for name in ("key", "extension", "bytes", "audio_sha256", "caption")}
+        if self.facts and self.stats:
+            values |= dataclasses.asdict(self.facts) | {"seconds": self.seconds}
+            for name in SCALARS:
+                value = getattr(self.stats, name)
+                values[name] = None if value == -np.inf else round(value, 3)
+        return values | {"treatment": self.treatment, "reason": self.reason}
+
+    def cells(self) -> list[str]:
+        """Its numbers for a table: seconds, Hz, channels, LUFS, peak dBFS, silent share, clipped samples."""
+        if self.facts is None or self.stats is None:
+            return [""] * 7
+        return [
+            f"{self.seconds:.2f}",
+            f"{self.facts.sample_rate_hz}",
+            f"{self.facts.channels}",
+            f"{self.stats.lufs:.1f}",
+            f"{self.stats.peak_dbfs:.1f}",
+            f"{100 * self.stats.silent_share:.0f} %",
+            f"{self.stats.clipped_samples}",
+        ]
+
+    @property
+    def seconds(self) -> float:
+        return self.facts.samples / self.facts.sample_rate_hz if self.facts else 0.0
