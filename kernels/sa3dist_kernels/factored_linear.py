@@ -67,7 +67,7 @@ class FactoredLinear(torch.autograd.Function):
         p, down, rows, cols = kept
         ctx.layer, ctx.weight = dataclasses.replace(layer, weight_OI=None), weight
         ctx.has_rows, ctx.has_cols = rows is not None, cols is not None
-        ctx.save_for_backward(x, core, left, p, down, *_tensors(rows), *_tensors(cols))
+        ctx.save_for_backward(x, core, left, p, down, *(rows or ()), *(cols or ()))
         # A view: where the result itself was written in place, torch 2.11's compiler silently gives no gradient.
         return y.view_as(y)
 
@@ -82,10 +82,6 @@ class FactoredLinear(torch.autograd.Function):
         with no_autocast(grad.device):
             grads = _backward(layer, x, core, left, p, down, rows, cols, grad, needs_x, any(needs_trained))
         return *grads, None, None, None, None
-
-
-def _tensors(scaling: RowScaling | ColScaling | None) -> tuple[torch.Tensor, ...]:
-    return () if scaling is None else tuple(scaling)
 
 
 def scalings(layer: Layer, core, left, magnitude_O, magnitude_I) -> tuple[RowScaling | None, ColScaling | None]:

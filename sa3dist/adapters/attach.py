@@ -1,4 +1,4 @@
-"""Putting an adapter on a base model, reaching its tensors, taking it off again."""
+"""Attach an adapter to a base model, reach its tensors and effective weights, detach it again."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from sa3dist_kernels import ADAPTER_TYPES, AdapterType
@@ -17,7 +18,10 @@ from sa3dist.adapters.svd_bases import BasesCache
 from sa3dist.errors import ConfigError
 from sa3dist.formats import digest_of
 
-# The place of the one adapter of a weight, between the layer's name and the tensor's: part of the file format.
+if TYPE_CHECKING:
+    from sa3dist.model.base import Base
+
+# Stands between a layer's name and a tensor's name in a file: part of the file format.
 SLOT = "parametrizations.weight.0"
 
 
@@ -48,7 +52,7 @@ class AdapterConfig:
 
 
 def attach_adapter(
-    base,
+    base: Base,
     adapter_type: str = "dora-rows",
     rank: int = 16,
     alpha: float | None = None,
@@ -76,7 +80,9 @@ def attach_adapter(
     attach_to(base, config, selected, seed, bases)
 
 
-def attach_to(base, config: AdapterConfig, selected: Sequence[str], seed: int, bases: BasesCache | None = None) -> None:
+def attach_to(
+    base: Base, config: AdapterConfig, selected: Sequence[str], seed: int, bases: BasesCache | None = None
+) -> None:
     """``attach_adapter`` for layers selected already. Nothing is changed when it raises."""
     layers = candidate_layers(base.adapter_roots)
     _check_layers(config, {name: layers[name] for name in selected})
@@ -95,14 +101,14 @@ def attach_to(base, config: AdapterConfig, selected: Sequence[str], seed: int, b
     base.adapter_config = config
 
 
-def detach_adapter(base) -> None:
+def detach_adapter(base: Base) -> None:
     """Put the frozen layers back. Does nothing where no adapter is attached."""
     for name, layer in adapted_layers(base).items():
         replace_layer(base, name, layer.original)
     base.adapter_config = None
 
 
-def adapted_layers(base) -> dict[str, AdaptedLayer]:
+def adapted_layers(base: Base) -> dict[str, AdaptedLayer]:
     """The adapted layers by name, in registration order."""
     return {
         name: module
@@ -112,7 +118,7 @@ def adapted_layers(base) -> dict[str, AdaptedLayer]:
     }
 
 
-def adapter_parameters(base) -> dict[str, nn.Parameter]:
+def adapter_parameters(base: Base) -> dict[str, nn.Parameter]:
     """Every trained tensor by its name in a file, in registration order; empty where no adapter is attached."""
     return {
         f"{name}.{SLOT}.{parameter_name}": parameter
@@ -126,14 +132,14 @@ def check_strength(strength: float) -> None:
         raise ConfigError(f"strength is {strength}, expected a finite number")
 
 
-def set_strength(base, strength: float) -> None:
+def set_strength(base: Base, strength: float) -> None:
     """Scale the update: 1 as trained, 0 the base model. Magnitudes act in full at every strength but 0."""
     check_strength(strength)
     for layer in adapted_layers(base).values():
         layer.strength = float(strength)
 
 
-def effective_weight(base, name: str) -> torch.Tensor:
+def effective_weight(base: Base, name: str) -> torch.Tensor:
     """The weight a layer acts with, float32, in the shape of its frozen weight; made from the base's float32 weights.
 
     name  relative to its root, for example "model.transformer.layers.0.self_attn.to_qkv"; a layer without an adapter
@@ -150,7 +156,7 @@ def effective_weight(base, name: str) -> torch.Tensor:
     return base.fp32_weight(name).float()
 
 
-def replace_layer(base, name: str, module: nn.Module) -> None:
+def replace_layer(base: Base, name: str, module: nn.Module) -> None:
     """Make ``module`` the child called ``name`` under the root that has one."""
     parent, _, leaf = name.rpartition(".")
     for root in base.adapter_roots:

@@ -1,4 +1,4 @@
-"""Several adapter files into one: exactly where the sum of their updates has the same form, else by a stated SVD.
+"""Combine several adapter files into one: exactly where the sum of their updates has the same form, else by SVD.
 
 Legend: O fan_out, I fan_in, R rank.
 """

@@ -1,4 +1,4 @@
-"""Experimental: an adapter in the layouts ComfyUI's generic loader patches a model with.
+"""Experimental: an adapter in the formats that ComfyUI's generic loader patches a model with.
 
 Per layer of the diffusion model, ``diffusion_model.<layer>.`` followed by
 
@@ -30,7 +30,7 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def to_comfy(file: AdapterFile, base: Callable[[], AdapterOnDisk]) -> dict[str, torch.Tensor]:
-    """Low-rank layout of lora and the DoRA types that scale rows or columns; -xs types as factors of their update.
+    """Low-rank format of lora and the DoRA types that scale rows or columns; -xs types as factors of their update.
 
     base   gives the adapter over its base, needed for all but lora and dora-cols
     Raises ConfigError for bora types, which scale both.

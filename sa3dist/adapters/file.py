@@ -1,4 +1,4 @@
-"""Adapter files: one safetensors file per adapter, the layout Stable Audio 3's own inference loads.
+"""Adapter files: one safetensors file per adapter, in the format that Stable Audio 3's own inference loads.
 
 Keys are ``<layer>.parametrizations.weight.0.<tensor>``, values float16, and the header's ``lora_config`` says what they
 are. Any other header entry is a trainer's own and ignored by other readers.

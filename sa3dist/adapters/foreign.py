@@ -1,4 +1,4 @@
-"""What a file is that was given as an adapter and is no safetensors file, and how to get one."""
+"""Name what a file is that was given as an adapter but is no safetensors file, and say how to make one of it."""
 
 from __future__ import annotations
 

@@ -1,14 +1,20 @@
-"""Keeping every adapted layer's W' for whole optimiser steps: which runs do, and how the layers are told."""
+"""Form every adapted layer's W' once per optimiser step: which runs do, and what the layers then multiply with."""
 
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 from sa3dist_kernels import FormedSpec, FormedWeights
 from sa3dist_kernels.dispatch import kernels_serve
 
 from sa3dist.adapters.attach import adapted_layers
+
+if TYPE_CHECKING:
+    from sa3dist.model.base import Base
+    from sa3dist.parallel.flat_adamw import FlatAdapters
+    from sa3dist.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -18,10 +24,10 @@ def wants_formed(choice: str, device: torch.device, products: torch.dtype) -> bo
     return choice == "formed" or (choice == "auto" and kernels_serve(device, products))
 
 
-def keep_formed(base, flat, settings, device: torch.device) -> FormedWeights | None:
+def keep_formed(base: Base, flat: FlatAdapters, settings: Settings, device: torch.device) -> FormedWeights | None:
     """Have the adapted layers of ``base`` multiply with W' as ``form`` of what is returned leaves it; None: not wanted.
 
-    flat       the ``FlatAdapters`` with their values and gradients
+    flat       the adapters' values and gradients
     settings   adapter_products, mixed_precision
     """
     products = torch.bfloat16 if settings.mixed_precision == "bf16" else base.dtype

@@ -1,9 +1,11 @@
-"""An adapter file over a base on disk: effective weights and plain factors, one layer at a time.
+"""An adapter file together with a base on disk: effective weights and plain factors, one layer at a time.
 
 Legend: O fan_out, I fan_in, R rank.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from sa3dist_kernels import effective_weight_reference, frozen_constants
@@ -12,18 +14,21 @@ from sa3dist.adapters.file import BASE_KEY, AdapterFile
 from sa3dist.adapters.svd_bases import singular_bases
 from sa3dist.adapters.transfer import covered_layers
 
+if TYPE_CHECKING:
+    from sa3dist.model.loading import BaseOnDisk
+
 
 class AdapterOnDisk:
     """The layers an adapter file changes in one base, without loading either.
 
     file   as read by ``read_adapter_file``
-    base   BaseOnDisk, or anything with ``adapter_roots()`` and ``fp32_weight(name)``
+    base   checked, but not loaded
     Raises CheckpointError, as ``load_adapter`` does, for any missing, unexpected or misshapen tensor.
     """
 
-    def __init__(self, file: AdapterFile, base) -> None:
+    def __init__(self, file: AdapterFile, base: BaseOnDisk) -> None:
         self.file, self.base = file, base
-        self.layers = covered_layers(file, base.adapter_roots())
+        self.layers = covered_layers(file, base.adapter_roots)
         self.kind = file.config.kind
         self.scale = file.config.alpha / file.config.rank
         self._trained = file.layers()

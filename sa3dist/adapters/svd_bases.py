@@ -1,4 +1,4 @@
-"""The singular bases of -xs layers: found once per base, kept on disk, shared out among the processes.
+"""The singular bases of -xs layers, computed once per base and cached on disk.
 
 They depend on the base's weights alone; finding those of every layer of the medium model takes a CPU minutes.
 Legend: O fan_out, I fan_in, R rank.

@@ -1,9 +1,10 @@
-"""Between a base model and an adapter file: load, warm-start, save. A tensor without its place is an error."""
+"""Load, warm-start and save the adapter of a base model; a missing or unexpected tensor is an error."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,8 +22,11 @@ from sa3dist.adapters.select import candidate_layers, select
 from sa3dist.errors import CheckpointError, ConfigError
 from sa3dist.model.checkpoint import differences
 
+if TYPE_CHECKING:
+    from sa3dist.model.base import Base
 
-def load_adapter(base, path: str | Path, strength: float = 1.0) -> None:
+
+def load_adapter(base: Base, path: str | Path, strength: float = 1.0) -> None:
     """Attach the adapter in ``path`` and set its strength.
 
     Where an adapter is attached already its values are replaced, provided that its type, rank, alpha and pattern lists
@@ -45,7 +49,7 @@ def load_adapter(base, path: str | Path, strength: float = 1.0) -> None:
     set_strength(base, strength)
 
 
-def warm_start(base, path: str | Path) -> None:
+def warm_start(base: Base, path: str | Path) -> None:
     """Start the attached adapter from the values in ``path``.
 
     Raises CheckpointError, naming the field and both values, when the file's type, rank, alpha or pattern lists are not
@@ -64,7 +68,7 @@ def warm_start(base, path: str | Path) -> None:
     _copy_values(base, file)
 
 
-def save_adapter(base, path: str | Path, metadata: Mapping[str, object] | None = None) -> None:
+def save_adapter(base: Base, path: str | Path, metadata: Mapping[str, object] | None = None) -> None:
     """Write the attached adapter, float16, whole or not at all; equal adapters and metadata give equal bytes.
 
     metadata  further header entries, kept as strings; ``base_sha256`` (base.weights_digest()) is checked by warm_start
@@ -77,7 +81,7 @@ def save_adapter(base, path: str | Path, metadata: Mapping[str, object] | None =
     write_adapter_file(path, base.adapter_config, parameters, metadata or {})
 
 
-def lora_config(base) -> dict:
+def lora_config(base: Base) -> dict:
     """The attached adapter's ``lora_config``, in the reference's field order. Raises ConfigError when there is none."""
     if not adapted_layers(base):
         raise ConfigError("no adapter is attached; attach_adapter(base, ...) first")
@@ -125,6 +129,6 @@ def require_tensors(expected: Mapping[str, Iterable[int]], file: AdapterFile) ->
 
 
 @torch.no_grad()
-def _copy_values(base, file: AdapterFile) -> None:
+def _copy_values(base: Base, file: AdapterFile) -> None:
     for key, parameter in adapter_parameters(base).items():
         parameter.copy_(file.tensors[key])

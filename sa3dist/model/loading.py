@@ -102,6 +102,7 @@ class BaseOnDisk:
         check_keys(expected_tensors(config), weights.shapes, files.weights)
         return cls(files, config, weights)
 
+    @property
     def adapter_roots(self) -> tuple[nn.Module, nn.Module]:
         """What ``Base.adapter_roots`` is, without values."""
         return meta_roots(self.config)

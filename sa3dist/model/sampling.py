@@ -1,4 +1,4 @@
-"""Previews from a base model: the inference schedule, guidance, and Euler steps from noise to latents.
+"""Sampling from a base model: the inference schedule, guidance, and Euler steps from noise to latents.
 
 Legend: B batch, C latent channels, T latent frames, S context tokens.
 """
@@ -8,9 +8,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sa3dist.model.base import Base
 
 # Norm floors of the projection without and with a padding mask. Source: the reference's guidance.
 NORM_FLOOR = 1e-12
@@ -133,7 +137,7 @@ def euler(velocity: Callable[[Tensor, Tensor], Tensor], noise_BCT: Tensor, sched
 
 @torch.no_grad()
 def sample(
-    base,
+    base: Base,
     noise_BDT: Tensor,
     prompts: list[str],
     seconds: list[float],
