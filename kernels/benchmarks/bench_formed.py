@@ -21,7 +21,8 @@ import torch
 from results_file import ResultsFile
 from sa3dist_kernels import ADAPTER_TYPES, triton_support
 from sa3dist_kernels.formed_reference import finish_reference, form_reference
-from sa3dist_kernels.formed_weights import FormedSpec, FormedWeights
+from sa3dist_kernels.formed_spec import FormedSpec
+from sa3dist_kernels.formed_weights import FormedWeights
 from timing import interleaved, summary
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -21,7 +21,7 @@ import triton
 from sa3dist_kernels import ADAPTER_TYPES, raw_sums
 from sa3dist_kernels.formed_group import Group, default_tiles
 from sa3dist_kernels.formed_launch import finish_plan, form_plan
-from sa3dist_kernels.formed_weights import FormedSpec, product_elements
+from sa3dist_kernels.formed_spec import FormedSpec, product_elements
 from sa3dist_kernels.triton_support import rank_block
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

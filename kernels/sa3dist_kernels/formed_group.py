@@ -12,8 +12,8 @@ import torch
 import triton
 
 from sa3dist_kernels.adapter_types import AdapterType
+from sa3dist_kernels.formed_spec import ALIGNED, FormedSpec, aligned, product_sizes
 from sa3dist_kernels.formed_tiles import FIELDS
-from sa3dist_kernels.formed_weights import ALIGNED, FormedSpec, aligned, product_sizes
 from sa3dist_kernels.triton_support import LEAST_BLOCK, interpreting
 
 # Bytes of the longest vector a thread loads.

@@ -11,7 +11,7 @@ import torch
 from sa3dist_kernels import finish, form
 from sa3dist_kernels.column_sweep import column_sweep_kernel
 from sa3dist_kernels.formed_group import ColumnTile, Group, RowTile, Tiles, alignment, default_tiles, interpreter_tiles
-from sa3dist_kernels.formed_weights import FormedSpec, formed_layer
+from sa3dist_kernels.formed_spec import FormedSpec, formed_layer
 from sa3dist_kernels.triton_support import check_triton, interpreting, loop_end
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sa3dist_kernels.adapter_types import ADAPTER_TYPES
-from sa3dist_kernels.formed_weights import FormedSpec, FormedWeights
+from sa3dist_kernels.formed_spec import FormedSpec
+from sa3dist_kernels.formed_weights import FormedWeights
 from sa3dist_kernels.frozen_products import no_autocast
 from sa3dist_kernels.raw_sums import raw_sums
 from sa3dist_kernels.triton_support import check_triton

@@ -10,7 +10,7 @@ import bench_formed  # noqa: E402
 from formed_bytes import finish_bytes, form_bytes  # noqa: E402
 from sa3dist_kernels import ADAPTER_TYPES, triton_support  # noqa: E402
 from sa3dist_kernels.formed_group import Group, default_tiles  # noqa: E402
-from sa3dist_kernels.formed_weights import FormedSpec, product_elements  # noqa: E402
+from sa3dist_kernels.formed_spec import FormedSpec, product_elements  # noqa: E402
 
 
 @pytest.mark.skipif(not triton_support.interpreting(), reason="Triton was imported without its interpreter")

@@ -4,7 +4,8 @@ import dataclasses
 
 import torch
 from sa3dist_kernels import FrozenConstants, effective_weight_reference
-from sa3dist_kernels.formed_weights import FormedSpec, FormedWeights
+from sa3dist_kernels.formed_spec import FormedSpec
+from sa3dist_kernels.formed_weights import FormedWeights
 
 from tests.helpers.layer_cases import relative_error
 
