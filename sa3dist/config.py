@@ -57,21 +57,21 @@ def read_file(path: str) -> dict[str, Any]:
     return value
 
 
-def read_words(words: list[str], merged: dict[str, Any] | None = None) -> dict[str, Any]:
+def read_arguments(arguments: list[str], merged: dict[str, Any] | None = None) -> dict[str, Any]:
     """Merge config files and key=value overrides, later ones winning.
 
     merged   filled with what could be read even when a file could not: the failure's status goes to its output_dir
     """
     merged = {} if merged is None else merged
     unreadable: ConfigError | None = None
-    for word in words:
-        setting = split_word(word)
+    for argument in arguments:
+        setting = split_argument(argument)
         if setting is not None:
             key, text = setting
-            merged[key] = of_word(key, text)
+            merged[key] = argument_value(key, text)
             continue
         try:
-            merged.update(read_file(word))
+            merged.update(read_file(argument))
         except ConfigError as error:
             unreadable = unreadable or error
     if unreadable is not None:
@@ -186,23 +186,23 @@ def value_type(field: str) -> Any:
     return annotation
 
 
-def split_word(word: str) -> tuple[str, str] | None:
+def split_argument(argument: str) -> tuple[str, str] | None:
     """(key, text) of a key=value argument; None for a config file. What follows a known key is never taken for one."""
-    key, equals, text = word.partition("=")
+    key, equals, text = argument.partition("=")
     # A path may hold "=" too; a key never holds a separator.
-    if not equals or (key not in Settings.model_fields and ("/" in key or os.path.exists(word))):
+    if not equals or (key not in Settings.model_fields and ("/" in key or os.path.exists(argument))):
         return None
     return key, text
 
 
-def of_word(field: str, text: str) -> Any:
+def argument_value(field: str, text: str) -> Any:
     """The value of ``field=text`` on a command line. ``null`` and an empty text unset what can be unset."""
     if field in Settings.model_fields and Settings.model_fields[field].default is None and text in _NULLS:
         return None
-    return of_text(field, text)
+    return parse_value(field, text)
 
 
-def of_text(field: str, text: str) -> Any:
+def parse_value(field: str, text: str) -> Any:
     """Text and paths as typed, numbers in decimal, [a, b] as a list.
 
     Text that does not fit the field's type stays text, and validation refuses it.
@@ -223,7 +223,7 @@ def of_text(field: str, text: str) -> Any:
 
 
 def read_yaml(text: str) -> Any:
-    """The document in ``text``; the scalars of its top level as ``of_text`` reads them, others as they are written.
+    """The document in ``text``; the scalars of its top level as ``parse_value`` reads them, others as they are written.
 
     Raises yaml.YAMLError, and ValueError where what follows a path could be part of it or a comment.
     """
@@ -238,7 +238,7 @@ def read_yaml(text: str) -> Any:
         loader.dispose()
     if not isinstance(found, dict):
         return found
-    return {key: of_text(key, value) if isinstance(value, str) else value for key, value in found.items()}
+    return {key: parse_value(key, value) if isinstance(value, str) else value for key, value in found.items()}
 
 
 def _refuse_doubtful_comment(text: str, key: yaml.Node, value: yaml.Node) -> None:

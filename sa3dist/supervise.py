@@ -159,7 +159,7 @@ def status_path(command: Sequence[str]) -> Path:
     values: dict = {}
     # What cannot be read the program itself reports, in the directory that follows from the rest.
     with contextlib.suppress(errors.ConfigError):
-        config.read_words(words, values)
+        config.read_arguments(words, values)
     return config.output_dir_of(values) / STATUS_NAME
 
 

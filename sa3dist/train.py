@@ -67,7 +67,7 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
     running: list[Run] = []
 
     def body() -> None:
-        config.read_words(arguments.words, values)
+        config.read_arguments(arguments.words, values)
         if unknown:
             raise ConfigError(f"{' '.join(unknown)}: unknown option; settings are given as key=value")
         settings = config.build(values)

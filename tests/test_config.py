@@ -134,23 +134,23 @@ def test_a_boolean_is_no_number(value):
 def test_yaml_words_that_look_like_booleans_are_read_as_words(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("audio_data_url: x.zip\nmixed_precision: no\ngradient_checkpointing: on\n")
-    settings = config.build(config.read_words([str(path)]))
+    settings = config.build(config.read_arguments([str(path)]))
     assert (settings.mixed_precision, settings.gradient_checkpointing) == ("no", "on")
-    settings = config.build(config.read_words([str(path), "gradient_checkpointing=off"]))
+    settings = config.build(config.read_arguments([str(path), "gradient_checkpointing=off"]))
     assert settings.gradient_checkpointing == "off"
 
 
 def test_later_words_win_and_a_request_is_a_config(tmp_path):
     request = tmp_path / "request.json"
     request.write_text(json.dumps({"audio_data_url": "a.zip", "rank": 8, "include": ["layers.[0-3]."]}))
-    merged = config.read_words([str(request), "rank=4", "learning_rate=1e-3", "exclude=[ff, cross]", "name=2024"])
+    merged = config.read_arguments([str(request), "rank=4", "learning_rate=1e-3", "exclude=[ff, cross]", "name=2024"])
     settings = config.build(merged)
     assert (settings.rank, settings.learning_rate, settings.name) == (4, 1e-3, "2024")
     assert (settings.include, settings.exclude) == (["layers.[0-3]."], ["ff", "cross"])
 
 
 def test_a_value_that_is_no_yaml_is_taken_as_text():
-    merged = config.read_words(["audio_data_url=s3://bucket/shard-{000000..000127}.tar"])
+    merged = config.read_arguments(["audio_data_url=s3://bucket/shard-{000000..000127}.tar"])
     assert merged["audio_data_url"] == "s3://bucket/shard-{000000..000127}.tar"
 
 
@@ -168,7 +168,7 @@ def test_an_unreadable_config_file_is_named(tmp_path, name, text, match):
     if text is not None:
         path.write_text(text)
     with pytest.raises(ConfigError, match=match) as caught:
-        config.read_words([str(path)])
+        config.read_arguments([str(path)])
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
 
@@ -202,5 +202,5 @@ def test_the_global_batch_derives_the_accumulation():
 def test_an_unreadable_config_file_leaves_the_other_words_known(tmp_path):
     merged: dict = {}
     with pytest.raises(ConfigError, match="absent.yaml"):
-        config.read_words([str(tmp_path / "absent.yaml"), f"output_dir={tmp_path}/run"], merged)
+        config.read_arguments([str(tmp_path / "absent.yaml"), f"output_dir={tmp_path}/run"], merged)
     assert config.output_dir_of(merged) == tmp_path / "run"

@@ -43,7 +43,9 @@ AS_TYPED = [
 
 
 def of(*words, **more):
-    return config.build(config.read_words(["audio_data_url=clips.zip", *words, *(f"{k}={v}" for k, v in more.items())]))
+    return config.build(
+        config.read_arguments(["audio_data_url=clips.zip", *words, *(f"{k}={v}" for k, v in more.items())])
+    )
 
 
 @pytest.mark.parametrize("text", AS_TYPED)
@@ -135,14 +137,14 @@ def test_a_value_is_never_looked_for_as_a_config_file(tmp_path, monkeypatch):
     assert not opened
     # A config may be called like this all the same.
     for word in ("./rank=4", "runs/lr=1e-4.yaml", "a.yaml"):
-        config.read_words([word])
+        config.read_arguments([word])
     assert opened == ["./rank=4", "runs/lr=1e-4.yaml", "a.yaml"]
 
 
 def test_a_config_whose_name_holds_an_equals_sign_is_read_where_no_field_is_meant(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("lr=3.yaml").write_text("rank: 8\n")
-    assert config.read_words(["lr=3.yaml"]) == {"rank": 8}
+    assert config.read_arguments(["lr=3.yaml"]) == {"rank": 8}
     with pytest.raises(ConfigError, match="^lr: unknown key, did you mean learning_rate"):
         of("lr=4.yaml")
 
@@ -171,10 +173,10 @@ def test_json_says_itself_what_is_text_and_what_a_number(tmp_path):
         "include": ["1.10"],
     }
     path.write_text(json.dumps(values))
-    made = config.build(config.read_words([str(path)]))
+    made = config.build(config.read_arguments([str(path)]))
     assert (made.name, made.rank, made.pre_encode, made.compile, made.include) == ("1.10", 8, True, "on", ["1.10"])
     path.write_text(json.dumps({"audio_data_url": "a", "name": 1.10}))
-    values = config.read_words([str(path)])
+    values = config.read_arguments([str(path)])
     assert (config.build(values).name, config.output_dir_of(values)) == ("1.1", Path("runs/1.1"))
 
 
@@ -204,7 +206,7 @@ def test_print_config_on_the_command_line_gives_a_config_of_the_same_settings(tm
     with redirect_stdout(out):
         assert train.main([*words, "--print-config"]) == 0
     (tmp_path / "run.yaml").write_text(out.getvalue())
-    assert config.build(config.read_file(str(tmp_path / "run.yaml"))) == config.build(config.read_words(words))
+    assert config.build(config.read_file(str(tmp_path / "run.yaml"))) == config.build(config.read_arguments(words))
 
 
 @pytest.fixture
@@ -222,7 +224,7 @@ def test_home_is_expanded_in_every_field_that_names_a_place(field, home, tmp_pat
     path.write_text(f"audio_data_url: x\n{field}: ~/x\n")
     assert str(getattr(of(f"{field}=~/x"), field)) == f"{home}/x"
     assert str(getattr(of(f"{field}=~"), field)) == str(home)
-    assert str(getattr(config.build(config.read_words([str(path)])), field)) == f"{home}/x"
+    assert str(getattr(config.build(config.read_arguments([str(path)])), field)) == f"{home}/x"
     assert str(getattr(of(f"{field}=~{user.pw_name}/x"), field)) == f"{user.pw_dir}/x"
     assert str(getattr(of(f"{field}=a/~/x"), field)) == "a/~/x"
 

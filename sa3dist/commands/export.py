@@ -21,7 +21,7 @@ from sa3dist.adapters.file import (
 )
 from sa3dist.adapters.lazy_file import AdapterOnDisk
 from sa3dist.adapters.peft_format import to_peft
-from sa3dist.config import split_word
+from sa3dist.config import split_argument
 from sa3dist.data.remote.local_paths import expand_home
 from sa3dist.errors import CheckpointError, ConfigError, InUse
 from sa3dist.formats import atomic_directory, write_json
@@ -36,7 +36,7 @@ ADAPTER_SUFFIX = ".safetensors"
 
 def is_path(words: Sequence[str]) -> bool:
     """Whether the words of ``sa3dist export`` name something to export from, not a config of a run."""
-    names = [word for word in words if word.startswith("-") or split_word(word) is None]
+    names = [word for word in words if word.startswith("-") or split_argument(word) is None]
     return any(
         os.path.isdir(os.path.expanduser(name)) or name.endswith(ADAPTER_SUFFIX) or name.startswith("--format")
         for name in names

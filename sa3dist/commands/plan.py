@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.ranks < 1 or (options.link_gbit is not None and options.link_gbit <= 0):
             raise ConfigError("--ranks and --link-gbit: expected positive numbers")
         # A plan needs no data; where they are is nobody's business here.
-        settings = config.build({"audio_data_url": "unknown", **config.read_words(options.words)})
+        settings = config.build({"audio_data_url": "unknown", **config.read_arguments(options.words)})
         device = find_device(options.gpu)
         here = device if options.gpu == THIS else None
         if options.fit:

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         # Refused here rather than after hours in a queue.
-        settings = config.build(config.read_words(options.words))
+        settings = config.build(config.read_arguments(options.words))
         # Local and Slurm runs use this installation; Slurm hands the environment on.
         os.environ.setdefault("SA3DIST_PYTHON", sys.executable)
         BACKENDS[options.backend](Submission(options.words, settings, options))
@@ -104,7 +104,7 @@ def _with_environment(command: list[str]) -> str:
 
 def kubernetes(run: Submission) -> None:
     """Apply the settings as a ConfigMap, and a Job, or a JobSet where there are several nodes."""
-    typed = config.read_words(run.words)
+    typed = config.read_arguments(run.words)
     for key in ("output_dir", "work_dir"):
         if str(typed.get(key) or "").startswith("~"):
             raise ConfigError(f"{key}: {typed[key]} is a home of this machine; give its path in the pod, below /data")
@@ -142,7 +142,9 @@ def label(name: str) -> str:
 
 
 def _config_map(run: Submission) -> dict[str, Any]:
-    values = config.read_words(run.words) | {key: str(getattr(run.settings, key)) for key in ("output_dir", "work_dir")}
+    values = config.read_arguments(run.words) | {
+        key: str(getattr(run.settings, key)) for key in ("output_dir", "work_dir")
+    }
     name = f"{label(run.settings.name)}-config"
     text = yaml.safe_dump(values, sort_keys=False)
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {"config.yaml": text}}

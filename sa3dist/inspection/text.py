@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = made.parse_args(argv)
 
     def body() -> None:
-        settings = config.build(config.read_words(arguments.words) | {"audio_data_url": arguments.dataset})
+        settings = config.build(config.read_arguments(arguments.words) | {"audio_data_url": arguments.dataset})
         html = arguments.html and Path(expand_home(arguments.html))
         framing = framing_of(settings.model)
         # As many clips as there are cores are measured at a time: one clip needs no threads of its own.

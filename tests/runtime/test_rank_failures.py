@@ -45,14 +45,14 @@ def status(output_dir: Path) -> dict:
     ("given", "seconds"), [("90", 90), (90.5, 90.5), ("1:30:00", 5400), ("0:00:05", 5), ("2-01:00:00", 49 * 3600)]
 )
 def test_the_allowed_time_is_read_as_seconds_or_as_slurm_writes_it(given, seconds):
-    read = config.build(config.read_words(["audio_data_url=clips.zip", f"max_wall_time={given}"]))
+    read = config.build(config.read_arguments(["audio_data_url=clips.zip", f"max_wall_time={given}"]))
     assert read.max_wall_time == seconds
 
 
 @pytest.mark.parametrize("given", ["soon", "0", "-5", "1:70:00", ".inf"])
 def test_an_allowed_time_that_is_none_is_refused(given):
     with pytest.raises(errors.ConfigError, match="^max_wall_time: "):
-        config.build(config.read_words(["audio_data_url=clips.zip", f"max_wall_time={given}"]))
+        config.build(config.read_arguments(["audio_data_url=clips.zip", f"max_wall_time={given}"]))
 
 
 def test_the_margin_grows_with_what_steps_and_saves_take():
