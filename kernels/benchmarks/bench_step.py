@@ -3,9 +3,8 @@
 The baseline forms every adapted weight by parametrisation, lets autograd differentiate through it, and recomputes every
 block; both sides use the same network code, autocast and AdamW settings. A third side is the model with frozen plain
 layers, forward and backward to its inputs: what a step would cost if adapters were free. Runs are interleaved; medians
-count. The floor is what our step's counted operations and bytes take at the product and copy rates measured here.
-With --from-audio a fourth side encodes the clip's audio and its caption, which the reference does ahead of every step
-and we do once; ``ratio_from_audio`` adds that to the baseline.
+count. With --from-audio a fourth side encodes the clip's audio and its caption, which the reference does ahead of every
+step and we do once; ``ratio_from_audio`` adds that to the baseline.
 
     python kernels/benchmarks/bench_step.py --shape small-music-base --depth 4 --frames 128 --adapter-type dora-rows
 """
@@ -13,7 +12,6 @@ and we do once; ``ratio_from_audio`` adds that to the baseline.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import subprocess
 import sys
@@ -27,10 +25,6 @@ from sa3dist_kernels import ADAPTER_TYPES
 from sa3dist_kernels.frozen_products import product_dtype
 from step_sides import DTYPES, MAKERS, SHAPES, Side
 from timing import interleaved, peak_bytes, summary
-
-from sa3dist import adapters
-from sa3dist.cost_model.devices import Device, this_machine
-from sa3dist.cost_model.flops import Adapter, MicroBatch, count
 
 # Both sides compute one loss in another order and, with bf16, round at other places. A gradient is the difference of
 # many such roundings: in bf16 both sides are that far from float64, so only gross disagreement shows there.
@@ -100,7 +94,6 @@ def compare(options, sides: dict[str, Side], device: torch.device) -> dict:
         steps["encoding"] = Encoding(sides["baseline"].base, options.frames, options.batch).step
     times = interleaved(steps, options.repeats, device, warm_up=1)
     spans = {name: summary(values) for name, values in times.items()}
-    floor = floor_ms(sides["ours"], options, device)
     ours, baseline, frozen = (spans[name]["median"] for name in ("ours", "baseline", "frozen"))
     encoding = spans["encoding"]["median"] if options.from_audio else 0.0
     loss_error = abs(losses["ours"] - losses["baseline"]) / abs(losses["baseline"])
@@ -124,8 +117,6 @@ def compare(options, sides: dict[str, Side], device: torch.device) -> dict:
         "ratio": round(baseline / ours, 3),
         "ratio_from_audio": round((baseline + encoding) / ours, 3) if options.from_audio else None,
         "over_frozen": round(ours / frozen, 3),
-        "floor_ms": round(floor, 3),
-        "over_floor": round(ours / floor, 3),
         **{f"{name}_step_bytes": value for name, value in memory.items()},
         "ours_loss": losses["ours"],
         "baseline_loss": losses["baseline"],
@@ -133,24 +124,6 @@ def compare(options, sides: dict[str, Side], device: torch.device) -> dict:
         "losses_agree": loss_error <= LOSS_TOLERANCE[options.precision],
         "gradients_agree": distance <= GRADIENT_TOLERANCE[options.precision],
     }
-
-
-@functools.cache
-def ceilings(device: torch.device) -> Device:
-    """What products and copies reach on this device, measured once per process."""
-    return this_machine(device)
-
-
-def floor_ms(side: Side, options, device: torch.device) -> float:
-    """Shortest time of our step on this device: each counted operation at the measured ceiling that limits it."""
-    base = side.base
-    layers = frozenset(adapters.adapted_layers(base))
-    evaluated = side.batch["prompt"].shape[1] + 1
-    batch = MicroBatch((options.frames,) * options.batch, evaluated, base.prompt_tokens + 1, side.has_context)
-    size = DTYPES[options.precision].itemsize
-    work = count(base.config, batch, Adapter(ADAPTER_TYPES[options.adapter_type], options.rank, layers), size, size)
-    here = ceilings(device)
-    return 1e3 * sum(work.total().seconds(here.flops_per_second(size), here.bytes_per_second))
 
 
 def emulated(options, device: torch.device) -> bool:
@@ -170,7 +143,7 @@ def line(row: dict) -> str:
         f"{row['shape']} {row['frames']:5} frames {row['adapter_type']:13} r{row['rank']:<4}"
         f"ours {row['ours_ms']:9.1f} ms  baseline {row['baseline_ms']:9.1f} ms ({row['ratio']:.2f}x{encoding})  "
         f"frozen {row['frozen_ms']:9.1f} ms ({row['over_frozen']:.2f}x)  "
-        f"floor {row['floor_ms']:.1f} ms ({row['over_floor']:.2f}x)  step MB {memory}  "
+        f"step MB {memory}  "
         f"losses {row['ours_loss']:.5f} / {row['baseline_loss']:.5f}, gradients {row['gradient_distance']:.1e} {agree}"
     )
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sa3dist import config
-from sa3dist.commands.plan_calibration import RESULTS, read_results
+from sa3dist.commands.plan_calibration import RESULTS
 from sa3dist.commands.plan_predict import Job, Prediction, fit, predict
-from sa3dist.config import Settings
 from sa3dist.cost_model.devices import GPUS, THIS, Device, find_device
 from sa3dist.data.remote.local_paths import expand_home
 from sa3dist.errors import ConfigError, counted, span
@@ -41,16 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A plan needs no data; where they are is nobody's business here.
         settings = config.build({"audio_data_url": "unknown", **config.read_arguments(options.words)})
         device = find_device(options.gpu)
-        here = device if options.gpu == THIS else None
         if options.fit:
             device = dataclasses.replace(device, memory_bytes=parse_bytes(options.fit))
-        measured = read_results(Path(expand_home(options.results)), here)
+        results = Path(expand_home(options.results))
         link = None if options.link_gbit is None else options.link_gbit * 1e9 / 8
         job = Job.of(settings, known_config(settings.model), options.ranks, link)
-        found = fit(job, device, measured) if options.fit else ({}, predict(job, device, measured))
-        if found is None:
+        changes = fit(job, device) if options.fit else {}
+        if changes is None:
             raise ConfigError(f"--fit: nothing fits {device.memory_bytes / 1e9:g} GB; take a smaller model or rank")
-        changes, prediction = found
+        job = job.changed(**changes)
+        prediction = predict(job, device, results)
         if options.json:
             print(json.dumps(as_dict(job, device, changes, prediction), indent=2))
         else:
@@ -68,50 +67,50 @@ def parse_bytes(text: str) -> float:
 
 
 def as_dict(job: Job, device: Device, changes: dict[str, Any], prediction: Prediction) -> dict[str, Any]:
-    planned: Settings = job.settings.model_copy(update=changes)
+    planned = prediction.memory
     return {
         "device": dataclasses.asdict(device),
         "changes": {key: value for key, value in changes.items() if value is not None},
-        "peak_bytes": prediction.peak_bytes,
-        "bytes": prediction.bytes,
-        "fits": prediction.fits,
-        "recomputed_blocks": prediction.recomputed_blocks,
+        "peak_bytes": planned.peak_bytes,
+        "bytes": planned.bytes,
+        "recorded_bytes": planned.recorded_bytes,
+        "fits": planned.fits,
+        "recomputed_blocks": planned.recomputed_blocks,
         "flops_per_step": prediction.flops,
         "step_seconds": prediction.step_seconds,
         "seconds": prediction.seconds,
         "limit": prediction.limit,
-        "total_seconds": prediction.step_seconds * planned.number_of_steps,
+        "total_seconds": prediction.step_seconds * job.settings.number_of_steps,
         "factor": dataclasses.asdict(prediction.factor),
     }
 
 
 def lines(job: Job, device: Device, changes: dict[str, Any], prediction: Prediction) -> list[str]:
     """The plan for a terminal, a fact a line."""
-    settings = job.settings.model_copy(update=changes)
+    settings, planned = job.settings, prediction.memory
     seconds = settings.duration or job.frames * job.config.samples_per_frame / job.config.sample_rate_hz
     assumed = "" if settings.duration else " (no duration given: the model's full length)"
-    peak, step = prediction.peak_bytes, prediction.step_seconds
-    parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in prediction.bytes.items() if value)
+    step = prediction.step_seconds
+    parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in planned.bytes.items() if value)
+    recorded = f"; recorded passes take another {planned.recorded_bytes / 1e9:.1f} GB of what is free"
+    fits = "fits" if planned.fits else "DOES NOT FIT"
+    rate = device.flops_per_second(job.product_bytes) / 1e12
     times = ", ".join(f"{name} {value:.3g}" for name, value in prediction.seconds.items() if value)
-    size = job.value_bytes
     made = [
         f"run       {settings.model}, {settings.adapter_type} rank {settings.rank}, micro batches of "
         f"{settings.batch_size} x {seconds:.1f} s{assumed}, base in {settings.base_precision}",
-        f"device    {device.name}: {device.memory_bytes / 1e9:.0f} GB, {device.flops_per_second(size) / 1e12:.3g} "
-        f"TFLOP/s, {device.bytes_per_second / 1e9:.0f} GB/s ({device.source})",
-        f"memory    {peak / 1e9:.1f} GB at the peak, {'fits' if prediction.fits else 'DOES NOT FIT'}: {parts} GB",
-        f"          {prediction.recomputed_blocks} of {job.config.dit.depth} blocks recomputed",
+        f"device    {device.name}: {device.memory_bytes / 1e9:.0f} GB, {rate:.3g} TFLOP/s, "
+        f"{device.bytes_per_second / 1e9:.0f} GB/s ({device.source})",
+        f"memory    {planned.peak_bytes / 1e9:.1f} GB at the peak, {fits}: {parts} GB",
+        f"          {planned.recomputed_blocks} of {job.config.dit.depth} blocks recomputed"
+        f"{recorded if planned.recorded_bytes else ''}",
         f"step      {step:.3g} s for {prediction.flops / 1e12:.3g} TFLOP: {times} s",
         f"limit     {prediction.limit}",
         f"total     {counted(settings.number_of_steps, 'step')} in {span(step * settings.number_of_steps)}, "
         f"without start-up and encoding",
-        f"evidence  time: {prediction.factor.evidence}{_spread(prediction)}",
-        "          memory: counted from shapes" + ("; host: launches estimated" if prediction.seconds["host"] else ""),
+        f"evidence  time: {prediction.factor.evidence}",
+        "          memory: counted on the network itself"
+        + ("; host: launches estimated" if prediction.seconds["host"] else ""),
     ]
     wanted = [f"{key}={value}" for key, value in changes.items() if value is not None]
     return made + ([f"change    {' '.join(wanted)}"] if wanted else [])
-
-
-def _spread(prediction: Prediction) -> str:
-    spread = prediction.factor.spread
-    return "" if spread is None else f", single ones between {spread[0]:.2f} and {spread[1]:.2f} of the prediction"

@@ -1,138 +1,90 @@
-"""How far real steps are from the counted roofline: the factor, from stored benchmark results.
+"""How far real steps are from the counted roofline: the factor, from a step that was timed on the same GPU.
 
-A result is a step that was timed (bench_step.py appends them as JSON lines, gpu_check.py writes a file with rows). Its
-factor is its time over the roofline time of what it computed, with its device's ceilings.
+gpu_check.py writes timed steps as rows of a JSON file. The factor is a row's time over the roofline time of what it
+computed, with its device's ceilings.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from sa3dist_kernels import ADAPTER_TYPES
 
 from sa3dist.adapters import candidate_layers
 from sa3dist.cost_model.devices import Device, datasheet_of
-from sa3dist.cost_model.flops import Adapter, MicroBatch, count
-from sa3dist.errors import counted
-from sa3dist.model.config import ModelConfig
+from sa3dist.cost_model.fake_network import AdapterShape, BatchShape, FakeNetwork, Numerics
 from sa3dist.model.loading import meta_roots
 from sa3dist.model.parse_config import parse_model_config
 from sa3dist.model.released import RELEASED, released_config
 
-# Of a device no step was ever timed on: reaching half of the roofline is what unfused training steps commonly do.
-ASSUMED_FACTOR = 2.0
+# Of a device no step was timed on. An H100 takes 2.5 times the roofline of its datasheet at 380 s (5.9 at 30 s); two
+# AVX2 cores take 1.3 times their measured one.
+ASSUMED_FACTOR = {"GPU": 2.5, "CPU": 1.3}
 # In a checkout; an installed package comes without measurements.
 RESULTS = Path(__file__).parents[2] / "kernels/benchmarks/results"
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
-    """One timed step: what it computed, on which device, and its factor over that device's roofline."""
-
-    shape: str
-    adapter_type: str
-    value_bytes: int
-    tokens: int
-    device: str
-    factor: float
-    file: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Factor:
-    """A calibration: the factor, what it rests on in words, and how far single measurements are from it.
+    """A step's time over its roofline, and what that rests on in words.
 
-    spread   (lowest, highest) of the measurements it was made from, over it; None without any
-    own      whether they were made on that very device: what its host costs is then within the factor
+    measured   on that very device: what its host costs is then within the factor
     """
 
     value: float
     evidence: str
-    spread: tuple[float, float] | None = None
-    own: bool = False
+    measured: bool = False
 
 
-@functools.cache
-def _released(shape: str, depth: int) -> tuple[ModelConfig, frozenset[str]]:
-    """A released model's config at some depth, and the names of all its layers."""
-    config = parse_model_config(released_config(shape, depth), shape)
-    return config, frozenset(candidate_layers(meta_roots(config)))
+def calibrate(folder: Path, device: Device, tokens: int, adapter_type: str) -> Factor:
+    """The factor of the step timed on that GPU that is nearest in length, of that adapter type if one is; else assumed.
 
-
-def read_results(folder: Path, here: Device | None) -> list[Measured]:
-    """Every timed step of our side in a folder; those on CPUs are taken to be of this machine's kind.
-
-    here   this machine's measured ceilings, for results of the same GPU or of CPUs, whose ceilings are in no table;
-           None leaves CPUs out
+    folder   of results
     """
-    found = []
-    for path in sorted(Path(folder).glob("*.json*")):
-        for row in _rows(path):
-            if row.get("emulated_products") or "ours_ms" not in row or row.get("shape") not in RELEASED:
-                continue
-            device = _device_of(row, here)
-            if device is not None:
-                found.append(_measured(row, device, path.name))
-    return found
+    rows = [
+        (row, path.name)
+        for path in sorted(Path(folder).glob("*.json"))
+        for row in _rows(path)
+        if row.get("shape") in RELEASED and "ours_ms" in row and _is_of(row, device)
+    ]
+    if not rows:
+        kind = "GPU" if device.on_gpu else "CPU"
+        factor = ASSUMED_FACTOR[kind]
+        return Factor(factor, f"datasheet only: a factor of {factor:g} over the roofline is assumed for a {kind}")
+
+    def distance(entry: tuple[dict[str, Any], str]) -> tuple[float, bool]:
+        row, _ = entry
+        return abs(math.log(row["batch"] * row["frames"] / tokens)), row["adapter_type"] != adapter_type
+
+    row, file = min(rows, key=distance)
+    what = f"{row['shape']}, {row['batch']} x {row['frames']} frames, {row['adapter_type']}"
+    evidence = f"a step timed on this GPU ({file}: {what}, {row['ours_ms']:.3g} ms)"
+    return Factor(row["ours_ms"] / 1e3 / _roofline(row, device), evidence, measured=True)
 
 
-def _device_of(row: dict[str, Any], here: Device | None) -> Device | None:
-    """Whose ceilings a result is held against: this machine's where it is the same device, else the table's."""
-    on_gpu = bool(row.get("device_memory_bytes"))
-    listed = datasheet_of(row["device"]) if on_gpu else None
-    if here is not None and here.on_gpu == on_gpu and (not on_gpu or listed is datasheet_of(here.name)):
-        return here
-    return listed
+def _is_of(row: dict[str, Any], device: Device) -> bool:
+    known = datasheet_of(row["device"]) if row.get("device_memory_bytes") else None
+    return known is not None and known is (datasheet_of(device.name) if device.on_gpu else None)
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        yield from (json.loads(line) for line in text.splitlines() if line.strip())
-        return
-    content = json.loads(text)
+    content = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(content, dict) and isinstance(content.get("rows"), list):
         yield from ({**content.get("environment", {}), **row} for row in content["rows"])
 
 
-def _measured(row: dict[str, Any], device: Device, file: str) -> Measured:
-    config, layers = _released(row["shape"], row["depth"])
-    context = config.prompt.max_length + 1
-    batch = MicroBatch((row["frames"],) * row["batch"], context, context)
-    size = 2 if row["precision"] == "bf16" else 4
-    adapter = Adapter(ADAPTER_TYPES[row["adapter_type"]], row["rank"], layers)
-    counted = count(config, batch, adapter, size, size)
-    roofline = sum(counted.total().seconds(device.flops_per_second(size), device.bytes_per_second))
-    tokens = row["batch"] * (row["frames"] + config.dit.num_memory_tokens)
-    where = device.name if device.on_gpu else f"a CPU ({row['cpu_capability']})"
-    return Measured(row["shape"], row["adapter_type"], size, tokens, where, row["ours_ms"] / 1e3 / roofline, file)
-
-
-def calibrate(
-    measured: list[Measured], device: Device, shape: str, adapter_type: str, value_bytes: int, tokens: int
-) -> Factor:
-    """The factor for a job: of the nearest measurements on that device, else on other GPUs, else assumed."""
-    own = [one for one in measured if (one.device == device.name) or (not device.on_gpu and "CPU" in one.device)]
-    others = [one for one in measured if "CPU" not in one.device] if device.on_gpu else []
-    if not (own or others):
-        return Factor(ASSUMED_FACTOR, f"datasheet only: a factor of {ASSUMED_FACTOR:g} over the roofline is assumed")
-    used = own or others
-
-    def weight(one: Measured) -> float:
-        far = abs(math.log(one.tokens / tokens)) + 0.5 * (one.shape != shape) + 0.5 * (one.value_bytes != value_bytes)
-        return (0.1 + far + 0.3 * (one.adapter_type != adapter_type)) ** -2
-
-    total = sum(map(weight, used))
-    value = math.exp(sum(weight(one) * math.log(one.factor) for one in used) / total)
-    where = sorted({one.device for one in used})
-    files = ", ".join(sorted({one.file for one in used}))
-    carried = "" if own else ", carried over from another device"
-    evidence = f"calibrated by {counted(len(used), 'step')} timed on {', '.join(where)} ({files}){carried}"
-    factors = [one.factor for one in used]
-    return Factor(value, evidence, (min(factors) / value, max(factors) / value), own=bool(own))
+def _roofline(row: dict[str, Any], device: Device) -> float:
+    """Seconds."""
+    config = parse_model_config(released_config(row["shape"], row["depth"]), row["shape"])
+    layers = frozenset(candidate_layers(meta_roots(config)))
+    adapter = AdapterShape(ADAPTER_TYPES[row["adapter_type"]], row["rank"], layers, device.runs_kernels)
+    bf16 = row["precision"] == "bf16"
+    network = FakeNetwork(config, adapter, Numerics(torch.bfloat16 if bf16 else torch.float32, autocast=bf16))
+    work = network.count(BatchShape(row["batch"], row["frames"])).total()
+    return sum(work.seconds(device.flops_per_second(2 if bf16 else 4), device.bytes_per_second))

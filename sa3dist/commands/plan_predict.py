@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,21 +13,23 @@ from sa3dist_kernels import ADAPTER_TYPES
 
 from sa3dist.adapters import candidate_layers
 from sa3dist.adapters.select import require_match
-from sa3dist.commands.plan_calibration import Factor, Measured, calibrate
+from sa3dist.commands.plan_calibration import Factor, calibrate
 from sa3dist.config import Settings
 from sa3dist.cost_model.devices import Device
-from sa3dist.cost_model.flops import Adapter, Count, count
+from sa3dist.cost_model.fake_network import AdapterShape, BatchShape, FakeNetwork, Numerics
 from sa3dist.flow.crops import crop_frames
 from sa3dist.model.base import AUTOENCODER_PREFIX
+from sa3dist.model.compiled import wants_compile
 from sa3dist.model.config import ModelConfig
 from sa3dist.model.loading import expected_tensors, meta_roots
-from sa3dist.training import memory
 from sa3dist.training.cuda_graphs import wants_graphs
+from sa3dist.training.memory import MOMENT_BYTES, USABLE_SHARE, VALUE_BYTES, fewest_recomputed, working_bytes
+from sa3dist.training.model_setup import DTYPES
 
 # A process on a GPU before it holds a tensor: context and libraries. Seen between 0.4 and 0.8 GB by driver and device.
 CONTEXT_BYTES = 0.7e9
 # Value, gradient and AdamW's two means of one trained number, float32.
-TRAINED_BYTES = memory.VALUE_BYTES + memory.MOMENT_BYTES
+TRAINED_BYTES = VALUE_BYTES + MOMENT_BYTES
 # Kernels an eager step launches per counted operation, and the host's time for one: what limits short clips on a GPU.
 LAUNCHES_PER_OPERATION, LAUNCH_SECONDS = 4, 5e-6
 
@@ -46,6 +49,7 @@ class Job:
     base_values            numbers in the frozen network and conditioners
     ranks                  processes
     link_bytes_per_second  of the slowest link gradients are reduced over; None: not counted
+    networks               those counted so far, shared with the jobs that this one is changed to
     """
 
     settings: Settings
@@ -55,6 +59,7 @@ class Job:
     base_values: int
     ranks: int = 1
     link_bytes_per_second: float | None = None
+    networks: dict[tuple[AdapterShape, Numerics], FakeNetwork] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, settings: Settings, config: ModelConfig, ranks: int = 1, link: float | None = None) -> Job:
@@ -79,27 +84,58 @@ class Job:
         return sum(map(math.prod, shapes))
 
     @property
-    def value_bytes(self) -> int:
-        return 4 if self.settings.base_precision == "fp32" else 2
+    def product_bytes(self) -> int:
+        """Of an operand of the network's products."""
+        narrow = self.settings.mixed_precision == "bf16" or self.settings.base_precision != "fp32"
+        return 2 if narrow else 4
+
+    def forms(self, device: Device) -> bool:
+        """Whether adapted weights are formed there."""
+        choice = self.settings.adapter_products
+        return choice == "formed" or (choice == "auto" and device.runs_kernels)
+
+    def network(self, device: Device) -> FakeNetwork:
+        """What is counted for that device."""
+        settings, formed = self.settings, self.forms(device)
+        kind = torch.device("cuda" if device.on_gpu else "cpu")
+        whole_blocks = formed and wants_compile(
+            settings.compile, kind, settings.number_of_steps, settings.deterministic
+        )
+        adapter = AdapterShape(ADAPTER_TYPES[settings.adapter_type], settings.rank, frozenset(self.fans), formed)
+        numerics = Numerics(DTYPES[settings.base_precision], settings.mixed_precision == "bf16", whole_blocks)
+        if (adapter, numerics) not in self.networks:
+            self.networks[adapter, numerics] = FakeNetwork(self.config, adapter, numerics)
+        return self.networks[adapter, numerics]
 
 
 @dataclasses.dataclass(frozen=True)
-class Prediction:
-    """Memory in bytes by what it is for, seconds of a step by what they go to, and how sure that is.
+class MemoryPlan:
+    """Memory of a process in bytes, by what it is for.
 
-    seconds   compute, memory bandwidth, host, network; host overlaps with the device, the network does not
+    recorded_bytes   what passes recorded as graphs take beside that, where a run wants them and they fit; else 0
     """
 
     bytes: dict[str, float]
     recomputed_blocks: int
     fits: bool
-    flops: float
-    seconds: dict[str, float]
-    factor: Factor
+    recorded_bytes: float
 
     @property
     def peak_bytes(self) -> float:
         return sum(self.bytes.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """Memory, operations of a step, seconds of a step by what they go to, and how sure that is.
+
+    seconds   compute, memory bandwidth, host, network; host overlaps with the device, the network does not
+    """
+
+    memory: MemoryPlan
+    flops: float
+    seconds: dict[str, float]
+    factor: Factor
 
     @property
     def step_seconds(self) -> float:
@@ -112,27 +148,51 @@ class Prediction:
         return max(self.seconds, key=self.seconds.get)
 
 
-def predict(job: Job, device: Device, measured: list[Measured]) -> Prediction:
-    """Memory and time of a job on a device. measured: timed steps to calibrate with, may be empty."""
-    settings, config, size = job.settings, job.config, job.value_bytes
-    adapter = Adapter(ADAPTER_TYPES[settings.adapter_type], settings.rank, frozenset(job.fans), device.runs_kernels)
-    needed = _held_bytes(job, device)
-    largest = memory.batch_of(config, job.frames, settings.batch_size)
-    counted = count(config, largest, adapter, size, size)
-    choice = _choose(settings.gradient_checkpointing, counted, sum(needed.values()), device.memory_bytes)
-    needed["kept for the backward pass"] = counted.kept_bytes(choice.recomputed_blocks)
-    tokens = settings.batch_size * (job.frames + config.dit.num_memory_tokens)
-    graphed = _graphed(job, device, needed)
-    if graphed:
-        needed["recorded pass"] = needed["kept for the backward pass"] + needed["working"]
+def plan_memory(job: Job, device: Device, given_context: bool = True) -> MemoryPlan:
+    """Memory of a job on a device.
 
-    usual = memory.batch_of(config, job.frames, settings.batch_size, given_context=False)
-    work = count(config, usual, adapter, size, size).total(choice.recomputed_blocks)
-    factor = calibrate(measured, device, settings.model, settings.adapter_type, size, tokens)
-    compute, moving = work.seconds(device.flops_per_second(size), device.bytes_per_second)
+    given_context   False plans for micro batches without inpainting context, which keep a little less
+    """
+    settings = job.settings
+    needed = _held_bytes(job, device)
+    batch = BatchShape(settings.batch_size, job.frames, given_context)
+    counted = job.network(device).count(batch, backward=False)
+    other, usable = sum(needed.values()), USABLE_SHARE * device.memory_bytes
+    if settings.gradient_checkpointing == "auto":
+        blocks = fewest_recomputed(counted, other, device.memory_bytes).recomputed_blocks
+    else:
+        blocks = job.config.dit.depth if settings.gradient_checkpointing == "on" else 0
+    needed["kept for the backward pass"] = counted.kept_bytes(blocks)
+    peak, again = sum(needed.values()), needed["kept for the backward pass"] + needed["working"]
+    wanted = device.on_gpu and wants_graphs(settings.cuda_graphs, torch.device("cuda"), settings.number_of_steps)
+    return MemoryPlan(needed, blocks, peak <= usable, again if wanted and peak + again <= usable else 0.0)
+
+
+def _held_bytes(job: Job, device: Device) -> dict[str, float]:
+    """Everything but what is kept for the backward pass, by name."""
+    kind, rank = ADAPTER_TYPES[job.settings.adapter_type], job.settings.rank
+    # Norms of rows and columns; the bases of -xs types and their products with the weight.
+    constants = sum((fan_out + fan_in) * (1 + 2 * rank * kind.xs) * 4 for fan_out, fan_in in job.fans.values())
+    formed = sum(fan_out * fan_in + rank * (fan_out + fan_in) for fan_out, fan_in in job.fans.values())
+    tokens = job.settings.batch_size * (job.frames + job.config.dit.num_memory_tokens)
+    return {
+        "base": float(DTYPES[job.settings.base_precision].itemsize * job.base_values),
+        "formed weights": float(job.product_bytes * formed if job.forms(device) else 0),
+        "adapter and optimiser": float(TRAINED_BYTES * job.trained + constants),
+        "working": working_bytes(job.config, tokens, DTYPES[job.settings.base_precision].itemsize),
+        "context": CONTEXT_BYTES if device.on_gpu else 0.0,
+    }
+
+
+def predict(job: Job, device: Device, results: Path) -> Prediction:
+    """Memory and time of a job on a device. results: folder of timed steps, see ``calibrate``; may be empty."""
+    settings, planned = job.settings, plan_memory(job, device)
+    work = job.network(device).count(BatchShape(settings.batch_size, job.frames)).total(planned.recomputed_blocks)
+    factor = calibrate(results, device, settings.batch_size * job.frames, settings.adapter_type)
+    compute, moving = work.seconds(device.flops_per_second(job.product_bytes), device.bytes_per_second)
     rounds = settings.accumulation(job.ranks)
     # What a timed device's host costs is within the factor; a graph is launched at once.
-    from_host = device.on_gpu and not factor.own and not graphed
+    from_host = device.on_gpu and not factor.measured and not planned.recorded_bytes
     launches = LAUNCHES_PER_OPERATION * len(work.operations) if from_host else 0
     seconds = {
         "compute": rounds * factor.value * compute,
@@ -140,36 +200,7 @@ def predict(job: Job, device: Device, measured: list[Measured]) -> Prediction:
         "host": rounds * launches * LAUNCH_SECONDS,
         "network": _reduction_seconds(job),
     }
-    return Prediction(needed, choice.recomputed_blocks, choice.fits, rounds * work.flops, seconds, factor)
-
-
-def _held_bytes(job: Job, device: Device) -> dict[str, float]:
-    """Everything but what is kept for the backward pass, by name."""
-    rank = job.settings.rank if ADAPTER_TYPES[job.settings.adapter_type].xs else 0
-    # Norms of rows and columns; the bases of -xs types and their products with the weight.
-    constants = sum((fan_out + fan_in) * (1 + 2 * rank) * 4 for fan_out, fan_in in job.fans.values())
-    tokens = job.settings.batch_size * (job.frames + job.config.dit.num_memory_tokens)
-    return {
-        "base": float(job.value_bytes * job.base_values),
-        "adapter and optimiser": float(TRAINED_BYTES * job.trained + constants),
-        "working": memory.working_bytes(job.config, tokens, job.value_bytes),
-        "context": CONTEXT_BYTES if device.on_gpu else 0.0,
-    }
-
-
-def _graphed(job: Job, device: Device, needed: dict[str, float]) -> bool:
-    """Whether passes will be replayed: where the run wants it and their values fit the memory a second time."""
-    settings = job.settings
-    wanted = device.on_gpu and wants_graphs(settings.cuda_graphs, torch.device("cuda"), settings.number_of_steps)
-    twice = sum(needed.values()) + needed["kept for the backward pass"] + needed["working"]
-    return wanted and twice <= memory.USABLE_SHARE * device.memory_bytes
-
-
-def _choose(setting: str, counted: Count, other: float, free: float) -> memory.Choice:
-    if setting == "auto":
-        return memory.fewest_recomputed(counted, other, free)
-    blocks = len(counted.blocks) if setting == "on" else 0
-    return memory.Choice(blocks, other + counted.kept_bytes(blocks), free)
+    return Prediction(planned, rounds * work.flops, seconds, factor)
 
 
 def _reduction_seconds(job: Job) -> float:
@@ -179,16 +210,18 @@ def _reduction_seconds(job: Job) -> float:
     return 2 * (job.ranks - 1) / job.ranks * 4 * job.trained / job.link_bytes_per_second
 
 
-def fit(job: Job, device: Device, measured: list[Measured]) -> tuple[dict[str, Any], Prediction] | None:
+def fit(job: Job, device: Device) -> dict[str, Any] | None:
     """The settings to change so that the job fits the device, nearest to what was asked first; None if nothing does.
 
     Tried in this order: recomputing blocks, fewer clips per micro batch with more accumulation, a 16-bit base, and only
     then shorter crops.
     """
     for changes in _alternatives(job):
-        prediction = predict(job.changed(**changes), device, measured)
-        if prediction.fits:
-            return changes, prediction
+        changed = job.changed(**changes)
+        # Nothing needs counting where not even what is held between steps fits.
+        held = sum(_held_bytes(changed, device).values())
+        if held <= USABLE_SHARE * device.memory_bytes and plan_memory(changed, device).fits:
+            return changes
     return None
 
 

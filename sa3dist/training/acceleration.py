@@ -33,15 +33,17 @@ def choose_acceleration(trainer: Trainer, settings: Settings, frames: int) -> No
     if group.device.type == "cuda":
         # What encoding took says nothing about training.
         torch.cuda.reset_peak_memory_stats(group.device)
-    largest = base, frames, settings.batch_size, group.device, settings.mixed_precision
+    compiled = wants_compile(settings.compile, group.device, plan.steps, settings.deterministic)
+    whole_blocks = compiled and trainer.engine.formed is not None
+    largest = memory.LargestPass(base, frames, settings.batch_size, settings.mixed_precision, whole_blocks)
     # An earlier start of this run ran out of memory; see ``out_of_memory.ending``.
     choice = settings.gradient_checkpointing if plan.out_of_memory_at_step is None else "on"
-    base.recomputed_blocks = memory.recomputed_blocks(choice, *largest)
+    base.recomputed_blocks = memory.recomputed_blocks(choice, largest, group.device)
     if trainer.engine.formed is not None:
         trainer.ladder = ShapeLadder(frames, base.dit.transformer.memory)
-    if wants_compile(settings.compile, group.device, plan.steps, settings.deterministic):
+    if compiled:
         keep_compiled_in(settings.work_dir / "compiled")
-        if trainer.ladder is not None:
+        if whole_blocks:
             compile_blocks(base.dit, "inductor", whole=settings.compile == "on")
         else:
             compile_elementwise(base.dit)
@@ -49,7 +51,7 @@ def choose_acceleration(trainer: Trainer, settings: Settings, frames: int) -> No
             fall_back_on_failure()
     # A graph holds no collectives.
     if not trainer.engine.collectives_in_forward and wants_graphs(settings.cuda_graphs, group.device, plan.steps):
-        trainer.record_graphs(Recorder(group.device, memory.largest_pass_bytes(*largest)))
+        trainer.record_graphs(Recorder(group.device, largest.bytes(base.recomputed_blocks)))
 
 
 def make_deterministic() -> None:

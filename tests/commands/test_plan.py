@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ from sa3dist_kernels import ADAPTER_TYPES
 
 from sa3dist import cli, config
 from sa3dist.adapters import adapter_parameters, attach_adapter, candidate_layers
-from sa3dist.commands import plan, plan_calibration
-from sa3dist.commands.plan_calibration import read_results
-from sa3dist.commands.plan_predict import Job, fit, predict
+from sa3dist.commands import plan
+from sa3dist.commands.plan_calibration import RESULTS
+from sa3dist.commands.plan_predict import Job, fit, plan_memory, predict
 from sa3dist.cost_model.devices import GPUS, Device, datasheet_of, find_device
-from sa3dist.cost_model.flops import Adapter, MicroBatch, count
+from sa3dist.cost_model.fake_network import AdapterShape, BatchShape, FakeNetwork, Numerics
 from sa3dist.errors import ConfigError
 from sa3dist.model.base import Base
 from sa3dist.model.loading import known_config, meta_roots
@@ -25,6 +26,7 @@ from sa3dist.model.tiny import tiny_config
 from sa3dist.training import memory
 
 H200 = GPUS["H200"]
+NO_RESULTS = Path("no such folder")
 
 
 @functools.cache
@@ -40,18 +42,23 @@ def job(model="small-music-base", **settings) -> Job:
 def timed_row(device="NVIDIA H200", factor=3.0, frames=323, kind="dora-rows") -> dict:
     """A benchmark row whose time is ``factor`` over the H200's roofline."""
     shape = parse_model_config(released_config("small-music-base"), "small")
-    adapter = Adapter(ADAPTER_TYPES[kind], 16, frozenset(candidate_layers(meta_roots(shape))))
-    counted = count(shape, MicroBatch((frames,), 257, 257), adapter, 2, 2)
+    adapter = AdapterShape(ADAPTER_TYPES[kind], 16, frozenset(candidate_layers(meta_roots(shape))), formed=True)
+    counted = FakeNetwork(shape, adapter, Numerics(torch.bfloat16, autocast=True)).count(BatchShape(1, frames))
     seconds = sum(counted.total().seconds(H200.bf16_flops, H200.bytes_per_second))
     row = {"device": device, "device_memory_bytes": 141 << 30, "shape": "small-music-base", "depth": 20, "batch": 1}
-    row |= {"frames": frames, "adapter_type": kind, "rank": 16, "precision": "bf16", "ours_ms": 1e3 * factor * seconds}
-    return {**row, "emulated_products": False}
+    return row | {
+        "frames": frames,
+        "adapter_type": kind,
+        "rank": 16,
+        "precision": "bf16",
+        "ours_ms": 1e3 * factor * seconds,
+    }
 
 
 def results(folder, *rows):
     folder.mkdir(exist_ok=True)
-    (folder / "step.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return read_results(folder, here=None)
+    (folder / "step.json").write_text(json.dumps({"environment": {}, "rows": rows}))
+    return folder
 
 
 def test_predicted_memory_is_what_base_and_adapter_really_hold(monkeypatch):
@@ -61,7 +68,7 @@ def test_predicted_memory_is_what_base_and_adapter_really_hold(monkeypatch):
     settings = config.build(
         {"audio_data_url": "x", "adapter_type": "bora", "rank": 3, "include": ["layers."], "base_precision": "fp32"}
     )
-    found = predict(Job.of(settings, shape), H200, []).bytes
+    found = plan_memory(Job.of(settings, shape), H200).bytes
     trained = {id(parameter) for parameter in adapter_parameters(base).values()}
     frozen = [p for root in base.adapter_roots for p in root.parameters() if id(p) not in trained]
     frozen.append(base.dit.transformer.rotary_pos_emb.inv_freq)
@@ -73,105 +80,118 @@ def test_predicted_memory_is_what_base_and_adapter_really_hold(monkeypatch):
 
 
 def test_time_follows_the_device_the_length_and_the_ranks():
-    short, long = (predict(job(duration=seconds), H200, []) for seconds in (10, 60))
+    short, long = (predict(job(duration=seconds), H200, NO_RESULTS) for seconds in (10, 60))
     assert 3 < long.flops / short.flops < 6
     half = dataclasses.replace(H200, bf16_flops=H200.bf16_flops / 2, bytes_per_second=H200.bytes_per_second / 2)
-    slow = predict(job(duration=60), half, [])
+    slow = predict(job(duration=60), half, NO_RESULTS)
     for part in ("compute", "memory bandwidth"):
         assert slow.seconds[part] == pytest.approx(2 * long.seconds[part])
-    accumulated = predict(job(duration=60, gradient_accumulation_steps=3), H200, [])
+    accumulated = predict(job(duration=60, gradient_accumulation_steps=3), H200, NO_RESULTS)
     assert accumulated.seconds["compute"] == pytest.approx(3 * long.seconds["compute"])
     four = dataclasses.replace(job(), ranks=4, link_bytes_per_second=25e9 / 8)
     # The trained numbers of the small model's adapter, in float32, over the link twice but for a rank's own share.
-    assert predict(four, H200, []).seconds["network"] == pytest.approx(2 * 3 / 4 * 4 * 10.71e6 / (25e9 / 8), rel=1e-3)
+    assert predict(four, H200, NO_RESULTS).seconds["network"] == pytest.approx(
+        2 * 3 / 4 * 4 * 10.71e6 / (25e9 / 8), rel=1e-3
+    )
 
 
-def test_passes_are_planned_as_graphs_where_a_run_records_them_and_their_values_fit_twice():
-    small = predict(job(duration=30), H200, [])
-    launched = predict(job(duration=30, cuda_graphs="off"), H200, [])
+def test_graphs_are_planned_where_a_run_records_them_and_their_values_fit_twice_and_are_no_part_of_the_peak():
+    small, launched = (predict(job(cuda_graphs=choice), H200, NO_RESULTS) for choice in ("auto", "off"))
     assert small.seconds["host"] == 0 < launched.seconds["host"]
-    again = small.bytes["kept for the backward pass"] + small.bytes["working"]
-    assert small.peak_bytes == pytest.approx(launched.peak_bytes + again)
-    tight = dataclasses.replace(H200, memory_bytes=(launched.peak_bytes + again / 2) / memory.USABLE_SHARE)
-    assert predict(job(duration=30), tight, []).bytes == launched.bytes
+    again = small.memory.bytes["kept for the backward pass"] + small.memory.bytes["working"]
+    assert (small.memory.recorded_bytes, launched.memory.recorded_bytes) == (again, 0)
+    assert small.memory.peak_bytes == launched.memory.peak_bytes
+    tight = dataclasses.replace(H200, memory_bytes=(launched.memory.peak_bytes + again / 2) / memory.USABLE_SHARE)
+    assert plan_memory(job(), tight) == launched.memory
 
 
 def test_a_gpu_without_bfloat16_units_is_planned_without_the_kernels_that_need_them():
     assert [name for name, device in GPUS.items() if not device.runs_kernels] == ["T4"]
     turing = GPUS["T4"]
     with_kernels = dataclasses.replace(turing, bf16_flops=8 * turing.bf16_flops)
-    plain, fused = (predict(job(gradient_checkpointing="off"), device, []) for device in (turing, with_kernels))
-    assert plain.bytes["kept for the backward pass"] > fused.bytes["kept for the backward pass"]
+    plain, formed = (plan_memory(job(gradient_checkpointing="off"), device).bytes for device in (turing, with_kernels))
+    assert plain["formed weights"] == 0 < formed["formed weights"]
+    assert plain["kept for the backward pass"] > formed["kept for the backward pass"]
+    assert plan_memory(job(adapter_products="factored"), H200).bytes["formed weights"] == 0
 
 
 def test_recomputing_costs_time_and_saves_memory():
-    kept, again = (predict(job(gradient_checkpointing=choice), H200, []) for choice in ("off", "on"))
-    assert (kept.recomputed_blocks, again.recomputed_blocks) == (0, 20)
+    kept, again = (predict(job(gradient_checkpointing=choice), H200, NO_RESULTS) for choice in ("off", "on"))
+    assert (kept.memory.recomputed_blocks, again.memory.recomputed_blocks) == (0, 20)
     assert again.step_seconds > 1.2 * kept.step_seconds
-    assert again.peak_bytes < kept.peak_bytes
+    assert again.memory.peak_bytes < kept.memory.peak_bytes
 
 
-def test_measured_steps_calibrate_their_device_and_are_carried_over_to_others(tmp_path):
-    without = predict(job(), H200, [])
-    assert "datasheet only" in without.factor.evidence
-    measured = results(tmp_path / "own", timed_row(factor=3.0))
-    own, other = (predict(job(), device, measured) for device in (H200, GPUS["A100-80"]))
-    assert own.factor.value == pytest.approx(3)
-    assert own.seconds["compute"] == pytest.approx(3 / plan_calibration.ASSUMED_FACTOR * without.seconds["compute"])
-    assert own.factor.evidence == "calibrated by 1 step timed on H200 (step.jsonl)"
-    assert "carried over from another device" in other.factor.evidence
-    # The nearest measurement counts most, and how far they are apart is told.
-    near = results(tmp_path / "two", timed_row(factor=2.0, frames=323), timed_row(factor=4.0, frames=4091))
-    factor = predict(job(), H200, near).factor
-    assert 2 < factor.value < 2.2
-    assert factor.spread == (pytest.approx(2 / factor.value), pytest.approx(4 / factor.value))
+def test_a_step_timed_on_a_gpu_says_how_fast_it_is_and_nothing_of_other_gpus(tmp_path):
+    without = predict(job(), H200, NO_RESULTS)
+    assert "datasheet only: a factor of 2.5 over the roofline is assumed" in without.factor.evidence
+    folder = results(tmp_path, timed_row(factor=2.0, frames=323), timed_row(factor=4.0, frames=4091))
+    own, long, other = (
+        predict(job(duration=seconds, batch_size=1), device, folder)
+        for seconds, device in ((30, H200), (380, H200), (30, GPUS["A100-80"]))
+    )
+    assert own.factor.value == pytest.approx(2)
+    assert own.factor.evidence.startswith("a step timed on this GPU (step.json: small-music-base, 1 x 323 frames,")
+    assert long.factor.value == pytest.approx(4)
+    assert other.factor.evidence == without.factor.evidence
+    # The step that was timed is predicted to take the time it took.
+    assert own.step_seconds == pytest.approx(timed_row(factor=2.0)["ours_ms"] / 1e3, rel=0.02)
+
+
+def test_of_equally_long_steps_the_one_of_the_same_adapter_type_counts(tmp_path):
+    folder = results(tmp_path, timed_row(factor=2.0), timed_row(factor=5.0, kind="bora"))
+    assert predict(job(adapter_type="bora", batch_size=1), H200, folder).factor.value == pytest.approx(5)
 
 
 def test_results_of_other_kinds_are_left_out(tmp_path):
-    emulated = {**timed_row(), "emulated_products": True}
     of_a_cpu = {**timed_row(device="x86_64"), "device_memory_bytes": None, "cpu_capability": "AVX2"}
-    of_a_layer = {"ours_ms": {"median": 2.0}, "fan_in": 8}
-    assert results(tmp_path, emulated, of_a_cpu, of_a_layer, {"samples_per_second": 3}) == []
+    results(tmp_path, of_a_cpu, {"ours_ms": {"median": 2.0}, "fan_in": 8}, {"samples_per_second": 3})
+    (tmp_path / "other.json").write_text("[1, 2]")
     here = Device("this CPU", 1e10, 1e11, 1e11, 1e10, "measured here", on_gpu=False)
-    (only,) = read_results(tmp_path, here)
-    assert only.device == "a CPU (AVX2)"
-    assert predict(job(), here, [only]).factor.value == pytest.approx(only.factor)
+    for device, factor in ((H200, 2.5), (here, 1.3)):
+        assert predict(job(), device, tmp_path).factor.value == factor
 
 
-def test_a_measured_gpu_is_calibrated_against_its_own_measured_ceilings(tmp_path):
+def test_a_measured_gpu_is_held_against_its_own_measured_ceilings(tmp_path):
     here = dataclasses.replace(H200, name="NVIDIA H200", bf16_flops=H200.bf16_flops / 2, source="measured here")
-    results(tmp_path, timed_row(factor=3.0))
-    (only,) = read_results(tmp_path, here)
-    planned = predict(job(batch_size=1), here, [only])
-    assert planned.factor.evidence == "calibrated by 1 step timed on NVIDIA H200 (step.jsonl)"
+    planned = predict(job(batch_size=1), here, results(tmp_path, timed_row(factor=3.0)))
+    assert planned.factor.measured
     # Whatever the ceilings are, the step that was timed is predicted to take the time it took.
-    expected = timed_row(factor=3.0)["ours_ms"] / 1e3
-    assert planned.step_seconds == pytest.approx(expected, rel=0.02)
+    assert planned.step_seconds == pytest.approx(timed_row(factor=3.0)["ours_ms"] / 1e3, rel=0.02)
+
+
+def test_the_committed_measurements_say_how_fast_an_h100_is():
+    for seconds, milliseconds in ((30, 21.8), (380, 120.4)):
+        planned = predict(job(model="medium-base", duration=seconds, batch_size=1), GPUS["H100"], RESULTS)
+        assert "gpu_step.json" in planned.factor.evidence
+        assert 1e3 * planned.step_seconds == pytest.approx(milliseconds, rel=0.02)
 
 
 @pytest.mark.parametrize(
     ("settings", "gigabytes"),
-    [({"batch_size": 4, "duration": 120}, 3.0), ({"gradient_checkpointing": "off", "duration": 120}, 3.0)],
+    [({"batch_size": 4, "duration": 120}, 4.0), ({"gradient_checkpointing": "off", "duration": 120}, 4.0)],
 )
 def test_a_proposal_fits_and_keeps_the_clips_per_step(settings, gigabytes):
     asked = job(**settings)
     device = Device("small", gigabytes * 1e9, 1e14, 1e13, 1e12, "made up")
-    assert not predict(job(**{**settings, "gradient_checkpointing": "off"}), device, []).fits
-    changes, prediction = fit(asked, device, [])
-    assert prediction.fits
-    assert prediction.peak_bytes <= device.memory_bytes
+    assert not plan_memory(job(**{**settings, "gradient_checkpointing": "off"}), device).fits
+    changes = fit(asked, device)
+    planned = plan_memory(asked.changed(**changes), device)
+    assert planned.fits
+    assert planned.peak_bytes <= device.memory_bytes
     changed = asked.settings.model_copy(update=changes)
     assert "duration" not in changes
     assert changed.batch_size * changed.accumulation(1) == asked.settings.batch_size
-    assert fit(asked, Device("tiny", 1e9, 1e14, 1e13, 1e12, "made up"), []) is None
+    assert fit(asked, Device("tiny", 1e9, 1e14, 1e13, 1e12, "made up")) is None
 
 
 def test_shorter_crops_are_the_last_resort():
     asked = job(model="medium-base", duration=None, base_precision="fp32", mixed_precision="no")
-    changes, prediction = fit(asked, Device("small", 5.2e9, 1e14, 1e13, 1e12, "made up"), [])
+    device = Device("small", 8e9, 1e14, 1e13, 1e12, "made up")
+    changes = fit(asked, device)
     assert changes["base_precision"] == "bf16"
     assert 1 <= changes["duration"] < 380
-    assert prediction.recomputed_blocks == 24
+    assert plan_memory(asked.changed(**changes), device).recomputed_blocks == 24
 
 
 @pytest.mark.parametrize(
@@ -199,7 +219,7 @@ def test_amounts_of_memory_are_read_as_written():
 
 
 def test_the_command_says_what_its_figures_rest_on(tmp_path, capsys):
-    words = ["plan", "model=small-music-base", "batch_size=4", "duration=120", "--gpu", "H200", "--fit", "2.5GB"]
+    words = ["plan", "model=small-music-base", "batch_size=4", "duration=120", "--gpu", "H200", "--fit", "4GB"]
     assert cli.main([*words, "--results", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "datasheet only" in printed
