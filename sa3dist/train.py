@@ -6,6 +6,7 @@ import argparse
 import atexit
 import contextlib
 import faulthandler
+import functools
 import logging
 import os
 import sys
@@ -20,6 +21,7 @@ from sa3dist.runtime.signals import StopRequest, kill_loaders
 if TYPE_CHECKING:
     from sa3dist.pipeline import Run
     from sa3dist.runtime.process_group import Group
+    from sa3dist.runtime.watchdog import Watchdog
 
 
 def whole_road(run: Run) -> None:
@@ -94,7 +96,7 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
             try:
                 # Only now: peers of a rank that left before would wait for it in connect.
                 stop.raise_if_requested("starting")
-                out_of_memory_at_step = take_output_dir(group, settings.output_dir, stop, watchdog.renew_heartbeat)
+                out_of_memory_at_step = take_output_dir(group, settings.output_dir, stop, watchdog)
                 running.append(Run(settings, group, stop, out_of_memory_at_step))
                 stages(running[0])
                 part(group, GOODBYE_SECONDS)
@@ -111,10 +113,10 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
     return run_program(body, output_dir, lambda: running[0].step if running else 0)
 
 
-def take_output_dir(group: Group, directory: Path, stop: StopRequest, each_beat: Callable[[], None]) -> int | None:
+def take_output_dir(group: Group, directory: Path, stop: StopRequest, watchdog: Watchdog) -> int | None:
     """Before anything is written to it. Raises InUse, on all ranks, when another run does.
 
-    each_beat   as in ``run_lock.take``
+    watchdog   its heartbeat.json is renewed with the lock
     Returns, on all ranks, what ``forget_status`` found.
     """
     from sa3dist.runtime import run_lock
@@ -122,7 +124,8 @@ def take_output_dir(group: Group, directory: Path, stop: StopRequest, each_beat:
     from sa3dist.runtime.process_group import main_process_first
 
     def take() -> str | None:
-        return run_lock.take(directory, lambda: stop.raise_if_requested("waiting for output_dir"), each_beat)
+        check_stop = functools.partial(stop.raise_if_requested, "waiting for output_dir")
+        return run_lock.take(directory, check_stop, watchdog.heartbeat.renew)
 
     run_lock.adopt(directory, main_process_first(group, "lock", take, stop))
     return main_process_first(group, "forget-status", lambda: forget_status(directory), stop)

@@ -1,8 +1,4 @@
-"""Rank liveness and exit reasons, shared through the rendezvous store.
-
-Keys: sa3dist/alive/R, what rank R does, renewed every HEARTBEAT_SECONDS; sa3dist/stop, who was asked to stop while
-training; sa3dist/end, the reason all ranks end with; sa3dist/left/R, rank R needs the store no more.
-"""
+"""Rank liveness and exit reasons, shared through the rendezvous store."""
 
 from __future__ import annotations
 
@@ -31,6 +27,8 @@ GOODBYE_SECONDS = 30.0
 END = "sa3dist/end"
 # The first rank that is asked to stop while training leaves its reason here: others may be what it waits for.
 STOP = "sa3dist/stop"
+# By rank: what it does, renewed every HEARTBEAT_SECONDS; and that it needs the store no more.
+ALIVE, LEFT = "sa3dist/alive/{}", "sa3dist/left/{}"
 
 
 def default_store() -> dist.Store:
@@ -52,14 +50,6 @@ def unpack(packed: list[Any]) -> errors.SA3DistError:
     return problem
 
 
-def alive_key(dist_rank: int) -> str:
-    return f"sa3dist/alive/{dist_rank}"
-
-
-def left_key(dist_rank: int) -> str:
-    return f"sa3dist/left/{dist_rank}"
-
-
 def read(store: dist.Store, key: str) -> Any | None:
     """The JSON value under ``key``, or None."""
     return json.loads(store.get(key)) if store.check([key]) else None
@@ -68,12 +58,14 @@ def read(store: dist.Store, key: str) -> Any | None:
 def say_alive(store: dist.Store, dist_rank: int, liveness: Liveness) -> None:
     """Tell the others what this rank does; each telling differs from the one before."""
     said = {"at": time.monotonic(), "doing": liveness.doing, "step": liveness.step, "place": liveness.place}
-    store.set(alive_key(dist_rank), json.dumps(said | run_lock.identity()))
+    store.set(ALIVE.format(dist_rank), json.dumps(said | run_lock.identity()))
 
 
-def end_for_all(failure: Exception, dist_rank: int) -> Exception:
+def end_for_all(failure: Exception, group: Group) -> Exception:
     """Make ``failure`` the reason all ranks end with. Returns it, or the reason another rank gave before."""
-    packed = json.dumps(pack(failure, dist_rank))
+    if group.world_size == 1:
+        return failure
+    packed = json.dumps(pack(failure, group.dist_rank))
     held = default_store().compare_set(END, "", packed).decode()
     return failure if held == packed else unpack(json.loads(held))
 
@@ -92,12 +84,12 @@ def leave(group: Group, failure: Exception, told: errors.SA3DistError | None = N
     reason = failure
     try:
         if stopped:
-            held = end_for_all(_killed_peer(group) or failure, group.dist_rank)
+            held = end_for_all(_killed_peer(group) or failure, group)
             reason = failure if isinstance(held, errors.Interrupted) else held
         elif lost_contact:
             reason = told or _lost_peer(group) or failure
         else:
-            end_for_all(failure, group.dist_rank)
+            end_for_all(failure, group)
         part(group, 2 * HEARTBEAT_SECONDS + 1)
     except RuntimeError:
         # The store went with the rank that hosted it: nobody is left to tell.
@@ -111,8 +103,8 @@ def part(group: Group, seconds: float) -> None:
     """Say that this rank needs the store no more. Rank 0 may host it, and waits that long for the others."""
     if group.world_size > 1:
         store, deadline = default_store(), time.monotonic() + seconds
-        store.set(left_key(group.dist_rank), "1")
-        keys = [left_key(dist_rank) for dist_rank in range(group.world_size)]
+        store.set(LEFT.format(group.dist_rank), "1")
+        keys = [LEFT.format(dist_rank) for dist_rank in range(group.world_size)]
         while group.is_main and not store.check(keys) and time.monotonic() < deadline:
             time.sleep(0.05)
 
@@ -121,8 +113,8 @@ def _killed_peer(group: Group) -> errors.LostPeer | None:
     """The rank whose process is gone from this machine without having left: an agent signals its peers."""
     store = default_store()
     for dist_rank in range(group.world_size):
-        last = read(store, alive_key(dist_rank))
-        if last is not None and run_lock.lives(last) is False and not store.check([left_key(dist_rank)]):
+        last = read(store, ALIVE.format(dist_rank))
+        if last is not None and run_lock.lives(last) is False and not store.check([LEFT.format(dist_rank)]):
             return lost_rank(dist_rank, last)
     return None
 
@@ -130,16 +122,16 @@ def _killed_peer(group: Group) -> errors.LostPeer | None:
 def _lost_peer(group: Group) -> Exception | None:
     """Why another rank has left, or which one has no heartbeat."""
     store = default_store()
-    before = {n: read(store, alive_key(n)) for n in range(group.world_size) if n != group.dist_rank}
+    before = {n: read(store, ALIVE.format(n)) for n in range(group.world_size) if n != group.dist_rank}
     # Everyone alive renews its key within this time, also a rank that fails for the same reason.
     deadline = time.monotonic() + 2 * HEARTBEAT_SECONDS + 1
     silent = set(before)
     while time.monotonic() < deadline and silent:
         if (told := read(store, END)) is not None:
             return unpack(told)
-        silent = {n for n in silent if read(store, alive_key(n)) == before[n] and not store.check([left_key(n)])}
+        silent = {n for n in silent if read(store, ALIVE.format(n)) == before[n] and not store.check([LEFT.format(n)])}
         time.sleep(0.2)
-    return end_for_all(lost_rank(min(silent), before[min(silent)]), group.dist_rank) if silent else None
+    return end_for_all(lost_rank(min(silent), before[min(silent)]), group) if silent else None
 
 
 def lost_rank(dist_rank: int, last: dict[str, Any] | None, how: str = "") -> errors.LostPeer:

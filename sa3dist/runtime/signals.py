@@ -9,7 +9,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -32,9 +31,6 @@ RELEASE_SECONDS = 1.0
 # What a process takes to end after its last save.
 EXIT_SECONDS = 5.0
 
-# For good: the system writes a byte to that number at every signal, also when another file has it by then.
-_KEPT_OPEN: list[socket.socket] = []
-
 
 class StopRequest:
     """Whether this process was asked to stop. While ``saving`` is true no signal ends it.
@@ -47,7 +43,7 @@ class StopRequest:
         self.saving = False
         self.waiting = False
         self._heard: str | None = None
-        self._signals: socket.socket | None = None
+        self._signals: int | None = None
         self._first_at = 0.0
         self._ends_at: float | None = None
         self._allowed_seconds = 0.0
@@ -60,12 +56,10 @@ class StopRequest:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._handle)
         signal.signal(BREAK_SIGNAL, self._end_wait)
-        self._signals, writer = socket.socketpair()
-        _KEPT_OPEN.extend((self._signals, writer))
-        for end in (self._signals, writer):
-            end.setblocking(False)
-        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        # A child shares the socket, and its signals are its own.
+        # Open for good: the system writes to that number at every signal, also when another file has it by then.
+        self._signals, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        # A child shares the pipe, and its signals are its own.
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         return self
 
@@ -95,7 +89,7 @@ class StopRequest:
         if self._signals is not None:
             # The system's own handler writes the number of each signal.
             with contextlib.suppress(BlockingIOError):
-                for number in set(self._signals.recv(64)) & set(SIGNALS):
+                for number in set(os.read(self._signals, 64)) & set(SIGNALS):
                     self.hear(signal.Signals(number).name)
 
     @contextlib.contextmanager

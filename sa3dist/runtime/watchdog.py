@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -45,15 +44,15 @@ AGAIN = "state is as last saved, run again to continue"
 class Watchdog:
     """Runs from before ``connect`` to the end of the stages, as a context manager; ``watch`` tells it of the peers.
 
-    told   why another rank has left, as soon as this one knows
+    told        why another rank has left, as soon as this one knows
+    heartbeat   heartbeat.json, on rank 0
     """
 
     def __init__(self, stop: StopRequest, output_dir: Path) -> None:
         self._stop, self._output_dir = stop, output_dir
-        self._host = socket.gethostname()
         self._ended = threading.Event()
         self._group: Group | None = None
-        self._file: HeartbeatFile | None = None
+        self.heartbeat: HeartbeatFile | None = None
         self._next_last: dict | None = None
         self._contacts = 0
         self._stop_shared = False
@@ -64,17 +63,13 @@ class Watchdog:
     def watch(self, group: Group) -> Watchdog:
         """Watch this process and its peers from here on; until then a stop request alone ends it."""
         if group.is_main:
-            self._file = HeartbeatFile(self._output_dir, group.liveness)
+            self.heartbeat = HeartbeatFile(self._output_dir, group.liveness)
         if group.world_size > 1:
             peers.say_alive(peers.default_store(), group.dist_rank, group.liveness)
             self._threads.append(threading.Thread(target=self._exchange, args=(group,), daemon=True))
             self._threads[-1].start()
         self._group = group
         return self
-
-    def renew_heartbeat(self) -> None:
-        """On rank 0, by a thread that may wait for the disk."""
-        self._file.renew()
 
     def __enter__(self) -> Watchdog:
         self._threads[0].start()
@@ -85,8 +80,8 @@ class Watchdog:
         for thread in self._threads:
             # One may hang in a dead store.
             thread.join(ANSWER_SECONDS)
-        if self._file is not None:
-            within(ANSWER_SECONDS, lambda: self._file.close(failure))
+        if self.heartbeat is not None:
+            within(ANSWER_SECONDS, lambda: self.heartbeat.close(failure))
         elif failure is not None and self._is_saved_by_rank_0(failure):
             # The first report in status.json, and the first rank gone, make launchers end the others.
             seconds = self._patience_seconds(failure)
@@ -98,13 +93,13 @@ class Watchdog:
             # Where the store is gone, the watchdog counts the time without contact.
             with contextlib.suppress(RuntimeError):
                 peers.say_alive(store, group.dist_rank, group.liveness)
-                self._next_last = peers.read(store, peers.alive_key(next_rank))
+                self._next_last = peers.read(store, peers.ALIVE.format(next_rank))
                 told = peers.read(store, peers.END)
                 self._share_stop(store, group)
                 self._contacts += 1
                 if told is not None and self.told is None:
                     self.told = peers.unpack(told)
-                    store.set(peers.left_key(group.dist_rank), "1")
+                    store.set(peers.LEFT.format(group.dist_rank), "1")
 
     def _share_stop(self, store, group: Group) -> None:
         """While training: the one that waits for its loader may not be the one that was asked to stop."""
@@ -144,7 +139,7 @@ class Watchdog:
             what = f"while waiting for data, which hangs; {AGAIN}" if training else "during preparation"
             if not training:
                 what += "; finished work is kept, run the same command to continue"
-            problem = self._here(errors.Interrupted(f"{self._stop.reason} {what}"))
+            problem = errors.Interrupted(f"{self._stop.reason} {what}")
             if group is not None:
                 # Peers that do not hear of it would take this rank for killed.
                 problem = within(ANSWER_SECONDS, lambda: peers.leave(group, problem)) or problem
@@ -188,20 +183,14 @@ class Watchdog:
         else:
             where = f"step {here.step}" if here.stage == "train" else here.stage
             found = f"{where}: no progress for {limit:.0f} s ({here.doing})"
-        return self._here(errors.EnvironmentFailure(f"{found}; {AGAIN} (step_timeout)"))
+        return errors.EnvironmentFailure(f"{found}; {AGAIN} (step_timeout)")
 
     def _explain_cut(self, group: Group, seconds: float) -> errors.EnvironmentFailure:
         address = f"{os.environ.get('MASTER_ADDR', 'unknown')}:{os.environ.get('MASTER_PORT', '')}"
-        return self._here(
-            errors.EnvironmentFailure(
-                f"no contact with the rendezvous store at {address} for {seconds:.0f} s: the network is cut, or the "
-                f"host of rank 0 ({group.hosts[0]}) is gone; {AGAIN}"
-            )
+        return errors.EnvironmentFailure(
+            f"no contact with the rendezvous store at {address} for {seconds:.0f} s: the network is cut, or the "
+            f"host of rank 0 ({group.hosts[0]}) is gone; {AGAIN}"
         )
-
-    def _here(self, problem: errors.SA3DistError) -> errors.SA3DistError:
-        problem.origin = (self._group.dist_rank, self._host) if self._group is not None else None
-        return problem
 
     @staticmethod
     def _peers(group: Group) -> dict[int, dict]:
@@ -209,7 +198,7 @@ class Watchdog:
         if group.world_size == 1:
             return {}
         store, others = peers.default_store(), set(range(group.world_size)) - {group.dist_rank}
-        found = {dist_rank: peers.read(store, peers.alive_key(dist_rank)) for dist_rank in others}
+        found = {dist_rank: peers.read(store, peers.ALIVE.format(dist_rank)) for dist_rank in others}
         return {dist_rank: said for dist_rank, said in found.items() if said is not None}
 
     def _saving_seconds(self) -> float:
@@ -227,17 +216,14 @@ class Watchdog:
         return 2 * peers.HEARTBEAT_SECONDS + GRACE_SECONDS + 1 + saving
 
     def _end_all(self, problem: errors.SA3DistError) -> None:
-        if self._group.world_size > 1:
-            told = within(ANSWER_SECONDS, lambda: peers.end_for_all(problem, self._group.dist_rank))
-            problem = told or problem
-        self._end(problem)
+        self._end(within(ANSWER_SECONDS, lambda: peers.end_for_all(problem, self._group)) or problem)
 
     def _end(self, problem: errors.SA3DistError, patience_seconds: float | None = None) -> None:
         """patience_seconds: how long rank 0 is left to report before this rank does, if not what it may need."""
         if patience_seconds is None:
             patience_seconds = self._patience_seconds(problem)
-        if self._file is not None:
-            within(ANSWER_SECONDS, lambda: self._file.close(problem))
+        if self.heartbeat is not None:
+            within(ANSWER_SECONDS, lambda: self.heartbeat.close(problem))
             patience_seconds = 0.0
         step = 0 if self._group is None else max(0, self._group.liveness.step - 1)
         # The disk may be what the main thread waits for.

@@ -375,7 +375,7 @@ def test_the_heartbeat_is_renewed_while_there_is_progress_and_only_then(tmp_path
         return path.stat().st_mtime_ns
 
     with Watchdog(StopRequest(), tmp_path).watch(group) as watchdog:
-        run_lock.take(tmp_path, each_beat=watchdog.renew_heartbeat)
+        run_lock.take(tmp_path, each_beat=watchdog.heartbeat.renew)
         group.liveness.enter("train", 600)
         first, second = beat(1), beat(2)
         assert second > first

@@ -284,7 +284,7 @@ def test_all_ranks_are_refused_and_a_supervisor_is_told_elsewhere(tmp_path, owne
         def body():
             with Watchdog(StopRequest(), directory).watch(group) as watchdog:
                 try:
-                    train.take_output_dir(group, directory, StopRequest(), watchdog.renew_heartbeat)
+                    train.take_output_dir(group, directory, StopRequest(), watchdog)
                 except errors.InUse as failure:
                     raise leave(group, failure, watchdog.told) from None
 
