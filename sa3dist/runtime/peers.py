@@ -84,8 +84,7 @@ def leave(group: Group, failure: Exception, told: errors.SA3DistError | None = N
     reason = failure
     try:
         if stopped:
-            held = end_for_all(_killed_peer(group) or failure, group)
-            reason = failure if isinstance(held, errors.Interrupted) else held
+            reason = end_for_all(_killed_peer(group) or failure, group)
         elif lost_contact:
             reason = told or _lost_peer(group) or failure
         else:
