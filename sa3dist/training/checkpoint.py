@@ -98,20 +98,18 @@ def save(output_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return target
 
 
-def set_aside(output_dir: Path, step: int) -> list[Path]:
-    """Move checkpoints of later steps than ``step`` to ``checkpoints-aside``; returns what was moved.
+def set_aside(output_dir: Path, step: int) -> None:
+    """Move checkpoints of later steps than ``step`` to ``checkpoints-aside``, and say so.
 
     A run that starts over, or from an earlier step, would otherwise be continued from another course's end.
     """
-    moved = []
     for path in list_all(output_dir):
         if int(path.name.removeprefix("step-")) > step:
             aside = Path(output_dir) / "checkpoints-aside" / path.name
             aside.parent.mkdir(exist_ok=True)
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(path, aside)
-            moved.append(path)
-    return moved
+            log.warning("set aside %s: this run takes another course from step %d on", path, step)
 
 
 def list_all(output_dir: Path) -> list[Path]:

@@ -127,10 +127,5 @@ def out_of_memory_at(saved: checkpoint.Checkpoint | None, settings: Settings, no
 
 
 def set_aside(output_dir: Path, step: int, group: Group, stop: StopRequest) -> None:
-    """Move checkpoints of later steps than ``step`` out of the way, and say so: this run takes another course."""
-
-    def move() -> None:
-        for path in checkpoint.set_aside(output_dir, step):
-            log.warning("set aside %s: this run takes another course from step %d on", path, step)
-
-    main_process_first(group, "set-aside", move, stop)
+    """Move checkpoints of later steps than ``step`` out of the way on rank 0: this run takes another course."""
+    main_process_first(group, "set-aside", lambda: checkpoint.set_aside(output_dir, step), stop)

@@ -50,10 +50,12 @@ def test_a_run_started_over_leaves_no_later_checkpoint_to_resume_from(tmp_path):
     assert checkpoint.find(tmp_path, "auto").step == 2
 
 
-def test_a_run_from_an_earlier_step_sets_later_checkpoints_aside(tmp_path):
+def test_a_run_from_an_earlier_step_sets_later_checkpoints_aside_and_says_which(tmp_path, caplog):
     for step in (5, 9):
         checkpoint.save(tmp_path, make(step), keep=2)
-    assert [path.name for path in checkpoint.set_aside(tmp_path, 5)] == ["step-00000009"]
+    checkpoint.set_aside(tmp_path, 5)
+    (record,) = caplog.records
+    assert "step-00000009: this run takes another course from step 5 on" in record.getMessage()
     assert checkpoint.find(tmp_path, "auto").step == 5
     assert_equal(checkpoint.load(tmp_path / "checkpoints-aside/step-00000009"), make(9))
     checkpoint.set_aside(tmp_path, 0)
