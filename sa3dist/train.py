@@ -1,4 +1,4 @@
-"""The whole road, started by `accelerate launch -m sa3dist.train`, by torchrun or by plain python."""
+"""Every stage in order, started by `accelerate launch -m sa3dist.train`, by torchrun or by plain python."""
 
 from __future__ import annotations
 

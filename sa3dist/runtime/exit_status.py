@@ -94,7 +94,7 @@ def translate(failure: BaseException) -> errors.SA3DistError | None:
 
 
 def no_shared_memory(reason: str) -> errors.EnvironmentFailure:
-    """What to tell when a loader process cannot hand over a micro batch."""
+    """The failure of a loader process that cannot hand over a micro batch."""
     if "Too many open files" in reason:
         return errors.EnvironmentFailure(f"a loader process has too many files open ({reason}); raise ulimit -n")
     size = ""
@@ -142,14 +142,14 @@ def exit_code_of(failure: BaseException | None) -> int:
 
 
 def report(problem: errors.SA3DistError | None, directory: Path | None, step: int, patience_seconds: float) -> None:
-    """Say once on stderr, and in status.json, how the run ended, and give its directory back; None: well.
+    """Write once to stderr, and to status.json, how the run ended, and release its directory; None: well.
 
-    Rank 0 speaks for all. Another rank waits, and speaks only of a failure that rank 0 has not lived to tell.
+    Rank 0 reports for all. Another rank waits, and reports only a failure that rank 0 did not live to report.
     patience_seconds   how long rank 0 may take
     """
     try:
         if directory is not None and (isinstance(problem, errors.InUse) or run_lock.is_anothers(directory)):
-            # It holds another run's words. A supervisor, whose agent turns every code into 1, has a place for ours.
+            # Its status is another run's. A supervisor, whose agent turns every code into 1, reads ours elsewhere.
             directory = Path(os.environ[STATUS_DIR_VARIABLE]) if STATUS_DIR_VARIABLE in os.environ else None
         _report(problem, directory, step, patience_seconds)
     finally:
@@ -164,13 +164,13 @@ def _report(problem: errors.SA3DistError | None, directory: Path | None, step: i
         if problem is None or directory is None:
             return
         if isinstance(problem, errors.InUse):
-            # Rank 0 has said it, perhaps on another host than this one's supervisor.
+            # Rank 0 has reported it, perhaps on another host than this one's supervisor.
             _write_status(directory, problem, problem.origin or here, str(problem), step)
         # A file has no place for a status, and is what rank 0 refuses as well.
         if (found_by == 0 and not lost) or directory.is_file() or has_status(directory, patience_seconds):
             return
     elif directory is not None and (found_by or lost) and has_status(directory, 0):
-        # Another rank has told of what it has found, or that this one was given up as lost.
+        # Another rank has reported what it found, or that this rank is lost.
         return
     message, origin = "done", here
     if problem is not None:
@@ -195,7 +195,7 @@ def _write_status(
         with contextlib.suppress(OSError):
             write_json(directory / STATUS_NAME, status)
             return
-        # On a full disk the heartbeat gives its place to the last word.
+        # On a full disk the heartbeat makes room for the status.
         (directory / HEARTBEAT_NAME).unlink(missing_ok=True)
         write_json(directory / STATUS_NAME, status)
     except NotADirectoryError:
@@ -206,7 +206,7 @@ def _write_status(
 
 
 def forget_status(directory: Path) -> int | None:
-    """Remove what an earlier run said; until this one ends there is no status.
+    """Remove the status of an earlier run; until this one ends there is no status.
 
     Returns the step in which that run ran out of memory with ``on_oom: adapt``, None where it did not.
     """

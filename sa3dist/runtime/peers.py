@@ -56,7 +56,7 @@ def read(store: dist.Store, key: str) -> Any | None:
 
 
 def say_alive(store: dist.Store, dist_rank: int, liveness: Liveness) -> None:
-    """Tell the others what this rank does; each telling differs from the one before."""
+    """Show the others what this rank does; ``at`` makes each value differ from the one before."""
     said = {"at": time.monotonic(), "doing": liveness.doing, "step": liveness.step, "place": liveness.place}
     store.set(ALIVE.format(dist_rank), json.dumps(said | run_lock.identity()))
 
@@ -71,7 +71,7 @@ def end_for_all(failure: Exception, group: Group) -> Exception:
 
 
 def leave(group: Group, failure: Exception, told: errors.SA3DistError | None = None) -> Exception:
-    """Tell the peers why this rank ends; returns what to report: for a lost peer, that peer's own reason or its name.
+    """Tell the peers why this rank ends; return what to report: for a lost peer, that peer's own reason or its name.
 
     told   the reason of another rank, if this one has read it
     A lost peer shows first as a closed connection; which one it was, its missing heartbeats tell. During preparation it
@@ -91,7 +91,7 @@ def leave(group: Group, failure: Exception, told: errors.SA3DistError | None = N
             end_for_all(failure, group)
         part(group, 2 * HEARTBEAT_SECONDS + 1)
     except RuntimeError:
-        # The store went with the rank that hosted it: nobody is left to tell.
+        # The store went with the rank that hosted it.
         if told is None and (stopped or lost_contact):
             return lost_rank(0, {"host": group.hosts[0]}, ", and the rendezvous store with it")
         return told or reason
@@ -134,7 +134,7 @@ def _lost_peer(group: Group) -> Exception | None:
 
 
 def lost_rank(dist_rank: int, last: dict[str, Any] | None, how: str = "") -> errors.LostPeer:
-    """The failure that stands for a rank that has gone or fallen silent. last: what it told of itself at the end."""
+    """The failure that stands for a rank that has gone or fallen silent. last: its last heartbeat."""
     at = f", last seen in step {last['step']} ({last['doing']})" if last and "step" in last else ""
     problem = errors.LostPeer(
         f"gone{at}{how}: killed, or its machine or network failed; state is as last saved, run again to continue"

@@ -23,9 +23,9 @@ from sa3dist.runtime.signals import StopRequest
 
 log = logging.getLogger(__name__)
 
-# Waiting ranks look this often whether rank 0 is done: a poll, for preparation outlasts any collective
+# How often a waiting rank looks; it polls because preparation may outlast the time limit of any collective.
 POLL_SECONDS = 0.05
-# The watchdog speaks first: it knows who has not come.
+# More than step_timeout, so that the watchdog, which knows which rank is missing, reports first.
 GROUP_TIMEOUT_MARGIN_SECONDS = 60.0
 
 
@@ -34,8 +34,8 @@ class Group:
     """This process among its peers. dist_rank 0 writes; ``device`` is where this process computes.
 
     deepspeed   the launcher's DeepSpeed configuration as read; None outside of that mode
-    hosts   name of every rank's machine; empty for a process alone
-    liveness   what this process is doing, told to the others
+    hosts       name of every rank's machine; empty for a process alone
+    liveness    what this process is doing, shown to the others
     """
 
     dist_rank: int
@@ -95,7 +95,7 @@ def connect(step_timeout_seconds: float) -> Group:
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
     if deepspeed_launch.asked_for():
         deepspeed_launch.prepare_environment(on_cpu)
-        # Told of a CPU, Accelerate would pass DeepSpeed over without a word.
+        # Told of a CPU, Accelerate would ignore DeepSpeed silently.
         on_cpu = False
     patience = timedelta(seconds=step_timeout_seconds + GROUP_TIMEOUT_MARGIN_SECONDS)
     handlers = [InitProcessGroupKwargs(**backend_for(on_cpu), timeout=patience)]

@@ -1,6 +1,6 @@
 """run.lock: one run at a time writes to an output directory, and shows in it that it lives.
 
-Rank 0 takes it before anything else is written and gives it back with the last word. A killed run leaves it behind: on
+Rank 0 takes it before anything else is written and releases it with its status. A killed run leaves it behind: on
 the same machine its process is seen to be gone; from another machine its heartbeat is seen to stand still.
 """
 
@@ -33,8 +33,8 @@ DEAD_SECONDS = 60.0
 # slow disk: two machines' clocks may differ by anything.
 DOUBT_SECONDS = 15.0
 LOOK_SECONDS = 0.5
-# For how long the file may be in others' hands, or hold no lock because somebody is about to write it.
-HANDS_SECONDS = 5.0
+# How long to wait for a file that another process has locked, to read or to write it.
+FILE_LOCK_SECONDS = 5.0
 # Where files cannot be locked, a lock that was written is read again after this time.
 AGAIN_SECONDS = 1.0
 # Where nothing can be written no run has to be kept out.
@@ -165,7 +165,7 @@ def process_space() -> list[str]:
     try:
         return [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
     except OSError:
-        # A sandbox that does not tell: equal to nobody's, and a lost process is noticed by its silence.
+        # A sandbox that hides them: equal to no other, and a lost process is noticed by its missing heartbeat.
         return [uuid.uuid4().hex, ""]
 
 
@@ -236,13 +236,13 @@ def _keep(path: Path, mine: Owner, ended: threading.Event, each_beat: Callable[[
 
 
 def _opened(path: Path, create: bool) -> contextlib.AbstractContextManager[int]:
-    """The file, in this process's hands alone. Raises OSError, also when they are not free for a while."""
-    deadline = time.monotonic() + HANDS_SECONDS
+    """The file, locked by this process. Raises OSError, also when another keeps it locked for long."""
+    deadline = time.monotonic() + FILE_LOCK_SECONDS
 
     def not_for_ever() -> None:
         # Who has it may be frozen.
         if time.monotonic() > deadline:
-            raise BlockingIOError(errno.EAGAIN, "in other hands", str(path))
+            raise BlockingIOError(errno.EAGAIN, "locked by another process", str(path))
 
     return opened_alone(path, create, not_for_ever)
 

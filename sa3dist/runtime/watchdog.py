@@ -1,7 +1,7 @@
 """Never a hang: threads beside the main one end this process when it, or a peer, has stood still for too long.
 
-One thread renews this rank's key in the store and reads what the others say; the watchdog itself only counts, so that
-neither a dead network nor a dead disk can hold it up. What it needs of either it asks in a thread of its own.
+One thread exchanges heartbeats and reasons through the store. The watchdog's own thread only counts, so that neither a
+dead network nor a dead disk blocks it; what it needs of either it asks in a further thread, for a bounded time.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class Watchdog:
 
     @staticmethod
     def _peers(group: Group) -> dict[int, dict]:
-        """What every other rank has told of itself last."""
+        """The last heartbeat of every other rank."""
         if group.world_size == 1:
             return {}
         store, others = peers.default_store(), set(range(group.world_size)) - {group.dist_rank}
