@@ -18,6 +18,7 @@ from sa3dist.data.source.prefetch import prefetch
 from sa3dist.data.source.shard_split import split
 from sa3dist.errors import DataError, counted
 from sa3dist.formats import DatasetIndex
+from sa3dist.model.base import Base
 from sa3dist.progress import progress
 from sa3dist.runtime.file_lock import alone
 from sa3dist.runtime.process_group import Group, main_process_first, run_on_all_ranks
@@ -35,7 +36,7 @@ MAX_LATENT_SHARD_BYTES = 64 << 20
 
 
 def open_encoded(
-    settings: Settings, base, index: DatasetIndex, group: Group, stop: StopRequest, everything: bool = False
+    settings: Settings, base: Base, index: DatasetIndex, group: Group, stop: StopRequest, everything: bool = False
 ) -> BatchSource:
     """The data set under ``base``; encoded as far as it can be where ``everything`` or ``pre_encode`` asks for that.
 
@@ -60,7 +61,7 @@ def open_encoded(
     return source
 
 
-def encode_all(base, pieces: Sequence[Piece], group: Group, stop: StopRequest) -> None:
+def encode_all(base: Base, pieces: Sequence[Piece], group: Group, stop: StopRequest) -> None:
     """Encode every piece that is not on disk already.
 
     Each rank takes every world_size-th piece; all return together, however long the slowest one takes. What shares a
@@ -76,7 +77,7 @@ def encode_all(base, pieces: Sequence[Piece], group: Group, stop: StopRequest) -
 
 
 def _encode(
-    base, left: Sequence[Piece], group: Group, stop: StopRequest, held: int, update: Callable[..., None]
+    base: Base, left: Sequence[Piece], group: Group, stop: StopRequest, held: int, update: Callable[..., None]
 ) -> None:
     begin, whole = time.monotonic(), sum(piece.cost for piece in left)
     done, cost = held, 0.0
@@ -141,8 +142,6 @@ def pack_latents(
 
 
 def _is_finished(path: Path) -> bool:
-    try:
-        LatentShard.read(path)
-    except DataError:
-        return False
-    return True
+    with contextlib.suppress(DataError):
+        return LatentShard.read(path) is not None
+    return False

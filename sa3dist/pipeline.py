@@ -12,7 +12,6 @@ from typing import Any
 import yaml
 
 from sa3dist import adapters, encode, export, loop, shard
-from sa3dist.config import Settings
 from sa3dist.data.batches.batch_source import BatchSource
 from sa3dist.data.batches.worker_shards import RankCursors
 from sa3dist.data.source.archive import check_local
@@ -24,6 +23,7 @@ from sa3dist.parallel import zero_config
 from sa3dist.runtime.liveness import PREPARATION_SECONDS
 from sa3dist.runtime.process_group import Group, main_process_first
 from sa3dist.runtime.signals import StopRequest
+from sa3dist.settings import Settings
 from sa3dist.training import checkpoint, model_setup, resume, run_plan
 from sa3dist.training.acceleration import choose_acceleration
 from sa3dist.training.rank_checks import check_same_start

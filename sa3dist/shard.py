@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sa3dist.config import Settings
 from sa3dist.data.latents.source import (
     LatentDataset,
     Paths,
@@ -26,6 +25,7 @@ from sa3dist.formats import DatasetIndex
 from sa3dist.progress import progress
 from sa3dist.runtime.process_group import Group, main_process_first, run_on_all_ranks
 from sa3dist.runtime.signals import StopRequest
+from sa3dist.settings import Settings
 
 log = logging.getLogger(__name__)
 

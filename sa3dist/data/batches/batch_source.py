@@ -6,7 +6,7 @@ import abc
 import functools
 import logging
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sa3dist.data.batches.encode_on_demand import EncodeOnDemand
@@ -22,9 +22,9 @@ from sa3dist.data.latents.source import LatentDataset, StreamedDataset
 from sa3dist.errors import ConfigError, counted
 from sa3dist.flow.crops import crop_frames
 from sa3dist.formats import DatasetIndex
+from sa3dist.model.base import Base
 
 if TYPE_CHECKING:
-    from sa3dist.model.base import Base
     from sa3dist.runtime.process_group import Group
     from sa3dist.runtime.signals import StopRequest
     from sa3dist.settings import Settings
@@ -117,8 +117,12 @@ class IndexedSource(BatchSource):
         self, steps: range, accumulation: int, group: Group, stop: StopRequest, cursors: RankCursors | None
     ) -> Generator[MicroBatch, None, None]:
         indices = micro_indices(steps, accumulation, group.dist_rank, group.world_size)
-        check_stop = functools.partial(stop.raise_if_requested, "reading audio")
-        on_demand = EncodeOnDemand(self.base, self.micro_batches, _before_work(group, stop), check_stop)
+        on_demand = EncodeOnDemand(
+            self.base,
+            self.micro_batches,
+            before_work=functools.partial(_begin_work, group, stop),
+            check_stop=functools.partial(stop.raise_if_requested, "reading audio"),
+        )
         return on_demand.batches(indices, self.settings.num_workers, group.device)
 
 
@@ -197,19 +201,16 @@ class StreamSource(BatchSource):
         done = (steps.start - 1) * accumulation
         where = group.dist_rank, group.world_size, cursors.cursors, done, self.settings.shuffle_buffer
         batches = StreamedBatches(self.encoded, self.draws, *where)
-        finish = finisher(self.base, self.encoded, self.draws, _before_work(group, stop))
+        finish = finisher(self.base, self.encoded, self.draws, functools.partial(_begin_work, group, stop))
         return streaming_loader(batches, finish, cursors, self.settings.num_workers, group.device)
 
     def say_end(self, clips: int, cursors: RankCursors) -> None:
         log.info("streaming: %s trained on, %d of them repeated", counted(clips, "clip"), cursors.repeated)
 
 
-def _before_work(group: Group, stop: StopRequest) -> Callable[[str], None]:
-    def check(doing: str) -> None:
-        stop.raise_if_requested(doing)
-        group.liveness.progress()
-
-    return check
+def _begin_work(group: Group, stop: StopRequest, doing: str) -> None:
+    stop.raise_if_requested(doing)
+    group.liveness.progress()
 
 
 # By what was found at ``audio_data_url``; audio, by the setting ``latents``.

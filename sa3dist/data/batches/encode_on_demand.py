@@ -14,6 +14,7 @@ from sa3dist.data.batches.loader import MicroBatches, loader
 from sa3dist.data.batches.micro_batch import MicroBatch
 from sa3dist.data.batches.order import micro_batch_slots
 from sa3dist.data.source.prefetch import prefetch
+from sa3dist.model.base import Base
 
 # Decoded audio waiting for the encoder.
 WAITING_BYTES = 256 << 20
@@ -30,7 +31,7 @@ class EncodeOnDemand:
 
     def __init__(
         self,
-        base,
+        base: Base,
         micro_batches: MicroBatches,
         before_work: Callable[[str], None] = lambda doing: None,
         check_stop: Callable[[], None] = lambda: None,
@@ -94,6 +95,6 @@ class EncodeOnDemand:
         """The micro batch has been read: crops that no other one on its way needs may go."""
         self._uses.subtract(paths := self._held.popleft())
         for path in paths:
-            if not self._uses[path]:
-                self._encoded.let_go(path)
+            if not self._uses[path] and not self._encoded.keep:
+                path.unlink(missing_ok=True)
         self._uses += Counter()

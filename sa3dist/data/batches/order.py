@@ -46,12 +46,11 @@ class BucketedOrder(ClipOrder):
         self._lengths = torch.tensor(lengths)
         self._micro_batch = micro_batch
         self._window = window * micro_batch
-        self._epoch = functools.lru_cache(maxsize=4)(self._arranged)
 
     def epoch(self, epoch: int) -> torch.Tensor:
-        return self._epoch(epoch)
+        return _arranged(self, epoch)
 
-    def _arranged(self, epoch: int) -> torch.Tensor:
+    def arranged(self, epoch: int) -> torch.Tensor:
         order = super().epoch(epoch).clone()
         size = self._micro_batch
         # Micro batches are counted over the whole run: this epoch's first whole one may start later.
@@ -71,13 +70,11 @@ class BucketedOrder(ClipOrder):
                 order[start:stop] = sorted_WN.view(-1, size)[(torch.stack(drawn) + first_rows).flatten()].flatten()
         return order
 
-    def __getstate__(self) -> dict:
-        # A worker process that is spawned builds its own cache.
-        return {name: value for name, value in self.__dict__.items() if name != "_epoch"}
 
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._epoch = functools.lru_cache(maxsize=4)(self._arranged)
+@functools.lru_cache(maxsize=4)
+def _arranged(order: BucketedOrder, epoch: int) -> torch.Tensor:
+    # Outside of the order, which stays picklable: a worker process that is spawned builds its own.
+    return order.arranged(epoch)
 
 
 def clip_order(seed: int, lengths: Sequence[int], micro_batch: int, window: int) -> ClipOrder:

@@ -41,6 +41,7 @@ from sa3dist.data.source.resample import ready_audio
 from sa3dist.errors import SA3DistError
 from sa3dist.flow.crops import polarity_of_slot
 from sa3dist.formats import ClipEntry
+from sa3dist.model.base import Base
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ Decoded = tuple[int, ClipEntry, torch.Tensor]
 class StreamedClips(EncodedClips):
     """The clips of a streamed data set under one base."""
 
-    def __init__(self, index: StreamedDataset, work_dir: Path, base, *digests: str, max_bytes: int) -> None:
+    def __init__(self, index: StreamedDataset, work_dir: Path, base: Base, *digests: str, max_bytes: int) -> None:
         super().__init__(index, work_dir, base, *digests)
         encoders = self.shards.encoders if index.holds_latents else None
         scratch = Path(work_dir) / "streaming" / index.digest[:16]
@@ -158,7 +159,7 @@ class StreamedBatches(IterableDataset):
 
 
 def finisher(
-    base,
+    base: Base,
     encoded: StreamedClips,
     settings: SampleSettings,
     before_work: Callable[[str], None] = lambda doing: None,

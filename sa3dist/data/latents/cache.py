@@ -28,6 +28,7 @@ from sa3dist.data.source.resample import resampled_length
 from sa3dist.errors import DataError, EnvironmentFailure
 from sa3dist.flow.crops import polarity_of_slot
 from sa3dist.formats import ClipEntry, DatasetIndex, digest_of
+from sa3dist.model.base import Base
 
 # Frames of silence kept behind every clip: more than twice SAME-L's reach (12 layers x 1 frame), so that the clip's end
 # rings out as it does in one long padded clip; as many again are cut off, because the sequence's end reaches into them.
@@ -65,8 +66,10 @@ class ClipLatents:
 class EncodedClips:
     """Reader and writer of the latents and prompt features of one dataset under one base."""
 
+    keep = True
+
     def __init__(
-        self, index: DatasetIndex, work_dir: Path, base, autoencoder_digest: str, text_encoder_digest: str
+        self, index: DatasetIndex, work_dir: Path, base: Base, autoencoder_digest: str, text_encoder_digest: str
     ) -> None:
         """base: the sa3dist.model.Base whose framing counts; the digests of its encoders name the files."""
         self.index = index
@@ -172,24 +175,24 @@ class EncodedClips:
         """The audio that encoding the clip for ``slot`` takes; None where that is encoded. Any thread may call it."""
         return None if self.has_latents(clip, polarity_of_slot(seed, slot)) else self.audio(clip)
 
-    def encode_slot(self, base, clip: ClipEntry, seed: int, slot: int, loaded_CN: torch.Tensor | None) -> Path | None:
+    def encode_slot(
+        self, base: Base, clip: ClipEntry, seed: int, slot: int, loaded_CN: torch.Tensor | None
+    ) -> Path | None:
         """Encode the clip for ``slot`` from what ``load_slot`` has returned, unless that is done already.
 
-        Returns a file that serves nothing but this slot's crop; None where what was encoded serves every epoch.
+        Returns the file of this slot's crop, to be removed after its last use unless ``keep``; None where whole clips
+        are encoded, once for all epochs.
         """
         flipped = polarity_of_slot(seed, slot)
         if not self.has_latents(clip, flipped):
             self.encode_together(base, [(clip, flipped, self.audio(clip) if loaded_CN is None else loaded_CN)])
         return None
 
-    def let_go(self, path: Path) -> None:
-        """A file that ``encode_slot`` has returned is needed by no micro batch on its way any more."""
-
     def audio(self, clip: ClipEntry) -> torch.Tensor:
         """The whole clip, float32 (2, n) at the base's sample rate."""
         return load_clip_audio(self.index, clip, self.sample_rate_hz)
 
-    def encode_together(self, base, rows: Sequence[tuple[ClipEntry, bool, torch.Tensor]]) -> None:
+    def encode_together(self, base: Base, rows: Sequence[tuple[ClipEntry, bool, torch.Tensor]]) -> None:
         """Encode clips of one length in frames in one pass; publish the files that are not there yet.
 
         rows   (clip, flipped, its ``audio``)
@@ -199,7 +202,7 @@ class EncodedClips:
                 write_tensors(self.latents_path(clip, flipped), tensors)
 
     def encode_rows(
-        self, base, rows: Sequence[tuple[ClipEntry, bool, torch.Tensor]]
+        self, base: Base, rows: Sequence[tuple[ClipEntry, bool, torch.Tensor]]
     ) -> Iterator[dict[str, torch.Tensor]]:
         """What is kept of each row of ``encode_together``: latents, silence, peaks."""
         frame = self.samples_per_frame
@@ -215,7 +218,7 @@ class EncodedClips:
                 "peaks": frame_peaks(audio_CN, frame),
             }
 
-    def _lasting_silence(self, base, channels: int) -> torch.Tensor:
+    def _lasting_silence(self, base: Base, channels: int) -> torch.Tensor:
         """Latents of silence far from both ends of a sequence, float32 (D, 2): an even frame and an odd one."""
         if self._silence_D2 is None:
             middle = 2 * SILENCE_TAIL_FRAMES
@@ -223,7 +226,7 @@ class EncodedClips:
             self._silence_D2 = base.encode_audio(silent_1CN)[0, :, middle : middle + 2].float().cpu().contiguous()
         return self._silence_D2
 
-    def encode_prompts(self, base, captions: Sequence[str]) -> None:
+    def encode_prompts(self, base: Base, captions: Sequence[str]) -> None:
         """Encode captions in one pass unless all are on disk already; publish those that are not there yet."""
         if all(self.has_prompt(caption) for caption in captions):
             return

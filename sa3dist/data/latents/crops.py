@@ -16,6 +16,7 @@ from sa3dist.data.latents.tensor_files import read_tensors, write_tensors
 from sa3dist.data.source.audio import load_clip_audio
 from sa3dist.flow.crops import draw_crop, polarity_of_slot
 from sa3dist.formats import ClipEntry, digest_of, remove_stale
+from sa3dist.model.base import Base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,9 @@ class EncodedCrops(EncodedClips):
         padded_CN[:, : part_CN.shape[1]] = -part_CN if flipped else part_CN
         return padded_CN
 
-    def encode_slot(self, base, clip: ClipEntry, seed: int, slot: int, loaded_CN: torch.Tensor | None = None) -> Path:
+    def encode_slot(
+        self, base: Base, clip: ClipEntry, seed: int, slot: int, loaded_CN: torch.Tensor | None = None
+    ) -> Path:
         """Encode what ``slot`` needs of its clip unless that is done already; returns the crop's file.
 
         loaded_CN   what ``load_slot`` has returned; another micro batch may have let the file go since
@@ -118,7 +121,3 @@ class EncodedCrops(EncodedClips):
     def slot_bytes(self, clip: ClipEntry) -> int:
         """Of what ``load_slot`` returns."""
         return 8 * self._limit * self.samples_per_frame
-
-    def let_go(self, path: Path) -> None:
-        if not self.keep:
-            path.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import torch
 from sa3dist.data.latents.cache import SILENCE_TAIL_FRAMES, EncodedClips, frames_of
 from sa3dist.data.latents.crops import EncodedCrops
 from sa3dist.formats import ClipEntry
+from sa3dist.model.base import Base
 
 # One pass holds no more frames than the longest clip of any base (380 s) has alone.
 MAX_PASS_FRAMES = 4160
@@ -35,7 +36,7 @@ class Piece:
     memory: int
     lacking: Callable[[], bool]
     load: Callable[[], Any]
-    encode: Callable[[Any, Any], object]
+    encode: Callable[[Base, Any], object]
 
 
 def whole_pieces(encoded: EncodedClips, batch: int = 1) -> list[Piece]:
@@ -81,7 +82,7 @@ def clip_pieces(encoded: EncodedClips, batch: int) -> list[Piece]:
     """
 
     def piece(clips: Sequence[ClipEntry], frames: int, rows: int) -> Piece:
-        def encode(base, loaded: Sequence[torch.Tensor]) -> None:
+        def encode(base: Base, loaded: Sequence[torch.Tensor]) -> None:
             work = [(clip, flip, audio) for clip, audio in zip(clips, loaded, strict=True) for flip in (False, True)]
             for some in _in_groups(work, rows):
                 if not all(encoded.has_latents(clip, flipped) for clip, flipped, _ in some):

@@ -72,10 +72,6 @@ class EncodedClip:
     clip: ClipEntry
     places: dict[str, Place]
 
-    def named(self) -> Iterator[tuple[Name, Place]]:
-        """What the members hold -> where they are."""
-        return ((member_name(self.clip, kind), place) for kind, place in self.places.items())
-
 
 def member_name(clip: ClipEntry, kind: str) -> Name:
     """What a member is looked up by: whatever clip has the same audio, or the same caption, finds it."""
@@ -249,8 +245,8 @@ class LatentShards:
 
     def add(self, shard: LatentShard) -> None:
         for found in shard.clips:
-            for name, place in found.named():
-                self._places.setdefault(name, (shard.path, place))
+            for kind, place in found.places.items():
+                self._places.setdefault(member_name(found.clip, kind), (shard.path, place))
 
     def find(self, name: Name) -> tuple[Path | RemoteTar, Place] | None:
         return self._places.get(name)

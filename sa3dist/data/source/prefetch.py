@@ -34,7 +34,8 @@ def prefetch(
 
     size_of        bytes an item holds until its result is taken; ``in_flight_bytes`` at most together, or one item's
     num_workers    threads; default: one per core. None is started before the first result is asked for
-    check_stop     called before every result and while it is waited for; what it raises ends the iteration
+    check_stop     called while a result is waited for; what it raises ends the iteration. Between results the caller
+                   asks: a step whose clips are all encoded is finished before a run stops
     ahead          how many items are begun before their turn; default: four per thread
     close_seconds  how long the end waits for work in hand; default: until it is done. Work that takes longer is left
                    behind: the threads are daemons
@@ -54,7 +55,6 @@ def prefetch(
             threads[-1].start()
 
     def finish() -> tuple[Item, Result]:
-        check_stop()
         item, _, future = waiting.popleft()
         while not wait([future], TICK_SECONDS).done:
             check_stop()

@@ -18,6 +18,7 @@ from sa3dist.data.batches.order import ClipOrder
 from sa3dist.data.latents import cache
 from sa3dist.data.latents.cache import EncodedClips
 from sa3dist.data.latents.pieces import whole_pieces
+from sa3dist.data.source import prefetch
 from sa3dist.data.source.audio import load_clip_audio
 from sa3dist.data.source.build import build_shards
 from sa3dist.encode import encode_all
@@ -94,6 +95,16 @@ def test_nothing_is_read_where_everything_is_encoded(base, first_use, tmp_path, 
     assert len(list(use.batches(INDICES, 0, CPU))) == len(INDICES)
     assert not reads
     assert not doing
+
+
+def test_a_request_to_stop_does_not_break_off_steps_that_lack_nothing(base, index, tmp_path, monkeypatch):
+    # However slow the machine is, nothing that is there is waited for that long.
+    monkeypatch.setattr(prefetch, "TICK_SECONDS", 60)
+    encoded = EncodedClips(index, tmp_path, base, "a", "t")
+    encode_all(base, whole_pieces(encoded), Group(0, 1, CPU), StopRequest())
+    stream = MicroBatches(encoded, SampleSettings(3, MICRO_BATCH, 12, 0.1, "file", None))
+    use = EncodeOnDemand(base, stream, before_work=pytest.fail, check_stop=lambda: pytest.fail("broken off"))
+    assert len(list(use.batches(INDICES, 0, CPU))) == len(INDICES)
 
 
 def test_a_clip_that_cannot_be_read_ends_the_run_when_its_turn_comes(first_use, tmp_path, monkeypatch):

@@ -156,16 +156,3 @@ train.end_process(75)
 def test_a_process_leaves_with_its_code_though_a_thread_is_in_the_middle_of_an_operator():
     done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (75, "said\n", "")
-
-
-def test_a_request_to_stop_is_noticed_where_no_result_is_waited_for():
-    taken = []
-
-    def check_stop():
-        if len(taken) == 5:
-            raise Interrupted("stopped")
-
-    results = prefetch(lambda item: item, range(1000), lambda item: 1, 2, check_stop)
-    with pytest.raises(Interrupted):
-        taken.extend(item for item, _ in results)
-    assert taken == [0, 1, 2, 3, 4]
