@@ -61,24 +61,37 @@ def _thin_products_kernel(
     n_mask, r_mask = n < N, r < R
     inside = n_mask[:, None] & r_mask[None, :]
     share = tl.program_id(1)
-    acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     if share < X_SHARES:
-        first = share * x_share
-        for start in tl.range(0, x_share, BLOCK_K, num_stages=STAGES):
-            k = first + start + tl.arange(0, BLOCK_K)
-            tile = tl.load(x + n[:, None] * x_n + k[None, :], mask=n_mask[:, None] & (k < I)[None, :], other=0.0)
-            thin = tl.load(right + r[None, :] * I + k[:, None], mask=r_mask[None, :] & (k < I)[:, None], other=0.0)
-            acc = dot(tile, thin, acc, PRECISION, UPCAST)
+        acc = _product_share(
+            x, right, share * x_share, x_share, n, r, n_mask, r_mask, I, x_n, 1, I,
+            BLOCK_N, BLOCK_K, BLOCK_R, STAGES, PRECISION, UPCAST,
+        )  # fmt: skip
         tl.store(down + (share * N + n[:, None]) * R + r[None, :], acc, mask=inside)
     else:
         share -= X_SHARES
-        first = share * y_share
-        for start in tl.range(0, y_share, BLOCK_K, num_stages=STAGES):
-            k = first + start + tl.arange(0, BLOCK_K)
-            tile = tl.load(dy + n[:, None] * dy_n + k[None, :], mask=n_mask[:, None] & (k < O)[None, :], other=0.0)
-            thin = tl.load(left + k[:, None] * R + r[None, :], mask=r_mask[None, :] & (k < O)[:, None], other=0.0)
-            acc = dot(tile, thin, acc, PRECISION, UPCAST)
+        acc = _product_share(
+            dy, left, share * y_share, y_share, n, r, n_mask, r_mask, O, dy_n, R, 1,
+            BLOCK_N, BLOCK_K, BLOCK_R, STAGES, PRECISION, UPCAST,
+        )  # fmt: skip
         tl.store(up + (share * N + n[:, None]) * R + r[None, :], acc, mask=inside)
+
+
+@triton.jit
+def _product_share(
+    tokens, factor, first, span, n, r, n_mask, r_mask, size, tokens_n, factor_k, factor_r,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The product of a block of tokens with a thin factor, summed over one span of their ``size`` channels."""
+    acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    for start in tl.range(0, span, BLOCK_K, num_stages=STAGES):
+        k = first + start + tl.arange(0, BLOCK_K)
+        k_mask = k < size
+        tile = tl.load(tokens + n[:, None] * tokens_n + k[None, :], mask=n_mask[:, None] & k_mask[None, :], other=0.0)
+        place = factor + (k[:, None] * factor_k + r[None, :] * factor_r)
+        thin = tl.load(place, mask=r_mask[None, :] & k_mask[:, None], other=0.0)
+        acc = dot(tile, thin, acc, PRECISION, UPCAST)
+    return acc
 
 
 @triton.jit
@@ -104,21 +117,13 @@ def _raw_sums_kernel(
     r = rank * BLOCK_R + tl.arange(0, BLOCK_R)
     r_mask = r < R
     mine = out + split.to(tl.int64) * total
-    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    gain = tl.zeros((BLOCK_M,), tl.float32)
     if block < y_blocks:
         m = block * BLOCK_M + tl.arange(0, BLOCK_M)
         m_mask = m < O
-        for start in tl.range(0, span, BLOCK_N, num_stages=STAGES):
-            n = (split * span + start + tl.arange(0, BLOCK_N)).to(tl.int64)
-            inside = (n < N)[:, None] & m_mask[None, :]
-            tile = tl.load(dy + n[:, None] * dy_n + m[None, :], mask=inside, other=0.0)
-            if ROWS:
-                made = tl.load(z + n[:, None] * z_n + m[None, :], mask=inside, other=0.0)
-                gain += tl.sum(tile.to(tl.float32) * made.to(tl.float32), axis=0)
-            if not XS:
-                thin = _summed(down, n, r, N, R, (n < N)[:, None] & r_mask[None, :], X_SHARES).to(tile.dtype)
-                acc = dot(tl.trans(tile), thin, acc, PRECISION, UPCAST)
+        acc, gain = _block_sums(
+            dy, z, down, m, m_mask, r, r_mask, split, span, N, R, dy_n, z_n,
+            ROWS, XS, X_SHARES, BLOCK_N, BLOCK_M, BLOCK_R, STAGES, PRECISION, UPCAST,
+        )  # fmt: skip
         if not XS:
             tl.store(mine + at_b + m[:, None] * R + r[None, :], acc, mask=m_mask[:, None] & r_mask[None, :])
         if ROWS and rank == 0:
@@ -126,20 +131,37 @@ def _raw_sums_kernel(
     else:
         m = (block - y_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
         m_mask = m < I
-        for start in tl.range(0, span, BLOCK_N, num_stages=STAGES):
-            n = (split * span + start + tl.arange(0, BLOCK_N)).to(tl.int64)
-            inside = (n < N)[:, None] & m_mask[None, :]
-            tile = tl.load(x + n[:, None] * x_n + m[None, :], mask=inside, other=0.0)
-            if COLS:
-                made = tl.load(dx + n[:, None] * dx_n + m[None, :], mask=inside, other=0.0)
-                gain += tl.sum(tile.to(tl.float32) * made.to(tl.float32), axis=0)
-            if not XS:
-                thin = _summed(up, n, r, N, R, (n < N)[:, None] & r_mask[None, :], Y_SHARES).to(tile.dtype)
-                acc = dot(tl.trans(tile), thin, acc, PRECISION, UPCAST)
+        acc, gain = _block_sums(
+            x, dx, up, m, m_mask, r, r_mask, split, span, N, R, x_n, dx_n,
+            COLS, XS, Y_SHARES, BLOCK_N, BLOCK_M, BLOCK_R, STAGES, PRECISION, UPCAST,
+        )  # fmt: skip
         if not XS:
             tl.store(mine + at_a + r[None, :] * I + m[:, None], acc, mask=m_mask[:, None] & r_mask[None, :])
         if COLS and rank == 0:
             tl.store(mine + at_cols + m, gain, mask=m_mask)
+
+
+@triton.jit
+def _block_sums(
+    values, made, parts, m, m_mask, r, r_mask, split, span, N, R, values_n, made_n,
+    GAIN: tl.constexpr, XS: tl.constexpr, SHARES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Over one span of tokens, of the channels ``m``: values^T T (or U), and the sums of values .* made if GAIN."""
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    gain = tl.zeros((BLOCK_M,), tl.float32)
+    for start in tl.range(0, span, BLOCK_N, num_stages=STAGES):
+        n = (split * span + start + tl.arange(0, BLOCK_N)).to(tl.int64)
+        inside = (n < N)[:, None] & m_mask[None, :]
+        tile = tl.load(values + n[:, None] * values_n + m[None, :], mask=inside, other=0.0)
+        if GAIN:
+            other = tl.load(made + n[:, None] * made_n + m[None, :], mask=inside, other=0.0)
+            gain += tl.sum(tile.to(tl.float32) * other.to(tl.float32), axis=0)
+        if not XS:
+            thin = _summed(parts, n, r, N, R, (n < N)[:, None] & r_mask[None, :], SHARES).to(tile.dtype)
+            acc = dot(tl.trans(tile), thin, acc, PRECISION, UPCAST)
+    return acc, gain
 
 
 @triton.jit(do_not_specialize=["N", "span", "total"])
