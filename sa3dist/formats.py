@@ -35,7 +35,6 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
     The temporary file is removed when the block raises, so a reader sees the old file or the whole new one.
     """
-    target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(target)
     try:
@@ -56,7 +55,6 @@ def atomic_directory(target: Path, unless: Callable[[], bool] = lambda: False) -
     Files written into it must be synced already (``atomic_path`` does). The folder is removed when the block raises,
     and so are leftovers of killed runs older than a day, and a parent that stays empty.
     """
-    target = Path(target)
     temporary = _empty_folder_beside(target)
     remove_stale(path for path in target.parent.glob(".*.tmp") if path.is_dir())
     try:
@@ -92,17 +90,14 @@ def _beside(target: Path) -> Path:
 
 def _empty_folder_beside(target: Path) -> Path:
     while True:
-        # Another process may find the parent empty, and remove it, at any moment in between.
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = _beside(target)
             temporary.mkdir()
             return temporary
-        except FileNotFoundError:
-            continue
-        except FileExistsError:
-            # Gone by now, or a file in its place.
-            if target.parent.exists():
+        except (FileNotFoundError, FileExistsError):
+            # Another process may find the parent empty, and remove it, at any moment; a file in its place stays.
+            if target.parent.exists() and not target.parent.is_dir():
                 raise
 
 
@@ -160,8 +155,7 @@ class ClipEntry:
     audio_bytes     length of the audio in bytes, kept exactly as they came
     audio_sha256    hex digest of those bytes
     extension       lower case, without the dot
-    samples         length at its own sample rate, per channel
-    sample_rate_hz, channels
+    samples         length per channel, at its own sample_rate_hz
     caption         stripped, never empty
     """
 
@@ -219,10 +213,10 @@ class LeftOut:
 
 
 class ClipReader(Protocol):
-    """Reads the audio of clips whose shards do not lie beside their index."""
+    """Reads the audio of clips whose shards do not lie beside their index, and verifies it."""
 
     def read(self, entry: ClipEntry) -> bytes:
-        """The clip's audio bytes, verified. Raises DataError, EnvironmentFailure or Interrupted."""
+        """Raises DataError, EnvironmentFailure or Interrupted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,9 +242,9 @@ class DatasetIndex:
     def write(self) -> None:
         """One clip per line, so that people can search it and programs read 100,000 clips in a second."""
         clips = ",\n".join(json.dumps(vars(clip), ensure_ascii=False) for clip in self.clips)
-        rest = {"skipped": list(self.skipped), "shards": [dataclasses.asdict(shard) for shard in self.shards]}
+        rest = {"skipped": self.skipped, "shards": [vars(shard) for shard in self.shards]}
         if self.left_out:
-            rest["left_out"] = [dataclasses.asdict(kind) for kind in self.left_out]
+            rest["left_out"] = [vars(kind) for kind in self.left_out]
         body = (
             f'{{"version": {INDEX_VERSION}, "digest": {json.dumps(self.digest)}, "clips": [\n{clips}\n],\n'
             f"{json.dumps(rest, ensure_ascii=False)[1:-1]}"
@@ -266,21 +260,19 @@ class DatasetIndex:
             data = path.read_bytes()
             value = json.loads(data)
             if value["version"] != INDEX_VERSION:
-                raise DataError(
-                    f"{path}: index version {ascii(value['version'])[:20]}, expected {INDEX_VERSION}; run sa3dist shard"
-                )
+                found = ascii(value["version"])[:20]
+                raise DataError(f"{path}: index version {found}, expected {INDEX_VERSION}; run sa3dist shard")
             if not is_sealed(data):
-                raise DataError(
-                    f"{path}: the index is damaged, its digest does not match; delete it and run sa3dist shard"
-                )
+                raise DataError(f"{path}: damaged, its digest does not match; delete it and run sa3dist shard")
             clips = tuple(map(_clip_entry, value["clips"]))
             shards = tuple(ShardEntry(**shard) for shard in value["shards"])
             left_out = tuple(LeftOut(**kind | {"names": tuple(kind["names"])}) for kind in value.get("left_out", ()))
             return cls(Path(directory), value["digest"], clips, tuple(value["skipped"]), shards, left_out=left_out)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             # Untrusted text, escaped so that the message stays one line.
-            reason = ascii(str(error))[1:-1]
-            raise DataError(f"{path}: not a readable shard index ({reason}); run sa3dist shard") from error
+            raise DataError(
+                f"{path}: not a readable shard index ({ascii(str(error))[1:-1]}); run sa3dist shard"
+            ) from error
 
 
 _CLIP_FIELDS = {field.name for field in dataclasses.fields(ClipEntry)}

@@ -6,8 +6,8 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,12 +159,8 @@ class Downloads:
     ) -> Path:
         self._directory.mkdir(parents=True, exist_ok=True)
         versioned = bool(version_of(info))
-        part = self._directory / f".{key}.part"
-        if not versioned:
-            # The next run could not tell whether it continues the same file.
-            handle, temporary = tempfile.mkstemp(prefix=f".{key}.", suffix=".part", dir=self._directory)
-            os.close(handle)
-            part = Path(temporary)
+        # Without a version the next run could not tell whether it continues the same file.
+        part = self._directory / (f".{key}.part" if versioned else f".{key}.{secrets.token_hex(4)}.part")
         try:
             download(system, path, info, part, label, max(self._left, 0), self._should_stop)
             with part.open("rb") as written:

@@ -164,8 +164,8 @@ def mp3_counted(data: bytes) -> int | None:
     heading = data[place : place + size]
     if heading[36:40] == b"VBRI":
         return of_frame * int.from_bytes(heading[50:54], "big")
-    at = next((at for at in _HEADINGS_AT if heading[at : at + 4] in (b"Xing", b"Info")), None)
-    if at is None or not int.from_bytes(heading[at + 4 : at + 8], "big") & 1:
+    at, flags = _xing(heading)
+    if not flags & 1:
         return None
     return max(0, of_frame * int.from_bytes(heading[at + 8 : at + 12], "big") - _trimmed(heading))
 
@@ -238,13 +238,18 @@ def _frame(header: bytes) -> tuple[int, int, int, int] | None:
 
 def _trimmed(frame: bytes) -> int:
     """Samples of delay and padding that a decoder leaves out, as the encoder's tag says."""
-    at = next((at for at in _HEADINGS_AT if frame[at : at + 4] in (b"Xing", b"Info")), None)
-    if at is None:
+    at, flags = _xing(frame)
+    if not at:
         return 0
-    flags = int.from_bytes(frame[at + 4 : at + 8], "big")
     tag = at + 8 + 4 * bool(flags & 1) + 4 * bool(flags & 2) + 100 * bool(flags & 4) + 4 * bool(flags & 8)
     delays = int.from_bytes(frame[tag + 21 : tag + 24], "big")
     return (delays >> 12) + (delays & 0xFFF)
+
+
+def _xing(frame: bytes) -> tuple[int, int]:
+    """Where the Xing or Info header of a frame begins, and its flags; 0, 0 without one."""
+    at = next((at for at in _HEADINGS_AT if frame[at : at + 4] in (b"Xing", b"Info")), 0)
+    return at, int.from_bytes(frame[at + 4 : at + 8], "big") if at else 0
 
 
 def _tag_size(data: bytes, place: int) -> int:

@@ -263,9 +263,11 @@ def test_a_missing_or_damaged_index_is_one_line(site, tmp_path, damage):
     if damage != "missing":
         made = {"flipped": whole.replace(b"tone number 3", b"tone number 4"), "cut": whole[:-9], "html": b"<html>"}
         site.files["index.json"] = made[damage]
-    message = {"missing": "not found", "flipped": "the index is damaged", "html": "the server sends a web page"}.get(
-        damage, "not a readable shard index"
-    )
+    message = {
+        "missing": "not found",
+        "flipped": "damaged, its digest does not match",
+        "html": "the server sends a web page",
+    }.get(damage, "not a readable shard index")
     with pytest.raises(DataError, match=f"plain/index.json: {message}") as caught:
         index_remote(f"{site.url}/plain/index.json", tmp_path / "work", RemoteOptions())
     assert "\n" not in str(caught.value)
