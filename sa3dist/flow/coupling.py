@@ -1,4 +1,4 @@
-"""Noise coupling: give each clip of a micro batch the noise an entropic transport plan prefers for it."""
+"""Noise coupling: pair the clips of a micro batch with noises by an entropic optimal transport plan."""
 
 import torch
 

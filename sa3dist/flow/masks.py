@@ -1,4 +1,4 @@
-"""Which frames count and which are given: the silence extension and the inpainting mask of one clip."""
+"""Draw the silence extension and the inpainting mask of one clip: which frames count, and which are given."""
 
 import itertools
 

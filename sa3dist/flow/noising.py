@@ -1,4 +1,4 @@
-"""Rectified-flow noising and its loss: mix clip and noise, form the target, weigh every clip alike."""
+"""Rectified-flow noising and its loss: mix clip and noise, form the target, weight every clip equally."""
 
 import math
 

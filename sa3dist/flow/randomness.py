@@ -1,4 +1,4 @@
-"""Every random draw is named: (seed, purpose, sample slot) gives a generator, whatever rank or worker asks."""
+"""The generator of every random draw, from (seed, purpose, sample slot) alone: the same on any rank or worker."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""Released files through the Hugging Face cache, then the hub; every refusal is one line that says what to do."""
+"""Fetch released files from the Hugging Face cache, else from the hub; every error is one line that says what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which frames of a padded batch are computed, worked out on the host.
+"""Index tables of the frames that are computed of a padded batch, made on the host.
 
 Legend: B clips, T frames of the padded batch, F valid frames of all clips, K tokens.
 """

@@ -1,4 +1,4 @@
-"""Deterministic random weights under the official keys: for benchmarks on real shapes and for the tiny base."""
+"""Seeded random weights under the official keys, for benchmarks on real shapes and for the tiny base."""
 
 from __future__ import annotations
 

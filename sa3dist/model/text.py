@@ -1,4 +1,4 @@
-"""The T5Gemma text encoder: where it comes from, and prompts to hidden states. Loaded on first use."""
+"""The T5Gemma text encoder: where it is found, how it is loaded, and prompts to hidden states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny base in the official format, made from nothing: real framing, real text path, seconds to train."""
+"""Write a tiny base with random weights in the official format: real framing, real text path, seconds to train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the clips of a batch lie in the transformer's tokens: side by side and padded, or packed into one list.
+"""The layouts of a batch's clips in the transformer's tokens: padded side by side, or packed into one list.
 
 ``Filled`` is a packed list of a fixed length. A layout brings frames in and out, and does what depends on which token
 belongs to which clip; everything else in the network works token by token and sees (G, N, E) tokens: G = B padded

@@ -1,4 +1,4 @@
-"""Attention over clips of unequal length in one list of tokens, as one operation that the compiler does not look into.
+"""Attention over clips of unequal length in one list of tokens, as one operator that is opaque to torch.compile.
 
 Where clips begin is read on the device, so one recorded or compiled program serves all lengths. On CUDA in 16 bit it
 is torch's flash attention or, for one clip alone, cuDNN's: on an H100 that takes two thirds of the time (a call of 24
