@@ -132,6 +132,7 @@ def run_program(body: Callable[[], None], output_dir: Callable[[], Path | None],
             traceback.print_exception(failure)
             problem = errors.SA3DistError(f"{type(failure).__name__}: {failure}")
     report(problem, output_dir(), step(), REPORT_SECONDS)
+    run_lock.release_all()
     return exit_code_of(problem)
 
 
@@ -142,21 +143,14 @@ def exit_code_of(failure: BaseException | None) -> int:
 
 
 def report(problem: errors.SA3DistError | None, directory: Path | None, step: int, patience_seconds: float) -> None:
-    """Write once to stderr, and to status.json, how the run ended, and release its directory; None: well.
+    """Write once to stderr, and to status.json, how the run ended; None: well.
 
     Rank 0 reports for all. Another rank waits, and reports only a failure that rank 0 did not live to report.
     patience_seconds   how long rank 0 may take
     """
-    try:
-        if directory is not None and (isinstance(problem, errors.InUse) or run_lock.is_anothers(directory)):
-            # Its status is another run's. A supervisor, whose agent turns every code into 1, reads ours elsewhere.
-            directory = Path(os.environ[STATUS_DIR_VARIABLE]) if STATUS_DIR_VARIABLE in os.environ else None
-        _report(problem, directory, step, patience_seconds)
-    finally:
-        run_lock.release_all()
-
-
-def _report(problem: errors.SA3DistError | None, directory: Path | None, step: int, patience_seconds: float) -> None:
+    if directory is not None and (isinstance(problem, errors.InUse) or run_lock.is_anothers(directory)):
+        # Its status is another run's. A supervisor, whose agent turns every code into 1, reads ours elsewhere.
+        directory = Path(os.environ[STATUS_DIR_VARIABLE]) if STATUS_DIR_VARIABLE in os.environ else None
     here = dist_rank_from_environment(), socket.gethostname()
     lost = isinstance(problem, errors.LostPeer)
     found_by = None if problem is None or problem.origin is None else problem.origin[0]

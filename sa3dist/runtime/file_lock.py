@@ -16,11 +16,11 @@ LOOK_SECONDS = 0.02
 
 
 @contextlib.contextmanager
-def opened_alone(path: Path, create: bool, while_waiting: Callable[[], None]) -> Iterator[int]:
+def opened_alone(path: Path, create: bool, check_stop: Callable[[], None]) -> Iterator[int]:
     """A file descriptor of ``path``, for reading and writing, that no other process has in this way meanwhile.
 
     create          make it, and its folder, where there is none
-    while_waiting   called now and then while another process has it; what it raises ends the wait
+    check_stop   called now and then while another process has it; what it raises ends the wait
     """
     while True:
         try:
@@ -34,7 +34,7 @@ def opened_alone(path: Path, create: bool, while_waiting: Callable[[], None]) ->
         try:
             # None: what cannot be locked keeps nobody waiting.
             while lock(handle) is False:
-                while_waiting()
+                check_stop()
                 time.sleep(LOOK_SECONDS)
             # It may have been removed between the two: then another file has the name, or none.
             if _is_at(handle, path):
@@ -45,9 +45,9 @@ def opened_alone(path: Path, create: bool, while_waiting: Callable[[], None]) ->
 
 
 @contextlib.contextmanager
-def alone(path: Path, while_waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+def alone(path: Path, check_stop: Callable[[], None] = lambda: None) -> Iterator[None]:
     """A block that one process at a time is in; ``path`` is there as long."""
-    with opened_alone(path, create=True, while_waiting=while_waiting):
+    with opened_alone(path, create=True, check_stop=check_stop):
         try:
             yield
         finally:

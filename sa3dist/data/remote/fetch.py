@@ -93,12 +93,12 @@ class Downloads:
     def _alone(self, source: str) -> Iterator[None]:
         """One run at a time: two would write to one file, and one would rename it while the other writes."""
 
-        def while_waiting() -> None:
+        def check_stop() -> None:
             if self._should_stop():
                 raise Interrupted(f"{redacted(source)}: stopped while another run downloads it; run again")
 
         try:
-            with alone(self._directory / f".{digest_of(source)[:16]}.lock", while_waiting):
+            with alone(self._directory / f".{digest_of(source)[:16]}.lock", check_stop):
                 yield
         finally:
             with contextlib.suppress(OSError):
