@@ -99,6 +99,9 @@ class Watchdog:
                 self._contacts += 1
                 if told is not None and self.told is None:
                     self.told = peers.unpack(told)
+                    if not group.liveness.holds_state:
+                        # The main thread leaves in order, with that reason, where it looks for a stop request.
+                        self._stop.hear("another rank has ended")
                     store.set(peers.LEFT.format(group.dist_rank), "1")
 
     def _share_stop(self, store, group: Group) -> None:

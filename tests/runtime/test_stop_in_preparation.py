@@ -11,6 +11,7 @@ import time
 import pytest
 import torch.distributed as dist
 
+from sa3dist import errors
 from sa3dist.runtime.peers import leave
 from sa3dist.runtime.process_group import run_on_all_ranks
 from sa3dist.runtime.signals import StopRequest
@@ -143,3 +144,31 @@ def test_a_rank_that_never_looks_tells_its_peer_that_it_was_stopped(tmp_path, mo
                 os._exit(reason.exit_code if reason.origin == (stopped, socket.gethostname()) else 1)
 
     assert exit_codes(2, work) == [75, 75]
+
+
+def test_a_rank_in_the_middle_of_its_share_ends_in_order_when_another_has_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr("sa3dist.runtime.peers.HEARTBEAT_SECONDS", 0.1)
+
+    def work(group):
+        stop = StopRequest()
+
+        def share():
+            if group.dist_rank == 1:
+                raise errors.DataError("clip 3: damaged")
+            try:
+                while True:
+                    stop.raise_if_requested("encoding")
+                    time.sleep(0.01)
+            finally:
+                (tmp_path / "cleaned up").touch()
+
+        with Watchdog(stop, tmp_path).watch(group) as watchdog:
+            group.liveness.enter("encode")
+            try:
+                run_on_all_ranks(group, "encode", share, stop)
+            except errors.SA3DistError as failure:
+                reason = leave(group, failure, watchdog.told)
+                os._exit(reason.exit_code if str(reason) == "clip 3: damaged" else 1)
+
+    assert exit_codes(2, work) == [2, 2]
+    assert (tmp_path / "cleaned up").exists()
