@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sa3dist.data.latents.remote_tar import RemoteTar
+from sa3dist.data.remote.ranges import RemoteFile
 from sa3dist.data.source.index_check import clip_fault, is_digest, is_whole
 from sa3dist.data.source.tar_writer import member_stem, new_tar
 from sa3dist.errors import DataError, EnvironmentFailure, printable
@@ -86,7 +86,7 @@ class LatentShard:
     dataset      digest of the data set it was made from
     """
 
-    path: Path | RemoteTar
+    path: Path | RemoteFile
     entry: ShardEntry
     encoders: Encoders
     dataset: str
@@ -111,7 +111,7 @@ class LatentShard:
             temporary.write_bytes(sealed(body))
 
     @classmethod
-    def read(cls, path: Path | RemoteTar, index: Path | None = None) -> LatentShard:
+    def read(cls, path: Path | RemoteFile, index: Path | None = None) -> LatentShard:
         """The shard at ``path``. Only the index is read, and the tar's length compared; members are checked when read.
 
         index   where its index is; default: beside it
@@ -126,7 +126,7 @@ class LatentShard:
             clips = tuple(_clip_of(clip) for clip in value["clips"])
             rest = value["dataset"], value["number"], value["of"], clips
             shard = cls(path, ShardEntry(**value["shard"]), Encoders(**value["encoders"]), *rest)
-            size = path.file_bytes if isinstance(path, RemoteTar) else path.stat().st_size
+            size = path.file_bytes if isinstance(path, RemoteFile) else path.stat().st_size
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             reason = printable(str(error))
             raise DataError(f"{index}: no readable index of a latent shard ({reason}); {MEND}") from error
@@ -217,10 +217,13 @@ def write_latent_shard(
     return shard
 
 
-def read_member(path: Path | RemoteTar, place: Place, what: str) -> bytes:
+def read_member(path: Path | RemoteFile, place: Place, what: str) -> bytes:
     """The bytes of one member. Raises EnvironmentFailure, naming shard and ``what``, when they are not as written."""
-    if isinstance(path, RemoteTar):
-        return path.read(*place, what)
+    if isinstance(path, RemoteFile):
+        data = path.read(*place, what)
+        if data is None:
+            raise EnvironmentFailure(f"{path}: the {what} do not match their digest; copy shard and index there again")
+        return data
     try:
         with open(path, "rb", buffering=0) as stream:
             stream.seek(place.offset)
@@ -240,7 +243,7 @@ class LatentShards:
         self._root = Path(root)
         self.encoders = encoders
         self._read: set[tuple[Path, int]] = set()
-        self._places: dict[Name, tuple[Path | RemoteTar, Place]] = {}
+        self._places: dict[Name, tuple[Path | RemoteFile, Place]] = {}
         self._looked = -math.inf
 
     def add(self, shard: LatentShard) -> None:
@@ -248,10 +251,10 @@ class LatentShards:
             for kind, place in found.places.items():
                 self._places.setdefault(member_name(found.clip, kind), (shard.path, place))
 
-    def find(self, name: Name) -> tuple[Path | RemoteTar, Place] | None:
+    def find(self, name: Name) -> tuple[Path | RemoteFile, Place] | None:
         return self._places.get(name)
 
-    def search(self, name: Name, after_seconds: float = 0.0) -> tuple[Path | RemoteTar, Place] | None:
+    def search(self, name: Name, after_seconds: float = 0.0) -> tuple[Path | RemoteFile, Place] | None:
         """As ``find``; first reads the indices that have appeared since, unless it has just looked for them."""
         if name not in self._places and time.monotonic() - self._looked >= after_seconds:
             self._looked = time.monotonic()

@@ -8,11 +8,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from sa3dist.data.latents.remote_tar import RemoteTar
 from sa3dist.data.latents.shards import MEND, SHARD_PREFIX, LatentShard
 from sa3dist.data.remote.disk_cache import ClipCache
 from sa3dist.data.remote.download import remote_info
 from sa3dist.data.remote.fetch import Downloads, address_name, filesystem, is_remote, redacted, split_query
+from sa3dist.data.remote.ranges import RemoteFile
 from sa3dist.data.source.archive import expand_braces, local_path, shards_on_top, tars_on_top
 from sa3dist.data.source.folders import FolderContainer
 from sa3dist.data.source.kinds import BESIDE_SHARDS
@@ -142,7 +142,7 @@ def read_latents(
     cache   keeps what is read of remote shards
     """
     shards = tuple(
-        LatentShard.read(RemoteTar(tar, size, cache, should_stop) if size else Path(tar), Path(index))
+        LatentShard.read(RemoteFile(tar, size, cache, should_stop) if size else Path(tar), Path(index))
         for tar, index, size in paths
     )
     label, first = redacted(source), shards[0]

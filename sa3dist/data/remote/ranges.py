@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from sa3dist.data.remote.disk_cache import ClipCache
 from sa3dist.data.remote.download import Attempts, persist
 from sa3dist.data.remote.fetch import filesystem, redacted
 from sa3dist.errors import EnvironmentFailure
@@ -13,8 +17,43 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 
+log = logging.getLogger(__name__)
+
+# A wrong byte on the way is cured by asking again; a changed file is not.
+READS = 3
+
+
 class NoRanges(EnvironmentFailure):
     """The server sends whole files only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteFile:
+    """A file that stays where it is. Pieces of it are read by range requests and kept in a cache.
+
+    file_bytes   its length, as the server says
+    """
+
+    url: str
+    file_bytes: int
+    cache: ClipCache
+    should_stop: Callable[[], bool]
+
+    def __str__(self) -> str:
+        return redacted(self.url)
+
+    def read(self, offset: int, length: int, sha256: str, what: str) -> bytes | None:
+        """One piece, verified; None when it is never as ``sha256`` says. Raises as ``read_range``."""
+        held = self.cache.get(sha256)
+        if held is not None:
+            return held
+        for _ in range(READS):
+            data = read_range(self.url, self.file_bytes, offset, length, self.should_stop)
+            if hashlib.sha256(data).hexdigest() == sha256:
+                self.cache.put(sha256, data)
+                return data
+            log.warning("%s, %s: other bytes than the index has, reading again", self, what)
+        return None
 
 
 def read_range(source: str, file_bytes: int, first: int, length: int, should_stop: Callable[[], bool]) -> bytes:

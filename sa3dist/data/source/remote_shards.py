@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -12,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from sa3dist.data.remote.disk_cache import ClipCache
 from sa3dist.data.remote.download import download, remote_info
 from sa3dist.data.remote.fetch import address_name, filesystem, is_remote, look_up, redacted, split_query
-from sa3dist.data.remote.ranges import NoRanges, read_range
+from sa3dist.data.remote.ranges import READS, NoRanges, RemoteFile, read_range
 from sa3dist.data.source.archive import expand_braces, two_readings
 from sa3dist.data.source.index_check import index_faults
 from sa3dist.data.source.kinds import BESIDE_SHARDS, extension_of, is_audio
@@ -24,8 +23,6 @@ log = logging.getLogger(__name__)
 
 # A million clips with captions of 500 bytes.
 MAX_INDEX_BYTES = 1 << 30
-# A wrong byte on the way is cured by asking again; a changed shard is not.
-READS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,22 +40,14 @@ class RemoteShards:
 
     def read(self, entry: ClipEntry) -> bytes:
         """The clip's audio bytes, verified. Raises DataError naming shard and clip when they never match the index."""
-        held = self.cache.get(entry.audio_sha256)
-        if held is not None:
-            return held
-        url = self.urls[entry.shard]
-        for _ in range(READS):
-            data = read_range(
-                url, self.file_bytes[entry.shard], entry.audio_offset, entry.audio_bytes, self.should_stop
+        shard = RemoteFile(self.urls[entry.shard], self.file_bytes[entry.shard], self.cache, self.should_stop)
+        data = shard.read(entry.audio_offset, entry.audio_bytes, entry.audio_sha256, f"clip {entry.key}")
+        if data is None:
+            raise DataError(
+                f"{shard}, clip {entry.key}: the audio bytes are not the ones in the index, the shard has changed or "
+                f"is damaged; write shard and index again"
             )
-            if hashlib.sha256(data).hexdigest() == entry.audio_sha256:
-                self.cache.put(entry.audio_sha256, data)
-                return data
-            log.warning("%s, clip %s: other bytes than the index has, reading again", redacted(url), entry.key)
-        raise DataError(
-            f"{redacted(url)}, clip {entry.key}: the audio bytes are not the ones in the index, the shard has changed "
-            f"or is damaged; write shard and index again"
-        )
+        return data
 
 
 def tars_of(source: str, should_stop: Callable[[], bool]) -> list[str] | None:
