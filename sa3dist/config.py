@@ -28,6 +28,9 @@ _NULLS = ("null", "Null", "NULL")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _WHOLE = re.compile(r"[+-]?[0-9]+(?:_[0-9]+)*")
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+# A list in brackets, whose items may hold brackets as well, and the commas that lie in none of those.
+_LIST = re.compile(r"\[((?:[^][]|\[[^][]*\])*)\]", re.DOTALL)
+_COMMA = re.compile(r",(?![^[]*\])")
 # Python refuses to read more digits than 4300; no setting needs as many.
 _MAX_DIGITS = 100
 
@@ -258,17 +261,11 @@ def _items(text: str) -> str | list[str]:
 
     Not by YAML, whose plain text inside a list ends at a bracket.
     """
-    inner = text.strip()
-    depth, start, items = 0, 1, []
-    for at, character in enumerate(inner):
-        depth += {"[": 1, "]": -1}.get(character, 0)
-        if depth == 0 and at < len(inner) - 1:
-            return text
-        if (character == "," and depth == 1) or (character == "]" and depth == 0):
-            items.append(inner[start:at].strip())
-            start = at + 1
-    if depth or not items:
+    found = _LIST.fullmatch(text.strip())
+    if found is None:
         return text
+    items = [item.strip() for item in _COMMA.split(found[1])]
+    # ``[]`` and a comma behind the last item.
     if items[-1] == "":
         items.pop()
     return [item[1:-1] if len(item) > 1 and item[0] == item[-1] and item[0] in "'\"" else item for item in items]
