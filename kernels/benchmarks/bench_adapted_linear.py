@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import statistics
-import time
 from collections.abc import Collection
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from results_file import environment
+from results_file import write_result
 from sa3dist_kernels import (
     ADAPTER_TYPES,
     FormedSpec,
@@ -31,7 +28,7 @@ from sa3dist_kernels import (
     frozen_constants,
     frozen_linear,
 )
-from timing import peak_bytes, synchronise
+from timing import interleaved, peak_bytes, summary
 
 # fan_in, fan_out, bias of one transformer block, in the order it runs them.
 SHAPES = {
@@ -55,8 +52,6 @@ SHAPES = {
     },
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# "cpu" counts this process's processor time: with one thread it stays meaningful on a machine shared with others.
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 # Scaling alpha / rank; alpha = rank.
 SCALE = 1.0
 
@@ -135,25 +130,6 @@ def formed_variants(weight, bias, params, kind, bases, x, grad):
     return passes, whole
 
 
-def median_times(variants, repeats, device, clock):
-    """Milliseconds of every variant, (median, interquartile range), measured in turn after one warm-up round each."""
-    times = {name: [] for name in variants}
-    for round_ in range(repeats + 1):
-        for name, run in variants.items():
-            synchronise(device)
-            start = clock()
-            run()
-            synchronise(device)
-            if round_:
-                times[name].append(1e3 * (clock() - start))
-    return {name: (statistics.median(values), spread(values)) for name, values in times.items()}
-
-
-def spread(values):
-    low, _, high = statistics.quantiles(values, n=4)
-    return high - low
-
-
 def check(variants, kinds, dtype):
     """The two ways must compute the same thing before their times mean anything."""
     limit = 1e-4 if dtype == torch.float32 else 0.05
@@ -170,26 +146,21 @@ def measure(options, kinds, device):
         sizes = fan_in, fan_out, bias, options.tokens, options.rank
         compiled = options.types if options.compile else ()
         variants = make_variants(*sizes, kinds, device, DTYPES[options.dtype], compiled=compiled)
-        if options.skip_materialised:
-            variants = {name: run for name, run in variants.items() if not name.endswith("materialised")}
-        else:
-            check(variants, kinds, DTYPES[options.dtype])
-        times = median_times(variants, options.repeats, device, CLOCKS[options.clock])
-        for name, (median, interquartile) in times.items():
+        check(variants, kinds, DTYPES[options.dtype])
+        for name, times in interleaved(variants, options.repeats, device).items():
+            span = summary(times)
             rows.append(
                 {
                     "layer": layer,
                     "fan_in": fan_in,
                     "fan_out": fan_out,
                     "variant": name,
-                    "milliseconds": median,
-                    "interquartile": interquartile,
+                    "milliseconds": span["median"],
+                    "spread": [span["min"], span["max"]],
                     "peak_bytes": peak_bytes(variants[name], device),
                 }
             )
-            print(
-                f"{layer:18} {fan_in:5} -> {fan_out:5}  {name:26} {median:9.2f} ms  +- {interquartile:.2f}", flush=True
-            )
+            print(f"{layer:18} {fan_in:5} -> {fan_out:5}  {name:26} {span['median']:9.2f} ms", flush=True)
     return rows
 
 
@@ -226,10 +197,7 @@ def parse_options():
     parser.add_argument("--types", nargs="+", choices=ADAPTER_TYPES, default=list(ADAPTER_TYPES))
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
-    parser.add_argument("--threads", type=int, help="CPU threads, default all")
     parser.add_argument("--compile", action="store_true", help="measure the compiled materialised form as well")
-    parser.add_argument("--skip-materialised", action="store_true")
     parser.add_argument("--out", type=Path, help="write everything as JSON")
     return parser.parse_args()
 
@@ -237,20 +205,10 @@ def parse_options():
 def main():
     options = parse_options()
     torch.manual_seed(0)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     kinds = [ADAPTER_TYPES[name] for name in options.types]
     rows = measure(options, kinds, device)
-    result = {
-        "environment": environment(device),
-        "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
-        "summary": summarise(rows, kinds),
-        "rows": rows,
-    }
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(options, device, summary=summarise(rows, kinds), rows=rows)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
-from results_file import environment
+from results_file import append_row, environment
 from sa3dist_kernels import ADAPTER_TYPES
 from step_sides import DTYPES, SHAPES, attach, make_base, make_batch
 from timing import interleaved, peak_bytes, summary
@@ -143,9 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
         + (f"compiled {row['compiled_ms']:.1f} ms ({row['ratio_of_compiling']:.2f}x), " if options.compile else "")
         + f"gradients {row['gradient_distance']:.1e} {'agree' if row['gradients_agree'] else 'DIFFER'}"
     )
-    if options.json:
-        with options.json.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    append_row(options.json, row)
     return 0 if row["gradients_agree"] else 1
 
 

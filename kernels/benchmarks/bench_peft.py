@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from bench_adapted_linear import DTYPES, SHAPES
-from results_file import environment
+from results_file import write_result
 from sa3dist_kernels import ADAPTER_TYPES, adapted_linear, frozen_constants
 from timing import interleaved, peak_bytes, summary
 from torch import nn
@@ -138,12 +137,7 @@ def main(words: list[str] | None = None) -> dict:
     rows = measure(options, device)
     ours, theirs = (sum(row[f"{side}_ms"]["median"] for row in rows) for side in ("ours", "peft"))
     print(f"one block of {options.shape}: ours {ours:.1f} ms, peft {theirs:.1f} ms: {theirs / ours:.2f}x")
-    given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    result = {"environment": environment(device), "options": given, "ratio": theirs / ours, "rows": rows}
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    return write_result(options, device, ratio=theirs / ours, rows=rows)
 
 
 if __name__ == "__main__":

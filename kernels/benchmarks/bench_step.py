@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import torch
 from encoding_side import Encoding
-from results_file import environment
+from results_file import append_row, environment
 from sa3dist_kernels import ADAPTER_TYPES
 from sa3dist_kernels.frozen_products import product_dtype
 from step_sides import DTYPES, MAKERS, SHAPES, Side
@@ -194,9 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
         row = compare(options, make_sides(options, device), device)
         agree = agree and row["losses_agree"] and row["gradients_agree"]
         print(line(row), flush=True)
-        if options.json:
-            with options.json.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**machine, **row}) + "\n")
+        append_row(options.json, {**machine, **row})
     return 0 if agree else 1
 
 

@@ -1,6 +1,6 @@
-"""Tables and pictures of the stored measurements: results/README.md and one PNG per kind of benchmark.
+"""Tables of the stored measurements: results/README.md.
 
-    python kernels/benchmarks/report.py        (pictures need matplotlib: pip install sa3dist[plots])
+    python kernels/benchmarks/report.py
 
 Reads what the benchmarks left in results/, newest measurement of each case last; computes nothing anew.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,31 +28,26 @@ with a bias between a clip and its filling, and of cuDNN over all tokens (d64), 
 arithmetic 0.02 to 0.2), and `gpu_prototype.jsonl` (the frozen model, and a prototype that forms the weights, at 30 and
 380 s). `sa3dist plan` does not read them.
 """
-Table = tuple[str, list[str], list[list[str]]]
 
 
 def read(directory: Path, prefix: str) -> list[dict]:
-    """Rows of every results file whose name starts with ``prefix``; a file's environment goes into each of its rows."""
+    """Rows of every results file whose name starts with ``prefix``; a file's environment goes into each of its rows.
+
+    Of bench_adapted_linear.py one row per adapter type: its layers together.
+    """
     rows = []
     for path in sorted(directory.glob(f"{prefix}*.json*")):
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
             rows += [{"file": path.name, **json.loads(line)} for line in text.splitlines()]
+            continue
+        content = json.loads(text)
+        # Both name a device: the environment by its own name, the options as torch does.
+        shared = {"file": path.name, **content.get("options", {}), **content.get("environment", {})}
+        if isinstance(content.get("summary"), dict) and prefix == "layers":
+            rows += [{**shared, "adapter_type": name, **row} for name, row in content["summary"].items()]
         else:
-            content = json.loads(text)
-            # Both name a device: the environment by its own name, the options as torch does.
-            shared = {"file": path.name, **content.get("options", {}), **content.get("environment", {})}
             rows += [{**shared, **row} for row in content["rows"]]
-    return rows
-
-
-def read_blocks(directory: Path) -> list[dict]:
-    """One row per adapter type of every results file of bench_adapted_linear.py: its layers together."""
-    rows = []
-    for path in sorted(directory.glob("layers*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        shared = {**content["options"], **content["environment"]}
-        rows += [{**shared, "adapter_type": name, **figures} for name, figures in content["summary"].items()]
     return rows
 
 
@@ -61,214 +56,131 @@ def newest(rows: Iterable[dict], keys: tuple[str, ...]) -> list[dict]:
     return list({tuple(str(row.get(key)) for key in keys): row for row in rows}.values())
 
 
-def megabytes(value: int | None) -> str:
-    return "-" if value is None else f"{value / 1e6:.0f}"
-
-
-def ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def step_table(rows: list[dict]) -> Table:
-    lines = [
-        [
-            where(row),
-            f"{row['shape']} x {row['depth']}",
-            row["precision"] + (" (emulated)" if row.get("emulated_products") else ""),
-            str(row["frames"]),
-            f"{row['adapter_type']} r{row['rank']}",
-            ", ".join(way for way in ("compiled", "graphed") if row.get(way)) or "-",
-            f"{row['ours_ms']:.0f} ms",
-            f"{row['ratio']:.2f}x",
-            f"{row['ratio_from_audio']:.2f}x" if row.get("ratio_from_audio") else "-",
-            # Emulated products slow the frozen layers that have no adapter.
-            "-" if row.get("emulated_products") else f"{row['over_frozen']:.2f}",
-            f"{megabytes(row['ours_step_bytes'])} / {megabytes(row['baseline_step_bytes'])}",
-        ]
-        for row in rows
-    ]
-    titles = ["device", "model x blocks", "precision", "frames", "adapter", "ours is", "step", "baseline / ours"]
-    titles += ["the same with encoding in every step", "ours / frozen"]
-    return "Whole training step (bench_step.py)", [*titles, "step MB, ours / baseline"], lines
-
-
-def packing_table(rows: list[dict]) -> Table:
-    lines = [
-        [
-            where(row),
-            f"{row['shape']} x {row['depth']}",
-            row["precision"],
-            ", ".join(map(str, row["lengths"])),
-            f"{row['fill']:.0%}",
-            f"{row['packed_ms']:.0f} ms",
-            f"{row['ratio']:.2f}x",
-            f"{row['ratio_to_full']:.2f}x",
-        ]
-        for row in rows
-    ]
-    titles = ["device", "model x blocks", "precision", "frames of the clips", "fill", "packed", "padded / packed"]
-    return "Clips of unequal length (bench_packing.py)", [*titles, "unmasked padded / packed"], lines
-
-
-def peft_table(rows: list[dict]) -> Table:
-    lines = [
-        [
-            where(row),
-            row["dtype"],
-            f"{row['adapter_type']} r{row['rank']}, {row['tokens']} tokens",
-            f"{row['layer']} {row['fan_in']} to {row['fan_out']}",
-            f"{row['ours_ms']['median']:.2f} ms",
-            f"{row['peft_ms']['median'] / row['ours_ms']['median']:.2f}x",
-        ]
-        for row in rows
-    ]
-    titles = ["device", "precision", "adapter", "layer", "ours", "PEFT / ours"]
-    return "Adapted layers against PEFT (bench_peft.py)", titles, lines
-
-
-def gpu_table(rows: list[dict]) -> Table:
-    lines = [
-        [
-            row["file"],
-            row["device"],
-            f"{row['shape']}, {row['frames']} frames",
-            f"{row['adapter_type']} r{row['rank']}",
-            ", ".join(way for way in ("compiled", "graphed") if row.get(way)) or "-",
-            f"{row['ours_ms']:.1f} ms",
-            ratio(row.get("over_frozen")),
-            ratio(row.get("ratio")),
-            ratio(row.get("over_floor")),
-            ratio(row.get("unequal_over_equal")),
-            f"{megabytes(row.get('total_bytes'))} / {megabytes(row.get('recomputing_total_bytes'))}",
-        ]
-        for row in rows
-    ]
-    heads = [
-        "file",
-        "device",
-        "model",
-        "adapter",
-        "ours is",
-        "step",
-        "ours / frozen",
-        "baseline / ours",
-        "ours / floor",
-    ]
-    return (
-        "Whole training step on a GPU (gpu_check.py step)",
-        [*heads, "unequal / equal", "MB, all / recomputing"],
-        lines,
-    )
-
-
-def blocks_table(rows: list[dict]) -> Table:
-    def times(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2f}x"
-
-    lines = [
-        [
-            where(row),
-            row["dtype"],
-            f"{row['shape']}, {row['tokens']} tokens",
-            f"{row['adapter_type']} r{row['rank']}",
-            f"{row['milliseconds']:.1f} ms",
-            f"{row['over_frozen']:.2f}",
-            times(row["materialised_over_factored"]),
-            times(row["compiled_over_factored"]),
-            " / ".join(megabytes(row["layer_peak_bytes"][form]) for form in ("factored", "frozen", "materialised")),
-        ]
-        for row in rows
-    ]
-    titles = ["device", "precision", "layers of one block", "adapter", "ours", "ours / frozen", "materialised / ours"]
-    titles += ["materialised, compiled / ours", "MB of the largest layer, ours / frozen / materialised"]
-    return "Adapted layers (bench_adapted_linear.py)", titles, lines
-
-
 def where(row: dict) -> str:
     return f"{row['device']}, {row['threads']} threads" if "x86" in row["device"] else row["device"]
 
 
-def markdown(table: Table) -> str:
-    title, heads, lines = table
-    rows = [heads, ["---"] * len(heads), *lines]
-    return "\n".join([f"## {title}", "", *(f"| {' | '.join(row)} |" for row in rows), ""])
+def adapter(row: dict) -> str:
+    return f"{row['adapter_type']} r{row['rank']}"
 
 
-def bars(path: Path, title: str, labels: list[str], values: list[float], unit: str, line: float) -> None:
-    """A horizontal bar per case; ``line`` marks where both sides are equal."""
-    # Imported here: tables need no pictures.
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.32 * len(labels)), layout="constrained")
-    drawn = axes.barh(labels[::-1], values[::-1], color="#3b6ea5")
-    axes.bar_label(drawn, fmt="%.2f", padding=3, fontsize=8)
-    axes.axvline(line, color="black", linewidth=0.8)
-    axes.set_xlabel(unit)
-    axes.set_title(title, fontsize=10)
-    axes.tick_params(labelsize=8)
-    axes.margins(x=0.12)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    pyplot.close(figure)
+def ways(row: dict) -> str:
+    return ", ".join(way for way in ("compiled", "graphed") if row.get(way)) or "-"
 
 
-def draw(directory: Path, kinds: dict[str, list[dict]]) -> list[str]:
-    """One picture per kind that has rows; returns their file names."""
-    labels = {
-        "step": lambda row: (
-            f"{row['adapter_type']} r{row['rank']}, {row['frames']} frames, {row['precision']}"
-            + (", compiled" if row.get("compiled") else "")
-        ),
-        "layers": lambda row: f"{row['adapter_type']} r{row['rank']}, {row['tokens']} tokens, {row['dtype']}",
-        "packing": lambda row: f"fill {row['fill']:.0%}: {', '.join(map(str, row['lengths']))}",
-        "peft": lambda row: f"{row['layer']}, {row['adapter_type']}, {row['dtype']}",
-    }
-    ratios = {
-        "step": lambda row: row["ratio"],
-        "layers": lambda row: row["materialised_over_factored"],
-        "packing": lambda row: row["ratio"],
-        "peft": lambda row: row["peft_ms"]["median"] / row["ours_ms"]["median"],
-    }
-    titles = {
-        "step": "Training step: time of the reference-like baseline over ours",
-        "layers": "Layers of one block, forward and backward: time of the materialised form over ours",
-        "packing": "Unequal clips: time of the padded batch over the packed one",
-        "peft": "One layer, forward and backward: PEFT's time over ours",
-    }
-    made = []
-    for kind, rows in kinds.items():
-        # A baseline slowed by emulated products would dwarf what is comparable.
-        rows = [row for row in rows if not row.get("emulated_products")]
-        if rows:
-            made.append(f"{kind}.png")
-            values = [ratios[kind](row) for row in rows]
-            bars(directory / made[-1], titles[kind], [labels[kind](row) for row in rows], values, "times faster", 1.0)
-    return made
+def figure(key: str, form: str, unit: str = "") -> Callable[[dict], str]:
+    """A number of a row as text, "-" where there is none."""
+    return lambda row: "-" if row.get(key) is None else f"{row[key]:{form}}{unit}"
+
+
+def megabytes(*values: float | None) -> str:
+    return " / ".join("-" if value is None else f"{value / 1e6:.0f}" for value in values)
+
+
+def emulated(row: dict) -> bool:
+    """Emulated products slow the frozen layers that have no adapter."""
+    return bool(row.get("emulated_products"))
+
+
+# Title; which files; what makes a case; columns.
+TABLES: tuple[tuple[str, str, tuple[str, ...], dict[str, Callable[[dict], str]]], ...] = (
+    (
+        "Whole training step (bench_step.py)",
+        "step",
+        ("device", "shape", "depth", "precision", "frames", "adapter_type", "rank", "compiled"),
+        {
+            "device": where,
+            "model x blocks": lambda row: f"{row['shape']} x {row['depth']}",
+            "precision": lambda row: row["precision"] + (" (emulated)" if emulated(row) else ""),
+            "frames": figure("frames", ""),
+            "adapter": adapter,
+            "ours is": ways,
+            "step": figure("ours_ms", ".0f", " ms"),
+            "baseline / ours": figure("ratio", ".2f", "x"),
+            "the same with encoding in every step": figure("ratio_from_audio", ".2f", "x"),
+            "ours / frozen": lambda row: "-" if emulated(row) else f"{row['over_frozen']:.2f}",
+            "step MB, ours / baseline": lambda row: megabytes(row["ours_step_bytes"], row["baseline_step_bytes"]),
+        },
+    ),
+    (
+        "Adapted layers (bench_adapted_linear.py)",
+        "layers",
+        ("device", "dtype", "shape", "tokens", "adapter_type", "rank"),
+        {
+            "device": where,
+            "precision": lambda row: row["dtype"],
+            "layers of one block": lambda row: f"{row['shape']}, {row['tokens']} tokens",
+            "adapter": adapter,
+            "ours": figure("milliseconds", ".1f", " ms"),
+            "ours / frozen": figure("over_frozen", ".2f"),
+            "materialised / ours": figure("materialised_over_factored", ".2f", "x"),
+            "materialised, compiled / ours": figure("compiled_over_factored", ".2f", "x"),
+            "MB of the largest layer, ours / frozen / materialised": lambda row: megabytes(
+                *(row["layer_peak_bytes"][form] for form in ("factored", "frozen", "materialised"))
+            ),
+        },
+    ),
+    (
+        "Clips of unequal length (bench_packing.py)",
+        "packing",
+        ("device", "shape", "depth", "precision", "lengths"),
+        {
+            "device": where,
+            "model x blocks": lambda row: f"{row['shape']} x {row['depth']}",
+            "precision": lambda row: row["precision"],
+            "frames of the clips": lambda row: ", ".join(map(str, row["lengths"])),
+            "fill": figure("fill", ".0%"),
+            "packed": figure("packed_ms", ".0f", " ms"),
+            "padded / packed": figure("ratio", ".2f", "x"),
+            "unmasked padded / packed": figure("ratio_to_full", ".2f", "x"),
+        },
+    ),
+    (
+        "Adapted layers against PEFT (bench_peft.py)",
+        "peft",
+        ("device", "dtype", "adapter_type", "rank", "tokens", "layer"),
+        {
+            "device": where,
+            "precision": lambda row: row["dtype"],
+            "adapter": lambda row: f"{adapter(row)}, {row['tokens']} tokens",
+            "layer": lambda row: f"{row['layer']} {row['fan_in']} to {row['fan_out']}",
+            "ours": lambda row: f"{row['ours_ms']['median']:.2f} ms",
+            "PEFT / ours": lambda row: f"{row['peft_ms']['median'] / row['ours_ms']['median']:.2f}x",
+        },
+    ),
+)
+GPU_COLUMNS = {
+    "file": lambda row: row["file"],
+    "device": lambda row: row["device"],
+    "model": lambda row: f"{row['shape']}, {row['frames']} frames",
+    "adapter": adapter,
+    "ours is": ways,
+    "step": figure("ours_ms", ".1f", " ms"),
+    "ours / frozen": figure("over_frozen", ".2f"),
+    "baseline / ours": figure("ratio", ".2f"),
+    "unequal / equal": figure("unequal_over_equal", ".2f"),
+    "MB, all / recomputing": lambda row: megabytes(row.get("total_bytes"), row.get("recomputing_total_bytes")),
+}
+
+
+def markdown(title: str, columns: dict[str, Callable[[dict], str]], rows: list[dict]) -> str:
+    lines = [list(columns), ["---"] * len(columns), *([column(row) for column in columns.values()] for row in rows)]
+    return "\n".join([f"## {title}", "", *(f"| {' | '.join(line)} |" for line in lines), ""])
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     directory = parser.parse_args(arguments).results
-    step_case = ("device", "shape", "depth", "precision", "frames", "adapter_type", "rank", "compiled")
-    kinds = {
-        "step": newest(read(directory, "step"), step_case),
-        "layers": newest(read_blocks(directory), ("device", "dtype", "shape", "tokens", "adapter_type", "rank")),
-        "packing": newest(read(directory, "packing"), ("device", "shape", "depth", "precision", "lengths")),
-        "peft": newest(read(directory, "peft"), ("device", "dtype", "adapter_type", "rank", "tokens", "layer")),
-    }
-    # As it was before adapted weights were formed once a step; what a later run measures stands beside it.
-    gpu = [*read(directory / "before", "gpu_step"), *read(directory, "gpu_step")]
-    tables = {"step": step_table, "layers": blocks_table, "packing": packing_table, "peft": peft_table}
-    pictures = draw(directory, kinds)
     text = ["# Measurements", "", "Made by `python kernels/benchmarks/report.py` from the files beside this one.", ""]
-    text += [markdown(tables[kind](rows)) for kind, rows in kinds.items() if rows]
-    text += [markdown(gpu_table(gpu))] if gpu else []
+    for title, prefix, case, columns in TABLES:
+        if rows := newest(read(directory, prefix), case):
+            text.append(markdown(title, columns, rows))
+    # As it was before adapted weights were formed once a step; what a later run measures stands beside it.
+    if gpu := [*read(directory / "before", "gpu_step"), *read(directory, "gpu_step")]:
+        text.append(markdown("Whole training step on a GPU (gpu_check.py step)", GPU_COLUMNS, gpu))
     text += [OTHERS] if (directory / "before").is_dir() else []
-    text += [f"![{name}]({name})" for name in pictures]
-    (directory / "README.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    (directory / "README.md").write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import hashlib
 import importlib.metadata
@@ -94,6 +95,22 @@ def environment(device: torch.device) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
     }
+
+
+def write_result(options: argparse.Namespace, device: torch.device, **content: Any) -> dict[str, Any]:
+    """``content`` with what it was measured on and with; written to ``options.out``, if given, and returned."""
+    given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    result = {"environment": environment(device), "options": given, **content}
+    if options.out:
+        ResultsFile(options.out, result).write()
+    return result
+
+
+def append_row(path: Path | None, row: dict[str, Any]) -> None:
+    """One more line of a file of JSON lines, if there is to be one."""
+    if path is not None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def version_of(package: str) -> str | None:

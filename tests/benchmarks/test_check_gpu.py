@@ -190,14 +190,6 @@ def test_commit_is_none_where_git_is_absent(monkeypatch):
     assert results_file.commit() is None
 
 
-def test_floor_is_the_larger_of_arithmetic_and_traffic():
-    ceilings = {"matmul_tflops": 800.0, "copy_gb_per_s": 4000.0}
-    # 4 N I O operations; N large: arithmetic decides. Weight read twice; N = 1: traffic decides.
-    assert check_ops.floor_ms((1536, 12288, True), 4160, 2, ceilings) == pytest.approx(4 * 4160 * 1536 * 12288 / 8e11)
-    one = check_ops.floor_ms((1536, 12288, True), 1, 2, ceilings)
-    assert one == pytest.approx(2 * 2 * (1536 * 12288 + 1536 + 12288) / 4e9)
-
-
 def test_measured_layers_are_the_medium_models():
     shapes = {(fan_in, fan_out) for fan_in, fan_out, _ in check_ops.REAL.layers}
     assert shapes == {(1536, n) for n in (7680, 1536, 3072, 4608, 12288)} | {(6144, 1536)}
