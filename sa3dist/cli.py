@@ -43,7 +43,7 @@ def loop_only(run: Run) -> None:
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Run], None]]] = {
-    "train": ("the whole road: shard, encode, loop, export", train.whole_road),
+    "train": ("all stages: shard, encode, loop, export", train.all_stages),
     "shard": ("check the clips and write them as WebDataset shards with an index", shard_only),
     "encode": ("encode every clip and caption into the work directory", encode_only),
     "loop": ("train and save checkpoints, without exporting", loop_only),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sa3dist.runtime.watchdog import Watchdog
 
 
-def whole_road(run: Run) -> None:
+def all_stages(run: Run) -> None:
     """Request to files: every stage in order. The result is the last line on rank 0's stdout."""
     run.check()
     base = run.open_base()
@@ -132,7 +132,7 @@ def take_output_dir(group: Group, directory: Path, stop: StopRequest, watchdog: 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_stages("sa3dist.train", "Train a Stable Audio 3 LoRA from captioned audio.", whole_road, argv)
+    return run_stages("sa3dist.train", "Train a Stable Audio 3 LoRA from captioned audio.", all_stages, argv)
 
 
 def as_process(program: Callable[[], int]) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The whole road as a user walks it: request in, files out; two ranks, interruptions, and what must not happen."""
+"""All stages as a user runs them: request in, files out; two ranks, interruptions, and what must not happen."""
 
 import json
 import shutil

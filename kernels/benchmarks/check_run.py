@@ -1,4 +1,4 @@
-"""Part ``run``: the whole road through the real command line on a base of random weights in a directory of its own.
+"""Part ``run``: all stages through the real command line on a base of random weights in a directory of its own.
 
 Clips in a zip are sharded and encoded, 200 steps are taken, the process is killed in the middle and the same command
 continues; a second run starts from a warm work_dir and is stopped by a signal; the file is loaded onto the bare base.

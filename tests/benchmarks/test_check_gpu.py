@@ -244,7 +244,7 @@ def test_targets_are_held_against_the_rows_they_are_about():
 
 
 @pytest.mark.slow
-def test_run_takes_the_whole_road_and_a_resumed_loss_that_differs_fails_it(monkeypatch, results):
+def test_run_runs_all_stages_and_a_resumed_loss_that_differs_fails_it(monkeypatch, results):
     monkeypatch.setattr(check_run, "largest_difference", lambda rows, others: 1e-7)
     assert check_run.run(results, results_file.Budget(300), CPU, tiny=True) is False
     rows = {row["what"]: row for row in results.rows}

@@ -101,7 +101,7 @@ class Series:
         output_dir, work_dir = self.directory / name, self.directory / f"{name}-work"
         for path in (output_dir, work_dir):
             shutil.rmtree(path, ignore_errors=True)
-        # Encoded clips are found again: only these phases need the whole road.
+        # Encoded clips are found again: only these phases need all stages.
         work = {} if phase in ("step", "save") else {"work_dir": work_dir}
         if phase == "first use":
             work |= {"pre_encode": "false", "num_workers": 2}
