@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sa3dist.data.batches.batch_source import BatchSource, open_source
+from sa3dist.data.batches.encode_on_demand import CLOSE_SECONDS, WAITING_BYTES
 from sa3dist.data.latents.cache import SILENCE_TAIL_FRAMES, EncodedClips, frames_of
 from sa3dist.data.latents.pieces import Piece
 from sa3dist.data.latents.shards import LatentShard, latent_shard_name, write_latent_shard
@@ -27,10 +28,6 @@ from sa3dist.settings import Settings
 
 log = logging.getLogger(__name__)
 
-# Decoded audio waiting for the encoder.
-WAITING_BYTES = 256 << 20
-# What reading a clip usually takes at most; a read that hangs is left behind.
-CLOSE_SECONDS = 2.0
 # A quarter of an hour of audio: enough shards to share out among many ranks and workers, few enough to list.
 MAX_LATENT_SHARD_BYTES = 64 << 20
 

@@ -119,10 +119,8 @@ class EncodedClips:
         return self._has((PROMPT, caption), self.prompt_path(caption))
 
     def _has(self, name: Name, path: Path) -> bool:
-        if self.shards.find(name) is not None or path.exists():
-            return True
         # At worst what another process has just put into a shard is encoded again.
-        return self.shards.search(name, LOOK_AGAIN_SECONDS) is not None
+        return bool(self.shards.find(name) or path.exists() or self.shards.search(name, LOOK_AGAIN_SECONDS))
 
     def latents(self, clip: ClipEntry, flipped: bool) -> ClipLatents:
         """Raises EnvironmentFailure, naming file and clip, when the file is damaged or holds a non-finite value."""
