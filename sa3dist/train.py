@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sa3dist.pipeline import Run
     from sa3dist.runtime.process_group import Group
     from sa3dist.runtime.watchdog import Watchdog
+    from sa3dist.settings import Settings
 
 
 def all_stages(run: Run) -> None:
@@ -82,35 +83,40 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
             return
         if not has_peers():
             stop.raise_if_requested("starting")
-        from sa3dist.pipeline import Run
-        from sa3dist.runtime.peers import GOODBYE_SECONDS, leave, part
-        from sa3dist.runtime.process_group import connect, disconnect
-        from sa3dist.runtime.watchdog import Watchdog
-        from sa3dist.training.acceleration import make_deterministic
-
-        if settings.deterministic:
-            make_deterministic()
-        with Watchdog(stop, settings.output_dir) as watchdog:
-            group = connect(settings.step_timeout)
-            watchdog.watch(group)
-            try:
-                # Only now: peers of a rank that left before would wait for it in connect.
-                stop.raise_if_requested("starting")
-                out_of_memory_at_step = take_output_dir(group, settings.output_dir, stop, watchdog)
-                running.append(Run(settings, group, stop, out_of_memory_at_step))
-                stages(running[0])
-                part(group, GOODBYE_SECONDS)
-            except Exception as failure:
-                reason = leave(group, failure, watchdog.told)
-                if reason is failure:
-                    raise
-                raise reason from failure
-        disconnect()
+        _run_connected(settings, stop, stages, running)
 
     def output_dir() -> Path | None:
         return None if arguments.print_config else config.output_dir_of(values)
 
     return run_program(body, output_dir, lambda: running[0].step if running else 0)
+
+
+def _run_connected(settings: Settings, stop: StopRequest, stages: Callable[[Run], None], running: list[Run]) -> None:
+    """Join the other processes and run ``stages`` with them. running: takes the run, once there is one."""
+    from sa3dist.pipeline import Run
+    from sa3dist.runtime.peers import GOODBYE_SECONDS, leave, part
+    from sa3dist.runtime.process_group import connect, disconnect
+    from sa3dist.runtime.watchdog import Watchdog
+    from sa3dist.training.acceleration import make_deterministic
+
+    if settings.deterministic:
+        make_deterministic()
+    with Watchdog(stop, settings.output_dir) as watchdog:
+        group = connect(settings.step_timeout)
+        watchdog.watch(group)
+        try:
+            # Only now: peers of a rank that left before would wait for it in connect.
+            stop.raise_if_requested("starting")
+            out_of_memory_at_step = take_output_dir(group, settings.output_dir, stop, watchdog)
+            running.append(Run(settings, group, stop, out_of_memory_at_step))
+            stages(running[0])
+            part(group, GOODBYE_SECONDS)
+        except Exception as failure:
+            reason = leave(group, failure, watchdog.told)
+            if reason is failure:
+                raise
+            raise reason from failure
+    disconnect()
 
 
 def take_output_dir(group: Group, directory: Path, stop: StopRequest, watchdog: Watchdog) -> int | None:
