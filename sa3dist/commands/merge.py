@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         options.output = Path(expand_home(options.output))
-        files = [read_weighted(word) for word in options.adapters]
+        files = [read_weighted(argument) for argument in options.adapters]
         if options.svd is not None and (options.base is None or options.svd < 1):
             raise ConfigError("--svd: needs a rank of at least 1, and --base MODEL for the weights that are changed")
         if options.base is None:
@@ -69,17 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_program(body, lambda: None, lambda: 0)
 
 
-def read_weighted(word: str) -> tuple[AdapterFile, float]:
+def read_weighted(argument: str) -> tuple[AdapterFile, float]:
     """An adapter file and its weight from ``FILE`` or ``FILE=WEIGHT``."""
-    path, equals, text = word.rpartition("=")
-    if not equals or os.path.isfile(word):
-        return read_adapter_file(word), 1.0
+    path, equals, text = argument.rpartition("=")
+    if not equals or os.path.isfile(argument):
+        return read_adapter_file(argument), 1.0
     try:
         weight = float(text)
     except ValueError as error:
-        raise ConfigError(f"{word}: the weight {text!r} is not a number; expected FILE or FILE=WEIGHT") from error
+        raise ConfigError(f"{argument}: the weight {text!r} is not a number; expected FILE or FILE=WEIGHT") from error
     if not math.isfinite(weight):
-        raise ConfigError(f"{word}: the weight {text!r} is not a finite number")
+        raise ConfigError(f"{argument}: the weight {text!r} is not a finite number")
     return read_adapter_file(path), weight
 
 

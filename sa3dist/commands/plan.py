@@ -25,7 +25,7 @@ UNITS = {"GB": 1e9, "GIB": 1 << 30}
 def main(argv: Sequence[str] | None = None) -> int:
     """0 with the plan on stdout, also when the run does not fit; 2 when settings or device are refused."""
     made = argparse.ArgumentParser(prog="sa3dist plan", description="Predict memory and time of a run.")
-    made.add_argument("words", nargs="*", metavar="CONFIG.yaml|REQUEST.json|key=value", help="settings of the run")
+    made.add_argument("arguments", nargs="*", metavar="CONFIG.yaml|REQUEST.json|key=value", help="settings of the run")
     made.add_argument("--gpu", default=THIS, help=f"{', '.join(GPUS)}, or {THIS} machine (default)")
     made.add_argument("--fit", metavar="24GB", help="plan for so much memory, and propose settings that fit it")
     made.add_argument("--ranks", type=int, default=1, help="processes, each on such a device")
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.ranks < 1 or (options.link_gbit is not None and options.link_gbit <= 0):
             raise ConfigError("--ranks and --link-gbit: expected positive numbers")
         # A plan needs no data; where they are is nobody's business here.
-        settings = config.build({"audio_data_url": "unknown", **config.read_arguments(options.words)})
+        settings = config.build({"audio_data_url": "unknown", **config.read_arguments(options.arguments)})
         device = find_device(options.gpu)
         if options.fit:
             device = dataclasses.replace(device, memory_bytes=parse_bytes(options.fit))

@@ -1,4 +1,4 @@
-"""What a run will need and how long it will take, predicted from counts; and settings that fit a given memory."""
+"""Memory and step time of a run, predicted from counts; and settings that fit a given memory."""
 
 from __future__ import annotations
 

@@ -23,9 +23,9 @@ from sa3dist.runtime.exit_status import run_program
 
 @dataclasses.dataclass(frozen=True)
 class Submission:
-    """What to run and where: the words of a training command, its checked settings, and the options of submit."""
+    """What to run and where: the arguments of a training command, its checked settings, and the options of submit."""
 
-    words: list[str]
+    arguments: list[str]
     settings: Settings
     options: argparse.Namespace
 
@@ -36,10 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         # Refused here rather than after hours in a queue.
-        settings = config.build(config.read_arguments(options.words))
+        settings = config.build(config.read_arguments(options.arguments))
         # Local and Slurm runs use this installation; Slurm hands the environment on.
         os.environ.setdefault("SA3DIST_PYTHON", sys.executable)
-        BACKENDS[options.backend](Submission(options.words, settings, options))
+        BACKENDS[options.backend](Submission(options.arguments, settings, options))
 
     # The run itself writes the status of its output directory.
     return run_program(body, lambda: None, lambda: 0)
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="sa3dist submit", description="Start a training run on a backend.")
-    made.add_argument("words", nargs="+", metavar="CONFIG.yaml|REQUEST.json|key=value", help="as for sa3dist train")
+    made.add_argument("arguments", nargs="+", metavar="CONFIG.yaml|REQUEST.json|key=value", help="as for sa3dist train")
     made.add_argument("--backend", required=True, choices=BACKENDS)
     made.add_argument("--dry-run", action="store_true", help="print what would be submitted, and submit nothing")
     made.add_argument(
@@ -78,7 +78,7 @@ def local(run: Submission) -> None:
     if run.options.nodes > 1:
         raise ConfigError(f"submit: --nodes {run.options.nodes} needs --backend slurm or kubernetes")
     processes = ["-n", str(run.options.processes)] if run.options.processes else []
-    command = ["bash", str(launch_file("local.sh")), *processes, *run.words]
+    command = ["bash", str(launch_file("local.sh")), *processes, *run.arguments]
     if run.options.dry_run:
         print(_with_environment(command))
     else:
@@ -91,7 +91,7 @@ def slurm(run: Submission) -> None:
     script = launch_file("slurm/multi_node.sbatch" if nodes > 1 else "slurm/preemptible.sbatch")
     asked = [f"--job-name={label(run.settings.name)}", f"--nodes={nodes}"]
     asked += [f"--gpus-per-node={processes}"] if processes else []
-    command = ["sbatch", "--parsable", *asked, *run.options.option, str(script), *run.words]
+    command = ["sbatch", "--parsable", *asked, *run.options.option, str(script), *run.arguments]
     if run.options.dry_run:
         print(f"# {_with_environment(command)}\n{script.read_text(encoding='utf-8')}", end="")
     else:
@@ -104,7 +104,7 @@ def _with_environment(command: list[str]) -> str:
 
 def kubernetes(run: Submission) -> None:
     """Apply the settings as a ConfigMap, and a Job, or a JobSet where there are several nodes."""
-    typed = config.read_arguments(run.words)
+    typed = config.read_arguments(run.arguments)
     for key in ("output_dir", "work_dir"):
         if str(typed.get(key) or "").startswith("~"):
             raise ConfigError(f"{key}: {typed[key]} is a home of this machine; give its path in the pod, below /data")
@@ -142,7 +142,7 @@ def label(name: str) -> str:
 
 
 def _config_map(run: Submission) -> dict[str, Any]:
-    values = config.read_arguments(run.words) | {
+    values = config.read_arguments(run.arguments) | {
         key: str(getattr(run.settings, key)) for key in ("output_dir", "work_dir")
     }
     name = f"{label(run.settings.name)}-config"
