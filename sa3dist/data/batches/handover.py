@@ -1,4 +1,4 @@
-"""What loader processes hand over to the main one, the signals they leave to it, and their end when they hang."""
+"""Results of loader processes on their way to the main one, and how these processes end."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def loader(
     """Micro batches in the order of ``indices``, prepared ahead by worker processes.
 
     before   called in this process with each index just before its micro batch is handed to a worker; encodes what a
-             first use still lacks. What it raises ends the stream, also ahead of what the workers have ready
+             first use still lacks. What it raises ends the iteration, also ahead of what the workers have ready
     after    called with each index when its micro batch has come back
     """
     issued: deque[int] = deque()

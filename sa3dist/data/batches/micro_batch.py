@@ -1,7 +1,7 @@
-"""The seeded stream of training samples: slot → clip → crop → noised micro batch, a pure function of the seed.
+"""Seeded training samples: slot → clip → crop → noised micro batch, a pure function of the seed.
 
-A slot is the position of a sample in the endless stream. Every draw is keyed by (seed, purpose, slot), so which rank or
-worker makes a sample changes nothing.
+A slot is the position of a sample in the endless sequence of a run. Every draw is keyed by (seed, purpose, slot), so
+which rank or worker makes a sample changes nothing.
 
 Suffixes: B clips, D latent channels, T latent frames, L prompt tokens, H prompt features.
 """

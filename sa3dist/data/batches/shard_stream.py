@@ -104,9 +104,9 @@ class ShardSource:
         def opened(sources: Iterable[TarSample]) -> Iterator[TarSample]:
             for source in sources:
                 reading[0] = redacted(source["url"])
-                with self._open(source["url"], scratch, should_stop) as stream:
-                    check_tar(stream, reading[0])
-                    yield {**source, "stream": stream}
+                with self._open(source["url"], scratch, should_stop) as tar:
+                    check_tar(tar, reading[0])
+                    yield {**source, "stream": tar}
 
         clips = webdataset.DataPipeline(
             webdataset.SimpleShardList(urls),
@@ -132,8 +132,8 @@ class ShardSource:
     @contextlib.contextmanager
     def _open(self, url: str, scratch: Path, should_stop: Callable[[], bool]) -> Iterator[BinaryIO]:
         if not is_remote(url):
-            with open(url, "rb") as stream:
-                yield stream
+            with open(url, "rb") as tar:
+                yield tar
             return
         # Whole shards, resumed and retried as any download; what a killed run has left may be of another version.
         scratch.parent.mkdir(parents=True, exist_ok=True)
@@ -143,22 +143,22 @@ class ShardSource:
             system, path = filesystem(url)
             info = remote_info(system, path, redacted(url), should_stop)
             download(system, path, info, scratch, redacted(url), self.max_bytes, should_stop)
-            with scratch.open("rb") as stream:
-                yield stream
+            with scratch.open("rb") as tar:
+                yield tar
         finally:
             scratch.unlink(missing_ok=True)
 
 
-def check_tar(stream: BinaryIO, label: str) -> None:
+def check_tar(tar: BinaryIO, label: str) -> None:
     """Walk the headers and return to the start. Raises EnvironmentFailure at the first damaged one.
 
     The tar library takes a damaged header for the end of the archive, and would leave out the rest in silence.
     """
-    end = stream.seek(0, 2)
+    end = tar.seek(0, 2)
     offset = 0
     while offset < end:
-        stream.seek(offset)
-        header = stream.read(tarfile.BLOCKSIZE)
+        tar.seek(offset)
+        header = tar.read(tarfile.BLOCKSIZE)
         if not any(header):
             break
         try:
@@ -171,7 +171,7 @@ def check_tar(stream: BinaryIO, label: str) -> None:
         offset += tarfile.BLOCKSIZE * (1 + blocks)
     if offset > end:
         raise EnvironmentFailure(f"{label}: ends after {end} of {offset} bytes; make or copy it again")
-    stream.seek(0)
+    tar.seek(0)
 
 
 def latent_clips(samples: Iterable[TarSample], encoders: Encoders) -> Iterator[ShardClip]:

@@ -263,7 +263,7 @@ class LatentShards:
         return self._places.get(name)
 
     def load(self, directory: Path) -> None:
-        """Read the indices in one folder. A damaged or foreign one teaches nothing: its clips are encoded again."""
+        """Read the indices in one folder. Damaged or foreign ones are ignored; their clips are encoded again."""
         for path in sorted(directory.glob(f"{SHARD_PREFIX}*.tar")):
             try:
                 # One that was damaged may have been written again.
