@@ -61,11 +61,10 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
     from sa3dist.runtime.exit_status import dist_rank_from_environment, has_peers, run_program
 
     arguments, unknown = parser(program, about).parse_known_intermixed_args(argv)
-    main_rank = dist_rank_from_environment() == 0
     logging.basicConfig(format="sa3dist: %(message)s", stream=sys.stderr)
     # It prints its lines itself.
     logging.getLogger("huggingface_hub").propagate = False
-    logging.getLogger("sa3dist").setLevel(logging.INFO if main_rank else logging.ERROR)
+    logging.getLogger("sa3dist").setLevel(logging.INFO if dist_rank_from_environment() == 0 else logging.ERROR)
     values: dict = {}
     running: list[Run] = []
 
