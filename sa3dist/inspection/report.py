@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sa3dist.config import Settings
-from sa3dist.data.source.archive import open_source
+from sa3dist.data.source.archive import open_container
 from sa3dist.data.source.audio import AudioFacts, check_whole
 from sa3dist.data.source.captions import read_caption
 from sa3dist.data.source.check import count_problem
@@ -130,7 +130,7 @@ def inspect_source(
     Raises DataError when the source as a whole cannot be opened.
     """
     limits = {"max_download_bytes": settings.max_download_bytes, "outputs": (settings.work_dir, settings.output_dir)}
-    with open_source(settings.audio_data_url, settings.work_dir, **limits) as container:
+    with open_container(settings.audio_data_url, settings.work_dir, **limits) as container:
         listing = pair_members(container)
         known = read_stats(settings.work_dir)
         inspected = prefetch(lambda pair: _inspect(container, pair, known), listing.pairs, lambda pair: pair.audio.size)

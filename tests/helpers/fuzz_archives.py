@@ -17,7 +17,7 @@ from sa3dist.data.latents.cache import EncodedClips
 from sa3dist.data.latents.shards import FLIPPED, LATENTS, PROMPT
 from sa3dist.data.latents.source import read_latents
 from sa3dist.data.remote.disk_cache import ClipCache
-from sa3dist.data.source.archive import open_source
+from sa3dist.data.source.archive import open_container
 from sa3dist.data.source.build import build_shards
 from sa3dist.data.source.captions import read_caption
 from sa3dist.data.source.index_check import index_faults
@@ -58,7 +58,7 @@ def shard(source, work):
 
 
 def read_all(source, work):
-    with open_source(str(source), work) as container:
+    with open_container(str(source), work) as container:
         listing = pair_members(container)
         for line in listing.refusals:
             raise DataError(line)

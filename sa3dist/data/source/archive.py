@@ -21,7 +21,7 @@ MAX_SHARDS = 100_000
 
 
 @contextlib.contextmanager
-def open_source(
+def open_container(
     source: str,
     work_dir: Path,
     should_stop: Callable[[], bool] = lambda: False,

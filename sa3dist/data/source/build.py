@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sa3dist.data.remote.fetch import MAX_TOTAL_BYTES
 from sa3dist.data.source import check
-from sa3dist.data.source.archive import open_source
+from sa3dist.data.source.archive import open_container
 from sa3dist.data.source.check import (
     Measure,
     check_count,
@@ -68,7 +68,7 @@ def build_shards(
     """
     shards_dir = Path(work_dir) / "shards"
     outputs = [Path(path) for path in (work_dir, output_dir) if path is not None]
-    with open_source(source, Path(work_dir), should_stop, max_download_bytes, outputs) as container:
+    with open_container(source, Path(work_dir), should_stop, max_download_bytes, outputs) as container:
         listing = pair_members(container)
         total = len(listing.pairs)
         if on_bad_clip == "raise" and total > check.CLIP_COUNT_RANGE[1]:

@@ -14,7 +14,7 @@ from yarl import URL
 from sa3dist.data.latents.source import latent_shards_of, streamed_shards
 from sa3dist.data.remote import download, fetch
 from sa3dist.data.remote.http_request import resolved
-from sa3dist.data.source.archive import expand_braces, open_source
+from sa3dist.data.source.archive import expand_braces, open_container
 from sa3dist.data.source.build import build_shards
 from sa3dist.data.source.remote_index import RemoteOptions, index_remote
 from sa3dist.data.source.remote_shards import tars_of
@@ -109,7 +109,7 @@ def server():
 
 
 def read(address, tmp_path) -> int:
-    with open_source(address, tmp_path / "work") as container:
+    with open_container(address, tmp_path / "work") as container:
         return len(container.members)
 
 

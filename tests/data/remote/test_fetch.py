@@ -9,7 +9,7 @@ import fsspec
 import pytest
 
 from sa3dist.data.remote import download, fetch
-from sa3dist.data.source.archive import open_source
+from sa3dist.data.source.archive import open_container
 from sa3dist.data.source.build import build_shards
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted
 from tests.helpers.clips import captioned, encode, tone, write_tar, write_zip
@@ -172,7 +172,7 @@ def test_the_source_is_closed_and_cleaned_when_the_reader_fails(memory, tmp_path
     memory.pipe("/a.zip", write_zip(tmp_path / "a.zip", captioned(4)).read_bytes())
 
     def refuse():
-        with open_source("memory://a.zip", tmp_path / "work"):
+        with open_container("memory://a.zip", tmp_path / "work"):
             assert len(list((tmp_path / "work" / "downloads").iterdir())) == 1
             raise DataError("told so")
 

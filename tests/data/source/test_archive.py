@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sa3dist.data.source import containers, zips
-from sa3dist.data.source.archive import expand_braces, open_source
+from sa3dist.data.source.archive import expand_braces, open_container
 from sa3dist.data.source.build import build_shards
 from sa3dist.data.source.captions import read_caption
 from sa3dist.data.source.pairing import pair_members
@@ -26,7 +26,7 @@ from tests.helpers.clips import captioned, declare, encode, tone, write_folder, 
 
 
 def listing_of(source, tmp_path):
-    with open_source(str(source), tmp_path / "work") as container:
+    with open_container(str(source), tmp_path / "work") as container:
         return pair_members(container)
 
 
@@ -271,7 +271,7 @@ def test_a_folder_and_a_name_of_it_are_paired_in_any_unicode_form(tmp_path):
 )
 def test_captions_that_say_nothing_are_refused(tmp_path, content, message):
     source = write_zip(tmp_path / "a.zip", captioned(4) | {"clip2.txt": content})
-    with open_source(str(source), tmp_path) as container:
+    with open_container(str(source), tmp_path) as container:
         pair = pair_members(container).pairs[2]
         with pytest.raises(DataError, match=message):
             read_caption(container, pair.caption)
@@ -280,7 +280,7 @@ def test_captions_that_say_nothing_are_refused(tmp_path, content, message):
 
 def test_captions_lose_their_byte_order_mark_and_outer_space(tmp_path):
     source = write_zip(tmp_path / "a.zip", {"a.wav": b"", "a.txt": "\ufeff  Glöckchen, \n leise \r\n".encode()})
-    with open_source(str(source), tmp_path) as container:
+    with open_container(str(source), tmp_path) as container:
         assert read_caption(container, pair_members(container).pairs[0].caption) == "Glöckchen, \n leise"
 
 

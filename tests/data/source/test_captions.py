@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sa3dist.data.source.archive import open_source
+from sa3dist.data.source.archive import open_container
 from sa3dist.data.source.build import build_shards
 from sa3dist.data.source.captions import read_caption
 from sa3dist.data.source.pairing import pair_members
@@ -20,7 +20,7 @@ SOUND = encode(tone())
 
 
 def captions_of(members, tmp_path):
-    with open_source(str(write_zip(tmp_path / "a.zip", members)), tmp_path / "work") as container:
+    with open_container(str(write_zip(tmp_path / "a.zip", members)), tmp_path / "work") as container:
         listing = pair_members(container)
         assert (listing.refusals, listing.problems) == ((), {})
         return {pair.key: read_caption(container, pair.caption) for pair in listing.pairs}

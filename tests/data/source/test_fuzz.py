@@ -19,7 +19,7 @@ from tests.helpers.clips import encode, tone, write_zip
 from tests.helpers.fuzzing import mutated, outcome
 from pathlib import Path
 from sa3dist.data.source.pairing import pair_members
-from sa3dist.data.source.archive import open_source
+from sa3dist.data.source.archive import open_container
 from sa3dist.data.source.audio import check_audio
 from sa3dist.data.source.captions import read_caption
 from sa3dist.inspection.measure import Measurement
@@ -56,7 +56,7 @@ for number in range(420):
     counts[outcome(lambda: measure(data))] += 1
 
 def captions(source):
-    with open_source(str(source), folder / "work") as container:
+    with open_container(str(source), folder / "work") as container:
         listing = pair_members(container)
         assert all("\\n" not in line for line in listing.refusals)
         for pair in listing.pairs:

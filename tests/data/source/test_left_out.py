@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sa3dist import cli
 from sa3dist.data.latents.source import latent_shards_of, streamed_shards
-from sa3dist.data.source.archive import open_source
+from sa3dist.data.source.archive import open_container
 from sa3dist.data.source.build import build_shards
 from sa3dist.data.source.pairing import pair_members
 from sa3dist.errors import DataError
@@ -34,7 +34,7 @@ def _restore_process_settings():
 
 
 def listing_of(source, tmp_path):
-    with open_source(str(source), tmp_path / "work") as container:
+    with open_container(str(source), tmp_path / "work") as container:
         return pair_members(container)
 
 
@@ -422,7 +422,7 @@ def test_every_file_is_a_clip_a_used_caption_named_or_counted_as_a_systems_own(t
     write = {"zip": write_zip, "tar": write_tar, "folder": write_folder}[kind]
     source = write(folder / f"in.{kind}", members)
     source.mkdir(exist_ok=True) if kind == "folder" else None
-    with open_source(str(source), folder / "work") as container:
+    with open_container(str(source), folder / "work") as container:
         listing = pair_members(container)
     used = {pair.audio.name for pair in listing.pairs}
     used |= {name.partition(", line")[0] for name in (pair.caption_name for pair in listing.pairs)}

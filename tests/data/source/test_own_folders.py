@@ -7,7 +7,7 @@ import os
 import pytest
 
 from sa3dist import train
-from sa3dist.data.source.archive import open_source
+from sa3dist.data.source.archive import open_container
 from sa3dist.data.source.build import build_shards
 from sa3dist.data.source.own_folders import OWN
 from sa3dist.data.source.pairing import pair_members
@@ -39,7 +39,7 @@ def work_files(folder):
 
 
 def keys(source, tmp_path, **options):
-    with open_source(str(source), tmp_path / "elsewhere", **options) as container:
+    with open_container(str(source), tmp_path / "elsewhere", **options) as container:
         listing = pair_members(container)
     assert not listing.problems
     assert not listing.refusals
@@ -60,7 +60,7 @@ def test_runs_and_work_directories_of_any_run_are_passed_over(kind, at, tmp_path
     assert found == CLIPS
     assert own == sorted([at, f"{at}-killed", f"{at}-refused", f"{at}-work"])
     sounds = " (2 audio files in it)" if kind == "folder" else ""
-    with open_source(str(made), tmp_path / "elsewhere") as container:
+    with open_container(str(made), tmp_path / "elsewhere") as container:
         assert container.left_out[OWN][0] == f"{own[0]}{sounds}"
 
 
