@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 EXIT_DONE = 0
 EXIT_BUG = 1
@@ -90,3 +92,12 @@ def span(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} minutes" if seconds < 3600 else f"{seconds / 3600:.2f} hours"
+
+
+def read_duration(value: Any) -> Any:
+    """Seconds of H:MM:SS, with days in front (D-H:MM:SS) as Slurm writes them; anything else as it is."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", value.strip()) if isinstance(value, str) else None
+    if found is None:
+        return value
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds

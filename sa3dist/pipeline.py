@@ -112,7 +112,7 @@ class Run:
         )
         saved = resume.find_checkpoint(settings, group, self.stop)
         if saved is not None:
-            resume.check_identity(saved, identity, settings.output_dir)
+            resume.check_identity(saved, identity, settings)
             resume.check_course(saved, settings)
             self._saved_step = saved.step
         self._cursors = source.cursors(saved and saved.state.get("stream"), group.dist_rank, group.world_size)

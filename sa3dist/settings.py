@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,27 +10,21 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from sa3dist_kernels.adapter_types import ADAPTER_TYPES
 
 from sa3dist.data.remote.local_paths import can_be_named, expand_home, is_text
-from sa3dist.errors import ConfigError
+from sa3dist.errors import ConfigError, read_duration
 
 # What YAML 1.1 and JSON write for on and off.
 _SWITCHES = {"true": "on", "yes": "on", "on": "on", "false": "off", "no": "off", "off": "off"}
 OnOff = BeforeValidator(lambda value: _SWITCHES.get(str(value).lower(), value))
 NoWord = BeforeValidator(lambda value: "no" if _SWITCHES.get(str(value).lower()) == "off" else value)
+# Marks what decides the numbers of every step: a checkpoint is continued only under the same values.
+COURSE = "course"
 # Fields that name a file or folder of this machine, or may.
 PLACES = ("audio_data_url", "model", "lora_checkpoint_url", "output_dir", "work_dir", "text_encoder", "resume")
 PRECISION_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+Alias = BeforeValidator(lambda value: PRECISION_ALIASES.get(value, value) if isinstance(value, str) else value)
 # The endpoint's documented limit, kept for compatibility; the shapes themselves allow more (spec/training.md 3).
 XS_RANK_LIMIT = 17
 AdapterName = Literal[tuple(ADAPTER_TYPES)]
-
-
-def read_duration(value: Any) -> Any:
-    """Seconds of H:MM:SS, with days in front (D-H:MM:SS) as Slurm writes them; anything else as it is."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", value.strip()) if isinstance(value, str) else None
-    if found is None:
-        return value
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 class Settings(BaseModel):
@@ -59,9 +52,9 @@ class Settings(BaseModel):
         le=380,
         description="crop length in seconds, capped at the model's native length; unset = longest clip",
     )
-    batch_size: int = Field(1, ge=1, le=8, description="clips per process and micro batch")
-    seed: int = Field(42, ge=0, le=2147483647, description="seed of every random draw")
-    base_precision: Literal["bf16", "fp16", "fp32"] = Field(
+    batch_size: Annotated[int, COURSE] = Field(1, ge=1, le=8, description="clips per process and micro batch")
+    seed: Annotated[int, COURSE] = Field(42, ge=0, le=2147483647, description="seed of every random draw")
+    base_precision: Annotated[Literal["bf16", "fp16", "fp32"], Alias, COURSE] = Field(
         "bf16", description="storage of the frozen base: bf16 (bfloat16), fp16 (float16), fp32"
     )
     include: list[str] | None = Field(
@@ -73,7 +66,7 @@ class Settings(BaseModel):
     lora_checkpoint_url: str | None = Field(None, description="adapter file (.safetensors) to start from")
     pre_encode: bool = Field(False, description="encode every clip before step 1 (true) or on first use (false)")
 
-    latents: Literal["whole", "crop", "on_the_fly"] = Field(
+    latents: Annotated[Literal["whole", "crop", "on_the_fly"], COURSE] = Field(
         "whole",
         description="encode whole clips once and crop latents, encode each crop once, or encode crops at every step",
     )
@@ -92,17 +85,21 @@ class Settings(BaseModel):
 
     # The adapter and the objective.
     alpha: float | None = Field(None, gt=0, allow_inf_nan=False, description="adapter scale times rank; unset = rank")
-    prompt_dropout: float = Field(0.1, ge=0, le=1, description="share of clips trained without prompt, for guidance")
-    context_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="weight of the loss on given context")
+    prompt_dropout: Annotated[float, COURSE] = Field(
+        0.1, ge=0, le=1, description="share of clips trained without prompt, for guidance"
+    )
+    context_weight: Annotated[float, COURSE] = Field(
+        1.0, ge=0, allow_inf_nan=False, description="weight of the loss on given context"
+    )
     weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="AdamW weight decay")
     warmup_steps: int = Field(0, ge=0, description="first steps, over which the learning rate rises linearly")
     lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="learning rate after the warm-up: constant, or falling to 0 just behind the last step"
     )
-    seconds_total_of: Literal["file", "clip"] = Field(
+    seconds_total_of: Annotated[Literal["file", "clip"], COURSE] = Field(
         "file", description="duration told to the model: of the whole file, as the reference does, or of the crop"
     )
-    reference_numerics: bool = Field(
+    reference_numerics: Annotated[bool, COURSE] = Field(
         False,
         description="round timestep and duration to the base's precision before their features, as the reference does",
     )
@@ -112,7 +109,7 @@ class Settings(BaseModel):
     global_batch_size: int | None = Field(
         None, ge=1, description="clips per optimiser step over all processes; derives gradient_accumulation_steps"
     )
-    mixed_precision: Annotated[Literal["bf16", "no"], NoWord] = Field(
+    mixed_precision: Annotated[Literal["bf16", "no"], NoWord, COURSE] = Field(
         "bf16", description="autocast of the step: bf16 or no"
     )
     gradient_checkpointing: Annotated[Literal["auto", "on", "off"], OnOff] = Field(
@@ -132,7 +129,7 @@ class Settings(BaseModel):
         description="replay forward and backward as CUDA graphs: auto (micro batches of up to 2048 tokens), on, off",
     )
     deterministic: bool = Field(False, description="only deterministic kernels: same command, same bits")
-    gradient_compression: Literal["none", "bf16"] = Field(
+    gradient_compression: Annotated[Literal["none", "bf16"], COURSE] = Field(
         "none", description="format in which gradients travel between processes: float32 (none), or bf16 for slow links"
     )
     mode: Literal["indexed", "streaming"] = Field(
@@ -140,10 +137,8 @@ class Settings(BaseModel):
         description="indexed (every clip once per epoch, by position) or streaming (shards too many to index, in turn)",
     )
     shuffle_buffer: int = Field(256, ge=1, description="clips each loader process mixes in streaming mode")
-    bucket_batches: int = Field(
-        1,
-        ge=1,
-        description="micro batches sorted by length together, so that less is padded; 1 = plain shuffle",
+    bucket_batches: Annotated[int, COURSE] = Field(
+        1, ge=1, description="micro batches sorted by length together, so that less is padded; 1 = plain shuffle"
     )
     encode_batch: int = Field(
         1,
@@ -160,8 +155,7 @@ class Settings(BaseModel):
         64 << 30, ge=0, description="clips of remote shards kept on the local disk, in bytes; the least used go first"
     )
     verify_base: bool = Field(
-        False,
-        description="hash the model's files again, though path, size, time and inode are those of the last run's",
+        False, description="hash the model's files again, though path, size, time and inode are those of the last run's"
     )
     allow_any_dataset_size: bool = Field(False, description="lift the limit of 4..2000 clips")
 
@@ -227,11 +221,6 @@ class Settings(BaseModel):
             raise ValueError("has a part that is no file name: at most 255 bytes, and no NUL")
         return value
 
-    @field_validator("base_precision", mode="before")
-    @classmethod
-    def _resolve_alias(cls, value: Any) -> Any:
-        return PRECISION_ALIASES.get(value, value) if isinstance(value, str) else value
-
     @field_validator("include", "exclude", mode="before")
     @classmethod
     def _empty_list_is_unset(cls, value: Any) -> Any:
@@ -245,47 +234,56 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _check_across(self) -> Settings:
-        if self.adapter_type.endswith("-xs") and self.rank > XS_RANK_LIMIT:
-            raise ValueError(
-                f"rank: {self.rank} is out of range for {self.adapter_type}, expected 1..{XS_RANK_LIMIT}; the -xs "
-                f"types train a rank x rank matrix, so choose a smaller rank or another adapter_type"
-            )
-        if self.warmup_steps >= self.number_of_steps:
-            raise ValueError(
-                f"warmup_steps: {self.warmup_steps} leaves none of number_of_steps ({self.number_of_steps}) at "
-                f"the full learning rate; choose fewer"
-            )
-        if (self.base_precision, self.mixed_precision) == ("fp16", "no"):
+        xs = self.adapter_type.endswith("-xs")
+        refused = {
+            f"rank: {self.rank} is out of range for {self.adapter_type}, expected 1..{XS_RANK_LIMIT}; the -xs types "
+            f"train a rank x rank matrix, so choose a smaller rank or another adapter_type": xs
+            and self.rank > XS_RANK_LIMIT,
+            f"warmup_steps: {self.warmup_steps} leaves none of number_of_steps ({self.number_of_steps}) at the full "
+            f"learning rate; choose fewer": self.warmup_steps >= self.number_of_steps,
             # Measured: at 380 s the gradients of activations underflow, adapter gradients are off by up to 59 %.
-            raise ValueError(
-                "mixed_precision: no loses gradients over a float16 base; use bf16, or base_precision fp32"
-            )
-        if self.pre_encode and self.latents == "on_the_fly":
-            raise ValueError("pre_encode: true has nothing to encode ahead with latents: on_the_fly; unset one")
-        if self.deterministic and self.compile == "on":
-            raise ValueError("compile: on lets the compiler choose kernels by measuring; not with deterministic: true")
+            "mixed_precision: no loses gradients over a float16 base; use bf16, or base_precision fp32": (
+                (self.base_precision, self.mixed_precision) == ("fp16", "no")
+            ),
+            "pre_encode: true has nothing to encode ahead with latents: on_the_fly; unset one": (
+                self.pre_encode and self.latents == "on_the_fly"
+            ),
+            "compile: on lets the compiler choose kernels by measuring; not with deterministic: true": (
+                self.deterministic and self.compile == "on"
+            ),
+        }
         if self.mode == "streaming":
-            self._check_streaming()
+            refused |= {
+                f"{key}: with mode: streaming it {reason}": applies
+                for key, applies, reason in (
+                    ("bucket_batches", self.bucket_batches > 1, "sorts by length, which an index knows; leave it at 1"),
+                    (
+                        "duration",
+                        self.duration is None,
+                        "must be given: without an index the longest clip is not known",
+                    ),
+                    ("latents", self.latents != "whole", "must be whole: there is no cache to keep crops in"),
+                    ("pre_encode", self.pre_encode, "would have no end; stream the shards that sa3dist encode leaves"),
+                    ("on_bad_clip", self.on_bad_clip != "raise", "must be raise; sa3dist shard leaves bad clips out"),
+                )
+            }
+        for reason, applies in refused.items():
+            if applies:
+                raise ValueError(reason)
         output_dir = self.output_dir or Path("runs") / self.name
         object.__setattr__(self, "output_dir", Path(output_dir))
         object.__setattr__(self, "work_dir", Path(self.work_dir or self.output_dir.parent / "sa3dist-work"))
         return self
 
-    def _check_streaming(self) -> None:
-        reasons = {
-            "bucket_batches": (self.bucket_batches == 1, "sorts by length, which only an index knows; leave it at 1"),
-            "duration": (self.duration is not None, "must be given: without an index the longest clip is not known"),
-            "latents": (self.latents == "whole", "must be whole: there is no cache to keep crops in"),
-            "pre_encode": (not self.pre_encode, "would have no end; stream the shards that sa3dist encode leaves"),
-            "on_bad_clip": (self.on_bad_clip == "raise", "must be raise; sa3dist shard leaves out what cannot be used"),
-        }
-        for key, (fits, reason) in reasons.items():
-            if not fits:
-                raise ValueError(f"{key}: with mode: streaming it {reason}")
-
     def as_dict(self) -> dict[str, Any]:
         """The tree as plain YAML and JSON values."""
         return self.model_dump(mode="json")
+
+    def course(self) -> dict[str, Any]:
+        """The values marked ``COURSE``, by name."""
+        return {
+            name: getattr(self, name) for name, field in type(self).model_fields.items() if COURSE in field.metadata
+        }
 
     def accumulation(self, world_size: int) -> int:
         """Micro batches per process and step. Raises ConfigError when global_batch_size does not divide."""

@@ -47,7 +47,7 @@ class FlatEngine:
         backward_order = sorted(parameters, key=lambda name: not name.startswith("conditioners."))
         ordered = {name: parameters[name] for name in backward_order}
         self.flat = FlatAdapters(ordered, settings.learning_rate, settings.weight_decay, scalars)
-        self.scalars = self.flat.scalars
+        self.scalars, self.gradient = self.flat.scalars, self.flat.gradient
         self.formed = keep_formed(base, self.flat, settings, group.device)
         self.reduction = GradientReduction(self.flat, group, settings.gradient_compression)
         self.group = group

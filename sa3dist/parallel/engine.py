@@ -26,6 +26,7 @@ class Engine(Protocol):
 
     parameters   the trained tensors by their name in a file; under ZeRO-3 a rank holds only its part of their values
     scalars      float32 sums, set to zero by ``zero``, that ``average`` adds up over the ranks
+    gradient     where a pass that is recorded as a CUDA graph adds its gradients, one flat tensor; None: not recorded
     formed       the weights the adapted layers multiply with, where they are kept for whole steps; None: factored form
     collectives_in_forward   ranks exchange tensors within the forward and backward pass: a rank that fails there cannot
                  join its peers in ``average``, and a pass cannot be recorded as a CUDA graph
@@ -33,6 +34,7 @@ class Engine(Protocol):
 
     parameters: dict[str, nn.Parameter]
     scalars: Tensor
+    gradient: Tensor | None
     formed: FormedWeights | None
     collectives_in_forward: bool
 
@@ -55,7 +57,7 @@ class Engine(Protocol):
         """Whole tensors by name, float32 copies on the CPU of every rank."""
 
     def moments(self) -> dict[str, Tensors]:
-        """AdamW's running means by ``flat_adamw.MOMENTS``, of every tensor, likewise; after at least one step."""
+        """What the optimiser keeps of every tensor, by kind (``flat_adamw.MOMENTS``); after at least one step."""
 
     def restore(self, adapters: Tensors, moments: dict[str, Tensors], step: int) -> None:
         """Take over what any engine's ``adapters`` and ``moments`` gave after ``step`` optimiser steps."""

@@ -56,7 +56,7 @@ class ZeroEngine:
     """An ``engine.Engine`` over a DeepSpeed engine of stage 1, 2 or 3."""
 
     collectives_in_forward = True
-    formed = None
+    formed = gradient = None
 
     def __init__(
         self,

@@ -22,7 +22,6 @@ from safetensors.torch import save as serialize
 
 from sa3dist.errors import CheckpointError
 from sa3dist.formats import file_sha256, fsync_directory
-from sa3dist.parallel.flat_adamw import MOMENTS
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ class Checkpoint:
     """One saved state.
 
     adapters   float32 adapter tensors by their name in the adapter file
-    moments    {"exp_avg": {...}, "exp_avg_sq": {...}}: AdamW's running means, float32, same names
+    moments    what the optimiser keeps by kind, as {"exp_avg": {...}, "exp_avg_sq": {...}}, float32, same names
     state      JSON values: step, seed, micro and global batch, lora_config, base and dataset digests, versions
     """
 
@@ -68,7 +67,7 @@ def save(output_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
     try:
         # Bytes written by Python: a full disk is then an OSError that names the file.
         (temporary / ADAPTER_NAME).write_bytes(serialize(checkpoint.adapters))
-        moments = {f"{moment}/{name}": t for moment in MOMENTS for name, t in checkpoint.moments[moment].items()}
+        moments = {f"{moment}/{name}": t for moment, means in checkpoint.moments.items() for name, t in means.items()}
         (temporary / MOMENTS_NAME).write_bytes(serialize(moments))
         digests = {name: file_sha256(temporary / name) for name in (ADAPTER_NAME, MOMENTS_NAME)}
         body = {"version": CHECKPOINT_VERSION, **checkpoint.state, "files": digests}
@@ -130,10 +129,10 @@ def load(directory: Path) -> Checkpoint:
         for name, expected in files.items():
             if file_sha256(directory / name) != expected:
                 raise CheckpointError(f"{directory / name}: content does not match its digest")
-        moments: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in MOMENTS}
+        moments: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in load_file(directory / MOMENTS_NAME).items():
             moment, _, name = key.partition("/")
-            moments[moment][name] = tensor
+            moments.setdefault(moment, {})[name] = tensor
         return Checkpoint(load_file(directory / ADAPTER_NAME), moments, state)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{directory}: not a readable checkpoint ({type(error).__name__}: {error})") from error

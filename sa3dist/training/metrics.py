@@ -8,20 +8,34 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sa3dist.formats import atomic_path
 from sa3dist.training.memory import memory_figures
 
 if TYPE_CHECKING:
+    from sa3dist.settings import Settings
     from sa3dist.training.startup_times import Startup
     from sa3dist.training.trainer import Trainer
 
 METRICS_NAME = "metrics.jsonl"
 
 
-def open_outputs(output_dir: Path, resumed_from: int | None) -> list[MetricsFile]:
-    """Everything that rows go to. A tracker is one more entry, with ``write`` and ``sync`` as here."""
+class Output(Protocol):
+    """Something that rows go to, on rank 0: a file, or a tracker."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Take a row: numbers by name; some rows have lists or dicts beside them, and not all have the same names."""
+
+    def sync(self) -> None:
+        """Make the rows written so far as durable as the checkpoint that follows."""
+
+
+def open_outputs(settings: Settings, output_dir: Path, resumed_from: int | None) -> list[Output]:
+    """Everything that rows go to: a tracker is one more entry.
+
+    resumed_from   step of the checkpoint that is continued: later rows of the earlier run are to be dropped
+    """
     return [MetricsFile(output_dir, resumed_from)]
 
 
@@ -30,20 +44,15 @@ class MetricsFile:
 
     def __init__(self, output_dir: Path, resumed_from: int | None) -> None:
         self._path = Path(output_dir) / METRICS_NAME
-        self._resumed_from = resumed_from
         kept = _rows_up_to(self._path, resumed_from or 0)
         with atomic_path(self._path) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
-        if self._resumed_from is not None:
-            row = {**row, "resumed_from": self._resumed_from}
-            self._resumed_from = None
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def sync(self) -> None:
-        """Make the rows written so far as durable as the checkpoint that follows."""
         with self._path.open("rb") as file:
             os.fsync(file.fileno())
 
@@ -73,7 +82,8 @@ class MetricsLogger:
     ) -> None:
         """update: moves the progress bar to a step, with a text; startup: goes into the first row."""
         self._trainer, self._update, self._startup = trainer, update, startup
-        self._outputs = open_outputs(output_dir, resumed_from) if trainer.group.is_main else []
+        self._outputs = open_outputs(trainer.settings, output_dir, resumed_from) if trainer.group.is_main else []
+        self._resumed_from = {} if resumed_from is None else {"resumed_from": resumed_from}
         self._begin = self._clock = time.perf_counter()
         self._first = self._last_logged = trainer.step
         self._waited = self._silent = 0.0
@@ -104,10 +114,11 @@ class MetricsLogger:
             if trainer.settings.log_clips:
                 # On all ranks: without an index each knows only its own.
                 row["clips"] = trainer.clips_of_step()
+            row |= self._resumed_from
             for output in self._outputs:
                 output.write(row)
             self._clock, self._waited, self._silent, self._last_logged = now, 0.0, 0.0, step
-            self._startup = None
+            self._startup, self._resumed_from = None, {}
         rate = (step - self._first) / (now - self._begin)
         self._update(step, f"loss {figures['loss']:.4f} {rate:.2f} it/s, {data_wait:.0%} waiting for data")
 

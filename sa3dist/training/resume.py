@@ -20,22 +20,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Settings that decide what every step computes; a checkpoint is continued only under the same ones.
-SAME_COURSE = (
-    "batch_size",
-    "seed",
-    "base_precision",
-    "mixed_precision",
-    "prompt_dropout",
-    "context_weight",
-    "seconds_total_of",
-    "bucket_batches",
-    "latents",
-    "reference_numerics",
-    "gradient_compression",
-)
-
-
 # What a checkpoint that lacks a value was made with, in words.
 BEFORE = {"singular_bases": "found as earlier versions did"}
 
@@ -46,7 +30,7 @@ def identity(settings: Settings, **measured: Any) -> dict[str, Any]:
     measured   what the settings do not say: the digests of base, dataset and warm start, lora_config, crop_frames
     """
     bases = {"singular_bases": METHOD} if ADAPTER_TYPES[settings.adapter_type].xs else {}
-    return {**measured, **bases, **{key: getattr(settings, key) for key in SAME_COURSE}}
+    return {**measured, **bases, **settings.course()}
 
 
 def find_checkpoint(settings: Settings, group: Group, stop: StopRequest) -> checkpoint.Checkpoint | None:
@@ -66,13 +50,17 @@ def find_checkpoint(settings: Settings, group: Group, stop: StopRequest) -> chec
     return run_on_all_ranks(group, "load-checkpoint", lambda: checkpoint.load(Path(path)), stop)
 
 
-def check_identity(saved: checkpoint.Checkpoint, identity: dict[str, Any], where: Path) -> None:
-    """Raises CheckpointError naming the first value in which the run and its checkpoint differ."""
+def check_identity(saved: checkpoint.Checkpoint, identity: dict[str, Any], settings: Settings) -> None:
+    """Raises CheckpointError naming the first value in which the run and its checkpoint differ.
+
+    A checkpoint without a setting's value was made before there was that setting, with what is now its default.
+    """
+    before = BEFORE | {name: type(settings).model_fields[name].default for name in settings.course()}
     for name, value in identity.items():
-        found = saved.state["identity"].get(name, BEFORE.get(name))
+        found = saved.state["identity"].get(name, before.get(name))
         if found != value:
             raise CheckpointError(
-                f"{where}: holds a checkpoint with {name} {found!r}, this run has {value!r}; "
+                f"{settings.output_dir}: holds a checkpoint with {name} {found!r}, this run has {value!r}; "
                 f"use another output_dir, or resume=never to start over"
             )
 

@@ -83,7 +83,7 @@ class Trainer:
 
     def record_graphs(self, recorder: Recorder) -> None:
         """Replay passes of often seen shapes as CUDA graphs; for engines without collectives in the forward pass."""
-        self.graphs = CudaGraphs(self._pass, self._recordable_pass, self.engine.flat.gradient, recorder)
+        self.graphs = CudaGraphs(self._pass, self._recordable_pass, self.engine.gradient, recorder)
         self.graphs_may_go = True
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:

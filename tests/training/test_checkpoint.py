@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sa3dist.errors import CheckpointError, EnvironmentFailure
-from sa3dist.parallel.flat_adamw import FlatAdapters
+from sa3dist.parallel.flat_adamw import MOMENTS, FlatAdapters
 from sa3dist.runtime.exit_status import translate
 from sa3dist.runtime.process_group import Group
 from sa3dist.training import checkpoint
@@ -18,14 +18,14 @@ ALONE = Group(0, 1, torch.device("cpu"))
 def make(step):
     generator = torch.Generator().manual_seed(step)
     tensors = {name: torch.randn(3, 5, generator=generator) for name in ("model.b.lora_A", "model.a.lora_B")}
-    moments = {moment: {k: torch.randn(3, 5, generator=generator) for k in tensors} for moment in checkpoint.MOMENTS}
+    moments = {moment: {k: torch.randn(3, 5, generator=generator) for k in tensors} for moment in MOMENTS}
     return checkpoint.Checkpoint(tensors, moments, {"step": step, "identity": {"seed": 1, "include": None}})
 
 
 def assert_equal(one, other):
     assert one.adapters.keys() == other.adapters.keys()
     assert all(torch.equal(one.adapters[k], other.adapters[k]) for k in one.adapters)
-    assert all(torch.equal(one.moments[m][k], other.moments[m][k]) for m in checkpoint.MOMENTS for k in one.adapters)
+    assert all(torch.equal(one.moments[m][k], other.moments[m][k]) for m in MOMENTS for k in one.adapters)
     assert one.step == other.step
     assert one.state["identity"] == other.state["identity"]
 

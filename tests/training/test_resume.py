@@ -1,0 +1,54 @@
+"""What a checkpoint must agree with to be continued."""
+
+import dataclasses
+
+import pytest
+
+from sa3dist.errors import CheckpointError
+from sa3dist.settings import Settings
+from sa3dist.training import resume
+from sa3dist.training.checkpoint import Checkpoint
+
+# Another value of each setting that decides the numbers of a step.
+OTHERS = {
+    "batch_size": 2,
+    "seed": 1,
+    "base_precision": "fp32",
+    "latents": "crop",
+    "prompt_dropout": 0.2,
+    "context_weight": 0.5,
+    "seconds_total_of": "clip",
+    "reference_numerics": True,
+    "mixed_precision": "no",
+    "gradient_compression": "bf16",
+    "bucket_batches": 4,
+}
+
+
+def settings_with(**values):
+    return Settings(audio_data_url="clips.zip", name="here", **values)
+
+
+def checkpoint_of(settings, without=()):
+    identity = {k: v for k, v in resume.identity(settings, dataset_sha256="d").items() if k not in without}
+    return Checkpoint({}, {}, {"step": 3, "identity": identity})
+
+
+def test_every_setting_that_decides_a_step_is_known_and_no_other():
+    assert settings_with().course().keys() == OTHERS.keys()
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_a_checkpoint_of_before_a_setting_counts_as_made_with_its_default(key):
+    default, other = settings_with(), settings_with(**{key: OTHERS[key]})
+    for saved in (checkpoint_of(default), checkpoint_of(default, without=[key])):
+        resume.check_identity(saved, resume.identity(default, dataset_sha256="d"), default)
+        with pytest.raises(CheckpointError, match=f"here: holds a checkpoint with {key} .* this run has"):
+            resume.check_identity(saved, resume.identity(other, dataset_sha256="d"), other)
+
+
+def test_another_data_set_is_refused_and_a_new_measured_value_is_not_taken_for_a_default():
+    settings = settings_with()
+    for saved in (checkpoint_of(settings), dataclasses.replace(checkpoint_of(settings, without=["dataset_sha256"]))):
+        with pytest.raises(CheckpointError, match="dataset_sha256"):
+            resume.check_identity(saved, resume.identity(settings, dataset_sha256="e"), settings)
