@@ -121,8 +121,7 @@ class Settings(BaseModel):
     )
     adapter_products: Literal["auto", "formed", "factored"] = Field(
         "auto",
-        description="multiply with adapted weights formed once per step (auto on CUDA), or with base and factors "
-        "apart, which keeps updates too small for the weights' format",
+        description="multiply with adapted weights formed once per step (auto on CUDA), or with base and factors apart",
     )
     cuda_graphs: Annotated[Literal["auto", "on", "off"], OnOff] = Field(
         "auto",

@@ -20,6 +20,7 @@ OTHERS = """## Other files
 `gpu_formed_tiles.json` has FORM and FINISH of all layers of the medium model with other tiles (`bench_formed.py
 --sweep`); `gpu_attention.jsonl` a call of attention, forward and backward, 24 heads of 64, of flash attention, of cuDNN
 with a bias between a clip and its filling, and of cuDNN over all tokens (d64), in milliseconds.
+`small_adapters_cpu.json` is what formats keep of small updates (`bench_small_adapters.py`; see docs/performance.md).
 
 ## Before
 
