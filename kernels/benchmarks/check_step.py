@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import json
 import random
 import statistics
 import time
 import traceback
+from pathlib import Path
 
 import torch
 from bench_step import compare, line
@@ -22,6 +24,8 @@ from sa3dist_kernels import ADAPTER_TYPES
 from step_sides import MAKERS, Side
 from timing import interleaved, milliseconds, peak_bytes, summary
 
+# What count_launches.py counts without a device; a test holds it to the code.
+COUNTED = Path(__file__).parent / "results" / "launches.json"
 # Expected of a group of which no like one has been measured yet.
 FIRST_GROUP_SECONDS = 60.0
 
@@ -141,6 +145,8 @@ def measure_in_full(group: Group, results: ResultsFile, budget: Budget, device: 
         row["profile"] = profiled(ours)
         row["named_share"] = row["profile"]["named_share"]
         row["frozen_profile"] = profiled(sides["frozen"])
+        for name, key in ((group.adapter_type, "counted_kernels"), ("frozen", "frozen_counted_kernels")):
+            row[key] = counted_kernels(group.shape, name, frames)
         # What gradient_checkpointing=on would need: the least this step can run in.
         ours.replay = None
         ours.base.gradient_checkpointing = True
@@ -184,6 +190,7 @@ def measure_type(group: Group, results: ResultsFile, budget: Budget, device: tor
             "spread_ms": [round(span["min"], 3), round(span["max"], 3)],
             "frozen_ms": frozen,
             "over_frozen": frozen and round(span["median"] / frozen, 3),
+            "counted_kernels": counted_kernels(group.shape, group.adapter_type, frames),
             "ours_loss": loss,
             "total_bytes": None if step_bytes is None else held + step_bytes,
             "setup_seconds": setup_seconds,
@@ -194,6 +201,19 @@ def measure_type(group: Group, results: ResultsFile, budget: Budget, device: tor
             f"  ({row['over_frozen']}x frozen)  loss {loss:.5f}",
             flush=True,
         )
+
+
+def counted_kernels(shape: str, name: str, frames: int) -> int | None:
+    """Kernels of a step as ``count_launches.py`` counted them, at its longest clip of at most ``frames``.
+
+    name   an adapter type, or "frozen"
+    None for another model than medium.
+    """
+    if not shape.startswith("medium"):
+        return None
+    rows = json.loads(COUNTED.read_text(encoding="utf-8"))["rows"]
+    fitting = [row for row in rows if row["adapter_type"] == name and row["frames"] <= frames]
+    return max(fitting, key=lambda row: row["frames"])["total"] if fitting else None
 
 
 def frozen_ms(rows: list[dict], shape: str, frames: int) -> float | None:

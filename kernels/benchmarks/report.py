@@ -122,6 +122,19 @@ TABLES: tuple[tuple[str, str, tuple[str, ...], dict[str, Callable[[dict], str]]]
         },
     ),
     (
+        "Kernels of a step, counted without a device (count_launches.py)",
+        "launches",
+        ("adapter_type", "frames", "depth"),
+        {
+            "adapter": lambda row: row["adapter_type"],
+            "blocks, frames": lambda row: f"{row['depth']}, {row['frames']}",
+            "of a block, forward + backward": lambda row: f"{row['block_forward']:g} + {row['block_backward']:g}",
+            "once per step": figure("once_per_step", ""),
+            "all": figure("total", ""),
+            "at most": figure("most", ""),
+        },
+    ),
+    (
         "Clips of unequal length (bench_packing.py)",
         "packing",
         ("device", "shape", "depth", "precision", "lengths"),

@@ -1,0 +1,283 @@
+"""Count the kernels that a training step launches, without a device: frozen model, and ours of every adapter type.
+
+    python kernels/benchmarks/count_launches.py --json kernels/benchmarks/results/launches.json
+
+The step is ``step_sides``' own: medium's blocks, all of its layers adapted, narrowed, because counts do not depend on
+widths; bfloat16 under autocast, one clip, nothing given, formed weights, whole blocks compiled. What counts as one:
+
+* in a compiled block every kernel that Inductor's scheduler has fused for a CPU and every external call (a product, a
+  call of attention). Loops that a CPU only runs inside a common outer loop count apart.
+* every launch of a Triton kernel (``form``, ``finish``, thin sums): noted where Triton is called, and not run.
+* every other operation of torch that is neither a view nor mere memory.
+
+A device may launch more for one of them: attention's backward pass is one call here and several kernels there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import copy
+import functools
+import json
+import multiprocessing
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+# Read when Triton is first imported: only its interpreter runs without a device.
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import step_sides
+import torch
+import triton
+from results_file import environment
+from sa3dist_kernels import ADAPTER_TYPES, FormedWeights, formed_linear
+from sa3dist_kernels.raw_sums import raw_sums
+from sa3dist_kernels.triton_support import interpreting
+from step_sides import Side
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor import ir
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.exc import InductorError
+from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode, NopKernelSchedulerNode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from sa3dist import adapters
+from sa3dist.adapters import adapted_layers, formed, layers
+from sa3dist.model.compiled import compile_blocks
+
+# Blocks of the medium model.
+DEPTH = 24
+# Latent frames of a clip: few tokens, and so many that thin sums are shared out over programs.
+FRAMES = (323, 1020)
+# What a step may launch beyond the frozen model, and a frozen block forward and backward.
+PER_LAYER, PER_STEP, PER_FROZEN_BLOCK = 5, 100, 95
+
+# Names of operations that are no views and yet launch nothing: they only give memory, or answer on the host.
+NO_LAUNCH = {
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh", "detach",
+    "alias", "is_same_size", "promote_types",
+}  # fmt: skip
+PARTS = ("forward", "backward", "triton", "torch")
+SUMS = torch.ops.sa3dist.raw_sums.default
+
+
+class _Planned(Exception):
+    """Ends a compilation once its kernels are known."""
+
+
+class LaunchCounter(TorchDispatchMode):
+    """Kernels by what launches them (``PARTS``), and how often a compiled block ran each way.
+
+    "forward", "backward"   of compiled blocks, but for the thin sums
+    "triton"                launches of Triton kernels
+    "torch"                 operations of torch outside the blocks, or beside the Triton kernels of the thin sums
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: collections.Counter[str] = collections.Counter()
+        self.programs = 0
+        self._in_block = False
+
+    def backend(self, graph, examples, **_) -> Callable:
+        """Of torch.compile: Inductor up to its plan of kernels; the graph itself then runs uncompiled."""
+        return compile_fx(graph, examples, inner_compile=self._compile)
+
+    def _compile(self, graph, examples, is_backward: bool = False, **options) -> Callable:
+        self.programs += 1
+        run, kernels = copy.deepcopy(graph).forward, []
+
+        def note(nodes: list[BaseSchedulerNode]) -> None:
+            kernels.append(sum(launches(node) for node in nodes))
+            raise _Planned
+
+        changes = {"_post_fusion_custom_pass": note, "fx_graph_cache": False}
+        try:
+            with torch._inductor.config.patch(changes):
+                compile_fx_inner(graph, examples, is_backward=is_backward, **options)
+        except InductorError:
+            # Inductor's own way of passing on ``_Planned``; without a plan it is another problem.
+            if not kernels:
+                raise
+        (planned_kernels,) = kernels
+        way = "backward" if is_backward else "forward"
+
+        def counted(*arguments):
+            self.found[way] += planned_kernels
+            self.found[f"{way} passes"] += 1
+            before, self._in_block = self._in_block, True
+            try:
+                return run(*arguments)
+            finally:
+                self._in_block = before
+
+        return make_boxed_func(counted)
+
+    def __torch_dispatch__(self, function, types_, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not self._in_block:
+            if launches_something(function):
+                self.found["torch"] += 1
+            return function(*args, **kwargs)
+        if function is SUMS:
+            return self._sums(*args)
+        return function(*args, **kwargs)
+
+    def _sums(self, *arguments) -> torch.Tensor:
+        """What the compiler does not look into, run so that its own launches are seen."""
+        *tensors, kind_name, impl = arguments
+        self._in_block = False
+        try:
+            with self:
+                return raw_sums(*tensors, ADAPTER_TYPES[kind_name], impl=impl)
+        finally:
+            self._in_block = True
+
+    def of(self, call: Callable) -> collections.Counter[str]:
+        """What ``call`` launches."""
+        self.found = collections.Counter()
+        with self:
+            call()
+        return self.found
+
+    @contextlib.contextmanager
+    def noting_triton(self) -> Iterator[None]:
+        """Launches of Triton kernels are counted instead of run."""
+
+        def launch(*_, **__) -> None:
+            self.found["triton"] += 1
+
+        with patch.object(triton.runtime.interpreter.GridExecutor, "__call__", launch):
+            yield
+
+
+def launches_something(function: torch._ops.OpOverload) -> bool:
+    named = function.overloadpacket.__name__
+    return not (function.is_view or function.namespace == "profiler" or named in NO_LAUNCH)
+
+
+def launches(node: BaseSchedulerNode) -> int:
+    """Kernels of one node of Inductor's plan."""
+    if isinstance(node, NopKernelSchedulerNode):
+        return 0
+    if isinstance(node, ExternKernelSchedulerNode):
+        made = node.node
+        # A result picked out of several, and what ``LaunchCounter`` counts by itself.
+        apart = isinstance(made, ir.MultiOutput) or getattr(made, "op_overload", None) is SUMS
+        return 0 if apart else 1
+    parts = getattr(node, "get_outer_nodes", None)
+    return len(parts()) if parts else 1
+
+
+@contextlib.contextmanager
+def as_on_a_device() -> Iterator[None]:
+    """Layers multiply with formed weights and call Triton, as ``auto`` chooses on CUDA."""
+    if not interpreting():
+        raise RuntimeError("set TRITON_INTERPRET=1 before Python starts: launches are counted in Triton's interpreter")
+    with (
+        patch.object(step_sides, "ADAPTER_PRODUCTS", "formed"),
+        patch.object(formed, "FormedWeights", functools.partial(FormedWeights, impl="triton")),
+        patch.object(layers, "formed_linear", functools.partial(formed_linear, impl="triton")),
+    ):
+        yield
+
+
+def counted_step(name: str, adapter_type: str, frames: tuple[int, ...] = FRAMES, depth: int = DEPTH) -> list[dict]:
+    """What one step launches, a row for each length.
+
+    name   "ours" or "frozen", as in ``step_sides``
+    Raises RuntimeError where Triton would not be interpreted, and where not every block runs as one compiled program.
+    """
+    options = types.SimpleNamespace(
+        shape="tiny-medium", depth=depth, adapter_type=adapter_type, rank=4, precision="bf16", compile="off",
+        cuda_graphs="off",
+    )  # fmt: skip
+    counter, counts = LaunchCounter(), []
+    torch._dynamo.reset()
+    with as_on_a_device(), counter.noting_triton(), torch._functorch.config.patch(enable_autograd_cache=False):
+        side = Side(name, options, torch.device("cpu"))
+        adapted = len(adapted_layers(side.base))
+        if name == "frozen":
+            # A CPU without bfloat16 keeps them at strength 0.
+            adapters.detach_adapter(side.base)
+        compile_blocks(side.base.dit, counter.backend)
+        compiled = side.base.dit.transformer.run_block
+
+        def run_block(*arguments):
+            # No mode may be on where a block is looked up among the compiled ones.
+            with _disable_current_modes():
+                return compiled(*arguments)
+
+        side.base.dit.transformer.run_block = run_block
+        side.use(1, frames[0])
+        # Compiles, and makes AdamW's moments.
+        side.step()
+        for length in frames:
+            side.use(1, length)
+            programs = counter.programs
+            parts = {part: counter.of(call) for part, call in (("begin", side.zero), ("passes", side.passes))}
+            parts["end"] = counter.of(side.update)
+            if counter.programs != programs:
+                raise RuntimeError("a step compiled anew while it was counted")
+            counts.append(row_of(parts, length, depth) | {"adapted_layers": adapted})
+    torch._dynamo.reset()
+    return counts
+
+
+def row_of(parts: dict[str, collections.Counter], frames: int, depth: int) -> dict:
+    passes = parts["passes"]
+    if not passes["forward passes"] == passes["backward passes"] == depth:
+        raise RuntimeError(f"{depth} blocks did not all run as one compiled program each way: {dict(passes)}")
+    totals = {part: sum(found[name] for name in PARTS) for part, found in parts.items()}
+    return {
+        "depth": depth,
+        "frames": frames,
+        "block_forward": passes["forward"] / depth,
+        "block_backward": passes["backward"] / depth,
+        "passes": totals["passes"],
+        "once_per_step": totals["begin"] + totals["end"],
+        "total": sum(totals.values()),
+    }
+
+
+def most(frozen: dict, row: dict) -> int:
+    """What ``row`` may launch beside a frozen step of ``frozen``."""
+    return frozen["total"] + PER_LAYER * row["adapted_layers"] + PER_STEP
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depth", type=int, default=DEPTH, help="blocks; the released number unless said")
+    parser.add_argument("--json", type=Path, help="write all counts there")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="types that are counted at a time")
+    options = parser.parse_args(arguments)
+    # Nothing depends on the type once the adapter is gone.
+    cases = [("frozen", "lora"), *(("ours", kind) for kind in ADAPTER_TYPES)]
+    with concurrent.futures.ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
+        waiting = [pool.submit(counted_step, *case, depth=options.depth) for case in cases]
+        frozen, *others = (future.result() for future in waiting)
+    rows = [{"adapter_type": "frozen", **row} for row in frozen]
+    kept = all(row["block_forward"] + row["block_backward"] <= PER_FROZEN_BLOCK for row in rows)
+    for kind, ours in zip(ADAPTER_TYPES, others, strict=True):
+        for row, bare in zip(ours, frozen, strict=True):
+            rows.append({"adapter_type": kind, **row, "most": most(bare, row)})
+            kept = kept and row["total"] <= most(bare, row)
+    for row in rows:
+        print(json.dumps(row))
+    if options.json:
+        content = {"environment": environment(torch.device("cpu")), "rows": rows}
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print("every limit is kept" if kept else "A LIMIT IS BROKEN")
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
