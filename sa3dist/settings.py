@@ -38,11 +38,11 @@ class Settings(BaseModel):
         "http(s)://, s3://"
     )
     model: str = Field(
-        "medium-base", description="medium-base, small-music-base, small-sfx-base, or a directory holding a base"
+        "medium-base", description="medium-base, small-music-base, small-sfx-base, or a base's directory"
     )
     number_of_steps: int = Field(1000, ge=1, le=20000, description="optimiser steps")
     learning_rate: float = Field(
-        1e-4, gt=0, allow_inf_nan=False, description="AdamW learning rate; its peak where it is scheduled"
+        1e-4, gt=0, allow_inf_nan=False, description="AdamW learning rate; its peak if scheduled"
     )
     rank: int = Field(16, ge=1, le=256, description="rank of the adapters; at most 17 for the -xs types")
     adapter_type: AdapterName = Field("dora-rows", description="one of the nine adapter types")
@@ -57,15 +57,10 @@ class Settings(BaseModel):
     base_precision: Annotated[Literal["bf16", "fp16", "fp32"], Alias, COURSE] = Field(
         "bf16", description="storage of the frozen base: bf16 (bfloat16), fp16 (float16), fp32"
     )
-    include: list[str] | None = Field(
-        None, description="adapt only layers whose name holds one of these; [a-b] expands"
-    )
-    exclude: list[str] | None = Field(
-        None, description="never adapt layers whose name holds one of these; [a-b] expands"
-    )
+    include: list[str] | None = Field(None, description="adapt only layers whose name has one of these; [a-b] expands")
+    exclude: list[str] | None = Field(None, description="never adapt layers whose name has one of these; [a-b] expands")
     lora_checkpoint_url: str | None = Field(None, description="adapter file (.safetensors) to start from")
     pre_encode: bool = Field(False, description="encode every clip before step 1 (true) or on first use (false)")
-
     latents: Annotated[Literal["whole", "crop", "on_the_fly"], COURSE] = Field(
         "whole",
         description="encode whole clips once and crop latents, encode each crop once, or encode crops at every step",
@@ -74,7 +69,7 @@ class Settings(BaseModel):
     # Where things are.
     name: str = Field("sa3dist-lora", min_length=1, description="name of the run")
     output_dir: Path | None = Field(
-        None, validate_default=False, description="results and checkpoints; unset = runs/<name>"
+        None, validate_default=False, description="results, checkpoints; unset = runs/<name>"
     )
     work_dir: Path | None = Field(
         None,
@@ -86,7 +81,7 @@ class Settings(BaseModel):
     # The adapter and the objective.
     alpha: float | None = Field(None, gt=0, allow_inf_nan=False, description="adapter scale times rank; unset = rank")
     prompt_dropout: Annotated[float, COURSE] = Field(
-        0.1, ge=0, le=1, description="share of clips trained without prompt, for guidance"
+        0.1, ge=0, le=1, description="share of clips trained without prompt"
     )
     context_weight: Annotated[float, COURSE] = Field(
         1.0, ge=0, allow_inf_nan=False, description="weight of the loss on given context"
@@ -146,9 +141,7 @@ class Settings(BaseModel):
         description="clips of one length, or captions, encoded in one pass; above 1 values may differ by rounding",
     )
     num_workers: int = Field(2, ge=0, description="loader processes per rank")
-    on_bad_clip: Literal["raise", "skip"] = Field(
-        "raise", description="stop at unusable clips, or skip, count and name them"
-    )
+    on_bad_clip: Literal["raise", "skip"] = Field("raise", description="stop at unusable clips, or skip and name them")
     max_download_bytes: int = Field(1 << 40, ge=1, description="largest remote source that is downloaded, in bytes")
     cache_bytes: int = Field(
         64 << 30, ge=0, description="clips of remote shards kept on the local disk, in bytes; the least used go first"
@@ -180,7 +173,7 @@ class Settings(BaseModel):
     save_every: int = Field(500, ge=1, description="steps between checkpoints; the last step is always saved")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept")
     resume: str = Field(
-        "auto", description="auto (newest good checkpoint in output_dir), never, or a checkpoint directory"
+        "auto", description="auto (newest good checkpoint in output_dir), never, or a checkpoint's path"
     )
     log_clips: bool = Field(False, description="add the keys of every step's clips to metrics.jsonl")
 
