@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -173,15 +174,30 @@ def test_a_save_that_fails_ends_all_ranks_at_the_next_step_with_its_reason(tmp_p
 
     def work(group):
         trainer, batch = make_trainer(group, 10**6)
+        third_is_asked_for, write = threading.Event(), checkpoint.save
+
+        def held(*arguments):
+            assert third_is_asked_for.wait(60)
+            write(*arguments)
+
+        def batches():
+            yield from [batch] * 2
+            # Step 3 began beside the save of step 2, which fails before step 4 begins.
+            third_is_asked_for.set()
+            while trainer.saver.busy:
+                time.sleep(0.01)
+            yield from forever(batch)
+
+        checkpoint.save = held
         try:
-            loop.train(trainer, forever(batch), StopRequest(), tmp_path, None)
+            loop.train(trainer, batches(), StopRequest(), tmp_path, None)
         except errors.EnvironmentFailure as failure:
             return trainer.step, failure.origin, str(failure)
 
     ended = run_ranks(2, work)
     assert ended[0] == ended[1]
     step, origin, message = ended[0]
-    assert 2 <= step < 50
+    assert step == 3
     assert origin == (0, HOST)
     assert "checkpoints" in message
 
