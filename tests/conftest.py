@@ -6,8 +6,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
+
+# Read when torch is imported: the trainer asks for it before that, and some tests fork it from this process.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 # Read when Triton is first imported: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
@@ -81,7 +85,15 @@ def device() -> torch.device:
     return torch.device(TEST_DEVICE)
 
 
+def pytest_configure(config):
+    # pytest-xdist would hand out the files with the fewest tests last, which are the longest.
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items):
+    # Long files first: a long one begun last would keep one process busy alone.
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import socket
-import subprocess
 import time
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from safetensors.torch import load_file, save_file
 import sa3dist
 from sa3dist import cli
 from sa3dist.data.latents.tensor_files import digest_of_tensors
-from tests.helpers.program import ENVIRONMENT, STEPS, command, rows, run, short_run, status
+from tests.helpers.forked_trainers import ForkedTrainer, forked_ranks
+from tests.helpers.program import STEPS, rows, run, short_run, status
 
 
 @pytest.fixture(scope="module")
@@ -175,20 +175,10 @@ def test_a_warm_start_begins_where_the_file_ends(words, straight, tmp_path):
 
 @pytest.mark.slow
 def test_one_rank_that_cannot_load_takes_the_other_along_with_its_reason(words, tmp_path):
-    """Ranks started by hand, so that no launch agent ends the other one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for dist_rank in range(2):
-        environment = {"RANK": dist_rank, "LOCAL_RANK": dist_rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-        environment = (
-            ENVIRONMENT | {key: str(value) for key, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
-        )
-        more = [f"output_dir={tmp_path / 'run'}", *(["model=/nowhere"] if dist_rank else [])]
-        processes.append(subprocess.Popen(command(*words, *more), env=environment, stderr=subprocess.PIPE, text=True))
-    said = [process.communicate(timeout=90)[1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2]
+    words = [*words, f"output_dir={tmp_path / 'run'}"]
+    with forked_ranks(words, [*words, "model=/nowhere"], log=tmp_path / "said") as ranks:
+        assert [rank.wait(90) for rank in ranks] == [2, 2]
+        said = [rank.said() for rank in ranks]
     assert f"rank 1 on {socket.gethostname()}: model=/nowhere" in said[0]
     assert status(tmp_path / "run")["message"] == said[0].strip().splitlines()[-1]
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["status.json"]
@@ -198,10 +188,9 @@ def test_one_rank_that_cannot_load_takes_the_other_along_with_its_reason(words, 
 def test_two_ranks_equal_one_rank_with_two_accumulated(words, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(words, one, "gradient_accumulation_steps=2") == 0
-    done = subprocess.run(
-        command(*words, f"output_dir={two}", ranks=2), env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    more = [*words, f"output_dir={two}"]
+    with forked_ranks(more, more, log=tmp_path / "said") as ranks:
+        assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said()
     for expected, found in zip(rows(one), rows(two), strict=True):
         assert found["clips"] == expected["clips"]
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
@@ -217,15 +206,10 @@ def test_a_run_of_one_rank_continues_on_two_with_the_same_global_batch(words, tm
     one, other = tmp_path / "one", tmp_path / "other"
     assert run(words, one, "gradient_accumulation_steps=2") == 0
     assert run(words, other, "gradient_accumulation_steps=2", "number_of_steps=3") == 0
-    done = subprocess.run(
-        command(*words, f"output_dir={other}", "gradient_accumulation_steps=2", ranks=2),
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "2 clips per step" in done.stderr
+    more = [*words, f"output_dir={other}", "gradient_accumulation_steps=2"]
+    with forked_ranks(more, more, log=tmp_path / "said") as ranks:
+        assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said()
+        assert "2 clips per step" in ranks[0].said()
     for expected, found in zip(rows(one), rows(other), strict=True):
         assert (found["clips"], found["loss"]) == (expected["clips"], pytest.approx(expected["loss"], rel=1e-5))
 
@@ -235,20 +219,19 @@ def test_a_run_of_one_rank_continues_on_two_with_the_same_global_batch(words, tm
 def test_a_signal_saves_and_the_same_command_continues(words, straight, tmp_path, number):
     output_dir = tmp_path / "run"
     more = [f"output_dir={output_dir}", "number_of_steps=2000", "save_every=2000"]
-    process = subprocess.Popen(command(*words, *more), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (output_dir / "metrics.jsonl").exists() or len(rows(output_dir)) < 3:
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    process.send_signal(number)
-    process.send_signal(number)
-    assert process.wait(timeout=30) == 75
+    with ForkedTrainer([*words, *more], tmp_path / "said") as process:
+        deadline = time.monotonic() + 120
+        while not (output_dir / "metrics.jsonl").exists() or len(rows(output_dir)) < 3:
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.said()
+            time.sleep(0.05)
+        process.send_signal(number)
+        process.send_signal(number)
+        assert process.wait(30) == 75
     stopped = status(output_dir)
     assert (stopped["state"], stopped["exit_code"]) == ("interrupted", 75)
     saved = stopped["step"]
     assert [path.name for path in (output_dir / "checkpoints").iterdir()] == [f"step-{saved:08d}"]
-    process.stderr.close()
     # Continue three steps and compare with a run that never stopped.
     assert run(words, output_dir, f"number_of_steps={saved + 3}") == 0
     assert run(words, tmp_path / "whole", f"number_of_steps={saved + 3}") == 0

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from sa3dist.formats import STATUS_DIR_VARIABLE
 from sa3dist.runtime import file_lock, run_lock
 from sa3dist.runtime.signals import SIGNALS, StopRequest
 from sa3dist.runtime.watchdog import Watchdog
-from tests.helpers.golden import ROOT
+from tests.helpers.forked_trainers import ForkedTrainer
 from tests.helpers.ranks import exit_codes, run_ranks
 
 HOST = socket.gethostname()
@@ -239,10 +238,8 @@ def test_every_command_is_refused_where_a_run_writes_and_touches_nothing(words, 
 
 def test_the_second_of_two_runs_is_refused_and_goes_on_when_the_first_is_killed(words, tmp_path, capfd):
     directory = tmp_path / "run"
-    command = [sys.executable, "-m", "sa3dist.train", *words, f"output_dir={directory}", "number_of_steps=9000"]
-    paths = {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    first = subprocess.Popen([*command, "save_every=2"], env={**os.environ, **paths}, stderr=subprocess.DEVNULL)
-    try:
+    more = [f"output_dir={directory}", "number_of_steps=9000", "save_every=2"]
+    with ForkedTrainer([*words, *more], tmp_path / "said") as first:
         deadline = time.monotonic() + 120
         while not list(directory.glob("checkpoints/step-*")):
             assert first.poll() is None
@@ -254,9 +251,6 @@ def test_the_second_of_two_runs_is_refused_and_goes_on_when_the_first_is_killed(
         assert train.main([*words, f"output_dir={directory}"]) == 2
         assert tree(directory) == before
         assert f"in use by process {first.pid} on {HOST};" in capfd.readouterr().err
-    finally:
-        first.kill()
-        first.wait()
     assert (directory / run_lock.LOCK_NAME).exists()
     steps = len((directory / "metrics.jsonl").read_text().splitlines()) + 3
     assert train.main([*words, f"output_dir={directory}", f"number_of_steps={steps}"]) == 0
