@@ -1,6 +1,7 @@
 """The shard stage run again: after a change, after a kill at any moment, and what its report says."""
 
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -36,10 +37,29 @@ def published(folder):
     }
 
 
-@pytest.mark.parametrize("change", ["caption", "audio", "longer audio", "removed", "added"])
-def test_one_changed_clip_rewrites_its_own_shard_and_a_neighbour_at_most(tmp_path, monkeypatch, change):
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A source, and the work directory of a first build."""
+    directory = tmp_path_factory.mktemp("built")
     members = many()
-    first = build(members, tmp_path)
+    return members, build(members, directory), directory / "work"
+
+
+@pytest.fixture
+def members(built):
+    return dict(built[0])
+
+
+@pytest.fixture
+def first(built, tmp_path):
+    """The first build, as it lies in this test's own work directory."""
+    _, index, work = built
+    shutil.copytree(work, tmp_path / "work")
+    return DatasetIndex.read(tmp_path / "work" / index.directory.relative_to(work))
+
+
+@pytest.mark.parametrize("change", ["caption", "audio", "longer audio", "removed", "added"])
+def test_one_changed_clip_rewrites_its_own_shard_and_a_neighbour_at_most(members, first, tmp_path, monkeypatch, change):
     assert len(first.shards) >= 8
     match change:
         case "caption":
@@ -67,9 +87,7 @@ def test_one_changed_clip_rewrites_its_own_shard_and_a_neighbour_at_most(tmp_pat
         load_clip_audio(second, clip, 44100)
 
 
-def test_a_damaged_shard_is_not_reused(tmp_path, monkeypatch):
-    members = many()
-    first = build(members, tmp_path)
+def test_a_damaged_shard_is_not_reused(members, first, tmp_path):
     untouched = first.shards[0]
     path = first.directory / untouched.name
     data = bytearray(path.read_bytes())
@@ -100,8 +118,8 @@ def test_cuts_hang_on_names_so_that_growth_elsewhere_moves_none():
     assert [len(g) for g in shard_split.split([clip(0, 500), clip(1, 5000), clip(2, 500)], 1000)] == [1, 1, 1]
 
 
-def test_the_report_tells_people_what_is_where(tmp_path):
-    members = many() | {"bad.wav": b"x", "bad.txt": b"x"}
+def test_the_report_tells_people_what_is_where(members, tmp_path):
+    members |= {"bad.wav": b"x", "bad.txt": b"x"}
     source = str(write_zip(tmp_path / "a.zip", members))
     index = build_shards(source, tmp_path / "work", on_bad_clip="skip", max_shard_bytes=150_000)
     text = (index.directory / "report.txt").read_text()
@@ -113,7 +131,7 @@ def test_the_report_tells_people_what_is_where(tmp_path):
 
 @pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_nothing_wrong_and_the_next_run_gives_the_same_bytes(tmp_path):
-    folder = write_folder(tmp_path / "in", many(80))
+    folder = write_folder(tmp_path / "in", many(40))
     program = (
         "from pathlib import Path; from sa3dist.data.source.build import build_shards\n"
         "from sa3dist.inspection.measure import measure_clip\n"
@@ -136,5 +154,5 @@ def test_a_kill_at_any_moment_leaves_nothing_wrong_and_the_next_run_gives_the_sa
             process.run(work)
             assert published(work) == whole, moment
             index = build_shards(str(folder), work, max_shard_bytes=150_000)
-            assert len(index.clips) == 80
+            assert len(index.clips) == 40
     assert killed >= 10
