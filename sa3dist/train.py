@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import errno
 import faulthandler
 import functools
 import logging
@@ -12,10 +13,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from sa3dist.errors import ConfigError
-from sa3dist.runtime.lasting_output import outlive_readers
 from sa3dist.runtime.signals import StopRequest, kill_loaders
 
 if TYPE_CHECKING:
@@ -138,6 +138,50 @@ def take_output_dir(group: Group, directory: Path, stop: StopRequest, watchdog: 
 
 def main(argv: Sequence[str] | None = None) -> int:
     return run_stages("sa3dist.train", "Train a Stable Audio 3 LoRA from captioned audio.", all_stages, argv)
+
+
+# What a write to a terminal, or to a pipe, raises when nobody is left at the other end.
+NO_READER = {errno.EIO, errno.EPIPE, errno.ENXIO}
+
+
+class Lasting:
+    """A text stream that is written to in vain, rather than not at all, once its reader is gone.
+
+    The run goes on, saves and says in its files how it ended; as under nohup, nobody reads the rest.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as failure:
+            self._let_go(failure)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as failure:
+            self._let_go(failure)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _let_go(self, failure: OSError) -> None:
+        if failure.errno not in NO_READER:
+            raise failure
+        # In the place of the stream's own file: what waits in its buffer goes there too, at the latest at the exit.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
+def outlive_readers() -> None:
+    """Make this process's stdout and stderr lasting."""
+    # Without the one or the other there is nothing to outlive.
+    sys.stdout, sys.stderr = (stream and Lasting(stream) for stream in (sys.stdout, sys.stderr))
 
 
 def as_process(program: Callable[[], int]) -> NoReturn:

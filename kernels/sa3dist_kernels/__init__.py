@@ -1,12 +1,11 @@
 """Adapted layers: W' formed once per step on a GPU, the factored form everywhere, and their autograd."""
 
-from sa3dist_kernels.adapted_linear import adapted_linear, effective_weight_reference
+from sa3dist_kernels.adapted_linear import NormCache, adapted_linear, effective_weight_reference
 from sa3dist_kernels.adapter_types import ADAPTER_TYPES, AdapterType
 from sa3dist_kernels.formed_linear import formed_linear
 from sa3dist_kernels.formed_spec import FormedLayer, FormedSpec
 from sa3dist_kernels.formed_weights import FormedWeights
 from sa3dist_kernels.frozen_products import frozen_linear
-from sa3dist_kernels.norm_cache import NormCache
 from sa3dist_kernels.weight_norms import FrozenConstants, frozen_constants
 
 __all__ = [

@@ -8,7 +8,7 @@ With W0 the frozen weight, s the scale, L and R the two factors of the update an
     y = W' x + bias
 
 There are two paths. In plain torch W' and its gradient are never formed (``factored_linear``): the norms come from thin
-products with W0 (``weight_norms``) and may be shared by several calls (``norm_cache``). On the Triton kernels W' is
+products with W0 (``weight_norms``) and may be shared by several calls (``NormCache``). On the Triton kernels W' is
 formed for every use (``formed_per_use``). Training on a GPU takes neither: it forms W' once per step
 (``formed_linear``).
 
@@ -18,17 +18,43 @@ Legend: N tokens, O fan_out, I fan_in, R rank.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
 from sa3dist_kernels.adapter_types import AdapterType
 from sa3dist_kernels.factored_linear import FactoredLinear, cross_from_product, scalings
 from sa3dist_kernels.frozen_products import compute_dtype, no_autocast, product_dtype
-from sa3dist_kernels.norm_cache import NormCache
 from sa3dist_kernels.weight_norms import EPS, FrozenConstants, Layer, frozen_constants
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
+
+
+class NormCache:
+    """The norms of one layer, valid while its trained tensors stay as they are, on which alone they depend.
+
+    The micro batches of an optimiser step, and the blocks recomputed in its backward pass, share them. A caller that
+    knows how long the tensors stay the same hands the layer a cache for that time; changes that reach torch's version
+    counter are noticed anyway.
+    """
+
+    def __init__(self) -> None:
+        self._settings: tuple = ()
+        self._trained: tuple[torch.Tensor, ...] = ()
+        self._versions: tuple[int, ...] = ()
+        self._result: Any = None
+
+    def get_or_compute(self, settings: tuple, trained: Iterable[torch.Tensor], compute: Callable[[], Any]) -> Any:
+        """The result of the last ``compute`` if it was called for these settings and the same, unchanged tensors."""
+        trained = tuple(trained)
+        versions = tuple(tensor._version for tensor in trained)
+        same = len(trained) == len(self._trained) and all(map(operator.is_, trained, self._trained))
+        if self._result is None or not same or (settings, versions) != (self._settings, self._versions):
+            self._result = compute()
+            self._settings, self._trained, self._versions = settings, trained, versions
+        return self._result
 
 
 def effective_weight_reference(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from sa3dist.adapters.attach import SLOT
-from sa3dist.data.remote.web_answer import HEAD_BYTES, answer_instead
+from sa3dist.data.remote.download import HEAD_BYTES, answer_instead
 
 SUFFIX = ".safetensors"
 # PyTorch before 1.6, and plain pickles: protocol 2 or newer.

@@ -1,4 +1,4 @@
-"""What a step needs of a device's memory, and how many blocks must be recomputed so that it fits."""
+"""What a step needs of a device's memory, how many blocks are recomputed so that it fits, and how it ends if not."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from sa3dist.adapters import adapted_layers, adapter_parameters
 from sa3dist.cost_model.devices import free_bytes
 from sa3dist.cost_model.fake_network import AdapterShape, BatchShape, FakeNetwork, Numerics
 from sa3dist.cost_model.flops import Count
+from sa3dist.errors import EnvironmentFailure, OutOfMemory, RecomputeOnRestart, SA3DistError
+from sa3dist.training.run_plan import RunPlan
 
 if TYPE_CHECKING:
     from sa3dist.model.base import Base
@@ -124,3 +126,23 @@ def memory_figures(device: torch.device) -> dict[str, Any]:
 
     # Linux counts the peak resident set in kilobytes.
     return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def ending(problem: OutOfMemory, step: int, plan: RunPlan, recomputing_helps: bool) -> SA3DistError:
+    """The failure that ends the run: ``problem`` itself with ``on_oom: fail``.
+
+    recomputing_helps   whether blocks are what filled the memory, and not all of them were recomputed
+    """
+    if not plan.adapt_memory:
+        return problem
+    # Without the advice behind it, which holds for other settings.
+    found = str(problem).partition("; try ")[0]
+    if recomputing_helps:
+        return RecomputeOnRestart(
+            f"step {step}: {found}; state is as last saved, run the same command to continue with recomputed blocks"
+        )
+    return EnvironmentFailure(
+        f"step {step}: recomputing blocks is not enough to fit into memory, and batch_size ({plan.micro_batch}) "
+        f"decides what is trained, so on_oom: adapt can do no more; choose a shorter duration, a lower rank, or "
+        f"a smaller batch_size and another output_dir ({found})"
+    )

@@ -26,7 +26,7 @@ from sa3dist.training import checkpoint
 from sa3dist.training.cuda_graphs import CudaGraphs
 from sa3dist.training.loss import LOSSES, micro_batch_loss
 from sa3dist.training.lr_schedule import Schedule
-from sa3dist.training.out_of_memory import ending
+from sa3dist.training.memory import ending
 from sa3dist.training.rank_checks import check_ranks_agree, name_the_non_finite
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from sa3dist import errors, loop
-from sa3dist.data.batches.handover import (
+from sa3dist.data.batches.loader import (
     hanging_processes_left_behind,
     leave_signals_to_the_main_process,
     naming_shared_memory,
@@ -27,9 +27,9 @@ from sa3dist.data.batches.handover import (
 )
 from sa3dist.runtime import peers, watchdog
 from sa3dist.runtime.exit_status import translate
-from sa3dist.runtime.lasting_output import Lasting
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.runtime.watchdog import Watchdog
+from sa3dist.train import Lasting
 from sa3dist.training import checkpoint
 from tests.helpers.golden import ROOT
 from tests.helpers.ranks import exit_codes, run_ranks

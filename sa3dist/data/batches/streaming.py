@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from sa3dist.data.batches.handover import (
+from sa3dist.data.batches.loader import (
     hanging_processes_left_behind,
     naming_shared_memory,
     results_of_workers,

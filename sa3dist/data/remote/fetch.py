@@ -247,8 +247,7 @@ def _web(source: str, scheme: str) -> tuple[AbstractFileSystem, str]:
     import aiohttp
     import fsspec
 
-    from sa3dist.data.remote.http_bounds import BoundedResponse
-    from sa3dist.data.remote.http_request import Request, as_sent, proxy_for
+    from sa3dist.data.remote.http_request import BoundedResponse, Request, as_sent, proxy_for
 
     try:
         address = as_sent(source)

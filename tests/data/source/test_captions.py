@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from sa3dist.data.source.archive import open_container
 from sa3dist.data.source.build import build_shards
-from sa3dist.data.source.captions import read_caption
+from sa3dist.data.source.captions import is_blank, read_caption
 from sa3dist.data.source.pairing import pair_members
-from sa3dist.data.source.text_encoding import is_blank
 from sa3dist.errors import DataError
 from tests.helpers.clips import captioned, encode, tone, write_folder, write_tar, write_zip
 
