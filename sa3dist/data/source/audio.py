@@ -132,7 +132,7 @@ def load_clip_audio(
     and flip but commutes with both).
     Raises DataError naming shard and clip when the bytes are not the ones that were checked when the shard was written.
     """
-    data = index.reader.read(entry) if index.reader else read_clip(index.directory / entry.shard, entry)
+    data = index.reader(entry) if index.reader else read_clip(index.directory / entry.shard, entry)
     rate, samples = entry.sample_rate_hz, entry.samples
     start, stop, _ = slice(start, stop).indices(resampled_length(samples, rate, sample_rate_hz))
     stop = max(start, stop)
@@ -158,7 +158,7 @@ def _read_part(data: bytes, entry: ClipEntry, start: int, stop: int, seek: bool)
     with _file(data) as file, _open(file) as sound:
         _check_size(sound.samplerate, sound.channels, _declared_samples(sound))
         bounded = sound.subtype.startswith("PCM_")
-        first = _skip(sound, start) if seek and (bounded or sound.subtype in ("FLOAT", "DOUBLE")) else 0
+        first = sound.seek(start) if seek and (bounded or sound.subtype in ("FLOAT", "DOUBLE")) else 0
         # One sample more than the index has would be noticed.
         wanted = stop - first + (stop == entry.samples)
         part_NC = next(_blocks(sound, wanted), np.empty((0, sound.channels), np.float32))[start - first :]
@@ -172,27 +172,22 @@ def _read_part(data: bytes, entry: ClipEntry, start: int, stop: int, seek: bool)
     return np.ascontiguousarray(part_NC.T), bounded
 
 
-def _skip(sound: SoundFile, samples: int) -> int:
-    import soundfile
-
-    try:
-        return sound.seek(samples)
-    except soundfile.LibsndfileError as error:
-        raise _undecodable(error) from error
-
-
 @contextlib.contextmanager
 def _open(file: BinaryIO) -> Iterator[SoundFile]:
+    """The decoder of ``file``. What libsndfile refuses, here or in the block, is DataError."""
     import soundfile
 
     try:
         sound = soundfile.SoundFile(file if isinstance(file, io.BytesIO) else file.fileno(), closefd=False)
     except (soundfile.LibsndfileError, TypeError, ValueError) as error:
         raise _undecodable(error) from error
-    with sound:
-        if sound.format not in CONTAINER_FORMATS:
-            raise DataError(f"is {sound.format} inside, {EXPECTED}; convert it")
-        yield sound
+    try:
+        with sound:
+            if sound.format not in CONTAINER_FORMATS:
+                raise DataError(f"is {sound.format} inside, {EXPECTED}; convert it")
+            yield sound
+    except soundfile.LibsndfileError as error:
+        raise _undecodable(error) from error
 
 
 def check_whole(data: bytes, samples: int) -> None:
@@ -232,15 +227,7 @@ def _blocks(
     sound: SoundFile, block_samples: int = DECODE_BLOCK_SAMPLES, out: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:
     """float32 (samples, channels), in ``out`` where that is given."""
-    import soundfile
-
-    while True:
-        try:
-            block = sound.read(block_samples, dtype="float32", always_2d=True, out=out)
-        except soundfile.LibsndfileError as error:
-            raise _undecodable(error) from error
-        if len(block) == 0:
-            return
+    while len(block := sound.read(block_samples, dtype="float32", always_2d=True, out=out)):
         yield block
 
 
