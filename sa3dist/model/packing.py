@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 class TensorFields:
-    """A frozen dataclass whose tensors move together."""
+    """A dataclass whose tensors, those of fields of this kind included, move together."""
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        changed = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return dataclasses.replace(self, **changed)
+    def _each(self, change: Callable[[Any], Any]) -> Self:
+        fields = {name: value for name, value in vars(self).items() if isinstance(value, Tensor | TensorFields)}
+        return dataclasses.replace(self, **{name: change(value) for name, value in fields.items()})
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Self:
+    def to(self, device: torch.device, non_blocking: bool = True) -> Self:
         return self._each(lambda value: value.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:

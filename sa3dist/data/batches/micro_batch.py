@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import torch
 
@@ -19,7 +18,7 @@ from sa3dist.data.latents.cache import ClipLatents, EncodedClips
 from sa3dist.flow.crops import draw_crop
 from sa3dist.formats import ClipEntry
 from sa3dist.model.config import ShiftConfig
-from sa3dist.model.packing import FilledPacking, Packing
+from sa3dist.model.packing import FilledPacking, Packing, TensorFields
 
 # Prompt lengths are rounded up to whole steps of this many tokens.
 PROMPT_STEP = 32
@@ -42,7 +41,7 @@ class SampleSettings:
 
 
 @dataclasses.dataclass
-class MicroBatch:
+class MicroBatch(TensorFields):
     """One micro batch, ready for the step.
 
     keep_BT       None when every frame counts
@@ -69,27 +68,9 @@ class MicroBatch:
     prompt_length: int | None = None
     packing: Packing | FilledPacking | None = None
 
-    def to(self, device: torch.device) -> MicroBatch:
-        """The same micro batch with its tensors on ``device``."""
-        return self._each(lambda value: value.to(device, non_blocking=True))
-
-    def pin_memory(self) -> MicroBatch:
-        return self._each(lambda value: value.pin_memory())
-
-    def clone(self) -> MicroBatch:
-        return self._each(lambda value: value.clone())
-
     def tensors(self) -> list[torch.Tensor]:
         packed = [] if self.packing is None else vars(self.packing).values()
         return [value for value in (*vars(self).values(), *packed) if isinstance(value, torch.Tensor)]
-
-    def _each(self, change: Callable) -> MicroBatch:
-        movable = {
-            name: value
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor | Packing | FilledPacking)
-        }
-        return dataclasses.replace(self, **{name: change(value) for name, value in movable.items()})
 
 
 def without_common_padding(hidden_BLH: torch.Tensor, mask_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
