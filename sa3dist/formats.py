@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sa3dist.errors import DataError, counted, listed
 
@@ -212,13 +212,6 @@ class LeftOut:
         return dataclasses.replace(self, names=self.names[:NAMES_KEPT])
 
 
-class ClipReader(Protocol):
-    """Reads the audio of clips whose shards do not lie beside their index, and verifies it."""
-
-    def read(self, entry: ClipEntry) -> bytes:
-        """Raises DataError, EnvironmentFailure or Interrupted."""
-
-
 @dataclasses.dataclass(frozen=True)
 class DatasetIndex:
     """The shards of one dataset.
@@ -228,7 +221,8 @@ class DatasetIndex:
     clips      sorted by key
     skipped    "name: reason" of what ``on_bad_clip: skip`` left out
     left_out   files of the source that are no clips, by kind
-    reader     reads the audio where the shards lie elsewhere; not part of what is stored or compared
+    reader     gives a clip's verified audio where the shards lie elsewhere; not part of what is stored or compared.
+               Raises DataError, EnvironmentFailure or Interrupted
     """
 
     directory: Path
@@ -236,7 +230,7 @@ class DatasetIndex:
     clips: tuple[ClipEntry, ...]
     skipped: tuple[str, ...] = ()
     shards: tuple[ShardEntry, ...] = ()
-    reader: ClipReader | None = dataclasses.field(default=None, compare=False)
+    reader: Callable[[ClipEntry], bytes] | None = dataclasses.field(default=None, compare=False)
     left_out: tuple[LeftOut, ...] = ()
 
     def write(self) -> None:

@@ -6,13 +6,12 @@ Legend: O fan_out, I fan_in, R rank.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors import SafetensorError, safe_open
 
 from sa3dist.formats import digest_of
 from sa3dist.model.checkpoint import tensors_digest
@@ -98,17 +97,13 @@ class BasesCache:
         return left_OR, right_IR
 
     def _read(self, path: Path) -> Bases | None:
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
+        if not path.exists():
             return None
-        try:
-            tensors = load(content)
-            # The first 8 bytes of a safetensors file are the length of its JSON header.
-            expected = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["sha256"]
-        except (ValueError, KeyError, SafetensorError):
-            tensors, expected = {}, ""
-        if tensors_digest(dict(sorted(tensors.items()))) != expected:
+        tensors, metadata = {}, {}
+        with contextlib.suppress(SafetensorError), safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in ("left", "right")}
+        if tensors_digest(tensors) != metadata.get("sha256"):
             log.warning("%s: not as it was written; these singular bases are made anew", path)
             return None
         return tensors["left"], tensors["right"]

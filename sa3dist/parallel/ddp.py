@@ -48,6 +48,7 @@ class FlatEngine:
         ordered = {name: parameters[name] for name in backward_order}
         self.flat = FlatAdapters(ordered, settings.learning_rate, settings.weight_decay, scalars)
         self.scalars, self.gradient = self.flat.scalars, self.flat.gradient
+        self.moments, self.restore = self.flat.moments, self.flat.restore
         self.formed = keep_formed(base, self.flat, settings, group.device)
         self.reduction = GradientReduction(self.flat, group, settings.gradient_compression)
         self.group = group
@@ -81,12 +82,6 @@ class FlatEngine:
 
     def adapters(self) -> Tensors:
         return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
-
-    def moments(self) -> dict[str, Tensors]:
-        return self.flat.moments()
-
-    def restore(self, adapters: Tensors, moments: dict[str, Tensors], step: int) -> None:
-        self.flat.restore(adapters, moments, step)
 
 
 def step_alike(group: Group) -> bool:

@@ -47,10 +47,9 @@ class BucketedOrder(ClipOrder):
         self._micro_batch = micro_batch
         self._window = window * micro_batch
 
+    # By class: the order itself stays picklable, a worker process that is spawned builds its own.
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - a process has one order, for as long as it lives
     def epoch(self, epoch: int) -> torch.Tensor:
-        return _arranged(self, epoch)
-
-    def arranged(self, epoch: int) -> torch.Tensor:
         order = super().epoch(epoch).clone()
         size = self._micro_batch
         # Micro batches are counted over the whole run: this epoch's first whole one may start later.
@@ -69,12 +68,6 @@ class BucketedOrder(ClipOrder):
                 first_rows = torch.arange(len(windows_WN))[:, None] * rows
                 order[start:stop] = sorted_WN.view(-1, size)[(torch.stack(drawn) + first_rows).flatten()].flatten()
         return order
-
-
-@functools.lru_cache(maxsize=4)
-def _arranged(order: BucketedOrder, epoch: int) -> torch.Tensor:
-    # Outside of the order, which stays picklable: a worker process that is spawned builds its own.
-    return order.arranged(epoch)
 
 
 def clip_order(seed: int, lengths: Sequence[int], micro_batch: int, window: int) -> ClipOrder:

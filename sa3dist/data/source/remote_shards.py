@@ -38,7 +38,7 @@ class RemoteShards:
     cache: ClipCache
     should_stop: Callable[[], bool]
 
-    def read(self, entry: ClipEntry) -> bytes:
+    def __call__(self, entry: ClipEntry) -> bytes:
         """The clip's audio bytes, verified. Raises DataError naming shard and clip when they never match the index."""
         shard = RemoteFile(self.urls[entry.shard], self.file_bytes[entry.shard], self.cache, self.should_stop)
         data = shard.read(entry.audio_offset, entry.audio_bytes, entry.audio_sha256, f"clip {entry.key}")
