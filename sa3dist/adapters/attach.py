@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from sa3dist_kernels import ADAPTER_TYPES, AdapterType
@@ -17,9 +16,7 @@ from sa3dist.adapters.select import candidate_layers, normalise, require_match
 from sa3dist.adapters.svd_bases import BasesCache
 from sa3dist.errors import ConfigError
 from sa3dist.formats import digest_of
-
-if TYPE_CHECKING:
-    from sa3dist.model.base import Base
+from sa3dist.model.base import Base
 
 # Stands between a layer's name and a tensor's name in a file: part of the file format.
 SLOT = "parametrizations.weight.0"

@@ -5,17 +5,13 @@ Legend: O fan_out, I fan_in, R rank.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from sa3dist_kernels import effective_weight_reference, frozen_constants
 
 from sa3dist.adapters.file import BASE_KEY, AdapterFile
 from sa3dist.adapters.svd_bases import singular_bases
 from sa3dist.adapters.transfer import covered_layers
-
-if TYPE_CHECKING:
-    from sa3dist.model.loading import BaseOnDisk
+from sa3dist.model.loading import BaseOnDisk
 
 
 class AdapterOnDisk:

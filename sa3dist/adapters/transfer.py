@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,10 +19,8 @@ from sa3dist.adapters.attach import (
 from sa3dist.adapters.file import BASE_KEY, AdapterFile, config_value, read_adapter_file, write_adapter_file
 from sa3dist.adapters.select import candidate_layers, select
 from sa3dist.errors import CheckpointError, ConfigError
+from sa3dist.model.base import Base
 from sa3dist.model.checkpoint import differences
-
-if TYPE_CHECKING:
-    from sa3dist.model.base import Base
 
 
 def load_adapter(base: Base, path: str | Path, strength: float = 1.0) -> None:

@@ -8,13 +8,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from sa3dist.model.base import Base
+from sa3dist.model.base import Base
 
 # Norm floors of the projection without and with a padding mask. Source: the reference's guidance.
 NORM_FLOOR = 1e-12

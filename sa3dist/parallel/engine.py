@@ -7,14 +7,12 @@ in ``build.make``; where a launcher has to ask for it, ``runtime.process_group.c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from sa3dist_kernels import FormedWeights
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from sa3dist_kernels import FormedWeights
-
-    from sa3dist.data.batches.micro_batch import MicroBatch
+from sa3dist.data.batches.micro_batch import MicroBatch
 
 Tensors = dict[str, Tensor]
 # The losses of one micro batch by name, each of shape (); "loss" is the one that is trained.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,11 +14,9 @@ from sa3dist.cost_model.devices import free_bytes
 from sa3dist.cost_model.fake_network import AdapterShape, BatchShape, FakeNetwork, Numerics
 from sa3dist.cost_model.flops import Count
 from sa3dist.errors import EnvironmentFailure, OutOfMemory, RecomputeOnRestart, SA3DistError
+from sa3dist.model.base import Base
+from sa3dist.model.config import ModelConfig
 from sa3dist.training.run_plan import RunPlan
-
-if TYPE_CHECKING:
-    from sa3dist.model.base import Base
-    from sa3dist.model.config import ModelConfig
 
 log = logging.getLogger(__name__)
 

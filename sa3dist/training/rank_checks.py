@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING
 
 import torch
 
 from sa3dist.adapters import adapted_layers
 from sa3dist.errors import EnvironmentFailure
+from sa3dist.model.base import Base
 from sa3dist.model.checkpoint import tensors_digest
-
-if TYPE_CHECKING:
-    from sa3dist.model.base import Base
-    from sa3dist.runtime.process_group import Group
+from sa3dist.runtime.process_group import Group
 
 
 def name_the_non_finite(group: Group, step: int, losses: list[tuple[list[str], torch.Tensor]]) -> None:
