@@ -1,7 +1,5 @@
 """Read settings from YAML, JSON and key=value arguments, and explain what is wrong with them."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import json

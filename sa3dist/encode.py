@@ -1,7 +1,5 @@
 """Stage two: clips and captions become latents and prompt features on disk, shared out over the ranks."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

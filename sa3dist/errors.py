@@ -1,7 +1,5 @@
 """The errors users see, the exit code of each, and how messages write names, counts and times."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Stage four: the trained adapter becomes the files a user takes away."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Stage three: the training loop. Latents and prompt features in, checkpoints of the adapters out."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import time

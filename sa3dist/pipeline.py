@@ -1,7 +1,5 @@
 """One run: the settings, the processes, and each stage with what it needs from the ones before."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """The progress bar on stderr, or lines of progress where stderr is no terminal."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import sys

@@ -1,7 +1,5 @@
 """Which clips a run trains on: audio to be sharded, shards that stay remote, latents, or a stream without index."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Callable

@@ -6,8 +6,6 @@ Launch agents turn every exit code of a worker into 1, and signals reach them, t
 This process can be any of the three. With --slurm-requeue it also puts an interrupted Slurm job back into the queue.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -15,8 +15,6 @@ formed for every use (``formed_per_use``). Training on a GPU takes neither: it f
 Legend: N tokens, O fan_out, I fan_in, R rank.
 """
 
-from __future__ import annotations
-
 import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping

@@ -12,8 +12,6 @@ batches a step has. The other types compute their norms apart, and may share the
 Legend: N tokens, O fan_out, I fan_in, R rank.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

@@ -3,8 +3,6 @@
 Legend: O fan_out, I fan_in, K any number of rows.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging

@@ -10,8 +10,6 @@ and for the columns of diag(g) V the same with W0 weighted by g^2 and L^T by L^T
 Legend: O fan_out, I fan_in, R rank. Everything here is float32 or wider, except the operands of products with W0.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import NamedTuple
 

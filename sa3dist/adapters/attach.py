@@ -1,7 +1,5 @@
 """Attach an adapter to a base model, reach its tensors and effective weights, detach it again."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -3,8 +3,6 @@
 Legend: O fan_out, I fan_in, R rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 
 import torch

@@ -15,8 +15,6 @@ strengths ComfyUI mixes W and W', where we scale the update inside the norms.
 Legend: O fan_out, I fan_in, R rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -4,8 +4,6 @@ Keys are ``<layer>.parametrizations.weight.0.<tensor>``, values float16, and the
 are. Any other header entry is a trainer's own and ignored by other readers.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Mapping

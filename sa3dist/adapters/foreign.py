@@ -1,7 +1,5 @@
 """Name what a file is that was given as an adapter but is no safetensors file, and say how to make one of it."""
 
-from __future__ import annotations
-
 import json
 import os
 import warnings

@@ -1,7 +1,5 @@
 """The module that replaces a frozen layer: same name, same weight, plus its adapter."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator

@@ -3,8 +3,6 @@
 Legend: O fan_out, I fan_in, R rank.
 """
 
-from __future__ import annotations
-
 import torch
 from sa3dist_kernels import effective_weight_reference, frozen_constants
 

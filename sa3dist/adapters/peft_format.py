@@ -7,8 +7,6 @@ has nothing for columns. -xs types are written as the factors of their update.
 Legend: O fan_out, I fan_in, R rank.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Which layers an adapter covers: every Linear and Conv1d of the roots, filtered by substrings of their names."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Iterable, Sequence

@@ -4,8 +4,6 @@ They depend on the base's weights alone; finding those of every layer of the med
 Legend: O fan_out, I fan_in, R rank.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Load, warm-start and save the adapter of a base model; a missing or unexpected tensor is an error."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 The clips are tones, chirps, drums and noise, with captions that say what was synthesised.
 """
 
-from __future__ import annotations
-
 import io
 import sys
 import zipfile

@@ -1,7 +1,5 @@
 """`sa3dist export PATH`: the files of a run from its checkpoint alone, or an adapter in another program's layout."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json

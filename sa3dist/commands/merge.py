@@ -1,7 +1,5 @@
 """`sa3dist merge`: several adapters into one file, or adapters into the weights of a base."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

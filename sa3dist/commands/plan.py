@@ -1,7 +1,5 @@
 """`sa3dist plan`: memory and time of a run before it is started, on this machine or on a GPU from a table."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

@@ -4,8 +4,6 @@ gpu_check.py writes timed steps as rows of a JSON file. The factor is a row's ti
 computed, with its device's ceilings.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """`sa3dist submit`: start a run on this machine, under Slurm or on Kubernetes, from one request."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os

@@ -1,7 +1,5 @@
 """What devices can do: public figures of GPUs, and the ceilings of this machine, measured in a second."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable

@@ -5,8 +5,6 @@ product is made. Of blocks that are adapted alike one runs and stands for all. T
 uncompiled pass on a GPU keeps somewhat less, because norms in 16 bit are one operation there.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

@@ -1,7 +1,5 @@
 """Counting on fake tensors: operations and bytes of every product, and what is saved for the backward pass."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 

@@ -1,7 +1,5 @@
 """Which part of a clip a slot trains on: the crop's length, its seeded start, and the clip's polarity."""
 
-from __future__ import annotations
-
 import math
 
 import torch

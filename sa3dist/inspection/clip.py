@@ -1,7 +1,5 @@
 """One clip of a source as `sa3dist inspect` sees it: what it holds, and what training would do with it."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

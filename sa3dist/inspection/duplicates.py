@@ -1,7 +1,5 @@
 """Find clips that are the same recording: equal bytes, or spectra that are nearly equal."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from sa3dist.inspection.clip import InspectedClip

@@ -1,7 +1,5 @@
 """The inspection as one HTML file with its pictures inside: it loads nothing from elsewhere."""
 
-from __future__ import annotations
-
 import base64
 import html
 import struct

@@ -3,8 +3,6 @@
 Suffixes: N samples, C channels, F bins, P pieces of 100 ms.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 

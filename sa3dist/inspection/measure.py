@@ -3,8 +3,6 @@
 Suffixes: N samples, C channels, P pieces of 100 ms, F bins and S bands of the spectrum.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 

@@ -1,7 +1,5 @@
 """Inspect a source of captioned clips: what is in it, and what training would do with each clip."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import statistics

@@ -1,7 +1,5 @@
 """`sa3dist inspect` on the command line: the report as tables in the terminal, as JSON or as an HTML file."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,7 +1,5 @@
 """Which overlapping windows of frames a long clip is encoded and decoded in, and what is kept of each."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

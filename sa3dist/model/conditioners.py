@@ -3,8 +3,6 @@
 Legend: B batch, L prompt tokens, H text encoder width, C conditioning width.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

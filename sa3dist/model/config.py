@@ -3,8 +3,6 @@
 Options of which this network has one form only are no fields: ``parse_config`` checks that a file asks for that form.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 

@@ -4,8 +4,6 @@ Legend: B batch, C latent channels, T latent frames, M memory tokens, S context 
 padded batch G = B, N = M + T; packed G = 1 and N counts all clips' tokens (``token_layout.py``).
 """
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ Their arguments reach 6e4 rad, where one bit of one frequency moves a velocity b
 linspace of two processors differ by that bit. So neither is asked here.
 """
 
-from __future__ import annotations
-
 import functools
 import struct
 

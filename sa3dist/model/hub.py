@@ -1,7 +1,5 @@
 """Fetch released files from the Hugging Face cache, else from the hub; every error is one line that says what to do."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from sa3dist.errors import CheckpointError

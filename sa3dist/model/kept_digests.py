@@ -1,7 +1,5 @@
 """Digests of large files, kept on disk from one run to the next: no 9 GB file is hashed at every start."""
 
-from __future__ import annotations
-
 import json
 import os
 import threading

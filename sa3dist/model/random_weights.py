@@ -1,7 +1,5 @@
 """Seeded random weights under the official keys, for benchmarks on real shapes and for the tiny base."""
 
-from __future__ import annotations
-
 import fnmatch
 import hashlib
 import math

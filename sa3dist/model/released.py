@@ -1,7 +1,5 @@
 """The released base models: their names, where they live, and their configs as values in code."""
 
-from __future__ import annotations
-
 from sa3dist.errors import CheckpointError
 
 RELEASED = {

@@ -1,7 +1,5 @@
 """Writing safetensors files: whole, or as a copy with some tensors changed, one tensor in memory at a time."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Callable, Mapping

@@ -3,8 +3,6 @@
 Legend: B batch, C channels, L patches, T latent frames, S patches per frame (the stride), W width, N = T * (S + 1).
 """
 
-from __future__ import annotations
-
 import functools
 import math
 

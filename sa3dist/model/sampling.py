@@ -3,8 +3,6 @@
 Legend: B batch, C latent channels, T latent frames, S context tokens.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable

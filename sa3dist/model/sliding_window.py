@@ -3,8 +3,6 @@
 Legend: B batch, H heads, N sequence, D head width, Q queries per block, K keys per block.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

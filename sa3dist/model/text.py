@@ -1,7 +1,5 @@
 """The T5Gemma text encoder: where it is found, how it is loaded, and prompts to hidden states."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

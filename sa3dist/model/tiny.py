@@ -1,7 +1,5 @@
 """Write a tiny base with random weights in the official format: real framing, real text path, seconds to train."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -5,8 +5,6 @@ format are the trainer's in every mode. A new engine is a module here with a cla
 in ``build.make``; where a launcher has to ask for it, ``runtime.process_group.connect`` tells of it in ``Group``.
 """
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from sa3dist_kernels import FormedWeights

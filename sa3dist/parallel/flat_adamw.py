@@ -1,7 +1,5 @@
 """Adapters and their gradients as views of two flat buffers: one optimiser kernel, one all-reduce per step."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The mean gradient over data parallel ranks: its buckets are reduced while the backward pass goes on."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -4,8 +4,6 @@ The file says how memory is divided. Batch sizes, optimiser, schedule and precis
 leaves them out or says "auto"; where it asks for something else it is refused, and 16-bit training is turned off.
 """
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a launcher says about DeepSpeed, and what DeepSpeed reads before the process group is made."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

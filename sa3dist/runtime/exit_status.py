@@ -1,7 +1,5 @@
 """How a program ends: one message, status.json, and the exit code that belongs to it."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

@@ -1,7 +1,5 @@
 """One process at a time at a file, of any machine that sees it; a process that is killed lets go."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

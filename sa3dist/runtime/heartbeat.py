@@ -1,7 +1,5 @@
 """heartbeat.json: the sign of life for schedulers, renewed while rank 0 gets on, and only then."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """What this process is doing, and whether it gets on: read by its watchdog, its peers and heartbeat.json."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """The processes of one run acting as one: rank, world size, reductions, and waiting without a time limit."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging

@@ -4,8 +4,6 @@ Rank 0 takes it before anything else is written and releases it with its status.
 the same machine its process is seen to be gone; from another machine its heartbeat is seen to stand still.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import functools

@@ -1,7 +1,5 @@
 """Training checkpoints: adapters, moments and the step; safetensors and JSON, never pickle, never the base."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """What a step needs of a device's memory, how many blocks are recomputed so that it fits, and how it ends if not."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import logging

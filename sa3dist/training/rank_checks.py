@@ -1,7 +1,5 @@
 """Checks that all ranks hold equal and finite tensors; each error names the rank, the clip or the tensor."""
 
-from __future__ import annotations
-
 import socket
 
 import torch

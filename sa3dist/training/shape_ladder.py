@@ -4,8 +4,6 @@ One compiled program and one CUDA graph then serve all clips between two rungs. 
 (``model.packing.FilledPacking``).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

@@ -1,7 +1,5 @@
 """Where the time between the command and the first step goes, by part, and two ways to shorten it."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import logging

@@ -1,7 +1,5 @@
 """Encode what a micro batch still lacks before a loader process reads it; remove what was made for one use."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections import Counter, deque

@@ -1,7 +1,5 @@
 """Micro batches by index, the loader whose worker processes make them, and how these processes end."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import signal

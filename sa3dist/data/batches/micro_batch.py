@@ -6,8 +6,6 @@ which rank or worker makes a sample changes nothing.
 Suffixes: B clips, D latent channels, T latent frames, L prompt tokens, H prompt features.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 
@@ -73,6 +71,22 @@ class MicroBatch(TensorFields):
         return [value for value in (*vars(self).values(), *packed) if isinstance(value, torch.Tensor)]
 
 
+@dataclasses.dataclass
+class Sample:
+    """One slot's part of a micro batch; latents_DT is what its noise is coupled with, frames what is trained on."""
+
+    slot: int
+    clip: str
+    latents_DT: torch.Tensor
+    frames: int
+    seconds_total: float
+    hidden_LH: torch.Tensor
+    prompt_mask_L: torch.Tensor
+    dropped: bool
+    silent: bool
+    effective_frames: int
+
+
 def without_common_padding(hidden_BLH: torch.Tensor, mask_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompt features and mask up to the longest prompt and at least one position of padding.
 
@@ -118,22 +132,6 @@ def draw_sample(
         silent=silent,
         effective_frames=flow.effective_frames(seconds_total, framing.sample_rate_hz, framing.samples_per_frame),
     )
-
-
-@dataclasses.dataclass
-class Sample:
-    """One slot's part of a micro batch; latents_DT is what its noise is coupled with, frames what is trained on."""
-
-    slot: int
-    clip: str
-    latents_DT: torch.Tensor
-    frames: int
-    seconds_total: float
-    hidden_LH: torch.Tensor
-    prompt_mask_L: torch.Tensor
-    dropped: bool
-    silent: bool
-    effective_frames: int
 
 
 def collate(samples: list[Sample], settings: SampleSettings) -> MicroBatch:

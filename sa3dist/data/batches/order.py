@@ -1,7 +1,5 @@
 """Which clip a slot trains on: a pure function of the seed, every clip exactly once per epoch, by length if wished."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """From shards to clips without an index: a webdataset pipeline per segment, every clip checked on its way."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

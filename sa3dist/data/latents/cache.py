@@ -3,8 +3,6 @@
 What is encoded on first use lies in a file of its own; ``encode.pack_latents`` makes shards of these.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path

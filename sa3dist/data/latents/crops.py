@@ -1,7 +1,5 @@
 """Latents of crops instead of whole clips: each crop is encoded by itself, as the reference does it every step."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 import tempfile

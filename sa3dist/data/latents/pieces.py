@@ -1,7 +1,5 @@
 """What encoding ahead consists of: captions, whole clips of one length, or crops, each done in one go by one rank."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Shards as a data set: latent shards instead of audio, fetched when remote; shards of either kind to stream."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import os

@@ -1,7 +1,5 @@
 """Tensors as safetensors with a digest of what they hold: written whole, and never read damaged."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

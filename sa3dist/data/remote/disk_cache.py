@@ -4,8 +4,6 @@ Any number of processes of one machine share a cache. Reading takes no lock: a f
 whoever reads it, and stays readable for those who hold it open when it goes. Writing and evicting take the lock.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib

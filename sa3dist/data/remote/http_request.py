@@ -1,7 +1,5 @@
 """HTTP requests that send path and query as they were given, and responses never read beyond what was asked for."""
 
-from __future__ import annotations
-
 import contextlib
 import ipaddress
 import re

@@ -1,7 +1,5 @@
 """Paths as people write them: ``~`` and ``~user`` as in a shell, and file:// addresses."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from urllib.parse import unquote

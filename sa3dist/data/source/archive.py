@@ -1,7 +1,5 @@
 """Open any source of captioned audio (zip, folder or shards, local or remote) as a container of files."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Write the checked clips of a source as WebDataset tars with an index."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
@@ -37,6 +35,28 @@ MAX_SHARD_BYTES = 256 << 20
 KEPT_BYTES = 1 << 30
 # Larger sets are not measured on the way: their stats would take more than 300 MB of memory.
 MAX_MEASURED_CLIPS = 20_000
+
+
+class KeptBytes:
+    """Bytes of checked clips by digest, at most ``limit`` of them, for any number of threads."""
+
+    def __init__(self, limit: int) -> None:
+        self._left = limit
+        self._kept: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    def keep(self, sha256: str, data: bytes) -> None:
+        with self._lock:
+            if sha256 not in self._kept and len(data) <= self._left:
+                self._kept[sha256] = data
+                self._left -= len(data)
+
+    def take(self, sha256: str) -> bytes | None:
+        """What was kept under a digest, once."""
+        with self._lock:
+            data = self._kept.pop(sha256, None)
+            self._left += len(data or b"")
+        return data
 
 
 def build_shards(
@@ -185,25 +205,3 @@ def _disk(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise EnvironmentFailure(f"{directory}: cannot write shards ({error.strerror or error})") from error
-
-
-class KeptBytes:
-    """Bytes of checked clips by digest, at most ``limit`` of them, for any number of threads."""
-
-    def __init__(self, limit: int) -> None:
-        self._left = limit
-        self._kept: dict[str, bytes] = {}
-        self._lock = threading.Lock()
-
-    def keep(self, sha256: str, data: bytes) -> None:
-        with self._lock:
-            if sha256 not in self._kept and len(data) <= self._left:
-                self._kept[sha256] = data
-                self._left -= len(data)
-
-    def take(self, sha256: str) -> bytes | None:
-        """What was kept under a digest, once."""
-        with self._lock:
-            data = self._kept.pop(sha256, None)
-            self._left += len(data or b"")
-        return data

@@ -1,7 +1,5 @@
 """Read captions: from a .txt or .json beside the clip, or from a table (captions.csv, metadata.jsonl, ...)."""
 
-from __future__ import annotations
-
 import codecs
 import csv
 import io

@@ -1,7 +1,5 @@
 """Check the clips of an opened source, and refuse or skip those that cannot be used."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

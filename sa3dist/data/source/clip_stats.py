@@ -3,8 +3,6 @@
 Suffixes: N clips, W pieces of all their spectrograms in turn, S bands, K values of a fingerprint.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import logging

@@ -4,8 +4,6 @@ Faults of single members are collected in ``refused``, so that all are reported 
 unusable raises DataError.
 """
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 import io

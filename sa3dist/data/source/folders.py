@@ -1,7 +1,5 @@
 """A local folder as a container: the files below it and behind its links."""
 
-from __future__ import annotations
-
 import errno
 import os
 import stat

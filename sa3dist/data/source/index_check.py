@@ -1,7 +1,5 @@
 """Validate an untrusted index: a matching digest proves integrity, not origin."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator

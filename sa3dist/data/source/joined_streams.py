@@ -1,7 +1,5 @@
 """Find audio that a decoder would drop: a second stream joined with cat, or MP3 frames its header does not count."""
 
-from __future__ import annotations
-
 import functools
 import struct
 from collections.abc import Iterator

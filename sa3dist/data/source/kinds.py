@@ -1,7 +1,5 @@
 """What kind of file a name stands for: audio, caption table, system file, or one that is left out."""
 
-from __future__ import annotations
-
 from pathlib import PurePosixPath
 
 # What libsndfile reads in the containers of audio.py.

@@ -1,7 +1,5 @@
 """Recognise results and work directories of runs inside a source: they are never clips to train on."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Collection, Iterable

@@ -1,7 +1,5 @@
 """Match the audio files of a container with their captions, and say what is left out or refused."""
 
-from __future__ import annotations
-
 import dataclasses
 import unicodedata
 from pathlib import PurePosixPath
@@ -57,6 +55,15 @@ def pair_members(container: Container) -> Listing:
     metadata.jsonl) in a folder above; where there is neither, the .json of that stem.
     """
     return _Pairing(container).listing()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    """A manifest's line: the audio file it names, the caption, and where it stands."""
+
+    name: str
+    text: str
+    where: str
 
 
 class _Pairing:
@@ -179,15 +186,6 @@ def _stem(name: str) -> str:
 
 def _without_extension(name: str) -> str:
     return name[: len(name) - len(PurePosixPath(name).suffix)]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Line:
-    """A manifest's line: the audio file it names, the caption, and where it stands."""
-
-    name: str
-    text: str
-    where: str
 
 
 def _where(caption: Member | _Line) -> str:

@@ -1,7 +1,5 @@
 """Work done ahead of its turn by threads: results in the order of the items, with a bound on the bytes in memory."""
 
-from __future__ import annotations
-
 import os
 import queue
 import threading

@@ -1,7 +1,5 @@
 """The index of shards that stay remote: the one beside them, or one made by reading each shard once."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging

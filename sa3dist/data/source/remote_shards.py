@@ -1,7 +1,5 @@
 """Remote shards: find them and their index, and read single clips through a bounded cache."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import logging

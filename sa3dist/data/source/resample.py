@@ -1,7 +1,5 @@
 """Bring decoded samples to the model's sample rate and two channels. Suffixes: C channels, N samples."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Chunks of WAV, AIFF, CAF and AU files: where the samples lie, and sizes that a recorder never wrote."""
 
-from __future__ import annotations
-
 import dataclasses
 import struct
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Split clips into shards, reuse shards of earlier runs, and write the report on a data set."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

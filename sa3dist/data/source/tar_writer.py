@@ -1,7 +1,5 @@
 """Write WebDataset tars whose bytes depend on nothing but the clips, and read one clip from a tar."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib
@@ -52,18 +50,6 @@ def write_shard(path: Path, clips: list[ClipEntry], read_audio) -> tuple[ShardEn
     return out.entry, placed
 
 
-@contextlib.contextmanager
-def new_tar(path: Path) -> Iterator[TarWriter]:
-    """A tar at ``path`` that appears there whole when the block ends; ``.entry`` then describes it.
-
-    Same members, same bytes: owner, mode and time are constants.
-    """
-    with atomic_path(path) as temporary, temporary.open("wb") as raw:
-        out = TarWriter(raw, path.name)
-        yield out
-        out.finish()
-
-
 class TarWriter:
     """Adds members to a file that counts and hashes what is written to it."""
 
@@ -91,6 +77,18 @@ class TarWriter:
         self._raw.write(data)
         self._state.update(data)
         self._position += len(data)
+
+
+@contextlib.contextmanager
+def new_tar(path: Path) -> Iterator[TarWriter]:
+    """A tar at ``path`` that appears there whole when the block ends; ``.entry`` then describes it.
+
+    Same members, same bytes: owner, mode and time are constants.
+    """
+    with atomic_path(path) as temporary, temporary.open("wb") as raw:
+        out = TarWriter(raw, path.name)
+        yield out
+        out.finish()
 
 
 def read_clip(shard: Path, entry: ClipEntry) -> bytes:

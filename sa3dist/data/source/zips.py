@@ -1,7 +1,5 @@
 """Untrusted zip archives: refuse members that point outside, unpack without end, or cannot be read."""
 
-from __future__ import annotations
-
 import os
 import stat
 import struct
