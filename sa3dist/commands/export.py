@@ -20,13 +20,13 @@ from sa3dist.adapters.file import (
 from sa3dist.adapters.lazy_file import AdapterOnDisk
 from sa3dist.adapters.peft_format import to_peft
 from sa3dist.config import split_argument
-from sa3dist.data.remote.local_paths import expand_home
+from sa3dist.data.remote.local_paths import home_path
 from sa3dist.errors import CheckpointError, ConfigError, InUse
 from sa3dist.formats import atomic_directory, write_json
 from sa3dist.model.loading import BaseOnDisk
 from sa3dist.model.rewrite_safetensors import write_safetensors
 from sa3dist.runtime import run_lock
-from sa3dist.runtime.exit_status import run_program
+from sa3dist.runtime.exit_status import run_command
 from sa3dist.training import checkpoint
 
 ADAPTER_SUFFIX = ".safetensors"
@@ -43,28 +43,8 @@ def is_path(words: Sequence[str]) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when written; 2, with one line and nothing written, when this cannot be exported like this."""
-    made = argparse.ArgumentParser(
-        prog="sa3dist export",
-        description="Write the files of a run from a checkpoint, or an adapter in another program's layout.",
-    )
-    made.add_argument("source", type=Path, metavar="PATH", help="a run's output_dir, a checkpoint directory, or a file")
-    made.add_argument("--output", type=Path, help="directory of the files, or with --format the file or folder")
-    made.add_argument("--format", choices=["sa3", *FORMATS], default="sa3", help="all but sa3 are experimental")
-    made.add_argument("--base", metavar="MODEL", help="base to convert over; default the one the adapter names")
-    made.add_argument(
-        "--without-conditioner", action="store_true", help="comfy: leave out layers that ComfyUI cannot patch"
-    )
-    options = made.parse_args(argv)
-
-    def body() -> None:
-        options.source = Path(expand_home(options.source))
-        options.output = options.output and Path(expand_home(options.output))
-        if options.format == "sa3":
-            print(json.dumps(from_checkpoint(options.source, options.output)))
-        else:
-            convert(options)
-
-    return run_program(body, lambda: None, lambda: 0)
+    about = "Write the files of a run from a checkpoint, or an adapter in another program's layout."
+    return run_command("sa3dist export", ARGUMENTS, convert, argv, description=about)
 
 
 def from_checkpoint(source: Path, output: Path | None) -> dict:
@@ -105,7 +85,10 @@ def read_source(source: Path) -> tuple[AdapterFile, Path]:
 
 
 def convert(options: argparse.Namespace) -> None:
-    """Write the adapter in ``options.format``. Raises ConfigError where that layout cannot say the same."""
+    """Write the files in ``options.format``. Raises ConfigError where that layout cannot say the same."""
+    if options.format == "sa3":
+        print(json.dumps(from_checkpoint(options.source, options.output)))
+        return
     file, named_after = read_source(options.source)
 
     @functools.cache
@@ -150,3 +133,10 @@ def _header(file: AdapterFile, **more) -> dict[str, str]:
 
 
 FORMATS = {"comfy": _comfy, "comfy-diff": _comfy, "diffusers": _diffusers}
+ARGUMENTS = {
+    "source": {"type": home_path, "metavar": "PATH", "help": "a run's output_dir, a checkpoint directory, or a file"},
+    "--output": {"type": home_path, "help": "directory of the files, or with --format the file or folder"},
+    "--format": {"choices": ["sa3", *FORMATS], "default": "sa3", "help": "all but sa3 are experimental"},
+    "--base": {"metavar": "MODEL", "help": "base to convert over; default the one the adapter names"},
+    "--without-conditioner": {"action": "store_true", "help": "comfy: leave out layers that ComfyUI cannot patch"},
+}

@@ -13,14 +13,14 @@ from sa3dist import __version__
 from sa3dist.adapters.combine import approximate, combine, merged_weight
 from sa3dist.adapters.file import BASE_KEY, AdapterFile, config_value, read_adapter_file, write_adapter_file
 from sa3dist.adapters.lazy_file import AdapterOnDisk
-from sa3dist.data.remote.local_paths import expand_home
+from sa3dist.data.remote.local_paths import home_path
 from sa3dist.errors import ConfigError
 from sa3dist.formats import atomic_directory, atomic_path
 from sa3dist.model.base import weight_key
 from sa3dist.model.loading import CONFIG_NAME, WEIGHTS_NAME, BaseOnDisk
 from sa3dist.model.rewrite_safetensors import rewrite_checkpoint
 from sa3dist.progress import progress
-from sa3dist.runtime.exit_status import run_program
+from sa3dist.runtime.exit_status import run_command
 
 EPILOG = """\
   sa3dist merge piano.safetensors=0.7 drums.safetensors=0.3 --output both.safetensors
@@ -31,40 +31,39 @@ EPILOG = """\
       one lora of rank 64 nearest to that sum, for any types; the error of every layer is printed"""
 
 
+ARGUMENTS = {
+    "adapters": {"nargs": "+", "metavar": "FILE[=WEIGHT]", "help": "adapter files; a weight is 1 when left out"},
+    "--output": {"type": home_path, "required": True, "help": "the new adapter file, or the new base's directory"},
+    "--base": {"metavar": "MODEL", "help": "released name or directory of the base to merge into"},
+    "--svd": {"type": int, "metavar": "RANK", "help": "with --base: write a lora of this rank, not a base"},
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when written; 2, with one line and nothing written, when the files cannot be merged like this."""
-    made = argparse.ArgumentParser(
-        prog="sa3dist merge",
-        description="Merge adapters into one file, or into a base.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    made.add_argument("adapters", nargs="+", metavar="FILE[=WEIGHT]", help="adapter files; a weight is 1 when left out")
-    made.add_argument("--output", type=Path, required=True, help="the new adapter file, or the new base's directory")
-    made.add_argument("--base", metavar="MODEL", help="released name or directory of the base to merge into")
-    made.add_argument("--svd", type=int, metavar="RANK", help="with --base: write a lora of this rank, not a base")
-    options = made.parse_intermixed_args(argv)
+    about = {"description": "Merge adapters into one file, or into a base.", "epilog": EPILOG}
+    layout = argparse.RawDescriptionHelpFormatter
+    return run_command("sa3dist merge", ARGUMENTS, merge, argv, **about, formatter_class=layout)
 
-    def body() -> None:
-        options.output = Path(expand_home(options.output))
-        files = [read_weighted(argument) for argument in options.adapters]
-        if options.svd is not None and (options.base is None or options.svd < 1):
-            raise ConfigError("--svd: needs a rank of at least 1, and --base MODEL for the weights that are changed")
-        if options.base is None:
-            write_adapter_file(options.output, *combine(files), describe(files))
-            print(f"wrote {options.output}")
-            return
-        base = BaseOnDisk.open(options.base)
-        adapters = [(AdapterOnDisk(file, base), weight) for file, weight in files]
-        for adapter, _ in adapters:
-            if adapter.of_another_base:
-                print(f"note: {adapter.file.path} was trained on another base than {options.base}", file=sys.stderr)
-        if options.svd is not None:
-            write_approximation(options.output, adapters, options.svd)
-        else:
-            into_base(options.output, base, adapters)
 
-    return run_program(body, lambda: None, lambda: 0)
+def merge(options: argparse.Namespace) -> None:
+    """Write the merged adapter, or base, that ``options`` ask for."""
+    files = [read_weighted(argument) for argument in options.adapters]
+    if options.svd is not None and (options.base is None or options.svd < 1):
+        raise ConfigError("--svd: needs a rank of at least 1, and --base MODEL for the weights that are changed")
+    if options.base is None:
+        write_adapter_file(options.output, *combine(files), describe(files))
+        print(f"wrote {options.output}")
+        return
+    base = BaseOnDisk.open(options.base)
+    adapters = [(AdapterOnDisk(file, base), weight) for file, weight in files]
+    for adapter, _ in adapters:
+        if adapter.of_another_base:
+            print(f"note: {adapter.file.path} was trained on another base than {options.base}", file=sys.stderr)
+    if options.svd is not None:
+        write_approximation(options.output, adapters, options.svd)
+    else:
+        into_base(options.output, base, adapters)
 
 
 def read_weighted(argument: str) -> tuple[AdapterFile, float]:

@@ -5,55 +5,56 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from sa3dist import config
 from sa3dist.commands.plan_calibration import RESULTS
 from sa3dist.commands.plan_predict import Job, Prediction, fit, predict
 from sa3dist.cost_model.devices import GPUS, THIS, Device, find_device
-from sa3dist.data.remote.local_paths import expand_home
+from sa3dist.data.remote.local_paths import home_path
 from sa3dist.errors import ConfigError, counted, span
 from sa3dist.model.loading import known_config
-from sa3dist.runtime.exit_status import run_program
+from sa3dist.runtime.exit_status import run_command
 
 UNITS = {"GB": 1e9, "GIB": 1 << 30}
 
 
+ARGUMENTS = {
+    "arguments": {"nargs": "*", "metavar": "CONFIG.yaml|REQUEST.json|key=value", "help": "settings of the run"},
+    "--gpu": {"default": THIS, "help": f"{', '.join(GPUS)}, or {THIS} machine (default)"},
+    "--fit": {"metavar": "24GB", "help": "plan for so much memory, and propose settings that fit it"},
+    "--ranks": {"type": int, "default": 1, "help": "processes, each on such a device"},
+    "--link-gbit": {"type": float, "metavar": "X", "help": "gigabits/s of the slowest link between them"},
+    "--results": {"type": home_path, "default": RESULTS, "help": "folder of benchmark results to calibrate with"},
+    "--json": {"action": "store_true", "help": "print everything as JSON"},
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """0 with the plan on stdout, also when the run does not fit; 2 when settings or device are refused."""
-    made = argparse.ArgumentParser(prog="sa3dist plan", description="Predict memory and time of a run.")
-    made.add_argument("arguments", nargs="*", metavar="CONFIG.yaml|REQUEST.json|key=value", help="settings of the run")
-    made.add_argument("--gpu", default=THIS, help=f"{', '.join(GPUS)}, or {THIS} machine (default)")
-    made.add_argument("--fit", metavar="24GB", help="plan for so much memory, and propose settings that fit it")
-    made.add_argument("--ranks", type=int, default=1, help="processes, each on such a device")
-    made.add_argument("--link-gbit", type=float, metavar="X", help="gigabits/s of the slowest link between them")
-    made.add_argument("--results", type=Path, default=RESULTS, help="folder of benchmark results to calibrate with")
-    made.add_argument("--json", action="store_true", help="print everything as JSON")
-    options = made.parse_intermixed_args(argv)
+    return run_command("sa3dist plan", ARGUMENTS, plan, argv, description="Predict memory and time of a run.")
 
-    def body() -> None:
-        if options.ranks < 1 or (options.link_gbit is not None and options.link_gbit <= 0):
-            raise ConfigError("--ranks and --link-gbit: expected positive numbers")
-        # A plan needs no data; where they are is nobody's business here.
-        settings = config.build({"audio_data_url": "unknown", **config.read_arguments(options.arguments)})
-        device = find_device(options.gpu)
-        if options.fit:
-            device = dataclasses.replace(device, memory_bytes=parse_bytes(options.fit))
-        results = Path(expand_home(options.results))
-        link = None if options.link_gbit is None else options.link_gbit * 1e9 / 8
-        job = Job.of(settings, known_config(settings.model), options.ranks, link)
-        changes = fit(job, device) if options.fit else {}
-        if changes is None:
-            raise ConfigError(f"--fit: nothing fits {device.memory_bytes / 1e9:g} GB; take a smaller model or rank")
-        job = job.changed(**changes)
-        prediction = predict(job, device, results)
-        if options.json:
-            print(json.dumps(as_dict(job, device, changes, prediction), indent=2))
-        else:
-            print("\n".join(lines(job, device, changes, prediction)))
 
-    return run_program(body, lambda: None, lambda: 0)
+def plan(options: argparse.Namespace) -> None:
+    """Print the plan of ``options``."""
+    if options.ranks < 1 or (options.link_gbit is not None and options.link_gbit <= 0):
+        raise ConfigError("--ranks and --link-gbit: expected positive numbers")
+    # A plan needs no data; where they are is nobody's business here.
+    settings = config.build({"audio_data_url": "unknown", **config.read_arguments(options.arguments)})
+    device = find_device(options.gpu)
+    if options.fit:
+        device = dataclasses.replace(device, memory_bytes=parse_bytes(options.fit))
+    link = None if options.link_gbit is None else options.link_gbit * 1e9 / 8
+    job = Job.of(settings, known_config(settings.model), options.ranks, link)
+    changes = fit(job, device) if options.fit else {}
+    if changes is None:
+        raise ConfigError(f"--fit: nothing fits {device.memory_bytes / 1e9:g} GB; take a smaller model or rank")
+    job = job.changed(**changes)
+    prediction = predict(job, device, options.results)
+    if options.json:
+        print(json.dumps(as_dict(job, device, changes, prediction), indent=2))
+    else:
+        print("\n".join(lines(job, device, changes, prediction)))
 
 
 def parse_bytes(text: str) -> float:

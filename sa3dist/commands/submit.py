@@ -16,7 +16,7 @@ import yaml
 from sa3dist import config
 from sa3dist.config import Settings
 from sa3dist.errors import ConfigError, EnvironmentFailure
-from sa3dist.runtime.exit_status import run_program
+from sa3dist.runtime.exit_status import run_command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,32 +30,17 @@ class Submission:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when submitted, 2 when the settings are refused, 70 when the backend is; the local backend becomes the run."""
-    options = parser().parse_intermixed_args(argv)
-
-    def body() -> None:
-        # Refused here rather than after hours in a queue.
-        settings = config.build(config.read_arguments(options.arguments))
-        # Local and Slurm runs use this installation; Slurm hands the environment on.
-        os.environ.setdefault("SA3DIST_PYTHON", sys.executable)
-        BACKENDS[options.backend](Submission(options.arguments, settings, options))
-
     # The run itself writes the status of its output directory.
-    return run_program(body, lambda: None, lambda: 0)
+    return run_command("sa3dist submit", ARGUMENTS, submit, argv, description="Start a training run on a backend.")
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="sa3dist submit", description="Start a training run on a backend.")
-    made.add_argument("arguments", nargs="+", metavar="CONFIG.yaml|REQUEST.json|key=value", help="as for sa3dist train")
-    made.add_argument("--backend", required=True, choices=BACKENDS)
-    made.add_argument("--dry-run", action="store_true", help="print what would be submitted, and submit nothing")
-    made.add_argument(
-        "--processes", type=_count, metavar="N", help="processes per node; unset = all GPUs, or 8 asked for"
-    )
-    made.add_argument("--nodes", type=_count, default=1, metavar="N", help="nodes (slurm, kubernetes)")
-    made.add_argument("--option", action="append", default=[], help="passed on to sbatch or kubectl apply; may repeat")
-    made.add_argument("--image", default="sa3dist:0.1.0", help="container image (kubernetes)")
-    made.add_argument("--volume", default="sa3dist-data", help="volume claim mounted at /data (kubernetes)")
-    return made
+def submit(options: argparse.Namespace) -> None:
+    """Give the run of ``options`` to its backend."""
+    # Refused here rather than after hours in a queue.
+    settings = config.build(config.read_arguments(options.arguments))
+    # Local and Slurm runs use this installation; Slurm hands the environment on.
+    os.environ.setdefault("SA3DIST_PYTHON", sys.executable)
+    BACKENDS[options.backend](Submission(options.arguments, settings, options))
 
 
 def _count(text: str) -> int:
@@ -117,6 +102,16 @@ def kubernetes(run: Submission) -> None:
 
 
 BACKENDS: dict[str, Callable[[Submission], None]] = {"local": local, "slurm": slurm, "kubernetes": kubernetes}
+ARGUMENTS = {
+    "arguments": {"nargs": "+", "metavar": "CONFIG.yaml|REQUEST.json|key=value", "help": "as for sa3dist train"},
+    "--backend": {"required": True, "choices": BACKENDS},
+    "--dry-run": {"action": "store_true", "help": "print what would be submitted, and submit nothing"},
+    "--processes": {"type": _count, "metavar": "N", "help": "processes per node; unset = all GPUs, or 8 asked for"},
+    "--nodes": {"type": _count, "default": 1, "metavar": "N", "help": "nodes (slurm, kubernetes)"},
+    "--option": {"action": "append", "default": [], "help": "passed on to sbatch or kubectl apply; may repeat"},
+    "--image": {"default": "sa3dist:0.1.0", "help": "container image (kubernetes)"},
+    "--volume": {"default": "sa3dist-data", "help": "volume claim mounted at /data (kubernetes)"},
+}
 
 
 def _answer(command: list[str], text: str | None = None) -> str:

@@ -4,55 +4,56 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from sa3dist import config
-from sa3dist.data.remote.local_paths import expand_home
+from sa3dist.data.remote.local_paths import home_path
 from sa3dist.errors import counted, printable, span
 from sa3dist.formats import LeftOut
 from sa3dist.inspection.html import write_html
 from sa3dist.inspection.report import Report, framing_of, inspect_source
 from sa3dist.progress import progress
-from sa3dist.runtime.exit_status import run_program
+from sa3dist.runtime.exit_status import run_command
 
 # A terminal is for a look; --json and --html hold every clip.
 MAX_ROWS = 200
 
 
+ARGUMENTS = {
+    "dataset": {"help": "zip, folder or shards: local path, file://, http(s)://, s3://"},
+    "words": {
+        "nargs": "*",
+        "metavar": "CONFIG.yaml|key=value",
+        "help": "settings that matter: duration, model, on_bad_clip",
+    },
+    "--json": {"action": "store_true", "help": "print everything as JSON instead of tables"},
+    "--html": {"type": home_path, "metavar": "FILE", "help": "also write a report with pictures"},
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 whatever the clips are like; 2 when the source cannot be opened."""
-    made = argparse.ArgumentParser(
-        prog="sa3dist inspect", description="Look at a data set: what is in it, and what training would do with it."
-    )
-    made.add_argument("dataset", help="zip, folder or shards: local path, file://, http(s)://, s3://")
-    made.add_argument(
-        "words", nargs="*", metavar="CONFIG.yaml|key=value", help="settings that matter: duration, model, on_bad_clip"
-    )
-    made.add_argument("--json", action="store_true", help="print everything as JSON instead of tables")
-    made.add_argument("--html", type=Path, metavar="FILE", help="also write a report with pictures")
-    arguments = made.parse_args(argv)
+    about = "Look at a data set: what is in it, and what training would do with it."
+    return run_command("sa3dist inspect", ARGUMENTS, inspect, argv, description=about)
 
-    def body() -> None:
-        settings = config.build(config.read_arguments(arguments.words) | {"audio_data_url": arguments.dataset})
-        html = arguments.html and Path(expand_home(arguments.html))
-        framing = framing_of(settings.model)
-        # As many clips as there are cores are measured at a time: one clip needs no threads of its own.
-        torch.set_num_threads(1)
-        with progress("inspect", 1, shown=True) as update:
-            report = inspect_source(settings, framing, lambda done, total: update(done, total=total))
-        if html:
-            write_html(report, html)
-            print(f"wrote {html}", file=sys.stderr)
-        if arguments.json:
-            print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
-        else:
-            show(report)
 
-    # An inspection leaves no status file: it has no output directory.
-    return run_program(body, lambda: None, lambda: 0)
+def inspect(options: argparse.Namespace) -> None:
+    """Inspect the data set of ``options`` and show what was found."""
+    settings = config.build(config.read_arguments(options.words) | {"audio_data_url": options.dataset})
+    framing = framing_of(settings.model)
+    # As many clips as there are cores are measured at a time: one clip needs no threads of its own.
+    torch.set_num_threads(1)
+    with progress("inspect", 1, shown=True) as update:
+        report = inspect_source(settings, framing, lambda done, total: update(done, total=total))
+    if options.html:
+        write_html(report, options.html)
+        print(f"wrote {options.html}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
+    else:
+        show(report)
 
 
 def show(report: Report) -> None:

@@ -1,5 +1,6 @@
 """How a program ends: one message, status.json, and the exit code that belongs to it."""
 
+import argparse
 import contextlib
 import errno
 import json
@@ -8,8 +9,9 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -132,6 +134,23 @@ def run_program(body: Callable[[], None], output_dir: Callable[[], Path | None],
     report(problem, output_dir(), step(), REPORT_SECONDS)
     run_lock.release_all()
     return exit_code_of(problem)
+
+
+def run_command(
+    program: str,
+    arguments: dict[str, dict[str, Any]],
+    work: Callable[[argparse.Namespace], None],
+    argv: Sequence[str] | None,
+    **about: Any,
+) -> int:
+    """Run a program that has no output directory, and so leaves no status: ``work`` with its options; the exit code.
+
+    arguments   what ``add_argument`` takes, by name        about   what ``ArgumentParser`` takes beside the name
+    """
+    parser = argparse.ArgumentParser(prog=program, **about)
+    for name, how in arguments.items():
+        parser.add_argument(name, **how)
+    return run_program(lambda: work(parser.parse_intermixed_args(argv)), lambda: None, lambda: 0)
 
 
 def exit_code_of(failure: BaseException | None) -> int:

@@ -24,6 +24,11 @@ def expand_home(path: str | Path) -> str:
     raise ConfigError(f"{text}: {reason}; write the path without ~, or ./~... for a name that begins with it")
 
 
+def home_path(text: str) -> Path:
+    """``expand_home`` as a path, for what is given on a command line."""
+    return Path(expand_home(text))
+
+
 def is_text(word: str) -> bool:
     """Whether an argument was UTF-8: nothing else can be written to our files."""
     return not any(0xD800 <= ord(character) <= 0xDFFF for character in word)
