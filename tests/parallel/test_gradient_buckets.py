@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from sa3dist_kernels import ADAPTER_TYPES
 from torch import nn
 
@@ -14,6 +13,7 @@ from sa3dist.parallel.flat_adamw import FlatAdapters
 from sa3dist.parallel.gradient_buckets import GradientReduction
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
+from tests.helpers.ranks import run_ranks
 from tests.helpers.trainers import make_trainer
 
 RANKS = 3
@@ -75,9 +75,9 @@ def fetched(rank):
         return str(failure), failure.origin
 
 
-def one_rank(rank, directory):
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=RANKS)
-    found = {
+def one_rank(group):
+    rank = group.dist_rank
+    return {
         "whole": reduced(rank, WHOLE),
         "early": reduced(rank, 40),
         "late": reduced(rank, 40, arm=False),
@@ -86,15 +86,11 @@ def one_rank(rank, directory):
         "first": first_tensors(rank),
         "fetched": fetched(rank),
     }
-    torch.save(found, f"{directory}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ranks")
-    mp.spawn(one_rank, (str(directory),), nprocs=RANKS)
-    return [torch.load(directory / f"{rank}.pt") for rank in range(RANKS)]
+def ranks():
+    return run_ranks(RANKS, one_rank)
 
 
 @pytest.fixture(scope="module")

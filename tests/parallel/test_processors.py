@@ -16,6 +16,7 @@ from sa3dist.adapters import adapted_layers, adapter_parameters, svd_bases
 from sa3dist.errors import EnvironmentFailure
 from sa3dist.model.loading import load_base
 from sa3dist.training import checkpoint, rank_checks
+from tests.helpers.forked_trainers import ForkedTrainer, places_of_ranks
 from tests.helpers.golden import ROOT, golden
 from tests.helpers.processors import computed
 from tests.helpers.program import ENVIRONMENT, command, rows, run, status
@@ -47,17 +48,15 @@ def test_frequencies_and_singular_bases_are_the_same_under_other_instructions(tm
 @pytest.mark.slow
 def test_ranks_on_different_processors_train_one_model(words, tmp_path):
     output_dir, port = tmp_path / "run", free_port()
-    more = ["adapter_type=bora-xs", "number_of_steps=3", "save_every=1", f"output_dir={output_dir}"]
-    processes = []
-    for dist_rank, instructions in enumerate([{}, OTHER]):
-        place = {"RANK": dist_rank, "LOCAL_RANK": dist_rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-        environment = {**ENVIRONMENT, **{key: str(value) for key, value in place.items()}, **instructions}
-        environment["MASTER_ADDR"] = "127.0.0.1"
-        processes.append(subprocess.Popen(command(*words, *more), env=environment, stderr=subprocess.PIPE, text=True))
-    said = [process.communicate(timeout=120)[1] for process in processes]
-    # At every save the ranks' adapters are compared to the last bit.
-    assert [process.returncode for process in processes] == [0, 0], said
-    assert "round AdamW steps differently" in said[0]
+    words += ["adapter_type=bora-xs", "number_of_steps=3", "save_every=1", f"output_dir={output_dir}"]
+    here, there = places_of_ranks(2, port)
+    # Torch reads which instructions to use when it is imported.
+    other = subprocess.Popen(command(*words), env=ENVIRONMENT | there | OTHER, stderr=subprocess.PIPE, text=True)
+    with ForkedTrainer(words, tmp_path / "said", **here) as one:
+        said = other.communicate(timeout=120)[1]
+        # At every save the ranks' adapters are compared to the last bit.
+        assert [one.wait(60), other.returncode] == [0, 0], one.said() + said
+        assert "round AdamW steps differently" in one.said()
     assert len(rows(output_dir)) == 3
 
 

@@ -14,8 +14,11 @@ from safetensors.torch import load_file, save_file
 from sa3dist import export, train
 from sa3dist.adapters import AdapterConfig
 from sa3dist.errors import EnvironmentFailure
+from sa3dist.runtime.deepspeed_launch import FILE_VARIABLE, USE_VARIABLE
 from sa3dist.runtime.signals import SIGNALS
+from tests.helpers.forked_trainers import forked_ranks
 from tests.helpers.golden import ROOT
+from tests.helpers.zero_ranks import import_deepspeed
 
 ENVIRONMENT = {
     **os.environ,
@@ -70,15 +73,15 @@ def straight(common, tmp_path_factory):
     return output_dir
 
 
-def two_ranks(launcher, common, output_dir, steps, cwd):
-    words = [
-        f"number_of_steps={steps}",
-        f"output_dir={output_dir}",
-        f"gradient_accumulation_steps={CLIPS_PER_STEP // 2}",
-    ]
+def words_of_two(output_dir, steps):
+    accumulation = CLIPS_PER_STEP // 2
+    return [f"number_of_steps={steps}", f"output_dir={output_dir}", f"gradient_accumulation_steps={accumulation}"]
+
+
+def launch_two(launcher, words, cwd):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
     done = subprocess.run(
-        [*launch, *launcher, "-m", "sa3dist.train", *common, *words],
+        [*launch, *launcher, "-m", "sa3dist.train", *words],
         cwd=cwd,
         env=ENVIRONMENT,
         capture_output=True,
@@ -86,7 +89,6 @@ def two_ranks(launcher, common, output_dir, steps, cwd):
         timeout=500,
     )
     assert done.returncode == 0, done.stderr
-    return done.stderr
 
 
 def rows(output_dir):
@@ -116,19 +118,22 @@ def assert_same_course(found, expected, step):
 
 @pytest.mark.slow
 def test_one_course_through_zero_2_then_zero_3_then_one_process(common, straight, tmp_path):
-    pytest.importorskip("deepspeed")
+    import_deepspeed()
     run = tmp_path / "run"
     # The shipped files, from a directory that does not hold them.
-    two_ranks(["--config_file", str(ROOT / "configs/accelerate/zero2.yaml")], common, run, steps=2, cwd=tmp_path)
+    zero2 = ["--config_file", str(ROOT / "configs/accelerate/zero2.yaml")]
+    launch_two(zero2, [*common, *words_of_two(run, steps=2)], cwd=tmp_path)
     assert_same_course(run, straight, 2)
     assert min(row["grad_norm"] for row in rows(straight)) > 100
 
     # Everything divided, nothing kept whole; and a file that asks for 16 bits.
     divided = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 100000}
     (tmp_path / "divided.json").write_text(json.dumps({"zero_optimization": divided, "bf16": {"enabled": True}}))
-    launcher = ["--use_deepspeed", "--deepspeed_config_file", str(tmp_path / "divided.json")]
-    told = two_ranks([*launcher, "--mixed_precision", "no"], common, run, steps=4, cwd=tmp_path)
-    assert "bf16.enabled is turned off" in told
+    asked = {USE_VARIABLE: "true", FILE_VARIABLE: str(tmp_path / "divided.json")}
+    words = [*common, *words_of_two(run, steps=4)]
+    with forked_ranks(words, words, log=tmp_path / "said", **asked) as ranks:
+        assert [rank.wait(500) for rank in ranks] == [0, 0], ranks[0].said()
+        assert "bf16.enabled is turned off" in ranks[0].said()
     assert rows(run)[2]["resumed_from"] == 2
     assert_same_course(run, straight, 4)
 

@@ -12,13 +12,17 @@ from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import trainer
 from tests.helpers.ranks import run_ranks
 from tests.helpers.trainers import make_trainer
+from tests.helpers.zero_ranks import import_deepspeed
 
 # The import of DeepSpeed, on two ranks.
 pytestmark = pytest.mark.slow
 
 
-def step_that_does_not_fit(group, stage, recomputing=False, **plan):
-    """How a step ends whose forward pass does not fit into memory, on any rank; the adapters before and after it."""
+def steps_that_do_not_fit(group, stage):
+    """How a step ends whose forward pass does not fit into memory, on any rank, and whether it left the adapters.
+
+    First of a run that does not adapt, then of one that does, then of one that recomputes blocks already.
+    """
     whole = trainer.micro_batch_loss
 
     def short_of_memory(*arguments, **keywords):
@@ -29,13 +33,16 @@ def step_that_does_not_fit(group, stage, recomputing=False, **plan):
     group = dataclasses.replace(group, deepspeed={"zero_optimization": zero})
     trainer.micro_batch_loss = short_of_memory
     try:
-        made, batch = make_trainer(group, 2, **plan)
-        made.base.gradient_checkpointing = recomputing
-        before = made.engine.adapters()
-        with pytest.raises(errors.SA3DistError) as ended:
-            made.take_step(iter([batch]), StopRequest())
-        same = all(torch.equal(value, before[name]) for name, value in made.engine.adapters().items())
-        return ended.type, str(ended.value), same
+        made, batch = make_trainer(group, 2)
+        before, ends = made.engine.adapters(), []
+        for adapts, recomputes in [(False, False), (True, False), (True, True)]:
+            made.plan = dataclasses.replace(made.plan, adapt_memory=adapts)
+            made.base.gradient_checkpointing = recomputes
+            with pytest.raises(errors.SA3DistError) as ended:
+                made.take_step(iter([batch]), StopRequest())
+            same = all(torch.equal(value, before[name]) for name, value in made.engine.adapters().items())
+            ends.append((ended.type, str(ended.value), same))
+        return ends
     finally:
         trainer.micro_batch_loss = whole
 
@@ -44,19 +51,12 @@ def all_ends(group):
     os.environ |= {"LOCAL_RANK": str(group.dist_rank), "WORLD_SIZE": "2"}
     os.environ[deepspeed_launch.FILE_VARIABLE] = "configs/deepspeed/zero2.json"
     deepspeed_launch.prepare_environment(on_cpu=True)
-    return {
-        stage: [
-            step_that_does_not_fit(group, stage),
-            step_that_does_not_fit(group, stage, adapt_memory=True),
-            step_that_does_not_fit(group, stage, recomputing=True, adapt_memory=True),
-        ]
-        for stage in (1, 2, 3)
-    }
+    return {stage: steps_that_do_not_fit(group, stage) for stage in (1, 2, 3)}
 
 
 @pytest.fixture(scope="module")
 def found():
-    pytest.importorskip("deepspeed")
+    import_deepspeed()
     return run_ranks(2, all_ends, timeout_seconds=60)
 
 
