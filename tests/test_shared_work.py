@@ -2,9 +2,6 @@
 
 import functools
 import itertools
-import os
-import subprocess
-import sys
 import threading
 import time
 
@@ -15,7 +12,7 @@ from sa3dist.data.batches.worker_shards import StreamCursor, WorkerShards
 from sa3dist.data.remote.fetch import Downloads
 from sa3dist.formats import atomic_directory
 from sa3dist.runtime.file_lock import alone
-from tests.helpers.golden import ROOT
+from tests.helpers.forked_trainers import ForkedTrainer
 from tests.helpers.latent_sets import write_set
 from tests.helpers.latent_stream import source_of
 from tests.helpers.ranks import run_ranks
@@ -113,16 +110,9 @@ def test_two_runs_of_one_data_set_that_begin_together_end_with_the_same_file(dem
     settings = {"model": demo_base, "work_dir": tmp_path / "work", "number_of_steps": 3, "audio_data_url": demo_clips}
     settings |= {"base_precision": "fp32", "mixed_precision": "no", "num_workers": 1, "rank": 2, "duration": 1}
     words = [f"{key}={value}" for key, value in settings.items()] + ["pre_encode=true"]
-    variables = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-m", "sa3dist.train", *words, f"output_dir={tmp_path / name}"],
-            env={**os.environ, **variables},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name in ("one", "other")
-    ]
-    said = [run.communicate(timeout=240)[1] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], said
+    with (
+        ForkedTrainer([*words, f"output_dir={tmp_path / 'one'}"], tmp_path / "one.log") as one,
+        ForkedTrainer([*words, f"output_dir={tmp_path / 'other'}"], tmp_path / "other.log") as other,
+    ):
+        assert [one.wait(240), other.wait(240)] == [0, 0], one.said() + other.said()
     assert (tmp_path / "one/lora.safetensors").read_bytes() == (tmp_path / "other/lora.safetensors").read_bytes()

@@ -34,6 +34,7 @@ class ForkedTrainer:
         from sa3dist import pipeline  # noqa: F401
 
         self.log = Path(log)
+        self.log.touch()
         arguments = ([str(word) for word in words], str(log), before, variables)
         self._process = multiprocessing.get_context("fork").Process(target=_become_trainer, args=arguments)
         self._process.start()

@@ -31,6 +31,7 @@ from sa3dist.runtime.signals import StopRequest
 from sa3dist.runtime.watchdog import Watchdog
 from sa3dist.train import Lasting
 from sa3dist.training import checkpoint
+from tests.helpers.forked_trainers import ForkedTrainer
 from tests.helpers.golden import ROOT
 from tests.helpers.ranks import exit_codes, run_ranks
 from tests.helpers.trainers import make_settings, make_trainer
@@ -39,11 +40,16 @@ STEPS = 3
 
 
 @pytest.fixture
-def command(demo_base, demo_clips, demo_work, tmp_path):
+def words(demo_base, demo_clips, demo_work, tmp_path):
     settings = {"model": demo_base, "work_dir": demo_work, "output_dir": tmp_path / "run", "number_of_steps": 9000}
     settings |= {"audio_data_url": demo_clips, "base_precision": "fp32", "mixed_precision": "no", "num_workers": 4}
     settings |= {"rank": 2, "duration": 1, "log_every": 1, "save_every": 9000}
-    return [sys.executable, "-m", "sa3dist.train", *(f"{key}={value}" for key, value in settings.items())]
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+@pytest.fixture
+def command(words):
+    return [sys.executable, "-m", "sa3dist.train", *words]
 
 
 ENVIRONMENT = {
@@ -108,14 +114,11 @@ def test_a_run_whose_terminal_closes_saves_although_nobody_reads_what_it_says(co
     assert_saved_all(tmp_path / "run")
 
 
-def test_under_nohup_a_closed_terminal_changes_nothing_and_a_stopped_loader_keeps_no_run_from_saving(command, tmp_path):
-    process = subprocess.Popen(
-        command,
-        env=ENVIRONMENT,
-        stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
-    )
-    try:
+def test_under_nohup_a_closed_terminal_changes_nothing_and_a_stopped_loader_keeps_no_run_from_saving(words, tmp_path):
+    def under_nohup():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    with ForkedTrainer(words, tmp_path / "said", before=under_nohup) as process:
         wait_until(lambda: rows(tmp_path / "run") >= STEPS, process)
         before = rows(tmp_path / "run")
         process.send_signal(signal.SIGHUP)
@@ -133,9 +136,6 @@ def test_under_nohup_a_closed_terminal_changes_nothing_and_a_stopped_loader_keep
         assert time.monotonic() - asked < 15
         assert_saved_all(tmp_path / "run")
         assert not [loader for loader in loaders if loader.is_running() and loader.status() != psutil.STATUS_ZOMBIE]
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_programs_outlive_the_reader_of_what_they_print():

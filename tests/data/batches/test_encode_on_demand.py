@@ -1,9 +1,6 @@
 """Encoding on first use: another thread reads the audio ahead; the samples are those of encoding everything first."""
 
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -27,6 +24,7 @@ from sa3dist.model.loading import load_base
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
 from tests.helpers.clips import encode, tone, write_zip
+from tests.helpers.forked_trainers import ForkedTrainer
 
 CPU = torch.device("cpu")
 CLIPS, MICRO_BATCH = 5, 2
@@ -146,12 +144,10 @@ def test_a_run_that_ends_while_clips_are_encoded_leaves_no_process_behind(tmp_pa
         for clip in (clip for number, clip in enumerate(index.clips) if number not in good):
             content[clip.audio_offset + 5000] ^= 1
         shard.write_bytes(content)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "sa3dist.train", *words, "base_precision=fp32", "mixed_precision=no"]
-    with open(tmp_path / "said", "w+") as said:
-        process = subprocess.Popen(command, env=environment, stderr=said, stdout=subprocess.DEVNULL, text=True)
+    words += ["base_precision=fp32", "mixed_precision=no"]
+    with ForkedTrainer(words, tmp_path / "said") as process:
         deadline = time.monotonic() + 120
-        while how == "SIGTERM" and "training 500 steps" not in (tmp_path / "said").read_text():
+        while how == "SIGTERM" and "training 500 steps" not in process.said():
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.02)
@@ -160,6 +156,6 @@ def test_a_run_that_ends_while_clips_are_encoded_leaves_no_process_behind(tmp_pa
             time.sleep(0.2)
             children = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == (75 if how == "SIGTERM" else 2)
+        assert process.wait(60) == (75 if how == "SIGTERM" else 2)
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
-    assert "Traceback" not in (tmp_path / "said").read_text()
+    assert "Traceback" not in process.said()

@@ -1,14 +1,9 @@
 """Streaming as it is run: two ranks, two loader processes each, unequal shards or too few; killed and continued."""
 
-import contextlib
 import json
-import logging
-import os
 import shutil
 import signal
-import sys
 import time
-import traceback
 
 import pytest
 import torch
@@ -24,7 +19,7 @@ from sa3dist.model.loading import load_base
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
 from tests.helpers.clips import captioned, write_zip
-from tests.helpers.ranks import free_port
+from tests.helpers.forked_trainers import forked_ranks
 
 SIZES = (5, 1, 4, 2, 2)
 
@@ -53,38 +48,14 @@ def words(demo_base, shards, tmp_path):
     return [*more, "num_workers=2", "shuffle_buffer=3", f"audio_data_url={shards}"]
 
 
-def start(words, output_dir, world_size=2):
-    """The program on every rank, forked from this process, which has imported everything; pids in rank order."""
-    port, pids = str(free_port()), []
-    for dist_rank in range(world_size):
-        pid = os.fork()
-        if pid:
-            pids.append(pid)
-            continue
-        code = 1
-        try:
-            from accelerate.state import AcceleratorState
-
-            AcceleratorState._reset_state(reset_partial_state=True)
-            torch.set_num_threads(1)
-            ranks = {"RANK": dist_rank, "LOCAL_RANK": dist_rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-            os.environ |= {key: str(value) for key, value in ranks.items()}
-            # Else Accelerate gives every rank a thread per core, and they spin while they wait for each other.
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-            with open(f"{output_dir}-{dist_rank}.log", "a") as said, contextlib.redirect_stdout(said):
-                sys.stderr = said
-                # The test runner's would take what the program says.
-                logging.getLogger().handlers.clear()
-                code = train.main([*words, f"output_dir={output_dir}"])
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return pids
+def ranks_of(words, output_dir):
+    words = [*words, f"output_dir={output_dir}"]
+    return forked_ranks(words, words, log=f"{output_dir}.log")
 
 
-def finish(pids):
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+def run_both(words, output_dir) -> list[int]:
+    with ranks_of(words, output_dir) as ranks:
+        return [rank.wait() for rank in ranks]
 
 
 def rows(output_dir):
@@ -95,7 +66,7 @@ def rows(output_dir):
 @pytest.mark.slow
 def test_two_ranks_over_unequal_shards_killed_and_continued_equal_the_undisturbed_run(words, tmp_path):
     words += ["number_of_steps=16", "save_every=4"]
-    assert finish(start(words, tmp_path / "whole")) == [0, 0]
+    assert run_both(words, tmp_path / "whole") == [0, 0]
     whole = rows(tmp_path / "whole")
     assert [row["step"] for row in whole] == list(range(1, 17))
     # A step is one clip of each rank, however many clips its shards hold.
@@ -104,22 +75,22 @@ def test_two_ranks_over_unequal_shards_killed_and_continued_equal_the_undisturbe
     assert repeated == sorted(repeated)
     assert repeated[0] == 0
     assert 2 * 16 - sum(SIZES) <= repeated[-1] < 2 * 16
-    pids = start(words, tmp_path / "killed")
-    deadline = time.monotonic() + 120
-    while len(rows(tmp_path / "killed")) < 6:
-        assert time.monotonic() < deadline, (tmp_path / "killed-0.log").read_text()
-        time.sleep(0.01)
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-    assert finish(pids) == [-signal.SIGKILL] * 2
-    assert finish(start(words, tmp_path / "killed")) == [0, 0]
+    with ranks_of(words, tmp_path / "killed") as ranks:
+        deadline = time.monotonic() + 120
+        while len(rows(tmp_path / "killed")) < 6:
+            assert time.monotonic() < deadline, ranks[0].said()
+            time.sleep(0.01)
+        for rank in ranks:
+            rank.send_signal(signal.SIGKILL)
+        assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * 2
+    assert run_both(words, tmp_path / "killed") == [0, 0]
     continued = rows(tmp_path / "killed")
     assert [row["resumed_from"] for row in continued if "resumed_from" in row][0] in (4, 8)
     for key in ("step", "loss", "grad_norm", "clips", "repeated_clips"):
         assert [row[key] for row in continued] == [row[key] for row in whole], key
     expected, found = (load_file(tmp_path / name / "lora.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(expected[key], found[key]) for key in expected)
-    assert f"32 clips trained on, {repeated[-1]} of them repeated" in (tmp_path / "whole-0.log").read_text()
+    assert f"32 clips trained on, {repeated[-1]} of them repeated" in (tmp_path / "whole.log-0").read_text()
 
 
 @pytest.mark.slow
@@ -128,7 +99,7 @@ def test_two_ranks_share_one_shard_count_the_repeats_and_learn(words, shards, tm
     one.mkdir()
     shutil.copy(shards / "latents-000002.tar", one)
     words += [f"audio_data_url={one}", "number_of_steps=40"]
-    assert finish(start(words, tmp_path / "run")) == [0, 0]
+    assert run_both(words, tmp_path / "run") == [0, 0]
     found = rows(tmp_path / "run")
     assert len(found) == 40
     assert found[-1]["repeated_clips"] == 2 * 40 - SIZES[2]
