@@ -159,7 +159,7 @@ def killed_and_resumed(
         command.wait_for_step(sizes.kill_at, budget.left())
         command.kill()
         before = command.rows()
-    results.add(what="train", **pace(before))
+        results.add(what="train", **pace(before), said=command.said())
     with Command(environment, output_dir, words) as command:
         seconds = command.finish(budget.left())
         after = command.rows()

@@ -16,7 +16,8 @@ RESULTS = Path(__file__).parent / "results"
 # What has no table of its own, in words.
 OTHERS = """## Other files
 
-`gpu_run.json` is as much of a run through the command line as the time on one H100 allowed: to its first step.
+`gpu_run.json` is a run through the command line on one H100, killed and continued; `gpu_tests.json` the tests marked
+`gpu` on an H200.
 `gpu_formed_tiles.json` has FORM and FINISH of all layers of the medium model with other tiles (`bench_formed.py
 --sweep`); `gpu_attention.jsonl` a call of attention, forward and backward, 24 heads of 64, of flash attention, of cuDNN
 with a bias between a clip and its filling, and of cuDNN over all tokens (d64), in milliseconds.

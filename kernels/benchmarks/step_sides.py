@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from sa3dist_kernels import effective_weight_reference, frozen_constants
+from sa3dist_kernels.dispatch import obstacle_to
 from sa3dist_kernels.frozen_products import product_dtype
 from torch import nn
 from torch.nn.utils import parametrize
 
 from sa3dist import adapters, flow
 from sa3dist.adapters import layers
-from sa3dist.adapters.formed import keep_formed, wants_formed
+from sa3dist.adapters.formed import keep_formed
 from sa3dist.data.batches.micro_batch import without_common_padding
 from sa3dist.model.base import Base
 from sa3dist.model.compiled import compile_blocks, compile_elementwise, wants_compile
@@ -137,7 +138,7 @@ class Side:
         self.zero, self.update = MAKERS[name](self)
         self.graphs = "off" if name == "baseline" else options.cuda_graphs
         # What the loop does for clips of any length where adapted weights are formed; the frozen model beside it too.
-        self.filled = name != "baseline" and wants_formed(ADAPTER_PRODUCTS, device, DTYPES[options.precision])
+        self.filled = name != "baseline" and obstacle_to(device, DTYPES[options.precision]) is None
         self.compiled = name != "baseline" and wants_compile(options.compile, device, STEPS, False)
         if self.compiled and self.filled:
             compile_blocks(self.base.dit, "inductor")

@@ -1,41 +1,31 @@
-"""Whether the Triton kernels work on a device: decided once per device and format, by computing a small layer."""
+"""Whether the Triton kernels can and do compute a model's adapted layers rightly on its device."""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import importlib.util
-import logging
+from typing import TYPE_CHECKING
 
 import torch
 
-from sa3dist_kernels.adapter_types import ADAPTER_TYPES
+from sa3dist_kernels.formed_weights import FormedWeights
 from sa3dist_kernels.frozen_products import no_autocast
+from sa3dist_kernels.raw_sums import raw_sums
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from sa3dist_kernels.formed_spec import FormedLayer, FormedSpec
 
 # Formats training takes the kernels in, and how far they may be from plain torch in each (relative L2): a few
 # roundings. float16 has too small a range for W' with small gains.
 FORMATS = {torch.float32: 5e-3, torch.bfloat16: 3e-2}
 # Below compute capability 8.0 a GPU has neither bfloat16 products nor asynchronous copies to shared memory.
 LEAST_CAPABILITY = (8, 0)
-
-
-@functools.cache
-def kernels_serve(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether adapted layers with products in ``dtype`` on ``device`` may be left to the kernels.
-
-    Where nothing speaks against it they compute one small layer first, and are compared with plain torch.
-    """
-    obstacle = obstacle_to(device, dtype)
-    if obstacle is None and (failure := trial(device, dtype)):
-        log.warning("adapted layers on %s in %s: torch, because the Triton kernels failed: %s", device, dtype, failure)
-        return False
-    log.info("adapted layers on %s in %s: %s", device, dtype, f"torch ({obstacle})" if obstacle else "Triton kernels")
-    return obstacle is None
+# Of the trial: enough for a block of tokens that is not full.
+TRIAL_TOKENS = 19
 
 
 def obstacle_to(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot serve, or None."""
+    """Why the kernels cannot serve products in ``dtype`` on ``device``, or None."""
     if device.type != "cuda":
         return "the kernels need a CUDA device"
     if dtype not in FORMATS:
@@ -47,34 +37,54 @@ def obstacle_to(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def trial(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What went wrong when the kernels computed a small layer, forward and backward, or None: they agree with torch."""
-    name = "dora-rows"
+@torch.no_grad()
+def trial(formed: FormedWeights) -> str | None:
+    """What went wrong when the kernels computed the smallest layer of ``formed``, or None: they agree with torch.
+
+    They run as in training, over all layers, so that nothing is compiled for the trial alone. The layer has random
+    tensors meanwhile; its gradients are zeros afterwards.
+    """
+    spec, layer = min(zip(formed.specs, formed.layers, strict=True), key=lambda pair: pair[0].weight_OI.numel())
+    kept = {name: value.clone() for name, value in spec.params.items()}
+    draw = torch.Generator().manual_seed(0)
     try:
-        with torch.enable_grad(), no_autocast(device):
-            ours, theirs = (_small_layer(impl, ADAPTER_TYPES[name], device, dtype) for impl in ("triton", "torch"))
-            for key, expected in theirs.items():
-                error = float((ours[key].float() - expected.float()).norm() / expected.float().norm())
-                # Not "error > limit": that is false for a NaN.
-                if not error <= FORMATS[dtype]:
-                    return f"{name}: {key} is {error:.1e} from torch's"
+        for value in spec.params.values():
+            value.copy_(torch.randn(value.shape, generator=draw))
+        with no_autocast(layer.weight_OI.device):
+            return _disagreement(formed, spec, layer, draw)
     except Exception as problem:
         # Whatever a compiler or driver raises: the run goes on with torch, and the caller logs this.
         return f"{type(problem).__name__}: {problem}"
+    finally:
+        for name, value in kept.items():
+            spec.params[name].copy_(value)
+            spec.grads[name].zero_()
+
+
+def _disagreement(formed: FormedWeights, spec: FormedSpec, layer: FormedLayer, draw: torch.Generator) -> str | None:
+    """Each stage on what the kernels made in the one before, so that a stage's rounding is all that differs."""
+    product, kind = layer.weight_OI.dtype, spec.kind
+    grads = {name: torch.empty_like(value) for name, value in spec.grads.items()}
+    plain = FormedWeights([dataclasses.replace(spec, grads=grads)], product, "torch")
+    formed.form()
+    plain.form()
+    x, dy = (
+        torch.randn(TRIAL_TOKENS, size, generator=draw).to(layer.weight_OI) for size in reversed(layer.weight_OI.shape)
+    )
+    z, dx = x @ layer.weight_OI.t(), dy @ layer.weight_OI
+    given = x, dx if kind.cols else None, dy, z if kind.rows else None, layer.left_OR, layer.right_RI, kind
+    sums, expected = raw_sums(*given), raw_sums(*given, impl="torch")
+    for of_layer in (spec.grads, grads):
+        parts = sums.split([grad.numel() for grad in of_layer.values()])
+        for grad, part in zip(of_layer.values(), parts, strict=True):
+            grad.copy_(part.view_as(grad))
+    formed.finish()
+    plain.finish()
+    pairs = {"W'": (layer.weight_OI, plain.layers[0].weight_OI), "raw sums": (sums, expected)}
+    pairs |= {f"gradient of {name}": (spec.grads[name], grad) for name, grad in grads.items()}
+    for what, (found, wanted) in pairs.items():
+        error = float((found.float() - wanted.float()).norm() / wanted.float().norm())
+        # Not "error > limit": that is false for a NaN.
+        if not error <= FORMATS[product]:
+            return f"{kind.name}: {what} is {error:.1e} from torch's"
     return None
-
-
-def _small_layer(impl: str, kind, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Output and every gradient of one random layer of odd sizes, the same for equal arguments but ``impl``."""
-    from sa3dist_kernels.adapted_linear import adapted_linear
-
-    draw = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=draw).to(device)
-
-    weight, bias, x, grad = (normal(*shape).to(dtype) for shape in ((37, 26), (37,), (19, 26), (19, 37)))
-    params = {name: normal(*shape).requires_grad_() for name, shape in kind.parameter_shapes(37, 26, 3).items()}
-    y = adapted_linear(x.requires_grad_(), weight, bias, params, kind, 0.5, impl=impl)
-    gradients = torch.autograd.grad(y, [x, *params.values()], grad)
-    return {"y": y.detach(), **dict(zip(("gradient of x", *params), gradients, strict=True))}

@@ -127,7 +127,7 @@ class Group:
         self.owned, count = _offsets([self._float_sizes(index, spec) for index, spec in enumerate(specs)])
         self.floats = torch.empty(count, device=self.device)
         self.formed, _ = _offsets([product_sizes(spec) for spec in specs])
-        self.scales = torch.tensor([spec.scale for spec in specs], dtype=torch.float32).to(self.device)
+        self.scales = _sent([spec.scale for spec in specs], torch.float32, self.device)
         self._make_programs()
         self.addresses: tuple[int, ...] = ()
         # What is launched for a phase; made anew with the table.
@@ -143,7 +143,7 @@ class Group:
             raise RuntimeError("a tensor of a formed layer has moved: form() must run once before it is recorded")
         self.addresses, self.widths = addresses, self._widths()
         table = [self._row(index, spec) for index, spec in enumerate(self.specs)]
-        self.layers = torch.tensor(table, dtype=torch.int64).to(self.device)
+        self.layers = _sent(table, torch.int64, self.device)
         self.plans.clear()
 
     def weight_base(self) -> torch.Tensor:
@@ -220,9 +220,12 @@ class Group:
             "close": [(at, b, 0) for at in by_width for b in blocks(specs[at].fan_in, tiles.close)],
             "core": [(at, down, across) for at in tallest for down in ranks for across in ranks],
         }
-        self.programs = {
-            name: torch.tensor(table, dtype=torch.int32).to(self.device) for name, table in programs.items()
-        }
+        self.programs = {name: _sent(table, torch.int32, self.device) for name, table in programs.items()}
+
+
+def _sent(values: list, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor on ``device``; the host goes on while it is copied."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def alignment(spec) -> tuple:

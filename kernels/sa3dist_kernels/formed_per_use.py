@@ -4,7 +4,7 @@
     backward    FORM once more, dx = dy W', raw sums, FINISH: every trained tensor's gradient of this one micro batch
 
 For callers that keep no ``FormedWeights`` over the layers of a model. Each use makes the kernels' table on the host, so
-that it waits for the device and cannot be recorded in a CUDA graph.
+that it cannot be recorded in a CUDA graph.
 
 Legend: N tokens, O fan_out, I fan_in, R rank.
 """

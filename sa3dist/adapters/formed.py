@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from sa3dist_kernels import FormedSpec, FormedWeights
-from sa3dist_kernels.dispatch import kernels_serve
+from sa3dist_kernels.dispatch import obstacle_to, trial
 
 from sa3dist.adapters.attach import adapted_layers
 
@@ -19,19 +19,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def wants_formed(choice: str, device: torch.device, products: torch.dtype) -> bool:
-    """Whether a run multiplies with formed weights: as told, or with ``auto`` where the kernels serve."""
-    return choice == "formed" or (choice == "auto" and kernels_serve(device, products))
-
-
 def keep_formed(base: Base, flat: FlatAdapters, settings: Settings, device: torch.device) -> FormedWeights | None:
-    """Have the adapted layers of ``base`` multiply with W' as ``form`` of what is returned leaves it; None: not wanted.
+    """Have the adapted layers of ``base`` multiply with W' as ``form`` of what is returned leaves it.
+
+    None: not wanted, or with ``adapter_products: auto`` not possible, or not right in a trial; the log says why.
 
     flat       the adapters' values and gradients
     settings   adapter_products, mixed_precision
     """
     products = torch.bfloat16 if settings.mixed_precision == "bf16" else base.dtype
-    if not wants_formed(settings.adapter_products, device, products):
+    choice = settings.adapter_products
+    if choice == "factored":
+        return None
+    if choice == "auto" and (obstacle := obstacle_to(device, products)):
+        log.info("adapted layers on %s in %s: factored (%s)", device, products, obstacle)
         return None
     owners = {id(value): layer for layer in adapted_layers(base).values() for value in layer.trained().values()}
     layers = list(dict.fromkeys(owners[id(parameter)] for parameter in flat.parameters.values()))
@@ -52,6 +53,9 @@ def keep_formed(base: Base, flat: FlatAdapters, settings: Settings, device: torc
             )
         )
     formed = FormedWeights(specs, products)
+    if choice == "auto" and (failure := trial(formed)):
+        log.warning("adapted layers on %s in %s: factored, because the kernels failed: %s", device, products, failure)
+        return None
     for layer, made, leaf in zip(layers, formed.layers, leaves, strict=True):
         layer.formed, layer.sums = made, leaf
     log.info("adapted weights are formed once per step, in %s", products)

@@ -11,7 +11,6 @@ Legend: G padded clips or 1 packed list, N tokens, B clips, E width, P members o
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +23,6 @@ from sa3dist.errors import ConfigError
 from sa3dist.model.blocks import GatedProjection, RMSNorm, SelfAttention, rotate, silu_gate, sine_gate, turn
 from sa3dist.model.dit import Block, DiT, Shared, add_gated, modulated_norm
 from sa3dist.model.token_layout import Packed, Padded, add_scaled
-
-log = logging.getLogger(__name__)
 
 # Compiling the functions takes about half a minute; a run this long gains more than that if it gains anything.
 STEPS_WORTH_COMPILING = 200
@@ -120,18 +117,22 @@ def compile_blocks(dit: DiT, backend, whole: bool = True) -> None:
     dit.transformer.run_block = Block.forward
     if backend is None:
         return
-    # One program for each number of clips, with and without given context, for training and without gradients.
+    # One program for each number of clips, with and without given context, for training and without gradients. Whether
+    # there is a filling shows in the length of ``start_S`` alone, which only attention reads: an opaque operation.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     # Not dynamic of its own accord: what has other sizes is marked. Whether reductions over rows and over columns are
     # joined would depend on the number of tokens: another program for long clips.
     options = {"triton.mix_order_reduction": False} if backend == "inductor" else None
+    # What one process has traced the next need not. The backward passes of adapted layers are traced too, so they are
+    # part of what a program is found by.
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     compiled = torch.compile(Block.forward, backend=backend, fullgraph=whole, dynamic=False, options=options)
 
     def run_block(block: Block, h_GNE: Tensor, modulation: tuple[Tensor, ...], shared: Shared) -> Tensor:
         layout, (cos_ND, sin_ND, _) = shared.layout, shared.rotary
         any_length(h_GNE, axis=1)
         any_length(layout.owner_BK, axis=1)
-        for table in (cos_ND, sin_ND, layout.clip_K, layout.is_frame_K1):
+        for table in (cos_ND, sin_ND, layout.clip_K, layout.is_frame_K1, layout.start_S):
             any_length(table, axis=0)
         if shared.local_GTC is not None and shared.local_GTC.shape[1] > 1:
             any_length(shared.local_GTC, axis=1)
@@ -146,10 +147,7 @@ def wants_compile(choice: str, device: torch.device, steps: int, deterministic: 
     Raises ConfigError when told to on a CPU without a C++ compiler.
     """
     if choice == "auto":
-        chosen = device.type == "cuda" and steps >= STEPS_WORTH_COMPILING and not deterministic
-        if device.type == "cuda":
-            log.info("compile: auto chose %s", "on" if chosen else "off")
-        return chosen
+        return device.type == "cuda" and steps >= STEPS_WORTH_COMPILING and not deterministic
     if choice == "on" and device.type == "cpu":
         from torch._inductor import cpp_builder, exc
 
@@ -165,6 +163,13 @@ def fall_back_on_failure() -> None:
     torch._dynamo.config.suppress_errors = True
     # Backward passes are compiled with their forward passes, then: once these have run there is no way back.
     torch._functorch.config.force_non_lazy_backward_lowering = True
+
+
+def start_compile_workers() -> None:
+    """Start the processes that compile a GPU's kernels side by side: they take seconds until they can."""
+    from torch._inductor.async_compile import maybe_warm_pool
+
+    maybe_warm_pool()
 
 
 def keep_compiled_in(directory: Path) -> None:

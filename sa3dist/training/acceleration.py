@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,6 @@ from sa3dist.model.compiled import (
     compile_blocks,
     compile_elementwise,
     fall_back_on_failure,
-    keep_compiled_in,
     wants_compile,
 )
 from sa3dist.training import memory
@@ -21,6 +21,9 @@ from sa3dist.training.shape_ladder import ShapeLadder
 if TYPE_CHECKING:
     from sa3dist.settings import Settings
     from sa3dist.training.trainer import Trainer
+
+
+log = logging.getLogger(__name__)
 
 
 def choose_acceleration(trainer: Trainer, settings: Settings, frames: int) -> None:
@@ -34,6 +37,8 @@ def choose_acceleration(trainer: Trainer, settings: Settings, frames: int) -> No
         # What encoding took says nothing about training.
         torch.cuda.reset_peak_memory_stats(group.device)
     compiled = wants_compile(settings.compile, group.device, plan.steps, settings.deterministic)
+    if settings.compile == "auto" and group.device.type == "cuda":
+        log.info("compile: auto chose %s", "on" if compiled else "off")
     whole_blocks = compiled and trainer.engine.formed is not None
     largest = memory.LargestPass(base, frames, settings.batch_size, settings.mixed_precision, whole_blocks)
     # An earlier start of this run ran out of memory; see ``out_of_memory.ending``.
@@ -42,7 +47,6 @@ def choose_acceleration(trainer: Trainer, settings: Settings, frames: int) -> No
     if trainer.engine.formed is not None:
         trainer.ladder = ShapeLadder(frames, base.dit.transformer.memory)
     if compiled:
-        keep_compiled_in(settings.work_dir / "compiled")
         if whole_blocks:
             compile_blocks(base.dit, "inductor", whole=settings.compile == "on")
         else:

@@ -30,6 +30,9 @@ MOST_GRAPHS = 96
 PASSES_THAT_FIT = 2.2
 # Relative distance of a replay from the ordinary pass. The same kernels run; flash attention adds in varying order.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-3, 1e-2
+# A deep model in bfloat16 makes more of that order: a replay may also be so many times as far from the ordinary pass as
+# the ordinary pass, done again, is from itself.
+TIMES_AS_FAR = 4.0
 
 
 def wants_graphs(choice: str, device: torch.device, steps: int) -> bool:
@@ -219,21 +222,26 @@ class CudaGraphs:
     def _compare(self, batch: MicroBatch, recorded: _Recorded) -> Tensors:
         before = self._gradient.clone()
         losses = self._passes(batch, False)
-        expected = self._gradient - before
         after = self._gradient.clone()
-        try:
+
+        def distances(run: Callable[[], Tensors]) -> list[float]:
+            """Of gradient and losses, from those of the pass above."""
             self._gradient.copy_(before)
-            replayed = torch.stack(recorded.replay())
-            distances = [
-                _distance(self._gradient - before, expected) / GRADIENT_TOLERANCE,
-                _distance(replayed, torch.stack(losses).detach()) / LOSS_TOLERANCE,
-            ]
-            worst = torch.stack(distances).max().item()
-            # Not "worst > 1": that is false for a NaN.
-            if worst <= 1:
-                recorded.compared = True
-            else:
-                self._give_up(f"a replay is {worst:.1f} times as far from the ordinary pass as rounding explains")
+            found = torch.stack(run()).detach()
+            gradient = _distance(self._gradient - before, after - before)
+            return torch.stack([gradient, _distance(found, torch.stack(losses).detach())]).tolist()
+
+        try:
+            found = distances(recorded.replay)
+            limits = [GRADIENT_TOLERANCE, LOSS_TOLERANCE]
+            recorded.compared = _all_within(found, limits)
+            if not recorded.compared:
+                again = distances(lambda: self._passes(batch, False))
+                limits = [max(limit, TIMES_AS_FAR * noise) for limit, noise in zip(limits, again, strict=True)]
+                recorded.compared = _all_within(found, limits)
+            if not recorded.compared:
+                off = ", ".join(f"{value:.1e} (limit {limit:.0e})" for value, limit in zip(found, limits, strict=True))
+                self._give_up(f"gradient and losses of a replay are off ordinary ones by {off}")
         except Exception as problem:
             self._give_up(problem)
         self._gradient.copy_(after)
@@ -245,6 +253,11 @@ class CudaGraphs:
             why = why.__context__
         log.warning("cuda_graphs: training goes on without them: %s", str(why).partition("\n")[0])
         self.drop()
+
+
+def _all_within(values: list[float], limits: list[float]) -> bool:
+    """False for a NaN."""
+    return all(value <= limit for value, limit in zip(values, limits, strict=True))
 
 
 def _distance(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

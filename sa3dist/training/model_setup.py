@@ -14,6 +14,7 @@ from sa3dist.data.remote.fetch import fetch, is_remote
 from sa3dist.data.remote.local_paths import local_name
 from sa3dist.errors import CheckpointError
 from sa3dist.formats import file_sha256
+from sa3dist.model.compiled import keep_compiled_in, start_compile_workers, wants_compile
 from sa3dist.model.config import ModelConfig
 from sa3dist.model.kept_digests import KeptDigests
 from sa3dist.model.loading import load_base
@@ -37,10 +38,15 @@ def open_base(settings: Settings, group: Group, stop: StopRequest, startup: Star
     if group.device.type == "cuda":
         # Before the first kernel is compiled.
         keep_kernels_in(settings.work_dir.resolve() / "kernels")
+    keep_compiled_in(settings.work_dir.resolve() / "compiled")
     startup.begin("load_base")
-    # AdamW and the compiler import it: two seconds, for which reading the base leaves time.
-    with imported_beside("torch._dynamo"):
+    wants = settings.compile, group.device, settings.number_of_steps, settings.deterministic
+    compiles = group.device.type == "cuda" and wants_compile(*wants)
+    # AdamW imports the first; both together take four seconds, for which reading the base leaves time.
+    with imported_beside("torch._dynamo", *(["torch._inductor.compile_fx"] if compiles else [])):
         base = run_on_all_ranks(group, "base", lambda: _load(settings, group.device), stop)
+    if compiles:
+        start_compile_workers()
     if group.is_main:
         # A thread hashes it while the bases are found and the clips are checked.
         base.begin_weights_digest()

@@ -43,15 +43,16 @@ class Startup:
 
 
 @contextlib.contextmanager
-def imported_beside(module: str) -> Iterator[None]:
-    """Import a module that is needed later in a thread of its own while the block runs."""
+def imported_beside(*modules: str) -> Iterator[None]:
+    """Import modules that are needed later in a thread of its own while the block runs."""
 
     def fetch() -> None:
         # What fails here fails again, and is told, where the module is needed.
         with contextlib.suppress(Exception):
-            importlib.import_module(module)
+            for module in modules:
+                importlib.import_module(module)
 
-    thread = threading.Thread(target=fetch, name=f"import {module}", daemon=True)
+    thread = threading.Thread(target=fetch, name=f"import {', '.join(modules)}", daemon=True)
     thread.start()
     try:
         yield

@@ -3,12 +3,12 @@
 bfloat16 is left to the GPU tests: the interpreter cuts its last bits off instead of rounding.
 """
 
-import logging
-
 import pytest
 import torch
 from sa3dist_kernels import (
     ADAPTER_TYPES,
+    FormedSpec,
+    FormedWeights,
     FrozenConstants,
     adapted_linear,
     dispatch,
@@ -235,24 +235,6 @@ def test_the_compiler_sees_through_the_layer_without_a_break(impl, name, backend
     assert all(torch.equal(a, b) and bool(a.any()) for a, b in zip(plain, traced, strict=True))
 
 
-@pytest.fixture
-def answer_anew():
-    """Forgets the answer that is otherwise kept to the end of the process."""
-    dispatch.kernels_serve.cache_clear()
-    yield dispatch.kernels_serve.cache_clear
-    dispatch.kernels_serve.cache_clear()
-
-
-@pytest.mark.usefixtures("answer_anew")
-def test_kernels_do_not_serve_on_a_cpu_which_is_said_once(caplog):
-    with caplog.at_level(logging.INFO, "sa3dist_kernels.dispatch"):
-        for _ in range(3):
-            assert not dispatch.kernels_serve(torch.device("cpu"), torch.float32)
-    assert [record.message for record in caplog.records] == [
-        "adapted layers on cpu in torch.float32: torch (the kernels need a CUDA device)"
-    ]
-
-
 @pytest.mark.parametrize(
     ("capability", "dtype", "why"),
     [
@@ -268,17 +250,27 @@ def test_kernels_are_for_gpus_since_ampere_and_formats_with_a_wide_range(monkeyp
     assert dispatch.obstacle_to(torch.device("cuda", 0), dtype) == why
 
 
-def test_kernels_serve_once_they_agree_with_torch_and_a_failure_is_a_warning(monkeypatch, caplog, answer_anew):
-    monkeypatch.setattr(dispatch, "obstacle_to", lambda device, dtype: None)
-    assert dispatch.kernels_serve(torch.device("cpu"), torch.float32)
-    exact = formed_per_use.raw_sums
-    wrong = lambda *given: 1.1 * exact(*given)  # noqa: E731
-    for broken, message in ((wrong, r"dora-rows: lora_A is 1."), (None, "TypeError: 'NoneType' object")):
-        monkeypatch.setattr(formed_per_use, "raw_sums", broken)
-        answer_anew()
-        assert not dispatch.kernels_serve(torch.device("cpu"), torch.float32)
-        assert message in caplog.records[-1].message
-        assert caplog.records[-1].levelno == logging.WARNING
+@pytest.mark.parametrize("kind", ADAPTER_TYPES)
+def test_kernels_serve_once_they_agree_with_torch_and_the_layer_is_as_before(monkeypatch, kind):
+    weight, _, params, frozen, *_ = make_layer(ADAPTER_TYPES[kind], 3, 37, 26, 1, dtype=torch.float32)
+    params = {name: value.detach() for name, value in params.items()}
+    grads = {name: torch.zeros_like(value) for name, value in params.items()}
+    bases = (frozen.left_OR, frozen.right_IR) if ADAPTER_TYPES[kind].xs else (None, None)
+    formed = FormedWeights(
+        [FormedSpec(weight, params, grads, ADAPTER_TYPES[kind], 0.5, *bases)], torch.float32, "triton"
+    )
+    before = {name: value.clone() for name, value in params.items()}
+    assert dispatch.trial(formed) is None
+    exact = dispatch.raw_sums
+    broken = lambda *given, impl="triton": exact(*given, impl=impl) * (1.1 if impl == "triton" else 1)  # noqa: E731
+    for wrong, message in (
+        (broken, f"{kind}: raw sums is 1.0e-01 from torch's"),
+        (None, "TypeError: 'NoneType' object"),
+    ):
+        monkeypatch.setattr(dispatch, "raw_sums", wrong)
+        assert message in dispatch.trial(formed)
+    assert all(torch.equal(params[name], value) for name, value in before.items())
+    assert not any(bool(value.any()) for value in grads.values())
 
 
 def test_triton_by_name_says_why_it_cannot_run(monkeypatch):

@@ -1,8 +1,11 @@
 """Training with formed weights: the factored form's losses, gradients and steps, over micro batches and ranks."""
 
+import types
+
 import pytest
 import torch
 from sa3dist_kernels import ADAPTER_TYPES
+from torch._dynamo.utils import counters
 
 from sa3dist.adapters import adapter_parameters, formed
 from sa3dist.adapters.formed import keep_formed
@@ -47,13 +50,43 @@ def test_formed_weights_give_the_factored_forms_gradients_over_three_micro_batch
         assert (parameter.grad - wanted).norm() <= 2e-5 * wanted.norm(), name
 
 
-def test_auto_forms_weights_where_the_kernels_serve_and_a_choice_is_obeyed(monkeypatch):
-    cpu = torch.device("cpu")
-    for serve in (False, True):
-        monkeypatch.setattr(formed, "kernels_serve", lambda device, products, serve=serve: serve)
-        assert formed.wants_formed("auto", cpu, torch.float32) is serve
-        assert formed.wants_formed("formed", cpu, torch.float32)
-        assert not formed.wants_formed("factored", cpu, torch.float32)
+@pytest.mark.parametrize("tiny_name", ["tiny-sa3"])
+@pytest.mark.parametrize("obstacle", [None, "the kernels need a CUDA device"])
+@pytest.mark.parametrize("failure", [None, "dora-rows: W' is 1.0e-01 from torch's"])
+def test_auto_forms_weights_where_the_kernels_serve_and_a_choice_is_obeyed(
+    tiny_base, monkeypatch, caplog, obstacle, failure
+):
+    base = adapted(tiny_base, "dora-rows")
+    flat = FlatAdapters(adapter_parameters(base), 1e-3, 0.01, scalars=0)
+    monkeypatch.setattr(formed, "obstacle_to", lambda device, products: obstacle)
+    monkeypatch.setattr(formed, "trial", lambda weights: failure)
+    for choice in ("auto", "formed", "factored"):
+        settings = types.SimpleNamespace(adapter_products=choice, mixed_precision="no")
+        expected = choice == "formed" or (choice == "auto" and not obstacle and not failure)
+        with caplog.at_level("INFO", "sa3dist.adapters.formed"):
+            assert (keep_formed(base, flat, settings, torch.device("cpu")) is not None) is expected
+    if reason := obstacle or failure:
+        assert reason in caplog.text
+
+
+def test_one_program_serves_clips_with_and_without_a_filling(tiny_base):
+    base = adapted(tiny_base, "dora-rows")
+    given = {name: value[:1] for name, value in inputs(tiny_base).items()}
+    flat = FlatAdapters(adapter_parameters(base), 1e-3, 0.01, scalars=0)
+    keep_formed(base, flat, FORMED, torch.device("cpu")).form()
+    memory = base.dit.transformer.memory
+    packings = [FilledPacking.of([24], memory, 24, memory + 24 + extra) for extra in (0, 16, 40)]
+    expected = [base.velocity(**given, packing=packing) for packing in packings]
+    torch._dynamo.reset()
+    counters.clear()
+    try:
+        compile_blocks(base.dit, "aot_eager")
+        found = [base.velocity(**given, packing=packing) for packing in packings]
+        assert counters["stats"]["unique_graphs"] == 1
+    finally:
+        torch._dynamo.reset()
+        compile_blocks(base.dit, None)
+    torch.testing.assert_close(found, expected)
 
 
 def test_blocks_that_cannot_be_compiled_run_uncompiled_unless_that_was_asked_for(tiny_base):
