@@ -1,5 +1,8 @@
 """Part ``step``: whole training steps of the medium model at full depth, most telling cases first.
 
+    python kernels/benchmarks/check_step.py --compile TYPE     # fill the compilers' caches for one adapter type
+
+What the cases compile is compiled ahead, by a process for each type side by side: in turn that takes half a minute each.
 First dora-rows of rank 16 beside the frozen model and the baseline, with a profile and a mix of unequal lengths; then
 the other eight types, over the frozen step measured then.
 """
@@ -10,8 +13,12 @@ import argparse
 import dataclasses
 import gc
 import json
+import os
 import random
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -46,6 +53,8 @@ class Group:
 
 # 30 and 380 s of latent frames.
 FRAMES = (323, 4091)
+# Until then what compiles ahead is waited for.
+COMPILING_SECONDS = 75.0
 # The longest clip of the released models, in latent frames.
 LONGEST = 4096
 FIRST = ("dora-rows", 16)
@@ -80,6 +89,8 @@ TARGETS = (
 def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) -> bool:
     """Returns whether both sides computed the same loss and gradients in every case, and no case failed."""
     results.set(skipped=[], failed=[])
+    if device.type == "cuda":
+        compile_ahead(results, budget, PLAN, device)
     # The first group also compiles and measures kernels: what it took says nothing of the others.
     spent: dict[bool, float] = {}
     for group in TINY_PLAN if tiny else PLAN:
@@ -105,6 +116,39 @@ def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) 
     results.set(targets=against_targets(results.rows))
     agreed = all(row[name] for row in results.rows for name in ("losses_agree", "gradients_agree") if name in row)
     return agreed and not results.content["failed"]
+
+
+def compile_ahead(results: ResultsFile, budget: Budget, plan: tuple[Group, ...], device: torch.device) -> None:
+    """Fill the compilers' caches of this process with what every group will need. What fails is compiled later."""
+    begin = time.monotonic()
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        os.environ.setdefault(name, tempfile.mkdtemp(prefix="compiled-"))
+    processes = {
+        group.adapter_type: subprocess.Popen(
+            [sys.executable, __file__, "--compile", group.adapter_type, "--shape", group.shape, "--device", device.type]
+        )
+        for group in plan
+    }
+    ended = {}
+    for name, process in processes.items():
+        try:
+            ended[name] = process.wait(max(0.1, min(COMPILING_SECONDS, budget.left()) - (time.monotonic() - begin)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            ended[name] = process.wait()
+    results.set(compiled_ahead={"seconds": round(time.monotonic() - begin, 1), "exit_codes": ended})
+
+
+def compile_type(shape: str, adapter_type: str, device: torch.device) -> None:
+    """One step of a type on two blocks, which take the programs and kernels of all; and one of the frozen model."""
+    group = next(group for group in (*PLAN, *TINY_PLAN) if (group.shape, group.adapter_type) == (shape, adapter_type))
+    options = options_of(group, tiny=shape.startswith("tiny"))
+    options.depth = 2
+    for name in ("ours", "frozen") if group.in_full else ("ours",):
+        side = Side(name, options, device)
+        for frames in group.frames:
+            side.use(options.batch, frames)
+            side.step()
 
 
 def options_of(group: Group, tiny: bool) -> argparse.Namespace:
@@ -285,3 +329,17 @@ def against_targets(rows: list[dict]) -> list[dict]:
 
 def allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compile", required=True, metavar="TYPE", choices=ADAPTER_TYPES)
+    parser.add_argument("--shape", default="medium-base")
+    parser.add_argument("--device", default="cuda")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    compile_type(asked.shape, asked.compile, torch.device(asked.device))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Tables of the stored measurements: results/README.md.
+"""Tables of the stored measurements, results/README.md, and the README's picture of speed, results/speed.svg.
 
     python kernels/benchmarks/report.py
 
@@ -178,6 +178,45 @@ GPU_COLUMNS = {
 }
 
 
+# The picture: width of the widest bar, height of a bar with its gap, room for names and for figures.
+BAR_WIDTH, BAR_HEIGHT, NAMES, FIGURES = 420, 26, 190, 80
+
+
+def speed_picture(directory: Path) -> str | None:
+    """Milliseconds of a whole step of dora-rows beside the reference's, as SVG; None where either is missing."""
+    before = {row["frames"]: row for row in read(directory / "before", "gpu_reference")}
+    now = {
+        row["frames"]: row
+        for row in read(directory, "gpu_step")
+        if (row["shape"], row["adapter_type"], row["rank"]) == ("medium-base", "dora-rows", 16)
+    }
+    bars: list[tuple[str, float | None, str]] = []
+    for frames in sorted(before.keys() & now.keys()):
+        bars.append((f"{frames * 4096 / 44100:.0f} s of audio", None, ""))
+        bars.append(("the reference", before[frames]["reference_ms"], "#8a8f98"))
+        bars.append(("ours", now[frames]["ours_ms"], "#2f6fde"))
+        bars.append(("frozen model", now[frames]["frozen_ms"], "#c3c8d0"))
+    if not bars:
+        return None
+    longest = max(value for _, value, _ in bars if value is not None)
+    width, height = NAMES + BAR_WIDTH + FIGURES, BAR_HEIGHT * (len(bars) + 1)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<text x="8" y="18">Milliseconds of a training step, {now[frames]["device"]}: shorter is better</text>',
+    ]
+    for place, (name, value, colour) in enumerate(bars, start=1):
+        top = place * BAR_HEIGHT
+        if value is None:
+            lines.append(f'<text x="8" y="{top + 18}" font-weight="bold">{name}</text>')
+            continue
+        long = BAR_WIDTH * value / longest
+        lines.append(f'<text x="{NAMES - 8}" y="{top + 17}" text-anchor="end">{name}</text>')
+        lines.append(f'<rect x="{NAMES}" y="{top + 3}" width="{long:.1f}" height="{BAR_HEIGHT - 6}" fill="{colour}"/>')
+        lines.append(f'<text x="{NAMES + long + 6:.1f}" y="{top + 17}">{value:.0f}</text>')
+    return "\n".join([*lines, "</svg>", ""])
+
+
 def markdown(title: str, columns: dict[str, Callable[[dict], str]], rows: list[dict]) -> str:
     lines = [list(columns), ["---"] * len(columns), *([column(row) for column in columns.values()] for row in rows)]
     return "\n".join([f"## {title}", "", *(f"| {' | '.join(line)} |" for line in lines), ""])
@@ -196,6 +235,8 @@ def main(arguments: list[str] | None = None) -> None:
         text.append(markdown("Whole training step on a GPU (gpu_check.py step)", GPU_COLUMNS, gpu))
     text += [OTHERS] if (directory / "before").is_dir() else []
     (directory / "README.md").write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")
+    if picture := speed_picture(directory):
+        (directory / "speed.svg").write_text(picture, encoding="utf-8")
 
 
 if __name__ == "__main__":

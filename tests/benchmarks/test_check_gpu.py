@@ -1,5 +1,6 @@
 """Every part of gpu-check on a CPU with tiny sizes; its budgets, and what a bare machine lacks."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -346,3 +347,13 @@ def test_a_part_that_hangs_is_killed_with_what_it_has_started(tmp_path):
     assert process.returncode == -9
     gone, alive = psutil.wait_procs(members, timeout=2)
     assert (len(gone), alive) == (1, [])
+
+
+def test_types_are_compiled_ahead_by_processes_that_may_fail(tmp_path, monkeypatch):
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    group = check_step.TINY_PLAN[-1]
+    unknown = dataclasses.replace(group, shape="no-such-shape", adapter_type="lora")
+    results = results_file.ResultsFile.start(tmp_path / "gpu_step.json", CPU, {})
+    check_step.compile_ahead(results, results_file.Budget(60), (group, unknown), CPU)
+    assert results.content["compiled_ahead"]["exit_codes"] == {group.adapter_type: 0, "lora": 1}

@@ -1,6 +1,7 @@
 """The report shows what the results files hold: the newest measurement of every case, in a table."""
 
 import json
+from xml.etree import ElementTree
 
 import report
 
@@ -61,3 +62,19 @@ def test_steps_on_a_gpu_are_shown_beside_those_before(tmp_path):
     before = text.index(f"| gpu_step_before.json | {case} | 765.0 ms | 1.25 | - | - | 15000 / - |")
     assert before < text.index(f"| gpu_step.json | {case} | 101.2 ms |")
     assert "`before/`" in text
+
+
+def test_the_picture_has_a_bar_as_long_as_each_step_took(tmp_path):
+    row = {"shape": "medium-base", "adapter_type": "dora-rows", "rank": 16, "frames": 323}
+    (tmp_path / "before").mkdir()
+    kept = {"before/gpu_reference_before": {"reference_ms": 600.0}, "gpu_step": {"ours_ms": 20.0, "frozen_ms": 12.0}}
+    for name, values in kept.items():
+        content = {"environment": {"device": "H100"}, "rows": [row | values]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    picture = ElementTree.fromstring(report.speed_picture(tmp_path))
+    _, *bars = (element.attrib for element in picture if element.tag.endswith("rect"))
+    widths = [float(bar["width"]) for bar in bars]
+    assert [round(600 * width / widths[0]) for width in widths] == [600, 20, 12]
+    assert "30 s of audio" in "".join(picture.itertext())
+    (tmp_path / "gpu_step.json").unlink()
+    assert report.speed_picture(tmp_path) is None
