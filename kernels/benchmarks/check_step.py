@@ -2,7 +2,7 @@
 
     python kernels/benchmarks/check_step.py --compile TYPE     # fill the compilers' caches for one adapter type
 
-What the cases compile is compiled ahead, by a process for each type side by side: in turn that takes half a minute each.
+What the cases compile is compiled ahead, by a process for each type side by side: in turn it takes half a minute each.
 First dora-rows of rank 16 beside the frozen model and the baseline, with a profile and a mix of unequal lengths; then
 the other eight types, over the frozen step measured then.
 """
