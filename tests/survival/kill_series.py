@@ -1,6 +1,6 @@
 """SIGKILL at random moments, again and again: the file that comes out is the undisturbed run's, bit for bit.
 
-    python tests/survival/kill_series.py DIRECTORY [--runs 25] [--processes 2] [--seed 0] [--launcher]
+    python tests/survival/kill_series.py DIRECTORY [--runs 25] [--processes 2] [--seed 0] [--steps 24] [--launcher]
     python tests/survival/kill_series.py DIRECTORY --elastic [--runs 5]
 
 Each run is killed one to three times: a random rank, or every process of it as a power cut would, at a random moment of
@@ -38,7 +38,7 @@ from trial import (
     wait_for,
 )
 
-STEPS, SAVE_EVERY = 24, 4
+SAVE_EVERY = 4
 # A dead rank's peers and launch agent have this long.
 END_SECONDS = 60.0
 ELASTIC = (2, 1, 4, 2)
@@ -59,9 +59,10 @@ def wait_until(trial: Trial | ForkedTrial, what: str, true) -> None:
     wait_for(what, lambda: true() or trial.ended(), poll=0.0005)
 
 
-def reach_moment(trial, moment: str, draw: random.Random, first_step: int, before: int | None) -> None:
+def reach_moment(trial, moment: str, draw: random.Random, first_step: int, steps: int, before: int | None) -> None:
     """Wait until the run is in the given phase, and a random time more.
 
+    steps    all of the run
     before   which file an earlier start left as metrics.jsonl
     """
     if moment == "start":
@@ -69,14 +70,14 @@ def reach_moment(trial, moment: str, draw: random.Random, first_step: int, befor
         return
     wait_until(trial, "training", lambda: metrics_file(trial.output_dir) not in (None, before))
     if moment == "save":
-        aim = min(STEPS, (first_step // SAVE_EVERY + draw.randint(1, 3)) * SAVE_EVERY)
+        aim = min(steps, (first_step // SAVE_EVERY + draw.randint(1, 3)) * SAVE_EVERY)
         wait_until(trial, f"step {aim}", lambda: len(rows(trial.output_dir)) >= aim)
         earlier = unfinished(trial.output_dir)
         wait_until(trial, "a save", lambda: unfinished(trial.output_dir) - earlier)
         time.sleep(draw.uniform(0, 0.008))
     else:
         # The kill before may have come when the last step was saved.
-        aim = draw.randint(min(first_step + 1, STEPS), STEPS)
+        aim = draw.randint(min(first_step + 1, steps), steps)
         wait_until(trial, f"step {aim}", lambda: len(rows(trial.output_dir)) >= aim)
         time.sleep(draw.uniform(0, 0.2))
 
@@ -93,9 +94,9 @@ def kill(trial: Trial | ForkedTrial, victim: str) -> bool:
 class Series:
     """All runs of one series and what was seen of them."""
 
-    def __init__(self, directory: Path, processes: int, seed: int, launcher: bool) -> None:
-        self.directory, self.processes, self.launcher = directory, processes, launcher
-        self.words = prepare(directory) | {"number_of_steps": STEPS, "save_every": SAVE_EVERY}
+    def __init__(self, directory: Path, processes: int, seed: int, steps: int, launcher: bool) -> None:
+        self.directory, self.processes, self.steps, self.launcher = directory, processes, steps, launcher
+        self.words = prepare(directory) | {"number_of_steps": steps, "save_every": SAVE_EVERY}
         self.draw = random.Random(seed)
         self.kills: list[dict] = []
 
@@ -117,7 +118,7 @@ class Series:
         """One start that is killed. Returns whether it ended before it could be."""
         saved, before, torn = newest_intact(output_dir), metrics_file(output_dir), unfinished(output_dir)
         trial = self.start(output_dir, attempt, **changes)
-        reach_moment(trial, moment, self.draw, saved, before)
+        reach_moment(trial, moment, self.draw, saved, self.steps, before)
         killed_at = time.monotonic()
         killed = kill(trial, victim)
         code = trial.wait(END_SECONDS)
@@ -160,7 +161,7 @@ class Series:
         assert trial.wait() == 0, f"{trial.log}: {trial.log.read_text()}"
         self.check_restart(output_dir, saved, before)
         assert not trial.leftovers()
-        assert [row["step"] for row in rows(output_dir)] == list(range(1, STEPS + 1))
+        assert [row["step"] for row in rows(output_dir)] == list(range(1, self.steps + 1))
 
     def run(self, number: int) -> dict:
         """One run, killed one to three times, then finished."""
@@ -210,14 +211,14 @@ def figures(kills: list[dict]) -> dict:
     }
 
 
-def difference(one: Path, other: Path) -> float:
+def difference(one: Path, other: Path, steps: int) -> float:
     """Largest relative Frobenius distance of any adapter tensor or moment between two runs' last checkpoints."""
     import torch
 
     from sa3dist.training import checkpoint
 
     first, second = (checkpoint.find(path, "auto") for path in (one, other))
-    assert first.step == second.step == STEPS
+    assert first.step == second.step == steps
     pairs = [(first.adapters, second.adapters)] + [(first.moments[m], second.moments[m]) for m in first.moments]
     worst = 0.0
     for a, b in pairs:
@@ -243,7 +244,7 @@ def elastic(series: Series, runs: int) -> dict:
                 if ended:
                     break
         series.finish(output_dir, 9, processes=ELASTIC[-1], global_batch_size=4)
-        worst.append(difference(reference, output_dir))
+        worst.append(difference(reference, output_dir, series.steps))
         told = ", ".join(str(row["resumed_from"]) for row in rows(output_dir) if "resumed_from" in row)
         print(f"elastic {number}  state differs by {worst[-1]:.1e}  resumed from {told}", flush=True)
     return {"runs": runs, "worst_difference": max(worst), "within": max(worst) <= ELASTIC_TOLERANCE} | figures(
@@ -287,11 +288,12 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=25)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--elastic", action="store_true")
     parser.add_argument("--launcher", action="store_true")
     options = parser.parse_args()
     began = time.monotonic()
-    series = Series(options.directory.resolve(), options.processes, options.seed, options.launcher)
+    series = Series(options.directory.resolve(), options.processes, options.seed, options.steps, options.launcher)
     found = (elastic if options.elastic else plain)(series, options.runs)
     found |= {
         "processes": options.processes,

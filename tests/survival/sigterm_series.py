@@ -1,6 +1,7 @@
 """SIGTERM at random moments to one rank, to the launcher, and to PID 1 of a container: exit 75, soon, resumable.
 
-    python tests/survival/sigterm_series.py DIRECTORY [--target rank|launcher|pid1 ...] [--phase PHASE ...] [--runs 25]
+    python tests/survival/sigterm_series.py DIRECTORY [--target rank|launcher|pid1 ...] [--phase PHASE ...]
+                                            [--runs 25] [--steps 40] [--clips 24]
 
 `rank` forks two ranks from this process, which has imported the program and acts as torchrun does: when one ends it
 TERMs the other. `launcher` starts launch/local.sh with two processes. `pid1` starts launch/local.sh, the image's entry
@@ -43,16 +44,16 @@ TARGETS = ("rank", "launcher", "pid1")
 PHASES = ("preparation", "encode", "step", "save", "first use")
 # Enough that checking and encoding take seconds.
 CLIPS, STEPS, SAVE_EVERY = 24, 40, 4
-# No signal after this step: the run must not be over before it can answer.
-LAST_AIM = 24
+# No signal within as many steps of the last: the run must not be over before it can answer.
+LAST_STEPS = 16
 RESUME_EVERY = 3
 CONTAINER = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 
 
 class Series:
-    def __init__(self, directory: Path, seed: int, clips: int) -> None:
-        self.directory = directory
-        self.words = prepare(directory, clips) | {"number_of_steps": STEPS, "save_every": SAVE_EVERY}
+    def __init__(self, directory: Path, seed: int, clips: int, steps: int) -> None:
+        self.directory, self.steps = directory, steps
+        self.words = prepare(directory, clips) | {"number_of_steps": steps, "save_every": SAVE_EVERY}
         self.draw = random.Random(seed)
         self._undisturbed: dict[int, str] = {}
 
@@ -73,12 +74,14 @@ class Series:
 
     def reach(self, trial: Trial | ForkedTrial, phase: str) -> None:
         """Wait for a random moment of the phase."""
-        text = {"preparation": "check clips", "encode": "encode ", "first use": f"training {STEPS} steps"}.get(phase)
+        text = {"preparation": "check clips", "encode": "encode ", "first use": f"training {self.steps} steps"}.get(
+            phase
+        )
         if text:
             wait_for(phase, lambda: text in trial.said() or trial.ended())
             time.sleep(self.draw.uniform(0, 1.0))
             return
-        aim = self.draw.randint(1, LAST_AIM)
+        aim = self.draw.randint(1, self.steps - LAST_STEPS)
         wait_for(f"step {aim}", lambda: len(rows(trial.output_dir)) >= aim or trial.ended())
         if phase == "save":
             wait_for("a save", lambda: unfinished(trial.output_dir) or trial.ended(), poll=0.0005)
@@ -160,9 +163,10 @@ def main() -> int:
     parser.add_argument("--phase", choices=PHASES, action="append", help="default: all in turn")
     parser.add_argument("--runs", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--clips", type=int, default=CLIPS)
     options = parser.parse_args()
-    series = Series(options.directory.resolve(), options.seed, options.clips)
+    series = Series(options.directory.resolve(), options.seed, options.clips, options.steps)
     failed, found, phases = 0, {"cores": os.cpu_count()}, options.phase or PHASES
     for target in options.target or TARGETS:
         outcomes = []

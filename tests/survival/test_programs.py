@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from sa3dist.model.tiny import write_tiny_base
+from tests.helpers.forked_programs import ForkedPrograms
 from tests.helpers.golden import ROOT
 from tests.helpers.program import ENVIRONMENT
 
@@ -27,12 +28,17 @@ def directory(tmp_path_factory):
     return tmp_path_factory.mktemp("series")
 
 
-def said_by(program: Path, *words) -> str:
-    """What a program writes to stdout; it has to end with 0."""
-    command = [sys.executable, str(program), *map(str, words)]
-    done = subprocess.run(command, env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout
+@pytest.fixture(scope="module")
+def said_by():
+    """What a program writes to stdout, by its path and words; it has to end with 0."""
+    with ForkedPrograms() as programs:
+
+        def run(program: Path, *words) -> str:
+            code, out, err = programs.run(program, *words)
+            assert code == 0, f"{out}\n{err}"
+            return out
+
+        yield run
 
 
 def figures(said: str) -> dict:
@@ -50,29 +56,29 @@ def require(*tools: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_killed_inside_a_save_and_started_again_gives_the_undisturbed_file(directory):
+def test_a_run_killed_inside_a_save_and_started_again_gives_the_undisturbed_file(said_by, directory):
     # This seed's one kill is of rank 1, inside a save.
-    found = figures(said_by(SURVIVAL / "kill_series.py", directory, "--runs", 1, "--seed", 4))
+    found = figures(said_by(SURVIVAL / "kill_series.py", directory, "--runs", 1, "--seed", 4, "--steps", 12))
     assert (found["identical"], found["runs"], found["kills"], found["kills_of_one_rank"]) == (1, 1, 1, 1)
     assert found["end_seconds_worst"] < 60
 
 
 @pytest.mark.slow
-def test_a_signal_in_a_step_ends_with_75_and_the_run_can_be_continued(directory):
-    words = ["--target", "rank", "--phase", "step", "--runs", 1, "--clips", 8]
+def test_a_signal_in_a_step_ends_with_75_and_the_run_can_be_continued(said_by, directory):
+    words = ["--target", "rank", "--phase", "step", "--runs", 1, "--clips", 8, "--steps", 20]
     found = figures(said_by(SURVIVAL / "sigterm_series.py", directory, *words))["rank"]
     assert (found["as_promised"], found["runs"], found["resumed_identical"]) == (1, 1, 1)
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_its_peer_with_a_line_that_names_it(directory):
+def test_a_killed_rank_ends_its_peer_with_a_line_that_names_it(said_by, directory):
     (found,) = map(json.loads, said_by(SURVIVAL / "failures.py", directory, "killed rank 1").splitlines())
     assert found["good"]
     assert found["codes"] == {"0": 70, "1": -9}
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one(directory):
+def test_two_ranks_train_as_one(said_by, directory):
     words = ["--steps", 2, "--only", "ddp-2-no", "--out", directory / "sizes"]
     one, two = map(json.loads, said_by(SURVIVAL / "world_sizes.py", *words).splitlines())
     assert (one["ranks"], two["ranks"]) == (1, 2)
@@ -80,7 +86,7 @@ def test_two_ranks_train_as_one(directory):
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_ends_a_run_under_deepspeed(directory):
+def test_a_loss_that_is_not_finite_ends_a_run_under_deepspeed(said_by, directory):
     pytest.importorskip("deepspeed")
     words = ["--stage", 2, "--case", "not finite"]
     (found,) = map(json.loads, said_by(SURVIVAL / "zero_failures.py", directory, *words).splitlines())
@@ -88,13 +94,13 @@ def test_a_loss_that_is_not_finite_ends_a_run_under_deepspeed(directory):
 
 
 @pytest.mark.slow
-def test_the_memory_of_encoding_is_measured(tmp_path):
+def test_the_memory_of_encoding_is_measured(said_by, tmp_path):
     found = json.loads(said_by(SURVIVAL / "encode_memory.py", write_tiny_base(tmp_path), "--seconds", "2"))
     # The tiny base's short clip takes a few megabytes at most.
     assert 0 <= found["grown_mb"]["2 s"] < 100
 
 
-def test_the_tables_of_the_scaling_model_have_a_row_for_every_base_and_network():
+def test_the_tables_of_the_scaling_model_have_a_row_for_every_base_and_network(said_by):
     table = said_by(SURVIVAL / "scaling_check.py", "tables")
     rows = [
         line for line in table.splitlines() if re.match(r"\| (small-music|medium), (16|128) \| (Infini|25 G)", line)
@@ -106,19 +112,19 @@ def test_the_tables_of_the_scaling_model_have_a_row_for_every_base_and_network()
 
 
 @pytest.mark.parametrize("program", ["namespaces.py", "overlap.py", "../slurm/try_scripts.py"])
-def test_what_runs_only_on_demand_says_how(program):
+def test_what_runs_only_on_demand_says_how(said_by, program):
     assert "usage: " in said_by(SURVIVAL / program, "--help")
 
 
 @pytest.mark.slow
-def test_two_hosts_survive_the_loss_of_one(directory):
+def test_two_hosts_survive_the_loss_of_one(said_by, directory):
     require("ip", "bridge", "tc", "unshare")
     said = said_by(SURVIVAL / "namespaces.py", directory, "killed-1")
     assert said.splitlines()[-1] == "all as promised"
 
 
 @pytest.mark.slow
-def test_pid_1_of_a_container_hears_a_signal(directory):
+def test_pid_1_of_a_container_hears_a_signal(said_by, directory):
     require("unshare")
     words = ["--target", "pid1", "--phase", "step", "--runs", 1, "--clips", 8]
     found = figures(said_by(SURVIVAL / "sigterm_series.py", directory, *words))["pid1"]
@@ -126,7 +132,7 @@ def test_pid_1_of_a_container_hears_a_signal(directory):
 
 
 @pytest.mark.slow
-def test_bytes_and_overlap_are_measured_between_two_hosts(directory):
+def test_bytes_and_overlap_are_measured_between_two_hosts(said_by, directory):
     require("ip", "bridge", "tc", "unshare")
     counted = json.loads(said_by(SURVIVAL / "scaling_check.py", "count", directory, "ddp"))
     assert counted["sent_over_counted"] == pytest.approx(1, abs=0.1)
