@@ -30,11 +30,6 @@ def shard_only(run: Run) -> None:
             say_cut_captions(index, text_source(run.settings))
 
 
-def encode_only(run: Run) -> None:
-    base = run.open_base()
-    run.encode(base, run.shard(), everything=True)
-
-
 def loop_only(run: Run) -> None:
     base = run.open_base()
     encoded = run.encode(base, run.shard())
@@ -45,7 +40,10 @@ def loop_only(run: Run) -> None:
 COMMANDS: dict[str, tuple[str, Callable[[Run], None]]] = {
     "train": ("all stages: shard, encode, loop, export", train.all_stages),
     "shard": ("check the clips and write them as WebDataset shards with an index", shard_only),
-    "encode": ("encode every clip and caption into the work directory", encode_only),
+    "encode": (
+        "encode every clip and caption into the work directory",
+        lambda run: run.encode(run.open_base(), run.shard(), everything=True),
+    ),
     "loop": ("train and save checkpoints, without exporting", loop_only),
     "export": ("write the adapter file of a run's newest checkpoint, or of PATH", lambda run: run.export_saved()),
 }

@@ -74,6 +74,11 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def listed(names: Sequence[str], count: int, most: int = 3) -> str:
     """``a, b, c and 37 more``: the first ``most`` of ``count`` names, printable; nothing where none is given."""
     more = f" and {count - most} more" if names and count > most else ""

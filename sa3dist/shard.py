@@ -69,14 +69,13 @@ def _index(
     report: Callable[[int, int], None],
 ) -> tuple[DatasetIndex, dict[str, str]]:
     """The data set's index, and the URLs of its shards where they stay remote."""
-    limits = {key: getattr(settings, key) for key in remote_index.LIMITS}
-    bounds = remote_index.RemoteOptions(**limits, cache_bytes=settings.cache_bytes)
+    limits = ("on_bad_clip", "allow_any_dataset_size", "max_download_bytes")
+    options = {key: getattr(settings, key) for key in limits} | {"report": report, "should_stop": should_stop}
     where = settings.audio_data_url, settings.work_dir
-    remote = remote_index.index_remote(*where, bounds, report, should_stop)
+    remote = remote_index.index_remote(*where, cache_bytes=settings.cache_bytes, **options)
     if remote is not None:
         return remote
-    options = {**limits, "output_dir": settings.output_dir, "measure": measure, "report": report}
-    return build.build_shards(*where, should_stop=should_stop, **options), {}
+    return build.build_shards(*where, output_dir=settings.output_dir, measure=measure, **options), {}
 
 
 def _streamed(settings: Settings, group: Group, stop: StopRequest) -> StreamedDataset:

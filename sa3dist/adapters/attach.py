@@ -89,7 +89,8 @@ def attach_to(
         device = layers[name].weight.device
         # Norms and bases are found where the weights are; only there are other devices than the CPU asked for.
         weight = base.fp32_weight(name, *([device] if device.type != "cpu" else []))
-        adapter = initial_adapter(config.kind, config.rank, weight, _generator(seed, name), find_bases).to(device)
+        generator = torch.Generator().manual_seed(int(digest_of("lora_A", str(seed), name)[:15], 16))
+        adapter = initial_adapter(config.kind, config.rank, weight, generator, find_bases).to(device)
         adapted[name] = AdaptedLayer(layers[name], config.kind, adapter, config.alpha / config.rank)
     for name, layer in adapted.items():
         replace_layer(base, name, layer)
@@ -161,13 +162,10 @@ def replace_layer(base: Base, name: str, module: nn.Module) -> None:
     raise KeyError(name)
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
-    return torch.Generator().manual_seed(int(digest_of("lora_A", str(seed), name)[:15], 16))
-
-
 def _check_layers(config: AdapterConfig, layers: dict[str, nn.Module]) -> None:
+    per_frame = (1,), (1,), (0,), 1
     for name, layer in layers.items():
-        if isinstance(layer, nn.Conv1d) and not _acts_per_frame(layer):
+        if isinstance(layer, nn.Conv1d) and (layer.kernel_size, layer.stride, layer.padding, layer.groups) != per_frame:
             raise ConfigError(f"{name} is {layer}; of convolutions only plain ones of kernel size 1 can be adapted")
     tightest = min(layers, key=lambda name: fan_limit(layers[name]))
     limit = fan_limit(layers[tightest])
@@ -176,7 +174,3 @@ def _check_layers(config: AdapterConfig, layers: dict[str, nn.Module]) -> None:
         raise ConfigError(
             f"rank is {config.rank}, but {tightest} {shape} allows at most {limit}; lower it or exclude it"
         )
-
-
-def _acts_per_frame(layer: nn.Conv1d) -> bool:
-    return (layer.kernel_size, layer.stride, layer.padding, layer.groups) == ((1,), (1,), (0,), 1)

@@ -83,15 +83,6 @@ def lora_config(base: Base) -> dict:
     return config_value(base.adapter_config)
 
 
-def fresh_shapes(config: AdapterConfig, layers: Mapping[str, torch.nn.Module]) -> dict[str, tuple[int, ...]]:
-    """Shapes of an adapter's tensors over these layers, by their names in a file."""
-    return {
-        f"{name}.{SLOT}.{tensor}": shape
-        for name, layer in layers.items()
-        for tensor, shape in config.kind.parameter_shapes(*layer.weight.flatten(1).shape, config.rank).items()
-    }
-
-
 def _require_agreement(attached: AdapterConfig, file: AdapterFile) -> None:
     for field in ("adapter_type", "rank", "alpha", "include", "exclude"):
         ours, theirs = getattr(attached, field), getattr(file.config, field)
@@ -110,7 +101,13 @@ def covered_layers(file: AdapterFile, roots: Iterable[torch.nn.Module]) -> dict[
     layers = {name: candidates[name] for name in select(candidates, file.config.include, file.config.exclude)}
     if not layers:
         raise CheckpointError(f"{file.path}: its include and exclude lists select no layer of this base model")
-    require_tensors(fresh_shapes(file.config, layers), file)
+    config = file.config
+    shapes = {
+        f"{name}.{SLOT}.{tensor}": shape
+        for name, layer in layers.items()
+        for tensor, shape in config.kind.parameter_shapes(*layer.weight.flatten(1).shape, config.rank).items()
+    }
+    require_tensors(shapes, file)
     return layers
 
 

@@ -2,10 +2,9 @@
 
 import json
 import os
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,8 @@ class KeptDigests:
         """Let a thread of its own make what ``of`` will be asked for; hashing leaves the interpreter to others."""
         state = _state_of(path)
         if self._kept(state, what) is None:
-            digest: Future[str] = Future()
+            digest = ThreadPoolExecutor(1, "hash the base").submit(make)
             self._begun[str(path), what] = state, _is_settled(state), digest
-            # The process's exit does not wait for a daemon thread; it writes nothing.
-            threading.Thread(target=_make_into, args=(digest, make), name="hash the base", daemon=True).start()
 
     def of(self, path: Path, what: str, make: Callable[[], str]) -> str:
         """The digest called ``what`` of a file, kept or from ``make``; what has begun is waited for.
@@ -62,13 +59,6 @@ class KeptDigests:
             with atomic_path(record) as temporary:
                 temporary.write_bytes(sealed(body.removesuffix("}")))
         return digest
-
-
-def _make_into(digest: Future[str], make: Callable[[], str]) -> None:
-    try:
-        digest.set_result(make())
-    except Exception as failure:
-        digest.set_exception(failure)
 
 
 def _is_settled(state: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sa3dist.data.remote.local_paths import expand_home
-from sa3dist.errors import CheckpointError
+from sa3dist.errors import CheckpointError, first_line
 from sa3dist.formats import digest_of, file_sha256
 from sa3dist.model.conditioners import HIDDEN_WIDTH
 from sa3dist.model.config import PromptConfig
@@ -140,10 +140,6 @@ def load_encoder(directory: Path):
     if width != HIDDEN_WIDTH:
         raise CheckpointError(f"{directory}: the encoder is {width} wide, expected {HIDDEN_WIDTH} (T5Gemma b-b)")
     return model.requires_grad_(False).eval()
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager

@@ -72,7 +72,7 @@ def translate(failure: BaseException) -> errors.SA3DistError | None:
         return errors.Interrupted("interrupted; finished work is kept, run the same command to continue")
     if isinstance(failure, torch.OutOfMemoryError | MemoryError) or NO_HOST_MEMORY in str(failure):
         return errors.OutOfMemory(
-            f"out of memory ({_first_line(failure)}); try gradient_checkpointing=on (or on_oom=adapt, with which "
+            f"out of memory ({errors.first_line(failure)}); try gradient_checkpointing=on (or on_oom=adapt, with which "
             f"the next start does so by itself), a smaller batch_size or a shorter duration"
         )
     if isinstance(failure, OSError):
@@ -82,12 +82,12 @@ def translate(failure: BaseException) -> errors.SA3DistError | None:
         if failure.errno in ENVIRONMENT_ERRNOS:
             return errors.EnvironmentFailure(f"{where}{failure.strerror}; state is as last saved")
     if isinstance(failure, torch.distributed.DistError) or _is_lost_peer(failure):
-        return errors.LostPeer(f"lost contact with another rank ({_first_line(failure)}); state is as last saved")
+        return errors.LostPeer(f"lost contact with another rank ({errors.first_line(failure)}); state is as last saved")
     if "DataLoader worker" in str(failure) and "Bus error" in str(failure):
-        return no_shared_memory(_first_line(failure))
+        return no_shared_memory(errors.first_line(failure))
     if isinstance(failure, ConnectionError | EOFError) or "DataLoader worker" in str(failure):
         return errors.EnvironmentFailure(
-            f"a loader process was killed, by the machine's memory limit perhaps ({_first_line(failure)}); "
+            f"a loader process was killed, by the machine's memory limit perhaps ({errors.first_line(failure)}); "
             f"lower num_workers or run again to continue"
         )
     return None
@@ -111,10 +111,6 @@ def _is_lost_peer(failure: BaseException) -> bool:
     # Gloo reports a dead peer as a plain RuntimeError that names its source file.
     text = str(failure)
     return isinstance(failure, RuntimeError) and ("gloo" in text or "Connection closed by peer" in text)
-
-
-def _first_line(failure: BaseException) -> str:
-    return (str(failure).strip() or type(failure).__name__).splitlines()[0]
 
 
 def run_program(body: Callable[[], None], output_dir: Callable[[], Path | None], step: Callable[[], int]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,13 +120,12 @@ def _attach(
     if not settings.lora_checkpoint_url:
         return None
     should_stop = group.liveness.counting(stop.requested)
-    path = main_process_first(group, "warm-start", lambda: _local_adapter_file(settings, should_stop), stop)
+    url, downloads = settings.lora_checkpoint_url, settings.work_dir / "downloads"
+    path = main_process_first(
+        group,
+        "warm-start",
+        lambda: str(fetch(url, downloads, should_stop)) if is_remote(url) else local_name(url),
+        stop,
+    )
     adapters.warm_start(base, path)
     return file_sha256(Path(path))
-
-
-def _local_adapter_file(settings: Settings, should_stop: Callable[[], bool]) -> str:
-    url = settings.lora_checkpoint_url
-    if is_remote(url):
-        return str(fetch(url, settings.work_dir / "downloads", should_stop))
-    return local_name(url)

@@ -4,9 +4,9 @@ import contextlib
 import importlib
 import logging
 import os
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sa3dist.runtime.signals import seconds_since_start
@@ -45,20 +45,12 @@ class Startup:
 @contextlib.contextmanager
 def imported_beside(*modules: str) -> Iterator[None]:
     """Import modules that are needed later in a thread of its own while the block runs."""
-
-    def fetch() -> None:
-        # What fails here fails again, and is told, where the module is needed.
-        with contextlib.suppress(Exception):
-            for module in modules:
-                importlib.import_module(module)
-
-    thread = threading.Thread(target=fetch, name=f"import {', '.join(modules)}", daemon=True)
-    thread.start()
-    try:
+    # Waited for at the end: two threads must not be among the same modules.
+    with ThreadPoolExecutor(1, f"import {', '.join(modules)}") as executor:
+        for module in modules:
+            # What fails here fails again, and is told, where the module is needed.
+            executor.submit(importlib.import_module, module)
         yield
-    finally:
-        # Two threads must not be among the same modules.
-        thread.join()
 
 
 def keep_kernels_in(directory: Path) -> None:

@@ -41,11 +41,6 @@ def read_tensors(path: Path, what: str) -> dict[str, torch.Tensor]:
     return unpack_tensors(content, path, what)
 
 
-def _all_finite(tensor: torch.Tensor) -> bool:
-    # A NaN or infinity makes any sum one; summing takes a twentieth of the time. Large values may overflow it.
-    return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
-
-
 def unpack_tensors(content: bytes, path: Path, what: str, compare: bool = True) -> dict[str, torch.Tensor]:
     """The tensors in the bytes ``write_tensors`` left. Raises EnvironmentFailure, naming ``path``, when damaged.
 
@@ -59,7 +54,8 @@ def unpack_tensors(content: bytes, path: Path, what: str, compare: bool = True) 
             expected = json.loads(header)["__metadata__"]["sha256"]
     except (ValueError, KeyError, SafetensorError) as error:
         raise EnvironmentFailure(f"{path}: cannot read the {what} ({error}); delete the file and run again") from error
-    if not all(_all_finite(tensor) for tensor in tensors.values()):
+    # A NaN or infinity makes any sum one; summing takes a twentieth of the time. Large values may overflow it.
+    if not all(math.isfinite(tensor.sum()) or tensor.isfinite().all() for tensor in tensors.values()):
         raise EnvironmentFailure(f"{path}: the {what} hold a non-finite value; delete the file and run again")
     if compare and digest_of_tensors(tensors) != expected:
         raise EnvironmentFailure(f"{path}: the {what} do not match their digest; delete the file and run again")

@@ -95,23 +95,17 @@ def read_manifest(container: Container, member: Member) -> Iterator[tuple[str, s
 
 def _csv_rows(text: str, label: str, any_table: bool) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line where it begins, columns by lower-case name) of every row."""
-    taken: list[str] = []
-
-    def lines() -> Iterator[str]:
-        for line in io.StringIO(text, newline=""):
-            taken.append(line)
-            yield line
-
-    begins, fields = 1, []
+    lines = io.StringIO(text, newline="").readlines()
+    begins, header_comes = 1, True
     try:
         delimiter, fields = _header(text, label, any_table)
-        reader = csv.reader(lines(), delimiter=delimiter, strict=True)
-        header_comes = True
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         for cells in reader:
             if cells and not header_comes:
-                yield begins, _row(fields, cells, "".join(taken), delimiter, f"{label}, line {begins}")
+                raw = "".join(lines[begins - 1 : reader.line_num])
+                yield begins, _row(fields, cells, raw, delimiter, f"{label}, line {begins}")
             header_comes = header_comes and not cells
-            begins, taken[:] = reader.line_num + 1, []
+            begins = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{label}, line {begins}: no valid CSV ({error})") from error
 

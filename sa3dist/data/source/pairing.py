@@ -4,6 +4,7 @@ import dataclasses
 import unicodedata
 from pathlib import PurePosixPath
 
+from sa3dist.data.remote.local_paths import is_text
 from sa3dist.data.source.captions import NoCaptions, is_json, read_manifest
 from sa3dist.data.source.containers import Container, Member
 from sa3dist.data.source.kinds import UNREAD_AUDIO_EXTENSIONS, extension_of, is_audio, is_manifest, kind_of
@@ -164,7 +165,10 @@ class _Pairing:
 
     def _lines(self) -> tuple[LeftOut, ...]:
         found = sorted(self._left_out.items())
-        lines = [LeftOut(what, why, len(names), tuple(sorted(map(_writable, names)))) for (what, why), names in found]
+        lines = [
+            LeftOut(what, why, len(names), tuple(sorted(name if is_text(name) else printable(name) for name in names)))
+            for (what, why), names in found
+        ]
         if self._container.system:
             lines.append(LeftOut("system file", _SYSTEM, self._container.system))
         return tuple(lines)
@@ -203,8 +207,3 @@ def _mismatch(sounds: list[Member], texts: list[Member | _Line]) -> str:
     if not sounds and isinstance(texts[0], _Line):
         return f"{names}: caption of {printable(texts[0].name)}, which is not there; add the clip or remove the line"
     return f"{names}: caption without audio; add the clip beside it or remove the caption"
-
-
-def _writable(name: str) -> str:
-    """Names that are no Unicode go into no file."""
-    return printable(name) if any("\ud800" <= c <= "\udfff" for c in name) else name

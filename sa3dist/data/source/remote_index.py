@@ -21,24 +21,15 @@ from sa3dist.formats import ClipEntry, DatasetIndex, LeftOut, ShardEntry, atomic
 
 log = logging.getLogger(__name__)
 
-# Settings that ``build_shards`` and ``index_remote`` take alike.
-LIMITS = ("on_bad_clip", "allow_any_dataset_size", "max_download_bytes")
-
-
-@dataclasses.dataclass(frozen=True)
-class RemoteOptions:
-    """The settings of ``build_shards`` that count here too, and where clips are kept."""
-
-    on_bad_clip: str = "raise"
-    allow_any_dataset_size: bool = False
-    max_download_bytes: int = MAX_TOTAL_BYTES
-    cache_bytes: int = 64 << 30
-
 
 def index_remote(
     source: str,
     work_dir: Path,
-    options: RemoteOptions,
+    *,
+    on_bad_clip: str = "raise",
+    allow_any_dataset_size: bool = False,
+    max_download_bytes: int = MAX_TOTAL_BYTES,
+    cache_bytes: int = 64 << 30,
     report: Callable[[int, int], None] = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[DatasetIndex, dict[str, str]] | None:
@@ -47,10 +38,10 @@ def index_remote(
     Without an index beside them every shard is downloaded once, checked as ``build_shards`` does, and removed again;
     its clips stay in the cache as far as they fit. A shard that is known already is not read again.
     None: ``source`` is local, or no shards, or its server sends whole files only, which is said.
-    report   called as report(shards read, all shards)
+    cache_bytes   of the clips that are kept        report   called as report(shards read, all shards)
     Raises as ``build_shards`` does.
     """
-    work_dir = Path(work_dir)
+    work_dir, limits = Path(work_dir), (on_bad_clip, allow_any_dataset_size)
     tars = tars_of(source, should_stop)
     if tars is None:
         return None
@@ -63,12 +54,12 @@ def index_remote(
     if found is not None:
         index, urls = found
         check_sizes(index, urls, should_stop)
-        skipped = raise_or_skip(
-            redacted(source), (), {}, len(index.clips), options.on_bad_clip, options.allow_any_dataset_size
-        )
+        skipped = raise_or_skip(redacted(source), (), {}, len(index.clips), *limits)
         return _publish(dataclasses.replace(index, skipped=skipped), work_dir), urls
     log.info("%s: no index beside the shards, reading all of them once", redacted(source))
-    return _Reading(source, tars, work_dir, options, should_stop).run(report)
+    downloads = Downloads(work_dir / "downloads", should_stop, max_download_bytes)
+    cache = ClipCache(work_dir / "clip-cache", cache_bytes)
+    return _Reading(source, tars, work_dir, downloads, cache, should_stop).run(limits, report)
 
 
 def attach(
@@ -116,19 +107,25 @@ class _Reading:
     """Reads shards without an index, each once; what is in a shard is kept on disk under the shard's version."""
 
     def __init__(
-        self, source: str, tars: list[str], work_dir: Path, options: RemoteOptions, should_stop: Callable[[], bool]
+        self,
+        source: str,
+        tars: list[str],
+        work_dir: Path,
+        downloads: Downloads,
+        cache: ClipCache,
+        should_stop: Callable[[], bool],
     ) -> None:
-        self._label, self._work_dir, self._options, self._should_stop = redacted(source), work_dir, options, should_stop
+        self._label, self._work_dir, self._should_stop = redacted(source), work_dir, should_stop
+        self._downloads, self._cache = downloads, cache
         names = [address_name(tar) for tar in tars]
         if len(set(names)) < len(names):
             names = [f"{number:06d}-{name}" for number, name in enumerate(names)]
         self._urls = dict(zip(names, tars, strict=True))
-        self._downloads = Downloads(work_dir / "downloads", should_stop, options.max_download_bytes)
-        self._cache = ClipCache(work_dir / "clip-cache", options.cache_bytes)
         self._refusals: list[str] = []
         self._problems: dict[str, tuple[str, ...]] = {}
 
-    def run(self, report: Callable[[int, int], None]) -> tuple[DatasetIndex, dict[str, str]]:
+    def run(self, limits: tuple[str, bool], report: Callable[[int, int], None]) -> tuple[DatasetIndex, dict[str, str]]:
+        """limits: on_bad_clip and allow_any_dataset_size, as for ``index_remote``."""
         known = known_facts(earlier_indices(self._work_dir / "shards"))
         clips: list[ClipEntry] = []
         shards: list[ShardEntry] = []
@@ -143,10 +140,8 @@ class _Reading:
                     left_out.append(dataclasses.replace(kind, names=names))
                 self._problems |= {f"{name} {line}": (f"{name}, {line}",) for line in part.skipped}
                 report(done, len(self._urls))
-            options = self._options
             kinds = _united(left_out)
-            settings = options.on_bad_clip, options.allow_any_dataset_size
-            skipped = raise_or_skip(self._label, self._refusals, self._problems, len(clips), *settings, kinds)
+            skipped = raise_or_skip(self._label, self._refusals, self._problems, len(clips), *limits, kinds)
         except DataError:
             self._downloads.forget()
             raise

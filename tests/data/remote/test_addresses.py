@@ -16,7 +16,7 @@ from sa3dist.data.remote import download, fetch
 from sa3dist.data.remote.http_request import resolved
 from sa3dist.data.source.archive import expand_braces, open_container
 from sa3dist.data.source.build import build_shards
-from sa3dist.data.source.remote_index import RemoteOptions, index_remote
+from sa3dist.data.source.remote_index import index_remote
 from sa3dist.data.source.remote_shards import tars_of
 from sa3dist.errors import DataError
 from tests.helpers.clips import captioned, write_tar, write_zip
@@ -278,7 +278,7 @@ def test_a_web_page_is_named_and_does_not_stay(server, tmp_path, page, name):
         server.answers[part] = 200, {"Content-Type": "text/html", "ETag": '"1"'}, page
 
     def prepare(source):
-        if index_remote(source, tmp_path / "work", RemoteOptions()) is None:
+        if index_remote(source, tmp_path / "work") is None:
             build_shards(source, tmp_path / "work")
 
     wanted = r"the server sends a web page \('Sign in - Big.Drive'\); is it a share link\? Give the address of the file"
@@ -343,7 +343,7 @@ def test_signed_shards_are_read_one_by_one_and_known_by_their_names(server, tmp_
         server.answers[f"/x-00{number}.tar"] = 200, {"ETag": '"1"'}, write_tar(tmp_path / "x.tar", part).read_bytes()
     source = f"{server.url}/x-{{000..002}}.tar?sig=%27a%2Fb"
     # This server sends whole files only.
-    assert index_remote(source, tmp_path / "work", RemoteOptions()) is None
+    assert index_remote(source, tmp_path / "work") is None
     assert len(build_shards(source, tmp_path / "work").clips) == 6
     assert set(server.targets()) == {f"/x-00{number}.tar?sig=%27a%2Fb" for number in range(3)}
     assert tars_of(source, lambda: False) == [f"{server.url}/x-00{number}.tar?sig=%27a%2Fb" for number in range(3)]

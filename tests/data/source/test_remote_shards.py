@@ -22,7 +22,7 @@ from sa3dist.data.remote.disk_cache import ClipCache
 from sa3dist.data.remote.ranges import read_range
 from sa3dist.data.source.audio import load_clip_audio
 from sa3dist.data.source.build import build_shards
-from sa3dist.data.source.remote_index import RemoteOptions, attach, index_remote
+from sa3dist.data.source.remote_index import attach, index_remote
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted
 from sa3dist.formats import DatasetIndex
 from sa3dist.pipeline import Run
@@ -66,7 +66,7 @@ def audio(local):
 
 
 def opened(source, work, cache_bytes=1 << 30, **options):
-    index, urls = index_remote(source, work, RemoteOptions(**options, cache_bytes=cache_bytes))
+    index, urls = index_remote(source, work, **options, cache_bytes=cache_bytes)
     # Every rank reads the index that rank 0 has left.
     return attach(DatasetIndex.read(index.directory), urls, work, cache_bytes, never)
 
@@ -189,7 +189,7 @@ def test_bad_clips_of_remote_shards_are_listed_or_skipped(foreign, tmp_path):
     assert "x-002.tar, orphan.wav: audio without a caption" in lines[1]
     index = opened(source, tmp_path / "work", on_bad_clip="skip")
     assert len(index.clips) == 6
-    skipped, _ = index_remote(source, tmp_path / "work", RemoteOptions(on_bad_clip="skip"))
+    skipped, _ = index_remote(source, tmp_path / "work", on_bad_clip="skip")
     assert [line.split(":")[0] for line in skipped.skipped] == ["x-002.tar, bad.wav", "x-002.tar, orphan.wav"]
     with pytest.raises(DataError, match="found 6 usable clips, expected 4 to 2000|bad.wav"):
         opened(source, tmp_path / "work")
@@ -269,7 +269,7 @@ def test_a_missing_or_damaged_index_is_one_line(site, tmp_path, damage):
         "html": "the server sends a web page",
     }.get(damage, "not a readable shard index")
     with pytest.raises(DataError, match=f"plain/index.json: {message}") as caught:
-        index_remote(f"{site.url}/plain/index.json", tmp_path / "work", RemoteOptions())
+        index_remote(f"{site.url}/plain/index.json", tmp_path / "work")
     assert "\n" not in str(caught.value)
     assert not [path for path in (tmp_path / "work").rglob("*") if path.is_file()]
 
