@@ -146,9 +146,7 @@ def _backward(layer: Layer, x, core, left, p, down, rows, cols, grad, needs_x: b
         product = times(stacked, layer.weight_OI)
         grad_z, sloped_cross = product[:tokens], product[tokens:].to(layer.statistic) if appended else None
         grad_z.addmm_(up, R.to(layer.product), alpha=layer.scale)
-    grad_x = None
-    if needs_x:
-        grad_x = _scaled(grad_z, None if cols is None else cols.gain_I, x.dtype)
+    grad_x = _scaled(grad_z, None if cols is None else cols.gain_I, x.dtype) if needs_x else None
     if not needs_trained:
         return grad_x, None, None, None, None
 

@@ -126,12 +126,10 @@ def into_base(output: Path, base: BaseOnDisk, adapters: Sequence[tuple[AdapterOn
         copy_file(base.files.config, temporary / CONFIG_NAME)
         folder = base.config.prompt.subfolder
         if base.files.directory and folder and (base.files.directory / folder).is_dir():
-            for path in sorted((base.files.directory / folder).rglob("*")):
-                if path.is_file():
-                    copy_file(path, temporary / path.relative_to(base.files.directory))
+            shutil.copytree(base.files.directory / folder, temporary / folder, copy_function=copy_file)
     print(f"wrote {output}: {len(names)} of {len(base.weights.shapes)} tensors changed")
 
 
-def copy_file(source: Path, target: Path) -> None:
-    with atomic_path(target) as temporary:
+def copy_file(source: str | Path, target: str | Path) -> None:
+    with atomic_path(Path(target)) as temporary:
         shutil.copyfile(source, temporary)

@@ -1,7 +1,7 @@
 """What devices can do: public figures of GPUs, and the ceilings of this machine, measured in a second."""
 
 import dataclasses
-import time
+import timeit
 from collections.abc import Callable
 
 import psutil
@@ -134,13 +134,9 @@ def _copy_rate(device: torch.device) -> float:
 
 
 def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
-    best = float("inf")
-    for _ in range(REPEATS + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begin = time.perf_counter()
+    def to_the_end() -> None:
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - begin)
-    return best
+
+    return min(timeit.repeat(to_the_end, number=1, repeat=REPEATS + 1))

@@ -4,10 +4,15 @@ Suffixes: B clips of the micro batch, D latent channels, T latent frames, 1 a br
 Time: t = 0 is data, t = 1 is noise.
 """
 
-from sa3dist.flow.masks import draw_extension, draw_inpaint_mask
+from sa3dist.flow.draws import (
+    draw_extension,
+    draw_inpaint_mask,
+    effective_frames,
+    generator_for,
+    sample_timesteps,
+    shift_timesteps,
+)
 from sa3dist.flow.noising import couple_noise, draw_noise, masked_loss, noise_latents
-from sa3dist.flow.randomness import generator_for
-from sa3dist.flow.timesteps import effective_frames, sample_timesteps, shift_timesteps
 
 __all__ = [
     "couple_noise",

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from sa3dist.flow.randomness import generator_for
+from sa3dist.flow.draws import generator_for
 
 # -60 dBFS: a quieter crop is drawn again, a quieter clip is no clip; source: spec/training.md 4.2, item 5.
 SILENCE_PEAK = 1e-3

@@ -1,7 +1,6 @@
 """Inspect a source of captioned clips: what is in it, and what training would do with each clip."""
 
 import dataclasses
-import hashlib
 import statistics
 from collections import Counter
 from collections.abc import Callable
@@ -12,20 +11,20 @@ import numpy as np
 from sa3dist.config import Settings
 from sa3dist.data.source.archive import open_container
 from sa3dist.data.source.audio import AudioFacts, check_whole
-from sa3dist.data.source.captions import read_caption
-from sa3dist.data.source.check import count_problem
-from sa3dist.data.source.clip_stats import Measured, read_stats, write_stats
+from sa3dist.data.source.check import count_problem, read_pair
+from sa3dist.data.source.clip_stats import ClipStats, Measured, read_stats, write_stats
 from sa3dist.data.source.containers import Container
 from sa3dist.data.source.cut_captions import CutCaptions, cut_captions, text_source
 from sa3dist.data.source.pairing import Pair, pair_members
 from sa3dist.data.source.prefetch import prefetch
 from sa3dist.data.source.resample import resampled_length
-from sa3dist.errors import DataError, counted, printable
+from sa3dist.errors import counted
 from sa3dist.flow.crops import crop_frames
 from sa3dist.formats import LeftOut
 from sa3dist.inspection.clip import InspectedClip
 from sa3dist.inspection.duplicates import exact_duplicates, near_duplicates
 from sa3dist.inspection.measure import measure_clip
+from sa3dist.model.loading import known_config
 
 LENGTH_BINS = 20
 
@@ -161,23 +160,15 @@ def inspect_source(
 
 
 def _inspect(container: Container, pair: Pair, known: Measured) -> InspectedClip:
-    clip = InspectedClip(pair.key, pair.extension, pair.audio.size)
-    problems = []
-    try:
-        clip.caption = read_caption(container, pair.caption)
-    except DataError as error:
-        problems.append(f"{pair.caption_name}: {error}")
-    try:
-        data = container.read(pair.audio)
-        clip.audio_sha256 = hashlib.sha256(data).hexdigest()
-        earlier = known.get((clip.audio_sha256, len(data)))
+    def look(sha256: str, data: bytes) -> tuple[AudioFacts, ClipStats]:
+        earlier = known.get((sha256, len(data)))
         if earlier:
             check_whole(data, earlier[0].samples)
-        clip.facts, clip.stats = earlier or measure_clip(data)
-    except DataError as error:
-        problems.append(f"{printable(pair.audio.name)}: {error}")
-    clip.problems = tuple(problems)
-    return clip
+        return earlier or measure_clip(data)
+
+    caption, _, sha256, found, problems = read_pair(container, pair, look)
+    facts, stats = found or (None, None)
+    return InspectedClip(pair.key, pair.extension, pair.audio.size, sha256, caption, facts, stats, problems)
 
 
 def _treatment(facts: AudioFacts, limit: int, sample_rate_hz: int, samples_per_frame: int) -> tuple[str, str]:
@@ -216,7 +207,5 @@ def framing_of(model: str) -> tuple[float, int, int]:
 
     model   a released name or a directory. Raises CheckpointError.
     """
-    from sa3dist.model.loading import known_config
-
     config = known_config(model)
     return config.native_seconds, config.sample_rate_hz, config.samples_per_frame

@@ -39,8 +39,7 @@ def micro_batch_loss(base: Base, batch: MicroBatch, settings: Settings) -> dict[
             prompt_length=batch.prompt_length,
             packing=batch.packing,
         )
-    keep_BT = batch.keep_BT
-    if keep_BT is None:
-        keep_BT = torch.ones_like(batch.inpaint_mask_B1T[:, 0], dtype=torch.bool)
-    parts = flow.masked_loss(velocity_BDT, batch.target_BDT, keep_BT, batch.inpaint_mask_B1T, settings.context_weight)
+    mask_B1T = batch.inpaint_mask_B1T
+    keep_BT = torch.ones_like(mask_B1T[:, 0], dtype=torch.bool) if batch.keep_BT is None else batch.keep_BT
+    parts = flow.masked_loss(velocity_BDT, batch.target_BDT, keep_BT, mask_B1T, settings.context_weight)
     return dict(zip(LOSSES, parts, strict=True))

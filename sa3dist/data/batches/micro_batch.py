@@ -112,7 +112,7 @@ def draw_sample(
     seed, limit = settings.seed, settings.crop_frames
     start, silent = draw_crop(latents.peaks_T, limit, seed, slot)
     valid = min(latents.valid_frames - start, limit)
-    mean_frames = flow.masks.EXTENSION_SECONDS * framing.sample_rate_hz / framing.samples_per_frame
+    mean_frames = flow.draws.EXTENSION_SECONDS * framing.sample_rate_hz / framing.samples_per_frame
     extension = flow.draw_extension(mean_frames, flow.generator_for(seed, "extension", slot))
     frames = min(limit, valid + extension)
     file_seconds = math.ceil(clip.seconds)

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from sa3dist.data.source.audio import AudioFacts, check_audio, check_whole
 from sa3dist.data.source.captions import read_caption
@@ -19,6 +20,7 @@ from sa3dist.formats import ClipEntry, DatasetIndex, LeftOut
 CLIP_COUNT_RANGE = (4, 2000)
 MAX_PROBLEM_LINES = 20
 
+Found = TypeVar("Found")
 # By SHA-256 of the audio bytes, and their number.
 Known = dict[tuple[str, int], AudioFacts]
 Measure = Callable[[bytes], tuple[AudioFacts, ClipStats]]
@@ -54,7 +56,22 @@ def checked_clips(
 def _check(
     container: Container, pair: Pair, facts_of: FactsOf, keep: Callable[[str, bytes], None]
 ) -> tuple[ClipEntry | None, tuple[str, ...]]:
-    problems = []
+    caption, data, sha256, facts, problems = read_pair(container, pair, facts_of)
+    if problems:
+        return None, problems
+    keep(sha256, data)
+    audio = {"shard": "", "audio_offset": 0, "audio_bytes": len(data), "audio_sha256": sha256}
+    return ClipEntry(pair.key, extension=pair.extension, caption=caption, **audio, **dataclasses.asdict(facts)), ()
+
+
+def read_pair(
+    container: Container, pair: Pair, look: Callable[[str, bytes], Found]
+) -> tuple[str, bytes, str, Found | None, tuple[str, ...]]:
+    """Caption, audio bytes, their SHA-256, what ``look`` finds in these, and what is wrong; empty what cannot be had.
+
+    look   called with digest and bytes; what it raises as DataError is a problem of the audio
+    """
+    caption, data, sha256, found, problems = "", b"", "", None, []
     try:
         caption = read_caption(container, pair.caption)
     except DataError as error:
@@ -62,14 +79,10 @@ def _check(
     try:
         data = container.read(pair.audio)
         sha256 = hashlib.sha256(data).hexdigest()
-        facts = facts_of(sha256, data)
+        found = look(sha256, data)
     except DataError as error:
         problems.append(f"{printable(pair.audio.name)}: {error}")
-    if problems:
-        return None, tuple(problems)
-    keep(sha256, data)
-    audio = {"shard": "", "audio_offset": 0, "audio_bytes": len(data), "audio_sha256": sha256}
-    return ClipEntry(pair.key, extension=pair.extension, caption=caption, **audio, **dataclasses.asdict(facts)), ()
+    return caption, data, sha256, found, tuple(problems)
 
 
 def decoder(known: Known, measure: Measure | None = None, stats: Measured | None = None) -> FactsOf:

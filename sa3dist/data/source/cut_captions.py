@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sa3dist.errors import CheckpointError, counted, listed
+from sa3dist.formats import DatasetIndex
+from sa3dist.model.loading import known_config
+from sa3dist.model.released import RELEASED
+from sa3dist.model.text import TextSource, load_tokenizer, quiet_transformers
 
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from sa3dist.config import Settings
-    from sa3dist.formats import DatasetIndex
-    from sa3dist.model.text import TextSource
+    from sa3dist.settings import Settings
 
 # Every token stands for a byte at least, but for one at either end and a space in front.
 _TOKENS_ADDED = 3
@@ -46,14 +48,12 @@ class CutCaptions:
 def cut_captions(source: TextSource, captions: Iterable[tuple[str, str]]) -> CutCaptions | None:
     """Which of (clip's key, caption) do not fit; None where some may not and there is no tokenizer on this machine.
 
-    Nothing is downloaded, and nothing imported where all are short.
+    Nothing is downloaded, and transformers not imported where all are short.
     """
     limit = source.config.max_length
     long = [(key, caption) for key, caption in captions if len(caption.encode()) + _TOKENS_ADDED > limit]
     if not long:
         return CutCaptions(limit, {})
-    from sa3dist.model.text import load_tokenizer, quiet_transformers
-
     try:
         directory = source.resolve(local_only=True)
         with quiet_transformers():
@@ -77,10 +77,6 @@ def text_source(settings: Settings) -> TextSource:
 
     Raises CheckpointError.
     """
-    from sa3dist.model.loading import known_config
-    from sa3dist.model.released import RELEASED
-    from sa3dist.model.text import TextSource
-
     override = None if settings.text_encoder is None else str(settings.text_encoder)
     directory = None if settings.model in RELEASED else Path(settings.model).expanduser()
     return TextSource(known_config(settings.model).prompt, override, directory, RELEASED.get(settings.model))

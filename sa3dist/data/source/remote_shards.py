@@ -98,9 +98,8 @@ def find_index(
         if tars:
             return None
         raise DataError(f"{error}; or name the .tar files instead") from None
-    urls = {shard.name: f"{folder}/{shard.name}" for shard in index.shards}
-    if url is source:
-        urls = {name: one + split_query(source)[1] for name, one in urls.items()}
+    query = split_query(source)[1] if url is source else ""
+    urls = {shard.name: f"{folder}/{shard.name}{query}" for shard in index.shards}
     if tars:
         named = {address_name(tar): tar for tar in tars}
         if not named.keys() <= urls.keys():
