@@ -1,7 +1,6 @@
 """`sa3dist submit`: start a run on this machine, under Slurm or on Kubernetes, from one request."""
 
 import argparse
-import dataclasses
 import os
 import re
 import shlex
@@ -19,15 +18,6 @@ from sa3dist.errors import ConfigError, EnvironmentFailure
 from sa3dist.runtime.exit_status import run_command
 
 
-@dataclasses.dataclass(frozen=True)
-class Submission:
-    """What to run and where: the arguments of a training command, its checked settings, and the options of submit."""
-
-    arguments: list[str]
-    settings: Settings
-    options: argparse.Namespace
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when submitted, 2 when the settings are refused, 70 when the backend is; the local backend becomes the run."""
     # The run itself writes the status of its output directory.
@@ -40,7 +30,7 @@ def submit(options: argparse.Namespace) -> None:
     settings = config.build(config.read_arguments(options.arguments))
     # Local and Slurm runs use this installation; Slurm hands the environment on.
     os.environ.setdefault("SA3DIST_PYTHON", sys.executable)
-    BACKENDS[options.backend](Submission(options.arguments, settings, options))
+    BACKENDS[options.backend](settings, options)
 
 
 def _count(text: str) -> int:
@@ -56,26 +46,26 @@ def launch_file(name: str) -> Path:
     return installed if installed.exists() else package.parent / "launch" / name
 
 
-def local(run: Submission) -> None:
+def local(settings: Settings, options: argparse.Namespace) -> None:
     """Become launch/local.sh, so that signals and exit code need no one in between."""
-    if run.options.nodes > 1:
-        raise ConfigError(f"submit: --nodes {run.options.nodes} needs --backend slurm or kubernetes")
-    processes = ["-n", str(run.options.processes)] if run.options.processes else []
-    command = ["bash", str(launch_file("local.sh")), *processes, *run.arguments]
-    if run.options.dry_run:
+    if options.nodes > 1:
+        raise ConfigError(f"submit: --nodes {options.nodes} needs --backend slurm or kubernetes")
+    processes = ["-n", str(options.processes)] if options.processes else []
+    command = ["bash", str(launch_file("local.sh")), *processes, *options.arguments]
+    if options.dry_run:
         print(_with_environment(command))
     else:
         os.execvp(command[0], command)
 
 
-def slurm(run: Submission) -> None:
+def slurm(settings: Settings, options: argparse.Namespace) -> None:
     """Queue a batch script that is queued again when interrupted."""
-    processes, nodes = run.options.processes, run.options.nodes
+    processes, nodes = options.processes, options.nodes
     script = launch_file("slurm/multi_node.sbatch" if nodes > 1 else "slurm/preemptible.sbatch")
-    asked = [f"--job-name={label(run.settings.name)}", f"--nodes={nodes}"]
+    asked = [f"--job-name={label(settings.name)}", f"--nodes={nodes}"]
     asked += [f"--gpus-per-node={processes}"] if processes else []
-    command = ["sbatch", "--parsable", *asked, *run.options.option, str(script), *run.arguments]
-    if run.options.dry_run:
+    command = ["sbatch", "--parsable", *asked, *options.option, str(script), *options.arguments]
+    if options.dry_run:
         print(f"# {_with_environment(command)}\n{script.read_text(encoding='utf-8')}", end="")
     else:
         print(_answer(command))
@@ -85,23 +75,30 @@ def _with_environment(command: list[str]) -> str:
     return shlex.join([f"SA3DIST_PYTHON={os.environ['SA3DIST_PYTHON']}", *command])
 
 
-def kubernetes(run: Submission) -> None:
+def kubernetes(settings: Settings, options: argparse.Namespace) -> None:
     """Apply the settings as a ConfigMap, and a Job, or a JobSet where there are several nodes."""
-    typed = config.read_arguments(run.arguments)
+    typed = config.read_arguments(options.arguments)
     for key in ("output_dir", "work_dir"):
         if str(typed.get(key) or "").startswith("~"):
             raise ConfigError(f"{key}: {typed[key]} is a home of this machine; give its path in the pod, below /data")
-        if not Path(getattr(run.settings, key)).is_absolute():
-            raise ConfigError(f"{key}: {getattr(run.settings, key)} is relative; give its path in the pod, below /data")
-    documents = [_config_map(run), _job(run) if run.options.nodes == 1 else _job_set(run)]
+        if not Path(getattr(settings, key)).is_absolute():
+            raise ConfigError(f"{key}: {getattr(settings, key)} is relative; give its path in the pod, below /data")
+    documents = [
+        _config_map(settings, options),
+        _job(settings, options) if options.nodes == 1 else _job_set(settings, options),
+    ]
     text = yaml.safe_dump_all(documents, sort_keys=False, width=120)
-    if run.options.dry_run:
+    if options.dry_run:
         print(text, end="")
     else:
-        print(_answer(["kubectl", "apply", *run.options.option, "--filename=-"], text))
+        print(_answer(["kubectl", "apply", *options.option, "--filename=-"], text))
 
 
-BACKENDS: dict[str, Callable[[Submission], None]] = {"local": local, "slurm": slurm, "kubernetes": kubernetes}
+BACKENDS: dict[str, Callable[[Settings, argparse.Namespace], None]] = {
+    "local": local,
+    "slurm": slurm,
+    "kubernetes": kubernetes,
+}
 ARGUMENTS = {
     "arguments": {"nargs": "+", "metavar": "CONFIG.yaml|REQUEST.json|key=value", "help": "as for sa3dist train"},
     "--backend": {"required": True, "choices": BACKENDS},
@@ -134,52 +131,52 @@ def label(name: str) -> str:
     return kept if kept[:1].isalpha() else f"run-{kept}".strip("-")
 
 
-def _config_map(run: Submission) -> dict[str, Any]:
-    values = config.read_arguments(run.arguments) | {
-        key: str(getattr(run.settings, key)) for key in ("output_dir", "work_dir")
+def _config_map(settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
+    values = config.read_arguments(options.arguments) | {
+        key: str(getattr(settings, key)) for key in ("output_dir", "work_dir")
     }
-    name = f"{label(run.settings.name)}-config"
+    name = f"{label(settings.name)}-config"
     text = yaml.safe_dump(values, sort_keys=False)
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {"config.yaml": text}}
 
 
-def _template(file: str, run: Submission) -> dict[str, Any]:
+def _template(file: str, settings: Settings) -> dict[str, Any]:
     template = yaml.safe_load(launch_file(f"kubernetes/{file}").read_text(encoding="utf-8"))
-    template["metadata"]["name"] = label(run.settings.name)
+    template["metadata"]["name"] = label(settings.name)
     return template
 
 
-def _job(run: Submission) -> dict[str, Any]:
-    job = _template("job.yaml", run)
-    container = _fill_pod(job["spec"]["template"]["spec"], run)
-    if run.options.processes:
+def _job(settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
+    job = _template("job.yaml", settings)
+    container = _fill_pod(job["spec"]["template"]["spec"], settings, options)
+    if options.processes:
         at = next(i for i, word in enumerate(container["command"]) if word.startswith("--nproc-per-node="))
-        container["command"][at] = f"--nproc-per-node={run.options.processes}"
+        container["command"][at] = f"--nproc-per-node={options.processes}"
     return job
 
 
-def _job_set(run: Submission) -> dict[str, Any]:
-    job_set = _template("jobset.yaml", run)
+def _job_set(settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
+    job_set = _template("jobset.yaml", settings)
     job = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]
-    job["completions"] = job["parallelism"] = run.options.nodes
+    job["completions"] = job["parallelism"] = options.nodes
     name = job_set["metadata"]["name"]
-    changes = {"PET_NNODES": str(run.options.nodes), "PET_MASTER_ADDR": f"{name}-node-0-0.{name}"}
-    if run.options.processes:
-        changes["PET_NPROC_PER_NODE"] = str(run.options.processes)
-    for variable in _fill_pod(job["template"]["spec"], run)["env"]:
+    changes = {"PET_NNODES": str(options.nodes), "PET_MASTER_ADDR": f"{name}-node-0-0.{name}"}
+    if options.processes:
+        changes["PET_NPROC_PER_NODE"] = str(options.processes)
+    for variable in _fill_pod(job["template"]["spec"], settings, options)["env"]:
         if variable["name"] in changes:
             variable["value"] = changes[variable["name"]]
     return job_set
 
 
-def _fill_pod(pod: dict[str, Any], run: Submission) -> dict[str, Any]:
+def _fill_pod(pod: dict[str, Any], settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
     """Put this run's image, GPUs, volume, settings and directory into a pod; its container."""
     container = pod["containers"][0]
-    container["image"] = run.options.image
-    if run.options.processes:
-        container["resources"]["limits"]["nvidia.com/gpu"] = run.options.processes
-    container["livenessProbe"]["exec"]["command"][2:] = [str(run.settings.output_dir)]
+    container["image"] = options.image
+    if options.processes:
+        container["resources"]["limits"]["nvidia.com/gpu"] = options.processes
+    container["livenessProbe"]["exec"]["command"][2:] = [str(settings.output_dir)]
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
-    volumes["data"]["persistentVolumeClaim"]["claimName"] = run.options.volume
-    volumes["config"]["configMap"]["name"] = f"{label(run.settings.name)}-config"
+    volumes["data"]["persistentVolumeClaim"]["claimName"] = options.volume
+    volumes["config"]["configMap"]["name"] = f"{label(settings.name)}-config"
     return container

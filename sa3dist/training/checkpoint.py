@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 
 from sa3dist.errors import CheckpointError
-from sa3dist.formats import file_sha256, fsync_directory
+from sa3dist.formats import atomic_directory, atomic_path, file_sha256
 
 log = logging.getLogger(__name__)
 
@@ -57,37 +56,24 @@ def save(output_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
     Checkpoints of later steps are dropped too: they are damaged, or of a course this run has left.
     """
     target = path_of(output_dir, checkpoint.step)
-    target.parent.mkdir(parents=True, exist_ok=True)
     for leftover in target.parent.glob(".step-*"):
         # A killed save left it: only this process writes here.
         shutil.rmtree(leftover)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    moments = {f"{moment}/{name}": t for moment, means in checkpoint.moments.items() for name, t in means.items()}
     try:
-        # Bytes written by Python: a full disk is then an OSError that names the file.
-        (temporary / ADAPTER_NAME).write_bytes(serialize(checkpoint.adapters))
-        moments = {f"{moment}/{name}": t for moment, means in checkpoint.moments.items() for name, t in means.items()}
-        (temporary / MOMENTS_NAME).write_bytes(serialize(moments))
-        digests = {name: file_sha256(temporary / name) for name in (ADAPTER_NAME, MOMENTS_NAME)}
-        body = {"version": CHECKPOINT_VERSION, **checkpoint.state, "files": digests}
-        text = json.dumps({**body, "digest": _digest_of_state(body)}, indent=2)
-        (temporary / STATE_NAME).write_text(text, encoding="utf-8")
-        for name in (ADAPTER_NAME, MOMENTS_NAME, STATE_NAME):
-            with (temporary / name).open("rb") as written:
-                os.fsync(written.fileno())
-        # mkdtemp makes the directory private; results are for everyone the umask allows.
-        temporary.chmod(0o755)
-        aside = temporary.with_suffix(".old")
-        if target.exists():
-            os.replace(target, aside)
-        os.replace(temporary, target)
-        shutil.rmtree(aside, ignore_errors=True)
-        fsync_directory(target.parent)
+        with atomic_directory(target) as temporary:
+            # Bytes written by Python: a full disk is then an OSError that names the file.
+            for name, tensors in ((ADAPTER_NAME, checkpoint.adapters), (MOMENTS_NAME, moments)):
+                with atomic_path(temporary / name) as file:
+                    file.write_bytes(serialize(tensors))
+            digests = {name: file_sha256(temporary / name) for name in (ADAPTER_NAME, MOMENTS_NAME)}
+            body = {"version": CHECKPOINT_VERSION, **checkpoint.state, "files": digests}
+            with atomic_path(temporary / STATE_NAME) as file:
+                file.write_text(json.dumps({**body, "digest": _digest_of_state(body)}, indent=2), encoding="utf-8")
     except OSError as error:
         # A failed write, unlike a failed open, does not say where.
         error.filename = error.filename or str(target)
         raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     everything = list_all(output_dir)
     position = everything.index(target)
     for stale in everything[:position] + everything[position + keep :]:

@@ -1,7 +1,5 @@
 """Streaming mode: micro batches from shards too many to index, drawn by slot as always, continued at saved cursors."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
@@ -42,6 +40,7 @@ from sa3dist.errors import SA3DistError
 from sa3dist.flow.crops import polarity_of_slot
 from sa3dist.formats import ClipEntry
 from sa3dist.model.base import Base
+from sa3dist.model.packing import TensorFields
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ class StreamedClips(EncodedClips):
 
 
 @dataclasses.dataclass
-class Handed:
+class Handed(TensorFields):
     """What a worker hands over: a micro batch, or decoded clips still to be encoded; and its cursor after that.
 
     repeated   clips of it that the set has given before
@@ -88,11 +87,6 @@ class Handed:
     cursor: StreamCursor
     repeated: int
     content: MicroBatch | list[Decoded]
-
-    def pin_memory(self) -> Handed:
-        if not isinstance(self.content, MicroBatch):
-            return self
-        return dataclasses.replace(self, content=self.content.pin_memory())
 
 
 class StreamedBatches(IterableDataset):

@@ -172,8 +172,6 @@ class Downloads:
         except BaseException as failure:
             if not versioned or isinstance(failure, DataError):
                 part.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                self._directory.rmdir()
             raise
 
     def _folder(self, system: AbstractFileSystem, path: str, source: str) -> Path:
