@@ -120,9 +120,14 @@ def fsync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, value) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Put a file at ``path`` that is read as it was or as it is to be, never in between; text in UTF-8."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, value) -> None:
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def digest_of(*parts: str | bytes) -> str:
@@ -242,8 +247,14 @@ class DatasetIndex:
             f'{{"version": {INDEX_VERSION}, "digest": {json.dumps(self.digest)}, "clips": [\n{clips}\n],\n'
             f"{json.dumps(rest, ensure_ascii=False)[1:-1]}"
         )
-        with atomic_path(self.directory / INDEX_NAME) as temporary:
-            temporary.write_bytes(sealed(body))
+        write_whole(self.directory / INDEX_NAME, sealed(body))
+
+    @classmethod
+    def find(cls, directory: Path) -> DatasetIndex | None:
+        """As ``read``, or None where there is no index that could be read."""
+        with contextlib.suppress(DataError):
+            return cls.read(directory)
+        return None
 
     @classmethod
     def read(cls, directory: Path) -> DatasetIndex:

@@ -15,7 +15,7 @@ from sa3dist.data.batches.worker_shards import RankCursors
 from sa3dist.data.source.archive import check_local
 from sa3dist.data.source.build import Measure
 from sa3dist.errors import CheckpointError, ConfigError, counted
-from sa3dist.formats import DatasetIndex, atomic_path
+from sa3dist.formats import DatasetIndex, write_whole
 from sa3dist.model.base import Base
 from sa3dist.parallel import zero_config
 from sa3dist.runtime.liveness import PREPARATION_SECONDS
@@ -85,20 +85,17 @@ class Run:
 
         measure   as in ``build_shards``
         """
-        self._enter("shard")
-        self.startup.begin("check_clips")
+        self._enter("shard", "check_clips")
         return shard.open_dataset(self.settings, self.group, self.stop, measure)
 
     def encode(self, base: Base, index: DatasetIndex, everything: bool = False) -> BatchSource:
         """Stage two. everything: encode all clips now, whatever ``pre_encode`` says."""
-        self._enter("encode")
-        self.startup.begin("encode")
+        self._enter("encode", "encode")
         return encode.open_encoded(self.settings, base, index, self.group, self.stop, everything)
 
     def prepare(self, base: Base, source: BatchSource) -> None:
         """Make the trainer: as the newest good checkpoint left it, or fresh."""
-        self._enter("prepare")
-        self.startup.begin("prepare")
+        self._enter("prepare", "prepare")
         settings, group = self.settings, self.group
         base_sha256 = main_process_first(group, "base-digest", base.weights_digest, self.stop)
         identity = resume.identity(
@@ -146,8 +143,7 @@ class Run:
         settings, group, work = self.settings, self.group, self.trainer.plan
         if not group.is_main:
             return
-        with atomic_path(settings.output_dir / "run.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(settings.as_dict(), sort_keys=False), encoding="utf-8")
+        write_whole(settings.output_dir / "run.yaml", yaml.safe_dump(settings.as_dict(), sort_keys=False))
         log.info(
             "training %s of %s (batch_size %d x %s x %d accumulated), crops of %.1f s%s%s",
             counted(work.steps, "step"),
@@ -162,13 +158,15 @@ class Run:
             f", continuing after step {self._saved_step}" if self._saved_step else "",
         )
 
-    def _enter(self, stage: str) -> None:
+    def _enter(self, stage: str, part: str | None = None) -> None:
+        """part: of the start, where the stage is one; ``open_base`` tells its own parts."""
+        if part is not None:
+            self.startup.begin(part)
         self.group.liveness.enter(stage, max(PREPARATION_SECONDS, self.settings.step_timeout))
 
     def export(self, base: Base) -> None:
         """Stage four on rank 0: the adapter file, config.json and result.json."""
-        self._enter("export")
-        self.startup.begin("export")
+        self._enter("export", "export")
         description = {**self.trainer.description(), "startup_seconds": self.startup.seconds}
         # On every rank: in some modes each of them holds a part.
         tensors = self.trainer.engine.adapters()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from sa3dist.errors import counted, span
-from sa3dist.formats import atomic_path
+from sa3dist.formats import write_whole
 from sa3dist.inspection.clip import InspectedClip
 from sa3dist.inspection.report import Report
 
@@ -37,8 +37,7 @@ svg{display:block;width:100%;max-width:720px;height:auto;background:#f6f7fb}svg 
 
 def write_html(report: Report, path: Path) -> None:
     """Write the report to ``path``, atomically."""
-    with atomic_path(Path(path)) as temporary:
-        temporary.write_text(render(report), encoding="utf-8")
+    write_whole(Path(path), render(report))
 
 
 def render(report: Report) -> str:

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from sa3dist.formats import atomic_path, digest_of, is_sealed, sealed
+from sa3dist.formats import digest_of, is_sealed, sealed, write_whole
 
 # A file changed so short a time ago could change again without its time of change showing it.
 SETTLED_SECONDS = 2.0
@@ -56,8 +56,7 @@ class KeptDigests:
         if settled and _state_of(path) == state:
             record = self._record_of(state)
             body = json.dumps({**state, "digests": {**_read(record, state), what: digest}})
-            with atomic_path(record) as temporary:
-                temporary.write_bytes(sealed(body.removesuffix("}")))
+            write_whole(record, sealed(body.removesuffix("}")))
         return digest
 
 

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from sa3dist.errors import CheckpointError, EnvironmentFailure
-from sa3dist.formats import atomic_path
+from sa3dist.formats import atomic_path, write_whole
 
 COPY_BYTES = 16 << 20
 # The format's names of the number formats a weight may be stored in.
@@ -24,8 +24,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
     # Sorted: safetensors writes the metadata in an order that changes from run to run.
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     # Not save_file: it replaces the temporary by a file that only its owner can read.
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(_header_bytes(header) + data.read())
+    write_whole(path, _header_bytes(header) + data.read())
 
 
 def rewrite_checkpoint(

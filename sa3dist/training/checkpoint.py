@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 
 from sa3dist.errors import CheckpointError
-from sa3dist.formats import atomic_directory, atomic_path, file_sha256
+from sa3dist.formats import atomic_directory, file_sha256, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +64,10 @@ def save(output_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
         with atomic_directory(target) as temporary:
             # Bytes written by Python: a full disk is then an OSError that names the file.
             for name, tensors in ((ADAPTER_NAME, checkpoint.adapters), (MOMENTS_NAME, moments)):
-                with atomic_path(temporary / name) as file:
-                    file.write_bytes(serialize(tensors))
+                write_whole(temporary / name, serialize(tensors))
             digests = {name: file_sha256(temporary / name) for name in (ADAPTER_NAME, MOMENTS_NAME)}
             body = {"version": CHECKPOINT_VERSION, **checkpoint.state, "files": digests}
-            with atomic_path(temporary / STATE_NAME) as file:
-                file.write_text(json.dumps({**body, "digest": _digest_of_state(body)}, indent=2), encoding="utf-8")
+            write_whole(temporary / STATE_NAME, json.dumps({**body, "digest": _digest_of_state(body)}, indent=2))
     except OSError as error:
         # A failed write, unlike a failed open, does not say where.
         error.filename = error.filename or str(target)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sa3dist.formats import atomic_path
+from sa3dist.formats import write_whole
 from sa3dist.training.memory import memory_figures
 
 if TYPE_CHECKING:
@@ -45,8 +45,7 @@ class MetricsFile:
     def __init__(self, output_dir: Path, resumed_from: int | None) -> None:
         self._path = Path(output_dir) / METRICS_NAME
         kept = _rows_up_to(self._path, resumed_from or 0)
-        with atomic_path(self._path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+        write_whole(self._path, "".join(kept))
 
     def write(self, row: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 from sa3dist.data.batches.worker_shards import StreamCursor, WorkerShards
 from sa3dist.data.latents.shards import FLIPPED, LATENTS, MEND, PROMPT, SHARD_INDEX_VERSION, Encoders
-from sa3dist.data.remote.download import download, remote_info
-from sa3dist.data.remote.fetch import filesystem, is_remote, redacted
+from sa3dist.data.remote.download import download
+from sa3dist.data.remote.fetch import is_remote, look_up, redacted
 from sa3dist.data.source.audio import check_audio
 from sa3dist.data.source.captions import caption_text
 from sa3dist.data.source.containers import TAR_FAULTS, short_reason
@@ -138,8 +138,7 @@ class ShardSource:
         remove_stale(scratch.parent.glob("*.part"))
         scratch.unlink(missing_ok=True)
         try:
-            system, path = filesystem(url)
-            info = remote_info(system, path, redacted(url), should_stop)
+            system, path, info = look_up(url, should_stop)
             download(system, path, info, scratch, redacted(url), self.max_bytes, should_stop)
             with scratch.open("rb") as tar:
                 yield tar

@@ -20,7 +20,7 @@ from sa3dist.data.remote.ranges import RemoteFile
 from sa3dist.data.source.index_check import clip_fault, is_digest, is_whole
 from sa3dist.data.source.tar_writer import member_stem, new_tar
 from sa3dist.errors import DataError, EnvironmentFailure, printable
-from sa3dist.formats import ClipEntry, ShardEntry, atomic_path, is_sealed, sealed
+from sa3dist.formats import ClipEntry, ShardEntry, is_sealed, sealed, write_whole
 
 SHARD_PREFIX = "latents-"
 SHARD_INDEX_VERSION = 1
@@ -107,8 +107,7 @@ class LatentShard:
             json.dumps({**vars(found.clip), "places": found.places}, ensure_ascii=False) for found in self.clips
         )
         body = f'{json.dumps(head, ensure_ascii=False)[:-1]}, "clips": [\n{clips}\n]'
-        with atomic_path(index_path(self.path)) as temporary:
-            temporary.write_bytes(sealed(body))
+        write_whole(index_path(self.path), sealed(body))
 
     @classmethod
     def read(cls, path: Path | RemoteFile, index: Path | None = None) -> LatentShard:

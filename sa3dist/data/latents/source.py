@@ -8,8 +8,7 @@ from pathlib import Path
 
 from sa3dist.data.latents.shards import MEND, SHARD_PREFIX, LatentShard
 from sa3dist.data.remote.disk_cache import ClipCache
-from sa3dist.data.remote.download import remote_info
-from sa3dist.data.remote.fetch import Downloads, address_name, filesystem, is_remote, redacted, split_query
+from sa3dist.data.remote.fetch import Downloads, address_name, filesystem, is_remote, look_up, redacted, split_query
 from sa3dist.data.remote.ranges import RemoteFile
 from sa3dist.data.source.archive import expand_braces, local_path, shards_on_top, tars_on_top
 from sa3dist.data.source.folders import FolderContainer
@@ -116,8 +115,7 @@ def fetch_latents(parts: list[str], work_dir: Path, should_stop: Callable[[], bo
         index = address.removesuffix(".tar") + ".json" + query
         if not is_remote(part):
             return str(local_path(part)), str(local_path(index)), 0
-        system, path = filesystem(part)
-        size = remote_info(system, path, redacted(part), should_stop).get("size") or 0
+        size = look_up(part, should_stop)[2].get("size") or 0
         if stays is None:
             stays = bool(size) and has_ranges(part, size, should_stop)
             if not stays:

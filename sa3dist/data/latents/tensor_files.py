@@ -10,12 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from sa3dist.errors import EnvironmentFailure
-from sa3dist.formats import atomic_path
+from sa3dist.formats import write_whole
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(pack_tensors(tensors))
+    write_whole(path, pack_tensors(tensors))
 
 
 def pack_tensors(tensors: dict[str, torch.Tensor]) -> bytes:

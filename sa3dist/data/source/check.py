@@ -104,11 +104,8 @@ def decoder(known: Known, measure: Measure | None = None, stats: Measured | None
 
 def earlier_indices(shards_dir: Path) -> list[DatasetIndex]:
     """Indexes of earlier runs. Damaged and outdated ones are ignored; their clips are decoded and written again."""
-    indices = []
-    for directory in sorted(path for path in shards_dir.glob("[0-9a-f]*") if path.is_dir()):
-        with contextlib.suppress(DataError):
-            indices.append(DatasetIndex.read(directory))
-    return indices
+    found = map(DatasetIndex.find, sorted(path for path in shards_dir.glob("[0-9a-f]*") if path.is_dir()))
+    return [index for index in found if index is not None]
 
 
 def known_facts(earlier: list[DatasetIndex]) -> Known:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from sa3dist.data.source.audio import AudioFacts
-from sa3dist.formats import atomic_path
+from sa3dist.formats import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +88,7 @@ def write_stats(work_dir: Path, measured: Measured) -> None:
     }
     metadata = {name: _digest(array) for name, array in arrays.items()} | {"version": VERSION}
     try:
-        with atomic_path(Path(work_dir) / NAME) as temporary:
-            temporary.write_bytes(save(arrays, metadata=metadata))
+        write_whole(Path(work_dir) / NAME, save(arrays, metadata=metadata))
     except OSError as error:
         log.warning("%s: the statistics of the clips are not kept (%s)", work_dir, error.strerror or error)
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 from sa3dist.data.remote.disk_cache import ClipCache
-from sa3dist.data.remote.download import remote_info, version_of
-from sa3dist.data.remote.fetch import MAX_TOTAL_BYTES, Downloads, address_name, filesystem, redacted
+from sa3dist.data.remote.download import version_of
+from sa3dist.data.remote.fetch import MAX_TOTAL_BYTES, Downloads, address_name, look_up, redacted
 from sa3dist.data.source.check import Known, checked_clips, decoder, earlier_indices, known_facts, raise_or_skip
 from sa3dist.data.source.containers import TarContainer
 from sa3dist.data.source.pairing import pair_members
@@ -77,8 +77,7 @@ def _sends_ranges(
     if found is not None:
         index, urls = found
         return not index.shards or has_ranges(urls[index.shards[0].name], index.shards[0].bytes, should_stop)
-    system, path = filesystem(tars[0])
-    size = remote_info(system, path, redacted(tars[0]), should_stop).get("size")
+    size = look_up(tars[0], should_stop)[2].get("size")
     return bool(size) and has_ranges(tars[0], size, should_stop)
 
 
@@ -88,15 +87,8 @@ def _publish(index: DatasetIndex, work_dir: Path) -> DatasetIndex:
     places = digest_of(*(f"{clip.shard} {clip.audio_offset}" for clip in index.clips))
     directory = work_dir / "shards" / f"{digest[:16]}-{places[:8]}"
     index = dataclasses.replace(index, directory=directory, digest=digest)
-
-    def there() -> bool:
-        try:
-            return DatasetIndex.read(directory) == index
-        except DataError:
-            return False
-
-    if not there():
-        with atomic_directory(directory, unless=there) as temporary:
+    if DatasetIndex.find(directory) != index:
+        with atomic_directory(directory, unless=lambda: DatasetIndex.find(directory) == index) as temporary:
             inside = dataclasses.replace(index, directory=temporary)
             inside.write()
             write_report(inside)
@@ -152,16 +144,13 @@ class _Reading:
 
     def _part(self, name: str, url: str, known: Known) -> DatasetIndex:
         """What is in one shard; ``skipped`` holds a line for each of its bad clips."""
-        system, path = filesystem(url)
-        version = version_of(remote_info(system, path, redacted(url), self._should_stop))
+        version = version_of(look_up(url, self._should_stop)[2])
         key = digest_of(name, redacted(url), json.dumps(version, sort_keys=True))
         kept = self._work_dir / "remote" / key[:16]
-        if version:
-            try:
-                return DatasetIndex.read(kept)
-            except DataError:
-                # Not read yet, or damaged: read again.
-                log.info("%s: reading it", redacted(url))
+        # Not read yet, or damaged: read again.
+        if version and (part := DatasetIndex.find(kept)) is not None:
+            return part
+        log.info("%s: reading it", redacted(url))
         refused = len(self._refusals)
         with self._downloads.borrowed(url) as local:
             part = self._checked(local, name, url, known)

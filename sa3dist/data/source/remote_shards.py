@@ -151,8 +151,7 @@ def has_ranges(url: str, file_bytes: int, should_stop: Callable[[], bool]) -> bo
 def check_sizes(index: DatasetIndex, urls: dict[str, str], should_stop: Callable[[], bool]) -> None:
     """Raises DataError when a shard is missing or has another length than the index says."""
     for shard in index.shards:
-        system, path = filesystem(urls[shard.name])
-        found = remote_info(system, path, redacted(urls[shard.name]), should_stop).get("size")
+        found = look_up(urls[shard.name], should_stop)[2].get("size")
         if found is not None and found != shard.bytes:
             raise DataError(
                 f"{redacted(urls[shard.name])}: {found} bytes, its index says {shard.bytes}; "

@@ -13,7 +13,16 @@ from pathlib import Path
 
 from sa3dist.data.source.tar_writer import member_stem
 from sa3dist.errors import counted, span
-from sa3dist.formats import NAMES_KEPT, ClipEntry, DatasetIndex, ShardEntry, atomic_path, digest_of, file_sha256
+from sa3dist.formats import (
+    NAMES_KEPT,
+    ClipEntry,
+    DatasetIndex,
+    ShardEntry,
+    atomic_path,
+    digest_of,
+    file_sha256,
+    write_whole,
+)
 
 log = logging.getLogger(__name__)
 
@@ -132,8 +141,7 @@ def describe(index: DatasetIndex) -> str:
 
 def write_report(index: DatasetIndex) -> None:
     """Put ``describe`` into the index's directory."""
-    with atomic_path(index.directory / REPORT_NAME) as temporary:
-        temporary.write_text(describe(index), encoding="utf-8")
+    write_whole(index.directory / REPORT_NAME, describe(index))
 
 
 def update_report(index: DatasetIndex) -> None:
