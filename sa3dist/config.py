@@ -69,7 +69,9 @@ def read_arguments(arguments: list[str], merged: dict[str, Any] | None = None) -
         setting = split_argument(argument)
         if setting is not None:
             key, text = setting
-            merged[key] = argument_value(key, text)
+            # ``null`` unsets what can be unset.
+            can_be_unset = key in Settings.model_fields and Settings.model_fields[key].default is None
+            merged[key] = None if can_be_unset and text in _NULLS else parse_value(key, text)
             continue
         try:
             merged.update(read_file(argument))
@@ -194,13 +196,6 @@ def split_argument(argument: str) -> tuple[str, str] | None:
     if not equals or (key not in Settings.model_fields and ("/" in key or os.path.exists(argument))):
         return None
     return key, text
-
-
-def argument_value(field: str, text: str) -> Any:
-    """The value of ``field=text`` on a command line. ``null`` and an empty text unset what can be unset."""
-    if field in Settings.model_fields and Settings.model_fields[field].default is None and text in _NULLS:
-        return None
-    return parse_value(field, text)
 
 
 def parse_value(field: str, text: str) -> Any:

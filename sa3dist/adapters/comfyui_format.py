@@ -80,8 +80,7 @@ def _row_scale(adapter: AdapterOnDisk, name: str) -> torch.Tensor:
     up, down = adapter.factors(name)
     after = before + adapter.scale * up @ down
     magnitude = adapter.trained(name)[adapter.kind.row_magnitude]
-    norms = (torch.linalg.vector_norm(value, dim=1) for value in (before, after))
-    before_O, after_O = norms
+    before_O, after_O = (torch.linalg.vector_norm(value, dim=1) for value in (before, after))
     # As in the effective weight, 1e-12 keeps a row that vanishes finite.
     scale = magnitude * (before_O + EPS) / (after_O + 1e-12)
     return scale.reshape((-1, 1, 1) if _is_convolution(name) else (-1, 1))

@@ -74,16 +74,15 @@ def show(report: Report) -> None:
     console.print(clips)
     if len(report.clips) > MAX_ROWS:
         console.print(f"and {counted(len(report.clips) - MAX_ROWS, 'more clip')}; --json or --html shows all")
-    for line in _skipped(report):
-        console.print(escape(f"skipped: {line}"), style="red", soft_wrap=True)
-    for line in report.duplicates():
-        console.print(escape(line), soft_wrap=True)
-    for kind in report.left_out:
-        console.print(escape(f"left out: {kind.line(most=MAX_ROWS)}"), style="yellow", soft_wrap=True)
-    if report.cut and report.cut.tokens:
-        console.print(escape(f"captions: {report.cut.line(most=MAX_ROWS)}"), style="yellow", soft_wrap=True)
-    for line in report.verdict:
-        console.print(escape(f"training would stop: {line}"), style="red", soft_wrap=True)
+    notes = [
+        *(("red", f"skipped: {line}") for line in _skipped(report)),
+        *((None, line) for line in report.duplicates()),
+        *(("yellow", f"left out: {kind.line(most=MAX_ROWS)}") for kind in report.left_out),
+        *(("yellow", f"captions: {cut.line(most=MAX_ROWS)}") for cut in [report.cut] if cut and cut.tokens),
+        *(("red", f"training would stop: {line}") for line in report.verdict),
+    ]
+    for style, line in notes:
+        console.print(escape(line), style=style, soft_wrap=True)
 
 
 def _skipped(report: Report) -> Iterator[str]:

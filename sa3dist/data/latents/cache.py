@@ -77,8 +77,6 @@ class EncodedClips:
         self.prompt_tokens: int = base.prompt_tokens
         self._latents_dir = Path(work_dir) / "latents"
         self._prompts_dir = Path(work_dir) / "prompts"
-        self._autoencoder = autoencoder_digest
-        self._text_encoder = text_encoder_digest
         self._silence_D2: torch.Tensor | None = None
         framing = self.sample_rate_hz, self.samples_per_frame, base.latent_channels, self.prompt_tokens
         encoders = Encoders(ENCODING_VERSION, autoencoder_digest, text_encoder_digest, *framing)
@@ -102,11 +100,11 @@ class EncodedClips:
             self.shards.add(shard)
 
     def latents_path(self, clip: ClipEntry, flipped: bool) -> Path:
-        name = digest_of(ENCODING_VERSION, self._autoencoder, clip.audio_sha256, str(flipped))
+        name = digest_of(ENCODING_VERSION, self.shards.encoders.autoencoder, clip.audio_sha256, str(flipped))
         return self._latents_dir / name[:2] / f"{name}.safetensors"
 
     def prompt_path(self, caption: str) -> Path:
-        name = digest_of(ENCODING_VERSION, self._text_encoder, str(self.prompt_tokens), caption)
+        name = digest_of(ENCODING_VERSION, self.shards.encoders.text_encoder, str(self.prompt_tokens), caption)
         return self._prompts_dir / name[:2] / f"{name}.safetensors"
 
     def has_latents(self, clip: ClipEntry, flipped: bool) -> bool:

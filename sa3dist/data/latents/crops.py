@@ -61,7 +61,8 @@ class EncodedCrops(EncodedClips):
 
     def crop_path(self, clip: ClipEntry, flipped: bool, start: int) -> Path:
         place = f"{start}+{self._limit}"
-        name = digest_of(ENCODING_VERSION, "crop", self._autoencoder, clip.audio_sha256, str(flipped), place)
+        encoder = self.shards.encoders.autoencoder
+        name = digest_of(ENCODING_VERSION, "crop", encoder, clip.audio_sha256, str(flipped), place)
         return self._latents_dir / name[:2] / f"{name}.safetensors"
 
     def latents(self, clip: ClipEntry, flipped: bool) -> CropLatents:

@@ -106,10 +106,9 @@ def fetch_latents(parts: list[str], work_dir: Path, should_stop: Callable[[], bo
     Remote shards stay where they are, unless their server sends whole files only, which is said: then they come too.
     Raises DataError when one is missing (nothing fetched then stays), EnvironmentFailure when the network fails.
     """
-    downloads = Downloads(Path(work_dir) / "downloads", should_stop, max_bytes)
     stays: bool | None = None
 
-    def placed(part: str) -> Paths:
+    def placed(part: str, downloads: Downloads) -> Paths:
         nonlocal stays
         address, query = split_query(part)
         index = address.removesuffix(".tar") + ".json" + query
@@ -123,11 +122,8 @@ def fetch_latents(parts: list[str], work_dir: Path, should_stop: Callable[[], bo
         tar, size = (part, size) if stays and size else (str(downloads.fetch(part)), 0)
         return tar, str(downloads.fetch(index)), size
 
-    try:
-        return [placed(part) for part in parts]
-    except DataError:
-        downloads.forget()
-        raise
+    with Downloads(Path(work_dir) / "downloads", should_stop, max_bytes) as downloads:
+        return [placed(part, downloads) for part in parts]
 
 
 def read_latents(

@@ -116,10 +116,14 @@ class Downloads:
         self.fetched.append(local)
         return local
 
-    def forget(self) -> None:
-        """Remove everything fetched, for a source that is refused."""
-        for path in self.fetched:
-            self.release(path)
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Remove everything fetched where the block has refused the source, with DataError."""
+        if kind is not None and issubclass(kind, DataError):
+            for path in self.fetched:
+                self.release(path)
 
     def release(self, path: Path) -> None:
         """Remove what ``fetch`` returned."""

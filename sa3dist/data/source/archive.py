@@ -33,8 +33,7 @@ def open_container(
     outputs   where this run will write: refused where it holds clips of the source
     Raises DataError when the source is missing, of no known kind, or hostile as a whole.
     """
-    downloads = Downloads(Path(work_dir) / "downloads", should_stop, max_download_bytes)
-    try:
+    with Downloads(Path(work_dir) / "downloads", should_stop, max_download_bytes) as downloads:
         paths = [downloads.fetch(part) if is_remote(part) else local_path(part) for part in expand_braces(source)]
         for directory in outputs:
             for path in paths:
@@ -44,9 +43,6 @@ def open_container(
             if container.own:
                 container.left_out[OWN] = [_with_sounds(paths[0], name) for name in container.own]
             yield container
-    except DataError:
-        downloads.forget()
-        raise
 
 
 def expand_braces(source: str) -> list[str]:

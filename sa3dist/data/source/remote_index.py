@@ -16,7 +16,6 @@ from sa3dist.data.source.containers import TarContainer
 from sa3dist.data.source.pairing import pair_members
 from sa3dist.data.source.remote_shards import RemoteShards, check_sizes, find_index, has_ranges, tars_of
 from sa3dist.data.source.shard_split import write_report
-from sa3dist.errors import DataError
 from sa3dist.formats import ClipEntry, DatasetIndex, LeftOut, ShardEntry, atomic_directory, dataset_digest, digest_of
 
 log = logging.getLogger(__name__)
@@ -122,7 +121,7 @@ class _Reading:
         clips: list[ClipEntry] = []
         shards: list[ShardEntry] = []
         left_out: list[LeftOut] = []
-        try:
+        with self._downloads:
             for done, (name, url) in enumerate(self._urls.items(), 1):
                 part = self._part(name, url, known)
                 clips += part.clips
@@ -134,9 +133,6 @@ class _Reading:
                 report(done, len(self._urls))
             kinds = _united(left_out)
             skipped = raise_or_skip(self._label, self._refusals, self._problems, len(clips), *limits, kinds)
-        except DataError:
-            self._downloads.forget()
-            raise
         filled = {clip.shard for clip in clips}
         shards = [shard for shard in shards if shard.name in filled]
         index = DatasetIndex(self._work_dir, "", _unique(clips), skipped, tuple(shards), left_out=kinds)

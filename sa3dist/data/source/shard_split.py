@@ -114,6 +114,8 @@ def describe(index: DatasetIndex) -> str:
     clips = index.clips
     seconds = [clip.seconds for clip in clips]
     words = [len(clip.caption.split()) for clip in clips]
+    held = Counter(clip.shard for clip in clips)
+    first = {clip.shard: clip.key for clip in reversed(clips)}
     spread = f"{min(seconds):.2f} to {max(seconds):.2f} s, median {statistics.median(seconds):.2f} s"
     lines = [
         f"data set     {index.digest}",
@@ -129,13 +131,8 @@ def describe(index: DatasetIndex) -> str:
         *(f"  {kind.line(most=NAMES_KEPT)}" for kind in index.left_out),
         "",
         "shard                   bytes  clips  first",
+        *(f"{shard.name} {shard.bytes:>12} {held[shard.name]:>6}  {first[shard.name]}" for shard in index.shards),
     ]
-    held: dict[str, list[str]] = {}
-    for clip in clips:
-        held.setdefault(clip.shard, []).append(clip.key)
-    for shard in index.shards:
-        keys = held[shard.name]
-        lines.append(f"{shard.name} {shard.bytes:>12} {len(keys):>6}  {keys[0]}")
     return "\n".join(lines) + "\n"
 
 
