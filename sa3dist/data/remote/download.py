@@ -1,19 +1,16 @@
 """Download one remote file: resume it, retry with growing pauses, and never mix two versions of it."""
 
-from __future__ import annotations
-
 import html
 import logging
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+from fsspec import AbstractFileSystem
 
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted, SA3DistError, printable
-
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
 
 log = logging.getLogger(__name__)
 

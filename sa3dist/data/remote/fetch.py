@@ -1,7 +1,5 @@
 """Download remote sources (any fsspec URL) into the work directory, each version of a file once."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -10,15 +8,15 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import fsspec
+from fsspec import AbstractFileSystem
 
 from sa3dist.data.remote.download import CONNECT_SECONDS, SILENT_SECONDS, download, remote_info, version_of
 from sa3dist.errors import DataError, Interrupted
 from sa3dist.formats import digest_of, file_sha256, fsync_directory, write_json
 from sa3dist.runtime.file_lock import alone
-
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
 
 # An hour of 24-bit stereo at 48 kHz is 1.04e9 bytes; the longest clip a model sees is 380 s.
 MAX_MEMBER_BYTES = 1 << 30
@@ -229,8 +227,6 @@ def filesystem(source: str) -> tuple[AbstractFileSystem, str]:
 
     Raises DataError when the package for it is missing, the scheme is unknown, or an address or a proxy cannot be.
     """
-    import fsspec
-
     scheme = source.split("://", 1)[0].lower()
     try:
         if scheme in ("http", "https"):
@@ -247,7 +243,6 @@ def filesystem(source: str) -> tuple[AbstractFileSystem, str]:
 
 def _web(source: str, scheme: str) -> tuple[AbstractFileSystem, str]:
     import aiohttp
-    import fsspec
 
     from sa3dist.data.remote.http_request import BoundedResponse, Request, as_sent, proxy_for
 

@@ -1,21 +1,16 @@
 """Read a range of a remote file, with smaller requests where connections break, never more than was asked for."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+
+from fsspec import AbstractFileSystem
 
 from sa3dist.data.remote.disk_cache import ClipCache
 from sa3dist.data.remote.download import Attempts, persist
 from sa3dist.data.remote.fetch import filesystem, redacted
 from sa3dist.errors import EnvironmentFailure
-
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
-
 
 log = logging.getLogger(__name__)
 
