@@ -33,9 +33,8 @@ class InspectedClip:
         values = {name: getattr(self, name) for name in ("key", "extension", "bytes", "audio_sha256", "caption")}
         if self.facts and self.stats:
             values |= dataclasses.asdict(self.facts) | {"seconds": self.seconds}
-            for name in SCALARS:
-                value = getattr(self.stats, name)
-                values[name] = None if value == -np.inf else round(value, 3)
+            measured = {name: getattr(self.stats, name) for name in SCALARS}
+            values |= {name: None if value == -np.inf else round(value, 3) for name, value in measured.items()}
         return values | {"treatment": self.treatment, "reason": self.reason}
 
     def cells(self) -> list[str]:

@@ -51,11 +51,10 @@ def render(report: Report) -> str:
         f"<style>{_STYLE}</style><h1>{html.escape(report.source)}</h1>",
         f"<p>{summary['usable']} of {counted(summary['clips'], 'clip')} usable, {span(3600 * summary['hours'])}; "
         f"training crops to {report.crop_seconds:.1f} s.</p>",
+        *(f"<p class=bad>{html.escape(line)}</p>" for line in report.verdict),
+        *(f"<p class=bad>left out: {html.escape(kind.line(most=MAX_NAMES))}</p>" for kind in report.left_out),
+        *(f"<p class=bad>{html.escape(cut.line(most=MAX_NAMES))}</p>" for cut in [report.cut] if cut and cut.tokens),
     ]
-    parts += [f"<p class=bad>{html.escape(line)}</p>" for line in report.verdict]
-    parts += [f"<p class=bad>left out: {html.escape(kind.line(most=MAX_NAMES))}</p>" for kind in report.left_out]
-    if report.cut and report.cut.tokens:
-        parts.append(f"<p class=bad>{html.escape(report.cut.line(most=MAX_NAMES))}</p>")
     usable = report.usable
     if usable:
         edges, counts = report.length_histogram()
@@ -66,13 +65,13 @@ def render(report: Report) -> str:
             parts += ["<h2>Integrated loudness</h2>", bars(counts.tolist(), edges.tolist(), "LUFS (ITU-R BS.1770-4)")]
     if duplicates := report.duplicates():
         parts += ["<h2>Duplicates</h2><ul>", *(f"<li>{html.escape(line)}</li>" for line in duplicates), "</ul>"]
-    parts.append(
+    parts += [
         "<h2>Clips</h2><div class=wide><table>"
         "<tr><th>clip<th>spectrogram<th>s<th>Hz<th>ch<th>LUFS<th>peak dBFS<th>silent<th>clipped"
-        "<th>caption<th>training</tr>"
-    )
-    parts += [_row(clip, number < MAX_PICTURES) for number, clip in enumerate(report.clips)]
-    parts.append("</table></div>")
+        "<th>caption<th>training</tr>",
+        *(_row(clip, number < MAX_PICTURES) for number, clip in enumerate(report.clips)),
+        "</table></div>",
+    ]
     if len(report.clips) > MAX_PICTURES:
         parts.append(f"<p>Pictures of the first {MAX_PICTURES} clips only.</p>")
     return "\n".join([*parts, "</html>\n"])
