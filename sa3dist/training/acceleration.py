@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 def choose_acceleration(trainer: Trainer, settings: Settings, frames: int) -> None:
     """Decide for this device, this run's length and its longest crop; each choice of ``auto`` is logged.
 
-    settings   batch_size, gradient_checkpointing, mixed_precision, compile, deterministic, cuda_graphs, work_dir
+    settings   batch_size, gradient_checkpointing, mixed_precision, compile, deterministic, cuda_graphs
     Raises ConfigError when told to compile without a compiler.
     """
     base, group, plan = trainer.base, trainer.group, trainer.plan

@@ -32,19 +32,21 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def open_base(settings: Settings, group: Group, stop: StopRequest, startup: Startup) -> tuple[Base, str | None]:
     """The base with its adapters, and the digest of the file they were started from (None for fresh ones).
 
-    If one rank fails, at loading, at singular bases or at attaching, all ranks raise its error.
+    If one rank fails, at loading, at singular bases or at attaching, all ranks raise its error. Raises ConfigError when told
+    to compile without a compiler.
     """
-    if group.device.type == "cuda":
-        # Before the first kernel is compiled.
+    on_gpu = group.device.type == "cuda"
+    # Before the first kernel is compiled.
+    if on_gpu:
         keep_kernels_in(settings.work_dir.resolve() / "kernels")
-    keep_compiled_in(settings.work_dir.resolve() / "compiled")
-    startup.begin("load_base")
-    wants = settings.compile, group.device, settings.number_of_steps, settings.deterministic
-    compiles = group.device.type == "cuda" and wants_compile(*wants)
-    # AdamW imports the first; both together take four seconds, for which reading the base leaves time.
-    with imported_beside("torch._dynamo", *(["torch._inductor.compile_fx"] if compiles else [])):
-        base = run_on_all_ranks(group, "base", lambda: _load(settings, group.device), stop)
+    compiles = wants_compile(settings.compile, group.device, settings.number_of_steps, settings.deterministic)
     if compiles:
+        keep_compiled_in(settings.work_dir.resolve() / "compiled")
+    startup.begin("load_base")
+    # AdamW imports the first; both together take four seconds, for which reading the base leaves time.
+    with imported_beside("torch._dynamo", *(["torch._inductor.compile_fx"] if compiles and on_gpu else [])):
+        base = run_on_all_ranks(group, "base", lambda: _load(settings, group.device), stop)
+    if compiles and on_gpu:
         start_compile_workers()
     if group.is_main:
         # A thread hashes it while the bases are found and the clips are checked.
