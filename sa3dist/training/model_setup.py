@@ -32,8 +32,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def open_base(settings: Settings, group: Group, stop: StopRequest, startup: Startup) -> tuple[Base, str | None]:
     """The base with its adapters, and the digest of the file they were started from (None for fresh ones).
 
-    If one rank fails, at loading, at singular bases or at attaching, all ranks raise its error. Raises ConfigError when told
-    to compile without a compiler.
+    If one rank fails, at loading, at singular bases or at attaching, all ranks raise its error. Raises ConfigError when
+    told to compile without a compiler.
     """
     on_gpu = group.device.type == "cuda"
     # Before the first kernel is compiled.
