@@ -138,7 +138,8 @@ class Side:
         self.zero, self.update = MAKERS[name](self)
         self.graphs = "off" if name == "baseline" else options.cuda_graphs
         # What the loop does for clips of any length where adapted weights are formed; the frozen model beside it too.
-        self.filled = name != "baseline" and obstacle_to(device, DTYPES[options.precision]) is None
+        formed = ADAPTER_PRODUCTS == "formed" or obstacle_to(device, DTYPES[options.precision]) is None
+        self.filled = name != "baseline" and formed
         self.compiled = name != "baseline" and wants_compile(options.compile, device, STEPS, False)
         if self.compiled and self.filled:
             compile_blocks(self.base.dit, "inductor")
