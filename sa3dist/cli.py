@@ -53,6 +53,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Run], None]]] = {
 PROGRAMS = {
     "inspect": ("look at a data set and what training would do with each clip", "sa3dist.inspection.text"),
     "plan": ("predict memory and time of a run, or find settings that fit", "sa3dist.commands.plan"),
+    "generate": ("make audio from prompts with a base and adapters", "sa3dist.commands.generate"),
     "merge": ("several adapters into one file, or adapters into a base", "sa3dist.commands.merge"),
     "submit": ("start a run on this machine, under Slurm or on Kubernetes", "sa3dist.commands.submit"),
 }

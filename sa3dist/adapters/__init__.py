@@ -5,14 +5,16 @@ from sa3dist.adapters.attach import (
     adapted_layers,
     adapter_parameters,
     attach_adapter,
+    bake_adapter,
     detach_adapter,
     effective_weight,
+    formed_once,
     set_strength,
 )
 from sa3dist.adapters.file import BASE_KEY, AdapterFile, read_adapter_file
 from sa3dist.adapters.select import candidate_layers, select
 from sa3dist.adapters.svd_bases import BasesCache
-from sa3dist.adapters.transfer import load_adapter, lora_config, save_adapter, warm_start
+from sa3dist.adapters.transfer import load_adapter, load_adapter_file, lora_config, save_adapter, warm_start
 
 __all__ = [
     "BASE_KEY",
@@ -22,10 +24,13 @@ __all__ = [
     "adapted_layers",
     "adapter_parameters",
     "attach_adapter",
+    "bake_adapter",
     "candidate_layers",
     "detach_adapter",
     "effective_weight",
+    "formed_once",
     "load_adapter",
+    "load_adapter_file",
     "lora_config",
     "read_adapter_file",
     "save_adapter",

@@ -1,9 +1,10 @@
 """Attach an adapter to a base model, reach its tensors and effective weights, detach it again."""
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from sa3dist_kernels import ADAPTER_TYPES, AdapterType
@@ -94,14 +95,44 @@ def attach_to(
         adapted[name] = AdaptedLayer(layers[name], config.kind, adapter, config.alpha / config.rank)
     for name, layer in adapted.items():
         replace_layer(base, name, layer)
-    base.adapter_config = config
+    base.adapter_config, base.formed_once = config, formed_once
 
 
 def detach_adapter(base: Base) -> None:
     """Put the frozen layers back. Does nothing where no adapter is attached."""
     for name, layer in adapted_layers(base).items():
         replace_layer(base, name, layer.original)
-    base.adapter_config = None
+    base.adapter_config, base.formed_once = None, contextlib.nullcontext
+
+
+@torch.no_grad()
+def bake_adapter(base: Base) -> None:
+    """Put W', at the strength set, in place of every adapted layer's frozen weight in memory, and detach the adapter.
+
+    Another adapter may then be attached: it acts on the result, as several do in the reference.
+    """
+    for layer in adapted_layers(base).values():
+        layer.weight.copy_(layer.effective_weight(layer.weight))
+    detach_adapter(base)
+
+
+@contextlib.contextmanager
+def formed_once(base: Base) -> Iterator[None]:
+    """While this is entered, every adapted layer multiplies with W' as its tensors and its strength are now.
+
+    W' has the frozen weight's format, as in the reference's inference; at strength 0 it is that weight. The layers keep
+    as many bytes more as their frozen weights have.
+    """
+    layers = list(adapted_layers(base).values())
+    try:
+        for layer in layers:
+            # The very memory at strength 0: what a CPU's product rounds to depends on how its operands are aligned.
+            off, weight = layer.strength == 0, layer.weight.detach()
+            layer.kept_weight = weight if off else layer.effective_weight(weight).to(weight.dtype)
+        yield
+    finally:
+        for layer in layers:
+            layer.kept_weight = None
 
 
 def adapted_layers(base: Base) -> dict[str, AdaptedLayer]:

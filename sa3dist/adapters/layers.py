@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+import torch.nn.functional as F
 from sa3dist_kernels import (
     AdapterType,
     FormedLayer,
@@ -69,6 +70,8 @@ class AdaptedLayer(nn.Module):
         # Set while W' is kept for whole optimiser steps: what the passes read, and the leaf that gets the raw sums.
         self.formed: FormedLayer | None = None
         self.sums: torch.Tensor | None = None
+        # Set by ``formed_once``: W' in the frozen weight's shape and format, which then alone is multiplied with.
+        self.kept_weight: torch.Tensor | None = None
         # In a tuple, because a module assigned as an attribute would be registered and name the weight twice.
         self._original = (layer,)
 
@@ -85,6 +88,9 @@ class AdaptedLayer(nn.Module):
         return dict(self.adapter.named_parameters(recurse=False))
 
     def forward(self, x):
+        if self.kept_weight is not None:
+            # As the frozen layer does it: with its own weight in this place the result is its own, bit for bit.
+            return (F.conv1d if self.channels_first else F.linear)(x, self.kept_weight, self.bias)
         if self.channels_first:
             return self._linear(x.transpose(1, 2)).transpose(1, 2)
         return self._linear(x)

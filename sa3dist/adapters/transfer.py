@@ -28,8 +28,12 @@ def load_adapter(base: Base, path: str | Path, strength: float = 1.0) -> None:
     are the file's. Raises CheckpointError when they are not, and for any missing, unexpected or misshapen tensor: the
     reference's own loader passes over these. ``base`` is as before when it raises.
     """
+    load_adapter_file(base, read_adapter_file(path), strength)
+
+
+def load_adapter_file(base: Base, file: AdapterFile, strength: float = 1.0) -> None:
+    """``load_adapter`` of a file that is read already."""
     check_strength(strength)
-    file = read_adapter_file(path)
     if adapted_layers(base):
         _require_agreement(base.adapter_config, file)
         require_tensors({key: value.shape for key, value in adapter_parameters(base).items()}, file)

@@ -68,16 +68,22 @@ def merge(options: argparse.Namespace) -> None:
 
 def read_weighted(argument: str) -> tuple[AdapterFile, float]:
     """An adapter file and its weight from ``FILE`` or ``FILE=WEIGHT``."""
+    path, weight = split_weight(argument)
+    return read_adapter_file(path), weight
+
+
+def split_weight(argument: str) -> tuple[str, float]:
+    """The path and the weight, 1 when left out. Raises ConfigError for a weight that is no finite number."""
     path, equals, text = argument.rpartition("=")
-    if not equals or os.path.isfile(argument):
-        return read_adapter_file(argument), 1.0
+    if not equals or os.path.exists(argument):
+        return argument, 1.0
     try:
         weight = float(text)
     except ValueError as error:
         raise ConfigError(f"{argument}: the weight {text!r} is not a number; expected FILE or FILE=WEIGHT") from error
     if not math.isfinite(weight):
         raise ConfigError(f"{argument}: the weight {text!r} is not a finite number")
-    return read_adapter_file(path), weight
+    return path, weight
 
 
 def describe(files: Sequence[tuple[AdapterFile, float]]) -> dict[str, str]:

@@ -5,6 +5,7 @@ Legend: B batch, C channels or conditioning width, N samples, D latent channels,
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ from sa3dist.model.conditioners import Conditioners
 from sa3dist.model.config import ModelConfig
 from sa3dist.model.dit import DiT, working_dtype
 from sa3dist.model.frequencies import expo_frequencies
+from sa3dist.model.generation import Generation
 from sa3dist.model.kept_digests import KeptDigests
 from sa3dist.model.packing import FilledPacking, Packing
 from sa3dist.model.same import Autoencoder, Decoder, Encoder
@@ -61,6 +63,8 @@ class Base(nn.Module):
         self.text_source = text_source
         self._text_encoder: TextEncoder | None = None
         self.kept_digests: KeptDigests | None = None
+        # An attached adapter puts its own here: while it is entered, W' is formed once instead of at every use.
+        self.formed_once: Callable[[Base], contextlib.AbstractContextManager] = contextlib.nullcontext
         with torch.device("meta"):
             self.model = wrapped(DiT(config.dit))
             self.conditioner = Conditioners(config)
@@ -276,6 +280,14 @@ class Base(nn.Module):
         last = prompt_embeds_BLC.shape[1] - 1
         equal = (prompt_length or last + 1) - last
         return self.dit(x_BDT, t_B, cross, embed, local, mask, (last, equal) if equal > 1 else None, packing)
+
+    def generate(
+        self, prompts: list[str], seconds: float, steps: int = 50, cfg_scale: float = 7.0, seed: int = 0
+    ) -> Tensor:
+        """Audio (B, C, int(seconds * rate)) of the prompts, float32 on the CPU, -1 .. 1: see ``Generation``."""
+        with self.formed_once(self):
+            made = Generation(seconds, steps, cfg_scale, seed).clips(self, list(enumerate(prompts)))
+            return torch.stack([audio_CN for _, audio_CN in made])
 
     def forward(self, *arguments, **keywords) -> Tensor:
         """``velocity``, for wrappers that call the module itself."""

@@ -153,9 +153,13 @@ class ShiftConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A whole diffusion model. ``source`` is the file it came from; ``sample_size`` is in samples per channel."""
+    """A whole diffusion model. ``source`` is the file it came from; ``sample_size`` is in samples per channel.
+
+    post_trained   sampled in few steps, each of which adds fresh noise; a base is integrated by Euler steps
+    """
 
     source: str
+    post_trained: bool
     sample_rate_hz: int
     sample_size: int
     audio_channels: int

@@ -160,6 +160,7 @@ def parse_model_config(value: dict, source: str) -> ModelConfig:
         shift = diffusion.child("distribution_shift_options").read(ShiftConfig, _SHIFT_OPTIONS)
     return ModelConfig(
         source=source,
+        post_trained=objective == "rf_denoiser",
         sample_rate_hz=root.number("sample_rate"),
         sample_size=root.number("sample_size"),
         audio_channels=autoencoder.patching.channels,

@@ -1,16 +1,20 @@
-"""Sampling from a base model: the inference schedule, guidance, and Euler steps from noise to latents.
+"""Sampling: the inference schedule, guidance, and the steps from noise to latents.
 
 Legend: B batch, C latent channels, T latent frames, S context tokens.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sa3dist.model.base import Base
+if TYPE_CHECKING:
+    from sa3dist.model.base import Base
 
 # Norm floors of the projection without and with a padding mask. Source: the reference's guidance.
 NORM_FLOOR = 1e-12
@@ -131,32 +135,57 @@ def euler(velocity: Callable[[Tensor, Tensor], Tensor], noise_BCT: Tensor, sched
     return x
 
 
+def ping_pong(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    noise_BCT: Tensor,
+    schedule: Tensor,
+    fresh_noise: Callable[[int], Tensor],
+) -> Tensor:
+    """From noise to latents with a post-trained model: after every step but the last its estimate is noised again.
+
+    fresh_noise   standard normals like ``noise_BCT`` for a step, counted from 1
+    """
+    x, times = noise_BCT, schedule.tolist()
+    for step, (now, then) in enumerate(zip(times[:-1], times[1:], strict=True), start=1):
+        x = x - now * velocity(x, x.new_full((len(x),), now))
+        if then:
+            x = (1 - then) * x + then * fresh_noise(step)
+    return x
+
+
 @torch.no_grad()
 def sample(
     base: Base,
-    noise_BDT: Tensor,
-    prompts: list[str],
-    seconds: list[float],
-    steps: int = 50,
-    guidance: Guidance | None = None,
-    negative_prompts: list[str] | None = None,
+    noise: Callable[[int], Tensor],
+    prompts: tuple[Tensor, Tensor],
+    seconds: float,
+    steps: int,
+    guidance: Guidance,
+    negative_prompts: tuple[Tensor, Tensor] | None = None,
     keep_BT: Tensor | None = None,
+    before_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Latents (B, D, T) for prompts, by Euler steps from the given noise; ``base.decode_latents`` makes them audio.
+    """Latents (B, D, T) for prompts; ``base.decode_latents`` makes them audio.
 
-    seconds   length of every item       keep_BT   True = valid frame, None = all
-    guidance  default: scale 7, the reference's training demos
+    noise         float32 (B, D, T): what the sampling begins with for 0, and what a post-trained model's steps add
+    prompts       as from ``base.encode_prompts``        seconds   length of every item
+    keep_BT       True = valid frame, None = all
+    before_step   called before every evaluation of the network; what it raises ends the sampling
     """
-    seconds_B = torch.tensor(seconds, device=noise_BDT.device)
-    cross, embed = base.assemble(*base.encode_prompts(prompts), seconds_B)
+    start_BDT = noise(0)
+    seconds_B = torch.full((len(start_BDT),), seconds, device=start_BDT.device)
+    cross, embed = base.assemble(*prompts, seconds_B)
     null = None
     if negative_prompts is not None:
-        embeds, mask = base.encode_prompts(negative_prompts)
-        null = negative_cross(base.assemble(embeds, mask, seconds_B)[0], torch.nn.functional.pad(mask, (0, 1), value=1))
+        mask = torch.nn.functional.pad(negative_prompts[1], (0, 1), value=1)
+        null = negative_cross(base.assemble(*negative_prompts, seconds_B)[0], mask)
     local = base.local_conditioning(None, None)
-    chosen = guidance or Guidance(scale=7.0)
 
     def velocity(x: Tensor, t_B: Tensor) -> Tensor:
-        return guided_velocity(base.dit, x, t_B, cross, embed, local, chosen, keep_BT, null)
+        before_step()
+        return guided_velocity(base.dit, x, t_B, cross, embed, local, guidance, keep_BT, null)
 
-    return euler(velocity, noise_BDT, logsnr_schedule(steps))
+    schedule = logsnr_schedule(steps)
+    if base.config.post_trained:
+        return ping_pong(velocity, start_BDT, schedule, noise)
+    return euler(velocity, start_BDT, schedule)

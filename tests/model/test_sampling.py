@@ -4,8 +4,15 @@ import pytest
 import torch
 
 import sa3dist
-from sa3dist.model.sampling import Guidance, euler, guided_velocity, logsnr_schedule, negative_cross, sample
-from sa3dist.model.tiny import write_tiny_base
+from sa3dist.model.sampling import (
+    Guidance,
+    euler,
+    guided_velocity,
+    logsnr_schedule,
+    negative_cross,
+    ping_pong,
+    sample,
+)
 
 # tests/golden/tiny-sa3/README.md
 GUIDED = {"atol": 2e-4, "rtol": 1e-3}
@@ -79,13 +86,29 @@ def test_scale_one_is_the_conditional_velocity_alone(tiny_base, recorded):
     assert torch.equal(guided_velocity(tiny_base.dit, *given, Guidance(1)), tiny_base.dit(*given))
 
 
-def test_preview_of_a_prompt_differs_from_its_negative_and_repeats(tmp_path):
-    base = sa3dist.load_base(write_tiny_base(tmp_path))
+def test_a_prompt_differs_from_its_negative_and_repeats(demo_base):
+    base = sa3dist.load_base(demo_base)
     noise = torch.randn(1, base.latent_channels, 6)
+    drum, hiss = base.encode_prompts(["a bass drum"]), base.encode_prompts(["hiss"])
     first, again, steered = (
-        sample(base, noise, ["a bass drum"], [0.5], steps=3, negative_prompts=negative)
-        for negative in (None, None, ["hiss"])
+        sample(base, lambda step: noise, drum, 0.5, 3, Guidance(7), negative) for negative in (None, None, hiss)
     )
     assert first.shape == noise.shape
     assert torch.equal(first, again)
     assert (first - steered).abs().max() > 1e-3
+
+
+def test_a_post_trained_model_noises_its_estimate_again_after_every_step_but_the_last():
+    schedule, start, fresh = torch.tensor([1.0, 0.6, 0.2, 0.0]), torch.tensor([[[2.0]]]), {1: 0.5, 2: -1.0}
+    asked = []
+
+    def velocity(x, t_B):
+        asked.append((x.item(), t_B.item()))
+        return 0.3 * x
+
+    found = ping_pong(velocity, start, schedule, lambda step: torch.full_like(start, fresh[step]))
+    # Written out: x0 = (1 - 0.3 t) x, then x = (1 - t') x0 + t' noise.
+    second = 0.4 * (0.7 * 2.0) + 0.6 * 0.5
+    third = 0.8 * (1 - 0.3 * 0.6) * second + 0.2 * -1.0
+    assert asked == [pytest.approx(pair) for pair in ((2.0, 1.0), (second, 0.6), (third, 0.2))]
+    assert found.item() == pytest.approx((1 - 0.3 * 0.2) * third)

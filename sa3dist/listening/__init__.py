@@ -1,0 +1,1 @@
+"""What a run sounds like: generated clips and their files."""

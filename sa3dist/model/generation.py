@@ -1,0 +1,104 @@
+"""Prompts to audio: noise by seed and number, the guided sampler on batches, decoding one clip at a time.
+
+Legend: B batch, C audio channels, N samples, D latent channels, T latent frames.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sa3dist.errors import ConfigError
+from sa3dist.flow import draw_noise, generator_for
+from sa3dist.model.sampling import Guidance, sample
+
+if TYPE_CHECKING:
+    from sa3dist.model.base import Base
+    from sa3dist.model.config import ModelConfig
+
+# Generated behind the wanted length and cut off: the model was trained with audio that fades into silence there.
+# Source: the reference's generate.
+HEADROOM_SECONDS = 6
+BATCH = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """How clips are generated; the defaults are those of the reference's training demos.
+
+    seconds     length of every clip          steps   evaluations of the network, of both branches at once
+    cfg_scale   guidance; 1 = without         seed    of the noise, together with a clip's number
+    """
+
+    seconds: float
+    steps: int = 50
+    cfg_scale: float = 7.0
+    seed: int = 0
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises ConfigError, in one line, for what the model cannot be asked for."""
+        longest = config.sample_size / config.sample_rate_hz
+        if not 0 < self.samples(config) / config.sample_rate_hz <= longest:
+            raise ConfigError(f"seconds: {self.seconds} is out of range, this model makes up to {longest:.1f} s")
+        if self.steps < 1:
+            raise ConfigError(f"steps: {self.steps} is out of range, expected at least 1")
+        if not math.isfinite(self.cfg_scale):
+            raise ConfigError(f"cfg_scale: {self.cfg_scale} is not a finite number")
+
+    def samples(self, config: ModelConfig) -> int:
+        """Samples of a clip per channel."""
+        return int(self.seconds * config.sample_rate_hz) if math.isfinite(self.seconds) else 0
+
+    def frames(self, config: ModelConfig) -> int:
+        """Latent frames with the headroom: those that the reference's padding mask leaves valid.
+
+        The reference computes up to two more, which no valid frame attends to and which are cut off.
+        """
+        size = config.samples_per_frame
+        headroom = HEADROOM_SECONDS * config.sample_rate_hz // size
+        return min(math.ceil(self.samples(config) / size) + headroom, config.sample_size // size)
+
+    def clips(
+        self,
+        base: Base,
+        prompts: Sequence[tuple[int, str]],
+        encode: Callable[[list[str]], tuple[Tensor, Tensor]] | None = None,
+        before_step: Callable[[], None] = lambda: None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Audio (C, N), float32 on the CPU within -1 .. 1, and its number, for every (number, prompt).
+
+        Clip i's noise is drawn on the CPU from (seed, i): whatever the batch and the device, clip i is the same but for
+        rounding.
+        encode        what ``base.encode_hidden`` gives, where it is known already
+        before_step   called before every evaluation of the network; what it raises ends the generation
+        Raises ConfigError as ``check``.
+        """
+        self.check(base.config)
+        for begin in range(0, len(prompts), BATCH):
+            numbers, texts = zip(*prompts[begin : begin + BATCH], strict=True)
+            latents_BDT = self._latents(base, numbers, (encode or base.encode_hidden)(list(texts)), before_step)
+            for number, latents_DT in zip(numbers, latents_BDT, strict=True):
+                yield number, self._decode(base, latents_DT)
+
+    @torch.no_grad()
+    def _latents(
+        self, base: Base, numbers: Sequence[int], hidden: tuple[Tensor, Tensor], before_step: Callable[[], None]
+    ) -> Tensor:
+        frames, channels = self.frames(base.config), base.latent_channels
+
+        def noise(step: int) -> Tensor:
+            draws = [generator_for(self.seed, "generate", number, step) for number in numbers]
+            return torch.stack([draw_noise(frames, channels, draw) for draw in draws]).to(base.device)
+
+        prompts = base.embed_prompts(*hidden), hidden[1].to(base.device)
+        guidance = Guidance(self.cfg_scale)
+        return sample(base, noise, prompts, self.seconds, self.steps, guidance, before_step=before_step)
+
+    def _decode(self, base: Base, latents_DT: Tensor) -> Tensor:
+        audio_CN = base.decode_latents(latents_DT[None])[0, :, : self.samples(base.config)]
+        return audio_CN.clamp(-1, 1).cpu()
