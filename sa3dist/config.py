@@ -14,8 +14,9 @@ import yaml
 from pydantic import ValidationError
 
 from sa3dist.data.remote.local_paths import can_be_named, expand_home, is_text
+from sa3dist.endpoint import PRECISION_ALIASES
 from sa3dist.errors import ConfigError
-from sa3dist.settings import PRECISION_ALIASES, Settings
+from sa3dist.settings import Settings
 
 # What other trainers call some keys, where spelling alone would suggest another.
 OTHER_TRAINERS = {"steps": "number_of_steps", "max_steps": "number_of_steps", "lr": "learning_rate"}

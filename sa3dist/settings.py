@@ -6,61 +6,26 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
-from sa3dist_kernels.adapter_types import ADAPTER_TYPES
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from sa3dist.data.remote.local_paths import can_be_named, expand_home, is_text
+from sa3dist.endpoint import COURSE, EndpointFields
 from sa3dist.errors import ConfigError, read_duration
 
 # What YAML 1.1 and JSON write for on and off.
 _SWITCHES = {"true": "on", "yes": "on", "on": "on", "false": "off", "no": "off", "off": "off"}
 OnOff = BeforeValidator(lambda value: _SWITCHES.get(str(value).lower(), value))
 NoWord = BeforeValidator(lambda value: "no" if _SWITCHES.get(str(value).lower()) == "off" else value)
-# Marks what decides the numbers of every step: a checkpoint is continued only under the same values.
-COURSE = "course"
 # Fields that name a file or folder of this machine, or may.
 PLACES = ("audio_data_url", "model", "lora_checkpoint_url", "output_dir", "work_dir", "text_encoder", "resume")
-PRECISION_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-Alias = BeforeValidator(lambda value: PRECISION_ALIASES.get(value, value) if isinstance(value, str) else value)
 # The endpoint's documented limit, kept for compatibility; the shapes themselves allow more (spec/training.md 3).
 XS_RANK_LIMIT = 17
-AdapterName = Literal[tuple(ADAPTER_TYPES)]
 
 
-class Settings(BaseModel):
-    """Everything a run depends on. Endpoint fields keep the endpoint's names, defaults and ranges."""
+class Settings(EndpointFields):
+    """Everything a run depends on: the hosted endpoint's fields, then our own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, protected_namespaces=())
-
-    # The hosted endpoint's fields.
-    audio_data_url: str = Field(
-        description="zip, folder or WebDataset shards of captioned clips, or latent shards: local path, file://, "
-        "http(s)://, s3://"
-    )
-    model: str = Field(
-        "medium-base", description="medium-base, small-music-base, small-sfx-base, or a base's directory"
-    )
-    number_of_steps: int = Field(1000, ge=1, le=20000, description="optimiser steps")
-    learning_rate: float = Field(
-        1e-4, gt=0, allow_inf_nan=False, description="AdamW learning rate; its peak if scheduled"
-    )
-    rank: int = Field(16, ge=1, le=256, description="rank of the adapters; at most 17 for the -xs types")
-    adapter_type: AdapterName = Field("dora-rows", description="one of the nine adapter types")
-    duration: float | None = Field(
-        None,
-        ge=1,
-        le=380,
-        description="crop length in seconds, capped at the model's native length; unset = longest clip",
-    )
-    batch_size: Annotated[int, COURSE] = Field(1, ge=1, le=8, description="clips per process and micro batch")
-    seed: Annotated[int, COURSE] = Field(42, ge=0, le=2147483647, description="seed of every random draw")
-    base_precision: Annotated[Literal["bf16", "fp16", "fp32"], Alias, COURSE] = Field(
-        "bf16", description="storage of the frozen base: bf16 (bfloat16), fp16 (float16), fp32"
-    )
-    include: list[str] | None = Field(None, description="adapt only layers whose name has one of these; [a-b] expands")
-    exclude: list[str] | None = Field(None, description="never adapt layers whose name has one of these; [a-b] expands")
-    lora_checkpoint_url: str | None = Field(None, description="adapter file (.safetensors) to start from")
-    pre_encode: bool = Field(False, description="encode every clip before step 1 (true) or on first use (false)")
+    # Our own from here on.
     latents: Annotated[Literal["whole", "crop", "on_the_fly"], COURSE] = Field(
         "whole",
         description="encode whole clips once and crop latents, encode each crop once, or encode crops at every step",

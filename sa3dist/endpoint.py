@@ -1,0 +1,49 @@
+"""The hosted endpoint's fields, under its names and with its defaults and ranges: what a request may hold."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from sa3dist_kernels.adapter_types import ADAPTER_TYPES
+
+# Marks what decides the numbers of every step: a checkpoint is continued only under the same values.
+COURSE = "course"
+PRECISION_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+Alias = BeforeValidator(lambda value: PRECISION_ALIASES.get(value, value) if isinstance(value, str) else value)
+AdapterName = Literal[tuple(ADAPTER_TYPES)]
+
+
+class EndpointFields(BaseModel):
+    """A request of the hosted endpoint, as far as a run depends on it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, protected_namespaces=())
+
+    audio_data_url: str = Field(
+        description="zip, folder or WebDataset shards of captioned clips, or latent shards: local path, file://, "
+        "http(s)://, s3://"
+    )
+    model: str = Field(
+        "medium-base", description="medium-base, small-music-base, small-sfx-base, or a base's directory"
+    )
+    number_of_steps: int = Field(1000, ge=1, le=20000, description="optimiser steps")
+    learning_rate: float = Field(
+        1e-4, gt=0, allow_inf_nan=False, description="AdamW learning rate; its peak if scheduled"
+    )
+    rank: int = Field(16, ge=1, le=256, description="rank of the adapters; at most 17 for the -xs types")
+    adapter_type: AdapterName = Field("dora-rows", description="one of the nine adapter types")
+    duration: float | None = Field(
+        None,
+        ge=1,
+        le=380,
+        description="crop length in seconds, capped at the model's native length; unset = longest clip",
+    )
+    batch_size: Annotated[int, COURSE] = Field(1, ge=1, le=8, description="clips per process and micro batch")
+    seed: Annotated[int, COURSE] = Field(42, ge=0, le=2147483647, description="seed of every random draw")
+    base_precision: Annotated[Literal["bf16", "fp16", "fp32"], Alias, COURSE] = Field(
+        "bf16", description="storage of the frozen base: bf16 (bfloat16), fp16 (float16), fp32"
+    )
+    include: list[str] | None = Field(None, description="adapt only layers whose name has one of these; [a-b] expands")
+    exclude: list[str] | None = Field(None, description="never adapt layers whose name has one of these; [a-b] expands")
+    lora_checkpoint_url: str | None = Field(None, description="adapter file (.safetensors) to start from")
+    pre_encode: bool = Field(False, description="encode every clip before step 1 (true) or on first use (false)")
