@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sa3dist.data.batches.micro_batch import MicroBatch
 from sa3dist.errors import Interrupted
+from sa3dist.listening.previews import Previews
 from sa3dist.progress import progress
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training.metrics import MetricsLogger
@@ -25,10 +26,12 @@ def train(
     output_dir: Path,
     resumed_from: int | None,
     startup: Startup | None = None,
+    previews: Previews | None = None,
 ) -> None:
     """Train from the trainer's step to the plan's last one, saving on the way and at the end.
 
     startup   the parts of the start until here, for the first row of metrics.jsonl
+    previews  made before the first step and when they are due; None: none
     Raises Interrupted after saving when any rank was asked to stop.
     """
     settings, plan, group = trainer.settings, trainer.plan, trainer.group
@@ -38,6 +41,12 @@ def train(
         # However the training ends: a save that has begun is finished, in the time the watchdog leaves this process.
         stack.callback(trainer.saver.close)
         metrics = MetricsLogger(trainer, output_dir, resumed_from, update, startup)
+        if previews is not None:
+            if startup:
+                startup.begin("previews")
+            metrics.add_previews(*previews.make(0, stop))
+            if startup:
+                startup.begin("first_step")
         while trainer.step < plan.steps:
             begin = time.perf_counter()
             try:
@@ -47,11 +56,12 @@ def train(
                 if trainer.step > saved_step:
                     trainer.save(output_dir, stop, wait=True, before=metrics.sync)
                 raise
-            stopping = figures["stop"] > 0
-            metrics.add(figures)
+            stopping, step = figures["stop"] > 0, trainer.step
             recent.append(time.perf_counter() - begin)
             stop.reserve(max(recent), trainer.saver.seconds)
-            step = trainer.step
+            if previews is not None and previews.due(step, plan.steps) and not stopping:
+                metrics.add_previews(*previews.make(step, stop))
+            metrics.add(figures)
             if stopping or step % settings.save_every == 0 or step == plan.steps:
                 trainer.save(output_dir, stop, wait=stopping or step == plan.steps, before=metrics.sync)
                 saved_step = step

@@ -16,6 +16,7 @@ from sa3dist.data.source.archive import check_local
 from sa3dist.data.source.build import Measure
 from sa3dist.errors import CheckpointError, ConfigError, counted
 from sa3dist.formats import DatasetIndex, write_whole
+from sa3dist.listening import previews
 from sa3dist.model.base import Base
 from sa3dist.parallel import zero_config
 from sa3dist.runtime.liveness import PREPARATION_SECONDS
@@ -78,6 +79,7 @@ class Run:
         """
         self._enter("base")
         base, self._warm_start_sha256 = model_setup.open_base(self.settings, self.group, self.stop, self.startup)
+        previews.check(self.settings, base.config, self.group)
         return base
 
     def shard(self, measure: Measure | None = None) -> DatasetIndex:
@@ -136,6 +138,7 @@ class Run:
                     settings.output_dir,
                     self._saved_step,
                     self.startup,
+                    previews.of_run(settings, base, group, source, plan.identity["base_sha256"]),
                 )
         source.say_end(self.step * plan.global_batch, self._cursors)
 

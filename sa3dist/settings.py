@@ -142,6 +142,27 @@ class Settings(EndpointFields):
     )
     log_clips: bool = Field(False, description="add the keys of every step's clips to metrics.jsonl")
 
+    # Listening.
+    preview_every: int = Field(
+        0,
+        ge=0,
+        description="steps between previews, which are also made of the base and at the end; 0 = none",
+    )
+    preview_prompts: list[str] | None = Field(
+        None, description="prompts of the previews; unset = three captions of the data set and an empty prompt"
+    )
+    preview_seconds: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="length of a preview; unset = 20, or the crop's if it is shorter",
+    )
+    preview_steps: int = Field(50, ge=1, description="sampler steps of a preview")
+    preview_cfg: float = Field(7.0, allow_inf_nan=False, description="guidance scale of a preview; 1 = without")
+    preview_seed: int = Field(
+        0, ge=0, description="seed of the previews' noise, together with the number of the prompt"
+    )
+
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
@@ -187,6 +208,14 @@ class Settings(EndpointFields):
             value = [item.strip() if isinstance(item, str) else item for item in value]
             if "" in value:
                 raise ValueError("an empty pattern matches every layer; remove it")
+        return value or None
+
+    @field_validator("preview_prompts", mode="before")
+    @classmethod
+    def _prompts_may_be_empty_but_not_none(cls, value: Any) -> Any:
+        value = [value] if isinstance(value, str) else value
+        if isinstance(value, list) and not all(is_text(item) for item in value if isinstance(item, str)):
+            raise ValueError("holds bytes that are not UTF-8")
         return value or None
 
     @model_validator(mode="after")

@@ -1,1 +1,1 @@
-"""What a run sounds like: generated clips and their files."""
+"""What a run sounds like: previews during training, audio files, spectrograms."""

@@ -61,7 +61,7 @@ class Base(nn.Module):
         self.native_seconds, self.prompt_tokens = config.native_seconds, config.prompt.max_length
         self.weights = weights
         self.text_source = text_source
-        self._text_encoder: TextEncoder | None = None
+        self.text_encoder: TextEncoder | None = None
         self.kept_digests: KeptDigests | None = None
         # An attached adapter puts its own here: while it is entered, W' is formed once instead of at every use.
         self.formed_once: Callable[[Base], contextlib.AbstractContextManager] = contextlib.nullcontext
@@ -199,9 +199,9 @@ class Base(nn.Module):
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts is {prompts!r}, expected a list of at least one string")
-        if self._text_encoder is None:
-            self._text_encoder = TextEncoder(self._found_text_source(), self.device)
-        return self._text_encoder.encode(prompts, self.device)
+        if self.text_encoder is None:
+            self.text_encoder = TextEncoder(self._found_text_source(), self.device)
+        return self.text_encoder.encode(prompts, self.device)
 
     def _found_text_source(self) -> TextSource:
         if self.text_source is None:
@@ -210,7 +210,7 @@ class Base(nn.Module):
 
     def release_encoders(self) -> None:
         """Drop the text encoder and both halves of SAME from memory; what is used again is loaded again."""
-        self._text_encoder = None
+        self.text_encoder = None
         self.autoencoder.encoder = None
         self.autoencoder.decoder = None
 

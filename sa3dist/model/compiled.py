@@ -10,9 +10,10 @@ Legend: G padded clips or 1 packed list, N tokens, B clips, E width, P members o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -139,6 +140,23 @@ def compile_blocks(dit: DiT, backend, whole: bool = True) -> None:
         return compiled(block, h_GNE, modulation, shared)
 
     dit.transformer.run_block = run_block
+
+
+@contextlib.contextmanager
+def uncompiled(dit: DiT) -> Iterator[None]:
+    """While this is entered ``dit`` runs as it is written: for inputs that the compiled programs were not made for."""
+    names = "run_block", "modulated_norm", "add_gated", "turn", "gate"
+    before = [(vars(module), {name: vars(module).get(name) for name in names}) for module in dit.modules()]
+    try:
+        compile_elementwise(dit, None)
+        compile_blocks(dit, None)
+        yield
+    finally:
+        for attributes, held in before:
+            for name, value in held.items():
+                # Taken out where its class has it: what is compiled asks for that too.
+                attributes.pop(name, None)
+                attributes |= {} if value is None else {name: value}
 
 
 def wants_compile(choice: str, device: torch.device, steps: int, deterministic: bool) -> bool:

@@ -5,6 +5,7 @@ Legend: B batch, C audio channels, N samples, D latent channels, T latent frames
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,18 @@ if TYPE_CHECKING:
 # Source: the reference's generate.
 HEADROOM_SECONDS = 6
 BATCH = 4
+
+
+@contextlib.contextmanager
+def borrowed_encoders(base: Base) -> Iterator[None]:
+    """Whichever of the text encoder and SAME's halves is loaded in this block is dropped from memory at its end."""
+    parts = [(base, "text_encoder"), (base.autoencoder, "encoder"), (base.autoencoder, "decoder")]
+    before = [getattr(owner, name) for owner, name in parts]
+    try:
+        yield
+    finally:
+        for (owner, name), part in zip(parts, before, strict=True):
+            setattr(owner, name, part)
 
 
 @dataclasses.dataclass(frozen=True)

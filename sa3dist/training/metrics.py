@@ -86,8 +86,16 @@ class MetricsLogger:
         self._begin = self._clock = time.perf_counter()
         self._first = self._last_logged = trainer.step
         self._waited = self._silent = 0.0
+        self._previews: dict[str, float] = {}
         if startup:
             startup.begin("first_step")
+
+    def add_previews(self, seconds: float, missing: int) -> None:
+        """Previews took so long and left out so many clips: for the next row, whose times of a step do not hold it."""
+        self._begin += seconds
+        self._clock += seconds
+        for name, value in (("previews_seconds", seconds), ("previews_missing", missing)):
+            self._previews[name] = self._previews.get(name, 0) + value
 
     def add(self, figures: dict[str, float]) -> None:
         """Take up the figures of one step as ``Trainer.take_step`` gave them; called on all ranks."""
@@ -113,11 +121,11 @@ class MetricsLogger:
             if trainer.settings.log_clips:
                 # On all ranks: without an index each knows only its own.
                 row["clips"] = trainer.clips_of_step()
-            row |= self._resumed_from
+            row |= self._previews | self._resumed_from
             for output in self._outputs:
                 output.write(row)
             self._clock, self._waited, self._silent, self._last_logged = now, 0.0, 0.0, step
-            self._startup, self._resumed_from = None, {}
+            self._startup, self._resumed_from, self._previews = None, {}, {}
         rate = (step - self._first) / (now - self._begin)
         self._update(step, f"loss {figures['loss']:.4f} {rate:.2f} it/s, {data_wait:.0%} waiting for data")
 

@@ -1,0 +1,209 @@
+"""Previews during training: the same prompts and the same noise every so often, so that one hears what steps change.
+
+They never change the training, never end it, and hold nothing of its memory while it steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sa3dist import __version__
+from sa3dist.adapters import adapted_layers, formed_once, set_strength
+from sa3dist.cost_model.devices import free_bytes
+from sa3dist.errors import ConfigError, EnvironmentFailure, Interrupted, SA3DistError
+from sa3dist.formats import write_json
+from sa3dist.listening.audio_files import write_audio
+from sa3dist.listening.spectrogram import write_spectrogram
+from sa3dist.model.base import AUTOENCODER_PREFIX
+from sa3dist.model.compiled import uncompiled
+from sa3dist.model.generation import BATCH, Generation, borrowed_encoders
+from sa3dist.runtime.process_group import run_on_all_ranks
+from sa3dist.training.memory import USABLE_SHARE, working_bytes
+
+if TYPE_CHECKING:
+    from sa3dist.data.batches.batch_source import BatchSource
+    from sa3dist.model.base import Base
+    from sa3dist.model.config import ModelConfig
+    from sa3dist.runtime.process_group import Group
+    from sa3dist.runtime.signals import StopRequest
+    from sa3dist.settings import Settings
+
+log = logging.getLogger(__name__)
+
+DEFAULT_SECONDS = 20.0
+# Of the data set, beside an empty prompt.
+DEFAULT_CAPTIONS = 3
+DECODER = f"{AUTOENCODER_PREFIX}decoder."
+
+
+def check(settings: Settings, config: ModelConfig, group: Group) -> None:
+    """Refuse, before anything is prepared, previews that cannot be made. Raises ConfigError."""
+    if not settings.preview_every:
+        return
+    if settings.preview_seconds is not None:
+        try:
+            _generation(settings, settings.preview_seconds).check(config)
+        except ConfigError as problem:
+            raise ConfigError(f"preview_{problem}") from None
+    if ((group.deepspeed or {}).get("zero_optimization") or {}).get("stage") == 3:
+        raise ConfigError(
+            "preview_every: ZeRO-3 divides the model over the ranks, which previews need whole; use ZeRO-2 or DDP, or "
+            "sa3dist generate with the checkpoints"
+        )
+
+
+def of_run(settings: Settings, base: Base, group: Group, source: BatchSource, base_sha256: str) -> Previews | None:
+    """The previews that ``settings`` ask for; None: none. source: whose captions are the default prompts."""
+    if not settings.preview_every:
+        return None
+    crop_seconds = source.draws.crop_frames * base.samples_per_frame / base.sample_rate_hz
+    how = _generation(settings, settings.preview_seconds or min(DEFAULT_SECONDS, crop_seconds))
+    prompts = settings.preview_prompts or default_prompts([clip.caption for clip in source.index.clips])
+    about = {"model": settings.model, "base_sha256": base_sha256, "sa3dist_version": __version__}
+    return Previews(base, group, settings.output_dir, how, prompts, about, settings.preview_every)
+
+
+def default_prompts(captions: Sequence[str]) -> list[str]:
+    """Captions far apart in the data set, and an empty prompt."""
+    known = list(dict.fromkeys(captions))
+    last = len(known) - 1
+    picked = {round(last * i / (DEFAULT_CAPTIONS - 1)) for i in range(DEFAULT_CAPTIONS)} if known else set()
+    return [*(known[i] for i in sorted(picked)), ""]
+
+
+def _generation(settings: Settings, seconds: float) -> Generation:
+    return Generation(seconds, settings.preview_steps, settings.preview_cfg, settings.preview_seed)
+
+
+class Previews:
+    """Makes ``output_dir/previews/step-00000500/<i>.flac``, with a JSON file and a picture beside each.
+
+    Prompt i's noise is that of ``base.generate``'s prompt i. Every rank makes its share, on the device it trains on.
+    Called on all ranks alike.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        group: Group,
+        output_dir: Path,
+        how: Generation,
+        prompts: Sequence[str],
+        about: dict[str, Any],
+        every: int,
+    ) -> None:
+        """about: what the JSON files say of the run."""
+        self.base, self.group, self.output_dir = base, group, Path(output_dir)
+        self.how, self.prompts, self.about, self.every = how, list(prompts), about, every
+        # Found once, so that the text encoder is not loaded again: hidden states and mask by prompt, on the CPU.
+        self._hidden: dict[str, tuple[Tensor, Tensor]] = {}
+        self._said = False
+
+    def due(self, step: int, last: int) -> bool:
+        return step % self.every == 0 or step == last
+
+    def make(self, step: int, stop: StopRequest) -> tuple[float, int]:
+        """Previews of the adapters as they are after ``step``; of the base alone where it is 0, unless they are there.
+
+        The seconds they took, and how many of all ranks' are missing. Returns early when asked to stop. Whatever
+        else goes wrong is logged once.
+        """
+        begin = time.perf_counter()
+        self.group.liveness.begin("making previews")
+        mine = range(self.group.dist_rank, len(self.prompts), self.group.world_size)
+        missing = 0
+        # What ends them here ends the training after its next step.
+        with contextlib.suppress(Interrupted):
+            try:
+                self._generate(step, [number for number in mine if step or not self._is_there(number)], stop)
+            except Interrupted:
+                raise
+            except Exception as failure:
+                self._say(step, failure)
+            run_on_all_ranks(self.group, f"previews-{step}", lambda: None, stop)
+            missing = sum(not self._path(step, number, "json").exists() for number in range(len(self.prompts)))
+        return time.perf_counter() - begin, missing
+
+    def _generate(self, step: int, numbers: list[int], stop: StopRequest) -> None:
+        base, device = self.base, self.group.device
+        if not numbers:
+            return
+        self._require_memory(step)
+
+        def before_step() -> None:
+            self.group.liveness.progress()
+            stop.raise_if_requested("making previews")
+
+        with contextlib.ExitStack() as stack:
+            if device.type == "cuda":
+                # What was taken is free for whatever the next step needs it for.
+                stack.callback(torch.cuda.empty_cache)
+            stack.enter_context(borrowed_encoders(base))
+            stack.enter_context(uncompiled(base.dit))
+            if step == 0:
+                stack.callback(set_strength, base, 1.0)
+                set_strength(base, 0.0)
+            stack.enter_context(formed_once(base))
+            for number, audio_CN in self.how.clips(
+                base, [(number, self.prompts[number]) for number in numbers], self._encode, before_step
+            ):
+                self._write(step, number, audio_CN)
+
+    def _require_memory(self, step: int) -> None:
+        """Raises EnvironmentFailure where the device has too little left beside what the training holds."""
+        base = self.base
+        layers = adapted_layers(base).values() if step else ()
+        formed = sum(layer.weight.numel() * layer.weight.dtype.itemsize for layer in layers)
+        decoder = [math.prod(shape) for key, shape in base.weights.shapes.items() if key.startswith(DECODER)]
+        tokens = 2 * BATCH * (self.how.frames(base.config) + base.config.dit.num_memory_tokens)
+        needed = formed + 4 * sum(decoder) + working_bytes(base.config, tokens, base.dtype.itemsize)
+        free = free_bytes(self.group.device)
+        if needed > USABLE_SHARE * free:
+            raise EnvironmentFailure(f"they need about {needed / 1e9:.1f} GB of memory, of {free / 1e9:.1f} GB free")
+
+    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        for prompt in prompts:
+            if prompt not in self._hidden:
+                # One by one: equal bits whoever makes which of them.
+                hidden, mask = self.base.encode_hidden([prompt])
+                self._hidden[prompt] = hidden.cpu(), mask.cpu()
+        hidden, mask = zip(*(self._hidden[prompt] for prompt in prompts), strict=True)
+        return torch.cat(hidden), torch.cat(mask)
+
+    def _path(self, step: int, number: int, suffix: str) -> Path:
+        return self.output_dir / "previews" / f"step-{step:08d}" / f"{number}.{suffix}"
+
+    def _text(self, step: int, number: int) -> dict[str, Any]:
+        how = dataclasses.asdict(self.how)
+        return {"prompt": self.prompts[number], "number": number, "step": step, **how, **self.about}
+
+    def _is_there(self, number: int) -> bool:
+        """Whether this preview of the base lies there from an earlier start; its JSON file is written last."""
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads(self._path(0, number, "json").read_text(encoding="utf-8"))
+            return found == self._text(0, number) and self._path(0, number, "flac").exists()
+        return False
+
+    def _write(self, step: int, number: int, audio_CN: Tensor) -> None:
+        write_audio(self._path(step, number, "flac"), audio_CN, self.base.sample_rate_hz)
+        write_spectrogram(self._path(step, number, "png"), audio_CN, self.base.sample_rate_hz)
+        write_json(self._path(step, number, "json"), self._text(step, number))
+
+    def _say(self, step: int, failure: Exception) -> None:
+        known = isinstance(failure, SA3DistError)
+        reason = (str(failure) if known else f"{type(failure).__name__}: {failure}").splitlines()[0]
+        if not self._said:
+            # Not a warning: other ranks than the first are heard with errors only.
+            log.error("previews of step %d left out: %s; training goes on, others are counted in silence", step, reason)
+        self._said = True

@@ -1,0 +1,65 @@
+"""A picture of a clip's sound: time to the right, pitch upwards, level as colour, as a PNG file.
+
+Legend: C audio channels, N samples, M bands of pitch, P pieces of time.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sa3dist.formats import write_whole
+
+# 4096 samples are fine enough for the lowest bands, and with these few every band holds a line of the spectrum.
+WINDOW, BANDS, LOWEST_HZ = 4096, 128, 30.0
+# Of a picture, in points. Bands are drawn twice, one above the other.
+WIDEST, POINTS_PER_BAND = 1000, 2
+# dB full scale of the darkest colour; the brightest is a full-scale sine.
+FLOOR_DB = -90.0
+# Colours from silent to loud, red, green and blue; what lies between is mixed.
+COLOURS = ((0, 0, 4), (60, 15, 110), (150, 40, 120), (235, 90, 60), (250, 180, 60), (252, 253, 191))
+
+
+def levels(audio_CN: Tensor, rate: int) -> Tensor:
+    """Level of every band in every piece, float32 dB (M, P): 0 is a sine at full scale, FLOOR_DB the least."""
+    from torchaudio.functional import melscale_fbanks
+
+    mono = audio_CN.float().mean(0)
+    hop = max(WINDOW // 8, math.ceil(len(mono) / (WIDEST - 1)))
+    window = torch.hann_window(WINDOW)
+    spectrum_FP = torch.stft(mono, WINDOW, hop, window=window, pad_mode="constant", return_complex=True)
+    power_FP = (spectrum_FP.abs() / (window.sum() / 2)).square()
+    banks_FM = melscale_fbanks(len(power_FP), LOWEST_HZ, rate / 2, BANDS, rate, mel_scale="slaney")
+    return (10 * torch.log10(banks_FM.T @ power_FP + 1e-12)).clamp(min=FLOOR_DB)
+
+
+def write_spectrogram(path: Path, audio_CN: Tensor, rate: int) -> None:
+    """Write the picture of a clip, whole or not at all."""
+    levels_MP = levels(audio_CN, rate).clamp(max=0)
+    shades_MP = (255 * (1 - levels_MP / FLOOR_DB)).round().to(torch.uint8).flip(0)
+    write_whole(path, png(shades_MP.repeat_interleave(POINTS_PER_BAND, dim=0).numpy()))
+
+
+def png(shades: np.ndarray) -> bytes:
+    """A PNG of 8-bit shades (height, width), each the number of a colour between COLOURS' first and last."""
+    height, width = shades.shape
+    steps = np.linspace(0, len(COLOURS) - 1, 256)
+    palette = np.stack([np.interp(steps, range(len(COLOURS)), part) for part in zip(*COLOURS, strict=True)], axis=1)
+    # Every row begins with the number of its filter: none.
+    rows = np.concatenate([np.zeros((height, 1), np.uint8), shades], axis=1)
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
+        (b"PLTE", palette.round().astype(np.uint8).tobytes()),
+        (b"IDAT", zlib.compress(rows.tobytes(), 9)),
+        (b"IEND", b""),
+    )
+    chunks = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
