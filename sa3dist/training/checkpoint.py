@@ -80,17 +80,23 @@ def save(output_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def set_aside(output_dir: Path, step: int) -> None:
-    """Move checkpoints of later steps than ``step`` to ``checkpoints-aside``, and say so.
+    """Move checkpoints of later steps than ``step`` to ``checkpoints-aside``, and say so; their previews likewise.
 
     A run that starts over, or from an earlier step, would otherwise be continued from another course's end.
     """
-    for path in list_all(output_dir):
-        if int(path.name.removeprefix("step-")) > step:
-            aside = Path(output_dir) / "checkpoints-aside" / path.name
-            aside.parent.mkdir(exist_ok=True)
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(path, aside)
-            log.warning("set aside %s: this run takes another course from step %d on", path, step)
+    later = [path for path in list_all(output_dir) if _step_of(path) > step]
+    for path in later:
+        log.warning("set aside %s: this run takes another course from step %d on", path, step)
+    previews = Path(output_dir).glob("previews/step-" + "[0-9]" * 8)
+    for path in [*later, *(path for path in previews if later and _step_of(path) > step)]:
+        aside = Path(output_dir) / f"{path.parent.name}-aside" / path.name
+        aside.parent.mkdir(exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def list_all(output_dir: Path) -> list[Path]:

@@ -19,7 +19,7 @@ RUN_FILES = {
     "lora.safetensors",
     "run.lock",
 }
-_RUN_FOLDERS = ("checkpoints", "checkpoints-aside", "exported", "previews")
+_RUN_FOLDERS = ("checkpoints", "checkpoints-aside", "exported", "previews", "previews-aside")
 # Folders in an output_dir, and in a work directory, with the names of everything that lies in them.
 RUN_FOLDERS = {name: re.compile(r"step-\d{8}(\..+)?") for name in _RUN_FOLDERS}
 WORK_FOLDERS = {
