@@ -17,7 +17,7 @@ from sa3dist.adapters import AdapterFile, bake_adapter, load_adapter_file
 from sa3dist.commands.export import read_source
 from sa3dist.commands.merge import split_weight
 from sa3dist.data.remote.local_paths import expand_home, is_text
-from sa3dist.errors import ConfigError
+from sa3dist.errors import ConfigError, OutOfMemory
 from sa3dist.formats import write_json
 from sa3dist.listening.audio_files import FORMATS, check_format, write_audio
 from sa3dist.model.base import Base
@@ -68,7 +68,15 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when written; 2, with one line and nothing written, when this cannot be generated."""
     options = parser().parse_args(argv)
-    return run_program(lambda: generate(options), lambda: None, lambda: 0)
+
+    def body() -> None:
+        try:
+            generate(options)
+        except torch.OutOfMemoryError:
+            text = "out of memory; fewer --seconds, a narrower --precision or --device cpu may fit"
+            raise OutOfMemory(text) from None
+
+    return run_program(body, lambda: None, lambda: 0)
 
 
 def generate(options: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ def levels(audio_CN: Tensor, rate: int) -> Tensor:
     from torchaudio.functional import melscale_fbanks
 
     mono = audio_CN.float().mean(0)
-    hop = max(WINDOW // 8, math.ceil(len(mono) / (WIDEST - 1)))
+    hop = max(WINDOW // 32, math.ceil(len(mono) / (WIDEST - 1)))
     window = torch.hann_window(WINDOW)
     spectrum_FP = torch.stft(mono, WINDOW, hop, window=window, pad_mode="constant", return_complex=True)
     power_FP = (spectrum_FP.abs() / (window.sum() / 2)).square()

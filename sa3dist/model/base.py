@@ -22,7 +22,7 @@ from sa3dist.model.generation import Generation
 from sa3dist.model.kept_digests import KeptDigests
 from sa3dist.model.packing import FilledPacking, Packing
 from sa3dist.model.same import Autoencoder, Decoder, Encoder
-from sa3dist.model.text import TextEncoder, TextSource
+from sa3dist.model.text import TextEncoder, TextSource, require_list
 
 MODEL_PREFIX = "model."
 CONDITIONER_PREFIX = "conditioner."
@@ -197,8 +197,7 @@ class Base(nn.Module):
 
         Raises ValueError for anything but a non-empty list of strings: a bare string would be a list of letters.
         """
-        if isinstance(prompts, str) or not prompts:
-            raise ValueError(f"prompts is {prompts!r}, expected a list of at least one string")
+        require_list(prompts)
         if self.text_encoder is None:
             self.text_encoder = TextEncoder(self._found_text_source(), self.device)
         return self.text_encoder.encode(prompts, self.device)
@@ -284,7 +283,11 @@ class Base(nn.Module):
     def generate(
         self, prompts: list[str], seconds: float, steps: int = 50, cfg_scale: float = 7.0, seed: int = 0
     ) -> Tensor:
-        """Audio (B, C, int(seconds * rate)) of the prompts, float32 on the CPU, -1 .. 1: see ``Generation``."""
+        """Audio (B, C, int(seconds * rate)) of the prompts, float32 on the CPU, -1 .. 1: see ``Generation``.
+
+        Raises ConfigError for what this model cannot make, ValueError as ``encode_hidden``.
+        """
+        require_list(prompts)
         with self.formed_once(self):
             made = Generation(seconds, steps, cfg_scale, seed).clips(self, list(enumerate(prompts)))
             return torch.stack([audio_CN for _, audio_CN in made])

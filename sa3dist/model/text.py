@@ -110,6 +110,12 @@ class TextEncoder:
         return hidden, mask.bool()
 
 
+def require_list(prompts: list[str]) -> None:
+    """Raises ValueError for no prompts, and for a bare string, which would be taken for a list of letters."""
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts is {prompts!r}, expected a list of at least one string")
+
+
 def load_tokenizer(directory: Path):
     from transformers import AutoTokenizer
 

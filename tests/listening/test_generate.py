@@ -83,6 +83,12 @@ def test_a_clip_is_the_same_whatever_is_generated_beside_it(base):
     assert (base.generate(PROMPTS[:1], **SHORT, seed=1)[0] - together[0]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("prompts", ["a bass drum", []])
+def test_prompts_are_a_list_of_at_least_one(base, prompts):
+    with pytest.raises(ValueError, match="expected a list of at least one string"):
+        base.generate(prompts, **SHORT)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_at_strength_0_an_adapter_leaves_the_base_bit_for_bit(demo_base, adapters, dtype):
     base = sa3dist.load_base(demo_base, dtype=dtype, encoder=False)
@@ -161,7 +167,10 @@ def test_files_at_strength_0_are_the_bases_own(demo_base, adapters, tmp_path):
 
 def test_several_adapters_act_on_one_anothers_result(demo_base, base, adapters, tmp_path):
     words = "--prompt", PROMPTS[0], "--output", tmp_path / "chain"
+    before = (demo_base / "model.safetensors").read_bytes()
     assert generate("--adapter", f"{adapters[0]}=0.6", adapters[1], *words) == 0
+    # The weights are changed in memory alone.
+    assert (demo_base / "model.safetensors").read_bytes() == before
     # The specification's W -> f0(W) -> f1(f0(W)), every f with its own magnitudes.
     for path, strength in ((adapters[0], 0.6), (adapters[1], 1.0)):
         load_adapter(base, path, strength)
@@ -221,6 +230,17 @@ def test_files_of_another_request_are_not_overwritten(demo_base, tmp_path, capsy
     assert generate("--model", demo_base, "--prompt", "x", "y", "--output", tmp_path) == 2
     assert "1.flac exists already" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["1.flac"]
+
+
+def test_too_little_memory_on_the_device_is_said_in_one_line(demo_base, tmp_path, capsys, monkeypatch):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Generation, "clips", out_of_memory)
+    assert generate("--model", demo_base, "--prompt", "x", "--output", tmp_path) == 70
+    assert capsys.readouterr().err.splitlines() == [
+        "out of memory; fewer --seconds, a narrower --precision or --device cpu may fit"
+    ]
 
 
 def test_without_a_model_or_an_adapter_that_names_one_it_is_asked_for(tmp_path, capsys):
