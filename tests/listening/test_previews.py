@@ -11,7 +11,7 @@ import torch
 
 import sa3dist
 from sa3dist import cli
-from sa3dist.adapters import adapter_parameters, attach_adapter, formed_once
+from sa3dist.adapters import adapter_parameters, attach_adapter, detach_adapter, formed_once
 from sa3dist.errors import ConfigError
 from sa3dist.listening import previews
 from sa3dist.listening.previews import Previews, default_prompts
@@ -214,6 +214,15 @@ def preview(demo_base, tmp_path):
     attach_adapter(base, "dora-rows", rank=4)
     move(base)
     return Previews(base, Group(0, 1, torch.device("cpu")), tmp_path, HOW, ["a bass drum"], {}, every=1)
+
+
+def test_before_the_first_step_they_are_of_the_base_whatever_the_adapter_holds(preview):
+    preview.make(0, StopRequest())
+    preview.make(1, StopRequest())
+    detach_adapter(preview.base)
+    # Rounded to the 24 bits of a file, and no further apart.
+    near(clips(preview.output_dir, 0), preview.base.generate(["a bass drum"], 0.6, 2, 3.0, 7), 2**-23)
+    assert (clips(preview.output_dir, 1)[0] - clips(preview.output_dir, 0)[0]).abs().max() > 1e-3
 
 
 def test_what_previews_load_is_dropped_and_what_was_there_stays(preview):
