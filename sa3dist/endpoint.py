@@ -45,5 +45,5 @@ class EndpointFields(BaseModel):
     )
     include: list[str] | None = Field(None, description="adapt only layers whose name has one of these; [a-b] expands")
     exclude: list[str] | None = Field(None, description="never adapt layers whose name has one of these; [a-b] expands")
-    lora_checkpoint_url: str | None = Field(None, description="adapter file (.safetensors) to start from")
+    lora_checkpoint_url: str | None = Field(None, description="adapter to start from, by sa3dist or another trainer")
     pre_encode: bool = Field(False, description="encode every clip before step 1 (true) or on first use (false)")

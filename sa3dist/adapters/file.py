@@ -13,24 +13,35 @@ import safetensors
 import torch
 
 from sa3dist.adapters.attach import SLOT, AdapterConfig
-from sa3dist.adapters.foreign import what_instead
+from sa3dist.adapters.foreign import guess, is_checkpoint, read_checkpoint, what_instead
+from sa3dist.adapters.layouts import PEFT_WEIGHTS, is_foreign, peft_folders, read_peft_config, to_native
 from sa3dist.data.remote.local_paths import expand_home
 from sa3dist.errors import CheckpointError, ConfigError, EnvironmentFailure
 from sa3dist.model.rewrite_safetensors import write_safetensors
 
 CONFIG_KEY = "lora_config"
+# Fields of lora_config beyond the adapter's own, for whoever reads nothing else of the header.
+EXTRA_KEYS = ("step", "epoch", "base_model", "baked_norms", "norm_base")
+# float32 norms of the rows that a DoRA divides by: never in a run's own file, read wherever they are.
+BAKED = "baked_vnorm_row"
 # Header entry holding base.weights_digest(); written by whoever saves, checked by warm_start.
 BASE_KEY = "base_sha256"
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterFile:
-    """A file as read: config with its defaults filled in, tensors by key, and the other header entries."""
+    """A file as read: config with its defaults filled in, tensors by key, and the other header entries.
+
+    baked     norms of the rows of W0 + scale * D by layer, where the file holds them
+    foreign   whether another trainer's layout was read
+    """
 
     path: Path
     config: AdapterConfig
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str]
+    baked: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    foreign: bool = False
 
     def layers(self) -> dict[str, dict[str, torch.Tensor]]:
         """Tensors of every layer by their names in the layer, in the file's order.
@@ -54,42 +65,72 @@ class AdapterFile:
         return layers
 
 
-def read_adapter_file(path: str | Path) -> AdapterFile:
+def read_adapter_file(path: str | Path, lora_config: str | None = None) -> AdapterFile:
     """Read and check a file by itself; whether it fits a base model is for ``load_adapter`` to say.
 
+    path          safetensors, or a PyTorch checkpoint, of this format; or a file or PEFT folder of another trainer
+    lora_config   JSON that takes the place of the header's
     Raises CheckpointError, naming the file, for what is no adapter file, a bad ``lora_config`` or non-finite values.
     """
     path = Path(expand_home(path))
+    weights = [_weights_in(folder) for folder in peft_folders(path)] or [path]
+    read = [read_tensors(file) for file in weights]
+    if any(is_foreign(tensors) for tensors, _ in read):
+        parts = [(tensors, read_peft_config(file)) for file, (tensors, _) in zip(weights, read, strict=True)]
+        return AdapterFile(path, *to_native(path, parts), read[0][1], foreign=True)
+    [(tensors, metadata)] = read
+    given = metadata.pop(CONFIG_KEY, None)
+    try:
+        config = _read_config(lora_config or given, tensors)
+    except (ConfigError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: {CONFIG_KEY} in the header is not valid: {error}") from error
+    baked = {key.removesuffix(f".{SLOT}.{BAKED}"): tensors.pop(key) for key in list(tensors) if key.endswith(BAKED)}
+    squeezed = {key: _squeezed(key, value) for key, value in tensors.items()}
+    return AdapterFile(path, config, squeezed, metadata, baked)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Every tensor and header entry of a safetensors file or a PyTorch checkpoint. Raises CheckpointError."""
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             metadata = dict(file.metadata() or {})
             tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path}: {what_instead(path, error)}") from error
+        if not is_checkpoint(path):
+            raise CheckpointError(f"{path}: {what_instead(path, error)}") from error
+        tensors, metadata = read_checkpoint(path)
     for key, value in tensors.items():
         if not value.is_floating_point() or not value.float().isfinite().all():
             raise CheckpointError(
                 f"{path}: {key} ({value.dtype}) holds values that are not finite floats; train it again"
             )
-    try:
-        config = _read_config(metadata.pop(CONFIG_KEY, None), tensors)
-    except (ConfigError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: {CONFIG_KEY} in the header is not valid: {error}") from error
-    return AdapterFile(path, config, {key: _squeezed(key, value) for key, value in tensors.items()}, metadata)
+    return tensors, metadata
+
+
+def _weights_in(folder: Path) -> Path:
+    return next((folder / name for name in PEFT_WEIGHTS if (folder / name).is_file()), folder / PEFT_WEIGHTS[0])
 
 
 def write_adapter_file(
-    path: str | Path, config: AdapterConfig, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, object]
+    path: str | Path,
+    config: AdapterConfig,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, object],
+    extras: Mapping[str, object] | None = None,
+    baked: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write float32 tensors as float16, whole or not at all; equal contents give equal bytes.
 
+    extras   fields of EXTRA_KEYS that follow the adapter's own in ``lora_config``
+    baked    norms of rows by layer, which stay float32
     Raises EnvironmentFailure, naming the tensor and leaving any older file in place, for values that are empty, not
     finite, or beyond float16's range.
     """
     halves = publishable(tensors)
     header = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    header[CONFIG_KEY] = json.dumps(config_value(config))
-    write_safetensors(Path(expand_home(path)), halves, header)
+    header[CONFIG_KEY] = json.dumps({**config_value(config), **(extras or {})})
+    norms = {f"{name}.{SLOT}.{BAKED}": value for name, value in (baked or {}).items()}
+    write_safetensors(Path(expand_home(path)), {**halves, **norms}, header)
 
 
 def config_value(config: AdapterConfig) -> dict:
@@ -114,6 +155,12 @@ def _read_config(text: str | None, tensors: Mapping[str, torch.Tensor]) -> Adapt
     value = {} if text is None else json.loads(text)
     if not isinstance(value, dict):
         raise ValueError(f"expected an object, found {text}")
+    magnitude = next((key for key in tensors if text is None and ".magnitude" in key), None)
+    if magnitude:
+        raise ValueError(
+            f"there is none, and {magnitude} is not of a plain lora, which such files are; say what it is: sa3dist "
+            f"export FILE --format native --lora-config '{json.dumps(guess(tensors))}', with the alpha of its training"
+        )
     rank = value.get("rank")
     if rank is None:
         cores = [
@@ -137,7 +184,7 @@ def _first_magnitude_is_a_row(tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def _squeezed(key: str, value: torch.Tensor) -> torch.Tensor:
-    legacy = key.endswith(".magnitude") and value.ndim == 2 and 1 in value.shape
+    legacy = key.endswith((".magnitude", ".magnitude_r", ".magnitude_c")) and value.ndim == 2 and 1 in value.shape
     return value.reshape(-1) if legacy else value
 
 

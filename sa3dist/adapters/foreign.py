@@ -1,4 +1,4 @@
-"""Name what a file is that was given as an adapter but is no safetensors file, and say how to make one of it."""
+"""Files given as an adapter that are no safetensors files: PyTorch checkpoints are read, all others named."""
 
 import json
 import os
@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 from sa3dist.adapters.attach import SLOT
+from sa3dist.adapters.layouts import split_key
 from sa3dist.data.remote.download import HEAD_BYTES, answer_instead
+from sa3dist.errors import CheckpointError
 
 SUFFIX = ".safetensors"
 # PyTorch before 1.6, and plain pickles: protocol 2 or newer.
@@ -38,8 +40,6 @@ def what_instead(path: Path, error: Exception) -> str:
         return f"is {instead}"
     if head.startswith(b"PK\x03\x04"):
         return _zip(path)
-    if head.startswith(_PICKLE):
-        return _pickle(path)
     for magic, name in _PACKED:
         if head.startswith(magic):
             return f"is compressed with {name}; unpack it first"
@@ -52,55 +52,51 @@ def _zip(path: Path) -> str:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError):
         return "is a zip archive or a PyTorch checkpoint that is cut off; copy or download it again"
-    if any(name.endswith("/data.pkl") or name == "data.pkl" for name in names):
-        return _pickle(path)
     inside = next((name for name in names if name.endswith(SUFFIX)), None)
     return f"is a zip archive; unpack it and give {f'the {inside}' if inside else 'an adapter file'} in it"
 
 
-def _pickle(path: Path) -> str:
-    """A pickle of PyTorch is read as tensors and plain values only: any other may run code of its maker."""
+def is_checkpoint(path: Path) -> bool:
+    """Whether ``path`` is a file that torch.save wrote, whole or cut off behind its directory of contents."""
+    try:
+        with open(path, "rb") as stream:
+            if stream.read(2).startswith(_PICKLE):
+                return True
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("data.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return False
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors of a PyTorch checkpoint and, as JSON, its ``lora_config`` where it has one.
+
+    It is read as tensors and plain values only: a pickle of anything else may run code of its maker.
+    Raises CheckpointError for that, for a damaged file and for one without tensors of an adapter.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # Damaged files make torch raise nearly anything.
-        return (
-            f"is a pickle, expected a safetensors file; torch.load(..., weights_only=True) refuses it "
-            f"({type(error).__name__}): it is damaged, or holds more than tensors and plain values"
-        )
+        raise CheckpointError(
+            f"{path}: is a pickle that torch.load(..., weights_only=True) refuses ({type(error).__name__}): it is "
+            f"damaged, or of more than tensors and plain values; save its state_dict and lora_config alone"
+        ) from error
     inner = content.get("state_dict") if isinstance(content, Mapping) else None
-    tensors = inner if isinstance(inner, Mapping) else content if isinstance(content, Mapping) else {}
-    if not any(isinstance(key, str) and f".{SLOT}." in key for key in tensors):
-        held = ", ".join(map(str, list(tensors)[:3])) or type(content).__name__
-        return f"is a PyTorch checkpoint without adapter tensors ({held}), expected an adapter file"
-    taken = 'c["state_dict"]' if tensors is inner else "c"
-    if isinstance(content.get("lora_config"), Mapping):
-        return (
-            "is a PyTorch checkpoint, as the reference's own trainer saves it, expected a safetensors file; two lines "
-            "of Python make one:\n" + _conversion(path, taken, 'json.dumps(c["lora_config"])')
+    values = inner if isinstance(inner, Mapping) else content if isinstance(content, Mapping) else {}
+    tensors = {key: value for key, value in values.items() if isinstance(key, str) and torch.is_tensor(value)}
+    if not any(f".{SLOT}." in key or split_key(key)[1] for key in tensors):
+        held = ", ".join(map(str, list(values)[:3])) or type(content).__name__
+        raise CheckpointError(
+            f"{path}: is a PyTorch checkpoint without adapter tensors ({held}), expected an adapter file"
         )
-    return (
-        "is a PyTorch checkpoint of adapter tensors without their lora_config, expected a safetensors file; two lines "
-        "of Python make one, once adapter_type and alpha are those it was trained with:\n"
-        + _conversion(path, taken, repr(json.dumps(_guess(tensors))))
-    )
+    config = content.get("lora_config")
+    return tensors, {"lora_config": json.dumps(config)} if isinstance(config, Mapping) else {}
 
 
-def _conversion(path: Path, tensors: str, config: str) -> str:
-    target = path.with_suffix(SUFFIX)
-    if target.exists():
-        target = path.with_name(f"{path.stem}-converted{SUFFIX}")
-    return (
-        f"import json, torch; from safetensors.torch import save_file; "
-        f'c = torch.load({str(path)!r}, map_location="cpu", weights_only=True)\n'
-        f"save_file({{k: v.contiguous().clone() for k, v in {tensors}.items() if torch.is_tensor(v)}}, "
-        f'{str(target)!r}, {{"lora_config": {config}}})'
-    )
-
-
-def _guess(tensors: Mapping[str, torch.Tensor]) -> dict:
+def guess(tensors: Mapping[str, torch.Tensor]) -> dict:
     """What names and shapes tell of an adapter's config; alpha is the rank unless it was chosen."""
     names = {key.rpartition(".")[2] for key in tensors}
     kind = "bora" if "magnitude_r" in names else "dora-rows" if "magnitude" in names else "lora"

@@ -9,14 +9,17 @@ Legend: O fan_out, I fan_in, R rank.
 
 import re
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
-from sa3dist.adapters.file import AdapterFile
-from sa3dist.adapters.lazy_file import AdapterOnDisk
 from sa3dist.errors import ConfigError
 
-TRANSFORMER, DURATION = "transformer", "duration_embedder"
+if TYPE_CHECKING:
+    from sa3dist.adapters.file import AdapterFile
+    from sa3dist.adapters.lazy_file import AdapterOnDisk
+
+PARTS = TRANSFORMER, DURATION = "transformer", "duration_embedder"
 # Where the port's names differ; the first match replaces. Source: diffusers 0.42, scripts and model.
 _RENAMED = (
     (re.compile(r"^transformer\.layers\."), "transformer_blocks."),
@@ -75,13 +78,14 @@ def port_name(name: str) -> tuple[str, str]:
     return TRANSFORMER, target
 
 
-def reordered(name: str, rows: torch.Tensor, fan_in: int) -> torch.Tensor:
-    """``rows`` (O, ...) of a layer in the port's order."""
+def reordered(name: str, rows: torch.Tensor, fan_in: int, back: bool = False) -> torch.Tensor:
+    """``rows`` (O, ...) of a layer in the port's order; ``back`` takes rows of the port to ours."""
     blocks = len(_DIFFERENTIAL_ORDER)
     if not name.endswith("self_attn.to_qkv") or rows.shape[0] != blocks * fan_in:
         return rows
     parts = rows.chunk(blocks)
-    return torch.cat([parts[i] for i in _DIFFERENTIAL_ORDER])
+    order = [_DIFFERENTIAL_ORDER.index(i) for i in range(blocks)] if back else _DIFFERENTIAL_ORDER
+    return torch.cat([parts[i] for i in order])
 
 
 def _peft_config(config, targets: list[str]) -> dict:

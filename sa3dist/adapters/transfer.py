@@ -14,7 +14,7 @@ from sa3dist.adapters.attach import (
     check_strength,
     set_strength,
 )
-from sa3dist.adapters.file import BASE_KEY, AdapterFile, config_value, read_adapter_file, write_adapter_file
+from sa3dist.adapters.file import BAKED, BASE_KEY, AdapterFile, config_value, read_adapter_file, write_adapter_file
 from sa3dist.adapters.select import candidate_layers, select
 from sa3dist.errors import CheckpointError, ConfigError
 from sa3dist.model.base import Base
@@ -35,7 +35,7 @@ def load_adapter_file(base: Base, file: AdapterFile, strength: float = 1.0) -> N
     """``load_adapter`` of a file that is read already."""
     check_strength(strength)
     if adapted_layers(base):
-        _require_agreement(base.adapter_config, file)
+        _require_agreement(base, file)
         require_tensors({key: value.shape for key, value in adapter_parameters(base).items()}, file)
     else:
         names = list(covered_layers(file, base.adapter_roots))
@@ -57,7 +57,7 @@ def warm_start(base: Base, path: str | Path) -> None:
     if not adapted_layers(base):
         raise ConfigError("warm_start needs an attached adapter; attach_adapter(base, ...) first")
     file = read_adapter_file(path)
-    _require_agreement(base.adapter_config, file)
+    _require_agreement(base, file)
     if BASE_KEY in file.metadata and file.metadata[BASE_KEY] != base.weights_digest():
         raise CheckpointError(
             f"{file.path}: {BASE_KEY} is {file.metadata[BASE_KEY]}, this base has {base.weights_digest()}; "
@@ -87,8 +87,13 @@ def lora_config(base: Base) -> dict:
     return config_value(base.adapter_config)
 
 
-def _require_agreement(attached: AdapterConfig, file: AdapterFile) -> None:
-    for field in ("adapter_type", "rank", "alpha", "include", "exclude"):
+def _require_agreement(base: Base, file: AdapterFile) -> None:
+    attached = base.adapter_config
+    adapted = list(adapted_layers(base))
+    names = [*adapted, *candidate_layers(base.adapter_roots)]
+    # Other trainers' files list layers one by one: what counts is which ones the patterns select.
+    lists = () if adapted == select(names, file.config.include, file.config.exclude) else ("include", "exclude")
+    for field in ("adapter_type", "rank", "alpha", *lists):
         ours, theirs = getattr(attached, field), getattr(file.config, field)
         # "dora" is another name of dora-rows.
         same = attached.kind.computes_as(file.config.kind) if field == "adapter_type" else ours == theirs
@@ -122,6 +127,13 @@ def require_tensors(expected: Mapping[str, Iterable[int]], file: AdapterFile) ->
             f"{file.path}: of the {len(expected)} tensors this base model and the file's lora_config ask for, "
             f"{problems}"
         )
+    for name, norms in file.baked.items():
+        rows = expected.get(f"{name}.{SLOT}.{file.config.kind.row_magnitude}", ())
+        if tuple(norms.shape) != tuple(rows):
+            raise CheckpointError(
+                f"{file.path}: {name}.{SLOT}.{BAKED} is {list(norms.shape)}, expected {list(rows)} of a "
+                f"{file.config.adapter_type} over this base; bake them anew: sa3dist export FILE --baked-norms"
+            )
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from sa3dist import adapters
 from sa3dist.data.remote.fetch import fetch, is_remote
 from sa3dist.data.remote.local_paths import local_name
 from sa3dist.errors import CheckpointError
-from sa3dist.formats import file_sha256
+from sa3dist.formats import digest_of, file_sha256
 from sa3dist.model.compiled import keep_compiled_in, start_compile_workers, wants_compile
 from sa3dist.model.config import ModelConfig
 from sa3dist.model.kept_digests import KeptDigests
@@ -130,4 +130,11 @@ def _attach(
         stop,
     )
     adapters.warm_start(base, path)
-    return file_sha256(Path(path))
+    return _digest(Path(path))
+
+
+def _digest(path: Path) -> str:
+    """Of a file's bytes, or of all files of a PEFT folder."""
+    if path.is_file():
+        return file_sha256(path)
+    return digest_of(*(file_sha256(file) for file in sorted(path.rglob("*")) if file.is_file()))

@@ -1,4 +1,4 @@
-"""Files that are given as adapters and are no safetensors files: named, with the lines that convert what can be."""
+"""Files that are given as adapters and are no safetensors files: checkpoints are read, all others named in one line."""
 
 import gzip
 import json
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import sa3dist
 from sa3dist import train
-from sa3dist.adapters import adapter_parameters, attach_adapter, read_adapter_file, save_adapter, warm_start
+from sa3dist.adapters import adapter_parameters, attach_adapter, read_adapter_file, warm_start
 from sa3dist.errors import CheckpointError
 from tests.helpers.adapter_base import move
 from tests.helpers.golden import golden
@@ -46,51 +46,38 @@ def refusal(path) -> str:
     return str(caught.value).removeprefix(f"{path}: ")
 
 
-def run_lines(message):
-    """Execute the Python of a message as a user would, and give the file it names."""
-    first, *lines = message.splitlines()
-    assert len(lines) == 2
-    assert "weights_only=True" in lines[0]
-    # In a namespace of their own: they import what they need.
-    exec("\n".join(lines), {})
-    return first
-
-
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("kind", TYPES)
-def test_the_two_lines_make_of_the_reference_trainers_checkpoint_a_file_that_starts_a_run(kind, zipped, tmp_path):
+def test_the_reference_trainers_checkpoint_starts_a_run(kind, zipped, tmp_path):
     base, path = trained(kind), tmp_path / "it's epoch=3-step=7.ckpt"
     torch.save(lightning(base), path, _use_new_zipfile_serialization=zipped)
-    first = run_lines(refusal(path))
-    assert first.startswith("is a PyTorch checkpoint, as the reference's own trainer saves it")
     fresh = sa3dist.load_base(golden("tiny-sa3"), encoder=False)
     attach_adapter(fresh, adapter_type=kind, rank=4, alpha=6.0, include=["layers.[0-1].ff"], seed=9)
-    warm_start(fresh, path.with_suffix(".safetensors"))
+    warm_start(fresh, path)
     for name, value in adapter_parameters(base).items():
         assert torch.equal(adapter_parameters(fresh)[name], value)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora-rows", "bora", "lora-xs"])
 @pytest.mark.parametrize("inside", [True, False], ids=["state_dict", "plain"])
-def test_a_checkpoint_without_config_is_converted_with_what_its_shapes_tell(kind, inside, tmp_path):
-    base, path = trained(kind), tmp_path / "adapter.pt"
-    values = lightning(base)["state_dict"]
+def test_a_checkpoint_without_config_is_a_lora_with_alpha_equal_to_rank(inside, tmp_path):
+    path = tmp_path / "adapter.pt"
+    values = lightning(trained("lora"))["state_dict"]
     torch.save({"state_dict": values} if inside else values, path)
-    first = run_lines(refusal(path))
-    assert "once adapter_type and alpha are those it was trained with" in first
-    file = read_adapter_file(tmp_path / "adapter.safetensors")
-    assert (file.config.adapter_type, file.config.rank, file.config.alpha) == (kind, 4, 4)
+    file = read_adapter_file(path)
+    assert (file.config.adapter_type, file.config.rank, file.config.alpha) == ("lora", 4, 4)
     assert file.tensors.keys() == values.keys()
 
 
-def test_the_lines_never_write_over_a_file_that_is_there(tmp_path):
-    base = trained("lora")
-    save_adapter(base, tmp_path / "a.safetensors")
-    before = (tmp_path / "a.safetensors").read_bytes()
-    torch.save(lightning(base), tmp_path / "a.ckpt")
-    run_lines(refusal(tmp_path / "a.ckpt"))
-    assert (tmp_path / "a.safetensors").read_bytes() == before
-    assert load_file(tmp_path / "a-converted.safetensors").keys() == load_file(tmp_path / "a.safetensors").keys()
+@pytest.mark.parametrize("kind", ["dora-rows", "bora", "dora-rows-xs"])
+def test_magnitudes_without_config_are_refused_with_the_words_that_mend_it(kind, tmp_path):
+    path = tmp_path / "adapter.pt"
+    torch.save(lightning(trained(kind))["state_dict"], path)
+    message = refusal(path)
+    assert ".magnitude" in message
+    assert "\n" not in message
+    given = message.partition("--lora-config '")[2].partition("'")[0]
+    assert json.loads(given) == {"rank": 4, "alpha": 4, "adapter_type": kind}
+    assert read_adapter_file(path, given).config.adapter_type == kind
 
 
 class Bomb:
@@ -135,7 +122,7 @@ def make(kind, path):
     ("kind", "said"),
     {
         "full model": "is a PyTorch checkpoint without adapter tensors (model.weight), expected an adapter file",
-        "code": "is a pickle, expected a safetensors file; torch.load(..., weights_only=True) refuses it",
+        "code": "is a pickle that torch.load(..., weights_only=True) refuses",
         "list": "is a PyTorch checkpoint without adapter tensors (list)",
         "zip": "is a zip archive; unpack it and give the out/lora.safetensors in it",
         "folder": "is a folder, expected an adapter file; give ",
@@ -161,12 +148,15 @@ def test_other_files_are_named_in_one_line(kind, said, suffix, tmp_path):
     assert "\n" not in message
 
 
-def test_a_run_that_is_given_a_checkpoint_says_so_and_ends_with_2(demo_base, demo_clips, demo_work, tmp_path, capfd):
+def test_a_run_starts_from_the_reference_trainers_checkpoint(demo_base, demo_clips, demo_work, tmp_path):
     path = tmp_path / "epoch=3.ckpt"
-    torch.save(lightning(trained("lora")), path)
+    base = sa3dist.load_base(demo_base, encoder=False)
+    attach_adapter(base, adapter_type="lora", rank=4, seed=3)
+    move(base, 5)
+    torch.save(lightning(base), path)
     values = {"audio_data_url": demo_clips, "model": demo_base, "output_dir": tmp_path / "out", "work_dir": demo_work}
     values |= {"adapter_type": "lora", "rank": 4, "base_precision": "fp32", "mixed_precision": "no"}
-    assert train.main([f"{k}={v}" for k, v in (values | {"lora_checkpoint_url": path}).items()]) == 2
-    said = json.loads((tmp_path / "out/status.json").read_text())["message"]
-    assert said.startswith(f"{path}: is a PyTorch checkpoint, as the reference's own trainer saves it")
-    assert said in capfd.readouterr().err
+    values |= {"number_of_steps": 1, "learning_rate": 1e-30, "lora_checkpoint_url": path}
+    assert train.main([f"{k}={v}" for k, v in values.items()]) == 0
+    for key, value in load_file(tmp_path / "out/lora.safetensors").items():
+        assert torch.equal(value, adapter_parameters(base)[key].half())
