@@ -55,6 +55,7 @@ PROGRAMS = {
     "plan": ("predict memory and time of a run, or find settings that fit", "sa3dist.commands.plan"),
     "generate": ("make audio from prompts with a base and adapters", "sa3dist.commands.generate"),
     "merge": ("several adapters into one file, or adapters into a base", "sa3dist.commands.merge"),
+    "verify": ("whether a program takes every layer of an adapter file", "sa3dist.commands.verify"),
     "submit": ("start a run on this machine, under Slurm or on Kubernetes", "sa3dist.commands.submit"),
 }
 

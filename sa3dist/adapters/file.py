@@ -73,7 +73,7 @@ def read_adapter_file(path: str | Path, lora_config: str | None = None) -> Adapt
     Raises CheckpointError, naming the file, for what is no adapter file, a bad ``lora_config`` or non-finite values.
     """
     path = Path(expand_home(path))
-    weights = [_weights_in(folder) for folder in peft_folders(path)] or [path]
+    weights = [weights_in(folder) for folder in peft_folders(path)] or [path]
     read = [read_tensors(file) for file in weights]
     if any(is_foreign(tensors) for tensors, _ in read):
         parts = [(tensors, read_peft_config(file)) for file, (tensors, _) in zip(weights, read, strict=True)]
@@ -107,7 +107,8 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def _weights_in(folder: Path) -> Path:
+def weights_in(folder: Path) -> Path:
+    """The file of a PEFT folder that holds its tensors."""
     return next((folder / name for name in PEFT_WEIGHTS if (folder / name).is_file()), folder / PEFT_WEIGHTS[0])
 
 

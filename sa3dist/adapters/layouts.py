@@ -8,8 +8,6 @@ called as in Stable Audio 3, with or without its leading ``model.``, or as in di
 Legend: O fan_out, I fan_in, R rank.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

@@ -3,13 +3,60 @@
 Legend: O fan_out, I fan_in, R rank.
 """
 
+from collections.abc import Mapping
+
 import torch
 from sa3dist_kernels import effective_weight_reference, frozen_constants
 
+from sa3dist.adapters.attach import AdapterConfig
 from sa3dist.adapters.file import BASE_KEY, AdapterFile
 from sa3dist.adapters.svd_bases import singular_bases
 from sa3dist.adapters.transfer import covered_layers
 from sa3dist.model.loading import BaseOnDisk
+
+# Added to norms, as the format has it.
+EPS = 1e-12
+
+
+def factors(
+    config: AdapterConfig, trained: Mapping[str, torch.Tensor], weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(up, down), (O, R) and (R, I) in float32: scale * up @ down is what a layer adds before any norm.
+
+    weight   the layer's frozen weight
+    """
+    if not config.kind.xs:
+        return trained["lora_B"].float(), trained["lora_A"].float()
+    left_OR, right_IR = singular_bases(weight.flatten(1), config.rank)
+    return left_OR, trained["M_xs"].float() @ right_IR.t()
+
+
+def row_norms(config: AdapterConfig, trained: Mapping[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    """Norms (O) in float32 of the rows of W0 + scale * D, by which types with a row magnitude divide."""
+    up_OR, down_RI = factors(config, trained, weight)
+    return torch.linalg.vector_norm(weight.flatten(1).float() + config.alpha / config.rank * up_OR @ down_RI, dim=1)
+
+
+def effective(
+    config: AdapterConfig,
+    trained: Mapping[str, torch.Tensor],
+    weight: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+    norms_O: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The weight a layer acts with at strength 1, in the shape of its frozen ``weight``.
+
+    norms_O   what rows are divided by instead of their own norms
+    Everything but the singular bases of -xs types, which are float32 by definition, is computed in ``dtype``.
+    """
+    kind = config.kind
+    bases = singular_bases(weight.flatten(1), config.rank) if kind.xs else ()
+    frozen = frozen_constants(weight, *bases) if bases else None
+    values = {key: value.to(dtype) for key, value in trained.items()}
+    if norms_O is not None:
+        share_O = (row_norms(config, trained, weight) + EPS) / (norms_O.float() + EPS)
+        values[kind.row_magnitude] = values[kind.row_magnitude] * share_O
+    return effective_weight_reference(weight.to(dtype), values, kind, config.alpha / config.rank, frozen)
 
 
 class AdapterOnDisk:
@@ -38,20 +85,13 @@ class AdapterOnDisk:
         return {key: value.float() for key, value in self._trained[name].items()}
 
     def effective_weight(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight the layer acts with at strength 1, in the shape of its frozen weight.
-
-        Everything but the singular bases of -xs types, which are float32 by definition, is computed in ``dtype``.
-        """
-        weight = self.base.fp32_weight(name)
-        trained = {key: value.to(dtype) for key, value in self.trained(name).items()}
-        bases = singular_bases(weight.flatten(1), self.file.config.rank) if self.kind.xs else ()
-        frozen = frozen_constants(weight, *bases) if bases else None
-        return effective_weight_reference(weight.to(dtype), trained, self.kind, self.scale, frozen)
+        """As ``effective``, of a layer by its name."""
+        return effective(self.file.config, self.trained(name), self.base.fp32_weight(name), dtype)
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(up, down), (O, R) and (R, I) in float32: scale * up @ down is what the layer adds before any norm."""
-        trained = self.trained(name)
-        if not self.kind.xs:
-            return trained["lora_B"], trained["lora_A"]
-        left_OR, right_IR = singular_bases(self.base.fp32_weight(name).flatten(1), self.file.config.rank)
-        return left_OR, trained["M_xs"] @ right_IR.t()
+        return factors(self.file.config, self.trained(name), self.base.fp32_weight(name))
+
+    def row_norms(self, name: str) -> torch.Tensor:
+        """As ``row_norms``, of a layer by its name."""
+        return row_norms(self.file.config, self.trained(name), self.base.fp32_weight(name))

@@ -1,11 +1,14 @@
-"""Experimental: an adapter as PEFT adapter folders for diffusers' port of the model, loaded by ``PeftModel``.
+"""Experimental: an adapter as PEFT adapter folders, under our names or for diffusers' port, loaded by ``PeftModel``.
 
-The port splits what one adapter file covers into two modules, ``transformer`` and ``duration_embedder``; each becomes
-a folder with adapter_config.json and adapter_model.safetensors. PEFT's LoRA is our lora, its DoRA our dora-rows; it
-has nothing for columns. -xs types are written as the factors of their update.
+Under our names one folder has it all, as Stable Audio 3's MLX runtime reads it. The port splits what one adapter file
+covers into two modules, ``transformer`` and ``duration_embedder``; each becomes a folder with adapter_config.json and
+adapter_model.safetensors. PEFT's LoRA is our lora, its DoRA our dora-rows; it has nothing for columns. -xs types are
+written as the factors of their update.
 
 Legend: O fan_out, I fan_in, R rank.
 """
+
+from __future__ import annotations
 
 import re
 from collections.abc import Callable
@@ -32,10 +35,13 @@ _DURATION_LAYER = "conditioners.seconds_total.embedder.embedding.1"
 _DIFFERENTIAL_ORDER = (0, 3, 1, 4, 2)
 
 
-def to_peft(file: AdapterFile, base: Callable[[], AdapterOnDisk]) -> dict[str, tuple[dict, dict[str, torch.Tensor]]]:
+def to_peft(
+    file: AdapterFile, base: Callable[[], AdapterOnDisk], port: bool = True
+) -> dict[str, tuple[dict, dict[str, torch.Tensor]]]:
     """Folder name -> (adapter_config.json, tensors), for the modules the adapter covers.
 
     base   gives the adapter over its base, needed for -xs types
+    port   for diffusers' port; else for the model under our names, whose only folder is called ``.``
     Raises ConfigError for types that scale columns and for layers the port does not have.
     """
     config = file.config
@@ -45,9 +51,9 @@ def to_peft(file: AdapterFile, base: Callable[[], AdapterOnDisk]) -> dict[str, t
     parts: dict[str, dict[str, torch.Tensor]] = {}
     names: dict[str, list[str]] = {}
     for name, trained in file.layers().items():
-        part, target = port_name(name)
+        part, target = port_name(name) if port else (".", name)
         up, down = adapter.factors(name) if adapter else (trained["lora_B"], trained["lora_A"])
-        up = reordered(name, up, down.shape[1])
+        up = reordered(name, up, down.shape[1]) if port else up
         names.setdefault(part, []).append(target)
         tensors = parts.setdefault(part, {})
         # A convolution's factors are convolutions of kernel size 1.
@@ -56,9 +62,12 @@ def to_peft(file: AdapterFile, base: Callable[[], AdapterOnDisk]) -> dict[str, t
         tensors[f"{prefix}.lora_A.weight"] = down.reshape(*down.shape, *tail).contiguous()
         tensors[f"{prefix}.lora_B.weight"] = up.reshape(*up.shape, *tail).contiguous()
         if config.kind.rows:
-            magnitude = reordered(name, trained["magnitude"], down.shape[1])
+            magnitude = trained["magnitude"]
+            magnitude = reordered(name, magnitude, down.shape[1]) if port else magnitude
             shape = (1, -1, 1) if tail else (-1,)
-            tensors[f"{prefix}.lora_magnitude_vector"] = magnitude.reshape(shape).contiguous()
+            # PEFT reads both names, the MLX runtime the second.
+            key = f"{prefix}.lora_magnitude_vector" if port else f"{prefix}.lora_magnitude_vector.weight"
+            tensors[key] = magnitude.reshape(shape).contiguous()
     return {part: (_peft_config(config, names[part]), tensors) for part, tensors in parts.items()}
 
 

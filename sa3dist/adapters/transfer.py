@@ -7,7 +7,6 @@ import torch
 
 from sa3dist.adapters.attach import (
     SLOT,
-    AdapterConfig,
     adapted_layers,
     adapter_parameters,
     attach_to,

@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,32 +12,43 @@ from sa3dist import __version__, export
 from sa3dist.adapters.comfyui_format import left_out, to_comfy, to_comfy_diff
 from sa3dist.adapters.file import (
     BASE_KEY,
+    EXTRA_KEYS,
     AdapterFile,
     config_from_value,
     config_value,
     publishable,
     read_adapter_file,
+    write_adapter_file,
 )
+from sa3dist.adapters.layouts import peft_folders
 from sa3dist.adapters.lazy_file import AdapterOnDisk
 from sa3dist.adapters.peft_format import to_peft
+from sa3dist.commands import verify
+from sa3dist.commands.merge import into_base
 from sa3dist.config import split_argument
 from sa3dist.data.remote.local_paths import home_path
 from sa3dist.errors import CheckpointError, ConfigError, InUse
 from sa3dist.formats import atomic_directory, write_json
-from sa3dist.model.loading import BaseOnDisk
+from sa3dist.model.hub import is_cached
+from sa3dist.model.loading import WEIGHTS_NAME, BaseOnDisk
+from sa3dist.model.released import RELEASED
 from sa3dist.model.rewrite_safetensors import write_safetensors
 from sa3dist.runtime import run_lock
 from sa3dist.runtime.exit_status import run_command
 from sa3dist.training import checkpoint
 
+# What was written, the program it is for, and layers that were left out knowingly.
+Written = tuple[Path, str, list[str]]
 ADAPTER_SUFFIX = ".safetensors"
+# The others are of files that torch.save wrote.
+ADAPTER_SUFFIXES = (ADAPTER_SUFFIX, ".ckpt", ".pt", ".pth", ".bin")
 
 
 def is_path(words: Sequence[str]) -> bool:
     """Whether the words of ``sa3dist export`` name something to export from, not a config of a run."""
     names = [word for word in words if word.startswith("-") or split_argument(word) is None]
     return any(
-        os.path.isdir(os.path.expanduser(name)) or name.endswith(ADAPTER_SUFFIX) or name.startswith("--format")
+        os.path.isdir(os.path.expanduser(name)) or name.endswith(ADAPTER_SUFFIXES) or name.startswith("--format")
         for name in names
     )
 
@@ -52,14 +64,17 @@ def from_checkpoint(source: Path, output: Path | None) -> dict:
 
     source   a checkpoint directory, or an output_dir: its newest intact checkpoint
     output   default the output_dir itself; for a checkpoint directory, ``exported/<its name>`` beside ``checkpoints``
-    Raises CheckpointError when there is no intact checkpoint or as ``publish_saved``, InUse when a run writes there.
+    Raises CheckpointError when there is no intact checkpoint, as ``publish_saved``, or when not every key of the file
+    lands; InUse when a run writes there.
     """
     saved, default = _open_checkpoint(source)
     try:
         with run_lock.held(output or default):
-            return export.publish_saved(saved, output or default)
+            result = export.publish_saved(saved, output or default)
     except InUse as problem:
         raise InUse(f"{problem} with --output") from None
+    verify.check_keys((output or default) / export.LORA_NAME)
+    return result
 
 
 def _open_checkpoint(source: Path) -> tuple[checkpoint.Checkpoint, Path]:
@@ -72,10 +87,15 @@ def _open_checkpoint(source: Path) -> tuple[checkpoint.Checkpoint, Path]:
     return saved, source
 
 
-def read_source(source: Path) -> tuple[AdapterFile, Path]:
+def is_adapter(source: Path) -> bool:
+    """Whether it is an adapter by itself: a file or a PEFT folder, not a run or a checkpoint directory."""
+    return source.suffix in ADAPTER_SUFFIXES or bool(peft_folders(source))
+
+
+def read_source(source: Path, lora_config: str | None) -> tuple[AdapterFile, Path]:
     """The adapter to convert, as its file holds it, and the path its converted file is named after."""
-    if source.suffix == ADAPTER_SUFFIX:
-        return read_adapter_file(source), source
+    if is_adapter(source):
+        return read_adapter_file(source, lora_config), source
     saved, directory = _open_checkpoint(source)
     config = config_from_value(saved.state["identity"]["lora_config"])
     description = {**saved.state.get("description", {}), "step": saved.step}
@@ -86,22 +106,36 @@ def read_source(source: Path) -> tuple[AdapterFile, Path]:
 
 def convert(options: argparse.Namespace) -> None:
     """Write the files in ``options.format``. Raises ConfigError where that layout cannot say the same."""
-    if options.format == "sa3":
+    native = options.format in ("sa3", "native")
+    if options.baked_norms and not native:
+        raise ConfigError(f"--baked-norms: only for --format native, not for {options.format}")
+    if native and not options.baked_norms and not is_adapter(options.source):
         print(json.dumps(from_checkpoint(options.source, options.output)))
         return
-    file, named_after = read_source(options.source)
+    file, named_after = read_source(options.source, options.lora_config)
+    name = options.base or file.metadata.get("base_model")
 
     @functools.cache
     def over_base() -> AdapterOnDisk:
-        name = options.base or file.metadata.get("base_model")
         if name is None:
             raise ConfigError(f"{file.path}: names no base model; give the one it was trained on with --base MODEL")
         return AdapterOnDisk(file, BaseOnDisk.open(name))
 
-    FORMATS[options.format](file, over_base, options, named_after)
+    output, target, without = FORMATS[options.format](file, over_base, options, named_after)
+    print(f"wrote {output}" + (f", without {', '.join(without)}" if without else ""))
+    if name is None or not (options.base or over_base.cache_info().currsize or at_hand(name)):
+        where = "a base it does not name" if name is None else f"{name}, which is not on this machine"
+        print(f"not verified over {where}: sa3dist verify {output} --for {target} --base MODEL", file=sys.stderr)
+        return
+    verify.check(output, target, over_base().base, file, without)
 
 
-def _comfy(file: AdapterFile, base: Callable[[], AdapterOnDisk], options, named_after: Path) -> None:
+def at_hand(name: str) -> bool:
+    """Whether a base can be opened without a download."""
+    return is_cached(RELEASED[name], WEIGHTS_NAME) if name in RELEASED else os.path.isdir(home_path(name))
+
+
+def _comfy(file: AdapterFile, base: Callable[[], AdapterOnDisk], options, named_after: Path) -> Written:
     missing = left_out(file)
     if missing and not options.without_conditioner:
         raise ConfigError(
@@ -111,19 +145,40 @@ def _comfy(file: AdapterFile, base: Callable[[], AdapterOnDisk], options, named_
     tensors = to_comfy_diff(base()) if options.format == "comfy-diff" else to_comfy(file, base)
     output = options.output or named_after.with_suffix(f".{options.format}{ADAPTER_SUFFIX}")
     write_safetensors(output, tensors, _header(file, left_out=missing))
-    print(f"wrote {output}" + (f", without {', '.join(missing)}" if missing else ""))
+    return output, "comfy", missing
 
 
-def _diffusers(file: AdapterFile, base: Callable[[], AdapterOnDisk], options, named_after: Path) -> None:
-    output = options.output or named_after.with_suffix(".diffusers")
+def _native(file: AdapterFile, base: Callable[[], AdapterOnDisk], options, named_after: Path) -> Written:
+    if options.baked_norms and not file.config.kind.rows:
+        raise ConfigError(f"{file.path}: --baked-norms are of rows, which {file.config.adapter_type} does not divide")
+    baked = {name: base().row_norms(name) for name in file.layers()} if options.baked_norms else {}
+    # The name that Stable Audio 3's own baker gives.
+    ending = ".normbaked" if baked else ".native"
+    output = options.output or named_after.with_suffix(f"{ending}{ADAPTER_SUFFIX}")
+    extras = {key: file.metadata[key] for key in EXTRA_KEYS if key in file.metadata}
+    if baked:
+        extras |= {"baked_norms": len(baked), "norm_base": options.base or file.metadata["base_model"]}
+    kept = {} if file.foreign else file.metadata
+    write_adapter_file(output, file.config, file.tensors, {**kept, **_header(file)}, extras, baked)
+    return output, "native", []
+
+
+def _merged(file: AdapterFile, base: Callable[[], AdapterOnDisk], options, named_after: Path) -> Written:
+    output = options.output or named_after.with_suffix(".merged")
+    into_base(output, base().base, [(base(), 1.0)])
+    return output, "merged", []
+
+
+def _peft(file: AdapterFile, base: Callable[[], AdapterOnDisk], options, named_after: Path) -> Written:
+    output = options.output or named_after.with_suffix(f".{options.format}")
     if output.exists():
         raise ConfigError(f"--output: {output} exists already; choose a new directory")
-    parts = to_peft(file, base)
+    parts = to_peft(file, base, port=options.format == "diffusers")
     with atomic_directory(output) as temporary:
         for part, (config, tensors) in parts.items():
             write_json(temporary / part / "adapter_config.json", config)
             write_safetensors(temporary / part / "adapter_model.safetensors", tensors, _header(file))
-    print(f"wrote {output}: {', '.join(parts)}")
+    return output, options.format, []
 
 
 def _header(file: AdapterFile, **more) -> dict[str, str]:
@@ -132,11 +187,25 @@ def _header(file: AdapterFile, **more) -> dict[str, str]:
     return {**kept, **{key: value if isinstance(value, str) else json.dumps(value) for key, value in made.items()}}
 
 
-FORMATS = {"comfy": _comfy, "comfy-diff": _comfy, "diffusers": _diffusers}
+FORMATS = {
+    "native": _native,
+    "sa3": _native,
+    "peft": _peft,
+    "comfy": _comfy,
+    "comfy-diff": _comfy,
+    "diffusers": _peft,
+    "merged": _merged,
+}
 ARGUMENTS = {
-    "source": {"type": home_path, "metavar": "PATH", "help": "a run's output_dir, a checkpoint directory, or a file"},
-    "--output": {"type": home_path, "help": "directory of the files, or with --format the file or folder"},
-    "--format": {"choices": ["sa3", *FORMATS], "default": "sa3", "help": "all but sa3 are experimental"},
+    "source": {
+        "type": home_path,
+        "metavar": "PATH",
+        "help": "a run's output_dir, a checkpoint, or an adapter",
+    },
+    "--output": {"type": home_path, "help": "directory of a run's files, else the file or folder to write"},
+    "--format": {"choices": FORMATS, "default": "native", "help": "sa3 is another name of native"},
     "--base": {"metavar": "MODEL", "help": "base to convert over; default the one the adapter names"},
     "--without-conditioner": {"action": "store_true", "help": "comfy: leave out layers that ComfyUI cannot patch"},
+    "--baked-norms": {"action": "store_true", "help": "native: add the norms of rows, as float32"},
+    "--lora-config": {"metavar": "JSON", "help": "rank, alpha and adapter_type of a file that does not say"},
 }

@@ -24,6 +24,13 @@ def hub_file(repo_id: str, name: str) -> Path:
         raise CheckpointError(explain(error, repo_id, name, "model=/path/to/its/directory")) from error
 
 
+def is_cached(repo_id: str, name: str) -> bool:
+    """Whether one file of a repository is on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repo_id, name), str)
+
+
 def hub_folder(repo_id: str, subfolder: str | None, needed: tuple[str, ...], local_only: bool = False) -> Path:
     """Directory of a repository (or of one subfolder) that holds at least the files ``needed``, cache first.
 

@@ -2,10 +2,17 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sa3dist import cli
-from sa3dist.adapters import adapted_layers, detach_adapter, load_adapter
+from sa3dist.adapters import (
+    adapted_layers,
+    adapter_parameters,
+    detach_adapter,
+    load_adapter,
+    lora_config,
+    read_adapter_file,
+)
 from sa3dist.model.frequencies import expo_frequencies
 from tests.helpers.adapter_files import changes, load, make_adapter, relative
 from tests.helpers.diffusers_port import port_of_dit
@@ -123,7 +130,8 @@ def test_peft_folders_make_the_port_answer_as_the_adapted_model(base, demo_base,
         ("bora", ["--format", "comfy"], "dora_scale is of rows or of columns"),
         ("dora-cols", ["--format", "diffusers"], "PEFT has no adapter for columns"),
         ("dora-rows", ["--format", "comfy", "--base", "nowhere"], "no such directory"),
-        ("lora", [], "no intact checkpoint here"),
+        ("lora", ["--format", "comfy", "--baked-norms"], "--baked-norms: only for --format native"),
+        ("dora-cols", ["--format", "peft"], "PEFT has no adapter for columns"),
     ],
 )
 def test_what_a_layout_cannot_say_is_refused_in_one_line(base, tmp_path, capsys, kind, words, expected):
@@ -133,6 +141,50 @@ def test_what_a_layout_cannot_say_is_refused_in_one_line(base, tmp_path, capsys,
     assert expected in message
     assert len(message.strip().splitlines()) == 1
     assert [found.name for found in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_folder_without_a_checkpoint_is_no_source(tmp_path, capsys):
+    assert export(tmp_path) == 2
+    assert "no intact checkpoint here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["--format", "native"], ["--format", "sa3"]])
+def test_the_reference_trainers_checkpoint_becomes_a_file_of_our_format(base, tmp_path, words):
+    path = make_adapter(base, tmp_path / "a.safetensors", 1, adapter_type="bora", rank=2, include=["layers.0.ff"])
+    load_adapter(base, path)
+    values = {name: value.detach().clone() for name, value in adapter_parameters(base).items()}
+    torch.save({"state_dict": values, "lora_config": lora_config(base)}, tmp_path / "b.ckpt")
+    detach_adapter(base)
+    assert export(tmp_path / "b.ckpt", *words) == 0
+    found, expected = load_file(tmp_path / "b.native.safetensors"), load_file(path)
+    assert found.keys() == expected.keys()
+    assert all(found[key].dtype == torch.float16 and torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"), [("dora-rows", "diffusers"), ("dora-rows", "peft"), ("dora-cols", "comfy")]
+)
+def test_what_another_layout_was_made_from_comes_back(base, demo_base, tmp_path, kind, layout):
+    settings = {"adapter_type": kind, "rank": 2, "alpha": 3, "include": ["layers.0.", "_conv"]}
+    path = make_adapter(base, tmp_path / "a.safetensors", 1, **settings)
+    there, back = tmp_path / ("there.safetensors" if layout == "comfy" else "there"), tmp_path / "back.safetensors"
+    assert export(path, "--format", layout, "--output", there) == 0
+    assert export(there, "--base", demo_base, "--output", back) == 0
+    found, expected = load_file(back), load_file(path)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_file_that_does_not_say_what_it_is_is_read_as_it_is_told(base, tmp_path, capsys):
+    settings = {"adapter_type": "dora-rows", "rank": 2, "alpha": 3, "include": ["layers.0.ff"]}
+    path = make_adapter(base, tmp_path / "a.safetensors", 1, **settings)
+    save_file(load_file(path), tmp_path / "bare.safetensors")
+    assert export(tmp_path / "bare.safetensors") == 2
+    assert "--lora-config" in capsys.readouterr().err
+    told = '{"rank": 2, "alpha": 3, "adapter_type": "dora-rows", "include": ["layers.0.ff"]}'
+    assert export(tmp_path / "bare.safetensors", "--lora-config", told, "--output", tmp_path / "b.safetensors") == 0
+    found = read_adapter_file(tmp_path / "b.safetensors")
+    assert found.config == read_adapter_file(path).config
 
 
 def test_the_oracle_of_changes_is_the_adapters_own(base, demo_base, tmp_path):

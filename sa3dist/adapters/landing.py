@@ -1,0 +1,197 @@
+"""What other programs make of an adapter file: which of its layers they take, and the weights these then act with.
+
+By each program's documented rule: Stable Audio 3 (native), ComfyUI's generic loader, a base with the adapter merged in.
+PEFT's own loader is in ``landing_peft``.
+
+Legend: O fan_out, I fan_in, R rank.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import nn
+
+from sa3dist.adapters.attach import SLOT
+from sa3dist.adapters.comfyui_format import EPS as COMFY_EPS
+from sa3dist.adapters.file import BAKED, AdapterFile, config_from_value, read_adapter_file, read_tensors
+from sa3dist.adapters.lazy_file import effective
+from sa3dist.adapters.select import candidate_layers, select
+from sa3dist.errors import CheckpointError
+from sa3dist.model.base import weight_key
+from sa3dist.model.loading import BaseOnDisk
+from sa3dist.model.rewrite_safetensors import DTYPES
+
+# A change that differs by more than this share is another one: float16 of both factors leaves a tenth of it.
+MOST_DIFFERENCE = 0.01
+# Below this share of a weight a change is measured against the weight: float32 leaves no more digits.
+SMALLEST_CHANGE = 1e-4
+COMFY_PARTS = ("lora_up.weight", "lora_down.weight", "lora_B.weight", "lora_A.weight", "alpha", "dora_scale", "diff")
+
+Weight = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclasses.dataclass
+class Landing:
+    """What a program takes of a file.
+
+    weights   layer -> function from the base's float32 weight to the one the layer acts with, in the same shape
+    missed    layer, or key of no layer -> why the program passes over it
+    stored    number format the weights were rounded to
+    largest   largest difference of a layer that lands, as a share of its change, and its name; set by ``compare``
+    """
+
+    weights: dict[str, Weight] = dataclasses.field(default_factory=dict)
+    missed: dict[str, str] = dataclasses.field(default_factory=dict)
+    stored: torch.dtype = torch.float32
+    largest: tuple[float, str] = (0.0, "")
+
+    def compare(
+        self, base: BaseOnDisk, expected: Callable[[str], torch.Tensor] | None, update: Callable[[int], None]
+    ) -> None:
+        """Form every weight; a layer that acts otherwise than ``expected(layer)`` says, or not at all, is missed.
+
+        update   told the number of layers that are done
+        """
+        for done, (name, weight_of) in enumerate(list(self.weights.items()), start=1):
+            update(done)
+            before = base.fp32_weight(name)
+            found = weight_of(before.clone()).float()
+            if expected is None:
+                if not found.isfinite().all() or torch.equal(found, before):
+                    self._miss(name, "acts with a weight that is the base's own, or not finite")
+                continue
+            wanted = expected(name).to(self.stored).float()
+            change = max(float((wanted - before).norm()), SMALLEST_CHANGE * float(before.norm()), 1e-30)
+            difference = float((found - wanted).norm()) / change
+            # Also where it is no number.
+            if not difference <= MOST_DIFFERENCE:
+                self._miss(name, f"acts otherwise than the adapter: by {difference:.2g} of its change")
+            elif difference >= self.largest[0]:
+                self.largest = difference, name
+
+    def _miss(self, name: str, why: str) -> None:
+        del self.weights[name]
+        self.missed[name] = why
+
+
+def native(path: Path, base: BaseOnDisk) -> Landing:
+    """Stable Audio 3: keys by name into the layers that include and exclude select; all others are passed over.
+
+    Rows are divided by the file's own norms where it has them baked in.
+    """
+    return by_name(read_adapter_file(path), base.adapter_roots)
+
+
+def by_name(file: AdapterFile, roots: Iterable[nn.Module]) -> Landing:
+    """``native`` of a file that is read, over modules that need no values."""
+    layers = candidate_layers(roots)
+    if file.foreign:
+        why = "is in another trainer's layout; make a file of it with sa3dist export FILE --format native"
+        return Landing(missed=dict.fromkeys(file.config.include, why))
+    landing = Landing()
+    known = set()
+    for name in select(layers, file.config.include, file.config.exclude):
+        shapes = file.config.kind.parameter_shapes(*layers[name].weight.flatten(1).shape, file.config.rank)
+        expected = {f"{name}.{SLOT}.{tensor}": shape for tensor, shape in shapes.items()}
+        known |= expected.keys()
+        wrong = [key for key, shape in expected.items() if _shape(file.tensors, key) != shape]
+        if wrong:
+            landing.missed[name] = (
+                f"{wrong[0]} is {_shape(file.tensors, wrong[0]) or 'missing'}, not {expected[wrong[0]]}"
+            )
+        else:
+            trained = {key.rpartition(".")[2]: file.tensors[key] for key in expected}
+            landing.weights[name] = functools.partial(effective, file.config, trained, norms_O=file.baked.get(name))
+    baked = [f"{name}.{SLOT}.{BAKED}" for name in file.baked if name not in layers]
+    for key in [*(key for key in file.tensors if key not in known), *baked]:
+        name = key.partition(f".{SLOT}")[0]
+        landing.weights.pop(name, None)
+        landing.missed.setdefault(name, f"{key} is no tensor of this base with the file's lora_config, and passed over")
+    return landing
+
+
+def comfy(path: Path, base: BaseOnDisk) -> Landing:
+    """ComfyUI's generic loader: ``diffusion_model.<layer>`` or ``lora_unet_<layer with underscores>``, nothing else."""
+    tensors, _ = read_tensors(path)
+    layers = candidate_layers(base.adapter_roots)
+    inner = {name: name.removeprefix("model.") for name in layers if name.startswith("model.")}
+    known = {f"diffusion_model.{short}": name for name, short in inner.items()}
+    known |= {f"lora_unet_{short.replace('.', '_')}": name for name, short in inner.items()}
+    grouped: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        part = next((part for part in COMFY_PARTS if key.endswith(f".{part}")), "")
+        part, name = (part, key.removesuffix(f".{part}")) if part else (key, key.partition(f".{SLOT}")[0])
+        grouped.setdefault(name, {})[part.replace("lora_B", "lora_up").replace("lora_A", "lora_down")] = value
+    landing = Landing()
+    for key, found in grouped.items():
+        name = known.get(key)
+        why = _comfy_fault(found, layers[name].weight.shape) if name else "is no layer that ComfyUI knows: not loaded"
+        if why:
+            landing.missed[name or key] = why
+        else:
+            landing.weights[name] = functools.partial(_patched_by_comfy, found)
+    return landing
+
+
+def _comfy_fault(found: Mapping[str, torch.Tensor], shape: torch.Size) -> str:
+    if "diff" in found:
+        return "" if found["diff"].shape == shape else f"diff is {list(found['diff'].shape)}, not {list(shape)}"
+    strange = [part for part in found if part not in COMFY_PARTS]
+    missing = [part for part in ("lora_up.weight", "lora_down.weight") if part not in found]
+    if strange or missing:
+        return f"{strange[0]} is not loaded" if strange else f"has no {missing[0]}"
+    up, down = found["lora_up.weight"], found["lora_down.weight"]
+    if up.shape[:1] != shape[:1] or down.flatten(1).shape[1] != shape[1:].numel() or up.shape[1] != down.shape[0]:
+        return f"lora_up is {list(up.shape)} and lora_down {list(down.shape)}, over a weight of {list(shape)}"
+    scale = found.get("dora_scale", torch.ones(()))
+    try:
+        fits = torch.broadcast_shapes(scale.shape, shape) == shape
+    except RuntimeError:
+        fits = False
+    return "" if fits else f"dora_scale is {list(scale.shape)}, over a weight of {list(shape)}"
+
+
+def _patched_by_comfy(found: Mapping[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    """Source: ComfyUI, comfy/weight_adapter/lora.py and base.py (weight_decompose) at strength 1, since v0.3.77."""
+    if "diff" in found:
+        return weight + found["diff"].float()
+    up, down = (found[f"lora_{part}.weight"].float().flatten(1) for part in ("up", "down"))
+    scale = float(found["alpha"]) / down.shape[0] if "alpha" in found else 1.0
+    after = weight + (scale * up @ down).view(weight.shape)
+    if "dora_scale" not in found:
+        return after
+    dora_scale = found["dora_scale"].float()
+    # The axis is told by the first side; on the output axis its norms are of the weight before the update.
+    on_rows = dora_scale.shape[0] == weight.shape[0]
+    of, axes = (weight, [*range(1, weight.ndim)]) if on_rows else (after, [0, *range(2, weight.ndim)])
+    return after * (dora_scale / (torch.linalg.vector_norm(of, dim=axes, keepdim=True) + COMFY_EPS))
+
+
+def merged(path: Path, base: BaseOnDisk) -> Landing:
+    """A whole base with the adapter inside, by our own loader, which is as strict as can be."""
+    made = BaseOnDisk.open(path)
+    layers = candidate_layers(base.adapter_roots)
+    with safetensors.safe_open(made.files.weights, framework="pt") as file:
+        metadata = file.metadata() or {}
+        stored = DTYPES[file.get_slice(weight_key(next(iter(layers)))).get_dtype()]
+    try:
+        configs = [config_from_value(part["lora_config"]) for part in json.loads(metadata["merged_from"])]
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: its header does not say what was merged; is this a base as it was?") from error
+    landing = Landing(stored=stored)
+    for name in dict.fromkeys(name for config in configs for name in select(layers, config.include, config.exclude)):
+        key = weight_key(name)
+        if made.weights.shapes[key] != base.weights.shapes[key]:
+            landing.missed[name] = f"{key} is {made.weights.shapes[key]}, {base.weights.shapes[key]} in the base"
+        else:
+            landing.weights[name] = lambda _, name=name: made.fp32_weight(name)
+    return landing
+
+
+def _shape(tensors: Mapping[str, torch.Tensor], key: str) -> tuple[int, ...]:
+    return tuple(tensors[key].shape) if key in tensors else ()

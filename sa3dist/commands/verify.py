@@ -1,0 +1,116 @@
+"""`sa3dist verify FILE --for TARGET`: whether a program takes every layer of a file, and as the adapter means it."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sa3dist.adapters import landing, landing_peft
+from sa3dist.adapters.file import AdapterFile, read_adapter_file, read_tensors, weights_in
+from sa3dist.adapters.landing import Landing
+from sa3dist.adapters.layouts import PEFT_WEIGHTS, peft_folders
+from sa3dist.adapters.lazy_file import AdapterOnDisk
+from sa3dist.data.remote.local_paths import home_path
+from sa3dist.errors import CheckpointError, ConfigError
+from sa3dist.model.loading import CONFIG_NAME, WEIGHTS_NAME, BaseOnDisk, known_config, meta_roots
+from sa3dist.model.released import RELEASED
+from sa3dist.progress import progress
+from sa3dist.runtime.exit_status import run_command
+
+TARGETS = {
+    "native": landing.native,
+    "peft": landing_peft.peft,
+    "comfy": landing.comfy,
+    "diffusers": landing_peft.diffusers,
+    "merged": landing.merged,
+}
+MOST_LINES = 10
+
+
+ARGUMENTS = {
+    "file": {"type": home_path, "metavar": "FILE", "help": "an adapter file or PEFT folder; merged: the directory"},
+    "--for": {"dest": "target", "choices": TARGETS, "required": True, "help": "the program that is to load it"},
+    "--base": {"metavar": "MODEL", "help": "base it is loaded into; default the one the file names"},
+    "--against": {"type": home_path, "metavar": "ADAPTER", "help": "the adapter it was made from"},
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when every layer lands; else 2, with the layers that do not."""
+    about = "Tell whether a program takes every layer of an adapter file, and as the adapter means it."
+    return run_command("sa3dist verify", ARGUMENTS, verify, argv, description=about)
+
+
+def verify(options: argparse.Namespace) -> None:
+    """``check`` of what is given. Raises ConfigError where no base is known."""
+    path = options.file.parent if options.file.name in PEFT_WEIGHTS else options.file
+    name = options.base or named_base(path)
+    if name is None:
+        raise ConfigError(f"{path}: names no base model; give the one it is loaded into with --base MODEL")
+    source = read_adapter_file(options.against) if options.against else own_reading(path)
+    check(path, options.target, BaseOnDisk.open(name), source)
+
+
+def named_base(path: Path) -> str | None:
+    """The base that a file, a PEFT folder or a merged base says it belongs to."""
+    if path.is_dir():
+        folders = peft_folders(path)
+        path = weights_in(folders[0]) if folders else path / WEIGHTS_NAME
+    return read_tensors(path)[1].get("base_model")
+
+
+def own_reading(path: Path) -> AdapterFile | None:
+    """The file as an adapter of ours, where its layout says enough; None for merged bases and ComfyUI's own norms."""
+    try:
+        return read_adapter_file(path)
+    except CheckpointError:
+        return None
+
+
+def check(path: Path, target: str, base: BaseOnDisk, source: AdapterFile | None, without: Sequence[str] = ()) -> None:
+    """Print which layers land, last line ``N/N layers land``. Raises CheckpointError when one does not.
+
+    source    what the layers are to act as; None compares nothing
+    without   layers of the source that were left out knowingly
+    """
+    landed: Landing = TARGETS[target](path, base)
+    adapter = None if source is None else AdapterOnDisk(source, base)
+    for name in adapter.layers if adapter else ():
+        if name not in landed.weights and name not in without:
+            landed.missed.setdefault(name, "is not in the file")
+    with progress("verify", len(landed.weights), shown=bool(landed.weights)) as update:
+        landed.compare(base, adapter and adapter.effective_weight, update)
+    for name, why in list(landed.missed.items())[:MOST_LINES]:
+        print(f"{name}: {why}")
+    if len(landed.missed) > MOST_LINES:
+        print(f"and {len(landed.missed) - MOST_LINES} more")
+    if adapter is None:
+        print("effective weights: finite and changed, compared with nothing; give the adapter with --against")
+    elif landed.weights:
+        share, name = landed.largest
+        print(f"effective weights: as the adapter's, to {share:.1e} of a layer's change at most ({name})")
+    print(_count(landed), flush=True)
+    _require_all(path, landed)
+
+
+def check_keys(path: Path) -> None:
+    """As ``check`` for the native format, by names and shapes alone: of the base its config is enough.
+
+    Says nothing where the file names no base, or one that is gone.
+    """
+    file = read_adapter_file(path)
+    name = file.metadata.get("base_model", "")
+    if name in RELEASED or (home_path(name) / CONFIG_NAME).is_file():
+        landed = landing.by_name(file, meta_roots(known_config(name)))
+        print(_count(landed), file=sys.stderr)
+        _require_all(path, landed)
+
+
+def _count(landed: Landing) -> str:
+    return f"{len(landed.weights)}/{len(landed.weights) + len(landed.missed)} layers land"
+
+
+def _require_all(path: Path, landed: Landing) -> None:
+    if landed.missed or not landed.weights:
+        name, why = next(iter(landed.missed.items()), ("the file", "holds no layer"))
+        raise CheckpointError(f"{path}: not every layer lands, {len(landed.missed)} do not ({name}: {why})")
