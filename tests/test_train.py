@@ -1,5 +1,6 @@
 """All stages as a user runs them: request in, files out; two ranks, interruptions, and what must not happen."""
 
+import hashlib
 import json
 import shutil
 import signal
@@ -56,7 +57,23 @@ def test_a_run_leaves_the_promised_files(straight, demo_base):
     described = json.loads((straight / "config.json").read_text())
     assert described["lora_config"]["rank"] == 4
     with safe_open(straight / "lora.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["lora_config"])["adapter_type"] == "dora-rows"
+        header = file.metadata()
+        config = json.loads(header["lora_config"])
+        # What the reference's own trainer writes, then what other programs look for.
+        fields = ["rank", "alpha", "adapter_type", "dropout", "include", "exclude", "step", "epoch", "base_model"]
+        assert list(config) == fields
+        assert config["adapter_type"] == "dora-rows"
+        assert (config["step"], config["base_model"]) == (STEPS, described["base_model"])
+        clips = STEPS * described["effective_batch_size"]
+        assert config["epoch"] == described["epoch"] == clips // described["dataset_clips"]
+        spec = {key for key in header if key.startswith("modelspec.")}
+        names = ["sai_model_spec", "architecture", "implementation", "title", "description", "license", "hash_sha256"]
+        assert spec == {f"modelspec.{name}" for name in names}
+        assert header["modelspec.sai_model_spec"] == "1.0.1"
+        assert header["modelspec.title"] == described["settings"]["name"]
+        content = (straight / "lora.safetensors").read_bytes()
+        data = content[8 + int.from_bytes(content[:8], "little") :]
+        assert header["modelspec.hash_sha256"] == f"0x{hashlib.sha256(data).hexdigest()}"
         assert file.metadata()["step"] == str(STEPS)
         assert file.metadata()["base_sha256"] == described["base_sha256"]
         assert {str(file.get_tensor(key).dtype) for key in file.keys()} == {"torch.float16"}  # noqa: SIM118

@@ -174,6 +174,8 @@ def _patched_by_comfy(found: Mapping[str, torch.Tensor], weight: torch.Tensor) -
 
 def merged(path: Path, base: BaseOnDisk) -> Landing:
     """A whole base with the adapter inside, by our own loader, which is as strict as can be."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: is no directory of a base; sa3dist export FILE --format merged makes one")
     made = BaseOnDisk.open(path)
     layers = candidate_layers(base.adapter_roots)
     with safetensors.safe_open(made.files.weights, framework="pt") as file:

@@ -99,9 +99,8 @@ def read_source(source: Path, lora_config: str | None) -> tuple[AdapterFile, Pat
     saved, directory = _open_checkpoint(source)
     config = config_from_value(saved.state["identity"]["lora_config"])
     description = {**saved.state.get("description", {}), "step": saved.step}
-    metadata = {key: str(description[key]) for key in export.HEADER_KEYS if key in description}
     target = directory / export.LORA_NAME
-    return AdapterFile(target, config, publishable(saved.adapters), metadata), target
+    return AdapterFile(target, config, publishable(saved.adapters), export.header(description)), target
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -155,7 +154,8 @@ def _native(file: AdapterFile, base: Callable[[], AdapterOnDisk], options, named
     # The name that Stable Audio 3's own baker gives.
     ending = ".normbaked" if baked else ".native"
     output = options.output or named_after.with_suffix(f"{ending}{ADAPTER_SUFFIX}")
-    extras = {key: file.metadata[key] for key in EXTRA_KEYS if key in file.metadata}
+    held = {key: file.metadata[key] for key in EXTRA_KEYS if key in file.metadata}
+    extras = {key: int(value) if value.isdecimal() else value for key, value in held.items()}
     if baked:
         extras |= {"baked_norms": len(baked), "norm_base": options.base or file.metadata["base_model"]}
     kept = {} if file.foreign else file.metadata

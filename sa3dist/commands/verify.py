@@ -1,12 +1,15 @@
 """`sa3dist verify FILE --for TARGET`: whether a program takes every layer of a file, and as the adapter means it."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from sa3dist.adapters import landing, landing_peft
-from sa3dist.adapters.file import AdapterFile, read_adapter_file, read_tensors, weights_in
+from sa3dist.adapters.file import AdapterFile, read_adapter_file, weights_in
 from sa3dist.adapters.landing import Landing
 from sa3dist.adapters.layouts import PEFT_WEIGHTS, peft_folders
 from sa3dist.adapters.lazy_file import AdapterOnDisk
@@ -56,7 +59,9 @@ def named_base(path: Path) -> str | None:
     if path.is_dir():
         folders = peft_folders(path)
         path = weights_in(folders[0]) if folders else path / WEIGHTS_NAME
-    return read_tensors(path)[1].get("base_model")
+    with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("base_model")
+    return None
 
 
 def own_reading(path: Path) -> AdapterFile | None:

@@ -1,5 +1,6 @@
 """Writing safetensors files: whole, or as a copy with some tensors changed, one tensor in memory at a time."""
 
+import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping
@@ -18,9 +19,12 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file, whole or not at all; equal contents give equal bytes."""
+    """Write a file, whole or not at all; equal contents give equal bytes. ModelSpec's entries get its hash."""
     data = io.BytesIO(safetensors.torch.save(dict(tensors), dict(metadata)))
-    header, _ = _read_header(data, path)
+    header, start = _read_header(data, path)
+    if "modelspec.sai_model_spec" in metadata:
+        # Of all bytes behind the header.
+        header["__metadata__"]["modelspec.hash_sha256"] = f"0x{hashlib.sha256(data.getbuffer()[start:]).hexdigest()}"
     # Sorted: safetensors writes the metadata in an order that changes from run to run.
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     # Not save_file: it replaces the temporary by a file that only its owner can read.

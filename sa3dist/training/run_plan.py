@@ -47,6 +47,11 @@ class RunPlan:
     adapt_memory: bool = False
     out_of_memory_at_step: int | None = None
 
+    def position(self, step: int) -> dict[str, int]:
+        """The step and, where the data set has an end, how many epochs are over by then."""
+        epochs = {"epoch": step * self.global_batch // len(self.clip_keys)} if self.clip_keys else {}
+        return {"step": step, **epochs}
+
     def clips_of_step(self, step: int) -> list[str]:
         """Keys of the clips all ranks train on in a step, in slot order."""
         slots = range((step - 1) * self.global_batch, step * self.global_batch)

@@ -296,4 +296,4 @@ class Trainer:
         """What config.json says of the run as it is now."""
         recomputed = self.base.gradient_checkpointing
         memory = {"gradient_checkpointing": recomputed, "out_of_memory_at_step": self.plan.out_of_memory_at_step}
-        return {**self.plan.description, **memory, "step": self.step}
+        return {**self.plan.description, **memory, **self.plan.position(self.step)}

@@ -7,6 +7,7 @@ import zipfile
 
 import pytest
 import torch
+from sa3dist_kernels import ADAPTER_TYPES
 from safetensors.torch import load_file, save_file
 
 import sa3dist
@@ -56,6 +57,20 @@ def test_the_reference_trainers_checkpoint_starts_a_run(kind, zipped, tmp_path):
     warm_start(fresh, path)
     for name, value in adapter_parameters(base).items():
         assert torch.equal(adapter_parameters(fresh)[name], value)
+
+
+@pytest.mark.parametrize(("kind", "axis"), [("dora-rows", 1), ("dora-cols", 0), ("bora", 1)])
+def test_magnitudes_of_two_dimensions_are_read_as_one(kind, axis, tmp_path):
+    saved, path = lightning(trained(kind)), tmp_path / "old.ckpt"
+    flat = saved["state_dict"]
+    saved["state_dict"] = {key: v.unsqueeze(axis) if ".magnitude" in key else v for key, v in flat.items()}
+    if kind != "bora":
+        # What early versions called both.
+        saved["lora_config"]["adapter_type"] = "dora"
+    torch.save(saved, path)
+    file = read_adapter_file(path)
+    assert file.config.kind.computes_as(ADAPTER_TYPES[kind])
+    assert all(torch.equal(file.tensors[key], value) for key, value in flat.items())
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["state_dict", "plain"])

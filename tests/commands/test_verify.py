@@ -74,6 +74,15 @@ def test_a_native_file_is_not_loaded_by_comfyui_and_that_is_said(adapter, capfd)
     assert "is no layer that ComfyUI knows: not loaded" in err
 
 
+def test_what_is_of_another_kind_is_refused_in_one_line(adapter, capfd):
+    path = adapter("lora")
+    for target, said in (("merged", "is no directory of a base"), ("peft", "is no PEFT folder")):
+        code, _, err = run(capfd, "verify", path, "--for", target)
+        assert code == 2
+        assert err.startswith(f"{path}: {said}")
+        assert len(err.splitlines()) == 1
+
+
 def damaged_name(tensors):
     key = next(key for key in tensors if "layers.0.ff.ff.2" in key or "blocks.0.ff.proj_out" in key)
     tensors[key.replace("s.0.ff", "s.0.fff")] = tensors.pop(key)
