@@ -65,9 +65,12 @@ class Landing:
                 if not found.isfinite().all() or torch.equal(found, before):
                     self._miss(name, "acts with a weight that is the base's own, or not finite")
                 continue
-            wanted = expected(name).to(self.stored).float()
+            wanted = expected(name).float()
             change = max(float((wanted - before).norm()), SMALLEST_CHANGE * float(before.norm()), 1e-30)
-            difference = float((found - wanted).norm()) / change
+            # What rounding to the stored format cannot explain.
+            limits = torch.finfo(self.stored)
+            rounding = 0.51 * limits.eps * wanted.abs().clamp(min=limits.smallest_normal)
+            difference = float(((found - wanted).abs() - rounding).clamp(min=0).norm()) / change
             # Also where it is no number.
             if not difference <= MOST_DIFFERENCE:
                 self._miss(name, f"acts otherwise than the adapter: by {difference:.2g} of its change")
@@ -100,13 +103,15 @@ def by_name(file: AdapterFile, roots: Iterable[nn.Module]) -> Landing:
         expected = {f"{name}.{SLOT}.{tensor}": shape for tensor, shape in shapes.items()}
         known |= expected.keys()
         wrong = [key for key, shape in expected.items() if _shape(file.tensors, key) != shape]
+        norms = file.baked.get(name)
         if wrong:
-            landing.missed[name] = (
-                f"{wrong[0]} is {_shape(file.tensors, wrong[0]) or 'missing'}, not {expected[wrong[0]]}"
-            )
+            key = wrong[0]
+            landing.missed[name] = f"{key} is {_shape(file.tensors, key) or 'missing'}, not {expected[key]}"
+        elif norms is not None and (not file.config.kind.rows or norms.shape != layers[name].weight.shape[:1]):
+            landing.missed[name] = f"{BAKED} is {list(norms.shape)}, which are not the norms of its rows"
         else:
             trained = {key.rpartition(".")[2]: file.tensors[key] for key in expected}
-            landing.weights[name] = functools.partial(effective, file.config, trained, norms_O=file.baked.get(name))
+            landing.weights[name] = functools.partial(effective, file.config, trained, norms_O=norms)
     baked = [f"{name}.{SLOT}.{BAKED}" for name in file.baked if name not in layers]
     for key in [*(key for key in file.tensors if key not in known), *baked]:
         name = key.partition(f".{SLOT}")[0]
@@ -146,9 +151,14 @@ def _comfy_fault(found: Mapping[str, torch.Tensor], shape: torch.Size) -> str:
     if strange or missing:
         return f"{strange[0]} is not loaded" if strange else f"has no {missing[0]}"
     up, down = found["lora_up.weight"], found["lora_down.weight"]
-    if up.shape[:1] != shape[:1] or down.flatten(1).shape[1] != shape[1:].numel() or up.shape[1] != down.shape[0]:
+    flat = min(up.ndim, down.ndim) < 2
+    if flat or up.shape[:1] != shape[:1] or down[0].numel() != shape[1:].numel() or up.shape[1] != down.shape[0]:
         return f"lora_up is {list(up.shape)} and lora_down {list(down.shape)}, over a weight of {list(shape)}"
-    scale = found.get("dora_scale", torch.ones(()))
+    if found.get("alpha", torch.ones(())).numel() != 1:
+        return f"alpha is {list(found['alpha'].shape)}, not one number"
+    scale = found.get("dora_scale", torch.ones(1))
+    if not scale.ndim:
+        return "dora_scale is one number, not one of each row or column"
     try:
         fits = torch.broadcast_shapes(scale.shape, shape) == shape
     except RuntimeError:

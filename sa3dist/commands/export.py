@@ -126,7 +126,7 @@ def convert(options: argparse.Namespace) -> None:
         where = "a base it does not name" if name is None else f"{name}, which is not on this machine"
         print(f"not verified over {where}: sa3dist verify {output} --for {target} --base MODEL", file=sys.stderr)
         return
-    verify.check(output, target, over_base().base, file, without)
+    verify.check(output, target, over_base().base, over_base(), without)
 
 
 def at_hand(name: str) -> bool:

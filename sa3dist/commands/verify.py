@@ -3,16 +3,18 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from sa3dist.adapters import landing, landing_peft
-from sa3dist.adapters.file import AdapterFile, read_adapter_file, weights_in
+from sa3dist.adapters.attach import SLOT
+from sa3dist.adapters.file import read_adapter_file, weights_in
 from sa3dist.adapters.landing import Landing
 from sa3dist.adapters.layouts import PEFT_WEIGHTS, peft_folders
-from sa3dist.adapters.lazy_file import AdapterOnDisk
+from sa3dist.adapters.lazy_file import AdapterOnDisk, effective
 from sa3dist.data.remote.local_paths import home_path
 from sa3dist.errors import CheckpointError, ConfigError
 from sa3dist.model.loading import CONFIG_NAME, WEIGHTS_NAME, BaseOnDisk, known_config, meta_roots
@@ -50,8 +52,11 @@ def verify(options: argparse.Namespace) -> None:
     name = options.base or named_base(path)
     if name is None:
         raise ConfigError(f"{path}: names no base model; give the one it is loaded into with --base MODEL")
-    source = read_adapter_file(options.against) if options.against else own_reading(path)
-    check(path, options.target, BaseOnDisk.open(name), source)
+    base = BaseOnDisk.open(name)
+    if options.against:
+        check(path, options.target, base, AdapterOnDisk(read_adapter_file(options.against), base))
+    else:
+        check(path, options.target, base, None)
 
 
 def named_base(path: Path) -> str | None:
@@ -64,32 +69,44 @@ def named_base(path: Path) -> str | None:
     return None
 
 
-def own_reading(path: Path) -> AdapterFile | None:
-    """The file as an adapter of ours, where its layout says enough; None for merged bases and ComfyUI's own norms."""
+def own_reading(path: Path, base: BaseOnDisk) -> Callable[[str], torch.Tensor] | None:
+    """What the layers of the file act as by our reading of it, of those that are whole.
+
+    None where the layout does not say enough, as of merged bases and ComfyUI's own norms.
+    """
     try:
-        return read_adapter_file(path)
+        file = read_adapter_file(path)
     except CheckpointError:
         return None
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in file.tensors.items():
+        name, _, tensor = key.rpartition(f".{SLOT}.")
+        layers.setdefault(name, {})[tensor] = value
+    return lambda name: effective(file.config, layers[name], base.fp32_weight(name))
 
 
-def check(path: Path, target: str, base: BaseOnDisk, source: AdapterFile | None, without: Sequence[str] = ()) -> None:
+def check(path: Path, target: str, base: BaseOnDisk, source: AdapterOnDisk | None, without: Sequence[str] = ()) -> None:
     """Print which layers land, last line ``N/N layers land``. Raises CheckpointError when one does not.
 
-    source    what the layers are to act as; None compares nothing
+    source    what the layers are to act as; None takes the file's own reading
     without   layers of the source that were left out knowingly
     """
     landed: Landing = TARGETS[target](path, base)
-    adapter = None if source is None else AdapterOnDisk(source, base)
-    for name in adapter.layers if adapter else ():
-        if name not in landed.weights and name not in without:
-            landed.missed.setdefault(name, "is not in the file")
+    expected = own_reading(path, base) if source is None else source.effective_weight
+    if source is not None:
+        for name in landed.weights.keys() ^ source.layers.keys():
+            if name in landed.weights:
+                del landed.weights[name]
+                landed.missed[name] = "is no layer of the adapter"
+            elif name not in without:
+                landed.missed.setdefault(name, "is not in the file")
     with progress("verify", len(landed.weights), shown=bool(landed.weights)) as update:
-        landed.compare(base, adapter and adapter.effective_weight, update)
+        landed.compare(base, expected, update)
     for name, why in list(landed.missed.items())[:MOST_LINES]:
         print(f"{name}: {why}")
     if len(landed.missed) > MOST_LINES:
         print(f"and {len(landed.missed) - MOST_LINES} more")
-    if adapter is None:
+    if expected is None:
         print("effective weights: finite and changed, compared with nothing; give the adapter with --against")
     elif landed.weights:
         share, name = landed.largest
