@@ -92,6 +92,23 @@ def test_the_trained_file_changes_the_velocity(straight, demo_base):
     assert (after - before).norm() > 0.01 * before.norm()
 
 
+def test_a_runs_norms_are_baked_into_a_file_of_their_own(straight, tmp_path, capsys):
+    before = (straight / "lora.safetensors").read_bytes()
+    output = tmp_path / "lora.normbaked.safetensors"
+    assert cli.main(["export", str(straight), "--baked-norms", "--output", str(output)]) == 0
+    landed, total = capsys.readouterr().out.split()[-3].split("/")
+    assert landed == total
+    assert (straight / "lora.safetensors").read_bytes() == before
+    own, baked = load_file(straight / "lora.safetensors"), load_file(output)
+    assert all(torch.equal(baked[key], own[key]) for key in own)
+    assert {baked[key].dtype for key in baked.keys() - own.keys()} == {torch.float32}
+    assert len(baked) - len(own) == int(total)
+    with safe_open(output, "pt") as file, safe_open(straight / "lora.safetensors", "pt") as plain:
+        config, held = json.loads(file.metadata()["lora_config"]), json.loads(plain.metadata()["lora_config"])
+        assert file.metadata()["modelspec.title"] == plain.metadata()["modelspec.title"]
+    assert config == {**held, "baked_norms": int(total), "norm_base": held["base_model"]}
+
+
 def test_the_last_line_of_stdout_is_the_result(words, tmp_path, capsys):
     assert run(words, tmp_path / "run", "number_of_steps=1") == 0
     printed = capsys.readouterr().out.strip().splitlines()
