@@ -11,7 +11,7 @@ from sa3dist_kernels import ADAPTER_TYPES
 from safetensors.torch import load_file, save_file
 
 import sa3dist
-from sa3dist import train
+from sa3dist import cli, train
 from sa3dist.adapters import adapter_parameters, attach_adapter, read_adapter_file, warm_start
 from sa3dist.errors import CheckpointError
 from tests.helpers.adapter_base import move
@@ -163,12 +163,16 @@ def test_other_files_are_named_in_one_line(kind, said, suffix, tmp_path):
     assert "\n" not in message
 
 
-def test_a_run_starts_from_the_reference_trainers_checkpoint(demo_base, demo_clips, demo_work, tmp_path):
+@pytest.mark.parametrize("given", ["checkpoint", "PEFT folder"])
+def test_a_run_starts_from_another_trainers_adapter(given, demo_base, demo_clips, demo_work, tmp_path):
     path = tmp_path / "epoch=3.ckpt"
     base = sa3dist.load_base(demo_base, encoder=False)
     attach_adapter(base, adapter_type="lora", rank=4, seed=3)
     move(base, 5)
     torch.save(lightning(base), path)
+    if given == "PEFT folder":
+        assert cli.main(["export", str(path), "--format", "peft", "--output", str(tmp_path / "peft")]) == 0
+        path = tmp_path / "peft"
     values = {"audio_data_url": demo_clips, "model": demo_base, "output_dir": tmp_path / "out", "work_dir": demo_work}
     values |= {"adapter_type": "lora", "rank": 4, "base_precision": "fp32", "mixed_precision": "no"}
     values |= {"number_of_steps": 1, "learning_rate": 1e-30, "lora_checkpoint_url": path}
