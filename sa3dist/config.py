@@ -14,8 +14,8 @@ import yaml
 from pydantic import ValidationError
 
 from sa3dist.data.remote.local_paths import can_be_named, expand_home, is_text
-from sa3dist.endpoint import PRECISION_ALIASES
 from sa3dist.errors import ConfigError
+from sa3dist.request.fields import PRECISION_ALIASES
 from sa3dist.settings import Settings
 
 # What other trainers call some keys, where spelling alone would suggest another.

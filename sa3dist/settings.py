@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from sa3dist.data.remote.local_paths import can_be_named, expand_home, is_text
-from sa3dist.endpoint import COURSE, EndpointFields
 from sa3dist.errors import ConfigError, read_duration
+from sa3dist.request.fields import COURSE, EndpointFields
 
 # What YAML 1.1 and JSON write for on and off.
 _SWITCHES = {"true": "on", "yes": "on", "on": "on", "false": "off", "no": "off", "off": "off"}

@@ -7,7 +7,7 @@ from tests.helpers.golden import ROOT
 
 AT_THE_TOP = {
     *("cli", "train", "pipeline", "shard", "encode", "loop", "export"),
-    *("endpoint", "settings", "config", "formats", "errors", "progress", "supervise"),
+    *("settings", "config", "formats", "errors", "progress", "supervise"),
 }
 STAGES = {"sa3dist.shard", "sa3dist.encode", "sa3dist.loop", "sa3dist.export"}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 300, 60
