@@ -92,7 +92,7 @@ def is_adapter(source: Path) -> bool:
     return source.suffix in ADAPTER_SUFFIXES or bool(peft_folders(source))
 
 
-def read_source(source: Path, lora_config: str | None) -> tuple[AdapterFile, Path]:
+def read_source(source: Path, lora_config: str | None = None) -> tuple[AdapterFile, Path]:
     """The adapter to convert, as its file holds it, and the path its converted file is named after."""
     if is_adapter(source):
         return read_adapter_file(source, lora_config), source
