@@ -9,6 +9,7 @@ Legend: O fan_out, I fan_in, R rank.
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -184,7 +185,7 @@ def _patched_by_comfy(found: Mapping[str, torch.Tensor], weight: torch.Tensor) -
 
 def merged(path: Path, base: BaseOnDisk) -> Landing:
     """A whole base with the adapter inside, by our own loader, which is as strict as can be."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise CheckpointError(f"{path}: is no directory of a base; sa3dist export FILE --format merged makes one")
     made = BaseOnDisk.open(path)
     layers = candidate_layers(base.adapter_roots)

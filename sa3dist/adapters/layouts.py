@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -64,7 +65,7 @@ class _Layer:
 
 def peft_folders(path: Path) -> list[Path]:
     """The folders of a PEFT adapter that ``path`` names: itself, or one per module of diffusers' port inside."""
-    return [folder for folder in (path, *(path / part for part in PARTS)) if (folder / PEFT_CONFIG).is_file()]
+    return [folder for folder in (path, *(path / part for part in PARTS)) if os.path.isfile(folder / PEFT_CONFIG)]
 
 
 def is_foreign(tensors: Mapping[str, torch.Tensor]) -> bool:
@@ -75,7 +76,7 @@ def is_foreign(tensors: Mapping[str, torch.Tensor]) -> bool:
 def read_peft_config(path: Path) -> dict | None:
     """The adapter_config.json beside a file of weights; None where there is none. Raises CheckpointError."""
     path = path.parent / PEFT_CONFIG
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
     try:
         value = json.loads(path.read_text())

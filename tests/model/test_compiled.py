@@ -132,10 +132,10 @@ def test_compiling_without_a_compiler_or_deterministically_is_refused(monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_compiler")
+# Processes that compile beside it would each import torch first.
+@torch._inductor.config.patch(compile_threads=1)
 def test_a_compiled_run_trains_as_an_uncompiled_one_and_keeps_its_kernels(words, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    # Processes that compile beside it would each import torch first.
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
     words = [word for word in words if not word.startswith("work_dir")]
     losses = {}
     for choice in ("off", "on"):
