@@ -38,13 +38,15 @@ def train(
     saved_step, recent = trainer.step, collections.deque(maxlen=RECENT_STEPS)
     with contextlib.ExitStack() as stack:
         update = stack.enter_context(progress("train", plan.steps, shown=group.is_main))
+        metrics = MetricsLogger(trainer, output_dir, resumed_from, update, startup)
+        # Behind the last save.
+        stack.callback(lambda: metrics.close(early=trainer.step < plan.steps))
         # However the training ends: a save that has begun is finished, in the time the watchdog leaves this process.
         stack.callback(trainer.saver.close)
-        metrics = MetricsLogger(trainer, output_dir, resumed_from, update, startup)
         if previews is not None:
             if startup:
                 startup.begin("previews")
-            metrics.add_previews(*previews.make(0, stop))
+            metrics.add_previews(0, previews.folder(0), *previews.make(0, stop))
             if startup:
                 startup.begin("first_step")
         while trainer.step < plan.steps:
@@ -60,7 +62,7 @@ def train(
             recent.append(time.perf_counter() - begin)
             stop.reserve(max(recent), trainer.saver.seconds)
             if previews is not None and previews.due(step, plan.steps) and not stopping:
-                metrics.add_previews(*previews.make(step, stop))
+                metrics.add_previews(step, previews.folder(step), *previews.make(step, stop))
             metrics.add(figures)
             if stopping or step % settings.save_every == 0 or step == plan.steps:
                 trainer.save(output_dir, stop, wait=stopping or step == plan.steps, before=metrics.sync)

@@ -23,6 +23,7 @@ from sa3dist.runtime.liveness import PREPARATION_SECONDS
 from sa3dist.runtime.process_group import Group, main_process_first
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.settings import Settings
+from sa3dist.tracking import kinds as trackers
 from sa3dist.training import checkpoint, model_setup, resume, run_plan
 from sa3dist.training.acceleration import choose_acceleration
 from sa3dist.training.rank_checks import check_same_start
@@ -62,6 +63,8 @@ class Run:
                 raise ConfigError(f"{key}: {path} is a file, expected a directory; choose another {key}")
         # Rank 0 reads it; on other hosts it need not be.
         main_process_first(self.group, "find-source", lambda: check_local(settings.audio_data_url), self.stop)
+        # Rank 0 alone tracks; on other hosts they need not be installed.
+        main_process_first(self.group, "load-trackers", lambda: trackers.load(settings.log_with), self.stop)
         if self.group.deepspeed is not None:
             zero_config.check(self.group.deepspeed)
         if settings.cuda_graphs == "on" and (self.group.device.type != "cuda" or self.group.deepspeed is not None):

@@ -142,6 +142,11 @@ class Settings(EndpointFields):
     )
     log_clips: bool = Field(False, description="add the keys of every step's clips to metrics.jsonl")
 
+    log_with: list[str] | None = Field(
+        None, description="trackers beside metrics.jsonl: tensorboard, wandb, trackio, mlflow; unset = none"
+    )
+    log_project: str = Field("sa3dist", min_length=1, description="project, or experiment, of the run in trackers")
+
     # Listening.
     preview_every: int = Field(
         0,
@@ -210,9 +215,9 @@ class Settings(EndpointFields):
                 raise ValueError("an empty pattern matches every layer; remove it")
         return value or None
 
-    @field_validator("preview_prompts", mode="before")
+    @field_validator("preview_prompts", "log_with", mode="before")
     @classmethod
-    def _prompts_may_be_empty_but_not_none(cls, value: Any) -> Any:
+    def _one_is_a_list_and_none_is_unset(cls, value: Any) -> Any:
         value = [value] if isinstance(value, str) else value
         if isinstance(value, list) and not all(is_text(item) for item in value if isinstance(item, str)):
             raise ValueError("holds bytes that are not UTF-8")

@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
@@ -140,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_stages("sa3dist.train", "Train a Stable Audio 3 LoRA from captioned audio.", all_stages, argv)
 
 
+# What libraries may still do as the process ends.
+EXIT_FUNCTIONS_SECONDS = 30.0
 # What a write to a terminal, or to a pipe, raises when nobody is left at the other end.
 NO_READER = {errno.EIO, errno.EPIPE, errno.ENXIO}
 
@@ -200,7 +203,14 @@ def end_process(code: int) -> NoReturn:
     agents wait between SIGTERM and SIGKILL. And a thread that hangs in an operator of torch would abort it.
     """
     kill_loaders()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A library whose server does not answer may wait for it there, without an end.
+    limit = threading.Timer(EXIT_FUNCTIONS_SECONDS, os._exit, [code])
+    limit.daemon = True
+    limit.start()
     atexit._run_exitfuncs()
+    limit.cancel()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -181,8 +181,11 @@ class Previews:
         hidden, mask = zip(*(self._hidden[prompt] for prompt in prompts), strict=True)
         return torch.cat(hidden), torch.cat(mask)
 
+    def folder(self, step: int) -> Path:
+        return self.output_dir / "previews" / f"step-{step:08d}"
+
     def _path(self, step: int, number: int, suffix: str) -> Path:
-        return self.output_dir / "previews" / f"step-{step:08d}" / f"{number}.{suffix}"
+        return self.folder(step) / f"{number}.{suffix}"
 
     def _text(self, step: int, number: int) -> dict[str, Any]:
         how = dataclasses.asdict(self.how)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sa3dist.formats import write_whole
+from sa3dist.tracking.background import Trackers
 from sa3dist.training.memory import memory_figures
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from sa3dist.training.trainer import Trainer
 
 METRICS_NAME = "metrics.jsonl"
+# What outputs may still take once the last step is done, and where the training ends before it.
+CLOSE_SECONDS = 10.0
+EARLY_CLOSE_SECONDS = 2.0
 
 
 class Output(Protocol):
@@ -30,13 +34,20 @@ class Output(Protocol):
     def sync(self) -> None:
         """Make the rows written so far as durable as the checkpoint that follows."""
 
+    def add_previews(self, step: int, folder: Path) -> None:
+        """Take the previews made after ``step``, which lie in ``folder``."""
+
+    def close(self, seconds: float) -> None:
+        """Take no more; wait no longer than ``seconds``."""
+
 
 def open_outputs(settings: Settings, output_dir: Path, resumed_from: int | None) -> list[Output]:
     """Everything that rows go to: a tracker is one more entry.
 
     resumed_from   step of the checkpoint that is continued: later rows of the earlier run are to be dropped
     """
-    return [MetricsFile(output_dir, resumed_from)]
+    rows = MetricsFile(output_dir, resumed_from)
+    return [rows, Trackers(settings, output_dir, resumed_from)] if settings.log_with else [rows]
 
 
 class MetricsFile:
@@ -54,6 +65,12 @@ class MetricsFile:
     def sync(self) -> None:
         with self._path.open("rb") as file:
             os.fsync(file.fileno())
+
+    def add_previews(self, step: int, folder: Path) -> None:
+        """Nothing: they are files themselves."""
+
+    def close(self, seconds: float) -> None:
+        """Nothing: no file is left open."""
 
 
 def _rows_up_to(path: Path, step: int) -> list[str]:
@@ -90,8 +107,13 @@ class MetricsLogger:
         if startup:
             startup.begin("first_step")
 
-    def add_previews(self, seconds: float, missing: int) -> None:
-        """Previews took so long and left out so many clips: for the next row, whose times of a step do not hold it."""
+    def add_previews(self, step: int, folder: Path, seconds: float, missing: int) -> None:
+        """Previews of ``step`` in ``folder`` took so long and left out so many clips.
+
+        For the next row, whose times of a step do not hold it.
+        """
+        for output in self._outputs:
+            output.add_previews(step, folder)
         self._begin += seconds
         self._clock += seconds
         for name, value in (("previews_seconds", seconds), ("previews_missing", missing)):
@@ -133,3 +155,10 @@ class MetricsLogger:
         """Make the rows as durable as the checkpoint that follows."""
         for output in self._outputs:
             output.sync()
+
+    def close(self, early: bool) -> None:
+        """Let the outputs take what they have. early: the training ends before its last step."""
+        # Other ranks wait no longer than a step may take.
+        seconds = min(EARLY_CLOSE_SECONDS if early else CLOSE_SECONDS, self._trainer.settings.step_timeout / 2)
+        for output in self._outputs:
+            output.close(seconds)

@@ -18,10 +18,12 @@ RUN_FILES = {
     "result.json",
     "lora.safetensors",
     "run.lock",
+    "trackers.json",
 }
 _RUN_FOLDERS = ("checkpoints", "checkpoints-aside", "exported", "previews", "previews-aside")
 # Folders in an output_dir, and in a work directory, with the names of everything that lies in them.
 RUN_FOLDERS = {name: re.compile(r"step-\d{8}(\..+)?") for name in _RUN_FOLDERS}
+RUN_FOLDERS["tensorboard"] = re.compile(r"events\.out\.tfevents\..+")
 WORK_FOLDERS = {
     name: re.compile(pattern)
     for name, pattern in {

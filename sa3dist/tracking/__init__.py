@@ -1,0 +1,1 @@
+"""Trackers: where else, beside metrics.jsonl, rows and previews go."""

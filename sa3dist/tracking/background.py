@@ -1,0 +1,155 @@
+"""Trackers as an output of a run: each is called from a thread of its own and can neither slow nor end the training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sa3dist.errors import counted
+from sa3dist.formats import write_json
+from sa3dist.tracking import kinds
+
+if TYPE_CHECKING:
+    from sa3dist.settings import Settings
+
+log = logging.getLogger(__name__)
+
+ID_NAME = "trackers.json"
+# Rows and previews that wait for a tracker; more are left out.
+WAITING = 1000
+# Columns of a row that tell of speed and memory; others tell of the training.
+PERFORMANCE = {
+    *("step_seconds", "data_wait", "recomputed_blocks", "peak_bytes", "reserved_bytes"),
+    *("startup_seconds", "previews_seconds", "previews_missing"),
+}
+NO_CURVES = {"step", "clips", "resumed_from"}
+
+
+def tags(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row under trackers' names: ``train/loss``, ``perf/clips_per_second``; ``val/...`` as it is."""
+    found = {}
+    for name, value in row.items():
+        group = "perf/" if name in PERFORMANCE else "" if "/" in name else "train/"
+        parts = {f"/{part}": number for part, number in value.items()} if isinstance(value, dict) else {"": value}
+        if name not in NO_CURVES:
+            found |= {group + name + part: number for part, number in parts.items() if isinstance(number, int | float)}
+    if row.get("step_seconds"):
+        found["perf/clips_per_second"] = row["clips_seen"] / row["step"] / row["step_seconds"]
+    return found
+
+
+class Trackers:
+    """What ``metrics.Output`` asks for, for all of ``settings.log_with``."""
+
+    def __init__(self, settings: Settings, output_dir: Path, resumed_from: int | None) -> None:
+        """resumed_from: step of the checkpoint that is continued, in the trackers' runs of before."""
+        # Links to data may hold a key.
+        left_out = {"audio_data_url", "lora_checkpoint_url"}
+        values = {
+            name: value if isinstance(value, int | float | str) else str(value)
+            for name, value in settings.as_dict().items()
+            if name not in left_out
+        }
+        run_id = _run_id(output_dir, resumed_from)
+        run = kinds.TrackedRun(settings.log_project, settings.name, run_id, output_dir, resumed_from, values)
+        self._resumed = resumed_from is not None
+        self._threads = [
+            _TrackerThread(name, partial(kind, run)) for name, kind in kinds.chosen(settings.log_with).items()
+        ]
+
+    def write(self, row: dict[str, Any]) -> None:
+        for thread in self._threads:
+            thread.put(lambda tracker: tracker.log(row["step"], tags(row)))
+
+    def add_previews(self, step: int, folder: Path) -> None:
+        # Those of the base are the first start's.
+        if step or not self._resumed:
+            for thread in self._threads:
+                thread.put(lambda tracker: _log_previews(tracker, step, folder))
+
+    def sync(self) -> None:
+        """Nothing: a row that a tracker lacks stands in metrics.jsonl."""
+
+    def close(self, seconds: float) -> None:
+        """Wait until all have taken everything, together for no longer than ``seconds``."""
+        until = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.end()
+        for thread in self._threads:
+            thread.join(until)
+
+
+def _run_id(output_dir: Path, resumed_from: int | None) -> str:
+    path = output_dir / ID_NAME
+    if resumed_from is not None and path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))["id"]
+    run_id = uuid.uuid4().hex[:12]
+    write_json(path, {"id": run_id})
+    return run_id
+
+
+def _log_previews(tracker: kinds.Tracker, step: int, folder: Path) -> None:
+    # A JSON file is written last: its clip and picture are there.
+    for path in sorted(folder.glob("*.json")):
+        about = json.loads(path.read_text(encoding="utf-8"))
+        audio, picture = path.with_suffix(".flac"), path.with_suffix(".png")
+        tracker.log_preview(step, kinds.Preview(about["number"], about["prompt"], audio, picture))
+
+
+class _TrackerThread:
+    """Makes a tracker and calls it, one call after the other. What goes wrong is said once."""
+
+    def __init__(self, name: str, make: Callable[[], kinds.Tracker]) -> None:
+        self._name, self._make = name, make
+        self._calls: queue.SimpleQueue[Callable[[kinds.Tracker], None] | None] = queue.SimpleQueue()
+        self._said = threading.Lock()
+        # A daemon: the end of the process does not wait for it.
+        self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
+        self._thread.start()
+
+    def put(self, call: Callable[[kinds.Tracker], None]) -> None:
+        """Never waits."""
+        if not self._thread.is_alive():
+            return
+        if self._calls.qsize() < WAITING:
+            self._calls.put(call)
+        else:
+            self._say(f"does not keep up: {counted(WAITING, 'row')} wait for it")
+
+    def end(self) -> None:
+        self._calls.put(None)
+
+    def join(self, until: float) -> None:
+        self._thread.join(max(0.0, until - time.monotonic()))
+        if self._thread.is_alive():
+            self._say("did not take everything in the time it has at the end")
+
+    def _work(self) -> None:
+        made = []
+        if not self._try(lambda: made.append(self._make())):
+            return
+        while (call := self._calls.get()) is not None:
+            self._try(partial(call, made[0]))
+        self._try(made[0].finish)
+
+    def _try(self, call: Callable[[], None]) -> bool:
+        try:
+            call()
+        # Some end the program where they cannot log in.
+        except (Exception, SystemExit) as failure:
+            self._say(f"{type(failure).__name__}: {failure}".splitlines()[0])
+            return False
+        return True
+
+    def _say(self, reason: str) -> None:
+        # Taken for good by the first.
+        if self._said.acquire(blocking=False):
+            log.warning("tracker %s: %s; training goes on, metrics.jsonl has every row", self._name, reason)
