@@ -123,9 +123,9 @@ class Wandb(Tracker):
         import wandb
         from accelerate.tracking import WandBTracker
 
-        # The console is the run's own: a result is the last line of its stdout.
-        quiet = wandb.Settings(console="off", silent=True)
-        return WandBTracker(run.project, name=run.name, id=run.id, resume="allow", settings=quiet)
+        # The console is the run's own, and nobody is asked for a key there.
+        apart = wandb.Settings(console="off", login_timeout=1)
+        return WandBTracker(run.project, name=run.name, id=run.id, resume="allow", settings=apart)
 
     def log_preview(self, step: int, preview: Preview) -> None:
         import wandb

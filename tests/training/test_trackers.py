@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -13,7 +15,7 @@ from sa3dist.data.source.own_folders import is_run, on_disk
 from sa3dist.errors import ConfigError
 from sa3dist.tracking import background, kinds
 from sa3dist.training import checkpoint, metrics
-from tests.helpers.program import STEPS, rows, run, short_run
+from tests.helpers.program import ENVIRONMENT, STEPS, rows, run, short_run
 
 PREVIEWS = ["preview_every=4", "preview_seconds=0.6", "preview_steps=2"]
 
@@ -109,6 +111,33 @@ def test_trackers_that_fail_and_hang_change_no_bit_and_end_nothing_and_one_besid
     assert heard == [(step, number) for step in (0, 4, STEPS) for number in range(4)]
 
 
+def test_a_process_ends_with_0_though_a_tracker_hangs_in_its_calls_and_as_the_process_ends(short_words, tmp_path):
+    program = """
+import atexit, time
+from sa3dist import train
+from sa3dist.tracking import kinds
+from sa3dist.training import metrics
+
+class Hanging(kinds.Tracker):
+    package = "json"
+    def __init__(self, run):
+        atexit.register(time.sleep, 3600)
+        time.sleep(3600)
+
+kinds.TRACKERS["hanging"] = Hanging
+metrics.CLOSE_SECONDS = train.EXIT_FUNCTIONS_SECONDS = 1.0
+train.as_process(train.main)
+"""
+    words = [*short_words, f"output_dir={tmp_path / 'run'}", "log_with=hanging"]
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout.splitlines()[-1])["lora_file"]
+    assert ended.stderr.count("tracker hanging:") == 1
+    assert len(rows(tmp_path / "run")) == STEPS
+
+
 def test_a_queue_that_is_full_takes_no_more_and_never_waits(kinds_of_test, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(background, "WAITING", 3)
     thread = background._TrackerThread("slow", lambda: time.sleep(3600))
@@ -197,3 +226,73 @@ def test_tensorboard_reads_curves_and_previews_back_and_drops_what_a_resume_take
         expected_NC, expected_rate_hz = soundfile.read(path, dtype="int16")
         assert rate_hz == expected_rate_hz
         assert (audio_NC == expected_NC).all()
+
+
+def interrupted_and_continued(words, output_dir, tracker):
+    """The rows of a run that a checkpoint of step 4 was continued from, in the tracker's run of before."""
+    words = [*words, *PREVIEWS, f"log_with={tracker}", "log_project=drums", "name=loops", "save_every=2"]
+    words += ["keep_checkpoints=9", "number_of_steps=6"]
+    assert run(words, output_dir) == 0
+    assert run(words, output_dir, f"resume={output_dir}/checkpoints/step-00000004") == 0
+    return rows(output_dir)
+
+
+def id_of(output_dir):
+    return json.loads((output_dir / "trackers.json").read_text())["id"]
+
+
+def assert_losses(found, expected):
+    """found: (step, loss) as a tracker has them, some of them from both starts."""
+    assert dict(found) == {row["step"]: pytest.approx(row["loss"], rel=1e-6) for row in expected}
+
+
+def test_trackio_has_one_run_with_curves_and_previews(short_words, tmp_path, monkeypatch):
+    # Read as it is imported.
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackio = pytest.importorskip("trackio")
+    storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
+    output_dir = tmp_path / "run"
+    expected = interrupted_and_continued(short_words, output_dir, "trackio")
+    name = f"loops-{id_of(output_dir)}"
+    assert [found.name for found in trackio.Api().runs("drums")].count(name) == 1
+    logs = storage.get_logs("drums", name)
+    assert_losses([(row["step"], row["train/loss"]) for row in logs if "train/loss" in row], expected)
+    heard = {row["step"]: row for row in logs if "previews/1/audio" in row}
+    assert sorted(heard) == [0, 4, STEPS]
+    assert all(row["previews/1/audio"]["_type"] == "trackio.audio" for row in heard.values())
+    assert all(row["previews/1/spectrogram"]["_type"] == "trackio.image" for row in heard.values())
+
+
+def test_mlflow_has_one_run_with_curves_and_previews(short_words, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    output_dir = tmp_path / "run"
+    expected = interrupted_and_continued(short_words, output_dir, "mlflow")
+    (found,) = mlflow.search_runs(experiment_names=["drums"], output_format="list")
+    assert (found.info.status, found.data.params["rank"]) == ("FINISHED", "4")
+    client = mlflow.MlflowClient()
+    history = client.get_metric_history(found.info.run_id, "train/loss")
+    assert_losses([(metric.step, metric.value) for metric in history], expected)
+    for step in (0, 4, STEPS):
+        files = {file.path for file in client.list_artifacts(found.info.run_id, f"previews/step-{step:08d}")}
+        assert files == {f"previews/step-{step:08d}/{i}.{kind}" for i in range(4) for kind in ("flac", "png", "json")}
+
+
+def test_wandb_without_a_network_continues_a_run_by_its_id_and_has_the_previews(short_words, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    output_dir = tmp_path / "run"
+    interrupted_and_continued(short_words, output_dir, "wandb")
+    first, second = sorted((tmp_path / "wandb").glob("offline-run-*"), key=lambda folder: folder.stat().st_mtime)
+    assert first.name.endswith(id_of(output_dir))
+    assert second.name.endswith(id_of(output_dir))
+    for folder, steps in ((first, [0, 4, STEPS]), (second, [STEPS])):
+        for kind in ("audio/previews/1/audio", "images/previews/1/spectrogram"):
+            found = [path.name.split("_")[1] for path in folder.glob(f"files/media/{kind}_*")]
+            assert sorted(found) == [str(step) for step in steps]
+        # Its records, as `wandb sync` sends them.
+        (records,) = folder.glob("*.wandb")
+        assert b"train/loss" in records.read_bytes()
