@@ -43,10 +43,10 @@ class Preview:
 class Tracker:
     """One of Accelerate's trackers, used without its Accelerator; for rank 0 alone.
 
-    package   what is imported for it; the extra that installs it has the tracker's name
+    modules   what is imported for it; the extra that installs them has the tracker's name
     """
 
-    package: ClassVar[str]
+    modules: ClassVar[tuple[str, ...]]
 
     def __init__(self, run: TrackedRun) -> None:
         self.tracker = self.open(run)
@@ -77,7 +77,7 @@ class Tracker:
 class TensorBoard(Tracker):
     """Event files in ``output_dir/tensorboard``."""
 
-    package = "tensorboard"
+    modules = ("tensorboard", "torch.utils.tensorboard", "PIL.Image", "soundfile")
 
     def open(self, run: TrackedRun) -> GeneralTracker:
         from accelerate.tracking import TensorBoardTracker
@@ -117,7 +117,7 @@ class TensorBoard(Tracker):
 
 
 class Wandb(Tracker):
-    package = "wandb"
+    modules = ("wandb",)
 
     def open(self, run: TrackedRun) -> GeneralTracker:
         import wandb
@@ -137,7 +137,7 @@ class Wandb(Tracker):
 
 
 class Trackio(Tracker):
-    package = "trackio"
+    modules = ("trackio",)
 
     def open(self, run: TrackedRun) -> GeneralTracker:
         from accelerate.tracking import TrackioTracker
@@ -156,7 +156,7 @@ class Trackio(Tracker):
 class Mlflow(Tracker):
     """Previews are artifacts of the run."""
 
-    package = "mlflow"
+    modules = ("mlflow",)
 
     def open(self, run: TrackedRun) -> GeneralTracker:
         import mlflow
@@ -192,10 +192,14 @@ def chosen(log_with: Sequence[str] | None) -> dict[str, type[Tracker]]:
 
 
 def load(log_with: Sequence[str] | None) -> None:
-    """Import what the trackers need, once and in the main thread. Raises ConfigError where it is missing."""
+    """Import what the trackers need. Raises ConfigError where it is missing.
+
+    In the main thread: a loader process that is forked while another thread imports would wait for that import.
+    """
     for name, kind in chosen(log_with).items():
         try:
-            importlib.import_module(kind.package)
+            for module in ("accelerate.tracking", *kind.modules):
+                importlib.import_module(module)
         except ImportError as problem:
             raise ConfigError(
                 f"log_with: {name} cannot be imported ({problem}); pip install 'sa3dist[{name}]', or leave it out"

@@ -23,7 +23,7 @@ PREVIEWS = ["preview_every=4", "preview_seconds=0.6", "preview_steps=2"]
 class Raising(kinds.Tracker):
     """Takes its settings, and then nothing."""
 
-    package = "json"
+    modules = ()
 
     def __init__(self, run):
         assert run.settings["rank"] == 4
@@ -119,7 +119,7 @@ from sa3dist.tracking import kinds
 from sa3dist.training import metrics
 
 class Hanging(kinds.Tracker):
-    package = "json"
+    modules = ()
     def __init__(self, run):
         atexit.register(time.sleep, 3600)
         time.sleep(3600)
@@ -160,7 +160,7 @@ def test_a_queue_that_is_full_takes_no_more_and_never_waits(kinds_of_test, tmp_p
 def test_a_tracker_that_is_unknown_or_missing_is_one_line_and_2_before_anything_is_prepared(
     short_words, tmp_path, monkeypatch, capsys, words, message
 ):
-    monkeypatch.setitem(kinds.TRACKERS, "absent", type("Absent", (Raising,), {"package": "sa3dist_no_such_package"}))
+    monkeypatch.setitem(kinds.TRACKERS, "absent", type("Absent", (Raising,), {"modules": ("sa3dist_no_such_package",)}))
     work = tmp_path / "work"
     assert run(short_words, tmp_path / "run", f"work_dir={work}", f"log_with={words}") == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "log_with" in line]
