@@ -10,7 +10,7 @@ from tests.helpers.golden import ROOT
 # Missing on the machines the GPU check runs on.
 ABSENT = ("webdataset", "soundfile", "deepspeed", "diffusers", "pydantic", "rich")
 # What a training step needs of the product. ZeRO is DeepSpeed's.
-ROOMS = ("adapters", "data", "flow", "model", "parallel", "runtime", "training")
+ROOMS = ("adapters", "data", "flow", "model", "parallel", "runtime", "tracking", "training")
 NEEDS_MORE = {"sa3dist.parallel.zero"}
 
 

@@ -123,8 +123,8 @@ class Wandb(Tracker):
         import wandb
         from accelerate.tracking import WandBTracker
 
-        # The console is the run's own, and nobody is asked for a key there.
-        apart = wandb.Settings(console="off", login_timeout=1)
+        # The console is the run's own, and nobody is asked for a key there. Not silent, it was seen to hang at its end.
+        apart = wandb.Settings(console="off", silent=True, login_timeout=1)
         return WandBTracker(run.project, name=run.name, id=run.id, resume="allow", settings=apart)
 
     def log_preview(self, step: int, preview: Preview) -> None:
