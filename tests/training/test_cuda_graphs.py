@@ -134,6 +134,27 @@ def test_a_graph_that_errs_is_not_used_and_leaves_no_trace(recorder, caplog):
     assert graphed.graphs.shapes == 0
 
 
+@pytest.mark.parametrize(("noise", "kept"), [(3e-2, True), (0.0, False)])
+def test_a_replay_may_be_as_far_off_as_an_ordinary_pass_done_again_and_no_further(monkeypatch, noise, kept):
+    """Gradients of every ordinary pass are off by ``noise``; those of replays by 5e-2, beyond the plain limit."""
+    trainer = make_trainer()
+    trainer.record_graphs(HostRecorder())
+    ordinary, draw = trainer.graphs._passes, torch.Generator().manual_seed(3)
+
+    def off_by(share, run):
+        before = trainer.engine.gradient.clone()
+        losses = run()
+        added = trainer.engine.gradient - before
+        error = torch.randn(added.shape, generator=draw)
+        trainer.engine.gradient += share * added.norm() / error.norm() * error
+        return losses
+
+    monkeypatch.setattr(trainer.graphs, "_passes", lambda batch, last: off_by(noise, lambda: ordinary(batch, last)))
+    monkeypatch.setattr(trainer.graphs, "_recordable", lambda batch: off_by(5e-2, lambda: ordinary(batch, False)))
+    train(trainer, 5)
+    assert (trainer.graphs.shapes > 0) is kept
+
+
 def run_out(trainer, monkeypatch, times):
     """Out of memory at the end of the next passes that are no replays, so often."""
     forward, left = trainer.engine.losses, [times]
