@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def verify(options: argparse.Namespace) -> None:
     """``check`` of what is given. Raises ConfigError where no base is known."""
     path = options.file.parent if options.file.name in PEFT_WEIGHTS else options.file
+    if not os.path.exists(path):
+        raise ConfigError(f"{path}: no such file or folder; give the adapter file to verify")
     name = options.base or named_base(path)
     if name is None:
         raise ConfigError(f"{path}: names no base model; give the one it is loaded into with --base MODEL")

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from sa3dist import cli
 from sa3dist.adapters import landing_peft
+from sa3dist.commands import verify as commands_verify
 from tests.helpers.adapter_files import SLOT, load, make_adapter
 
 INCLUDE = ["layers.0.", "_conv", "conditioners", "to_cond_embed"]
@@ -215,3 +216,8 @@ def test_types_without_rows_have_no_norms_to_bake(adapter, capfd, kind):
     code, _, err = run(capfd, "export", adapter(kind), "--baked-norms")
     assert code == 2
     assert f"--baked-norms are of rows, which {kind} does not divide" in err
+
+
+def test_a_file_that_is_not_there_is_said_to_be_missing(tmp_path, capsys):
+    assert commands_verify.main([str(tmp_path / "nowhere.safetensors"), "--for", "native"]) == 2
+    assert "nowhere.safetensors: no such file or folder" in capsys.readouterr().err
