@@ -3,15 +3,15 @@
 import collections
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sa3dist.data.batches.micro_batch import MicroBatch
 from sa3dist.errors import Interrupted
-from sa3dist.listening.previews import Previews
 from sa3dist.progress import progress
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training.metrics import MetricsLogger
+from sa3dist.training.observers import Observer
 from sa3dist.training.startup_times import Startup
 from sa3dist.training.trainer import Trainer
 
@@ -26,12 +26,12 @@ def train(
     output_dir: Path,
     resumed_from: int | None,
     startup: Startup | None = None,
-    previews: Previews | None = None,
+    observers: Sequence[Observer] = (),
 ) -> None:
     """Train from the trainer's step to the plan's last one, saving on the way and at the end.
 
-    startup   the parts of the start until here, for the first row of metrics.jsonl
-    previews  made before the first step and when they are due; None: none
+    startup    the parts of the start until here, for the first row of metrics.jsonl
+    observers  called before the first step, after every step and after every save, in this order
     Raises Interrupted after saving when any rank was asked to stop.
     """
     settings, plan, group = trainer.settings, trainer.plan, trainer.group
@@ -43,13 +43,15 @@ def train(
         stack.callback(lambda: metrics.close(early=trainer.step < plan.steps))
         # However the training ends: a save that has begun is finished, in the time the watchdog leaves this process.
         stack.callback(trainer.saver.close)
-        if previews is not None:
+        for observer in observers:
+            stack.callback(observer.close)
             if startup:
-                startup.begin("previews")
-            metrics.add_previews(0, previews.folder(0), *previews.make(0, stop))
-            if startup:
-                startup.begin("first_step")
-        while trainer.step < plan.steps:
+                startup.begin(observer.name)
+            metrics.add_observation(observer.begin(stop))
+        if startup:
+            startup.begin("first_step")
+        end = ""
+        while trainer.step < plan.steps and not end:
             begin = time.perf_counter()
             try:
                 figures = trainer.take_step(batches, stop)
@@ -61,13 +63,18 @@ def train(
             stopping, step = figures["stop"] > 0, trainer.step
             recent.append(time.perf_counter() - begin)
             stop.reserve(max(recent), trainer.saver.seconds)
-            if previews is not None and previews.due(step, plan.steps) and not stopping:
-                metrics.add_previews(step, previews.folder(step), *previews.make(step, stop))
+            seen = [] if stopping else [observer.after_step(step, stop) for observer in observers]
+            for observation in filter(None, seen):
+                metrics.add_observation(observation)
+                end = end or observation.end
+            last = bool(end) or step == plan.steps
             metrics.add(figures)
-            if stopping or step % settings.save_every == 0 or step == plan.steps:
-                trainer.save(output_dir, stop, wait=stopping or step == plan.steps, before=metrics.sync)
+            if stopping or last or step % settings.save_every == 0:
+                trainer.save(output_dir, stop, wait=stopping or last, before=metrics.sync)
                 saved_step = step
-            if stopping and step < plan.steps:
+                for observer in observers:
+                    observer.after_save(step)
+            if stopping and not last:
                 how = "run the same command" if settings.resume == "auto" else "run again with resume=auto"
                 why = f" ({stop.reason})" if stop.reason else ""
                 raise Interrupted(f"stopped after step {step}{why}, state saved; {how} to continue")

@@ -16,7 +16,7 @@ from sa3dist.data.source.archive import check_local
 from sa3dist.data.source.build import Measure
 from sa3dist.errors import CheckpointError, ConfigError, counted
 from sa3dist.formats import DatasetIndex, write_whole
-from sa3dist.listening import previews
+from sa3dist.listening import previews, watching
 from sa3dist.model.base import Base
 from sa3dist.parallel import zero_config
 from sa3dist.runtime.liveness import PREPARATION_SECONDS
@@ -141,7 +141,7 @@ class Run:
                     settings.output_dir,
                     self._saved_step,
                     self.startup,
-                    previews.of_run(settings, base, group, source, plan.identity["base_sha256"]),
+                    watching.observers_of(self.trainer, base, source),
                 )
         source.say_end(self.step * plan.global_batch, self._cursors)
 

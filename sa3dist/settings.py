@@ -10,7 +10,8 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from sa3dist.data.remote.local_paths import can_be_named, expand_home, is_text
 from sa3dist.errors import ConfigError, read_duration
-from sa3dist.request.fields import COURSE, EndpointFields
+from sa3dist.request.fields import COURSE
+from sa3dist.request.listening import ListeningFields
 
 # What YAML 1.1 and JSON write for on and off.
 _SWITCHES = {"true": "on", "yes": "on", "on": "on", "false": "off", "no": "off", "off": "off"}
@@ -22,7 +23,7 @@ PLACES = ("audio_data_url", "model", "lora_checkpoint_url", "output_dir", "work_
 XS_RANK_LIMIT = 17
 
 
-class Settings(EndpointFields):
+class Settings(ListeningFields):
     """Everything a run depends on: the hosted endpoint's fields, then our own."""
 
     # Our own from here on.
@@ -146,27 +147,6 @@ class Settings(EndpointFields):
         None, description="trackers beside metrics.jsonl: tensorboard, wandb, trackio, mlflow; unset = none"
     )
     log_project: str = Field("sa3dist", min_length=1, description="project, or experiment, of the run in trackers")
-
-    # Listening.
-    preview_every: int = Field(
-        0,
-        ge=0,
-        description="steps between previews, which are also made of the base and at the end; 0 = none",
-    )
-    preview_prompts: list[str] | None = Field(
-        None, description="prompts of the previews; unset = three captions of the data set and an empty prompt"
-    )
-    preview_seconds: float | None = Field(
-        None,
-        gt=0,
-        allow_inf_nan=False,
-        description="length of a preview; unset = 20, or the crop's if it is shorter",
-    )
-    preview_steps: int = Field(50, ge=1, description="sampler steps of a preview")
-    preview_cfg: float = Field(7.0, allow_inf_nan=False, description="guidance scale of a preview; 1 = without")
-    preview_seed: int = Field(
-        0, ge=0, description="seed of the previews' noise, together with the number of the prompt"
-    )
 
     @field_validator("*", mode="before")
     @classmethod

@@ -30,6 +30,7 @@ from sa3dist.model.compiled import uncompiled
 from sa3dist.model.generation import BATCH, Generation, borrowed_encoders
 from sa3dist.runtime.process_group import run_on_all_ranks
 from sa3dist.training.memory import USABLE_SHARE, working_bytes
+from sa3dist.training.observers import Observation, Observer
 
 if TYPE_CHECKING:
     from sa3dist.data.batches.batch_source import BatchSource
@@ -71,7 +72,8 @@ def of_run(settings: Settings, base: Base, group: Group, source: BatchSource, ba
     how = _generation(settings, settings.preview_seconds or min(DEFAULT_SECONDS, crop_seconds))
     prompts = settings.preview_prompts or default_prompts([clip.caption for clip in source.index.clips])
     about = {"model": settings.model, "base_sha256": base_sha256, "sa3dist_version": __version__}
-    return Previews(base, group, settings.output_dir, how, prompts, about, settings.preview_every)
+    every, last = settings.preview_every, settings.number_of_steps
+    return Previews(base, group, settings.output_dir, how, prompts, about, every, last)
 
 
 def default_prompts(captions: Sequence[str]) -> list[str]:
@@ -86,12 +88,13 @@ def _generation(settings: Settings, seconds: float) -> Generation:
     return Generation(seconds, settings.preview_steps, settings.preview_cfg, settings.preview_seed)
 
 
-class Previews:
+class Previews(Observer):
     """Makes ``output_dir/previews/step-00000500/<i>.flac``, with a JSON file and a picture beside each.
 
     Prompt i's noise is that of ``base.generate``'s prompt i. Every rank makes its share, on the device it trains on.
-    Called on all ranks alike.
     """
+
+    name = "previews"
 
     def __init__(
         self,
@@ -102,16 +105,25 @@ class Previews:
         prompts: Sequence[str],
         about: dict[str, Any],
         every: int,
+        last: int,
     ) -> None:
-        """about: what the JSON files say of the run."""
+        """about: what the JSON files say of the run; last: the step after which they are made in any case."""
         self.base, self.group, self.output_dir = base, group, Path(output_dir)
-        self.how, self.prompts, self.about, self.every = how, list(prompts), about, every
+        self.how, self.prompts, self.about, self.every, self.last = how, list(prompts), about, every, last
         # Found once, so that the text encoder is not loaded again: hidden states and mask by prompt, on the CPU.
         self._hidden: dict[str, tuple[Tensor, Tensor]] = {}
         self._said = False
 
-    def due(self, step: int, last: int) -> bool:
-        return step % self.every == 0 or step == last
+    def begin(self, stop: StopRequest) -> Observation:
+        return self._observe(0, stop)
+
+    def after_step(self, step: int, stop: StopRequest) -> Observation | None:
+        return self._observe(step, stop) if step % self.every == 0 or step == self.last else None
+
+    def _observe(self, step: int, stop: StopRequest) -> Observation:
+        seconds, missing = self.make(step, stop)
+        sums = {"previews_seconds": seconds, "previews_missing": missing}
+        return Observation(step, seconds, sums, folder=self.folder(step))
 
     def make(self, step: int, stop: StopRequest) -> tuple[float, int]:
         """Previews of the adapters as they are after ``step``; of the base alone where it is 0, unless they are there.

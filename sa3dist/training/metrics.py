@@ -16,6 +16,7 @@ from sa3dist.training.memory import memory_figures
 
 if TYPE_CHECKING:
     from sa3dist.settings import Settings
+    from sa3dist.training.observers import Observation
     from sa3dist.training.startup_times import Startup
     from sa3dist.training.trainer import Trainer
 
@@ -103,21 +104,21 @@ class MetricsLogger:
         self._begin = self._clock = time.perf_counter()
         self._first = self._last_logged = trainer.step
         self._waited = self._silent = 0.0
-        self._previews: dict[str, float] = {}
-        if startup:
-            startup.begin("first_step")
+        self._observed: dict[str, float] = {}
 
-    def add_previews(self, step: int, folder: Path, seconds: float, missing: int) -> None:
-        """Previews of ``step`` in ``folder`` took so long and left out so many clips.
-
-        For the next row, whose times of a step do not hold it.
-        """
+    def add_observation(self, seen: Observation | None) -> None:
+        """Take what an observer has found; None is nothing."""
+        if seen is None:
+            return
         for output in self._outputs:
-            output.add_previews(step, folder)
-        self._begin += seconds
-        self._clock += seconds
-        for name, value in (("previews_seconds", seconds), ("previews_missing", missing)):
-            self._previews[name] = self._previews.get(name, 0) + value
+            if seen.folder is not None:
+                output.add_previews(seen.step, seen.folder)
+            if seen.row:
+                output.write({"step": seen.step, **seen.row})
+        self._begin += seen.seconds
+        self._clock += seen.seconds
+        for name, value in seen.sums.items():
+            self._observed[name] = self._observed.get(name, 0) + value
 
     def add(self, figures: dict[str, float]) -> None:
         """Take up the figures of one step as ``Trainer.take_step`` gave them; called on all ranks."""
@@ -143,11 +144,11 @@ class MetricsLogger:
             if trainer.settings.log_clips:
                 # On all ranks: without an index each knows only its own.
                 row["clips"] = trainer.clips_of_step()
-            row |= self._previews | self._resumed_from
+            row |= self._observed | self._resumed_from
             for output in self._outputs:
                 output.write(row)
             self._clock, self._waited, self._silent, self._last_logged = now, 0.0, 0.0, step
-            self._startup, self._resumed_from, self._previews = None, {}, {}
+            self._startup, self._resumed_from, self._observed = None, {}, {}
         rate = (step - self._first) / (now - self._begin)
         self._update(step, f"loss {figures['loss']:.4f} {rate:.2f} it/s, {data_wait:.0%} waiting for data")
 

@@ -213,7 +213,7 @@ def preview(demo_base, tmp_path):
     base = sa3dist.load_base(demo_base, encoder=False)
     attach_adapter(base, "dora-rows", rank=4)
     move(base)
-    return Previews(base, Group(0, 1, torch.device("cpu")), tmp_path, HOW, ["a bass drum"], {}, every=1)
+    return Previews(base, Group(0, 1, torch.device("cpu")), tmp_path, HOW, ["a bass drum"], {}, every=1, last=1)
 
 
 def test_before_the_first_step_they_are_of_the_base_whatever_the_adapter_holds(preview):

@@ -1,0 +1,20 @@
+"""Everything that watches a run, as its settings ask for it: one more of them is one line here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sa3dist.listening import previews
+
+if TYPE_CHECKING:
+    from sa3dist.data.batches.batch_source import BatchSource
+    from sa3dist.model.base import Base
+    from sa3dist.training.observers import Observer
+    from sa3dist.training.trainer import Trainer
+
+
+def observers_of(trainer: Trainer, base: Base, source: BatchSource) -> list[Observer]:
+    """In the order they are called; source: the clips that are trained on."""
+    settings, group = trainer.settings, trainer.group
+    found = [previews.of_run(settings, base, group, source, trainer.plan.identity["base_sha256"])]
+    return [observer for observer in found if observer is not None]
