@@ -7,8 +7,8 @@ import logging
 import multiprocessing
 import multiprocessing.util
 import os
+import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,11 +22,11 @@ class ForkedTrainer:
     """``python -m sa3dist.train`` without the imports; used as a context, it is killed at the end.
 
     log         takes what it says, after what is there
-    before      called first in the new process
+    ignored     signals, as a launcher such as nohup leaves them
     variables   of its environment
     """
 
-    def __init__(self, words, log, before: Callable[[], object] = lambda: None, **variables):
+    def __init__(self, words, log, ignored: tuple[int, ...] = (), **variables):
         # Otherwise each would import them.
         import accelerate  # noqa: F401
         import transformers  # noqa: F401
@@ -35,8 +35,8 @@ class ForkedTrainer:
 
         self.log = Path(log)
         self.log.touch()
-        arguments = ([str(word) for word in words], str(log), before, variables)
-        self._process = multiprocessing.get_context("fork").Process(target=_become_trainer, args=arguments)
+        arguments = ([str(word) for word in words], str(log), ignored, os.getcwd(), {**os.environ, **variables})
+        self._process = _context().Process(target=_become_trainer, args=arguments)
         self._process.start()
         self.pid = self._process.pid
 
@@ -84,8 +84,21 @@ def places_of_ranks(size: int, port: int) -> list[dict[str, str]]:
     return [{"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port), **agents} for rank in range(size)]
 
 
-def _become_trainer(words, log, before, variables) -> None:
-    before()
+def _context():
+    """Forks of this process where it has one thread of OpenMP: a fork would wait without end for others."""
+    if THREADS == 1:
+        return multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["accelerate", "transformers", "sa3dist.pipeline", __name__])
+    return context
+
+
+def _become_trainer(words, log, ignored, directory, variables) -> None:
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+    # A trainer's own processes start as on Linux by default, however this one was started.
+    multiprocessing.set_start_method("fork", force=True)
+    os.chdir(directory)
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), stream)
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
@@ -98,5 +111,5 @@ def _become_trainer(words, log, before, variables) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.set_num_threads(THREADS)
     # Else Accelerate gives every rank a thread per core, and they spin while they wait for each other.
-    os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(THREADS), **variables}
+    os.environ |= {**variables, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(THREADS)}
     train.as_process(functools.partial(train.main, words))

@@ -115,10 +115,7 @@ def test_a_run_whose_terminal_closes_saves_although_nobody_reads_what_it_says(co
 
 
 def test_under_nohup_a_closed_terminal_changes_nothing_and_a_stopped_loader_keeps_no_run_from_saving(words, tmp_path):
-    def under_nohup():
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-    with ForkedTrainer(words, tmp_path / "said", before=under_nohup) as process:
+    with ForkedTrainer(words, tmp_path / "said", ignored=(signal.SIGHUP,)) as process:
         wait_until(lambda: rows(tmp_path / "run") >= STEPS, process)
         before = rows(tmp_path / "run")
         process.send_signal(signal.SIGHUP)
