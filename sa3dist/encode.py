@@ -23,6 +23,7 @@ from sa3dist.runtime.file_lock import alone
 from sa3dist.runtime.process_group import Group, main_process_first, run_on_all_ranks
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.settings import Settings
+from sa3dist.validation.split import hold_out
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ def open_encoded(
     found = main_process_first(group, "digests", digests, stop)
     if group.is_main:
         say_cut_captions(index, base.text_source)
-    source = open_source(settings, base, index, found)
+    index, held_out = hold_out(settings, index, group, stop)
+    source = open_source(settings, base, index, found, held_out)
     main_process_first(group, "first-clip", source.check, stop)
     if everything or settings.pre_encode:
         per_step = settings.batch_size * settings.accumulation(group.world_size) * group.world_size

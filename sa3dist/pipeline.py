@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sa3dist import adapters, encode, export, loop, shard
 from sa3dist.data.batches.batch_source import BatchSource
 from sa3dist.data.batches.worker_shards import RankCursors
@@ -29,6 +27,7 @@ from sa3dist.training.acceleration import choose_acceleration
 from sa3dist.training.rank_checks import check_same_start
 from sa3dist.training.startup_times import Startup
 from sa3dist.training.trainer import Trainer
+from sa3dist.validation.split import settings_file
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +148,7 @@ class Run:
         settings, group, work = self.settings, self.group, self.trainer.plan
         if not group.is_main:
             return
-        write_whole(settings.output_dir / "run.yaml", yaml.safe_dump(settings.as_dict(), sort_keys=False))
+        write_whole(settings.output_dir / "run.yaml", settings_file(settings, source.held_out))
         log.info(
             "training %s of %s (batch_size %d x %s x %d accumulated), crops of %.1f s%s%s",
             counted(work.steps, "step"),

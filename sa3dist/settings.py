@@ -233,6 +233,7 @@ class Settings(ListeningFields):
                         self.duration is None,
                         "must be given: without an index the longest clip is not known",
                     ),
+                    ("validation", bool(self.validation), "needs an index to choose clips from; leave it at 0"),
                     ("latents", self.latents != "whole", "must be whole: there is no cache to keep crops in"),
                     ("pre_encode", self.pre_encode, "would have no end; stream the shards that sa3dist encode leaves"),
                     ("on_bad_clip", self.on_bad_clip != "raise", "must be raise; sa3dist shard leaves bad clips out"),

@@ -20,6 +20,7 @@ from sa3dist.data.remote.fetch import redacted
 from sa3dist.data.source import build, remote_index
 from sa3dist.errors import counted, span
 from sa3dist.formats import DatasetIndex
+from sa3dist.inspection.measure import measure_clip
 from sa3dist.progress import progress
 from sa3dist.runtime.process_group import Group, main_process_first, run_on_all_ranks
 from sa3dist.runtime.signals import StopRequest
@@ -38,6 +39,9 @@ def open_dataset(
     """
     if settings.mode == "streaming":
         return _streamed(settings, group, stop)
+    if settings.validation:
+        # Which clips sound alike, from the pass that decodes them anyway.
+        measure = measure or measure_clip
     should_stop = group.liveness.counting(stop.requested)
     latents = main_process_first(group, "find-latents", lambda: _find_latents(settings, should_stop), stop)
     if latents is not None:

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
 
 from sa3dist.request.fields import EndpointFields
 
+LARGEST_SHARE = 0.5
+
+
+def _share_or_names(value: Any) -> Any:
+    """A share, a list of names, or 0 for off. Raises ValueError."""
+    if isinstance(value, str) and value.lower() in ("off", "no", "false"):
+        return 0.0
+    if isinstance(value, list):
+        if not all(isinstance(name, str) and name.strip("/") for name in value):
+            raise ValueError("expected names of clips, files or folders of the data set in the list")
+        return value or 0.0
+    try:
+        share = float(value)
+    except (TypeError, ValueError):
+        share = -1.0
+    if not 0 <= share <= LARGEST_SHARE:
+        raise ValueError(
+            f"{str(value)[:80]!r} is not valid, expected a share of the clips up to {LARGEST_SHARE}, such as 0.1, or a "
+            f"list of names, such as [drums_07, takes/]"
+        )
+    return share
+
 
 class ListeningFields(EndpointFields):
-    """Previews, beside the endpoint's fields."""
+    """Previews and validation, beside the endpoint's fields."""
 
     preview_every: int = Field(
         0,
@@ -28,4 +52,10 @@ class ListeningFields(EndpointFields):
     preview_cfg: float = Field(7.0, allow_inf_nan=False, description="guidance scale of a preview; 1 = without")
     preview_seed: int = Field(
         0, ge=0, description="seed of the previews' noise, together with the number of the prompt"
+    )
+
+    validation: Annotated[list[str] | float, BeforeValidator(_share_or_names)] = Field(
+        0.0,
+        description="clips held out, never trained on: a share such as 0.1, or a list of clips, files or folders; "
+        "0 = none",
     )

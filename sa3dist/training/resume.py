@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # What a checkpoint that lacks a value was made with, in words.
-BEFORE = {"singular_bases": "found as earlier versions did"}
+BEFORE = {"singular_bases": "found as earlier versions did", "held_out": "none"}
 
 
 def identity(settings: Settings, **measured: Any) -> dict[str, Any]:

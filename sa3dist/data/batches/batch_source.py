@@ -21,7 +21,7 @@ from sa3dist.data.latents.pieces import Piece, caption_pieces, crop_piece, whole
 from sa3dist.data.latents.source import LatentDataset, StreamedDataset
 from sa3dist.errors import ConfigError, counted
 from sa3dist.flow.crops import crop_frames
-from sa3dist.formats import DatasetIndex
+from sa3dist.formats import ClipEntry, DatasetIndex, dataset_digest
 from sa3dist.model.base import Base
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 class BatchSource(abc.ABC):
     """A data set under one base, as the settings of one run read it.
 
+    index           the clips that are trained on
+    held_out        clips kept apart for validation, in order of their keys; ``encoded`` reads them as it does the
+                    others. Empty where nothing is held out
     encoded         its clips, latents and prompt features
     draws           what samples depend on besides the clips
     order           which clip each slot trains on; None where a stream decides
@@ -44,9 +47,16 @@ class BatchSource(abc.ABC):
     order: ClipOrder | None = None
     packs_latents = False
 
-    def __init__(self, settings: Settings, base: Base, index: DatasetIndex, digests: Sequence[str]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        base: Base,
+        index: DatasetIndex,
+        digests: Sequence[str],
+        held_out: Sequence[ClipEntry] = (),
+    ) -> None:
         """digests: of the base's two encoders. Raises ConfigError or DataError where ``index`` cannot be read so."""
-        self.settings, self.base, self.index = settings, base, index
+        self.settings, self.base, self.index, self.held_out = settings, base, index, tuple(held_out)
         # Without an index no clip is known, and ``duration`` is set.
         longest = max((clip.seconds for clip in index.clips), default=math.inf)
         framing = base.native_seconds, base.sample_rate_hz, base.samples_per_frame
@@ -70,7 +80,15 @@ class BatchSource(abc.ABC):
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be continued on this data set, as JSON values by name."""
-        return {"dataset_sha256": self.index.digest, "crop_frames": self.draws.crop_frames}
+        # First, so that another split is called by its name.
+        held_out = "none"
+        if self.held_out:
+            held_out = f"{counted(len(self.held_out), 'clip')} ({dataset_digest(self.held_out)[:16]})"
+        return {
+            "held_out": held_out,
+            "dataset_sha256": self.index.digest,
+            "crop_frames": self.draws.crop_frames,
+        }
 
     def describe(self) -> dict[str, Any]:
         """What config.json says of the data set."""
@@ -80,6 +98,7 @@ class BatchSource(abc.ABC):
             "dataset_clips": len(clips) or None,
             "dataset_seconds": round(sum(clip.seconds for clip in clips), 3) or None,
             "skipped_clips": list(self.index.skipped),
+            **({"held_out_clips": [clip.key for clip in self.held_out]} if self.held_out else {}),
         }
 
     @abc.abstractmethod
@@ -218,7 +237,13 @@ OF_INDEX = {StreamedDataset: StreamSource, LatentDataset: LatentSource}
 OF_LATENTS = {"whole": WholeSource, "crop": CropSource, "on_the_fly": OnTheFlySource}
 
 
-def open_source(settings: Settings, base: Base, index: DatasetIndex, digests: Sequence[str]) -> BatchSource:
-    """The data set in ``index`` under ``base``. digests: of the base's autoencoder and text encoder."""
+def open_source(
+    settings: Settings, base: Base, index: DatasetIndex, digests: Sequence[str], held_out: Sequence[ClipEntry] = ()
+) -> BatchSource:
+    """The data set in ``index`` under ``base``.
+
+    digests    of the base's autoencoder and text encoder
+    held_out   clips that are not trained on, and no part of ``index``
+    """
     kind = OF_INDEX.get(type(index)) or OF_LATENTS[settings.latents]
-    return kind(settings, base, index, digests)
+    return kind(settings, base, index, digests, held_out)

@@ -1,0 +1,1 @@
+"""Validation: which clips are held out, the fixed set made of them, and the loss on it while a run trains."""

@@ -1,0 +1,179 @@
+"""Which clips are held out for validation: whole files, as a function of the data set, the settings and the seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import yaml
+
+from sa3dist.data.latents.source import LatentDataset
+from sa3dist.data.source.build import MAX_MEASURED_CLIPS
+from sa3dist.data.source.clip_stats import read_stats, write_stats
+from sa3dist.data.source.prefetch import prefetch
+from sa3dist.data.source.tar_writer import read_clip
+from sa3dist.errors import ConfigError, counted, listed
+from sa3dist.formats import ClipEntry, DatasetIndex, dataset_digest, digest_of
+from sa3dist.inspection.clip import InspectedClip
+from sa3dist.inspection.duplicates import near_duplicates
+from sa3dist.inspection.measure import measure_clip
+from sa3dist.progress import progress
+from sa3dist.runtime.process_group import Group, main_process_first
+from sa3dist.runtime.signals import StopRequest
+
+if TYPE_CHECKING:
+    from sa3dist.settings import Settings
+
+log = logging.getLogger(__name__)
+
+# With fewer clips a share would take too much of what is trained on: one file is held out.
+SMALL_SET = 20
+# What programs that cut recordings into clips put behind the recording's name.
+_CUT = re.compile(r"(.+?)[ _.-]+(?:part|chunk|segment|seg|slice|cut|split)[ _.-]*\d+", re.IGNORECASE)
+
+
+def hold_out(
+    settings: Settings, index: DatasetIndex, group: Group, stop: StopRequest
+) -> tuple[DatasetIndex, tuple[ClipEntry, ...]]:
+    """The data set without the clips that ``settings.validation`` holds out, and those clips; equal on all ranks.
+
+    Raises ConfigError for names that are not there, and where nothing would be left on one of the sides.
+    """
+    if not settings.validation:
+        return index, ()
+    keys = set(main_process_first(group, "hold-out", lambda: _choose(settings, index, group, stop), stop))
+    kept = tuple(clip for clip in index.clips if clip.key not in keys)
+    held_out = tuple(clip for clip in index.clips if clip.key in keys)
+    return dataclasses.replace(index, clips=kept, digest=dataset_digest(kept)), held_out
+
+
+def _choose(settings: Settings, index: DatasetIndex, group: Group, stop: StopRequest) -> list[str]:
+    groups = grouped(index.clips, _near_duplicates(settings, index, group, stop))
+    if isinstance(settings.validation, list):
+        keys = chosen_by_name(index.clips, groups, settings.validation)
+    else:
+        keys = chosen_by_share(groups, settings.validation, settings.seed)
+    clips = len(index.clips)
+    if len(keys) == clips:
+        raise ConfigError(
+            f"validation: nothing would be left to train on: all {counted(clips, 'clip')} are named, or belong to "
+            f"those by near-equal sound or by name; hold out less"
+        )
+    log.info("validation: %d of %s held out: %s", len(keys), counted(clips, "clip"), listed(keys, len(keys), 5))
+    if clips < SMALL_SET:
+        log.warning("validation: of %s few can be held out; take its loss as a hint only", counted(clips, "clip"))
+    return keys
+
+
+def source_of(key: str) -> str:
+    """The recording a clip was cut from by its name (``song_part2``, ``song-chunk003``), in lower case."""
+    found = _CUT.fullmatch(key)
+    return (found[1] if found else key).casefold()
+
+
+def grouped(clips: Sequence[ClipEntry], pairs: Iterable[tuple[str, str]]) -> list[list[str]]:
+    """Keys of clips that belong together: equal audio, one recording by name, or one of ``pairs``. Sorted."""
+    leader = {clip.key: clip.key for clip in clips}
+
+    def first_of(key: str) -> str:
+        while leader[key] != key:
+            key = leader[key]
+        return key
+
+    def join(one: str, other: str) -> None:
+        low, high = sorted((first_of(one), first_of(other)))
+        leader[high] = low
+
+    seen: dict[tuple[str, str], str] = {}
+    for clip in clips:
+        for mark in (("audio", clip.audio_sha256), ("recording", source_of(clip.key))):
+            join(clip.key, seen.setdefault(mark, clip.key))
+    for one, other in pairs:
+        join(one, other)
+    groups: dict[str, list[str]] = {}
+    for key in sorted(leader):
+        groups.setdefault(first_of(key), []).append(key)
+    return list(groups.values())
+
+
+def chosen_by_share(groups: Sequence[list[str]], share: float, seed: int) -> list[str]:
+    """Keys of whole groups, in an order drawn by ``seed``, as many as fit into the share; sorted.
+
+    At least one group: where none fits, one of the smallest.
+    """
+    total = sum(map(len, groups))
+    most = 1 if total < SMALL_SET else max(1, round(share * total))
+    # By hash: a clip more in the data set moves few others to the other side.
+    drawn = sorted(groups, key=lambda keys: digest_of("hold out", str(seed), keys[0]))
+    chosen: list[str] = []
+    for keys in drawn:
+        if len(chosen) + len(keys) <= most:
+            chosen += keys
+    return sorted(chosen or min(drawn, key=len))
+
+
+def chosen_by_name(clips: Sequence[ClipEntry], groups: Sequence[list[str]], names: Sequence[str]) -> list[str]:
+    """Keys of the clips that are named, by key, file or folder, and of what belongs to them; sorted."""
+    named: set[str] = set()
+    for name in names:
+        folder = f"{name.rstrip('/')}/"
+        found = {
+            clip.key
+            for clip in clips
+            if name in (clip.key, f"{clip.key}.{clip.extension}") or clip.key.startswith(folder)
+        }
+        if not found:
+            near = difflib.get_close_matches(name, [clip.key for clip in clips], n=1)
+            hint = f", did you mean {near[0]!r}?" if near else "; sa3dist inspect lists them"
+            raise ConfigError(f"validation: {name!r} is no clip, file or folder of the data set{hint}")
+        named |= found
+    keys = sorted(key for keys in groups if named.intersection(keys) for key in keys)
+    if beside := [key for key in keys if key not in named]:
+        log.info("validation: held out with those that are named: %s", listed(beside, len(beside), 5))
+    return keys
+
+
+def _near_duplicates(settings: Settings, index: DatasetIndex, group: Group, stop: StopRequest) -> list[tuple[str, str]]:
+    """Pairs of keys whose audio is nearly equal, by the fingerprints that ``sa3dist inspect`` compares."""
+    if isinstance(index, LatentDataset) or index.reader is not None or len(index.clips) > MAX_MEASURED_CLIPS:
+        log.info(
+            "validation: only equal audio and recordings by name are kept on one side; near-duplicates are looked for "
+            "in up to %s of audio on this machine",
+            counted(MAX_MEASURED_CLIPS, "clip"),
+        )
+        return []
+    stats = read_stats(settings.work_dir)
+    lacking = {(clip.audio_sha256, clip.audio_bytes): clip for clip in index.clips}
+    lacking = {key: clip for key, clip in lacking.items() if key not in stats}
+    if lacking:
+        measured = prefetch(
+            lambda item: measure_clip(read_clip(index.directory / item[1].shard, item[1])),
+            lacking.items(),
+            lambda item: item[1].audio_bytes,
+        )
+        with progress("measure clips", len(lacking), shown=True) as update:
+            for done, ((key, _), found) in enumerate(measured, 1):
+                group.liveness.progress()
+                stop.raise_if_requested("measuring clips")
+                stats[key] = found
+                update(done)
+        write_stats(settings.work_dir, stats)
+    clips = [
+        InspectedClip(clip.key, clip.extension, size, sha256, clip.caption, *stats[sha256, size])
+        for clip in index.clips
+        for sha256, size in [(clip.audio_sha256, clip.audio_bytes)]
+    ]
+    return [(one, other) for one, other, _ in near_duplicates(clips)]
+
+
+def settings_file(settings: Settings, held_out: Sequence[ClipEntry]) -> str:
+    """run.yaml: the settings, and behind them, as comments, the keys of the clips that are held out."""
+    text = yaml.safe_dump(settings.as_dict(), sort_keys=False)
+    if held_out:
+        listing = yaml.safe_dump({"held_out": [clip.key for clip in held_out]}, allow_unicode=True)
+        text += "".join(f"# {line}\n" for line in listing.splitlines())
+    return text
