@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sa3dist.listening import previews
+from sa3dist.listening import health, previews
 
 if TYPE_CHECKING:
     from sa3dist.data.batches.batch_source import BatchSource
@@ -16,5 +16,8 @@ if TYPE_CHECKING:
 def observers_of(trainer: Trainer, base: Base, source: BatchSource) -> list[Observer]:
     """In the order they are called; source: the clips that are trained on."""
     settings, group = trainer.settings, trainer.group
-    found = [previews.of_run(settings, base, group, source, trainer.plan.identity["base_sha256"])]
+    found = [
+        previews.of_run(settings, base, group, source, trainer.plan.identity["base_sha256"]),
+        health.of_run(settings, base, group, trainer.step),
+    ]
     return [observer for observer in found if observer is not None]

@@ -59,3 +59,6 @@ class ListeningFields(EndpointFields):
         description="clips held out, never trained on: a share such as 0.1, or a list of clips, files or folders; "
         "0 = none",
     )
+    health: bool = Field(
+        True, description="how far the adapters have moved the weights, and a verdict, at every save, in health.jsonl"
+    )

@@ -47,17 +47,16 @@ def open_outputs(settings: Settings, output_dir: Path, resumed_from: int | None)
 
     resumed_from   step of the checkpoint that is continued: later rows of the earlier run are to be dropped
     """
-    rows = MetricsFile(output_dir, resumed_from)
+    rows = RowsFile(Path(output_dir) / METRICS_NAME, resumed_from)
     return [rows, Trackers(settings, output_dir, resumed_from)] if settings.log_with else [rows]
 
 
-class MetricsFile:
-    """One JSON object per logged step, appended; on resume, rows past the checkpoint are dropped."""
+class RowsFile:
+    """One JSON object with a "step" per line, appended; on resume, rows past the checkpoint are dropped."""
 
-    def __init__(self, output_dir: Path, resumed_from: int | None) -> None:
-        self._path = Path(output_dir) / METRICS_NAME
-        kept = _rows_up_to(self._path, resumed_from or 0)
-        write_whole(self._path, "".join(kept))
+    def __init__(self, path: Path, resumed_from: int | None) -> None:
+        self._path = path
+        write_whole(path, "".join(_rows_up_to(path, resumed_from or 0)))
 
     def write(self, row: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:

@@ -13,6 +13,7 @@ OWN = "run's folder", "results and work directories of runs are never part of a 
 RUN_FILES = {
     "run.yaml",
     "metrics.jsonl",
+    "health.jsonl",
     "status.json",
     "heartbeat.json",
     "result.json",

@@ -1,0 +1,126 @@
+"""Whether a training is healthy: what its adapters do to the weights, and what its losses say, at every save."""
+
+from __future__ import annotations
+
+import collections
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sa3dist.adapters import adapted_layers
+from sa3dist.listening.health_numbers import measure_layer, summary
+from sa3dist.listening.verdict import judge
+from sa3dist.training.metrics import METRICS_NAME, RowsFile
+from sa3dist.training.observers import Observation, Observer
+
+if TYPE_CHECKING:
+    from sa3dist.model.base import Base
+    from sa3dist.runtime.process_group import Group
+    from sa3dist.runtime.signals import StopRequest
+    from sa3dist.settings import Settings
+
+log = logging.getLogger(__name__)
+
+HEALTH_NAME = "health.jsonl"
+# Training losses that are averaged, and how few say too little: one alone depends on the timestep that was drawn.
+MOST_LOSSES, FEWEST_LOSSES = 50, 10
+BAD = ("exploding", "overfit", "nothing learned")
+
+
+def of_run(settings: Settings, base: Base, group: Group, step: int) -> Health | None:
+    """The health that ``settings`` ask for; None: none. step: the training goes on from there."""
+    if not settings.health:
+        return None
+    if ((group.deepspeed or {}).get("zero_optimization") or {}).get("stage") == 3:
+        if group.is_main:
+            log.info("health: left out, ZeRO-3 divides the weights over the ranks")
+        return None
+    return Health(base, group, settings.output_dir, step)
+
+
+class Health(Observer):
+    """Writes a row of ``output_dir/health.jsonl`` after every save, on rank 0; the others hold the same adapters."""
+
+    name = "health"
+
+    def __init__(self, base: Base, group: Group, output_dir: Path, step: int) -> None:
+        """step: rows of later ones are dropped."""
+        self.base, self.group = base, group
+        self.file = RowsFile(Path(output_dir) / HEALTH_NAME, step) if group.is_main else None
+        self._losses = Losses(Path(output_dir) / METRICS_NAME)
+        self._stop: StopRequest | None = None
+        self._verdict, self._said = "", False
+        self._seconds: float = 0.0
+
+    def begin(self, stop: StopRequest) -> None:
+        self._stop = stop
+
+    def after_step(self, step: int, stop: StopRequest) -> Observation | None:
+        """Nothing new: what the save before has taken goes into the metrics."""
+        seconds, self._seconds = self._seconds, 0.0
+        return Observation(step, seconds, {"health_seconds": seconds}) if seconds else None
+
+    def after_save(self, step: int) -> None:
+        # A signal leaves no time for it.
+        if self.file is None or (self._stop and self._stop.requested()):
+            return
+        begin = time.perf_counter()
+        try:
+            row = self.measure(step)
+            self.file.write(row)
+            self._say(row)
+        except Exception as failure:
+            if not self._said:
+                log.error("health of step %d left out: %s: %s; training goes on", step, type(failure).__name__, failure)
+            self._said = True
+        self._seconds = time.perf_counter() - begin
+
+    def measure(self, step: int) -> dict[str, Any]:
+        """The row of ``step``, from the adapters as they are and the losses that are logged."""
+        found = []
+        for name, layer in adapted_layers(self.base).items():
+            self.group.liveness.progress()
+            found.append((name, measure_layer(layer)))
+        row = {"step": step, **summary(found)}
+        verdict, reasons = judge(row, self._losses.read())
+        return {**row, "verdict": verdict, "reasons": reasons}
+
+    def _say(self, row: dict[str, Any]) -> None:
+        """A verdict that is new."""
+        verdict = row["verdict"]
+        if verdict != self._verdict:
+            level = logging.WARNING if verdict in BAD else logging.INFO
+            log.log(level, "health at step %d: %s (%s)", row["step"], verdict, "; ".join(row["reasons"]))
+        self._verdict = verdict
+
+
+class Losses:
+    """Training and validation losses as metrics.jsonl has them; each row is read once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._read = path, 0
+        self._training: collections.deque[float] = collections.deque(maxlen=MOST_LOSSES)
+        self._validation: dict[str, float] = {}
+
+    def read(self) -> dict[str, float]:
+        """The mean of the last MOST_LOSSES of training, the last of validation and its gain, as far as known."""
+        for row in self._new_rows():
+            if "loss" in row:
+                self._training.append(row["loss"])
+            for name, key in (("validation", "val/loss"), ("gain", "val/gain")):
+                if row.get(key) is not None:
+                    self._validation[name] = row[key]
+        enough = len(self._training) >= FEWEST_LOSSES
+        return {**({"training": sum(self._training) / len(self._training)} if enough else {}), **self._validation}
+
+    def _new_rows(self) -> Iterator[dict[str, Any]]:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._read)
+            for line in file:
+                self._read += len(line)
+                yield json.loads(line)
