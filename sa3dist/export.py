@@ -10,6 +10,7 @@ from sa3dist.adapters import AdapterConfig
 from sa3dist.adapters.file import EXTRA_KEYS, config_from_value, write_adapter_file
 from sa3dist.errors import CheckpointError
 from sa3dist.formats import write_json
+from sa3dist.runtime import lease
 from sa3dist.training.checkpoint import Checkpoint
 
 LORA_NAME = "lora.safetensors"
@@ -40,6 +41,7 @@ def publish(
     Raises EnvironmentFailure, naming the tensor and leaving any older file, when one is empty or not finite.
     """
     output_dir = Path(output_dir)
+    lease.end_if_over()
     extras = {key: description[key] for key in EXTRA_KEYS if key in description}
     write_adapter_file(output_dir / LORA_NAME, config, tensors, header(description), extras)
     models = INFERENCE_MODELS.get(description["base_model"], [description["base_model"]])

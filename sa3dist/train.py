@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from sa3dist.errors import ConfigError
+from sa3dist.runtime import lease
 from sa3dist.runtime.signals import StopRequest, kill_loaders
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
     """Read the settings, join the other processes, run ``stages``; the exit code tells how it ended."""
     # Before anything slow: a signal during the imports must not kill the process.
     stop = StopRequest().install()
+    lease.watch()
     # Stack frames of a store that went with its host would bury the one line that says which host that was.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from sa3dist import config

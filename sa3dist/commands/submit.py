@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from sa3dist import config
 from sa3dist.config import Settings
 from sa3dist.errors import ConfigError, EnvironmentFailure
 from sa3dist.runtime.exit_status import run_command
+from sa3dist.runtime.launch_files import label, launch_file
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,13 +37,6 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number, 1 or more")
     return int(text)
-
-
-def launch_file(name: str) -> Path:
-    """A file of launch/: installed inside the package, or beside it in the source tree."""
-    package = Path(__file__).parents[1]
-    installed = package / "launch" / name
-    return installed if installed.exists() else package.parent / "launch" / name
 
 
 def local(settings: Settings, options: argparse.Namespace) -> None:
@@ -123,12 +116,6 @@ def _answer(command: list[str], text: str | None = None) -> str:
         said = " ".join((done.stderr or done.stdout).split())
         raise EnvironmentFailure(f"submit: {command[0]} refused ({done.returncode}): {said}")
     return done.stdout.strip()
-
-
-def label(name: str) -> str:
-    """A run's name as a DNS label, short enough for what JobSet appends to it."""
-    kept = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-")
-    return kept if kept[:1].isalpha() else f"run-{kept}".strip("-")
 
 
 def _config_map(settings: Settings, options: argparse.Namespace) -> dict[str, Any]:

@@ -142,11 +142,14 @@ class Leases:
             return bool(end_jobs(connection, _held(job), state, **values))
 
     def try_again(self, job: Job, error: dict[str, Any], exit_code: int | None, counts: bool) -> bool:
-        """Queue the job once more; FAILED with ``error`` when its retries are used up.
+        """Queue the job once more, unless its end was asked for; FAILED with ``error`` when its retries are used up.
 
         counts   whether this attempt uses one up
         """
         with self._database.writing() as connection:
+            asked = and_(_held(job), jobs.c.cancel == 1, jobs.c.executor == "local")
+            if end_jobs(connection, asked, CANCELLED, error=CLIENT_CANCELLED, exit_code=exit_code):
+                return True
             if counts and end_jobs(
                 connection,
                 and_(_held(job), jobs.c.failures >= jobs.c.retries),

@@ -19,6 +19,7 @@ from safetensors.torch import save as serialize
 
 from sa3dist.errors import CheckpointError
 from sa3dist.formats import atomic_directory, file_sha256, write_whole
+from sa3dist.runtime import lease
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ def save(output_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
             digests = {name: file_sha256(temporary / name) for name in (ADAPTER_NAME, MOMENTS_NAME)}
             body = {"version": CHECKPOINT_VERSION, **checkpoint.state, "files": digests}
             write_whole(temporary / STATE_NAME, json.dumps({**body, "digest": _digest_of_state(body)}, indent=2))
+            lease.end_if_over()
     except OSError as error:
         # A failed write, unlike a failed open, does not say where.
         error.filename = error.filename or str(target)

@@ -78,6 +78,18 @@ def test_a_killed_rank_ends_its_peer_with_a_line_that_names_it(said_by, director
 
 
 @pytest.mark.slow
+def test_jobs_of_an_endpoint_that_is_killed_end_once_with_the_undisturbed_file(tmp_path):
+    pytest.importorskip("sqlalchemy")
+    # A process of its own: what it starts is told from it by the environment. One kill of the scheduler, one of all.
+    words = [sys.executable, SURVIVAL / "serve_kills.py", tmp_path, "--events", "2", "--gap", "4", "6", "--lease", "4"]
+    said = subprocess.run([*words, "--steps", "10"], env=ENVIRONMENT, check=True, capture_output=True, text=True).stdout
+    found = figures(said)
+    assert found["jobs"] == found["succeeded"] == found["ended_once"] == found["identical"]
+    assert (found["overlaps"], found["processes_left"]) == ([], [])
+    assert sum(found["events"].values()) == 2
+
+
+@pytest.mark.slow
 def test_two_ranks_train_as_one(said_by, directory):
     words = ["--steps", 2, "--only", "ddp-2-no", "--out", directory / "sizes"]
     one, two = map(json.loads, said_by(SURVIVAL / "world_sizes.py", *words).splitlines())

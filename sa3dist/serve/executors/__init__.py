@@ -1,0 +1,49 @@
+"""How the trainer of an attempt is started, watched and ended: on this host, or by a cluster's scheduler."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Protocol
+
+from sa3dist.serve.job import Job
+from sa3dist.serve.processes import Mark
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """One attempt at a job, as an executor is given it.
+
+    folder     of the attempt                    run       the trainer's output_dir, in it
+    request    file with the trainer's settings  log       where the trainer's stdout and stderr go
+    processes  of the trainer                    mark      what its processes carry
+    handles    descriptors of locks that they hold
+    """
+
+    job: Job
+    folder: Path
+    run: Path
+    request: Path
+    log: Path
+    processes: int
+    mark: Mark
+    handles: tuple[int, ...]
+
+
+class Executor(Protocol):
+    """The trainer of one attempt. A scheduler that does not answer raises EnvironmentFailure; it is asked again."""
+
+    def start(self, attempt: Attempt) -> None:
+        """Start the trainer, or find the one that an earlier attempt has started where those outlive it."""
+
+    def exit_code(self) -> int | None:
+        """How it ended, negative for a signal; None while it runs or waits."""
+
+    def ask_to_stop(self) -> None:
+        """Let it save and end."""
+
+    def kill(self) -> None:
+        """End all of it. What is left is looked for again until nothing is."""
+
+    def is_gone(self) -> bool:
+        """Whether nothing of it runs any more."""

@@ -1,0 +1,74 @@
+"""The trainer as processes of this host, in a session of their own, under the locks of their shepherd."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+
+from sa3dist.runtime import lease
+from sa3dist.runtime.launch_files import launch_file
+from sa3dist.serve.executors import Attempt
+from sa3dist.serve.processes import marked
+
+LEASE_NAME = "lease"
+
+
+class Local:
+    """Starts launch/local.sh: one process per GPU, or one on the processor."""
+
+    def __init__(self) -> None:
+        self._child: subprocess.Popen | None = None
+        self._attempt: Attempt | None = None
+
+    def start(self, attempt: Attempt) -> None:
+        devices = attempt.mark.devices
+        environment = os.environ | attempt.mark.environment() | {"SA3DIST_PYTHON": sys.executable}
+        environment[lease.VARIABLE] = str(attempt.folder / LEASE_NAME)
+        if devices:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+        command = ["bash", str(launch_file("local.sh")), "-n", str(attempt.processes), *([] if devices else ["--cpu"])]
+        with attempt.log.open("ab") as log:
+            self._child = subprocess.Popen(
+                [*command, str(attempt.request)],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                pass_fds=attempt.handles,
+            )
+        self._attempt = attempt
+
+    def exit_code(self) -> int | None:
+        return self._child.poll()
+
+    def ask_to_stop(self) -> None:
+        self._send(signal.SIGTERM)
+
+    def kill(self) -> None:
+        if self._attempt is None:
+            return
+        self._send(signal.SIGKILL)
+        # Ranks that a launch agent has started have sessions of their own.
+        for process in self._members():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+    def is_gone(self) -> bool:
+        return self._attempt is None or not self._members()
+
+    def _members(self) -> list[psutil.Process]:
+        own = self._attempt.mark
+        return marked(lambda mark: mark == own)
+
+    def _send(self, number: int) -> None:
+        # Once it was waited for, its number may be another's.
+        if self._child.poll() is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._child.pid, number)

@@ -1,0 +1,16 @@
+"""The table of executors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sa3dist.serve.executors import Executor
+from sa3dist.serve.executors.local import Local
+from sa3dist.serve.options import Options
+
+EXECUTORS: dict[str, Callable[[Options], Executor]] = {"local": lambda options: Local()}
+
+
+def open_executor(options: Options) -> Executor:
+    """The executor that ``options`` name."""
+    return EXECUTORS[options.executor](options)

@@ -1,0 +1,100 @@
+"""The thread that talks to the database for a shepherd: renews the lease, publishes progress, hears of a cancel.
+
+The database may not answer for any time. The main thread, which has to end the trainer in time, never waits for it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sa3dist.runtime import lease
+from sa3dist.serve.job import Job
+from sa3dist.serve.leases import Leases
+from sa3dist.serve.options import Options
+from sa3dist.serve.tables import DatabaseAway
+
+LOOK_SECONDS = 0.5
+
+
+class Keeper:
+    """Holds one attempt's lease from the moment it is made.
+
+    deadline    until when work may go on, on the clock of ``lease.seconds_now``
+    lost        another attempt has begun, or the lease has run out: this one must end
+    cancelled   the job's end was asked for
+    Raises DatabaseAway.
+    """
+
+    def __init__(self, leases: Leases, job: Job, options: Options) -> None:
+        self._leases, self._job, self._options = leases, job, options
+        self._file: Path | None = None
+        self._shown: dict[str, Any] = {}
+        self._published: dict[str, Any] = {}
+        self._ended = threading.Event()
+        self._renewed_at = 0.0
+        self.deadline = 0.0
+        self.cancelled = False
+        self.lost = False
+        self._renew()
+        if not self.lost:
+            threading.Thread(target=self._keep, name="keeper", daemon=True).start()
+
+    def write_to(self, file: Path) -> None:
+        """Let the trainer read the deadline in ``file``, from now on."""
+        lease.write(file, self.deadline)
+        self._file = file
+
+    def show(self, values: dict[str, Any]) -> None:
+        """Publish these values of the job, when there is time."""
+        self._shown = values
+
+    @property
+    def over(self) -> bool:
+        """Whether this attempt may do no more work."""
+        return self.lost or lease.seconds_now() > self.deadline
+
+    def close(self) -> None:
+        self._ended.set()
+
+    def finish(self, end: Callable[[], bool]) -> bool:
+        """End the attempt in the database, as soon as that answers; whether it was this one's to end."""
+        while True:
+            try:
+                return end()
+            except DatabaseAway:
+                time.sleep(LOOK_SECONDS)
+
+    def _keep(self) -> None:
+        while not self._ended.wait(LOOK_SECONDS) and not self.lost:
+            try:
+                if lease.seconds_now() - self._renewed_at >= self._options.renew_seconds:
+                    self._renew()
+                self._exchange()
+            except (DatabaseAway, OSError):
+                # Until it answers again, or the deadline has passed.
+                continue
+
+    def _renew(self) -> None:
+        # Before it is sent: the database's own end of the lease is later.
+        before = lease.seconds_now()
+        if not self._leases.renew(self._job, self._options.lease_seconds):
+            self.lost = True
+            return
+        self._renewed_at = before
+        self.deadline = before + self._options.lease_seconds - self._options.margin_seconds
+        if self._file is not None:
+            lease.write(self._file, self.deadline)
+
+    def _exchange(self) -> None:
+        shown = self._shown
+        if shown != self._published:
+            # Not held any more is found by the next renewal, and by this.
+            self.lost = self.lost or not self._leases.publish(self._job, **shown)
+            self._published = shown
+        cancelled = self._leases.cancelled(self._job)
+        self.lost = self.lost or cancelled is None
+        self.cancelled = bool(cancelled)
