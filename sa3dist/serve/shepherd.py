@@ -16,13 +16,13 @@ from typing import Any, NoReturn
 
 from sa3dist.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED, EXIT_USER, EnvironmentFailure
 from sa3dist.serve import attempts
-from sa3dist.serve.executors import Attempt, Executor
-from sa3dist.serve.executors.local import LEASE_NAME
-from sa3dist.serve.executors.open import open_executor
+from sa3dist.serve.executor import Attempt, Executor
+from sa3dist.serve.executors import open_executor
 from sa3dist.serve.job import Job
 from sa3dist.serve.jobs import JobStore
 from sa3dist.serve.keeper import Keeper
 from sa3dist.serve.leases import Leases
+from sa3dist.serve.local_executor import LEASE_NAME
 from sa3dist.serve.logs import Logs, public
 from sa3dist.serve.options import Options
 from sa3dist.serve.processes import Mark, end_marked, take_lock

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sa3dist.serve.executors import Executor
-from sa3dist.serve.executors.local import Local
+from sa3dist.serve.executor import Executor
+from sa3dist.serve.local_executor import Local
 from sa3dist.serve.options import Options
 
 EXECUTORS: dict[str, Callable[[Options], Executor]] = {"local": lambda options: Local()}

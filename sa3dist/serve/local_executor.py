@@ -12,7 +12,7 @@ import psutil
 
 from sa3dist.runtime import lease
 from sa3dist.runtime.launch_files import launch_file
-from sa3dist.serve.executors import Attempt
+from sa3dist.serve.executor import Attempt
 from sa3dist.serve.processes import marked
 
 LEASE_NAME = "lease"
