@@ -3,6 +3,7 @@
 JOB/logs.jsonl                 what the trainer has said, of all attempts, in the form of the endpoint's logs
 JOB/attempt-2/request.json     the trainer's settings          JOB/attempt-2/log.txt   its stdout and stderr
 JOB/attempt-2/run/             its output_dir                  JOB/attempt-2/lease     until when it may work
+    JOB/cluster/                   the same of all attempts, where a cluster runs them
 """
 
 from __future__ import annotations
@@ -35,12 +36,15 @@ _FIELD = re.compile(r"([a-z_]+): (.+)")
 def prepare(job: Job, values: dict[str, Any], folder: Path) -> Path:
     """Make an attempt's folder, with what the run continues from; the file with the trainer's settings."""
     run = folder / RUN_NAME
-    # Under another name until it is whole: the attempt after this one may look for it.
-    begun = folder / f".{RUN_NAME}"
-    begun.mkdir(parents=True)
-    if (before := newest_run(job.folder, folder)) is not None:
-        take_over(before, begun)
-    os.replace(begun, run)
+    # There is one where an earlier attempt's goes on, on a cluster.
+    if not run.exists():
+        # Under another name until it is whole: the attempt after this one may look for it.
+        begun = folder / f".{RUN_NAME}"
+        shutil.rmtree(begun, ignore_errors=True)
+        begun.mkdir(parents=True)
+        if (before := newest_run(job.folder, folder)) is not None:
+            take_over(before, begun)
+        os.replace(begun, run)
     request = folder / REQUEST_NAME
     write_json(request, values | {"output_dir": str(run)})
     return request

@@ -31,7 +31,12 @@ class Attempt:
 
 
 class Executor(Protocol):
-    """The trainer of one attempt. A scheduler that does not answer raises EnvironmentFailure; it is asked again."""
+    """The trainer of one attempt. A scheduler that does not answer raises EnvironmentFailure; it is asked again.
+
+    outlives_shepherd   whether the trainer goes on without it, and the next attempt finds it
+    """
+
+    outlives_shepherd: bool
 
     def start(self, attempt: Attempt) -> None:
         """Start the trainer, or find the one that an earlier attempt has started where those outlive it."""
@@ -42,8 +47,5 @@ class Executor(Protocol):
     def ask_to_stop(self) -> None:
         """Let it save and end."""
 
-    def kill(self) -> None:
-        """End all of it. What is left is looked for again until nothing is."""
-
-    def is_gone(self) -> bool:
-        """Whether nothing of it runs any more."""
+    def kill(self) -> bool:
+        """End all of it; whether nothing is left. Asked again until that is so."""

@@ -64,7 +64,8 @@ class Job:
     @property
     def attempt_folder(self) -> Path:
         """Where the newest attempt writes: log.txt, and in run/ what a run leaves (metrics.jsonl, status.json ...)."""
-        return self.folder / f"attempt-{self.fence}"
+        # On a cluster the next attempt watches the run of the one before.
+        return self.folder / (f"attempt-{self.fence}" if self.executor in (None, "local") else "cluster")
 
 
 COLUMNS = [jobs.c[field.name] for field in dataclasses.fields(Job) if field.name != "folder"]

@@ -21,6 +21,8 @@ LEASE_NAME = "lease"
 class Local:
     """Starts launch/local.sh: one process per GPU, or one on the processor."""
 
+    outlives_shepherd = False
+
     def __init__(self) -> None:
         self._child: subprocess.Popen | None = None
         self._attempt: Attempt | None = None
@@ -50,21 +52,16 @@ class Local:
     def ask_to_stop(self) -> None:
         self._send(signal.SIGTERM)
 
-    def kill(self) -> None:
+    def kill(self) -> bool:
         if self._attempt is None:
-            return
+            return True
         self._send(signal.SIGKILL)
         # Ranks that a launch agent has started have sessions of their own.
-        for process in self._members():
+        left = marked(lambda mark: mark == self._attempt.mark)
+        for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
-
-    def is_gone(self) -> bool:
-        return self._attempt is None or not self._members()
-
-    def _members(self) -> list[psutil.Process]:
-        own = self._attempt.mark
-        return marked(lambda mark: mark == own)
+        return not left
 
     def _send(self, number: int) -> None:
         # Once it was waited for, its number may be another's.

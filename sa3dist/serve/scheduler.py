@@ -43,7 +43,8 @@ class Scheduler:
             host=options.host,
             executor=options.executor,
             devices=options.devices,
-            devices_per_job=options.devices_per_job,
+            # A slot is one job, however many GPUs a cluster gives it.
+            devices_per_job=options.devices_per_job if options.gpus else 1,
             limit=options.limit,
             lease_seconds=options.lease_seconds,
         )

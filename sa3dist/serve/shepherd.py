@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,6 +51,7 @@ class Shepherd:
         self._log = self._folder / attempts.LOG_NAME
         self._asked_to_stop = False
         self._stop_at: float | None = None
+        self._problem = ""
 
     def run(self) -> None:
         """From the first renewal of the lease to the end of the attempt. Raises DatabaseAway before anything began."""
@@ -129,7 +131,7 @@ class Shepherd:
         """The trainer's exit code. Raises Lost."""
         shown_at = alive_at = 0.0
         seen: Any = None
-        while (code := self._executor.exit_code()) is None:
+        while (code := self._answered(self._executor.exit_code)) is None:
             self._check()
             now = time.monotonic()
             if now - shown_at > SHOW_SECONDS:
@@ -150,11 +152,24 @@ class Shepherd:
     def _pass_on_stop(self, now: float) -> None:
         if not (self._keeper.cancelled or self._asked_to_stop):
             return
+        if not self._keeper.cancelled and self._executor.outlives_shepherd:
+            # The next shepherd finds it.
+            raise Lost
         if self._stop_at is None:
             self._stop_at = now
-            self._executor.ask_to_stop()
+            self._answered(self._executor.ask_to_stop)
         elif now - self._stop_at > self._options.stop_seconds:
-            self._executor.kill()
+            self._answered(self._executor.kill)
+
+    def _answered(self, ask: Callable[[], Any]) -> Any:
+        """None where a cluster's scheduler does not answer: it is asked again."""
+        try:
+            return ask()
+        except EnvironmentFailure as problem:
+            if str(problem) != self._problem:
+                log.warning("%s", problem)
+            self._problem = str(problem)
+            return None
 
     def _end_stalled(self, stage: str | None, seconds: float) -> None:
         options = self._options
@@ -166,10 +181,8 @@ class Shepherd:
 
     def _end_trainer(self) -> None:
         """Return when nothing of the trainer runs any more: its GPU is free only then."""
-        while True:
-            self._executor.kill()
-            if self._executor.is_gone():
-                return
+        # On a cluster it has ended, or the next shepherd finds it.
+        while not self._executor.outlives_shepherd and not self._executor.kill():
             time.sleep(LOOK_SECONDS)
 
     def _publish(self, code: int) -> None:
