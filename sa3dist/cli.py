@@ -56,6 +56,7 @@ PROGRAMS = {
     "generate": ("make audio from prompts with a base and adapters", "sa3dist.commands.generate"),
     "merge": ("several adapters into one file, or adapters into a base", "sa3dist.commands.merge"),
     "verify": ("whether a program takes every layer of an adapter file", "sa3dist.commands.verify"),
+    "publish": ("upload an adapter with its card to the Hugging Face hub", "sa3dist.commands.publish"),
     "submit": ("start a run on this machine, under Slurm or on Kubernetes", "sa3dist.commands.submit"),
 }
 

@@ -10,11 +10,10 @@ from sa3dist.adapters import AdapterConfig
 from sa3dist.adapters.file import EXTRA_KEYS, config_from_value, write_adapter_file
 from sa3dist.errors import CheckpointError
 from sa3dist.formats import write_json
+from sa3dist.publishing.files import CONFIG_NAME, LORA_NAME, write_beside
 from sa3dist.runtime import lease
 from sa3dist.training.checkpoint import Checkpoint
 
-LORA_NAME = "lora.safetensors"
-CONFIG_NAME = "config.json"
 RESULT_NAME = "result.json"
 # Which released models take the adapters of a base: the base itself and its post-trained sibling.
 INFERENCE_MODELS = {
@@ -34,7 +33,7 @@ HEADER_KEYS = ("step", "epoch", "base_model", "base_sha256", "dataset_sha256", "
 def publish(
     config: AdapterConfig, tensors: Mapping[str, torch.Tensor], output_dir: Path, description: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write lora.safetensors, config.json and result.json, each by rename. Returns the result.
+    """Write lora.safetensors, config.json, result.json and the card, each by rename. Returns the result.
 
     tensors       whole adapter tensors by their name in the file
     description   what config.json holds; ``header`` of it goes into the adapter file's header
@@ -51,6 +50,7 @@ def publish(
         "config_file": _describe_file(output_dir / CONFIG_NAME, "application/json"),
     }
     write_json(output_dir / RESULT_NAME, result)
+    write_beside(output_dir)
     return result
 
 

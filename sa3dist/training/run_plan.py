@@ -6,6 +6,8 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from sa3dist import __version__
 from sa3dist.data.batches.order import ClipOrder
 from sa3dist.data.remote.fetch import redacted
@@ -90,6 +92,7 @@ def make(
         out_of_memory_at_step=resume.out_of_memory_at(saved, settings, noted_step),
         description={
             "sa3dist_version": __version__,
+            "torch_version": torch.__version__,
             "base_model": settings.model,
             "base_sha256": identity["base_sha256"],
             **source.describe(),

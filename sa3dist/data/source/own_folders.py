@@ -62,7 +62,7 @@ def _parts(folder: str, kinds: dict[str, re.Pattern], listed: Listed) -> set[str
 
 def own_parts(folder: str, listed: Listed) -> set[str]:
     """Which files and folders of ``folder``, an output_dir or work directory, are the run's; others may be clips."""
-    files = (RUN_FILES | {"config.json"}) & set(listed(folder)[0])
+    files = (RUN_FILES | {"config.json", "README.md", "NOTICE", "curves.svg"}) & set(listed(folder)[0])
     return files | _parts(folder, RUN_FOLDERS, listed) | _parts(folder, WORK_FOLDERS, listed)
 
 

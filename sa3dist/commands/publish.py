@@ -1,0 +1,57 @@
+"""`sa3dist publish RUN USER/NAME`: a run's adapter with its card, into a repository of the Hugging Face hub."""
+
+import argparse
+from collections.abc import Sequence
+
+from sa3dist.adapters.file import read_adapter_file
+from sa3dist.data.remote.local_paths import home_path
+from sa3dist.publishing import card, files, hub
+from sa3dist.runtime import run_lock
+from sa3dist.runtime.exit_status import run_command
+
+ARGUMENTS = {
+    "run": {"type": home_path, "metavar": "RUN", "help": "a run's output_dir, or a folder that sa3dist export wrote"},
+    "repository": {"metavar": "USER/NAME", "help": "on the hub; made where there is none"},
+    "--public": {"action": "store_true", "help": "everybody may see it; default: a private repository"},
+    "--with-captions": {"action": "store_true", "help": "the card tells prompts that are captions of the data set"},
+    "--replace-card": {"action": "store_true", "help": "replace a README.md there that was edited by hand"},
+    "--dry-run": {"action": "store_true", "help": "list what would be uploaded; nothing is written or sent"},
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when all has arrived; 2 for what you can mend, 70 where the hub fails: one line, run again to continue."""
+    about = "Upload a run's adapter, its card and its previews to the Hugging Face hub, and nothing else of the run."
+    return run_command("sa3dist publish", ARGUMENTS, publish, argv, description=about)
+
+
+def publish(options: argparse.Namespace) -> None:
+    """Write the card anew, upload, and say what went where. Raises as ``files.write_beside`` and ``hub.upload``."""
+    folder, repo_id = options.run, options.repository
+    hub.check_name(repo_id)
+    texts = files.make(folder, options.with_captions)
+    for name in files.ADAPTERS:
+        if (folder / name).is_file():
+            # A damaged file is not for others.
+            read_adapter_file(folder / name).layers()
+    if options.dry_run:
+        there = card.read(folder / files.CARD_NAME)
+        if there is not None and not card.is_as_written(there):
+            del texts[files.CARD_NAME]
+        sizes = {path: (folder / path).stat().st_size for path in files.to_upload(folder)}
+        sizes |= {name: len(text.encode()) for name, text in texts.items()}
+        _list(sizes)
+        print(f"would go to {repo_id}, {'public' if options.public else 'private'} where it is new")
+        return
+    with run_lock.held(folder):
+        files.write_beside(folder, options.with_captions)
+    paths = files.to_upload(folder)
+    address, private = hub.upload(folder, paths, repo_id, options.public, options.replace_card)
+    _list({path: (folder / path).stat().st_size for path in paths})
+    stays = "; it was before, its settings page changes that" if private and options.public else ""
+    print(f"published at {address} ({'private' if private else 'public'}{stays})")
+
+
+def _list(sizes: dict[str, int]) -> None:
+    for path, size in sizes.items():
+        print(f"{size:>12,}  {path}")

@@ -1,0 +1,109 @@
+"""Which files of a run go with its adapter, and the card that is written beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from sa3dist.errors import CheckpointError, ConfigError
+from sa3dist.formats import write_whole
+from sa3dist.publishing import card, curves
+
+log = logging.getLogger(__name__)
+
+LORA_NAME = "lora.safetensors"
+CONFIG_NAME = "config.json"
+CARD_NAME, NOTICE_NAME, CURVES_NAME = "README.md", "NOTICE", "curves.svg"
+# The last step's, and the best one's where the run kept it.
+ADAPTERS = (LORA_NAME, "lora.best.safetensors")
+_STEP = re.compile(r"step-(\d{8})")
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What config.json beside the adapter holds. Raises CheckpointError where there is no finished adapter."""
+    if not (folder / LORA_NAME).is_file():
+        raise CheckpointError(
+            f"{folder}: no {LORA_NAME}: the run has not ended; sa3dist export {folder} writes one of its newest "
+            f"checkpoint"
+        )
+    path = folder / CONFIG_NAME
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if {"settings", "lora_config", "step", "base_model"} <= found.keys():
+            return found
+    raise CheckpointError(f"{path}: not the {CONFIG_NAME} of a run; sa3dist export {folder} writes it")
+
+
+def previews_of(folder: Path, description: dict[str, Any], with_captions: bool) -> list[card.Preview]:
+    """The newest previews of the adapter, each with the base's where it is there.
+
+    with_captions   tell prompts that are captions of the data set, too
+    """
+    steps = {int(found[1]): path for path in folder.glob("previews/*") if (found := _STEP.fullmatch(path.name))}
+    newest = max((step for step in steps if 0 < step <= description["step"]), default=None)
+    if newest is None:
+        return []
+    chosen = with_captions or bool(description["settings"].get("preview_prompts"))
+    made = []
+    for audio in sorted(steps[newest].glob("*.flac"), key=lambda path: (len(path.name), path.name)):
+        prompt = None
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            prompt = str(json.loads(audio.with_suffix(".json").read_text(encoding="utf-8"))["prompt"])
+        beside = [audio, folder / "previews/step-00000000" / audio.name, audio.with_suffix(".png")]
+        paths = [path.relative_to(folder).as_posix() if path.is_file() else None for path in beside]
+        made.append(card.Preview(*paths, prompt if chosen or prompt == "" else None))
+    return made
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    found = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            # The last one may have been cut off.
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return found
+
+
+def make(folder: Path, with_captions: bool = False) -> dict[str, str]:
+    """The texts that go beside the adapter, by their names. Nothing is written. Raises as ``describe``."""
+    description = describe(folder)
+    rows = [row for row in _rows(folder / "metrics.jsonl") if row.get("step", 0) <= description["step"]]
+    picture = curves.draw(rows)
+    adapters = [name for name in ADAPTERS if (folder / name).is_file()]
+    previews = previews_of(folder, description, with_captions)
+    text = card.write(description, previews, CURVES_NAME if picture else None, adapters)
+    return {CARD_NAME: text, NOTICE_NAME: card.NOTICE} | ({CURVES_NAME: picture} if picture else {})
+
+
+def write_beside(folder: Path, with_captions: bool = False) -> None:
+    """Write README.md, NOTICE and curves.svg. A card that somebody edited, or wrote, stays as it is.
+
+    Raises ConfigError where such a card would have to hold captions; as ``describe``.
+    """
+    texts = make(folder, with_captions)
+    there = card.read(folder / CARD_NAME)
+    if there is not None and not card.is_as_written(there):
+        if with_captions:
+            raise ConfigError(
+                f"{folder / CARD_NAME}: was edited by hand; write the captions into it, or remove it for a new one"
+            )
+        log.info("%s: edited by hand, stays as it is", folder / CARD_NAME)
+        del texts[CARD_NAME]
+    for name, text in texts.items():
+        write_whole(folder / name, text)
+
+
+def to_upload(folder: Path) -> list[str]:
+    """Paths, relative to ``folder``, of what others are to get; nothing else of a run is ever uploaded.
+
+    Not config.json, metrics.jsonl or the JSON files of previews: they hold paths, names of clips and captions.
+    """
+    previews = previews_of(folder, describe(folder), False)
+    heard = [path for preview in previews for path in (preview.audio, preview.base, preview.picture) if path]
+    named = [*ADAPTERS, CARD_NAME, NOTICE_NAME, CURVES_NAME]
+    return [path for path in [*named, *heard] if (folder / path).is_file()]

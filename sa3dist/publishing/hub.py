@@ -1,0 +1,139 @@
+"""Upload files to a repository of the Hugging Face hub, in one commit; what has arrived is not sent again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sa3dist import __version__
+from sa3dist.errors import ConfigError, EnvironmentFailure, SA3DistError
+from sa3dist.publishing import card
+from sa3dist.publishing.files import CARD_NAME
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi, ModelInfo
+
+GET_A_TOKEN = "run hf auth login, or set HF_TOKEN to one with write access from https://huggingface.co/settings/tokens"
+
+
+def check_name(repo_id: str) -> None:
+    """Raises ConfigError unless ``repo_id`` is user/name as the hub takes it."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as problem:
+        raise ConfigError(f"{repo_id}: no name of a repository: {_one_line(problem)}") from None
+    if "/" not in repo_id:
+        raise ConfigError(f"{repo_id}: expected user/name; hf auth whoami tells your user's")
+
+
+def upload(folder: Path, paths: Sequence[str], repo_id: str, public: bool, replace_card: bool) -> tuple[str, bool]:
+    """Put the files into a repository, made where there is none. Returns its address, and whether it is private.
+
+    paths          relative to ``folder``; the same in the repository
+    public         of a repository that is made now; one that is public already is refused without
+    replace_card   whether a card there that somebody edited may go
+    One commit: others see all of it or nothing. An upload that was cut off sends, when it is called again, only what
+    has not arrived. Asks nothing. Raises ConfigError for what the user can mend, EnvironmentFailure for the rest.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    check_name(repo_id)
+    token = get_token()
+    if token is None:
+        raise ConfigError(f"{repo_id}: no token of the Hugging Face hub here; {GET_A_TOKEN}")
+    # Its warnings before every retry would bury the one line that says how it ended.
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    api = HfApi(token=token, library_name="sa3dist", library_version=__version__)
+    user = _asked(repo_id, "you", lambda: api.whoami()["name"])
+    known = _asked(repo_id, user, lambda: _open(api, repo_id, public))
+    if not known.private and not public:
+        raise ConfigError(f"{repo_id}: is public, and a run is published privately; say --public to publish it there")
+    if not replace_card and CARD_NAME in paths:
+        _asked(repo_id, user, lambda: _keep_edited_card(api, known, (folder / CARD_NAME).read_bytes()))
+    operations = [CommitOperationAdd(path, folder / path) for path in paths]
+    message = f"Publish with sa3dist {__version__}"
+    _asked(
+        repo_id,
+        user,
+        lambda: api.create_commit(repo_id, operations, commit_message=message, parent_commit=known.sha),
+    )
+    return f"{api.endpoint}/{repo_id}", bool(known.private)
+
+
+def _open(api: HfApi, repo_id: str, public: bool) -> ModelInfo:
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        api.create_repo(repo_id, private=not public)
+        return api.model_info(repo_id)
+
+
+def _keep_edited_card(api: HfApi, known: ModelInfo, ours: bytes) -> None:
+    """Raises ConfigError where the repository's card is neither as we write cards nor the very one to upload."""
+    if CARD_NAME not in {file.rfilename for file in known.siblings or ()}:
+        return
+    there = Path(api.hf_hub_download(known.id, CARD_NAME, revision=known.sha)).read_bytes()
+    if there != ours and not card.is_as_written(there.decode(errors="replace")):
+        raise ConfigError(f"{known.id}: its {CARD_NAME} was edited by hand; --replace-card replaces it")
+
+
+def _asked(repo_id: str, user: str, ask: Callable):
+    """What the hub answers. Raises ``explain`` of its refusals and of a broken connection."""
+    try:
+        return ask()
+    except SA3DistError:
+        raise
+    except Exception as error:
+        explained = explain(error, repo_id, user)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def explain(error: Exception, repo_id: str, user: str) -> SA3DistError | None:
+    """One line for a failed request: who may do what about it; None for what is no failure of the hub."""
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+    causes = list(_causes(error))
+    status = next((e.response.status_code for e in causes if getattr(e, "response", None) is not None), None)
+    reason = _one_line(next((e for e in causes if isinstance(e, HTTPError)), error))
+    if any(isinstance(e, OfflineModeIsEnabled) for e in causes):
+        return ConfigError(f"{repo_id}: HF_HUB_OFFLINE is set; unset it to publish")
+    if status == 401:
+        return ConfigError(f"{repo_id}: the hub does not know this token; {GET_A_TOKEN}")
+    if status in (403, 404, 409):
+        return ConfigError(
+            f"{repo_id}: {user} may not write there: somebody else has this name, or the token is a read-only one; "
+            f"choose {user}/NAME, or {GET_A_TOKEN}"
+        )
+    if status == 412:
+        return EnvironmentFailure(f"{repo_id}: somebody else changed it meanwhile; run again")
+    if status in (400, 402, 413, 422) or (status is None and isinstance(error, ValueError)):
+        return ConfigError(f"{repo_id}: the hub refuses it ({reason})")
+    if status is not None:
+        return EnvironmentFailure(f"{repo_id}: the hub fails ({reason}); run again to continue")
+    if any(isinstance(e, HTTPError | ConnectionError | TimeoutError) for e in causes):
+        return EnvironmentFailure(f"{repo_id}: the hub cannot be reached ({reason}); run again to continue")
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception and what it was raised from."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
