@@ -23,6 +23,7 @@ from sa3dist.runtime.file_lock import alone
 from sa3dist.runtime.process_group import Group, main_process_first, run_on_all_ranks
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.settings import Settings
+from sa3dist.validation.fixed_set import FixedSet
 from sa3dist.validation.split import hold_out
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ def open_encoded(
     index, held_out = hold_out(settings, index, group, stop)
     source = open_source(settings, base, index, found, held_out)
     main_process_first(group, "first-clip", source.check, stop)
+    if held_out and settings.validation_every:
+        encode_all(base, FixedSet(source).pieces(group.world_size), group, stop, "encode-held-out")
     if everything or settings.pre_encode:
         per_step = settings.batch_size * settings.accumulation(group.world_size) * group.world_size
         encode_all(base, source.pieces(settings.number_of_steps * per_step), group, stop)
@@ -58,8 +61,8 @@ def open_encoded(
     return source
 
 
-def encode_all(base: Base, pieces: Sequence[Piece], group: Group, stop: StopRequest) -> None:
-    """Encode every piece that is not on disk already.
+def encode_all(base: Base, pieces: Sequence[Piece], group: Group, stop: StopRequest, name: str = "encode") -> None:
+    """Encode every piece that is not on disk already. name: unique per call within a run.
 
     Each rank takes every world_size-th piece; all return together, however long the slowest one takes. What shares a
     pass depends on the data set alone, never on ranks or on what an earlier run has left.
@@ -70,7 +73,7 @@ def encode_all(base: Base, pieces: Sequence[Piece], group: Group, stop: StopRequ
     total = sum(piece.count for piece in mine)
     held = total - sum(piece.count for piece in left)
     with progress("encode", total, shown=group.is_main) as update:
-        run_on_all_ranks(group, "encode", lambda: _encode(base, left, group, stop, held, update), stop)
+        run_on_all_ranks(group, name, lambda: _encode(base, left, group, stop, held, update), stop)
 
 
 def _encode(

@@ -8,6 +8,7 @@ import torch
 
 from sa3dist.adapters import AdapterConfig
 from sa3dist.adapters.file import EXTRA_KEYS, config_from_value, write_adapter_file
+from sa3dist.adapters.header import header
 from sa3dist.errors import CheckpointError
 from sa3dist.formats import write_json
 from sa3dist.publishing.files import CONFIG_NAME, LORA_NAME, write_beside
@@ -21,22 +22,20 @@ INFERENCE_MODELS = {
     "small-music-base": ["small-music-base", "small-music"],
     "small-sfx-base": ["small-sfx-base", "small-sfx"],
 }
-# ModelSpec's names of what takes one file: a base and its post-trained sibling are one.
-ARCHITECTURES = {
-    "medium-base": "stable-audio-3-medium",
-    "small-music-base": "stable-audio-3-small",
-    "small-sfx-base": "stable-audio-3-small",
-}
-HEADER_KEYS = ("step", "epoch", "base_model", "base_sha256", "dataset_sha256", "sa3dist_version")
 
 
 def publish(
-    config: AdapterConfig, tensors: Mapping[str, torch.Tensor], output_dir: Path, description: dict[str, Any]
+    config: AdapterConfig,
+    tensors: Mapping[str, torch.Tensor],
+    output_dir: Path,
+    description: dict[str, Any],
+    ended_early: str = "",
 ) -> dict[str, Any]:
     """Write lora.safetensors, config.json, result.json and the card, each by rename. Returns the result.
 
     tensors       whole adapter tensors by their name in the file
     description   what config.json holds; ``header`` of it goes into the adapter file's header
+    ended_early   why the training ended before its last step, for the result; empty where it did not
     Raises EnvironmentFailure, naming the tensor and leaving any older file, when one is empty or not finite.
     """
     output_dir = Path(output_dir)
@@ -49,28 +48,11 @@ def publish(
         "lora_file": _describe_file(output_dir / LORA_NAME, "application/octet-stream"),
         "config_file": _describe_file(output_dir / CONFIG_NAME, "application/json"),
     }
+    if ended_early:
+        result["ended_early"] = ended_early
     write_json(output_dir / RESULT_NAME, result)
     write_beside(output_dir)
     return result
-
-
-def header(description: dict[str, Any]) -> dict[str, str]:
-    """The entries of an adapter file's header that say what it is, ModelSpec 1.0.1 among them, all as text.
-
-    Without ModelSpec's date: equal adapters are equal files. Its hash is added where the file is written.
-    Source: github.com/Stability-AI/ModelSpec.
-    """
-    base = description.get("base_model", "")
-    spec = {
-        "sai_model_spec": "1.0.1",
-        "architecture": f"{ARCHITECTURES.get(base, 'stable-audio-3')}/lora",
-        "implementation": "https://github.com/Stability-AI/stable-audio-3",
-        "title": description.get("settings", {}).get("name", "sa3dist-lora"),
-        "description": f"Adapter of Stable Audio 3 ({Path(base).name}) after {description.get('step')} steps",
-        "license": "Stability AI Community License, https://stability.ai/license",
-    }
-    own = {key: description[key] for key in HEADER_KEYS if key in description}
-    return {key: str(value) for key, value in {**own, **{f"modelspec.{key}": spec[key] for key in spec}}.items()}
 
 
 def publish_saved(saved: Checkpoint, output_dir: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from sa3dist.training.observers import Observer
 from sa3dist.training.startup_times import Startup
 from sa3dist.training.trainer import Trainer
 
+log = logging.getLogger(__name__)
+
 # The slowest of as many steps is what the next one may take.
 RECENT_STEPS = 20
 
@@ -27,30 +30,26 @@ def train(
     resumed_from: int | None,
     startup: Startup | None = None,
     observers: Sequence[Observer] = (),
-) -> None:
+) -> str:
     """Train from the trainer's step to the plan's last one, saving on the way and at the end.
 
     startup    the parts of the start until here, for the first row of metrics.jsonl
     observers  called before the first step, after every step and after every save, in this order
+    Returns why it ended before the plan's last step; empty where it did not.
     Raises Interrupted after saving when any rank was asked to stop.
     """
     settings, plan, group = trainer.settings, trainer.plan, trainer.group
-    saved_step, recent = trainer.step, collections.deque(maxlen=RECENT_STEPS)
+    saved_step, recent, end = trainer.step, collections.deque(maxlen=RECENT_STEPS), ""
     with contextlib.ExitStack() as stack:
         update = stack.enter_context(progress("train", plan.steps, shown=group.is_main))
         metrics = MetricsLogger(trainer, output_dir, resumed_from, update, startup)
         # Behind the last save.
-        stack.callback(lambda: metrics.close(early=trainer.step < plan.steps))
+        stack.callback(lambda: metrics.close(early=trainer.step < plan.steps and not end))
         # However the training ends: a save that has begun is finished, in the time the watchdog leaves this process.
         stack.callback(trainer.saver.close)
         for observer in observers:
             stack.callback(observer.close)
-            if startup:
-                startup.begin(observer.name)
-            metrics.add_observation(observer.begin(stop))
-        if startup:
-            startup.begin("first_step")
-        end = ""
+        end = _begin(observers, metrics, stop, startup)
         while trainer.step < plan.steps and not end:
             begin = time.perf_counter()
             try:
@@ -68,7 +67,7 @@ def train(
                 metrics.add_observation(observation)
                 end = end or observation.end
             last = bool(end) or step == plan.steps
-            metrics.add(figures)
+            metrics.add(figures, last)
             if stopping or last or step % settings.save_every == 0:
                 trainer.save(output_dir, stop, wait=stopping or last, before=metrics.sync)
                 saved_step = step
@@ -78,3 +77,20 @@ def train(
                 how = "run the same command" if settings.resume == "auto" else "run again with resume=auto"
                 why = f" ({stop.reason})" if stop.reason else ""
                 raise Interrupted(f"stopped after step {step}{why}, state saved; {how} to continue")
+    if end:
+        log.info("ends after step %d: %s", trainer.step, end)
+    return end
+
+
+def _begin(observers: Sequence[Observer], metrics: MetricsLogger, stop: StopRequest, startup: Startup | None) -> str:
+    """Let the observers begin; returns why the training is to end at once, or nothing."""
+    end = ""
+    for observer in observers:
+        if startup:
+            startup.begin(observer.name)
+        seen = observer.begin(stop)
+        metrics.add_observation(seen)
+        end = end or (seen.end if seen else "")
+    if startup:
+        startup.begin("first_step")
+    return end

@@ -45,6 +45,7 @@ class Run:
         self.trainer: Trainer | None = None
         self._warm_start_sha256: str | None = None
         self._saved_step: int | None = None
+        self._end = ""
         self._cursors: RankCursors | None = None
         self.startup = Startup()
         self._out_of_memory_at_step = out_of_memory_at_step
@@ -133,7 +134,7 @@ class Run:
             steps = range(self.step + 1, plan.steps + 1)
             micro_batches = source.batches(steps, plan.accumulation, group, self.stop, self._cursors)
             with contextlib.closing(micro_batches) as batches:
-                loop.train(
+                self._end = loop.train(
                     self.trainer,
                     batches,
                     self.stop,
@@ -175,7 +176,7 @@ class Run:
         description = {**self.trainer.description(), "startup_seconds": self.startup.seconds}
         # On every rank: in some modes each of them holds a part.
         tensors = self.trainer.engine.adapters()
-        where = self.settings.output_dir, description
+        where = self.settings.output_dir, description, self._end
         self._publish(lambda: export.publish(base.adapter_config, tensors, *where))
 
     def export_saved(self) -> None:

@@ -20,6 +20,7 @@ from sa3dist.adapters.file import (
     read_adapter_file,
     write_adapter_file,
 )
+from sa3dist.adapters.header import header
 from sa3dist.adapters.layouts import peft_folders
 from sa3dist.adapters.lazy_file import AdapterOnDisk
 from sa3dist.adapters.peft_format import to_peft
@@ -100,7 +101,7 @@ def read_source(source: Path, lora_config: str | None = None) -> tuple[AdapterFi
     config = config_from_value(saved.state["identity"]["lora_config"])
     description = {**saved.state.get("description", {}), "step": saved.step}
     target = directory / export.LORA_NAME
-    return AdapterFile(target, config, publishable(saved.adapters), export.header(description)), target
+    return AdapterFile(target, config, publishable(saved.adapters), header(description)), target
 
 
 def convert(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sa3dist.listening import health, previews
+from sa3dist.validation import observer as validation
 
 if TYPE_CHECKING:
     from sa3dist.data.batches.batch_source import BatchSource
@@ -17,6 +18,7 @@ def observers_of(trainer: Trainer, base: Base, source: BatchSource) -> list[Obse
     """In the order they are called; source: the clips that are trained on."""
     settings, group = trainer.settings, trainer.group
     found = [
+        validation.of_run(trainer, source),
         previews.of_run(settings, base, group, source, trainer.plan.identity["base_sha256"]),
         health.of_run(settings, base, group, trainer.step),
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from sa3dist.request.fields import EndpointFields
 
@@ -59,6 +59,20 @@ class ListeningFields(EndpointFields):
         description="clips held out, never trained on: a share such as 0.1, or a list of clips, files or folders; "
         "0 = none",
     )
+    validation_every: int = Field(
+        250,
+        ge=0,
+        description="steps between losses on the clips held out, found for the base and at the end too; 0 = none",
+    )
+    keep_best: bool = Field(False, description="publish the adapter of the lowest validation loss, too")
+    early_stop: int = Field(0, ge=0, description="evaluations without a lower validation loss that end a run; 0 = none")
     health: bool = Field(
         True, description="how far the adapters have moved the weights, and a verdict, at every save, in health.jsonl"
     )
+
+    @model_validator(mode="after")
+    def _check_validation(self) -> ListeningFields:
+        for key in ("keep_best", "early_stop"):
+            if getattr(self, key) and not (self.validation and self.validation_every):
+                raise ValueError(f"{key}: needs validation, such as validation: 0.1, and validation_every above 0")
+        return self

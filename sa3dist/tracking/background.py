@@ -29,6 +29,7 @@ WAITING = 1000
 PERFORMANCE = {
     *("step_seconds", "data_wait", "recomputed_blocks", "peak_bytes", "reserved_bytes"),
     *("startup_seconds", "previews_seconds", "previews_missing"),
+    "validation_seconds",
 }
 NO_CURVES = {"step", "clips", "resumed_from"}
 

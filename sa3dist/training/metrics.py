@@ -119,8 +119,11 @@ class MetricsLogger:
         for name, value in seen.sums.items():
             self._observed[name] = self._observed.get(name, 0) + value
 
-    def add(self, figures: dict[str, float]) -> None:
-        """Take up the figures of one step as ``Trainer.take_step`` gave them; called on all ranks."""
+    def add(self, figures: dict[str, float], last: bool) -> None:
+        """Take up the figures of one step as ``Trainer.take_step`` gave them; called on all ranks.
+
+        last: no step follows, and the row is written in any case
+        """
         trainer, plan, step = self._trainer, self._trainer.plan, self._trainer.step
         row = {"step": step, **figures}
         waited, silent, _ = (row.pop(name) for name in ("data_wait_seconds", "silent_crops", "stop"))
@@ -130,7 +133,7 @@ class MetricsLogger:
             self._startup.first_step_done(waited)
         now = time.perf_counter()
         data_wait = self._waited / (now - self._clock)
-        if step % trainer.settings.log_every == 0 or step == plan.steps:
+        if last or step % trainer.settings.log_every == 0:
             row |= {"clips_seen": step * plan.global_batch, "silent_crops": int(self._silent)}
             if trainer.cursors is None:
                 row["epoch"] = step * plan.global_batch / len(plan.clip_keys)

@@ -2,18 +2,34 @@
 
 import hashlib
 import io
+import json
 import zipfile
 
 import numpy as np
 import pytest
 import soundfile
+import torch
+import yaml
+from safetensors import safe_open
 
 from sa3dist import config, shard
+from sa3dist.adapters import adapter_parameters, detach_adapter
+from sa3dist.data.batches.micro_batch import SampleSettings
 from sa3dist.errors import ConfigError
 from sa3dist.formats import ClipEntry, dataset_digest
+from sa3dist.pipeline import Run
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
+from sa3dist.training import checkpoint
+from sa3dist.training.metrics import MetricsFile
+from sa3dist.training.trainer import Trainer
+from sa3dist.validation import fixed_set
+from sa3dist.validation.fixed_set import FixedSet
+from sa3dist.validation.observer import Validation
 from sa3dist.validation.split import chosen_by_name, chosen_by_share, grouped, hold_out, source_of
+from tests.helpers.adapter_base import move
+from tests.helpers.program import STEPS, rows, run, short_run, status
+from tests.helpers.ranks import run_ranks
 from tests.helpers.trainers import make_settings
 
 
@@ -108,3 +124,242 @@ def test_near_duplicates_lie_on_one_side(alike, order):
         index, held_out = alike(validation=0.1, seed=seed)
         assert len(held_out) == 2
         assert len({"again", "n04"} & {clip.key for clip in held_out}) in (0, 2)
+
+
+HELD_OUT = ["tone/tone_00", "noise"]
+EVERY_3 = ["validation_every=3", "keep_best=true"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_crops():
+    """Fewer passes; of three clips an odd number for two ranks, and one too few for four."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fixed_set, "FEWEST_CROPS", 3)
+        yield
+
+
+@pytest.fixture(scope="module")
+def split_words(demo_clips, demo_base, demo_work):
+    """Of a run with two of the eight clips held out."""
+    return [*short_run(demo_clips, demo_base, demo_work), f"validation=[{','.join(HELD_OUT)}]"]
+
+
+@pytest.fixture(scope="module")
+def blind(split_words, tmp_path_factory):
+    """The output directory of a run that evaluates nothing."""
+    output_dir = tmp_path_factory.mktemp("blind") / "run"
+    assert run(split_words, output_dir, "validation_every=0") == 0
+    return output_dir
+
+
+@pytest.fixture(scope="module")
+def watched(split_words, tmp_path_factory):
+    """The same with evaluations."""
+    output_dir = tmp_path_factory.mktemp("watched") / "run"
+    assert run(split_words, output_dir, *EVERY_3) == 0
+    return output_dir
+
+
+def evaluations(output_dir):
+    return {row["step"]: row for row in rows(output_dir) if "val/loss" in row}
+
+
+def trained(output_dir):
+    return [row for row in rows(output_dir) if "loss" in row]
+
+
+def test_evaluations_change_no_bit_of_the_training(blind, watched):
+    ours, theirs = (checkpoint.find(output_dir, "auto").adapters for output_dir in (blind, watched))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert [row["loss"] for row in trained(blind)] == [row["loss"] for row in trained(watched)]
+    assert not evaluations(blind)
+
+
+def test_clips_held_out_are_never_trained_on_and_are_named_beside_the_settings(watched):
+    text = (watched / "run.yaml").read_text()
+    listing = yaml.safe_load("\n".join(line[2:] for line in text.splitlines() if line.startswith("# ")))
+    held_out = json.loads((watched / "config.json").read_text())["held_out_clips"]
+    assert listing == {"held_out": held_out}
+    assert "tone/tone_00" in held_out
+    assert 1 < len(held_out) < 5
+    seen = {key for row in trained(watched) for key in row["clips"]}
+    assert seen
+    assert not seen & set(held_out)
+    assert config.build(config.read_file(str(watched / "run.yaml"))).validation == HELD_OUT
+
+
+def test_a_row_has_the_losses_at_five_times_their_mean_and_its_distance_from_the_base(watched):
+    found = evaluations(watched)
+    assert list(found) == [0, 3, STEPS]
+    for row in found.values():
+        losses = [row[f"val/loss_{t}"] for t in (0.1, 0.3, 0.5, 0.7, 0.9)]
+        assert len(set(losses)) == 5
+        assert row["val/loss"] == pytest.approx(sum(losses) / 5, rel=1e-12)
+        assert row["val/gain"] == row["val/loss"] - found[0]["val/loss"]
+    assert found[0]["val/gain"] == 0
+    assert found[3]["val/gain"] != 0
+    assert {row["step"] for row in trained(watched) if "validation_seconds" in row} == {1, *list(found)[1:]}
+
+
+def test_a_run_that_is_continued_has_the_same_rows_and_does_not_evaluate_the_base_again(watched, split_words, tmp_path):
+    for steps in (3, STEPS):
+        assert run(split_words, tmp_path / "run", *EVERY_3, f"number_of_steps={steps}") == 0
+    assert [row for row in rows(tmp_path / "run") if "val/loss" in row] == list(evaluations(watched).values())
+
+
+def test_another_split_is_refused_in_one_line(watched, split_words, capsys):
+    for other in ("validation=[tone/tone_00]", "validation=0"):
+        assert run(split_words, watched, *EVERY_3[:1], other) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert "holds a checkpoint with held_out" in line
+        assert "this run has" in line
+
+
+@pytest.fixture
+def prepared(split_words, tmp_path):
+    """A trainer whose adapters are moved, and its data set, before the first step."""
+    values = config.read_arguments([*split_words, "output_dir=" + str(tmp_path / "run"), "validation_every=1"])
+    made = Run(config.build(values), Group(0, 1, torch.device("cpu")), StopRequest())
+    base = made.open_base()
+    source = made.encode(base, made.shard())
+    move(base)
+    made.prepare(base, source)
+    made.settings.output_dir.mkdir()
+    return made.trainer, source
+
+
+def test_losses_are_the_same_on_1_2_and_4_ranks(prepared):
+    trainer, source = prepared
+    base, settings, plan = trainer.base, trainer.settings, trainer.plan
+
+    def work(group):
+        of_rank = Trainer(base, adapter_parameters(base), settings, plan, group)
+        validation = Validation(of_rank, source)
+        found = [validation.begin(StopRequest()).row, validation.after_step(1, StopRequest()).row]
+        assert found[0].pop("validation_set") == FixedSet(source).digest
+        return found
+
+    alone = work(Group(0, 1, torch.device("cpu")))
+    assert abs(alone[1]["val/gain"]) > 1e-3
+    for world_size in (2, 4):
+        for of_rank in run_ranks(world_size, work):
+            for row, expected in zip(of_rank, alone, strict=True):
+                assert row == pytest.approx(expected, rel=0, abs=1e-6)
+
+
+def test_the_base_is_evaluated_whatever_the_adapters_hold_and_as_the_loss_defines_it(prepared):
+    trainer, source = prepared
+    row = Validation(trainer, source).begin(StopRequest()).row
+    detach_adapter(trainer.base)
+    losses = []
+    for crop in (fixed := FixedSet(source)).crops:
+        for batch in fixed.batches(crop):
+            hidden, mask = trainer.base.embed_prompts(batch.hidden_BLH, batch.prompt_mask_BL), batch.prompt_mask_BL
+            # With the rest of the prompt's padding, and each value of the flow from its definition.
+            with torch.no_grad():
+                found = trainer.base.velocity(
+                    batch.noised_BDT, batch.t_B, hidden, mask, batch.seconds_total_B, prompt_length=batch.prompt_length
+                )
+            noise = batch.target_BDT + batch.latents_BDT
+            t = float(batch.t_B)
+            torch.testing.assert_close(batch.noised_BDT, (1 - t) * batch.latents_BDT + t * noise)
+            losses.append(float((found.double() - batch.target_BDT.double()).square().mean()))
+    assert row["val/loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_what_a_signal_has_stopped_is_evaluated_when_the_run_goes_on(prepared):
+    trainer, source = prepared
+    stop = StopRequest()
+    stop.hear("SIGTERM on rank 1")
+    validation = Validation(trainer, source)
+    assert validation.begin(stop).row == {}
+    assert {layer.strength for layer in trainer.layers} == {1.0}
+    rows_file = MetricsFile(trainer.settings.output_dir, None)
+    rows_file.write({"step": 0, **Validation(trainer, source).begin(StopRequest()).row})
+    trainer.step = 2
+    missed = Validation(trainer, source).begin(StopRequest())
+    assert missed.step == 2
+    rows_file.write({"step": 2, **missed.row})
+    assert Validation(trainer, source).begin(StopRequest()).row == {}
+
+
+# The base, then by step.
+CURVE = [1.0, 0.9, 0.7, 0.5, 0.6, 0.8, 0.7, 0.55, 0.45]
+
+
+def test_the_best_step_is_kept_and_what_gets_no_better_ends(split_words, tmp_path, monkeypatch, caplog):
+    # Planted where the forward passes are: everything that is decided by them is real.
+    monkeypatch.setattr(Validation, "_mean_losses", lambda self, step, stop: [CURVE[step]] * 5)
+    output_dir = tmp_path / "run"
+    words = ["validation_every=1", "keep_best=true", "number_of_steps=8", "log_every=5", "save_every=1"]
+
+    def best():
+        value = json.loads((output_dir / "best.json").read_text())
+        with safe_open(output_dir / "lora.best.safetensors", "pt") as file:
+            assert file.metadata()["step"] == str(value["step"])
+            assert json.loads(file.metadata()["lora_config"])["rank"] == 4
+            tensors = {name: file.get_tensor(name) for name in dict.fromkeys(file.keys())}
+        saved = checkpoint.load(checkpoint.path_of(output_dir, value["step"])).adapters
+        assert tensors.keys() == saved.keys()
+        assert all(torch.equal(tensors[name], saved[name].half()) for name in tensors)
+        return value
+
+    for _ in range(2):
+        # The second time everything is there, and it ends at once.
+        assert run(split_words, output_dir, *words, "keep_checkpoints=9", "early_stop=3") == 0
+        assert best() == {"step": 3, "val/loss": 0.5}
+        assert list(evaluations(output_dir)) == list(range(7))
+        assert [row["step"] for row in trained(output_dir)] == [5, 6]
+        reason = json.loads((output_dir / "result.json").read_text())["ended_early"]
+        assert reason == "early_stop: 3 evaluations without a lower validation loss than 0.5000, after step 3"
+        assert f"ends after step 6: {reason}" in caplog.text
+        assert status(output_dir)["step"] == 6
+    assert run(split_words, output_dir, *words, "keep_checkpoints=9", "number_of_steps=7") == 0
+    assert best() == {"step": 3, "val/loss": 0.5}
+    assert run(split_words, output_dir, *words, "keep_checkpoints=9") == 0
+    assert best() == {"step": 8, "val/loss": 0.45}
+    assert "ended_early" not in json.loads((output_dir / "result.json").read_text())
+    assert run(split_words, output_dir, *words, "number_of_steps=1", "resume=never") == 0
+    assert best() == {"step": 1, "val/loss": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"validation": 0.6}, "validation: '0.6' is not valid, expected a share of the clips up to 0.5"),
+        ({"validation": "more/"}, "validation: 'more/' is not valid, expected a share"),
+        ({"validation": ["a", ""]}, "validation: expected names"),
+        ({"keep_best": True}, "keep_best: needs validation"),
+        ({"early_stop": 2, "validation": 0.1, "validation_every": 0}, "early_stop: needs validation"),
+        ({"validation": 0.1, "mode": "streaming", "duration": 2}, "validation: with mode: streaming it needs an index"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_line(changes, message):
+    with pytest.raises(ConfigError) as refusal:
+        make_settings(**changes)
+    assert str(refusal.value).startswith(message)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_share_is_read_from_words_and_files_alike_and_off_is_off(tmp_path):
+    assert config.build(config.read_arguments(["audio_data_url=a", "validation=0.1"])).validation == 0.1
+    assert config.build(config.read_arguments(["audio_data_url=a", "validation=[a, b/c]"])).validation == ["a", "b/c"]
+    (tmp_path / "c.yaml").write_text("audio_data_url: a\nvalidation: off\n")
+    assert config.build(config.read_file(str(tmp_path / "c.yaml"))).validation == 0
+
+
+def test_a_few_clips_give_many_crops_and_many_clips_not_all():
+    class Held:
+        encoded = None
+
+        def __init__(self, count, seed=42):
+            self.draws = SampleSettings(seed, 4, 10, 0.1, "file", None)
+            self.held_out = [clip(f"c{number}") for number in range(count)]
+
+    few, many = FixedSet(Held(2)), FixedSet(Held(200))
+    assert [crop.slot for crop in few.crops] == [0, 1, 2]
+    assert len({crop.clip.key for crop in few.crops}) == 2
+    assert len({crop.clip.key for crop in many.crops}) == 32
+    assert FixedSet(Held(2)).digest == few.digest != FixedSet(Held(2, seed=1)).digest
+    assert [crop.slot for crop in few.of_ranks(5)] == [0, 1, 2, 0, 1]

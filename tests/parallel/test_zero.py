@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sa3dist import export, train
 from sa3dist.adapters import AdapterConfig
+from sa3dist.adapters.header import HEADER_KEYS
 from sa3dist.errors import EnvironmentFailure
 from sa3dist.runtime.deepspeed_launch import FILE_VARIABLE, USE_VARIABLE
 from sa3dist.runtime.signals import SIGNALS
@@ -145,7 +146,7 @@ def test_one_course_through_zero_2_then_zero_3_then_one_process(common, straight
 @pytest.mark.parametrize("damage", ["empty", "nan", "infinite"])
 def test_a_tensor_that_was_not_gathered_or_is_not_finite_is_never_published(tmp_path, damage):
     tensors = {f"model.a.parametrizations.weight.0.{name}": torch.ones(4, 4) for name in ("lora_A", "lora_B")}
-    description = dict.fromkeys(export.HEADER_KEYS, "x")
+    description = dict.fromkeys(HEADER_KEYS, "x")
     config = AdapterConfig(rank=4, alpha=4, adapter_type="lora")
     export.publish(config, tensors, tmp_path, description)
     before = (tmp_path / "lora.safetensors").read_bytes()

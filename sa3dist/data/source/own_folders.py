@@ -18,6 +18,7 @@ RUN_FILES = {
     "heartbeat.json",
     "result.json",
     "lora.safetensors",
+    "lora.best.safetensors",
     "run.lock",
     "trackers.json",
 }

@@ -1,0 +1,96 @@
+"""The fixed set of validation: the same crops of the clips held out, with the same noise, at the same times.
+
+Suffixes: B clips, D latent channels, T latent frames.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from sa3dist.data.batches.micro_batch import MicroBatch, collate, draw_sample
+from sa3dist.data.latents.pieces import CAPTION_COST, Piece
+from sa3dist.flow.crops import polarity_of_slot
+from sa3dist.formats import ClipEntry, digest_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sa3dist.data.batches.batch_source import BatchSource
+    from sa3dist.model.base import Base
+
+# Those of the reference trainer.
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+# Of few clips more crops are taken, so that one loud second does not decide; of many not all are evaluated.
+FEWEST_CROPS, MOST_CROPS = 8, 32
+# Above every seed that settings allow: no draw of a training is one of these.
+SEED_OFFSET = 1 << 31
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """One crop of the set. slot: what its draws are keyed by, together with the set's seed."""
+
+    slot: int
+    clip: ClipEntry
+
+
+class FixedSet:
+    """The crops of a data set's ``held_out`` clips, and what is computed of each; the same whatever process asks."""
+
+    def __init__(self, source: BatchSource) -> None:
+        self._encoded = source.encoded
+        seed = source.draws.seed + SEED_OFFSET
+        self._draws = dataclasses.replace(source.draws, seed=seed, micro_batch=1, prompt_dropout=0.0)
+        # As good as drawn: of more clips than are evaluated it takes some of every folder.
+        clips = sorted(source.held_out, key=lambda clip: digest_of(str(seed), clip.key))
+        count = min(max(len(clips), FEWEST_CROPS), MOST_CROPS)
+        self.crops = [Crop(slot, clips[slot % len(clips)]) for slot in range(count)]
+
+    @property
+    def digest(self) -> str:
+        """Tells two sets apart: their clips, draws and times."""
+        clips = [part for crop in self.crops for part in (crop.clip.audio_sha256, crop.clip.caption)]
+        return digest_of(*clips, repr(self._draws), repr(TIMES))[:16]
+
+    def of_ranks(self, world_size: int) -> list[Crop]:
+        """The crops, some again at the end so that every rank has as many: rank r takes every world_size-th from r."""
+        missing = -len(self.crops) % world_size
+        return self.crops + [self.crops[number % len(self.crops)] for number in range(missing)]
+
+    def pieces(self, world_size: int) -> list[Piece]:
+        """What encoding the set consists of, in the order of ``of_ranks``."""
+        return [self._piece(crop) for crop in self.of_ranks(world_size)]
+
+    def _piece(self, crop: Crop) -> Piece:
+        encoded, seed = self._encoded, self._draws.seed
+
+        def encode(base: Base, loaded_CN: torch.Tensor | None) -> Path | None:
+            encoded.encode_prompts(base, [crop.clip.caption])
+            return encoded.encode_slot(base, crop.clip, seed, crop.slot, loaded_CN)
+
+        return Piece(
+            cost=1.0 + CAPTION_COST,
+            count=1,
+            memory=encoded.slot_bytes(crop.clip),
+            lacking=lambda: True,
+            load=lambda: encoded.load_slot(crop.clip, seed, crop.slot),
+            encode=encode,
+        )
+
+    def batches(self, crop: Crop) -> Iterator[MicroBatch]:
+        """One micro batch per time of ``TIMES``, of this crop alone: all of it to be generated, with its prompt."""
+        encoded, seed = self._encoded, self._draws.seed
+        latents = encoded.latents(crop.clip, polarity_of_slot(seed, crop.slot))
+        prompt = encoded.prompt(crop.clip.caption)
+        sample = draw_sample(crop.slot, crop.clip, latents, prompt, self._draws, encoded)
+        drawn = collate([sample], self._draws)
+        mask_B1T = torch.zeros_like(drawn.inpaint_mask_B1T)
+        for t in TIMES:
+            # latents + t (noise - latents)
+            noised_BDT = drawn.latents_BDT + t * drawn.target_BDT
+            changes = {"t_B": torch.tensor([t]), "noised_BDT": noised_BDT, "inpaint_mask_B1T": mask_B1T}
+            yield dataclasses.replace(drawn, has_context=False, **changes)

@@ -1,0 +1,69 @@
+"""What earlier evaluations of a run have found, read from what it left on disk, and what they decide."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from sa3dist.training.metrics import METRICS_NAME
+
+BEST_NAME = "best.json"
+BEST_ADAPTER_NAME = "lora.best.safetensors"
+# In rows of metrics.jsonl.
+LOSS, GAIN, SET = "val/loss", "val/gain", "validation_set"
+
+
+@dataclasses.dataclass
+class History:
+    """Evaluations on one fixed set.
+
+    base     loss of the base; None: not known yet
+    losses   (step, loss) of every evaluation after a step, in their order; a loss that is not finite is infinite
+    best     (step, loss) of the adapter that is published; None: none is
+    """
+
+    base: float | None = None
+    losses: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    best: tuple[int, float] | None = None
+
+    @classmethod
+    def read(cls, output_dir: Path, set_digest: str) -> History:
+        """Of the rows of this run, and best.json. Nothing where the base's row is missing or of another set."""
+        history = cls()
+        found = [row for row in _rows(output_dir / METRICS_NAME) if LOSS in row]
+        if not any(row["step"] == 0 and row.get(SET) == set_digest for row in found):
+            return history
+        for row in found:
+            loss = math.inf if row[LOSS] is None else row[LOSS]
+            if row["step"] == 0:
+                history.base = loss
+            else:
+                history.losses.append((row["step"], loss))
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            value = json.loads((output_dir / BEST_NAME).read_text(encoding="utf-8"))
+            if (output_dir / BEST_ADAPTER_NAME).exists():
+                history.best = int(value["step"]), float(value[LOSS])
+        return history
+
+    @property
+    def since_best(self) -> int:
+        """Evaluations after the best of ``losses``."""
+        values = [loss for _, loss in self.losses]
+        return len(values) - 1 - values.index(min(values)) if values else 0
+
+    def has(self, step: int) -> bool:
+        return any(known == step for known, _ in self.losses)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            # As where rows are dropped: a kill may have torn the last line.
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
