@@ -18,19 +18,22 @@ from sa3dist.data.batches.micro_batch import SampleSettings
 from sa3dist.errors import ConfigError
 from sa3dist.formats import ClipEntry, dataset_digest
 from sa3dist.pipeline import Run
+from sa3dist.runtime.deepspeed_launch import FILE_VARIABLE, USE_VARIABLE
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import checkpoint
-from sa3dist.training.metrics import MetricsFile
+from sa3dist.training.metrics import METRICS_NAME, RowsFile
 from sa3dist.training.trainer import Trainer
 from sa3dist.validation import fixed_set
 from sa3dist.validation.fixed_set import FixedSet
 from sa3dist.validation.observer import Validation
 from sa3dist.validation.split import chosen_by_name, chosen_by_share, grouped, hold_out, source_of
 from tests.helpers.adapter_base import move
+from tests.helpers.forked_trainers import forked_ranks
 from tests.helpers.program import STEPS, rows, run, short_run, status
 from tests.helpers.ranks import run_ranks
 from tests.helpers.trainers import make_settings
+from tests.helpers.zero_ranks import import_deepspeed
 
 
 def clip(key, audio=None):
@@ -275,13 +278,33 @@ def test_what_a_signal_has_stopped_is_evaluated_when_the_run_goes_on(prepared):
     validation = Validation(trainer, source)
     assert validation.begin(stop).row == {}
     assert {layer.strength for layer in trainer.layers} == {1.0}
-    rows_file = MetricsFile(trainer.settings.output_dir, None)
+    rows_file = RowsFile(trainer.settings.output_dir / METRICS_NAME, None)
     rows_file.write({"step": 0, **Validation(trainer, source).begin(StopRequest()).row})
     trainer.step = 2
     missed = Validation(trainer, source).begin(StopRequest())
     assert missed.step == 2
     rows_file.write({"step": 2, **missed.row})
     assert Validation(trainer, source).begin(StopRequest()).row == {}
+
+
+@pytest.mark.slow
+def test_zero_3_gives_the_same_numbers(split_words, tmp_path):
+    import_deepspeed()
+    words = [*split_words, "deterministic=false", "global_batch_size=2", "number_of_steps=1", *EVERY_3]
+    assert run(words, tmp_path / "alone") == 0
+    # Everything divided, nothing kept whole.
+    divided = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 100000}
+    (tmp_path / "divided.json").write_text(json.dumps({"zero_optimization": divided}))
+    asked = {USE_VARIABLE: "true", FILE_VARIABLE: str(tmp_path / "divided.json")}
+    two = [*words, f"output_dir={tmp_path}/two"]
+    with forked_ranks(two, two, log=tmp_path / "said", **asked) as ranks:
+        assert [rank.wait(500) for rank in ranks] == [0, 0], ranks[0].said()
+    expected, found = evaluations(tmp_path / "alone"), evaluations(tmp_path / "two")
+    assert expected.keys() == found.keys() == {0, 1}
+    assert expected[0].pop("validation_set") == found[0].pop("validation_set")
+    for step, row in expected.items():
+        assert found[step] == pytest.approx(row, rel=0, abs=1e-6)
+    assert json.loads((tmp_path / "two/best.json").read_text())["step"] == 1
 
 
 # The base, then by step.
