@@ -1,7 +1,9 @@
 """Trackers: what they hold after a run, and that one that fails or hangs changes neither its course nor its end."""
 
+import importlib
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -58,6 +60,11 @@ class Remembering(Raising):
 
     def finish(self):
         self.taken.append("finished")
+
+
+def package(name):
+    """A tracker's package. Without it the test is skipped, or fails where SA3_REQUIRE_TOOLS=1 asks for all of them."""
+    return importlib.import_module(name) if os.environ.get("SA3_REQUIRE_TOOLS") == "1" else pytest.importorskip(name)
 
 
 @pytest.fixture
@@ -202,8 +209,8 @@ def test_a_fresh_start_is_a_new_run_and_one_that_continues_the_same(tmp_path):
 
 
 def test_tensorboard_reads_curves_and_previews_back_and_drops_what_a_resume_takes_back(short_words, tmp_path):
-    pytest.importorskip("tensorboard")
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    package("tensorboard")
+    accumulator = package("tensorboard.backend.event_processing.event_accumulator")
     output_dir = tmp_path / "run"
     words = [*PREVIEWS, "log_with=tensorboard", "save_every=2", "keep_checkpoints=9"]
     assert run(short_words, output_dir, *words) == 0
@@ -249,8 +256,8 @@ def assert_losses(found, expected):
 def test_trackio_has_one_run_with_curves_and_previews(short_words, tmp_path, monkeypatch):
     # Read as it is imported.
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    trackio = pytest.importorskip("trackio")
-    storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
+    trackio = package("trackio")
+    storage = package("trackio.sqlite_storage").SQLiteStorage
     output_dir = tmp_path / "run"
     expected = interrupted_and_continued(short_words, output_dir, "trackio")
     name = f"loops-{id_of(output_dir)}"
@@ -264,8 +271,8 @@ def test_trackio_has_one_run_with_curves_and_previews(short_words, tmp_path, mon
 
 
 def test_mlflow_has_one_run_with_curves_and_previews(short_words, tmp_path, monkeypatch):
-    mlflow = pytest.importorskip("mlflow")
-    pytest.importorskip("sqlalchemy")
+    mlflow = package("mlflow")
+    package("sqlalchemy")
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
     output_dir = tmp_path / "run"
@@ -281,7 +288,7 @@ def test_mlflow_has_one_run_with_curves_and_previews(short_words, tmp_path, monk
 
 
 def test_wandb_without_a_network_continues_a_run_by_its_id_and_has_the_previews(short_words, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    package("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     output_dir = tmp_path / "run"
