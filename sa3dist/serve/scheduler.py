@@ -19,6 +19,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from sa3dist.errors import SA3DistError
+from sa3dist.serve.executors import open_executor
 from sa3dist.serve.job import Job
 from sa3dist.serve.jobs import JobStore
 from sa3dist.serve.leases import Leases, Place
@@ -51,6 +53,8 @@ class Scheduler:
         self._shepherds: list[subprocess.Popen] = []
         self._tidied_at: float | None = None
         self._away = False
+        # Refused here, once, rather than in every shepherd. Raises ConfigError, EnvironmentFailure.
+        open_executor(options)
         Path(options.locks).mkdir(parents=True, exist_ok=True)
 
     def run(self, stop: threading.Event) -> None:
@@ -135,8 +139,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stop.set())
-    store = JobStore(words.database or f"sqlite:///{data / 'jobs.db'}", data / "jobs")
-    Scheduler(store, Options.of_json(values)).run(stop)
+    try:
+        store = JobStore(words.database or f"sqlite:///{data / 'jobs.db'}", data / "jobs")
+        scheduler = Scheduler(store, Options.of_json(values))
+    except SA3DistError as problem:
+        print(problem, file=sys.stderr)
+        return problem.exit_code
+    scheduler.run(stop)
     return 0
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sa3dist.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED, EXIT_USER, EnvironmentFailure
+from sa3dist.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED, EXIT_USER, EnvironmentFailure, SA3DistError
 from sa3dist.serve import attempts
 from sa3dist.serve.executor import Attempt, Executor
 from sa3dist.serve.executors import open_executor
@@ -27,7 +27,7 @@ from sa3dist.serve.local_executor import LEASE_NAME
 from sa3dist.serve.logs import Logs, public
 from sa3dist.serve.options import Options
 from sa3dist.serve.processes import Mark, end_marked, take_lock
-from sa3dist.serve.tables import RUNNING, DatabaseAway
+from sa3dist.serve.tables import RUNNING
 
 log = logging.getLogger(__name__)
 
@@ -214,8 +214,8 @@ def main() -> NoReturn:
     logging.basicConfig(format="%(asctime)s shepherd: %(message)s", stream=sys.stderr, level=logging.INFO)
     try:
         run(json.load(sys.stdin))
-    except DatabaseAway as problem:
-        # Nothing was begun: the lease ends, and another attempt follows.
+    except SA3DistError as problem:
+        # Nothing was begun, with the database away: the lease ends, and another attempt follows.
         log.warning("%s", problem)
     # Threads may wait for a database that does not answer.
     logging.shutdown()

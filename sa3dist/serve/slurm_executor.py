@@ -8,71 +8,46 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
 
-from sa3dist.errors import EXIT_INTERRUPTED, EnvironmentFailure
-from sa3dist.formats import STATUS_NAME, write_json
+from sa3dist.errors import ConfigError, EnvironmentFailure
 from sa3dist.runtime.launch_files import launch_file
-from sa3dist.serve.attempts import read_json
+from sa3dist.serve.cluster import ANSWER_SECONDS, Submitted
 from sa3dist.serve.executor import Attempt
 from sa3dist.serve.options import Options
 from sa3dist.serve.processes import MARK
-from sa3dist.supervise import identity_of
-
-# How often the controller is asked, which it answers for everybody.
-POLL_SECONDS = 3.0
-ANSWER_SECONDS = 60.0
-# A status written on a node may take a moment to be seen here.
-STATUS_SECONDS = 10.0
-SUBMITTED_NAME = "submitted.json"
 
 
 class Slurm:
-    """Submits launch/slurm/preemptible.sbatch. The jobs' folder has to be the same on all nodes."""
+    """Submits launch/slurm/preemptible.sbatch."""
 
     outlives_shepherd = True
 
     def __init__(self, options: Options) -> None:
+        if shutil.which("sbatch") is None:
+            raise ConfigError("executor: slurm needs sbatch, squeue and scancel; they are not installed here")
         self._options = options
         self._asked_to_stop = False
         self._name = ""
-        self._asked_at = self._left_at = 0.0
 
     def start(self, attempt: Attempt) -> None:
         self._name = f"sa3dist-{attempt.job.id}"
-        self._attempt = attempt
-        self._note = attempt.folder / SUBMITTED_NAME
-        self._status = attempt.run / STATUS_NAME
-        noted = read_json(self._note)
+        self._run = Submitted(attempt)
         # One of this name is on its way, or has ended since its shepherd was lost; or there is to be none.
-        if self._is_queued() or attempt.job.cancel or (noted and self._is_new_status(noted)):
+        if self._is_queued() or self._run.has_ended() or attempt.job.cancel:
             return
-        before = identity_of(self._status)
-        gpus = [f"--gpus-per-node={attempt.processes}"]
-        asked = [f"--job-name={self._name}", "--dependency=singleton", "--nodes=1", f"--output={attempt.log}", *gpus]
+        self._run.note()
+        gpus = f"--gpus-per-node={attempt.processes}"
+        asked = [f"--job-name={self._name}", "--dependency=singleton", "--nodes=1", f"--output={attempt.log}", gpus]
         script = str(launch_file("slurm/preemptible.sbatch"))
         number = ask("sbatch", "--parsable", *asked, *self._options.options, script, str(attempt.request))
-        write_json(self._note, {"number": number.split(";")[0], "status_before": before})
+        self._run.note(number=number.partition(";")[0])
 
     def exit_code(self) -> int | None:
-        if time.monotonic() - self._asked_at < POLL_SECONDS:
-            return None
-        self._asked_at = time.monotonic()
-        if self._is_queued():
-            self._left_at = 0.0
-            return None
-        noted = read_json(self._note)
-        if self._is_new_status(noted):
-            code = int(read_json(self._status).get("exit_code", -signal.SIGKILL))
-            # Queued again by its own script unless somebody has cancelled it; that counts as a lost attempt.
-            return -signal.SIGTERM if code == EXIT_INTERRUPTED and not self._asked_to_stop else code
-        self._left_at = self._left_at or time.monotonic()
-        if self._attempt.job.cancel or time.monotonic() - self._left_at > STATUS_SECONDS:
-            return self._code_by_slurm(noted)
-        return None
+        return self._run.exit_code(self._is_queued, self._asked_to_stop, self._code_by_slurm)
 
     def ask_to_stop(self) -> None:
         self._asked_to_stop = True
@@ -86,14 +61,8 @@ class Slurm:
     def _is_queued(self) -> bool:
         return bool(ask("squeue", "--noheader", "--me", f"--name={self._name}", "--format=%A"))
 
-    def _is_new_status(self, noted: dict) -> bool:
-        """Whether the run has said how it ended since it was submitted."""
-        found, before = identity_of(self._status), noted.get("status_before")
-        return found is not None and (before is None or tuple(before) != found)
-
-    def _code_by_slurm(self, noted: dict) -> int:
-        """How a job ended that has said nothing itself: never started, killed, or its node lost."""
-        number = noted.get("number", "")
+    def _code_by_slurm(self) -> int:
+        number = self._run.noted("number")
         # The first where there is accounting; the second knows a job for some minutes.
         asked = (["sacct", "-X", "-n", "-P", "-o", "ExitCode", "-j", number], ["scontrol", "-o", "show", "job", number])
         for words in asked if number else ():
@@ -117,9 +86,9 @@ def _run(words: list[str]) -> subprocess.CompletedProcess:
     # The job is no process of this host's attempt, wherever Slurm starts it.
     environment = {name: value for name, value in os.environ.items() if name != MARK}
     environment.setdefault("SA3DIST_PYTHON", sys.executable)
+    if shutil.which(words[0]) is None:
+        raise EnvironmentFailure(f"{words[0]} is not installed here")
     try:
         return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=ANSWER_SECONDS)
-    except FileNotFoundError as error:
-        raise EnvironmentFailure(f"{words[0]} is not installed here") from error
     except subprocess.TimeoutExpired as error:
-        raise EnvironmentFailure(f"{words[0]} has not answered in {ANSWER_SECONDS:.0f} s") from error
+        raise EnvironmentFailure(f"{words[0]} has not answered in {ANSWER_SECONDS} s") from error

@@ -59,11 +59,13 @@ def main() -> int:
     host = serve.Host("submit", store, directory, base, **options)
 
     def submit(steps: int, **more) -> str:
-        return store.submit(serve.request(clips, steps, **more), app=serve.APP, key="k", settings=serve.SETTINGS).id
+        settings = serve.SETTINGS | more.pop("settings", {})
+        wire = serve.request(clips, steps, **more)
+        return store.submit(wire, app=serve.APP, key="k", settings=settings, retries=1).id
 
     host.start()
     try:
-        long, refused = submit(150), submit(5, rank=300)
+        long, refused, failed = submit(150), submit(5, rank=300), submit(5, settings={"learning_rate": 1e30})
         wait("the first steps", lambda: store.get(long).step > 5)
         # Killed: the next shepherd finds the same Slurm job.
         host.scheduler.kill()
@@ -88,6 +90,9 @@ def main() -> int:
         job = wait("the refusal", lambda: (job := store.get(refused)).is_finished and job)
         assert (job.exit_code, job.error["detail"][0]["loc"]) == (2, ["body", "rank"]), job
         print("ok  refused with the field's name", flush=True)
+        job = wait("the failure", lambda: (job := store.get(failed)).is_finished and job)
+        assert (job.exit_code, job.attempts, len(numbers(failed))) == (70, 2, 2), job
+        print("ok  failed twice, as two Slurm jobs", flush=True)
         cancelled = submit(20000)
         wait("the first steps", lambda: store.get(cancelled).step > 3)
         store.cancel(cancelled)
