@@ -65,7 +65,7 @@ def main() -> int:
 
     host.start()
     try:
-        long, refused, failed = submit(150), submit(5, rank=300), submit(5, settings={"learning_rate": 1e30})
+        long, refused = submit(150), submit(5, rank=300)
         wait("the first steps", lambda: store.get(long).step > 5)
         # Killed: the next shepherd finds the same Slurm job.
         host.scheduler.kill()
@@ -90,6 +90,7 @@ def main() -> int:
         job = wait("the refusal", lambda: (job := store.get(refused)).is_finished and job)
         assert (job.exit_code, job.error["detail"][0]["loc"]) == (2, ["body", "rank"]), job
         print("ok  refused with the field's name", flush=True)
+        failed = submit(5, settings={"learning_rate": 1e30})
         job = wait("the failure", lambda: (job := store.get(failed)).is_finished and job)
         assert (job.exit_code, job.attempts, len(numbers(failed))) == (70, 2, 2), job
         print("ok  failed twice, as two Slurm jobs", flush=True)
