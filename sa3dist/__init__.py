@@ -14,6 +14,7 @@ _EXPORTS = {
     "adapter_parameters": "sa3dist.adapters",
     "effective_weight": "sa3dist.adapters",
     "save_adapter": "sa3dist.adapters",
+    "fal_env": "sa3dist.serve.client_env",
 }
 
 

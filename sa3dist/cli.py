@@ -57,6 +57,7 @@ PROGRAMS = {
     "merge": ("several adapters into one file, or adapters into a base", "sa3dist.commands.merge"),
     "verify": ("whether a program takes every layer of an adapter file", "sa3dist.commands.verify"),
     "publish": ("upload an adapter with its card to the Hugging Face hub", "sa3dist.commands.publish"),
+    "serve": ("an HTTP endpoint that the hosted one's clients use unchanged", "sa3dist.commands.serve"),
     "submit": ("start a run on this machine, under Slurm or on Kubernetes", "sa3dist.commands.submit"),
 }
 

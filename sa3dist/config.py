@@ -91,7 +91,7 @@ def build(values: dict[str, Any]) -> Settings:
     try:
         return Settings(**values)
     except ValidationError as error:
-        raise ConfigError(_escaped("\n".join(_explain(problem) for problem in error.errors()))) from error
+        raise ConfigError(_escaped("\n".join(explain(problem) for problem in error.errors()))) from error
     except TypeError as error:
         raise ConfigError(f"config: keys must be words ({error})") from error
 
@@ -122,7 +122,8 @@ def _reason(error: Exception) -> str:
     return " ".join(str(getattr(error, "strerror", None) or error).split())
 
 
-def _explain(problem: dict[str, Any]) -> str:
+def explain(problem: dict[str, Any]) -> str:
+    """``field: what is wrong`` of one problem that validation found."""
     field = str(problem["loc"][0]) if problem["loc"] else ""
     kind = problem["type"]
     if kind == "extra_forbidden":

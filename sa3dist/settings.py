@@ -109,6 +109,9 @@ class Settings(ListeningFields):
     num_workers: int = Field(2, ge=0, description="loader processes per rank")
     on_bad_clip: Literal["raise", "skip"] = Field("raise", description="stop at unusable clips, or skip and name them")
     max_download_bytes: int = Field(1 << 40, ge=1, description="largest remote source that is downloaded, in bytes")
+    public_addresses_only: bool = Field(
+        False, description="refuse addresses of data and adapters that point to this machine or its network"
+    )
     cache_bytes: int = Field(
         64 << 30, ge=0, description="clips of remote shards kept on the local disk, in bytes; the least used go first"
     )

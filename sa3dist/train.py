@@ -61,6 +61,7 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
     # Stack frames of a store that went with its host would bury the one line that says which host that was.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from sa3dist import config
+    from sa3dist.data.remote.public_addresses import PUBLIC_ONLY_VARIABLE
     from sa3dist.runtime.exit_status import dist_rank_from_environment, has_peers, run_program
 
     arguments, unknown = parser(program, about).parse_known_intermixed_args(argv)
@@ -76,6 +77,8 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
         if unknown:
             raise ConfigError(f"{' '.join(unknown)}: unknown option; settings are given as key=value")
         settings = config.build(values)
+        if settings.public_addresses_only:
+            os.environ[PUBLIC_ONLY_VARIABLE] = "1"
         if settings.max_wall_time is not None:
             stop.limit(settings.max_wall_time)
         if arguments.print_config:

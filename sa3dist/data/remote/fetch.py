@@ -14,6 +14,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 
 from sa3dist.data.remote.download import CONNECT_SECONDS, SILENT_SECONDS, download, remote_info, version_of
+from sa3dist.data.remote.public_addresses import is_public_only, public_socket
 from sa3dist.errors import DataError, Interrupted
 from sa3dist.formats import digest_of, file_sha256, fsync_directory, write_json
 from sa3dist.runtime.file_lock import alone
@@ -256,5 +257,13 @@ def _web(source: str, scheme: str) -> tuple[AbstractFileSystem, str]:
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS)
     session = {"timeout": timeout, "response_class": BoundedResponse, "request_class": Request}
     # Not by url_to_fs, to which "::" in an address is a chain of file systems.
-    system = fsspec.filesystem(scheme, client_kwargs={**session, "requote_redirect_url": False}, encoded=True)
+    public = {"get_client": _public_client} if is_public_only() else {}
+    system = fsspec.filesystem(scheme, client_kwargs={**session, "requote_redirect_url": False}, encoded=True, **public)
     return system, str(address)
+
+
+async def _public_client(**options: Any) -> Any:
+    """A session that connects to the open internet alone, whatever a name or a redirect leads to."""
+    import aiohttp
+
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(socket_factory=public_socket), **options)

@@ -1,0 +1,182 @@
+"""`sa3dist serve`: the hosted endpoint on one's own machine, and the keys of those who may use it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from sa3dist.data.remote.local_paths import home_path
+from sa3dist.errors import ConfigError
+from sa3dist.runtime.exit_status import run_command
+from sa3dist.serve.keys import SCOPES, Keys
+from sa3dist.serve.options import Options as RunOptions
+from sa3dist.serve.options import gpus_here, shared_work_dir
+from sa3dist.serve.processes import locks_folder
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ABOUT = "Serve the endpoint; `sa3dist serve keys --help` makes keys for it."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["keys"]:
+        return run_command("sa3dist serve keys", KEY_ARGUMENTS, keys, words[1:], description="Keys of the endpoint.")
+    return run_command("sa3dist serve", ARGUMENTS, serve, words, description=ABOUT)
+
+
+def _model(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=DIRECTORY")
+    return name, str(home_path(path).absolute())
+
+
+ARGUMENTS = {
+    "--model": {"type": _model, "action": "append", "default": [], "metavar": "NAME=PATH", "help": "base of that name"},
+    "--host": {"default": "127.0.0.1", "help": "address to listen at; beyond loopback a key is needed"},
+    "--port": {"type": int, "default": 8000},
+    "--public-url": {"help": "how clients reach the server, behind a proxy for instance"},
+    "--data-dir": {"type": home_path, "default": Path("sa3dist-serve"), "help": "jobs, uploads, keys"},
+    "--database": {"help": "sqlite:///FILE or postgresql://...; unset = jobs.db in data-dir"},
+    "--storage": {"help": "fsspec address of uploaded files; unset = files in data-dir"},
+    "--slots": {"type": int, "help": "jobs at once; unset = one per GPU, or one"},
+    "--executor": {"choices": ["local", "slurm", "kubernetes"], "default": "local", "help": "who runs the jobs"},
+    "--set": {"action": "append", "default": [], "metavar": "KEY=VALUE", "help": "a default of the trainer here"},
+    "--tls": {"action": "store_true", "help": "make a certificate authority and serve https"},
+    "--allow-private-data": {"action": "store_true", "help": "take data addresses of this machine's network"},
+    "--allow-private-webhooks": {"action": "store_true", "help": "call webhooks in this machine's network"},
+    "--max-queue": {"type": int, "help": "refuse submits while more jobs wait"},
+    "--keep-days": {"type": float, "help": "delete finished jobs after; unset = never"},
+    "--min-free": {"type": int, "default": 1, "metavar": "GIB", "help": "refuse submits below this free space"},
+}
+KEY_ARGUMENTS = {
+    "action": {"choices": ["add", "list", "remove"]},
+    "name": {"nargs": "?", "default": "", "help": "of a new key, or the id of one to remove"},
+    "--scope": {"choices": SCOPES, "default": "submit", "help": "admin sees everybody's jobs"},
+    "--data-dir": {"type": home_path, "default": Path("sa3dist-serve")},
+}
+
+
+def keys(options: argparse.Namespace) -> None:
+    """Make, list or remove a key."""
+    known = Keys(options.data_dir)
+    if options.action == "add":
+        print(known.add(options.name, options.scope))
+    elif options.action == "remove":
+        known.remove(options.name)
+    else:
+        for key_id, entry in known.read().items():
+            made = time.strftime("%Y-%m-%d", time.localtime(entry["created"]))
+            print(f"{key_id}  {entry['scope']:<6}  {made}  {entry['name']}")
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Run the server and the scheduler until a signal comes; jobs that run go on."""
+    try:
+        import uvicorn
+
+        from sa3dist.serve.app import create_app
+        from sa3dist.serve.jobs import JobStore
+        from sa3dist.serve.scheduler import Scheduler
+        from sa3dist.serve.server_options import GIB, Options
+        from sa3dist.serve.tls import make_certificates
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"serve: needs {error.name}; pip install 'sa3dist[serve]'") from error
+    data = options.data_dir.absolute()
+    data.mkdir(parents=True, exist_ok=True)
+    is_open = not Keys(data).read()
+    if is_open and options.host not in LOOPBACK:
+        raise ConfigError(f"host: {options.host} is not loopback, a key is needed; sa3dist serve keys add NAME")
+    host = socket.gethostname() if options.host in ("0.0.0.0", "::") else options.host
+    url = (options.public_url or f"{'https' if options.tls else 'http'}://{host}:{options.port}").rstrip("/")
+    models = dict(options.model)
+    for name, path in models.items():
+        if not (Path(path) / "model_config.json").is_file():
+            raise ConfigError(f"model: {name}: {path} has no model_config.json; give a base's directory")
+    web = Options(
+        data_dir=data,
+        public_url=url,
+        models=models,
+        storage=options.storage,
+        is_open=is_open,
+        allow_private_data=options.allow_private_data,
+        allow_private_webhooks=options.allow_private_webhooks,
+        max_queue=options.max_queue,
+        keep_days=options.keep_days,
+        min_free_bytes=options.min_free * GIB,
+    )
+    tls = {}
+    authority = None
+    if options.tls:
+        authority, server = make_certificates(data / "tls", sorted({"localhost", "127.0.0.1", host}))
+        tls = {"ssl_certfile": str(server)}
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    logging.getLogger("sa3dist").setLevel(logging.INFO)
+    store = JobStore(options.database or f"sqlite:///{data / 'jobs.db'}", data / "jobs")
+    app = create_app(web, store)
+    scheduler = Scheduler(store, run_options(options, data), options.keep_days)
+    words = {"host": options.host, "port": options.port, "log_config": None, "access_log": False, **tls}
+    listening = uvicorn.Config(app, timeout_graceful_shutdown=10, **words)
+    print(told(url, authority), flush=True)
+    _run(uvicorn.Server(listening), app.state.service.stopping, scheduler)
+
+
+def _run(server, stopping, scheduler) -> None:
+    stop = threading.Event()
+    giving = threading.Thread(target=scheduler.run, args=[stop], name="scheduler")
+    handle_exit = server.handle_exit
+
+    def end_streams(number, frame) -> None:
+        # Open streams end by themselves, rather than keep the server from its end.
+        stopping.set()
+        handle_exit(number, frame)
+
+    server.handle_exit = end_streams
+    giving.start()
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run()
+    finally:
+        stop.set()
+        giving.join()
+
+
+def run_options(options: argparse.Namespace, data: Path) -> RunOptions:
+    """What the scheduler is told."""
+    from sa3dist.config import read_arguments
+
+    gpus = gpus_here() if options.executor == "local" else ()
+    devices = gpus or tuple(range(options.slots or 1))
+    return RunOptions(
+        executor=options.executor,
+        devices=devices,
+        gpus=bool(gpus),
+        limit=options.slots,
+        work_dir=shared_work_dir(data),
+        locks=str(locks_folder()),
+        host=socket.gethostname(),
+        models=dict(options.model),
+        settings=json.loads(json.dumps(read_arguments(options.set))),
+    )
+
+
+def told(url: str, authority: Path | None) -> str:
+    """What each client needs."""
+    host = url.partition("://")[2]
+    python = (
+        [f"export FAL_RUN_HOST={host}/run", f"export FAL_QUEUE_RUN_HOST={host}", f"export SSL_CERT_FILE={authority}"]
+        if authority
+        else [f"sa3dist.fal_env({url!r})   # before using fal_client; or start with --tls and export three variables"]
+    )
+    proxy = f'{{proxyUrl: {{url: "{url}/api/fal/proxy", when: "always"}}}}'
+    lines = [f"serving at {url}", "Python:", *(f"  {line}" for line in python), "JavaScript:", f"  fal.config({proxy})"]
+    post = f"curl -X POST {url}/fal-ai/stable-audio-3-trainer -H 'Content-Type: application/json' -d @request.json"
+    return "\n".join([*lines, "curl:", f"  {post}"])

@@ -1,0 +1,22 @@
+"""The Python client in a notebook, pointed at a server of one's own."""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+
+def fal_env(url: str = "http://127.0.0.1:8000", key: str = "local:none", authority: str | None = None) -> None:
+    """Make ``fal_client`` talk to the server at ``url``, whether it is imported already or not; http works too.
+
+    key         as ``sa3dist serve keys add`` has printed it; any text for a server that needs none
+    authority   ca.pem of a server that was started with --tls
+    """
+    scheme, _, host = url.rstrip("/").partition("://")
+    os.environ |= {"FAL_RUN_HOST": f"{host}/run", "FAL_QUEUE_RUN_HOST": host, "FAL_KEY": key}
+    if authority is not None:
+        os.environ["SSL_CERT_FILE"] = authority
+
+    client = importlib.import_module("fal_client.client")
+    client.RUN_URL_FORMAT, client.QUEUE_URL_FORMAT = f"{scheme}://{host}/run/", f"{scheme}://{host}/"
+    client.REST_URL, client.CDN_URL = f"{scheme}://{host}/rest", f"{scheme}://{host}"

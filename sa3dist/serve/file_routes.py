@@ -1,0 +1,205 @@
+"""Routes of files: the uploads of both clients, small and in parts, and what may be downloaded."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import hashlib
+import json
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.background import BackgroundTask
+
+from sa3dist.serve.bodies import base_of, blocks
+from sa3dist.serve.files import COPY_BYTES, MAX_PARTS, StoredFile, is_id, plain_name
+from sa3dist.serve.keys import Caller
+from sa3dist.serve.service import Service, WireError, result_file, service_of
+from sa3dist.serve.submission import read_body
+
+routes = APIRouter(tags=["files"])
+UPLOAD_SECONDS = 24 * 3600
+PART_BYTES = 256 << 20
+
+
+async def _small_body(service: Service, request: Request) -> dict[str, Any]:
+    data = b"".join([block async for block in blocks(service, request, 1 << 20)])
+    return read_body(data or b"{}")
+
+
+def _note(service: Service, caller: Caller, name: str, content_type: str, request: Request) -> StoredFile:
+    # Both clients' headers for how long a file is kept.
+    wish = request.headers.get("x-fal-object-lifecycle-preference") or request.headers.get("x-fal-object-lifecycle")
+    seconds = None
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        seconds = json.loads(wish or "{}").get("expiration_duration_seconds")
+    expires = time.time() + seconds if isinstance(seconds, int | float) and 0 < seconds < 1e10 else None
+    kind = content_type[:100] if content_type.isprintable() else "application/octet-stream"
+    return StoredFile(service.files.new_id(), caller.id, plain_name(name), kind, 0, time.time(), expires)
+
+
+def _address(base: str, note: StoredFile) -> str:
+    return f"{base}/files/{note.id}/{note.name}"
+
+
+async def _receive(service: Service, request: Request, note: StoredFile) -> StoredFile:
+    """Store a body as the file of ``note``."""
+    service.check_space()
+    size = 0
+    async with service.upload_slot():
+        with service.files.writing(note.id) as out:
+            async for block in blocks(service, request, service.options.max_upload_bytes):
+                await asyncio.to_thread(out.write, block)
+                size += len(block)
+        note = StoredFile(**{**note.__dict__, "size": size})
+        await asyncio.to_thread(service.files.keep, note)
+    return note
+
+
+@routes.post("/rest/storage/auth/token")
+async def upload_token(request: Request) -> Response:
+    """A token for the uploads of the Python client."""
+    service = service_of(request)
+    token, expires = service.signer.token(service.caller(request))
+    ends = datetime.datetime.fromtimestamp(expires, datetime.timezone.utc).isoformat()
+    return JSONResponse({"token": token, "token_type": "Bearer", "base_url": base_of(request), "expires_at": ends})
+
+
+@routes.post("/rest/storage/upload/initiate")
+@routes.post("/rest/storage/upload/initiate-multipart")
+async def initiate(request: Request) -> Response:
+    """Where to PUT a file, or its parts, without a key."""
+    service, base = service_of(request), base_of(request)
+    caller, words = service.caller(request), await _small_body(service, request)
+    name, kind = str(words.get("file_name", "")), str(words.get("content_type", "application/octet-stream"))
+    note = _note(service, caller, name, kind, request)
+    upload_id = await asyncio.to_thread(service.files.begin_parts, note)
+    expires = int(time.time()) + UPLOAD_SECONDS
+    signed = f"expires={expires}&signature={service.signer.sign('upload', [upload_id], expires)}"
+    in_parts = request.url.path.endswith("multipart")
+    place = f"{_address(base, note)}/multipart/{upload_id}" if in_parts else f"{base}/uploads/{upload_id}"
+    return JSONResponse({"upload_url": f"{place}?{signed}", "file_url": _address(base, note)})
+
+
+def _begun(request: Request, upload_id: str, expires: str, signature: str) -> StoredFile:
+    """The note of an upload that the request may go on with: signed, or its owner's. Raises WireError."""
+    service = service_of(request)
+    note = service.files.find_parts(upload_id)
+    if signature:
+        allowed = service.signer.fits("upload", [upload_id], expires, signature)
+    else:
+        allowed = note is not None and service.caller(request).may_see(note.owner)
+    if note is None or not allowed:
+        raise WireError(404, "no such upload")
+    return note
+
+
+@routes.put("/uploads/{upload_id}")
+async def put_signed(request: Request, upload_id: str, expires: str = "", signature: str = "") -> Response:
+    """The bytes of a file that ``initiate`` gave an address for."""
+    service = service_of(request)
+    note = await _receive(service, request, _begun(request, upload_id, expires, signature))
+    await asyncio.to_thread(service.files.end_parts, upload_id)
+    return JSONResponse({"url": _address(base_of(request), note)}, headers={"ETag": f'"{note.id}"'})
+
+
+@routes.post("/files/upload")
+async def upload(request: Request) -> Response:
+    """A whole file; its name in X-Fal-File-Name."""
+    service = service_of(request)
+    kind = request.headers.get("content-type", "application/octet-stream")
+    note = _note(service, service.caller(request), request.headers.get("x-fal-file-name", ""), kind, request)
+    note = await _receive(service, request, note)
+    return JSONResponse({"access_url": _address(base_of(request), note), "url": _address(base_of(request), note)})
+
+
+@routes.put("/files/{name}")
+async def put_file(request: Request, name: str) -> Response:
+    """A whole file by its name: curl --upload-file clips.zip."""
+    service = service_of(request)
+    kind = request.headers.get("content-type", "application/octet-stream")
+    note = await _receive(service, request, _note(service, service.caller(request), name, kind, request))
+    return JSONResponse({"url": _address(base_of(request), note), "file_size": note.size})
+
+
+@routes.post("/files/upload/multipart")
+async def begin(request: Request) -> Response:
+    """Begin an upload in parts."""
+    service = service_of(request)
+    kind = request.headers.get("content-type", "application/octet-stream")
+    note = _note(service, service.caller(request), request.headers.get("x-fal-file-name", ""), kind, request)
+    upload_id = await asyncio.to_thread(service.files.begin_parts, note)
+    return JSONResponse({"access_url": _address(base_of(request), note), "uploadId": upload_id})
+
+
+@routes.put("/files/{file_id}/{name}/multipart/{upload_id}/{number}")
+async def put_part(
+    request: Request, file_id: str, name: str, upload_id: str, number: int, expires: str = "", signature: str = ""
+) -> Response:
+    """One part, from 1 on, in any order."""
+    service = service_of(request)
+    _begun(request, upload_id, expires, signature)
+    if not 1 <= number <= MAX_PARTS:
+        raise WireError(422, f"part {number}: expected 1..{MAX_PARTS}")
+    service.check_space()
+    left = service.options.max_upload_bytes - await asyncio.to_thread(service.files.parts_size, upload_id, number)
+    digest = hashlib.sha256()
+    async with service.upload_slot():
+        with service.files.writing_part(upload_id, number) as out:
+            async for block in blocks(service, request, min(max(left, 0), PART_BYTES)):
+                await asyncio.to_thread(out.write, block)
+                digest.update(block)
+    etag = f'"{digest.hexdigest()}"'
+    return JSONResponse({"partNumber": number, "etag": etag}, headers={"ETag": etag})
+
+
+@routes.post("/files/{file_id}/{name}/multipart/{upload_id}/complete")
+async def complete(
+    request: Request, file_id: str, name: str, upload_id: str, expires: str = "", signature: str = ""
+) -> Response:
+    """Join the parts that the body names."""
+    service = service_of(request)
+    _begun(request, upload_id, expires, signature)
+    words = await _small_body(service, request)
+    parts = words.get("parts")
+    numbers = [part.get("partNumber") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    known = all(isinstance(number, int) and 1 <= number <= MAX_PARTS for number in numbers)
+    if not numbers or not known or len(set(numbers)) != len(numbers):
+        raise WireError(422, "parts: expected a list of objects with partNumber, each once")
+    try:
+        note = await asyncio.to_thread(service.files.complete_parts, upload_id, sorted(numbers))
+    except FileNotFoundError as missing:
+        raise WireError(422, "parts: one of them was not sent") from missing
+    return JSONResponse({"access_url": _address(base_of(request), note), "url": _address(base_of(request), note)})
+
+
+@routes.get("/files/{file_id}/{path:path}")
+async def download(request: Request, file_id: str, path: str, expires: str = "", signature: str = "") -> Response:
+    """A result by its signed address, or anything of one's own with a key."""
+    service, missing = service_of(request), WireError(404, "no such file, or its address has expired")
+    if not is_id(file_id):
+        raise missing
+    note = await asyncio.to_thread(service.files.find, file_id)
+    if note is not None:
+        if not service.caller(request).may_see(note.owner):
+            raise missing
+        stream = await asyncio.to_thread(service.files.open, note.id)
+        sent = iter(lambda: stream.read(COPY_BYTES), b"")
+        headers = {"Content-Length": str(note.size), **_as_attachment(note.name)}
+        done = BackgroundTask(stream.close)
+        return StreamingResponse(sent, 200, headers, "application/octet-stream", background=done)
+    if not service.signer.fits("result", [file_id, path], expires, signature):
+        await service.job(file_id, service.caller(request))
+    job = service.snapshot.get(file_id) or await asyncio.to_thread(service.store.get, file_id)
+    found = None if job is None else result_file(job, path)
+    if found is None or not found.is_file():
+        raise missing
+    return FileResponse(found, headers=_as_attachment(found.name), media_type="application/octet-stream")
+
+
+def _as_attachment(name: str) -> dict[str, str]:
+    # What somebody uploaded is never shown as a page of this server.
+    return {"Content-Disposition": f'attachment; filename="{name}"', "X-Content-Type-Options": "nosniff"}

@@ -1,0 +1,191 @@
+"""Uploaded files in a store of fsspec: written whole, each with a note of its owner, kind and end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import fsspec
+
+# Where a file's name may be shown; the store never sees it.
+_PLAIN = re.compile(r"[^A-Za-z0-9._ -]+")
+ID_DIGITS = 32
+# Uploads in parts that were begun and not completed, and files that were half sent, go after a day.
+UNFINISHED_SECONDS = 24 * 3600
+COPY_BYTES = 1 << 20
+MAX_PARTS = 10_000
+
+
+def plain_name(name: str) -> str:
+    """A client's name of a file as one that is harmless in an address and a header."""
+    return _PLAIN.sub("_", name.replace("\\", "/").rpartition("/")[2]).strip("._ -")[-80:].replace(" ", "_") or "file"
+
+
+def is_id(word: str) -> bool:
+    return re.fullmatch(r"[0-9a-f]{32}", word) is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredFile:
+    """The note of one file.
+
+    owner     id of the key that sent it            name      as ``plain_name`` gives it
+    size      bytes                                 expires   seconds since 1970, None = with its owner's jobs
+    """
+
+    id: str
+    owner: str
+    name: str
+    content_type: str
+    size: int
+    created: float
+    expires: float | None = None
+
+
+class FileStore:
+    """Files by id: 32 hexadecimal digits that nobody can guess and that we choose, so no client names a path."""
+
+    def __init__(self, address: str) -> None:
+        """address: of a folder, local or of any file system that fsspec knows."""
+        self._system, self._root = fsspec.core.url_to_fs(address)
+        self._system.makedirs(self._root, exist_ok=True)
+
+    def new_id(self) -> str:
+        return secrets.token_hex(ID_DIGITS // 2)
+
+    @contextlib.contextmanager
+    def writing(self, file_id: str) -> Iterator[BinaryIO]:
+        """Write a file's bytes; nothing is left where the block fails. ``keep`` makes it one."""
+        path = self._data(file_id)
+        try:
+            with self._system.open(path, "wb") as out:
+                yield out
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                self._system.rm_file(path)
+            raise
+
+    def keep(self, note: StoredFile) -> None:
+        """The bytes are there: from now on the file is."""
+        # The note last: without one there is no file.
+        self._write_json(self._note(note.id), dataclasses.asdict(note))
+
+    def find(self, file_id: str) -> StoredFile | None:
+        """The note of a file; None where there is none, or its time is over."""
+        values = self._read_json(self._note(file_id)) if is_id(file_id) else None
+        note = None if values is None else StoredFile(**values)
+        return None if note is None or (note.expires is not None and note.expires < time.time()) else note
+
+    def open(self, file_id: str) -> BinaryIO:
+        return self._system.open(self._data(file_id), "rb")
+
+    def address(self, note: StoredFile) -> str:
+        """What a trainer reads the file from: a path of this machine, or an address of the object store."""
+        path = self._data(note.id)
+        return path if "file" in self._protocols() else self._system.unstrip_protocol(path)
+
+    def delete(self, file_id: str) -> None:
+        for path in (self._note(file_id), self._data(file_id)):
+            with contextlib.suppress(FileNotFoundError):
+                self._system.rm_file(path)
+
+    # Uploads in parts.
+
+    def begin_parts(self, note: StoredFile) -> str:
+        """An upload in parts that becomes the file of ``note``; its id."""
+        upload_id = self.new_id()
+        self._system.makedirs(self._parts(upload_id), exist_ok=True)
+        self._write_json(f"{self._parts(upload_id)}/note.json", dataclasses.asdict(note))
+        return upload_id
+
+    def find_parts(self, upload_id: str) -> StoredFile | None:
+        values = self._read_json(f"{self._parts(upload_id)}/note.json") if is_id(upload_id) else None
+        return None if values is None else StoredFile(**values)
+
+    def parts_size(self, upload_id: str, without: int) -> int:
+        """Bytes of all parts but one."""
+        listed = self._system.ls(self._parts(upload_id), detail=True, refresh=True)
+        return sum(
+            item["size"] for item in listed if item["name"].rpartition("/")[2] not in ("note.json", f"{without}")
+        )
+
+    @contextlib.contextmanager
+    def writing_part(self, upload_id: str, number: int) -> Iterator[BinaryIO]:
+        path = f"{self._parts(upload_id)}/{number:d}"
+        try:
+            with self._system.open(path, "wb") as out:
+                yield out
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                self._system.rm_file(path)
+            raise
+
+    def complete_parts(self, upload_id: str, numbers: list[int]) -> StoredFile:
+        """Join the parts in this order. Raises FileNotFoundError for one that was not sent."""
+        note = self.find_parts(upload_id)
+        digest, size = hashlib.sha256(), 0
+        with self.writing(note.id) as out:
+            for number in numbers:
+                with self._system.open(f"{self._parts(upload_id)}/{number:d}", "rb") as part:
+                    while block := part.read(COPY_BYTES):
+                        out.write(block)
+                        digest.update(block)
+                        size += len(block)
+        note = dataclasses.replace(note, size=size)
+        self.keep(note)
+        self.end_parts(upload_id)
+        return note
+
+    def end_parts(self, upload_id: str) -> None:
+        """Forget an upload in parts."""
+        self._system.rm(self._parts(upload_id), recursive=True)
+
+    def sweep(self, in_use: set[str]) -> None:
+        """Remove what was begun and not finished a day ago, and files whose time is over and that no job needs."""
+        old = time.time() - UNFINISHED_SECONDS
+        listed = self._system.ls(self._root, detail=True, refresh=True)
+        names = {item["name"].rpartition("/")[2] for item in listed}
+        for item in listed:
+            name = item["name"].rpartition("/")[2]
+            file_id, _, kind = name.partition(".")
+            made = item.get("mtime") or item.get("created") or time.time()
+            made = made if isinstance(made, int | float) else made.timestamp()
+            if kind == "parts" and made < old:
+                self._system.rm(item["name"], recursive=True)
+            elif kind == "json" and file_id not in in_use and self.find(file_id) is None:
+                self.delete(file_id)
+            elif kind == "data" and f"{file_id}.json" not in names and made < old:
+                self._system.rm_file(item["name"])
+
+    def _protocols(self) -> tuple[str, ...]:
+        protocol = self._system.protocol
+        return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+    def _data(self, file_id: str) -> str:
+        return f"{self._root}/{file_id}.data"
+
+    def _note(self, file_id: str) -> str:
+        return f"{self._root}/{file_id}.json"
+
+    def _parts(self, upload_id: str) -> str:
+        return f"{self._root}/{upload_id}.parts"
+
+    def _write_json(self, path: str, value: Any) -> None:
+        temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+        with self._system.open(temporary, "wb") as out:
+            out.write(json.dumps(value).encode())
+        self._system.mv(temporary, path)
+
+    def _read_json(self, path: str) -> Any:
+        try:
+            with self._system.open(path, "rb") as note:
+                return json.loads(note.read())
+        except FileNotFoundError:
+            return None

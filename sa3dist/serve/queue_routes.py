@@ -1,0 +1,246 @@
+"""Routes of the queue: submit, run, status, result, cancel, delete, under the hosted endpoint's addresses."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from sa3dist.request.fields import EndpointFields
+from sa3dist.serve import wire
+from sa3dist.serve.bodies import base_of, read_bounded
+from sa3dist.serve.job import Job
+from sa3dist.serve.jobs import RETRIES, QueueFull, Unfinished
+from sa3dist.serve.keys import Caller
+from sa3dist.serve.log_lines import LogReader
+from sa3dist.serve.service import Service, WireError, refusal, service_of
+from sa3dist.serve.submission import accept, refuse_inward
+from sa3dist.serve.tables import QUEUED
+
+routes = APIRouter()
+NORMAL_PRIORITY, LOW_PRIORITY = 10, 100
+KEEP_ALIVE_SECONDS = 15.0
+BODY = {
+    "requestBody": {"required": True, "content": {"application/json": {"schema": EndpointFields.model_json_schema()}}}
+}
+
+
+def app_of(service: Service, owner: str, name: str) -> str:
+    """The application that an address names. Raises WireError."""
+    app = f"{owner}/{name}"
+    if app not in service.options.apps:
+        raise WireError(404, f"Application {app[:200]!r} not found; this server has {', '.join(service.options.apps)}")
+    return app
+
+
+async def submit_job(request: Request, owner: str, name: str) -> Job:
+    """Accept the request's training, or find the one that it repeats."""
+    service = service_of(request)
+    caller, app = service.caller(request), app_of(service, owner, name)
+    service.check_space()
+    webhook = await _webhook(service, request.query_params.get("fal_webhook"))
+    asked = _wishes(request)
+    accepted = await accept(service, caller, await read_bounded(service, request), base_of(request))
+    once = request.headers.get("idempotency-key") or accepted.digest
+    words = {"app": app, "key": caller.id, "settings": accepted.settings, "webhook": webhook, **asked}
+    dedup = hashlib.sha256(json.dumps([caller.id, app, once, webhook]).encode()).hexdigest()
+    while True:
+        try:
+            job = await asyncio.to_thread(service.store.submit, accepted.request, dedup=dedup, **words)
+        except QueueFull as full:
+            raise WireError(429, str(full), headers={"X-Fal-Needs-Retry": "1"}) from full
+        # A later wish for the same is no replay: it gets a job of its own.
+        if time.time() - job.created < service.options.replay_seconds:
+            break
+        dedup = hashlib.sha256(f"{dedup} {job.id}".encode()).hexdigest()
+    service.snapshot.put(job)
+    return job
+
+
+def _wishes(request: Request) -> dict[str, Any]:
+    """What headers and query say about the queue. Raises WireError."""
+    headers, query = request.headers, request.query_params
+    low = headers.get("x-fal-queue-priority", "normal").lower() == "low"
+    wishes: dict[str, Any] = {"priority": LOW_PRIORITY if low else NORMAL_PRIORITY, "retries": RETRIES}
+    if headers.get("x-fal-no-retry", "").lower() in ("1", "true", "yes"):
+        wishes["retries"] = 0
+    timeout = headers.get("x-fal-request-start-timeout") or headers.get("x-fal-request-timeout")
+    for key, text, place in (
+        ("start_timeout", timeout, ["header", "x-fal-request-timeout"]),
+        ("max_queue", query.get("fal_max_queue_length"), ["query", "fal_max_queue_length"]),
+    ):
+        if text is None:
+            continue
+        try:
+            value = float(text) if key == "start_timeout" else int(text[:12])
+        except ValueError:
+            value = -1
+        if not 0 <= value < 1e9:
+            raise WireError(422, [refusal(place, f"{text[:100]!r} is no number, 0 or more")])
+        wishes[key] = value
+    if (most := request.app.state.service.options.max_queue) is not None:
+        wishes["max_queue"] = min(most, wishes.get("max_queue", most))
+    return wishes
+
+
+async def _webhook(service: Service, address: str | None) -> str | None:
+    if not address:
+        return None
+    place = ["query", "fal_webhook"]
+    try:
+        parts = urlsplit(address)
+        if parts.scheme not in ("http", "https") or not parts.hostname or len(address) > 2000 or "\0" in address:
+            raise ValueError("expected an http(s) address")
+        if not service.options.allow_private_webhooks:
+            await refuse_inward(parts.hostname, parts.port or 443)
+    except ValueError as error:
+        raise WireError(422, [refusal(place, str(error))]) from error
+    return address
+
+
+def _answer(body: Any, code: int, job: Job) -> Response:
+    headers = {wire.REQUEST_ID: job.id}
+    if isinstance(body, dict) and body.get("error_type"):
+        headers["X-Fal-Error-Type"] = body["error_type"]
+        if body["error_type"] == "startup_timeout":
+            headers["X-Fal-Request-Timeout-Type"] = "user"
+    return JSONResponse(body, code, headers)
+
+
+@routes.get("/{owner}/{name}/requests/{job_id}/status", tags=["queue"])
+async def get_status(request: Request, owner: str, name: str, job_id: str, logs: str = "0") -> Response:
+    """How far a request is; with logs=1 what the trainer has said so far."""
+    service, base = service_of(request), base_of(request)
+    job = await service.job(job_id, service.caller(request))
+    if logs.lower() not in ("1", "true", "yes"):
+        ready = service.snapshot.answer(job, base)
+        if ready is None:
+            body = wire.status(job, base, service.snapshot.position(job), None)
+            ready = 200 if job.is_finished else 202, json.dumps(body).encode()
+            if service.snapshot.get(job_id) is not None:
+                service.snapshot.keep_answer(job, base, ready)
+        return Response(ready[1], ready[0], {wire.REQUEST_ID: job.id}, "application/json")
+    lines = await asyncio.to_thread(LogReader().read, job)
+    body = wire.status(job, base, service.snapshot.position(job), lines)
+    return JSONResponse(body, 200 if job.is_finished else 202, {wire.REQUEST_ID: job.id})
+
+
+@routes.get("/{owner}/{name}/requests/{job_id}/status/stream", tags=["queue"])
+async def stream_status(request: Request, owner: str, name: str, job_id: str, logs: str = "0") -> Response:
+    """The same as server-sent events, each time something changes, up to the end of the request."""
+    service, base = service_of(request), base_of(request)
+    caller = service.caller(request)
+    await service.job(job_id, caller)
+    wanted = logs.lower() in ("1", "true", "yes")
+    events = _events(service, caller, job_id, base, wanted)
+    return StreamingResponse(events, 200, {wire.REQUEST_ID: job_id, "Cache-Control": "no-cache"}, "text/event-stream")
+
+
+async def _events(service: Service, caller: Caller, job_id: str, base: str, logs: bool) -> AsyncIterator[str]:
+    reader, told = LogReader(), None
+    async with service.waiting_slot():
+        while not service.stopping.is_set():
+            turned = asyncio.ensure_future(service.snapshot.turned())
+            job = await service.job(job_id, caller)
+            lines = await asyncio.to_thread(reader.read, job) if logs and job.state != QUEUED else []
+            body = wire.status(job, base, service.snapshot.position(job), lines)
+            if lines or {**body, "logs": []} != told:
+                told = {**body, "logs": []}
+                yield f"data: {json.dumps(body)}\n\n"
+            if job.is_finished:
+                turned.cancel()
+                return
+            try:
+                await asyncio.wait_for(turned, KEEP_ALIVE_SECONDS)
+            except (TimeoutError, asyncio.TimeoutError):
+                yield ": keep-alive\n\n"
+
+
+@routes.get("/{owner}/{name}/requests/{job_id}", tags=["queue"])
+@routes.get("/{owner}/{name}/requests/{job_id}/response", tags=["queue"])
+async def get_result(request: Request, owner: str, name: str, job_id: str) -> Response:
+    """The result of a request that is done, or why there is none."""
+    service = service_of(request)
+    job = await service.job(job_id, service.caller(request))
+    code, body = wire.answer_of(service, job, base_of(request))
+    return _answer(body, code, job)
+
+
+@routes.put("/{owner}/{name}/requests/{job_id}/cancel", tags=["queue"])
+async def cancel(request: Request, owner: str, name: str, job_id: str) -> Response:
+    """End a request: at once while it waits, after saving while it runs."""
+    service = service_of(request)
+    known = await service.job(job_id, service.caller(request))
+    if known.is_finished:
+        return JSONResponse({"status": "ALREADY_COMPLETED"}, 400, {wire.REQUEST_ID: job_id})
+    job = await asyncio.to_thread(service.store.cancel, job_id)
+    if job is None:
+        raise WireError(404, "Request not found")
+    service.snapshot.put(job)
+    return JSONResponse({"status": "CANCELLATION_REQUESTED"}, 202, {wire.REQUEST_ID: job_id})
+
+
+@routes.delete("/{owner}/{name}/requests/{job_id}", tags=["queue"])
+async def delete(request: Request, owner: str, name: str, job_id: str) -> Response:
+    """Remove a finished request with all its files."""
+    service = service_of(request)
+    job = await service.job(job_id, service.caller(request))
+    try:
+        await asyncio.to_thread(service.store.delete, job_id)
+    except Unfinished as refused:
+        raise WireError(409, str(refused)) from refused
+    service.snapshot.drop(job_id)
+    await asyncio.to_thread(service.delete_files_of, job)
+    return JSONResponse({"status": "DELETED"})
+
+
+@routes.post("/{owner}/{name}", tags=["queue"], openapi_extra=BODY)
+@routes.post("/{owner}/{name}/{sub:path}", tags=["queue"], openapi_extra=BODY, include_in_schema=False)
+async def submit(request: Request, owner: str, name: str, sub: str = "") -> Response:
+    """Queue a training."""
+    job = await submit_job(request, owner, name)
+    body = wire.submitted(job, base_of(request), service_of(request).snapshot.position(job))
+    return JSONResponse(body, 200, {wire.REQUEST_ID: job.id})
+
+
+run_routes = APIRouter(prefix="/run")
+
+
+@run_routes.post("/{owner}/{name}/stream", tags=["run"], openapi_extra=BODY)
+async def run_stream(request: Request, owner: str, name: str) -> Response:
+    """Train, with an event for every change; the last one is the result."""
+    service, base = service_of(request), base_of(request)
+    job = await submit_job(request, owner, name)
+    caller = service.caller(request)
+
+    async def events() -> AsyncIterator[str]:
+        async for event in _events(service, caller, job.id, base, True):
+            yield event
+        done = await service.job(job.id, caller)
+        if done.is_finished:
+            yield f"data: {json.dumps(wire.answer_of(service, done, base)[1])}\n\n"
+
+    return StreamingResponse(events(), 200, {wire.REQUEST_ID: job.id}, "text/event-stream")
+
+
+@run_routes.post("/{owner}/{name}", tags=["run"], openapi_extra=BODY)
+@run_routes.post("/{owner}/{name}/{sub:path}", tags=["run"], openapi_extra=BODY, include_in_schema=False)
+async def run(request: Request, owner: str, name: str, sub: str = "") -> Response:
+    """Train and answer with the result. A connection that drops ends nothing; the same request finds the job again."""
+    service, base = service_of(request), base_of(request)
+    job = await submit_job(request, owner, name)
+    caller = service.caller(request)
+    async with service.waiting_slot():
+        while not (job := await service.job(job.id, caller)).is_finished:
+            if service.stopping.is_set():
+                raise WireError(503, "the server restarts; ask again", "runner_disconnected", {wire.REQUEST_ID: job.id})
+            await service.snapshot.turned()
+    code, body = wire.answer_of(service, job, base)
+    return _answer(body, code, job)

@@ -1,0 +1,198 @@
+"""What all routes of one server share, and the errors that become answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import shutil
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
+
+from fastapi import Request
+
+from sa3dist.errors import SA3DistError
+from sa3dist.serve.files import FileStore, is_id
+from sa3dist.serve.job import Job
+from sa3dist.serve.jobs import JobStore
+from sa3dist.serve.keys import LOCAL, Caller, Keys, Signer
+from sa3dist.serve.server_options import Options
+from sa3dist.serve.snapshot import Snapshot
+
+# The hosted endpoint's words for what is not the input's fault, and their status.
+ERROR_STATUS = {
+    "request_timeout": 504,
+    "startup_timeout": 504,
+    "runner_scheduling_failure": 503,
+    "runner_connection_timeout": 503,
+    "runner_disconnected": 503,
+    "runner_connection_refused": 503,
+    "runner_incomplete_response": 502,
+    "runner_server_error": 500,
+    "client_cancelled": 499,
+    "client_disconnected": 499,
+    "bad_request": 400,
+    "internal_error": 500,
+}
+LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1", "testserver")
+
+
+class WireError(SA3DistError):
+    """A request that is answered with an error: text, or fields with what is wrong with each."""
+
+    def __init__(
+        self,
+        status: int,
+        detail: str | list[dict[str, Any]],
+        error_type: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message_of(detail))
+        self.status, self.detail, self.error_type, self.headers = status, detail, error_type, headers or {}
+
+
+def message_of(detail: str | list[dict[str, Any]]) -> str:
+    """The one line that clients show a person."""
+    if isinstance(detail, str):
+        return detail
+    return "; ".join(f"{'.'.join(map(str, item['loc'][1:]))}: {item['msg']}".removeprefix(": ") for item in detail)
+
+
+def refusal(place: list[str | int], message: str, kind: str = "value_error", **more: Any) -> dict[str, Any]:
+    """One entry of a 422's detail."""
+    return {"loc": place, "msg": message, "type": kind, "url": f"https://errors.pydantic.dev/2/v/{kind}", **more}
+
+
+def result_file(job: Job, path: str) -> Path | None:
+    """One of the files that a job's result names, and no other."""
+    values = (job.result or {}).values()
+    named = {value["path"] for value in values if isinstance(value, dict) and "path" in value}
+    return job.folder / path if path in named else None
+
+
+@dataclasses.dataclass
+class Service:
+    """One server: its options and everything that routes work on."""
+
+    options: Options
+    store: JobStore
+    keys: Keys
+    signer: Signer
+    files: FileStore
+    snapshot: Snapshot
+    stopping: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    uploads: int = 0
+    waiters: int = 0
+
+    def caller(self, request: Request) -> Caller:
+        """Whoever made the request. Raises WireError without a valid key, where one is needed."""
+        scheme, _, word = request.headers.get("authorization", "").partition(" ")
+        if self.options.is_open:
+            return self._local(request)
+        known = None
+        if scheme.lower() in ("key", "bearer"):
+            known = self.keys.caller(word.strip()) or self.signer.token_caller(word.strip())
+        if known is None:
+            raise WireError(401, "invalid key credentials", headers={"WWW-Authenticate": "Key"})
+        return known
+
+    def _local(self, request: Request) -> Caller:
+        """The person at this machine, and no page of another site in that person's browser."""
+        for name in ("host", "origin"):
+            value = request.headers.get(name, "").partition("://")[2] or request.headers.get(name, "")
+            host = value.rpartition(":")[0] if not value.endswith("]") and ":" in value else value
+            if value and host.strip("[]") not in LOOPBACK_NAMES and not self._is_ours(host):
+                raise WireError(403, f"{name} {value[:200]!r} is not this machine; make a key: sa3dist serve keys add")
+        return LOCAL
+
+    def _is_ours(self, host: str) -> bool:
+        return host == self.options.public_url.partition("://")[2].partition(":")[0]
+
+    async def job(self, job_id: str, caller: Caller) -> Job:
+        """A job that the caller may see. Raises WireError for any other, whether it is there or not."""
+        job = self.snapshot.get(job_id)
+        if job is None and len(job_id) == 32 and job_id.isascii() and job_id.isalnum():
+            job = await asyncio.to_thread(self.store.get, job_id)
+        if job is None or not caller.may_see(job.key):
+            raise WireError(404, "Request not found", headers={"X-Fal-Error-Type": "not_found"})
+        return job
+
+    def link_of_result(self, job: Job, base: str, path: str) -> str:
+        """An address of a result file that needs no key until it expires."""
+        expires = int(time.time()) + self.options.link_seconds
+        signature = self.signer.sign("result", [job.id, path], expires)
+        return f"{base}/files/{job.id}/{quote(path)}?expires={expires}&signature={signature}"
+
+    def own_file(self, caller: Caller, path: str, query: str) -> str | None:
+        """Where the trainer reads the file that one of our addresses names; None for any other address.
+
+        A file is its owner's; with a signature that has not expired it is anybody's who has the address.
+        """
+        words = [unquote(word) for word in path.split("/")]
+        if len(words) < 4 or words[1] != "files" or not is_id(words[2]):
+            return None
+        file_id, name = words[2], "/".join(words[3:])
+        note = self.files.find(file_id)
+        if note is not None:
+            return self.files.address(note) if caller.may_see(note.owner) else None
+        job = self.store.get(file_id)
+        asked = dict(parse_qsl(query))
+        signed = self.signer.fits("result", [file_id, name], asked.get("expires", ""), asked.get("signature", ""))
+        found = None if job is None else result_file(job, name)
+        return str(found) if found is not None and (signed or caller.may_see(job.key)) else None
+
+    def delete_files_of(self, job: Job) -> None:
+        """Remove the uploads that this job alone read."""
+        named = {place for place in job.settings.values() if isinstance(place, str)}
+        others = {
+            place
+            for other in self.store.list(job.key, limit=100_000)
+            for place in other.settings.values()
+            if isinstance(place, str)
+        }
+        for value in job.request.values():
+            words = urlsplit(value).path.split("/") if isinstance(value, str) and value[:4] == "http" else []
+            note = self.files.find(words[2]) if len(words) == 4 and words[1] == "files" else None
+            if note is not None and self.files.address(note) in named - others:
+                self.files.delete(note.id)
+
+    def check_space(self) -> None:
+        """Raises WireError when less is free than new work needs."""
+        for folder in (self.options.data_dir, self.store.folder):
+            free = shutil.disk_usage(folder).free
+            if free < self.options.min_free_bytes:
+                raise WireError(
+                    507,
+                    f"less than {self.options.min_free_bytes >> 20} MiB are free here ({free >> 20} MiB); "
+                    f"delete jobs or files, then try again",
+                )
+
+    @contextlib.asynccontextmanager
+    async def upload_slot(self) -> AsyncIterator[None]:
+        """A block that only so many requests are in at a time. Raises WireError."""
+        if self.uploads >= self.options.max_uploads:
+            raise WireError(429, "too many uploads at a time", "concurrent_requests_limit", {"X-Fal-Needs-Retry": "1"})
+        self.uploads += 1
+        try:
+            yield
+        finally:
+            self.uploads -= 1
+
+    @contextlib.asynccontextmanager
+    async def waiting_slot(self) -> AsyncIterator[None]:
+        """The same for connections that wait for a job."""
+        if self.waiters >= self.options.max_waiters:
+            raise WireError(429, "too many open streams", "concurrent_requests_limit", {"X-Fal-Needs-Retry": "1"})
+        self.waiters += 1
+        try:
+            yield
+        finally:
+            self.waiters -= 1
+
+
+def service_of(request: Request) -> Service:
+    """The server that a request came to."""
+    return request.app.state.service

@@ -1,0 +1,164 @@
+"""What a submit asks for: the endpoint's fields checked as the trainer checks them, and the data it may read."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import dataclasses
+import difflib
+import hashlib
+import json
+import socket
+import time
+from typing import Any
+from urllib.parse import unquote_to_bytes, urlsplit
+
+from pydantic import ValidationError
+
+from sa3dist.config import explain
+from sa3dist.data.remote.public_addresses import inward_address
+from sa3dist.model.released import RELEASED
+from sa3dist.request.fields import EndpointFields
+from sa3dist.serve.files import StoredFile, plain_name
+from sa3dist.serve.keys import Caller
+from sa3dist.serve.service import Service, WireError, refusal
+from sa3dist.settings import Settings
+
+DATA_FIELDS = ("audio_data_url", "lora_checkpoint_url")
+RESOLVE_SECONDS = 5.0
+# Stands for an address that is refused already, while the other fields are checked.
+_ACCEPTABLE = "https://example.com/clips.zip"
+
+
+def read_body(body: bytes) -> dict[str, Any]:
+    """The JSON object of a request. Raises WireError for what is none, or cannot be stored."""
+    try:
+        value = json.loads(body, parse_constant=_refuse_constant)
+        text = json.dumps(value, ensure_ascii=False)
+        text.encode()
+    except (ValueError, RecursionError) as error:
+        raise WireError(422, [refusal(["body"], f"no valid JSON: {error}"[:200], "json_invalid")]) from error
+    if not isinstance(value, dict):
+        raise WireError(422, [refusal(["body"], "expected an object with the endpoint's fields", "dict_type")])
+    if "\\u0000" in text:
+        raise WireError(422, [refusal(["body"], "holds a NUL character")])
+    return value
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is no JSON number")
+
+
+def refused_fields(request: dict[str, Any], models: dict[str, str]) -> list[dict[str, Any]]:
+    """What is wrong with a request's fields, one entry each, in the trainer's own words."""
+    known = {name: value for name, value in request.items() if name in EndpointFields.model_fields}
+    found = [_unknown(name) for name in request if name not in known]
+    if "model" in known and known["model"] not in (names := [*models, *(n for n in RELEASED if n not in models)]):
+        found.append(refusal(["body", "model"], f"expected one of {', '.join(names)}", "literal_error"))
+        known.pop("model")
+    try:
+        Settings(**known)
+    except ValidationError as error:
+        found += [_refused(problem) for problem in error.errors(include_url=True)]
+    return found
+
+
+def _unknown(name: str) -> dict[str, Any]:
+    near = difflib.get_close_matches(name, EndpointFields.model_fields, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"the endpoint takes {', '.join(EndpointFields.model_fields)}"
+    return refusal(["body", name[:200]], f"unknown field; {hint}", "extra_forbidden")
+
+
+def _refused(problem: dict[str, Any]) -> dict[str, Any]:
+    field, _, message = explain(problem).partition(": ")
+    place = [field, *problem["loc"][1:]]
+    return refusal(["body", *place], message, problem["type"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Submission:
+    """A request that is accepted: as it is kept, and what the trainer is given in the place of some of its fields."""
+
+    request: dict[str, Any]
+    settings: dict[str, Any]
+    digest: str
+
+
+async def accept(service: Service, caller: Caller, body: bytes, base: str) -> Submission:
+    """Check a request's body and store the data it brings. Raises WireError with everything that is wrong."""
+    request = read_body(body)
+    digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+    kept, settings, problems = dict(request), {}, []
+    inline: list[str] = []
+    for field in DATA_FIELDS:
+        value = request.get(field)
+        if not isinstance(value, str) or not value:
+            continue
+        if value[:5].lower() == "data:":
+            inline.append(field)
+            kept[field] = _ACCEPTABLE
+            continue
+        try:
+            if (place := await _place_of(service, caller, value, base)) is not None:
+                settings[field] = place
+        except ValueError as error:
+            problems.append(refusal(["body", field], str(error)))
+            kept[field] = _ACCEPTABLE
+    problems = refused_fields(kept, service.options.models) + problems
+    if problems:
+        raise WireError(422, problems)
+    for field in inline:
+        note = await asyncio.to_thread(_store_inline, service, caller, field, request[field])
+        kept[field] = f"{base}/files/{note.id}/{note.name}"
+        settings[field] = service.files.address(note)
+    if not service.options.allow_private_data:
+        settings["public_addresses_only"] = True
+    return Submission(kept, settings, digest)
+
+
+async def _place_of(service: Service, caller: Caller, address: str, base: str) -> str | None:
+    """Where a file of our own lies; None for an address that the trainer fetches. Raises ValueError."""
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise ValueError(f"no valid address ({error})") from error
+    if parts.scheme.lower() not in ("http", "https") or not host:
+        raise ValueError("expected an http(s) address, a data: URI, or a file uploaded here")
+    if (own := await asyncio.to_thread(service.own_file, caller, parts.path, parts.query)) is not None:
+        return own
+    if f"{parts.scheme}://{parts.netloc}" in (base, service.options.public_url):
+        raise ValueError("no such file here, or not yours")
+    if not service.options.allow_private_data:
+        await refuse_inward(host, port or 443)
+    return None
+
+
+async def refuse_inward(host: str, port: int) -> None:
+    """Raises ValueError for a host that points inward. The address is checked again where it is connected to."""
+    try:
+        inward = await asyncio.wait_for(asyncio.to_thread(inward_address, host, port), RESOLVE_SECONDS)
+    except (TimeoutError, asyncio.TimeoutError, UnicodeError, socket.gaierror):
+        # Not known now, or not known at all: whoever fetches it will say.
+        return
+    if inward is not None:
+        raise ValueError(f"{inward}: points to this machine or its network; give an address of the open internet")
+
+
+def _store_inline(service: Service, caller: Caller, field: str, uri: str) -> StoredFile:
+    head, comma, data = uri[5:].partition(",")
+    kind, *words = head.split(";")
+    try:
+        if not comma:
+            raise ValueError("no comma")
+        raw = unquote_to_bytes(data)
+        content = base64.b64decode(raw, validate=True) if "base64" in words else raw
+    except (ValueError, binascii.Error) as error:
+        raise WireError(422, [refusal(["body", field], f"no valid data: URI ({error})")]) from error
+    name = plain_name(f"{field}.{kind.rpartition('/')[2] or 'bin'}")
+    note = StoredFile(service.files.new_id(), caller.id, name, kind[:100], len(content), time.time())
+    with service.files.writing(note.id) as out:
+        out.write(content)
+    service.files.keep(note)
+    return note
