@@ -82,7 +82,6 @@ class Scheduler:
             if self._keep_days is not None:
                 self._store.retention(self._keep_days)
             self._store.sweep()
-            forget_locks(Path(self._options.locks))
 
 
 def start_shepherd(store: JobStore, job: Job, options: Options) -> subprocess.Popen:
@@ -107,13 +106,6 @@ def start_shepherd(store: JobStore, job: Job, options: Options) -> subprocess.Po
     except BrokenPipeError:
         log.warning("job %s: its shepherd ended at once; see %s", job.id, job.folder / SHEPHERD_LOG)
     return shepherd
-
-
-def forget_locks(locks: Path) -> None:
-    """Remove the locks of jobs that nobody has used for a day."""
-    for path in locks.glob("job-*"):
-        if time.time() - path.stat().st_mtime > 24 * 3600:
-            path.unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

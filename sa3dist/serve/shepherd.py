@@ -187,7 +187,15 @@ class Shepherd:
 
     def _publish(self, code: int) -> None:
         """Tell the database how the attempt ended: once, under its number."""
-        job, leases, finish = self._job, self._leases, self._keeper.finish
+        job, leases = self._job, self._leases
+
+        def finish(end: Callable[[], bool], is_last: bool = True) -> bool:
+            ended = self._keeper.finish(end)
+            if ended and is_last:
+                # No attempt follows that would ask for it.
+                (Path(self._mark.locks) / f"job-{job.id}").unlink(missing_ok=True)
+            return ended
+
         text = public(attempts.message(self._run, self._log), self._public_names())
         result = attempts.result(job, self._run) if code == EXIT_DONE else None
         if result is not None:
@@ -196,11 +204,11 @@ class Shepherd:
         elif self._keeper.cancelled:
             finish(lambda: leases.cancel(job, code))
         elif code == EXIT_INTERRUPTED:
-            finish(lambda: leases.try_again(job, attempts.failure(job, code, text), code, counts=False))
+            finish(lambda: leases.try_again(job, attempts.failure(job, code, text), code, counts=False), False)
         elif code == EXIT_ENVIRONMENT or code < 0 or code > 128:
             # Of a machine that goes down it is not the job's fault.
             counts = not self._asked_to_stop
-            finish(lambda: leases.try_again(job, attempts.failure(job, code, text), code, counts))
+            finish(lambda: leases.try_again(job, attempts.failure(job, code, text), code, counts), False)
         else:
             finish(lambda: leases.fail(job, attempts.failure(job, code, text), code))
         log.info("ended with %s", f"{code}: {text}" if code != EXIT_USER else code)

@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -69,6 +70,7 @@ def test_a_job_that_is_done_has_its_files(ended):
     said = [json.loads(line)["message"] for line in (job.folder / "logs.jsonl").read_text().splitlines()]
     assert any(line.startswith("train 6/6") for line in said)
     assert not any(str(job.folder) in line for line in said)
+    assert not list(Path(ended[1].locks).glob(f"job-{job.id}"))
 
 
 def test_a_refused_job_names_every_field_and_is_not_tried_again(ended):
