@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sa3dist.listening import health, previews
+from sa3dist.listening import copies, health, previews
 from sa3dist.validation import observer as validation
 
 if TYPE_CHECKING:
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 def observers_of(trainer: Trainer, base: Base, source: BatchSource) -> list[Observer]:
     """In the order they are called; source: the clips that are trained on."""
     settings, group = trainer.settings, trainer.group
+    heard = previews.of_run(settings, base, group, source, trainer.plan.identity["base_sha256"])
     found = [
         validation.of_run(trainer, source),
-        previews.of_run(settings, base, group, source, trainer.plan.identity["base_sha256"]),
+        heard,
+        copies.of_run(settings, heard, source, trainer.step),
         health.of_run(settings, base, group, trainer.step),
     ]
     return [observer for observer in found if observer is not None]

@@ -69,6 +69,11 @@ class ListeningFields(EndpointFields):
     health: bool = Field(
         True, description="how far the adapters have moved the weights, and a verdict, at every save, in health.jsonl"
     )
+    copy_check: bool = Field(
+        True,
+        description="the training clip nearest to every preview, and whether it is nearer than held-out clips get, in "
+        "copies.jsonl",
+    )
 
     @model_validator(mode="after")
     def _check_validation(self) -> ListeningFields:

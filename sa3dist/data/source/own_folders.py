@@ -14,6 +14,7 @@ RUN_FILES = {
     "run.yaml",
     "metrics.jsonl",
     "health.jsonl",
+    "copies.jsonl",
     "status.json",
     "heartbeat.json",
     "result.json",

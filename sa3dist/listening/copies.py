@@ -1,0 +1,226 @@
+"""Watch a run's previews for copies of training clips: encoded as they are made, searched for beside the training."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from sa3dist.cost_model.devices import free_bytes
+from sa3dist.data.latents.cache import frame_peaks
+from sa3dist.data.latents.source import StreamedDataset
+from sa3dist.errors import Interrupted
+from sa3dist.flow.crops import SILENCE_PEAK
+from sa3dist.listening.copy_search import LATENT_PARTS, Job, Search, Sound, read_preview
+from sa3dist.listening.nearest import without_silence
+from sa3dist.model.base import AUTOENCODER_PREFIX
+from sa3dist.model.generation import borrowed_encoders
+from sa3dist.training.memory import USABLE_SHARE
+from sa3dist.training.metrics import RowsFile
+from sa3dist.training.observers import Observation, Observer
+
+if TYPE_CHECKING:
+    from sa3dist.data.batches.batch_source import BatchSource
+    from sa3dist.formats import ClipEntry
+    from sa3dist.listening.previews import Previews
+    from sa3dist.runtime.signals import StopRequest
+    from sa3dist.settings import Settings
+
+log = logging.getLogger(__name__)
+
+COPIES_NAME = "copies.jsonl"
+# How long the end of a run waits for the search.
+CLOSE_SECONDS = 10.0
+ENCODER = f"{AUTOENCODER_PREFIX}encoder."
+
+
+def of_run(settings: Settings, previews: Previews | None, source: BatchSource, step: int) -> Copies | None:
+    """The copy check that ``settings`` ask for; None: none. step: the training goes on from there."""
+    if previews is None or not settings.copy_check:
+        return None
+    if isinstance(source.index, StreamedDataset):
+        if previews.group.is_main:
+            log.info("copies: left out, the clips of a stream are not known")
+        return None
+    return Copies(previews, source, step, min(CLOSE_SECONDS, settings.step_timeout / 2))
+
+
+class Copies(Observer):
+    """Writes a row of ``output_dir/copies.jsonl`` for the previews of every step, on rank 0.
+
+    Previews are encoded where the training computes, between two steps; a thread of its own then searches, and is not
+    waited for but at the end, for ``close_seconds`` at most.
+    """
+
+    name = "copies"
+
+    def __init__(self, previews: Previews, source: BatchSource, step: int, close_seconds: float) -> None:
+        """step: rows of later ones are dropped."""
+        self.previews, self.base, self.group = previews, previews.base, previews.group
+        self.close_seconds = close_seconds
+        self._held_out: list[Sound] | None = None
+        self._step, self._said = step, False
+        self._stop: StopRequest | None = None
+        self._jobs: list[Job] = []
+        self._changed = threading.Condition()
+        self._no_more = self._abandoned = False
+        self._thread: threading.Thread | None = None
+        # Of the search, since they were last told.
+        self._seconds = 0.0
+        if self.group.is_main:
+            self.file = RowsFile(Path(previews.output_dir) / COPIES_NAME, step)
+            frames = math.ceil(previews.how.samples(self.base.config) / self.base.samples_per_frame)
+            self.search = Search(source, frames, self._check)
+
+    def begin(self, stop: StopRequest) -> Observation | None:
+        self._stop = stop
+        # Those of the base stay where a start continues, and so does their row.
+        return self._observe(0) if self._step == 0 else None
+
+    def after_step(self, step: int, stop: StopRequest) -> Observation | None:
+        seen = self._observe(step) if step % self.previews.every == 0 or step == self.previews.last else None
+        if self.group.is_main and self._thread is None and not self._no_more:
+            # After the first step: a loader that is forked before has no thread beside it.
+            self._thread = threading.Thread(target=self._work, name="copies", daemon=True)
+            self._thread.start()
+        return seen
+
+    def after_save(self, step: int) -> None:
+        if step == self.previews.last:
+            # Here already, so that whoever comes next finds the rows.
+            self.close()
+
+    def close(self) -> None:
+        """Wait for the search where it may still end in time; what is not found then is not written."""
+        with self._changed:
+            self._no_more = True
+            self._changed.notify()
+        if self._thread is not None:
+            asked = self._stop is not None and self._stop.requested()
+            self._thread.join(0 if asked or self._abandoned else self.close_seconds)
+            if self._thread.is_alive() and not self._abandoned:
+                log.warning("copies: not searched for to the end, the run is over before")
+            self._abandoned = True
+            # Between two clips.
+            self._thread.join(1.0)
+
+    def _observe(self, step: int) -> Observation | None:
+        """Hand the previews of a step to the search."""
+        if not self.group.is_main:
+            return None
+        begin = time.perf_counter()
+        with contextlib.suppress(Interrupted):
+            try:
+                job = self._job(step)
+                if job.sounds:
+                    with self._changed:
+                        self._jobs.append(job)
+                        self._changed.notify()
+            except Interrupted:
+                raise
+            except Exception as failure:
+                self._say(failure)
+        seconds = time.perf_counter() - begin
+        searched, self._seconds = self._seconds, 0.0
+        return Observation(step, seconds, {"copies_seconds": seconds + searched})
+
+    def _job(self, step: int) -> Job:
+        """The previews of a step that are there, and once the held-out clips, with their latents."""
+        search, folder = self.search, self.previews.folder(step)
+        paths = {int(path.stem): path for path in folder.glob("*.flac")}
+        with self._encoder() as encode:
+            if self._held_out is None:
+                self._held_out = [self._held_out_sound(clip, encode) for clip in search.held_out]
+            sounds = {}
+            for number, path in sorted(paths.items()):
+                audio_CN = read_preview(path)
+                sounds[number] = Sound(functools.partial(read_preview, path), encode(audio_CN) if encode else ())
+        return Job(step, sounds)
+
+    def _held_out_sound(self, clip: ClipEntry, encode: Callable[[np.ndarray], list[np.ndarray]] | None) -> Sound:
+        search = self.search
+        if search.has_audio:
+            return Sound(functools.partial(search.excerpt, clip), encode(search.excerpt(clip)) if encode else ())
+        whole = [search.stored(clip, flipped) for flipped in (False, True)]
+        begin = max(0, whole[0].shape[1] - search.preview_frames) // 2
+        return Sound(None, [frames_DT[:, begin : begin + search.preview_frames] for frames_DT in whole])
+
+    @contextlib.contextmanager
+    def _encoder(self) -> Iterator[Callable[[np.ndarray], list[np.ndarray]] | None]:
+        """What encodes the variants of a sound in this block; None where latents are of no use."""
+        base, device = self.base, self.group.device
+        if not self.search.has_latents:
+            yield None
+            return
+        encoder = [math.prod(shape) for key, shape in base.weights.shapes.items() if key.startswith(ENCODER)]
+        # Its weights in float32, and as much to work with.
+        if base.autoencoder.encoder is None and 8 * sum(encoder) > USABLE_SHARE * free_bytes(device):
+            if not self._said:
+                log.warning("copies: compared without latents, the autoencoder does not fit into the free memory")
+            self._said = True
+            yield None
+            return
+        with contextlib.ExitStack() as stack:
+            if device.type == "cuda":
+                # What was taken is free for whatever the next step needs it for.
+                stack.callback(torch.cuda.empty_cache)
+            stack.enter_context(borrowed_encoders(base))
+            yield self._encode
+
+    def _encode(self, audio_CN: np.ndarray) -> list[np.ndarray]:
+        """Latents (D, T) of a sound from parts of a frame on, in both polarities, as training hears them."""
+        found, size = [], self.base.samples_per_frame
+        for part in range(LATENT_PARTS if self.search.has_audio else 1):
+            shifted_CN = torch.from_numpy(audio_CN[:, part * size // LATENT_PARTS :])
+            for sign in (1, -1):
+                self.group.liveness.progress()
+                self._stop.raise_if_requested("looking for copies")
+                if shifted_CN.shape[1]:
+                    latents_1DT = self.base.encode_audio((sign * shifted_CN)[None].to(self.group.device))
+                    sounds_T = frame_peaks(shifted_CN, size).numpy() >= SILENCE_PEAK
+                    found.append(without_silence(latents_1DT[0].float().cpu().numpy(), sounds_T))
+        return found
+
+    def _check(self) -> None:
+        """Between two clips: raises Interrupted where nobody waits for the result any more."""
+        if self._abandoned:
+            raise Interrupted("the run is over")
+        self._stop.raise_if_requested("looking for copies")
+
+    def _work(self) -> None:
+        with contextlib.suppress(Interrupted):
+            while jobs := self._next_jobs():
+                begin = time.perf_counter()
+                try:
+                    for row in self.search.rows(jobs, self._held_out):
+                        self.file.write(row)
+                        for warning in filter(None, (preview["warning"] for preview in row["previews"])):
+                            log.warning("step %d: %s", row["step"], warning)
+                except Interrupted:
+                    raise
+                except Exception as failure:
+                    self._say(failure)
+                self._seconds += time.perf_counter() - begin
+
+    def _next_jobs(self) -> list[Job]:
+        """All that wait, for one pass over the clips; empty when no more will come."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._no_more)
+            jobs, self._jobs = self._jobs, []
+            return jobs
+
+    def _say(self, failure: Exception) -> None:
+        if not self._said:
+            log.error(
+                "copies: not looked for: %s: %s; training goes on, others are not told", type(failure).__name__, failure
+            )
+        self._said = True

@@ -1,0 +1,176 @@
+"""The clips that previews are compared with, and the search among them, in mel frames and in SAME's latents.
+
+Legend: C channels, N samples, D latent channels or bands, T frames.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sa3dist.data.latents.crops import EncodedCrops
+from sa3dist.data.latents.source import LatentDataset
+from sa3dist.flow.crops import SILENCE_PEAK
+from sa3dist.listening.copying import View, row_of
+from sa3dist.listening.nearest import RANGE_DB, WINDOW_SECONDS, Match, mel_frames, nearest, windows_of, without_silence
+
+if TYPE_CHECKING:
+    from sa3dist.data.batches.batch_source import BatchSource
+    from sa3dist.formats import ClipEntry
+
+# Held-out clips that are compared at most: what more of them could say is little.
+MOST_HELD_OUT = 32
+# A sound that is compared begins anywhere in a frame: so many parts of one are tried.
+MEL_PARTS, LATENT_PARTS = 4, 2
+# Clips whose average spectrum is taken off all.
+MOST_AVERAGED = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Sound:
+    """A preview or a held-out clip to look for.
+
+    audio      gives its samples, float32 (C, N); None: there is no audio
+    latents    of its variants, float32 (D, T) each; empty: there are none
+    """
+
+    audio: Callable[[], np.ndarray] | None
+    latents: Sequence[np.ndarray] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The previews of one step, by number."""
+
+    step: int
+    sounds: dict[int, Sound]
+
+
+class Search:
+    """Looks for previews in the clips that are trained on. ``check`` is called between clips; what it raises ends it.
+
+    After the first call it holds the mel frames of all training clips, 0.7 KB per second of audio, and no latents.
+    """
+
+    def __init__(self, source: BatchSource, preview_frames: int, check: Callable[[], None]) -> None:
+        encoded = source.encoded
+        self.encoded, self.clips, self.check = encoded, source.index.clips, check
+        self.rate, self.hop = encoded.sample_rate_hz, encoded.samples_per_frame
+        self.has_audio = not isinstance(source.index, LatentDataset)
+        self.has_latents = not isinstance(encoded, EncodedCrops)
+        step = max(1, -(-len(source.held_out) // MOST_HELD_OUT))
+        self.held_out: Sequence[ClipEntry] = source.held_out[::step]
+        self.preview_frames = preview_frames
+        self.window = max(2, min(preview_frames, round(WINDOW_SECONDS * self.rate / self.hop)))
+        self._frames: list[tuple[str, np.ndarray]] = []
+        self._latent_centre_D1: np.ndarray | None = None
+        self._null: dict[str, list[float]] = {}
+
+    def excerpt(self, clip: ClipEntry) -> np.ndarray:
+        """The middle of a clip, as long as a preview: float32 (C, N)."""
+        audio_CN, samples = self.encoded.audio(clip).numpy(), self.preview_frames * self.hop
+        begin = max(0, audio_CN.shape[1] - samples) // 2
+        return audio_CN[:, begin : begin + samples]
+
+    def rows(self, jobs: Sequence[Job], held_out: Sequence[Sound]) -> Iterator[dict[str, Any]]:
+        """The rows of ``copies.jsonl`` of some steps, from one pass over the clips. held_out: ``self.held_out``'s."""
+        sounds = [sound for job in jobs for sound in job.sounds.values()]
+        found = {}
+        if self.has_audio:
+            found["mel"] = self._by_mel(sounds, held_out)
+        if self.has_latents and all(len(sound.latents) for sound in (*sounds, *held_out)):
+            found["latent"] = self._by_latents(sounds, held_out)
+        begin = 0
+        for job in jobs:
+            mine = slice(begin, begin := begin + len(job.sounds))
+            views = {name: View(self._null[name], matches[mine]) for name, matches in found.items()}
+            yield row_of(job.step, list(job.sounds), views, len(held_out), self.hop / self.rate)
+
+    def _by_mel(self, sounds: Sequence[Sound], held_out: Sequence[Sound]) -> list[Match]:
+        if not self._frames:
+            found = []
+            for clip in self.clips:
+                self.check()
+                audio_CN = self.encoded.audio(clip).numpy()
+                found.append((clip.key, mel_frames(audio_CN, self.rate, self.hop).astype(np.float16)))
+            averaged = [frames_DT for _, frames_DT in found[:: -(-len(found) // MOST_AVERAGED)]]
+            self._centre_D1 = np.concatenate(averaged, axis=1).astype(np.float32).mean(axis=1, keepdims=True)
+            self._frames = found
+        return self._matches("mel", self._mel_windows, sounds, held_out, self._mel_clips)
+
+    def _mel_windows(self, sound: Sound) -> np.ndarray:
+        self.check()
+        audio_CN = sound.audio()
+        parts = [part * self.hop // MEL_PARTS for part in range(MEL_PARTS)]
+        variants = [mel_frames(audio_CN, self.rate, self.hop, part) for part in parts if part < audio_CN.shape[1]]
+        if np.abs(audio_CN).max() < SILENCE_PEAK:
+            variants = [np.zeros_like(frames_DT) for frames_DT in variants]
+        return windows_of(list(map(self._centred, variants)), self.window)
+
+    def _mel_clips(self) -> Iterator[tuple[str, np.ndarray]]:
+        for key, frames_DT in self._frames:
+            self.check()
+            yield key, self._centred(frames_DT.astype(np.float32))
+
+    def _centred(self, frames_DT: np.ndarray) -> np.ndarray:
+        """Against the average spectrum of the clips; frames that are all at the least level are silent."""
+        return without_silence(frames_DT - self._centre_D1, frames_DT.max(axis=0) > frames_DT.max() - RANGE_DB + 3)
+
+    def _by_latents(self, sounds: Sequence[Sound], held_out: Sequence[Sound]) -> list[Match]:
+        if self._latent_centre_D1 is None:
+            few = self.clips[:: -(-len(self.clips) // MOST_AVERAGED)]
+            averaged = [frames_DT for _, frames_DT in self._stored(few)]
+            self._latent_centre_D1 = np.concatenate(averaged, axis=1).mean(axis=1, keepdims=True)
+
+        def windows(sound: Sound) -> np.ndarray:
+            return windows_of(list(map(self._centred_latents, sound.latents)), self.window)
+
+        def clips() -> Iterator[tuple[str, np.ndarray]]:
+            return ((key, self._centred_latents(frames_DT)) for key, frames_DT in self._stored(self.clips))
+
+        return self._matches("latent", windows, sounds, held_out, clips)
+
+    def _centred_latents(self, frames_DT: np.ndarray) -> np.ndarray:
+        """Against the average of the clips, but where nothing sounds."""
+        return without_silence(frames_DT - self._latent_centre_D1, frames_DT.any(axis=0))
+
+    def _stored(self, clips: Sequence[ClipEntry]) -> Iterator[tuple[str, np.ndarray]]:
+        for clip in clips:
+            self.check()
+            # What is encoded on first use may be there in one polarity, or not yet; sounds come in both.
+            for flipped in (False, True):
+                if self.encoded.has_latents(clip, flipped):
+                    yield clip.key, self.stored(clip, flipped)
+                    break
+
+    def stored(self, clip: ClipEntry, flipped: bool) -> np.ndarray:
+        """The latents of a clip that is encoded, float32 (D, T)."""
+        latents = self.encoded.latents(clip, flipped)
+        latents_DT = latents.latents_DT[:, : latents.valid_frames].numpy()
+        return without_silence(latents_DT, latents.peaks_T.numpy() >= SILENCE_PEAK)
+
+    def _matches(
+        self,
+        view: str,
+        windows: Callable[[Sound], np.ndarray],
+        sounds: Sequence[Sound],
+        held_out: Sequence[Sound],
+        clips: Callable[[], Iterator[tuple[str, np.ndarray]]],
+    ) -> list[Match]:
+        """Matches of ``sounds``; those of held-out clips are found the first time."""
+        new = [] if view in self._null else held_out
+        found = nearest([windows(sound) for sound in (*new, *sounds)], clips())
+        if view not in self._null:
+            self._null[view] = [match.distance for match in found[: len(new)]]
+        return found[len(new) :]
+
+
+def read_preview(path: Path) -> np.ndarray:
+    """float32 (C, N)."""
+    import soundfile
+
+    return np.ascontiguousarray(soundfile.read(path, dtype="float32", always_2d=True)[0].T)
