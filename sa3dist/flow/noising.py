@@ -34,10 +34,10 @@ def noise_latents(
     return (1 - t_B11) * latents_BDT + t_B11 * noise_BDT, noise_BDT - latents_BDT
 
 
-def _mean_over_clips(error_BDT: torch.Tensor, frames_BT: torch.Tensor) -> torch.Tensor:
+def _mean_of_clips(error_BDT: torch.Tensor, frames_BT: torch.Tensor) -> torch.Tensor:
     weight = frames_BT.to(error_BDT.dtype)
     per_clip = (error_BDT.sum(dim=1) * weight).sum(dim=1)
-    return (per_clip / (weight.sum(dim=1) * error_BDT.shape[1] + 1e-8)).mean()
+    return per_clip / (weight.sum(dim=1) * error_BDT.shape[1] + 1e-8)
 
 
 def masked_loss(
@@ -55,14 +55,21 @@ def masked_loss(
     Returns (loss, loss_gen, loss_ctx), scalars, loss = loss_gen + context_weight * loss_ctx. A clip without frames in a
     part contributes 0 to that part. Source: spec/training.md 2.11.
     """
+    gen_B, ctx_B = masked_losses(velocity_BDT, target_BDT, keep_BT, inpaint_mask_B1T)
+    loss_gen, loss_ctx = gen_B.mean(), ctx_B.mean()
+    return loss_gen + context_weight * loss_ctx, loss_gen, loss_ctx
+
+
+def masked_losses(
+    velocity_BDT: torch.Tensor, target_BDT: torch.Tensor, keep_BT: torch.Tensor, inpaint_mask_B1T: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``masked_loss`` is the mean of: (generated, context) of each clip, both of shape (B,)."""
     wide = torch.promote_types(velocity_BDT.dtype, torch.float32)
     keep = keep_BT.bool()
     context = inpaint_mask_B1T[:, 0].bool()
     # Frames that do not count may hold anything; 0 * nan would still be nan.
     error = torch.where(keep[:, None, :], velocity_BDT.to(wide) - target_BDT.to(wide), 0.0).square()
-    loss_gen = _mean_over_clips(error, keep & ~context)
-    loss_ctx = _mean_over_clips(error, keep & context)
-    return loss_gen + context_weight * loss_ctx, loss_gen, loss_ctx
+    return _mean_of_clips(error, keep & ~context), _mean_of_clips(error, keep & context)
 
 
 SINKHORN_ROUNDS = 20

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sa3dist import flow
+from sa3dist.flow.noising import masked_losses
 
 if TYPE_CHECKING:
     from sa3dist.data.batches.micro_batch import MicroBatch
@@ -15,10 +15,13 @@ if TYPE_CHECKING:
 
 # What ``micro_batch_loss`` gives: the loss that is trained, then its parts. Each is a column of metrics.jsonl.
 LOSSES = ("loss", "loss_gen", "loss_ctx")
+# Beside them: sums of the clips' losses, and the clips, with t in [0, 0.2), [0.2, 0.4), ...
+TIME_BINS = 5
+BY_TIME = tuple(f"{what}_{number}" for what in ("time_losses", "time_clips") for number in range(TIME_BINS))
 
 
 def micro_batch_loss(base: Base, batch: MicroBatch, settings: Settings) -> dict[str, torch.Tensor]:
-    """The ``LOSSES`` of one micro batch by name, each of shape (), on the device where the micro batch is.
+    """The ``LOSSES`` of one micro batch and ``BY_TIME`` by name, each of shape (), on the device of the micro batch.
 
     settings   gives ``mixed_precision`` and ``context_weight``
     """
@@ -41,5 +44,15 @@ def micro_batch_loss(base: Base, batch: MicroBatch, settings: Settings) -> dict[
         )
     mask_B1T = batch.inpaint_mask_B1T
     keep_BT = torch.ones_like(mask_B1T[:, 0], dtype=torch.bool) if batch.keep_BT is None else batch.keep_BT
-    parts = flow.masked_loss(velocity_BDT, batch.target_BDT, keep_BT, mask_B1T, settings.context_weight)
-    return dict(zip(LOSSES, parts, strict=True))
+    gen_B, ctx_B = masked_losses(velocity_BDT, batch.target_BDT, keep_BT, mask_B1T)
+    loss_gen, loss_ctx = gen_B.mean(), ctx_B.mean()
+    parts = loss_gen + settings.context_weight * loss_ctx, loss_gen, loss_ctx
+    losses_B = (gen_B + settings.context_weight * ctx_B).detach()
+    return dict(zip((*LOSSES, *BY_TIME), (*parts, *_by_time(losses_B, batch.t_B)), strict=True))
+
+
+def _by_time(losses_B: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+    """``BY_TIME``; t = 1 belongs to the last. On the device, so that no step waits for it."""
+    bins_B = (t_B * TIME_BINS).floor().clamp(max=TIME_BINS - 1)
+    chosen_NB = (torch.arange(TIME_BINS, device=t_B.device)[:, None] == bins_B).to(losses_B.dtype)
+    return torch.cat([(chosen_NB * losses_B).sum(dim=1), chosen_NB.sum(dim=1)])

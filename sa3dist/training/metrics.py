@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sa3dist.formats import write_whole
 from sa3dist.tracking.background import Trackers
+from sa3dist.training.loss import BY_TIME, TIME_BINS
 from sa3dist.training.memory import memory_figures
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class MetricsLogger:
         self._begin = self._clock = time.perf_counter()
         self._first = self._last_logged = trainer.step
         self._waited = self._silent = 0.0
+        self._by_time = [0.0] * len(BY_TIME)
         self._observed: dict[str, float] = {}
 
     def add_observation(self, seen: Observation | None) -> None:
@@ -126,7 +128,10 @@ class MetricsLogger:
         """
         trainer, plan, step = self._trainer, self._trainer.plan, self._trainer.step
         row = {"step": step, **figures}
-        waited, silent, _ = (row.pop(name) for name in ("data_wait_seconds", "silent_crops", "stop"))
+        waited, silent, _, *by_time = (
+            row.pop(name) for name in ("data_wait_seconds", "silent_crops", "stop", *BY_TIME)
+        )
+        self._by_time = [total + value for total, value in zip(self._by_time, by_time, strict=True)]
         self._waited += waited
         self._silent += silent
         if self._startup and step == self._first + 1:
@@ -134,6 +139,9 @@ class MetricsLogger:
         now = time.perf_counter()
         data_wait = self._waited / (now - self._clock)
         if last or step % trainer.settings.log_every == 0:
+            pairs = zip(self._by_time[:TIME_BINS], self._by_time[TIME_BINS:], strict=True)
+            row["loss_by_timestep"] = [losses / clips if clips else None for losses, clips in pairs]
+            self._by_time = [0.0] * len(BY_TIME)
             row |= {"clips_seen": step * plan.global_batch, "silent_crops": int(self._silent)}
             if trainer.cursors is None:
                 row["epoch"] = step * plan.global_batch / len(plan.clip_keys)

@@ -24,7 +24,7 @@ from sa3dist.runtime.liveness import AVERAGING
 from sa3dist.runtime.process_group import Group, main_process_first
 from sa3dist.training import checkpoint
 from sa3dist.training.cuda_graphs import CudaGraphs
-from sa3dist.training.loss import LOSSES, micro_batch_loss
+from sa3dist.training.loss import BY_TIME, LOSSES, micro_batch_loss
 from sa3dist.training.lr_schedule import Schedule
 from sa3dist.training.memory import ending
 from sa3dist.training.rank_checks import check_ranks_agree, name_the_non_finite
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 COMPUTING = "computing gradients"
 
 # Summed over the step's micro batches and over the ranks; they travel with the gradients.
-SUMS = (*LOSSES, "silent_crops", "repeated_clips", "failed", "stop", "saving")
+SUMS = (*LOSSES, *BY_TIME, "silent_crops", "repeated_clips", "failed", "stop", "saving")
 
 
 class Trainer:
@@ -130,7 +130,7 @@ class Trainer:
         self._clips = [clips for clips, _ in losses]
         if self.cursors is not None:
             self.cursors.advance(repeated=round(sums["repeated_clips"]))
-        counts = {name: sums[name] for name in ("silent_crops", "stop")}
+        counts = {name: sums[name] for name in ("silent_crops", "stop", *BY_TIME)}
         return {**means, "grad_norm": grad_norm, "lr": rate, **counts, "data_wait_seconds": waited}
 
     def _accumulate(
@@ -178,15 +178,15 @@ class Trainer:
         self.group.liveness.begin(COMPUTING)
         run_pass = self.graphs or self._pass
         losses = torch.stack(run_pass(batch if self.ladder is None else self.ladder(batch), last))
-        self.engine.scalars[: len(LOSSES)] += losses
+        self.engine.scalars[: len(losses)] += losses
         self._add_to_sums(silent_crops=batch.silent_crops, repeated_clips=batch.repeated_clips)
         return losses[LOSSES.index("loss")]
 
     def _pass(self, batch: MicroBatch, last: bool) -> tuple[torch.Tensor, ...]:
-        """Forward and backward pass of one micro batch: adds its gradients, returns its ``LOSSES``."""
+        """Forward and backward pass of one micro batch: adds its gradients, returns its ``LOSSES`` and ``BY_TIME``."""
         losses = self.engine.losses(batch)
         self.engine.backward(losses["loss"] / self.plan.accumulation, last)
-        return tuple(losses[name].detach() for name in LOSSES)
+        return tuple(losses[name].detach() for name in (*LOSSES, *BY_TIME))
 
     def _recordable_pass(self, batch: MicroBatch) -> tuple[torch.Tensor, ...]:
         """The same for a graph, which cannot know what other micro batches have found, nor send anything away."""

@@ -18,6 +18,7 @@ from sa3dist.adapters.layers import cached_norms
 from sa3dist.errors import counted
 from sa3dist.formats import write_json
 from sa3dist.model.compiled import uncompiled
+from sa3dist.runtime import lease
 from sa3dist.runtime.process_group import main_process_first, run_on_all_ranks
 from sa3dist.training.observers import Observation, Observer
 from sa3dist.validation.fixed_set import TIMES, FixedSet
@@ -125,6 +126,7 @@ class Validation(Observer):
         tensors = trainer.engine.adapters()
         self.history.best = step, loss
         if self.group.is_main:
+            lease.end_if_over()
             description = trainer.description()
             extras = {key: description[key] for key in EXTRA_KEYS if key in description}
             config = trainer.base.adapter_config

@@ -12,7 +12,7 @@ import math
 
 FP32_BYTES, BF16_BYTES = 4, 2
 # Losses, stop and trouble flags that travel with the gradients; see trainer.py.
-SCALAR_BYTES = 8 * FP32_BYTES
+SCALAR_BYTES = 18 * FP32_BYTES
 # Gradients leave in pieces of this many values; see parallel/reduction.py.
 BUCKET_ELEMENTS = 1 << 22
 # Of a micro batch's computing, and how much of a pass the network can really work beside: the first layers' gradients
