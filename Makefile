@@ -8,7 +8,7 @@ OUT ?= kernels/benchmarks/results
 # Most tests keep one core busy; whole files stay together because they share what they prepare.
 PARALLEL ?= --numprocesses 2 --dist loadfile
 
-.PHONY: demo test fast-test lint format bench gpu-check clean
+.PHONY: demo test test-services fast-test lint format bench gpu-check clean
 
 # The stamp, not the folder, says that an install finished.
 $(VENV)/.installed: pyproject.toml
@@ -27,6 +27,14 @@ test: $(VENV)/.installed
 
 fast-test: $(VENV)/.installed
 	$(RUN) -m pytest $(PARALLEL) -m "not slow"
+
+# The hosted endpoint's own clients, as they are, against a started server. Needs node and npm.
+test-services: $(VENV)/.installed
+	rm -rf $(VENV)/clients
+	$(RUN) -m pip install --quiet --target $(VENV)/clients/fal-client-newest fal-client
+	$(RUN) -m pip install --quiet --target $(VENV)/clients/fal-client-1.0.0 fal-client==1.0.0
+	npm install --silent --no-audit --prefix $(VENV)/clients @fal-ai/client
+	SA3_REQUIRE_TOOLS=1 $(RUN) -m pytest tests/serve/test_clients.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,146 @@
+"""The hosted endpoint's clients, unmodified, against a started server: each trains, cancels, uploads and is refused."""
+
+import base64
+import contextlib
+import hashlib
+import http.server
+import json
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from safetensors import safe_open
+
+from tests.helpers.golden import ROOT
+from tests.helpers.program import ENVIRONMENT
+from tests.helpers.tools import need
+
+pytestmark = pytest.mark.slow
+# Where make test-services puts the clients.
+CLIENTS = ROOT / ".venv" / "clients"
+PROGRAMS = Path(__file__).parent / "clients"
+DEADLINE = 120
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def serving(folder: Path, base: Path, *more: str):
+    """A started server; gives its address."""
+    port = free_port()
+    words = ["--port", str(port), "--data-dir", str(folder / "data"), "--model", f"medium-base={base}"]
+    settings = ["mixed_precision=no", "num_workers=0", "log_every=1"]
+    words += [word for setting in settings for word in ("--set", setting)]
+    command = [sys.executable, "-m", "sa3dist.cli", "serve", *words, *more]
+    with (folder / "server.log").open("wb") as log:
+        server = subprocess.Popen(
+            command, env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+        )
+        try:
+            deadline = time.monotonic() + DEADLINE
+            while time.monotonic() < deadline:
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                    break
+                assert server.poll() is None, (folder / "server.log").read_text()
+                time.sleep(0.1)
+            yield f"{'https' if '--tls' in more else 'http'}://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            server.wait()
+
+
+@contextlib.contextmanager
+def receiving():
+    """A receiver of webhooks: .url, and .calls as (headers, body)."""
+
+    class Receiver(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.server.calls.append((self.headers, self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as running:
+        running.calls, running.url = [], f"http://127.0.0.1:{running.server_port}/hook"
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def last_line(command: list[str], folder: Path, **environment: str) -> dict:
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=4 * DEADLINE
+    )
+    assert done.returncode == 0, done.stderr[-3000:] + (folder / "server.log").read_text()[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_signature(call, server: str, authority: Path) -> dict:
+    """The body of a webhook whose signature fits the server's published key."""
+    headers, body = call
+    context = ssl.create_default_context(cafile=authority)
+    with urllib.request.urlopen(f"{server}/.well-known/jwks.json", context=context) as answer:
+        (key,) = json.load(answer)["keys"]
+    public = Ed25519PublicKey.from_public_bytes(base64.urlsafe_b64decode(key["x"] + "="))
+    words = [headers[f"X-Fal-Webhook-{name}"] for name in ("Request-Id", "User-Id", "Timestamp")]
+    text = "\n".join([*words, hashlib.sha256(body).hexdigest()])
+    public.verify(bytes.fromhex(headers["X-Fal-Webhook-Signature"]), text.encode())
+    return json.loads(body)
+
+
+@pytest.mark.parametrize("version", ["newest", "1.0.0"])
+def test_the_python_client_trains_cancels_uploads_and_is_refused(version, tmp_path, demo_base, demo_clips):
+    client = CLIENTS / f"fal-client-{version}"
+    need(client.is_dir(), f"fal-client {version}")
+    with receiving() as receiver, serving(tmp_path, demo_base, "--tls", "--allow-private-webhooks") as server:
+        authority = tmp_path / "data" / "tls" / "ca.pem"
+        host = server.partition("://")[2]
+        hosts = {"FAL_RUN_HOST": f"{host}/run", "FAL_QUEUE_RUN_HOST": host, "FAL_KEY": "local:none"}
+        command = [sys.executable, str(PROGRAMS / "train.py"), server, receiver.url, str(demo_clips)]
+        seen = last_line(command, tmp_path, **hosts, SSL_CERT_FILE=str(authority), PYTHONPATH=str(client))
+        deadline = time.monotonic() + DEADLINE
+        while not receiver.calls and time.monotonic() < deadline:
+            time.sleep(0.1)
+        told = check_signature(receiver.calls[0], server, authority)
+    assert version in ("newest", seen["version"])
+    assert seen["updates"][-1] == "Completed"
+    assert seen["logs"] > 0
+    with safe_open(tmp_path / "lora.safetensors", "pt") as adapter:
+        assert len(list(adapter.keys())) > 0
+    assert {"config_file", "lora_file"} <= set(seen["run"])
+    assert (seen["refused"], seen["unknown"]) == (422, 404)
+    assert (seen["waiting"], seen["cancelled_queued"], seen["cancelled_running"]) == ("Queued", 499, 499)
+    assert seen["streamed"] == "Completed"
+    assert (seen["large"], seen["large_is_whole"]) == (130 << 20, True)
+    assert (told["request_id"], told["status"]) == (seen["request"], "ERROR")
+
+
+def test_the_javascript_client_trains_cancels_uploads_and_is_refused(tmp_path, demo_base, demo_clips):
+    need(shutil.which("node") and (CLIENTS / "node_modules").is_dir(), "node and @fal-ai/client")
+    with serving(tmp_path, demo_base) as server:
+        command = ["node", str(PROGRAMS / "train.mjs"), str(CLIENTS), server, str(demo_clips)]
+        seen = last_line(command, tmp_path)
+    assert seen["updates"][-1] == "COMPLETED"
+    assert seen["logs"] > 0
+    assert seen["lora"] == seen["size"] > 0
+    assert len(seen["requestId"]) == 32
+    assert seen["refused"] == [422, ["body", "rank"]]
+    assert seen["unknown"] == 404
+    assert seen["streamed"][-1] == "COMPLETED"
+    assert seen["large"] == 130 << 20
