@@ -58,6 +58,7 @@ PROGRAMS = {
     "verify": ("whether a program takes every layer of an adapter file", "sa3dist.commands.verify"),
     "publish": ("upload an adapter with its card to the Hugging Face hub", "sa3dist.commands.publish"),
     "serve": ("an HTTP endpoint that the hosted one's clients use unchanged", "sa3dist.commands.serve"),
+    "report": ("write the page of a run, or compare runs", "sa3dist.commands.report"),
     "submit": ("start a run on this machine, under Slurm or on Kubernetes", "sa3dist.commands.submit"),
 }
 

@@ -114,7 +114,8 @@ def _run_connected(settings: Settings, stop: StopRequest, stages: Callable[[Run]
             stop.raise_if_requested("starting")
             out_of_memory_at_step = take_output_dir(group, settings.output_dir, stop, watchdog)
             running.append(Run(settings, group, stop, out_of_memory_at_step))
-            stages(running[0])
+            with recording(settings, group):
+                stages(running[0])
             part(group, GOODBYE_SECONDS)
         except Exception as failure:
             reason = leave(group, failure, watchdog.told)
@@ -122,6 +123,15 @@ def _run_connected(settings: Settings, stop: StopRequest, stages: Callable[[Run]
                 raise
             raise reason from failure
     disconnect()
+
+
+def recording(settings: Settings, group: Group) -> contextlib.AbstractContextManager[None]:
+    """Keeps the run's warnings in warnings.jsonl on rank 0: a run that continues appends to those of before."""
+    from sa3dist.report.recorder import recorded_warnings
+    from sa3dist.training import checkpoint
+
+    begins = settings.resume == "never" or not checkpoint.list_all(settings.output_dir)
+    return recorded_warnings(settings.output_dir, begins) if group.is_main else contextlib.nullcontext()
 
 
 def take_output_dir(group: Group, directory: Path, stop: StopRequest, watchdog: Watchdog) -> int | None:

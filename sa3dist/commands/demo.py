@@ -131,6 +131,7 @@ def main() -> int:
 
     from sa3dist import train
     from sa3dist.model.tiny import write_tiny_base
+    from sa3dist.report.page import PAGE_NAME
 
     # The tiny base's operations are too small to share: on a busy machine threads cost more than they give.
     torch.set_num_threads(1)
@@ -148,6 +149,8 @@ def main() -> int:
             f"{with_adapter:.4f} with it and {without:.4f} without, {fallen:.0f} % lower.",
             file=sys.stderr,
         )
+        # The last line, for whoever looks for what to open.
+        print(f"Its page, with what can be heard: {(FOLDER / 'run' / PAGE_NAME).resolve()}", file=sys.stderr)
     return code
 
 

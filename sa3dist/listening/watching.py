@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sa3dist.listening import copies, health, previews
+from sa3dist.listening import health, previews
+from sa3dist.report import background
 from sa3dist.validation import observer as validation
 
 if TYPE_CHECKING:
@@ -23,5 +25,6 @@ def observers_of(trainer: Trainer, base: Base, source: BatchSource) -> list[Obse
         heard,
         copies.of_run(settings, heard, source, trainer.step),
         health.of_run(settings, base, group, trainer.step),
+        background.of_run(settings, group, trainer.step),
     ]
     return [observer for observer in found if observer is not None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -73,6 +73,12 @@ class ListeningFields(EndpointFields):
         True,
         description="the training clip nearest to every preview, and whether it is nearer than held-out clips get, in "
         "copies.jsonl",
+    )
+
+    # The page.
+    report: bool = Field(True, description="write output_dir/report.html at every save, by another process")
+    report_audio: Literal["inside", "beside"] = Field(
+        "inside", description="previews inside report.html, as far as 20 MB hold them, or played from output_dir"
     )
 
     @model_validator(mode="after")

@@ -22,6 +22,9 @@ RUN_FILES = {
     "lora.best.safetensors",
     "run.lock",
     "trackers.json",
+    "report.html",
+    "warnings.jsonl",
+    "starts.jsonl",
 }
 _RUN_FOLDERS = ("checkpoints", "checkpoints-aside", "exported", "previews", "previews-aside")
 # Folders in an output_dir, and in a work directory, with the names of everything that lies in them.

@@ -1,0 +1,48 @@
+"""`sa3dist report`: the page of a run, or of several side by side."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from sa3dist.data.remote.local_paths import home_path
+from sa3dist.errors import ConfigError
+from sa3dist.report.page import MEGABYTES, PAGE_NAME, write_report
+from sa3dist.runtime.exit_status import run_command
+
+# Of several runs, which lie in different folders.
+COMPARISON_NAME = "comparison.html"
+ARGUMENTS = {
+    "runs": {"nargs": "+", "type": home_path, "metavar": "RUN", "help": "a run's output_dir; several are compared"},
+    "--output": {
+        "type": home_path,
+        "metavar": "FILE",
+        "help": f"the page; left out: RUN/{PAGE_NAME}, of several runs {COMPARISON_NAME} in the working directory",
+    },
+    "--audio": {
+        "choices": ("inside", "beside"),
+        "default": "inside",
+        "help": "previews inside the page, or played from the runs' folders",
+    },
+    "--megabytes": {
+        "type": float,
+        "default": MEGABYTES,
+        "help": "largest page; previews that do not fit are played from the runs' folders (default %(default)g)",
+    },
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when written; 2, with one line, where a folder is none of a run."""
+    about = "Write what a run has left as one HTML page that needs nothing else: curves, previews, settings, warnings."
+    return run_command("sa3dist report", ARGUMENTS, report, argv, description=about)
+
+
+def report(options: argparse.Namespace) -> None:
+    """Write the page that ``options`` ask for and print its path."""
+    if not options.megabytes > 0:
+        raise ConfigError(f"--megabytes: {options.megabytes} leaves no page; give a number above 0")
+    page = options.output or (options.runs[0] / PAGE_NAME if len(options.runs) == 1 else Path(COMPARISON_NAME))
+    if page.is_dir():
+        raise ConfigError(f"--output: {page} is a folder; name a file")
+    write_report(options.runs, page, options.megabytes, inside=options.audio == "inside")
+    print(f"wrote {page}")

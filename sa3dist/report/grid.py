@@ -1,0 +1,186 @@
+"""Previews side by side: a row for each prompt, a column for each step or run; and which stand inside the page."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import soundfile
+
+from sa3dist.formats import ClipEntry
+from sa3dist.report.run_folder import Preview, RunFolder, is_number
+from sa3dist.report.sound import data_url, ogg, training_clip
+
+# How much of a training clip is played where nothing says how long the preview is.
+NEAREST_SECONDS = 10.0
+
+
+@dataclasses.dataclass
+class Nearest:
+    """The training clip that is nearest to a preview, as copies.jsonl names it. audio: its address, "" for none."""
+
+    clip: str
+    begin_seconds: float
+    rank: float | None
+    warning: str
+    audio: str = ""
+
+
+@dataclasses.dataclass
+class Cell:
+    """One preview. audio, picture: their addresses, which may hold them; file: the FLAC file beside the page."""
+
+    preview: Preview
+    file: str
+    audio: str
+    picture: str
+    nearest: Nearest | None = None
+
+    @property
+    def inside(self) -> bool:
+        return self.audio.startswith("data:")
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """The previews of one step of a run; ``notes``: what is said of it beside the step."""
+
+    run: RunFolder
+    step: int
+    label: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """columns from the base to the newest; rows: (prompt, its cell or None by column). left: clips that lie beside."""
+
+    columns: list[Column]
+    rows: list[tuple[str, list[Cell | None]]]
+    left: int
+
+
+class Space:
+    """How many bytes a page may still take."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def take(self, address: str) -> bool:
+        """Whether ``address`` fits; it is then counted."""
+        if len(address) > self.left:
+            return False
+        self.left -= len(address)
+        return True
+
+
+def make_grid(runs: Sequence[RunFolder], page: Path, space: Space, inside: bool) -> Grid:
+    """page: where it will lie, for addresses of files beside it. inside: whether clips may stand in it."""
+    columns = _columns(runs)
+    by_column = [_cells(column, page) for column in columns]
+    # The newest first, then the base, then the best; the others from the newest on, until the page is full.
+    order = sorted(range(len(columns)), key=lambda n: (not columns[n].notes, "newest" not in columns[n].notes, -n))
+    for number in order if inside else ():
+        for cell in by_column[number].values():
+            _put_inside(cell, space)
+        if not columns[number].notes and not all(cell.inside for cell in by_column[number].values()):
+            break
+    for number in order:
+        if {"newest", "best"} & set(columns[number].notes):
+            for cell in by_column[number].values():
+                _put_nearest_inside(columns[number].run, cell, space)
+    keys = dict.fromkeys(key for cells in by_column for key in cells)
+    rows = [(prompt, [cells.get((number, prompt)) for cells in by_column]) for number, prompt in sorted(keys)]
+    left = sum(not cell.inside for cells in by_column for cell in cells.values())
+    return Grid(columns, rows, left)
+
+
+def _columns(runs: Sequence[RunFolder]) -> list[Column]:
+    found = []
+    for run in runs:
+        steps = list(run.previews)
+        for step in steps:
+            notes = [
+                *(["base"] if step == 0 else []),
+                *(["newest"] if step and step == steps[-1] else []),
+                *(["best"] if step and step == _best_of(run, steps) else []),
+            ]
+            # Beside other runs only what decides; bases are equal.
+            if len(runs) == 1 or (notes and not (step == 0 and any(column.step == 0 for column in found))):
+                label = f"step {step}" if step else "the base"
+                of_run = f"{run.name}, {label}" if len(runs) > 1 and step else label
+                found.append(Column(run, step, of_run, tuple(notes)))
+    return found
+
+
+def _best_of(run: RunFolder, steps: Sequence[int]) -> int | None:
+    """The step of the previews nearest to the best checkpoint."""
+    later = [step for step in steps if step]
+    return min(later, key=lambda step: abs(step - run.best_step)) if later and run.best_step is not None else None
+
+
+def _cells(column: Column, page: Path) -> dict[tuple[int, str], Cell]:
+    found = {}
+    for number, preview in column.run.previews[column.step].items():
+        file = _address(preview.audio, page)
+        picture = _address(preview.picture, page) if preview.picture.exists() else ""
+        found[number, preview.prompt] = Cell(preview, file, file, picture, _nearest(column.run, preview))
+    return found
+
+
+def _address(path: Path, page: Path) -> str:
+    """How the page names a file beside it."""
+    return quote(Path(os.path.relpath(path, page.parent)).as_posix())
+
+
+def _nearest(run: RunFolder, preview: Preview) -> Nearest | None:
+    for row in run.copies:
+        if row["step"] == preview.step:
+            for found in _dicts(row.get("previews")):
+                if found.get("number") == preview.number and found.get("clip"):
+                    begin = found.get("seconds")
+                    rank = found.get("rank")
+                    return Nearest(
+                        str(found["clip"]),
+                        begin if is_number(begin) else 0.0,
+                        rank if is_number(rank) else None,
+                        str(found.get("warning") or ""),
+                    )
+    return None
+
+
+def _dicts(value: Any) -> Iterator[dict[str, Any]]:
+    yield from (item for item in value if isinstance(item, dict)) if isinstance(value, list) else ()
+
+
+def _put_inside(cell: Cell, space: Space) -> None:
+    # A clip that is gone or torn stays an address.
+    with contextlib.suppress(OSError, soundfile.SoundFileError):
+        audio = data_url("audio/ogg", ogg(cell.preview.audio))
+        if space.take(audio):
+            cell.audio = audio
+            if cell.picture:
+                picture = data_url("image/png", cell.preview.picture.read_bytes())
+                cell.picture = picture if space.take(picture) else cell.picture
+
+
+def _put_nearest_inside(run: RunFolder, cell: Cell, space: Space) -> None:
+    clip = cell.nearest and _entry(run, cell.nearest.clip)
+    if clip is None:
+        return
+    seconds = cell.preview.about.get("seconds")
+    with contextlib.suppress(OSError, soundfile.SoundFileError):
+        source = training_clip(run.index, clip)
+        audio = ogg(source, cell.nearest.begin_seconds, seconds if is_number(seconds) else NEAREST_SECONDS)
+        address = data_url("audio/ogg", audio)
+        cell.nearest.audio = address if space.take(address) else ""
+
+
+def _entry(run: RunFolder, key: str) -> ClipEntry | None:
+    clips = run.index.clips if run.index else ()
+    return next((clip for clip in clips if clip.key == key), None)

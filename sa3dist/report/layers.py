@@ -1,0 +1,55 @@
+"""The picture of layers: kinds of layer downwards, blocks of the network to the right, each with its figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from sa3dist.report.run_folder import is_number
+
+FIGURES = {"update_ratio": "size of the update", "effective_rank": "effective rank", "drift": "magnitude drift"}
+_BLOCK = re.compile(r"(?<=\.)(\d+)(?=\.)")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPicture:
+    """blocks: numbers above the columns. rows: (kind, a layer's figures or None by block). others: without a block."""
+
+    blocks: list[int]
+    rows: list[tuple[str, list[dict[str, Any] | None]]]
+    others: list[dict[str, Any]]
+    learning_most: list[dict[str, Any]]
+
+
+def layer_picture(layers: Any, most: int = 8) -> LayerPicture | None:
+    """The picture of a row's ``layers``; None where it has none. most: how many of those that learn most are named."""
+    found = [layer for layer in map(_layer, layers if isinstance(layers, list) else ()) if layer]
+    if not found:
+        return None
+    kinds: dict[str, dict[int, dict[str, Any]]] = {}
+    others = []
+    for layer in found:
+        block = _BLOCK.search(layer["name"])
+        if block is None:
+            others.append(layer)
+        else:
+            kinds.setdefault(layer["name"][block.end() + 1 :], {})[int(block[1])] = layer
+    blocks = sorted({block for by_block in kinds.values() for block in by_block})
+    rows = [(kind, [by_block.get(block) for block in blocks]) for kind, by_block in kinds.items()]
+    ranked = sorted(found, key=lambda layer: layer.get("update_ratio", 0.0), reverse=True)
+    return LayerPicture(blocks, rows, others, ranked[:most])
+
+
+def _layer(value: Any) -> dict[str, Any] | None:
+    """Its name and those of FIGURES that are numbers."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return None
+    figures = {}
+    for key in FIGURES:
+        number = value.get(key)
+        # Drift is given by its mean, or as the same dict as the run's.
+        number = number.get("mean") if isinstance(number, dict) else number
+        if is_number(number):
+            figures[key] = number
+    return {"name": value["name"], **figures}

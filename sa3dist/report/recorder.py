@@ -1,0 +1,84 @@
+"""What a run writes down for its page beside rows and clips: its warnings, and what each start ran on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import platform
+import socket
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from sa3dist.formats import write_whole
+from sa3dist.report.run_folder import STARTS_NAME, WARNINGS_NAME, without_keys
+
+
+class _WarningsFile(logging.Handler):
+    """Appends warnings and errors, one JSON object per line. What cannot be written ends nothing."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(logging.WARNING)
+        self._path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # The message stands on stderr in any case; a full disk is told by what needs the disk.
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            message = without_keys(record.getMessage())
+            row = {"time": now(), "level": record.levelname.lower(), "message": message}
+            _append(self._path, row)
+
+
+@contextlib.contextmanager
+def recorded_warnings(output_dir: Path, anew: bool) -> Iterator[None]:
+    """Append what is logged as a warning or worse to ``output_dir/warnings.jsonl`` while the block runs.
+
+    anew   whether a run begins: warnings of an earlier one are dropped
+    """
+    path = Path(output_dir) / WARNINGS_NAME
+    if anew:
+        path.unlink(missing_ok=True)
+    handler = _WarningsFile(path)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+def record_start(output_dir: Path, resumed_from: int, device: Any, processes: int) -> None:
+    """Note in ``output_dir/starts.jsonl`` what this start runs on. resumed_from: its first step's predecessor.
+
+    device   torch's, of this process
+    """
+    import torch
+
+    from sa3dist import __version__
+
+    cuda = device.type == "cuda"
+    row = {
+        "time": now(),
+        "resumed_from": resumed_from,
+        "sa3dist": __version__,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {platform.machine()}",
+        "processes": processes,
+        "host": socket.gethostname(),
+    }
+    path = Path(output_dir) / STARTS_NAME
+    if not resumed_from:
+        write_whole(path, "")
+    _append(path, row)
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")

@@ -1,0 +1,184 @@
+"""Read what a run has left in its output_dir, also while it runs, and also where parts are missing or torn."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sa3dist.data.remote.fetch import redacted
+from sa3dist.errors import DataError
+from sa3dist.formats import DatasetIndex
+
+# Written by the run, beside what other parts of it write there.
+WARNINGS_NAME, STARTS_NAME = "warnings.jsonl", "starts.jsonl"
+_STEP_FOLDER = re.compile(r"step-(\d{8})")
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://[^\s'\"]+", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """One clip made after ``step``: ``<number>.flac`` with its picture and what its JSON file says."""
+
+    step: int
+    number: int
+    audio: Path
+    picture: Path
+    about: dict[str, Any]
+
+    @property
+    def prompt(self) -> str:
+        return str(self.about.get("prompt", ""))
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """A run as its files tell it; what is not there is empty.
+
+    rows, health, copies, warnings, starts   one dict per line of the file of that name
+    settings, status, best                   of run.yaml, status.json, best.json
+    description                              what config.json, or the newest checkpoint, says of the run
+    previews                                 by step, then by number
+    """
+
+    folder: Path
+    rows: list[dict[str, Any]]
+    health: list[dict[str, Any]]
+    copies: list[dict[str, Any]]
+    warnings: list[dict[str, Any]]
+    starts: list[dict[str, Any]]
+    settings: dict[str, Any]
+    status: dict[str, Any]
+    result: dict[str, Any]
+    best: dict[str, Any]
+    description: dict[str, Any]
+    previews: dict[int, dict[int, Preview]]
+
+    @property
+    def name(self) -> str:
+        return str(self.settings.get("name") or self.folder.name)
+
+    @property
+    def step(self) -> int:
+        """The last step there is a row of."""
+        return max((row["step"] for row in self.rows), default=0)
+
+    @property
+    def best_step(self) -> int | None:
+        step = self.best.get("step")
+        return step if isinstance(step, int) else None
+
+    def curve(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a column of metrics.jsonl, where there is one."""
+        found = [(row["step"], row[key]) for row in self.rows if is_number(row.get(key))]
+        return [step for step, _ in found], [value for _, value in found]
+
+    @functools.cached_property
+    def index(self) -> DatasetIndex | None:
+        """The index of the run's shards on this machine; None where they are elsewhere or gone."""
+        digest, work = self.description.get("dataset_sha256"), self.settings.get("work_dir")
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest) or not work:
+            return None
+        # A path that is relative to where the run was started; or the folder has moved with its neighbours.
+        for place in (Path(work), self.folder.parent / Path(work).name):
+            for directory in sorted((place / "shards").glob(f"{digest[:16]}*")):
+                index = DatasetIndex.find(directory)
+                if index is not None and index.digest == digest:
+                    return index
+        return None
+
+
+def read_run(folder: Path) -> RunFolder:
+    """Raises DataError where ``folder`` holds neither settings nor rows of a run."""
+    folder = Path(folder)
+    if not any((folder / name).exists() for name in ("run.yaml", "metrics.jsonl")):
+        raise DataError(f"{folder}: no run's folder, it has neither run.yaml nor metrics.jsonl; give an output_dir")
+    return RunFolder(
+        folder,
+        rows=[row for row in _lines(folder / "metrics.jsonl") if isinstance(row.get("step"), int)],
+        health=_by_step(folder / "health.jsonl"),
+        copies=_by_step(folder / "copies.jsonl"),
+        warnings=[
+            {**row, "message": without_keys(str(row.get("message", "")))} for row in _lines(folder / WARNINGS_NAME)
+        ],
+        starts=_lines(folder / STARTS_NAME),
+        settings={name: _public(value) for name, value in _mapping(folder / "run.yaml").items()},
+        status={name: _public(value) for name, value in _mapping(folder / "status.json").items()},
+        result=_mapping(folder / "result.json"),
+        best=_mapping(folder / "best.json"),
+        description=_description(folder),
+        previews=_previews(folder / "previews"),
+    )
+
+
+def without_keys(text: str) -> str:
+    """``text`` with every address in it as ``redacted`` gives it: they may hold keys."""
+    return _ADDRESS.sub(lambda found: redacted(found[0]), text)
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a number that can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    return without_keys(value) if isinstance(value, str) else value
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    found = []
+    with contextlib.suppress(OSError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            # A kill in the middle of a write leaves a torn line.
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    found.append(row)
+    return found
+
+
+def _by_step(path: Path) -> list[dict[str, Any]]:
+    """The last row of every step, in order of steps."""
+    rows = {row["step"]: row for row in _lines(path) if isinstance(row.get("step"), int)}
+    return [rows[step] for step in sorted(rows)]
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
+        # JSON is YAML as well, but is read a hundred times faster.
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        if isinstance(value, dict):
+            return value
+    return {}
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    saved = sorted((folder / "checkpoints").glob("step-" + "[0-9]" * 8))
+    state = _mapping(saved[-1] / "state.json") if saved else {}
+    description = state.get("description")
+    if not isinstance(description, dict):
+        description = _mapping(folder / "config.json")
+    return {**description, **({"torch": state["torch"]} if "torch" in state else {})}
+
+
+def _previews(folder: Path) -> dict[int, dict[int, Preview]]:
+    found: dict[int, dict[int, Preview]] = {}
+    for directory in sorted(folder.glob("step-*")):
+        matched = _STEP_FOLDER.fullmatch(directory.name)
+        for path in sorted(directory.glob("*.json")) if matched else ():
+            audio, about = path.with_suffix(".flac"), _mapping(path)
+            # The JSON file is written last: without it the others may be torn.
+            if path.stem.isdecimal() and about and audio.exists():
+                step, number = int(matched[1]), int(path.stem)
+                preview = Preview(step, number, audio, path.with_suffix(".png"), about)
+                found.setdefault(step, {})[number] = preview
+    return {step: dict(sorted(clips.items())) for step, clips in sorted(found.items())}

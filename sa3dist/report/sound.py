@@ -1,0 +1,52 @@
+"""Clips as OGG Vorbis, small enough to stand inside a page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+import soundfile
+
+from sa3dist.formats import ClipEntry, DatasetIndex
+
+# libsndfile's scale from the largest file to the smallest: about 90 kbit/s of stereo music.
+COMPRESSION = 0.75
+# libsndfile's Vorbis encoder takes stack in proportion to what it is given at once.
+BLOCK_SAMPLES = 1 << 16
+
+
+def ogg(source: Path | io.BytesIO, begin_seconds: float = 0.0, seconds: float | None = None) -> bytes:
+    """The clip, or ``seconds`` of it from ``begin_seconds`` on, as OGG Vorbis; of many channels the first two.
+
+    Raises soundfile.SoundFileError where libsndfile cannot read it.
+    """
+    written = io.BytesIO()
+    with soundfile.SoundFile(source) as clip:
+        rate = clip.samplerate
+        first = min(round(max(begin_seconds, 0.0) * rate), clip.frames)
+        left = clip.frames - first if seconds is None else min(round(seconds * rate), clip.frames - first)
+        clip.seek(first)
+        channels = min(clip.channels, 2)
+        with soundfile.SoundFile(
+            written, "w", rate, channels, "VORBIS", format="OGG", compression_level=COMPRESSION
+        ) as out:
+            while left > 0:
+                block_NC = clip.read(min(BLOCK_SAMPLES, left), dtype="float32", always_2d=True)
+                if not len(block_NC):
+                    break
+                out.write(block_NC[:, :channels])
+                left -= len(block_NC)
+    return written.getvalue()
+
+
+def training_clip(index: DatasetIndex, clip: ClipEntry) -> io.BytesIO:
+    """The audio file of a clip as it came. Raises OSError where its shard is gone."""
+    with (index.directory / clip.shard).open("rb") as shard:
+        shard.seek(clip.audio_offset)
+        return io.BytesIO(shard.read(clip.audio_bytes))
+
+
+def data_url(kind: str, data: bytes) -> str:
+    """``data`` as an address that holds it; kind: its MIME type."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
