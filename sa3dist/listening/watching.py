@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sa3dist.listening import copies, health, previews
-from sa3dist.listening import health, previews
 from sa3dist.report import background
 from sa3dist.validation import observer as validation
 
