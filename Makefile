@@ -28,13 +28,14 @@ test: $(VENV)/.installed
 fast-test: $(VENV)/.installed
 	$(RUN) -m pytest $(PARALLEL) -m "not slow"
 
-# The hosted endpoint's own clients, as they are, against a started server. Needs node and npm.
+# What needs more than the install: the hosted endpoint's own clients (node and npm), and the page in a browser (chromium).
 test-services: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --editable ".[dev,browser]"
 	rm -rf $(VENV)/clients
 	$(RUN) -m pip install --quiet --target $(VENV)/clients/fal-client-newest fal-client
 	$(RUN) -m pip install --quiet --target $(VENV)/clients/fal-client-1.0.0 fal-client==1.0.0
 	npm install --silent --no-audit --prefix $(VENV)/clients @fal-ai/client
-	SA3_REQUIRE_TOOLS=1 $(RUN) -m pytest tests/serve/test_clients.py
+	SA3_REQUIRE_TOOLS=1 $(RUN) -m pytest tests/serve/test_clients.py tests/report/test_browser.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

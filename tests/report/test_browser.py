@@ -6,6 +6,7 @@ Also writes the pictures of docs/: SA3DIST_PICTURES=docs python -m pytest tests/
 import os
 import shutil
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,10 @@ WIDTHS = {"desktop": (1280, 900, "light"), "phone": (400, 800, "dark")}
 # How long a page may take until it answers; a busy machine is no property of the page, so this is far above.
 READY_SECONDS = 60
 
-if CHROMIUM is None and not os.environ.get("SA3_REQUIRE_TOOLS"):
-    pytest.skip("needs chromium", allow_module_level=True)
-sync_playwright = pytest.importorskip("playwright.sync_api").sync_playwright
+if (CHROMIUM is None or find_spec("playwright") is None) and not os.environ.get("SA3_REQUIRE_TOOLS"):
+    pytest.skip("needs chromium and playwright: make test-services", allow_module_level=True)
+
+from playwright.sync_api import sync_playwright  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +92,7 @@ def test_another_clip_of_a_row_goes_on_at_the_moment_of_the_first(browser, run):
     row.locator("[data-ab]").click()
     last = "[...document.querySelector('[data-row]').querySelectorAll('.cell > audio')][2]"
     until(page, f"!{last}.paused && {last}.readyState > 1")
-    assert page.evaluate(f"{last}.duration") == pytest.approx(2.0, abs=0.05)
+    assert page.evaluate(f"{last}.duration") == pytest.approx(2.0, abs=0.15)
     assert page.evaluate(f"{last}.currentTime") >= moment
     assert row.locator(".cell > audio").nth(0).evaluate("audio => audio.paused")
     assert page.said == []

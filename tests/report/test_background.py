@@ -1,0 +1,105 @@
+"""The automatic page: another process writes it, its failure is said once, and a run's warnings are kept."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sa3dist.report import background
+from sa3dist.report.recorder import recorded_warnings
+from sa3dist.runtime.process_group import Group
+from sa3dist.runtime.signals import StopRequest
+from tests.helpers.program import ENVIRONMENT, run
+from tests.helpers.run_folders import make_run
+from tests.helpers.trainers import make_settings
+
+ALONE = Group(0, 1, torch.device("cpu"))
+
+
+def writer(folder, **changes):
+    settings = make_settings(output_dir=str(folder), number_of_steps=4, **changes)
+    return background.of_run(settings, ALONE, 0)
+
+
+@pytest.fixture(autouse=True)
+def _package_is_found(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
+
+
+def test_the_last_save_is_in_the_page_though_it_came_while_another_was_written(tmp_path):
+    folder = tmp_path / "run"
+    make_run(folder, steps=3, preview_steps=(0,))
+    observer = writer(folder)
+    observer.begin(StopRequest())
+    observer.after_save(2)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 4, "loss": 0.123456}) + "\n")
+    observer.after_save(4)
+    observer.close()
+    assert "0.123456" in (folder / "report.html").read_text()
+    (start,) = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+    assert start["torch"] == torch.__version__
+    # None is left, and nothing half-written.
+    assert not list(folder.glob(".report*"))
+
+
+def test_a_page_that_fails_is_said_once_and_ends_nothing(tmp_path, caplog):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    observer = writer(folder)
+    for step in (2, 4):
+        observer.after_save(step)
+        observer.close()
+    said = [record.message for record in caplog.records if "report.html" in record.message]
+    assert len(said) == 1
+    assert "no run's folder" in said[0]
+
+
+def test_a_page_that_takes_too_long_is_stopped_at_the_end(tmp_path, caplog, monkeypatch):
+    folder = tmp_path / "run"
+    make_run(folder, steps=3, preview_steps=(0,))
+    started, popen = [], subprocess.Popen
+
+    def hanging(command, **how):
+        started.append(popen([sys.executable, "-c", "import time; time.sleep(600)"], **how))
+        return started[-1]
+
+    # The process itself: a page that hangs cannot be had from the real one.
+    monkeypatch.setattr(background.subprocess, "Popen", hanging)
+    observer = writer(folder, step_timeout=1)
+    observer.after_save(4)
+    observer.after_save(4)
+    observer.close()
+    assert len(started) == 1
+    assert started[0].wait(30) != 0
+    assert "not written within 0.5 s" in caplog.text
+
+
+def test_a_run_without_a_report_starts_no_process():
+    assert background.of_run(make_settings(report=False), ALONE, 0) is None
+
+
+def test_warnings_are_kept_without_keys_and_a_run_that_continues_appends(tmp_path):
+    log = logging.getLogger("sa3dist.somewhere")
+    for anew in (True, False, True):
+        with recorded_warnings(tmp_path, anew):
+            log.warning("%s is slow", "https://host/x?key=secret")
+            log.info("not this")
+        lines = (tmp_path / "warnings.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert {(row["level"], row["message"]) for row in rows} == {("warning", "https://host/x is slow")}
+        assert len(rows) == (1 if anew else 2)
+    log.warning("after the run")
+    assert len((tmp_path / "warnings.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_training_writes_its_page_and_is_the_same_to_the_bit_without(words, tmp_path):
+    assert run(words, tmp_path / "with", "report=true") == 0
+    assert run(words, tmp_path / "without") == 0
+    assert "step 6 of 6, all steps done" in (tmp_path / "with/report.html").read_text()
+    assert not (tmp_path / "without/report.html").exists()
+    one, other = (path / "lora.safetensors" for path in (tmp_path / "with", tmp_path / "without"))
+    assert one.read_bytes() == other.read_bytes()
