@@ -39,7 +39,9 @@ def recorded_warnings(output_dir: Path, anew: bool) -> Iterator[None]:
     """
     path = Path(output_dir) / WARNINGS_NAME
     if anew:
-        path.unlink(missing_ok=True)
+        # A file in the place of output_dir is refused by the run itself.
+        with contextlib.suppress(NotADirectoryError):
+            path.unlink(missing_ok=True)
     handler = _WarningsFile(path)
     logging.getLogger().addHandler(handler)
     try:

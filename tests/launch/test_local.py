@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.golden import ROOT
+from tests.helpers.golden import ROOT, THREADS
 
 LAUNCHER = ROOT / "launch" / "local.sh"
 # A signal comes after the first ones, and the others must take longer than its answer.
@@ -36,7 +36,8 @@ def settings(demo_base, demo_clips, demo_work):
 
 
 def start(processes, *words):
-    environment = os.environ | {"SA3DIST_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    # As many threads as in this process: what it encodes other tests find.
+    environment = os.environ | {"SA3DIST_PYTHON": sys.executable, "OMP_NUM_THREADS": str(THREADS)}
     command = [str(LAUNCHER), "-n", str(processes), "--cpu", *words]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -1,7 +1,6 @@
 """DeepSpeed ZeRO as the program runs it: two ranks against one process, and one checkpoint passed on between modes."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -19,14 +18,9 @@ from sa3dist.runtime.deepspeed_launch import FILE_VARIABLE, USE_VARIABLE
 from sa3dist.runtime.signals import SIGNALS
 from tests.helpers.forked_trainers import forked_ranks
 from tests.helpers.golden import ROOT
+from tests.helpers.program import ENVIRONMENT
 from tests.helpers.zero_ranks import import_deepspeed
 
-ENVIRONMENT = {
-    **os.environ,
-    "ACCELERATE_USE_CPU": "true",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": f"{ROOT}:{ROOT}/kernels",
-}
 CLIPS_PER_STEP = 4
 
 
@@ -146,8 +140,9 @@ def test_one_course_through_zero_2_then_zero_3_then_one_process(common, straight
 @pytest.mark.parametrize("damage", ["empty", "nan", "infinite"])
 def test_a_tensor_that_was_not_gathered_or_is_not_finite_is_never_published(tmp_path, damage):
     tensors = {f"model.a.parametrizations.weight.0.{name}": torch.ones(4, 4) for name in ("lora_A", "lora_B")}
-    description = dict.fromkeys(HEADER_KEYS, "x")
     config = AdapterConfig(rank=4, alpha=4, adapter_type="lora")
+    description = {**dict.fromkeys(HEADER_KEYS, "x"), "step": 1, "settings": {"name": "a run"}}
+    description["lora_config"] = {"rank": 4, "alpha": 4, "adapter_type": "lora"}
     export.publish(config, tensors, tmp_path, description)
     before = (tmp_path / "lora.safetensors").read_bytes()
     values = {"empty": torch.empty(0), "nan": torch.full((4, 4), torch.nan), "infinite": torch.full((4, 4), torch.inf)}

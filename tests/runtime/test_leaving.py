@@ -32,7 +32,7 @@ from sa3dist.runtime.watchdog import Watchdog
 from sa3dist.train import Lasting
 from sa3dist.training import checkpoint
 from tests.helpers.forked_trainers import ForkedTrainer
-from tests.helpers.golden import ROOT
+from tests.helpers.program import ENVIRONMENT
 from tests.helpers.ranks import exit_codes, run_ranks
 from tests.helpers.trainers import make_settings, make_trainer
 
@@ -50,14 +50,6 @@ def words(demo_base, demo_clips, demo_work, tmp_path):
 @pytest.fixture
 def command(words):
     return [sys.executable, "-m", "sa3dist.train", *words]
-
-
-ENVIRONMENT = {
-    **os.environ,
-    "ACCELERATE_USE_CPU": "true",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": f"{ROOT}:{ROOT}/kernels",
-}
 
 
 def rows(output_dir):

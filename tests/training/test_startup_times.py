@@ -149,7 +149,7 @@ def test_a_run_tells_where_its_start_went_and_keeps_its_bases(words, tmp_path): 
         seconds[-1]["files"] = files
     assert seconds[0].pop("files") == seconds[1].pop("files")
     expected = ["before_run", "load_base", "singular_bases", "attach", "check_clips", "encode", "prepare"]
-    assert list(seconds[0]) == [*expected, "first_batch", "first_step", "total"]
+    assert list(seconds[0]) == [*expected, "health", "first_batch", "first_step", "total"]
     for parts in seconds:
         total = parts.pop("total")
         assert 0.5 * total < sum(parts.values()) < total + 0.1
