@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -80,4 +81,5 @@ def test_nothing_is_published_behind_the_deadline(in_a_child, tmp_path):
 def test_a_run_without_a_lease_is_left_alone(monkeypatch):
     monkeypatch.delenv(lease.VARIABLE, raising=False)
     lease.watch()
+    assert "lease" not in {thread.name for thread in threading.enumerate()}
     lease.end_if_over()
