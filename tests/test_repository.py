@@ -5,6 +5,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.golden import ROOT
 
 # Missing on the machines the GPU check runs on.
@@ -41,6 +43,21 @@ def test_the_kernels_folder_does_not_pass_for_hugging_faces_package(tmp_path):
     program = "".join(f"import {package}.utils.import_utils as {package}_utils\n" for package in asking)
     program += "".join(f"print('{package}', {package}_utils.is_kernels_available())\n" for package in asking)
     assert python(program, ROOT) == python(program, tmp_path)
+
+
+def test_an_installed_package_has_every_module_and_file_of_this_one():
+    tomllib = pytest.importorskip("tomllib")
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    files = [path for path in (ROOT / "sa3dist").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    rooms = {".".join(path.parent.relative_to(ROOT).parts) for path in files if path.name == "__init__.py"}
+    assert rooms <= set(told["packages"])
+    listed = {
+        path
+        for room, patterns in told["package-data"].items()
+        for pattern in patterns
+        for path in ROOT.glob(f"{room.replace('.', '/')}/{pattern}")
+    }
+    assert {path for path in files if path.suffix != ".py"} <= listed
 
 
 def test_the_gpu_path_imports_without_what_gpu_machines_lack():

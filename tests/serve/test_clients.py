@@ -7,7 +7,6 @@ import http.server
 import json
 import os
 import shutil
-import socket
 import ssl
 import subprocess
 import sys
@@ -21,45 +20,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from safetensors import safe_open
 
 from tests.helpers.golden import ROOT
-from tests.helpers.program import ENVIRONMENT
 from tests.helpers.tools import need
+from tests.helpers.web_server import DEADLINE, serving
 
 pytestmark = pytest.mark.slow
 # Where make test-services puts the clients.
 CLIENTS = ROOT / ".venv" / "clients"
 PROGRAMS = Path(__file__).parent / "clients"
-DEADLINE = 120
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@contextlib.contextmanager
-def serving(folder: Path, base: Path, *more: str):
-    """A started server; gives its address."""
-    port = free_port()
-    words = ["--port", str(port), "--data-dir", str(folder / "data"), "--model", f"medium-base={base}"]
-    settings = ["mixed_precision=no", "num_workers=0", "log_every=1"]
-    words += [word for setting in settings for word in ("--set", setting)]
-    command = [sys.executable, "-m", "sa3dist.cli", "serve", *words, *more]
-    with (folder / "server.log").open("wb") as log:
-        server = subprocess.Popen(
-            command, env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, stdin=subprocess.DEVNULL
-        )
-        try:
-            deadline = time.monotonic() + DEADLINE
-            while time.monotonic() < deadline:
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                    break
-                assert server.poll() is None, (folder / "server.log").read_text()
-                time.sleep(0.1)
-            yield f"{'https' if '--tls' in more else 'http'}://127.0.0.1:{port}"
-        finally:
-            server.terminate()
-            server.wait()
 
 
 @contextlib.contextmanager
@@ -87,7 +54,9 @@ def last_line(command: list[str], folder: Path, **environment: str) -> dict:
     done = subprocess.run(
         command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=4 * DEADLINE
     )
-    assert done.returncode == 0, done.stderr[-3000:] + (folder / "server.log").read_text()[-2000:]
+    assert done.returncode == 0, done.stderr[-3000:] + "".join(
+        log.read_text()[-2000:] for log in folder.glob("server-*.log")
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
