@@ -177,6 +177,12 @@ def told(url: str, authority: Path | None) -> str:
         else [f"sa3dist.fal_env({url!r})   # before using fal_client; or start with --tls and export three variables"]
     )
     proxy = f'{{proxyUrl: {{url: "{url}/api/fal/proxy", when: "always"}}}}'
-    lines = [f"serving at {url}", "Python:", *(f"  {line}" for line in python), "JavaScript:", f"  fal.config({proxy})"]
+    lines = [
+        f"serving at {url}, with a page for people: {url}/",
+        "Python:",
+        *(f"  {line}" for line in python),
+        "JavaScript:",
+        f"  fal.config({proxy})",
+    ]
     post = f"curl -X POST {url}/fal-ai/stable-audio-3-trainer -H 'Content-Type: application/json' -d @request.json"
     return "\n".join([*lines, "curl:", f"  {post}"])

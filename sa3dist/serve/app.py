@@ -20,7 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sa3dist import __version__
-from sa3dist.serve import file_routes, queue_routes, webhooks
+from sa3dist.serve import file_routes, page_routes, queue_routes, webhooks
 from sa3dist.serve.addresses import HostedAddresses
 from sa3dist.serve.files import FileStore
 from sa3dist.serve.jobs import JobStore
@@ -53,7 +53,9 @@ def create_app(options: Options, store: JobStore) -> FastAPI:
     app = FastAPI(title="sa3dist", version=__version__, lifespan=beside, docs_url=None, redoc_url=None)
     app.state.service = service
     _add_operation(app, service)
-    # Files before the queue, whose addresses begin with any word.
+    # These before the queue, whose addresses begin with any word.
+    app.include_router(page_routes.page)
+    app.include_router(page_routes.api)
     app.include_router(file_routes.routes)
     app.include_router(queue_routes.run_routes)
     app.include_router(queue_routes.routes)

@@ -13,17 +13,17 @@ MAX_LINES, MAX_BYTES = 1000, 512 << 10
 
 
 class LogReader:
-    """The lines of one job, from where the last call ended."""
+    """The lines of one job, from where the last call ended. at: where that was, in bytes."""
 
-    def __init__(self) -> None:
-        self._at = 0
+    def __init__(self, at: int = 0) -> None:
+        self.at = at
 
     def read(self, job: Job) -> list[dict[str, Any]]:
         """Rows that were completed since the last call, the newest ``MAX_LINES`` of them."""
         try:
             with (job.folder / NAME).open("rb") as file:
                 size = file.seek(0, 2)
-                begin = file.seek(max(self._at, size - MAX_BYTES))
+                begin = file.seek(max(self.at, size - MAX_BYTES))
                 data = file.read(MAX_BYTES)
         except FileNotFoundError:
             return []
@@ -33,5 +33,5 @@ class LogReader:
             # The first may be cut in the middle, where there is more than is read.
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
-        self._at = begin + end
+        self.at = begin + end
         return rows[-MAX_LINES:]

@@ -6,6 +6,8 @@ import datetime
 import json
 from pathlib import Path
 
+from sa3dist.serve.job import Job
+
 NAME = "logs.jsonl"
 LONGEST_LINE = 2000
 # A job that says more than this has its later lines in log.txt alone.
@@ -19,6 +21,13 @@ def public(text: str, names: dict[str, str]) -> str:
     for path in sorted(names, key=len, reverse=True):
         text = text.replace(path, names[path])
     return text
+
+
+def public_names(job: Job, work_dir: str, models: dict[str, str]) -> dict[str, str]:
+    """What stands for this machine's paths wherever clients read; see ``public``."""
+    paths = {value: str(job.request.get(name, name)) for name, value in job.settings.items()}
+    names = {str(job.folder): "job", work_dir: "work", **{at: name for name, at in models.items()}}
+    return names | {value: name for value, name in paths.items() if isinstance(value, str) and "/" in value}
 
 
 class Logs:

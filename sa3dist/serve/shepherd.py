@@ -24,7 +24,7 @@ from sa3dist.serve.jobs import JobStore
 from sa3dist.serve.keeper import Keeper
 from sa3dist.serve.leases import Leases
 from sa3dist.serve.local_executor import LEASE_NAME
-from sa3dist.serve.logs import Logs, public
+from sa3dist.serve.logs import Logs, public, public_names
 from sa3dist.serve.options import Options
 from sa3dist.serve.processes import Mark, end_marked, take_lock
 from sa3dist.serve.tables import RUNNING
@@ -121,11 +121,7 @@ class Shepherd:
         return {**values, "work_dir": options.work_dir, **job.settings}
 
     def _public_names(self) -> dict[str, str]:
-        """What stands for this machine's paths wherever clients read."""
-        job, options = self._job, self._options
-        paths = {value: str(job.request.get(name, name)) for name, value in job.settings.items()}
-        names = {str(job.folder): "job", options.work_dir: "work", **{at: name for name, at in options.models.items()}}
-        return names | {value: name for value, name in paths.items() if isinstance(value, str) and "/" in value}
+        return public_names(self._job, self._options.work_dir, self._options.models)
 
     def _watch(self) -> int:
         """The trainer's exit code. Raises Lost."""
