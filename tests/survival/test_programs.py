@@ -124,7 +124,11 @@ def test_the_tables_of_the_scaling_model_have_a_row_for_every_base_and_network(s
 
 
 @pytest.mark.parametrize(
-    "program", ["namespaces.py", "overlap.py", "../slurm/try_scripts.py", "../slurm/try_endpoint.py", "serve_kills.py"]
+    "program",
+    [
+        *("namespaces.py", "overlap.py", "serve_kills.py", "serve_web.py"),
+        *("../slurm/try_scripts.py", "../slurm/try_endpoint.py"),
+    ],
 )
 def test_what_runs_only_on_demand_says_how(said_by, program):
     assert "usage: " in said_by(SURVIVAL / program, "--help")
