@@ -187,7 +187,6 @@ def test_on_a_phone_a_key_is_asked_for_and_the_keyboard_leads_through_a_training
         fits(page, "phone")
         archive = write_zip(tmp_path / "clips.zip", captioned(6))
         page.locator("#file").set_input_files(archive)
-        picture(page, "serve-new", "phone")
         page.locator("#field-number_of_steps").fill("20000")
         page.locator("#field-rank").fill("4")
         assert context.said == []
