@@ -19,11 +19,11 @@ from sa3dist.model.released import RELEASED
 
 LICENCE_NAME, LICENCE_LINK = "stability-ai-community-license", "https://stability.ai/license"
 LIBRARY = "stable-audio-3"
-# The terms of the licence ask for both sentences.
+# The licence, part IV (a), asks for both sentences, word for word, and for the NOTICE to say what was changed and how.
 ATTRIBUTION = "Powered by Stability AI"
 NOTICE = (
     "This Stability AI Model is licensed under the Stability AI Community License, "
-    "Copyright \N{COPYRIGHT SIGN} Stability AI Ltd. All Rights Reserved\n"
+    "Copyright \N{COPYRIGHT SIGN} Stability AI Ltd. All Rights Reserved"
 )
 # Of the settings, by the words of the card.
 SHOWN = {
@@ -90,6 +90,21 @@ def plain(text: str) -> str:
 def hub_base(description: dict[str, Any]) -> str | None:
     """The hub's name of the base; None where a directory was trained on."""
     return RELEASED.get(description["base_model"])
+
+
+def notice(description: dict[str, Any]) -> str:
+    """The text of NOTICE: the attribution, what was changed of the base and how, and where the licence stands."""
+    config = description["lora_config"]
+    program = f"sa3dist {description.get('sa3dist_version', '')}".strip()
+    return (
+        f"{NOTICE}\n\n"
+        f"That attribution is of the Stability AI Materials that this adapter is made for and derived from: "
+        f"{hub_base(description) or 'a base of Stable Audio 3'}. They were changed: beside their weights, which stay "
+        f"as they are, an adapter (type {config['adapter_type']}, rank {config['rank']}) was trained for "
+        f"{counted(description['step'], 'step')} on other audio, with {program}. A program that loads it, or merges it "
+        f"into them, changes what they do.\n\n"
+        f"The licence: {LICENCE_LINK}\n{ATTRIBUTION}\n"
+    )
 
 
 def _metadata(description: dict[str, Any], previews: Sequence[Preview]) -> str:

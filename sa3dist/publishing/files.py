@@ -77,7 +77,7 @@ def make(folder: Path, with_captions: bool = False) -> dict[str, str]:
     adapters = [name for name in ADAPTERS if (folder / name).is_file()]
     previews = previews_of(folder, description, with_captions)
     text = card.write(description, previews, CURVES_NAME if picture else None, adapters)
-    return {CARD_NAME: text, NOTICE_NAME: card.NOTICE} | ({CURVES_NAME: picture} if picture else {})
+    return {CARD_NAME: text, NOTICE_NAME: card.notice(description)} | ({CURVES_NAME: picture} if picture else {})
 
 
 def write_beside(folder: Path, with_captions: bool = False) -> None:

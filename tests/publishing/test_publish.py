@@ -3,10 +3,12 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
+import urllib.parse
 import xml.etree.ElementTree
 
 import pytest
@@ -73,9 +75,42 @@ def test_a_run_leaves_a_card_that_the_hub_reads_back(trained):
         ],
     }
     assert all((trained / shown["output"]["url"]).is_file() for shown in read.data.widget)
-    assert "Stability AI Community License, Copyright" in (trained / "NOTICE").read_text()
     xml.etree.ElementTree.parse(trained / "curves.svg")
     assert card.is_as_written((trained / "README.md").read_text())
+
+
+def test_the_notice_has_the_licences_own_sentence_and_says_what_was_changed(trained):
+    first, rest = (trained / "NOTICE").read_text().split("\n", 1)
+    assert first == (
+        "This Stability AI Model is licensed under the Stability AI Community License, "
+        "Copyright © Stability AI Ltd. All Rights Reserved"
+    )
+    assert "They were changed" in rest
+    assert "rank 4) was trained for 4 steps" in rest
+    assert rest.endswith("https://stability.ai/license\nPowered by Stability AI\n")
+
+
+def links_of(text):
+    """Every address that a card's Markdown, its HTML and its metadata lead to."""
+    read = ModelCard(text, ignore_metadata_errors=False)
+    markdown_it = pytest.importorskip("markdown_it")
+    blocks = markdown_it.MarkdownIt("gfm-like", {"linkify": False}).parse(read.text)
+    tokens = [token for block in blocks for token in [block, *(block.children or [])]]
+    found = [token.attrs[name] for token in tokens for name in ("href", "src") if name in token.attrs]
+    html = "".join(token.content for token in tokens if token.type.startswith("html"))
+    found += re.findall(r'(?:src|href)="([^"]*)"', html)
+    return [*found, read.data.license_link, *(shown["output"]["url"] for shown in read.data.widget)]
+
+
+def test_every_link_of_the_card_is_an_https_address_or_a_file_beside_it(trained):
+    released = {**json.loads((trained / "config.json").read_text()), "base_model": "medium-base"}
+    previews = files.previews_of(trained, released, with_captions=True)
+    of_a_released_base = card.write(released, previews, "curves.svg", ["lora.safetensors"])
+    assert "https://huggingface.co/stabilityai/stable-audio-3-medium-base" in links_of(of_a_released_base)
+    for link in [*links_of((trained / "README.md").read_text()), *links_of(of_a_released_base)]:
+        parts = urllib.parse.urlsplit(link)
+        beside = (trained / urllib.parse.unquote(link)).is_file()
+        assert beside or (parts.scheme == "https" and "." in parts.netloc), link
 
 
 def test_a_name_and_prompts_with_markup_stay_text(trained):
