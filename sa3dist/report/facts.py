@@ -96,6 +96,11 @@ def copying(run: RunFolder) -> list[str]:
     return [first, *warnings] if warnings else ["No preview is closer to a training clip than held-out audio is."]
 
 
+def copies_are_judged(runs: Sequence[RunFolder]) -> bool:
+    """Whether previews of any run were held against held-out clips."""
+    return any(run.copies and run.copies[-1].get("judged", True) for run in runs)
+
+
 def settings_table(runs: Sequence[RunFolder]) -> list[tuple[str, list[str], bool]]:
     """(name, value of every run, whether they differ); those that differ first."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
@@ -139,8 +144,7 @@ def data_set(run: RunFolder) -> Facts:
             ("channels", _tally(str(clip.channels) for clip in index.clips)),
             ("captions", f"{len(captions)} different"),
         ]
-    held = run.settings.get("held_out") or about.get("held_out")
-    if isinstance(held, list):
+    if held := run.held_out:
         found.append(("held out", f"{len(held)}: {', '.join(map(str, held[:20]))}{' …' if len(held) > 20 else ''}"))
     return [(name, text) for name, text in found if text]
 

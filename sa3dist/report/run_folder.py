@@ -14,7 +14,7 @@ import yaml
 
 from sa3dist.data.remote.fetch import redacted
 from sa3dist.errors import DataError
-from sa3dist.formats import DatasetIndex
+from sa3dist.formats import DatasetIndex, dataset_digest
 
 # Written by the run, beside what other parts of it write there.
 WARNINGS_NAME, STARTS_NAME = "warnings.jsonl", "starts.jsonl"
@@ -74,6 +74,12 @@ class RunFolder:
         step = self.best.get("step")
         return step if isinstance(step, int) else None
 
+    @property
+    def held_out(self) -> list[Any]:
+        """Keys of clips that validation holds out of the training."""
+        found = self.description.get("held_out_clips")
+        return found if isinstance(found, list) else []
+
     def curve(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a column of metrics.jsonl, where there is one."""
         found = [(row["step"], row[key]) for row in self.rows if is_number(row.get(key))]
@@ -81,16 +87,20 @@ class RunFolder:
 
     @functools.cached_property
     def index(self) -> DatasetIndex | None:
-        """The index of the run's shards on this machine; None where they are elsewhere or gone."""
+        """The clips trained on, in the run's shards on this machine; None where they are elsewhere or gone."""
         digest, work = self.description.get("dataset_sha256"), self.settings.get("work_dir")
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest) or not work:
             return None
+        held_out = set(map(str, self.held_out))
         # A path that is relative to where the run was started; or the folder has moved with its neighbours.
         for place in (Path(work), self.folder.parent / Path(work).name):
-            for directory in sorted((place / "shards").glob(f"{digest[:16]}*")):
+            for directory in sorted((place / "shards").glob("[0-9a-f]*")):
                 index = DatasetIndex.find(directory)
-                if index is not None and index.digest == digest:
-                    return index
+                if index is not None:
+                    # Shards hold the clips that were held out, too; the run's digest is that of the others.
+                    kept = tuple(clip for clip in index.clips if clip.key not in held_out)
+                    if dataset_digest(kept) == digest:
+                        return dataclasses.replace(index, clips=kept, digest=digest)
         return None
 
 

@@ -1,6 +1,5 @@
 """The page of a run: it holds every point and clip, keeps its size, survives torn files, and runs nobody's script."""
 
-import html.parser
 import json
 import statistics
 
@@ -10,40 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sa3dist import cli
+from sa3dist.formats import dataset_digest
 from sa3dist.report.charts import running_median, trend_width
-from sa3dist.report.page import render_runs, write_report
+from sa3dist.report.page import render_runs
 from sa3dist.report.run_folder import read_run, without_keys
+from tests.helpers.pages import Elements
 from tests.helpers.run_folders import decoded, make_run, write_lines
-
-
-class Elements(html.parser.HTMLParser):
-    """Tags with their attributes, and the text of every script, as a browser's rules tell them apart."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.tags, self.scripts, self._inside, self.words = [], [], None, []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        self._inside = tag if tag in ("script", "style") else None
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag):
-        self._inside = None
-
-    def handle_data(self, data):
-        if self._inside == "script":
-            self.scripts[-1] += data
-        elif self._inside is None:
-            self.words.append(data)
-
-    def of(self, name):
-        return [attributes for tag, attributes in self.tags if tag == name]
-
-    def charts(self):
-        return json.loads(self.scripts[0])["charts"]
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +74,18 @@ def test_previews_stand_inside_with_the_nearest_training_clip_and_sound_as_their
     assert (error**2).mean() < 0.05 * (original**2).mean()
     assert "healthy" in page
     assert "2 times" in page
+
+
+def test_clips_trained_on_are_found_in_shards_that_hold_those_held_out_too(tmp_path):
+    folder = tmp_path / "run"
+    make_run(folder, steps=3, preview_steps=(0,))
+    clips = read_run(folder).index.clips
+    about = {"dataset_sha256": dataset_digest(clips[:-1]), "held_out_clips": [clips[-1].key]}
+    (folder / "config.json").write_text(json.dumps(about))
+    assert read_run(folder).index.clips == clips[:-1]
+    elements, page = rendered(folder)
+    assert sum(elements.charts()["lengths"]["series"][0]["y"]) == 3
+    assert f"1: {clips[-1].key}" in elements.words
 
 
 def test_a_page_that_is_full_leaves_older_clips_beside_it(run):
@@ -194,13 +177,3 @@ def test_the_command_writes_the_page_and_refuses_what_is_no_run(run, tmp_path, c
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "no run's folder" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-
-
-def test_500_rows_and_ten_previews_of_twenty_seconds_stay_below_20_mb(tmp_path):
-    make_run(tmp_path / "run", steps=500, preview_steps=(0, 250, 500), prompts=10, seconds=20.0)
-    write_report([tmp_path / "run"], tmp_path / "run/report.html")
-    assert (tmp_path / "run/report.html").stat().st_size < 20e6
-    elements = Elements((tmp_path / "run/report.html").read_text())
-    assert len(elements.charts()["loss"]["series"][0]["x"]) == 500
-    # The base, the newest and the best of ten prompts.
-    assert sum(clip["src"].startswith("data:") for clip in elements.of("audio")) >= 30
