@@ -14,6 +14,7 @@ class InspectedClip:
     """One pair of the source. ``facts`` and ``stats`` are None when the audio cannot be used.
 
     bytes      length of the audio file
+    sound      its beginning as OGG, where a page asked for it
     treatment  "whole", "cropped", "padded" or "skipped"; ``reason`` says why in words
     """
 
@@ -27,6 +28,7 @@ class InspectedClip:
     problems: tuple[str, ...] = ()
     treatment: str = "skipped"
     reason: str = ""
+    sound: bytes = dataclasses.field(default=b"", repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values; infinities as None."""

@@ -1,7 +1,6 @@
-"""The inspection as one HTML file with its pictures inside: it loads nothing from elsewhere."""
+"""The inspection as one HTML page with players, pictures and charts inside: it loads nothing from elsewhere."""
 
-import base64
-import html
+import dataclasses
 import struct
 import zlib
 from pathlib import Path
@@ -11,106 +10,109 @@ import numpy as np
 from sa3dist.errors import counted, span
 from sa3dist.formats import write_whole
 from sa3dist.inspection.clip import InspectedClip
+from sa3dist.inspection.overview import overview_rows
 from sa3dist.inspection.report import Report
+from sa3dist.report.charts import Chart, histogram
+from sa3dist.report.document import Space, data_url, render
 
+MEGABYTES = 20.0
 # 4 kB a picture: more make browsers slow; all clips are still in the table.
 MAX_PICTURES = 2000
 # From the loudest band of a clip downwards.
 PICTURE_RANGE_DB = 70.0
-
-# Longer captions are folded: a row would be higher than a screen.
-FOLDED_CHARACTERS = 120
 # Names of one kind of file that is left out, and clips whose captions are cut.
 MAX_NAMES = 1000
-
-_STYLE = """
-body{font:14px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1200px;padding:0 1rem;color:#223}
-h1{font-size:1.4rem;overflow-wrap:anywhere}h2{font-size:1.1rem;margin-top:2rem}p,li{overflow-wrap:anywhere}
-.wide{overflow-x:auto}table{border-collapse:collapse;width:100%}
-td,th{padding:.25rem .6rem;text-align:left;border-bottom:1px solid #dde}
-td.n{text-align:right;font-variant-numeric:tabular-nums}tr.skipped{background:#fdecec}tr.cropped{background:#fff7e0}
-td.t{min-width:12rem;max-width:24rem;overflow-wrap:anywhere}summary{cursor:pointer}
-img{image-rendering:pixelated;width:200px;height:64px}.bad{color:#b00020}
-svg{display:block;width:100%;max-width:720px;height:auto;background:#f6f7fb}svg text{font:12px system-ui,sans-serif}
-"""
+FIGURES = ("s", "Hz", "channels", "LUFS", "peak dBFS", "silent", "clipped")
+LOUDNESS_BINS = 20
 
 
-def write_html(report: Report, path: Path) -> None:
-    """Write the report to ``path``, atomically."""
-    write_whole(Path(path), render(report))
+@dataclasses.dataclass
+class Row:
+    """A clip as the table shows it. picture, sound: addresses that hold them, "" for none; figures: (text, value)."""
+
+    clip: InspectedClip
+    figures: list[tuple[str, float | str]]
+    picture: str = ""
+    sound: str = ""
 
 
-def render(report: Report) -> str:
-    """The report as an HTML document. Names and captions are untrusted and escaped."""
+def write_html(report: Report, path: Path, megabytes: float = MEGABYTES) -> None:
+    """Write the page to ``path``, atomically. megabytes: what it may take; clips that do not fit have no player."""
+    write_whole(Path(path), page_of(report, megabytes))
+
+
+def page_of(report: Report, megabytes: float = MEGABYTES) -> str:
+    """The page as text. Names and captions are untrusted and escaped."""
     summary = report.summary()
-    parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8>",
-        # Telephones show a page as wide as a desk's otherwise.
-        '<meta name=viewport content="width=device-width, initial-scale=1">',
-        f"<title>{html.escape(report.source)}</title>",
-        f"<style>{_STYLE}</style><h1>{html.escape(report.source)}</h1>",
-        f"<p>{summary['usable']} of {counted(summary['clips'], 'clip')} usable, {span(3600 * summary['hours'])}; "
-        f"training crops to {report.crop_seconds:.1f} s.</p>",
-        *(f"<p class=bad>{html.escape(line)}</p>" for line in report.verdict),
-        *(f"<p class=bad>left out: {html.escape(kind.line(most=MAX_NAMES))}</p>" for kind in report.left_out),
-        *(f"<p class=bad>{html.escape(cut.line(most=MAX_NAMES))}</p>" for cut in [report.cut] if cut and cut.tokens),
-    ]
+    rows = [Row(clip, _figures(clip)) for clip in report.clips]
+    values = {
+        "title": report.source,
+        "standing": f"{summary['usable']} of {counted(summary['clips'], 'clip')} usable, "
+        f"{span(3600 * summary['hours'])}; training crops to {report.crop_seconds:.1f} s.",
+        # The first two are in that sentence.
+        "overview": overview_rows(summary)[2:],
+        "stops": report.verdict,
+        "passed_over": [
+            *(f"left out: {kind.line(most=MAX_NAMES)}" for kind in report.left_out),
+            *(cut.line(most=MAX_NAMES) for cut in [report.cut] if cut and cut.tokens),
+        ],
+        "duplicates": report.duplicates(),
+        "charts": _charts(report),
+        "heads": FIGURES,
+        "rows": rows,
+    }
+    # What the page takes without pictures and sounds is known only once it is written.
+    space = Space(int(1e6 * megabytes) - len(render("data_set.html", {**values, "notes": []}).encode()))
+    for row in rows[:MAX_PICTURES]:
+        if row.clip.stats:
+            picture = data_url("image/png", thumbnail(row.clip.stats.spectrogram_SP))
+            row.picture = picture if space.take(picture) else ""
+    for row in rows:
+        sound = data_url("audio/ogg", row.clip.sound) if row.clip.sound else ""
+        row.sound = sound if sound and space.take(sound) else ""
+    return render("data_set.html", {**values, "notes": _notes(report, rows)})
+
+
+def _notes(report: Report, rows: list[Row]) -> list[str]:
+    """What the table does not show."""
+    usable = [row for row in rows if row.clip.stats]
+    playing = sum(bool(row.sound) for row in usable)
+    long = any(row.clip.seconds > report.excerpt_seconds for row in usable if row.sound)
+    found = []
+    if playing and long:
+        found.append(f"Players hold the first {report.excerpt_seconds:.0f} s of a clip.")
+    if usable and playing < len(usable) and report.excerpt_seconds:
+        found.append(
+            f"{counted(len(usable) - playing, 'clip')} of {len(usable)} without a player: the page is full; "
+            f"--megabytes makes it larger."
+        )
+    pictures = sum(bool(row.picture) for row in usable)
+    return found + ([f"Pictures of {pictures} of {len(usable)} clips only."] if pictures < len(usable) else [])
+
+
+def _charts(report: Report) -> dict[str, Chart]:
     usable = report.usable
+    loudness = [clip.stats.lufs for clip in usable if clip.stats.lufs > -np.inf]
+    made = []
     if usable:
-        edges, counts = report.length_histogram()
-        loudness = [clip.stats.lufs for clip in usable if clip.stats.lufs > -np.inf]
-        parts += ["<h2>Length</h2>", bars(counts, edges, "s")]
-        if loudness:
-            counts, edges = np.histogram(loudness, 20)
-            parts += ["<h2>Integrated loudness</h2>", bars(counts.tolist(), edges.tolist(), "LUFS (ITU-R BS.1770-4)")]
-    if duplicates := report.duplicates():
-        parts += ["<h2>Duplicates</h2><ul>", *(f"<li>{html.escape(line)}</li>" for line in duplicates), "</ul>"]
-    parts += [
-        "<h2>Clips</h2><div class=wide><table>"
-        "<tr><th>clip<th>spectrogram<th>s<th>Hz<th>ch<th>LUFS<th>peak dBFS<th>silent<th>clipped"
-        "<th>caption<th>training</tr>",
-        *(_row(clip, number < MAX_PICTURES) for number, clip in enumerate(report.clips)),
-        "</table></div>",
-    ]
-    if len(report.clips) > MAX_PICTURES:
-        parts.append(f"<p>Pictures of the first {MAX_PICTURES} clips only.</p>")
-    return "\n".join([*parts, "</html>\n"])
+        note = f"Clips longer than {report.crop_seconds:.1f} s are cropped, another part each time."
+        made.append(histogram("lengths", "Length", note, *report.length_histogram(), "seconds"))
+    if loudness:
+        counts, edges = np.histogram(loudness, LOUDNESS_BINS)
+        note = "Of a whole clip, ITU-R BS.1770-4; silent clips have none."
+        made.append(histogram("loudness", "Integrated loudness", note, edges.tolist(), counts.tolist(), "LUFS"))
+    return {chart["name"]: chart for chart in made}
 
 
-def bars(counts: list[int], edges: list[float], unit: str) -> str:
-    """A histogram as inline SVG: what a bar counts stands above it and in its tooltip, and both axes are labelled.
-
-    edges   of the bins, one more than counts
-    """
-    left, top, width, height, highest = 44, 18, 430, 120, max(max(counts), 1)
-    step, bottom = width / len(counts), top + height
-    parts = [
-        f'<text x="4" y="{top - 6}">clips</text>',
-        f'<text x="{left - 6}" y="{top + 18}" text-anchor="end">{highest}</text>',
-        f'<text x="{left - 6}" y="{bottom}" text-anchor="end">0</text>',
-        f'<path d="M{left} {top}V{bottom}H{left + width}" fill="none" stroke="#889"/>',
-    ]
-    for number, count in enumerate(counts):
-        x, tall = left + number * step, (height - 14) * count / highest
-        label = f"{count}: {edges[number]:.3g} to {edges[number + 1]:.3g} {html.escape(unit)}"
-        parts.append(
-            f'<rect x="{x + 1:.1f}" y="{bottom - tall:.1f}" width="{step - 2:.1f}" height="{tall:.1f}" fill="#4a6fd4">'
-            f"<title>{label}</title></rect>"
-        )
-        # Four digits are as wide as a bar.
-        if 0 < count < 10_000:
-            parts.append(
-                f'<text x="{x + step / 2:.1f}" y="{bottom - tall - 3:.1f}" text-anchor="middle" style="font-size:9px">'
-                f"{count}</text>"
-            )
-    for tick in range(5):
-        edge = edges[round(tick * len(counts) / 4)]
-        anchor = ("start", "middle", "middle", "middle", "end")[tick]
-        parts.append(
-            f'<text x="{left + tick * width / 4:.1f}" y="{bottom + 15}" text-anchor="{anchor}">{edge:.3g}</text>'
-        )
-    parts.append(f'<text x="{left + width / 2}" y="{bottom + 31}" text-anchor="middle">{html.escape(unit)}</text>')
-    return f'<svg viewBox="0 0 {left + width + 6} {bottom + 38}" role="img">{"".join(parts)}</svg>'
+def _figures(clip: InspectedClip) -> list[tuple[str, float | str]]:
+    """Its cells, each with the number that it is sorted by, "" where there is none."""
+    if clip.facts is None or clip.stats is None:
+        return [("", "")] * len(FIGURES)
+    facts, stats = clip.facts, clip.stats
+    values = [clip.seconds, facts.sample_rate_hz, facts.channels, stats.lufs, stats.peak_dbfs]
+    values += [stats.silent_share, stats.clipped_samples]
+    texts = ["silent" if value == -np.inf else text for text, value in zip(clip.cells(), values, strict=True)]
+    return [(text, "" if value == -np.inf else value) for text, value in zip(texts, values, strict=True)]
 
 
 def png(pixels_HW: np.ndarray) -> bytes:
@@ -129,23 +131,3 @@ def thumbnail(spectrogram_SP: np.ndarray) -> bytes:
     """PNG of a spectrogram in dB, low bands at the bottom, loud dark."""
     level = 1 + (spectrogram_SP - spectrogram_SP.max()) / PICTURE_RANGE_DB
     return png((255 * (1 - level.clip(0, 1))).astype(np.uint8)[::-1])
-
-
-def _row(clip: InspectedClip, with_picture: bool) -> str:
-    name, training = html.escape(clip.key), f"{clip.treatment}: {html.escape(clip.reason)}"
-    if clip.facts is None or clip.stats is None:
-        return f"<tr class=skipped><td class=t>{name}<td colspan=9><td class=t>{training}</tr>"
-    picture = ""
-    if with_picture:
-        data = base64.b64encode(thumbnail(clip.stats.spectrogram_SP)).decode()
-        picture = f'<img alt="spectrogram" src="data:image/png;base64,{data}">'
-    cells = "".join(f"<td class=n>{number}" for number in clip.cells())
-    caption = _folded(clip.caption)
-    return f"<tr class={clip.treatment}><td class=t>{name}<td>{picture}{cells}<td class=t>{caption}<td>{training}</tr>"
-
-
-def _folded(text: str) -> str:
-    if len(text) <= FOLDED_CHARACTERS:
-        return html.escape(text)
-    start = html.escape(text[:FOLDED_CHARACTERS])
-    return f"<details><summary>{start} ...</summary>{html.escape(text)}</details>"

@@ -23,6 +23,7 @@ from sa3dist.flow.crops import crop_frames
 from sa3dist.formats import LeftOut
 from sa3dist.inspection.clip import InspectedClip
 from sa3dist.inspection.duplicates import exact_duplicates, near_duplicates
+from sa3dist.inspection.excerpts import Excerpts
 from sa3dist.inspection.measure import measure_clip
 from sa3dist.model.loading import known_config
 
@@ -39,6 +40,7 @@ class Report:
     crop_seconds     length training would crop to
     verdict          what would stop training with these settings; empty when nothing would
     left_out         files that are no clips, by kind, all of them named but for system files
+    excerpt_seconds  how much of a clip its ``sound`` holds; 0 where no page asked for it
     cut              captions the text encoder does not read to their end; None where that cannot be counted here
     """
 
@@ -51,6 +53,7 @@ class Report:
     verdict: list[str]
     left_out: tuple[LeftOut, ...] = ()
     cut: CutCaptions | None = None
+    excerpt_seconds: float = 0.0
 
     @property
     def usable(self) -> list[InspectedClip]:
@@ -115,7 +118,10 @@ class Report:
 
 
 def inspect_source(
-    settings: Settings, framing: tuple[float, int, int], report: Callable[[int, int], None] = lambda done, total: None
+    settings: Settings,
+    framing: tuple[float, int, int],
+    report: Callable[[int, int], None] = lambda done, total: None,
+    page_bytes: float = 0,
 ) -> Report:
     """Decode and measure every clip of ``settings.audio_data_url``, except those that an earlier look measured.
 
@@ -124,16 +130,20 @@ def inspect_source(
 
     framing   native length in seconds, sample rate in Hz and samples per latent frame of the model
     report    called as report(inspected, total) after every clip
+    page_bytes    of a page to play clips from; 0: clips get no sound
     Raises DataError when the source as a whole cannot be opened.
     """
     limits = {"max_download_bytes": settings.max_download_bytes, "outputs": (settings.work_dir, settings.output_dir)}
     with open_container(settings.audio_data_url, settings.work_dir, **limits) as container:
         listing = pair_members(container)
-        known = read_stats(settings.work_dir)
-        inspected = prefetch(lambda pair: _inspect(container, pair, known), listing.pairs, lambda pair: pair.audio.size)
+        known, excerpts = read_stats(settings.work_dir), Excerpts(page_bytes, len(listing.pairs))
+        inspected = prefetch(
+            lambda pair: _inspect(container, pair, known, excerpts), listing.pairs, lambda pair: pair.audio.size
+        )
         clips = []
         try:
             for done, (_, clip) in enumerate(inspected, 1):
+                clip.sound = excerpts.kept(clip.sound)
                 clips.append(clip)
                 report(done, len(listing.pairs))
         finally:
@@ -145,6 +155,7 @@ def inspect_source(
             clips.append(InspectedClip(key, "", 0, problems=problems))
         clips.sort(key=lambda clip: clip.key)
         made = Report(container.label, clips, list(listing.refusals), [], [], 0.0, [], listing.left_out)
+    made.excerpt_seconds = excerpts.seconds if page_bytes else 0.0
     good = [clip for clip in clips if not clip.problems]
     made.exact, made.near = exact_duplicates(good), near_duplicates(good)
     if good:
@@ -159,16 +170,17 @@ def inspect_source(
     return made
 
 
-def _inspect(container: Container, pair: Pair, known: Measured) -> InspectedClip:
-    def look(sha256: str, data: bytes) -> tuple[AudioFacts, ClipStats]:
+def _inspect(container: Container, pair: Pair, known: Measured, excerpts: Excerpts) -> InspectedClip:
+    def look(sha256: str, data: bytes) -> tuple[AudioFacts, ClipStats, bytes]:
         earlier = known.get((sha256, len(data)))
         if earlier:
             check_whole(data, earlier[0].samples)
-        return earlier or measure_clip(data)
+        return *(earlier or measure_clip(data)), excerpts.of(data)
 
     caption, _, sha256, found, problems = read_pair(container, pair, look)
-    facts, stats = found or (None, None)
-    return InspectedClip(pair.key, pair.extension, pair.audio.size, sha256, caption, facts, stats, problems)
+    facts, stats, sound = found or (None, None, b"")
+    audio = pair.extension, pair.audio.size, sha256
+    return InspectedClip(pair.key, *audio, caption, facts, stats, problems, sound=sound)
 
 
 def _treatment(facts: AudioFacts, limit: int, sample_rate_hz: int, samples_per_frame: int) -> tuple[str, str]:

@@ -1,24 +1,34 @@
 """`sa3dist inspect` on the command line: the report as tables in the terminal, as JSON or as an HTML file."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from sa3dist import config
 from sa3dist.data.remote.local_paths import home_path
-from sa3dist.errors import counted, printable, span
+from sa3dist.errors import ConfigError, counted, printable
 from sa3dist.formats import LeftOut
-from sa3dist.inspection.html import write_html
+from sa3dist.inspection.html import MEGABYTES, write_html
+from sa3dist.inspection.overview import overview_rows
 from sa3dist.inspection.report import Report, framing_of, inspect_source
 from sa3dist.progress import progress
 from sa3dist.runtime.exit_status import run_command
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
 # A terminal is for a look; --json and --html hold every clip.
 MAX_ROWS = 200
+# Of a terminal, for a clip's name: where it is longer it goes over several lines.
+NAME_COLUMNS = 16
+FIGURES = ("s", "Hz", "ch", "LUFS", "peak", "silent", "clipped")
 
 
 ARGUMENTS = {
@@ -29,7 +39,12 @@ ARGUMENTS = {
         "help": "settings that matter: duration, model, on_bad_clip",
     },
     "--json": {"action": "store_true", "help": "print everything as JSON instead of tables"},
-    "--html": {"type": home_path, "metavar": "FILE", "help": "also write a report with pictures"},
+    "--html": {"type": home_path, "metavar": "FILE", "help": "also write one page with players, pictures and charts"},
+    "--megabytes": {
+        "type": float,
+        "default": MEGABYTES,
+        "help": "largest page; clips that do not fit have no player (default %(default)g)",
+    },
 }
 
 
@@ -41,14 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def inspect(options: argparse.Namespace) -> None:
     """Inspect the data set of ``options`` and show what was found."""
+    if not options.megabytes > 0:
+        raise ConfigError(f"--megabytes: {options.megabytes} leaves no page; give a number above 0")
     settings = config.build(config.read_arguments(options.words) | {"audio_data_url": options.dataset})
     framing = framing_of(settings.model)
     # As many clips as there are cores are measured at a time: one clip needs no threads of its own.
     torch.set_num_threads(1)
     with progress("inspect", 1, shown=True) as update:
-        report = inspect_source(settings, framing, lambda done, total: update(done, total=total))
+        page_bytes = 1e6 * options.megabytes if options.html else 0
+        report = inspect_source(settings, framing, lambda done, total: update(done, total=total), page_bytes)
     if options.html:
-        write_html(report, options.html)
+        write_html(report, options.html, options.megabytes)
         print(f"wrote {options.html}", file=sys.stderr)
     if options.json:
         print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
@@ -58,20 +76,33 @@ def inspect(options: argparse.Namespace) -> None:
 
 def show(report: Report) -> None:
     """Print the tables to stdout."""
+    from rich import box
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     console = Console()
-    overview = Table(title=escape(report.source), show_header=False)
+    console.print(escape(report.source), style="italic", soft_wrap=True)
+    overview = Table("", Column(overflow="fold"), show_header=False)
     for name, value in overview_rows(report.summary()):
         overview.add_row(name, escape(value))
     console.print(overview)
-    clips = Table("clip", "s", "Hz", "ch", "LUFS", "peak", "silent", "clipped", "training", title="clips")
+    figures = [Column(name, justify="right", no_wrap=True) for name in FIGURES]
+    name = Column("clip", overflow="fold", min_width=NAME_COLUMNS)
+    clips = Table(
+        name,
+        *figures,
+        Column("training", no_wrap=True),
+        title="clips",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 0, 0, 1),
+    )
     for clip in report.clips[:MAX_ROWS]:
         colour = {"skipped": "red", "cropped": "yellow"}.get(clip.treatment, "")
-        clips.add_row(escape(clip.key), *clip.cells(), clip.treatment, style=colour)
-    console.print(clips)
+        clips.add_row(escape(printable(clip.key)), *clip.cells(), clip.treatment, style=colour)
+    _print_whole(console, clips, max((cell_len(printable(clip.key)) for clip in report.clips), default=0))
     if len(report.clips) > MAX_ROWS:
         console.print(f"and {counted(len(report.clips) - MAX_ROWS, 'more clip')}; --json or --html shows all")
     notes = [
@@ -85,6 +116,20 @@ def show(report: Report) -> None:
         console.print(escape(line), style=style, soft_wrap=True)
 
 
+def _print_whole(console: Console, table: Table, longest_name: int) -> None:
+    """Print a table with nothing cut: a terminal folds long names; a file or a pipe gets one line a clip.
+
+    longest_name   its columns
+    """
+    usual = console.width
+    whole = console.measure(table, options=console.options.update(max_width=1 << 20)).maximum
+    # A terminal that is narrower than the figures alone breaks the lines itself.
+    folded = whole - max(longest_name - NAME_COLUMNS, 0)
+    console.width = max(usual, folded if console.is_terminal else whole)
+    console.print(table)
+    console.width = usual
+
+
 def _skipped(report: Report) -> Iterator[str]:
     """One line for every reason: a table that cannot be read is the reason of many."""
     reasons: dict[str, list[str]] = {}
@@ -94,34 +139,3 @@ def _skipped(report: Report) -> Iterator[str]:
     for reason, keys in reasons.items():
         named = len(keys) == 1 and printable(keys[0]) in reason
         yield reason if named else LeftOut("clip", reason, len(keys), tuple(keys)).line()
-
-
-def overview_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """The summary as (name, text) lines."""
-    rows = [("clips", f"{summary['clips']}, {summary['usable']} usable"), ("audio", span(3600 * summary["hours"]))]
-    if summary["left_out"]:
-        rows.append(("left out", f"{summary['left_out']} files that are no clips, see below"))
-    if not summary["usable"]:
-        return rows
-
-    def spread(name: str, unit: str) -> str:
-        values = summary[name]
-        return f"{values['min']:g} to {values['max']:g} {unit}, median {values['median']:g}" if values else "none"
-
-    def counts(name: str) -> str:
-        return ", ".join(f"{value} x {key}" for key, value in summary[name].items())
-
-    captions = summary["captions"]
-    words = captions["words"]
-    return rows + [
-        ("length", spread("seconds", "s")),
-        ("formats", counts("formats")),
-        ("sample rates", counts("sample_rates_hz") + " Hz"),
-        ("channels", counts("channels")),
-        ("loudness", spread("lufs", "LUFS")),
-        ("peak", spread("peak_dbfs", "dBFS")),
-        ("clipping", counted(summary["clipped_clips"], "clip")),
-        ("mostly silent", counted(summary["mostly_silent_clips"], "clip")),
-        ("captions", f"{captions['distinct']} distinct, {words['min']:g} to {words['max']:g} words"),
-        ("training", counts("treatment") + f"; crops of {summary['crop_seconds']:.1f} s"),
-    ]

@@ -13,8 +13,9 @@ from urllib.parse import quote
 import soundfile
 
 from sa3dist.formats import ClipEntry
+from sa3dist.report.document import Space, data_url
 from sa3dist.report.run_folder import Preview, RunFolder, is_number
-from sa3dist.report.sound import data_url, ogg, training_clip
+from sa3dist.report.sound import ogg, training_clip
 
 # How much of a training clip is played where nothing says how long the preview is.
 NEAREST_SECONDS = 10.0
@@ -63,20 +64,6 @@ class Grid:
     columns: list[Column]
     rows: list[tuple[str, list[Cell | None]]]
     left: int
-
-
-class Space:
-    """How many bytes a page may still take."""
-
-    def __init__(self, left: int) -> None:
-        self.left = left
-
-    def take(self, address: str) -> bool:
-        """Whether ``address`` fits; it is then counted."""
-        if len(address) > self.left:
-            return False
-        self.left -= len(address)
-        return True
 
 
 def make_grid(runs: Sequence[RunFolder], page: Path, space: Space, inside: bool) -> Grid:

@@ -1,30 +1,22 @@
-"""Put a page together: its template, its charts and clips, and the library that draws, in one HTML file."""
+"""The page of a run, or of several side by side: its charts, clips and words, put into one HTML file."""
 
 from __future__ import annotations
 
-import base64
-import functools
-import hashlib
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
 
 from sa3dist.formats import write_whole
 from sa3dist.report import charts, facts
-from sa3dist.report.grid import Space, make_grid
+from sa3dist.report.document import Space, render
+from sa3dist.report.grid import make_grid
 from sa3dist.report.layers import FIGURES, layer_picture
 from sa3dist.report.run_folder import RunFolder, read_run
 
 PAGE_NAME = "report.html"
 MEGABYTES = 20.0
-ASSETS = Path(__file__).parent / "assets"
-STYLES = ("uplot/uPlot.min.css", "page.css")
-SCRIPTS = ("uplot/uPlot.iife.min.js", "page.js")
 
 
 def write_report(folders: Sequence[Path], page: Path, megabytes: float = MEGABYTES, inside: bool = True) -> None:
@@ -67,38 +59,6 @@ def render_runs(runs: Sequence[RunFolder], page: Path, megabytes: float = MEGABY
 
 SPEED_CHARTS = ("clips", "data_wait", "memory")
 HEALTH_CHARTS = ("update_ratio", "effective_rank", "drift")
-
-
-def render(template: str, values: dict[str, Any]) -> str:
-    """A template of ASSETS with ``values``, which are escaped, and with the styles and scripts of all pages.
-
-    The page may load nothing from elsewhere and run no other script: its policy names the digests of these.
-    """
-    scripts = [(ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS]
-    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    page = (
-        _environment()
-        .get_template(template)
-        .render(
-            styles=[Markup((ASSETS / name).read_text(encoding="utf-8")) for name in STYLES],
-            scripts=[Markup(script) for script in scripts],
-            policy=" ".join(f"'sha256-{digest}'" for digest in digests),
-            **values,
-        )
-    )
-    # Halves of characters, which JSON can hold, would not be written: those of a pair are joined.
-    return page.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-@functools.cache
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(ASSETS),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def _length_histogram(run: RunFolder) -> charts.Chart | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from pathlib import Path
 
@@ -45,8 +44,3 @@ def training_clip(index: DatasetIndex, clip: ClipEntry) -> io.BytesIO:
     with (index.directory / clip.shard).open("rb") as shard:
         shard.seek(clip.audio_offset)
         return io.BytesIO(shard.read(clip.audio_bytes))
-
-
-def data_url(kind: str, data: bytes) -> str:
-    """``data`` as an address that holds it; kind: its MIME type."""
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

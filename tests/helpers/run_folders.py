@@ -15,8 +15,11 @@ from tests.helpers.clips import captioned, write_zip
 RATE = 44100
 
 
-def make_run(folder, steps=40, preview_steps=(0, 20, 40), prompts=2, seconds=1.0, **settings):
-    """Write the folder; settings go into run.yaml. Returns the rows of metrics.jsonl."""
+def make_run(folder, steps=40, preview_steps=(0, 20, 40), prompts=2, seconds=1.0, linked=False, **settings):
+    """Write the folder; settings go into run.yaml. Returns the rows of metrics.jsonl.
+
+    linked   clips of later steps are those of the first one: many long ones would take long to make
+    """
     folder.mkdir(parents=True)
     rng = np.random.default_rng(steps)
     index = build_shards(str(write_zip(folder.parent / f"{folder.name}.zip", captioned(4))), folder.parent / "work")
@@ -43,7 +46,10 @@ def make_run(folder, steps=40, preview_steps=(0, 20, 40), prompts=2, seconds=1.0
     write_lines(folder / "warnings.jsonl", [{"time": "2026-01-01", "level": "warning", "message": "it is warm"}] * 2)
     for step in preview_steps:
         for number in range(prompts):
-            _preview(folder / "previews" / f"step-{step:08d}", step, number, seconds, rng)
+            first = (
+                folder / "previews" / f"step-{preview_steps[0]:08d}" if linked and step != preview_steps[0] else None
+            )
+            _preview(folder / "previews" / f"step-{step:08d}", step, number, seconds, rng, first)
     return [base, *rows]
 
 
@@ -59,15 +65,19 @@ def _row(step, rng):
     return row | ({**validation, "val/loss": 1.5 - 0.001 * step, "val/gain": -0.001 * step} if step % 10 == 0 else {})
 
 
-def _preview(folder, step, number, seconds, rng):
+def _preview(folder, step, number, seconds, rng, first):
     folder.mkdir(parents=True, exist_ok=True)
+    about = {"prompt": f"prompt {number}", "number": number, "step": step, "seconds": seconds, "seed": 0}
+    (folder / f"{number}.json").write_text(json.dumps(about))
+    if first:
+        for kind in ("flac", "png"):
+            (folder / f"{number}.{kind}").hardlink_to(first / f"{number}.{kind}")
+        return
     time_N = np.arange(round(seconds * RATE)) / RATE
     tones_NC = np.stack([np.sin(2 * np.pi * hertz * time_N) for hertz in rng.uniform(100, 2000, 2)], axis=1)
     audio_NC = 0.3 * tones_NC + 0.02 * rng.standard_normal(tones_NC.shape)
     soundfile.write(folder / f"{number}.flac", audio_NC, RATE, subtype="PCM_24")
     write_spectrogram(folder / f"{number}.png", torch.from_numpy(audio_NC.T.copy()), RATE)
-    about = {"prompt": f"prompt {number}", "number": number, "step": step, "seconds": seconds, "seed": 0}
-    (folder / f"{number}.json").write_text(json.dumps(about))
 
 
 def decoded(address):

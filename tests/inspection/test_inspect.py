@@ -5,10 +5,10 @@ import io
 import json
 import math
 import re
-import xml.etree.ElementTree
 
 import numpy as np
 import pytest
+import rich.console
 import scipy.signal
 import soundfile
 import torch
@@ -18,11 +18,12 @@ from sa3dist.commands.demo import synthesise_clips
 from sa3dist.data.source.audio import check_audio, decode
 from sa3dist.data.source.resample import resample
 from sa3dist.inspection.duplicates import NEAR_DUPLICATE_DB
-from sa3dist.inspection.html import png, render
+from sa3dist.inspection.html import page_of, png
 from sa3dist.inspection.loudness import integrated_loudness, k_weighting
 from sa3dist.inspection.measure import Measurement, fingerprint_distance_db
 from sa3dist.inspection.report import framing_of, inspect_source
 from tests.helpers.clips import captioned, encode, tone, write_folder, write_zip
+from tests.helpers.pages import Elements
 
 FRAMING = (380.0, 44100, 4096)
 
@@ -185,49 +186,86 @@ def test_json_is_complete_and_the_command_says_when_a_source_is_none(tmp_path, c
     assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
 
 
-def test_the_terminal_shows_every_clip_and_the_page_escapes_what_strangers_wrote(tmp_path, capsys):
-    members = captioned(4) | {"[b]x.wav": encode(tone(1.5)), "[b]x.txt": b"<script>alert(1)</script>"}
+def test_the_terminal_shows_every_clip_by_its_whole_name_however_narrow(tmp_path, capsys, monkeypatch):
+    name = "[b]take " + "a-long-name-" * 12
+    members = captioned(4) | {f"{name}.wav": encode(tone(1.5)), f"{name}.txt": b"a tone"}
     source = write_zip(tmp_path / "a.zip", members)
-    assert cli.main(["inspect", str(source), "--html", str(tmp_path / "r.html")]) == 0
-    out = capsys.readouterr().out
-    assert all(word in out for word in ("clip0", "[b]x", "44100", "padded", "LUFS"))
-    page = (tmp_path / "r.html").read_text()
-    assert "<script>" not in page
-    assert "&lt;script&gt;" in page
-    assert page.count("<svg") == 2
-    assert "http" not in page
-    pictures = re.findall(r"data:image/png;base64,([^\"]+)", page)
+    assert cli.main(["inspect", str(source)]) == 0
+    piped = capsys.readouterr().out
+    assert all(word in piped for word in ("clip0", "44100", "padded", "LUFS", str(source)))
+    # Through a pipe a clip is one line.
+    (line,) = [line for line in piped.splitlines() if name in line]
+    assert line.split()[-1] == "cropped"
+    monkeypatch.setattr(rich.console.Console, "is_terminal", True)
+    for columns in (80, 30):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert cli.main(["inspect", str(source)]) == 0
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+        start = next(n for n, line in enumerate(lines) if line.strip().startswith("[b]"))
+        end = next(n for n, line in enumerate(lines) if line.strip().startswith("clip0"))
+        found = lines[start:end] if start < end else lines[start:]
+        wide = found[0].index("1.50")
+        assert name.replace(" ", "") in "".join(line[:wide] for line in found).replace(" ", "")
+        assert all(figure in found[0] for figure in ("1.50", "44100", "cropped"))
+
+
+def test_a_page_that_is_full_says_how_many_clips_have_no_player_and_grows_no_further(tmp_path):
+    members, rng = {}, np.random.default_rng(0)
+    for number in range(8):
+        noise_N1 = 0.1 * rng.standard_normal((44100 * (1 + number), 1))
+        members |= {f"{number}.wav": encode(noise_N1), f"{number}.txt": b"noise"}
+    source = write_zip(tmp_path / "a.zip", members)
+    for megabytes in (20.0, 0.2):
+        page = tmp_path / f"{megabytes}.html"
+        assert cli.main(["inspect", str(source), "--html", str(page), "--megabytes", str(megabytes)]) == 0
+        text = page.read_text()
+        held = re.findall(r"audio/ogg;base64,([^\"]+)", text)
+        lengths = [soundfile.info(io.BytesIO(base64.b64decode(sound))).duration for sound in held]
+        if megabytes == 20.0:
+            assert lengths == pytest.approx([1.0 + number for number in range(8)], abs=0.01)
+            assert "without a player" not in text
+        else:
+            assert page.stat().st_size < 0.2e6
+            assert 0 < len(lengths) < 8
+            assert max(lengths) <= 5
+            assert f"{8 - len(lengths)} clips of 8 without a player" in text
+    assert cli.main(["inspect", str(source), "--html", str(page), "--megabytes", "0"]) == 2
+
+
+def test_the_page_shows_what_strangers_wrote_as_text_and_loads_nothing(tmp_path):
+    hostile = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
+    caption = hostile + " ".join(f"word{n}" for n in range(900))
+    members = captioned(4) | {"[b]x.wav": encode(tone(1.5)), "[b]x.txt": caption.encode(), "song.m4a": b""}
+    page = page_of(inspect(write_zip(tmp_path / "a.zip", members), tmp_path))
+    elements = Elements(page)
+    # The charts, the library that draws them, and the page's own.
+    assert len(elements.of("script")) == 3
+    assert not [name for _, found in elements.tags for name in found if name.startswith("on")]
+    assert caption in "".join(elements.words)
+    pictures = [found["src"] for found in elements.of("img")]
     assert len(pictures) == 5
-    assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
+    assert all(base64.b64decode(picture.partition(",")[2]).startswith(b"\x89PNG") for picture in pictures)
+    assert "left out: 1 m4a file (song.m4a)" in page
 
 
-def test_the_page_fits_a_telephone_its_charts_have_axes_and_counts_and_a_long_caption_is_folded(tmp_path):
+def test_histograms_count_every_clip_between_their_edges(tmp_path):
     members = {}
     for number, seconds in enumerate([0.5] * 5 + [1.0] * 2 + [2.0]):
         members |= {f"{number}.wav": encode(tone(seconds, hertz=300 + 50 * number, peak=0.1 + 0.05 * number))}
         members |= {f"{number}.txt": b"a tone"}
-    caption = " ".join(f"word{n}" for n in range(900))
-    members |= {"0.txt": caption.encode(), "song.m4a": b"", f"{'long name ' * 20}.pdf": b""}
-    page = render(inspect(write_zip(tmp_path / "a.zip", members), tmp_path))
-    assert '<meta name=viewport content="width=device-width' in page
-    (length, loudness) = [xml.etree.ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page)]
-    for chart in (length, loudness):
-        # Its size is the page's; what is drawn lies inside the picture.
-        assert not {"width", "height"} & chart.attrib.keys()
-        _, _, width, height = map(float, chart.attrib["viewBox"].split())
-        for shape in chart.iter("rect"):
-            assert 0 <= float(shape.get("x")) <= float(shape.get("x")) + float(shape.get("width")) <= width
-        assert all(
-            0 <= float(text.get("x")) <= width and 0 <= float(text.get("y")) <= height for text in chart.iter("text")
-        )
-    texts = [text.text for text in length.iter("text")]
-    assert texts[:3] == ["clips", "5", "0"]
-    # The clips of 0.5, 1 and 2 s, then where the bins lie.
-    assert texts[3:] == ["5", "2", "1", "0", "0.5", "1", "1.5", "2", "s"]
-    assert sum(int(text.text) for text in list(loudness.iter("text"))[3:-6]) == 8
-    folded = re.search(r"<details><summary>(.*?)</summary>(.*?)</details>", page)
-    assert (len(folded[1]) < 130, folded[2]) == (True, caption)
-    assert "left out: 1 m4a file (song.m4a)" in page
+    report = inspect(write_zip(tmp_path / "a.zip", members), tmp_path)
+    charts = Elements(page_of(report)).charts()
+    lengths, loudness = charts["lengths"], charts["loudness"]
+    counts = lengths["series"][0]["y"]
+    assert (lengths["edges"][0], lengths["edges"][-1]) == (0, 2)
+    assert {round(edge, 6): count for edge, count in zip(lengths["edges"], counts, strict=False) if count} == {
+        0.5: 5,
+        1.0: 2,
+        1.9: 1,
+    }
+    assert sum(loudness["series"][0]["y"]) == 8
+    values = [clip.stats.lufs for clip in report.clips]
+    assert (loudness["edges"][0], loudness["edges"][-1]) == (min(values), max(values))
 
 
 def test_pictures_are_valid_png():
@@ -239,7 +277,7 @@ def test_pictures_are_valid_png():
 
 def test_a_report_without_a_usable_clip_still_renders(tmp_path):
     report = inspect(write_zip(tmp_path / "a.zip", {"a.wav": b"x", "a.txt": b"x"}), tmp_path)
-    assert "0 of 1 clip usable" in render(report)
+    assert "0 of 1 clip usable" in page_of(report)
     assert report.as_dict()["summary"]["usable"] == 0
 
 

@@ -42,10 +42,13 @@
     const bars = chart.series[0].kind === "bar";
     const axis = { stroke: colour("--soft"), font: "12px system-ui, sans-serif", grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line"), width: 1 } };
     const scales = { x: { time: false }, y: { distr: chart.log ? 3 : 1 } };
+    const counts = bars ? { incrs: [1, 2, 5].flatMap((n) => [0, 1, 2, 3, 4, 5, 6].map((power) => n * 10 ** power)).sort((a, b) => a - b) } : {};
     if (bars) {
       scales.x.range = () => [chart.edges[0], chart.edges[chart.edges.length - 1]];
       scales.y.range = (_, low, high) => [0, Math.max(high, 1) * 1.15];
     }
+    const x = { label: chart.x, value: (_, value) => full(value) };
+    if (bars) x.value = (_, value, series, at) => (at == null ? "–" : `${short(chart.edges[at])} to ${short(chart.edges[at + 1])}`);
     const plot = new uPlot(
       {
         width: holder.clientWidth,
@@ -55,9 +58,9 @@
         cursor: bars ? { drag: { x: false } } : { sync: { key: "steps" }, drag: { x: true } },
         axes: [
           { ...axis, label: chart.x, labelSize: 18, labelFont: axis.font, size: 34, values: (_, found) => found.map(short) },
-          { ...axis, size: 58, values: (_, found) => found.map((value) => (value == null ? "" : short(value))) },
+          { ...axis, ...counts, size: 58, values: (_, found) => found.map((value) => (value == null ? "" : short(value))) },
         ],
-        series: [{ label: chart.x, value: (_, value) => full(value) }, ...chart.series.map((series) => line(series))],
+        series: [x, ...chart.series.map((series) => line(series))],
       },
       uPlot.join(chart.series.map((series) => [series.x, series.y])),
       holder,
@@ -98,15 +101,22 @@
   const heard = new Map();
   let sounding = null;
 
+  const secondsOf = (cell) => {
+    const { duration } = audioOf(cell);
+    return Number.isFinite(duration) ? duration : +cell.querySelector(":scope > .controls .time").dataset.seconds;
+  };
+  // A picture may show more than is played: the whole clip, of which the player has the beginning.
+  const pictured = (picture, known) => +picture.dataset.whole || known;
+
   function show(cell) {
     const audio = audioOf(cell);
     const time = cell.querySelector(":scope > .controls .time");
-    const known = Number.isFinite(audio.duration) ? audio.duration : +time.dataset.seconds;
+    const known = secondsOf(cell);
     time.textContent = known ? `${clock(audio.currentTime)} / ${clock(known)}` : "";
     const head = cell.querySelector(":scope > .picture .head");
     if (head) {
       head.style.display = audio.currentTime ? "block" : "none";
-      head.style.left = `${(100 * audio.currentTime) / (known || 1)}%`;
+      head.style.left = `${(100 * audio.currentTime) / (pictured(head.parentElement, known) || 1)}%`;
     }
     const button = cell.querySelector(":scope > .controls [data-play]");
     button.textContent = audio.paused ? "▶" : "❚❚";
@@ -143,8 +153,9 @@
     cell.querySelector(":scope > .controls [data-play]").addEventListener("click", () => (audio.paused ? play(cell) : audio.pause()));
     cell.querySelector(":scope > [data-seek]")?.addEventListener("click", (event) => {
       const box = event.currentTarget.getBoundingClientRect();
-      const known = Number.isFinite(audio.duration) ? audio.duration : +cell.querySelector(".time").dataset.seconds;
-      play(cell, ((event.clientX - box.left) / box.width) * (known || 0));
+      const known = secondsOf(cell);
+      const moment = ((event.clientX - box.left) / box.width) * (pictured(event.currentTarget, known) || 0);
+      play(cell, known ? Math.min(moment, Math.max(known - 1, 0)) : moment);
     });
   });
 
@@ -202,6 +213,7 @@
   all("table.sortable").forEach((table) => {
     const rows = () => all(":scope > tbody > tr", table);
     all(":scope > thead th", table).forEach((head, at) => {
+      if ("fixed" in head.dataset) return;
       const button = document.createElement("button");
       button.type = "button";
       button.append(...head.childNodes);
@@ -219,4 +231,17 @@
       });
     });
   });
+
+  // Rows of one line: a click shows all that they say.
+  all("[data-open]").forEach((button) => {
+    const row = button.closest("tr");
+    row.addEventListener("click", (event) => {
+      if (event.target.closest(".listen") || (String(getSelection()) && event.detail)) return;
+      button.setAttribute("aria-expanded", String(row.classList.toggle("open")));
+    });
+  });
+  all(".line").forEach((line) => line.addEventListener("mouseenter", () => (line.title = line.textContent), { once: true }));
+
+  // Charts are drawn, controls answer, and this frame shows it.
+  requestAnimationFrame(() => performance.mark("usable"));
 })();
