@@ -29,45 +29,46 @@ CONNECT_SECONDS = 5
 ADVISORY_LOCK = 0x5A3D157
 
 metadata = MetaData()
+
+
+def _number(name: str) -> Column:
+    return Column(name, BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True)
+
+
+def _counts(*names: str) -> list[Column]:
+    return [Column(name, Integer, nullable=False, default=0) for name in names]
+
+
+def _times(*names: str, **words: Any) -> list[Column]:
+    return [Column(name, Double, **words) for name in names]
+
+
+def _values(*names: str) -> list[Column]:
+    return [Column(name, JSON(none_as_null=True)) for name in names]
+
+
 # Ends of rows are numbers of seconds since 1970 by the database's clock.
 jobs = Table(
     "jobs",
     metadata,
     # The order of arrival. ``id`` is what clients see.
-    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    _number("number"),
     Column("id", String(32), nullable=False, unique=True),
     Column("app", Text, nullable=False),
     Column("key", Text, nullable=False),
     Column("request", JSON, nullable=False),
     Column("settings", JSON, nullable=False),
     Column("priority", Integer, nullable=False),
-    Column("created", Double, nullable=False),
-    Column("dedup", Text),
-    Column("webhook", Text),
-    Column("start_until", Double),
     Column("retries", Integer, nullable=False),
-    Column("state", String(9), nullable=False),
-    Column("cancel", Integer, nullable=False, default=0),
-    Column("fence", Integer, nullable=False, default=0),
-    Column("owner", Text),
-    Column("host", Text),
-    Column("executor", Text),
-    Column("devices", JSON(none_as_null=True)),
-    Column("lease_until", Double),
-    Column("not_before", Double),
-    Column("attempts", Integer, nullable=False, default=0),
-    Column("failures", Integer, nullable=False, default=0),
-    Column("stage", Text),
-    Column("step", Integer, nullable=False, default=0),
     Column("steps", Integer, nullable=False),
+    Column("state", String(9), nullable=False),
+    *(Column(name, Text) for name in ("dedup", "webhook", "owner", "host", "executor", "stage")),
     Column("exit_code", Integer),
-    Column("error", JSON(none_as_null=True)),
-    Column("result", JSON(none_as_null=True)),
-    Column("started", Double),
-    Column("finished", Double),
-    Column("updated", Double, nullable=False),
-    # Counts the changes of the row: two of them may fall into one tick of the clock.
-    Column("revision", Integer, nullable=False, default=0),
+    # ``revision`` counts the changes of the row: two of them may fall into one tick of the clock.
+    *_counts("cancel", "fence", "attempts", "failures", "step", "revision"),
+    *_values("devices", "error", "result"),
+    *_times("created", "updated", nullable=False),
+    *_times("start_until", "lease_until", "not_before", "started", "finished"),
     sqlite_autoincrement=True,
 )
 Index("jobs_by_turn", jobs.c.state, jobs.c.priority, jobs.c.number)
@@ -78,15 +79,15 @@ Index("jobs_alike", jobs.c.dedup, unique=True, sqlite_where=_unfinished, postgre
 deliveries = Table(
     "deliveries",
     metadata,
-    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    _number("id"),
     Column("job_id", String(32), nullable=False, index=True),
     Column("url", Text, nullable=False),
-    Column("created", Double, nullable=False),
-    Column("tries", Integer, nullable=False, default=0),
-    # None: no further try, it has arrived or was given up.
-    Column("next_try", Double, index=True),
-    Column("delivered", Double),
     Column("error", Text),
+    *_counts("tries"),
+    *_times("created", nullable=False),
+    # None: no further try, it has arrived or was given up.
+    *_times("next_try", index=True),
+    *_times("delivered"),
 )
 
 
