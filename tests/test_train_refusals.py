@@ -13,6 +13,7 @@ import sa3dist
 from sa3dist import errors, train
 from sa3dist.model.loading import load_base
 from sa3dist.runtime.exit_status import report
+from tests.helpers.servers import hostile_http
 
 
 @pytest.fixture
@@ -129,6 +130,14 @@ def test_an_adapter_file_of_another_base(refuse, demo_base, tmp_path):
 def test_an_adapter_file_that_is_none(refuse, tmp_path):
     (tmp_path / "noise.safetensors").write_bytes(b"not safetensors")
     assert only_line(refuse(lora_checkpoint_url=tmp_path / "noise.safetensors"), "noise.safetensors")
+
+
+def test_a_fetched_adapter_file_that_is_none_is_named_by_its_address(refuse):
+    with hostile_http(b"not safetensors") as server:
+        url = f"{server.url}/etag/noise.safetensors"
+        lines = refuse(lora_checkpoint_url=f"{url}?token=secret")
+    assert only_line(lines, url)
+    assert not [word for word in ("downloads", "secret") if word in lines[0]]
 
 
 def test_a_source_that_is_no_archive(refuse, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from sa3dist_kernels import ADAPTER_TYPES
 
 from sa3dist import adapters
-from sa3dist.data.remote.fetch import fetch, is_remote
+from sa3dist.data.remote.fetch import fetch, is_remote, redacted
 from sa3dist.data.remote.local_paths import local_name
 from sa3dist.errors import CheckpointError
 from sa3dist.formats import digest_of, file_sha256
@@ -129,7 +129,11 @@ def _attach(
         lambda: str(fetch(url, downloads, should_stop)) if is_remote(url) else local_name(url),
         stop,
     )
-    adapters.warm_start(base, path)
+    try:
+        adapters.warm_start(base, path)
+    except CheckpointError as error:
+        # By the name that the user knows.
+        raise CheckpointError(str(error).replace(path, redacted(url))) from error
     return _digest(Path(path))
 
 
