@@ -84,6 +84,7 @@ def serve(options: argparse.Namespace) -> None:
         import uvicorn
 
         from sa3dist.serve.app import create_app
+        from sa3dist.serve.connections import Connection
         from sa3dist.serve.jobs import JobStore
         from sa3dist.serve.scheduler import Scheduler
         from sa3dist.serve.server_options import GIB, Options
@@ -124,7 +125,7 @@ def serve(options: argparse.Namespace) -> None:
     app = create_app(web, store)
     scheduler = Scheduler(store, run_options(options, data), options.keep_days)
     words = {"host": options.host, "port": options.port, "log_config": None, "access_log": False, **tls}
-    listening = uvicorn.Config(app, timeout_graceful_shutdown=10, **words)
+    listening = uvicorn.Config(app, timeout_graceful_shutdown=10, http=Connection, ws="none", **words)
     print(told(url, authority), flush=True)
     _run(uvicorn.Server(listening), app.state.service.stopping, scheduler)
 

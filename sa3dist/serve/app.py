@@ -8,7 +8,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import prometheus_client
@@ -33,6 +33,7 @@ from sa3dist.serve.tables import DatabaseAway
 log = logging.getLogger("sa3dist.serve.requests")
 # Beyond this age of the last reading the server is not healthy.
 STALE_SECONDS = 15.0
+TIDY_SECONDS, AGAIN_SECONDS = 3600.0, 60.0
 
 
 def create_app(options: Options, store: JobStore) -> FastAPI:
@@ -43,8 +44,8 @@ def create_app(options: Options, store: JobStore) -> FastAPI:
     @contextlib.asynccontextmanager
     async def beside(app: FastAPI) -> AsyncIterator[None]:
         await service.snapshot.refresh()
-        works = [service.snapshot.keep_fresh(), webhooks.Webhooks(service).deliver_all(), _tidy(service)]
-        tasks = [asyncio.create_task(work) for work in works]
+        works = [service.snapshot.keep_fresh, webhooks.Webhooks(service).deliver_all, lambda: _tidy(service)]
+        tasks = [asyncio.create_task(_lasting(work)) for work in works]
         yield
         for task in tasks:
             task.cancel()
@@ -77,13 +78,20 @@ def create_app(options: Options, store: JobStore) -> FastAPI:
     return app
 
 
+async def _lasting(work: Callable[[], Awaitable[None]]) -> None:
+    """Do ``work`` for ever: after what it did not expect, it begins again."""
+    while True:
+        try:
+            await work()
+        except Exception:
+            log.exception("unexpected; trying again in %g s", AGAIN_SECONDS)
+            await asyncio.sleep(AGAIN_SECONDS)
+
+
 async def _tidy(service: Service) -> None:
     while True:
-        jobs = await asyncio.to_thread(service.store.list, None, 100_000)
-        places = {place for job in jobs if not job.is_finished for place in job.settings.values()}
-        in_use = {str(place).rpartition("/")[2].partition(".")[0] for place in places}
-        await asyncio.to_thread(service.files.sweep, in_use)
-        await asyncio.sleep(3600)
+        await asyncio.to_thread(service.tidy)
+        await asyncio.sleep(TIDY_SECONDS)
 
 
 def _add_operation(app: FastAPI, service: Service) -> None:
@@ -136,11 +144,19 @@ class RequestLog:
             REQUESTS.labels(scope["method"] if scope["method"] in METHODS else "other", status).inc()
             # Polling would drown everything else.
             if not (scope["method"] == "GET" and status < 400):
-                row = {"request_id": request_id, "method": scope["method"], "path": scope["path"][:300]}
+                row = {"request_id": request_id, "client": (scope.get("client") or ("",))[0]}
+                row |= {"method": scope["method"], "path": scope["path"][:300], **_kept_words(scope)}
                 row |= {"status": status, "seconds": round(time.perf_counter() - begin, 4)}
                 log.info(json.dumps(row))
 
 
+def _kept_words(scope: Scope) -> dict[str, str]:
+    """What a client says for people to find its requests by."""
+    headers = dict(scope["headers"])
+    return {name: headers[key].decode("latin-1")[:1000] for key, name in KEPT_HEADERS.items() if key in headers}
+
+
+KEPT_HEADERS = {b"x-fal-tags": "tags", b"x-fal-runner-hint": "hint"}
 METHODS = ("GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD")
 
 

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from sa3dist.data.remote.fetch import redacted
 from sa3dist.errors import EXIT_USER
 from sa3dist.formats import STATUS_NAME, write_json
+from sa3dist.request.fields import EndpointFields
 from sa3dist.serve.job import Job
 
 RUN_NAME, LOG_NAME, REQUEST_NAME = "run", "log.txt", "request.json"
@@ -29,8 +31,10 @@ LINKED = ("checkpoints", "previews")
 COPIED = (METRICS_NAME, STATUS_NAME)
 # What is read of the end of a file of rows.
 TAIL_BYTES = 1 << 16
-# ``rank: 300 is not valid``
-_FIELD = re.compile(r"([a-z_]+): (.+)")
+# Of a folder of work: what depends on the base alone.
+OF_THE_BASE = ("compiled", "digests", "kernels", "singular_bases")
+# ``rank: 300 is not valid``; also ``rank is 40, but ...`` and ``include [...] and exclude [...] leave none``
+_FIELD = re.compile(r"([a-z_]+)(?:: (.+)|[ =].*)")
 
 
 def prepare(job: Job, values: dict[str, Any], folder: Path) -> Path:
@@ -48,6 +52,17 @@ def prepare(job: Job, values: dict[str, Any], folder: Path) -> Path:
     request = folder / REQUEST_NAME
     write_json(request, values | {"output_dir": str(run)})
     return request
+
+
+def share_work_of_base(work: Path, shared: Path) -> None:
+    """Let ``work``, a folder of one data set, find in ``shared`` what depends on the base alone."""
+    if work == shared:
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    for name in OF_THE_BASE:
+        (shared / name).mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            (work / name).symlink_to(os.path.relpath(shared / name, work))
 
 
 def newest_run(job_folder: Path, own: Path) -> Path | None:
@@ -144,14 +159,31 @@ def message(run: Path, log: Path) -> str:
 def refusal(job: Job, text: str) -> dict[str, Any]:
     """The endpoint's answer to a request that the trainer refused: one entry per line of ``text``, by field."""
     detail = []
-    for line in text.splitlines():
-        found = _FIELD.fullmatch(line.strip())
-        field = found[1] if found and (found[1] in job.request or found[1] in job.settings) else None
-        # What names no field is about the clips: their archive, a file in it, its caption.
-        name = field or ("lora_checkpoint_url" if "lora_checkpoint" in line else "audio_data_url")
-        entry = {"loc": ["body", name], "msg": found[2] if field else line.strip(), "type": "value_error"}
+    for line in map(str.strip, text.splitlines()):
+        found, name = _FIELD.fullmatch(line), _field_of(job, line)
+        said = found[2] if found and found[2] and found[1] == name else line
+        entry = {"loc": ["body", name] if name else ["body"], "msg": said, "type": "value_error"}
         detail.append(entry | ({"input": job.request[name]} if name in job.request else {}))
     return {"detail": detail}
+
+
+def _field_of(job: Job, line: str) -> str | None:
+    """The request's field that a line of the trainer is about: it begins with its name, or names what that says."""
+    fields = EndpointFields.model_fields
+    found = _FIELD.fullmatch(line)
+    if found and found[1] in fields:
+        return found[1]
+    asked = {name: job.request.get(name) for name in ("lora_checkpoint_url", "audio_data_url")}
+    places = {name: line.find(redacted(value)) for name, value in asked.items() if isinstance(value, str)}
+    if named := [(place, name) for name, place in places.items() if place >= 0]:
+        return min(named)[1]
+    if line.startswith(f"{job.request.get('model', fields['model'].default)}"):
+        return "model"
+    # Shards and latents, by the name that stands for their folder.
+    if re.search(r"\bwork(_dir)?/", line):
+        return "audio_data_url"
+    words = re.findall(r"[a-z]+(?:_[a-z]+)+", line)
+    return next((name for word in words for name in fields if name.startswith(word)), None)
 
 
 def failure(job: Job, exit_code: int, text: str) -> dict[str, Any]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from sa3dist.serve.service import Service, WireError
+
+# A body that comes slower in the mean is given up; a line of 1 Mbit/s is twelve times as fast.
+SLOWEST_BYTES_PER_SECOND = 10_000
 
 
 def base_of(request: Request) -> str:
@@ -28,12 +32,15 @@ async def blocks(service: Service, request: Request, most: int) -> AsyncIterator
     too_long = WireError(413, f"the body is longer than {most} bytes")
     if not (told.isascii() and told.isdecimal()) or len(told) > 15 or int(told) > most:
         raise too_long
-    received, stream = 0, request.stream().__aiter__()
+    received, stream, silent_seconds = 0, request.stream().__aiter__(), service.options.silent_seconds
+    begin = time.monotonic()
     while True:
+        left = begin + silent_seconds + received / SLOWEST_BYTES_PER_SECOND - time.monotonic()
         try:
-            block = await asyncio.wait_for(anext(stream, None), service.options.silent_seconds)
+            block = await asyncio.wait_for(anext(stream, None), min(max(left, 0), silent_seconds))
         except (TimeoutError, asyncio.TimeoutError) as silence:
-            raise WireError(408, f"no byte of the body for {service.options.silent_seconds:g} s") from silence
+            slow = f"{silent_seconds:g} s without a byte, or less than {SLOWEST_BYTES_PER_SECOND} bytes/s"
+            raise WireError(408, f"the body comes too slowly: {slow}") from silence
         except ClientDisconnect as gone:
             raise WireError(499, "the client is gone", "client_disconnected") from gone
         if block is None:
@@ -45,6 +52,12 @@ async def blocks(service: Service, request: Request, most: int) -> AsyncIterator
             yield block
 
 
-async def read_bounded(service: Service, request: Request) -> bytes:
-    """A whole body of at most ``max_body_bytes``."""
-    return b"".join([block async for block in blocks(service, request, service.options.max_body_bytes)])
+async def read_bounded(service: Service, request: Request, most: int) -> bytes:
+    """A whole body of at most ``most`` bytes."""
+    return b"".join([block async for block in blocks(service, request, most)])
+
+
+def is_large(request: Request) -> bool:
+    """Whether a body may take up much memory: it says so, or does not say how long it is."""
+    told = request.headers.get("content-length", "")
+    return not (told.isascii() and told.isdecimal() and len(told) < 7)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
-import hashlib
 import json
 import time
 from typing import Any
@@ -14,8 +13,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
 
-from sa3dist.serve.bodies import base_of, blocks
-from sa3dist.serve.files import COPY_BYTES, MAX_PARTS, StoredFile, is_id, plain_name
+from sa3dist.serve.bodies import base_of, blocks, read_bounded
+from sa3dist.serve.files import COPY_BYTES, MAX_PARTS, Sink, StoredFile, is_id, plain_name
 from sa3dist.serve.keys import Caller
 from sa3dist.serve.service import Service, WireError, result_file, service_of
 from sa3dist.serve.submission import read_body
@@ -26,8 +25,7 @@ PART_BYTES = 256 << 20
 
 
 async def _small_body(service: Service, request: Request) -> dict[str, Any]:
-    data = b"".join([block async for block in blocks(service, request, 1 << 20)])
-    return read_body(data or b"{}")
+    return read_body(await read_bounded(service, request, 1 << 20) or b"{}")
 
 
 def _note(service: Service, caller: Caller, name: str, content_type: str, request: Request) -> StoredFile:
@@ -45,18 +43,22 @@ def _address(base: str, note: StoredFile) -> str:
     return f"{base}/files/{note.id}/{note.name}"
 
 
+async def _write(service: Service, request: Request, out: Sink, most: int) -> None:
+    """Store a body of at most ``most`` bytes. Raises WireError for a longer one, and when the space runs out."""
+    told = request.headers.get("content-length", "")
+    service.check_space(int(told) if told.isascii() and told.isdecimal() and int(told[:15]) <= most else 0)
+    async for block in blocks(service, request, most):
+        service.check_space()
+        await asyncio.to_thread(out.write, block)
+
+
 async def _receive(service: Service, request: Request, note: StoredFile) -> StoredFile:
     """Store a body as the file of ``note``."""
-    service.check_space()
-    size = 0
-    async with service.upload_slot():
+    service.uploads.check()
+    with service.uploads.one():
         with service.files.writing(note.id) as out:
-            async for block in blocks(service, request, service.options.max_upload_bytes):
-                await asyncio.to_thread(out.write, block)
-                size += len(block)
-        note = StoredFile(**{**note.__dict__, "size": size})
-        await asyncio.to_thread(service.files.keep, note)
-    return note
+            await _write(service, request, out, service.options.max_upload_bytes)
+        return await asyncio.to_thread(service.files.keep, note, out)
 
 
 @routes.post("/rest/storage/auth/token")
@@ -76,22 +78,26 @@ async def initiate(request: Request) -> Response:
     caller, words = service.caller(request), await _small_body(service, request)
     name, kind = str(words.get("file_name", "")), str(words.get("content_type", "application/octet-stream"))
     note = _note(service, caller, name, kind, request)
-    upload_id = await asyncio.to_thread(service.files.begin_parts, note)
+    await asyncio.to_thread(service.files.begin_parts, note)
     expires = int(time.time()) + UPLOAD_SECONDS
-    signed = f"expires={expires}&signature={service.signer.sign('upload', [upload_id], expires)}"
+    signed = f"expires={expires}&signature={service.signer.sign('upload', [note.id], expires)}"
     in_parts = request.url.path.endswith("multipart")
-    place = f"{_address(base, note)}/multipart/{upload_id}" if in_parts else f"{base}/uploads/{upload_id}"
+    place = f"{_address(base, note)}/multipart/{note.id}" if in_parts else f"{base}/uploads/{note.id}"
     return JSONResponse({"upload_url": f"{place}?{signed}", "file_url": _address(base, note)})
 
 
 def _begun(request: Request, upload_id: str, expires: str, signature: str) -> StoredFile:
-    """The note of an upload that the request may go on with: signed, or its owner's. Raises WireError."""
+    """The note of an upload that the request may go on with: signed, or its owner's. Raises WireError.
+
+    Where it has ended already, of the file it has become.
+    """
     service = service_of(request)
-    note = service.files.find_parts(upload_id)
+    note = service.files.find_parts(upload_id) or service.files.find(upload_id)
     if signature:
         allowed = service.signer.fits("upload", [upload_id], expires, signature)
     else:
-        allowed = note is not None and service.caller(request).may_see(note.owner)
+        caller = service.caller(request, is_upload=True)
+        allowed = note is not None and caller.may_see(note.owner)
     if note is None or not allowed:
         raise WireError(404, "no such upload")
     return note
@@ -100,9 +106,11 @@ def _begun(request: Request, upload_id: str, expires: str, signature: str) -> St
 @routes.put("/uploads/{upload_id}")
 async def put_signed(request: Request, upload_id: str, expires: str = "", signature: str = "") -> Response:
     """The bytes of a file that ``initiate`` gave an address for."""
-    service = service_of(request)
-    note = await _receive(service, request, _begun(request, upload_id, expires, signature))
-    await asyncio.to_thread(service.files.end_parts, upload_id)
+    service, note = service_of(request), _begun(request, upload_id, expires, signature)
+    # What is there may have been read already: it stays as it is.
+    if note.sha256 is None:
+        note = await _receive(service, request, note)
+        await asyncio.to_thread(service.files.end_parts, upload_id)
     return JSONResponse({"url": _address(base_of(request), note)}, headers={"ETag": f'"{note.id}"'})
 
 
@@ -111,7 +119,8 @@ async def upload(request: Request) -> Response:
     """A whole file; its name in X-Fal-File-Name."""
     service = service_of(request)
     kind = request.headers.get("content-type", "application/octet-stream")
-    note = _note(service, service.caller(request), request.headers.get("x-fal-file-name", ""), kind, request)
+    caller = service.caller(request, is_upload=True)
+    note = _note(service, caller, request.headers.get("x-fal-file-name", ""), kind, request)
     note = await _receive(service, request, note)
     return JSONResponse({"access_url": _address(base_of(request), note), "url": _address(base_of(request), note)})
 
@@ -130,9 +139,10 @@ async def begin(request: Request) -> Response:
     """Begin an upload in parts."""
     service = service_of(request)
     kind = request.headers.get("content-type", "application/octet-stream")
-    note = _note(service, service.caller(request), request.headers.get("x-fal-file-name", ""), kind, request)
-    upload_id = await asyncio.to_thread(service.files.begin_parts, note)
-    return JSONResponse({"access_url": _address(base_of(request), note), "uploadId": upload_id})
+    caller = service.caller(request, is_upload=True)
+    note = _note(service, caller, request.headers.get("x-fal-file-name", ""), kind, request)
+    await asyncio.to_thread(service.files.begin_parts, note)
+    return JSONResponse({"access_url": _address(base_of(request), note), "uploadId": note.id})
 
 
 @routes.put("/files/{file_id}/{name}/multipart/{upload_id}/{number}")
@@ -141,18 +151,15 @@ async def put_part(
 ) -> Response:
     """One part, from 1 on, in any order."""
     service = service_of(request)
-    _begun(request, upload_id, expires, signature)
+    if _begun(request, upload_id, expires, signature).sha256 is not None:
+        raise WireError(409, "the upload is complete")
     if not 1 <= number <= MAX_PARTS:
         raise WireError(422, f"part {number}: expected 1..{MAX_PARTS}")
-    service.check_space()
     left = service.options.max_upload_bytes - await asyncio.to_thread(service.files.parts_size, upload_id, number)
-    digest = hashlib.sha256()
-    async with service.upload_slot():
-        with service.files.writing_part(upload_id, number) as out:
-            async for block in blocks(service, request, min(max(left, 0), PART_BYTES)):
-                await asyncio.to_thread(out.write, block)
-                digest.update(block)
-    etag = f'"{digest.hexdigest()}"'
+    service.uploads.check()
+    with service.uploads.one(), service.files.writing_part(upload_id, number) as out:
+        await _write(service, request, out, min(max(left, 0), PART_BYTES))
+    etag = f'"{out.sha256}"'
     return JSONResponse({"partNumber": number, "etag": etag}, headers={"ETag": etag})
 
 
@@ -162,17 +169,18 @@ async def complete(
 ) -> Response:
     """Join the parts that the body names."""
     service = service_of(request)
-    _begun(request, upload_id, expires, signature)
+    note = _begun(request, upload_id, expires, signature)
     words = await _small_body(service, request)
     parts = words.get("parts")
     numbers = [part.get("partNumber") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
     known = all(isinstance(number, int) and 1 <= number <= MAX_PARTS for number in numbers)
     if not numbers or not known or len(set(numbers)) != len(numbers):
         raise WireError(422, "parts: expected a list of objects with partNumber, each once")
-    try:
-        note = await asyncio.to_thread(service.files.complete_parts, upload_id, sorted(numbers))
-    except FileNotFoundError as missing:
-        raise WireError(422, "parts: one of them was not sent") from missing
+    if note.sha256 is None:
+        try:
+            note = await asyncio.to_thread(service.files.complete_parts, note, sorted(numbers))
+        except FileNotFoundError as missing:
+            raise WireError(422, "parts: one of them was not sent") from missing
     return JSONResponse({"access_url": _address(base_of(request), note), "url": _address(base_of(request), note)})
 
 

@@ -9,7 +9,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, BinaryIO
 
 import fsspec
@@ -38,6 +38,7 @@ class StoredFile:
 
     owner     id of the key that sent it            name      as ``plain_name`` gives it
     size      bytes                                 expires   seconds since 1970, None = with its owner's jobs
+    sha256    of its bytes
     """
 
     id: str
@@ -47,6 +48,24 @@ class StoredFile:
     size: int
     created: float
     expires: float | None = None
+    sha256: str | None = None
+
+
+class Sink:
+    """A file that is being written, with the size and the digest of what was."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out, self._digest = out, hashlib.sha256()
+        self.size = 0
+
+    def write(self, block: bytes) -> None:
+        self._out.write(block)
+        self._digest.update(block)
+        self.size += len(block)
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
 
 
 class FileStore:
@@ -60,22 +79,16 @@ class FileStore:
     def new_id(self) -> str:
         return secrets.token_hex(ID_DIGITS // 2)
 
-    @contextlib.contextmanager
-    def writing(self, file_id: str) -> Iterator[BinaryIO]:
+    def writing(self, file_id: str) -> contextlib.AbstractContextManager[Sink]:
         """Write a file's bytes; nothing is left where the block fails. ``keep`` makes it one."""
-        path = self._data(file_id)
-        try:
-            with self._system.open(path, "wb") as out:
-                yield out
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                self._system.rm_file(path)
-            raise
+        return self._writing(self._data(file_id))
 
-    def keep(self, note: StoredFile) -> None:
-        """The bytes are there: from now on the file is."""
+    def keep(self, note: StoredFile, written: Sink) -> StoredFile:
+        """The bytes are there: from now on the file is. Returns its note."""
+        note = dataclasses.replace(note, size=written.size, sha256=written.sha256)
         # The note last: without one there is no file.
         self._write_json(self._note(note.id), dataclasses.asdict(note))
+        return note
 
     def find(self, file_id: str) -> StoredFile | None:
         """The note of a file; None where there is none, or its time is over."""
@@ -86,10 +99,15 @@ class FileStore:
     def open(self, file_id: str) -> BinaryIO:
         return self._system.open(self._data(file_id), "rb")
 
-    def address(self, note: StoredFile) -> str:
+    def address(self, file_id: str) -> str:
         """What a trainer reads the file from: a path of this machine, or an address of the object store."""
-        path = self._data(note.id)
+        path = self._data(file_id)
         return path if "file" in self._protocols() else self._system.unstrip_protocol(path)
+
+    def id_of(self, address: str) -> str | None:
+        """The id of the file that ``address`` gives this for; None for any other."""
+        file_id = address.rpartition("/")[2].removesuffix(".data")
+        return file_id if is_id(file_id) and address == self.address(file_id) else None
 
     def delete(self, file_id: str) -> None:
         for path in (self._note(file_id), self._data(file_id)):
@@ -98,12 +116,12 @@ class FileStore:
 
     # Uploads in parts.
 
-    def begin_parts(self, note: StoredFile) -> str:
-        """An upload in parts that becomes the file of ``note``; its id."""
-        upload_id = self.new_id()
-        self._system.makedirs(self._parts(upload_id), exist_ok=True)
-        self._write_json(f"{self._parts(upload_id)}/note.json", dataclasses.asdict(note))
-        return upload_id
+    # An upload has the id of the file that it becomes: a client that repeats its end finds the file.
+
+    def begin_parts(self, note: StoredFile) -> None:
+        """Begin an upload in parts that becomes the file of ``note``."""
+        self._system.makedirs(self._parts(note.id), exist_ok=True)
+        self._write_json(f"{self._parts(note.id)}/note.json", dataclasses.asdict(note))
 
     def find_parts(self, upload_id: str) -> StoredFile | None:
         values = self._read_json(f"{self._parts(upload_id)}/note.json") if is_id(upload_id) else None
@@ -116,40 +134,33 @@ class FileStore:
             item["size"] for item in listed if item["name"].rpartition("/")[2] not in ("note.json", f"{without}")
         )
 
-    @contextlib.contextmanager
-    def writing_part(self, upload_id: str, number: int) -> Iterator[BinaryIO]:
-        path = f"{self._parts(upload_id)}/{number:d}"
-        try:
-            with self._system.open(path, "wb") as out:
-                yield out
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                self._system.rm_file(path)
-            raise
+    def writing_part(self, upload_id: str, number: int) -> contextlib.AbstractContextManager[Sink]:
+        return self._writing(f"{self._parts(upload_id)}/{number:d}")
 
-    def complete_parts(self, upload_id: str, numbers: list[int]) -> StoredFile:
+    def complete_parts(self, note: StoredFile, numbers: list[int]) -> StoredFile:
         """Join the parts in this order. Raises FileNotFoundError for one that was not sent."""
-        note = self.find_parts(upload_id)
-        digest, size = hashlib.sha256(), 0
         with self.writing(note.id) as out:
             for number in numbers:
-                with self._system.open(f"{self._parts(upload_id)}/{number:d}", "rb") as part:
+                with self._system.open(f"{self._parts(note.id)}/{number:d}", "rb") as part:
                     while block := part.read(COPY_BYTES):
                         out.write(block)
-                        digest.update(block)
-                        size += len(block)
-        note = dataclasses.replace(note, size=size)
-        self.keep(note)
-        self.end_parts(upload_id)
+        note = self.keep(note, out)
+        self.end_parts(note.id)
         return note
 
     def end_parts(self, upload_id: str) -> None:
         """Forget an upload in parts."""
-        self._system.rm(self._parts(upload_id), recursive=True)
+        with contextlib.suppress(FileNotFoundError):
+            self._system.rm(self._parts(upload_id), recursive=True)
 
-    def sweep(self, in_use: set[str]) -> None:
-        """Remove what was begun and not finished a day ago, and files whose time is over and that no job needs."""
-        old = time.time() - UNFINISHED_SECONDS
+    def sweep(self, in_use: Collection[str | None], keep_seconds: float | None = None) -> None:
+        """Remove what was begun and not finished a day ago, and files whose time is over and that no job needs.
+
+        in_use         ids of those that a job needs
+        keep_seconds   after which a file's time is over, whatever its note says; None: never
+        """
+        now = time.time()
+        old = now - UNFINISHED_SECONDS
         listed = self._system.ls(self._root, detail=True, refresh=True)
         names = {item["name"].rpartition("/")[2] for item in listed}
         for item in listed:
@@ -157,11 +168,12 @@ class FileStore:
             file_id, _, kind = name.partition(".")
             made = item.get("mtime") or item.get("created") or time.time()
             made = made if isinstance(made, int | float) else made.timestamp()
+            is_over = keep_seconds is not None and made < now - keep_seconds
             if kind == "parts" and made < old:
-                self._system.rm(item["name"], recursive=True)
-            elif kind == "json" and file_id not in in_use and self.find(file_id) is None:
+                self.end_parts(file_id)
+            elif kind == "json" and file_id not in in_use and (is_over or self.find(file_id) is None):
                 self.delete(file_id)
-            elif kind == "data" and f"{file_id}.json" not in names and made < old:
+            elif made < old and (kind.endswith(".tmp") or (kind == "data" and f"{file_id}.json" not in names)):
                 self._system.rm_file(item["name"])
 
     def _protocols(self) -> tuple[str, ...]:
@@ -177,11 +189,22 @@ class FileStore:
     def _parts(self, upload_id: str) -> str:
         return f"{self._root}/{upload_id}.parts"
 
-    def _write_json(self, path: str, value: Any) -> None:
+    @contextlib.contextmanager
+    def _writing(self, path: str) -> Iterator[Sink]:
+        # Under a name of its own: a client that sends the same again must not lose it to its first, broken try.
         temporary = f"{path}.{secrets.token_hex(4)}.tmp"
-        with self._system.open(temporary, "wb") as out:
+        try:
+            with self._system.open(temporary, "wb") as out:
+                yield Sink(out)
+            self._system.mv(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                self._system.rm_file(temporary)
+            raise
+
+    def _write_json(self, path: str, value: Any) -> None:
+        with self._writing(path) as out:
             out.write(json.dumps(value).encode())
-        self._system.mv(temporary, path)
 
     def _read_json(self, path: str) -> Any:
         try:

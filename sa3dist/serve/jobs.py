@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from pathlib import Path
@@ -11,6 +12,7 @@ from sqlalchemy import and_, func, or_, select, tuple_
 from sqlalchemy.exc import IntegrityError
 
 from sa3dist.errors import ConfigError, SA3DistError
+from sa3dist.formats import digest_of
 from sa3dist.serve.job import COLUMNS, Job
 from sa3dist.serve.tables import (
     CANCELLED,
@@ -29,6 +31,11 @@ from sa3dist.serve.tables import (
 
 # The hosted endpoint's number.
 RETRIES = 10
+# Settings of a job that name files it reads and the folder it works in.
+PLACES = ("audio_data_url", "lora_checkpoint_url", "work_dir")
+WORK_NAME = "work"
+# Jobs that one transaction deletes.
+MOST_DELETED = 500
 # Transactions may become visible this much later than the time they have set.
 OVERLAP_SECONDS = 5.0
 # A snapshot that begins holds unfinished jobs and those that ended so shortly ago; older ones are read one by one.
@@ -45,6 +52,21 @@ class QueueFull(SA3DistError):
 
 class Unfinished(SA3DistError):
     """A job that waits or runs cannot be deleted; it has to be cancelled first."""
+
+
+def places_of(settings: dict[str, Any]) -> list[str]:
+    """What a job's settings name of ``PLACES``."""
+    return [settings[name] for name in PLACES if isinstance(settings.get(name), str)]
+
+
+def _take_along(work: Path, folder: Path) -> None:
+    """Move what no job needs any more into a deleted one's folder: it goes with that, be it after a kill."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.replace(work, folder / WORK_NAME)
+    except OSError:
+        # It is not there, or on another disk.
+        shutil.rmtree(work, ignore_errors=True)
 
 
 # The place of a reader in the changes: time of the newest, and the newest ones themselves by id and revision.
@@ -190,7 +212,7 @@ class JobStore:
 
     def delete(self, job_id: str) -> bool:
         """Remove a finished job with all its files; whether there was one. Raises Unfinished."""
-        with self.database.writing() as connection:
+        with self.database.writing(alone=True) as connection:
             job = self._find(connection, job_id)
             if job is None:
                 return False
@@ -203,12 +225,24 @@ class JobStore:
 
     def retention(self, days: float) -> int:
         """Delete the jobs that ended more than ``days`` ago; how many."""
-        old = and_(jobs.c.state.in_(FINISHED), jobs.c.finished < now() - days * DAY_SECONDS)
-        with self.database.writing() as connection:
-            ended = self._make_deleted(connection, old)
-        for job_id in ended:
-            shutil.rmtree(self.folder / job_id, ignore_errors=True)
-        return len(ended)
+        old, count = and_(jobs.c.state.in_(FINISHED), jobs.c.finished < now() - days * DAY_SECONDS), 0
+        while True:
+            with self.database.writing(alone=True) as connection:
+                ended = self._make_deleted(connection, old)
+            for job_id in ended:
+                shutil.rmtree(self.folder / job_id, ignore_errors=True)
+            count += len(ended)
+            if len(ended) < MOST_DELETED:
+                return count
+
+    def work_folder(self, key: str, data: str) -> Path:
+        """Where jobs of ``key`` on the same ``data`` share shards and latents; it goes with the last of them."""
+        return self.folder.parent / WORK_NAME / digest_of(key, data)[:32]
+
+    def places(self, unfinished: bool = False) -> set[str]:
+        """What jobs read and where they work, as ``PLACES`` name it. unfinished: of those alone that wait or run."""
+        with self.database.reading() as connection:
+            return self._places(connection, UNFINISHED if unfinished else (*UNFINISHED, *FINISHED))
 
     def sweep(self) -> None:
         """Remove what killed servers have left of the folders of deleted jobs, and forget those jobs after a day."""
@@ -231,13 +265,24 @@ class JobStore:
         row = connection.execute(select(*COLUMNS).where(jobs.c.id == job_id, jobs.c.state != DELETED)).one_or_none()
         return None if row is None else self.of_row(row)
 
+    def _places(self, connection: Any, states: tuple[str, ...]) -> set[str]:
+        named = [jobs.c.settings[name].as_string() for name in PLACES]
+        found = connection.execute(select(*named).where(jobs.c.state.in_(states))).all()
+        return {place for row in found for place in row if place is not None}
+
     def _make_deleted(self, connection: Any, condition: Any) -> list[str]:
+        """In a transaction that is alone: nobody begins a job meanwhile whose folder of work is taken away."""
+        ended = connection.execute(select(jobs.c.id, jobs.c.settings).where(condition).limit(MOST_DELETED)).all()
+        ids = [row.id for row in ended]
         nothing = {"request": {}, "settings": {}, "error": None, "result": None, "webhook": None}
-        update = jobs.update().where(condition).values(changed(state=DELETED, **nothing)).returning(jobs.c.id)
-        ended = list(connection.scalars(update))
-        gone = select(jobs.c.id).where(jobs.c.state == DELETED)
-        connection.execute(deliveries.delete().where(deliveries.c.job_id.in_(gone)))
-        return ended
+        connection.execute(jobs.update().where(jobs.c.id.in_(ids)).values(changed(state=DELETED, **nothing)))
+        connection.execute(deliveries.delete().where(deliveries.c.job_id.in_(ids)))
+        left = self._places(connection, (*UNFINISHED, *FINISHED)) if ended else set()
+        for row in ended:
+            work = row.settings.get("work_dir")
+            if work is not None and work not in left:
+                _take_along(Path(work), self.folder / row.id)
+        return ids
 
     def of_row(self, row: Any) -> Job:
         """The job of a row with ``COLUMNS``."""

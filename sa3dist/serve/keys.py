@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -123,12 +123,13 @@ class Signer:
         expires = int(time.time()) + TOKEN_SECONDS
         return f"upload.{caller.id}.{expires}.{self.sign('token', [caller.id], expires)}", expires
 
-    def token_caller(self, token: str) -> Caller | None:
-        """Who was given this upload token."""
+    def token_caller(self, token: str, known: Collection[str]) -> Caller | None:
+        """Who was given this upload token. known: ids of the keys that there are now."""
         kind, _, rest = token.partition(".")
         key_id, _, rest = rest.partition(".")
         expires, _, signature = rest.partition(".")
-        return Caller(key_id) if kind == "upload" and self.fits("token", [key_id], expires, signature) else None
+        fits = kind == "upload" and self.fits("token", [key_id], expires, signature)
+        return Caller(key_id) if fits and key_id in known else None
 
     def _mac(self, purpose: str, text: bytes) -> bytes:
         return hmac.digest(self._secret, purpose.encode() + b"\0" + text, "sha256")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import time
@@ -15,7 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from sa3dist.request.fields import EndpointFields
 from sa3dist.serve import wire
-from sa3dist.serve.bodies import base_of, read_bounded
+from sa3dist.serve.bodies import base_of, is_large, read_bounded
 from sa3dist.serve.job import Job
 from sa3dist.serve.jobs import RETRIES, QueueFull, Unfinished
 from sa3dist.serve.keys import Caller
@@ -47,7 +48,9 @@ async def submit_job(request: Request, owner: str, name: str) -> Job:
     service.check_space()
     webhook = await _webhook(service, request.query_params.get("fal_webhook"))
     asked = _wishes(request)
-    accepted = await accept(service, caller, await read_bounded(service, request), base_of(request))
+    async with service.large_bodies if is_large(request) else contextlib.nullcontext():
+        body = await read_bounded(service, request, service.options.max_body_bytes)
+        accepted = await accept(service, caller, body, base_of(request))
     once = request.headers.get("idempotency-key") or accepted.digest
     words = {"app": app, "key": caller.id, "settings": accepted.settings, "webhook": webhook, **asked}
     dedup = hashlib.sha256(json.dumps([caller.id, app, once, webhook]).encode()).hexdigest()
@@ -68,9 +71,7 @@ def _wishes(request: Request) -> dict[str, Any]:
     """What headers and query say about the queue. Raises WireError."""
     headers, query = request.headers, request.query_params
     low = headers.get("x-fal-queue-priority", "normal").lower() == "low"
-    wishes: dict[str, Any] = {"priority": LOW_PRIORITY if low else NORMAL_PRIORITY, "retries": RETRIES}
-    if headers.get("x-fal-no-retry", "").lower() in ("1", "true", "yes"):
-        wishes["retries"] = 0
+    wishes: dict[str, Any] = {"priority": LOW_PRIORITY if low else NORMAL_PRIORITY, "retries": _retries(request)}
     timeout = headers.get("x-fal-request-start-timeout") or headers.get("x-fal-request-timeout")
     for key, text, place in (
         ("start_timeout", timeout, ["header", "x-fal-request-timeout"]),
@@ -88,6 +89,22 @@ def _wishes(request: Request) -> dict[str, Any]:
     if (most := request.app.state.service.options.max_queue) is not None:
         wishes["max_queue"] = min(most, wishes.get("max_queue", most))
     return wishes
+
+
+def _retries(request: Request) -> int:
+    """Failed attempts that are followed by another: the least number of those that were named for kinds of failure."""
+    if request.headers.get("x-fal-no-retry", "").lower() in ("1", "true", "yes"):
+        return 0
+    text = request.headers.get("x-fal-retry-config", "{}")
+    try:
+        named = [int(kind["retries"]) for kind in json.loads(text).values()]
+        if not all(0 <= number <= 1000 for number in named):
+            raise ValueError("out of range")
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        expected = '{"server_error": {"retries": 3}}, 0..1000'
+        place = ["header", "x-fal-retry-config"]
+        raise WireError(422, [refusal(place, f"{text[:100]!r} is no budget; expected {expected}")]) from error
+    return min(named, default=RETRIES)
 
 
 async def _webhook(service: Service, address: str | None) -> str | None:
@@ -138,6 +155,7 @@ async def stream_status(request: Request, owner: str, name: str, job_id: str, lo
     service, base = service_of(request), base_of(request)
     caller = service.caller(request)
     await service.job(job_id, caller)
+    service.waiters.check()
     wanted = logs.lower() in ("1", "true", "yes")
     events = _events(service, caller, job_id, base, wanted)
     return StreamingResponse(events, 200, {wire.REQUEST_ID: job_id, "Cache-Control": "no-cache"}, "text/event-stream")
@@ -145,7 +163,7 @@ async def stream_status(request: Request, owner: str, name: str, job_id: str, lo
 
 async def _events(service: Service, caller: Caller, job_id: str, base: str, logs: bool) -> AsyncIterator[str]:
     reader, told = LogReader(), None
-    async with service.waiting_slot():
+    with service.waiters.one():
         while not service.stopping.is_set():
             turned = asyncio.ensure_future(service.snapshot.turned())
             job = await service.job(job_id, caller)
@@ -217,6 +235,7 @@ run_routes = APIRouter(prefix="/run")
 async def run_stream(request: Request, owner: str, name: str) -> Response:
     """Train, with an event for every change; the last one is the result."""
     service, base = service_of(request), base_of(request)
+    service.waiters.check()
     job = await submit_job(request, owner, name)
     caller = service.caller(request)
 
@@ -235,10 +254,13 @@ async def run_stream(request: Request, owner: str, name: str) -> Response:
 async def run(request: Request, owner: str, name: str, sub: str = "") -> Response:
     """Train and answer with the result. A connection that drops ends nothing; the same request finds the job again."""
     service, base = service_of(request), base_of(request)
+    service.waiters.check()
     job = await submit_job(request, owner, name)
     caller = service.caller(request)
-    async with service.waiting_slot():
+    with service.waiters.one():
         while not (job := await service.job(job.id, caller)).is_finished:
+            if await request.is_disconnected():
+                raise WireError(499, "the client is gone", "client_disconnected")
             if service.stopping.is_set():
                 raise WireError(503, "the server restarts; ask again", "runner_disconnected", {wire.REQUEST_ID: job.id})
             await service.snapshot.turned()

@@ -7,17 +7,17 @@ import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote
 
 from fastapi import Request
 
 from sa3dist.errors import SA3DistError
 from sa3dist.serve.files import FileStore, is_id
 from sa3dist.serve.job import Job
-from sa3dist.serve.jobs import JobStore
+from sa3dist.serve.jobs import JobStore, places_of
 from sa3dist.serve.keys import LOCAL, Caller, Keys, Signer
 from sa3dist.serve.server_options import Options
 from sa3dist.serve.snapshot import Snapshot
@@ -37,6 +37,8 @@ ERROR_STATUS = {
     "bad_request": 400,
     "internal_error": 500,
 }
+# Of more than a million bytes, or of unknown length.
+MAX_LARGE_BODIES = 8
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1", "testserver")
 
 
@@ -74,6 +76,30 @@ def result_file(job: Job, path: str) -> Path | None:
 
 
 @dataclasses.dataclass
+class Slots:
+    """Places that only so many requests have at a time."""
+
+    most: int
+    what: str
+    taken: int = 0
+
+    def check(self) -> None:
+        """Raises WireError where none is free: before an answer begins, which cannot fail any more after that."""
+        if self.taken >= self.most:
+            retry = {"X-Fal-Needs-Retry": "1"}
+            raise WireError(429, f"too many {self.what} at a time", "concurrent_requests_limit", retry)
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        """A block that has one."""
+        self.taken += 1
+        try:
+            yield
+        finally:
+            self.taken -= 1
+
+
+@dataclasses.dataclass
 class Service:
     """One server: its options and everything that routes work on."""
 
@@ -84,17 +110,26 @@ class Service:
     files: FileStore
     snapshot: Snapshot
     stopping: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
-    uploads: int = 0
-    waiters: int = 0
 
-    def caller(self, request: Request) -> Caller:
-        """Whoever made the request. Raises WireError without a valid key, where one is needed."""
+    def __post_init__(self) -> None:
+        self.uploads = Slots(self.options.max_uploads, "uploads")
+        self.waiters = Slots(self.options.max_waiters, "open streams")
+        # Others wait: each takes up a few times its size.
+        self.large_bodies = asyncio.Semaphore(MAX_LARGE_BODIES)
+
+    def caller(self, request: Request, is_upload: bool = False) -> Caller:
+        """Whoever made the request. Raises WireError without a valid key, where one is needed.
+
+        is_upload   whether a token for uploads will do
+        """
         scheme, _, word = request.headers.get("authorization", "").partition(" ")
         if self.options.is_open:
             return self._local(request)
         known = None
         if scheme.lower() in ("key", "bearer"):
-            known = self.keys.caller(word.strip()) or self.signer.token_caller(word.strip())
+            known = self.keys.caller(word.strip())
+            if known is None and is_upload:
+                known = self.signer.token_caller(word.strip(), self.keys.read())
         if known is None:
             raise WireError(401, "invalid key credentials", headers={"WWW-Authenticate": "Key"})
         return known
@@ -137,7 +172,7 @@ class Service:
         file_id, name = words[2], "/".join(words[3:])
         note = self.files.find(file_id)
         if note is not None:
-            return self.files.address(note) if caller.may_see(note.owner) else None
+            return self.files.address(note.id) if caller.may_see(note.owner) else None
         job = self.store.get(file_id)
         asked = dict(parse_qsl(query))
         signed = self.signer.fits("result", [file_id, name], asked.get("expires", ""), asked.get("signature", ""))
@@ -145,52 +180,30 @@ class Service:
         return str(found) if found is not None and (signed or caller.may_see(job.key)) else None
 
     def delete_files_of(self, job: Job) -> None:
-        """Remove the uploads that this job alone read."""
-        named = {place for place in job.settings.values() if isinstance(place, str)}
-        others = {
-            place
-            for other in self.store.list(job.key, limit=100_000)
-            for place in other.settings.values()
-            if isinstance(place, str)
-        }
-        for value in job.request.values():
-            words = urlsplit(value).path.split("/") if isinstance(value, str) and value[:4] == "http" else []
-            note = self.files.find(words[2]) if len(words) == 4 and words[1] == "files" else None
-            if note is not None and self.files.address(note) in named - others:
-                self.files.delete(note.id)
+        """Remove the uploads that this job alone read. It is deleted already."""
+        for place in places_of(job.settings):
+            file_id = self.files.id_of(place)
+            if file_id is not None and place not in self.store.places():
+                self.files.delete(file_id)
 
-    def check_space(self) -> None:
-        """Raises WireError when less is free than new work needs."""
+    def tidy(self) -> None:
+        """Remove files whose time is over and that no unfinished job needs."""
+        in_use = {self.files.id_of(place) for place in self.store.places(unfinished=True)}
+        days = self.options.keep_days
+        self.files.sweep(in_use, None if days is None else days * 24 * 3600)
+
+    def check_space(self, coming: int = 0) -> None:
+        """Raises WireError when less is free than new work needs. coming: bytes of a file that are to be kept."""
+        # Where files go elsewhere, their size says nothing about the space here.
+        coming = coming if self.options.storage is None else 0
         for folder in (self.options.data_dir, self.store.folder):
             free = shutil.disk_usage(folder).free
-            if free < self.options.min_free_bytes:
+            if free - coming < self.options.min_free_bytes:
                 raise WireError(
                     507,
-                    f"less than {self.options.min_free_bytes >> 20} MiB are free here ({free >> 20} MiB); "
+                    f"less than {self.options.min_free_bytes >> 20} MiB would stay free here ({free >> 20} MiB are); "
                     f"delete jobs or files, then try again",
                 )
-
-    @contextlib.asynccontextmanager
-    async def upload_slot(self) -> AsyncIterator[None]:
-        """A block that only so many requests are in at a time. Raises WireError."""
-        if self.uploads >= self.options.max_uploads:
-            raise WireError(429, "too many uploads at a time", "concurrent_requests_limit", {"X-Fal-Needs-Retry": "1"})
-        self.uploads += 1
-        try:
-            yield
-        finally:
-            self.uploads -= 1
-
-    @contextlib.asynccontextmanager
-    async def waiting_slot(self) -> AsyncIterator[None]:
-        """The same for connections that wait for a job."""
-        if self.waiters >= self.options.max_waiters:
-            raise WireError(429, "too many open streams", "concurrent_requests_limit", {"X-Fal-Needs-Retry": "1"})
-        self.waiters += 1
-        try:
-            yield
-        finally:
-            self.waiters -= 1
 
 
 def service_of(request: Request) -> Service:

@@ -105,7 +105,9 @@ class Shepherd:
             self._keeper.show({"stage": f"waiting for GPU {device}"})
             lock = locks / f"gpu-{device}"
             handles.append(take_lock(lock, lambda: end_marked(is_on_my_gpu, self._check), self._check))
-        request = attempts.prepare(self._job, self._settings(), self._folder)
+        settings = self._settings()
+        attempts.share_work_of_base(Path(settings["work_dir"]), Path(self._options.work_dir))
+        request = attempts.prepare(self._job, settings, self._folder)
         self._check()
         self._keeper.write_to(self._folder / LEASE_NAME)
         processes = len(gpus) or (1 if self._options.executor == "local" else self._options.devices_per_job)

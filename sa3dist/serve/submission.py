@@ -26,6 +26,7 @@ from sa3dist.serve.service import Service, WireError, refusal
 from sa3dist.settings import Settings
 
 DATA_FIELDS = ("audio_data_url", "lora_checkpoint_url")
+ADDRESSES = "an http(s) address, a data: URI, or a file uploaded here"
 RESOLVE_SECONDS = 5.0
 # Stands for an address that is refused already, while the other fields are checked.
 _ACCEPTABLE = "https://example.com/clips.zip"
@@ -87,13 +88,18 @@ class Submission:
 
 async def accept(service: Service, caller: Caller, body: bytes, base: str) -> Submission:
     """Check a request's body and store the data it brings. Raises WireError with everything that is wrong."""
-    request = read_body(body)
+    request = await asyncio.to_thread(read_body, body)
     digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
     kept, settings, problems = dict(request), {}, []
     inline: list[str] = []
     for field in DATA_FIELDS:
         value = request.get(field)
-        if not isinstance(value, str) or not value:
+        if value is None or value == "":
+            continue
+        if not isinstance(value, str):
+            # The trainer would take a number for the name of a file.
+            problems.append(refusal(["body", field], f"expected {ADDRESSES}", "string_type"))
+            kept[field] = _ACCEPTABLE
             continue
         if value[:5].lower() == "data:":
             inline.append(field)
@@ -111,10 +117,18 @@ async def accept(service: Service, caller: Caller, body: bytes, base: str) -> Su
     for field in inline:
         note = await asyncio.to_thread(_store_inline, service, caller, field, request[field])
         kept[field] = f"{base}/files/{note.id}/{note.name}"
-        settings[field] = service.files.address(note)
+        settings[field] = service.files.address(note.id)
+    settings["work_dir"] = str(service.store.work_folder(caller.id, _same_data(service, kept, settings)))
     if not service.options.allow_private_data:
         settings["public_addresses_only"] = True
     return Submission(kept, settings, digest)
+
+
+def _same_data(service: Service, request: dict[str, Any], settings: dict[str, Any]) -> str:
+    """What is equal for requests on the same data: the digest of an upload, else the address."""
+    place = settings.get("audio_data_url", request["audio_data_url"])
+    note = service.files.find(service.files.id_of(place) or "")
+    return place if note is None else note.sha256
 
 
 async def _place_of(service: Service, caller: Caller, address: str, base: str) -> str | None:
@@ -125,7 +139,7 @@ async def _place_of(service: Service, caller: Caller, address: str, base: str) -
     except ValueError as error:
         raise ValueError(f"no valid address ({error})") from error
     if parts.scheme.lower() not in ("http", "https") or not host:
-        raise ValueError("expected an http(s) address, a data: URI, or a file uploaded here")
+        raise ValueError(f"expected {ADDRESSES}")
     if (own := await asyncio.to_thread(service.own_file, caller, parts.path, parts.query)) is not None:
         return own
     if f"{parts.scheme}://{parts.netloc}" in (base, service.options.public_url):
@@ -160,5 +174,4 @@ def _store_inline(service: Service, caller: Caller, field: str, uri: str) -> Sto
     note = StoredFile(service.files.new_id(), caller.id, name, kind[:100], len(content), time.time())
     with service.files.writing(note.id) as out:
         out.write(content)
-    service.files.keep(note)
-    return note
+    return service.files.keep(note, out)

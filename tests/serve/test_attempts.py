@@ -83,7 +83,8 @@ def test_progress_is_the_last_whole_row_or_the_heartbeat_whichever_is_later(tmp_
 
 def test_each_refused_field_is_an_entry_of_its_own_with_what_was_sent(job):
     text = (
-        "rank: 300 is not valid, expected a whole number, 1..256\nclips.zip, kick: no caption\nlora_checkpoint: damaged"
+        "rank: 300 is not valid, expected a whole number, 1..256\n"
+        "https://example.org/a.zip, kick: no caption\nlora_checkpoint: damaged"
     )
     found = attempts.failure(job, 2, text)["detail"]
     assert found == [
@@ -95,7 +96,7 @@ def test_each_refused_field_is_an_entry_of_its_own_with_what_was_sent(job):
         },
         {
             "loc": ["body", "audio_data_url"],
-            "msg": "clips.zip, kick: no caption",
+            "msg": "https://example.org/a.zip, kick: no caption",
             "type": "value_error",
             "input": "https://example.org/a.zip",
         },
@@ -106,6 +107,29 @@ def test_each_refused_field_is_an_entry_of_its_own_with_what_was_sent(job):
             "input": "https://x/y",
         },
     ]
+
+
+@pytest.mark.parametrize(
+    ("line", "place"),
+    [
+        ("rank is 300, but model.layers.3 (64 x 64) allows at most 64; lower it or exclude it", "rank"),
+        ("include ['x'] and exclude ['y'] leave none of the 20 layers", "include"),
+        ("adapter_type: lora is not what it was", "adapter_type"),
+        ("https://example.org/a.zip: not found; check the address", "audio_data_url"),
+        ("https://example.org/a.zip, clip rank: caption is empty; describe the clip in it", "audio_data_url"),
+        ("work_dir/shards/0123/shard-00000.tar, clip a: is silent", "audio_data_url"),
+        ("https://x/y: rank is 8 in the file, 16 in the attached adapter", "lora_checkpoint_url"),
+        ("merge with lora_checkpoint of another base", "lora_checkpoint_url"),
+        ("medium-base: the tensors do not fit model_config.json beside it", "model"),
+        ("mixed_precision: no loses gradients over a float16 base; use bf16, or base_precision fp32", "base_precision"),
+        ("validation: nothing would be left to train on; hold out less", None),
+        ("log_with: wandb is not installed; pip install wandb", None),
+    ],
+)
+def test_a_refusal_is_placed_where_its_line_points_and_nowhere_else(job, line, place):
+    (entry,) = attempts.failure(job, 2, line)["detail"]
+    assert entry["loc"] == ["body", *([place] if place else [])]
+    assert entry["msg"] in (line, line.partition(": ")[2])
 
 
 @pytest.mark.parametrize(

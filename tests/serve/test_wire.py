@@ -190,7 +190,7 @@ def test_below_the_free_space_that_was_asked_for_submits_are_refused(options, st
     with TestClient(create_app(dataclasses.replace(options, min_free_bytes=1 << 60), store)) as client:
         answer = submit(client)
     assert answer.status_code == 507
-    assert "are free here" in answer.json()["detail"]
+    assert "would stay free here" in answer.json()["detail"]
 
 
 def test_an_open_server_answers_no_page_of_another_site(client):
@@ -236,3 +236,24 @@ def test_a_trainer_that_may_not_look_inward_does_not(monkeypatch, tmp_path):
             with pytest.raises(DataError, match="points to this machine"):
                 fetch(f"{address}/etag/x.zip", tmp_path, lambda: False)
         assert server.requests == []
+
+
+def test_headers_say_how_often_a_job_is_tried_again_and_what_it_is_called(client, store, caplog):
+    def retries(seed, **headers):
+        made = submit(
+            client, {**REQUEST, "seed": seed}, headers={"X-Fal-" + name: text for name, text in headers.items()}
+        )
+        return (
+            store.get(made.json()["request_id"]).retries if made.status_code == 200 else made.json()["detail"][0]["loc"]
+        )
+
+    config = "Retry-Config"
+    assert retries(1) == 10
+    assert retries(2, **{config: '{"server_error": {"retries": 3}, "timeout": {"retries": 7}}'}) == 3
+    assert retries(3, **{config: '{"server_error": {"retries": 3}}', "No-Retry": "true"}) == 0
+    for number, text in enumerate(("3", "{", '{"timeout": 3}', '{"timeout": {"retries": -1}}'), 4):
+        assert retries(number, **{config: text}) == ["header", "x-fal-retry-config"]
+    with caplog.at_level("INFO"):
+        assert retries(9, Tags="team=sound", **{"Runner-Hint": "warm"}) == 10
+    row = json.loads(caplog.messages[-1])
+    assert (row["tags"], row["hint"]) == ("team=sound", "warm")

@@ -33,7 +33,8 @@ def is_public(address: str) -> bool:
 
 def inward_address(host: str, port: int) -> str | None:
     """An address of ``host`` that points inward, or None. Raises OSError where its name is not known."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    # The dot that says that a name is whole.
+    found = socket.getaddrinfo(host.rstrip("."), port, type=socket.SOCK_STREAM)
     return next((entry[4][0] for entry in found if not is_public(entry[4][0])), None)
 
 

@@ -1,0 +1,40 @@
+"""Connections of uvicorn that wait for no silent client: for a request's head, and for what follows an answer."""
+
+from __future__ import annotations
+
+import asyncio
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+HEAD_SECONDS = 30.0
+
+
+class Connection(HttpToolsProtocol):
+    """One connection. A head of a request has to come within ``HEAD_SECONDS``; a body has limits of its own.
+
+    The rest of a body that was refused is read in vain for as long, so that its sender comes to read why.
+    """
+
+    _end: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._limit()
+
+    def on_headers_complete(self) -> None:
+        self._end.cancel()
+        super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        # Another request may be waiting already, whose head is there.
+        is_last = not self.pipeline
+        super().on_response_complete()
+        if is_last:
+            self._limit()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end.cancel()
+        super().connection_lost(exc)
+
+    def _limit(self) -> None:
+        self._end = self.loop.call_later(HEAD_SECONDS, self.transport.close)

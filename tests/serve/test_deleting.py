@@ -1,0 +1,167 @@
+"""What goes with a job: the uploads and the folder of work that it alone used, at once or by age; the base's stay."""
+
+import os
+import time
+
+import pytest
+from starlette.testclient import TestClient
+
+from sa3dist.serve import attempts
+from sa3dist.serve.files import FileStore, StoredFile
+from tests.helpers.endpoint import PATH, REQUEST, application, key_headers
+
+URL = {**REQUEST, "audio_data_url": "https://example.org/clips.zip"}
+
+
+def end(store, *jobs) -> None:
+    for job in jobs:
+        store.cancel(job.id)
+
+
+def submit(store, work, **words):
+    return store.submit(URL, app="a", key="k", settings={"work_dir": str(work)}, **words)
+
+
+@pytest.fixture
+def work(store):
+    """A folder of work with something in it."""
+    folder = store.work_folder("k", "data")
+    (folder / "shards").mkdir(parents=True)
+    (folder / "shards/shard-00000.tar").write_bytes(b"clips")
+    return folder
+
+
+def test_a_folder_of_work_goes_with_the_last_job_that_has_it(store, work):
+    first, second = submit(store, work), submit(store, work)
+    end(store, first)
+    store.delete(first.id)
+    # The second waits, and will want it.
+    assert (work / "shards/shard-00000.tar").exists()
+    end(store, second)
+    store.delete(second.id)
+    assert not work.exists()
+    assert list(store.folder.iterdir()) == []
+
+
+def test_retention_takes_the_folders_of_work_along_of_many_jobs(store, work, monkeypatch):
+    monkeypatch.setattr("sa3dist.serve.jobs.MOST_DELETED", 2)
+    other = store.work_folder("k", "other")
+    other.mkdir()
+    end(store, *(submit(store, work) for _ in range(5)))
+    waiting = submit(store, other)
+    time.sleep(0.05)
+    assert store.retention(days=0.04 / 86400) == 5
+    assert (work.exists(), other.exists()) == (False, True)
+    assert [job.id for job in store.list()] == [waiting.id]
+
+
+def test_what_a_server_was_killed_over_is_swept(store, work):
+    job = submit(store, work)
+    end(store, job)
+    # As ``delete`` leaves it before the folder is removed.
+    job.folder.mkdir()
+    os.replace(work, job.folder / "work")
+    store.delete(job.id)
+    job.folder.mkdir()
+    (job.folder / "work").mkdir()
+    store.sweep()
+    assert not job.folder.exists()
+
+
+def test_jobs_of_one_key_share_the_work_on_the_same_data_whatever_its_address(tmp_path):
+    one, two = key_headers(tmp_path, "one"), key_headers(tmp_path, "two")
+    with application(tmp_path, is_open=False) as (app, store), TestClient(app) as client:
+
+        def work_of(request, headers, data=None):
+            if data is not None:
+                request = {
+                    **request,
+                    "audio_data_url": client.put("/files/a.zip", content=data, headers=headers).json()["url"],
+                }
+            made = client.post(PATH, json=request, headers=headers).json()
+            return store.get(made["request_id"]).settings["work_dir"]
+
+        same = {work_of({**REQUEST, "seed": seed}, one, b"clips") for seed in (1, 2)}
+        different = {
+            work_of(REQUEST, one, b"others"),
+            work_of(REQUEST, two, b"clips"),
+            work_of(URL, one),
+            work_of(URL, two),
+        }
+        assert len(same) == 1
+        assert len(same | different) == 5
+        assert work_of({**URL, "seed": 1}, one) == work_of(URL, one)
+        assert work_of(REQUEST, one) == work_of({**REQUEST, "seed": 1}, one)
+
+
+def test_the_work_of_the_base_is_shared_by_all_data_and_stays(tmp_path):
+    shared, work = tmp_path / "work", tmp_path / "work" / "0123"
+    for _ in range(2):
+        attempts.share_work_of_base(work, shared)
+    (work / "digests" / "base.json").write_text("{}")
+    os.replace(work, tmp_path / "moved")
+    assert (shared / "digests" / "base.json").exists()
+    attempts.share_work_of_base(shared, shared)
+    assert not (shared / "digests").is_symlink()
+
+
+def aged(folder, file_id: str) -> None:
+    for path in folder.glob(f"{file_id}.*"):
+        os.utime(path, (1, 1))
+
+
+def test_by_age_go_the_uploads_that_no_unfinished_job_needs(tmp_path):
+    with application(tmp_path, keep_days=1) as (app, store), TestClient(app) as client:
+        urls = [
+            client.put(f"/files/{name}", content=name.encode()).json()["url"]
+            for name in ("new", "old", "needed", "used")
+        ]
+        jobs = [
+            store.get(client.post(PATH, json={**REQUEST, "audio_data_url": url}).json()["request_id"])
+            for url in urls[2:]
+        ]
+        for url in urls[1:]:
+            aged(tmp_path / "files", url.split("/")[-2])
+        end(store, jobs[1])
+        app.state.service.tidy()
+        assert [client.get(url).status_code for url in urls] == [200, 404, 200, 404]
+    assert len(list((tmp_path / "files").iterdir())) == 4
+
+
+def test_an_upload_that_two_jobs_read_goes_with_the_second(tmp_path):
+    with application(tmp_path) as (app, store), TestClient(app) as client:
+        url = client.put("/files/clips.zip", content=b"abc").json()["url"]
+        made = [client.post(PATH, json={**REQUEST, "audio_data_url": url, "seed": seed}).json() for seed in (1, 2)]
+        for job, status in zip(made, (200, 404), strict=True):
+            client.put(job["cancel_url"])
+            assert client.delete(job["response_url"]).status_code == 200
+            assert client.get(url).status_code == status
+
+
+def test_an_upload_whose_end_is_sent_again_is_there_and_stays_as_it_is(tmp_path):
+    with application(tmp_path) as (app, _), TestClient(app) as client:
+        made = client.post("/files/upload/multipart", headers={"X-Fal-File-Name": "a.zip"}).json()
+        place = f"{made['access_url']}/multipart/{made['uploadId']}"
+        client.put(f"{place}/1", content=b"abc")
+        ends = [client.post(f"{place}/complete", json={"parts": [{"partNumber": 1}]}) for _ in range(2)]
+        assert [end.json() for end in ends] == [ends[0].json()] * 2
+        assert client.put(f"{place}/1", content=b"other").status_code == 409
+        signed = client.post("/rest/storage/upload/initiate", json={"file_name": "a.zip"}).json()
+        for content in (b"first", b"second"):
+            assert client.put(signed["upload_url"], content=content).status_code == 200
+        assert client.get(signed["file_url"]).content == b"first"
+    assert sorted(path.suffix for path in (tmp_path / "files").iterdir()) == [".data", ".data", ".json", ".json"]
+
+
+def test_a_part_that_is_sent_again_is_not_lost_with_its_broken_first_try(tmp_path):
+    files = FileStore(str(tmp_path))
+    note = StoredFile(files.new_id(), "k", "a.zip", "", 0, 0.0)
+    files.begin_parts(note)
+    broken = files.writing_part(note.id, 1)
+    broken.__enter__().write(b"ha")
+    with files.writing_part(note.id, 1) as out:
+        out.write(b"whole")
+    broken.__exit__(ConnectionError, ConnectionError(), None)
+    files.complete_parts(note, [1])
+    assert files.open(note.id).read() == b"whole"
+    assert files.find(note.id).size == 5
