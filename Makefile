@@ -31,12 +31,13 @@ fast-test: $(VENV)/.installed
 # What needs more than the install: the hosted endpoint's own clients (node and npm), the pages in a browser
 # (chromium), and two web servers on PostgreSQL.
 test-services: $(VENV)/.installed
-	$(RUN) -m pip install --quiet --editable ".[dev,browser]"
+	$(RUN) -m pip install --quiet --editable ".[dev,browser,fuzzing]"
 	rm -rf $(VENV)/clients
 	$(RUN) -m pip install --quiet --target $(VENV)/clients/fal-client-newest fal-client
 	$(RUN) -m pip install --quiet --target $(VENV)/clients/fal-client-1.0.0 fal-client==1.0.0
 	npm install --silent --no-audit --prefix $(VENV)/clients @fal-ai/client
-	SA3_REQUIRE_TOOLS=1 $(RUN) -m pytest tests/serve/test_clients.py tests/report/test_browser.py tests/serve/test_page_browser.py
+	SA3_REQUIRE_TOOLS=1 $(RUN) -m pytest tests/serve/test_clients.py tests/serve/test_openapi.py tests/report/test_browser.py \
+		tests/serve/test_page_browser.py
 	folder=$$(mktemp -d) && $(RUN) tests/survival/serve_web.py $$folder && rm -r $$folder
 
 lint: $(VENV)/.installed

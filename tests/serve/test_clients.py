@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import hashlib
 import http.server
 import json
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 import urllib.request
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -96,7 +98,8 @@ def test_the_python_client_trains_cancels_uploads_and_is_refused(version, tmp_pa
     assert (seen["refused"], seen["unknown"]) == (422, 404)
     assert (seen["waiting"], seen["cancelled_queued"], seen["cancelled_running"]) == ("Queued", 499, 499)
     assert seen["streamed"] == "Completed"
-    assert (seen["large"], seen["large_is_whole"]) == (130 << 20, True)
+    assert (seen["small_is_whole"], seen["large_is_whole"]) == (True, True)
+    assert seen["asynchronous"] == {"end": "Completed", "files": seen["run"], "small_is_whole": True}
     assert (told["request_id"], told["status"]) == (seen["request"], "ERROR")
 
 
@@ -113,3 +116,83 @@ def test_the_javascript_client_trains_cancels_uploads_and_is_refused(tmp_path, d
     assert seen["unknown"] == 404
     assert seen["streamed"][-1] == "COMPLETED"
     assert seen["large"] == 130 << 20
+
+
+def curl(*words: str) -> dict:
+    """What curl prints."""
+    done = subprocess.run(["curl", "--silent", "--show-error", *words], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def ended(server: str, folder: Path, **request) -> tuple[int, dict]:
+    """Status and body of a request's result, after curl has sent it and asked until it had ended."""
+    words = {"number_of_steps": 2, "rank": 4, "base_precision": "fp32", "duration": 2, **request}
+    (folder / "request.json").write_text(json.dumps(words))
+    body = ["-H", "Content-Type: application/json", "-d", f"@{folder / 'request.json'}"]
+    made = curl("-X", "POST", f"{server}/fal-ai/stable-audio-3-trainer", *body)
+    deadline = time.monotonic() + DEADLINE
+    while curl(made["status_url"])["status"] != "COMPLETED":
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    command = ["curl", "--silent", "--write-out", "\n%{http_code}", made["response_url"]]
+    answer, _, code = subprocess.run(command, capture_output=True, text=True, check=True).stdout.rpartition("\n")
+    return int(code), json.loads(answer)
+
+
+@contextlib.contextmanager
+def offering(folder: Path):
+    """The address of a server of the folder's files."""
+
+    class Files(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Files, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, demo_base):
+    """A server without a key, and the folder of its data."""
+    need(shutil.which("curl"), "curl")
+    folder = tmp_path_factory.mktemp("plain")
+    with serving(folder, demo_base, "--allow-private-data") as server:
+        yield server, folder / "data"
+
+
+def test_curl_alone_uploads_trains_and_downloads(plain, tmp_path, demo_clips):
+    server, _ = plain
+    clips = curl("--upload-file", str(demo_clips), f"{server}/files/")["url"]
+    code, result = ended(server, tmp_path, audio_data_url=clips)
+    assert code == 200
+    adapter = tmp_path / "lora.safetensors"
+    subprocess.run(["curl", "--silent", "--output", str(adapter), result["lora_file"]["url"]], check=True)
+    assert adapter.stat().st_size == result["lora_file"]["file_size"]
+    with safe_open(adapter, "pt") as file:
+        assert len(list(file.keys())) > 0
+
+
+@pytest.mark.parametrize("way", ["data", "url"])
+def test_a_zip_bomb_is_refused_in_a_line_and_leaves_nothing(way, plain, tmp_path):
+    server, data = plain
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for number in range(4):
+            bomb.writestr(f"{number}.txt", "a kick")
+            bomb.writestr(f"{number}.wav", bytes(200 << 20))
+    before = {path for path in data.rglob("*") if not path.is_relative_to(data / "jobs")}
+    with offering(tmp_path) as address:
+        content = base64.b64encode((tmp_path / "bomb.zip").read_bytes()).decode()
+        ways = {"url": f"{address}/bomb.zip", "data": f"data:;base64,{content}"}
+        code, answer = ended(server, tmp_path, audio_data_url=ways[way])
+    assert (code, len(answer["detail"])) == (422, 1)
+    (refused,) = answer["detail"]
+    assert refused["loc"] == ["body", "audio_data_url"]
+    assert "no audio does" in refused["msg"]
+    left = {path for path in data.rglob("*") if not path.is_relative_to(data / "jobs")} - before
+    # The request's own file goes when it is deleted; of what was unpacked there is nothing.
+    assert {path.suffix for path in left if path.is_file()} <= {".data", ".json"}
+    assert sum(path.stat().st_size for path in left if path.is_file()) < 2 << 20
+    assert not [path for path in left if path.name in ("shards", "downloads")]

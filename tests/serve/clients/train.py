@@ -1,5 +1,6 @@
 """The Python client from PyPI as it is, led here by environment variables: what it sees, as one line of JSON."""
 
+import asyncio
 import json
 import sys
 import time
@@ -30,6 +31,26 @@ def status_code(call) -> int:
     return 0
 
 
+def write(name: str, size: int) -> bytes:
+    # As a file: 1.0.0 cuts large bytes in memory down to their first part.
+    data = bytes(range(256)) * (size >> 8)
+    with open(name, "wb") as file:
+        file.write(data)
+    return data
+
+
+async def asynchronous() -> dict:
+    """The same with the client that waits for nothing, and with every header that says how to queue."""
+    client = fal_client.AsyncClient()
+    headers = {"X-Fal-Retry-Config": '{"server_error": {"retries": 2}}', "X-Fal-Tags": "team=sound"}
+    words = {"hint": "warm", "priority": "low", "headers": headers}
+    handle = await client.submit(app, {**fields, "seed": 3}, **words)
+    events = [type(event).__name__ async for event in handle.iter_events(with_logs=True)]
+    small, address = write("small.zip", 3 << 20), await client.upload_file("small.zip")
+    found = httpx.get(address).content
+    return {"end": events[-1], "files": sorted(await handle.get()), "small_is_whole": found == small}
+
+
 fields["audio_data_url"] = fal_client.upload_file(clips)
 done = fal_client.subscribe(app, fields, with_logs=True, on_queue_update=note)
 lora = done["lora_file"]
@@ -50,10 +71,8 @@ running.cancel()
 seen["streamed"] = [type(event).__name__ for event in running.iter_events()][-1]
 seen["cancelled_running"] = status_code(running.get)
 seen["request"] = running.request_id
-# As a file: 1.0.0 cuts large bytes in memory down to their first part.
-with open("large.zip", "wb") as file:
-    file.write(bytes(range(256)) * (130 << 12))
-large = httpx.get(fal_client.upload_file("large.zip")).content
-seen["large"] = len(large)
-seen["large_is_whole"] = large == bytes(range(256)) * (130 << 12)
+small, large = write("small.zip", 3 << 20), write("large.zip", 130 << 20)
+seen["small_is_whole"] = httpx.get(fal_client.upload_file("small.zip")).content == small
+seen["large_is_whole"] = httpx.get(fal_client.upload_file("large.zip")).content == large
+seen["asynchronous"] = asyncio.run(asynchronous())
 print(json.dumps(seen))
