@@ -83,6 +83,7 @@ def serve(options: argparse.Namespace) -> None:
     try:
         import uvicorn
 
+        from sa3dist.serve.addresses import HOSTS
         from sa3dist.serve.app import create_app
         from sa3dist.serve.connections import Connection
         from sa3dist.serve.jobs import JobStore
@@ -117,7 +118,7 @@ def serve(options: argparse.Namespace) -> None:
     tls = {}
     authority = None
     if options.tls:
-        authority, server = make_certificates(data / "tls", sorted({"localhost", "127.0.0.1", host}))
+        authority, server = make_certificates(data / "tls", sorted({"localhost", "127.0.0.1", host, *HOSTS}))
         tls = {"ssl_certfile": str(server)}
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("sa3dist").setLevel(logging.INFO)

@@ -43,7 +43,8 @@ class HostedAddresses:
             return await self._app({**scope, **mapped}, receive, send)
         host = headers.get(b"host", b"").decode("latin-1").partition(":")[0].lower()
         if host in HOSTS:
-            return await self._app({**scope, **_moved(HOSTS[host], scope["path"])}, receive, send)
+            moved = _moved(HOSTS[host], scope["path"])
+            return await self._app({**scope, **moved, "sa3dist_is_mapped": True}, receive, send)
         if scope["path"].startswith("/queue/"):
             return await self._app({**scope, **_moved("", scope["path"][6:])}, receive, send)
         return await self._app(scope, receive, send)

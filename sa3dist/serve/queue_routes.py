@@ -166,7 +166,12 @@ async def _events(service: Service, caller: Caller, job_id: str, base: str, logs
     with service.waiters.one():
         while not service.stopping.is_set():
             turned = asyncio.ensure_future(service.snapshot.turned())
-            job = await service.job(job_id, caller)
+            try:
+                job = await service.job(job_id, caller)
+            except WireError:
+                # Deleted meanwhile: the answer has begun, so it can only end.
+                turned.cancel()
+                return
             lines = await asyncio.to_thread(reader.read, job) if logs and job.state != QUEUED else []
             body = wire.status(job, base, service.snapshot.position(job), lines)
             if lines or {**body, "logs": []} != told:
@@ -242,8 +247,8 @@ async def run_stream(request: Request, owner: str, name: str) -> Response:
     async def events() -> AsyncIterator[str]:
         async for event in _events(service, caller, job.id, base, True):
             yield event
-        done = await service.job(job.id, caller)
-        if done.is_finished:
+        with contextlib.suppress(WireError):
+            done = await service.job(job.id, caller)
             yield f"data: {json.dumps(wire.answer_of(service, done, base)[1])}\n\n"
 
     return StreamingResponse(events(), 200, {wire.REQUEST_ID: job.id}, "text/event-stream")

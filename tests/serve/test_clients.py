@@ -175,6 +175,17 @@ def test_curl_alone_uploads_trains_and_downloads(plain, tmp_path, demo_clips):
         assert len(list(file.keys())) > 0
 
 
+def test_curl_with_the_hosted_address_is_led_here(tmp_path, demo_base):
+    need(shutil.which("curl"), "curl")
+    with serving(tmp_path, demo_base, "--tls") as server:
+        port = server.rpartition(":")[2]
+        here = ["--connect-to", f"queue.fal.run:443:127.0.0.1:{port}", "--cacert", str(tmp_path / "data/tls/ca.pem")]
+        body = json.dumps({"audio_data_url": "data:,x", "number_of_steps": 20000})
+        made = curl(*here, "-X", "POST", "https://queue.fal.run/fal-ai/stable-audio-3-trainer", "-d", body)
+        assert made["status_url"].startswith(f"{server}/")
+        assert curl(*here, "-X", "PUT", made["cancel_url"])["status"] in ("CANCELLATION_REQUESTED", "ALREADY_COMPLETED")
+
+
 @pytest.mark.parametrize("way", ["data", "url"])
 def test_a_zip_bomb_is_refused_in_a_line_and_leaves_nothing(way, plain, tmp_path):
     server, data = plain

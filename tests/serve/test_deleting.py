@@ -1,14 +1,16 @@
 """What goes with a job: the uploads and the folder of work that it alone used, at once or by age; the base's stay."""
 
+import json
 import os
 import time
+import urllib.request
 
 import pytest
 from starlette.testclient import TestClient
 
 from sa3dist.serve import attempts
 from sa3dist.serve.files import FileStore, StoredFile
-from tests.helpers.endpoint import PATH, REQUEST, application, key_headers
+from tests.helpers.endpoint import PATH, REQUEST, application, key_headers, listening
 
 URL = {**REQUEST, "audio_data_url": "https://example.org/clips.zip"}
 
@@ -105,6 +107,22 @@ def test_the_work_of_the_base_is_shared_by_all_data_and_stays(tmp_path):
     assert not (shared / "digests").is_symlink()
 
 
+def test_a_stream_ends_when_its_job_is_deleted(tmp_path, caplog):
+    with application(tmp_path) as (app, store), listening(app) as port:
+
+        def ask(method: str, path: str, data: bytes | None = None):
+            address = f"http://127.0.0.1:{port}{PATH}{path}"
+            return urllib.request.urlopen(urllib.request.Request(address, data, method=method), timeout=30)
+
+        job = f"/requests/{json.load(ask('POST', '', json.dumps(URL).encode()))['request_id']}"
+        with ask("GET", f"{job}/status/stream") as stream:
+            assert b"IN_QUEUE" in stream.readline()
+            for method, path in (("PUT", "/cancel"), ("DELETE", "")):
+                ask(method, job + path).close()
+            stream.read()
+    assert not [entry for entry in caplog.records if entry.exc_info]
+
+
 def aged(folder, file_id: str) -> None:
     for path in folder.glob(f"{file_id}.*"):
         os.utime(path, (1, 1))
@@ -126,6 +144,23 @@ def test_by_age_go_the_uploads_that_no_unfinished_job_needs(tmp_path):
         app.state.service.tidy()
         assert [client.get(url).status_code for url in urls] == [200, 404, 200, 404]
     assert len(list((tmp_path / "files").iterdir())) == 4
+
+
+def test_what_a_killed_server_has_left_of_uploads_goes_after_a_day(tmp_path):
+    with application(tmp_path) as (app, _), TestClient(app) as client:
+        made = client.post("/files/upload/multipart").json()
+        client.put(f"{made['access_url']}/multipart/{made['uploadId']}/1", content=b"abc")
+        kept = client.put("/files/a.zip", content=b"abc").json()["url"]
+        files = tmp_path / "files"
+        for name in (f"{'0' * 32}.data.01234567.tmp", f"{'1' * 32}.data"):
+            (files / name).write_bytes(b"half")
+        app.state.service.tidy()
+        assert len(list(files.iterdir())) == 5
+        for path in files.iterdir():
+            os.utime(path, (1, 1))
+        app.state.service.tidy()
+        assert sorted(path.suffix for path in files.iterdir()) == [".data", ".json"]
+        assert client.get(kept).content == b"abc"
 
 
 def test_an_upload_that_two_jobs_read_goes_with_the_second(tmp_path):

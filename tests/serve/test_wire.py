@@ -180,6 +180,13 @@ def test_the_proxy_route_leads_to_our_own_routes_alone(client):
         assert through(target).status_code == 400, target
 
 
+def test_the_hosted_endpoints_own_names_lead_here_and_answers_lead_to_the_public_address(client, options):
+    for host in ("queue.fal.run", "queue.falrun.com"):
+        made = submit(client, headers={"Host": host}).json()
+        assert made["status_url"].startswith(f"{options.public_url}/{DEFAULT_APP}/requests/")
+    assert client.post("/storage/auth/token", json={}, headers={"Host": "rest.fal.ai"}).status_code == 200
+
+
 def test_what_is_too_long_is_refused_before_it_is_read(client):
     answer = client.post(f"/{DEFAULT_APP}", content=b"{}", headers={"Content-Length": str(10 << 30)})
     assert answer.status_code == 413
