@@ -12,6 +12,7 @@ from sa3dist.data.remote.local_paths import can_be_named, expand_home, is_text
 from sa3dist.errors import ConfigError, read_duration
 from sa3dist.request.fields import COURSE
 from sa3dist.request.listening import ListeningFields
+from sa3dist.request.patterns import too_many
 
 # What YAML 1.1 and JSON write for on and off.
 _SWITCHES = {"true": "on", "yes": "on", "on": "on", "false": "off", "no": "off", "off": "off"}
@@ -196,6 +197,8 @@ class Settings(ListeningFields):
             value = [item.strip() if isinstance(item, str) else item for item in value]
             if "" in value:
                 raise ValueError("an empty pattern matches every layer; remove it")
+            if all(isinstance(item, str) for item in value) and (problem := too_many(value)):
+                raise ValueError(problem)
         return value or None
 
     @field_validator("preview_prompts", "log_with", mode="before")

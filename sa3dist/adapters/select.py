@@ -1,14 +1,11 @@
 """Which layers an adapter covers: every Linear and Conv1d of the roots, filtered by substrings of their names."""
 
-import itertools
-import re
 from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from sa3dist.errors import ConfigError
-
-RANGE = re.compile(r"\[(\d+)-(\d+)\]")
+from sa3dist.request.patterns import expand, too_many
 
 
 def candidate_layers(roots: Iterable[nn.Module]) -> dict[str, nn.Linear | nn.Conv1d]:
@@ -21,29 +18,17 @@ def candidate_layers(roots: Iterable[nn.Module]) -> dict[str, nn.Linear | nn.Con
     }
 
 
-def expand(pattern: str) -> list[str]:
-    """``layers.[0-2].`` into ``layers.0.``, ``layers.1.``, ``layers.2.``; several ranges give every combination.
-
-    A range may fall; anything else in brackets stands for itself. Surrounding spaces are dropped.
-    """
-    pieces = RANGE.split(pattern.strip())
-    choices = []
-    for start, stop in zip(pieces[1::3], pieces[2::3], strict=True):
-        first, last = int(start), int(stop)
-        step = 1 if first <= last else -1
-        choices.append([str(number) for number in range(first, last + step, step)])
-    literals = pieces[0::3]
-    return [
-        "".join(itertools.chain(*zip(literals, (*numbers, ""), strict=True))) for numbers in itertools.product(*choices)
-    ]
-
-
 def normalise(patterns: Sequence[str] | None, field: str) -> tuple[str, ...] | None:
-    """A pattern list as it is kept: None when unset or empty. Raises ConfigError for anything but strings in a list."""
+    """A pattern list as it is kept: None when unset or empty.
+
+    Raises ConfigError for anything but strings in a list, and for more ranges than can be expanded.
+    """
     if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns or ()):
         raise ConfigError(
             f"{field} is {patterns!r}, expected a list of strings, for example [self_attn, 'layers.[0-3].']"
         )
+    if patterns and (problem := too_many(patterns)):
+        raise ConfigError(f"{field}: {problem}")
     return tuple(patterns) if patterns else None
 
 

@@ -54,7 +54,7 @@ ARGUMENTS = {
     "--allow-private-data": {"action": "store_true", "help": "take data addresses of this machine's network"},
     "--allow-private-webhooks": {"action": "store_true", "help": "call webhooks in this machine's network"},
     "--max-queue": {"type": int, "help": "refuse submits while more jobs wait"},
-    "--keep-days": {"type": float, "help": "delete finished jobs after; unset = never"},
+    "--keep-days": {"type": float, "help": "delete finished jobs, and uploads that none needs, after; unset = never"},
     "--min-free": {"type": int, "default": 1, "metavar": "GIB", "help": "refuse submits below this free space"},
 }
 KEY_ARGUMENTS = {

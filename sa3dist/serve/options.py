@@ -23,7 +23,7 @@ class Options:
     limit             most jobs at once on all hosts; None: as many as there are devices
     models            directories, by the released name that a request says
     settings          the trainer's defaults here, in the place of its own
-    work_dir          shards and latents, shared by jobs
+    work_dir          what depends on the base alone; shards and latents of jobs that name no folder of their own
     locks             folder of the locks on this host's disk
     host              this host's name
     lease_seconds     after which a job that nobody renews is taken over

@@ -28,6 +28,9 @@ from sa3dist.settings import Settings
 DATA_FIELDS = ("audio_data_url", "lora_checkpoint_url")
 ADDRESSES = "an http(s) address, a data: URI, or a file uploaded here"
 RESOLVE_SECONDS = 5.0
+MAX_FIELDS_BYTES = 256 << 10
+# Of unknown fields so many are told, each with what it may have meant.
+MOST_UNKNOWN = 20
 # Stands for an address that is refused already, while the other fields are checked.
 _ACCEPTABLE = "https://example.com/clips.zip"
 
@@ -54,7 +57,8 @@ def _refuse_constant(word: str) -> None:
 def refused_fields(request: dict[str, Any], models: dict[str, str]) -> list[dict[str, Any]]:
     """What is wrong with a request's fields, one entry each, in the trainer's own words."""
     known = {name: value for name, value in request.items() if name in EndpointFields.model_fields}
-    found = [_unknown(name) for name in request if name not in known]
+    unknown = [name for name in request if name not in known]
+    found = [_unknown(name) for name in unknown[:MOST_UNKNOWN]]
     if "model" in known and known["model"] not in (names := [*models, *(n for n in RELEASED if n not in models)]):
         found.append(refusal(["body", "model"], f"expected one of {', '.join(names)}", "literal_error"))
         known.pop("model")
@@ -89,7 +93,7 @@ class Submission:
 async def accept(service: Service, caller: Caller, body: bytes, base: str) -> Submission:
     """Check a request's body and store the data it brings. Raises WireError with everything that is wrong."""
     request = await asyncio.to_thread(read_body, body)
-    digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+    digest = await asyncio.to_thread(_digest, request)
     kept, settings, problems = dict(request), {}, []
     inline: list[str] = []
     for field in DATA_FIELDS:
@@ -111,6 +115,9 @@ async def accept(service: Service, caller: Caller, body: bytes, base: str) -> Su
         except ValueError as error:
             problems.append(refusal(["body", field], str(error)))
             kept[field] = _ACCEPTABLE
+    if len(json.dumps(kept)) > MAX_FIELDS_BYTES:
+        # Every server keeps it in memory while the job waits and runs.
+        raise WireError(422, [refusal(["body"], f"more than {MAX_FIELDS_BYTES} bytes beside data: URIs", "too_long")])
     problems = refused_fields(kept, service.options.models) + problems
     if problems:
         raise WireError(422, problems)
@@ -122,6 +129,10 @@ async def accept(service: Service, caller: Caller, body: bytes, base: str) -> Su
     if not service.options.allow_private_data:
         settings["public_addresses_only"] = True
     return Submission(kept, settings, digest)
+
+
+def _digest(request: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
 def _same_data(service: Service, request: dict[str, Any], settings: dict[str, Any]) -> str:

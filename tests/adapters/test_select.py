@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sa3dist.adapters import attach_adapter, candidate_layers, select
-from sa3dist.adapters.select import expand
+from sa3dist.adapters.select import normalise
 from sa3dist.errors import ConfigError
 from sa3dist.model.base import wrapped
 from sa3dist.model.conditioners import Conditioners
 from sa3dist.model.dit import DiT
 from sa3dist.model.parse_config import parse_model_config
 from sa3dist.model.released import released_config
+from sa3dist.request.patterns import expand
 
 NAMES = [f"model.transformer.layers.{i}.{part}" for i in range(20) for part in ("self_attn.to_qkv", "ff.ff.2")]
 
@@ -126,3 +127,10 @@ def test_rank_is_limited_by_selected_layers_only():
 def test_a_convolution_over_several_frames_is_refused():
     with pytest.raises(ConfigError, match="model.conv is Conv1d.*kernel size 1"):
         attach_adapter(Tree(conv=nn.Conv1d(4, 4, 3)), rank=2)
+
+
+def test_patterns_that_would_fill_the_memory_are_refused_by_field():
+    for patterns in (["[0-999999999]"], ["[0-99][0-99][0-99]"], ["layers.[0-99]."] * 101):
+        with pytest.raises(ConfigError, match="^include: expands to more than 10000 names"):
+            normalise(patterns, "include")
+    assert normalise(["layers.[0-99]."] * 100, "include") is not None

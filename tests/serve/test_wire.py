@@ -99,6 +99,16 @@ def test_each_refused_field_is_named_with_the_trainers_words(client):
     assert ("body", "rank") in refused(client, adapter_type="lora-xs", rank=40)
 
 
+def test_fields_that_would_fill_the_memory_of_server_or_trainer_are_refused(client):
+    (place,) = refused(client, include=["x" * 300_000])
+    assert place == ("body",)
+    found = refused(client, **{f"field{number}": 1 for number in range(9000)})
+    assert len(found) == 20
+    for pattern in ("layers.[0-999999999].", "[0-99][0-99][0-99][0-99]"):
+        assert "expands to more than 10000 names" in refused(client, include=[pattern])[("body", "include")]
+    assert list(refused(client, exclude=["[1-99]"] * 200)) == [("body", "exclude")]
+
+
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"seed": NaN}', b'"a"', b'{"include": ["\\ud800"]}', b"[" * 9999])
 def test_a_body_that_is_no_json_object_is_a_422(client, body):
     assert client.post(f"/{DEFAULT_APP}", content=body).status_code == 422
