@@ -38,6 +38,7 @@ NAMES += ["X-Fal-Retry-Config", "X-Fal-File-Name", "X-Fal-Object-Lifecycle", "X-
 NAMES += ["X-Fal-Target-Url", "Authorization", "Access-Control-Request-Method", "Transfer-Encoding", "Range"]
 METHODS = ["GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "TRACE", "get", "\xe9"]
 QUERIES = [b"fal_webhook=", b"fal_max_queue_length=", b"logs=", b"expires=", b"signature=", b"limit="]
+QUERIES += [b"before=", b"logs_at=", b"attempt=", b"rows_at="]
 
 
 class Requests:
@@ -86,6 +87,10 @@ class Requests:
         draw = self._draw
         path = urlsplit(draw.choice(self._known)).path
         path += draw.choice(["", "", "", "/status", "/status/stream", "/response", "/cancel", "/\x00", "/../.."])
+        if draw.random() < 0.2:
+            found = re.findall(r"[0-9a-f]{32}", path)
+            path = f"/api/jobs/{found[0]}" if found and draw.random() < 0.8 else "/api/jobs"
+            path += draw.choice(["", "", "/progress", "/report/1-x/report.html", "/report/9-x/previews/step-1/1.png"])
         if draw.random() < 0.1:
             path = mutated(draw, path.encode()).decode("latin-1")
         fitting = "PUT" if path.endswith("/cancel") else draw.choice(["GET", "GET", "DELETE"])

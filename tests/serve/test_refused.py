@@ -195,11 +195,14 @@ def test_nothing_of_one_key_is_there_for_another(tmp_path):
         routes = [("GET", file), ("GET", bare), ("PUT", f"{parts}/1"), ("POST", f"{parts}/complete")]
         routes += [("GET", made["status_url"]), ("GET", f"{made['status_url']}/stream"), ("GET", made["response_url"])]
         routes += [("PUT", made["cancel_url"]), ("DELETE", made["response_url"])]
+        routes += [("GET", f"/api/jobs/{job.id}"), ("GET", f"/api/jobs/{job.id}/progress")]
         for method, route in routes:
             refused = client.request(method, route, headers=two)
             assert refused.status_code == 404, route
             assert "\n" not in refused.json()["message"]
             assert client.request(method, route).status_code == 401, route
+        assert client.get("/api/jobs", headers=two).json()["jobs"] == []
+        assert len(client.get("/api/jobs", headers=one).json()["jobs"]) == 1
         for field in ("audio_data_url", "lora_checkpoint_url"):
             for address in (file, bare, link + "0"):
                 stolen = client.post(PATH, json={**REQUEST, field: address}, headers=two).json()["detail"]
