@@ -9,6 +9,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import prometheus_client
@@ -33,6 +34,8 @@ from sa3dist.serve.tables import DatabaseAway
 log = logging.getLogger("sa3dist.serve.requests")
 # Beyond this age of the last reading the server is not healthy.
 STALE_SECONDS = 15.0
+# Python's own number is six on two processors: as many webhooks with slow names would keep everybody else.
+THREADS = 64
 TIDY_SECONDS, AGAIN_SECONDS = 3600.0, 60.0
 
 
@@ -43,6 +46,7 @@ def create_app(options: Options, store: JobStore) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def beside(app: FastAPI) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "server"))
         await service.snapshot.refresh()
         works = [service.snapshot.keep_fresh, webhooks.Webhooks(service).deliver_all, lambda: _tidy(service)]
         tasks = [asyncio.create_task(_lasting(work)) for work in works]

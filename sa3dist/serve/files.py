@@ -20,6 +20,8 @@ ID_DIGITS = 32
 # Uploads in parts that were begun and not completed, and files that were half sent, go after a day.
 UNFINISHED_SECONDS = 24 * 3600
 COPY_BYTES = 1 << 20
+# Under which file systems tell when a file was written: local ones, S3, Google's, memory.
+TIMES = ("mtime", "LastModified", "updated", "created")
 MAX_PARTS = 10_000
 
 
@@ -73,7 +75,8 @@ class FileStore:
 
     def __init__(self, address: str) -> None:
         """address: of a folder, local or of any file system that fsspec knows."""
-        self._system, self._root = fsspec.core.url_to_fs(address)
+        # Another server may have written what this one has not listed.
+        self._system, self._root = fsspec.core.url_to_fs(address, use_listings_cache=False)
         self._system.makedirs(self._root, exist_ok=True)
 
     def new_id(self) -> str:
@@ -129,10 +132,9 @@ class FileStore:
 
     def parts_size(self, upload_id: str, without: int) -> int:
         """Bytes of all parts but one."""
-        listed = self._system.ls(self._parts(upload_id), detail=True, refresh=True)
-        return sum(
-            item["size"] for item in listed if item["name"].rpartition("/")[2] not in ("note.json", f"{without}")
-        )
+        known = ("note.json", f"{without}")
+        listed = self._list(self._parts(upload_id))
+        return sum(item["size"] for item in listed if item["name"].rpartition("/")[2] not in known)
 
     def writing_part(self, upload_id: str, number: int) -> contextlib.AbstractContextManager[Sink]:
         return self._writing(f"{self._parts(upload_id)}/{number:d}")
@@ -161,12 +163,16 @@ class FileStore:
         """
         now = time.time()
         old = now - UNFINISHED_SECONDS
-        listed = self._system.ls(self._root, detail=True, refresh=True)
+        listed = self._list(self._root)
         names = {item["name"].rpartition("/")[2] for item in listed}
         for item in listed:
             name = item["name"].rpartition("/")[2]
             file_id, _, kind = name.partition(".")
-            made = item.get("mtime") or item.get("created") or time.time()
+            made = next((item[key] for key in TIMES if item.get(key) is not None), None)
+            if made is None:
+                # A folder of an object store, which has none itself.
+                begun = self.find_parts(file_id)
+                made = begun.created if begun else now
             made = made if isinstance(made, int | float) else made.timestamp()
             is_over = keep_seconds is not None and made < now - keep_seconds
             if kind == "parts" and made < old:
@@ -175,6 +181,12 @@ class FileStore:
                 self.delete(file_id)
             elif made < old and (kind.endswith(".tmp") or (kind == "data" and f"{file_id}.json" not in names)):
                 self._system.rm_file(item["name"])
+
+    def _list(self, folder: str) -> list[dict[str, Any]]:
+        # An object store has no empty folder.
+        with contextlib.suppress(FileNotFoundError):
+            return self._system.ls(folder, detail=True, refresh=True)
+        return []
 
     def _protocols(self) -> tuple[str, ...]:
         protocol = self._system.protocol

@@ -239,10 +239,14 @@ class JobStore:
         """Where jobs of ``key`` on the same ``data`` share shards and latents; it goes with the last of them."""
         return self.folder.parent / WORK_NAME / digest_of(key, data)[:32]
 
-    def places(self, unfinished: bool = False) -> set[str]:
-        """What jobs read and where they work, as ``PLACES`` name it. unfinished: of those alone that wait or run."""
+    def places(self, unfinished: bool = False, without: str | None = None) -> set[str]:
+        """What jobs read and where they work, as ``PLACES`` name it.
+
+        unfinished   of those alone that wait or run        without   of all but this one
+        """
+        states = jobs.c.state.in_(UNFINISHED if unfinished else (*UNFINISHED, *FINISHED))
         with self.database.reading() as connection:
-            return self._places(connection, UNFINISHED if unfinished else (*UNFINISHED, *FINISHED))
+            return self._places(connection, and_(states, jobs.c.id != without) if without else states)
 
     def sweep(self) -> None:
         """Remove what killed servers have left of the folders of deleted jobs, and forget those jobs after a day."""
@@ -265,9 +269,9 @@ class JobStore:
         row = connection.execute(select(*COLUMNS).where(jobs.c.id == job_id, jobs.c.state != DELETED)).one_or_none()
         return None if row is None else self.of_row(row)
 
-    def _places(self, connection: Any, states: tuple[str, ...]) -> set[str]:
+    def _places(self, connection: Any, condition: Any) -> set[str]:
         named = [jobs.c.settings[name].as_string() for name in PLACES]
-        found = connection.execute(select(*named).where(jobs.c.state.in_(states))).all()
+        found = connection.execute(select(*named).where(condition)).all()
         return {place for row in found for place in row if place is not None}
 
     def _make_deleted(self, connection: Any, condition: Any) -> list[str]:
@@ -277,7 +281,7 @@ class JobStore:
         nothing = {"request": {}, "settings": {}, "error": None, "result": None, "webhook": None}
         connection.execute(jobs.update().where(jobs.c.id.in_(ids)).values(changed(state=DELETED, **nothing)))
         connection.execute(deliveries.delete().where(deliveries.c.job_id.in_(ids)))
-        left = self._places(connection, (*UNFINISHED, *FINISHED)) if ended else set()
+        left = self._places(connection, jobs.c.state != DELETED) if ended else set()
         for row in ended:
             work = row.settings.get("work_dir")
             if work is not None and work not in left:

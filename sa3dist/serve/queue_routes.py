@@ -116,7 +116,7 @@ async def _webhook(service: Service, address: str | None) -> str | None:
         if parts.scheme not in ("http", "https") or not parts.hostname or len(address) > 2000 or "\0" in address:
             raise ValueError("expected an http(s) address")
         if not service.options.allow_private_webhooks:
-            await refuse_inward(parts.hostname, parts.port or 443)
+            await refuse_inward(service, parts.hostname, parts.port or 443)
     except ValueError as error:
         raise WireError(422, [refusal(place, str(error))]) from error
     return address
@@ -216,11 +216,10 @@ async def delete(request: Request, owner: str, name: str, job_id: str) -> Respon
     service = service_of(request)
     job = await service.job(job_id, service.caller(request))
     try:
-        await asyncio.to_thread(service.store.delete, job_id)
+        await asyncio.to_thread(service.delete, job)
     except Unfinished as refused:
         raise WireError(409, str(refused)) from refused
     service.snapshot.drop(job_id)
-    await asyncio.to_thread(service.delete_files_of, job)
     return JSONResponse({"status": "DELETED"})
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote
@@ -40,6 +41,7 @@ ERROR_STATUS = {
 }
 # Of more than a million bytes, or of unknown length.
 MAX_LARGE_BODIES = 8
+RESOLVERS = 8
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1", "testserver")
 
 
@@ -117,6 +119,8 @@ class Service:
         self.waiters = Slots(self.options.max_waiters, "open streams")
         # Others wait: each takes up a few times its size.
         self.large_bodies = asyncio.Semaphore(MAX_LARGE_BODIES)
+        # Of their own: names that nobody answers for must not keep those that read and write.
+        self.resolvers = ThreadPoolExecutor(RESOLVERS, "resolver")
 
     def caller(self, request: Request, is_upload: bool = False) -> Caller:
         """Whoever made the request. Raises WireError without a valid key, where one is needed.
@@ -181,12 +185,14 @@ class Service:
         found = None if job is None else result_file(job, name)
         return str(found) if found is not None and (signed or caller.may_see(job.key)) else None
 
-    def delete_files_of(self, job: Job) -> None:
-        """Remove the uploads that this job alone read. It is deleted already."""
-        for place in places_of(job.settings):
-            file_id = self.files.id_of(place)
-            if file_id is not None and place not in self.store.places():
+    def delete(self, job: Job) -> None:
+        """Remove a job with the uploads that it alone read. Raises Unfinished."""
+        if job.is_finished:
+            # First: after a kill between the two it can be deleted again.
+            left = self.store.places(without=job.id)
+            for file_id in {self.files.id_of(place) for place in places_of(job.settings) if place not in left} - {None}:
                 self.files.delete(file_id)
+        self.store.delete(job.id)
 
     def tidy(self) -> None:
         """Remove files whose time is over and that no unfinished job needs."""

@@ -29,6 +29,7 @@ DATA_FIELDS = ("audio_data_url", "lora_checkpoint_url")
 ADDRESSES = "an http(s) address, a data: URI, or a file uploaded here"
 RESOLVE_SECONDS = 5.0
 MAX_FIELDS_BYTES = 256 << 10
+MOST_VALUES = 100_000
 # Of unknown fields so many are told, each with what it may have meant.
 MOST_UNKNOWN = 20
 # Stands for an address that is refused already, while the other fields are checked.
@@ -37,6 +38,9 @@ _ACCEPTABLE = "https://example.com/clips.zip"
 
 def read_body(body: bytes) -> dict[str, Any]:
     """The JSON object of a request. Raises WireError for what is none, or cannot be stored."""
+    if sum(map(body.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        # A value of two bytes takes up sixty of memory.
+        raise WireError(422, [refusal(["body"], f"more than {MOST_VALUES} values", "too_long")])
     try:
         value = json.loads(body, parse_constant=_refuse_constant)
         text = json.dumps(value, ensure_ascii=False)
@@ -156,14 +160,15 @@ async def _place_of(service: Service, caller: Caller, address: str, base: str) -
     if f"{parts.scheme}://{parts.netloc}" in (base, service.options.public_url):
         raise ValueError("no such file here, or not yours")
     if not service.options.allow_private_data:
-        await refuse_inward(host, port or 443)
+        await refuse_inward(service, host, port or 443)
     return None
 
 
-async def refuse_inward(host: str, port: int) -> None:
+async def refuse_inward(service: Service, host: str, port: int) -> None:
     """Raises ValueError for a host that points inward. The address is checked again where it is connected to."""
     try:
-        inward = await asyncio.wait_for(asyncio.to_thread(inward_address, host, port), RESOLVE_SECONDS)
+        looked_up = asyncio.get_running_loop().run_in_executor(service.resolvers, inward_address, host, port)
+        inward = await asyncio.wait_for(looked_up, RESOLVE_SECONDS)
     except (TimeoutError, asyncio.TimeoutError, UnicodeError, socket.gaierror):
         # Not known now, or not known at all: whoever fetches it will say.
         return

@@ -1,5 +1,6 @@
 """What goes with a job: the uploads and the folder of work that it alone used, at once or by age; the base's stay."""
 
+import contextlib
 import json
 import os
 import time
@@ -11,6 +12,7 @@ from starlette.testclient import TestClient
 from sa3dist.serve import attempts
 from sa3dist.serve.files import FileStore, StoredFile
 from tests.helpers.endpoint import PATH, REQUEST, application, key_headers, listening
+from tests.helpers.servers import s3_bucket
 
 URL = {**REQUEST, "audio_data_url": "https://example.org/clips.zip"}
 
@@ -171,6 +173,33 @@ def test_an_upload_that_two_jobs_read_goes_with_the_second(tmp_path):
             client.put(job["cancel_url"])
             assert client.delete(job["response_url"]).status_code == 200
             assert client.get(url).status_code == status
+
+
+def test_two_servers_share_files_in_an_object_store(monkeypatch):
+    with s3_bucket(monkeypatch) as system:
+        one, other = (FileStore("s3://clips/files") for _ in range(2))
+        # Nothing is there yet, not even a folder; what is written later is seen all the same.
+        other.sweep(set())
+        whole, in_parts, begun = (StoredFile(one.new_id(), "k", "a.zip", "", 0, 1.0) for _ in range(3))
+        with one.writing(whole.id) as out:
+            out.write(b"abc")
+        one.keep(whole, out)
+        assert other.find(whole.id).size == 3
+        assert other.address(whole.id) == f"s3://clips/files/{whole.id}.data"
+        assert other.id_of(one.address(whole.id)) == whole.id
+        assert other.id_of(f"s3://other/files/{whole.id}.data") is None
+        for note in (in_parts, begun):
+            one.begin_parts(note)
+        with contextlib.suppress(ConnectionError), one.writing_part(in_parts.id, 1) as out:
+            out.write(b"half")
+            raise ConnectionError
+        with one.writing_part(in_parts.id, 1) as out:
+            out.write(b"de")
+        assert other.parts_size(in_parts.id, without=2) == 2
+        assert other.complete_parts(in_parts, [1]).size == 2
+        assert one.open(in_parts.id).read() == b"de"
+        one.sweep({in_parts.id}, keep_seconds=-10)
+        assert sorted(system.find("clips")) == [f"clips/files/{in_parts.id}.{kind}" for kind in ("data", "json")]
 
 
 def test_an_upload_whose_end_is_sent_again_is_there_and_stays_as_it_is(tmp_path):

@@ -16,6 +16,7 @@ from sa3dist.data.remote import public_addresses
 from sa3dist.data.remote.fetch import fetch
 from sa3dist.data.remote.public_addresses import PUBLIC_ONLY_VARIABLE
 from sa3dist.errors import DataError
+from sa3dist.serve import service, submission
 from sa3dist.serve.keys import Keys
 from sa3dist.serve.tables import deliveries
 from tests.helpers.endpoint import PATH, REQUEST, application, key_headers
@@ -124,6 +125,29 @@ def test_a_name_that_turns_inward_after_the_check_is_not_connected_to(rebound, l
         fetch(address, tmp_path / "downloads", lambda: False)
     assert len(rebound) > 1
     assert inside.asked == []
+
+
+def test_names_that_nobody_answers_for_keep_no_other_client_waiting(tmp_path, monkeypatch):
+    known, answered = socket.getaddrinfo, threading.Event()
+
+    def look_up(host, *words, **more):
+        if str(host).endswith("slow.test"):
+            answered.wait(30)
+            raise socket.gaierror("not known")
+        return known(host, *words, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(submission, "RESOLVE_SECONDS", 0.2)
+    with application(tmp_path) as (app, store), TestClient(app) as client:
+        try:
+            for number in range(service.RESOLVERS + 2):
+                asked = {**REQUEST, "audio_data_url": f"http://{number}.slow.test/x.zip"}
+                assert client.post(PATH, json=asked).status_code == 200
+            # Reading and writing goes on beside them.
+            assert client.put("/files/clips.zip", content=b"abc").status_code == 200
+            assert len(store.list()) == service.RESOLVERS + 2
+        finally:
+            answered.set()
 
 
 def test_a_redirect_to_this_machine_is_not_followed(listener, monkeypatch, tmp_path):

@@ -102,6 +102,7 @@ def test_each_refused_field_is_named_with_the_trainers_words(client):
 def test_fields_that_would_fill_the_memory_of_server_or_trainer_are_refused(client):
     (place,) = refused(client, include=["x" * 300_000])
     assert place == ("body",)
+    assert refused(client, include=[[]] * 150_000)[("body",)] == "more than 100000 values"
     found = refused(client, **{f"field{number}": 1 for number in range(9000)})
     assert len(found) == 20
     for pattern in ("layers.[0-999999999].", "[0-99][0-99][0-99][0-99]"):
