@@ -71,5 +71,11 @@ def test_the_gpu_path_imports_without_what_gpu_machines_lack():
     assert python(block + "".join(f"import {name}\n" for name in gpu_path()) + "print('imported')") == "imported\n"
 
 
+def test_a_shepherd_starts_without_what_takes_seconds_to_import():
+    # Its lease runs from before it is started.
+    program = "import sa3dist.serve.shepherd, sys; print({'torch', 'pydantic', 'fsspec', 'fastapi'} & {*sys.modules})"
+    assert python(program) == "set()\n"
+
+
 def test_importing_the_package_imports_no_framework():
     assert python("import sa3dist, sys; print('torch' in sys.modules)") == "False\n"

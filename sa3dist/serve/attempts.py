@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from sa3dist.data.remote.fetch import redacted
 from sa3dist.errors import EXIT_USER
 from sa3dist.formats import STATUS_NAME, write_json
-from sa3dist.request.fields import EndpointFields
 from sa3dist.serve.job import Job
 
 RUN_NAME, LOG_NAME, REQUEST_NAME = "run", "log.txt", "request.json"
@@ -169,6 +167,10 @@ def refusal(job: Job, text: str) -> dict[str, Any]:
 
 def _field_of(job: Job, line: str) -> str | None:
     """The request's field that a line of the trainer is about: it begins with its name, or names what that says."""
+    # Here: they bring torch and fsspec along, which a shepherd needs for nothing else, and starts without in no time.
+    from sa3dist.data.remote.fetch import redacted
+    from sa3dist.request.fields import EndpointFields
+
     fields = EndpointFields.model_fields
     found = _FIELD.fullmatch(line)
     if found and found[1] in fields:
