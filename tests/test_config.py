@@ -1,12 +1,15 @@
 """The settings tree: the endpoint's fields, their ranges, the traps of YAML, and what users are told."""
 
 import json
+import typing
 
 import pytest
 import yaml
+from sa3dist_kernels import ADAPTER_TYPES
 
 from sa3dist import config
 from sa3dist.errors import ConfigError
+from sa3dist.request.fields import AdapterName
 
 # Source: spec/training.md 3, the endpoint's columns.
 ENDPOINT_DEFAULTS = {
@@ -28,6 +31,10 @@ ENDPOINT_DEFAULTS = {
 
 def build(**values):
     return config.build({"audio_data_url": "clips.zip", **values})
+
+
+def test_the_adapter_types_are_those_of_the_kernels():
+    assert typing.get_args(AdapterName) == tuple(ADAPTER_TYPES)
 
 
 def test_endpoint_fields_have_the_endpoints_defaults():

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from sa3dist_kernels.adapter_types import ADAPTER_TYPES
 
 # Marks what decides the numbers of every step: a checkpoint is continued only under the same values.
 COURSE = "course"
 PRECISION_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 Alias = BeforeValidator(lambda value: PRECISION_ALIASES.get(value, value) if isinstance(value, str) else value)
-AdapterName = Literal[tuple(ADAPTER_TYPES)]
+# Those of sa3dist_kernels, whose package imports torch: who only reads settings, such as a supervisor, needs none.
+AdapterName = Literal[
+    "lora", "dora", "dora-rows", "dora-cols", "bora", "lora-xs", "dora-rows-xs", "dora-cols-xs", "bora-xs"
+]
 
 
 class EndpointFields(BaseModel):

@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sa3dist import errors
 from sa3dist.formats import STATUS_DIR_VARIABLE, STATUS_NAME, write_json
 from sa3dist.runtime import run_lock
@@ -70,6 +68,9 @@ def translate(failure: BaseException) -> errors.SA3DistError | None:
         return failure
     if isinstance(failure, KeyboardInterrupt):
         return errors.Interrupted("interrupted; finished work is kept, run the same command to continue")
+    # Late: settings are refused without waiting for it.
+    import torch
+
     if isinstance(failure, torch.OutOfMemoryError | MemoryError) or NO_HOST_MEMORY in str(failure):
         return errors.OutOfMemory(
             f"out of memory ({errors.first_line(failure)}); try gradient_checkpointing=on (or on_oom=adapt, with which "
