@@ -1,5 +1,6 @@
 """Shared fixtures: the two tiny reference models, and the demo's base and clips."""
 
+import gc
 import os
 import signal
 from importlib.util import find_spec
@@ -88,6 +89,12 @@ def device() -> torch.device:
 def pytest_configure(config):
     # pytest-xdist would hand out the files with the fewest tests last, which are the longest.
     config.option.loadscopereorder = False
+
+
+def pytest_collection_finish():
+    """Keep what imports and collection have made out of the collector's passes, and of the pages that forks copy."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -110,6 +110,7 @@ def test_two_runs_of_one_data_set_that_begin_together_end_with_the_same_file(dem
     settings = {"model": demo_base, "work_dir": tmp_path / "work", "number_of_steps": 3, "audio_data_url": demo_clips}
     settings |= {"base_precision": "fp32", "mixed_precision": "no", "num_workers": 1, "rank": 2, "duration": 1}
     words = [f"{key}={value}" for key, value in settings.items()] + ["pre_encode=true"]
+    words += ["report=false", "gradient_checkpointing=off"]
     with (
         ForkedTrainer([*words, f"output_dir={tmp_path / 'one'}"], tmp_path / "one.log") as one,
         ForkedTrainer([*words, f"output_dir={tmp_path / 'other'}"], tmp_path / "other.log") as other,

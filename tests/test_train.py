@@ -113,8 +113,11 @@ def test_a_runs_norms_are_baked_into_a_file_of_their_own(straight, tmp_path, cap
     assert config == {**held, "baked_norms": int(total), "norm_base": held["base_model"]}
 
 
-def test_the_last_line_of_stdout_is_the_result(words, tmp_path, capsys):
-    assert run(words, tmp_path / "run", "number_of_steps=1") == 0
+def test_the_last_line_of_stdout_is_the_result_also_where_the_memory_of_a_step_is_counted(
+    words, tmp_path, capsys, caplog
+):
+    assert run(words, tmp_path / "run", "number_of_steps=1", "gradient_checkpointing=auto") == 0
+    assert " blocks recomputed" in caplog.text
     printed = capsys.readouterr().out.strip().splitlines()
     assert json.loads(printed[-1]) == json.loads((tmp_path / "run/result.json").read_text())
 

@@ -60,6 +60,7 @@ class Sizes:
 
 REAL = Sizes("medium-base", ("rank=16",), 64, 200, 50, 120, (10.0, 29.7, 47.3), 11 << 30)
 TINY_WORDS = ("rank=4", "base_precision=fp32", "mixed_precision=no", "deterministic=true", "duration=2")
+TINY_WORDS += ("report=false", "gradient_checkpointing=off")
 TINY = Sizes("tiny", TINY_WORDS, 6, 24, 4, 6, (1.0, 2.1), 1 << 20)
 
 

@@ -175,6 +175,7 @@ def test_a_run_starts_from_another_trainers_adapter(given, demo_base, demo_clips
         path = tmp_path / "peft"
     values = {"audio_data_url": demo_clips, "model": demo_base, "output_dir": tmp_path / "out", "work_dir": demo_work}
     values |= {"adapter_type": "lora", "rank": 4, "base_precision": "fp32", "mixed_precision": "no"}
+    values |= {"report": "false", "gradient_checkpointing": "off"}
     values |= {"number_of_steps": 1, "learning_rate": 1e-30, "lora_checkpoint_url": path}
     assert train.main([f"{k}={v}" for k, v in values.items()]) == 0
     for key, value in load_file(tmp_path / "out/lora.safetensors").items():

@@ -29,6 +29,7 @@ class ForkedTrainer:
     def __init__(self, words, log, ignored: tuple[int, ...] = (), **variables):
         # Otherwise each would import them.
         import accelerate  # noqa: F401
+        import torch._dynamo  # noqa: F401
         import transformers  # noqa: F401
 
         from sa3dist import pipeline  # noqa: F401
@@ -89,7 +90,7 @@ def _context():
     if THREADS == 1:
         return multiprocessing.get_context("fork")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["accelerate", "transformers", "sa3dist.pipeline", __name__])
+    context.set_forkserver_preload(["accelerate", "torch._dynamo", "transformers", "sa3dist.pipeline", __name__])
     return context
 
 

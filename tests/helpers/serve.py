@@ -22,6 +22,8 @@ SETTINGS = {
     "num_workers": 0,
     "save_every": 1,
     "log_every": 1,
+    "report": False,
+    "gradient_checkpointing": "off",
     "learning_rate": 3e-3,
 }
 

@@ -32,6 +32,8 @@ def settings(demo_base, demo_clips, demo_work):
         # Only a signal or the end saves.
         "save_every=10000",
         "num_workers=0",
+        "report=false",
+        "gradient_checkpointing=off",
     ]
 
 

@@ -49,6 +49,8 @@ def common(loud_base, demo_clips, demo_work):
         "duration=2",
         "log_every=1",
         "num_workers=0",
+        "report=false",
+        "gradient_checkpointing=off",
     ]
 
 

@@ -77,7 +77,8 @@ class Series:
         url = self._postgres.url if self._postgres else f"sqlite:///{self._data / 'jobs.db'}"
         self._store = JobStore(url, self._data / "jobs")
         self._request = serve.request(clips, words.steps)
-        names, slots = ("a", "b") if self._postgres else ("a",), [0] if self._postgres else [0, 1]
+        names, slots = ("a", "b") if self._postgres else ("a",), [0] if self._postgres else list(range(words.slots))
+        self._at_once = len(names) * len(slots)
         options = {"devices": slots, "lease_seconds": words.lease}
         self.hosts = [serve.Host(name, self._store, self._data, base, **options) for name in names]
         self._watch = Watch(self._store)
@@ -130,7 +131,7 @@ class Series:
         self._random.shuffle(names)
         for away in names:
             # There is always one more than can run.
-            while sum(not job.is_finished for job in self._now()) < 3:
+            while sum(not job.is_finished for job in self._now()) <= self._at_once:
                 self._submit()
             until = time.monotonic() + self._random.uniform(*self._words.gap)
             self._wait(lambda until=until: time.monotonic() > until)
@@ -210,6 +211,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--lease", type=float, default=6.0, help="seconds")
+    parser.add_argument("--slots", type=int, default=2, help="jobs at once; with PostgreSQL one on each host")
     parser.add_argument("--gap", type=float, nargs=2, default=(3.0, 9.0), help="seconds between two events")
     parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite")
     parser.add_argument("--away", type=float, nargs="*", default=(), help="seconds that PostgreSQL is away, each once")

@@ -82,7 +82,9 @@ def test_jobs_of_an_endpoint_that_is_killed_end_once_with_the_undisturbed_file(t
     pytest.importorskip("sqlalchemy")
     # A process of its own: what it starts is told from it by the environment. One kill of the scheduler, one of all.
     words = [sys.executable, SURVIVAL / "serve_kills.py", tmp_path, "--events", "2", "--gap", "4", "6", "--lease", "4"]
-    said = subprocess.run([*words, "--steps", "10"], env=ENVIRONMENT, check=True, capture_output=True, text=True).stdout
+    said = subprocess.run(
+        [*words, "--steps", "10", "--slots", "1"], env=ENVIRONMENT, check=True, capture_output=True, text=True
+    ).stdout
     found = figures(said)
     assert found["jobs"] == found["succeeded"] == found["ended_once"] == found["identical"]
     assert (found["overlaps"], found["processes_left"]) == ([], [])

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 LAUNCHER = ROOT / "launch" / "local.sh"
 # Found again in /proc: a process of a trial stays one whoever its parent is.
 MARK = "SA3DIST_TRIAL"
-SETTINGS = {
+SETTINGS: dict[str, str | int] = {
     "rank": 4,
     "base_precision": "fp32",
     "mixed_precision": "no",
@@ -32,6 +32,10 @@ SETTINGS = {
     "duration": 1,
     "log_every": 1,
     "deterministic": "true",
+    # A page after every save is a process each time; how such a process ends: tests/report/test_background.py.
+    "report": "false",
+    # Counting what a step keeps takes a second of every start.
+    "gradient_checkpointing": "off",
 }
 
 
@@ -120,12 +124,19 @@ class ForkedTrial:
     does; without, they are left to find out, as under srun.
     """
 
-    def __init__(self, words: dict, processes: int, output_dir: Path, log: Path, as_agent: bool) -> None:
+    def __init__(
+        self, words: dict, processes: int, output_dir: Path, log: Path, as_agent: bool, zero: Path | None = None
+    ) -> None:
+        """zero: a configuration of DeepSpeed, which is asked for as Accelerate's launcher does."""
         # What a run imports on its way, before the first fork.
         import accelerate  # noqa: F401
+        import torch._dynamo  # noqa: F401
         import transformers  # noqa: F401
 
         from sa3dist import pipeline  # noqa
+
+        if zero:
+            _import_deepspeed()
 
         self.output_dir, self.log, self.as_agent = output_dir, log, as_agent
         self.codes: dict[int, int] = {}
@@ -134,10 +145,11 @@ class ForkedTrial:
         log.unlink(missing_ok=True)
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        self.pids = {rank: self._fork(rank, processes, port, words) for rank in range(processes)}
+        asked = zero_environment(zero) if zero else {}
+        self.pids = {rank: self._fork(rank, processes, port, words, asked) for rank in range(processes)}
         end_with_this_process(self.kill_all)
 
-    def _fork(self, rank: int, processes: int, port: int, words: dict) -> int:
+    def _fork(self, rank: int, processes: int, port: int, words: dict, asked: dict[str, str]) -> int:
         pid = os.fork()
         if pid:
             return pid
@@ -147,8 +159,8 @@ class ForkedTrial:
             out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(out, 1)
             os.dup2(out, 2)
-            os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-            if processes > 1:
+            os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **asked}
+            if processes > 1 or asked:
                 places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
                 places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 os.environ |= {name: str(value) for name, value in places.items()}
@@ -197,6 +209,20 @@ class ForkedTrial:
     def leftovers(self) -> list[int]:
         """Processes whose group one of the ranks led: loader workers, mostly."""
         return [pid for pid in session_members(set(self.pids.values())) if pid not in self.pids.values()]
+
+
+def zero_environment(file: Path) -> dict[str, str]:
+    """What Accelerate's launcher sets where it is asked for DeepSpeed."""
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+
+
+def _import_deepspeed() -> None:
+    """Once for all ranks: each would take seconds for it."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    # Else each rank would try to build its collectives of shared memory.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def end_with_this_process(kill: Callable[[], None]) -> None:

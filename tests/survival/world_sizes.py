@@ -2,7 +2,8 @@
 
     python tests/survival/world_sizes.py [--steps 30] [--only zero3] [--out DIRECTORY]
 
-Every run takes the same number of clips per step, divided over ranks and accumulation. Compared are the loss of every
+Every run takes the same number of clips per step, divided over ranks and accumulation; ranks are forked from this
+process, which has imported the program. Compared are the loss of every
 step, the float32 tensors of the last checkpoint (relative Frobenius distance of the whole state and of the worst
 tensor), and whether the float16 file is one rounding of them. Exits with 1 when a bound is exceeded.
 """
@@ -12,11 +13,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+# Before torch: it sets how many threads that has.
+from trial import ROOT, ForkedTrial  # isort: skip
 
 import torch
 from safetensors.torch import load_file
@@ -24,7 +26,6 @@ from safetensors.torch import load_file
 from sa3dist.commands.demo import synthesise_clips
 from sa3dist.model.tiny import write_tiny_base
 
-ROOT = Path(__file__).parent.parent.parent
 CLIPS_PER_STEP = 4
 # Relative, in float32 on the CPU; "state" is over all tensors together.
 # bf16: some ten times what was measured; a last bit of an adapter decides how its product is rounded.
@@ -59,32 +60,17 @@ MODES = [
 ]
 
 
-def command(mode: Mode, words: list[str], directory: Path) -> list[str]:
-    program = ["-m", "sa3dist.train", *words]
-    if mode.launcher == "plain":
-        return [sys.executable, *program]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(mode.ranks)]
-    launch += ["--main_process_port", "0", "--num_machines", "1", "--dynamo_backend", "no"]
-    if mode.launcher == "ddp":
-        return [*launch, "--multi_gpu", "--mixed_precision", "no", *program]
-    file = ROOT / "configs" / "deepspeed" / f"{mode.launcher}.json"
+def run(mode: Mode, directory: Path, common: dict) -> Path:
+    """Train in one mode, in ranks forked from this process; returns its output directory."""
+    output = directory / mode.name
+    words = common | {"output_dir": output, "mixed_precision": mode.precision}
+    words |= {"gradient_accumulation_steps": mode.accumulation}
+    file = None if mode.launcher in ("plain", "ddp") else ROOT / "configs" / "deepspeed" / f"{mode.launcher}.json"
     if mode.launcher == "divided":
         file = directory / "divided.json"
         file.write_text(json.dumps({"zero_optimization": EVERYTHING_DIVIDED}))
-    return [*launch, "--use_deepspeed", "--deepspeed_config_file", str(file), *program]
-
-
-def run(mode: Mode, directory: Path, common: list[str]) -> Path:
-    """Train in one mode; returns its output directory. Raises CalledProcessError, after showing what it said."""
-    output = directory / mode.name
-    words = [*common, f"output_dir={output}", f"mixed_precision={mode.precision}"]
-    words += [f"gradient_accumulation_steps={mode.accumulation}"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"}
-    done = subprocess.run(command(mode, words, directory), env=environment, capture_output=True, text=True)
-    if done.returncode:
-        print(done.stderr, file=sys.stderr)
-        done.check_returncode()
+    trial = ForkedTrial(words, mode.ranks, output, output.with_suffix(".log"), as_agent=True, zero=file)
+    assert trial.wait() == 0, trial.said()
     return output
 
 
@@ -136,9 +122,10 @@ def main() -> int:
     directory.mkdir(parents=True, exist_ok=True)
     base = write_tiny_base(directory / "base")
     synthesise_clips(directory / "clips.zip", seed=1, count=12)
-    common = [f"audio_data_url={directory}/clips.zip", f"model={base}", f"work_dir={directory}/work", "duration=3"]
-    common += [f"number_of_steps={arguments.steps}", "rank=5", "base_precision=fp32", "log_every=1", "num_workers=0"]
-    common += ["save_every=1000000", "resume=never", "pre_encode=true", "seed=3"]
+    common = {"audio_data_url": directory / "clips.zip", "model": base, "work_dir": directory / "work", "duration": 3}
+    common |= {"number_of_steps": arguments.steps, "rank": 5, "base_precision": "fp32", "log_every": 1}
+    common |= {"num_workers": 0, "save_every": 1000000, "resume": "never", "pre_encode": "true", "seed": 3}
+    common |= {"report": "false", "gradient_checkpointing": "off"}
     failed = False
     chosen = [mode for mode in MODES if arguments.only in mode.name]
     references = {mode.precision for mode in chosen}

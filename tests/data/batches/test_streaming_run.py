@@ -45,6 +45,7 @@ def shards(tmp_path_factory, demo_base):
 def words(demo_base, shards, tmp_path):
     more = [f"model={demo_base}", f"work_dir={tmp_path / 'work'}", "mode=streaming", "duration=1", "rank=4"]
     more += ["base_precision=fp32", "mixed_precision=no", "learning_rate=3e-3", "log_every=1", "log_clips=true"]
+    more += ["report=false", "gradient_checkpointing=off"]
     return [*more, "num_workers=2", "shuffle_buffer=3", f"audio_data_url={shards}"]
 
 

@@ -80,7 +80,7 @@ def work(target): encode_everything(base, index, Path(target))
         whole = published(tmp_path / "whole")
         assert len(whole) == 2 * 3
         assert files_of_clips(tmp_path / "whole") == []
-        for moment in range(12):
+        for moment in range(6):
             work = tmp_path / f"killed-{moment}"
             seconds, was_killed = process.run(work, kill_after=draw.uniform(0, duration))
             killed += was_killed
@@ -92,7 +92,7 @@ def work(target): encode_everything(base, index, Path(target))
             process.run(work)
             assert published(work) == whole, moment
             assert files_of_clips(work) == [], moment
-    assert killed >= 3
+    assert killed >= 2
 
 
 @pytest.mark.slow
@@ -122,7 +122,7 @@ def work(target):
         duration, _ = process.run(tmp_path / "whole")
         whole = published(tmp_path / "whole")
         assert len(whole) == 2 * 3
-        for moment in range(20):
+        for moment in range(12):
             work = tmp_path / f"killed-{moment}"
             shutil.copytree(tmp_path / "loose", work)
             process.run(work, kill_after=draw.uniform(0, duration))

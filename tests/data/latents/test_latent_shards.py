@@ -26,6 +26,7 @@ def made(tmp_path_factory, demo_base):
     members = captioned(5, seconds=0.7) | {"clip4.txt": b"tone number 1"}
     words = [f"model={demo_base}", "number_of_steps=4", "rank=4", "base_precision=fp32", "mixed_precision=no"]
     words += ["deterministic=true", "batch_size=2", "num_workers=1", "pre_encode=true", "learning_rate=3e-3"]
+    words += ["report=false", "gradient_checkpointing=off"]
     source = write_zip(folder / "a.zip", members)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode, "pack_latents", functools.partial(encode.pack_latents, max_shard_bytes=45_000))

@@ -85,6 +85,7 @@ def test_shard_inspect_and_train_name_the_captions_that_are_cut(demo_base, long_
     assert cli.main(["inspect", str(long_set), *words, "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["cut_captions"] == {"limit": 128, "tokens": {"clip2": len(LONG)}}
     quick = ["number_of_steps=2", "duration=1", "base_precision=fp32", "mixed_precision=no", "num_workers=0"]
+    quick += ["report=false", "gradient_checkpointing=off"]
     assert train.main([f"audio_data_url={long_set}", f"output_dir={tmp_path / 'run'}", *words, *quick]) == 0
     assert caplog.text.count(said) == 1
 

@@ -132,7 +132,7 @@ def test_runs_in_the_folder_of_the_clips_go_on_and_leave_the_data_set_as_it_was(
         "base_precision=fp32",
         "mixed_precision=no",
     ]
-    words += ["num_workers=0"]
+    words += ["num_workers=0", "report=false", "gradient_checkpointing=off"]
 
     def digest(*more):
         capfd.readouterr()
