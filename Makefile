@@ -29,7 +29,7 @@ fast-test: $(VENV)/.installed
 	$(RUN) -m pytest $(PARALLEL) -m "not slow"
 
 # What needs more than the install: the hosted endpoint's own clients (node and npm), the pages in a browser
-# (chromium), and two web servers on PostgreSQL.
+# (chromium), two web servers on PostgreSQL, and a minute of 500 requests a second (wrk).
 test-services: $(VENV)/.installed
 	$(RUN) -m pip install --quiet --editable ".[dev,browser,fuzzing]"
 	rm -rf $(VENV)/clients
@@ -39,6 +39,7 @@ test-services: $(VENV)/.installed
 	SA3_REQUIRE_TOOLS=1 $(RUN) -m pytest tests/serve/test_clients.py tests/serve/test_openapi.py tests/report/test_browser.py \
 		tests/serve/test_page_browser.py
 	folder=$$(mktemp -d) && $(RUN) tests/survival/serve_web.py $$folder && rm -r $$folder
+	folder=$$(mktemp -d) && $(RUN) tests/survival/serve_load.py $$folder/load --seconds 60 && rm -r $$folder
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

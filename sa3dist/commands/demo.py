@@ -3,10 +3,11 @@
 The clips are tones, chirps, drums and noise, with captions that say what was synthesised.
 """
 
+import argparse
 import io
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -125,21 +126,32 @@ def _store(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
     archive.writestr(zipfile.ZipInfo(name), data)
 
 
-def main() -> int:
+def prepare(clips: Path, base: Path) -> None:
+    """Make the demo's clips and its tiny base, where they are not there."""
+    from sa3dist.model.tiny import write_tiny_base
+
+    if not clips.exists():
+        synthesise_clips(clips)
+    if not (base / "model.safetensors").exists():
+        write_tiny_base(base)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """`make demo`: make clips and a tiny base, train on them, reload the adapter and say what it learned."""
+    parser = argparse.ArgumentParser(prog="python -m sa3dist.commands.demo", description=main.__doc__)
+    parser.add_argument("--prepare", action="store_true", help="make demo/clips.zip and demo/base, and train nothing")
+    only_prepare = parser.parse_args(argv).prepare
     import torch
 
     from sa3dist import train
-    from sa3dist.model.tiny import write_tiny_base
     from sa3dist.report.page import PAGE_NAME
 
     # The tiny base's operations are too small to share: on a busy machine threads cost more than they give.
     torch.set_num_threads(1)
     clips, base = FOLDER / "clips.zip", FOLDER / "base"
-    if not clips.exists():
-        synthesise_clips(clips)
-    if not (base / "model.safetensors").exists():
-        write_tiny_base(base)
+    prepare(clips, base)
+    if only_prepare:
+        return 0
     code = train.main(["configs/demo.yaml"])
     if code == 0:
         without, with_adapter = _losses_without_and_with(FOLDER / "run", base)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
+import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from sa3dist.data.remote.local_paths import home_path
 from sa3dist.errors import ConfigError
@@ -21,6 +23,11 @@ from sa3dist.serve.options import Options as RunOptions
 from sa3dist.serve.options import gpus_here, shared_work_dir
 from sa3dist.serve.processes import locks_folder
 
+if TYPE_CHECKING:
+    from sa3dist.serve.server_options import Options as WebOptions
+
+# Of a cluster, which has a queue of its own; each costs a process here.
+CLUSTER_SLOTS = 8
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ABOUT = "Serve the endpoint; `sa3dist serve keys --help` makes keys for it."
 
@@ -39,6 +46,12 @@ def _model(text: str) -> tuple[str, str]:
     return name, str(home_path(path).absolute())
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 1 or more")
+    return int(text)
+
+
 ARGUMENTS = {
     "--model": {"type": _model, "action": "append", "default": [], "metavar": "NAME=PATH", "help": "base of that name"},
     "--host": {"default": "127.0.0.1", "help": "address to listen at; beyond loopback a key is needed"},
@@ -47,8 +60,18 @@ ARGUMENTS = {
     "--data-dir": {"type": home_path, "default": Path("sa3dist-serve"), "help": "jobs, uploads, keys"},
     "--database": {"help": "sqlite:///FILE or postgresql://...; unset = jobs.db in data-dir"},
     "--storage": {"help": "fsspec address of uploaded files; unset = files in data-dir"},
-    "--slots": {"type": int, "help": "jobs at once; unset = one per GPU, or one"},
+    "--slots": {
+        "type": int,
+        "help": f"jobs at once; unset = by GPUs, one without, {CLUSTER_SLOTS} on a cluster",
+    },
     "--executor": {"choices": ["local", "slurm", "kubernetes"], "default": "local", "help": "who runs the jobs"},
+    "--nodes": {"type": _count, "default": 1, "metavar": "N", "help": "of each job (slurm, kubernetes)"},
+    "--gpus": {"type": _count, "default": 1, "metavar": "N", "help": "of each job, on each of its nodes"},
+    "--option": {"action": "append", "default": [], "help": "for sbatch, or image= cpu= ... (kubernetes); may repeat"},
+    "--stop-jobs": {
+        "action": "store_true",
+        "help": "SIGTERM makes jobs save and end, too; for containers",
+    },
     "--set": {"action": "append", "default": [], "metavar": "KEY=VALUE", "help": "a default of the trainer here"},
     "--tls": {"action": "store_true", "help": "make a certificate authority and serve https"},
     "--allow-private-data": {"action": "store_true", "help": "take data addresses of this machine's network"},
@@ -85,25 +108,49 @@ def serve(options: argparse.Namespace) -> None:
 
         from sa3dist.serve.addresses import HOSTS
         from sa3dist.serve.app import create_app
-        from sa3dist.serve.connections import Connection
+        from sa3dist.serve.connections import HEAD_SECONDS, Connection
         from sa3dist.serve.jobs import JobStore
+        from sa3dist.serve.operation import log_as_json
         from sa3dist.serve.scheduler import Scheduler
-        from sa3dist.serve.server_options import GIB, Options
         from sa3dist.serve.tls import make_certificates
     except ModuleNotFoundError as error:
         raise ConfigError(f"serve: needs {error.name}; pip install 'sa3dist[serve]'") from error
     data = options.data_dir.absolute()
-    data.mkdir(parents=True, exist_ok=True)
-    is_open = not Keys(data).read()
-    if is_open and options.host not in LOOPBACK:
-        raise ConfigError(f"host: {options.host} is not loopback, a key is needed; sa3dist serve keys add NAME")
     host = socket.gethostname() if options.host in ("0.0.0.0", "::") else options.host
     url = (options.public_url or f"{'https' if options.tls else 'http'}://{host}:{options.port}").rstrip("/")
+    web, runs = web_options(options, data, url), run_options(options, data)
+    data.mkdir(parents=True, exist_ok=True)
+    tls, authority = {}, None
+    if options.tls:
+        authority, server = make_certificates(data / "tls", sorted({"localhost", "127.0.0.1", host, *HOSTS}))
+        tls = {"ssl_certfile": str(server)}
+    log_as_json()
+    store = JobStore(options.database or f"sqlite:///{data / 'jobs.db'}", data / "jobs")
+    app = create_app(web, store)
+    scheduler = Scheduler(store, runs, options.keep_days)
+    words = {"host": options.host, "port": options.port, "log_config": None, "access_log": False, **tls}
+    words |= {"http": Connection, "ws": "none", "timeout_keep_alive": HEAD_SECONDS}
+    listening = uvicorn.Config(app, timeout_graceful_shutdown=10, **words)
+    print(told(url, authority), flush=True)
+    _run(uvicorn.Server(listening), app.state.service.stopping, scheduler)
+    if options.stop_jobs:
+        scheduler.stop_jobs()
+
+
+def web_options(options: argparse.Namespace, data: Path, url: str) -> WebOptions:
+    """What the web server is told. Raises ConfigError."""
+    from sa3dist.serve.server_options import GIB, Options
+
     models = dict(options.model)
     for name, path in models.items():
         if not (Path(path) / "model_config.json").is_file():
-            raise ConfigError(f"model: {name}: {path} has no model_config.json; give a base's directory")
-    web = Options(
+            how = "give a base's directory; python -m sa3dist.commands.demo --prepare makes demo/base"
+            raise ConfigError(f"model: {name}: {path} has no model_config.json; {how}")
+    is_open = not Keys(data).read()
+    for name, host in (("host", options.host), ("public_url", urlsplit(url).hostname)):
+        if is_open and host not in LOOPBACK:
+            raise ConfigError(f"{name}: {host} is not loopback, a key is needed; sa3dist serve keys add NAME")
+    return Options(
         data_dir=data,
         public_url=url,
         models=models,
@@ -115,20 +162,6 @@ def serve(options: argparse.Namespace) -> None:
         keep_days=options.keep_days,
         min_free_bytes=options.min_free * GIB,
     )
-    tls = {}
-    authority = None
-    if options.tls:
-        authority, server = make_certificates(data / "tls", sorted({"localhost", "127.0.0.1", host, *HOSTS}))
-        tls = {"ssl_certfile": str(server)}
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
-    logging.getLogger("sa3dist").setLevel(logging.INFO)
-    store = JobStore(options.database or f"sqlite:///{data / 'jobs.db'}", data / "jobs")
-    app = create_app(web, store)
-    scheduler = Scheduler(store, run_options(options, data), options.keep_days)
-    words = {"host": options.host, "port": options.port, "log_config": None, "access_log": False, **tls}
-    listening = uvicorn.Config(app, timeout_graceful_shutdown=10, http=Connection, ws="none", **words)
-    print(told(url, authority), flush=True)
-    _run(uvicorn.Server(listening), app.state.service.stopping, scheduler)
 
 
 def _run(server, stopping, scheduler) -> None:
@@ -142,6 +175,8 @@ def _run(server, stopping, scheduler) -> None:
         handle_exit(number, frame)
 
     server.handle_exit = end_streams
+    # The server sends itself again what it has obeyed, which would kill it here.
+    signal.signal(signal.SIGTERM, end_streams)
     giving.start()
     try:
         with contextlib.suppress(KeyboardInterrupt):
@@ -152,21 +187,29 @@ def _run(server, stopping, scheduler) -> None:
 
 
 def run_options(options: argparse.Namespace, data: Path) -> RunOptions:
-    """What the scheduler is told."""
+    """What the scheduler is told. Raises ConfigError."""
     from sa3dist.config import read_arguments
 
-    gpus = gpus_here() if options.executor == "local" else ()
-    devices = gpus or tuple(range(options.slots or 1))
+    is_local = options.executor == "local"
+    gpus = gpus_here() if is_local else ()
+    if is_local and options.nodes > 1:
+        raise ConfigError(f"nodes: {options.nodes} need --executor slurm or kubernetes")
+    if is_local and options.gpus > max(len(gpus), 1):
+        raise ConfigError(f"gpus: {options.gpus} for each job, this host has {len(gpus)}")
+    slots = options.slots if options.slots is not None or is_local else CLUSTER_SLOTS
     return RunOptions(
         executor=options.executor,
-        devices=devices,
+        devices=gpus or tuple(range(slots or 1)),
         gpus=bool(gpus),
-        limit=options.slots,
+        devices_per_job=options.gpus,
+        nodes=options.nodes,
+        limit=slots,
         work_dir=shared_work_dir(data),
         locks=str(locks_folder()),
         host=socket.gethostname(),
         models=dict(options.model),
         settings=json.loads(json.dumps(read_arguments(options.set))),
+        options=tuple(options.option),
     )
 
 

@@ -6,6 +6,7 @@ import asyncio
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+# Longer than clients keep an idle connection (5 s): closed here first, it would lose a request that is on its way.
 HEAD_SECONDS = 30.0
 
 

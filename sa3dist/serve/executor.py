@@ -16,8 +16,8 @@ class Attempt:
 
     folder     of the attempt                    run       the trainer's output_dir, in it
     request    file with the trainer's settings  log       where the trainer's stdout and stderr go
-    processes  of the trainer                    mark      what its processes carry
-    handles    descriptors of locks that they hold
+    processes  of the trainer, on each node      nodes     how many it is spread over
+    mark       what its processes carry          handles   descriptors of locks that they hold
     """
 
     job: Job
@@ -26,6 +26,7 @@ class Attempt:
     request: Path
     log: Path
     processes: int
+    nodes: int
     mark: Mark
     handles: tuple[int, ...]
 

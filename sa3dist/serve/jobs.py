@@ -69,7 +69,7 @@ def _take_along(work: Path, folder: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-# The place of a reader in the changes: time of the newest, and the newest ones themselves by id and revision.
+# The place of a reader in the changes: when it read, and what was new at that time, by id and revision.
 Token = tuple[float, frozenset[tuple[str, int]]]
 
 
@@ -176,16 +176,17 @@ class JobStore:
         """
         if token is None:
             recent = or_(jobs.c.state.in_(UNFINISHED), jobs.c.updated > now() - RECENT_SECONDS)
-            condition, seen, known = and_(jobs.c.state != DELETED, recent), 0.0, frozenset()
+            condition, known = and_(jobs.c.state != DELETED, recent), frozenset()
         else:
-            seen, known = token
-            condition = jobs.c.updated > seen - OVERLAP_SECONDS
+            read_at, known = token
+            condition = jobs.c.updated > read_at - OVERLAP_SECONDS
         with self.database.reading() as connection:
+            # Before the rows: what becomes visible behind them has set a later time, or is overlapped.
+            read_at = connection.scalar(select(now()))
             found = select(*COLUMNS, jobs.c.revision).where(condition).order_by(jobs.c.updated)
             rows = connection.execute(found).all()
-        seen = max([seen, *(row.updated for row in rows)])
-        newest = frozenset((row.id, row.revision) for row in rows if row.updated > seen - OVERLAP_SECONDS)
-        return [self.of_row(row) for row in rows if (row.id, row.revision) not in known], (seen, newest)
+        newest = frozenset((row.id, row.revision) for row in rows if row.updated > read_at - OVERLAP_SECONDS)
+        return [self.of_row(row) for row in rows if (row.id, row.revision) not in known], (read_at, newest)
 
     def queue_position(self, job_id: str) -> int | None:
         """How many jobs go before this one; None when it does not wait."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -22,13 +21,15 @@ from sa3dist.serve.options import Options
 
 LOOK_SECONDS = 0.5
 TERMINAL = ("Completed", "Failed")
+WORDS = ("namespace", "image", "claim", "mount", "cpu", "memory")
 KIND = {"group": "jobset.x-k8s.io", "version": "v1alpha2", "plural": "jobsets"}
 
 
 class Kubernetes:
-    """Makes launch/kubernetes/jobset.yaml with one pod. The jobs' folder is below the claim's mount in pods, too.
+    """Makes launch/kubernetes/jobset.yaml with a pod per node. The jobs' folder is below the claim's mount there, too.
 
-    Options.options: namespace=, image=, claim= and mount= (of the claim), in the place of what the manifest has
+    Options.options: namespace=, and in the place of what the manifest has image=, claim=, mount= (of the claim),
+    cpu= and memory= (of a pod)
     """
 
     outlives_shepherd = True
@@ -40,6 +41,8 @@ class Kubernetes:
         except ModuleNotFoundError as error:
             raise ConfigError("executor: kubernetes is not installed; pip install 'sa3dist[kubernetes]'") from error
         words = dict(option.partition("=")[::2] for option in options.options)
+        if unknown := sorted(words.keys() - set(WORDS)):
+            raise ConfigError(f"option: {unknown[0]} is unknown; kubernetes takes {', '.join(f'{w}=' for w in WORDS)}")
         self._namespace, self._words = words.pop("namespace", "default"), words
         self._failures = (client.ApiException, urllib3.exceptions.HTTPError)
         try:
@@ -61,7 +64,7 @@ class Kubernetes:
             # Of the attempt before, which has ended; its name is free once it is gone.
             self._remove()
         self._run.note()
-        body = job_set(self._name, attempt.request, attempt.run, attempt.processes, self._words)
+        body = job_set(self._name, attempt, self._words)
         self._ask(self._api.create_namespaced_custom_object, body=body, namespace=self._namespace)
 
     def exit_code(self) -> int | None:
@@ -112,22 +115,27 @@ def _is_over(found: dict[str, Any]) -> bool:
     return status.get("terminalState") in TERMINAL or bool(ended & set(TERMINAL))
 
 
-def job_set(name: str, request: Path, run: Path, processes: int, words: dict[str, str]) -> dict[str, Any]:
-    """The shipped manifest for one run: one pod of ``processes`` GPUs. words: image, claim, mount."""
+def job_set(name: str, attempt: Attempt, words: dict[str, str]) -> dict[str, Any]:
+    """The shipped manifest for one run: a pod per node, with ``processes`` GPUs each. words: as in ``Kubernetes``."""
     made = yaml.safe_load(launch_file("kubernetes/jobset.yaml").read_text(encoding="utf-8"))
     made["metadata"]["name"] = name
     job = made["spec"]["replicatedJobs"][0]["template"]["spec"]
-    job["completions"] = job["parallelism"] = 1
+    job["completions"] = job["parallelism"] = attempt.nodes
     pod = job["template"]["spec"]
     container = pod["containers"][0]
     container["image"] = words.get("image", container["image"])
-    container["command"] = [str(request) if word.endswith("config.yaml") else word for word in container["command"]]
-    container["resources"]["limits"]["nvidia.com/gpu"] = processes
-    container["livenessProbe"]["exec"]["command"][2:] = [str(run)]
-    changes = {"PET_NNODES": "1", "PET_NPROC_PER_NODE": str(processes), "PET_MASTER_ADDR": f"{name}-node-0-0.{name}"}
+    request = str(attempt.request)
+    container["command"] = [request if word.endswith("config.yaml") else word for word in container["command"]]
+    resources = container["resources"]
+    resources["limits"]["nvidia.com/gpu"] = attempt.processes
+    resources["requests"] |= {word: words[word] for word in ("cpu", "memory") if word in words}
+    resources["limits"]["memory"] = resources["requests"]["memory"]
+    container["livenessProbe"]["exec"]["command"][2:] = [str(attempt.run)]
+    master = f"{name}-node-0-0.{name}"
+    changes = {"PET_NNODES": attempt.nodes, "PET_NPROC_PER_NODE": attempt.processes, "PET_MASTER_ADDR": master}
     for variable in container["env"]:
         if variable["name"] in changes:
-            variable["value"] = changes[variable["name"]]
+            variable["value"] = str(changes[variable["name"]])
     # Its settings lie beside its results.
     container["volumeMounts"] = [mount for mount in container["volumeMounts"] if mount["name"] != "config"]
     pod["volumes"] = [volume for volume in pod["volumes"] if volume["name"] != "config"]

@@ -19,7 +19,8 @@ class Options:
     executor          local, slurm or kubernetes
     devices           numbers of the GPUs of this host, or of its slots where it has none or a cluster has them
     gpus              whether ``devices`` are GPUs
-    devices_per_job   GPUs, and with them processes, of a job
+    devices_per_job   GPUs, and with them processes, of a job on each of its nodes
+    nodes             of a job; a cluster's scheduler finds them
     limit             most jobs at once on all hosts; None: as many as there are devices
     models            directories, by the released name that a request says
     settings          the trainer's defaults here, in the place of its own
@@ -30,7 +31,7 @@ class Options:
     poll_seconds      between two looks for work
     stop_seconds      between the request to save and end, and the kill
     stall_seconds     without a sign of progress while training; preparation_stall_seconds before that
-    options           passed on to sbatch or kubectl
+    options           words for sbatch, or what kubernetes_executor.py knows
     """
 
     executor: str
@@ -40,6 +41,7 @@ class Options:
     host: str
     gpus: bool = False
     devices_per_job: int = 1
+    nodes: int = 1
     limit: int | None = None
     models: dict[str, str] = dataclasses.field(default_factory=dict)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)

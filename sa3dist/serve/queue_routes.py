@@ -21,6 +21,7 @@ from sa3dist.serve.job import Job
 from sa3dist.serve.jobs import RETRIES, QueueFull, Unfinished
 from sa3dist.serve.keys import Caller
 from sa3dist.serve.log_lines import LogReader
+from sa3dist.serve.ready_status import seen_as
 from sa3dist.serve.service import Service, WireError, refusal, service_of
 from sa3dist.serve.submission import accept, refuse_inward
 from sa3dist.serve.tables import QUEUED
@@ -137,13 +138,10 @@ async def get_status(request: Request, owner: str, name: str, job_id: str, logs:
     service, base = service_of(request), base_of(request)
     job = await service.job(job_id, service.caller(request))
     if logs.lower() not in ("1", "true", "yes"):
-        ready = service.snapshot.answer(job, base)
-        if ready is None:
-            body = wire.status(job, base, service.snapshot.position(job), None)
-            ready = 200 if job.is_finished else 202, json.dumps(body).encode()
-            if service.snapshot.get(job_id) is not None:
-                service.snapshot.keep_answer(job, base, ready)
-        return Response(ready[1], ready[0], {wire.REQUEST_ID: job.id}, "application/json")
+        body = wire.status(job, base, service.snapshot.position(job), None)
+        answer = JSONResponse(body, 200 if job.is_finished else 202, {wire.REQUEST_ID: job.id})
+        service.snapshot.keep_answer(job, seen_as(request.scope), answer)
+        return answer
     lines = await asyncio.to_thread(LogReader().read, job)
     body = wire.status(job, base, service.snapshot.position(job), lines)
     return JSONResponse(body, 200 if job.is_finished else 202, {wire.REQUEST_ID: job.id})

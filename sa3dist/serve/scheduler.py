@@ -83,6 +83,13 @@ class Scheduler:
                 self._store.retention(self._keep_days)
             self._store.sweep()
 
+    def stop_jobs(self) -> None:
+        """End the jobs started here: they save, and are queued again. For a machine or container that goes down."""
+        for shepherd in self._shepherds:
+            shepherd.terminate()
+        for shepherd in self._shepherds:
+            shepherd.wait()
+
 
 def start_shepherd(store: JobStore, job: Job, options: Options) -> subprocess.Popen:
     """Start the process that runs a claimed job. If that comes to nothing, its lease ends and it is given out again."""

@@ -110,9 +110,12 @@ class Shepherd:
         request = attempts.prepare(self._job, settings, self._folder)
         self._check()
         self._keeper.write_to(self._folder / LEASE_NAME)
-        processes = len(gpus) or (1 if self._options.executor == "local" else self._options.devices_per_job)
+        options = self._options
+        processes = len(gpus) or (1 if options.executor == "local" else options.devices_per_job)
         self._logs = Logs(self._log, self._job.folder, self._public_names())
-        return Attempt(self._job, self._folder, self._run, request, self._log, processes, mine, tuple(handles))
+        return Attempt(
+            self._job, self._folder, self._run, request, self._log, processes, options.nodes, mine, tuple(handles)
+        )
 
     def _settings(self) -> dict[str, Any]:
         job, options = self._job, self._options

@@ -22,7 +22,7 @@ from sa3dist.serve.processes import MARK
 
 
 class Slurm:
-    """Submits launch/slurm/preemptible.sbatch."""
+    """Submits launch/slurm/preemptible.sbatch, or multi_node.sbatch where a job has several nodes."""
 
     outlives_shepherd = True
 
@@ -40,9 +40,9 @@ class Slurm:
         if self._is_queued() or self._run.has_ended() or attempt.job.cancel:
             return
         self._run.note()
-        gpus = f"--gpus-per-node={attempt.processes}"
-        asked = [f"--job-name={self._name}", "--dependency=singleton", "--nodes=1", f"--output={attempt.log}", gpus]
-        script = str(launch_file("slurm/preemptible.sbatch"))
+        asked = [f"--job-name={self._name}", "--dependency=singleton", f"--output={attempt.log}"]
+        asked += [f"--nodes={attempt.nodes}", f"--gpus-per-node={attempt.processes}"]
+        script = str(launch_file("slurm/multi_node.sbatch" if attempt.nodes > 1 else "slurm/preemptible.sbatch"))
         number = ask("sbatch", "--parsable", *asked, *self._options.options, script, str(attempt.request))
         self._run.note(number=number.partition(";")[0])
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
+from collections.abc import Hashable
+
+from fastapi import Response
 
 from sa3dist.serve.job import Job
 from sa3dist.serve.jobs import JobStore, Token
@@ -15,6 +19,18 @@ log = logging.getLogger(__name__)
 REFRESH_SECONDS = 0.5
 # Finished jobs stay so long: whoever waits for one asks within seconds. Later ones are read from the database.
 KEEP_SECONDS = 600.0
+# Addresses in an answer have the Host header that the client sent.
+MOST_ANSWERS, LONGEST_ANSWER = 20_000, 4096
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ready:
+    """An answer about a job of the key ``owner``."""
+
+    owner: str
+    code: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
 
 
 class Snapshot:
@@ -28,7 +44,7 @@ class Snapshot:
         self._token: Token | None = None
         self._jobs: dict[str, Job] = {}
         self._positions: dict[str, int] = {}
-        self._answers: dict[tuple[str, str], tuple[int, bytes]] = {}
+        self._answers: dict[tuple[str, Hashable], Ready] = {}
         self._turned = asyncio.Event()
         self.read_at = 0.0
 
@@ -53,15 +69,17 @@ class Snapshot:
     def drop(self, job_id: str) -> None:
         """Forget a deleted job."""
         self._jobs.pop(job_id, None)
+        self._answers = {}
 
-    def answer(self, job: Job, base: str) -> tuple[int, bytes] | None:
-        """What ``keep_answer`` kept for a job and a client's address of the server."""
-        return self._answers.get((job.id, base))
+    def answer(self, job_id: str, seen_as: Hashable) -> Ready | None:
+        """What ``keep_answer`` kept for a job, for clients that reach the server in the same way."""
+        return self._answers.get((job_id, seen_as))
 
-    def keep_answer(self, job: Job, base: str, answer: tuple[int, bytes]) -> None:
+    def keep_answer(self, job: Job, seen_as: Hashable, answer: Response) -> None:
         """Until the next change of any job, and within bounds."""
-        if len(self._answers) < 20_000:
-            self._answers[job.id, base] = answer
+        fits = len(self._answers) < MOST_ANSWERS and len(answer.body) < LONGEST_ANSWER
+        if fits and self._jobs.get(job.id) is job:
+            self._answers[job.id, seen_as] = Ready(job.key, answer.status_code, answer.raw_headers, answer.body)
 
     async def turned(self) -> None:
         """Wait for the next reading."""

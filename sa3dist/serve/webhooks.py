@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-import json
 import logging
 import time
 
@@ -85,5 +84,5 @@ class Webhooks:
         pause = min(FIRST_PAUSE_SECONDS * 2 ** (delivery.tries - 1), LONGEST_PAUSE_SECONDS)
         again = None if delivery.tries >= MAX_TRIES else pause
         what = "given up" if again is None else f"again in {again:g} s"
-        log.warning(json.dumps({"webhook_of": job.id, "problem": problem, "next": what}))
+        log.warning("webhook", extra={"fields": {"webhook_of": job.id, "problem": problem, "next": what}})
         return await asyncio.to_thread(self._outbox.failed, delivery, problem, again)

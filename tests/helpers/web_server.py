@@ -27,14 +27,16 @@ class WebServer:
     """One server on loopback: ``start`` it, ``kill`` or ``stop`` it, and start it again at the same address.
 
     folder   holds its data and what it says: data/ and server-PORT.log
+    base     its medium-base; None: the released one, for a server that trains nothing
     more     further words of its command line
     """
 
-    def __init__(self, folder: Path, base: Path, *more: str, settings: tuple[str, ...] = SETTINGS) -> None:
+    def __init__(self, folder: Path, base: Path | None, *more: str, settings: tuple[str, ...] = SETTINGS) -> None:
         self.port = free_port()
         self.data = folder / "data"
         self.log = folder / f"server-{self.port}.log"
-        words = ["--port", str(self.port), "--data-dir", str(self.data), "--model", f"medium-base={base}"]
+        words = ["--port", str(self.port), "--data-dir", str(self.data)]
+        words += [] if base is None else ["--model", f"medium-base={base}"]
         words += [word for setting in settings for word in ("--set", setting)]
         self._command = [sys.executable, "-m", "sa3dist.cli", "serve", *words, *more]
         self.url = f"{'https' if '--tls' in more else 'http'}://127.0.0.1:{self.port}"
@@ -70,7 +72,7 @@ class WebServer:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, base: Path, *more: str) -> Iterator[str]:
+def serving(folder: Path, base: Path | None, *more: str) -> Iterator[str]:
     """A started server; gives its address."""
     server = WebServer(folder, base, *more)
     server.start()

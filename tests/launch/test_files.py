@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pydantic import BaseModel
 
+from tests.helpers import kubernetes_api
 from tests.helpers.golden import ROOT
 
 TOOLS = Path(sys.executable).parent
@@ -38,16 +38,6 @@ def pods() -> list[dict]:
     return [template["template"]["spec"] for template in (job, *sets)]
 
 
-def lost(given, kept, where="") -> list[str]:
-    """Paths of what is in ``given`` and not in ``kept``."""
-    if isinstance(given, dict):
-        return [path for key, value in given.items() for path in lost(value, kept.get(key), f"{where}.{key}")]
-    if isinstance(given, list):
-        pairs = zip(given, kept or [None] * len(given), strict=True)
-        return [path for number, pair in enumerate(pairs) for path in lost(*pair, f"{where}[{number}]")]
-    return [] if given == kept else [where]
-
-
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_pass_shellcheck(script):
     done = subprocess.run([tool("shellcheck"), str(script)], capture_output=True, text=True)
@@ -68,16 +58,8 @@ def test_yaml_passes_yamllint():
 
 @pytest.mark.parametrize("document", documents(), ids=lambda document: document["kind"])
 def test_manifests_are_what_the_api_defines_and_nothing_else(document):
-    models = pytest.importorskip("kubeflow_trainer_api.models")
-    prefix = {
-        "v1": "IoK8sApiCoreV1",
-        "batch/v1": "IoK8sApiBatchV1",
-        "jobset.x-k8s.io/v1alpha2": "JobsetV1alpha2",
-        "trainer.kubeflow.org/v1alpha1": "TrainerV1alpha1",
-    }[document["apiVersion"]]
-    model: type[BaseModel] = getattr(models, prefix + document["kind"])
     # The models drop keys they do not know.
-    assert lost(document, model.from_dict(document).to_dict()) == []
+    assert kubernetes_api.lost(document) == []
 
 
 @pytest.mark.parametrize("pod", pods(), ids=["Job", "JobSet", "TrainingRuntime"])
@@ -98,6 +80,16 @@ def test_health_is_watched_where_the_run_writes():
     for pod in pods():
         command = pod["containers"][0]["livenessProbe"]["exec"]["command"]
         assert command == ["sa3dist-alive", "60", settings["output_dir"]]
+
+
+def test_the_endpoint_may_do_what_it_asks_of_the_cluster_and_no_more():
+    (rule,) = of_kind("Role")["rules"]
+    assert (rule["apiGroups"], rule["resources"]) == (["jobset.x-k8s.io"], ["jobsets"])
+    # What the executor calls; see kubernetes_executor.py.
+    assert sorted(rule["verbs"]) == ["create", "delete", "get"]
+    pod = of_kind("StatefulSet")["spec"]["template"]["spec"]
+    assert pod["serviceAccountName"] == of_kind("RoleBinding")["subjects"][0]["name"]
+    assert of_kind("RoleBinding")["roleRef"]["name"] == of_kind("Role")["metadata"]["name"]
 
 
 def test_the_training_job_finds_its_runtime():

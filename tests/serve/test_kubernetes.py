@@ -1,5 +1,6 @@
 """Runs on Kubernetes: made once, found again, deleted; each object is checked with the API's own models."""
 
+import dataclasses
 import http.server
 import json
 import os
@@ -9,16 +10,17 @@ import threading
 import pytest
 import yaml
 
-from sa3dist.errors import EnvironmentFailure
+from sa3dist.errors import ConfigError, EnvironmentFailure
 from sa3dist.formats import write_json
 from sa3dist.serve import cluster
 from sa3dist.serve.executor import Attempt
 from sa3dist.serve.jobs import JobStore
 from sa3dist.serve.options import Options
 from sa3dist.serve.processes import Mark
+from tests.helpers import kubernetes_api
 
 pytest.importorskip("kubernetes")
-models = pytest.importorskip("kubeflow_trainer_api.models")
+pytest.importorskip("kubeflow_trainer_api.models")
 PLACE = "/apis/jobset.x-k8s.io/v1alpha2/namespaces/sound/jobsets"
 
 
@@ -26,10 +28,8 @@ class Api(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         name = body["metadata"]["name"]
-        # The model drops keys that it does not know.
-        known = models.JobsetV1alpha2JobSet.from_dict(body).to_dict()
-        if self.path != PLACE or known != body:
-            return self._answer(422, {"reason": "Invalid"})
+        if self.path != PLACE or (wrong := kubernetes_api.lost(body)):
+            return self._answer(422, {"reason": f"Invalid: {wrong}"})
         if name in self.server.objects:
             return self._answer(409, {"reason": "AlreadyExists"})
         self.server.made.append(name)
@@ -87,13 +87,13 @@ def attempt(tmp_path):
     folder = job.folder / "cluster"
     (folder / "run").mkdir(parents=True)
     mark = Mark(str(tmp_path), str(store.folder), job.id, 1, ())
-    return Attempt(job, folder, folder / "run", folder / "request.json", folder / "log.txt", 2, mark, ())
+    return Attempt(job, folder, folder / "run", folder / "request.json", folder / "log.txt", 2, 1, mark, ())
 
 
-def opened():
+def opened(*more: str):
     from sa3dist.serve.executors import open_executor
 
-    words = ("namespace=sound", "image=registry/sa3dist:1", "claim=music", "mount=/music")
+    words = ("namespace=sound", "image=registry/sa3dist:1", "claim=music", "mount=/music", *more)
     return open_executor(Options("kubernetes", (0,), "/work", "/locks", "here", options=words))
 
 
@@ -117,6 +117,25 @@ def test_a_run_is_one_pod_of_the_shipped_manifest_with_its_own_settings(api, att
     assert {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}["data"] == "/music"
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "music"
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_several_nodes_are_as_many_pods_that_find_each_other(api, attempt):
+    opened("cpu=8", "memory=64Gi").start(dataclasses.replace(attempt, nodes=3))
+    ((name, made),) = api.objects.items()
+    job = made["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert (job["completionMode"], job["completions"], job["parallelism"]) == ("Indexed", 3, 3)
+    (container,) = job["template"]["spec"]["containers"]
+    told = {variable["name"]: variable.get("value") for variable in container["env"]}
+    assert (told["PET_NNODES"], told["PET_NPROC_PER_NODE"]) == ("3", "2")
+    # The first pod's name in the set's own domain.
+    assert told["PET_MASTER_ADDR"] == f"{name}-node-0-0.{name}"
+    assert container["resources"]["requests"] == {"cpu": "8", "memory": "64Gi"}
+    assert container["resources"]["limits"] == {"memory": "64Gi", "nvidia.com/gpu": 2}
+
+
+def test_an_option_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match="option: imag is unknown; kubernetes takes namespace=, image="):
+        opened("imag=x")
 
 
 def test_a_shepherd_that_follows_a_lost_one_finds_the_run_and_its_end(api, attempt):

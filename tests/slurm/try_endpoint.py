@@ -1,11 +1,13 @@
-"""Jobs of an endpoint's queue under a real Slurm: preempted, shepherd and scheduler killed, cancelled, refused.
+"""An endpoint over a real Slurm: the hosted one's client, preemption, several nodes; kills, failures, cancellation.
 
     tests/slurm/start_cluster.sh DIR && SLURM_CONF=DIR/slurm.conf python tests/slurm/try_endpoint.py WORKDIR
 
-Takes about two minutes; the first check that fails ends the program.
+Needs the client that make test-services installs. Takes about five minutes; the first check that fails ends it.
 """
 
 import argparse
+import contextlib
+import importlib
 import json
 import os
 import signal
@@ -16,11 +18,18 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
+import httpx  # noqa: E402
+import safetensors.torch  # noqa: E402
+
+import sa3dist  # noqa: E402
 from sa3dist.commands.demo import synthesise_clips  # noqa: E402
 from sa3dist.model.tiny import write_tiny_base  # noqa: E402
 from sa3dist.serve.jobs import JobStore  # noqa: E402
 from tests.helpers import serve  # noqa: E402
+from tests.helpers.golden import ROOT  # noqa: E402
+from tests.helpers.web_server import WebServer  # noqa: E402
 
+CLIENT = ROOT / ".venv/clients/fal-client-newest"
 ON_CPU = ["--gpus-per-node=0", "--cpus-per-task=1", "--ntasks-per-node=1"]
 
 
@@ -45,15 +54,62 @@ def steps_in(job) -> list[dict]:
     return [json.loads(row) for row in (job.attempt_folder / "run/metrics.jsonl").read_text().splitlines()]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, help="made anew")
-    directory = parser.parse_args().directory.absolute()
-    directory.mkdir(parents=True)
-    os.environ |= {"SA3DIST_PROCESSES": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    serve.ENVIRONMENT.update(os.environ)
-    base, clips = write_tiny_base(directory / "base"), directory / "clips.zip"
-    synthesise_clips(clips, seed=1, count=6)
+def preempt(number: str, log: Path) -> None:
+    """Take the nodes away from a Slurm job, and let it have its turn again."""
+    run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", f"--output={log}", "--wrap=true")
+    wait("the requeue", lambda: "PENDING" in run("squeue", "--noheader", f"--jobs={number}", "--format=%T"))
+    # Slurm lets a requeued job wait two minutes.
+    wait("its turn", lambda: run("scontrol", "update", f"JobId={number}", "StartTime=now") == "")
+
+
+@contextlib.contextmanager
+def client_of(folder: Path, base: Path, *words: str):
+    """The client from PyPI, led to a started server whose jobs Slurm runs, and the folder of these jobs."""
+    sys.path.insert(0, str(CLIENT))
+    settings = tuple(f"{name}={value}" for name, value in serve.SETTINGS.items())
+    folder.mkdir()
+    options = ["--executor=slurm", *(f"--option={word}" for word in ON_CPU), *words]
+    server = WebServer(folder, base, *options, settings=settings)
+    server.start()
+    try:
+        sa3dist.fal_env(server.url)
+        yield importlib.import_module("fal_client"), server.data / "jobs"
+    finally:
+        server.stop()
+
+
+def served(directory: Path, base: Path, clips: Path) -> None:
+    """Submitted by the client over HTTP, preempted, requeued, finished, its result fetched; then on two nodes."""
+    fields = serve.request(clips, 150)
+    with client_of(directory / "one-node", base) as (client, jobs):
+        handle = client.submit(serve.APP, fields | {"audio_data_url": client.upload_file(clips)})
+
+        def said() -> str:
+            status = handle.status(with_logs=True)
+            return " ".join(line["message"] for line in getattr(status, "logs", None) or [])
+
+        wait("the first steps", lambda: "train 6/150" in said())
+        (number,) = numbers(handle.request_id)
+        preempt(number, directory / "high-1.log")
+        result = handle.get()
+        rows = [json.loads(row) for row in (jobs / handle.request_id / "cluster/run/metrics.jsonl").open()]
+        assert numbers(handle.request_id) == [number]
+        assert [row["step"] for row in rows] == list(range(1, 151))
+        assert any(row.get("resumed_from") for row in rows)
+        lora = safetensors.torch.load(httpx.get(result["lora_file"]["url"]).raise_for_status().content)
+        assert len(lora) > 0
+        print("ok  by the client: submitted, preempted, requeued, done, and its file loaded", flush=True)
+    with client_of(directory / "two-nodes", base, "--nodes=2") as (client, _):
+        handle = client.submit(serve.APP, fields | {"audio_data_url": client.encode_file(clips), "number_of_steps": 6})
+        config = httpx.get(handle.get()["config_file"]["url"]).raise_for_status().json()
+        assert config["world_size"] == 2
+        (number,) = numbers(handle.request_id)
+        assert run("squeue", "--noheader", "--states=all", f"--jobs={number}", "--format=%D") == "2"
+        print("ok  by the client: on two nodes", flush=True)
+
+
+def killed(directory: Path, base: Path, clips: Path) -> None:
+    """Scheduler and shepherd killed, a failure, a refusal, a cancellation."""
     store = JobStore(f"sqlite:///{directory / 'jobs.db'}")
     options = {"executor": "slurm", "devices": [0, 1, 2], "options": ON_CPU, "lease_seconds": 6}
     host = serve.Host("submit", store, directory, base, **options)
@@ -75,11 +131,7 @@ def main() -> int:
         host.start()
         wait("another attempt", lambda: store.get(long).attempts == 2 and store.get(long).state == "RUNNING")
         (number,) = numbers(long)
-        whole_cluster = ("--partition=high", "--nodes=2", "--exclusive")
-        run("sbatch", "--parsable", *whole_cluster, f"--output={directory}/high.log", "--wrap=true")
-        wait("the requeue", lambda: "PENDING" in run("squeue", "--noheader", f"--jobs={number}", "--format=%T"))
-        # Slurm lets a requeued job wait two minutes.
-        wait("its turn", lambda: run("scontrol", "update", f"JobId={number}", "StartTime=now") == "")
+        preempt(number, directory / "high.log")
         done = wait("its end", lambda: (job := store.get(long)).is_finished and job)
         assert done.state == "SUCCEEDED", done
         assert numbers(long) == [number]
@@ -101,9 +153,24 @@ def main() -> int:
         assert (job.state, run("squeue", "--noheader", "--format=%A")) == ("CANCELLED", ""), job
         print("ok  cancelled, and gone from Slurm's queue", flush=True)
     finally:
-        run("scancel", "--me")
         host.end_all()
         store.close()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, help="made anew")
+    directory = parser.parse_args().directory.absolute()
+    directory.mkdir(parents=True)
+    os.environ |= {"SA3DIST_PROCESSES": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    serve.ENVIRONMENT.update(os.environ)
+    base, clips = write_tiny_base(directory / "base"), directory / "clips.zip"
+    synthesise_clips(clips, seed=1, count=6)
+    try:
+        served(directory, base, clips)
+        killed(directory, base, clips)
+    finally:
+        run("scancel", "--me")
     return 0
 
 

@@ -92,6 +92,19 @@ def test_jobs_of_an_endpoint_that_is_killed_end_once_with_the_undisturbed_file(t
 
 
 @pytest.mark.slow
+def test_a_polled_server_answers_all_keeps_its_order_and_its_memory(tmp_path):
+    if shutil.which("wrk") is None:
+        pytest.skip("needs wrk; make test-services runs the program for a minute")
+    words = ["--seconds", "3", "--jobs", "120", "--connections", "40", "--rate", "100"]
+    command = [sys.executable, SURVIVAL / "serve_load.py", tmp_path / "load", *words]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    found = figures(done.stdout)
+    assert done.returncode == 0, found
+    assert (found["accepted"], found["in_order"], found["errors"]) == (120, True, 0)
+    assert found["requests"] > 0
+
+
+@pytest.mark.slow
 def test_two_ranks_train_as_one(said_by, directory):
     words = ["--steps", 2, "--only", "ddp-2-no", "--out", directory / "sizes"]
     one, two = map(json.loads, said_by(SURVIVAL / "world_sizes.py", *words).splitlines())
@@ -128,7 +141,7 @@ def test_the_tables_of_the_scaling_model_have_a_row_for_every_base_and_network(s
 @pytest.mark.parametrize(
     "program",
     [
-        *("namespaces.py", "overlap.py", "serve_kills.py", "serve_web.py"),
+        *("namespaces.py", "overlap.py", "serve_kills.py", "serve_web.py", "serve_load.py"),
         *("../slurm/try_scripts.py", "../slurm/try_endpoint.py"),
     ],
 )

@@ -1,0 +1,168 @@
+"""What an operator sees of a server: health, counts, log lines; and what SIGTERM does."""
+
+import json
+import logging
+import threading
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
+
+from sa3dist.commands import serve as command
+from sa3dist.serve import operation
+from sa3dist.serve.app import create_app
+from sa3dist.serve.jobs import JobStore
+from sa3dist.serve.options import Options as RunOptions
+from sa3dist.serve.scheduler import Scheduler
+from sa3dist.serve.server_options import DEFAULT_APP, Options
+from sa3dist.serve.tables import QUEUED
+from tests.helpers import serve
+
+REQUEST = {"audio_data_url": "data:application/zip;base64,UEsFBgAAAAAAAAAAAAAAAAAAAAAAAA=="}
+
+
+@pytest.fixture
+def store(tmp_path):
+    opened = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def client(tmp_path, store):
+    with TestClient(create_app(Options(data_dir=tmp_path, min_free_bytes=0), store)) as opened:
+        yield opened
+
+
+def metrics(client) -> dict[tuple, float]:
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    return {(s.name, *sorted(s.labels.values())): s.value for family in families for s in family.samples}
+
+
+def test_health_is_the_age_of_what_the_database_last_said(client, monkeypatch):
+    assert client.get("/healthz").status_code == 200
+    monkeypatch.setattr(operation, "STALE_SECONDS", -1.0)
+    answer = client.get("/healthz")
+    assert (answer.status_code, answer.json()["ok"]) == (503, False)
+
+
+def test_prometheus_reads_jobs_by_state_and_answers_by_status(client):
+    before = metrics(client)
+    for seed in range(3):
+        client.post(f"/{DEFAULT_APP}", json={**REQUEST, "seed": seed})
+    client.get("/nothing/here/requests/x/status")
+    after = metrics(client)
+    assert (after["sa3dist_jobs", "QUEUED"], after["sa3dist_jobs", "RUNNING"]) == (3, 0)
+
+    def grown(*key):
+        return after[key] - before.get(key, 0)
+
+    assert grown("sa3dist_requests_total", "200", "POST") == 3
+    assert grown("sa3dist_requests_total", "404", "GET") == 1
+    assert after["process_resident_memory_bytes",] > 0
+
+
+@pytest.fixture
+def lines():
+    """What the server's log has had, as read back from its lines."""
+    said: list[dict] = []
+
+    class Reader(logging.Handler):
+        def emit(self, record):
+            said.append(json.loads(operation.JsonLines().format(record)))
+
+    reader, ours = Reader(), logging.getLogger("sa3dist")
+    level = ours.level
+    ours.addHandler(reader)
+    ours.setLevel(logging.INFO)
+    yield said
+    ours.removeHandler(reader)
+    ours.setLevel(level)
+
+
+def test_a_log_line_has_the_id_that_its_answer_has(client, lines):
+    answers = [client.post(f"/{DEFAULT_APP}", json=REQUEST), client.post(f"/{DEFAULT_APP}", content=b"{")]
+    client.get("/healthz")
+    found = [(line["request_id"], line["status"], line["level"]) for line in lines]
+    assert found == [(answer.headers["x-request-id"], answer.status_code, "INFO") for answer in answers]
+    assert lines[0]["path"] == f"/{DEFAULT_APP}"
+
+
+def test_an_error_that_nobody_foresaw_is_logged_under_its_id_and_answered_in_the_endpoints_shape(
+    client, lines, monkeypatch
+):
+    def fail(*words):
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr(client.app.state.service.snapshot, "position", fail)
+    answer = client.post(f"/{DEFAULT_APP}", json=REQUEST)
+    assert (answer.status_code, answer.json()["error_type"]) == (500, "internal_error")
+    assert "unforeseen" not in answer.text
+    first, last = lines
+    assert first["request_id"] == last["request_id"] == answer.headers["x-request-id"]
+    assert (first["level"], last["status"]) == ("ERROR", 500)
+    assert "RuntimeError: unforeseen" in first["trace"]
+
+
+def test_a_ready_answer_is_that_of_the_route_and_goes_to_nobody_else(tmp_path, store):
+    from sa3dist.serve.keys import Keys
+
+    one, two = ({"Authorization": f"Key {Keys(tmp_path).add(name, 'submit')}"} for name in ("one", "two"))
+    with TestClient(create_app(Options(data_dir=tmp_path, is_open=False, min_free_bytes=0), store)) as client:
+        first = client.post(f"/{DEFAULT_APP}", json=REQUEST, headers=one).json()
+        address = first["status_url"]
+        # Made by the route, then from memory.
+        made, ready = (client.get(address, headers=one) for _ in range(2))
+        assert (made.status_code, made.content) == (ready.status_code, ready.content)
+        assert ready.headers["x-fal-request-id"] == first["request_id"]
+        assert [client.get(address, headers=who).status_code for who in (two, {})] == [404, 401]
+        # Another address of the server has other addresses in its answer.
+        elsewhere = client.get(address, headers=one | {"Host": "sound.example.org"}).json()
+        assert elsewhere["cancel_url"].startswith("http://sound.example.org/")
+        # And nothing stale: the first of two leaves the queue.
+        second = client.post(f"/{DEFAULT_APP}", json={**REQUEST, "seed": 1}, headers=one).json()
+        assert client.get(second["status_url"], headers=one).json()["queue_position"] == 1
+        client.put(first["cancel_url"], headers=one)
+        assert client.get(second["status_url"], headers=one).json()["queue_position"] == 0
+        assert client.get(address, headers=one).json()["status"] == "COMPLETED"
+        client.delete(first["response_url"], headers=one)
+        assert client.get(address, headers=one).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--host", "0.0.0.0"], "host: 0.0.0.0 is not loopback, a key is needed; sa3dist serve keys add NAME"),
+        # A proxy on this machine would let everybody in.
+        (
+            ["--public-url", "https://sound.example.org"],
+            "public_url: sound.example.org is not loopback",
+        ),
+        (["--model", "medium-base=/no/such"], "model: medium-base: /no/such has no model_config.json"),
+        (["--nodes", "2"], "nodes: 2 need --executor slurm or kubernetes"),
+        (["--gpus", "99"], "gpus: 99 for each job, this host has "),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_a_line_and_leaves_nothing(words, said, tmp_path, capsys):
+    assert command.main(["--data-dir", str(tmp_path / "data"), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_stopped_jobs_are_queued_again_at_once_and_use_up_no_retry(tmp_path, store, demo_base, demo_clips):
+    settings = serve.SETTINGS | {"audio_data_url": str(demo_clips), "model": str(demo_base)}
+    job = store.submit(serve.request(demo_clips, 5000), app=DEFAULT_APP, key="k", settings=settings)
+    words = {"work_dir": str(tmp_path / "work"), "locks": str(tmp_path / "locks"), "host": "here"}
+    scheduler = Scheduler(store, RunOptions("local", (0,), **words))
+    scheduler.look()
+    log, waited = job.folder / "attempt-1" / "log.txt", threading.Event()
+    for _ in range(1200):
+        if log.exists():
+            break
+        waited.wait(0.05)
+    scheduler.stop_jobs()
+    ended = store.get(job.id)
+    assert (ended.state, ended.attempts, ended.failures) == (QUEUED, 1, 0)
+    assert [mark for _, mark in serve.marks() if mark.job == job.id] == []
