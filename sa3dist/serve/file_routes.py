@@ -32,7 +32,7 @@ def _note(service: Service, caller: Caller, name: str, content_type: str, reques
     # Both clients' headers for how long a file is kept.
     wish = request.headers.get("x-fal-object-lifecycle-preference") or request.headers.get("x-fal-object-lifecycle")
     seconds = None
-    with contextlib.suppress(ValueError, TypeError, AttributeError):
+    with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
         seconds = json.loads(wish or "{}").get("expiration_duration_seconds")
     expires = time.time() + seconds if isinstance(seconds, int | float) and 0 < seconds < 1e10 else None
     kind = content_type[:100] if content_type.isprintable() else "application/octet-stream"

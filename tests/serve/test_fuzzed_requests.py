@@ -35,7 +35,14 @@ WORDS += [
 WORDS += [b'{"server_error": {"retries": 2}}', b'{"expiration_duration_seconds": 1e999}', b"[" * 3000, b"low"]
 NAMES = ["Host", "Origin", "Content-Length", "Content-Type", "X-Fal-Request-Timeout", "X-Fal-Queue-Priority"]
 NAMES += ["X-Fal-Retry-Config", "X-Fal-File-Name", "X-Fal-Object-Lifecycle", "X-Fal-Tags", "Idempotency-Key", "Expect"]
-NAMES += ["X-Fal-Target-Url", "Authorization", "Access-Control-Request-Method", "Transfer-Encoding", "Range"]
+NAMES += [
+    "X-Fal-Target-Url",
+    "X-Fal-Object-Lifecycle-Preference",
+    "X-Fal-No-Retry",
+    "Access-Control-Request-Method",
+    "Transfer-Encoding",
+    "Range",
+]
 METHODS = ["GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "TRACE", "get", "\xe9"]
 QUERIES = [b"fal_webhook=", b"fal_max_queue_length=", b"logs=", b"expires=", b"signature=", b"limit="]
 QUERIES += [b"before=", b"logs_at=", b"attempt=", b"rows_at="]
@@ -54,8 +61,8 @@ class Requests:
         draw = self._draw
         kind = draw.choice([self._submit, self._submit, self._follow, self._follow, self._upload, self._anything])
         method, path, body = kind()
-        headers = [(b"authorization", draw.choice(self._keys))] if draw.random() < 0.9 else []
-        headers += [(draw.choice(NAMES).lower().encode(), self._word()) for _ in range(draw.choice([0, 0, 1, 2]))]
+        headers = [(b"authorization", draw.choice(self._keys) if draw.random() < 0.95 else self._word())]
+        headers += [(draw.choice(NAMES).lower().encode(), self._word()) for _ in range(draw.choice([0, 1, 2, 4]))]
         query = b"&".join(draw.choice(QUERIES) + quote(self._word()).encode() for _ in range(draw.choice([0, 0, 1, 2])))
         if draw.random() < 0.1:
             target = f"https://queue.fal.run{quote(path)}?{query.decode()}".encode()

@@ -111,6 +111,20 @@ def test_a_head_that_does_not_end_is_cut_off(served):
     assert still_answers(served[0])
 
 
+@pytest.mark.parametrize("line", [b"X-Long: " + bytes([120]) * 40_000, b"X-Many: x\r\n" * 4_000])
+def test_a_head_without_end_is_refused_before_it_fills_the_memory(served, line):
+    begin = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
+    status, answer = answer_to(served[0], begin, line, line, pause=0.1)
+    assert (status, b"longer than 65536 bytes" in answer) == (400, True)
+    assert still_answers(served[0])
+
+
+def test_several_requests_at_once_are_answered_in_turn(served):
+    one = head("GET", "/healthz")
+    status, answer = answer_to(served[0], one * 3)
+    assert (status, answer.count(b"HTTP/1.1 200")) == (200, 3)
+
+
 def test_an_upload_that_would_fill_the_disk_is_refused_before_and_on_the_way(tmp_path, monkeypatch):
     free = [50_000]
     usage = type("Usage", (), {"free": property(lambda self: free[0])})

@@ -161,6 +161,12 @@ def test_an_upload_in_parts_is_joined_and_read_from_the_store(client, store):
         assert stored.read() == b"abcd"
 
 
+@pytest.mark.parametrize("text", ["[" * 3000, "3", '{"expiration_duration_seconds": 1e999}', '"', "[]"])
+def test_a_lifecycle_that_is_none_keeps_the_file(client, text):
+    file = client.put("/files/a.zip", content=b"abc", headers={"X-Fal-Object-Lifecycle": text}).json()["url"]
+    assert client.get(file).content == b"abc"
+
+
 def test_files_and_jobs_are_seen_by_the_key_that_made_them_alone(keyed):
     client, one, two, boss = keyed
     assert submit(client).status_code == 401
