@@ -167,7 +167,7 @@ def refusal(job: Job, text: str) -> dict[str, Any]:
 
 def _field_of(job: Job, line: str) -> str | None:
     """The request's field that a line of the trainer is about: it begins with its name, or names what that says."""
-    # Here: they bring torch and fsspec along, which a shepherd needs for nothing else, and starts without in no time.
+    # Here: a shepherd, whose lease runs from before it starts, needs pydantic and fsspec for nothing else.
     from sa3dist.data.remote.fetch import redacted
     from sa3dist.request.fields import EndpointFields
 
