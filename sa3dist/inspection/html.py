@@ -1,8 +1,6 @@
 """The inspection as one HTML page with players, pictures and charts inside: it loads nothing from elsewhere."""
 
 import dataclasses
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ from sa3dist.errors import counted, span
 from sa3dist.formats import write_whole
 from sa3dist.inspection.clip import InspectedClip
 from sa3dist.inspection.overview import overview_rows
+from sa3dist.inspection.png import png
 from sa3dist.inspection.report import Report
 from sa3dist.report.charts import Chart, histogram
 from sa3dist.report.document import Space, data_url, render
@@ -113,18 +112,6 @@ def _figures(clip: InspectedClip) -> list[tuple[str, float | str]]:
     values += [stats.silent_share, stats.clipped_samples]
     texts = ["silent" if value == -np.inf else text for text, value in zip(clip.cells(), values, strict=True)]
     return [(text, "" if value == -np.inf else value) for text, value in zip(texts, values, strict=True)]
-
-
-def png(pixels_HW: np.ndarray) -> bytes:
-    """A greyscale PNG of uint8 pixels. Source: the PNG specification, 8-bit grey, filter 0 on every row."""
-    height, width = pixels_HW.shape
-    rows = np.pad(pixels_HW, ((0, 0), (1, 0))).tobytes()
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def thumbnail(spectrogram_SP: np.ndarray) -> bytes:

@@ -6,8 +6,6 @@ Legend: C audio channels, N samples, M bands of pitch, P pieces of time.
 from __future__ import annotations
 
 import math
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sa3dist.formats import write_whole
+from sa3dist.inspection.png import png
 
 # 4096 samples are fine enough for the lowest bands, and with these few every band holds a line of the spectrum.
 WINDOW, BANDS, LOWEST_HZ = 4096, 128, 30.0
@@ -43,23 +42,7 @@ def write_spectrogram(path: Path, audio_CN: Tensor, rate: int) -> None:
     """Write the picture of a clip, whole or not at all."""
     levels_MP = levels(audio_CN, rate).clamp(max=0)
     shades_MP = (255 * (1 - levels_MP / FLOOR_DB)).round().to(torch.uint8).flip(0)
-    write_whole(path, png(shades_MP.repeat_interleave(POINTS_PER_BAND, dim=0).numpy()))
-
-
-def png(shades: np.ndarray) -> bytes:
-    """A PNG of 8-bit shades (height, width), each the number of a colour between COLOURS' first and last."""
-    height, width = shades.shape
     steps = np.linspace(0, len(COLOURS) - 1, 256)
     palette = np.stack([np.interp(steps, range(len(COLOURS)), part) for part in zip(*COLOURS, strict=True)], axis=1)
-    # Every row begins with the number of its filter: none.
-    rows = np.concatenate([np.zeros((height, 1), np.uint8), shades], axis=1)
-    parts = (
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
-        (b"PLTE", palette.round().astype(np.uint8).tobytes()),
-        (b"IDAT", zlib.compress(rows.tobytes(), 9)),
-        (b"IEND", b""),
-    )
-    chunks = [
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+    picture = shades_MP.repeat_interleave(POINTS_PER_BAND, dim=0).numpy()
+    write_whole(path, png(picture, palette.round().astype(np.uint8)))

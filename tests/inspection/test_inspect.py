@@ -18,9 +18,10 @@ from sa3dist.commands.demo import synthesise_clips
 from sa3dist.data.source.audio import check_audio, decode
 from sa3dist.data.source.resample import resample
 from sa3dist.inspection.duplicates import NEAR_DUPLICATE_DB
-from sa3dist.inspection.html import page_of, png
+from sa3dist.inspection.html import page_of
 from sa3dist.inspection.loudness import integrated_loudness, k_weighting
 from sa3dist.inspection.measure import Measurement, fingerprint_distance_db
+from sa3dist.inspection.png import png
 from sa3dist.inspection.report import framing_of, inspect_source
 from tests.helpers.clips import captioned, encode, tone, write_folder, write_zip
 from tests.helpers.pages import Elements
