@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,32 +30,8 @@ from sa3dist.formats import ClipEntry, DatasetIndex, ShardEntry, atomic_director
 
 # Large enough to stream well, small enough that a damaged one is little lost.
 MAX_SHARD_BYTES = 256 << 20
-# Checked clips that need not be read again to be written.
-KEPT_BYTES = 1 << 30
 # Larger sets are not measured on the way: their stats would take more than 300 MB of memory.
 MAX_MEASURED_CLIPS = 20_000
-
-
-class KeptBytes:
-    """Bytes of checked clips by digest, at most ``limit`` of them, for any number of threads."""
-
-    def __init__(self, limit: int) -> None:
-        self._left = limit
-        self._kept: dict[str, bytes] = {}
-        self._lock = threading.Lock()
-
-    def keep(self, sha256: str, data: bytes) -> None:
-        with self._lock:
-            if sha256 not in self._kept and len(data) <= self._left:
-                self._kept[sha256] = data
-                self._left -= len(data)
-
-    def take(self, sha256: str) -> bytes | None:
-        """What was kept under a digest, once."""
-        with self._lock:
-            data = self._kept.pop(sha256, None)
-            self._left += len(data or b"")
-        return data
 
 
 def build_shards(
@@ -93,10 +68,10 @@ def build_shards(
         total = len(listing.pairs)
         if on_bad_clip == "raise" and total > check.CLIP_COUNT_RANGE[1]:
             check_count(container.label, total, allow_any_dataset_size)
-        earlier, stats, kept = earlier_indices(shards_dir), {}, KeptBytes(KEPT_BYTES)
+        earlier, stats = earlier_indices(shards_dir), {}
         known = read_facts(work_dir) | known_facts(earlier)
         facts_of = decoder(known, measure if total <= MAX_MEASURED_CLIPS else None, stats)
-        checked = checked_clips(container, listing, facts_of, num_workers, should_stop, kept.keep)
+        checked = checked_clips(container, listing, facts_of, num_workers, should_stop)
         usable, problems = _sorted_out(checked, total, report)
         problems |= listing.problems
         left_out = tuple(kind.kept() for kind in listing.left_out)
@@ -110,7 +85,7 @@ def build_shards(
         index = DatasetIndex(shards_dir / digest[:16], digest, (), skipped, left_out=left_out)
         finished = _finished(index.directory, digest)
         if finished is None:
-            read_audio = functools.partial(_read_again, container, usable, kept, should_stop)
+            read_audio = functools.partial(_read_again, container, usable, should_stop)
             groups = list(split(clips, max_shard_bytes))
             finished = _write(index, groups, read_audio, FinishedShards(earlier), num_workers)
         # Another source of the same clips may have written them, beside other files.
@@ -149,19 +124,16 @@ def _finished(directory: Path, digest: str) -> DatasetIndex | None:
 def _read_again(
     container: Container,
     usable: dict[str, tuple[ClipEntry, Pair]],
-    kept: KeptBytes,
     should_stop: Callable[[], bool],
     clip: ClipEntry,
 ) -> bytes:
-    """The audio bytes of a clip that was checked."""
+    """The audio bytes of a clip that was checked: the system's cache holds what was read a moment ago."""
     if should_stop():
         raise Interrupted(f"{container.label}: stopped while writing shards; run again")
-    data = kept.take(clip.audio_sha256)
-    if data is None:
-        member = usable[clip.key][1].audio
-        data = container.read(member)
-        if hashlib.sha256(data).hexdigest() != clip.audio_sha256:
-            raise DataError(f"{container.label}: {member.name} changed while it was read; run again")
+    member = usable[clip.key][1].audio
+    data = container.read(member)
+    if hashlib.sha256(data).hexdigest() != clip.audio_sha256:
+        raise DataError(f"{container.label}: {member.name} changed while it was read; run again")
     return data
 
 
