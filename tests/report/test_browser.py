@@ -129,8 +129,9 @@ def test_500_rows_and_10_previews_of_11_steps_are_below_20_mb_and_usable_before_
     assert page.evaluate(f"{audio}.length") == 111
     assert page.evaluate(f"{audio}.filter(clip => clip.src.startsWith('data:')).length") > 30
     assert page.evaluate(f"{audio}.every(clip => clip.readyState === 0 && clip.networkState !== clip.NETWORK_LOADING)")
-    steps, logged, _ = page.evaluate("sa3distCharts().loss")
-    assert list(zip(steps, logged, strict=True)) == [(row["step"], row["loss"]) for row in long_run[1] if "loss" in row]
+    for chart, key in (("loss", "loss"), ("grad_norm", "grad_norm"), ("lr", "lr"), ("validation", "val/loss")):
+        steps, values, *_ = page.evaluate(f"sa3distCharts().{chart}")
+        assert list(zip(steps, values, strict=True)) == [(row["step"], row[key]) for row in long_run[1] if key in row]
     assert page.locator(".uplot canvas").count() == len(page.evaluate("Object.keys(sa3distCharts())"))
     page.locator("[data-row] .cell.base [data-play]").first.click()
     until(page, "document.querySelector('[data-row] .cell audio').currentTime > 0.1")
