@@ -143,7 +143,7 @@ def _same_data(service: Service, request: dict[str, Any], settings: dict[str, An
     """What is equal for requests on the same data: the digest of an upload, else the address."""
     place = settings.get("audio_data_url", request["audio_data_url"])
     note = service.files.find(service.files.id_of(place) or "")
-    return place if note is None else note.sha256
+    return (note and note.sha256) or place
 
 
 async def _place_of(service: Service, caller: Caller, address: str, base: str) -> str | None:
