@@ -6,10 +6,8 @@ import contextlib
 import dataclasses
 import io
 import math
-import os
-import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -43,8 +41,6 @@ EXPECTED = "expected WAV, FLAC, MP3, OGG, OPUS, AIFF, AU, CAF or W64"
 DECODE_BLOCK_SAMPLES = 1 << 18
 # What is only looked at stays in a core's cache: 1 MB.
 CHECK_BLOCK_VALUES = 1 << 18
-# Larger files are decoded where they are.
-MAX_COPIED_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +63,7 @@ def check_audio(data: bytes, observe: Callable[[np.ndarray, int], None] | None =
     """
     samples, peak = 0, 0.0
     refuse_joined(data)
-    with _file(data) as file, _open(file) as sound:
+    with _open(data) as sound:
         rate, channels, declared = sound.samplerate, sound.channels, _declared_samples(sound)
         _check_size(rate, channels, declared)
         buffer = np.empty((CHECK_BLOCK_VALUES // channels or 1, channels), np.float32)
@@ -107,7 +103,7 @@ def decode(data: bytes) -> tuple[np.ndarray, int]:
 
     Raises DataError, without a file name, when libsndfile cannot decode it.
     """
-    with _file(data) as file, _open(file) as sound:
+    with _open(data) as sound:
         _check_size(sound.samplerate, sound.channels, _declared_samples(sound))
         blocks, rate, channels = list(_blocks(sound)), sound.samplerate, sound.channels
     # Sized by what was decoded, not by what the header claims; transposed and joined in one pass.
@@ -155,7 +151,7 @@ def _decode_part(data: bytes, entry: ClipEntry, start: int, stop: int) -> tuple[
 
 
 def _read_part(data: bytes, entry: ClipEntry, start: int, stop: int, seek: bool) -> tuple[np.ndarray, bool]:
-    with _file(data) as file, _open(file) as sound:
+    with _open(data) as sound:
         _check_size(sound.samplerate, sound.channels, _declared_samples(sound))
         bounded = sound.subtype.startswith("PCM_")
         first = sound.seek(start) if seek and (bounded or sound.subtype in ("FLOAT", "DOUBLE")) else 0
@@ -173,12 +169,12 @@ def _read_part(data: bytes, entry: ClipEntry, start: int, stop: int, seek: bool)
 
 
 @contextlib.contextmanager
-def _open(file: BinaryIO) -> Iterator[SoundFile]:
-    """The decoder of ``file``. What libsndfile refuses, here or in the block, is DataError."""
+def _open(data: bytes) -> Iterator[SoundFile]:
+    """The decoder of ``data``, its header completed. What libsndfile refuses, here or in the block, is DataError."""
     import soundfile
 
     try:
-        sound = soundfile.SoundFile(file if isinstance(file, io.BytesIO) else file.fileno(), closefd=False)
+        sound = soundfile.SoundFile(io.BytesIO(mended(data)))
     except (soundfile.LibsndfileError, TypeError, ValueError) as error:
         raise _undecodable(error) from error
     try:
@@ -194,26 +190,6 @@ def check_whole(data: bytes, samples: int) -> None:
     """Raise DataError when ``data`` holds more audio than the ``samples`` that were once decoded from it."""
     refuse_joined(data)
     refuse_lost(data, samples)
-
-
-def _file(data: bytes) -> BinaryIO:
-    """``data`` as a file, in memory of the operating system where possible; an unfinished header is completed.
-
-    libsndfile reads a file descriptor by itself, but a Python object through up to a thousand calls per clip, and for
-    each of them a thread waits for the interpreter lock. The main thread, the only one of a loader process, does not
-    wait: there the copy would cost more than it saves.
-    """
-    data = mended(data)
-    waits = threading.current_thread() is not threading.main_thread()
-    # Not on every system, nor in every container.
-    if waits and len(data) <= MAX_COPIED_BYTES and hasattr(os, "memfd_create"):
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            file = stack.enter_context(os.fdopen(os.memfd_create("clip"), "w+b"))
-            file.write(data)
-            file.seek(0)
-            stack.pop_all()
-            return file
-    return io.BytesIO(data)
 
 
 def _declared_samples(sound: SoundFile) -> int:
