@@ -5,8 +5,8 @@ RUN := $(VENV)/bin/python
 PART ?= tests
 GPU_PYTHON ?= python3
 OUT ?= kernels/benchmarks/results
-# Most tests keep one core busy; whole files stay together because they share what they prepare.
-PARALLEL ?= --numprocesses 2 --dist loadfile
+# Three for two cores: a test waits for a fifth of its time. Whole files stay together: they share what they prepare.
+PARALLEL ?= --numprocesses 3 --dist loadfile
 
 .PHONY: demo test test-services fast-test lint format bench gpu-check clean
 

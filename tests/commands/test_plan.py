@@ -39,12 +39,25 @@ def job(model="small-music-base", **settings) -> Job:
     return plain_job(model).changed(**settings)
 
 
-def timed_row(device="NVIDIA H200", factor=3.0, frames=323, kind="dora-rows") -> dict:
-    """A benchmark row whose time is ``factor`` over the H200's roofline."""
+@pytest.fixture(scope="module", autouse=True)
+def _counted_once():
+    """Of one network and batch a count is the same for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeNetwork, "count", functools.cache(FakeNetwork.count))
+        yield
+
+
+@functools.cache
+def roofline_seconds(frames: int, kind: str) -> float:
     shape = parse_model_config(released_config("small-music-base"), "small")
     adapter = AdapterShape(ADAPTER_TYPES[kind], 16, frozenset(candidate_layers(meta_roots(shape))), formed=True)
     counted = FakeNetwork(shape, adapter, Numerics(torch.bfloat16, autocast=True)).count(BatchShape(1, frames))
-    seconds = sum(counted.total().seconds(H200.bf16_flops, H200.bytes_per_second))
+    return sum(counted.total().seconds(H200.bf16_flops, H200.bytes_per_second))
+
+
+def timed_row(device="NVIDIA H200", factor=3.0, frames=323, kind="dora-rows") -> dict:
+    """A benchmark row whose time is ``factor`` over the H200's roofline."""
+    seconds = roofline_seconds(frames, kind)
     row = {"device": device, "device_memory_bytes": 141 << 30, "shape": "small-music-base", "depth": 20, "batch": 1}
     return row | {
         "frames": frames,

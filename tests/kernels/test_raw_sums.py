@@ -86,10 +86,12 @@ def test_any_number_of_tokens_and_any_width(name, tokens, fan_in, fan_out):
 
 
 @needs_interpreter
-@FORMATS
 @pytest.mark.usefixtures("nan_memory")
 @pytest.mark.parametrize(("programs", "sum_programs"), [(1, 1), (40, 40)])
-@pytest.mark.parametrize("name", ["lora", "bora", "bora-xs"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("lora", torch.float32), ("bora", torch.float32), ("bora-xs", torch.float32), ("bora", torch.float16)],
+)
 def test_shares_and_spans_add_up_and_in_one_order(name, programs, sum_programs, dtype, monkeypatch):
     monkeypatch.setattr(raw_sums, "LEAST_SPAN", 16)
     monkeypatch.setattr(raw_sums, "PROGRAMS", programs)

@@ -132,8 +132,8 @@ def test_compiling_without_a_compiler_or_deterministically_is_refused(monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_compiler")
-# Processes that compile beside it would each import torch first.
-@torch._inductor.config.patch(compile_threads=1)
+# Processes that compile beside it would each import torch first, and so would those that try this CPU's instructions.
+@torch._inductor.config.patch({"compile_threads": 1, "cpp.vec_isa_ok": True})
 def test_a_compiled_run_trains_as_an_uncompiled_one_and_keeps_its_kernels(words, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     words = [word for word in words if not word.startswith("work_dir")]

@@ -69,6 +69,7 @@ def test_auto_forms_weights_where_the_kernels_serve_and_a_choice_is_obeyed(
         assert reason in caplog.text
 
 
+@pytest.mark.parametrize("tiny_name", ["tiny-sa3"])
 def test_one_program_serves_clips_with_and_without_a_filling(tiny_base):
     base = adapted(tiny_base, "dora-rows")
     given = {name: value[:1] for name, value in inputs(tiny_base).items()}
