@@ -33,10 +33,17 @@ MAX_LATENT_SHARD_BYTES = 64 << 20
 
 
 def open_encoded(
-    settings: Settings, base: Base, index: DatasetIndex, group: Group, stop: StopRequest, everything: bool = False
+    settings: Settings,
+    base: Base,
+    index: DatasetIndex,
+    group: Group,
+    stop: StopRequest,
+    everything: bool = False,
+    validation: DatasetIndex | None = None,
 ) -> BatchSource:
     """The data set under ``base``; encoded as far as it can be where ``everything`` or ``pre_encode`` asks for that.
 
+    validation   the data set whose clips are held out, where they are none of ``index``
     Raises what failed on any rank, on every rank; ConfigError when nothing can be encoded ahead.
     """
 
@@ -47,8 +54,8 @@ def open_encoded(
     found = main_process_first(group, "digests", digests, stop)
     if group.is_main:
         say_cut_captions(index, base.text_source)
-    index, held_out = hold_out(settings, index, group, stop)
-    source = open_source(settings, base, index, found, held_out)
+    index, held_out = hold_out(settings, index, group, stop, validation)
+    source = open_source(settings, base, index, found, held_out, validation)
     main_process_first(group, "first-clip", source.check, stop)
     if held_out and settings.validation_every:
         encode_all(base, FixedSet(source).pieces(group.world_size), group, stop, "encode-held-out")

@@ -1,5 +1,6 @@
 """Stage four: the trained adapter becomes the files a user takes away."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,15 @@ from typing import Any
 import torch
 
 from sa3dist.adapters import AdapterConfig
-from sa3dist.adapters.file import EXTRA_KEYS, config_from_value, write_adapter_file
-from sa3dist.adapters.header import header
+from sa3dist.adapters.file import config_from_value, write_adapter_file
+from sa3dist.adapters.header import extras, header
 from sa3dist.errors import CheckpointError
-from sa3dist.formats import write_json
-from sa3dist.publishing.files import CONFIG_NAME, LORA_NAME, write_beside
+from sa3dist.formats import RUN_CONFIG_NAME, write_json
+from sa3dist.publishing.files import LORA_NAME, write_beside
 from sa3dist.runtime import lease
 from sa3dist.training.checkpoint import Checkpoint
+
+log = logging.getLogger(__name__)
 
 RESULT_NAME = "result.json"
 # Which released models take the adapters of a base: the base itself and its post-trained sibling.
@@ -40,18 +43,22 @@ def publish(
     """
     output_dir = Path(output_dir)
     lease.end_if_over()
-    extras = {key: description[key] for key in EXTRA_KEYS if key in description}
-    write_adapter_file(output_dir / LORA_NAME, config, tensors, header(description), extras)
+    write_adapter_file(output_dir / LORA_NAME, config, tensors, header(description), extras(description))
     models = INFERENCE_MODELS.get(description["base_model"], [description["base_model"]])
-    write_json(output_dir / CONFIG_NAME, {**description, "inference_models": models})
+    write_json(output_dir / RUN_CONFIG_NAME, {**description, "inference_models": models})
     result = {
         "lora_file": _describe_file(output_dir / LORA_NAME, "application/octet-stream"),
-        "config_file": _describe_file(output_dir / CONFIG_NAME, "application/json"),
+        "config_file": _describe_file(output_dir / RUN_CONFIG_NAME, "application/json"),
     }
     if ended_early:
         result["ended_early"] = ended_early
     write_json(output_dir / RESULT_NAME, result)
-    write_beside(output_dir)
+    try:
+        write_beside(output_dir)
+    except OSError as failure:
+        # The adapter is out, and the card can be had later.
+        reason = failure.strerror or failure
+        log.warning("%s: no card beside the adapter (%s); sa3dist publish writes it", output_dir, reason)
     return result
 
 

@@ -18,6 +18,9 @@ from sa3dist.errors import DataError, counted, listed
 # How a run ended, beside its results; or, where it may not write there, in the directory that a supervisor names.
 STATUS_NAME = "status.json"
 STATUS_DIR_VARIABLE = "SA3DIST_STATUS_DIR"
+# The adapter of the lowest validation loss, and what a run says of itself, both beside its last adapter.
+BEST_ADAPTER_NAME = "lora.best.safetensors"
+RUN_CONFIG_NAME = "config.json"
 INDEX_NAME = "index.json"
 INDEX_VERSION = 2
 # Ends the index: the digest of every byte before it.

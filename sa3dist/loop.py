@@ -4,15 +4,17 @@ import collections
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from sa3dist.data.batches.micro_batch import MicroBatch
 from sa3dist.errors import Interrupted
 from sa3dist.progress import progress
+from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training.metrics import MetricsLogger
-from sa3dist.training.observers import Observer
+from sa3dist.training.observers import Observation, Observer, close_together
 from sa3dist.training.startup_times import Startup
 from sa3dist.training.trainer import Trainer
 
@@ -44,12 +46,16 @@ def train(
         update = stack.enter_context(progress("train", plan.steps, shown=group.is_main))
         metrics = MetricsLogger(trainer, output_dir, resumed_from, update, startup)
         # Behind the last save.
-        stack.callback(lambda: metrics.close(early=trainer.step < plan.steps and not end))
+        stack.callback(
+            lambda: close_together([*observers, metrics], trainer.step < plan.steps and not end, settings.step_timeout)
+        )
         # However the training ends: a save that has begun is finished, in the time the watchdog leaves this process.
         stack.callback(trainer.saver.close)
-        for observer in observers:
-            stack.callback(observer.close)
-        end = _begin(observers, metrics, stop, startup)
+        end, stopping = observe([partial(_begin, one, stop, startup) for one in observers], metrics, group, stop)
+        if stopping and not end:
+            raise Interrupted(f"stopped before step {saved_step + 1}{because(stop)}; run the same command to continue")
+        if startup:
+            startup.begin("first_step")
         while trainer.step < plan.steps and not end:
             begin = time.perf_counter()
             try:
@@ -62,35 +68,48 @@ def train(
             stopping, step = figures["stop"] > 0, trainer.step
             recent.append(time.perf_counter() - begin)
             stop.reserve(max(recent), trainer.saver.seconds)
-            seen = [] if stopping else [observer.after_step(step, stop) for observer in observers]
-            for observation in filter(None, seen):
-                metrics.add_observation(observation)
-                end = end or observation.end
+            if not stopping:
+                looks = [partial(observer.after_step, step, stop) for observer in observers]
+                end, stopping = observe(looks, metrics, group, stop)
             last = bool(end) or step == plan.steps
             metrics.add(figures, last)
             if stopping or last or step % settings.save_every == 0:
                 trainer.save(output_dir, stop, wait=stopping or last, before=metrics.sync)
                 saved_step = step
                 for observer in observers:
-                    observer.after_save(step)
+                    observer.after_save(step, stopping or last)
             if stopping and not last:
                 how = "run the same command" if settings.resume == "auto" else "run again with resume=auto"
-                why = f" ({stop.reason})" if stop.reason else ""
-                raise Interrupted(f"stopped after step {step}{why}, state saved; {how} to continue")
+                raise Interrupted(f"stopped after step {step}{because(stop)}, state saved; {how} to continue")
     if end:
         log.info("ends after step %d: %s", trainer.step, end)
     return end
 
 
-def _begin(observers: Sequence[Observer], metrics: MetricsLogger, stop: StopRequest, startup: Startup | None) -> str:
-    """Let the observers begin; returns why the training is to end at once, or nothing."""
+def because(stop: StopRequest) -> str:
+    return f" ({stop.reason})" if stop.reason else ""
+
+
+def observe(
+    looks: Iterable[Callable[[], Observation | None]], metrics: MetricsLogger, group: Group, stop: StopRequest
+) -> tuple[str, bool]:
+    """Take what observers find, one after the other, until any rank is asked to stop.
+
+    Returns why the training is to end, or nothing, and whether any rank was asked to stop; both equal on all ranks.
+    """
     end = ""
-    for observer in observers:
-        if startup:
-            startup.begin(observer.name)
-        seen = observer.begin(stop)
+    for look in looks:
+        seen = look()
         metrics.add_observation(seen)
-        end = end or (seen.end if seen else "")
+        if seen is not None:
+            end = end or seen.end
+            # Here, not a step later: what a signal has cut short is made up for by the start that continues.
+            if seen.long and group.any(stop.requested()):
+                return end, True
+    return end, False
+
+
+def _begin(observer: Observer, stop: StopRequest, startup: Startup | None) -> Observation | None:
     if startup:
-        startup.begin("first_step")
-    return end
+        startup.begin(observer.name)
+    return observer.begin(stop)

@@ -12,7 +12,7 @@ from sa3dist.data.batches.batch_source import BatchSource
 from sa3dist.data.batches.worker_shards import RankCursors
 from sa3dist.data.source.archive import check_local
 from sa3dist.data.source.build import Measure
-from sa3dist.errors import CheckpointError, ConfigError, counted
+from sa3dist.errors import CheckpointError, ConfigError, DataError, counted
 from sa3dist.formats import DatasetIndex, write_whole
 from sa3dist.listening import previews, watching
 from sa3dist.model.base import Base
@@ -24,6 +24,7 @@ from sa3dist.settings import Settings
 from sa3dist.tracking import kinds as trackers
 from sa3dist.training import checkpoint, model_setup, resume, run_plan
 from sa3dist.training.acceleration import choose_acceleration
+from sa3dist.training.observers import Observer
 from sa3dist.training.rank_checks import check_same_start
 from sa3dist.training.startup_times import Startup
 from sa3dist.training.trainer import Trainer
@@ -46,6 +47,8 @@ class Run:
         self._warm_start_sha256: str | None = None
         self._saved_step: int | None = None
         self._end = ""
+        self._observers: list[Observer] = []
+        self._validation: DatasetIndex | None = None
         self._cursors: RankCursors | None = None
         self.startup = Startup()
         self._out_of_memory_at_step = out_of_memory_at_step
@@ -62,7 +65,7 @@ class Run:
             if path.exists() and not path.is_dir():
                 raise ConfigError(f"{key}: {path} is a file, expected a directory; choose another {key}")
         # Rank 0 reads it; on other hosts it need not be.
-        main_process_first(self.group, "find-source", lambda: check_local(settings.audio_data_url), self.stop)
+        main_process_first(self.group, "find-source", self._find_sources, self.stop)
         # Rank 0 alone tracks; on other hosts they need not be installed.
         main_process_first(self.group, "load-trackers", lambda: trackers.load(settings.log_with), self.stop)
         if self.group.deepspeed is not None:
@@ -74,6 +77,17 @@ class Run:
         elif settings.resume == "never" or not checkpoint.list_all(settings.output_dir):
             settings.accumulation(self.group.world_size)
 
+    def _find_sources(self) -> None:
+        settings = self.settings
+        check_local(settings.audio_data_url)
+        if (beside := settings.validation_source) is not None:
+            try:
+                check_local(beside)
+            except DataError as problem:
+                raise DataError(
+                    f"validation: {problem}; clips of the data set are named in a list, [{beside}]"
+                ) from None
+
     def open_base(self) -> Base:
         """The frozen base with fresh adapters, started from lora_checkpoint_url when given.
 
@@ -82,7 +96,7 @@ class Run:
         """
         self._enter("base")
         base, self._warm_start_sha256 = model_setup.open_base(self.settings, self.group, self.stop, self.startup)
-        previews.check(self.settings, base.config, self.group)
+        previews.check(self.settings, base.config)
         return base
 
     def shard(self, measure: Measure | None = None) -> DatasetIndex:
@@ -91,12 +105,14 @@ class Run:
         measure   as in ``build_shards``
         """
         self._enter("shard", "check_clips")
-        return shard.open_dataset(self.settings, self.group, self.stop, measure)
+        index = shard.open_dataset(self.settings, self.group, self.stop, measure)
+        self._validation = shard.open_validation(self.settings, self.group, self.stop)
+        return index
 
     def encode(self, base: Base, index: DatasetIndex, everything: bool = False) -> BatchSource:
         """Stage two. everything: encode all clips now, whatever ``pre_encode`` says."""
         self._enter("encode", "encode")
-        return encode.open_encoded(self.settings, base, index, self.group, self.stop, everything)
+        return encode.open_encoded(self.settings, base, index, self.group, self.stop, everything, self._validation)
 
     def prepare(self, base: Base, source: BatchSource) -> None:
         """Make the trainer: as the newest good checkpoint left it, or fresh."""
@@ -130,6 +146,7 @@ class Run:
         self._announce(base, source)
         group.liveness.enter("train", settings.step_timeout)
         if self.trainer.step < plan.steps:
+            self._observers = watching.observers_of(self.trainer, base, source)
             # Closed on every way out: an unclosed loader leaves worker processes that the exit would wait for.
             steps = range(self.step + 1, plan.steps + 1)
             micro_batches = source.batches(steps, plan.accumulation, group, self.stop, self._cursors)
@@ -141,7 +158,7 @@ class Run:
                     settings.output_dir,
                     self._saved_step,
                     self.startup,
-                    watching.observers_of(self.trainer, base, source),
+                    self._observers,
                 )
         source.say_end(self.step * plan.global_batch, self._cursors)
 
@@ -192,6 +209,11 @@ class Run:
             return export.publish_saved(saved, settings.output_dir)
 
         self._publish(publish)
+
+    def leave(self) -> None:
+        """Let what has watched the training know that the run's end is on disk."""
+        for observer in self._observers:
+            observer.leave()
 
     def _publish(self, publish: Callable[[], dict[str, Any]]) -> None:
         """Make the result on rank 0, where it is the last line of stdout."""

@@ -18,7 +18,7 @@ from sa3dist.data.latents.source import (
 from sa3dist.data.remote.disk_cache import ClipCache
 from sa3dist.data.remote.fetch import redacted
 from sa3dist.data.source import build, remote_index
-from sa3dist.errors import counted, span
+from sa3dist.errors import DataError, counted, span
 from sa3dist.formats import DatasetIndex
 from sa3dist.inspection.measure import measure_clip
 from sa3dist.progress import progress
@@ -29,12 +29,24 @@ from sa3dist.settings import Settings
 log = logging.getLogger(__name__)
 
 
+def open_validation(settings: Settings, group: Group, stop: StopRequest) -> DatasetIndex | None:
+    """The data set that ``validation`` names, opened as that of the training is; None where it names none."""
+    if settings.validation_source is None:
+        return None
+    # However few they are.
+    changes = {"audio_data_url": settings.validation_source, "allow_any_dataset_size": True}
+    try:
+        return open_dataset(settings.model_copy(update=changes), group, stop, name="validation")
+    except DataError as problem:
+        raise DataError(f"validation: {problem}") from problem
+
+
 def open_dataset(
-    settings: Settings, group: Group, stop: StopRequest, measure: build.Measure | None = None
+    settings: Settings, group: Group, stop: StopRequest, measure: build.Measure | None = None, name: str = "dataset"
 ) -> DatasetIndex:
     """The data set of ``audio_data_url``, prepared by rank 0 where it needs that, and read by every rank.
 
-    measure   as in ``build_shards``
+    measure   as in ``build_shards``        name   what it is called, unique within a run
     Raises what failed on any rank, on every rank.
     """
     if settings.mode == "streaming":
@@ -43,22 +55,22 @@ def open_dataset(
         # Which clips sound alike, from the pass that decodes them anyway.
         measure = measure or measure_clip
     should_stop = group.liveness.counting(stop.requested)
-    latents = main_process_first(group, "find-latents", lambda: _find_latents(settings, should_stop), stop)
+    latents = main_process_first(group, f"find-{name}", lambda: _find_latents(settings, should_stop, name), stop)
     if latents is not None:
-        return run_on_all_ranks(group, "read-latents", lambda: _read_latents(settings, latents, should_stop), stop)
+        return run_on_all_ranks(group, f"read-{name}", lambda: _read_latents(settings, latents, should_stop), stop)
 
     def build() -> dict[str, Any]:
         with progress("check clips", 1, shown=True) as update:
             index, urls = _index(settings, should_stop, measure, lambda done, total: update(done, total=total))
         length = span(sum(clip.seconds for clip in index.clips))
-        log.info("dataset: %s, %s, in %s", counted(len(index.clips), "clip"), length, index.directory)
-        for name in index.skipped:
-            log.warning("skipped: %s", name)
+        log.info("%s: %s, %s, in %s", name, counted(len(index.clips), "clip"), length, index.directory)
+        for clip in index.skipped:
+            log.warning("skipped: %s", clip)
         for kind in index.left_out:
             log.warning("left out: %s", kind.line())
         return {"directory": str(index.directory), "skipped": index.skipped, "urls": urls}
 
-    built = main_process_first(group, "shard", build, stop)
+    built = main_process_first(group, f"shard-{name}", build, stop)
     # What was skipped belongs to this run's source; another source of the same good clips may share the shards.
     index = dataclasses.replace(DatasetIndex.read(Path(built["directory"])), skipped=tuple(built["skipped"]))
     if built["urls"]:
@@ -93,7 +105,7 @@ def _streamed(settings: Settings, group: Group, stop: StopRequest) -> StreamedDa
     return index
 
 
-def _find_latents(settings: Settings, should_stop: Callable[[], bool]) -> list[Paths] | None:
+def _find_latents(settings: Settings, should_stop: Callable[[], bool], name: str) -> list[Paths] | None:
     parts = latent_shards_of(settings.audio_data_url)
     if parts is None:
         return None
@@ -101,7 +113,7 @@ def _find_latents(settings: Settings, should_stop: Callable[[], bool]) -> list[P
     index = _read_latents(settings, paths, should_stop)
     build.check_count(redacted(settings.audio_data_url), len(index.clips), settings.allow_any_dataset_size)
     found = counted(len(index.clips), "clip"), counted(len(paths), "shard")
-    log.info("dataset: %s as latents in %s", *found)
+    log.info("%s: %s as latents in %s", name, *found)
     return paths
 
 

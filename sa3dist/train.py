@@ -93,7 +93,10 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
     def output_dir() -> Path | None:
         return None if arguments.print_config else config.output_dir_of(values)
 
-    return run_program(body, output_dir, lambda: running[0].step if running else 0)
+    code = run_program(body, output_dir, lambda: running[0].step if running else 0)
+    if running:
+        running[0].leave()
+    return code
 
 
 def _run_connected(settings: Settings, stop: StopRequest, stages: Callable[[Run], None], running: list[Run]) -> None:

@@ -4,6 +4,7 @@ Keys are ``<layer>.parametrizations.weight.0.<tensor>``, values float16, and the
 are. Any other header entry is a trainer's own and ignored by other readers.
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from sa3dist.adapters.foreign import guess, is_checkpoint, read_checkpoint, what
 from sa3dist.adapters.layouts import PEFT_WEIGHTS, is_foreign, peft_folders, read_peft_config, to_native
 from sa3dist.data.remote.local_paths import expand_home
 from sa3dist.errors import CheckpointError, ConfigError, EnvironmentFailure
+from sa3dist.formats import RUN_CONFIG_NAME
 from sa3dist.model.rewrite_safetensors import write_safetensors
 
 CONFIG_KEY = "lora_config"
@@ -34,6 +36,7 @@ class AdapterFile:
 
     baked     norms of the rows of W0 + scale * D by layer, where the file holds them
     foreign   whether another trainer's layout was read
+    of_run    the base that its run was trained on, where the adapter is read from a run's own state
     """
 
     path: Path
@@ -42,6 +45,12 @@ class AdapterFile:
     metadata: dict[str, str]
     baked: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     foreign: bool = False
+    of_run: str | None = None
+
+    @property
+    def base(self) -> str | None:
+        """The base it was trained on, as ``load_base`` takes it; None where nothing says so."""
+        return self.of_run or base_of(self.path, self.metadata)
 
     def layers(self) -> dict[str, dict[str, torch.Tensor]]:
         """Tensors of every layer by their names in the layer, in the file's order.
@@ -87,6 +96,19 @@ def read_adapter_file(path: str | Path, lora_config: str | None = None) -> Adapt
     baked = {key.removesuffix(f".{SLOT}.{BAKED}"): tensors.pop(key) for key in list(tensors) if key.endswith(BAKED)}
     squeezed = {key: _squeezed(key, value) for key, value in tensors.items()}
     return AdapterFile(path, config, squeezed, metadata, baked)
+
+
+def base_of(path: Path, metadata: Mapping[str, str]) -> str | None:
+    """The base that the header of the file at ``path`` names, and where a directory lies, as far as its run told it.
+
+    The header of a file that may be given away has the directory's name alone; config.json beside it has all of it.
+    """
+    name = metadata.get("base_model")
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
+        about = json.loads((path.parent / RUN_CONFIG_NAME).read_text(encoding="utf-8"))
+        if about[BASE_KEY] == metadata.get(BASE_KEY):
+            return about["base_model"]
+    return name
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -3,6 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from sa3dist.adapters.file import EXTRA_KEYS
+from sa3dist.data.remote.local_paths import expand_home
+from sa3dist.model.released import RELEASED
+
 # ModelSpec's names of what takes one file: a base and its post-trained sibling are one.
 ARCHITECTURES = {
     "medium-base": "stable-audio-3-medium",
@@ -12,19 +16,35 @@ ARCHITECTURES = {
 HEADER_KEYS = ("step", "epoch", "base_model", "base_sha256", "dataset_sha256", "sa3dist_version")
 
 
+def base_name(model: str) -> str:
+    """What a file that is given away calls a base: a directory by its last part, never by where it lies."""
+    return model if model in RELEASED else Path(expand_home(model)).resolve().name
+
+
+def extras(description: dict[str, Any]) -> dict[str, Any]:
+    """What ``lora_config`` says beyond the adapter's own fields, from what config.json says of the run."""
+    return {key: value for key, value in _public(description).items() if key in EXTRA_KEYS}
+
+
+def _public(description: dict[str, Any]) -> dict[str, Any]:
+    base = {"base_model": base_name(description["base_model"])} if "base_model" in description else {}
+    return {**description, **base}
+
+
 def header(description: dict[str, Any]) -> dict[str, str]:
     """The entries of an adapter file's header that say what it is, ModelSpec 1.0.1 among them, all as text.
 
     Without ModelSpec's date: equal adapters are equal files. Its hash is added where the file is written.
     Source: github.com/Stability-AI/ModelSpec.
     """
+    description = _public(description)
     base = description.get("base_model", "")
     spec = {
         "sai_model_spec": "1.0.1",
         "architecture": f"{ARCHITECTURES.get(base, 'stable-audio-3')}/lora",
         "implementation": "https://github.com/Stability-AI/stable-audio-3",
         "title": description.get("settings", {}).get("name", "sa3dist-lora"),
-        "description": f"Adapter of Stable Audio 3 ({Path(base).name}) after {description.get('step')} steps",
+        "description": f"Adapter of Stable Audio 3 ({base}) after {description.get('step')} steps",
         "license": "Stability AI Community License, https://stability.ai/license",
     }
     own = {key: description[key] for key in HEADER_KEYS if key in description}

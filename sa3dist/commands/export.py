@@ -20,7 +20,7 @@ from sa3dist.adapters.file import (
     read_adapter_file,
     write_adapter_file,
 )
-from sa3dist.adapters.header import header
+from sa3dist.adapters.header import base_name, header
 from sa3dist.adapters.layouts import peft_folders
 from sa3dist.adapters.lazy_file import AdapterOnDisk
 from sa3dist.adapters.peft_format import to_peft
@@ -101,7 +101,8 @@ def read_source(source: Path, lora_config: str | None = None) -> tuple[AdapterFi
     config = config_from_value(saved.state["identity"]["lora_config"])
     description = {**saved.state.get("description", {}), "step": saved.step}
     target = directory / export.LORA_NAME
-    return AdapterFile(target, config, publishable(saved.adapters), header(description)), target
+    tensors, base = publishable(saved.adapters), description.get("base_model")
+    return AdapterFile(target, config, tensors, header(description), of_run=base), target
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -113,7 +114,7 @@ def convert(options: argparse.Namespace) -> None:
         print(json.dumps(from_checkpoint(options.source, options.output)))
         return
     file, named_after = read_source(options.source, options.lora_config)
-    name = options.base or file.metadata.get("base_model")
+    name = options.base or file.base
 
     @functools.cache
     def over_base() -> AdapterOnDisk:
@@ -158,7 +159,7 @@ def _native(file: AdapterFile, base: Callable[[], AdapterOnDisk], options, named
     held = {key: file.metadata[key] for key in EXTRA_KEYS if key in file.metadata}
     extras = {key: int(value) if value.isdecimal() else value for key, value in held.items()}
     if baked:
-        extras |= {"baked_norms": len(baked), "norm_base": options.base or file.metadata["base_model"]}
+        extras |= {"baked_norms": len(baked), "norm_base": base_name(options.base or file.base)}
     kept = {} if file.foreign else file.metadata
     write_adapter_file(output, file.config, file.tensors, {**kept, **_header(file)}, extras, baked)
     return output, "native", []

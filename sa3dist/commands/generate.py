@@ -88,7 +88,7 @@ def generate(options: argparse.Namespace) -> None:
         raise ConfigError("--prompt: holds bytes that are not UTF-8; type it in a UTF-8 terminal")
     weighted = [split_weight(argument) for argument in options.adapter]
     adapters = [(read_source(Path(expand_home(path)))[0], strength) for path, strength in weighted]
-    model = options.model or next((file.metadata.get("base_model") for file, _ in adapters), None)
+    model = options.model or next((file.base for file, _ in adapters), None)
     if model is None:
         raise ConfigError("--model: is needed, as no adapter names its base; give a released name or a directory")
     how = read_how(options, model)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from sa3dist.adapters import landing, landing_peft
 from sa3dist.adapters.attach import SLOT
-from sa3dist.adapters.file import read_adapter_file, weights_in
+from sa3dist.adapters.file import base_of, read_adapter_file, weights_in
 from sa3dist.adapters.landing import Landing
 from sa3dist.adapters.layouts import PEFT_WEIGHTS, peft_folders
 from sa3dist.adapters.lazy_file import AdapterOnDisk, effective
@@ -68,7 +68,7 @@ def named_base(path: Path) -> str | None:
         folders = peft_folders(path)
         path = weights_in(folders[0]) if folders else path / WEIGHTS_NAME
     with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
-        return (file.metadata() or {}).get("base_model")
+        return base_of(path, file.metadata() or {})
     return None
 
 
@@ -124,7 +124,7 @@ def check_keys(path: Path) -> None:
     Says nothing where the file names no base, or one that is gone.
     """
     file = read_adapter_file(path)
-    name = file.metadata.get("base_model", "")
+    name = file.base or ""
     if name in RELEASED or (home_path(name) / CONFIG_NAME).is_file():
         landed = landing.by_name(file, meta_roots(known_config(name)))
         print(_count(landed), file=sys.stderr)

@@ -20,7 +20,7 @@ from sa3dist.data.latents.cache import frame_peaks
 from sa3dist.data.latents.source import StreamedDataset
 from sa3dist.errors import Interrupted
 from sa3dist.flow.crops import SILENCE_PEAK
-from sa3dist.listening.copy_search import LATENT_PARTS, Job, Search, Sound, read_preview
+from sa3dist.listening.copy_search import LATENT_PARTS, Job, Search, Sound, read_preview, stored
 from sa3dist.listening.nearest import without_silence
 from sa3dist.model.base import AUTOENCODER_PREFIX
 from sa3dist.model.generation import borrowed_encoders
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 COPIES_NAME = "copies.jsonl"
-# How long the end of a run waits for the search.
-CLOSE_SECONDS = 10.0
 ENCODER = f"{AUTOENCODER_PREFIX}encoder."
 
 
@@ -51,22 +49,21 @@ def of_run(settings: Settings, previews: Previews | None, source: BatchSource, s
         if previews.group.is_main:
             log.info("copies: left out, the clips of a stream are not known")
         return None
-    return Copies(previews, source, step, min(CLOSE_SECONDS, settings.step_timeout / 2))
+    return Copies(previews, source, step)
 
 
 class Copies(Observer):
     """Writes a row of ``output_dir/copies.jsonl`` for the previews of every step, on rank 0.
 
     Previews are encoded where the training computes, between two steps; a thread of its own then searches, and is not
-    waited for but at the end, for ``close_seconds`` at most.
+    waited for but at the end.
     """
 
     name = "copies"
 
-    def __init__(self, previews: Previews, source: BatchSource, step: int, close_seconds: float) -> None:
+    def __init__(self, previews: Previews, source: BatchSource, step: int) -> None:
         """step: rows of later ones are dropped."""
         self.previews, self.base, self.group = previews, previews.base, previews.group
-        self.close_seconds = close_seconds
         self._held_out: list[Sound] | None = None
         self._step, self._said = step, False
         self._stop: StopRequest | None = None
@@ -87,26 +84,23 @@ class Copies(Observer):
         return self._observe(0) if self._step == 0 else None
 
     def after_step(self, step: int, stop: StopRequest) -> Observation | None:
-        seen = self._observe(step) if step % self.previews.every == 0 or step == self.previews.last else None
+        seen = self._observe(step) if self.previews.is_due(step) else None
         if self.group.is_main and self._thread is None and not self._no_more:
             # After the first step: a loader that is forked before has no thread beside it.
             self._thread = threading.Thread(target=self._work, name="copies", daemon=True)
             self._thread.start()
         return seen
 
-    def after_save(self, step: int) -> None:
-        if step == self.previews.last:
-            # Here already, so that whoever comes next finds the rows.
-            self.close()
-
-    def close(self) -> None:
-        """Wait for the search where it may still end in time; what is not found then is not written."""
+    def finish(self, early: bool) -> None:
         with self._changed:
-            self._no_more = True
+            # What a signal or a failure has ended does not wait for the search.
+            self._no_more, self._abandoned = True, early
             self._changed.notify()
+
+    def close(self, until: float) -> None:
+        """Wait for the search where it may still end in time; what is not found then is not written."""
         if self._thread is not None:
-            asked = self._stop is not None and self._stop.requested()
-            self._thread.join(0 if asked or self._abandoned else self.close_seconds)
+            self._thread.join(0 if self._abandoned else max(0.0, until - time.monotonic()))
             if self._thread.is_alive() and not self._abandoned:
                 log.warning("copies: not searched for to the end, the run is over before")
             self._abandoned = True
@@ -150,7 +144,8 @@ class Copies(Observer):
         search = self.search
         if search.has_audio:
             return Sound(functools.partial(search.excerpt, clip), encode(search.excerpt(clip)) if encode else ())
-        whole = [search.stored(clip, flipped) for flipped in (False, True)]
+        encoded = search.held_encoded
+        whole = [stored(encoded, clip, flipped) for flipped in (False, True) if encoded.has_latents(clip, flipped)]
         begin = max(0, whole[0].shape[1] - search.preview_frames) // 2
         return Sound(None, [frames_DT[:, begin : begin + search.preview_frames] for frames_DT in whole])
 

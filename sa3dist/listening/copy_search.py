@@ -20,6 +20,7 @@ from sa3dist.listening.nearest import RANGE_DB, WINDOW_SECONDS, Match, mel_frame
 
 if TYPE_CHECKING:
     from sa3dist.data.batches.batch_source import BatchSource
+    from sa3dist.data.latents.cache import EncodedClips
     from sa3dist.formats import ClipEntry
 
 # Held-out clips that are compared at most: what more of them could say is little.
@@ -58,12 +59,18 @@ class Search:
 
     def __init__(self, source: BatchSource, preview_frames: int, check: Callable[[], None]) -> None:
         encoded = source.encoded
-        self.encoded, self.clips, self.check = encoded, source.index.clips, check
+        self.encoded, self.held_encoded = encoded, source.held_encoded
+        self.clips, self.check = source.index.clips, check
         self.rate, self.hop = encoded.sample_rate_hz, encoded.samples_per_frame
-        self.has_audio = not isinstance(source.index, LatentDataset)
+        self.has_audio = not any(isinstance(one.index, LatentDataset) for one in (encoded, self.held_encoded))
         self.has_latents = not isinstance(encoded, EncodedCrops)
         step = max(1, -(-len(source.held_out) // MOST_HELD_OUT))
-        self.held_out: Sequence[ClipEntry] = source.held_out[::step]
+        # Without audio, those that are encoded: of a data set of their own perhaps not all.
+        self.held_out: Sequence[ClipEntry] = [
+            clip
+            for clip in source.held_out[::step]
+            if self.has_audio or any(self.held_encoded.has_latents(clip, flipped) for flipped in (False, True))
+        ]
         self.preview_frames = preview_frames
         self.window = max(2, min(preview_frames, round(WINDOW_SECONDS * self.rate / self.hop)))
         self._frames: list[tuple[str, np.ndarray]] = []
@@ -72,7 +79,7 @@ class Search:
 
     def excerpt(self, clip: ClipEntry) -> np.ndarray:
         """The middle of a clip, as long as a preview: float32 (C, N)."""
-        audio_CN, samples = self.encoded.audio(clip).numpy(), self.preview_frames * self.hop
+        audio_CN, samples = self.held_encoded.audio(clip).numpy(), self.preview_frames * self.hop
         begin = max(0, audio_CN.shape[1] - samples) // 2
         return audio_CN[:, begin : begin + samples]
 
@@ -144,14 +151,8 @@ class Search:
             # What is encoded on first use may be there in one polarity, or not yet; sounds come in both.
             for flipped in (False, True):
                 if self.encoded.has_latents(clip, flipped):
-                    yield clip.key, self.stored(clip, flipped)
+                    yield clip.key, stored(self.encoded, clip, flipped)
                     break
-
-    def stored(self, clip: ClipEntry, flipped: bool) -> np.ndarray:
-        """The latents of a clip that is encoded, float32 (D, T)."""
-        latents = self.encoded.latents(clip, flipped)
-        latents_DT = latents.latents_DT[:, : latents.valid_frames].numpy()
-        return without_silence(latents_DT, latents.peaks_T.numpy() >= SILENCE_PEAK)
 
     def _matches(
         self,
@@ -167,6 +168,13 @@ class Search:
         if view not in self._null:
             self._null[view] = [match.distance for match in found[: len(new)]]
         return found[len(new) :]
+
+
+def stored(encoded: EncodedClips, clip: ClipEntry, flipped: bool) -> np.ndarray:
+    """The latents of a clip that is encoded, float32 (D, T)."""
+    latents = encoded.latents(clip, flipped)
+    latents_DT = latents.latents_DT[:, : latents.valid_frames].numpy()
+    return without_silence(latents_DT, latents.peaks_T.numpy() >= SILENCE_PEAK)
 
 
 def read_preview(path: Path) -> np.ndarray:

@@ -63,7 +63,7 @@ class Health(Observer):
         seconds, self._seconds = self._seconds, 0.0
         return Observation(step, seconds, {"health_seconds": seconds}) if seconds else None
 
-    def after_save(self, step: int) -> None:
+    def after_save(self, step: int, last: bool) -> None:
         # A signal leaves no time for it.
         if self.file is None or (self._stop and self._stop.requested()):
             return

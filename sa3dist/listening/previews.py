@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from sa3dist import __version__
 from sa3dist.adapters import adapted_layers, formed_once, set_strength
+from sa3dist.adapters.layers import cached_norms
 from sa3dist.cost_model.devices import free_bytes
 from sa3dist.errors import ConfigError, EnvironmentFailure, Interrupted, SA3DistError
 from sa3dist.formats import write_json
@@ -28,7 +30,7 @@ from sa3dist.listening.spectrogram import write_spectrogram
 from sa3dist.model.base import AUTOENCODER_PREFIX
 from sa3dist.model.compiled import uncompiled
 from sa3dist.model.generation import BATCH, Generation, borrowed_encoders
-from sa3dist.runtime.process_group import run_on_all_ranks
+from sa3dist.runtime.process_group import main_process_first, run_on_all_ranks
 from sa3dist.training.memory import USABLE_SHARE, working_bytes
 from sa3dist.training.observers import Observation, Observer
 
@@ -36,9 +38,11 @@ if TYPE_CHECKING:
     from sa3dist.data.batches.batch_source import BatchSource
     from sa3dist.model.base import Base
     from sa3dist.model.config import ModelConfig
+    from sa3dist.parallel.engine import Engine
     from sa3dist.runtime.process_group import Group
     from sa3dist.runtime.signals import StopRequest
     from sa3dist.settings import Settings
+    from sa3dist.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +52,7 @@ DEFAULT_CAPTIONS = 3
 DECODER = f"{AUTOENCODER_PREFIX}decoder."
 
 
-def check(settings: Settings, config: ModelConfig, group: Group) -> None:
+def check(settings: Settings, config: ModelConfig) -> None:
     """Refuse, before anything is prepared, previews that cannot be made. Raises ConfigError."""
     if not settings.preview_every:
         return
@@ -57,23 +61,21 @@ def check(settings: Settings, config: ModelConfig, group: Group) -> None:
             _generation(settings, settings.preview_seconds).check(config)
         except ConfigError as problem:
             raise ConfigError(f"preview_{problem}") from None
-    if ((group.deepspeed or {}).get("zero_optimization") or {}).get("stage") == 3:
-        raise ConfigError(
-            "preview_every: ZeRO-3 divides the model over the ranks, which previews need whole; use ZeRO-2 or DDP, or "
-            "sa3dist generate with the checkpoints"
-        )
 
 
-def of_run(settings: Settings, base: Base, group: Group, source: BatchSource, base_sha256: str) -> Previews | None:
-    """The previews that ``settings`` ask for; None: none. source: whose captions are the default prompts."""
+def of_run(trainer: Trainer, source: BatchSource) -> Previews | None:
+    """The previews that the settings ask for; None: none. source: whose captions are the default prompts."""
+    settings, base = trainer.settings, trainer.base
     if not settings.preview_every:
         return None
     crop_seconds = source.draws.crop_frames * base.samples_per_frame / base.sample_rate_hz
     how = _generation(settings, settings.preview_seconds or min(DEFAULT_SECONDS, crop_seconds))
     prompts = settings.preview_prompts or default_prompts([clip.caption for clip in source.index.clips])
+    base_sha256 = trainer.plan.identity["base_sha256"]
     about = {"model": settings.model, "base_sha256": base_sha256, "sa3dist_version": __version__}
-    every, last = settings.preview_every, settings.number_of_steps
-    return Previews(base, group, settings.output_dir, how, prompts, about, every, last)
+    when = settings.preview_every, settings.number_of_steps, trainer.step
+    engine = trainer.engine if trainer.engine.divided else None
+    return Previews(base, trainer.group, settings.output_dir, how, prompts, about, *when, engine)
 
 
 def default_prompts(captions: Sequence[str]) -> list[str]:
@@ -106,24 +108,49 @@ class Previews(Observer):
         about: dict[str, Any],
         every: int,
         last: int,
+        first_step: int = 0,
+        engine: Engine | None = None,
     ) -> None:
-        """about: what the JSON files say of the run; last: the step after which they are made in any case."""
-        self.base, self.group, self.output_dir = base, group, Path(output_dir)
-        self.how, self.prompts, self.about, self.every, self.last = how, list(prompts), about, every, last
+        """about: what the JSON files say of the run; last: the step after which they are made in any case.
+
+        first_step   the training goes on from there
+        engine       evaluates the base where it is divided over the ranks
+        """
+        self.base, self.group, self.output_dir, self.engine = base, group, Path(output_dir), engine
+        self.how, self.prompts, self.about = how, list(prompts), about
+        self.every, self.last, self.first_step = every, last, first_step
         # Found once, so that the text encoder is not loaded again: hidden states and mask by prompt, on the CPU.
         self._hidden: dict[str, tuple[Tensor, Tensor]] = {}
         self._said = False
 
     def begin(self, stop: StopRequest) -> Observation:
-        return self._observe(0, stop)
+        seen = self._observe(0, stop)
+        step = self.first_step
+        if not step or not self.is_due(step) or not self._count_missing(step):
+            return seen
+        # A signal had cut them short.
+        also = self._observe(step, stop)
+        sums = {name: value + seen.sums[name] for name, value in also.sums.items()}
+        return dataclasses.replace(also, seconds=seen.seconds + also.seconds, sums=sums)
 
     def after_step(self, step: int, stop: StopRequest) -> Observation | None:
-        return self._observe(step, stop) if step % self.every == 0 or step == self.last else None
+        return self._observe(step, stop) if self.is_due(step) else None
+
+    def is_due(self, step: int) -> bool:
+        return step % self.every == 0 or step == self.last
+
+    def _count_missing(self, step: int) -> int:
+        """On rank 0, for all: what lies on its disk."""
+
+        def count() -> int:
+            return sum(not self._path(step, number, "json").exists() for number in range(len(self.prompts)))
+
+        return main_process_first(self.group, f"previews-of-{step}", count, stop=None)
 
     def _observe(self, step: int, stop: StopRequest) -> Observation:
         seconds, missing = self.make(step, stop)
         sums = {"previews_seconds": seconds, "previews_missing": missing}
-        return Observation(step, seconds, sums, folder=self.folder(step))
+        return Observation(step, seconds, sums, folder=self.folder(step), long=True)
 
     def make(self, step: int, stop: StopRequest) -> tuple[float, int]:
         """Previews of the adapters as they are after ``step``; of the base alone where it is 0, unless they are there.
@@ -133,12 +160,12 @@ class Previews(Observer):
         """
         begin = time.perf_counter()
         self.group.liveness.begin("making previews")
-        mine = range(self.group.dist_rank, len(self.prompts), self.group.world_size)
         missing = 0
         # What ends them here ends the training after its next step.
         with contextlib.suppress(Interrupted):
             try:
-                self._generate(step, [number for number in mine if step or not self._is_there(number)], stop)
+                with self._as_after(step):
+                    (self._generate_together if self.engine else self._generate)(step, stop)
             except Interrupted:
                 raise
             except Exception as failure:
@@ -147,18 +174,12 @@ class Previews(Observer):
             missing = sum(not self._path(step, number, "json").exists() for number in range(len(self.prompts)))
         return time.perf_counter() - begin, missing
 
-    def _generate(self, step: int, numbers: list[int], stop: StopRequest) -> None:
-        base, device = self.base, self.group.device
-        if not numbers:
-            return
-        self._require_memory(step)
-
-        def before_step() -> None:
-            self.group.liveness.progress()
-            stop.raise_if_requested("making previews")
-
+    @contextlib.contextmanager
+    def _as_after(self, step: int) -> Iterator[None]:
+        """The base as previews of ``step`` need it, and afterwards as the training does."""
+        base = self.base
         with contextlib.ExitStack() as stack:
-            if device.type == "cuda":
+            if self.group.device.type == "cuda":
                 # What was taken is free for whatever the next step needs it for.
                 stack.callback(torch.cuda.empty_cache)
             stack.enter_context(borrowed_encoders(base))
@@ -166,16 +187,62 @@ class Previews(Observer):
             if step == 0:
                 stack.callback(set_strength, base, 1.0)
                 set_strength(base, 0.0)
-            stack.enter_context(formed_once(base))
-            for number, audio_CN in self.how.clips(
-                base, [(number, self.prompts[number]) for number in numbers], self._encode, before_step
-            ):
+            yield
+
+    def _generate(self, step: int, stop: StopRequest) -> None:
+        """This rank's share."""
+        mine = range(self.group.dist_rank, len(self.prompts), self.group.world_size)
+        asked = [(number, self.prompts[number]) for number in mine if step or not self._is_there(number)]
+        if not asked:
+            return
+        self._require_memory(step)
+
+        def before_step() -> None:
+            self.group.liveness.progress()
+            stop.raise_if_requested("making previews")
+
+        with formed_once(self.base):
+            for number, audio_CN in self.how.clips(self.base, asked, self._encode, before_step):
                 self._write(step, number, audio_CN)
+
+    def _generate_together(self, step: int, stop: StopRequest) -> None:
+        """This rank's share where every rank holds a part of each layer: all evaluate the base equally often."""
+        base, group = self.base, self.group
+        numbers = range(len(self.prompts))
+        if step == 0 and not group.any(not all(map(self._is_there, numbers))):
+            return
+        # Some of them twice, so that all ranks have as many.
+        shared = [number % len(numbers) for number in range(-(-len(numbers) // group.world_size) * group.world_size)]
+        mine = shared[group.dist_rank :: group.world_size]
+        parts = [mine[begin : begin + BATCH] for begin in range(0, len(mine), BATCH)]
+
+        def before_step() -> None:
+            group.liveness.progress()
+            # On all of them before the same evaluation.
+            if group.any(stop.requested()):
+                raise Interrupted("stopped while making previews")
+
+        failure, latents = None, []
+        try:
+            self._require_memory(step)
+            hidden = [self._encode([self.prompts[number] for number in part]) for part in parts]
+        except Exception as found:
+            failure = found
+        # What one rank cannot do the others do not begin.
+        if group.any(failure is not None):
+            raise failure or EnvironmentFailure("another rank cannot make its share")
+        with cached_norms(adapted_layers(base).values()):
+            for part, found in zip(parts, hidden, strict=True):
+                work = functools.partial(self.how.latents, base, part, found, before_step)
+                latents += zip(part, self.engine.evaluate(work), strict=True)
+        for number, latents_DT in dict(latents).items():
+            if shared.index(number) % group.world_size == group.dist_rank:
+                self._write(step, number, self.how.decode(base, latents_DT))
 
     def _require_memory(self, step: int) -> None:
         """Raises EnvironmentFailure where the device has too little left beside what the training holds."""
         base = self.base
-        layers = adapted_layers(base).values() if step else ()
+        layers = adapted_layers(base).values() if step and self.engine is None else ()
         formed = sum(layer.weight.numel() * layer.weight.dtype.itemsize for layer in layers)
         decoder = [math.prod(shape) for key, shape in base.weights.shapes.items() if key.startswith(DECODER)]
         tokens = 2 * BATCH * (self.how.frames(base.config) + base.config.dit.num_memory_tokens)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def observers_of(trainer: Trainer, base: Base, source: BatchSource) -> list[Observer]:
     """In the order they are called; source: the clips that are trained on."""
     settings, group = trainer.settings, trainer.group
-    heard = previews.of_run(settings, base, group, source, trainer.plan.identity["base_sha256"])
+    heard = previews.of_run(trainer, source)
     found = [
         validation.of_run(trainer, source),
         heard,

@@ -94,14 +94,15 @@ class Generation:
         self.check(base.config)
         for begin in range(0, len(prompts), BATCH):
             numbers, texts = zip(*prompts[begin : begin + BATCH], strict=True)
-            latents_BDT = self._latents(base, numbers, (encode or base.encode_hidden)(list(texts)), before_step)
+            latents_BDT = self.latents(base, numbers, (encode or base.encode_hidden)(list(texts)), before_step)
             for number, latents_DT in zip(numbers, latents_BDT, strict=True):
-                yield number, self._decode(base, latents_DT)
+                yield number, self.decode(base, latents_DT)
 
     @torch.no_grad()
-    def _latents(
+    def latents(
         self, base: Base, numbers: Sequence[int], hidden: tuple[Tensor, Tensor], before_step: Callable[[], None]
     ) -> Tensor:
+        """Latents (B, D, T) of the clips of these numbers. hidden: of their prompts, as from ``base.encode_hidden``."""
         frames, channels = self.frames(base.config), base.latent_channels
 
         def noise(step: int) -> Tensor:
@@ -112,6 +113,7 @@ class Generation:
         guidance = Guidance(self.cfg_scale)
         return sample(base, noise, prompts, self.seconds, self.steps, guidance, before_step=before_step)
 
-    def _decode(self, base: Base, latents_DT: Tensor) -> Tensor:
+    def decode(self, base: Base, latents_DT: Tensor) -> Tensor:
+        """Audio (C, N) of one clip."""
         audio_CN = base.decode_latents(latents_DT[None])[0, :, : self.samples(base.config)]
         return audio_CN.clamp(-1, 1).cpu()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sa3dist.adapters.formed import keep_formed
 from sa3dist.model.checkpoint import tensors_digest
-from sa3dist.parallel.engine import Losses, Tensors
+from sa3dist.parallel.engine import Losses, Result, Tensors
 from sa3dist.parallel.flat_adamw import FlatAdapters, adamw
 from sa3dist.parallel.gradient_buckets import GradientReduction
 
@@ -29,7 +29,7 @@ TRIAL_STEPS, TRIAL_ELEMENTS = 3, 4099
 class FlatEngine:
     """An ``Engine`` whose ranks hold everything: one optimiser kernel per step, and one all-reduce or a few buckets."""
 
-    collectives_in_forward = False
+    collectives_in_forward = divided = False
 
     def __init__(
         self,
@@ -55,6 +55,9 @@ class FlatEngine:
         self.alike = step_alike(group)
         if not self.alike and group.is_main:
             log.info("the ranks' processors round AdamW steps differently; all take over rank 0's after every step")
+
+    def evaluate(self, work: Callable[[], Result]) -> Result:
+        return work()
 
     def zero(self) -> None:
         self.flat.zero()

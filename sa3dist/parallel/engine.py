@@ -5,20 +5,22 @@ format are the trainer's in every mode. A new engine is a module here with a cla
 in ``build.make``; where a launcher has to ask for it, ``runtime.process_group.connect`` tells of it in ``Group``.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 from sa3dist_kernels import FormedWeights
 from torch import Tensor, nn
 
 from sa3dist.data.batches.micro_batch import MicroBatch
 
+Result = TypeVar("Result")
 Tensors = dict[str, Tensor]
 # The losses of one micro batch by name, each of shape (); "loss" is the one that is trained.
 Losses = dict[str, Tensor]
 
 
 class Engine(Protocol):
-    """One rank's hold on the adapters; every method but ``losses`` and ``backward`` is called by all ranks alike.
+    """One rank's hold on the adapters; all ranks call its methods alike, but ``losses``, ``evaluate`` and ``backward``.
 
     parameters   the trained tensors by their name in a file; under ZeRO-3 a rank holds only its part of their values
     scalars      float32 sums, set to zero by ``zero``, that ``average`` adds up over the ranks
@@ -26,6 +28,7 @@ class Engine(Protocol):
     formed       the weights the adapted layers multiply with, where they are kept for whole steps; None: factored form
     collectives_in_forward   ranks exchange tensors within the forward and backward pass: a rank that fails there cannot
                  join its peers in ``average``, and a pass cannot be recorded as a CUDA graph
+    divided      a rank holds a part of the base alone: only within ``evaluate`` can it be evaluated
     """
 
     parameters: dict[str, nn.Parameter]
@@ -33,12 +36,16 @@ class Engine(Protocol):
     gradient: Tensor | None
     formed: FormedWeights | None
     collectives_in_forward: bool
+    divided: bool
 
     def zero(self) -> None:
         """Forget the gradients and scalars of the step before."""
 
     def losses(self, batch: MicroBatch) -> Losses:
         """The forward pass of one micro batch."""
+
+    def evaluate(self, work: Callable[[], Result]) -> Result:
+        """What ``work`` returns, which evaluates the base; the same modules on all ranks where they hold parts."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of a loss. last: no other micro batch of this step follows on this rank."""

@@ -7,6 +7,7 @@ precision is decided outside of it, and the whole state can be had, and given ba
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
@@ -22,7 +23,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sa3dist.parallel.engine import Losses, Tensors
+from sa3dist.parallel.engine import Losses, Result, Tensors
 from sa3dist.parallel.flat_adamw import MOMENTS, adamw
 
 if TYPE_CHECKING:
@@ -37,19 +38,18 @@ SET_WHOLE = safe_set_full_fp32_param, safe_set_full_optimizer_state
 SET_PART = safe_set_local_fp32_param, safe_set_local_optimizer_state
 
 
-class LossOfMicroBatch(nn.Module):
-    """What DeepSpeed sees: the trained roots of the base as children, the losses of a micro batch as output.
+class Roots(nn.Module):
+    """What DeepSpeed sees: the trained roots of the base as children, and what is done with them as a forward pass.
 
     The autoencoder and the text encoder are left out: they work outside of the step, on ranks of their own.
     """
 
-    def __init__(self, base: Base, forward: Callable[..., Losses]):
+    def __init__(self, base: Base):
         super().__init__()
         self.roots = nn.ModuleList(base.adapter_roots)
-        self.losses = forward
 
-    def forward(self, batch: MicroBatch) -> Losses:
-        return self.losses(batch)
+    def forward(self, work: Callable[[], Result]) -> Result:
+        return work()
 
 
 class ZeroEngine:
@@ -70,7 +70,7 @@ class ZeroEngine:
         scalars: int,
     ) -> None:
         """config: what ``zero_config.build`` made of the launcher's file; the rest as for ``build.make``."""
-        self.parameters = parameters
+        self.parameters, self._forward = parameters, forward
         self.group = group
         self.scalars = torch.zeros(scalars, device=group.device)
         self.replicated = config["zero_optimization"]["stage"] < 3
@@ -81,7 +81,7 @@ class ZeroEngine:
         # Some versions of DeepSpeed take a step when they begin: at a rate of zero nothing moves.
         optimizer = adamw(parameters.values(), 0.0, settings.weight_decay)
         self.engine, *_ = deepspeed.initialize(
-            model=LossOfMicroBatch(base, forward), optimizer=optimizer, config=config, dist_init_required=False
+            model=Roots(base), optimizer=optimizer, config=config, dist_init_required=False
         )
         assert self.engine.gradient_clipping() == 0
         self._make_moments()
@@ -108,8 +108,15 @@ class ZeroEngine:
     def zero(self) -> None:
         self.scalars.zero_()
 
+    @property
+    def divided(self) -> bool:
+        return not self.replicated
+
     def losses(self, batch: MicroBatch) -> Losses:
-        return self.engine(batch)
+        return self.evaluate(partial(self._forward, batch))
+
+    def evaluate(self, work: Callable[[], Result]) -> Result:
+        return self.engine(work)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)

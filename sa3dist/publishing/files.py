@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from sa3dist.errors import CheckpointError, ConfigError
-from sa3dist.formats import write_whole
+from sa3dist.formats import BEST_ADAPTER_NAME, RUN_CONFIG_NAME, write_whole
 from sa3dist.publishing import card, curves
 
 log = logging.getLogger(__name__)
 
 LORA_NAME = "lora.safetensors"
-CONFIG_NAME = "config.json"
 CARD_NAME, NOTICE_NAME, CURVES_NAME = "README.md", "NOTICE", "curves.svg"
 # The last step's, and the best one's where the run kept it.
-ADAPTERS = (LORA_NAME, "lora.best.safetensors")
+ADAPTERS = (LORA_NAME, BEST_ADAPTER_NAME)
 _STEP = re.compile(r"step-(\d{8})")
 
 
@@ -30,12 +29,12 @@ def describe(folder: Path) -> dict[str, Any]:
             f"{folder}: no {LORA_NAME}: the run has not ended; sa3dist export {folder} writes one of its newest "
             f"checkpoint"
         )
-    path = folder / CONFIG_NAME
+    path = folder / RUN_CONFIG_NAME
     with contextlib.suppress(OSError, ValueError, AttributeError):
         found = json.loads(path.read_text(encoding="utf-8"))
         if {"settings", "lora_config", "step", "base_model"} <= found.keys():
             return found
-    raise CheckpointError(f"{path}: not the {CONFIG_NAME} of a run; sa3dist export {folder} writes it")
+    raise CheckpointError(f"{path}: not the {RUN_CONFIG_NAME} of a run; sa3dist export {folder} writes it")
 
 
 def previews_of(folder: Path, description: dict[str, Any], with_captions: bool) -> list[card.Preview]:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 from sa3dist.report.recorder import record_start
@@ -18,8 +19,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What the last page may take once all steps are done.
+# When the last page is to be there, after the last step, and where a run is interrupted: what is not written then
+# is given up, or left to its process.
 CLOSE_SECONDS = 20.0
+EARLY_CLOSE_SECONDS = 3.0
+# That much it gets in any case.
+LEAST_SECONDS = 1.0
+POLL_SECONDS = 0.02
 
 
 def of_run(settings: Settings, group: Group, first_step: int) -> Observer | None:
@@ -28,7 +34,10 @@ def of_run(settings: Settings, group: Group, first_step: int) -> Observer | None
 
 
 class ReportWriter(Observer):
-    """On rank 0, after a save: starts ``sa3dist.report.process``, unless one is still at work."""
+    """On rank 0, after a save: starts ``sa3dist.report.process``, unless one is still at work.
+
+    The last page is begun when the run has said how it ended, and is waited for.
+    """
 
     name = "report"
 
@@ -36,33 +45,56 @@ class ReportWriter(Observer):
         self._settings, self._group, self._first_step = settings, group, first_step
         self._process: subprocess.Popen[str] | None = None
         # A save that no page shows yet, because the one before was still being written.
-        self._waiting, self._saved, self._said = False, first_step, False
+        self._waiting = self._said = False
+        self._early, self._until = True, 0.0
+        self._stop: StopRequest | None = None
 
     def begin(self, stop: StopRequest) -> Observation | None:
+        self._stop = stop
         if self._group.is_main:
             with contextlib.suppress(OSError):
                 where = self._group.device, self._group.world_size
                 record_start(self._settings.output_dir, self._first_step, *where)
 
-    def after_save(self, step: int) -> None:
-        if self._group.is_main:
-            self._saved, self._waiting = step, True
+    def after_save(self, step: int, last: bool) -> None:
+        if self._group.is_main and not last:
+            self._waiting = True
             self._start()
 
-    def close(self) -> None:
-        """Wait for the last page where all steps are done; otherwise leave the process its own time."""
-        if not self._group.is_main or self._saved < self._settings.number_of_steps:
+    def finish(self, early: bool) -> None:
+        self._early = early
+        self._until = time.monotonic() + (EARLY_CLOSE_SECONDS if early else CLOSE_SECONDS)
+
+    def leave(self) -> None:
+        """Write the last page, which says how the run ended."""
+        if not self._group.is_main:
             return
-        # Other ranks wait no longer than a step may take.
-        seconds = min(CLOSE_SECONDS, self._settings.step_timeout / 2)
-        while self._process is not None:
+        # It would put a page of before in the place of this one.
+        self._give_up()
+        self._waiting = True
+        self._start()
+        begin = time.monotonic()
+        until = max(begin + LEAST_SECONDS, self._until)
+        while self._process is not None and self._process.poll() is None:
+            if time.monotonic() > until or (not self._early and self._stop is not None and self._stop.requested()):
+                break
+            time.sleep(POLL_SECONDS)
+        # Says why it failed.
+        self._start()
+        if self._process is not None and not self._early:
+            self._give_up()
+            self._say(f"it was not written within {time.monotonic() - begin:.1f} s")
+
+    def _give_up(self) -> None:
+        """End a page that is being written."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
             try:
-                self._process.wait(seconds)
+                self._process.communicate(timeout=LEAST_SECONDS)
             except subprocess.TimeoutExpired:
-                self._process.terminate()
-                self._say(f"it was not written within {seconds:g} s")
-                return
-            self._start()
+                self._process.kill()
+                self._process.communicate()
+            self._process = None
 
     def _start(self) -> None:
         """Begin a page where one is due and none is being written; say why the one before failed."""

@@ -29,6 +29,8 @@ def state(run: RunFolder) -> str:
     steps = f"step {run.step} of {last}" if isinstance(last, int) else f"step {run.step}"
     # Until a run ends it has no status.
     ended = STATES.get(run.status.get("state"))
+    if early := run.result.get("ended_early") if run.status.get("state") == "done" else None:
+        return f"{steps}, ended early: {early}"
     if ended is None:
         ended = "all steps done" if run.step == last else "running when this page was written"
     message = run.status.get("message")

@@ -14,7 +14,7 @@ import yaml
 
 from sa3dist.data.remote.fetch import redacted
 from sa3dist.errors import DataError
-from sa3dist.formats import DatasetIndex, dataset_digest
+from sa3dist.formats import RUN_CONFIG_NAME, DatasetIndex, dataset_digest
 
 # Written by the run, beside what other parts of it write there.
 WARNINGS_NAME, STARTS_NAME = "warnings.jsonl", "starts.jsonl"
@@ -176,7 +176,7 @@ def _description(folder: Path) -> dict[str, Any]:
     state = _mapping(saved[-1] / "state.json") if saved else {}
     description = state.get("description")
     if not isinstance(description, dict):
-        description = _mapping(folder / "config.json")
+        description = _mapping(folder / RUN_CONFIG_NAME)
     return {**description, **({"torch": state["torch"]} if "torch" in state else {})}
 
 

@@ -6,13 +6,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from sa3dist.data.remote.local_paths import expand_home
 from sa3dist.request.fields import EndpointFields
 
 LARGEST_SHARE = 0.5
 
 
-def _share_or_names(value: Any) -> Any:
-    """A share, a list of names, or 0 for off. Raises ValueError."""
+def _share_names_or_source(value: Any) -> Any:
+    """A share, a list of names, the place of another data set, or 0 for off. Raises ValueError."""
     if isinstance(value, str) and value.lower() in ("off", "no", "false"):
         return 0.0
     if isinstance(value, list):
@@ -22,11 +23,13 @@ def _share_or_names(value: Any) -> Any:
     try:
         share = float(value)
     except (TypeError, ValueError):
+        if isinstance(value, str) and value:
+            return expand_home(value)
         share = -1.0
     if not 0 <= share <= LARGEST_SHARE:
         raise ValueError(
-            f"{str(value)[:80]!r} is not valid, expected a share of the clips up to {LARGEST_SHARE}, such as 0.1, or a "
-            f"list of names, such as [drums_07, takes/]"
+            f"{str(value)[:80]!r} is not valid, expected a share of the clips up to {LARGEST_SHARE}, such as 0.1, a "
+            f"list of names, such as [drums_07, takes/], or the place of another data set"
         )
     return share
 
@@ -54,10 +57,10 @@ class ListeningFields(EndpointFields):
         0, ge=0, description="seed of the previews' noise, together with the number of the prompt"
     )
 
-    validation: Annotated[list[str] | float, BeforeValidator(_share_or_names)] = Field(
+    validation: Annotated[list[str] | float | str, BeforeValidator(_share_names_or_source)] = Field(
         0.0,
-        description="clips held out, never trained on: a share such as 0.1, or a list of clips, files or folders; "
-        "0 = none",
+        description="clips held out, never trained on: a share such as 0.1, a list of clips, files or folders, or "
+        "another data set's path or URL; 0 = none",
     )
     validation_every: int = Field(
         250,
@@ -80,6 +83,11 @@ class ListeningFields(EndpointFields):
     report_audio: Literal["inside", "beside"] = Field(
         "inside", description="previews inside report.html, as far as 20 MB hold them, or played from output_dir"
     )
+
+    @property
+    def validation_source(self) -> str | None:
+        """Where the clips held out are, if they are a data set of their own."""
+        return self.validation if isinstance(self.validation, str) else None
 
     @model_validator(mode="after")
     def _check_validation(self) -> ListeningFields:

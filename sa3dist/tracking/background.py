@@ -53,7 +53,7 @@ class Trackers:
     def __init__(self, settings: Settings, output_dir: Path, resumed_from: int | None) -> None:
         """resumed_from: step of the checkpoint that is continued, in the trackers' runs of before."""
         # Links to data may hold a key.
-        left_out = {"audio_data_url", "lora_checkpoint_url"}
+        left_out = {"audio_data_url", "lora_checkpoint_url", *(["validation"] if settings.validation_source else [])}
         values = {
             name: value if isinstance(value, int | float | str) else str(value)
             for name, value in settings.as_dict().items()
@@ -79,11 +79,12 @@ class Trackers:
     def sync(self) -> None:
         """Nothing: a row that a tracker lacks stands in metrics.jsonl."""
 
-    def close(self, seconds: float) -> None:
-        """Wait until all have taken everything, together for no longer than ``seconds``."""
-        until = time.monotonic() + seconds
+    def finish(self) -> None:
         for thread in self._threads:
             thread.end()
+
+    def close(self, until: float) -> None:
+        """Wait until all have taken everything, or it is too late."""
         for thread in self._threads:
             thread.join(until)
 

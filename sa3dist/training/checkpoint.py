@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from safetensors.torch import save as serialize
 
 from sa3dist.errors import CheckpointError
 from sa3dist.formats import atomic_directory, file_sha256, write_whole
+from sa3dist.parallel.flat_adamw import MOMENTS
 from sa3dist.runtime import lease
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,19 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return self.state["step"]
+
+    def require(self, names: Collection[str]) -> None:
+        """Raises CheckpointError unless it holds these adapter tensors, no others, and AdamW's moments of all."""
+        if differing := set(names) ^ self.adapters.keys():
+            raise CheckpointError(
+                f"checkpoint of step {self.step}: its layers differ from this run's, e.g. {min(differing)}"
+            )
+        for moment in MOMENTS:
+            if lacking := set(names) - self.moments.get(moment, {}).keys():
+                raise CheckpointError(
+                    f"checkpoint of step {self.step}: it lacks AdamW's {moment} of {min(lacking)}; continue from "
+                    f"another one, or give its adapter.safetensors as lora_checkpoint_url of a new run"
+                )
 
 
 def path_of(output_dir: Path, step: int) -> Path:

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from sa3dist.training.trainer import Trainer
 
 METRICS_NAME = "metrics.jsonl"
-# What outputs may still take once the last step is done, and where the training ends before it.
-CLOSE_SECONDS = 10.0
-EARLY_CLOSE_SECONDS = 2.0
 
 
 class Output(Protocol):
@@ -39,8 +36,11 @@ class Output(Protocol):
     def add_previews(self, step: int, folder: Path) -> None:
         """Take the previews made after ``step``, which lie in ``folder``."""
 
-    def close(self, seconds: float) -> None:
-        """Take no more; wait no longer than ``seconds``."""
+    def finish(self) -> None:
+        """Take no more. Never waits."""
+
+    def close(self, until: float) -> None:
+        """Wait for what has been taken, until ``time.monotonic()`` is ``until`` at most."""
 
 
 def open_outputs(settings: Settings, output_dir: Path, resumed_from: int | None) -> list[Output]:
@@ -70,8 +70,11 @@ class RowsFile:
     def add_previews(self, step: int, folder: Path) -> None:
         """Nothing: they are files themselves."""
 
-    def close(self, seconds: float) -> None:
+    def finish(self) -> None:
         """Nothing: no file is left open."""
+
+    def close(self, until: float) -> None:
+        """Nothing: every row is written."""
 
 
 def _rows_up_to(path: Path, step: int) -> list[str]:
@@ -167,9 +170,12 @@ class MetricsLogger:
         for output in self._outputs:
             output.sync()
 
-    def close(self, early: bool) -> None:
-        """Let the outputs take what they have. early: the training ends before its last step."""
-        # Other ranks wait no longer than a step may take.
-        seconds = min(EARLY_CLOSE_SECONDS if early else CLOSE_SECONDS, self._trainer.settings.step_timeout / 2)
+    def finish(self, early: bool) -> None:
+        """The last row was the last. early: as for observers."""
         for output in self._outputs:
-            output.close(seconds)
+            output.finish()
+
+    def close(self, until: float) -> None:
+        """Let the outputs take what they have, until ``time.monotonic()`` is ``until`` at most."""
+        for output in self._outputs:
+            output.close(until)

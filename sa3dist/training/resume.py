@@ -10,6 +10,7 @@ from sa3dist_kernels import ADAPTER_TYPES
 
 from sa3dist.adapters.svd_bases import METHOD
 from sa3dist.errors import CheckpointError, counted
+from sa3dist.formats import remove_stale
 from sa3dist.runtime.process_group import Group, main_process_first, run_on_all_ranks
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import checkpoint, lr_schedule
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Temporary names of files that other threads and processes may be writing just now.
+BESIDE = (".report.html.", ".heartbeat.json.", ".status.json.", ".run.lock")
 # What a checkpoint that lacks a value was made with, in words.
 BEFORE = {"singular_bases": "found as earlier versions did", "held_out": "none"}
 
@@ -115,5 +118,20 @@ def out_of_memory_at(saved: checkpoint.Checkpoint | None, settings: Settings, no
 
 
 def set_aside(output_dir: Path, step: int, group: Group, stop: StopRequest) -> None:
-    """Move checkpoints of later steps than ``step`` out of the way on rank 0: this run takes another course."""
-    main_process_first(group, "set-aside", lambda: checkpoint.set_aside(output_dir, step), stop)
+    """Move checkpoints of later steps than ``step`` out of the way on rank 0: this run takes another course.
+
+    What a killed start was writing goes, too.
+    """
+
+    def work() -> None:
+        checkpoint.set_aside(output_dir, step)
+        _remove_unfinished(output_dir)
+
+    main_process_first(group, "set-aside", work, stop)
+
+
+def _remove_unfinished(output_dir: Path) -> None:
+    for path in (*output_dir.glob(".*.tmp"), *output_dir.glob("previews/step-*/.*.tmp")):
+        if path.is_file() and not path.name.startswith(BESIDE):
+            path.unlink()
+    remove_stale(output_dir.glob(f"{BESIDE[0]}*.tmp"))

@@ -75,7 +75,8 @@ def make(
     """
     accumulation = resume.divide_work(saved, settings, world_size)
     global_batch = accumulation * settings.batch_size * world_size
-    urls = {key: getattr(settings, key) for key in ("audio_data_url", "lora_checkpoint_url")}
+    urls = {"audio_data_url": settings.audio_data_url, "lora_checkpoint_url": settings.lora_checkpoint_url}
+    urls["validation"] = settings.validation_source
     # URLs may hold credentials, and these files are given away.
     public = {**settings.as_dict(), **{key: redacted(url) for key, url in urls.items() if url}}
     return RunPlan(

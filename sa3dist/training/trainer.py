@@ -17,7 +17,7 @@ import torch
 
 from sa3dist.adapters import adapted_layers
 from sa3dist.adapters.layers import cached_norms, uncached_norms
-from sa3dist.errors import CheckpointError, DataError, EnvironmentFailure, OutOfMemory, SA3DistError
+from sa3dist.errors import DataError, EnvironmentFailure, OutOfMemory, SA3DistError
 from sa3dist.parallel import build
 from sa3dist.runtime.exit_status import translate
 from sa3dist.runtime.liveness import AVERAGING
@@ -87,12 +87,8 @@ class Trainer:
         self.graphs_may_go = True
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Continue from a checkpoint. Raises CheckpointError when it is of other layers than this run's."""
-        missing = self.engine.parameters.keys() ^ saved.adapters.keys()
-        if missing:
-            raise CheckpointError(
-                f"checkpoint of step {saved.step}: its layers differ from this run's, e.g. {min(missing)}"
-            )
+        """Continue from a checkpoint. Raises CheckpointError when it is of other layers, or lacks what AdamW keeps."""
+        saved.require(self.engine.parameters)
         self.engine.restore(saved.adapters, saved.moments, saved.step)
         self.step = saved.step
 

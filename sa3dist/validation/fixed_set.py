@@ -42,7 +42,7 @@ class FixedSet:
     """The crops of a data set's ``held_out`` clips, and what is computed of each; the same whatever process asks."""
 
     def __init__(self, source: BatchSource) -> None:
-        self._encoded = source.encoded
+        self._encoded = source.held_encoded
         seed = source.draws.seed + SEED_OFFSET
         self._draws = dataclasses.replace(source.draws, seed=seed, micro_batch=1, prompt_dropout=0.0)
         # As good as drawn: of more clips than are evaluated it takes some of every folder.

@@ -9,10 +9,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from sa3dist.formats import BEST_ADAPTER_NAME
 from sa3dist.training.metrics import METRICS_NAME
 
 BEST_NAME = "best.json"
-BEST_ADAPTER_NAME = "lora.best.safetensors"
 # In rows of metrics.jsonl.
 LOSS, GAIN, SET = "val/loss", "val/gain", "validation_set"
 

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sa3dist.adapters import set_strength
-from sa3dist.adapters.file import EXTRA_KEYS, write_adapter_file
-from sa3dist.adapters.header import header
+from sa3dist.adapters.file import write_adapter_file
+from sa3dist.adapters.header import extras, header
 from sa3dist.adapters.layers import cached_norms
 from sa3dist.errors import counted
-from sa3dist.formats import write_json
+from sa3dist.formats import BEST_ADAPTER_NAME, write_json
 from sa3dist.model.compiled import uncompiled
 from sa3dist.runtime import lease
 from sa3dist.runtime.process_group import main_process_first, run_on_all_ranks
 from sa3dist.training.observers import Observation, Observer
 from sa3dist.validation.fixed_set import TIMES, FixedSet
-from sa3dist.validation.history import BEST_ADAPTER_NAME, BEST_NAME, GAIN, LOSS, SET, History
+from sa3dist.validation.history import BEST_NAME, GAIN, LOSS, SET, History
 
 if TYPE_CHECKING:
     from sa3dist.data.batches.batch_source import BatchSource
@@ -91,7 +91,7 @@ class Validation(Observer):
             row = self._row(step, losses)
             end = self._end() if step else ""
         seconds = time.perf_counter() - begin
-        return Observation(step, seconds, {"validation_seconds": seconds}, row, end=end)
+        return Observation(step, seconds, {"validation_seconds": seconds}, row, end=end, long=True)
 
     def _row(self, step: int, losses: list[float]) -> dict[str, Any]:
         """The row of an evaluation, once what follows from it is done."""
@@ -128,9 +128,8 @@ class Validation(Observer):
         if self.group.is_main:
             lease.end_if_over()
             description = trainer.description()
-            extras = {key: description[key] for key in EXTRA_KEYS if key in description}
-            config = trainer.base.adapter_config
-            write_adapter_file(output_dir / BEST_ADAPTER_NAME, config, tensors, header(description), extras)
+            said = header(description), extras(description)
+            write_adapter_file(output_dir / BEST_ADAPTER_NAME, trainer.base.adapter_config, tensors, *said)
             write_json(output_dir / BEST_NAME, {"step": step, LOSS: loss})
 
     def _mean_losses(self, step: int, stop: StopRequest) -> list[float] | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from sa3dist.data.latents.source import LatentDataset
+from sa3dist.data.remote.fetch import redacted
 from sa3dist.data.source.build import MAX_MEASURED_CLIPS
 from sa3dist.data.source.clip_stats import read_stats, write_stats
 from sa3dist.data.source.prefetch import prefetch
@@ -37,14 +38,23 @@ _CUT = re.compile(r"(.+?)[ _.-]+(?:part|chunk|segment|seg|slice|cut|split)[ _.-]
 
 
 def hold_out(
-    settings: Settings, index: DatasetIndex, group: Group, stop: StopRequest
+    settings: Settings,
+    index: DatasetIndex,
+    group: Group,
+    stop: StopRequest,
+    validation: DatasetIndex | None = None,
 ) -> tuple[DatasetIndex, tuple[ClipEntry, ...]]:
     """The data set without the clips that ``settings.validation`` holds out, and those clips; equal on all ranks.
 
-    Raises ConfigError for names that are not there, and where nothing would be left on one of the sides.
+    validation   the data set that the setting names; all of its clips are those
+    Raises ConfigError for names that are not there, where nothing would be left on one of the sides, and where clips of
+    the one data set are in the other.
     """
     if not settings.validation:
         return index, ()
+    if validation is not None:
+        main_process_first(group, "hold-out", lambda: _check_apart(settings, index, validation, group, stop), stop)
+        return index, validation.clips
     keys = set(main_process_first(group, "hold-out", lambda: _choose(settings, index, group, stop), stop))
     kept = tuple(clip for clip in index.clips if clip.key not in keys)
     held_out = tuple(clip for clip in index.clips if clip.key in keys)
@@ -137,8 +147,33 @@ def chosen_by_name(clips: Sequence[ClipEntry], groups: Sequence[list[str]], name
     return keys
 
 
+def _check_apart(
+    settings: Settings, index: DatasetIndex, validation: DatasetIndex, group: Group, stop: StopRequest
+) -> None:
+    trained = {clip.audio_sha256: clip.key for clip in index.clips}
+    shared = {clip.key: trained[clip.audio_sha256] for clip in validation.clips if clip.audio_sha256 in trained}
+    ours = _inspected(settings, index, group, stop)
+    theirs = _inspected(settings, validation, group, stop) if ours else []
+    # Both may have a clip of one name: theirs get a mark that is in no name, and comes first in a pair.
+    marked = [dataclasses.replace(clip, key=f"\n{clip.key}") for clip in theirs]
+    for one, other, _ in near_duplicates(ours + marked) if theirs else ():
+        if one.startswith("\n") and not other.startswith("\n"):
+            shared.setdefault(one[1:], other)
+    if shared:
+        label, found = redacted(settings.validation_source), [f"{one} (as {other})" for one, other in shared.items()]
+        raise ConfigError(
+            f"validation: {counted(len(shared), 'clip')} of {label} {'is' if len(shared) == 1 else 'are'} trained on, "
+            f"or nearly equal to what is: {listed(found, len(found), 3)}; take them out of one of the two"
+        )
+
+
 def _near_duplicates(settings: Settings, index: DatasetIndex, group: Group, stop: StopRequest) -> list[tuple[str, str]]:
     """Pairs of keys whose audio is nearly equal, by the fingerprints that ``sa3dist inspect`` compares."""
+    return [(one, other) for one, other, _ in near_duplicates(_inspected(settings, index, group, stop))]
+
+
+def _inspected(settings: Settings, index: DatasetIndex, group: Group, stop: StopRequest) -> list[InspectedClip]:
+    """The clips with their fingerprints; none, which is said, where those are not to be had."""
     if isinstance(index, LatentDataset) or index.reader is not None or len(index.clips) > MAX_MEASURED_CLIPS:
         log.info(
             "validation: only equal audio and recordings by name are kept on one side; near-duplicates are looked for "
@@ -162,12 +197,11 @@ def _near_duplicates(settings: Settings, index: DatasetIndex, group: Group, stop
                 stats[key] = found
                 update(done)
         write_stats(settings.work_dir, stats)
-    clips = [
+    return [
         InspectedClip(clip.key, clip.extension, size, sha256, clip.caption, *stats[sha256, size])
         for clip in index.clips
         for sha256, size in [(clip.audio_sha256, clip.audio_bytes)]
     ]
-    return [(one, other) for one, other, _ in near_duplicates(clips)]
 
 
 def settings_file(settings: Settings, held_out: Sequence[ClipEntry]) -> str:

@@ -16,7 +16,7 @@ from sa3dist.listening.copy_search import Search, Sound
 from sa3dist.listening.copying import View, row_of
 from sa3dist.listening.nearest import Match, mel_frames, nearest, windows_of
 from sa3dist.listening.previews import Previews
-from sa3dist.training import checkpoint
+from sa3dist.training import checkpoint, observers
 from tests.helpers.clips import encode, write_zip
 from tests.helpers.program import rows, run, short_run
 
@@ -73,7 +73,7 @@ class Clips:
 
     def __init__(self, trained, held_out):
         self.sounds = dict(enumerate([*trained, *held_out]))
-        self.index, self.encoded = self, self
+        self.index = self.encoded = self.held_encoded = self
         numbers = [type("Clip", (), {"key": str(number), "number": number})() for number in self.sounds]
         self.clips, self.held_out = numbers[: len(trained)], numbers[len(trained) :]
 
@@ -230,6 +230,33 @@ def test_a_preview_of_a_run_that_is_a_copy_is_named_and_the_training_is_as_witho
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_of_a_data_set_of_latents_alone_latents_say_what_is_near(data, demo_base, tmp_path, monkeypatch):
+    names = [f"sound_{number:02d}" for number in range(8)]
+    members = {f"{name}.wav": encode(data[1][name].T, 44100) for name in names}
+    members |= {f"{name}.txt": b"a sound" for name in names}
+    work = tmp_path / "work"
+    words = [*short_run(write_zip(tmp_path / "few.zip", members), demo_base, work), "number_of_steps=1"]
+    assert run(words, tmp_path / "encoding", "pre_encode=true") == 0
+    (shards,) = (work / "latent_shards").iterdir()
+    write = Previews._write
+
+    def plant(previews, step, number, audio_CN):
+        begin = 5 * 4096
+        audio_CN = torch.from_numpy(data[1]["sound_06"][:, begin : begin + audio_CN.shape[1]])
+        write(previews, step, number, audio_CN)
+
+    monkeypatch.setattr(Previews, "_write", plant)
+    on = ["preview_every=1", "preview_seconds=1.5", "preview_steps=1", "preview_cfg=1", "preview_prompts=[a]"]
+    held_out = f"validation=[{','.join(names[:4])}]"
+    assert run(words, tmp_path / "run", *on, held_out, "validation_every=0", f"audio_data_url={shards}") == 0
+    row = found_in(tmp_path / "run")[-1]
+    assert (row["held_out"], row["judged"]) == (4, True)
+    (preview,) = row["previews"]
+    assert (preview["clip"], preview["mel"], preview["rank"]) == ("sound_06", None, 0.2)
+    assert preview["latent"] < 0.2
+    assert preview["seconds"] == pytest.approx(5 * 4096 / 44100, abs=0.1)
+
+
 def test_without_held_out_clips_the_nearest_is_named_and_a_failure_is_said_once(words, tmp_path, monkeypatch, caplog):
     assert run(words, tmp_path / "run", "latents=crop") == 0
     first, second = found_in(tmp_path / "run")
@@ -255,7 +282,7 @@ def test_a_search_that_does_not_end_is_given_up_with_the_run(words, tmp_path, mo
             search.check()
             time.sleep(0.01)
 
-    monkeypatch.setattr(copies, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(observers, "CLOSE_SECONDS", 0.2)
     monkeypatch.setattr(Search, "_by_mel", endless)
     assert run(words, tmp_path / "run") == 0
     assert "copies: not searched for to the end, the run is over before" in caplog.text

@@ -3,7 +3,6 @@
 import json
 import signal
 import time
-from types import SimpleNamespace
 
 import pytest
 import soundfile
@@ -12,7 +11,6 @@ import torch
 import sa3dist
 from sa3dist import cli
 from sa3dist.adapters import adapter_parameters, attach_adapter, detach_adapter, formed_once
-from sa3dist.errors import ConfigError
 from sa3dist.listening import previews
 from sa3dist.listening.previews import Previews, default_prompts
 from sa3dist.model.compiled import compile_blocks, compile_elementwise, uncompiled
@@ -180,7 +178,7 @@ def test_a_signal_ends_them_at_once_and_the_run_continues_as_if_they_had_not_bee
             time.sleep(0.1)
         trainer.send_signal(signal.SIGTERM)
         assert trainer.wait(60) == 75
-    assert status(output_dir)["step"] == 1
+    assert status(output_dir)["message"].startswith("stopped before step 1 (SIGTERM)")
     assert run(short_words, output_dir) == 0
     assert_same_training(silent, output_dir)
 
@@ -280,10 +278,3 @@ def test_one_prompt_may_be_given_without_brackets_and_an_empty_list_is_unset():
 def test_previews_that_cannot_be_made_are_refused_before_the_clips_are_read(words, tmp_path, capsys):
     assert run(words, tmp_path / "run", "preview_every=1", "preview_seconds=400") == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("preview_seconds: 400.0 is out of range")
-
-
-def test_previews_under_zero_3_are_refused(tiny_base):
-    group = SimpleNamespace(deepspeed={"zero_optimization": {"stage": 3}})
-    with pytest.raises(ConfigError, match="ZeRO-3"):
-        previews.check(make_settings(preview_every=1), tiny_base.config, group)
-    previews.check(make_settings(), tiny_base.config, group)

@@ -17,6 +17,7 @@ from sa3dist.adapters import adapter_parameters, detach_adapter
 from sa3dist.data.batches.micro_batch import SampleSettings
 from sa3dist.errors import ConfigError
 from sa3dist.formats import ClipEntry, dataset_digest
+from sa3dist.model.compiled import compile_blocks
 from sa3dist.pipeline import Run
 from sa3dist.runtime.deepspeed_launch import FILE_VARIABLE, USE_VARIABLE
 from sa3dist.runtime.process_group import Group
@@ -29,6 +30,7 @@ from sa3dist.validation.fixed_set import FixedSet
 from sa3dist.validation.observer import Validation
 from sa3dist.validation.split import chosen_by_name, chosen_by_share, grouped, hold_out, source_of
 from tests.helpers.adapter_base import move
+from tests.helpers.clips import captioned, encode, tone, write_zip
 from tests.helpers.forked_trainers import forked_ranks
 from tests.helpers.program import STEPS, rows, run, short_run, status
 from tests.helpers.ranks import run_ranks
@@ -111,8 +113,9 @@ def alike(tmp_path):
 
     def split(**changes):
         changed = config.build(settings.model_dump() | changes)
-        group, stop = Group(0, 1, "cpu"), StopRequest()
-        return hold_out(changed, shard.open_dataset(changed, group, stop), group, stop)
+        where = Group(0, 1, "cpu"), StopRequest()
+        beside = shard.open_validation(changed, *where)
+        return hold_out(changed, shard.open_dataset(changed, *where), *where, beside)
 
     return split
 
@@ -127,6 +130,27 @@ def test_near_duplicates_lie_on_one_side(alike, order):
         index, held_out = alike(validation=0.1, seed=seed)
         assert len(held_out) == 2
         assert len({"again", "n04"} & {clip.key for clip in held_out}) in (0, 2)
+
+
+def test_a_source_of_its_own_is_held_out_whole_unless_it_has_a_clip_that_is_trained_on(alike, tmp_path):
+    others = {f"n{number:02d}.flac": tone(seconds=1 + number) for number in range(3)}
+
+    def source(name, **sounds):
+        members = {key: encode(sound_NC, container="FLAC") for key, sound_NC in (others | sounds).items()}
+        return str(write_zip(tmp_path / name, members | {f"{key[:-5]}.txt": b"a sound" for key in members}))
+
+    index, held_out = alike(validation=source("apart.zip"))
+    # Their names are those of clips that are trained on, which says nothing.
+    assert [clip.key for clip in held_out] == ["n00", "n01", "n02"]
+    assert len(index.clips) == 21
+    with zipfile.ZipFile(tmp_path / "clips.zip") as archive:
+        known_NC, _ = soundfile.read(io.BytesIO(archive.read("n07.flac")), dtype="float32", always_2d=True)
+    with pytest.raises(ConfigError) as refusal:
+        alike(validation=source("mixed.zip", **{"louder.flac": 0.9 * known_NC}))
+    assert str(refusal.value) == (
+        f"validation: 1 clip of {tmp_path / 'mixed.zip'} is trained on, or nearly equal to what is: louder (as n07); "
+        f"take them out of one of the two"
+    )
 
 
 HELD_OUT = ["tone/tone_00", "noise"]
@@ -214,6 +238,26 @@ def test_a_run_that_is_continued_has_the_same_rows_and_does_not_evaluate_the_bas
     assert [row for row in rows(tmp_path / "run") if "val/loss" in row] == list(evaluations(watched).values())
 
 
+def test_a_source_of_its_own_is_evaluated_named_and_part_of_the_run(demo_clips, demo_base, demo_work, tmp_path, capsys):
+    words, output_dir = short_run(demo_clips, demo_base, demo_work), tmp_path / "run"
+    for name in ("one", "other"):
+        members = captioned(3, folder=f"{name}/", seconds=0.4 if name == "one" else 0.7)
+        write_zip(tmp_path / f"{name}.zip", members)
+    assert run(words, output_dir, f"validation={tmp_path}/one.zip", *EVERY_3, "log_clips=true") == 0
+    assert list(evaluations(output_dir)) == [0, 3, STEPS]
+    described, text = (json.loads((output_dir / "config.json").read_text()), (output_dir / "run.yaml").read_text())
+    assert described["held_out_clips"] == [f"one/clip{number}" for number in range(3)]
+    # All of the first one are trained on.
+    assert described["dataset_clips"] == 8
+    assert all(f"# - one/clip{number}\n" in text for number in range(3))
+    for source, said in (
+        ("other.zip", "holds a checkpoint with held_out '3 clips ("),
+        ("gone.zip", f"validation: {tmp_path}/gone.zip: no such file or folder"),
+    ):
+        assert run(words, output_dir, f"validation={tmp_path}/{source}", *EVERY_3) == 2
+        assert said in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_another_split_is_refused_in_one_line(watched, split_words, capsys):
     for other in ("validation=[tone/tone_00]", "validation=0"):
         assert run(split_words, watched, *EVERY_3[:1], other) == 2
@@ -254,6 +298,25 @@ def test_losses_are_the_same_on_1_2_and_4_ranks(prepared):
                 assert row == pytest.approx(expected, rel=0, abs=1e-6)
 
 
+def test_formed_weights_and_compiled_blocks_are_evaluated_as_what_they_stand_for(prepared):
+    trainer, source = prepared
+    plain = Validation(trainer, source)
+    expected = [plain.begin(StopRequest()).row, plain.after_step(1, StopRequest()).row]
+    settings = trainer.settings.model_copy(update={"adapter_products": "formed"})
+    formed = Trainer(trainer.base, adapter_parameters(trainer.base), settings, trainer.plan, trainer.group)
+    # What they were formed from is of before: an evaluation comes behind a step, and forms them again.
+    assert formed.engine.formed is not None
+    compile_blocks(trainer.base.dit, "eager")
+    compiled = trainer.base.dit.transformer.run_block
+    there = Validation(formed, source)
+    found = [there.begin(StopRequest()).row, there.after_step(1, StopRequest()).row]
+    assert trainer.base.dit.transformer.run_block is compiled
+    for row, wanted in zip(found, expected, strict=True):
+        assert row.pop("validation_set", None) == wanted.pop("validation_set", None)
+        assert row == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    assert abs(found[1]["val/gain"]) > 1e-3
+
+
 def test_the_base_is_evaluated_whatever_the_adapters_hold_and_as_the_loss_defines_it(prepared):
     trainer, source = prepared
     row = Validation(trainer, source).begin(StopRequest()).row
@@ -291,11 +354,13 @@ def test_what_a_signal_has_stopped_is_evaluated_when_the_run_goes_on(prepared):
 
 
 @pytest.mark.slow
-def test_zero_3_gives_the_same_numbers(split_words, tmp_path, monkeypatch):
+def test_zero_3_gives_the_same_numbers_and_the_same_previews(split_words, tmp_path, monkeypatch):
     import_deepspeed()
     # The product's own, which ranks from a clean process have.
     monkeypatch.setattr(fixed_set, "FEWEST_CROPS", FEWEST_CROPS)
     words = [*split_words, "deterministic=false", "global_batch_size=2", "number_of_steps=1", *EVERY_3]
+    # Three of them: one rank makes one twice.
+    words += ["preview_every=1", "preview_seconds=0.6", "preview_steps=2", "preview_prompts=[a, b, c]"]
     assert run(words, tmp_path / "alone") == 0
     # Everything divided, nothing kept whole.
     divided = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 100000}
@@ -310,6 +375,12 @@ def test_zero_3_gives_the_same_numbers(split_words, tmp_path, monkeypatch):
     for step, row in expected.items():
         assert found[step] == pytest.approx(row, rel=0, abs=1e-6)
     assert json.loads((tmp_path / "two/best.json").read_text())["step"] == 1
+    for step in (0, 1):
+        for number in range(3):
+            name = f"previews/step-{step:08d}/{number}.flac"
+            one, other = (soundfile.read(tmp_path / output_dir / name)[0] for output_dir in ("alone", "two"))
+            np.testing.assert_allclose(other, one, rtol=0, atol=1e-5)
+    assert "previews of step" not in ranks[0].said() + ranks[1].said()
 
 
 # The base, then by step.
@@ -356,7 +427,7 @@ def test_the_best_step_is_kept_and_what_gets_no_better_ends(split_words, tmp_pat
     ("changes", "message"),
     [
         ({"validation": 0.6}, "validation: '0.6' is not valid, expected a share of the clips up to 0.5"),
-        ({"validation": "more/"}, "validation: 'more/' is not valid, expected a share"),
+        ({"validation": {}}, "validation: '{}' is not valid, expected a share"),
         ({"validation": ["a", ""]}, "validation: expected names"),
         ({"keep_best": True}, "keep_best: needs validation"),
         ({"early_stop": 2, "validation": 0.1, "validation_every": 0}, "early_stop: needs validation"),
@@ -379,7 +450,7 @@ def test_a_share_is_read_from_words_and_files_alike_and_off_is_off(tmp_path):
 
 def test_a_few_clips_give_many_crops_and_many_clips_not_all():
     class Held:
-        encoded = None
+        held_encoded = None
 
         def __init__(self, count, seed=42):
             self.draws = SampleSettings(seed, 4, 10, 0.1, "file", None)

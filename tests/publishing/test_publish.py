@@ -15,8 +15,11 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, constants
 
+from sa3dist import export
+from sa3dist.adapters import read_adapter_file
 from sa3dist.commands import publish
 from sa3dist.publishing import card, curves, files
+from sa3dist.training import checkpoint
 from tests.helpers.hub_server import hub_server
 from tests.helpers.program import ENVIRONMENT, run, short_run
 
@@ -111,6 +114,26 @@ def test_every_link_of_the_card_is_an_https_address_or_a_file_beside_it(trained)
         parts = urllib.parse.urlsplit(link)
         beside = (trained / urllib.parse.unquote(link)).is_file()
         assert beside or (parts.scheme == "https" and "." in parts.netloc), link
+
+
+def test_no_adapter_that_goes_out_says_where_its_base_lies(trained, demo_base):
+    content = (trained / "lora.safetensors").read_bytes()
+    assert demo_base.name.encode() in content
+    assert str(demo_base.parent).encode() not in content
+    # Beside the run's own files it is found nevertheless.
+    assert read_adapter_file(trained / "lora.safetensors").base == str(demo_base)
+
+
+def test_a_card_for_which_there_is_no_room_is_said_once_and_the_adapter_is_out(trained, tmp_path, monkeypatch, caplog):
+    def no_room(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "write_whole", no_room)
+    result = export.publish_saved(checkpoint.find(trained, "auto"), tmp_path)
+    assert result["lora_file"]["file_size"] == (tmp_path / "lora.safetensors").stat().st_size
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{tmp_path}: no card beside the adapter (No space left on device)")
 
 
 def test_a_name_and_prompts_with_markup_stay_text(trained):

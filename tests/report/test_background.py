@@ -2,8 +2,10 @@
 
 import json
 import logging
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -34,12 +36,16 @@ def test_the_last_save_is_in_the_page_though_it_came_while_another_was_written(t
     make_run(folder, steps=3, preview_steps=(0,))
     observer = writer(folder)
     observer.begin(StopRequest())
-    observer.after_save(2)
+    observer.after_save(2, last=False)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 4, "loss": 0.123456}) + "\n")
-    observer.after_save(4)
-    observer.close()
-    assert "0.123456" in (folder / "report.html").read_text()
+    observer.after_save(4, last=True)
+    (folder / "status.json").write_text(json.dumps({"state": "interrupted", "message": "stopped after step 4"}))
+    observer.finish(early=False)
+    observer.leave()
+    page = (folder / "report.html").read_text()
+    assert "step 4 of 3, interrupted, can be continued: stopped after step 4" in page
+    assert "0.123456" in page
     (start,) = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
     assert start["torch"] == torch.__version__
     # None is left, and nothing half-written.
@@ -50,9 +56,9 @@ def test_a_page_that_fails_is_said_once_and_ends_nothing(tmp_path, caplog):
     folder = tmp_path / "run"
     folder.mkdir()
     observer = writer(folder)
-    for step in (2, 4):
-        observer.after_save(step)
-        observer.close()
+    observer.after_save(2, last=False)
+    observer.finish(early=False)
+    observer.leave()
     said = [record.message for record in caplog.records if "report.html" in record.message]
     assert len(said) == 1
     assert "no run's folder" in said[0]
@@ -69,13 +75,30 @@ def test_a_page_that_takes_too_long_is_stopped_at_the_end(tmp_path, caplog, monk
 
     # The process itself: a page that hangs cannot be had from the real one.
     monkeypatch.setattr(background.subprocess, "Popen", hanging)
-    observer = writer(folder, step_timeout=1)
-    observer.after_save(4)
-    observer.after_save(4)
-    observer.close()
+    monkeypatch.setattr(background, "CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(background, "LEAST_SECONDS", 0.1)
+    observer = writer(folder)
+    observer.after_save(2, last=False)
+    observer.after_save(3, last=False)
+    # One at a time.
     assert len(started) == 1
-    assert started[0].wait(30) != 0
-    assert "not written within 0.5 s" in caplog.text
+    observer.finish(early=False)
+    observer.leave()
+    assert [process.poll() for process in started] == [-signal.SIGTERM, -signal.SIGTERM]
+    assert "not written within 0.1 s" in caplog.text
+
+
+def test_a_signal_while_the_last_page_is_written_ends_the_wait(tmp_path):
+    folder = tmp_path / "run"
+    make_run(folder, steps=3, preview_steps=(0,))
+    stop, observer = StopRequest(), writer(folder)
+    observer.begin(stop)
+    observer.finish(early=False)
+    stop.hear("SIGTERM")
+    begin = time.monotonic()
+    observer.leave()
+    assert time.monotonic() - begin < background.CLOSE_SECONDS
+    assert not (folder / "report.html").exists()
 
 
 def test_a_run_without_a_report_starts_no_process():
@@ -99,7 +122,7 @@ def test_warnings_are_kept_without_keys_and_a_run_that_continues_appends(tmp_pat
 def test_a_training_writes_its_page_and_is_the_same_to_the_bit_without(words, tmp_path):
     assert run(words, tmp_path / "with", "report=true") == 0
     assert run(words, tmp_path / "without") == 0
-    assert "step 6 of 6, all steps done" in (tmp_path / "with/report.html").read_text()
+    assert "step 6 of 6, finished" in (tmp_path / "with/report.html").read_text()
     assert not (tmp_path / "without/report.html").exists()
     one, other = (path / "lora.safetensors" for path in (tmp_path / "with", tmp_path / "without"))
     assert one.read_bytes() == other.read_bytes()

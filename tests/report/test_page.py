@@ -1,5 +1,6 @@
 """The page of a run: it holds every point and clip, keeps its size, survives torn files, and runs nobody's script."""
 
+import dataclasses
 import json
 import statistics
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from sa3dist import cli
 from sa3dist.formats import dataset_digest
+from sa3dist.report import facts
 from sa3dist.report.charts import running_median, trend_width
 from sa3dist.report.page import render_runs
 from sa3dist.report.run_folder import read_run, without_keys
@@ -45,6 +47,24 @@ def test_charts_hold_the_points_of_the_metrics(run):
     assert charts["validation"]["series"][1]["y"] == [1.5, 1.5]
     assert points(charts["validation"]["series"][2]) == [(20, 1.48)]
     assert charts["clips"]["series"][0]["y"] == [8.0] * 40
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (None, "step 30 of 40, running when this page was written"),
+        ("done", "step 30 of 40, ended early: early_stop: 3 evaluations"),
+        ("interrupted", "step 30 of 40, interrupted, can be continued: stopped after step 30 (SIGTERM)"),
+    ],
+)
+def test_a_run_that_ends_before_its_last_step_says_so_and_why(run, state, said):
+    read = read_run(run[0])
+    rows = [row for row in read.rows if row["step"] <= 30]
+    message = "done" if state == "done" else "stopped after step 30 (SIGTERM)"
+    status = {"state": state, "message": message} if state else {}
+    # That of an end before, where a run that goes on has not come to its own yet.
+    result = {"ended_early": "early_stop: 3 evaluations"}
+    assert facts.state(dataclasses.replace(read, rows=rows, status=status, result=result)) == said
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=300))

@@ -59,29 +59,6 @@ def wait_until(trial: Trial | ForkedTrial, what: str, true) -> None:
     wait_for(what, lambda: true() or trial.ended(), poll=0.0005)
 
 
-def reach_moment(trial, moment: str, draw: random.Random, first_step: int, steps: int, before: int | None) -> None:
-    """Wait until the run is in the given phase, and a random time more.
-
-    steps    all of the run
-    before   which file an earlier start left as metrics.jsonl
-    """
-    if moment == "start":
-        time.sleep(draw.uniform(0, 3))
-        return
-    wait_until(trial, "training", lambda: metrics_file(trial.output_dir) not in (None, before))
-    if moment == "save":
-        aim = min(steps, (first_step // SAVE_EVERY + draw.randint(1, 3)) * SAVE_EVERY)
-        wait_until(trial, f"step {aim}", lambda: len(rows(trial.output_dir)) >= aim)
-        earlier = unfinished(trial.output_dir)
-        wait_until(trial, "a save", lambda: unfinished(trial.output_dir) - earlier)
-        time.sleep(draw.uniform(0, 0.008))
-    else:
-        # The kill before may have come when the last step was saved.
-        aim = draw.randint(min(first_step + 1, steps), steps)
-        wait_until(trial, f"step {aim}", lambda: len(rows(trial.output_dir)) >= aim)
-        time.sleep(draw.uniform(0, 0.2))
-
-
 def kill(trial: Trial | ForkedTrial, victim: str) -> bool:
     """Whether anything was there to be killed."""
     if victim == "all":
@@ -93,6 +70,9 @@ def kill(trial: Trial | ForkedTrial, victim: str) -> bool:
 
 class Series:
     """All runs of one series and what was seen of them."""
+
+    # When a run is killed, one drawn for each; "start" comes before its ranks can be told apart.
+    MOMENTS = ("start", "step", "step", "save", "save")
 
     def __init__(self, directory: Path, processes: int, seed: int, steps: int, launcher: bool) -> None:
         self.directory, self.processes, self.steps, self.launcher = directory, processes, steps, launcher
@@ -114,11 +94,32 @@ class Series:
         assert self.start(output_dir, 0, **changes).wait() == 0
         return output_dir
 
+    def reach(self, trial: Trial | ForkedTrial, moment: str, first_step: int, before: int | None) -> None:
+        """Wait until the run is in the given phase, and a random time more.
+
+        before   which file an earlier start left as metrics.jsonl
+        """
+        if moment == "start":
+            time.sleep(self.draw.uniform(0, 3))
+            return
+        wait_until(trial, "training", lambda: metrics_file(trial.output_dir) not in (None, before))
+        if moment == "save":
+            aim = min(self.steps, (first_step // SAVE_EVERY + self.draw.randint(1, 3)) * SAVE_EVERY)
+            wait_until(trial, f"step {aim}", lambda: len(rows(trial.output_dir)) >= aim)
+            earlier = unfinished(trial.output_dir)
+            wait_until(trial, "a save", lambda: unfinished(trial.output_dir) - earlier)
+            time.sleep(self.draw.uniform(0, 0.008))
+        else:
+            # The kill before may have come when the last step was saved.
+            aim = self.draw.randint(min(first_step + 1, self.steps), self.steps)
+            wait_until(trial, f"step {aim}", lambda: len(rows(trial.output_dir)) >= aim)
+            time.sleep(self.draw.uniform(0, 0.2))
+
     def disturb(self, output_dir: Path, attempt: int, moment: str, victim: str, **changes) -> bool:
         """One start that is killed. Returns whether it ended before it could be."""
         saved, before, torn = newest_intact(output_dir), metrics_file(output_dir), unfinished(output_dir)
         trial = self.start(output_dir, attempt, **changes)
-        reach_moment(trial, moment, self.draw, saved, self.steps, before)
+        self.reach(trial, moment, saved, before)
         killed_at = time.monotonic()
         killed = kill(trial, victim)
         code = trial.wait(END_SECONDS)
@@ -170,7 +171,7 @@ class Series:
         first_kill = len(self.kills)
         done = False
         for attempt in range(self.draw.randint(1, 3)):
-            moment = self.draw.choice(("start", "step", "step", "save", "save"))
+            moment = self.draw.choice(self.MOMENTS)
             victim = self.draw.choice((*map(str, range(self.processes)), "all")) if self.processes > 1 else "all"
             # A start that is killed before its ranks live can only be killed as a whole.
             done = self.disturb(output_dir, attempt, moment, "all" if moment == "start" else victim)

@@ -64,6 +64,15 @@ def test_a_run_killed_inside_a_save_and_started_again_gives_the_undisturbed_file
 
 
 @pytest.mark.slow
+def test_a_run_with_everything_on_that_is_killed_inside_a_preview_gives_the_file_of_one_with_everything_off(
+    said_by, directory
+):
+    words = ["--runs", 1, "--processes", 1, "--steps", 4, "--terms", 0, "--seed", 1]
+    found = figures(said_by(SURVIVAL / "watched_series.py", directory / "watched", *words))
+    assert (found["watched_is_alone"], found["identical"], found["moments"]["preview"]) == (True, 1, 1)
+
+
+@pytest.mark.slow
 def test_a_signal_in_a_step_ends_with_75_and_the_run_can_be_continued(said_by, directory):
     words = ["--target", "rank", "--phase", "step", "--runs", 1, "--clips", 8, "--steps", 20]
     found = figures(said_by(SURVIVAL / "sigterm_series.py", directory, *words))["rank"]

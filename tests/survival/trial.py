@@ -166,6 +166,7 @@ class ForkedTrial:
                 os.environ |= {name: str(value) for name, value in places.items()}
             from sa3dist import train
 
+            self.in_rank(rank)
             code = train.main([f"{key}={value}" for key, value in words.items()])
         except BaseException:
             traceback.print_exc()
@@ -173,6 +174,9 @@ class ForkedTrial:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+
+    def in_rank(self, rank: int) -> None:
+        """Called in the process of a rank before it begins."""
 
     def ended(self) -> bool:
         """Whether all ranks have; does the agent's work on the way."""
@@ -279,7 +283,7 @@ def send(pid: int, number: int) -> bool:
 
 
 def rows(output_dir: Path) -> list[dict]:
-    """The whole rows of metrics.jsonl."""
+    """The whole rows of steps in metrics.jsonl; those of evaluations are left out."""
     path = output_dir / "metrics.jsonl"
     if not path.exists():
         return []
@@ -287,7 +291,7 @@ def rows(output_dir: Path) -> list[dict]:
     for line in path.read_text().splitlines(keepends=True):
         if line.endswith("\n"):
             found.append(json.loads(line))
-    return found
+    return [row for row in found if "loss" in row]
 
 
 def status(output_dir: Path) -> dict:

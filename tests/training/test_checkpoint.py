@@ -36,6 +36,26 @@ def test_a_checkpoint_reads_back_as_it_was(tmp_path):
     assert_equal(checkpoint.load(path), make(500))
 
 
+@pytest.mark.parametrize(
+    ("without", "said"),
+    [
+        ("exp_avg", "checkpoint of step 5: it lacks AdamW's exp_avg of model.a.lora_B; continue from another one"),
+        ("layer", "checkpoint of step 5: its layers differ from this run's, e.g. model.b.lora_A"),
+    ],
+)
+def test_a_checkpoint_that_lacks_a_part_is_refused_in_one_line(without, said):
+    saved = make(5)
+    names = list(saved.adapters)
+    saved.require(names)
+    if without == "layer":
+        del saved.adapters["model.b.lora_A"]
+    else:
+        del saved.moments[without]
+    with pytest.raises(CheckpointError) as refusal:
+        saved.require(names)
+    assert str(refusal.value).startswith(said)
+
+
 def test_only_the_newest_are_kept_and_nothing_else_lies_about(tmp_path):
     for step in (1, 2, 3, 10):
         checkpoint.save(tmp_path, make(step), keep=2)

@@ -16,7 +16,7 @@ from sa3dist import config
 from sa3dist.data.source.own_folders import is_run, on_disk
 from sa3dist.errors import ConfigError
 from sa3dist.tracking import background, kinds
-from sa3dist.training import checkpoint, metrics
+from sa3dist.training import checkpoint, observers
 from tests.helpers.program import ENVIRONMENT, STEPS, rows, run, short_run
 
 PREVIEWS = ["preview_every=4", "preview_seconds=0.6", "preview_steps=2"]
@@ -96,7 +96,7 @@ def test_trackers_that_fail_and_hang_change_no_bit_and_end_nothing_and_one_besid
     short_words, kinds_of_test, tmp_path, monkeypatch, caplog
 ):
     plain = untracked(short_words, tmp_path)
-    monkeypatch.setattr(metrics, "CLOSE_SECONDS", 1.0)
+    monkeypatch.setattr(observers, "CLOSE_SECONDS", 1.0)
     tracked = tmp_path / "tracked"
     begin = time.monotonic()
     with caplog.at_level("WARNING", logger="sa3dist"):
@@ -123,7 +123,7 @@ def test_a_process_ends_with_0_though_a_tracker_hangs_in_its_calls_and_as_the_pr
 import atexit, time
 from sa3dist import train
 from sa3dist.tracking import kinds
-from sa3dist.training import metrics
+from sa3dist.training import observers
 
 class Hanging(kinds.Tracker):
     modules = ()
@@ -132,7 +132,7 @@ class Hanging(kinds.Tracker):
         time.sleep(3600)
 
 kinds.TRACKERS["hanging"] = Hanging
-metrics.CLOSE_SECONDS = train.EXIT_FUNCTIONS_SECONDS = 1.0
+observers.CLOSE_SECONDS = train.EXIT_FUNCTIONS_SECONDS = 1.0
 train.as_process(train.main)
 """
     words = [*short_words, f"output_dir={tmp_path / 'run'}", "log_with=hanging"]

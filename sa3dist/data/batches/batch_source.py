@@ -36,9 +36,9 @@ class BatchSource(abc.ABC):
     """A data set under one base, as the settings of one run read it.
 
     index           the clips that are trained on
-    held_out        clips kept apart for validation, in order of their keys; ``encoded`` reads them as it does the
-                    others. Empty where nothing is held out
     encoded         its clips, latents and prompt features
+    held_out        clips kept apart for validation, in order of their keys. Empty where nothing is held out
+    held_encoded    the same of these: ``encoded``, unless they are a data set of their own
     draws           what samples depend on besides the clips
     order           which clip each slot trains on; None where a stream decides
     packs_latents   what was encoded ahead goes into latent shards
@@ -54,8 +54,9 @@ class BatchSource(abc.ABC):
         index: DatasetIndex,
         digests: Sequence[str],
         held_out: Sequence[ClipEntry] = (),
+        validation: DatasetIndex | None = None,
     ) -> None:
-        """digests: of the base's two encoders. Raises ConfigError or DataError where ``index`` cannot be read so."""
+        """The arguments are those of ``open_source``. Raises ConfigError or DataError where one cannot be read so."""
         self.settings, self.base, self.index, self.held_out = settings, base, index, tuple(held_out)
         # Without an index no clip is known, and ``duration`` is set.
         longest = max((clip.seconds for clip in index.clips), default=math.inf)
@@ -69,11 +70,15 @@ class BatchSource(abc.ABC):
             shift=base.config.distribution_shift,
             bucket_batches=settings.bucket_batches,
         )
-        self.encoded = self._open(index, settings.work_dir, base, *digests)
+        where = settings.work_dir, base, *digests
+        self.encoded = self.held_encoded = self._open(settings, self.draws, index, *where)
+        if validation is not None:
+            self.held_encoded = kind_of(validation, settings)._open(settings, self.draws, validation, *where)
 
+    @classmethod
     @abc.abstractmethod
-    def _open(self, *where) -> EncodedClips:
-        """The reader of its latents; where: index, work_dir, base and the digests of its encoders."""
+    def _open(cls, settings: Settings, draws: SampleSettings, index: DatasetIndex, *where) -> EncodedClips:
+        """The reader of a data set's latents; where: work_dir, base and the digests of its encoders."""
 
     def check(self) -> None:  # noqa: B027 (most kinds have nothing to check)
         """Refuse at once, on rank 0, what shows in the first clip only. Raises DataError or EnvironmentFailure."""
@@ -150,8 +155,9 @@ class WholeSource(IndexedSource):
 
     packs_latents = True
 
-    def _open(self, *where) -> EncodedClips:
-        return EncodedClips(*where)
+    @classmethod
+    def _open(cls, settings: Settings, draws: SampleSettings, index: DatasetIndex, *where) -> EncodedClips:
+        return EncodedClips(index, *where)
 
     def pieces(self, slots: int) -> list[Piece]:
         return whole_pieces(self.encoded, self.settings.encode_batch)
@@ -160,13 +166,14 @@ class WholeSource(IndexedSource):
 class LatentSource(IndexedSource):
     """Latent shards as the data set: all is encoded."""
 
-    def _open(self, *where) -> EncodedClips:
-        if self.settings.latents != "whole":
+    @classmethod
+    def _open(cls, settings: Settings, draws: SampleSettings, index: DatasetIndex, *where) -> EncodedClips:
+        if settings.latents != "whole":
             raise ConfigError(
-                f"latents: {self.settings.latents} needs audio, and audio_data_url holds latents; choose whole"
+                f"latents: {settings.latents} needs audio, and {index.directory} holds latents; choose whole"
             )
-        encoded = EncodedClips(*where)
-        encoded.take(self.index.latent_shards)
+        encoded = EncodedClips(index, *where)
+        encoded.take(index.latent_shards)
         return encoded
 
     def pieces(self, slots: int) -> list[Piece]:
@@ -178,8 +185,9 @@ class CropSource(IndexedSource):
 
     keep = True
 
-    def _open(self, *where) -> EncodedCrops:
-        return EncodedCrops(*where, crop_frames=self.draws.crop_frames, keep=self.keep)
+    @classmethod
+    def _open(cls, settings: Settings, draws: SampleSettings, index: DatasetIndex, *where) -> EncodedCrops:
+        return EncodedCrops(index, *where, crop_frames=draws.crop_frames, keep=cls.keep)
 
     def pieces(self, slots: int) -> list[Piece]:
         clips = (self.micro_batches.clip_of_slot(slot)[0] for slot in range(slots))
@@ -199,8 +207,9 @@ class OnTheFlySource(CropSource):
 class StreamSource(BatchSource):
     """mode: streaming. Shards of latents or audio without an index, in turn, from where a checkpoint's cursors are."""
 
-    def _open(self, *where) -> StreamedClips:
-        return StreamedClips(*where, max_bytes=self.settings.max_download_bytes)
+    @classmethod
+    def _open(cls, settings: Settings, draws: SampleSettings, index: DatasetIndex, *where) -> StreamedClips:
+        return StreamedClips(index, *where, max_bytes=settings.max_download_bytes)
 
     def check(self) -> None:
         self.encoded.check_first()
@@ -237,13 +246,22 @@ OF_INDEX = {StreamedDataset: StreamSource, LatentDataset: LatentSource}
 OF_LATENTS = {"whole": WholeSource, "crop": CropSource, "on_the_fly": OnTheFlySource}
 
 
+def kind_of(index: DatasetIndex, settings: Settings) -> type[BatchSource]:
+    return OF_INDEX.get(type(index)) or OF_LATENTS[settings.latents]
+
+
 def open_source(
-    settings: Settings, base: Base, index: DatasetIndex, digests: Sequence[str], held_out: Sequence[ClipEntry] = ()
+    settings: Settings,
+    base: Base,
+    index: DatasetIndex,
+    digests: Sequence[str],
+    held_out: Sequence[ClipEntry] = (),
+    validation: DatasetIndex | None = None,
 ) -> BatchSource:
     """The data set in ``index`` under ``base``.
 
-    digests    of the base's autoencoder and text encoder
-    held_out   clips that are not trained on, and no part of ``index``
+    digests      of the base's autoencoder and text encoder
+    held_out     clips that are not trained on, and no part of ``index``
+    validation   the data set that they are of, where it is another one than ``index`` was
     """
-    kind = OF_INDEX.get(type(index)) or OF_LATENTS[settings.latents]
-    return kind(settings, base, index, digests, held_out)
+    return kind_of(index, settings)(settings, base, index, digests, held_out, validation)

@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from pathlib import PurePosixPath
 
+from sa3dist.formats import BEST_ADAPTER_NAME, RUN_CONFIG_NAME
+
 # (files, folders) directly in a folder, by name.
 Listed = Callable[[str], tuple[Collection[str], Collection[str]]]
 
@@ -19,7 +21,7 @@ RUN_FILES = {
     "heartbeat.json",
     "result.json",
     "lora.safetensors",
-    "lora.best.safetensors",
+    BEST_ADAPTER_NAME,
     "run.lock",
     "trackers.json",
     "report.html",
@@ -67,7 +69,7 @@ def _parts(folder: str, kinds: dict[str, re.Pattern], listed: Listed) -> set[str
 
 def own_parts(folder: str, listed: Listed) -> set[str]:
     """Which files and folders of ``folder``, an output_dir or work directory, are the run's; others may be clips."""
-    files = (RUN_FILES | {"config.json", "README.md", "NOTICE", "curves.svg"}) & set(listed(folder)[0])
+    files = (RUN_FILES | {RUN_CONFIG_NAME, "README.md", "NOTICE", "curves.svg"}) & set(listed(folder)[0])
     return files | _parts(folder, RUN_FOLDERS, listed) | _parts(folder, WORK_FOLDERS, listed)
 
 
