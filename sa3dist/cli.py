@@ -56,6 +56,7 @@ PROGRAMS = {
     "generate": ("make audio from prompts with a base and adapters", "sa3dist.commands.generate"),
     "merge": ("several adapters into one file, or adapters into a base", "sa3dist.commands.merge"),
     "verify": ("whether a program takes every layer of an adapter file", "sa3dist.commands.verify"),
+    "health": ("what an adapter does to its base, and a verdict", "sa3dist.commands.health"),
     "publish": ("upload an adapter with its card to the Hugging Face hub", "sa3dist.commands.publish"),
     "serve": ("an HTTP endpoint that the hosted one's clients use unchanged", "sa3dist.commands.serve"),
     "report": ("write the page of a run, or compare runs", "sa3dist.commands.report"),

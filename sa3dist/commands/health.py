@@ -1,0 +1,51 @@
+"""`sa3dist health RUN|FILE`: what an adapter does to its base, and whether that is healthy."""
+
+import argparse
+from collections.abc import Sequence
+
+from sa3dist.adapters import adapted_layers
+from sa3dist.adapters.transfer import load_adapter_file
+from sa3dist.commands.export import read_source
+from sa3dist.data.remote.local_paths import home_path
+from sa3dist.errors import ConfigError
+from sa3dist.listening.health import Losses
+from sa3dist.listening.health_numbers import measure_layer, summary
+from sa3dist.listening.verdict import judge
+from sa3dist.model.loading import load_base
+from sa3dist.runtime.exit_status import run_command
+from sa3dist.training.metrics import METRICS_NAME
+
+ARGUMENTS = {
+    "source": {
+        "type": home_path,
+        "metavar": "RUN|FILE",
+        "help": "a run's output_dir (its newest checkpoint), or a file",
+    },
+    "--base": {"metavar": "MODEL", "help": "the base it was trained on; default the one it names"},
+    "--layers": {"type": int, "default": 10, "metavar": "N", "help": "so many of those that learn most (default 10)"},
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 whatever the verdict; 2, with one line, where there is nothing to measure."""
+    about = "Measure every adapted layer: drift, size and effective rank of its update; losses are judged with a run's."
+    return run_command("sa3dist health", ARGUMENTS, health, argv, description=about)
+
+
+def health(options: argparse.Namespace) -> None:
+    """Print the verdict, its reasons and the layers. Raises ConfigError where no base is known."""
+    file, _ = read_source(options.source)
+    name = options.base or file.base
+    if name is None:
+        raise ConfigError(f"{options.source}: names no base model; give the one it was trained on with --base MODEL")
+    base = load_base(name, encoder=False)
+    load_adapter_file(base, file)
+    row = summary((name, measure_layer(layer)) for name, layer in adapted_layers(base).items())
+    verdict, reasons = judge(row, Losses(options.source / METRICS_NAME).read())
+    print(f"{verdict}: {'; '.join(reasons)}")
+    drift = row["drift"]
+    if drift:
+        print("drift {mean:.4f} on average (5 % {p5:.4f}, 95 % {p95:.4f}), {negative:.2%} negative".format(**drift))
+    print(f"update ratio {row['update_ratio']}, effective rank {row['effective_rank']}, the means of the layers")
+    for layer in row["layers"][: options.layers]:
+        print(f"{layer['update_ratio']!s:>12} {layer['effective_rank']!s:>9} {layer['drift']!s:>9}  {layer['name']}")
