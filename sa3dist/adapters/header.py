@@ -23,7 +23,8 @@ def base_name(model: str) -> str:
 
 def extras(description: dict[str, Any]) -> dict[str, Any]:
     """What ``lora_config`` says beyond the adapter's own fields, from what config.json says of the run."""
-    return {key: value for key, value in _public(description).items() if key in EXTRA_KEYS}
+    said = _public(description)
+    return {key: said[key] for key in EXTRA_KEYS if key in said}
 
 
 def _public(description: dict[str, Any]) -> dict[str, Any]:
