@@ -54,7 +54,10 @@ def _what_a_run_leaves_set():
 @pytest.fixture(autouse=True)
 def _fixed_seed_and_threads():
     torch.manual_seed(0)
-    # Some commands set another number, for their process.
+    # Some commands set another number, for their process. Behind a test as well: fixtures of the next file's module are
+    # made before this one, and what they compute is compared with what its tests compute, to the bit.
+    torch.set_num_threads(THREADS)
+    yield
     torch.set_num_threads(THREADS)
 
 
