@@ -145,8 +145,8 @@ class Run:
         resume.set_aside(settings.output_dir, self.trainer.step, group, self.stop)
         self._announce(base, source)
         group.liveness.enter("train", settings.step_timeout)
+        self._observers = watching.observers_of(self.trainer, base, source)
         if self.trainer.step < plan.steps:
-            self._observers = watching.observers_of(self.trainer, base, source)
             # Closed on every way out: an unclosed loader leaves worker processes that the exit would wait for.
             steps = range(self.step + 1, plan.steps + 1)
             micro_batches = source.batches(steps, plan.accumulation, group, self.stop, self._cursors)

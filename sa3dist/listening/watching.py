@@ -16,9 +16,15 @@ if TYPE_CHECKING:
 
 
 def observers_of(trainer: Trainer, base: Base, source: BatchSource) -> list[Observer]:
-    """In the order they are called; source: the clips that are trained on."""
+    """In the order they are called; where no step is left only the page's. source: the clips that are trained on."""
     settings, group = trainer.settings, trainer.group
     heard = previews.of_run(trainer, source)
+    if trainer.step >= trainer.plan.steps:
+        # Nothing is left to watch; but a start before may not have come to say in the page how the run ended.
+        writer = background.of_run(settings, group, trainer.step)
+        if writer is not None:
+            writer.finish(early=False)
+        return [] if writer is None else [writer]
     found = [
         validation.of_run(trainer, source),
         heard,

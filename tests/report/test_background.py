@@ -124,5 +124,9 @@ def test_a_training_writes_its_page_and_is_the_same_to_the_bit_without(words, tm
     assert run(words, tmp_path / "without") == 0
     assert "step 6 of 6, finished" in (tmp_path / "with/report.html").read_text()
     assert not (tmp_path / "without/report.html").exists()
+    # As a kill behind the last save leaves it.
+    (tmp_path / "with/report.html").unlink()
+    assert run(words, tmp_path / "with", "report=true") == 0
+    assert "step 6 of 6, finished" in (tmp_path / "with/report.html").read_text()
     one, other = (path / "lora.safetensors" for path in (tmp_path / "with", tmp_path / "without"))
     assert one.read_bytes() == other.read_bytes()
