@@ -96,11 +96,14 @@ class RunFolder:
         for place in (Path(work), self.folder.parent / Path(work).name):
             for directory in sorted((place / "shards").glob("[0-9a-f]*")):
                 index = DatasetIndex.find(directory)
-                if index is not None:
-                    # Shards hold the clips that were held out, too; the run's digest is that of the others.
-                    kept = tuple(clip for clip in index.clips if clip.key not in held_out)
-                    if dataset_digest(kept) == digest:
-                        return dataclasses.replace(index, clips=kept, digest=digest)
+                if index is None:
+                    continue
+                # Shards hold the clips that were held out, too, and the run's digest is that of the others; unless
+                # they are of a data set of their own, where a clip may have the name of one that is trained on.
+                kept = tuple(clip for clip in index.clips if clip.key not in held_out)
+                for clips in (kept, index.clips):
+                    if dataset_digest(clips) == digest:
+                        return dataclasses.replace(index, clips=clips, digest=digest)
         return None
 
 
