@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def served(directory: Path, base: Path, clips: Path) -> None:
             status = handle.status(with_logs=True)
             return " ".join(line["message"] for line in getattr(status, "logs", None) or [])
 
-        wait("the first steps", lambda: "train 6/150" in said())
+        wait("the first steps", lambda: re.search(r"train \d+/150", said()))
         (number,) = numbers(handle.request_id)
         preempt(number, directory / "high-1.log")
         result = handle.get()
