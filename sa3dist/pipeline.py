@@ -24,6 +24,7 @@ from sa3dist.settings import Settings
 from sa3dist.tracking import kinds as trackers
 from sa3dist.training import checkpoint, model_setup, resume, run_plan
 from sa3dist.training.acceleration import choose_acceleration
+from sa3dist.training.compile_ahead import CompilingAhead
 from sa3dist.training.observers import Observer
 from sa3dist.training.rank_checks import check_same_start
 from sa3dist.training.startup_times import Startup
@@ -50,6 +51,7 @@ class Run:
         self._observers: list[Observer] = []
         self._validation: DatasetIndex | None = None
         self._cursors: RankCursors | None = None
+        self._compiling: CompilingAhead | None = None
         self.startup = Startup()
         self._out_of_memory_at_step = out_of_memory_at_step
 
@@ -87,6 +89,11 @@ class Run:
                 raise DataError(
                     f"validation: {problem}; clips of the data set are named in a list, [{beside}]"
                 ) from None
+
+    def begin_compiling(self) -> None:
+        """Have a GPU's programs made beside the stages that come next. A run that trains begins with it."""
+        if self.group.device.type == "cuda":
+            self._compiling = model_setup.begin_compiling(self.settings, self.group)
 
     def open_base(self) -> Base:
         """The frozen base with fresh adapters, started from lora_checkpoint_url when given.
@@ -133,10 +140,17 @@ class Run:
             self._saved_step = saved.step
         self._cursors = source.cursors(saved and saved.state.get("stream"), group.dist_rank, group.world_size)
         plan = run_plan.make(settings, source, identity, saved, group.world_size, self._out_of_memory_at_step)
+        self._wait_for_compilers()
         self.trainer = Trainer(base, adapters.adapter_parameters(base), settings, plan, group, self._cursors)
         if saved is not None:
             self.trainer.restore(saved)
         check_same_start(group, self.trainer.step, base, self.trainer.engine.adapters())
+
+    def _wait_for_compilers(self) -> None:
+        if self._compiling is not None:
+            self.startup.begin("compile_ahead")
+            main_process_first(self.group, "compiled-ahead", lambda: self._compiling.wait(self.stop), self.stop)
+            self.startup.begin("prepare")
 
     def train(self, base: Base, source: BatchSource) -> None:
         """Stage three: train from where ``prepare`` left the trainer to number_of_steps."""

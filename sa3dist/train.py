@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 def all_stages(run: Run) -> None:
     """Request to files: every stage in order. The result is the last line on rank 0's stdout."""
     run.check()
+    run.begin_compiling()
     base = run.open_base()
     index = run.shard()
     encoded = run.encode(base, index)

@@ -1,4 +1,5 @@
-"""One call of attention, forward and backward, by every kernel that is there: 24 heads of 64, bfloat16, one GPU.
+"""One call of attention, forward and backward, by every kernel that is there: 2 x 24 heads of 64 in
+bfloat16, one GPU.
 
     python kernels/benchmarks/bench_attention.py [--json FILE]
 
@@ -24,7 +25,8 @@ from timing import interleaved
 
 from sa3dist.model.varlen_attention import varlen_attention
 
-HEADS, WIDTH = 24, 64
+# Of a differential pair, as one call.
+PAIRS, HEADS, WIDTH = 2, 24, 64
 # Name, tokens, how many of them are filling, tokens of the context (0: the clip's own).
 CASES = (("one clip", 4155, 0, 0), ("filled", 4155, 455, 0), ("short, filled", 387, 40, 0), ("prompt", 4155, 0, 257))
 TINY_CASES = (("one clip", 12, 0, 0), ("filled", 12, 4, 0), ("prompt", 12, 0, 5))
@@ -34,9 +36,12 @@ Tensors = list[torch.Tensor]
 
 
 def ours(q, k, v, grad, q_start, k_start) -> Tensors:
-    given = [value.detach().requires_grad_() for value in (q, k, v)]
+    q_, k_, grad_ = (value.unflatten(1, (PAIRS, HEADS)) for value in (q, k, grad))
+    # The members of the pair share their values.
+    given = [value.detach().requires_grad_() for value in (q_, k_, v[:, :HEADS])]
     out = varlen_attention(*given, q_start, k_start)
-    return [out.detach(), *torch.autograd.grad(out, given, grad)]
+    found = out.detach(), *torch.autograd.grad(out, given, grad_)
+    return [*(value.flatten(1, 2) for value in found[:3]), found[3]]
 
 
 def flash(q, k, v, grad, q_start, k_start) -> Tensors:
@@ -87,23 +92,31 @@ def reference(q, k, v, grad, filling: int) -> Tensors:
     return [out.detach(), *torch.autograd.grad(out, given, grad.float())]
 
 
+def compared(found: Tensors, filling: int) -> Tensors:
+    """What must agree: rows of the clip, and the gradient of the values that the members of the pair share."""
+    *others, dv = found
+    dv = dv if dv.shape[1] == HEADS else dv.unflatten(1, (PAIRS, HEADS)).sum(1)
+    return [value[: len(value) - filling] for value in (*others, dv)]
+
+
 def measure(name: str, tokens: int, filling: int, context: int, device: torch.device, repeats: int) -> list[dict]:
     torch.manual_seed(0)
     own = {"device": device, "dtype": torch.bfloat16}
     # As in training: views of one projection.
-    q = torch.randn(tokens, 2, HEADS, WIDTH, **own)[:, 0]
-    k, v = torch.randn(context or tokens, 2, HEADS, WIDTH, **own).unbind(1)
-    grad = torch.randn(tokens, HEADS, WIDTH, **own)
+    q, grad = (torch.randn(tokens, PAIRS * HEADS, WIDTH, **own) for _ in range(2))
+    k = torch.randn(context or tokens, PAIRS * HEADS, WIDTH, **own)
+    v = torch.randn(context or tokens, HEADS, WIDTH, **own).repeat(1, PAIRS, 1)
     q_ends = [0, tokens - filling, tokens] if filling else [0, tokens]
-    ends = [
-        torch.tensor(each, device=device, dtype=torch.int32) for each in (q_ends, [0, context] if context else q_ends)
-    ]
-    expected, rows = reference(q, k, v, grad, filling), []
+    q_start = torch.tensor(q_ends, device=device, dtype=torch.int32)
+    # As in training, the same tensor where a clip attends to itself.
+    ends = q_start, torch.tensor([0, context], device=device, dtype=torch.int32) if context else q_start
+    expected, rows = compared(reference(q, k, v, grad, filling), filling), []
     for kernel, function in kernels(filling, device).items():
         row = {"case": name, "tokens": tokens, "filling": filling, "context": context, "kernel": kernel}
         try:
             rows.append(
-                row | timed(lambda function=function: function(q, k, v, grad, *ends), expected, device, repeats)
+                row
+                | timed(lambda function=function: function(q, k, v, grad, *ends), expected, filling, device, repeats)
             )
         except (RuntimeError, AssertionError, TypeError, ValueError, ImportError) as problem:
             # A kernel that cannot take the case; the others are measured.
@@ -112,9 +125,9 @@ def measure(name: str, tokens: int, filling: int, context: int, device: torch.de
     return rows
 
 
-def timed(call: Callable[[], Tensors], expected: Tensors, device: torch.device, repeats: int) -> dict:
+def timed(call: Callable[[], Tensors], expected: Tensors, filling: int, device: torch.device, repeats: int) -> dict:
     begin = time.perf_counter()
-    found = call()
+    found = compared(call(), filling)
     distances = [
         float((ours.float() - wanted).norm() / wanted.norm()) for ours, wanted in zip(found, expected, strict=True)
     ]

@@ -7,6 +7,7 @@ model also run compiled and as CUDA graphs where a long run would choose to; the
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -135,6 +136,8 @@ class Side:
         attach(self.base, options.adapter_type, options.rank)
         self.trained: dict[str, nn.Parameter] = {}
         self.batch: dict[str, torch.Tensor] = {}
+        # The backward pass that is recorded, where it is another than autograd's own.
+        self.add_gradients: Callable[[torch.Tensor], None] | None = None
         self.zero, self.update = MAKERS[name](self)
         self.graphs = "off" if name == "baseline" else options.cuda_graphs
         # What the loop does for clips of any length where adapted weights are formed; the frozen model beside it too.
@@ -161,7 +164,7 @@ class Side:
         self.packing = None
         if self.filled:
             self._fill(clips, frames, longest or frames)
-        if self.evaluates_equals_once:
+        if self.evaluates_equals_once and not self.filled:
             # Ahead of the step, as our loader does: asking for the longest prompt would stop the host.
             cut = without_common_padding(self.batch["prompt"], self.batch["prompt_mask"])
             self.batch["prompt"], self.batch["prompt_mask"] = cut
@@ -197,10 +200,11 @@ class Side:
         if self.replay is None and wants_graphs(self.graphs, self.device, STEPS):
             # One for all lengths: its graphs share their memory.
             recorder = self.recorder = self.recorder or Recorder(self.device)
-            recorder.warm_up(self.passes)
+            passes = functools.partial(self.passes, self.add_gradients)
+            recorder.warm_up(passes)
             self.zero()
             try:
-                self.replay = recorder.record(self.passes)
+                self.replay = recorder.record(passes)
                 self.recorded[self._shape()] = self._tensors(), self.replay
             except RuntimeError as problem:
                 # As a run would: it goes on without, and the row says "graphed": false.
@@ -213,7 +217,7 @@ class Side:
         self.update()
         return loss
 
-    def passes(self) -> tuple[torch.Tensor]:
+    def passes(self, backward: Callable[[torch.Tensor], None] | None = None) -> tuple[torch.Tensor]:
         """Forward, loss, backward; the loss."""
         batch = self.batch
         context = {"inpaint_mask_B1T": batch["inpaint_mask"], "inpaint_latents_BDT": batch["latents"]}
@@ -232,7 +236,7 @@ class Side:
             )
         keep = self.keep if self.filled else torch.ones_like(batch["inpaint_mask"][:, 0], dtype=torch.bool)
         loss, _, _ = flow.masked_loss(velocity, batch["target"], keep, batch["inpaint_mask"])
-        loss.backward()
+        (backward or torch.Tensor.backward)(loss)
         return (loss.detach(),)
 
     def gradients(self) -> dict[str, torch.Tensor]:
@@ -243,6 +247,7 @@ class Side:
 def _ours(side: Side) -> tuple[Callable, Callable]:
     side.trained = adapters.adapter_parameters(side.base)
     flat = FlatAdapters(side.trained, LEARNING_RATE, WEIGHT_DECAY, scalars=0)
+    side.add_gradients = flat.add_gradients
     products = types.SimpleNamespace(
         adapter_products=ADAPTER_PRODUCTS, mixed_precision="bf16" if side.autocast else "no"
     )

@@ -12,19 +12,19 @@ from torch.utils.flop_counter import flop_registry, mm_flop, sdpa_backward_flop_
 from sa3dist.model.base import Base
 
 
-def _varlen_sizes(q_KHD: Tensor, k_JHD: Tensor, starts: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Queries and keys of clips of one length, as shapes (clips, heads, tokens, width)."""
+def _varlen_sizes(q_KPHD: Tensor, k_JPHD: Tensor, starts: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Queries and keys of clips of one length, as shapes (clips, heads of both members of a pair, tokens, width)."""
     clips = starts.numel() - 1
-    return tuple((clips, x.shape[1], x.shape[0] // clips, x.shape[2]) for x in (q_KHD, k_JHD))
+    return tuple((clips, x.shape[1] * x.shape[2], x.shape[0] // clips, x.shape[3]) for x in (q_KPHD, k_JPHD))
 
 
-def _varlen_flops(q_KHD, k_JHD, v_JHD, q_starts, k_starts, **_) -> int:
-    queries, keys = _varlen_sizes(q_KHD, k_JHD, q_starts)
+def _varlen_flops(q_KPHD, k_JPHD, v_JHD, q_starts, k_starts, **_) -> int:
+    queries, keys = _varlen_sizes(q_KPHD, k_JPHD, q_starts)
     return sdpa_flop_count(queries, keys, keys)
 
 
-def _varlen_backward_flops(grad_KHD, q_KHD, k_JHD, v_JHD, out_KHD, sums, q_starts, k_starts, **_) -> int:
-    queries, keys = _varlen_sizes(q_KHD, k_JHD, q_starts)
+def _varlen_backward_flops(grad_KPHD, q_KPHD, k_JPHD, v_JHD, out_KPHD, sums, q_starts, k_starts, **_) -> int:
+    queries, keys = _varlen_sizes(q_KPHD, k_JPHD, q_starts)
     return sdpa_backward_flop_count(queries, queries, keys, keys)
 
 
@@ -116,6 +116,8 @@ class Counter(TorchDispatchMode):
         # By storage: where it was made, and whether a compiled block would keep it.
         self._made: dict[int, tuple[int | None, bool]] = {}
         self._kept: dict[int, torch.UntypedStorage] = {}
+        # What products and attention gave: the compiler makes nothing of it again, so it keeps it for what follows.
+        self._products: dict[int, torch.UntypedStorage] = {}
         transformer = base.dit.transformer
         # The first module that each block calls, and the first one behind all blocks.
         first = [*(layer.pre_norm for layer in transformer.layers), transformer.project_out]
@@ -160,6 +162,8 @@ class Counter(TorchDispatchMode):
             flops = formula(*args, **(kwargs or {}), out_val=out)
             moved = sum(read.values()) + sum(written.values())
             (part.backward if self.backwards else part.forward).operations.append((flops, moved))
+            if self.compiled and not self.backwards:
+                self._products |= {x.untyped_storage()._cdata: x.untyped_storage() for x in tree_leaves(out)}
         return out
 
     def keep(self, tensor: Tensor) -> Tensor:
@@ -171,7 +175,10 @@ class Counter(TorchDispatchMode):
     def settle_kept(self, output: Tensor) -> None:
         """Add what was saved to the parts that made it; weights were made by none."""
         by_functions = _saved_by_functions(output) if self.compiled else set()
-        for key, storage in self._kept.items():
+        # A block of which nothing is saved lies ahead of the first adapted layer.
+        differentiated = {self._made.get(key, (None,))[0] for key in self._kept} - {None}
+        made = {key: storage for key, storage in self._products.items() if self._made[key][0] in differentiated}
+        for key, storage in (self._kept | made).items():
             block, lasting = self._made.get(key, (None, None))
             if lasting is not None and (lasting or block is None or not self.compiled or key in by_functions):
                 self.parts[block].kept_bytes += storage.nbytes()

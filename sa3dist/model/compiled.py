@@ -133,7 +133,7 @@ def compile_blocks(dit: DiT, backend, whole: bool = True) -> None:
         layout, (cos_ND, sin_ND, _) = shared.layout, shared.rotary
         any_length(h_GNE, axis=1)
         any_length(layout.owner_BK, axis=1)
-        for table in (cos_ND, sin_ND, layout.clip_K, layout.is_frame_K1, layout.start_S):
+        for table in (cos_ND, sin_ND, layout.clip_K, layout.is_frame_K1, layout.is_clips_K, layout.start_S):
             any_length(table, axis=0)
         if shared.local_GTC is not None and shared.local_GTC.shape[1] > 1:
             any_length(shared.local_GTC, axis=1)

@@ -174,6 +174,8 @@ class Filled:
         self.start_S = packing.start_S
         self.is_frame_K1 = (self.target_K < clips * frames)[:, None]
         self.owner_BK = torch.arange(clips, device=self.clip_K.device)[:, None] == self.clip_K
+        # Attention leaves anything where the filling is.
+        self.is_clips_K = torch.arange(self.clip_K.numel(), device=self.clip_K.device) < self.start_S[clips]
         # The filling is the last clip's as far as its context goes.
         self.context_start_B1 = torch.cat([self.start_S[:clips], self.start_S[-1:]])
 
@@ -209,23 +211,39 @@ class Filled:
         return h_1KE + torch.where(self.is_frame_K1, local_1KE, local_1KE.new_zeros(()))
 
     def attend_pairs(self, q_1KPHD: Tensor, k_1KPHD: Tensor, v_1K1HD: Tensor) -> Tensor:
-        return _one_by_one(q_1KPHD[0], k_1KPHD[0], v_1K1HD[0], self.start_S, self.start_S)
+        is_clips = self.is_clips_K[:, None, None, None]
+        q, k, v = (_GradientsOfClips.apply(x[0], is_clips) for x in (q_1KPHD, k_1KPHD, v_1K1HD))
+        out_KPHD = varlen_attention(q, k, v[:, 0], self.start_S, self.start_S)
+        return _difference(torch.where(is_clips, out_KPHD, out_KPHD.new_zeros(())))
 
     def attend_pairs_to_context(self, q_1KPHD: Tensor, k_BSPHD: Tensor, v_BS1HD: Tensor) -> Tensor:
         tokens = k_BSPHD.shape[1]
         last = self.clips * tokens
         starts = torch.arange(0, last + 1, tokens, device=self.start_S.device, dtype=torch.int32)
-        return _one_by_one(q_1KPHD[0], k_BSPHD.flatten(0, 1), v_BS1HD.flatten(0, 1), self.context_start_B1, starts)
+        k_JPHD, v_J1HD = k_BSPHD.flatten(0, 1), v_BS1HD.flatten(0, 1)
+        return _difference(varlen_attention(q_1KPHD[0], k_JPHD, v_J1HD[:, 0], self.context_start_B1, starts))
 
 
-def _one_by_one(q_KPHD: Tensor, k_JPHD: Tensor, v_J1HD: Tensor, q_start_S1: Tensor, k_start_S1: Tensor) -> Tensor:
-    """A call for each member of a pair, so that no values are copied for the second; (1, K, H * D)."""
-    outputs = [
-        varlen_attention(q_KPHD[:, pair], k_JPHD[:, pair], v_J1HD[:, 0], q_start_S1, k_start_S1)
-        for pair in range(q_KPHD.shape[1])
-    ]
-    out_KHD = outputs[0] if len(outputs) == 1 else outputs[0] - outputs[1]
+def _difference(out_KPHD: Tensor) -> Tensor:
+    """Of a differential pair the first member's attention less the second's; (1, K, H * D)."""
+    first_KHD, *second = out_KPHD.unbind(1)
+    out_KHD = first_KHD - second[0] if second else first_KHD
     return out_KHD.flatten(1)[None]
+
+
+class _GradientsOfClips(torch.autograd.Function):
+    """The values as they are; of their gradients only those of the clips' tokens, zeros for the filling's."""
+
+    @staticmethod
+    def forward(ctx, x_KPHD, is_clips_K111):
+        ctx.save_for_backward(is_clips_K111)
+        return x_KPHD.view_as(x_KPHD)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_KPHD):
+        (is_clips_K111,) = ctx.saved_tensors
+        return torch.where(is_clips_K111, grad_KPHD, grad_KPHD.new_zeros(())), None
 
 
 def _takes_unequal_lengths(q: Tensor) -> bool:

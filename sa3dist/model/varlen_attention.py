@@ -1,11 +1,11 @@
 """Attention over clips of unequal length in one list of tokens, as one operator that is opaque to torch.compile.
 
 Where clips begin is read on the device, so one recorded or compiled program serves all lengths. On CUDA in 16 bit it
-is torch's flash attention or, for one clip alone, cuDNN's: on an H100 that takes two thirds of the time (a call of 24
-heads over 4155 tokens, forward and backward: 0.99 ms against 1.51), but a bias that keeps a clip apart from its filling
-makes it the slower one (1.9 ms).
+is cuDNN's for one clip, alone or with a filling behind it, and torch's flash attention for several. Both members of a
+differential pair are one call: at 30 s one of them alone would leave a third of an H100 idle. They share their values.
+Milliseconds of such a call there, forward and backward, 4155 tokens, of them 455 filling: cuDNN 1.56, flash 2.35.
 
-Legend: K query tokens, J key tokens of all clips, H heads, D head width, S clips.
+Legend: K query tokens, J key tokens of all clips, P members of a pair (1 or 2), H heads, D head width, S clips.
 """
 
 from __future__ import annotations
@@ -15,66 +15,78 @@ import functools
 import torch
 from torch import Tensor
 
+from sa3dist.model.padded_attention import padded_attention
+
 
 @torch.library.custom_op("sa3dist::varlen_attention", mutates_args=())
 def _varlen_attention(
-    q_KHD: Tensor, k_JHD: Tensor, v_JHD: Tensor, q_start_S1: Tensor, k_start_S1: Tensor
+    q_KPHD: Tensor, k_JPHD: Tensor, v_JHD: Tensor, q_start_S1: Tensor, k_start_S1: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Output (K, H, D) and the log of the softmax' sums (H, K), float32."""
-    if not _has_kernel(q_KHD):
-        q, k, v = (_heads_first(x) for x in (q_KHD, k_JHD, v_JHD))
+    """Output (K, P, H, D) and the log of the softmax' sums (P, H, K), float32. A filling's may be anything."""
+    K, P, H, D = q_KPHD.shape
+    v_JPHD = v_JHD[:, None].expand(-1, P, -1, -1)
+    q, k, v = (_heads_first(x) for x in (q_KPHD, k_JPHD, v_JPHD))
+    if not _has_kernel(q_KPHD):
         scores = _scores(q, k, q_start_S1, k_start_S1)
         out = _tokens_first(torch.softmax(scores, -1).to(v.dtype) @ v)
-        return out.contiguous(), scores.logsumexp(-1)[0].contiguous()
-    if _one_clip(q_start_S1, k_start_S1):
-        q, k, v = (_heads_first(x) for x in (q_KHD, k_JHD, v_JHD))
+        return out.contiguous(), scores.logsumexp(-1).contiguous()
+    if _clips(q_start_S1) == 1:
         out, sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False)
-        return _tokens_first(out).contiguous(), sums.reshape(q_KHD.shape[1], -1).contiguous()
-    lengths = q_KHD.shape[0], k_JHD.shape[0]
+        return _tokens_first(out).contiguous(), sums.reshape(P, H, K).contiguous()
+    if padded := _padded(q, k, v, q_start_S1, k_start_S1):
+        out, sums = padded.forward(q, k, v, _length(q_start_S1))
+        return _tokens_first(out), sums.reshape(P, H, K)
+    flat = [x.flatten(1, 2) for x in (q_KPHD, k_JPHD, v_JPHD)]
     out, sums, *_ = torch.ops.aten._flash_attention_forward(
-        q_KHD, k_JHD, v_JHD, q_start_S1, k_start_S1, *lengths, 0.0, False, return_debug_mask=False
+        *flat, q_start_S1, k_start_S1, K, len(k_JPHD), 0.0, False, return_debug_mask=False
     )
-    return out.contiguous(), sums.contiguous()
+    return out.reshape(K, P, H, D), sums.reshape(P, H, K).contiguous()
 
 
 @_varlen_attention.register_fake
-def _(q_KHD, k_JHD, v_JHD, q_start_S1, k_start_S1):
-    tokens, heads, width = q_KHD.shape
-    return q_KHD.new_empty(tokens, heads, width), q_KHD.new_empty(heads, tokens, dtype=torch.float32)
+def _(q_KPHD, k_JPHD, v_JHD, q_start_S1, k_start_S1):
+    K, P, H, D = q_KPHD.shape
+    return q_KPHD.new_empty(K, P, H, D), q_KPHD.new_empty(P, H, K, dtype=torch.float32)
 
 
 @torch.library.custom_op("sa3dist::varlen_attention_backward", mutates_args=())
 def _varlen_attention_backward(
-    grad_KHD: Tensor,
-    q_KHD: Tensor,
-    k_JHD: Tensor,
+    grad_KPHD: Tensor,
+    q_KPHD: Tensor,
+    k_JPHD: Tensor,
     v_JHD: Tensor,
-    out_KHD: Tensor,
-    sums_HK: Tensor,
+    out_KPHD: Tensor,
+    sums_PHK: Tensor,
     q_start_S1: Tensor,
     k_start_S1: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _has_kernel(q_KHD):
-        return _math_backward(grad_KHD, q_KHD, k_JHD, v_JHD, out_KHD, sums_HK, q_start_S1, k_start_S1)
+    """Gradients of queries, keys, and of the values as each member of the pair sees them, (J, P, H, D)."""
+    starts, lengths, P = (q_start_S1, k_start_S1), (len(q_KPHD), len(k_JPHD)), q_KPHD.shape[1]
+    v_JPHD = v_JHD[:, None].expand(-1, P, -1, -1)
+    if not _has_kernel(q_KPHD):
+        return _math_backward(grad_KPHD, q_KPHD, k_JPHD, v_JPHD, out_KPHD, sums_PHK, *starts)
+    grad, q, k, v, out = (_heads_first(x) for x in (grad_KPHD.contiguous(), q_KPHD, k_JPHD, v_JPHD, out_KPHD))
     # No dropout: nothing of a generator's state is read.
-    if _one_clip(q_start_S1, k_start_S1):
-        given = [_heads_first(x) for x in (grad_KHD, q_KHD, k_JHD, v_JHD, out_KHD)]
-        state, lengths = _no_state(q_KHD.device, torch.int64), (q_KHD.shape[0], k_JHD.shape[0])
+    if _clips(q_start_S1) == 1:
+        state, sums = _no_state(q.device, torch.int64), sums_PHK[..., None]
         found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            *given, sums_HK[None, ..., None], state, state, None, None, None, *lengths, 0.0, False
+            grad, q, k, v, out, sums, state, state, None, None, None, *lengths, 0.0, False
         )
         return tuple(_tokens_first(value).contiguous() for value in found)
-    starts, lengths = (q_start_S1, k_start_S1), (q_KHD.shape[0], k_JHD.shape[0])
-    state = _no_state(q_KHD.device, torch.uint64)
+    if padded := _padded(q, k, v, *starts):
+        found = padded.backward(grad, q, k, v, out, sums_PHK[..., None], _length(q_start_S1))
+        return tuple(_tokens_first(value) for value in found)
+    given = [x.flatten(1, 2) for x in (grad_KPHD.contiguous(), q_KPHD, k_JPHD, v_JPHD, out_KPHD)]
+    state = _no_state(q.device, torch.uint64)
     found = torch.ops.aten._flash_attention_backward(
-        grad_KHD.contiguous(), q_KHD, k_JHD, v_JHD, out_KHD, sums_HK, *starts, *lengths, 0.0, False, state, state
+        *given, sums_PHK.flatten(0, 1), *starts, *lengths, 0.0, False, state, state
     )
-    return tuple(value.contiguous() for value in found)
+    return tuple(value.unflatten(1, (P, -1)).contiguous() for value in found)
 
 
 @_varlen_attention_backward.register_fake
-def _(grad_KHD, q_KHD, k_JHD, v_JHD, out_KHD, sums_HK, q_start_S1, k_start_S1):
-    return tuple(x.new_empty(x.shape) for x in (q_KHD, k_JHD, v_JHD))
+def _(grad_KPHD, q_KPHD, k_JPHD, v_JHD, out_KPHD, sums_PHK, q_start_S1, k_start_S1):
+    return tuple(x.new_empty(x.shape) for x in (q_KPHD, k_JPHD, k_JPHD))
 
 
 def _setup(ctx, inputs, output):
@@ -82,25 +94,41 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, *output, q_start, k_start)
 
 
-def _backward(ctx, grad_KHD, _):
+def _backward(ctx, grad_KPHD, _):
     q, k, v, out, sums, q_start, k_start = ctx.saved_tensors
-    return *_varlen_attention_backward(grad_KHD, q, k, v, out, sums, q_start, k_start), None, None
+    found = _varlen_attention_backward(grad_KPHD, q, k, v, out, sums, q_start, k_start)
+    # Outside the operation, so that the compiler adds where it needs the sum.
+    grad_q, grad_k, (grad_v, *second) = found[0], found[1], found[2].unbind(1)
+    return grad_q, grad_k, grad_v + second[0] if second else grad_v, None, None
 
 
 _varlen_attention.register_autograd(_backward, setup_context=_setup)
 
 
-def varlen_attention(q_KHD: Tensor, k_JHD: Tensor, v_JHD: Tensor, q_start_S1: Tensor, k_start_S1: Tensor) -> Tensor:
-    """Attention of every clip's queries to its own keys, (K, H, D); scale 1 / sqrt(D).
+def varlen_attention(q_KPHD: Tensor, k_JPHD: Tensor, v_JHD: Tensor, q_start_S1: Tensor, k_start_S1: Tensor) -> Tensor:
+    """Attention of every clip's queries to its own keys, of each member of a pair, (K, P, H, D); scale 1 / sqrt(D).
 
+    v_JHD                    the values that the members share
     q_start_S1, k_start_S1   int32, on the device: where each clip's queries and keys begin, and where the last ends.
-                             A clip may be empty on both sides.
+                             A clip may be empty on both sides. Of two clips the second is a filling: its output and
+                             what comes back for it may be anything, NaN included
     """
-    return _varlen_attention(q_KHD, k_JHD, v_JHD, q_start_S1, k_start_S1)[0]
+    return _varlen_attention(q_KPHD, k_JPHD, v_JHD, q_start_S1, k_start_S1)[0]
 
 
-def _one_clip(q_start_S1: Tensor, k_start_S1: Tensor) -> bool:
-    return q_start_S1.numel() == k_start_S1.numel() == 2
+def _clips(start_S1: Tensor) -> int:
+    """Clips in the list, a filling included."""
+    return start_S1.numel() - 1
+
+
+def _padded(q, k, v, q_start_S1: Tensor, k_start_S1: Tensor):
+    """cuDNN's kernels for one clip and the filling behind it; None for others, and where they cannot be had."""
+    own = q_start_S1 is k_start_S1 or q_start_S1.data_ptr() == k_start_S1.data_ptr()
+    return padded_attention(q, k, v) if own and _clips(q_start_S1) == 2 else None
+
+
+def _length(start_S1: Tensor) -> Tensor:
+    return start_S1[1:2]
 
 
 def _has_kernel(q: Tensor) -> bool:
@@ -112,12 +140,12 @@ def _no_state(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.zeros(2 if dtype == torch.uint64 else (), dtype=dtype, device=device)
 
 
-def _heads_first(x_KHD: Tensor) -> Tensor:
-    return x_KHD.transpose(0, 1)[None]
+def _heads_first(x_KPHD: Tensor) -> Tensor:
+    return x_KPHD.permute(1, 2, 0, 3)
 
 
-def _tokens_first(x_1HKD: Tensor) -> Tensor:
-    return x_1HKD[0].transpose(0, 1)
+def _tokens_first(x_PHKD: Tensor) -> Tensor:
+    return x_PHKD.permute(2, 0, 1, 3)
 
 
 def _owners(start_S1: Tensor, tokens: int) -> Tensor:
@@ -125,18 +153,18 @@ def _owners(start_S1: Tensor, tokens: int) -> Tensor:
     return torch.searchsorted(start_S1, places, right=True)
 
 
-def _scores(q_1HKD: Tensor, k_1HJD: Tensor, q_start_S1: Tensor, k_start_S1: Tensor) -> Tensor:
-    """Scaled scores (1, H, K, J) in float32 or wider, -inf where query and key are of different clips."""
-    wide = torch.promote_types(q_1HKD.dtype, torch.float32)
-    owner_K, owner_J = _owners(q_start_S1, q_1HKD.shape[2]), _owners(k_start_S1, k_1HJD.shape[2])
-    scores = q_1HKD.to(wide) @ k_1HJD.to(wide).transpose(-1, -2) * q_1HKD.shape[-1] ** -0.5
+def _scores(q_PHKD: Tensor, k_PHJD: Tensor, q_start_S1: Tensor, k_start_S1: Tensor) -> Tensor:
+    """Scaled scores (P, H, K, J) in float32 or wider, -inf where query and key are of different clips."""
+    wide = torch.promote_types(q_PHKD.dtype, torch.float32)
+    owner_K, owner_J = _owners(q_start_S1, q_PHKD.shape[2]), _owners(k_start_S1, k_PHJD.shape[2])
+    scores = q_PHKD.to(wide) @ k_PHJD.to(wide).transpose(-1, -2) * q_PHKD.shape[-1] ** -0.5
     return scores.masked_fill(owner_K[:, None] != owner_J, float("-inf"))
 
 
 def _math_backward(grad, q, k, v, out, sums, q_start, k_start):
     wide = torch.promote_types(q.dtype, torch.float32)
     grad_, q_, k_, v_, out_ = (_heads_first(x).to(wide) for x in (grad, q, k, v, out))
-    weights = torch.exp(_scores(q_, k_, q_start, k_start) - sums[None, ..., None])
+    weights = torch.exp(_scores(q_, k_, q_start, k_start) - sums[..., None])
     through = grad_ @ v_.transpose(-1, -2) - (grad_ * out_).sum(-1, keepdim=True)
     score_grad = weights * through * q.shape[-1] ** -0.5
     found = score_grad @ k_, score_grad.transpose(-1, -2) @ q_, weights.transpose(-1, -2) @ grad_

@@ -49,6 +49,7 @@ class FlatEngine:
         self.flat = FlatAdapters(ordered, settings.learning_rate, settings.weight_decay, scalars)
         self.scalars, self.gradient = self.flat.scalars, self.flat.gradient
         self.moments, self.restore = self.flat.moments, self.flat.restore
+        self.add_gradients = self.flat.add_gradients
         self.formed = keep_formed(base, self.flat, settings, group.device)
         self.reduction = GradientReduction(self.flat, group, settings.gradient_compression)
         self.group = group

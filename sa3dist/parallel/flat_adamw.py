@@ -73,6 +73,12 @@ class FlatAdapters:
     def zero(self) -> None:
         self._reduced.zero_()
 
+    def add_gradients(self, loss: torch.Tensor) -> None:
+        """A backward pass that adds to the gradient in a few launches: autograd adds each leaf's on its own."""
+        found = torch.autograd.grad(loss, self.leaves, allow_unused=True)
+        pairs = [(leaf.grad, value) for leaf, value in zip(self.leaves, found, strict=True) if value is not None]
+        torch._foreach_add_([gradient for gradient, _ in pairs], [value for _, value in pairs])
+
     def scalars_and_gradient(self, count: int) -> torch.Tensor:
         """One span that holds the scalars and the first ``count`` elements of the gradient."""
         return self._reduced[: self.scalars.numel() + count]

@@ -19,6 +19,7 @@ from sa3dist.training.cuda_graphs import Recorder, wants_graphs
 from sa3dist.training.shape_ladder import ShapeLadder
 
 if TYPE_CHECKING:
+    from sa3dist.model.base import Base
     from sa3dist.settings import Settings
     from sa3dist.training.trainer import Trainer
 
@@ -48,14 +49,21 @@ def choose_acceleration(trainer: Trainer, settings: Settings, frames: int) -> No
         trainer.ladder = ShapeLadder(frames, base.dit.transformer.memory)
     if compiled:
         if whole_blocks:
-            compile_blocks(base.dit, "inductor", whole=settings.compile == "on")
+            compile_whole_blocks(base, settings)
         else:
             compile_elementwise(base.dit)
-        if settings.compile == "auto":
-            fall_back_on_failure()
+            if settings.compile == "auto":
+                fall_back_on_failure()
     # A graph holds no collectives.
     if not trainer.engine.collectives_in_forward and wants_graphs(settings.cuda_graphs, group.device, plan.steps):
         trainer.record_graphs(Recorder(group.device, largest.bytes(base.recomputed_blocks)))
+
+
+def compile_whole_blocks(base: Base, settings: Settings, backend="inductor") -> None:
+    """backend: of torch.compile. What this process sets for its compiler is part of what a program is found by."""
+    compile_blocks(base.dit, backend, whole=settings.compile == "on")
+    if settings.compile == "auto":
+        fall_back_on_failure()
 
 
 def make_deterministic() -> None:

@@ -20,6 +20,7 @@ from sa3dist.model.loading import load_base
 from sa3dist.progress import progress
 from sa3dist.runtime.process_group import Group, main_process_first, run_on_all_ranks
 from sa3dist.runtime.signals import StopRequest
+from sa3dist.training.compile_ahead import CompilingAhead
 from sa3dist.training.startup_times import Startup, imported_beside, keep_kernels_in
 
 if TYPE_CHECKING:
@@ -29,6 +30,22 @@ if TYPE_CHECKING:
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+def begin_compiling(settings: Settings, group: Group) -> CompilingAhead:
+    """Begin to make what a GPU will run; before anything else."""
+    _keep_caches(settings, group)
+    return CompilingAhead(settings, group, DTYPES[settings.base_precision])
+
+
+def _keep_caches(settings: Settings, group: Group) -> bool:
+    """Say where compilers keep what they make, before they make any; whether this run compiles."""
+    if group.device.type == "cuda":
+        keep_kernels_in(settings.work_dir.resolve() / "kernels")
+    compiles = wants_compile(settings.compile, group.device, settings.number_of_steps, settings.deterministic)
+    if compiles:
+        keep_compiled_in(settings.work_dir.resolve() / "compiled")
+    return compiles
+
+
 def open_base(settings: Settings, group: Group, stop: StopRequest, startup: Startup) -> tuple[Base, str | None]:
     """The base with its adapters, and the digest of the file they were started from (None for fresh ones).
 
@@ -36,12 +53,7 @@ def open_base(settings: Settings, group: Group, stop: StopRequest, startup: Star
     told to compile without a compiler.
     """
     on_gpu = group.device.type == "cuda"
-    # Before the first kernel is compiled.
-    if on_gpu:
-        keep_kernels_in(settings.work_dir.resolve() / "kernels")
-    compiles = wants_compile(settings.compile, group.device, settings.number_of_steps, settings.deterministic)
-    if compiles:
-        keep_compiled_in(settings.work_dir.resolve() / "compiled")
+    compiles = _keep_caches(settings, group)
     startup.begin("load_base")
     # AdamW imports the first; both together take four seconds, for which reading the base leaves time.
     with imported_beside("torch._dynamo", *(["torch._inductor.compile_fx"] if compiles and on_gpu else [])):

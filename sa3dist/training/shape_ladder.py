@@ -36,8 +36,6 @@ class ShapeLadder:
     def __init__(self, frames: int, memory: int) -> None:
         """frames: of the run's longest crop; memory: tokens ahead of every clip's frames."""
         self.frames, self.memory = frames, memory
-        # Prompts are brought to the longest seen: their length would multiply the shapes.
-        self._prompt_positions = 0
 
     def __call__(self, batch: MicroBatch) -> MicroBatch:
         """The micro batch with all its tensors of a rung's shape, on the device where it was."""
@@ -51,8 +49,9 @@ class ShapeLadder:
         packing = FilledPacking.of(lengths, self.memory, self.frames, filled)
         if device.type == "cuda":
             packing = packing.pin_memory().to(device, non_blocking=True)
-        self._prompt_positions = max(self._prompt_positions, batch.hidden_BLH.shape[1])
-        short = self._prompt_positions - batch.hidden_BLH.shape[1]
+        # Prompts are written out whole: every length of theirs would be a program of its own.
+        positions = batch.hidden_BLH.shape[1]
+        short = (batch.prompt_length or positions) - positions
         keep_BT = batch.keep_BT
         if keep_BT is None:
             keep_BT = batch.noised_BDT.new_ones(clips, frames, dtype=bool)

@@ -180,14 +180,17 @@ class Trainer:
 
     def _pass(self, batch: MicroBatch, last: bool) -> tuple[torch.Tensor, ...]:
         """Forward and backward pass of one micro batch: adds its gradients, returns its ``LOSSES`` and ``BY_TIME``."""
+        return self._both_ways(batch, functools.partial(self.engine.backward, last=last))
+
+    def _both_ways(self, batch: MicroBatch, backward: Callable[[torch.Tensor], None]) -> tuple[torch.Tensor, ...]:
         losses = self.engine.losses(batch)
-        self.engine.backward(losses["loss"] / self.plan.accumulation, last)
+        backward(losses["loss"] / self.plan.accumulation)
         return tuple(losses[name].detach() for name in (*LOSSES, *BY_TIME))
 
     def _recordable_pass(self, batch: MicroBatch) -> tuple[torch.Tensor, ...]:
         """The same for a graph, which cannot know what other micro batches have found, nor send anything away."""
         with uncached_norms(self.layers):
-            return self._pass(batch, last=False)
+            return self._both_ways(batch, self.engine.add_gradients)
 
     def _average(self, stop: StopRequest, failed: bool) -> tuple[dict[str, float], float]:
         """Average the gradients over the ranks; returns what was summed with them, and the mean gradient's norm."""

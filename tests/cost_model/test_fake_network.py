@@ -193,23 +193,27 @@ def test_recomputing_keeps_a_blocks_input_and_the_values_of_one():
 
 
 @functools.cache
-def planned(frames: int, recomputing: bool):
+def planned(frames: int, adapter_type: str, recomputing: bool):
     """The measured runs of gpu_step.json, as planned: micro batches without given context, as was measured."""
     made = {"audio_data_url": "x", "model": "medium-base", "batch_size": 1, "duration": frames * 4096 / 44100}
+    made |= {"adapter_type": adapter_type}
     settings = build({**made, "gradient_checkpointing": "on" if recomputing else "off"})
     job = dataclasses.replace(Job.of(settings, parse_model_config(released_config("medium-base"), "m")), frames=frames)
     return plan_memory(job, GPUS["H100"], given_context=False)
 
 
 @pytest.mark.parametrize(
-    "row", json.loads((RESULTS / "gpu_step.json").read_text())["rows"], ids=lambda row: row["frames"]
+    "row",
+    json.loads((RESULTS / "gpu_step.json").read_text())["rows"],
+    ids=lambda row: f"{row['adapter_type']}-{row['frames']}",
 )
 def test_predicted_peaks_are_within_a_tenth_of_those_measured_on_a_gpu(row):
-    assert (row["shape"], row["adapter_type"], row["rank"], row["batch"]) == ("medium-base", "dora-rows", 16, 1)
+    assert (row["shape"], row["rank"], row["batch"]) == ("medium-base", 16, 1)
     for figure, recomputing in (("total_bytes", False), ("recomputing_total_bytes", True)):
-        found = planned(row["frames"], recomputing)
-        # The allocator does not count the context.
-        assert found.peak_bytes - found.bytes["context"] == pytest.approx(row[figure], rel=0.1)
+        if figure in row:
+            found = planned(row["frames"], row["adapter_type"], recomputing)
+            # The allocator does not count the context.
+            assert found.peak_bytes - found.bytes["context"] == pytest.approx(row[figure], rel=0.1)
 
 
 def test_a_compiled_block_keeps_what_products_and_attention_read_and_write():

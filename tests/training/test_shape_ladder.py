@@ -94,18 +94,15 @@ def test_a_filled_micro_batch_has_its_own_losses_and_gradients(tiny_base, name, 
 
 
 @pytest.mark.parametrize("tiny_name", ["tiny-sa3"])
-def test_prompts_are_brought_to_the_longest_seen_and_say_the_same(tiny_base):
-    base, whole = adapted(tiny_base, "dora-rows"), micro_batches()["whole clips"]
-    positions = whole.hidden_BLH.shape[1]
-    whole = dataclasses.replace(whole, prompt_length=positions + 4)
+def test_prompts_are_written_out_whole_and_say_the_same(tiny_base):
+    base, batch = adapted(tiny_base, "dora-rows"), micro_batches()["whole clips"]
     # The last position is padding in every clip and stands for all that follow.
     mask_BL = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-    short = dataclasses.replace(whole, hidden_BLH=whole.hidden_BLH[:, :3], prompt_mask_BL=mask_BL)
-    ladder = ShapeLadder(whole.noised_BDT.shape[2], base.dit.transformer.memory)
-    assert ladder(short).hidden_BLH.shape[1] == 3
-    assert ladder(whole).hidden_BLH.shape[1] == positions > 3
-    shaped = ladder(short)
-    assert shaped.hidden_BLH.shape[1] == positions
+    short = dataclasses.replace(
+        batch, hidden_BLH=batch.hidden_BLH[:, :3], prompt_mask_BL=mask_BL, prompt_length=batch.hidden_BLH.shape[1] + 4
+    )
+    shaped = ShapeLadder(batch.noised_BDT.shape[2], base.dit.transformer.memory)(short)
+    assert shaped.hidden_BLH.shape[1] == shaped.prompt_mask_BL.shape[1] == short.prompt_length
     assert_same(losses_and_gradients(base, shaped), losses_and_gradients(base, short))
 
 

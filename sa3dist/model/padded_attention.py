@@ -1,0 +1,152 @@
+"""Attention of one clip that does not fill its list of tokens, by cuDNN: it stops where the clip ends.
+
+The length is read on the device. Torch's own way to cuDNN has no such call, so this goes through NVIDIA's Python
+package. Graphs are built once for each number of tokens.
+
+Legend: B batch (members of a differential pair), H heads, K tokens, D head width.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+Layout = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+class PaddedAttention:
+    """Forward and backward pass for one layout of queries, keys and values.
+
+    Whatever the tensors hold behind the clip's end is not read, and what is given back there is not defined.
+    """
+
+    def __init__(self, q: Layout, k: Layout, v: Layout, dtype: torch.dtype, device: torch.device) -> None:
+        """q, k, v: shape and strides of (B, H, K, D) each. Raises what cuDNN raises where it has no such kernel."""
+        batch, heads, tokens, width = q[0]
+        # As the network has them: token after token.
+        self._made: Layout = q[0], (heads * width, width, batch * heads * width, 1)
+        self._sums: Layout = (batch, heads, tokens, 1), (heads * tokens, tokens, 1, 1)
+        self._dtype, self._device = dtype, device
+        given = {"q": q, "k": k, "v": v}
+        options = {"attn_scale": width**-0.5, "use_padding_mask": True}
+
+        def forward(graph, inputs) -> dict[str, tuple[Any, Layout]]:
+            out, sums = graph.sdpa(**inputs, **options, generate_stats=True)
+            return {"out": (out, self._made), "sums": (sums, self._sums)}
+
+        def backward(graph, inputs) -> dict[str, tuple[Any, Layout]]:
+            inputs = {{"out": "o", "grad": "dO", "sums": "stats"}.get(name, name): x for name, x in inputs.items()}
+            exact = torch.are_deterministic_algorithms_enabled()
+            found = graph.sdpa_backward(**inputs, **options, use_deterministic_algorithm=exact)
+            return {name: (made, self._made) for name, made in zip(("dq", "dk", "dv"), found, strict=True)}
+
+        self._forward = _Graph(given, forward, self._make, dtype, device)
+        back = {"out": self._made, "grad": self._made, "sums": self._sums}
+        self._backward = _Graph(given | back, backward, self._make, dtype, device)
+
+    def _make(self, name: str, layout: Layout) -> Tensor:
+        dtype = torch.float32 if name == "sums" else self._dtype
+        return torch.empty_strided(*layout, dtype=dtype, device=self._device)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, length_1: Tensor) -> tuple[Tensor, Tensor]:
+        """Output (B, H, K, D), and the logs of the softmax' sums (B, H, K, 1), float32.
+
+        length_1   int32, on the device: how many tokens are the clip's
+        """
+        made = self._forward(length_1, q=q, k=k, v=v)
+        return made["out"], made["sums"]
+
+    def backward(self, grad, q, k, v, out, sums, length_1) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v."""
+        made = self._backward(length_1, q=q, k=k, v=v, out=out, grad=grad, sums=sums)
+        return made["dq"], made["dk"], made["dv"]
+
+
+class _Graph:
+    """One of cuDNN's graphs, ready to run on tensors of the layouts it was built for."""
+
+    def __init__(self, given: dict[str, Layout], operation: Callable, make: Callable, dtype, device) -> None:
+        import cudnn
+
+        kinds = cudnn.data_type
+        half = {torch.bfloat16: kinds.BFLOAT16, torch.float16: kinds.HALF}[dtype]
+        self._handle, self._make, self._device = _handle(device), make, device
+        graph = cudnn.pygraph(
+            io_data_type=half,
+            intermediate_data_type=kinds.FLOAT,
+            compute_data_type=kinds.FLOAT,
+            handle=self._handle,
+        )
+        self._given = {
+            name: graph.tensor(
+                name=name, dim=list(shape), stride=list(strides), data_type=kinds.FLOAT if name == "sums" else half
+            )
+            for name, (shape, strides) in given.items()
+        }
+        self._batch = given["q"][0][0]
+        self._length = graph.tensor(
+            name="length", dim=[self._batch, 1, 1, 1], stride=[1, 1, 1, 1], data_type=kinds.INT32
+        )
+        lengths = {"seq_len_q": self._length, "seq_len_kv": self._length}
+        self._made = operation(graph, {**self._given, **lengths})
+        for name, (made, (shape, strides)) in self._made.items():
+            made.set_output(True).set_dim(list(shape)).set_stride(list(strides))
+            if name == "sums":
+                made.set_data_type(kinds.FLOAT)
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        graph.check_support()
+        graph.build_plans()
+        self._graph, self._workspace = graph, graph.get_workspace_size()
+
+    def __call__(self, length_1: Tensor, **given: Tensor) -> dict[str, Tensor]:
+        import cudnn
+
+        cudnn.set_stream(handle=self._handle, stream=torch.cuda.current_stream(self._device).cuda_stream)
+        made = {name: self._make(name, layout) for name, (_, layout) in self._made.items()}
+        tensors = {self._given[name]: value for name, value in given.items()}
+        tensors |= {self._made[name][0]: value for name, value in made.items()}
+        tensors[self._length] = length_1.repeat(self._batch)
+        workspace = torch.empty(max(1, self._workspace), dtype=torch.uint8, device=self._device)
+        self._graph.execute(tensors, workspace, handle=self._handle)
+        return made
+
+
+def padded_attention(q: Tensor, k: Tensor, v: Tensor) -> PaddedAttention | None:
+    """The kernels for tensors laid out like these, (B, H, K, D) in 16 bits on CUDA; None where they cannot be had."""
+    return _built(*((tuple(x.shape), x.stride()) for x in (q, k, v)), q.dtype, q.device)
+
+
+@functools.cache
+def _built(q: Layout, k: Layout, v: Layout, dtype: torch.dtype, device: torch.device) -> PaddedAttention | None:
+    if importlib.util.find_spec("cudnn") is None:
+        _say("the package nvidia-cudnn-frontend is not installed")
+        return None
+    try:
+        return PaddedAttention(q, k, v, dtype, device)
+    except Exception as problem:
+        # Whatever cuDNN says: torch's flash attention takes any layout.
+        _say(str(problem).partition("\n")[0])
+        return None
+
+
+@functools.cache
+def _say(why: str) -> None:
+    log.info("clips that do not fill their list of tokens take flash attention, which is slower than cuDNN's: %s", why)
+
+
+@functools.cache
+def _handle(device: torch.device) -> int:
+    import cudnn
+
+    with torch.cuda.device(device):
+        return cudnn.create_handle()

@@ -1,0 +1,195 @@
+"""A GPU run's programs and kernels, compiled by other processes while the base is loaded and clips are encoded.
+
+Each takes a few passes of a base of random weights with two blocks: all blocks run the same programs. What it compiles
+lies in the caches of ``work_dir``, where the run finds it instead of compiling it at its first step. Micro batches with
+and without given context have a program each, and a process each: in turn they take twice as long as what they hide in.
+
+    python -m sa3dist.training.compile_ahead context|none < settings, pickled
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import functools
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import torch
+
+from sa3dist.adapters import adapter_parameters, attach_adapter
+from sa3dist.data.batches.micro_batch import Sample, SampleSettings, collate
+from sa3dist.errors import SA3DistError
+from sa3dist.flow.crops import crop_frames
+from sa3dist.formats import digest_of
+from sa3dist.model.base import Base
+from sa3dist.model.compiled import wants_compile
+from sa3dist.model.loading import known_config
+from sa3dist.model.random_weights import RandomWeights
+from sa3dist.parallel.ddp import FlatEngine
+from sa3dist.runtime.process_group import Group
+from sa3dist.training.acceleration import compile_whole_blocks
+from sa3dist.training.loss import micro_batch_loss
+from sa3dist.training.shape_ladder import ShapeLadder
+
+if TYPE_CHECKING:
+    from sa3dist.model.config import ModelConfig
+    from sa3dist.runtime.signals import StopRequest
+    from sa3dist.settings import Settings
+
+log = logging.getLogger(__name__)
+
+BLOCKS = 2
+# Kernels are of one kind for few tokens and of another for many.
+SHORT_FRAMES = 128
+# What the programs depend on beside the model. How many blocks are recomputed changes none.
+FIELDS = (
+    "adapter_type", "rank", "alpha", "include", "exclude", "base_precision", "mixed_precision", "adapter_products",
+    "batch_size", "duration", "compile",
+)  # fmt: skip
+# What is compiled: for micro batches with and without given context.
+PROGRAMS = {"context": True, "none": False}
+# No start waits longer than this for what it would otherwise compile itself.
+PATIENCE_SECONDS = 30.0
+POLL_SECONDS = 0.1
+
+
+class CompilingAhead:
+    """The processes, where this run has some."""
+
+    def __init__(self, settings: Settings, group: Group, dtype: torch.dtype) -> None:
+        """To be made before the base is loaded, once the caches have their places. Raises nothing for what fails.
+
+        dtype   of the base's weights
+        """
+        self._processes: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
+        device = group.device
+        compiles = wants_compile(settings.compile, device, settings.number_of_steps, settings.deterministic)
+        if not compiles or device.type != "cuda" or group.deepspeed is not None or not group.is_main:
+            return
+        if settings.adapter_products == "factored":
+            return
+        for program in PROGRAMS:
+            if not _mark(settings, device, program).exists():
+                self._start(program, pickle.dumps((settings, device, dtype)))
+
+    def _start(self, program: str, given: bytes) -> None:
+        # A file: a pipe that nobody reads would fill up and stop it.
+        errors = tempfile.TemporaryFile()  # noqa: SIM115
+        with tempfile.TemporaryFile() as file:
+            file.write(given)
+            file.seek(0)
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", __name__, program], stdin=file, stdout=subprocess.DEVNULL, stderr=errors
+                )
+            except OSError as failure:
+                log.info("nothing is compiled ahead: %s", failure)
+                return
+        atexit.register(process.kill)
+        self._processes.append((process, errors))
+
+    def wait(self, stop: StopRequest) -> None:
+        """Return when all have ended and their memory on the device is free. Raises Interrupted when asked to stop."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        for process, errors in self._processes:
+            while process.poll() is None:
+                stop.raise_if_requested("compiling")
+                if time.monotonic() > deadline:
+                    process.kill()
+                    errors.write(f"not done {PATIENCE_SECONDS:g} s after the run needed it".encode())
+                time.sleep(POLL_SECONDS)
+            atexit.unregister(process.kill)
+            if process.returncode:
+                errors.seek(0)
+                said = errors.read().decode(errors="replace").strip().splitlines()
+                reason = said[-1] if said else f"exit code {process.returncode}"
+                log.info("not compiled ahead, the first steps take longer: %s", reason)
+
+
+def _mark(settings: Settings, device: torch.device, program: str) -> Path:
+    """The file that says that a program of such a run is in the compiler's cache."""
+    fields = repr([getattr(settings, name) for name in FIELDS])
+    of = program, str(settings.model), fields, torch.__version__, torch.cuda.get_device_name(device), _sources()
+    return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / f"ahead-{digest_of(*of)[:16]}"
+
+
+@functools.cache
+def _sources() -> str:
+    """What the network's and the kernels' own files last said: other code makes other programs."""
+    import sa3dist_kernels
+
+    folders = Path(__file__).parents[1] / "model", Path(sa3dist_kernels.__file__).parent
+    files = sorted(path for folder in folders for path in folder.glob("*.py"))
+    return digest_of(*(path.read_bytes() for path in files))
+
+
+def small_base(config: ModelConfig, settings: Settings, device: torch.device, dtype: torch.dtype) -> Base:
+    """Random weights in the run's format, with the run's adapter."""
+    config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, depth=BLOCKS))
+    base = Base(config, RandomWeights(config, 0, device), device, dtype, text_source=None, encoder=False)
+    base.reference_numerics = settings.reference_numerics
+    given = {name: getattr(settings, name) for name in ("adapter_type", "rank", "alpha", "include", "exclude", "seed")}
+    attach_adapter(base, **given)
+    return base
+
+
+def take_passes(base: Base, settings: Settings, backend, has_context: bool) -> None:
+    """Forward and backward passes of short and long clips, with given context or without.
+
+    backend   of torch.compile
+    """
+    framing = base.sample_rate_hz, base.samples_per_frame
+    longest = crop_frames(settings.duration, base.native_seconds, base.native_seconds, *framing)
+    forward = functools.partial(micro_batch_loss, base, settings=settings)
+    engine = FlatEngine(base, adapter_parameters(base), forward, settings, Group(0, 1, base.device), 0)
+    if engine.formed is None:
+        raise SA3DistError("adapted weights are not formed here")
+    compile_whole_blocks(base, settings, backend)
+    ladder = ShapeLadder(longest, base.dit.transformer.memory)
+    # The longest first: the compiler chooses its tiles by the first it sees.
+    for frames in sorted({min(SHORT_FRAMES, longest), longest}, reverse=True):
+        batch = dataclasses.replace(_batch(base, settings, frames), has_context=has_context)
+        engine.zero()
+        engine.backward(engine.losses(ladder(batch.to(base.device)))["loss"], last=True)
+        engine.average()
+
+
+def _batch(base: Base, settings: Settings, frames: int):
+    """A micro batch of clips of this many frames, of unequal lengths where it has several."""
+    tokens = base.prompt_tokens
+    hidden_LH, mask_L = torch.zeros(tokens, base.config.cond_dim), torch.arange(tokens) < 8
+    samples = [
+        Sample(
+            slot=slot,
+            clip="",
+            latents_DT=torch.randn(base.latent_channels, frames),
+            frames=max(1, frames - slot),
+            seconds_total=1.0,
+            hidden_LH=hidden_LH,
+            prompt_mask_L=mask_L,
+            dropped=False,
+            silent=False,
+            effective_frames=frames,
+        )
+        for slot in range(settings.batch_size)
+    ]
+    return collate(samples, SampleSettings(0, settings.batch_size, frames, 0.0, "crop", None))
+
+
+def main(program: str) -> None:
+    settings, device, dtype = pickle.load(sys.stdin.buffer)
+    base = small_base(known_config(settings.model), settings, device, dtype)
+    take_passes(base, settings, "inductor", PROGRAMS[program])
+    _mark(settings, device, program).touch()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

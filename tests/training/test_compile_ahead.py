@@ -1,0 +1,109 @@
+"""Compiling ahead: the programs it makes are those a run needs, and a run goes on whatever becomes of it."""
+
+import io
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import sa3dist
+from sa3dist.errors import Interrupted
+from sa3dist.runtime.process_group import Group
+from sa3dist.runtime.signals import StopRequest
+from sa3dist.training import acceleration, compile_ahead
+from sa3dist.training.compile_ahead import CompilingAhead, small_base, take_passes
+from tests.helpers.program import run, short_run
+from tests.helpers.trainers import make_settings
+
+FORMED = {"adapter_products": "formed", "rank": 4, "duration": 2, "base_precision": "fp32"}
+
+
+class Programs:
+    """A compiler that runs what it is given as it is, and keeps its text and what it says of its inputs."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def __call__(self, graph, inputs):
+        kinds = tuple((x.dtype, x.ndim, x.requires_grad) if isinstance(x, torch.Tensor) else type(x) for x in inputs)
+        # Sizes that vary are numbered anew in every process.
+        self.seen.add((re.sub(r"\bs\d+\b", "s", graph.code), kinds))
+        return graph.forward
+
+
+def test_what_is_compiled_ahead_is_what_a_run_of_more_blocks_and_other_clips_compiles(
+    demo_clips, demo_base, demo_work, tmp_path, monkeypatch
+):
+    ours, ahead = Programs(), Programs()
+    original = acceleration.compile_blocks
+    backends = {"inductor": ours}
+    monkeypatch.setattr(
+        acceleration, "compile_blocks", lambda dit, backend, whole: original(dit, backends.get(backend, backend), whole)
+    )
+    words = [*short_run(demo_clips, demo_base, demo_work), "adapter_products=formed", "compile=on"]
+    torch._dynamo.reset()
+    assert run(words, tmp_path / "run", "deterministic=false") == 0
+    torch._dynamo.reset()
+    base = sa3dist.load_base(demo_base, encoder=False)
+    settings = make_settings(**FORMED)
+    small = small_base(base.config, settings, torch.device("cpu"), torch.float32)
+    for has_context in (False, True):
+        take_passes(small, settings, ahead, has_context)
+    torch._dynamo.reset()
+    assert ours.seen
+    assert ours.seen <= ahead.seen
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """A function that has ``program`` compile ahead, on what is taken for a CUDA device."""
+
+    def start(program):
+        class Process(subprocess.Popen):
+            def __init__(self, _, **given):
+                super().__init__([sys.executable, "-c", program], **given)
+
+        monkeypatch.setattr(compile_ahead.subprocess, "Popen", Process)
+        monkeypatch.setattr(compile_ahead, "_mark", lambda *_: tmp_path / "mark")
+        group = Group(0, 1, torch.device("cuda"))
+        return CompilingAhead(make_settings(compile="on", **FORMED), group, torch.float32)
+
+    return start
+
+
+def test_a_run_waits_until_it_has_ended_and_says_what_it_said_when_it_failed(started, caplog):
+    caplog.set_level("INFO")
+    started("import sys; sys.stdin.buffer.read(); print('no room', file=sys.stderr); sys.exit(3)").wait(StopRequest())
+    assert caplog.messages == ["not compiled ahead, the first steps take longer: no room"] * 2
+
+
+def test_a_run_does_not_wait_for_ever(started, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(compile_ahead, "PATIENCE_SECONDS", 0.2)
+    started("import time; time.sleep(60)").wait(StopRequest())
+    assert all("not done 0.2 s after" in said for said in caplog.messages)
+    assert len(caplog.messages) == 2
+
+
+def test_a_signal_ends_the_wait(started):
+    compiling, stop = started("import time; time.sleep(60)"), StopRequest()
+    stop.hear("SIGTERM on rank 0")
+    with pytest.raises(Interrupted):
+        compiling.wait(stop)
+    for process, _ in compiling._processes:
+        process.kill()
+
+
+def test_what_was_compiled_before_is_not_compiled_again(started, tmp_path):
+    (tmp_path / "mark").touch()
+    assert started("raise SystemExit(1)")._processes == []
+
+
+def test_its_input_holds_the_settings_whole():
+    given = io.BytesIO()
+    settings = make_settings(include=["a.*"], **FORMED)
+    compile_ahead.pickle.dump((settings, torch.device("cuda", 1), torch.bfloat16), given)
+    given.seek(0)
+    assert compile_ahead.pickle.load(given) == (settings, torch.device("cuda", 1), torch.bfloat16)
