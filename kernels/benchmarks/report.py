@@ -19,8 +19,10 @@ OTHERS = """## Other files
 `gpu_run.json` is a run through the command line on one H100, killed and continued; `gpu_tests.json` the tests marked
 `gpu` on an H200.
 `gpu_formed_tiles.json` has FORM and FINISH of all layers of the medium model with other tiles (`bench_formed.py
---sweep`); `gpu_attention.jsonl` a call of attention, forward and backward, 24 heads of 64, of flash attention, of cuDNN
-with a bias between a clip and its filling, and of cuDNN over all tokens (d64), in milliseconds.
+--sweep`); `gpu_attention.jsonl` calls of attention, forward and backward, 2 x 24 heads of 64 (`bench_attention.py`; its
+filled cases took flash attention, which training no longer does); `gpu_padded_attention.jsonl` the same of cuDNN with a
+padding mask, of cuDNN with the filling's keys as zeros, and of a pair as one call or two; `gpu_ranks.json` two
+processes on one card against one.
 `small_adapters_cpu.json` is what formats keep of small updates (`bench_small_adapters.py`; see docs/performance.md).
 
 ## Before

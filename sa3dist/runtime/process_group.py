@@ -99,8 +99,10 @@ def connect(step_timeout_seconds: float) -> Group:
     handlers = [InitProcessGroupKwargs(**backend_for(on_cpu), timeout=patience)]
     tf32 = torch.backends.cuda.matmul.allow_tf32
     accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, kwargs_handlers=handlers)
-    # It turns TF32 on where a launcher's file asks for dynamo, which compiles nothing here.
-    torch.backends.cuda.matmul.allow_tf32 = tf32
+    # It turns TF32 on where a launcher's file asks for dynamo, which compiles nothing here. Only then: an assignment of
+    # what is there already shows in the keys of the compiler's cache.
+    if torch.backends.cuda.matmul.allow_tf32 != tf32:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         # It would make transformers divide the text encoder as it loads.

@@ -179,10 +179,10 @@ class Trainer:
         return losses[LOSSES.index("loss")]
 
     def _pass(self, batch: MicroBatch, last: bool) -> tuple[torch.Tensor, ...]:
-        """Forward and backward pass of one micro batch: adds its gradients, returns its ``LOSSES`` and ``BY_TIME``."""
         return self._both_ways(batch, functools.partial(self.engine.backward, last=last))
 
     def _both_ways(self, batch: MicroBatch, backward: Callable[[torch.Tensor], None]) -> tuple[torch.Tensor, ...]:
+        """Forward and backward pass of one micro batch: adds its gradients, returns its ``LOSSES`` and ``BY_TIME``."""
         losses = self.engine.losses(batch)
         backward(losses["loss"] / self.plan.accumulation)
         return tuple(losses[name].detach() for name in (*LOSSES, *BY_TIME))

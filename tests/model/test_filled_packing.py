@@ -70,3 +70,41 @@ def test_huge_values_in_the_filling_change_no_bit(tiny_base, monkeypatch):
 
     for huge, small in zip(run(1e18), run(1.0), strict=True):
         assert torch.equal(huge, small)
+
+
+class _Careless(torch.autograd.Function):
+    """NaN in place of the values, or of the gradients, of the rows from ``begin`` on."""
+
+    @staticmethod
+    def forward(ctx, value, begin, of_gradients):
+        ctx.begin, ctx.of_gradients = begin, of_gradients
+        return value.view_as(value) if of_gradients else _Careless.spoilt(value, begin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Careless.spoilt(grad, ctx.begin) if ctx.of_gradients else grad, None, None
+
+    @staticmethod
+    def spoilt(value, begin):
+        return value.index_fill(0, torch.arange(begin, len(value)), torch.nan)
+
+
+def test_what_attention_leaves_where_the_filling_is_changes_no_bit(tiny_base, monkeypatch):
+    base, given = adapted(tiny_base, "dora-rows"), inputs(tiny_base)
+    mask_BT, weights = mask_of(LENGTHS["leading"]), weights_for(given)
+    attention = token_layout.varlen_attention
+
+    def run():
+        return velocity_and_gradients(base, given, mask_BT, weights, packing=filled(base, LENGTHS["leading"], 11))
+
+    def careless(q, k, v, q_start, k_start):
+        if q_start is not k_start:
+            return attention(q, k, v, q_start, k_start)
+        begin = int(q_start[-2])
+        q, k, v = (_Careless.apply(value, begin, True) for value in (q, k, v))
+        return _Careless.apply(attention(q, k, v, q_start, k_start), begin, False)
+
+    expected = run()
+    monkeypatch.setattr(token_layout, "varlen_attention", careless)
+    for ours, theirs in zip(run(), expected, strict=True):
+        assert torch.equal(ours, theirs)

@@ -21,15 +21,17 @@ FORMED = {"adapter_products": "formed", "rank": 4, "duration": 2, "base_precisio
 
 
 class Programs:
-    """A compiler that runs what it is given as it is, and keeps its text and what it says of its inputs."""
+    """A compiler that runs what it is given as it is, and keeps what a cache would find it by."""
 
     def __init__(self):
         self.seen = set()
 
     def __call__(self, graph, inputs):
         kinds = tuple((x.dtype, x.ndim, x.requires_grad) if isinstance(x, torch.Tensor) else type(x) for x in inputs)
+        configs = repr([config.save_config_portable() for config in (torch._inductor.config, torch._functorch.config)])
         # Sizes that vary are numbered anew in every process.
-        self.seen.add((re.sub(r"\bs\d+\b", "s", graph.code), kinds))
+        program = re.sub(r"\bs\d+\b", "s", graph.code)
+        self.seen.add((program, kinds, configs, torch.backends.cuda.matmul.fp32_precision))
         return graph.forward
 
 
@@ -37,20 +39,18 @@ def test_what_is_compiled_ahead_is_what_a_run_of_more_blocks_and_other_clips_com
     demo_clips, demo_base, demo_work, tmp_path, monkeypatch
 ):
     ours, ahead = Programs(), Programs()
-    original = acceleration.compile_blocks
-    backends = {"inductor": ours}
-    monkeypatch.setattr(
-        acceleration, "compile_blocks", lambda dit, backend, whole: original(dit, backends.get(backend, backend), whole)
-    )
-    words = [*short_run(demo_clips, demo_base, demo_work), "adapter_products=formed", "compile=on"]
     torch._dynamo.reset()
-    assert run(words, tmp_path / "run", "deterministic=false") == 0
-    torch._dynamo.reset()
-    base = sa3dist.load_base(demo_base, encoder=False)
-    settings = make_settings(**FORMED)
-    small = small_base(base.config, settings, torch.device("cpu"), torch.float32)
+    config = sa3dist.load_base(demo_base, encoder=False).config
+    # Before the run: what it sets is for its process.
     for has_context in (False, True):
+        settings = make_settings(compile="on", **FORMED)
+        small = small_base(config, settings, torch.device("cpu"), torch.float32)
         take_passes(small, settings, ahead, has_context)
+    torch._dynamo.reset()
+    original = acceleration.compile_blocks
+    monkeypatch.setattr(acceleration, "compile_blocks", lambda dit, _, whole: original(dit, ours, whole))
+    words = [*short_run(demo_clips, demo_base, demo_work), "adapter_products=formed", "compile=on"]
+    assert run(words, tmp_path / "run", "deterministic=false") == 0
     torch._dynamo.reset()
     assert ours.seen
     assert ours.seen <= ahead.seen
