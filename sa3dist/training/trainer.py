@@ -116,8 +116,7 @@ class Trainer:
         sums, grad_norm = self._average(stop, failed=problem is not None)
         if sums["failed"]:
             self.group.raise_first_error(problem)
-        micro_batches = self.plan.accumulation * self.group.world_size
-        means = {name: sums[name] / micro_batches for name in LOSSES}
+        means = {name: sums[name] / (self.plan.accumulation * self.group.world_size) for name in LOSSES}
         if not (math.isfinite(means["loss"]) and math.isfinite(grad_norm)):
             name_the_non_finite(self.group, self.step + 1, losses)
         rate = self.schedule.rate(self.step + 1)
@@ -225,8 +224,7 @@ class Trainer:
         if self.graphs_may_go:
             # Where clips were encoded the stream of micro batches has ended with it: the step cannot be done again.
             return problem if computing else EnvironmentFailure(str(problem))
-        helps = computing and not self.base.gradient_checkpointing
-        return ending(problem, self.step + 1, self.plan, recomputing_helps=helps)
+        return ending(problem, self.step + 1, self.plan, computing and not self.base.gradient_checkpointing)
 
     def _drop_graphs(self, problem: OutOfMemory) -> None:
         self.graphs_may_go = False
