@@ -4,15 +4,13 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from sa3dist import adapters, encode, export, loop, shard
 from sa3dist.data.batches.batch_source import BatchSource
 from sa3dist.data.batches.worker_shards import RankCursors
-from sa3dist.data.source.archive import check_local
 from sa3dist.data.source.build import Measure
-from sa3dist.errors import CheckpointError, ConfigError, DataError, counted
+from sa3dist.errors import CheckpointError, ConfigError
 from sa3dist.formats import DatasetIndex, write_whole
 from sa3dist.listening import previews, watching
 from sa3dist.model.base import Base
@@ -23,7 +21,7 @@ from sa3dist.runtime.signals import StopRequest
 from sa3dist.settings import Settings
 from sa3dist.tracking import kinds as trackers
 from sa3dist.training import checkpoint, model_setup, resume, run_plan
-from sa3dist.training.acceleration import choose_acceleration
+from sa3dist.training.acceleration import check_graphs, choose_acceleration
 from sa3dist.training.compile_ahead import CompilingAhead
 from sa3dist.training.observers import Observer
 from sa3dist.training.rank_checks import check_same_start
@@ -62,33 +60,17 @@ class Run:
     def check(self) -> None:
         """Refuse at once what needs no preparation to be seen wrong. Raises ConfigError, DataError, CheckpointError."""
         settings = self.settings
-        for key in ("output_dir", "work_dir"):
-            path = getattr(settings, key)
+        for key, path in (("output_dir", settings.output_dir), ("work_dir", settings.work_dir)):
             if path.exists() and not path.is_dir():
                 raise ConfigError(f"{key}: {path} is a file, expected a directory; choose another {key}")
         # Rank 0 reads it; on other hosts it need not be.
-        main_process_first(self.group, "find-source", self._find_sources, self.stop)
+        main_process_first(self.group, "find-source", lambda: shard.check_sources(settings), self.stop)
         # Rank 0 alone tracks; on other hosts they need not be installed.
         main_process_first(self.group, "load-trackers", lambda: trackers.load(settings.log_with), self.stop)
         if self.group.deepspeed is not None:
             zero_config.check(self.group.deepspeed)
-        if settings.cuda_graphs == "on" and (self.group.device.type != "cuda" or self.group.deepspeed is not None):
-            raise ConfigError("cuda_graphs: on needs a CUDA device and a run without DeepSpeed; use cuda_graphs=auto")
-        if settings.resume not in ("auto", "never"):
-            checkpoint.load(Path(settings.resume))
-        elif settings.resume == "never" or not checkpoint.list_all(settings.output_dir):
-            settings.accumulation(self.group.world_size)
-
-    def _find_sources(self) -> None:
-        settings = self.settings
-        check_local(settings.audio_data_url)
-        if (beside := settings.validation_source) is not None:
-            try:
-                check_local(beside)
-            except DataError as problem:
-                raise DataError(
-                    f"validation: {problem}; clips of the data set are named in a list, [{beside}]"
-                ) from None
+        check_graphs(settings, self.group)
+        resume.check_start(settings, self.group)
 
     def begin_compiling(self) -> None:
         """Have a GPU's programs made beside the stages that come next. A run that trains begins with it."""
@@ -140,17 +122,12 @@ class Run:
             self._saved_step = saved.step
         self._cursors = source.cursors(saved and saved.state.get("stream"), group.dist_rank, group.world_size)
         plan = run_plan.make(settings, source, identity, saved, group.world_size, self._out_of_memory_at_step)
-        self._wait_for_compilers()
+        if self._compiling is not None:
+            self._compiling.wait(group, self.stop, self.startup)
         self.trainer = Trainer(base, adapters.adapter_parameters(base), settings, plan, group, self._cursors)
         if saved is not None:
             self.trainer.restore(saved)
         check_same_start(group, self.trainer.step, base, self.trainer.engine.adapters())
-
-    def _wait_for_compilers(self) -> None:
-        if self._compiling is not None:
-            self.startup.begin("compile_ahead")
-            main_process_first(self.group, "compiled-ahead", lambda: self._compiling.wait(self.stop), self.stop)
-            self.startup.begin("prepare")
 
     def train(self, base: Base, source: BatchSource) -> None:
         """Stage three: train from where ``prepare`` left the trainer to number_of_steps."""
@@ -165,15 +142,8 @@ class Run:
             steps = range(self.step + 1, plan.steps + 1)
             micro_batches = source.batches(steps, plan.accumulation, group, self.stop, self._cursors)
             with contextlib.closing(micro_batches) as batches:
-                self._end = loop.train(
-                    self.trainer,
-                    batches,
-                    self.stop,
-                    settings.output_dir,
-                    self._saved_step,
-                    self.startup,
-                    self._observers,
-                )
+                where = settings.output_dir, self._saved_step, self.startup
+                self._end = loop.train(self.trainer, batches, self.stop, *where, self._observers)
         source.say_end(self.step * plan.global_batch, self._cursors)
 
     def _announce(self, base: Base, source: BatchSource) -> None:
@@ -181,19 +151,8 @@ class Run:
         if not group.is_main:
             return
         write_whole(settings.output_dir / "run.yaml", settings_file(settings, source.held_out))
-        log.info(
-            "training %s of %s (batch_size %d x %s x %d accumulated), crops of %.1f s%s%s",
-            counted(work.steps, "step"),
-            counted(work.global_batch, "clip"),
-            work.micro_batch,
-            counted(group.world_size, "process", "processes"),
-            work.accumulation,
-            source.draws.crop_frames * base.samples_per_frame / base.sample_rate_hz,
-            f", recomputing {counted(base.recomputed_blocks, 'block')} to save memory"
-            if base.recomputed_blocks
-            else "",
-            f", continuing after step {self._saved_step}" if self._saved_step else "",
-        )
+        crop_seconds = source.draws.crop_frames * base.samples_per_frame / base.sample_rate_hz
+        log.info(work.said(group.world_size, crop_seconds, base.recomputed_blocks, self._saved_step))
 
     def _enter(self, stage: str, part: str | None = None) -> None:
         """part: of the start, where the stage is one; ``open_base`` tells its own parts."""

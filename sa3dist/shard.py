@@ -18,6 +18,7 @@ from sa3dist.data.latents.source import (
 from sa3dist.data.remote.disk_cache import ClipCache
 from sa3dist.data.remote.fetch import redacted
 from sa3dist.data.source import build, remote_index
+from sa3dist.data.source.archive import check_local
 from sa3dist.errors import DataError, counted, span
 from sa3dist.formats import DatasetIndex
 from sa3dist.inspection.measure import measure_clip
@@ -27,6 +28,16 @@ from sa3dist.runtime.signals import StopRequest
 from sa3dist.settings import Settings
 
 log = logging.getLogger(__name__)
+
+
+def check_sources(settings: Settings) -> None:
+    """Raises DataError when the data set, or the one ``validation`` names, is a path without a file on this machine."""
+    check_local(settings.audio_data_url)
+    if (beside := settings.validation_source) is not None:
+        try:
+            check_local(beside)
+        except DataError as problem:
+            raise DataError(f"validation: {problem}; clips of the data set are named in a list, [{beside}]") from None
 
 
 def open_validation(settings: Settings, group: Group, stop: StopRequest) -> DatasetIndex | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sa3dist.errors import ConfigError
 from sa3dist.model.compiled import (
     compile_blocks,
     compile_elementwise,
@@ -20,11 +21,18 @@ from sa3dist.training.shape_ladder import ShapeLadder
 
 if TYPE_CHECKING:
     from sa3dist.model.base import Base
+    from sa3dist.runtime.process_group import Group
     from sa3dist.settings import Settings
     from sa3dist.training.trainer import Trainer
 
 
 log = logging.getLogger(__name__)
+
+
+def check_graphs(settings: Settings, group: Group) -> None:
+    """Raises ConfigError when told to record graphs where none can be."""
+    if settings.cuda_graphs == "on" and (group.device.type != "cuda" or group.deepspeed is not None):
+        raise ConfigError("cuda_graphs: on needs a CUDA device and a run without DeepSpeed; use cuda_graphs=auto")
 
 
 def choose_acceleration(trainer: Trainer, settings: Settings, frames: int) -> None:

@@ -34,7 +34,7 @@ from sa3dist.model.compiled import wants_compile
 from sa3dist.model.loading import known_config
 from sa3dist.model.random_weights import RandomWeights
 from sa3dist.parallel.ddp import FlatEngine
-from sa3dist.runtime.process_group import Group
+from sa3dist.runtime.process_group import Group, main_process_first
 from sa3dist.training.acceleration import compile_whole_blocks
 from sa3dist.training.loss import micro_batch_loss
 from sa3dist.training.shape_ladder import ShapeLadder
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from sa3dist.model.config import ModelConfig
     from sa3dist.runtime.signals import StopRequest
     from sa3dist.settings import Settings
+    from sa3dist.training.startup_times import Startup
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +97,16 @@ class CompilingAhead:
         atexit.register(process.kill)
         self._processes.append((process, errors))
 
-    def wait(self, stop: StopRequest) -> None:
-        """Return when all have ended and their memory on the device is free. Raises Interrupted when asked to stop."""
+    def wait(self, group: Group, stop: StopRequest, startup: Startup) -> None:
+        """Return on every rank when all have ended and their memory on the device is free; a part of the start.
+
+        Raises Interrupted when asked to stop.
+        """
+        startup.begin("compile_ahead")
+        main_process_first(group, "compiled-ahead", lambda: self._wait(stop), stop)
+        startup.begin("prepare")
+
+    def _wait(self, stop: StopRequest) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
         for process, errors in self._processes:
             while process.poll() is None:

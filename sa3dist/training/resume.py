@@ -36,6 +36,17 @@ def identity(settings: Settings, **measured: Any) -> dict[str, Any]:
     return {**measured, **bases, **settings.course()}
 
 
+def check_start(settings: Settings, group: Group) -> None:
+    """Refuse at once a checkpoint that is none, or work that the ranks cannot share.
+
+    Where a run continues, its checkpoint says how the work was shared. Raises ConfigError, CheckpointError.
+    """
+    if settings.resume not in ("auto", "never"):
+        checkpoint.load(Path(settings.resume))
+    elif settings.resume == "never" or not checkpoint.list_all(settings.output_dir):
+        settings.accumulation(group.world_size)
+
+
 def find_checkpoint(settings: Settings, group: Group, stop: StopRequest) -> checkpoint.Checkpoint | None:
     """The checkpoint ``settings.resume`` asks for, read by every rank; None when there is none to continue.
 

@@ -11,6 +11,7 @@ import torch
 from sa3dist import __version__
 from sa3dist.data.batches.order import ClipOrder
 from sa3dist.data.remote.fetch import redacted
+from sa3dist.errors import counted
 from sa3dist.formats import digest_of
 from sa3dist.training import checkpoint, lr_schedule, resume
 from sa3dist.training.lr_schedule import Schedule
@@ -53,6 +54,16 @@ class RunPlan:
         """The step and, where the data set has an end, how many epochs are over by then."""
         epochs = {"epoch": step * self.global_batch // len(self.clip_keys)} if self.clip_keys else {}
         return {"step": step, **epochs}
+
+    def said(self, processes: int, crop_seconds: float, recomputed_blocks: int, saved_step: int | None) -> str:
+        """The work in a line of the log. saved_step: where a run continues, None for a fresh one."""
+        each = f"batch_size {self.micro_batch} x {counted(processes, 'process', 'processes')} x {self.accumulation}"
+        recomputing = f", recomputing {counted(recomputed_blocks, 'block')} to save memory" if recomputed_blocks else ""
+        continuing = f", continuing after step {saved_step}" if saved_step else ""
+        return (
+            f"training {counted(self.steps, 'step')} of {counted(self.global_batch, 'clip')} ({each} accumulated), "
+            f"crops of {crop_seconds:.1f} s{recomputing}{continuing}"
+        )
 
     def clips_of_step(self, step: int) -> list[str]:
         """Keys of the clips all ranks train on in a step, in slot order."""

@@ -14,9 +14,11 @@ from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import acceleration, compile_ahead
 from sa3dist.training.compile_ahead import CompilingAhead, small_base, take_passes
+from sa3dist.training.startup_times import Startup
 from tests.helpers.program import run, short_run
 from tests.helpers.trainers import make_settings
 
+ONE = Group(0, 1, torch.device("cuda"))
 FORMED = {"adapter_products": "formed", "rank": 4, "duration": 2, "base_precision": "fp32"}
 
 
@@ -67,22 +69,23 @@ def started(monkeypatch, tmp_path):
 
         monkeypatch.setattr(compile_ahead.subprocess, "Popen", Process)
         monkeypatch.setattr(compile_ahead, "_mark", lambda *_: tmp_path / "mark")
-        group = Group(0, 1, torch.device("cuda"))
-        return CompilingAhead(make_settings(compile="on", **FORMED), group, torch.float32)
+        return CompilingAhead(make_settings(compile="on", **FORMED), ONE, torch.float32)
 
     return start
 
 
 def test_a_run_waits_until_it_has_ended_and_says_what_it_said_when_it_failed(started, caplog):
     caplog.set_level("INFO")
-    started("import sys; sys.stdin.buffer.read(); print('no room', file=sys.stderr); sys.exit(3)").wait(StopRequest())
+    started("import sys; sys.stdin.buffer.read(); print('no room', file=sys.stderr); sys.exit(3)").wait(
+        ONE, StopRequest(), Startup()
+    )
     assert caplog.messages == ["not compiled ahead, the first steps take longer: no room"] * 2
 
 
 def test_a_run_does_not_wait_for_ever(started, caplog, monkeypatch):
     caplog.set_level("INFO")
     monkeypatch.setattr(compile_ahead, "PATIENCE_SECONDS", 0.2)
-    started("import time; time.sleep(60)").wait(StopRequest())
+    started("import time; time.sleep(60)").wait(ONE, StopRequest(), Startup())
     assert all("not done 0.2 s after" in said for said in caplog.messages)
     assert len(caplog.messages) == 2
 
@@ -91,7 +94,7 @@ def test_a_signal_ends_the_wait(started):
     compiling, stop = started("import time; time.sleep(60)"), StopRequest()
     stop.hear("SIGTERM on rank 0")
     with pytest.raises(Interrupted):
-        compiling.wait(stop)
+        compiling.wait(ONE, stop, Startup())
     for process, _ in compiling._processes:
         process.kill()
 
