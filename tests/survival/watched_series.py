@@ -84,7 +84,7 @@ class WatchedSeries(Series):
         off = {"validation_every": 0, "preview_every": 0, "health": "false", "report": "false", "copy_check": "false"}
         on = {"validation_every": SAVE_EVERY, "preview_every": SAVE_EVERY, "keep_best": "true"}
         on |= {"preview_seconds": 0.5, "preview_steps": 2, "preview_cfg": 1, "preview_prompts": "[a,b]"}
-        on |= {"log_with": "tensorboard"}
+        on |= {"log_with": "tensorboard", "report": "true"}
         self.off, self.on = self.words | off, self.words | on
 
     def start(self, output_dir: Path, attempt: int, everything: bool = True, **changes) -> WatchedTrial:
