@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,10 @@ from sa3dist.training.metrics import METRICS_NAME, RowsFile
 from sa3dist.training.observers import Observation, Observer
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from sa3dist.model.base import Base
+    from sa3dist.parallel.engine import Engine
     from sa3dist.runtime.process_group import Group
     from sa3dist.runtime.signals import StopRequest
     from sa3dist.settings import Settings
@@ -30,25 +34,34 @@ MOST_LOSSES, FEWEST_LOSSES = 50, 10
 BAD = ("exploding", "overfit", "nothing learned")
 
 
-def of_run(settings: Settings, base: Base, group: Group, step: int) -> Health | None:
+def of_run(settings: Settings, base: Base, engine: Engine, group: Group, step: int) -> Health | None:
     """The health that ``settings`` ask for; None: none. step: the training goes on from there."""
     if not settings.health:
         return None
-    if ((group.deepspeed or {}).get("zero_optimization") or {}).get("stage") == 3:
-        if group.is_main:
-            log.info("health: left out, ZeRO-3 divides the weights over the ranks")
-        return None
-    return Health(base, group, settings.output_dir, step)
+    return Health(base, group, settings.output_dir, step, engine.whole if engine.divided else None)
 
 
 class Health(Observer):
-    """Writes a row of ``output_dir/health.jsonl`` after every save, on rank 0; the others hold the same adapters."""
+    """Writes a row of ``output_dir/health.jsonl`` after every save, on rank 0.
+
+    The others hold the same adapters or, under ZeRO-3, parts of them.
+    """
 
     name = "health"
 
-    def __init__(self, base: Base, group: Group, output_dir: Path, step: int) -> None:
-        """step: rows of later ones are dropped."""
-        self.base, self.group = base, group
+    def __init__(
+        self,
+        base: Base,
+        group: Group,
+        output_dir: Path,
+        step: int,
+        whole: Callable[[nn.Module], contextlib.AbstractContextManager] | None = None,
+    ) -> None:
+        """step: rows of later ones are dropped.
+
+        whole   ``Engine.whole`` where the ranks hold parts of a layer: they measure together
+        """
+        self.base, self.group, self._whole = base, group, whole
         self.file = RowsFile(Path(output_dir) / HEALTH_NAME, step) if group.is_main else None
         self._losses = Losses(Path(output_dir) / METRICS_NAME)
         self._stop: StopRequest | None = None
@@ -65,13 +78,17 @@ class Health(Observer):
 
     def after_save(self, step: int, last: bool) -> None:
         # A signal leaves no time for it.
-        if self.file is None or (self._stop and self._stop.requested()):
+        leaving = bool(self._stop and self._stop.requested())
+        if self._whole is not None:
+            leaving = self.group.any(leaving)
+        if leaving or (self.file is None and self._whole is None):
             return
         begin = time.perf_counter()
         try:
             row = self.measure(step)
-            self.file.write(row)
-            self._say(row)
+            if self.file is not None:
+                self.file.write(row)
+                self._say(row)
         except Exception as failure:
             if not self._said:
                 log.error("health of step %d left out: %s: %s; training goes on", step, type(failure).__name__, failure)
@@ -83,7 +100,8 @@ class Health(Observer):
         found = []
         for name, layer in adapted_layers(self.base).items():
             self.group.liveness.progress()
-            found.append((name, measure_layer(layer)))
+            with self._whole(layer) if self._whole else contextlib.nullcontext():
+                found.append((name, measure_layer(layer)))
         row = {"step": step, **summary(found)}
         verdict, reasons = judge(row, self._losses.read())
         return {**row, "verdict": verdict, "reasons": reasons}

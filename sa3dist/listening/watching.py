@@ -29,7 +29,7 @@ def observers_of(trainer: Trainer, base: Base, source: BatchSource) -> list[Obse
         validation.of_run(trainer, source),
         heard,
         copies.of_run(settings, heard, source, trainer.step),
-        health.of_run(settings, base, group, trainer.step),
+        health.of_run(settings, base, trainer.engine, group, trainer.step),
         background.of_run(settings, group, trainer.step),
     ]
     return [observer for observer in found if observer is not None]

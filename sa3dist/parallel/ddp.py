@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -59,6 +60,9 @@ class FlatEngine:
 
     def evaluate(self, work: Callable[[], Result]) -> Result:
         return work()
+
+    def whole(self, layer: nn.Module) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
 
     def zero(self) -> None:
         self.flat.zero()

@@ -5,6 +5,7 @@ format are the trainer's in every mode. A new engine is a module here with a cla
 in ``build.make``; where a launcher has to ask for it, ``runtime.process_group.connect`` tells of it in ``Group``.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
@@ -28,7 +29,8 @@ class Engine(Protocol):
     formed       the weights the adapted layers multiply with, where they are kept for whole steps; None: factored form
     collectives_in_forward   ranks exchange tensors within the forward and backward pass: a rank that fails there cannot
                  join its peers in ``average``, and a pass cannot be recorded as a CUDA graph
-    divided      a rank holds a part of the base alone: only within ``evaluate`` can it be evaluated
+    divided      a rank holds a part of the base alone: only within ``evaluate`` can it be evaluated, and a layer only
+                 within ``whole`` be read
     """
 
     parameters: dict[str, nn.Parameter]
@@ -46,6 +48,9 @@ class Engine(Protocol):
 
     def evaluate(self, work: Callable[[], Result]) -> Result:
         """What ``work`` returns, which evaluates the base; the same modules on all ranks where they hold parts."""
+
+    def whole(self, layer: nn.Module) -> contextlib.AbstractContextManager:
+        """While it is entered, by all ranks alike, this rank can read all of an adapted layer's tensors."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of a loss. last: no other micro batch of this step follows on this rank."""

@@ -6,6 +6,7 @@ precision is decided outside of it, and the whole state can be had, and given ba
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -117,6 +118,9 @@ class ZeroEngine:
 
     def evaluate(self, work: Callable[[], Result]) -> Result:
         return self.engine(work)
+
+    def whole(self, layer: nn.Module) -> contextlib.AbstractContextManager:
+        return deepspeed.zero.GatheredParameters(list(layer.parameters()), enabled=self.divided)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)

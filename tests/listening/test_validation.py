@@ -354,7 +354,7 @@ def test_what_a_signal_has_stopped_is_evaluated_when_the_run_goes_on(prepared):
 
 
 @pytest.mark.slow
-def test_zero_3_gives_the_same_numbers_and_the_same_previews(split_words, tmp_path, monkeypatch):
+def test_zero_3_gives_the_same_numbers_previews_and_health(split_words, tmp_path, monkeypatch):
     import_deepspeed()
     # The product's own, which ranks from a clean process have.
     monkeypatch.setattr(fixed_set, "FEWEST_CROPS", FEWEST_CROPS)
@@ -375,6 +375,12 @@ def test_zero_3_gives_the_same_numbers_and_the_same_previews(split_words, tmp_pa
     for step, row in expected.items():
         assert found[step] == pytest.approx(row, rel=0, abs=1e-6)
     assert json.loads((tmp_path / "two/best.json").read_text())["step"] == 1
+    healthy, same = (
+        json.loads((tmp_path / output_dir / "health.jsonl").read_text()) for output_dir in ("alone", "two")
+    )
+    for part in ("drift", "update_ratio", "effective_rank"):
+        assert same[part] == pytest.approx(healthy[part], rel=1e-4)
+    assert [layer["name"] for layer in same["layers"]] == [layer["name"] for layer in healthy["layers"]]
     for step in (0, 1):
         for number in range(3):
             name = f"previews/step-{step:08d}/{number}.flac"
