@@ -16,9 +16,10 @@ from sa3dist.listening.copy_search import Search, Sound
 from sa3dist.listening.copying import View, row_of
 from sa3dist.listening.nearest import Match, mel_frames, nearest, windows_of
 from sa3dist.listening.previews import Previews
-from sa3dist.training import checkpoint, observers
+from sa3dist.training import observers
 from tests.helpers.clips import encode, write_zip
 from tests.helpers.program import rows, run, short_run
+from tests.helpers.same_runs import assert_same_training
 
 RATE, FRAME = 16000, 1486
 
@@ -226,8 +227,7 @@ def test_a_preview_of_a_run_that_is_a_copy_is_named_and_the_training_is_as_witho
     assert any(row.get("copies_seconds", 0) > 0 for row in rows(tmp_path / "run"))
     assert run(said, tmp_path / "off", "copy_check=false") == 0
     assert not (tmp_path / "off/copies.jsonl").exists()
-    ours, theirs = (checkpoint.find(tmp_path / name, "auto").adapters for name in ("run", "off"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_same_training(tmp_path / "run", tmp_path / "off")
 
 
 def test_of_a_data_set_of_latents_alone_latents_say_what_is_near(data, demo_base, tmp_path, monkeypatch):

@@ -18,13 +18,13 @@ from sa3dist.listening.health_numbers import LayerHealth, effective_rank, measur
 from sa3dist.listening.verdict import RULES, VERDICTS, judge
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
-from sa3dist.training import checkpoint
 from sa3dist.training.loss import micro_batch_loss
 from sa3dist.training.observers import Observation, Observer
 from tests.helpers.golden import ROOT
 from tests.helpers.layer_cases import make_layer
 from tests.helpers.program import rows, run, short_run
 from tests.helpers.recorded_step import shifted
+from tests.helpers.same_runs import assert_same_training
 from tests.helpers.trainers import make_settings, make_trainer
 
 CPU = Group(0, 1, torch.device("cpu"))
@@ -213,8 +213,7 @@ def test_health_is_written_at_every_save_and_changes_no_bit_of_the_training(shor
     assert [row["step"] for row in rows(watched) if row.get("health_seconds", 0) > 0] == [3, 5]
     assert run(short_words, tmp_path / "run", "health=false") == 0
     assert not (tmp_path / "run/health.jsonl").exists()
-    ours, theirs = (checkpoint.find(path, "auto").adapters for path in (watched, tmp_path / "run"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_same_training(watched, tmp_path / "run")
 
 
 @pytest.mark.parametrize("source", ["", "lora.safetensors"])

@@ -22,6 +22,7 @@ from sa3dist.training import checkpoint
 from tests.helpers.adapter_base import move
 from tests.helpers.forked_trainers import ForkedTrainer, forked_ranks
 from tests.helpers.program import STEPS, rows, run, short_run, status
+from tests.helpers.same_runs import assert_same_training
 from tests.helpers.trainers import make_settings
 
 ON = ["preview_every=4", "preview_seconds=0.6", "preview_steps=2", "preview_cfg=3", "preview_seed=7"]
@@ -52,14 +53,6 @@ def heard(short_words, tmp_path_factory):
 
 def adapters_of(output_dir):
     return checkpoint.find(output_dir, "auto").adapters
-
-
-def assert_same_training(one, other):
-    """To the last bit: adapters and losses."""
-    ours, theirs = adapters_of(one), adapters_of(other)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert [row["loss"] for row in rows(one)] == [row["loss"] for row in rows(other)]
 
 
 def clips(output_dir, step):

@@ -10,14 +10,14 @@ import time
 
 import pytest
 import soundfile
-import torch
 
 from sa3dist import config
 from sa3dist.data.source.own_folders import is_run, on_disk
 from sa3dist.errors import ConfigError
 from sa3dist.tracking import background, kinds
-from sa3dist.training import checkpoint, observers
+from sa3dist.training import observers
 from tests.helpers.program import ENVIRONMENT, STEPS, rows, run, short_run
+from tests.helpers.same_runs import assert_same_training
 
 PREVIEWS = ["preview_every=4", "preview_seconds=0.6", "preview_steps=2"]
 
@@ -82,14 +82,6 @@ def kinds_of_test(monkeypatch):
 def untracked(words, tmp_path):
     assert run(words, tmp_path / "untracked", *PREVIEWS) == 0
     return tmp_path / "untracked"
-
-
-def assert_same_training(one, other):
-    """To the last bit: adapters and losses."""
-    ours, theirs = (checkpoint.find(output_dir, "auto").adapters for output_dir in (one, other))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert [row["loss"] for row in rows(one)] == [row["loss"] for row in rows(other)]
 
 
 def test_trackers_that_fail_and_hang_change_no_bit_and_end_nothing_and_one_beside_them_gets_everything(
