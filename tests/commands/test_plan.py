@@ -173,11 +173,16 @@ def test_a_measured_gpu_is_held_against_its_own_measured_ceilings(tmp_path):
     assert planned.step_seconds == pytest.approx(timed_row(factor=3.0)["ours_ms"] / 1e3, rel=0.02)
 
 
-def test_the_committed_measurements_say_how_fast_an_h100_is():
-    for seconds, milliseconds in ((30, 22.4), (380, 119.4)):
-        planned = predict(job(model="medium-base", duration=seconds, batch_size=1), GPUS["H100"], RESULTS)
+@pytest.mark.parametrize("adapter_type", ["dora-rows", "lora", "bora"])
+def test_the_committed_measurements_say_how_fast_an_h100_is(adapter_type):
+    rows = json.loads((RESULTS / "gpu_step.json").read_text())["rows"]
+    measured = [row for row in rows if row["adapter_type"] == adapter_type]
+    assert {row["frames"] for row in measured} == {323, 4091}
+    for row in measured:
+        asked = job(model="medium-base", duration=row["frames"] * 4096 / 44100, batch_size=1, adapter_type=adapter_type)
+        planned = predict(asked, GPUS["H100"], RESULTS)
         assert "gpu_step.json" in planned.factor.evidence
-        assert 1e3 * planned.step_seconds == pytest.approx(milliseconds, rel=0.02)
+        assert 1e3 * planned.step_seconds == pytest.approx(row["ours_ms"], rel=0.02)
 
 
 @pytest.mark.parametrize(
