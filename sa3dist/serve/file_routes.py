@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import datetime
-import json
 import time
 from typing import Any
 
@@ -17,7 +15,7 @@ from sa3dist.serve.bodies import base_of, blocks, read_bounded
 from sa3dist.serve.files import COPY_BYTES, MAX_PARTS, Sink, StoredFile, is_id, plain_name
 from sa3dist.serve.keys import Caller
 from sa3dist.serve.service import Service, WireError, result_file, service_of
-from sa3dist.serve.submission import read_body
+from sa3dist.serve.submission import lifetime, read_body
 
 routes = APIRouter(tags=["files"])
 UPLOAD_SECONDS = 24 * 3600
@@ -29,12 +27,8 @@ async def _small_body(service: Service, request: Request) -> dict[str, Any]:
 
 
 def _note(service: Service, caller: Caller, name: str, content_type: str, request: Request) -> StoredFile:
-    # Both clients' headers for how long a file is kept.
-    wish = request.headers.get("x-fal-object-lifecycle-preference") or request.headers.get("x-fal-object-lifecycle")
-    seconds = None
-    with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
-        seconds = json.loads(wish or "{}").get("expiration_duration_seconds")
-    expires = time.time() + seconds if isinstance(seconds, int | float) and 0 < seconds < 1e10 else None
+    seconds = lifetime(request.headers)
+    expires = None if seconds is None else time.time() + seconds
     kind = content_type[:100] if content_type.isprintable() else "application/octet-stream"
     return StoredFile(service.files.new_id(), caller.id, plain_name(name), kind, 0, time.time(), expires)
 

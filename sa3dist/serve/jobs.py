@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import and_, func, or_, select, tuple_
+from sqlalchemy import and_, case, func, or_, select, tuple_
 from sqlalchemy.exc import IntegrityError
 
 from sa3dist.errors import ConfigError, SA3DistError
@@ -101,6 +101,7 @@ class JobStore:
         max_queue: int | None = None,
         settings: dict[str, Any] | None = None,
         retries: int = RETRIES,
+        keep_seconds: float | None = None,
     ) -> Job:
         """Accept a request: once this returns, it is finished exactly once, whatever is killed meanwhile.
 
@@ -110,6 +111,7 @@ class JobStore:
         max_queue       raises QueueFull when more jobs than that wait
         settings        what the trainer is given in the place of what ``request`` says, or beside it
         retries         failed attempts that are followed by another one
+        keep_seconds    how long behind its end ``retention`` leaves it, whatever else it keeps
         """
         settings = settings or {}
         row = {
@@ -122,6 +124,7 @@ class JobStore:
             "dedup": dedup,
             "webhook": webhook,
             "retries": retries,
+            "keep_seconds": keep_seconds,
             "state": QUEUED,
             "created": now(),
             "updated": now(),
@@ -224,9 +227,11 @@ class JobStore:
         shutil.rmtree(job.folder, ignore_errors=True)
         return True
 
-    def retention(self, days: float) -> int:
-        """Delete the jobs that ended more than ``days`` ago; how many."""
-        old, count = and_(jobs.c.state.in_(FINISHED), jobs.c.finished < now() - days * DAY_SECONDS), 0
+    def retention(self, days: float | None) -> int:
+        """Delete the jobs that ended more than ``days`` ago, or longer than they asked to be kept; how many."""
+        asked, count = jobs.c.keep_seconds, 0
+        kept = asked if days is None else case((asked < days * DAY_SECONDS, asked), else_=days * DAY_SECONDS)
+        old = and_(jobs.c.state.in_(FINISHED), jobs.c.finished + kept < now())
         while True:
             with self.database.writing(alone=True) as connection:
                 ended = self._make_deleted(connection, old)

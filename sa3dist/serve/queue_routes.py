@@ -23,12 +23,14 @@ from sa3dist.serve.keys import Caller
 from sa3dist.serve.log_lines import LogReader
 from sa3dist.serve.ready_status import seen_as
 from sa3dist.serve.service import Service, WireError, refusal, service_of
-from sa3dist.serve.submission import accept, refuse_inward
+from sa3dist.serve.submission import accept, lifetime, refuse_inward
 from sa3dist.serve.tables import QUEUED
 
 routes = APIRouter()
 NORMAL_PRIORITY, LOW_PRIORITY = 10, 100
 KEEP_ALIVE_SECONDS = 15.0
+# For which the hosted endpoint keeps a result where it stores no payloads.
+UNSTORED_SECONDS = 3600.0
 BODY = {
     "requestBody": {"required": True, "content": {"application/json": {"schema": EndpointFields.model_json_schema()}}}
 }
@@ -87,6 +89,10 @@ def _wishes(request: Request) -> dict[str, Any]:
         if not 0 <= value < 1e9:
             raise WireError(422, [refusal(place, f"{text[:100]!r} is no number, 0 or more")])
         wishes[key] = value
+    kept = lifetime(headers)
+    if headers.get("x-fal-store-io") == "0":
+        kept = min(UNSTORED_SECONDS, kept or UNSTORED_SECONDS)
+    wishes["keep_seconds"] = kept
     if (most := request.app.state.service.options.max_queue) is not None:
         wishes["max_queue"] = min(most, wishes.get("max_queue", most))
     return wishes

@@ -35,7 +35,7 @@ SHEPHERD_LOG = "shepherd.log"
 
 
 class Scheduler:
-    """Runs the jobs of ``store`` as ``options`` say. keep_days: finished jobs are deleted after; None: never."""
+    """Runs the jobs of ``store`` as ``options`` say. keep_days: finished jobs are deleted after; None: as they ask."""
 
     def __init__(self, store: JobStore, options: Options, keep_days: float | None = None) -> None:
         self._store, self._options, self._keep_days = store, options, keep_days
@@ -79,8 +79,7 @@ class Scheduler:
             self._shepherds.append(start_shepherd(self._store, job, self._options))
         if self._tidied_at is None or time.monotonic() - self._tidied_at > TIDY_SECONDS:
             self._tidied_at = time.monotonic()
-            if self._keep_days is not None:
-                self._store.retention(self._keep_days)
+            self._store.retention(self._keep_days)
             self._store.sweep()
 
     def stop_jobs(self) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
 import socket
 import time
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
@@ -34,6 +36,14 @@ MOST_VALUES = 100_000
 MOST_UNKNOWN = 20
 # Stands for an address that is refused already, while the other fields are checked.
 _ACCEPTABLE = "https://example.com/clips.zip"
+
+
+def lifetime(headers: Mapping[str, str]) -> float | None:
+    """Seconds for which a client wants a file or a job's results kept, by either client's header; None: not said."""
+    wish, seconds = headers.get("x-fal-object-lifecycle-preference") or headers.get("x-fal-object-lifecycle"), None
+    with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+        seconds = json.loads(wish or "{}").get("expiration_duration_seconds")
+    return seconds if isinstance(seconds, int | float) and 0 < seconds < 1e10 else None
 
 
 def read_body(body: bytes) -> dict[str, Any]:

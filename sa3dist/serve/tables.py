@@ -69,6 +69,8 @@ jobs = Table(
     *_values("devices", "error", "result"),
     *_times("created", "updated", nullable=False),
     *_times("start_until", "lease_until", "not_before", "started", "finished"),
+    # How long it is kept behind its end, where its client has said so.
+    Column("keep_seconds", Double),
     sqlite_autoincrement=True,
 )
 Index("jobs_by_turn", jobs.c.state, jobs.c.priority, jobs.c.number)

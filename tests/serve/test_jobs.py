@@ -298,6 +298,16 @@ def test_retention_deletes_what_ended_long_ago_alone(store):
     assert [job.id for job in store.list()] == [waits.id]
 
 
+@pytest.mark.parametrize("days", [None, 1])
+def test_a_job_is_kept_no_longer_than_it_asked(store, days):
+    short, long, silent = (submit(store, keep_seconds=seconds) for seconds in (0.04, 7e5, None))
+    for job in (short, long, silent):
+        store.cancel(job.id)
+    time.sleep(0.05)
+    assert store.retention(days) == 1
+    assert {job.id for job in store.list()} == {long.id, silent.id}
+
+
 def test_jobs_are_listed_newest_first_and_by_key(store):
     mine = [submit(store).id for _ in range(3)]
     other = submit(store, key="other")

@@ -7,6 +7,7 @@ import json
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from sqlalchemy import select
 from starlette.testclient import TestClient
 
 from sa3dist.data.remote.fetch import fetch
@@ -17,6 +18,7 @@ from sa3dist.serve.app import create_app
 from sa3dist.serve.jobs import JobStore
 from sa3dist.serve.keys import Keys
 from sa3dist.serve.server_options import DEFAULT_APP, Options
+from sa3dist.serve.tables import jobs
 from tests.helpers.servers import hostile_http
 
 REQUEST = {"audio_data_url": "data:application/zip;base64,UEsFBgAAAAAAAAAAAAAAAAAAAAAAAA==", "number_of_steps": 7}
@@ -78,6 +80,17 @@ def test_equal_requests_are_one_job_and_low_priority_goes_last(client):
     first, again = submit(client).json(), submit(client).json()
     assert first["request_id"] == again["request_id"]
     assert client.get(low["status_url"]).json()["queue_position"] == 1
+
+
+def test_a_client_says_how_long_its_job_is_kept_behind_its_end(client):
+    day = {"X-Fal-Object-Lifecycle-Preference": '{"expiration_duration_seconds": 86400}'}
+    wishes = {None: {}, 86400.0: day, 3600.0: {"X-Fal-Store-IO": "0", **day}}
+    for number, (kept, headers) in enumerate(wishes.items()):
+        made = submit(client, {**REQUEST, "seed": number}, headers=headers).json()
+        store = client.app.state.service.store
+        with store.database.reading() as connection:
+            asked = select(jobs.c.keep_seconds).where(jobs.c.id == made["request_id"])
+            assert connection.execute(asked).scalar_one() == kept
 
 
 def test_a_cancelled_request_is_completed_with_an_error_and_answers_499(client):
