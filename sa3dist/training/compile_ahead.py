@@ -53,7 +53,7 @@ SHORT_FRAMES = 128
 # What the programs depend on beside the model. How many blocks are recomputed changes none.
 FIELDS = (
     "adapter_type", "rank", "alpha", "include", "exclude", "base_precision", "mixed_precision", "adapter_products",
-    "batch_size", "duration", "compile",
+    "batch_size", "duration", "compile", "reference_numerics",
 )  # fmt: skip
 # What is compiled: for micro batches with and without given context.
 PROGRAMS = {"context": True, "none": False}
@@ -66,34 +66,32 @@ class CompilingAhead:
     """The processes, where this run has some."""
 
     def __init__(self, settings: Settings, group: Group, dtype: torch.dtype) -> None:
-        """To be made before the base is loaded, once the caches have their places. Raises nothing for what fails.
+        """On a CUDA device, before the base is loaded and once the caches have their places. What fails is logged.
 
         dtype   of the base's weights
         """
         self._processes: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
         device = group.device
         compiles = wants_compile(settings.compile, device, settings.number_of_steps, settings.deterministic)
-        if not compiles or device.type != "cuda" or group.deepspeed is not None or not group.is_main:
-            return
-        if settings.adapter_products == "factored":
+        formed = settings.adapter_products != "factored" and group.deepspeed is None
+        if not (compiles and formed and group.is_main):
             return
         for program in PROGRAMS:
             if not _mark(settings, device, program).exists():
                 self._start(program, pickle.dumps((settings, device, dtype)))
 
     def _start(self, program: str, given: bytes) -> None:
-        # A file: a pipe that nobody reads would fill up and stop it.
-        errors = tempfile.TemporaryFile()  # noqa: SIM115
-        with tempfile.TemporaryFile() as file:
-            file.write(given)
-            file.seek(0)
-            try:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", __name__, program], stdin=file, stdout=subprocess.DEVNULL, stderr=errors
-                )
-            except OSError as failure:
-                log.info("nothing is compiled ahead: %s", failure)
-                return
+        command = [sys.executable, "-m", __name__, program]
+        try:
+            # A file: a pipe that nobody reads would fill up and stop it.
+            errors = tempfile.TemporaryFile()  # noqa: SIM115
+            with tempfile.TemporaryFile() as file:
+                file.write(given)
+                file.seek(0)
+                process = subprocess.Popen(command, stdin=file, stdout=subprocess.DEVNULL, stderr=errors)
+        except OSError as failure:
+            log.info("not compiled ahead, the first steps take longer: %s", failure)
+            return
         atexit.register(process.kill)
         self._processes.append((process, errors))
 

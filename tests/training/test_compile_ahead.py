@@ -90,6 +90,18 @@ def test_a_run_does_not_wait_for_ever(started, caplog, monkeypatch):
     assert len(caplog.messages) == 2
 
 
+def test_without_room_for_its_files_a_run_compiles_for_itself(started, caplog, monkeypatch):
+    def full():
+        raise OSError(28, "No space left on device")
+
+    caplog.set_level("INFO")
+    monkeypatch.setattr(compile_ahead.tempfile, "TemporaryFile", full)
+    started("pass").wait(ONE, StopRequest(), Startup())
+    assert (
+        caplog.messages == ["not compiled ahead, the first steps take longer: [Errno 28] No space left on device"] * 2
+    )
+
+
 def test_a_signal_ends_the_wait(started):
     compiling, stop = started("import time; time.sleep(60)"), StopRequest()
     stop.hear("SIGTERM on rank 0")
