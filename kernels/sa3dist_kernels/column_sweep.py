@@ -7,8 +7,6 @@ Each program writes its share; the closing kernels add them up in a fixed order,
 Legend: O fan_out, I fan_in, R rank.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -18,8 +18,6 @@ core      dM of an -xs type, a tile of it to a program
 Legend: O fan_out, I fan_in, R rank.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

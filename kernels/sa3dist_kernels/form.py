@@ -15,8 +15,6 @@ columns   a program has a block of columns and a span of rows; ``close`` adds th
 Legend: O fan_out, I fan_in, R rank.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

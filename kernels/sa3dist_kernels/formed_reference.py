@@ -5,8 +5,6 @@ Everything is in the format of the trained tensors.
 Legend: O fan_out, I fan_in, R rank.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 

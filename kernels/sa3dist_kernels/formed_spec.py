@@ -3,8 +3,6 @@
 Legend: O fan_out, I fan_in, R rank.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 

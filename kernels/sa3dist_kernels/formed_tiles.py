@@ -10,8 +10,6 @@ its own sums, added at the end. So no warp needs what another one formed.
 Legend: O fan_out, I fan_in, R rank, RANK_STEP the part of the rank that is held at once.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -1,7 +1,5 @@
 """Helpers of all Triton kernels: whether one can run, its matrix product, and block sizes of the rank."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

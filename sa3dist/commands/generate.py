@@ -1,7 +1,5 @@
 """`sa3dist generate`: audio from prompts, with a base alone or with adapters on it."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

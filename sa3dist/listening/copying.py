@@ -1,7 +1,5 @@
 """Whether previews are copies of training clips: how near they come, against how near held-out clips come."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

@@ -6,8 +6,6 @@ of level, which shifts all bands of a log spectrum alike, does not count.
 Legend: D bands or channels, T frames of a clip, W frames of a window, Q windows, S segments of a clip, F frequencies.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence

@@ -3,8 +3,6 @@
 Legend: C audio channels, N samples, M bands of pitch, P pieces of time.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

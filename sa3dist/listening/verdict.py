@@ -1,7 +1,5 @@
 """What the numbers of a run's health mean, in words: one table of thresholds, each with where it comes from."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -3,8 +3,6 @@
 Legend: B batch, C channels or conditioning width, N samples, D latent channels, T latent frames, L prompt tokens.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 

@@ -3,8 +3,6 @@
 Legend: B batch, N sequence, E channels, H heads, D head width, P members of a differential pair (1 or 2).
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

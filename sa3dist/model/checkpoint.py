@@ -1,7 +1,5 @@
 """Base checkpoints: tensors read one by one from the mapped file, strict checks of their keys, digests of tensors."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 from collections.abc import Iterable, Mapping

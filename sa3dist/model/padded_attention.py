@@ -6,8 +6,6 @@ package. Graphs are built once for each number of tokens.
 Legend: B batch (members of a differential pair), H heads, K tokens, D head width.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import logging

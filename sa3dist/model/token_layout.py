@@ -8,8 +8,6 @@ Legend: B clips, C channels, T frames, M memory tokens, H heads (of both members
 D head width.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

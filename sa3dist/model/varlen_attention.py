@@ -8,8 +8,6 @@ Milliseconds of such a call there, forward and backward, 4155 tokens, of them 45
 Legend: K query tokens, J key tokens of all clips, P members of a pair (1 or 2), H heads, D head width, S clips.
 """
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -3,8 +3,6 @@
 A card holds no file name and no path of the data set, and none of its captions unless they are asked for.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A picture of a run's losses over its steps, as an SVG file."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 from typing import Any

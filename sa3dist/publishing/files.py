@@ -1,7 +1,5 @@
 """Which files of a run go with its adapter, and the card that is written beside them."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -4,8 +4,6 @@ A chart is a dict that page.js draws: ``series`` of {label, x, y, kind, colour},
 values behind a trend), "level" (a dashed line), "mark" (a point that stands out) or "bar".
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """A page as one HTML file: a template with the style, the scripts and the charts that all pages share."""
 
-from __future__ import annotations
-
 import base64
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """What a page says of a run in words and tables: how it stands, its settings, data set, origin and warnings."""
 
-from __future__ import annotations
-
 import statistics
 from collections import Counter
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Previews side by side: a row for each prompt, a column for each step or run; and which stand inside the page."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os

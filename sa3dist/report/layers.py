@@ -1,7 +1,5 @@
 """The picture of layers: kinds of layer downwards, blocks of the network to the right, each with its figures."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from typing import Any

@@ -1,7 +1,5 @@
 """The page of a run, or of several side by side: its charts, clips and words, put into one HTML file."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a run writes down for its page beside rows and clips: its warnings, and what each start ran on."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Read what a run has left in its output_dir, also while it runs, and also where parts are missing or torn."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """Clips as OGG Vorbis, small enough to stand inside a page."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

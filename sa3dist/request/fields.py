@@ -1,7 +1,5 @@
 """The hosted endpoint's fields, under its names and with its defaults and ranges: what a request may hold."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field

@@ -3,8 +3,6 @@
 Nothing is forwarded: a request is given to our own routes, or refused.
 """
 
-from __future__ import annotations
-
 from typing import Any
 from urllib.parse import urlsplit
 

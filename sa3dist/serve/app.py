@@ -1,7 +1,5 @@
 """The web server of the endpoint: all routes, errors in the endpoint's shape, and what runs beside them."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

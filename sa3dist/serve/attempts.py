@@ -6,8 +6,6 @@ JOB/attempt-2/run/             its output_dir                  JOB/attempt-2/lea
     JOB/cluster/                   the same of all attempts, where a cluster runs them
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Request bodies within bounds, in bytes and in silence, and the address a client reached us at."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """The Python client in a notebook, pointed at a server of one's own."""
 
-from __future__ import annotations
-
 import importlib
 import os
 

@@ -4,8 +4,6 @@ A shepherd may be lost at any moment. The note beside the run tells the next one
 and which status is older than that.
 """
 
-from __future__ import annotations
-
 import signal
 import time
 from collections.abc import Callable

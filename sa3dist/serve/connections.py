@@ -1,7 +1,5 @@
 """Connections of uvicorn whose clients may not be silent for ever, nor send the head of a request without end."""
 
-from __future__ import annotations
-
 import asyncio
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol

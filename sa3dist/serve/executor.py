@@ -1,7 +1,5 @@
 """How the trainer of an attempt is started, watched and ended: on this host, or by a cluster's scheduler."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Protocol

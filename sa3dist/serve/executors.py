@@ -1,7 +1,5 @@
 """The table of executors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from sa3dist.errors import ConfigError

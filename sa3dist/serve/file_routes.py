@@ -1,7 +1,5 @@
 """Routes of files: the uploads of both clients, small and in parts, and what may be downloaded."""
 
-from __future__ import annotations
-
 import asyncio
 import datetime
 import time

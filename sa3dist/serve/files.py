@@ -1,7 +1,5 @@
 """Uploaded files in a store of fsspec: written whole, each with a note of its owner, kind and end."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

@@ -1,7 +1,5 @@
 """One accepted request of the endpoint, as its row and its folder hold it."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 The database may not answer for any time. The main thread, which has to end the trainer in time, never waits for it.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable

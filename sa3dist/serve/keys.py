@@ -1,7 +1,5 @@
 """Who calls: keys with scopes, kept as hashes, and the secret that signs links, upload tokens and webhooks."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import hmac

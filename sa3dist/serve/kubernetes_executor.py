@@ -4,8 +4,6 @@ Kubernetes places it, starts lost pods again and outlives its shepherd. A name c
 a crash, finds the first.
 """
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import time

@@ -3,8 +3,6 @@
 A lease ends by the database's clock. Who holds it counts by its own, from before it asked, and so stops before that.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Collection
 from typing import Any

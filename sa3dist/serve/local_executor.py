@@ -1,7 +1,5 @@
 """The trainer as processes of this host, in a session of their own, under the locks of their shepherd."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

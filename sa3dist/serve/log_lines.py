@@ -1,7 +1,5 @@
 """Reads on in the log lines that a job's shepherd keeps: the newest ones, within bounds."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from typing import Any

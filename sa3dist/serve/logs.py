@@ -1,7 +1,5 @@
 """What a trainer says, kept line by line with its time, in the form in which the endpoint gives logs out."""
 
-from __future__ import annotations
-
 import datetime
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What an operator sees of a server: its health, counts for Prometheus, and a line of JSON for whatever happens."""
 
-from __future__ import annotations
-
 import collections
 import datetime
 import json

@@ -1,7 +1,5 @@
 """Webhooks that are to be delivered: a row each, written with the end of its job, tried until it arrives."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from sqlalchemy import select

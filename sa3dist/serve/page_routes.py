@@ -1,7 +1,5 @@
 """The page for people at `/`, and the routes under `/api` that it reads. What it does, it does on the wire's routes."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from pathlib import Path as FilePath

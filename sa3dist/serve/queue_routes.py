@@ -1,7 +1,5 @@
 """Routes of the queue: submit, run, status, result, cancel, delete, under the hosted endpoint's addresses."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import hashlib

@@ -1,7 +1,5 @@
 """Status answers from memory, before any route: what clients ask for more often than for anything else."""
 
-from __future__ import annotations
-
 import re
 
 from fastapi import Request

@@ -3,8 +3,6 @@
 Any number of servers run it at once. One that starts again has nothing to do for jobs that run: their shepherds do.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

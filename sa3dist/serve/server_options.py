@@ -1,7 +1,5 @@
 """What a server is told at its start: addresses, folders and limits."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

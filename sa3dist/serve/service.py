@@ -1,7 +1,5 @@
 """What all routes of one server share, and the errors that become answers."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses

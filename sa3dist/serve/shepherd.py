@@ -3,8 +3,6 @@
 Started by the scheduler, which it outlives. It is told its job on stdin: an address may hold a password.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """What people are shown of a job: its summary and details, and what its run has written since they last looked."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Slurm runs it, requeues it and outlives its shepherd. A second submit, after a c
 should two be on their way at once, Slurm holds the later one back until the earlier has ended (singleton).
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

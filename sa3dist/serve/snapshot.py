@@ -1,7 +1,5 @@
 """The jobs in memory, read again twice a second: what clients ask for most is answered without the database."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import logging

@@ -1,7 +1,5 @@
 """What a submit asks for: the endpoint's fields checked as the trainer checks them, and the data it may read."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import binascii

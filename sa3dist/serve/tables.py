@@ -1,7 +1,5 @@
 """Tables of the job queue, and transactions on them, in SQLite and in PostgreSQL."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path

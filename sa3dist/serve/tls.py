@@ -1,7 +1,5 @@
 """A certificate authority of one's own, for clients that insist on https."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from sa3dist.errors import ConfigError

@@ -1,7 +1,5 @@
 """Webhooks: signed, sent to addresses of the open internet alone, tried again until they arrive."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import hashlib

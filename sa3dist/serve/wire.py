@@ -1,7 +1,5 @@
 """The bodies of the hosted endpoint's queue: submit, status, result and error, as its clients read them."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
