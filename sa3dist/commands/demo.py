@@ -7,7 +7,7 @@ import argparse
 import io
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +28,6 @@ FOLDER = Path("demo")
 # Another seed than the training's, so that the comparison is over draws the adapter has not seen.
 EVALUATION_SEED = 4242
 EVALUATION_BATCHES = 96
-
-Synth = Callable[[np.random.Generator, np.ndarray], tuple[np.ndarray, str]]
 
 
 def synthesise_clips(path_zip: Path, seed: int = 0, count: int = 24) -> None:
@@ -52,8 +50,10 @@ def synthesise_clips(path_zip: Path, seed: int = 0, count: int = 24) -> None:
             time_N = np.arange(round(seconds[number] * rate)) / rate
             mono_N, caption = synth(rng, time_N)
             stem = f"{kind}/{kind}_{number:02d}"
-            _store(archive, f"{stem}.{extension}", _encode(_stage(rng, mono_N, channels), rate, *codec))
-            _store(archive, f"{stem}.txt", f"{caption}, {seconds[number]:.1f} seconds".encode())
+            sound = _encode(_stage(rng, mono_N, channels), rate, *codec)
+            # ZipInfo's default date is a constant; writestr with a name would take the clock's.
+            archive.writestr(zipfile.ZipInfo(f"{stem}.{extension}"), sound)
+            archive.writestr(zipfile.ZipInfo(f"{stem}.txt"), f"{caption}, {seconds[number]:.1f} seconds")
 
 
 def _tone(rng: np.random.Generator, time_N: np.ndarray) -> tuple[np.ndarray, str]:
@@ -97,7 +97,7 @@ def _noise(rng: np.random.Generator, time_N: np.ndarray) -> tuple[np.ndarray, st
     return wave, f"{colour} noise swelling {swell_hertz:.1f} times a second"
 
 
-_SYNTHS: dict[str, Synth] = {"tone": _tone, "chirp": _chirp, "drum": _drum, "noise": _noise}
+_SYNTHS = {"tone": _tone, "chirp": _chirp, "drum": _drum, "noise": _noise}
 
 
 def _draw_hertz(rng: np.random.Generator) -> float:
@@ -119,11 +119,6 @@ def _encode(audio_NC: np.ndarray, rate: int, container: str, subtype: str | None
     out = io.BytesIO()
     soundfile.write(out, audio_NC, rate, format=container, subtype=subtype)
     return out.getvalue()
-
-
-def _store(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
-    # ZipInfo's default date is a constant; writestr with a name would take the clock's.
-    archive.writestr(zipfile.ZipInfo(name), data)
 
 
 def prepare(clips: Path, base: Path) -> None:

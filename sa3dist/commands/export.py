@@ -35,7 +35,7 @@ from sa3dist.model.loading import WEIGHTS_NAME, BaseOnDisk
 from sa3dist.model.released import RELEASED
 from sa3dist.model.rewrite_safetensors import write_safetensors
 from sa3dist.runtime import run_lock
-from sa3dist.runtime.exit_status import run_command
+from sa3dist.runtime.exit_status import command
 from sa3dist.training import checkpoint
 
 # What was written, the program it is for, and layers that were left out knowingly.
@@ -52,12 +52,6 @@ def is_path(words: Sequence[str]) -> bool:
         os.path.isdir(os.path.expanduser(name)) or name.endswith(ADAPTER_SUFFIXES) or name.startswith("--format")
         for name in names
     )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """0 when written; 2, with one line and nothing written, when this cannot be exported like this."""
-    about = "Write the files of a run from a checkpoint, or an adapter in another program's layout."
-    return run_command("sa3dist export", ARGUMENTS, convert, argv, description=about)
 
 
 def from_checkpoint(source: Path, output: Path | None) -> dict:
@@ -211,3 +205,10 @@ ARGUMENTS = {
     "--baked-norms": {"action": "store_true", "help": "native: add the norms of rows, as float32"},
     "--lora-config": {"metavar": "JSON", "help": "rank, alpha and adapter_type of a file that does not say"},
 }
+# 0 when written; 2, with one line and nothing written, when this cannot be exported like this.
+main = command(
+    "sa3dist export",
+    ARGUMENTS,
+    convert,
+    description="Write the files of a run from a checkpoint, or an adapter in another program's layout.",
+)

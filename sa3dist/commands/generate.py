@@ -23,7 +23,7 @@ from sa3dist.model.checkpoint import tensors_digest
 from sa3dist.model.generation import Generation
 from sa3dist.model.loading import known_config, load_base
 from sa3dist.progress import progress
-from sa3dist.runtime.exit_status import run_program
+from sa3dist.runtime.exit_status import command
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EPILOG = """\
@@ -34,50 +34,38 @@ EPILOG = """\
       one after the other, as Stable Audio 3 stacks them; strength 0 is the base itself"""
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="sa3dist generate",
-        description="Make audio from prompts: OUTPUT/0.flac with 0.json, 1.flac ...",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    made.add_argument("--model", metavar="MODEL", help="released name or directory; default the one the adapter names")
-    made.add_argument(
-        "--adapter",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="PATH[=STRENGTH]",
-        help="adapter file, run or checkpoint folder; a strength is 1 when left out",
-    )
-    made.add_argument("--prompt", nargs="+", action="extend", required=True, metavar="TEXT", help="one clip for each")
-    made.add_argument("--seconds", type=float, required=True, help="length of every clip")
-    made.add_argument("--steps", type=int, help="default 50, or 8 for a post-trained model")
-    made.add_argument("--cfg", type=float, help="guidance scale; default 7, or 1 for a post-trained model")
-    made.add_argument("--seed", type=int, default=0, help="of the noise, together with a clip's number; default 0")
-    made.add_argument("--output", type=Path, required=True, help="folder of the clips")
-    made.add_argument("--format", choices=list(FORMATS), default="flac", help="default flac")
-    made.add_argument("--device", choices=["cpu", "cuda"], help="default cuda where there is one")
-    made.add_argument("--precision", choices=list(PRECISIONS), help="of the model; default bf16 on cuda, fp32 on cpu")
-    made.add_argument("--text-encoder", metavar="DIR", help="where T5Gemma is, when not beside the model")
-    return made
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """0 when written; 2, with one line and nothing written, when this cannot be generated."""
-    options = parser().parse_args(argv)
-
-    def body() -> None:
-        try:
-            generate(options)
-        except torch.OutOfMemoryError:
-            text = "out of memory; fewer --seconds, a narrower --precision or --device cpu may fit"
-            raise OutOfMemory(text) from None
-
-    return run_program(body, lambda: None, lambda: 0)
+ARGUMENTS = {
+    "--model": {"metavar": "MODEL", "help": "released name or directory; default the one the adapter names"},
+    "--adapter": {
+        "nargs": "+",
+        "action": "extend",
+        "default": [],
+        "metavar": "PATH[=STRENGTH]",
+        "help": "adapter file, run or checkpoint folder; a strength is 1 when left out",
+    },
+    "--prompt": {"nargs": "+", "action": "extend", "required": True, "metavar": "TEXT", "help": "one clip for each"},
+    "--seconds": {"type": float, "required": True, "help": "length of every clip"},
+    "--steps": {"type": int, "help": "default 50, or 8 for a post-trained model"},
+    "--cfg": {"type": float, "help": "guidance scale; default 7, or 1 for a post-trained model"},
+    "--seed": {"type": int, "default": 0, "help": "of the noise, together with a clip's number; default 0"},
+    "--output": {"type": Path, "required": True, "help": "folder of the clips"},
+    "--format": {"choices": list(FORMATS), "default": "flac", "help": "default flac"},
+    "--device": {"choices": ["cpu", "cuda"], "help": "default cuda where there is one"},
+    "--precision": {"choices": list(PRECISIONS), "help": "of the model; default bf16 on cuda, fp32 on cpu"},
+    "--text-encoder": {"metavar": "DIR", "help": "where T5Gemma is, when not beside the model"},
+}
 
 
 def generate(options: argparse.Namespace) -> None:
+    """``make_clips``, with what helps where the memory does not do."""
+    try:
+        make_clips(options)
+    except torch.OutOfMemoryError:
+        text = "out of memory; fewer --seconds, a narrower --precision or --device cpu may fit"
+        raise OutOfMemory(text) from None
+
+
+def make_clips(options: argparse.Namespace) -> None:
     check_format(options.format)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -146,3 +134,14 @@ def write_clips(base: Base, how: Generation, output: Path, texts: dict[int, dict
             write_json(output / f"{number}.json", texts[number])
             write_audio(output / f"{number}.{suffix}", audio_CN, base.sample_rate_hz)
             update(done)
+
+
+# 0 when written; 2, with one line and nothing written, when this cannot be generated.
+main = command(
+    "sa3dist generate",
+    ARGUMENTS,
+    generate,
+    description="Make audio from prompts: OUTPUT/0.flac with 0.json, 1.flac ...",
+    epilog=EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+)

@@ -1,7 +1,6 @@
 """`sa3dist health RUN|FILE`: what an adapter does to its base, and whether that is healthy."""
 
 import argparse
-from collections.abc import Sequence
 
 from sa3dist.adapters import adapted_layers
 from sa3dist.adapters.transfer import load_adapter_file
@@ -12,7 +11,7 @@ from sa3dist.listening.health import Losses
 from sa3dist.listening.health_numbers import measure_layer, summary
 from sa3dist.listening.verdict import judge
 from sa3dist.model.loading import load_base
-from sa3dist.runtime.exit_status import run_command
+from sa3dist.runtime.exit_status import command
 from sa3dist.training.metrics import METRICS_NAME
 
 ARGUMENTS = {
@@ -24,12 +23,6 @@ ARGUMENTS = {
     "--base": {"metavar": "MODEL", "help": "the base it was trained on; default the one it names"},
     "--layers": {"type": int, "default": 10, "metavar": "N", "help": "so many of those that learn most (default 10)"},
 }
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """0 whatever the verdict; 2, with one line, where there is nothing to measure."""
-    about = "Measure every adapted layer: drift, size and effective rank of its update; losses are judged with a run's."
-    return run_command("sa3dist health", ARGUMENTS, health, argv, description=about)
 
 
 def health(options: argparse.Namespace) -> None:
@@ -49,3 +42,13 @@ def health(options: argparse.Namespace) -> None:
     print(f"update ratio {row['update_ratio']}, effective rank {row['effective_rank']}, the means of the layers")
     for layer in row["layers"][: options.layers]:
         print(f"{layer['update_ratio']!s:>12} {layer['effective_rank']!s:>9} {layer['drift']!s:>9}  {layer['name']}")
+
+
+# 0 whatever the verdict; 2, with one line, where there is nothing to measure.
+main = command(
+    "sa3dist health",
+    ARGUMENTS,
+    health,
+    description="Measure every adapted layer: drift, size and effective rank of its update; losses are judged with a "
+    "run's.",
+)

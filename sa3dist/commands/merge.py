@@ -20,7 +20,7 @@ from sa3dist.model.base import weight_key
 from sa3dist.model.loading import CONFIG_NAME, WEIGHTS_NAME, BaseOnDisk
 from sa3dist.model.rewrite_safetensors import rewrite_checkpoint
 from sa3dist.progress import progress
-from sa3dist.runtime.exit_status import run_command
+from sa3dist.runtime.exit_status import command
 
 EPILOG = """\
   sa3dist merge piano.safetensors=0.7 drums.safetensors=0.3 --output both.safetensors
@@ -39,16 +39,10 @@ ARGUMENTS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0 when written; 2, with one line and nothing written, when the files cannot be merged like this."""
-    about = {"description": "Merge adapters into one file, or into a base.", "epilog": EPILOG}
-    layout = argparse.RawDescriptionHelpFormatter
-    return run_command("sa3dist merge", ARGUMENTS, merge, argv, **about, formatter_class=layout)
-
-
 def merge(options: argparse.Namespace) -> None:
     """Write the merged adapter, or base, that ``options`` ask for."""
-    files = [read_weighted(argument) for argument in options.adapters]
+    weighted = map(split_weight, options.adapters)
+    files = [(read_adapter_file(path), weight) for path, weight in weighted]
     if options.svd is not None and (options.base is None or options.svd < 1):
         raise ConfigError("--svd: needs a rank of at least 1, and --base MODEL for the weights that are changed")
     if options.base is None:
@@ -66,14 +60,8 @@ def merge(options: argparse.Namespace) -> None:
         into_base(options.output, base, adapters)
 
 
-def read_weighted(argument: str) -> tuple[AdapterFile, float]:
-    """An adapter file and its weight from ``FILE`` or ``FILE=WEIGHT``."""
-    path, weight = split_weight(argument)
-    return read_adapter_file(path), weight
-
-
 def split_weight(argument: str) -> tuple[str, float]:
-    """The path and the weight, 1 when left out. Raises ConfigError for a weight that is no finite number."""
+    """Path and weight of ``FILE=WEIGHT``; 1 when left out. Raises ConfigError for a weight that is no finite number."""
     path, equals, text = argument.rpartition("=")
     if not equals or os.path.exists(argument):
         return argument, 1.0
@@ -139,3 +127,14 @@ def into_base(output: Path, base: BaseOnDisk, adapters: Sequence[tuple[AdapterOn
 def copy_file(source: str | Path, target: str | Path) -> None:
     with atomic_path(Path(target)) as temporary:
         shutil.copyfile(source, temporary)
+
+
+# 0 when written; 2, with one line and nothing written, when the files cannot be merged like this.
+main = command(
+    "sa3dist merge",
+    ARGUMENTS,
+    merge,
+    description="Merge adapters into one file, or into a base.",
+    epilog=EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+)

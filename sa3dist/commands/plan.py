@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from sa3dist import config
@@ -14,7 +13,7 @@ from sa3dist.cost_model.devices import GPUS, THIS, Device, find_device
 from sa3dist.data.remote.local_paths import home_path
 from sa3dist.errors import ConfigError, counted, span
 from sa3dist.model.loading import known_config
-from sa3dist.runtime.exit_status import run_command
+from sa3dist.runtime.exit_status import command
 
 UNITS = {"GB": 1e9, "GIB": 1 << 30}
 
@@ -28,11 +27,6 @@ ARGUMENTS = {
     "--results": {"type": home_path, "default": RESULTS, "help": "folder of benchmark results to calibrate with"},
     "--json": {"action": "store_true", "help": "print everything as JSON"},
 }
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """0 with the plan on stdout, also when the run does not fit; 2 when settings or device are refused."""
-    return run_command("sa3dist plan", ARGUMENTS, plan, argv, description="Predict memory and time of a run.")
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -113,3 +107,7 @@ def lines(job: Job, device: Device, changes: dict[str, Any], prediction: Predict
     ]
     wanted = [f"{key}={value}" for key, value in changes.items() if value is not None]
     return made + ([f"change    {' '.join(wanted)}"] if wanted else [])
+
+
+# 0 with the plan on stdout, also when the run does not fit; 2 when settings or device are refused.
+main = command("sa3dist plan", ARGUMENTS, plan, description="Predict memory and time of a run.")

@@ -1,13 +1,12 @@
 """`sa3dist publish RUN USER/NAME`: a run's adapter with its card, into a repository of the Hugging Face hub."""
 
 import argparse
-from collections.abc import Sequence
 
 from sa3dist.adapters.file import read_adapter_file
 from sa3dist.data.remote.local_paths import home_path
 from sa3dist.publishing import card, files, hub
 from sa3dist.runtime import run_lock
-from sa3dist.runtime.exit_status import run_command
+from sa3dist.runtime.exit_status import command
 
 ARGUMENTS = {
     "run": {"type": home_path, "metavar": "RUN", "help": "a run's output_dir, or a folder that sa3dist export wrote"},
@@ -17,12 +16,6 @@ ARGUMENTS = {
     "--replace-card": {"action": "store_true", "help": "replace a README.md there that was edited by hand"},
     "--dry-run": {"action": "store_true", "help": "list what would be uploaded; nothing is written or sent"},
 }
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """0 when all has arrived; 2 for what you can mend, 70 where the hub fails: one line, run again to continue."""
-    about = "Upload a run's adapter, its card and its previews to the Hugging Face hub, and nothing else of the run."
-    return run_command("sa3dist publish", ARGUMENTS, publish, argv, description=about)
 
 
 def publish(options: argparse.Namespace) -> None:
@@ -55,3 +48,13 @@ def publish(options: argparse.Namespace) -> None:
 def _list(sizes: dict[str, int]) -> None:
     for path, size in sizes.items():
         print(f"{size:>12,}  {path}")
+
+
+# 0 when all has arrived; 2 for what you can mend, 70 where the hub fails: one line, run again to continue.
+main = command(
+    "sa3dist publish",
+    ARGUMENTS,
+    publish,
+    description="Upload a run's adapter, its card and its previews to the Hugging Face hub, and nothing else of the "
+    "run.",
+)

@@ -1,13 +1,12 @@
 """`sa3dist report`: the page of a run, or of several side by side."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from sa3dist.data.remote.local_paths import home_path
 from sa3dist.errors import ConfigError
 from sa3dist.report.page import MEGABYTES, PAGE_NAME, write_report
-from sa3dist.runtime.exit_status import run_command
+from sa3dist.runtime.exit_status import command
 
 # Of several runs, which lie in different folders.
 COMPARISON_NAME = "comparison.html"
@@ -31,12 +30,6 @@ ARGUMENTS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0 when written; 2, with one line, where a folder is none of a run."""
-    about = "Write what a run has left as one HTML page that needs nothing else: curves, previews, settings, warnings."
-    return run_command("sa3dist report", ARGUMENTS, report, argv, description=about)
-
-
 def report(options: argparse.Namespace) -> None:
     """Write the page that ``options`` ask for and print its path."""
     if not options.megabytes > 0:
@@ -46,3 +39,13 @@ def report(options: argparse.Namespace) -> None:
         raise ConfigError(f"--output: {page} is a folder; name a file")
     write_report(options.runs, page, options.megabytes, inside=options.audio == "inside")
     print(f"wrote {page}")
+
+
+# 0 when written; 2, with one line, where a folder is none of a run.
+main = command(
+    "sa3dist report",
+    ARGUMENTS,
+    report,
+    description="Write what a run has left as one HTML page that needs nothing else: curves, previews, settings, "
+    "warnings.",
+)

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from sa3dist.data.remote.local_paths import home_path
 from sa3dist.errors import ConfigError
-from sa3dist.runtime.exit_status import run_command
+from sa3dist.runtime.exit_status import command, positive
 from sa3dist.serve.keys import SCOPES, Keys
 from sa3dist.serve.options import Options as RunOptions
 from sa3dist.serve.options import gpus_here, shared_work_dir
@@ -35,8 +35,8 @@ ABOUT = "Serve the endpoint; `sa3dist serve keys --help` makes keys for it."
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["keys"]:
-        return run_command("sa3dist serve keys", KEY_ARGUMENTS, keys, words[1:], description="Keys of the endpoint.")
-    return run_command("sa3dist serve", ARGUMENTS, serve, words, description=ABOUT)
+        return command("sa3dist serve keys", KEY_ARGUMENTS, keys, description="Keys of the endpoint.")(words[1:])
+    return command("sa3dist serve", ARGUMENTS, serve, description=ABOUT)(words)
 
 
 def _model(text: str) -> tuple[str, str]:
@@ -44,12 +44,6 @@ def _model(text: str) -> tuple[str, str]:
     if not (name and equals and path):
         raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=DIRECTORY")
     return name, str(home_path(path).absolute())
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 1 or more")
-    return int(text)
 
 
 ARGUMENTS = {
@@ -65,8 +59,8 @@ ARGUMENTS = {
         "help": f"jobs at once; unset = by GPUs, one without, {CLUSTER_SLOTS} on a cluster",
     },
     "--executor": {"choices": ["local", "slurm", "kubernetes"], "default": "local", "help": "who runs the jobs"},
-    "--nodes": {"type": _count, "default": 1, "metavar": "N", "help": "of each job (slurm, kubernetes)"},
-    "--gpus": {"type": _count, "default": 1, "metavar": "N", "help": "of each job, on each of its nodes"},
+    "--nodes": {"type": positive, "default": 1, "metavar": "N", "help": "of each job (slurm, kubernetes)"},
+    "--gpus": {"type": positive, "default": 1, "metavar": "N", "help": "of each job, on each of its nodes"},
     "--option": {"action": "append", "default": [], "help": "for sbatch, or image= cpu= ... (kubernetes); may repeat"},
     "--stop-jobs": {
         "action": "store_true",

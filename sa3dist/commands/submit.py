@@ -5,7 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,8 @@ import yaml
 from sa3dist import config
 from sa3dist.config import Settings
 from sa3dist.errors import ConfigError, EnvironmentFailure
-from sa3dist.runtime.exit_status import run_command
+from sa3dist.runtime.exit_status import command, positive
 from sa3dist.runtime.launch_files import label, launch_file
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """0 when submitted, 2 when the settings are refused, 70 when the backend is; the local backend becomes the run."""
-    # The run itself writes the status of its output directory.
-    return run_command("sa3dist submit", ARGUMENTS, submit, argv, description="Start a training run on a backend.")
 
 
 def submit(options: argparse.Namespace) -> None:
@@ -31,12 +25,6 @@ def submit(options: argparse.Namespace) -> None:
     # Local and Slurm runs use this installation; Slurm hands the environment on.
     os.environ.setdefault("SA3DIST_PYTHON", sys.executable)
     BACKENDS[options.backend](settings, options)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 1 or more")
-    return int(text)
 
 
 def local(settings: Settings, options: argparse.Namespace) -> None:
@@ -96,12 +84,15 @@ ARGUMENTS = {
     "arguments": {"nargs": "+", "metavar": "CONFIG.yaml|REQUEST.json|key=value", "help": "as for sa3dist train"},
     "--backend": {"required": True, "choices": BACKENDS},
     "--dry-run": {"action": "store_true", "help": "print what would be submitted, and submit nothing"},
-    "--processes": {"type": _count, "metavar": "N", "help": "processes per node; unset = all GPUs, or 8 asked for"},
-    "--nodes": {"type": _count, "default": 1, "metavar": "N", "help": "nodes (slurm, kubernetes)"},
+    "--processes": {"type": positive, "metavar": "N", "help": "processes per node; unset = all GPUs, or 8 asked for"},
+    "--nodes": {"type": positive, "default": 1, "metavar": "N", "help": "nodes (slurm, kubernetes)"},
     "--option": {"action": "append", "default": [], "help": "passed on to sbatch or kubectl apply; may repeat"},
     "--image": {"default": "sa3dist:0.1.0", "help": "container image (kubernetes)"},
     "--volume": {"default": "sa3dist-data", "help": "volume claim mounted at /data (kubernetes)"},
 }
+# 0 when submitted, 2 when the settings are refused, 70 when the backend is; the local backend becomes the run. The run
+# itself writes the status of its output directory.
+main = command("sa3dist submit", ARGUMENTS, submit, description="Start a training run on a backend.")
 
 
 def _answer(command: list[str], text: str | None = None) -> str:

@@ -21,7 +21,7 @@ from sa3dist.errors import CheckpointError, ConfigError
 from sa3dist.model.loading import CONFIG_NAME, WEIGHTS_NAME, BaseOnDisk, known_config, meta_roots
 from sa3dist.model.released import RELEASED
 from sa3dist.progress import progress
-from sa3dist.runtime.exit_status import run_command
+from sa3dist.runtime.exit_status import command
 
 TARGETS = {
     "native": landing.native,
@@ -39,12 +39,6 @@ ARGUMENTS = {
     "--base": {"metavar": "MODEL", "help": "base it is loaded into; default the one the file names"},
     "--against": {"type": home_path, "metavar": "ADAPTER", "help": "the adapter it was made from"},
 }
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """0 when every layer lands; else 2, with the layers that do not."""
-    about = "Tell whether a program takes every layer of an adapter file, and as the adapter means it."
-    return run_command("sa3dist verify", ARGUMENTS, verify, argv, description=about)
 
 
 def verify(options: argparse.Namespace) -> None:
@@ -139,3 +133,12 @@ def _require_all(path: Path, landed: Landing) -> None:
     if landed.missed or not landed.weights:
         name, why = next(iter(landed.missed.items()), ("the file", "holds no layer"))
         raise CheckpointError(f"{path}: not every layer lands, {len(landed.missed)} do not ({name}: {why})")
+
+
+# 0 when every layer lands; else 2, with the layers that do not.
+main = command(
+    "sa3dist verify",
+    ARGUMENTS,
+    verify,
+    description="Tell whether a program takes every layer of an adapter file, and as the adapter means it.",
+)

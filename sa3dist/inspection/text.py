@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +18,7 @@ from sa3dist.inspection.html import MEGABYTES, write_html
 from sa3dist.inspection.overview import overview_rows
 from sa3dist.inspection.report import Report, framing_of, inspect_source
 from sa3dist.progress import progress
-from sa3dist.runtime.exit_status import run_command
+from sa3dist.runtime.exit_status import command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,12 +46,6 @@ ARGUMENTS = {
         "help": "largest page; clips that do not fit have no player (default %(default)g)",
     },
 }
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 whatever the clips are like; 2 when the source cannot be opened."""
-    about = "Look at a data set: what is in it, and what training would do with it."
-    return run_command("sa3dist inspect", ARGUMENTS, inspect, argv, description=about)
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -139,3 +133,12 @@ def _skipped(report: Report) -> Iterator[str]:
     for reason, keys in reasons.items():
         named = len(keys) == 1 and printable(keys[0]) in reason
         yield reason if named else LeftOut("clip", reason, len(keys), tuple(keys)).line()
+
+
+# Exit code 0 whatever the clips are like; 2 when the source cannot be opened.
+main = command(
+    "sa3dist inspect",
+    ARGUMENTS,
+    inspect,
+    description="Look at a data set: what is in it, and what training would do with it.",
+)

@@ -82,11 +82,14 @@ def translate(failure: BaseException) -> errors.SA3DistError | None:
             return errors.EnvironmentFailure(f"{where}disk full; free space and run again to continue")
         if failure.errno in ENVIRONMENT_ERRNOS:
             return errors.EnvironmentFailure(f"{where}{failure.strerror}; state is as last saved")
-    if isinstance(failure, torch.distributed.DistError) or _is_lost_peer(failure):
+    # Gloo reports a dead peer as a plain RuntimeError that names its source file.
+    text = str(failure)
+    of_gloo = isinstance(failure, RuntimeError) and ("gloo" in text or "Connection closed by peer" in text)
+    if isinstance(failure, torch.distributed.DistError) or of_gloo:
         return errors.LostPeer(f"lost contact with another rank ({errors.first_line(failure)}); state is as last saved")
-    if "DataLoader worker" in str(failure) and "Bus error" in str(failure):
+    if "DataLoader worker" in text and "Bus error" in text:
         return no_shared_memory(errors.first_line(failure))
-    if isinstance(failure, ConnectionError | EOFError) or "DataLoader worker" in str(failure):
+    if isinstance(failure, ConnectionError | EOFError) or "DataLoader worker" in text:
         return errors.EnvironmentFailure(
             f"a loader process was killed, by the machine's memory limit perhaps ({errors.first_line(failure)}); "
             f"lower num_workers or run again to continue"
@@ -108,12 +111,6 @@ def no_shared_memory(reason: str) -> errors.EnvironmentFailure:
     )
 
 
-def _is_lost_peer(failure: BaseException) -> bool:
-    # Gloo reports a dead peer as a plain RuntimeError that names its source file.
-    text = str(failure)
-    return isinstance(failure, RuntimeError) and ("gloo" in text or "Connection closed by peer" in text)
-
-
 def run_program(body: Callable[[], None], output_dir: Callable[[], Path | None], step: Callable[[], int]) -> int:
     """Run ``body``; report its end once, write status.json where the run's results are, return the exit code.
 
@@ -133,21 +130,29 @@ def run_program(body: Callable[[], None], output_dir: Callable[[], Path | None],
     return exit_code_of(problem)
 
 
-def run_command(
-    program: str,
-    arguments: dict[str, dict[str, Any]],
-    work: Callable[[argparse.Namespace], None],
-    argv: Sequence[str] | None,
-    **about: Any,
-) -> int:
-    """Run a program that has no output directory, and so leaves no status: ``work`` with its options; the exit code.
+def command(
+    program: str, arguments: dict[str, dict[str, Any]], work: Callable[[argparse.Namespace], None], **about: Any
+) -> Callable[..., int]:
+    """The ``main(argv=None)`` of a program without an output directory, which so leaves no status; gives the exit code.
 
     arguments   what ``add_argument`` takes, by name        about   what ``ArgumentParser`` takes beside the name
+    work        the program itself, called with its options
     """
-    parser = argparse.ArgumentParser(prog=program, **about)
-    for name, how in arguments.items():
-        parser.add_argument(name, **how)
-    return run_program(lambda: work(parser.parse_intermixed_args(argv)), lambda: None, lambda: 0)
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        parser = argparse.ArgumentParser(prog=program, **about)
+        for name, how in arguments.items():
+            parser.add_argument(name, **how)
+        return run_program(lambda: work(parser.parse_intermixed_args(argv)), lambda: None, lambda: 0)
+
+    return main
+
+
+def positive(text: str) -> int:
+    """A number of at least 1, as a type of an argument."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 1 or more")
+    return int(text)
 
 
 def exit_code_of(failure: BaseException | None) -> int:
