@@ -41,10 +41,9 @@ def atomic_path(target: Path) -> Iterator[Path]:
     temporary = _beside(target)
     try:
         yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        fsync(temporary)
         os.replace(temporary, target)
-        fsync_directory(target.parent)
+        fsync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -61,7 +60,7 @@ def atomic_directory(target: Path, unless: Callable[[], bool] = lambda: False) -
     remove_stale(path for path in target.parent.glob(".*.tmp") if path.is_dir())
     try:
         yield temporary
-        fsync_directory(temporary)
+        fsync(temporary)
         try:
             if not unless():
                 _replace_directory(temporary, target)
@@ -69,7 +68,7 @@ def atomic_directory(target: Path, unless: Callable[[], bool] = lambda: False) -
             # Another process may have been faster by a moment.
             if not unless():
                 raise
-        fsync_directory(target.parent)
+        fsync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -114,8 +113,8 @@ def _replace_directory(new: Path, target: Path) -> None:
         shutil.rmtree(trash, ignore_errors=True)
 
 
-def fsync_directory(path: Path) -> None:
-    """Make a rename inside ``path`` survive a power cut."""
+def fsync(path: Path) -> None:
+    """Make what is written to a file, or renamed inside a folder, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -107,12 +107,9 @@ class StreamedBatches(IterableDataset):
         self._rank, self._world_size = dist_rank, world_size
         self._first, self._cursors = first, list(cursors)
         with naming_shared_memory():
-            self._ended = multiprocessing.Event()
+            # Set when nobody waits for the loader processes any more.
+            self.ended = multiprocessing.Event()
         self._parent = os.getpid()
-
-    def end(self) -> None:
-        """Tell the loader processes that nobody waits for them any more."""
-        self._ended.set()
 
     def __iter__(self) -> Iterator[Handed | SA3DistError]:
         process = get_worker_info()
@@ -149,7 +146,7 @@ class StreamedBatches(IterableDataset):
         return slot, found.clip, ready_audio(samples_CN, False, rate, self.encoded.sample_rate_hz)
 
     def _should_stop(self) -> bool:
-        return self._ended.is_set() or (get_worker_info() is not None and os.getppid() != self._parent)
+        return self.ended.is_set() or (get_worker_info() is not None and os.getppid() != self._parent)
 
 
 def finisher(
@@ -205,4 +202,4 @@ def streaming_loader(
                 cursors.ahead[handed.worker] = handed.cursor
                 yield dataclasses.replace(batch, repeated_clips=handed.repeated).to(device)
         finally:
-            batches.end()
+            batches.ended.set()

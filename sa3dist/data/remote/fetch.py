@@ -16,7 +16,7 @@ from fsspec import AbstractFileSystem
 from sa3dist.data.remote.download import CONNECT_SECONDS, SILENT_SECONDS, download, remote_info, version_of
 from sa3dist.data.remote.public_addresses import is_public_only, public_socket
 from sa3dist.errors import DataError, Interrupted
-from sa3dist.formats import digest_of, file_sha256, fsync_directory, write_json
+from sa3dist.formats import digest_of, file_sha256, fsync, write_json
 from sa3dist.runtime.file_lock import alone
 
 # An hour of 24-bit stereo at 48 kHz is 1.04e9 bytes; the longest clip a model sees is 380 s.
@@ -58,7 +58,7 @@ def fetch(source: str, downloads: Path, should_stop: Callable[[], bool], max_byt
     return Downloads(downloads, should_stop, max_bytes).fetch(source)
 
 
-class Downloads:
+class Downloads(contextlib.AbstractContextManager):
     """A folder of downloaded files, named by content: <sha256>-<name>, with a note of URL and version beside each.
 
     A file whose version (ETag, time, size) is there already is not fetched again; a broken download of a known version
@@ -115,9 +115,6 @@ class Downloads:
         self.fetched.append(local)
         return local
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Remove everything fetched where the block has refused the source, with DataError."""
         if kind is not None and issubclass(kind, DataError):
@@ -166,11 +163,10 @@ class Downloads:
         part = self._directory / (f".{key}.part" if versioned else f".{key}.{secrets.token_hex(4)}.part")
         try:
             download(system, path, info, part, label, max(self._left, 0), self._should_stop)
-            with part.open("rb") as written:
-                os.fsync(written.fileno())
+            fsync(part)
             target = self._directory / f"{file_sha256(part)}-{name}"
             os.replace(part, target)
-            fsync_directory(self._directory)
+            fsync(self._directory)
             return target
         except BaseException as failure:
             if not versioned or isinstance(failure, DataError):

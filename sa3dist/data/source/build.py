@@ -1,6 +1,5 @@
 """Write the checked clips of a source as WebDataset tars with an index."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -151,29 +150,21 @@ def _write(
     """
     shards, placed = [], []
     directory, digest = index.directory, index.digest
-    with (
-        _disk(directory),
-        atomic_directory(directory, unless=lambda: _finished(directory, digest) is not None) as temporary,
-    ):
-
-        def write(numbered: tuple[int, list[ClipEntry]]) -> tuple[ShardEntry, list[ClipEntry]]:
-            number, clips = numbered
-            target = temporary / shard_name(number)
-            return earlier.reuse(clips, target) or write_shard(target, clips, read_audio)
-
-        # One clip of a shard is in memory at a time.
-        for _, (shard, clips) in prefetch(write, enumerate(groups), lambda _: 0, num_workers):
-            shards.append(shard)
-            placed += clips
-        index = dataclasses.replace(index, directory=temporary, clips=tuple(placed), shards=tuple(shards))
-        write_report(index)
-        index.write()
-    return DatasetIndex.read(directory)
-
-
-@contextlib.contextmanager
-def _disk(directory: Path) -> Iterator[None]:
     try:
-        yield
+        with atomic_directory(directory, unless=lambda: _finished(directory, digest) is not None) as temporary:
+
+            def write(numbered: tuple[int, list[ClipEntry]]) -> tuple[ShardEntry, list[ClipEntry]]:
+                number, clips = numbered
+                target = temporary / shard_name(number)
+                return earlier.reuse(clips, target) or write_shard(target, clips, read_audio)
+
+            # One clip of a shard is in memory at a time.
+            for _, (shard, clips) in prefetch(write, enumerate(groups), lambda _: 0, num_workers):
+                shards.append(shard)
+                placed += clips
+            index = dataclasses.replace(index, directory=temporary, clips=tuple(placed), shards=tuple(shards))
+            write_report(index)
+            index.write()
+        return DatasetIndex.read(directory)
     except OSError as error:
         raise EnvironmentFailure(f"{directory}: cannot write shards ({error.strerror or error})") from error

@@ -5,6 +5,7 @@ unusable raises DataError.
 """
 
 import abc
+import contextlib
 import dataclasses
 import io
 import os
@@ -68,8 +69,8 @@ def spelling_fault(name: str) -> str | None:
     return None
 
 
-class Container(abc.ABC):
-    """Base of the three kinds.
+class Container(contextlib.AbstractContextManager):
+    """Base of the three kinds; closes the files it holds open at the end of its block.
 
     label     how messages call it
     members   regular files in order of name, but for system files and what is left out; names are unique
@@ -101,14 +102,8 @@ class Container(abc.ABC):
         self.own += sorted(own_names(member.name for member in self.members))
         self.members = [member for member in self.members if not is_below(member.name, self.own)]
 
-    def close(self) -> None:  # noqa: B027 - only a zip holds a file open
-        """Close open files."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
+    def __exit__(self, *_: object) -> None:
+        """Only a zip holds a file open."""
 
     def _admit(self, name: str, size: int, handle: Any, fault: str | None = None, unsafe: str | None = None) -> None:
         """Add a file to ``members``, or to ``refused``, ``left_out`` or ``system``.

@@ -3,15 +3,15 @@
 import contextlib
 import dataclasses
 import hashlib
+import io
 import os
 import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from sa3dist.errors import DataError
-from sa3dist.formats import ClipEntry, ShardEntry, atomic_path
+from sa3dist.formats import ClipEntry, ShardEntry, atomic_path, file_sha256
 
 _SAFE_STEM = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _LOOKS_HASHED = re.compile(r".*-[0-9a-f]{12}")
@@ -50,45 +50,36 @@ def write_shard(path: Path, clips: list[ClipEntry], read_audio) -> tuple[ShardEn
     return out.entry, placed
 
 
-class TarWriter:
-    """Adds members to a file that counts and hashes what is written to it."""
+class NewTar:
+    """A tar that members are added to. ``entry`` describes it once it is whole."""
 
-    def __init__(self, raw: BinaryIO, name: str) -> None:
-        self._raw, self._position, self._state = raw, 0, hashlib.sha256()
-        self._name = name
-        self.entry: ShardEntry | None = None
+    entry: ShardEntry | None = None
+
+    def __init__(self, tar: tarfile.TarFile) -> None:
+        self._tar = tar
 
     def add(self, name: str, data: bytes) -> int:
         """Append one member; returns where its data begins."""
+        # Mode and time of a TarInfo are constants, and it has no owner.
         info = tarfile.TarInfo(name)
-        info.size, info.mode, info.mtime = len(data), 0o644, 0
-        self._write(info.tobuf(tarfile.USTAR_FORMAT))
-        offset = self._position
-        self._write(data)
-        self._write(b"\0" * (-len(data) % tarfile.BLOCKSIZE))
+        info.size = len(data)
+        # Behind the header, which is one block in this format.
+        offset = self._tar.offset + tarfile.BLOCKSIZE
+        self._tar.addfile(info, io.BytesIO(data))
         return offset
-
-    def finish(self) -> None:
-        self._write(b"\0" * (2 * tarfile.BLOCKSIZE))
-        self._write(b"\0" * (-self._position % tarfile.RECORDSIZE))
-        self.entry = ShardEntry(self._name, self._position, self._state.hexdigest())
-
-    def _write(self, data: bytes) -> None:
-        self._raw.write(data)
-        self._state.update(data)
-        self._position += len(data)
 
 
 @contextlib.contextmanager
-def new_tar(path: Path) -> Iterator[TarWriter]:
+def new_tar(path: Path) -> Iterator[NewTar]:
     """A tar at ``path`` that appears there whole when the block ends; ``.entry`` then describes it.
 
-    Same members, same bytes: owner, mode and time are constants.
+    Same members, same bytes.
     """
-    with atomic_path(path) as temporary, temporary.open("wb") as raw:
-        out = TarWriter(raw, path.name)
-        yield out
-        out.finish()
+    with atomic_path(path) as temporary:
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+            out = NewTar(tar)
+            yield out
+        out.entry = ShardEntry(path.name, temporary.stat().st_size, file_sha256(temporary))
 
 
 def read_clip(shard: Path, entry: ClipEntry) -> bytes:

@@ -57,7 +57,7 @@ class ZipContainer(Container):
                     f"{label}: unpacks to {self._total} bytes, over {MAX_RATIO} times its size; no audio does"
                 )
         except BaseException:
-            self.close()
+            self._zip.close()
             raise
 
     def _list(self, named: Iterable[tuple[zipfile.ZipInfo, str | None]]) -> list[str]:
@@ -83,7 +83,7 @@ class ZipContainer(Container):
         except _ZIP_FAULTS as error:
             raise DataError(f"damaged inside the zip ({short_reason(error)}); make or download it again") from error
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         self._zip.close()
 
 
