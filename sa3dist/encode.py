@@ -46,16 +46,14 @@ def open_encoded(
     validation   the data set whose clips are held out, where they are none of ``index``
     Raises what failed on any rank, on every rank; ConfigError when nothing can be encoded ahead.
     """
-
-    def digests() -> list[str]:
-        return [base.autoencoder_digest(), base.text_encoder_digest()]
-
     # Hashing gigabytes is one rank's work.
-    found = main_process_first(group, "digests", digests, stop)
+    digests = main_process_first(
+        group, "digests", lambda: [base.autoencoder_digest(), base.text_encoder_digest()], stop
+    )
     if group.is_main:
         say_cut_captions(index, base.text_source)
     index, held_out = hold_out(settings, index, group, stop, validation)
-    source = open_source(settings, base, index, found, held_out, validation)
+    source = open_source(settings, base, index, digests, held_out, validation)
     main_process_first(group, "first-clip", source.check, stop)
     if held_out and settings.validation_every:
         encode_all(base, FixedSet(source).pieces(group.world_size), group, stop, "encode-held-out")

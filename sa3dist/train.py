@@ -200,15 +200,10 @@ class Lasting:
         os.close(nowhere)
 
 
-def outlive_readers() -> None:
-    """Make this process's stdout and stderr lasting."""
-    # Without the one or the other there is nothing to outlive.
-    sys.stdout, sys.stderr = (stream and Lasting(stream) for stream in (sys.stdout, sys.stderr))
-
-
 def as_process(program: Callable[[], int]) -> NoReturn:
     """Run a program as this process's only work. A crash beneath Python says where it was, on stderr."""
-    outlive_readers()
+    # Without the one or the other there is nothing to outlive.
+    sys.stdout, sys.stderr = (stream and Lasting(stream) for stream in (sys.stdout, sys.stderr))
     with contextlib.suppress(OSError, RuntimeError, ValueError):
         # Without a stderr there is nobody to tell.
         faulthandler.enable()

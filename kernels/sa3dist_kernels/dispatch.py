@@ -1,19 +1,14 @@
 """Whether the Triton kernels can and do compute a model's adapted layers rightly on its device."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
-from typing import TYPE_CHECKING
 
 import torch
 
+from sa3dist_kernels.formed_spec import FormedLayer, FormedSpec
 from sa3dist_kernels.formed_weights import FormedWeights
 from sa3dist_kernels.frozen_products import no_autocast
 from sa3dist_kernels.raw_sums import raw_sums
-
-if TYPE_CHECKING:
-    from sa3dist_kernels.formed_spec import FormedLayer, FormedSpec
 
 # Formats training takes the kernels in, and how far they may be from plain torch in each (relative L2): a few
 # roundings. float16 has too small a range for W' with small gains.

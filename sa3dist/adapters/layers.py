@@ -116,10 +116,6 @@ class AdaptedLayer(nn.Module):
             weight, self.trained(), self.kind, self.strength * self.scale, self.adapter.frozen
         )
 
-    def extra_repr(self):
-        fan_out, fan_in = self.weight.flatten(1).shape
-        return f"{self.kind.name}, {fan_in} -> {fan_out}, scale={self.scale:g}, strength={self.strength:g}"
-
 
 def cached_norms(layers: Iterable[AdaptedLayer]) -> contextlib.AbstractContextManager[None]:
     """While this is entered each layer computes its norms once; the caller keeps the trained tensors as they are.

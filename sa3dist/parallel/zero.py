@@ -74,7 +74,7 @@ class ZeroEngine:
         self.parameters, self._forward = parameters, forward
         self.group = group
         self.scalars = torch.zeros(scalars, device=group.device)
-        self.replicated = config["zero_optimization"]["stage"] < 3
+        self.divided = config["zero_optimization"]["stage"] == 3
         for layer in layers:
             for parameter in layer.trained().values():
                 # A child's tensors, read by the layer itself: stage 3 has to gather them with the layer's own.
@@ -91,7 +91,7 @@ class ZeroEngine:
     def _parts(self) -> list[Tensor]:
         """This rank's parts of the adapters, flat, as AdamW steps them."""
         optimizer = self.engine.optimizer
-        return optimizer.single_partition_of_fp32_groups if self.replicated else optimizer.fp32_partitioned_groups_flat
+        return optimizer.fp32_partitioned_groups_flat if self.divided else optimizer.single_partition_of_fp32_groups
 
     def _make_moments(self) -> None:
         """AdamW's state as after zero steps. Made here, because ``restore`` needs a place to write to."""
@@ -99,7 +99,7 @@ class ZeroEngine:
             moments = {moment: torch.zeros_like(part) for moment in MOMENTS}
             self._adamw_state[part] = {"step": torch.zeros((), device=part.device), **moments}
             assert part.dtype == torch.float32
-        if self.replicated:
+        if not self.divided:
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     @property
@@ -108,10 +108,6 @@ class ZeroEngine:
 
     def zero(self) -> None:
         self.scalars.zero_()
-
-    @property
-    def divided(self) -> bool:
-        return not self.replicated
 
     def losses(self, batch: MicroBatch) -> Losses:
         return self.evaluate(partial(self._forward, batch))
@@ -149,7 +145,7 @@ class ZeroEngine:
 
     def adapters(self) -> Tensors:
         # Before stage 3 every rank's own copy: it is what the ranks are compared by.
-        whole = (lambda parameter: parameter.detach()) if self.replicated else safe_get_full_fp32_param
+        whole = safe_get_full_fp32_param if self.divided else torch.Tensor.detach
         return {name: whole(parameter).cpu().clone() for name, parameter in self.parameters.items()}
 
     def moments(self) -> dict[str, Tensors]:
@@ -165,7 +161,7 @@ class ZeroEngine:
     def restore(self, adapters: Tensors, moments: dict[str, Tensors], step: int) -> None:
         whole = list(self.parameters.values())
         # What is written to them stays, as rank 0 wrote it.
-        with deepspeed.zero.GatheredParameters(whole, modifier_rank=0, enabled=not self.replicated):
+        with deepspeed.zero.GatheredParameters(whole, modifier_rank=0, enabled=self.divided):
             for name, parameter in self.parameters.items():
                 parameter.copy_(adapters[name])
         for name, parameter in self.parameters.items():
@@ -178,7 +174,7 @@ class ZeroEngine:
     def _set_part(self, parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
         """Write what this rank holds of a tensor: of the stepped values, or of a moment."""
         value, setters = value.to(self.group.device), SET_WHOLE
-        if not self.replicated:
+        if self.divided:
             # DeepSpeed's own division of a whole tensor fails where the last part is padded.
             size, setters = parameter.ds_tensor.numel(), SET_PART
             padded = functional.pad(value.flatten(), (0, size * self.group.world_size - value.numel()))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from sa3dist.formats import write_whole
+from sa3dist.formats import fsync, write_whole
 from sa3dist.tracking.background import Trackers
 from sa3dist.training.loss import BY_TIME, TIME_BINS
 from sa3dist.training.memory import memory_figures
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
 METRICS_NAME = "metrics.jsonl"
 
 
-class Output(Protocol):
-    """Something that rows go to, on rank 0: a file, or a tracker."""
+class Output:
+    """Something that rows go to, on rank 0: a file, or a tracker. What one has no use for does nothing."""
 
     def write(self, row: dict[str, Any]) -> None:
         """Take a row: numbers by name; some rows have lists or dicts beside them, and not all have the same names."""
@@ -52,7 +51,7 @@ def open_outputs(settings: Settings, output_dir: Path, resumed_from: int | None)
     return [rows, Trackers(settings, output_dir, resumed_from)] if settings.log_with else [rows]
 
 
-class RowsFile:
+class RowsFile(Output):
     """One JSON object with a "step" per line, appended; on resume, rows past the checkpoint are dropped."""
 
     def __init__(self, path: Path, resumed_from: int | None) -> None:
@@ -64,17 +63,7 @@ class RowsFile:
             file.write(json.dumps(row) + "\n")
 
     def sync(self) -> None:
-        with self._path.open("rb") as file:
-            os.fsync(file.fileno())
-
-    def add_previews(self, step: int, folder: Path) -> None:
-        """Nothing: they are files themselves."""
-
-    def finish(self) -> None:
-        """Nothing: no file is left open."""
-
-    def close(self, until: float) -> None:
-        """Nothing: every row is written."""
+        fsync(self._path)
 
 
 def _rows_up_to(path: Path, step: int) -> list[str]:

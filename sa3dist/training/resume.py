@@ -136,13 +136,9 @@ def set_aside(output_dir: Path, step: int, group: Group, stop: StopRequest) -> N
 
     def work() -> None:
         checkpoint.set_aside(output_dir, step)
-        _remove_unfinished(output_dir)
+        for path in (*output_dir.glob(".*.tmp"), *output_dir.glob("previews/step-*/.*.tmp")):
+            if path.is_file() and not path.name.startswith(BESIDE):
+                path.unlink()
+        remove_stale(output_dir.glob(f"{BESIDE[0]}*.tmp"))
 
     main_process_first(group, "set-aside", work, stop)
-
-
-def _remove_unfinished(output_dir: Path) -> None:
-    for path in (*output_dir.glob(".*.tmp"), *output_dir.glob("previews/step-*/.*.tmp")):
-        if path.is_file() and not path.name.startswith(BESIDE):
-            path.unlink()
-    remove_stale(output_dir.glob(f"{BESIDE[0]}*.tmp"))
