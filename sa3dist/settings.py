@@ -81,9 +81,10 @@ class Settings(ListeningFields):
         "auto",
         description="compile what lies between the matrix products: auto (CUDA, runs of 200 steps or more), on, off",
     )
-    adapter_products: Literal["auto", "formed", "factored"] = Field(
+    adapter_products: Literal["auto", "formed", "per_use", "factored"] = Field(
         "auto",
-        description="multiply with adapted weights formed once per step (auto on CUDA), or with base and factors apart",
+        description="multiply with adapted weights formed once per step, or for every use of a block (per_use: least "
+        "memory, all blocks recomputed), or with base and factors apart; auto: formed on CUDA, per_use if memory asks",
     )
     cuda_graphs: Annotated[Literal["auto", "on", "off"], OnOff] = Field(
         "auto",
@@ -224,6 +225,9 @@ class Settings(ListeningFields):
             ),
             "pre_encode: true has nothing to encode ahead with latents: on_the_fly; unset one": (
                 self.pre_encode and self.latents == "on_the_fly"
+            ),
+            "adapter_products: per_use forms weights anew as blocks are recomputed; use gradient_checkpointing: auto": (
+                (self.adapter_products, self.gradient_checkpointing) == ("per_use", "off")
             ),
             "compile: on lets the compiler choose kernels by measuring; not with deterministic: true": (
                 self.deterministic and self.compile == "on"

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from sa3dist import adapters, flow
 from sa3dist.adapters import layers
-from sa3dist.adapters.formed import keep_formed
+from sa3dist.adapters.formed import Formed, keep_formed
 from sa3dist.data.batches.micro_batch import without_common_padding
 from sa3dist.model.base import Base
 from sa3dist.model.compiled import compile_blocks, compile_elementwise, wants_compile
@@ -138,6 +138,8 @@ class Side:
         self.batch: dict[str, torch.Tensor] = {}
         # The backward pass that is recorded, where it is another than autograd's own.
         self.add_gradients: Callable[[torch.Tensor], None] | None = None
+        # W' of the adapted layers, where it is formed.
+        self.formed: Formed | None = None
         self.zero, self.update = MAKERS[name](self)
         self.graphs = "off" if name == "baseline" else options.cuda_graphs
         # What the loop does for clips of any length where adapted weights are formed; the frozen model beside it too.

@@ -17,6 +17,7 @@ import torch
 
 from sa3dist_kernels.formed_reference import finish_reference, form_reference
 from sa3dist_kernels.formed_spec import FormedLayer, FormedSpec, formed_layer, product_elements
+from sa3dist_kernels.frozen_products import no_autocast
 
 if TYPE_CHECKING:
     from sa3dist_kernels.formed_group import Tiles
@@ -28,6 +29,8 @@ class FormedWeights:
     product   format of the products and so of W', L' and R'
     impl      "triton", "torch" (plain tensors, one layer after the other), or "auto": triton on CUDA, else torch
     tiles     blocks of the Triton kernels; None: those that suit the rank, the format and the number of layers
+    memory    flat, where W', L' and R' lie from its start on; several that are never read at a time may share it, for
+              ``finish`` reads none of them. None: memory of its own
     layers    a ``FormedLayer`` per spec, in their order; undefined before the first ``form``
 
     Raises ValueError for specs that do not fit together, and for impl="triton" where no kernel can run.
@@ -39,6 +42,7 @@ class FormedWeights:
         product: torch.dtype,
         impl: str = "auto",
         tiles: Tiles | None = None,
+        memory: torch.Tensor | None = None,
     ) -> None:
         self.specs = list(specs)
         for spec in self.specs:
@@ -53,7 +57,8 @@ class FormedWeights:
             raise ValueError(f"impl={impl!r}, expected one of auto, triton, torch")
         if impl == "auto":
             impl = "triton" if self.specs[0].weight_OI.is_cuda and product != torch.float64 else "torch"
-        memory = torch.empty(product_elements(self.specs), dtype=product, device=self.specs[0].weight_OI.device)
+        if memory is None:
+            memory = torch.empty(product_elements(self.specs), dtype=product, device=self.specs[0].weight_OI.device)
         if impl == "triton":
             # Imported here: a machine without Triton runs the rest.
             from sa3dist_kernels.formed_launch import TritonForms
@@ -85,7 +90,9 @@ class TorchForms:
 
     def form(self) -> None:
         for spec, layer in zip(self.specs, self.layers, strict=True):
-            formed = form_reference(spec.weight_OI, spec.params, spec.kind, spec.scale, spec.bases)
+            # A forward pass that forms its weights may be autocast.
+            with no_autocast(spec.weight_OI.device):
+                formed = form_reference(spec.weight_OI, spec.params, spec.kind, spec.scale, spec.bases)
             layer.weight_OI.copy_(formed.weight_OI())
             layer.left_OR.copy_(formed.row_gain_O[:, None] * formed.left_OR)
             right = spec.right_IR.t() if spec.kind.xs else formed.right_RI

@@ -103,6 +103,7 @@ def detach_adapter(base: Base) -> None:
     for name, layer in adapted_layers(base).items():
         replace_layer(base, name, layer.original)
     base.adapter_config, base.formed_once = None, contextlib.nullcontext
+    base.dit.transformer.form_block = None
 
 
 @torch.no_grad()

@@ -69,6 +69,7 @@ def as_dict(job: Job, device: Device, changes: dict[str, Any], prediction: Predi
         "recorded_bytes": planned.recorded_bytes,
         "fits": planned.fits,
         "recomputed_blocks": planned.recomputed_blocks,
+        "formed_per_use": planned.per_use,
         "flops_per_step": prediction.flops,
         "step_seconds": prediction.step_seconds,
         "seconds": prediction.seconds,
@@ -96,6 +97,7 @@ def lines(job: Job, device: Device, changes: dict[str, Any], prediction: Predict
         f"{device.bytes_per_second / 1e9:.0f} GB/s ({device.source})",
         f"memory    {planned.peak_bytes / 1e9:.1f} GB at the peak, {fits}: {parts} GB",
         f"          {planned.recomputed_blocks} of {job.config.dit.depth} blocks recomputed"
+        f"{', adapted weights formed for every use of a block' if planned.per_use else ''}"
         f"{recorded if planned.recorded_bytes else ''}",
         f"step      {step:.3g} s for {prediction.flops / 1e12:.3g} TFLOP: {times} s",
         f"limit     {prediction.limit}",

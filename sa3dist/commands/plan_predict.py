@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from sa3dist.adapters.select import require_match
 from sa3dist.commands.plan_calibration import Factor, calibrate
 from sa3dist.config import Settings
 from sa3dist.cost_model.devices import Device
-from sa3dist.cost_model.fake_network import AdapterShape, BatchShape, FakeNetwork, Numerics
+from sa3dist.cost_model.fake_network import BLOCKS, AdapterShape, BatchShape, FakeNetwork, Numerics
 from sa3dist.flow.crops import crop_frames
 from sa3dist.model.base import AUTOENCODER_PREFIX
 from sa3dist.model.compiled import wants_compile
@@ -92,7 +93,14 @@ class Job:
     def forms(self, device: Device) -> bool:
         """Whether adapted weights are formed there."""
         choice = self.settings.adapter_products
-        return choice == "formed" or (choice == "auto" and device.runs_kernels)
+        return choice in ("formed", "per_use") or (choice == "auto" and device.runs_kernels)
+
+    def per_use(self, device: Device) -> list[bool]:
+        """Whether they are formed for every use of a block: what a run there tries, in this order."""
+        settings = self.settings
+        if settings.adapter_products == "auto" and self.forms(device) and settings.gradient_checkpointing != "off":
+            return [False, True]
+        return [settings.adapter_products == "per_use"]
 
     def network(self, device: Device) -> FakeNetwork:
         """What is counted for that device."""
@@ -113,12 +121,14 @@ class MemoryPlan:
     """Memory of a process in bytes, by what it is for.
 
     recorded_bytes   what passes recorded as graphs take beside that, where a run wants them and they fit; else 0
+    per_use          adapted weights are formed for every use of a block
     """
 
     bytes: dict[str, float]
     recomputed_blocks: int
     fits: bool
     recorded_bytes: float
+    per_use: bool
 
     @property
     def peak_bytes(self) -> float:
@@ -153,31 +163,38 @@ def plan_memory(job: Job, device: Device, given_context: bool = True) -> MemoryP
 
     given_context   False plans for micro batches without inpainting context, which keep a little less
     """
-    settings = job.settings
-    needed = _held_bytes(job, device)
+    settings, usable = job.settings, USABLE_SHARE * device.memory_bytes
     batch = BatchShape(settings.batch_size, job.frames, given_context)
     counted = job.network(device).count(batch, backward=False)
-    other, usable = sum(needed.values()), USABLE_SHARE * device.memory_bytes
-    if settings.gradient_checkpointing == "auto":
-        blocks = fewest_recomputed(counted, other, device.memory_bytes).recomputed_blocks
-    else:
-        blocks = job.config.dit.depth if settings.gradient_checkpointing == "on" else 0
-    needed["kept for the backward pass"] = counted.kept_bytes(blocks)
+    for per_use in job.per_use(device):
+        needed = _held_bytes(job, device, per_use)
+        blocks = job.config.dit.depth if per_use or settings.gradient_checkpointing == "on" else 0
+        if settings.gradient_checkpointing == "auto":
+            other = sum(needed.values())
+            blocks = fewest_recomputed(counted, other, device.memory_bytes, least=blocks).recomputed_blocks
+        needed["kept for the backward pass"] = counted.kept_bytes(blocks)
+        if sum(needed.values()) <= usable:
+            break
     peak, again = sum(needed.values()), needed["kept for the backward pass"] + needed["working"]
     wanted = device.on_gpu and wants_graphs(settings.cuda_graphs, torch.device("cuda"), settings.number_of_steps)
-    return MemoryPlan(needed, blocks, peak <= usable, again if wanted and peak + again <= usable else 0.0)
+    return MemoryPlan(needed, blocks, peak <= usable, again if wanted and peak + again <= usable else 0.0, per_use)
 
 
-def _held_bytes(job: Job, device: Device) -> dict[str, float]:
+def _held_bytes(job: Job, device: Device, per_use: bool) -> dict[str, float]:
     """Everything but what is kept for the backward pass, by name."""
     kind, rank = ADAPTER_TYPES[job.settings.adapter_type], job.settings.rank
     # Norms of rows and columns; the bases of -xs types and their products with the weight.
     constants = sum((fan_out + fan_in) * (1 + 2 * rank * kind.xs) * 4 for fan_out, fan_in in job.fans.values())
-    formed = sum(fan_out * fan_in + rank * (fan_out + fan_in) for fan_out, fan_in in job.fans.values())
+    formed: collections.Counter[str] = collections.Counter()
+    for name, (fan_out, fan_in) in job.fans.items():
+        # Per use the blocks share the memory of the largest.
+        block = name.removeprefix(BLOCKS).partition(".")[0] if per_use and name.startswith(BLOCKS) else ""
+        formed[block] += fan_out * fan_in + rank * (fan_out + fan_in)
+    values = formed.pop("", 0) + max(formed.values(), default=0)
     tokens = job.settings.batch_size * (job.frames + job.config.dit.num_memory_tokens)
     return {
         "base": float(DTYPES[job.settings.base_precision].itemsize * job.base_values),
-        "formed weights": float(job.product_bytes * formed if job.forms(device) else 0),
+        "formed weights": float(job.product_bytes * values if job.forms(device) else 0),
         "adapter and optimiser": float(TRAINED_BYTES * job.trained + constants),
         "working": working_bytes(job.config, tokens, DTYPES[job.settings.base_precision].itemsize),
         "context": CONTEXT_BYTES if device.on_gpu else 0.0,
@@ -194,9 +211,12 @@ def predict(job: Job, device: Device, results: Path) -> Prediction:
     # What a timed device's host costs is within the factor; a graph is launched at once.
     from_host = device.on_gpu and not factor.measured and not planned.recorded_bytes
     launches = LAUNCHES_PER_OPERATION * len(work.operations) if from_host else 0
+    # Once per step is within the factor. Per use W0 is read and W' written forward and again backward.
+    passes = 4 * sum(map(math.prod, job.fans.values())) if planned.per_use else 0
+    forming = passes * job.product_bytes / device.bytes_per_second
     seconds = {
         "compute": rounds * factor.value * compute,
-        "memory bandwidth": rounds * factor.value * moving,
+        "memory bandwidth": rounds * (factor.value * moving + forming),
         "host": rounds * launches * LAUNCH_SECONDS,
         "network": _reduction_seconds(job),
     }
@@ -213,13 +233,13 @@ def _reduction_seconds(job: Job) -> float:
 def fit(job: Job, device: Device) -> dict[str, Any] | None:
     """The settings to change so that the job fits the device, nearest to what was asked first; None if nothing does.
 
-    Tried in this order: recomputing blocks, fewer clips per micro batch with more accumulation, a 16-bit base, and only
-    then shorter crops.
+    Tried in this order: recomputing blocks, forming weights per use, fewer clips per micro batch with more
+    accumulation, a 16-bit base, and only then shorter crops.
     """
     for changes in _alternatives(job):
         changed = job.changed(**changes)
         # Nothing needs counting where not even what is held between steps fits.
-        held = sum(_held_bytes(changed, device).values())
+        held = sum(_held_bytes(changed, device, changed.per_use(device)[-1]).values())
         if held <= USABLE_SHARE * device.memory_bytes and plan_memory(changed, device).fits:
             return changes
     return None
@@ -230,6 +250,9 @@ def _alternatives(job: Job) -> Iterator[dict[str, Any]]:
     yield {}
     smallest: dict[str, Any] = {"gradient_checkpointing": "auto"} if settings.gradient_checkpointing == "off" else {}
     if smallest:
+        yield smallest
+    if settings.adapter_products == "formed":
+        smallest = {**smallest, "adapter_products": "per_use"}
         yield smallest
     clips = settings.batch_size * settings.accumulation(job.ranks)
     for batch_size in range(settings.batch_size - 1, 0, -1):

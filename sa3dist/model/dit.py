@@ -5,6 +5,7 @@ padded batch G = B, N = M + T; packed G = 1 and N counts all clips' tokens (``to
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -119,6 +120,8 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
         # ``compile_blocks`` may put a compiled one in its place.
         self.run_block = Block.forward
+        # Set where adapted weights are formed for every use of a block, whose number it is given.
+        self.form_block: Callable[[int], None] | None = None
 
     def forward(
         self,
@@ -145,11 +148,18 @@ class Transformer(nn.Module):
         )
         # No block draws anything, and a CUDA graph that is recorded must not ask for a generator's state.
         recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        recomputed = self.recomputed_blocks if torch.is_grad_enabled() else 0
+        # The next block's weights take the place of those that a backward pass would have kept.
+        recomputed = self.recomputed_blocks if self.form_block is None else len(self.layers)
+        recomputed = recomputed if torch.is_grad_enabled() else 0
         for i, modulation in enumerate(self.modulations(global_BE, dtype)):
             run = recompute if i < recomputed else call
-            h_GNE = run(self.run_block, self.layers[i], h_GNE, modulation, shared)
+            h_GNE = run(self._form_and_run, self.run_block, i, h_GNE, modulation, shared)
         return self.project_out(layout.without_memory(h_GNE))
+
+    def _form_and_run(self, run_block: Callable[..., Tensor], number: int, *given) -> Tensor:
+        if self.form_block is not None:
+            self.form_block(number)
+        return run_block(self.layers[number], *given)
 
     def modulations(self, global_BE: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
         """Six (B, E) tensors for every layer, all layers in a handful of operations."""

@@ -33,7 +33,8 @@ def make(
 
     layers      the adapted layers of ``base``        parameters   their trained tensors, by name in a file
     forward     (micro batch) to its losses           scalars      how many float32 sums travel with the gradients
-    settings    gives learning_rate, weight_decay, gradient_compression, adapter_products, mixed_precision
+    settings    gives learning_rate, weight_decay, gradient_compression, adapter_products, mixed_precision,
+                gradient_checkpointing
     plan        gives micro_batch and accumulation
     Raises ConfigError when the launcher's DeepSpeed file fixes other batch sizes.
     """

@@ -9,9 +9,9 @@ import contextlib
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from sa3dist_kernels import FormedWeights
 from torch import Tensor, nn
 
+from sa3dist.adapters.formed import Formed
 from sa3dist.data.batches.micro_batch import MicroBatch
 
 Result = TypeVar("Result")
@@ -26,7 +26,7 @@ class Engine(Protocol):
     parameters   the trained tensors by their name in a file; under ZeRO-3 a rank holds only its part of their values
     scalars      float32 sums, set to zero by ``zero``, that ``average`` adds up over the ranks
     gradient     where a pass that is recorded as a CUDA graph adds its gradients, one flat tensor; None: not recorded
-    formed       the weights the adapted layers multiply with, where they are kept for whole steps; None: factored form
+    formed       the weights the adapted layers multiply with, where they are formed; None: factored form
     collectives_in_forward   ranks exchange tensors within the forward and backward pass: a rank that fails there cannot
                  join its peers in ``average``, and a pass cannot be recorded as a CUDA graph
     divided      a rank holds a part of the base alone: only within ``evaluate`` can it be evaluated, and a layer only
@@ -36,7 +36,7 @@ class Engine(Protocol):
     parameters: dict[str, nn.Parameter]
     scalars: Tensor
     gradient: Tensor | None
-    formed: FormedWeights | None
+    formed: Formed | None
     collectives_in_forward: bool
     divided: bool
 

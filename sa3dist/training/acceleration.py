@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from typing import TYPE_CHECKING
@@ -38,22 +39,28 @@ def check_graphs(settings: Settings, group: Group) -> None:
 def choose_acceleration(trainer: Trainer, settings: Settings, frames: int) -> None:
     """Decide for this device, this run's length and its longest crop; each choice of ``auto`` is logged.
 
-    settings   batch_size, gradient_checkpointing, mixed_precision, compile, deterministic, cuda_graphs
+    settings   batch_size, gradient_checkpointing, adapter_products, mixed_precision, compile, deterministic,
+               cuda_graphs
     Raises ConfigError when told to compile without a compiler.
     """
     base, group, plan = trainer.base, trainer.group, trainer.plan
-    if group.device.type == "cuda":
-        # What encoding took says nothing about training.
-        torch.cuda.reset_peak_memory_stats(group.device)
     compiled = wants_compile(settings.compile, group.device, plan.steps, settings.deterministic)
     if settings.compile == "auto" and group.device.type == "cuda":
         log.info("compile: auto chose %s", "on" if compiled else "off")
-    whole_blocks = compiled and trainer.engine.formed is not None
+    formed = trainer.engine.formed
+    whole_blocks = compiled and formed is not None
     largest = memory.LargestPass(base, frames, settings.batch_size, settings.mixed_precision, whole_blocks)
     # An earlier start of this run ran out of memory; see ``out_of_memory.ending``.
     choice = settings.gradient_checkpointing if plan.out_of_memory_at_step is None else "on"
-    base.recomputed_blocks = memory.recomputed_blocks(choice, largest, group.device)
-    if trainer.engine.formed is not None:
+    if formed is not None and formed.per_use:
+        choice = "on"
+    may_change = formed is not None and not formed.per_use and settings.adapter_products == "auto"
+    form_per_use = functools.partial(formed.allocate, per_use=True) if may_change else None
+    base.recomputed_blocks = memory.recomputed_blocks(choice, largest, group.device, form_per_use)
+    if group.device.type == "cuda":
+        # What encoding took says nothing about training, nor does memory that was given up.
+        torch.cuda.reset_peak_memory_stats(group.device)
+    if formed is not None:
         trainer.ladder = ShapeLadder(frames, base.dit.transformer.memory)
     if compiled:
         if whole_blocks:

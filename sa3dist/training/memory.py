@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,9 +47,9 @@ class Choice:
         return self.needed_bytes <= USABLE_SHARE * self.free_bytes
 
 
-def fewest_recomputed(counted: Count, other_bytes: float, free_bytes: float) -> Choice:
-    """The smallest number of recomputed blocks with which the step fits, or all of them."""
-    for blocks in range(len(counted.blocks) + 1):
+def fewest_recomputed(counted: Count, other_bytes: float, free_bytes: float, least: int = 0) -> Choice:
+    """The smallest number of recomputed blocks with which the step fits, or all of them. least: not fewer."""
+    for blocks in range(least, len(counted.blocks) + 1):
         choice = Choice(blocks, other_bytes + counted.kept_bytes(blocks), free_bytes)
         if choice.fits:
             break
@@ -90,19 +91,29 @@ class LargestPass:
         return self.working_bytes + self.counted.kept_bytes(recomputed_blocks)
 
 
-def recomputed_blocks(setting: str, largest: LargestPass, device: torch.device) -> int:
+def recomputed_blocks(
+    setting: str, largest: LargestPass, device: torch.device, form_per_use: Callable[[], None] | None = None
+) -> int:
     """Blocks to recompute in the backward pass: all with ``on``, none with ``off``, as few as fit with ``auto``.
 
-    The base is loaded and the adapter attached: only the rest must fit.
+    The base is loaded and the adapter attached, and formed weights have their memory: only the rest must fit.
+
+    form_per_use   gives up most of that memory where the step does not fit although all blocks are recomputed; None:
+                   there is none, or it must stay
     """
     depth = largest.base.config.dit.depth
-    if setting != "auto":
+    if setting == "off" or (setting == "on" and form_per_use is None):
         return depth if setting == "on" else 0
     trained = sum(parameter.numel() for parameter in adapter_parameters(largest.base).values())
     other = largest.working_bytes + MOMENT_BYTES * trained
-    picked = fewest_recomputed(largest.counted, other, free_bytes(device))
+    picked = fewest_recomputed(largest.counted, other, free_bytes(device), least=depth if setting == "on" else 0)
+    if form_per_use is not None and not picked.fits:
+        log.info("adapted weights take too much memory: from here on they are formed for every use of a block")
+        form_per_use()
+        picked = dataclasses.replace(picked, free_bytes=free_bytes(device))
     log.info(
-        "gradient checkpointing auto: %d of %d blocks recomputed, a step needs about %.1f GB of %.1f GB free%s",
+        "gradient checkpointing %s: %d of %d blocks recomputed, a step needs about %.1f GB of %.1f GB free%s",
+        setting,
         picked.recomputed_blocks,
         depth,
         picked.needed_bytes / 1e9,

@@ -20,8 +20,10 @@ import gpu_check
 import psutil
 import pytest
 import results_file
+import step_sides
 import torch
 from sa3dist_kernels import ADAPTER_TYPES
+from timing import peak_bytes
 
 from tests.helpers.golden import ROOT
 
@@ -227,9 +229,23 @@ def test_a_group_that_breaks_fails_the_part_and_is_named_and_the_others_are_meas
     ] * 2
 
 
+def test_a_side_is_measured_per_use_and_keeps_its_weights_again_afterwards(monkeypatch):
+    monkeypatch.setattr(step_sides, "ADAPTER_PRODUCTS", "formed")
+    ours = step_sides.Side("ours", check_step.options_of(check_step.TINY_PLAN[0], tiny=True), CPU)
+    ours.use(1, 6)
+    assert 0 < check_step.per_use_bytes(ours, 0, CPU) < peak_bytes(ours.step, CPU)
+    assert not ours.formed.per_use
+
+
 def test_targets_are_held_against_the_rows_they_are_about():
     row = {"shape": "medium-base", "adapter_type": "dora-rows", "rank": 16, "frames": 323, "frozen_ms": 12.5}
-    row |= {"ours_ms": 20.0, "over_frozen": 1.6, "unequal_over_equal": None, "total_bytes": 6e9}
+    row |= {
+        "ours_ms": 20.0,
+        "over_frozen": 1.6,
+        "unequal_over_equal": None,
+        "total_bytes": 6e9,
+        "per_use_total_bytes": 4e9,
+    }
     long = {**row, "frames": 4091, "frozen_ms": 94.0, "ours_ms": 106.0, "total_bytes": 17e9}
     others = [{**row, "rank": 128}, {**row, "shape": "small-music-base"}]
     found = check_step.against_targets([row, long, *others, {**row, "adapter_type": "bora", "over_frozen": 2.0}])
@@ -238,6 +254,7 @@ def test_targets_are_held_against_the_rows_they_are_about():
         ("dora-rows", 323, "frozen_ms"): False,
         ("dora-rows", 323, "ours_ms"): True,
         ("dora-rows", 323, "total_bytes"): True,
+        ("dora-rows", 323, "per_use_total_bytes"): True,
         ("dora-rows", 4091, "frozen_ms"): True,
         ("dora-rows", 4091, "ours_ms"): False,
         ("dora-rows", 4091, "total_bytes"): False,

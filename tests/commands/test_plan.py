@@ -128,6 +128,28 @@ def test_a_gpu_without_bfloat16_units_is_planned_without_the_kernels_that_need_t
     assert plan_memory(job(adapter_products="factored"), H200).bytes["formed weights"] == 0
 
 
+def test_weights_formed_per_use_take_the_memory_of_a_block_and_time_for_every_pass():
+    changes = {"model": "medium-base", "batch_size": 1, "adapter_type": "dora-rows", "gradient_checkpointing": "on"}
+    kept, again = (predict(job(**changes, adapter_products=way), H200, NO_RESULTS) for way in ("formed", "per_use"))
+    assert (kept.memory.per_use, again.memory.per_use) == (False, True)
+    saved = {name: value - again.memory.bytes[name] for name, value in kept.memory.bytes.items()}
+    shared = saved.pop("formed weights")
+    assert set(saved.values()) == {0}
+    # Of 24 equal blocks 23, in bfloat16, with R rows and columns for L' and R'.
+    block = {name: fans for name, fans in plain_job("medium-base").fans.items() if "transformer.layers.7." in name}
+    assert shared == 23 * 2 * sum(fan_out * fan_in + 16 * (fan_out + fan_in) for fan_out, fan_in in block.values())
+    assert again.memory.peak_bytes < 4.5e9
+    assert again.step_seconds > kept.step_seconds
+    # What a card must have to keep them, and to form them per use.
+    for device_bytes, expected in ((1.01 * kept.memory.peak_bytes, False), (0.99 * kept.memory.peak_bytes, True)):
+        device = dataclasses.replace(H200, memory_bytes=device_bytes / memory.USABLE_SHARE)
+        found = plan_memory(job(**changes), device)
+        assert (found.per_use, found.fits, found.recomputed_blocks) == (expected, True, 24)
+        assert not plan_memory(job(**changes | {"gradient_checkpointing": "off"}), device).per_use
+        proposed = {"adapter_products": "per_use"} if expected else {}
+        assert fit(job(**changes, adapter_products="formed"), device) == proposed
+
+
 def test_recomputing_costs_time_and_saves_memory():
     kept, again = (predict(job(gradient_checkpointing=choice), H200, NO_RESULTS) for choice in ("off", "on"))
     assert (kept.memory.recomputed_blocks, again.memory.recomputed_blocks) == (0, 20)
@@ -205,7 +227,7 @@ def test_a_proposal_fits_and_keeps_the_clips_per_step(settings, gigabytes):
 
 def test_shorter_crops_are_the_last_resort():
     asked = job(model="medium-base", duration=None, base_precision="fp32", mixed_precision="no")
-    device = Device("small", 8e9, 1e14, 1e13, 1e12, "made up")
+    device = Device("small", 6e9, 1e14, 1e13, 1e12, "made up")
     changes = fit(asked, device)
     assert changes["base_precision"] == "bf16"
     assert 1 <= changes["duration"] < 380
@@ -237,7 +259,7 @@ def test_amounts_of_memory_are_read_as_written():
 
 
 def test_the_command_says_what_its_figures_rest_on(tmp_path, capsys):
-    words = ["plan", "model=small-music-base", "batch_size=4", "duration=120", "--gpu", "H200", "--fit", "4GB"]
+    words = ["plan", "model=small-music-base", "batch_size=4", "duration=120", "--gpu", "H200", "--fit", "3GB"]
     assert cli.main([*words, "--results", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "datasheet only" in printed

@@ -26,6 +26,7 @@ class StepSettings:
     context_weight: float = 1.0
     gradient_compression: str = "none"
     adapter_products: str = "auto"
+    gradient_checkpointing: str = "auto"
 
 
 def recorded_run(kind):

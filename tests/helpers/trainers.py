@@ -15,10 +15,10 @@ def make_settings(**changes):
     return config.build({"audio_data_url": "clips.zip", **values, **changes})
 
 
-def make_trainer(group, steps, settings=None, times=1, accumulation=1, **plan):
+def make_trainer(group, steps, settings=None, times=1, accumulation=1, kind="lora", include=None, **plan):
     """A trainer on the tiny base, and the micro batch it is given again and again, ``times`` as long as recorded."""
     base = sa3dist.load_base(golden("tiny-sa3"))
-    attach_adapter(base, "lora", rank=2, seed=1)
+    attach_adapter(base, kind, rank=2, seed=1, include=include)
     batch = recorded_batch(base)
     for name in ("latents_BDT", "noised_BDT", "target_BDT", "inpaint_mask_B1T"):
         setattr(batch, name, getattr(batch, name).repeat(1, 1, times))

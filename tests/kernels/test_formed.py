@@ -160,6 +160,23 @@ def test_values_and_storage_may_change_between_steps(impl):
     assert formed.layers[0].weight_OI is held
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["dora-rows", "bora-xs"])
+def test_layers_formed_in_turn_in_one_memory_leave_each_others_gradients_alone(name, impl):
+    blocks = [make_cases(ADAPTER_TYPES[name], [size], 3)[0] for size in ((23, 19), (17, 32))]
+    memory = torch.full((2000,), float("nan"))
+    made = [FormedWeights([cases[0].spec], torch.float32, impl, memory=memory) for cases in blocks]
+    for _ in range(2):
+        for cases, formed in zip(blocks, made, strict=True):
+            formed.form()
+            check_formed(cases, formed, torch.float32)
+            assert formed.layers[0].weight_OI.data_ptr() == memory.data_ptr()
+    for cases, formed in zip(blocks, made, strict=True):
+        cases[0].load(cases[0].sums())
+        formed.finish()
+        check_gradients(cases)
+
+
 def test_specs_that_do_not_fit_are_refused_by_name():
     first, _ = make_cases(ADAPTER_TYPES["dora-rows"], [(5, 6)], 2, odd=False)
     other, _ = make_cases(ADAPTER_TYPES["dora-rows"], [(5, 6)], 3, odd=False)

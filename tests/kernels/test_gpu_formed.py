@@ -125,14 +125,20 @@ def test_a_step_with_formed_weights_is_the_factored_one(device, kind, precision)
 
 
 @pytest.mark.parametrize(
-    ("kind", "precision", "recomputed"),
-    [("dora-rows", "bf16", False), ("dora-rows", "no", True), ("bora", "bf16", True)],
+    ("kind", "precision", "recomputed", "products"),
+    [
+        ("dora-rows", "bf16", False, "formed"),
+        ("dora-rows", "no", True, "formed"),
+        ("bora", "bf16", True, "formed"),
+        ("dora-cols", "bf16", True, "per_use"),
+        ("dora-rows", "no", True, "per_use"),
+    ],
 )
 def test_a_run_over_unequal_lengths_with_ladder_compiler_and_graphs_is_the_plain_run(
-    device, kind, precision, recomputed, record_property
+    device, kind, precision, recomputed, products, record_property
 ):
     torch._dynamo.reset()
-    plain, quick = make_trainer(device, kind, precision), make_trainer(device, kind, precision)
+    plain, quick = make_trainer(device, kind, precision), make_trainer(device, kind, precision, products)
     on_cuda, dit = device.type == "cuda", quick.base.dit
     quick.base.gradient_checkpointing = recomputed
     quick.ladder = ShapeLadder(recorded_batch(quick.base).noised_BDT.shape[2], dit.transformer.memory)

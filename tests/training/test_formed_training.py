@@ -70,24 +70,35 @@ def test_auto_forms_weights_where_the_kernels_serve_and_a_choice_is_obeyed(
 
 
 @pytest.mark.parametrize("tiny_name", ["tiny-sa3"])
-def test_one_program_serves_clips_with_and_without_a_filling(tiny_base):
+def test_one_program_serves_clips_with_and_without_a_filling_and_weights_kept_or_formed_per_use(tiny_base):
     base = adapted(tiny_base, "dora-rows")
     given = {name: value[:1] for name, value in inputs(tiny_base).items()}
     flat = FlatAdapters(adapter_parameters(base), 1e-3, 0.01, scalars=0)
-    keep_formed(base, flat, FORMED, torch.device("cpu")).form()
+    weights = keep_formed(base, flat, FORMED, torch.device("cpu"))
     memory = base.dit.transformer.memory
     packings = [FilledPacking.of([24], memory, 24, memory + 24 + extra) for extra in (0, 16, 40)]
-    expected = [base.velocity(**given, packing=packing) for packing in packings]
+
+    def passes(per_use):
+        weights.allocate(per_use)
+        weights.form()
+        flat.zero()
+        velocities = [base.velocity(**given, packing=packing) for packing in packings]
+        velocities[-1].square().sum().backward()
+        weights.finish()
+        return [*velocities, flat.gradient.clone()]
+
+    expected = passes(per_use=False)
     torch._dynamo.reset()
     counters.clear()
     try:
         compile_blocks(base.dit, "aot_eager")
-        found = [base.velocity(**given, packing=packing) for packing in packings]
+        found = [passes(per_use=False), passes(per_use=True)]
         assert counters["stats"]["unique_graphs"] == 1
     finally:
         torch._dynamo.reset()
         compile_blocks(base.dit, None)
-    torch.testing.assert_close(found, expected)
+    for of_way in found:
+        torch.testing.assert_close(of_way, expected)
 
 
 @pytest.mark.parametrize("tiny_name", ["tiny-sa3-small"])
