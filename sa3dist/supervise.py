@@ -21,7 +21,7 @@ from pathlib import Path
 from sa3dist import errors
 from sa3dist.formats import STATUS_DIR_VARIABLE, STATUS_NAME, write_json
 from sa3dist.runtime import run_lock
-from sa3dist.runtime.signals import SAME_REQUEST_SECONDS, SIGNALS, kill_descendants
+from sa3dist.runtime.signals import SAME_REQUEST_SECONDS, SIGNALS, handle_signals, kill_descendants
 
 PROGRAM = "sa3dist.train"
 # A closed terminal asks to stop as the first of them does.
@@ -43,13 +43,6 @@ class Supervisor:
         self.child: subprocess.Popen | None = None
         self._to_forward: int | None = None
 
-    def install(self) -> None:
-        for number in FORWARDED:
-            signal.signal(number, self._forward)
-        # A closed terminal asks to stop, except under nohup.
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            signal.signal(signal.SIGHUP, self._forward)
-
     def _forward(self, number: int, frame) -> None:
         now = time.monotonic()
         # An agent that is signalled while it already stops its workers may leave them behind.
@@ -66,7 +59,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Start the command, wait for it, return the exit code the program meant."""
-        self.install()
+        handle_signals(self._forward)
         status = status_path(self.command)
         before = identity_of(status)
         if self.asked_at is not None:
@@ -134,8 +127,11 @@ class Supervisor:
         if run_lock.is_anothers(status.parent):
             return errors.EXIT_INTERRUPTED if self.asked_at is not None else code
         if self.asked_at is not None:
-            message = "stopped before the ranks had started; run the same command to continue"
-            said = {"state": "interrupted", "exit_code": errors.EXIT_INTERRUPTED, "message": message}
+            said = {
+                "state": "interrupted",
+                "exit_code": errors.EXIT_INTERRUPTED,
+                "message": "stopped before the ranks had started; run the same command to continue",
+            }
             write_json(status, said | {"dist_rank": 0, "host": socket.gethostname(), "step": 0})
             return errors.EXIT_INTERRUPTED
         # A signal nobody sent through us: the machine ran out of memory, or someone used kill.
@@ -186,8 +182,9 @@ def requeue_slurm_job() -> None:
     Queueing again makes Slurm kill what is left of the job's processes, this one among them.
     """
     job = os.environ["SLURM_JOB_ID"]
-    query = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
-    state = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    state = subprocess.run(
+        ["squeue", "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     if state == "RUNNING":
         print(f"supervise: interrupted with its state saved, queueing job {job} again", file=sys.stderr, flush=True)
         subprocess.run(["scontrol", "requeue", job], check=True)

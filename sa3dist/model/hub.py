@@ -1,5 +1,6 @@
 """Fetch released files from the Hugging Face cache, else from the hub; every error is one line that says what to do."""
 
+import contextlib
 from pathlib import Path
 
 from sa3dist.errors import CheckpointError
@@ -13,10 +14,8 @@ def hub_file(repo_id: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    try:
+    with contextlib.suppress(LocalEntryNotFoundError):
         return Path(hf_hub_download(repo_id, name, local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass
     try:
         return Path(hf_hub_download(repo_id, name))
     # The client's exceptions come from requests or httpx, by version; explain() sorts out those that matter.
@@ -44,13 +43,11 @@ def hub_folder(repo_id: str, subfolder: str | None, needed: tuple[str, ...], loc
     def folder(**options) -> Path:
         return Path(snapshot_download(repo_id, allow_patterns=patterns, **options)) / (subfolder or "")
 
-    try:
+    with contextlib.suppress(LocalEntryNotFoundError):
         cached = folder(local_files_only=True)
         # A snapshot may hold only the files someone asked for earlier.
         if all((cached / name).is_file() for name in needed):
             return cached
-    except LocalEntryNotFoundError:
-        pass
     if local_only:
         raise CheckpointError(f"{repo_id}: not in the local cache")
     try:

@@ -11,8 +11,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import psutil
 
@@ -51,10 +51,7 @@ class StopRequest:
 
     def install(self) -> StopRequest:
         """Handle the stop signals from here on. From the main thread."""
-        for number in SIGNALS:
-            # Under nohup a run outlives its terminal.
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._handle)
+        handle_signals(self._handle)
         signal.signal(BREAK_SIGNAL, self._end_wait)
         # Open for good: the system writes to that number at every signal, also when another file has it by then.
         self._signals, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -126,6 +123,14 @@ class StopRequest:
             self._first_at = now
         elif now - self._first_at > SAME_REQUEST_SECONDS and not self.saving:
             exit_now(EXIT_INTERRUPTED)
+
+
+def handle_signals(handler: Callable[[int, Any], None]) -> None:
+    """Have the stop signals call ``handler``."""
+    for number in SIGNALS:
+        # Under nohup a run outlives its terminal.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def seconds_since_start() -> float:
