@@ -73,8 +73,13 @@ def open_dataset(
     def build() -> dict[str, Any]:
         with progress("check clips", 1, shown=True) as update:
             index, urls = _index(settings, should_stop, measure, lambda done, total: update(done, total=total))
-        length = span(sum(clip.seconds for clip in index.clips))
-        log.info("%s: %s, %s, in %s", name, counted(len(index.clips), "clip"), length, index.directory)
+        log.info(
+            "%s: %s, %s, in %s",
+            name,
+            counted(len(index.clips), "clip"),
+            span(sum(clip.seconds for clip in index.clips)),
+            index.directory,
+        )
         for clip in index.skipped:
             log.warning("skipped: %s", clip)
         for kind in index.left_out:
@@ -123,11 +128,11 @@ def _find_latents(settings: Settings, should_stop: Callable[[], bool], name: str
     paths = fetch_latents(parts, settings.work_dir, should_stop, settings.max_download_bytes)
     index = _read_latents(settings, paths, should_stop)
     build.check_count(redacted(settings.audio_data_url), len(index.clips), settings.allow_any_dataset_size)
-    found = counted(len(index.clips), "clip"), counted(len(paths), "shard")
-    log.info("%s: %s as latents in %s", name, *found)
+    log.info("%s: %s as latents in %s", name, counted(len(index.clips), "clip"), counted(len(paths), "shard"))
     return paths
 
 
 def _read_latents(settings: Settings, paths: list[Paths], should_stop: Callable[[], bool]) -> LatentDataset:
-    cache = ClipCache(settings.work_dir / "clip-cache", settings.cache_bytes)
-    return read_latents(settings.audio_data_url, paths, cache, should_stop)
+    return read_latents(
+        settings.audio_data_url, paths, ClipCache(settings.work_dir / "clip-cache", settings.cache_bytes), should_stop
+    )

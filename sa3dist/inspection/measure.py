@@ -38,8 +38,7 @@ PIECES_AT_ONCE = 31
 def measure_clip(data: bytes) -> tuple[AudioFacts, ClipStats]:
     """Decode check and stats of an audio file in one pass. Raises DataError as ``check_audio`` does."""
     measurement = Measurement()
-    facts = check_audio(data, measurement)
-    return facts, measurement.finish()
+    return check_audio(data, measurement), measurement.finish()
 
 
 class Measurement:
@@ -73,9 +72,8 @@ class Measurement:
         if self._end > self._piece:
             self._measure()
         powers_P, peaks_P = np.concatenate(self._powers), np.concatenate(self._peaks)
-        gated = len(powers_P) >= GATING_PIECES
         # A clip shorter than a gating block was measured at one time.
-        lufs = integrated_loudness(powers_P) if gated else lufs_of(self._mean_power)
+        lufs = integrated_loudness(powers_P) if len(powers_P) >= GATING_PIECES else lufs_of(self._mean_power)
         bands_SP = np.concatenate(self._bands).T
         silent_P = peaks_P < SILENCE_PEAK
         pieces = len(silent_P)

@@ -78,14 +78,13 @@ class EncodeOnDemand:
             if audio_CN is not None:
                 self._before_work(f"encoding clip {clip.key}")
             self._encoded.encode_prompts(self._base, [clip.caption])
-            seed = self._micro_batches.settings.seed
-            path = self._encoded.encode_slot(self._base, clip, seed, slot, audio_CN)
+            path = self._encoded.encode_slot(self._base, clip, self._micro_batches.settings.seed, slot, audio_CN)
             if path is not None:
                 paths.append(path)
-                continue
-            self._ready.add((clip.key, flipped))
-            if len(self._ready) == 2 * len(self._encoded.clips):
-                self._base.release_encoders()
+            else:
+                self._ready.add((clip.key, flipped))
+                if len(self._ready) == 2 * len(self._encoded.clips):
+                    self._base.release_encoders()
         self._uses.update(paths)
         self._held.append(paths)
 

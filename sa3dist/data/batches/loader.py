@@ -51,8 +51,14 @@ class MicroBatches(Dataset):
 
     def _sample(self, slot: int) -> Sample:
         clip, flipped = self.clip_of_slot(slot)
-        latents = self.encoded.latents(clip, flipped)
-        return draw_sample(slot, clip, latents, self.encoded.prompt(clip.caption), self.settings, self.encoded)
+        return draw_sample(
+            slot,
+            clip,
+            self.encoded.latents(clip, flipped),
+            self.encoded.prompt(clip.caption),
+            self.settings,
+            self.encoded,
+        )
 
 
 def loader(

@@ -113,8 +113,7 @@ def draw_sample(
     start, silent = draw_crop(latents.peaks_T, limit, seed, slot)
     valid = min(latents.valid_frames - start, limit)
     mean_frames = flow.draws.EXTENSION_SECONDS * framing.sample_rate_hz / framing.samples_per_frame
-    extension = flow.draw_extension(mean_frames, flow.generator_for(seed, "extension", slot))
-    frames = min(limit, valid + extension)
+    frames = min(limit, valid + flow.draw_extension(mean_frames, flow.generator_for(seed, "extension", slot)))
     file_seconds = math.ceil(clip.seconds)
     crop_seconds = math.ceil(min(clip.seconds, limit * framing.samples_per_frame / framing.sample_rate_hz))
     seconds_total = file_seconds if settings.seconds_total_of == "file" else crop_seconds
@@ -150,14 +149,16 @@ def collate(samples: list[Sample], settings: SampleSettings) -> MicroBatch:
     inpaint_mask_B1T = torch.zeros(len(samples), 1, longest)
     t_B = torch.empty(len(samples))
     for row, (sample, frames) in enumerate(zip(samples, lengths, strict=True)):
-        mask = flow.draw_inpaint_mask(frames, frames, flow.generator_for(seed, "inpaint", sample.slot))
-        inpaint_mask_B1T[row, 0, :frames] = mask
+        inpaint_mask_B1T[row, 0, :frames] = flow.draw_inpaint_mask(
+            frames, frames, flow.generator_for(seed, "inpaint", sample.slot)
+        )
         t_B[row] = flow.sample_timesteps(1, flow.generator_for(seed, "timestep", sample.slot))
     effective_B = torch.tensor([sample.effective_frames for sample in samples])
     if settings.shift is not None:
         shift = settings.shift
-        lengths_and_shifts = shift.min_length, shift.max_length, shift.base_shift, shift.max_shift
-        t_B = flow.shift_timesteps(t_B, effective_B, *lengths_and_shifts)
+        t_B = flow.shift_timesteps(
+            t_B, effective_B, shift.min_length, shift.max_length, shift.base_shift, shift.max_shift
+        )
     noised_BDT, target_BDT = flow.noise_latents(latents_BDT, noise_BDT, t_B)
     hidden_BLH, prompt_mask_BL = without_common_padding(
         torch.stack([sample.hidden_LH for sample in samples]), torch.stack([sample.prompt_mask_L for sample in samples])

@@ -56,8 +56,7 @@ class StreamedClips(EncodedClips):
     def __init__(self, index: StreamedDataset, work_dir: Path, base: Base, *digests: str, max_bytes: int) -> None:
         super().__init__(index, work_dir, base, *digests)
         encoders = self.shards.encoders if index.holds_latents else None
-        scratch = Path(work_dir) / "streaming" / index.digest[:16]
-        self.source = ShardSource(index.urls, encoders, scratch, max_bytes)
+        self.source = ShardSource(index.urls, encoders, Path(work_dir) / "streaming" / index.digest[:16], max_bytes)
 
     def check_first(self) -> None:
         """Read the first clip, so that a wrong source or base is refused at once. Raises DataError."""
@@ -72,8 +71,7 @@ class StreamedClips(EncodedClips):
         latents = clip_latents(unpack_tensors(found.verified(kind, what), where, what, compare=False))
         what = f"prompt features of clip {found.clip.key}"
         tokens_LH = unpack_tensors(found.verified(PROMPT, what), where, what, compare=False)["hidden"]
-        prompt = padded_prompt(tokens_LH, self.prompt_tokens)
-        return draw_sample(slot, found.clip, latents, prompt, settings, self)
+        return draw_sample(slot, found.clip, latents, padded_prompt(tokens_LH, self.prompt_tokens), settings, self)
 
 
 @dataclasses.dataclass
@@ -118,8 +116,12 @@ class StreamedBatches(IterableDataset):
         workers = len(self._cursors)
         number = begin % workers
         cursor, source = self._cursors[number], self.encoded.source
-        shards = WorkerShards(self.settings.seed, len(source.urls), self._rank, self._world_size, number, workers)
-        clips = source.clips(shards, cursor, self.buffer, self._should_stop)
+        clips = source.clips(
+            WorkerShards(self.settings.seed, len(source.urls), self._rank, self._world_size, number, workers),
+            cursor,
+            self.buffer,
+            self._should_stop,
+        )
         for local in itertools.count(begin, workers):
             slots = micro_batch_slots(local * self._world_size + self._rank, self.settings.micro_batch)
             content: list[Sample] | list[Decoded] = []
@@ -173,8 +175,7 @@ def finisher(
         samples = []
         for slot, clip, audio_CN in decoded:
             before_work(f"encoding clip {clip.key}")
-            flipped = polarity_of_slot(settings.seed, slot)
-            (tensors,) = encoded.encode_rows(base, [(clip, flipped, audio_CN)])
+            (tensors,) = encoded.encode_rows(base, [(clip, polarity_of_slot(settings.seed, slot), audio_CN)])
             samples.append(draw_sample(slot, clip, clip_latents(tensors), prompt(clip.caption), settings, encoded))
         return collate(samples, settings)
 

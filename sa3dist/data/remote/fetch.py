@@ -34,8 +34,7 @@ def split_query(source: str) -> tuple[str, str]:
     """An address up to its path, and from ``?`` on (in http also from ``#``, which elsewhere is part of a name)."""
     if not is_remote(source):
         return source, ""
-    ends = r"[?#]" if source[:4].lower() == "http" else r"\?"
-    address = re.split(ends, source, maxsplit=1)[0]
+    address = re.split(r"[?#]" if source[:4].lower() == "http" else r"\?", source, maxsplit=1)[0]
     return address, source[len(address) :]
 
 
@@ -138,8 +137,10 @@ class Downloads(contextlib.AbstractContextManager):
             name = re.sub(r"[^A-Za-z0-9._-]", "_", address_name(source))[-80:] or "data"
             found = self._bring(system, path, info, key, name, label)
             if version:
-                note = {"url": label, "version": version, "sha256": found.name[:64], "bytes": found.stat().st_size}
-                write_json(self._directory / f"{found.name}.{key}.json", note)
+                write_json(
+                    self._directory / f"{found.name}.{key}.json",
+                    {"url": label, "version": version, "sha256": found.name[:64], "bytes": found.stat().st_size},
+                )
         self._left -= found.stat().st_size
         if self._left < 0:
             self.fetched.append(found)

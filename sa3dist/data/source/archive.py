@@ -102,8 +102,7 @@ def _refuse_clips_among_results(source: Path, directory: Path, label: str) -> No
 
 def _sounds(folder: Path) -> list[Path]:
     """The audio files anywhere below a local folder."""
-    found = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
-    return sorted(path for path in found if is_audio(path.name))
+    return sorted(Path(parent, name) for parent, _, names in os.walk(folder) for name in names if is_audio(name))
 
 
 def _with_sounds(source: Path, name: str) -> str:
@@ -133,8 +132,11 @@ def _container(paths: list[Path], label: str) -> Container:
 
 def tars_on_top(path: Path) -> list[Path]:
     """The .tar files directly in a folder, in order of name."""
-    tars = [child for child in path.iterdir() if extension_of(child.name) == "tar" and not is_system(child.name)]
-    return sorted(child for child in tars if child.is_file())
+    return sorted(
+        child
+        for child in path.iterdir()
+        if extension_of(child.name) == "tar" and not is_system(child.name) and child.is_file()
+    )
 
 
 def shards_on_top(folder: FolderContainer, path: Path) -> list[Path]:

@@ -134,8 +134,7 @@ def load_clip_audio(
     stop = max(start, stop)
     try:
         if rate != sample_rate_hz:
-            audio_CN = ready_audio(*_decode_part(data, entry, 0, samples), rate, sample_rate_hz)
-            return audio_CN[:, start:stop].contiguous()
+            return ready_audio(*_decode_part(data, entry, 0, samples), rate, sample_rate_hz)[:, start:stop].contiguous()
         return ready_audio(*_decode_part(data, entry, start, stop), rate, rate)
     except DataError as error:
         raise DataError(f"{index.directory / entry.shard}, clip {entry.key}: {error}") from error

@@ -61,8 +61,7 @@ def read_facts(work_dir: Path) -> dict[Key, AudioFacts]:
 
 def read_stats(work_dir: Path) -> Measured:
     """Clips that were measured earlier; nothing where the file is missing, damaged, or of another version."""
-    path = Path(work_dir) / NAME
-    arrays = _read(path, _FACTS + _STATS)
+    arrays = _read(Path(work_dir) / NAME, _FACTS + _STATS)
     if arrays is None:
         return {}
     digests_N32, facts_N4, scalars_N6, widths_N, spectrograms_SW, fingerprints_NK = arrays
@@ -94,8 +93,10 @@ def write_stats(work_dir: Path, measured: Measured) -> None:
 
 
 def _facts(digests_N32: np.ndarray, facts_N4: np.ndarray) -> dict[Key, AudioFacts]:
-    rows = zip(digests_N32, facts_N4.tolist(), strict=True)
-    return {(digest.tobytes().hex(), size): AudioFacts(*facts) for digest, (size, *facts) in rows}
+    return {
+        (digest.tobytes().hex(), size): AudioFacts(*facts)
+        for digest, (size, *facts) in zip(digests_N32, facts_N4.tolist(), strict=True)
+    }
 
 
 def _read(path: Path, names: tuple[str, ...]) -> list[np.ndarray] | None:

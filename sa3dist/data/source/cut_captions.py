@@ -57,12 +57,10 @@ def cut_captions(source: TextSource, captions: Iterable[tuple[str, str]]) -> Cut
     try:
         directory = source.resolve(local_only=True)
         with quiet_transformers():
-            tokenizer = load_tokenizer(directory)
-            counts = [len(ids) for ids in tokenizer([caption for _, caption in long])["input_ids"]]
+            counts = [len(ids) for ids in load_tokenizer(directory)([caption for _, caption in long])["input_ids"]]
     except CheckpointError:
         return None
-    cut = {key: count for (key, _), count in zip(long, counts, strict=True) if count > limit}
-    return CutCaptions(limit, cut)
+    return CutCaptions(limit, {key: count for (key, _), count in zip(long, counts, strict=True) if count > limit})
 
 
 def say_cut_captions(index: DatasetIndex, source: TextSource | None) -> None:

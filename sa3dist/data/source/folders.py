@@ -64,8 +64,7 @@ class FolderContainer(Container):
             return
         for folder, _, files in os.walk(top):
             for child in sorted(files):
-                relative = os.path.normpath(os.path.join(name, os.path.relpath(folder, top), child))
-                self._admit(relative, 0, None)
+                self._admit(os.path.normpath(os.path.join(name, os.path.relpath(folder, top), child)), 0, None)
 
     def read(self, member: Member) -> bytes:
         try:

@@ -35,9 +35,8 @@ def index_faults(index: DatasetIndex) -> Iterator[str]:
 
 
 def _is_left_out(kind: LeftOut) -> bool:
-    texts = kind.what, kind.why, *kind.names
     return (
-        all(isinstance(text, str) for text in texts)
+        all(isinstance(text, str) for text in (kind.what, kind.why, *kind.names))
         and (kind.what + kind.why).isprintable()
         and is_whole(kind.count, 1)
     )

@@ -56,8 +56,7 @@ def is_system(name: str) -> bool:
 
 def is_hidden_audio(name: str) -> bool:
     """A recording among system files that somebody may miss: in a folder, or under a name, that begins with a dot."""
-    parts = [part.lower() for part in PurePosixPath(name).parts]
-    return is_audio(name) and not any(part.startswith(_DISCARDED) for part in parts)
+    return is_audio(name) and not any(part.lower().startswith(_DISCARDED) for part in PurePosixPath(name).parts)
 
 
 def kind_of(name: str) -> tuple[str, str]:
@@ -69,8 +68,7 @@ def kind_of(name: str) -> tuple[str, str]:
             f"audio of a kind that cannot be read here; convert it: ffmpeg -i NAME.{extension} NAME.flac",
         )
     if extension in ARCHIVE_EXTENSIONS:
-        inner = extension_of(name[: -len(extension) - 1])
-        shown = f"tar.{extension}" if inner == "tar" else extension
+        shown = f"tar.{extension}" if extension_of(name[: -len(extension) - 1]) == "tar" else extension
         return (
             f"{shown} archive",
             "an archive inside the data set is not opened; unpack it, or give it by itself",

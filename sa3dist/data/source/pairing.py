@@ -100,8 +100,9 @@ class _Pairing:
             elif len(sounds) == len(texts) == 1:
                 pairs.append(_pair(sounds[0], texts[0]))
             elif len(sounds) == 1 and not texts and (table := self._table_above(sounds[0].name)):
-                reason = f"its caption may be in {printable(table)}, which is refused"
-                unread[_without_extension(sounds[0].name)] = (reason,)
+                unread[_without_extension(sounds[0].name)] = (
+                    f"its caption may be in {printable(table)}, which is refused",
+                )
             else:
                 problems[_without_extension((sounds or texts)[0].name)] = (_mismatch(sounds, texts),)
         self._blame_unread_tables(pairs, problems, unread)
@@ -164,10 +165,9 @@ class _Pairing:
         self._left_out.setdefault(kind, []).extend(names)
 
     def _lines(self) -> tuple[LeftOut, ...]:
-        found = sorted(self._left_out.items())
         lines = [
             LeftOut(what, why, len(names), tuple(sorted(name if is_text(name) else printable(name) for name in names)))
-            for (what, why), names in found
+            for (what, why), names in sorted(self._left_out.items())
         ]
         if self._container.system:
             lines.append(LeftOut("system file", _SYSTEM, self._container.system))

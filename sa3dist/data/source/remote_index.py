@@ -57,8 +57,9 @@ def index_remote(
         return _publish(dataclasses.replace(index, skipped=skipped), work_dir), urls
     log.info("%s: no index beside the shards, reading all of them once", redacted(source))
     downloads = Downloads(work_dir / "downloads", should_stop, max_download_bytes)
-    cache = ClipCache(work_dir / "clip-cache", cache_bytes)
-    return _Reading(source, tars, work_dir, downloads, cache, should_stop).run(limits, report)
+    return _Reading(
+        source, tars, work_dir, downloads, ClipCache(work_dir / "clip-cache", cache_bytes), should_stop
+    ).run(limits, report)
 
 
 def attach(
@@ -66,8 +67,9 @@ def attach(
 ) -> DatasetIndex:
     """The index with a reader that fetches clips from ``urls``."""
     sizes = {shard.name: shard.bytes for shard in index.shards}
-    cache = ClipCache(Path(work_dir) / "clip-cache", cache_bytes)
-    return dataclasses.replace(index, reader=RemoteShards(urls, sizes, cache, should_stop))
+    return dataclasses.replace(
+        index, reader=RemoteShards(urls, sizes, ClipCache(Path(work_dir) / "clip-cache", cache_bytes), should_stop)
+    )
 
 
 def _sends_ranges(
@@ -127,8 +129,7 @@ class _Reading:
                 clips += part.clips
                 shards += part.shards
                 for kind in part.left_out:
-                    names = tuple(f"{name}/{one}" for one in kind.names)
-                    left_out.append(dataclasses.replace(kind, names=names))
+                    left_out.append(dataclasses.replace(kind, names=tuple(f"{name}/{one}" for one in kind.names)))
                 self._problems |= {f"{name} {line}": (f"{name}, {line}",) for line in part.skipped}
                 report(done, len(self._urls))
             kinds = _united(left_out)
@@ -161,8 +162,9 @@ class _Reading:
             listing = pair_members(container)
             self._refusals += [f"{name}, {line}" for line in listing.refusals]
             skipped += ["; ".join(lines) for lines in listing.problems.values()]
-            checked = checked_clips(container, listing, decoder(known), None, self._should_stop, self._cache.put)
-            for pair, clip, problems in checked:
+            for pair, clip, problems in checked_clips(
+                container, listing, decoder(known), None, self._should_stop, self._cache.put
+            ):
                 if clip is None:
                     skipped.append("; ".join(problems))
                 else:
@@ -171,8 +173,14 @@ class _Reading:
                     clips.append(dataclasses.replace(clip, shard=name, audio_offset=offset))
         # Downloads are named by content: its digest, a dash, its name.
         shard = ShardEntry(name, local.stat().st_size, local.name[:64])
-        left_out = tuple(kind.kept() for kind in listing.left_out)
-        return DatasetIndex(self._work_dir, "", tuple(clips), tuple(sorted(skipped)), (shard,), left_out=left_out)
+        return DatasetIndex(
+            self._work_dir,
+            "",
+            tuple(clips),
+            tuple(sorted(skipped)),
+            (shard,),
+            left_out=tuple(kind.kept() for kind in listing.left_out),
+        )
 
 
 def _unique(clips: list[ClipEntry]) -> tuple[ClipEntry, ...]:
@@ -187,6 +195,7 @@ def _united(kinds: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
     found: dict[tuple[str, str], LeftOut] = {}
     for kind in kinds:
         before = found.get((kind.what, kind.why), LeftOut(kind.what, kind.why, 0))
-        names = before.names + kind.names
-        found[kind.what, kind.why] = LeftOut(kind.what, kind.why, before.count + kind.count, names).kept()
+        found[kind.what, kind.why] = LeftOut(
+            kind.what, kind.why, before.count + kind.count, before.names + kind.names
+        ).kept()
     return tuple(found[key] for key in sorted(found))

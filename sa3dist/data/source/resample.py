@@ -46,9 +46,7 @@ def resample(audio_CN: torch.Tensor, from_hz: int, to_hz: int) -> torch.Tensor:
     else:
         resampled_CN = _resample_by_sample(audio_CN, old, new, width)
     missing = resampled_length(audio_CN.shape[-1], old, new) - resampled_CN.shape[-1]
-    if missing == 0:
-        return resampled_CN
-    return torch.nn.functional.pad(resampled_CN, (0, missing))
+    return resampled_CN if missing == 0 else torch.nn.functional.pad(resampled_CN, (0, missing))
 
 
 def _resample_by_sample(audio_CN: torch.Tensor, old: int, new: int, width: int) -> torch.Tensor:
