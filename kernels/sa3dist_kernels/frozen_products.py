@@ -114,8 +114,7 @@ class _FrozenLinear(torch.autograd.Function):
         ctx.save_for_backward(weight_OI)
         ctx.dtype, ctx.x_dtype = dtype, x.dtype
         with no_autocast(x.device):
-            rows = x.reshape(-1, x.shape[-1]).to(product_dtype(dtype, x.device))
-            out = times_transposed(rows, weight_OI)
+            out = times_transposed(x.reshape(-1, x.shape[-1]).to(product_dtype(dtype, x.device)), weight_OI)
             if bias_O is not None:
                 out += bias_O
             return out.to(dtype).view(*x.shape[:-1], -1)

@@ -48,8 +48,9 @@ def frozen_constants(weight, left_OR=None, right_IR=None) -> FrozenConstants:
     if left_OR is None:
         return FrozenConstants(row_squares_O, col_squares_I)
     left_OR, right_IR = left_OR.to(weight_OI), right_IR.to(weight_OI)
-    products = weight_OI @ right_IR, left_OR.t() @ weight_OI
-    return FrozenConstants(row_squares_O, col_squares_I, left_OR, right_IR, *products)
+    return FrozenConstants(
+        row_squares_O, col_squares_I, left_OR, right_IR, weight_OI @ right_IR, left_OR.t() @ weight_OI
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +107,7 @@ class ColScaling(NamedTuple):
 
 def row_cross(layer: Layer, core, right_RI) -> torch.Tensor:
     """W0 R^T (O, R). ``core`` is the trained M of an -xs type, for which no read of W0 is needed."""
-    if layer.kind.xs:
-        return layer.constant("weight_right_OR") @ core.t()
-    return layer.weight_times(right_RI)
+    return layer.constant("weight_right_OR") @ core.t() if layer.kind.xs else layer.weight_times(right_RI)
 
 
 def row_scaling(layer: Layer, left_OR, right_RI, magnitude_O, cross_OR) -> RowScaling:

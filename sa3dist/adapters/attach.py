@@ -71,8 +71,7 @@ def attach_adapter(
     config = AdapterConfig(rank, rank if alpha is None else alpha, adapter_type, include, exclude)
     if adapted_layers(base):
         raise ConfigError("an adapter is attached already; detach_adapter(base) takes it off")
-    layers = candidate_layers(base.adapter_roots)
-    selected = require_match(list(layers), config.include, config.exclude)
+    selected = require_match(list(candidate_layers(base.adapter_roots)), config.include, config.exclude)
     attach_to(base, config, selected, seed, bases)
 
 

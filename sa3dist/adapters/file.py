@@ -94,8 +94,7 @@ def read_adapter_file(path: str | Path, lora_config: str | None = None) -> Adapt
     except (ConfigError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {CONFIG_KEY} in the header is not valid: {error}") from error
     baked = {key.removesuffix(f".{SLOT}.{BAKED}"): tensors.pop(key) for key in list(tensors) if key.endswith(BAKED)}
-    squeezed = {key: _squeezed(key, value) for key, value in tensors.items()}
-    return AdapterFile(path, config, squeezed, metadata, baked)
+    return AdapterFile(path, config, {key: _squeezed(key, value) for key, value in tensors.items()}, metadata, baked)
 
 
 def base_of(path: Path, metadata: Mapping[str, str]) -> str | None:

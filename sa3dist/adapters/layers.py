@@ -91,9 +91,7 @@ class AdaptedLayer(nn.Module):
         if self.kept_weight is not None:
             # As the frozen layer does it: with its own weight in this place the result is its own, bit for bit.
             return (F.conv1d if self.channels_first else F.linear)(x, self.kept_weight, self.bias)
-        if self.channels_first:
-            return self._linear(x.transpose(1, 2)).transpose(1, 2)
-        return self._linear(x)
+        return self._linear(x.transpose(1, 2)).transpose(1, 2) if self.channels_first else self._linear(x)
 
     def _linear(self, x):
         if self.strength == 0:
@@ -103,8 +101,16 @@ class AdaptedLayer(nn.Module):
             formed = self.formed
             z = formed_linear(x, self.sums, formed.weight_OI, formed.left_OR, formed.right_RI, self.kind)
             return z if self.bias is None else z + self.bias.to(z.dtype)
-        named = {"frozen": self.adapter.frozen, "norm_cache": self.norm_cache}
-        return adapted_linear(x, self.weight, self.bias, self.trained(), self.kind, self.strength * self.scale, **named)
+        return adapted_linear(
+            x,
+            self.weight,
+            self.bias,
+            self.trained(),
+            self.kind,
+            self.strength * self.scale,
+            frozen=self.adapter.frozen,
+            norm_cache=self.norm_cache,
+        )
 
     @torch.no_grad()
     def effective_weight(self, weight: torch.Tensor) -> torch.Tensor:
@@ -169,5 +175,10 @@ def initial_adapter(
         kind.row_magnitude: lambda shape: frozen.row_squares_O.sqrt(),
         kind.col_magnitude: lambda shape: frozen.col_squares_I.sqrt(),
     }
-    shapes = kind.parameter_shapes(fan_out, fan_in, rank)
-    return AdapterTensors({name: initial.get(name, torch.zeros)(shape) for name, shape in shapes.items()}, frozen)
+    return AdapterTensors(
+        {
+            name: initial.get(name, torch.zeros)(shape)
+            for name, shape in kind.parameter_shapes(fan_out, fan_in, rank).items()
+        },
+        frozen,
+    )

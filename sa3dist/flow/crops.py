@@ -20,8 +20,7 @@ def crop_frames(
     """
     seconds = min(longest_seconds if duration is None else duration, native_seconds)
     # A float just below a whole sample count (0.1 + 0.2 style) must not lose the frame it stands for.
-    samples = math.floor(seconds * sample_rate_hz + 1e-6)
-    return max(1, samples // samples_per_frame)
+    return max(1, math.floor(seconds * sample_rate_hz + 1e-6) // samples_per_frame)
 
 
 def draw_crop(peaks_T: torch.Tensor, limit: int, seed: int, slot: int) -> tuple[int, bool]:

@@ -149,8 +149,7 @@ class Base(nn.Module):
         parts = (f"{AUTOENCODER_PREFIX}encoder.", f"{AUTOENCODER_PREFIX}bottleneck.")
         names = sorted(key for key in self.weights.shapes if key.startswith(parts))
         described = repr(self.config.autoencoder.encoder)
-        what = f"autoencoder {digest_of(described)}"
-        return self._kept(what, lambda: tensors_sha256(self.weights, names, described))
+        return self._kept(f"autoencoder {digest_of(described)}", lambda: tensors_sha256(self.weights, names, described))
 
     def text_encoder_digest(self) -> str:
         """Hex SHA-256 of the text encoder's files. Raises CheckpointError when the base has none."""

@@ -56,8 +56,7 @@ def expo_features(values: Tensor) -> Tensor:
     Returns float32 of shape (*values.shape, 256), cosines first. The order of the float32 products is part of the
     definition.
     """
-    frequencies = expo_frequencies(values.device)
-    angles = ((values.float().unsqueeze(-1) * frequencies) * 2) * math.pi
+    angles = ((values.float().unsqueeze(-1) * expo_frequencies(values.device)) * 2) * math.pi
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -127,8 +126,7 @@ def in_one_call(attend, q_BNPHD: Tensor, k_BSPHD: Tensor, v_BS1HD: Tensor) -> Te
 
 def make_head_norm(kind: str, head_dim: int, eps: float) -> nn.Module:
     """The q/k norm: computed in the input's dtype. Raises KeyError for a kind the config should have refused."""
-    table = {"none": nn.Identity, "rms": lambda: RMSNorm(head_dim, eps), "dyt": lambda: DyT(head_dim)}
-    return table[kind]()
+    return {"none": nn.Identity, "rms": lambda: RMSNorm(head_dim, eps), "dyt": lambda: DyT(head_dim)}[kind]()
 
 
 def repeat_token(x_BSE: Tensor, repeated: tuple[int, int] | None) -> Tensor:

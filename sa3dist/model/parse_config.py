@@ -209,8 +209,7 @@ def _parse_conditioning(section: _Section) -> tuple[int, PromptConfig, NumberCon
     for position, item in enumerate(section.required("configs")):
         entry = _Section(item, section.source, section.name(f"configs[{position}]"))
         found[entry.required("id")] = (entry.required("type"), entry)
-    expected = {"prompt": "t5gemma", "seconds_total": "number"}
-    if {key: kind for key, (kind, _) in found.items()} != expected:
+    if {key: kind for key, (kind, _) in found.items()} != {"prompt": "t5gemma", "seconds_total": "number"}:
         kinds = ", ".join(f"{key}: {kind}" for key, (kind, _) in found.items())
         section.refuse("configs", f"found {kinds or 'none'}; expected prompt: t5gemma, seconds_total: number")
     prompt = found["prompt"][1].child("config").read(PromptConfig, _PROMPT_OPTIONS)
@@ -246,8 +245,7 @@ def _parse_autoencoder(section: _Section, chunked: bool) -> AutoencoderConfig:
 
 
 def _check_resampling(section: _Section, config: ResamplingConfig) -> None:
-    stages = {len(config.c_mults), len(config.strides), len(config.transformer_depths)}
-    if stages != {1}:
+    if {len(config.c_mults), len(config.strides), len(config.transformer_depths)} != {1}:
         section.refuse("strides", f"{config.strides}: only one resampling stage is supported")
     if config.sliding_window is not None and len(config.sliding_window) != 2:
         section.refuse("sliding_window", f"{config.sliding_window} is not [left, right]")

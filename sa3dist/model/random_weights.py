@@ -85,8 +85,7 @@ def uniform(key: str, shape: tuple[int, ...], mean: float, spread: float, device
     Uniform, not normal: the CPU's normals go through vector approximations that differ between processors.
     """
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little")
-    generator = torch.Generator(device).manual_seed(seed)
-    values = torch.rand(shape, generator=generator, device=device)
+    values = torch.rand(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
     return values.sub_(0.5).mul_(spread * math.sqrt(12)).add_(mean)
 
 

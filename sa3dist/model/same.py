@@ -64,8 +64,7 @@ class Resampler(nn.Module):
         self.new_tokens = nn.Parameter(torch.zeros(1, token_count, config.width))
         self.transformers = nn.ModuleList(Layer(config, depth - i < sinusoidal_blocks) for i in range(depth))
         kernel = 3 if config.conv_mapping else 1
-        same = inner == outer
-        self.mapping = nn.Identity() if same else WeightNormConv(inner, outer, kernel, config.mapping_bias)
+        self.mapping = nn.Identity() if inner == outer else WeightNormConv(inner, outer, kernel, config.mapping_bias)
 
     def tokens(self, groups: int, count: int, noise: Tensor | None) -> Tensor:
         """New tokens for every group, (groups, count, W), with ``mask_noise`` times the given standard normals."""
@@ -153,8 +152,9 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ResamplingConfig):
         super().__init__()
-        project = nn.Linear(config.latent_dim, config.width)
-        self.layers = nn.ModuleList([nn.Identity(), project, nn.Identity(), Upsampler(config)])
+        self.layers = nn.ModuleList(
+            [nn.Identity(), nn.Linear(config.latent_dim, config.width), nn.Identity(), Upsampler(config)]
+        )
 
     def forward(self, latents_BCT: Tensor, noise: Tensor | None = None) -> Tensor:
         return self.layers[3](self.layers[1](latents_BCT.transpose(1, 2)), noise)

@@ -51,8 +51,7 @@ def logsnr_schedule(
     """
     start = anchor_logsnr - (rate * math.log2(length / anchor_length) if rate else 0.0)
     t = torch.linspace(sigma_max, 0, steps + 1, dtype=torch.float32)
-    logsnr = logsnr_end - t * (logsnr_end - start)
-    warped = torch.sigmoid(-logsnr)
+    warped = torch.sigmoid(-(logsnr_end - t * (logsnr_end - start)))
     warped[t <= 0] = 0.0
     warped[t >= 1] = 1.0
     warped[0] = sigma_max

@@ -34,8 +34,7 @@ def write_tiny_base(directory: str | Path, shape: str = "medium", seed: int = 0,
 def write_random_base(directory: str | Path, value: dict, seed: int) -> Path:
     """Write a base of random weights with ``value`` as its model_config.json, beside a tiny text encoder."""
     directory = Path(directory)
-    config = parse_model_config(value, str(directory / "model_config.json"))
-    weights = RandomWeights(config, seed)
+    weights = RandomWeights(parse_model_config(value, str(directory / "model_config.json")), seed)
     tensors = {key: weights.read(key, size, "cpu", torch.float32) for key, size in weights.shapes.items()}
     write_json(directory / "model_config.json", value)
     write_safetensors(directory / "model.safetensors", tensors, {"format": "pt"})

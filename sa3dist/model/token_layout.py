@@ -75,8 +75,9 @@ class Padded(Layout):
 
     def attend(self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor) -> Tensor:
         """Attention of every clip's tokens to each other."""
-        mask = None if self.valid_BN is None else self.valid_BN[:, None, None]
-        return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=mask)
+        return F.scaled_dot_product_attention(
+            q_BHND, k_BHND, v_BHND, attn_mask=None if self.valid_BN is None else self.valid_BN[:, None, None]
+        )
 
     def attend_to_context(self, q_BHND: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
         """Attention of every clip's tokens to its own context."""
@@ -100,16 +101,14 @@ class Packed(Layout):
         front = torch.arange(memory, device=device)
         places = (packing.frame_F % packing.frames + memory).split(packing.lengths)
         self.positions = torch.cat([piece for places_of_clip in places for piece in (front, places_of_clip)])
-        tokens = enumerate(self.spans)
-        self.clip_K = torch.cat([torch.full((count,), clip, device=device) for clip, count in tokens])
+        self.clip_K = torch.cat([torch.full((count,), clip, device=device) for clip, count in enumerate(self.spans)])
         self.start_B1 = torch.searchsorted(self.clip_K, torch.arange(clips + 1, device=device), out_int32=True)
         # Which clip owns a token, for sums over a clip's tokens: a product with it adds in a fixed order, without
         # atomics, in one kernel.
         self.owner_BK = torch.arange(clips, device=device)[:, None] == self.clip_K
 
     def take(self, x_BTC: Tensor) -> Tensor:
-        every_frame = x_BTC.expand(len(self.spans), self.frames, -1)
-        return every_frame.flatten(0, 1).index_select(0, self.packing.frame_F)[None]
+        return x_BTC.expand(len(self.spans), self.frames, -1).flatten(0, 1).index_select(0, self.packing.frame_F)[None]
 
     def put(self, y_1FC: Tensor) -> Tensor:
         clips, frames = len(self.spans), self.frames
@@ -138,8 +137,7 @@ class Packed(Layout):
 
     def attend(self, q_1HKD: Tensor, k_1HKD: Tensor, v_1HKD: Tensor) -> Tensor:
         if _takes_unequal_lengths(q_1HKD):
-            longest = max(self.spans)
-            return self._varlen(q_1HKD, k_1HKD, v_1HKD, self.start_B1, longest)
+            return self._varlen(q_1HKD, k_1HKD, v_1HKD, self.start_B1, max(self.spans))
         parts = zip(*(x.split(self.spans, dim=2) for x in (q_1HKD, k_1HKD, v_1HKD)), strict=True)
         return _joined([F.scaled_dot_product_attention(*part) for part in parts])
 
@@ -178,8 +176,7 @@ class Filled:
         self.context_start_B1 = torch.cat([self.start_S[:clips], self.start_S[-1:]])
 
     def take(self, x_BTC: Tensor) -> Tensor:
-        every_frame = x_BTC.expand(self.clips, self.frames, -1).flatten(0, 1)
-        rows = every_frame.index_select(0, self.frame_K)
+        rows = x_BTC.expand(self.clips, self.frames, -1).flatten(0, 1).index_select(0, self.frame_K)
         return torch.where(self.is_frame_K1, rows, rows.new_zeros(()))[None]
 
     def put(self, y_1KC: Tensor) -> Tensor:
@@ -216,8 +213,7 @@ class Filled:
 
     def attend_pairs_to_context(self, q_1KPHD: Tensor, k_BSPHD: Tensor, v_BS1HD: Tensor) -> Tensor:
         tokens = k_BSPHD.shape[1]
-        last = self.clips * tokens
-        starts = torch.arange(0, last + 1, tokens, device=self.start_S.device, dtype=torch.int32)
+        starts = torch.arange(0, self.clips * tokens + 1, tokens, device=self.start_S.device, dtype=torch.int32)
         k_JPHD, v_J1HD = k_BSPHD.flatten(0, 1), v_BS1HD.flatten(0, 1)
         return _difference(varlen_attention(q_1KPHD[0], k_JPHD, v_J1HD[:, 0], self.context_start_B1, starts))
 
