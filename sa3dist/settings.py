@@ -252,8 +252,7 @@ class Settings(ListeningFields):
         for reason, applies in refused.items():
             if applies:
                 raise ValueError(reason)
-        output_dir = self.output_dir or Path("runs") / self.name
-        object.__setattr__(self, "output_dir", Path(output_dir))
+        object.__setattr__(self, "output_dir", Path(self.output_dir or Path("runs") / self.name))
         object.__setattr__(self, "work_dir", Path(self.work_dir or self.output_dir.parent / "sa3dist-work"))
         return self
 

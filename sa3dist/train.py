@@ -32,8 +32,7 @@ def all_stages(run: Run) -> None:
     run.check()
     run.begin_compiling()
     base = run.open_base()
-    index = run.shard()
-    encoded = run.encode(base, index)
+    encoded = run.encode(base, run.shard())
     run.prepare(base, encoded)
     run.train(base, encoded)
     run.export(base)
@@ -116,8 +115,7 @@ def _run_connected(settings: Settings, stop: StopRequest, stages: Callable[[Run]
         try:
             # Only now: peers of a rank that left before would wait for it in connect.
             stop.raise_if_requested("starting")
-            out_of_memory_at_step = take_output_dir(group, settings.output_dir, stop, watchdog)
-            running.append(Run(settings, group, stop, out_of_memory_at_step))
+            running.append(Run(settings, group, stop, take_output_dir(group, settings.output_dir, stop, watchdog)))
             with recording(settings, group):
                 stages(running[0])
             part(group, GOODBYE_SECONDS)

@@ -47,8 +47,7 @@ def synthesise_clips(path_zip: Path, seed: int = 0, count: int = 24) -> None:
             extension, *codec = _FORMATS[(number + number // len(kinds)) % len(_FORMATS)]
             rate = _SAMPLE_RATES_HZ[(number // 2 + number // 8) % len(_SAMPLE_RATES_HZ)]
             channels = 1 + (number // 3) % 2
-            time_N = np.arange(round(seconds[number] * rate)) / rate
-            mono_N, caption = synth(rng, time_N)
+            mono_N, caption = synth(rng, np.arange(round(seconds[number] * rate)) / rate)
             stem = f"{kind}/{kind}_{number:02d}"
             sound = _encode(_stage(rng, mono_N, channels), rate, *codec)
             # ZipInfo's default date is a constant; writestr with a name would take the clock's.
@@ -68,8 +67,7 @@ def _tone(rng: np.random.Generator, time_N: np.ndarray) -> tuple[np.ndarray, str
 
 def _chirp(rng: np.random.Generator, time_N: np.ndarray) -> tuple[np.ndarray, str]:
     first, last = _draw_hertz(rng), _draw_hertz(rng)
-    hertz_N = np.geomspace(first, last, len(time_N))
-    phase_N = 2 * np.pi * np.cumsum(hertz_N) * (time_N[1] - time_N[0])
+    phase_N = 2 * np.pi * np.cumsum(np.geomspace(first, last, len(time_N))) * (time_N[1] - time_N[0])
     direction = "rising" if last > first else "falling"
     return np.sin(phase_N), f"a {direction} synth sweep from {first:.0f} to {last:.0f} Hz"
 

@@ -45,8 +45,9 @@ def make(
     from sa3dist.parallel import zero_config
     from sa3dist.parallel.zero import ZeroEngine
 
-    compression = settings.gradient_compression
-    config = zero_config.build(group.deepspeed, plan.micro_batch, plan.accumulation, group.world_size, compression)
+    config = zero_config.build(
+        group.deepspeed, plan.micro_batch, plan.accumulation, group.world_size, settings.gradient_compression
+    )
     return ZeroEngine(base, layers, parameters, forward, settings, config, group, scalars)
 
 

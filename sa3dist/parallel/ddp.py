@@ -46,8 +46,9 @@ class FlatEngine:
         self.losses = forward
         # The conditioners are the last modules, yet the last to have their gradients.
         backward_order = sorted(parameters, key=lambda name: not name.startswith("conditioners."))
-        ordered = {name: parameters[name] for name in backward_order}
-        self.flat = FlatAdapters(ordered, settings.learning_rate, settings.weight_decay, scalars)
+        self.flat = FlatAdapters(
+            {name: parameters[name] for name in backward_order}, settings.learning_rate, settings.weight_decay, scalars
+        )
         self.scalars, self.gradient = self.flat.scalars, self.flat.gradient
         self.moments, self.restore = self.flat.moments, self.flat.restore
         self.add_gradients = self.flat.add_gradients

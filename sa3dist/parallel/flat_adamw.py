@@ -97,6 +97,8 @@ class FlatAdapters:
             values.copy_(adapters[name])
             for moment, mean in zip(MOMENTS, means, strict=True):
                 mean.copy_(moments[moment][name])
-        count = torch.tensor(float(step), device=self.values.device)
-        self.optimizer.state[self.values] = {"step": count, **flat_moments}
+        self.optimizer.state[self.values] = {
+            "step": torch.tensor(float(step), device=self.values.device),
+            **flat_moments,
+        }
         self._tell_of_change()

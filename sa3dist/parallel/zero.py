@@ -159,9 +159,8 @@ class ZeroEngine:
 
     @torch.no_grad()
     def restore(self, adapters: Tensors, moments: dict[str, Tensors], step: int) -> None:
-        whole = list(self.parameters.values())
         # What is written to them stays, as rank 0 wrote it.
-        with deepspeed.zero.GatheredParameters(whole, modifier_rank=0, enabled=self.divided):
+        with deepspeed.zero.GatheredParameters(list(self.parameters.values()), modifier_rank=0, enabled=self.divided):
             for name, parameter in self.parameters.items():
                 parameter.copy_(adapters[name])
         for name, parameter in self.parameters.items():
