@@ -16,7 +16,7 @@ from sa3dist.adapters.attach import adapted_layers
 if TYPE_CHECKING:
     from sa3dist.adapters.layers import AdaptedLayer
     from sa3dist.model.base import Base
-    from sa3dist.parallel.flat_adamw import FlatAdapters
+    from sa3dist.parallel.flat_adamw import FlatGradients
     from sa3dist.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Formed:
             part.finish()
 
 
-def keep_formed(base: Base, flat: FlatAdapters, settings: Settings, device: torch.device) -> Formed | None:
+def keep_formed(base: Base, flat: FlatGradients, settings: Settings, device: torch.device) -> Formed | None:
     """Have the adapted layers of ``base`` multiply with W' as ``form`` of what is returned, and passes, leave it.
 
     None: not wanted, or with ``adapter_products: auto`` not possible, or not right in a trial; the log says why.
@@ -100,7 +100,8 @@ def keep_formed(base: Base, flat: FlatAdapters, settings: Settings, device: torc
         return None
     owners = {id(value): layer for layer in adapted_layers(base).values() for value in layer.trained().values()}
     layers = list(dict.fromkeys(owners[id(parameter)] for parameter in flat.parameters.values()))
-    formed = Formed(base, layers, [_spec_of(layer) for layer in layers], products)
+    gradients = {parameter: flat.gradients[name] for name, parameter in flat.parameters.items()}
+    formed = Formed(base, layers, [_spec_of(layer, gradients) for layer in layers], products)
     try:
         formed.allocate(per_use=choice == "per_use")
     except torch.OutOfMemoryError:
@@ -121,13 +122,13 @@ def keep_formed(base: Base, flat: FlatAdapters, settings: Settings, device: torc
     return formed
 
 
-def _spec_of(layer: AdaptedLayer) -> FormedSpec:
+def _spec_of(layer: AdaptedLayer, gradients: dict[torch.Tensor, torch.Tensor]) -> FormedSpec:
     trained, frozen = layer.trained(), layer.adapter.frozen
     bases = [base.contiguous() for base in (frozen.left_OR, frozen.right_IR)] if layer.kind.xs else (None, None)
     return FormedSpec(
         weight_OI=layer.weight.detach().flatten(1),
         params={name: parameter.detach() for name, parameter in trained.items()},
-        grads={name: parameter.grad for name, parameter in trained.items()},
+        grads={name: gradients[parameter] for name, parameter in trained.items()},
         kind=layer.kind,
         scale=layer.strength * layer.scale,
         left_OR=bases[0],

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from sa3dist.parallel.ddp import FlatEngine
+from sa3dist.parallel.ddp import FlatEngine, in_backward_order
+from sa3dist.parallel.flat_adamw import FlatAdapters
 
 if TYPE_CHECKING:
     from sa3dist.adapters.layers import AdaptedLayer
@@ -39,16 +40,18 @@ def make(
     Raises ConfigError when the launcher's DeepSpeed file fixes other batch sizes.
     """
     share_initial_state(parameters, layers, group)
+    ordered = in_backward_order(parameters)
     if group.deepspeed is None:
-        return FlatEngine(base, parameters, forward, settings, group, scalars)
+        flat = FlatAdapters(ordered, settings.learning_rate, settings.weight_decay, scalars)
+        return FlatEngine(base, parameters, flat, forward, settings, group)
     # DeepSpeed is imported where it is used: most runs do without it.
-    from sa3dist.parallel import zero_config
-    from sa3dist.parallel.zero import ZeroEngine
+    from sa3dist.parallel import zero, zero_config
 
-    config = zero_config.build(
-        group.deepspeed, plan.micro_batch, plan.accumulation, group.world_size, settings.gradient_compression
-    )
-    return ZeroEngine(base, layers, parameters, forward, settings, config, group, scalars)
+    compression = settings.gradient_compression
+    config = zero_config.build(group.deepspeed, plan.micro_batch, plan.accumulation, group.world_size, compression)
+    if config["zero_optimization"]["stage"] < 3:
+        return zero.DividedOptimizer(base, parameters, ordered, forward, settings, config, group, scalars)
+    return zero.DividedModel(base, layers, parameters, forward, settings, config, group, scalars)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sa3dist.adapters.formed import keep_formed
 from sa3dist.model.checkpoint import tensors_digest
 from sa3dist.parallel.engine import Losses, Result, Tensors
-from sa3dist.parallel.flat_adamw import FlatAdapters, adamw
+from sa3dist.parallel.flat_adamw import FlatGradients, adamw
 from sa3dist.parallel.gradient_buckets import GradientReduction
 
 if TYPE_CHECKING:
@@ -36,24 +36,18 @@ class FlatEngine:
         self,
         base: Base,
         parameters: dict[str, nn.Parameter],
+        flat: FlatGradients,
         forward: Callable[..., Losses],
         settings: Settings,
         group: Group,
-        scalars: int,
     ) -> None:
-        """forward: losses of a micro batch; scalars: how many sums travel along; settings as for ``build.make``."""
-        self.parameters = parameters
+        """flat: holds ``parameters`` in backward order; forward: losses of a micro batch; settings as for ``build``."""
+        self.parameters, self.flat = parameters, flat
         self.losses = forward
-        # The conditioners are the last modules, yet the last to have their gradients.
-        backward_order = sorted(parameters, key=lambda name: not name.startswith("conditioners."))
-        self.flat = FlatAdapters(
-            {name: parameters[name] for name in backward_order}, settings.learning_rate, settings.weight_decay, scalars
-        )
-        self.scalars, self.gradient = self.flat.scalars, self.flat.gradient
-        self.moments, self.restore = self.flat.moments, self.flat.restore
-        self.add_gradients = self.flat.add_gradients
-        self.formed = keep_formed(base, self.flat, settings, group.device)
-        self.reduction = GradientReduction(self.flat, group, settings.gradient_compression)
+        self.scalars, self.gradient = flat.scalars, flat.gradient
+        self.add_gradients = flat.add_gradients
+        self.formed = keep_formed(base, flat, settings, group.device)
+        self.reduction = GradientReduction(flat, group, settings.gradient_compression)
         self.group = group
         self.alike = step_alike(group)
         if not self.alike and group.is_main:
@@ -91,6 +85,17 @@ class FlatEngine:
 
     def adapters(self) -> Tensors:
         return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
+
+    def moments(self) -> dict[str, Tensors]:
+        return self.flat.moments()
+
+    def restore(self, adapters: Tensors, moments: dict[str, Tensors], step: int) -> None:
+        self.flat.restore(adapters, moments, step)
+
+
+def in_backward_order(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The same, those first whose gradients a backward pass has last: the conditioners', the last modules."""
+    return dict(sorted(parameters.items(), key=lambda item: not item[0].startswith("conditioners.")))
 
 
 def step_alike(group: Group) -> bool:

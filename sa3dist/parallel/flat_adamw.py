@@ -18,31 +18,20 @@ def adamw(tensors: Iterable[torch.Tensor], learning_rate: float, weight_decay: f
     return torch.optim.AdamW(tensors, lr=learning_rate, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True)
 
 
-class FlatAdapters:
-    """The trainable tensors, their gradients and their AdamW moments, all float32 and contiguous in one order."""
+class FlatGradients:
+    """Gradients, float32 and in one flat buffer, of tensors that lie in another buffer in the same order."""
 
-    def __init__(
-        self, parameters: dict[str, nn.Parameter], learning_rate: float, weight_decay: float, scalars: int
-    ) -> None:
-        """scalars: extra float32 values that travel with the gradients in the same reduction."""
-        self.parameters = parameters
-        device = next(iter(parameters.values())).device
-        assert all(p.dtype == torch.float32 and p.device == device for p in parameters.values())
-        count = sum(parameter.numel() for parameter in parameters.values())
-        self.values = nn.Parameter(torch.empty(count, device=device))
+    def __init__(self, parameters: dict[str, nn.Parameter], values: torch.Tensor, scalars: int) -> None:
+        """values: the buffer the parameters are views of; scalars: extra float32 values that are reduced with them."""
+        self.parameters, self._values = parameters, values.detach()
         # The scalars stand before the gradient, in a room that leaves it aligned.
         room = -(-scalars // ALIGNMENT) * ALIGNMENT
-        self._reduced = torch.zeros(room + count, device=device)[room - scalars :]
+        self._reduced = torch.zeros(room + len(values), device=values.device)[room - scalars :]
         self.scalars, self.gradient = self._reduced[:scalars], self._reduced[scalars:]
-        self.values.grad = self.gradient
-        # What autograd accumulates into, in the order of the buffers.
+        self.gradients = {name: gradient for name, _, gradient in self._views(self.gradient)}
+        # What autograd sees in the order of the buffers, and where it adds up what it finds.
         self.leaves: list[torch.Tensor] = list(parameters.values())
-        for _, parameter, values, gradient in self._views(self.values.data, self.gradient):
-            values.copy_(parameter.data)
-            parameter.data = values
-            parameter.grad = gradient
-        self.optimizer = adamw([self.values], learning_rate, weight_decay)
-        self.optimizer.register_step_post_hook(lambda *_: self._tell_of_change())
+        self._found_in = list(self.gradients.values())
 
     def _views(self, *flats: torch.Tensor) -> Iterator[tuple]:
         """Name, parameter, and its span of each flat buffer in its shape."""
@@ -58,17 +47,13 @@ class FlatAdapters:
         groups   all parameters, in their order
         """
         assert [id(member) for members in groups for member in members] == [id(p) for p in self.parameters.values()]
-        self.leaves, end = [], 0
-        for members in groups:
-            begin, end = end, end + sum(member.numel() for member in members)
-            leaf = self.values.data[begin:end].requires_grad_()
-            leaf.grad = self.gradient[begin:end]
-            self.leaves.append(leaf)
+        sizes = [sum(member.numel() for member in members) for members in groups]
+        rest = [self.gradient.numel() - sum(sizes)]
+        self.leaves = [values.requires_grad_() for values in self._values.split(sizes + rest)[: len(sizes)]]
+        self._found_in = list(self.gradient.split(sizes + rest)[: len(sizes)])
+        for leaf, gradient in zip(self.leaves, self._found_in, strict=True):
+            leaf.grad = gradient
         return self.leaves
-
-    def _tell_of_change(self) -> None:
-        # Storage is shared, version counters are not: who keeps what follows from the values must see them move.
-        torch.autograd.graph.increment_version(self.parameters.values())
 
     def zero(self) -> None:
         self._reduced.zero_()
@@ -76,12 +61,33 @@ class FlatAdapters:
     def add_gradients(self, loss: torch.Tensor) -> None:
         """A backward pass that adds to the gradient in a few launches: autograd adds each leaf's on its own."""
         found = torch.autograd.grad(loss, self.leaves, allow_unused=True)
-        pairs = [(leaf.grad, value) for leaf, value in zip(self.leaves, found, strict=True) if value is not None]
+        pairs = [(sum_, value) for sum_, value in zip(self._found_in, found, strict=True) if value is not None]
         torch._foreach_add_([gradient for gradient, _ in pairs], [value for _, value in pairs])
 
     def scalars_and_gradient(self, count: int) -> torch.Tensor:
         """One span that holds the scalars and the first ``count`` elements of the gradient."""
         return self._reduced[: self.scalars.numel() + count]
+
+
+class FlatAdapters(FlatGradients):
+    """The trainable tensors, their gradients and their AdamW moments, all float32 and contiguous in one order."""
+
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], learning_rate: float, weight_decay: float, scalars: int
+    ) -> None:
+        device = next(iter(parameters.values())).device
+        assert all(p.dtype == torch.float32 and p.device == device for p in parameters.values())
+        self.values = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters.values()]))
+        super().__init__(parameters, self.values, scalars)
+        self.values.grad = self.gradient
+        for name, parameter, values in self._views(self.values.data):
+            parameter.data, parameter.grad = values, self.gradients[name]
+        self.optimizer = adamw([self.values], learning_rate, weight_decay)
+        self.optimizer.register_step_post_hook(lambda *_: self._tell_of_change())
+
+    def _tell_of_change(self) -> None:
+        # Storage is shared, version counters are not: who keeps what follows from the values must see them move.
+        torch.autograd.graph.increment_version(self.parameters.values())
 
     def moments(self) -> dict[str, dict[str, torch.Tensor]]:
         """AdamW's running means by name, copied to the CPU."""

@@ -32,7 +32,7 @@ class GradientReduction:
 
     def _cut(self, bucket_elements: int) -> None:
         """Fill ``buckets`` with spans of the gradient, last one first; what is left below them is the rest."""
-        end = self.rest = self.flat.gradient.numel()
+        end = self.rest = sum(leaf.numel() for leaf in self.flat.leaves)
         inside: list[torch.Tensor] = []
         for leaf in reversed(self.flat.leaves):
             self.rest -= leaf.numel()

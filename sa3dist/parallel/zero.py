@@ -1,13 +1,14 @@
-"""DeepSpeed ZeRO: moments, gradients and, at stage 3, the base and the adapters divided over the ranks.
+"""DeepSpeed ZeRO: the optimiser and, at stage 3, the base and the adapters divided over the ranks.
 
-DeepSpeed moves tensors between ranks and calls AdamW on each rank's part. What is trained, at which rate and in which
-precision is decided outside of it, and the whole state can be had, and given back, at any step.
+DeepSpeed calls AdamW on each rank's part and moves tensors between ranks. What is trained, at which rate and in which
+precision is decided outside of it, and the whole state can be had, and given back, at any step. At stages 1 and 2 the
+passes and the mean of the gradients are those of data parallel training: DeepSpeed takes over when a step is made.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,9 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sa3dist.parallel.ddp import FlatEngine
 from sa3dist.parallel.engine import Losses, Result, Tensors
-from sa3dist.parallel.flat_adamw import MOMENTS, adamw
+from sa3dist.parallel.flat_adamw import MOMENTS, FlatGradients, adamw
 
 if TYPE_CHECKING:
     from sa3dist.adapters.layers import AdaptedLayer
@@ -33,10 +35,6 @@ if TYPE_CHECKING:
     from sa3dist.model.base import Base
     from sa3dist.runtime.process_group import Group
     from sa3dist.settings import Settings
-
-# Of the values that AdamW steps, and of its moments.
-SET_WHOLE = safe_set_full_fp32_param, safe_set_full_optimizer_state
-SET_PART = safe_set_local_fp32_param, safe_set_local_optimizer_state
 
 
 class Roots(nn.Module):
@@ -53,10 +51,111 @@ class Roots(nn.Module):
         return work()
 
 
-class ZeroEngine:
-    """An ``engine.Engine`` over a DeepSpeed engine of stage 1, 2 or 3."""
+def initialize(
+    base: Base, parameters: Iterable[nn.Parameter], settings: Settings, config: dict[str, Any]
+) -> deepspeed.DeepSpeedEngine:
+    """DeepSpeed's engine for what ``zero_config.build`` made of the launcher's file."""
+    # Some versions of DeepSpeed take a step when they begin: at a rate of zero nothing moves.
+    optimizer = adamw(parameters, 0.0, settings.weight_decay)
+    engine, *_ = deepspeed.initialize(model=Roots(base), optimizer=optimizer, config=config, dist_init_required=False)
+    assert engine.gradient_clipping() == 0
+    engine.set_gradient_accumulation_boundary(True)
+    return engine
 
-    collectives_in_forward = True
+
+def make_moments(engine: deepspeed.DeepSpeedEngine, parts: list[Tensor]) -> None:
+    """AdamW's state as after zero steps, of a rank's ``parts``: ``restore`` needs a place to write to."""
+    for part in parts:
+        moments = {moment: torch.zeros_like(part) for moment in MOMENTS}
+        engine.optimizer.optimizer.state[part] = {"step": torch.zeros((), device=part.device), **moments}
+        assert part.dtype == torch.float32
+
+
+def step(engine: deepspeed.DeepSpeedEngine, learning_rate: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    engine.step()
+
+
+def moments(parameters: dict[str, nn.Parameter]) -> dict[str, Tensors]:
+    return {
+        moment: {
+            name: safe_get_full_optimizer_state(parameter, moment).cpu().clone()
+            for name, parameter in parameters.items()
+        }
+        for moment in MOMENTS
+    }
+
+
+def set_steps(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
+    for state in engine.optimizer.optimizer.state.values():
+        state["step"].fill_(steps)
+
+
+class DividedOptimizer(FlatEngine):
+    """An ``Engine`` of stage 1 or 2: data parallel training whose ranks step a part each, and exchange what they made.
+
+    Passes can be recorded and weights formed, because DeepSpeed sees nothing of them. Gradients are whole on every
+    rank at both stages.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        parameters: dict[str, nn.Parameter],
+        ordered: dict[str, nn.Parameter],
+        forward: Callable[..., Losses],
+        settings: Settings,
+        config: dict[str, Any],
+        group: Group,
+        scalars: int,
+    ) -> None:
+        """ordered: the parameters in backward order; config: see ``initialize``; the rest as for ``build.make``."""
+        self.engine = initialize(base, ordered.values(), settings, config)
+        optimizer = self.engine.optimizer
+        (values,), (self._part,) = optimizer.bit16_groups_flat, optimizer.single_partition_of_fp32_groups
+        make_moments(self.engine, [self._part])
+        optimizer._lazy_init_hp_params_optimizer_state()
+        super().__init__(base, parameters, FlatGradients(ordered, values, scalars), forward, settings, group)
+        # Each value is stepped by one rank alone, and sent to the others.
+        self.alike = True
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        if self.formed is not None:
+            super().backward(loss, last)
+        else:
+            # Not as autograd adds gradients of the trained tensors up: there DeepSpeed waits for them.
+            self.add_gradients(loss)
+
+    def step(self, learning_rate: float) -> None:
+        size = self._part.numel()
+        mine = self.flat.gradient.narrow(0, size * self.group.dist_rank, size)
+        if self.engine.zero_cpu_offload():
+            self._part.grad.copy_(mine)
+        else:
+            self.engine.optimizer.averaged_gradients[0] = [mine]
+        step(self.engine, learning_rate)
+
+    def moments(self) -> dict[str, Tensors]:
+        return moments(self.parameters)
+
+    @torch.no_grad()
+    def restore(self, adapters: Tensors, moments: dict[str, Tensors], step: int) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(adapters[name])
+            safe_set_full_fp32_param(parameter, adapters[name].to(self.group.device))
+            for moment in MOMENTS:
+                safe_set_full_optimizer_state(parameter, moments[moment][name].to(self.group.device), moment)
+        set_steps(self.engine, step)
+
+
+class DividedModel:
+    """An ``engine.Engine`` of stage 3: base, adapters, gradients and optimiser are divided.
+
+    DeepSpeed gathers layers within the passes, and averages gradients there.
+    """
+
+    collectives_in_forward = divided = True
     formed = gradient = None
 
     def __init__(
@@ -70,41 +169,21 @@ class ZeroEngine:
         group: Group,
         scalars: int,
     ) -> None:
-        """config: what ``zero_config.build`` made of the launcher's file; the rest as for ``build.make``."""
+        """config: see ``initialize``; the rest as for ``build.make``."""
         self.parameters, self._forward = parameters, forward
         self.group = group
         self.scalars = torch.zeros(scalars, device=group.device)
-        self.divided = config["zero_optimization"]["stage"] == 3
         for layer in layers:
             for parameter in layer.trained().values():
-                # A child's tensors, read by the layer itself: stage 3 has to gather them with the layer's own.
+                # A child's tensors, read by the layer itself: they have to be gathered with the layer's own.
                 deepspeed.zero.register_external_parameter(layer, parameter)
-        # Some versions of DeepSpeed take a step when they begin: at a rate of zero nothing moves.
-        optimizer = adamw(parameters.values(), 0.0, settings.weight_decay)
-        self.engine, *_ = deepspeed.initialize(
-            model=Roots(base), optimizer=optimizer, config=config, dist_init_required=False
-        )
-        assert self.engine.gradient_clipping() == 0
-        self._make_moments()
+        self.engine = initialize(base, parameters.values(), settings, config)
+        make_moments(self.engine, self._parts)
 
     @property
     def _parts(self) -> list[Tensor]:
         """This rank's parts of the adapters, flat, as AdamW steps them."""
-        optimizer = self.engine.optimizer
-        return optimizer.fp32_partitioned_groups_flat if self.divided else optimizer.single_partition_of_fp32_groups
-
-    def _make_moments(self) -> None:
-        """AdamW's state as after zero steps. Made here, because ``restore`` needs a place to write to."""
-        for part in self._parts:
-            moments = {moment: torch.zeros_like(part) for moment in MOMENTS}
-            self._adamw_state[part] = {"step": torch.zeros((), device=part.device), **moments}
-            assert part.dtype == torch.float32
-        if not self.divided:
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-    @property
-    def _adamw_state(self) -> dict[Tensor, dict[str, Tensor]]:
-        return self.engine.optimizer.optimizer.state
+        return self.engine.optimizer.fp32_partitioned_groups_flat
 
     def zero(self) -> None:
         self.scalars.zero_()
@@ -116,7 +195,7 @@ class ZeroEngine:
         return self.engine(work)
 
     def whole(self, layer: nn.Module) -> contextlib.AbstractContextManager:
-        return deepspeed.zero.GatheredParameters(list(layer.parameters()), enabled=self.divided)
+        return deepspeed.zero.GatheredParameters(list(layer.parameters()))
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -139,46 +218,29 @@ class ZeroEngine:
         return summed[-1].sqrt()
 
     def step(self, learning_rate: float) -> None:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.engine.step()
+        step(self.engine, learning_rate)
 
     def adapters(self) -> Tensors:
-        # Before stage 3 every rank's own copy: it is what the ranks are compared by.
-        whole = safe_get_full_fp32_param if self.divided else torch.Tensor.detach
-        return {name: whole(parameter).cpu().clone() for name, parameter in self.parameters.items()}
+        return {name: safe_get_full_fp32_param(value).cpu().clone() for name, value in self.parameters.items()}
 
     def moments(self) -> dict[str, Tensors]:
-        return {
-            moment: {
-                name: safe_get_full_optimizer_state(parameter, moment).cpu().clone()
-                for name, parameter in self.parameters.items()
-            }
-            for moment in MOMENTS
-        }
+        return moments(self.parameters)
 
     @torch.no_grad()
     def restore(self, adapters: Tensors, moments: dict[str, Tensors], step: int) -> None:
+        whole = list(self.parameters.values())
         # What is written to them stays, as rank 0 wrote it.
-        with deepspeed.zero.GatheredParameters(list(self.parameters.values()), modifier_rank=0, enabled=self.divided):
+        with deepspeed.zero.GatheredParameters(whole, modifier_rank=0):
             for name, parameter in self.parameters.items():
                 parameter.copy_(adapters[name])
         for name, parameter in self.parameters.items():
-            self._set_part(parameter, adapters[name])
+            safe_set_local_fp32_param(parameter, self._part_of(parameter, adapters[name]))
             for moment in MOMENTS:
-                self._set_part(parameter, moments[moment][name], moment)
-        for state in self._adamw_state.values():
-            state["step"].fill_(step)
+                safe_set_local_optimizer_state(parameter, self._part_of(parameter, moments[moment][name]), moment)
+        set_steps(self.engine, step)
 
-    def _set_part(self, parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
-        """Write what this rank holds of a tensor: of the stepped values, or of a moment."""
-        value, setters = value.to(self.group.device), SET_WHOLE
-        if self.divided:
-            # DeepSpeed's own division of a whole tensor fails where the last part is padded.
-            size, setters = parameter.ds_tensor.numel(), SET_PART
-            padded = functional.pad(value.flatten(), (0, size * self.group.world_size - value.numel()))
-            value = padded.narrow(0, size * self.group.dist_rank, size)
-        if moment is None:
-            setters[0](parameter, value)
-        else:
-            setters[1](parameter, value, moment)
+    def _part_of(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """What this rank holds of a tensor. DeepSpeed's own division of one fails where the last part is padded."""
+        size = parameter.ds_tensor.numel()
+        padded = functional.pad(value.flatten(), (0, size * self.group.world_size - value.numel()))
+        return padded.narrow(0, size * self.group.dist_rank, size).to(self.group.device)

@@ -47,6 +47,12 @@ class Group:
     def is_main(self) -> bool:
         return self.dist_rank == 0
 
+    @property
+    def divides_model(self) -> bool:
+        """Whether the ranks hold parts of the base, at DeepSpeed's stage 3, and exchange them within a pass."""
+        zero = (self.deepspeed or {}).get("zero_optimization")
+        return isinstance(zero, dict) and zero.get("stage") == 3
+
     def sum_(self, flat: torch.Tensor) -> torch.Tensor:
         """Add a tensor over all processes, in place."""
         if self.world_size > 1:

@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 
 def check_graphs(settings: Settings, group: Group) -> None:
     """Raises ConfigError when told to record graphs where none can be."""
-    if settings.cuda_graphs == "on" and (group.device.type != "cuda" or group.deepspeed is not None):
-        raise ConfigError("cuda_graphs: on needs a CUDA device and a run without DeepSpeed; use cuda_graphs=auto")
+    if settings.cuda_graphs == "on" and (group.device.type != "cuda" or group.divides_model):
+        raise ConfigError("cuda_graphs: on needs a CUDA device, and no ZeRO-3; use cuda_graphs=auto")
 
 
 def choose_acceleration(trainer: Trainer, settings: Settings, frames: int) -> None:

@@ -34,6 +34,7 @@ from sa3dist.model.compiled import wants_compile
 from sa3dist.model.loading import known_config
 from sa3dist.model.random_weights import RandomWeights
 from sa3dist.parallel.ddp import FlatEngine
+from sa3dist.parallel.flat_adamw import FlatAdapters
 from sa3dist.runtime.process_group import Group, main_process_first
 from sa3dist.training.acceleration import compile_whole_blocks
 from sa3dist.training.loss import micro_batch_loss
@@ -73,7 +74,7 @@ class CompilingAhead:
         self._processes: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
         device = group.device
         compiles = wants_compile(settings.compile, device, settings.number_of_steps, settings.deterministic)
-        formed = settings.adapter_products != "factored" and group.deepspeed is None
+        formed = settings.adapter_products != "factored" and not group.divides_model
         if not (compiles and formed and group.is_main):
             return
         for program in PROGRAMS:
@@ -156,7 +157,9 @@ def take_passes(base: Base, settings: Settings, backend, has_context: bool) -> N
     framing = base.sample_rate_hz, base.samples_per_frame
     longest = crop_frames(settings.duration, base.native_seconds, base.native_seconds, *framing)
     forward = functools.partial(micro_batch_loss, base, settings=settings)
-    engine = FlatEngine(base, adapter_parameters(base), forward, settings, Group(0, 1, base.device), 0)
+    parameters = adapter_parameters(base)
+    flat = FlatAdapters(parameters, settings.learning_rate, settings.weight_decay, scalars=0)
+    engine = FlatEngine(base, parameters, flat, forward, settings, Group(0, 1, base.device))
     if engine.formed is None:
         raise SA3DistError("adapted weights are not formed here")
     compile_whole_blocks(base, settings, backend)

@@ -44,11 +44,12 @@ def deepspeed():
         yield
 
 
-def course(group, regime, zero=DDP, first=1, last=None, kept=None, steps=STEPS):
+def course(group, regime, zero=DDP, first=1, last=None, kept=None, steps=STEPS, products="auto"):
     """Train steps first..last of the recorded base; (losses, norms, the state as a checkpoint holds it).
 
     zero   the file's ``zero_optimization``
     kept   where the state before ``first`` lies, and the one after ``last`` goes
+    products   adapter_products
     """
     last = last or steps
     base = sa3dist.load_base(golden("tiny-sa3"))
@@ -63,7 +64,7 @@ def course(group, regime, zero=DDP, first=1, last=None, kept=None, steps=STEPS):
         group = dataclasses.replace(group, deepspeed={"zero_optimization": dict(zero)})
     accumulation = CLIPS // MICRO_BATCH // group.world_size
     plan = RunPlan(steps, accumulation, MICRO_BATCH, CLIPS, 42, {}, ["a", "b"])
-    trainer = Trainer(base, adapter_parameters(base), make_settings(), plan, group)
+    trainer = Trainer(base, adapter_parameters(base), make_settings(adapter_products=products), plan, group)
     if first > 1:
         trainer.restore(checkpoint.load(checkpoint.path_of(kept, first - 1)))
     clips = recorded_batch(base)
@@ -87,14 +88,14 @@ def alone(request):
     return request.param, expected
 
 
-def assert_same_course(found, expected):
+def assert_same_course(found, expected, within=1e-5):
     losses, norms, state = found
-    assert losses == pytest.approx(expected[0], rel=1e-5)
-    assert norms == pytest.approx(expected[1], rel=1e-5)
+    assert losses == pytest.approx(expected[0], rel=within)
+    assert norms == pytest.approx(expected[1], rel=within)
     for part, tensors in expected[2].items():
         assert state[part].keys() == tensors.keys()
         for name, value in tensors.items():
-            assert (state[part][name] - value).double().norm() <= 1e-5 * value.double().norm(), (part, name)
+            assert (state[part][name] - value).double().norm() <= within * value.double().norm(), (part, name)
 
 
 def test_the_regimes_are_what_they_are_called(alone):
@@ -107,16 +108,37 @@ def test_a_run_with_large_gradients_learns():
     assert losses[-1] < losses[0]
 
 
-def test_data_parallel_ranks_train_what_one_process_accumulates(alone):
-    regime, expected = alone
-    assert_same_course(run_ranks(2, lambda group: course(group, regime))[0], expected)
+@pytest.fixture(scope="module")
+def data_parallel(alone):
+    return run_ranks(2, lambda group: course(group, alone[0]))[0]
+
+
+def test_data_parallel_ranks_train_what_one_process_accumulates(alone, data_parallel):
+    assert_same_course(data_parallel, alone[1])
 
 
 @pytest.mark.usefixtures("deepspeed")
-@pytest.mark.parametrize("stage", ZERO)
-def test_zero_trains_what_one_process_accumulates(alone, stage):
+@pytest.mark.parametrize(
+    "zero", [ZERO[1], ZERO[2], ZERO[2] | {"offload_optimizer": {"device": "cpu"}}], ids=["1", "2", "2, on the CPU"]
+)
+def test_zero_1_and_2_train_as_data_parallel_ranks_do(alone, data_parallel, zero):
+    # Not to the bit: an AdamW kernel may round the last values of a rank's part otherwise.
+    assert_same_course(run_ranks(2, lambda group: course(group, alone[0], zero))[0], data_parallel, within=1e-6)
+
+
+@pytest.mark.usefixtures("deepspeed")
+def test_zero_2_forms_adapted_weights_as_data_parallel_ranks_do():
+    one, other = (
+        run_ranks(2, lambda group, zero=zero: course(group, ABOVE, zero, products="formed"))[0]
+        for zero in (DDP, ZERO[2])
+    )
+    assert_same_course(one, other, within=1e-6)
+
+
+@pytest.mark.usefixtures("deepspeed")
+def test_zero_3_trains_what_one_process_accumulates(alone):
     regime, expected = alone
-    assert_same_course(run_ranks(2, lambda group: course(group, regime, ZERO[stage]))[0], expected)
+    assert_same_course(run_ranks(2, lambda group: course(group, regime, ZERO[3]))[0], expected)
 
 
 # In the regime where the moments are smallest; each of its modes is held to one process in both.

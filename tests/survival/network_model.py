@@ -74,20 +74,12 @@ def ddp(sizes: Sizes, compressed: bool = False) -> list[Transfer]:
     return [early] * (buckets > 0) + [Transfer("all-reduce", whole) for whole in late]
 
 
-def zero_1(sizes: Sizes) -> list[Transfer]:
-    """DeepSpeed stage 1: gradients all-reduced in buckets once per step, the stepped values gathered from their owners.
-
-    Its ``use_multi_rank_bucket_allreduce``, on by default, all-reduces where a reduce-scatter would do: half as much
-    again as DDP, not the same.
-    """
-    return [Transfer("all-reduce", sizes.adapter_bytes), *_stepped(sizes)]
-
-
-def zero_2(sizes: Sizes) -> list[Transfer]:
-    """DeepSpeed stage 2: as stage 1, but the gradients of every micro batch go out, beside its backward pass."""
+def zero_1_or_2(sizes: Sizes) -> list[Transfer]:
+    """Our all-reduce, once per step behind the last backward pass, then the stepped values, sent by their owners."""
     return [
-        Transfer("all-reduce", sizes.adapter_bytes, sizes.accumulation, USABLE_SHARE * BACKWARD_SHARE),
-        *_stepped(sizes),
+        Transfer("all-reduce", sizes.adapter_bytes),
+        Transfer("all-reduce", SCALAR_BYTES),
+        Transfer("all-gather", sizes.adapter_bytes),
     ]
 
 
@@ -104,11 +96,7 @@ def zero_3(sizes: Sizes) -> list[Transfer]:
     ]
 
 
-def _stepped(sizes: Sizes) -> list[Transfer]:
-    return [Transfer("all-gather", sizes.adapter_bytes), Transfer("all-reduce", SCALAR_BYTES)]
-
-
-MODES = {"ddp": ddp, "zero-1": zero_1, "zero-2": zero_2, "zero-3": zero_3}
+MODES = {"ddp": ddp, "zero-1": zero_1_or_2, "zero-2": zero_1_or_2, "zero-3": zero_3}
 # Share of the whole tensor that a ring sends from each rank, times (n - 1) / n.
 RING_ROUNDS = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
 
