@@ -21,7 +21,7 @@ from sa3dist.runtime.signals import StopRequest
 from sa3dist.settings import Settings
 from sa3dist.tracking import kinds as trackers
 from sa3dist.training import checkpoint, model_setup, resume, run_plan
-from sa3dist.training.acceleration import check_graphs, choose_acceleration
+from sa3dist.training.acceleration import check_choices, choose_acceleration
 from sa3dist.training.compile_ahead import CompilingAhead
 from sa3dist.training.observers import Observer
 from sa3dist.training.rank_checks import check_same_start
@@ -69,7 +69,7 @@ class Run:
         main_process_first(self.group, "load-trackers", lambda: trackers.load(settings.log_with), self.stop)
         if self.group.deepspeed is not None:
             zero_config.check(self.group.deepspeed)
-        check_graphs(settings, self.group)
+        check_choices(settings, self.group)
         resume.check_start(settings, self.group)
 
     def begin_compiling(self) -> None:

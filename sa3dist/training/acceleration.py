@@ -30,10 +30,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def check_graphs(settings: Settings, group: Group) -> None:
-    """Raises ConfigError when told to record graphs where none can be."""
+def check_choices(settings: Settings, group: Group) -> None:
+    """Raises ConfigError for what the settings ask for and the run's device or parallel mode cannot do."""
     if settings.cuda_graphs == "on" and (group.device.type != "cuda" or group.divides_model):
         raise ConfigError("cuda_graphs: on needs a CUDA device, and no ZeRO-3; use cuda_graphs=auto")
+    if group.divides_model and settings.adapter_products in ("formed", "per_use"):
+        products = settings.adapter_products
+        raise ConfigError(f"adapter_products: {products} needs the whole base on every rank; with ZeRO-3 use auto")
 
 
 def choose_acceleration(trainer: Trainer, settings: Settings, frames: int) -> None:

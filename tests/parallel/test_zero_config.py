@@ -9,7 +9,10 @@ import yaml
 
 from sa3dist.errors import ConfigError
 from sa3dist.parallel.zero_config import build, check
+from sa3dist.runtime.process_group import Group
+from sa3dist.training.acceleration import check_choices
 from tests.helpers.golden import ROOT
+from tests.helpers.trainers import make_settings
 
 SHIPPED = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
 
@@ -146,3 +149,13 @@ def test_values_left_to_the_launcher_are_left_to_deepspeed():
     assert built["zero_optimization"]["stage"] == 1
     assert "reduce_bucket_size" not in built["zero_optimization"]
     assert "reduce" not in built
+
+
+@pytest.mark.parametrize(
+    "words", [{"adapter_products": "formed"}, {"adapter_products": "per_use"}, {"cuda_graphs": "on"}]
+)
+def test_what_a_divided_base_cannot_do_is_refused_by_name(words):
+    groups = {stage: Group(0, 2, torch.device("cuda"), {"zero_optimization": {"stage": stage}}) for stage in (2, 3)}
+    check_choices(make_settings(**words), groups[2])
+    with pytest.raises(ConfigError, match=f"{next(iter(words))}.*ZeRO-3"):
+        check_choices(make_settings(**words), groups[3])

@@ -107,8 +107,9 @@ def test_weights_are_kept_while_the_step_fits_with_every_block_recomputed(free, 
         trainer, _ = trainer_of(**changes)
     assert (trainer.engine.formed.per_use, trainer.base.recomputed_blocks) == expected
     assert free == []
-    assert ("formed for every use" in caplog.text) is (len(found) == 2)
-    assert ("may run out" in caplog.text) is (found[-1:] == [LITTLE])
+    said = " ".join(record.getMessage() for record in caplog.records if record.name == "sa3dist.training.memory")
+    assert ("formed for every use" in said) is (len(found) == 2)
+    assert ("may run out" in said) is (found[-1:] == [LITTLE])
 
 
 def test_weights_that_cannot_even_be_allocated_are_formed_per_use_unless_a_setting_forbids_it(free, monkeypatch):
