@@ -73,11 +73,11 @@ def read_arguments(arguments: list[str], merged: dict[str, Any] | None = None) -
             # ``null`` unsets what can be unset.
             can_be_unset = key in Settings.model_fields and Settings.model_fields[key].default is None
             merged[key] = None if can_be_unset and text in _NULLS else parse_value(key, text)
-        else:
-            try:
-                merged.update(read_file(argument))
-            except ConfigError as error:
-                unreadable = unreadable or error
+            continue
+        try:
+            merged.update(read_file(argument))
+        except ConfigError as error:
+            unreadable = unreadable or error
     if unreadable is not None:
         raise unreadable
     return merged
@@ -146,20 +146,15 @@ def _shortened(text: str) -> str:
 
 def allowed_values(field: str) -> str:
     """What a field accepts, in words: its range, its choices or its type."""
-    bounds = {
-        name: getattr(item, name)
-        for item in Settings.model_fields[field].metadata
-        for name in ("ge", "gt", "le")
-        if hasattr(item, name)
-    }
+    info = Settings.model_fields[field]
+    bounds = {name: getattr(item, name) for item in info.metadata for name in ("ge", "gt", "le") if hasattr(item, name)}
     annotation = value_type(field)
     options = typing.get_args(annotation)
     if typing.get_origin(annotation) is Literal:
         aliases = [alias for alias in PRECISION_ALIASES if field == "base_precision"]
         return "one of " + ", ".join([*options, *aliases])
-    text = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}.get(
-        annotation, "a list of text"
-    )
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    text = words.get(annotation, "a list of text")
     if "le" in bounds:
         return f"{text}, {bounds['ge']}..{bounds['le']}"
     if "gt" in bounds:

@@ -131,17 +131,11 @@ def pack_latents(
             stop.raise_if_requested("collecting latents")
             path = encoded.shards_dir / latent_shard_name(number)
             # Of two runs on one work_dir the index of the one must not meet the shard of the other.
-            with alone(path.with_name(f".{path.stem}.lock"), lambda: stop.raise_if_requested("collecting latents")):
+            lock = path.with_name(f".{path.stem}.lock")
+            with alone(lock, lambda: stop.raise_if_requested("collecting latents")):
                 if not _is_finished(path):
-                    write_latent_shard(
-                        path,
-                        groups[number],
-                        encoded.shards.encoders,
-                        encoded.index.digest,
-                        number,
-                        len(groups),
-                        encoded.member,
-                    )
+                    where = encoded.index.digest, number, len(groups)
+                    write_latent_shard(path, groups[number], encoded.shards.encoders, *where, encoded.member)
             for clip in groups[number]:
                 for path in (encoded.latents_path(clip, False), encoded.latents_path(clip, True)):
                     path.unlink(missing_ok=True)

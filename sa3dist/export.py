@@ -44,13 +44,8 @@ def publish(
     output_dir = Path(output_dir)
     lease.end_if_over()
     write_adapter_file(output_dir / LORA_NAME, config, tensors, header(description), extras(description))
-    write_json(
-        output_dir / RUN_CONFIG_NAME,
-        {
-            **description,
-            "inference_models": INFERENCE_MODELS.get(description["base_model"], [description["base_model"]]),
-        },
-    )
+    models = INFERENCE_MODELS.get(description["base_model"], [description["base_model"]])
+    write_json(output_dir / RUN_CONFIG_NAME, {**description, "inference_models": models})
     result = {
         "lora_file": _describe_file(output_dir / LORA_NAME, "application/octet-stream"),
         "config_file": _describe_file(output_dir / RUN_CONFIG_NAME, "application/json"),
@@ -62,9 +57,8 @@ def publish(
         write_beside(output_dir)
     except OSError as failure:
         # The adapter is out, and the card can be had later.
-        log.warning(
-            "%s: no card beside the adapter (%s); sa3dist publish writes it", output_dir, failure.strerror or failure
-        )
+        reason = failure.strerror or failure
+        log.warning("%s: no card beside the adapter (%s); sa3dist publish writes it", output_dir, reason)
     return result
 
 
@@ -79,9 +73,8 @@ def publish_saved(saved: Checkpoint, output_dir: Path) -> dict[str, Any]:
             f"{output_dir}: the checkpoint of step {saved.step} holds no description of its run, an older version "
             f"saved it; sa3dist train CONFIG exports it at the end of the run"
         )
-    return publish(
-        config_from_value(description["lora_config"]), saved.adapters, output_dir, {**description, "step": saved.step}
-    )
+    config = config_from_value(description["lora_config"])
+    return publish(config, saved.adapters, output_dir, {**description, "step": saved.step})
 
 
 def _describe_file(path: Path, content_type: str) -> dict[str, Any]:

@@ -139,18 +139,11 @@ class Run:
         self._observers = watching.observers_of(self.trainer, base, source)
         if self.trainer.step < plan.steps:
             # Closed on every way out: an unclosed loader leaves worker processes that the exit would wait for.
-            with contextlib.closing(
-                source.batches(range(self.step + 1, plan.steps + 1), plan.accumulation, group, self.stop, self._cursors)
-            ) as batches:
-                self._end = loop.train(
-                    self.trainer,
-                    batches,
-                    self.stop,
-                    settings.output_dir,
-                    self._saved_step,
-                    self.startup,
-                    self._observers,
-                )
+            steps = range(self.step + 1, plan.steps + 1)
+            micro_batches = source.batches(steps, plan.accumulation, group, self.stop, self._cursors)
+            with contextlib.closing(micro_batches) as batches:
+                where = settings.output_dir, self._saved_step, self.startup
+                self._end = loop.train(self.trainer, batches, self.stop, *where, self._observers)
         source.say_end(self.step * plan.global_batch, self._cursors)
 
     def _announce(self, base: Base, source: BatchSource) -> None:
@@ -173,9 +166,8 @@ class Run:
         description = {**self.trainer.description(), "startup_seconds": self.startup.seconds}
         # On every rank: in some modes each of them holds a part.
         tensors = self.trainer.engine.adapters()
-        self._publish(
-            lambda: export.publish(base.adapter_config, tensors, self.settings.output_dir, description, self._end)
-        )
+        where = self.settings.output_dir, description, self._end
+        self._publish(lambda: export.publish(base.adapter_config, tensors, *where))
 
     def export_saved(self) -> None:
         """Stage four of a checkpoint alone: the one to continue from, whose model and data may be gone."""

@@ -73,13 +73,8 @@ def open_dataset(
     def build() -> dict[str, Any]:
         with progress("check clips", 1, shown=True) as update:
             index, urls = _index(settings, should_stop, measure, lambda done, total: update(done, total=total))
-        log.info(
-            "%s: %s, %s, in %s",
-            name,
-            counted(len(index.clips), "clip"),
-            span(sum(clip.seconds for clip in index.clips)),
-            index.directory,
-        )
+        length = span(sum(clip.seconds for clip in index.clips))
+        log.info("%s: %s, %s, in %s", name, counted(len(index.clips), "clip"), length, index.directory)
         for clip in index.skipped:
             log.warning("skipped: %s", clip)
         for kind in index.left_out:
@@ -133,6 +128,5 @@ def _find_latents(settings: Settings, should_stop: Callable[[], bool], name: str
 
 
 def _read_latents(settings: Settings, paths: list[Paths], should_stop: Callable[[], bool]) -> LatentDataset:
-    return read_latents(
-        settings.audio_data_url, paths, ClipCache(settings.work_dir / "clip-cache", settings.cache_bytes), should_stop
-    )
+    cache = ClipCache(settings.work_dir / "clip-cache", settings.cache_bytes)
+    return read_latents(settings.audio_data_url, paths, cache, should_stop)

@@ -135,9 +135,8 @@ def adapted_linear(
     if frozen is None and (kind.rows or kind.cols):
         frozen = frozen_constants(weight)
     layer = Layer(kind, scale, weight_OI, frozen, product_dtype(dtype, x.device), statistic)
-    y = FactoredLinear.apply(
-        rows, *trained, bias, layer, weight, _known_scalings(layer, norm_cache, params, trained, x.device)
-    )
+    known = _known_scalings(layer, norm_cache, params, trained, x.device)
+    y = FactoredLinear.apply(rows, *trained, bias, layer, weight, known)
     return y.view(*x.shape[:-1], weight_OI.shape[0])
 
 

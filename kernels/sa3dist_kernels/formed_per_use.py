@@ -56,19 +56,8 @@ class _FormedPerUse(torch.autograd.Function):
     def backward(ctx, dy):
         x, z, weight, left_OR, right_IR, *trained = ctx.saved_tensors
         needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]
-        found = formed_gradients_op(
-            dy.contiguous(),
-            x,
-            z,
-            trained,
-            ctx.kind_name,
-            weight,
-            left_OR,
-            right_IR,
-            ctx.scale,
-            needs[0],
-            any(needs[1:]),
-        )
+        layer = trained, ctx.kind_name, weight, left_OR, right_IR, ctx.scale
+        found = formed_gradients_op(dy.contiguous(), x, z, *layer, needs[0], any(needs[1:]))
         dx, *grads = (gradient if needed else None for gradient, needed in zip(found, needs, strict=True))
         return dx, None, None, None, None, None, *grads
 
@@ -116,15 +105,11 @@ def formed_gradients_op(
             flat.copy_(raw_sums(x, dx if kind.cols else None, dy, z, layer.left_OR, layer.right_RI, kind))
             formed.finish()
     # Copies: results of an operator must not share memory.
-    return [
-        dx if needs_x else x.new_empty(0),
-        *(value.clone() if needs_trained else flat.new_empty(0) for value in formed.specs[0].grads.values()),
-    ]
+    grads = [value.clone() if needs_trained else flat.new_empty(0) for value in formed.specs[0].grads.values()]
+    return [dx if needs_x else x.new_empty(0), *grads]
 
 
 @formed_gradients_op.register_fake
 def _(dy, x, z, trained, kind_name, weight, left_OR, right_IR, scale, needs_x, needs_trained):
-    return [
-        x.new_empty(x.shape if needs_x else 0),
-        *(value.new_empty(value.shape if needs_trained else 0, dtype=torch.float32) for value in trained),
-    ]
+    grads = (value.new_empty(value.shape if needs_trained else 0, dtype=torch.float32) for value in trained)
+    return [x.new_empty(x.shape if needs_x else 0), *grads]

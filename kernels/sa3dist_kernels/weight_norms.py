@@ -48,9 +48,8 @@ def frozen_constants(weight, left_OR=None, right_IR=None) -> FrozenConstants:
     if left_OR is None:
         return FrozenConstants(row_squares_O, col_squares_I)
     left_OR, right_IR = left_OR.to(weight_OI), right_IR.to(weight_OI)
-    return FrozenConstants(
-        row_squares_O, col_squares_I, left_OR, right_IR, weight_OI @ right_IR, left_OR.t() @ weight_OI
-    )
+    products = weight_OI @ right_IR, left_OR.t() @ weight_OI
+    return FrozenConstants(row_squares_O, col_squares_I, left_OR, right_IR, *products)
 
 
 @dataclasses.dataclass(frozen=True)

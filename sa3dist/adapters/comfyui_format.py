@@ -49,9 +49,8 @@ def to_comfy(file: AdapterFile, base: Callable[[], AdapterOnDisk]) -> dict[str, 
         if kind.rows:
             tensors[f"{target}.dora_scale"] = _row_scale(adapter, name)
         elif kind.cols:
-            tensors[f"{target}.dora_scale"] = trained[kind.col_magnitude].reshape(
-                (1, -1, 1) if _is_convolution(name) else (1, -1)
-            )
+            shape = (1, -1, 1) if _is_convolution(name) else (1, -1)
+            tensors[f"{target}.dora_scale"] = trained[kind.col_magnitude].reshape(shape)
     return tensors
 
 

@@ -101,16 +101,8 @@ class AdaptedLayer(nn.Module):
             formed = self.formed
             z = formed_linear(x, self.sums, formed.weight_OI, formed.left_OR, formed.right_RI, self.kind)
             return z if self.bias is None else z + self.bias.to(z.dtype)
-        return adapted_linear(
-            x,
-            self.weight,
-            self.bias,
-            self.trained(),
-            self.kind,
-            self.strength * self.scale,
-            frozen=self.adapter.frozen,
-            norm_cache=self.norm_cache,
-        )
+        named = {"frozen": self.adapter.frozen, "norm_cache": self.norm_cache}
+        return adapted_linear(x, self.weight, self.bias, self.trained(), self.kind, self.strength * self.scale, **named)
 
     @torch.no_grad()
     def effective_weight(self, weight: torch.Tensor) -> torch.Tensor:
@@ -175,10 +167,5 @@ def initial_adapter(
         kind.row_magnitude: lambda shape: frozen.row_squares_O.sqrt(),
         kind.col_magnitude: lambda shape: frozen.col_squares_I.sqrt(),
     }
-    return AdapterTensors(
-        {
-            name: initial.get(name, torch.zeros)(shape)
-            for name, shape in kind.parameter_shapes(fan_out, fan_in, rank).items()
-        },
-        frozen,
-    )
+    shapes = kind.parameter_shapes(fan_out, fan_in, rank)
+    return AdapterTensors({name: initial.get(name, torch.zeros)(shape) for name, shape in shapes.items()}, frozen)

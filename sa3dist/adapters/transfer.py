@@ -89,8 +89,8 @@ def lora_config(base: Base) -> dict:
 def _require_agreement(base: Base, file: AdapterFile) -> None:
     attached = base.adapter_config
     adapted = list(adapted_layers(base))
-    # Other trainers' files list layers one by one: what counts is which ones the patterns select.
     names = [*adapted, *candidate_layers(base.adapter_roots)]
+    # Other trainers' files list layers one by one: what counts is which ones the patterns select.
     lists = () if adapted == select(names, file.config.include, file.config.exclude) else ("include", "exclude")
     for field in ("adapter_type", "rank", "alpha", *lists):
         ours, theirs = getattr(attached, field), getattr(file.config, field)

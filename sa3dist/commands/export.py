@@ -154,9 +154,8 @@ def _native(file: AdapterFile, base: Callable[[], AdapterOnDisk], options, named
     extras = {key: int(value) if value.isdecimal() else value for key, value in held.items()}
     if baked:
         extras |= {"baked_norms": len(baked), "norm_base": base_name(options.base or file.base)}
-    write_adapter_file(
-        output, file.config, file.tensors, {**({} if file.foreign else file.metadata), **_header(file)}, extras, baked
-    )
+    kept = {} if file.foreign else file.metadata
+    write_adapter_file(output, file.config, file.tensors, {**kept, **_header(file)}, extras, baked)
     return output, "native", []
 
 

@@ -95,15 +95,8 @@ def write_approximation(output: Path, adapters: Sequence[tuple[AdapterOnDisk, fl
         print(f"{name}: relative error {error:.3e}")
 
     config, tensors = approximate(adapters, rank, report)
-    write_adapter_file(
-        output,
-        config,
-        tensors,
-        {
-            **describe([(adapter.file, weight) for adapter, weight in adapters]),
-            "svd_largest_relative_error": f"{max(errors):.6g}",
-        },
-    )
+    header = describe([(adapter.file, weight) for adapter, weight in adapters])
+    write_adapter_file(output, config, tensors, {**header, "svd_largest_relative_error": f"{max(errors):.6g}"})
     print(f"wrote {output}: a lora of rank {rank}, relative error of a layer's change up to {max(errors):.3e}")
 
 

@@ -64,14 +64,11 @@ def kubernetes(settings: Settings, options: argparse.Namespace) -> None:
             raise ConfigError(f"{key}: {typed[key]} is a home of this machine; give its path in the pod, below /data")
         if not Path(getattr(settings, key)).is_absolute():
             raise ConfigError(f"{key}: {getattr(settings, key)} is relative; give its path in the pod, below /data")
-    text = yaml.safe_dump_all(
-        [
-            _config_map(settings, options),
-            _job(settings, options) if options.nodes == 1 else _job_set(settings, options),
-        ],
-        sort_keys=False,
-        width=120,
-    )
+    documents = [
+        _config_map(settings, options),
+        _job(settings, options) if options.nodes == 1 else _job_set(settings, options),
+    ]
+    text = yaml.safe_dump_all(documents, sort_keys=False, width=120)
     if options.dry_run:
         print(text, end="")
     else:
@@ -117,12 +114,8 @@ def _config_map(settings: Settings, options: argparse.Namespace) -> dict[str, An
         key: str(getattr(settings, key)) for key in ("output_dir", "work_dir")
     }
     name = f"{label(settings.name)}-config"
-    return {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": {"name": name},
-        "data": {"config.yaml": yaml.safe_dump(values, sort_keys=False)},
-    }
+    text = yaml.safe_dump(values, sort_keys=False)
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {"config.yaml": text}}
 
 
 def _template(file: str, settings: Settings) -> dict[str, Any]:

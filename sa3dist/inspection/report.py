@@ -107,9 +107,8 @@ class Report:
 
     def duplicates(self) -> list[str]:
         """One line for every group of equal clips, and for every pair of clips that sound alike."""
-        return [f"equal bytes: {', '.join(keys)}" for keys in self.exact] + [
-            f"sound alike ({distance:.1f} dB apart): {one}, {other}" for one, other, distance in self.near
-        ]
+        alike = [f"sound alike ({distance:.1f} dB apart): {one}, {other}" for one, other, distance in self.near]
+        return [f"equal bytes: {', '.join(keys)}" for keys in self.exact] + alike
 
     def length_histogram(self) -> tuple[list[float], list[int]]:
         """Bin edges in seconds, evenly spaced from 0, and how many usable clips lie in each."""
@@ -180,9 +179,8 @@ def _inspect(container: Container, pair: Pair, known: Measured, excerpts: Excerp
 
     caption, _, sha256, found, problems = read_pair(container, pair, look)
     facts, stats, sound = found or (None, None, b"")
-    return InspectedClip(
-        pair.key, pair.extension, pair.audio.size, sha256, caption, facts, stats, problems, sound=sound
-    )
+    audio = pair.extension, pair.audio.size, sha256
+    return InspectedClip(pair.key, *audio, caption, facts, stats, problems, sound=sound)
 
 
 def _treatment(facts: AudioFacts, limit: int, sample_rate_hz: int, samples_per_frame: int) -> tuple[str, str]:

@@ -94,12 +94,8 @@ def show(report: Report) -> None:
         padding=(0, 0, 0, 1),
     )
     for clip in report.clips[:MAX_ROWS]:
-        clips.add_row(
-            escape(printable(clip.key)),
-            *clip.cells(),
-            clip.treatment,
-            style={"skipped": "red", "cropped": "yellow"}.get(clip.treatment, ""),
-        )
+        colour = {"skipped": "red", "cropped": "yellow"}.get(clip.treatment, "")
+        clips.add_row(escape(printable(clip.key)), *clip.cells(), clip.treatment, style=colour)
     _print_whole(console, clips, max((cell_len(printable(clip.key)) for clip in report.clips), default=0))
     if len(report.clips) > MAX_ROWS:
         console.print(f"and {counted(len(report.clips) - MAX_ROWS, 'more clip')}; --json or --html shows all")

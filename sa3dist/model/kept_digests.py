@@ -30,11 +30,8 @@ class KeptDigests:
         """Let a thread of its own make what ``of`` will be asked for; hashing leaves the interpreter to others."""
         state = _state_of(path)
         if self._kept(state, what) is None:
-            self._begun[str(path), what] = (
-                state,
-                _is_settled(state),
-                ThreadPoolExecutor(1, "hash the base").submit(make),
-            )
+            digest = ThreadPoolExecutor(1, "hash the base").submit(make)
+            self._begun[str(path), what] = state, _is_settled(state), digest
 
     def of(self, path: Path, what: str, make: Callable[[], str]) -> str:
         """The digest called ``what`` of a file, kept or from ``make``; what has begun is waited for.

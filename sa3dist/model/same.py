@@ -152,9 +152,8 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ResamplingConfig):
         super().__init__()
-        self.layers = nn.ModuleList(
-            [nn.Identity(), nn.Linear(config.latent_dim, config.width), nn.Identity(), Upsampler(config)]
-        )
+        project = nn.Linear(config.latent_dim, config.width)
+        self.layers = nn.ModuleList([nn.Identity(), project, nn.Identity(), Upsampler(config)])
 
     def forward(self, latents_BCT: Tensor, noise: Tensor | None = None) -> Tensor:
         return self.layers[3](self.layers[1](latents_BCT.transpose(1, 2)), noise)

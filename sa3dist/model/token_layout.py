@@ -75,9 +75,8 @@ class Padded(Layout):
 
     def attend(self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor) -> Tensor:
         """Attention of every clip's tokens to each other."""
-        return F.scaled_dot_product_attention(
-            q_BHND, k_BHND, v_BHND, attn_mask=None if self.valid_BN is None else self.valid_BN[:, None, None]
-        )
+        mask = None if self.valid_BN is None else self.valid_BN[:, None, None]
+        return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=mask)
 
     def attend_to_context(self, q_BHND: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
         """Attention of every clip's tokens to its own context."""

@@ -101,11 +101,8 @@ def connect(step_timeout_seconds: float) -> Group:
         deepspeed_launch.prepare_environment(on_cpu)
         # Told of a CPU, Accelerate would ignore DeepSpeed silently.
         on_cpu = False
-    handlers = [
-        InitProcessGroupKwargs(
-            **backend_for(on_cpu), timeout=timedelta(seconds=step_timeout_seconds + GROUP_TIMEOUT_MARGIN_SECONDS)
-        )
-    ]
+    patience = timedelta(seconds=step_timeout_seconds + GROUP_TIMEOUT_MARGIN_SECONDS)
+    handlers = [InitProcessGroupKwargs(**backend_for(on_cpu), timeout=patience)]
     tf32 = torch.backends.cuda.matmul.allow_tf32
     accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, kwargs_handlers=handlers)
     # It turns TF32 on where a launcher's file asks for dynamo, which compiles nothing here. Only then: an assignment of

@@ -166,13 +166,8 @@ class Watchdog:
         elif stood > limit:
             self._end_all(self._explain_standstill(group, limit))
         elif not alone and unheard > peers.STALL_SECONDS and self._next_last is not None:
-            self._end_all(
-                peers.lost_rank(
-                    (group.dist_rank + 1) % group.world_size,
-                    self._next_last,
-                    f", silent for {peers.STALL_SECONDS:.0f} s",
-                )
-            )
+            how = f", silent for {peers.STALL_SECONDS:.0f} s"
+            self._end_all(peers.lost_rank((group.dist_rank + 1) % group.world_size, self._next_last, how))
 
     def _explain_standstill(self, group: Group, limit: float) -> errors.EnvironmentFailure:
         here, said = group.liveness, within(ANSWER_SECONDS, lambda: self._peers(group)) or {}

@@ -80,11 +80,8 @@ def save(output_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
             # Bytes written by Python: a full disk is then an OSError that names the file.
             for name, tensors in ((ADAPTER_NAME, checkpoint.adapters), (MOMENTS_NAME, moments)):
                 write_whole(temporary / name, serialize(tensors))
-            body = {
-                "version": CHECKPOINT_VERSION,
-                **checkpoint.state,
-                "files": {name: file_sha256(temporary / name) for name in (ADAPTER_NAME, MOMENTS_NAME)},
-            }
+            digests = {name: file_sha256(temporary / name) for name in (ADAPTER_NAME, MOMENTS_NAME)}
+            body = {"version": CHECKPOINT_VERSION, **checkpoint.state, "files": digests}
             write_whole(temporary / STATE_NAME, json.dumps({**body, "digest": _digest_of_state(body)}, indent=2))
             lease.end_if_over()
     except OSError as error:

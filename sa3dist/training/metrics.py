@@ -131,10 +131,8 @@ class MetricsLogger:
         now = time.perf_counter()
         data_wait = self._waited / (now - self._clock)
         if last or step % trainer.settings.log_every == 0:
-            row["loss_by_timestep"] = [
-                losses / clips if clips else None
-                for losses, clips in zip(self._by_time[:TIME_BINS], self._by_time[TIME_BINS:], strict=True)
-            ]
+            pairs = zip(self._by_time[:TIME_BINS], self._by_time[TIME_BINS:], strict=True)
+            row["loss_by_timestep"] = [losses / clips if clips else None for losses, clips in pairs]
             self._by_time = [0.0] * len(BY_TIME)
             row |= {"clips_seen": step * plan.global_batch, "silent_crops": int(self._silent)}
             if trainer.cursors is None:

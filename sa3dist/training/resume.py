@@ -96,11 +96,8 @@ def divide_work(saved: checkpoint.Checkpoint | None, settings: Settings, world_s
             f"{' or '.join(map(str, workable))} process{'es' * (workable != [1])}"
         )
     if rounds != settings.gradient_accumulation_steps or settings.global_batch_size not in (None, global_batch):
-        log.info(
-            "resuming with the checkpoint's %s per step: %s per process",
-            counted(global_batch, "clip"),
-            counted(rounds, "micro batch", "micro batches"),
-        )
+        found = counted(global_batch, "clip"), counted(rounds, "micro batch", "micro batches")
+        log.info("resuming with the checkpoint's %s per step: %s per process", *found)
     return rounds
 
 

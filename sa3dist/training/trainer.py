@@ -229,9 +229,8 @@ class Trainer:
     def _drop_graphs(self, problem: OutOfMemory) -> None:
         self.graphs_may_go = False
         self.graphs.drop()
-        log.warning(
-            "step %d: out of memory on rank %d on %s; cuda_graphs are off from here on", self.step + 1, *problem.origin
-        )
+        place = "rank {} on {}".format(*problem.origin)
+        log.warning("step %d: out of memory on %s; cuda_graphs are off from here on", self.step + 1, place)
 
     def clips_of_step(self) -> list[str]:
         """Keys of the clips all ranks trained on in the last step, in slot order; called on all ranks."""
@@ -292,9 +291,6 @@ class Trainer:
 
     def description(self) -> dict[str, Any]:
         """What config.json says of the run as it is now."""
-        return {
-            **self.plan.description,
-            "gradient_checkpointing": self.base.gradient_checkpointing,
-            "out_of_memory_at_step": self.plan.out_of_memory_at_step,
-            **self.plan.position(self.step),
-        }
+        recomputed = self.base.gradient_checkpointing
+        memory = {"gradient_checkpointing": recomputed, "out_of_memory_at_step": self.plan.out_of_memory_at_step}
+        return {**self.plan.description, **memory, **self.plan.position(self.step)}

@@ -191,9 +191,8 @@ class CropSource(IndexedSource):
 
     def pieces(self, slots: int) -> list[Piece]:
         clips = (self.micro_batches.clip_of_slot(slot)[0] for slot in range(slots))
-        return caption_pieces(self.encoded, self.settings.encode_batch) + [
-            crop_piece(self.encoded, clip, self.settings.seed, slot) for slot, clip in enumerate(clips)
-        ]
+        crops = [crop_piece(self.encoded, clip, self.settings.seed, slot) for slot, clip in enumerate(clips)]
+        return caption_pieces(self.encoded, self.settings.encode_batch) + crops
 
 
 class OnTheFlySource(CropSource):
@@ -227,22 +226,11 @@ class StreamSource(BatchSource):
     def batches(
         self, steps: range, accumulation: int, group: Group, stop: StopRequest, cursors: RankCursors
     ) -> Generator[MicroBatch, None, None]:
-        batches = StreamedBatches(
-            self.encoded,
-            self.draws,
-            group.dist_rank,
-            group.world_size,
-            cursors.cursors,
-            (steps.start - 1) * accumulation,
-            self.settings.shuffle_buffer,
-        )
-        return streaming_loader(
-            batches,
-            finisher(self.base, self.encoded, self.draws, functools.partial(_begin_work, group, stop)),
-            cursors,
-            self.settings.num_workers,
-            group.device,
-        )
+        done = (steps.start - 1) * accumulation
+        where = group.dist_rank, group.world_size, cursors.cursors, done, self.settings.shuffle_buffer
+        batches = StreamedBatches(self.encoded, self.draws, *where)
+        finish = finisher(self.base, self.encoded, self.draws, functools.partial(_begin_work, group, stop))
+        return streaming_loader(batches, finish, cursors, self.settings.num_workers, group.device)
 
     def say_end(self, clips: int, cursors: RankCursors) -> None:
         log.info("streaming: %s trained on, %d of them repeated", counted(clips, "clip"), cursors.repeated)

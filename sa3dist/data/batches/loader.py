@@ -51,14 +51,8 @@ class MicroBatches(Dataset):
 
     def _sample(self, slot: int) -> Sample:
         clip, flipped = self.clip_of_slot(slot)
-        return draw_sample(
-            slot,
-            clip,
-            self.encoded.latents(clip, flipped),
-            self.encoded.prompt(clip.caption),
-            self.settings,
-            self.encoded,
-        )
+        latents = self.encoded.latents(clip, flipped)
+        return draw_sample(slot, clip, latents, self.encoded.prompt(clip.caption), self.settings, self.encoded)
 
 
 def loader(

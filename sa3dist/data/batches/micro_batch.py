@@ -149,16 +149,14 @@ def collate(samples: list[Sample], settings: SampleSettings) -> MicroBatch:
     inpaint_mask_B1T = torch.zeros(len(samples), 1, longest)
     t_B = torch.empty(len(samples))
     for row, (sample, frames) in enumerate(zip(samples, lengths, strict=True)):
-        inpaint_mask_B1T[row, 0, :frames] = flow.draw_inpaint_mask(
-            frames, frames, flow.generator_for(seed, "inpaint", sample.slot)
-        )
+        mask = flow.draw_inpaint_mask(frames, frames, flow.generator_for(seed, "inpaint", sample.slot))
+        inpaint_mask_B1T[row, 0, :frames] = mask
         t_B[row] = flow.sample_timesteps(1, flow.generator_for(seed, "timestep", sample.slot))
     effective_B = torch.tensor([sample.effective_frames for sample in samples])
     if settings.shift is not None:
         shift = settings.shift
-        t_B = flow.shift_timesteps(
-            t_B, effective_B, shift.min_length, shift.max_length, shift.base_shift, shift.max_shift
-        )
+        lengths_and_shifts = shift.min_length, shift.max_length, shift.base_shift, shift.max_shift
+        t_B = flow.shift_timesteps(t_B, effective_B, *lengths_and_shifts)
     noised_BDT, target_BDT = flow.noise_latents(latents_BDT, noise_BDT, t_B)
     hidden_BLH, prompt_mask_BL = without_common_padding(
         torch.stack([sample.hidden_LH for sample in samples]), torch.stack([sample.prompt_mask_L for sample in samples])

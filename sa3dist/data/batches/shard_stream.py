@@ -231,14 +231,6 @@ def audio_clips(samples: Iterable[TarSample]) -> Iterator[ShardClip]:
             facts = dataclasses.asdict(check_audio(data))
         except DataError as error:
             raise DataError(f"{shard}, clip {key}: {error}") from error
-        clip = ClipEntry(
-            key,
-            extension=sounds[0],
-            caption=caption,
-            shard="",
-            audio_offset=0,
-            audio_bytes=len(data),
-            audio_sha256="",
-            **facts,
-        )
+        place = {"shard": "", "audio_offset": 0, "audio_bytes": len(data), "audio_sha256": ""}
+        clip = ClipEntry(key, extension=sounds[0], caption=caption, **place, **facts)
         yield ShardClip(clip, shard, {"audio": data})

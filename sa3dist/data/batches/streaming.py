@@ -116,12 +116,8 @@ class StreamedBatches(IterableDataset):
         workers = len(self._cursors)
         number = begin % workers
         cursor, source = self._cursors[number], self.encoded.source
-        clips = source.clips(
-            WorkerShards(self.settings.seed, len(source.urls), self._rank, self._world_size, number, workers),
-            cursor,
-            self.buffer,
-            self._should_stop,
-        )
+        shards = WorkerShards(self.settings.seed, len(source.urls), self._rank, self._world_size, number, workers)
+        clips = source.clips(shards, cursor, self.buffer, self._should_stop)
         for local in itertools.count(begin, workers):
             slots = micro_batch_slots(local * self._world_size + self._rank, self.settings.micro_batch)
             content: list[Sample] | list[Decoded] = []

@@ -137,10 +137,8 @@ class Downloads(contextlib.AbstractContextManager):
             name = re.sub(r"[^A-Za-z0-9._-]", "_", address_name(source))[-80:] or "data"
             found = self._bring(system, path, info, key, name, label)
             if version:
-                write_json(
-                    self._directory / f"{found.name}.{key}.json",
-                    {"url": label, "version": version, "sha256": found.name[:64], "bytes": found.stat().st_size},
-                )
+                note = {"url": label, "version": version, "sha256": found.name[:64], "bytes": found.stat().st_size}
+                write_json(self._directory / f"{found.name}.{key}.json", note)
         self._left -= found.stat().st_size
         if self._left < 0:
             self.fetched.append(found)

@@ -78,9 +78,8 @@ class _Reader(Attempts):
 
     def attempt(self) -> None:
         self.begun = self.reached
-        with self.system.open(
-            self.path, "rb", block_size=self.block, cache_type="none", size=self.file_bytes
-        ) as stream:
+        options = {"block_size": self.block, "cache_type": "none", "size": self.file_bytes}
+        with self.system.open(self.path, "rb", **options) as stream:
             stream.seek(self.first + self.begun)
             while (missing := self.length - len(self.data)) > 0:
                 try:

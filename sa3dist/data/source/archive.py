@@ -132,11 +132,8 @@ def _container(paths: list[Path], label: str) -> Container:
 
 def tars_on_top(path: Path) -> list[Path]:
     """The .tar files directly in a folder, in order of name."""
-    return sorted(
-        child
-        for child in path.iterdir()
-        if extension_of(child.name) == "tar" and not is_system(child.name) and child.is_file()
-    )
+    tars = [child for child in path.iterdir() if extension_of(child.name) == "tar" and not is_system(child.name)]
+    return sorted(child for child in tars if child.is_file())
 
 
 def shards_on_top(folder: FolderContainer, path: Path) -> list[Path]:

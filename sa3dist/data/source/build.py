@@ -74,9 +74,8 @@ def build_shards(
         usable, problems = _sorted_out(checked, total, report)
         problems |= listing.problems
         left_out = tuple(kind.kept() for kind in listing.left_out)
-        skipped = raise_or_skip(
-            container.label, listing.refusals, problems, len(usable), on_bad_clip, allow_any_dataset_size, left_out
-        )
+        sizes = len(usable), on_bad_clip, allow_any_dataset_size
+        skipped = raise_or_skip(container.label, listing.refusals, problems, *sizes, left_out)
         if stats:
             # Before the shards: whoever finds those decodes nothing, and would measure nothing.
             write_stats(work_dir, read_stats(work_dir) | stats)
@@ -86,9 +85,8 @@ def build_shards(
         finished = _finished(index.directory, digest)
         if finished is None:
             read_audio = functools.partial(_read_again, container, usable, should_stop)
-            finished = _write(
-                index, list(split(clips, max_shard_bytes)), read_audio, FinishedShards(earlier), num_workers
-            )
+            groups = list(split(clips, max_shard_bytes))
+            finished = _write(index, groups, read_audio, FinishedShards(earlier), num_workers)
         # Another source of the same clips may have written them, beside other files.
         index = dataclasses.replace(finished, skipped=skipped, left_out=left_out)
         update_report(index)

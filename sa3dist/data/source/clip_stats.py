@@ -93,10 +93,8 @@ def write_stats(work_dir: Path, measured: Measured) -> None:
 
 
 def _facts(digests_N32: np.ndarray, facts_N4: np.ndarray) -> dict[Key, AudioFacts]:
-    return {
-        (digest.tobytes().hex(), size): AudioFacts(*facts)
-        for digest, (size, *facts) in zip(digests_N32, facts_N4.tolist(), strict=True)
-    }
+    rows = zip(digests_N32, facts_N4.tolist(), strict=True)
+    return {(digest.tobytes().hex(), size): AudioFacts(*facts) for digest, (size, *facts) in rows}
 
 
 def _read(path: Path, names: tuple[str, ...]) -> list[np.ndarray] | None:

@@ -100,9 +100,8 @@ class _Pairing:
             elif len(sounds) == len(texts) == 1:
                 pairs.append(_pair(sounds[0], texts[0]))
             elif len(sounds) == 1 and not texts and (table := self._table_above(sounds[0].name)):
-                unread[_without_extension(sounds[0].name)] = (
-                    f"its caption may be in {printable(table)}, which is refused",
-                )
+                reason = f"its caption may be in {printable(table)}, which is refused"
+                unread[_without_extension(sounds[0].name)] = (reason,)
             else:
                 problems[_without_extension((sounds or texts)[0].name)] = (_mismatch(sounds, texts),)
         self._blame_unread_tables(pairs, problems, unread)

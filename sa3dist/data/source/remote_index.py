@@ -57,9 +57,8 @@ def index_remote(
         return _publish(dataclasses.replace(index, skipped=skipped), work_dir), urls
     log.info("%s: no index beside the shards, reading all of them once", redacted(source))
     downloads = Downloads(work_dir / "downloads", should_stop, max_download_bytes)
-    return _Reading(
-        source, tars, work_dir, downloads, ClipCache(work_dir / "clip-cache", cache_bytes), should_stop
-    ).run(limits, report)
+    cache = ClipCache(work_dir / "clip-cache", cache_bytes)
+    return _Reading(source, tars, work_dir, downloads, cache, should_stop).run(limits, report)
 
 
 def attach(
@@ -67,9 +66,8 @@ def attach(
 ) -> DatasetIndex:
     """The index with a reader that fetches clips from ``urls``."""
     sizes = {shard.name: shard.bytes for shard in index.shards}
-    return dataclasses.replace(
-        index, reader=RemoteShards(urls, sizes, ClipCache(Path(work_dir) / "clip-cache", cache_bytes), should_stop)
-    )
+    cache = ClipCache(Path(work_dir) / "clip-cache", cache_bytes)
+    return dataclasses.replace(index, reader=RemoteShards(urls, sizes, cache, should_stop))
 
 
 def _sends_ranges(
@@ -162,9 +160,8 @@ class _Reading:
             listing = pair_members(container)
             self._refusals += [f"{name}, {line}" for line in listing.refusals]
             skipped += ["; ".join(lines) for lines in listing.problems.values()]
-            for pair, clip, problems in checked_clips(
-                container, listing, decoder(known), None, self._should_stop, self._cache.put
-            ):
+            checked = checked_clips(container, listing, decoder(known), None, self._should_stop, self._cache.put)
+            for pair, clip, problems in checked:
                 if clip is None:
                     skipped.append("; ".join(problems))
                 else:
@@ -173,14 +170,8 @@ class _Reading:
                     clips.append(dataclasses.replace(clip, shard=name, audio_offset=offset))
         # Downloads are named by content: its digest, a dash, its name.
         shard = ShardEntry(name, local.stat().st_size, local.name[:64])
-        return DatasetIndex(
-            self._work_dir,
-            "",
-            tuple(clips),
-            tuple(sorted(skipped)),
-            (shard,),
-            left_out=tuple(kind.kept() for kind in listing.left_out),
-        )
+        left_out = tuple(kind.kept() for kind in listing.left_out)
+        return DatasetIndex(self._work_dir, "", tuple(clips), tuple(sorted(skipped)), (shard,), left_out=left_out)
 
 
 def _unique(clips: list[ClipEntry]) -> tuple[ClipEntry, ...]:
@@ -195,7 +186,6 @@ def _united(kinds: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
     found: dict[tuple[str, str], LeftOut] = {}
     for kind in kinds:
         before = found.get((kind.what, kind.why), LeftOut(kind.what, kind.why, 0))
-        found[kind.what, kind.why] = LeftOut(
-            kind.what, kind.why, before.count + kind.count, before.names + kind.names
-        ).kept()
+        names = before.names + kind.names
+        found[kind.what, kind.why] = LeftOut(kind.what, kind.why, before.count + kind.count, names).kept()
     return tuple(found[key] for key in sorted(found))
