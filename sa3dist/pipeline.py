@@ -132,6 +132,7 @@ class Run:
     def train(self, base: Base, source: BatchSource) -> None:
         """Stage three: train from where ``prepare`` left the trainer to number_of_steps."""
         settings, group, plan = self.settings, self.group, self.trainer.plan
+        self.startup.begin("acceleration")
         choose_acceleration(self.trainer, settings, source.draws.crop_frames)
         resume.set_aside(settings.output_dir, self.trainer.step, group, self.stop)
         self._announce(base, source)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from sa3dist.errors import ConfigError
 from sa3dist.runtime import lease
+from sa3dist.runtime.lasting_imports import lasting_imports
 from sa3dist.runtime.signals import StopRequest, kill_loaders
 
 if TYPE_CHECKING:
@@ -101,11 +102,12 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
 
 def _run_connected(settings: Settings, stop: StopRequest, stages: Callable[[Run], None], running: list[Run]) -> None:
     """Join the other processes and run ``stages`` with them. running: takes the run, once there is one."""
-    from sa3dist.pipeline import Run
-    from sa3dist.runtime.peers import GOODBYE_SECONDS, leave, part
-    from sa3dist.runtime.process_group import connect, disconnect
-    from sa3dist.runtime.watchdog import Watchdog
-    from sa3dist.training.acceleration import make_deterministic
+    with lasting_imports():
+        from sa3dist.pipeline import Run
+        from sa3dist.runtime.peers import GOODBYE_SECONDS, leave, part
+        from sa3dist.runtime.process_group import connect, disconnect
+        from sa3dist.runtime.watchdog import Watchdog
+        from sa3dist.training.acceleration import make_deterministic
 
     if settings.deterministic:
         make_deterministic()

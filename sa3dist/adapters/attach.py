@@ -187,9 +187,12 @@ def replace_layer(base: Base, name: str, module: nn.Module) -> None:
     """Make ``module`` the child called ``name`` under the root that has one."""
     parent, _, leaf = name.rpartition(".")
     for root in base.adapter_roots:
-        if name in dict(root.named_modules()):
-            setattr(root.get_submodule(parent), leaf, module)
-            return
+        try:
+            root.get_submodule(name)
+        except AttributeError:
+            continue
+        setattr(root.get_submodule(parent), leaf, module)
+        return
     raise KeyError(name)
 
 

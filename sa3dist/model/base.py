@@ -137,19 +137,25 @@ class Base(nn.Module):
         """Hex SHA-256 that identifies the checkpoint; the file is read once per process, or not at all when kept."""
         return self._kept("file", lambda: self.weights.digest)
 
-    def begin_weights_digest(self) -> None:
-        """Let a thread find what ``weights_digest`` will return; for a base with ``kept_digests``."""
+    def begin_digests(self) -> None:
+        """Let threads find what the three digests will be; for a base with ``kept_digests``."""
         self.kept_digests.begin(self.weights.path, "file", lambda: self.weights.digest)
+        self.kept_digests.begin(self.weights.path, *self._named_autoencoder_digest())
+        if self.text_source is not None:
+            self.text_source.begin_digest(self.kept_digests)
 
     def _kept(self, what: str, make: Callable[[], str]) -> str:
         return make() if self.kept_digests is None else self.kept_digests.of(self.weights.path, what, make)
 
     def autoencoder_digest(self) -> str:
         """Hex SHA-256 of the weights that decide what ``encode_audio`` gives; two bases may share an autoencoder."""
+        return self._kept(*self._named_autoencoder_digest())
+
+    def _named_autoencoder_digest(self) -> tuple[str, Callable[[], str]]:
         parts = (f"{AUTOENCODER_PREFIX}encoder.", f"{AUTOENCODER_PREFIX}bottleneck.")
         names = sorted(key for key in self.weights.shapes if key.startswith(parts))
         described = repr(self.config.autoencoder.encoder)
-        return self._kept(f"autoencoder {digest_of(described)}", lambda: tensors_sha256(self.weights, names, described))
+        return f"autoencoder {digest_of(described)}", lambda: tensors_sha256(self.weights, names, described)
 
     def text_encoder_digest(self) -> str:
         """Hex SHA-256 of the text encoder's files. Raises CheckpointError when the base has none."""

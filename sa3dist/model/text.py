@@ -62,11 +62,17 @@ class TextSource:
         kept   where the digests of large ones are kept
         """
         parts = []
-        for path in sorted(path for path in self.resolve().iterdir() if path.suffix in DECIDING_SUFFIXES):
+        for path in _deciding_files(self.resolve()):
             make = functools.partial(file_sha256, path)
-            large = kept is not None and path.stat().st_size >= LARGE_BYTES
-            parts += [path.name, kept.of(path, "file", make) if large else make()]
+            parts += [path.name, kept.of(path, "file", make) if kept is not None and _is_large(path) else make()]
         return digest_of(*parts)
+
+    def begin_digest(self, kept: KeptDigests) -> None:
+        """Let threads hash the large files of ``digest``, where they are on this machine."""
+        # What is missing, or on the hub still, is for who asks for the digest.
+        with contextlib.suppress(CheckpointError):
+            for path in filter(_is_large, _deciding_files(self.resolve(local_only=True))):
+                kept.begin(path, "file", functools.partial(file_sha256, path))
 
     def _resolve_override(self, override: str, local_only: bool) -> Path:
         path = Path(expand_home(override))
@@ -82,6 +88,14 @@ class TextSource:
             if (candidate / "config.json").is_file():
                 return candidate
         raise CheckpointError(f"{path}: {origin} holds no config.json; expected a saved T5Gemma directory")
+
+
+def _deciding_files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if path.suffix in DECIDING_SUFFIXES)
+
+
+def _is_large(path: Path) -> bool:
+    return path.stat().st_size >= LARGE_BYTES
 
 
 class TextEncoder:

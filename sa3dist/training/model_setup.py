@@ -18,6 +18,7 @@ from sa3dist.model.config import ModelConfig
 from sa3dist.model.kept_digests import KeptDigests
 from sa3dist.model.loading import load_base
 from sa3dist.progress import progress
+from sa3dist.runtime.lasting_imports import lasting_imports
 from sa3dist.runtime.process_group import Group, main_process_first, run_on_all_ranks
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training.compile_ahead import CompilingAhead
@@ -56,13 +57,16 @@ def open_base(settings: Settings, group: Group, stop: StopRequest, startup: Star
     compiles = _keep_caches(settings, group)
     startup.begin("load_base")
     # AdamW imports the first; both together take four seconds, for which reading the base leaves time.
-    with imported_beside("torch._dynamo", *(["torch._inductor.compile_fx"] if compiles and on_gpu else [])):
+    compiler = ["torch._inductor.compile_fx"] if compiles and on_gpu else []
+    with lasting_imports(), imported_beside("torch._dynamo", *compiler):
         base = run_on_all_ranks(group, "base", lambda: _load(settings, group.device), stop)
-    if compiles and on_gpu:
+        # Of the start's parts: what the imports take longer than the reading, and starting the workers.
+        startup.begin("compiler")
+    if compiler:
         start_compile_workers()
     if group.is_main:
-        # A thread hashes it while the bases are found and the clips are checked.
-        base.begin_weights_digest()
+        # Threads hash while the bases are found and the clips are checked.
+        base.begin_digests()
     startup.begin("singular_bases")
     bases = _singular_bases(settings, group, stop, base)
     startup.begin("attach")

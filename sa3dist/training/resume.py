@@ -52,16 +52,24 @@ def find_checkpoint(settings: Settings, group: Group, stop: StopRequest) -> chec
 
     Raises CheckpointError on every rank when any rank cannot read it.
     """
+    read: list[checkpoint.Checkpoint] = []
 
     def find() -> str | None:
         found = checkpoint.find(settings.output_dir, settings.resume)
-        return None if found is None else str(checkpoint.path_of(settings.output_dir, found.step))
+        if found is None:
+            return None
+        read.append(found)
+        return str(checkpoint.path_of(settings.output_dir, found.step))
+
+    def load() -> checkpoint.Checkpoint:
+        # The rank that has looked for it has read and verified it.
+        return read.pop() if read else checkpoint.load(Path(path))
 
     named = settings.resume not in ("auto", "never")
     path = settings.resume if named else main_process_first(group, "find-checkpoint", find, stop)
     if path is None:
         return None
-    return run_on_all_ranks(group, "load-checkpoint", lambda: checkpoint.load(Path(path)), stop)
+    return run_on_all_ranks(group, "load-checkpoint", load, stop)
 
 
 def check_identity(saved: checkpoint.Checkpoint, identity: dict[str, Any], settings: Settings) -> None:

@@ -167,3 +167,5 @@ def test_a_second_run_hashes_no_weights_and_verify_base_does(words, tmp_path, de
         asked.clear()
         assert train.main([*words, *more, *extra, f"output_dir={tmp_path / str(number)}"]) == 0
         assert set(asked) == expected
+        # What threads have begun is not made again where it is asked for.
+        assert asked.count("tensors_sha256") <= 1

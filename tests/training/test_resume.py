@@ -3,10 +3,13 @@
 import dataclasses
 
 import pytest
+import torch
 
 from sa3dist.errors import CheckpointError
+from sa3dist.runtime.process_group import Group
+from sa3dist.runtime.signals import StopRequest
 from sa3dist.settings import Settings
-from sa3dist.training import resume
+from sa3dist.training import checkpoint, resume
 from sa3dist.training.checkpoint import Checkpoint
 
 # Another value of each setting that decides the numbers of a step.
@@ -45,6 +48,26 @@ def test_a_checkpoint_of_before_a_setting_counts_as_made_with_its_default(key):
         resume.check_identity(saved, resume.identity(default, dataset_sha256="d"), default)
         with pytest.raises(CheckpointError, match=f"here: holds a checkpoint with {key} .* this run has"):
             resume.check_identity(saved, resume.identity(other, dataset_sha256="d"), other)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_run_that_continues_reads_and_verifies_its_checkpoint_once(tmp_path, monkeypatch, damaged):
+    tensor = torch.arange(3.0)
+    for step in (1, 2):
+        state = {"step": step, "identity": {}}
+        saved = Checkpoint(
+            {"a": tensor * step}, {"exp_avg": {"a": tensor.clone()}, "exp_avg_sq": {"a": tensor.clone()}}, state
+        )
+        checkpoint.save(tmp_path, saved, keep=2)
+    if damaged:
+        (checkpoint.path_of(tmp_path, 2) / checkpoint.ADAPTER_NAME).write_bytes(b"torn")
+    hashed, whole = [], checkpoint.file_sha256
+    monkeypatch.setattr(checkpoint, "file_sha256", lambda path: hashed.append(path) or whole(path))
+    settings = settings_with(output_dir=tmp_path, resume="auto")
+    found = resume.find_checkpoint(settings, Group(0, 1, torch.device("cpu")), StopRequest())
+    assert found.step == (1 if damaged else 2)
+    assert torch.equal(found.adapters["a"], tensor * found.step)
+    assert len(hashed) == len(set(hashed)) == (3 if damaged else 2)
 
 
 def test_another_data_set_is_refused_and_a_new_measured_value_is_not_taken_for_a_default():

@@ -1,5 +1,6 @@
 """What a run does before its first step: singular bases found once and kept, and every part's seconds told."""
 
+import gc
 import importlib
 import json
 import subprocess
@@ -13,6 +14,7 @@ from sa3dist import train
 from sa3dist.adapters import BasesCache, adapter_parameters, attach_adapter, svd_bases
 from sa3dist.adapters.svd_bases import gram_bases, singular_bases
 from sa3dist.model.loading import load_base
+from sa3dist.runtime.lasting_imports import lasting_imports
 from sa3dist.training.startup_times import Startup, imported_beside, keep_kernels_in
 from tests.helpers.golden import golden
 
@@ -120,6 +122,26 @@ def test_a_module_imported_beside_is_there_afterwards_and_a_failing_one_fails_wh
         importlib.import_module("breaks_late")
 
 
+def test_while_a_start_imports_nothing_is_searched_for_garbage_and_afterwards_it_is():
+    collections = []
+    gc.callbacks.append(lambda phase, info: collections.append(phase))
+    try:
+        with lasting_imports():
+            made = [[number] for number in range(100_000)]
+            assert collections == []
+        assert gc.is_tracked(made)
+        # What was there stays: it is among what no collection looks through.
+        assert gc.get_freeze_count() > len(made)
+        assert gc.isenabled()
+        del made
+        circle = [[number] for number in range(10_000)]
+        assert collections != []
+        del circle
+    finally:
+        gc.callbacks.pop()
+        gc.unfreeze()
+
+
 @pytest.mark.parametrize("told", [None, "/elsewhere"])
 def test_kernels_are_kept_in_work_dir_unless_the_environment_names_a_place(monkeypatch, tmp_path, told):
     # Set first, so that what the function sets is undone.
@@ -148,8 +170,8 @@ def test_a_run_tells_where_its_start_went_and_keeps_its_bases(words, tmp_path): 
         assert len(files) == 2
         seconds[-1]["files"] = files
     assert seconds[0].pop("files") == seconds[1].pop("files")
-    expected = ["before_run", "load_base", "singular_bases", "attach", "check_clips", "encode", "prepare"]
-    assert list(seconds[0]) == [*expected, "health", "first_batch", "first_step", "total"]
+    expected = ["before_run", "load_base", "compiler", "singular_bases", "attach", "check_clips", "encode", "prepare"]
+    assert list(seconds[0]) == [*expected, "acceleration", "health", "first_batch", "first_step", "total"]
     for parts in seconds:
         total = parts.pop("total")
         assert 0.5 * total < sum(parts.values()) < total + 0.1
