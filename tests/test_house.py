@@ -1,5 +1,7 @@
 """The layout holds: no circle of imports, few modules at the top, short files and functions, independent stages."""
 
+import functools
+
 import pytest
 
 from tests.helpers import house
@@ -13,14 +15,18 @@ STAGES = {"sa3dist.shard", "sa3dist.encode", "sa3dist.loop", "sa3dist.export"}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 300, 60
 
 
+# Read once for all tests.
+package = functools.cache(lambda name: house.read_package(ROOT / name))
+
+
 @pytest.fixture(scope="module", params=["sa3dist", "kernels/sa3dist_kernels"])
 def product(request):
-    return house.read_package(ROOT / request.param)
+    return package(request.param)
 
 
 @pytest.fixture(scope="module")
 def sa3dist():
-    return house.read_package(ROOT / "sa3dist")
+    return package("sa3dist")
 
 
 def test_no_module_imports_itself_in_a_circle(product):

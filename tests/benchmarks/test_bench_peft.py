@@ -1,14 +1,15 @@
 """The comparison with PEFT compares like with like, and PEFT's DoRA is an independent oracle of our forward pass."""
 
 import bench_adapted_linear
-import bench_peft
 import pytest
-
-peft = pytest.importorskip("peft")
 
 
 @pytest.mark.parametrize("adapter_type", ["lora", "dora-rows"])
 def test_outputs_and_input_gradients_are_pefts(monkeypatch, adapter_type):
+    # Here, because every process of the suite reads this file, and PEFT takes seconds to import.
+    pytest.importorskip("peft")
+    import bench_peft
+
     monkeypatch.setitem(bench_adapted_linear.SHAPES, "small", {"wide": (24, 40, True), "square": (17, 17, False)})
     words = ["--tokens", "11", "--rank", "3", "--repeats", "1", "--device", "cpu", "--adapter-type", adapter_type]
     found = bench_peft.main(words)

@@ -49,16 +49,30 @@ def results(tmp_path):
     return results_file.ResultsFile.start(tmp_path / "gpu_part.json", CPU, {})
 
 
-def bare_run(folder, *words):
-    """gpu_check.py in a process that lacks the absent packages: (exit code, stderr, its JSON or None)."""
-    (folder / "bare").mkdir(exist_ok=True)
-    (folder / "bare/sitecustomize.py").write_text(HIDE)
-    paths = [str(folder / "bare"), ".", "kernels"]
+# The program once for each part, in one process: each of its own would import torch first.
+ONE_AFTER_THE_OTHER = """
+import runpy, sys
+program, *parts = sys.argv[1:]
+sys.path.insert(0, program.rpartition("/")[0])
+for part in parts:
+    sys.argv = [program, part, "--device", "cpu", "--tiny"]
+    try:
+        runpy.run_path(program, run_name="__main__")
+    except SystemExit as end:
+        print(f"{part} ended with {end.code}", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def bare_parts(tmp_path_factory):
+    """What three parts have said and written, run where the absent packages cannot be found: (text, {part: JSON})."""
+    folder, parts = tmp_path_factory.mktemp("bare"), ("ops", "step", "tests")
+    (folder / "sitecustomize.py").write_text(HIDE)
+    paths = [str(folder), ".", "kernels"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OUT": str(folder), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "kernels/benchmarks/gpu_check.py", *words]
+    command = [sys.executable, "-c", ONE_AFTER_THE_OTHER, "kernels/benchmarks/gpu_check.py", *parts]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    path = folder / f"gpu_{words[0]}.json"
-    return done.returncode, done.stderr, json.loads(path.read_text()) if path.exists() else None
+    return done.stdout + done.stderr, {part: json.loads((folder / f"gpu_{part}.json").read_text()) for part in parts}
 
 
 def test_the_hidden_packages_are_hidden(tmp_path):
@@ -71,10 +85,11 @@ def test_the_hidden_packages_are_hidden(tmp_path):
 
 
 @pytest.mark.slow
-def test_ops_and_step_pass_without_the_data_stages_packages(tmp_path):
+def test_ops_and_step_pass_without_the_data_stages_packages(bare_parts):
+    said, contents = bare_parts
     for part in ("ops", "step"):
-        code, errors, content = bare_run(tmp_path, part, "--device", "cpu", "--tiny")
-        assert code == 0, errors
+        assert f"{part} ended with 0\n" in said, said
+        content = contents[part]
         assert (content["state"], content["passed"], content["skipped"]) == ("finished", True, [])
         assert content["rows"]
         environment = content["environment"]
@@ -107,9 +122,9 @@ def write_wheel(path, name):
 
 
 @pytest.mark.slow
-def test_tests_part_records_every_gpu_test_of_a_file(tmp_path):
-    code, errors, content = bare_run(tmp_path, "tests", "--device", "cpu", "--tiny")
-    assert code == 0, errors
+def test_tests_part_records_every_gpu_test_of_a_file(bare_parts):
+    said, content = bare_parts[0], bare_parts[1]["tests"]
+    assert "tests ended with 0\n" in said, said
     outcomes = {row["test"].rpartition("::")[2]: row for row in content["rows"]}
     # bora and bora-xs in three formats and sizes, and the test of formats, by torch; Triton and waiting need CUDA.
     assert content["summary"] == {"passed": 2 * 3 * 3 + 2, "skipped": 2 * 3 * 3 + 2 + 2 * 2}

@@ -1,6 +1,5 @@
 """Launches of a step, counted without a device: the counter itself, and its limits for every adapter type."""
 
-import functools
 import json
 
 import pytest
@@ -8,8 +7,6 @@ import torch
 
 pytest.importorskip("triton")
 import check_step  # noqa: E402
-import count_launches  # noqa: E402
-from count_launches import LaunchCounter, counted_step, most  # noqa: E402
 from sa3dist_kernels import ADAPTER_TYPES, triton_support  # noqa: E402
 from sa3dist_kernels.raw_sums import raw_sums  # noqa: E402
 
@@ -23,9 +20,17 @@ DEPTH = 2
 H100 = ROOT / "kernels/benchmarks/results/gpu_step.json"
 
 
-@functools.cache
-def frozen():
-    return counted_step("frozen", "lora", depth=DEPTH)
+@pytest.fixture(scope="module")
+def counts():
+    """The program. It imports the compiler, which takes seconds, and every process of the suite reads this file."""
+    import count_launches
+
+    return count_launches
+
+
+@pytest.fixture(scope="module")
+def frozen(counts):
+    return counts.counted_step("frozen", "lora", depth=DEPTH)
 
 
 def stored(adapter_type, frames):
@@ -33,14 +38,14 @@ def stored(adapter_type, frames):
     return next(row for row in rows if (row["adapter_type"], row["frames"]) == (adapter_type, frames))
 
 
-def test_an_operation_counts_once_and_a_view_or_empty_memory_does_not():
+def test_an_operation_counts_once_and_a_view_or_empty_memory_does_not(counts):
     x = torch.ones(4, 6)
-    found = LaunchCounter().of(lambda: (x.view(6, 4).t() + torch.empty(4, 6)).split(2))
+    found = counts.LaunchCounter().of(lambda: (x.view(6, 4).t() + torch.empty(4, 6)).split(2))
     assert found == {"torch": 1}
 
 
-def test_a_compiled_function_counts_its_fused_kernels_and_its_products_each_way():
-    counter = LaunchCounter()
+def test_a_compiled_function_counts_its_fused_kernels_and_its_products_each_way(counts):
+    counter = counts.LaunchCounter()
     torch._dynamo.reset()
     function = torch.compile(lambda x, w: torch.exp((x.sin() + 1) @ w), backend=counter.backend)
     x, w = torch.ones(8, 8), torch.ones(8, 8, requires_grad=True)
@@ -58,9 +63,9 @@ def test_a_compiled_function_counts_its_fused_kernels_and_its_products_each_way(
     ("kind", "tokens", "kernels", "additions"),
     [("lora", 500, 2, 0), ("bora", 1024, 2, 1), ("lora-xs", 32, 2, 0), ("bora-xs", 500, 3, 1)],
 )
-def test_launches_of_thin_sums_are_counted_and_not_run(kind, tokens, kernels, additions):
+def test_launches_of_thin_sums_are_counted_and_not_run(counts, kind, tokens, kernels, additions):
     x, dy, left, right = (torch.ones(shape) for shape in ((tokens, 32), (tokens, 48), (48, 4), (4, 32)))
-    counter = LaunchCounter()
+    counter = counts.LaunchCounter()
     with counter.noting_triton():
         found = counter.of(lambda: raw_sums(x, x, dy, dy, left, right, ADAPTER_TYPES[kind]))
     assert (found["triton"], found["torch"]) == (kernels, additions)
@@ -68,32 +73,32 @@ def test_launches_of_thin_sums_are_counted_and_not_run(kind, tokens, kernels, ad
 
 @interpreted
 @pytest.mark.slow
-def test_a_frozen_block_launches_at_most_95_kernels_forward_and_backward():
-    for row in frozen():
-        assert row["block_forward"] + row["block_backward"] <= count_launches.PER_FROZEN_BLOCK
+def test_a_frozen_block_launches_at_most_95_kernels_forward_and_backward(counts, frozen):
+    for row in frozen:
+        assert row["block_forward"] + row["block_backward"] <= counts.PER_FROZEN_BLOCK
 
 
 # Each takes a compilation. The stored counts, which these are held to, have all nine.
 @interpreted
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bora", "dora-cols-xs"])
-def test_a_step_launches_five_kernels_a_layer_and_a_hundred_more_than_the_frozen_model_at_most(kind):
-    for row, bare in zip(counted_step("ours", kind, depth=DEPTH), frozen(), strict=True):
-        assert row["total"] <= most(bare, row)
-        assert row["once_per_step"] <= count_launches.PER_STEP
+def test_a_step_launches_five_kernels_a_layer_and_a_hundred_more_than_the_frozen_model_at_most(counts, frozen, kind):
+    for row, bare in zip(counts.counted_step("ours", kind, depth=DEPTH), frozen, strict=True):
+        assert row["total"] <= counts.most(bare, row)
+        assert row["once_per_step"] <= counts.PER_STEP
         for name, found in (("frozen", bare), (kind, row)):
             expected = stored(name, row["frames"])
             for way in ("block_forward", "block_backward"):
                 assert found[way] == expected[way], f"count_launches.py --json {check_step.COUNTED.name} is due"
 
 
-def test_the_stored_counts_of_the_whole_model_keep_the_limits():
-    for frames in count_launches.FRAMES:
+def test_the_stored_counts_of_the_whole_model_keep_the_limits(counts):
+    for frames in counts.FRAMES:
         bare = stored("frozen", frames)
-        assert bare["depth"] == count_launches.DEPTH
+        assert bare["depth"] == counts.DEPTH
         for kind in ADAPTER_TYPES:
             row = stored(kind, frames)
-            assert row["total"] <= row["most"] == most(bare, row)
+            assert row["total"] <= row["most"] == counts.most(bare, row)
 
 
 def test_the_stored_counts_are_within_a_tenth_of_what_an_h100_was_seen_to_run():

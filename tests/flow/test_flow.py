@@ -8,12 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from scipy import stats
 
 from sa3dist import flow
 from tests.helpers.golden import GOLDEN
 
-DRAWS = 100_000
+DRAWS, MASKS, LONG_MASKS = 100_000, 40_000, 30_000
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +69,8 @@ def test_the_shift_keeps_both_ends():
 
 
 def test_timesteps_follow_the_truncated_logit_normal():
+    from scipy import stats
+
     # w = sigmoid(n) given w <= 0.925, t = w / 0.925: its distribution function in closed form.
     def cdf(t):
         w = 0.925 * t
@@ -112,9 +113,9 @@ def test_degenerate_arguments_have_their_limits():
 
 @pytest.fixture(scope="module")
 def masks():
-    """100,000 masks of 40 valid frames in 50: few enough frames to enumerate what each type can give."""
+    """Masks of 40 valid frames in 50: few enough frames to enumerate what each type can give."""
     generator = torch.Generator().manual_seed(3)
-    return torch.stack([flow.draw_inpaint_mask(40, 50, generator) for _ in range(DRAWS)])
+    return torch.stack([flow.draw_inpaint_mask(40, 50, generator) for _ in range(MASKS)])
 
 
 def test_inpainting_masks_never_give_padding_as_context(masks):
@@ -129,7 +130,7 @@ def test_inpainting_mask_types_have_their_shares(masks):
     looks_full = (lengths == 0).double().mean().item()
     assert abs(looks_full - (0.8 + 0.1 / 41)) < 0.005
     prefix = (context.cumprod(1).sum(1) == lengths) & (lengths > 0)
-    causal_only_lengths = torch.bincount(lengths[prefix].long(), minlength=41)[1:8].double() / DRAWS
+    causal_only_lengths = torch.bincount(lengths[prefix].long(), minlength=41)[1:8].double() / MASKS
     # Prefixes this short are out of reach for most segment masks: about 0.1 / 41 each.
     assert (causal_only_lengths - 0.1 / 41).abs().max() < 0.001
 
@@ -138,7 +139,7 @@ def test_random_segments_have_the_recorded_statistics(described):
     expected = described["inpaint_masks"]["RANDOM_SEGMENTS"]
     generator = torch.Generator().manual_seed(9)
     fractions, runs = [], []
-    for _ in range(60_000):
+    for _ in range(LONG_MASKS):
         context = flow.draw_inpaint_mask(1000, 1291, generator)[:1000]
         edges = int((context.diff() != 0).sum()) + int(context[0] == 0)
         # Segment masks are those that are neither full nor a prefix of ones.
@@ -146,7 +147,7 @@ def test_random_segments_have_the_recorded_statistics(described):
             fractions.append(1 - context.mean().item())
             runs.append((edges + int(context[-1] == 0)) / 2)
     fractions, runs = torch.tensor(fractions), torch.tensor(runs)
-    assert abs(len(runs) / 60_000 - 0.1) < 0.006
+    assert abs(len(runs) / LONG_MASKS - 0.1) < 0.006
     assert fractions.mean().item() == pytest.approx(expected["masked_fraction_of_real"]["mean"], abs=0.012)
     assert fractions.std().item() == pytest.approx(expected["masked_fraction_of_real"]["std"], abs=0.01)
     assert runs.mean().item() == pytest.approx(expected["masked_runs"]["mean"], abs=0.12)
@@ -167,6 +168,8 @@ def test_noise_of_a_short_clip_is_a_prefix_of_the_noise_of_a_long_one(frames, mo
 
 
 def test_noise_is_standard_normal():
+    from scipy import stats
+
     noise = flow.draw_noise(500, 256, flow.generator_for(2, "noise", 0)).flatten().numpy()
     assert stats.kstest(noise, "norm").pvalue > 1e-3
 

@@ -9,11 +9,14 @@ from pathlib import Path
 from tests.helpers.program import ENVIRONMENT
 
 # A program ends as it would by itself: handlers of its own run at its exit. It finds no terminal and nothing to read.
+# What was imported is not taken apart at that end, nor looked through for garbage: each fork would copy all of it.
 _SERVER = """
-import json, os, runpy, sys
+import atexit, gc, json, os, runpy, sys, threading, traceback
 import accelerate, transformers
 import torch._dynamo
 from sa3dist import pipeline, train
+gc.collect()
+gc.freeze()
 for line in sys.stdin:
     program, words, out, err = json.loads(line)
     child = os.fork()
@@ -22,8 +25,19 @@ for line in sys.stdin:
             os.dup2(os.open(path, flags), number)
         sys.argv = [program, *words]
         sys.path.insert(0, os.path.dirname(program))
-        runpy.run_path(program, run_name="__main__")
-        sys.exit()
+        code = 0
+        try:
+            runpy.run_path(program, run_name="__main__")
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 

@@ -40,9 +40,12 @@ def import_statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import | ast.ImportFrom):
             yield child
-        elif isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+        elif isinstance(child, ast.If) and "TYPE_CHECKING" in (
+            getattr(child.test, "id", ""),
+            getattr(child.test, "attr", ""),
+        ):
             yield from import_statements(ast.Module(child.orelse, []))
-        else:
+        elif not isinstance(child, ast.expr):
             yield from import_statements(child)
 
 
@@ -137,7 +140,7 @@ def imported_test_files(tests: dict[str, Module]) -> list[str]:
     for module in tests.values():
         names = {name for names in imported_names(module) for name in names}
         for node in ast.walk(module.tree):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and "test_" in node.value:
                 names.update(re.findall(r"\btests(?:\.\w+)*\.test_\w+", node.value))
         found += [f"{module.name} imports {name}" for name in sorted(names & files)]
     return found

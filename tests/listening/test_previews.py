@@ -126,11 +126,12 @@ def test_the_time_of_a_step_does_not_hold_that_of_previews(short_words, tmp_path
 @pytest.mark.slow
 def test_two_ranks_make_the_previews_of_one(short_words, tmp_path):
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    assert run(short_words, alone, *ON, "gradient_accumulation_steps=2") == 0
-    words = [*short_words, *ON, f"output_dir={shared}"]
+    short_words = [*short_words, *ON, "number_of_steps=1"]
+    assert run(short_words, alone, "gradient_accumulation_steps=2") == 0
+    words = [*short_words, f"output_dir={shared}"]
     with forked_ranks(words, words, log=tmp_path / "said") as ranks:
         assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said()
-    for step in MADE_AT:
+    for step in (0, 1):
         assert len(clips(shared, step)) == 4
         near(clips(shared, step), clips(alone, step))
 

@@ -13,8 +13,6 @@ from sa3dist.model.random_weights import RandomWeights
 from sa3dist.model.tiny import tiny_config
 from tests.helpers.diffusers_port import DIFFERENTIAL, port_of_dit, renamed, reorder
 
-diffusers = pytest.importorskip("diffusers")
-
 
 def random_tiny(shape):
     config = parse_model_config(tiny_config(shape, depth=3), f"tiny {shape}")
@@ -41,7 +39,7 @@ def test_dit_equals_the_port(shape):
 def test_sliding_window_same_equals_the_port(samples):
     base = random_tiny("medium")
     config = base.config.autoencoder
-    port = diffusers.AutoencoderSAME(
+    port = pytest.importorskip("diffusers").AutoencoderSAME(
         patch_size=config.patching.patch_size,
         encoder_channels=config.encoder.channels,
         encoder_c_mults=tuple(config.encoder.c_mults),

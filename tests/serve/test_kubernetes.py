@@ -19,8 +19,6 @@ from sa3dist.serve.options import Options
 from sa3dist.serve.processes import Mark
 from tests.helpers import kubernetes_api
 
-pytest.importorskip("kubernetes")
-pytest.importorskip("kubeflow_trainer_api.models")
 PLACE = "/apis/jobset.x-k8s.io/v1alpha2/namespaces/sound/jobsets"
 
 
@@ -58,6 +56,9 @@ class Api(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def api(tmp_path, monkeypatch):
+    # Here, because every process of the suite reads this file, and the API's models take a second to import.
+    pytest.importorskip("kubernetes")
+    pytest.importorskip("kubeflow_trainer_api.models")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Api)
     server.objects, server.made = {}, []
     threading.Thread(target=server.serve_forever, daemon=True).start()

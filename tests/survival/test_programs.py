@@ -150,7 +150,7 @@ def test_the_tables_of_the_scaling_model_have_a_row_for_every_base_and_network(s
 @pytest.mark.parametrize(
     "program",
     [
-        *("namespaces.py", "overlap.py", "serve_kills.py", "serve_web.py", "serve_load.py"),
+        *("namespaces.py", "overlap.py", "serve_web.py", "serve_load.py"),
         *("../slurm/try_scripts.py", "../slurm/try_endpoint.py"),
     ],
 )

@@ -101,13 +101,13 @@ def assert_equal_state(found, expected):
 def test_a_run_with_graphs_is_the_ordinary_run(kind):
     ordinary, graphed, recorder = make_trainer(kind), make_trainer(kind), HostRecorder()
     graphed.record_graphs(recorder)
-    expected, found = train(ordinary, 9), train(graphed, 9)
+    expected, found = train(ordinary, 6), train(graphed, 6)
     assert found == pytest.approx(expected, rel=1e-6)
     for name, value in ordinary.engine.adapters().items():
         torch.testing.assert_close(graphed.engine.adapters()[name], value, rtol=1e-4, atol=1e-6, msg=name)
-    # 12 of one shape and 6 of the other: the first two of each are ordinary passes.
-    assert (recorder.recorded, recorder.replayed, graphed.graphs.shapes) == (2, 10 + 4, 2)
-    assert len(set(expected)) == 9
+    # 8 of one shape and 4 of the other: the first two of each are ordinary passes.
+    assert (recorder.recorded, recorder.replayed, graphed.graphs.shapes) == (2, 6 + 2, 2)
+    assert len(set(expected)) == 6
 
 
 @pytest.mark.parametrize(
@@ -125,11 +125,18 @@ def test_a_pass_that_is_recorded_asks_no_tensor_for_its_value(kind, recomputed):
         whole.t_B.max().item()
 
 
+@pytest.fixture(scope="module")
+def ordinary_run():
+    """A trainer that records nothing after five steps, and their losses."""
+    trainer = make_trainer()
+    return trainer, train(trainer, 5)
+
+
 @pytest.mark.parametrize("recorder", [Stale, Twice, Unable])
-def test_a_graph_that_errs_is_not_used_and_leaves_no_trace(recorder, caplog):
-    ordinary, graphed = make_trainer(), make_trainer()
+def test_a_graph_that_errs_is_not_used_and_leaves_no_trace(recorder, ordinary_run, caplog):
+    (ordinary, expected), graphed = ordinary_run, make_trainer()
     graphed.record_graphs(recorder())
-    assert train(graphed, 5) == train(ordinary, 5)
+    assert train(graphed, 5) == expected
     assert_equal_state(graphed, ordinary)
     assert caplog.text.count("training goes on without them") == 1
     assert ("them: operation not permitted when stream is capturing" in caplog.text) == (recorder is Unable)
@@ -171,14 +178,23 @@ def run_out(trainer, monkeypatch, times):
     monkeypatch.setattr(trainer.engine, "losses", losses)
 
 
+@pytest.fixture(scope="module")
+def ordinary_losses():
+    """Of four steps without graphs, and of three behind them."""
+    trainer = make_trainer()
+    return train(trainer, 4), train(trainer, 3, first=8)
+
+
 @pytest.mark.parametrize("adapt", [False, True])
 @pytest.mark.parametrize("times", [1, 2])
-def test_memory_that_runs_out_takes_the_graphs_first_and_then_ends_the_run(monkeypatch, caplog, times, adapt):
-    trainer, ordinary = make_trainer(), make_trainer()
-    for one in (trainer, ordinary):
-        one.plan = dataclasses.replace(one.plan, adapt_memory=adapt)
+def test_memory_that_runs_out_takes_the_graphs_first_and_then_ends_the_run(
+    monkeypatch, caplog, ordinary_losses, times, adapt
+):
+    trainer = make_trainer()
+    trainer.plan = dataclasses.replace(trainer.plan, adapt_memory=adapt)
     trainer.record_graphs(HostRecorder())
-    assert train(trainer, 4) == pytest.approx(train(ordinary, 4), rel=1e-6)
+    before, after = ordinary_losses
+    assert train(trainer, 4) == pytest.approx(before, rel=1e-6)
     assert trainer.graphs.shapes == 1
     run_out(trainer, monkeypatch, times)
     if times == 2:
@@ -189,7 +205,7 @@ def test_memory_that_runs_out_takes_the_graphs_first_and_then_ends_the_run(monke
         assert trainer.step == 4
         assert not trainer.base.gradient_checkpointing
         return
-    assert train(trainer, 3, first=8) == pytest.approx(train(ordinary, 3, first=8), rel=1e-6)
+    assert train(trainer, 3, first=8) == pytest.approx(after, rel=1e-6)
     assert trainer.graphs.shapes == 0
     assert caplog.text.count("step 5: out of memory on") == 1
     assert caplog.text.count("cuda_graphs are off from here on") == 1
@@ -239,7 +255,7 @@ def two_ranks(group, graphed):
     assert len(trainer.engine.reduction.buckets) > 2
     if graphed:
         trainer.record_graphs(HostRecorder())
-    losses = train(trainer, 7, first=100 * group.dist_rank)
+    losses = train(trainer, 5, first=100 * group.dist_rank)
     return losses, trainer.engine.adapters(), trainer.graphs.shapes if graphed else 0
 
 
@@ -257,7 +273,7 @@ def test_ever_new_shapes_record_no_more_than_the_limit(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "MOST_GRAPHS", 1)
     trainer, recorder = make_trainer(), HostRecorder()
     trainer.record_graphs(recorder)
-    train(trainer, 9)
+    train(trainer, 6)
     assert (recorder.recorded, trainer.graphs.shapes) == (1, 1)
 
 

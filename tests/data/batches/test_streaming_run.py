@@ -66,16 +66,16 @@ def rows(output_dir):
 
 @pytest.mark.slow
 def test_two_ranks_over_unequal_shards_killed_and_continued_equal_the_undisturbed_run(words, tmp_path):
-    words += ["number_of_steps=16", "save_every=4"]
+    words += ["number_of_steps=10", "save_every=4"]
     assert run_both(words, tmp_path / "whole") == [0, 0]
     whole = rows(tmp_path / "whole")
-    assert [row["step"] for row in whole] == list(range(1, 17))
+    assert [row["step"] for row in whole] == list(range(1, 11))
     # A step is one clip of each rank, however many clips its shards hold.
     assert all(len(row["clips"]) == 2 for row in whole)
     repeated = [row["repeated_clips"] for row in whole]
     assert repeated == sorted(repeated)
     assert repeated[0] == 0
-    assert 2 * 16 - sum(SIZES) <= repeated[-1] < 2 * 16
+    assert 2 * 10 - sum(SIZES) <= repeated[-1] < 2 * 10
     with ranks_of(words, tmp_path / "killed") as ranks:
         deadline = time.monotonic() + 120
         # A save is finished beside the steps that follow it.
@@ -88,12 +88,12 @@ def test_two_ranks_over_unequal_shards_killed_and_continued_equal_the_undisturbe
         assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * 2
     assert run_both(words, tmp_path / "killed") == [0, 0]
     continued = rows(tmp_path / "killed")
-    assert [row["resumed_from"] for row in continued if "resumed_from" in row][0] in (4, 8, 12)
+    assert [row["resumed_from"] for row in continued if "resumed_from" in row][0] in (4, 8)
     for key in ("step", "loss", "grad_norm", "clips", "repeated_clips"):
         assert [row[key] for row in continued] == [row[key] for row in whole], key
     expected, found = (load_file(tmp_path / name / "lora.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(expected[key], found[key]) for key in expected)
-    assert f"32 clips trained on, {repeated[-1]} of them repeated" in (tmp_path / "whole.log-0").read_text()
+    assert f"20 clips trained on, {repeated[-1]} of them repeated" in (tmp_path / "whole.log-0").read_text()
 
 
 @pytest.mark.slow
