@@ -25,7 +25,6 @@ from sa3dist.inspection.clip import InspectedClip
 from sa3dist.inspection.duplicates import exact_duplicates, near_duplicates
 from sa3dist.inspection.excerpts import Excerpts
 from sa3dist.inspection.measure import measure_clip
-from sa3dist.model.loading import known_config
 
 LENGTH_BINS = 20
 
@@ -212,12 +211,3 @@ def _spread(values: list[float]) -> dict[str, float]:
         "median": round(statistics.median(values), 3),
         "max": round(max(values), 3),
     }
-
-
-def framing_of(model: str) -> tuple[float, int, int]:
-    """(native seconds, sample rate in Hz, samples per latent frame) of a base, from its config; weights stay unread.
-
-    model   a released name or a directory. Raises CheckpointError.
-    """
-    config = known_config(model)
-    return config.native_seconds, config.sample_rate_hz, config.samples_per_frame

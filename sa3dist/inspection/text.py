@@ -1,14 +1,16 @@
 """`sa3dist inspect` on the command line: the report as tables in the terminal, as JSON or as an HTML file."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
 
 from sa3dist import config
 from sa3dist.data.remote.local_paths import home_path
@@ -16,13 +18,10 @@ from sa3dist.errors import ConfigError, counted, printable
 from sa3dist.formats import LeftOut
 from sa3dist.inspection.html import MEGABYTES, write_html
 from sa3dist.inspection.overview import overview_rows
-from sa3dist.inspection.report import Report, framing_of, inspect_source
+from sa3dist.inspection.report import Report, inspect_source
+from sa3dist.model.loading import known_config
 from sa3dist.progress import progress
 from sa3dist.runtime.exit_status import command
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
 
 # A terminal is for a look; --json and --html hold every clip.
 MAX_ROWS = 200
@@ -53,7 +52,8 @@ def inspect(options: argparse.Namespace) -> None:
     if not options.megabytes > 0:
         raise ConfigError(f"--megabytes: {options.megabytes} leaves no page; give a number above 0")
     settings = config.build(config.read_arguments(options.words) | {"audio_data_url": options.dataset})
-    framing = framing_of(settings.model)
+    base = known_config(settings.model)
+    framing = base.native_seconds, base.sample_rate_hz, base.samples_per_frame
     # As many clips as there are cores are measured at a time: one clip needs no threads of its own.
     torch.set_num_threads(1)
     with progress("inspect", 1, shown=True) as update:
@@ -70,23 +70,15 @@ def inspect(options: argparse.Namespace) -> None:
 
 def show(report: Report) -> None:
     """Print the tables to stdout."""
-    from rich import box
-    from rich.cells import cell_len
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Column, Table
-
     console = Console()
     console.print(escape(report.source), style="italic", soft_wrap=True)
     overview = Table("", Column(overflow="fold"), show_header=False)
     for name, value in overview_rows(report.summary()):
         overview.add_row(name, escape(value))
     console.print(overview)
-    figures = [Column(name, justify="right", no_wrap=True) for name in FIGURES]
-    name = Column("clip", overflow="fold", min_width=NAME_COLUMNS)
     clips = Table(
-        name,
-        *figures,
+        Column("clip", overflow="fold", min_width=NAME_COLUMNS),
+        *(Column(name, justify="right", no_wrap=True) for name in FIGURES),
         Column("training", no_wrap=True),
         title="clips",
         box=box.SIMPLE_HEAD,

@@ -97,11 +97,11 @@ def write_text_encoder(directory: Path, seed: int) -> None:
     )
     with torch.device("meta"):
         shapes = {name: tuple(value.shape) for name, value in T5GemmaEncoderModel(config).named_parameters()}
-    tensors = {}
-    for name, shape in shapes.items():
-        # Norm weights are offsets from 1; matrices keep the scale of their input.
-        spread = 0.1 if len(shape) == 1 else shape[1] ** -0.5
-        tensors[name] = uniform(f"{seed}/text/{name}", shape, 0.0, spread, "cpu")
+    # Norm weights are offsets from 1; matrices keep the scale of their input.
+    tensors = {
+        name: uniform(f"{seed}/text/{name}", shape, 0.0, 0.1 if len(shape) == 1 else shape[1] ** -0.5, "cpu")
+        for name, shape in shapes.items()
+    }
     write_safetensors(directory / "model.safetensors", tensors, {"format": "pt"})
     value = config.to_dict()
     value.pop("transformers_version", None)

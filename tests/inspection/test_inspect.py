@@ -22,7 +22,8 @@ from sa3dist.inspection.html import page_of
 from sa3dist.inspection.loudness import integrated_loudness, k_weighting
 from sa3dist.inspection.measure import Measurement, fingerprint_distance_db
 from sa3dist.inspection.png import png
-from sa3dist.inspection.report import framing_of, inspect_source
+from sa3dist.inspection.report import inspect_source
+from sa3dist.model.loading import known_config
 from tests.helpers.clips import captioned, encode, tone, write_folder, write_zip
 from tests.helpers.pages import Elements
 
@@ -283,5 +284,6 @@ def test_a_report_without_a_usable_clip_still_renders(tmp_path):
 
 
 def test_the_released_bases_frame_as_published():
-    assert framing_of("medium-base") == (380.0, 44100, 4096)
-    assert framing_of("small-music-base") == (120.0, 44100, 4096)
+    for name, seconds in (("medium-base", 380.0), ("small-music-base", 120.0)):
+        base = known_config(name)
+        assert (base.native_seconds, base.sample_rate_hz, base.samples_per_frame) == (seconds, 44100, 4096)

@@ -91,8 +91,7 @@ class ClipCache:
             if path.suffix == ".tmp":
                 # Writers hold the lock, and so do we: this one was killed.
                 path.unlink(missing_ok=True)
-                continue
-            # A reader that found it damaged may have removed it.
+            # Gone by that, or by a reader that found it damaged.
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
                 held.append((status.st_mtime_ns, status.st_size, path))

@@ -61,10 +61,10 @@ class FolderContainer(Container):
         # Some of them only the system may list.
         if top.is_symlink():
             self.system += 1
-            return
-        for folder, _, files in os.walk(top):
-            for child in sorted(files):
-                self._admit(os.path.normpath(os.path.join(name, os.path.relpath(folder, top), child)), 0, None)
+        else:
+            for folder, _, files in os.walk(top):
+                for child in sorted(files):
+                    self._admit(os.path.normpath(os.path.join(name, os.path.relpath(folder, top), child)), 0, None)
 
     def read(self, member: Member) -> bytes:
         try:
@@ -80,13 +80,11 @@ class FolderContainer(Container):
             status = path.stat()
         except OSError as error:
             lost = isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP
-            fault = "is a link to nothing; remove it or copy the file there"
-            if not lost:
-                fault = f"cannot be looked at ({error.strerror}); check its permissions"
-            self._admit(name, 0, None, fault)
-            return
-        fault = None if stat.S_ISREG(status.st_mode) else "is a device or pipe, expected a file"
-        self._admit(name, status.st_size, path, fault)
+            seen = f"cannot be looked at ({error.strerror}); check its permissions"
+            self._admit(name, 0, None, "is a link to nothing; remove it or copy the file there" if lost else seen)
+        else:
+            fault = None if stat.S_ISREG(status.st_mode) else "is a device or pipe, expected a file"
+            self._admit(name, status.st_size, path, fault)
 
     def _unreadable(self, error: OSError) -> None:
         raise DataError(

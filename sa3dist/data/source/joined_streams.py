@@ -1,6 +1,7 @@
 """Find audio that a decoder would drop: a second stream joined with cat, or MP3 frames its header does not count."""
 
 import functools
+import re
 import struct
 from collections.abc import Iterator
 
@@ -121,11 +122,11 @@ def _ogg_streams(data: bytes) -> tuple[int, int]:
         segments = data[place + 26]
         if data[place + 4] != 0:
             place += 4
-            continue
-        begins = bool(data[place + 5] & 2)
-        streams += begins and not in_heads
-        in_heads = begins
-        place = end = place + 27 + segments + sum(data[place + 27 : place + 27 + segments])
+        else:
+            begins = bool(data[place + 5] & 2)
+            streams += begins and not in_heads
+            in_heads = begins
+            place = end = place + 27 + segments + sum(data[place + 27 : place + 27 + segments])
     return streams, end
 
 
@@ -173,13 +174,8 @@ def _headings(data: bytes, start: int = 0) -> set[int]:
 
     start   place of ``data`` in the file
     """
-    found = set()
-    for mark in (b"Xing", b"Info", b"VBRI"):
-        at = data.find(mark)
-        while at >= 0:
-            found.update(start + at - before for before in _HEADINGS_AT)
-            at = data.find(mark, at + 1)
-    return found
+    marks = (found.start() for mark in (b"Xing", b"Info", b"VBRI") for found in re.finditer(mark, data))
+    return {start + at - before for at in marks for before in _HEADINGS_AT}
 
 
 def _mp3_frames(data: bytes) -> Iterator[tuple[int, tuple[int, int, int, int]]]:
@@ -188,20 +184,17 @@ def _mp3_frames(data: bytes) -> Iterator[tuple[int, tuple[int, int, int, int]]]:
     tags = dict.fromkeys((b"ID3", b"APETAGEX"), -1)
     while place + 4 <= len(data):
         frame = _frame(data[place : place + 4])
-        if frame and (in_step or _in_a_row(data, place)):
-            in_step = True
+        in_step = frame is not None and (in_step or _in_a_row(data, place))
+        if in_step:
             yield place, frame
             place += frame[0]
-            continue
-        in_step = False
-        tag = _tag_size(data, place)
-        if tag:
+        elif tag := _tag_size(data, place):
             place += tag
-            continue
-        for mark, at in tags.items():
-            if at <= place:
-                tags[mark] = _found(data, mark, place + 1)
-        place = min(_found(data, b"\xff", place + 1), *tags.values())
+        else:
+            for mark, at in tags.items():
+                if at <= place:
+                    tags[mark] = _found(data, mark, place + 1)
+            place = min(_found(data, b"\xff", place + 1), *tags.values())
 
 
 def _found(data: bytes, mark: bytes, start: int) -> int:

@@ -89,10 +89,8 @@ def own_names(names: Iterable[str]) -> set[str]:
     An archive of one folder is that folder.
     """
     names = list(names)
-    listed, folders = in_names(names), {""}
-    for name in names:
-        parts = name.split("/")
-        folders |= {"/".join(parts[:depth]) for depth in range(1, len(parts))}
+    listed = in_names(names)
+    folders = {"/".join(parts[:depth]) for parts in (name.split("/") for name in names) for depth in range(len(parts))}
     files, children = listed("")
     top = next(iter(children)) if len(children) == 1 and not files else ""
     prefix = f"{top}/" if top else ""

@@ -98,7 +98,9 @@ class _Pairing:
             if not sounds and stem in unreadable:
                 self._leave_out(_OF_UNREADABLE, *map(_where, texts))
             elif len(sounds) == len(texts) == 1:
-                pairs.append(_pair(sounds[0], texts[0]))
+                (sound,), (caption,) = sounds, texts
+                name, text = _without_extension(sound.name), caption.text if isinstance(caption, _Line) else caption
+                pairs.append(Pair(name, extension_of(sound.name), sound, text, _where(caption)))
             elif len(sounds) == 1 and not texts and (table := self._table_above(sounds[0].name)):
                 reason = f"its caption may be in {printable(table)}, which is refused"
                 unread[_without_extension(sounds[0].name)] = (reason,)
@@ -175,11 +177,6 @@ class _Pairing:
 
 def _lies_below(name: str, table: str) -> bool:
     return PurePosixPath(name).is_relative_to(PurePosixPath(table).parent)
-
-
-def _pair(sound: Member, caption: Member | _Line) -> Pair:
-    text = caption.text if isinstance(caption, _Line) else caption
-    return Pair(_without_extension(sound.name), extension_of(sound.name), sound, text, _where(caption))
 
 
 def _stem(name: str) -> str:
