@@ -175,16 +175,11 @@ class Settings(ListeningFields):
         except ConfigError as error:
             raise ValueError(str(error)) from error
 
-    @field_validator("name")
-    @classmethod
-    def _name_is_no_path(cls, value: str) -> str:
-        if "/" in value or value in (".", ".."):
-            raise ValueError(f"{value!r} is a path, expected a plain name; output_dir says where results go")
-        return value
-
     @field_validator("name", "output_dir", "work_dir")
     @classmethod
-    def _can_be_made(cls, value: Any) -> Any:
+    def _can_be_made(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.field_name == "name" and ("/" in value or value in (".", "..")):
+            raise ValueError(f"{value!r} is a path, expected a plain name; output_dir says where results go")
         if value is not None and not can_be_named(value):
             raise ValueError("has a part that is no file name: at most 255 bytes, and no NUL")
         return value

@@ -91,10 +91,11 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
             stop.raise_if_requested("starting")
         _run_connected(settings, stop, stages, running)
 
-    def output_dir() -> Path | None:
-        return None if arguments.print_config else config.output_dir_of(values)
-
-    code = run_program(body, output_dir, lambda: running[0].step if running else 0)
+    code = run_program(
+        body,
+        lambda: None if arguments.print_config else config.output_dir_of(values),
+        lambda: running[0].step if running else 0,
+    )
     if running:
         running[0].leave()
     return code

@@ -61,8 +61,7 @@ def generate(options: argparse.Namespace) -> None:
     try:
         make_clips(options)
     except torch.OutOfMemoryError:
-        text = "out of memory; fewer --seconds, a narrower --precision or --device cpu may fit"
-        raise OutOfMemory(text) from None
+        raise OutOfMemory("out of memory; fewer --seconds, a narrower --precision or --device cpu may fit") from None
 
 
 def make_clips(options: argparse.Namespace) -> None:
@@ -72,8 +71,10 @@ def make_clips(options: argparse.Namespace) -> None:
         raise ConfigError("--device: torch finds no CUDA device here; use cpu")
     if not all(map(is_text, options.prompt)):
         raise ConfigError("--prompt: holds bytes that are not UTF-8; type it in a UTF-8 terminal")
-    weighted = [split_weight(argument) for argument in options.adapter]
-    adapters = [(read_source(Path(expand_home(path)))[0], strength) for path, strength in weighted]
+    adapters = [
+        (read_source(Path(expand_home(path)))[0], strength)
+        for path, strength in [split_weight(argument) for argument in options.adapter]
+    ]
     model = options.model or next((file.base for file, _ in adapters), None)
     if model is None:
         raise ConfigError("--model: is needed, as no adapter names its base; give a released name or a directory")

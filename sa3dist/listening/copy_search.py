@@ -3,25 +3,21 @@
 Legend: C channels, N samples, D latent channels or bands, T frames.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from sa3dist.data.batches.batch_source import BatchSource
+from sa3dist.data.latents.cache import EncodedClips
 from sa3dist.data.latents.crops import EncodedCrops
 from sa3dist.data.latents.source import LatentDataset
 from sa3dist.flow.crops import SILENCE_PEAK
+from sa3dist.formats import ClipEntry
 from sa3dist.listening.copying import View, row_of
 from sa3dist.listening.nearest import RANGE_DB, WINDOW_SECONDS, Match, mel_frames, nearest, windows_of, without_silence
-
-if TYPE_CHECKING:
-    from sa3dist.data.batches.batch_source import BatchSource
-    from sa3dist.data.latents.cache import EncodedClips
-    from sa3dist.formats import ClipEntry
 
 # Held-out clips that are compared at most: what more of them could say is little.
 MOST_HELD_OUT = 32

@@ -3,20 +3,17 @@
 Legend: O fan_out, I fan_in, R rank. D = L R is the update, s its scale, V = W0 + s D.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from sa3dist_kernels.weight_norms import EPS
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from sa3dist.adapters.layers import AdaptedLayer
+from sa3dist.adapters.layers import AdaptedLayer
 
 # Of W0 at a time, in float32: 16 MB, so that nothing the training needs is taken from it.
 BLOCK_ELEMENTS = 1 << 22

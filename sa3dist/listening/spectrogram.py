@@ -38,8 +38,7 @@ def levels(audio_CN: Tensor, rate: int) -> Tensor:
 
 def write_spectrogram(path: Path, audio_CN: Tensor, rate: int) -> None:
     """Write the picture of a clip, whole or not at all."""
-    levels_MP = levels(audio_CN, rate).clamp(max=0)
-    shades_MP = (255 * (1 - levels_MP / FLOOR_DB)).round().to(torch.uint8).flip(0)
+    shades_MP = (255 * (1 - levels(audio_CN, rate).clamp(max=0) / FLOOR_DB)).round().to(torch.uint8).flip(0)
     steps = np.linspace(0, len(COLOURS) - 1, 256)
     palette = np.stack([np.interp(steps, range(len(COLOURS)), part) for part in zip(*COLOURS, strict=True)], axis=1)
     picture = shades_MP.repeat_interleave(POINTS_PER_BAND, dim=0).numpy()

@@ -1,18 +1,12 @@
 """Everything that watches a run, as its settings ask for it: one more of them is one line here."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
+from sa3dist.data.batches.batch_source import BatchSource
 from sa3dist.listening import copies, health, previews
+from sa3dist.model.base import Base
 from sa3dist.report import background
+from sa3dist.training.observers import Observer
+from sa3dist.training.trainer import Trainer
 from sa3dist.validation import observer as validation
-
-if TYPE_CHECKING:
-    from sa3dist.data.batches.batch_source import BatchSource
-    from sa3dist.model.base import Base
-    from sa3dist.training.observers import Observer
-    from sa3dist.training.trainer import Trainer
 
 
 def observers_of(trainer: Trainer, base: Base, source: BatchSource) -> list[Observer]:

@@ -73,8 +73,10 @@ class Generation:
         The reference computes up to two more, which no valid frame attends to and which are cut off.
         """
         size = config.samples_per_frame
-        headroom = HEADROOM_SECONDS * config.sample_rate_hz // size
-        return min(math.ceil(self.samples(config) / size) + headroom, config.sample_size // size)
+        return min(
+            math.ceil(self.samples(config) / size) + (HEADROOM_SECONDS * config.sample_rate_hz // size),
+            config.sample_size // size,
+        )
 
     def clips(
         self,
@@ -110,10 +112,8 @@ class Generation:
             return torch.stack([draw_noise(frames, channels, draw) for draw in draws]).to(base.device)
 
         prompts = base.embed_prompts(*hidden), hidden[1].to(base.device)
-        guidance = Guidance(self.cfg_scale)
-        return sample(base, noise, prompts, self.seconds, self.steps, guidance, before_step=before_step)
+        return sample(base, noise, prompts, self.seconds, self.steps, Guidance(self.cfg_scale), before_step=before_step)
 
     def decode(self, base: Base, latents_DT: Tensor) -> Tensor:
         """Audio (C, N) of one clip."""
-        audio_CN = base.decode_latents(latents_DT[None])[0, :, : self.samples(base.config)]
-        return audio_CN.clamp(-1, 1).cpu()
+        return base.decode_latents(latents_DT[None])[0, :, : self.samples(base.config)].clamp(-1, 1).cpu()

@@ -53,8 +53,7 @@ class ReportWriter(Observer):
         self._stop = stop
         if self._group.is_main:
             with contextlib.suppress(OSError):
-                where = self._group.device, self._group.world_size
-                record_start(self._settings.output_dir, self._first_step, *where)
+                record_start(self._settings.output_dir, self._first_step, self._group.device, self._group.world_size)
 
     def after_save(self, step: int, last: bool) -> None:
         if self._group.is_main and not last:

@@ -81,8 +81,7 @@ def make_grid(runs: Sequence[RunFolder], page: Path, space: Space, inside: bool)
                 _put_nearest_inside(columns[number].run, cell, space)
     keys = dict.fromkeys(key for cells in by_column for key in cells)
     rows = [(prompt, [cells.get((number, prompt)) for cells in by_column]) for number, prompt in sorted(keys)]
-    left = sum(not cell.inside for cells in by_column for cell in cells.values())
-    return Grid(columns, rows, left)
+    return Grid(columns, rows, sum(not cell.inside for cells in by_column for cell in cells.values()))
 
 
 def _columns(runs: Sequence[RunFolder]) -> list[Column]:
@@ -160,12 +159,14 @@ def _put_nearest_inside(run: RunFolder, cell: Cell, space: Space) -> None:
         return
     seconds = cell.preview.about.get("seconds")
     with contextlib.suppress(OSError, soundfile.SoundFileError):
-        source = training_clip(run.index, clip)
-        audio = ogg(source, cell.nearest.begin_seconds, seconds if is_number(seconds) else NEAREST_SECONDS)
+        audio = ogg(
+            training_clip(run.index, clip),
+            cell.nearest.begin_seconds,
+            seconds if is_number(seconds) else NEAREST_SECONDS,
+        )
         address = data_url("audio/ogg", audio)
         cell.nearest.audio = address if space.take(address) else ""
 
 
 def _entry(run: RunFolder, key: str) -> ClipEntry | None:
-    clips = run.index.clips if run.index else ()
-    return next((clip for clip in clips if clip.key == key), None)
+    return next((clip for clip in (run.index.clips if run.index else ()) if clip.key == key), None)

@@ -49,8 +49,7 @@ def render_runs(runs: Sequence[RunFolder], page: Path, megabytes: float = MEGABY
         "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
     # What the rest of the page takes is known only once it is written.
-    empty = make_grid(runs, page, Space(0), inside=False)
-    taken = len(render("page.html", {**values, "grid": empty}).encode())
+    taken = len(render("page.html", {**values, "grid": make_grid(runs, page, Space(0), inside=False)}).encode())
     grid = make_grid(runs, page, Space(int(megabytes * 1e6) - taken), inside)
     return render("page.html", {**values, "grid": grid})
 

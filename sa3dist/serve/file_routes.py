@@ -24,10 +24,12 @@ async def _small_body(service: Service, request: Request) -> dict[str, Any]:
     return read_body(await read_bounded(service, request, 1 << 20) or b"{}")
 
 
-def _note(service: Service, caller: Caller, name: str, content_type: str, request: Request) -> StoredFile:
+def _note(service: Service, caller: Caller, name: str, request: Request, content_type: str | None = None) -> StoredFile:
+    """content_type: of the file; None: the request's own, which brings it."""
     seconds = lifetime(request.headers)
     expires = None if seconds is None else time.time() + seconds
-    kind = content_type[:100] if content_type.isprintable() else "application/octet-stream"
+    kind = request.headers.get("content-type", "application/octet-stream") if content_type is None else content_type
+    kind = kind[:100] if kind.isprintable() else "application/octet-stream"
     return StoredFile(service.files.new_id(), caller.id, plain_name(name), kind, 0, time.time(), expires)
 
 
@@ -69,7 +71,7 @@ async def initiate(request: Request) -> Response:
     service, base = service_of(request), base_of(request)
     caller, words = service.caller(request), await _small_body(service, request)
     name, kind = str(words.get("file_name", "")), str(words.get("content_type", "application/octet-stream"))
-    note = _note(service, caller, name, kind, request)
+    note = _note(service, caller, name, request, kind)
     await asyncio.to_thread(service.files.begin_parts, note)
     expires = int(time.time()) + UPLOAD_SECONDS
     signed = f"expires={expires}&signature={service.signer.sign('upload', [note.id], expires)}"
@@ -110,9 +112,8 @@ async def put_signed(request: Request, upload_id: str, expires: str = "", signat
 async def upload(request: Request) -> Response:
     """A whole file; its name in X-Fal-File-Name."""
     service = service_of(request)
-    kind = request.headers.get("content-type", "application/octet-stream")
     caller = service.caller(request, is_upload=True)
-    note = _note(service, caller, request.headers.get("x-fal-file-name", ""), kind, request)
+    note = _note(service, caller, request.headers.get("x-fal-file-name", ""), request)
     note = await _receive(service, request, note)
     return JSONResponse({"access_url": _address(base_of(request), note), "url": _address(base_of(request), note)})
 
@@ -121,8 +122,7 @@ async def upload(request: Request) -> Response:
 async def put_file(request: Request, name: str) -> Response:
     """A whole file by its name: curl --upload-file clips.zip."""
     service = service_of(request)
-    kind = request.headers.get("content-type", "application/octet-stream")
-    note = await _receive(service, request, _note(service, service.caller(request), name, kind, request))
+    note = await _receive(service, request, _note(service, service.caller(request), name, request))
     return JSONResponse({"url": _address(base_of(request), note), "file_size": note.size})
 
 
@@ -130,9 +130,8 @@ async def put_file(request: Request, name: str) -> Response:
 async def begin(request: Request) -> Response:
     """Begin an upload in parts."""
     service = service_of(request)
-    kind = request.headers.get("content-type", "application/octet-stream")
     caller = service.caller(request, is_upload=True)
-    note = _note(service, caller, request.headers.get("x-fal-file-name", ""), kind, request)
+    note = _note(service, caller, request.headers.get("x-fal-file-name", ""), request)
     await asyncio.to_thread(service.files.begin_parts, note)
     return JSONResponse({"access_url": _address(base_of(request), note), "uploadId": note.id})
 

@@ -93,8 +93,12 @@ class Kubernetes:
             time.sleep(LOOK_SECONDS)
 
     def _delete(self) -> None:
-        words = {"name": self._name, "namespace": self._namespace, "propagation_policy": "Foreground"}
-        self._ask(self._api.delete_namespaced_custom_object, **words)
+        self._ask(
+            self._api.delete_namespaced_custom_object,
+            name=self._name,
+            namespace=self._namespace,
+            propagation_policy="Foreground",
+        )
 
     def _ask(self, call: Any, **words: Any) -> Any:
         """The answer; None where there is no such object, or one of that name already. Raises EnvironmentFailure."""
@@ -122,8 +126,9 @@ def job_set(name: str, attempt: Attempt, words: dict[str, str]) -> dict[str, Any
     pod = job["template"]["spec"]
     container = pod["containers"][0]
     container["image"] = words.get("image", container["image"])
-    request = str(attempt.request)
-    container["command"] = [request if word.endswith("config.yaml") else word for word in container["command"]]
+    container["command"] = [
+        str(attempt.request) if word.endswith("config.yaml") else word for word in container["command"]
+    ]
     resources = container["resources"]
     resources["limits"]["nvidia.com/gpu"] = attempt.processes
     resources["requests"] |= {word: words[word] for word in ("cpu", "memory") if word in words}

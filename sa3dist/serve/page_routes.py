@@ -104,8 +104,7 @@ async def list_jobs(
     """The caller's jobs, an admin's everybody's."""
     service = service_of(request)
     caller = service.caller(request)
-    key = None if caller.is_admin else caller.id
-    return await asyncio.to_thread(_listed, service, key, limit, before)
+    return await asyncio.to_thread(_listed, service, None if caller.is_admin else caller.id, limit, before)
 
 
 def _listed(service: Service, key: str | None, limit: int, before: int | None) -> Jobs:

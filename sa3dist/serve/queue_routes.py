@@ -158,8 +158,7 @@ async def stream_status(request: Request, owner: str, name: str, job_id: str, lo
     caller = service.caller(request)
     await service.job(job_id, caller)
     service.waiters.check()
-    wanted = logs.lower() in ("1", "true", "yes")
-    events = _events(service, caller, job_id, base, wanted)
+    events = _events(service, caller, job_id, base, logs.lower() in ("1", "true", "yes"))
     return StreamingResponse(events, 200, {wire.REQUEST_ID: job_id, "Cache-Control": "no-cache"}, "text/event-stream")
 
 

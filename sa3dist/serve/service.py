@@ -87,8 +87,9 @@ class Slots:
     def check(self) -> None:
         """Raises WireError where none is free: before an answer begins, which cannot fail any more after that."""
         if self.taken >= self.most:
-            retry = {"X-Fal-Needs-Retry": "1"}
-            raise WireError(429, f"too many {self.what} at a time", "concurrent_requests_limit", retry)
+            raise WireError(
+                429, f"too many {self.what} at a time", "concurrent_requests_limit", {"X-Fal-Needs-Retry": "1"}
+            )
 
     @contextlib.contextmanager
     def one(self) -> Iterator[None]:

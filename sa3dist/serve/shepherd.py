@@ -59,8 +59,7 @@ class Shepherd:
             # A late start, of a server that was stopped meanwhile.
             return
         try:
-            attempt = self._begin()
-            self._executor.start(attempt)
+            self._executor.start(self._begin())
             code = self._watch()
         except Lost:
             self._end_trainer()
@@ -101,8 +100,9 @@ class Shepherd:
         handles = [take_lock(locks / f"job-{mine.job}", lambda: end_marked(is_older, self._check), self._check)]
         for device in sorted(gpus):
             self._keeper.show({"stage": f"waiting for GPU {device}"})
-            lock = locks / f"gpu-{device}"
-            handles.append(take_lock(lock, lambda: end_marked(is_on_my_gpu, self._check), self._check))
+            handles.append(
+                take_lock(locks / f"gpu-{device}", lambda: end_marked(is_on_my_gpu, self._check), self._check)
+            )
         settings = self._settings()
         attempts.share_work_of_base(Path(settings["work_dir"]), Path(self._options.work_dir))
         request = attempts.prepare(self._job, settings, self._folder)

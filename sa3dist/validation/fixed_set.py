@@ -3,24 +3,18 @@
 Suffixes: B clips, D latent channels, T latent frames.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 
+from sa3dist.data.batches.batch_source import BatchSource
 from sa3dist.data.batches.micro_batch import MicroBatch, collate, draw_sample
 from sa3dist.data.latents.pieces import CAPTION_COST, Piece
 from sa3dist.flow.crops import polarity_of_slot
 from sa3dist.formats import ClipEntry, digest_of
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from sa3dist.data.batches.batch_source import BatchSource
-    from sa3dist.model.base import Base
+from sa3dist.model.base import Base
 
 # Those of the reference trainer.
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,19 +15,17 @@ from sa3dist.adapters import set_strength
 from sa3dist.adapters.file import write_adapter_file
 from sa3dist.adapters.header import extras, header
 from sa3dist.adapters.layers import cached_norms
+from sa3dist.data.batches.batch_source import BatchSource
 from sa3dist.errors import counted
 from sa3dist.formats import BEST_ADAPTER_NAME, write_json
 from sa3dist.model.compiled import uncompiled
 from sa3dist.runtime import lease
 from sa3dist.runtime.process_group import main_process_first, run_on_all_ranks
+from sa3dist.runtime.signals import StopRequest
 from sa3dist.training.observers import Observation, Observer
+from sa3dist.training.trainer import Trainer
 from sa3dist.validation.fixed_set import TIMES, FixedSet
 from sa3dist.validation.history import BEST_NAME, GAIN, LOSS, SET, History
-
-if TYPE_CHECKING:
-    from sa3dist.data.batches.batch_source import BatchSource
-    from sa3dist.runtime.signals import StopRequest
-    from sa3dist.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -128,16 +126,20 @@ class Validation(Observer):
         if self.group.is_main:
             lease.end_if_over()
             description = trainer.description()
-            said = header(description), extras(description)
-            write_adapter_file(output_dir / BEST_ADAPTER_NAME, trainer.base.adapter_config, tensors, *said)
+            write_adapter_file(
+                output_dir / BEST_ADAPTER_NAME,
+                trainer.base.adapter_config,
+                tensors,
+                header(description),
+                extras(description),
+            )
             write_json(output_dir / BEST_NAME, {"step": step, LOSS: loss})
 
     def _mean_losses(self, step: int, stop: StopRequest) -> list[float] | None:
         """Mean loss over the set at each time, equal on all ranks; None where any rank was asked to stop."""
         group, crops = self.group, self.set.crops
         group.liveness.begin("validating")
-        mine = self.set.of_ranks(group.world_size)[group.dist_rank :: group.world_size]
-        found = self._losses(mine, step == 0, stop)
+        found = self._losses(self.set.of_ranks(group.world_size)[group.dist_rank :: group.world_size], step == 0, stop)
         # However long the slowest takes: a collective would not wait so long.
         run_on_all_ranks(group, f"validation-{step}", lambda: None, stop=None)
         # By rank, then by place: where a crop is there twice the first counts.
