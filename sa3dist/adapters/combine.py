@@ -23,7 +23,10 @@ def combine(files: Weighted) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
     Raises CheckpointError when the files belong to different bases or to layers of different shapes, and ConfigError
     for other types: with a magnitude the effective weight is no sum.
     """
-    _require_one_base(files)
+    bases = {file.metadata[BASE_KEY]: file.path for file, _ in files if BASE_KEY in file.metadata}
+    if len(bases) > 1:
+        one, other = list(bases.values())[:2]
+        raise CheckpointError(f"merge: {one} and {other} were trained on different bases ({BASE_KEY} in their headers)")
     kinds = {file.config.kind.name for file, _ in files}
     if kinds not in ({"lora"}, {"lora-xs"}):
         raise ConfigError(
@@ -113,13 +116,6 @@ def merged_weight(adapters: Sequence[tuple[AdapterOnDisk, float]], name: str) ->
     for adapter, factor in mine:
         total += factor * adapter.effective_weight(name)
     return total
-
-
-def _require_one_base(files: Weighted) -> None:
-    bases = {file.metadata[BASE_KEY]: file.path for file, _ in files if BASE_KEY in file.metadata}
-    if len(bases) > 1:
-        one, other = list(bases.values())[:2]
-        raise CheckpointError(f"merge: {one} and {other} were trained on different bases ({BASE_KEY} in their headers)")
 
 
 def _patterns(files: Weighted, held: Sequence[Iterable[str]]) -> tuple[list[str] | None, list[str] | None]:

@@ -71,10 +71,8 @@ def make_clips(options: argparse.Namespace) -> None:
         raise ConfigError("--device: torch finds no CUDA device here; use cpu")
     if not all(map(is_text, options.prompt)):
         raise ConfigError("--prompt: holds bytes that are not UTF-8; type it in a UTF-8 terminal")
-    adapters = [
-        (read_source(Path(expand_home(path)))[0], strength)
-        for path, strength in [split_weight(argument) for argument in options.adapter]
-    ]
+    weighted = map(split_weight, options.adapter)
+    adapters = [(read_source(Path(expand_home(path)))[0], strength) for path, strength in weighted]
     model = options.model or next((file.base for file, _ in adapters), None)
     if model is None:
         raise ConfigError("--model: is needed, as no adapter names its base; give a released name or a directory")

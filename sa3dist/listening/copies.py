@@ -75,9 +75,8 @@ class Copies(Observer):
         self._seconds = 0.0
         if self.group.is_main:
             self.file = RowsFile(Path(previews.output_dir) / COPIES_NAME, step)
-            self.search = Search(
-                source, math.ceil(previews.how.samples(self.base.config) / self.base.samples_per_frame), self._check
-            )
+            frames = math.ceil(previews.how.samples(self.base.config) / self.base.samples_per_frame)
+            self.search = Search(source, frames, self._check)
 
     def begin(self, stop: StopRequest) -> Observation | None:
         self._stop = stop

@@ -73,10 +73,8 @@ class Generation:
         The reference computes up to two more, which no valid frame attends to and which are cut off.
         """
         size = config.samples_per_frame
-        return min(
-            math.ceil(self.samples(config) / size) + (HEADROOM_SECONDS * config.sample_rate_hz // size),
-            config.sample_size // size,
-        )
+        headroom = HEADROOM_SECONDS * config.sample_rate_hz // size
+        return min(math.ceil(self.samples(config) / size) + headroom, config.sample_size // size)
 
     def clips(
         self,

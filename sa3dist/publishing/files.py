@@ -71,9 +71,8 @@ def make(folder: Path, with_captions: bool = False) -> dict[str, str]:
     description = describe(folder)
     picture = curves.draw([row for row in _rows(folder / "metrics.jsonl") if row.get("step", 0) <= description["step"]])
     adapters = [name for name in ADAPTERS if (folder / name).is_file()]
-    text = card.write(
-        description, previews_of(folder, description, with_captions), CURVES_NAME if picture else None, adapters
-    )
+    previews = previews_of(folder, description, with_captions)
+    text = card.write(description, previews, CURVES_NAME if picture else None, adapters)
     return {CARD_NAME: text, NOTICE_NAME: card.notice(description)} | ({CURVES_NAME: picture} if picture else {})
 
 
@@ -100,11 +99,7 @@ def to_upload(folder: Path) -> list[str]:
 
     Not config.json, metrics.jsonl or the JSON files of previews: they hold paths, names of clips and captions.
     """
-    heard = [
-        path
-        for preview in previews_of(folder, describe(folder), False)
-        for path in (preview.audio, preview.base, preview.picture)
-        if path
-    ]
+    previews = previews_of(folder, describe(folder), False)
+    heard = [path for preview in previews for path in (preview.audio, preview.base, preview.picture) if path]
     named = [*ADAPTERS, CARD_NAME, NOTICE_NAME, CURVES_NAME]
     return [path for path in [*named, *heard] if (folder / path).is_file()]

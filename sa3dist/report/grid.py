@@ -159,11 +159,8 @@ def _put_nearest_inside(run: RunFolder, cell: Cell, space: Space) -> None:
         return
     seconds = cell.preview.about.get("seconds")
     with contextlib.suppress(OSError, soundfile.SoundFileError):
-        audio = ogg(
-            training_clip(run.index, clip),
-            cell.nearest.begin_seconds,
-            seconds if is_number(seconds) else NEAREST_SECONDS,
-        )
+        source = training_clip(run.index, clip)
+        audio = ogg(source, cell.nearest.begin_seconds, seconds if is_number(seconds) else NEAREST_SECONDS)
         address = data_url("audio/ogg", audio)
         cell.nearest.audio = address if space.take(address) else ""
 

@@ -93,12 +93,8 @@ class Kubernetes:
             time.sleep(LOOK_SECONDS)
 
     def _delete(self) -> None:
-        self._ask(
-            self._api.delete_namespaced_custom_object,
-            name=self._name,
-            namespace=self._namespace,
-            propagation_policy="Foreground",
-        )
+        words = {"name": self._name, "namespace": self._namespace, "propagation_policy": "Foreground"}
+        self._ask(self._api.delete_namespaced_custom_object, **words)
 
     def _ask(self, call: Any, **words: Any) -> Any:
         """The answer; None where there is no such object, or one of that name already. Raises EnvironmentFailure."""
@@ -126,9 +122,8 @@ def job_set(name: str, attempt: Attempt, words: dict[str, str]) -> dict[str, Any
     pod = job["template"]["spec"]
     container = pod["containers"][0]
     container["image"] = words.get("image", container["image"])
-    container["command"] = [
-        str(attempt.request) if word.endswith("config.yaml") else word for word in container["command"]
-    ]
+    request = str(attempt.request)
+    container["command"] = [request if word.endswith("config.yaml") else word for word in container["command"]]
     resources = container["resources"]
     resources["limits"]["nvidia.com/gpu"] = attempt.processes
     resources["requests"] |= {word: words[word] for word in ("cpu", "memory") if word in words}

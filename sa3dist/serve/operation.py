@@ -100,11 +100,8 @@ class RequestLog:
             log.exception("not foreseen", extra={"fields": fields})
             if not status:
                 text = f"internal error; the server's log says more under {request_id}"
-                answer = JSONResponse(
-                    {"detail": text, "message": text, "error_type": "internal_error"},
-                    500,
-                    {"X-Fal-Error-Type": "internal_error"},
-                )
+                body = {"detail": text, "message": text, "error_type": "internal_error"}
+                answer = JSONResponse(body, 500, {"X-Fal-Error-Type": "internal_error"})
                 await answer(scope, receive, send_with_id)
         finally:
             REQUESTS.labels(scope["method"] if scope["method"] in METHODS else "other", status).inc()

@@ -87,9 +87,8 @@ class Slots:
     def check(self) -> None:
         """Raises WireError where none is free: before an answer begins, which cannot fail any more after that."""
         if self.taken >= self.most:
-            raise WireError(
-                429, f"too many {self.what} at a time", "concurrent_requests_limit", {"X-Fal-Needs-Retry": "1"}
-            )
+            retry = {"X-Fal-Needs-Retry": "1"}
+            raise WireError(429, f"too many {self.what} at a time", "concurrent_requests_limit", retry)
 
     @contextlib.contextmanager
     def one(self) -> Iterator[None]:

@@ -100,9 +100,8 @@ class Shepherd:
         handles = [take_lock(locks / f"job-{mine.job}", lambda: end_marked(is_older, self._check), self._check)]
         for device in sorted(gpus):
             self._keeper.show({"stage": f"waiting for GPU {device}"})
-            handles.append(
-                take_lock(locks / f"gpu-{device}", lambda: end_marked(is_on_my_gpu, self._check), self._check)
-            )
+            lock = locks / f"gpu-{device}"
+            handles.append(take_lock(lock, lambda: end_marked(is_on_my_gpu, self._check), self._check))
         settings = self._settings()
         attempts.share_work_of_base(Path(settings["work_dir"]), Path(self._options.work_dir))
         request = attempts.prepare(self._job, settings, self._folder)

@@ -37,12 +37,8 @@ def status(job: Job, base: str, position: int, logs: list[dict[str, Any]] | None
     if job.state == QUEUED:
         return {"status": "IN_QUEUE", **known, "queue_position": position}
     if job.state == RUNNING:
-        return {
-            "status": "IN_PROGRESS",
-            **known,
-            "logs": logs or [],
-            "progress": {"stage": job.stage, "step": job.step, "steps": job.steps},
-        }
+        progress = {"stage": job.stage, "step": job.step, "steps": job.steps}
+        return {"status": "IN_PROGRESS", **known, "logs": logs or [], "progress": progress}
     began = job.started or job.finished
     done = {"status": "COMPLETED", **known, "logs": logs or [], "metrics": {"inference_time": job.finished - began}}
     if job.state != SUCCEEDED:

@@ -59,9 +59,8 @@ class Trackers:
             for name, value in settings.as_dict().items()
             if name not in left_out
         }
-        run = kinds.TrackedRun(
-            settings.log_project, settings.name, _run_id(output_dir, resumed_from), output_dir, resumed_from, values
-        )
+        run_id = _run_id(output_dir, resumed_from)
+        run = kinds.TrackedRun(settings.log_project, settings.name, run_id, output_dir, resumed_from, values)
         self._resumed = resumed_from is not None
         self._threads = [
             _TrackerThread(name, partial(kind, run)) for name, kind in kinds.chosen(settings.log_with).items()

@@ -105,7 +105,10 @@ class Trainer:
         try:
             return self._step(first, stop)
         except OutOfMemory as problem:
-            self._drop_graphs(problem)
+            self.graphs_may_go = False
+            self.graphs.drop()
+            place = "rank {} on {}".format(*problem.origin)
+            log.warning("step %d: out of memory on %s; cuda_graphs are off from here on", self.step + 1, place)
         # The same micro batches once more: without graphs their gradients are the same.
         return self._step(again, stop)
 
@@ -225,12 +228,6 @@ class Trainer:
             # Where clips were encoded the stream of micro batches has ended with it: the step cannot be done again.
             return problem if computing else EnvironmentFailure(str(problem))
         return ending(problem, self.step + 1, self.plan, computing and not self.base.gradient_checkpointing)
-
-    def _drop_graphs(self, problem: OutOfMemory) -> None:
-        self.graphs_may_go = False
-        self.graphs.drop()
-        place = "rank {} on {}".format(*problem.origin)
-        log.warning("step %d: out of memory on %s; cuda_graphs are off from here on", self.step + 1, place)
 
     def clips_of_step(self) -> list[str]:
         """Keys of the clips all ranks trained on in the last step, in slot order; called on all ranks."""

@@ -126,13 +126,8 @@ class Validation(Observer):
         if self.group.is_main:
             lease.end_if_over()
             description = trainer.description()
-            write_adapter_file(
-                output_dir / BEST_ADAPTER_NAME,
-                trainer.base.adapter_config,
-                tensors,
-                header(description),
-                extras(description),
-            )
+            said = header(description), extras(description)
+            write_adapter_file(output_dir / BEST_ADAPTER_NAME, trainer.base.adapter_config, tensors, *said)
             write_json(output_dir / BEST_NAME, {"step": step, LOSS: loss})
 
     def _mean_losses(self, step: int, stop: StopRequest) -> list[float] | None:

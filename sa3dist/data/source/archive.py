@@ -10,7 +10,7 @@ from sa3dist.data.remote.local_paths import local_name
 from sa3dist.data.source.containers import Container, TarContainer
 from sa3dist.data.source.folders import FolderContainer
 from sa3dist.data.source.kinds import BESIDE_SHARDS, extension_of, is_audio, is_system
-from sa3dist.data.source.own_folders import OWN, is_own, on_disk
+from sa3dist.data.source.own_folders import OWN, is_below, is_own, on_disk, own_names
 from sa3dist.data.source.zips import ZipContainer
 from sa3dist.errors import DataError, counted, printable
 
@@ -39,7 +39,9 @@ def open_container(
             for path in paths:
                 _refuse_clips_among_results(path, directory, redacted(source))
         with _container(paths, redacted(source)) as container:
-            container.leave_out_own()
+            # What runs have left, as far as names tell; a folder passes over it while it is listed.
+            container.own += sorted(own_names(member.name for member in container.members))
+            container.members = [one for one in container.members if not is_below(one.name, container.own)]
             if container.own:
                 container.left_out[OWN] = [_with_sounds(paths[0], name) for name in container.own]
             yield container

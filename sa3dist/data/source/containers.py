@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 
 from sa3dist.data.remote.fetch import MAX_MEMBER_BYTES, MAX_TOTAL_BYTES
 from sa3dist.data.source.kinds import extension_of, is_audio, is_hidden_audio, is_manifest, is_system, kind_of
-from sa3dist.data.source.own_folders import is_below, own_names
 from sa3dist.errors import DataError, printable
 
 # 100,000 captioned clips are 200,000 members; each costs about 1 kB of memory here.
@@ -96,11 +95,6 @@ class Container(contextlib.AbstractContextManager):
 
         Raises DataError, without the member's name, when it is damaged or gone.
         """
-
-    def leave_out_own(self) -> None:
-        """Pass over what runs have left, as far as names tell; a folder does so while it is listed."""
-        self.own += sorted(own_names(member.name for member in self.members))
-        self.members = [member for member in self.members if not is_below(member.name, self.own)]
 
     def __exit__(self, *_: object) -> None:
         """Only a zip holds a file open."""
