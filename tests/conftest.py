@@ -1,5 +1,6 @@
 """Shared fixtures: the two tiny reference models, and the demo's base and clips."""
 
+import collections
 import gc
 import os
 import signal
@@ -101,9 +102,9 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(items):
-    # Long files first: a long one begun last would keep one process busy alone.
-    long = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in long)
+    # The files with the most long tests first: a long one begun last would keep one process busy alone.
+    long = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -long[item.path])
     if torch.cuda.is_available():
         return
     for item in items:

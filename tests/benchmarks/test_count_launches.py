@@ -81,15 +81,18 @@ def test_a_frozen_block_launches_at_most_95_kernels_forward_and_backward(counts,
 # Each takes a compilation. The stored counts, which these are held to, have all nine.
 @interpreted
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bora", "dora-cols-xs"])
-def test_a_step_launches_five_kernels_a_layer_and_a_hundred_more_than_the_frozen_model_at_most(counts, frozen, kind):
-    for row, bare in zip(counts.counted_step("ours", kind, depth=DEPTH), frozen, strict=True):
+@pytest.mark.parametrize(("kind", "lengths"), [("bora", 2), ("dora-cols-xs", 1)])
+def test_a_step_launches_five_kernels_a_layer_and_a_hundred_more_than_the_frozen_model_at_most(
+    counts, frozen, kind, lengths
+):
+    found = counts.counted_step("ours", kind, counts.FRAMES[:lengths], depth=DEPTH)
+    for row, bare in zip(found, frozen[:lengths], strict=True):
         assert row["total"] <= counts.most(bare, row)
         assert row["once_per_step"] <= counts.PER_STEP
-        for name, found in (("frozen", bare), (kind, row)):
+        for name, counted in (("frozen", bare), (kind, row)):
             expected = stored(name, row["frames"])
             for way in ("block_forward", "block_backward"):
-                assert found[way] == expected[way], f"count_launches.py --json {check_step.COUNTED.name} is due"
+                assert counted[way] == expected[way], f"count_launches.py --json {check_step.COUNTED.name} is due"
 
 
 def test_the_stored_counts_of_the_whole_model_keep_the_limits(counts):

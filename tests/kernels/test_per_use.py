@@ -217,9 +217,8 @@ def test_operators_keep_the_promises_that_the_compiler_relies_on(name):
         torch.library.opcheck(operator, tuple(map(detached, arguments)), test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize(("impl", "name"), [("triton", "dora-rows"), ("triton", "bora"), ("auto", "dora-rows")])
-def test_the_compiler_sees_through_the_layer_without_a_break(impl, name, backend):
+def test_the_compiler_sees_through_the_layer_without_a_break(impl, name):
     kind = ADAPTER_TYPES[name]
     weight, bias, params, frozen, x, grad = make_layer(kind, 5, 10, 6, 2, dtype=torch.float32)
 
@@ -228,7 +227,7 @@ def test_the_compiler_sees_through_the_layer_without_a_break(impl, name, backend
         return adapted_linear(1.5 * x, weight, bias, named, kind, 0.7, frozen=frozen, impl=impl).sin()
 
     torch._dynamo.reset()
-    compiled = torch.compile(block, backend=backend, fullgraph=True)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     plain, traced = (
         values_and_gradients(lambda form=form: form(x, *params.values()), x, params, grad) for form in (block, compiled)
     )

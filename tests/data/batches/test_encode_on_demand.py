@@ -144,7 +144,7 @@ def test_a_run_that_ends_while_clips_are_encoded_leaves_no_process_behind(tmp_pa
         for clip in (clip for number, clip in enumerate(index.clips) if number not in good):
             content[clip.audio_offset + 5000] ^= 1
         shard.write_bytes(content)
-    words += ["base_precision=fp32", "mixed_precision=no"]
+    words += ["base_precision=fp32", "mixed_precision=no", "report=false", "gradient_checkpointing=off"]
     with ForkedTrainer(words, tmp_path / "said") as process:
         deadline = time.monotonic() + 120
         while how == "SIGTERM" and "training 500 steps" not in process.said():

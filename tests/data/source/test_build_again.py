@@ -144,7 +144,7 @@ def test_a_kill_at_any_moment_leaves_nothing_wrong_and_the_next_run_gives_the_sa
         duration, _ = process.run(tmp_path / "whole")
         whole = published(tmp_path / "whole")
         assert clip_stats.NAME in whole
-        for moment in range(6):
+        for moment in range(4):
             work = tmp_path / f"killed-{moment}"
             # Half of them again and again in the same place, as a preempted job is.
             for times in range(1 + moment % 2):
@@ -159,4 +159,4 @@ def test_a_kill_at_any_moment_leaves_nothing_wrong_and_the_next_run_gives_the_sa
             assert published(work) == whole, moment
             index = build_shards(str(folder), work, max_shard_bytes=150_000)
             assert len(index.clips) == 40
-    assert killed >= 3
+    assert killed >= 2
