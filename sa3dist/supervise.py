@@ -104,13 +104,10 @@ class Supervisor:
                 elif ended_at is None:
                     ended_at = time.monotonic()
                 if ended_at is not None and time.monotonic() - ended_at > LINGER_SECONDS:
-                    self._kill_all()
-
-    def _kill_all(self) -> None:
-        """End the agent, and the ranks, which have sessions of their own."""
-        kill_descendants(self.child.pid)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.child.pid, signal.SIGKILL)
+                    # The agent, and the ranks, which have sessions of their own.
+                    kill_descendants(self.child.pid)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(self.child.pid, signal.SIGKILL)
 
     def _meant(self, code: int, status: Path, before: tuple | None) -> int:
         deadline = time.monotonic() + STATUS_SECONDS

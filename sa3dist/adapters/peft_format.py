@@ -48,14 +48,13 @@ def to_peft(
     if config.kind.cols:
         raise ConfigError(f"{file.path}: PEFT has no adapter for columns, which {config.adapter_type} scales")
     adapter = base() if config.kind.xs else None
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    names: dict[str, list[str]] = {}
+    parts: dict[str, tuple[list[str], dict[str, torch.Tensor]]] = {}
     for name, trained in file.layers().items():
         part, target = port_name(name) if port else (".", name)
         up, down = adapter.factors(name) if adapter else (trained["lora_B"], trained["lora_A"])
         up = reordered(name, up, down.shape[1]) if port else up
-        names.setdefault(part, []).append(target)
-        tensors = parts.setdefault(part, {})
+        targets, tensors = parts.setdefault(part, ([], {}))
+        targets.append(target)
         # A convolution's factors are convolutions of kernel size 1.
         tail = (1,) if name.endswith("_conv") else ()
         prefix = f"base_model.model.{target}"
@@ -68,7 +67,7 @@ def to_peft(
             # PEFT reads both names, the MLX runtime the second.
             key = f"{prefix}.lora_magnitude_vector" if port else f"{prefix}.lora_magnitude_vector.weight"
             tensors[key] = magnitude.reshape(shape).contiguous()
-    return {part: (_peft_config(config, names[part]), tensors) for part, tensors in parts.items()}
+    return {part: (_peft_config(config, targets), tensors) for part, (targets, tensors) in parts.items()}
 
 
 def port_name(name: str) -> tuple[str, str]:

@@ -37,6 +37,8 @@ def synthesise_clips(path_zip: Path, seed: int = 0, count: int = 24) -> None:
     Samples and captions depend on seed and count only, and so does every byte but those of ogg files, whose stream
     number libsndfile draws from the clock.
     """
+    import soundfile
+
     rng = np.random.default_rng(seed)
     seconds = rng.permutation(np.geomspace(*_SECONDS_RANGE, count))
     kinds = tuple(_SYNTHS.items())
@@ -44,14 +46,15 @@ def synthesise_clips(path_zip: Path, seed: int = 0, count: int = 24) -> None:
         for number in range(count):
             kind, synth = kinds[number % len(kinds)]
             # The shift by one per round keeps a kind from always meeting the same format.
-            extension, *codec = _FORMATS[(number + number // len(kinds)) % len(_FORMATS)]
+            extension, container, subtype = _FORMATS[(number + number // len(kinds)) % len(_FORMATS)]
             rate = _SAMPLE_RATES_HZ[(number // 2 + number // 8) % len(_SAMPLE_RATES_HZ)]
             channels = 1 + (number // 3) % 2
             mono_N, caption = synth(rng, np.arange(round(seconds[number] * rate)) / rate)
             stem = f"{kind}/{kind}_{number:02d}"
-            sound = _encode(_stage(rng, mono_N, channels), rate, *codec)
+            sound = io.BytesIO()
+            soundfile.write(sound, _stage(rng, mono_N, channels), rate, format=container, subtype=subtype)
             # ZipInfo's default date is a constant; writestr with a name would take the clock's.
-            archive.writestr(zipfile.ZipInfo(f"{stem}.{extension}"), sound)
+            archive.writestr(zipfile.ZipInfo(f"{stem}.{extension}"), sound.getvalue())
             archive.writestr(zipfile.ZipInfo(f"{stem}.txt"), f"{caption}, {seconds[number]:.1f} seconds")
 
 
@@ -111,24 +114,6 @@ def _stage(rng: np.random.Generator, mono_N: np.ndarray, channels: int) -> np.nd
     return (_PEAK * stage_NC / np.abs(stage_NC).max()).astype(np.float32)
 
 
-def _encode(audio_NC: np.ndarray, rate: int, container: str, subtype: str | None) -> bytes:
-    import soundfile
-
-    out = io.BytesIO()
-    soundfile.write(out, audio_NC, rate, format=container, subtype=subtype)
-    return out.getvalue()
-
-
-def prepare(clips: Path, base: Path) -> None:
-    """Make the demo's clips and its tiny base, where they are not there."""
-    from sa3dist.model.tiny import write_tiny_base
-
-    if not clips.exists():
-        synthesise_clips(clips)
-    if not (base / "model.safetensors").exists():
-        write_tiny_base(base)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """`make demo`: make clips and a tiny base, train on them, reload the adapter and say what it learned."""
     parser = argparse.ArgumentParser(prog="python -m sa3dist.commands.demo", description=main.__doc__)
@@ -137,12 +122,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from sa3dist import train
+    from sa3dist.model.tiny import write_tiny_base
     from sa3dist.report.page import PAGE_NAME
 
     # The tiny base's operations are too small to share: on a busy machine threads cost more than they give.
     torch.set_num_threads(1)
     clips, base = FOLDER / "clips.zip", FOLDER / "base"
-    prepare(clips, base)
+    if not clips.exists():
+        synthesise_clips(clips)
+    if not (base / "model.safetensors").exists():
+        write_tiny_base(base)
     if only_prepare:
         return 0
     code = train.main(["configs/demo.yaml"])

@@ -258,11 +258,9 @@ def _check_resampling(section: _Section, config: ResamplingConfig) -> None:
 def _fits(value, annotation) -> bool:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return any(_fits(value, member) for member in typing.get_args(annotation))
-    if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, annotation)
+    # To Python a bool is a whole number.
+    fits = isinstance(value, (int, float) if annotation is float else annotation)
+    return fits and (annotation is bool or not isinstance(value, bool))
 
 
 def _kind(value) -> str:

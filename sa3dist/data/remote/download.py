@@ -59,21 +59,17 @@ def download(
     transfer = _Transfer(system, path, size, part, label, limit, should_stop)
     persist(transfer.attempt, label, should_stop, transfer.moved)
     if "http" in system.protocol:
-        _refuse_answer(part, label)
+        # Web servers send a page of theirs with status 200.
+        with part.open("rb") as stream:
+            instead = answer_instead(stream.read(HEAD_BYTES))
+        if instead is not None:
+            part.unlink()
+            raise DataError(f"{label}: the server sends {instead}")
     if version_of(info):
         system.invalidate_cache()
         if version_of(remote_info(system, path, label, should_stop)) != version_of(info):
             part.unlink(missing_ok=True)
             raise EnvironmentFailure(f"{label}: changed while it was downloaded; run again")
-
-
-def _refuse_answer(part: Path, label: str) -> None:
-    """Raise DataError when the file is a page of the server: web servers send those with status 200."""
-    with part.open("rb") as stream:
-        instead = answer_instead(stream.read(HEAD_BYTES))
-    if instead is not None:
-        part.unlink()
-        raise DataError(f"{label}: the server sends {instead}")
 
 
 class Attempts:
@@ -88,11 +84,10 @@ class Attempts:
 
     def moved(self) -> bool:
         """Whether the failed attempt brought anything that stays; a smaller request is tried where it did not."""
-        if self.block and self.reached > self.begun:
-            return True
-        if self.block:
+        moved = self.block > 0 and self.reached > self.begun
+        if self.block and not moved:
             self.block = max(SMALLEST_BLOCK_BYTES, self.block // 4)
-        return False
+        return moved
 
 
 class _Transfer(Attempts):
