@@ -225,9 +225,7 @@ def filesystem(source: str) -> tuple[AbstractFileSystem, str]:
     """
     scheme = source.split("://", 1)[0].lower()
     try:
-        if scheme in ("http", "https"):
-            return _web(source, scheme)
-        return fsspec.core.url_to_fs(source)
+        return _web(source, scheme) if scheme in ("http", "https") else fsspec.core.url_to_fs(source)
     except ImportError as error:
         hint = _EXTRAS.get(scheme, "install the package it names")
         raise DataError(f"{redacted(source)}: {scheme}:// needs an optional package ({error}); {hint}") from error
