@@ -31,7 +31,8 @@ def name_the_non_finite(group: Group, step: int, losses: list[tuple[list[str], t
 def check_ranks_agree(group: Group, step: int, adapters: dict[str, torch.Tensor]) -> None:
     """Raises EnvironmentFailure on all ranks when they hold different, empty or non-finite adapters."""
     bad = next((name for name, value in adapters.items() if not (value.numel() and value.isfinite().all())), None)
-    held = group.gather((tensors_digest(adapters), bad))
+    # Alone there is nobody to differ from, and every save asks.
+    held = group.gather((tensors_digest(adapters) if group.world_size > 1 else "", bad))
     if len({digest for digest, _ in held}) > 1:
         raise EnvironmentFailure(f"step {step}: the ranks' adapters differ; state is as last saved")
     found = next((name for _, name in held if name is not None), None)

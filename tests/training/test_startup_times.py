@@ -3,6 +3,7 @@
 import gc
 import importlib
 import json
+import math
 import subprocess
 import sys
 import time
@@ -13,8 +14,11 @@ import torch
 from sa3dist import train
 from sa3dist.adapters import BasesCache, adapter_parameters, attach_adapter, svd_bases
 from sa3dist.adapters.svd_bases import gram_bases, singular_bases
+from sa3dist.errors import EnvironmentFailure
 from sa3dist.model.loading import load_base
 from sa3dist.runtime.lasting_imports import lasting_imports
+from sa3dist.runtime.process_group import Group
+from sa3dist.training import rank_checks
 from sa3dist.training.startup_times import Startup, imported_beside, keep_kernels_in
 from tests.helpers.golden import golden
 
@@ -140,6 +144,15 @@ def test_while_a_start_imports_nothing_is_searched_for_garbage_and_afterwards_it
     finally:
         gc.callbacks.pop()
         gc.unfreeze()
+
+
+def test_a_process_alone_hashes_no_adapters_and_still_refuses_those_that_are_not_finite(monkeypatch):
+    monkeypatch.setattr(rank_checks, "tensors_digest", lambda tensors: pytest.fail("nobody to compare with"))
+    alone, good = Group(0, 1, CPU), torch.ones(3)
+    rank_checks.check_ranks_agree(alone, 4, {"a": good})
+    for bad in (torch.tensor([1.0, math.nan]), torch.empty(0)):
+        with pytest.raises(EnvironmentFailure, match="step 4: b is empty or not finite"):
+            rank_checks.check_ranks_agree(alone, 4, {"a": good, "b": bad})
 
 
 @pytest.mark.parametrize("told", [None, "/elsewhere"])
