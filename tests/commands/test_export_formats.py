@@ -90,6 +90,7 @@ def test_a_layer_comfyui_cannot_patch_is_refused_or_left_out_by_name(base, tmp_p
 @pytest.mark.parametrize("kind", ["lora", "dora-rows", "lora-xs", "dora-rows-xs"])
 def test_peft_folders_make_the_port_answer_as_the_adapted_model(base, demo_base, tmp_path, kind):
     peft = pytest.importorskip("peft")
+    pytest.importorskip("diffusers")
     from diffusers.pipelines.stable_audio_3.modeling_stable_audio_3 import StableAudio3DurationEmbedder
 
     path = make_adapter(base, tmp_path / "a.safetensors", 1, adapter_type=kind, rank=4, alpha=6)

@@ -7,8 +7,6 @@ import torch
 
 from sa3dist.model.frequencies import expo_frequencies
 
-diffusers = pytest.importorskip("diffusers")
-
 
 def reorder(weight, order):
     blocks = weight.chunk(len(order))
@@ -36,7 +34,7 @@ def port_features(timestep):
 
 def port_of_dit(base):
     config = base.config.dit
-    port = diffusers.StableAudio3DiTModel(
+    port = pytest.importorskip("diffusers").StableAudio3DiTModel(
         io_channels=config.io_channels,
         embed_dim=config.embed_dim,
         depth=config.depth,

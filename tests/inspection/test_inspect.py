@@ -9,7 +9,6 @@ import re
 import numpy as np
 import pytest
 import rich.console
-import scipy.signal
 import soundfile
 import torch
 
@@ -61,6 +60,8 @@ def test_a_full_scale_sine_in_one_channel_has_the_loudness_the_standard_says(rat
 
 @pytest.mark.parametrize("block", [1000, 4800, 100_000])
 def test_loudness_equals_the_standards_filters_in_float64_however_it_is_cut(block):
+    import scipy.signal
+
     rng = np.random.default_rng(3)
     samples = rng.standard_normal((48000 * 6 + 1234, 2)) * 0.1
     # A quiet second half that the relative gate must leave out, and a silent end for the absolute one.

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-import scipy.signal
 
 from sa3dist.data.source.audio import SAMPLE_RATE_RANGE_HZ
 from sa3dist.inspection.loudness import PIECES_PER_SECOND, k_weighted, k_weighting
@@ -22,6 +21,8 @@ def measure(samples_NC, rate, block=1 << 17):
 
 
 def weighted_exactly(samples_NC, rate):
+    import scipy.signal
+
     weighted_NC = samples_NC.astype(np.float64)
     for b, a in k_weighting(rate):
         weighted_NC = scipy.signal.lfilter(b, a, weighted_NC, axis=0)

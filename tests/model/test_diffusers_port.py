@@ -80,6 +80,7 @@ def test_sliding_window_same_equals_the_port(samples):
 
 @torch.no_grad()
 def test_number_conditioner_equals_the_ports_duration_embedder():
+    pytest.importorskip("diffusers")
     from diffusers.pipelines.stable_audio_3.modeling_stable_audio_3 import StableAudio3DurationEmbedder
 
     base = random_tiny("small")

@@ -70,8 +70,10 @@ def lives(pid) -> bool:
     return bool(done.stdout.strip()) and not done.stdout.startswith("Z")
 
 
-def test_a_signal_ends_a_process_that_never_looks_and_its_children(start, tmp_path):
+def test_a_signal_and_nothing_else_ends_a_process_that_never_looks_and_its_children(start, tmp_path):
     process = start()
+    time.sleep(0.8)
+    assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 75
     status = json.loads((tmp_path / "status.json").read_text())
@@ -80,15 +82,9 @@ def test_a_signal_ends_a_process_that_never_looks_and_its_children(start, tmp_pa
     assert not lives(int((tmp_path / "child").read_text()))
 
 
-def test_a_process_that_holds_unsaved_state_is_left_to_save_it(start, tmp_path):
-    process = start("training")
-    process.send_signal(signal.SIGTERM)
-    time.sleep(1.0)
-    assert process.poll() is None
-    assert not (tmp_path / "status.json").exists()
-
-
-def test_later_signals_write_nothing_into_files_opened_since(start, tmp_path):
+def test_a_process_that_holds_unsaved_state_is_left_to_save_it_and_later_signals_write_nothing_into_its_files(
+    start, tmp_path
+):
     process = start("training")
 
     def opened(more):
@@ -100,6 +96,8 @@ def test_later_signals_write_nothing_into_files_opened_since(start, tmp_path):
 
     process.send_signal(signal.SIGTERM)
     time.sleep(1.0)
+    assert process.poll() is None
+    assert not (tmp_path / "status.json").exists()
     opened(3)
     process.send_signal(signal.SIGTERM)
     opened(2)
@@ -114,12 +112,6 @@ def test_a_crash_beneath_python_says_where_it_was():
     assert done.returncode == -signal.SIGSEGV
     assert "Fatal Python error: Segmentation fault" in done.stderr
     assert "string_at" in done.stderr
-
-
-def test_without_a_signal_nothing_ends(start):
-    process = start()
-    time.sleep(0.8)
-    assert process.poll() is None
 
 
 @pytest.mark.parametrize("stopped", [0, 1])

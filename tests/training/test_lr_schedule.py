@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from transformers import get_scheduler
 
 import sa3dist
 from sa3dist import config, train
@@ -24,6 +23,9 @@ STEPS, WARM_UP, PEAK = 6, 2, 2e-4
 
 @pytest.mark.parametrize("decay", sorted(lr_schedule.DECAYS))
 def test_after_the_warm_up_the_rates_are_those_of_transformers(decay):
+    # Here, because every process of the suite reads this file, and this import takes a second.
+    from transformers import get_scheduler
+
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=PEAK)
     name = "constant_with_warmup" if decay == "constant" else decay
     oracle = get_scheduler(name, optimizer, num_warmup_steps=WARM_UP, num_training_steps=STEPS)
