@@ -22,7 +22,8 @@ from sa3dist_kernels import ADAPTER_TYPES, raw_sums
 from sa3dist_kernels.formed_group import Group, default_tiles
 from sa3dist_kernels.formed_launch import finish_plan, form_plan
 from sa3dist_kernels.formed_spec import FormedSpec, product_elements
-from sa3dist_kernels.triton_support import rank_block
+from sa3dist_kernels.sums_plan import plan_of
+from sa3dist_kernels.triton_support import dot_precision
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -62,24 +63,18 @@ LAYERS = ((1536, 12288), (6144, 1536), (1536, 1536), (768, 256))
 
 def sums_variants(dtype: str, rank: int):
     """Likewise of the raw sums' launches: all blocks and shares that real sizes lead to."""
-    seen, block_r = [], rank_block(rank)
-    ranks = triton.cdiv(rank, block_r)
+    seen = []
     for tokens, (fan_in, fan_out), kind in itertools.product(TOKENS, LAYERS, ADAPTER_TYPES.values()):
-        (block_n, block_k), (x_shares, _), (y_shares, _) = raw_sums._share(
-            tokens, fan_in, fan_out, ranks, FORMATS[dtype]
-        )
-        thin = {"X_SHARES": x_shares, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": block_r}
-        sums_n, sums_m = raw_sums._sum_blocks(block_r, kind.xs, FORMATS[dtype])
-        counts = {"X_SHARES": x_shares, "Y_SHARES": y_shares, "BLOCK_N": sums_n, "BLOCK_R": block_r}
-        flags = {"ROWS": kind.rows, "COLS": kind.cols, "XS": kind.xs, "BLOCK_M": sums_m}
+        plan = plan_of(tokens, fan_in, fan_out, rank, kind, FORMATS[dtype], dot_precision())
         unused = dict.fromkeys(("dx",) * (not kind.cols) + ("z",) * (not kind.rows))
-        loops = raw_sums._loops(block_r)
-        launches = [(raw_sums._thin_products_kernel, thin | loops, 3)]
-        if kind.rows or kind.cols or not kind.xs:
-            launches.append((raw_sums._raw_sums_kernel, counts | flags | loops | unused, 3))
+        launches = [(raw_sums._thin_products_kernel, plan.thin)]
+        if plan.sums_grid[0]:
+            launches.append((raw_sums._raw_sums_kernel, plan.sums | unused))
         if kind.xs:
-            launches.append((raw_sums._core_sums_kernel, counts, 2))
-        for kernel, constants, stages in launches:
+            launches.append((raw_sums._core_sums_kernel, plan.core))
+        for kernel, given in launches:
+            constants = dict(given)
+            options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
             if (kernel, constants) not in seen:
                 seen.append((kernel, constants))
                 blocks = "x".join(
@@ -88,7 +83,7 @@ def sums_variants(dtype: str, rank: int):
                 of = "" if kernel is raw_sums._thin_products_kernel else f", {kind.name}"
                 shares = "/".join(str(constants[name]) for name in ("X_SHARES", "Y_SHARES") if name in constants)
                 label = f"rank {rank}, {blocks}, shares {shares}{of}"
-                yield label, kernel, constants, {"num_warps": 4, "num_stages": stages}
+                yield label, kernel, constants, options
 
 
 SUMS_WIDE = ("down", "up", "out")

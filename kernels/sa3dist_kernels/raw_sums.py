@@ -17,21 +17,13 @@ Legend: N tokens, O fan_out, I fan_in, R rank, S shares of a sum.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
 from sa3dist_kernels.adapter_types import AdapterType
-from sa3dist_kernels.triton_support import check_triton, dot, dot_precision, interpreting, loop_end, rank_block
-
-# Programs of one launch: two, and in the second kernel eight, for each of an H100's 132 multiprocessors.
-PROGRAMS, SUM_PROGRAMS = 264, 1056
-# Shares of T and U: every program of the second kernel adds them up again.
-MOST_SHARES = 4
-# Tokens that are worth a program of their own in the second kernel, and an addition of its result.
-LEAST_SPAN = 512
+from sa3dist_kernels.sums_plan import plan_of
+from sa3dist_kernels.triton_support import check_triton, dot, dot_precision
 
 
 def raw_sums_reference(x, dx, dy, z, left_OR, right_RI, kind: AdapterType) -> torch.Tensor:
@@ -205,89 +197,22 @@ def raw_sums(
     check_triton(dy)
     x, dx, dy, z = (_rows_contiguous(value) for value in (x, dx, dy, z))
     (N, I), (O, R) = x.shape, left_OR.shape
-    block_r = rank_block(R)
-    ranks = triton.cdiv(R, block_r)
-    shares = _share(N, I, O, ranks, x.dtype)
-    down, up = (x.new_empty(count, N, R, dtype=torch.float32) for count, _ in shares[1:])
-    block_n, block_k = shares[0]
-    (x_shares, x_span), (y_shares, y_span) = shares[1:]
-    launch = _loops(block_r)
-    _thin_products_kernel[(triton.cdiv(N, block_n), x_shares + y_shares, ranks)](
-        x, dy, right_RI, left_OR, down, up, N, I, O, R, x.stride(0), dy.stride(0), loop_end(x_span), loop_end(y_span),
-        X_SHARES=x_shares, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r, **launch, num_warps=4,
-    )  # fmt: skip
-    begin, total = offsets(kind, O, I, R)
-    counts = {"X_SHARES": x_shares, "Y_SHARES": y_shares}
-    block_n, block_m = _sum_blocks(block_r, kind.xs, x.dtype)
-    y_blocks = triton.cdiv(O, block_m) if kind.rows or not kind.xs else 0
-    x_blocks = triton.cdiv(I, block_m) if kind.cols or not kind.xs else 0
-    # PM has few programs of its own: its spans are as short as T and U allow.
-    programs = ranks * ranks if kind.xs else ranks * (y_blocks + x_blocks)
-    least = 4 * block_n if kind.xs else LEAST_SPAN
-    splits = max(1, min(triton.cdiv(PROGRAMS // 8 if kind.xs else SUM_PROGRAMS, programs), N // least))
-    span = loop_end(triton.cdiv(triton.cdiv(N, splits), block_n) * block_n)
-    out = x.new_empty(splits, total, dtype=torch.float32)
+    plan = plan_of(N, I, O, R, kind, x.dtype, dot_precision())
+    down, up = (x.new_empty(count, N, R, dtype=torch.float32) for count in plan.shares)
+    _thin_products_kernel[plan.thin_grid](
+        x, dy, right_RI, left_OR, down, up, N, I, O, R, x.stride(0), dy.stride(0), *plan.thin_spans, **plan.thin
+    )
+    out = x.new_empty(plan.splits, plan.total, dtype=torch.float32)
     if kind.xs:
-        grid = (splits, ranks, ranks)
-        _core_sums_kernel[grid](
-            down, up, out, N, R, span, total, **counts, BLOCK_N=block_n, BLOCK_R=block_r, num_warps=4, num_stages=2
+        _core_sums_kernel[plan.core_grid](down, up, out, N, R, plan.span, plan.total, **plan.core)
+    if plan.sums_grid[0]:
+        _raw_sums_kernel[plan.sums_grid](
+            x, dx, dy, z, down, up, out, N, I, O, R, plan.span, plan.total,
+            x.stride(0), 0 if dx is None else dx.stride(0), dy.stride(0), 0 if z is None else z.stride(0),
+            *plan.places, **plan.sums,
         )  # fmt: skip
-    if y_blocks + x_blocks:
-        _raw_sums_kernel[(y_blocks + x_blocks, splits, 1 if kind.xs else ranks)](
-            x, dx, dy, z, down, up, out, N, I, O, R, span, total,
-            x.stride(0), 0 if dx is None else dx.stride(0), dy.stride(0), 0 if z is None else z.stride(0), y_blocks,
-            begin.get("lora_A", 0), begin.get("lora_B", 0),
-            begin.get(kind.row_magnitude, 0), begin.get(kind.col_magnitude, 0),
-            ROWS=kind.rows, COLS=kind.cols, XS=kind.xs, **counts,
-            BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_R=block_r, **launch, num_warps=4,
-        )  # fmt: skip
-    return out[0] if splits == 1 else out.sum(0)
-
-
-def offsets(kind: AdapterType, O: int, I: int, R: int) -> tuple[dict[str, int], int]:
-    """Where each trained tensor's sums begin in the vector, by its name in a file, and the vector's length."""
-    begins, end = {}, 0
-    for name, shape in kind.parameter_shapes(O, I, R).items():
-        begins[name] = end
-        end += math.prod(shape)
-    return begins, end
+    return out[0] if plan.splits == 1 else out.sum(0)
 
 
 def _rows_contiguous(value: torch.Tensor | None) -> torch.Tensor | None:
     return value if value is None or value.stride(1) == 1 else value.contiguous()
-
-
-def _loops(block_r: int) -> dict:
-    """Constants of the loops. Tiles of a long rank must fit the shared memory of an A100 too."""
-    # Said of the loops: else only what enters a product is loaded ahead.
-    return {"STAGES": 3 if block_r <= 32 else 2, "PRECISION": dot_precision(), "UPCAST": interpreting()}
-
-
-def _share(
-    N: int, I: int, O: int, ranks: int, dtype: torch.dtype
-) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """Block sizes of the first kernel, then (shares, length) of its sums over I and over O."""
-    if interpreting():
-        block_n, block_k = 16, 16
-    else:
-        block_n, block_k = (64 if N > 1024 else 16), 32 if dtype == torch.float32 else 128
-    wanted = triton.cdiv(PROGRAMS, triton.cdiv(max(N, 1), block_n) * ranks)
-    span = triton.cdiv(triton.cdiv(I + O, max(wanted, 2)), block_k) * block_k
-
-    def shares(side: int) -> tuple[int, int]:
-        # One or the most: any number between would be a kernel of its own.
-        count = MOST_SHARES if 2 * side > 3 * span else 1
-        # Whole blocks may make the last shares empty: they are zeros.
-        return count, triton.cdiv(triton.cdiv(side, count), block_k) * block_k
-
-    return (block_n, block_k), shares(I), shares(O)
-
-
-def _sum_blocks(block_r: int, xs: bool, dtype: torch.dtype) -> tuple[int, int]:
-    """Tokens that programs of the second launch step by, and inputs or outputs of one of them."""
-    if interpreting():
-        return 16, 16
-    # Longer steps spill: float32 has no matrix units, and neither has the square of a long rank.
-    if dtype == torch.float32:
-        return 16, 32 if block_r > 32 else 64
-    return (16 if block_r > 32 else 32) if xs else 64, 64

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.helpers.layer_cases import relative_error
 
 pytest.importorskip("triton")
-from sa3dist_kernels import raw_sums, triton_support  # noqa: E402
+from sa3dist_kernels import raw_sums, sums_plan, triton_support  # noqa: E402
 
 needs_interpreter = pytest.mark.skipif(
     not triton_support.interpreting(), reason="Triton was imported without its interpreter"
@@ -93,9 +93,11 @@ def test_any_number_of_tokens_and_any_width(name, tokens, fan_in, fan_out):
     [("lora", torch.float32), ("bora", torch.float32), ("bora-xs", torch.float32), ("bora", torch.float16)],
 )
 def test_shares_and_spans_add_up_and_in_one_order(name, programs, sum_programs, dtype, monkeypatch):
-    monkeypatch.setattr(raw_sums, "LEAST_SPAN", 16)
-    monkeypatch.setattr(raw_sums, "PROGRAMS", programs)
-    monkeypatch.setattr(raw_sums, "SUM_PROGRAMS", sum_programs)
+    # Not those kept for other tests' constants, nor the other way around.
+    monkeypatch.setattr(raw_sums, "plan_of", sums_plan.plan_of.__wrapped__)
+    monkeypatch.setattr(sums_plan, "LEAST_SPAN", 16)
+    monkeypatch.setattr(sums_plan, "PROGRAMS", programs)
+    monkeypatch.setattr(sums_plan, "SUM_PROGRAMS", sum_programs)
     kind, allocated = ADAPTER_TYPES[name], []
     new_empty = torch.Tensor.new_empty
 
