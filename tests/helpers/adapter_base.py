@@ -47,6 +47,10 @@ class RecordedBase(nn.Module):
     def adapter_roots(self):
         return self.model, self.conditioner
 
+    @property
+    def dit(self):
+        return self.model.model
+
     def fp32_weight(self, name):
         root = "conditioner" if name.startswith("conditioners.") else "model"
         return self.recorded[f"{root}.{name}.weight"]
