@@ -14,7 +14,7 @@ from sa3dist_kernels import ADAPTER_TYPES
 
 from sa3dist.adapters import candidate_layers
 from sa3dist.adapters.select import require_match
-from sa3dist.commands.plan_calibration import Factor, calibrate
+from sa3dist.commands.plan_calibration import Factor, calibrate, forming_passes
 from sa3dist.config import Settings
 from sa3dist.cost_model.devices import Device
 from sa3dist.cost_model.fake_network import BLOCKS, AdapterShape, BatchShape, FakeNetwork, Numerics
@@ -139,7 +139,7 @@ class MemoryPlan:
 class Prediction:
     """Memory, operations of a step, seconds of a step by what they go to, and how sure that is.
 
-    seconds   compute, memory bandwidth, host, network; host overlaps with the device, the network does not
+    seconds   compute, memory bandwidth, fixed, host, network; the host overlaps with the device, the network does not
     """
 
     memory: MemoryPlan
@@ -149,7 +149,7 @@ class Prediction:
 
     @property
     def step_seconds(self) -> float:
-        device = self.seconds["compute"] + self.seconds["memory bandwidth"]
+        device = self.seconds["compute"] + self.seconds["memory bandwidth"] + self.seconds["fixed"]
         return max(device, self.seconds["host"]) + self.seconds["network"]
 
     @property
@@ -211,12 +211,14 @@ def predict(job: Job, device: Device, results: Path) -> Prediction:
     # What a timed device's host costs is within the factor; a graph is launched at once.
     from_host = device.on_gpu and not factor.measured and not planned.recorded_bytes
     launches = LAUNCHES_PER_OPERATION * len(work.operations) if from_host else 0
-    # Once per step is within the factor. Per use W0 is read and W' written forward and again backward.
-    passes = 4 * sum(map(math.prod, job.fans.values())) if planned.per_use else 0
-    forming = passes * job.product_bytes / device.bytes_per_second
+    # Per use, forward and again backward of every micro batch; else once per step.
+    passes = forming_passes(ADAPTER_TYPES[settings.adapter_type], 2 * rounds if planned.per_use else 1)
+    weights = job.product_bytes * sum(map(math.prod, job.fans.values())) if job.forms(device) else 0
+    forming = passes * weights / device.bytes_per_second
     seconds = {
         "compute": rounds * factor.value * compute,
-        "memory bandwidth": rounds * (factor.value * moving + forming),
+        "memory bandwidth": factor.value * (rounds * moving + forming),
+        "fixed": rounds * factor.fixed_seconds,
         "host": rounds * launches * LAUNCH_SECONDS,
         "network": _reduction_seconds(job),
     }

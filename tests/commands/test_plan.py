@@ -11,7 +11,7 @@ from sa3dist_kernels import ADAPTER_TYPES
 
 from sa3dist import cli, config
 from sa3dist.adapters import adapter_parameters, attach_adapter, candidate_layers
-from sa3dist.commands import plan
+from sa3dist.commands import plan, plan_calibration
 from sa3dist.commands.plan_calibration import RESULTS
 from sa3dist.commands.plan_predict import Job, fit, plan_memory, predict
 from sa3dist.cost_model.devices import GPUS, Device, datasheet_of, find_device
@@ -44,6 +44,15 @@ def _counted_once():
     """Of one network and batch a count is the same for all tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FakeNetwork, "count", functools.cache(FakeNetwork.count))
+        found, whole = {}, plan_calibration._roofline
+
+        def roofline(row, device):
+            known = row["shape"], row["batch"], row["frames"], row["adapter_type"], device
+            if known not in found:
+                found[known] = whole(row, device)
+            return found[known]
+
+        patch.setattr(plan_calibration, "_roofline", roofline)
         yield
 
 
@@ -52,7 +61,11 @@ def roofline_seconds(frames: int, kind: str) -> float:
     shape = parse_model_config(released_config("small-music-base"), "small")
     adapter = AdapterShape(ADAPTER_TYPES[kind], 16, frozenset(candidate_layers(meta_roots(shape))), formed=True)
     counted = FakeNetwork(shape, adapter, Numerics(torch.bfloat16, autocast=True)).count(BatchShape(1, frames))
-    return sum(counted.total().seconds(H200.bf16_flops, H200.bytes_per_second))
+    work = counted.total().seconds(H200.bf16_flops, H200.bytes_per_second)
+    # W0 read and W' written, once more over both for each norm: before they are written, and in FINISH.
+    passes = {"dora-rows": 4, "bora": 6}[kind]
+    weights = 2 * sum(layer.weight.numel() for layer in candidate_layers(meta_roots(shape)).values())
+    return sum(work) + passes * weights / H200.bytes_per_second
 
 
 def timed_row(device="NVIDIA H200", factor=3.0, frames=323, kind="dora-rows") -> dict:
@@ -153,7 +166,7 @@ def test_weights_formed_per_use_take_the_memory_of_a_block_and_time_for_every_pa
 def test_recomputing_costs_time_and_saves_memory():
     kept, again = (predict(job(gradient_checkpointing=choice), H200, NO_RESULTS) for choice in ("off", "on"))
     assert (kept.memory.recomputed_blocks, again.memory.recomputed_blocks) == (0, 20)
-    assert again.step_seconds > 1.2 * kept.step_seconds
+    assert again.step_seconds > 1.15 * kept.step_seconds
     assert again.memory.peak_bytes < kept.memory.peak_bytes
 
 
@@ -195,16 +208,43 @@ def test_a_measured_gpu_is_held_against_its_own_measured_ceilings(tmp_path):
     assert planned.step_seconds == pytest.approx(timed_row(factor=3.0)["ours_ms"] / 1e3, rel=0.02)
 
 
-@pytest.mark.parametrize("adapter_type", ["dora-rows", "lora", "bora"])
-def test_the_committed_measurements_say_how_fast_an_h100_is(adapter_type):
+def of_an_h100(row) -> Job:
+    """The run whose step that row of gpu_step.json timed."""
+    lengths = {"duration": row["frames"] * 4096 / 44100, "batch_size": 1}
+    return job(model="medium-base", adapter_type=row["adapter_type"], **lengths)
+
+
+def measured_steps(adapter_type):
     rows = json.loads((RESULTS / "gpu_step.json").read_text())["rows"]
-    measured = [row for row in rows if row["adapter_type"] == adapter_type]
-    assert {row["frames"] for row in measured} == {323, 4091}
-    for row in measured:
-        asked = job(model="medium-base", duration=row["frames"] * 4096 / 44100, batch_size=1, adapter_type=adapter_type)
-        planned = predict(asked, GPUS["H100"], RESULTS)
+    found = [row for row in rows if row["adapter_type"] == adapter_type]
+    assert {row["frames"] for row in found} == {323, 4091}
+    return found
+
+
+def test_the_committed_measurements_say_how_fast_an_h100_is():
+    for row in measured_steps("dora-rows"):
+        planned = predict(of_an_h100(row), GPUS["H100"], RESULTS)
         assert "gpu_step.json" in planned.factor.evidence
-        assert 1e3 * planned.step_seconds == pytest.approx(row["ours_ms"], rel=0.02)
+        assert 1e3 * planned.step_seconds == pytest.approx(row["ours_ms"], rel=0.001)
+
+
+# Of the seven measured: one that is formed with fewer passes than its neighbour, one with more, one of the -xs types.
+@pytest.mark.parametrize("adapter_type", ["lora", "bora", "lora-xs"])
+def test_steps_that_were_left_out_of_the_measurements_are_predicted(tmp_path, adapter_type):
+    content = json.loads((RESULTS / "gpu_step.json").read_text())
+    content["rows"] = [row for row in content["rows"] if row["adapter_type"] != adapter_type]
+    (tmp_path / "gpu_step.json").write_text(json.dumps(content))
+    for row in measured_steps(adapter_type):
+        planned = predict(of_an_h100(row), GPUS["H100"], tmp_path)
+        assert 1e3 * planned.step_seconds == pytest.approx(row["ours_ms"], rel=0.06)
+
+
+def test_a_step_of_a_run_between_the_timed_lengths_is_predicted():
+    rows = json.loads((RESULTS / "gpu_run.json").read_text())["rows"]
+    (trained,) = [row for row in rows if row["what"] == "train"]
+    # Its clips are up to 12 s long, its shapes filled up.
+    planned = predict(job(model="medium-base", duration=12, batch_size=1), GPUS["H100"], RESULTS)
+    assert planned.step_seconds == pytest.approx(trained["step_seconds"]["median"], rel=0.15)
 
 
 @pytest.mark.parametrize(
