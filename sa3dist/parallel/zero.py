@@ -116,7 +116,11 @@ class DividedOptimizer(FlatEngine):
         (values,), (self._part,) = optimizer.bit16_groups_flat, optimizer.single_partition_of_fp32_groups
         make_moments(self.engine, [self._part])
         optimizer._lazy_init_hp_params_optimizer_state()
-        super().__init__(base, parameters, FlatGradients(ordered, values, scalars), forward, settings, group)
+        flat = FlatGradients(ordered, values, scalars)
+        begin = values.storage_offset() - flat.gradient.storage_offset()
+        for name, gradient in flat.gradients.items():
+            assert ordered[name].storage_offset() == begin + gradient.storage_offset()
+        super().__init__(base, parameters, flat, forward, settings, group)
         # Each value is stepped by one rank alone, and sent to the others.
         self.alike = True
 
@@ -130,7 +134,8 @@ class DividedOptimizer(FlatEngine):
     def step(self, learning_rate: float) -> None:
         size = self._part.numel()
         mine = self.flat.gradient.narrow(0, size * self.group.dist_rank, size)
-        if self.engine.zero_cpu_offload():
+        # On NVMe too: these stages keep on the CPU what is to lie there.
+        if self.engine.optimizer.cpu_offload:
             self._part.grad.copy_(mine)
         else:
             self.engine.optimizer.averaged_gradients[0] = [mine]

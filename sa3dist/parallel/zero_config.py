@@ -132,8 +132,10 @@ def build(
     config = {key: value for key, value in config.items() if key in FREE} | sizes
     config |= {key: value for key, (value, _) in PINNED.items()}
     config["zero_optimization"] |= {key: value for key, (value, _) in PINNED_ZERO.items()}
-    # Stages 1 and 2 are given gradients in the order of the tensors, one behind the other.
-    config["zero_optimization"] |= {"round_robin_gradients": False, "parameter_alignment": False}
+    # Stages 1 and 2 are given gradients in the order of the tensors, one behind the other, and see no pass use one.
+    config["zero_optimization"] |= {"round_robin_gradients": False, "ignore_unused_parameters": True}
+    # Off unless it is asked for; versions that do not know it refuse it.
+    config["zero_optimization"].pop("parameter_alignment", None)
     config |= {"fp16": {"enabled": False}, "bf16": {"enabled": False}}
     config["communication_data_type"] = "bf16" if compression == "bf16" else "fp32"
     return config

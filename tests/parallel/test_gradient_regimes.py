@@ -119,7 +119,9 @@ def test_data_parallel_ranks_train_what_one_process_accumulates(alone, data_para
 
 @pytest.mark.usefixtures("deepspeed")
 @pytest.mark.parametrize(
-    "zero", [ZERO[1], ZERO[2], ZERO[2] | {"offload_optimizer": {"device": "cpu"}}], ids=["1", "2", "2, on the CPU"]
+    "zero",
+    [ZERO[1], ZERO[2], ZERO[2] | {"offload_optimizer": {"device": "cpu"}, "ignore_unused_parameters": False}],
+    ids=["1", "2", "2, on the CPU"],
 )
 def test_zero_1_and_2_train_as_data_parallel_ranks_do(alone, data_parallel, zero):
     # Not to the bit: an AdamW kernel may round the last values of a rank's part otherwise.
@@ -127,10 +129,12 @@ def test_zero_1_and_2_train_as_data_parallel_ranks_do(alone, data_parallel, zero
 
 
 @pytest.mark.usefixtures("deepspeed")
-def test_zero_2_forms_adapted_weights_as_data_parallel_ranks_do():
+def test_zero_2_forms_adapted_weights_as_data_parallel_ranks_do_also_where_a_file_names_nvme(tmp_path):
+    # DeepSpeed keeps on the CPU what this stage offloads, whatever the file calls the place.
+    offloaded = ZERO[2] | {"offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path)}}
     one, other = (
         run_ranks(2, lambda group, zero=zero: course(group, ABOVE, zero, products="formed"))[0]
-        for zero in (DDP, ZERO[2])
+        for zero in (DDP, offloaded)
     )
     assert_same_course(one, other, within=1e-6)
 

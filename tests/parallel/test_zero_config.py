@@ -151,6 +151,14 @@ def test_values_left_to_the_launcher_are_left_to_deepspeed():
     assert "reduce" not in built
 
 
+def test_gradients_are_given_in_the_order_of_the_tensors_whatever_a_file_says_and_older_deepspeed_reads_it():
+    asked = {"round_robin_gradients": True, "parameter_alignment": True, "ignore_unused_parameters": False}
+    for zero_options in ({}, asked):
+        built = build({"zero_optimization": {"stage": 2, **zero_options}}, 1, 1, 1, "none")["zero_optimization"]
+        assert (built["round_robin_gradients"], built["ignore_unused_parameters"]) == (False, True)
+        assert "parameter_alignment" not in built
+
+
 @pytest.mark.parametrize(
     "words", [{"adapter_products": "formed"}, {"adapter_products": "per_use"}, {"cuda_graphs": "on"}]
 )
