@@ -7,8 +7,11 @@ GPU_PYTHON ?= python3
 OUT ?= kernels/benchmarks/results
 # Three for two cores: a test waits for a fifth of its time. Whole files stay together: they share what they prepare.
 PARALLEL ?= --numprocesses 3 --dist loadfile
-# What needs more than the install: `make test-services` runs these, the other two targets leave them out.
+# `make test-services` runs these, the other two targets leave them out: what needs more than the install, and the
+# programs that measure, which are no part of the product and take a minute and a half of processor time.
 SERVICES := tests/serve/test_clients.py tests/serve/test_openapi.py tests/report/test_browser.py tests/serve/test_page_browser.py
+MEASURING := $(addprefix tests/benchmarks/,test_check_gpu.py test_bench_step.py test_profile_step.py)
+APART := $(SERVICES) $(MEASURING)
 
 # A dozen of processes at a time import torch and the tests: without compiled files each compiles all of it anew, which
 # is a third of what a start costs.
@@ -29,13 +32,13 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(RUN) -m pytest $(PARALLEL) $(SERVICES:%=--ignore=%)
+	$(RUN) -m pytest $(PARALLEL) $(APART:%=--ignore=%)
 
 fast-test: $(VENV)/.installed
-	$(RUN) -m pytest $(PARALLEL) $(SERVICES:%=--ignore=%) -m "not slow"
+	$(RUN) -m pytest $(PARALLEL) $(APART:%=--ignore=%) -m "not slow"
 
 # What needs more than the install: the hosted endpoint's own clients (node and npm), the pages in a browser
-# (chromium), two web servers on PostgreSQL, and a minute of 500 requests a second (wrk).
+# (chromium), two web servers on PostgreSQL, and a minute of 500 requests a second (wrk). And the programs that measure.
 test-services: $(VENV)/.installed
 	$(RUN) -m pip install --quiet --editable ".[dev,browser,fuzzing]"
 	rm -rf $(VENV)/clients
@@ -43,6 +46,7 @@ test-services: $(VENV)/.installed
 	$(RUN) -m pip install --quiet --target $(VENV)/clients/fal-client-1.0.0 fal-client==1.0.0
 	npm install --silent --no-audit --prefix $(VENV)/clients @fal-ai/client
 	SA3_REQUIRE_TOOLS=1 $(RUN) -m pytest $(SERVICES)
+	$(RUN) -m pytest $(PARALLEL) $(MEASURING)
 	folder=$$(mktemp -d) && $(RUN) tests/survival/serve_web.py $$folder && rm -r $$folder
 	folder=$$(mktemp -d) && $(RUN) tests/survival/serve_load.py $$folder/load --seconds 60 && rm -r $$folder
 
