@@ -69,8 +69,8 @@ class TextSource:
 
     def begin_digest(self, kept: KeptDigests) -> None:
         """Let threads hash the large files of ``digest``, where they are on this machine."""
-        # What is missing, or on the hub still, is for who asks for the digest.
-        with contextlib.suppress(CheckpointError):
+        # What is missing, cannot be read, or is on the hub still, is for who asks for the digest: on every rank.
+        with contextlib.suppress(CheckpointError, OSError):
             for path in filter(_is_large, _deciding_files(self.resolve(local_only=True))):
                 kept.begin(path, "file", functools.partial(file_sha256, path))
 

@@ -10,6 +10,7 @@ from sa3dist import train
 from sa3dist.formats import file_sha256
 from sa3dist.model import base as base_module
 from sa3dist.model import checkpoint, text
+from sa3dist.model.config import PromptConfig
 from sa3dist.model.kept_digests import KeptDigests
 
 LONG_AGO = 10**18
@@ -169,3 +170,13 @@ def test_a_second_run_hashes_no_weights_and_verify_base_does(words, tmp_path, de
         assert set(asked) == expected
         # What threads have begun is not made again where it is asked for.
         assert asked.count("tensors_sha256") <= 1
+
+
+def test_a_file_of_the_text_encoder_that_cannot_be_read_is_left_to_who_asks_for_the_digest(tmp_path):
+    for name in text.NEEDED_FILES:
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "model.safetensors").symlink_to("nowhere")
+    source, kept = text.TextSource(PromptConfig(max_length=20), override=str(tmp_path)), KeptDigests(tmp_path / "kept")
+    source.begin_digest(kept)
+    with pytest.raises(FileNotFoundError):
+        source.digest(kept)
