@@ -31,6 +31,8 @@ class FlatEngine:
     """An ``Engine`` whose ranks hold everything: one optimiser kernel per step, and one all-reduce or a few buckets."""
 
     collectives_in_forward = divided = False
+    # Whether each rank steps all values; else the ranks exchange what they stepped, and hold equal bits.
+    steps_whole = True
 
     def __init__(
         self,
@@ -49,7 +51,7 @@ class FlatEngine:
         self.formed = keep_formed(base, flat, settings, group.device)
         self.reduction = GradientReduction(flat, group, settings.gradient_compression)
         self.group = group
-        self.alike = step_alike(group)
+        self.alike = not self.steps_whole or step_alike(group)
         if not self.alike and group.is_main:
             log.info("the ranks' processors round AdamW steps differently; all take over rank 0's after every step")
 

@@ -99,6 +99,8 @@ class DividedOptimizer(FlatEngine):
     rank at both stages.
     """
 
+    steps_whole = False
+
     def __init__(
         self,
         base: Base,
@@ -121,8 +123,6 @@ class DividedOptimizer(FlatEngine):
         for name, gradient in flat.gradients.items():
             assert ordered[name].storage_offset() == begin + gradient.storage_offset()
         super().__init__(base, parameters, flat, forward, settings, group)
-        # Each value is stepped by one rank alone, and sent to the others.
-        self.alike = True
 
     def backward(self, loss: Tensor, last: bool) -> None:
         if self.formed is not None:
