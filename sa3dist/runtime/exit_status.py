@@ -45,8 +45,9 @@ ENVIRONMENT_ERRNOS = {
         "EFBIG",
     )
 }
-# torch's allocator on the CPU raises a plain RuntimeError.
-NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+# On the CPU torch's allocator raises a plain RuntimeError, and so does oneDNN where its products find no memory for
+# what they need beside their operands; which of the two fails first under a limit is chance.
+NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory", "could not execute a primitive"
 SHARED_MEMORY = "/dev/shm"
 # How long rank 0 is left to report a failure that it knows of as well, before another rank does.
 REPORT_SECONDS = 3.0
@@ -71,7 +72,8 @@ def translate(failure: BaseException) -> errors.SA3DistError | None:
     # Late: settings are refused without waiting for it.
     import torch
 
-    if isinstance(failure, torch.OutOfMemoryError | MemoryError) or NO_HOST_MEMORY in str(failure):
+    no_host_memory = any(words in str(failure) for words in NO_HOST_MEMORY)
+    if isinstance(failure, torch.OutOfMemoryError | MemoryError) or no_host_memory:
         return errors.OutOfMemory(
             f"out of memory ({errors.first_line(failure)}); try gradient_checkpointing=on (or on_oom=adapt, with which "
             f"the next start does so by itself), a smaller batch_size or a shorter duration"

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from sa3dist.runtime.exit_status import STATUS_NAME, forget_status
+from sa3dist import errors
+from sa3dist.runtime.exit_status import STATUS_NAME, forget_status, translate
 from sa3dist.training import trainer
 from tests.helpers.program import rows, run, status
 
@@ -65,3 +66,10 @@ def test_a_status_is_forgotten_whatever_it_holds_and_only_its_note_is_kept(tmp_p
     assert list(tmp_path.iterdir()) == []
     assert forget_status(tmp_path) is None
     assert forget_status(tmp_path / "none") is None
+
+
+def test_a_product_that_finds_no_memory_of_its_own_is_out_of_memory_and_one_that_cannot_be_made_is_not():
+    # What a rank under a memory limit said, once in four runs: else torch's allocator fails first.
+    assert isinstance(translate(RuntimeError("could not execute a primitive")), errors.OutOfMemory)
+    # Said where a machine forbids code made at run time, or of sizes a kernel does not take.
+    assert translate(RuntimeError("could not create a primitive")) is None
