@@ -1,5 +1,6 @@
 """Read settings from YAML, JSON and key=value arguments, and explain what is wrong with them."""
 
+import collections
 import contextlib
 import difflib
 import json
@@ -14,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from sa3dist.data.remote.local_paths import can_be_named, expand_home, is_text
-from sa3dist.errors import ConfigError
+from sa3dist.errors import ConfigError, read_duration
 from sa3dist.request.fields import PRECISION_ALIASES
 from sa3dist.settings import Settings
 
@@ -43,9 +44,10 @@ def read_file(path: str) -> dict[str, Any]:
     try:
         text = Path(expand_home(path)).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{label}: cannot read this config file ({_reason(error)})") from error
+        hint = f"; a setting is given as {path}=..." if path in Settings.model_fields else ""
+        raise ConfigError(f"{label or repr(path)}: cannot read this config file ({_reason(error)}){hint}") from error
     try:
-        value = json.loads(text) if is_json else read_yaml(text)
+        value = json.loads(text, object_pairs_hook=_each_once) if is_json else read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(
             f"{label}: not valid YAML: {_reason(error)}; a value with ': ', ' #' or brackets in it needs quotes"
@@ -93,7 +95,8 @@ def build(values: dict[str, Any]) -> Settings:
     except ValidationError as error:
         raise ConfigError(_escaped("\n".join(explain(problem) for problem in error.errors()))) from error
     except TypeError as error:
-        raise ConfigError(f"config: keys must be words ({error})") from error
+        odd = [key for key in values if not isinstance(key, str)]
+        raise ConfigError(f"config: {odd[0]!r} is no key, expected words such as `rank: 16`") from error
 
 
 def output_dir_of(values: dict[str, Any]) -> Path:
@@ -148,17 +151,19 @@ def allowed_values(field: str) -> str:
     """What a field accepts, in words: its range, its choices or its type."""
     info = Settings.model_fields[field]
     bounds = {name: getattr(item, name) for item in info.metadata for name in ("ge", "gt", "le") if hasattr(item, name)}
-    annotation = value_type(field)
-    options = typing.get_args(annotation)
-    if typing.get_origin(annotation) is Literal:
+    kinds = value_types(field)
+    if typing.get_origin(kinds[0]) is Literal:
         aliases = [alias for alias in PRECISION_ALIASES if field == "base_precision"]
-        return "one of " + ", ".join([*options, *aliases])
+        return "one of " + ", ".join([*typing.get_args(kinds[0]), *aliases])
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
-    text = words.get(annotation, "a list of text")
+    text = ", ".join(words.get(kind, "a list of text") for kind in kinds)
+    if read_duration in (getattr(item, "func", None) for item in info.metadata):
+        text = "seconds, H:MM:SS or D-H:MM:SS"
+    if "gt" in bounds:
+        text = text.replace("a number", "a finite number")
+        return f"{text} above {bounds['gt']}" + (f", at most {bounds['le']}" if "le" in bounds else "")
     if "le" in bounds:
         return f"{text}, {bounds['ge']}..{bounds['le']}"
-    if "gt" in bounds:
-        return f"a finite number above {bounds['gt']}"
     if "ge" in bounds:
         return f"{text}, {bounds['ge']} or more"
     return text
@@ -183,12 +188,17 @@ _AsWritten.yaml_implicit_resolvers = {
 }
 
 
-def value_type(field: str) -> Any:
-    """The type of a field, without None: int, float, bool, str, Path, list[str] or a Literal."""
+def value_types(field: str) -> list[Any]:
+    """The types a field may have, without None: int, float, bool, str, Path, list[str] or a Literal."""
     annotation = Settings.model_fields[field].annotation
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        annotation = next(option for option in typing.get_args(annotation) if option is not type(None))
-    return annotation
+        return [option for option in typing.get_args(annotation) if option is not type(None)]
+    return [annotation]
+
+
+def value_type(field: str) -> Any:
+    """The first of them, by which a text is read."""
+    return value_types(field)[0]
 
 
 def split_argument(argument: str) -> tuple[str, str] | None:
@@ -229,6 +239,7 @@ def read_yaml(text: str) -> Any:
     try:
         root = loader.get_single_node()
         if isinstance(root, yaml.MappingNode):
+            _each_once([(key.value, None) for key, _ in root.value if isinstance(key, yaml.ScalarNode)])
             for key, value in root.value:
                 _refuse_doubtful_comment(text, key, value)
         found = None if root is None else loader.construct_document(root)
@@ -237,6 +248,15 @@ def read_yaml(text: str) -> Any:
     if not isinstance(found, dict):
         return found
     return {key: parse_value(key, value) if isinstance(value, str) else value for key, value in found.items()}
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Keys with their values. Raises ValueError for a key that is there twice: readers keep the one or the other."""
+    counts = collections.Counter(key for key, _ in pairs)
+    twice = [key for key, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(f"{', '.join(twice)}: given more than once in this file; keep one")
+    return dict(pairs)
 
 
 def _refuse_doubtful_comment(text: str, key: yaml.Node, value: yaml.Node) -> None:

@@ -22,6 +22,9 @@ NoWord = BeforeValidator(lambda value: "no" if _SWITCHES.get(str(value).lower())
 PLACES = ("audio_data_url", "model", "lora_checkpoint_url", "output_dir", "work_dir", "text_encoder", "resume")
 # The endpoint's documented limit, kept for compatibility; the shapes themselves allow more (spec/training.md 3).
 XS_RANK_LIMIT = 17
+# What multiplies tensors does so in float32.
+FLOAT32_MAX = 3.4028e38
+SECONDS_OF_A_YEAR = 31_536_000
 
 
 class Settings(ListeningFields):
@@ -108,7 +111,7 @@ class Settings(ListeningFields):
         le=64,
         description="clips of one length, or captions, encoded in one pass; above 1 values may differ by rounding",
     )
-    num_workers: int = Field(2, ge=0, description="loader processes per rank")
+    num_workers: int = Field(2, ge=0, le=1024, description="loader processes per rank")
     on_bad_clip: Literal["raise", "skip"] = Field("raise", description="stop at unusable clips, or skip and name them")
     max_download_bytes: int = Field(1 << 40, ge=1, description="largest remote source that is downloaded, in bytes")
     public_addresses_only: bool = Field(
@@ -129,12 +132,14 @@ class Settings(ListeningFields):
     step_timeout: float = Field(
         600,
         gt=0,
+        le=SECONDS_OF_A_YEAR,
         allow_inf_nan=False,
         description="seconds without progress in a step after which the run ends with 70",
     )
     max_wall_time: Annotated[float | None, BeforeValidator(read_duration)] = Field(
         None,
         gt=0,
+        le=SECONDS_OF_A_YEAR,
         allow_inf_nan=False,
         description="save and end with 75 so that the program has run for no longer: seconds, or H:MM:SS",
     )
@@ -228,6 +233,11 @@ class Settings(ListeningFields):
                 self.deterministic and self.compile == "on"
             ),
         }
+        for key in ("learning_rate", "alpha", "context_weight", "weight_decay"):
+            value = getattr(self, key) or 0.0
+            refused[f"{key}: {value:g} is more than float32 holds ({FLOAT32_MAX}); choose a smaller one"] = (
+                value > FLOAT32_MAX
+            )
         if self.mode == "streaming":
             refused |= {
                 f"{key}: with mode: streaming it {reason}": applies

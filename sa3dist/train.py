@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from sa3dist.errors import ConfigError
+from sa3dist.errors import EXIT_ENVIRONMENT, ConfigError
 from sa3dist.runtime import lease
 from sa3dist.runtime.lasting_imports import lasting_imports
 from sa3dist.runtime.signals import StopRequest, kill_loaders
@@ -194,6 +194,7 @@ class Lasting:
 
     def _let_go(self, failure: OSError) -> None:
         if failure.errno not in NO_READER:
+            failure.filename = self._stream.name
             raise failure
         # In the place of the stream's own file: what waits in its buffer goes there too, at the latest at the exit.
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -202,13 +203,28 @@ class Lasting:
 
 
 def as_process(program: Callable[[], int]) -> NoReturn:
-    """Run a program as this process's only work. A crash beneath Python says where it was, on stderr."""
-    # Without the one or the other there is nothing to outlive.
-    sys.stdout, sys.stderr = (stream and Lasting(stream) for stream in (sys.stdout, sys.stderr))
+    """Run a program as this process's only work. A crash beneath Python says where it was, on stderr.
+
+    Ends with 70 where what it prints cannot be written, on a full disk perhaps.
+    """
+    # In their order: a file of the run that took the number of a closed stream would get what libraries print there.
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
     with contextlib.suppress(OSError, RuntimeError, ValueError):
-        # Without a stderr there is nobody to tell.
+        # Where stderr is no file of the system.
         faulthandler.enable()
-    end_process(program())
+    try:
+        code = program()
+        sys.stdout.flush()
+    except OSError as failure:
+        if failure.filename not in ("<stdout>", "<stderr>"):
+            raise
+        code = EXIT_ENVIRONMENT
+        with contextlib.suppress(OSError):
+            print(f"{failure.filename}: cannot write ({failure.strerror})", file=sys.stderr, flush=True)
+    end_process(code)
 
 
 def end_process(code: int) -> NoReturn:
@@ -218,17 +234,22 @@ def end_process(code: int) -> NoReturn:
     agents wait between SIGTERM and SIGKILL. And a thread that hangs in an operator of torch would abort it.
     """
     kill_loaders()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     # A library whose server does not answer may wait for it there, without an end.
     limit = threading.Timer(EXIT_FUNCTIONS_SECONDS, os._exit, [code])
     limit.daemon = True
     limit.start()
     atexit._run_exitfuncs()
     limit.cancel()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     os._exit(code)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        # Where it cannot be written ``as_process`` has said so.
+        with contextlib.suppress(OSError):
+            stream.flush()
 
 
 if __name__ == "__main__":

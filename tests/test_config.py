@@ -167,6 +167,8 @@ def test_a_value_that_is_no_yaml_is_taken_as_text():
         ("a.json", "{", "not valid JSON"),
         ("a.yaml", "a: [", "not valid YAML"),
         ("a.yaml", "- 1", "holds a list"),
+        ("a.yaml", "rank: 3\nseed: 1\nrank: 4\n", "rank: given more than once in this file; keep one"),
+        ("a.json", '{"rank": 3, "rank": 4}', "rank: given more than once in this file; keep one"),
         ("a.yaml", None, "cannot read"),
     ],
 )
@@ -198,6 +200,29 @@ def test_help_tells_every_key_with_its_default():
         assert f"\n  {field}\n" in f"\n{text}"
         assert info.description in text
     assert "1..20000; default 1000" in text
+    assert "(seconds, H:MM:SS or D-H:MM:SS above 0, at most 31536000; default unset)" in text
+    assert "(a list of text, a number, text; default 0.0)" in text
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "alpha", "context_weight", "weight_decay"])
+def test_what_float32_cannot_hold_is_refused_ahead_of_the_step_that_would_fail(key):
+    with pytest.raises(ConfigError, match=f"^{key}: 1e\\+39 is more than float32 holds"):
+        build(**{key: 1e39})
+
+
+@pytest.mark.parametrize(("key", "value"), [("step_timeout", 1e12), ("max_wall_time", 1e12), ("num_workers", 10**9)])
+def test_what_no_clock_and_no_machine_reaches_is_refused(key, value):
+    with pytest.raises(ConfigError, match=f"^{key}: {value} is not valid, expected"):
+        build(**{key: value})
+
+
+def test_a_key_that_is_no_word_and_a_setting_without_its_value_are_named():
+    with pytest.raises(ConfigError, match="^config: None is no key"):
+        config.build({None: 3})
+    with pytest.raises(ConfigError, match="^rank: cannot read this config file .*; a setting is given as rank=...$"):
+        config.read_arguments(["rank", "8"])
+    with pytest.raises(ConfigError, match="^'': cannot read this config file"):
+        config.read_arguments([""])
 
 
 def test_the_global_batch_derives_the_accumulation():

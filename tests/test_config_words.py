@@ -221,10 +221,10 @@ def home(tmp_path, monkeypatch):
 def test_home_is_expanded_in_every_field_that_names_a_place(field, home, tmp_path):
     user = pwd.getpwuid(os.getuid())
     path = tmp_path / "run.yaml"
-    path.write_text(f"audio_data_url: x\n{field}: ~/x\n")
+    path.write_text(f"{field}: ~/x\n")
     assert str(getattr(of(f"{field}=~/x"), field)) == f"{home}/x"
     assert str(getattr(of(f"{field}=~"), field)) == str(home)
-    assert str(getattr(config.build(config.read_arguments([str(path)])), field)) == f"{home}/x"
+    assert str(getattr(config.build(config.read_arguments(["audio_data_url=x", str(path)])), field)) == f"{home}/x"
     assert str(getattr(of(f"{field}=~{user.pw_name}/x"), field)) == f"{user.pw_dir}/x"
     assert str(getattr(of(f"{field}=a/~/x"), field)) == "a/~/x"
 

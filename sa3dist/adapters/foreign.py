@@ -26,7 +26,8 @@ def what_instead(path: Path, error: Exception) -> str:
     error   what reading it as a safetensors file gave
     """
     if os.path.isdir(path):
-        names = sorted(name for name in os.listdir(path) if name.endswith(SUFFIX))
+        # A run's own, with what was exported of it beside it.
+        names = sorted((name for name in os.listdir(path) if name.endswith(SUFFIX)), key=lambda name: (len(name), name))
         return f"is a folder, expected an adapter file{f'; give {path / names[0]}' if names else ''}"
     try:
         size = os.path.getsize(path)

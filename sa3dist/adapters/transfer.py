@@ -97,7 +97,10 @@ def _require_agreement(base: Base, file: AdapterFile) -> None:
         # "dora" is another name of dora-rows.
         same = attached.kind.computes_as(file.config.kind) if field == "adapter_type" else ours == theirs
         if not same:
-            raise CheckpointError(f"{file.path}: {field} is {theirs!r} in the file, {ours!r} in the attached adapter")
+            raise CheckpointError(
+                f"{file.path}: {field} is {theirs!r} in the file, {ours!r} in the attached adapter; "
+                f"an adapter is continued under the file's own {field}"
+            )
 
 
 def covered_layers(file: AdapterFile, roots: Iterable[torch.nn.Module]) -> dict[str, torch.nn.Linear | torch.nn.Conv1d]:

@@ -49,7 +49,9 @@ def is_path(words: Sequence[str]) -> bool:
     """Whether the words of ``sa3dist export`` name something to export from, not a config of a run."""
     names = [word for word in words if word.startswith("-") or split_argument(word) is None]
     return any(
-        os.path.isdir(os.path.expanduser(name)) or name.endswith(ADAPTER_SUFFIXES) or name.startswith("--format")
+        os.path.isdir(os.path.expanduser(name))
+        or name.endswith(ADAPTER_SUFFIXES)
+        or name.partition("=")[0] in (*ARGUMENTS, "-h", "--help")
         for name in names
     )
 
@@ -211,4 +213,6 @@ main = command(
     ARGUMENTS,
     convert,
     description="Write the files of a run from a checkpoint, or an adapter in another program's layout.",
+    epilog="In place of PATH the run may be named by its settings, CONFIG.yaml and key=value as of sa3dist train, and "
+    "resume=CHECKPOINT: its newest checkpoint is then exported into its output_dir. The options are for PATH.",
 )

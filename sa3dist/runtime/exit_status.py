@@ -125,7 +125,8 @@ def run_program(body: Callable[[], None], output_dir: Callable[[], Path | None],
     except (Exception, KeyboardInterrupt) as failure:
         problem = translate(failure)
         if problem is None:
-            traceback.print_exception(failure)
+            with contextlib.suppress(OSError):
+                traceback.print_exception(failure)
             problem = errors.SA3DistError(f"{type(failure).__name__}: {failure}")
     report(problem, output_dir(), step(), REPORT_SECONDS)
     run_lock.release_all()
@@ -193,7 +194,9 @@ def report(problem: errors.SA3DistError | None, directory: Path | None, step: in
         # Where it happened matters when it is not the user's mistake, or one only some rank sees. One process is here.
         if origin[0] != 0 or (problem.exit_code == errors.EXIT_ENVIRONMENT and has_peers()):
             message = f"rank {origin[0]} on {origin[1]}: {message}"
-        print(message, file=sys.stderr, flush=True)
+        # Where stderr leads to a full disk, status.json still tells it.
+        with contextlib.suppress(OSError):
+            print(message, file=sys.stderr, flush=True)
     if directory is not None:
         _write_status(directory, problem, origin, message, step)
 

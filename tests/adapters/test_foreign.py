@@ -113,7 +113,8 @@ def make(kind, path):
             archive.writestr("out/lora.safetensors", whole)
     elif kind == "folder":
         path.mkdir()
-        (path / "lora.safetensors").write_bytes(whole)
+        for name in ("lora.comfy.safetensors", "lora.safetensors"):
+            (path / name).write_bytes(whole)
     elif kind == "cut checkpoint":
         torch.save({"state_dict": {}}, path)
         path.write_bytes(path.read_bytes()[:300])
@@ -161,6 +162,7 @@ def test_other_files_are_named_in_one_line(kind, said, suffix, tmp_path):
     message = refusal(path)
     assert message.startswith(said)
     assert "\n" not in message
+    assert kind != "folder" or message.endswith("/lora.safetensors")
 
 
 @pytest.mark.parametrize("given", ["checkpoint", "PEFT folder"])

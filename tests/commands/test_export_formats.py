@@ -27,6 +27,14 @@ def export(*words) -> int:
     return cli.main(["export", *map(str, words)])
 
 
+def test_help_of_export_tells_its_options(capsys):
+    with pytest.raises(SystemExit) as ended:
+        export("--help")
+    told = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert all(option in told for option in ("PATH", "--format", "--output", "--base"))
+
+
 def patched_by_comfy(weight, tensors, key):
     """What ComfyUI's generic loader makes of a float32 weight at strength 1, from its documented layout."""
     if f"{key}.diff" in tensors:

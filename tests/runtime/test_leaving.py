@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pty
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -143,6 +144,26 @@ def test_programs_outlive_the_reader_of_what_they_print():
         print("x", file=Lasting(full), flush=True)
     with contextlib.suppress(OSError):
         full.close()
+
+
+@pytest.mark.parametrize(
+    ("redirected", "code", "said"),
+    [
+        ("--help >/dev/full", 70, "<stdout>: cannot write (No space left on device)"),
+        ("--help >&- 2>&-", 0, ""),
+        # Neither stream says it; the code does.
+        ("train rank=x 2>&-", 2, ""),
+        ("train rank=x 2>/dev/full", 2, ""),
+    ],
+)
+def test_a_program_ends_with_its_own_code_where_nothing_can_be_printed(redirected, code, said, tmp_path):
+    words = f"exec {shlex.quote(sys.executable)} -m sa3dist.cli {redirected}"
+    done = subprocess.run(
+        ["sh", "-c", words], env=ENVIRONMENT, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    assert (done.returncode, done.stderr.strip()) == (code, said)
+    if code == 2:
+        assert json.loads((tmp_path / "runs/sa3dist-lora/status.json").read_text())["exit_code"] == 2
 
 
 # The loader.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sa3dist.data.source.joined_streams import mp3_counted, refuse_joined, refuse_lost
+from sa3dist.data.source.joined_streams import check_end, mp3_counted, refuse_lost
 from sa3dist.data.source.resample import ready_audio, resampled_length
 from sa3dist.data.source.riff import mended
 from sa3dist.data.source.tar_writer import read_clip
@@ -58,11 +58,11 @@ def check_audio(data: bytes, observe: Callable[[np.ndarray, int], None] | None =
     observe   called with every block, float32 (samples, channels), which the next one overwrites, and the sample rate
               in Hz
     Raises DataError, without a file name, when it is undecodable, empty, shorter than 10 ms or longer than an hour,
-    holds NaN or infinity, never exceeds -60 dBFS, or holds audio that is not decoded. Content decides the format, not
-    the extension.
+    holds NaN or infinity, never exceeds -60 dBFS, is cut off, or holds audio that is not decoded. Content decides the
+    format, not the extension.
     """
     samples, peak = 0, 0.0
-    refuse_joined(data)
+    check_end(data)
     with _open(data) as sound:
         rate, channels, declared = sound.samplerate, sound.channels, _declared_samples(sound)
         _check_size(rate, channels, declared)
@@ -187,7 +187,7 @@ def _open(data: bytes) -> Iterator[SoundFile]:
 
 def check_whole(data: bytes, samples: int) -> None:
     """Raise DataError when ``data`` holds more audio than the ``samples`` that were once decoded from it."""
-    refuse_joined(data)
+    check_end(data)
     refuse_lost(data, samples)
 
 

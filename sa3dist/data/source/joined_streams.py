@@ -1,4 +1,4 @@
-"""Find audio that a decoder would drop: a second stream joined with cat, or MP3 frames its header does not count."""
+"""Find audio that is lost: a file that is cut off, a second stream joined with cat, MP3 frames no header counts."""
 
 import functools
 import re
@@ -37,24 +37,29 @@ _RATES_HZ = (44100, 48000, 32000)
 _FRAMES_IN_A_ROW = 3
 # The first frame may need what lies before it, and the last may be cut.
 _SLACK_FRAMES = 4
+# Some programs count a header, or fill up to a block, where they write how long the samples are.
+_MISCOUNTED_BYTES = 4096
 # Where no header counts the frames, a decoder's guess of their size may be off by 0.04 bytes of 418.
 _SLACK_SHARE = 1 / 4000
 
 
-def refuse_joined(data: bytes) -> None:
-    """Raise DataError, without a file name, when other audio begins where the first stream ends.
+def check_end(data: bytes) -> None:
+    """Raise DataError, without a file name, when the first stream is cut off, or other audio begins where it ends.
 
-    Covers, overviews and tags are none, nor are streams that run beside each other in one Ogg file.
+    Covers, overviews and tags are none, nor are streams that run beside each other in one Ogg file. Where a FLAC or an
+    MP3 is cut off only decoding finds out.
     """
     if data[:3] == b"ID3":
         # Also in front of a FLAC.
         data = data[_tag_size(data, 0) :]
     if data[:4] == b"OggS":
         streams, end = _ogg_streams(data)
+        _refuse_cut(data, end)
         if streams > 1:
             raise DataError(f"holds {streams} streams joined one after the other, of which one would be used; {_MEND}")
         _refuse_second(data, end)
     elif (end := _end_of_samples(data)) is not None:
+        _refuse_cut(data, end, _MISCOUNTED_BYTES)
         _refuse_second(data, end)
         refuse_several(data)
     elif (counted := mp3_counted(data)) is not None:
@@ -63,12 +68,18 @@ def refuse_joined(data: bytes) -> None:
 
 
 def refuse_lost(data: bytes, samples: int) -> None:
-    """Raise DataError when an MP3 holds more than the ``samples`` that were decoded of it; after ``refuse_joined``."""
+    """Raise DataError when an MP3 holds more than the ``samples`` that were decoded of it; after ``check_end``."""
     if data[:4] == b"OggS" or _end_of_samples(data) is not None:
         return
     counted = mp3_counted(data)
     if counted is None or samples < counted:
         _refuse_more(data, samples)
+
+
+def _refuse_cut(data: bytes, end: int, slack_bytes: int = 0) -> None:
+    missing = end - len(data)
+    if missing > slack_bytes:
+        raise DataError(f"is cut off: at least {missing} bytes are missing at its end; copy or export it again")
 
 
 def _refuse_more(data: bytes, samples: int) -> None:

@@ -8,6 +8,8 @@ from sa3dist.errors import DataError
 
 # Written where the size was not known yet.
 UNKNOWN = 0xFFFFFFFF
+# Sizes from here on are those that programs write ahead of what they send through a pipe.
+STREAMED = 0x7F000000
 # A file of nothing but empty chunks would have a hundred million.
 MAX_CHUNKS = 10_000
 # Below this what lies behind the last chunk is padding, or a tag of some program.
@@ -68,12 +70,18 @@ def _chunks(data: bytes, order: str, samples: bytes, end: int) -> Iterator[tuple
 
 
 def samples_of(data: bytes, table: ChunkTable) -> tuple[int, int]:
-    """Where the chunk with the samples begins and ends; the end of the file where it does not say."""
+    """Where the chunk with the samples begins, and ends by the header; the end of the file where it does not say.
+
+    The end lies behind that of a file that is cut off.
+    """
     start, size = table.find(table.samples) or (len(data), 0)
     sizes = table.find(b"ds64", 24)
     if size == UNKNOWN and data[:4] == b"RF64" and sizes is not None:
         (size,) = struct.unpack_from("<Q", data, sizes[0] + 8)
-    return start, len(data) if size in (0, UNKNOWN) else min(start + size, len(data))
+        says = size < UNKNOWN << 32
+    else:
+        says = size < STREAMED
+    return start, start + size if says and size else len(data)
 
 
 def mended(data: bytes) -> bytes:

@@ -74,8 +74,8 @@ def _endless_flac():
     return bytes(data)
 
 
-def _half(container):
-    data = encode(tone(2.0), container=container)
+def _half(container, subtype=None, rate=44100):
+    data = encode(tone(2.0, rate), rate, container, subtype)
     return data[: len(data) // 2]
 
 
@@ -99,7 +99,10 @@ BAD = {
     "integers as floats": (encode(tone(peak=20000.0), subtype="FLOAT"), r"peaks at 2e\+04 times full scale"),
     "half an mp3": (_half("MP3"), "is cut off: only"),
     "half a flac": (_half("FLAC"), "cannot be decoded"),
-    "half an ogg": (_half("OGG"), "cannot be decoded"),
+    "half an ogg": (_half("OGG"), "is cut off: at least [0-9]+ bytes are missing"),
+    "half an opus": (_half("OGG", "OPUS", 48000), "is cut off: at least [0-9]+ bytes are missing"),
+    "half a wav": (_half("WAV"), "is cut off: at least 88222 bytes are missing"),
+    **{f"half an {kind}": (_half(kind), "is cut off: ") for kind in ("AIFF", "AU", "RF64", "W64")},
     "flac of unknown length": (_endless_flac(), "does not say how long it is"),
     "another format": (encode(tone(), container="VOC", subtype="PCM_16"), "is VOC inside, expected WAV"),
     "1 Hz": (encode(tone(), rate=1), "has a sample rate of 1 Hz, expected 1000 to 768000"),

@@ -10,7 +10,7 @@ import torch
 
 from sa3dist.data.source.audio import check_audio, decode, load_clip_audio
 from sa3dist.data.source.build import build_shards
-from sa3dist.data.source.joined_streams import _mp3_frames, mp3_samples, refuse_joined
+from sa3dist.data.source.joined_streams import _mp3_frames, check_end, mp3_samples
 from sa3dist.data.source.riff import mended
 from sa3dist.errors import DataError
 from sa3dist.inspection.report import inspect_source
@@ -143,11 +143,11 @@ def pages_of(data):
 
 def test_streams_that_run_beside_each_other_in_an_ogg_file_are_not_joined_ones():
     one, other = (list(pages_of(made("OGG", "VORBIS", 44100, 1.0, hertz))) for hertz in (440, 700))
-    refuse_joined(b"".join([one[0], other[0], one[1], other[1], *one[2:], *other[2:]]))
+    check_end(b"".join([one[0], other[0], one[1], other[1], *one[2:], *other[2:]]))
     with pytest.raises(DataError, match="holds 2 streams joined"):
-        refuse_joined(b"".join([*one, *other]))
+        check_end(b"".join([*one, *other]))
     with pytest.raises(DataError, match="holds 3 streams joined"):
-        refuse_joined(b"".join([*one, b"junk between", *other, *one]))
+        check_end(b"".join([*one, b"junk between", *other, *one]))
 
 
 def chunk(name, content, order="<"):
@@ -214,7 +214,10 @@ def test_the_file_of_a_crashed_recorder_is_read_to_its_end(container):
     assert check_audio(data[:-3]).samples == 22049
 
 
-@pytest.mark.parametrize("sizes", [(0, 0), (36, 0), (0, 0xFFFFFFFF), (0xFFFFFFFF, 0), (0xFFFFFFFF, 0xFFFFFFFF), (4, 0)])
+@pytest.mark.parametrize(
+    "sizes",
+    [(0, 0), (36, 0), (0, 0xFFFFFFFF), (0xFFFFFFFF, 0), (0xFFFFFFFF, 0xFFFFFFFF), (4, 0), (0x7FFFFFFF, 0x7FFFFFDB)],
+)
 def test_whatever_a_wav_says_instead_of_its_size_it_is_read_to_its_end(sizes):
     wav = made("WAV", "PCM_16", 44100)
     data = wav[:4] + struct.pack("<I", sizes[0]) + wav[8:40] + struct.pack("<I", sizes[1]) + wav[44:]
@@ -247,7 +250,7 @@ def test_joined_files_are_named_also_where_an_earlier_version_took_them_in(tmp_p
     joined = made("OGG", "VORBIS", 44100) + made("OGG", "VORBIS", 44100, 1.0)
     source = str(write_zip(tmp_path / "a.zip", captioned(4) | {"j.ogg": joined, "j.txt": b"x"}))
     with monkeypatch.context() as patch:
-        for name in ("refuse_joined", "refuse_lost"):
+        for name in ("check_end", "refuse_lost"):
             patch.setattr(f"sa3dist.data.source.audio.{name}", lambda *_: None)
         build_shards(source, tmp_path / "work")
     with pytest.raises(DataError, match="j.ogg: holds 2 streams joined one after the other"):
