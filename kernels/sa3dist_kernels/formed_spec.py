@@ -117,6 +117,7 @@ def formed_layer(spec: FormedSpec, memory: torch.Tensor, begin: int) -> tuple[Fo
     shapes = (spec.fan_out, spec.fan_in), (spec.fan_out, spec.rank), (spec.rank, spec.fan_in)
     views = []
     for size, shape in zip(product_sizes(spec).values(), shapes, strict=True):
-        views.append(memory[begin : begin + size].view(shape))
+        # Detached they are no views to autograd, which would make a new tensor of each whenever one is kept.
+        views.append(memory[begin : begin + size].view(shape).detach())
         begin += aligned(size)
     return FormedLayer(*views), begin

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from sa3dist_kernels.adapter_types import AdapterType
 from sa3dist_kernels.sums_plan import plan_of
-from sa3dist_kernels.triton_support import check_triton, dot, dot_precision
+from sa3dist_kernels.triton_support import ALIGNMENT, check_triton, dot, dot_precision, launch
 
 
 def raw_sums_reference(x, dx, dy, z, left_OR, right_RI, kind: AdapterType) -> torch.Tensor:
@@ -195,23 +195,35 @@ def raw_sums(
     if impl == "torch":
         return raw_sums_reference(x, dx, dy, z, left_OR, right_RI, kind)
     check_triton(dy)
-    x, dx, dy, z = (_rows_contiguous(value) for value in (x, dx, dy, z))
+    as_planned = _as_planned(x, dx, dy, z, left_OR, right_RI)
+    if not as_planned:
+        x, dx, dy, z = (_rows_contiguous(value) for value in (x, dx, dy, z))
     (N, I), (O, R) = x.shape, left_OR.shape
     plan = plan_of(N, I, O, R, kind, x.dtype, dot_precision())
+    kept = plan.kept if as_planned else None
     down, up = (x.new_empty(count, N, R, dtype=torch.float32) for count in plan.shares)
-    _thin_products_kernel[plan.thin_grid](
-        x, dy, right_RI, left_OR, down, up, N, I, O, R, x.stride(0), dy.stride(0), *plan.thin_spans, **plan.thin
-    )
+    given = x, dy, right_RI, left_OR, down, up, N, I, O, R, x.stride(0), dy.stride(0), *plan.thin_spans
+    launch(_thin_products_kernel, plan.thin_grid, given, plan.thin, kept)
     out = x.new_empty(plan.splits, plan.total, dtype=torch.float32)
     if kind.xs:
-        _core_sums_kernel[plan.core_grid](down, up, out, N, R, plan.span, plan.total, **plan.core)
+        launch(_core_sums_kernel, plan.core_grid, (down, up, out, N, R, plan.span, plan.total), plan.core, kept)
     if plan.sums_grid[0]:
-        _raw_sums_kernel[plan.sums_grid](
-            x, dx, dy, z, down, up, out, N, I, O, R, plan.span, plan.total,
-            x.stride(0), 0 if dx is None else dx.stride(0), dy.stride(0), 0 if z is None else z.stride(0),
-            *plan.places, **plan.sums,
-        )  # fmt: skip
+        strides = x.stride(0), 0 if dx is None else dx.stride(0), dy.stride(0), 0 if z is None else z.stride(0)
+        given = x, dx, dy, z, down, up, out, N, I, O, R, plan.span, plan.total, *strides, *plan.places
+        launch(_raw_sums_kernel, plan.sums_grid, given, plan.sums, kept)
     return out[0] if plan.splits == 1 else out.sum(0)
+
+
+def _as_planned(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether Triton would take the same kernel for all operands like these with one plan.
+
+    It chooses by formats, strides and whether memory begins at 16 bytes. What is allocated here always does.
+    """
+    dtype, places = x.dtype, x.data_ptr() if x.is_contiguous() else 1
+    for value in others:
+        if value is not None:
+            places |= value.data_ptr() if value.dtype is dtype and value.is_contiguous() else 1
+    return places % ALIGNMENT == 0
 
 
 def _rows_contiguous(value: torch.Tensor | None) -> torch.Tensor | None:

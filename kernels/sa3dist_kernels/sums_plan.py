@@ -30,6 +30,7 @@ class SumsPlan:
     shares         of T and of U                  thin_spans   channels of one share, of x and of dy
     splits, span   shares of the sums, and tokens of one
     total          length of the result           places       output blocks, and where each trained tensor begins
+    kept           of ``triton_support.launch``
     """
 
     shares: tuple[int, int]
@@ -44,6 +45,7 @@ class SumsPlan:
     sums_grid: tuple[int, int, int]
     places: tuple
     sums: dict
+    kept: dict = dataclasses.field(default_factory=dict)
 
 
 # Found once for a shape: with Triton's own slow helpers it took a third of what the host needs for a layer's sums.

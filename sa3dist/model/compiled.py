@@ -123,23 +123,32 @@ def compile_blocks(dit: DiT, backend, whole: bool = True) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     # Not dynamic of its own accord: what has other sizes is marked. Whether reductions over rows and over columns are
     # joined would depend on the number of tokens: another program for long clips.
-    options = {"triton.mix_order_reduction": False} if backend == "inductor" else None
+    # Sizes and strides have been looked at when a program is called; what it would look at again on its way is what it,
+    # and the operations it does not look into, have made themselves. Those 165 looks take a tenth of a host's time.
+    options = {"triton.mix_order_reduction": False, "size_asserts": False} if backend == "inductor" else None
     # What one process has traced the next need not. The backward passes of adapted layers are traced too, so they are
     # part of what a program is found by.
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     compiled = torch.compile(Block.forward, backend=backend, fullgraph=whole, dynamic=False, options=options)
 
     def run_block(block: Block, h_GNE: Tensor, modulation: tuple[Tensor, ...], shared: Shared) -> Tensor:
-        layout, (cos_ND, sin_ND, _) = shared.layout, shared.rotary
         any_length(h_GNE, axis=1)
-        any_length(layout.owner_BK, axis=1)
-        for table in (cos_ND, sin_ND, layout.clip_K, layout.is_frame_K1, layout.is_clips_K, layout.start_S):
-            any_length(table, axis=0)
-        if shared.local_GTC is not None and shared.local_GTC.shape[1] > 1:
-            any_length(shared.local_GTC, axis=1)
+        if block is first:
+            _mark_lengths(shared)
         return compiled(block, h_GNE, modulation, shared)
 
+    first = dit.transformer.layers[0]
     dit.transformer.run_block = run_block
+
+
+def _mark_lengths(shared: Shared) -> None:
+    """What all blocks of a pass read has other lengths too."""
+    layout, (cos_ND, sin_ND, _) = shared.layout, shared.rotary
+    any_length(layout.owner_BK, axis=1)
+    for table in (cos_ND, sin_ND, layout.clip_K, layout.is_frame_K1, layout.is_clips_K, layout.start_S):
+        any_length(table, axis=0)
+    if shared.local_GTC is not None and shared.local_GTC.shape[1] > 1:
+        any_length(shared.local_GTC, axis=1)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ Legend: K query tokens, J key tokens of all clips, P members of a pair (1 or 2),
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,11 +17,13 @@ from torch import Tensor
 from sa3dist.model.padded_attention import padded_attention
 
 
-@torch.library.custom_op("sa3dist::varlen_attention", mutates_args=())
-def _varlen_attention(
+def _attend(
     q_KPHD: Tensor, k_JPHD: Tensor, v_JHD: Tensor, q_start_S1: Tensor, k_start_S1: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Output (K, P, H, D) and the log of the softmax' sums (P, H, K), float32. A filling's may be anything."""
+    """Output (K, P, H, D) and the log of the softmax' sums (P, H, K), float32. A filling's may be anything.
+
+    All results are contiguous, here and of the backward pass: compiled programs rely on it without a look.
+    """
     K, P, H, D = q_KPHD.shape
     v_JPHD = v_JHD[:, None].expand(-1, P, -1, -1)
     q, k, v = (_heads_first(x) for x in (q_KPHD, k_JPHD, v_JPHD))
@@ -33,22 +36,20 @@ def _varlen_attention(
         return _tokens_first(out).contiguous(), sums.reshape(P, H, K).contiguous()
     if padded := _padded(q, k, v, q_start_S1, k_start_S1):
         out, sums = padded.forward(q, k, v, _length(q_start_S1))
-        return _tokens_first(out), sums.reshape(P, H, K)
+        return _tokens_first(out).contiguous(), sums.reshape(P, H, K)
     flat = [x.flatten(1, 2) for x in (q_KPHD, k_JPHD, v_JPHD)]
     out, sums, *_ = torch.ops.aten._flash_attention_forward(
         *flat, q_start_S1, k_start_S1, K, len(k_JPHD), 0.0, False, return_debug_mask=False
     )
-    return out.reshape(K, P, H, D), sums.reshape(P, H, K).contiguous()
+    return out.reshape(K, P, H, D).contiguous(), sums.reshape(P, H, K).contiguous()
 
 
-@_varlen_attention.register_fake
-def _(q_KPHD, k_JPHD, v_JHD, q_start_S1, k_start_S1):
+def _attend_shapes(q_KPHD, k_JPHD, v_JHD, q_start_S1, k_start_S1):
     K, P, H, D = q_KPHD.shape
     return q_KPHD.new_empty(K, P, H, D), q_KPHD.new_empty(P, H, K, dtype=torch.float32)
 
 
-@torch.library.custom_op("sa3dist::varlen_attention_backward", mutates_args=())
-def _varlen_attention_backward(
+def _attend_backward(
     grad_KPHD: Tensor,
     q_KPHD: Tensor,
     k_JPHD: Tensor,
@@ -73,7 +74,7 @@ def _varlen_attention_backward(
         return tuple(_tokens_first(value).contiguous() for value in found)
     if padded := _padded(q, k, v, *starts):
         found = padded.backward(grad, q, k, v, out, sums_PHK[..., None], _length(q_start_S1))
-        return tuple(_tokens_first(value) for value in found)
+        return tuple(_tokens_first(value).contiguous() for value in found)
     given = [x.flatten(1, 2) for x in (grad_KPHD.contiguous(), q_KPHD, k_JPHD, v_JPHD, out_KPHD)]
     state = _no_state(q.device, torch.uint64)
     found = torch.ops.aten._flash_attention_backward(
@@ -82,25 +83,48 @@ def _varlen_attention_backward(
     return tuple(value.unflatten(1, (P, -1)).contiguous() for value in found)
 
 
-@_varlen_attention_backward.register_fake
-def _(grad_KPHD, q_KPHD, k_JPHD, v_JHD, out_KPHD, sums_PHK, q_start_S1, k_start_S1):
+def _attend_backward_shapes(grad_KPHD, q_KPHD, k_JPHD, v_JHD, out_KPHD, sums_PHK, q_start_S1, k_start_S1):
     return tuple(x.new_empty(x.shape) for x in (q_KPHD, k_JPHD, k_JPHD))
 
 
-def _setup(ctx, inputs, output):
-    q, k, v, q_start, k_start = inputs
-    ctx.save_for_backward(q, k, v, *output, q_start, k_start)
+_LIBRARY = torch.library.Library("sa3dist", "FRAGMENT")
 
 
-def _backward(ctx, grad_KPHD, _):
-    q, k, v, out, sums, q_start, k_start = ctx.saved_tensors
-    found = _varlen_attention_backward(grad_KPHD, q, k, v, out, sums, q_start, k_start)
-    # Outside the operation, so that the compiler adds where it needs the sum.
-    grad_q, grad_k, (grad_v, *second) = found[0], found[1], found[2].unbind(1)
-    return grad_q, grad_k, grad_v + second[0] if second else grad_v, None, None
+def _define(schema: str, function: Callable, shapes: Callable) -> None:
+    """Not by ``custom_op``, whose calls take 28 us of a host instead of 8: every block has four."""
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    name, *_ = schema.partition("(")
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sa3dist::{name}", shapes, lib=_LIBRARY)
 
 
-_varlen_attention.register_autograd(_backward, setup_context=_setup)
+_define(
+    "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor q_start, Tensor k_start) -> (Tensor, Tensor)",
+    _attend,
+    _attend_shapes,
+)
+_define(
+    "varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor sums, Tensor q_start,"
+    " Tensor k_start) -> (Tensor, Tensor, Tensor)",
+    _attend_backward,
+    _attend_backward_shapes,
+)
+
+
+class _VarlenAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, q_start, k_start):
+        out, sums = torch.ops.sa3dist.varlen_attention(q, k, v, q_start, k_start)
+        ctx.save_for_backward(q, k, v, out, sums, q_start, k_start)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_KPHD):
+        found = torch.ops.sa3dist.varlen_attention_backward(grad_KPHD, *ctx.saved_tensors)
+        # Outside the operation, so that the compiler adds where it needs the sum.
+        grad_q, grad_k, (grad_v, *second) = found[0], found[1], found[2].unbind(1)
+        return grad_q, grad_k, grad_v + second[0] if second else grad_v, None, None
 
 
 def varlen_attention(q_KPHD: Tensor, k_JPHD: Tensor, v_JHD: Tensor, q_start_S1: Tensor, k_start_S1: Tensor) -> Tensor:
@@ -111,7 +135,7 @@ def varlen_attention(q_KPHD: Tensor, k_JPHD: Tensor, v_JHD: Tensor, q_start_S1: 
                              A clip may be empty on both sides. Of two clips the second is a filling: its output and
                              what comes back for it may be anything, NaN included
     """
-    return _varlen_attention(q_KPHD, k_JPHD, v_JHD, q_start_S1, k_start_S1)[0]
+    return _VarlenAttention.apply(q_KPHD, k_JPHD, v_JHD, q_start_S1, k_start_S1)
 
 
 def _clips(start_S1: Tensor) -> int:

@@ -128,6 +128,19 @@ def test_strided_operands_give_the_contiguous_ones_bits(name, columns):
     assert torch.equal(raw_sums.raw_sums(*whole, kind), found)
 
 
+def test_launches_are_kept_only_for_operands_that_take_the_same_kernels():
+    x, dx, dy, z, left, right = operands(ADAPTER_TYPES["bora"], 16, 32, 48, 16, torch.float16)
+    given = {"x": x.contiguous(), "dx": None, "dy": dy.contiguous(), "z": z.contiguous(), "left": left, "right": right}
+    # Private: without a device nothing launched shows which way a call has taken.
+    assert raw_sums._as_planned(*given.values())
+    for name, value in {"x": x, "dy": dy, "z": z.float(), "left": left.t().contiguous().t()}.items():
+        assert not raw_sums._as_planned(*(given | {name: value}).values()), name
+    for name, value in given.items():
+        if value is not None:
+            displaced = value.new_empty(value.numel() + 1)[1:].view(value.shape)
+            assert not raw_sums._as_planned(*(given | {name: displaced}).values()), name
+
+
 @needs_interpreter
 def test_a_nan_in_one_token_reaches_only_what_it_belongs_to():
     kind = ADAPTER_TYPES["bora"]

@@ -1,4 +1,4 @@
-"""Attention of a clip with a filling behind it, by cuDNN: against float32, whatever the filling holds."""
+"""Attention of clips in one list: by cuDNN with a filling, against float32; what the compiler is told of results."""
 
 import pytest
 import torch
@@ -60,3 +60,21 @@ def test_a_pair_with_a_filling_is_attention_of_the_clip_alone(tokens, length, dt
     assert None not in made
     for ours, theirs in zip(found, wanted, strict=True):
         assert (ours.float() - theirs).norm() < 1e-2 * theirs.norm()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+# One clip, one with a filling, several.
+@pytest.mark.parametrize("starts", [(0, 40), (0, 33, 40), (0, 9, 30, 40)])
+def test_results_have_the_shapes_and_strides_the_compiler_is_told(starts, device):
+    own = {"device": device, "dtype": torch.bfloat16}
+    q, k, v, *_, second = torch.randn(40, 6, HEADS, WIDTH, **own).unbind(1)
+    # As they come from one projection: parts of a wider tensor.
+    pair, start = torch.stack([q, second], 1), torch.tensor(starts, device=device, dtype=torch.int32)
+    operations, tests = torch.ops.sa3dist, ("test_schema", "test_faketensor")
+    given = pair, torch.stack([k, second], 1), v, start, start
+    torch.library.opcheck(operations.varlen_attention, given, test_utils=tests)
+    made = operations.varlen_attention(*given)
+    grad = torch.randn(40, HEADS, 2, WIDTH, **own).transpose(1, 2)
+    back = grad, *given[:3], *made, *given[3:]
+    torch.library.opcheck(operations.varlen_attention_backward, back, test_utils=tests)
+    assert all(value.is_contiguous() for value in (*made, *operations.varlen_attention_backward(*back)))
