@@ -76,7 +76,7 @@ def check(config: dict[str, Any]) -> None:
     zero = config.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else zero
     if not isinstance(zero, dict) or stage not in (1, 2, 3):
-        raise ConfigError(f"ds_config: zero_optimization.stage is {stage}, expected 1, 2 or 3; without ZeRO use DDP")
+        raise ConfigError(f"ds_config: zero_optimization.stage is {stage!r}, expected 1, 2 or 3; without ZeRO use DDP")
     for section, decides in OURS.items():
         if config.get(section):
             raise ConfigError(f"ds_config: remove {section}, {decides}")

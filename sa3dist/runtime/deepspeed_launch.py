@@ -1,5 +1,6 @@
 """What a launcher says about DeepSpeed, and what DeepSpeed reads before the process group is made."""
 
+import json
 import os
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def prepare_environment(on_cpu: bool) -> None:
 def _find_file() -> None:
     """Make the launcher's relative path absolute: below the working directory, or as shipped with this package.
 
-    So the files in ``configs/accelerate`` work from any directory.
+    So the files in ``configs/accelerate`` work from any directory. Raises ConfigError for a file that DeepSpeed or
+    Accelerate cannot read.
     """
     named = os.environ.get(FILE_VARIABLE, "none")
     if named == "none":
@@ -52,4 +54,11 @@ def _find_file() -> None:
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise ConfigError(f"deepspeed_config_file: {named} is neither below {Path.cwd()} nor shipped with sa3dist")
+    try:
+        config = json.loads(found.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{found}: cannot be read as the JSON file of DeepSpeed ({error})") from error
+    # Accelerate would end with a traceback.
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
+        raise ConfigError(f"{found}: no section zero_optimization, expected its stage to be 1, 2 or 3; else use DDP")
     os.environ[FILE_VARIABLE] = str(found.resolve())

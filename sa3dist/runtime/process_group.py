@@ -90,12 +90,18 @@ def connect(step_timeout_seconds: float) -> Group:
     """Join the process group the launcher prepared: accelerate, torchrun or plain python.
 
     step_timeout_seconds   a collective that waits for longer, and a margin, fails
+    Raises ConfigError for a launcher's settings that Accelerate refuses, or that would do nothing here.
 
     Accelerate is made with mixed precision off whatever the launcher says; the step autocasts itself, so that adapters,
     gradients and moments stay float32 in every mode.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
 
+    for kind in ("FSDP", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in {"1", "true", "yes"}:
+            raise errors.ConfigError(
+                f"accelerate launch: {kind} divides nothing here; use DDP or DeepSpeed ZeRO"
+            )
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
     if deepspeed_launch.asked_for():
         deepspeed_launch.prepare_environment(on_cpu)
@@ -104,7 +110,10 @@ def connect(step_timeout_seconds: float) -> Group:
     patience = timedelta(seconds=step_timeout_seconds + GROUP_TIMEOUT_MARGIN_SECONDS)
     handlers = [InitProcessGroupKwargs(**backend_for(on_cpu), timeout=patience)]
     tf32 = torch.backends.cuda.matmul.allow_tf32
-    accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, kwargs_handlers=handlers)
+    try:
+        accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, kwargs_handlers=handlers)
+    except ValueError as error:
+        raise errors.ConfigError(f"accelerate launch: {' '.join(str(error).split())}") from error
     # It turns TF32 on where a launcher's file asks for dynamo, which compiles nothing here. Only then: an assignment of
     # what is there already shows in the keys of the compiler's cache.
     if torch.backends.cuda.matmul.allow_tf32 != tf32:

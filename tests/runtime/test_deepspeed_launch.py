@@ -7,6 +7,7 @@ import pytest
 
 from sa3dist.errors import ConfigError
 from sa3dist.runtime.deepspeed_launch import FILE_VARIABLE, prepare_environment
+from sa3dist.runtime.process_group import connect
 from tests.helpers.golden import ROOT
 
 
@@ -26,7 +27,7 @@ def test_a_shipped_file_is_found_from_any_directory_and_ones_own_comes_first(lau
     assert os.environ[FILE_VARIABLE] == str(ROOT / "configs/deepspeed/zero2.json")
     own = tmp_path / "configs" / "deepspeed" / "zero2.json"
     own.parent.mkdir(parents=True)
-    own.write_text("{}")
+    own.write_text('{"zero_optimization": {"stage": 1}}')
     launched.setenv(FILE_VARIABLE, "configs/deepspeed/zero2.json")
     prepare_environment(on_cpu=True)
     assert os.environ[FILE_VARIABLE] == str(own)
@@ -37,6 +38,33 @@ def test_a_file_that_is_not_there_is_refused_before_anything_is_joined(launched,
     launched.setenv(FILE_VARIABLE, named)
     with pytest.raises(ConfigError, match=told):
         prepare_environment(on_cpu=True)
+
+
+@pytest.mark.parametrize("text", ["{bad", "[1]", "{}", '{"zero_optimization": true}'])
+def test_a_file_that_deepspeed_or_accelerate_could_not_take_is_refused_by_its_name(launched, tmp_path, text):
+    path = tmp_path / "zero.json"
+    path.write_text(text)
+    launched.setenv(FILE_VARIABLE, str(path))
+    with pytest.raises(ConfigError, match=f"^{path}: ") as caught:
+        prepare_environment(on_cpu=True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"ACCELERATE_CONFIG_DS_FIELDS": "gradient_clipping"}, "accelerate launch: When using `deepspeed_config_file`"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "accelerate launch: FSDP divides nothing here"),
+    ],
+)
+def test_what_the_launcher_asks_for_in_vain_is_refused_in_one_line(launched, variables, told):
+    launched.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    launched.setenv(FILE_VARIABLE, "configs/deepspeed/zero2.json")
+    for name, value in variables.items():
+        launched.setenv(name, value)
+    with pytest.raises(ConfigError, match=told) as caught:
+        connect(60.0)
+    assert "\n" not in str(caught.value)
 
 
 def test_without_a_launcher_or_without_deepspeed_it_is_said(launched):
