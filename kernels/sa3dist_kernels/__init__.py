@@ -4,7 +4,7 @@ from sa3dist_kernels.adapted_linear import NormCache, adapted_linear, effective_
 from sa3dist_kernels.adapter_types import ADAPTER_TYPES, AdapterType
 from sa3dist_kernels.formed_linear import formed_linear
 from sa3dist_kernels.formed_spec import FormedLayer, FormedSpec
-from sa3dist_kernels.formed_weights import FormedWeights
+from sa3dist_kernels.formed_weights import FormedWeights, share_statistics
 from sa3dist_kernels.frozen_products import frozen_linear
 from sa3dist_kernels.weight_norms import FrozenConstants, frozen_constants
 
@@ -21,4 +21,5 @@ __all__ = [
     "formed_linear",
     "frozen_constants",
     "frozen_linear",
+    "share_statistics",
 ]

@@ -146,6 +146,12 @@ class Group:
         self.layers = _sent(table, torch.int64, self.device)
         self.plans.clear()
 
+    def keep_statistics_in(self, memory: torch.Tensor) -> None:
+        """Move ``floats`` to the start of ``memory``; they are undefined until the next FORM."""
+        self.floats = memory[: self.floats.numel()]
+        # The table counts from them: no address it was made for holds any more.
+        self.addresses = ()
+
     def weight_base(self) -> torch.Tensor:
         return self.specs[0].weight_OI
 

@@ -79,8 +79,24 @@ class FormedWeights:
         self.forms.finish()
 
 
+def share_statistics(parts: Sequence[FormedWeights]) -> None:
+    """Have all ``parts`` keep in one memory what ``finish`` needs of ``form``.
+
+    From here on each of them has to be finished before another is formed.
+    """
+    longest = max(sum(group.floats.numel() for group in part.forms.groups) for part in parts)
+    memory = torch.empty(longest, device=parts[0].specs[0].weight_OI.device)
+    for part in parts:
+        begin = 0
+        for group in part.forms.groups:
+            group.keep_statistics_in(memory[begin:])
+            begin += group.floats.numel()
+
+
 class TorchForms:
-    """Plain tensors, one layer after the other."""
+    """Plain tensors, one layer after the other. There are no groups: nothing is kept between FORM and FINISH."""
+
+    groups = ()
 
     def __init__(self, specs: list[FormedSpec], memory: torch.Tensor) -> None:
         self.specs, self.layers, begin = specs, [], 0

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from sa3dist_kernels import ADAPTER_TYPES
+from sa3dist_kernels import ADAPTER_TYPES, share_statistics
 from sa3dist_kernels.formed_weights import FormedWeights
 
 from tests.helpers.formed_layers import (
@@ -173,6 +173,26 @@ def test_layers_formed_in_turn_in_one_memory_leave_each_others_gradients_alone(n
             assert formed.layers[0].weight_OI.data_ptr() == memory.data_ptr()
     for cases, formed in zip(blocks, made, strict=True):
         cases[0].load(cases[0].sums())
+        formed.finish()
+        check_gradients(cases)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["bora", "dora-cols-xs"])
+def test_layers_finished_before_others_are_formed_may_share_everything(name, impl):
+    blocks = [make_cases(ADAPTER_TYPES[name], [size, (9, 8)], 3)[0] for size in ((23, 19), (17, 32))]
+    memory = torch.full((2000,), float("nan"))
+    made = [FormedWeights([case.spec for case in of], torch.float32, impl, memory=memory) for of in blocks]
+    for formed in made:
+        # Made before the statistics move.
+        formed.form()
+    share_statistics(made)
+    kept = {group.floats.untyped_storage().data_ptr() for formed in made for group in formed.forms.groups}
+    assert len(kept) == (impl == "triton")
+    for cases, formed in zip(blocks, made, strict=True):
+        formed.form()
+        for case in cases:
+            case.load(case.sums())
         formed.finish()
         check_gradients(cases)
 
