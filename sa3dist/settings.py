@@ -87,7 +87,8 @@ class Settings(ListeningFields):
     adapter_products: Literal["auto", "formed", "per_use", "factored"] = Field(
         "auto",
         description="multiply with adapted weights formed once per step, or for every use of a block (per_use: least "
-        "memory, all blocks recomputed), or with base and factors apart; auto: formed on CUDA, per_use if memory asks",
+        "memory, all blocks recomputed), or with base and factors apart; auto: formed on CUDA, per_use if memory or "
+        "ZeRO-3 asks",
     )
     cuda_graphs: Annotated[Literal["auto", "on", "off"], OnOff] = Field(
         "auto",

@@ -14,7 +14,7 @@ from tests.helpers.golden import ROOT
 ABSENT = ("webdataset", "soundfile", "deepspeed", "diffusers", "pydantic", "rich")
 # What a training step needs of the product. ZeRO is DeepSpeed's.
 ROOMS = ("adapters", "data", "flow", "model", "parallel", "runtime", "tracking", "training")
-NEEDS_MORE = {"sa3dist.parallel.zero"}
+NEEDS_MORE = {"sa3dist.parallel.zero", "sa3dist.parallel.zero_blocks"}
 
 
 def gpu_path() -> list[str]:

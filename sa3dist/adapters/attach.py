@@ -103,6 +103,7 @@ def detach_adapter(base: Base) -> None:
         replace_layer(base, name, layer.original)
     base.adapter_config, base.formed_once = None, contextlib.nullcontext
     base.dit.transformer.form_block = None
+    base.dit.transformer.own_runs.clear()
 
 
 @torch.no_grad()

@@ -38,9 +38,7 @@ class Formed:
     ) -> None:
         """specs: one per layer, in their order; products: the format of the products. ``allocate`` comes next."""
         self._transformer, self._layers, self._specs, self._products = base.dit.transformer, layers, specs, products
-        blocks = enumerate(self._transformer.layers)
-        block_of = {id(module): number for number, block in blocks for module in block.modules()}
-        self._blocks: list[int | None] = [block_of.get(id(layer)) for layer in layers]
+        self._blocks = block_numbers(base, layers)
         self.per_use = False
         self.parts: dict[int | None, FormedWeights] = {}
 
@@ -83,6 +81,17 @@ class Formed:
             part.finish()
 
 
+def block_numbers(base: Base, layers: Sequence[AdaptedLayer]) -> list[int | None]:
+    """The number of the block that each layer is part of; None: it lies outside of the blocks."""
+    blocks = enumerate(base.dit.transformer.layers)
+    block_of = {id(module): number for number, block in blocks for module in block.modules()}
+    return [block_of.get(id(layer)) for layer in layers]
+
+
+def product_format(base: Base, settings: Settings) -> torch.dtype:
+    return torch.bfloat16 if settings.mixed_precision == "bf16" else base.dtype
+
+
 def keep_formed(base: Base, flat: FlatGradients, settings: Settings, device: torch.device) -> Formed | None:
     """Have the adapted layers of ``base`` multiply with W' as ``form`` of what is returned, and passes, leave it.
 
@@ -91,7 +100,7 @@ def keep_formed(base: Base, flat: FlatGradients, settings: Settings, device: tor
     flat       the adapters' values and gradients
     settings   adapter_products, mixed_precision, gradient_checkpointing
     """
-    products = torch.bfloat16 if settings.mixed_precision == "bf16" else base.dtype
+    products = product_format(base, settings)
     choice = settings.adapter_products
     if choice == "factored":
         return None
@@ -101,7 +110,7 @@ def keep_formed(base: Base, flat: FlatGradients, settings: Settings, device: tor
     owners = {id(value): layer for layer in adapted_layers(base).values() for value in layer.trained().values()}
     layers = list(dict.fromkeys(owners[id(parameter)] for parameter in flat.parameters.values()))
     gradients = {parameter: flat.gradients[name] for name, parameter in flat.parameters.items()}
-    formed = Formed(base, layers, [_spec_of(layer, gradients) for layer in layers], products)
+    formed = Formed(base, layers, [spec_of(layer, gradients) for layer in layers], products)
     try:
         formed.allocate(per_use=choice == "per_use")
     except torch.OutOfMemoryError:
@@ -122,7 +131,8 @@ def keep_formed(base: Base, flat: FlatGradients, settings: Settings, device: tor
     return formed
 
 
-def _spec_of(layer: AdaptedLayer, gradients: dict[torch.Tensor, torch.Tensor]) -> FormedSpec:
+def spec_of(layer: AdaptedLayer, gradients: dict[torch.Tensor, torch.Tensor]) -> FormedSpec:
+    """gradients: by trained tensor, where its raw sums are found and its gradient is left."""
     trained, frozen = layer.trained(), layer.adapter.frozen
     bases = [base.contiguous() for base in (frozen.left_OR, frozen.right_IR)] if layer.kind.xs else (None, None)
     return FormedSpec(

@@ -122,6 +122,8 @@ class Transformer(nn.Module):
         self.run_block = Block.forward
         # Set where adapted weights are formed for every use of a block, whose number it is given.
         self.form_block: Callable[[int], None] | None = None
+        # By its number, what a block is run by: it is given a function and its arguments, as ``checkpoint`` is.
+        self.own_runs: dict[int, Callable[..., Tensor]] = {}
 
     def forward(
         self,
@@ -152,7 +154,7 @@ class Transformer(nn.Module):
         recomputed = self.recomputed_blocks if self.form_block is None else len(self.layers)
         recomputed = recomputed if torch.is_grad_enabled() else 0
         for i, modulation in enumerate(self.modulations(global_BE, dtype)):
-            run = recompute if i < recomputed else call
+            run = self.own_runs.get(i, recompute if i < recomputed else call)
             h_GNE = run(self._form_and_run, self.run_block, i, h_GNE, modulation, shared)
         return self.project_out(layout.without_memory(h_GNE))
 

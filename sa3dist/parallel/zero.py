@@ -28,6 +28,7 @@ from torch.nn import functional
 from sa3dist.parallel.ddp import FlatEngine
 from sa3dist.parallel.engine import Losses, Result, Tensors
 from sa3dist.parallel.flat_adamw import MOMENTS, FlatGradients, adamw
+from sa3dist.parallel.zero_blocks import form_by_block
 
 if TYPE_CHECKING:
     from sa3dist.adapters.layers import AdaptedLayer
@@ -41,23 +42,29 @@ class Roots(nn.Module):
     """What DeepSpeed sees: the trained roots of the base as children, and what is done with them as a forward pass.
 
     The autoencoder and the text encoder are left out: they work outside of the step, on ranks of their own.
+    ``gathered`` are modules that the roots call but do not hold.
     """
 
-    def __init__(self, base: Base):
+    def __init__(self, base: Base, gathered: Iterable[nn.Module]):
         super().__init__()
-        self.roots = nn.ModuleList(base.adapter_roots)
+        self.roots, self.gathered = nn.ModuleList(base.adapter_roots), nn.ModuleList(gathered)
 
     def forward(self, work: Callable[[], Result]) -> Result:
         return work()
 
 
 def initialize(
-    base: Base, parameters: Iterable[nn.Parameter], settings: Settings, config: dict[str, Any]
+    base: Base,
+    parameters: Iterable[nn.Parameter],
+    settings: Settings,
+    config: dict[str, Any],
+    gathered: Iterable[nn.Module] = (),
 ) -> deepspeed.DeepSpeedEngine:
-    """DeepSpeed's engine for what ``zero_config.build`` made of the launcher's file."""
+    """DeepSpeed's engine for what ``zero_config.build`` made of the launcher's file. gathered: see ``Roots``."""
     # Some versions of DeepSpeed take a step when they begin: at a rate of zero nothing moves.
     optimizer = adamw(parameters, 0.0, settings.weight_decay)
-    engine, *_ = deepspeed.initialize(model=Roots(base), optimizer=optimizer, config=config, dist_init_required=False)
+    roots = Roots(base, gathered)
+    engine, *_ = deepspeed.initialize(model=roots, optimizer=optimizer, config=config, dist_init_required=False)
     assert engine.gradient_clipping() == 0
     engine.set_gradient_accumulation_boundary(True)
     return engine
@@ -157,11 +164,11 @@ class DividedOptimizer(FlatEngine):
 class DividedModel:
     """An ``engine.Engine`` of stage 3: base, adapters, gradients and optimiser are divided.
 
-    DeepSpeed gathers layers within the passes, and averages gradients there.
+    DeepSpeed gathers layers, or blocks whose weights are formed, within the passes, and averages gradients there.
     """
 
     collectives_in_forward = divided = True
-    formed = gradient = None
+    gradient = None
 
     def __init__(
         self,
@@ -178,11 +185,15 @@ class DividedModel:
         self.parameters, self._forward = parameters, forward
         self.group = group
         self.scalars = torch.zeros(scalars, device=group.device)
+        self.formed, blocks = form_by_block(base, list(layers), settings, group)
         for layer in layers:
-            for parameter in layer.trained().values():
+            for parameter in layer.trained().values() if layer.formed is None else ():
                 # A child's tensors, read by the layer itself: they have to be gathered with the layer's own.
                 deepspeed.zero.register_external_parameter(layer, parameter)
-        self.engine = initialize(base, parameters.values(), settings, config)
+        gathered = [block.gathered for block in blocks]
+        self.engine = initialize(base, parameters.values(), settings, config, gathered)
+        for block in blocks:
+            block.remove_hooks()
         make_moments(self.engine, self._parts)
 
     @property

@@ -99,9 +99,7 @@ def connect(step_timeout_seconds: float) -> Group:
 
     for kind in ("FSDP", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in {"1", "true", "yes"}:
-            raise errors.ConfigError(
-                f"accelerate launch: {kind} divides nothing here; use DDP or DeepSpeed ZeRO"
-            )
+            raise errors.ConfigError(f"accelerate launch: {kind} divides nothing here; use DDP or DeepSpeed ZeRO")
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
     if deepspeed_launch.asked_for():
         deepspeed_launch.prepare_environment(on_cpu)

@@ -34,9 +34,11 @@ def check_choices(settings: Settings, group: Group) -> None:
     """Raises ConfigError for what the settings ask for and the run's device or parallel mode cannot do."""
     if settings.cuda_graphs == "on" and (group.device.type != "cuda" or group.divides_model):
         raise ConfigError("cuda_graphs: on needs a CUDA device, and no ZeRO-3; use cuda_graphs=auto")
-    if group.divides_model and settings.adapter_products in ("formed", "per_use"):
-        products = settings.adapter_products
-        raise ConfigError(f"adapter_products: {products} needs the whole base on every rank; with ZeRO-3 use auto")
+    if group.divides_model and settings.adapter_products == "formed":
+        raise ConfigError(
+            "adapter_products: formed keeps the adapted weights of the whole base on every rank, which ZeRO-3 divides; "
+            "use auto or per_use"
+        )
 
 
 def choose_acceleration(trainer: Trainer, settings: Settings, frames: int) -> None:

@@ -364,7 +364,7 @@ def test_zero_3_gives_the_same_numbers_previews_and_health(split_words, tmp_path
     divided = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 100000}
     (tmp_path / "divided.json").write_text(json.dumps({"zero_optimization": divided}))
     asked = {USE_VARIABLE: "true", FILE_VARIABLE: str(tmp_path / "divided.json")}
-    two = [*words, f"output_dir={tmp_path}/two"]
+    two = [*words, f"output_dir={tmp_path}/two", "adapter_products=per_use", "gradient_checkpointing=auto"]
     with forked_ranks(two, two, log=tmp_path / "said", **asked) as ranks:
         assert [rank.wait(500) for rank in ranks] == [0, 0], ranks[0].said()
     expected, found = evaluations(tmp_path / "alone"), evaluations(tmp_path / "two")

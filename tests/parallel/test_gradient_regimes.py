@@ -142,7 +142,12 @@ def test_zero_2_forms_adapted_weights_as_data_parallel_ranks_do_also_where_a_fil
 @pytest.mark.usefixtures("deepspeed")
 def test_zero_3_trains_what_one_process_accumulates(alone):
     regime, expected = alone
-    assert_same_course(run_ranks(2, lambda group: course(group, regime, ZERO[3]))[0], expected)
+
+    def in_both_forms(group):
+        return [course(group, regime, ZERO[3], products=products) for products in ("factored", "per_use")]
+
+    for found in run_ranks(2, in_both_forms)[0]:
+        assert_same_course(found, expected)
 
 
 # In the regime where the moments are smallest; each of its modes is held to one process in both.
@@ -152,9 +157,11 @@ def test_a_run_passed_on_between_modes_trains_what_one_process_accumulates(alone
     regime, expected = alone
     losses, norms = [], []
     third = STEPS // 3
-    for leg, (ranks, zero) in enumerate([(2, ZERO[3]), (4, DDP), (2, ZERO[2])]):
+    legs = [(2, ZERO[2], "auto"), (2, ZERO[3], "per_use"), (4, DDP, "auto")]
+    for leg, (ranks, zero, products) in enumerate(legs):
         first, last = leg * third + 1, (leg + 1) * third
         train = functools.partial(course, regime=regime, zero=zero, first=first, last=last, kept=tmp_path)
+        train = functools.partial(train, products=products)
         more_losses, more_norms, state = run_ranks(ranks, train)[0]
         losses += more_losses
         norms += more_norms

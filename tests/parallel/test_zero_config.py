@@ -159,9 +159,7 @@ def test_gradients_are_given_in_the_order_of_the_tensors_whatever_a_file_says_an
         assert "parameter_alignment" not in built
 
 
-@pytest.mark.parametrize(
-    "words", [{"adapter_products": "formed"}, {"adapter_products": "per_use"}, {"cuda_graphs": "on"}]
-)
+@pytest.mark.parametrize("words", [{"adapter_products": "formed"}, {"cuda_graphs": "on"}])
 def test_what_a_divided_base_cannot_do_is_refused_by_name(words):
     groups = {stage: Group(0, 2, torch.device("cuda"), {"zero_optimization": {"stage": stage}}) for stage in (2, 3)}
     check_choices(make_settings(**words), groups[2])

@@ -27,15 +27,19 @@ from sa3dist.commands.demo import synthesise_clips
 from sa3dist.model.tiny import write_tiny_base
 
 CLIPS_PER_STEP = 4
-# Relative, in float32 on the CPU; "state" is over all tensors together.
+# Relative, in float32 on the CPU; "state" is over all tensors together. Worst tensor: a lora_B begins at zero, and an
+# entry whose first gradient is all rounding moves by what AdamW makes of that.
 # bf16: some ten times what was measured; a last bit of an adapter decides how its product is rounded.
-BOUNDS = {"no": {"loss": 1e-5, "state": 1e-5, "worst_tensor": 1e-5}, "bf16": {"loss": 2e-3, "state": 1e-4}}
+BOUNDS = {"no": {"loss": 1e-5, "state": 1e-5, "worst_tensor": 3e-5}, "bf16": {"loss": 2e-3, "state": 1e-4}}
 EVERYTHING_DIVIDED = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 5000000}
 
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """launcher: "plain", "ddp", or the name of a DeepSpeed file in configs/deepspeed or made here."""
+    """launcher: "plain", "ddp", or the name of a DeepSpeed file in configs/deepspeed or made here.
+
+    "formed" is "divided" with weights formed for every use of a block.
+    """
 
     launcher: str
     ranks: int
@@ -53,7 +57,7 @@ class Mode:
 MODES = [
     Mode(launcher, ranks, precision)
     for precision, rows in {
-        "no": "plain 1, ddp 2, ddp 4, zero1 2, zero2 2, zero3 1, zero3 2, divided 2, zero3 4",
+        "no": "plain 1, ddp 2, ddp 4, zero1 2, zero2 2, zero3 1, zero3 2, divided 2, formed 2, zero3 4",
         "bf16": "plain 1, ddp 2, zero2 2, divided 2",
     }.items()
     for launcher, ranks in ((row.split()[0], int(row.split()[1])) for row in rows.split(","))
@@ -66,7 +70,9 @@ def run(mode: Mode, directory: Path, common: dict) -> Path:
     words = common | {"output_dir": output, "mixed_precision": mode.precision}
     words |= {"gradient_accumulation_steps": mode.accumulation}
     file = None if mode.launcher in ("plain", "ddp") else ROOT / "configs" / "deepspeed" / f"{mode.launcher}.json"
-    if mode.launcher == "divided":
+    if mode.launcher == "formed":
+        words |= {"adapter_products": "per_use", "gradient_checkpointing": "auto"}
+    if mode.launcher in ("divided", "formed"):
         file = directory / "divided.json"
         file.write_text(json.dumps({"zero_optimization": EVERYTHING_DIVIDED}))
     trial = ForkedTrial(words, mode.ranks, output, output.with_suffix(".log"), as_agent=True, zero=file)

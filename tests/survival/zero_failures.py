@@ -1,6 +1,6 @@
 """What ends a run ends it under DeepSpeed too: a signal to one rank, a killed rank, a loss that is not finite.
 
-    python tests/survival/zero_failures.py DIRECTORY [--stage 2 3] [--case sigterm ...] [--launcher]
+    python tests/survival/zero_failures.py DIRECTORY [--stage 2 3] [--case sigterm ...] [--products WORD] [--launcher]
 
 Two ranks on the CPU, forked from this process, which acts as torchrun does, or with --launcher started by
 launch/local.sh; DeepSpeed is asked for in their environment. Prints one JSON line per
@@ -78,10 +78,11 @@ def main() -> int:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--stage", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--case", choices=EXPECTED, action="append", help="default: all")
+    parser.add_argument("--products", default="auto", help="adapter_products of the runs")
     parser.add_argument("--launcher", action="store_true")
     arguments = parser.parse_args()
     directory = arguments.directory.resolve()
-    words = prepare(directory) | {"number_of_steps": STEPS, "save_every": 1000}
+    words = prepare(directory) | {"number_of_steps": STEPS, "save_every": 1000, "adapter_products": arguments.products}
     failed = False
     for stage in arguments.stage:
         for case in arguments.case or EXPECTED:
