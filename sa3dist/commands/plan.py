@@ -31,8 +31,11 @@ ARGUMENTS = {
 
 def plan(options: argparse.Namespace) -> None:
     """Print the plan of ``options``."""
-    if options.ranks < 1 or (options.link_gbit is not None and options.link_gbit <= 0):
+    if options.ranks < 1 or (options.link_gbit is not None and not options.link_gbit > 0):
         raise ConfigError("--ranks and --link-gbit: expected positive numbers")
+    # An installed package has no folder of its own.
+    if options.results != RESULTS and not options.results.is_dir():
+        raise ConfigError(f"--results: {options.results} is no folder; give one with the JSON files of gpu_check.py")
     # A plan needs no data; where they are is nobody's business here.
     settings = config.build({"audio_data_url": "unknown", **config.read_arguments(options.arguments)})
     device = find_device(options.gpu)

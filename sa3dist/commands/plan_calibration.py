@@ -18,6 +18,7 @@ from sa3dist_kernels import ADAPTER_TYPES, AdapterType
 from sa3dist.adapters import candidate_layers
 from sa3dist.cost_model.devices import Device, datasheet_of
 from sa3dist.cost_model.fake_network import AdapterShape, BatchShape, FakeNetwork, Numerics
+from sa3dist.errors import ConfigError
 from sa3dist.model.loading import meta_roots
 from sa3dist.model.parse_config import parse_model_config
 from sa3dist.model.released import RELEASED, released_config
@@ -57,6 +58,7 @@ def calibrate(folder: Path, device: Device, tokens: int, adapter_type: str) -> F
     """From the steps timed on that GPU, of the nearest adapter type and the nearest lengths; else assumed.
 
     folder   of results
+    Raises ConfigError, naming the file, for one that is not JSON.
     """
     rows = [
         {**row, "file": path.name, "tokens": row["batch"] * row["frames"]}
@@ -100,7 +102,10 @@ def _is_of(row: dict[str, Any], device: Device) -> bool:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"--results: {path} is not valid JSON ({error}); remove it from the folder") from error
     if isinstance(content, dict) and isinstance(content.get("rows"), list):
         yield from ({**content.get("environment", {}), **row} for row in content["rows"])
 

@@ -46,6 +46,19 @@ def _model(text: str) -> tuple[str, str]:
     return name, str(home_path(path).absolute())
 
 
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 0 or more")
+    return int(text)
+
+
+def _days(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if (days := float(text)) > 0:
+            return days
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+
+
 ARGUMENTS = {
     "--model": {"type": _model, "action": "append", "default": [], "metavar": "NAME=PATH", "help": "base of that name"},
     "--host": {"default": "127.0.0.1", "help": "address to listen at; beyond loopback a key is needed"},
@@ -55,7 +68,7 @@ ARGUMENTS = {
     "--database": {"help": "sqlite:///FILE or postgresql://...; unset = jobs.db in data-dir"},
     "--storage": {"help": "fsspec address of uploaded files; unset = files in data-dir"},
     "--slots": {
-        "type": int,
+        "type": positive,
         "help": f"jobs at once; unset = by GPUs, one without, {CLUSTER_SLOTS} on a cluster",
     },
     "--executor": {"choices": ["local", "slurm", "kubernetes"], "default": "local", "help": "who runs the jobs"},
@@ -70,9 +83,9 @@ ARGUMENTS = {
     "--tls": {"action": "store_true", "help": "make a certificate authority and serve https"},
     "--allow-private-data": {"action": "store_true", "help": "take data addresses of this machine's network"},
     "--allow-private-webhooks": {"action": "store_true", "help": "call webhooks in this machine's network"},
-    "--max-queue": {"type": int, "help": "refuse submits while more jobs wait"},
-    "--keep-days": {"type": float, "help": "delete finished jobs, and uploads that none needs, after; unset = never"},
-    "--min-free": {"type": int, "default": 1, "metavar": "GIB", "help": "refuse submits below this free space"},
+    "--max-queue": {"type": _natural, "help": "refuse submits while more jobs wait"},
+    "--keep-days": {"type": _days, "help": "delete finished jobs, and uploads that none needs, after; unset = never"},
+    "--min-free": {"type": _natural, "default": 1, "metavar": "GIB", "help": "refuse submits below this free space"},
 }
 KEY_ARGUMENTS = {
     "action": {"choices": ["add", "list", "remove"]},
@@ -113,6 +126,7 @@ def serve(options: argparse.Namespace) -> None:
     host = socket.gethostname() if options.host in ("0.0.0.0", "::") else options.host
     url = (options.public_url or f"{'https' if options.tls else 'http'}://{host}:{options.port}").rstrip("/")
     web, runs = web_options(options, data, url), run_options(options, data)
+    require_free(options.host, options.port)
     data.mkdir(parents=True, exist_ok=True)
     tls, authority = {}, None
     if options.tls:
@@ -129,6 +143,14 @@ def serve(options: argparse.Namespace) -> None:
     _run(uvicorn.Server(listening), app.state.service.stopping, scheduler)
     if options.stop_jobs:
         scheduler.stop_jobs()
+
+
+def require_free(host: str, port: int) -> None:
+    """Raises ConfigError where nothing can listen: the web server would end with a code of its own, or not at all."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"port: cannot listen at {host}:{port}; choose another --port or --host ({error})") from error
 
 
 def web_options(options: argparse.Namespace, data: Path, url: str) -> WebOptions:
@@ -182,8 +204,11 @@ def _run(server, stopping, scheduler) -> None:
 
 def run_options(options: argparse.Namespace, data: Path) -> RunOptions:
     """What the scheduler is told. Raises ConfigError."""
-    from sa3dist.config import read_arguments
+    from sa3dist.config import build, read_arguments
 
+    settings = read_arguments(options.set)
+    # Now, and not in every job.
+    build({"audio_data_url": "unknown", **settings})
     is_local = options.executor == "local"
     gpus = gpus_here() if is_local else ()
     if is_local and options.nodes > 1:
@@ -202,7 +227,7 @@ def run_options(options: argparse.Namespace, data: Path) -> RunOptions:
         locks=str(locks_folder()),
         host=socket.gethostname(),
         models=dict(options.model),
-        settings=json.loads(json.dumps(read_arguments(options.set))),
+        settings=json.loads(json.dumps(settings)),
         options=tuple(options.option),
     )
 

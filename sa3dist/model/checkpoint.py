@@ -36,7 +36,9 @@ class CheckpointFile:
                 self._opened[str(device)] = safe_open(str(self.path), framework="pt", device=str(device))
             return self._opened[str(device)]
         except FileNotFoundError as error:
-            raise CheckpointError(f"{self.path}: no such file") from error
+            # Also of one that may not be read.
+            reason = "cannot be read; check its permissions" if self.path.exists() else "no such file"
+            raise CheckpointError(f"{self.path}: {reason}") from error
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.path}: not a readable safetensors file ({error})") from error
 

@@ -198,6 +198,9 @@ def test_results_of_other_kinds_are_left_out(tmp_path):
     here = Device("this CPU", 1e10, 1e11, 1e11, 1e10, "measured here", on_gpu=False)
     for device, factor in ((H200, 2.5), (here, 1.3)):
         assert predict(job(), device, tmp_path).factor.value == factor
+    (tmp_path / "torn.json").write_text('{"rows"')
+    with pytest.raises(ConfigError, match="torn.json is not valid JSON"):
+        predict(job(), H200, tmp_path)
 
 
 def test_a_measured_gpu_is_held_against_its_own_measured_ceilings(tmp_path):
@@ -319,6 +322,8 @@ def test_the_command_says_what_its_figures_rest_on(tmp_path, capsys):
         (["--fit", "1GB", "--gpu", "H200"], "nothing fits 1 GB"),
         (["include=[nothing]", "--gpu", "H200"], "matches none of"),
         (["--ranks", "0", "--gpu", "H200"], "expected positive numbers"),
+        (["--link-gbit", "nan", "--gpu", "H200"], "expected positive numbers"),
+        (["--results", "/no/such", "--gpu", "H200"], "--results: /no/such is no folder"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_one_line(capsys, words, expected):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 import threading
 
 import pytest
@@ -141,6 +142,8 @@ def test_a_ready_answer_is_that_of_the_route_and_goes_to_nobody_else(tmp_path, s
         (["--model", "medium-base=/no/such"], "model: medium-base: /no/such has no model_config.json"),
         (["--nodes", "2"], "nodes: 2 need --executor slurm or kubernetes"),
         (["--gpus", "99"], "gpus: 99 for each job, this host has "),
+        (["--set", "rnk=3"], "rnk: unknown key, did you mean rank?"),
+        (["--port", "99999"], "port: cannot listen at 127.0.0.1:99999; choose another --port"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_a_line_and_leaves_nothing(words, said, tmp_path, capsys):
@@ -148,6 +151,24 @@ def test_what_cannot_be_served_is_refused_in_a_line_and_leaves_nothing(words, sa
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_port_that_is_taken_is_refused_ahead_of_the_first_word(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        words = ["--data-dir", str(tmp_path / "data"), "--port", str(taken.getsockname()[1])]
+        assert command.main(words) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "choose another --port" in said.err
+    assert "Address already in use" in said.err
+
+
+@pytest.mark.parametrize(("option", "value"), [("--keep-days", "-1"), ("--keep-days", "nan"), ("--slots", "0")])
+def test_numbers_that_would_delete_or_stop_every_job_are_refused(option, value, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--data-dir", str(tmp_path / "data"), option, value])
+    assert ended.value.code == 2
+    assert f"argument {option}: '{value}' is not a number" in capsys.readouterr().err
 
 
 @pytest.mark.slow
