@@ -68,8 +68,8 @@ ARGUMENTS = {
     "--database": {"help": "sqlite:///FILE or postgresql://...; unset = jobs.db in data-dir"},
     "--storage": {"help": "fsspec address of uploaded files; unset = files in data-dir"},
     "--slots": {
-        "type": positive,
-        "help": f"jobs at once; unset = by GPUs, one without, {CLUSTER_SLOTS} on a cluster",
+        "type": _natural,
+        "help": f"jobs at once, 0 = none here; unset = by GPUs, one without, {CLUSTER_SLOTS} on a cluster",
     },
     "--executor": {"choices": ["local", "slurm", "kubernetes"], "default": "local", "help": "who runs the jobs"},
     "--nodes": {"type": positive, "default": 1, "metavar": "N", "help": "of each job (slurm, kubernetes)"},

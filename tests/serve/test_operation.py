@@ -163,7 +163,7 @@ def test_a_port_that_is_taken_is_refused_ahead_of_the_first_word(tmp_path, capsy
     assert "Address already in use" in said.err
 
 
-@pytest.mark.parametrize(("option", "value"), [("--keep-days", "-1"), ("--keep-days", "nan"), ("--slots", "0")])
+@pytest.mark.parametrize(("option", "value"), [("--keep-days", "-1"), ("--keep-days", "nan"), ("--slots", "-1")])
 def test_numbers_that_would_delete_or_stop_every_job_are_refused(option, value, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         command.main(["--data-dir", str(tmp_path / "data"), option, value])
