@@ -18,10 +18,11 @@ from pathlib import Path
 
 import torch
 import triton
-from sa3dist_kernels import ADAPTER_TYPES, raw_sums
+from sa3dist_kernels import ADAPTER_TYPES, qkv_gradient, raw_sums
 from sa3dist_kernels.formed_group import Group, default_tiles
 from sa3dist_kernels.formed_launch import finish_plan, form_plan
 from sa3dist_kernels.formed_spec import FormedSpec, product_elements
+from sa3dist_kernels.qkv_gradient import BLOCK_H, BLOCK_K
 from sa3dist_kernels.sums_plan import plan_of
 from sa3dist_kernels.triton_support import dot_precision
 from triton.backends.compiler import GPUTarget
@@ -86,15 +87,26 @@ def sums_variants(dtype: str, rank: int):
                 yield label, kernel, constants, options
 
 
+def qkv_variants(dtype: str):
+    """Likewise of the gradient of queries, keys and values: the released models' heads, of a pair and alone."""
+    for pairs, heads in ((2, 24), (1, 16)):
+        given = {"H": heads, "D": 64, "P": pairs, "HALF": 16, "BLOCK_K": BLOCK_K, "BLOCK_H": BLOCK_H, "BLOCK_D": 64}
+        yield f"{heads} heads, pairs of {pairs}", qkv_gradient._qkv_gradient_kernel, given, {"num_warps": 4}
+
+
 SUMS_WIDE = ("down", "up", "out")
 SUMS_NARROW = ("x", "dx", "dy", "z", "right", "left")
-UNALIGNED = ("N", "span", "total", "y_blocks")
+UNALIGNED = ("N", "span", "total", "y_blocks", "K", "eps")
 
 
 def signature(kernel, dtype: str) -> dict[str, str]:
     """Type of every argument."""
     if "floats" in kernel.arg_names:
         return {name: FORMED_TYPES.get(name, f"*{dtype}") for name in kernel.arg_names}
+    if "is_clips" in kernel.arg_names:
+        narrow = ("grad_q", "grad_k", "grad_v", "x", "gamma_q", "gamma_k", "out")
+        others = {"cos": "*fp32", "sin": "*fp32", "is_clips": "*i1", "eps": "fp32"} | dict.fromkeys(narrow, f"*{dtype}")
+        return {name: others.get(name, "i32") for name in kernel.arg_names}
     pointers = dict.fromkeys(SUMS_WIDE, "*fp32") | dict.fromkeys(SUMS_NARROW, f"*{dtype}")
     return {name: pointers.get(name, "i32") for name in kernel.arg_names}
 
@@ -133,6 +145,7 @@ def main() -> int:
         itertools.chain(formed_variants(options.dtype, rank), sums_variants(options.dtype, rank))
         for rank in options.rank
     )
+    variants = itertools.chain(variants, qkv_variants(options.dtype))
     faults = 0
     for name, kernel, constants, launch in variants:
         used = compiled(kernel, constants, options.dtype, launch, options.capability)

@@ -67,6 +67,8 @@ NO_LAUNCH = {
 }  # fmt: skip
 PARTS = ("forward", "backward", "triton", "torch")
 SUMS = torch.ops.sa3dist.raw_sums.default
+# Operations that are more than one call: attention's gradient, and ``qkv_gradient`` behind it.
+CALLS = {torch.ops.sa3dist.self_attention_gradient.default: 2}
 
 
 class _Planned(Exception):
@@ -171,8 +173,9 @@ def launches(node: BaseSchedulerNode) -> int:
     if isinstance(node, ExternKernelSchedulerNode):
         made = node.node
         # A result picked out of several, and what ``LaunchCounter`` counts by itself.
-        apart = isinstance(made, ir.MultiOutput) or getattr(made, "op_overload", None) is SUMS
-        return 0 if apart else 1
+        operation = getattr(made, "op_overload", None)
+        apart = isinstance(made, ir.MultiOutput) or operation is SUMS
+        return 0 if apart else CALLS.get(operation, 1)
     parts = getattr(node, "get_outer_nodes", None)
     return len(parts()) if parts else 1
 

@@ -28,6 +28,12 @@ def _varlen_backward_flops(grad_KPHD, q_KPHD, k_JPHD, v_JHD, out_KPHD, sums, q_s
     return sdpa_backward_flop_count(queries, queries, keys, keys)
 
 
+def _self_attention_gradient_flops(grad_KPHD, q_KPHD, k_KPHD, *others, **_) -> int:
+    *_, starts, _, _ = others
+    queries, keys = _varlen_sizes(q_KPHD, k_KPHD, starts)
+    return sdpa_backward_flop_count(queries, queries, keys, keys)
+
+
 _ops = torch.ops
 # What torch's own registry leaves out: attention on a CPU and ours, oneDNN's product, and the one that adds in place.
 FLOPS = {
@@ -42,6 +48,7 @@ FLOPS = {
     ),
     _ops.sa3dist.varlen_attention: _varlen_flops,
     _ops.sa3dist.varlen_attention_backward: _varlen_backward_flops,
+    _ops.sa3dist.self_attention_gradient: _self_attention_gradient_flops,
 }
 
 

@@ -167,9 +167,14 @@ class SelfAttention(Attention):
         super().__init__(width, head_dim, differential, qk_norm, qk_norm_eps)
         self.to_qkv = nn.Linear(width, (2 * self.pairs + 1) * width, bias=False)
 
-    def forward(self, x_BNE: Tensor, rotary: tuple[Tensor, Tensor, int], attend_pairs) -> Tensor:
-        """``attend_pairs(q, k, v)``: see ``token_layout.Layout``; ``rotary`` is cos, signed sin, half width."""
+    def forward(self, x_BNE: Tensor, rotary: tuple[Tensor, Tensor, int], attend_pairs, attend_qkv=None) -> Tensor:
+        """``attend_pairs(q, k, v)``: see ``token_layout.Layout``; ``rotary`` is cos, signed sin, half width.
+
+        attend_qkv   see ``token_layout.Filled``; takes the place of ``attend_pairs`` where the norms allow it
+        """
         qkv = self.heads(self.to_qkv(x_BNE), 2 * self.pairs + 1)
+        if attend_qkv is not None and isinstance(self.q_norm, RMSNorm):
+            return self.to_out(attend_qkv(qkv, self.q_norm, self.k_norm, rotary))
         q, k, v = qkv[:, :, 0::3], qkv[:, :, 1::3], qkv[:, :, 2:3]
         q = self.turn(self.q_norm, q, rotary, v.dtype)
         k = self.turn(self.k_norm, k, rotary, v.dtype)

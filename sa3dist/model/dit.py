@@ -24,6 +24,7 @@ from sa3dist.model.blocks import (
 from sa3dist.model.config import DiTConfig
 from sa3dist.model.frequencies import FEATURES
 from sa3dist.model.packing import FilledPacking, Packing
+from sa3dist.model.self_attention import kernel_works
 from sa3dist.model.token_layout import Filled, Packed, Padded
 
 
@@ -87,7 +88,7 @@ class Block(nn.Module):
         layout = shared.layout
         if layout.attends:
             entering = self.modulated_norm(self.pre_norm, h_GNE, scale1, shift1, layout)
-            branch = self.self_attn(entering, shared.rotary, layout.attend_pairs)
+            branch = self.self_attn(entering, shared.rotary, layout.attend_pairs, layout.attend_qkv)
             h_GNE = self.add_gated(h_GNE, gate1, branch, layout)
         context = shared.context_BSE, shared.repeated
         branch = self.cross_attn(self.cross_attend_norm(h_GNE), *context, layout.attend_pairs_to_context)
@@ -260,7 +261,9 @@ class DiT(nn.Module):
         """What to compute, so that the sum over it is the velocity."""
         frames, memory = x_BCT.shape[2], self.transformer.memory
         if isinstance(packing, FilledPacking):
-            return [Filled(packing, len(x_BCT), frames, memory)]
+            device = x_BCT.device
+            products = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.dtype
+            return [Filled(packing, len(x_BCT), frames, memory, kernel_works(device, products))]
         if packing is not None:
             return [Packed(packing, memory)]
         if padding_mask_BT is None or padding_mask_BT.device.type != "cpu":

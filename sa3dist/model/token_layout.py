@@ -10,16 +10,21 @@ D head width.
 
 import torch
 import torch.nn.functional as F
+from sa3dist_kernels.qkv_gradient import HeadNorm
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from sa3dist.model.blocks import in_one_call
+from sa3dist.model.blocks import RMSNorm, in_one_call
 from sa3dist.model.packing import FilledPacking, Packing
+from sa3dist.model.self_attention import self_attention
 from sa3dist.model.varlen_attention import varlen_attention
 
 
 class Layout:
     """What the layouts share: attention of both members of a differential pair in one call."""
+
+    # Only ``Filled`` has it.
+    attend_qkv = None
 
     def attend_pairs(self, q_GNPHD: Tensor, k_GNPHD: Tensor, v_GN1HD: Tensor) -> Tensor:
         """Attention of every clip's tokens to each other, (G, N, H * D); of a pair, the first's less the second's."""
@@ -159,11 +164,12 @@ class Filled:
     """All clips' tokens in one list of a fixed length, (1, K, E): see ``FilledPacking``.
 
     frames   T of the padded batch
+    whole    whether self-attention is one function from its projection on (``attend_qkv``)
     """
 
     attends = True
 
-    def __init__(self, packing: FilledPacking, clips: int, frames: int, memory: int):
+    def __init__(self, packing: FilledPacking, clips: int, frames: int, memory: int, whole: bool = True):
         self.clips, self.frames, self.memory = clips, frames, memory
         self.frame_K, self.slot_K, self.target_K, self.positions, self.clip_K = packing.table_5K.unbind()
         self.start_S = packing.start_S
@@ -173,6 +179,7 @@ class Filled:
         self.is_clips_K = torch.arange(self.clip_K.numel(), device=self.clip_K.device) < self.start_S[clips]
         # The filling is the last clip's as far as its context goes.
         self.context_start_B1 = torch.cat([self.start_S[:clips], self.start_S[-1:]])
+        self.attend_qkv = self._attend_qkv if whole else None
 
     def take(self, x_BTC: Tensor) -> Tensor:
         rows = x_BTC.expand(self.clips, self.frames, -1).flatten(0, 1).index_select(0, self.frame_K)
@@ -204,11 +211,21 @@ class Filled:
         """local: of every token, or one row that stands for every frame."""
         return h_1KE + torch.where(self.is_frame_K1, local_1KE, local_1KE.new_zeros(()))
 
+    def _attend_qkv(self, qkv_1KSHD: Tensor, q_norm: RMSNorm, k_norm: RMSNorm, rotary) -> Tensor:
+        """``attend_pairs`` from the projection on; rotary: as for ``SelfAttention``."""
+        norm = HeadNorm(q_norm.gamma, k_norm.gamma, q_norm.eps, *rotary)
+        # The gradient of an index would be copied.
+        out_KPHD = self_attention(qkv_1KSHD.squeeze(0), norm, self.is_clips_K, self.start_S)
+        return _difference(self._of_clips(out_KPHD))
+
     def attend_pairs(self, q_1KPHD: Tensor, k_1KPHD: Tensor, v_1K1HD: Tensor) -> Tensor:
         is_clips = self.is_clips_K[:, None, None, None]
         q, k, v = (_GradientsOfClips.apply(x[0], is_clips) for x in (q_1KPHD, k_1KPHD, v_1K1HD))
         out_KPHD = varlen_attention(q, k, v[:, 0], self.start_S, self.start_S)
-        return _difference(torch.where(is_clips, out_KPHD, out_KPHD.new_zeros(())))
+        return _difference(self._of_clips(out_KPHD))
+
+    def _of_clips(self, out_KPHD: Tensor) -> Tensor:
+        return torch.where(self.is_clips_K[:, None, None, None], out_KPHD, out_KPHD.new_zeros(()))
 
     def attend_pairs_to_context(self, q_1KPHD: Tensor, k_BSPHD: Tensor, v_BS1HD: Tensor) -> Tensor:
         tokens = k_BSPHD.shape[1]

@@ -60,6 +60,21 @@ def _attend_backward(
     k_start_S1: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys, and of the values as each member of the pair sees them, (J, P, H, D)."""
+    given = grad_KPHD, q_KPHD, k_JPHD, v_JHD, out_KPHD, sums_PHK, q_start_S1, k_start_S1
+    return tuple(found.contiguous() for found in attention_gradients(*given))
+
+
+def attention_gradients(
+    grad_KPHD: Tensor,
+    q_KPHD: Tensor,
+    k_JPHD: Tensor,
+    v_JHD: Tensor,
+    out_KPHD: Tensor,
+    sums_PHK: Tensor,
+    q_start_S1: Tensor,
+    k_start_S1: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in whatever layout the kernels leave them."""
     starts, lengths, P = (q_start_S1, k_start_S1), (len(q_KPHD), len(k_JPHD)), q_KPHD.shape[1]
     v_JPHD = v_JHD[:, None].expand(-1, P, -1, -1)
     if not _has_kernel(q_KPHD):
@@ -71,7 +86,7 @@ def _attend_backward(
         found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             grad, q, k, v, out, sums, state, state, None, None, None, *lengths, 0.0, False
         )
-        return tuple(_tokens_first(value).contiguous() for value in found)
+        return tuple(_tokens_first(value) for value in found)
     if padded := _padded(q, k, v, *starts):
         found = padded.backward(grad, q, k, v, out, sums_PHK[..., None], _length(q_start_S1))
         return tuple(_tokens_first(value).contiguous() for value in found)
@@ -80,7 +95,7 @@ def _attend_backward(
     found = torch.ops.aten._flash_attention_backward(
         *given, sums_PHK.flatten(0, 1), *starts, *lengths, 0.0, False, state, state
     )
-    return tuple(value.unflatten(1, (P, -1)).contiguous() for value in found)
+    return tuple(value.unflatten(1, (P, -1)) for value in found)
 
 
 def _attend_backward_shapes(grad_KPHD, q_KPHD, k_JPHD, v_JHD, out_KPHD, sums_PHK, q_start_S1, k_start_S1):
@@ -190,4 +205,4 @@ def _math_backward(grad, q, k, v, out, sums, q_start, k_start):
     through = grad_ @ v_.transpose(-1, -2) - (grad_ * out_).sum(-1, keepdim=True)
     score_grad = weights * through * q.shape[-1] ** -0.5
     found = score_grad @ k_, score_grad.transpose(-1, -2) @ q_, weights.transpose(-1, -2) @ grad_
-    return tuple(_tokens_first(x).to(q.dtype).contiguous() for x in found)
+    return tuple(_tokens_first(x).to(q.dtype) for x in found)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sa3dist.model import token_layout
+from sa3dist.model import dit, self_attention, token_layout
 from sa3dist.model.packing import FilledPacking, Packing
 from tests.helpers import packed_clips
 from tests.helpers.packed_clips import FRAMES, adapted, inputs
@@ -72,39 +72,63 @@ def test_huge_values_in_the_filling_change_no_bit(tiny_base, monkeypatch):
         assert torch.equal(huge, small)
 
 
-class _Careless(torch.autograd.Function):
-    """NaN in place of the values, or of the gradients, of the rows from ``begin`` on."""
+def spoilt(value, begin):
+    """NaN in place of the rows from ``begin`` on."""
+    return value.index_fill(0, torch.arange(begin, len(value)), torch.nan)
 
+
+class _SpoiltGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, value, begin, of_gradients):
-        ctx.begin, ctx.of_gradients = begin, of_gradients
-        return value.view_as(value) if of_gradients else _Careless.spoilt(value, begin)
+    def forward(ctx, value, begin):
+        ctx.begin = begin
+        return value.view_as(value)
 
     @staticmethod
     def backward(ctx, grad):
-        return _Careless.spoilt(grad, ctx.begin) if ctx.of_gradients else grad, None, None
-
-    @staticmethod
-    def spoilt(value, begin):
-        return value.index_fill(0, torch.arange(begin, len(value)), torch.nan)
+        return spoilt(grad, ctx.begin), None
 
 
-def test_what_attention_leaves_where_the_filling_is_changes_no_bit(tiny_base, monkeypatch):
+@pytest.mark.parametrize("whole", [True, False], ids=["one function", "apart"])
+def test_what_attention_leaves_where_the_filling_is_changes_no_bit(tiny_base, monkeypatch, whole):
     base, given = adapted(tiny_base, "dora-rows"), inputs(tiny_base)
     mask_BT, weights = mask_of(LENGTHS["leading"]), weights_for(given)
-    attention = token_layout.varlen_attention
+    begin = sum(base.dit.transformer.memory + length for length in LENGTHS["leading"])
+    monkeypatch.setattr(dit, "kernel_works", lambda *_: whole)
 
     def run():
         return velocity_and_gradients(base, given, mask_BT, weights, packing=filled(base, LENGTHS["leading"], 11))
 
+    attention, together = token_layout.varlen_attention, token_layout.self_attention
+    gradients, calls = self_attention.attention_gradients, []
+
     def careless(q, k, v, q_start, k_start):
         if q_start is not k_start:
             return attention(q, k, v, q_start, k_start)
-        begin = int(q_start[-2])
-        q, k, v = (_Careless.apply(value, begin, True) for value in (q, k, v))
-        return _Careless.apply(attention(q, k, v, q_start, k_start), begin, False)
+        calls.append("apart")
+        q, k, v = (_SpoiltGradient.apply(value, begin) for value in (q, k, v))
+        return spoilt(attention(q, k, v, q_start, k_start), begin)
+
+    def careless_gradients(*given):
+        calls.append("one function")
+        return tuple(spoilt(found, begin) for found in gradients(*given))
 
     expected = run()
     monkeypatch.setattr(token_layout, "varlen_attention", careless)
-    for ours, theirs in zip(run(), expected, strict=True):
+    monkeypatch.setattr(token_layout, "self_attention", lambda *given: spoilt(together(*given), begin))
+    monkeypatch.setattr(self_attention, "attention_gradients", careless_gradients)
+    found = run()
+    assert set(calls) == {"one function" if whole else "apart"}
+    for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_one_function_gives_the_gradients_of_its_parts(tiny_base, monkeypatch):
+    base, given = adapted(tiny_base, "dora-cols"), inputs(tiny_base)
+    mask_BT, weights = mask_of(LENGTHS["leading"]), weights_for(given)
+
+    def run(whole):
+        monkeypatch.setattr(dit, "kernel_works", lambda *_: whole)
+        return velocity_and_gradients(base, given, mask_BT, weights, packing=filled(base, LENGTHS["leading"], 11))
+
+    for ours, theirs in zip(run(True), run(False), strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-9

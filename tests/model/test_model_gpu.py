@@ -5,6 +5,7 @@ import torch
 
 from sa3dist.model.loading import load_base
 from sa3dist.model.random_weights import random_base
+from sa3dist.model.self_attention import kernel_works
 from tests.helpers.golden import golden
 
 pytestmark = pytest.mark.gpu
@@ -89,3 +90,8 @@ def test_random_base_on_cuda_reads_back_the_weights_it_has():
     base = random_base("small-music-base", depth=1, device="cuda", dtype=torch.bfloat16)
     layer = "model.transformer.layers.0.self_attn.to_qkv"
     assert torch.equal(base.fp32_weight(layer).bfloat16(), base.model.get_submodule(layer).weight.cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_kernel_of_queries_and_keys_agrees_with_torch(dtype):
+    assert kernel_works(torch.device("cuda"), dtype)

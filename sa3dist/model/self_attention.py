@@ -1,0 +1,109 @@
+"""Self-attention from the packed projection on: norm and rotation of queries and keys, attention, and their gradient.
+
+The gradient of all of it is one operator, opaque to torch.compile: what cuDNN gives back is read where it lies, in any
+layout, and turned into the projection's gradient in one pass (``qkv_gradient``). Left to the compiler that were a copy
+of the values' gradient and two kernels with float32 values between them.
+
+Legend: K tokens, S parts of the projection, P members of a pair, H heads, D head width, C clips.
+"""
+
+import functools
+import logging
+
+import torch
+from sa3dist_kernels.qkv_gradient import HeadNorm, qkv_gradient, qkv_gradient_reference
+from torch import Tensor
+
+from sa3dist.model.blocks import rotate
+from sa3dist.model.varlen_attention import attention_gradients
+
+log = logging.getLogger(__name__)
+
+# How far the kernel may be from plain torch, relative L2: some roundings of either format.
+LIMITS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+def self_attention(qkv_KSHD: Tensor, norm: HeadNorm, is_clips_K: Tensor, start_C1: Tensor) -> Tensor:
+    """Attention of every clip's tokens to each other, of each member of a pair, (K, P, H, D).
+
+    qkv_KSHD     rows of the projection: q, k, v and, of a pair, the second member's q and k
+    is_clips_K   bool: False where the tokens are a filling's. What is returned there may be anything, NaN included,
+                 and what comes back for it is not read
+    start_C1     see ``varlen_attention``
+    """
+    gammas = norm.gamma_q_D.to(qkv_KSHD.dtype), norm.gamma_k_D.to(qkv_KSHD.dtype)
+    return _SelfAttention.apply(qkv_KSHD, *gammas, norm.cos_KD, norm.sin_KD, is_clips_K, start_C1, norm.eps, norm.half)
+
+
+class _SelfAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv_KSHD, gamma_q_D, gamma_k_D, cos_KD, sin_KD, is_clips_K, start_C1, eps, half):
+        q, k = (
+            rotate(
+                torch.nn.functional.rms_norm(qkv_KSHD[:, part::3], gamma.shape, gamma, eps), cos_KD, sin_KD, half
+            ).to(qkv_KSHD.dtype)
+            for part, gamma in ((0, gamma_q_D), (1, gamma_k_D))
+        )
+        out, sums = torch.ops.sa3dist.varlen_attention(q, k, qkv_KSHD[:, 2], start_C1, start_C1)
+        ctx.save_for_backward(q, k, qkv_KSHD, out, sums, gamma_q_D, gamma_k_D, cos_KD, sin_KD, is_clips_K, start_C1)
+        ctx.eps, ctx.half = eps, half
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_KPHD):
+        grad = torch.ops.sa3dist.self_attention_gradient(grad_KPHD, *ctx.saved_tensors, ctx.eps, ctx.half)
+        return grad, *[None] * 8
+
+
+def _gradient(
+    grad_KPHD, q_KPHD, k_KPHD, qkv_KSHD, out_KPHD, sums_PHK, gamma_q_D, gamma_k_D, cos_KD, sin_KD, is_clips_K,
+    start_C1, eps: float, half: int,
+) -> Tensor:  # fmt: skip
+    grads = attention_gradients(grad_KPHD, q_KPHD, k_KPHD, qkv_KSHD[:, 2], out_KPHD, sums_PHK, start_C1, start_C1)
+    norm = HeadNorm(gamma_q_D, gamma_k_D, eps, cos_KD, sin_KD, half)
+    return qkv_gradient(grads, qkv_KSHD, norm, is_clips_K)
+
+
+def _gradient_shape(grad_KPHD, q_KPHD, k_KPHD, qkv_KSHD, *_) -> Tensor:
+    return qkv_KSHD.new_empty(qkv_KSHD.shape)
+
+
+_LIBRARY = torch.library.Library("sa3dist", "FRAGMENT")
+_LIBRARY.define(
+    "self_attention_gradient(Tensor grad, Tensor q, Tensor k, Tensor qkv, Tensor out, Tensor sums, Tensor gamma_q, "
+    "Tensor gamma_k, Tensor cos, Tensor sin, Tensor is_clips, Tensor start, float eps, int half) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("self_attention_gradient", _gradient, "CompositeExplicitAutograd")
+torch.library.register_fake("sa3dist::self_attention_gradient", _gradient_shape, lib=_LIBRARY)
+
+
+@functools.cache
+def kernel_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the gradient's kernel runs on ``device`` and agrees with torch; if not, the log says why.
+
+    On a CPU it is torch itself.
+    """
+    if device.type == "cpu":
+        return True
+    draw = torch.Generator().manual_seed(0)
+    K, P, H, D, half = 19, 2, 3, 64, 16
+    random = functools.partial(torch.randn, generator=draw)
+    grads = tuple(random(K, P, H, D).to(device, dtype) for _ in range(3))
+    norm = HeadNorm(
+        *(random(D).to(device, dtype) for _ in range(2)), 1e-6, *(random(K, D).to(device) for _ in range(2)), half
+    )
+    given = grads, random(K, 2 * P + 1, H, D).to(device, dtype), norm, torch.arange(K, device=device) < K - 2
+    try:
+        found, wanted = qkv_gradient(*given).float(), qkv_gradient_reference(*given).float()
+        error = float((found - wanted).norm() / wanted.norm())
+    except Exception as problem:
+        # Whatever a compiler or driver raises: the compiler's own kernels do the same.
+        log.warning("gradients of queries and keys: by the compiler's kernels, because ours failed: %s", problem)
+        return False
+    # Not "error > limit": that is false for a NaN.
+    if not error <= LIMITS[dtype]:
+        log.warning("gradients of queries and keys: by the compiler's kernels; ours are %.1e from torch's", error)
+        return False
+    return True
