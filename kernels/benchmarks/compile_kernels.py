@@ -23,7 +23,7 @@ from sa3dist_kernels.formed_group import Group, default_tiles
 from sa3dist_kernels.formed_launch import finish_plan, form_plan
 from sa3dist_kernels.formed_spec import FormedSpec, product_elements
 from sa3dist_kernels.qkv_gradient import BLOCK_H, BLOCK_K
-from sa3dist_kernels.sums_plan import plan_of
+from sa3dist_kernels.sums_plan import LayerShape, plan_of
 from sa3dist_kernels.triton_support import dot_precision
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -36,7 +36,7 @@ FORMED_TYPES = {"floats": "*fp32", "scales": "*fp32", "layers": "*i64", "program
 
 
 def formed_variants(dtype: str, rank: int):
-    """(name, kernel, constant arguments, launch options) of every launch of FORM and FINISH, equal ones once."""
+    """(name, kernel, constants, launch options, layers) of every launch of FORM and FINISH, equal ones once."""
     product, side, seen = FORMATS[dtype], 1536, []
     for kind in ADAPTER_TYPES.values():
         shapes = kind.parameter_shapes(side, side, rank)
@@ -54,52 +54,56 @@ def formed_variants(dtype: str, rank: int):
                 constants = {key: value for key, value in given.items() if key not in variable}
                 if (launch.kernel, constants) not in seen:
                     seen.append((launch.kernel, constants))
-                    yield f"rank {rank}, {phase} {launch.name}, {kind.name}", launch.kernel, constants, options
+                    yield f"rank {rank}, {phase} {launch.name}, {kind.name}", launch.kernel, constants, options, 1
 
 
-# A clip of 30 s and one of 380 s; (fan_in, fan_out) of layers of the medium base.
-TOKENS = (387, 4160)
-LAYERS = ((1536, 12288), (6144, 1536), (1536, 1536), (768, 256))
+# A clip of 30 s and one of 380 s; tokens of a prompt.
+TOKENS, PROMPT = (387, 4160), 257
+# (fan_in, fan_out) of the medium base: layers by themselves, and those of a block, which share their launches.
+LAYERS = ((1536, 12288), (6144, 1536), (1536, 1536), (768, 256), (257, 1536))
+BLOCK = ((1536, 7680), (1536, 1536), (1536, 3072), (1536, 1536), (1536, 1536), (1536, 12288), (6144, 1536))
+
+
+def sums_groups():
+    for tokens in TOKENS:
+        for fan_in, fan_out in LAYERS:
+            yield f"{tokens} tokens, {fan_in} to {fan_out}", [(tokens, fan_in, fan_out)]
+        yield f"{tokens} tokens, a block", [(PROMPT, 1536, 4608), *((tokens, *layer) for layer in BLOCK)]
 
 
 def sums_variants(dtype: str, rank: int):
     """Likewise of the raw sums' launches: all blocks and shares that real sizes lead to."""
     seen = []
-    for tokens, (fan_in, fan_out), kind in itertools.product(TOKENS, LAYERS, ADAPTER_TYPES.values()):
-        plan = plan_of(tokens, fan_in, fan_out, rank, kind, FORMATS[dtype], dot_precision())
-        unused = dict.fromkeys(("dx",) * (not kind.cols) + ("z",) * (not kind.rows))
-        launches = [(raw_sums._thin_products_kernel, plan.thin)]
-        if plan.sums_grid[0]:
-            launches.append((raw_sums._raw_sums_kernel, plan.sums | unused))
-        if kind.xs:
-            launches.append((raw_sums._core_sums_kernel, plan.core))
-        for kernel, given in launches:
-            constants = dict(given)
+    for (label, layers), kind in itertools.product(sums_groups(), ADAPTER_TYPES.values()):
+        shapes = tuple(LayerShape(n, i, o, i, i * kind.cols, o, o * kind.rows) for n, i, o in layers)
+        plan = plan_of(shapes, rank, kind, FORMATS[dtype], dot_precision(), torch.device("cpu"))
+        for kernel, launch in (
+            (raw_sums._thin_products_kernel, plan.thin),
+            (raw_sums._raw_sums_kernel, plan.sums),
+            (raw_sums._core_sums_kernel, plan.core),
+        ):
+            constants = dict(launch.constants)
             options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
-            if (kernel, constants) not in seen:
-                seen.append((kernel, constants))
-                blocks = "x".join(
-                    str(constants[name]) for name in ("BLOCK_N", "BLOCK_M", "BLOCK_K") if name in constants
-                )
-                of = "" if kernel is raw_sums._thin_products_kernel else f", {kind.name}"
-                shares = "/".join(str(constants[name]) for name in ("X_SHARES", "Y_SHARES") if name in constants)
-                label = f"rank {rank}, {blocks}, shares {shares}{of}"
-                yield label, kernel, constants, options
+            variant = kernel, constants, len(layers)
+            if len(launch.programs) and variant not in seen:
+                seen.append(variant)
+                yield f"rank {rank}, {label}, {kind.name}", kernel, constants, options, len(layers)
 
 
 def qkv_variants(dtype: str):
     """Likewise of the gradient of queries, keys and values: the released models' heads, of a pair and alone."""
     for pairs, heads in ((2, 24), (1, 16)):
         given = {"H": heads, "D": 64, "P": pairs, "HALF": 16, "BLOCK_K": BLOCK_K, "BLOCK_H": BLOCK_H, "BLOCK_D": 64}
-        yield f"{heads} heads, pairs of {pairs}", qkv_gradient._qkv_gradient_kernel, given, {"num_warps": 4}
+        yield f"{heads} heads, pairs of {pairs}", qkv_gradient._qkv_gradient_kernel, given, {"num_warps": 4}, 1
 
 
-SUMS_WIDE = ("down", "up", "out")
-SUMS_NARROW = ("x", "dx", "dy", "z", "right", "left")
-UNALIGNED = ("N", "span", "total", "y_blocks", "K", "eps")
+# Of the raw sums: tensors of each layer, and others.
+OF_LAYERS = ("xs", "dxs", "dys", "zs", "rights", "lefts")
+SUMS_TYPES = {"parts": "*fp32", "out": "*fp32", "sizes": "*i64", "programs": "*i32"}
+UNALIGNED = ("total", "K", "eps")
 
 
-def signature(kernel, dtype: str) -> dict[str, str]:
+def signature(kernel, dtype: str, layers: int) -> dict[str, str | tuple[str, ...]]:
     """Type of every argument."""
     if "floats" in kernel.arg_names:
         return {name: FORMED_TYPES.get(name, f"*{dtype}") for name in kernel.arg_names}
@@ -107,17 +111,18 @@ def signature(kernel, dtype: str) -> dict[str, str]:
         narrow = ("grad_q", "grad_k", "grad_v", "x", "gamma_q", "gamma_k", "out")
         others = {"cos": "*fp32", "sin": "*fp32", "is_clips": "*i1", "eps": "fp32"} | dict.fromkeys(narrow, f"*{dtype}")
         return {name: others.get(name, "i32") for name in kernel.arg_names}
-    pointers = dict.fromkeys(SUMS_WIDE, "*fp32") | dict.fromkeys(SUMS_NARROW, f"*{dtype}")
-    return {name: pointers.get(name, "i32") for name in kernel.arg_names}
+    of_layers = dict.fromkeys(OF_LAYERS, (f"*{dtype}",) * layers)
+    return {name: of_layers.get(name) or SUMS_TYPES.get(name, "i32") for name in kernel.arg_names}
 
 
-def compiled(kernel, constants: dict, dtype: str, options: dict, capability: int) -> dict:
-    names, types = kernel.arg_names, signature(kernel, dtype)
+def compiled(kernel, constants: dict, dtype: str, options: dict, capability: int, layers: int) -> dict:
+    names, types = kernel.arg_names, signature(kernel, dtype, layers)
     # As at the real sizes: memory starts, sizes and strides are multiples of 16.
     aligned = {
-        (place,): [["tt.divisibility", 16]]
+        path: [["tt.divisibility", 16]]
         for place, name in enumerate(names)
         if name not in constants and name not in UNALIGNED
+        for path in ([(place, layer) for layer in range(layers)] if name in OF_LAYERS else [(place,)])
     }
     types |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, types, {(names.index(name),): value for name, value in constants.items()}, aligned)
@@ -147,8 +152,8 @@ def main() -> int:
     )
     variants = itertools.chain(variants, qkv_variants(options.dtype))
     faults = 0
-    for name, kernel, constants, launch in variants:
-        used = compiled(kernel, constants, options.dtype, launch, options.capability)
+    for name, kernel, constants, launch, layers in variants:
+        used = compiled(kernel, constants, options.dtype, launch, options.capability, layers)
         faults += used["spilled"] > 0 or used["shared"] > MOST_SHARED[options.capability]
         label = f"{kernel.fn.__name__.strip('_')}: {name}"
         print(

@@ -39,7 +39,8 @@ import torch
 import triton
 from results_file import environment
 from sa3dist_kernels import ADAPTER_TYPES, FormedWeights, formed_linear
-from sa3dist_kernels.raw_sums import raw_sums
+from sa3dist_kernels.joined_sums import JOINED, ONE, JoinedSums
+from sa3dist_kernels.raw_sums import LayerPass, raw_sums
 from sa3dist_kernels.triton_support import interpreting
 from step_sides import Side
 from torch._functorch.aot_autograd import make_boxed_func
@@ -66,7 +67,6 @@ NO_LAUNCH = {
     "alias", "is_same_size", "promote_types",
 }  # fmt: skip
 PARTS = ("forward", "backward", "triton", "torch")
-SUMS = torch.ops.sa3dist.raw_sums.default
 # Operations that are more than one call: attention's gradient, and ``qkv_gradient`` behind it.
 CALLS = {torch.ops.sa3dist.self_attention_gradient.default: 2}
 
@@ -95,13 +95,20 @@ class LaunchCounter(TorchDispatchMode):
 
     def _compile(self, graph, examples, is_backward: bool = False, **options) -> Callable:
         self.programs += 1
-        run, kernels = copy.deepcopy(graph).forward, []
+        run, kernels = copy.deepcopy(graph), []
+        # As the compiler does for itself below.
+        JoinedSums()(run.graph)
+        run.recompile()
 
         def note(nodes: list[BaseSchedulerNode]) -> None:
             kernels.append(sum(launches(node) for node in nodes))
             raise _Planned
 
-        changes = {"_post_fusion_custom_pass": note, "fx_graph_cache": False}
+        changes = {
+            "_post_fusion_custom_pass": note,
+            "post_grad_custom_pre_pass": JoinedSums(),
+            "fx_graph_cache": False,
+        }
         try:
             with torch._inductor.config.patch(changes):
                 compile_fx_inner(graph, examples, is_backward=is_backward, **options)
@@ -117,7 +124,7 @@ class LaunchCounter(TorchDispatchMode):
             self.found[f"{way} passes"] += 1
             before, self._in_block = self._in_block, True
             try:
-                return run(*arguments)
+                return run.forward(*arguments)
             finally:
                 self._in_block = before
 
@@ -129,17 +136,20 @@ class LaunchCounter(TorchDispatchMode):
             if launches_something(function):
                 self.found["torch"] += 1
             return function(*args, **kwargs)
-        if function is SUMS:
-            return self._sums(*args)
+        if function is ONE:
+            return self._sums([LayerPass(*args[:6])], *args[6:])[0]
+        if function is JOINED:
+            none = [None] * len(args[0])
+            layers = [LayerPass(*of_layer) for of_layer in zip(*(values or none for values in args[:6]), strict=True)]
+            return self._sums(layers, *args[6:])
         return function(*args, **kwargs)
 
-    def _sums(self, *arguments) -> torch.Tensor:
+    def _sums(self, layers: list[LayerPass], kind_name: str, impl: str) -> list[torch.Tensor]:
         """What the compiler does not look into, run so that its own launches are seen."""
-        *tensors, kind_name, impl = arguments
         self._in_block = False
         try:
             with self:
-                return raw_sums(*tensors, ADAPTER_TYPES[kind_name], impl=impl)
+                return raw_sums(layers, ADAPTER_TYPES[kind_name], impl=impl)
         finally:
             self._in_block = True
 
@@ -174,7 +184,7 @@ def launches(node: BaseSchedulerNode) -> int:
         made = node.node
         # A result picked out of several, and what ``LaunchCounter`` counts by itself.
         operation = getattr(made, "op_overload", None)
-        apart = isinstance(made, ir.MultiOutput) or operation is SUMS
+        apart = isinstance(made, ir.MultiOutput) or operation in (ONE, JOINED)
         return 0 if apart else CALLS.get(operation, 1)
     parts = getattr(node, "get_outer_nodes", None)
     return len(parts()) if parts else 1

@@ -8,7 +8,7 @@ import torch
 from sa3dist_kernels.formed_spec import FormedLayer, FormedSpec
 from sa3dist_kernels.formed_weights import FormedWeights
 from sa3dist_kernels.frozen_products import no_autocast
-from sa3dist_kernels.raw_sums import raw_sums
+from sa3dist_kernels.raw_sums import LayerPass, raw_sums
 
 # Formats training takes the kernels in, and how far they may be from plain torch in each (relative L2): a few
 # roundings. float16 has too small a range for W' with small gains.
@@ -67,8 +67,8 @@ def _disagreement(formed: FormedWeights, spec: FormedSpec, layer: FormedLayer, d
         torch.randn(TRIAL_TOKENS, size, generator=draw).to(layer.weight_OI) for size in reversed(layer.weight_OI.shape)
     )
     z, dx = x @ layer.weight_OI.t(), dy @ layer.weight_OI
-    given = x, dx if kind.cols else None, dy, z if kind.rows else None, layer.left_OR, layer.right_RI, kind
-    sums, expected = raw_sums(*given), raw_sums(*given, impl="torch")
+    given = LayerPass(x, dx if kind.cols else None, dy, z if kind.rows else None, layer.left_OR, layer.right_RI)
+    (sums,), (expected,) = raw_sums([given], kind), raw_sums([given], kind, impl="torch")
     for of_layer in (spec.grads, grads):
         parts = sums.split([grad.numel() for grad in of_layer.values()])
         for grad, part in zip(of_layer.values(), parts, strict=True):

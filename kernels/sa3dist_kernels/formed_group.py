@@ -14,7 +14,7 @@ import triton
 from sa3dist_kernels.adapter_types import AdapterType
 from sa3dist_kernels.formed_spec import ALIGNED, FormedSpec, aligned, product_sizes
 from sa3dist_kernels.formed_tiles import FIELDS
-from sa3dist_kernels.triton_support import LEAST_BLOCK, interpreting
+from sa3dist_kernels.triton_support import LEAST_BLOCK, interpreting, sent
 
 # Bytes of the longest vector a thread loads.
 VECTOR_BYTES = 16
@@ -127,7 +127,7 @@ class Group:
         self.owned, count = _offsets([self._float_sizes(index, spec) for index, spec in enumerate(specs)])
         self.floats = torch.empty(count, device=self.device)
         self.formed, _ = _offsets([product_sizes(spec) for spec in specs])
-        self.scales = _sent([spec.scale for spec in specs], torch.float32, self.device)
+        self.scales = sent([spec.scale for spec in specs], torch.float32, self.device)
         self._make_programs()
         self.addresses: tuple[int, ...] = ()
         # What is launched for a phase; made anew with the table.
@@ -143,7 +143,7 @@ class Group:
             raise RuntimeError("a tensor of a formed layer has moved: form() must run once before it is recorded")
         self.addresses, self.widths = addresses, self._widths()
         table = [self._row(index, spec) for index, spec in enumerate(self.specs)]
-        self.layers = _sent(table, torch.int64, self.device)
+        self.layers = sent(table, torch.int64, self.device)
         self.plans.clear()
 
     def keep_statistics_in(self, memory: torch.Tensor) -> None:
@@ -226,12 +226,7 @@ class Group:
             "close": [(at, b, 0) for at in by_width for b in blocks(specs[at].fan_in, tiles.close)],
             "core": [(at, down, across) for at in tallest for down in ranks for across in ranks],
         }
-        self.programs = {name: _sent(table, torch.int32, self.device) for name, table in programs.items()}
-
-
-def _sent(values: list, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor on ``device``; the host goes on while it is copied."""
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        self.programs = {name: sent(table, torch.int32, self.device) for name, table in programs.items()}
 
 
 def alignment(spec) -> tuple:

@@ -13,7 +13,7 @@ import torch
 
 from sa3dist_kernels.adapter_types import ADAPTER_TYPES, AdapterType
 from sa3dist_kernels.frozen_products import no_autocast
-from sa3dist_kernels.raw_sums import raw_sums
+from sa3dist_kernels.raw_sums import LayerPass, raw_sums
 from sa3dist_kernels.sums_plan import offsets
 
 
@@ -66,7 +66,7 @@ class _FormedLinear(torch.autograd.Function):
 
 
 def _raw_sums(x, dx, dy, z, left_OR, right_RI, kind_name: str, impl: str) -> torch.Tensor:
-    return raw_sums(x, dx, dy, z, left_OR, right_RI, ADAPTER_TYPES[kind_name], impl=impl)
+    return raw_sums([LayerPass(x, dx, dy, z, left_OR, right_RI)], ADAPTER_TYPES[kind_name], impl=impl)[0]
 
 
 def _raw_sums_shape(x, dx, dy, z, left_OR, right_RI, kind_name: str, impl: str) -> torch.Tensor:
@@ -74,14 +74,29 @@ def _raw_sums_shape(x, dx, dy, z, left_OR, right_RI, kind_name: str, impl: str) 
     return x.new_empty(total, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-# Not by ``custom_op``, whose calls take 28 us of a host instead of 8: there is one for every layer and micro batch.
+def _joined_raw_sums(xs, dxs, dys, zs, lefts, rights, kind_name: str, impl: str) -> list[torch.Tensor]:
+    none = [None] * len(xs)
+    layers = [LayerPass(*given) for given in zip(xs, dxs or none, dys, zs or none, lefts, rights, strict=True)]
+    return raw_sums(layers, ADAPTER_TYPES[kind_name], impl=impl)
+
+
+def _joined_raw_sums_shape(xs, dxs, dys, zs, lefts, rights, kind_name: str, impl: str) -> list[torch.Tensor]:
+    operands = zip(xs, lefts, rights, strict=True)
+    return [_raw_sums_shape(x, None, None, None, left, right, kind_name, impl) for x, left, right in operands]
+
+
+# Not by ``custom_op``, whose calls take 28 us of a host instead of 8.
 _LIBRARY = torch.library.Library("sa3dist", "FRAGMENT")
-_LIBRARY.define(
-    "raw_sums(Tensor x, Tensor? dx, Tensor dy, Tensor? z, Tensor left, Tensor right, str kind, str impl) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.impl("raw_sums", _raw_sums, "CompositeExplicitAutograd")
-torch.library.register_fake("sa3dist::raw_sums", _raw_sums_shape, lib=_LIBRARY)
+_ONE = "(Tensor x, Tensor? dx, Tensor dy, Tensor? z, Tensor left, Tensor right, str kind, str impl) -> Tensor"
+# Of several layers; what a type does not need is an empty list.
+_JOINED = _ONE.replace("Tensor?", "Tensor").replace("Tensor", "Tensor[]")
+for _name, _signature, _function, _shape in (
+    ("raw_sums", _ONE, _raw_sums, _raw_sums_shape),
+    ("joined_raw_sums", _JOINED, _joined_raw_sums, _joined_raw_sums_shape),
+):
+    _LIBRARY.define(f"{_name}{_signature}", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sa3dist::{_name}", _shape, lib=_LIBRARY)
 
 
 def raw_sums_op(x, dx, dy, z, left_OR, right_RI, kind_name: str, impl: str) -> torch.Tensor:

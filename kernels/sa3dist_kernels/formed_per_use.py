@@ -18,7 +18,7 @@ from sa3dist_kernels.adapter_types import ADAPTER_TYPES
 from sa3dist_kernels.formed_spec import FormedSpec
 from sa3dist_kernels.formed_weights import FormedWeights
 from sa3dist_kernels.frozen_products import no_autocast
-from sa3dist_kernels.raw_sums import raw_sums
+from sa3dist_kernels.raw_sums import LayerPass, raw_sums
 from sa3dist_kernels.triton_support import check_triton
 
 # The operators' schemas are read off these annotations, and know no other spelling.
@@ -102,7 +102,8 @@ def formed_gradients_op(
     with no_autocast(x.device):
         dx = dy @ layer.weight_OI if needs_x or kind.cols else None
         if needs_trained:
-            flat.copy_(raw_sums(x, dx if kind.cols else None, dy, z, layer.left_OR, layer.right_RI, kind))
+            given = LayerPass(x, dx if kind.cols else None, dy, z, layer.left_OR, layer.right_RI)
+            flat.copy_(raw_sums([given], kind)[0])
             formed.finish()
     # Copies: results of an operator must not share memory.
     grads = [value.clone() if needs_trained else flat.new_empty(0) for value in formed.specs[0].grads.values()]

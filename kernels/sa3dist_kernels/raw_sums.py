@@ -1,4 +1,4 @@
-"""The sums over tokens that a layer's gradients are made of, beside the layer's two library products.
+"""The sums over tokens that layers' gradients are made of, beside their two library products.
 
 With x (N, I), dy (N, O) its output's gradient, z = x W'^T, dx = dy W', and the factors L' (O, R), R' (R, I) of one
 optimiser step (``formed_weights``):
@@ -9,7 +9,8 @@ optimiser step (``formed_weights``):
     s_g = sum_n dy .* z (O)     s_h = sum_n x .* dx (I)      row and column magnitudes
 
 They have the shapes of the trained tensors and stand for their gradients until ``FormedWeights.finish``. Two launches
-and, where the tokens are shared out over programs, a third that adds up; always in one fixed order, without atomics.
+for any number of layers and, where the tokens are shared out over programs, a third that adds up; always in one fixed
+order, without atomics. At 30 s a layer is little work: one launch for each of a block's layers was mostly waiting.
 Source: spec/formed.md section 2.
 
 Legend: N tokens, O fan_out, I fan_in, R rank, S shares of a sum.
@@ -17,13 +18,37 @@ Legend: N tokens, O fan_out, I fan_in, R rank, S shares of a sum.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from sa3dist_kernels.adapter_types import AdapterType
-from sa3dist_kernels.sums_plan import plan_of
-from sa3dist_kernels.triton_support import ALIGNMENT, check_triton, dot, dot_precision, launch
+from sa3dist_kernels.formed_tiles import loop_to
+from sa3dist_kernels.sums_plan import PROGRAM, SIDE, LayerShape, plan_of
+from sa3dist_kernels.triton_support import check_triton, dot, dot_precision
+
+PROGRAM_COUNT, SIDE_COUNT = tl.constexpr(len(PROGRAM)), tl.constexpr(len(SIDE))
+TOKENS, SIZE, STRIDE, MADE_STRIDE, SPAN, SHARE_COUNT, PARTS, MATRIX, GAINS, TOKEN_SPAN = map(
+    tl.constexpr, range(len(SIDE))
+)
+
+
+class LayerPass(NamedTuple):
+    """What the sums of one layer and micro batch are made of.
+
+    x, dy             (N, I), (N, O); dx, z likewise, needed for column and for row types only. One format
+    left_OR, right_RI L' and R' (or Q^T diag(h) of -xs types), contiguous, in that format
+    """
+
+    x: torch.Tensor
+    dx: torch.Tensor | None
+    dy: torch.Tensor
+    z: torch.Tensor | None
+    left_OR: torch.Tensor
+    right_RI: torch.Tensor
 
 
 def raw_sums_reference(x, dx, dy, z, left_OR, right_RI, kind: AdapterType) -> torch.Tensor:
@@ -41,189 +66,251 @@ def raw_sums_reference(x, dx, dy, z, left_OR, right_RI, kind: AdapterType) -> to
     return torch.cat([part.flatten() for part in parts])
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
+def _program(programs):
+    """Layer, side, block and part of this program."""
+    place = programs + tl.program_id(0).to(tl.int64) * PROGRAM_COUNT
+    return tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3)
+
+
+@triton.jit
+def _of(sizes, layer, side, NAME: tl.constexpr, MULTIPLE: tl.constexpr):
+    """A size, a stride or a place of one side of a layer, a multiple of MULTIPLE."""
+    return tl.multiple_of(tl.load(sizes + (layer * 2 + side) * SIDE_COUNT + NAME), MULTIPLE)
+
+
+@triton.jit
+def _layers(tensors, layer):
+    """The tensor of one layer."""
+    found = tensors[0]
+    for other in tl.static_range(1, len(tensors)):
+        found = tl.where(layer == other, tensors[other], found)
+    return found
+
+
+@triton.jit
 def _thin_products_kernel(
-    x, dy, right, left, down, up, N, I, O, R, x_n, dy_n, x_share, y_share,
-    X_SHARES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    xs, dys, rights, lefts, parts, sizes, programs,
+    R: tl.constexpr, WIDE_X: tl.constexpr, WIDE_Y: tl.constexpr, LOOP: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Shares of T (S, N, R) in ``down`` and of U in ``up``, float32: one block of tokens, one span of I or of O."""
-    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    """A share of T or of U (N, R), float32: one block of tokens, one span of channels."""
+    layer, side, block, share = _program(programs)
+    N, span = _of(sizes, layer, side, TOKENS, 1), _of(sizes, layer, side, SPAN, BLOCK_K).to(tl.int32)
+    n = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     n_mask, r_mask = n < N, r < R
+    place = parts + _of(sizes, layer, side, PARTS, 16) + (share * N + n[:, None]) * R + r[None, :]
     inside = n_mask[:, None] & r_mask[None, :]
-    share = tl.program_id(1)
-    if share < X_SHARES:
+    if side == 0:
+        I = _of(sizes, layer, side, SIZE, WIDE_X).to(tl.int32)
         acc = _product_share(
-            x, right, share * x_share, x_share, n, r, n_mask, r_mask, I, x_n, 1, I,
-            BLOCK_N, BLOCK_K, BLOCK_R, STAGES, PRECISION, UPCAST,
+            _layers(xs, layer), _layers(rights, layer), share * span, span, n, r, n_mask, r_mask, I,
+            _of(sizes, layer, side, STRIDE, WIDE_X), 1, I,
+            LOOP, BLOCK_N, SPLITS, BLOCK_K, BLOCK_R, STAGES, PRECISION, UPCAST,
         )  # fmt: skip
-        tl.store(down + (share * N + n[:, None]) * R + r[None, :], acc, mask=inside)
+        tl.store(place, acc, mask=inside)
     else:
-        share -= X_SHARES
+        O = _of(sizes, layer, side, SIZE, WIDE_Y).to(tl.int32)
         acc = _product_share(
-            dy, left, share * y_share, y_share, n, r, n_mask, r_mask, O, dy_n, R, 1,
-            BLOCK_N, BLOCK_K, BLOCK_R, STAGES, PRECISION, UPCAST,
+            _layers(dys, layer), _layers(lefts, layer), share * span, span, n, r, n_mask, r_mask, O,
+            _of(sizes, layer, side, STRIDE, WIDE_Y), R, 1,
+            LOOP, BLOCK_N, SPLITS, BLOCK_K, BLOCK_R, STAGES, PRECISION, UPCAST,
         )  # fmt: skip
-        tl.store(up + (share * N + n[:, None]) * R + r[None, :], acc, mask=inside)
+        tl.store(place, acc, mask=inside)
 
 
 @triton.jit
 def _product_share(
     tokens, factor, first, span, n, r, n_mask, r_mask, size, tokens_n, factor_k, factor_r,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    LOOP: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The product of a block of tokens with a thin factor, summed over one span of their ``size`` channels."""
-    acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    for start in tl.range(0, span, BLOCK_K, num_stages=STAGES):
-        k = first + start + tl.arange(0, BLOCK_K)
-        k_mask = k < size
-        tile = tl.load(tokens + n[:, None] * tokens_n + k[None, :], mask=n_mask[:, None] & k_mask[None, :], other=0.0)
-        place = factor + (k[:, None] * factor_k + r[None, :] * factor_r)
-        thin = tl.load(place, mask=r_mask[None, :] & k_mask[:, None], other=0.0)
-        acc = dot(tile, thin, acc, PRECISION, UPCAST)
-    return acc
+    """The product of a block of tokens with a thin factor, summed over one span of their ``size`` channels.
+
+    SPLITS   warps that take neighbouring channels each, and add up at the end
+    """
+    end = tl.minimum(size, first + span)
+    if SPLITS == 1:
+        acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+        for start in tl.range(0, loop_to(span, LOOP), BLOCK_K, num_stages=STAGES):
+            k = first + start + tl.arange(0, BLOCK_K)
+            k_mask = k < end
+            inside = n_mask[:, None] & k_mask[None, :]
+            tile = tl.load(tokens + n[:, None] * tokens_n + k[None, :], mask=inside, other=0.0)
+            place = factor + (k[:, None] * factor_k + r[None, :] * factor_r)
+            thin = tl.load(place, mask=r_mask[None, :] & k_mask[:, None], other=0.0)
+            acc = dot(tile, thin, acc, PRECISION, UPCAST)
+        return acc
+    else:
+        places = tl.arange(0, SPLITS)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+        parts = tl.zeros((SPLITS, BLOCK_N, BLOCK_R), tl.float32)
+        for start in tl.range(0, loop_to(span, LOOP), SPLITS * BLOCK_K, num_stages=STAGES):
+            k = first + start + places
+            k_mask = k < end
+            inside = n_mask[None, :, None] & k_mask[:, None, :]
+            tile = tl.load(tokens + n[None, :, None] * tokens_n + k[:, None, :], mask=inside, other=0.0)
+            place = factor + (k[:, :, None] * factor_k + r[None, None, :] * factor_r)
+            thin = tl.load(place, mask=r_mask[None, None, :] & k_mask[:, :, None], other=0.0)
+            parts = dot(tile, thin, parts, PRECISION, UPCAST)
+        return tl.sum(parts, axis=0)
 
 
 @triton.jit
-def _summed(parts, n, r, N, R, mask, SHARES: tl.constexpr):
-    """T or U at (n, r), from its shares."""
+def _summed(parts, n, r, N, shares, mask, R: tl.constexpr, SHARES: tl.constexpr):
+    """T or U at (n, r), from its shares, SHARES at most."""
     place = n[:, None] * R + r[None, :]
     total = tl.load(parts + place, mask=mask, other=0.0)
     for share in tl.static_range(1, SHARES):
-        total += tl.load(parts + share * N * R + place, mask=mask, other=0.0)
+        total += tl.load(parts + share * N * R + place, mask=mask & (share < shares), other=0.0)
     return total
 
 
-@triton.jit(do_not_specialize=["N", "span", "total"])
+@triton.jit
 def _raw_sums_kernel(
-    x, dx, dy, z, down, up, out, N, I, O, R, span, total, x_n, dx_n, dy_n, z_n, y_blocks,
-    at_a, at_b, at_rows, at_cols,
-    ROWS: tl.constexpr, COLS: tl.constexpr, XS: tl.constexpr, X_SHARES: tl.constexpr, Y_SHARES: tl.constexpr,
+    xs, dxs, dys, zs, parts, out, sizes, programs, total,
+    R: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, XS: tl.constexpr, SHARES: tl.constexpr,
+    WIDE_X: tl.constexpr, WIDE_Y: tl.constexpr, LOOP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One block of outputs (P1, s_g) or of inputs (P2, s_h) over one span of tokens, into ``out`` (S, total)."""
-    block, split, rank = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    layer, side, block, split = _program(programs)
+    rank = tl.program_id(1)
     r = rank * BLOCK_R + tl.arange(0, BLOCK_R)
     r_mask = r < R
+    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    N = _of(sizes, layer, side, TOKENS, 1)
+    span = _of(sizes, layer, side, TOKEN_SPAN, BLOCK_N).to(tl.int32)
     mine = out + split.to(tl.int64) * total
-    if block < y_blocks:
-        m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    matrix, gains = mine + _of(sizes, layer, side, MATRIX, 1), mine + _of(sizes, layer, side, GAINS, 1)
+    # What the other side was multiplied to.
+    thin, shares = parts + _of(sizes, layer, 1 - side, PARTS, 16), _of(sizes, layer, 1 - side, SHARE_COUNT, 1)
+    if side == 1:
+        O = _of(sizes, layer, side, SIZE, WIDE_Y).to(tl.int32)
         m_mask = m < O
         acc, gain = _block_sums(
-            dy, z, down, m, m_mask, r, r_mask, split, span, N, R, dy_n, z_n,
-            ROWS, XS, X_SHARES, BLOCK_N, BLOCK_M, BLOCK_R, STAGES, PRECISION, UPCAST,
+            _layers(dys, layer), _layers(zs, layer), thin, m, m_mask, r, r_mask, split, span, N, shares,
+            _of(sizes, layer, side, STRIDE, WIDE_Y), _of(sizes, layer, side, MADE_STRIDE, WIDE_Y),
+            R, ROWS, XS, SHARES, LOOP, BLOCK_N, BLOCK_M, BLOCK_R, STAGES, PRECISION, UPCAST,
         )  # fmt: skip
         if not XS:
-            tl.store(mine + at_b + m[:, None] * R + r[None, :], acc, mask=m_mask[:, None] & r_mask[None, :])
+            tl.store(matrix + m[:, None] * R + r[None, :], acc, mask=m_mask[:, None] & r_mask[None, :])
         if ROWS and rank == 0:
-            tl.store(mine + at_rows + m, gain, mask=m_mask)
+            tl.store(gains + m, gain, mask=m_mask)
     else:
-        m = (block - y_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+        I = _of(sizes, layer, side, SIZE, WIDE_X).to(tl.int32)
         m_mask = m < I
         acc, gain = _block_sums(
-            x, dx, up, m, m_mask, r, r_mask, split, span, N, R, x_n, dx_n,
-            COLS, XS, Y_SHARES, BLOCK_N, BLOCK_M, BLOCK_R, STAGES, PRECISION, UPCAST,
+            _layers(xs, layer), _layers(dxs, layer), thin, m, m_mask, r, r_mask, split, span, N, shares,
+            _of(sizes, layer, side, STRIDE, WIDE_X), _of(sizes, layer, side, MADE_STRIDE, WIDE_X),
+            R, COLS, XS, SHARES, LOOP, BLOCK_N, BLOCK_M, BLOCK_R, STAGES, PRECISION, UPCAST,
         )  # fmt: skip
         if not XS:
-            tl.store(mine + at_a + r[None, :] * I + m[:, None], acc, mask=m_mask[:, None] & r_mask[None, :])
+            tl.store(matrix + r[None, :] * I + m[:, None], acc, mask=m_mask[:, None] & r_mask[None, :])
         if COLS and rank == 0:
-            tl.store(mine + at_cols + m, gain, mask=m_mask)
+            tl.store(gains + m, gain, mask=m_mask)
 
 
 @triton.jit
 def _block_sums(
-    values, made, parts, m, m_mask, r, r_mask, split, span, N, R, values_n, made_n,
-    GAIN: tl.constexpr, XS: tl.constexpr, SHARES: tl.constexpr,
+    values, made, parts, m, m_mask, r, r_mask, split, span, N, shares, values_n, made_n,
+    R: tl.constexpr, GAIN: tl.constexpr, XS: tl.constexpr, SHARES: tl.constexpr, LOOP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Over one span of tokens, of the channels ``m``: values^T T (or U), and the sums of values .* made if GAIN."""
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     gain = tl.zeros((BLOCK_M,), tl.float32)
-    for start in tl.range(0, span, BLOCK_N, num_stages=STAGES):
+    end = tl.minimum(N, (split + 1) * span)
+    for start in tl.range(0, loop_to(span, LOOP), BLOCK_N, num_stages=STAGES):
         n = (split * span + start + tl.arange(0, BLOCK_N)).to(tl.int64)
-        inside = (n < N)[:, None] & m_mask[None, :]
+        inside = (n < end)[:, None] & m_mask[None, :]
         tile = tl.load(values + n[:, None] * values_n + m[None, :], mask=inside, other=0.0)
         if GAIN:
             other = tl.load(made + n[:, None] * made_n + m[None, :], mask=inside, other=0.0)
             gain += tl.sum(tile.to(tl.float32) * other.to(tl.float32), axis=0)
         if not XS:
-            thin = _summed(parts, n, r, N, R, (n < N)[:, None] & r_mask[None, :], SHARES).to(tile.dtype)
+            mask = (n < end)[:, None] & r_mask[None, :]
+            thin = _summed(parts, n, r, N, shares, mask, R, SHARES).to(tile.dtype)
             acc = dot(tl.trans(tile), thin, acc, PRECISION, UPCAST)
     return acc, gain
 
 
-@triton.jit(do_not_specialize=["N", "span", "total"])
+@triton.jit
 def _core_sums_kernel(
-    down, up, out, N, R, span, total,
-    X_SHARES: tl.constexpr, Y_SHARES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    parts, out, sizes, programs, total,
+    R: tl.constexpr, SHARES: tl.constexpr, LOOP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """PM over one span of tokens, float32: one block of its rows and one of its columns, into ``out`` (S, total)."""
-    split = tl.program_id(0)
-    i = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    j = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    layer, down, across, split = _program(programs)
+    i, j = down * BLOCK_R + tl.arange(0, BLOCK_R), across * BLOCK_R + tl.arange(0, BLOCK_R)
+    N, span = _of(sizes, layer, 0, TOKENS, 1), _of(sizes, layer, 0, TOKEN_SPAN, BLOCK_N).to(tl.int32)
+    ups, downs = parts + _of(sizes, layer, 1, PARTS, 16), parts + _of(sizes, layer, 0, PARTS, 16)
+    up_shares, down_shares = _of(sizes, layer, 1, SHARE_COUNT, 1), _of(sizes, layer, 0, SHARE_COUNT, 1)
+    end = tl.minimum(N, (split + 1) * span)
     acc = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
-    for start in range(0, span, BLOCK_N):
+    for start in range(0, loop_to(span, LOOP), BLOCK_N):
         n = (split * span + start + tl.arange(0, BLOCK_N)).to(tl.int64)
-        ups = _summed(up, n, i, N, R, (n < N)[:, None] & (i < R)[None, :], Y_SHARES)
-        downs = _summed(down, n, j, N, R, (n < N)[:, None] & (j < R)[None, :], X_SHARES)
-        acc = tl.dot(tl.trans(ups), downs, acc, input_precision="ieee")
-    place = out + split.to(tl.int64) * total + i[:, None] * R + j[None, :]
+        up = _summed(ups, n, i, N, up_shares, (n < end)[:, None] & (i < R)[None, :], R, SHARES)
+        some = _summed(downs, n, j, N, down_shares, (n < end)[:, None] & (j < R)[None, :], R, SHARES)
+        acc = tl.dot(tl.trans(up), some, acc, input_precision="ieee")
+    place = out + split.to(tl.int64) * total + _of(sizes, layer, 0, MATRIX, 1) + i[:, None] * R + j[None, :]
     tl.store(place, acc, mask=(i < R)[:, None] & (j < R)[None, :])
 
 
-def raw_sums(
-    x: torch.Tensor,
-    dx: torch.Tensor | None,
-    dy: torch.Tensor,
-    z: torch.Tensor | None,
-    left_OR: torch.Tensor,
-    right_RI: torch.Tensor,
-    kind: AdapterType,
-    *,
-    impl: str = "triton",
-) -> torch.Tensor:
-    """All sums of one layer and micro batch in one float32 vector, in the order of ``kind.parameter_shapes``.
+def raw_sums(layers: Sequence[LayerPass], kind: AdapterType, *, impl: str = "triton") -> list[torch.Tensor]:
+    """All sums of each layer and micro batch in one float32 vector, in the order of ``kind.parameter_shapes``.
 
-    x, dy             (N, I), (N, O); dx, z likewise, needed for column and for row types only. One format
-    left_OR, right_RI L' and R' (or Q^T diag(h) of -xs types), contiguous, in that format
-    impl              "triton", or "torch" for the reference
+    layers   all of one rank and format
+    impl     "triton", or "torch" for the reference
     """
     if impl == "torch":
-        return raw_sums_reference(x, dx, dy, z, left_OR, right_RI, kind)
-    check_triton(dy)
-    as_planned = _as_planned(x, dx, dy, z, left_OR, right_RI)
-    if not as_planned:
-        x, dx, dy, z = (_rows_contiguous(value) for value in (x, dx, dy, z))
-    (N, I), (O, R) = x.shape, left_OR.shape
-    plan = plan_of(N, I, O, R, kind, x.dtype, dot_precision())
-    kept = plan.kept if as_planned else None
-    down, up = (x.new_empty(count, N, R, dtype=torch.float32) for count in plan.shares)
-    given = x, dy, right_RI, left_OR, down, up, N, I, O, R, x.stride(0), dy.stride(0), *plan.thin_spans
-    launch(_thin_products_kernel, plan.thin_grid, given, plan.thin, kept)
+        return [raw_sums_reference(*layer, kind) for layer in layers]
+    check_triton(layers[0].dy)
+    layers = [LayerPass(*map(_rows_contiguous, layer[:4]), *layer[4:]) for layer in layers]
+    shapes = [_shape_of(layer) for layer in layers]
+    # One layer whose rows begin anywhere would cost all others their long vectors.
+    together = [index for index, shape in enumerate(shapes) if not any(size % 8 for size in shape[1:])]
+    found: list[torch.Tensor] = [torch.empty(0)] * len(layers)
+    for members in (together, *([index] for index in range(len(layers)) if index not in together)):
+        if members:
+            sums = _of_group([layers[index] for index in members], tuple(shapes[index] for index in members), kind)
+            for index, of_layer in zip(members, sums, strict=True):
+                found[index] = of_layer
+    return found
+
+
+def _shape_of(layer: LayerPass) -> LayerShape:
+    strides = (0 if value is None else value.stride(0) for value in layer[:4])
+    return LayerShape(len(layer.x), layer.x.shape[1], len(layer.left_OR), *strides)
+
+
+def _of_group(layers: list[LayerPass], shapes: tuple[LayerShape, ...], kind: AdapterType) -> Sequence[torch.Tensor]:
+    xs, dxs, dys, zs, lefts, rights = zip(*layers, strict=True)
+    x, rank = xs[0], lefts[0].shape[1]
+    plan = plan_of(shapes, rank, kind, x.dtype, dot_precision(), x.device)
+    parts = x.new_empty(plan.parts, dtype=torch.float32)
     out = x.new_empty(plan.splits, plan.total, dtype=torch.float32)
-    if kind.xs:
-        launch(_core_sums_kernel, plan.core_grid, (down, up, out, N, R, plan.span, plan.total), plan.core, kept)
-    if plan.sums_grid[0]:
-        strides = x.stride(0), 0 if dx is None else dx.stride(0), dy.stride(0), 0 if z is None else z.stride(0)
-        given = x, dx, dy, z, down, up, out, N, I, O, R, plan.span, plan.total, *strides, *plan.places
-        launch(_raw_sums_kernel, plan.sums_grid, given, plan.sums, kept)
-    return out[0] if plan.splits == 1 else out.sum(0)
-
-
-def _as_planned(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether Triton would take the same kernel for all operands like these with one plan.
-
-    It chooses by formats, strides and whether memory begins at 16 bytes. What is allocated here always does.
-    """
-    dtype, places = x.dtype, x.data_ptr() if x.is_contiguous() else 1
-    for value in others:
-        if value is not None:
-            places |= value.data_ptr() if value.dtype is dtype and value.is_contiguous() else 1
-    return places % ALIGNMENT == 0
+    common = {"sizes": plan.sizes, "parts": parts}
+    if len(plan.thin.programs):
+        grid = len(plan.thin.programs), plan.ranks
+        _thin_products_kernel[grid](
+            xs, dys, rights, lefts, programs=plan.thin.programs, **common, **plan.thin.constants
+        )
+    common |= {"out": out, "total": plan.total}
+    if len(plan.core.programs):
+        _core_sums_kernel[len(plan.core.programs),](programs=plan.core.programs, **common, **plan.core.constants)
+    if len(plan.sums.programs):
+        grid = len(plan.sums.programs), 1 if kind.xs else plan.ranks
+        # Tensors of the type's own only; the others stand in for what is not read.
+        _raw_sums_kernel[grid](
+            xs, dxs if kind.cols else xs, dys, zs if kind.rows else dys,
+            programs=plan.sums.programs, **common, **plan.sums.constants,
+        )  # fmt: skip
+    whole = out[0] if plan.splits == 1 else out.sum(0)
+    return whole.split(plan.counts)
 
 
 def _rows_contiguous(value: torch.Tensor | None) -> torch.Tensor | None:

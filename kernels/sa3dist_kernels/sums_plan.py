@@ -1,4 +1,7 @@
-"""How the sums over tokens of a layer are shared out over programs: grids, block sizes, and where each sum lies.
+"""How the sums over tokens of a group of layers are shared out over programs: tables, grids, block sizes.
+
+One launch serves several layers. A program finds in a table (``PROGRAM``) which block of which layer is its own, and in
+``sizes`` (``SIDE``) what it needs to know of that layer's inputs x (side 0) or outputs dy (side 1).
 
 Legend: N tokens, O fan_out, I fan_in, R rank.
 """
@@ -7,88 +10,171 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 
 from sa3dist_kernels.adapter_types import AdapterType
-from sa3dist_kernels.triton_support import interpreting, loop_end, rank_block
+from sa3dist_kernels.triton_support import interpreting, rank_block, sent
 
-# Programs of one launch: two, and in the second kernel eight, for each of an H100's 132 multiprocessors.
-PROGRAMS, SUM_PROGRAMS = 264, 1056
+# Programs of one launch for a layer alone: two, and in the second kernel eight, for each of an H100's 132
+# multiprocessors. For several layers there are rounds of them in the second kernel, so that the last one weighs little.
+PROGRAMS, SUM_PROGRAMS, GROUP_SUM_PROGRAMS = 264, 1056, 3168
 # Shares of T and U: every program of the second kernel adds them up again.
 MOST_SHARES = 4
 # Tokens that are worth a program of their own in the second kernel, and an addition of its result.
 LEAST_SPAN = 512
+# Elements by which a layer's shares of T and U begin.
+ALIGNED = 16
+
+PROGRAM = ("layer", "side", "block", "part")
+# made_stride: of dx or z. span: channels of a share of T or U. parts: where these begin. matrix, gains: where the sums
+# begin. token_span: tokens of one split.
+SIDE = ("tokens", "size", "stride", "made_stride", "span", "shares", "parts", "matrix", "gains", "token_span")
+
+
+class LayerShape(NamedTuple):
+    """Tokens, fan_in, fan_out, and the row strides of x, dx, dy and z (0 where there is none)."""
+
+    tokens: int
+    fan_in: int
+    fan_out: int
+    x: int
+    dx: int
+    dy: int
+    z: int
+
+
+class Launch(NamedTuple):
+    """programs (number, len(PROGRAM)), int32 on the device; constants and options of the kernel."""
+
+    programs: torch.Tensor
+    constants: dict
 
 
 @dataclasses.dataclass(frozen=True)
 class SumsPlan:
-    """Grids, block sizes and other constants of a layer's launches.
+    """What the launches of a group take.
 
-    shares         of T and of U                  thin_spans   channels of one share, of x and of dy
-    splits, span   shares of the sums, and tokens of one
-    total          length of the result           places       output blocks, and where each trained tensor begins
-    kept           of ``triton_support.launch``
+    sizes          (layers, 2, len(SIDE)), int64 on the device
+    parts          elements of all shares of T and U      ranks    blocks of the rank
+    splits, total  shares of the sums, and the length of one: layer after layer, each as long as ``counts`` says
     """
 
-    shares: tuple[int, int]
-    thin_grid: tuple[int, int, int]
-    thin_spans: tuple
-    thin: dict
+    sizes: torch.Tensor
+    parts: int
+    ranks: int
     splits: int
-    span: int
     total: int
-    core_grid: tuple[int, int, int]
-    core: dict
-    sums_grid: tuple[int, int, int]
-    places: tuple
-    sums: dict
-    kept: dict = dataclasses.field(default_factory=dict)
+    counts: tuple[int, ...]
+    thin: Launch
+    sums: Launch
+    core: Launch
 
 
-# Found once for a shape: with Triton's own slow helpers it took a third of what the host needs for a layer's sums.
+# Found once for a shape: it would take the host longer than the launches.
 @functools.lru_cache(4096)
-def plan_of(N: int, I: int, O: int, R: int, kind: AdapterType, dtype: torch.dtype, precision: str) -> SumsPlan:
+def plan_of(
+    shapes: tuple[LayerShape, ...], R: int, kind: AdapterType, dtype: torch.dtype, precision: str, device: torch.device
+) -> SumsPlan:
     block_r = rank_block(R)
     ranks = triton.cdiv(R, block_r)
-    (thin_n, thin_k), (x_shares, x_span), (y_shares, y_span) = _share(N, I, O, ranks, dtype)
-    loops = _loops(block_r, precision)
-    counts = {"X_SHARES": x_shares, "Y_SHARES": y_shares}
-    begin, total = offsets(kind, O, I, R)
-    block_n, block_m = _sum_blocks(block_r, kind.xs, dtype)
-    y_blocks = triton.cdiv(O, block_m) if kind.rows or not kind.xs else 0
-    x_blocks = triton.cdiv(I, block_m) if kind.cols or not kind.xs else 0
-    # PM has few programs of its own: its spans are as short as T and U allow.
-    programs = ranks * ranks if kind.xs else ranks * (y_blocks + x_blocks)
-    least = 4 * block_n if kind.xs else LEAST_SPAN
-    splits = max(1, min(triton.cdiv(PROGRAMS // 8 if kind.xs else SUM_PROGRAMS, programs), N // least))
-    named = "lora_A", "lora_B", kind.row_magnitude, kind.col_magnitude
+    thin_n, thin_warps, thin_k = _thin_blocks(max(shape.tokens for shape in shapes), dtype)
+    thin_step = thin_warps * thin_k
+    sums_n, sums_m = _sum_blocks(block_r, kind.xs, dtype)
+    # Of an -xs type the second kernel has magnitudes alone.
+    wanted = (kind.cols or not kind.xs, kind.rows or not kind.xs)
+    splits = _splits(shapes, ranks, kind, wanted, sums_n, sums_m)
+    sizes, counts, parts, total = [], [], 0, 0
+    for shape, shares in zip(shapes, _shares(shapes, ranks, thin_n, thin_step), strict=True):
+        begin, count = offsets(kind, shape.fan_out, shape.fan_in, R)
+        at = {name: total + place for name, place in begin.items()}
+        sides = (
+            (shape.fan_in, shape.x, shape.dx, "lora_A", kind.col_magnitude),
+            (shape.fan_out, shape.dy, shape.z, "lora_B", kind.row_magnitude),
+        )
+        of_layer = []
+        for (size, stride, made_stride, factor, magnitude), share_count in zip(sides, shares, strict=True):
+            of_layer.append(
+                {
+                    "tokens": shape.tokens,
+                    "size": size,
+                    "stride": stride,
+                    "made_stride": made_stride,
+                    "span": up_to(triton.cdiv(size, share_count), thin_step),
+                    "shares": share_count,
+                    "parts": parts,
+                    "matrix": total if kind.xs else at[factor],
+                    "gains": at.get(magnitude, 0),
+                    "token_span": up_to(triton.cdiv(shape.tokens, splits), sums_n),
+                }
+            )
+            parts += up_to(share_count * shape.tokens * R, ALIGNED)
+        sizes.append(of_layer)
+        counts.append(count)
+        total += count
+    sides = [(layer, side, entry) for layer, of_layer in enumerate(sizes) for side, entry in enumerate(of_layer)]
+    # What takes longest comes first, and the rest fills the gaps.
+    thin = [
+        (layer, side, block, share)
+        for layer, side, entry in sorted(sides, key=lambda item: -item[2]["span"])
+        for share in range(entry["shares"])
+        for block in range(triton.cdiv(entry["tokens"], thin_n))
+    ]
+    sums = [
+        (layer, side, block, split)
+        for split in range(splits)
+        for layer, side, entry in sides
+        for block in range(triton.cdiv(entry["size"], sums_m) * wanted[side])
+    ]
+    squares = itertools.product(range(len(shapes)), range(ranks), range(ranks), range(splits)) if kind.xs else ()
+
+    def most(name: str) -> int:
+        return max(entry[name] for _, _, entry in sides)
+
+    common = {"R": R, "BLOCK_R": block_r, "num_warps": 4}
+    wide = {f"WIDE_{name}": _multiple([entry for _, s, entry in sides if s == side]) for side, name in enumerate("XY")}
+    # The interpreter loops to a constant only, and 0 says that there is none.
+    thin_loop, sums_loop = (max(1, most(name)) if interpreting() else 0 for name in ("span", "token_span"))
+    thin_blocks = {"BLOCK_N": thin_n, "SPLITS": thin_warps, "BLOCK_K": thin_k, "LOOP": thin_loop}
+    shares = {"SHARES": most("shares")}
+    blocks = {"BLOCK_N": sums_n, "LOOP": sums_loop}
     types = {"ROWS": kind.rows, "COLS": kind.cols, "XS": kind.xs}
+    loops = _loops(block_r, precision)
+    table = functools.partial(sent, dtype=torch.int32, device=device)
     return SumsPlan(
-        shares=(x_shares, y_shares),
-        thin_grid=(triton.cdiv(N, thin_n), x_shares + y_shares, ranks),
-        thin_spans=(loop_end(x_span), loop_end(y_span)),
-        thin=dict(X_SHARES=x_shares, BLOCK_N=thin_n, BLOCK_K=thin_k, BLOCK_R=block_r, **loops, num_warps=4),
+        sizes=sent([[[entry[name] for name in SIDE] for entry in of_layer] for of_layer in sizes], torch.int64, device),
+        parts=parts,
+        ranks=ranks,
         splits=splits,
-        span=loop_end(triton.cdiv(triton.cdiv(N, splits), block_n) * block_n),
         total=total,
-        core_grid=(splits, ranks, ranks),
-        core=dict(**counts, BLOCK_N=block_n, BLOCK_R=block_r, num_warps=4, num_stages=2),
-        sums_grid=(y_blocks + x_blocks, splits, 1 if kind.xs else ranks),
-        places=(y_blocks, *(begin.get(name, 0) for name in named)),
-        sums=dict(**types, **counts, BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_R=block_r, **loops, num_warps=4),
+        counts=tuple(counts),
+        thin=Launch(table(thin), common | wide | loops | thin_blocks),
+        sums=Launch(table(sums), common | wide | loops | shares | types | blocks | {"BLOCK_M": sums_m}),
+        core=Launch(table(list(squares)), common | shares | blocks | {"num_stages": 2}),
     )
 
 
 def offsets(kind: AdapterType, O: int, I: int, R: int) -> tuple[dict[str, int], int]:
-    """Where each trained tensor's sums begin in the vector, by its name in a file, and the vector's length."""
+    """Where each trained tensor's sums begin in a layer's vector, by its name in a file, and the vector's length."""
     begins, end = {}, 0
     for name, shape in kind.parameter_shapes(O, I, R).items():
         begins[name] = end
         end += math.prod(shape)
     return begins, end
+
+
+def up_to(count: int, step: int) -> int:
+    """``count``, or the next multiple of ``step``."""
+    return -(-count // step) * step
+
+
+def _multiple(entries: list[dict]) -> int:
+    """The largest power of two up to 16 that divides the sizes and strides: what vectors can be loaded."""
+    return math.gcd(16, *(entry[name] for entry in entries for name in ("size", "stride", "made_stride")))
 
 
 def _loops(block_r: int, precision: str) -> dict:
@@ -97,24 +183,44 @@ def _loops(block_r: int, precision: str) -> dict:
     return {"STAGES": 3 if block_r <= 32 else 2, "PRECISION": precision, "UPCAST": interpreting()}
 
 
-def _share(
-    N: int, I: int, O: int, ranks: int, dtype: torch.dtype
-) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """Block sizes of the first kernel, then (shares, length) of its sums over I and over O."""
+def _thin_blocks(tokens: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Of a program of the first kernel: its tokens, warps that share out the channels, and channels a warp steps by."""
     if interpreting():
-        block_n, block_k = 16, 16
-    else:
-        block_n, block_k = (64 if N > 1024 else 16), 32 if dtype == torch.float32 else 128
-    wanted = triton.cdiv(PROGRAMS, triton.cdiv(max(N, 1), block_n) * ranks)
-    span = triton.cdiv(triton.cdiv(I + O, max(wanted, 2)), block_k) * block_k
+        return 16, 1 if tokens > LEAST_SPAN else 2, 16
+    # So few tokens as 16 are work for one warp.
+    narrow = dtype != torch.float32
+    return (64, 1, 128 if narrow else 32) if tokens > 1024 else (16, 4, 64 if narrow else 32)
 
-    def shares(side: int) -> tuple[int, int]:
+
+def _shares(shapes: tuple[LayerShape, ...], ranks: int, block_n: int, block_k: int) -> list[tuple[int, int]]:
+    """Shares of the first kernel's sums over I and over O, by layer."""
+    blocks = ranks * sum(triton.cdiv(max(shape.tokens, 1), block_n) for shape in shapes)
+    if 2 * blocks >= PROGRAMS:
+        return [(1, 1)] * len(shapes)
+    channels = sum(shape.fan_in + shape.fan_out for shape in shapes)
+    each = max(triton.cdiv(PROGRAMS * len(shapes), blocks), 2 * len(shapes))
+    span = up_to(triton.cdiv(channels, each), block_k)
+
+    def shares(side: int) -> int:
         # One or the most: any number between would be a kernel of its own.
-        count = MOST_SHARES if 2 * side > 3 * span else 1
-        # Whole blocks may make the last shares empty: they are zeros.
-        return count, triton.cdiv(triton.cdiv(side, count), block_k) * block_k
+        return MOST_SHARES if 2 * side > 3 * span else 1
 
-    return (block_n, block_k), shares(I), shares(O)
+    return [(shares(shape.fan_in), shares(shape.fan_out)) for shape in shapes]
+
+
+def _splits(
+    shapes: tuple[LayerShape, ...], ranks: int, kind: AdapterType, wanted: tuple[bool, bool], block_n: int, block_m: int
+) -> int:
+    """Shares of the sums over tokens."""
+    tokens, alone = max(shape.tokens for shape in shapes), len(shapes) == 1
+    if kind.xs:
+        # PM has few programs of its own: its spans are as short as T and U allow.
+        programs, most, least = len(shapes) * ranks * ranks, PROGRAMS // 8 if alone else PROGRAMS, 4 * block_n
+    else:
+        sides = [size for shape in shapes for size in (shape.fan_in, shape.fan_out)]
+        programs = ranks * sum(triton.cdiv(size, block_m) for size in sides)
+        most, least = SUM_PROGRAMS if alone else GROUP_SUM_PROGRAMS, LEAST_SPAN
+    return max(1, min(triton.cdiv(most, programs), tokens // least))
 
 
 def _sum_blocks(block_r: int, xs: bool, dtype: torch.dtype) -> tuple[int, int]:

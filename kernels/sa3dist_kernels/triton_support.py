@@ -1,18 +1,13 @@
 """Helpers of all Triton kernels: whether one can run, its matrix product, and block sizes of the rank."""
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
-from triton.compiler import CompiledKernel
 
 # tl.dot takes no side shorter than this.
 LEAST_BLOCK = 16
 # A longer rank is walked in steps of this, so that a tile's registers do not grow with it.
 LARGEST_RANK_BLOCK = 64
-# Bytes. Triton compiles one kernel for memory that begins at a multiple of it, and another for any.
-ALIGNMENT = 16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -40,32 +35,6 @@ def check_triton(x: torch.Tensor) -> None:
         raise ValueError(f"the Triton kernels take {', '.join(map(str, DTYPES))}, not {x.dtype}; use impl='torch'")
 
 
-def launch(kernel, grid: tuple[int, int, int], arguments: tuple, constants: dict, kept: dict | None) -> None:
-    """``kernel[grid](*arguments, **constants)``, but that the compiled kernel is found once.
-
-    Triton looks for it at every call, by each argument's format, alignment and value: 13 to 16 us of a host, where
-    starting it takes 4 (counted on a CPU).
-
-    constants   what follows the arguments in the kernel's signature, and Triton's options
-    kept        compiled kernels of earlier calls whose arguments differed in nothing Triton chooses by: addresses of
-                tensors that begin at a multiple of ``ALIGNMENT``, and their values. None: it is to look
-    """
-    if kept is None or interpreting():
-        kernel[grid](*arguments, **constants)
-        return
-    # A compiled kernel is loaded for the device that was the current one.
-    place = kernel.__name__, triton.runtime.driver.active.get_current_device()
-    run: Callable | None = kept.get(place)
-    if run is not None:
-        run(*arguments)
-        return
-    compiled = kernel[grid](*arguments, **constants)
-    if isinstance(compiled, CompiledKernel):
-        rest = [constants[name] for name in kernel.arg_names[len(arguments) :]]
-        start = compiled[grid]
-        kept[place] = lambda *given: start(*given, *rest)
-
-
 def dot_precision() -> str:
     """How float32 operands are multiplied: as torch's own products are."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -78,3 +47,8 @@ def rank_block(rank: int) -> int:
 def loop_end(count: int):
     """A size a kernel loops to. The interpreter's scalars are arrays, which numpy from 2.4 on takes for no index."""
     return tl.constexpr(count) if interpreting() else count
+
+
+def sent(values: list, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor on ``device``; the host goes on while it is copied."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)

@@ -15,6 +15,7 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -125,7 +126,8 @@ def compile_blocks(dit: DiT, backend, whole: bool = True) -> None:
     # joined would depend on the number of tokens: another program for long clips.
     # Sizes and strides have been looked at when a program is called; what it would look at again on its way is what it,
     # and the operations it does not look into, have made themselves. Those 165 looks take a tenth of a host's time.
-    options = {"triton.mix_order_reduction": False, "size_asserts": False} if backend == "inductor" else None
+    choices = {"triton.mix_order_reduction": False, "size_asserts": False}
+    options = choices | _joined_sums() if backend == "inductor" else None
     # What one process has traced the next need not. The backward passes of adapted layers are traced too, so they are
     # part of what a program is found by.
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
@@ -149,6 +151,14 @@ def _mark_lengths(shared: Shared) -> None:
         any_length(table, axis=0)
     if shared.local_GTC is not None and shared.local_GTC.shape[1] > 1:
         any_length(shared.local_GTC, axis=1)
+
+
+def _joined_sums() -> dict[str, Any]:
+    """Option of the compiler that joins the raw sums of a block's layers."""
+    # Imports the compiler.
+    from sa3dist_kernels.joined_sums import JoinedSums
+
+    return {"post_grad_custom_pre_pass": JoinedSums()}
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 import check_step  # noqa: E402
 from sa3dist_kernels import ADAPTER_TYPES, triton_support  # noqa: E402
-from sa3dist_kernels.raw_sums import raw_sums  # noqa: E402
+from sa3dist_kernels.raw_sums import LayerPass, raw_sums  # noqa: E402
 
 from tests.helpers.golden import ROOT  # noqa: E402
 
@@ -67,7 +67,7 @@ def test_launches_of_thin_sums_are_counted_and_not_run(counts, kind, tokens, ker
     x, dy, left, right = (torch.ones(shape) for shape in ((tokens, 32), (tokens, 48), (48, 4), (4, 32)))
     counter = counts.LaunchCounter()
     with counter.noting_triton():
-        found = counter.of(lambda: raw_sums(x, x, dy, dy, left, right, ADAPTER_TYPES[kind]))
+        found = counter.of(lambda: raw_sums([LayerPass(x, x, dy, dy, left, right)], ADAPTER_TYPES[kind]))
     assert (found["triton"], found["torch"]) == (kernels, additions)
 
 

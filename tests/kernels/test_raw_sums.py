@@ -46,9 +46,17 @@ def operands(kind, tokens, fan_in, fan_out, rank, dtype, columns=slice(None)):
     return x, dx if kind.cols else None, dy, z if kind.rows else None, *thin
 
 
+def sums_of(kind, *given):
+    """Of one layer."""
+    return raw_sums.raw_sums([raw_sums.LayerPass(*given)], kind)[0]
+
+
 def check(kind, given, dtype):
+    return check_sums(kind, given, sums_of(kind, *given), dtype)
+
+
+def check_sums(kind, given, found, dtype):
     """Each sum by itself, against float64."""
-    found = raw_sums.raw_sums(*given, kind)
     assert found.dtype == torch.float32
     exact = raw_sums.raw_sums_reference(*(None if v is None else v.double() for v in given), kind)
     shapes = kind.parameter_shapes(given[4].shape[0], given[5].shape[1], given[4].shape[1])
@@ -94,25 +102,39 @@ def test_any_number_of_tokens_and_any_width(name, tokens, fan_in, fan_out):
 )
 def test_shares_and_spans_add_up_and_in_one_order(name, programs, sum_programs, dtype, monkeypatch):
     # Not those kept for other tests' constants, nor the other way around.
-    monkeypatch.setattr(raw_sums, "plan_of", sums_plan.plan_of.__wrapped__)
+    plan_of = sums_plan.plan_of.__wrapped__
     monkeypatch.setattr(sums_plan, "LEAST_SPAN", 16)
     monkeypatch.setattr(sums_plan, "PROGRAMS", programs)
     monkeypatch.setattr(sums_plan, "SUM_PROGRAMS", sum_programs)
-    kind, allocated = ADAPTER_TYPES[name], []
-    new_empty = torch.Tensor.new_empty
-
-    def noted(self, *sizes, **named):
-        allocated.append(sizes)
-        return new_empty(self, *sizes, **named)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", noted)
+    kind, plans = ADAPTER_TYPES[name], []
+    monkeypatch.setattr(raw_sums, "plan_of", lambda *given: plans.append(plan_of(*given)) or plans[-1])
     given = operands(kind, 130 if kind.xs else 66, 40, 35, 3, dtype)
     found = check(kind, given, dtype)
-    assert torch.equal(raw_sums.raw_sums(*given, kind), found)
-    shares = [sizes[0] for sizes in allocated if len(sizes) == 3]
-    splits = [sizes[0] for sizes in allocated if len(sizes) == 2]
-    assert (len(shares), len(splits)) == (4, 2)
-    assert all((count > 1) == (programs > 1) for count in shares + splits)
+    assert torch.equal(sums_of(kind, *given), found)
+    for plan in plans:
+        shares = plan.sizes[:, :, sums_plan.SIDE.index("shares")].flatten().tolist()
+        assert all((count > 1) == (programs > 1) for count in [*shares, plan.splits])
+    assert len(plans) == 2
+
+
+@needs_interpreter
+@FORMATS
+@pytest.mark.usefixtures("nan_memory")
+@pytest.mark.parametrize("name", NINE)
+def test_layers_of_any_shape_and_number_of_tokens_share_their_launches(name, dtype, monkeypatch):
+    # Some layers' sums are shared out, some tokens are fewer than the splits, one layer's rows begin anywhere.
+    monkeypatch.setattr(raw_sums, "plan_of", sums_plan.plan_of.__wrapped__)
+    monkeypatch.setattr(sums_plan, "LEAST_SPAN", 16)
+    kind = ADAPTER_TYPES[name]
+    given = [
+        raw_sums.LayerPass(*operands(kind, tokens, fan_in, fan_out, 3, dtype))
+        for tokens, fan_in, fan_out in ((66, 40, 32), (66, 16, 80), (7, 24, 24), (1, 33, 16), (66, 16, 40), (0, 8, 8))
+    ]
+    found = raw_sums.raw_sums(given, kind)
+    assert len(found) == len(given)
+    for layer, sums in zip(given, found, strict=True):
+        check_sums(kind, layer, sums, dtype)
+    assert all(map(torch.equal, raw_sums.raw_sums(given, kind), found))
 
 
 @needs_interpreter
@@ -125,20 +147,7 @@ def test_strided_operands_give_the_contiguous_ones_bits(name, columns):
     assert not any(value.is_contiguous() for value in given[:4] if value is not None)
     found = check(kind, given, torch.float32)
     whole = [None if value is None else value.contiguous() for value in given]
-    assert torch.equal(raw_sums.raw_sums(*whole, kind), found)
-
-
-def test_launches_are_kept_only_for_operands_that_take_the_same_kernels():
-    x, dx, dy, z, left, right = operands(ADAPTER_TYPES["bora"], 16, 32, 48, 16, torch.float16)
-    given = {"x": x.contiguous(), "dx": None, "dy": dy.contiguous(), "z": z.contiguous(), "left": left, "right": right}
-    # Private: without a device nothing launched shows which way a call has taken.
-    assert raw_sums._as_planned(*given.values())
-    for name, value in {"x": x, "dy": dy, "z": z.float(), "left": left.t().contiguous().t()}.items():
-        assert not raw_sums._as_planned(*(given | {name: value}).values()), name
-    for name, value in given.items():
-        if value is not None:
-            displaced = value.new_empty(value.numel() + 1)[1:].view(value.shape)
-            assert not raw_sums._as_planned(*(given | {name: displaced}).values()), name
+    assert torch.equal(sums_of(kind, *whole), found)
 
 
 @needs_interpreter
@@ -147,7 +156,7 @@ def test_a_nan_in_one_token_reaches_only_what_it_belongs_to():
     x, dx, dy, z, left, right = operands(kind, 21, 18, 20, 3, torch.float32)
     z = z.clone()
     z[4, 7] = float("nan")
-    found = raw_sums.raw_sums(x, dx, dy, z, left, right, kind)
+    found = sums_of(kind, x, dx, dy, z, left, right)
     assert found.isnan().nonzero().flatten().tolist() == [3 * 18 + 20 * 3 + 7]
 
 

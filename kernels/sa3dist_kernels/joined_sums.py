@@ -1,0 +1,51 @@
+"""A pass over a compiled graph that joins the raw sums of all its layers into one operation, and so into one launch.
+
+Each layer's backward pass asks for its own (``formed_linear``). Nothing but the optimiser's step reads them, so they
+may wait for the last one of a block; x, dy and z of its layers are kept until then.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from sa3dist_kernels import formed_linear
+
+ONE, JOINED = torch.ops.sa3dist.raw_sums.default, torch.ops.sa3dist.joined_raw_sums.default
+
+
+class JoinedSums(CustomGraphPass):
+    """For ``torch.compile``'s option "post_grad_custom_pre_pass"."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        found: dict[tuple, list[torch.fx.Node]] = {}
+        for node in graph.nodes:
+            # What reads them now cannot wait.
+            if node.target is ONE and all(user.op == "output" for user in node.users):
+                found.setdefault(tuple(node.args[6:]), []).append(node)
+        for (kind, impl), nodes in found.items():
+            if len(nodes) > 1:
+                _join(graph, nodes, kind, impl)
+
+    def uuid(self) -> bytes:
+        return get_hash_for_files((__file__, formed_linear.__file__))
+
+
+def _join(graph: torch.fx.Graph, nodes: list[torch.fx.Node], kind: str, impl: str) -> None:
+    # By x, dx, dy, z, L', R': those of all layers.
+    tensors = [
+        [value for value in values if value is not None]
+        for values in zip(*(node.args[:6] for node in nodes), strict=True)
+    ]
+    with graph.inserting_after(nodes[-1]):
+        joined = graph.call_function(JOINED, (*tensors, kind, impl))
+    joined.meta["val"] = [node.meta["val"] for node in nodes]
+    place = joined
+    for index, node in enumerate(nodes):
+        with graph.inserting_after(place):
+            place = graph.call_function(operator.getitem, (joined, index))
+        place.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(place)
+        graph.erase_node(node)
