@@ -97,6 +97,10 @@ def test_ops_and_step_pass_without_the_data_stages_packages(bare_parts):
         assert len(environment["source_sha256"]) == 64
         assert "gpu_check.py" in environment["command"]
         assert {"device", "triton", "commit", "date"} <= environment.keys()
+    (without_graphs,) = contents["step"]["launched"]
+    assert without_graphs["frames"] == contents["step"]["rows"][0]["frames"]
+    assert without_graphs["launched_ms"] > 0
+    assert without_graphs["device_ms"] == pytest.approx(contents["step"]["rows"][0]["profile"]["device_ms"], abs=1e-3)
 
 
 def test_run_names_the_packages_it_lacks_and_takes_them_from_wheels(tmp_path, monkeypatch):
@@ -263,7 +267,11 @@ def test_targets_are_held_against_the_rows_they_are_about():
     }
     long = {**row, "frames": 4091, "frozen_ms": 94.0, "ours_ms": 106.0, "total_bytes": 17e9}
     others = [{**row, "rank": 128}, {**row, "shape": "small-music-base"}]
-    found = check_step.against_targets([row, long, *others, {**row, "adapter_type": "bora", "over_frozen": 2.0}])
+    others += [{**row, "adapter_type": "bora", "over_frozen": 2.0}]
+    # 2000 tokens, memory tokens among them.
+    without_graphs = {name: row[name] for name in ("shape", "adapter_type", "rank")} | {"launched_over_device": 1.4}
+    others += [{**without_graphs, "frames": frames} for frames in (323, 1936)]
+    found = check_step.against_targets([row, long, *others])
     met = {(entry["adapter_type"], entry["frames"], entry["figure"]): entry["met"] for entry in found}
     assert met == {
         ("dora-rows", 323, "frozen_ms"): False,
@@ -274,6 +282,7 @@ def test_targets_are_held_against_the_rows_they_are_about():
         ("dora-rows", 4091, "ours_ms"): False,
         ("dora-rows", 4091, "total_bytes"): False,
         ("bora", 323, "over_frozen"): False,
+        ("dora-rows", 1936, "launched_over_device"): False,
     }
 
 
