@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import triton
-from sa3dist_kernels import ADAPTER_TYPES, qkv_gradient, raw_sums
+from sa3dist_kernels import ADAPTER_TYPES, qkv_gradient, sums_kernels
 from sa3dist_kernels.formed_group import Group, default_tiles
 from sa3dist_kernels.formed_launch import finish_plan, form_plan
 from sa3dist_kernels.formed_spec import FormedSpec, product_elements
@@ -78,9 +78,9 @@ def sums_variants(dtype: str, rank: int):
         shapes = tuple(LayerShape(n, i, o, i, i * kind.cols, o, o * kind.rows) for n, i, o in layers)
         plan = plan_of(shapes, rank, kind, FORMATS[dtype], dot_precision(), torch.device("cpu"))
         for kernel, launch in (
-            (raw_sums._thin_products_kernel, plan.thin),
-            (raw_sums._raw_sums_kernel, plan.sums),
-            (raw_sums._core_sums_kernel, plan.core),
+            (sums_kernels.thin_products_kernel, plan.thin),
+            (sums_kernels.raw_sums_kernel, plan.sums),
+            (sums_kernels.core_sums_kernel, plan.core),
         ):
             constants = dict(launch.constants)
             options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}

@@ -29,7 +29,7 @@ PURPOSES = (
     ("attention", r"flash|fmha|attention|sdpa|mha_"),
     (
         "adapters' kernels",
-        r"(form|finish|column)_\w+_kernel|_(thin_products|raw_sums|core_sums)_kernel|(Factored|Formed)Linear",
+        r"(form|finish|column)_\w+_kernel|(thin_products|raw_sums|core_sums)_kernel|(Factored|Formed)Linear",
     ),
     (
         "matrix products",

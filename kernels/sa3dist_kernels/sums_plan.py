@@ -1,7 +1,7 @@
 """How the sums over tokens of a group of layers are shared out over programs: tables, grids, block sizes.
 
 One launch serves several layers. A program finds in a table (``PROGRAM``) which block of which layer is its own, and in
-``sizes`` (``SIDE``) what it needs to know of that layer's inputs x (side 0) or outputs dy (side 1).
+``sizes`` (``Side``) what it needs to know of that layer's inputs x (side 0) or outputs dy (side 1).
 
 Legend: N tokens, O fan_out, I fan_in, R rank.
 """
@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,9 +32,25 @@ LEAST_SPAN = 512
 ALIGNED = 16
 
 PROGRAM = ("layer", "side", "block", "part")
-# made_stride: of dx or z. span: channels of a share of T or U. parts: where these begin. matrix, gains: where the sums
-# begin. token_span: tokens of one split.
-SIDE = ("tokens", "size", "stride", "made_stride", "span", "shares", "parts", "matrix", "gains", "token_span")
+
+
+class Side(NamedTuple):
+    """An entry of ``sizes``.
+
+    made_stride    of dx or z                        span     channels of a share of T or U, which begin at ``parts``
+    matrix, gains  where the layer's sums begin      token_span   tokens of one split
+    """
+
+    tokens: int
+    size: int
+    stride: int
+    made_stride: int
+    span: int
+    shares: int
+    parts: int
+    matrix: int
+    gains: int
+    token_span: int
 
 
 class LayerShape(NamedTuple):
@@ -59,7 +76,7 @@ class Launch(NamedTuple):
 class SumsPlan:
     """What the launches of a group take.
 
-    sizes          (layers, 2, len(SIDE)), int64 on the device
+    sizes          (layers, 2, len(Side._fields)), int64 on the device
     parts          elements of all shares of T and U      ranks    blocks of the rank
     splits, total  shares of the sums, and the length of one: layer after layer, each as long as ``counts`` says
     """
@@ -83,79 +100,88 @@ def plan_of(
     block_r = rank_block(R)
     ranks = triton.cdiv(R, block_r)
     thin_n, thin_warps, thin_k = _thin_blocks(max(shape.tokens for shape in shapes), dtype)
-    thin_step = thin_warps * thin_k
     sums_n, sums_m = _sum_blocks(block_r, kind.xs, dtype)
-    # Of an -xs type the second kernel has magnitudes alone.
-    wanted = (kind.cols or not kind.xs, kind.rows or not kind.xs)
-    splits = _splits(shapes, ranks, kind, wanted, sums_n, sums_m)
-    sizes, counts, parts, total = [], [], 0, 0
-    for shape, shares in zip(shapes, _shares(shapes, ranks, thin_n, thin_step), strict=True):
+    splits = _splits(shapes, ranks, kind, sums_n, sums_m)
+    shares = _shares(shapes, ranks, thin_n, thin_warps * thin_k)
+    sizes, counts, parts = _sizes(shapes, R, kind, shares, thin_warps * thin_k, splits, sums_n)
+    thin, sums, core = (
+        sent(programs, torch.int32, device) for programs in _programs(sizes, kind, thin_n, sums_m, ranks, splits)
+    )
+    # By side, its layers'.
+    sides = list(zip(*sizes, strict=True))
+    spans, token_spans = zip(*((side.span, side.token_span) for of_layer in sizes for side in of_layer), strict=True)
+    common = {"R": R, "BLOCK_R": block_r, "num_warps": 4}
+    wide = {name: _multiple(of_side) for name, of_side in zip(("WIDE_X", "WIDE_Y"), sides, strict=True)}
+    blocks = {"BLOCK_N": sums_n, "LOOP": _loop_to(token_spans)}
+    blocks["SHARES"] = max(side.shares for of_layer in sizes for side in of_layer)
+    types = {"ROWS": kind.rows, "COLS": kind.cols, "XS": kind.xs}
+    loops = _loops(block_r, precision)
+    thin_blocks = {"BLOCK_N": thin_n, "SPLITS": thin_warps, "BLOCK_K": thin_k, "LOOP": _loop_to(spans)}
+    return SumsPlan(
+        sizes=sent(sizes, torch.int64, device),
+        parts=parts,
+        ranks=ranks,
+        splits=splits,
+        total=sum(counts),
+        counts=tuple(counts),
+        thin=Launch(thin, common | wide | loops | thin_blocks),
+        sums=Launch(sums, common | wide | loops | types | blocks | {"BLOCK_M": sums_m}),
+        core=Launch(core, common | blocks | {"num_stages": 2}),
+    )
+
+
+def _sizes(
+    shapes: tuple[LayerShape, ...],
+    R: int,
+    kind: AdapterType,
+    shares: list[tuple[int, int]],
+    thin_step: int,
+    splits: int,
+    sums_n: int,
+) -> tuple[list[tuple[Side, Side]], list[int], int]:
+    """``sizes``, the length of each layer's sums, and the elements of all shares of T and U."""
+    sizes, counts, parts = [], [], 0
+    for shape, of_layer in zip(shapes, shares, strict=True):
         begin, count = offsets(kind, shape.fan_out, shape.fan_in, R)
-        at = {name: total + place for name, place in begin.items()}
         sides = (
             (shape.fan_in, shape.x, shape.dx, "lora_A", kind.col_magnitude),
             (shape.fan_out, shape.dy, shape.z, "lora_B", kind.row_magnitude),
         )
-        of_layer = []
-        for (size, stride, made_stride, factor, magnitude), share_count in zip(sides, shares, strict=True):
-            of_layer.append(
-                {
-                    "tokens": shape.tokens,
-                    "size": size,
-                    "stride": stride,
-                    "made_stride": made_stride,
-                    "span": up_to(triton.cdiv(size, share_count), thin_step),
-                    "shares": share_count,
-                    "parts": parts,
-                    "matrix": total if kind.xs else at[factor],
-                    "gains": at.get(magnitude, 0),
-                    "token_span": up_to(triton.cdiv(shape.tokens, splits), sums_n),
-                }
-            )
+        entries = []
+        for (size, stride, made_stride, factor, magnitude), share_count in zip(sides, of_layer, strict=True):
+            # The one square of an -xs type comes first.
+            places = (sum(counts) + begin.get(name, 0) for name in (factor, magnitude))
+            span = up_to(triton.cdiv(size, share_count), thin_step)
+            token_span = up_to(triton.cdiv(shape.tokens, splits), sums_n)
+            entries.append(Side(shape.tokens, size, stride, made_stride, span, share_count, parts, *places, token_span))
             parts += up_to(share_count * shape.tokens * R, ALIGNED)
-        sizes.append(of_layer)
+        sizes.append(tuple(entries))
         counts.append(count)
-        total += count
+    return sizes, counts, parts
+
+
+def _programs(
+    sizes: list[tuple[Side, Side]], kind: AdapterType, thin_n: int, sums_m: int, ranks: int, splits: int
+) -> tuple[list, list, list]:
+    """Of the three kernels."""
     sides = [(layer, side, entry) for layer, of_layer in enumerate(sizes) for side, entry in enumerate(of_layer)]
     # What takes longest comes first, and the rest fills the gaps.
     thin = [
         (layer, side, block, share)
-        for layer, side, entry in sorted(sides, key=lambda item: -item[2]["span"])
-        for share in range(entry["shares"])
-        for block in range(triton.cdiv(entry["tokens"], thin_n))
+        for layer, side, entry in sorted(sides, key=lambda item: -item[2].span)
+        for share in range(entry.shares)
+        for block in range(triton.cdiv(entry.tokens, thin_n))
     ]
+    # Of an -xs type there are magnitudes alone.
+    wanted = (kind.cols or not kind.xs, kind.rows or not kind.xs)
     sums = [
         (layer, side, block, split)
         for split in range(splits)
         for layer, side, entry in sides
-        for block in range(triton.cdiv(entry["size"], sums_m) * wanted[side])
+        for block in range(triton.cdiv(entry.size, sums_m) * wanted[side])
     ]
-    squares = itertools.product(range(len(shapes)), range(ranks), range(ranks), range(splits)) if kind.xs else ()
-
-    def most(name: str) -> int:
-        return max(entry[name] for _, _, entry in sides)
-
-    common = {"R": R, "BLOCK_R": block_r, "num_warps": 4}
-    wide = {f"WIDE_{name}": _multiple([entry for _, s, entry in sides if s == side]) for side, name in enumerate("XY")}
-    # The interpreter loops to a constant only, and 0 says that there is none.
-    thin_loop, sums_loop = (max(1, most(name)) if interpreting() else 0 for name in ("span", "token_span"))
-    thin_blocks = {"BLOCK_N": thin_n, "SPLITS": thin_warps, "BLOCK_K": thin_k, "LOOP": thin_loop}
-    shares = {"SHARES": most("shares")}
-    blocks = {"BLOCK_N": sums_n, "LOOP": sums_loop}
-    types = {"ROWS": kind.rows, "COLS": kind.cols, "XS": kind.xs}
-    loops = _loops(block_r, precision)
-    table = functools.partial(sent, dtype=torch.int32, device=device)
-    return SumsPlan(
-        sizes=sent([[[entry[name] for name in SIDE] for entry in of_layer] for of_layer in sizes], torch.int64, device),
-        parts=parts,
-        ranks=ranks,
-        splits=splits,
-        total=total,
-        counts=tuple(counts),
-        thin=Launch(table(thin), common | wide | loops | thin_blocks),
-        sums=Launch(table(sums), common | wide | loops | shares | types | blocks | {"BLOCK_M": sums_m}),
-        core=Launch(table(list(squares)), common | shares | blocks | {"num_stages": 2}),
-    )
+    squares = itertools.product(range(len(sizes)), range(ranks), range(ranks), range(splits)) if kind.xs else ()
+    return thin, sums, list(squares)
 
 
 def offsets(kind: AdapterType, O: int, I: int, R: int) -> tuple[dict[str, int], int]:
@@ -172,9 +198,14 @@ def up_to(count: int, step: int) -> int:
     return -(-count // step) * step
 
 
-def _multiple(entries: list[dict]) -> int:
+def _multiple(sides: Sequence[Side]) -> int:
     """The largest power of two up to 16 that divides the sizes and strides: what vectors can be loaded."""
-    return math.gcd(16, *(entry[name] for entry in entries for name in ("size", "stride", "made_stride")))
+    return math.gcd(16, *(number for side in sides for number in (side.size, side.stride, side.made_stride)))
+
+
+def _loop_to(spans: Sequence[int]) -> int:
+    """How far the interpreter loops, to a constant only; elsewhere 0: to a program's own span."""
+    return max(1, *spans) if interpreting() else 0
 
 
 def _loops(block_r: int, precision: str) -> dict:
@@ -208,9 +239,7 @@ def _shares(shapes: tuple[LayerShape, ...], ranks: int, block_n: int, block_k: i
     return [(shares(shape.fan_in), shares(shape.fan_out)) for shape in shapes]
 
 
-def _splits(
-    shapes: tuple[LayerShape, ...], ranks: int, kind: AdapterType, wanted: tuple[bool, bool], block_n: int, block_m: int
-) -> int:
+def _splits(shapes: tuple[LayerShape, ...], ranks: int, kind: AdapterType, block_n: int, block_m: int) -> int:
     """Shares of the sums over tokens."""
     tokens, alone = max(shape.tokens for shape in shapes), len(shapes) == 1
     if kind.xs:

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sa3dist.errors import ConfigError
+from sa3dist.model.add_scaled import add_scaled
 from sa3dist.model.blocks import GatedProjection, RMSNorm, SelfAttention, rotate, silu_gate, sine_gate, turn
 from sa3dist.model.dit import Block, DiT, Shared, add_gated, modulated_norm
-from sa3dist.model.token_layout import Packed, Padded, add_scaled
+from sa3dist.model.token_layout import Packed, Padded
 
 # Compiling the functions takes about half a minute; a run this long gains more than that if it gains anything.
 STEPS_WORTH_COMPILING = 200

@@ -39,7 +39,7 @@ def test_times_add_up_and_whatever_computes_has_a_purpose():
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob", "attention"),
         ("form_rows_kernel", "adapters' kernels"),
         ("finish_close_kernel", "adapters' kernels"),
-        ("_thin_products_kernel", "adapters' kernels"),
+        ("thin_products_kernel", "adapters' kernels"),
         ("_core_sums_kernel", "adapters' kernels"),
         ("triton_poi_fused_add_mul_silu_3", "compiled element-wise"),
         ("void at::native::multi_tensor_apply_kernel<at::native::FusedAdamMathFunctor<float, 4>>", "optimiser"),

@@ -112,7 +112,7 @@ def test_shares_and_spans_add_up_and_in_one_order(name, programs, sum_programs, 
     found = check(kind, given, dtype)
     assert torch.equal(sums_of(kind, *given), found)
     for plan in plans:
-        shares = plan.sizes[:, :, sums_plan.SIDE.index("shares")].flatten().tolist()
+        shares = plan.sizes[:, :, sums_plan.Side._fields.index("shares")].flatten().tolist()
         assert all((count > 1) == (programs > 1) for count in [*shares, plan.splits])
     assert len(plans) == 2
 
