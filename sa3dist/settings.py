@@ -273,7 +273,7 @@ class Settings(ListeningFields):
         }
 
     def accumulation(self, world_size: int) -> int:
-        """Micro batches per process and step. Raises ConfigError when global_batch_size does not divide."""
+        """Micro batches per process and step. Raises ConfigError where global_batch_size does not divide, or differs."""
         if self.global_batch_size is None:
             return self.gradient_accumulation_steps
         per_round = self.batch_size * world_size
@@ -282,4 +282,11 @@ class Settings(ListeningFields):
                 f"global_batch_size: {self.global_batch_size} is not a multiple of batch_size x processes = "
                 f"{self.batch_size} x {world_size}; choose a multiple of {per_round}"
             )
-        return self.global_batch_size // per_round
+        derived = self.global_batch_size // per_round
+        # 1 is what a resolved config says beside it.
+        if self.gradient_accumulation_steps not in (1, derived):
+            raise ConfigError(
+                f"gradient_accumulation_steps: {self.gradient_accumulation_steps}, but global_batch_size "
+                f"{self.global_batch_size} makes it {derived} here; give one of the two"
+            )
+        return derived

@@ -229,6 +229,9 @@ def test_the_global_batch_derives_the_accumulation():
     assert build(batch_size=2, global_batch_size=16).accumulation(world_size=4) == 2
     with pytest.raises(ConfigError, match="^global_batch_size: 10 is not a multiple of .* 2 x 4"):
         build(batch_size=2, global_batch_size=10).accumulation(world_size=4)
+    assert build(global_batch_size=8, gradient_accumulation_steps=4).accumulation(world_size=2) == 4
+    with pytest.raises(ConfigError, match="^gradient_accumulation_steps: 7, but global_batch_size 8 makes it 4 here"):
+        build(global_batch_size=8, gradient_accumulation_steps=7).accumulation(world_size=2)
 
 
 def test_an_unreadable_config_file_leaves_the_other_words_known(tmp_path):

@@ -25,7 +25,7 @@ from sa3dist.adapters.layouts import peft_folders
 from sa3dist.adapters.lazy_file import AdapterOnDisk
 from sa3dist.adapters.peft_format import to_peft
 from sa3dist.commands import verify
-from sa3dist.commands.merge import into_base
+from sa3dist.commands.merge import into_base, refuse_own
 from sa3dist.config import split_argument
 from sa3dist.data.remote.local_paths import home_path
 from sa3dist.errors import CheckpointError, ConfigError, InUse
@@ -40,6 +40,7 @@ from sa3dist.training import checkpoint
 
 # What was written, the program it is for, and layers that were left out knowingly.
 Written = tuple[Path, str, list[str]]
+CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 ADAPTER_SUFFIX = ".safetensors"
 # The others are of files that torch.save wrote.
 ADAPTER_SUFFIXES = (ADAPTER_SUFFIX, ".ckpt", ".pt", ".pth", ".bin")
@@ -49,9 +50,10 @@ def is_path(words: Sequence[str]) -> bool:
     """Whether the words of ``sa3dist export`` name something to export from, not a config of a run."""
     names = [word for word in words if word.startswith("-") or split_argument(word) is None]
     return any(
-        os.path.isdir(os.path.expanduser(name))
+        name.partition("=")[0] in (*ARGUMENTS, "-h", "--help")
+        if name.startswith("-")
+        else not (name.lower().endswith(CONFIG_SUFFIXES) or os.path.isfile(os.path.expanduser(name)))
         or name.endswith(ADAPTER_SUFFIXES)
-        or name.partition("=")[0] in (*ARGUMENTS, "-h", "--help")
         for name in names
     )
 
@@ -110,6 +112,8 @@ def convert(options: argparse.Namespace) -> None:
         print(json.dumps(from_checkpoint(options.source, options.output)))
         return
     file, named_after = read_source(options.source, options.lora_config)
+    if options.output is not None:
+        refuse_own(options.output, [file])
     name = options.base or file.base
 
     @functools.cache

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sa3dist.adapters import AdapterFile, bake_adapter, load_adapter_file
 from sa3dist.commands.export import read_source
 from sa3dist.commands.merge import split_weight
 from sa3dist.data.remote.local_paths import expand_home, is_text
+from sa3dist.data.source.cut_captions import cut_captions
 from sa3dist.errors import ConfigError, OutOfMemory
 from sa3dist.formats import write_json
 from sa3dist.listening.audio_files import FORMATS, check_format, write_audio
@@ -80,11 +82,17 @@ def make_clips(options: argparse.Namespace) -> None:
     output = Path(expand_home(options.output))
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output: {output} is a file, expected a folder; choose another")
-    texts = describe(options.prompt, how, model, adapters)
+    precision = options.precision or ("bf16" if device == "cuda" else "fp32")
+    decides = {"precision": precision, "text_encoder": options.text_encoder}
+    texts = describe(options.prompt, how, model, adapters, decides)
     left = [number for number in texts if not is_done(output, number, texts[number], options.format)]
     if left:
-        precision = options.precision or ("bf16" if device == "cuda" else "fp32")
         base = load_base(model, device, PRECISIONS[precision], options.text_encoder, encoder=False)
+        cut = base.text_source and cut_captions(
+            base.text_source, ((f"prompt {number}", texts[number]["prompt"]) for number in left)
+        )
+        if cut and cut.tokens:
+            print(f"note: {cut.line()}", file=sys.stderr)
         for file, strength in adapters:
             load_adapter_file(base, file, strength)
             bake_adapter(base)
@@ -102,14 +110,21 @@ def read_how(options: argparse.Namespace, model: str) -> Generation:
 
 
 def describe(
-    prompts: Sequence[str], how: Generation, model: str, adapters: Sequence[tuple[AdapterFile, float]]
+    prompts: Sequence[str],
+    how: Generation,
+    model: str,
+    adapters: Sequence[tuple[AdapterFile, float]],
+    decides: dict[str, Any],
 ) -> dict[int, dict[str, Any]]:
-    """What the JSON file beside every clip holds, by the clip's number: all that decides how it sounds."""
+    """What the JSON file beside every clip holds, by the clip's number: all that decides how it sounds.
+
+    decides   what does so beside the other arguments
+    """
     parts = [
         {"file": str(file.path), "strength": strength, "sha256": tensors_digest(file.tensors)}
         for file, strength in adapters
     ]
-    shared = {**dataclasses.asdict(how), "model": model, "adapters": parts, "sa3dist_version": __version__}
+    shared = {**dataclasses.asdict(how), "model": model, **decides, "adapters": parts, "sa3dist_version": __version__}
     return {number: {"prompt": prompt, "number": number, **shared} for number, prompt in enumerate(prompts)}
 
 

@@ -45,6 +45,7 @@ def merge(options: argparse.Namespace) -> None:
     files = [(read_adapter_file(path), weight) for path, weight in weighted]
     if options.svd is not None and (options.base is None or options.svd < 1):
         raise ConfigError("--svd: needs a rank of at least 1, and --base MODEL for the weights that are changed")
+    refuse_own(options.output, [file for file, _ in files])
     if options.base is None:
         write_adapter_file(options.output, *combine(files), describe(files))
         print(f"wrote {options.output}")
@@ -58,6 +59,13 @@ def merge(options: argparse.Namespace) -> None:
         write_approximation(options.output, adapters, options.svd)
     else:
         into_base(options.output, base, adapters)
+
+
+def refuse_own(output: Path, files: Sequence[AdapterFile]) -> None:
+    """Raises ConfigError where ``output`` is one of the files that it is made from."""
+    for file in files:
+        if output.exists() and file.path.exists() and output.samefile(file.path):
+            raise ConfigError(f"--output: {output} is what is read here; choose a new file")
 
 
 def split_weight(argument: str) -> tuple[str, float]:

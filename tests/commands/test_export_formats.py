@@ -35,6 +35,18 @@ def test_help_of_export_tells_its_options(capsys):
     assert all(option in told for option in ("PATH", "--format", "--output", "--base"))
 
 
+def test_a_run_that_is_not_there_is_no_config_and_what_is_read_is_not_overwritten(base, tmp_path, capsys):
+    assert export(tmp_path / "absent") == 2
+    assert "no intact checkpoint here; give a run's output_dir" in capsys.readouterr().err
+    path = tmp_path / "own.safetensors"
+    make_adapter(base, path, 3)
+    before = path.read_bytes()
+    for words in (["export", path, "--format", "native"], ["merge", path]):
+        assert cli.main([*map(str, words), "--output", str(tmp_path / "." / "own.safetensors")]) == 2
+        assert f"--output: {path} is what is read here" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
 def patched_by_comfy(weight, tensors, key):
     """What ComfyUI's generic loader makes of a float32 weight at strength 1, from its documented layout."""
     if f"{key}.diff" in tensors:

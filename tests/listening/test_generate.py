@@ -156,6 +156,9 @@ def test_the_command_writes_the_clips_and_what_they_are(demo_base, base, adapter
     assert "1 of 2 clips" in capsys.readouterr().out.splitlines()[-1]
     assert (out / "0.flac").stat().st_mtime_ns == before
     near(heard(out / "1.flac"), expected[1])
+    # Another precision is another request.
+    assert generate(*words, "--precision", "bf16") == 2
+    assert "exists already, of another request" in capsys.readouterr().err
 
 
 def test_files_at_strength_0_are_the_bases_own(demo_base, adapters, tmp_path):
@@ -230,6 +233,13 @@ def test_files_of_another_request_are_not_overwritten(demo_base, tmp_path, capsy
     assert generate("--model", demo_base, "--prompt", "x", "y", "--output", tmp_path) == 2
     assert "1.flac exists already" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["1.flac"]
+
+
+def test_a_prompt_that_the_text_encoder_cuts_is_named(demo_base, tmp_path, capsys):
+    assert generate("--model", demo_base, "--prompt", "short", "word " * 200, "--output", tmp_path) == 0
+    said = capsys.readouterr().err
+    assert "1 caption is longer than the 128 tokens" in said
+    assert "prompt 1 has " in said
 
 
 def test_too_little_memory_on_the_device_is_said_in_one_line(demo_base, tmp_path, capsys, monkeypatch):
