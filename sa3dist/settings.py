@@ -273,7 +273,7 @@ class Settings(ListeningFields):
         }
 
     def accumulation(self, world_size: int) -> int:
-        """Micro batches per process and step. Raises ConfigError where global_batch_size does not divide, or differs."""
+        """Micro batches per process and step. Raises ConfigError where global_batch_size does not divide or differs."""
         if self.global_batch_size is None:
             return self.gradient_accumulation_steps
         per_round = self.batch_size * world_size
