@@ -83,6 +83,8 @@ def main() -> int:
     arguments = parser.parse_args()
     directory = arguments.directory.resolve()
     words = prepare(directory) | {"number_of_steps": STEPS, "save_every": 1000, "adapter_products": arguments.products}
+    # What is formed per use is recomputed.
+    words["gradient_checkpointing"] = "auto"
     failed = False
     for stage in arguments.stage:
         for case in arguments.case or EXPECTED:
