@@ -129,6 +129,8 @@ def candidates(rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
         {"stages": 1},
         {"stages": 2},
         {"stages": 2, "registers": 128},
+        {"stages": 4},
+        {"stages": 4, "registers": 128},
         {"right_vector": 2},
         {"right_vector": 2, "stages": 2},
         {"block_o": 16, "block_j": 64},

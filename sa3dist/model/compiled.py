@@ -29,6 +29,15 @@ from sa3dist.model.token_layout import Packed, Padded
 
 # Compiling the functions takes about half a minute; a run this long gains more than that if it gains anything.
 STEPS_WORTH_COMPILING = 200
+# Of Inductor, for whole blocks.
+CHOICES: dict[str, Any] = {
+    # Whether reductions over rows and over columns are joined would depend on the number of tokens: another program for
+    # long clips.
+    "triton.mix_order_reduction": False,
+    # Sizes and strides have been looked at when a program is called; what it would look at again on its way is what it,
+    # and the operations it does not look into, have made themselves. Those 165 looks take a tenth of a host's time.
+    "size_asserts": False,
+}
 
 
 def _scaled(base: Tensor, x: Tensor, factor_BE: Tensor, owners: Sequence[Tensor]) -> Tensor:
@@ -123,12 +132,8 @@ def compile_blocks(dit: DiT, backend, whole: bool = True) -> None:
     # One program for each number of clips, with and without given context, for training and without gradients. Whether
     # there is a filling shows in the length of ``start_S`` alone, which only attention reads: an opaque operation.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    # Not dynamic of its own accord: what has other sizes is marked. Whether reductions over rows and over columns are
-    # joined would depend on the number of tokens: another program for long clips.
-    # Sizes and strides have been looked at when a program is called; what it would look at again on its way is what it,
-    # and the operations it does not look into, have made themselves. Those 165 looks take a tenth of a host's time.
-    choices = {"triton.mix_order_reduction": False, "size_asserts": False}
-    options = choices | _joined_sums() if backend == "inductor" else None
+    # Not dynamic of its own accord: what has other sizes is marked.
+    options = CHOICES | _joined_sums() if backend == "inductor" else None
     # What one process has traced the next need not. The backward passes of adapted layers are traced too, so they are
     # part of what a program is found by.
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True

@@ -22,8 +22,9 @@ log = logging.getLogger(__name__)
 # The rest is for the allocator's rounding and what is counted nowhere, such as norms that the passes of a step share.
 USABLE_SHARE = 0.9
 # Values in flight at once while one block is differentiated, in widths per token beside the feed-forward's: gradients
-# of its hidden values, the stream's, and of queries, keys and values.
-WORKING_WIDTHS = 16
+# of its hidden values, the stream's, and of queries, keys and values; 13 more of outputs that wait for the sums of the
+# block's last layer where these are joined.
+WORKING_WIDTHS = 29
 # AdamW's two moments, made in the first step; value and gradient of an adapter entry are there before. Float32.
 MOMENT_BYTES, VALUE_BYTES = 8, 8
 

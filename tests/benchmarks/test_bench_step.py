@@ -180,3 +180,18 @@ def test_the_program_measures_memory_in_fresh_processes_and_writes_json(tmp_path
     assert 1e6 < row["ours_step_bytes"] < 1e9
     assert row["torch"] == torch.__version__
     assert "dora-rows" in capfd.readouterr().out
+
+
+def test_the_compiler_knows_every_choice_that_is_tried_and_only_there():
+    import bench_compiler
+
+    from sa3dist.model import compiled
+
+    for choices in bench_compiler.CHOICES.values():
+        before = dict(compiled.CHOICES)
+        with bench_compiler.chosen(choices):
+            tried = {key: value for key, value in choices.items() if not key.startswith(bench_compiler.FUNCTORCH)}
+            assert before | tried == compiled.CHOICES
+            known = torch._inductor.config.get_config_copy()
+            assert compiled.CHOICES.keys() <= known.keys()
+        assert before == compiled.CHOICES
