@@ -42,7 +42,11 @@ ENVIRONMENT_ERRNOS = {
         "EISDIR",
         "ENAMETOOLONG",
         "EMFILE",
+        "ENFILE",
         "EFBIG",
+        # Of a process that cannot be started.
+        "EAGAIN",
+        "ENOMEM",
     )
 }
 # On the CPU torch's allocator raises a plain RuntimeError, and so does oneDNN where its products find no memory for
@@ -89,6 +93,8 @@ def translate(failure: BaseException) -> errors.SA3DistError | None:
     of_gloo = isinstance(failure, RuntimeError) and ("gloo" in text or "Connection closed by peer" in text)
     if isinstance(failure, torch.distributed.DistError) or of_gloo:
         return errors.LostPeer(f"lost contact with another rank ({errors.first_line(failure)}); state is as last saved")
+    if "can't start new thread" in text:
+        return errors.EnvironmentFailure(f"{text}: a limit of the system; raise ulimit -u; state is as last saved")
     if "DataLoader worker" in text and "Bus error" in text:
         return no_shared_memory(errors.first_line(failure))
     if isinstance(failure, ConnectionError | EOFError) or "DataLoader worker" in text:

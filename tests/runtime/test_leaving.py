@@ -310,6 +310,27 @@ def test_a_loader_process_that_dies_of_full_shared_memory_names_it():
     assert "/dev/shm" in str(translate(RuntimeError(said)))
 
 
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (
+            OSError(errno.EAGAIN, "Resource temporarily unavailable"),
+            "temporarily unavailable; state is",
+        ),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "Cannot allocate memory; state is as last saved"),
+        (
+            OSError(errno.ENFILE, "Too many open files in system"),
+            "in system; state is",
+        ),
+        (RuntimeError("can't start new thread"), "raise ulimit -u"),
+    ],
+)
+def test_what_the_system_has_no_more_of_is_no_bug_of_the_program(failure, told):
+    explained = translate(failure)
+    assert explained.exit_code == errors.EXIT_ENVIRONMENT
+    assert told in str(explained)
+
+
 def test_locks_of_loader_processes_that_find_no_room_name_it():
     def make():
         with naming_shared_memory():
