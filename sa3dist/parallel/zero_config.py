@@ -44,7 +44,8 @@ PINNED_OFFLOAD = {
     "ratio": (1.0, "DeepSpeed would step a part with an AdamW whose rate nobody sets"),
     "super_offload": (False, "torch's AdamW steps in every mode"),
 }
-# What says how memory is divided or what is printed, and nothing else; docs/parallel.md goes through the rest.
+# What says how memory is divided or what is printed, and nothing else; docs/parallel.md goes through the rest. Not
+# which modules are gathered whole: DeepSpeed sees no call of a block, so that what such a key asks for cannot run.
 FREE = {
     *("zero_optimization", "zero_allow_untested_optimizer", "aio", "checkpoint", "disable_python_gc", "log_level"),
     *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "timers", "comms_logger"),
@@ -57,10 +58,10 @@ FREE_ZERO = {
     *("cpu_offload_use_pin_memory", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
     *("stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"),
     *("stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save"),
-    *("stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential"),
+    *("stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential"),
     *("ignore_unused_parameters", "round_robin_gradients", "parameter_alignment", "zero_hpz_partition_size"),
     *("override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks"),
-    *("pipeline_loading_checkpoint", "leaf_module"),
+    "pipeline_loading_checkpoint",
 }
 
 

@@ -68,6 +68,8 @@ def test_what_the_settings_decide_is_refused_by_name(config, named):
         ("zero_optimization", {"zero_quantized_gradients": True}, "zero_optimization.zero_quantized_gradients"),
         ("zero_optimization", {"zero_quantized_weights": True}, "zero_optimization.zero_quantized_weights"),
         ("zero_optimization", {"memory_efficient_linear": True}, "zero_optimization.memory_efficient_linear"),
+        ("zero_optimization", {"leaf_module": {"classes": ["Block"]}}, "zero_optimization.leaf_module"),
+        ("zero_optimization", {"stage3_module_granularity_threshold": 9}, "stage3_module_granularity_threshold"),
         ("zero_optimization", {"zenflow": {"topk_ratio": 0.1}}, "zero_optimization.zenflow"),
         ("zero_optimization", {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "offload_optimizer.ratio"),
         ("zero_optimization", {"offload_optimizer": {"super_offload": True}}, "offload_optimizer.super_offload"),
