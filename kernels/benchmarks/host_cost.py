@@ -166,10 +166,11 @@ def without(side: Side, part: contextlib.AbstractContextManager) -> Callable[[],
     return step
 
 
-def only_allocated(x, dx, dy, z, left_OR, right_RI, kind, impl="triton") -> torch.Tensor:
+def only_allocated(layers, kind, impl="triton") -> list[torch.Tensor]:
     """In place of ``raw_sums``."""
-    _, total = offsets(kind, left_OR.shape[0], right_RI.shape[1], left_OR.shape[1])
-    return x.new_empty(total, dtype=torch.float32)
+    sizes = [(len(layer.left_OR), layer.x.shape[1], layer.left_OR.shape[1]) for layer in layers]
+    counts = [offsets(kind, *size)[1] for size in sizes]
+    return layers[0].x.new_empty(sum(counts), dtype=torch.float32).split(counts)
 
 
 def measured(steps: dict[str, Callable], rounds: int) -> dict[str, list[float]]:

@@ -26,7 +26,7 @@ import torch
 from sa3dist_kernels.adapter_types import AdapterType
 from sa3dist_kernels.sums_kernels import core_sums_kernel, raw_sums_kernel, thin_products_kernel
 from sa3dist_kernels.sums_plan import LayerShape, plan_of
-from sa3dist_kernels.triton_support import check_triton, dot_precision
+from sa3dist_kernels.triton_support import ALIGNMENT, check_triton, dot_precision, launch
 
 
 class LayerPass(NamedTuple):
@@ -90,24 +90,40 @@ def _of_group(layers: list[LayerPass], shapes: tuple[LayerShape, ...], kind: Ada
     xs, dxs, dys, zs, lefts, rights = zip(*layers, strict=True)
     x, rank = xs[0], lefts[0].shape[1]
     plan = plan_of(shapes, rank, kind, x.dtype, dot_precision(), x.device)
+    kept = plan.kept if _as_planned(layers) else None
     parts = x.new_empty(plan.parts, dtype=torch.float32)
     out = x.new_empty(plan.splits, plan.total, dtype=torch.float32)
     common = {"sizes": plan.sizes, "parts": parts}
     if len(plan.thin.programs):
+        tensors = {"xs": xs, "dys": dys, "rights": rights, "lefts": lefts, "programs": plan.thin.programs}
         grid = len(plan.thin.programs), plan.ranks
-        thin_products_kernel[grid](xs, dys, rights, lefts, programs=plan.thin.programs, **common, **plan.thin.constants)
+        launch(thin_products_kernel, grid, tensors | common | plan.thin.constants, kept)
     common |= {"out": out, "total": plan.total}
     if len(plan.core.programs):
-        core_sums_kernel[len(plan.core.programs),](programs=plan.core.programs, **common, **plan.core.constants)
+        arguments = {"programs": plan.core.programs} | common | plan.core.constants
+        launch(core_sums_kernel, (len(plan.core.programs),), arguments, kept)
     if len(plan.sums.programs):
-        grid = len(plan.sums.programs), 1 if kind.xs else plan.ranks
         # Tensors of the type's own only; the others stand in for what is not read.
-        raw_sums_kernel[grid](
-            xs, dxs if kind.cols else xs, dys, zs if kind.rows else dys,
-            programs=plan.sums.programs, **common, **plan.sums.constants,
-        )  # fmt: skip
+        tensors = {"xs": xs, "dxs": dxs if kind.cols else xs, "dys": dys, "zs": zs if kind.rows else dys}
+        grid = len(plan.sums.programs), 1 if kind.xs else plan.ranks
+        arguments = tensors | {"programs": plan.sums.programs} | common | plan.sums.constants
+        launch(raw_sums_kernel, grid, arguments, kept)
     whole = out[0] if plan.splits == 1 else out.sum(0)
     return whole.split(plan.counts)
+
+
+def _as_planned(layers: Sequence[LayerPass]) -> bool:
+    """Whether Triton would take the same kernels for all operands like these with one plan.
+
+    It chooses by formats, which are one here, by what the plan depends on, and by whether memory begins at 16 bytes.
+    What is allocated here always does.
+    """
+    dtype, places = layers[0].x.dtype, 0
+    for layer in layers:
+        for value in layer:
+            if value is not None:
+                places |= value.data_ptr() if value.dtype is dtype else 1
+    return places % ALIGNMENT == 0
 
 
 def _rows_contiguous(value: torch.Tensor | None) -> torch.Tensor | None:

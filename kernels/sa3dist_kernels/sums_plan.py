@@ -79,6 +79,7 @@ class SumsPlan:
     sizes          (layers, 2, len(Side._fields)), int64 on the device
     parts          elements of all shares of T and U      ranks    blocks of the rank
     splits, total  shares of the sums, and the length of one: layer after layer, each as long as ``counts`` says
+    kept           of ``triton_support.launch``
     """
 
     sizes: torch.Tensor
@@ -90,6 +91,7 @@ class SumsPlan:
     thin: Launch
     sums: Launch
     core: Launch
+    kept: dict = dataclasses.field(default_factory=dict)
 
 
 # Found once for a shape: it would take the host longer than the launches.

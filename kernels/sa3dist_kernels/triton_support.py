@@ -1,13 +1,19 @@
 """Helpers of all Triton kernels: whether one can run, its matrix product, and block sizes of the rank."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from triton.compiler import CompiledKernel
 
 # tl.dot takes no side shorter than this.
 LEAST_BLOCK = 16
 # A longer rank is walked in steps of this, so that a tile's registers do not grow with it.
 LARGEST_RANK_BLOCK = 64
+# Bytes. Triton compiles one kernel for memory that begins at a multiple of it, and another for any.
+ALIGNMENT = 16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -33,6 +39,30 @@ def check_triton(x: torch.Tensor) -> None:
         )
     if x.dtype not in DTYPES:
         raise ValueError(f"the Triton kernels take {', '.join(map(str, DTYPES))}, not {x.dtype}; use impl='torch'")
+
+
+def launch(kernel, grid: tuple[int, ...], arguments: dict[str, Any], kept: dict | None) -> None:
+    """``kernel[grid](**arguments)``, but that the compiled kernel is found once.
+
+    Triton looks for it at every call, by each argument's format, alignment and value: three quarters of what a launch
+    costs the host.
+
+    arguments   by the kernel's names, and Triton's options
+    kept        compiled kernels of earlier calls whose arguments differed in nothing Triton chooses by: addresses of
+                tensors that begin at a multiple of ``ALIGNMENT``, and their values. None: it is to look
+    """
+    if kept is None or interpreting():
+        kernel[grid](**arguments)
+        return
+    # A compiled kernel is loaded for the device that was the current one.
+    place = kernel.__name__, triton.runtime.driver.active.get_current_device()
+    run: Callable | None = kept.get(place)
+    if run is not None:
+        run(*[arguments[name] for name in kernel.arg_names])
+        return
+    compiled = kernel[grid](**arguments)
+    if isinstance(compiled, CompiledKernel):
+        kept[place] = compiled[(*grid, 1, 1)[:3]]
 
 
 def dot_precision() -> str:

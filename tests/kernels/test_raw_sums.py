@@ -150,6 +150,17 @@ def test_strided_operands_give_the_contiguous_ones_bits(name, columns):
     assert torch.equal(sums_of(kind, *whole), found)
 
 
+def test_launches_are_kept_only_for_operands_that_take_the_same_kernels():
+    whole = raw_sums.LayerPass(*operands(ADAPTER_TYPES["dora-rows"], 16, 32, 48, 16, torch.float16))
+    # Private: without a device nothing launched shows which way a call has taken.
+    assert raw_sums._as_planned([whole, whole])
+    assert not raw_sums._as_planned([whole, whole._replace(z=whole.z.float())])
+    for name in ("x", "dy", "z", "left_OR", "right_RI"):
+        value = getattr(whole, name)
+        displaced = value.new_empty(value.numel() + 1)[1:].view(value.shape)
+        assert not raw_sums._as_planned([whole, whole._replace(**{name: displaced})]), name
+
+
 @needs_interpreter
 def test_a_nan_in_one_token_reaches_only_what_it_belongs_to():
     kind = ADAPTER_TYPES["bora"]
