@@ -31,7 +31,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
-import sa3dist_kernels.formed_linear  # noqa: F401  (the package has a function of this name)
+# Functions of these names hide the modules in their package.
+import sa3dist_kernels.formed_linear
+import sa3dist_kernels.qkv_gradient  # noqa: F401
 import step_sides
 import torch
 import triton
@@ -93,6 +95,7 @@ def use_idle_driver(folder: Path) -> None:
 def as_on_a_device() -> Iterator[None]:
     """Layers and compiled blocks call Triton, as on CUDA, though their tensors are a CPU's."""
     checks = [name for name, module in sys.modules.items() if hasattr(module, "check_triton")]
+    of_qkv = sys.modules["sa3dist_kernels.qkv_gradient"]
     with contextlib.ExitStack() as stack:
         for name in checks:
             stack.enter_context(patch(f"{name}.check_triton", lambda value: None))
@@ -100,6 +103,7 @@ def as_on_a_device() -> Iterator[None]:
             patch.object(step_sides, "ADAPTER_PRODUCTS", "formed"),
             patch.object(formed, "FormedWeights", functools.partial(FormedWeights, impl="triton")),
             patch.object(layers, "formed_linear", functools.partial(formed_linear, impl="triton")),
+            patch.object(of_qkv, "qkv_gradient_reference", functools.partial(of_qkv.qkv_gradient, impl="triton")),
             patch.object(varlen_attention, "_has_kernel", lambda q: True),
             patch.object(varlen_attention, "torch", _with_idle_attention()),
             # Processes of their own would know nothing of this driver.
