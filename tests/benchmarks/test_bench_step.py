@@ -195,3 +195,13 @@ def test_the_compiler_knows_every_choice_that_is_tried_and_only_there():
             known = torch._inductor.config.get_config_copy()
             assert compiled.CHOICES.keys() <= known.keys()
         assert before == compiled.CHOICES
+
+
+def test_a_block_is_planned_for_a_device_that_is_not_there(capsys):
+    import plan_block
+
+    assert plan_block.main(["--frames", "323"]) == 0
+    found = capsys.readouterr().out
+    assert found.count("sa3dist.joined_raw_sums") == found.count("sa3dist.self_attention_gradient") == 1
+    # 151 before the gradient behind attention was one operation.
+    assert float(found.rpartition("own kernels: ")[2].split(",")[0]) < 116

@@ -1,0 +1,183 @@
+"""What the compiler would launch for a block on an H100, planned without one: its kernels, and the bytes each moves.
+
+    python kernels/benchmarks/plan_block.py --frames 4091 --adapter-type dora-rows
+
+One block of medium is traced on a CPU, at its own widths, forward and backward; its graphs are then moved to a CUDA
+device that only seems to be there, and planned by Inductor as for that device. Nothing runs. Bytes are counted in
+widths: what one bfloat16 value of every token and channel of the stream takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import os
+import sys
+import types
+from collections.abc import Iterator
+from unittest.mock import patch
+
+# As count_launches.py, which is imported from here, wants it.
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import count_launches
+import torch
+from sa3dist_kernels import ADAPTER_TYPES
+from sa3dist_kernels.joined_sums import JoinedSums
+from step_sides import Side
+from torch._dynamo.device_interface import CudaInterface
+from torch._guards import TracingContext, tracing
+from torch._inductor import ir
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.exc import InductorError
+from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode, NopKernelSchedulerNode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from sa3dist import adapters
+from sa3dist.model.compiled import CHOICES, compile_blocks
+
+MEMORY_TOKENS, WIDTH = 64, 1536
+H100 = types.SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=85017493504, warp_size=32,
+    regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024, gcnArchName="",
+    shared_memory_per_block=49152, shared_memory_per_block_optin=232448, L2_cache_size=50 << 20,
+)  # fmt: skip
+
+
+class _Enough(BaseException):
+    """Ends what is done for its by-product."""
+
+
+def traced(name: str, adapter_type: str, frames: int) -> list[tuple[torch.fx.GraphModule, bool]]:
+    """The block's graphs as Inductor gets them, and whether each is the backward one."""
+    options = types.SimpleNamespace(
+        shape="medium-base", depth=1, adapter_type=adapter_type, rank=16, precision="bf16", compile="off",
+        cuda_graphs="off",
+    )  # fmt: skip
+    graphs: list[tuple[torch.fx.GraphModule, bool]] = []
+
+    def take(graph, _, is_backward: bool = False, **__):
+        graphs.append((copy.deepcopy(graph), is_backward))
+        if is_backward:
+            raise _Enough
+        return graph.forward
+
+    torch._dynamo.reset()
+    settings = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
+    with count_launches.as_on_a_device(), torch._functorch.config.patch(settings), contextlib.suppress(_Enough):
+        side = Side(name, options, torch.device("cpu"))
+        if name == "frozen":
+            adapters.detach_adapter(side.base)
+        compile_blocks(side.base.dit, lambda graph, examples: compile_fx(graph, examples, inner_compile=take))
+        side.use(1, frames)
+        side.passes()
+    return graphs
+
+
+def on_device(graph: torch.fx.GraphModule) -> list:
+    """The graph's inputs on the device; the graph itself is changed to work there."""
+    places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    mode = next(node.meta["val"].fake_mode for node in places if isinstance(node.meta["val"], torch.Tensor))
+    with mode:
+        given = [
+            torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="cuda:0")
+            if isinstance(value := node.meta["val"], torch.Tensor)
+            else value
+            for node in places
+        ]
+    for node in graph.graph.nodes:
+        if "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": torch.device("cuda:0")}
+    graph.recompile()
+    FakeTensorProp(graph, mode=mode).propagate_dont_convert_inputs(*given)
+    return given
+
+
+@contextlib.contextmanager
+def a_device_that_seems_there() -> Iterator[None]:
+    answers = {
+        torch.cuda: {
+            "get_device_properties": H100, "is_available": True, "current_device": 0, "device_count": 1,
+            "get_device_capability": (9, 0), "is_bf16_supported": True, "_exchange_device": 0,
+            "_maybe_exchange_device": 0, "_lazy_init": None, "synchronize": None,
+        },
+        CudaInterface: {
+            "get_device_properties": H100, "get_compute_capability": 90, "current_device": 0, "is_available": True,
+            "is_triton_capable": True, "raise_if_triton_unavailable": None,
+        },
+        CudaInterface.Worker: {"get_device_properties": H100, "current_device": 0},
+        torch._inductor.scheduler: {"has_triton": True},
+        torch.utils._triton: {"has_triton": True},
+    }  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(torch._dynamo.utils, "preserve_rng_state", contextlib.nullcontext))
+        for place, of_place in answers.items():
+            for name, answer in of_place.items():
+                give = lambda *_, answer=answer, **__: answer  # noqa: E731
+                stack.enter_context(patch.object(place, name, staticmethod(give) if isinstance(place, type) else give))
+        yield
+
+
+def planned(graph: torch.fx.GraphModule, is_backward: bool) -> list[tuple[str, bool, int]]:
+    """Every kernel's name, whether Inductor makes it itself, and the bytes it reads and writes."""
+    given, kernels = on_device(graph), []
+
+    def note(nodes: list[BaseSchedulerNode]) -> None:
+        kernels.extend(map(described, nodes))
+        raise _Enough
+
+    settings = CHOICES | {
+        "_post_fusion_custom_pass": note,
+        "post_grad_custom_pre_pass": JoinedSums(),
+        "fx_graph_cache": False,
+        "compile_threads": 1,
+    }
+    mode = next(value.fake_mode for value in given if isinstance(value, torch.Tensor))
+    with (
+        a_device_that_seems_there(),
+        torch._inductor.config.patch(settings),
+        tracing(TracingContext(mode)),
+        contextlib.suppress(_Enough, InductorError),
+    ):
+        compile_fx_inner(graph, given, is_backward=is_backward)
+    if not kernels:
+        raise RuntimeError("Inductor did not plan the graph")
+    return [kernel for kernel in kernels if kernel is not None]
+
+
+def described(node: BaseSchedulerNode) -> tuple[str, bool, int] | None:
+    # One result picked out of several is no kernel.
+    if isinstance(node, NopKernelSchedulerNode) or isinstance(node.node, ir.MultiOutput):
+        return None
+    parts = getattr(node, "snodes", [node])
+    if isinstance(node, ExternKernelSchedulerNode):
+        name = str(getattr(node.node, "op_overload", None) or node.node.python_kernel_name)
+    else:
+        made_of = sorted({origin.name for part in parts for origin in part.node.get_origins()})
+        name = ", ".join(made_of)
+    return name, not isinstance(node, ExternKernelSchedulerNode), int(node.get_read_write_buffers_sizes())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=4091)
+    parser.add_argument("--adapter-type", choices=["frozen", *ADAPTER_TYPES], default="dora-rows", metavar="TYPE")
+    options = parser.parse_args(arguments)
+    frozen = options.adapter_type == "frozen"
+    graphs = traced("frozen" if frozen else "ours", "lora" if frozen else options.adapter_type, options.frames)
+    width = (options.frames + MEMORY_TOKENS) * WIDTH * torch.bfloat16.itemsize
+    totals = {"forward": 0.0, "backward": 0.0}
+    for graph, is_backward in graphs:
+        way = "backward" if is_backward else "forward"
+        for name, own, moved in planned(graph, is_backward):
+            print(f"{way:9}{moved / width:8.2f} {'own ' if own else '    '} {name[:160]}")
+            totals[way] += moved / width if own else 0.0
+    own = sum(totals.values())
+    print(f"widths moved by Inductor's own kernels: {own:.1f}, of them forward {totals['forward']:.1f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
