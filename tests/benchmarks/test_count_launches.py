@@ -104,12 +104,13 @@ def test_the_stored_counts_of_the_whole_model_keep_the_limits(counts):
             assert row["total"] <= row["most"] == counts.most(bare, row)
 
 
-def test_the_stored_counts_are_within_a_tenth_of_what_an_h100_was_seen_to_run():
+def test_the_stored_counts_are_at_most_a_tenth_above_what_an_h100_was_seen_to_run():
+    # It ran an earlier state, in which every layer's raw sums had launches of their own.
     seen = 0
     for row in json.loads(H100.read_text())["rows"]:
         for name, profile in ((row["adapter_type"], "profile"), ("frozen", "frozen_profile")):
             if profile in row and row["compiled"]:
                 counted = check_step.counted_kernels(row["shape"], name, row["frames"])
-                assert counted == pytest.approx(row[profile]["kernels_per_step"], rel=0.1)
+                assert counted <= 1.1 * row[profile]["kernels_per_step"]
                 seen += 1
     assert seen
