@@ -58,11 +58,18 @@ def launch(kernel, grid: tuple[int, ...], arguments: dict[str, Any], kept: dict 
     place = kernel.__name__, triton.runtime.driver.active.get_current_device()
     run: Callable | None = kept.get(place)
     if run is not None:
-        run(*[arguments[name] for name in kernel.arg_names])
+        run(*[_addressed(arguments[name]) for name in kernel.arg_names])
         return
     compiled = kernel[grid](**arguments)
     if isinstance(compiled, CompiledKernel):
         kept[place] = compiled[(*grid, 1, 1)[:3]]
+
+
+def _addressed(value: Any) -> Any:
+    """Addresses in the place of tensors, of which the launcher would ask each one, and the driver whether it is right."""
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr()
+    return tuple(map(_addressed, value)) if isinstance(value, tuple) else value
 
 
 def dot_precision() -> str:
