@@ -45,6 +45,8 @@ def read_file(path: str) -> dict[str, Any]:
         text = Path(expand_home(path)).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         hint = f"; a setting is given as {path}=..." if path in Settings.model_fields else ""
+        if path and isinstance(error, IsADirectoryError | UnicodeDecodeError):
+            hint = "; a config is UTF-8 text, a data set is given as audio_data_url=..."
         raise ConfigError(f"{label or repr(path)}: cannot read this config file ({_reason(error)}){hint}") from error
     try:
         value = json.loads(text, object_pairs_hook=_each_once) if is_json else read_yaml(text)

@@ -225,6 +225,14 @@ def test_a_key_that_is_no_word_and_a_setting_without_its_value_are_named():
         config.read_arguments([""])
 
 
+def test_a_data_set_given_without_its_key_is_told_where_it_belongs(tmp_path):
+    path = tmp_path / "clips.zip"
+    path.write_bytes(b"PK\x03\x04\xff\xfe")
+    for given in (path, tmp_path):
+        with pytest.raises(ConfigError, match=f"^{given}: .*a data set is given as audio_data_url=...$"):
+            config.read_arguments([str(given)])
+
+
 def test_the_global_batch_derives_the_accumulation():
     assert build(batch_size=2, global_batch_size=16).accumulation(world_size=4) == 2
     with pytest.raises(ConfigError, match="^global_batch_size: 10 is not a multiple of .* 2 x 4"):

@@ -123,6 +123,9 @@ def list_all(output_dir: Path) -> list[Path]:
 def load(directory: Path) -> Checkpoint:
     """Read one checkpoint. Raises CheckpointError, naming the file, when anything is missing or damaged."""
     directory = Path(directory)
+    if not (directory / STATE_NAME).exists():
+        example = path_of(Path("RUN"), 500)
+        raise CheckpointError(f"{directory}: no {STATE_NAME} in it, expected a folder such as {example}")
     try:
         state = json.loads((directory / STATE_NAME).read_text(encoding="utf-8"))
         digest, files = state.pop("digest"), state["files"]

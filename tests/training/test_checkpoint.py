@@ -140,6 +140,11 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog
         checkpoint.find(tmp_path, str(newest))
 
 
+def test_a_folder_that_is_no_checkpoint_is_told_what_one_is_called(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no state.json in it, .* RUN/checkpoints/step-00000500$"):
+        checkpoint.load(tmp_path)
+
+
 def test_nothing_to_resume_is_no_error(tmp_path):
     assert checkpoint.find(tmp_path, "auto") is None
     checkpoint.save(tmp_path, make(1), keep=1)
