@@ -159,8 +159,12 @@ def _mark_lengths(shared: Shared) -> None:
         any_length(shared.local_GTC, axis=1)
 
 
+@functools.cache
 def _joined_sums() -> dict[str, Any]:
-    """Option of the compiler that joins the raw sums of a block's layers."""
+    """Option of the compiler that joins the raw sums of a block's layers.
+
+    The same object each time: programs are found by their options, and without it every model would be compiled anew.
+    """
     # Imports the compiler.
     from sa3dist_kernels.joined_sums import JoinedSums
 

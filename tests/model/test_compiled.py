@@ -108,6 +108,17 @@ def test_what_cannot_be_compiled_runs_uncompiled_where_auto_chose_to_compile(tin
     assert "no C compiler on this machine" in caplog.text
 
 
+@pytest.mark.parametrize("tiny_name", ["tiny-sa3"])
+def test_a_second_model_of_a_process_is_compiled_with_equal_options_and_so_not_anew(tiny_base, monkeypatch):
+    wanted = []
+    monkeypatch.setattr(torch, "compile", lambda function, options, **_: wanted.append(options))
+    monkeypatch.setattr(torch._functorch.config, "autograd_cache_allow_custom_autograd_functions", True)
+    for _ in range(2):
+        compiled.compile_blocks(tiny_base.dit, "inductor")
+    first, second = wanted
+    assert first == second
+
+
 def test_auto_compiles_long_free_runs_on_cuda_only():
     assert compiled.wants_compile("auto", CUDA, 1000, deterministic=False)
     assert not compiled.wants_compile("auto", CUDA, 20, deterministic=False)
