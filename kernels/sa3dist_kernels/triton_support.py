@@ -66,7 +66,7 @@ def launch(kernel, grid: tuple[int, ...], arguments: dict[str, Any], kept: dict 
 
 
 def _addressed(value: Any) -> Any:
-    """Addresses in the place of tensors, of which the launcher would ask each one, and the driver whether it is right."""
+    """Addresses in the place of tensors: the launcher would ask each one for it, and the driver whether it is right."""
     if isinstance(value, torch.Tensor):
         return value.data_ptr()
     return tuple(map(_addressed, value)) if isinstance(value, tuple) else value
