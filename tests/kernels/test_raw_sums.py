@@ -118,9 +118,17 @@ def test_shares_and_spans_add_up_and_in_one_order(name, programs, sum_programs, 
 
 
 @needs_interpreter
-@FORMATS
 @pytest.mark.usefixtures("nan_memory")
-@pytest.mark.parametrize("name", NINE)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("bora", torch.float32),
+        ("bora", torch.float16),
+        ("dora-cols", torch.float32),
+        ("lora-xs", torch.float32),
+        ("bora-xs", torch.float16),
+    ],
+)
 def test_layers_of_any_shape_and_number_of_tokens_share_their_launches(name, dtype, monkeypatch):
     # Some layers' sums are shared out, some tokens are fewer than the splits, one layer's rows begin anywhere.
     monkeypatch.setattr(raw_sums, "plan_of", sums_plan.plan_of.__wrapped__)
@@ -128,7 +136,7 @@ def test_layers_of_any_shape_and_number_of_tokens_share_their_launches(name, dty
     kind = ADAPTER_TYPES[name]
     given = [
         raw_sums.LayerPass(*operands(kind, tokens, fan_in, fan_out, 3, dtype))
-        for tokens, fan_in, fan_out in ((66, 40, 32), (66, 16, 80), (7, 24, 24), (1, 33, 16), (66, 16, 40), (0, 8, 8))
+        for tokens, fan_in, fan_out in ((34, 40, 32), (34, 16, 48), (7, 24, 24), (1, 33, 16), (0, 8, 8))
     ]
     found = raw_sums.raw_sums(given, kind)
     assert len(found) == len(given)
