@@ -112,7 +112,6 @@ def test_what_cannot_be_compiled_runs_uncompiled_where_auto_chose_to_compile(tin
 def test_a_second_model_of_a_process_is_compiled_with_equal_options_and_so_not_anew(tiny_base, monkeypatch):
     wanted = []
     monkeypatch.setattr(torch, "compile", lambda function, options, **_: wanted.append(options))
-    monkeypatch.setattr(torch._functorch.config, "autograd_cache_allow_custom_autograd_functions", True)
     for _ in range(2):
         compiled.compile_blocks(tiny_base.dit, "inductor")
     first, second = wanted
