@@ -94,8 +94,8 @@ class SumsPlan:
     kept: dict = dataclasses.field(default_factory=dict)
 
 
-# Found once for a shape: it would take the host longer than the launches.
-@functools.lru_cache(4096)
+# Found once for a shape: it would take the host longer than the launches. Kept for good: recorded graphs read the tables.
+@functools.cache
 def plan_of(
     shapes: tuple[LayerShape, ...], R: int, kind: AdapterType, dtype: torch.dtype, precision: str, device: torch.device
 ) -> SumsPlan:
