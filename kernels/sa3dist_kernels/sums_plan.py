@@ -94,7 +94,7 @@ class SumsPlan:
     kept: dict = dataclasses.field(default_factory=dict)
 
 
-# Found once for a shape: it would take the host longer than the launches. Kept for good: recorded graphs read the tables.
+# Found once for a shape: it would take the host longer than the launches. For good: recorded graphs read the tables.
 @functools.cache
 def plan_of(
     shapes: tuple[LayerShape, ...], R: int, kind: AdapterType, dtype: torch.dtype, precision: str, device: torch.device
