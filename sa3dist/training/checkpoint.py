@@ -123,7 +123,8 @@ def list_all(output_dir: Path) -> list[Path]:
 def load(directory: Path) -> Checkpoint:
     """Read one checkpoint. Raises CheckpointError, naming the file, when anything is missing or damaged."""
     directory = Path(directory)
-    if not (directory / STATE_NAME).exists():
+    # False for a name too long too.
+    if not os.path.exists(directory / STATE_NAME):
         example = path_of(Path("RUN"), 500)
         raise CheckpointError(f"{directory}: no {STATE_NAME} in it, expected a folder such as {example}")
     try:
