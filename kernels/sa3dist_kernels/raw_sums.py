@@ -25,7 +25,7 @@ import torch
 
 from sa3dist_kernels.adapter_types import AdapterType
 from sa3dist_kernels.sums_kernels import core_sums_kernel, raw_sums_kernel, thin_products_kernel
-from sa3dist_kernels.sums_plan import LayerShape, plan_of
+from sa3dist_kernels.sums_plan import LayerShape, loads_vectors, plan_of
 from sa3dist_kernels.triton_support import ALIGNMENT, check_triton, dot_precision, launch
 
 
@@ -71,7 +71,7 @@ def raw_sums(layers: Sequence[LayerPass], kind: AdapterType, *, impl: str = "tri
     layers = [LayerPass(*map(_rows_contiguous, layer[:4]), *layer[4:]) for layer in layers]
     shapes = [_shape_of(layer) for layer in layers]
     # One layer whose rows begin anywhere would cost all others their long vectors.
-    together = [index for index, shape in enumerate(shapes) if not any(size % 8 for size in shape[1:])]
+    together = [index for index, shape in enumerate(shapes) if loads_vectors([shape])]
     found: list[torch.Tensor] = [torch.empty(0)] * len(layers)
     for members in (together, *([index] for index in range(len(layers)) if index not in together)):
         if members:

@@ -101,8 +101,8 @@ def plan_of(
 ) -> SumsPlan:
     block_r = rank_block(R)
     ranks = triton.cdiv(R, block_r)
-    thin_n, thin_warps, thin_k = _thin_blocks(max(shape.tokens for shape in shapes), dtype)
-    sums_n, sums_m = _sum_blocks(block_r, kind.xs, dtype)
+    thin_n, thin_warps, thin_k = _thin_blocks(shapes, dtype)
+    sums_n, sums_m = _sum_blocks(block_r, kind.xs, dtype, loads_vectors(shapes))
     splits = _splits(shapes, ranks, kind, sums_n, sums_m)
     shares = _shares(shapes, ranks, thin_n, thin_warps * thin_k)
     sizes, counts, parts = _sizes(shapes, R, kind, shares, thin_warps * thin_k, splits, sums_n)
@@ -216,13 +216,21 @@ def _loops(block_r: int, precision: str) -> dict:
     return {"STAGES": 3 if block_r <= 32 else 2, "PRECISION": precision, "UPCAST": interpreting()}
 
 
-def _thin_blocks(tokens: int, dtype: torch.dtype) -> tuple[int, int, int]:
+def loads_vectors(shapes: Sequence[LayerShape]) -> bool:
+    """Whether all rows begin at long vectors. If not, the addresses of a large tile do not fit the registers."""
+    return not any(size % 8 for shape in shapes for size in shape[1:])
+
+
+def _thin_blocks(shapes: tuple[LayerShape, ...], dtype: torch.dtype) -> tuple[int, int, int]:
     """Of a program of the first kernel: its tokens, warps that share out the channels, and channels a warp steps by."""
+    tokens = max(shape.tokens for shape in shapes)
     if interpreting():
         return 16, 1 if tokens > LEAST_SPAN else 2, 16
+    vectors, narrow = loads_vectors(shapes), dtype != torch.float32
+    if tokens > 1024 and vectors:
+        return 64, 1, 128 if narrow else 32
     # So few tokens as 16 are work for one warp.
-    narrow = dtype != torch.float32
-    return (64, 1, 128 if narrow else 32) if tokens > 1024 else (16, 4, 64 if narrow else 32)
+    return 16, 4, 64 if narrow and vectors else 32
 
 
 def _shares(shapes: tuple[LayerShape, ...], ranks: int, block_n: int, block_k: int) -> list[tuple[int, int]]:
@@ -254,11 +262,11 @@ def _splits(shapes: tuple[LayerShape, ...], ranks: int, kind: AdapterType, block
     return max(1, min(triton.cdiv(most, programs), tokens // least))
 
 
-def _sum_blocks(block_r: int, xs: bool, dtype: torch.dtype) -> tuple[int, int]:
+def _sum_blocks(block_r: int, xs: bool, dtype: torch.dtype, vectors: bool) -> tuple[int, int]:
     """Tokens that programs of the second launch step by, and inputs or outputs of one of them."""
     if interpreting():
         return 16, 16
     # Longer steps spill: float32 has no matrix units, and neither has the square of a long rank.
     if dtype == torch.float32:
         return 16, 32 if block_r > 32 else 64
-    return (16 if block_r > 32 else 32) if xs else 64, 64
+    return (16 if block_r > 32 else 32) if xs else 64 if vectors or block_r <= 32 else 32, 64
