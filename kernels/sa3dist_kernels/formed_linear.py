@@ -13,6 +13,7 @@ import torch
 
 from sa3dist_kernels.adapter_types import ADAPTER_TYPES, AdapterType
 from sa3dist_kernels.frozen_products import no_autocast
+from sa3dist_kernels.operations import define
 from sa3dist_kernels.raw_sums import LayerPass, raw_sums
 from sa3dist_kernels.sums_plan import offsets
 
@@ -85,18 +86,11 @@ def _joined_raw_sums_shape(xs, dxs, dys, zs, lefts, rights, kind_name: str, impl
     return [_raw_sums_shape(x, None, None, None, left, right, kind_name, impl) for x, left, right in operands]
 
 
-# Not by ``custom_op``, whose calls take 28 us of a host instead of 8.
-_LIBRARY = torch.library.Library("sa3dist", "FRAGMENT")
 _ONE = "(Tensor x, Tensor? dx, Tensor dy, Tensor? z, Tensor left, Tensor right, str kind, str impl) -> Tensor"
+define(f"raw_sums{_ONE}", _raw_sums, _raw_sums_shape)
 # Of several layers; what a type does not need is an empty list.
-_JOINED = _ONE.replace("Tensor?", "Tensor").replace("Tensor", "Tensor[]")
-for _name, _signature, _function, _shape in (
-    ("raw_sums", _ONE, _raw_sums, _raw_sums_shape),
-    ("joined_raw_sums", _JOINED, _joined_raw_sums, _joined_raw_sums_shape),
-):
-    _LIBRARY.define(f"{_name}{_signature}", tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sa3dist::{_name}", _shape, lib=_LIBRARY)
+_SEVERAL = _ONE.replace("Tensor?", "Tensor").replace("Tensor", "Tensor[]")
+define(f"joined_raw_sums{_SEVERAL}", _joined_raw_sums, _joined_raw_sums_shape)
 
 
 def raw_sums_op(x, dx, dy, z, left_OR, right_RI, kind_name: str, impl: str) -> torch.Tensor:

@@ -72,13 +72,12 @@ def raw_sums(layers: Sequence[LayerPass], kind: AdapterType, *, impl: str = "tri
     shapes = [_shape_of(layer) for layer in layers]
     # One layer whose rows begin anywhere would cost all others their long vectors.
     together = [index for index, shape in enumerate(shapes) if loads_vectors([shape])]
-    found: list[torch.Tensor] = [torch.empty(0)] * len(layers)
+    found: dict[int, torch.Tensor] = {}
     for members in (together, *([index] for index in range(len(layers)) if index not in together)):
         if members:
             sums = _of_group([layers[index] for index in members], tuple(shapes[index] for index in members), kind)
-            for index, of_layer in zip(members, sums, strict=True):
-                found[index] = of_layer
-    return found
+            found |= zip(members, sums, strict=True)
+    return [found[index] for index in range(len(layers))]
 
 
 def _shape_of(layer: LayerPass) -> LayerShape:

@@ -11,6 +11,7 @@ import functools
 import logging
 
 import torch
+from sa3dist_kernels.operations import define
 from sa3dist_kernels.qkv_gradient import HeadNorm, qkv_gradient, qkv_gradient_reference
 from torch import Tensor
 
@@ -69,14 +70,12 @@ def _gradient_shape(grad_KPHD, q_KPHD, k_KPHD, qkv_KSHD, *_) -> Tensor:
     return qkv_KSHD.new_empty(qkv_KSHD.shape)
 
 
-_LIBRARY = torch.library.Library("sa3dist", "FRAGMENT")
-_LIBRARY.define(
+define(
     "self_attention_gradient(Tensor grad, Tensor q, Tensor k, Tensor qkv, Tensor out, Tensor sums, Tensor gamma_q, "
     "Tensor gamma_k, Tensor cos, Tensor sin, Tensor is_clips, Tensor start, float eps, int half) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    _gradient,
+    _gradient_shape,
 )
-_LIBRARY.impl("self_attention_gradient", _gradient, "CompositeExplicitAutograd")
-torch.library.register_fake("sa3dist::self_attention_gradient", _gradient_shape, lib=_LIBRARY)
 
 
 @functools.cache

@@ -9,9 +9,9 @@ Legend: K query tokens, J key tokens of all clips, P members of a pair (1 or 2),
 """
 
 import functools
-from collections.abc import Callable
 
 import torch
+from sa3dist_kernels.operations import define
 from torch import Tensor
 
 from sa3dist.model.padded_attention import padded_attention
@@ -49,18 +49,7 @@ def _attend_shapes(q_KPHD, k_JPHD, v_JHD, q_start_S1, k_start_S1):
     return q_KPHD.new_empty(K, P, H, D), q_KPHD.new_empty(P, H, K, dtype=torch.float32)
 
 
-def _attend_backward(
-    grad_KPHD: Tensor,
-    q_KPHD: Tensor,
-    k_JPHD: Tensor,
-    v_JHD: Tensor,
-    out_KPHD: Tensor,
-    sums_PHK: Tensor,
-    q_start_S1: Tensor,
-    k_start_S1: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys, and of the values as each member of the pair sees them, (J, P, H, D)."""
-    given = grad_KPHD, q_KPHD, k_JPHD, v_JHD, out_KPHD, sums_PHK, q_start_S1, k_start_S1
+def _attend_backward(*given: Tensor) -> tuple[Tensor, ...]:
     return tuple(found.contiguous() for found in attention_gradients(*given))
 
 
@@ -74,7 +63,10 @@ def attention_gradients(
     q_start_S1: Tensor,
     k_start_S1: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in whatever layout the kernels leave them."""
+    """Gradients of queries, keys, and of the values as each member of the pair sees them, (J, P, H, D).
+
+    In whatever layout the kernels leave them.
+    """
     starts, lengths, P = (q_start_S1, k_start_S1), (len(q_KPHD), len(k_JPHD)), q_KPHD.shape[1]
     v_JPHD = v_JHD[:, None].expand(-1, P, -1, -1)
     if not _has_kernel(q_KPHD):
@@ -89,7 +81,7 @@ def attention_gradients(
         return tuple(_tokens_first(value) for value in found)
     if padded := _padded(q, k, v, *starts):
         found = padded.backward(grad, q, k, v, out, sums_PHK[..., None], _length(q_start_S1))
-        return tuple(_tokens_first(value).contiguous() for value in found)
+        return tuple(_tokens_first(value) for value in found)
     given = [x.flatten(1, 2) for x in (grad_KPHD.contiguous(), q_KPHD, k_JPHD, v_JPHD, out_KPHD)]
     state = _no_state(q.device, torch.uint64)
     found = torch.ops.aten._flash_attention_backward(
@@ -102,23 +94,12 @@ def _attend_backward_shapes(grad_KPHD, q_KPHD, k_JPHD, v_JHD, out_KPHD, sums_PHK
     return tuple(x.new_empty(x.shape) for x in (q_KPHD, k_JPHD, k_JPHD))
 
 
-_LIBRARY = torch.library.Library("sa3dist", "FRAGMENT")
-
-
-def _define(schema: str, function: Callable, shapes: Callable) -> None:
-    """Not by ``custom_op``, whose calls take 28 us of a host instead of 8: every block has four."""
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    name, *_ = schema.partition("(")
-    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sa3dist::{name}", shapes, lib=_LIBRARY)
-
-
-_define(
+define(
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor q_start, Tensor k_start) -> (Tensor, Tensor)",
     _attend,
     _attend_shapes,
 )
-_define(
+define(
     "varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor sums, Tensor q_start,"
     " Tensor k_start) -> (Tensor, Tensor, Tensor)",
     _attend_backward,
