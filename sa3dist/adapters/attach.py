@@ -16,6 +16,7 @@ from sa3dist.adapters.svd_bases import BasesCache
 from sa3dist.errors import ConfigError
 from sa3dist.formats import digest_of
 from sa3dist.model.base import Base
+from sa3dist.model.staged_reads import in_threads
 
 # Stands between a layer's name and a tensor's name in a file: part of the file format.
 SLOT = "parametrizations.weight.0"
@@ -83,16 +84,20 @@ def attach_to(
     _check_layers(config, {name: layers[name] for name in selected})
     for root in base.adapter_roots:
         root.requires_grad_(False)
-    adapted = {}
-    for name in selected:
+
+    def adapted(name: str) -> AdaptedLayer:
         find_bases = None if bases is None else functools.partial(bases, name)
         device = layers[name].weight.device
         # Norms and bases are found where the weights are; only there are other devices than the CPU asked for.
         weight = base.fp32_weight(name, *([device] if device.type != "cpu" else []))
         generator = torch.Generator().manual_seed(int(digest_of("lora_A", str(seed), name)[:15], 16))
         adapter = initial_adapter(config.kind, config.rank, weight, generator, find_bases).to(device)
-        adapted[name] = AdaptedLayer(layers[name], config.kind, adapter, config.alpha / config.rank)
-    for name, layer in adapted.items():
+        return AdaptedLayer(layers[name], config.kind, adapter, config.alpha / config.rank)
+
+    # Two threads must not be the first to use a device's linear algebra, as -xs types do. Each thread holds one weight.
+    device = "cpu" if config.kind.xs else layers[selected[0]].weight.device
+    made = list(in_threads(adapted, selected, device))
+    for name, layer in zip(selected, made, strict=True):
         replace_layer(base, name, layer)
     base.adapter_config, base.formed_once = config, formed_once
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sa3dist.errors import CheckpointError
 from sa3dist.formats import digest_of, file_sha256
+from sa3dist.model import staged_reads
 
 
 class CheckpointFile:
@@ -44,7 +45,15 @@ class CheckpointFile:
 
     def read(self, name: str, shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """One tensor on ``device`` in ``dtype``; on the CPU in its own dtype it stays a view of the mapped file."""
+        if staged_reads.staged(device) and self._staged.holds(name):
+            return self._staged.read(name, device, dtype)
         return self._open(device).get_tensor(name).to(dtype)
+
+    @property
+    def _staged(self) -> staged_reads.StagedFile:
+        if "staged" not in self._opened:
+            self._opened["staged"] = staged_reads.StagedFile(self.path)
+        return self._opened["staged"]
 
     @functools.cached_property
     def digest(self) -> str:
@@ -108,9 +117,12 @@ def fill(module: nn.Module, prefix: str, weights, device: torch.device | str, dt
     weights  CheckpointFile, or anything with the same ``read``
     Rotary frequencies stay float32 whatever ``dtype`` is.
     """
-    state = {
-        key[len(prefix) :]: weights.read(key, shape, device, torch.float32 if key.endswith("inv_freq") else dtype)
-        for key, shape in tensor_shapes(module, prefix).items()
-    }
+    shapes = tensor_shapes(module, prefix)
+
+    def read(key: str) -> Tensor:
+        return weights.read(key, shapes[key], device, torch.float32 if key.endswith("inv_freq") else dtype)
+
+    names = [key[len(prefix) :] for key in shapes]
+    state = dict(zip(names, staged_reads.in_threads(read, shapes, device), strict=True))
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False).eval()

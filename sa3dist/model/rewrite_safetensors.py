@@ -21,7 +21,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write a file, whole or not at all; equal contents give equal bytes. ModelSpec's entries get its hash."""
     data = io.BytesIO(safetensors.torch.save(dict(tensors), dict(metadata)))
-    header, start = _read_header(data, path)
+    header, start = read_header(data, path)
     if "modelspec.sai_model_spec" in metadata:
         # Of all bytes behind the header.
         header["__metadata__"]["modelspec.hash_sha256"] = f"0x{hashlib.sha256(data.getbuffer()[start:]).hexdigest()}"
@@ -41,7 +41,7 @@ def rewrite_checkpoint(
     finite in that format; CheckpointError when a changed key is missing or of another shape.
     """
     with Path(source).open("rb") as read:
-        header, start = _read_header(read, source)
+        header, start = read_header(read, source)
         kept = header.pop("__metadata__", {})
         missing = changed.keys() - header.keys()
         if missing:
@@ -56,7 +56,7 @@ def rewrite_checkpoint(
                     _copy(read, write, start + begin, end - begin)
 
 
-def _read_header(file: BinaryIO, path: str | Path) -> tuple[dict, int]:
+def read_header(file: BinaryIO, path: str | Path) -> tuple[dict, int]:
     """The JSON header and the offset of the data. Raises CheckpointError for anything but a safetensors file."""
     length = int.from_bytes(file.read(8), "little")
     try:

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,10 @@ from pathlib import Path
 from sa3dist.runtime.signals import seconds_since_start
 
 log = logging.getLogger(__name__)
+
+# How long a thread that imports keeps the interpreter from others that ask for it: reading a base takes it for moments,
+# thousands of times. Python's own 5 ms make the reading half as long again.
+SHARING_SECONDS = 5e-4
 
 
 class Startup:
@@ -45,12 +50,17 @@ class Startup:
 @contextlib.contextmanager
 def imported_beside(*modules: str) -> Iterator[None]:
     """Import modules that are needed later in a thread of its own while the block runs."""
-    # Waited for at the end: two threads must not be among the same modules.
-    with ThreadPoolExecutor(1, f"import {', '.join(modules)}") as executor:
-        for module in modules:
-            # What fails here fails again, and is told, where the module is needed.
-            executor.submit(importlib.import_module, module)
-        yield
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SHARING_SECONDS)
+    try:
+        # Waited for at the end: two threads must not be among the same modules.
+        with ThreadPoolExecutor(1, f"import {', '.join(modules)}") as executor:
+            for module in modules:
+                # What fails here fails again, and is told, where the module is needed.
+                executor.submit(importlib.import_module, module)
+            yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def keep_kernels_in(directory: Path) -> None:
