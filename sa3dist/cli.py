@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sa3dist: {name!r} is no command; choose {known}", file=sys.stderr)
         return 2
     about, stages = COMMANDS[name]
-    return train.run_stages(f"sa3dist {name}", about, stages, rest)
+    return train.run_stages(f"sa3dist {name}", about, stages, rest, trains=name in ("train", "loop"))
 
 
 def program() -> NoReturn:

@@ -23,6 +23,7 @@ from sa3dist.tracking import kinds as trackers
 from sa3dist.training import checkpoint, model_setup, resume, run_plan
 from sa3dist.training.acceleration import check_choices, choose_acceleration
 from sa3dist.training.compile_ahead import CompilingAhead
+from sa3dist.training.compile_processes import Compiling, end_all
 from sa3dist.training.observers import Observer
 from sa3dist.training.rank_checks import check_same_start
 from sa3dist.training.startup_times import Startup
@@ -36,9 +37,17 @@ class Run:
     """The stages in the order they are called: open_base, shard, encode, prepare, train, export."""
 
     def __init__(
-        self, settings: Settings, group: Group, stop: StopRequest, out_of_memory_at_step: int | None = None
+        self,
+        settings: Settings,
+        group: Group,
+        stop: StopRequest,
+        out_of_memory_at_step: int | None = None,
+        started: dict[str, Compiling] | None = None,
     ) -> None:
-        """out_of_memory_at_step: where the start before ran out of memory, as its status.json notes it."""
+        """out_of_memory_at_step: where the start before ran out of memory, as its status.json notes it.
+
+        started   processes that can compile ahead; those that are needed are taken out
+        """
         self.settings = settings
         self.group = group
         self.stop = stop
@@ -50,6 +59,7 @@ class Run:
         self._validation: DatasetIndex | None = None
         self._cursors: RankCursors | None = None
         self._compiling: CompilingAhead | None = None
+        self._started = {} if started is None else started
         self.startup = Startup()
         self._out_of_memory_at_step = out_of_memory_at_step
 
@@ -75,7 +85,8 @@ class Run:
     def begin_compiling(self) -> None:
         """Have a GPU's programs made beside the stages that come next. A run that trains begins with it."""
         if self.group.device.type == "cuda":
-            self._compiling = model_setup.begin_compiling(self.settings, self.group)
+            self._compiling = model_setup.begin_compiling(self.settings, self.group, self._started)
+        end_all(self._started)
 
     def open_base(self) -> Base:
         """The frozen base with fresh adapters, started from lora_checkpoint_url when given.

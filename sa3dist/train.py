@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sa3dist.runtime.process_group import Group
     from sa3dist.runtime.watchdog import Watchdog
     from sa3dist.settings import Settings
+    from sa3dist.training.compile_processes import Compiling
 
 
 def all_stages(run: Run) -> None:
@@ -54,8 +55,13 @@ def parser(program: str, about: str) -> argparse.ArgumentParser:
     return made
 
 
-def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Sequence[str] | None) -> int:
-    """Read the settings, join the other processes, run ``stages``; the exit code tells how it ended."""
+def run_stages(
+    program: str, about: str, stages: Callable[[Run], None], argv: Sequence[str] | None, trains: bool
+) -> int:
+    """Read the settings, join the other processes, run ``stages``; the exit code tells how it ended.
+
+    trains   whether they do, so that it pays to compile ahead
+    """
     # Before anything slow: a signal during the imports must not kill the process.
     stop = StopRequest().install()
     lease.watch()
@@ -64,6 +70,7 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
     from sa3dist import config
     from sa3dist.data.remote.public_addresses import PUBLIC_ONLY_VARIABLE
     from sa3dist.runtime.exit_status import dist_rank_from_environment, has_peers, run_program
+    from sa3dist.training.compile_processes import end_all, start_early
 
     arguments, unknown = parser(program, about).parse_known_intermixed_args(argv)
     logging.basicConfig(format="sa3dist: %(message)s", stream=sys.stderr)
@@ -89,7 +96,11 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
             return
         if not has_peers():
             stop.raise_if_requested("starting")
-        _run_connected(settings, stop, stages, running)
+        started = start_early(settings, dist_rank_from_environment()) if trains else {}
+        try:
+            _run_connected(settings, stop, stages, running, started)
+        finally:
+            end_all(started)
 
     code = run_program(
         body,
@@ -101,8 +112,18 @@ def run_stages(program: str, about: str, stages: Callable[[Run], None], argv: Se
     return code
 
 
-def _run_connected(settings: Settings, stop: StopRequest, stages: Callable[[Run], None], running: list[Run]) -> None:
-    """Join the other processes and run ``stages`` with them. running: takes the run, once there is one."""
+def _run_connected(
+    settings: Settings,
+    stop: StopRequest,
+    stages: Callable[[Run], None],
+    running: list[Run],
+    started: dict[str, Compiling],
+) -> None:
+    """Join the other processes and run ``stages`` with them.
+
+    running   takes the run, once there is one
+    started   processes that can compile ahead; those that are needed are taken out
+    """
     with lasting_imports():
         from sa3dist.pipeline import Run
         from sa3dist.runtime.peers import GOODBYE_SECONDS, leave, part
@@ -118,7 +139,8 @@ def _run_connected(settings: Settings, stop: StopRequest, stages: Callable[[Run]
         try:
             # Only now: peers of a rank that left before would wait for it in connect.
             stop.raise_if_requested("starting")
-            running.append(Run(settings, group, stop, take_output_dir(group, settings.output_dir, stop, watchdog)))
+            out_of_memory_at_step = take_output_dir(group, settings.output_dir, stop, watchdog)
+            running.append(Run(settings, group, stop, out_of_memory_at_step, started))
             with recording(settings, group):
                 stages(running[0])
             part(group, GOODBYE_SECONDS)
@@ -158,7 +180,8 @@ def take_output_dir(group: Group, directory: Path, stop: StopRequest, watchdog: 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_stages("sa3dist.train", "Train a Stable Audio 3 LoRA from captioned audio.", all_stages, argv)
+    about = "Train a Stable Audio 3 LoRA from captioned audio."
+    return run_stages("sa3dist.train", about, all_stages, argv, trains=True)
 
 
 # What libraries may still do as the process ends.

@@ -24,11 +24,10 @@ from torch import Tensor, nn
 from sa3dist.errors import ConfigError
 from sa3dist.model.add_scaled import add_scaled
 from sa3dist.model.blocks import GatedProjection, RMSNorm, SelfAttention, rotate, silu_gate, sine_gate, turn
+from sa3dist.model.compile_choice import compiles_on_cuda
 from sa3dist.model.dit import Block, DiT, Shared, add_gated, modulated_norm
 from sa3dist.model.token_layout import Packed, Padded
 
-# Compiling the functions takes about half a minute; a run this long gains more than that if it gains anything.
-STEPS_WORTH_COMPILING = 200
 # Of Inductor, for whole blocks.
 CHOICES: dict[str, Any] = {
     # Whether reductions over rows and over columns are joined would depend on the number of tokens: another program for
@@ -193,8 +192,8 @@ def wants_compile(choice: str, device: torch.device, steps: int, deterministic: 
 
     Raises ConfigError when told to on a CPU without a C++ compiler.
     """
-    if choice == "auto":
-        return device.type == "cuda" and steps >= STEPS_WORTH_COMPILING and not deterministic
+    if device.type == "cuda":
+        return compiles_on_cuda(choice, steps, deterministic)
     if choice == "on" and device.type == "cpu":
         from torch._inductor import cpp_builder, exc
 

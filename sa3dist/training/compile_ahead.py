@@ -4,7 +4,7 @@ Each takes a few passes of a base of random weights with two blocks: all blocks 
 lies in the caches of ``work_dir``, where the run finds it instead of compiling it at its first step. Micro batches with
 and without given context have a program each, and a process each: in turn they take twice as long as what they hide in.
 
-    python -m sa3dist.training.compile_ahead context|none < settings, pickled
+    python -m sa3dist.training.compile_ahead context|none < settings, pickled; or nothing, to end
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ import gc
 import logging
 import os
 import pickle
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -31,13 +29,14 @@ from sa3dist.errors import SA3DistError
 from sa3dist.flow.crops import crop_frames
 from sa3dist.formats import digest_of
 from sa3dist.model.base import Base
-from sa3dist.model.compiled import wants_compile
+from sa3dist.model.compiled import start_compile_workers, wants_compile
 from sa3dist.model.loading import known_config
 from sa3dist.model.random_weights import RandomWeights
 from sa3dist.parallel.ddp import FlatEngine
 from sa3dist.parallel.flat_adamw import FlatAdapters
 from sa3dist.runtime.process_group import Group, main_process_first
 from sa3dist.training.acceleration import compile_whole_blocks
+from sa3dist.training.compile_processes import CACHE_VARIABLE, MARK, PROGRAMS, Compiling
 from sa3dist.training.loss import micro_batch_loss
 from sa3dist.training.shape_ladder import ShapeLadder
 
@@ -57,8 +56,6 @@ FIELDS = (
     "adapter_type", "rank", "alpha", "include", "exclude", "base_precision", "mixed_precision", "adapter_products",
     "batch_size", "duration", "compile", "reference_numerics",
 )  # fmt: skip
-# What is compiled: for micro batches with and without given context.
-PROGRAMS = {"context": True, "none": False}
 # No start waits longer than this for what it would otherwise compile itself.
 PATIENCE_SECONDS = 30.0
 POLL_SECONDS = 0.1
@@ -67,12 +64,15 @@ POLL_SECONDS = 0.1
 class CompilingAhead:
     """The processes, where this run has some."""
 
-    def __init__(self, settings: Settings, group: Group, dtype: torch.dtype) -> None:
+    def __init__(
+        self, settings: Settings, group: Group, dtype: torch.dtype, started: dict[str, Compiling] | None = None
+    ) -> None:
         """On a CUDA device, before the base is loaded and once the caches have their places. What fails is logged.
 
-        dtype   of the base's weights
+        dtype     of the base's weights
+        started   by program, processes that wait for what to compile; those that are needed are taken out
         """
-        self._processes: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
+        self._processes: list[Compiling] = []
         device = group.device
         compiles = wants_compile(settings.compile, device, settings.number_of_steps, settings.deterministic)
         formed = settings.adapter_products != "factored" and not group.divides_model
@@ -80,22 +80,17 @@ class CompilingAhead:
             return
         for program in PROGRAMS:
             if not _mark(settings, device, program).exists():
-                self._start(program, pickle.dumps((settings, device, dtype)))
+                waiting = (started or {}).pop(program, None) or self._start(program)
+                if waiting is not None:
+                    waiting.give(pickle.dumps((settings, device, dtype)))
+                    self._processes.append(waiting)
 
-    def _start(self, program: str, given: bytes) -> None:
-        command = [sys.executable, "-m", __name__, program]
+    def _start(self, program: str) -> Compiling | None:
         try:
-            # A file: a pipe that nobody reads would fill up and stop it.
-            errors = tempfile.TemporaryFile()  # noqa: SIM115
-            with tempfile.TemporaryFile() as file:
-                file.write(given)
-                file.seek(0)
-                process = subprocess.Popen(command, stdin=file, stdout=subprocess.DEVNULL, stderr=errors)
+            return Compiling.start(program)
         except OSError as failure:
             log.info("not compiled ahead, the first steps take longer: %s", failure)
-            return
-        atexit.register(process.kill)
-        self._processes.append((process, errors))
+            return None
 
     def wait(self, group: Group, stop: StopRequest, startup: Startup) -> None:
         """Return on every rank when all have ended and their memory on the device is free; a part of the start.
@@ -108,7 +103,8 @@ class CompilingAhead:
 
     def _wait(self, stop: StopRequest) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
-        for process, errors in self._processes:
+        for compiling in self._processes:
+            process, errors = compiling.process, compiling.errors
             while process.poll() is None:
                 stop.raise_if_requested("compiling")
                 if time.monotonic() > deadline:
@@ -127,7 +123,7 @@ def _mark(settings: Settings, device: torch.device, program: str) -> Path:
     """The file that says that a program of such a run is in the compiler's cache."""
     fields = repr([getattr(settings, name) for name in FIELDS])
     of = program, str(settings.model), fields, torch.__version__, torch.cuda.get_device_name(device), _sources()
-    return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / f"ahead-{digest_of(*of)[:16]}"
+    return Path(os.environ[CACHE_VARIABLE]) / f"{MARK}{digest_of(*of)[:16]}"
 
 
 @functools.cache
@@ -196,7 +192,14 @@ def _batch(base: Base, settings: Settings, frames: int):
 
 
 def main(program: str) -> None:
-    settings, device, dtype = pickle.load(sys.stdin.buffer)
+    # Compiles the kernels side by side; takes seconds until it can, and until then they are compiled one by one.
+    start_compile_workers()
+    # Before it is known what for.
+
+    given = sys.stdin.buffer.read()
+    if not given:
+        return
+    settings, device, dtype = pickle.loads(given)
     base = small_base(known_config(settings.model), settings, device, dtype)
     take_passes(base, settings, "inductor", PROGRAMS[program])
     _mark(settings, device, program).touch()

@@ -27,14 +27,15 @@ from sa3dist.training.startup_times import Startup, imported_beside, keep_kernel
 if TYPE_CHECKING:
     from sa3dist.model.base import Base
     from sa3dist.settings import Settings
+    from sa3dist.training.compile_processes import Compiling
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def begin_compiling(settings: Settings, group: Group) -> CompilingAhead:
-    """Begin to make what a GPU will run; before anything else."""
+def begin_compiling(settings: Settings, group: Group, started: dict[str, Compiling]) -> CompilingAhead:
+    """Begin to make what a GPU will run; before anything else. started: as in ``CompilingAhead``."""
     _keep_caches(settings, group)
-    return CompilingAhead(settings, group, DTYPES[settings.base_precision])
+    return CompilingAhead(settings, group, DTYPES[settings.base_precision], started)
 
 
 def _keep_caches(settings: Settings, group: Group) -> bool:

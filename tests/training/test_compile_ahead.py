@@ -12,7 +12,7 @@ import sa3dist
 from sa3dist.errors import Interrupted
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
-from sa3dist.training import acceleration, compile_ahead
+from sa3dist.training import acceleration, compile_ahead, compile_processes
 from sa3dist.training.compile_ahead import CompilingAhead, small_base, take_passes
 from sa3dist.training.startup_times import Startup
 from tests.helpers.program import run, short_run
@@ -67,7 +67,7 @@ def started(monkeypatch, tmp_path):
             def __init__(self, _, **given):
                 super().__init__([sys.executable, "-c", program], **given)
 
-        monkeypatch.setattr(compile_ahead.subprocess, "Popen", Process)
+        monkeypatch.setattr(compile_processes.subprocess, "Popen", Process)
         monkeypatch.setattr(compile_ahead, "_mark", lambda *_: tmp_path / "mark")
         return CompilingAhead(make_settings(compile="on", **FORMED), ONE, torch.float32)
 
@@ -95,7 +95,7 @@ def test_without_room_for_its_files_a_run_compiles_for_itself(started, caplog, m
         raise OSError(28, "No space left on device")
 
     caplog.set_level("INFO")
-    monkeypatch.setattr(compile_ahead.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(compile_processes.tempfile, "TemporaryFile", full)
     started("pass").wait(ONE, StopRequest(), Startup())
     assert (
         caplog.messages == ["not compiled ahead, the first steps take longer: [Errno 28] No space left on device"] * 2
@@ -107,13 +107,62 @@ def test_a_signal_ends_the_wait(started):
     stop.hear("SIGTERM on rank 0")
     with pytest.raises(Interrupted):
         compiling.wait(ONE, stop, Startup())
-    for process, _ in compiling._processes:
-        process.kill()
+    for waiting in compiling._processes:
+        waiting.process.kill()
 
 
 def test_what_was_compiled_before_is_not_compiled_again(started, tmp_path):
     (tmp_path / "mark").touch()
     assert started("raise SystemExit(1)")._processes == []
+
+
+def test_processes_started_early_are_the_ones_that_compile_and_what_is_not_needed_ends(started, monkeypatch, tmp_path):
+    monkeypatch.setattr(compile_processes, "DRIVER", tmp_path)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    settings = make_settings(compile="on", work_dir=str(tmp_path / "work"), **FORMED)
+    told = "import os, sys; print(os.environ['TORCHINDUCTOR_CACHE_DIR'], len(sys.stdin.buffer.read()), file=sys.stderr)"
+    started(told)
+    early = compile_processes.start_early(settings, dist_rank=0)
+    assert early.keys() == compile_processes.PROGRAMS.keys()
+    unused = compile_processes.start_early(settings, dist_rank=0)
+    taken = list(early.values())
+    ahead = CompilingAhead(settings, ONE, torch.float32, early)
+    assert (ahead._processes, early) == (taken, {})
+    ahead.wait(ONE, StopRequest(), Startup())
+    left = list(unused.values())
+    compile_processes.end_all(unused)
+    assert unused == {}
+    assert [waiting.process.wait(30) for waiting in left] == [0, 0]
+    size = len(compile_ahead.pickle.dumps((settings, ONE.device, torch.float32)))
+    for waiting, expected in [(waiting, size) for waiting in taken] + [(waiting, 0) for waiting in left]:
+        waiting.errors.seek(0)
+        assert waiting.errors.read().decode() == f"{(tmp_path / 'work' / 'compiled').resolve()} {expected}\n"
+
+
+@pytest.mark.parametrize(
+    "why", ["no driver", "another rank", "no compiler wanted", "too few steps", "told to use the CPU", "made before"]
+)
+def test_nothing_is_started_early_for_a_run_that_will_not_compile(started, monkeypatch, tmp_path, why):
+    monkeypatch.setattr(compile_processes, "DRIVER", tmp_path / "absent" if why == "no driver" else tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true" if why == "told to use the CPU" else "")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    given = {"no compiler wanted": {"compile": "off"}, "too few steps": {"compile": "auto", "number_of_steps": 100}}
+    settings = make_settings(**{"compile": "on", **given.get(why, {})}, work_dir=str(tmp_path / "work"), **FORMED)
+    if why == "made before":
+        (tmp_path / "work" / "compiled").mkdir(parents=True)
+        (tmp_path / "work" / "compiled" / "ahead-0123").touch()
+    started("raise SystemExit(1)")
+    assert compile_processes.start_early(settings, int(why == "another rank")) == {}
+
+
+def test_one_that_has_ended_is_told_nothing_more_and_heard(started, caplog):
+    caplog.set_level("INFO")
+    compiling = started("import sys; print('no interpreter', file=sys.stderr); sys.exit(1)")
+    compiling.wait(ONE, StopRequest(), Startup())
+    assert caplog.messages == ["not compiled ahead, the first steps take longer: no interpreter"] * 2
 
 
 def test_its_input_holds_the_settings_whole():
