@@ -36,12 +36,12 @@ Tensors = list[torch.Tensor]
 
 
 def ours(q, k, v, grad, q_start, k_start) -> Tensors:
-    q_, k_, grad_ = (value.unflatten(1, (PAIRS, HEADS)) for value in (q, k, grad))
+    q_, k_ = (value.unflatten(1, (PAIRS, HEADS)) for value in (q, k))
     # The members of the pair share their values.
     given = [value.detach().requires_grad_() for value in (q_, k_, v[:, :HEADS])]
     out = varlen_attention(*given, q_start, k_start)
-    found = out.detach(), *torch.autograd.grad(out, given, grad_)
-    return [*(value.flatten(1, 2) for value in found[:3]), found[3]]
+    grad_q, grad_k, grad_v = torch.autograd.grad(out, given, grad[:, :HEADS])
+    return [out.detach(), grad_q.flatten(1, 2), grad_k.flatten(1, 2), grad_v]
 
 
 def flash(q, k, v, grad, q_start, k_start) -> Tensors:
@@ -93,17 +93,21 @@ def reference(q, k, v, grad, filling: int) -> Tensors:
 
 
 def compared(found: Tensors, filling: int) -> Tensors:
-    """What must agree: rows of the clip, and the gradient of the values that the members of the pair share."""
-    *others, dv = found
-    dv = dv if dv.shape[1] == HEADS else dv.unflatten(1, (PAIRS, HEADS)).sum(1)
-    return [value[: len(value) - filling] for value in (*others, dv)]
+    """What must agree, rows of the clip: the pair's difference, and gradients, of the values that they share summed."""
+    out, *others, dv = found
+    if out.shape[1] != HEADS:
+        out = out[:, :HEADS] - out[:, HEADS:]
+        dv = dv.unflatten(1, (PAIRS, HEADS)).sum(1)
+    return [value[: len(value) - filling] for value in (out, *others, dv)]
 
 
 def measure(name: str, tokens: int, filling: int, context: int, device: torch.device, repeats: int) -> list[dict]:
     torch.manual_seed(0)
     own = {"device": device, "dtype": torch.bfloat16}
     # As in training: views of one projection.
-    q, grad = (torch.randn(tokens, PAIRS * HEADS, WIDTH, **own) for _ in range(2))
+    q, back = (torch.randn(tokens, heads * HEADS, WIDTH, **own) for heads in (PAIRS, 1))
+    # The second member's attention is taken off the first's.
+    grad = torch.cat([back, -back], dim=1)
     k = torch.randn(context or tokens, PAIRS * HEADS, WIDTH, **own)
     v = torch.randn(context or tokens, HEADS, WIDTH, **own).repeat(1, PAIRS, 1)
     q_ends = [0, tokens - filling, tokens] if filling else [0, tokens]

@@ -52,6 +52,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from sa3dist import adapters
 from sa3dist.adapters import adapted_layers, formed, layers
+from sa3dist.model import token_layout
 from sa3dist.model.compiled import compile_blocks
 
 # Blocks of the medium model.
@@ -199,6 +200,7 @@ def as_on_a_device() -> Iterator[None]:
         patch.object(step_sides, "ADAPTER_PRODUCTS", "formed"),
         patch.object(formed, "FormedWeights", functools.partial(FormedWeights, impl="triton")),
         patch.object(layers, "formed_linear", functools.partial(formed_linear, impl="triton")),
+        patch.object(token_layout, "has_kernel", lambda q: True),
     ):
         yield
 

@@ -49,7 +49,7 @@ from triton.backends.nvidia import driver as nvidia
 
 from sa3dist import adapters
 from sa3dist.adapters import formed, layers
-from sa3dist.model import varlen_attention
+from sa3dist.model import token_layout, varlen_attention
 from sa3dist.model.compiled import compile_blocks
 
 DEPTH, FRAMES, ROUNDS = 24, 323, 40
@@ -104,7 +104,7 @@ def as_on_a_device() -> Iterator[None]:
             patch.object(formed, "FormedWeights", functools.partial(FormedWeights, impl="triton")),
             patch.object(layers, "formed_linear", functools.partial(formed_linear, impl="triton")),
             patch.object(of_qkv, "qkv_gradient_reference", functools.partial(of_qkv.qkv_gradient, impl="triton")),
-            patch.object(varlen_attention, "_has_kernel", lambda q: True),
+            *(patch.object(module, "has_kernel", lambda q: True) for module in (varlen_attention, token_layout)),
             patch.object(varlen_attention, "torch", _with_idle_attention()),
             # Processes of their own would know nothing of this driver.
             torch._inductor.config.patch(cpu_backend="triton", compile_threads=1),

@@ -47,7 +47,8 @@ def qkv_gradient(
 ) -> torch.Tensor:
     """Gradient of x, (K, S, H, D) in its format; float32 inside, or the wider format of x.
 
-    grads_KPHD   of q, k, and of v as each member of the pair sees it, in the format of x; any strides of K, P and H
+    grads_KPHD   of q, k, and of v as each member of the pair sees it, in the format of x; any strides of K, P and H. Of
+                 the second member, whose attention is taken off the first's, with the sign that they had if it were not
     is_clips_K   bool: False for tokens whose gradients are zeros, whatever ``grads_KPHD`` hold there, NaN included
     impl         "triton", "torch", or "auto", which is triton on CUDA
     """
@@ -78,14 +79,20 @@ def qkv_gradient_reference(grads_KPHD, x_KSHD, norm: HeadNorm, is_clips_K: torch
     out_KSHD = torch.empty_like(x_KSHD)
     for part, grad, gamma in ((0, grad_q, norm.gamma_q_D), (1, grad_k, norm.gamma_k_D)):
         x = x_KSHD[:, part::3].to(wide)
+        grad = grad * _signs(grad)
         turned = grad * sin
         first, second, rest = turned.split([norm.half, norm.half, x.shape[-1] - 2 * norm.half], dim=-1)
         normed_grad = (grad * cos + torch.cat([second, first, rest], dim=-1)) * gamma.to(wide)
         scale = (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
         along = (normed_grad * x).mean(-1, keepdim=True) * scale.square()
         out_KSHD[:, part::3] = (scale * (normed_grad - x * along)).to(x_KSHD.dtype)
-    out_KSHD[:, 2] = grad_v.sum(1).to(x_KSHD.dtype)
+    out_KSHD[:, 2] = (grad_v * _signs(grad_v)).sum(1).to(x_KSHD.dtype)
     return out_KSHD
+
+
+def _signs(grad_KPHD: torch.Tensor) -> torch.Tensor:
+    """1 for the first member, -1 for the second; (P, 1, 1)."""
+    return (1 - 2 * torch.arange(grad_KPHD.shape[1], device=grad_KPHD.device))[:, None, None]
 
 
 @triton.jit(do_not_specialize=["K"])
@@ -107,7 +114,8 @@ def _qkv_gradient_kernel(
         # Values: what every member of the pair sends back.
         found = tl.zeros((BLOCK_K, BLOCK_H, BLOCK_D), tl.float32)
         for member in tl.static_range(P):
-            found += tl.load(grad_v + k * v_k + member * v_p + h * v_h + d, mask=kept, other=0.0).to(tl.float32)
+            value = tl.load(grad_v + k * v_k + member * v_p + h * v_h + d, mask=kept, other=0.0).to(tl.float32)
+            found += value * (1 - 2 * member)
     else:
         # The rows of ``grad`` that this part is the source of.
         member = part // 3
@@ -127,5 +135,5 @@ def _qkv_gradient_kernel(
         normed_grad = (grad * cosine + grad_swapped * sine) * gamma
         scale = tl.rsqrt(tl.sum(values * values, axis=2, keep_dims=True) / D + eps)
         along = tl.sum(normed_grad * values, axis=2, keep_dims=True) / D * scale * scale
-        found = scale * (normed_grad - values * along)
+        found = scale * (normed_grad - values * along) * (1 - 2 * member)
     tl.store(out + place, found.to(out.dtype.element_ty), mask=inside)

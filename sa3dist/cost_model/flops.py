@@ -23,12 +23,12 @@ def _varlen_flops(q_KPHD, k_JPHD, v_JHD, q_starts, k_starts, **_) -> int:
     return sdpa_flop_count(queries, keys, keys)
 
 
-def _varlen_backward_flops(grad_KPHD, q_KPHD, k_JPHD, v_JHD, out_KPHD, sums, q_starts, k_starts, **_) -> int:
+def _varlen_backward_flops(grad_KHD, q_KPHD, k_JPHD, v_JHD, out_KPHD, sums, q_starts, k_starts, **_) -> int:
     queries, keys = _varlen_sizes(q_KPHD, k_JPHD, q_starts)
     return sdpa_backward_flop_count(queries, queries, keys, keys)
 
 
-def _self_attention_gradient_flops(grad_KPHD, q_KPHD, k_KPHD, *others, **_) -> int:
+def _self_attention_gradient_flops(grad_KHD, q_KPHD, k_KPHD, *others, **_) -> int:
     *_, starts, _, _ = others
     queries, keys = _varlen_sizes(q_KPHD, k_KPHD, starts)
     return sdpa_backward_flop_count(queries, queries, keys, keys)

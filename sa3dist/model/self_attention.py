@@ -16,7 +16,7 @@ from sa3dist_kernels.qkv_gradient import HeadNorm, qkv_gradient, qkv_gradient_re
 from torch import Tensor
 
 from sa3dist.model.blocks import rotate
-from sa3dist.model.varlen_attention import attention_gradients
+from sa3dist.model.varlen_attention import attention_gradients, difference
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +25,11 @@ LIMITS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 def self_attention(qkv_KSHD: Tensor, norm: HeadNorm, is_clips_K: Tensor, start_C1: Tensor) -> Tensor:
-    """Attention of every clip's tokens to each other, of each member of a pair, (K, P, H, D).
+    """Attention of every clip's tokens to each other, (K, H, D); of a pair the first member's less the second's.
 
     qkv_KSHD     rows of the projection: q, k, v and, of a pair, the second member's q and k
-    is_clips_K   bool: False where the tokens are a filling's. What is returned there may be anything, NaN included,
-                 and what comes back for it is not read
+    is_clips_K   bool: False where the tokens are a filling's. What is returned there may be anything, NaN included;
+                 where ``has_kernel``, what comes back for it may be, too
     start_C1     see ``varlen_attention``
     """
     gammas = norm.gamma_q_D.to(qkv_KSHD.dtype), norm.gamma_k_D.to(qkv_KSHD.dtype)
@@ -48,25 +48,25 @@ class _SelfAttention(torch.autograd.Function):
         out, sums = torch.ops.sa3dist.varlen_attention(q, k, qkv_KSHD[:, 2], start_C1, start_C1)
         ctx.save_for_backward(q, k, qkv_KSHD, out, sums, gamma_q_D, gamma_k_D, cos_KD, sin_KD, is_clips_K, start_C1)
         ctx.eps, ctx.half = eps, half
-        return out
+        return difference(out)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_KPHD):
-        grad = torch.ops.sa3dist.self_attention_gradient(grad_KPHD, *ctx.saved_tensors, ctx.eps, ctx.half)
+    def backward(ctx, grad_KHD):
+        grad = torch.ops.sa3dist.self_attention_gradient(grad_KHD, *ctx.saved_tensors, ctx.eps, ctx.half)
         return grad, *[None] * 8
 
 
 def _gradient(
-    grad_KPHD, q_KPHD, k_KPHD, qkv_KSHD, out_KPHD, sums_PHK, gamma_q_D, gamma_k_D, cos_KD, sin_KD, is_clips_K,
+    grad_KHD, q_KPHD, k_KPHD, qkv_KSHD, out_KPHD, sums_PHK, gamma_q_D, gamma_k_D, cos_KD, sin_KD, is_clips_K,
     start_C1, eps: float, half: int,
 ) -> Tensor:  # fmt: skip
-    grads = attention_gradients(grad_KPHD, q_KPHD, k_KPHD, qkv_KSHD[:, 2], out_KPHD, sums_PHK, start_C1, start_C1)
+    grads = attention_gradients(grad_KHD, q_KPHD, k_KPHD, qkv_KSHD[:, 2], out_KPHD, sums_PHK, start_C1, start_C1)
     norm = HeadNorm(gamma_q_D, gamma_k_D, eps, cos_KD, sin_KD, half)
     return qkv_gradient(grads, qkv_KSHD, norm, is_clips_K)
 
 
-def _gradient_shape(grad_KPHD, q_KPHD, k_KPHD, qkv_KSHD, *_) -> Tensor:
+def _gradient_shape(grad_KHD, q_KPHD, k_KPHD, qkv_KSHD, *_) -> Tensor:
     return qkv_KSHD.new_empty(qkv_KSHD.shape)
 
 

@@ -18,7 +18,7 @@ from sa3dist.model.add_scaled import add_scaled
 from sa3dist.model.blocks import RMSNorm, in_one_call
 from sa3dist.model.packing import FilledPacking, Packing
 from sa3dist.model.self_attention import self_attention
-from sa3dist.model.varlen_attention import varlen_attention
+from sa3dist.model.varlen_attention import has_kernel, varlen_attention
 
 
 class Layout:
@@ -216,30 +216,39 @@ class Filled:
         """``attend_pairs`` from the projection on; rotary: as for ``SelfAttention``."""
         norm = HeadNorm(q_norm.gamma, k_norm.gamma, q_norm.eps, *rotary)
         # The gradient of an index would be copied.
-        out_KPHD = self_attention(qkv_1KSHD.squeeze(0), norm, self.is_clips_K, self.start_S)
-        return _difference(self._of_clips(out_KPHD))
+        out_KHD = self_attention(qkv_1KSHD.squeeze(0), norm, self.is_clips_K, self.start_S)
+        return _OfClips.apply(out_KHD, self.is_clips_K[:, None, None]).flatten(1)[None]
 
     def attend_pairs(self, q_1KPHD: Tensor, k_1KPHD: Tensor, v_1K1HD: Tensor) -> Tensor:
         is_clips = self.is_clips_K[:, None, None, None]
         q, k, v = (_GradientsOfClips.apply(x[0], is_clips) for x in (q_1KPHD, k_1KPHD, v_1K1HD))
-        out_KPHD = varlen_attention(q, k, v[:, 0], self.start_S, self.start_S)
-        return _difference(self._of_clips(out_KPHD))
-
-    def _of_clips(self, out_KPHD: Tensor) -> Tensor:
-        return torch.where(self.is_clips_K[:, None, None, None], out_KPHD, out_KPHD.new_zeros(()))
+        out_KHD = varlen_attention(q, k, v[:, 0], self.start_S, self.start_S)
+        return _OfClips.apply(out_KHD, self.is_clips_K[:, None, None]).flatten(1)[None]
 
     def attend_pairs_to_context(self, q_1KPHD: Tensor, k_BSPHD: Tensor, v_BS1HD: Tensor) -> Tensor:
         tokens = k_BSPHD.shape[1]
         starts = torch.arange(0, self.clips * tokens + 1, tokens, device=self.start_S.device, dtype=torch.int32)
         k_JPHD, v_J1HD = k_BSPHD.flatten(0, 1), v_BS1HD.flatten(0, 1)
-        return _difference(varlen_attention(q_1KPHD[0], k_JPHD, v_J1HD[:, 0], self.context_start_B1, starts))
+        out_KHD = varlen_attention(q_1KPHD[0], k_JPHD, v_J1HD[:, 0], self.context_start_B1, starts)
+        return out_KHD.flatten(1)[None]
 
 
-def _difference(out_KPHD: Tensor) -> Tensor:
-    """Of a differential pair the first member's attention less the second's; (1, K, H * D)."""
-    first_KHD, *second = out_KPHD.unbind(1)
-    out_KHD = first_KHD - second[0] if second else first_KHD
-    return out_KHD.flatten(1)[None]
+class _OfClips(torch.autograd.Function):
+    """Attention's output at the clips' tokens, zeros at the filling's."""
+
+    @staticmethod
+    def forward(ctx, out_KHD, is_clips_K11):
+        ctx.save_for_backward(is_clips_K11)
+        return torch.where(is_clips_K11, out_KHD, out_KHD.new_zeros(()))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_KHD):
+        if has_kernel(grad_KHD):
+            # Attention's kernels stop where the clips end: a pass less.
+            return grad_KHD, None
+        (is_clips_K11,) = ctx.saved_tensors
+        return torch.where(is_clips_K11, grad_KHD, grad_KHD.new_zeros(())), None
 
 
 class _GradientsOfClips(torch.autograd.Function):

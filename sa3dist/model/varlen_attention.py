@@ -14,7 +14,7 @@ import torch
 from sa3dist_kernels.operations import define
 from torch import Tensor
 
-from sa3dist.model.padded_attention import padded_attention
+from sa3dist.model.cudnn_attention import cudnn_attention
 
 
 def _attend(
@@ -27,7 +27,7 @@ def _attend(
     K, P, H, D = q_KPHD.shape
     v_JPHD = v_JHD[:, None].expand(-1, P, -1, -1)
     q, k, v = (_heads_first(x) for x in (q_KPHD, k_JPHD, v_JPHD))
-    if not _has_kernel(q_KPHD):
+    if not has_kernel(q_KPHD):
         scores = _scores(q, k, q_start_S1, k_start_S1)
         out = _tokens_first(torch.softmax(scores, -1).to(v.dtype) @ v)
         return out.contiguous(), scores.logsumexp(-1).contiguous()
@@ -54,7 +54,7 @@ def _attend_backward(*given: Tensor) -> tuple[Tensor, ...]:
 
 
 def attention_gradients(
-    grad_KPHD: Tensor,
+    grad_KHD: Tensor,
     q_KPHD: Tensor,
     k_JPHD: Tensor,
     v_JHD: Tensor,
@@ -65,24 +65,31 @@ def attention_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys, and of the values as each member of the pair sees them, (J, P, H, D).
 
-    In whatever layout the kernels leave them.
+    All as if what comes back were the same for every member: those of a second one, which is taken off the first, are
+    of the other sign. In whatever layout the kernels leave them.
     """
     starts, lengths, P = (q_start_S1, k_start_S1), (len(q_KPHD), len(k_JPHD)), q_KPHD.shape[1]
     v_JPHD = v_JHD[:, None].expand(-1, P, -1, -1)
-    if not _has_kernel(q_KPHD):
+    grad_KPHD = grad_KHD[:, None].expand(-1, P, -1, -1)
+    if not has_kernel(q_KPHD):
         return _math_backward(grad_KPHD, q_KPHD, k_JPHD, v_JPHD, out_KPHD, sums_PHK, *starts)
-    grad, q, k, v, out = (_heads_first(x) for x in (grad_KPHD.contiguous(), q_KPHD, k_JPHD, v_JPHD, out_KPHD))
+    q, k, v, out = (_heads_first(x) for x in (q_KPHD, k_JPHD, v_JPHD, out_KPHD))
+    alone = _clips(q_start_S1) == 1
+    if attention := cudnn_attention(q, k, v, False) if alone else _padded(q, k, v, *starts):
+        grad = _heads_first(grad_KHD.contiguous()[:, None].expand(-1, P, -1, -1))
+        given = grad, q, k, v, out, sums_PHK[..., None]
+        found = attention.backward(*given, None if alone else _length(q_start_S1))
+        return tuple(_tokens_first(value) for value in found)
+    # Torch has no kernel that reads one for both.
+    grad_KPHD = grad_KPHD.contiguous()
     # No dropout: nothing of a generator's state is read.
-    if _clips(q_start_S1) == 1:
+    if alone:
         state, sums = _no_state(q.device, torch.int64), sums_PHK[..., None]
         found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            grad, q, k, v, out, sums, state, state, None, None, None, *lengths, 0.0, False
+            _heads_first(grad_KPHD), q, k, v, out, sums, state, state, None, None, None, *lengths, 0.0, False
         )
         return tuple(_tokens_first(value) for value in found)
-    if padded := _padded(q, k, v, *starts):
-        found = padded.backward(grad, q, k, v, out, sums_PHK[..., None], _length(q_start_S1))
-        return tuple(_tokens_first(value) for value in found)
-    given = [x.flatten(1, 2) for x in (grad_KPHD.contiguous(), q_KPHD, k_JPHD, v_JPHD, out_KPHD)]
+    given = [x.flatten(1, 2) for x in (grad_KPHD, q_KPHD, k_JPHD, v_JPHD, out_KPHD)]
     state = _no_state(q.device, torch.uint64)
     found = torch.ops.aten._flash_attention_backward(
         *given, sums_PHK.flatten(0, 1), *starts, *lengths, 0.0, False, state, state
@@ -90,7 +97,7 @@ def attention_gradients(
     return tuple(value.unflatten(1, (P, -1)) for value in found)
 
 
-def _attend_backward_shapes(grad_KPHD, q_KPHD, k_JPHD, v_JHD, out_KPHD, sums_PHK, q_start_S1, k_start_S1):
+def _attend_backward_shapes(grad_KHD, q_KPHD, k_JPHD, v_JHD, out_KPHD, sums_PHK, q_start_S1, k_start_S1):
     return tuple(x.new_empty(x.shape) for x in (q_KPHD, k_JPHD, k_JPHD))
 
 
@@ -112,26 +119,34 @@ class _VarlenAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, q_start, k_start):
         out, sums = torch.ops.sa3dist.varlen_attention(q, k, v, q_start, k_start)
         ctx.save_for_backward(q, k, v, out, sums, q_start, k_start)
-        return out
+        return difference(out)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_KPHD):
-        found = torch.ops.sa3dist.varlen_attention_backward(grad_KPHD, *ctx.saved_tensors)
-        # Outside the operation, so that the compiler adds where it needs the sum.
-        grad_q, grad_k, (grad_v, *second) = found[0], found[1], found[2].unbind(1)
-        return grad_q, grad_k, grad_v + second[0] if second else grad_v, None, None
+    def backward(ctx, grad_KHD):
+        found = torch.ops.sa3dist.varlen_attention_backward(grad_KHD, *ctx.saved_tensors)
+        # Outside the operation, so that the compiler does it where the gradients are read.
+        signs_P11 = (1 - 2 * torch.arange(found[0].shape[1], device=grad_KHD.device))[:, None, None]
+        grad_q, grad_k = (value * signs_P11.to(value.dtype) for value in found[:2])
+        return grad_q, grad_k, difference(found[2]), None, None
 
 
 def varlen_attention(q_KPHD: Tensor, k_JPHD: Tensor, v_JHD: Tensor, q_start_S1: Tensor, k_start_S1: Tensor) -> Tensor:
-    """Attention of every clip's queries to its own keys, of each member of a pair, (K, P, H, D); scale 1 / sqrt(D).
+    """Attention of every clip's queries to its own keys, (K, H, D): of a differential pair that of the first member
+    less that of the second. The scale is 1 / sqrt(D).
 
     v_JHD                    the values that the members share
     q_start_S1, k_start_S1   int32, on the device: where each clip's queries and keys begin, and where the last ends.
-                             A clip may be empty on both sides. Of two clips the second is a filling: its output and
-                             what comes back for it may be anything, NaN included
+                             A clip may be empty on both sides. Of two clips the second is a filling: its output may be
+                             anything, NaN included; where ``has_kernel``, what comes back for it may be, too
     """
     return _VarlenAttention.apply(q_KPHD, k_JPHD, v_JHD, q_start_S1, k_start_S1)
+
+
+def difference(x_KPHD: Tensor) -> Tensor:
+    """The first member of a pair less the second, or the only one; (K, H, D)."""
+    first_KHD, *second = x_KPHD.unbind(1)
+    return first_KHD - second[0] if second else first_KHD
 
 
 def _clips(start_S1: Tensor) -> int:
@@ -142,14 +157,15 @@ def _clips(start_S1: Tensor) -> int:
 def _padded(q, k, v, q_start_S1: Tensor, k_start_S1: Tensor):
     """cuDNN's kernels for one clip and the filling behind it; None for others, and where they cannot be had."""
     own = q_start_S1 is k_start_S1 or q_start_S1.data_ptr() == k_start_S1.data_ptr()
-    return padded_attention(q, k, v) if own and _clips(q_start_S1) == 2 else None
+    return cudnn_attention(q, k, v, True) if own and _clips(q_start_S1) == 2 else None
 
 
 def _length(start_S1: Tensor) -> Tensor:
     return start_S1[1:2]
 
 
-def _has_kernel(q: Tensor) -> bool:
+def has_kernel(q: Tensor) -> bool:
+    """Whether a kernel computes attention of these, and not torch's products over whole matrices."""
     return q.is_cuda and q.dtype.itemsize == 2
 
 

@@ -1,9 +1,10 @@
-"""Attention of one clip that does not fill its list of tokens, by cuDNN: it stops where the clip ends.
+"""cuDNN's attention where torch's own way to it lacks a call, through NVIDIA's Python package.
 
-The length is read on the device. Torch's own way to cuDNN has no such call, so this goes through NVIDIA's Python
-package. Graphs are built once for each number of tokens.
+One is for a clip that does not fill its list of tokens: it stops where the clip ends, a length that is read on the
+device. The other is a backward pass that reads one gradient for both members of a pair: torch would copy it for each.
+Graphs are built once for each number of tokens.
 
-Legend: B batch (members of a differential pair), H heads, K tokens, D head width.
+Legend: B batch (members of a differential pair), H heads, K query tokens, J key tokens, D head width.
 """
 
 import functools
@@ -20,35 +21,43 @@ log = logging.getLogger(__name__)
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-class PaddedAttention:
+class CudnnAttention:
     """Forward and backward pass for one layout of queries, keys and values.
 
-    Whatever the tensors hold behind the clip's end is not read, and what is given back there is not defined.
+    Padded, whatever the tensors hold behind the clip's end is not read, and what is given back there is not defined.
     """
 
-    def __init__(self, q: Layout, k: Layout, v: Layout, dtype: torch.dtype, device: torch.device) -> None:
-        """q, k, v: shape and strides of (B, H, K, D) each. Raises what cuDNN raises where it has no such kernel."""
+    def __init__(self, q: Layout, k: Layout, v: Layout, padded: bool, dtype: torch.dtype, device: torch.device) -> None:
+        """q, k, v: shape and strides of (B, H, K, D), (B, H, J, D) and (B, H, J, D).
+
+        padded   whether the clip may end ahead of K, which is J then. If not, there is no forward pass: torch has it
+
+        Raises what cuDNN raises where it has no such kernel.
+        """
         batch, heads, tokens, width = q[0]
-        # As the network has them: token after token.
-        self._made: Layout = q[0], (heads * width, width, batch * heads * width, 1)
-        self._sums: Layout = (batch, heads, tokens, 1), (heads * tokens, tokens, 1, 1)
+        made, made_of_keys = _tokens_first(q[0]), _tokens_first(k[0])
+        # One gradient for all members.
+        grad = q[0], (0, width, heads * width, 1)
+        sums: Layout = (batch, heads, tokens, 1), (heads * tokens, tokens, 1, 1)
         self._dtype, self._device = dtype, device
         given = {"q": q, "k": k, "v": v}
-        options = {"attn_scale": width**-0.5, "use_padding_mask": True}
+        options = {"attn_scale": width**-0.5} | ({"use_padding_mask": True} if padded else {})
 
         def forward(graph, inputs) -> dict[str, tuple[Any, Layout]]:
-            out, sums = graph.sdpa(**inputs, **options, generate_stats=True)
-            return {"out": (out, self._made), "sums": (sums, self._sums)}
+            out, sums_ = graph.sdpa(**inputs, **options, generate_stats=True)
+            return {"out": (out, made), "sums": (sums_, sums)}
 
         def backward(graph, inputs) -> dict[str, tuple[Any, Layout]]:
             inputs = {{"out": "o", "grad": "dO", "sums": "stats"}.get(name, name): x for name, x in inputs.items()}
             exact = torch.are_deterministic_algorithms_enabled()
             found = graph.sdpa_backward(**inputs, **options, use_deterministic_algorithm=exact)
-            return {name: (made, self._made) for name, made in zip(("dq", "dk", "dv"), found, strict=True)}
+            layouts = {"dq": made, "dk": made_of_keys, "dv": made_of_keys}
+            return {name: (made_, layout) for (name, layout), made_ in zip(layouts.items(), found, strict=True)}
 
-        self._forward = _Graph(given, forward, self._make, dtype, device)
-        back = {"out": self._made, "grad": self._made, "sums": self._sums}
-        self._backward = _Graph(given | back, backward, self._make, dtype, device)
+        if padded:
+            self._forward = _Graph(given, forward, self._make, padded, dtype, device)
+        back = {"out": made, "grad": grad, "sums": sums}
+        self._backward = _Graph(given | back, backward, self._make, padded, dtype, device)
 
     def _make(self, name: str, layout: Layout) -> Tensor:
         dtype = torch.float32 if name == "sums" else self._dtype
@@ -62,8 +71,12 @@ class PaddedAttention:
         made = self._forward(length_1, q=q, k=k, v=v)
         return made["out"], made["sums"]
 
-    def backward(self, grad, q, k, v, out, sums, length_1) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v."""
+    def backward(self, grad, q, k, v, out, sums, length_1: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v.
+
+        grad       (B, H, K, D), the same for all members: of stride 0 there
+        length_1   None where nothing is padded
+        """
         made = self._backward(length_1, q=q, k=k, v=v, out=out, grad=grad, sums=sums)
         return made["dq"], made["dk"], made["dv"]
 
@@ -71,7 +84,7 @@ class PaddedAttention:
 class _Graph:
     """One of cuDNN's graphs, ready to run on tensors of the layouts it was built for."""
 
-    def __init__(self, given: dict[str, Layout], operation: Callable, make: Callable, dtype, device) -> None:
+    def __init__(self, given: dict[str, Layout], operation: Callable, make: Callable, padded: bool, dtype, device):
         import cudnn
 
         kinds = cudnn.data_type
@@ -89,11 +102,12 @@ class _Graph:
             )
             for name, (shape, strides) in given.items()
         }
-        self._batch = given["q"][0][0]
-        self._length = graph.tensor(
-            name="length", dim=[self._batch, 1, 1, 1], stride=[1, 1, 1, 1], data_type=kinds.INT32
-        )
-        lengths = {"seq_len_q": self._length, "seq_len_kv": self._length}
+        self._batch, lengths = given["q"][0][0], {}
+        if padded:
+            self._length = graph.tensor(
+                name="length", dim=[self._batch, 1, 1, 1], stride=[1, 1, 1, 1], data_type=kinds.INT32
+            )
+            lengths = {"seq_len_q": self._length, "seq_len_kv": self._length}
         self._made = operation(graph, {**self._given, **lengths})
         for name, (made, (shape, strides)) in self._made.items():
             made.set_output(True).set_dim(list(shape)).set_stride(list(strides))
@@ -106,40 +120,49 @@ class _Graph:
         graph.build_plans()
         self._graph, self._workspace = graph, graph.get_workspace_size()
 
-    def __call__(self, length_1: Tensor, **given: Tensor) -> dict[str, Tensor]:
+    def __call__(self, length_1: Tensor | None, **given: Tensor) -> dict[str, Tensor]:
         import cudnn
 
         cudnn.set_stream(handle=self._handle, stream=torch.cuda.current_stream(self._device).cuda_stream)
         made = {name: self._make(name, layout) for name, (_, layout) in self._made.items()}
         tensors = {self._given[name]: value for name, value in given.items()}
         tensors |= {self._made[name][0]: value for name, value in made.items()}
-        tensors[self._length] = length_1.repeat(self._batch)
+        if length_1 is not None:
+            tensors[self._length] = length_1.repeat(self._batch)
         workspace = torch.empty(max(1, self._workspace), dtype=torch.uint8, device=self._device)
         self._graph.execute(tensors, workspace, handle=self._handle)
         return made
 
 
-def padded_attention(q: Tensor, k: Tensor, v: Tensor) -> PaddedAttention | None:
+def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, padded: bool) -> CudnnAttention | None:
     """The kernels for tensors laid out like these, (B, H, K, D) in 16 bits on CUDA; None where they cannot be had."""
-    return _built(*((tuple(x.shape), x.stride()) for x in (q, k, v)), q.dtype, q.device)
+    return _built(*((tuple(x.shape), x.stride()) for x in (q, k, v)), padded, q.dtype, q.device)
 
 
 @functools.cache
-def _built(q: Layout, k: Layout, v: Layout, dtype: torch.dtype, device: torch.device) -> PaddedAttention | None:
+def _built(
+    q: Layout, k: Layout, v: Layout, padded: bool, dtype: torch.dtype, device: torch.device
+) -> CudnnAttention | None:
     if importlib.util.find_spec("cudnn") is None:
         _say("the package nvidia-cudnn-frontend is not installed")
         return None
     try:
-        return PaddedAttention(q, k, v, dtype, device)
+        return CudnnAttention(q, k, v, padded, dtype, device)
     except Exception as problem:
-        # Whatever cuDNN says: torch's flash attention takes any layout.
+        # Whatever cuDNN says: torch has kernels for any layout.
         _say(str(problem).partition("\n")[0])
         return None
 
 
 @functools.cache
 def _say(why: str) -> None:
-    log.info("clips that do not fill their list of tokens take flash attention, which is slower than cuDNN's: %s", why)
+    log.info("attention takes torch's own kernels, which are slower than cuDNN's through its package: %s", why)
+
+
+def _tokens_first(shape: tuple[int, ...]) -> Layout:
+    """As the network has them: token after token."""
+    batch, heads, _, width = shape
+    return shape, (heads * width, width, batch * heads * width, 1)
 
 
 @functools.cache
