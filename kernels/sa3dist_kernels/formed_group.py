@@ -111,6 +111,8 @@ def interpreter_tiles(rank: int) -> Tiles:
 class Group:
     """The table of one group. All its tensors lie on one device and stay alive with it.
 
+    Trained tensors, gradients and bases that share a storage move only together; a weight may move alone.
+
     floats    float32 statistics; the base of every float32 offset
     product   W', L' and R' of all layers
     """
@@ -118,7 +120,7 @@ class Group:
     def __init__(self, specs: Sequence[FormedSpec], memory: torch.Tensor, tiles: Tiles) -> None:
         """memory: flat and in the format of the products; W', L' and R' of the layers fill it from its start."""
         self.tiles, self.product, self.specs = tiles, memory, list(specs)
-        self._watched = [tensor for spec in specs for tensor in spec.tensors()]
+        self._watched = _moving_apart(specs)
         self.kind: AdapterType = specs[0].kind
         self.rank: int = specs[0].rank
         self.device = specs[0].weight_OI.device
@@ -227,6 +229,16 @@ class Group:
             "core": [(at, down, across) for at in tallest for down in ranks for across in ranks],
         }
         self.programs = {name: sent(table, torch.int32, self.device) for name, table in programs.items()}
+
+
+def _moving_apart(specs: Sequence[FormedSpec]) -> list[torch.Tensor]:
+    """The tensors whose addresses tell where all are: every weight, and of the others one for each storage.
+
+    To ask for a thousand addresses takes the host longer than to launch what they are for.
+    """
+    others = [tensor for spec in specs for tensor in spec.tensors()[1:]]
+    by_storage = {tensor.untyped_storage().data_ptr(): tensor for tensor in reversed(others)}
+    return [*(spec.weight_OI for spec in specs), *by_storage.values()]
 
 
 def alignment(spec) -> tuple:

@@ -12,7 +12,7 @@ from sa3dist_kernels import finish, form
 from sa3dist_kernels.column_sweep import column_sweep_kernel
 from sa3dist_kernels.formed_group import ColumnTile, Group, RowTile, Tiles, alignment, default_tiles, interpreter_tiles
 from sa3dist_kernels.formed_spec import FormedSpec, formed_layer
-from sa3dist_kernels.triton_support import check_triton, interpreting, loop_end
+from sa3dist_kernels.triton_support import check_triton, interpreting, launch, loop_end
 
 
 class TritonForms:
@@ -48,8 +48,8 @@ class TritonForms:
             group.refresh()
             if make_plan not in group.plans:
                 group.plans[make_plan] = make_plan(group)
-            for launch in group.plans[make_plan]:
-                launch.run()
+            for planned in group.plans[make_plan]:
+                planned.run()
 
 
 def form_plan(group: Group) -> list[Launch]:
@@ -88,13 +88,19 @@ def finish_plan(group: Group) -> list[Launch]:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
+    """One launch of a plan, which is made anew whenever an address in it changes.
+
+    kept   the compiled kernel, from the first run on
+    """
+
     name: str
     kernel: Any
     programs: torch.Tensor
     arguments: dict[str, Any]
+    kept: dict = dataclasses.field(default_factory=dict)
 
     def run(self) -> None:
-        self.kernel[(self.programs.shape[0],)](**self.arguments)
+        launch(self.kernel, (self.programs.shape[0],), self.arguments, self.kept)
 
 
 class _Plan:

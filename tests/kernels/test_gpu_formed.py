@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from sa3dist_kernels import ADAPTER_TYPES
+from sa3dist_kernels.formed_weights import FormedWeights
 
 import sa3dist
 from sa3dist.adapters import adapter_parameters, attach_adapter
@@ -25,7 +26,7 @@ from tests.helpers.recorded_step import StepSettings, recorded_batch, shifted
 pytest.importorskip("triton")
 from sa3dist_kernels import raw_sums, triton_support  # noqa: E402
 
-from tests.helpers.formed_layers import check_layers  # noqa: E402
+from tests.helpers.formed_layers import check_formed, check_gradients, check_layers, make_cases  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -65,6 +66,31 @@ def off_alignment(value):
     """The same values, one element behind where memory begins."""
     room = value.new_empty(value.numel() + 1)[1:].view(value.shape)
     return room.copy_(value)
+
+
+@pytest.mark.parametrize("name", ["dora-rows", "bora", "bora-xs"])
+def test_launches_are_right_again_on_other_values_and_where_a_weight_has_moved(name, device):
+    sizes = [(128, 256), (300, 48)] if device.type == "cuda" else [(16, 32), (23, 19)]
+    cases, _ = make_cases(ADAPTER_TYPES[name], sizes, 3, device=device)
+    formed = FormedWeights([case.spec for case in cases], torch.float32, implementation(device))
+
+    def check():
+        formed.form()
+        check_formed(cases, formed, torch.float32)
+        for case in cases:
+            case.load(case.sums())
+        formed.finish()
+        check_gradients(cases)
+
+    check()
+    for case in cases:
+        for value in case.spec.params.values():
+            value.mul_(1.25)
+    check()
+    # To another alignment: the kernels chosen before could not read it.
+    weight = cases[-1].spec.weight_OI
+    weight.set_(off_alignment(weight))
+    check()
 
 
 @FORMATS
