@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import triton
-from sa3dist_kernels import ADAPTER_TYPES, qkv_gradient, sums_kernels
+from sa3dist_kernels import ADAPTER_TYPES, qkv_gradient, queries_and_keys, sums_kernels
 from sa3dist_kernels.formed_group import Group, default_tiles
 from sa3dist_kernels.formed_launch import finish_plan, form_plan
 from sa3dist_kernels.formed_spec import FormedSpec, product_elements
@@ -91,10 +91,11 @@ def sums_variants(dtype: str, rank: int):
 
 
 def qkv_variants(dtype: str):
-    """Likewise of the gradient of queries, keys and values: the released models' heads, of a pair and alone."""
+    """Likewise of queries and keys, and of their gradient: the released models' heads, of a pair and alone."""
     for pairs, heads in ((2, 24), (1, 16)):
         given = {"H": heads, "D": 64, "P": pairs, "HALF": 16, "BLOCK_K": BLOCK_K, "BLOCK_H": BLOCK_H, "BLOCK_D": 64}
-        yield f"{heads} heads, pairs of {pairs}", qkv_gradient._qkv_gradient_kernel, given, {"num_warps": 4}, 1
+        for kernel in (queries_and_keys._queries_and_keys_kernel, qkv_gradient._qkv_gradient_kernel):
+            yield f"{heads} heads, pairs of {pairs}", kernel, given, {"num_warps": 4}, 1
 
 
 # Of the raw sums: tensors of each layer, and others.
@@ -107,8 +108,8 @@ def signature(kernel, dtype: str, layers: int) -> dict[str, str | tuple[str, ...
     """Type of every argument."""
     if "floats" in kernel.arg_names:
         return {name: FORMED_TYPES.get(name, f"*{dtype}") for name in kernel.arg_names}
-    if "is_clips" in kernel.arg_names:
-        narrow = ("grad_q", "grad_k", "grad_v", "x", "gamma_q", "gamma_k", "out")
+    if "gamma_q" in kernel.arg_names:
+        narrow = ("grad_q", "grad_k", "grad_v", "x", "gamma_q", "gamma_k", "out", "out_q", "out_k")
         others = {"cos": "*fp32", "sin": "*fp32", "is_clips": "*i1", "eps": "fp32"} | dict.fromkeys(narrow, f"*{dtype}")
         return {name: others.get(name, "i32") for name in kernel.arg_names}
     of_layers = dict.fromkeys(OF_LAYERS, (f"*{dtype}",) * layers)

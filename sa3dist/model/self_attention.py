@@ -1,8 +1,9 @@
 """Self-attention from the packed projection on: norm and rotation of queries and keys, attention, and their gradient.
 
-The gradient of all of it is one operator, opaque to torch.compile: what cuDNN gives back is read where it lies, in any
-layout, and turned into the projection's gradient in one pass (``qkv_gradient``). Left to the compiler that were a copy
-of the values' gradient and two kernels with float32 values between them.
+On a GPU queries and keys are made by a kernel of their own. The gradient of all of it is one operator, opaque to
+torch.compile: what cuDNN gives back is read where it lies, in any layout, and turned into the projection's gradient in
+one pass (``qkv_gradient``). Left to the compiler that were a copy of the values' gradient and two kernels with float32
+values between them.
 
 Legend: K tokens, S parts of the projection, P members of a pair, H heads, D head width, C clips.
 """
@@ -13,6 +14,7 @@ import logging
 import torch
 from sa3dist_kernels.operations import define
 from sa3dist_kernels.qkv_gradient import HeadNorm, qkv_gradient, qkv_gradient_reference
+from sa3dist_kernels.queries_and_keys import queries_and_keys, queries_and_keys_reference
 from torch import Tensor
 
 from sa3dist.model.blocks import rotate
@@ -20,7 +22,9 @@ from sa3dist.model.varlen_attention import attention_gradients, difference
 
 log = logging.getLogger(__name__)
 
-# How far the kernel may be from plain torch, relative L2: some roundings of either format.
+# Whether queries and keys are made by our kernel on a GPU, or by the compiler's.
+OWN_KERNEL = True
+# How far a kernel may be from plain torch, relative L2: some roundings of either format.
 LIMITS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
@@ -39,12 +43,15 @@ def self_attention(qkv_KSHD: Tensor, norm: HeadNorm, is_clips_K: Tensor, start_C
 class _SelfAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv_KSHD, gamma_q_D, gamma_k_D, cos_KD, sin_KD, is_clips_K, start_C1, eps, half):
-        q, k = (
-            rotate(
-                torch.nn.functional.rms_norm(qkv_KSHD[:, part::3], gamma.shape, gamma, eps), cos_KD, sin_KD, half
-            ).to(qkv_KSHD.dtype)
-            for part, gamma in ((0, gamma_q_D), (1, gamma_k_D))
-        )
+        if qkv_KSHD.is_cuda and OWN_KERNEL:
+            q, k = torch.ops.sa3dist.queries_and_keys(qkv_KSHD, gamma_q_D, gamma_k_D, cos_KD, sin_KD, eps, half)
+        else:
+            q, k = (
+                rotate(
+                    torch.nn.functional.rms_norm(qkv_KSHD[:, part::3], gamma.shape, gamma, eps), cos_KD, sin_KD, half
+                ).to(qkv_KSHD.dtype)
+                for part, gamma in ((0, gamma_q_D), (1, gamma_k_D))
+            )
         out, sums = torch.ops.sa3dist.varlen_attention(q, k, qkv_KSHD[:, 2], start_C1, start_C1)
         ctx.save_for_backward(q, k, qkv_KSHD, out, sums, gamma_q_D, gamma_k_D, cos_KD, sin_KD, is_clips_K, start_C1)
         ctx.eps, ctx.half = eps, half
@@ -78,11 +85,28 @@ define(
 )
 
 
+def _queries_and_keys(qkv_KSHD, gamma_q_D, gamma_k_D, cos_KD, sin_KD, eps: float, half: int) -> tuple[Tensor, Tensor]:
+    return queries_and_keys(qkv_KSHD, HeadNorm(gamma_q_D, gamma_k_D, eps, cos_KD, sin_KD, half))
+
+
+def _queries_and_keys_shapes(qkv_KSHD, *_) -> tuple[Tensor, Tensor]:
+    K, S, H, D = qkv_KSHD.shape
+    return qkv_KSHD.new_empty(K, S // 2, H, D), qkv_KSHD.new_empty(K, S // 2, H, D)
+
+
+define(
+    "queries_and_keys(Tensor qkv, Tensor gamma_q, Tensor gamma_k, Tensor cos, Tensor sin, float eps, int half)"
+    " -> (Tensor, Tensor)",
+    _queries_and_keys,
+    _queries_and_keys_shapes,
+)
+
+
 @functools.cache
 def kernel_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the gradient's kernel runs on ``device`` and agrees with torch; if not, the log says why.
+    """Whether the kernels run on ``device`` and agree with torch; if not, the log says why.
 
-    On a CPU it is torch itself.
+    On a CPU they are torch itself.
     """
     if device.type == "cpu":
         return True
@@ -93,16 +117,23 @@ def kernel_works(device: torch.device, dtype: torch.dtype) -> bool:
     norm = HeadNorm(
         *(random(D).to(device, dtype) for _ in range(2)), 1e-6, *(random(K, D).to(device) for _ in range(2)), half
     )
-    given = grads, random(K, 2 * P + 1, H, D).to(device, dtype), norm, torch.arange(K, device=device) < K - 2
+    x, is_clips = random(K, 2 * P + 1, H, D).to(device, dtype), torch.arange(K, device=device) < K - 2
     try:
-        found, wanted = qkv_gradient(*given).float(), qkv_gradient_reference(*given).float()
-        error = float((found - wanted).norm() / wanted.norm())
+        found = *queries_and_keys(x, norm), qkv_gradient(grads, x, norm, is_clips)
+        wanted = *queries_and_keys_reference(x, norm), qkv_gradient_reference(grads, x, norm, is_clips)
+        errors = [
+            float((ours.float() - theirs.float()).norm() / theirs.float().norm())
+            for ours, theirs in zip(found, wanted, strict=True)
+        ]
     except Exception as problem:
         # Whatever a compiler or driver raises: the compiler's own kernels do the same.
-        log.warning("gradients of queries and keys: by the compiler's kernels, because ours failed: %s", problem)
+        log.warning(
+            "queries and keys, and their gradients: by the compiler's kernels, because ours failed: %s", problem
+        )
         return False
     # Not "error > limit": that is false for a NaN.
-    if not error <= LIMITS[dtype]:
-        log.warning("gradients of queries and keys: by the compiler's kernels; ours are %.1e from torch's", error)
+    if not all(error <= LIMITS[dtype] for error in errors):
+        worst = max(errors)
+        log.warning("queries, keys and their gradients: by the compiler's kernels; ours are %.1e off", worst)
         return False
     return True

@@ -1,4 +1,4 @@
-"""The packed projection's gradient in Triton's interpreter, against autograd in float64."""
+"""Queries and keys of the packed projection, and its gradient, in Triton's interpreter, against float64."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from tests.helpers.layer_cases import relative_error
 pytest.importorskip("triton")
 from sa3dist_kernels import triton_support  # noqa: E402
 from sa3dist_kernels.qkv_gradient import HeadNorm, qkv_gradient  # noqa: E402
+from sa3dist_kernels.queries_and_keys import queries_and_keys  # noqa: E402
 
 needs_interpreter = pytest.mark.skipif(
     not triton_support.interpreting(), reason="Triton was imported without its interpreter"
@@ -38,16 +39,32 @@ def case(pairs, tokens=11, heads=3, width=24, half=8, dtype=torch.float32):
     return tuple(grads), x, HeadNorm(normal(width), normal(width), EPS, cos, sin, half)
 
 
-def by_autograd(grads, x, norm):
-    x = x.double().requires_grad_()
-    made = [
+def in_float64(x, norm):
+    return [
         rotate(F.rms_norm(x[:, part::3], gamma.shape, gamma.double(), EPS), *norm[3:])
         for part, gamma in ((0, norm.gamma_q_D), (1, norm.gamma_k_D))
     ]
+
+
+def by_autograd(grads, x, norm):
+    x = x.double().requires_grad_()
+    made = in_float64(x, norm)
     made.append(x[:, 2:3].expand_as(grads[2]))
     # The second member's attention is taken off the first's.
     signs = torch.tensor([1, -1][: x.shape[1] // 2])[:, None, None]
     return torch.autograd.grad(made, x, [grad.double() * signs for grad in grads])[0]
+
+
+@pytest.mark.parametrize("pairs", [1, 2])
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_interpreter)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_queries_and_keys_are_normed_and_rotated_heads(pairs, impl, dtype):
+    _, x, norm = case(pairs, dtype=dtype)
+    found = queries_and_keys(x, norm, impl)
+    for ours, exact in zip(found, in_float64(x.double(), norm), strict=True):
+        assert ours.dtype == dtype
+        assert ours.is_contiguous()
+        assert relative_error(ours.double(), exact) < 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("pairs", [1, 2])
