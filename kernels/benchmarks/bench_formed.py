@@ -118,32 +118,33 @@ def measured(formed: FormedWeights, options, device: torch.device) -> dict[str, 
 
 
 def candidates(rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
-    """(what, tiles): the default, then one thing changed at a time."""
-    from sa3dist_kernels.formed_group import default_tiles
+    """(what, tiles): the default, rows kept in registers, then one thing changed at a time."""
+    from sa3dist_kernels.formed_blocks import KeptTile, default_tiles
 
     base = default_tiles(rank, dtype)
     yield "default", base
+    if dtype == torch.bfloat16 and rank <= base.rank_step == 16:
+        for kept, rest in (
+            (KeptTile(), {}),
+            (KeptTile(block_o=32, splits=8), {}),
+            (KeptTile(), {"splits": 8, "registers": 128}),
+            (KeptTile(), {"block_o": 16, "block_j": 64}),
+        ):
+            rows_ = dataclasses.replace(base.form_rows, **rest)
+            what = f"{kept.block_o} rows kept by {kept.splits} warps, the others {rest}"
+            yield what, dataclasses.replace(base, form_kept=kept, form_rows=rows_)
     for change in (
         {"registers": 128},
-        {"registers": None},
-        {"stages": 1},
         {"stages": 2},
-        {"stages": 2, "registers": 128},
         {"stages": 4},
-        {"stages": 4, "registers": 128},
         {"right_vector": 2},
-        {"right_vector": 2, "stages": 2},
-        {"block_o": 16, "block_j": 64},
-        {"block_o": 16, "block_j": 64, "registers": 128},
         {"splits": 8, "registers": 128},
-        {"splits": 2, "block_j": 64, "registers": None},
     ):
         tile = dataclasses.replace(base.form_rows, **change)
         yield f"rows {change}", dataclasses.replace(base, form_rows=tile, finish_rows=tile)
     for change in (
         {"block_i": 128},
         {"block_i": 256},
-        {"stages": 2},
         {"stages": 4},
         {"block_o": 64, "warps": 8},
     ):
@@ -151,7 +152,7 @@ def candidates(rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
             side: dataclasses.replace(getattr(base, side), **change) for side in ("form_columns", "finish_columns")
         }
         yield f"columns {change}", dataclasses.replace(base, **columns)
-    for most in (1024, 2048, 12288):
+    for most in (2048, 12288):
         yield f"most_rows {most}", dataclasses.replace(base, most_rows=most)
 
 

@@ -9,6 +9,7 @@ Exit code 1 when a kernel does not compile, spills, or takes more shared memory 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import re
 import subprocess
@@ -19,7 +20,8 @@ from pathlib import Path
 import torch
 import triton
 from sa3dist_kernels import ADAPTER_TYPES, qkv_gradient, queries_and_keys, sums_kernels
-from sa3dist_kernels.formed_group import Group, default_tiles
+from sa3dist_kernels.formed_blocks import KeptTile, default_tiles
+from sa3dist_kernels.formed_group import Group
 from sa3dist_kernels.formed_launch import finish_plan, form_plan
 from sa3dist_kernels.formed_spec import FormedSpec, product_elements
 from sa3dist_kernels.qkv_gradient import BLOCK_H, BLOCK_K
@@ -46,7 +48,11 @@ def formed_variants(dtype: str, rank: int):
         spec = FormedSpec(weight, params, params, kind, 1.0, *bases)
         memory = torch.empty(product_elements([spec]), dtype=product, device="meta")
         group = Group([spec], memory, default_tiles(rank, product))
-        for phase, plan in (("form", form_plan(group)), ("finish", finish_plan(group))):
+        plans = [("form", form_plan(group)), ("finish", finish_plan(group))]
+        if dtype == "bf16" and rank <= group.tiles.rank_step == 16:
+            kept = dataclasses.replace(group.tiles, form_kept=KeptTile())
+            plans.append(("form", form_plan(Group([spec], memory, kept))))
+        for phase, plan in plans:
             for launch in plan:
                 given = dict(launch.arguments)
                 options = {key: given.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in given}

@@ -8,8 +8,9 @@ g, h are 1 where a type does not scale that side; g~, h~ are kept from zero (``f
 what FINISH needs: g, n, h, c, V R^T (V Q for -xs) where rows are scaled, E = (diag(g^2) L)^T V where columns
 are.
 
-rows      a program has a block of rows: norms and V R^T in one pass over the columns, W' in a second one that finds the
-          rows in the cache. Where columns are scaled too, W' waits for them and is written by a launch of its own.
+rows      a program has a block of rows: norms and V R^T in one pass over the columns, W' in a second one; or it keeps
+          the rows (``form_kept.py``). Where columns are scaled too, W' waits for them and is written by a launch of its
+          own.
 columns   a program has a block of columns and a span of rows; ``close`` adds the spans up in a fixed order.
 
 Legend: O fan_out, I fan_in, R rank.
@@ -105,25 +106,13 @@ def _write(
     BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr, SPLITS: tl.constexpr, RANK_STEP: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """W' and L' of a block of rows, and this block's share of R' where the columns are not scaled."""
+    """W' of a block of rows, L' and R'."""
     weight_rows = weight + field(layers, layer, WEIGHT, WIDE_W) + rows * I
     formed_rows = product + field(layers, layer, FORMED, 16) + rows * I
     left, right = floats + field(layers, layer, LEFT, WIDE_R), floats + field(layers, layer, RIGHT, WIDE_R)
-    for first in range(0, R, RANK_STEP):
-        rank = first + tl.arange(0, RANK_STEP)
-        some = left_tile(left, rows, rows_ok, first, R, RANK_STEP) * gain[:, None]
-        place = product + field(layers, layer, LEFT_OUT, 16) + rows[:, None] * R + rank[None, :]
-        tl.store(place, some.to(product.dtype.element_ty), mask=rows_ok[:, None] & (rank < R)[None, :])
+    write_left(product, layers, layer, left, rows, rows_ok, gain, R, RANK_STEP)
     if not COLS and not XS:
-        begin = block * BLOCK_J
-        while begin < I:
-            cols = begin + tl.arange(0, BLOCK_J)
-            for first in range(0, R, RANK_STEP):
-                rank = first + tl.arange(0, RANK_STEP)
-                part = right_tile(right, cols, cols < I, first, I, R, RANK_STEP).to(product.dtype.element_ty)
-                place = product + field(layers, layer, RIGHT_OUT, 16) + rank[:, None].to(tl.int64) * I + cols[None, :]
-                tl.store(place, part, mask=(rank < R)[:, None] & (cols < I)[None, :])
-            begin += tl.cdiv(O, BLOCK_O).to(tl.int32) * BLOCK_J
+        write_right(product, layers, layer, right, block, O, I, R, BLOCK_O, BLOCK_J, RANK_STEP)
     held = split_left(scale * left_tile(left, rows, rows_ok, 0, R, RANK_STEP), SPLITS, BLOCK_O, RANK_STEP)
     places = tl.arange(0, SPLITS)[:, None] * BLOCK_J + tl.arange(0, BLOCK_J)[None, :]
     width = I.to(tl.int32)
@@ -143,6 +132,33 @@ def _write(
         mask = rows_ok[None, :, None] & cols_ok[:, None, :]
         place = formed_rows[None, :, None] + cols[:, None, :]
         tl.store(place, v.to(product.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit
+def write_left(product, layers, layer, left, rows, rows_ok, gain, R: tl.constexpr, RANK_STEP: tl.constexpr):
+    """L' of a block of rows."""
+    for first in range(0, R, RANK_STEP):
+        rank = first + tl.arange(0, RANK_STEP)
+        some = left_tile(left, rows, rows_ok, first, R, RANK_STEP) * gain[:, None]
+        place = product + field(layers, layer, LEFT_OUT, 16) + rows[:, None] * R + rank[None, :]
+        tl.store(place, some.to(product.dtype.element_ty), mask=rows_ok[:, None] & (rank < R)[None, :])
+
+
+@triton.jit
+def write_right(
+    product, layers, layer, right, block, O, I, R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
+    RANK_STEP: tl.constexpr,
+):  # fmt: skip
+    """The share of R' that a block of rows writes where the columns are not scaled."""
+    begin = block * BLOCK_J
+    while begin < I:
+        cols = begin + tl.arange(0, BLOCK_J)
+        for first in range(0, R, RANK_STEP):
+            rank = first + tl.arange(0, RANK_STEP)
+            part = right_tile(right, cols, cols < I, first, I, R, RANK_STEP).to(product.dtype.element_ty)
+            place = product + field(layers, layer, RIGHT_OUT, 16) + rank[:, None].to(tl.int64) * I + cols[None, :]
+            tl.store(place, part, mask=(rank < R)[:, None] & (cols < I)[None, :])
+        begin += tl.cdiv(O, BLOCK_O).to(tl.int32) * BLOCK_J
 
 
 @triton.jit

@@ -1,111 +1,26 @@
-"""The tables of one group of layers: offsets of their tensors, the block of every program, and the block sizes.
+"""The tables of one group of layers: offsets of their tensors, and the block of every program.
 
 A group is what one launch serves: layers of any shapes whose frozen weights have one format and one alignment.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import collections
 from collections.abc import Iterable, Sequence
 
 import torch
 import triton
 
 from sa3dist_kernels.adapter_types import AdapterType
+from sa3dist_kernels.formed_blocks import Tiles
 from sa3dist_kernels.formed_spec import ALIGNED, FormedSpec, aligned, product_sizes
 from sa3dist_kernels.formed_tiles import FIELDS
-from sa3dist_kernels.triton_support import LEAST_BLOCK, interpreting, sent
+from sa3dist_kernels.triton_support import interpreting, sent
 
 # Bytes of the longest vector a thread loads.
 VECTOR_BYTES = 16
 # Rows of one column program: its sums, which it writes, are as many numbers as a few dozen rows.
 LEAST_ROWS = 256
-# Three row programs for each of an H100's 132 multiprocessors.
-FEWEST_BLOCKS = 396
-
-
-@dataclasses.dataclass(frozen=True)
-class RowTile:
-    """A row program: a block of rows, ``splits`` warps with ``block_j`` columns each.
-
-    registers     of a thread, at most: with 168 three programs of four warps share a multiprocessor, and the rows they
-                  read twice stay in the second-level cache
-    right_vector  elements of R that a thread loads at once: 8 bytes come through the first-level cache, which then
-                  keeps R for all programs of a multiprocessor; 16 bytes go past it
-    """
-
-    block_o: int
-    block_j: int
-    splits: int
-    stages: int = 2
-    registers: int | None = 168
-    right_vector: int = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class ColumnTile:
-    """A column program: ``block_i`` columns, steps of ``block_o`` rows."""
-
-    block_o: int
-    block_i: int
-    warps: int = 4
-    stages: int = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """Blocks of all kernels.
-
-    rank_step       part of the rank held at once
-    close           columns of a closing program
-    core            rows and columns that the sums of dM step by
-    most_rows       rows of one column program: at most, so that the longest is a small part of the launch
-    least_programs  that a column launch should have, by shorter spans of rows: four to each of an H100's 132
-                    multiprocessors
-    """
-
-    rank_step: int
-    form_rows: RowTile
-    finish_rows: RowTile
-    form_columns: ColumnTile
-    finish_columns: ColumnTile
-    close: int = 128
-    core: int = 64
-    most_rows: int = 4096
-    least_programs: int = 528
-
-
-def default_tiles(rank: int, product: torch.dtype, rows: int = 1 << 30) -> Tiles:
-    """Tiles for an H100, none of which spills registers (``compile_kernels.py`` shows it).
-
-    rows   of all layers: where they are few, as of a single layer, blocks are smaller, so that all the chip is used
-    """
-    step = min(triton.next_power_of_2(max(rank, LEAST_BLOCK)), 64)
-    if product == torch.float32:
-        rows, columns = RowTile(16, 32 if rank <= 32 else 16, 4, registers=None), ColumnTile(16, 64)
-        return Tiles(min(step, 32), rows, rows, columns, columns, close=64, core=32)
-    if step == 64:
-        # R of a layer exceeds the first-level cache anyway.
-        past = {"registers": None, "right_vector": 4}
-        if rank <= step:
-            blocks = RowTile(32, 16, 4, **past), RowTile(16, 32, 4, stages=3, **past)
-        else:
-            blocks = RowTile(16, 16, 4, **past), RowTile(16, 16, 2, **past)
-        return Tiles(step, *blocks, *(ColumnTile(32, 64),) * 2, close=32, core=32)
-    columns = ColumnTile(32, 128), ColumnTile(32, 256)
-    if step == 32 or product == torch.float16:
-        tile = RowTile(32, 32, 4, registers=None)
-        return Tiles(step, tile, dataclasses.replace(tile, block_o=512 // step), *columns)
-    # Two tiles under way behind the one in work: one would hide the memory's latency but barely.
-    tile = RowTile(32 if rows >= 32 * FEWEST_BLOCKS else 16, 32, 4, stages=3, right_vector=4)
-    return Tiles(step, tile, tile, *columns)
-
-
-def interpreter_tiles(rank: int) -> Tiles:
-    """Small ones, with several steps of the rank and spans of rows already in small layers."""
-    step = min(triton.next_power_of_2(max(rank, LEAST_BLOCK)), 32 if rank <= 64 else 128)
-    rows, columns = RowTile(16, 16, 2), ColumnTile(16, 32)
-    return Tiles(step, rows, rows, columns, columns, close=32, core=16, most_rows=16, least_programs=0)
 
 
 class Group:
@@ -124,6 +39,7 @@ class Group:
         self.kind: AdapterType = specs[0].kind
         self.rank: int = specs[0].rank
         self.device = specs[0].weight_OI.device
+        self.kept_fan = self._kept_fan()
         self.span = self._span()
         self.splits = [triton.cdiv(spec.fan_out, self.span) for spec in specs]
         self.owned, count = _offsets([self._float_sizes(index, spec) for index, spec in enumerate(specs)])
@@ -180,6 +96,18 @@ class Group:
             span //= 2
         return span
 
+    def _kept_fan(self) -> int:
+        """The fan_in whose layers' rows are kept in registers, of those that fit the one with most numbers; 0: none."""
+        tile, fans = self.tiles.form_kept, collections.Counter()
+        # Of a weight in a longer format fewer rows would fit.
+        fitting = self.kind.rows and not self.kind.cols and self.rank <= self.tiles.rank_step
+        if tile is None or not fitting or self.weight_base().dtype != self.product.dtype:
+            return 0
+        for spec in self.specs:
+            if tile.fits(spec.fan_in) and _is_wide(spec):
+                fans[spec.fan_in] += spec.weight_OI.numel()
+        return max(fans, key=fans.__getitem__, default=0)
+
     def _float_sizes(self, index: int, spec) -> dict[str, int]:
         O, I, R = spec.fan_out, spec.fan_in, spec.rank
         sizes = {}
@@ -213,22 +141,25 @@ class Group:
         def blocks(size: int, block: int) -> range:
             return range(triton.cdiv(size, block))
 
-        def rows(block: int) -> list:
-            return [(at, b, 0) for at in by_width for b in blocks(specs[at].fan_out, block)]
+        def rows(block: int, of: Iterable[int] = by_width) -> list:
+            return [(at, b, 0) for at in of for b in blocks(specs[at].fan_out, block)]
 
         def columns(block: int) -> list:
             spans = [(at, split) for at in by_height for split in range(self.splits[at])]
             return [(at, b, split) for at, split in spans for b in blocks(specs[at].fan_in, block)]
 
+        kept = [at for at in by_width if specs[at].fan_in == self.kept_fan]
         programs = {
-            "form_rows": rows(tiles.form_rows.block_o),
+            "form_kept": rows(tiles.form_kept.block_o, kept) if kept else [],
+            "form_rows": rows(tiles.form_rows.block_o, [at for at in by_width if at not in kept]),
             "finish_rows": rows(tiles.finish_rows.block_o),
             "form_columns": columns(tiles.form_columns.block_i),
             "finish_columns": columns(tiles.finish_columns.block_i),
             "close": [(at, b, 0) for at in by_width for b in blocks(specs[at].fan_in, tiles.close)],
             "core": [(at, down, across) for at in tallest for down in ranks for across in ranks],
         }
-        self.programs = {name: sent(table, torch.int32, self.device) for name, table in programs.items()}
+        # Tables without a program are left out: nothing is launched for them.
+        self.programs = {name: sent(table, torch.int32, self.device) for name, table in programs.items() if table}
 
 
 def _moving_apart(specs: Sequence[FormedSpec]) -> list[torch.Tensor]:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from sa3dist_kernels import finish, form
+from sa3dist_kernels import finish, form, form_kept
 from sa3dist_kernels.column_sweep import column_sweep_kernel
-from sa3dist_kernels.formed_group import ColumnTile, Group, RowTile, Tiles, alignment, default_tiles, interpreter_tiles
+from sa3dist_kernels.formed_blocks import ColumnTile, KeptTile, RowTile, Tiles, default_tiles, interpreter_tiles
+from sa3dist_kernels.formed_group import Group, alignment
 from sa3dist_kernels.formed_spec import FormedSpec, formed_layer
 from sa3dist_kernels.triton_support import check_triton, interpreting, launch, loop_end
 
@@ -59,7 +60,9 @@ def form_plan(group: Group) -> list[Launch]:
     rows = plan.rows(tiles.form_rows) | flags
     if kind.xs:
         plan.add("core", form.form_core_kernel, "close", plan.close | plan.exact | {"COLS": kind.cols})
-    if kind.rows:
+    if "form_kept" in group.programs:
+        plan.add("kept rows", form_kept.form_kept_kernel, "form_kept", plan.kept(tiles.form_kept) | {"XS": kind.xs})
+    if kind.rows and "form_rows" in group.programs:
         plan.add("rows", form.form_rows_kernel, "form_rows", rows | {"NORMS": True, "WRITE": not kind.cols})
     if kind.cols:
         columns = plan.columns(tiles.form_columns) | {"ROWS": kind.rows, "SLOPED": False}
@@ -112,22 +115,27 @@ class _Plan:
         # As exact as the format of the products needs: TF32 has 10 bits beside bfloat16's 7 and float16's 10.
         self.precision = {"PRECISION": "ieee" if float32 else "tf32"}
         self.exact = {"PRECISION": "ieee" if float32 else "tf32x3"}
+        # bfloat16 has float32's range: the product that only the norms' gradient sees may take it.
+        self.narrow = {"NARROW": group.product.dtype == torch.bfloat16, "UPCAST": interpreting()}
         self.step = {"R": group.rank, "RANK_STEP": group.tiles.rank_step}
         self.ends = {"LOOP_I": group.most(spec.fan_in for spec in group.specs)}
         self.spans = {"LOOP_SPLITS": group.most(group.splits)}
-        narrow = self.step | _pick(group.widths, "WIDE_I", "WIDE_T") | {"num_warps": 4}
-        self.close = narrow | {"BLOCK_I": group.tiles.close}
-        self.core = narrow | self.exact | self.ends | {"BLOCK": group.tiles.core}
+        thin = self.step | _pick(group.widths, "WIDE_I", "WIDE_T") | {"num_warps": 4}
+        self.close = thin | {"BLOCK_I": group.tiles.close}
+        self.core = thin | self.exact | self.ends | {"BLOCK": group.tiles.core}
         self.core |= {"LOOP_O": group.most(spec.fan_out for spec in group.specs)}
 
     def rows(self, tile: RowTile) -> dict[str, Any]:
         widths = self.group.widths
         blocks = {"BLOCK_O": tile.block_o, "BLOCK_J": tile.block_j, "SPLITS": tile.splits, "STAGES": tile.stages}
-        # bfloat16 has float32's range: the product that only the norms' gradient sees may take it.
-        narrow = {"NARROW": self.group.product.dtype == torch.bfloat16, "UPCAST": interpreting()}
         wide = {"WIDE_R": min(widths["WIDE_T"], tile.right_vector)}
         launch = {"num_warps": tile.splits, "num_stages": 1, "maxnreg": tile.registers}
-        return self.step | widths | wide | self.precision | self.ends | blocks | narrow | launch
+        return self.step | widths | wide | self.precision | self.ends | blocks | self.narrow | launch
+
+    def kept(self, tile: KeptTile) -> dict[str, Any]:
+        blocks = {"BLOCK_O": tile.block_o, "SPLITS": tile.splits, "I": self.group.kept_fan}
+        launch = {"num_warps": tile.splits, "num_stages": 1}
+        return self.step | _pick(self.group.widths, "WIDE_W", "WIDE_T") | self.precision | blocks | self.narrow | launch
 
     def columns(self, tile: ColumnTile) -> dict[str, Any]:
         blocks = {"BLOCK_O": tile.block_o, "BLOCK_I": tile.block_i, "STAGES": tile.stages}

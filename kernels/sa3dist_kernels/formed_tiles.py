@@ -20,6 +20,9 @@ EPS = tl.constexpr(1e-12)
 # Least size of a gain that enters W': z / gain keeps its digits, and no rounding sees 2^-40 of an output.
 FLOOR = tl.constexpr(2.0**-40)
 
+# Columns of a warp's tile where rows are kept in registers (``form_kept.py``).
+KEPT_WIDTH = 32
+
 FIELDS = (
     "fan_out", "fan_in", "weight", "formed", "left_out", "right_out", "left", "right", "core", "basis",
     "row_magnitude", "col_magnitude", "grad_left", "grad_right", "grad_core", "grad_row", "grad_col",

@@ -20,7 +20,7 @@ from sa3dist_kernels.formed_spec import FormedLayer, FormedSpec, formed_layer, p
 from sa3dist_kernels.frozen_products import no_autocast
 
 if TYPE_CHECKING:
-    from sa3dist_kernels.formed_group import Tiles
+    from sa3dist_kernels.formed_blocks import Tiles
 
 
 class FormedWeights:

@@ -1,6 +1,7 @@
 """The benchmark of formed weights at tiny sizes: what it times is right, and it counts what the kernels move."""
 
 import argparse
+import dataclasses
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ pytest.importorskip("triton")
 import bench_formed  # noqa: E402
 from formed_bytes import finish_bytes, form_bytes  # noqa: E402
 from sa3dist_kernels import ADAPTER_TYPES, triton_support  # noqa: E402
-from sa3dist_kernels.formed_group import Group, default_tiles  # noqa: E402
+from sa3dist_kernels.formed_blocks import KeptTile, default_tiles  # noqa: E402
+from sa3dist_kernels.formed_group import Group  # noqa: E402
 from sa3dist_kernels.formed_spec import FormedSpec, product_elements  # noqa: E402
 
 
@@ -31,15 +33,21 @@ def test_every_other_tile_of_a_sweep_differs_from_the_default():
     assert all(other != tiles[0] for other in tiles[1:])
 
 
-@pytest.mark.parametrize("name", ADAPTER_TYPES)
-def test_bytes_moved_are_few_beside_the_reads_and_writes_of_whole_weights(name):
-    kind, rank, specs = ADAPTER_TYPES[name], 16, []
+def medium_specs(kind, rank):
+    specs = []
     for (fan_out, fan_in), count in bench_formed.MEDIUM.items():
         weight = torch.empty(fan_out, fan_in, dtype=torch.bfloat16, device="meta")
         shapes = kind.parameter_shapes(fan_out, fan_in, rank)
         params = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
         bases = [torch.empty(side, rank, device="meta") for side in (fan_out, fan_in)] if kind.xs else (None, None)
         specs += [FormedSpec(weight, params, params, kind, 1.0, *bases)] * count
+    return specs
+
+
+@pytest.mark.parametrize("name", ADAPTER_TYPES)
+def test_bytes_moved_are_few_beside_the_reads_and_writes_of_whole_weights(name):
+    kind, rank = ADAPTER_TYPES[name], 16
+    specs = medium_specs(kind, rank)
     memory = torch.empty(product_elements(specs), dtype=torch.bfloat16, device="meta")
     group = Group(specs, memory, default_tiles(rank, torch.bfloat16))
     weights = sum(spec.weight_OI.nbytes for spec in specs)
@@ -49,3 +57,19 @@ def test_bytes_moved_are_few_beside_the_reads_and_writes_of_whole_weights(name):
     # No more than W0 once; BoRA twice, and what is thin: the sums alone, in and out, are 4 % at this rank.
     reads = 2 if kind.computes_as(ADAPTER_TYPES["bora"]) else 1
     assert finish <= reads + 0.2
+
+
+@pytest.mark.parametrize(("name", "kept"), [("dora-rows", 1536), ("dora-rows-xs", 1536), ("bora", 0), ("lora", 0)])
+def test_rows_of_the_commonest_width_are_kept_and_every_row_has_one_program(name, kept):
+    specs = medium_specs(ADAPTER_TYPES[name], 16)
+    memory = torch.empty(product_elements(specs), dtype=torch.bfloat16, device="meta")
+    tiles = dataclasses.replace(default_tiles(16, torch.bfloat16), form_kept=KeptTile())
+    group = Group(specs, memory, tiles)
+    blocks = {"form_kept": tiles.form_kept.block_o, "form_rows": tiles.form_rows.block_o}
+    assert group.kept_fan == kept
+    programs = {block: len(group.programs[table]) for table, block in blocks.items() if table in group.programs}
+    expected = dict.fromkeys(programs, 0)
+    for spec in specs:
+        block = blocks["form_kept" if spec.fan_in == kept else "form_rows"]
+        expected[block] += -(-spec.fan_out // block)
+    assert programs == expected

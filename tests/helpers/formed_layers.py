@@ -156,10 +156,10 @@ def check_gradients(cases, dtype=torch.float32):
                     assert_close(got[at], expected[at], 8 * eps, f"{case.spec.kind.name} {name}[{at}]")
 
 
-def check_layers(kind, sizes, rank, product, impl, gradient=torch.float32, device=None):
+def check_layers(kind, sizes, rank, product, impl, gradient=torch.float32, device=None, tiles=None):
     """A step of several layers against float64; returns the flat gradient. ``gradient`` sets how close it must come."""
     cases, flat = make_cases(kind, sizes, rank, weight_dtype=product, device=device)
-    formed = FormedWeights([case.spec for case in cases], product, impl)
+    formed = FormedWeights([case.spec for case in cases], product, impl, tiles)
     formed.form()
     check_formed(cases, formed, product)
     for case in cases:

@@ -20,6 +20,7 @@ from tests.helpers.formed_layers import (
 
 pytest.importorskip("triton")
 from sa3dist_kernels import triton_support  # noqa: E402
+from sa3dist_kernels.formed_blocks import KeptTile, interpreter_tiles  # noqa: E402
 
 NINE = tuple(ADAPTER_TYPES)
 needs_interpreter = pytest.mark.skipif(
@@ -65,6 +66,19 @@ def test_any_rank_is_taken_in_steps(name, rank):
 @pytest.mark.usefixtures("nan_memory")
 def test_rank_256_is_taken():
     check_layers(ADAPTER_TYPES["dora-rows"], [(18, 17)], 256, torch.float32, "triton")
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("nan_memory")
+@pytest.mark.parametrize(
+    ("name", "rank", "product"),
+    [("dora-rows", 3, torch.float32), ("dora-rows-xs", 16, torch.float32), ("dora", 20, torch.bfloat16)],
+)
+def test_rows_that_are_kept_in_registers_are_formed_as_those_read_twice(name, rank, product):
+    tiles = dataclasses.replace(interpreter_tiles(rank), form_kept=KeptTile(16, 2))
+    # In two parts, 23 and 41 rows; (17, 64) would fit too, but fewer numbers have its width.
+    sizes = [(23, 128), (17, 64), (41, 128), (18, 19)]
+    check_layers(ADAPTER_TYPES[name], sizes, rank, product, "triton", gradient=product, tiles=tiles)
 
 
 @needs_interpreter
