@@ -87,6 +87,8 @@ def _encode(
     begin, whole = time.monotonic(), sum(piece.cost for piece in left)
     done, cost = held, 0.0
     update(done, seconds_left=math.inf if left else 0.0)
+    for piece in left:
+        piece.begin()
     loaded = prefetch(
         lambda piece: piece.load(),
         left,

@@ -3,9 +3,12 @@
 import contextlib
 import dataclasses
 import functools
+import importlib
 import os
 import re
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -22,6 +25,7 @@ DECIDING_SUFFIXES = (".safetensors", ".json", ".model")
 # Below this, hashing a file costs no more than looking up its digest.
 LARGE_BYTES = 1 << 20
 NEEDED_FILES = ("config.json", "tokenizer_config.json")
+ENCODER_MODULE = "transformers.models.t5gemma.modeling_t5gemma"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +102,23 @@ def _is_large(path: Path) -> bool:
     return path.stat().st_size >= LARGE_BYTES
 
 
+@functools.cache
+def begin_imports() -> Future[ModuleType]:
+    """Let a thread import what the encoder is made of: seconds, of which a GPU that encodes clips leaves the most.
+
+    Only that: transformers sets torch's default format, of all threads, while it loads a model.
+    """
+    return ThreadPoolExecutor(1, "import the text encoder").submit(importlib.import_module, ENCODER_MODULE)
+
+
 class TextEncoder:
     """Tokenizer and encoder. Deliberately no nn.Module: no adapters, no casts, no state dict."""
 
     def __init__(self, source: TextSource, device: torch.device | str):
         self.max_length = source.config.max_length
         directory = source.resolve()
+        # What failed there fails again, and is told. Two threads must not be among the same modules.
+        begin_imports().exception()
         with quiet_transformers():
             self.tokenizer = load_tokenizer(directory)
             self.model = load_encoder(directory).to(device)

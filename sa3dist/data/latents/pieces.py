@@ -1,6 +1,7 @@
 """What encoding ahead consists of: captions, whole clips of one length, or crops, each done in one go by one rank."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,11 +11,15 @@ from sa3dist.data.latents.cache import SILENCE_TAIL_FRAMES, EncodedClips, frames
 from sa3dist.data.latents.crops import EncodedCrops
 from sa3dist.formats import ClipEntry
 from sa3dist.model.base import Base
+from sa3dist.model.text import begin_imports
 
 # One pass holds no more frames than the longest clip of any base (380 s) has alone.
 MAX_PASS_FRAMES = 4160
 # A caption costs about as much as a few frames: 256 tokens through a small model.
 CAPTION_COST = 4.0
+# Captions come behind clips of so many frames, in both polarities, while what they need is imported; not behind all:
+# what is wrong with the text encoder must show early.
+AHEAD_COST = 2.0 * MAX_PASS_FRAMES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Piece:
     lacking   whether an earlier run has left any of it
     load      what ``encode`` needs, read in another thread while the piece before is encoded
     encode    called with the base and what was loaded
+    begin     called before the first of all pieces is encoded
     """
 
     cost: float
@@ -35,6 +41,7 @@ class Piece:
     lacking: Callable[[], bool]
     load: Callable[[], Any]
     encode: Callable[[Base, Any], object]
+    begin: Callable[[], object] = lambda: None
 
 
 def whole_pieces(encoded: EncodedClips, batch: int = 1) -> list[Piece]:
@@ -42,7 +49,9 @@ def whole_pieces(encoded: EncodedClips, batch: int = 1) -> list[Piece]:
 
     batch   clips of one length, or captions, that go through the encoder in one pass
     """
-    return caption_pieces(encoded, batch) + clip_pieces(encoded, batch)
+    clips = clip_pieces(encoded, batch)
+    ahead = sum(cost <= AHEAD_COST for cost in itertools.accumulate(piece.cost for piece in clips))
+    return clips[:ahead] + caption_pieces(encoded, batch) + clips[ahead:]
 
 
 def caption_pieces(encoded: EncodedClips, batch: int) -> list[Piece]:
@@ -56,6 +65,7 @@ def caption_pieces(encoded: EncodedClips, batch: int) -> list[Piece]:
             lacking=lambda: not all(map(encoded.has_prompt, captions)),
             load=lambda: None,
             encode=lambda base, loaded: encoded.encode_prompts(base, captions),
+            begin=begin_imports,
         )
 
     return [piece(some) for some in _in_groups(sorted({clip.caption for clip in encoded.clips}), batch)]

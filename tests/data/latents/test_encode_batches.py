@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from sa3dist import encode as stage
 from sa3dist import progress as progress_module
-from sa3dist.data.latents import cache
+from sa3dist.data.latents import cache, pieces
 from sa3dist.data.latents.cache import EncodedClips
 from sa3dist.data.latents.pieces import CAPTION_COST, MAX_PASS_FRAMES, clip_pieces, rows_per_pass, whole_pieces
 from sa3dist.data.source.build import build_shards
@@ -96,6 +96,26 @@ def test_an_interrupted_batch_is_finished_to_the_same_bytes_on_any_number_of_ran
     assert published(tmp_path) == whole
 
 
+def test_captions_come_behind_some_clips_and_what_they_need_is_imported_meanwhile(base, index, tmp_path, monkeypatch):
+    encoded, order = EncodedClips(index, tmp_path, base, "a", "t"), []
+    costs = [piece.cost for piece in clip_pieces(encoded, 1)]
+    monkeypatch.setattr(pieces, "AHEAD_COST", sum(costs[:2]) + 0.1)
+    monkeypatch.setattr(pieces, "begin_imports", lambda: order.append("begin"))
+    for kind in ("encode_prompts", "encode_together"):
+        work = getattr(EncodedClips, kind)
+        monkeypatch.setattr(EncodedClips, kind, lambda *given, kind=kind, work=work: order.append(kind) or work(*given))
+    encode_everything(base, index, tmp_path)
+    captions = len({clip.caption for clip in index.clips})
+    assert order[:captions] == ["begin"] * captions
+    # Both polarities of two clips, then all captions.
+    assert order[captions : captions + 4] == ["encode_together"] * 4
+    assert order[captions + 4 : 2 * captions + 4] == ["encode_prompts"] * captions
+    # All is there: nothing is imported.
+    order.clear()
+    encode_everything(base, index, tmp_path)
+    assert order == []
+
+
 def test_a_pass_holds_no_more_than_one_longest_clip(base, index, tmp_path):
     encoded = EncodedClips(index, tmp_path, base, "a", "t")
     tails = 2 * cache.SILENCE_TAIL_FRAMES
@@ -177,8 +197,8 @@ def test_the_time_left_goes_by_what_pieces_cost_not_by_how_many_they_are(base, i
 
     monkeypatch.setattr(stage, "progress", recorded)
     encode_everything(base, index, tmp_path)
-    pieces = clip_pieces(EncodedClips(index, tmp_path, base, "a", "t"), 1)
-    costs = [CAPTION_COST] * len(SECONDS) + [piece.cost for piece in pieces]
+    costs = [piece.cost for piece in whole_pieces(EncodedClips(index, tmp_path, base, "a", "t"))]
+    assert costs.count(CAPTION_COST) == len(SECONDS) == len(costs) / 2
     done = [sum(costs[:count]) for count in range(1, len(costs) + 1)]
     assert left[0] == math.inf
     expected = [seconds * (sum(costs) - cost) / cost for seconds, cost in enumerate(done, start=1)]
