@@ -52,6 +52,9 @@ class FlatEngine:
         self.reduction = GradientReduction(flat, group, settings.gradient_compression)
         self.group = group
         self.alike = not self.steps_whole or step_alike(group)
+        # Not where values are exchanged after a step: a rank that has failed does not take part in it.
+        self.steps_ahead = self.steps_whole and self.alike
+        self._formed_ahead = False
         if not self.alike and group.is_main:
             log.info("the ranks' processors round AdamW steps differently; all take over rank 0's after every step")
 
@@ -64,6 +67,15 @@ class FlatEngine:
     def zero(self) -> None:
         self.flat.zero()
         self.reduction.reset()
+        if not self._formed_ahead:
+            self._form()
+        self._formed_ahead = False
+
+    def form_ahead(self) -> None:
+        self._form()
+        self._formed_ahead = True
+
+    def _form(self) -> None:
         if self.formed is not None:
             self.formed.form()
 
@@ -79,9 +91,12 @@ class FlatEngine:
             self.formed.finish()
         return torch.linalg.vector_norm(self.flat.gradient)
 
-    def step(self, learning_rate: float) -> None:
-        self.flat.optimizer.param_groups[0]["lr"] = learning_rate
-        self.flat.optimizer.step()
+    def step(self, learning_rate: float, spoilt: Tensor | None = None) -> None:
+        optimizer = self.flat.optimizer
+        optimizer.param_groups[0]["lr"] = learning_rate
+        # Where it is 1, fused AdamW leaves values, moments and its count of steps as they are.
+        optimizer.found_inf = spoilt
+        optimizer.step()
         if not self.alike:
             self.group.broadcast_(self.flat.values.data)
 
@@ -93,6 +108,7 @@ class FlatEngine:
 
     def restore(self, adapters: Tensors, moments: dict[str, Tensors], step: int) -> None:
         self.flat.restore(adapters, moments, step)
+        self._formed_ahead = False
 
 
 def in_backward_order(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:

@@ -29,6 +29,7 @@ class Engine(Protocol):
     formed       the weights the adapted layers multiply with, where they are formed; None: factored form
     collectives_in_forward   ranks exchange tensors within the forward and backward pass: a rank that fails there cannot
                  join its peers in ``average``, and a pass cannot be recorded as a CUDA graph
+    steps_ahead  ``step`` can leave it to the device whether the step is taken: it is launched before the host knows
     divided      a rank holds a part of the base alone: only within ``evaluate`` can it be evaluated, and a layer only
                  within ``whole`` be read
     """
@@ -38,6 +39,7 @@ class Engine(Protocol):
     gradient: Tensor | None
     formed: Formed | None
     collectives_in_forward: bool
+    steps_ahead: bool
     divided: bool
 
     def zero(self) -> None:
@@ -58,8 +60,14 @@ class Engine(Protocol):
     def average(self) -> Tensor:
         """Mean of gradients and sum of scalars over all ranks; returns the mean gradient's norm, of shape ()."""
 
-    def step(self, learning_rate: float) -> None:
-        """One AdamW step with the averaged gradients."""
+    def step(self, learning_rate: float, spoilt: Tensor | None = None) -> None:
+        """One AdamW step with the averaged gradients.
+
+        spoilt   only with ``steps_ahead``: float32 of shape (), equal on all ranks; where it is 1 all stays as it was
+        """
+
+    def form_ahead(self) -> None:
+        """Only with ``steps_ahead``: what the next ``zero`` would form, from what the step has made of the adapters."""
 
     def adapters(self) -> Tensors:
         """Whole tensors by name, float32 copies on the CPU of every rank."""

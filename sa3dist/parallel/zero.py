@@ -168,6 +168,7 @@ class DividedModel:
     """
 
     collectives_in_forward = divided = True
+    steps_ahead = False
     gradient = None
 
     def __init__(

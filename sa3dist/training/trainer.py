@@ -28,6 +28,7 @@ from sa3dist.training.loss import BY_TIME, LOSSES, micro_batch_loss
 from sa3dist.training.lr_schedule import Schedule
 from sa3dist.training.memory import ending
 from sa3dist.training.rank_checks import check_ranks_agree, name_the_non_finite
+from sa3dist.training.step_sums import SUMS, on_the_way, spoilt
 
 if TYPE_CHECKING:
     from sa3dist.data.batches.micro_batch import MicroBatch
@@ -42,9 +43,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 COMPUTING = "computing gradients"
-
-# Summed over the step's micro batches and over the ranks; they travel with the gradients.
-SUMS = (*LOSSES, *BY_TIME, "silent_crops", "repeated_clips", "failed", "stop", "saving")
 
 
 class Trainer:
@@ -116,14 +114,15 @@ class Trainer:
         self.group.liveness.begin("beginning", step=self.step + 1)
         self.engine.zero()
         waited, losses, problem = self._accumulate(batches, stop)
-        sums, grad_norm = self._average(stop, failed=problem is not None)
+        rate = self.schedule.rate(self.step + 1)
+        sums, grad_norm = self._average(stop, rate, failed=problem is not None)
         if sums["failed"]:
             self.group.raise_first_error(problem)
         means = {name: sums[name] / (self.plan.accumulation * self.group.world_size) for name in LOSSES}
         if not (math.isfinite(means["loss"]) and math.isfinite(grad_norm)):
             name_the_non_finite(self.group, self.step + 1, losses)
-        rate = self.schedule.rate(self.step + 1)
-        self.engine.step(rate)
+        if not self.engine.steps_ahead:
+            self.engine.step(rate)
         self.step += 1
         self._clips = [clips for clips, _ in losses]
         if self.cursors is not None:
@@ -194,13 +193,19 @@ class Trainer:
         with uncached_norms(self.layers):
             return self._both_ways(batch, self.engine.add_gradients)
 
-    def _average(self, stop: StopRequest, failed: bool) -> tuple[dict[str, float], float]:
-        """Average the gradients over the ranks; returns what was summed with them, and the mean gradient's norm."""
+    def _average(self, stop: StopRequest, rate: float, failed: bool) -> tuple[dict[str, float], float]:
+        """Average the gradients, and step where the engine does so ahead; returns what was summed, and the norm."""
         self._add_to_sums(failed=failed, stop=stop.requested(), saving=self.saver.busy)
         self.group.liveness.begin(AVERAGING)
         norm = self.engine.average()
+        read = on_the_way(torch.cat([self.engine.scalars, norm[None]]))
+        if self.engine.steps_ahead and not failed:
+            # The device goes on while the host waits, and decides by the sums that the host is about to read.
+            self.engine.step(rate, spoilt(self.engine.scalars, norm))
+            if self.step + 1 < self.plan.steps:
+                self.engine.form_ahead()
         # The only place of a step where the host waits for the device.
-        *summed, grad_norm = torch.cat([self.engine.scalars, norm[None]]).tolist()
+        *summed, grad_norm = read()
         sums = dict(zip(SUMS, summed, strict=True))
         # As long as rank 0 has a save in flight no signal ends any rank.
         stop.saving = sums["saving"] > 0

@@ -1,6 +1,7 @@
 """The training step on CUDA: the reference's recorded steps, recomputation, AdamW, no waiting, and equal bits twice."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import subprocess
@@ -13,8 +14,9 @@ import torch
 
 import sa3dist
 from sa3dist.adapters import adapter_parameters, attach_adapter
+from sa3dist.errors import EnvironmentFailure
 from sa3dist.model.compiled import compile_elementwise
-from sa3dist.parallel.flat_adamw import BETAS, EPSILON, FlatAdapters
+from sa3dist.parallel.flat_adamw import BETAS, EPSILON, MOMENTS, FlatAdapters
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training.cuda_graphs import Recorder
@@ -216,9 +218,19 @@ def waits_for(device):
             # Without this function and the warnings module above it.
             found.append("".join(traceback.format_stack(limit=10)[:-1]))
 
-    with warnings.catch_warnings():
+    wait = torch.cuda.Event.synchronize
+
+    def synchronize(event):
+        # CUDA's own list of what waits leaves this one out.
+        note("called a synchronizing CUDA operation")
+        torch.cuda.set_sync_debug_mode("default")
+        wait(event)
+        torch.cuda.set_sync_debug_mode("warn")
+
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("always")
         warnings.showwarning = note
+        patch.setattr(torch.cuda.Event, "synchronize", synchronize)
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("warn")
         try:
@@ -240,6 +252,34 @@ def test_a_whole_step_waits_once(device):
     expected = 1 if device.type == "cuda" else 0
     assert len(waits) == expected, f"the step waited {len(waits)} times:\n\n" + "\n".join(waits)
     assert losses[1] < losses[0]
+
+
+def test_a_step_that_is_not_finite_was_not_taken_by_the_device_either(device):
+    courses = []
+    for spoilt in (False, True):
+        base, batch = make_trained(device, "dora-rows")
+        work = RunPlan(9, 2, 2, 4, 42, {}, ["a", "b"])
+        trainer = Trainer(base, adapter_parameters(base), StepSettings(), work, Group(0, 1, device))
+        trainer.take_step(iter([batch, batch]), StopRequest())
+        before = _held(trainer)
+        if spoilt:
+            bad = dataclasses.replace(batch, target_BDT=batch.target_BDT * math.nan)
+            with pytest.raises(EnvironmentFailure, match=r"step 2: the loss of clip a, b is not finite"):
+                trainer.take_step(iter([batch, bad]), StopRequest())
+            assert all(torch.equal(value, held) for value, held in zip(_held(trainer), before, strict=True))
+        trainer.take_step(iter([batch, batch]), StopRequest())
+        courses.append(_held(trainer))
+    assert not torch.equal(courses[0][0], before[0])
+    # Atomic additions in a backward pass may differ from one run to the next.
+    for value, expected in zip(*courses, strict=True):
+        torch.testing.assert_close(value, expected)
+
+
+def _held(trainer):
+    """Copies of values, moments and the count of steps."""
+    flat = trainer.engine.flat
+    state = flat.optimizer.state[flat.values]
+    return [held.detach().clone() for held in (flat.values, *(state[name] for name in ("step", *MOMENTS)))]
 
 
 def test_a_wait_is_told_with_the_line_that_waits(device):
