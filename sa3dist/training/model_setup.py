@@ -22,7 +22,7 @@ from sa3dist.runtime.lasting_imports import lasting_imports
 from sa3dist.runtime.process_group import Group, main_process_first, run_on_all_ranks
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training.compile_ahead import CompilingAhead
-from sa3dist.training.startup_times import Startup, imported_beside, keep_kernels_in
+from sa3dist.training.startup_times import Startup, imported_beside, keep_kernels_in, libraries_beside
 
 if TYPE_CHECKING:
     from sa3dist.model.base import Base
@@ -59,7 +59,7 @@ def open_base(settings: Settings, group: Group, stop: StopRequest, startup: Star
     startup.begin("load_base")
     # AdamW imports the first; both together take four seconds, for which reading the base leaves time.
     compiler = ["torch._inductor.compile_fx"] if compiles and on_gpu else []
-    with lasting_imports(), imported_beside("torch._dynamo", *compiler):
+    with lasting_imports(), imported_beside("torch._dynamo", *compiler), libraries_beside(group.device):
         base = run_on_all_ranks(group, "base", lambda: _load(settings, group.device), stop)
         # Of the start's parts: what the imports take longer than the reading, and starting the workers.
         startup.begin("compiler")

@@ -18,8 +18,8 @@ from sa3dist.errors import EnvironmentFailure
 from sa3dist.model.loading import load_base
 from sa3dist.runtime.lasting_imports import lasting_imports
 from sa3dist.runtime.process_group import Group
-from sa3dist.training import rank_checks
-from sa3dist.training.startup_times import Startup, imported_beside, keep_kernels_in
+from sa3dist.training import rank_checks, startup_times
+from sa3dist.training.startup_times import Startup, imported_beside, keep_kernels_in, libraries_beside
 from tests.helpers.golden import golden
 
 CPU = torch.device("cpu")
@@ -124,6 +124,17 @@ def test_a_module_imported_beside_is_there_afterwards_and_a_failing_one_fails_wh
     assert sys.modules["imported_late"].VALUE == 7
     with pytest.raises(ImportError, match="no such part"):
         importlib.import_module("breaks_late")
+
+
+def test_libraries_are_used_beside_and_what_fails_there_stops_nothing(monkeypatch):
+    used = []
+    monkeypatch.setattr(startup_times, "use_libraries", lambda device: used.append(device) or 1 / 0)
+    for device in (CPU, torch.device("cuda", 1)):
+        with libraries_beside(device):
+            pass
+    assert used == [torch.device("cuda", 1)]
+    monkeypatch.undo()
+    startup_times.use_libraries(CPU)
 
 
 def test_while_a_start_imports_nothing_is_searched_for_garbage_and_afterwards_it_is():
