@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import triton
-from sa3dist_kernels import ADAPTER_TYPES, qkv_gradient, queries_and_keys, sums_kernels
+from sa3dist_kernels import ADAPTER_TYPES, qkv_gradient, queries_and_keys, sums_kernels, token_sums
 from sa3dist_kernels.formed_blocks import KeptTile, default_tiles
 from sa3dist_kernels.formed_group import Group
 from sa3dist_kernels.formed_launch import finish_plan, form_plan
@@ -104,10 +104,25 @@ def qkv_variants(dtype: str):
             yield f"{heads} heads, pairs of {pairs}", kernel, given, {"num_warps": 4}, 1
 
 
-# Of the raw sums: tensors of each layer, and others.
-OF_LAYERS = ("xs", "dxs", "dys", "zs", "rights", "lefts")
+def token_sums_variants(dtype: str):
+    """Likewise of the sums of a block's modulations: those that wait for one another, one alone, and of three clips."""
+    tiles, E = token_sums.TILES, 1536
+    blocks = triton.cdiv(E, tiles.channels)
+    for count, clips, rights, rows in ((4, 1, 15, 10), (1, 1, 0, 1), (4, 3, 15, 10)):
+        shares = min(token_sums.MOST_SHARES, tiles.programs // (blocks * count))
+        common = {"E": E, "COUNT": count, "SHARES": shares, "CLIPS": clips}
+        steps = {"BLOCK_K": tiles.tokens, "DEPTH": tiles.depth, "BLOCK_E": tiles.channels}
+        given = common | steps | {"RIGHTS": rights, "ROWS": rows, "OWNED": clips > 1}
+        label = f"{count} sums, {clips} clips"
+        yield label, token_sums._shares_kernel, given, {"num_warps": tiles.warps}, count
+        added = common | {"SCALES": rows, "BIASES": count // 4, "BLOCK_E": token_sums.ADDED_CHANNELS}
+        yield label, token_sums._added_kernel, added, {"num_warps": 4}, count
+
+
+# Of the sums: tensors of each layer, or of each sum, and others.
+OF_LAYERS = ("xs", "dxs", "dys", "zs", "rights", "lefts", "rows", "scales", "biases")
 SUMS_TYPES = {"parts": "*fp32", "out": "*fp32", "sizes": "*i64", "programs": "*i32"}
-UNALIGNED = ("total", "K", "eps")
+UNALIGNED = ("total", "K", "eps", "span")
 
 
 def signature(kernel, dtype: str, layers: int) -> dict[str, str | tuple[str, ...]]:
@@ -119,7 +134,12 @@ def signature(kernel, dtype: str, layers: int) -> dict[str, str | tuple[str, ...
         others = {"cos": "*fp32", "sin": "*fp32", "is_clips": "*i1", "eps": "fp32"} | dict.fromkeys(narrow, f"*{dtype}")
         return {name: others.get(name, "i32") for name in kernel.arg_names}
     of_layers = dict.fromkeys(OF_LAYERS, (f"*{dtype}",) * layers)
-    return {name: of_layers.get(name) or SUMS_TYPES.get(name, "i32") for name in kernel.arg_names}
+    others = SUMS_TYPES
+    if "owner" in kernel.arg_names or "scales" in kernel.arg_names:
+        # Of one sum alone the rows are a mask.
+        of_layers["rows"] = ("*fp32" if layers > 1 else "*i1",) * layers
+        others = others | {"out": f"*{dtype}", "owner": "*i1"}
+    return {name: of_layers.get(name) or others.get(name, "i32") for name in kernel.arg_names}
 
 
 def compiled(kernel, constants: dict, dtype: str, options: dict, capability: int, layers: int) -> dict:
@@ -157,7 +177,7 @@ def main() -> int:
         itertools.chain(formed_variants(options.dtype, rank), sums_variants(options.dtype, rank))
         for rank in options.rank
     )
-    variants = itertools.chain(variants, qkv_variants(options.dtype))
+    variants = itertools.chain(variants, qkv_variants(options.dtype), token_sums_variants(options.dtype))
     faults = 0
     for name, kernel, constants, launch, layers in variants:
         used = compiled(kernel, constants, options.dtype, launch, options.capability, layers)

@@ -40,7 +40,9 @@ import triton
 from results_file import environment
 from sa3dist_kernels import ADAPTER_TYPES, FormedWeights, formed_linear
 from sa3dist_kernels.joined_sums import JOINED, ONE, JoinedSums
+from sa3dist_kernels.joined_token_sums import TOKEN_SUMS
 from sa3dist_kernels.raw_sums import LayerPass, raw_sums
+from sa3dist_kernels.token_sums import TokenSum, token_sums
 from sa3dist_kernels.triton_support import interpreting
 from step_sides import Side
 from torch._functorch.aot_autograd import make_boxed_func
@@ -79,9 +81,9 @@ class _Planned(Exception):
 class LaunchCounter(TorchDispatchMode):
     """Kernels by what launches them (``PARTS``), and how often a compiled block ran each way.
 
-    "forward", "backward"   of compiled blocks, but for the thin sums
+    "forward", "backward"   of compiled blocks, but for sums over tokens
     "triton"                launches of Triton kernels
-    "torch"                 operations of torch outside the blocks, or beside the Triton kernels of the thin sums
+    "torch"                 operations of torch outside the blocks, or beside the Triton kernels of the sums
     """
 
     def __init__(self) -> None:
@@ -98,7 +100,7 @@ class LaunchCounter(TorchDispatchMode):
         self.programs += 1
         run, kernels = copy.deepcopy(graph), []
         # As the compiler does for itself below.
-        JoinedSums()(run.graph)
+        JoinedSums("triton")(run.graph)
         run.recompile()
 
         def note(nodes: list[BaseSchedulerNode]) -> None:
@@ -107,7 +109,7 @@ class LaunchCounter(TorchDispatchMode):
 
         changes = {
             "_post_fusion_custom_pass": note,
-            "post_grad_custom_pre_pass": JoinedSums(),
+            "post_grad_custom_pre_pass": JoinedSums("triton"),
             "fx_graph_cache": False,
         }
         try:
@@ -138,19 +140,22 @@ class LaunchCounter(TorchDispatchMode):
                 self.found["torch"] += 1
             return function(*args, **kwargs)
         if function is ONE:
-            return self._sums([LayerPass(*args[:6])], *args[6:])[0]
+            return self._seen(_raw_sums, [LayerPass(*args[:6])], *args[6:])[0]
         if function is JOINED:
             none = [None] * len(args[0])
             layers = [LayerPass(*of_layer) for of_layer in zip(*(values or none for values in args[:6]), strict=True)]
-            return self._sums(layers, *args[6:])
+            return self._seen(_raw_sums, layers, *args[6:])
+        if function is TOKEN_SUMS:
+            *of_each, owner_BK, impl = args
+            return self._seen(token_sums, [TokenSum(*each) for each in zip(*of_each, strict=True)], owner_BK, impl)
         return function(*args, **kwargs)
 
-    def _sums(self, layers: list[LayerPass], kind_name: str, impl: str) -> list[torch.Tensor]:
+    def _seen(self, function: Callable, *args) -> list[torch.Tensor]:
         """What the compiler does not look into, run so that its own launches are seen."""
         self._in_block = False
         try:
             with self:
-                return raw_sums(layers, ADAPTER_TYPES[kind_name], impl=impl)
+                return function(*args)
         finally:
             self._in_block = True
 
@@ -172,6 +177,10 @@ class LaunchCounter(TorchDispatchMode):
             yield
 
 
+def _raw_sums(layers: list[LayerPass], kind_name: str, impl: str) -> list[torch.Tensor]:
+    return raw_sums(layers, ADAPTER_TYPES[kind_name], impl=impl)
+
+
 def launches_something(function: torch._ops.OpOverload) -> bool:
     named = function.overloadpacket.__name__
     return not (function.is_view or function.namespace == "profiler" or named in NO_LAUNCH)
@@ -185,7 +194,7 @@ def launches(node: BaseSchedulerNode) -> int:
         made = node.node
         # A result picked out of several, and what ``LaunchCounter`` counts by itself.
         operation = getattr(made, "op_overload", None)
-        apart = isinstance(made, ir.MultiOutput) or operation in (ONE, JOINED)
+        apart = isinstance(made, ir.MultiOutput) or operation in (ONE, JOINED, TOKEN_SUMS)
         return 0 if apart else CALLS.get(operation, 1)
     parts = getattr(node, "get_outer_nodes", None)
     return len(parts()) if parts else 1

@@ -130,7 +130,7 @@ def planned(graph: torch.fx.GraphModule, is_backward: bool) -> list[tuple[str, b
 
     settings = CHOICES | {
         "_post_fusion_custom_pass": note,
-        "post_grad_custom_pre_pass": JoinedSums(),
+        "post_grad_custom_pre_pass": JoinedSums("triton"),
         "fx_graph_cache": False,
         "compile_threads": 1,
     }

@@ -13,12 +13,19 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 
 # Registers the operations.
 import sa3dist_kernels.formed_linear  # noqa: F401
+from sa3dist_kernels import joined_token_sums
 
 ONE, JOINED = torch.ops.sa3dist.raw_sums.default, torch.ops.sa3dist.joined_raw_sums.default
 
 
 class JoinedSums(CustomGraphPass):
-    """For ``torch.compile``'s option "post_grad_custom_pre_pass"."""
+    """For ``torch.compile``'s option "post_grad_custom_pre_pass".
+
+    token_sums   what other sums over tokens are made by, see ``join_token_sums``; None: by the compiler's kernels
+    """
+
+    def __init__(self, token_sums: str | None = None) -> None:
+        self.token_sums = token_sums
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         found: dict[tuple, list[torch.fx.Node]] = {}
@@ -29,9 +36,11 @@ class JoinedSums(CustomGraphPass):
         for (kind, impl), nodes in found.items():
             if len(nodes) > 1:
                 _join(graph, nodes, kind, impl)
+        if self.token_sums is not None:
+            joined_token_sums.join_token_sums(graph, self.token_sums)
 
     def uuid(self) -> bytes:
-        return get_hash_for_files((__file__,))
+        return get_hash_for_files((__file__, joined_token_sums.__file__), extra=str(self.token_sums))
 
 
 def _join(graph: torch.fx.Graph, nodes: list[torch.fx.Node], kind: str, impl: str) -> None:

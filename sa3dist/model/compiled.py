@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from sa3dist_kernels.token_sums import TokenSum, token_sums, token_sums_reference
 from torch import Tensor, nn
 
 from sa3dist.errors import ConfigError
@@ -26,8 +27,11 @@ from sa3dist.model.add_scaled import add_scaled
 from sa3dist.model.blocks import GatedProjection, RMSNorm, SelfAttention, rotate, silu_gate, sine_gate, turn
 from sa3dist.model.compile_choice import compiles_on_cuda
 from sa3dist.model.dit import Block, DiT, Shared, add_gated, modulated_norm
+from sa3dist.model.kernel_trial import agrees
 from sa3dist.model.token_layout import Packed, Padded
 
+# Whether the modulations' gradients are summed by our own kernel on a GPU where it works.
+TOKEN_SUMS = True
 # Of Inductor, for whole blocks.
 CHOICES: dict[str, Any] = {
     # Whether reductions over rows and over columns are joined would depend on the number of tokens: another program for
@@ -132,7 +136,7 @@ def compile_blocks(dit: DiT, backend, whole: bool = True) -> None:
     # there is a filling shows in the length of ``start_S`` alone, which only attention reads: an opaque operation.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     # Not dynamic of its own accord: what has other sizes is marked.
-    options = CHOICES | _joined_sums() if backend == "inductor" else None
+    options = CHOICES | _joined_sums(_token_sums_of(dit)) if backend == "inductor" else None
     # What one process has traced the next need not. The backward passes of adapted layers are traced too, so they are
     # part of what a program is found by.
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
@@ -159,15 +163,34 @@ def _mark_lengths(shared: Shared) -> None:
 
 
 @functools.cache
-def _joined_sums() -> dict[str, Any]:
-    """Option of the compiler that joins the raw sums of a block's layers.
+def _joined_sums(token_sums: str | None) -> dict[str, Any]:
+    """Option of the compiler that joins the raw sums of a block's layers, and the sums of its modulations' gradients.
 
     The same object each time: programs are found by their options, and without it every model would be compiled anew.
     """
     # Imports the compiler.
     from sa3dist_kernels.joined_sums import JoinedSums
 
-    return {"post_grad_custom_pre_pass": JoinedSums()}
+    return {"post_grad_custom_pre_pass": JoinedSums(token_sums)}
+
+
+def _token_sums_of(dit: DiT) -> str | None:
+    """What sums the modulations' gradients: see ``JoinedSums``."""
+    device = dit.transformer.layers[0].to_scale_shift_gate.device
+    return "triton" if TOKEN_SUMS and device.type == "cuda" and _token_sums_work(device, dit.dtype) else None
+
+
+@functools.cache
+def _token_sums_work(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel runs on ``device`` and agrees with torch; if not, the log says why."""
+    draw = torch.Generator().manual_seed(0)
+    left, right, bias = (
+        torch.randn(shape, generator=draw).to(device, dtype) for shape in ((1, 77, 96), (1, 77, 96), 96)
+    )
+    sums = TokenSum(left, right, bias_E=bias)
+    return agrees(
+        "gradients of modulations", lambda: token_sums([sums], impl="triton"), lambda: token_sums_reference(sums)
+    )
 
 
 @contextlib.contextmanager

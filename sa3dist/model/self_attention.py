@@ -9,7 +9,6 @@ Legend: K tokens, S parts of the projection, P members of a pair, H heads, D hea
 """
 
 import functools
-import logging
 
 import torch
 from sa3dist_kernels.operations import define
@@ -18,14 +17,11 @@ from sa3dist_kernels.queries_and_keys import queries_and_keys, queries_and_keys_
 from torch import Tensor
 
 from sa3dist.model.blocks import rotate
+from sa3dist.model.kernel_trial import agrees
 from sa3dist.model.varlen_attention import attention_gradients, difference
-
-log = logging.getLogger(__name__)
 
 # Whether queries and keys are made by our kernel on a GPU, or by the compiler's.
 OWN_KERNEL = True
-# How far a kernel may be from plain torch, relative L2: some roundings of either format.
-LIMITS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 def self_attention(qkv_KSHD: Tensor, norm: HeadNorm, is_clips_K: Tensor, start_C1: Tensor) -> Tensor:
@@ -118,22 +114,8 @@ def kernel_works(device: torch.device, dtype: torch.dtype) -> bool:
         *(random(D).to(device, dtype) for _ in range(2)), 1e-6, *(random(K, D).to(device) for _ in range(2)), half
     )
     x, is_clips = random(K, 2 * P + 1, H, D).to(device, dtype), torch.arange(K, device=device) < K - 2
-    try:
-        found = *queries_and_keys(x, norm), qkv_gradient(grads, x, norm, is_clips)
-        wanted = *queries_and_keys_reference(x, norm), qkv_gradient_reference(grads, x, norm, is_clips)
-        errors = [
-            float((ours.float() - theirs.float()).norm() / theirs.float().norm())
-            for ours, theirs in zip(found, wanted, strict=True)
-        ]
-    except Exception as problem:
-        # Whatever a compiler or driver raises: the compiler's own kernels do the same.
-        log.warning(
-            "queries and keys, and their gradients: by the compiler's kernels, because ours failed: %s", problem
-        )
-        return False
-    # Not "error > limit": that is false for a NaN.
-    if not all(error <= LIMITS[dtype] for error in errors):
-        worst = max(errors)
-        log.warning("queries, keys and their gradients: by the compiler's kernels; ours are %.1e off", worst)
-        return False
-    return True
+    return agrees(
+        "queries and keys, and their gradients",
+        lambda: [*queries_and_keys(x, norm), qkv_gradient(grads, x, norm, is_clips)],
+        lambda: [*queries_and_keys_reference(x, norm), qkv_gradient_reference(grads, x, norm, is_clips)],
+    )
