@@ -6,6 +6,7 @@ from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 
+from sa3dist.model import compiled
 from sa3dist.model.add_scaled import add_scaled
 from tests.helpers.layer_cases import relative_error
 
@@ -136,3 +137,8 @@ def test_a_compiled_backward_graph_has_two_operations_for_its_sums_and_the_same_
     )
     for ours, theirs in zip(found, exact, strict=True):
         assert relative_error(ours.double(), theirs) < 1e-5
+
+
+@needs_interpreter
+def test_the_trial_before_a_run_finds_that_the_kernel_works():
+    assert compiled._token_sums_work(torch.device("cpu"), torch.float32)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sa3dist.model.compiled import _token_sums_work
 from sa3dist.model.loading import load_base
 from sa3dist.model.random_weights import random_base
 from sa3dist.model.self_attention import kernel_works
@@ -95,3 +96,8 @@ def test_random_base_on_cuda_reads_back_the_weights_it_has():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_kernel_of_queries_and_keys_agrees_with_torch(dtype):
     assert kernel_works(torch.device("cuda"), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_kernel_of_modulations_agrees_with_torch(dtype):
+    assert _token_sums_work(torch.device("cuda"), dtype)
