@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import triton
-from sa3dist_kernels import ADAPTER_TYPES, qkv_gradient, queries_and_keys, sums_kernels, token_sums
+from sa3dist_kernels import ADAPTER_TYPES, gate_gradient, qkv_gradient, queries_and_keys, sums_kernels, token_sums
 from sa3dist_kernels.formed_blocks import KeptTile, default_tiles
 from sa3dist_kernels.formed_group import Group
 from sa3dist_kernels.formed_launch import finish_plan, form_plan
@@ -104,6 +104,15 @@ def qkv_variants(dtype: str):
             yield f"{heads} heads, pairs of {pairs}", kernel, given, {"num_warps": 4}, 1
 
 
+def gate_variants():
+    """Likewise of a gate's gradient: the released models' feed-forwards, with and without bias and gated values."""
+    blocks = {"BLOCK_K": gate_gradient.BLOCK_K, "BLOCK_G": gate_gradient.BLOCK_G}
+    for channels, bias, values in itertools.product((6144, 4096), (True, False), (True, False)):
+        given = {"G": channels, "HAS_BIAS": bias, "VALUES": values, **blocks}
+        label = f"{channels} channels{', bias' if bias else ''}{', values' if values else ''}"
+        yield label, gate_gradient._gate_gradient_kernel, given, {"num_warps": gate_gradient.WARPS}, 1
+
+
 def token_sums_variants(dtype: str):
     """Likewise of the sums of a block's modulations: those that wait for one another, one alone, and of three clips."""
     tiles, E = token_sums.TILES, 1536
@@ -133,6 +142,8 @@ def signature(kernel, dtype: str, layers: int) -> dict[str, str | tuple[str, ...
         narrow = ("grad_q", "grad_k", "grad_v", "x", "gamma_q", "gamma_k", "out", "out_q", "out_k")
         others = {"cos": "*fp32", "sin": "*fp32", "is_clips": "*i1", "eps": "fp32"} | dict.fromkeys(narrow, f"*{dtype}")
         return {name: others.get(name, "i32") for name in kernel.arg_names}
+    if "dz" in kernel.arg_names:
+        return {name: "i32" if name == "K" else f"*{dtype}" for name in kernel.arg_names}
     of_layers = dict.fromkeys(OF_LAYERS, (f"*{dtype}",) * layers)
     others = SUMS_TYPES
     if "owner" in kernel.arg_names or "scales" in kernel.arg_names:
@@ -177,7 +188,8 @@ def main() -> int:
         itertools.chain(formed_variants(options.dtype, rank), sums_variants(options.dtype, rank))
         for rank in options.rank
     )
-    variants = itertools.chain(variants, qkv_variants(options.dtype), token_sums_variants(options.dtype))
+    others = qkv_variants(options.dtype), token_sums_variants(options.dtype), gate_variants()
+    variants = itertools.chain(variants, *others)
     faults = 0
     for name, kernel, constants, launch, layers in variants:
         used = compiled(kernel, constants, options.dtype, launch, options.capability, layers)

@@ -38,7 +38,7 @@ import step_sides
 import torch
 import triton
 from results_file import environment
-from sa3dist_kernels import ADAPTER_TYPES, FormedWeights, formed_linear
+from sa3dist_kernels import ADAPTER_TYPES, FormedWeights, formed_linear, gated_formed_linear
 from sa3dist_kernels.joined_sums import JOINED, ONE, JoinedSums
 from sa3dist_kernels.joined_token_sums import TOKEN_SUMS
 from sa3dist_kernels.raw_sums import LayerPass, raw_sums
@@ -209,6 +209,7 @@ def as_on_a_device() -> Iterator[None]:
         patch.object(step_sides, "ADAPTER_PRODUCTS", "formed"),
         patch.object(formed, "FormedWeights", functools.partial(FormedWeights, impl="triton")),
         patch.object(layers, "formed_linear", functools.partial(formed_linear, impl="triton")),
+        patch.object(layers, "gated_formed_linear", functools.partial(gated_formed_linear, impl="triton")),
         patch.object(token_layout, "has_kernel", lambda q: True),
     ):
         yield

@@ -33,12 +33,13 @@ from unittest.mock import patch
 
 # Functions of these names hide the modules in their package.
 import sa3dist_kernels.formed_linear
+import sa3dist_kernels.gate_gradient
 import sa3dist_kernels.qkv_gradient  # noqa: F401
 import step_sides
 import torch
 import triton
 from results_file import environment
-from sa3dist_kernels import ADAPTER_TYPES, FormedWeights, formed_linear
+from sa3dist_kernels import ADAPTER_TYPES, FormedWeights, formed_linear, gated_formed_linear
 from sa3dist_kernels.sums_plan import offsets
 from step_sides import Side
 from torch._dynamo.device_interface import CpuInterface
@@ -95,7 +96,7 @@ def use_idle_driver(folder: Path) -> None:
 def as_on_a_device() -> Iterator[None]:
     """Layers and compiled blocks call Triton, as on CUDA, though their tensors are a CPU's."""
     checks = [name for name, module in sys.modules.items() if hasattr(module, "check_triton")]
-    of_qkv = sys.modules["sa3dist_kernels.qkv_gradient"]
+    of_qkv, of_gate = (sys.modules[f"sa3dist_kernels.{name}_gradient"] for name in ("qkv", "gate"))
     with contextlib.ExitStack() as stack:
         for name in checks:
             stack.enter_context(patch(f"{name}.check_triton", lambda value: None))
@@ -103,7 +104,9 @@ def as_on_a_device() -> Iterator[None]:
             patch.object(step_sides, "ADAPTER_PRODUCTS", "formed"),
             patch.object(formed, "FormedWeights", functools.partial(FormedWeights, impl="triton")),
             patch.object(layers, "formed_linear", functools.partial(formed_linear, impl="triton")),
+            patch.object(layers, "gated_formed_linear", functools.partial(gated_formed_linear, impl="triton")),
             patch.object(of_qkv, "qkv_gradient_reference", functools.partial(of_qkv.qkv_gradient, impl="triton")),
+            patch.object(of_gate, "gate_gradient_reference", functools.partial(of_gate.gate_gradient, impl="triton")),
             *(patch.object(module, "has_kernel", lambda q: True) for module in (varlen_attention, token_layout)),
             patch.object(varlen_attention, "torch", _with_idle_attention()),
             # Processes of their own would know nothing of this driver.

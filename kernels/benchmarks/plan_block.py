@@ -76,6 +76,12 @@ def traced(name: str, adapter_type: str, frames: int) -> list[tuple[torch.fx.Gra
     return graphs
 
 
+def kept_bytes(graph: torch.fx.GraphModule) -> int:
+    """What the forward graph makes for the backward one; its first output is the block's."""
+    made = [node.meta["val"] for node in graph.graph.output_node().args[0][1:] if node.op != "placeholder"]
+    return sum(int(value.numel()) * value.itemsize for value in made if isinstance(value, torch.Tensor))
+
+
 def on_device(graph: torch.fx.GraphModule) -> list:
     """The graph's inputs on the device; the graph itself is changed to work there."""
     places = [node for node in graph.graph.nodes if node.op == "placeholder"]
@@ -174,6 +180,8 @@ def main(arguments: list[str] | None = None) -> int:
         for name, own, moved in planned(graph, is_backward):
             print(f"{way:9}{moved / width:8.2f} {'own ' if own else '    '} {name[:160]}")
             totals[way] += moved / width if own else 0.0
+        if not is_backward:
+            print(f"widths kept for the backward pass: {kept_bytes(graph) / width:.1f}")
     own = sum(totals.values())
     print(f"widths moved by Inductor's own kernels: {own:.1f}, of them forward {totals['forward']:.1f}")
     return 0

@@ -6,6 +6,7 @@ from sa3dist_kernels.formed_linear import formed_linear
 from sa3dist_kernels.formed_spec import FormedLayer, FormedSpec
 from sa3dist_kernels.formed_weights import FormedWeights, share_statistics
 from sa3dist_kernels.frozen_products import frozen_linear
+from sa3dist_kernels.gated_linear import gated_formed_linear, silu_gated
 from sa3dist_kernels.weight_norms import FrozenConstants, frozen_constants
 
 __all__ = [
@@ -21,5 +22,7 @@ __all__ = [
     "formed_linear",
     "frozen_constants",
     "frozen_linear",
+    "gated_formed_linear",
     "share_statistics",
+    "silu_gated",
 ]

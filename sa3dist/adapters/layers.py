@@ -16,6 +16,8 @@ from sa3dist_kernels import (
     formed_linear,
     frozen_constants,
     frozen_linear,
+    gated_formed_linear,
+    silu_gated,
 )
 from torch import nn
 
@@ -98,11 +100,32 @@ class AdaptedLayer(nn.Module):
             # By definition the base layer, magnitudes or not; the limit of small strengths is another weight.
             return frozen_linear(x, self.weight.flatten(1), self.bias)
         if self.formed is not None:
-            formed = self.formed
-            z = formed_linear(x, self.sums, formed.weight_OI, formed.left_OR, formed.right_RI, self.kind)
-            return z if self.bias is None else z + self.bias.to(z.dtype)
+            return self._with_bias(formed_linear(x, *self._formed_operands))
         named = {"frozen": self.adapter.frozen, "norm_cache": self.norm_cache}
         return adapted_linear(x, self.weight, self.bias, self.trained(), self.kind, self.strength * self.scale, **named)
+
+    @property
+    def _formed_operands(self):
+        return self.sums, self.formed.weight_OI, self.formed.left_OR, self.formed.right_RI, self.kind
+
+    def _with_bias(self, z):
+        return z if self.bias is None else z + self.bias.to(z.dtype)
+
+    @property
+    def _multiplies_formed(self) -> bool:
+        return self.formed is not None and self.strength != 0 and self.kept_weight is None
+
+    def before_bias(self, x):
+        """A linear layer's ``forward`` as product and bias, to be added up; no bias: the product may have it."""
+        if self._multiplies_formed:
+            return formed_linear(x, *self._formed_operands), self.bias
+        return self(x), None
+
+    def of_gated(self, z, gate_bias):
+        """A linear layer's ``forward`` of ``silu_gated(z, gate_bias)``; what is kept for the backward pass is z."""
+        if self._multiplies_formed and z.requires_grad and z.dtype == self.formed.weight_OI.dtype:
+            return self._with_bias(gated_formed_linear(z, gate_bias, *self._formed_operands))
+        return self(silu_gated(z, gate_bias))
 
     @torch.no_grad()
     def effective_weight(self, weight: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from sa3dist_kernels.gated_linear import silu_gated
 from torch import Tensor, nn
 
 from sa3dist.model.frequencies import expo_frequencies
@@ -219,6 +220,7 @@ class GatedProjection(nn.Module):
     def __init__(self, width: int, inner: int, sinusoidal: bool):
         super().__init__()
         self.proj = nn.Linear(width, 2 * inner)
+        self.sinusoidal = sinusoidal
         # ``compile_elementwise`` may put a compiled one in its place.
         self.gate = sine_gate if sinusoidal else silu_gate
 
@@ -234,5 +236,11 @@ class FeedForward(nn.Module):
         inner = int(width * mult)
         self.ff = nn.Sequential(GatedProjection(width, inner, sinusoidal), nn.Identity(), nn.Linear(inner, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ff(x)
+    def forward(self, x: Tensor, gate_as_one: bool = False) -> Tensor:
+        """gate_as_one: the SiLU gate is one function with a gradient of its own, for which only its input is kept."""
+        gated, last = self.ff[0], self.ff[2]
+        if not gate_as_one or gated.sinusoidal:
+            return self.ff(x)
+        # Adapted layers have more to offer than plain ones.
+        z, bias = gated.proj.before_bias(x) if hasattr(gated.proj, "before_bias") else (gated.proj(x), None)
+        return last.of_gated(z, bias) if hasattr(last, "of_gated") else last(silu_gated(z, bias))

@@ -23,9 +23,13 @@ from sa3dist.model.blocks import (
 )
 from sa3dist.model.config import DiTConfig
 from sa3dist.model.frequencies import FEATURES
+from sa3dist.model.kernel_trial import gate_kernel_works
 from sa3dist.model.packing import FilledPacking, Packing
 from sa3dist.model.self_attention import kernel_works
 from sa3dist.model.token_layout import Filled, Packed, Padded
+
+# False: the feed-forward's gate is differentiated by autograd, as it is for layouts other than ``Filled``.
+GATE_AS_ONE = True
 
 
 class Shared(NamedTuple):
@@ -96,7 +100,8 @@ class Block(nn.Module):
         if shared.local_GTC is not None:
             h_GNE = layout.add_to_frames(h_GNE, self.to_local_embed(shared.local_GTC).to(h_GNE.dtype))
         if layout.attends:
-            branch = self.ff(self.modulated_norm(self.ff_norm, h_GNE, scale2, shift2, layout))
+            entering = self.modulated_norm(self.ff_norm, h_GNE, scale2, shift2, layout)
+            branch = self.ff(entering, layout.gate_as_one)
             h_GNE = self.add_gated(h_GNE, gate2, branch, layout)
         return h_GNE
 
@@ -263,7 +268,9 @@ class DiT(nn.Module):
         if isinstance(packing, FilledPacking):
             device = x_BCT.device
             products = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.dtype
-            return [Filled(packing, len(x_BCT), frames, memory, kernel_works(device, products))]
+            inner = int(self.config.embed_dim * self.config.ff_kwargs.mult)
+            ours = kernel_works(device, products), GATE_AS_ONE and gate_kernel_works(device, products, inner)
+            return [Filled(packing, len(x_BCT), frames, memory, *ours)]
         if packing is not None:
             return [Packed(packing, memory)]
         if padding_mask_BT is None or padding_mask_BT.device.type != "cpu":

@@ -24,8 +24,9 @@ from sa3dist.model.varlen_attention import has_kernel, varlen_attention
 class Layout:
     """What the layouts share: attention of both members of a differential pair in one call."""
 
-    # Only ``Filled`` has it.
+    # Only ``Filled`` has them.
     attend_qkv = None
+    gate_as_one = False
 
     def attend_pairs(self, q_GNPHD: Tensor, k_GNPHD: Tensor, v_GN1HD: Tensor) -> Tensor:
         """Attention of every clip's tokens to each other, (G, N, H * D); of a pair, the first's less the second's."""
@@ -164,13 +165,16 @@ class Packed(Layout):
 class Filled:
     """All clips' tokens in one list of a fixed length, (1, K, E): see ``FilledPacking``.
 
-    frames   T of the padded batch
-    whole    whether self-attention is one function from its projection on (``attend_qkv``)
+    frames        T of the padded batch
+    whole         whether self-attention is one function from its projection on (``attend_qkv``)
+    gate_as_one   see ``FeedForward``
     """
 
     attends = True
 
-    def __init__(self, packing: FilledPacking, clips: int, frames: int, memory: int, whole: bool = True):
+    def __init__(
+        self, packing: FilledPacking, clips: int, frames: int, memory: int, whole: bool = True, gate_as_one: bool = True
+    ):
         self.clips, self.frames, self.memory = clips, frames, memory
         self.frame_K, self.slot_K, self.target_K, self.positions, self.clip_K = packing.table_5K.unbind()
         self.start_S = packing.start_S
@@ -181,6 +185,7 @@ class Filled:
         # The filling is the last clip's as far as its context goes.
         self.context_start_B1 = torch.cat([self.start_S[:clips], self.start_S[-1:]])
         self.attend_qkv = self._attend_qkv if whole else None
+        self.gate_as_one = gate_as_one
 
     def take(self, x_BTC: Tensor) -> Tensor:
         rows = x_BTC.expand(self.clips, self.frames, -1).flatten(0, 1).index_select(0, self.frame_K)

@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 # The rest is for the allocator's rounding and what is counted nowhere, such as norms that the passes of a step share.
 USABLE_SHARE = 0.9
-# Values in flight at once while one block is differentiated, in widths per token beside the feed-forward's: gradients
-# of its hidden values, the stream's, and of queries, keys and values; 13 more of outputs that wait for the sums of the
-# block's last layer where these are joined.
+# Values in flight at once while one block is differentiated, in widths per token beside the feed-forward's (its gated
+# values, which are made again, and gradients of these and of its hidden ones): gradients of the stream, and of queries,
+# keys and values; 13 more of outputs that wait for the sums of the block's last layer where these are joined.
 WORKING_WIDTHS = 29
 # AdamW's two moments, made in the first step; value and gradient of an adapter entry are there before. Float32.
 MOMENT_BYTES, VALUE_BYTES = 8, 8
@@ -32,7 +32,7 @@ MOMENT_BYTES, VALUE_BYTES = 8, 8
 def working_bytes(config: ModelConfig, tokens: int, value_bytes: int) -> float:
     """Memory of the values that come and go within one block's backward pass."""
     dit = config.dit
-    return tokens * dit.embed_dim * (WORKING_WIDTHS + 4 * dit.ff_kwargs.mult) * value_bytes
+    return tokens * dit.embed_dim * (WORKING_WIDTHS + 5 * dit.ff_kwargs.mult) * value_bytes
 
 
 @dataclasses.dataclass(frozen=True)

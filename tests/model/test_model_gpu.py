@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sa3dist.model.compiled import _token_sums_work
+from sa3dist.model.kernel_trial import gate_kernel_works
 from sa3dist.model.loading import load_base
 from sa3dist.model.random_weights import random_base
 from sa3dist.model.self_attention import kernel_works
@@ -101,3 +102,9 @@ def test_the_kernel_of_queries_and_keys_agrees_with_torch(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_kernel_of_modulations_agrees_with_torch(dtype):
     assert _token_sums_work(torch.device("cuda"), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("channels", [6144, 37])
+def test_the_kernel_of_gates_agrees_with_torch(dtype, channels):
+    assert gate_kernel_works(torch.device("cuda"), dtype, channels)
