@@ -1,10 +1,11 @@
 """A GPU run's programs and kernels, compiled by other processes while the base is loaded and clips are encoded.
 
-Each takes a few passes of a base of random weights with two blocks: all blocks run the same programs. What it compiles
-lies in the caches of ``work_dir``, where the run finds it instead of compiling it at its first step. Micro batches with
-and without given context have a program each, and a process each: in turn they take twice as long as what they hide in.
+Each has a base of random weights with two blocks: all blocks run the same programs. What it compiles lies in the caches
+of ``work_dir``, where the run finds it instead of compiling it at its first step. Two take a few passes: micro batches
+with and without given context have a program each. A third forms weights and finishes gradients, which is done outside
+of passes. In turn they take thrice as long as what they hide in.
 
-    python -m sa3dist.training.compile_ahead context|none < settings, pickled; or nothing, to end
+    python -m sa3dist.training.compile_ahead context|none|kernels < settings, pickled; or nothing, to end
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import atexit
 import dataclasses
 import functools
 import gc
+import importlib
 import logging
 import os
 import pickle
@@ -22,8 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from sa3dist_kernels.dispatch import obstacle_to
 
 from sa3dist.adapters import adapter_parameters, attach_adapter
+from sa3dist.adapters.formed import product_format
 from sa3dist.data.batches.micro_batch import Sample, SampleSettings, collate
 from sa3dist.errors import SA3DistError
 from sa3dist.flow.crops import crop_frames
@@ -36,7 +40,7 @@ from sa3dist.parallel.ddp import FlatEngine
 from sa3dist.parallel.flat_adamw import FlatAdapters
 from sa3dist.runtime.process_group import Group, main_process_first
 from sa3dist.training.acceleration import compile_whole_blocks
-from sa3dist.training.compile_processes import CACHE_VARIABLE, MARK, PROGRAMS, Compiling
+from sa3dist.training.compile_processes import CACHE_VARIABLE, CONTEXT, KERNELS, MARK, PROGRAMS, Compiling
 from sa3dist.training.loss import micro_batch_loss
 from sa3dist.training.shape_ladder import ShapeLadder
 
@@ -153,20 +157,38 @@ def take_passes(base: Base, settings: Settings, backend, has_context: bool) -> N
     """
     framing = base.sample_rate_hz, base.samples_per_frame
     longest = crop_frames(settings.duration, base.native_seconds, base.native_seconds, *framing)
+    if settings.adapter_products == "auto":
+        if obstacle := obstacle_to(base.device, product_format(base, settings)):
+            raise SA3DistError(f"adapted weights are not formed here: {obstacle}")
+        # Without the trial of kernels that no pass runs.
+        settings = settings.model_copy(update={"adapter_products": "formed"})
+    engine = engine_of(base, settings)
+    compile_whole_blocks(base, settings, backend)
+    ladder = ShapeLadder(longest, base.dit.transformer.memory)
+    # The longest first: the compiler chooses its tiles by the first it sees.
+    for frames in sorted({min(SHORT_FRAMES, longest), longest}, reverse=True):
+        batch = dataclasses.replace(_batch(base, settings, frames), has_context=has_context)
+        # Whatever values W' has.
+        engine.flat.zero()
+        engine.backward(engine.losses(ladder(batch.to(base.device)))["loss"], last=False)
+
+
+def form_and_finish(base: Base, settings: Settings) -> None:
+    """What forms weights and finishes gradients, and their trial."""
+    engine = engine_of(base, settings)
+    engine.zero()
+    engine.average()
+
+
+def engine_of(base: Base, settings: Settings) -> FlatEngine:
+    """As a run's. Raises SA3DistError where adapted weights are not formed."""
     forward = functools.partial(micro_batch_loss, base, settings=settings)
     parameters = adapter_parameters(base)
     flat = FlatAdapters(parameters, settings.learning_rate, settings.weight_decay, scalars=0)
     engine = FlatEngine(base, parameters, flat, forward, settings, Group(0, 1, base.device))
     if engine.formed is None:
         raise SA3DistError("adapted weights are not formed here")
-    compile_whole_blocks(base, settings, backend)
-    ladder = ShapeLadder(longest, base.dit.transformer.memory)
-    # The longest first: the compiler chooses its tiles by the first it sees.
-    for frames in sorted({min(SHORT_FRAMES, longest), longest}, reverse=True):
-        batch = dataclasses.replace(_batch(base, settings, frames), has_context=has_context)
-        engine.zero()
-        engine.backward(engine.losses(ladder(batch.to(base.device)))["loss"], last=True)
-        engine.average()
+    return engine
 
 
 def _batch(base: Base, settings: Settings, frames: int):
@@ -192,16 +214,20 @@ def _batch(base: Base, settings: Settings, frames: int):
 
 
 def main(program: str) -> None:
-    # Compiles the kernels side by side; takes seconds until it can, and until then they are compiled one by one.
-    start_compile_workers()
-    # Before it is known what for.
-
+    if program != KERNELS:
+        # They compile blocks' kernels side by side, but seconds pass until they can: until then it is done one by one.
+        start_compile_workers()
+        importlib.import_module("torch._inductor.compile_fx")
+    # Said once all is imported that is needed whatever it is.
     given = sys.stdin.buffer.read()
     if not given:
         return
     settings, device, dtype = pickle.loads(given)
     base = small_base(known_config(settings.model), settings, device, dtype)
-    take_passes(base, settings, "inductor", PROGRAMS[program])
+    if program == KERNELS:
+        form_and_finish(base, settings)
+    else:
+        take_passes(base, settings, "inductor", has_context=program == CONTEXT)
     _mark(settings, device, program).touch()
 
 

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
     from sa3dist.settings import Settings
 
-# What is compiled, a process for each: for micro batches with and without given context.
-PROGRAMS = {"context": True, "none": False}
+# What is compiled, a process for each: blocks for micro batches with and without given context, and our own kernels
+# that no block runs, which take ten seconds themselves.
+CONTEXT, NONE, KERNELS = PROGRAMS = "context", "none", "kernels"
 # The file in the compiler's cache that says that a program is there is called so.
 MARK = "ahead-"
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import sa3dist
+from sa3dist.adapters.formed import Formed
 from sa3dist.errors import Interrupted
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import acceleration, compile_ahead, compile_processes
-from sa3dist.training.compile_ahead import CompilingAhead, small_base, take_passes
+from sa3dist.training.compile_ahead import CompilingAhead, form_and_finish, small_base, take_passes
 from sa3dist.training.startup_times import Startup
 from tests.helpers.program import run, short_run
 from tests.helpers.trainers import make_settings
@@ -44,10 +45,18 @@ def test_what_is_compiled_ahead_is_what_a_run_of_more_blocks_and_other_clips_com
     torch._dynamo.reset()
     config = sa3dist.load_base(demo_base, encoder=False).config
     # Before the run: what it sets is for its process.
-    for has_context in (False, True):
-        settings = make_settings(compile="on", **FORMED)
-        small = small_base(config, settings, torch.device("cpu"), torch.float32)
-        take_passes(small, settings, ahead, has_context)
+    outside = []
+    with monkeypatch.context() as noted:
+        for name in ("form", "finish"):
+            noted.setattr(Formed, name, lambda self, name=name: outside.append(name))
+        for has_context in (False, True):
+            settings = make_settings(compile="on", **FORMED)
+            small = small_base(config, settings, torch.device("cpu"), torch.float32)
+            take_passes(small, settings, ahead, has_context)
+        assert outside == []
+        # The third process does what no pass does.
+        form_and_finish(small_base(config, settings, torch.device("cpu"), torch.float32), settings)
+        assert outside == ["form", "finish"]
     torch._dynamo.reset()
     original = acceleration.compile_blocks
     monkeypatch.setattr(acceleration, "compile_blocks", lambda dit, _, whole: original(dit, ours, whole))
@@ -79,7 +88,7 @@ def test_a_run_waits_until_it_has_ended_and_says_what_it_said_when_it_failed(sta
     started("import sys; sys.stdin.buffer.read(); print('no room', file=sys.stderr); sys.exit(3)").wait(
         ONE, StopRequest(), Startup()
     )
-    assert caplog.messages == ["not compiled ahead, the first steps take longer: no room"] * 2
+    assert caplog.messages == ["not compiled ahead, the first steps take longer: no room"] * 3
 
 
 def test_a_run_does_not_wait_for_ever(started, caplog, monkeypatch):
@@ -87,7 +96,7 @@ def test_a_run_does_not_wait_for_ever(started, caplog, monkeypatch):
     monkeypatch.setattr(compile_ahead, "PATIENCE_SECONDS", 0.2)
     started("import time; time.sleep(60)").wait(ONE, StopRequest(), Startup())
     assert all("not done 0.2 s after" in said for said in caplog.messages)
-    assert len(caplog.messages) == 2
+    assert len(caplog.messages) == 3
 
 
 def test_without_room_for_its_files_a_run_compiles_for_itself(started, caplog, monkeypatch):
@@ -98,7 +107,7 @@ def test_without_room_for_its_files_a_run_compiles_for_itself(started, caplog, m
     monkeypatch.setattr(compile_processes.tempfile, "TemporaryFile", full)
     started("pass").wait(ONE, StopRequest(), Startup())
     assert (
-        caplog.messages == ["not compiled ahead, the first steps take longer: [Errno 28] No space left on device"] * 2
+        caplog.messages == ["not compiled ahead, the first steps take longer: [Errno 28] No space left on device"] * 3
     )
 
 
@@ -125,7 +134,7 @@ def test_processes_started_early_are_the_ones_that_compile_and_what_is_not_neede
     told = "import os, sys; print(os.environ['TORCHINDUCTOR_CACHE_DIR'], len(sys.stdin.buffer.read()), file=sys.stderr)"
     started(told)
     early = compile_processes.start_early(settings, dist_rank=0)
-    assert early.keys() == compile_processes.PROGRAMS.keys()
+    assert tuple(early) == compile_processes.PROGRAMS
     unused = compile_processes.start_early(settings, dist_rank=0)
     taken = list(early.values())
     ahead = CompilingAhead(settings, ONE, torch.float32, early)
@@ -134,7 +143,7 @@ def test_processes_started_early_are_the_ones_that_compile_and_what_is_not_neede
     left = list(unused.values())
     compile_processes.end_all(unused)
     assert unused == {}
-    assert [waiting.process.wait(30) for waiting in left] == [0, 0]
+    assert [waiting.process.wait(30) for waiting in left] == [0, 0, 0]
     size = len(compile_ahead.pickle.dumps((settings, ONE.device, torch.float32)))
     for waiting, expected in [(waiting, size) for waiting in taken] + [(waiting, 0) for waiting in left]:
         waiting.errors.seek(0)
@@ -162,7 +171,7 @@ def test_one_that_has_ended_is_told_nothing_more_and_heard(started, caplog):
     caplog.set_level("INFO")
     compiling = started("import sys; print('no interpreter', file=sys.stderr); sys.exit(1)")
     compiling.wait(ONE, StopRequest(), Startup())
-    assert caplog.messages == ["not compiled ahead, the first steps take longer: no interpreter"] * 2
+    assert caplog.messages == ["not compiled ahead, the first steps take longer: no interpreter"] * 3
 
 
 def test_its_input_holds_the_settings_whole():
