@@ -117,53 +117,46 @@ def measured(formed: FormedWeights, options, device: torch.device) -> dict[str, 
     return row
 
 
-def candidates(rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
-    """(what, tiles): the default, rows kept in registers, then one thing changed at a time."""
+def candidates(kind, rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
+    """(what, tiles): the default, rows kept in registers where the type allows it, then one thing changed at a time."""
     from sa3dist_kernels.formed_blocks import KeptTile, default_tiles
 
     base = default_tiles(rank, dtype)
     yield "default", base
-    if dtype == torch.bfloat16 and rank <= base.rank_step == 16:
-        for kept, rest in (
+    if kind.rows and not kind.cols and dtype == torch.bfloat16 and rank <= base.rank_step == 16:
+        for kept, others in (
             (KeptTile(), {}),
             (KeptTile(block_o=32, splits=8), {}),
             (KeptTile(), {"splits": 8, "registers": 128}),
             (KeptTile(), {"block_o": 16, "block_j": 64}),
         ):
-            rows_ = dataclasses.replace(base.form_rows, **rest)
-            what = f"{kept.block_o} rows kept by {kept.splits} warps, the others {rest}"
-            yield what, dataclasses.replace(base, form_kept=kept, form_rows=rows_)
-    for change in (
-        {"registers": 128},
-        {"stages": 2},
-        {"stages": 4},
-        {"right_vector": 2},
-        {"splits": 8, "registers": 128},
-    ):
+            tile = dataclasses.replace(base.form_rows, **others)
+            what = f"{kept.block_o} rows kept by {kept.splits} warps, other layers {others}"
+            yield what, dataclasses.replace(base, form_kept=kept, form_rows=tile)
+    for change in ({"registers": 128}, {"stages": 4}, {"splits": 8, "registers": 128}):
         tile = dataclasses.replace(base.form_rows, **change)
         yield f"rows {change}", dataclasses.replace(base, form_rows=tile, finish_rows=tile)
-    for change in (
-        {"block_i": 128},
-        {"block_i": 256},
-        {"stages": 4},
-        {"block_o": 64, "warps": 8},
-    ):
+    for change in ({"block_i": 128}, {"block_i": 256}, {"stages": 4}, {"block_o": 64, "warps": 8}):
         columns = {
             side: dataclasses.replace(getattr(base, side), **change) for side in ("form_columns", "finish_columns")
         }
         yield f"columns {change}", dataclasses.replace(base, **columns)
-    for most in (2048, 12288):
-        yield f"most_rows {most}", dataclasses.replace(base, most_rows=most)
+    if kind.cols and dtype == torch.bfloat16:
+        for change in ({"narrow": True}, {"narrow": True, "block_i": 256}):
+            columns = dataclasses.replace(base.form_columns, **change)
+            yield f"FORM's columns {change}", dataclasses.replace(base, form_columns=columns)
+    yield "most_rows 2048", dataclasses.replace(base, most_rows=2048)
 
 
 def rows(options, device: torch.device) -> Iterator[dict[str, Any]]:
     dtype = DTYPES[options.dtype]
     for name in options.type:
+        kind = ADAPTER_TYPES[name]
         for rank in options.rank:
-            specs, sums = make_specs(TINY if options.tiny else MEDIUM, ADAPTER_TYPES[name], rank, dtype, device)
+            specs, sums = make_specs(TINY if options.tiny else MEDIUM, kind, rank, dtype, device)
             oracle = Oracle(specs, sums)
             impl = "triton" if triton_support.interpreting() else "auto"
-            for what, tiles in candidates(rank, dtype) if options.sweep else [("default", None)]:
+            for what, tiles in candidates(kind, rank, dtype) if options.sweep else [("default", None)]:
                 formed = FormedWeights(specs, dtype, impl, tiles)
                 row = {"adapter_type": name, "rank": rank, "tiles": what, "error": oracle.errors(formed)}
                 yield row | measured(formed, options, device)

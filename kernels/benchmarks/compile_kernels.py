@@ -50,8 +50,10 @@ def formed_variants(dtype: str, rank: int):
         group = Group([spec], memory, default_tiles(rank, product))
         plans = [("form", form_plan(group)), ("finish", finish_plan(group))]
         if dtype == "bf16" and rank <= group.tiles.rank_step == 16:
-            kept = dataclasses.replace(group.tiles, form_kept=KeptTile())
-            plans.append(("form", form_plan(Group([spec], memory, kept))))
+            # What a GPU is to choose between.
+            columns = dataclasses.replace(group.tiles.form_columns, narrow=True, block_i=256)
+            other = dataclasses.replace(group.tiles, form_kept=KeptTile(), form_columns=columns)
+            plans.append(("form", form_plan(Group([spec], memory, other))))
         for phase, plan in plans:
             for launch in plan:
                 given = dict(launch.arguments)

@@ -36,12 +36,16 @@ class RowTile:
 
 @dataclasses.dataclass(frozen=True)
 class ColumnTile:
-    """A column program: ``block_i`` columns, steps of ``block_o`` rows."""
+    """A column program: ``block_i`` columns, steps of ``block_o`` rows.
+
+    narrow   FORM's (diag(g^2) L)^T V, which only the norms' gradient sees, of bfloat16 operands where the products are
+    """
 
     block_o: int
     block_i: int
     warps: int = 4
     stages: int = 3
+    narrow: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

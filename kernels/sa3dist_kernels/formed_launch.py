@@ -141,7 +141,8 @@ class _Plan:
         blocks = {"BLOCK_O": tile.block_o, "BLOCK_I": tile.block_i, "STAGES": tile.stages}
         span = {"span": loop_end(self.group.span), "BOUNDED": not interpreting()}
         launch = {"num_warps": tile.warps, "num_stages": 1}
-        return self.step | self.group.widths | self.precision | blocks | span | launch
+        narrow = self.narrow | {"NARROW": tile.narrow and self.narrow["NARROW"]}
+        return self.step | self.group.widths | self.precision | blocks | narrow | span | launch
 
     def add(self, name: str, kernel, programs: str, constants: dict[str, Any]) -> None:
         group = self.group

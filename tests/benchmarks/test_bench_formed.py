@@ -27,8 +27,9 @@ def test_every_row_holds_the_error_beside_float64_and_the_bytes_of_the_launches(
     assert "bora          r3" in bench_formed.line(row)
 
 
-def test_every_other_tile_of_a_sweep_differs_from_the_default():
-    names, tiles = zip(*bench_formed.candidates(16, torch.bfloat16), strict=True)
+@pytest.mark.parametrize("name", ["dora-rows", "bora"])
+def test_every_other_tile_of_a_sweep_differs_from_the_default(name):
+    names, tiles = zip(*bench_formed.candidates(ADAPTER_TYPES[name], 16, torch.bfloat16), strict=True)
     assert len(set(names)) == len(names)
     assert all(other != tiles[0] for other in tiles[1:])
 
