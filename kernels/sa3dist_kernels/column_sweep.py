@@ -22,10 +22,10 @@ from sa3dist_kernels.formed_tiles import (
     WEIGHT,
     field,
     left_tile,
+    norms_dot,
     program,
     right_tile,
 )
-from sa3dist_kernels.triton_support import dot
 
 
 @triton.jit
@@ -42,8 +42,7 @@ def column_sweep_kernel(
     floats, weight, scales, layers, programs, span,
     R: tl.constexpr, ROWS: tl.constexpr, SLOPED: tl.constexpr, BOUNDED: tl.constexpr,
     WIDE_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
-    RANK_STEP: tl.constexpr, PRECISION: tl.constexpr, NARROW: tl.constexpr, UPCAST: tl.constexpr,
-    STAGES: tl.constexpr,
+    RANK_STEP: tl.constexpr, PRECISION: tl.constexpr, NARROW: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One span of rows' share of (diag(a) L)^T V (R, I), for a block of columns; a is k if SLOPED, else g^2 or 1.
 
@@ -92,10 +91,7 @@ def column_sweep_kernel(
                     weighted = some * (gain * gain)[:, None]
                     scaled = v * gain[:, None]
                 squares += tl.sum(tl.reshape(scaled * scaled, (BLOCK_O // 8, 8, BLOCK_I)), axis=0)
-            if NARROW:
-                cross = dot(tl.trans(weighted).to(tl.bfloat16), v.to(tl.bfloat16), cross, PRECISION, UPCAST)
-            else:
-                cross = tl.dot(tl.trans(weighted), v, cross, input_precision=PRECISION)
+            cross = norms_dot(tl.trans(weighted), v, cross, PRECISION, NARROW, UPCAST)
         if SLOPED and R <= RANK_STEP:
             cross = tl.dot(scale * gram, held, cross, input_precision=PRECISION)
         _store_share(floats, layers, layer, split, cols, I, first, cross, R, RANK_STEP)

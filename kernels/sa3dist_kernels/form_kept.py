@@ -32,11 +32,11 @@ from sa3dist_kernels.formed_tiles import (
     field,
     floored,
     left_tile,
+    norms_dot,
     program,
     split_left,
     vector,
 )
-from sa3dist_kernels.triton_support import dot
 
 WIDTH = tl.constexpr(KEPT_WIDTH)
 
@@ -91,10 +91,7 @@ def form_kept_kernel(
     for part in tl.static_range(I // (SPLITS * WIDTH)):
         v = kept[part]
         other = _turned_part(basis, part * SPLITS * WIDTH, I, R, RANK_STEP, SPLITS, XS)
-        if NARROW:
-            cross = dot(v.to(tl.bfloat16), other.to(tl.bfloat16), cross, PRECISION, UPCAST)
-        else:
-            cross = tl.dot(v, other, cross, input_precision=PRECISION)
+        cross = norms_dot(v, other, cross, PRECISION, NARROW, UPCAST)
         made = _memory_order((v * factor[None, :, None]).to(product.dtype.element_ty), SPLITS, BLOCK_O)
         tl.store(formed_rows + (cols + part * SPLITS * WIDTH), made, mask=spread_ok)
     rank = _turned_ranks(RANK_STEP)

@@ -118,6 +118,15 @@ def basis_tile(basis, cols, cols_ok, first, R: tl.constexpr, RANK_STEP: tl.const
 
 
 @triton.jit
+def norms_dot(left, right, acc, PRECISION: tl.constexpr, NARROW: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + left @ right of what only the norms' gradient sees; NARROW: of bfloat16 operands."""
+    if NARROW:
+        return dot(left.to(tl.bfloat16), right.to(tl.bfloat16), acc, PRECISION, UPCAST)
+    else:
+        return tl.dot(left, right, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def split_left(left, SPLITS: tl.constexpr, BLOCK_O: tl.constexpr, RANK_STEP: tl.constexpr):
     return tl.broadcast_to(left[None, :, :], (SPLITS, BLOCK_O, RANK_STEP))
 
@@ -204,8 +213,5 @@ def row_sweep(
                 if SLOPED:
                     part = part * q[:, None, :]
                 other = tl.permute(part, (0, 2, 1))
-            if NARROW:
-                cross = dot(v.to(tl.bfloat16), other.to(tl.bfloat16), cross, PRECISION, UPCAST)
-            else:
-                cross = tl.dot(v, other, cross, input_precision=PRECISION)
+            cross = norms_dot(v, other, cross, PRECISION, NARROW, UPCAST)
     return tl.sum(tl.sum(squares, axis=2), axis=0), tl.sum(cross, axis=0)
