@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from sa3dist.errors import EXIT_ENVIRONMENT, ConfigError
-from sa3dist.runtime import lease
+from sa3dist.runtime import cuda_driver, lease
 from sa3dist.runtime.lasting_imports import lasting_imports
 from sa3dist.runtime.signals import StopRequest, kill_loaders
 
@@ -124,6 +124,7 @@ def _run_connected(
     running   takes the run, once there is one
     started   processes that can compile ahead; those that are needed are taken out
     """
+    cuda_driver.start()
     with lasting_imports():
         from sa3dist.pipeline import Run
         from sa3dist.runtime.peers import GOODBYE_SECONDS, leave, part

@@ -38,6 +38,7 @@ from sa3dist.model.loading import known_config
 from sa3dist.model.random_weights import RandomWeights
 from sa3dist.parallel.ddp import FlatEngine
 from sa3dist.parallel.flat_adamw import FlatAdapters
+from sa3dist.runtime import cuda_driver
 from sa3dist.runtime.process_group import Group, main_process_first
 from sa3dist.training.acceleration import compile_whole_blocks
 from sa3dist.training.compile_processes import CACHE_VARIABLE, CONTEXT, KERNELS, MARK, PROGRAMS, Compiling
@@ -214,6 +215,7 @@ def _batch(base: Base, settings: Settings, frames: int):
 
 
 def main(program: str) -> None:
+    cuda_driver.start()
     if program != KERNELS:
         # They compile blocks' kernels side by side, but seconds pass until they can: until then it is done one by one.
         start_compile_workers()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from sa3dist.model.compile_choice import compiles_on_cuda
+from sa3dist.runtime import cuda_driver
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,8 +29,6 @@ CONTEXT, NONE, KERNELS = PROGRAMS = "context", "none", "kernels"
 # The file in the compiler's cache that says that a program is there is called so.
 MARK = "ahead-"
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
-# There on a machine with NVIDIA's driver.
-DRIVER = Path("/dev/nvidiactl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Compiling:
 def start_early(settings: Settings, dist_rank: int) -> dict[str, Compiling]:
     """By program, those of a run that will probably want them; where it is not certain enough they are started later.
 
-    It is where there is a driver, and nothing was compiled ahead in this ``work_dir`` before.
+    It is where a GPU is expected, and nothing was compiled ahead in this ``work_dir`` before.
     """
     work = settings.work_dir.resolve()
     environment = {CACHE_VARIABLE: str(work / "compiled"), "TRITON_CACHE_DIR": str(work / "kernels"), **os.environ}
@@ -72,9 +71,7 @@ def start_early(settings: Settings, dist_rank: int) -> dict[str, Compiling]:
         dist_rank != 0
         or not compiles_on_cuda(settings.compile, settings.number_of_steps, settings.deterministic)
         or settings.adapter_products == "factored"
-        or not DRIVER.exists()
-        or environment.get("CUDA_VISIBLE_DEVICES") == ""
-        or environment.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
+        or not cuda_driver.expected()
         or any(Path(environment[CACHE_VARIABLE]).glob(f"{MARK}*"))
     )
     started: dict[str, Compiling] = {}

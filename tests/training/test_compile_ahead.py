@@ -11,6 +11,7 @@ import torch
 import sa3dist
 from sa3dist.adapters.formed import Formed
 from sa3dist.errors import Interrupted
+from sa3dist.runtime import cuda_driver
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import acceleration, compile_ahead, compile_processes
@@ -126,7 +127,7 @@ def test_what_was_compiled_before_is_not_compiled_again(started, tmp_path):
 
 
 def test_processes_started_early_are_the_ones_that_compile_and_what_is_not_needed_ends(started, monkeypatch, tmp_path):
-    monkeypatch.setattr(compile_processes, "DRIVER", tmp_path)
+    monkeypatch.setattr(cuda_driver, "DEVICE_FILE", tmp_path)
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
@@ -154,7 +155,7 @@ def test_processes_started_early_are_the_ones_that_compile_and_what_is_not_neede
     "why", ["no driver", "another rank", "no compiler wanted", "too few steps", "told to use the CPU", "made before"]
 )
 def test_nothing_is_started_early_for_a_run_that_will_not_compile(started, monkeypatch, tmp_path, why):
-    monkeypatch.setattr(compile_processes, "DRIVER", tmp_path / "absent" if why == "no driver" else tmp_path)
+    monkeypatch.setattr(cuda_driver, "DEVICE_FILE", tmp_path / "absent" if why == "no driver" else tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true" if why == "told to use the CPU" else "")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
