@@ -63,11 +63,11 @@ def open_base(settings: Settings, group: Group, stop: StopRequest, startup: Star
         base = run_on_all_ranks(group, "base", lambda: _load(settings, group.device), stop)
         # Of the start's parts: what the imports take longer than the reading, and starting the workers.
         startup.begin("compiler")
+        if group.is_main:
+            # Threads hash while the imports end, the bases are found and the clips are checked.
+            base.begin_digests()
     if compiler:
         start_compile_workers()
-    if group.is_main:
-        # Threads hash while the bases are found and the clips are checked.
-        base.begin_digests()
     startup.begin("singular_bases")
     bases = _singular_bases(settings, group, stop, base)
     startup.begin("attach")

@@ -69,9 +69,10 @@ def imported_beside(*modules: str) -> Iterator[None]:
 def libraries_beside(device: torch.device) -> Iterator[None]:
     """Let a thread make a CUDA device's libraries ready while the block runs: they leave the interpreter to others."""
     # What fails there fails again, and is told, where the device is needed.
-    with ThreadPoolExecutor(1, "load the libraries") as executor:
+    with ThreadPoolExecutor(2, "load the libraries") as executor:
         if device.type == "cuda":
             executor.submit(use_libraries, device)
+            executor.submit(hash_triton)
         yield
 
 
@@ -84,6 +85,13 @@ def use_libraries(device: torch.device) -> None:
         square = torch.ones(64, 64, device=device, dtype=dtype)
         torch.addmm(square[0], square @ square, square)
         torch.nn.functional.conv1d(square[None], square[:, :, None])
+
+
+def hash_triton() -> None:
+    """What Triton finds kept kernels by: a digest of its 400 MB of code, made once per process."""
+    from triton.runtime.cache import triton_key
+
+    triton_key()
 
 
 def keep_kernels_in(directory: Path) -> None:

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+import triton
 
 from sa3dist import train
 from sa3dist.adapters import BasesCache, adapter_parameters, attach_adapter, svd_bases
@@ -129,12 +130,15 @@ def test_a_module_imported_beside_is_there_afterwards_and_a_failing_one_fails_wh
 def test_libraries_are_used_beside_and_what_fails_there_stops_nothing(monkeypatch):
     used = []
     monkeypatch.setattr(startup_times, "use_libraries", lambda device: used.append(device) or 1 / 0)
+    monkeypatch.setattr(startup_times, "hash_triton", lambda: 1 / 0)
     for device in (CPU, torch.device("cuda", 1)):
         with libraries_beside(device):
             pass
     assert used == [torch.device("cuda", 1)]
     monkeypatch.undo()
     startup_times.use_libraries(CPU)
+    startup_times.hash_triton()
+    assert triton.runtime.cache.triton_key.cache_info().currsize == 1
 
 
 def test_while_a_start_imports_nothing_is_searched_for_garbage_and_afterwards_it_is():
