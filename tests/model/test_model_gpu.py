@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from sa3dist.model.checkpoint import CheckpointFile, fill
 from sa3dist.model.compiled import _token_sums_work
 from sa3dist.model.kernel_trial import gate_kernel_works
 from sa3dist.model.loading import load_base
 from sa3dist.model.random_weights import random_base
 from sa3dist.model.self_attention import kernel_works
+from sa3dist.model.staged_reads import STAGED_BYTES, THREADS
 from tests.helpers.golden import golden
 
 pytestmark = pytest.mark.gpu
@@ -86,6 +89,26 @@ def test_velocity_and_its_backward_never_wait_for_the_device(recorded, tiny_name
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_read_to_cuda_have_the_bits_that_a_cpu_rounds_to(dtype):
+    here, there = (load_base(golden("tiny-sa3"), device, dtype) for device in ("cpu", "cuda"))
+    assert all(torch.equal(there.state_dict()[name].cpu(), value) for name, value in here.state_dict().items())
+
+
+def test_reading_to_cuda_takes_no_second_copy_of_what_is_read(tmp_path):
+    stored = {f"{number}.weight": torch.randn(4096, 4096) for number in range(8)}
+    save_file(stored, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        module = torch.nn.ModuleDict({str(number): torch.nn.Linear(4096, 4096, bias=False) for number in range(8)})
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    fill(module, "", CheckpointFile(tmp_path / "model.safetensors"), "cuda", torch.bfloat16)
+    whole = 8 * 4096 * 4096 * 2
+    assert torch.cuda.memory_allocated() - before == whole
+    assert torch.cuda.max_memory_allocated() - before <= whole + 2 * THREADS * STAGED_BYTES
+    assert all(torch.equal(module[name[0]].weight.cpu(), value.bfloat16()) for name, value in stored.items())
 
 
 def test_random_base_on_cuda_reads_back_the_weights_it_has():
