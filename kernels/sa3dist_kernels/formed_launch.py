@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -49,8 +51,32 @@ class TritonForms:
             group.refresh()
             if make_plan not in group.plans:
                 group.plans[make_plan] = make_plan(group)
-            for planned in group.plans[make_plan]:
+        largest, *others = sorted(self.groups, key=lambda group: -len(group.programs["close"]))
+        # What one group writes no other reads. The others are a few small layers, which leave a GPU idle.
+        with _beside(largest.device if others else None) as beside:
+            for planned in largest.plans[make_plan]:
                 planned.run()
+            with beside:
+                for group in others:
+                    for planned in group.plans[make_plan]:
+                        planned.run()
+
+
+@contextlib.contextmanager
+def _beside(device: torch.device | None) -> Iterator[contextlib.AbstractContextManager]:
+    """What is launched within the context it gives runs beside the rest of what is launched in it."""
+    if device is None or device.type != "cuda":
+        yield contextlib.nullcontext()
+        return
+    current, other = torch.cuda.current_stream(device), _other_stream(device)
+    other.wait_stream(current)
+    yield torch.cuda.stream(other)
+    current.wait_stream(other)
+
+
+@functools.cache
+def _other_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def form_plan(group: Group) -> list[Launch]:
