@@ -9,6 +9,7 @@ ordinary launches; replayed as a graph they are the same kernels.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 
@@ -22,8 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 STEPS = 5
 # The driver's and the runtime's calls that start work on the device, as the profiler names them.
 LAUNCH = re.compile(r"cu(da)?(Launch\w*|GraphLaunch|Mem(cpy|set)\w*)$")
-# Kernels are listed until they make up this share of the time.
-LISTED_SHARE = 0.95
+# Kernels are listed until they make up this share of the time; of pairs between which the device idles so many.
+LISTED_SHARE, LISTED_PAIRS = 0.95, 12
 # The first that is found in a name says what it is for.
 PURPOSES = (
     ("attention", r"flash|fmha|attention|sdpa|mha_"),
@@ -36,9 +37,10 @@ PURPOSES = (
         r"gemm|cutlass|nvjet|xmma|cublas|splitK|aten::(add|b|badd)?mm|(aten|mkldnn)::(_?linear|matmul)|convolution|conv1d",
     ),
     ("compiled element-wise", r"^triton_"),
+    ("own element-wise", r"(qkv_gradient|queries_and_keys|gate_gradient)_kernel"),
     ("optimiser", r"[aA]dam"),
     ("copies and fills", r"[mM]emcpy|[mM]emset|copy|[fF]ill|CatArray|aten::(cat|clone|contiguous|zero_|to$)"),
-    ("sums and norms", r"reduce|[nN]orm|aten::(sum|mean|pow|linalg)|softmax"),
+    ("sums and norms", r"reduce|_(shares|added)_kernel|[nN]orm|aten::(sum|mean|pow|linalg)|softmax"),
     ("element-wise", r"elementwise|vectorized|aten::(mul|add|sub|div|sigmoid|silu|exp|neg|tanh|r?sqrt|where|sin|cos)"),
     ("indexing", r"index|gather|scatter|arange|searchsorted"),
 )
@@ -48,7 +50,8 @@ def profiled(side: Side) -> dict:
     """Milliseconds per step by purpose and by kernel, and which share of the device's time has a purpose.
 
     ``kernels_per_step`` counts kernels, copies and fills on the device; ``launches_per_step`` the host's calls that
-    started them, by name: one for all of a graph's.
+    started them, by name: one for all of a graph's. ``idle_ms`` is the device's idle time of a step, where steps follow
+    one another, and ``idle_between`` the pairs of kernels with most of it. Both are empty on a CPU.
     """
     for _ in range(2):
         side.step()
@@ -85,6 +88,33 @@ def profiled(side: Side) -> dict:
         "purposes_ms": {name: round(own, 4) for name, own in sorted(purposes.items(), key=lambda item: -item[1])},
         "named_share": 1 - purposes.get("other", 0.0) / total,
         "kernels": kernels,
+        **idle(
+            [
+                (event.time_range.start, event.time_range.end, event.name)
+                for event in recorded.events()
+                if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+            ]
+        ),
+    }
+
+
+def idle(kernels: list[tuple[float, float, str]]) -> dict:
+    """Milliseconds a step in which no kernel ran, and between which ones.
+
+    kernels   of all steps: begin and end in microseconds, and name
+    """
+    between: dict[tuple[str, str], float] = {}
+    ended, last = math.inf, ""
+    for begin, end, name in sorted(kernels):
+        if begin > ended:
+            pair = last[:60], name[:60]
+            between[pair] = between.get(pair, 0.0) + begin - ended
+        if end > ended or math.isinf(ended):
+            ended, last = end, name
+    most = sorted(between.items(), key=lambda item: -item[1])[:LISTED_PAIRS]
+    return {
+        "idle_ms": sum(between.values()) / 1e3 / STEPS,
+        "idle_between": [{"from": a, "to": b, "ms": round(spent / 1e3 / STEPS, 4)} for (a, b), spent in most],
     }
 
 

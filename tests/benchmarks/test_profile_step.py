@@ -48,8 +48,20 @@ def test_times_add_up_and_whatever_computes_has_a_purpose():
         ("Memcpy DtoD (Device -> Device)", "copies and fills"),
         ("void at::native::index_elementwise_kernel<>", "element-wise"),
         ("void at::native::vectorized_gather_kernel<16, long>", "element-wise"),
+        ("_gate_gradient_kernel", "own element-wise"),
+        ("_queries_and_keys_kernel", "own element-wise"),
+        ("_shares_kernel", "sums and norms"),
         ("somebody_elses_kernel", "other"),
     ],
 )
 def test_kernels_have_the_purpose_their_names_tell(kernel, purpose):
     assert profile_step.purpose(kernel) == purpose
+
+
+def test_the_device_idles_where_no_kernel_runs():
+    # The second ends within the first; then 3 us of nothing, then overlap again, and 1 us at the end.
+    kernels = [(0, 10, "a"), (2, 5, "b"), (13, 20, "c"), (18, 25, "d"), (26, 30, "e")]
+    found = profile_step.idle(kernels)
+    assert found["idle_ms"] * 1e3 * profile_step.STEPS == pytest.approx(4)
+    assert [(pair["from"], pair["to"]) for pair in found["idle_between"]] == [("a", "c"), ("d", "e")]
+    assert profile_step.idle([]) == {"idle_ms": 0, "idle_between": []}
