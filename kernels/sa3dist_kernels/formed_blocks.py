@@ -52,17 +52,29 @@ class ColumnTile:
 class KeptTile:
     """A row program whose rows stay in registers, ``splits`` warps with 32 columns each.
 
-    numbers   of V that a thread keeps, at most: with 192 it has 255 registers, and two programs of four warps share a
-              multiprocessor. 32 rows of 1536 columns are under way there, 96 KiB that are asked for at once
+    numbers    of V that a thread keeps, at most: with 192 it has 255 registers, and two programs of four warps share a
+               multiprocessor. 32 rows of 1536 columns are under way there, 96 KiB that are asked for at once
+    narrow     R is read in bfloat16 (``form_spans.py``); not for -xs. What follows is for this alone
+    span       blocks of a program, at most; with more than one, the next is loaded while one is computed
+    twice      W0 is held, in half the registers, instead of V, which is formed twice
+    registers  of a thread, at most
     """
 
     block_o: int = 16
     splits: int = 4
     numbers: int = 192
+    narrow: bool = False
+    span: int = 1
+    twice: bool = False
+    registers: int | None = None
 
     def fits(self, fan_in: int) -> bool:
         columns = KEPT_WIDTH * self.splits
         return fan_in % columns == 0 and self.block_o * fan_in // (self.splits * WARP) <= self.numbers
+
+
+# Of layers with a row magnitude alone, bfloat16 products and a rank of at most 16; None: their rows are read twice.
+KEPT: KeptTile | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +125,7 @@ def default_tiles(rank: int, product: torch.dtype, rows: int = 1 << 30) -> Tiles
         return Tiles(step, tile, dataclasses.replace(tile, block_o=512 // step), *columns)
     # Two tiles under way behind the one in work: one would hide the memory's latency but barely.
     tile = RowTile(32 if rows >= 32 * FEWEST_BLOCKS else 16, 32, 4, stages=3, right_vector=4)
-    return Tiles(step, tile, tile, *columns)
+    return Tiles(step, tile, tile, *columns, form_kept=KEPT)
 
 
 def interpreter_tiles(rank: int) -> Tiles:

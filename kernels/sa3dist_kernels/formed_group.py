@@ -6,13 +6,14 @@ A group is what one launch serves: layers of any shapes whose frozen weights hav
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
 import triton
 
 from sa3dist_kernels.adapter_types import AdapterType
-from sa3dist_kernels.formed_blocks import Tiles
+from sa3dist_kernels.formed_blocks import KeptTile, Tiles
 from sa3dist_kernels.formed_spec import ALIGNED, FormedSpec, aligned, product_sizes
 from sa3dist_kernels.formed_tiles import FIELDS
 from sa3dist_kernels.triton_support import interpreting, sent
@@ -103,6 +104,8 @@ class Group:
         fitting = self.kind.rows and not self.kind.cols and self.rank <= self.tiles.rank_step
         if tile is None or not fitting or self.weight_base().dtype != self.product.dtype:
             return 0
+        if tile.narrow and (self.kind.xs or self.product.dtype != torch.bfloat16):
+            return 0
         for spec in self.specs:
             if tile.fits(spec.fan_in) and _is_wide(spec):
                 fans[spec.fan_in] += spec.weight_OI.numel()
@@ -150,7 +153,7 @@ class Group:
 
         kept = [at for at in by_width if specs[at].fan_in == self.kept_fan]
         programs = {
-            "form_kept": rows(tiles.form_kept.block_o, kept) if kept else [],
+            "form_kept": self._spans(tiles.form_kept, kept) if kept else [],
             "form_rows": rows(tiles.form_rows.block_o, [at for at in by_width if at not in kept]),
             "finish_rows": rows(tiles.finish_rows.block_o),
             "form_columns": columns(tiles.form_columns.block_i),
@@ -160,6 +163,17 @@ class Group:
         }
         # Tables without a program are left out: nothing is launched for them.
         self.programs = {name: sent(table, torch.int32, self.device) for name, table in programs.items() if table}
+
+
+    def _spans(self, tile: KeptTile, layers: Iterable[int]) -> list[tuple[int, int, int]]:
+        """(layer, first block of rows, how many) of every program: at most ``tile.span``, as even as may be."""
+        programs = []
+        for at in layers:
+            blocks = triton.cdiv(self.specs[at].fan_out, tile.block_o)
+            spans = triton.cdiv(blocks, tile.span)
+            edges = [blocks * place // spans for place in range(spans + 1)]
+            programs += [(at, begin, end - begin) for begin, end in itertools.pairwise(edges)]
+        return programs
 
 
 def _moving_apart(specs: Sequence[FormedSpec]) -> list[torch.Tensor]:

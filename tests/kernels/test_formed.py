@@ -82,6 +82,23 @@ def test_rows_that_are_kept_in_registers_are_formed_as_those_read_twice(name, ra
 
 
 @needs_interpreter
+@pytest.mark.usefixtures("nan_memory")
+@pytest.mark.parametrize(
+    ("name", "rank", "tile"),
+    [
+        ("dora-rows", 3, KeptTile(16, 2, narrow=True)),
+        ("dora", 16, KeptTile(16, 2, narrow=True, span=2)),
+        ("dora-rows", 3, KeptTile(16, 2, narrow=True, span=3, twice=True)),
+    ],
+)
+def test_spans_of_rows_with_factors_in_bfloat16_are_formed_as_those_read_twice(name, rank, tile):
+    tiles = dataclasses.replace(interpreter_tiles(rank), form_kept=tile)
+    # Two blocks and four, the last of nine rows.
+    sizes = [(23, 128), (17, 64), (57, 128), (18, 19)]
+    check_layers(ADAPTER_TYPES[name], sizes, rank, torch.bfloat16, "triton", gradient=torch.bfloat16, tiles=tiles)
+
+
+@needs_interpreter
 @pytest.mark.parametrize("name", ["dora-rows", "bora"])
 def test_bfloat16_takes_its_own_format_for_the_norms_part_alone(name):
     tiles = dataclasses.replace(interpreter_tiles(3), form_columns=ColumnTile(16, 32, narrow=True))
