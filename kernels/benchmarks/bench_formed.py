@@ -119,11 +119,14 @@ def measured(formed: FormedWeights, options, device: torch.device) -> dict[str, 
 
 def candidates(kind, rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     """(what, tiles): the default, rows kept in registers where the type allows it, then one thing changed at a time."""
-    from sa3dist_kernels.formed_blocks import KeptTile, default_tiles
+    from sa3dist_kernels.formed_blocks import OFFERED, KeptTile, default_tiles
 
     base = default_tiles(rank, dtype)
     yield "default", base
     if kind.rows and not kind.cols and dtype == torch.bfloat16 and rank <= base.rank_step == 16:
+        if not kind.xs:
+            for what, kept in OFFERED.items():
+                yield f"kept, R in bfloat16: {what}", dataclasses.replace(base, form_kept=kept)
         for kept, others in (
             (KeptTile(), {}),
             (KeptTile(block_o=32, splits=8), {}),

@@ -3,7 +3,7 @@
     python kernels/benchmarks/compile_kernels.py --capability 90 --rank 16 64 128 256
 
 Prints one line per kernel and variant: registers, bytes spilled to local memory, shared memory, matrix instructions.
-Exit code 1 when a kernel does not compile, spills, or takes more shared memory than a multiprocessor has.
+Exit code 1 when one does not compile, spills in the default tiles, or takes more shared memory than there is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import triton
 from sa3dist_kernels import ADAPTER_TYPES, gate_gradient, qkv_gradient, queries_and_keys, sums_kernels, token_sums
-from sa3dist_kernels.formed_blocks import KeptTile, default_tiles
+from sa3dist_kernels.formed_blocks import OFFERED, KeptTile, default_tiles
 from sa3dist_kernels.formed_group import Group
 from sa3dist_kernels.formed_launch import finish_plan, form_plan
 from sa3dist_kernels.formed_spec import FormedSpec, product_elements
@@ -52,8 +52,9 @@ def formed_variants(dtype: str, rank: int):
         if dtype == "bf16" and rank <= group.tiles.rank_step == 16:
             # What a GPU is to choose between.
             columns = dataclasses.replace(group.tiles.form_columns, narrow=True, block_i=256)
-            other = dataclasses.replace(group.tiles, form_kept=KeptTile(), form_columns=columns)
-            plans.append(("form", form_plan(Group([spec], memory, other))))
+            for kept in (KeptTile(), *OFFERED.values()):
+                other = dataclasses.replace(group.tiles, form_kept=kept, form_columns=columns)
+                plans.append(("form offered", form_plan(Group([spec], memory, other))))
         for phase, plan in plans:
             for launch in plan:
                 given = dict(launch.arguments)
@@ -62,7 +63,8 @@ def formed_variants(dtype: str, rank: int):
                 constants = {key: value for key, value in given.items() if key not in variable}
                 if (launch.kernel, constants) not in seen:
                     seen.append((launch.kernel, constants))
-                    yield f"rank {rank}, {phase} {launch.name}, {kind.name}", launch.kernel, constants, options, 1
+                    told = f"{launch.name}, {options['num_warps']} warps, {kind.name}"
+                    yield f"rank {rank}, {phase} {told}", launch.kernel, constants, options, 1
 
 
 # A clip of 30 s and one of 380 s; tokens of a prompt.
@@ -195,7 +197,7 @@ def main() -> int:
     faults = 0
     for name, kernel, constants, launch, layers in variants:
         used = compiled(kernel, constants, options.dtype, launch, options.capability, layers)
-        faults += used["spilled"] > 0 or used["shared"] > MOST_SHARED[options.capability]
+        faults += (used["spilled"] > 0 and "offered" not in name) or used["shared"] > MOST_SHARED[options.capability]
         label = f"{kernel.fn.__name__.strip('_')}: {name}"
         print(
             f"{label:62} {used['registers']:4} registers {used['spilled']:5} bytes spilled {used['shared']:7} shared "

@@ -55,6 +55,8 @@ def _form_layer(group: Group, index: int) -> dict[str, tuple[int, int]]:
     if kind.rows:
         # Of a block of rows W0 is read once: W' is written while the block is in the cache.
         written = left + 2 * row + (0 if kind.cols else formed + thin)
+        if group.kept_fan and group.tiles.form_kept.narrow:
+            counted["R'"] = right, int(narrow * right)
         counted["rows"] = weight + left + right + basis + row, written
     if kind.cols:
         gains = row if kind.rows else 0

@@ -73,7 +73,7 @@ def form_kept_kernel(
     squares = tl.zeros((SPLITS, BLOCK_O, 8), tl.float32)
     kept = ()
     for part in tl.static_range(I // (SPLITS * WIDTH)):
-        v = _instruction_order(tiles[part], SPLITS, BLOCK_O).to(tl.float32)
+        v = instruction_order(tiles[part], SPLITS, BLOCK_O).to(tl.float32)
         other = _right_part(right, part * SPLITS * WIDTH, I, R, RANK_STEP, SPLITS)
         v = tl.dot(held, other, v, input_precision=PRECISION)
         squares += tl.sum(tl.reshape(v * v, (SPLITS, BLOCK_O, WIDTH // 8, 8)), axis=2)
@@ -92,7 +92,7 @@ def form_kept_kernel(
         v = kept[part]
         other = _turned_part(basis, part * SPLITS * WIDTH, I, R, RANK_STEP, SPLITS, XS)
         cross = norms_dot(v, other, cross, PRECISION, NARROW, UPCAST)
-        made = _memory_order((v * factor[None, :, None]).to(product.dtype.element_ty), SPLITS, BLOCK_O)
+        made = memory_order((v * factor[None, :, None]).to(product.dtype.element_ty), SPLITS, BLOCK_O)
         tl.store(formed_rows + (cols + part * SPLITS * WIDTH), made, mask=spread_ok)
     rank = _turned_ranks(RANK_STEP)
     place = floats + field(layers, layer, ROW_CROSS, 16) + rows.to(tl.int64)[:, None] * R + rank[None, :]
@@ -100,7 +100,7 @@ def form_kept_kernel(
 
 
 @triton.jit
-def _instruction_order(tile, SPLITS: tl.constexpr, BLOCK_O: tl.constexpr):
+def instruction_order(tile, SPLITS: tl.constexpr, BLOCK_O: tl.constexpr):
     """(8, SPLITS, BLOCK_O / 8, WIDTH), as loaded, to (SPLITS, BLOCK_O, WIDTH)."""
     # (g, split, h, t, e, j) to (split, h, g, j, t, e)
     some = tl.permute(tl.reshape(tile, (8, SPLITS, BLOCK_O // 8, 4, 2, 4)), (1, 2, 0, 5, 3, 4))
@@ -108,7 +108,7 @@ def _instruction_order(tile, SPLITS: tl.constexpr, BLOCK_O: tl.constexpr):
 
 
 @triton.jit
-def _memory_order(tile, SPLITS: tl.constexpr, BLOCK_O: tl.constexpr):
+def memory_order(tile, SPLITS: tl.constexpr, BLOCK_O: tl.constexpr):
     """The way back."""
     some = tl.permute(tl.reshape(tile, (SPLITS, BLOCK_O // 8, 8, 4, 4, 2)), (2, 0, 1, 4, 5, 3))
     return tl.reshape(some, (8, SPLITS, BLOCK_O // 8, WIDTH))

@@ -4,8 +4,8 @@ R' of these types is R, rounded to the format of the products: a small launch wr
 read it there. It is 48 KiB for 1536 columns, which the first-level cache keeps for all programs of a multiprocessor;
 as float32 it would come from the second-level cache twice for each block of rows, four times as many bytes as W0 has.
 
-A program has a span of neighbouring blocks of rows. AHEAD: it asks for the next block before it computes the present
-one, so that a load is always under way.
+AHEAD: a program has a span of neighbouring blocks of rows, and asks for the next one before it computes the present
+one. So a load is always under way; else that is left to several programs on a multiprocessor.
 
 The order of columns is that of ``form_kept.py``. Of a bfloat16 operand a thread holds two neighbours along the sum:
 ranks 8 q + 2 t + p of R, instruction's columns 8 j + 2 t + e of V and R^T.
@@ -16,7 +16,7 @@ Legend: O fan_out, I fan_in, R rank.
 import triton
 import triton.language as tl
 
-from sa3dist_kernels.form_kept import WIDTH, _instruction_order, _memory_order
+from sa3dist_kernels.form_kept import WIDTH, instruction_order, memory_order
 from sa3dist_kernels.formed_tiles import (
     EPS,
     FAN_IN,
@@ -63,60 +63,46 @@ def form_spans_kernel(
     floats, weight, product, scales, layers, programs,
     R: tl.constexpr, I: tl.constexpr, LOOP_BLOCKS: tl.constexpr, WIDE_W: tl.constexpr, WIDE_T: tl.constexpr,
     BLOCK_O: tl.constexpr, SPLITS: tl.constexpr, RANK_STEP: tl.constexpr,
-    AHEAD: tl.constexpr, TWICE: tl.constexpr, UPCAST: tl.constexpr,
+    AHEAD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """n, g, V R^T, W' and L' of a span of blocks of rows. I is a multiple of SPLITS * WIDTH, R at most RANK_STEP.
 
-    AHEAD  a block is loaded while the one before it is computed; else a span has one
-    TWICE  W0 is held, not V, which is formed again for W'
+    AHEAD: a block is loaded while the one before it is computed; else a span has one.
     """
     layer, first, count = program(programs)
     end = tl.minimum(field(layers, layer, FAN_OUT, 1).to(tl.int32), (first + count) * BLOCK_O)
     # Two numbers in one: Triton would keep each bfloat16 in a register of its own.
     pairs = (weight + field(layers, layer, WEIGHT, WIDE_W)).to(tl.pointer_type(tl.int32))
-    left, magnitudes = floats + field(layers, layer, LEFT, WIDE_T), floats + field(layers, layer, ROW_MAGNITUDE, 1)
     tiles = _weight_block(pairs, first * BLOCK_O, end, I, BLOCK_O, SPLITS)
-    some_left, magnitude = _row_block(left, magnitudes, first * BLOCK_O, end, R, BLOCK_O, RANK_STEP)
+    some_left, magnitude = _row_block(floats, layers, layer, first * BLOCK_O, end, R, WIDE_T, BLOCK_O, RANK_STEP)
     scale = tl.load(scales + layer)
-    # Places: n, g, V R^T; W', L', R'.
-    floats_out = (
-        floats + field(layers, layer, ROW_NORM, 16),
-        floats + field(layers, layer, ROW_GAIN, 16),
-        floats + field(layers, layer, ROW_CROSS, 16),
-    )
-    products_out = (
-        product + field(layers, layer, FORMED, 16),
-        product + field(layers, layer, LEFT_OUT, 16),
-        product + field(layers, layer, RIGHT_OUT, 16),
-    )
-    # Zero, but that is not known when this is compiled.
-    zero = tl.minimum(first, 0)
     if AHEAD:
         for step in range(loop_to(count, LOOP_BLOCKS)):
             begin = (first + step) * BLOCK_O
             next_tiles = _weight_block(pairs, begin + BLOCK_O, end, I, BLOCK_O, SPLITS)
-            next_left, next_magnitude = _row_block(left, magnitudes, begin + BLOCK_O, end, R, BLOCK_O, RANK_STEP)
+            next_left, next_magnitude = _row_block(
+                floats, layers, layer, begin + BLOCK_O, end, R, WIDE_T, BLOCK_O, RANK_STEP
+            )
             _form_block(
-                floats_out, products_out, tiles, some_left, magnitude, scale, zero, begin, end, R, I, BLOCK_O, SPLITS,
-                RANK_STEP, TWICE, UPCAST,
+                floats, product, layers, layer, tiles, some_left, magnitude, scale, begin, end, R, I, BLOCK_O, SPLITS,
+                RANK_STEP, UPCAST,
             )  # fmt: skip
             tiles, some_left, magnitude = next_tiles, next_left, next_magnitude
     else:
         _form_block(
-            floats_out, products_out, tiles, some_left, magnitude, scale, zero, first * BLOCK_O, end, R, I, BLOCK_O,
-            SPLITS, RANK_STEP, TWICE, UPCAST,
+            floats, product, layers, layer, tiles, some_left, magnitude, scale, first * BLOCK_O, end, R, I, BLOCK_O,
+            SPLITS, RANK_STEP, UPCAST,
         )  # fmt: skip
 
 
 @triton.jit
 def _form_block(
-    floats_out, products_out, tiles, some_left, magnitude, scale, zero, begin, end,
+    floats, product, layers, layer, tiles, some_left, magnitude, scale, begin, end,
     R: tl.constexpr, I: tl.constexpr, BLOCK_O: tl.constexpr, SPLITS: tl.constexpr, RANK_STEP: tl.constexpr,
-    TWICE: tl.constexpr, UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """All of a block of rows from what was loaded of it."""
-    norms, gains, crosses = floats_out
-    formed, left_out, right = products_out
+    right = product + field(layers, layer, RIGHT_OUT, 16)
     # Two bfloat16 have 16 of a float32's 24 digits.
     scaled = split_left(scale * some_left, SPLITS, BLOCK_O, RANK_STEP)
     high = scaled.to(tl.bfloat16)
@@ -126,31 +112,30 @@ def _form_block(
     for part in tl.static_range(I // (SPLITS * WIDTH)):
         v = _formed(tiles[part], high, low, right, part, I, R, BLOCK_O, SPLITS, RANK_STEP, UPCAST)
         squares += tl.sum(tl.reshape(v * v, (SPLITS, BLOCK_O, WIDTH // 8, 8)), axis=2)
-        if not TWICE:
-            kept = kept + (v,)
+        kept = kept + (v,)
     rows = begin + tl.arange(0, BLOCK_O)
     norm = tl.sqrt(tl.sum(tl.sum(squares, axis=2), axis=0))
     gain = magnitude / (norm + EPS)
+    norms, gains = floats + field(layers, layer, ROW_NORM, 16), floats + field(layers, layer, ROW_GAIN, 16)
     tl.store(norms + rows, norm, mask=rows < end)
     tl.store(gains + rows, gain, mask=rows < end)
     rank = tl.arange(0, RANK_STEP)
     thin, thin_ok = rows.to(tl.int64)[:, None] * R + rank[None, :], (rows < end)[:, None] & (rank < R)[None, :]
+    left_out = product + field(layers, layer, LEFT_OUT, 16)
     tl.store(left_out + thin, (some_left * gain[:, None]).to(left_out.dtype.element_ty), mask=thin_ok)
     factor = floored(gain)
+    formed = product + field(layers, layer, FORMED, 16)
     place = formed + begin.to(tl.int64) * I + (_rows(BLOCK_O) * I + _cols(WIDTH, SPLITS))
     place_ok = _rows(BLOCK_O) < end - begin
     cross = tl.zeros((SPLITS, BLOCK_O, RANK_STEP), tl.float32)
     # V R^T here, not above: registers are scarce until the first parts of V are stored.
     for part in tl.static_range(I // (SPLITS * WIDTH)):
-        if TWICE:
-            # Else the compiler would see that W0 is the same, and hold it as float32.
-            v = _formed(tiles[part] + zero, high, low, right, part, I, R, BLOCK_O, SPLITS, RANK_STEP, UPCAST)
-        else:
-            v = kept[part]
+        v = kept[part]
         other = _turned_right(right, part, I, R, RANK_STEP, SPLITS)
         cross = dot(v.to(tl.bfloat16), other, cross, "ieee", UPCAST)
-        made = _memory_order((v * factor[None, :, None]).to(formed.dtype.element_ty), SPLITS, BLOCK_O)
+        made = memory_order((v * factor[None, :, None]).to(formed.dtype.element_ty), SPLITS, BLOCK_O)
         tl.store(place + part * SPLITS * WIDTH, made, mask=place_ok, eviction_policy="evict_first")
+    crosses = floats + field(layers, layer, ROW_CROSS, 16)
     tl.store(crosses + thin, tl.sum(cross, axis=0), mask=thin_ok)
 
 
@@ -188,10 +173,14 @@ def _both(pairs, SPLITS: tl.constexpr, BLOCK_O: tl.constexpr):
 
 
 @triton.jit
-def _row_block(left, magnitudes, begin, end, R: tl.constexpr, BLOCK_O: tl.constexpr, RANK_STEP: tl.constexpr):
+def _row_block(
+    floats, layers, layer, begin, end,
+    R: tl.constexpr, WIDE_T: tl.constexpr, BLOCK_O: tl.constexpr, RANK_STEP: tl.constexpr,
+):  # fmt: skip
     """L (BLOCK_O, RANK_STEP) and magnitudes (BLOCK_O,) of a block of rows, likewise."""
     rows = tl.minimum(begin + tl.arange(0, BLOCK_O), end - 1)
-    return left_tile(left, rows, rows < end, 0, R, RANK_STEP), tl.load(magnitudes + rows)
+    left = left_tile(floats + field(layers, layer, LEFT, WIDE_T), rows, rows < end, 0, R, RANK_STEP)
+    return left, tl.load(floats + field(layers, layer, ROW_MAGNITUDE, 1) + rows)
 
 
 @triton.jit
@@ -201,7 +190,7 @@ def _formed(
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """V (SPLITS, BLOCK_O, WIDTH) of one part, in the instruction's order of columns."""
-    v = _instruction_order(_both(tile, SPLITS, BLOCK_O), SPLITS, BLOCK_O)
+    v = instruction_order(_both(tile, SPLITS, BLOCK_O), SPLITS, BLOCK_O)
     other = _straight_right(right, part, I, R, RANK_STEP, SPLITS)
     return dot(high, other, dot(low, other, v, "ieee", UPCAST), "ieee", UPCAST)
 

@@ -55,8 +55,8 @@ class KeptTile:
     numbers    of V that a thread keeps, at most: with 192 it has 255 registers, and two programs of four warps share a
                multiprocessor. 32 rows of 1536 columns are under way there, 96 KiB that are asked for at once
     narrow     R is read in bfloat16 (``form_spans.py``); not for -xs. What follows is for this alone
-    span       blocks of a program, at most; with more than one, the next is loaded while one is computed
-    twice      W0 is held, in half the registers, instead of V, which is formed twice
+    span       blocks of a program, at most, but that there are twice ``least_programs``; with more than one, the next
+               block is loaded while one is computed
     registers  of a thread, at most
     """
 
@@ -65,7 +65,6 @@ class KeptTile:
     numbers: int = 192
     narrow: bool = False
     span: int = 1
-    twice: bool = False
     registers: int | None = None
 
     def fits(self, fan_in: int) -> bool:
@@ -75,6 +74,14 @@ class KeptTile:
 
 # Of layers with a row magnitude alone, bfloat16 products and a rank of at most 16; None: their rows are read twice.
 KEPT: KeptTile | None = None
+# What a GPU is to choose between for it.
+OFFERED = {
+    "12 blocks, 8 warps": KeptTile(splits=8, numbers=96, narrow=True, span=12),
+    "12 blocks, 16 warps": KeptTile(splits=16, numbers=48, narrow=True, span=12, registers=128),
+    "24 blocks, 8 warps": KeptTile(splits=8, numbers=96, narrow=True, span=24),
+    "1 block, 4 warps": KeptTile(narrow=True),
+    "1 block, 8 warps": KeptTile(splits=8, numbers=96, narrow=True, registers=128),
+}
 
 
 @dataclasses.dataclass(frozen=True)

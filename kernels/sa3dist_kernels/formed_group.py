@@ -164,15 +164,17 @@ class Group:
         # Tables without a program are left out: nothing is launched for them.
         self.programs = {name: sent(table, torch.int32, self.device) for name, table in programs.items() if table}
 
-
-    def _spans(self, tile: KeptTile, layers: Iterable[int]) -> list[tuple[int, int, int]]:
+    def _spans(self, tile: KeptTile, layers: Sequence[int]) -> list[tuple[int, int, int]]:
         """(layer, first block of rows, how many) of every program: at most ``tile.span``, as even as may be."""
-        programs = []
-        for at in layers:
-            blocks = triton.cdiv(self.specs[at].fan_out, tile.block_o)
-            spans = triton.cdiv(blocks, tile.span)
-            edges = [blocks * place // spans for place in range(spans + 1)]
+        blocks = [triton.cdiv(self.specs[at].fan_out, tile.block_o) for at in layers]
+        total, begun, programs = sum(blocks), 0, []
+        longest = max(1, min(tile.span, total // max(1, 2 * self.tiles.least_programs)))
+        for at, count in zip(layers, blocks, strict=True):
+            # Short ones at the end, when some multiprocessors have nothing more to do.
+            spans = triton.cdiv(count, longest if 8 * begun <= 7 * total else triton.cdiv(longest, 4))
+            edges = [count * place // spans for place in range(spans + 1)]
             programs += [(at, begin, end - begin) for begin, end in itertools.pairwise(edges)]
+            begun += count
         return programs
 
 

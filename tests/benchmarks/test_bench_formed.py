@@ -74,3 +74,16 @@ def test_rows_of_the_commonest_width_are_kept_and_every_row_has_one_program(name
         block = blocks["form_kept" if spec.fan_in == kept else "form_rows"]
         expected[block] += -(-spec.fan_out // block)
     assert programs == expected
+
+
+@pytest.mark.parametrize("tile", [KeptTile(), KeptTile(splits=8, narrow=True, span=12)])
+def test_spans_of_rows_take_every_block_of_a_layer_once_and_are_short_at_the_end(tile):
+    specs = medium_specs(ADAPTER_TYPES["dora-rows"], 16)
+    memory = torch.empty(product_elements(specs), dtype=torch.bfloat16, device="meta")
+    group = Group(specs, memory, dataclasses.replace(default_tiles(16, torch.bfloat16), form_kept=tile))
+    spans = group._spans(tile, [at for at, spec in enumerate(specs) if spec.fan_in == 1536])
+    taken = [(at, block) for at, first, count in spans for block in range(first, first + count)]
+    kept = [(at, spec.fan_out // 16) for at, spec in enumerate(specs) if spec.fan_in == 1536]
+    assert taken == [(at, block) for at, blocks in kept for block in range(blocks)]
+    lengths = [count for _, _, count in spans]
+    assert (lengths[0], lengths[-1]) == ((12, 3) if tile.span == 12 else (1, 1))
