@@ -63,80 +63,123 @@ def form_spans_kernel(
     floats, weight, product, scales, layers, programs,
     R: tl.constexpr, I: tl.constexpr, LOOP_BLOCKS: tl.constexpr, WIDE_W: tl.constexpr, WIDE_T: tl.constexpr,
     BLOCK_O: tl.constexpr, SPLITS: tl.constexpr, RANK_STEP: tl.constexpr,
-    AHEAD: tl.constexpr, UPCAST: tl.constexpr,
+    AHEAD: tl.constexpr, LATE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """n, g, V R^T, W' and L' of a span of blocks of rows. I is a multiple of SPLITS * WIDTH, R at most RANK_STEP.
 
-    AHEAD: a block is loaded while the one before it is computed; else a span has one.
+    AHEAD  a block is loaded while the one before it is computed; else a span has one
+    LATE   it is asked for behind all reads of R, which need not wait then should the first-level cache answer in order
     """
     layer, first, count = program(programs)
     end = tl.minimum(field(layers, layer, FAN_OUT, 1).to(tl.int32), (first + count) * BLOCK_O)
     # Two numbers in one: Triton would keep each bfloat16 in a register of its own.
     pairs = (weight + field(layers, layer, WEIGHT, WIDE_W)).to(tl.pointer_type(tl.int32))
-    tiles = _weight_block(pairs, first * BLOCK_O, end, I, BLOCK_O, SPLITS)
-    some_left, magnitude = _row_block(floats, layers, layer, first * BLOCK_O, end, R, WIDE_T, BLOCK_O, RANK_STEP)
-    scale = tl.load(scales + layer)
+    right, scale = product + field(layers, layer, RIGHT_OUT, 16), tl.load(scales + layer)
+    next_tiles = _weight_block(pairs, first * BLOCK_O, end, I, BLOCK_O, SPLITS)
+    next_thin = _thin_block(floats, layers, layer, first * BLOCK_O, end, R, WIDE_T, BLOCK_O, RANK_STEP)
+    places = ()
+    if LATE:
+        # Registers are scarce in the others, which find a place when it is needed.
+        places = _places(floats, product, layers, layer)
     if AHEAD:
         for step in range(loop_to(count, LOOP_BLOCKS)):
             begin = (first + step) * BLOCK_O
-            next_tiles = _weight_block(pairs, begin + BLOCK_O, end, I, BLOCK_O, SPLITS)
-            next_left, next_magnitude = _row_block(
-                floats, layers, layer, begin + BLOCK_O, end, R, WIDE_T, BLOCK_O, RANK_STEP
-            )
-            _form_block(
-                floats, product, layers, layer, tiles, some_left, magnitude, scale, begin, end, R, I, BLOCK_O, SPLITS,
-                RANK_STEP, UPCAST,
+            tiles, thin = next_tiles, next_thin
+            if not LATE:
+                next_tiles = _weight_block(pairs, begin + BLOCK_O, end, I, BLOCK_O, SPLITS)
+                next_thin = _thin_block(floats, layers, layer, begin + BLOCK_O, end, R, WIDE_T, BLOCK_O, RANK_STEP)
+            kept, squares, cross = _products(tiles, thin, right, scale, R, I, BLOCK_O, SPLITS, RANK_STEP, LATE, UPCAST)
+            if LATE:
+                next_tiles = _weight_block(pairs, begin + BLOCK_O, end, I, BLOCK_O, SPLITS)
+                next_thin = _thin_block(floats, layers, layer, begin + BLOCK_O, end, R, WIDE_T, BLOCK_O, RANK_STEP)
+            _write_block(
+                floats, product, layers, layer, places, kept, squares, cross, thin, right, begin, end, R, I, BLOCK_O,
+                SPLITS, RANK_STEP, LATE, UPCAST,
             )  # fmt: skip
-            tiles, some_left, magnitude = next_tiles, next_left, next_magnitude
     else:
-        _form_block(
-            floats, product, layers, layer, tiles, some_left, magnitude, scale, first * BLOCK_O, end, R, I, BLOCK_O,
-            SPLITS, RANK_STEP, UPCAST,
+        kept, squares, cross = _products(
+            next_tiles, next_thin, right, scale, R, I, BLOCK_O, SPLITS, RANK_STEP, LATE, UPCAST
+        )
+        _write_block(
+            floats, product, layers, layer, places, kept, squares, cross, next_thin, right, first * BLOCK_O, end, R, I,
+            BLOCK_O, SPLITS, RANK_STEP, LATE, UPCAST,
         )  # fmt: skip
 
 
 @triton.jit
-def _form_block(
-    floats, product, layers, layer, tiles, some_left, magnitude, scale, begin, end,
+def _places(floats, product, layers, layer):
+    """Where a layer's n, g, V R^T, L' and W' begin."""
+    norms, gains = floats + field(layers, layer, ROW_NORM, 16), floats + field(layers, layer, ROW_GAIN, 16)
+    crosses, left_out = floats + field(layers, layer, ROW_CROSS, 16), product + field(layers, layer, LEFT_OUT, 16)
+    return norms, gains, crosses, left_out, product + field(layers, layer, FORMED, 16)
+
+
+@triton.jit
+def _place(places, AT: tl.constexpr, base, layers, layer, NAME: tl.constexpr, KNOWN: tl.constexpr):
+    """One of them; KNOWN: from ``places``."""
+    if KNOWN:
+        return places[AT]
+    else:
+        return base + field(layers, layer, NAME, 16)
+
+
+@triton.jit
+def _products(
+    tiles, thin, right, scale,
     R: tl.constexpr, I: tl.constexpr, BLOCK_O: tl.constexpr, SPLITS: tl.constexpr, RANK_STEP: tl.constexpr,
-    UPCAST: tl.constexpr,
+    CROSS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """All of a block of rows from what was loaded of it."""
-    right = product + field(layers, layer, RIGHT_OUT, 16)
+    """V, part by part; sums of its squares (SPLITS, BLOCK_O, 8); with CROSS V R^T (SPLITS, BLOCK_O, RANK_STEP)."""
+    left, _ = thin
     # Two bfloat16 have 16 of a float32's 24 digits.
-    scaled = split_left(scale * some_left, SPLITS, BLOCK_O, RANK_STEP)
+    scaled = split_left(scale * left, SPLITS, BLOCK_O, RANK_STEP)
     high = scaled.to(tl.bfloat16)
     low = (scaled - high.to(tl.float32)).to(tl.bfloat16)
     squares = tl.zeros((SPLITS, BLOCK_O, 8), tl.float32)
+    cross = tl.zeros((SPLITS, BLOCK_O, RANK_STEP), tl.float32)
     kept = ()
     for part in tl.static_range(I // (SPLITS * WIDTH)):
-        v = _formed(tiles[part], high, low, right, part, I, R, BLOCK_O, SPLITS, RANK_STEP, UPCAST)
+        v = instruction_order(_both(tiles[part], SPLITS, BLOCK_O), SPLITS, BLOCK_O)
+        other = _straight_right(right, part, I, R, RANK_STEP, SPLITS)
+        v = dot(high, other, dot(low, other, v, "ieee", UPCAST), "ieee", UPCAST)
         squares += tl.sum(tl.reshape(v * v, (SPLITS, BLOCK_O, WIDTH // 8, 8)), axis=2)
+        if CROSS:
+            turned = _turned_right(right, part, I, R, RANK_STEP, SPLITS)
+            cross = dot(v.to(tl.bfloat16), turned, cross, "ieee", UPCAST)
         kept = kept + (v,)
+    return kept, squares, cross
+
+
+@triton.jit
+def _write_block(
+    floats, product, layers, layer, places, kept, squares, cross, thin, right, begin, end,
+    R: tl.constexpr, I: tl.constexpr, BLOCK_O: tl.constexpr, SPLITS: tl.constexpr, RANK_STEP: tl.constexpr,
+    LATE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """n, g, V R^T, L' and W' of a block of rows. LATE: V R^T and ``places`` are there."""
+    left, magnitude = thin
     rows = begin + tl.arange(0, BLOCK_O)
     norm = tl.sqrt(tl.sum(tl.sum(squares, axis=2), axis=0))
     gain = magnitude / (norm + EPS)
-    norms, gains = floats + field(layers, layer, ROW_NORM, 16), floats + field(layers, layer, ROW_GAIN, 16)
-    tl.store(norms + rows, norm, mask=rows < end)
-    tl.store(gains + rows, gain, mask=rows < end)
+    tl.store(_place(places, 0, floats, layers, layer, ROW_NORM, LATE) + rows, norm, mask=rows < end)
+    tl.store(_place(places, 1, floats, layers, layer, ROW_GAIN, LATE) + rows, gain, mask=rows < end)
     rank = tl.arange(0, RANK_STEP)
-    thin, thin_ok = rows.to(tl.int64)[:, None] * R + rank[None, :], (rows < end)[:, None] & (rank < R)[None, :]
-    left_out = product + field(layers, layer, LEFT_OUT, 16)
-    tl.store(left_out + thin, (some_left * gain[:, None]).to(left_out.dtype.element_ty), mask=thin_ok)
+    at, inside = rows.to(tl.int64)[:, None] * R + rank[None, :], (rows < end)[:, None] & (rank < R)[None, :]
+    left_out = _place(places, 3, product, layers, layer, LEFT_OUT, LATE)
+    tl.store(left_out + at, (left * gain[:, None]).to(left_out.dtype.element_ty), mask=inside)
     factor = floored(gain)
-    formed = product + field(layers, layer, FORMED, 16)
+    formed = _place(places, 4, product, layers, layer, FORMED, LATE)
     place = formed + begin.to(tl.int64) * I + (_rows(BLOCK_O) * I + _cols(WIDTH, SPLITS))
     place_ok = _rows(BLOCK_O) < end - begin
-    cross = tl.zeros((SPLITS, BLOCK_O, RANK_STEP), tl.float32)
-    # V R^T here, not above: registers are scarce until the first parts of V are stored.
     for part in tl.static_range(I // (SPLITS * WIDTH)):
         v = kept[part]
-        other = _turned_right(right, part, I, R, RANK_STEP, SPLITS)
-        cross = dot(v.to(tl.bfloat16), other, cross, "ieee", UPCAST)
+        # V R^T here where registers are scarce until the first parts of V are stored.
+        if not LATE:
+            turned = _turned_right(right, part, I, R, RANK_STEP, SPLITS)
+            cross = dot(v.to(tl.bfloat16), turned, cross, "ieee", UPCAST)
         made = memory_order((v * factor[None, :, None]).to(formed.dtype.element_ty), SPLITS, BLOCK_O)
         tl.store(place + part * SPLITS * WIDTH, made, mask=place_ok, eviction_policy="evict_first")
-    crosses = floats + field(layers, layer, ROW_CROSS, 16)
-    tl.store(crosses + thin, tl.sum(cross, axis=0), mask=thin_ok)
+    tl.store(_place(places, 2, floats, layers, layer, ROW_CROSS, LATE) + at, tl.sum(cross, axis=0), mask=inside)
 
 
 @triton.jit
@@ -173,7 +216,7 @@ def _both(pairs, SPLITS: tl.constexpr, BLOCK_O: tl.constexpr):
 
 
 @triton.jit
-def _row_block(
+def _thin_block(
     floats, layers, layer, begin, end,
     R: tl.constexpr, WIDE_T: tl.constexpr, BLOCK_O: tl.constexpr, RANK_STEP: tl.constexpr,
 ):  # fmt: skip
@@ -181,18 +224,6 @@ def _row_block(
     rows = tl.minimum(begin + tl.arange(0, BLOCK_O), end - 1)
     left = left_tile(floats + field(layers, layer, LEFT, WIDE_T), rows, rows < end, 0, R, RANK_STEP)
     return left, tl.load(floats + field(layers, layer, ROW_MAGNITUDE, 1) + rows)
-
-
-@triton.jit
-def _formed(
-    tile, high, low, right, part,
-    I: tl.constexpr, R: tl.constexpr, BLOCK_O: tl.constexpr, SPLITS: tl.constexpr, RANK_STEP: tl.constexpr,
-    UPCAST: tl.constexpr,
-):  # fmt: skip
-    """V (SPLITS, BLOCK_O, WIDTH) of one part, in the instruction's order of columns."""
-    v = instruction_order(_both(tile, SPLITS, BLOCK_O), SPLITS, BLOCK_O)
-    other = _straight_right(right, part, I, R, RANK_STEP, SPLITS)
-    return dot(high, other, dot(low, other, v, "ieee", UPCAST), "ieee", UPCAST)
 
 
 @triton.jit

@@ -57,6 +57,7 @@ class KeptTile:
     narrow     R is read in bfloat16 (``form_spans.py``); not for -xs. What follows is for this alone
     span       blocks of a program, at most, but that there are twice ``least_programs``; with more than one, the next
                block is loaded while one is computed
+    late       it is asked for behind the products with R
     registers  of a thread, at most
     """
 
@@ -65,6 +66,7 @@ class KeptTile:
     numbers: int = 192
     narrow: bool = False
     span: int = 1
+    late: bool = False
     registers: int | None = None
 
     def fits(self, fan_in: int) -> bool:
@@ -78,7 +80,7 @@ KEPT: KeptTile | None = None
 OFFERED = {
     "12 blocks, 8 warps": KeptTile(splits=8, numbers=96, narrow=True, span=12),
     "12 blocks, 16 warps": KeptTile(splits=16, numbers=48, narrow=True, span=12, registers=128),
-    "24 blocks, 8 warps": KeptTile(splits=8, numbers=96, narrow=True, span=24),
+    "12 blocks late, 8 warps": KeptTile(splits=8, numbers=96, narrow=True, span=12, late=True),
     "1 block, 4 warps": KeptTile(narrow=True),
     "1 block, 8 warps": KeptTile(splits=8, numbers=96, narrow=True, registers=128),
 }

@@ -168,7 +168,7 @@ class _Plan:
 
     def spans_kept(self, tile: KeptTile) -> dict[str, Any]:
         blocks = {"BLOCK_O": tile.block_o, "SPLITS": tile.splits, "I": self.group.kept_fan}
-        blocks |= {"AHEAD": tile.span > 1, "UPCAST": interpreting()}
+        blocks |= {"AHEAD": tile.span > 1, "LATE": tile.late, "UPCAST": interpreting()}
         blocks["LOOP_BLOCKS"] = self.group.most([tile.span])
         launch = {"num_warps": tile.splits, "num_stages": 1, "maxnreg": tile.registers}
         return self.step | _pick(self.group.widths, "WIDE_W", "WIDE_T") | blocks | launch

@@ -88,7 +88,7 @@ def test_rows_that_are_kept_in_registers_are_formed_as_those_read_twice(name, ra
     [
         ("dora-rows", 3, KeptTile(16, 2, narrow=True)),
         ("dora", 16, KeptTile(16, 2, narrow=True, span=2)),
-        ("dora-rows", 3, KeptTile(16, 2, narrow=True, span=3)),
+        ("dora-rows", 3, KeptTile(16, 2, narrow=True, span=3, late=True)),
     ],
 )
 def test_spans_of_rows_with_factors_in_bfloat16_are_formed_as_those_read_twice(name, rank, tile):
