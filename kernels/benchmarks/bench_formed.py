@@ -126,7 +126,8 @@ def candidates(kind, rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Any]]
     if kind.rows and not kind.cols and dtype == torch.bfloat16 and rank <= base.rank_step == 16:
         if not kind.xs:
             for what, kept in OFFERED.items():
-                yield f"kept, R in bfloat16: {what}", dataclasses.replace(base, form_kept=kept)
+                if kept != base.form_kept:
+                    yield f"kept, R in bfloat16: {what}", dataclasses.replace(base, form_kept=kept)
         for kept, others in (
             (KeptTile(), {}),
             (KeptTile(block_o=32, splits=8), {}),
