@@ -27,6 +27,8 @@ INDEX_VERSION = 2
 _SEAL = '"self_sha256": "'
 # A temporary folder this old belongs to a run that was killed.
 STALE_SECONDS = 24 * 3600
+# Far more than other processes can spoil in a row.
+FOLDER_ATTEMPTS = 1000
 # Names that an index holds of one kind of left-out files; more are counted.
 NAMES_KEPT = 1000
 
@@ -90,6 +92,7 @@ def _beside(target: Path) -> Path:
 
 
 def _empty_folder_beside(target: Path) -> Path:
+    left = FOLDER_ATTEMPTS
     while True:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -97,8 +100,10 @@ def _empty_folder_beside(target: Path) -> Path:
             temporary.mkdir()
             return temporary
         except (FileNotFoundError, FileExistsError):
-            # Another process may find the parent empty, and remove it, at any moment; a file in its place stays.
-            if target.parent.exists() and not target.parent.is_dir():
+            # Another process may find the parent empty, and remove it, at any moment; a file in its place stays, and so
+            # does a link to nothing.
+            left -= 1
+            if not left or (target.parent.exists() and not target.parent.is_dir()):
                 raise
 
 

@@ -71,6 +71,8 @@ class Run:
         """Refuse at once what needs no preparation to be seen wrong. Raises ConfigError, DataError, CheckpointError."""
         settings = self.settings
         for key, path in (("output_dir", settings.output_dir), ("work_dir", settings.work_dir)):
+            if path.is_symlink() and not path.exists():
+                raise ConfigError(f"{key}: {path} is a link to {path.readlink()}, which is not there; make that first")
             if path.exists() and not path.is_dir():
                 raise ConfigError(f"{key}: {path} is a file, expected a directory; choose another {key}")
         # Rank 0 reads it; on other hosts it need not be.

@@ -183,13 +183,18 @@ def test_a_checkpoint_to_resume_that_is_none(refuse, tmp_path):
     assert only_line(refuse(resume=tmp_path / "step-00000001"), "step-00000001")
 
 
-@pytest.mark.parametrize("key", ["output_dir", "work_dir"])
-def test_a_directory_that_is_a_file(demo_base, demo_clips, tmp_path, capfd, key):
-    (tmp_path / "taken").write_text("")
+@pytest.mark.parametrize(
+    ("key", "what"), [("output_dir", "is a file"), ("work_dir", "is a file"), ("work_dir", "is a link to")]
+)
+def test_a_directory_that_is_a_file_or_a_link_to_nothing(demo_base, demo_clips, tmp_path, capfd, key, what):
+    if what == "is a file":
+        (tmp_path / "taken").write_text("")
+    else:
+        (tmp_path / "taken").symlink_to(tmp_path / "unmounted")
     values = {"audio_data_url": demo_clips, "model": demo_base, "output_dir": tmp_path / "out"}
     assert train.main([f"{k}={v}" for k, v in (values | {key: tmp_path / "taken"}).items()]) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"{key}: {tmp_path / 'taken'} is a file")
+    assert line.startswith(f"{key}: {tmp_path / 'taken'} {what}")
 
 
 def test_a_directory_that_is_a_file_is_left_to_rank_0_to_refuse(tmp_path, monkeypatch, capfd):

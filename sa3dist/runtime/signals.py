@@ -6,6 +6,7 @@ A late repeat of a signal ends the process at once.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -30,6 +31,8 @@ AGAIN = "run the same command to continue"
 RELEASE_SECONDS = 1.0
 # What a process takes to end after its last save.
 EXIT_SECONDS = 5.0
+# Of Linux's prctl.
+PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
@@ -154,6 +157,11 @@ def kill_descendants(pid: int) -> None:
         for process in psutil.Process(pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+
+
+def end_with_parent() -> None:
+    """Have the system kill this process when the one that started it is gone, however that ended. Only on Linux."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def kill_loaders() -> None:

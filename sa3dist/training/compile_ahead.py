@@ -40,6 +40,7 @@ from sa3dist.parallel.ddp import FlatEngine
 from sa3dist.parallel.flat_adamw import FlatAdapters
 from sa3dist.runtime import cuda_driver
 from sa3dist.runtime.process_group import Group, main_process_first
+from sa3dist.runtime.signals import end_with_parent
 from sa3dist.training.acceleration import compile_whole_blocks
 from sa3dist.training.compile_processes import CACHE_VARIABLE, CONTEXT, KERNELS, MARK, PROGRAMS, Compiling
 from sa3dist.training.loss import micro_batch_loss
@@ -215,6 +216,8 @@ def _batch(base: Base, settings: Settings, frames: int):
 
 
 def main(program: str) -> None:
+    # A run that is killed cannot end it, and the next start needs the device's memory.
+    end_with_parent()
     cuda_driver.start()
     if program != KERNELS:
         # They compile blocks' kernels side by side, but seconds pass until they can: until then it is done one by one.

@@ -348,6 +348,12 @@ def test_an_old_folder_is_replaced_whole(tmp_path):
     assert files_of(tmp_path) == {"result/new": b"new"}
 
 
+def test_where_no_folder_can_be_made_the_reason_is_raised(tmp_path):
+    (tmp_path / "work").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(FileExistsError, match="work"), formats.atomic_directory(tmp_path / "work" / "in" / "result"):
+        pass
+
+
 def test_a_folder_is_not_replaced_by_half_of_another(tmp_path):
     target = write_folder(tmp_path / "result", {"new": b"new"})
 
