@@ -24,6 +24,8 @@ class CheckpointFile:
         file = self._open()
         # A tensor of the file is known by its slice: nothing but the header is touched.
         self.shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        # At once: both ways read the file that was checked, whatever takes its place later.
+        self._opened["staged"] = staged_reads.StagedFile(self.path)
 
     def __getstate__(self) -> dict[str, Any]:
         # An open file cannot be copied; the copy opens its own.

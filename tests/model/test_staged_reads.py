@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from sa3dist.adapters import adapted_layers, attach_adapter
 from sa3dist.errors import CheckpointError
 from sa3dist.model import staged_reads
+from sa3dist.model.checkpoint import CheckpointFile
 from sa3dist.model.loading import load_base
 from sa3dist.model.staged_reads import StagedFile, in_threads
 from tests.helpers.golden import golden
@@ -69,6 +70,16 @@ def test_a_file_cut_after_it_was_opened_is_refused_and_not_read_past_its_end(fil
         cut.truncate(begin + 803)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: ends before its last tensor; the file is cut off"):
         opened.read("23.torch.float64", "cpu", torch.float32)
+
+
+def test_what_takes_the_place_of_a_file_that_was_checked_is_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(3)}, path)
+    monkeypatch.setattr(staged_reads, "staged", lambda device: True)
+    opened = CheckpointFile(path)
+    save_file({"b": torch.zeros(2)}, tmp_path / "other")
+    (tmp_path / "other").replace(path)
+    assert torch.equal(opened.read("a", (3,), "cpu", torch.float32), torch.ones(3))
 
 
 def test_a_base_and_its_adapter_read_by_threads_are_those_of_the_mapped_file(monkeypatch):
