@@ -91,13 +91,26 @@ def _found(node: Node) -> Found | None:
         kind.append(factor)
     if len(tokens) not in (1, 2) or len(rows) > 1 or len(columns) > 1:
         return None
-    found = Found(node, None, *tokens, owner=owner)
+    result = _rounded(node, _dtype(tokens[0]))
+    if result is None:
+        return None
+    found = Found(result, None, *tokens, owner=owner)
     found.rows, found.scale = (*rows, None)[0], (*columns, None)[0]
     if found.right is None and not rows and not columns:
-        found.products, found.plain = None, node
+        found.products, found.plain = None, result
     elif found.right is not None:
         _take_bias(found)
-    return found if _dtype(node) is _dtype(found.left) else None
+    return found if _dtype(result) is _dtype(found.left) else None
+
+
+def _rounded(node: Node, dtype: torch.dtype) -> Node | None:
+    """A sum in the format that is wanted: on CUDA torch adds 16 bit numbers in float32, and rounds what it shapes."""
+    while _dtype(node) is not dtype:
+        users = list(node.users)
+        if len(users) != 1 or not _is_the_same(users[0]):
+            return None
+        (node,) = users
+    return node
 
 
 def _factors(node: Node) -> Iterator[Node]:

@@ -184,12 +184,16 @@ def _token_sums_of(dit: DiT) -> str | None:
 def _token_sums_work(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel runs on ``device`` and agrees with torch; if not, the log says why."""
     draw = torch.Generator().manual_seed(0)
-    left, right, bias = (
+    left, right, factor = (
         torch.randn(shape, generator=draw).to(device, dtype) for shape in ((1, 77, 96), (1, 77, 96), 96)
     )
-    sums = TokenSum(left, right, bias_E=bias)
+    # A gate's and a norm's, in one launch as in a block.
+    rows = torch.rand(1, 77, 1, generator=draw).to(device)
+    sums = TokenSum(left, right, bias_E=factor), TokenSum(right, left, rows, factor)
     return agrees(
-        "gradients of modulations", lambda: token_sums([sums], impl="triton"), lambda: token_sums_reference(sums)
+        "gradients of modulations",
+        lambda: token_sums(sums, impl="triton"),
+        lambda: [part for each in sums for part in token_sums_reference(each)],
     )
 
 

@@ -93,9 +93,27 @@ def mixed(h_1KE, scale_BE, shift_BE, gate_BE, local_E, owner_BK, clip_K, weights
     return h_1KE + torch.where(clip_K[:, None] >= 0, local_E, local_E.new_zeros(()))
 
 
+def added_in_a_wider_format(graph):
+    """What a GPU's 16 bit graphs have: a sum in a wider format, a view, and only then the format of the operands."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten.sum.dim_IntList and node.args[0].meta["val"].ndim - 2 in node.args[1]:
+            shaped = node
+            while len(shaped.users) == 1 and next(iter(shaped.users)).target is torch.ops.aten.view.default:
+                (shaped,) = shaped.users
+            with graph.inserting_after(shaped):
+                cast = graph.call_function(torch.ops.prims.convert_element_type.default, (shaped, torch.float32))
+            cast.meta["val"] = shaped.meta["val"]
+            shaped.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
+            node.kwargs = {"dtype": torch.float64}
+            for wide in {node, shaped}:
+                wide.meta["val"] = wide.meta["val"].double()
+
+
 @needs_interpreter
-@pytest.mark.parametrize("lengths", [(41,), (5, 36)], ids=["one clip", "two clips"])
-def test_a_compiled_backward_graph_has_two_operations_for_its_sums_and_the_same_gradients(lengths):
+@pytest.mark.parametrize(
+    ("lengths", "wide"), [((41,), False), ((41,), True), ((5, 36), False)], ids=["one clip", "added wide", "two clips"]
+)
+def test_a_compiled_backward_graph_has_two_operations_for_its_sums_and_the_same_gradients(lengths, wide):
     draw, E, K = torch.Generator().manual_seed(2), 16, sum(lengths)
     shapes = (1, K, E), *[(len(lengths), E)] * 3, (E,)
     given = [torch.randn(shape, generator=draw, requires_grad=True) for shape in shapes]
@@ -108,6 +126,8 @@ def test_a_compiled_backward_graph_has_two_operations_for_its_sums_and_the_same_
     seen = []
 
     def compile_backward(graph, _):
+        if wide:
+            added_in_a_wider_format(graph.graph)
         JoinedSums("triton")(graph.graph)
         graph.graph.lint()
         graph.recompile()
