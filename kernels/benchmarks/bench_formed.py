@@ -118,25 +118,14 @@ def measured(formed: FormedWeights, options, device: torch.device) -> dict[str, 
 
 
 def candidates(kind, rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
-    """(what, tiles): the default, rows kept in registers where the type allows it, then one thing changed at a time."""
-    from sa3dist_kernels.formed_blocks import OFFERED, KeptTile, default_tiles
+    """(what, tiles): the default, rows read twice where it keeps them, then one thing changed at a time."""
+    from sa3dist_kernels.formed_blocks import KeptTile, default_tiles
 
     base = default_tiles(rank, dtype)
     yield "default", base
-    if kind.rows and not kind.cols and dtype == torch.bfloat16 and rank <= base.rank_step == 16:
-        if not kind.xs:
-            for what, kept in OFFERED.items():
-                if kept != base.form_kept:
-                    yield f"kept, R in bfloat16: {what}", dataclasses.replace(base, form_kept=kept)
-        for kept, others in (
-            (KeptTile(), {}),
-            (KeptTile(block_o=32, splits=8), {}),
-            (KeptTile(), {"splits": 8, "registers": 128}),
-            (KeptTile(), {"block_o": 16, "block_j": 64}),
-        ):
-            tile = dataclasses.replace(base.form_rows, **others)
-            what = f"{kept.block_o} rows kept by {kept.splits} warps, other layers {others}"
-            yield what, dataclasses.replace(base, form_kept=kept, form_rows=tile)
+    if base.form_kept is not None and kind.rows and not (kind.cols or kind.xs):
+        yield "rows read twice", dataclasses.replace(base, form_kept=None)
+        yield "rows kept by 8 warps", dataclasses.replace(base, form_kept=KeptTile(splits=8, numbers=96))
     for change in ({"registers": 128}, {"stages": 4}, {"splits": 8, "registers": 128}):
         tile = dataclasses.replace(base.form_rows, **change)
         yield f"rows {change}", dataclasses.replace(base, form_rows=tile, finish_rows=tile)

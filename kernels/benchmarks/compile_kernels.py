@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import triton
 from sa3dist_kernels import ADAPTER_TYPES, gate_gradient, qkv_gradient, queries_and_keys, sums_kernels, token_sums
-from sa3dist_kernels.formed_blocks import OFFERED, KeptTile, default_tiles
+from sa3dist_kernels.formed_blocks import default_tiles
 from sa3dist_kernels.formed_group import Group
 from sa3dist_kernels.formed_launch import finish_plan, form_plan
 from sa3dist_kernels.formed_spec import FormedSpec, product_elements
@@ -50,11 +50,10 @@ def formed_variants(dtype: str, rank: int):
         group = Group([spec], memory, default_tiles(rank, product))
         plans = [("form", form_plan(group)), ("finish", finish_plan(group))]
         if dtype == "bf16" and rank <= group.tiles.rank_step == 16:
-            # What a GPU is to choose between.
+            # Layers of another width, and what a sweep offers.
             columns = dataclasses.replace(group.tiles.form_columns, narrow=True, block_i=256)
-            for kept in (KeptTile(), *OFFERED.values()):
-                other = dataclasses.replace(group.tiles, form_kept=kept, form_columns=columns)
-                plans.append(("form offered", form_plan(Group([spec], memory, other))))
+            other = dataclasses.replace(group.tiles, form_kept=None, form_columns=columns)
+            plans.append(("form offered", form_plan(Group([spec], memory, other))))
         for phase, plan in plans:
             for launch in plan:
                 given = dict(launch.arguments)

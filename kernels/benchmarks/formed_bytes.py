@@ -1,7 +1,7 @@
 """Bytes that FORM and FINISH move between a device's memory and its chip, counted from what their launches loop over.
 
-What a program reads again while its block is still in the second-level cache counts once (the second pass over a block
-of rows, L and R of a layer), what a launch reads anew counts anew (W0 for every part of a rank that takes several).
+L and R of a layer count once: they stay in the second-level cache. W0 counts as often as a launch reads it, also where
+a program reads its block of rows twice: an H100 reads 1.83 GB from memory then where W0 has 0.92.
 
 Legend: O fan_out, I fan_in, R rank.
 """
@@ -53,11 +53,11 @@ def _form_layer(group: Group, index: int) -> dict[str, tuple[int, int]]:
     if kind.xs:
         counted["core"] = FLOAT * spec.rank**2 + basis, right + (0 if kind.cols else int(narrow * right))
     if kind.rows:
-        # Of a block of rows W0 is read once: W' is written while the block is in the cache.
+        reads = 1 if kind.cols or spec.fan_in == group.kept_fan else 2
         written = left + 2 * row + (0 if kind.cols else formed + thin)
-        if group.kept_fan and group.tiles.form_kept.narrow:
+        if group.kept_fan:
             counted["R'"] = right, int(narrow * right)
-        counted["rows"] = weight + left + right + basis + row, written
+        counted["rows"] = reads * weight + left + right + basis + row, written
     if kind.cols:
         gains = row if kind.rows else 0
         counted["columns"] = steps * weight + left + right + gains, splits * (right + col)

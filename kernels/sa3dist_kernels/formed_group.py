@@ -6,14 +6,13 @@ A group is what one launch serves: layers of any shapes whose frozen weights hav
 from __future__ import annotations
 
 import collections
-import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
 import triton
 
 from sa3dist_kernels.adapter_types import AdapterType
-from sa3dist_kernels.formed_blocks import KeptTile, Tiles
+from sa3dist_kernels.formed_blocks import Tiles
 from sa3dist_kernels.formed_spec import ALIGNED, FormedSpec, aligned, product_sizes
 from sa3dist_kernels.formed_tiles import FIELDS
 from sa3dist_kernels.triton_support import interpreting, sent
@@ -100,11 +99,8 @@ class Group:
     def _kept_fan(self) -> int:
         """The fan_in whose layers' rows are kept in registers, of those that fit the one with most numbers; 0: none."""
         tile, fans = self.tiles.form_kept, collections.Counter()
-        # Of a weight in a longer format fewer rows would fit.
-        fitting = self.kind.rows and not self.kind.cols and self.rank <= self.tiles.rank_step
-        if tile is None or not fitting or self.weight_base().dtype != self.product.dtype:
-            return 0
-        if tile.narrow and (self.kind.xs or self.product.dtype != torch.bfloat16):
+        fitting = self.kind.rows and not (self.kind.cols or self.kind.xs) and self.rank <= self.tiles.rank_step
+        if tile is None or not fitting or {self.weight_base().dtype, self.product.dtype} != {torch.bfloat16}:
             return 0
         for spec in self.specs:
             if tile.fits(spec.fan_in) and _is_wide(spec):
@@ -153,7 +149,7 @@ class Group:
 
         kept = [at for at in by_width if specs[at].fan_in == self.kept_fan]
         programs = {
-            "form_kept": self._spans(tiles.form_kept, kept) if kept else [],
+            "form_kept": rows(tiles.form_kept.block_o, kept) if kept else [],
             "form_rows": rows(tiles.form_rows.block_o, [at for at in by_width if at not in kept]),
             "finish_rows": rows(tiles.finish_rows.block_o),
             "form_columns": columns(tiles.form_columns.block_i),
@@ -163,19 +159,6 @@ class Group:
         }
         # Tables without a program are left out: nothing is launched for them.
         self.programs = {name: sent(table, torch.int32, self.device) for name, table in programs.items() if table}
-
-    def _spans(self, tile: KeptTile, layers: Sequence[int]) -> list[tuple[int, int, int]]:
-        """(layer, first block of rows, how many) of every program: at most ``tile.span``, as even as may be."""
-        blocks = [triton.cdiv(self.specs[at].fan_out, tile.block_o) for at in layers]
-        total, begun, programs = sum(blocks), 0, []
-        longest = max(1, min(tile.span, total // max(1, 2 * self.tiles.least_programs)))
-        for at, count in zip(layers, blocks, strict=True):
-            # Short ones at the end, when some multiprocessors have nothing more to do.
-            spans = triton.cdiv(count, longest if 8 * begun <= 7 * total else triton.cdiv(longest, 4))
-            edges = [count * place // spans for place in range(spans + 1)]
-            programs += [(at, begin, end - begin) for begin, end in itertools.pairwise(edges)]
-            begun += count
-        return programs
 
 
 def _moving_apart(specs: Sequence[FormedSpec]) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sa3dist_kernels import finish, form, form_kept, form_spans
+from sa3dist_kernels import finish, form, form_kept
 from sa3dist_kernels.column_sweep import column_sweep_kernel
 from sa3dist_kernels.formed_blocks import ColumnTile, KeptTile, RowTile, Tiles, default_tiles, interpreter_tiles
 from sa3dist_kernels.formed_group import Group, alignment
@@ -86,11 +86,9 @@ def form_plan(group: Group) -> list[Launch]:
     rows = plan.rows(tiles.form_rows) | flags
     if kind.xs:
         plan.add("core", form.form_core_kernel, "close", plan.close | plan.exact | {"COLS": kind.cols})
-    if "form_kept" in group.programs and tiles.form_kept.narrow:
-        plan.add("R'", form_spans.form_right_kernel, "close", plan.close)
-        plan.add("kept rows", form_spans.form_spans_kernel, "form_kept", plan.spans_kept(tiles.form_kept))
-    elif "form_kept" in group.programs:
-        plan.add("kept rows", form_kept.form_kept_kernel, "form_kept", plan.kept(tiles.form_kept) | {"XS": kind.xs})
+    if "form_kept" in group.programs:
+        plan.add("R'", form_kept.form_right_kernel, "close", plan.close)
+        plan.add("kept rows", form_kept.form_kept_kernel, "form_kept", plan.kept(tiles.form_kept))
     if kind.rows and "form_rows" in group.programs:
         plan.add("rows", form.form_rows_kernel, "form_rows", rows | {"NORMS": True, "WRITE": not kind.cols})
     if kind.cols:
@@ -162,15 +160,8 @@ class _Plan:
         return self.step | widths | wide | self.precision | self.ends | blocks | self.narrow | launch
 
     def kept(self, tile: KeptTile) -> dict[str, Any]:
-        blocks = {"BLOCK_O": tile.block_o, "SPLITS": tile.splits, "I": self.group.kept_fan}
+        blocks = {"BLOCK_O": tile.block_o, "SPLITS": tile.splits, "I": self.group.kept_fan, "UPCAST": interpreting()}
         launch = {"num_warps": tile.splits, "num_stages": 1}
-        return self.step | _pick(self.group.widths, "WIDE_W", "WIDE_T") | self.precision | blocks | self.narrow | launch
-
-    def spans_kept(self, tile: KeptTile) -> dict[str, Any]:
-        blocks = {"BLOCK_O": tile.block_o, "SPLITS": tile.splits, "I": self.group.kept_fan}
-        blocks |= {"AHEAD": tile.span > 1, "LATE": tile.late, "UPCAST": interpreting()}
-        blocks["LOOP_BLOCKS"] = self.group.most([tile.span])
-        launch = {"num_warps": tile.splits, "num_stages": 1, "maxnreg": tile.registers}
         return self.step | _pick(self.group.widths, "WIDE_W", "WIDE_T") | blocks | launch
 
     def columns(self, tile: ColumnTile) -> dict[str, Any]:

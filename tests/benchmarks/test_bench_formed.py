@@ -1,7 +1,6 @@
 """The benchmark of formed weights at tiny sizes: what it times is right, and it counts what the kernels move."""
 
 import argparse
-import dataclasses
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ pytest.importorskip("triton")
 import bench_formed  # noqa: E402
 from formed_bytes import finish_bytes, form_bytes  # noqa: E402
 from sa3dist_kernels import ADAPTER_TYPES, triton_support  # noqa: E402
-from sa3dist_kernels.formed_blocks import KeptTile, default_tiles  # noqa: E402
+from sa3dist_kernels.formed_blocks import default_tiles  # noqa: E402
 from sa3dist_kernels.formed_group import Group  # noqa: E402
 from sa3dist_kernels.formed_spec import FormedSpec, product_elements  # noqa: E402
 
@@ -53,18 +52,19 @@ def test_bytes_moved_are_few_beside_the_reads_and_writes_of_whole_weights(name):
     group = Group(specs, memory, default_tiles(rank, torch.bfloat16))
     weights = sum(spec.weight_OI.nbytes for spec in specs)
     form, finish = (sum(map(sum, count(group).values())) / weights for count in (form_bytes, finish_bytes))
-    # W0 is read once and W' written once; once more for the columns' norms, and again for those of BoRA.
-    assert 2 <= form <= 2 * (2.1 if kind.cols else 1.2)
+    # W0 is read once and W' written once; once more for the columns' norms, and again for those of BoRA. An -xs type's
+    # rows are not kept on the way, and read twice.
+    assert 2 <= form <= 2 * (2.1 if kind.cols else 1.6 if kind.rows and kind.xs else 1.2)
     # No more than W0 once; BoRA twice, and what is thin: the sums alone, in and out, are 4 % at this rank.
     reads = 2 if kind.computes_as(ADAPTER_TYPES["bora"]) else 1
     assert finish <= reads + 0.2
 
 
-@pytest.mark.parametrize(("name", "kept"), [("dora-rows", 1536), ("dora-rows-xs", 1536), ("bora", 0), ("lora", 0)])
+@pytest.mark.parametrize(("name", "kept"), [("dora-rows", 1536), ("dora-rows-xs", 0), ("bora", 0), ("lora", 0)])
 def test_rows_of_the_commonest_width_are_kept_and_every_row_has_one_program(name, kept):
     specs = medium_specs(ADAPTER_TYPES[name], 16)
     memory = torch.empty(product_elements(specs), dtype=torch.bfloat16, device="meta")
-    tiles = dataclasses.replace(default_tiles(16, torch.bfloat16), form_kept=KeptTile())
+    tiles = default_tiles(16, torch.bfloat16)
     group = Group(specs, memory, tiles)
     blocks = {"form_kept": tiles.form_kept.block_o, "form_rows": tiles.form_rows.block_o}
     assert group.kept_fan == kept
@@ -74,16 +74,3 @@ def test_rows_of_the_commonest_width_are_kept_and_every_row_has_one_program(name
         block = blocks["form_kept" if spec.fan_in == kept else "form_rows"]
         expected[block] += -(-spec.fan_out // block)
     assert programs == expected
-
-
-@pytest.mark.parametrize("tile", [KeptTile(), KeptTile(splits=8, narrow=True, span=12)])
-def test_spans_of_rows_take_every_block_of_a_layer_once_and_are_short_at_the_end(tile):
-    specs = medium_specs(ADAPTER_TYPES["dora-rows"], 16)
-    memory = torch.empty(product_elements(specs), dtype=torch.bfloat16, device="meta")
-    group = Group(specs, memory, dataclasses.replace(default_tiles(16, torch.bfloat16), form_kept=tile))
-    spans = group._spans(tile, [at for at, spec in enumerate(specs) if spec.fan_in == 1536])
-    taken = [(at, block) for at, first, count in spans for block in range(first, first + count)]
-    kept = [(at, spec.fan_out // 16) for at, spec in enumerate(specs) if spec.fan_in == 1536]
-    assert taken == [(at, block) for at, blocks in kept for block in range(blocks)]
-    lengths = [count for _, _, count in spans]
-    assert (lengths[0], lengths[-1]) == ((12, 3) if tile.span == 12 else (1, 1))
