@@ -231,8 +231,8 @@ def test_the_committed_measurements_say_how_fast_an_h100_is():
         assert 1e3 * planned.step_seconds == pytest.approx(row["ours_ms"], rel=0.001)
 
 
-# Of the seven measured: one that is formed with fewer passes than its neighbour, one with more, one of the -xs types.
-@pytest.mark.parametrize("adapter_type", ["lora", "bora", "lora-xs"])
+# Of the eight measured: one that is formed with fewer passes than its neighbour, one with more, one of the -xs types.
+@pytest.mark.parametrize("adapter_type", ["dora-cols-xs", "bora", "lora-xs"])
 def test_steps_that_were_left_out_of_the_measurements_are_predicted(tmp_path, adapter_type):
     content = json.loads((RESULTS / "gpu_step.json").read_text())
     content["rows"] = [row for row in content["rows"] if row["adapter_type"] != adapter_type]
