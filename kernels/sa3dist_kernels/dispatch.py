@@ -1,5 +1,6 @@
 """Whether the Triton kernels can and do compute a model's adapted layers rightly on its device."""
 
+import collections
 import dataclasses
 import importlib.util
 
@@ -32,14 +33,27 @@ def obstacle_to(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-@torch.no_grad()
 def trial(formed: FormedWeights) -> str | None:
-    """What went wrong when the kernels computed the smallest layer of ``formed``, or None: they agree with torch.
+    """What went wrong when the kernels computed two layers of ``formed``, or None: they agree with torch.
 
-    They run as in training, over all layers, so that nothing is compiled for the trial alone. The layer has random
-    tensors meanwhile; its gradients are zeros afterwards.
+    They run as in training, over all layers, so that nothing is compiled for the trial alone. The layers are the
+    smallest one, and that of the width most weights have, whose rows other kernels may form.
     """
-    spec, layer = min(zip(formed.specs, formed.layers, strict=True), key=lambda pair: pair[0].weight_OI.numel())
+    pairs, numbers = list(zip(formed.specs, formed.layers, strict=True)), collections.Counter()
+    for spec in formed.specs:
+        numbers[spec.fan_in] += spec.weight_OI.numel()
+    common = max(numbers, key=numbers.__getitem__)
+    tried = [
+        min(some, key=lambda pair: pair[0].weight_OI.numel())
+        for some in (pairs, [pair for pair in pairs if pair[0].fan_in == common])
+    ]
+    problems = (_trial_of(formed, *pair) for pair in tried[: 1 if tried[0] is tried[1] else 2])
+    return next(filter(None, problems), None)
+
+
+@torch.no_grad()
+def _trial_of(formed: FormedWeights, spec: FormedSpec, layer: FormedLayer) -> str | None:
+    """The layer has random tensors meanwhile; its gradients are zeros afterwards."""
     kept = {name: value.clone() for name, value in spec.params.items()}
     draw = torch.Generator().manual_seed(0)
     try:

@@ -288,3 +288,17 @@ def test_triton_by_name_says_why_it_cannot_run(monkeypatch):
     monkeypatch.setattr(triton_support, "interpreting", lambda: False)
     with pytest.raises(ValueError, match="needs a CUDA device, the input is on cpu; .*TRITON_INTERPRET=1"):
         per_use(x, weight, bias, params, kind, 1.0, frozen)
+
+
+def test_a_layer_of_the_width_most_weights_have_is_tried_too(monkeypatch):
+    kind, specs = ADAPTER_TYPES["dora-rows"], []
+    for size in ((57, 32), (18, 19), (23, 32)):
+        params = {name: torch.ones(shape) for name, shape in kind.parameter_shapes(*size, 2).items()}
+        grads = {name: torch.zeros_like(value) for name, value in params.items()}
+        specs.append(FormedSpec(torch.ones(size), params, grads, kind, 1.0))
+    formed, tried = FormedWeights(specs, torch.float32, "torch"), []
+    monkeypatch.setattr(dispatch, "_trial_of", lambda formed, spec, layer: tried.append(spec.weight_OI.shape))
+    assert dispatch.trial(formed) is None
+    assert tried == [(18, 19), (23, 32)]
+    monkeypatch.setattr(dispatch, "_trial_of", lambda formed, spec, layer: spec.fan_in == 32 and "wrong")
+    assert dispatch.trial(formed) == "wrong"
