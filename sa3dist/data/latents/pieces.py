@@ -63,7 +63,9 @@ def caption_pieces(encoded: EncodedClips, batch: int) -> list[Piece]:
             count=len(captions),
             memory=0,
             lacking=lambda: not all(map(encoded.has_prompt, captions)),
-            load=lambda: None,
+            # Waited for here, where a signal still ends the stage, and whoever else has encoded them meanwhile: loader
+            # processes that are forked amid imports would wait for these for good.
+            load=lambda: begin_imports().exception(),
             encode=lambda base, loaded: encoded.encode_prompts(base, captions),
             begin=begin_imports,
         )

@@ -4,6 +4,7 @@ import contextlib
 import math
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from sa3dist.data.latents import cache, pieces
 from sa3dist.data.latents.cache import EncodedClips
 from sa3dist.data.latents.pieces import CAPTION_COST, MAX_PASS_FRAMES, clip_pieces, rows_per_pass, whole_pieces
 from sa3dist.data.source.build import build_shards
-from sa3dist.errors import DataError
+from sa3dist.errors import DataError, Interrupted
 from sa3dist.model.loading import load_base
 from sa3dist.progress import clock_text, progress
 from sa3dist.runtime.process_group import Group
@@ -97,10 +98,16 @@ def test_an_interrupted_batch_is_finished_to_the_same_bytes_on_any_number_of_ran
 
 
 def test_captions_come_behind_some_clips_and_what_they_need_is_imported_meanwhile(base, index, tmp_path, monkeypatch):
-    encoded, order = EncodedClips(index, tmp_path, base, "a", "t"), []
+    encoded, order, waited, imports = EncodedClips(index, tmp_path, base, "a", "t"), [], [], Future()
+    imports.set_result(None)
+
+    def begin():
+        (order if threading.current_thread() is threading.main_thread() else waited).append("begin")
+        return imports
+
     costs = [piece.cost for piece in clip_pieces(encoded, 1)]
     monkeypatch.setattr(pieces, "AHEAD_COST", sum(costs[:2]) + 0.1)
-    monkeypatch.setattr(pieces, "begin_imports", lambda: order.append("begin"))
+    monkeypatch.setattr(pieces, "begin_imports", begin)
     for kind in ("encode_prompts", "encode_together"):
         work = getattr(EncodedClips, kind)
         monkeypatch.setattr(EncodedClips, kind, lambda *given, kind=kind, work=work: order.append(kind) or work(*given))
@@ -110,10 +117,20 @@ def test_captions_come_behind_some_clips_and_what_they_need_is_imported_meanwhil
     # Both polarities of two clips, then all captions.
     assert order[captions : captions + 4] == ["encode_together"] * 4
     assert order[captions + 4 : 2 * captions + 4] == ["encode_prompts"] * captions
+    assert len(waited) == captions
     # All is there: nothing is imported.
     order.clear()
     encode_everything(base, index, tmp_path)
     assert order == []
+
+
+def test_a_signal_ends_the_wait_for_the_imports(base, index, tmp_path, monkeypatch):
+    encoded, stop, imports = EncodedClips(index, tmp_path, base, "a", "t"), StopRequest(), Future()
+    monkeypatch.setattr(pieces, "begin_imports", lambda: stop.hear("SIGTERM on rank 0") or imports)
+    monkeypatch.setattr(stage, "CLOSE_SECONDS", 0.1)
+    with pytest.raises(Interrupted):
+        stage.encode_all(base, pieces.caption_pieces(encoded, 1), Group(0, 1, CPU), stop)
+    imports.set_result(None)
 
 
 def test_a_pass_holds_no_more_than_one_longest_clip(base, index, tmp_path):
