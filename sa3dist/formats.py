@@ -103,7 +103,8 @@ def _empty_folder_beside(target: Path) -> Path:
             # Another process may find the parent empty, and remove it, at any moment; a file in its place stays, and so
             # does a link to nothing.
             left -= 1
-            if not left or (target.parent.exists() and not target.parent.is_dir()):
+            # One question: between two the parent may go.
+            if not left or target.parent.is_file():
                 raise
 
 

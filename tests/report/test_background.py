@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -85,7 +86,8 @@ def test_a_page_that_takes_too_long_is_stopped_at_the_end(tmp_path, caplog, monk
     observer.finish(early=False)
     observer.leave()
     assert [process.poll() for process in started] == [-signal.SIGTERM, -signal.SIGTERM]
-    assert "not written within 0.1 s" in caplog.text
+    # How long that was is the machine's affair.
+    assert re.search(r"not written within \d+\.\d s", caplog.text)
 
 
 def test_a_signal_while_the_last_page_is_written_ends_the_wait(tmp_path):
