@@ -1,6 +1,7 @@
 """The step benchmark compares like with like: equal losses and gradients, and a baseline that does form W'."""
 
 import json
+from pkgutil import resolve_name
 
 import bench_step
 import encoding_side
@@ -187,14 +188,20 @@ def test_the_compiler_knows_every_choice_that_is_tried_and_only_there():
 
     from sa3dist.model import compiled
 
+    def constants(choices):
+        return {name: resolve_name(name) for name in choices if name.startswith(bench_compiler.OURS)}
+
     for choices in bench_compiler.CHOICES.values():
-        before = dict(compiled.CHOICES)
+        before, apart = dict(compiled.CHOICES), (bench_compiler.FUNCTORCH, bench_compiler.OURS)
+        ours = constants(choices)
         with bench_compiler.chosen(choices):
-            tried = {key: value for key, value in choices.items() if not key.startswith(bench_compiler.FUNCTORCH)}
+            tried = {key: value for key, value in choices.items() if not key.startswith(apart)}
             assert before | tried == compiled.CHOICES
             known = torch._inductor.config.get_config_copy()
             assert compiled.CHOICES.keys() <= known.keys()
+            assert constants(choices) == {name: choices[name] for name in ours}
         assert before == compiled.CHOICES
+        assert constants(choices) == ours
 
 
 def test_a_block_is_planned_for_a_device_that_is_not_there(capsys):
