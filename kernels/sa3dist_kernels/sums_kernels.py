@@ -10,7 +10,7 @@ import triton.language as tl
 
 from sa3dist_kernels.formed_tiles import loop_to
 from sa3dist_kernels.sums_plan import PROGRAM, Side
-from sa3dist_kernels.triton_support import dot
+from sa3dist_kernels.triton_support import dot, one_of
 
 PROGRAM_COUNT, SIDE_COUNT = tl.constexpr(len(PROGRAM)), tl.constexpr(len(Side._fields))
 TOKENS, SIZE, STRIDE, MADE_STRIDE, SPAN, SHARE_COUNT, PARTS, MATRIX, GAINS, TOKEN_SPAN = map(
@@ -32,15 +32,6 @@ def _of(sizes, layer, side, NAME: tl.constexpr, MULTIPLE: tl.constexpr):
 
 
 @triton.jit
-def _layers(tensors, layer):
-    """The tensor of one layer."""
-    found = tensors[0]
-    for other in tl.static_range(1, len(tensors)):
-        found = tl.where(layer == other, tensors[other], found)
-    return found
-
-
-@triton.jit
 def thin_products_kernel(
     xs, dys, rights, lefts, parts, sizes, programs,
     R: tl.constexpr, WIDE_X: tl.constexpr, WIDE_Y: tl.constexpr, LOOP: tl.constexpr,
@@ -58,7 +49,7 @@ def thin_products_kernel(
     if side == 0:
         I = _of(sizes, layer, side, SIZE, WIDE_X).to(tl.int32)
         acc = _product_share(
-            _layers(xs, layer), _layers(rights, layer), share * span, span, n, r, n_mask, r_mask, I,
+            one_of(xs, layer), one_of(rights, layer), share * span, span, n, r, n_mask, r_mask, I,
             _of(sizes, layer, side, STRIDE, WIDE_X), 1, I,
             LOOP, BLOCK_N, SPLITS, BLOCK_K, BLOCK_R, STAGES, PRECISION, UPCAST,
         )  # fmt: skip
@@ -66,7 +57,7 @@ def thin_products_kernel(
     else:
         O = _of(sizes, layer, side, SIZE, WIDE_Y).to(tl.int32)
         acc = _product_share(
-            _layers(dys, layer), _layers(lefts, layer), share * span, span, n, r, n_mask, r_mask, O,
+            one_of(dys, layer), one_of(lefts, layer), share * span, span, n, r, n_mask, r_mask, O,
             _of(sizes, layer, side, STRIDE, WIDE_Y), R, 1,
             LOOP, BLOCK_N, SPLITS, BLOCK_K, BLOCK_R, STAGES, PRECISION, UPCAST,
         )  # fmt: skip
@@ -143,7 +134,7 @@ def raw_sums_kernel(
         O = _of(sizes, layer, side, SIZE, WIDE_Y).to(tl.int32)
         m_mask = m < O
         acc, gain = _block_sums(
-            _layers(dys, layer), _layers(zs, layer), thin, m, m_mask, r, r_mask, split, span, N, shares,
+            one_of(dys, layer), one_of(zs, layer), thin, m, m_mask, r, r_mask, split, span, N, shares,
             _of(sizes, layer, side, STRIDE, WIDE_Y), _of(sizes, layer, side, MADE_STRIDE, WIDE_Y),
             R, ROWS, XS, SHARES, LOOP, BLOCK_N, BLOCK_M, BLOCK_R, STAGES, PRECISION, UPCAST,
         )  # fmt: skip
@@ -155,7 +146,7 @@ def raw_sums_kernel(
         I = _of(sizes, layer, side, SIZE, WIDE_X).to(tl.int32)
         m_mask = m < I
         acc, gain = _block_sums(
-            _layers(xs, layer), _layers(dxs, layer), thin, m, m_mask, r, r_mask, split, span, N, shares,
+            one_of(xs, layer), one_of(dxs, layer), thin, m, m_mask, r, r_mask, split, span, N, shares,
             _of(sizes, layer, side, STRIDE, WIDE_X), _of(sizes, layer, side, MADE_STRIDE, WIDE_X),
             R, COLS, XS, SHARES, LOOP, BLOCK_N, BLOCK_M, BLOCK_R, STAGES, PRECISION, UPCAST,
         )  # fmt: skip

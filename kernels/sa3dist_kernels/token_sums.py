@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from sa3dist_kernels.operations import define
-from sa3dist_kernels.triton_support import ALIGNMENT, check_triton, launch, loop_end
+from sa3dist_kernels.triton_support import ALIGNMENT, check_triton, launch, loop_end, one_of
 
 
 class TokenSum(NamedTuple):
@@ -139,15 +139,6 @@ def _kept(*_) -> dict:
     return {}
 
 
-@triton.jit
-def _of(tensors, index):
-    """The tensor of one sum."""
-    found = tensors[0]
-    for other in tl.static_range(1, len(tensors)):
-        found = tl.where(index == other, tensors[other], found)
-    return found
-
-
 @triton.jit(do_not_specialize=["K", "span"])
 def _shares_kernel(
     lefts, rights, rows, owner, parts, K, span,
@@ -162,7 +153,7 @@ def _shares_kernel(
     steps = tl.arange(0, BLOCK_K)[:, None, None] + tl.arange(0, DEPTH)[None, :, None] * BLOCK_K
     begin = share.to(tl.int64) * span
     end = tl.minimum(K - begin, span).to(tl.int32)
-    left, right, row = _of(lefts, index) + begin * E, _of(rights, index) + begin * E, _of(rows, index) + begin
+    left, right, row = one_of(lefts, index) + begin * E, one_of(rights, index) + begin * E, one_of(rows, index) + begin
     has_right, has_rows = ((RIGHTS >> index) & 1) != 0, ((ROWS >> index) & 1) != 0
     products = tl.zeros((BLOCK_K, BLOCK_E), tl.float32)
     plain = tl.zeros((BLOCK_K, BLOCK_E), tl.float32)

@@ -25,6 +25,15 @@ def dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     return tl.dot(left, right, acc, input_precision=PRECISION)
 
 
+@triton.jit
+def one_of(tensors, index):
+    """The tensor at ``index`` of a tuple of them."""
+    found = tensors[0]
+    for other in tl.static_range(1, len(tensors)):
+        found = tl.where(index == other, tensors[other], found)
+    return found
+
+
 def interpreting() -> bool:
     """Whether the kernels of this process run in Triton's interpreter: decided when they were first imported."""
     return not isinstance(dot, triton.JITFunction)
