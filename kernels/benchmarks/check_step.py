@@ -347,8 +347,11 @@ def mixed_lengths(side: Side, frames: int, equal_ms: float, budget: Budget, devi
         "unequal_frames": list(spent),
         "unequal_each_ms": [round(value, 3) for value in spent.values()],
         "unequal_ms": round(mean, 3),
-        # By the frames trained on: lengths that could not be measured, or are cut off at the longest, do not count.
-        "unequal_over_equal": round(mean / equal_ms * frames / statistics.fmean(spent), 3),
+        # By the frames trained on: lengths that could not be measured, or are cut off at the longest, do not count; and
+        # a few say nothing of all.
+        "unequal_over_equal": round(mean / equal_ms * frames / statistics.fmean(spent), 3)
+        if 2 * len(spent) >= len(lengths)
+        else None,
     }
 
 

@@ -27,10 +27,13 @@ class CudnnAttention:
     Padded, whatever the tensors hold behind the clip's end is not read, and what is given back there is not defined.
     """
 
-    def __init__(self, q: Layout, k: Layout, v: Layout, padded: bool, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, q: Layout, k: Layout, v: Layout, padded: bool, exact: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
         """q, k, v: shape and strides of (B, H, K, D), (B, H, J, D) and (B, H, J, D).
 
         padded   whether the clip may end ahead of K, which is J then. If not, there is no forward pass: torch has it
+        exact    whether two backward passes must agree to the last bit
 
         Raises what cuDNN raises where it has no such kernel.
         """
@@ -49,7 +52,6 @@ class CudnnAttention:
 
         def backward(graph, inputs) -> dict[str, tuple[Any, Layout]]:
             inputs = {{"out": "o", "grad": "dO", "sums": "stats"}.get(name, name): x for name, x in inputs.items()}
-            exact = torch.are_deterministic_algorithms_enabled()
             found = graph.sdpa_backward(**inputs, **options, use_deterministic_algorithm=exact)
             layouts = {"dq": made, "dk": made_of_keys, "dv": made_of_keys}
             return {name: (made_, layout) for (name, layout), made_ in zip(layouts.items(), found, strict=True)}
@@ -136,18 +138,19 @@ class _Graph:
 
 def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, padded: bool) -> CudnnAttention | None:
     """The kernels for tensors laid out like these, (B, H, K, D) in 16 bits on CUDA; None where they cannot be had."""
-    return _built(*((tuple(x.shape), x.stride()) for x in (q, k, v)), padded, q.dtype, q.device)
+    layouts = ((tuple(x.shape), x.stride()) for x in (q, k, v))
+    return _built(*layouts, padded, torch.are_deterministic_algorithms_enabled(), q.dtype, q.device)
 
 
 @functools.cache
 def _built(
-    q: Layout, k: Layout, v: Layout, padded: bool, dtype: torch.dtype, device: torch.device
+    q: Layout, k: Layout, v: Layout, padded: bool, exact: bool, dtype: torch.dtype, device: torch.device
 ) -> CudnnAttention | None:
     if importlib.util.find_spec("cudnn") is None:
         _say("the package nvidia-cudnn-frontend is not installed")
         return None
     try:
-        return CudnnAttention(q, k, v, padded, dtype, device)
+        return CudnnAttention(q, k, v, padded, exact, dtype, device)
     except Exception as problem:
         # Whatever cuDNN says: torch has kernels for any layout.
         _say(str(problem).partition("\n")[0])

@@ -21,6 +21,20 @@ def test_where_cudnn_has_no_such_kernel_there_is_none_and_the_log_says_why_once(
     assert said.startswith("attention takes torch's own kernels")
 
 
+def test_kernels_of_a_run_that_may_round_as_it_likes_are_not_those_of_a_deterministic_one(monkeypatch):
+    built = []
+    monkeypatch.setattr(cudnn_attention.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(cudnn_attention, "CudnnAttention", lambda *given: built.append(given[4]) or object())
+    cudnn_attention._built.cache_clear()
+    q = torch.zeros(1, HEADS, 5, WIDTH, dtype=torch.bfloat16)
+    for exact in (False, True, False):
+        torch.use_deterministic_algorithms(exact)
+        cudnn_attention.cudnn_attention(q, q, q, False)
+    cudnn_attention._built.cache_clear()
+    # Built once each.
+    assert built == [False, True]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 # With a filling; one that is as long as the list; a clip alone; and one that attends to a context.

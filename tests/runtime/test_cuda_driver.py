@@ -52,11 +52,16 @@ def test_it_is_left_alone_where_no_gpu_is_expected(library, monkeypatch, tmp_pat
     assert library.started == []
 
 
-@pytest.mark.filterwarnings("error")
 def test_a_driver_without_its_library_is_for_torch_to_tell(library, monkeypatch):
+    asked, raised = [], []
+
     def absent(name):
+        asked.append(name)
         raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr(cuda_driver.ctypes, "CDLL", absent)
+    monkeypatch.setattr(threading, "excepthook", raised.append)
     cuda_driver.start()
     wait()
+    assert asked == [cuda_driver.LIBRARY]
+    assert raised == []
