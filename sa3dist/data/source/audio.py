@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import math
+import struct
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -84,7 +85,7 @@ def check_audio(data: bytes, observe: Callable[[np.ndarray, int], None] | None =
         raise DataError("is empty (0 samples); replace or remove it")
     if samples + slack < declared:
         raise DataError(f"is cut off: only {samples} of {declared} samples decode; copy or export it again")
-    refuse_lost(data, samples)
+    _refuse_lost(data, samples)
     if samples < MIN_SECONDS * rate:
         raise DataError(
             f"has {samples} sample{'s' * (samples != 1)} ({1000 * samples / rate:.3g} ms at {rate} Hz), "
@@ -188,7 +189,22 @@ def _open(data: bytes) -> Iterator[SoundFile]:
 def check_whole(data: bytes, samples: int) -> None:
     """Raise DataError when ``data`` holds more audio than the ``samples`` that were once decoded from it."""
     check_end(data)
+    _refuse_lost(data, samples)
+
+
+def _refuse_lost(data: bytes, samples: int) -> None:
     refuse_lost(data, samples)
+    start = data.find(b"fLaC") if data.startswith((b"fLaC", b"ID3")) else -1
+    if start < 0:
+        return
+    # The last 36 of these bits count a FLAC's samples: libsndfile stops there, whatever follows.
+    more = bytearray(data)
+    struct.pack_into(">Q", more, start + 18, struct.unpack_from(">Q", data, start + 18)[0] + 1)
+    lost = 0
+    with contextlib.suppress(DataError), _open(bytes(more)) as sound:
+        lost = sound.format == "FLAC" and sound.seek(samples) == samples and len(sound.read(1))
+    if lost:
+        raise DataError(f"holds more than the {samples} samples its header counts; write it again (flac -d -F, flac)")
 
 
 def _declared_samples(sound: SoundFile) -> int:

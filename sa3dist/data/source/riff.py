@@ -158,11 +158,15 @@ def _are_chunks(data: bytes, offset: int, order: str) -> bool:
         if offset + 8 > len(data):
             break
         name, (size,) = data[offset : offset + 4], struct.unpack_from(f"{order}I", data, offset + 4)
-        if not (name.isascii() and name.decode().isprintable()):
+        if not _is_name(name):
             return False
         offset += 8 + size + size % 2
     # A last byte that only evens the length is often left out.
     return offset in (len(data), len(data) + 1)
+
+
+def _is_name(name: bytes) -> bool:
+    return name.isascii() and name.decode().isprintable()
 
 
 def refuse_several(data: bytes) -> None:
@@ -174,7 +178,10 @@ def refuse_several(data: bytes) -> None:
     if pieces > 1:
         raise DataError(f"holds {pieces} pieces of audio, of which one would be used; export it again as one")
     start, end = samples_of(data, table)
-    size, end = end - start, max(end, min(_declared_end(data, table.order), len(data)))
+    size = end - start
+    # What the file counts in is passed over, unless no chunk begins there: then a program miscounted the samples.
+    if any(_is_name(data[at : at + 4]) for at in (end, end + 1)):
+        end = max(end, min(_declared_end(data, table.order), len(data)))
     lost = len(data) - end
     rate = _bytes_per_second(data, table)
     if lost > rate * MIN_LOST_SECONDS > 0 and not _are_chunks(data, end + end % 2, table.order) and any(data[end:]):

@@ -186,6 +186,27 @@ def test_a_header_that_was_written_long_before_the_crash_is_refused_with_both_le
     assert "sox --ignore-length" in message
 
 
+def test_samples_that_a_wav_counts_but_not_as_samples_are_refused_and_its_chunks_are_not():
+    wav = made("WAV", "PCM_16", 44100, 2.0)
+    message = fault_of(wav[:40] + struct.pack("<I", 44100) + wav[44:])
+    assert message.startswith("holds 1.8 s more than its header counts (0.2 s)")
+    # A cover, behind samples of odd length that no byte evens.
+    tail = chunk(b"id3 ", np.random.default_rng(0).bytes(300_001))
+    odd = wav[:4] + struct.pack("<I", len(wav) - 9 + len(tail)) + wav[8:40] + struct.pack("<I", len(wav) - 45)
+    for between in (b"", b"\0"):
+        assert check_audio(odd + wav[44:-1] + between + tail).samples == 88199
+
+
+@pytest.mark.parametrize("tag", [b"", ID3V2])
+def test_a_flac_that_holds_more_than_its_header_counts_is_refused(tag):
+    flac = made("FLAC", None, 44100, 2.0)
+    (counted,) = struct.unpack_from(">Q", flac, 18)
+    assert check_audio(tag + flac).samples == counted & (1 << 36) - 1 == 88200
+    for samples in (88199, 50000, 4096):
+        wrong = flac[:18] + struct.pack(">Q", counted - 88200 + samples) + flac[26:]
+        assert fault_of(tag + wrong).startswith(f"holds more than the {samples} samples its header counts")
+
+
 def crashed(container, subtype="PCM_16"):
     """As its recorder leaves a file that it never closed: sizes of the moment it was opened."""
     data = bytearray(made(container, subtype, 44100))
