@@ -226,6 +226,21 @@ class Lasting:
         os.close(nowhere)
 
 
+# Images set them, of NVIDIA and AWS among others. Libraries read them as they are loaded.
+EXACT_PRODUCTS = {"ONEDNN_DEFAULT_FPMATH_MODE": "STRICT", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"}
+
+
+def keep_products_exact() -> None:
+    """Before torch is imported: an environment that rounds the factors of float32 products is overruled, and named."""
+    for name, exact in EXACT_PRODUCTS.items():
+        # oneDNN knows its variables under an older name, too, which counts where the other is unset.
+        older = name.replace("ONEDNN_", "DNNL_")
+        value = os.environ.get(name) or os.environ.get(older) or exact
+        if value.upper() != exact and os.environ.get("RANK", "0") == "0":
+            print(f"sa3dist: {name}={value} would round float32 products; {exact} is used", file=sys.stderr)
+        os.environ[name] = exact
+
+
 def as_process(program: Callable[[], int]) -> NoReturn:
     """Run a program as this process's only work. A crash beneath Python says where it was, on stderr.
 
@@ -236,6 +251,7 @@ def as_process(program: Callable[[], int]) -> NoReturn:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
+    keep_products_exact()
     with contextlib.suppress(OSError, RuntimeError, ValueError):
         # Where stderr is no file of the system.
         faulthandler.enable()

@@ -44,6 +44,33 @@ def test_frequencies_and_singular_bases_are_the_same_under_other_instructions(tm
         torch.testing.assert_close(there[name], value, rtol=0, atol=0 if name.startswith("table") else 6e-8)
 
 
+@pytest.mark.parametrize("name", ["ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"])
+def test_an_environment_that_rounds_float32_products_is_overruled_and_named(name):
+    program = """
+from sa3dist import train
+def products():
+    import torch
+    torch.manual_seed(0)
+    audio, weight = torch.randn(1, 64, 400), torch.randn(64, 64, 5)
+    exact = torch.nn.functional.conv1d(audio.double(), weight.double())
+    error = (torch.nn.functional.conv1d(audio, weight) - exact).norm() / exact.norm()
+    print(error.item(), torch.get_float32_matmul_precision())
+    return 0
+train.as_process(products)
+"""
+    environment = {**ENVIRONMENT, name: "BF16", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    error, precision = done.stdout.split()
+    assert float(error) < 1e-6
+    assert precision == "highest"
+    assert [line.split()[1] for line in done.stderr.splitlines()] == [
+        "ONEDNN_DEFAULT_FPMATH_MODE=BF16",
+        "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1",
+    ]
+
+
 @found_here
 @pytest.mark.slow
 def test_ranks_on_different_processors_train_one_model(words, tmp_path):
