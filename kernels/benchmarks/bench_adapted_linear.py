@@ -92,7 +92,7 @@ def make_variants(
 
         variants[f"{kind.name} factored"] = factored
         if formed:
-            passes, whole = formed_variants(weight, offset, params, kind, bases, x, grad)
+            passes, whole = formed_variants(weight, offset, params, kind, frozen, x, grad)
             variants[f"{kind.name} formed"], variants[f"{kind.name} finished"] = passes, whole
         variants[f"{kind.name} materialised"] = functools.partial(run, materialised_layer, params)
         if kind.name in compiled:
@@ -101,7 +101,7 @@ def make_variants(
     return variants
 
 
-def formed_variants(weight, bias, params, kind, bases, x, grad):
+def formed_variants(weight, bias, params, kind, frozen, x, grad):
     """(passes of one micro batch, these between FORM and FINISH), each giving the output and all gradients or sums."""
     sums = torch.zeros(sum(value.numel() for value in params.values()), device=x.device, requires_grad=True)
     sums.grad = torch.zeros_like(sums)
@@ -109,7 +109,7 @@ def formed_variants(weight, bias, params, kind, bases, x, grad):
     grads = {name: part.view(value.shape) for part, (name, value) in zip(parts, params.items(), strict=True)}
     spec = FormedSpec(
         weight, {name: value.detach() for name, value in params.items()}, grads, kind, SCALE,
-        *(bases if kind.xs else (None, None)),
+        frozen if kind.xs else None,
     )  # fmt: skip
     kept = FormedWeights([spec], x.dtype)
     kept.form()

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from results_file import ResultsFile
-from sa3dist_kernels import ADAPTER_TYPES, triton_support
+from sa3dist_kernels import ADAPTER_TYPES, frozen_constants, triton_support
 from sa3dist_kernels.formed_reference import finish_reference, form_reference
 from sa3dist_kernels.formed_spec import FormedSpec
 from sa3dist_kernels.formed_weights import FormedWeights
@@ -53,7 +53,9 @@ def make_specs(shapes: dict, kind, rank: int, dtype: torch.dtype, device: torch.
             begin = end
         weight = (torch.randn(fan_out, fan_in, device=device) / fan_in**0.5).to(dtype)
         bases = [torch.randn(side, rank, device=device) / side**0.5 for side in (fan_out, fan_in)]
-        specs.append(FormedSpec(weight, params, grads, kind, 1.0, *(bases if kind.xs else (None, None))))
+        specs.append(
+            FormedSpec(weight, params, grads, kind, 1.0, frozen_constants(weight, *bases) if kind.xs else None)
+        )
     return specs, sums
 
 

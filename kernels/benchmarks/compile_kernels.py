@@ -19,7 +19,15 @@ from pathlib import Path
 
 import torch
 import triton
-from sa3dist_kernels import ADAPTER_TYPES, gate_gradient, qkv_gradient, queries_and_keys, sums_kernels, token_sums
+from sa3dist_kernels import (
+    ADAPTER_TYPES,
+    frozen_constants,
+    gate_gradient,
+    qkv_gradient,
+    queries_and_keys,
+    sums_kernels,
+    token_sums,
+)
 from sa3dist_kernels.formed_blocks import default_tiles
 from sa3dist_kernels.formed_group import Group
 from sa3dist_kernels.formed_launch import finish_plan, form_plan
@@ -43,9 +51,9 @@ def formed_variants(dtype: str, rank: int):
     for kind in ADAPTER_TYPES.values():
         shapes = kind.parameter_shapes(side, side, rank)
         params = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-        bases = [torch.empty(side, rank, device="meta")] * 2 if kind.xs else (None, None)
         weight = torch.empty(side, side, dtype=product, device="meta")
-        spec = FormedSpec(weight, params, params, kind, 1.0, *bases)
+        frozen = frozen_constants(weight, *[torch.empty(side, rank, device="meta")] * 2) if kind.xs else None
+        spec = FormedSpec(weight, params, params, kind, 1.0, frozen)
         memory = torch.empty(product_elements([spec]), dtype=product, device="meta")
         group = Group([spec], memory, default_tiles(rank, product))
         plans = [("form", form_plan(group)), ("finish", finish_plan(group))]

@@ -48,20 +48,25 @@ def _form_layer(group: Group, index: int) -> dict[str, tuple[int, int]]:
     formed = spec.fan_out * spec.fan_in * group.product.element_size()
     narrow = group.product.element_size() / FLOAT
     thin = int(narrow * left) + (0 if kind.cols or kind.xs else int(narrow * right))
-    basis = right if kind.xs else 0
+    square = FLOAT * spec.rank**2
+    swept = kind.rows or not kind.xs
     counted = {}
     if kind.xs:
-        counted["core"] = FLOAT * spec.rank**2 + basis, right + (0 if kind.cols else int(narrow * right))
+        gram = square if kind.rows else 0
+        counted["core"] = square + gram + right, gram + right + (0 if kind.cols else int(narrow * right))
     if kind.rows:
-        reads = 1 if kind.cols or spec.fan_in == group.kept_fan else 2
+        reads = 1 - kind.cols if kind.xs else 1 if kind.cols or spec.fan_in == group.kept_fan else 2
         written = left + 2 * row + (0 if kind.cols else formed + thin)
         if group.kept_fan:
             counted["R'"] = right, int(narrow * right)
-        counted["rows"] = reads * weight + left + right + basis + row, written
-    if kind.cols:
+        known = left + row + 2 * square if kind.xs else 0
+        counted["rows"] = reads * weight + (right if reads else 0) + left + row + known, written
+    if kind.cols and swept:
         gains = row if kind.rows else 0
         counted["columns"] = steps * weight + left + right + gains, splits * (right + col)
-        counted["close"] = splits * (right + col) + right + col, 4 * col + right + int(narrow * right)
+    if kind.cols:
+        shares = splits * (right + col) if swept else square + 2 * right + col
+        counted["close"] = shares + right + col, 4 * col + right + int(narrow * right)
     if kind.cols or not kind.rows:
         gains = (row if kind.rows else 0) + (col if kind.cols else 0)
         counted["write"] = weight + left + right + gains, formed + thin

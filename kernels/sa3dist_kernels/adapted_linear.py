@@ -126,8 +126,7 @@ def adapted_linear(
         from sa3dist_kernels.formed_per_use import formed_per_use
 
         trained = [params[name].to(statistic) for name in kind.parameter_shapes(*weight_OI.shape, 1)]
-        bases = (frozen.left_OR.float(), frozen.right_IR.float()) if kind.xs else (None, None)
-        z = formed_per_use(rows, weight, trained, kind.name, bases, scale)
+        z = formed_per_use(rows, weight, trained, kind.name, frozen, scale)
         y = z if bias is None else z + bias.to(z.dtype)
         return y.view(*x.shape[:-1], weight_OI.shape[0])
     trained = (core, params.get("lora_B"), params.get(kind.row_magnitude), params.get(kind.col_magnitude))

@@ -79,7 +79,7 @@ def finish_rows_kernel(
     for first in range(0, LAST, RANK_STEP):
         if COLS and (ROWS or not XS):
             sum_t, cross = row_sweep(
-                floats, weight, layers, layer, rows, rows_ok, first, scale, O, I, R, RANK_STEP, True, XS, not XS,
+                floats, weight, layers, layer, rows, rows_ok, first, scale, O, I, R, RANK_STEP, True, not XS,
                 LOOP_I, WIDE_W, WIDE_R, WIDE_T, BLOCK_O, BLOCK_J, SPLITS, PRECISION, NARROW, UPCAST, STAGES,
             )  # fmt: skip
         if ROWS:

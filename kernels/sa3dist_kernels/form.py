@@ -12,6 +12,7 @@ rows      a program has a block of rows: norms and V R^T in one pass over the co
           the rows (``form_kept.py``). Where columns are scaled too, W' waits for them and is written by a launch of its
           own.
 columns   a program has a block of columns and a span of rows; ``close`` adds the spans up in a fixed order.
+-xs       norms of V take no read of W0 (``form_xs.py``), but those of the columns of diag(g) V.
 
 Legend: O fan_out, I fan_in, R rank.
 """
@@ -19,6 +20,7 @@ Legend: O fan_out, I fan_in, R rank.
 import triton
 import triton.language as tl
 
+from sa3dist_kernels.form_xs import col_squares, row_squares, store_row_cross
 from sa3dist_kernels.formed_tiles import (
     BASIS,
     COL_CROSS,
@@ -27,7 +29,6 @@ from sa3dist_kernels.formed_tiles import (
     COL_MAGNITUDE,
     COL_NORM,
     COL_RATE,
-    CORE,
     EPS,
     FAN_IN,
     FAN_OUT,
@@ -38,7 +39,6 @@ from sa3dist_kernels.formed_tiles import (
     PARTIAL_SQUARES,
     RIGHT,
     RIGHT_OUT,
-    ROW_CROSS,
     ROW_GAIN,
     ROW_MAGNITUDE,
     ROW_NORM,
@@ -66,7 +66,7 @@ def form_rows_kernel(
     R: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, XS: tl.constexpr, NORMS: tl.constexpr, WRITE: tl.constexpr,
     LOOP_I: tl.constexpr, WIDE_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_R: tl.constexpr, WIDE_T: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr, SPLITS: tl.constexpr, RANK_STEP: tl.constexpr,
-    PRECISION: tl.constexpr, NARROW: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, NARROW: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """NORMS: find n, g and V R^T; WRITE: W', L' and R', with the gains that are known by then."""
     layer, block, _ = program(programs)
@@ -77,14 +77,15 @@ def form_rows_kernel(
     gain = tl.full((BLOCK_O,), 1.0, tl.float32)
     if NORMS:
         squares = tl.zeros((BLOCK_O,), tl.float32)
-        for first in range(0, R, RANK_STEP):
-            squares, cross = row_sweep(
-                floats, weight, layers, layer, rows, rows_ok, first, scale, O, I, R, RANK_STEP, False, XS, True,
-                LOOP_I, WIDE_W, WIDE_R, WIDE_T, BLOCK_O, BLOCK_J, SPLITS, PRECISION, NARROW, UPCAST, STAGES,
-            )  # fmt: skip
-            rank = first + tl.arange(0, RANK_STEP)
-            place = floats + field(layers, layer, ROW_CROSS, 16) + rows[:, None] * R + rank[None, :]
-            tl.store(place, cross, mask=rows_ok[:, None] & (rank < R)[None, :])
+        if XS:
+            squares = row_squares(floats, layers, layer, rows, rows_ok, scale, O, R, RANK_STEP, WIDE_T, BLOCK_O, EXACT)
+        else:
+            for first in range(0, R, RANK_STEP):
+                squares, cross = row_sweep(
+                    floats, weight, layers, layer, rows, rows_ok, first, scale, O, I, R, RANK_STEP, False, True,
+                    LOOP_I, WIDE_W, WIDE_R, WIDE_T, BLOCK_O, BLOCK_J, SPLITS, PRECISION, NARROW, UPCAST, STAGES,
+                )  # fmt: skip
+                store_row_cross(floats, layers, layer, rows, rows_ok, first, cross, R, RANK_STEP)
         norm = tl.sqrt(squares)
         gain = vector(floats, layers, layer, ROW_MAGNITUDE, rows, O) / (norm + EPS)
         tl.store(floats + field(layers, layer, ROW_NORM, 16) + rows, norm, mask=rows_ok)
@@ -163,19 +164,20 @@ def write_right(
 
 @triton.jit
 def form_close_kernel(
-    floats, product, layers, programs,
-    R: tl.constexpr, XS: tl.constexpr, LOOP_SPLITS: tl.constexpr, WIDE_I: tl.constexpr, WIDE_T: tl.constexpr,
-    BLOCK_I: tl.constexpr, RANK_STEP: tl.constexpr,
+    floats, product, scales, layers, programs,
+    R: tl.constexpr, ROWS: tl.constexpr, XS: tl.constexpr, LOOP_SPLITS: tl.constexpr, WIDE_I: tl.constexpr,
+    WIDE_T: tl.constexpr, BLOCK_I: tl.constexpr, RANK_STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """c, h, h~, q over s_h, E and R' of a block of columns."""
     layer, block, _ = program(programs)
-    I, splits = field(layers, layer, FAN_IN, WIDE_I), field(layers, layer, SPLIT_COUNT, 1)
+    I = field(layers, layer, FAN_IN, WIDE_I)
     cols = block * BLOCK_I + tl.arange(0, BLOCK_I)
     cols_ok = cols < I
-    squares = tl.zeros((BLOCK_I,), tl.float32)
-    for split in range(loop_to(splits, LOOP_SPLITS)):
-        place = floats + field(layers, layer, PARTIAL_SQUARES, 16) + split * I + cols
-        squares += tl.load(place, mask=cols_ok & (split < splits), other=0.0)
+    if XS and not ROWS:
+        scale = tl.load(scales + layer)
+        squares = col_squares(floats, layers, layer, cols, cols_ok, scale, I, R, RANK_STEP, WIDE_T, BLOCK_I, PRECISION)
+    else:
+        squares = _added_up(floats, layers, layer, cols, cols_ok, I, R, RANK_STEP, LOOP_SPLITS, BLOCK_I)
     norm = tl.sqrt(squares)
     gain = vector(floats, layers, layer, COL_MAGNITUDE, cols, I) / (norm + EPS)
     tl.store(floats + field(layers, layer, COL_NORM, 16) + cols, norm, mask=cols_ok)
@@ -186,6 +188,28 @@ def form_close_kernel(
     rate = slope(1.0 / (norm + EPS), gain / kept, norm)
     tl.store(floats + field(layers, layer, COL_RATE, 16) + cols, rate, mask=cols_ok)
     for first in range(0, R, RANK_STEP):
+        if XS:
+            part = basis_tile(floats + field(layers, layer, BASIS, WIDE_T), cols, cols_ok, first, R, RANK_STEP)
+        else:
+            part = right_tile(floats + field(layers, layer, RIGHT, WIDE_T), cols, cols_ok, first, I, R, RANK_STEP)
+        rank = first + tl.arange(0, RANK_STEP)
+        place = product + field(layers, layer, RIGHT_OUT, 16) + rank[:, None].to(tl.int64) * I + cols[None, :]
+        made = (part * gain[None, :]).to(product.dtype.element_ty)
+        tl.store(place, made, mask=(rank < R)[:, None] & cols_ok[None, :])
+
+
+@triton.jit
+def _added_up(
+    floats, layers, layer, cols, cols_ok, I,
+    R: tl.constexpr, RANK_STEP: tl.constexpr, LOOP_SPLITS: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """Sums of squares of a block of columns from those of spans of rows. Stores E, likewise."""
+    splits = field(layers, layer, SPLIT_COUNT, 1)
+    squares = tl.zeros((BLOCK_I,), tl.float32)
+    for split in range(loop_to(splits, LOOP_SPLITS)):
+        place = floats + field(layers, layer, PARTIAL_SQUARES, 16) + split * I + cols
+        squares += tl.load(place, mask=cols_ok & (split < splits), other=0.0)
+    for first in range(0, R, RANK_STEP):
         rank = first + tl.arange(0, RANK_STEP)
         inside = (rank < R)[:, None] & cols_ok[None, :]
         places = rank[:, None].to(tl.int64) * I + cols[None, :]
@@ -194,36 +218,4 @@ def form_close_kernel(
             partial = floats + field(layers, layer, PARTIAL, 16) + split * R * I
             cross += tl.load(partial + places, mask=inside & (split < splits), other=0.0)
         tl.store(floats + field(layers, layer, COL_CROSS, 16) + places, cross, mask=inside)
-        if XS:
-            part = basis_tile(floats + field(layers, layer, BASIS, WIDE_T), cols, cols_ok, first, R, RANK_STEP)
-        else:
-            part = right_tile(floats + field(layers, layer, RIGHT, WIDE_T), cols, cols_ok, first, I, R, RANK_STEP)
-        place = product + field(layers, layer, RIGHT_OUT, 16) + places
-        tl.store(place, (part * gain[None, :]).to(product.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def form_core_kernel(
-    floats, product, layers, programs,
-    R: tl.constexpr, COLS: tl.constexpr, WIDE_I: tl.constexpr, WIDE_T: tl.constexpr,
-    BLOCK_I: tl.constexpr, RANK_STEP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """R = M Q^T of an -xs type, a block of columns; and R' = Q^T where the columns are not scaled."""
-    layer, block, _ = program(programs)
-    I = field(layers, layer, FAN_IN, WIDE_I)
-    core, basis = floats + field(layers, layer, CORE, WIDE_T), floats + field(layers, layer, BASIS, WIDE_T)
-    cols = block * BLOCK_I + tl.arange(0, BLOCK_I)
-    cols_ok = cols < I
-    for first in range(0, R, RANK_STEP):
-        rank = first + tl.arange(0, RANK_STEP)
-        made = tl.zeros((RANK_STEP, BLOCK_I), tl.float32)
-        for inner in range(0, R, RANK_STEP):
-            square = left_tile(core, rank, rank < R, inner, R, RANK_STEP)
-            made = tl.dot(
-                square, basis_tile(basis, cols, cols_ok, inner, R, RANK_STEP), made, input_precision=PRECISION
-            )
-        places, inside = rank[:, None].to(tl.int64) * I + cols[None, :], (rank < R)[:, None] & cols_ok[None, :]
-        tl.store(floats + field(layers, layer, RIGHT, 16) + places, made, mask=inside)
-        if not COLS:
-            part = basis_tile(basis, cols, cols_ok, first, R, RANK_STEP).to(product.dtype.element_ty)
-            tl.store(product + field(layers, layer, RIGHT_OUT, 16) + places, part, mask=inside)
+    return squares

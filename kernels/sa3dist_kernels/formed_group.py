@@ -42,6 +42,8 @@ class Group:
         self.kept_fan = self._kept_fan()
         self.span = self._span()
         self.splits = [triton.cdiv(spec.fan_out, self.span) for spec in specs]
+        # Frozen, and so kept apart from the statistics, whose memory others may share.
+        self.grams = [_grams(spec) for spec in specs]
         self.owned, count = _offsets([self._float_sizes(index, spec) for index, spec in enumerate(specs)])
         self.floats = torch.empty(count, device=self.device)
         self.formed, _ = _offsets([product_sizes(spec) for spec in specs])
@@ -112,13 +114,18 @@ class Group:
         sizes = {}
         if self.kind.xs:
             sizes["right"] = R * I
+        if self.kind.xs and self.kind.rows:
+            sizes["core_gram"] = R * R
         if self.kind.rows:
             sizes |= {"row_gain": O, "row_norm": O, "row_slope": O, "row_cross": O * R}
         if self.kind.cols:
             sizes |= dict.fromkeys(("col_gain", "col_kept", "col_norm", "col_rate"), I) | {"col_cross": R * I}
-            sizes["partial_squares"] = self.splits[index] * I
-        if self.kind.cols or (self.kind.rows and not self.kind.xs):
+        # An -xs type reads W0 for the columns' norms of diag(g) V alone.
+        swept = self.kind.rows and self.kind.cols if self.kind.xs else self.kind.rows or self.kind.cols
+        if swept:
             sizes["partial"] = self.splits[index] * R * I
+        if swept and self.kind.cols:
+            sizes["partial_squares"] = self.splits[index] * I
         return sizes
 
     def _row(self, index: int, spec) -> list[int]:
@@ -126,7 +133,8 @@ class Group:
         values = {"fan_out": spec.fan_out, "fan_in": spec.fan_in, "splits": self.splits[index]}
         values |= self.owned[index] | self.formed[index]
         values["weight"] = _offset(spec.weight_OI, self.weight_base())
-        values |= {name: _offset(tensor, self.floats) for name, tensor in spec.named().items()}
+        frozen = spec.named() | self.grams[index]
+        values |= {name: _offset(tensor, self.floats) for name, tensor in frozen.items()}
         return [values.get(name, 0) for name in FIELDS]
 
     def _make_programs(self) -> None:
@@ -169,6 +177,16 @@ def _moving_apart(specs: Sequence[FormedSpec]) -> list[torch.Tensor]:
     others = [tensor for spec in specs for tensor in spec.tensors()[1:]]
     by_storage = {tensor.untyped_storage().data_ptr(): tensor for tensor in reversed(others)}
     return [*(spec.weight_OI for spec in specs), *by_storage.values()]
+
+
+def _grams(spec) -> dict[str, torch.Tensor]:
+    """Q^T Q and U^T U of an -xs type, as far as FORM needs them, by their names in the table."""
+    if not spec.kind.xs:
+        return {}
+    # In float64, whatever precision products of float32 have been set to.
+    left, right = (base.double() for base in spec.bases)
+    grams = {"right_gram": right} if spec.kind.rows else {"left_gram": left} if spec.kind.cols else {}
+    return {name: (base.t() @ base).float() for name, base in grams.items()}
 
 
 def alignment(spec) -> tuple:

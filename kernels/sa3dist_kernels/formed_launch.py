@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sa3dist_kernels import finish, form, form_kept
+from sa3dist_kernels import finish, form, form_kept, form_xs
 from sa3dist_kernels.column_sweep import column_sweep_kernel
 from sa3dist_kernels.formed_blocks import ColumnTile, KeptTile, RowTile, Tiles, default_tiles, interpreter_tiles
 from sa3dist_kernels.formed_group import Group, alignment
@@ -83,18 +83,20 @@ def form_plan(group: Group) -> list[Launch]:
     """The launches of FORM, in order."""
     kind, tiles, plan = group.kind, group.tiles, _Plan(group)
     flags = {"ROWS": kind.rows, "COLS": kind.cols, "XS": kind.xs}
-    rows = plan.rows(tiles.form_rows) | flags
+    rows = plan.rows(tiles.form_rows) | {"EXACT": plan.exact["PRECISION"]} | flags
     if kind.xs:
-        plan.add("core", form.form_core_kernel, "close", plan.close | plan.exact | {"COLS": kind.cols})
+        plan.add("core", form_xs.form_core_kernel, "close", plan.close | plan.exact | _pick(flags, "ROWS", "COLS"))
     if "form_kept" in group.programs:
         plan.add("R'", form_kept.form_right_kernel, "close", plan.close)
         plan.add("kept rows", form_kept.form_kept_kernel, "form_kept", plan.kept(tiles.form_kept))
     if kind.rows and "form_rows" in group.programs:
         plan.add("rows", form.form_rows_kernel, "form_rows", rows | {"NORMS": True, "WRITE": not kind.cols})
     if kind.cols:
-        columns = plan.columns(tiles.form_columns) | {"ROWS": kind.rows, "SLOPED": False}
-        plan.add("columns", column_sweep_kernel, "form_columns", columns)
-        plan.add("close", form.form_close_kernel, "close", plan.close | plan.spans | {"XS": kind.xs})
+        if kind.rows or not kind.xs:
+            columns = plan.columns(tiles.form_columns) | {"ROWS": kind.rows, "SLOPED": False}
+            plan.add("columns", column_sweep_kernel, "form_columns", columns)
+        close = plan.close | plan.spans | plan.exact | _pick(flags, "ROWS", "XS")
+        plan.add("close", form.form_close_kernel, "close", close)
     if kind.cols or not kind.rows:
         plan.add("write", form.form_rows_kernel, "form_rows", rows | {"NORMS": False, "WRITE": True})
     return plan.launches

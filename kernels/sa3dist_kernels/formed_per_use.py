@@ -20,49 +20,51 @@ from sa3dist_kernels.formed_weights import FormedWeights
 from sa3dist_kernels.frozen_products import no_autocast
 from sa3dist_kernels.raw_sums import LayerPass, raw_sums
 from sa3dist_kernels.triton_support import check_triton
+from sa3dist_kernels.weight_norms import FrozenConstants
 
 # The operators' schemas are read off these annotations, and know no other spelling.
 Maybe, Tensors = Optional[Tensor], List[Tensor]  # noqa: UP006, UP045
 
 
 def formed_per_use(
-    x: Tensor, weight: Tensor, trained: Tensors, kind_name: str, bases: tuple[Maybe, Maybe], scale: float
+    x: Tensor, weight: Tensor, trained: Tensors, kind_name: str, frozen: FrozenConstants | None, scale: float
 ) -> Tensor:
     """``x @ W'.T`` (N, O) in the format of x; gradients reach x and ``trained``.
 
     x        (N, I), float32, float16 or bfloat16: the format of the products
     weight   frozen W0, (O, I) or (O, I, 1), as its owner holds it: kept like that, and read again in backward
     trained  the type's tensors in the order of ``parameter_shapes``, float32
-    bases    U and Q of an -xs type, float32
+    frozen   of an -xs type, float32
 
     Raises ValueError where no kernel can run. In float16 W' cannot hold gains below 6e-8: their rows and columns are
     zero, and so is their magnitudes' gradient.
     """
     check_triton(x)
-    return _FormedPerUse.apply(x, kind_name, weight, *bases, scale, *trained)
+    constants = [value.float() for value in vars(frozen).values()] if ADAPTER_TYPES[kind_name].xs else []
+    return _FormedPerUse.apply(x, kind_name, weight, len(constants), scale, *constants, *trained)
 
 
 class _FormedPerUse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, kind_name, weight, left_OR, right_IR, scale, *trained):
-        z = formed_product_op(x, trained, kind_name, weight, left_OR, right_IR, scale)
+    def forward(ctx, x, kind_name, weight, count, scale, *tensors):
+        z = formed_product_op(x, tensors[count:], kind_name, weight, tensors[:count], scale)
         kept = z if ADAPTER_TYPES[kind_name].rows else None
-        ctx.save_for_backward(x, kept, weight, left_OR, right_IR, *trained)
-        ctx.kind_name, ctx.scale = kind_name, scale
+        ctx.save_for_backward(x, kept, weight, *tensors)
+        ctx.kind_name, ctx.count, ctx.scale = kind_name, count, scale
         return z
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, z, weight, left_OR, right_IR, *trained = ctx.saved_tensors
-        needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]
-        layer = trained, ctx.kind_name, weight, left_OR, right_IR, ctx.scale
+        x, z, weight, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[5 + ctx.count :]
+        layer = tensors[ctx.count :], ctx.kind_name, weight, tensors[: ctx.count], ctx.scale
         found = formed_gradients_op(dy.contiguous(), x, z, *layer, needs[0], any(needs[1:]))
         dx, *grads = (gradient if needed else None for gradient, needed in zip(found, needs, strict=True))
-        return dx, None, None, None, None, None, *grads
+        return dx, None, None, None, None, *[None] * ctx.count, *grads
 
 
-def _formed(x: Tensor, trained: Tensors, kind_name: str, weight: Tensor, bases: tuple[Maybe, Maybe], scale: float):
+def _formed(x: Tensor, trained: Tensors, kind_name: str, weight: Tensor, frozen: Tensors, scale: float):
     """W' of the layer, formed in the format of x; and the one vector whose views its gradients will be."""
     kind, weight_OI = ADAPTER_TYPES[kind_name], weight.detach().flatten(1).contiguous()
     flat = trained[0].new_empty(sum(value.numel() for value in trained), dtype=torch.float32)
@@ -70,34 +72,34 @@ def _formed(x: Tensor, trained: Tensors, kind_name: str, weight: Tensor, bases: 
     names = list(kind.parameter_shapes(*weight_OI.shape, trained[0].shape[0]))
     params = dict(zip(names, (value.detach().contiguous() for value in trained), strict=True))
     grads = dict(zip(names, (part.view(value.shape) for part, value in parts), strict=True))
-    bases = [None if base is None else base.detach().contiguous() for base in bases]
-    formed = FormedWeights([FormedSpec(weight_OI, params, grads, kind, scale, *bases)], x.dtype, "triton")
+    constants = FrozenConstants(*(value.detach().contiguous() for value in frozen)) if kind.xs else None
+    formed = FormedWeights([FormedSpec(weight_OI, params, grads, kind, scale, constants)], x.dtype, "triton")
     formed.form()
     return formed, flat
 
 
 @torch.library.custom_op("sa3dist::formed_product", mutates_args=())
 def formed_product_op(
-    x: Tensor, trained: Tensors, kind_name: str, weight: Tensor, left_OR: Maybe, right_IR: Maybe, scale: float
+    x: Tensor, trained: Tensors, kind_name: str, weight: Tensor, frozen: Tensors, scale: float
 ) -> Tensor:
     """``x @ W'.T``."""
-    formed, _ = _formed(x, trained, kind_name, weight, (left_OR, right_IR), scale)
+    formed, _ = _formed(x, trained, kind_name, weight, frozen, scale)
     with no_autocast(x.device):
         return x @ formed.layers[0].weight_OI.t()
 
 
 @formed_product_op.register_fake
-def _(x, trained, kind_name, weight, left_OR, right_IR, scale):
+def _(x, trained, kind_name, weight, frozen, scale):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @torch.library.custom_op("sa3dist::formed_gradients", mutates_args=())
 def formed_gradients_op(
-    dy: Tensor, x: Tensor, z: Maybe, trained: Tensors, kind_name: str, weight: Tensor, left_OR: Maybe, right_IR: Maybe,
-    scale: float, needs_x: bool, needs_trained: bool,
+    dy: Tensor, x: Tensor, z: Maybe, trained: Tensors, kind_name: str, weight: Tensor, frozen: Tensors, scale: float,
+    needs_x: bool, needs_trained: bool,
 ) -> Tensors:  # fmt: skip
     """Gradients of x and of the trained tensors; a tensor without elements for what nobody asked for."""
-    formed, flat = _formed(x, trained, kind_name, weight, (left_OR, right_IR), scale)
+    formed, flat = _formed(x, trained, kind_name, weight, frozen, scale)
     layer, kind = formed.layers[0], ADAPTER_TYPES[kind_name]
     with no_autocast(x.device):
         dx = dy @ layer.weight_OI if needs_x or kind.cols else None
@@ -111,6 +113,6 @@ def formed_gradients_op(
 
 
 @formed_gradients_op.register_fake
-def _(dy, x, z, trained, kind_name, weight, left_OR, right_IR, scale, needs_x, needs_trained):
+def _(dy, x, z, trained, kind_name, weight, frozen, scale, needs_x, needs_trained):
     grads = (value.new_empty(value.shape if needs_trained else 0, dtype=torch.float32) for value in trained)
     return [x.new_empty(x.shape if needs_x else 0), *grads]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from sa3dist_kernels.adapter_types import AdapterType
+from sa3dist_kernels.weight_norms import FrozenConstants
 
 # Elements to which every tensor made here is aligned.
 ALIGNED = 16
@@ -23,7 +24,7 @@ class FormedSpec:
     grads               likewise: raw sums in, gradients out. lora_A holds P2 = (dy L')^T x, lora_B P1 = dy^T (x R'^T),
                         M_xs PM = (dy L')^T (x R'^T), a row magnitude sum_n dy z, a column magnitude sum_n x dx
     scale               strength * alpha / rank
-    left_OR, right_IR   frozen bases U and Q of -xs types, contiguous float32, else None
+    frozen              of -xs types: the bases U and Q and W0's products with them, contiguous float32, else None
     """
 
     weight_OI: torch.Tensor
@@ -31,8 +32,7 @@ class FormedSpec:
     grads: Mapping[str, torch.Tensor]
     kind: AdapterType
     scale: float
-    left_OR: torch.Tensor | None = None
-    right_IR: torch.Tensor | None = None
+    frozen: FrozenConstants | None = None
 
     @property
     def fan_out(self) -> int:
@@ -48,13 +48,18 @@ class FormedSpec:
 
     @property
     def bases(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return (self.left_OR, self.right_IR) if self.kind.xs else None
+        return (self.frozen.left_OR, self.frozen.right_IR) if self.kind.xs else None
 
     def named(self) -> dict[str, torch.Tensor]:
         """The float32 tensors by their names in the kernels' table."""
         kind, params, grads = self.kind, self.params, self.grads
         if kind.xs:
-            found = {"left": self.left_OR, "basis": self.right_IR, "core": params["M_xs"], "grad_core": grads["M_xs"]}
+            left, basis = self.bases
+            found = {"left": left, "basis": basis, "core": params["M_xs"], "grad_core": grads["M_xs"]}
+            if kind.rows:
+                found |= {"row_squares": self.frozen.row_squares_O, "weight_right": self.frozen.weight_right_OR}
+            elif kind.cols:
+                found |= {"col_squares": self.frozen.col_squares_I, "left_weight": self.frozen.left_weight_RI}
         else:
             found = {"left": params["lora_B"], "right": params["lora_A"]}
             found |= {"grad_left": grads["lora_B"], "grad_right": grads["lora_A"]}
@@ -74,8 +79,10 @@ class FormedSpec:
         expected = {f"params {name}": (self.params[name], shape) for name, shape in shapes.items()}
         expected |= {f"grads {name}": (self.grads[name], shape) for name, shape in shapes.items()}
         if self.kind.xs:
-            expected["left_OR"] = self.left_OR, (self.fan_out, self.rank)
-            expected["right_IR"] = self.right_IR, (self.fan_in, self.rank)
+            O, I, R = self.fan_out, self.fan_in, self.rank
+            shapes = {"left_OR": (O, R), "right_IR": (I, R), "weight_right_OR": (O, R), "left_weight_RI": (R, I)}
+            shapes |= {"row_squares_O": (O,), "col_squares_I": (I,)}
+            expected |= {f"frozen {name}": (getattr(self.frozen, name), shape) for name, shape in shapes.items()}
         for name, (tensor, shape) in expected.items():
             if tensor is None or tensor.shape != shape or not tensor.is_contiguous():
                 found = None if tensor is None else (tuple(tensor.shape), tensor.stride())

@@ -28,6 +28,7 @@ FIELDS = (
     "row_magnitude", "col_magnitude", "grad_left", "grad_right", "grad_core", "grad_row", "grad_col",
     "row_gain", "row_norm", "row_slope", "row_cross", "col_gain", "col_kept", "col_norm", "col_rate", "col_cross",
     "partial", "partial_squares", "splits",
+    "row_squares", "col_squares", "weight_right", "left_weight", "right_gram", "left_gram", "core_gram",
 )  # fmt: skip
 FIELD_COUNT = tl.constexpr(len(FIELDS))
 (
@@ -35,6 +36,7 @@ FIELD_COUNT = tl.constexpr(len(FIELDS))
     ROW_MAGNITUDE, COL_MAGNITUDE, GRAD_LEFT, GRAD_RIGHT, GRAD_CORE, GRAD_ROW, GRAD_COL,
     ROW_GAIN, ROW_NORM, ROW_SLOPE, ROW_CROSS, COL_GAIN, COL_KEPT, COL_NORM, COL_RATE, COL_CROSS,
     PARTIAL, PARTIAL_SQUARES, SPLIT_COUNT,
+    ROW_SQUARES, COL_SQUARES, WEIGHT_RIGHT, LEFT_WEIGHT, RIGHT_GRAM, LEFT_GRAM, CORE_GRAM,
 ) = map(tl.constexpr, range(len(FIELDS)))  # fmt: skip
 
 
@@ -171,12 +173,12 @@ def row_tiles(
 @triton.jit
 def row_sweep(
     floats, weight, layers, layer, rows, rows_ok, first, scale, O, I,
-    R: tl.constexpr, RANK_STEP: tl.constexpr, SLOPED: tl.constexpr, XS: tl.constexpr, CROSS: tl.constexpr,
+    R: tl.constexpr, RANK_STEP: tl.constexpr, SLOPED: tl.constexpr, CROSS: tl.constexpr,
     LOOP_I: tl.constexpr, WIDE_W: tl.constexpr, WIDE_R: tl.constexpr, WIDE_T: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, NARROW: tl.constexpr,
     UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of rows: sums of squares of V (BLOCK_O,), and V R^T, or V Q for -xs, at ranks ``first`` on.
+    """Of a block of rows: sums of squares of V (BLOCK_O,), and V R^T at ranks ``first`` on.
 
     SLOPED weights both with q: (V.V) q and V (R.q)^T. CROSS: whether the product is wanted (else zeros).
     """
@@ -184,7 +186,7 @@ def row_sweep(
     left, right = floats + field(layers, layer, LEFT, WIDE_T), floats + field(layers, layer, RIGHT, WIDE_R)
     held = split_left(scale * left_tile(left, rows, rows_ok, 0, R, RANK_STEP), SPLITS, BLOCK_O, RANK_STEP)
     places = tl.arange(0, SPLITS)[:, None] * BLOCK_J + tl.arange(0, BLOCK_J)[None, :]
-    rank, width = first + tl.arange(0, RANK_STEP), I.to(tl.int32)
+    width = I.to(tl.int32)
     # By the eight columns that threads of one row hold, so that they need not meet before the end.
     squares = tl.zeros((SPLITS, BLOCK_O, 8), tl.float32)
     cross = tl.zeros((SPLITS, BLOCK_O, RANK_STEP), tl.float32)
@@ -203,15 +205,9 @@ def row_sweep(
             found = v * v
         squares += tl.sum(tl.reshape(found, (SPLITS, BLOCK_O, BLOCK_J // 8, 8)), axis=2)
         if CROSS:
-            if XS:
-                basis = floats + field(layers, layer, BASIS, WIDE_T)
-                mask = cols_ok[:, :, None] & (rank < R)[None, None, :]
-                other = tl.load(basis + cols[:, :, None].to(tl.int64) * R + rank[None, None, :], mask=mask, other=0.0)
-            else:
-                if R > RANK_STEP:
-                    part = right_tiles(right, cols, cols_ok, first, I, R, RANK_STEP)
-                if SLOPED:
-                    part = part * q[:, None, :]
-                other = tl.permute(part, (0, 2, 1))
-            cross = norms_dot(v, other, cross, PRECISION, NARROW, UPCAST)
+            if R > RANK_STEP:
+                part = right_tiles(right, cols, cols_ok, first, I, R, RANK_STEP)
+            if SLOPED:
+                part = part * q[:, None, :]
+            cross = norms_dot(v, tl.permute(part, (0, 2, 1)), cross, PRECISION, NARROW, UPCAST)
     return tl.sum(tl.sum(squares, axis=2), axis=0), tl.sum(cross, axis=0)

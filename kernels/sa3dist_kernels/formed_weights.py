@@ -111,7 +111,7 @@ class TorchForms:
                 formed = form_reference(spec.weight_OI, spec.params, spec.kind, spec.scale, spec.bases)
             layer.weight_OI.copy_(formed.weight_OI())
             layer.left_OR.copy_(formed.row_gain_O[:, None] * formed.left_OR)
-            right = spec.right_IR.t() if spec.kind.xs else formed.right_RI
+            right = spec.bases[1].t() if spec.kind.xs else formed.right_RI
             layer.right_RI.copy_(right * formed.col_gain_I)
 
     def finish(self) -> None:

@@ -47,7 +47,7 @@ def frozen_constants(weight, left_OR=None, right_IR=None) -> FrozenConstants:
     col_squares_I = torch.linalg.vector_norm(weight_OI, dim=0).square()
     if left_OR is None:
         return FrozenConstants(row_squares_O, col_squares_I)
-    left_OR, right_IR = left_OR.to(weight_OI), right_IR.to(weight_OI)
+    left_OR, right_IR = (base.to(weight_OI).contiguous() for base in (left_OR, right_IR))
     products = weight_OI @ right_IR, left_OR.t() @ weight_OI
     return FrozenConstants(row_squares_O, col_squares_I, left_OR, right_IR, *products)
 

@@ -133,14 +133,12 @@ def keep_formed(base: Base, flat: FlatGradients, settings: Settings, device: tor
 
 def spec_of(layer: AdaptedLayer, gradients: dict[torch.Tensor, torch.Tensor]) -> FormedSpec:
     """gradients: by trained tensor, where its raw sums are found and its gradient is left."""
-    trained, frozen = layer.trained(), layer.adapter.frozen
-    bases = [base.contiguous() for base in (frozen.left_OR, frozen.right_IR)] if layer.kind.xs else (None, None)
+    trained = layer.trained()
     return FormedSpec(
         weight_OI=layer.weight.detach().flatten(1),
         params={name: parameter.detach() for name, parameter in trained.items()},
         grads={name: gradients[parameter] for name, parameter in trained.items()},
         kind=layer.kind,
         scale=layer.strength * layer.scale,
-        left_OR=bases[0],
-        right_IR=bases[1],
+        frozen=layer.adapter.frozen if layer.kind.xs else None,
     )

@@ -3,7 +3,7 @@
 import dataclasses
 
 import torch
-from sa3dist_kernels import FrozenConstants, effective_weight_reference
+from sa3dist_kernels import FrozenConstants, effective_weight_reference, frozen_constants
 from sa3dist_kernels.formed_spec import FormedSpec
 from sa3dist_kernels.formed_weights import FormedWeights
 
@@ -60,7 +60,7 @@ class Case:
         g, h, g_kept, h_kept, left, right, v = self.formed()
         kind, formed = self.spec.kind, g_kept[:, None] * v * h_kept
         if kind.xs:
-            right = self.spec.right_IR.double().t()
+            right = self.spec.bases[1].double().t()
         made = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in self.spec.grads.items()}
         for x, dy in batches or self.batches:
             inner, outer = x @ (right * h).t(), dy @ (g[:, None] * left)
@@ -101,7 +101,7 @@ def make_cases(kind, sizes, rank, scale=0.35, weight_dtype=torch.float32, odd=Tr
         params, grads = views
         weight = (normal(fan_out, fan_in) / fan_in**0.5).to(weight_dtype)
         # Not orthogonal on purpose: the equations must hold for whatever bases a layer has.
-        bases = (normal(fan_out, rank) / fan_out**0.5, normal(fan_in, rank) / fan_in**0.5) if kind.xs else (None, None)
+        bases = (normal(fan_out, rank) / fan_out**0.5, normal(fan_in, rank) / fan_in**0.5) if kind.xs else ()
         for value in params.values():
             value.copy_(normal(*value.shape) / value.shape[-1] ** 0.5)
         if odd:
@@ -112,7 +112,8 @@ def make_cases(kind, sizes, rank, scale=0.35, weight_dtype=torch.float32, odd=Tr
             if not kind.xs:
                 params["lora_A"][:, 0] = 0
         batches = [(normal(n, fan_in).double(), normal(n, fan_out).double()) for n in tokens]
-        case = Case(FormedSpec(weight, params, grads, kind, scale, *bases), batches)
+        frozen = frozen_constants(weight, *bases) if kind.xs else None
+        case = Case(FormedSpec(weight, params, grads, kind, scale, frozen), batches)
         for name in (kind.row_magnitude, kind.col_magnitude):
             if name:
                 set_magnitudes(params[name], 1 + 0.2 * normal(*params[name].shape), odd)
@@ -137,7 +138,7 @@ def check_formed(cases, formed, product):
     eps = torch.finfo(product).eps
     for case, layer in zip(cases, formed.layers, strict=True):
         g, h, g_kept, h_kept, left, right, v = case.formed()
-        right = case.spec.right_IR.double().t() if case.spec.kind.xs else right
+        right = case.spec.bases[1].double().t() if case.spec.kind.xs else right
         assert {value.dtype for value in vars(layer).values()} == {product}
         assert_close(layer.weight_OI, g_kept[:, None] * v * h_kept, eps, "W'")
         assert_close(layer.left_OR, g[:, None] * left, eps, "L'")

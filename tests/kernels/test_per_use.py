@@ -197,7 +197,7 @@ def operator_arguments(name):
     """Arguments of both operators, as the layer calls them."""
     kind = ADAPTER_TYPES[name]
     weight, _, params, frozen, x, grad = make_layer(kind, 5, 10, 6, 2, dtype=torch.float32)
-    rest = (list(params.values()), name, weight, frozen.left_OR, frozen.right_IR, 0.7)
+    rest = (list(params.values()), name, weight, list(vars(frozen).values()) if kind.xs else [], 0.7)
     z = formed_per_use.formed_product_op(x.detach(), *map(detached, rest))
     return {
         formed_per_use.formed_product_op: (x, *rest),
@@ -254,9 +254,8 @@ def test_kernels_serve_once_they_agree_with_torch_and_the_layer_is_as_before(mon
     weight, _, params, frozen, *_ = make_layer(ADAPTER_TYPES[kind], 3, 37, 26, 1, dtype=torch.float32)
     params = {name: value.detach() for name, value in params.items()}
     grads = {name: torch.zeros_like(value) for name, value in params.items()}
-    bases = (frozen.left_OR, frozen.right_IR) if ADAPTER_TYPES[kind].xs else (None, None)
     formed = FormedWeights(
-        [FormedSpec(weight, params, grads, ADAPTER_TYPES[kind], 0.5, *bases)], torch.float32, "triton"
+        [FormedSpec(weight, params, grads, ADAPTER_TYPES[kind], 0.5, frozen)], torch.float32, "triton"
     )
     before = {name: value.clone() for name, value in params.items()}
     assert dispatch.trial(formed) is None
