@@ -107,7 +107,7 @@ def _index(
 
 def _streamed(settings: Settings, group: Group, stop: StopRequest) -> StreamedDataset:
     def find() -> dict[str, Any]:
-        index = streamed_shards(settings.audio_data_url)
+        index = streamed_shards(settings.audio_data_url, stop.requested)
         return {"digest": index.digest, "urls": index.urls, "holds_latents": index.holds_latents}
 
     found = main_process_first(group, "find-shards", find, stop)
@@ -117,7 +117,7 @@ def _streamed(settings: Settings, group: Group, stop: StopRequest) -> StreamedDa
 
 
 def _find_latents(settings: Settings, should_stop: Callable[[], bool], name: str) -> list[Paths] | None:
-    parts = latent_shards_of(settings.audio_data_url)
+    parts = latent_shards_of(settings.audio_data_url, should_stop)
     if parts is None:
         return None
     paths = fetch_latents(parts, settings.work_dir, should_stop, settings.max_download_bytes)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sa3dist.data.latents.shards import MEND, SHARD_PREFIX, LatentShard
 from sa3dist.data.remote.disk_cache import ClipCache
+from sa3dist.data.remote.download import answer
 from sa3dist.data.remote.fetch import Downloads, address_name, filesystem, is_remote, look_up, redacted, split_query
 from sa3dist.data.remote.ranges import RemoteFile
 from sa3dist.data.source.archive import expand_braces, local_path, shards_on_top, tars_on_top
@@ -39,18 +40,19 @@ class StreamedDataset(DatasetIndex):
     holds_latents: bool = False
 
 
-def latent_shards_of(source: str) -> list[str] | None:
+def latent_shards_of(source: str, should_stop: Callable[[], bool] = lambda: False) -> list[str] | None:
     """The latent shards ``source`` names, as paths and URLs in order; None when it holds something else.
 
     They are known by their name, latents-*.tar, whether named one by one, by a pattern in braces or by their folder.
+    Raises as ``download`` does where a remote folder cannot be listed.
     """
-    return _shards_named(source, is_latent_name)
+    return _shards_named(source, is_latent_name, should_stop)
 
 
-def streamed_shards(source: str) -> StreamedDataset:
+def streamed_shards(source: str, should_stop: Callable[[], bool] = lambda: False) -> StreamedDataset:
     """The shards of any kind ``source`` names. Raises DataError when it names something else, or both kinds."""
     label = redacted(source)
-    urls = _shards_named(source, lambda name: _last_part(name).lower().endswith(".tar"))
+    urls = _shards_named(source, lambda name: _last_part(name).lower().endswith(".tar"), should_stop)
     if urls is None:
         raise DataError(f"{label}: mode: streaming reads shards (.tar, a pattern or a folder of them)")
     kinds = {is_latent_name(url) for url in urls}
@@ -63,7 +65,7 @@ def streamed_shards(source: str) -> StreamedDataset:
     return StreamedDataset(Path(), digest, (), urls=tuple(local), holds_latents=kinds == {True})
 
 
-def _shards_named(source: str, matches: Callable[[str], bool]) -> list[str] | None:
+def _shards_named(source: str, matches: Callable[[str], bool], should_stop: Callable[[], bool]) -> list[str] | None:
     parts = expand_braces(source)
     if all(map(matches, parts)):
         return parts
@@ -85,9 +87,10 @@ def _shards_named(source: str, matches: Callable[[str], bool]) -> list[str] | No
     if source[:4].lower() == "http" or len(parts) > 1 or Path(address_name(source)).suffix:
         return None
     system, path = filesystem(source)
-    if not system.isdir(path):
+    if not answer(lambda: system.isdir(path), redacted(source), should_stop):
         return None
-    found = [system.unstrip_protocol(name) for name in system.ls(path, detail=False) if matches(name)]
+    listing = answer(lambda: system.ls(path, detail=False), redacted(source), should_stop)
+    found = [system.unstrip_protocol(name) for name in listing if matches(name)]
     return sorted(found) or None
 
 

@@ -34,8 +34,13 @@ def version_of(info: dict[str, Any]) -> dict[str, str]:
 
 
 def remote_info(system: AbstractFileSystem, path: str, label: str, should_stop: Callable[[], bool]) -> dict[str, Any]:
-    """fsspec's description of ``path``, asked again while the server fails. Raises as ``download`` does."""
-    return persist(lambda: system.info(path), label, should_stop, moved=lambda: False)
+    """fsspec's description of ``path``. Raises as ``download`` does."""
+    return answer(lambda: system.info(path), label, should_stop)
+
+
+def answer(question: Callable[[], Result], label: str, should_stop: Callable[[], bool]) -> Result:
+    """What a file system says, asked again while its server fails. Raises as ``download`` does."""
+    return persist(question, label, should_stop, moved=lambda: False)
 
 
 def download(

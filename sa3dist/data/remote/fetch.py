@@ -13,9 +13,9 @@ from typing import Any
 import fsspec
 from fsspec import AbstractFileSystem
 
-from sa3dist.data.remote.download import CONNECT_SECONDS, SILENT_SECONDS, download, remote_info, version_of
+from sa3dist.data.remote.download import CONNECT_SECONDS, SILENT_SECONDS, answer, download, remote_info, version_of
 from sa3dist.data.remote.public_addresses import is_public_only, public_socket
-from sa3dist.errors import DataError, Interrupted
+from sa3dist.errors import DataError, EnvironmentFailure, Interrupted, first_line
 from sa3dist.formats import digest_of, file_sha256, fsync, write_json
 from sa3dist.runtime.file_lock import alone
 
@@ -174,7 +174,8 @@ class Downloads(contextlib.AbstractContextManager):
 
     def _folder(self, system: AbstractFileSystem, path: str, source: str) -> Path:
         """All files below ``path``; unchanged ones stay, vanished ones go."""
-        found = sorted((name, info) for name, info in system.find(path, detail=True).items())
+        listing = answer(lambda: system.find(path, detail=True), redacted(source), self._should_stop)
+        found = sorted(listing.items())
         target = self._directory / f"{digest_of(source)[:16]}-folder"
         notes = self._directory / f"{target.name}.versions.json"
         held: dict[str, dict[str, str]] = {}
@@ -221,7 +222,8 @@ def look_up(source: str, should_stop: Callable[[], bool]) -> tuple[AbstractFileS
 def filesystem(source: str) -> tuple[AbstractFileSystem, str]:
     """fsspec's file system of a URL and the path in it, of this process: a fork makes its own.
 
-    Raises DataError when the package for it is missing, the scheme is unknown, or an address or a proxy cannot be.
+    Raises DataError when the package for it is missing, the scheme is unknown, or an address or a proxy cannot be;
+    EnvironmentFailure when it connects at once, as FTP does, and cannot.
     """
     scheme = source.split("://", 1)[0].lower()
     try:
@@ -229,7 +231,12 @@ def filesystem(source: str) -> tuple[AbstractFileSystem, str]:
     except ImportError as error:
         hint = _EXTRAS.get(scheme, "install the package it names")
         raise DataError(f"{redacted(source)}: {scheme}:// needs an optional package ({error}); {hint}") from error
-    except ValueError as error:
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"{redacted(source)}: cannot be reached ({first_line(error)}); check the address, or run again to continue"
+        ) from error
+    # The others where an address leaves out what its file system needs.
+    except (ValueError, TypeError, AttributeError) as error:
         raise DataError(
             f"{redacted(source)}: {scheme}:// is no known kind of location; use a path, http(s):// or s3://"
         ) from error

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from sa3dist.data.remote.disk_cache import ClipCache
-from sa3dist.data.remote.download import download, remote_info
+from sa3dist.data.remote.download import answer, download, remote_info
 from sa3dist.data.remote.fetch import address_name, filesystem, is_remote, look_up, redacted, split_query
 from sa3dist.data.remote.ranges import READS, NoRanges, RemoteFile, read_range
 from sa3dist.data.source.archive import expand_braces, two_readings
@@ -67,12 +67,16 @@ def tars_of(source: str, should_stop: Callable[[], bool]) -> list[str] | None:
     system, path, info = look_up(source, should_stop)
     if info.get("type") != "directory":
         return None
-    found = {PurePosixPath(info["name"]).name: info.get("type") for info in system.ls(path, detail=True)}
+    listing = answer(lambda: system.ls(path, detail=True), redacted(source), should_stop)
+    found = {PurePosixPath(info["name"]).name: info.get("type") for info in listing}
     tars = sorted(name for name in found if extension_of(name) == "tar")
     if not tars:
         return None
     below = "directory" in found.values()
-    names = [name[len(path.rstrip("/")) + 1 :] for name in system.find(path)] if below else found
+    names = found
+    if below:
+        listing = answer(lambda: system.find(path), redacted(source), should_stop)
+        names = [name[len(path.rstrip("/")) + 1 :] for name in listing]
     for name in filter(is_audio, sorted(names)):
         raise DataError(two_readings(redacted(source), tars[0], name))
     if beside := sorted({*names} - {*tars, INDEX_NAME, REPORT_NAME}):

@@ -5,9 +5,11 @@ import contextlib
 import http.client
 import http.server
 import os
+import socket
 import threading
 from urllib.parse import urljoin, urlsplit
 
+import fsspec
 import pytest
 from yarl import URL
 
@@ -18,7 +20,7 @@ from sa3dist.data.source.archive import expand_braces, open_container
 from sa3dist.data.source.build import build_shards
 from sa3dist.data.source.remote_index import index_remote
 from sa3dist.data.source.remote_shards import tars_of
-from sa3dist.errors import DataError
+from sa3dist.errors import DataError, EnvironmentFailure
 from tests.helpers.clips import captioned, write_tar, write_zip
 from tests.helpers.servers import s3_bucket
 
@@ -352,3 +354,38 @@ def test_signed_shards_are_read_one_by_one_and_known_by_their_names(server, tmp_
     # A new signature is no new data set.
     assert streamed_shards(other).digest == streamed_shards(source).digest
     assert len(latent_shards_of("https://h/latents-{000..002}.tar?sig=a/b")) == 3
+
+
+@pytest.mark.parametrize("lists", [latent_shards_of, streamed_shards, lambda source: tars_of(source, lambda: False)])
+def test_a_remote_folder_that_cannot_be_listed_is_asked_again_or_refused_in_one_line(lists, monkeypatch):
+    monkeypatch.setattr(download, "RETRY_PAUSES_SECONDS", (0, 0))
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/listed/latents-000000.tar", b"x")
+    failures = []
+
+    def failing(question):
+        def ask(*words, **options):
+            if failures:
+                raise failures.pop()
+            return question(*words, **options)
+
+        return ask
+
+    for name in ("isdir", "ls"):
+        monkeypatch.setattr(memory, name, failing(getattr(memory, name)))
+    failures[:] = [OSError("slow down")] * 2
+    assert len(getattr(found := lists("memory://listed"), "urls", found)) == 1
+    failures[:] = [PermissionError("expired")]
+    with pytest.raises(DataError, match=r"^memory://listed: access denied; check the address and the credentials$"):
+        lists("memory://listed")
+
+
+def test_an_address_whose_server_does_not_answer_or_that_lacks_a_part_is_one_line():
+    with socket.socket() as taken:
+        # Nobody listens there.
+        taken.bind(("127.0.0.1", 0))
+        address = f"ftp://127.0.0.1:{taken.getsockname()[1]}/x.zip"
+        with pytest.raises(EnvironmentFailure, match=r"^ftp://127.0.0.1:\d+/x.zip: cannot be reached \(.*refused"):
+            fetch.filesystem(address)
+    with pytest.raises(DataError, match=r"^dir://x: dir:// is no known kind of location"):
+        fetch.filesystem("dir://x")
