@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from sa3dist.errors import EXIT_ENVIRONMENT, ConfigError
 from sa3dist.runtime import cuda_driver, lease
+from sa3dist.runtime.exact_products import keep_products_exact
 from sa3dist.runtime.lasting_imports import lasting_imports
 from sa3dist.runtime.signals import StopRequest, kill_loaders
 
@@ -226,21 +227,6 @@ class Lasting:
         os.close(nowhere)
 
 
-# Images set them, of NVIDIA and AWS among others. Libraries read them as they are loaded.
-EXACT_PRODUCTS = {"ONEDNN_DEFAULT_FPMATH_MODE": "STRICT", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"}
-
-
-def keep_products_exact() -> None:
-    """Before torch is imported: an environment that rounds the factors of float32 products is overruled, and named."""
-    for name, exact in EXACT_PRODUCTS.items():
-        # oneDNN knows its variables under an older name, too, which counts where the other is unset.
-        older = name.replace("ONEDNN_", "DNNL_")
-        value = os.environ.get(name) or os.environ.get(older) or exact
-        if value.upper() != exact and os.environ.get("RANK", "0") == "0":
-            print(f"sa3dist: {name}={value} would round float32 products; {exact} is used", file=sys.stderr)
-        os.environ[name] = exact
-
-
 def as_process(program: Callable[[], int]) -> NoReturn:
     """Run a program as this process's only work. A crash beneath Python says where it was, on stderr.
 
@@ -251,12 +237,12 @@ def as_process(program: Callable[[], int]) -> NoReturn:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
-    keep_products_exact()
     with contextlib.suppress(OSError, RuntimeError, ValueError):
         # Where stderr is no file of the system.
         faulthandler.enable()
     try:
-        code = program()
+        keep_products_exact()
+        code = program() if _stands_in_a_folder() else EXIT_ENVIRONMENT
         sys.stdout.flush()
     except OSError as failure:
         if failure.filename not in ("<stdout>", "<stderr>"):
@@ -265,6 +251,16 @@ def as_process(program: Callable[[], int]) -> NoReturn:
         with contextlib.suppress(OSError):
             print(f"{failure.filename}: cannot write ({failure.strerror})", file=sys.stderr, flush=True)
     end_process(code)
+
+
+def _stands_in_a_folder() -> bool:
+    try:
+        os.getcwd()
+    except OSError as failure:
+        # MKL would end the process as torch is imported, with the code of a user's mistake.
+        print(f"the folder one stands in is gone ({failure.strerror}); cd to one that is there", file=sys.stderr)
+        return False
+    return True
 
 
 def end_process(code: int) -> NoReturn:

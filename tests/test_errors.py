@@ -40,6 +40,14 @@ def test_a_tiny_set_is_told_in_few_lines_without_plurals_of_one_or_hours_of_noth
     assert not re.search(r"\b1 (clips|words)\b|hours", capfd.readouterr().out)
 
 
+@pytest.mark.parametrize(("world_size", "dist_rank"), [("", ""), ("many", "0"), ("2", "x")])
+def test_a_rank_that_is_no_number_keeps_no_end_from_being_reported(world_size, dist_rank, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", dist_rank)
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    report(errors.ConfigError("rank: wrong"), tmp_path, 3, patience_seconds=0.0)
+    assert json.loads((tmp_path / "status.json").read_text())["dist_rank"] == 0
+
+
 @pytest.mark.parametrize(
     ("world_size", "dist_rank", "prefix"), [(None, 0, ""), (1, 0, ""), (2, 0, "rank 0 on "), (2, 1, "rank 1 on ")]
 )

@@ -38,6 +38,8 @@ ENVIRONMENT_ERRNOS = {
         "ESTALE",
         "EIO",
         "EEXIST",
+        # What the user gave is looked for by name before; so a folder of the run was moved away meanwhile.
+        "ENOENT",
         "ENOTDIR",
         "EISDIR",
         "ENAMETOOLONG",
@@ -59,12 +61,17 @@ REPORT_SECONDS = 3.0
 
 def dist_rank_from_environment() -> int:
     """Rank as the launcher gave it, known before and after the process group lives."""
-    return int(os.environ.get("RANK", "0"))
+    return _from_launcher("RANK")
 
 
 def has_peers() -> bool:
     """Whether the launcher started more ranks than this one, known before the process group lives."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return _from_launcher("WORLD_SIZE") > 1
+
+
+def _from_launcher(name: str) -> int:
+    # What is no number is refused by whoever joins the process group.
+    return int(text) if (text := os.environ.get(name, "")).isdecimal() else 0
 
 
 def translate(failure: BaseException) -> errors.SA3DistError | None:

@@ -166,6 +166,13 @@ def test_a_program_ends_with_its_own_code_where_nothing_can_be_printed(redirecte
         assert json.loads((tmp_path / "runs/sa3dist-lora/status.json").read_text())["exit_code"] == 2
 
 
+def test_a_folder_that_is_gone_is_named_before_a_library_ends_the_process_for_it(tmp_path):
+    words = f"mkdir gone && cd gone && rmdir ../gone && exec {shlex.quote(sys.executable)} -m sa3dist.cli train rank=4"
+    done = subprocess.run(["sh", "-c", words], env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 70
+    assert done.stderr == "the folder one stands in is gone (No such file or directory); cd to one that is there\n"
+
+
 # The loader.
 
 
@@ -323,6 +330,7 @@ def test_a_loader_process_that_dies_of_full_shared_memory_names_it():
             "in system; state is",
         ),
         (RuntimeError("can't start new thread"), "raise ulimit -u"),
+        (OSError(errno.ENOENT, "No such file or directory", "run/metrics.jsonl"), "run/metrics.jsonl: No such file"),
     ],
 )
 def test_what_the_system_has_no_more_of_is_no_bug_of_the_program(failure, told):
