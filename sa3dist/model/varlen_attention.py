@@ -31,7 +31,7 @@ def _attend(
         scores = _scores(q, k, q_start_S1, k_start_S1)
         out = _tokens_first(torch.softmax(scores, -1).to(v.dtype) @ v)
         return out.contiguous(), scores.logsumexp(-1).contiguous()
-    if _clips(q_start_S1) == 1:
+    if _alone(q, k, v, q_start_S1):
         out, sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False)
         return _tokens_first(out).contiguous(), sums.reshape(P, H, K).contiguous()
     if padded := _padded(q, k, v, q_start_S1, k_start_S1):
@@ -74,7 +74,7 @@ def attention_gradients(
     if not has_kernel(q_KPHD):
         return _math_backward(grad_KPHD, q_KPHD, k_JPHD, v_JPHD, out_KPHD, sums_PHK, *starts)
     q, k, v, out = (_heads_first(x) for x in (q_KPHD, k_JPHD, v_JPHD, out_KPHD))
-    alone = _clips(q_start_S1) == 1
+    alone = _alone(q, k, v, q_start_S1)
     if attention := cudnn_attention(q, k, v, False) if alone else _padded(q, k, v, *starts):
         grad = _heads_first(grad_KHD.contiguous()[:, None].expand(-1, P, -1, -1))
         given = grad, q, k, v, out, sums_PHK[..., None]
@@ -152,6 +152,16 @@ def difference(x_KPHD: Tensor) -> Tensor:
 def _clips(start_S1: Tensor) -> int:
     """Clips in the list, a filling included."""
     return start_S1.numel() - 1
+
+
+def _alone(q, k, v, q_start_S1: Tensor) -> bool:
+    """Whether these are of one clip alone, and cuDNN's.
+
+    Torch says itself that its way to cuDNN's backward pass does not add in a fixed order: where that is asked for, only
+    through the package.
+    """
+    exact = torch.are_deterministic_algorithms_enabled()
+    return _clips(q_start_S1) == 1 and (not exact or cudnn_attention(q, k, v, False) is not None)
 
 
 def _padded(q, k, v, q_start_S1: Tensor, k_start_S1: Tensor):

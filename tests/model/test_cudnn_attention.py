@@ -35,6 +35,16 @@ def test_kernels_of_a_run_that_may_round_as_it_likes_are_not_those_of_a_determin
     assert built == [False, True]
 
 
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("found", [None, object()])
+def test_one_clip_is_not_cudnns_where_bits_must_repeat_and_its_gradient_would_not(monkeypatch, exact, found):
+    monkeypatch.setattr(varlen, "cudnn_attention", lambda *_: found)
+    torch.use_deterministic_algorithms(exact)
+    q, start = torch.zeros(1, HEADS, 5, WIDTH), torch.tensor([0, 5])
+    # Private: what follows from it takes a GPU.
+    assert varlen._alone(q, q, q, start) is (not exact or found is not None)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 # With a filling; one that is as long as the list; a clip alone; and one that attends to a context.
