@@ -94,7 +94,9 @@ class Settings(ListeningFields):
         "auto",
         description="replay forward and backward as CUDA graphs: auto (micro batches of up to 2048 tokens), on, off",
     )
-    deterministic: bool = Field(False, description="only deterministic kernels: same command, same bits")
+    deterministic: bool = Field(
+        False, description="only deterministic kernels: same command, same bits; what cannot be compiled ends the run"
+    )
     gradient_compression: Annotated[Literal["none", "bf16"], COURSE] = Field(
         "none", description="format in which gradients travel between processes: float32 (none), or bf16 for slow links"
     )
@@ -229,9 +231,6 @@ class Settings(ListeningFields):
             ),
             "adapter_products: per_use forms weights anew as blocks are recomputed; use gradient_checkpointing: auto": (
                 (self.adapter_products, self.gradient_checkpointing) == ("per_use", "off")
-            ),
-            "compile: on lets the compiler choose kernels by measuring; not with deterministic: true": (
-                self.deterministic and self.compile == "on"
             ),
         }
         for key in ("learning_rate", "alpha", "context_weight", "weight_decay"):

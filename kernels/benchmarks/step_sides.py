@@ -145,7 +145,7 @@ class Side:
         # What the loop does for clips of any length where adapted weights are formed; the frozen model beside it too.
         formed = ADAPTER_PRODUCTS == "formed" or obstacle_to(device, DTYPES[options.precision]) is None
         self.filled = name != "baseline" and formed
-        self.compiled = name != "baseline" and wants_compile(options.compile, device, STEPS, False)
+        self.compiled = name != "baseline" and wants_compile(options.compile, device, STEPS)
         if self.compiled and self.filled:
             compile_blocks(self.base.dit, "inductor")
         elif self.compiled:

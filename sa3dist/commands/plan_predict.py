@@ -106,9 +106,7 @@ class Job:
         """What is counted for that device."""
         settings, formed = self.settings, self.forms(device)
         kind = torch.device("cuda" if device.on_gpu else "cpu")
-        whole_blocks = formed and wants_compile(
-            settings.compile, kind, settings.number_of_steps, settings.deterministic
-        )
+        whole_blocks = formed and wants_compile(settings.compile, kind, settings.number_of_steps)
         adapter = AdapterShape(ADAPTER_TYPES[settings.adapter_type], settings.rank, frozenset(self.fans), formed)
         numerics = Numerics(DTYPES[settings.base_precision], settings.mixed_precision == "bf16", whole_blocks)
         if (adapter, numerics) not in self.networks:

@@ -41,6 +41,15 @@ CHOICES: dict[str, Any] = {
     # and the operations it does not look into, have made themselves. Those 165 looks take a tenth of a host's time.
     "size_asserts": False,
 }
+# Where the same command must give the same bits, whatever the environment asks for: no tiles, splits or padding are
+# chosen by measuring, and of every kernel there is one variant. By itself the first leaves pointwise kernels several.
+EXACT: dict[str, Any] = {
+    "deterministic": True,
+    "triton.autotune_pointwise": False,
+    "max_autotune": False,
+    "max_autotune_pointwise": False,
+    "coordinate_descent_tuning": False,
+}
 
 
 def _scaled(base: Tensor, x: Tensor, factor_BE: Tensor, owners: Sequence[Tensor]) -> Tensor:
@@ -63,56 +72,70 @@ def _turn(x_GNPHD, gamma, eps: float, cos_ND, sin_ND, half: int, dtype: torch.dt
 class CompiledElementwise:
     """The compiled functions behind the signatures that the modules call."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, tokens: int | None) -> None:
+        """tokens: see ``compile_blocks``."""
+        self._tokens = tokens
         functions = (_modulated_norm, _add_gated, _turn, silu_gate)
+        options = EXACT if tokens and backend == "inductor" else None
+        # Exact: a number of clips that comes later has programs of its own, and takes no earlier one's place.
+        dynamic = False if tokens else None
         self._modulated_norm, self._add_gated, self._turn, self._silu_gate = (
-            torch.compile(function, backend=backend) for function in functions
+            torch.compile(function, backend=backend, options=options, dynamic=dynamic) for function in functions
         )
 
     def modulated_norm(self, norm: nn.Module, h_GNE, scale_BE, shift_BE, layout: Padded | Packed) -> Tensor:
         if not (isinstance(norm, RMSNorm) and norm.force_fp32):
             return modulated_norm(norm, h_GNE, scale_BE, shift_BE, layout)
-        tokens = any_length(h_GNE, axis=1)
-        return self._modulated_norm(tokens, norm.gamma, norm.eps, scale_BE, shift_BE, *owners(layout))
+        tokens = any_length(h_GNE, 1, self._tokens)
+        return self._modulated_norm(tokens, norm.gamma, norm.eps, scale_BE, shift_BE, *self._owners(layout))
 
     def add_gated(self, h_GNE, gate_BE, branch_GNE, layout: Padded | Packed) -> Tensor:
         if isinstance(layout, Padded) and layout.valid_BN is not None:
             return add_gated(h_GNE, gate_BE, branch_GNE, layout)
-        tokens = any_length(h_GNE, axis=1), gate_BE, any_length(branch_GNE, axis=1)
-        return self._add_gated(*tokens, *owners(layout))
+        tokens = any_length(h_GNE, 1, self._tokens), gate_BE, any_length(branch_GNE, 1, self._tokens)
+        return self._add_gated(*tokens, *self._owners(layout))
 
     def turn(self, norm: nn.Module, x_GNPHD, rotary: tuple[Tensor, Tensor, int], dtype: torch.dtype) -> Tensor:
         if not isinstance(norm, RMSNorm):
             return turn(norm, x_GNPHD, rotary, dtype)
         cos_ND, sin_ND, half = rotary
-        tables = any_length(cos_ND, axis=0), any_length(sin_ND, axis=0)
-        return self._turn(any_length(x_GNPHD, axis=1), norm.gamma, norm.eps, *tables, half, dtype)
+        tables = any_length(cos_ND, 0, self._tokens), any_length(sin_ND, 0, self._tokens)
+        return self._turn(any_length(x_GNPHD, 1, self._tokens), norm.gamma, norm.eps, *tables, half, dtype)
 
     def silu_gate(self, x_GNE) -> Tensor:
-        return self._silu_gate(any_length(x_GNE, axis=1))
+        return self._silu_gate(any_length(x_GNE, 1, self._tokens))
+
+    def _owners(self, layout: Padded | Packed) -> tuple[Tensor, ...]:
+        if isinstance(layout, Padded):
+            return ()
+        return any_length(layout.clip_K, 0, self._tokens), any_length(layout.owner_BK, 1, self._tokens)
 
 
-def any_length(x: Tensor, axis: int) -> Tensor:
-    """``x``, with a promise to the compiler's guards: this axis will have other lengths too."""
-    torch._dynamo.maybe_mark_dynamic(x, axis)
+def any_length(x: Tensor, axis: int, taken_for: int | None) -> Tensor:
+    """``x``, with a promise to the compiler's guards: this axis will have other lengths too.
+
+    taken_for   the length that the compiler chooses by, part of what its cache finds a program by; None: the one that
+                comes first
+    """
+    if taken_for is None or x.shape[axis] == 1:
+        torch._dynamo.maybe_mark_dynamic(x, axis)
+    else:
+        torch._dynamo.mark_dynamic(x, axis, hint_override=taken_for)
     return x
 
 
-def owners(layout: Padded | Packed) -> tuple[Tensor, ...]:
-    if isinstance(layout, Padded):
-        return ()
-    return any_length(layout.clip_K, axis=0), any_length(layout.owner_BK, axis=1)
-
-
 @functools.cache
-def compiled_elementwise(backend: str) -> CompiledElementwise:
+def compiled_elementwise(backend: str, tokens: int | None) -> CompiledElementwise:
     """One set of compiled functions per process and backend, whatever the number of models."""
-    return CompiledElementwise(backend)
+    return CompiledElementwise(backend, tokens)
 
 
-def compile_elementwise(dit: DiT, backend: str | None = "inductor") -> None:
-    """Let every block of ``dit`` call the compiled functions, or with None its own again."""
-    made = None if backend is None else compiled_elementwise(backend)
+def compile_elementwise(dit: DiT, backend: str | None = "inductor", tokens: int | None = None) -> None:
+    """Let every block of ``dit`` call the compiled functions, or with None its own again.
+
+    tokens   see ``compile_blocks``
+    """
+    made = None if backend is None else compiled_elementwise(backend, tokens)
     for module in dit.modules():
         if isinstance(module, Block):
             module.modulated_norm = made.modulated_norm if made else modulated_norm
@@ -123,11 +146,13 @@ def compile_elementwise(dit: DiT, backend: str | None = "inductor") -> None:
             module.gate = made.silu_gate if made else silu_gate
 
 
-def compile_blocks(dit: DiT, backend, whole: bool = True) -> None:
+def compile_blocks(dit: DiT, backend, whole: bool = True, tokens: int | None = None) -> None:
     """Run whole blocks of ``dit`` as one compiled program, the same for all of them and for any number of tokens.
 
     backend   of torch.compile; None: blocks run as they are
     whole     raise where a block cannot be compiled as one; otherwise that part of it runs uncompiled
+    tokens    the most of a micro batch, where a program must give the same bits in every process: it is compiled for
+              so many, whichever come first, and nothing in it is chosen by measuring
     """
     dit.transformer.run_block = Block.forward
     if backend is None:
@@ -136,30 +161,33 @@ def compile_blocks(dit: DiT, backend, whole: bool = True) -> None:
     # there is a filling shows in the length of ``start_S`` alone, which only attention reads: an opaque operation.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     # Not dynamic of its own accord: what has other sizes is marked.
-    options = CHOICES | _joined_sums(_token_sums_of(dit)) if backend == "inductor" else None
+    options = None
+    if backend == "inductor":
+        options = CHOICES | (EXACT if tokens else {}) | _joined_sums(_token_sums_of(dit))
     # What one process has traced the next need not. The backward passes of adapted layers are traced too, so they are
     # part of what a program is found by.
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     compiled = torch.compile(Block.forward, backend=backend, fullgraph=whole, dynamic=False, options=options)
 
     def run_block(block: Block, h_GNE: Tensor, modulation: tuple[Tensor, ...], shared: Shared) -> Tensor:
-        any_length(h_GNE, axis=1)
+        any_length(h_GNE, 1, tokens)
         if block is first:
-            _mark_lengths(shared)
+            _mark_lengths(shared, tokens)
         return compiled(block, h_GNE, modulation, shared)
 
     first = dit.transformer.layers[0]
     dit.transformer.run_block = run_block
 
 
-def _mark_lengths(shared: Shared) -> None:
+def _mark_lengths(shared: Shared, tokens: int | None) -> None:
     """What all blocks of a pass read has other lengths too."""
     layout, (cos_ND, sin_ND, _) = shared.layout, shared.rotary
-    any_length(layout.owner_BK, axis=1)
-    for table in (cos_ND, sin_ND, layout.clip_K, layout.is_frame_K1, layout.is_clips_K, layout.start_S):
-        any_length(table, axis=0)
+    any_length(layout.owner_BK, 1, tokens)
+    for table in (cos_ND, sin_ND, layout.clip_K, layout.is_frame_K1, layout.is_clips_K):
+        any_length(table, 0, tokens)
+    any_length(layout.start_S, 0, None if tokens is None else layout.clips + 2)
     if shared.local_GTC is not None and shared.local_GTC.shape[1] > 1:
-        any_length(shared.local_GTC, axis=1)
+        any_length(shared.local_GTC, 1, tokens)
 
 
 @functools.cache
@@ -214,13 +242,13 @@ def uncompiled(dit: DiT) -> Iterator[None]:
                 attributes |= {} if value is None else {name: value}
 
 
-def wants_compile(choice: str, device: torch.device, steps: int, deterministic: bool) -> bool:
-    """Whether to compile: as told, or with ``auto`` on CUDA where a run is long enough and may round as it likes.
+def wants_compile(choice: str, device: torch.device, steps: int) -> bool:
+    """Whether to compile: as told, or with ``auto`` on CUDA where a run is long enough.
 
     Raises ConfigError when told to on a CPU without a C++ compiler.
     """
     if device.type == "cuda":
-        return compiles_on_cuda(choice, steps, deterministic)
+        return compiles_on_cuda(choice, steps)
     if choice == "on" and device.type == "cpu":
         from torch._inductor import cpp_builder, exc
 

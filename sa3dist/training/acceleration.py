@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sa3dist.errors import ConfigError
+from sa3dist.flow.crops import crop_frames
 from sa3dist.model.compiled import (
     compile_blocks,
     compile_elementwise,
@@ -49,7 +50,8 @@ def choose_acceleration(trainer: Trainer, settings: Settings, frames: int) -> No
     Raises ConfigError when told to compile without a compiler.
     """
     base, group, plan = trainer.base, trainer.group, trainer.plan
-    compiled = wants_compile(settings.compile, group.device, plan.steps, settings.deterministic)
+    compiled = wants_compile(settings.compile, group.device, plan.steps)
+    exact = settings.deterministic
     if settings.compile == "auto" and group.device.type == "cuda":
         log.info("compile: auto chose %s", "on" if compiled else "off")
     formed = trainer.engine.formed
@@ -71,19 +73,38 @@ def choose_acceleration(trainer: Trainer, settings: Settings, frames: int) -> No
         if whole_blocks:
             compile_whole_blocks(base, settings)
         else:
-            compile_elementwise(base.dit)
-            if settings.compile == "auto":
+            compile_elementwise(base.dit, tokens=most_tokens(base, settings) if exact else None)
+            if settings.compile == "auto" and not exact:
                 fall_back_on_failure()
     # A graph holds no collectives.
-    if not trainer.engine.collectives_in_forward and wants_graphs(settings.cuda_graphs, group.device, plan.steps):
-        trainer.record_graphs(Recorder(group.device, largest.bytes(base.recomputed_blocks)))
+    if trainer.engine.collectives_in_forward or not wants_graphs(settings.cuda_graphs, group.device, plan.steps):
+        return
+    if exact and formed is None:
+        # A recorded pass takes norms by itself that micro batches of a step else share: it may round otherwise.
+        log.info("cuda_graphs: none of a deterministic run whose adapted weights are not formed")
+        return
+    trainer.record_graphs(Recorder(group.device, largest.bytes(base.recomputed_blocks)), exact)
 
 
 def compile_whole_blocks(base: Base, settings: Settings, backend="inductor") -> None:
     """backend: of torch.compile. What this process sets for its compiler is part of what a program is found by."""
-    compile_blocks(base.dit, backend, whole=settings.compile == "on")
-    if settings.compile == "auto":
+    # A compiler that fails once and not the next time would give other bits: a deterministic run ends with its error.
+    may_fail = settings.compile == "auto" and not settings.deterministic
+    tokens = most_tokens(base, settings) if settings.deterministic else None
+    compile_blocks(base.dit, backend, whole=not may_fail, tokens=tokens)
+    if may_fail:
         fall_back_on_failure()
+
+
+def longest_frames(base: Base, settings: Settings) -> int:
+    """Of a run's crops, whatever its data set holds."""
+    framing = base.sample_rate_hz, base.samples_per_frame
+    return crop_frames(settings.duration, base.native_seconds, base.native_seconds, *framing)
+
+
+def most_tokens(base: Base, settings: Settings) -> int:
+    """Of such a run's micro batch."""
+    return settings.batch_size * (base.dit.transformer.memory + longest_frames(base, settings))
 
 
 def make_deterministic() -> None:

@@ -30,7 +30,6 @@ from sa3dist.adapters import adapter_parameters, attach_adapter
 from sa3dist.adapters.formed import product_format
 from sa3dist.data.batches.micro_batch import Sample, SampleSettings, collate
 from sa3dist.errors import SA3DistError
-from sa3dist.flow.crops import crop_frames
 from sa3dist.formats import digest_of
 from sa3dist.model.base import Base
 from sa3dist.model.compiled import start_compile_workers, wants_compile
@@ -41,7 +40,7 @@ from sa3dist.parallel.flat_adamw import FlatAdapters
 from sa3dist.runtime import cuda_driver
 from sa3dist.runtime.process_group import Group, main_process_first
 from sa3dist.runtime.signals import end_with_parent
-from sa3dist.training.acceleration import compile_whole_blocks
+from sa3dist.training.acceleration import compile_whole_blocks, longest_frames, make_deterministic
 from sa3dist.training.compile_processes import CACHE_VARIABLE, CONTEXT, KERNELS, MARK, PROGRAMS, Compiling
 from sa3dist.training.loss import micro_batch_loss
 from sa3dist.training.shape_ladder import ShapeLadder
@@ -60,7 +59,7 @@ SHORT_FRAMES = 128
 # What the programs depend on beside the model. How many blocks are recomputed changes none.
 FIELDS = (
     "adapter_type", "rank", "alpha", "include", "exclude", "base_precision", "mixed_precision", "adapter_products",
-    "batch_size", "duration", "compile", "reference_numerics",
+    "batch_size", "duration", "compile", "reference_numerics", "deterministic",
 )  # fmt: skip
 # No start waits longer than this for what it would otherwise compile itself.
 PATIENCE_SECONDS = 30.0
@@ -80,7 +79,7 @@ class CompilingAhead:
         """
         self._processes: list[Compiling] = []
         device = group.device
-        compiles = wants_compile(settings.compile, device, settings.number_of_steps, settings.deterministic)
+        compiles = wants_compile(settings.compile, device, settings.number_of_steps)
         formed = settings.adapter_products != "factored" and not group.divides_model
         if not (compiles and formed and group.is_main):
             return
@@ -157,8 +156,7 @@ def take_passes(base: Base, settings: Settings, backend, has_context: bool) -> N
 
     backend   of torch.compile
     """
-    framing = base.sample_rate_hz, base.samples_per_frame
-    longest = crop_frames(settings.duration, base.native_seconds, base.native_seconds, *framing)
+    longest = longest_frames(base, settings)
     if settings.adapter_products == "auto":
         if obstacle := obstacle_to(base.device, product_format(base, settings)):
             raise SA3DistError(f"adapted weights are not formed here: {obstacle}")
@@ -167,7 +165,7 @@ def take_passes(base: Base, settings: Settings, backend, has_context: bool) -> N
     engine = engine_of(base, settings)
     compile_whole_blocks(base, settings, backend)
     ladder = ShapeLadder(longest, base.dit.transformer.memory)
-    # The longest first: the compiler chooses its tiles by the first it sees.
+    # The longest first: but for a deterministic run the compiler chooses its tiles by the first it sees.
     for frames in sorted({min(SHORT_FRAMES, longest), longest}, reverse=True):
         batch = dataclasses.replace(_batch(base, settings, frames), has_context=has_context)
         # Whatever values W' has.
@@ -228,6 +226,8 @@ def main(program: str) -> None:
     if not given:
         return
     settings, device, dtype = pickle.loads(given)
+    if settings.deterministic:
+        make_deterministic()
     base = small_base(known_config(settings.model), settings, device, dtype)
     if program == KERNELS:
         form_and_finish(base, settings)

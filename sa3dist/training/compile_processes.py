@@ -69,7 +69,7 @@ def start_early(settings: Settings, dist_rank: int) -> dict[str, Compiling]:
     environment = {CACHE_VARIABLE: str(work / "compiled"), "TRITON_CACHE_DIR": str(work / "kernels"), **os.environ}
     unlikely = (
         dist_rank != 0
-        or not compiles_on_cuda(settings.compile, settings.number_of_steps, settings.deterministic)
+        or not compiles_on_cuda(settings.compile, settings.number_of_steps)
         or settings.adapter_products == "factored"
         or not cuda_driver.expected()
         or any(Path(environment[CACHE_VARIABLE]).glob(f"{MARK}*"))

@@ -42,7 +42,7 @@ def _keep_caches(settings: Settings, group: Group) -> bool:
     """Say where compilers keep what they make, before they make any; whether this run compiles."""
     if group.device.type == "cuda":
         keep_kernels_in(settings.work_dir.resolve() / "kernels")
-    compiles = wants_compile(settings.compile, group.device, settings.number_of_steps, settings.deterministic)
+    compiles = wants_compile(settings.compile, group.device, settings.number_of_steps)
     if compiles:
         keep_compiled_in(settings.work_dir.resolve() / "compiled")
     return compiles

@@ -79,9 +79,10 @@ class Trainer:
         self.cursors = cursors
         self._clips: list[list[str]] = []
 
-    def record_graphs(self, recorder: Recorder) -> None:
-        """Replay passes of often seen shapes as CUDA graphs; for engines without collectives in the forward pass."""
-        self.graphs = CudaGraphs(self._pass, self._recordable_pass, self.engine.gradient, recorder)
+    def record_graphs(self, recorder: Recorder, exact: bool = False) -> None:
+        """Replay passes of often seen shapes as CUDA graphs; for engines without collectives in the forward pass.
+        exact: only graphs that give an ordinary pass's bits."""
+        self.graphs = CudaGraphs(self._pass, self._recordable_pass, self.engine.gradient, recorder, exact)
         self.graphs_may_go = True
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch._guards import TracingContext
 
 import sa3dist
 from sa3dist.adapters.formed import Formed
@@ -35,12 +36,16 @@ class Programs:
         configs = repr([config.save_config_portable() for config in (torch._inductor.config, torch._functorch.config)])
         # Sizes that vary are numbered anew in every process.
         program = re.sub(r"\bs\d+\b", "s", graph.code)
-        self.seen.add((program, kinds, configs, torch.backends.cuda.matmul.fp32_precision))
+        # What the compiler chooses by, where it is told.
+        shapes = TracingContext.get().fake_mode.shape_env
+        hints = sorted(shapes.var_to_hint_override.values())
+        self.seen.add((program, kinds, configs, torch.backends.cuda.matmul.fp32_precision, *hints))
         return graph.forward
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 def test_what_is_compiled_ahead_is_what_a_run_of_more_blocks_and_other_clips_compiles(
-    demo_clips, demo_base, demo_work, tmp_path, monkeypatch
+    demo_clips, demo_base, demo_work, tmp_path, monkeypatch, deterministic
 ):
     ours, ahead = Programs(), Programs()
     torch._dynamo.reset()
@@ -51,7 +56,10 @@ def test_what_is_compiled_ahead_is_what_a_run_of_more_blocks_and_other_clips_com
         for name in ("form", "finish"):
             noted.setattr(Formed, name, lambda self, name=name: outside.append(name))
         for has_context in (False, True):
-            settings = make_settings(compile="on", **FORMED)
+            settings = make_settings(compile="on", deterministic=deterministic, **FORMED)
+            if deterministic:
+                # As the program does.
+                acceleration.make_deterministic()
             small = small_base(config, settings, torch.device("cpu"), torch.float32)
             take_passes(small, settings, ahead, has_context)
         assert outside == []
@@ -60,9 +68,11 @@ def test_what_is_compiled_ahead_is_what_a_run_of_more_blocks_and_other_clips_com
         assert outside == ["form", "finish"]
     torch._dynamo.reset()
     original = acceleration.compile_blocks
-    monkeypatch.setattr(acceleration, "compile_blocks", lambda dit, _, whole: original(dit, ours, whole))
+    monkeypatch.setattr(
+        acceleration, "compile_blocks", lambda dit, _, whole, tokens: original(dit, ours, whole, tokens)
+    )
     words = [*short_run(demo_clips, demo_base, demo_work), "adapter_products=formed", "compile=on"]
-    assert run(words, tmp_path / "run", "deterministic=false") == 0
+    assert run(words, tmp_path / "run", f"deterministic={deterministic}".lower()) == 0
     torch._dynamo.reset()
     assert ours.seen
     assert ours.seen <= ahead.seen

@@ -65,14 +65,14 @@ class Twice(HostRecorder):
         return lambda: (function(), function())[0]
 
 
-def make_trainer(kind="dora-cols", group=None):
+def make_trainer(kind="dora-cols", group=None, settings=None):
     base = sa3dist.load_base(golden("tiny-sa3"))
     attach_adapter(base, kind, rank=4, seed=1)
     plan = RunPlan(9, ACCUMULATION, 2, 4, 42, {}, ["a", "b"], adapt_memory=True)
     return Trainer(
         base,
         adapter_parameters(base),
-        make_settings(learning_rate=1e-2),
+        settings or make_settings(learning_rate=1e-2),
         plan,
         group or Group(0, 1, torch.device("cpu")),
     )
@@ -162,6 +162,32 @@ def test_a_replay_may_be_as_far_off_as_an_ordinary_pass_done_again_and_no_furthe
     monkeypatch.setattr(trainer.graphs, "_recordable", lambda batch: off_by(5e-2, lambda: ordinary(batch, False)))
     train(trainer, 5)
     assert (trainer.graphs.shapes > 0) is kept
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_deterministic_run_replays_what_gives_ordinary_bits_and_nothing_else(monkeypatch, exact):
+    ordinary, graphed, off = make_trainer("lora"), make_trainer("lora"), make_trainer("lora")
+    for trainer in (graphed, off):
+        trainer.record_graphs(HostRecorder(), exact)
+    recordable = off.graphs._recordable
+
+    def one_bit_off(batch):
+        losses = recordable(batch)
+        gradient = off.engine.gradient
+        place = gradient.abs().argmax()
+        gradient[place] = torch.nextafter(gradient[place], torch.tensor(torch.inf))
+        return losses
+
+    monkeypatch.setattr(off.graphs, "_recordable", one_bit_off)
+    expected = train(ordinary, 5)
+    assert train(graphed, 5) == expected
+    assert_equal_state(graphed, ordinary)
+    assert graphed.graphs.shapes == 2
+    found = train(off, 5)
+    assert (off.graphs.shapes == 0) is exact
+    if exact:
+        assert found == expected
+        assert_equal_state(off, ordinary)
 
 
 def run_out(trainer, monkeypatch, times):
@@ -311,6 +337,20 @@ def test_a_run_that_is_told_to_records_unless_ranks_exchange_tensors_within_a_pa
         acceleration.choose_acceleration(trainer, make_settings(**told_to, gradient_checkpointing="off"), 48)
         (_, recomputed), (_, kept) = told
         assert 0 < 2 * recomputed < kept
+
+
+@pytest.mark.parametrize("products", ["formed", "factored"])
+def test_a_deterministic_run_records_where_adapted_weights_are_formed(monkeypatch, tmp_path, caplog, products):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(acceleration, "Recorder", lambda *_: HostRecorder())
+    told_to = {"compile": "off", "cuda_graphs": "on", "batch_size": 2, "work_dir": str(tmp_path)}
+    settings = make_settings(**told_to, deterministic=True, adapter_products=products, gradient_checkpointing="off")
+    trainer = make_trainer(settings=settings)
+    acceleration.choose_acceleration(trainer, settings, 24)
+    assert (trainer.graphs is not None) is (products == "formed")
+    assert ("none of a deterministic run" in caplog.text) is (products == "factored")
+    if products == "formed":
+        assert trainer.graphs._exact
 
 
 def test_auto_records_long_runs_on_cuda():

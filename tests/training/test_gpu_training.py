@@ -348,16 +348,18 @@ def test_a_recording_that_fails_leaves_training_as_it_was(device, caplog):
     assert Recorder(device).record(lambda: (torch.ones(2, device=device) + 1,))()[0].tolist() == [2, 2]
 
 
-def test_deterministic_mode_gives_equal_bits_in_two_processes(device):
-    code = f"from tests.helpers.gpu_steps import trained_digest; print(trained_digest({device.type!r}))"
+@pytest.mark.parametrize("ways", [("plain", "plain"), ("compiled", "recorded")])
+def test_deterministic_mode_gives_equal_bits_in_two_processes(device, ways, tmp_path):
+    code = "from tests.helpers.gpu_steps import trained_digest; print(trained_digest({!r}, {!r}))"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     # cuBLAS reads its variable when a process first uses it.
     environment = {**os.environ, "PYTHONPATH": paths, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    command = [sys.executable, "-c", code]
-    digests = {
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-        for _ in range(2)
-    }
+    digests = set()
+    for number, way in enumerate(ways):
+        # Each compiles for itself.
+        own = environment | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / str(number))}
+        command = [sys.executable, "-c", code.format(device.type, way)]
+        digests.add(subprocess.run(command, cwd=ROOT, env=own, check=True, stdout=subprocess.PIPE, text=True).stdout)
     assert len(digests) == 1
     assert len(digests.pop().strip()) == 64
 
