@@ -1,6 +1,7 @@
 """What the compiler would launch for a block on an H100, planned without one: its kernels, and the bytes each moves.
 
     python kernels/benchmarks/plan_block.py --frames 4091 --adapter-type dora-rows
+    python kernels/benchmarks/plan_block.py --variants        # how many variants of each the device chooses between
 
 One block of medium is traced on a CPU, at its own widths, forward and backward; its graphs are then moved to a CUDA
 device that only seems to be there, and planned by Inductor as for that device. Nothing runs. Bytes are counted in
@@ -13,9 +14,11 @@ import argparse
 import contextlib
 import copy
 import os
+import re
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 # As count_launches.py, which is imported from here, wants it.
@@ -24,6 +27,7 @@ if __name__ == "__main__":
 
 import count_launches
 import torch
+import triton
 from sa3dist_kernels import ADAPTER_TYPES
 from sa3dist_kernels.joined_sums import JoinedSums
 from step_sides import Side
@@ -32,11 +36,13 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import ir
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.exc import InductorError
+from torch._inductor.graph import GraphLowering
+from torch._inductor.runtime import triton_helpers, triton_heuristics
 from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode, NopKernelSchedulerNode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from sa3dist import adapters
-from sa3dist.model.compiled import CHOICES, compile_blocks
+from sa3dist.model.compiled import CHOICES, EXACT, compile_blocks
 
 MEMORY_TOKENS, WIDTH = 64, 1536
 H100 = types.SimpleNamespace(
@@ -50,12 +56,27 @@ class _Enough(BaseException):
     """Ends what is done for its by-product."""
 
 
-def traced(name: str, adapter_type: str, frames: int) -> list[tuple[torch.fx.GraphModule, bool]]:
-    """The block's graphs as Inductor gets them, and whether each is the backward one."""
+class Kernel(NamedTuple):
+    """One that Inductor makes.
+
+    source     Triton code, with all that its variants are made of
+    variants   blocks, warps and stages; where there are several the device is asked at the first launch
+    """
+
+    source: str
+    variants: list[tuple]
+
+
+def traced(
+    name: str, adapter_type: str, frames: int, tokens: int | None = None, shape: str = "medium-base"
+) -> list[tuple[torch.fx.GraphModule, bool]]:
+    """The block's graphs as Inductor gets them, and whether each is the backward one.
+
+    tokens   as for ``compile_blocks``
+    """
     options = types.SimpleNamespace(
-        shape="medium-base", depth=1, adapter_type=adapter_type, rank=16, precision="bf16", compile="off",
-        cuda_graphs="off",
-    )  # fmt: skip
+        shape=shape, depth=1, adapter_type=adapter_type, rank=16, precision="bf16", compile="off", cuda_graphs="off"
+    )
     graphs: list[tuple[torch.fx.GraphModule, bool]] = []
 
     def take(graph, _, is_backward: bool = False, **__):
@@ -70,7 +91,8 @@ def traced(name: str, adapter_type: str, frames: int) -> list[tuple[torch.fx.Gra
         side = Side(name, options, torch.device("cpu"))
         if name == "frozen":
             adapters.detach_adapter(side.base)
-        compile_blocks(side.base.dit, lambda graph, examples: compile_fx(graph, examples, inner_compile=take))
+        backend = lambda graph, examples: compile_fx(graph, examples, inner_compile=take)  # noqa: E731
+        compile_blocks(side.base.dit, backend, tokens=tokens)
         side.use(1, frames)
         side.passes()
     return graphs
@@ -115,7 +137,8 @@ def a_device_that_seems_there() -> Iterator[None]:
         },
         CudaInterface.Worker: {"get_device_properties": H100, "current_device": 0},
         torch._inductor.scheduler: {"has_triton": True},
-        torch.utils._triton: {"has_triton": True},
+        torch.utils._triton: {"has_triton": True, "triton_hash_with_backend": ""},
+        triton_helpers: {"set_driver_to_gpu": None},
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(torch._dynamo.utils, "preserve_rng_state", contextlib.nullcontext))
@@ -128,14 +151,22 @@ def a_device_that_seems_there() -> Iterator[None]:
 
 def planned(graph: torch.fx.GraphModule, is_backward: bool) -> list[tuple[str, bool, int]]:
     """Every kernel's name, whether Inductor makes it itself, and the bytes it reads and writes."""
-    given, kernels = on_device(graph), []
+    kernels = []
 
     def note(nodes: list[BaseSchedulerNode]) -> None:
         kernels.extend(map(described, nodes))
         raise _Enough
 
+    _lowered(graph, is_backward, {"_post_fusion_custom_pass": note})
+    if not kernels:
+        raise RuntimeError("Inductor did not plan the graph")
+    return [kernel for kernel in kernels if kernel is not None]
+
+
+def _lowered(graph: torch.fx.GraphModule, is_backward: bool, choices: dict[str, Any]) -> None:
+    """Inductor's work on the graph, as far as it comes without a device."""
+    given = on_device(graph)
     settings = CHOICES | {
-        "_post_fusion_custom_pass": note,
         "post_grad_custom_pre_pass": JoinedSums("triton"),
         "fx_graph_cache": False,
         "compile_threads": 1,
@@ -143,14 +174,43 @@ def planned(graph: torch.fx.GraphModule, is_backward: bool) -> list[tuple[str, b
     mode = next(value.fake_mode for value in given if isinstance(value, torch.Tensor))
     with (
         a_device_that_seems_there(),
-        torch._inductor.config.patch(settings),
+        torch._inductor.config.patch(settings | choices),
         tracing(TracingContext(mode)),
         contextlib.suppress(_Enough, InductorError),
     ):
         compile_fx_inner(graph, given, is_backward=is_backward)
-    if not kernels:
-        raise RuntimeError("Inductor did not plan the graph")
-    return [kernel for kernel in kernels if kernel is not None]
+
+
+def generated(graph: torch.fx.GraphModule, is_backward: bool, exact: bool) -> list[Kernel]:
+    """The kernels that Inductor makes itself; exact: as for a deterministic run."""
+    programs = []
+
+    def note(_, program) -> None:
+        programs.append(program.value)
+        raise _Enough
+
+    with patch.object(GraphLowering, "_compile_to_module_lines", note):
+        _lowered(graph, is_backward, EXACT if exact else {})
+    if not programs:
+        raise RuntimeError("Inductor did not make the graph's kernels")
+    sources = re.findall(r"async_compile\.triton\('\w+', '''(.*?)'''", programs[0], re.DOTALL)
+    return [Kernel(source, _variants(source)) for source in sources]
+
+
+def _variants(source: str) -> list[tuple]:
+    found = []
+
+    def note(_, configs, **__) -> Callable:
+        found.extend(map(triton_heuristics.triton_config_to_hashable, triton_heuristics.unique_configs(configs)))
+        return lambda kernel: kernel
+
+    with (
+        a_device_that_seems_there(),
+        patch.object(triton_heuristics, "cached_autotune", note),
+        patch.object(triton, "jit", lambda function: function),
+    ):
+        exec(source, {"__file__": ""})
+    return found
 
 
 def described(node: BaseSchedulerNode) -> tuple[str, bool, int] | None:
@@ -170,9 +230,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=4091)
     parser.add_argument("--adapter-type", choices=["frozen", *ADAPTER_TYPES], default="dora-rows", metavar="TYPE")
+    parser.add_argument("--variants", action="store_true", help="how many variants of each kernel there are, no bytes")
     options = parser.parse_args(arguments)
     frozen = options.adapter_type == "frozen"
     graphs = traced("frozen" if frozen else "ours", "lora" if frozen else options.adapter_type, options.frames)
+    if options.variants:
+        for exact in (False, True):
+            counts = [len(kernel.variants) for graph in copy.deepcopy(graphs) for kernel in generated(*graph, exact)]
+            print(f"{'deterministic' if exact else 'otherwise'}: {len(counts)} kernels, of variants: {counts}")
+        return 0
     width = (options.frames + MEMORY_TOKENS) * WIDTH * torch.bfloat16.itemsize
     totals = {"forward": 0.0, "backward": 0.0}
     for graph, is_backward in graphs:
