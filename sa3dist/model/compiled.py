@@ -28,6 +28,7 @@ from sa3dist.model.blocks import GatedProjection, RMSNorm, SelfAttention, rotate
 from sa3dist.model.compile_choice import compiles_on_cuda
 from sa3dist.model.dit import Block, DiT, Shared, add_gated, modulated_norm
 from sa3dist.model.kernel_trial import agrees
+from sa3dist.model.lean_programs import lean
 from sa3dist.model.token_layout import Packed, Padded
 
 # Whether the modulations' gradients are summed by our own kernel on a GPU where it works.
@@ -167,7 +168,7 @@ def compile_blocks(dit: DiT, backend, whole: bool = True, tokens: int | None = N
     # What one process has traced the next need not. The backward passes of adapted layers are traced too, so they are
     # part of what a program is found by.
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
-    compiled = torch.compile(Block.forward, backend=backend, fullgraph=whole, dynamic=False, options=options)
+    compiled = torch.compile(Block.forward, backend=lean(backend), fullgraph=whole, dynamic=False, options=options)
 
     def run_block(block: Block, h_GNE: Tensor, modulation: tuple[Tensor, ...], shared: Shared) -> Tensor:
         any_length(h_GNE, 1, tokens)
