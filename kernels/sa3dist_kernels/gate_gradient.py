@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from sa3dist_kernels.operations import define
-from sa3dist_kernels.triton_support import check_triton
+from sa3dist_kernels.triton_support import check_triton, launch_as_before
 
 # Tokens and channels of a program's tile: in 16 bit, each of its threads loads 16 bytes of every operand.
 BLOCK_K, BLOCK_G, WARPS = 4, 512, 8
@@ -37,11 +37,11 @@ def gate_gradient(
     K, G = dy_KG.shape
     dz_KF, y_KG = torch.empty_like(z_KF), torch.empty_like(dy_KG) if values else None
     # Of what is not there the kernel reads and writes nothing.
-    operands = dy_KG, z_KF, z_KF if bias_F is None else bias_F.contiguous(), dz_KF, dz_KF if y_KG is None else y_KG
-    _gate_gradient_kernel[(triton.cdiv(K, BLOCK_K) * triton.cdiv(G, BLOCK_G),)](
-        *operands, K, G=G, HAS_BIAS=bias_F is not None, VALUES=values, BLOCK_K=BLOCK_K, BLOCK_G=BLOCK_G,
-        num_warps=WARPS,
-    )  # fmt: skip
+    bias, y = z_KF if bias_F is None else bias_F.contiguous(), dz_KF if y_KG is None else y_KG
+    given = {"dy": dy_KG, "z": z_KF, "bias": bias, "dz": dz_KF, "y": y, "K": K, "G": G}
+    given |= {"HAS_BIAS": bias_F is not None, "VALUES": values, "BLOCK_K": BLOCK_K, "BLOCK_G": BLOCK_G}
+    grid = (triton.cdiv(K, BLOCK_K) * triton.cdiv(G, BLOCK_G),)
+    launch_as_before(_gate_gradient_kernel, grid, given | {"num_warps": WARPS})
     return dz_KF, y_KG
 
 

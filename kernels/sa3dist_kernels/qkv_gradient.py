@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sa3dist_kernels.triton_support import check_triton
+from sa3dist_kernels.triton_support import check_triton, launch_as_before
 
 # Tokens and heads of a program's tile.
 BLOCK_K, BLOCK_H = 4, 8
@@ -59,15 +59,22 @@ def qkv_gradient(
     x_KSHD = x_KSHD.contiguous()
     # Channels of a head lie side by side.
     grads = [grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads_KPHD]
-    strides = [stride for grad in grads for stride in grad.stride()[:3]]
-    tables = norm.gamma_q_D, norm.gamma_k_D, norm.cos_KD.contiguous(), norm.sin_KD.contiguous()
     out_KSHD = torch.empty_like(x_KSHD)
-    _qkv_gradient_kernel[triton.cdiv(K, BLOCK_K), triton.cdiv(H, BLOCK_H), S](
-        *grads, x_KSHD, *tables, is_clips_K, out_KSHD, *strides, K, norm.eps,
-        H=H, D=D, P=S // 2, HALF=norm.half, BLOCK_K=BLOCK_K, BLOCK_H=BLOCK_H, BLOCK_D=triton.next_power_of_2(D),
-        num_warps=4,
-    )  # fmt: skip
+    given = dict(zip(("grad_q", "grad_k", "grad_v"), grads, strict=True)) | {"x": x_KSHD, "out": out_KSHD, "K": K}
+    for name, grad in zip("qkv", grads, strict=True):
+        given |= zip((f"{name}_k", f"{name}_p", f"{name}_h"), grad.stride(), strict=False)
+    grid = triton.cdiv(K, BLOCK_K), triton.cdiv(H, BLOCK_H), S
+    launch_as_before(_qkv_gradient_kernel, grid, given | {"is_clips": is_clips_K} | constants(x_KSHD, norm))
     return out_KSHD
+
+
+def constants(x_KSHD: torch.Tensor, norm: HeadNorm) -> dict:
+    """What the kernels that go either way take of the norm, of x's sizes but for K, and of blocks."""
+    _, S, H, D = x_KSHD.shape
+    tables = {"gamma_q": norm.gamma_q_D, "gamma_k": norm.gamma_k_D}
+    tables |= {"cos": norm.cos_KD.contiguous(), "sin": norm.sin_KD.contiguous(), "eps": norm.eps}
+    blocks = {"BLOCK_K": BLOCK_K, "BLOCK_H": BLOCK_H, "BLOCK_D": triton.next_power_of_2(D), "num_warps": 4}
+    return tables | {"H": H, "D": D, "P": S // 2, "HALF": norm.half} | blocks
 
 
 def qkv_gradient_reference(grads_KPHD, x_KSHD, norm: HeadNorm, is_clips_K: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sa3dist_kernels.qkv_gradient import BLOCK_H, BLOCK_K, HeadNorm
-from sa3dist_kernels.triton_support import check_triton
+from sa3dist_kernels.qkv_gradient import BLOCK_H, BLOCK_K, HeadNorm, constants
+from sa3dist_kernels.triton_support import check_triton, launch_as_before
 
 
 def queries_and_keys(x_KSHD: torch.Tensor, norm: HeadNorm, impl: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,11 +27,9 @@ def queries_and_keys(x_KSHD: torch.Tensor, norm: HeadNorm, impl: str = "auto") -
     K, S, H, D = x_KSHD.shape
     x_KSHD = x_KSHD.contiguous()
     q_KPHD, k_KPHD = (x_KSHD.new_empty(K, S // 2, H, D) for _ in range(2))
-    _queries_and_keys_kernel[triton.cdiv(K, BLOCK_K), triton.cdiv(H, BLOCK_H), S - 1](
-        x_KSHD, norm.gamma_q_D, norm.gamma_k_D, norm.cos_KD.contiguous(), norm.sin_KD.contiguous(), q_KPHD, k_KPHD, K,
-        norm.eps, H=H, D=D, P=S // 2, HALF=norm.half, BLOCK_K=BLOCK_K, BLOCK_H=BLOCK_H,
-        BLOCK_D=triton.next_power_of_2(D), num_warps=4,
-    )  # fmt: skip
+    given = {"x": x_KSHD, "out_q": q_KPHD, "out_k": k_KPHD, "K": K}
+    grid = triton.cdiv(K, BLOCK_K), triton.cdiv(H, BLOCK_H), S - 1
+    launch_as_before(_queries_and_keys_kernel, grid, given | constants(x_KSHD, norm))
     return q_KPHD, k_KPHD
 
 
