@@ -70,7 +70,7 @@ def _rows_up_to(path: Path, step: int) -> list[str]:
     if step == 0 or not path.exists():
         return []
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         # A kill in the middle of a write leaves a torn last line, which is past the checkpoint by construction.
         with contextlib.suppress(ValueError, TypeError, KeyError):
             if json.loads(line)["step"] <= step:

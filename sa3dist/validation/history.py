@@ -62,7 +62,7 @@ class History:
 def _rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             # As where rows are dropped: a kill may have torn the last line.
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))

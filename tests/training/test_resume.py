@@ -1,6 +1,7 @@
 """What a checkpoint must agree with to be continued."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from sa3dist.runtime.signals import StopRequest
 from sa3dist.settings import Settings
 from sa3dist.training import checkpoint, resume
 from sa3dist.training.checkpoint import Checkpoint
+from sa3dist.training.metrics import METRICS_NAME, RowsFile
+from sa3dist.validation.history import LOSS, SET, History
 
 # Another value of each setting that decides the numbers of a step.
 OTHERS = {
@@ -75,3 +78,13 @@ def test_another_data_set_is_refused_and_a_new_measured_value_is_not_taken_for_a
     for saved in (checkpoint_of(settings), dataclasses.replace(checkpoint_of(settings, without=["dataset_sha256"]))):
         with pytest.raises(CheckpointError, match="dataset_sha256"):
             resume.check_identity(saved, resume.identity(settings, dataset_sha256="e"), settings)
+
+
+def test_rows_that_a_disk_has_damaged_are_dropped_and_keep_no_run_from_going_on(tmp_path):
+    path = tmp_path / METRICS_NAME
+    rows = [{"step": 0, SET: "a"}, {"step": 1}, {"step": 2}]
+    good = [json.dumps({**row, LOSS: 1.0}).encode() + b"\n" for row in rows]
+    path.write_bytes(good[0] + b"\xff\0\x80\n" + good[1] + good[2])
+    assert [step for step, _ in History.read(tmp_path, "a").losses] == [1, 2]
+    RowsFile(path, 1)
+    assert path.read_bytes() == good[0] + good[1]
