@@ -101,7 +101,11 @@ def traced(
 def kept_bytes(graph: torch.fx.GraphModule) -> int:
     """What the forward graph makes for the backward one; its first output is the block's."""
     made = [node.meta["val"] for node in graph.graph.output_node().args[0][1:] if node.op != "placeholder"]
-    return sum(int(value.numel()) * value.itemsize for value in made if isinstance(value, torch.Tensor))
+    made = [value for value in made if isinstance(value, torch.Tensor)]
+    # A number made of a length would fix it in the graph that is planned next.
+    counts = (count if isinstance(count := value.numel(), int) else count.node.hint for value in made)
+    return sum(count * value.itemsize for count, value in zip(counts, made, strict=True))
+
 
 
 def on_device(graph: torch.fx.GraphModule) -> list:
