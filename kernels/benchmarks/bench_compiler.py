@@ -22,9 +22,8 @@ from timing import interleaved, peak_bytes, summary
 
 from sa3dist.model import compiled
 
-# Beside ``compiled.CHOICES``: what begins with FUNCTORCH is of the part that decides what is kept, and what begins with
-# OURS the full name of a constant of ours.
-FUNCTORCH, OURS = "functorch.", "sa3dist."
+# Beside ``compiled.CHOICES``: what begins with this is the full name of a constant of ours.
+OURS = "sa3dist."
 CHOICES: dict[str, dict] = {
     "as it is": {},
     # Sums over tokens in the kernel that takes the norms of the same rows, at every length: one program, as before.
@@ -34,11 +33,10 @@ CHOICES: dict[str, dict] = {
         "triton.mix_order_reduction_split_size": 16,
     },
     "several tiles tried": {"max_autotune_pointwise": True},
-    # 29.4 instead of 36.4 widths a token and block, counted on a CPU.
-    "less kept": {FUNCTORCH + "ban_recompute_materialized_backward": False},
+    # 31.6 instead of 26.4 widths a token and block, counted on a CPU.
+    "more kept": {"sa3dist.model.compiled.NORMS_AGAIN": False},
     # Without kernels of ours. The gate's gradient is the compiler's, and its result is kept.
     "gate as before": {"sa3dist.model.dit.GATE_AS_ONE": False},
-    "queries and keys as before": {"sa3dist.model.self_attention.OWN_KERNEL": False},
     "token sums as before": {"sa3dist.model.compiled.TOKEN_SUMS": False},
 }
 LENGTHS = (4091, 323)
@@ -47,12 +45,10 @@ LENGTHS = (4091, 323)
 @contextlib.contextmanager
 def chosen(choices: dict) -> Iterator[None]:
     """Sides made and run in it are compiled so."""
-    functorch = {key.removeprefix(FUNCTORCH): value for key, value in choices.items() if key.startswith(FUNCTORCH)}
-    inductor = {key: value for key, value in choices.items() if not key.startswith((FUNCTORCH, OURS))}
+    inductor = {key: value for key, value in choices.items() if not key.startswith(OURS)}
     torch._dynamo.reset()
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.dict(compiled.CHOICES, inductor))
-        stack.enter_context(torch._functorch.config.patch(functorch))
         for name, value in choices.items():
             if name.startswith(OURS):
                 stack.enter_context(patch(name, value))

@@ -70,8 +70,8 @@ NO_LAUNCH = {
     "alias", "is_same_size", "promote_types",
 }  # fmt: skip
 PARTS = ("forward", "backward", "triton", "torch")
-# Operations that are more than one call: attention's gradient, and ``qkv_gradient`` behind it.
-CALLS = {torch.ops.sa3dist.self_attention_gradient.default: 2}
+# More than one call: attention's gradient, queries and keys ahead of it, and ``qkv_gradient`` behind it.
+CALLS = {torch.ops.sa3dist.self_attention_gradient.default: 3}
 
 
 class _Planned(Exception):

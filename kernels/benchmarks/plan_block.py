@@ -107,7 +107,6 @@ def kept_bytes(graph: torch.fx.GraphModule) -> int:
     return sum(count * value.itemsize for count, value in zip(counts, made, strict=True))
 
 
-
 def on_device(graph: torch.fx.GraphModule) -> list:
     """The graph's inputs on the device; the graph itself is changed to work there."""
     places = [node for node in graph.graph.nodes if node.op == "placeholder"]

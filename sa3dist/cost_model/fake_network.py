@@ -96,7 +96,7 @@ class FakeNetwork:
         with self._mode, counter:
             with torch.autograd.graph.saved_tensors_hooks(counter.keep, lambda tensor: tensor):
                 velocity = self._velocity(batch)
-            counter.settle_kept(velocity)
+            counter.settle_kept()
             if backward and self._trained:
                 counter.backwards = True
                 torch.autograd.grad(velocity, self._trained, velocity.detach(), allow_unused=True)

@@ -28,10 +28,10 @@ def _varlen_backward_flops(grad_KHD, q_KPHD, k_JPHD, v_JHD, out_KPHD, sums, q_st
     return sdpa_backward_flop_count(queries, queries, keys, keys)
 
 
-def _self_attention_gradient_flops(grad_KHD, q_KPHD, k_KPHD, *others, **_) -> int:
+def _self_attention_gradient_flops(grad_KHD, qkv_KSHD, out_KPHD, *others, **_) -> int:
     *_, starts, _, _ = others
-    queries, keys = _varlen_sizes(q_KPHD, k_KPHD, starts)
-    return sdpa_backward_flop_count(queries, queries, keys, keys)
+    sizes, _ = _varlen_sizes(out_KPHD, out_KPHD, starts)
+    return sdpa_backward_flop_count(sizes, sizes, sizes, sizes)
 
 
 _ops = torch.ops
@@ -120,17 +120,23 @@ class Counter(TorchDispatchMode):
         self.input_bytes = 0
         self.backwards = False
         self._block: int | None = None
-        # By storage: where it was made, and whether a compiled block would keep it.
-        self._made: dict[int, tuple[int | None, bool]] = {}
+        # By storage: where it was made.
+        self._made: dict[int, int | None] = {}
         self._kept: dict[int, torch.UntypedStorage] = {}
-        # What products and attention gave: the compiler makes nothing of it again, so it keeps it for what follows.
-        self._products: dict[int, torch.UntypedStorage] = {}
+        # What a compiled block keeps: what products and attention gave, of a pair their difference, and the stream
+        # where it enters a norm. The rest is made again.
+        self._lasting: dict[int, torch.UntypedStorage] = {}
         transformer = base.dit.transformer
         # The first module that each block calls, and the first one behind all blocks.
         first = [*(layer.pre_norm for layer in transformer.layers), transformer.project_out]
         self._handles = [
             module.register_forward_pre_hook(functools.partial(self._enter, block, before))
             for module, block, before in zip(first, [*list(self.parts)[1:], None], self.parts, strict=True)
+        ]
+        self._handles += [
+            norm.register_forward_pre_hook(lambda _, inputs: self._last(inputs))
+            for layer in transformer.layers
+            for norm in (layer.cross_attend_norm, layer.ff_norm)
         ]
         # What modulates the blocks is differentiated behind them, and ahead of what enters the first.
         modulation = transformer.global_cond_embedder
@@ -143,11 +149,16 @@ class Counter(TorchDispatchMode):
 
     def _enter(self, block: int | None, before: int | None, _, inputs: tuple[Tensor]) -> None:
         storage = inputs[0].untyped_storage()
-        self._made[storage._cdata] = before, True
+        self._made[storage._cdata] = before
+        self._last(inputs)
         self._block = block
         if block is not None:
             self.input_bytes = storage.nbytes()
         self._leave_for(before, inputs[0])
+
+    def _last(self, values) -> None:
+        if self.compiled and not self.backwards:
+            self._lasting |= {x.untyped_storage()._cdata: x.untyped_storage() for x in tree_leaves(values)}
 
     def _leave_for(self, block: int | None, tensor: Tensor) -> None:
         """Once the gradient of ``tensor`` is whole, the backward pass is in ``block``."""
@@ -163,14 +174,14 @@ class Counter(TorchDispatchMode):
             for values in ((args, kwargs), out)
         )
         formula = FLOPS.get(function._overloadpacket)
-        self._made.update((key, (self._block, formula is not None)) for key in written if key not in read)
+        self._made.update(dict.fromkeys(written.keys() - read.keys(), self._block))
+        if formula is not None or function is torch.ops.aten.sub.Tensor:
+            self._last(out)
         if formula is not None:
             part = self.parts[self._block]
             flops = formula(*args, **(kwargs or {}), out_val=out)
             moved = sum(read.values()) + sum(written.values())
             (part.backward if self.backwards else part.forward).operations.append((flops, moved))
-            if self.compiled and not self.backwards:
-                self._products |= {x.untyped_storage()._cdata: x.untyped_storage() for x in tree_leaves(out)}
         return out
 
     def keep(self, tensor: Tensor) -> Tensor:
@@ -179,27 +190,14 @@ class Counter(TorchDispatchMode):
         self._kept[storage._cdata] = storage
         return tensor
 
-    def settle_kept(self, output: Tensor) -> None:
+    def settle_kept(self) -> None:
         """Add what was saved to the parts that made it; weights were made by none."""
-        by_functions = _saved_by_functions(output) if self.compiled else set()
-        # A block of which nothing is saved lies ahead of the first adapted layer.
-        differentiated = {self._made.get(key, (None,))[0] for key in self._kept} - {None}
-        made = {key: storage for key, storage in self._products.items() if self._made[key][0] in differentiated}
-        for key, storage in (self._kept | made).items():
-            block, lasting = self._made.get(key, (None, None))
-            if lasting is not None and (lasting or block is None or not self.compiled or key in by_functions):
-                self.parts[block].kept_bytes += storage.nbytes()
-
-
-def _saved_by_functions(output: Tensor) -> set[int]:
-    """Storages saved by functions whose backward pass is ours, which the compiler does not look into."""
-    seen, waiting, found = set(), [output.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        waiting.extend(following for following, _ in node.next_functions)
-        if hasattr(node, "saved_tensors"):
-            found.update(value.untyped_storage()._cdata for value in node.saved_tensors if value is not None)
-    return found
+        made = {key: (self._made[key], storage) for key, storage in self._kept.items() if key in self._made}
+        if self.compiled:
+            # A block of which nothing is saved lies ahead of the first adapted layer.
+            differentiated = {block for block, _ in made.values()} - {None}
+            lasting = {key: (self._made[key], storage) for key, storage in self._lasting.items()}
+            lasting = {key: found for key, found in lasting.items() if found[0] in differentiated}
+            made = {key: found for key, found in made.items() if found[0] is None} | lasting
+        for block, storage in made.values():
+            self.parts[block].kept_bytes += storage.nbytes()

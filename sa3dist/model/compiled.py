@@ -33,6 +33,9 @@ from sa3dist.model.token_layout import Packed, Padded
 
 # Whether the modulations' gradients are summed by our own kernel on a GPU where it works.
 TOKEN_SUMS = True
+# Whether what norms give is made again in the backward pass, from what entered them: five widths of the stream a block
+# are not kept, for seven more that are moved.
+NORMS_AGAIN = True
 # Of Inductor, for whole blocks.
 CHOICES: dict[str, Any] = {
     # Whether reductions over rows and over columns are joined would depend on the number of tokens: another program for
@@ -168,6 +171,7 @@ def compile_blocks(dit: DiT, backend, whole: bool = True, tokens: int | None = N
     # What one process has traced the next need not. The backward passes of adapted layers are traced too, so they are
     # part of what a program is found by.
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+    torch._functorch.config.ban_recompute_materialized_backward = not NORMS_AGAIN
     compiled = torch.compile(Block.forward, backend=lean(backend), fullgraph=whole, dynamic=False, options=options)
 
     def run_block(block: Block, h_GNE: Tensor, modulation: tuple[Tensor, ...], shared: Shared) -> Tensor:

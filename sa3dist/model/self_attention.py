@@ -1,6 +1,7 @@
 """Self-attention from the packed projection on: norm and rotation of queries and keys, attention, and their gradient.
 
-On a GPU queries and keys are made by a kernel of their own. The gradient of all of it is one operator, opaque to
+On a GPU queries and keys are made by a kernel of their own. They are not kept for the backward pass, which makes them
+again: four widths of the stream, for a pass over eight. The gradient of all of it is one operator, opaque to
 torch.compile: what cuDNN gives back is read where it lies, in any layout, and turned into the projection's gradient in
 one pass (``qkv_gradient``). Left to the compiler that were a copy of the values' gradient and two kernels with float32
 values between them.
@@ -16,12 +17,8 @@ from sa3dist_kernels.qkv_gradient import HeadNorm, qkv_gradient, qkv_gradient_re
 from sa3dist_kernels.queries_and_keys import queries_and_keys, queries_and_keys_reference
 from torch import Tensor
 
-from sa3dist.model.blocks import rotate
 from sa3dist.model.kernel_trial import agrees
 from sa3dist.model.varlen_attention import attention_gradients, difference
-
-# Whether queries and keys are made by our kernel on a GPU, or by the compiler's.
-OWN_KERNEL = True
 
 
 def self_attention(qkv_KSHD: Tensor, norm: HeadNorm, is_clips_K: Tensor, start_C1: Tensor) -> Tensor:
@@ -39,17 +36,9 @@ def self_attention(qkv_KSHD: Tensor, norm: HeadNorm, is_clips_K: Tensor, start_C
 class _SelfAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv_KSHD, gamma_q_D, gamma_k_D, cos_KD, sin_KD, is_clips_K, start_C1, eps, half):
-        if qkv_KSHD.is_cuda and OWN_KERNEL:
-            q, k = torch.ops.sa3dist.queries_and_keys(qkv_KSHD, gamma_q_D, gamma_k_D, cos_KD, sin_KD, eps, half)
-        else:
-            q, k = (
-                rotate(
-                    torch.nn.functional.rms_norm(qkv_KSHD[:, part::3], gamma.shape, gamma, eps), cos_KD, sin_KD, half
-                ).to(qkv_KSHD.dtype)
-                for part, gamma in ((0, gamma_q_D), (1, gamma_k_D))
-            )
+        q, k = torch.ops.sa3dist.queries_and_keys(qkv_KSHD, gamma_q_D, gamma_k_D, cos_KD, sin_KD, eps, half)
         out, sums = torch.ops.sa3dist.varlen_attention(q, k, qkv_KSHD[:, 2], start_C1, start_C1)
-        ctx.save_for_backward(q, k, qkv_KSHD, out, sums, gamma_q_D, gamma_k_D, cos_KD, sin_KD, is_clips_K, start_C1)
+        ctx.save_for_backward(qkv_KSHD, out, sums, gamma_q_D, gamma_k_D, cos_KD, sin_KD, is_clips_K, start_C1)
         ctx.eps, ctx.half = eps, half
         return difference(out)
 
@@ -61,21 +50,22 @@ class _SelfAttention(torch.autograd.Function):
 
 
 def _gradient(
-    grad_KHD, q_KPHD, k_KPHD, qkv_KSHD, out_KPHD, sums_PHK, gamma_q_D, gamma_k_D, cos_KD, sin_KD, is_clips_K,
-    start_C1, eps: float, half: int,
+    grad_KHD, qkv_KSHD, out_KPHD, sums_PHK, gamma_q_D, gamma_k_D, cos_KD, sin_KD, is_clips_K, start_C1, eps: float,
+    half: int,
 ) -> Tensor:  # fmt: skip
-    grads = attention_gradients(grad_KHD, q_KPHD, k_KPHD, qkv_KSHD[:, 2], out_KPHD, sums_PHK, start_C1, start_C1)
     norm = HeadNorm(gamma_q_D, gamma_k_D, eps, cos_KD, sin_KD, half)
+    q, k = queries_and_keys(qkv_KSHD, norm)
+    grads = attention_gradients(grad_KHD, q, k, qkv_KSHD[:, 2], out_KPHD, sums_PHK, start_C1, start_C1)
     return qkv_gradient(grads, qkv_KSHD, norm, is_clips_K)
 
 
-def _gradient_shape(grad_KHD, q_KPHD, k_KPHD, qkv_KSHD, *_) -> Tensor:
+def _gradient_shape(grad_KHD, qkv_KSHD, *_) -> Tensor:
     return qkv_KSHD.new_empty(qkv_KSHD.shape)
 
 
 define(
-    "self_attention_gradient(Tensor grad, Tensor q, Tensor k, Tensor qkv, Tensor out, Tensor sums, Tensor gamma_q, "
-    "Tensor gamma_k, Tensor cos, Tensor sin, Tensor is_clips, Tensor start, float eps, int half) -> Tensor",
+    "self_attention_gradient(Tensor grad, Tensor qkv, Tensor out, Tensor sums, Tensor gamma_q, Tensor gamma_k, "
+    "Tensor cos, Tensor sin, Tensor is_clips, Tensor start, float eps, int half) -> Tensor",
     _gradient,
     _gradient_shape,
 )

@@ -192,7 +192,7 @@ def test_the_compiler_knows_every_choice_that_is_tried_and_only_there():
         return {name: resolve_name(name) for name in choices if name.startswith(bench_compiler.OURS)}
 
     for choices in bench_compiler.CHOICES.values():
-        before, apart = dict(compiled.CHOICES), (bench_compiler.FUNCTORCH, bench_compiler.OURS)
+        before, apart = dict(compiled.CHOICES), bench_compiler.OURS
         ours = constants(choices)
         with bench_compiler.chosen(choices):
             tried = {key: value for key, value in choices.items() if not key.startswith(apart)}

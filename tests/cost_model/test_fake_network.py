@@ -210,30 +210,32 @@ def planned(frames: int, adapter_type: str, **changes: str):
     return plan_memory(job, GPUS["H100"], given_context=False)
 
 
-@pytest.mark.parametrize(
-    "row",
-    json.loads((RESULTS / "gpu_step.json").read_text())["rows"],
-    ids=lambda row: f"{row['adapter_type']}-{row['frames']}",
-)
+MEASURED = json.loads((RESULTS / "gpu_step.json").read_text())
+# Bytes a token and block: until then what norms gave was kept, 3 and 2 widths, and queries and keys, 4.
+AGAIN = 9 * 1536 * 2 if MEASURED["environment"]["date"] < "2026-11-27T23" else 0
+
+
+@pytest.mark.parametrize("row", MEASURED["rows"], ids=lambda row: f"{row['adapter_type']}-{row['frames']}")
 def test_predicted_peaks_are_within_a_tenth_of_those_measured_on_a_gpu(row):
     assert (row["shape"], row["rank"], row["batch"]) == ("medium-base", 16, 1)
     for figure, changes in FIGURES.items():
         if row.get(figure) is not None:
             found = planned(row["frames"], row["adapter_type"], **changes)
+            again = AGAIN * (row["frames"] + 64) * (24 if figure == "total_bytes" else 1)
             # The allocator does not count the context.
-            assert found.peak_bytes - found.bytes["context"] == pytest.approx(row[figure], rel=0.1)
+            assert found.peak_bytes - found.bytes["context"] == pytest.approx(row[figure] - again, rel=0.06)
 
 
-def test_a_compiled_block_keeps_what_products_and_attention_read_and_write():
+def test_a_compiled_block_keeps_what_products_and_attention_give_and_the_stream():
     config = parse_model_config(released_config("medium-base", depth=1), "medium")
     layers = frozenset(candidate_layers(meta_roots(config)))
     adapter = AdapterShape(ADAPTER_TYPES["dora-rows"], 16, layers, formed=True)
     (block,) = FakeNetwork(config, adapter, Numerics(torch.bfloat16, True, True)).count(BatchShape(1, 4091)).blocks
     tokens = 4091 + config.dit.num_memory_tokens
-    # In widths per token. Self-attention: what its layers read and give, 1 and 5, 1 and 1, queries, keys and outputs of
-    # both members; cross-attention: 1 and 2, 1 and 1, queries and outputs; feed-forward: 1 and 8, and 1 of what it
-    # gives, because what its gate gives is made again; stream: 1.
-    widths = (1 + 5 + 1 + 1 + 6) + (1 + 2 + 1 + 1 + 4) + (1 + 8 + 1) + 1
+    # In widths per token: what layers give, 5 and 1, outputs of both members and their difference; likewise in
+    # cross-attention, 2 and 1; in the feed-forward 8 and 1; the stream ahead of each. The rest is made again: 27.4 is
+    # what the compiler keeps (``plan_block.py``), 0.4 of it of the prompt.
+    widths = (5 + 1 + 2 + 1) + (2 + 1 + 2 + 1) + (8 + 1) + 3
     assert block.kept_bytes == pytest.approx(2 * tokens * config.dit.embed_dim * widths, rel=0.03)
 
 
