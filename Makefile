@@ -7,11 +7,13 @@ GPU_PYTHON ?= python3
 OUT ?= kernels/benchmarks/results
 # Three for two cores: a test waits for a fifth of its time. Whole files stay together: they share what they prepare.
 PARALLEL ?= --numprocesses 3 --dist loadfile
-# `make test-services` runs these, the other two targets leave them out: what needs more than the install, and the
-# programs that measure, which are no part of the product and take a minute and a half of processor time.
+# `make test-services` runs these, the other two targets leave them out: what needs more than the install; the programs
+# that measure, which are no part of the product and take a minute and a half of processor time; and a minute of runs
+# whose blocks a C++ compiler compiles.
 SERVICES := tests/serve/test_clients.py tests/serve/test_openapi.py tests/report/test_browser.py tests/serve/test_page_browser.py
 MEASURING := $(addprefix tests/benchmarks/,test_check_gpu.py test_bench_step.py test_profile_step.py)
-APART := $(SERVICES) $(MEASURING)
+COMPILING := tests/training/test_deterministic_compiling.py
+APART := $(SERVICES) $(MEASURING) $(COMPILING)
 
 # A dozen of processes at a time import torch and the tests: without compiled files each compiles all of it anew, which
 # is a third of what a start costs.
@@ -46,7 +48,7 @@ test-services: $(VENV)/.installed
 	$(RUN) -m pip install --quiet --target $(VENV)/clients/fal-client-1.0.0 fal-client==1.0.0
 	npm install --silent --no-audit --prefix $(VENV)/clients @fal-ai/client
 	SA3_REQUIRE_TOOLS=1 $(RUN) -m pytest $(SERVICES)
-	$(RUN) -m pytest $(PARALLEL) $(MEASURING)
+	$(RUN) -m pytest $(PARALLEL) $(MEASURING) $(COMPILING)
 	folder=$$(mktemp -d) && $(RUN) tests/survival/serve_web.py $$folder && rm -r $$folder
 	folder=$$(mktemp -d) && $(RUN) tests/survival/serve_load.py $$folder/load --seconds 60 && rm -r $$folder
 
