@@ -1,6 +1,7 @@
 """Tables of the job queue, and transactions on them, in SQLite and in PostgreSQL."""
 
 import contextlib
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,10 @@ def _explained() -> Iterator[None]:
     except (OperationalError, InterfaceError) as failure:
         raise DatabaseAway(f"database: {first_line(failure.orig or failure)}") from failure
     except DBAPIError as failure:
+        # Exactly this one is what SQLite says of a file that is damaged, or none of its own.
+        if type(failure.orig) is sqlite3.DatabaseError:
+            reason = f"{failure.orig}; restore the file, or move it away and start with an empty queue"
+            raise DatabaseAway(f"database: {reason}") from failure
         if not failure.connection_invalidated:
             raise
         raise DatabaseAway(f"database: {first_line(failure.orig or failure)}") from failure

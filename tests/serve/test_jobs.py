@@ -327,3 +327,9 @@ def test_a_database_that_is_away_is_named(tmp_path):
     pytest.importorskip("psycopg")
     with pytest.raises(DatabaseAway, match="^database: "):
         JobStore(f"postgresql://nobody@/none?host={tmp_path}", tmp_path)
+
+
+def test_a_damaged_database_file_is_named_with_what_to_do(tmp_path):
+    (tmp_path / "jobs.db").write_bytes(b"garbage" * 1000)
+    with pytest.raises(DatabaseAway, match=r"^database: file is not a database; restore the file, or move it away"):
+        JobStore(f"sqlite:///{tmp_path / 'jobs.db'}", tmp_path)
