@@ -189,6 +189,9 @@ def _refusal(error: Exception, label: str) -> DataError | None:
     cause, status = _cause(error)
     if status == 407 or type(cause).__name__ == "ClientHttpProxyError":
         return DataError(f"{label}: the proxy refuses it (status {status}); check http_proxy, https_proxy and no_proxy")
+    # aiohttp's TooManyRedirects, NonHttpUrlRedirectClientError and InvalidUrlRedirectClientError.
+    if "Redirect" in type(cause).__name__:
+        return DataError(f"{label}: redirects without end, or to no http(s) address; check the address")
     if isinstance(cause, FileNotFoundError) or status in (404, 410):
         return DataError(f"{label}: not found; check the address")
     if isinstance(cause, PermissionError) or status in (401, 403) or type(cause).__name__ == "NoCredentialsError":

@@ -389,3 +389,10 @@ def test_an_address_whose_server_does_not_answer_or_that_lacks_a_part_is_one_lin
             fetch.filesystem(address)
     with pytest.raises(DataError, match=r"^dir://x: dir:// is no known kind of location"):
         fetch.filesystem("dir://x")
+
+
+@pytest.mark.parametrize("location", ["/loop.zip", "file:///etc/passwd", "http://["])
+def test_redirects_that_lead_nowhere_are_refused_without_another_try(location, server, tmp_path):
+    server.answers["/loop.zip"] = 302, {"Location": location}, b""
+    with pytest.raises(DataError, match=r"/loop.zip: redirects without end, or to no http\(s\) address; check"):
+        build_shards(f"{server.url}/loop.zip", tmp_path / "work")
