@@ -175,7 +175,8 @@ def help_text() -> str:
     """One line per key: meaning, what it accepts, default."""
     lines = []
     for field, info in Settings.model_fields.items():
-        default = "required" if info.is_required() else f"default {'unset' if info.default is None else info.default}"
+        shown = {"None": "unset", "True": "true", "False": "false"}.get(str(info.default), info.default)
+        default = "required" if info.is_required() else f"default {shown}"
         lines.append(f"  {field}\n      {info.description} ({allowed_values(field)}; {default})")
     return "\n".join(lines)
 

@@ -92,7 +92,7 @@ class Settings(ListeningFields):
     )
     cuda_graphs: Annotated[Literal["auto", "on", "off"], OnOff] = Field(
         "auto",
-        description="replay forward and backward as CUDA graphs: auto (micro batches of up to 2048 tokens), on, off",
+        description="replay forward and backward as CUDA graphs: auto (CUDA, runs of 50 steps or more), on, off",
     )
     deterministic: bool = Field(
         False, description="only deterministic kernels: same command, same bits; what cannot be compiled ends the run"

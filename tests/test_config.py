@@ -202,6 +202,7 @@ def test_help_tells_every_key_with_its_default():
     assert "1..20000; default 1000" in text
     assert "(seconds, H:MM:SS or D-H:MM:SS above 0, at most 31536000; default unset)" in text
     assert "(a list of text, a number, text; default 0.0)" in text
+    assert "(true or false; default false)" in text
 
 
 @pytest.mark.parametrize("key", ["learning_rate", "alpha", "context_weight", "weight_decay"])

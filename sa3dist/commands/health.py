@@ -40,6 +40,7 @@ def health(options: argparse.Namespace) -> None:
     if drift:
         print("drift {mean:.4f} on average (5 % {p5:.4f}, 95 % {p95:.4f}), {negative:.2%} negative".format(**drift))
     print(f"update ratio {row['update_ratio']}, effective rank {row['effective_rank']}, the means of the layers")
+    print(f"{'update ratio':>12} {'eff. rank':>9} {'drift':>9}  layer, those that learn most first")
     for layer in row["layers"][: options.layers]:
         print(f"{layer['update_ratio']!s:>12} {layer['effective_rank']!s:>9} {layer['drift']!s:>9}  {layer['name']}")
 

@@ -59,6 +59,7 @@ def merge(options: argparse.Namespace) -> None:
         write_approximation(options.output, adapters, options.svd)
     else:
         into_base(options.output, base, adapters)
+        print(f"wrote {options.output}")
 
 
 def refuse_own(output: Path, files: Sequence[AdapterFile]) -> None:
@@ -129,7 +130,7 @@ def into_base(output: Path, base: BaseOnDisk, adapters: Sequence[tuple[AdapterOn
         folder = base.config.prompt.subfolder
         if base.files.directory and folder and (base.files.directory / folder).is_dir():
             shutil.copytree(base.files.directory / folder, temporary / folder, copy_function=copy_file)
-    print(f"wrote {output}: {len(names)} of {len(base.weights.shapes)} tensors changed")
+    print(f"{len(names)} of {len(base.weights.shapes)} tensors changed")
 
 
 def copy_file(source: str | Path, target: str | Path) -> None:

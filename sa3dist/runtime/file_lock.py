@@ -17,7 +17,7 @@ LOOK_SECONDS = 0.02
 def opened_alone(path: Path, create: bool, check_stop: Callable[[], None]) -> Iterator[int]:
     """A file descriptor of ``path``, for reading and writing, that no other process has in this way meanwhile.
 
-    create          make it, and its folder, where there is none
+    create       make it, and its folder, where there is none
     check_stop   called now and then while another process has it; what it raises ends the wait
     """
     while True:

@@ -220,12 +220,13 @@ def test_health_is_written_at_every_save_and_changes_no_bit_of_the_training(shor
 def test_the_command_says_of_a_run_and_of_its_file_what_the_last_save_said(watched, source, capsys):
     row = json.loads((watched / "health.jsonl").read_text().splitlines()[-1])
     assert cli.main(["health", str(watched / source), "--layers", "2"]) == 0
-    verdict, drift, means, *layers = capsys.readouterr().out.splitlines()
+    verdict, drift, means, head, *layers = capsys.readouterr().out.splitlines()
     assert verdict == f"{row['verdict']}: {'; '.join(row['reasons'])}"
     # The file has float16.
     assert float(means.split()[2].rstrip(",")) == pytest.approx(row["update_ratio"], rel=1e-2)
     assert float(drift.split()[1]) == pytest.approx(row["drift"]["mean"], abs=1e-3)
     assert [line.split()[-1] for line in layers] == [layer["name"] for layer in row["layers"][:2]]
+    assert head.startswith("update ratio eff. rank     drift  layer")
 
 
 def test_a_start_that_continues_drops_rows_past_its_checkpoint(short_words, watched, tmp_path):
