@@ -6,7 +6,6 @@ Legend: B batch, C latent channels, T latent frames, S context tokens.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
 # Norm floors of the projection without and with a padding mask. Source: the reference's guidance.
 NORM_FLOOR = 1e-12
 MASKED_NORM_FLOOR = 1e-8
+# Of the schedule at t = 1 and at t = 0. Source: the reference's inference.
+LOGSNR_START, LOGSNR_END = -6.2, 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,23 +36,13 @@ class Guidance:
     rescale: float = 0.0
 
 
-def logsnr_schedule(
-    steps: int,
-    sigma_max: float = 1.0,
-    length: int | None = None,
-    rate: float = 0.0,
-    anchor_logsnr: float = -6.2,
-    anchor_length: int = 2000,
-    logsnr_end: float = 2.0,
-) -> Tensor:
+def logsnr_schedule(steps: int, sigma_max: float = 1.0) -> Tensor:
     """Timesteps from ``sigma_max`` to 0, (steps + 1,) float32, spaced evenly in log signal-to-noise ratio.
 
-    length   latent frames; matters only when ``rate`` is not 0
     For sigma_max < 1 the grid is warped before its first entry is set, so it is not monotonic, as in the reference.
     """
-    start = anchor_logsnr - (rate * math.log2(length / anchor_length) if rate else 0.0)
     t = torch.linspace(sigma_max, 0, steps + 1, dtype=torch.float32)
-    warped = torch.sigmoid(-(logsnr_end - t * (logsnr_end - start)))
+    warped = torch.sigmoid(-(LOGSNR_END - t * (LOGSNR_END - LOGSNR_START)))
     warped[t <= 0] = 0.0
     warped[t >= 1] = 1.0
     warped[0] = sigma_max

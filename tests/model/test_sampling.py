@@ -24,14 +24,6 @@ def test_schedule_is_the_references(recorded):
     torch.testing.assert_close(logsnr_schedule(6), recorded["sample.sigmas"], rtol=0, atol=1e-7)
 
 
-def test_schedule_rate_shifts_the_noisy_end_by_octaves_of_length():
-    plain, shifted = logsnr_schedule(10), logsnr_schedule(10, length=4000, rate=0.5)
-    logit = torch.logit
-    # One octave above the anchor length moves the log SNR at t by -rate * t.
-    t = torch.linspace(1, 0, 11)[1:-1]
-    torch.testing.assert_close(logit(shifted[1:-1]) - logit(plain[1:-1]), 0.5 * t, rtol=0, atol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("name", "guidance", "masked", "negative"),
     [
