@@ -112,17 +112,14 @@ class Copies(Observer):
         if not self.group.is_main:
             return None
         begin = time.perf_counter()
-        with contextlib.suppress(Interrupted):
-            try:
-                job = self._job(step)
-                if job.sounds:
-                    with self._changed:
-                        self._jobs.append(job)
-                        self._changed.notify()
-            except Interrupted:
-                raise
-            except Exception as failure:
-                self._say(failure)
+        try:
+            job = self._job(step)
+            if job.sounds:
+                with self._changed:
+                    self._jobs.append(job)
+                    self._changed.notify()
+        except Exception as failure:
+            self._say(failure)
         seconds = time.perf_counter() - begin
         searched, self._seconds = self._seconds, 0.0
         return Observation(step, seconds, {"copies_seconds": seconds + searched})
@@ -192,19 +189,18 @@ class Copies(Observer):
         self._stop.raise_if_requested("looking for copies")
 
     def _work(self) -> None:
-        with contextlib.suppress(Interrupted):
-            while jobs := self._next_jobs():
-                begin = time.perf_counter()
-                try:
-                    for row in self.search.rows(jobs, self._held_out):
-                        self.file.write(row)
-                        for warning in filter(None, (preview["warning"] for preview in row["previews"])):
-                            log.warning("step %d: %s", row["step"], warning)
-                except Interrupted:
-                    raise
-                except Exception as failure:
-                    self._say(failure)
-                self._seconds += time.perf_counter() - begin
+        while jobs := self._next_jobs():
+            begin = time.perf_counter()
+            try:
+                for row in self.search.rows(jobs, self._held_out):
+                    self.file.write(row)
+                    for warning in filter(None, (preview["warning"] for preview in row["previews"])):
+                        log.warning("step %d: %s", row["step"], warning)
+            except Interrupted:
+                return
+            except Exception as failure:
+                self._say(failure)
+            self._seconds += time.perf_counter() - begin
 
     def _next_jobs(self) -> list[Job]:
         """All that wait, for one pass over the clips; empty when no more will come."""
@@ -214,6 +210,9 @@ class Copies(Observer):
             return jobs
 
     def _say(self, failure: Exception) -> None:
+        """Once, and nothing of a signal: that ends the run."""
+        if isinstance(failure, Interrupted):
+            return
         if not self._said:
             log.error(
                 "copies: not looked for: %s: %s; training goes on, others are not told", type(failure).__name__, failure

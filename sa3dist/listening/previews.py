@@ -126,9 +126,11 @@ class Previews(Observer):
     def begin(self, stop: StopRequest) -> Observation:
         seen = self._observe(0, stop)
         step = self.first_step
-        if not step or not self.is_due(step) or not self._count_missing(step):
+        if not step or not self.is_due(step):
             return seen
-        # A signal had cut them short.
+        # Whether a signal had cut them short; rank 0 says it for all, of its disk.
+        if not main_process_first(self.group, f"previews-of-{step}", lambda: self._missing(step), stop=None):
+            return seen
         also = self._observe(step, stop)
         sums = {name: value + seen.sums[name] for name, value in also.sums.items()}
         return dataclasses.replace(also, seconds=seen.seconds + also.seconds, sums=sums)
@@ -139,13 +141,8 @@ class Previews(Observer):
     def is_due(self, step: int) -> bool:
         return step % self.every == 0 or step == self.last
 
-    def _count_missing(self, step: int) -> int:
-        """On rank 0, for all: what lies on its disk."""
-
-        def count() -> int:
-            return sum(not self._path(step, number, "json").exists() for number in range(len(self.prompts)))
-
-        return main_process_first(self.group, f"previews-of-{step}", count, stop=None)
+    def _missing(self, step: int) -> int:
+        return sum(not self._path(step, number, "json").exists() for number in range(len(self.prompts)))
 
     def _observe(self, step: int, stop: StopRequest) -> Observation:
         seconds, missing = self.make(step, stop)
@@ -171,7 +168,7 @@ class Previews(Observer):
             except Exception as failure:
                 self._say(step, failure)
             run_on_all_ranks(self.group, f"previews-{step}", lambda: None, stop)
-            missing = sum(not self._path(step, number, "json").exists() for number in range(len(self.prompts)))
+            missing = self._missing(step)
         return time.perf_counter() - begin, missing
 
     @contextlib.contextmanager

@@ -116,7 +116,18 @@ class TensorBoard(Tracker):
         writer.flush()
 
 
-class Wandb(Tracker):
+class MediaTracker(Tracker):
+    """One whose module has ``Audio`` and ``Image``, which are logged like values."""
+
+    def log_preview(self, step: int, preview: Preview) -> None:
+        module = importlib.import_module(self.modules[0])
+        tag, caption = f"previews/{preview.number}", preview.prompt or "(empty)"
+        audio = module.Audio(str(preview.audio), caption=caption)
+        picture = module.Image(str(preview.picture), caption=caption)
+        self.tracker.log({f"{tag}/audio": audio, f"{tag}/spectrogram": picture}, step=step)
+
+
+class Wandb(MediaTracker):
     modules = ("wandb",)
 
     def open(self, run: TrackedRun) -> GeneralTracker:
@@ -127,30 +138,14 @@ class Wandb(Tracker):
         apart = wandb.Settings(console="off", silent=True, login_timeout=1)
         return WandBTracker(run.project, name=run.name, id=run.id, resume="allow", settings=apart)
 
-    def log_preview(self, step: int, preview: Preview) -> None:
-        import wandb
 
-        tag, caption = f"previews/{preview.number}", preview.prompt or "(empty)"
-        audio = wandb.Audio(str(preview.audio), caption=caption)
-        picture = wandb.Image(str(preview.picture), caption=caption)
-        self.tracker.log({f"{tag}/audio": audio, f"{tag}/spectrogram": picture}, step=step)
-
-
-class Trackio(Tracker):
+class Trackio(MediaTracker):
     modules = ("trackio",)
 
     def open(self, run: TrackedRun) -> GeneralTracker:
         from accelerate.tracking import TrackioTracker
 
         return TrackioTracker(run.project, name=f"{run.name}-{run.id}", resume="allow", embed=False)
-
-    def log_preview(self, step: int, preview: Preview) -> None:
-        import trackio
-
-        tag, caption = f"previews/{preview.number}", preview.prompt or "(empty)"
-        audio = trackio.Audio(str(preview.audio), caption=caption)
-        picture = trackio.Image(str(preview.picture), caption=caption)
-        self.tracker.log({f"{tag}/audio": audio, f"{tag}/spectrogram": picture}, step=step)
 
 
 class Mlflow(Tracker):
