@@ -37,12 +37,6 @@ def made(tmp_path_factory, demo_base):
     return words, folder / "with_audio", folder / "copied"
 
 
-@pytest.fixture(autouse=True)
-def _restore_process_settings():
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def run(words, output_dir, *more):
     return train.main([*words, f"output_dir={output_dir}", *more])
 

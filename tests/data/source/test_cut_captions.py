@@ -2,11 +2,9 @@
 
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
-import torch
 
 from sa3dist import cli, config, train
 from sa3dist.data.source.cut_captions import CutCaptions, cut_captions, text_source
@@ -16,16 +14,6 @@ from sa3dist.model.tiny import byte_tokenizer
 from tests.helpers.clips import captioned, write_zip
 
 LONG = " ".join(f"word{n}" for n in range(200))
-
-
-@pytest.fixture(autouse=True)
-def _restore_process_settings():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -2,13 +2,11 @@
 
 import json
 import os
-import signal
 import struct
 import zipfile
 import zlib
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,16 +19,6 @@ from sa3dist.errors import DataError
 from tests.helpers.clips import captioned, encode, tone, write_folder, write_tar, write_zip
 
 SOUND = encode(tone())
-
-
-@pytest.fixture(autouse=True)
-def _restore_process_settings():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def listing_of(source, tmp_path):
