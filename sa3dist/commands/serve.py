@@ -19,12 +19,11 @@ from sa3dist.data.remote.local_paths import home_path
 from sa3dist.errors import ConfigError
 from sa3dist.runtime.exit_status import command, positive
 from sa3dist.serve.keys import SCOPES, Keys
-from sa3dist.serve.options import Options as RunOptions
-from sa3dist.serve.options import gpus_here, shared_work_dir
+from sa3dist.serve.options import RunOptions, gpus_here, shared_work_dir
 from sa3dist.serve.processes import locks_folder
 
 if TYPE_CHECKING:
-    from sa3dist.serve.server_options import Options as WebOptions
+    from sa3dist.serve.server_options import WebOptions
 
 # Of a cluster, which has a queue of its own; each costs a process here.
 CLUSTER_SLOTS = 8
@@ -155,7 +154,7 @@ def require_free(host: str, port: int) -> None:
 
 def web_options(options: argparse.Namespace, data: Path, url: str) -> WebOptions:
     """What the web server is told. Raises ConfigError."""
-    from sa3dist.serve.server_options import GIB, Options
+    from sa3dist.serve.server_options import GIB, WebOptions
 
     models = dict(options.model)
     for name, path in models.items():
@@ -166,7 +165,7 @@ def web_options(options: argparse.Namespace, data: Path, url: str) -> WebOptions
     for name, host in (("host", options.host), ("public_url", urlsplit(url).hostname)):
         if is_open and host not in LOOPBACK:
             raise ConfigError(f"{name}: {host} is not loopback, a key is needed; sa3dist serve keys add NAME")
-    return Options(
+    return WebOptions(
         data_dir=data,
         public_url=url,
         models=models,

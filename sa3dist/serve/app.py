@@ -21,7 +21,7 @@ from sa3dist.serve.jobs import JobStore
 from sa3dist.serve.keys import Keys, Signer
 from sa3dist.serve.operation import RequestLog
 from sa3dist.serve.ready_status import ReadyStatus
-from sa3dist.serve.server_options import Options
+from sa3dist.serve.server_options import WebOptions
 from sa3dist.serve.service import Service, WireError, message_of
 from sa3dist.serve.snapshot import Snapshot
 from sa3dist.serve.tables import DatabaseAway
@@ -32,7 +32,7 @@ THREADS = 64
 TIDY_SECONDS, AGAIN_SECONDS = 3600.0, 60.0
 
 
-def create_app(options: Options, store: JobStore) -> FastAPI:
+def create_app(options: WebOptions, store: JobStore) -> FastAPI:
     """The application over a job store. It runs no jobs: a scheduler does, here or elsewhere."""
     files = FileStore(options.storage or str(options.data_dir / "files"))
     service = Service(options, store, Keys(options.data_dir), Signer(options.data_dir), files, Snapshot(store))

@@ -6,17 +6,17 @@ from sa3dist.errors import ConfigError
 from sa3dist.serve.executor import Executor
 from sa3dist.serve.kubernetes_executor import Kubernetes
 from sa3dist.serve.local_executor import Local
-from sa3dist.serve.options import Options
+from sa3dist.serve.options import RunOptions
 from sa3dist.serve.slurm_executor import Slurm
 
-EXECUTORS: dict[str, Callable[[Options], Executor]] = {
+EXECUTORS: dict[str, Callable[[RunOptions], Executor]] = {
     "local": lambda options: Local(),
     "slurm": Slurm,
     "kubernetes": Kubernetes,
 }
 
 
-def open_executor(options: Options) -> Executor:
+def open_executor(options: RunOptions) -> Executor:
     """The executor that ``options`` name. Raises ConfigError, EnvironmentFailure when it cannot work here."""
     if options.executor not in EXECUTORS:
         raise ConfigError(f"executor: {options.executor} is unknown; choose {', '.join(EXECUTORS)}")

@@ -12,7 +12,7 @@ from typing import Any
 from sa3dist.runtime import lease
 from sa3dist.serve.job import Job
 from sa3dist.serve.leases import Leases
-from sa3dist.serve.options import Options
+from sa3dist.serve.options import RunOptions
 from sa3dist.serve.tables import DatabaseAway
 
 LOOK_SECONDS = 0.5
@@ -27,7 +27,7 @@ class Keeper:
     Raises DatabaseAway.
     """
 
-    def __init__(self, leases: Leases, job: Job, options: Options) -> None:
+    def __init__(self, leases: Leases, job: Job, options: RunOptions) -> None:
         self._leases, self._job, self._options = leases, job, options
         self._file: Path | None = None
         self._shown: dict[str, Any] = {}

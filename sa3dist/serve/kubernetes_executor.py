@@ -15,7 +15,7 @@ from sa3dist.errors import ConfigError, EnvironmentFailure
 from sa3dist.runtime.launch_files import launch_file
 from sa3dist.serve.cluster import ANSWER_SECONDS, Submitted
 from sa3dist.serve.executor import Attempt
-from sa3dist.serve.options import Options
+from sa3dist.serve.options import RunOptions
 
 LOOK_SECONDS = 0.5
 TERMINAL = ("Completed", "Failed")
@@ -26,13 +26,13 @@ KIND = {"group": "jobset.x-k8s.io", "version": "v1alpha2", "plural": "jobsets"}
 class Kubernetes:
     """Makes launch/kubernetes/jobset.yaml with a pod per node. The jobs' folder is below the claim's mount there, too.
 
-    Options.options: namespace=, and in the place of what the manifest has image=, claim=, mount= (of the claim),
+    RunOptions.options: namespace=, and in the place of what the manifest has image=, claim=, mount= (of the claim),
     cpu= and memory= (of a pod)
     """
 
     outlives_shepherd = True
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: RunOptions) -> None:
         try:
             import urllib3
             from kubernetes import client, config

@@ -13,7 +13,7 @@ from sa3dist.serve.leases import LEASE_SECONDS
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class RunOptions:
     """All plain values: they travel as JSON.
 
     executor          local, slurm or kubernetes
@@ -65,7 +65,7 @@ class Options:
         return dataclasses.asdict(self)
 
     @classmethod
-    def of_json(cls, values: dict[str, Any]) -> Options:
+    def of_json(cls, values: dict[str, Any]) -> RunOptions:
         lists = {name: tuple(values[name]) for name in ("devices", "options")}
         return cls(**values | lists)
 

@@ -22,7 +22,7 @@ from sa3dist.serve.executors import open_executor
 from sa3dist.serve.job import Job
 from sa3dist.serve.jobs import JobStore
 from sa3dist.serve.leases import Leases, Place
-from sa3dist.serve.options import Options, gpus_here, shared_work_dir
+from sa3dist.serve.options import RunOptions, gpus_here, shared_work_dir
 from sa3dist.serve.processes import Mark, locks_folder
 from sa3dist.serve.tables import DatabaseAway
 
@@ -35,7 +35,7 @@ SHEPHERD_LOG = "shepherd.log"
 class Scheduler:
     """Runs the jobs of ``store`` as ``options`` say. keep_days: finished jobs are deleted after; None: as they ask."""
 
-    def __init__(self, store: JobStore, options: Options, keep_days: float | None = None) -> None:
+    def __init__(self, store: JobStore, options: RunOptions, keep_days: float | None = None) -> None:
         self._store, self._options, self._keep_days = store, options, keep_days
         self._leases = Leases(store)
         self._place = Place(
@@ -88,7 +88,7 @@ class Scheduler:
             shepherd.wait()
 
 
-def start_shepherd(store: JobStore, job: Job, options: Options) -> subprocess.Popen:
+def start_shepherd(store: JobStore, job: Job, options: RunOptions) -> subprocess.Popen:
     """Start the process that runs a claimed job. If that comes to nothing, its lease ends and it is given out again."""
     job.folder.mkdir(parents=True, exist_ok=True)
     devices = tuple(job.devices or ()) if options.gpus else ()
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sa3dist.serve.scheduler", description=main.__doc__)
     parser.add_argument("--database", help="sqlite:///FILE or postgresql://...; unset = DATA/jobs.db")
     parser.add_argument("--data", required=True, type=Path, metavar="DATA", help="folder of all files")
-    parser.add_argument("--options", default="{}", help="JSON: what Options of sa3dist/serve/options.py hold")
+    parser.add_argument("--options", default="{}", help="JSON: what RunOptions of sa3dist/serve/options.py hold")
     words = parser.parse_args(argv)
     logging.basicConfig(format="%(asctime)s scheduler: %(message)s", stream=sys.stderr, level=logging.INFO)
     data = words.data.absolute()
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda number, frame: stop.set())
     try:
         store = JobStore(words.database or f"sqlite:///{data / 'jobs.db'}", data / "jobs")
-        scheduler = Scheduler(store, Options.of_json(values))
+        scheduler = Scheduler(store, RunOptions.of_json(values))
     except SA3DistError as problem:
         print(problem, file=sys.stderr)
         return problem.exit_code

@@ -9,7 +9,7 @@ MIB, GIB = 1 << 20, 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class WebOptions:
     """One server's options; several servers of one database are given the same.
 
     data_dir       keys, secret, and uploaded files unless ``storage`` says otherwise

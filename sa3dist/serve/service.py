@@ -19,7 +19,7 @@ from sa3dist.serve.files import FileStore, is_id
 from sa3dist.serve.job import Job
 from sa3dist.serve.jobs import JobStore, places_of
 from sa3dist.serve.keys import LOCAL, Caller, Keys, Signer
-from sa3dist.serve.server_options import Options
+from sa3dist.serve.server_options import WebOptions
 from sa3dist.serve.snapshot import Snapshot
 
 # The hosted endpoint's words for what is not the input's fault, and their status.
@@ -104,7 +104,7 @@ class Slots:
 class Service:
     """One server: its options and everything that routes work on."""
 
-    options: Options
+    options: WebOptions
     store: JobStore
     keys: Keys
     signer: Signer

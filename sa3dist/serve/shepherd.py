@@ -23,7 +23,7 @@ from sa3dist.serve.keeper import Keeper
 from sa3dist.serve.leases import Leases
 from sa3dist.serve.local_executor import LEASE_NAME
 from sa3dist.serve.logs import Logs, public, public_names
-from sa3dist.serve.options import Options
+from sa3dist.serve.options import RunOptions
 from sa3dist.serve.processes import Mark, end_marked, take_lock
 from sa3dist.serve.tables import RUNNING
 
@@ -40,7 +40,7 @@ class Lost(Exception):
 class Shepherd:
     """One attempt. mark: what this process itself was started with."""
 
-    def __init__(self, store: JobStore, job: Job, options: Options, mark: Mark) -> None:
+    def __init__(self, store: JobStore, job: Job, options: RunOptions, mark: Mark) -> None:
         self._store, self._job, self._options, self._mark = store, job, options, mark
         self._leases = Leases(store)
         self._executor: Executor = open_executor(options)
@@ -233,7 +233,7 @@ def run(told: dict[str, Any]) -> None:
     store = JobStore(told["database"], Path(told["folder"]))
     job = store.get(told["job"])
     if job is not None and (job.state, job.fence) == (RUNNING, told["fence"]):
-        Shepherd(store, job, Options.of_json(told["options"]), Mark.of_json(told["mark"])).run()
+        Shepherd(store, job, RunOptions.of_json(told["options"]), Mark.of_json(told["mark"])).run()
 
 
 if __name__ == "__main__":

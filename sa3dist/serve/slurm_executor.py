@@ -15,7 +15,7 @@ from sa3dist.errors import ConfigError, EnvironmentFailure
 from sa3dist.runtime.launch_files import launch_file
 from sa3dist.serve.cluster import ANSWER_SECONDS, Submitted
 from sa3dist.serve.executor import Attempt
-from sa3dist.serve.options import Options
+from sa3dist.serve.options import RunOptions
 from sa3dist.serve.processes import MARK
 
 
@@ -24,7 +24,7 @@ class Slurm:
 
     outlives_shepherd = True
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: RunOptions) -> None:
         if shutil.which("sbatch") is None:
             raise ConfigError("executor: slurm needs sbatch, squeue and scancel; they are not installed here")
         self._options = options

@@ -12,7 +12,7 @@ from sa3dist.serve.app import create_app
 from sa3dist.serve.connections import Connection
 from sa3dist.serve.jobs import JobStore
 from sa3dist.serve.keys import Keys
-from sa3dist.serve.server_options import DEFAULT_APP, Options
+from sa3dist.serve.server_options import DEFAULT_APP, WebOptions
 
 PATH = f"/{DEFAULT_APP}"
 REQUEST = {"audio_data_url": "data:application/zip;base64,UEsFBgAAAAAAAAAAAAAAAAAAAAAAAA==", "number_of_steps": 7}
@@ -22,7 +22,7 @@ REQUEST = {"audio_data_url": "data:application/zip;base64,UEsFBgAAAAAAAAAAAAAAAA
 def application(folder: Path, **options):
     """An application without limits on the disk, and its job store."""
     store = JobStore(f"sqlite:///{folder / 'jobs.db'}")
-    yield create_app(Options(**{"data_dir": folder, "min_free_bytes": 0, **options}), store), store
+    yield create_app(WebOptions(**{"data_dir": folder, "min_free_bytes": 0, **options}), store), store
     store.close()
 
 

@@ -12,7 +12,7 @@ from sa3dist.request.fields import EndpointFields
 from sa3dist.serve.app import create_app
 from sa3dist.serve.jobs import JobStore
 from sa3dist.serve.keys import Keys
-from sa3dist.serve.server_options import DEFAULT_APP, Options
+from sa3dist.serve.server_options import DEFAULT_APP, WebOptions
 from tests.helpers import asgi
 from tests.helpers.fuzzing import HOSTILE_VALUES, mutated
 
@@ -152,7 +152,7 @@ def test_fuzzed_requests_are_answered_and_leave_no_file_behind(tmp_path):
     data = tmp_path / "data"
     keys = [Keys(data).add(name, "submit") for name in ("one", "two")]
     store = JobStore(f"sqlite:///{data / 'jobs.db'}")
-    app = create_app(Options(data_dir=data, is_open=False, min_free_bytes=0, max_body_bytes=1 << 20), store)
+    app = create_app(WebOptions(data_dir=data, is_open=False, min_free_bytes=0, max_body_bytes=1 << 20), store)
     counts, growth = asyncio.run(send_all(app, Requests(1, keys)))
     # The walk comes past every kind of answer.
     assert {200, 202, 400, 401, 404, 413, 422} <= counts.keys(), counts

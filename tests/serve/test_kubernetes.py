@@ -15,7 +15,7 @@ from sa3dist.formats import write_json
 from sa3dist.serve import cluster
 from sa3dist.serve.executor import Attempt
 from sa3dist.serve.jobs import JobStore
-from sa3dist.serve.options import Options
+from sa3dist.serve.options import RunOptions
 from sa3dist.serve.processes import Mark
 from tests.helpers import kubernetes_api
 
@@ -95,7 +95,7 @@ def opened(*more: str):
     from sa3dist.serve.executors import open_executor
 
     words = ("namespace=sound", "image=registry/sa3dist:1", "claim=music", "mount=/music", *more)
-    return open_executor(Options("kubernetes", (0,), "/work", "/locks", "here", options=words))
+    return open_executor(RunOptions("kubernetes", (0,), "/work", "/locks", "here", options=words))
 
 
 def end(api, attempt, exit_code: int | None, state: str) -> None:

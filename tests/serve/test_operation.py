@@ -13,9 +13,9 @@ from sa3dist.commands import serve as command
 from sa3dist.serve import operation
 from sa3dist.serve.app import create_app
 from sa3dist.serve.jobs import JobStore
-from sa3dist.serve.options import Options as RunOptions
+from sa3dist.serve.options import RunOptions
 from sa3dist.serve.scheduler import Scheduler
-from sa3dist.serve.server_options import DEFAULT_APP, Options
+from sa3dist.serve.server_options import DEFAULT_APP, WebOptions
 from sa3dist.serve.tables import QUEUED
 from tests.helpers import serve
 
@@ -31,7 +31,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def client(tmp_path, store):
-    with TestClient(create_app(Options(data_dir=tmp_path, min_free_bytes=0), store)) as opened:
+    with TestClient(create_app(WebOptions(data_dir=tmp_path, min_free_bytes=0), store)) as opened:
         yield opened
 
 
@@ -109,7 +109,7 @@ def test_a_ready_answer_is_that_of_the_route_and_goes_to_nobody_else(tmp_path, s
     from sa3dist.serve.keys import Keys
 
     one, two = ({"Authorization": f"Key {Keys(tmp_path).add(name, 'submit')}"} for name in ("one", "two"))
-    with TestClient(create_app(Options(data_dir=tmp_path, is_open=False, min_free_bytes=0), store)) as client:
+    with TestClient(create_app(WebOptions(data_dir=tmp_path, is_open=False, min_free_bytes=0), store)) as client:
         first = client.post(f"/{DEFAULT_APP}", json=REQUEST, headers=one).json()
         address = first["status_url"]
         # Made by the route, then from memory.

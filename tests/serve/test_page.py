@@ -11,7 +11,7 @@ from sa3dist.serve.jobs import JobStore
 from sa3dist.serve.keys import Keys
 from sa3dist.serve.leases import Leases, Place
 from sa3dist.serve.page_routes import PAGE
-from sa3dist.serve.server_options import DEFAULT_APP, Options
+from sa3dist.serve.server_options import DEFAULT_APP, WebOptions
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 HERE = Place("o", "h", "local", (0,), devices_per_job=1, limit=None, lease_seconds=60)
@@ -33,7 +33,7 @@ def keys(tmp_path):
 
 @pytest.fixture
 def client(store, keys, tmp_path):
-    with TestClient(create_app(Options(data_dir=tmp_path, is_open=False, min_free_bytes=0), store)) as opened:
+    with TestClient(create_app(WebOptions(data_dir=tmp_path, is_open=False, min_free_bytes=0), store)) as opened:
         yield opened
 
 

@@ -17,7 +17,7 @@ from sa3dist.serve import webhooks, wire
 from sa3dist.serve.app import create_app
 from sa3dist.serve.jobs import JobStore
 from sa3dist.serve.keys import Keys
-from sa3dist.serve.server_options import DEFAULT_APP, Options
+from sa3dist.serve.server_options import DEFAULT_APP, WebOptions
 from sa3dist.serve.tables import jobs
 from tests.helpers.servers import hostile_http
 
@@ -26,7 +26,7 @@ REQUEST = {"audio_data_url": "data:application/zip;base64,UEsFBgAAAAAAAAAAAAAAAA
 
 @pytest.fixture
 def options(tmp_path):
-    return Options(data_dir=tmp_path, models={"tiny": "/models/tiny"}, min_free_bytes=0, max_body_bytes=1 << 20)
+    return WebOptions(data_dir=tmp_path, models={"tiny": "/models/tiny"}, min_free_bytes=0, max_body_bytes=1 << 20)
 
 
 @pytest.fixture
