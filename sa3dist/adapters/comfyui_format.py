@@ -18,6 +18,7 @@ Legend: O fan_out, I fan_in, R rank.
 from collections.abc import Callable
 
 import torch
+from sa3dist_kernels.weight_norms import EPS as NORM_EPS
 
 from sa3dist.adapters.file import AdapterFile
 from sa3dist.adapters.lazy_file import AdapterOnDisk
@@ -76,13 +77,9 @@ def _targets(file: AdapterFile) -> dict[str, str]:
 
 def _row_scale(adapter: AdapterOnDisk, name: str) -> torch.Tensor:
     """What the loader has to multiply row by row, in the shape it broadcasts: (O, 1), or (O, 1, 1) of a convolution."""
-    before = adapter.base.fp32_weight(name).flatten(1)
-    up, down = adapter.factors(name)
-    after = before + adapter.scale * up @ down
+    before_O = torch.linalg.vector_norm(adapter.base.fp32_weight(name).flatten(1), dim=1)
     magnitude = adapter.trained(name)[adapter.kind.row_magnitude]
-    before_O, after_O = (torch.linalg.vector_norm(value, dim=1) for value in (before, after))
-    # As in the effective weight, 1e-12 keeps a row that vanishes finite.
-    scale = magnitude * (before_O + EPS) / (after_O + 1e-12)
+    scale = magnitude * (before_O + EPS) / (adapter.row_norms(name) + NORM_EPS)
     return scale.reshape((-1, 1, 1) if _is_convolution(name) else (-1, 1))
 
 

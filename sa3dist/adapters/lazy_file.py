@@ -7,15 +7,13 @@ from collections.abc import Mapping
 
 import torch
 from sa3dist_kernels import effective_weight_reference, frozen_constants
+from sa3dist_kernels.weight_norms import EPS
 
 from sa3dist.adapters.attach import AdapterConfig
 from sa3dist.adapters.file import BASE_KEY, AdapterFile
 from sa3dist.adapters.svd_bases import singular_bases
 from sa3dist.adapters.transfer import covered_layers
 from sa3dist.model.loading import BaseOnDisk
-
-# Added to norms, as the format has it.
-EPS = 1e-12
 
 
 def factors(
@@ -71,7 +69,6 @@ class AdapterOnDisk:
         self.file, self.base = file, base
         self.layers = covered_layers(file, base.adapter_roots)
         self.kind = file.config.kind
-        self.scale = file.config.alpha / file.config.rank
         self._trained = file.layers()
 
     @property
