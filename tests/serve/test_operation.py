@@ -12,7 +12,6 @@ from starlette.testclient import TestClient
 from sa3dist.commands import serve as command
 from sa3dist.serve import operation
 from sa3dist.serve.app import create_app
-from sa3dist.serve.jobs import JobStore
 from sa3dist.serve.options import RunOptions
 from sa3dist.serve.scheduler import Scheduler
 from sa3dist.serve.server_options import DEFAULT_APP, WebOptions
@@ -23,10 +22,8 @@ REQUEST = {"audio_data_url": "data:application/zip;base64,UEsFBgAAAAAAAAAAAAAAAA
 
 
 @pytest.fixture
-def store(tmp_path):
-    opened = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}")
-    yield opened
-    opened.close()
+def database_url(tmp_path):
+    return f"sqlite:///{tmp_path / 'jobs.db'}"
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pytest
 from starlette.testclient import TestClient
 
 from sa3dist.serve.app import create_app
-from sa3dist.serve.jobs import JobStore
 from sa3dist.serve.keys import Keys
 from sa3dist.serve.leases import Leases, Place
 from sa3dist.serve.page_routes import PAGE
@@ -18,10 +17,8 @@ HERE = Place("o", "h", "local", (0,), devices_per_job=1, limit=None, lease_secon
 
 
 @pytest.fixture
-def store(tmp_path):
-    opened = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}")
-    yield opened
-    opened.close()
+def database_url(tmp_path):
+    return f"sqlite:///{tmp_path / 'jobs.db'}"
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from sa3dist.data.remote.public_addresses import PUBLIC_ONLY_VARIABLE
 from sa3dist.errors import DataError
 from sa3dist.serve import webhooks, wire
 from sa3dist.serve.app import create_app
-from sa3dist.serve.jobs import JobStore
 from sa3dist.serve.keys import Keys
 from sa3dist.serve.server_options import DEFAULT_APP, WebOptions
 from sa3dist.serve.tables import jobs
@@ -30,10 +29,8 @@ def options(tmp_path):
 
 
 @pytest.fixture
-def store(tmp_path):
-    opened = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}")
-    yield opened
-    opened.close()
+def database_url(tmp_path):
+    return f"sqlite:///{tmp_path / 'jobs.db'}"
 
 
 @pytest.fixture
