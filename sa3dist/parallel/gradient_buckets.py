@@ -5,7 +5,7 @@ import functools
 import torch
 import torch.distributed as dist
 
-from sa3dist.parallel.flat_adamw import FlatAdapters
+from sa3dist.parallel.flat_adamw import FlatGradients
 from sa3dist.runtime.process_group import Group
 
 # 16 MiB of float32: long enough for full speed on any link, short enough to begin early in the backward pass.
@@ -13,14 +13,14 @@ BUCKET_ELEMENTS = 1 << 22
 
 
 class GradientReduction:
-    """Averages a ``FlatAdapters``' gradient in place, with the same all-reduces in the same order on every rank.
+    """Averages a ``FlatGradients``' gradient in place, with the same all-reduces in the same order on every rank.
 
     Buckets are spans of the buffer, from its end, where the layers are that the backward pass meets first. A bucket is
     sent as soon as it and those before it are complete; the rest is sent with the scalars in ``finish``. When a bucket
     is sent changes no bit.
     """
 
-    def __init__(self, flat: FlatAdapters, group: Group, compression: str, bucket_elements: int = BUCKET_ELEMENTS):
+    def __init__(self, flat: FlatGradients, group: Group, compression: str, bucket_elements: int = BUCKET_ELEMENTS):
         """compression   "none", or "bf16": gradients are sent and summed in bfloat16; scalars never are"""
         self.flat = flat
         self.group = group
