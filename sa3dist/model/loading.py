@@ -53,7 +53,10 @@ def _existing_directory(name: str) -> Path:
     directory = Path(expand_home(name))
     if not os.path.isdir(directory):
         known = ", ".join(RELEASED)
-        raise CheckpointError(f"model={name}: no such directory, and not a released base ({known})")
+        raise CheckpointError(
+            f"model={name}: no such directory, and not a released base ({known}); give its path (an adapter file has "
+            f"the folder's name alone)"
+        )
     return directory
 
 
