@@ -60,10 +60,10 @@ def _days(text: str) -> float:
 
 ARGUMENTS = {
     "--model": {"type": _model, "action": "append", "default": [], "metavar": "NAME=PATH", "help": "base of that name"},
-    "--host": {"default": "127.0.0.1", "help": "address to listen at; beyond loopback a key is needed"},
-    "--port": {"type": int, "default": 8000},
+    "--host": {"default": "127.0.0.1", "help": "default %(default)s; beyond loopback a key is needed"},
+    "--port": {"type": int, "default": 8000, "help": "default %(default)s"},
     "--public-url": {"help": "how clients reach the server, behind a proxy for instance"},
-    "--data-dir": {"type": home_path, "default": Path("sa3dist-serve"), "help": "jobs, uploads, keys"},
+    "--data-dir": {"type": home_path, "default": Path("sa3dist-serve"), "help": "of all files (default %(default)s)"},
     "--database": {"help": "sqlite:///FILE or postgresql://...; unset = jobs.db in data-dir"},
     "--storage": {"help": "fsspec address of uploaded files; unset = files in data-dir"},
     "--slots": {
@@ -84,13 +84,13 @@ ARGUMENTS = {
     "--allow-private-webhooks": {"action": "store_true", "help": "call webhooks in this machine's network"},
     "--max-queue": {"type": _natural, "help": "refuse submits while more jobs wait"},
     "--keep-days": {"type": _days, "help": "delete finished jobs, and uploads that none needs, after; unset = never"},
-    "--min-free": {"type": _natural, "default": 1, "metavar": "GIB", "help": "refuse submits below this free space"},
+    "--min-free": {"type": _natural, "default": 1, "metavar": "GIB", "help": "space to stay free; default %(default)s"},
 }
 KEY_ARGUMENTS = {
     "action": {"choices": ["add", "list", "remove"]},
     "name": {"nargs": "?", "default": "", "help": "of a new key, or the id of one to remove"},
     "--scope": {"choices": SCOPES, "default": "submit", "help": "admin sees everybody's jobs"},
-    "--data-dir": {"type": home_path, "default": Path("sa3dist-serve")},
+    "--data-dir": {"type": home_path, "default": Path("sa3dist-serve"), "help": "the server's (default %(default)s)"},
 }
 
 

@@ -84,7 +84,7 @@ ARGUMENTS = {
     "arguments": {"nargs": "+", "metavar": "CONFIG.yaml|REQUEST.json|key=value", "help": "as for sa3dist train"},
     "--backend": {"required": True, "choices": BACKENDS},
     "--dry-run": {"action": "store_true", "help": "print what would be submitted, and submit nothing"},
-    "--processes": {"type": positive, "metavar": "N", "help": "processes per node; unset = all GPUs, or 8 asked for"},
+    "--processes": {"type": positive, "metavar": "N", "help": "per node; unset = all GPUs, 8 with a scheduler"},
     "--nodes": {"type": positive, "default": 1, "metavar": "N", "help": "nodes (slurm, kubernetes)"},
     "--option": {"action": "append", "default": [], "help": "passed on to sbatch or kubectl apply; may repeat"},
     "--image": {"default": "sa3dist:0.1.0", "help": "container image (kubernetes)"},
