@@ -172,6 +172,20 @@ def test_too_few_clips_say_how_to_lift_the_limit(refuse, demo_clips, tmp_path):
     assert only_line(refuse(audio_data_url=path), "three.zip", "3", "allow_any_dataset_size")
 
 
+def test_a_refusal_behind_warnings_leaves_none_of_them_or_those_of_before(refuse, demo_base, demo_clips, tmp_path):
+    path = tmp_path / "more.zip"
+    shutil.copy(demo_clips, path)
+    with zipfile.ZipFile(path, "a") as more:
+        more.writestr("notes.pdf", b"x")
+    words = {"audio_data_url": path, "validation": "[nope]"}
+    assert only_line(refuse(**words), "validation: 'nope' is no clip")
+    earlier = b'{"message": "of an earlier run"}\n'
+    (tmp_path / "out/warnings.jsonl").write_bytes(earlier)
+    same = {**words, "model": demo_base, "output_dir": tmp_path / "out", "work_dir": tmp_path / "work"}
+    assert train.main([f"{key}={value}" for key, value in same.items()]) == 2
+    assert (tmp_path / "out/warnings.jsonl").read_bytes() == earlier
+
+
 def test_a_base_without_text_encoder(refuse, demo_base, tmp_path):
     shutil.copytree(demo_base, tmp_path / "base")
     shutil.rmtree(tmp_path / "base/t5gemma-b-b-ul2")

@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from sa3dist.errors import EXIT_USER, SA3DistError
 from sa3dist.formats import write_whole
 from sa3dist.report.run_folder import STARTS_NAME, WARNINGS_NAME, without_keys
 
@@ -34,8 +35,10 @@ def recorded_warnings(output_dir: Path, anew: bool) -> Iterator[None]:
     """Append what is logged as a warning or worse to ``output_dir/warnings.jsonl`` while the block runs.
 
     anew   whether a run begins: warnings of an earlier one are dropped
+    A run that is refused leaves the file as it was.
     """
     path = Path(output_dir) / WARNINGS_NAME
+    earlier = path.read_bytes() if path.is_file() else None
     if anew:
         # A file in the place of output_dir is refused by the run itself.
         with contextlib.suppress(NotADirectoryError):
@@ -44,6 +47,11 @@ def recorded_warnings(output_dir: Path, anew: bool) -> Iterator[None]:
     logging.getLogger().addHandler(handler)
     try:
         yield
+    except SA3DistError as failure:
+        if failure.exit_code == EXIT_USER:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True) if earlier is None else write_whole(path, earlier)
+        raise
     finally:
         logging.getLogger().removeHandler(handler)
 

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import logging
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -129,12 +130,13 @@ def chosen_by_share(groups: Sequence[list[str]], share: float, seed: int) -> lis
 def chosen_by_name(clips: Sequence[ClipEntry], groups: Sequence[list[str]], names: Sequence[str]) -> list[str]:
     """Keys of the clips that are named, by key, file or folder, and of what belongs to them; sorted."""
     named: set[str] = set()
+    # macOS stores names decomposed, keyboards give them composed.
+    composed = [(unicodedata.normalize("NFC", clip.key), clip) for clip in clips]
     for name in names:
-        folder = f"{name.rstrip('/')}/"
+        asked = unicodedata.normalize("NFC", name)
+        folder = f"{asked.rstrip('/')}/"
         found = {
-            clip.key
-            for clip in clips
-            if name in (clip.key, f"{clip.key}.{clip.extension}") or clip.key.startswith(folder)
+            clip.key for key, clip in composed if asked in (key, f"{key}.{clip.extension}") or key.startswith(folder)
         }
         if not found:
             near = difflib.get_close_matches(name, [clip.key for clip in clips], n=1)

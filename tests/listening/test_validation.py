@@ -88,6 +88,10 @@ def test_names_are_clips_files_or_folders_and_what_belongs_to_them_follows():
     assert chosen_by_name(CLIPS, groups, ["takes/t03.wav"]) == ["takes/t03", "takes/t07"]
     assert chosen_by_name(CLIPS, groups, ["takes/t01", "takes/t02"]) == ["takes/t01", "takes/t02"]
     assert len(chosen_by_name(CLIPS, groups, ["takes/"])) == 30
+    # As macOS stores it, and as it is typed.
+    decomposed = [clip("cafe\u0301/t")]
+    for name in ("caf\u00e9/t", "caf\u00e9/", "cafe\u0301/t.wav"):
+        assert chosen_by_name(decomposed, [["cafe\u0301/t"]], [name]) == ["cafe\u0301/t"]
     with pytest.raises(ConfigError, match="validation: 'takes/t0l' is no clip, .*, did you mean 'takes/t"):
         chosen_by_name(CLIPS, groups, ["takes/t0l"])
 
