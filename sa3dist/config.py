@@ -49,7 +49,7 @@ def read_file(path: str) -> dict[str, Any]:
             hint = "; a config is UTF-8 text, a data set is given as audio_data_url=..."
         raise ConfigError(f"{label or repr(path)}: cannot read this config file ({_reason(error)}){hint}") from error
     try:
-        value = json.loads(text, object_pairs_hook=_each_once) if is_json else read_yaml(text)
+        value = json.loads(text, object_pairs_hook=each_once) if is_json else read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(
             f"{label}: not valid YAML: {_reason(error)}; a value with ': ', ' #' or brackets in it needs quotes"
@@ -242,7 +242,7 @@ def read_yaml(text: str) -> Any:
     try:
         root = loader.get_single_node()
         if isinstance(root, yaml.MappingNode):
-            _each_once([(key.value, None) for key, _ in root.value if isinstance(key, yaml.ScalarNode)])
+            each_once([(key.value, None) for key, _ in root.value if isinstance(key, yaml.ScalarNode)])
             for key, value in root.value:
                 _refuse_doubtful_comment(text, key, value)
         found = None if root is None else loader.construct_document(root)
@@ -253,12 +253,12 @@ def read_yaml(text: str) -> Any:
     return {key: parse_value(key, value) if isinstance(value, str) else value for key, value in found.items()}
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Keys with their values. Raises ValueError for a key that is there twice: readers keep the one or the other."""
     counts = collections.Counter(key for key, _ in pairs)
     twice = [key for key, count in counts.items() if count > 1]
     if twice:
-        raise ValueError(f"{', '.join(twice)}: given more than once in this file; keep one")
+        raise ValueError(f"{', '.join(twice)}: given more than once; keep one")
     return dict(pairs)
 
 

@@ -167,8 +167,8 @@ def test_a_value_that_is_no_yaml_is_taken_as_text():
         ("a.json", "{", "not valid JSON"),
         ("a.yaml", "a: [", "not valid YAML"),
         ("a.yaml", "- 1", "holds a list"),
-        ("a.yaml", "rank: 3\nseed: 1\nrank: 4\n", "rank: given more than once in this file; keep one"),
-        ("a.json", '{"rank": 3, "rank": 4}', "rank: given more than once in this file; keep one"),
+        ("a.yaml", "rank: 3\nseed: 1\nrank: 4\n", "rank: given more than once; keep one"),
+        ("a.json", '{"rank": 3, "rank": 4}', "rank: given more than once; keep one"),
         ("a.yaml", None, "cannot read"),
     ],
 )

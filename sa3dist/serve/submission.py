@@ -16,7 +16,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 from pydantic import ValidationError
 
-from sa3dist.config import explain
+from sa3dist.config import each_once, explain
 from sa3dist.data.remote.public_addresses import inward_address
 from sa3dist.model.released import RELEASED
 from sa3dist.request.fields import EndpointFields
@@ -50,7 +50,7 @@ def read_body(body: bytes) -> dict[str, Any]:
         # A value of two bytes takes up sixty of memory.
         raise WireError(422, [refusal(["body"], f"more than {MOST_VALUES} values", "too_long")])
     try:
-        value = json.loads(body, parse_constant=_refuse_constant)
+        value = json.loads(body, parse_constant=_refuse_constant, object_pairs_hook=each_once)
         text = json.dumps(value, ensure_ascii=False)
         text.encode()
     except (ValueError, RecursionError) as error:

@@ -272,3 +272,10 @@ def test_a_token_for_uploads_uploads_alone_and_ends_with_its_key(tmp_path):
         assert client.post(PATH, json=REQUEST, headers=bearer).status_code == 401
         Keys(tmp_path).remove(one["Authorization"].removeprefix("Key ").partition(":")[0])
         assert send().status_code == 401
+
+
+def test_a_field_that_a_request_holds_twice_is_refused_as_in_a_config():
+    with pytest.raises(service.WireError) as refused:
+        submission.read_body(b'{"audio_data_url": "https://example.com/a.zip", "rank": 4, "rank": 8}')
+    assert refused.value.status == 422
+    assert refused.value.detail[0]["msg"] == "no valid JSON: rank: given more than once; keep one"
