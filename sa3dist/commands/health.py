@@ -12,7 +12,7 @@ from sa3dist.listening.health_numbers import measure_layer, summary
 from sa3dist.listening.verdict import judge
 from sa3dist.model.loading import load_base
 from sa3dist.runtime.exit_status import command
-from sa3dist.training.metrics import METRICS_NAME
+from sa3dist.training.row_files import METRICS_NAME
 
 ARGUMENTS = {
     "source": {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from sa3dist.adapters import adapted_layers
 from sa3dist.listening.health_numbers import measure_layer, summary
 from sa3dist.listening.verdict import judge
-from sa3dist.training.metrics import METRICS_NAME, RowsFile
+from sa3dist.training.metrics import RowsFile
 from sa3dist.training.observers import Observation, Observer
+from sa3dist.training.row_files import METRICS_NAME, objects
 
 if TYPE_CHECKING:
     from torch import nn
@@ -135,10 +135,9 @@ class Losses:
         return {**({"training": sum(self._training) / len(self._training)} if enough else {}), **self._validation}
 
     def _new_rows(self) -> Iterator[dict[str, Any]]:
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
+        data = b""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), self._path.open("rb") as file:
             file.seek(self._read)
-            for line in file:
-                self._read += len(line)
-                yield json.loads(line)
+            data = file.read()
+        self._read += len(data)
+        return objects(data.decode(errors="replace").splitlines())

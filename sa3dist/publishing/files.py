@@ -10,6 +10,7 @@ from typing import Any
 from sa3dist.errors import CheckpointError, ConfigError
 from sa3dist.formats import BEST_ADAPTER_NAME, RUN_CONFIG_NAME, write_whole
 from sa3dist.publishing import card, curves
+from sa3dist.training.row_files import METRICS_NAME, read_rows
 
 log = logging.getLogger(__name__)
 
@@ -56,20 +57,11 @@ def previews_of(folder: Path, description: dict[str, Any], with_captions: bool) 
     return made
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    found = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            # The last one may have been cut off.
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-    return found
-
-
 def make(folder: Path, with_captions: bool = False) -> dict[str, str]:
     """The texts that go beside the adapter, by their names. Nothing is written. Raises as ``describe``."""
     description = describe(folder)
-    picture = curves.draw([row for row in _rows(folder / "metrics.jsonl") if row.get("step", 0) <= description["step"]])
+    rows = read_rows(folder / METRICS_NAME)
+    picture = curves.draw([row for row in rows if row.get("step", 0) <= description["step"]])
     adapters = [name for name in ADAPTERS if (folder / name).is_file()]
     previews = previews_of(folder, description, with_captions)
     text = card.write(description, previews, CURVES_NAME if picture else None, adapters)

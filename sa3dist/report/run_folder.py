@@ -13,6 +13,7 @@ import yaml
 from sa3dist.data.remote.fetch import redacted
 from sa3dist.errors import DataError
 from sa3dist.formats import RUN_CONFIG_NAME, DatasetIndex, dataset_digest
+from sa3dist.training.row_files import METRICS_NAME, read_rows
 
 # Written by the run, beside what other parts of it write there.
 WARNINGS_NAME, STARTS_NAME = "warnings.jsonl", "starts.jsonl"
@@ -108,17 +109,17 @@ class RunFolder:
 def read_run(folder: Path) -> RunFolder:
     """Raises DataError where ``folder`` holds neither settings nor rows of a run."""
     folder = Path(folder)
-    if not any((folder / name).exists() for name in ("run.yaml", "metrics.jsonl")):
+    if not any((folder / name).exists() for name in ("run.yaml", METRICS_NAME)):
         raise DataError(f"{folder}: no run's folder, it has neither run.yaml nor metrics.jsonl; give an output_dir")
     return RunFolder(
         folder,
-        rows=[row for row in _lines(folder / "metrics.jsonl") if isinstance(row.get("step"), int)],
+        rows=[row for row in read_rows(folder / METRICS_NAME) if isinstance(row.get("step"), int)],
         health=_by_step(folder / "health.jsonl"),
         copies=_by_step(folder / "copies.jsonl"),
         warnings=[
-            {**row, "message": without_keys(str(row.get("message", "")))} for row in _lines(folder / WARNINGS_NAME)
+            {**row, "message": without_keys(str(row.get("message", "")))} for row in read_rows(folder / WARNINGS_NAME)
         ],
-        starts=_lines(folder / STARTS_NAME),
+        starts=read_rows(folder / STARTS_NAME),
         settings={name: _public(value) for name, value in _mapping(folder / "run.yaml").items()},
         status={name: _public(value) for name, value in _mapping(folder / "status.json").items()},
         result=_mapping(folder / "result.json"),
@@ -144,21 +145,9 @@ def _public(value: Any) -> Any:
     return without_keys(value) if isinstance(value, str) else value
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    found = []
-    with contextlib.suppress(OSError):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            # A kill in the middle of a write leaves a torn line.
-            with contextlib.suppress(ValueError, RecursionError):
-                row = json.loads(line)
-                if isinstance(row, dict):
-                    found.append(row)
-    return found
-
-
 def _by_step(path: Path) -> list[dict[str, Any]]:
     """The last row of every step, in order of steps."""
-    rows = {row["step"]: row for row in _lines(path) if isinstance(row.get("step"), int)}
+    rows = {row["step"]: row for row in read_rows(path) if isinstance(row.get("step"), int)}
     return [rows[step] for step in sorted(rows)]
 
 

@@ -17,10 +17,12 @@ from urllib.parse import unquote, urlsplit
 
 from sa3dist.errors import EXIT_USER
 from sa3dist.formats import STATUS_NAME, write_json
+from sa3dist.runtime.exit_status import HEARTBEAT_NAME
 from sa3dist.serve.job import Job
+from sa3dist.training.row_files import METRICS_NAME
 
 RUN_NAME, LOG_NAME, REQUEST_NAME = "run", "log.txt", "request.json"
-HEARTBEAT_NAME, METRICS_NAME, RESULT_NAME = "heartbeat.json", "metrics.jsonl", "result.json"
+RESULT_NAME = "result.json"
 # Whole once they have their name: a second name is as good as a copy.
 LINKED = ("checkpoints", "previews")
 # What a start looks at of an earlier one, beside those.

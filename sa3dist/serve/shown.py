@@ -1,20 +1,19 @@
 """What people are shown of a job: its summary and details, and what its run has written since they last looked."""
 
-import json
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, Field
 
-from sa3dist.serve.attempts import METRICS_NAME, RUN_NAME, tail
+from sa3dist.serve.attempts import RUN_NAME, tail
 from sa3dist.serve.job import Job
 from sa3dist.serve.log_lines import LogReader
 from sa3dist.serve.service import Service
 from sa3dist.serve.tables import QUEUED, RUNNING
 from sa3dist.serve.wire import failure
+from sa3dist.training.row_files import METRICS_NAME, objects
 
 # One answer reads so much of a run's rows; the next one goes on behind it.
 MOST_BYTES = 1 << 20
@@ -103,7 +102,7 @@ def eta_seconds(job: Job) -> float | None:
     """Until the last step, by the median pace of the newest rows."""
     if job.state != RUNNING or job.stage != "train":
         return None
-    newest = _objects(tail(job.attempt_folder / RUN_NAME / METRICS_NAME).splitlines()[-RATE_ROWS:])
+    newest = objects(tail(job.attempt_folder / RUN_NAME / METRICS_NAME).splitlines()[-RATE_ROWS:])
     paces = [row["step_seconds"] for row in newest if _number(row.get("step_seconds")) is not None]
     return statistics.median(paces) * max(job.steps - job.step, 0) if paces else None
 
@@ -152,18 +151,7 @@ def read_rows(path: Path, at: int) -> tuple[list[dict[str, Any]], int]:
     except FileNotFoundError:
         return [], 0
     whole = data[: data.rfind(b"\n") + 1]
-    return list(_objects(whole.decode(errors="replace").splitlines())), at + len(whole)
-
-
-def _objects(lines: list[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            # Torn by a kill.
-            continue
-        if isinstance(row, dict):
-            yield row
+    return list(objects(whole.decode(errors="replace").splitlines())), at + len(whole)
 
 
 def _number(value: Any) -> float | None:

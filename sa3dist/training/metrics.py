@@ -13,14 +13,13 @@ from sa3dist.formats import fsync, write_whole
 from sa3dist.tracking.background import Trackers
 from sa3dist.training.loss import BY_TIME, TIME_BINS
 from sa3dist.training.memory import memory_figures
+from sa3dist.training.row_files import METRICS_NAME
 
 if TYPE_CHECKING:
     from sa3dist.settings import Settings
     from sa3dist.training.observers import Observation
     from sa3dist.training.startup_times import Startup
     from sa3dist.training.trainer import Trainer
-
-METRICS_NAME = "metrics.jsonl"
 
 
 class Output:

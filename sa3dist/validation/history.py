@@ -7,10 +7,9 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 from sa3dist.formats import BEST_ADAPTER_NAME
-from sa3dist.training.metrics import METRICS_NAME
+from sa3dist.training.row_files import METRICS_NAME, read_rows
 
 BEST_NAME = "best.json"
 # In rows of metrics.jsonl.
@@ -34,7 +33,7 @@ class History:
     def read(cls, output_dir: Path, set_digest: str) -> History:
         """Of the rows of this run, and best.json. Nothing where the base's row is missing or of another set."""
         history = cls()
-        found = [row for row in _rows(output_dir / METRICS_NAME) if LOSS in row]
+        found = [row for row in read_rows(output_dir / METRICS_NAME) if LOSS in row]
         if not any(row["step"] == 0 and row.get(SET) == set_digest for row in found):
             return history
         for row in found:
@@ -57,13 +56,3 @@ class History:
 
     def has(self, step: int) -> bool:
         return any(known == step for known, _ in self.losses)
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            # As where rows are dropped: a kill may have torn the last line.
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-    return rows

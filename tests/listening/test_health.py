@@ -247,3 +247,13 @@ def test_health_that_fails_is_said_once_and_the_run_goes_on(short_words, tmp_pat
     assert run(short_words, tmp_path / "run") == 0
     said = [record.getMessage() for record in caplog.records if "health of" in record.getMessage()]
     assert said == ["health of step 2 left out: OSError: [Errno 28] No space left on device; training goes on"]
+
+
+def test_a_row_that_a_kill_has_torn_is_passed_over_and_later_ones_are_read(tmp_path):
+    path, losses = tmp_path / "metrics.jsonl", health.Losses(tmp_path / "metrics.jsonl")
+    assert losses.read() == {}
+    path.write_text('{"step": 1, "loss": 2.0}\n' * health.FEWEST_LOSSES + '{"step": 2, "lo')
+    assert losses.read() == {"training": 2.0}
+    with path.open("a") as file:
+        file.write('\n[]\n{"step": 3, "val/loss": 5.0, "val/gain": null}\n')
+    assert losses.read() == {"training": 2.0, "validation": 5.0}

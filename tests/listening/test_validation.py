@@ -23,7 +23,8 @@ from sa3dist.runtime.deepspeed_launch import FILE_VARIABLE, USE_VARIABLE
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import checkpoint
-from sa3dist.training.metrics import METRICS_NAME, RowsFile
+from sa3dist.training.metrics import RowsFile
+from sa3dist.training.row_files import METRICS_NAME
 from sa3dist.training.trainer import Trainer
 from sa3dist.validation import fixed_set
 from sa3dist.validation.fixed_set import FixedSet

@@ -9,7 +9,8 @@ from sa3dist import flow
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import loss
-from sa3dist.training.metrics import METRICS_NAME, MetricsLogger
+from sa3dist.training.metrics import MetricsLogger
+from sa3dist.training.row_files import METRICS_NAME
 from tests.helpers.ranks import run_ranks
 from tests.helpers.trainers import make_settings, make_trainer
 

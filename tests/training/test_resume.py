@@ -12,7 +12,8 @@ from sa3dist.runtime.signals import StopRequest
 from sa3dist.settings import Settings
 from sa3dist.training import checkpoint, resume
 from sa3dist.training.checkpoint import Checkpoint
-from sa3dist.training.metrics import METRICS_NAME, RowsFile
+from sa3dist.training.metrics import RowsFile
+from sa3dist.training.row_files import METRICS_NAME
 from sa3dist.validation.history import LOSS, SET, History
 
 # Another value of each setting that decides the numbers of a step.
