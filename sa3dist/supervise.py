@@ -104,9 +104,11 @@ class Supervisor:
                 elif ended_at is None:
                     ended_at = time.monotonic()
                 if ended_at is not None and time.monotonic() - ended_at > LINGER_SECONDS:
-                    # The agent, and the ranks, which have sessions of their own.
-                    kill_descendants(self.child.pid)
+                    # The agent, and the ranks, which have sessions of their own. Stopped first: an agent that sees its
+                    # ranks end would end with a code of its own.
                     with contextlib.suppress(ProcessLookupError):
+                        os.killpg(self.child.pid, signal.SIGSTOP)
+                        kill_descendants(self.child.pid)
                         os.killpg(self.child.pid, signal.SIGKILL)
 
     def _meant(self, code: int, status: Path, before: tuple | None) -> int:

@@ -66,7 +66,10 @@ def test_the_code_in_the_status_wins_over_the_agents(tmp_path, code):
 
 
 def test_an_agent_that_outlives_the_run_is_ended_with_all_it_started(tmp_path, monkeypatch):
+    kill = supervise.kill_descendants
     monkeypatch.setattr(supervise, "LINGER_SECONDS", 0.5)
+    # As on a busy machine: the agent has time to see its rank end, and to end with a code of its own.
+    monkeypatch.setattr(supervise, "kill_descendants", lambda pid: (kill(pid), time.sleep(0.5)))
     # As torchrun starts ranks. The number is this process's own: others on this machine may run the same test.
     sleep = f"import subprocess; subprocess.run(['sleep', '61.{os.getpid()}'], start_new_session=True)"
     lingering = AGENT.replace("sys.exit(1)", sleep)
