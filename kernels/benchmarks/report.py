@@ -23,7 +23,7 @@ OTHERS = """## Other files
 filled cases took flash attention, which training no longer does); `gpu_padded_attention.jsonl` the same of cuDNN with a
 padding mask, of cuDNN with the filling's keys as zeros, and of a pair as one call or two; `gpu_ranks.json` two
 processes on one card against one.
-`small_adapters_cpu.json` is what formats keep of small updates (`bench_small_adapters.py`; see docs/performance.md).
+`small_adapters_cpu.json` is what formats keep of small updates (`bench_small_adapters.py`; see docs/gpu-step.md).
 
 ## Before
 
