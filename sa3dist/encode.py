@@ -1,4 +1,4 @@
-"""Stage two: clips and captions become latents and prompt features on disk, shared out over the ranks."""
+"""Stage two: clips and captions become latents and prompt features on disk, divided over the ranks."""
 
 import contextlib
 import logging
@@ -28,7 +28,7 @@ from sa3dist.validation.split import hold_out
 
 log = logging.getLogger(__name__)
 
-# A quarter of an hour of audio: enough shards to share out among many ranks and workers, few enough to list.
+# A quarter of an hour of audio: enough shards to divide among many ranks and workers, few enough to list.
 MAX_LATENT_SHARD_BYTES = 64 << 20
 
 
@@ -41,12 +41,12 @@ def open_encoded(
     everything: bool = False,
     validation: DatasetIndex | None = None,
 ) -> BatchSource:
-    """The data set under ``base``; encoded as far as it can be where ``everything`` or ``pre_encode`` asks for that.
+    """The data set as ``base`` sees it; encoded now as far as possible with ``everything`` or ``pre_encode``.
 
-    validation   the data set whose clips are held out, where they are none of ``index``
+    validation   the data set whose clips are held out, if they are not part of ``index``
     Raises what failed on any rank, on every rank; ConfigError when nothing can be encoded ahead.
     """
-    # Hashing gigabytes is one rank's work.
+    # On rank 0 only: it hashes gigabytes.
     digests = main_process_first(
         group, "digests", lambda: [base.autoencoder_digest(), base.text_encoder_digest()], stop
     )
@@ -67,10 +67,10 @@ def open_encoded(
 
 
 def encode_all(base: Base, pieces: Sequence[Piece], group: Group, stop: StopRequest, name: str = "encode") -> None:
-    """Encode every piece that is not on disk already. name: unique per call within a run.
+    """Encode every piece that is not on disk yet. name: unique per call within a run.
 
-    Each rank takes every world_size-th piece; all return together, however long the slowest one takes. What shares a
-    pass depends on the data set alone, never on ranks or on what an earlier run has left.
+    Each rank takes every world_size-th piece; all return together when the slowest is done. Which clips share a pass
+    depends on the data set alone, not on the number of ranks or on what an earlier run has encoded.
     Raises what failed on any rank, on every rank.
     """
     mine = pieces[group.dist_rank :: group.world_size]
@@ -110,14 +110,14 @@ def _encode(
 def pack_latents(
     encoded: EncodedClips, group: Group, stop: StopRequest, max_shard_bytes: int = MAX_LATENT_SHARD_BYTES
 ) -> None:
-    """Write the latent shards of a wholly encoded data set; they take the place of the files it was encoded into.
+    """Write the latent shards of a wholly encoded data set; they replace the files it was encoded into.
 
-    Each rank writes every world_size-th; all return together. A shard that is there already stays. What a finished
-    shard holds is removed where it lay before: a reader that has not heard of the shard finds it when the file is gone
+    Each rank writes every world_size-th shard; all return together. Existing shards stay. The files that a finished
+    shard replaces are removed: a reader that does not know the shard yet finds it when the file is gone
     (``EncodedClips.member``).
     Raises what failed on any rank, on every rank.
     """
-    # float32, both polarities.
+    # float32, with and without flipped polarity.
     frame_bytes = 8 * encoded.shards.encoders.latent_channels
     groups = list(
         split(
@@ -132,7 +132,7 @@ def pack_latents(
             group.liveness.progress()
             stop.raise_if_requested("collecting latents")
             path = encoded.shards_dir / latent_shard_name(number)
-            # Of two runs on one work_dir the index of the one must not meet the shard of the other.
+            # Two runs with one work_dir must not mix the index of one with the shard of the other.
             lock = path.with_name(f".{path.stem}.lock")
             with alone(lock, lambda: stop.raise_if_requested("collecting latents")):
                 if not _is_finished(path):

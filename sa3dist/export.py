@@ -19,7 +19,7 @@ from sa3dist.training.checkpoint import Checkpoint
 log = logging.getLogger(__name__)
 
 RESULT_NAME = "result.json"
-# Which released models take the adapters of a base: the base itself and its post-trained sibling.
+# Released models that take the adapters of a base: the base itself and its post-trained sibling.
 INFERENCE_MODELS = {
     "medium-base": ["medium-base", "medium"],
     "small-music-base": ["small-music-base", "small-music"],
@@ -37,9 +37,9 @@ def publish(
     """Write lora.safetensors, config.json, result.json and the card, each by rename. Returns the result.
 
     tensors       whole adapter tensors by their name in the file
-    description   what config.json holds; ``header`` of it goes into the adapter file's header
-    ended_early   why the training ended before its last step, for the result; empty where it did not
-    Raises EnvironmentFailure, naming the tensor and leaving any older file, when one is empty or not finite.
+    description   content of config.json; ``header`` puts part of it into the adapter file's header
+    ended_early   why the training ended before its last step, for the result; empty if it did not
+    Raises EnvironmentFailure, naming the tensor and keeping any older file, when a tensor is empty or not finite.
     """
     output_dir = Path(output_dir)
     lease.end_if_over()
@@ -56,16 +56,16 @@ def publish(
     try:
         write_beside(output_dir)
     except OSError as failure:
-        # The adapter is out, and the card can be had later.
+        # The adapter is written; the card can be made later.
         reason = failure.strerror or failure
         log.warning("%s: no card beside the adapter (%s); sa3dist publish writes it", output_dir, reason)
     return result
 
 
 def publish_saved(saved: Checkpoint, output_dir: Path) -> dict[str, Any]:
-    """As ``publish``, of a checkpoint alone: what the run itself would have published at that step.
+    """As ``publish``, from a checkpoint alone: what the run itself would have published at that step.
 
-    Raises CheckpointError when it was saved without its run's description.
+    Raises CheckpointError when the checkpoint holds no description of its run.
     """
     description = saved.state.get("description")
     if not description:

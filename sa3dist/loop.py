@@ -20,7 +20,7 @@ from sa3dist.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-# The slowest of as many steps is what the next one may take.
+# The next step may take as long as the slowest of this many.
 RECENT_STEPS = 20
 
 
@@ -35,9 +35,9 @@ def train(
 ) -> str:
     """Train from the trainer's step to the plan's last one, saving on the way and at the end.
 
-    startup    the parts of the start until here, for the first row of metrics.jsonl
-    observers  called before the first step, after every step and after every save, in this order
-    Returns why it ended before the plan's last step; empty where it did not.
+    startup    times of the start so far, for the first row of metrics.jsonl
+    observers  called in this order before the first step, after every step and after every save
+    Returns why the training ended before the plan's last step; empty if it did not.
     Raises Interrupted after saving when any rank was asked to stop.
     """
     settings, plan, group = trainer.settings, trainer.plan, trainer.group
@@ -45,11 +45,11 @@ def train(
     with contextlib.ExitStack() as stack:
         update = stack.enter_context(progress("train", plan.steps, shown=group.is_main))
         metrics = MetricsLogger(trainer, output_dir, resumed_from, update, startup)
-        # Behind the last save.
+        # Runs after the saver is closed.
         stack.callback(
             lambda: close_together([*observers, metrics], trainer.step < plan.steps and not end, settings.step_timeout)
         )
-        # However the training ends: a save that has begun is finished, in the time the watchdog leaves this process.
+        # However the training ends, a save in flight is finished, within the time the watchdog leaves this process.
         stack.callback(trainer.saver.close)
         end, stopping = observe([partial(_begin, one, stop, startup) for one in observers], metrics, group, stop)
         if stopping and not end:
@@ -61,7 +61,7 @@ def train(
             try:
                 figures = trainer.take_step(batches, stop)
             except Interrupted:
-                # Asked to stop while clips of the next step were being encoded.
+                # Stopped while clips of the next step were being encoded.
                 if trainer.step > saved_step:
                     trainer.save(output_dir, stop, wait=True, before=metrics.sync)
                 raise
@@ -93,9 +93,9 @@ def because(stop: StopRequest) -> str:
 def observe(
     looks: Iterable[Callable[[], Observation | None]], metrics: MetricsLogger, group: Group, stop: StopRequest
 ) -> tuple[str, bool]:
-    """Take what observers find, one after the other, until any rank is asked to stop.
+    """Add what the observers find to the metrics, one by one, until any rank is asked to stop.
 
-    Returns why the training is to end, or nothing, and whether any rank was asked to stop; both equal on all ranks.
+    Returns why the training is to end (empty: it goes on) and whether any rank was asked to stop; equal on all ranks.
     """
     end = ""
     for look in looks:
@@ -103,7 +103,7 @@ def observe(
         metrics.add_observation(seen)
         if seen is not None:
             end = end or seen.end
-            # Here, not a step later: what a signal has cut short is made up for by the start that continues.
+            # Checked here, not a step later: the next start repeats an observation that a signal has cut short.
             if seen.long and group.any(stop.requested()):
                 return end, True
     return end, False

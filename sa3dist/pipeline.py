@@ -68,16 +68,16 @@ class Run:
         return self.trainer.step if self.trainer else self._saved_step or 0
 
     def check(self) -> None:
-        """Refuse at once what needs no preparation to be seen wrong. Raises ConfigError, DataError, CheckpointError."""
+        """Refuse at once what can be refused without preparation. Raises ConfigError, DataError, CheckpointError."""
         settings = self.settings
         for key, path in (("output_dir", settings.output_dir), ("work_dir", settings.work_dir)):
             if path.is_symlink() and not path.exists():
                 raise ConfigError(f"{key}: {path} is a link to {path.readlink()}, which is not there; make that first")
             if path.exists() and not path.is_dir():
                 raise ConfigError(f"{key}: {path} is a file, expected a directory; choose another {key}")
-        # Rank 0 reads it; on other hosts it need not be.
+        # On rank 0 only: other hosts need not have the files.
         main_process_first(self.group, "find-source", lambda: shard.check_sources(settings), self.stop)
-        # Rank 0 alone tracks; on other hosts they need not be installed.
+        # On rank 0 only: other hosts need not have the trackers installed.
         main_process_first(self.group, "load-trackers", lambda: trackers.load(settings.log_with), self.stop)
         if self.group.deepspeed is not None:
             zero_config.check(self.group.deepspeed)
@@ -85,7 +85,7 @@ class Run:
         resume.check_start(settings, self.group)
 
     def begin_compiling(self) -> None:
-        """Have a GPU's programs made beside the stages that come next. A run that trains begins with it."""
+        """Start compiling a GPU's programs in the background of the next stages. Runs that train call it first."""
         if self.group.device.type == "cuda":
             self._compiling = model_setup.begin_compiling(self.settings, self.group, self._started)
         end_all(self._started)
@@ -94,7 +94,7 @@ class Run:
         """The frozen base with fresh adapters, started from lora_checkpoint_url when given.
 
         Comes first, so that a wrong model, rank, include list or adapter file is refused before hours of preparation.
-        Each part together: a rank that cannot read the model takes the others along with its reason.
+        If one rank fails, all ranks raise its error.
         """
         self._enter("base")
         base, self._warm_start_sha256 = model_setup.open_base(self.settings, self.group, self.stop, self.startup)
@@ -102,7 +102,7 @@ class Run:
         return base
 
     def shard(self, measure: Measure | None = None) -> DatasetIndex:
-        """Stage one on rank 0; every rank reads the index it leaves. Latent shards need no such stage.
+        """Stage one on rank 0; every rank reads the index it writes. Latent shards skip this stage.
 
         measure   as in ``build_shards``
         """
@@ -117,7 +117,7 @@ class Run:
         return encode.open_encoded(self.settings, base, index, self.group, self.stop, everything, self._validation)
 
     def prepare(self, base: Base, source: BatchSource) -> None:
-        """Make the trainer: as the newest good checkpoint left it, or fresh."""
+        """Make the trainer, fresh or restored from the newest good checkpoint."""
         self._enter("prepare", "prepare")
         settings, group = self.settings, self.group
         base_sha256 = main_process_first(group, "base-digest", base.weights_digest, self.stop)
@@ -152,7 +152,7 @@ class Run:
         group.liveness.enter("train", settings.step_timeout)
         self._observers = watching.observers_of(self.trainer, base, source)
         if self.trainer.step < plan.steps:
-            # Closed on every way out: an unclosed loader leaves worker processes that the exit would wait for.
+            # Always close it: an unclosed loader leaves worker processes that the exit would wait for.
             steps = range(self.step + 1, plan.steps + 1)
             micro_batches = source.batches(steps, plan.accumulation, group, self.stop, self._cursors)
             with contextlib.closing(micro_batches) as batches:
@@ -169,7 +169,7 @@ class Run:
         log.info(work.said(group.world_size, crop_seconds, base.recomputed_blocks, self._saved_step))
 
     def _enter(self, stage: str, part: str | None = None) -> None:
-        """part: of the start, where the stage is one; ``open_base`` tells its own parts."""
+        """part: which part of the start begins with this stage; None where the stage reports its own parts."""
         if part is not None:
             self.startup.begin(part)
         self.group.liveness.enter(stage, max(PREPARATION_SECONDS, self.settings.step_timeout))
@@ -178,13 +178,13 @@ class Run:
         """Stage four on rank 0: the adapter file, config.json and result.json."""
         self._enter("export", "export")
         description = {**self.trainer.description(), "startup_seconds": self.startup.seconds}
-        # On every rank: in some modes each of them holds a part.
+        # On every rank: in some modes each rank holds only a part.
         tensors = self.trainer.engine.adapters()
         where = self.settings.output_dir, description, self._end
         self._publish(lambda: export.publish(base.adapter_config, tensors, *where))
 
     def export_saved(self) -> None:
-        """Stage four of a checkpoint alone: the one to continue from, whose model and data may be gone."""
+        """Stage four from a checkpoint alone, the one a run would continue from; its model and data may be gone."""
         self._enter("export")
         settings = self.settings
 
@@ -198,12 +198,12 @@ class Run:
         self._publish(publish)
 
     def leave(self) -> None:
-        """Let what has watched the training know that the run's end is on disk."""
+        """Tell the observers that the run's last files are on disk."""
         for observer in self._observers:
             observer.leave()
 
     def _publish(self, publish: Callable[[], dict[str, Any]]) -> None:
-        """Make the result on rank 0, where it is the last line of stdout."""
+        """Make the result on rank 0 and print it as the last line of stdout."""
         result = main_process_first(self.group, "export", publish, stop=None)
         if self.group.is_main:
             print(json.dumps(result), flush=True)

@@ -14,15 +14,15 @@ from sa3dist.request.fields import COURSE
 from sa3dist.request.listening import ListeningFields
 from sa3dist.request.patterns import too_many
 
-# What YAML 1.1 and JSON write for on and off.
+# The spellings of on and off in YAML 1.1 and JSON.
 _SWITCHES = {"true": "on", "yes": "on", "on": "on", "false": "off", "no": "off", "off": "off"}
 OnOff = BeforeValidator(lambda value: _SWITCHES.get(str(value).lower(), value))
 NoWord = BeforeValidator(lambda value: "no" if _SWITCHES.get(str(value).lower()) == "off" else value)
-# Fields that name a file or folder of this machine, or may.
+# Fields that may name a file or folder of this machine.
 PLACES = ("audio_data_url", "model", "lora_checkpoint_url", "output_dir", "work_dir", "text_encoder", "resume")
 # The endpoint's documented limit, kept for compatibility; the shapes themselves allow more (spec/training.md 3).
 XS_RANK_LIMIT = 17
-# What multiplies tensors does so in float32.
+# These values multiply float32 tensors.
 FLOAT32_MAX = 3.4028e38
 SECONDS_OF_A_YEAR = 31_536_000
 
@@ -282,7 +282,7 @@ class Settings(ListeningFields):
                 f"{self.batch_size} x {world_size}; choose a multiple of {per_round}"
             )
         derived = self.global_batch_size // per_round
-        # 1 is what a resolved config says beside it.
+        # A resolved config has 1 there beside global_batch_size.
         if self.gradient_accumulation_steps not in (1, derived):
             raise ConfigError(
                 f"gradient_accumulation_steps: {self.gradient_accumulation_steps}, but global_batch_size "

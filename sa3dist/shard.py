@@ -1,4 +1,4 @@
-"""Which clips a run trains on: audio to be sharded, shards that stay remote, latents, or a stream without index."""
+"""Stage one: the clips a run trains on. Audio to shard, remote shards, latent shards, or a stream without index."""
 
 import dataclasses
 import logging
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def check_sources(settings: Settings) -> None:
-    """Raises DataError when the data set, or the one ``validation`` names, is a path without a file on this machine."""
+    """Raises DataError when audio_data_url, or the source in ``validation``, is a local path that does not exist."""
     check_local(settings.audio_data_url)
     if (beside := settings.validation_source) is not None:
         try:
@@ -41,10 +41,10 @@ def check_sources(settings: Settings) -> None:
 
 
 def open_validation(settings: Settings, group: Group, stop: StopRequest) -> DatasetIndex | None:
-    """The data set that ``validation`` names, opened as that of the training is; None where it names none."""
+    """The data set that ``validation`` names, opened like the training set; None where it names none."""
     if settings.validation_source is None:
         return None
-    # However few they are.
+    # A validation set may have fewer clips than a training set.
     changes = {"audio_data_url": settings.validation_source, "allow_any_dataset_size": True}
     try:
         return open_dataset(settings.model_copy(update=changes), group, stop, name="validation")
@@ -55,15 +55,15 @@ def open_validation(settings: Settings, group: Group, stop: StopRequest) -> Data
 def open_dataset(
     settings: Settings, group: Group, stop: StopRequest, measure: build.Measure | None = None, name: str = "dataset"
 ) -> DatasetIndex:
-    """The data set of ``audio_data_url``, prepared by rank 0 where it needs that, and read by every rank.
+    """The data set of ``audio_data_url``: rank 0 prepares it if needed, every rank reads it.
 
-    measure   as in ``build_shards``        name   what it is called, unique within a run
+    measure   as in ``build_shards``        name   of the data set, unique within a run
     Raises what failed on any rank, on every rank.
     """
     if settings.mode == "streaming":
         return _streamed(settings, group, stop)
     if settings.validation:
-        # Which clips sound alike, from the pass that decodes them anyway.
+        # The pass that decodes the clips also finds which ones sound alike.
         measure = measure or measure_clip
     should_stop = group.liveness.counting(stop.requested)
     latents = main_process_first(group, f"find-{name}", lambda: _find_latents(settings, should_stop, name), stop)
@@ -82,7 +82,7 @@ def open_dataset(
         return {"directory": str(index.directory), "skipped": index.skipped, "urls": urls}
 
     built = main_process_first(group, f"shard-{name}", build, stop)
-    # What was skipped belongs to this run's source; another source of the same good clips may share the shards.
+    # Skipped clips belong to this run's source: another source with the same good clips may share the shards.
     index = dataclasses.replace(DatasetIndex.read(Path(built["directory"])), skipped=tuple(built["skipped"]))
     if built["urls"]:
         index = remote_index.attach(index, built["urls"], settings.work_dir, settings.cache_bytes, stop.requested)

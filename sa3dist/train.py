@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def all_stages(run: Run) -> None:
-    """Request to files: every stage in order. The result is the last line on rank 0's stdout."""
+    """Run every stage in order. The result is the last line on rank 0's stdout."""
     run.check()
     run.begin_compiling()
     base = run.open_base()
@@ -59,14 +59,14 @@ def parser(program: str, about: str) -> argparse.ArgumentParser:
 def run_stages(
     program: str, about: str, stages: Callable[[Run], None], argv: Sequence[str] | None, trains: bool
 ) -> int:
-    """Read the settings, join the other processes, run ``stages``; the exit code tells how it ended.
+    """Read the settings, join the other processes and run ``stages``. Returns the exit code.
 
-    trains   whether they do, so that it pays to compile ahead
+    trains   whether the stages include the training: only then is compiling ahead worth it
     """
-    # Before anything slow: a signal during the imports must not kill the process.
+    # Before the slow imports: a signal that arrives during them must not kill the process.
     stop = StopRequest().install()
     lease.watch()
-    # Stack frames of a store that went with its host would bury the one line that says which host that was.
+    # When the store's host is lost, torch's C++ stack traces would bury the one line that names the host.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from sa3dist import config
     from sa3dist.data.remote.public_addresses import PUBLIC_ONLY_VARIABLE
@@ -75,7 +75,7 @@ def run_stages(
 
     arguments, unknown = parser(program, about).parse_known_intermixed_args(argv)
     logging.basicConfig(format="sa3dist: %(message)s", stream=sys.stderr)
-    # It prints its lines itself.
+    # It prints its own lines; propagated, each would appear twice.
     logging.getLogger("huggingface_hub").propagate = False
     logging.getLogger("sa3dist").setLevel(logging.INFO if dist_rank_from_environment() == 0 else logging.ERROR)
     values: dict = {}
@@ -122,8 +122,8 @@ def _run_connected(
 ) -> None:
     """Join the other processes and run ``stages`` with them.
 
-    running   takes the run, once there is one
-    started   processes that can compile ahead; those that are needed are taken out
+    running   receives the run once it exists
+    started   processes that can compile ahead; the run removes those it uses
     """
     cuda_driver.start()
     with lasting_imports():
@@ -139,7 +139,7 @@ def _run_connected(
         group = connect(settings.step_timeout)
         watchdog.watch(group)
         try:
-            # Only now: peers of a rank that left before would wait for it in connect.
+            # Not before connect: the peers of a rank that left earlier would wait for it there.
             stop.raise_if_requested("starting")
             out_of_memory_at_step = take_output_dir(group, settings.output_dir, stop, watchdog)
             running.append(Run(settings, group, stop, out_of_memory_at_step, started))
@@ -155,7 +155,7 @@ def _run_connected(
 
 
 def recording(settings: Settings, group: Group) -> contextlib.AbstractContextManager[None]:
-    """Keeps the run's warnings in warnings.jsonl on rank 0: a run that continues appends to those of before."""
+    """Keep the run's warnings in warnings.jsonl on rank 0; a run that continues appends to the earlier ones."""
     from sa3dist.report.recorder import recorded_warnings
     from sa3dist.training import checkpoint
 
@@ -164,10 +164,10 @@ def recording(settings: Settings, group: Group) -> contextlib.AbstractContextMan
 
 
 def take_output_dir(group: Group, directory: Path, stop: StopRequest, watchdog: Watchdog) -> int | None:
-    """Before anything is written to it. Raises InUse, on all ranks, when another run does.
+    """Lock the output directory before anything is written to it.
 
-    watchdog   its heartbeat.json is renewed with the lock
-    Returns, on all ranks, what ``forget_status`` found.
+    watchdog   its heartbeat.json is renewed together with the lock
+    Returns, on all ranks, what ``forget_status`` found. Raises InUse, on all ranks, when another run holds the lock.
     """
     from sa3dist.runtime import run_lock
     from sa3dist.runtime.exit_status import forget_status
@@ -186,16 +186,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_stages("sa3dist.train", about, all_stages, argv, trains=True)
 
 
-# What libraries may still do as the process ends.
+# Limit for the exit functions of libraries.
 EXIT_FUNCTIONS_SECONDS = 30.0
-# What a write to a terminal, or to a pipe, raises when nobody is left at the other end.
+# Errors of a write to a terminal or pipe that nobody reads any more.
 NO_READER = {errno.EIO, errno.EPIPE, errno.ENXIO}
 
 
 class Lasting:
-    """A text stream that is written to in vain, rather than not at all, once its reader is gone.
+    """A text stream that discards its output once its reader is gone, instead of raising.
 
-    The run goes on, saves and says in its files how it ended; as under nohup, nobody reads the rest.
+    The run goes on, saves, and writes how it ended to its files, as under nohup.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -221,24 +221,26 @@ class Lasting:
         if failure.errno not in NO_READER:
             failure.filename = self._stream.name
             raise failure
-        # In the place of the stream's own file: what waits in its buffer goes there too, at the latest at the exit.
+        # Replace the stream's own file descriptor: what is still buffered then goes to /dev/null too, at exit at the
+        # latest.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
 
 
 def as_process(program: Callable[[], int]) -> NoReturn:
-    """Run a program as this process's only work. A crash beneath Python says where it was, on stderr.
+    """Run ``program`` as this process's only work and exit with its code. A crash below Python prints its stack.
 
-    Ends with 70 where what it prints cannot be written, on a full disk perhaps.
+    Ends with 70 when stdout or stderr cannot be written, for example on a full disk.
     """
-    # In their order: a file of the run that took the number of a closed stream would get what libraries print there.
+    # In this order: otherwise a file of the run could get the number of a closed stream, and libraries would print into
+    # it.
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
     with contextlib.suppress(OSError, RuntimeError, ValueError):
-        # Where stderr is no file of the system.
+        # stderr may have no file descriptor.
         faulthandler.enable()
     try:
         keep_products_exact()
@@ -257,21 +259,22 @@ def _stands_in_a_folder() -> bool:
     try:
         os.getcwd()
     except OSError as failure:
-        # MKL would end the process as torch is imported, with the code of a user's mistake.
+        # Without this check MKL ends the process while torch is imported, with exit code 2, the code of a user's
+        # mistake.
         print(f"the folder one stands in is gone ({failure.strerror}); cd to one that is there", file=sys.stderr)
         return False
     return True
 
 
 def end_process(code: int) -> NoReturn:
-    """Leave without taking the interpreter down; the system frees what there is.
+    """Exit without tearing the interpreter down; the system frees the memory.
 
-    It would collect what DeepSpeed leaves, which takes five seconds, on a busy machine half a minute: as much as launch
-    agents wait between SIGTERM and SIGKILL. And a thread that hangs in an operator of torch would abort it.
+    The teardown collects what DeepSpeed leaves: five seconds, half a minute on a busy machine, which is as long as
+    launch agents wait between SIGTERM and SIGKILL. A thread that hangs in a torch operator would abort it.
     """
     kill_loaders()
     _flush()
-    # A library whose server does not answer may wait for it there, without an end.
+    # An exit function may wait without limit, for a server that does not answer.
     limit = threading.Timer(EXIT_FUNCTIONS_SECONDS, os._exit, [code])
     limit.daemon = True
     limit.start()
@@ -283,7 +286,7 @@ def end_process(code: int) -> NoReturn:
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        # Where it cannot be written ``as_process`` has said so.
+        # ``as_process`` has already reported a stream that cannot be written.
         with contextlib.suppress(OSError):
             stream.flush()
 

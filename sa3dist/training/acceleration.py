@@ -1,4 +1,4 @@
-"""How a run computes its steps: which blocks are recomputed, what is compiled, replayed, deterministic."""
+"""How a run computes its steps: recomputed blocks, compilation, CUDA graphs, determinism."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def check_choices(settings: Settings, group: Group) -> None:
-    """Raises ConfigError for what the settings ask for and the run's device or parallel mode cannot do."""
+    """Raises ConfigError for settings that the run's device or parallel mode does not support."""
     if settings.cuda_graphs == "on" and (group.device.type != "cuda" or group.divides_model):
         raise ConfigError("cuda_graphs: on needs a CUDA device, and no ZeRO-3; use cuda_graphs=auto")
     if group.divides_model and settings.adapter_products == "formed":
@@ -43,7 +43,7 @@ def check_choices(settings: Settings, group: Group) -> None:
 
 
 def choose_acceleration(trainer: Trainer, settings: Settings, frames: int) -> None:
-    """Decide for this device, this run's length and its longest crop; each choice of ``auto`` is logged.
+    """Choose for this device, the run's length and its longest crop; each choice of ``auto`` is logged.
 
     settings   batch_size, gradient_checkpointing, adapter_products, mixed_precision, compile, deterministic,
                cuda_graphs
@@ -57,7 +57,7 @@ def choose_acceleration(trainer: Trainer, settings: Settings, frames: int) -> No
     formed = trainer.engine.formed
     whole_blocks = compiled and formed is not None
     largest = memory.LargestPass(base, frames, settings.batch_size, settings.mixed_precision, whole_blocks)
-    # An earlier start of this run ran out of memory; see ``out_of_memory.ending``.
+    # An earlier start of this run ran out of memory; see ``memory.ending``.
     choice = settings.gradient_checkpointing if plan.out_of_memory_at_step is None else "on"
     if formed is not None and formed.per_use:
         choice = "on"
@@ -65,7 +65,7 @@ def choose_acceleration(trainer: Trainer, settings: Settings, frames: int) -> No
     form_per_use = functools.partial(formed.allocate, per_use=True) if may_change else None
     base.recomputed_blocks = memory.recomputed_blocks(choice, largest, group.device, form_per_use)
     if group.device.type == "cuda":
-        # What encoding took says nothing about training, nor does memory that was given up.
+        # Forget the peak of encoding, and of memory that was freed since.
         torch.cuda.reset_peak_memory_stats(group.device)
     if formed is not None:
         trainer.ladder = ShapeLadder(frames, base.dit.transformer.memory)
@@ -76,19 +76,19 @@ def choose_acceleration(trainer: Trainer, settings: Settings, frames: int) -> No
             compile_elementwise(base.dit, tokens=most_tokens(base, settings) if exact else None)
             if settings.compile == "auto" and not exact:
                 fall_back_on_failure()
-    # A graph holds no collectives.
+    # Collectives cannot be recorded.
     if trainer.engine.collectives_in_forward or not wants_graphs(settings.cuda_graphs, group.device, plan.steps):
         return
     if exact and formed is None:
-        # A recorded pass takes norms by itself that micro batches of a step else share: it may round otherwise.
+        # A recorded pass computes its own norms, while micro batches of a step share them: rounding may differ.
         log.info("cuda_graphs: none of a deterministic run whose adapted weights are not formed")
         return
     trainer.record_graphs(Recorder(group.device, largest.bytes(base.recomputed_blocks)), exact)
 
 
 def compile_whole_blocks(base: Base, settings: Settings, backend="inductor") -> None:
-    """backend: of torch.compile. What this process sets for its compiler is part of what a program is found by."""
-    # A compiler that fails once and not the next time would give other bits: a deterministic run ends with its error.
+    """backend: of torch.compile. Compiled programs are cached under all compiler settings made here."""
+    # A deterministic run ends with the compiler's error: a fallback that happens only sometimes would change bits.
     may_fail = settings.compile == "auto" and not settings.deterministic
     tokens = most_tokens(base, settings) if settings.deterministic else None
     compile_blocks(base.dit, backend, whole=not may_fail, tokens=tokens)
@@ -97,19 +97,19 @@ def compile_whole_blocks(base: Base, settings: Settings, backend="inductor") -> 
 
 
 def longest_frames(base: Base, settings: Settings) -> int:
-    """Of a run's crops, whatever its data set holds."""
+    """Frames of the longest crop such a run can have, whatever its data set holds."""
     framing = base.sample_rate_hz, base.samples_per_frame
     return crop_frames(settings.duration, base.native_seconds, base.native_seconds, *framing)
 
 
 def most_tokens(base: Base, settings: Settings) -> int:
-    """Of such a run's micro batch."""
+    """Tokens of the largest micro batch such a run can have."""
     return settings.batch_size * (base.dit.transformer.memory + longest_frames(base, settings))
 
 
 def make_deterministic() -> None:
-    """Only deterministic kernels from here on; a kernel that has no deterministic form raises."""
-    # cuBLAS reads this at its first call.
+    """Use only deterministic kernels from here on; an operator without one raises."""
+    # cuBLAS reads the variable at its first call.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

@@ -35,7 +35,7 @@ class Checkpoint:
     """One saved state.
 
     adapters   float32 adapter tensors by their name in the adapter file
-    moments    what the optimiser keeps by kind, as {"exp_avg": {...}, "exp_avg_sq": {...}}, float32, same names
+    moments    AdamW's state by kind, {"exp_avg": {...}, "exp_avg_sq": {...}}, float32, same names
     state      JSON values: step, seed, micro and global batch, lora_config, base and dataset digests, versions
     """
 
@@ -48,7 +48,7 @@ class Checkpoint:
         return self.state["step"]
 
     def require(self, names: Collection[str]) -> None:
-        """Raises CheckpointError unless it holds these adapter tensors, no others, and AdamW's moments of all."""
+        """Raises CheckpointError unless it holds exactly these adapter tensors, and AdamW's moments of all of them."""
         if differing := set(names) ^ self.adapters.keys():
             raise CheckpointError(
                 f"checkpoint of step {self.step}: its layers differ from this run's, e.g. {min(differing)}"
@@ -66,18 +66,18 @@ def path_of(output_dir: Path, step: int) -> Path:
 
 
 def save(output_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Publish a checkpoint by rename after fsync, then drop all but the newest ``keep``. Returns its directory.
+    """Publish a checkpoint by rename after fsync, then delete all but the newest ``keep``. Returns its directory.
 
-    Checkpoints of later steps are dropped too: they are damaged, or of a course this run has left.
+    Checkpoints of later steps are deleted too: they are damaged, or belong to a course this run has left.
     """
     target = path_of(output_dir, checkpoint.step)
     for leftover in target.parent.glob(".step-*"):
-        # A killed save left it: only this process writes here.
+        # Left by a killed save: only this process writes here.
         shutil.rmtree(leftover)
     moments = {f"{moment}/{name}": t for moment, means in checkpoint.moments.items() for name, t in means.items()}
     try:
         with atomic_directory(target) as temporary:
-            # Bytes written by Python: a full disk is then an OSError that names the file.
+            # Written by Python, not by safetensors: a full disk is then an OSError that names the file.
             for name, tensors in ((ADAPTER_NAME, checkpoint.adapters), (MOMENTS_NAME, moments)):
                 write_whole(temporary / name, serialize(tensors))
             digests = {name: file_sha256(temporary / name) for name in (ADAPTER_NAME, MOMENTS_NAME)}
@@ -85,7 +85,7 @@ def save(output_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
             write_whole(temporary / STATE_NAME, json.dumps({**body, "digest": _digest_of_state(body)}, indent=2))
             lease.end_if_over()
     except OSError as error:
-        # A failed write, unlike a failed open, does not say where.
+        # The error of a failed write, unlike that of a failed open, names no file.
         error.filename = error.filename or str(target)
         raise
     everything = list_all(output_dir)
@@ -96,9 +96,9 @@ def save(output_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def set_aside(output_dir: Path, step: int) -> None:
-    """Move checkpoints of later steps than ``step`` to ``checkpoints-aside``, and say so; their previews likewise.
+    """Move checkpoints and previews of steps after ``step`` to ``checkpoints-aside`` and ``previews-aside``; log it.
 
-    A run that starts over, or from an earlier step, would otherwise be continued from another course's end.
+    A run that starts over, or from an earlier step, would otherwise later continue from another course's end.
     """
     later = [path for path in list_all(output_dir) if _step_of(path) > step]
     for path in later:
@@ -123,7 +123,7 @@ def list_all(output_dir: Path) -> list[Path]:
 def load(directory: Path) -> Checkpoint:
     """Read one checkpoint. Raises CheckpointError, naming the file, when anything is missing or damaged."""
     directory = Path(directory)
-    # False for a name too long too.
+    # exists() is also False for a name that is too long; reading would raise.
     if not os.path.exists(directory / STATE_NAME):
         example = path_of(Path("RUN"), 500)
         raise CheckpointError(f"{directory}: no {STATE_NAME} in it, expected a folder such as {example}")
@@ -149,8 +149,8 @@ def load(directory: Path) -> Checkpoint:
 def find(output_dir: Path, resume: str) -> Checkpoint | None:
     """The checkpoint a run continues from.
 
-    resume   "never": none; "auto": the newest intact one in output_dir, damaged ones skipped and named; else a
-             checkpoint directory, which must be intact
+    resume   "never": none; "auto": the newest intact one in output_dir, with a warning for each damaged one skipped;
+             else a checkpoint directory, which must be intact
     """
     if resume == "never":
         return None
@@ -169,14 +169,14 @@ def _digest_of_state(state: dict[str, Any]) -> str:
 
 
 class Saver:
-    """Runs saves in a thread of its own, one at a time. What goes wrong there is raised where the training asks next.
+    """Runs saves in a thread, one at a time. Their errors are raised at the next ``check`` or ``wait``.
 
-    seconds   what the last save took
+    seconds   duration of the last save
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        # The interpreter does not end before its thread has finished, rename included.
+        # The interpreter waits for this thread at exit, so a save is finished, rename included.
         self._executor = ThreadPoolExecutor(1, "save")
         self._save: Future[None] | None = None
 
@@ -185,7 +185,7 @@ class Saver:
         return self._save is not None and not self._save.done()
 
     def start(self, write: Callable[[], None], done: Callable[[], None]) -> None:
-        """Run ``write``, then ``done`` however it ended, in the background. Waits for the save before, if any."""
+        """Run ``write``, then ``done`` even if it failed, in the background. First waits for a save in flight."""
         self.wait()
         self._save = self._executor.submit(self._run, write, done)
 
@@ -198,18 +198,18 @@ class Saver:
             done()
 
     def check(self) -> None:
-        """Raise what made a save fail, once."""
+        """Raise the error of a failed save, once."""
         if not self.busy:
             self.wait()
 
     def wait(self) -> None:
-        """Return when no save is in flight; raises what made the last one fail."""
+        """Wait until no save is in flight; raises the error of the last one."""
         save, self._save = self._save, None
         if save is not None:
             save.result()
 
     def close(self) -> None:
-        """Let a save in flight finish on the way out of a run that ends for another reason."""
+        """Finish a save in flight when the run ends for another reason; its error is only logged."""
         try:
             self.wait()
         except Exception as failure:

@@ -1,11 +1,11 @@
 """A GPU run's programs and kernels, compiled by other processes while the base is loaded and clips are encoded.
 
-Each has a base of random weights with two blocks: all blocks run the same programs. What it compiles lies in the caches
-of ``work_dir``, where the run finds it instead of compiling it at its first step. Two take a few passes: micro batches
-with and without given context have a program each. A third forms weights and finishes gradients, which is done outside
-of passes. In turn they take thrice as long as what they hide in.
+Each process makes a base of random weights with two blocks: all blocks run the same programs. It compiles into the
+caches of ``work_dir``, where the run finds the programs at its first step. Two processes take a few passes each: micro
+batches with and without given context have a program each. The third forms weights and finishes gradients, which is
+done outside of passes. One after another they would take three times as long as the time they hide in.
 
-    python -m sa3dist.training.compile_ahead context|none|kernels < settings, pickled; or nothing, to end
+    python -m sa3dist.training.compile_ahead context|none|kernels < pickled settings (nothing: end)
 """
 
 from __future__ import annotations
@@ -54,28 +54,28 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BLOCKS = 2
-# Kernels are of one kind for few tokens and of another for many.
+# The kernels for few tokens differ from those for many.
 SHORT_FRAMES = 128
-# What the programs depend on beside the model. How many blocks are recomputed changes none.
+# Settings that the programs depend on beside the model. The number of recomputed blocks changes no program.
 FIELDS = (
     "adapter_type", "rank", "alpha", "include", "exclude", "base_precision", "mixed_precision", "adapter_products",
     "batch_size", "duration", "compile", "reference_numerics", "deterministic",
 )  # fmt: skip
-# No start waits longer than this for what it would otherwise compile itself.
+# A start waits at most this long; then the run compiles the rest itself.
 PATIENCE_SECONDS = 30.0
 POLL_SECONDS = 0.1
 
 
 class CompilingAhead:
-    """The processes, where this run has some."""
+    """The compiling processes of this run, if it needs any."""
 
     def __init__(
         self, settings: Settings, group: Group, dtype: torch.dtype, started: dict[str, Compiling] | None = None
     ) -> None:
-        """On a CUDA device, before the base is loaded and once the caches have their places. What fails is logged.
+        """Call on every rank before the base is loaded, once the cache directories are set. Failures are only logged.
 
         dtype     of the base's weights
-        started   by program, processes that wait for what to compile; those that are needed are taken out
+        started   processes waiting for work, by program; those that are used are removed
         """
         self._processes: list[Compiling] = []
         device = group.device
@@ -98,7 +98,7 @@ class CompilingAhead:
             return None
 
     def wait(self, group: Group, stop: StopRequest, startup: Startup) -> None:
-        """Return on every rank when all have ended and their memory on the device is free; a part of the start.
+        """Return on every rank when all processes have ended and freed their device memory; counted as a startup part.
 
         Raises Interrupted when asked to stop.
         """
@@ -125,7 +125,7 @@ class CompilingAhead:
 
 
 def _mark(settings: Settings, device: torch.device, program: str) -> Path:
-    """The file that says that a program of such a run is in the compiler's cache."""
+    """The file that marks a program of such a run as cached."""
     fields = repr([getattr(settings, name) for name in FIELDS])
     of = program, str(settings.model), fields, torch.__version__, torch.cuda.get_device_name(device), _sources()
     return Path(os.environ[CACHE_VARIABLE]) / f"{MARK}{digest_of(*of)[:16]}"
@@ -133,7 +133,7 @@ def _mark(settings: Settings, device: torch.device, program: str) -> Path:
 
 @functools.cache
 def _sources() -> str:
-    """What the network's and the kernels' own files last said: other code makes other programs."""
+    """Digest of the network's and the kernels' source files: other code makes other programs."""
     import sa3dist_kernels
 
     folders = Path(__file__).parents[1] / "model", Path(sa3dist_kernels.__file__).parent
@@ -142,7 +142,7 @@ def _sources() -> str:
 
 
 def small_base(config: ModelConfig, settings: Settings, device: torch.device, dtype: torch.dtype) -> Base:
-    """Random weights in the run's format, with the run's adapter."""
+    """Random weights in the run's dtype, with the run's adapter."""
     config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, depth=BLOCKS))
     base = Base(config, RandomWeights(config, 0, device), device, dtype, text_source=None, encoder=False)
     base.reference_numerics = settings.reference_numerics
@@ -152,7 +152,7 @@ def small_base(config: ModelConfig, settings: Settings, device: torch.device, dt
 
 
 def take_passes(base: Base, settings: Settings, backend, has_context: bool) -> None:
-    """Forward and backward passes of short and long clips, with given context or without.
+    """Forward and backward passes of short and long clips, with or without given context.
 
     backend   of torch.compile
     """
@@ -160,28 +160,28 @@ def take_passes(base: Base, settings: Settings, backend, has_context: bool) -> N
     if settings.adapter_products == "auto":
         if obstacle := obstacle_to(base.device, product_format(base, settings)):
             raise SA3DistError(f"adapted weights are not formed here: {obstacle}")
-        # Without the trial of kernels that no pass runs.
+        # "formed" skips the trial of kernels that no pass runs.
         settings = settings.model_copy(update={"adapter_products": "formed"})
     engine = engine_of(base, settings)
     compile_whole_blocks(base, settings, backend)
     ladder = ShapeLadder(longest, base.dit.transformer.memory)
-    # The longest first: but for a deterministic run the compiler chooses its tiles by the first it sees.
+    # Longest first: unless the run is deterministic, the compiler chooses tiles by the first shape it sees.
     for frames in sorted({min(SHORT_FRAMES, longest), longest}, reverse=True):
         batch = dataclasses.replace(_batch(base, settings, frames), has_context=has_context)
-        # Whatever values W' has.
+        # W' may have any values here.
         engine.flat.zero()
         engine.backward(engine.losses(ladder(batch.to(base.device)))["loss"], last=False)
 
 
 def form_and_finish(base: Base, settings: Settings) -> None:
-    """What forms weights and finishes gradients, and their trial."""
+    """Compile the kernels that form weights and finish gradients, and their trial."""
     engine = engine_of(base, settings)
     engine.zero()
     engine.average()
 
 
 def engine_of(base: Base, settings: Settings) -> FlatEngine:
-    """As a run's. Raises SA3DistError where adapted weights are not formed."""
+    """An engine like the run's. Raises SA3DistError where adapted weights are not formed."""
     forward = functools.partial(micro_batch_loss, base, settings=settings)
     parameters = adapter_parameters(base)
     flat = FlatAdapters(parameters, settings.learning_rate, settings.weight_decay, scalars=0)
@@ -192,7 +192,7 @@ def engine_of(base: Base, settings: Settings) -> FlatEngine:
 
 
 def _batch(base: Base, settings: Settings, frames: int):
-    """A micro batch of clips of this many frames, of unequal lengths where it has several."""
+    """A micro batch of clips with this many frames, each clip one frame shorter than the one before."""
     tokens = base.prompt_tokens
     hidden_LH, mask_L = torch.zeros(tokens, base.config.cond_dim), torch.arange(tokens) < 8
     samples = [
@@ -214,14 +214,14 @@ def _batch(base: Base, settings: Settings, frames: int):
 
 
 def main(program: str) -> None:
-    # A run that is killed cannot end it, and the next start needs the device's memory.
+    # A killed run cannot end this process, and the next start needs the device's memory.
     end_with_parent()
     cuda_driver.start()
     if program != KERNELS:
-        # They compile blocks' kernels side by side, but seconds pass until they can: until then it is done one by one.
+        # Workers compile the blocks' kernels in parallel, but need seconds to start; until then compiling is serial.
         start_compile_workers()
         importlib.import_module("torch._inductor.compile_fx")
-    # Said once all is imported that is needed whatever it is.
+    # Read only after the imports, which are needed in any case.
     given = sys.stdin.buffer.read()
     if not given:
         return
@@ -237,6 +237,6 @@ def main(program: str) -> None:
 
 
 if __name__ == "__main__":
-    # Searching what a compiler makes for garbage takes a tenth of the time; kept, it is some ten MB of a short life.
+    # Garbage collection of the compiler's objects takes a tenth of the time; without it they cost some ten MB.
     gc.disable()
     main(sys.argv[1])

@@ -1,6 +1,6 @@
-"""The processes that compile ahead, started before a run knows what they shall compile: their imports take seconds.
+"""The processes that compile ahead, started before the run knows what to compile: their imports take seconds.
 
-Imports no torch: a run starts them before it imports that itself.
+Imports no torch: a run starts them before it imports torch itself.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
     from sa3dist.settings import Settings
 
-# What is compiled, a process for each: blocks for micro batches with and without given context, and our own kernels
-# that no block runs, which take ten seconds themselves.
+# What is compiled, one process each: blocks for micro batches with and without given context, and our own kernels
+# outside of blocks, which alone take ten seconds.
 CONTEXT, NONE, KERNELS = PROGRAMS = "context", "none", "kernels"
-# The file in the compiler's cache that says that a program is there is called so.
+# Name prefix of the file in the compiler's cache that marks a program as cached.
 MARK = "ahead-"
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiling:
-    """A process that compiles one program as soon as it is given what for; it ends when it is given nothing.
+    """A process that compiles one program once it is given the settings; given nothing, it ends.
 
-    errors   what it says
+    errors   its stderr
     """
 
     process: subprocess.Popen[bytes]
@@ -43,9 +43,9 @@ class Compiling:
 
     @classmethod
     def start(cls, program: str, environment: Mapping[str, str] | None = None) -> Compiling:
-        """environment: instead of this process's. Raises OSError."""
+        """environment: replaces this process's. Raises OSError."""
         command = [sys.executable, "-m", "sa3dist.training.compile_ahead", program]
-        # A file: a pipe that nobody reads would fill up and stop it.
+        # A file, not a pipe: a full pipe that nobody reads would block the process.
         errors = tempfile.TemporaryFile()  # noqa: SIM115
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, env=environment
@@ -54,16 +54,17 @@ class Compiling:
         return cls(process, errors)
 
     def give(self, what: bytes) -> None:
-        """Once; b"" ends it."""
-        # One that has ended already has said why.
+        """Send the pickled settings, once; b"" ends the process."""
+        # A process that has already ended has reported why.
         with contextlib.suppress(BrokenPipeError), self.process.stdin as pipe:
             pipe.write(what)
 
 
 def start_early(settings: Settings, dist_rank: int) -> dict[str, Compiling]:
-    """By program, those of a run that will probably want them; where it is not certain enough they are started later.
+    """Start the processes early if the run will probably need them. Returns them by program; empty if not.
 
-    It is where a GPU is expected, and nothing was compiled ahead in this ``work_dir`` before.
+    They are needed where a GPU is expected and nothing was compiled ahead in this ``work_dir`` yet. In doubtful cases
+    ``CompilingAhead`` starts them later.
     """
     work = settings.work_dir.resolve()
     environment = {CACHE_VARIABLE: str(work / "compiled"), "TRITON_CACHE_DIR": str(work / "kernels"), **os.environ}
@@ -75,7 +76,7 @@ def start_early(settings: Settings, dist_rank: int) -> dict[str, Compiling]:
         or any(Path(environment[CACHE_VARIABLE]).glob(f"{MARK}*"))
     )
     started: dict[str, Compiling] = {}
-    # What fails here fails again, and is told, when it is due.
+    # A start that fails here is repeated, with a message, by ``CompilingAhead``.
     with contextlib.suppress(OSError):
         for program in () if unlikely else PROGRAMS:
             started[program] = Compiling.start(program, environment)
@@ -83,6 +84,6 @@ def start_early(settings: Settings, dist_rank: int) -> dict[str, Compiling]:
 
 
 def end_all(started: dict[str, Compiling]) -> None:
-    """Let go of those that are not needed."""
+    """End the processes that are not needed."""
     while started:
         started.popitem()[1].give(b"")

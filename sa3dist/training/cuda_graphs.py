@@ -1,8 +1,8 @@
 """Forward and backward pass of a micro batch as one CUDA graph: one launch from the host instead of thousands.
 
-Short clips leave a GPU waiting for its host. Everything in a pass but the values depends on shapes alone, and nothing
-in it asks the device; so it can be recorded once per shape and replayed on other values, which are copied into the
-tensors it was recorded with.
+With short clips the GPU waits for its host. A pass depends on shapes alone, but for its values, and nothing in it reads
+from the device. So it can be recorded once per shape and replayed on other values, copied into the tensors that it
+was recorded with.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from sa3dist.model.packing import FilledPacking, Packing
 log = logging.getLogger(__name__)
 
 Tensors = tuple[torch.Tensor, ...]
-# Fewer steps do not earn back what recording takes.
+# A shorter run does not earn back the time of recording.
 STEPS_WORTH_RECORDING = 50
 # A ladder has 24 rungs for one clip of up to 380 s, each with and without context given; large micro batches have more.
 MOST_GRAPHS = 96
-# Free memory before a recording, in passes: its own, an ordinary one, and what the allocator rounds up.
+# Free memory needed before a recording, in passes: the recorded one, an ordinary one, and the allocator's rounding.
 PASSES_THAT_FIT = 2.2
-# Relative distance of a replay from the ordinary pass. The same kernels run; flash attention adds in varying order.
+# Relative distance of a replay from the ordinary pass. Both run the same kernels, but flash attention adds in varying
+# order.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-3, 1e-2
-# A deep model in bfloat16 makes more of that order: a replay may also be so many times as far from the ordinary pass as
-# the ordinary pass, done again, is from itself.
+# In a deep bfloat16 model that order matters more: the replay may also be this many times as far from the ordinary pass
+# as a repetition of the ordinary pass is.
 TIMES_AS_FAR = 4.0
 
 
 def wants_graphs(choice: str, device: torch.device, steps: int) -> bool:
-    """Whether to record: as told, or with ``auto`` on CUDA where the run is long."""
+    """Whether to record: as told; with ``auto`` on CUDA, if the run is long enough."""
     if choice != "auto":
         return choice == "on"
     chosen = device.type == "cuda" and steps >= STEPS_WORTH_RECORDING
@@ -47,18 +48,20 @@ def wants_graphs(choice: str, device: torch.device, steps: int) -> bool:
 
 
 class Recorder:
-    """Records functions on a stream of its own; their temporary values share one pool of memory, because only one
-    recording runs at a time."""
+    """Records functions on a stream of its own.
+
+    Recordings never run at the same time, so their temporary values share one memory pool.
+    """
 
     def __init__(self, device: torch.device, largest_pass_bytes: float = 0.0) -> None:
-        """largest_pass_bytes   of any pass to come, as far as it is known"""
+        """largest_pass_bytes: of any later pass, as far as known"""
         self._largest_pass_bytes = largest_pass_bytes
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, function: Callable[[], Tensors]) -> Tensors:
-        """Run ``function`` where it will be recorded: kernels are compiled, chosen and given their workspaces."""
-        # A gradient's last node keeps the stream of the pass that made it; none of an earlier pass may live on.
+        """Run ``function`` on the recording stream: compiles and chooses kernels, and allocates their workspaces."""
+        # A gradient's last node keeps the stream of the pass that made it: none of an earlier pass may survive.
         gc.collect()
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
@@ -66,26 +69,27 @@ class Recorder:
             with torch.cuda.stream(self._stream):
                 return function()
         finally:
-            # Also after one that runs out of memory: what it has launched still adds to gradients.
+            # Also after running out of memory: kernels already launched still add to gradients.
             current.wait_stream(self._stream)
 
     def record(self, function: Callable[[], Tensors]) -> Callable[[], Tensors]:
-        """What ``function`` launches, without running it. The result runs it and returns tensors the next run changes.
+        """Record what ``function`` launches, without running it. The returned function replays it.
 
-        Raises RuntimeError where something in it cannot be recorded, or too little memory would be left.
+        Each replay overwrites the tensors that the one before returned.
+        Raises RuntimeError if an operation cannot be recorded, or too little memory would be left.
         """
         self._check_room()
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._stream.device)
         try:
-            # Other threads pin memory and watch collectives meanwhile.
+            # thread_local: other threads meanwhile pin memory and watch collectives.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 results = function()
         except Exception:
             self._recover()
             raise
         finally:
-            # A recording that fails leaves its stream as the current one.
+            # A failed recording leaves its stream as the current one.
             torch.cuda.set_stream(current)
 
         def replay() -> Tensors:
@@ -95,28 +99,29 @@ class Recorder:
         return replay
 
     def _recover(self) -> None:
-        """After a recording that failed: without this torch 2.11 takes it to go on, and can neither empty its cache nor
-        draw random numbers on the device.
+        """Clean up after a failed recording.
 
-        Source: pytorch/pytorch#180395, and #190348 for the memory, which only a whole recording gives back by itself.
+        Otherwise torch 2.11 takes it to go on, and can neither empty its cache nor draw random numbers on the device.
+
+        Source: pytorch/pytorch#180395; and #190348 for the memory, which only a complete recording releases by itself.
         """
         place = self._stream.device.index, self._pool
-        # The first raises where the recording itself has ended it.
+        # The first call raises if the recording itself has ended the allocation.
         with contextlib.suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(*place)
             torch._C._cuda_releasePool(*place)
-        # A generator leaves its state for recordings at the end of one that succeeds.
+        # Only a successful recording resets the generator's recording state: record something.
         with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local"):
             torch.zeros(1, device=self._stream.device)
 
     def _check_room(self) -> None:
-        """What a recording keeps must leave room for an ordinary pass: other shapes still take one."""
+        """Raise RuntimeError unless a recording leaves room for an ordinary pass, which other shapes still need."""
         device = self._stream.device
         torch.cuda.empty_cache()
-        # The most that was ever allocated beyond what is now; longer clips may be still to come.
+        # The highest peak above what is allocated now; longer clips may still follow.
         found = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
         one_pass = max(found, self._largest_pass_bytes)
-        # With what earlier recordings hold: they lend it to the next.
+        # Counts what earlier recordings hold as free: the next one reuses it.
         free = free_bytes(device)
         if free < PASSES_THAT_FIT * one_pass:
             raise RuntimeError(
@@ -126,7 +131,7 @@ class Recorder:
 
 @dataclasses.dataclass
 class _Recorded:
-    """One shape's graph, the micro batch it reads, and whether a replay was compared with an ordinary pass."""
+    """The graph of one shape, the micro batch it reads, and whether a replay was compared with an ordinary pass."""
 
     batch: MicroBatch
     replay: Callable[[], Tensors]
@@ -134,11 +139,11 @@ class _Recorded:
 
 
 class CudaGraphs:
-    """Runs the passes of micro batches, those of often seen shapes as graphs.
+    """Runs the passes of micro batches, and replays graphs for frequent shapes.
 
-    The first micro batch of a shape takes the ordinary pass. At the second the pass is recorded. The third takes both:
-    unless loss and gradient agree, no graph is used from there on. Whatever goes wrong with a graph, the training goes
-    on without them, and says so once.
+    The first micro batch of a shape takes the ordinary pass. Before the second one's, the pass is recorded. The third
+    takes both: if loss or gradient disagree, no graph is used any more. Any other problem with a graph also turns all
+    graphs off, with one warning; the training goes on.
     """
 
     def __init__(
@@ -150,10 +155,10 @@ class CudaGraphs:
         exact: bool = False,
     ) -> None:
         """
-        passes      (micro batch, last of its step) to losses: forward and backward, adds to ``gradient``
-        recordable  the same as a function of shapes and values alone: no state of the step, nothing sent away
-        recorder    a ``Recorder``
-        exact       a replay must give an ordinary pass's bits: it may be one where a run is continued
+        passes      (micro batch, last of its step) -> losses: forward and backward, adds to ``gradient``
+        recordable  the same as a function of shapes and values alone: reads no state of the step, sends nothing
+        recorder    None: record nothing
+        exact       a replay must equal an ordinary pass bit by bit: a continued run may replace one by the other
         """
         self._passes = passes
         self._recordable = recordable
@@ -162,12 +167,12 @@ class CudaGraphs:
         self._exact = exact
         self._seen: set[Hashable] = set()
         self._recorded: dict[Hashable, _Recorded] = {}
-        # What graphs read. One at a time is replayed, so those of a shape are shared.
+        # Input tensors of graphs, shared by graphs with equal shapes: only one is replayed at a time.
         self._inputs: dict[Hashable, torch.Tensor] = {}
 
     @property
     def shapes(self) -> int:
-        """How many shapes are replayed."""
+        """Number of shapes that are replayed."""
         return sum(recorded.compared for recorded in self._recorded.values())
 
     def __call__(self, batch: MicroBatch, last: bool) -> Tensors:
@@ -175,13 +180,13 @@ class CudaGraphs:
         key = shape_of(batch)
         recorded = self._recorded.get(key)
         if recorded is None:
-            # Before the pass itself, whose gradients may leave for other ranks as they arrive.
+            # Before the pass itself, whose gradients may be sent to other ranks as they arrive.
             if self._seen_before(key):
                 self._record(key, batch)
             return self._passes(batch, last)
         copy_values(batch, recorded.batch)
         if recorded.compared:
-            # In one launch; the next replay writes over what this one has given.
+            # stack copies in one launch: the next replay overwrites these results.
             return torch.stack(recorded.replay()).unbind()
         return self._compare(batch, recorded)
 
@@ -193,7 +198,7 @@ class CudaGraphs:
         return seen
 
     def drop(self) -> None:
-        """Use no graph from here on, and give their memory back."""
+        """Stop using graphs and free their memory."""
         self._recorder = None
         self._recorded.clear()
         self._inputs.clear()
@@ -208,13 +213,13 @@ class CudaGraphs:
             self._recorder.warm_up(lambda: self._recordable(own))
             self._recorded[key] = _Recorded(own, self._recorder.record(lambda: self._recordable(own)))
         except Exception as problem:
-            # Whatever a driver raises: the pass itself is done without a graph.
+            # Whatever the driver raises, the ordinary pass still works.
             self._give_up(problem)
-        # The warm-up has added to it.
+        # Undo what the warm-up has added.
         self._gradient.copy_(before)
 
     def _own(self, batch: MicroBatch) -> MicroBatch:
-        """A copy of ``batch`` in the tensors that graphs read."""
+        """A copy of ``batch`` in the input tensors of graphs."""
         own = batch.clone()
         for holder, name, value in _places(own):
             key = name, value.dtype, tuple(value.shape)
@@ -229,11 +234,11 @@ class CudaGraphs:
         losses = self._passes(batch, False)
         after = self._gradient.clone()
 
-        # Less what was there before, sums that differ may not.
+        # exact compares the sums themselves: subtracting what was there before could round a difference away.
         begin = 0.0 if self._exact else before
 
         def distances(run: Callable[[], Tensors]) -> list[float]:
-            """Of gradient and losses, from those of the pass above."""
+            """Relative distances of gradient and losses from those of the pass above."""
             self._gradient.copy_(before)
             found = torch.stack(run()).detach()
             gradient = _distance(self._gradient - begin, after - begin)
@@ -257,25 +262,25 @@ class CudaGraphs:
 
     def _give_up(self, why: str | Exception) -> None:
         while isinstance(why, Exception) and why.__context__ is not None:
-            # Ending a broken recording raises once more.
+            # Ending a failed recording raises again: report the first error.
             why = why.__context__
         log.warning("cuda_graphs: training goes on without them: %s", str(why).partition("\n")[0])
         self.drop()
 
 
 def _all_within(values: list[float], limits: list[float]) -> bool:
-    """False for a NaN."""
+    """NaN counts as outside."""
     return all(value <= limit for value, limit in zip(values, limits, strict=True))
 
 
 def _distance(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Relative L2 distance; 0 for two zeros, and for nothing else that differs: no square is too small for float64."""
+    """Relative L2 distance. 0 only for equal tensors: in float64 no square underflows."""
     norm = functools.partial(torch.linalg.vector_norm, dtype=torch.float64)
     return norm(found - expected) / norm(expected).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _places(batch: MicroBatch) -> Iterator[tuple[object, str, torch.Tensor]]:
-    """Every tensor of a micro batch: which object holds it, under which name, and the tensor."""
+    """Every tensor of a micro batch: the object that holds it, its name, and the tensor."""
     for name, value in vars(batch).items():
         if isinstance(value, torch.Tensor):
             yield batch, name, value
@@ -286,13 +291,13 @@ def _places(batch: MicroBatch) -> Iterator[tuple[object, str, torch.Tensor]]:
 
 
 def shape_of(batch: MicroBatch) -> Hashable:
-    """What a pass depends on beside the values of its tensors."""
+    """Everything a pass depends on but for the values of its tensors."""
     packing = (batch.packing.frames, batch.packing.lengths) if isinstance(batch.packing, Packing) else None
     shapes = tuple((name, value.dtype, tuple(value.shape)) for _, name, value in _places(batch))
     return shapes, packing, batch.has_context, batch.prompt_length
 
 
 def copy_values(source: MicroBatch, target: MicroBatch) -> None:
-    """Write the tensors of one micro batch into those of another of equal ``shape_of``."""
+    """Copy the tensors of one micro batch into another with equal ``shape_of``."""
     for (*_, value), (*_, own) in zip(_places(source), _places(target), strict=True):
         own.copy_(value)

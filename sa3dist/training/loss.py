@@ -1,4 +1,4 @@
-"""The loss of one micro batch: the base's velocity against the flow's, on the frames that count."""
+"""The loss of one micro batch: predicted velocity against the flow's target, on the frames that count."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from sa3dist.model.base import Base
     from sa3dist.settings import Settings
 
-# What ``micro_batch_loss`` gives: the loss that is trained, then its parts. Each is a column of metrics.jsonl.
+# The trained loss, then its parts. Each is a column of metrics.jsonl.
 LOSSES = ("loss", "loss_gen", "loss_ctx")
-# Beside them: sums of the clips' losses, and the clips, with t in [0, 0.2), [0.2, 0.4), ...
+# Loss by timestep: sums of the clips' losses, and numbers of clips, with t in [0, 0.2), [0.2, 0.4), ...
 TIME_BINS = 5
 BY_TIME = tuple(f"{what}_{number}" for what in ("time_losses", "time_clips") for number in range(TIME_BINS))
 
 
 def micro_batch_loss(base: Base, batch: MicroBatch, settings: Settings) -> dict[str, torch.Tensor]:
-    """The ``LOSSES`` of one micro batch and ``BY_TIME`` by name, each of shape (), on the device of the micro batch.
+    """The ``LOSSES`` and ``BY_TIME`` of one micro batch by name, each of shape (), on the device of the micro batch.
 
-    settings   gives ``mixed_precision`` and ``context_weight``
+    settings   provides ``mixed_precision`` and ``context_weight``
     """
     device = batch.noised_BDT.device.type
-    # Nothing given is the same at every frame: the network then evaluates its local conditioning once.
+    # Without given context the local conditioning is equal at every frame: None lets the network evaluate it once.
     context = (batch.inpaint_mask_B1T, batch.latents_BDT) if batch.has_context else (None, None)
     with torch.autocast(device, torch.bfloat16, enabled=settings.mixed_precision == "bf16"):
         velocity_BDT = base.velocity(
@@ -52,7 +52,7 @@ def micro_batch_loss(base: Base, batch: MicroBatch, settings: Settings) -> dict[
 
 
 def _by_time(losses_B: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-    """``BY_TIME``; t = 1 belongs to the last. On the device, so that no step waits for it."""
+    """``BY_TIME``; t = 1 belongs to the last bin. Stays on the device, so that no step waits for it."""
     bins_B = (t_B * TIME_BINS).floor().clamp(max=TIME_BINS - 1)
     chosen_NB = (torch.arange(TIME_BINS, device=t_B.device)[:, None] == bins_B).to(losses_B.dtype)
     return torch.cat([(chosen_NB * losses_B).sum(dim=1), chosen_NB.sum(dim=1)])

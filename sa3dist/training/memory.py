@@ -1,4 +1,4 @@
-"""What a step needs of a device's memory, how many blocks are recomputed so that it fits, and how it ends if not."""
+"""Device memory of a step: how much it needs, how many blocks must be recomputed, how running out ends the run."""
 
 import dataclasses
 import functools
@@ -19,25 +19,25 @@ from sa3dist.training.run_plan import RunPlan
 
 log = logging.getLogger(__name__)
 
-# The rest is for the allocator's rounding and what is counted nowhere, such as norms that the passes of a step share.
+# The rest covers the allocator's rounding and values not counted, such as norms shared by the passes of a step.
 USABLE_SHARE = 0.9
-# Values in flight at once while one block is differentiated, in widths per token beside the feed-forward's (its gated
-# values, which are made again, and gradients of these and of its hidden ones): gradients of the stream, and of queries,
-# keys and values; 13 more of outputs that wait for the sums of the block's last layer where these are joined.
+# Values in flight while one block is differentiated, in widths per token, without the feed-forward's (its gated values,
+# which are recomputed, and the gradients of these and of its hidden values): gradients of the residual stream, queries,
+# keys and values, and 13 of outputs that wait for joint sums with the block's last layer.
 WORKING_WIDTHS = 29
-# AdamW's two moments, made in the first step; value and gradient of an adapter entry are there before. Float32.
+# float32. AdamW's two moments are allocated in the first step; value and gradient exist before.
 MOMENT_BYTES, VALUE_BYTES = 8, 8
 
 
 def working_bytes(config: ModelConfig, tokens: int, value_bytes: int) -> float:
-    """Memory of the values that come and go within one block's backward pass."""
+    """Memory of the temporary values of one block's backward pass."""
     dit = config.dit
     return tokens * dit.embed_dim * (WORKING_WIDTHS + 5 * dit.ff_kwargs.mult) * value_bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """How many blocks are recomputed; what the step then needs beside what is in memory, and what is free, in bytes."""
+    """Number of recomputed blocks; bytes the step needs beside what is allocated, and bytes that are free."""
 
     recomputed_blocks: int
     needed_bytes: float
@@ -49,7 +49,7 @@ class Choice:
 
 
 def fewest_recomputed(counted: Count, other_bytes: float, free_bytes: float, least: int = 0) -> Choice:
-    """The smallest number of recomputed blocks with which the step fits, or all of them. least: not fewer."""
+    """The smallest number of recomputed blocks with which the step fits, or all blocks. least: lower bound."""
     for blocks in range(least, len(counted.blocks) + 1):
         choice = Choice(blocks, other_bytes + counted.kept_bytes(blocks), free_bytes)
         if choice.fits:
@@ -59,10 +59,10 @@ def fewest_recomputed(counted: Count, other_bytes: float, free_bytes: float, lea
 
 @dataclasses.dataclass(frozen=True)
 class LargestPass:
-    """The pass of the largest micro batch a run can meet: full-length clips, the whole prompt, context given.
+    """The pass of the largest micro batch a run can have: full-length clips, the whole prompt, context given.
 
     frames, clips   of that micro batch
-    compiled        whether whole blocks are
+    compiled        whether whole blocks are compiled
     """
 
     base: Base
@@ -83,24 +83,25 @@ class LargestPass:
 
     @property
     def working_bytes(self) -> float:
-        """Of what comes and goes in it beside what is kept."""
+        """Bytes of its temporary values."""
         tokens = self.clips * (self.frames + self.base.config.dit.num_memory_tokens)
         return working_bytes(self.base.config, tokens, self.base.dtype.itemsize)
 
     def bytes(self, recomputed_blocks: int) -> float:
-        """Memory it takes beside what stays between steps."""
+        """Bytes it takes beside what stays allocated between steps."""
         return self.working_bytes + self.counted.kept_bytes(recomputed_blocks)
 
 
 def recomputed_blocks(
     setting: str, largest: LargestPass, device: torch.device, form_per_use: Callable[[], None] | None = None
 ) -> int:
-    """Blocks to recompute in the backward pass: all with ``on``, none with ``off``, as few as fit with ``auto``.
+    """Number of blocks to recompute in the backward pass: all with ``on``, none with ``off``, the fewest that fit with
+    ``auto``.
 
-    The base is loaded and the adapter attached, and formed weights have their memory: only the rest must fit.
+    Call it when the base is loaded, the adapter attached and formed weights allocated: only the rest must fit.
 
-    form_per_use   gives up most of that memory where the step does not fit although all blocks are recomputed; None:
-                   there is none, or it must stay
+    form_per_use   frees most of the formed weights' memory; called if the step does not fit even with all blocks
+                   recomputed. None: there are none, or they must stay
     """
     depth = largest.base.config.dit.depth
     if setting == "off" or (setting == "on" and form_per_use is None):
@@ -125,9 +126,10 @@ def recomputed_blocks(
 
 
 def memory_figures(device: torch.device) -> dict[str, Any]:
-    """Peak memory of this process, for metrics.jsonl: in use, and on CUDA what the device had to hand out for it."""
+    """Peak memory of this process for metrics.jsonl: in use, and on CUDA also reserved by the allocator."""
     if device.type == "cuda":
-        # Recorded passes hold memory that counts as free to the allocator, yet is nobody else's.
+        # Memory of recorded passes counts as free to the allocator, but nobody else can use it: report the reserved
+        # too.
         reserved = torch.cuda.max_memory_reserved(device)
         return {"peak_bytes": torch.cuda.max_memory_allocated(device), "reserved_bytes": reserved}
     import resource
@@ -137,13 +139,13 @@ def memory_figures(device: torch.device) -> dict[str, Any]:
 
 
 def ending(problem: OutOfMemory, step: int, plan: RunPlan, recomputing_helps: bool) -> SA3DistError:
-    """The failure that ends the run: ``problem`` itself with ``on_oom: fail``.
+    """The error that ends the run: ``problem`` itself with ``on_oom: fail``.
 
-    recomputing_helps   whether blocks are what filled the memory, and not all of them were recomputed
+    recomputing_helps   the blocks filled the memory, and not all of them were recomputed
     """
     if not plan.adapt_memory:
         return problem
-    # Without the advice behind it, which holds for other settings.
+    # Drop the advice at its end, which is for other settings.
     found = str(problem).partition("; try ")[0]
     if recomputing_helps:
         return RecomputeOnRestart(

@@ -1,4 +1,4 @@
-"""What rank 0 says of the steps: rows of metrics.jsonl for programs, the progress bar's text for people."""
+"""What rank 0 reports of the steps: rows of metrics.jsonl for programs, the progress bar's text for people."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
 
 
 class Output:
-    """Something that rows go to, on rank 0: a file, or a tracker. What one has no use for does nothing."""
+    """A destination of rows on rank 0: a file, or trackers. Methods a subclass does not need do nothing."""
 
     def write(self, row: dict[str, Any]) -> None:
-        """Take a row: numbers by name; some rows have lists or dicts beside them, and not all have the same names."""
+        """Take a row: numbers by name, some rows also lists or dicts. Rows may have different names."""
 
     def sync(self) -> None:
         """Make the rows written so far as durable as the checkpoint that follows."""
 
     def add_previews(self, step: int, folder: Path) -> None:
-        """Take the previews made after ``step``, which lie in ``folder``."""
+        """Take the previews made after ``step``, which are in ``folder``."""
 
     def finish(self) -> None:
-        """Take no more. Never waits."""
+        """Take no more rows. Does not wait."""
 
     def close(self, until: float) -> None:
-        """Wait for what has been taken, until ``time.monotonic()`` is ``until`` at most."""
+        """Wait until everything taken is written, at most until ``time.monotonic()`` is ``until``."""
 
 
 def open_outputs(settings: Settings, output_dir: Path, resumed_from: int | None) -> list[Output]:
-    """Everything that rows go to: a tracker is one more entry.
+    """All destinations of rows. Another tracker is one more entry.
 
-    resumed_from   step of the checkpoint that is continued: later rows of the earlier run are to be dropped
+    resumed_from   step of the checkpoint that is continued: later rows of the earlier run are dropped
     """
     rows = RowsFile(Path(output_dir) / METRICS_NAME, resumed_from)
     return [rows, Trackers(settings, output_dir, resumed_from)] if settings.log_with else [rows]
@@ -70,7 +70,7 @@ def _rows_up_to(path: Path, step: int) -> list[str]:
         return []
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        # A kill in the middle of a write leaves a torn last line, which is past the checkpoint by construction.
+        # A kill during a write leaves a torn last line; it is past the checkpoint, whose save synced all rows before.
         with contextlib.suppress(ValueError, TypeError, KeyError):
             if json.loads(line)["step"] <= step:
                 kept.append(line)
@@ -88,7 +88,7 @@ class MetricsLogger:
         update: Callable[[int, str], None],
         startup: Startup | None = None,
     ) -> None:
-        """update: moves the progress bar to a step, with a text; startup: goes into the first row."""
+        """update: moves the progress bar to a step, with a text; startup: its times go into the first row."""
         self._trainer, self._update, self._startup = trainer, update, startup
         self._outputs = open_outputs(trainer.settings, output_dir, resumed_from) if trainer.group.is_main else []
         self._resumed_from = {} if resumed_from is None else {"resumed_from": resumed_from}
@@ -99,7 +99,7 @@ class MetricsLogger:
         self._observed: dict[str, float] = {}
 
     def add_observation(self, seen: Observation | None) -> None:
-        """Take what an observer has found; None is nothing."""
+        """Take what an observer has found; None = nothing."""
         if seen is None:
             return
         for output in self._outputs:
@@ -113,9 +113,9 @@ class MetricsLogger:
             self._observed[name] = self._observed.get(name, 0) + value
 
     def add(self, figures: dict[str, float], last: bool) -> None:
-        """Take up the figures of one step as ``Trainer.take_step`` gave them; called on all ranks.
+        """Add the values of one step, as returned by ``Trainer.take_step``; called on all ranks.
 
-        last: no step follows, and the row is written in any case
+        last: no step follows, so the row is written in any case
         """
         trainer, plan, step = self._trainer, self._trainer.plan, self._trainer.step
         row = {"step": step, **figures}
@@ -143,7 +143,7 @@ class MetricsLogger:
             if self._startup:
                 row["startup_seconds"] = self._startup.seconds
             if trainer.settings.log_clips:
-                # On all ranks: without an index each knows only its own.
+                # On all ranks: without an index each rank knows only its own clips.
                 row["clips"] = trainer.clips_of_step()
             row |= self._observed | self._resumed_from
             for output in self._outputs:
@@ -159,11 +159,11 @@ class MetricsLogger:
             output.sync()
 
     def finish(self, early: bool) -> None:
-        """The last row was the last. early: as for observers."""
+        """No row follows. early: as for observers."""
         for output in self._outputs:
             output.finish()
 
     def close(self, until: float) -> None:
-        """Let the outputs take what they have, until ``time.monotonic()`` is ``until`` at most."""
+        """Wait for the outputs, at most until ``time.monotonic()`` is ``until``."""
         for output in self._outputs:
             output.close(until)

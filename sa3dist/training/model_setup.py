@@ -33,13 +33,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def begin_compiling(settings: Settings, group: Group, started: dict[str, Compiling]) -> CompilingAhead:
-    """Begin to make what a GPU will run; before anything else. started: as in ``CompilingAhead``."""
+    """Start compiling what a GPU will run; call it before anything else. started: as in ``CompilingAhead``."""
     _keep_caches(settings, group)
     return CompilingAhead(settings, group, DTYPES[settings.base_precision], started)
 
 
 def _keep_caches(settings: Settings, group: Group) -> bool:
-    """Say where compilers keep what they make, before they make any; whether this run compiles."""
+    """Set the compilers' cache directories before they compile anything. Returns whether this run compiles."""
     if group.device.type == "cuda":
         keep_kernels_in(settings.work_dir.resolve() / "kernels")
     compiles = wants_compile(settings.compile, group.device, settings.number_of_steps)
@@ -49,22 +49,22 @@ def _keep_caches(settings: Settings, group: Group) -> bool:
 
 
 def open_base(settings: Settings, group: Group, stop: StopRequest, startup: Startup) -> tuple[Base, str | None]:
-    """The base with its adapters, and the digest of the file they were started from (None for fresh ones).
+    """The base with its adapters, and the digest of the adapter file they start from (None for fresh ones).
 
-    If one rank fails, at loading, at singular bases or at attaching, all ranks raise its error. Raises ConfigError when
+    If one rank fails to load, to find singular bases or to attach, all ranks raise its error. Raises ConfigError when
     told to compile without a compiler.
     """
     on_gpu = group.device.type == "cuda"
     compiles = _keep_caches(settings, group)
     startup.begin("load_base")
-    # AdamW imports the first; both together take four seconds, for which reading the base leaves time.
+    # AdamW imports torch._dynamo; both imports take four seconds, hidden behind the reading of the base.
     compiler = ["torch._inductor.compile_fx"] if compiles and on_gpu else []
     with lasting_imports(), imported_beside("torch._dynamo", *compiler), libraries_beside(group.device):
         base = run_on_all_ranks(group, "base", lambda: _load(settings, group.device), stop)
-        # Of the start's parts: what the imports take longer than the reading, and starting the workers.
+        # Startup part "compiler": the rest of the imports after the reading, and starting the workers.
         startup.begin("compiler")
         if group.is_main:
-            # Threads hash while the imports end, the bases are found and the clips are checked.
+            # Threads hash while imports finish, bases are found and clips are checked.
             base.begin_digests()
     if compiler:
         start_compile_workers()
@@ -76,14 +76,14 @@ def open_base(settings: Settings, group: Group, stop: StopRequest, startup: Star
 
 
 def _load(settings: Settings, device: torch.device) -> Base:
-    # cuDNN's convolutions would round float32 latents to ten bits of mantissa.
+    # TF32 convolutions in cuDNN would round float32 latents to ten bits of mantissa.
     torch.backends.cudnn.allow_tf32 = False
     base = load_base(
         settings.model,
         device,
         DTYPES[settings.base_precision],
         text_encoder=settings.text_encoder,
-        # A run whose latents are all on disk never needs it.
+        # Loaded on first use: a run whose latents are all on disk never needs it.
         encoder=False,
     )
     _require_trainable(base.config)
@@ -102,7 +102,7 @@ def _require_trainable(config: ModelConfig) -> None:
 
 
 def _singular_bases(settings: Settings, group: Group, stop: StopRequest, base: Base) -> adapters.BasesCache | None:
-    """Where the -xs types find their layers' bases; each rank finds its share of those not kept yet."""
+    """The cache of singular bases for -xs types, None for others. Each rank computes its share of the missing ones."""
     if not ADAPTER_TYPES[settings.adapter_type].xs:
         return None
     digest = main_process_first(group, "digest-for-bases", base.weights_digest, stop)
@@ -125,7 +125,7 @@ def _singular_bases(settings: Settings, group: Group, stop: StopRequest, base: B
 def _attach(
     settings: Settings, group: Group, stop: StopRequest, base: Base, bases: adapters.BasesCache | None
 ) -> str | None:
-    """Returns the digest of the adapter file the run starts from, if it does."""
+    """Attach the adapters. Returns the digest of the adapter file the run starts from, or None."""
     adapters.attach_adapter(
         base,
         adapter_type=settings.adapter_type,
@@ -149,13 +149,13 @@ def _attach(
     try:
         adapters.warm_start(base, path)
     except CheckpointError as error:
-        # By the name that the user knows.
+        # Name the address that the user gave, not the downloaded file.
         raise CheckpointError(str(error).replace(path, redacted(url))) from error
     return _digest(Path(path))
 
 
 def _digest(path: Path) -> str:
-    """Of a file's bytes, or of all files of a PEFT folder."""
+    """Digest of a file's bytes, or of all files of a PEFT folder."""
     if path.is_file():
         return file_sha256(path)
     return digest_of(*(file_sha256(file) for file in sorted(path.rglob("*")) if file.is_file()))

@@ -1,4 +1,4 @@
-"""What watches a training without changing it: the interface that the loop calls between its steps."""
+"""The interface of what observes a training without changing it; the loop calls it between steps."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from sa3dist.runtime.signals import StopRequest
 
-# What all that is still at work may take once the last step is done, and where the training ends before it.
+# Seconds for all observers and outputs to finish, after the last step and after an early end.
 CLOSE_SECONDS = 10.0
 EARLY_CLOSE_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
-    """What one look at the training has found.
+    """Result of one look at the training.
 
-    step      after which it was taken; 0 = before the first
-    seconds   it took; no step's time holds them
-    sums      numbers for the next row of metrics.jsonl, by name; those of several observations add up
-    row       numbers for a row of their own, at ``step``; empty = none
-    folder    previews made; None = none
+    step      the step before the look; 0 = before the first
+    seconds   duration of the look; excluded from step times
+    sums      numbers by name for the next row of metrics.jsonl; several observations add up
+    row       numbers for a row of its own, at ``step``; empty = none
+    folder    folder of previews made; None = none
     end       why the training is to end after this step, equal on all ranks; empty = it goes on
-    long      whether it may have been cut short by a request to stop, equal on all ranks; a later start makes up for it
+    long      whether a request to stop may have cut it short, equal on all ranks; a later start then repeats it
     """
 
     step: int
@@ -39,37 +39,37 @@ class Observation:
 
 
 class Observer:
-    """Watches a training. Every method is called on all ranks alike, and leaves adapters, gradients and draws alone.
+    """Observes a training. All ranks call every method; none changes adapters, gradients or draws.
 
-    name   of its part in the times of the start
+    name   of its part in the startup times
     """
 
     name = ""
 
     def begin(self, stop: StopRequest) -> Observation | None:
-        """Look at the base, or at what a start continues from, before the first step of this start."""
+        """Look at the base, or at the checkpoint a start continues from, before this start's first step."""
 
     def after_step(self, step: int, stop: StopRequest) -> Observation | None:
-        """Look at the training after ``step``; None where nothing is due. Not called when the training is stopping."""
+        """Look at the training after ``step``; None if nothing is due. Not called when the training is stopping."""
 
     def after_save(self, step: int, last: bool) -> None:
-        """A checkpoint of ``step`` is published, or being written. last: no step follows."""
+        """Called when a checkpoint of ``step`` is published or being written. last: no step follows."""
 
     def finish(self, early: bool) -> None:
-        """The training is over: what is at work here comes to its end from now on. Never waits.
+        """The training is over: begin to finish background work. Does not wait.
 
-        early   it was interrupted, or has failed, and whoever asked for that waits
+        early   it was interrupted or failed, and someone waits for the end
         """
 
     def close(self, until: float) -> None:
-        """Wait for what is at work, until ``time.monotonic()`` is ``until`` at most."""
+        """Wait for background work, at most until ``time.monotonic()`` is ``until``."""
 
     def leave(self) -> None:
-        """The process ends: the run's last files are written, status.json among them."""
+        """Called before the process ends: the run's last files are written, status.json among them."""
 
 
 class Closing(Protocol):
-    """What ``close_together`` waits for."""
+    """What ``close_together`` can close."""
 
     def finish(self, early: bool) -> None: ...
 
@@ -77,7 +77,7 @@ class Closing(Protocol):
 
 
 def close_together(parts: Sequence[Closing], early: bool, step_timeout: float) -> None:
-    """Let all come to their end at the same time, so that the end of a run takes what the slowest of them takes.
+    """Finish all parts at the same time: the end of a run takes as long as its slowest part.
 
     step_timeout   in seconds: other ranks wait no longer than a step may take
     """

@@ -1,4 +1,4 @@
-"""Checks that all ranks hold equal and finite tensors; each error names the rank, the clip or the tensor."""
+"""Checks that all ranks hold equal, finite tensors; errors name the rank, the clip or the tensor."""
 
 import socket
 
@@ -12,9 +12,9 @@ from sa3dist.runtime.process_group import Group
 
 
 def name_the_non_finite(group: Group, step: int, losses: list[tuple[list[str], torch.Tensor]]) -> None:
-    """Raises EnvironmentFailure on all ranks, with the clips whose loss is not finite; called on all.
+    """Raises EnvironmentFailure, naming the clips whose loss is not finite; all ranks call it and all raise.
 
-    losses  (clip keys, loss) of each micro batch this rank had in the step
+    losses  (clip keys, loss) of each micro batch of this rank in the step
     """
     mine = [key for clips, loss in losses if not bool(loss.isfinite()) for key in clips]
     told = group.gather((mine, socket.gethostname()))
@@ -31,7 +31,7 @@ def name_the_non_finite(group: Group, step: int, losses: list[tuple[list[str], t
 def check_ranks_agree(group: Group, step: int, adapters: dict[str, torch.Tensor]) -> None:
     """Raises EnvironmentFailure on all ranks when they hold different, empty or non-finite adapters."""
     bad = next((name for name, value in adapters.items() if not (value.numel() and value.isfinite().all())), None)
-    # Alone there is nobody to differ from, and every save asks.
+    # Every save calls this: a single rank, which cannot differ, skips the digest.
     held = group.gather((tensors_digest(adapters) if group.world_size > 1 else "", bad))
     if len({digest for digest, _ in held}) > 1:
         raise EnvironmentFailure(f"step {step}: the ranks' adapters differ; state is as last saved")
@@ -41,9 +41,10 @@ def check_ranks_agree(group: Group, step: int, adapters: dict[str, torch.Tensor]
 
 
 def check_same_start(group: Group, step: int, base: Base, adapters: dict[str, torch.Tensor]) -> None:
-    """Raises EnvironmentFailure on all ranks unless they begin with equal adapters, constants and frequency tables.
+    """Raises EnvironmentFailure on all ranks unless their adapters, constants and frequency tables are equal.
 
-    Called where training begins, with the step it begins after. What differs by a bit here trains two models there.
+    Called before the first step. A difference of one bit here would train two different models.
+    step   the step that training continues after
     """
     check_ranks_agree(group, step, adapters)
     if group.world_size == 1:

@@ -1,4 +1,4 @@
-"""Continuing a run: which checkpoint, whether it is this run's, and how its work divides over these processes."""
+"""Continuing a run: which checkpoint, whether it belongs to this run, and how its work divides over the ranks."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Temporary names of files that other threads and processes may be writing just now.
+# Temporary names of files that other threads and processes may be writing at this moment.
 BESIDE = (".report.html.", ".heartbeat.json.", ".status.json.", ".run.lock")
-# What a checkpoint that lacks a value was made with, in words.
+# Values of checkpoints that were saved before a key existed.
 BEFORE = {"singular_bases": "found as earlier versions did", "held_out": "none"}
 
 
 def identity(settings: Settings, **measured: Any) -> dict[str, Any]:
-    """What a checkpoint must agree with to be continued, as JSON values by name.
+    """JSON values by name that a checkpoint must share with the run to be continued.
 
-    measured   what the settings do not say: the digests of base, dataset and warm start, lora_config, crop_frames
+    measured   values not in the settings: digests of base, dataset and warm start, lora_config, crop_frames
     """
     bases = {"singular_bases": METHOD} if ADAPTER_TYPES[settings.adapter_type].xs else {}
     return {**measured, **bases, **settings.course()}
 
 
 def check_start(settings: Settings, group: Group) -> None:
-    """Refuse at once a checkpoint that is none, or work that the ranks cannot share.
+    """Refuse at once an unreadable checkpoint, or a global batch that the ranks cannot share.
 
-    Where a run continues, its checkpoint says how the work was shared. Raises ConfigError, CheckpointError.
+    A run that continues takes the batch from its checkpoint. Raises ConfigError, CheckpointError.
     """
     if settings.resume not in ("auto", "never"):
         checkpoint.load(Path(settings.resume))
@@ -62,7 +62,7 @@ def find_checkpoint(settings: Settings, group: Group, stop: StopRequest) -> chec
         return str(checkpoint.path_of(settings.output_dir, found.step))
 
     def load() -> checkpoint.Checkpoint:
-        # The rank that has looked for it has read and verified it.
+        # The rank that searched has already read and verified it.
         return read.pop() if read else checkpoint.load(Path(path))
 
     named = settings.resume not in ("auto", "never")
@@ -75,7 +75,7 @@ def find_checkpoint(settings: Settings, group: Group, stop: StopRequest) -> chec
 def check_identity(saved: checkpoint.Checkpoint, identity: dict[str, Any], settings: Settings) -> None:
     """Raises CheckpointError naming the first value in which the run and its checkpoint differ.
 
-    A checkpoint without a setting's value was made before there was that setting, with what is now its default.
+    A checkpoint without a setting's value is older than the setting: it was made with what is now the default.
     """
     before = BEFORE | {name: type(settings).model_fields[name].default for name in settings.course()}
     for name, value in identity.items():
@@ -88,9 +88,9 @@ def check_identity(saved: checkpoint.Checkpoint, identity: dict[str, Any], setti
 
 
 def divide_work(saved: checkpoint.Checkpoint | None, settings: Settings, world_size: int) -> int:
-    """Accumulation of this run. A checkpoint's global batch decides over the configuration.
+    """Micro batches per rank and step. A checkpoint's global batch overrides the configuration.
 
-    Raises CheckpointError, naming the workable process counts, when that batch does not divide.
+    Raises CheckpointError, naming the process counts that work, when that batch does not divide.
     """
     if saved is None:
         return settings.accumulation(world_size)
@@ -110,7 +110,7 @@ def divide_work(saved: checkpoint.Checkpoint | None, settings: Settings, world_s
 
 
 def check_course(saved: checkpoint.Checkpoint, settings: Settings) -> None:
-    """What may change between a checkpoint and the run that continues it, said or refused."""
+    """Warn of changes that a continued run may have, and refuse the others."""
     if saved.step > settings.number_of_steps:
         raise CheckpointError(
             f"{settings.output_dir}: has trained {counted(saved.step, 'step')} already, number_of_steps is "
@@ -124,9 +124,9 @@ def check_course(saved: checkpoint.Checkpoint, settings: Settings) -> None:
 
 
 def out_of_memory_at(saved: checkpoint.Checkpoint | None, settings: Settings, noted: int | None) -> int | None:
-    """The step in which an earlier start of this run ran out of memory: with ``on_oom: adapt`` blocks are recomputed.
+    """The step at which an earlier start ran out of memory, with ``on_oom: adapt``: blocks are then recomputed.
 
-    noted   in the status of the start before, which may have saved nothing since; checkpoints of later ones hold it
+    noted   from the status.json of the previous start, which may have saved no checkpoint since
     """
     if settings.on_oom != "adapt":
         return None
@@ -137,9 +137,9 @@ def out_of_memory_at(saved: checkpoint.Checkpoint | None, settings: Settings, no
 
 
 def set_aside(output_dir: Path, step: int, group: Group, stop: StopRequest) -> None:
-    """Move checkpoints of later steps than ``step`` out of the way on rank 0: this run takes another course.
+    """On rank 0, move checkpoints of later steps than ``step`` away: this run takes another course.
 
-    What a killed start was writing goes, too.
+    Also deletes temporary files of a killed start.
     """
 
     def work() -> None:

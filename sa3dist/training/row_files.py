@@ -1,4 +1,4 @@
-"""Files of rows, one JSON object on a line, as runs append to them: a line that a kill has torn is passed over."""
+"""Files with one JSON object per line, as runs append them; a line torn by a kill is skipped."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ def objects(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; none where it is missing or cannot be read."""
+    """The rows of a file; empty if it is missing or unreadable."""
     with contextlib.suppress(OSError):
         return list(objects(path.read_text(encoding="utf-8", errors="replace").splitlines()))
     return []

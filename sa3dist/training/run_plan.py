@@ -1,4 +1,4 @@
-"""What one run has to do, and how it is divided over steps, ranks and micro batches."""
+"""The work of one run, and how it divides over steps, ranks and micro batches."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class RunPlan:
 
     accumulation    micro batches per rank and step
     global_batch    clips per step over all ranks
-    identity        what a checkpoint must agree with to be continued: JSON values by name
-    clip_keys       keys of the dataset's clips, in index order; empty where a stream has no index
-    order           which of them each slot trains on; None = the plain shuffle
+    identity        JSON values by name that a checkpoint must share to be continued
+    clip_keys       keys of the dataset's clips, in index order; empty for a stream without an index
+    order           which clip each slot trains on; None = the plain shuffle
     schedule        the learning rate of each step; None = the settings' learning_rate throughout
-    description     what config.json says of the run beside the step; kept with every checkpoint for an offline export
-    adapt_memory    ``on_oom: adapt``: after a step that runs out of memory the next start recomputes blocks
-    out_of_memory_at_step   the step in which an earlier start of this run, with adapt_memory, ran out of memory: every
-                    block is recomputed since; None = none did
+    description     content of config.json but for the step; saved with every checkpoint for an offline export
+    adapt_memory    ``on_oom: adapt``: when a step runs out of memory, the next start recomputes blocks
+    out_of_memory_at_step   step at which an earlier start ran out of memory with adapt_memory: every block
+                    is recomputed since; None = no start did
     """
 
     steps: int
@@ -51,12 +51,12 @@ class RunPlan:
     out_of_memory_at_step: int | None = None
 
     def position(self, step: int) -> dict[str, int]:
-        """The step and, where the data set has an end, how many epochs are over by then."""
+        """The step and, for a data set with an end, the number of finished epochs."""
         epochs = {"epoch": step * self.global_batch // len(self.clip_keys)} if self.clip_keys else {}
         return {"step": step, **epochs}
 
     def said(self, processes: int, crop_seconds: float, recomputed_blocks: int, saved_step: int | None) -> str:
-        """The work in a line of the log. saved_step: where a run continues, None for a fresh one."""
+        """The plan as a line of the log. saved_step: where a run continues, None for a fresh one."""
         each = f"batch_size {self.micro_batch} x {counted(processes, 'process', 'processes')} x {self.accumulation}"
         recomputing = f", recomputing {counted(recomputed_blocks, 'block')} to save memory" if recomputed_blocks else ""
         continuing = f", continuing after step {saved_step}" if saved_step else ""
@@ -66,7 +66,7 @@ class RunPlan:
         )
 
     def clips_of_step(self, step: int) -> list[str]:
-        """Keys of the clips all ranks train on in a step, in slot order."""
+        """Keys of the clips of all ranks in a step, in slot order."""
         slots = range((step - 1) * self.global_batch, step * self.global_batch)
         order = self.order or ClipOrder(self.seed, len(self.clip_keys))
         return [self.clip_keys[order.clip_of_slot(slot)] for slot in slots]
@@ -80,15 +80,15 @@ def make(
     world_size: int,
     noted_step: int | None,
 ) -> RunPlan:
-    """The plan of a run, begun or continued from ``saved``. Raises CheckpointError where its work does not divide.
+    """The plan of a fresh run, or of one continued from ``saved``. Raises CheckpointError if its batch does not divide.
 
-    noted_step   where the start before ran out of memory, as its status.json notes it
+    noted_step   where the previous start ran out of memory, from its status.json
     """
     accumulation = resume.divide_work(saved, settings, world_size)
     global_batch = accumulation * settings.batch_size * world_size
     urls = {"audio_data_url": settings.audio_data_url, "lora_checkpoint_url": settings.lora_checkpoint_url}
     urls["validation"] = settings.validation_source
-    # URLs may hold credentials, and these files are given away.
+    # URLs may hold credentials, and users give these files away.
     public = {**settings.as_dict(), **{key: redacted(url) for key, url in urls.items() if url}}
     return RunPlan(
         steps=settings.number_of_steps,

@@ -1,6 +1,6 @@
-"""Few shapes for micro batches of any lengths: the packed list of tokens is filled up to the next rung of a ladder.
+"""Pads micro batches to few shapes: the packed list of tokens is filled up to the next of a ladder of sizes.
 
-One compiled program and one CUDA graph then serve all clips between two rungs. What fills a list up touches nothing
+All lengths between two rungs then share one compiled program and one CUDA graph. The filling changes no result
 (``model.packing.FilledPacking``).
 """
 
@@ -12,33 +12,33 @@ import torch.nn.functional as F
 from sa3dist.data.batches.micro_batch import MicroBatch
 from sa3dist.model.packing import FilledPacking
 
-# Rungs are this factor apart: at most 12.5 % more tokens, 24 rungs up to a clip of 380 s.
+# Ratio of neighbouring rungs: at most 12.5 % more tokens; 24 rungs up to a clip of 380 s.
 FACTOR = 1.125
-# No rung below: so few tokens take as long as this many.
+# The lowest rung: fewer tokens take as long.
 LEAST_TOKENS = 256
 
 
 def rung(tokens: int, longest: int) -> int:
-    """The number of tokens a list of ``tokens`` is filled up to.
+    """The number of tokens that a list of ``tokens`` is filled up to.
 
-    longest   tokens of the run's longest clip: it is a rung, and the others are whole factors from it
+    longest   tokens of the run's longest clip: the top rung; the others follow by division by FACTOR
     """
     lowest = max(0, math.floor(math.log(longest / LEAST_TOKENS, FACTOR)))
     steps = min(lowest, math.floor(math.log(longest / tokens, FACTOR)))
-    # The logarithm may be a rounding off where tokens stand on a rung.
+    # The logarithm may be off by rounding at a rung: check its neighbours.
     near = (math.ceil(longest * FACTOR**-step) for step in range(steps + 1, steps - 3, -1) if step <= lowest)
     return next(size for size in near if size >= tokens)
 
 
 class ShapeLadder:
-    """Fills micro batches up."""
+    """Fills micro batches up to the ladder's sizes."""
 
     def __init__(self, frames: int, memory: int) -> None:
-        """frames: of the run's longest crop; memory: tokens ahead of every clip's frames."""
+        """frames: of the run's longest crop; memory: memory tokens before each clip's frames."""
         self.frames, self.memory = frames, memory
 
     def __call__(self, batch: MicroBatch) -> MicroBatch:
-        """The micro batch with all its tensors of a rung's shape, on the device where it was."""
+        """The micro batch with all tensors in a rung's shape, on the same device."""
         clips, _, frames = batch.noised_BDT.shape
         lengths = (frames,) * clips if batch.packing is None else batch.packing.lengths
         self.frames = max(self.frames, frames)
@@ -49,7 +49,7 @@ class ShapeLadder:
         packing = FilledPacking.of(lengths, self.memory, self.frames, filled)
         if device.type == "cuda":
             packing = packing.pin_memory().to(device, non_blocking=True)
-        # Prompts are written out whole: every length of theirs would be a program of its own.
+        # Prompts get their full length: each prompt length would otherwise need a program of its own.
         positions = batch.hidden_BLH.shape[1]
         short = (batch.prompt_length or positions) - positions
         keep_BT = batch.keep_BT

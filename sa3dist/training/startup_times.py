@@ -1,4 +1,4 @@
-"""Where the time between the command and the first step goes, by part, and three ways to shorten it."""
+"""The time between the command and the first step, by part, and three ways to shorten it."""
 
 import contextlib
 import importlib
@@ -16,16 +16,16 @@ from sa3dist.runtime.signals import seconds_since_start
 
 log = logging.getLogger(__name__)
 
-# How long a thread that imports keeps the interpreter from others that ask for it: reading a base takes it for moments,
-# thousands of times. Python's own 5 ms make the reading half as long again.
+# How long an importing thread may keep the interpreter when others ask for it. Reading a base asks thousands of times,
+# briefly: Python's own 5 ms make it half as long again.
 SHARING_SECONDS = 5e-4
 
 
 class Startup:
-    """Seconds of each part of the start, in the order they came; a part lasts until the next one begins.
+    """Seconds of each part of the start, in order; a part lasts until the next one begins.
 
     seconds   by part. "before_run" is the interpreter, imports, reading the settings and joining the other processes,
-              but not the launcher's own start. "total", there once the first step is done, is the sum
+              but not the launcher's own start. "total", set when the first step is done, is the sum
     """
 
     def __init__(self) -> None:
@@ -33,14 +33,14 @@ class Startup:
         self._part, self._since = "before_run", time.monotonic() - seconds_since_start()
 
     def begin(self, part: str) -> None:
-        """Close the part before and open this one; one that comes again adds up. No effect after the first step."""
+        """End the current part and begin this one; repeated parts add up. No effect after the first step."""
         now = time.monotonic()
         if "total" not in self.seconds:
             self.seconds[self._part] = round(self.seconds.get(self._part, 0.0) + now - self._since, 3)
             self._part, self._since = part, now
 
     def first_step_done(self, waited: float) -> None:
-        """Close the part "first_step". waited: seconds of it spent on data, which become the part "first_batch"."""
+        """End the part "first_step". waited: its seconds spent on data, which become the part "first_batch"."""
         self.begin("")
         first_step = self.seconds.pop("first_step")
         self.seconds |= {"first_batch": round(waited, 3), "first_step": round(first_step - waited, 3)}
@@ -51,14 +51,14 @@ class Startup:
 
 @contextlib.contextmanager
 def imported_beside(*modules: str) -> Iterator[None]:
-    """Import modules that are needed later in a thread of its own while the block runs."""
+    """Import modules that are needed later in a thread while the block runs."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(SHARING_SECONDS)
     try:
-        # Waited for at the end: two threads must not be among the same modules.
+        # Wait for it at the end: two threads must not import the same modules at once.
         with ThreadPoolExecutor(1, f"import {', '.join(modules)}") as executor:
             for module in modules:
-                # What fails here fails again, and is told, where the module is needed.
+                # An import that fails here fails again, with a message, where the module is used.
                 executor.submit(importlib.import_module, module)
             yield
     finally:
@@ -67,8 +67,8 @@ def imported_beside(*modules: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def libraries_beside(device: torch.device) -> Iterator[None]:
-    """Let a thread make a CUDA device's libraries ready while the block runs: they leave the interpreter to others."""
-    # What fails there fails again, and is told, where the device is needed.
+    """Prepare a CUDA device's libraries in threads while the block runs; they do not hold the interpreter."""
+    # What fails here fails again, with a message, where the device is used.
     with ThreadPoolExecutor(2, "load the libraries") as executor:
         if device.type == "cuda":
             executor.submit(use_libraries, device)
@@ -77,9 +77,9 @@ def libraries_beside(device: torch.device) -> Iterator[None]:
 
 
 def use_libraries(device: torch.device) -> None:
-    """One product of each kind, and one convolution: the first of a process takes hundreds of milliseconds.
+    """Run one product of each kind and one convolution: a process's first takes hundreds of milliseconds.
 
-    What cuBLAS and cuDNN keep for the thread goes to the next one that asks.
+    The handles that cuBLAS and cuDNN make for this thread are reused by the next thread.
     """
     for dtype in (torch.float32, torch.bfloat16):
         square = torch.ones(64, 64, device=device, dtype=dtype)
@@ -88,12 +88,12 @@ def use_libraries(device: torch.device) -> None:
 
 
 def hash_triton() -> None:
-    """What Triton finds kept kernels by: a digest of its 400 MB of code, made once per process."""
+    """Compute Triton's cache key, a digest of its 400 MB of code, once per process."""
     from triton.runtime.cache import triton_key
 
     triton_key()
 
 
 def keep_kernels_in(directory: Path) -> None:
-    """Where Triton leaves what it has compiled for the next run, unless the environment says so already."""
+    """Set Triton's cache directory, unless the environment already does."""
     os.environ.setdefault("TRITON_CACHE_DIR", str(directory))

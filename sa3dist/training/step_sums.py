@@ -1,4 +1,4 @@
-"""What the ranks add up in a step, how the host reads it, and whether the step may be taken."""
+"""What the ranks sum in a step, how the host reads the sums, and whether the step may be taken."""
 
 from collections.abc import Callable
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 from sa3dist.training.loss import BY_TIME, LOSSES
 
-# Summed over the step's micro batches and over the ranks; they travel with the gradients.
+# Summed over the step's micro batches and over the ranks; sent together with the gradients.
 SUMS = (*LOSSES, *BY_TIME, "silent_crops", "repeated_clips", "failed", "stop", "saving")
 
 
 def spoilt(scalars: Tensor, norm: Tensor) -> Tensor:
-    """1 where any rank has failed, or the loss or the norm is not finite, else 0: float32, of shape ().
+    """1.0 if any rank failed, or the loss or the norm is not finite, else 0.0: float32 of shape (), equal on all ranks.
 
-    Found on the device, without waiting, from what is equal on all ranks.
+    Computed on the device, so that the host does not wait.
 
     scalars   reduced ``SUMS``        norm   of the mean gradient, of shape ()
     """
@@ -24,7 +24,7 @@ def spoilt(scalars: Tensor, norm: Tensor) -> Tensor:
 
 
 def on_the_way(values: Tensor) -> Callable[[], list[float]]:
-    """Begin to copy ``values`` to the host. What is returned waits for them, but for nothing that is launched later."""
+    """Start copying ``values`` to the host. The returned function waits for that copy alone, not for later launches."""
     if not values.is_cuda:
         return values.tolist
     held = values.to("cpu", non_blocking=True)

@@ -1,4 +1,4 @@
-"""One rank's part of the training: gradients of its micro batches, the step of all ranks, saving."""
+"""One rank's part of the training: gradients of its micro batches, the common optimiser step, saving."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ COMPUTING = "computing gradients"
 
 
 class Trainer:
-    """One rank's part of the loop: gradients of its micro batches, the step of all ranks, saving."""
+    """One rank's part of the training loop: gradients of its micro batches, the common optimiser step, saving."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Trainer:
     ) -> None:
         """parameters: the trained tensors of the adapters attached to ``base``, by their name in a file.
 
-        cursors   where a stream without an index is; None where the step alone says it
+        cursors   positions in a stream without an index; None where the step number alone gives the position
         """
         self.base = base
         self.layers = list(adapted_layers(base).values())
@@ -71,22 +71,24 @@ class Trainer:
         forward = functools.partial(micro_batch_loss, base, settings=settings)
         self.engine = build.make(base, self.layers, parameters, forward, settings, plan, group, len(SUMS))
         self.saver = checkpoint.Saver()
-        # Brings micro batches to few shapes; None where they are computed as they come.
+        # Pads micro batches to few shapes; None = shapes stay as they come.
         self.ladder: ShapeLadder | None = None
         self.graphs: CudaGraphs | None = None
-        # Whether a step that runs out of memory is done again without graphs; equal on all ranks.
+        # Whether a step that runs out of memory is repeated without graphs; equal on all ranks.
         self.graphs_may_go = False
         self.cursors = cursors
         self._clips: list[list[str]] = []
 
     def record_graphs(self, recorder: Recorder, exact: bool = False) -> None:
-        """Replay passes of often seen shapes as CUDA graphs; for engines without collectives in the forward pass.
-        exact: only graphs that give an ordinary pass's bits."""
+        """Replay passes of frequent shapes as CUDA graphs; for engines without collectives in the forward pass.
+
+        exact   use only graphs whose results equal an ordinary pass bit by bit
+        """
         self.graphs = CudaGraphs(self._pass, self._recordable_pass, self.engine.gradient, recorder, exact)
         self.graphs_may_go = True
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Continue from a checkpoint. Raises CheckpointError when it is of other layers, or lacks what AdamW keeps."""
+        """Continue from a checkpoint. Raises CheckpointError when its layers differ, or AdamW moments are missing."""
         saved.require(self.engine.parameters)
         self.engine.restore(saved.adapters, saved.moments, saved.step)
         self.step = saved.step
@@ -94,9 +96,9 @@ class Trainer:
     def take_step(self, batches: Iterator[MicroBatch], stop: StopRequest) -> dict[str, float]:
         """One optimiser step over all ranks.
 
-        Returns its figures: mean losses, gradient norm, learning rate, and what the loop and the metrics need. All but
+        Returns mean losses, gradient norm, learning rate, and the sums that loop and metrics need. All but
         ``data_wait_seconds`` are equal on every rank.
-        Raises on every rank alike when any rank failed or the loss is not finite; the adapters then stay as they were.
+        Raises on every rank when any rank failed or the loss is not finite; the adapters are then unchanged.
         """
         if not self.graphs_may_go:
             return self._step(batches, stop)
@@ -108,7 +110,7 @@ class Trainer:
             self.graphs.drop()
             place = "rank {} on {}".format(*problem.origin)
             log.warning("step %d: out of memory on %s; cuda_graphs are off from here on", self.step + 1, place)
-        # The same micro batches once more: without graphs their gradients are the same.
+        # The same micro batches again: their gradients are the same without graphs.
         return self._step(again, stop)
 
     def _step(self, batches: Iterator[MicroBatch], stop: StopRequest) -> dict[str, float]:
@@ -136,11 +138,12 @@ class Trainer:
     ) -> tuple[float, list[tuple[list[str], torch.Tensor]], SA3DistError | None]:
         """Add up gradients and losses of this rank's micro batches of one step.
 
-        Returns the seconds spent waiting for data, (clip keys, loss) per micro batch, and what went wrong.
+        Returns the seconds spent waiting for data, (clip keys, loss) per micro batch, and the error, if any.
         """
         waited, losses = 0.0, []
         try:
-            # The norms of adapted weights stay for the step: found once for all micro batches and recomputed blocks.
+            # The norms of adapted weights change only with the step: all micro batches and recomputed blocks share
+            # them.
             with cached_norms(self.layers):
                 for left in reversed(range(self.plan.accumulation)):
                     asked = time.perf_counter()
@@ -151,12 +154,12 @@ class Trainer:
             problem = self._explain(failure)
             if self.engine.collectives_in_forward:
                 raise problem from None
-            # Peers wait in the reduction: this rank joins it first, and all fail together afterwards.
+            # The peers wait in the reduction: this rank joins it first, then all ranks fail together.
             return waited, losses, problem
         return waited, losses, None
 
     def _next(self, batches: Iterator[MicroBatch], stop: StopRequest) -> MicroBatch:
-        """The next micro batch. With collectives in the forward pass all ranks fail here when any of them has none."""
+        """The next micro batch. With collectives in the forward pass all ranks fail here when any rank has none."""
         self.group.liveness.begin("waiting for data")
         batch, failure = None, None
         try:
@@ -172,7 +175,7 @@ class Trainer:
         return batch
 
     def _gradients(self, batch: MicroBatch, last: bool) -> torch.Tensor:
-        """Add the gradients and the sums of one micro batch; returns its loss. last: of this rank in this step."""
+        """Add the gradients and sums of one micro batch; returns its loss. last: this rank's last one of the step."""
         self.group.liveness.begin(COMPUTING)
         run_pass = self.graphs or self._pass
         losses = torch.stack(run_pass(batch if self.ladder is None else self.ladder(batch), last))
@@ -190,66 +193,67 @@ class Trainer:
         return tuple(losses[name].detach() for name in (*LOSSES, *BY_TIME))
 
     def _recordable_pass(self, batch: MicroBatch) -> tuple[torch.Tensor, ...]:
-        """The same for a graph, which cannot know what other micro batches have found, nor send anything away."""
+        """The same pass for a graph: no norms cached by other micro batches, nothing sent to other ranks."""
         with uncached_norms(self.layers):
             return self._both_ways(batch, self.engine.add_gradients)
 
     def _average(self, stop: StopRequest, rate: float, failed: bool) -> tuple[dict[str, float], float]:
-        """Average the gradients, and step where the engine does so ahead; returns what was summed, and the norm."""
+        """Average the gradients; step too, where the engine steps ahead. Returns the sums over ranks and the norm."""
         self._add_to_sums(failed=failed, stop=stop.requested(), saving=self.saver.busy)
         self.group.liveness.begin(AVERAGING)
         norm = self.engine.average()
         read = on_the_way(torch.cat([self.engine.scalars, norm[None]]))
         if self.engine.steps_ahead and not failed:
-            # The device goes on while the host waits, and decides by the sums that the host is about to read.
+            # Launched before the host has read the sums: the device reads them itself and skips a bad step.
             self.engine.step(rate, spoilt(self.engine.scalars, norm))
             if self.step + 1 < self.plan.steps:
                 self.engine.form_ahead()
-        # The only place of a step where the host waits for the device.
+        # The only place in a step where the host waits for the device.
         *summed, grad_norm = read()
         sums = dict(zip(SUMS, summed, strict=True))
-        # As long as rank 0 has a save in flight no signal ends any rank.
+        # While rank 0 has a save in flight, a signal ends no rank.
         stop.saving = sums["saving"] > 0
         return sums, grad_norm
 
     def _add_to_sums(self, **values: float) -> None:
         for name, value in values.items():
-            # In place: a number that is assigned is copied from the host, which waits for the device.
+            # In place: assigning a number copies it from the host, which would wait for the device.
             self.engine.scalars[SUMS.index(name)].add_(float(value))
 
     def _explain(self, failure: Exception) -> SA3DistError:
-        """What the peers are told. The failure itself is let go: it holds the tensors of the step."""
+        """The error that the peers are told. Does not keep ``failure``, which holds the tensors of the step."""
         problem = translate(failure)
         if problem is None:
             problem = SA3DistError(f"{type(failure).__name__}: {failure}")
             log.error("step %d failed", self.step + 1, exc_info=failure)
         if isinstance(problem, DataError) and self.step > 0:
-            # It was good enough to begin with: this run is not refused any more, and has state to continue from.
+            # The data passed the checks at the start, and there is state to continue from: not the user's mistake any
+            # more.
             problem, known = EnvironmentFailure(f"{problem}; state is as last saved"), problem
             problem.origin = known.origin
         if not isinstance(problem, OutOfMemory):
             return problem
         computing = self.group.liveness.doing == COMPUTING
         if self.graphs_may_go:
-            # Where clips were encoded the stream of micro batches has ended with it: the step cannot be done again.
+            # If encoding a clip ran out of memory, the stream of micro batches has ended: the step cannot be repeated.
             return problem if computing else EnvironmentFailure(str(problem))
         return ending(problem, self.step + 1, self.plan, computing and not self.base.gradient_checkpointing)
 
     def clips_of_step(self) -> list[str]:
-        """Keys of the clips all ranks trained on in the last step, in slot order; called on all ranks."""
+        """Keys of the clips of all ranks in the last step, in slot order; called on all ranks."""
         if self.cursors is None:
             return self.plan.clips_of_step(self.step)
         ranks = self.group.gather(self._clips)
         return [key for round_ in zip(*ranks, strict=True) for clips in round_ for key in clips]
 
     def save(self, output_dir: Path, stop: StopRequest, wait: bool, before: Callable[[], None] = lambda: None) -> None:
-        """Copy the state and publish it on rank 0; first check that the ranks hold equal, finite adapters.
+        """Check that the ranks hold equal, finite adapters, copy the state, and publish it on rank 0.
 
-        wait     return, on every rank, when it is published; otherwise rank 0 writes it while the training goes on
-        before   run ahead of the publication, beside the training likewise
+        wait     return, on every rank, once it is published; otherwise rank 0 writes it in the background
+        before   called just before the publication, in the same thread
         """
         self.group.liveness.begin("saving")
-        # On all ranks: some modes gather it.
+        # On all ranks: some engines gather it.
         adapters, moments = self.engine.adapters(), self.engine.moments()
         check_ranks_agree(self.group, self.step, adapters)
         saved = checkpoint.Checkpoint(adapters, moments, self._state())
@@ -273,7 +277,7 @@ class Trainer:
             start()
 
     def _state(self) -> dict[str, Any]:
-        """What a checkpoint says beside its tensors; called on all ranks."""
+        """The JSON part of a checkpoint; called on all ranks."""
         plan = self.plan
         state = {
             "step": self.step,
@@ -293,7 +297,7 @@ class Trainer:
         return state
 
     def description(self) -> dict[str, Any]:
-        """What config.json says of the run as it is now."""
+        """The content of config.json at the current step."""
         recomputed = self.base.gradient_checkpointing
         memory = {"gradient_checkpointing": recomputed, "out_of_memory_at_step": self.plan.out_of_memory_at_step}
         return {**self.plan.description, **memory, **self.plan.position(self.step)}
