@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sa3dist import __version__, train
 from sa3dist.errors import CheckpointError
+from sa3dist.runtime.own_process import as_process
 
 if TYPE_CHECKING:
     from sa3dist.pipeline import Run
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def program() -> NoReturn:
-    train.as_process(main)
+    as_process(main)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ from sa3dist.model.random_weights import RandomWeights, random_base
 from sa3dist.model.released import RELEASED
 from sa3dist.model.tiny import tiny_config
 from sa3dist.parallel.flat_adamw import BETAS, EPSILON, FlatAdapters
-from sa3dist.training.cuda_graphs import Recorder, wants_graphs
+from sa3dist.training.cuda_graphs import wants_graphs
+from sa3dist.training.graph_recorder import Recorder
 from sa3dist.training.shape_ladder import rung
 
 # The released shapes, and the demo's narrow ones, which take milliseconds on any machine.

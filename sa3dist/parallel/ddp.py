@@ -91,11 +91,11 @@ class FlatEngine:
             self.formed.finish()
         return torch.linalg.vector_norm(self.flat.gradient)
 
-    def step(self, learning_rate: float, spoilt: Tensor | None = None) -> None:
+    def step(self, learning_rate: float, skip: Tensor | None = None) -> None:
         optimizer = self.flat.optimizer
         optimizer.param_groups[0]["lr"] = learning_rate
         # Where it is 1, fused AdamW leaves values, moments and its count of steps as they are.
-        optimizer.found_inf = spoilt
+        optimizer.found_inf = skip
         optimizer.step()
         if not self.alike:
             self.group.broadcast_(self.flat.values.data)

@@ -60,10 +60,10 @@ class Engine(Protocol):
     def average(self) -> Tensor:
         """Mean of gradients and sum of scalars over all ranks; returns the mean gradient's norm, of shape ()."""
 
-    def step(self, learning_rate: float, spoilt: Tensor | None = None) -> None:
+    def step(self, learning_rate: float, skip: Tensor | None = None) -> None:
         """One AdamW step with the averaged gradients.
 
-        spoilt   only with ``steps_ahead``: float32 of shape (), equal on all ranks; where it is 1 all stays as it was
+        skip   only with ``steps_ahead``: float32 of shape (), equal on all ranks; where it is 1 all stays as it was
         """
 
     def form_ahead(self) -> None:

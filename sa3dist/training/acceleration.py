@@ -18,7 +18,8 @@ from sa3dist.model.compiled import (
     wants_compile,
 )
 from sa3dist.training import memory
-from sa3dist.training.cuda_graphs import Recorder, wants_graphs
+from sa3dist.training.cuda_graphs import wants_graphs
+from sa3dist.training.graph_recorder import Recorder
 from sa3dist.training.shape_ladder import ShapeLadder
 
 if TYPE_CHECKING:

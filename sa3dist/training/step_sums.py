@@ -11,7 +11,7 @@ from sa3dist.training.loss import BY_TIME, LOSSES
 SUMS = (*LOSSES, *BY_TIME, "silent_crops", "repeated_clips", "failed", "stop", "saving")
 
 
-def spoilt(scalars: Tensor, norm: Tensor) -> Tensor:
+def must_skip(scalars: Tensor, norm: Tensor) -> Tensor:
     """1.0 if any rank failed, or the loss or the norm is not finite, else 0.0: float32 of shape (), equal on all ranks.
 
     Computed on the device, so that the host does not wait.
@@ -23,7 +23,7 @@ def spoilt(scalars: Tensor, norm: Tensor) -> Tensor:
     return ((failed > 0) | ~finite).float()
 
 
-def on_the_way(values: Tensor) -> Callable[[], list[float]]:
+def start_copy_to_host(values: Tensor) -> Callable[[], list[float]]:
     """Start copying ``values`` to the host. The returned function waits for that copy alone, not for later launches."""
     if not values.is_cuda:
         return values.tolist

@@ -28,7 +28,7 @@ from sa3dist.training.loss import BY_TIME, LOSSES, micro_batch_loss
 from sa3dist.training.lr_schedule import Schedule
 from sa3dist.training.memory import ending
 from sa3dist.training.rank_checks import check_ranks_agree, name_the_non_finite
-from sa3dist.training.step_sums import SUMS, on_the_way, spoilt
+from sa3dist.training.step_sums import SUMS, must_skip, start_copy_to_host
 
 if TYPE_CHECKING:
     from sa3dist.data.batches.micro_batch import MicroBatch
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from sa3dist.model.base import Base
     from sa3dist.runtime.signals import StopRequest
     from sa3dist.settings import Settings
-    from sa3dist.training.cuda_graphs import Recorder
+    from sa3dist.training.graph_recorder import Recorder, Tensors
     from sa3dist.training.run_plan import RunPlan
     from sa3dist.training.shape_ladder import ShapeLadder
 
@@ -46,7 +46,11 @@ COMPUTING = "computing gradients"
 
 
 class Trainer:
-    """One rank's part of the training loop: gradients of its micro batches, the common optimiser step, saving."""
+    """One rank's part of the training loop.
+
+    parameters   the trained tensors of the adapters attached to ``base``, by their name in a file
+    cursors      positions in a stream without an index; None where the step number alone gives the position
+    """
 
     def __init__(
         self,
@@ -57,10 +61,6 @@ class Trainer:
         group: Group,
         cursors: RankCursors | None = None,
     ) -> None:
-        """parameters: the trained tensors of the adapters attached to ``base``, by their name in a file.
-
-        cursors   positions in a stream without an index; None where the step number alone gives the position
-        """
         self.base = base
         self.layers = list(adapted_layers(base).values())
         self.settings = settings
@@ -75,17 +75,14 @@ class Trainer:
         self.ladder: ShapeLadder | None = None
         self.graphs: CudaGraphs | None = None
         # Whether a step that runs out of memory is repeated without graphs; equal on all ranks.
-        self.graphs_may_go = False
+        self.may_drop_graphs = False
         self.cursors = cursors
         self._clips: list[list[str]] = []
 
     def record_graphs(self, recorder: Recorder, exact: bool = False) -> None:
-        """Replay passes of frequent shapes as CUDA graphs; for engines without collectives in the forward pass.
-
-        exact   use only graphs whose results equal an ordinary pass bit by bit
-        """
+        """Replay passes of frequent shapes; not for collectives in the forward pass. exact: only with equal bits."""
         self.graphs = CudaGraphs(self._pass, self._recordable_pass, self.engine.gradient, recorder, exact)
-        self.graphs_may_go = True
+        self.may_drop_graphs = True
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Continue from a checkpoint. Raises CheckpointError when its layers differ, or AdamW moments are missing."""
@@ -100,16 +97,16 @@ class Trainer:
         ``data_wait_seconds`` are equal on every rank.
         Raises on every rank when any rank failed or the loss is not finite; the adapters are then unchanged.
         """
-        if not self.graphs_may_go:
+        if not self.may_drop_graphs:
             return self._step(batches, stop)
         first, again = itertools.tee(batches)
         try:
             return self._step(first, stop)
         except OutOfMemory as problem:
-            self.graphs_may_go = False
+            self.may_drop_graphs = False
             self.graphs.drop()
-            place = "rank {} on {}".format(*problem.origin)
-            log.warning("step %d: out of memory on %s; cuda_graphs are off from here on", self.step + 1, place)
+            where = self.step + 1, *problem.origin
+            log.warning("step %d: out of memory on rank %d on %s; cuda_graphs are off from here on", *where)
         # The same micro batches again: their gradients are the same without graphs.
         return self._step(again, stop)
 
@@ -183,29 +180,29 @@ class Trainer:
         self._add_to_sums(silent_crops=batch.silent_crops, repeated_clips=batch.repeated_clips)
         return losses[LOSSES.index("loss")]
 
-    def _pass(self, batch: MicroBatch, last: bool) -> tuple[torch.Tensor, ...]:
-        return self._both_ways(batch, functools.partial(self.engine.backward, last=last))
+    def _pass(self, batch: MicroBatch, last: bool) -> Tensors:
+        return self._forward_backward(batch, functools.partial(self.engine.backward, last=last))
 
-    def _both_ways(self, batch: MicroBatch, backward: Callable[[torch.Tensor], None]) -> tuple[torch.Tensor, ...]:
+    def _forward_backward(self, batch: MicroBatch, backward: Callable[[torch.Tensor], None]) -> Tensors:
         """Forward and backward pass of one micro batch: adds its gradients, returns its ``LOSSES`` and ``BY_TIME``."""
         losses = self.engine.losses(batch)
         backward(losses["loss"] / self.plan.accumulation)
         return tuple(losses[name].detach() for name in (*LOSSES, *BY_TIME))
 
-    def _recordable_pass(self, batch: MicroBatch) -> tuple[torch.Tensor, ...]:
+    def _recordable_pass(self, batch: MicroBatch) -> Tensors:
         """The same pass for a graph: no norms cached by other micro batches, nothing sent to other ranks."""
         with uncached_norms(self.layers):
-            return self._both_ways(batch, self.engine.add_gradients)
+            return self._forward_backward(batch, self.engine.add_gradients)
 
     def _average(self, stop: StopRequest, rate: float, failed: bool) -> tuple[dict[str, float], float]:
         """Average the gradients; step too, where the engine steps ahead. Returns the sums over ranks and the norm."""
         self._add_to_sums(failed=failed, stop=stop.requested(), saving=self.saver.busy)
         self.group.liveness.begin(AVERAGING)
         norm = self.engine.average()
-        read = on_the_way(torch.cat([self.engine.scalars, norm[None]]))
+        read = start_copy_to_host(torch.cat([self.engine.scalars, norm[None]]))
         if self.engine.steps_ahead and not failed:
             # Launched before the host has read the sums: the device reads them itself and skips a bad step.
-            self.engine.step(rate, spoilt(self.engine.scalars, norm))
+            self.engine.step(rate, must_skip(self.engine.scalars, norm))
             if self.step + 1 < self.plan.steps:
                 self.engine.form_ahead()
         # The only place in a step where the host waits for the device.
@@ -234,7 +231,7 @@ class Trainer:
         if not isinstance(problem, OutOfMemory):
             return problem
         computing = self.group.liveness.doing == COMPUTING
-        if self.graphs_may_go:
+        if self.may_drop_graphs:
             # If encoding a clip ran out of memory, the stream of micro batches has ended: the step cannot be repeated.
             return problem if computing else EnvironmentFailure(str(problem))
         return ending(problem, self.step + 1, self.plan, computing and not self.base.gradient_checkpointing)

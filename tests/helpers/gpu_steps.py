@@ -7,7 +7,7 @@ from sa3dist.adapters import adapter_parameters, attach_adapter
 from sa3dist.model.compiled import compile_blocks
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
-from sa3dist.training.cuda_graphs import Recorder
+from sa3dist.training.graph_recorder import Recorder
 from sa3dist.training.run_plan import RunPlan
 from sa3dist.training.shape_ladder import ShapeLadder
 from sa3dist.training.trainer import Trainer

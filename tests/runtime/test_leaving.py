@@ -29,9 +29,9 @@ from sa3dist.data.batches.loader import (
 )
 from sa3dist.runtime import peers, watchdog
 from sa3dist.runtime.exit_status import translate
+from sa3dist.runtime.own_process import DetachableStream
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.runtime.watchdog import Watchdog
-from sa3dist.train import Lasting
 from sa3dist.training import checkpoint
 from tests.helpers.forked_trainers import ForkedTrainer
 from tests.helpers.program import ENVIRONMENT
@@ -141,7 +141,7 @@ def test_programs_outlive_the_reader_of_what_they_print():
     # Only that: a full disk is no reader that has gone.
     full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
     with pytest.raises(OSError, match="No space"):
-        print("x", file=Lasting(full), flush=True)
+        print("x", file=DetachableStream(full), flush=True)
     with contextlib.suppress(OSError):
         full.close()
 
@@ -170,7 +170,7 @@ def test_a_folder_that_is_gone_is_named_before_a_library_ends_the_process_for_it
     words = f"mkdir gone && cd gone && rmdir ../gone && exec {shlex.quote(sys.executable)} -m sa3dist.cli train rank=4"
     done = subprocess.run(["sh", "-c", words], env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 70
-    assert done.stderr == "the folder one stands in is gone (No such file or directory); cd to one that is there\n"
+    assert done.stderr == "the working directory is gone (No such file or directory); cd to one that exists\n"
 
 
 # The loader.

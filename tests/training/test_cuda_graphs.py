@@ -263,7 +263,7 @@ def ranks_one_of_which_runs_out(group):
     with pytest.MonkeyPatch.context() as patch:
         if group.dist_rank == 1:
             run_out(trainer, patch, 1)
-        return train(trainer, 3, first=8), trainer.engine.adapters(), trainer.graphs_may_go
+        return train(trainer, 3, first=8), trainer.engine.adapters(), trainer.may_drop_graphs
 
 
 def test_ranks_that_hold_none_any_more_do_the_step_again_with_those_that_do():

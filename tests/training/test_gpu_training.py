@@ -19,7 +19,7 @@ from sa3dist.model.compiled import compile_elementwise
 from sa3dist.parallel.flat_adamw import BETAS, EPSILON, MOMENTS, FlatAdapters
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
-from sa3dist.training.cuda_graphs import Recorder
+from sa3dist.training.graph_recorder import Recorder
 from sa3dist.training.loss import micro_batch_loss
 from sa3dist.training.run_plan import RunPlan
 from sa3dist.training.trainer import Trainer

@@ -12,7 +12,7 @@ from sa3dist.parallel.flat_adamw import MOMENTS
 from sa3dist.runtime.process_group import Group
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import trainer as trainer_module
-from sa3dist.training.step_sums import SUMS, spoilt
+from sa3dist.training.step_sums import SUMS, must_skip
 from tests.helpers.ranks import run_ranks
 from tests.helpers.recorded_step import shifted
 from tests.helpers.trainers import make_settings, make_trainer
@@ -49,10 +49,10 @@ def test_the_device_decides_as_the_host_does(failed):
         scalars = torch.full((len(SUMS),), math.nan)
         scalars[SUMS.index("failed")], scalars[SUMS.index("loss")] = failed, loss
         taken = failed == 0 and math.isfinite(loss) and math.isfinite(norm)
-        assert spoilt(scalars, torch.tensor(norm)).item() == (not taken), (loss, norm)
+        assert must_skip(scalars, torch.tensor(norm)).item() == (not taken), (loss, norm)
 
 
-def spoilt_course(group):
+def skipped_course(group):
     """Two steps with three between them that do not count; what is held after each, and what the ranks were told."""
     trainer, batch = trainer_of(group)
     assert trainer.engine.steps_ahead
@@ -84,7 +84,7 @@ def undisturbed_course(group):
 
 
 def test_a_step_that_does_not_count_changes_no_bit_on_any_rank():
-    ranks = run_ranks(2, lambda group: (spoilt_course(group), undisturbed_course(group)))
+    ranks = run_ranks(2, lambda group: (skipped_course(group), undisturbed_course(group)))
     for (norm, states, end, told), undisturbed in ranks:
         assert norm > 100
         assert all(equal(state, states[0]) for state in states)
@@ -108,8 +108,8 @@ def test_adamw_and_the_next_weights_are_launched_before_the_host_waits(monkeypat
 
         return call
 
-    on_the_way = trainer_module.on_the_way
-    monkeypatch.setattr(trainer_module, "on_the_way", lambda values: noting("wait", on_the_way(values)))
+    start_copy_to_host = trainer_module.start_copy_to_host
+    monkeypatch.setattr(trainer_module, "start_copy_to_host", lambda values: noting("wait", start_copy_to_host(values)))
     monkeypatch.setattr(trainer.engine.formed, "form", noting("form", trainer.engine.formed.form))
     monkeypatch.setattr(trainer.engine, "average", noting("average", trainer.engine.average))
     monkeypatch.setattr(trainer.engine, "step", noting("step", trainer.engine.step))

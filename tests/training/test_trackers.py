@@ -114,6 +114,7 @@ def test_a_process_ends_with_0_though_a_tracker_hangs_in_its_calls_and_as_the_pr
     program = """
 import atexit, time
 from sa3dist import train
+from sa3dist.runtime import own_process
 from sa3dist.tracking import kinds
 from sa3dist.training import observers
 
@@ -124,7 +125,7 @@ class Hanging(kinds.Tracker):
         time.sleep(3600)
 
 kinds.TRACKERS["hanging"] = Hanging
-observers.CLOSE_SECONDS = train.EXIT_FUNCTIONS_SECONDS = 1.0
+observers.CLOSE_SECONDS = own_process.EXIT_FUNCTIONS_SECONDS = 1.0
 train.as_process(train.main)
 """
     words = [*short_words, f"output_dir={tmp_path / 'run'}", "log_with=hanging"]

@@ -135,7 +135,7 @@ def test_closing_waits_for_the_work_in_hand_and_begins_no_more():
 
 LEAVES = """
 import time, torch
-from sa3dist import train
+from sa3dist.runtime import own_process
 from sa3dist.data.source.prefetch import prefetch
 began = []
 def read(item):
@@ -149,7 +149,7 @@ while len(began) < 2:
     time.sleep(0.01)
 results.close()
 print("said", flush=False)
-train.end_process(75)
+own_process.end_process(75)
 """
 
 
