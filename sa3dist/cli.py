@@ -22,10 +22,10 @@ def shard_only(run: Run) -> None:
     from sa3dist.data.source.cut_captions import say_cut_captions, text_source
     from sa3dist.inspection.measure import measure_clip
 
-    # As many clips as there are cores are measured at a time: one clip needs no threads of its own.
+    # Clips are measured in parallel, one per core: a single clip needs no threads of its own.
     torch.set_num_threads(1)
     index = run.shard(measure_clip)
-    # What is wrong with a model is for the stages that need one to say.
+    # The stages that need a model report what is wrong with it.
     with contextlib.suppress(CheckpointError):
         if run.group.is_main:
             say_cut_captions(index, text_source(run.settings))
@@ -51,7 +51,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Run], None]]] = {
 }
 
 
-# Programs of their own, imported when they are called.
+# Commands that are not stages; imported when called.
 PROGRAMS = {
     "inspect": ("look at a data set and what training would do with each clip", "sa3dist.inspection.text"),
     "plan": ("predict memory and time of a run, or find settings that fit", "sa3dist.commands.plan"),

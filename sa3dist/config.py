@@ -1,4 +1,4 @@
-"""Read settings from YAML, JSON and key=value arguments, and explain what is wrong with them."""
+"""Read settings from YAML, JSON and key=value arguments; explain in words what is wrong with them."""
 
 import collections
 import contextlib
@@ -19,26 +19,26 @@ from sa3dist.errors import ConfigError, read_duration
 from sa3dist.request.fields import PRECISION_ALIASES
 from sa3dist.settings import Settings
 
-# What other trainers call some keys, where spelling alone would suggest another.
+# Names other trainers use, for keys where the nearest spelling would be the wrong suggestion.
 OTHER_TRAINERS = {"steps": "number_of_steps", "max_steps": "number_of_steps", "lr": "learning_rate"}
-# A message stays readable whatever was pasted.
+# Keeps messages readable whatever was pasted.
 MAX_SHOWN_CHARACTERS = 200
 _NULL_TAGS = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
 _NULLS = ("null", "Null", "NULL")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _WHOLE = re.compile(r"[+-]?[0-9]+(?:_[0-9]+)*")
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
-# A list in brackets, whose items may hold brackets as well, and the commas that lie in none of those.
+# A list in brackets, whose items may contain bracket pairs, and the commas outside of those.
 _LIST = re.compile(r"\[((?:[^][]|\[[^][]*\])*)\]", re.DOTALL)
 _COMMA = re.compile(r",(?![^[]*\])")
-# Python refuses to read more digits than 4300; no setting needs as many.
+# Python refuses to parse more than 4300 digits; no setting needs as many.
 _MAX_DIGITS = 100
 
 
 def read_file(path: str) -> dict[str, Any]:
     """Keys and values of a YAML config or JSON request. Raises ConfigError, naming the file, when it is neither.
 
-    In JSON quotes tell text from numbers; in YAML the type of the field decides.
+    In JSON, quotes tell text from numbers; in YAML, the type of the field does.
     """
     is_json, label = path.lower().endswith(".json"), _escaped(path)
     try:
@@ -64,9 +64,9 @@ def read_file(path: str) -> dict[str, Any]:
 
 
 def read_arguments(arguments: list[str], merged: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Merge config files and key=value overrides, later ones winning.
+    """Merge config files and key=value overrides; later ones win.
 
-    merged   filled with what could be read even when a file could not: the failure's status goes to its output_dir
+    merged   keeps what could be read even when a file is unreadable: its output_dir receives the failure's status.json
     """
     merged = {} if merged is None else merged
     unreadable: ConfigError | None = None
@@ -74,7 +74,7 @@ def read_arguments(arguments: list[str], merged: dict[str, Any] | None = None) -
         setting = split_argument(argument)
         if setting is not None:
             key, text = setting
-            # ``null`` unsets what can be unset.
+            # ``null`` unsets a setting whose default is unset.
             can_be_unset = key in Settings.model_fields and Settings.model_fields[key].default is None
             merged[key] = None if can_be_unset and text in _NULLS else parse_value(key, text)
             continue
@@ -88,7 +88,7 @@ def read_arguments(arguments: list[str], merged: dict[str, Any] | None = None) -
 
 
 def build(values: dict[str, Any]) -> Settings:
-    """Validate raw values. Raises ConfigError: one line per field that is unknown, missing or out of range."""
+    """Validate raw values. Raises ConfigError with one line per field that is unknown, missing or out of range."""
     for key in values:
         if isinstance(key, str) and not is_text(key):
             raise ConfigError(f"{_escaped(key)}: unknown key; sa3dist train --help lists all keys")
@@ -102,33 +102,33 @@ def build(values: dict[str, Any]) -> Settings:
 
 
 def output_dir_of(values: dict[str, Any]) -> Path:
-    """Where status.json of a run goes, whether or not its settings validate."""
+    """The directory for a run's status.json, even when its settings do not validate."""
     chosen, name = values.get("output_dir"), values.get("name")
     if isinstance(chosen, str | Path) and str(chosen):
-        # A home that does not exist is what the run is refused for.
+        # Validation reports a home directory that does not exist.
         with contextlib.suppress(ConfigError):
             if can_be_named(found := Path(expand_home(chosen))):
                 return found
-    # JSON may hold a number, which the field takes as text.
+    # JSON may hold a number here; the field accepts it as text.
     name = str(name) if isinstance(name, str | int | float) and not isinstance(name, bool) else ""
     usable = name and "/" not in name and name not in (".", "..") and can_be_named(name)
     return Path("runs") / (name if usable else Settings.model_fields["name"].default)
 
 
 def _escaped(text: str) -> str:
-    """Bytes of the command line that are not UTF-8 as escapes: status.json could not hold them."""
+    """``text`` with bytes that are not UTF-8 escaped: status.json could not hold them."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def _reason(error: Exception) -> str:
-    """The message of a library in one line, without the name of the file."""
+    """A library's error message on one line, without the file name."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         return f"line {error.problem_mark.line + 1}: {error.problem}"
     return " ".join(str(getattr(error, "strerror", None) or error).split())
 
 
 def explain(problem: dict[str, Any]) -> str:
-    """``field: what is wrong`` of one problem that validation found."""
+    """One validation problem as ``field: what is wrong``."""
     field = str(problem["loc"][0]) if problem["loc"] else ""
     kind = problem["type"]
     if kind == "extra_forbidden":
@@ -172,7 +172,7 @@ def allowed_values(field: str) -> str:
 
 
 def help_text() -> str:
-    """One line per key: meaning, what it accepts, default."""
+    """For each key: its meaning, what it accepts, and its default."""
     lines = []
     for field, info in Settings.model_fields.items():
         shown = {"None": "unset", "True": "true", "False": "false"}.get(str(info.default), info.default)
@@ -182,7 +182,7 @@ def help_text() -> str:
 
 
 class _AsWritten(yaml.SafeLoader):
-    """Every scalar as its text, but for null: YAML 1.1 makes 1.1 of 1.10, 7 of 007, 45000 of 12:30:00, true of on."""
+    """Reads scalars but null as text: YAML 1.1 turns 1.10 into 1.1, 007 into 7, 12:30:00 into 45000, on into true."""
 
 
 _AsWritten.yaml_implicit_resolvers = {
@@ -200,23 +200,23 @@ def value_types(field: str) -> list[Any]:
 
 
 def value_type(field: str) -> Any:
-    """The first of them, by which a text is read."""
+    """The first of ``value_types``, which decides how text is read."""
     return value_types(field)[0]
 
 
 def split_argument(argument: str) -> tuple[str, str] | None:
-    """(key, text) of a key=value argument; None for a config file. What follows a known key is never taken for one."""
+    """(key, text) of a key=value argument; None for a config file. ``key=...`` with a known key is never a file."""
     key, equals, text = argument.partition("=")
-    # A path may hold "=" too; a key never holds a separator.
+    # A path may contain "=" too, but a key contains no path separator.
     if not equals or (key not in Settings.model_fields and ("/" in key or os.path.exists(argument))):
         return None
     return key, text
 
 
 def parse_value(field: str, text: str) -> Any:
-    """Text and paths as typed, numbers in decimal, [a, b] as a list.
+    """Convert text to the field's type: text and paths unchanged, decimal numbers, [a, b] as a list.
 
-    Text that does not fit the field's type stays text, and validation refuses it.
+    Text that does not fit the type stays text, which validation then refuses.
     """
     if field not in Settings.model_fields:
         return text
@@ -234,9 +234,9 @@ def parse_value(field: str, text: str) -> Any:
 
 
 def read_yaml(text: str) -> Any:
-    """The document in ``text``; the scalars of its top level as ``parse_value`` reads them, others as they are written.
+    """Parse a YAML document; top-level scalars are read by ``parse_value``, nested ones stay text.
 
-    Raises yaml.YAMLError, and ValueError where what follows a path could be part of it or a comment.
+    Raises yaml.YAMLError; ValueError where text after a path could be part of it or a comment.
     """
     loader = _AsWritten(text)
     try:
@@ -254,7 +254,7 @@ def read_yaml(text: str) -> Any:
 
 
 def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Keys with their values. Raises ValueError for a key that is there twice: readers keep the one or the other."""
+    """Pairs as a dict. Raises ValueError for a repeated key, of which readers keep either the first or the last."""
     counts = collections.Counter(key for key, _ in pairs)
     twice = [key for key, count in counts.items() if count > 1]
     if twice:
@@ -263,7 +263,7 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_doubtful_comment(text: str, key: yaml.Node, value: yaml.Node) -> None:
-    """``packs/Loops #1`` means ``packs/Loops`` to YAML, and another folder to the person who wrote it."""
+    """Refuse ``packs/Loops #1``: YAML reads ``packs/Loops``, but the author may mean a folder ``Loops #1``."""
     if not isinstance(value, yaml.ScalarNode) or value.style or key.value not in Settings.model_fields:
         return
     doubtful = re.compile(r"[ \t]+(#[^\s#].*)").match(text, value.end_mark.index)
@@ -277,13 +277,13 @@ def _refuse_doubtful_comment(text: str, key: yaml.Node, value: yaml.Node) -> Non
 def _items(text: str) -> str | list[str]:
     """``[a, "b", layers.[0-11].]`` as a list; anything else is one pattern.
 
-    Not by YAML, whose plain text inside a list ends at a bracket.
+    Not parsed as YAML, whose plain text inside a list ends at a bracket.
     """
     found = _LIST.fullmatch(text.strip())
     if found is None:
         return text
     items = [item.strip() for item in _COMMA.split(found[1])]
-    # ``[]`` and a comma behind the last item.
+    # Empty after ``[]`` or a comma behind the last item.
     if items[-1] == "":
         items.pop()
     return [item[1:-1] if len(item) > 1 and item[0] == item[-1] and item[0] in "'\"" else item for item in items]

@@ -1,4 +1,4 @@
-"""The errors users see, the exit code of each, and how messages write names, counts and times."""
+"""The errors users see, their exit codes, and how messages write names, counts and times."""
 
 import re
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ EXIT_INTERRUPTED = 75
 
 
 class SA3DistError(Exception):
-    """Base of every failure we explain ourselves: one message, no traceback, a fixed exit code.
+    """Base of all failures that we explain: one message, no traceback, a fixed exit code.
 
-    origin   (dist_rank, host) where it arose; None = here
+    origin   (dist_rank, host) where it was raised; None = here
     """
 
     exit_code = EXIT_BUG
@@ -54,11 +54,11 @@ class LostPeer(EnvironmentFailure):
 
 
 class OutOfMemory(EnvironmentFailure):
-    """A step did not fit into memory; less may."""
+    """A step did not fit into memory; a smaller one may."""
 
 
 class RecomputeOnRestart(OutOfMemory):
-    """The same with ``on_oom: adapt``: the next start of the run recomputes blocks. Nothing new was saved."""
+    """OutOfMemory with ``on_oom: adapt``: the run's next start recomputes blocks. Nothing new was saved."""
 
     exit_code = EXIT_INTERRUPTED
 
@@ -75,30 +75,30 @@ def printable(name: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its kind where it says nothing."""
+    """The first line of an exception's message, or its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def listed(names: Sequence[str], count: int, most: int = 3) -> str:
-    """``a, b, c and 37 more``: the first ``most`` of ``count`` names, printable; nothing where none is given."""
+    """``a, b, c and 37 more``: the first ``most`` of ``count`` names, printable; empty without names."""
     more = f" and {count - most} more" if names and count > most else ""
     return ", ".join(map(printable, names[:most])) + more
 
 
 def counted(number: int, one: str, many: str = "") -> str:
-    """``1 clip``, ``2 clips``; ``many`` where an s is not enough."""
+    """``1 clip``, ``2 clips``; ``many`` for irregular plurals."""
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def span(seconds: float) -> str:
-    """A time to three digits or so: ``4.0 s``, ``12.5 minutes``, ``2.50 hours``."""
+    """A duration to about three digits: ``4.0 s``, ``12.5 minutes``, ``2.50 hours``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} minutes" if seconds < 3600 else f"{seconds / 3600:.2f} hours"
 
 
 def read_duration(value: Any) -> Any:
-    """Seconds of H:MM:SS, with days in front (D-H:MM:SS) as Slurm writes them; anything else as it is."""
+    """Seconds of H:MM:SS or Slurm's D-H:MM:SS; any other value is returned unchanged."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", value.strip()) if isinstance(value, str) else None
     if found is None:
         return value

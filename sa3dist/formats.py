@@ -15,29 +15,29 @@ from pathlib import Path
 
 from sa3dist.errors import DataError, counted, listed
 
-# How a run ended, beside its results; or, where it may not write there, in the directory that a supervisor names.
+# How a run ended. In output_dir, or in the directory a supervisor names if that cannot be written.
 STATUS_NAME = "status.json"
 STATUS_DIR_VARIABLE = "SA3DIST_STATUS_DIR"
-# The adapter of the lowest validation loss, and what a run says of itself, both beside its last adapter.
+# Beside the last adapter: the adapter with the lowest validation loss, and the run's description.
 BEST_ADAPTER_NAME = "lora.best.safetensors"
 RUN_CONFIG_NAME = "config.json"
 INDEX_NAME = "index.json"
 INDEX_VERSION = 2
-# Ends the index: the digest of every byte before it.
+# Ends the index; the digest of all bytes before it follows.
 _SEAL = '"self_sha256": "'
-# A temporary folder this old belongs to a run that was killed.
+# A temporary file or folder this old was left by a killed run.
 STALE_SECONDS = 24 * 3600
-# Far more than other processes can spoil in a row.
+# Other processes cannot interfere this many times in a row.
 FOLDER_ATTEMPTS = 1000
-# Names that an index holds of one kind of left-out files; more are counted.
+# Names of left-out files that an index lists per kind; the rest is only counted.
 NAMES_KEPT = 1000
 
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """Give an unused path beside ``target`` to write to; on success fsync the file and rename it over ``target``.
+    """Yield a temporary path beside ``target``; on success fsync the file and rename it over ``target``.
 
-    The temporary file is removed when the block raises, so a reader sees the old file or the whole new one.
+    If the block raises, the temporary file is removed. A reader sees either the old file or the whole new one.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(target)
@@ -52,11 +52,11 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_directory(target: Path, unless: Callable[[], bool] = lambda: False) -> Iterator[Path]:
-    """Give an empty folder beside ``target``; on success rename it to ``target``, replacing what was there.
+    """Yield an empty folder beside ``target``; on success rename it to ``target``, replacing what was there.
 
-    unless  asked before the rename: true when another process has made a good ``target`` meanwhile, which then stays
-    Files written into it must be synced already (``atomic_path`` does). The folder is removed when the block raises,
-    and so are leftovers of killed runs older than a day, and a parent that stays empty.
+    unless  called before the rename; true when another process has made a good ``target`` meanwhile, which is then kept
+    Files written into the folder must be synced already (``atomic_path`` does that). If the block raises, the folder is
+    removed. Also removed: folders left by killed runs more than a day ago, and the parent if it is empty.
     """
     temporary = _empty_folder_beside(target)
     remove_stale(path for path in target.parent.glob(".*.tmp") if path.is_dir())
@@ -67,19 +67,19 @@ def atomic_directory(target: Path, unless: Callable[[], bool] = lambda: False) -
             if not unless():
                 _replace_directory(temporary, target)
         except OSError:
-            # Another process may have been faster by a moment.
+            # Another process may have made it just now.
             if not unless():
                 raise
         fsync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):
-            # Only when nothing else is in it.
+            # Fails unless the parent is empty.
             target.parent.rmdir()
 
 
 def remove_stale(leftovers: Iterable[Path]) -> None:
-    """Remove what killed runs have left, of these files and folders: what is older than a day."""
+    """Remove those of the files and folders that are more than a day old: killed runs have left them."""
     for leftover in leftovers:
         with contextlib.suppress(FileNotFoundError):
             if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
@@ -87,7 +87,7 @@ def remove_stale(leftovers: Iterable[Path]) -> None:
 
 
 def _beside(target: Path) -> Path:
-    # Not by tempfile, which makes its files private: artefacts are for everyone the umask allows.
+    # Not tempfile, whose files are private: the umask decides who may read artefacts.
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
 
 
@@ -100,16 +100,16 @@ def _empty_folder_beside(target: Path) -> Path:
             temporary.mkdir()
             return temporary
         except (FileNotFoundError, FileExistsError):
-            # Another process may find the parent empty, and remove it, at any moment; a file in its place stays, and so
-            # does a link to nothing.
+            # Another process may remove the empty parent at any moment: try again. A file in its place, or a link to
+            # nothing, stays.
             left -= 1
-            # One question: between two the parent may go.
+            # Ask once only: the parent could vanish between two questions.
             if not left or target.parent.is_file():
                 raise
 
 
 def _replace_directory(new: Path, target: Path) -> None:
-    # A full folder cannot be renamed over: the old one is moved away first; readers miss it for microseconds.
+    # A folder with files cannot be renamed over: move the old one away first. Readers miss it for microseconds.
     trash = _beside(target)
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -120,7 +120,7 @@ def _replace_directory(new: Path, target: Path) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Make what is written to a file, or renamed inside a folder, survive a power cut."""
+    """Make written data of a file, or renames inside a folder, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -129,7 +129,7 @@ def fsync(path: Path) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Put a file at ``path`` that is read as it was or as it is to be, never in between; text in UTF-8."""
+    """Write a file atomically: a reader sees the old or the new content, never a part. Text is written as UTF-8."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -139,7 +139,7 @@ def write_json(path: Path, value) -> None:
 
 
 def digest_of(*parts: str | bytes) -> str:
-    """SHA-256 over length-prefixed parts, as hex: no two different lists of parts share one input."""
+    """SHA-256 over length-prefixed parts, as hex: different lists of parts never hash the same bytes."""
     state = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -149,7 +149,7 @@ def digest_of(*parts: str | bytes) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hex, read in pieces."""
+    """SHA-256 of a file's bytes, as hex; reads in blocks."""
     state = hashlib.sha256()
     with Path(path).open("rb") as file:
         while block := file.read(1 << 20):
@@ -161,10 +161,10 @@ def file_sha256(path: Path) -> str:
 class ClipEntry:
     """One captioned clip inside a shard.
 
-    key             path of the clip inside the source without its extension; unique, what users see in messages
-    shard           file name of the tar holding it
+    key             path of the clip inside the source, without extension; unique; users see it in messages
+    shard           file name of the tar that holds it
     audio_offset    byte offset of the audio bytes inside the tar
-    audio_bytes     length of the audio in bytes, kept exactly as they came
+    audio_bytes     length of the audio in bytes, unchanged from the source
     audio_sha256    hex digest of those bytes
     extension       lower case, without the dot
     samples         length per channel, at its own sample_rate_hz
@@ -188,7 +188,7 @@ class ClipEntry:
 
 
 def dataset_digest(clips: Iterable[ClipEntry]) -> str:
-    """The digest of a data set: of the keys, extensions, audio and captions of its clips, in order."""
+    """Digest of a data set: keys, extensions, audio and captions of its clips, in order."""
     return digest_of(*(part for clip in clips for part in (clip.key, clip.extension, clip.audio_sha256, clip.caption)))
 
 
@@ -203,10 +203,10 @@ class ShardEntry:
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-    """Files of one kind that nothing is trained on, and why.
+    """Files of one kind that are not trained on, and why.
 
     what    the kind in the singular        count   how many
-    names   of as many as are named: all of them in a listing, NAMES_KEPT in an index, none of system files
+    names   some of them: all in a listing, NAMES_KEPT in an index, none for system files
     """
 
     what: str
@@ -220,7 +220,7 @@ class LeftOut:
         return f"{counted(self.count, self.what)}{f' ({names})' if names else ''}: {self.why}"
 
     def kept(self) -> LeftOut:
-        """As an index holds it."""
+        """With as many names as an index keeps."""
         return dataclasses.replace(self, names=self.names[:NAMES_KEPT])
 
 
@@ -228,12 +228,12 @@ class LeftOut:
 class DatasetIndex:
     """The shards of one dataset.
 
-    directory  where the shards and this index lie
-    digest     identifies keys, audio bytes and captions, whatever archive they came in
+    directory  of the shards and this index
+    digest     of keys, audio bytes and captions, whatever archive they came in
     clips      sorted by key
-    skipped    "name: reason" of what ``on_bad_clip: skip`` left out
-    left_out   files of the source that are no clips, by kind
-    reader     gives a clip's verified audio where the shards lie elsewhere; not part of what is stored or compared.
+    skipped    "name: reason" of each clip that ``on_bad_clip: skip`` left out
+    left_out   files of the source that are not clips, by kind
+    reader     returns a clip's verified audio if the shards are stored elsewhere; neither stored nor compared.
                Raises DataError, EnvironmentFailure or Interrupted
     """
 
@@ -246,7 +246,7 @@ class DatasetIndex:
     left_out: tuple[LeftOut, ...] = ()
 
     def write(self) -> None:
-        """One clip per line, so that people can search it and programs read 100,000 clips in a second."""
+        """One clip per line: people can search the file, and programs read 100,000 clips in a second."""
         clips = ",\n".join(json.dumps(vars(clip), ensure_ascii=False) for clip in self.clips)
         rest = {"skipped": self.skipped, "shards": [vars(shard) for shard in self.shards]}
         if self.left_out:
@@ -259,7 +259,7 @@ class DatasetIndex:
 
     @classmethod
     def find(cls, directory: Path) -> DatasetIndex | None:
-        """As ``read``, or None where there is no index that could be read."""
+        """As ``read``, but None if the index cannot be read."""
         with contextlib.suppress(DataError):
             return cls.read(directory)
         return None
@@ -281,20 +281,20 @@ class DatasetIndex:
             left_out = tuple(LeftOut(**kind | {"names": tuple(kind["names"])}) for kind in value.get("left_out", ()))
             return cls(Path(directory), value["digest"], clips, tuple(value["skipped"]), shards, left_out=left_out)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            # Untrusted text, escaped so that the message stays one line.
+            # Untrusted text: escape it, so that the message stays one line.
             raise DataError(
                 f"{path}: not a readable shard index ({ascii(str(error))[1:-1]}); run sa3dist shard"
             ) from error
 
 
 def sealed(body: str) -> bytes:
-    """A JSON object, given without its closing brace, with the digest of all its bytes as its last value."""
+    """Append to a JSON object, given without its closing brace, the digest of all its bytes as the last value."""
     body += f",\n{_SEAL}"
     return f'{body}{digest_of(body)}"}}\n'.encode()
 
 
 def is_sealed(data: bytes) -> bool:
-    """Whether ``data`` is to the byte what ``sealed`` gave."""
-    # Bytes throughout: reading as text would take another line end for ours.
+    """Whether ``data`` equals, byte for byte, what ``sealed`` returned."""
+    # Compare bytes: text mode would accept other line ends.
     body = data[: data.rfind(_SEAL.encode()) + len(_SEAL)]
     return data == body + digest_of(body).encode() + b'"}\n'

@@ -1,4 +1,4 @@
-"""The progress bar on stderr, or lines of progress where stderr is no terminal."""
+"""The progress bar on stderr, or progress lines where stderr is not a terminal."""
 
 import contextlib
 import math
@@ -6,16 +6,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-# Between two lines of progress in a log file.
+# Least time between two progress lines in a log file.
 LINE_SECONDS = 10.0
 
 
 @contextlib.contextmanager
 def progress(title: str, total: int, shown: bool) -> Iterator[Callable[..., None]]:
-    """A bar on stderr with the time left; gives update(done, text, total, seconds_left).
+    """A bar on stderr with the time left. Yields update(done, text, total, seconds_left).
 
-    Without a terminal a line for every tenth, but none within LINE_SECONDS of the one before, except for the last: what
-    is done in a moment is said in one line. seconds_left None: what is left at the speed so far.
+    Without a terminal it prints a line per tenth, at least LINE_SECONDS apart, but always the last one: quick work gets
+    a single line. seconds_left None: estimate it from the speed so far.
     """
     if not shown:
         yield lambda done, text="", total=0, seconds_left=None: None
@@ -39,7 +39,7 @@ def progress(title: str, total: int, shown: bool) -> Iterator[Callable[..., None
 
         def update(done: int, text: str = "", total: int = total, seconds_left: float | None = None) -> None:
             nonlocal first, tenths, said
-            # What was done before the first call took none of this bar's time.
+            # Work done before the first call took none of this bar's time.
             first = max(done - 1, 0) if first is None else first
             if seconds_left is None:
                 seconds_left = (time.monotonic() - begin) / max(done - first, 1) * max(total - done, 0)
@@ -54,7 +54,7 @@ def progress(title: str, total: int, shown: bool) -> Iterator[Callable[..., None
 
 
 def clock_text(seconds: float) -> str:
-    """Minutes and seconds, with hours where there are some; "-" while nobody can tell."""
+    """Minutes and seconds, with hours if there are any; "-" if unknown."""
     if not math.isfinite(seconds):
         return "-"
     minutes, rest = divmod(round(seconds), 60)

@@ -33,15 +33,16 @@ log = logging.getLogger(__name__)
 
 
 class BatchSource(abc.ABC):
-    """A data set under one base, as the settings of one run read it.
+    """A data set under one base, read as one run's settings say.
 
-    index           the clips that are trained on
-    encoded         its clips, latents and prompt features
-    held_out        clips kept apart for validation, in order of their keys. Empty where nothing is held out
-    held_encoded    the same of these: ``encoded``, unless they are a data set of their own
-    draws           what samples depend on besides the clips
+    index           the clips to train on
+    encoded         their latents and prompt features
+    held_out        clips kept for validation, sorted by key; empty if none
+    held_encoded    latents and prompt features of these: the same object as ``encoded`` unless they are a separate data
+                    set
+    draws           everything else that samples depend on
     order           which clip each slot trains on; None where a stream decides
-    packs_latents   what was encoded ahead goes into latent shards
+    packs_latents   whether latents encoded ahead are packed into latent shards
     """
 
     order: ClipOrder | None = None
@@ -56,9 +57,9 @@ class BatchSource(abc.ABC):
         held_out: Sequence[ClipEntry] = (),
         validation: DatasetIndex | None = None,
     ) -> None:
-        """The arguments are those of ``open_source``. Raises ConfigError or DataError where one cannot be read so."""
+        """Arguments as for ``open_source``. Raises ConfigError or DataError if the settings do not fit the data."""
         self.settings, self.base, self.index, self.held_out = settings, base, index, tuple(held_out)
-        # Without an index no clip is known, and ``duration`` is set.
+        # A stream has no index, so the longest clip is unknown; ``duration`` is set there.
         longest = max((clip.seconds for clip in index.clips), default=math.inf)
         framing = base.native_seconds, base.sample_rate_hz, base.samples_per_frame
         self.draws = SampleSettings(
@@ -78,14 +79,14 @@ class BatchSource(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def _open(cls, settings: Settings, draws: SampleSettings, index: DatasetIndex, *where) -> EncodedClips:
-        """The reader of a data set's latents; where: work_dir, base and the digests of its encoders."""
+        """The reader of a data set's latents. where: work_dir, base and the digests of its encoders."""
 
     def check(self) -> None:  # noqa: B027 (most kinds have nothing to check)
-        """Refuse at once, on rank 0, what shows in the first clip only. Raises DataError or EnvironmentFailure."""
+        """On rank 0, refuse at once what only the first clip shows. Raises DataError or EnvironmentFailure."""
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with to be continued on this data set, as JSON values by name."""
-        # First, so that another split is called by its name.
+        """JSON values by name that a checkpoint must share to be continued on this data set."""
+        # First in the dict, so that the error for another split names the split.
         held_out = "none"
         if self.held_out:
             held_out = f"{counted(len(self.held_out), 'clip')} ({dataset_digest(self.held_out)[:16]})"
@@ -96,7 +97,7 @@ class BatchSource(abc.ABC):
         }
 
     def describe(self) -> dict[str, Any]:
-        """What config.json says of the data set."""
+        """What config.json says about the data set."""
         clips = self.index.clips
         return {
             "dataset_sha256": self.index.digest,
@@ -108,29 +109,29 @@ class BatchSource(abc.ABC):
 
     @abc.abstractmethod
     def pieces(self, slots: int) -> list[Piece]:
-        """What is to be encoded ahead for the first ``slots`` slots. Raises ConfigError where that makes no sense."""
+        """What to encode ahead for the first ``slots`` slots. Raises ConfigError if this kind encodes nothing ahead."""
 
     def cursors(self, saved: dict[str, Any] | None, dist_rank: int, world_size: int) -> RankCursors | None:
-        """Where a stream goes on. saved: the checkpoint's "stream". Raises CheckpointError when it does not fit."""
+        """Where a stream continues. saved: the checkpoint's "stream". Raises CheckpointError when it does not fit."""
         return None
 
     @abc.abstractmethod
     def batches(
         self, steps: range, accumulation: int, group: Group, stop: StopRequest, cursors: RankCursors | None
     ) -> Generator[MicroBatch, None, None]:
-        """This rank's micro batches of ``steps``, counted from 1, in the order it trains on them. To be closed.
+        """This rank's micro batches of ``steps``, counted from 1, in training order. The caller closes the generator.
 
         accumulation   micro batches per rank and step
-        cursors        what ``cursors`` has returned, where the training keeps it up to date
-        Raises Interrupted before a clip is encoded, or while its audio is waited for, when asked to stop.
+        cursors        from ``cursors``; the training keeps it up to date
+        Raises Interrupted when asked to stop, before a clip is encoded or while waiting for its audio.
         """
 
     def say_end(self, clips: int, cursors: RankCursors | None) -> None:  # noqa: B027 (most have nothing to say)
-        """Log what the end of a training shows. clips: how many were trained on, repeats included."""
+        """Log what is known at the end of the training. clips: number trained on, repeats included."""
 
 
 class IndexedSource(BatchSource):
-    """Clips that are known: every one once per epoch, by position. ``micro_batches`` gives any of them by its index."""
+    """Clips known by an index, each once per epoch. ``micro_batches`` gives any micro batch by its number."""
 
     def __init__(self, *where) -> None:
         super().__init__(*where)
@@ -151,7 +152,7 @@ class IndexedSource(BatchSource):
 
 
 class WholeSource(IndexedSource):
-    """latents: whole. Clips are encoded whole, once in each polarity; crops are cut from their latents."""
+    """latents: whole. Each clip is encoded whole, once per polarity; crops are cut from the latents."""
 
     packs_latents = True
 
@@ -164,7 +165,7 @@ class WholeSource(IndexedSource):
 
 
 class LatentSource(IndexedSource):
-    """Latent shards as the data set: all is encoded."""
+    """Latent shards as the data set: everything is encoded already."""
 
     @classmethod
     def _open(cls, settings: Settings, draws: SampleSettings, index: DatasetIndex, *where) -> EncodedClips:
@@ -181,7 +182,7 @@ class LatentSource(IndexedSource):
 
 
 class CropSource(IndexedSource):
-    """latents: crop. Each crop is encoded by itself and kept for other epochs and runs."""
+    """latents: crop. Each crop is encoded by itself and kept for later epochs and runs."""
 
     keep = True
 
@@ -196,7 +197,7 @@ class CropSource(IndexedSource):
 
 
 class OnTheFlySource(CropSource):
-    """latents: on_the_fly. As CropSource, but a crop is gone when it has been used, as in the reference."""
+    """latents: on_the_fly. As CropSource, but a crop is deleted after its use, as in the reference."""
 
     keep = False
 
@@ -205,7 +206,7 @@ class OnTheFlySource(CropSource):
 
 
 class StreamSource(BatchSource):
-    """mode: streaming. Shards of latents or audio without an index, in turn, from where a checkpoint's cursors are."""
+    """mode: streaming. Shards of latents or audio without an index, continued from a checkpoint's cursors."""
 
     @classmethod
     def _open(cls, settings: Settings, draws: SampleSettings, index: DatasetIndex, *where) -> StreamedClips:
@@ -241,7 +242,7 @@ def _begin_work(group: Group, stop: StopRequest, doing: str) -> None:
     group.liveness.progress()
 
 
-# By what was found at ``audio_data_url``; audio, by the setting ``latents``.
+# Chosen by what ``audio_data_url`` holds; for audio, by the setting ``latents``.
 OF_INDEX = {StreamedDataset: StreamSource, LatentDataset: LatentSource}
 OF_LATENTS = {"whole": WholeSource, "crop": CropSource, "on_the_fly": OnTheFlySource}
 
@@ -261,7 +262,7 @@ def open_source(
     """The data set in ``index`` under ``base``.
 
     digests      of the base's autoencoder and text encoder
-    held_out     clips that are not trained on, and no part of ``index``
-    validation   the data set that they are of, where it is another one than ``index`` was
+    held_out     clips that are not trained on and not in ``index``
+    validation   the data set they come from, if it is separate
     """
     return kind_of(index, settings)(settings, base, index, digests, held_out, validation)

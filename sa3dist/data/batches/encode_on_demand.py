@@ -1,4 +1,4 @@
-"""Encode what a micro batch still lacks before a loader process reads it; remove what was made for one use."""
+"""Encode what a micro batch lacks before a loader process reads it; delete files that were made for one use."""
 
 import contextlib
 import itertools
@@ -14,17 +14,17 @@ from sa3dist.data.batches.order import micro_batch_slots
 from sa3dist.data.source.prefetch import prefetch
 from sa3dist.model.base import Base
 
-# Decoded audio waiting for the encoder.
+# Memory for decoded audio that waits for the encoder.
 WAITING_BYTES = 256 << 20
 MICRO_BATCHES_AHEAD = 4
-# What reading a clip usually takes at most; a read that hangs is left behind.
+# Longer than reading a clip usually takes; a read that hangs is abandoned.
 CLOSE_SECONDS = 2.0
 
 
 class EncodeOnDemand:
-    """Encodes the clips, or crops, of micro batches on their way to the step; another thread reads the audio ahead.
+    """Encodes missing clips or crops of micro batches just before their step; a thread reads their audio ahead.
 
-    The encoders are loaded when the first file is missing, and leave the memory when all whole clips have been seen.
+    The encoders are loaded when a file is missing, and freed once all whole clips are known to be encoded.
     """
 
     def __init__(
@@ -34,12 +34,13 @@ class EncodeOnDemand:
         before_work: Callable[[str], None] = lambda doing: None,
         check_stop: Callable[[], None] = lambda: None,
     ) -> None:
-        """before_work: called with what is about to be done; what it, or check_stop, raises ends the step."""
+        """before_work: called with a description of the next work. What it or check_stop raises ends the step."""
         self._base, self._micro_batches, self._encoded = base, micro_batches, micro_batches.encoded
         self._before_work, self._check_stop = before_work, check_stop
-        # Key and polarity of the whole clips that have been seen to be encoded.
+        # (key, polarity) of the whole clips known to be encoded.
         self._ready: set[tuple[str, bool]] = set()
-        # Files that are removed after their last use: of the micro batches on their way, and how many need each.
+        # Files to delete after their last use: those of each micro batch in flight, and how many micro batches need
+        # each.
         self._held: deque[list[Path]] = deque()
         self._uses: Counter[Path] = Counter()
 
@@ -89,7 +90,7 @@ class EncodeOnDemand:
         self._held.append(paths)
 
     def _used(self, micro_index: int) -> None:
-        """The micro batch has been read: crops that no other one on its way needs may go."""
+        """Called when a micro batch has been read: delete its crops that no other one in flight needs."""
         self._uses.subtract(paths := self._held.popleft())
         for path in paths:
             if not self._uses[path] and not self._encoded.keep:

@@ -1,4 +1,4 @@
-"""Micro batches by index, the loader whose worker processes make them, and how these processes end."""
+"""Micro batches by index, made by loader processes, and how these processes end."""
 
 import contextlib
 import errno
@@ -21,14 +21,14 @@ from sa3dist.runtime.signals import SIGNALS, kill_loaders
 
 
 def micro_indices(steps: Iterable[int], accumulation: int, dist_rank: int, world_size: int) -> Iterator[int]:
-    """Micro batches of one rank for ``steps``, counted from 1, in the order it trains on them."""
+    """Indices of one rank's micro batches for ``steps``, counted from 1, in training order."""
     for step in steps:
         for round_ in range(accumulation):
             yield ((step - 1) * accumulation + round_) * world_size + dist_rank
 
 
 class MicroBatches(Dataset):
-    """Micro batch by its global index: the loader's workers do the reading, cropping, drawing and coupling."""
+    """Micro batch by its global index. Runs in the loader's workers: reading, cropping, drawing and coupling."""
 
     def __init__(self, encoded: EncodedClips, settings: SampleSettings) -> None:
         self.encoded = encoded
@@ -46,7 +46,7 @@ class MicroBatches(Dataset):
             return problem
 
     def clip_of_slot(self, slot: int) -> tuple[ClipEntry, bool]:
-        """The clip a slot trains on, and whether it is phase-flipped."""
+        """The clip a slot trains on, and whether its polarity is flipped."""
         return self.encoded.clips[self.order.clip_of_slot(slot)], polarity_of_slot(self.settings.seed, slot)
 
     def _sample(self, slot: int) -> Sample:
@@ -65,8 +65,8 @@ def loader(
 ) -> Generator[MicroBatch, None, None]:
     """Micro batches in the order of ``indices``, prepared ahead by worker processes.
 
-    before   called in this process with each index just before its micro batch is handed to a worker; encodes what a
-             first use still lacks. What it raises ends the iteration, also ahead of what the workers have ready
+    before   called here with each index just before a worker gets it; encodes what the micro batch lacks. What it
+             raises ends the iteration, even before micro batches that the workers have ready
     after    called with each index when its micro batch has come back
     """
     issued: deque[int] = deque()
@@ -95,9 +95,9 @@ def loader(
 
 
 def share(tensors: Iterable[torch.Tensor]) -> None:
-    """In a loader process, put tensors where the main one can take them from. Raises EnvironmentFailure without room.
+    """In a loader process, move tensors to shared memory. Raises EnvironmentFailure when there is no room.
 
-    The loader would do so in a thread, whose failure nobody hears of: the main process would wait for ever.
+    The loader itself would do so in a thread, where a failure is lost: the main process would then wait for ever.
     """
     if get_worker_info() is None:
         return
@@ -110,11 +110,11 @@ def share(tensors: Iterable[torch.Tensor]) -> None:
 
 @contextlib.contextmanager
 def naming_shared_memory() -> Iterator[None]:
-    """Where locks and queues of loader processes are made, which lie there too. Raises EnvironmentFailure."""
+    """For code that makes a loader's locks and queues, which need shared memory too. Raises EnvironmentFailure."""
     try:
         yield
     except OSError as error:
-        # One that names a file is about that.
+        # An error that names a file is about that file.
         if error.errno == errno.ENOSPC and error.filename is None:
             raise no_shared_memory(error.strerror) from error
         raise
@@ -122,7 +122,7 @@ def naming_shared_memory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def hanging_processes_left_behind() -> Iterator[None]:
-    """Where a wait for the loader is broken off: it would wait for each of its processes in turn, for 5 s."""
+    """Kill the loader processes when a wait for them is interrupted: ending them takes up to 5 s each, one by one."""
     try:
         yield
     except Interrupted:
@@ -131,7 +131,7 @@ def hanging_processes_left_behind() -> Iterator[None]:
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
-    # A terminal's Ctrl-C and Slurm's signals reach the whole process group; a worker that dies of one fails the step.
+    # Ctrl-C and Slurm's signals reach the whole process group; a worker killed by one would fail the step.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -139,9 +139,9 @@ def leave_signals_to_the_main_process(worker: int) -> None:
 def results_of_workers(
     dataset: Dataset, num_workers: int, device: torch.device, sampler: Iterable[int] | None = None
 ) -> Generator[Any, None, None]:
-    """What loader processes make of ``dataset``, in order, in pinned memory where ``device`` is CUDA.
+    """What loader processes make of ``dataset``, in order; in pinned memory if ``device`` is CUDA.
 
-    An SA3DistError comes as a value: raised in the process, its one line would be buried under a worker's traceback.
+    An SA3DistError is returned as a value: raised in a worker, its one line would be buried under a traceback.
     """
     ready = DataLoader(
         dataset,
@@ -151,7 +151,8 @@ def results_of_workers(
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_the_main_process,
     )
-    # By a name: the loop alone would let go of the processes, and wait for them, before they can be killed.
+    # Keep a reference: without one the loop would drop the iterator, and wait for its processes, before they can be
+    # killed.
     with naming_shared_memory():
         results = iter(ready)
     try:

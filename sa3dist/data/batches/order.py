@@ -1,4 +1,4 @@
-"""Which clip a slot trains on: a pure function of the seed, every clip exactly once per epoch, by length if wished."""
+"""Which clip a slot trains on: a pure function of the seed; every clip once per epoch; optionally sorted by length."""
 
 import functools
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ def epoch_order(seed: int, epoch: int, clips: int) -> torch.Tensor:
 
 
 class ClipOrder:
-    """The endless sequence of clips. Slot s lies in epoch s // clips; the cursor of a run is one integer."""
+    """The endless sequence of clips. Slot s is in epoch s // clips; the position of a run is one integer."""
 
     def __init__(self, seed: int, clips: int) -> None:
         self.seed = seed
@@ -32,11 +32,11 @@ class ClipOrder:
 
 
 class BucketedOrder(ClipOrder):
-    """The same, with clips of about one length in each micro batch, so that less of it is padding.
+    """A ClipOrder whose micro batches hold clips of similar length, so that less of them is padding.
 
-    The plain order is cut into windows of ``window`` micro batches; within one, clips are sorted by length, cut into
-    micro batches, and these are shuffled. A window is small against an epoch, so what is drawn stays close to random;
-    the clips of a micro batch that lies across two epochs stay where they are.
+    The plain order is cut into windows of ``window`` micro batches. Within a window, clips are sorted by length and cut
+    into micro batches, and the micro batches are shuffled. A window is small against an epoch, so the order stays close
+    to random. Clips of a micro batch that spans two epochs keep their places.
     """
 
     def __init__(self, seed: int, lengths: Sequence[int], micro_batch: int, window: int) -> None:
@@ -45,21 +45,21 @@ class BucketedOrder(ClipOrder):
         self._micro_batch = micro_batch
         self._window = window * micro_batch
 
-    # By class: the order itself stays picklable, a worker process that is spawned builds its own.
+    # A cache of the class: the order stays picklable, and each spawned worker fills a cache of its own.
     @functools.lru_cache(maxsize=4)  # noqa: B019 - a process has one order, for as long as it lives
     def epoch(self, epoch: int) -> torch.Tensor:
         order = super().epoch(epoch).clone()
         size = self._micro_batch
-        # Micro batches are counted over the whole run: this epoch's first whole one may start later.
+        # Micro batches are counted over the whole run: the first whole one of this epoch may start later.
         first = -epoch * self.clips % size
         last = first + max(self.clips - first, 0) // size * size
         generator = flow.generator_for(self.seed, "buckets", epoch)
-        # All full windows at once: 100,000 clips have thousands. The last one may be shorter.
+        # All full windows at once, since 100,000 clips have thousands. The last window may be shorter.
         full = first + (last - first) // self._window * self._window
         for start, stop, window in ((first, full, self._window), (full, last, last - full)):
             if stop > start:
                 windows_WN = order[start:stop].view(-1, window)
-                # Stable: clips of one length stay in their drawn order.
+                # Stable: clips of equal length keep their drawn order.
                 sorted_WN = windows_WN.gather(1, torch.argsort(self._lengths[windows_WN], dim=1, stable=True))
                 rows = window // size
                 drawn = [torch.randperm(rows, generator=generator) for _ in range(len(windows_WN))]
@@ -69,7 +69,7 @@ class BucketedOrder(ClipOrder):
 
 
 def clip_order(seed: int, lengths: Sequence[int], micro_batch: int, window: int) -> ClipOrder:
-    """The order of a run. lengths: frames every clip is trained on; window: micro batches sorted together, 1 = none."""
+    """The order of a run. lengths: frames each clip is trained on; window: micro batches sorted together, 1 = none."""
     return BucketedOrder(seed, lengths, micro_batch, window) if window > 1 else ClipOrder(seed, len(lengths))
 
 

@@ -1,4 +1,4 @@
-"""Streaming mode: micro batches from shards too many to index, drawn by slot as always, continued at saved cursors."""
+"""Streaming mode: micro batches from shards too many to index, drawn by slot, continued from saved cursors."""
 
 import contextlib
 import dataclasses
@@ -44,7 +44,7 @@ from sa3dist.model.packing import TensorFields
 
 log = logging.getLogger(__name__)
 
-# Captions whose features are kept while audio is encoded on the fly.
+# Number of captions whose features are kept while audio is encoded on the fly.
 KEPT_CAPTIONS = 1024
 
 Decoded = tuple[int, ClipEntry, torch.Tensor]
@@ -76,9 +76,9 @@ class StreamedClips(EncodedClips):
 
 @dataclasses.dataclass
 class Handed(TensorFields):
-    """What a worker hands over: a micro batch, or decoded clips still to be encoded; and its cursor after that.
+    """What a worker hands over: a micro batch, or decoded clips to encode; and the worker's cursor after it.
 
-    repeated   clips of it that the set has given before
+    repeated   number of its clips that the set has given before
     """
 
     worker: int
@@ -88,7 +88,7 @@ class Handed(TensorFields):
 
 
 class StreamedBatches(IterableDataset):
-    """The micro batches of one rank from its ``first`` on, made by its workers (loader processes) in turn."""
+    """One rank's micro batches from ``first`` on, made by its workers (loader processes) in turn."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class StreamedBatches(IterableDataset):
         first: int,
         buffer: int,
     ) -> None:
-        """first: how many micro batches this rank has trained on; cursors: by worker; buffer: clips a worker mixes."""
+        """first: micro batches this rank has trained on; cursors: by worker; buffer: clips that a worker shuffles."""
         self.encoded, self.settings, self.buffer = encoded, settings, buffer
         self._rank, self._world_size = dist_rank, world_size
         self._first, self._cursors = first, list(cursors)
@@ -112,7 +112,7 @@ class StreamedBatches(IterableDataset):
     def __iter__(self) -> Iterator[Handed | SA3DistError]:
         process = get_worker_info()
         begin = self._first + (process.id if process else 0)
-        # The loader asks its processes in turn; which worker comes next does not depend on where a run was continued.
+        # The loader asks its processes in turn, starting anywhere: compute which worker is due after a resume.
         workers = len(self._cursors)
         number = begin % workers
         cursor, source = self._cursors[number], self.encoded.source
@@ -153,9 +153,9 @@ def finisher(
     settings: SampleSettings,
     before_work: Callable[[str], None] = lambda doing: None,
 ) -> Callable[[list[Decoded]], MicroBatch]:
-    """A function that encodes decoded clips, whole and in their slot's polarity, and makes the micro batch.
+    """Returns a function that encodes decoded clips, whole and in their slot's polarity, and makes the micro batch.
 
-    before_work   called with what is about to be done; what it raises ends the step
+    before_work   called with a description of the next work; what it raises ends the step
     """
 
     @functools.lru_cache(maxsize=KEPT_CAPTIONS)
@@ -185,8 +185,8 @@ def streaming_loader(
     num_workers: int,
     device: torch.device,
 ) -> Generator[MicroBatch, None, None]:
-    """The endless micro batches of one rank; ``cursors.ahead`` follows what has been handed to the loop."""
-    # Before the loader forks: each of its processes would take a second to import it.
+    """The endless micro batches of one rank; updates ``cursors.ahead`` with each one handed to the loop."""
+    # Import before the loader forks: each of its processes would need a second for it.
     import webdataset  # noqa: F401
 
     all_handed = results_of_workers(batches, num_workers, device)

@@ -1,7 +1,7 @@
-"""Which shards a loader process reads in streaming mode: every shard once in an epoch, and nobody without one.
+"""Which shards a loader process reads in streaming mode: each shard once per epoch, and no worker without a shard.
 
-Shards are dealt to the ranks, a rank's shards to its workers (loader processes), anew in every epoch. A worker that is
-through with its own begins the next epoch; none waits for another.
+Shards are dealt to ranks, and a rank's shards to its workers (loader processes), anew in every epoch. A worker that is
+done with its shards begins the next epoch without waiting for others.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from sa3dist import flow
 from sa3dist.errors import CheckpointError, counted
 
-# Shards whose clips are mixed together, and that a continued run reads again from their start to find its cursor.
+# Shards whose clips are shuffled together; a continued run rereads them from the start to find its cursor.
 SEGMENT_SHARDS = 4
 
 
 class StreamCursor(NamedTuple):
-    """Where a worker is: in which epoch, in which segment of its shards, and how many clips of it are used."""
+    """Position of a worker: the epoch, the segment of its shards, and how many clips of the segment are used."""
 
     epoch: int = 0
     segment: int = 0
@@ -28,7 +28,7 @@ class StreamCursor(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class WorkerShards:
-    """The shards of worker ``number`` of a rank's ``workers``; shards: how many the whole set has."""
+    """The shards of worker ``number`` of a rank's ``workers``. shards: how many the whole set has."""
 
     seed: int
     shards: int
@@ -38,9 +38,9 @@ class WorkerShards:
     workers: int
 
     def segments(self, epoch: int) -> tuple[list[list[int]], bool]:
-        """Numbers of the shards of one epoch in segments, and whether they are borrowed from another worker.
+        """Shard numbers of one epoch, in segments, and whether they are borrowed from another worker.
 
-        A worker that gets none, because shards are fewer than workers, reads another's too: its clips are repeats.
+        With fewer shards than workers, a worker without any also reads another's: its clips are repeats.
         """
         order = torch.randperm(self.shards, generator=flow.generator_for(self.seed, "shards", epoch)).tolist()
         of_rank = order[self.dist_rank :: self.world_size]
@@ -52,16 +52,16 @@ class WorkerShards:
         return [mine[start : start + SEGMENT_SHARDS] for start in range(0, len(mine), SEGMENT_SHARDS)], borrowed
 
     def shuffle_seed(self, epoch: int, segment: int) -> int:
-        """Seed of the shuffle buffer in one segment: no two workers share one, even on the same shards."""
+        """Seed of the shuffle buffer in one segment; differs between workers, even on the same shards."""
         worker = self.dist_rank * self.workers + self.number
         return flow.generator_for(self.seed, "segment", epoch, worker, segment).initial_seed()
 
 
 @dataclasses.dataclass
 class RankCursors:
-    """Cursors of one rank's workers after what has been trained on, and how many clips of all ranks were repeats.
+    """Cursors of one rank's workers after the clips trained on, and the number of repeated clips of all ranks.
 
-    ahead   cursors by worker after what the loop has fetched for the step it is at
+    ahead   cursors by worker after the clips fetched for the current step
     """
 
     cursors: list[StreamCursor]
@@ -69,7 +69,7 @@ class RankCursors:
     ahead: dict[int, StreamCursor] = dataclasses.field(default_factory=dict)
 
     def advance(self, repeated: int) -> None:
-        """The step is done, and with it what was fetched for it."""
+        """Called when the step is done: its fetched clips are now trained on."""
         for worker, cursor in self.ahead.items():
             self.cursors[worker] = cursor
         self.ahead.clear()
@@ -77,10 +77,10 @@ class RankCursors:
 
     @classmethod
     def of(cls, saved: dict[str, Any] | None, dist_rank: int, world_size: int, workers: int) -> RankCursors:
-        """As a checkpoint left them, or at the beginning.
+        """From a checkpoint, or at the beginning.
 
         saved   the checkpoint's "stream" value: cursors by rank and worker, repeated
-        Raises CheckpointError when other ranks or workers left them: their cursors are no cursors of these.
+        Raises CheckpointError if the number of ranks or workers differs: the cursors would then mean other shards.
         """
         if saved is None:
             return cls([StreamCursor()] * workers)
