@@ -1,4 +1,4 @@
-"""NVIDIA's driver before torch is imported: whether one will be used, and starting it meanwhile."""
+"""Start NVIDIA's driver before torch is imported, where a GPU will probably be used."""
 
 import contextlib
 import ctypes
@@ -6,7 +6,7 @@ import os
 import threading
 from pathlib import Path
 
-# There on a machine with the driver.
+# Exists on machines with the driver.
 DEVICE_FILE = Path("/dev/nvidiactl")
 LIBRARY = "libcuda.so.1"
 
@@ -18,7 +18,7 @@ def expected() -> bool:
 
 
 def start() -> None:
-    """Let a thread start the driver, where it is ``expected``: that takes up to seconds, without the interpreter.
+    """Start the driver in a thread if it is ``expected``: that takes up to seconds, without holding the interpreter.
 
     Once a process has started it, starting it again does nothing.
     """
@@ -27,6 +27,6 @@ def start() -> None:
 
 
 def _start() -> None:
-    # What fails here fails again, and is told, when torch starts it.
+    # What fails here fails again, with a message, when torch starts the driver.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(LIBRARY).cuInit(0)

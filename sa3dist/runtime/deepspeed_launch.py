@@ -1,4 +1,4 @@
-"""What a launcher says about DeepSpeed, and what DeepSpeed reads before the process group is made."""
+"""What a launcher says about DeepSpeed, and the environment DeepSpeed needs before the process group is made."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def asked_for() -> bool:
 
 
 def prepare_environment(on_cpu: bool) -> None:
-    """What Accelerate and DeepSpeed read when this process joins the others. Raises ConfigError."""
+    """Set what Accelerate and DeepSpeed read when this process joins the others. Raises ConfigError."""
     if "LOCAL_RANK" not in os.environ:
         raise ConfigError(f"{USE_VARIABLE} is set, but DeepSpeed needs a launcher: accelerate launch or torchrun")
     _find_file()
@@ -36,7 +36,7 @@ def prepare_environment(on_cpu: bool) -> None:
         raise ConfigError(
             f"DeepSpeed was asked for but cannot be imported ({error}); install sa3dist[deepspeed]"
         ) from error
-    # On a CPU it would compile an all-reduce of its own on first use, which only inference takes.
+    # On a CPU DeepSpeed would compile an all-reduce of its own on first use, although only inference uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
@@ -58,7 +58,7 @@ def _find_file() -> None:
         config = json.loads(found.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{found}: cannot be read as the JSON file of DeepSpeed ({error})") from error
-    # Accelerate would end with a traceback.
+    # Refused here, because Accelerate would end with a traceback.
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
         raise ConfigError(f"{found}: no section zero_optimization, expected its stage to be 1, 2 or 3; else use DDP")
     os.environ[FILE_VARIABLE] = str(found.resolve())

@@ -1,4 +1,4 @@
-"""How a program ends: one message, status.json, and the exit code that belongs to it."""
+"""How a program ends: one message, status.json, and the matching exit code."""
 
 import argparse
 import contextlib
@@ -17,7 +17,7 @@ from sa3dist import errors
 from sa3dist.formats import STATUS_DIR_VARIABLE, STATUS_NAME, write_json
 from sa3dist.runtime import run_lock
 
-# The step that did not fit, where the next start of the run is to recompute blocks.
+# The step that ran out of memory, if the run's next start is to recompute blocks.
 OUT_OF_MEMORY_KEY = "out_of_memory_at_step"
 HEARTBEAT_NAME = "heartbeat.json"
 STATES = {
@@ -38,7 +38,7 @@ ENVIRONMENT_ERRNOS = {
         "ESTALE",
         "EIO",
         "EEXIST",
-        # What the user gave is looked for by name before; so a folder of the run was moved away meanwhile.
+        # The user's own paths are checked earlier, by name: a folder of the run was moved away meanwhile.
         "ENOENT",
         "ENOTDIR",
         "EISDIR",
@@ -46,41 +46,41 @@ ENVIRONMENT_ERRNOS = {
         "EMFILE",
         "ENFILE",
         "EFBIG",
-        # Of a process that cannot be started.
+        # A process could not be started.
         "EAGAIN",
         "ENOMEM",
     )
 }
-# On the CPU torch's allocator raises a plain RuntimeError, and so does oneDNN where its products find no memory for
-# what they need beside their operands; which of the two fails first under a limit is chance.
+# On the CPU both torch's allocator and oneDNN raise a plain RuntimeError when memory runs out; which of them fails
+# first is chance.
 NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory", "could not execute a primitive"
 SHARED_MEMORY = "/dev/shm"
-# How long rank 0 is left to report a failure that it knows of as well, before another rank does.
+# How long another rank waits for rank 0 to report a failure that rank 0 knows of too.
 REPORT_SECONDS = 3.0
 
 
 def dist_rank_from_environment() -> int:
-    """Rank as the launcher gave it, known before and after the process group lives."""
+    """Rank from the launcher's environment; valid before and after the process group exists."""
     return _from_launcher("RANK")
 
 
 def has_peers() -> bool:
-    """Whether the launcher started more ranks than this one, known before the process group lives."""
+    """Whether the launcher started more ranks than this one; valid before the process group exists."""
     return _from_launcher("WORLD_SIZE") > 1
 
 
 def _from_launcher(name: str) -> int:
-    # What is no number is refused by whoever joins the process group.
+    # Joining the process group refuses a value that is not a number.
     return int(text) if (text := os.environ.get(name, "")).isdecimal() else 0
 
 
 def translate(failure: BaseException) -> errors.SA3DistError | None:
-    """The explained failure an exception of a library stands for, or None when it is a bug of ours."""
+    """The explained error for a library's exception; None if the exception is a bug of ours."""
     if isinstance(failure, errors.SA3DistError):
         return failure
     if isinstance(failure, KeyboardInterrupt):
         return errors.Interrupted("interrupted; finished work is kept, run the same command to continue")
-    # Late: settings are refused without waiting for it.
+    # Imported late: refusing settings does not need torch.
     import torch
 
     no_host_memory = any(words in str(failure) for words in NO_HOST_MEMORY)
@@ -113,7 +113,7 @@ def translate(failure: BaseException) -> errors.SA3DistError | None:
 
 
 def no_shared_memory(reason: str) -> errors.EnvironmentFailure:
-    """The failure of a loader process that cannot hand over a micro batch."""
+    """The error of a loader process that cannot hand over a micro batch."""
     if "Too many open files" in reason:
         return errors.EnvironmentFailure(f"a loader process has too many files open ({reason}); raise ulimit -n")
     size = ""
@@ -127,10 +127,9 @@ def no_shared_memory(reason: str) -> errors.EnvironmentFailure:
 
 
 def run_program(body: Callable[[], None], output_dir: Callable[[], Path | None], step: Callable[[], int]) -> int:
-    """Run ``body``; report its end once, write status.json where the run's results are, return the exit code.
+    """Run ``body``; report how it ended once, write status.json to the output directory, return the exit code.
 
-    output_dir, step   asked when the program ends, because settings may turn out unreadable on the way; no directory,
-                       no status
+    output_dir, step   called when the program ends, since settings may fail to load; no directory = no status.json
     """
     problem = None
     try:
@@ -149,10 +148,10 @@ def run_program(body: Callable[[], None], output_dir: Callable[[], Path | None],
 def command(
     program: str, arguments: dict[str, dict[str, Any]], work: Callable[[argparse.Namespace], None], **about: Any
 ) -> Callable[..., int]:
-    """The ``main(argv=None)`` of a program without an output directory, which so leaves no status; gives the exit code.
+    """Make the ``main(argv=None)`` of a program without output directory and status.json; it returns the exit code.
 
-    arguments   what ``add_argument`` takes, by name        about   what ``ArgumentParser`` takes beside the name
-    work        the program itself, called with its options
+    arguments   arguments of ``add_argument``, by name        about   arguments of ``ArgumentParser`` beside the name
+    work        the program itself, called with the parsed options
     """
 
     def main(argv: Sequence[str] | None = None) -> int:
@@ -165,26 +164,27 @@ def command(
 
 
 def positive(text: str) -> int:
-    """A number of at least 1, as a type of an argument."""
+    """An integer of at least 1, as an argument type."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number, 1 or more")
     return int(text)
 
 
 def exit_code_of(failure: BaseException | None) -> int:
-    """The exit code of a program that ends with ``failure``; None: well."""
+    """The exit code of a program that ends with ``failure``; None = success."""
     explained = None if failure is None else translate(failure)
     return errors.EXIT_DONE if failure is None else errors.EXIT_BUG if explained is None else explained.exit_code
 
 
 def report(problem: errors.SA3DistError | None, directory: Path | None, step: int, patience_seconds: float) -> None:
-    """Write once to stderr, and to status.json, how the run ended; None: well.
+    """Write once to stderr, and to status.json, how the run ended. None = success.
 
-    Rank 0 reports for all. Another rank waits, and reports only a failure that rank 0 did not live to report.
-    patience_seconds   how long rank 0 may take
+    Rank 0 reports for all. Another rank waits for it, and reports only if rank 0 did not live to do so.
+    patience_seconds   how long to wait for rank 0
     """
     if directory is not None and (isinstance(problem, errors.InUse) or run_lock.is_anothers(directory)):
-        # Its status is another run's. A supervisor, whose agent turns every code into 1, reads ours elsewhere.
+        # The status there belongs to another run. A supervisor, whose agent turns every code into 1, reads ours
+        # elsewhere.
         directory = Path(os.environ[STATUS_DIR_VARIABLE]) if STATUS_DIR_VARIABLE in os.environ else None
     here = dist_rank_from_environment(), socket.gethostname()
     lost = isinstance(problem, errors.LostPeer)
@@ -193,21 +193,22 @@ def report(problem: errors.SA3DistError | None, directory: Path | None, step: in
         if problem is None or directory is None:
             return
         if isinstance(problem, errors.InUse):
-            # Rank 0 has reported it, perhaps on another host than this one's supervisor.
+            # Rank 0 has reported it, but maybe on another host than this one's supervisor.
             _write_status(directory, problem, problem.origin or here, str(problem), step)
-        # A file has no place for a status, and is what rank 0 refuses as well.
+        # output_dir is a file: no place for a status, and rank 0 refuses it too.
         if (found_by == 0 and not lost) or directory.is_file() or has_status(directory, patience_seconds):
             return
     elif directory is not None and (found_by or lost) and has_status(directory, 0):
-        # Another rank has reported what it found, or that this rank is lost.
+        # Another rank has reported its own finding, or that this rank is lost.
         return
     message, origin = "done", here
     if problem is not None:
         message, origin = str(problem), problem.origin or here
-        # Where it happened matters when it is not the user's mistake, or one only some rank sees. One process is here.
+        # Name rank and host if the failure is not the user's mistake, or only some rank sees it; not with a single
+        # process.
         if origin[0] != 0 or (problem.exit_code == errors.EXIT_ENVIRONMENT and has_peers()):
             message = f"rank {origin[0]} on {origin[1]}: {message}"
-        # Where stderr leads to a full disk, status.json still tells it.
+        # stderr may lead to a full disk; status.json still tells.
         with contextlib.suppress(OSError):
             print(message, file=sys.stderr, flush=True)
     if directory is not None:
@@ -226,26 +227,26 @@ def _write_status(
         with contextlib.suppress(OSError):
             write_json(directory / STATUS_NAME, status)
             return
-        # On a full disk the heartbeat makes room for the status.
+        # On a full disk, deleting the heartbeat makes room for the status.
         (directory / HEARTBEAT_NAME).unlink(missing_ok=True)
         write_json(directory / STATUS_NAME, status)
     except NotADirectoryError:
-        # The message names an output_dir that is a file, which holds no status.
+        # output_dir is a file, as the message says; it cannot hold a status.
         return
     except OSError as error:
         print(f"{directory / STATUS_NAME}: cannot write ({error.strerror})", file=sys.stderr, flush=True)
 
 
 def forget_status(directory: Path) -> int | None:
-    """Remove the status of an earlier run; until this one ends there is no status.
+    """Remove the status of an earlier run: there is none until this run ends.
 
-    Returns the step in which that run ran out of memory with ``on_oom: adapt``, None where it did not.
+    Returns the step at which that run ran out of memory with ``on_oom: adapt``, or None.
     """
     noted = None
-    # A damaged status notes nothing.
+    # A damaged status has nothing to say.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         noted = json.loads((directory / STATUS_NAME).read_text(encoding="utf-8")).get(OUT_OF_MEMORY_KEY)
-    # An output_dir that is a file is refused a moment later, by its name.
+    # output_dir may be a file; it is refused a moment later, by name.
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         (directory / STATUS_NAME).unlink()
     return noted

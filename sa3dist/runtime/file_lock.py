@@ -1,4 +1,4 @@
-"""One process at a time at a file, of any machine that sees it; a process that is killed lets go."""
+"""Lock a file for one process at a time, across machines that share it; a killed process releases it."""
 
 import contextlib
 import errno
@@ -8,17 +8,17 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Filesystems on which files cannot be locked: there nobody is kept waiting.
+# Errors of filesystems that cannot lock files: nobody waits there.
 NO_FILE_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 LOOK_SECONDS = 0.02
 
 
 @contextlib.contextmanager
 def opened_alone(path: Path, create: bool, check_stop: Callable[[], None]) -> Iterator[int]:
-    """A file descriptor of ``path``, for reading and writing, that no other process has in this way meanwhile.
+    """An open file descriptor of ``path``, for reading and writing, locked against other callers of this function.
 
-    create       make it, and its folder, where there is none
-    check_stop   called now and then while another process has it; what it raises ends the wait
+    create       make the file and its folder if missing
+    check_stop   called repeatedly while another process holds the lock; what it raises ends the wait
     """
     while True:
         try:
@@ -26,15 +26,16 @@ def opened_alone(path: Path, create: bool, check_stop: Callable[[], None]) -> It
         except FileNotFoundError:
             if not create:
                 raise
-            # Not there yet, or removed a moment ago by the last one who needed it.
+            # Missing, or just removed by the last process that needed it.
             path.parent.mkdir(parents=True, exist_ok=True)
             continue
         try:
-            # None: what cannot be locked keeps nobody waiting.
+            # lock() returns None where files cannot be locked: do not wait there.
             while lock(handle) is False:
                 check_stop()
                 time.sleep(LOOK_SECONDS)
-            # It may have been removed between the two: then another file has the name, or none.
+            # The file may have been removed between opening and locking: then the name belongs to another file or to
+            # none.
             if _is_at(handle, path):
                 yield handle
                 return
@@ -44,7 +45,7 @@ def opened_alone(path: Path, create: bool, check_stop: Callable[[], None]) -> It
 
 @contextlib.contextmanager
 def alone(path: Path, check_stop: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """A block that one process at a time is in; ``path`` is there as long."""
+    """A block that one process at a time runs; ``path`` exists as long."""
     with opened_alone(path, create=True, check_stop=check_stop):
         try:
             yield
@@ -53,7 +54,7 @@ def alone(path: Path, check_stop: Callable[[], None] = lambda: None) -> Iterator
 
 
 def lock(handle: int) -> bool | None:
-    """Lock an open file. False while another process has it; None where the filesystem locks no files."""
+    """Lock an open file. False while another process holds it; None where the filesystem cannot lock files."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

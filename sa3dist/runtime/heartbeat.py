@@ -1,4 +1,4 @@
-"""heartbeat.json: the sign of life for schedulers, renewed while rank 0 gets on, and only then."""
+"""heartbeat.json: tells schedulers that the run makes progress; renewed only while rank 0 does."""
 
 import contextlib
 import logging
@@ -18,25 +18,25 @@ log = logging.getLogger(__name__)
 
 
 class HeartbeatFile:
-    """Step, stage, what is being done, time, host and process id, written whole or not at all."""
+    """Step, stage, current work, time, host and process id; written atomically."""
 
     def __init__(self, output_dir: Path, liveness: Liveness) -> None:
         self._path = Path(output_dir) / HEARTBEAT_NAME
         self._liveness = liveness
         self._was_there = self._path.exists()
-        # Of the last writing; None when there will be no more.
+        # Progress count at the last write; None = no more writes.
         self._written: int | None = 0
         self._alone = threading.Lock()
 
     def renew(self) -> None:
-        """Write if there was progress. Called now and then by the thread that keeps the directory's lock."""
+        """Write if there was progress. Called repeatedly by the thread that keeps the directory's lock."""
         with self._alone:
             if self._written not in (None, self._liveness.progress_count):
                 self._written = self._liveness.progress_count
                 self._write(self._liveness.stage)
 
     def close(self, failure: BaseException | None) -> None:
-        """Write how the run ended, and no more. A refused run leaves nothing but its status."""
+        """Write how the run ended, then never again. A refused run leaves nothing but its status."""
         with self._alone:
             self._written = None
             code = exit_code_of(failure)
@@ -45,7 +45,7 @@ class HeartbeatFile:
             if code != errors.EXIT_USER:
                 self._write(STATES[code])
             elif not self._was_there:
-                # An output_dir that is a file is what the run was refused for.
+                # output_dir may be a file; the run is refused for that.
                 with contextlib.suppress(NotADirectoryError):
                     self._path.unlink(missing_ok=True)
 
@@ -54,5 +54,5 @@ class HeartbeatFile:
         try:
             write_json(self._path, said | {"host": socket.gethostname(), "pid": os.getpid()})
         except OSError as error:
-            # What needs the disk will say so itself.
+            # Only a warning: code that needs the disk reports it itself.
             log.warning("%s: cannot write (%s)", self._path, error.strerror)

@@ -1,4 +1,4 @@
-"""Imports without Python's search for cyclic garbage, which would look through what they make again and again."""
+"""Imports without garbage collection, which would scan the objects they make again and again."""
 
 import contextlib
 import gc
@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def lasting_imports() -> Iterator[None]:
-    """For the imports of a start: nothing is searched meanwhile, and what there is at the end never is.
+    """Turn the garbage collector off during the imports of a start, and exclude what they made from later collections.
 
-    They make a million objects that stay; looking through them took a second of every start.
+    They make a million objects that stay; scanning them took a second of every start.
     """
     gc.disable()
     try:

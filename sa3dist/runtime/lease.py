@@ -1,7 +1,7 @@
-"""The lease of a run that a job queue has started: a file with the moment by which the run must have ended itself.
+"""The lease of a run that a job queue has started: a file with the time by which the run must have ended itself.
 
-Who started the run renews the file. When that process is gone, stopped, or has lost its own claim on the run, the file
-stands still, the moment passes, and another run of the same job may begin: this one must not work beside it.
+The process that started the run renews the file. If that process is gone, stopped, or has lost its claim on the run,
+the time passes, and another run of the same job may begin. This run must not work beside it.
 """
 
 import contextlib
@@ -20,32 +20,32 @@ _deadline = 0.0
 
 
 def seconds_now() -> float:
-    """The clock of leases: since the machine's start, sleep included, whatever the time of day is set to."""
+    """The clock of leases: seconds since the machine's start, sleep included; independent of the time of day."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def write(path: Path, deadline: float) -> None:
-    """Let the run go on until ``deadline``, on the clock of ``seconds_now``."""
+    """Let the run continue until ``deadline``, on the clock of ``seconds_now``."""
     write_whole(path, f"{deadline!r}\n")
 
 
 def watch() -> None:
-    """End this process when its lease does, from here to its end. Without effect where there is none."""
+    """From now on, end this process when its lease ends. Does nothing without a lease."""
     if VARIABLE in os.environ:
         end_if_over()
         threading.Thread(target=_watch, name="lease", daemon=True).start()
 
 
 def end_if_over() -> None:
-    """End this process, and its group, at once when its lease is over. Called before anything is published, too."""
+    """End this process and its process group at once if its lease is over. Also called before anything is published."""
     global _deadline
     if VARIABLE not in os.environ:
         return
-    # Out of reach: what it last said holds.
+    # If the file cannot be read, its last known deadline holds.
     with contextlib.suppress(OSError, ValueError):
         _deadline = float(Path(os.environ[VARIABLE]).read_text(encoding="ascii"))
     if seconds_now() > _deadline:
-        # Nothing is saved or said: that would be work beside the run that may have taken over.
+        # Save and report nothing: another run may have taken over.
         os.killpg(0, signal.SIGKILL)
 
 

@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from sa3dist.runtime.process_group import Group
 
 HEARTBEAT_SECONDS = 2.0
-# A rank without a heartbeat for this long counts as lost; loading a base may hold the interpreter for seconds.
-# What follows, telling the others and leaving, must fit into a minute with it.
+# A rank without a heartbeat for this long counts as lost; loading a base may hold the interpreter for seconds. Telling
+# the others and leaving must fit into the rest of a minute.
 STALL_SECONDS = 30.0
-# How long rank 0 waits at a good end for others to read what it has left in the store.
+# How long rank 0 waits at a good end until the others have read what it left in the store.
 GOODBYE_SECONDS = 30.0
-# The first rank that cannot go on leaves its reason here, and all others take it.
+# Key of the reason to end: the first rank that cannot go on writes it, all others adopt it.
 END = "sa3dist/end"
-# The first rank that is asked to stop while training leaves its reason here: others may be what it waits for.
+# Key of the reason to stop, from the first rank asked to stop while training: others may be waiting for that rank.
 STOP = "sa3dist/stop"
-# By rank: what it does, renewed every HEARTBEAT_SECONDS; and that it needs the store no more.
+# By rank: what it is doing, renewed every HEARTBEAT_SECONDS; and that it no longer needs the store.
 ALIVE, LEFT = "sa3dist/alive/{}", "sa3dist/left/{}"
 
 
@@ -36,7 +36,7 @@ def default_store() -> dist.Store:
 
 
 def pack(failure: Exception | None, dist_rank: int) -> list[Any] | None:
-    """A failure as JSON values, with the rank and host it comes from. A bug of ours keeps its type in the message."""
+    """A failure as JSON values, with its rank and host. A bug of ours keeps its type in the message."""
     if failure is None:
         return None
     problem = translate(failure) or errors.SA3DistError(f"{type(failure).__name__}: {failure}")
@@ -56,13 +56,13 @@ def read(store: dist.Store, key: str) -> Any | None:
 
 
 def say_alive(store: dist.Store, dist_rank: int, liveness: Liveness) -> None:
-    """Show the others what this rank does; ``at`` makes each value differ from the one before."""
+    """Publish what this rank is doing; ``at`` makes each value differ from the one before."""
     said = {"at": time.monotonic(), "doing": liveness.doing, "step": liveness.step, "place": liveness.place}
     store.set(ALIVE.format(dist_rank), json.dumps(said | run_lock.identity()))
 
 
 def end_for_all(failure: Exception, group: Group) -> Exception:
-    """Make ``failure`` the reason all ranks end with. Returns it, or the reason another rank gave before."""
+    """Make ``failure`` the reason for all ranks to end. Returns it, or the reason another rank gave before."""
     if group.world_size == 1:
         return failure
     packed = json.dumps(pack(failure, group.dist_rank))
@@ -71,11 +71,11 @@ def end_for_all(failure: Exception, group: Group) -> Exception:
 
 
 def leave(group: Group, failure: Exception, told: errors.SA3DistError | None = None) -> Exception:
-    """Tell the peers why this rank ends; return what to report: for a lost peer, that peer's own reason or its name.
+    """Tell the peers why this rank ends. Returns the error to report: for a lost peer, that peer's own reason or name.
 
-    told   the reason of another rank, if this one has read it
-    A lost peer shows first as a closed connection; which one it was, its missing heartbeats tell. During preparation it
-    may show first as the stop signal that a launch agent sends to the others. May block: the store may not answer.
+    told   the reason of another rank, if this rank has read one
+    A lost peer first shows as a closed connection; missing heartbeats then tell which peer it was. During preparation
+    it may first show as the stop signal that a launch agent sends to the others. May block: the store may not answer.
     """
     if group.world_size == 1:
         return failure
@@ -91,7 +91,7 @@ def leave(group: Group, failure: Exception, told: errors.SA3DistError | None = N
             end_for_all(failure, group)
         part(group, 2 * HEARTBEAT_SECONDS + 1)
     except RuntimeError:
-        # The store went with the rank that hosted it.
+        # The store is gone with the rank that hosted it.
         if told is None and (stopped or lost_contact):
             return lost_rank(0, {"host": group.hosts[0]}, ", and the rendezvous store with it")
         return told or reason
@@ -99,7 +99,7 @@ def leave(group: Group, failure: Exception, told: errors.SA3DistError | None = N
 
 
 def part(group: Group, seconds: float) -> None:
-    """Say that this rank needs the store no more. Rank 0 may host it, and waits that long for the others."""
+    """Say that this rank no longer needs the store. Rank 0, which may host it, waits for the others for ``seconds``."""
     if group.world_size > 1:
         store, deadline = default_store(), time.monotonic() + seconds
         store.set(LEFT.format(group.dist_rank), "1")
@@ -109,7 +109,7 @@ def part(group: Group, seconds: float) -> None:
 
 
 def _killed_peer(group: Group) -> errors.LostPeer | None:
-    """The rank whose process is gone from this machine without having left: an agent signals its peers."""
+    """The rank on this machine whose process is gone without having left; an agent then signals its peers."""
     store = default_store()
     for dist_rank in range(group.world_size):
         last = read(store, ALIVE.format(dist_rank))
@@ -122,7 +122,7 @@ def _lost_peer(group: Group) -> Exception | None:
     """Why another rank has left, or which one has no heartbeat."""
     store = default_store()
     before = {n: read(store, ALIVE.format(n)) for n in range(group.world_size) if n != group.dist_rank}
-    # Everyone alive renews its key within this time, also a rank that fails for the same reason.
+    # Every live rank renews its key within this time, even one that fails for the same reason.
     deadline = time.monotonic() + 2 * HEARTBEAT_SECONDS + 1
     silent = set(before)
     while time.monotonic() < deadline and silent:
@@ -134,7 +134,7 @@ def _lost_peer(group: Group) -> Exception | None:
 
 
 def lost_rank(dist_rank: int, last: dict[str, Any] | None, how: str = "") -> errors.LostPeer:
-    """The failure that stands for a rank that has gone or fallen silent. last: its last heartbeat."""
+    """The error for a rank that is gone or silent. last: its last heartbeat."""
     at = f", last seen in step {last['step']} ({last['doing']})" if last and "step" in last else ""
     problem = errors.LostPeer(
         f"gone{at}{how}: killed, or its machine or network failed; state is as last saved, run again to continue"

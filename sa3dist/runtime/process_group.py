@@ -1,4 +1,4 @@
-"""The processes of one run acting as one: rank, world size, reductions, and waiting without a time limit."""
+"""The processes of one run: rank, world size, reductions, and waiting without a time limit."""
 
 import dataclasses
 import json
@@ -21,9 +21,9 @@ from sa3dist.runtime.signals import StopRequest
 
 log = logging.getLogger(__name__)
 
-# How often a waiting rank looks; it polls because preparation may outlast the time limit of any collective.
+# Polling interval of waiting ranks. They poll because preparation may outlast the time limit of any collective.
 POLL_SECONDS = 0.05
-# More than step_timeout, so that the watchdog, which knows which rank is missing, reports first.
+# Added to step_timeout: the watchdog, which knows the missing rank, then reports first.
 GROUP_TIMEOUT_MARGIN_SECONDS = 60.0
 
 
@@ -31,8 +31,8 @@ GROUP_TIMEOUT_MARGIN_SECONDS = 60.0
 class Group:
     """This process among its peers. dist_rank 0 writes; ``device`` is where this process computes.
 
-    deepspeed   the launcher's DeepSpeed configuration as read; None outside of that mode
-    hosts       name of every rank's machine; empty for a process alone
+    deepspeed   the launcher's DeepSpeed configuration as read; None without DeepSpeed
+    hosts       machine name of every rank; empty for a single process
     liveness    what this process is doing, shown to the others
     """
 
@@ -49,12 +49,12 @@ class Group:
 
     @property
     def divides_model(self) -> bool:
-        """Whether the ranks hold parts of the base, at DeepSpeed's stage 3, and exchange them within a pass."""
+        """Whether each rank holds only a part of the base (DeepSpeed stage 3) and exchanges it within a pass."""
         zero = (self.deepspeed or {}).get("zero_optimization")
         return isinstance(zero, dict) and zero.get("stage") == 3
 
     def sum_(self, flat: torch.Tensor) -> torch.Tensor:
-        """Add a tensor over all processes, in place."""
+        """Sum a tensor over all processes, in place."""
         if self.world_size > 1:
             dist.all_reduce(flat)
         return flat
@@ -65,7 +65,7 @@ class Group:
             dist.broadcast(tensor, 0)
 
     def any(self, mine: bool) -> bool:
-        """Whether it is true on any process."""
+        """Whether ``mine`` is true on any process."""
         return self.sum_(torch.tensor(float(mine), device=self.device)).item() > 0
 
     def gather(self, value: Any) -> list[Any]:
@@ -77,7 +77,7 @@ class Group:
         return values
 
     def raise_first_error(self, problem: errors.SA3DistError | None) -> None:
-        """Raise the first rank's problem on every rank, or return on all of them; what can be mended comes last.
+        """Raise the first rank's problem on every rank, or return on all. Problems that a restart can fix come last.
 
         A rank that fails alone would leave its peers waiting in the next collective.
         """
@@ -87,12 +87,12 @@ class Group:
 
 
 def connect(step_timeout_seconds: float) -> Group:
-    """Join the process group the launcher prepared: accelerate, torchrun or plain python.
+    """Join the process group of the launcher: accelerate, torchrun or plain python.
 
-    step_timeout_seconds   a collective that waits for longer, and a margin, fails
-    Raises ConfigError for a launcher's settings that Accelerate refuses, or that would do nothing here.
+    step_timeout_seconds   a collective that waits for longer than this plus a margin fails
+    Raises ConfigError for launcher settings that Accelerate refuses, or that have no effect here.
 
-    Accelerate is made with mixed precision off whatever the launcher says; the step autocasts itself, so that adapters,
+    Accelerate always gets mixed precision off, whatever the launcher says: the step autocasts itself, so that adapters,
     gradients and moments stay float32 in every mode.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
@@ -103,7 +103,7 @@ def connect(step_timeout_seconds: float) -> Group:
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
     if deepspeed_launch.asked_for():
         deepspeed_launch.prepare_environment(on_cpu)
-        # Told of a CPU, Accelerate would ignore DeepSpeed silently.
+        # Told to use a CPU, Accelerate would silently ignore DeepSpeed.
         on_cpu = False
     patience = timedelta(seconds=step_timeout_seconds + GROUP_TIMEOUT_MARGIN_SECONDS)
     handlers = [InitProcessGroupKwargs(**backend_for(on_cpu), timeout=patience)]
@@ -112,30 +112,30 @@ def connect(step_timeout_seconds: float) -> Group:
         accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, kwargs_handlers=handlers)
     except ValueError as error:
         raise errors.ConfigError(f"accelerate launch: {' '.join(str(error).split())}") from error
-    # It turns TF32 on where a launcher's file asks for dynamo, which compiles nothing here. Only then: an assignment of
-    # what is there already shows in the keys of the compiler's cache.
+    # Accelerate turns TF32 on if the launcher's file asks for dynamo, which compiles nothing here. Undo it, but only
+    # then: even assigning an equal value changes the keys of the compiler's cache.
     if torch.backends.cuda.matmul.allow_tf32 != tf32:
         torch.backends.cuda.matmul.allow_tf32 = tf32
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
-        # It would make transformers divide the text encoder as it loads.
+        # Otherwise transformers would partition the text encoder while loading it.
         plugin.dschf = None
-    # Under gloo Accelerate says "cpu:0", a name that file readers do not know.
+    # With gloo Accelerate says "cpu:0", which readers of tensor files do not accept.
     device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
     if dist.is_initialized():
-        # Not accelerator.num_processes: it is 1 on every rank under DeepSpeed on CPU.
+        # Not accelerator.num_processes, which is 1 on every rank under DeepSpeed on CPU.
         group = Group(dist.get_rank(), dist.get_world_size(), device, plugin and plugin.deepspeed_config)
         return dataclasses.replace(group, hosts=tuple(group.gather(socket.gethostname())))
     return Group(0, 1, device)
 
 
 def backend_for(on_cpu: bool) -> dict[str, str]:
-    """``{"backend": "gloo"}`` where this machine's processes outnumber its GPUs and are all there are, else nothing.
+    """``{"backend": "gloo"}`` if the only machine has more processes than GPUs, else nothing.
 
-    Accelerate lets them share the GPUs, but NCCL refuses two processes on one of them.
+    Accelerate lets processes share a GPU, but NCCL refuses that.
     """
     here, everywhere = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
-    # Of several machines one may have GPUs enough: it would wait for the others in another kind of group.
+    # With several machines, one may have enough GPUs: it would wait for the others in a group of another backend.
     if on_cpu or deepspeed_launch.asked_for() or here < everywhere or here <= (gpus := torch.cuda.device_count()):
         return {}
     log.warning("%d processes share %d GPU(s): gradients travel over gloo, through the host's memory", here, gpus)
@@ -148,11 +148,11 @@ def disconnect() -> None:
 
 
 def main_process_first(group: Group, name: str, work: Callable[[], Any], stop: StopRequest | None) -> Any:
-    """Run ``work`` on rank 0 while the others wait, however long; its JSON result reaches all ranks.
+    """Run ``work`` on rank 0 while the others wait, however long; all ranks get its JSON result.
 
     name    unique per call within a run
-    stop    ends the wait of a rank with Interrupted; None: wait to the end
-    Raises, on a waiting rank, the reason for which rank 0 or any other has left (``peers.leave``).
+    stop    ends a waiting rank with Interrupted; None: wait to the end
+    Raises, on a waiting rank, the reason for which rank 0 or any other rank has left (``peers.leave``).
     """
     if group.world_size == 1:
         return work()
@@ -166,7 +166,7 @@ def main_process_first(group: Group, name: str, work: Callable[[], Any], stop: S
 
 
 def run_on_all_ranks(group: Group, name: str, work: Callable[[], Any], stop: StopRequest | None) -> Any:
-    """Run ``work`` on every rank; return its result when it is done on all of them. The rest as above."""
+    """Run ``work`` on every rank; return its result when all are done. Otherwise as ``main_process_first``."""
     result = work()
     if group.world_size > 1:
         store = default_store()
@@ -179,12 +179,12 @@ def run_on_all_ranks(group: Group, name: str, work: Callable[[], Any], stop: Sto
 def _wait_for(store: dist.Store, key: str, awaited: int, group: Group, stop: StopRequest | None) -> None:
     """Return when ``key`` is set. Raises when asked to stop, and when any rank has left."""
     while not store.check([key]):
-        # A rank that waits for one that lives gets on; one that falls silent is noticed by the rank before it.
+        # Waiting counts as progress; if the awaited rank falls silent, the rank before it notices.
         group.liveness.progress()
         if stop is not None:
             stop.raise_if_requested(f"waiting for rank {awaited}")
         ended = read(store, END)
-        # Set by a rank that has left after all have come here.
+        # Set by a rank that left after all ranks had reached this point.
         if ended is not None and not store.check([key]):
             raise unpack(ended)
         time.sleep(POLL_SECONDS)

@@ -1,7 +1,7 @@
-"""run.lock: one run at a time writes to an output directory, and shows in it that it lives.
+"""run.lock: lets one run at a time write to an output directory, and shows that this run is alive.
 
-Rank 0 takes it before anything else is written and releases it with its status. A killed run leaves it behind: on
-the same machine its process is seen to be gone; from another machine its heartbeat is seen to stand still.
+Rank 0 takes it before anything else is written and releases it together with its status. A killed run leaves the lock
+behind. On the same machine others see that its process is gone; on another machine, that its heartbeat has stopped.
 """
 
 import contextlib
@@ -25,20 +25,20 @@ log = logging.getLogger(__name__)
 
 LOCK_NAME = "run.lock"
 BEAT_SECONDS = 3.0
-# Another machine's lock is dead when it has not changed for this long.
+# Another machine's lock is dead if it has not changed for this long.
 DEAD_SECONDS = 60.0
-# One that by its time is older than that is watched only until a living one would have beaten, with some to spare for a
-# slow disk: two machines' clocks may differ by anything.
+# If its time is already older than that, watch it only for about one heartbeat, with some margin for a slow disk: the
+# clocks of two machines may differ by anything.
 DOUBT_SECONDS = 15.0
 LOOK_SECONDS = 0.5
 # How long to wait for a file that another process has locked, to read or to write it.
 FILE_LOCK_SECONDS = 5.0
-# Where files cannot be locked, a lock that was written is read again after this time.
+# Where files cannot be locked, a written lock is read again after this time.
 AGAIN_SECONDS = 1.0
-# Where nothing can be written no run has to be kept out.
+# Where nothing can be written, there is no other run to keep out.
 NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 
-# Tokens of the locks this process, or the rank 0 of its run, holds; and who has taken one of them over.
+# Tokens of the locks held by this process, or by rank 0 of its run; and which of them another run has taken over.
 _held: dict[Path, str] = {}
 _lost: dict[Path, EnvironmentFailure] = {}
 _ended: dict[Path, threading.Event] = {}
@@ -49,11 +49,12 @@ Owner = dict[str, Any]
 def take(
     directory: Path, check_stop: Callable[[], None] = lambda: None, each_beat: Callable[[], None] = lambda: None
 ) -> str | None:
-    """Take the lock of an output directory, and keep it alive until ``release``; its token, which peers ``adopt``.
+    """Take the lock of an output directory and keep it alive until ``release``. Returns its token for ``adopt``.
 
     check_stop   called while a lock of another machine is watched; what it raises ends the wait
-    each_beat    called in the thread that keeps the lock, while it is this run's
-    Returns None where nothing can be written: who needs the directory says so. Raises InUse when a living run holds it.
+    each_beat    called at each beat by the thread that keeps the lock, while the lock is this run's
+    Returns None where nothing can be written; code that needs the directory reports that. Raises InUse when a live run
+    holds the lock.
     """
     path = _path(directory)
     mine = {"token": uuid.uuid4().hex, "beat": 0, "time": time.time(), **identity()}
@@ -74,13 +75,13 @@ def take(
 
 
 def adopt(directory: Path, token: str | None) -> None:
-    """Know the lock that rank 0 of this run holds."""
+    """Register the lock that rank 0 of this run holds."""
     if token is not None:
         _held[_path(directory)] = token
 
 
 def release(directory: Path) -> None:
-    """Give the lock back, where this process has taken it."""
+    """Release the lock, if this process has taken it."""
     path = _path(directory)
     ended = _ended.pop(path, None)
     if ended is None:
@@ -95,7 +96,7 @@ def release(directory: Path) -> None:
 
 @contextlib.contextmanager
 def held(directory: Path) -> Iterator[None]:
-    """Hold the lock in a block. Raises InUse when a living run holds it."""
+    """Hold the lock during a block. Raises InUse when a live run holds it."""
     take(directory)
     try:
         yield
@@ -104,18 +105,18 @@ def held(directory: Path) -> Iterator[None]:
 
 
 def release_all() -> None:
-    """For an end that knows no directory any more."""
+    """Release every lock, for an exit that no longer knows the directory."""
     for path in list(_ended):
         release(path.parent)
 
 
 def lost(directory: Path) -> EnvironmentFailure | None:
-    """That another run has taken over, because this one showed no sign of life for a while."""
+    """An error if another run has taken over the lock because this one showed no sign of life."""
     return _lost.get(_path(directory))
 
 
 def is_anothers(directory: Path) -> bool:
-    """Whether another run that lives, or may live, writes to the directory: nothing may be written to it."""
+    """Whether another run, alive or possibly alive, writes to the directory; then write nothing to it."""
     path = _path(directory)
     owner = peek(directory)
     if owner is None or owner["token"] == _held.get(path):
@@ -125,13 +126,13 @@ def is_anothers(directory: Path) -> bool:
 
 
 def peek(directory: Path) -> Owner | None:
-    """What the lock says, if there is one that can be read."""
+    """The content of the lock, if there is one and it is readable."""
     for _ in range(3):
         with contextlib.suppress(OSError):
             data = _path(directory).read_bytes()
             if (owner := _parse(data)) is not None or not data:
                 return owner
-            # Read while it was written.
+            # Read in the middle of a write: try again.
             time.sleep(0.05)
     return None
 
@@ -144,13 +145,13 @@ def refusal(directory: Path, owner: Owner) -> InUse:
 
 
 def identity() -> Owner:
-    """This process, so that others can tell whether it lives."""
+    """This process, described so that others can tell whether it lives."""
     pid = os.getpid()
     return {"host": socket.gethostname(), "pid": pid, "start": start_ticks(pid), "processes": process_space()}
 
 
 def lives(owner: Owner) -> bool | None:
-    """Whether a lock's process lives; None where that cannot be seen from here: another machine, or container."""
+    """Whether a lock's process lives; None if that cannot be seen from here: another machine or container."""
     if owner["processes"] != process_space():
         return None
     start = start_ticks(owner["pid"])
@@ -159,16 +160,16 @@ def lives(owner: Owner) -> bool | None:
 
 @functools.cache
 def process_space() -> list[str]:
-    """Equal where process ids mean the same: this start of the machine, this namespace of it."""
+    """Equal for processes with common process ids: the same boot of the machine, the same pid namespace."""
     try:
         return [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
     except OSError:
-        # A sandbox that hides them: equal to no other, and a lost process is noticed by its missing heartbeat.
+        # A sandbox hides them. A random id equals no other; a lost process then shows by its missing heartbeat.
         return [uuid.uuid4().hex, ""]
 
 
 class _Watched:
-    """A lock of another machine: for how long it has shown no sign of life."""
+    """Watches a lock of another machine for signs of life."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -177,7 +178,7 @@ class _Watched:
         self._needed = 0.0
 
     def is_dead(self, owner: Owner) -> bool:
-        """Raises InUse when it has changed since the last look."""
+        """Whether it has been silent for too long. Raises InUse when it has changed since the last look."""
         now = time.monotonic()
         if self._seen is None or owner["token"] != self._seen["token"]:
             self._seen, self._since = owner, now
@@ -193,7 +194,7 @@ class _Watched:
 
 
 def _try_to_take(path: Path, mine: Owner, watched: _Watched) -> bool:
-    """False when it has to be looked at again. Raises InUse."""
+    """False: the lock must be looked at again. Raises InUse."""
     with _opened(path, create=True) as handle:
         owner = _read(handle)
         if owner is not None:
@@ -203,12 +204,12 @@ def _try_to_take(path: Path, mine: Owner, watched: _Watched) -> bool:
             if living is None and not watched.is_dead(owner):
                 return False
         _write(handle, mine)
-        # Who may write to the directory may take over what is left of a run in it.
+        # Whoever may write to the directory may take over a dead run in it, so let them write the lock too.
         with contextlib.suppress(PermissionError):
             os.fchmod(handle, 0o644 | path.parent.stat().st_mode & 0o666)
         guarded = lock(handle)
     if not guarded:
-        # Two runs may have found the same dead lock at the same moment: the last one to write has it.
+        # Two runs may have found the same dead lock at once: the last one to write gets it.
         time.sleep(AGAIN_SECONDS)
         owner = peek(path.parent)
         if owner is None or owner["token"] != mine["token"]:
@@ -217,9 +218,9 @@ def _try_to_take(path: Path, mine: Owner, watched: _Watched) -> bool:
 
 
 def _keep(path: Path, mine: Owner, ended: threading.Event, each_beat: Callable[[], None]) -> None:
-    """Beat until ``ended``, or until another run is found to have taken over."""
+    """Renew the lock until ``ended``, or until another run has taken it over."""
     while not ended.wait(BEAT_SECONDS):
-        # What needs the disk will say itself that it is gone.
+        # The disk may be gone; code that needs it reports that.
         with contextlib.suppress(OSError), _opened(path, create=False) as handle:
             owner = _read(handle)
             if owner is not None and owner["token"] != mine["token"]:
@@ -234,11 +235,11 @@ def _keep(path: Path, mine: Owner, ended: threading.Event, each_beat: Callable[[
 
 
 def _opened(path: Path, create: bool) -> contextlib.AbstractContextManager[int]:
-    """The file, locked by this process. Raises OSError, also when another keeps it locked for long."""
+    """The file, locked by this process. Raises OSError, also when another process keeps it locked for too long."""
     deadline = time.monotonic() + FILE_LOCK_SECONDS
 
     def not_for_ever() -> None:
-        # Who has it may be frozen.
+        # Its holder may be frozen.
         if time.monotonic() > deadline:
             raise BlockingIOError(errno.EAGAIN, "locked by another process", str(path))
 
@@ -256,7 +257,7 @@ def _write(handle: int, owner: Owner) -> None:
 
 
 def _parse(data: bytes) -> Owner | None:
-    """None for what a writer was killed in the middle of."""
+    """None if the writer was killed in the middle of a write."""
     with contextlib.suppress(ValueError, TypeError, KeyError):
         owner = json.loads(data)
         if all(owner[key] is not None for key in ("token", "pid", "host", "processes", "time")):
@@ -265,14 +266,14 @@ def _parse(data: bytes) -> Owner | None:
 
 
 def _age_seconds(owner: Owner) -> float:
-    """Since its last beat, by the clocks of two machines."""
+    """Seconds since its last beat, by the clocks of two machines."""
     return max(0.0, time.time() - owner["time"])
 
 
 def start_ticks(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None when it is gone or a zombie."""
+    """When a process started, in clock ticks since boot; None if it is gone or a zombie."""
     try:
-        # Fields 3 and 22, counted behind the name, which may hold anything.
+        # Fields 3 and 22, counted from behind the name, which may contain anything.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return None

@@ -1,6 +1,6 @@
 """Stop requests: a signal, or the end of the allowed time, asks for a save at the next step boundary.
 
-A late repeat of a signal ends the process at once.
+A signal repeated later ends the process at once.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ import psutil
 from sa3dist.errors import EXIT_INTERRUPTED, Interrupted
 from sa3dist.runtime import run_lock
 
-# The last one comes when the terminal, or the connection to it, is gone.
+# SIGHUP comes when the terminal, or the connection to it, is gone.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-# What a thread sends the main one of its own process, to end a wait.
+# Sent by a thread to its own process's main thread, to end a wait.
 BREAK_SIGNAL = signal.SIGALRM
 # Launch agents and schedulers repeat a signal within milliseconds; a person who means it waits longer.
 SAME_REQUEST_SECONDS = 5.0
 AGAIN = "run the same command to continue"
-# How long giving back the lock may take at an end that waits for nothing.
+# How long releasing the lock may take in an immediate exit.
 RELEASE_SECONDS = 1.0
-# What a process takes to end after its last save.
+# How long a process takes to end after its last save.
 EXIT_SECONDS = 5.0
-# Of Linux's prctl.
+# prctl option of Linux.
 PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
     """Whether this process was asked to stop. While ``saving`` is true no signal ends it.
 
-    waiting   the main thread waits for something that may never come, and may be broken off
+    waiting   the main thread is in a wait that may never end and that may be broken off
     """
 
     def __init__(self) -> None:
@@ -53,13 +53,14 @@ class StopRequest:
         self._reserve_seconds = EXIT_SECONDS
 
     def install(self) -> StopRequest:
-        """Handle the stop signals from here on. From the main thread."""
+        """Handle the stop signals from now on. Call from the main thread."""
         handle_signals(self._handle)
         signal.signal(BREAK_SIGNAL, self._end_wait)
-        # Open for good: the system writes to that number at every signal, also when another file has it by then.
+        # Never closed: the system writes to this descriptor at every signal, even if another file had its number by
+        # then.
         self._signals, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        # A child shares the pipe, and its signals are its own.
+        # A forked child shares the pipe, but its signals are its own.
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         return self
 
@@ -67,7 +68,7 @@ class StopRequest:
         return self.reason is not None
 
     def raise_if_requested(self, doing: str) -> None:
-        """doing: what is ended by it, as said after "while"."""
+        """doing: what is interrupted, for the message: "while ..."."""
         if self.reason is not None:
             raise Interrupted(f"{self.reason} while {doing}; finished work is kept, {AGAIN}")
 
@@ -81,13 +82,13 @@ class StopRequest:
         return self._heard
 
     def hear(self, reason: str) -> None:
-        """Another rank was asked to stop, or this one while its main thread runs no handlers."""
+        """Note a request made to another rank, or to this one while its main thread runs no signal handlers."""
         self._heard = reason
 
     def hear_signals(self) -> None:
-        """For a thread beside the main one, which runs no handlers within an import, a slow read or a collective."""
+        """Read signals in another thread: the main one runs no handlers in an import, a slow read or a collective."""
         if self._signals is not None:
-            # The system's own handler writes the number of each signal.
+            # The C-level handler writes the number of each signal to the pipe.
             with contextlib.suppress(BlockingIOError):
                 for number in set(os.read(self._signals, 64)) & set(SIGNALS):
                     self.hear(signal.Signals(number).name)
@@ -102,7 +103,7 @@ class StopRequest:
             self.waiting = False
 
     def break_off(self) -> None:
-        """End the main thread's ``breakable`` block; for threads beside it. Without effect outside of one."""
+        """End the main thread's ``breakable`` block, from another thread. Does nothing outside of such a block."""
         signal.pthread_kill(threading.main_thread().ident, BREAK_SIGNAL)
 
     def _end_wait(self, number: int, frame) -> None:
@@ -116,7 +117,7 @@ class StopRequest:
         self._ends_at = time.monotonic() + allowed_seconds - seconds_since_start()
 
     def reserve(self, step_seconds: float, save_seconds: float) -> None:
-        """What stopping takes, from what a step and a save have taken: twice that, for the next may be slower."""
+        """Reserve time for stopping: twice the last step and save, since the next may be slower."""
         self._reserve_seconds = EXIT_SECONDS + 2 * (step_seconds + save_seconds)
 
     def _handle(self, number: int, frame) -> None:
@@ -129,21 +130,21 @@ class StopRequest:
 
 
 def handle_signals(handler: Callable[[int, Any], None]) -> None:
-    """Have the stop signals call ``handler``."""
+    """Call ``handler`` on the stop signals."""
     for number in SIGNALS:
-        # Under nohup a run outlives its terminal.
+        # Under nohup SIGHUP is ignored: the run outlives its terminal.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 
 def seconds_since_start() -> float:
-    """Age of this process, imports included; independent of the time of day."""
+    """Age of this process in seconds, imports included; independent of the time of day."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) - run_lock.start_ticks(os.getpid()) / os.sysconf("SC_CLK_TCK")
 
 
 def exit_now(code: int) -> NoReturn:
-    """End this process, whatever its threads wait for, and the processes it has started."""
-    # Not waited for where its disk does not answer: without its process a lock counts for nothing.
+    """End this process and those it has started, whatever its threads wait for."""
+    # In a thread with a limit, as the disk may not answer: a lock without a live process counts for nothing anyway.
     giving_back = threading.Thread(target=run_lock.release_all, daemon=True)
     giving_back.start()
     giving_back.join(RELEASE_SECONDS)
@@ -160,13 +161,13 @@ def kill_descendants(pid: int) -> None:
 
 
 def end_with_parent() -> None:
-    """Have the system kill this process when the one that started it is gone, however that ended. Only on Linux."""
+    """Have Linux kill this process when its parent ends, however that happens. Does nothing on other systems."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def kill_loaders() -> None:
-    """End the loader processes of this one, which take no signal that asks. For the main thread, on its way out."""
-    # Their loader would raise here when they end.
+    """Kill this process's loader processes, which ignore stop signals. For the main thread, before it exits."""
+    # Otherwise torch's handler would raise here when they end.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()

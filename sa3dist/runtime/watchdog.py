@@ -1,7 +1,7 @@
-"""Never a hang: threads beside the main one end this process when it, or a peer, has stood still for too long.
+"""No run hangs: threads beside the main one end this process when it, or a peer, makes no progress for too long.
 
 One thread exchanges heartbeats and reasons through the store. The watchdog's own thread only counts, so that neither a
-dead network nor a dead disk blocks it; what it needs of either it asks in a further thread, for a bounded time.
+dead network nor a dead disk can block it; what it needs from them it asks in another thread, for a bounded time.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 0.5
 # How long the main thread may take to end by itself when the run is over: it closes loaders and finishes a save.
 GRACE_SECONDS = 5.0
-# And how much longer while a save is in flight: after a silence of STALL_SECONDS it has to end within a minute.
+# Added while a save is in flight: after STALL_SECONDS of silence the save must end within a minute.
 SAVING_SECONDS = 10.0
-# Asked to stop, the main thread is given this long to come out of a wait for data by itself.
+# How long the main thread, when asked to stop, may take to leave a wait for data by itself.
 BREAK_SECONDS = 2.0
-# And this long to leave preparation, or to be broken off, which a read that the system does not interrupt keeps it
-# from: then unsaved steps are given up. Half of what launch agents and schedulers leave before they kill.
+# How long it may take to leave preparation, or a wait that was broken off; a read that the system does not interrupt
+# can keep it. After that, unsaved steps are given up. Half of what launch agents and schedulers wait before they kill.
 LEAVE_SECONDS = 15.0
-# What the store or the disk takes longer for is not waited for.
+# Longest wait for an answer of the store or the disk.
 ANSWER_SECONDS = 5.0
 AGAIN = "state is as last saved, run again to continue"
 
 
 class Watchdog:
-    """Runs from before ``connect`` to the end of the stages, as a context manager; ``watch`` tells it of the peers.
+    """A context manager that runs from before ``connect`` to the end of the stages; ``watch`` tells it of the peers.
 
-    told        why another rank has left, as soon as this one knows
+    told        why another rank has left, once this rank knows
     heartbeat   heartbeat.json, on rank 0
     """
 
@@ -61,7 +61,7 @@ class Watchdog:
         self._threads = [threading.Thread(target=self._watch, daemon=True)]
 
     def watch(self, group: Group) -> Watchdog:
-        """Watch this process and its peers from here on; until then a stop request alone ends it."""
+        """Watch this process and its peers from now on; before that only a stop request ends the process."""
         if group.is_main:
             self.heartbeat = HeartbeatFile(self._output_dir, group.liveness)
         if group.world_size > 1:
@@ -78,19 +78,20 @@ class Watchdog:
     def __exit__(self, kind, failure: BaseException | None, traceback) -> None:
         self._ended.set()
         for thread in self._threads:
-            # One may hang in a dead store.
+            # One of them may hang in a dead store.
             thread.join(ANSWER_SECONDS)
         if self.heartbeat is not None:
             within(ANSWER_SECONDS, lambda: self.heartbeat.close(failure))
         elif failure is not None and self._is_saved_by_rank_0(failure):
-            # The first report in status.json, and the first rank gone, make launchers end the others.
+            # Launchers end the other ranks at the first status.json report, or when the first rank is gone: wait for
+            # rank 0.
             seconds = self._patience_seconds(failure)
             within(seconds + TICK_SECONDS, lambda: has_status(self._output_dir, seconds))
 
     def _exchange(self, group: Group) -> None:
         store, next_rank = peers.default_store(), (group.dist_rank + 1) % group.world_size
         while not self._ended.wait(peers.HEARTBEAT_SECONDS):
-            # Where the store is gone, the watchdog counts the time without contact.
+            # If the store is gone, the watchdog counts the time without contact.
             with contextlib.suppress(RuntimeError):
                 peers.say_alive(store, group.dist_rank, group.liveness)
                 self._next_last = peers.read(store, peers.ALIVE.format(next_rank))
@@ -100,12 +101,12 @@ class Watchdog:
                 if told is not None and self.told is None:
                     self.told = peers.unpack(told)
                     if not group.liveness.holds_state:
-                        # The main thread leaves in order, with that reason, where it looks for a stop request.
+                        # The main thread leaves with that reason at its next look for a stop request.
                         self._stop.hear("another rank has ended")
                     store.set(peers.LEFT.format(group.dist_rank), "1")
 
     def _share_stop(self, store, group: Group) -> None:
-        """While training: the one that waits for its loader may not be the one that was asked to stop."""
+        """While training, share the request: the rank that waits for its loader may not be the one asked to stop."""
         if self._stop_shared or not group.liveness.holds_state:
             return
         if self._stop.requested():
@@ -118,7 +119,7 @@ class Watchdog:
         last = time.monotonic()
         while not self._ended.wait(TICK_SECONDS):
             now = time.monotonic()
-            # A suspended process did not stand still, it did not run.
+            # A suspended process did not run: count at most two ticks.
             tick, last = min(now - last, 2 * TICK_SECONDS), now
             self._stop.hear_signals()
             self._check_stop(tick)
@@ -126,9 +127,9 @@ class Watchdog:
                 self._check_run(self._group, tick)
 
     def _check_stop(self, tick: float) -> None:
-        """End a process that was asked to stop and does not come to where it would look at that.
+        """End a process that was asked to stop, but does not reach a point where it looks for that.
 
-        In preparation there is nothing to save. In training the loader may give nothing; the step's end never comes.
+        In preparation there is nothing to save. In training the loader may return nothing, so that the step never ends.
         """
         group, waiting = self._group, self._stop.waiting
         training = group is not None and group.liveness.holds_state
@@ -144,7 +145,7 @@ class Watchdog:
                 what += "; finished work is kept, run the same command to continue"
             problem = errors.Interrupted(f"{self._stop.reason} {what}")
             if group is not None:
-                # Peers that do not hear of it would take this rank for killed.
+                # Otherwise the peers would take this rank for killed.
                 problem = within(ANSWER_SECONDS, lambda: peers.leave(group, problem)) or problem
             self._end(problem, None if training else REPORT_SECONDS)
 
@@ -158,10 +159,10 @@ class Watchdog:
             self._end_all(taken_over)
         elif self.told is not None:
             if over > GRACE_SECONDS + self._saving_seconds():
-                # Rank 0 was told as well, a heartbeat later at most.
+                # Rank 0 was told too, at most one heartbeat later.
                 self._end(self.told, ANSWER_SECONDS)
         elif not alone and cut_off > (4 * peers.HEARTBEAT_SECONDS if stood > limit else peers.STALL_SECONDS):
-            # Without the store nobody can be told, and rank 0 comes to an end of its own about now.
+            # Without the store nobody can be told; rank 0 ends by itself at about the same time.
             self._end(self._explain_cut(group, cut_off), ANSWER_SECONDS)
         elif stood > limit:
             self._end_all(self._explain_standstill(group, limit))
@@ -208,13 +209,15 @@ class Watchdog:
         return SAVING_SECONDS if self._stop.saving else 0.0
 
     def _is_saved_by_rank_0(self, failure: BaseException) -> bool:
-        """Whether rank 0 may have a save in flight: not when the failure is its own, or that it is lost."""
+        """Whether rank 0 may have a save in flight: not if the failure is rank 0's own, or that it is lost."""
         origin = getattr(failure, "origin", None)
         return self._stop.saving and (origin is None or origin[0] != 0)
 
     def _patience_seconds(self, failure: BaseException) -> float:
-        """How long rank 0 is left to report ``failure`` before this rank does: it reads of it a heartbeat later, and
-        has its grace; a save in flight adds to that."""
+        """How long to wait for rank 0 to report ``failure``.
+
+        Rank 0 learns of it a heartbeat later and has its own grace period; a save in flight adds to that.
+        """
         saving = SAVING_SECONDS if self._is_saved_by_rank_0(failure) else 0.0
         return 2 * peers.HEARTBEAT_SECONDS + GRACE_SECONDS + 1 + saving
 
@@ -222,21 +225,21 @@ class Watchdog:
         self._end(within(ANSWER_SECONDS, lambda: peers.end_for_all(problem, self._group)) or problem)
 
     def _end(self, problem: errors.SA3DistError, patience_seconds: float | None = None) -> None:
-        """patience_seconds: how long rank 0 is left to report before this rank does, if not what it may need."""
+        """patience_seconds: how long to wait for rank 0's report; None = ``_patience_seconds``."""
         if patience_seconds is None:
             patience_seconds = self._patience_seconds(problem)
         if self.heartbeat is not None:
             within(ANSWER_SECONDS, lambda: self.heartbeat.close(problem))
             patience_seconds = 0.0
         step = 0 if self._group is None else max(0, self._group.liveness.step - 1)
-        # The disk may be what the main thread waits for.
+        # The main thread may be waiting for the disk.
         seconds = max(ANSWER_SECONDS, patience_seconds + 2)
         within(seconds, lambda: report(problem, self._output_dir, step, patience_seconds))
         exit_now(problem.exit_code)
 
 
 def within(seconds: float, work: Callable[[], Any]) -> Any | None:
-    """What ``work`` returns, or None when the store or the disk it needs is gone or does not answer in time."""
+    """What ``work`` returns, or None if the store or disk it needs is gone or does not answer in time."""
     results = []
 
     def run() -> None:
