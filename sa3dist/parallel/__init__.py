@@ -1,1 +1,1 @@
-"""Processes acting as one: rank and world size, waiting, checkpoints, signals."""
+"""Engines of the parallel modes: DDP and DeepSpeed ZeRO."""

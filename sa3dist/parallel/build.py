@@ -1,4 +1,4 @@
-"""Make the engine of the parallel mode that this process was launched in."""
+"""Make the engine of the parallel mode in which this process was launched."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def make(
     group: Group,
     scalars: int,
 ) -> Engine:
-    """The engine of the mode this process was launched in, with equal adapters and frozen constants on all ranks.
+    """The engine of this process's parallel mode, with equal adapters and frozen constants on all ranks.
 
     layers      the adapted layers of ``base``        parameters   their trained tensors, by name in a file
-    forward     (micro batch) to its losses           scalars      how many float32 sums travel with the gradients
-    settings    gives learning_rate, weight_decay, gradient_compression, adapter_products, mixed_precision,
+    forward     micro batch -> its losses             scalars      number of float32 sums sent with the gradients
+    settings    provides learning_rate, weight_decay, gradient_compression, adapter_products, mixed_precision,
                 gradient_checkpointing
-    plan        gives micro_batch and accumulation
+    plan        provides micro_batch and accumulation
     Raises ConfigError when the launcher's DeepSpeed file fixes other batch sizes.
     """
     share_initial_state(parameters, layers, group)
@@ -44,7 +44,7 @@ def make(
     if group.deepspeed is None:
         flat = FlatAdapters(ordered, settings.learning_rate, settings.weight_decay, scalars)
         return FlatEngine(base, parameters, flat, forward, settings, group)
-    # DeepSpeed is imported where it is used: most runs do without it.
+    # Imported here, because importing DeepSpeed is slow and most runs do not use it.
     from sa3dist.parallel import zero, zero_config
 
     compression = settings.gradient_compression
@@ -56,9 +56,9 @@ def make(
 
 @torch.no_grad()
 def share_initial_state(parameters: dict[str, nn.Parameter], layers: Collection[AdaptedLayer], group: Group) -> None:
-    """Give every rank rank 0's adapters, and the frozen constants they act with.
+    """Give every rank rank 0's adapters, and the frozen constants that belong to them.
 
-    Both come out of norms and singular vectors, whose last bits, and signs, differ between kinds of CPU.
+    Both come from norms and singular vectors, whose last bits, and signs, differ between kinds of CPU.
     """
     for parameter in parameters.values():
         group.broadcast_(parameter.data)

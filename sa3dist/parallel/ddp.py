@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Of the trial that compares processors; the odd count reaches the vector kernels' remainder too.
+# For the trial that compares processors; the odd count also tests the remainder loop of vector kernels.
 TRIAL_STEPS, TRIAL_ELEMENTS = 3, 4099
 
 
 class FlatEngine:
-    """An ``Engine`` whose ranks hold everything: one optimiser kernel per step, and one all-reduce or a few buckets."""
+    """An ``Engine`` whose ranks hold everything: one optimiser kernel per step; one all-reduce or a few buckets."""
 
     collectives_in_forward = divided = False
-    # Whether each rank steps all values; else the ranks exchange what they stepped, and hold equal bits.
+    # True: each rank steps all values. False: each steps a part, they exchange it, and so hold equal bits.
     steps_whole = True
 
     def __init__(
@@ -52,7 +52,7 @@ class FlatEngine:
         self.reduction = GradientReduction(flat, group, settings.gradient_compression)
         self.group = group
         self.alike = not self.steps_whole or step_alike(group)
-        # Not where values are exchanged after a step: a rank that has failed does not take part in it.
+        # Not if values are exchanged after a step: a rank that has failed would not take part.
         self.steps_ahead = self.steps_whole and self.alike
         self._formed_ahead = False
         if not self.alike and group.is_main:
@@ -87,14 +87,14 @@ class FlatEngine:
     def average(self) -> Tensor:
         self.reduction.finish()
         if self.formed is not None:
-            # Linear in what was summed up: once, after all micro batches and ranks.
+            # Finishing is linear in the sums: do it once, after all micro batches and ranks.
             self.formed.finish()
         return torch.linalg.vector_norm(self.flat.gradient)
 
     def step(self, learning_rate: float, skip: Tensor | None = None) -> None:
         optimizer = self.flat.optimizer
         optimizer.param_groups[0]["lr"] = learning_rate
-        # Where it is 1, fused AdamW leaves values, moments and its count of steps as they are.
+        # Where ``found_inf`` is 1, fused AdamW changes neither values nor moments nor its step count.
         optimizer.found_inf = skip
         optimizer.step()
         if not self.alike:
@@ -112,18 +112,19 @@ class FlatEngine:
 
 
 def in_backward_order(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """The same, those first whose gradients a backward pass has last: the conditioners', the last modules."""
+    """The parameters, those with the last gradients of a backward pass first: the conditioners', the last modules."""
     return dict(sorted(parameters.items(), key=lambda item: not item[0].startswith("conditioners.")))
 
 
 def step_alike(group: Group) -> bool:
-    """Whether an AdamW step takes equal values and gradients to equal bits on all ranks; called on all.
+    """Whether an AdamW step gives equal bits on all ranks for equal values and gradients; called on all ranks.
 
-    Kinds of processor differ in whether a product is rounded before it is added. A trial tells; no list of them would.
+    Processors differ in whether they round a product before adding it. A trial shows that; a list of processors would
+    not.
     """
     if group.world_size == 1:
         return True
-    # Uniform draws have the same bits everywhere, normal ones do not.
+    # Uniform draws have the same bits everywhere; normal ones do not.
     draws = (
         torch.rand(TRIAL_STEPS + 1, TRIAL_ELEMENTS, generator=torch.Generator().manual_seed(0)).to(group.device) - 0.5
     )

@@ -1,8 +1,8 @@
-"""What an engine must offer: from the losses of micro batches to the adapters' next values.
+"""The interface of an engine: from the losses of micro batches to the adapters' next values.
 
 There is one engine per parallel mode. Engines train; steps, learning rates, the order of clips and the checkpoint's
-format are the trainer's in every mode. A new engine is a module here with a class that fulfils ``Engine``, and a line
-in ``build.make``; where a launcher has to ask for it, ``runtime.process_group.connect`` tells of it in ``Group``.
+format belong to the trainer in every mode. A new engine is a module here with a class that implements ``Engine``, and a
+line in ``build.make``. If a launcher has to ask for it, ``runtime.process_group.connect`` records that in ``Group``.
 """
 
 import contextlib
@@ -16,22 +16,22 @@ from sa3dist.data.batches.micro_batch import MicroBatch
 
 Result = TypeVar("Result")
 Tensors = dict[str, Tensor]
-# The losses of one micro batch by name, each of shape (); "loss" is the one that is trained.
+# The losses of one micro batch by name, each of shape (); "loss" is the trained one.
 Losses = dict[str, Tensor]
 
 
 class Engine(Protocol):
-    """One rank's hold on the adapters; all ranks call its methods alike, but ``losses``, ``evaluate`` and ``backward``.
+    """One rank's share of the training. All ranks call each method, except ``losses``, ``evaluate`` and ``backward``.
 
     parameters   the trained tensors by their name in a file; under ZeRO-3 a rank holds only its part of their values
-    scalars      float32 sums, set to zero by ``zero``, that ``average`` adds up over the ranks
-    gradient     where a pass that is recorded as a CUDA graph adds its gradients, one flat tensor; None: not recorded
-    formed       the weights the adapted layers multiply with, where they are formed; None: factored form
-    collectives_in_forward   ranks exchange tensors within the forward and backward pass: a rank that fails there cannot
+    scalars      float32 sums, which ``zero`` sets to zero and ``average`` adds up over the ranks
+    gradient     one flat tensor, to which a pass recorded as a CUDA graph adds its gradients; None: cannot be recorded
+    formed       the formed weights that the adapted layers multiply with; None: factored form
+    collectives_in_forward   ranks exchange tensors within forward and backward passes: a rank that fails there cannot
                  join its peers in ``average``, and a pass cannot be recorded as a CUDA graph
-    steps_ahead  ``step`` can leave it to the device whether the step is taken: it is launched before the host knows
-    divided      a rank holds a part of the base alone: only within ``evaluate`` can it be evaluated, and a layer only
-                 within ``whole`` be read
+    steps_ahead  ``step`` can be launched before the host knows the sums; the device then decides whether to take it
+    divided      a rank holds only a part of the base: it can be evaluated only within ``evaluate``, and a layer read
+                 only within ``whole``
     """
 
     parameters: dict[str, nn.Parameter]
@@ -43,37 +43,37 @@ class Engine(Protocol):
     divided: bool
 
     def zero(self) -> None:
-        """Forget the gradients and scalars of the step before."""
+        """Clear the gradients and scalars of the previous step."""
 
     def losses(self, batch: MicroBatch) -> Losses:
         """The forward pass of one micro batch."""
 
     def evaluate(self, work: Callable[[], Result]) -> Result:
-        """What ``work`` returns, which evaluates the base; the same modules on all ranks where they hold parts."""
+        """Call ``work``, which evaluates the base; on all ranks with the same modules if they hold parts."""
 
     def whole(self, layer: nn.Module) -> contextlib.AbstractContextManager:
-        """While it is entered, by all ranks alike, this rank can read all of an adapted layer's tensors."""
+        """Inside this context, entered by all ranks, this rank can read all of an adapted layer's tensors."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of a loss. last: no other micro batch of this step follows on this rank."""
+        """Add the gradients of a loss. last: this rank's last micro batch of the step."""
 
     def average(self) -> Tensor:
-        """Mean of gradients and sum of scalars over all ranks; returns the mean gradient's norm, of shape ()."""
+        """Average the gradients and sum the scalars over all ranks; returns the mean gradient's norm, of shape ()."""
 
     def step(self, learning_rate: float, skip: Tensor | None = None) -> None:
         """One AdamW step with the averaged gradients.
 
-        skip   only with ``steps_ahead``: float32 of shape (), equal on all ranks; where it is 1 all stays as it was
+        skip   only with ``steps_ahead``: float32 of shape (), equal on all ranks; 1 = change nothing
         """
 
     def form_ahead(self) -> None:
-        """Only with ``steps_ahead``: what the next ``zero`` would form, from what the step has made of the adapters."""
+        """Only with ``steps_ahead``: form now, with the stepped adapters, what the next ``zero`` would form."""
 
     def adapters(self) -> Tensors:
         """Whole tensors by name, float32 copies on the CPU of every rank."""
 
     def moments(self) -> dict[str, Tensors]:
-        """What the optimiser keeps of every tensor, by kind (``flat_adamw.MOMENTS``); after at least one step."""
+        """The optimiser's state of every tensor, by kind (``flat_adamw.MOMENTS``); after at least one step."""
 
     def restore(self, adapters: Tensors, moments: dict[str, Tensors], step: int) -> None:
-        """Take over what any engine's ``adapters`` and ``moments`` gave after ``step`` optimiser steps."""
+        """Load the ``adapters`` and ``moments`` that any engine returned after ``step`` optimiser steps."""

@@ -10,7 +10,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 # AdamW as the reference configures it; source: spec/training.md 2.13.
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
-# Elements: 256 bytes, as CUDA allocates.
+# In elements: 256 bytes, CUDA's alignment.
 ALIGNMENT = 64
 
 
@@ -19,22 +19,22 @@ def adamw(tensors: Iterable[torch.Tensor], learning_rate: float, weight_decay: f
 
 
 class FlatGradients:
-    """Gradients, float32 and in one flat buffer, of tensors that lie in another buffer in the same order."""
+    """float32 gradients in one flat buffer, of tensors that are in another buffer in the same order."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], values: torch.Tensor, scalars: int) -> None:
         """values: the buffer the parameters are views of; scalars: extra float32 values that are reduced with them."""
         self.parameters, self._values = parameters, values.detach()
-        # The scalars stand before the gradient, in a room that leaves it aligned.
+        # The scalars come before the gradient, padded so that the gradient is aligned.
         room = -(-scalars // ALIGNMENT) * ALIGNMENT
         self._reduced = torch.zeros(room + len(values), device=values.device)[room - scalars :]
         self.scalars, self.gradient = self._reduced[:scalars], self._reduced[scalars:]
         self.gradients = {name: gradient for name, _, gradient in self._views(self.gradient)}
-        # What autograd sees in the order of the buffers, and where it adds up what it finds.
+        # The tensors autograd differentiates, in the order of the buffers; it adds their gradients in place.
         self.leaves: list[torch.Tensor] = list(parameters.values())
         self._found_in = list(self.gradients.values())
 
     def _views(self, *flats: torch.Tensor) -> Iterator[tuple]:
-        """Name, parameter, and its span of each flat buffer in its shape."""
+        """Name and parameter, with its part of each flat buffer in its shape."""
         offset = 0
         for name, parameter in self.parameters.items():
             end = offset + parameter.numel()
@@ -42,7 +42,7 @@ class FlatGradients:
             offset = end
 
     def join(self, groups: Sequence[Sequence[nn.Parameter]]) -> list[torch.Tensor]:
-        """One leaf for each group of neighbours, over their values and gradients; autograd is to see these instead.
+        """One leaf per group of neighbouring parameters, over their values and gradients; autograd sees these instead.
 
         groups   all parameters, in their order
         """
@@ -59,7 +59,7 @@ class FlatGradients:
         self._reduced.zero_()
 
     def add_gradients(self, loss: torch.Tensor) -> None:
-        """A backward pass that adds to the gradient in a few launches: autograd adds each leaf's on its own."""
+        """A backward pass that adds to the gradient in a few launches; plain autograd adds each leaf's separately."""
         found = torch.autograd.grad(loss, self.leaves, allow_unused=True)
         pairs = [(sum_, value) for sum_, value in zip(self._found_in, found, strict=True) if value is not None]
         torch._foreach_add_([gradient for gradient, _ in pairs], [value for _, value in pairs])
@@ -86,7 +86,7 @@ class FlatAdapters(FlatGradients):
         self.optimizer.register_step_post_hook(lambda *_: self._tell_of_change())
 
     def _tell_of_change(self) -> None:
-        # Storage is shared, version counters are not: who keeps what follows from the values must see them move.
+        # Storage is shared, but version counters are not: caches of values derived from the parameters check these.
         torch.autograd.graph.increment_version(self.parameters.values())
 
     def moments(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -97,7 +97,7 @@ class FlatAdapters(FlatGradients):
     def restore(
         self, adapters: dict[str, torch.Tensor], moments: dict[str, dict[str, torch.Tensor]], step: int
     ) -> None:
-        """Take over the values and ``moments`` that an optimiser had after ``step`` steps."""
+        """Load the values and ``moments`` that an optimiser had after ``step`` steps."""
         flat_moments = {moment: torch.zeros_like(self.values.data) for moment in MOMENTS}
         for name, _, values, *means in self._views(self.values.data, *flat_moments.values()):
             values.copy_(adapters[name])

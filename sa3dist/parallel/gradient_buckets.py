@@ -1,4 +1,4 @@
-"""The mean gradient over data parallel ranks: its buckets are reduced while the backward pass goes on."""
+"""The mean gradient over data parallel ranks, reduced in buckets during the backward pass."""
 
 import functools
 
@@ -8,20 +8,20 @@ import torch.distributed as dist
 from sa3dist.parallel.flat_adamw import FlatGradients
 from sa3dist.runtime.process_group import Group
 
-# 16 MiB of float32: long enough for full speed on any link, short enough to begin early in the backward pass.
+# 16 MiB of float32: large enough for full speed on any link, small enough to begin early in the backward pass.
 BUCKET_ELEMENTS = 1 << 22
 
 
 class GradientReduction:
-    """Averages a ``FlatGradients``' gradient in place, with the same all-reduces in the same order on every rank.
+    """Averages the gradient of a ``FlatGradients`` in place, with the same all-reduces in the same order on every rank.
 
-    Buckets are spans of the buffer, from its end, where the layers are that the backward pass meets first. A bucket is
-    sent as soon as it and those before it are complete; the rest is sent with the scalars in ``finish``. When a bucket
-    is sent changes no bit.
+    Buckets are spans of the buffer, counted from its end: the layers there come first in the backward pass. A bucket is
+    sent once it and those before it are complete; ``finish`` sends the rest together with the scalars. The moment of
+    sending changes no bit.
     """
 
     def __init__(self, flat: FlatGradients, group: Group, compression: str, bucket_elements: int = BUCKET_ELEMENTS):
-        """compression   "none", or "bf16": gradients are sent and summed in bfloat16; scalars never are"""
+        """compression: "none", or "bf16": gradients, but never scalars, are sent and summed in bfloat16"""
         self.flat = flat
         self.group = group
         self.compressed = compression == "bf16"
@@ -31,7 +31,7 @@ class GradientReduction:
         self.reset()
 
     def _cut(self, bucket_elements: int) -> None:
-        """Fill ``buckets`` with spans of the gradient, last one first; what is left below them is the rest."""
+        """Fill ``buckets`` with spans of the gradient, last one first; what remains below them is the rest."""
         end = self.rest = sum(leaf.numel() for leaf in self.flat.leaves)
         inside: list[torch.Tensor] = []
         for leaf in reversed(self.flat.leaves):
@@ -54,7 +54,7 @@ class GradientReduction:
         self._sent: list[tuple[slice, torch.Tensor, dist.Work]] = []
 
     def begin_last_backward(self) -> None:
-        """From here on a leaf's gradient is complete once the backward pass has added to it: it is the step's last."""
+        """Begin the step's last backward pass: a leaf's gradient is complete once this pass has added to it."""
         self._last_backward = self.group.world_size > 1
 
     def _gradient_complete(self, bucket: int, leaf: torch.Tensor) -> None:
@@ -69,7 +69,7 @@ class GradientReduction:
         self._sent.append((span, part, dist.all_reduce(part, async_op=True)))
 
     def finish(self) -> None:
-        """Mean of gradients, sum of scalars over all ranks, in place; also on a rank whose backward pass has failed."""
+        """Mean of gradients and sum of scalars over all ranks, in place; also on a rank whose backward pass failed."""
         if self.group.world_size == 1:
             return
         for span in self.buckets[len(self._sent) :]:

@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO: the optimiser and, at stage 3, the base and the adapters divided over the ranks.
 
-DeepSpeed calls AdamW on each rank's part and moves tensors between ranks. What is trained, at which rate and in which
-precision is decided outside of it, and the whole state can be had, and given back, at any step. At stages 1 and 2 the
-passes and the mean of the gradients are those of data parallel training: DeepSpeed takes over when a step is made.
+DeepSpeed calls AdamW on each rank's part and moves tensors between ranks. Objective, learning rate and precision are
+decided outside of it, and the whole state can be read and restored at any step. At stages 1 and 2 the passes and the
+mean of the gradients are those of data parallel training: DeepSpeed only takes the step.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
 
 class Roots(nn.Module):
-    """What DeepSpeed sees: the trained roots of the base as children, and what is done with them as a forward pass.
+    """The module that DeepSpeed sees: trained roots of the base as children, and any work on them as its forward pass.
 
-    The autoencoder and the text encoder are left out: they work outside of the step, on ranks of their own.
-    ``gathered`` are modules that the roots call but do not hold.
+    Autoencoder and text encoder are excluded: they work outside of the step, on single ranks.
+    ``gathered`` are modules that the roots call but do not contain.
     """
 
     def __init__(self, base: Base, gathered: Iterable[nn.Module]):
@@ -60,8 +60,8 @@ def initialize(
     config: dict[str, Any],
     gathered: Iterable[nn.Module] = (),
 ) -> deepspeed.DeepSpeedEngine:
-    """DeepSpeed's engine for what ``zero_config.build`` made of the launcher's file. gathered: see ``Roots``."""
-    # Some versions of DeepSpeed take a step when they begin: at a rate of zero nothing moves.
+    """DeepSpeed's engine for the configuration that ``zero_config.build`` returned. gathered: see ``Roots``."""
+    # Some versions of DeepSpeed take a step when they start: at a learning rate of zero nothing changes.
     optimizer = adamw(parameters, 0.0, settings.weight_decay)
     roots = Roots(base, gathered)
     engine, *_ = deepspeed.initialize(model=roots, optimizer=optimizer, config=config, dist_init_required=False)
@@ -71,7 +71,7 @@ def initialize(
 
 
 def make_moments(engine: deepspeed.DeepSpeedEngine, parts: list[Tensor]) -> None:
-    """AdamW's state as after zero steps, of a rank's ``parts``: ``restore`` needs a place to write to."""
+    """Allocate AdamW's state for a rank's ``parts``, as after zero steps, so that ``restore`` can write to it."""
     for part in parts:
         moments = {moment: torch.zeros_like(part) for moment in MOMENTS}
         engine.optimizer.optimizer.state[part] = {"step": torch.zeros((), device=part.device), **moments}
@@ -100,10 +100,10 @@ def set_steps(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
 
 
 class DividedOptimizer(FlatEngine):
-    """An ``Engine`` of stage 1 or 2: data parallel training whose ranks step a part each, and exchange what they made.
+    """An ``Engine`` of stage 1 or 2: data parallel training where each rank steps a part and the ranks exchange it.
 
-    Passes can be recorded and weights formed, because DeepSpeed sees nothing of them. Gradients are whole on every
-    rank at both stages.
+    DeepSpeed does not see the passes, so they can be recorded and weights formed. Both stages keep whole gradients on
+    every rank.
     """
 
     steps_whole = False
@@ -135,13 +135,14 @@ class DividedOptimizer(FlatEngine):
         if self.formed is not None:
             super().backward(loss, last)
         else:
-            # Not as autograd adds gradients of the trained tensors up: there DeepSpeed waits for them.
+            # Not loss.backward(): autograd's accumulation would call the hooks with which DeepSpeed waits for
+            # gradients.
             self.add_gradients(loss)
 
     def step(self, learning_rate: float) -> None:
         size = self._part.numel()
         mine = self.flat.gradient.narrow(0, size * self.group.dist_rank, size)
-        # On NVMe too: these stages keep on the CPU what is to lie there.
+        # Also with NVMe: these stages keep on the CPU what would go there.
         if self.engine.optimizer.cpu_offload:
             self._part.grad.copy_(mine)
         else:
@@ -162,9 +163,9 @@ class DividedOptimizer(FlatEngine):
 
 
 class DividedModel:
-    """An ``engine.Engine`` of stage 3: base, adapters, gradients and optimiser are divided.
+    """An ``Engine`` of stage 3: base, adapters, gradients and optimiser are divided over the ranks.
 
-    DeepSpeed gathers layers, or blocks whose weights are formed, within the passes, and averages gradients there.
+    Within the passes DeepSpeed gathers layers, or blocks whose weights are formed, and averages gradients.
     """
 
     collectives_in_forward = divided = True
@@ -189,7 +190,7 @@ class DividedModel:
         self.formed, blocks = form_by_block(base, list(layers), settings, group)
         for layer in layers:
             for parameter in layer.trained().values() if layer.formed is None else ():
-                # A child's tensors, read by the layer itself: they have to be gathered with the layer's own.
+                # A child's tensor that the layer itself reads: it must be gathered together with the layer's own.
                 deepspeed.zero.register_external_parameter(layer, parameter)
         gathered = [block.gathered for block in blocks]
         self.engine = initialize(base, parameters.values(), settings, config, gathered)
@@ -220,13 +221,13 @@ class DividedModel:
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def _gradients(self) -> list[Tensor]:
-        """This rank's parts of the mean gradient; with the optimiser's state on the CPU they are there."""
+        """This rank's parts of the mean gradient; on the CPU if the optimiser's state is."""
         if self.engine.zero_cpu_offload():
             return [part.grad for part in self._parts]
         return [gradient for parts in self.engine.optimizer.averaged_gradients.values() for gradient in parts]
 
     def average(self) -> Tensor:
-        """DeepSpeed averages within the backward pass; what is left is the norm, reduced with the scalars."""
+        """Only compute the norm and reduce it with the scalars: DeepSpeed has averaged in the backward pass."""
         gradients = self._gradients()
         assert all(gradient.dtype == torch.float32 for gradient in gradients)
         norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
@@ -246,7 +247,7 @@ class DividedModel:
     @torch.no_grad()
     def restore(self, adapters: Tensors, moments: dict[str, Tensors], step: int) -> None:
         whole = list(self.parameters.values())
-        # What is written to them stays, as rank 0 wrote it.
+        # Values written in this context by rank 0 are kept, on all ranks.
         with deepspeed.zero.GatheredParameters(whole, modifier_rank=0):
             for name, parameter in self.parameters.items():
                 parameter.copy_(adapters[name])
@@ -257,7 +258,7 @@ class DividedModel:
         set_steps(self.engine, step)
 
     def _part_of(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
-        """What this rank holds of a tensor. DeepSpeed's own division of one fails where the last part is padded."""
+        """This rank's part of a tensor. DeepSpeed's own function fails where the last part is padded."""
         size = parameter.ds_tensor.numel()
         padded = functional.pad(value.flatten(), (0, size * self.group.world_size - value.numel()))
         return padded.narrow(0, size * self.group.dist_rank, size).to(self.group.device)

@@ -1,10 +1,10 @@
-"""Blocks of a base that is divided over the ranks, on adapted weights formed for each of their passes.
+"""Blocks of a base divided over the ranks, with adapted weights formed in each of their passes.
 
-    forward     gather the block, form W', run the block; what enters it is all that is kept
-    backward    gather, form and run it once more; its backward pass leaves raw sums; FINISH turns them into gradients
+    forward     gather the block, form W', run the block; keep only its inputs
+    backward    gather, form and run it again; its backward pass leaves raw sums; FINISH turns them into gradients
 
-FINISH is linear in the sums, so that it may run for every block and micro batch. What it finds reaches the trained
-tensors through autograd, in a graph where they were whole: DeepSpeed sees an ordinary gradient of each of them.
+FINISH is linear in the sums, so it may run for every block and micro batch. Its gradients reach the trained tensors
+through autograd, in a graph where these were whole: DeepSpeed sees an ordinary gradient of each tensor.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class Gathered(nn.Module):
-    """Tensors of other modules: DeepSpeed makes them whole ahead of every call of it, and divides them behind it."""
+    """Holds tensors of other modules: DeepSpeed gathers them before every call and divides them again after it."""
 
     def __init__(self, tensors: Iterable[nn.Parameter]) -> None:
         super().__init__()
@@ -55,27 +55,29 @@ class DividedBlock:
     """
 
     def __init__(self, block: nn.Module, layers: Sequence[AdaptedLayer], part: FormedWeights, found: Tensor) -> None:
-        """found: flat, where ``part`` has the gradients of the trained tensors of ``layers``, in their order."""
+        """found: flat gradients of the trained tensors of ``layers``, in their order, as ``part`` writes them."""
         self._block, self._part, self._found = block, part, found
         self._trained = _trained(layers)
-        # Not the block's own tensor: the transformer reads those of all blocks at once.
+        # Without the block's own tensor: the transformer reads those of all blocks at once.
         self.gathered = Gathered(tensor for child in block.children() for tensor in child.parameters())
-        # DeepSpeed lets go of a module's tensors once the gradient of what entered the module is there.
+        # DeepSpeed frees a module's tensors once the gradient of the module's input exists: give it an input with a
+        # gradient.
         self._entering = found.new_zeros(1).requires_grad_()
         sizes = [sum(tensor.numel() for tensor in layer.trained().values()) for layer in layers]
         self._leaves = [span.requires_grad_() for span in found.split(sizes)]
-        # What the part reads, and whose values these are: they lie elsewhere each time they have been gathered.
+        # The tensors that the part reads, and the parameters they come from: gathered values have a new address each
+        # time.
         self._read: list[tuple[Tensor, nn.Parameter]] = []
         for layer, leaf, spec in zip(layers, self._leaves, part.specs, strict=True):
             layer.sums = leaf
             self._read.append((spec.weight_OI, layer.weight))
             self._read += [(spec.params[name], tensor) for name, tensor in layer.trained().items()]
-        # Made once: one for each tensor and pass took the host 1.5 ms of a step.
+        # Made once: making one per tensor and pass cost the host 1.5 ms per step.
         self._nothing = {read.dtype: read.new_empty(0) for read, _ in self._read}
         self._forget()
 
     def remove_hooks(self) -> None:
-        """Take away DeepSpeed's hooks of the block's modules, whose tensors are gathered with the block."""
+        """Remove DeepSpeed's hooks from the block's modules, whose tensors are gathered with the block."""
         for module in self._block.modules():
             module._forward_pre_hooks.clear()
             module._forward_hooks.clear()
@@ -87,34 +89,34 @@ class DividedBlock:
         values, structure = tree_flatten(given)
 
         def run(entering: Tensor) -> Tensor:
-            # Its gradient is made of those of all trained tensors. Its values are not read.
+            # Joins the gradients of all trained tensors into one. Its values are never read.
             joined = torch.cat([*(tensor.flatten() for tensor in self._trained), entering])
             return _Pass.apply(self, function, structure, joined, *values)
 
         return self.gathered(run, self._entering)
 
     def once(self, function: Callable[..., Tensor], *given: Any) -> Tensor:
-        """``function(*given)``, for which the block's tensors have been gathered."""
+        """``function(*given)`` while the block's tensors are gathered."""
         with self._values():
             return function(*given)
 
     def gradients(self, run: Callable[[], Tensor], entered: list[Tensor], grad: Tensor) -> Iterator[Tensor | None]:
-        """Gradients of ``joined`` and of ``entered``, for ``grad`` of what ``run`` makes of these."""
+        """Gradients of ``joined`` and of ``entered``, given ``grad`` of what ``run`` computes from them."""
         with self._values():
             with torch.enable_grad():
                 output = run()
             found = torch.autograd.grad(output, [*self._leaves, *entered], grad, allow_unused=True)
-            # None: the pass went past that layer.
+            # None: this pass did not use the layer.
             sums = [torch.zeros_like(leaf) if of is None else of for leaf, of in zip(self._leaves, found, strict=False)]
             torch.cat(sums, out=self._found)
             self._part.finish()
-        # A copy: those of the next block come to the same place.
+        # A copy: the next block writes to the same memory.
         yield torch.cat([self._found, torch.zeros_like(self._entering)])
         yield from found[len(self._leaves) :]
 
     @contextlib.contextmanager
     def _values(self) -> Iterator[None]:
-        """While this is entered, the part reads the tensors that have been gathered."""
+        """Inside this context the part reads the gathered tensors."""
         for read, tensor in self._read:
             read.data = tensor.data.flatten(1) if tensor.dim() == 3 else tensor.data
         try:
@@ -128,7 +130,7 @@ class DividedBlock:
 
 
 class _Pass(torch.autograd.Function):
-    """A pass of a block that keeps what enters it, and is repeated in the backward pass."""
+    """A pass of a block that keeps its inputs, and is repeated in the backward pass."""
 
     @staticmethod
     def forward(ctx, block: DividedBlock, function: Callable[..., Tensor], structure: TreeSpec, _, *values):
@@ -137,7 +139,7 @@ class _Pass(torch.autograd.Function):
         ctx.others = [None if isinstance(value, Tensor) else value for value in values]
         ctx.save_for_backward(*(values[place] for place in ctx.places))
         device = values[ctx.places[0]].device.type
-        # As in the forward pass; the backward pass runs outside of what set it.
+        # The backward pass runs outside of the forward pass's autocast: save its state.
         ctx.autocast = {
             "device_type": device,
             "dtype": torch.get_autocast_dtype(device),
@@ -151,7 +153,8 @@ class _Pass(torch.autograd.Function):
     def backward(ctx, grad):
         values, needed = list(ctx.others), ctx.needs_input_grad[4:]
         for place, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
-            # The very tensors where they need no gradient: what the compiler was told of their lengths is part of them.
+            # Pass on the very same tensor if it needs no gradient: it carries what the compiler was told about its
+            # lengths.
             values[place] = tensor.detach().requires_grad_() if needed[place] else tensor
 
         def run() -> Tensor:
@@ -165,11 +168,11 @@ class _Pass(torch.autograd.Function):
 def form_by_block(
     base: Base, layers: Sequence[AdaptedLayer], settings: Settings, group: Group
 ) -> tuple[Formed | None, list[DividedBlock]]:
-    """Have blocks of ``base`` multiply with W' from here on; these weights, and the blocks. Called on all ranks.
+    """Let blocks of ``base`` multiply with W' from now on. Returns these weights and the blocks. Called on all ranks.
 
-    No blocks where that is not wanted, or with ``adapter_products: auto`` not possible on any rank; the log says why.
-    Layers outside of the blocks multiply in factored form. To be called while every rank has the whole base; what is
-    ``gathered`` is to be shown to DeepSpeed.
+    No blocks if the settings do not ask for it or, with ``adapter_products: auto``, if any rank cannot; the log says
+    why. Layers outside of the blocks stay in factored form. Call it while every rank has the whole base, and show
+    ``gathered`` of each block to DeepSpeed.
 
     settings   adapter_products, mixed_precision, gradient_checkpointing
     """
@@ -188,7 +191,7 @@ def form_by_block(
         log.info("adapted layers on %s in %s: factored (%s)", group.device, products, found)
         return None, []
     formed, gradients = _allocate(base, members, products)
-    # Where blocks have parts of their own their kernels are alike.
+    # One part is enough: all have the same kernels.
     failure = trial(next(iter(formed.parts.values()))) if choice == "auto" else None
     if found := _on_any(group, failure):
         formed.release()
@@ -205,14 +208,14 @@ def form_by_block(
 
 
 def _on_any(group: Group, reason: str | None) -> str | None:
-    """The first rank's reason that has one: ranks that gather tensors together have to go the same way."""
+    """The reason of the first rank that has one: ranks that gather tensors together must take the same path."""
     return next(filter(None, group.gather(reason)), None)
 
 
 def _allocate(base: Base, members: dict[int, list[AdaptedLayer]], products: torch.dtype) -> tuple[Formed, Tensor]:
-    """Weights formed per use, and the flat memory that raw sums and gradients of all blocks share.
+    """Weights formed per use, and the flat memory for raw sums and gradients.
 
-    A block is finished within the pass that formed it, so that blocks share everything.
+    All blocks share both, because a block is finished within the pass that formed it.
     """
     of_blocks = [_trained(of_block) for of_block in members.values()]
     longest = max(sum(tensor.numel() for tensor in tensors) for tensors in of_blocks)

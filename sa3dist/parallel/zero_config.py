@@ -1,7 +1,7 @@
-"""The launcher's DeepSpeed configuration: found, checked against the run's settings, completed for the engine.
+"""The launcher's DeepSpeed configuration: checked against the run's settings and completed for the engine.
 
-The file says how memory is divided. Batch sizes, optimiser, schedule and precision are the run's own settings: the file
-leaves them out or says "auto"; where it asks for something else it is refused, and 16-bit training is turned off.
+The file says how memory is divided. Batch sizes, optimiser, schedule and precision are the run's settings: the file
+leaves them out or says "auto". Anything else is refused, except that 16-bit training is just turned off.
 """
 
 import logging
@@ -11,9 +11,9 @@ from sa3dist.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# What would hold adapters, gradients or moments in 16 bits, or autocast a second time.
+# Sections that would hold adapters, gradients or moments in 16 bits, or autocast a second time.
 HALF_PRECISION = ("fp16", "bf16", "bfloat16", "amp", "torch_autocast")
-# Who decides instead of the file.
+# Keys decided by the run's settings instead.
 OURS = {
     "optimizer": "AdamW is set by learning_rate and weight_decay",
     "scheduler": "the learning rate is set by learning_rate and its schedule",
@@ -22,9 +22,9 @@ OURS = {
     "activation_checkpointing": "it is set by gradient_checkpointing",
 }
 SIZES = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
-# What could change a result: its value in every run, whatever DeepSpeed's default is, and why. A file may say the same.
+# Keys that could change a result: the value of every run, whatever DeepSpeed's default, and why. A file may repeat it.
 PINNED = {
-    # DeepSpeed 0.19 clips at 1.0 when nothing is said.
+    # DeepSpeed 0.19 clips at 1.0 by default.
     "gradient_clipping": (0.0, "gradients are not clipped here"),
     "gradient_allreduce_op": ("mean", "a step takes the mean over the ranks"),
     "gradient_predivide_factor": (1.0, "gradients are summed as they are and divided once"),
@@ -37,15 +37,15 @@ PINNED_ZERO = {
     "zero_quantized_weights": (False, "the base is not rounded on its way"),
     "zero_quantized_nontrainable_weights": (False, "the base is not rounded"),
     "zero_quantized_gradients": (False, "gradients are rounded by gradient_compression only"),
-    # On, it puts a product of its own in the place of every linear layer of the process, encoders included.
+    # If on, it replaces the product of every linear layer in the process, encoders included.
     "memory_efficient_linear": (False, "linear layers compute the same in every mode"),
 }
 PINNED_OFFLOAD = {
     "ratio": (1.0, "DeepSpeed would step a part with an AdamW whose rate nobody sets"),
     "super_offload": (False, "torch's AdamW steps in every mode"),
 }
-# What says how memory is divided or what is printed, and nothing else; docs/parallel.md goes through the rest. Not
-# which modules are gathered whole: DeepSpeed sees no call of a block, so that what such a key asks for cannot run.
+# Keys that only say how memory is divided or what is printed; docs/parallel.md explains the rest. Keys about modules
+# gathered whole are missing: DeepSpeed does not see the calls of blocks, so they cannot work.
 FREE = {
     *("zero_optimization", "zero_allow_untested_optimizer", "aio", "checkpoint", "disable_python_gc", "log_level"),
     *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "timers", "comms_logger"),
@@ -66,13 +66,13 @@ FREE_ZERO = {
 
 
 def without_auto(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy without the values a launcher was to fill in: DeepSpeed's own defaults hold for them."""
+    """A copy without "auto" values, so that DeepSpeed's own defaults apply to them."""
     kept = {key: without_auto(value) if isinstance(value, dict) else value for key, value in config.items()}
     return {key: value for key, value in kept.items() if value != "auto"}
 
 
 def check(config: dict[str, Any]) -> None:
-    """Raises ConfigError for what contradicts the run's settings or could change a result. Says what it overrides."""
+    """Raises ConfigError for what contradicts the settings or could change a result. Logs what it overrides."""
     config = without_auto(config)
     zero = config.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else zero
@@ -94,16 +94,16 @@ def check(config: dict[str, Any]) -> None:
 
 
 def _is_on(value: Any) -> bool:
-    """Whether a section is asked for: one that says ``enabled`` by that, any other by being there."""
+    """Whether a section is on: by its ``enabled`` if it has one, otherwise by being there."""
     return bool(value.get("enabled", value) if isinstance(value, dict) else value)
 
 
 def _check_keys(section: dict[str, Any], pinned: dict[str, tuple], free: set[str] | None, where: str) -> None:
-    """free: the other keys that may be there; None: all."""
+    """free: the other keys allowed; None: all."""
     for key, value in section.items():
         if key in pinned:
             expected, why = pinned[key]
-            # ``null`` is DeepSpeed's default, which is ours to set.
+            # ``null`` asks for DeepSpeed's default, which is pinned here.
             if value is not None and value != expected:
                 raise ConfigError(f"ds_config: remove {where}{key}, {why}")
         elif free is not None and key not in free and _is_on(value):
@@ -116,9 +116,9 @@ def _check_keys(section: dict[str, Any], pinned: dict[str, tuple], free: set[str
 def build(
     config: dict[str, Any], micro_batch: int, accumulation: int, world_size: int, compression: str
 ) -> dict[str, Any]:
-    """What ``deepspeed.initialize`` takes.
+    """The configuration for ``deepspeed.initialize``.
 
-    config        the launcher's, which ``check`` has found good
+    config        the launcher's, after ``check``
     micro_batch   clips per process and micro batch; accumulation: micro batches per process and step
     compression   gradient_compression: "none" or "bf16"
     Raises ConfigError when the file fixes other batch sizes.
@@ -126,16 +126,16 @@ def build(
     config = without_auto(config)
     sizes = dict(zip(SIZES, (micro_batch, accumulation, micro_batch * accumulation * world_size), strict=True))
     for key, size in sizes.items():
-        # Accelerate writes an accumulation of 1 into a file that has none.
+        # Accelerate writes an accumulation of 1 into a file without one.
         if config.get(key, size) not in (size, 1):
             raise ConfigError(f"ds_config: {key} is {config[key]}, this run's is {size}; remove it or say auto")
-    # A section that is switched off says nothing; some DeepSpeed refuses all the same.
+    # Drop sections that are switched off: some versions of DeepSpeed refuse even these.
     config = {key: value for key, value in config.items() if key in FREE} | sizes
     config |= {key: value for key, (value, _) in PINNED.items()}
     config["zero_optimization"] |= {key: value for key, (value, _) in PINNED_ZERO.items()}
-    # Stages 1 and 2 are given gradients in the order of the tensors, one behind the other, and see no pass use one.
+    # At stages 1 and 2 DeepSpeed receives the gradients one by one, in the order of the tensors, and sees no pass.
     config["zero_optimization"] |= {"round_robin_gradients": False, "ignore_unused_parameters": True}
-    # Off unless it is asked for; versions that do not know it refuse it.
+    # An option that is off unless requested; versions that do not know it refuse it.
     config["zero_optimization"].pop("parameter_alignment", None)
     config |= {"fp16": {"enabled": False}, "bf16": {"enabled": False}}
     config["communication_data_type"] = "bf16" if compression == "bf16" else "fp32"
