@@ -34,18 +34,18 @@ def weight_key(layer: str) -> str:
 
 
 def wrapped(model: nn.Module) -> nn.ModuleDict:
-    """One child called ``model``, as the official key names want it."""
+    """A module with one child called ``model``, as the official key names require."""
     return nn.ModuleDict({"model": model})
 
 
 class Base(nn.Module):
-    """The network the adapters attach to. Its state-dict keys are the official file's keys; none of it learns.
+    """The network the adapters attach to. Its state-dict keys are the official file's keys; none of it is trained.
 
     config        ModelConfig
     weights       where tensors come from: CheckpointFile or the random weights of a benchmark
     device, dtype of the parameters; rotary tables, conditioning features and SAME stay float32
-    text_source   where the text encoder is looked for, on first use; None: this base has none
-    encoder       load the SAME encoder now; it, its decoder and the text encoder otherwise load on first use
+    text_source   where to find the text encoder on first use; None: this base has none
+    encoder       load the SAME encoder now; otherwise it loads on first use, as its decoder and the text encoder do
     """
 
     def __init__(
@@ -55,20 +55,20 @@ class Base(nn.Module):
         self.config = config
         self.sample_rate_hz, self.samples_per_frame = config.sample_rate_hz, config.samples_per_frame
         self.latent_channels = config.latent_channels
-        # Longest clip the model was made for; and the length every prompt is padded or cut to, in tokens.
+        # The longest clip the model was made for, and the number of tokens every prompt is padded or cut to.
         self.native_seconds, self.prompt_tokens = config.native_seconds, config.prompt.max_length
         self.weights = weights
         self.text_source = text_source
         self.text_encoder: TextEncoder | None = None
         self.kept_digests: KeptDigests | None = None
-        # An attached adapter puts its own here: while it is entered, W' is formed once instead of at every use.
+        # Replaced by an attached adapter: inside this context W' is formed once instead of at every use.
         self.formed_once: Callable[[Base], contextlib.AbstractContextManager] = contextlib.nullcontext
         with torch.device("meta"):
             self.model = wrapped(DiT(config.dit))
             self.conditioner = Conditioners(config)
             self.pretransform = wrapped(Autoencoder(config.autoencoder, parts=("encoder",) if encoder else ()))
         for name, child in self.named_children():
-            # SAME stays float32: its latents are what the run trains on, made once and kept.
+            # SAME stays float32: the run trains on its latents, which are computed once and kept.
             wide = torch.promote_types(dtype, torch.float32) if child is self.pretransform else dtype
             fill(child, f"{name}.", weights, device, wide)
         self.eval()
@@ -94,12 +94,12 @@ class Base(nn.Module):
 
     @property
     def adapter_roots(self) -> tuple[nn.Module, nn.Module]:
-        """Where adapter layers live; their names are relative to these."""
+        """The modules that hold adapter layers; layer names are relative to them."""
         return self.model, self.conditioner
 
     @property
     def recomputed_blocks(self) -> int:
-        """How many blocks are computed again in the backward pass instead of keeping their activations."""
+        """Number of blocks that are recomputed in the backward pass instead of keeping their activations."""
         return self.dit.transformer.recomputed_blocks
 
     @recomputed_blocks.setter
@@ -108,7 +108,7 @@ class Base(nn.Module):
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Whether every block is recomputed; setting it recomputes all of them or none."""
+        """Whether every block is recomputed. Setting it recomputes all blocks or none."""
         return self.recomputed_blocks >= self.config.dit.depth
 
     @gradient_checkpointing.setter
@@ -117,7 +117,7 @@ class Base(nn.Module):
 
     @property
     def reference_numerics(self) -> bool:
-        """Round t, seconds and rotary frequencies to the base's dtype first, as the reference does when it is cast."""
+        """Whether t, seconds and rotary frequencies are rounded to the base's dtype first, as in the cast reference."""
         return self.dit.reference_numerics
 
     @reference_numerics.setter
@@ -125,20 +125,20 @@ class Base(nn.Module):
         self.dit.reference_numerics = on
 
     def frequency_tables(self) -> dict[str, Tensor]:
-        """By name, what sines and cosines are taken of: processes that train one model hold equal ones."""
+        """Arguments of the sines and cosines, by name. Processes that train one model must hold equal ones."""
         rotary = {name: value for name, value in self.dit.named_buffers() if name.endswith("inv_freq")}
         return {"Fourier": expo_frequencies(self.device), **rotary}
 
     def fp32_weight(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        """A layer's weight in float32 on ``device``, straight from the checkpoint, by adapter-relative layer name."""
+        """A layer's weight in float32 on ``device``, read from the checkpoint, by adapter-relative layer name."""
         return self.weights.read(weight_key(name), None, device, torch.float32)
 
     def weights_digest(self) -> str:
-        """Hex SHA-256 that identifies the checkpoint; the file is read once per process, or not at all when kept."""
+        """Hex SHA-256 that identifies the checkpoint. Reads the file at most once per process, never if it is kept."""
         return self._kept("file", lambda: self.weights.digest)
 
     def begin_digests(self) -> None:
-        """Let threads find what the three digests will be; for a base with ``kept_digests``."""
+        """Start computing the three digests in threads; for a base with ``kept_digests``."""
         self.kept_digests.begin(self.weights.path, "file", lambda: self.weights.digest)
         self.kept_digests.begin(self.weights.path, *self._named_autoencoder_digest())
         if self.text_source is not None:
@@ -148,7 +148,7 @@ class Base(nn.Module):
         return make() if self.kept_digests is None else self.kept_digests.of(self.weights.path, what, make)
 
     def autoencoder_digest(self) -> str:
-        """Hex SHA-256 of the weights that decide what ``encode_audio`` gives; two bases may share an autoencoder."""
+        """Hex SHA-256 of the weights that determine ``encode_audio``; two bases may share an autoencoder."""
         return self._kept(*self._named_autoencoder_digest())
 
     def _named_autoencoder_digest(self) -> tuple[str, Callable[[], str]]:
@@ -186,7 +186,7 @@ class Base(nn.Module):
             return self.autoencoder.decode(latents_BDT.to(first.device, first.dtype)).float()
 
     def _load_part(self, name: str, kind: type[nn.Module]) -> Tensor:
-        """Make sure one half of the autoencoder is in memory; returns a tensor whose device and dtype are its own."""
+        """Load one half of the autoencoder if it is not in memory; returns one of its tensors, for device and dtype."""
         like = self.autoencoder.bottleneck.scaling_factor
         if getattr(self.autoencoder, name) is None:
             with torch.device("meta"):
@@ -198,7 +198,7 @@ class Base(nn.Module):
     def encode_hidden(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """The text encoder's last hidden states (B, L, 768) and mask (B, L), before any projection: what to cache.
 
-        Raises ValueError for anything but a non-empty list of strings: a bare string would be a list of letters.
+        Raises ValueError for anything but a non-empty list of strings: a bare string would count as a list of letters.
         """
         require_list(prompts)
         if self.text_encoder is None:
@@ -211,13 +211,13 @@ class Base(nn.Module):
         return self.text_source
 
     def release_encoders(self) -> None:
-        """Drop the text encoder and both halves of SAME from memory; what is used again is loaded again."""
+        """Free the text encoder and both halves of SAME; they load again when used again."""
         self.text_encoder = None
         self.autoencoder.encoder = None
         self.autoencoder.decoder = None
 
     def embed_prompts(self, hidden_BLH: Tensor, mask_BL: Tensor) -> Tensor:
-        """Hidden states to embeddings (B, L, C): projection (adapted when present), then padding. Differentiable."""
+        """Hidden states to embeddings (B, L, C): projection (adapted if present), then padding. Differentiable."""
         return self.conditioner.prompt(hidden_BLH.to(self.device), mask_BL.to(self.device), self._working_dtype())
 
     def encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -239,7 +239,7 @@ class Base(nn.Module):
         return cross, seconds[:, 0]
 
     def local_conditioning(self, inpaint_mask_B1T: Tensor | None, inpaint_latents_BDT: Tensor | None) -> Tensor | None:
-        """Mask and masked latents as channels, (B, D + 1, T); neither given: zeros of one frame, good for all."""
+        """Mask and masked latents as channels, (B, D + 1, T). If both are None: one frame of zeros for all."""
         width = self.config.dit.local_add_cond_dim
         if inpaint_mask_B1T is None and inpaint_latents_BDT is None:
             return None if width is None else torch.zeros(1, width, 1, device=self.device, dtype=self._working_dtype())
@@ -267,14 +267,14 @@ class Base(nn.Module):
         """Velocity (noise - data) of noisy latents, (B, D, T), float32; gradients reach adapters only.
 
         x_BDT               noisy latents              t_B   0 data .. 1 noise
-        prompt_embeds_BLC, prompt_mask_BL              as from encode_prompts; padding is filled in again
+        prompt_embeds_BLC, prompt_mask_BL              from encode_prompts; padding is filled in again
         seconds_total_B     seconds of the whole item
-        padding_mask_BT     True = valid; nobody attends to the rest
+        padding_mask_BT     True = valid; no frame attends to the others
         inpaint_mask_B1T    1 = given context          inpaint_latents_BDT   clean latents, masked here
         drop_cross_B        True = no prompt and no seconds token for this clip (guidance dropout)
-        prompt_length       positions of the whole prompt where fewer are given: the last one given, which must be
-                            padding in every clip, stands for the rest; its projections are then evaluated once
-        packing             of that padding mask, made ahead: padded frames are then not computed, but zero
+        prompt_length       length of the whole prompt if fewer positions are given: the last given one, which must be
+                            padding in every clip, stands for the rest; its projections are then computed once
+        packing             precomputed from that padding mask: padded frames are then zero instead of computed
         """
         cross, embed = self.assemble(prompt_embeds_BLC, prompt_mask_BL, seconds_total_B, drop_cross_B)
         local = self.local_conditioning(inpaint_mask_B1T, inpaint_latents_BDT)

@@ -28,10 +28,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         width = self.gamma.shape
         if not self.force_fp32:
-            # Under autocast a float32 gamma beside a bf16 x would leave the fused kernel.
+            # Under autocast a float32 gamma with a bf16 x would miss the fused kernel.
             return F.rms_norm(x, width, self.gamma.to(x.dtype), self.eps)
         if x.dtype == self.gamma.dtype:
-            # One fused pass: it already squares, sums and scales in float32 and rounds once at the end.
+            # One fused pass: it squares, sums and scales in float32 and rounds once at the end.
             with torch.autocast(x.device.type, enabled=False):
                 return F.rms_norm(x, width, self.gamma, self.eps)
         return F.rms_norm(x.float(), width, self.gamma.float(), self.eps).to(x.dtype)
@@ -66,8 +66,8 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, rotated_width: int):
         super().__init__()
-        # On the CPU even where a module is made without storage: arange on the meta device imports the whole compiler
-        # (loading a tiny base: 2.9 s of a CPU against 0.13 s).
+        # On the CPU even for a module on the meta device: arange there imports the whole compiler (loading a tiny base
+        # takes 2.9 s of CPU time instead of 0.13 s).
         exponents = torch.arange(0, rotated_width, 2, dtype=torch.float32, device="cpu") / rotated_width
         self.register_buffer("inv_freq", 10000.0**-exponents)
 
@@ -75,7 +75,7 @@ class RotaryEmbedding(nn.Module):
         kept = self.inv_freq
         super()._apply(fn, recurse)
         if self.inv_freq.dtype != torch.float32:
-            # bfloat16 frequencies are 0.7 rad off at position 4159: the cast of the module must not reach them.
+            # bfloat16 frequencies are 0.7 rad off at position 4159: casting the module must not change them.
             self.inv_freq = kept.to(self.inv_freq.device, torch.float32)
         return self
 
@@ -83,7 +83,7 @@ class RotaryEmbedding(nn.Module):
         """Cosines and signed sines for positions 0..length-1, each (length, head_dim) float32.
 
         Columns past the rotated width are 1 and 0, so one multiply-add serves the whole head.
-        rounding    round the frequencies through this dtype, as the reference does when it is cast
+        rounding    round the frequencies through this dtype, as the cast reference does
         """
         frequencies = self.inv_freq if rounding is None else self.inv_freq.to(rounding).float()
         positions = torch.arange(length, device=frequencies.device, dtype=torch.float32)
@@ -107,14 +107,14 @@ def rotate(x_NPHD: Tensor, cos_ND: Tensor, signed_sin_ND: Tensor, half: int) -> 
 
 
 def turn(norm: nn.Module, x_NPHD: Tensor, rotary: tuple[Tensor, Tensor, int], dtype: torch.dtype) -> Tensor:
-    """Queries or keys, normed and rotated, in the dtype of the values."""
+    """Queries or keys, normalised and rotated, in the dtype of the values."""
     return rotate(norm(x_NPHD), *rotary).to(dtype)
 
 
 def in_one_call(attend, q_BNPHD: Tensor, k_BSPHD: Tensor, v_BS1HD: Tensor) -> Tensor:
     """Both members of a differential pair (or the only one) as one attention call with more heads; (B, N, H * D).
 
-    attend   attention over (B, P * H, N, D), as scaled_dot_product_attention takes it
+    attend   attention over (B, P * H, N, D), called like scaled_dot_product_attention
     """
     pairs = q_BNPHD.shape[2]
     v_BSPHD = v_BS1HD.expand(-1, -1, pairs, -1, -1)
@@ -126,12 +126,12 @@ def in_one_call(attend, q_BNPHD: Tensor, k_BSPHD: Tensor, v_BS1HD: Tensor) -> Te
 
 
 def make_head_norm(kind: str, head_dim: int, eps: float) -> nn.Module:
-    """The q/k norm: computed in the input's dtype. Raises KeyError for a kind the config should have refused."""
+    """The q/k norm, computed in the input's dtype. Raises KeyError for a kind that the config check excludes."""
     return {"none": nn.Identity, "rms": lambda: RMSNorm(head_dim, eps), "dyt": lambda: DyT(head_dim)}[kind]()
 
 
 def repeat_token(x_BSE: Tensor, repeated: tuple[int, int] | None) -> Tensor:
-    """``x`` with the token at ``repeated[0]`` written out ``repeated[1]`` times; unchanged for None."""
+    """``x`` with the token at ``repeated[0]`` repeated ``repeated[1]`` times; unchanged for None."""
     if repeated is None:
         return x_BSE
     position, count = repeated
@@ -161,7 +161,7 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Rows of ``to_qkv``: q, k, v or, differential, q, k, v, q', k'."""
 
-    # ``compile_elementwise`` may put a compiled one in its place.
+    # ``compile_elementwise`` may replace it by a compiled one.
     turn = staticmethod(turn)
 
     def __init__(self, width: int, head_dim: int, differential: bool, qk_norm: str, qk_norm_eps: float):
@@ -171,7 +171,7 @@ class SelfAttention(Attention):
     def forward(self, x_BNE: Tensor, rotary: tuple[Tensor, Tensor, int], attend_pairs, attend_qkv=None) -> Tensor:
         """``attend_pairs(q, k, v)``: see ``token_layout.Layout``; ``rotary`` is cos, signed sin, half width.
 
-        attend_qkv   see ``token_layout.Filled``; takes the place of ``attend_pairs`` where the norms allow it
+        attend_qkv   see ``token_layout.Filled``; replaces ``attend_pairs`` where the norms allow it
         """
         qkv = self.heads(self.to_qkv(x_BNE), 2 * self.pairs + 1)
         if attend_qkv is not None and isinstance(self.q_norm, RMSNorm):
@@ -193,7 +193,7 @@ class CrossAttention(Attention):
     def forward(self, x_GNE: Tensor, context_BSE: Tensor, repeated: tuple[int, int] | None, attend_pairs) -> Tensor:
         """``attend_pairs(q, k, v)``: attention of the tokens to their clips' contexts, see ``token_layout.Layout``.
 
-        repeated: position of the one context token that stands for several equal ones in a row, and how many; or None
+        repeated: position and count of a context token that stands for several equal ones in a row; or None
         """
         kv = self.heads(repeat_token(self.to_kv(context_BSE), repeated), self.pairs + 1)
         k, v = kv[:, :, : self.pairs], kv[:, :, self.pairs :]
@@ -221,7 +221,7 @@ class GatedProjection(nn.Module):
         super().__init__()
         self.proj = nn.Linear(width, 2 * inner)
         self.sinusoidal = sinusoidal
-        # ``compile_elementwise`` may put a compiled one in its place.
+        # ``compile_elementwise`` may replace it by a compiled one.
         self.gate = sine_gate if sinusoidal else silu_gate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -237,10 +237,10 @@ class FeedForward(nn.Module):
         self.ff = nn.Sequential(GatedProjection(width, inner, sinusoidal), nn.Identity(), nn.Linear(inner, width))
 
     def forward(self, x: Tensor, gate_as_one: bool = False) -> Tensor:
-        """gate_as_one: the SiLU gate is one function with a gradient of its own, for which only its input is kept."""
+        """gate_as_one: the SiLU gate is one function with its own gradient, which keeps only the gate's input."""
         gated, last = self.ff[0], self.ff[2]
         if not gate_as_one or gated.sinusoidal:
             return self.ff(x)
-        # Adapted layers have more to offer than plain ones.
+        # Adapted layers can return the product and the bias apart.
         z, bias = gated.proj.before_bias(x) if hasattr(gated.proj, "before_bias") else (gated.proj(x), None)
         return last.of_gated(z, bias) if hasattr(last, "of_gated") else last(silu_gated(z, bias))

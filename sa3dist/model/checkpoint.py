@@ -15,16 +15,17 @@ from sa3dist.model import staged_reads
 
 
 class CheckpointFile:
-    """One safetensors file. Only its header is read here; tensors are read one by one when asked for."""
+    """One safetensors file. Opening reads only its header; tensors are read one by one on request."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        # Opening reads the whole header: once per tensor it is most of a load (1000 tensors: 6.6 s against 0.4 s).
+        # Opened once: opening reads the whole header, and doing that per tensor is most of a load (1000 tensors: 6.6 s
+        # against 0.4 s).
         self._opened: dict[str, Any] = {}
         file = self._open()
-        # A tensor of the file is known by its slice: nothing but the header is touched.
+        # get_slice reads only the header.
         self.shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        # At once: both ways read the file that was checked, whatever takes its place later.
+        # Opened now, so that both ways of reading see the file that was checked, even if it is replaced later.
         self._opened["staged"] = staged_reads.StagedFile(self.path)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -39,7 +40,7 @@ class CheckpointFile:
                 self._opened[str(device)] = safe_open(str(self.path), framework="pt", device=str(device))
             return self._opened[str(device)]
         except FileNotFoundError as error:
-            # Also of one that may not be read.
+            # exists() is also true for a file that may not be read.
             reason = "cannot be read; check its permissions" if self.path.exists() else "no such file"
             raise CheckpointError(f"{self.path}: {reason}") from error
         except (OSError, SafetensorError) as error:
@@ -77,7 +78,7 @@ def tensors_sha256(weights, names: list[str], described: str) -> str:
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Hex SHA-256 over names, shapes and float32 values, in the order given."""
+    """Hex SHA-256 over names, shapes and float32 values, in the given order."""
     state = hashlib.sha256()
     for name, tensor in tensors.items():
         value = tensor.detach().to("cpu", torch.float32).contiguous()
@@ -86,7 +87,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def differences(expected: Mapping[str, Iterable[int]], found: Mapping[str, Iterable[int]]) -> str:
-    """Which tensors are missing, unexpected or of another shape, up to three of each by name; empty when none is."""
+    """Up to three names each of missing, unexpected and misshapen tensors, as text; empty if there are none."""
     shared = [key for key in expected if key in found]
     kinds = {
         "missing": [key for key in expected if key not in found],
@@ -114,7 +115,7 @@ def check_keys(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int,
 
 
 def fill(module: nn.Module, prefix: str, weights, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Give every parameter and buffer of ``module`` (on the meta device) its value; nothing learns.
+    """Load every parameter and buffer of ``module``, which is on the meta device, and freeze it.
 
     weights  CheckpointFile, or anything with the same ``read``
     Rotary frequencies stay float32 whatever ``dtype`` is.

@@ -1,4 +1,4 @@
-"""Which overlapping windows of frames a long clip is encoded and decoded in, and what is kept of each."""
+"""The overlapping windows of frames in which a long clip is encoded and decoded, and what is kept of each."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -9,7 +9,7 @@ OVERLAP_FRAMES = 32
 
 
 class Window(NamedTuple):
-    """Frames ``start .. stop``, of which ``keep .. stop`` are written over what came before."""
+    """Frames ``start .. stop``; ``keep .. stop`` of the result replace what earlier windows wrote there."""
 
     start: int
     stop: int
@@ -17,13 +17,13 @@ class Window(NamedTuple):
 
 
 def windows(frames: int, phase: int, chunked: bool) -> Iterator[Window]:
-    """The windows that cover a clip: one when the model is not chunked or the clip is short, else overlapping ones.
+    """The windows that cover a clip: one if the model is not chunked or the clip is short, else overlapping ones.
 
     phase   latent frames that attention treats as one chunk, 1 for a sliding window
 
-    Windows have 128 frames and stand 96 apart; the last is anchored to the end but starts on a multiple of ``phase``:
-    chunked attention pairs frames by their position, so a window that starts elsewhere pairs them differently. Half
-    the overlap is dropped at inner edges, where a window lacks the context its neighbour has.
+    Windows have 128 frames, 96 apart. The last one ends at the clip's end but starts on a multiple of ``phase``:
+    chunked attention pairs frames by their position, so another start would pair them differently. Half of the overlap
+    is dropped at inner edges, where a window lacks the context that its neighbour has.
     """
     if not chunked or frames <= WINDOW_FRAMES:
         yield Window(0, frames, 0)

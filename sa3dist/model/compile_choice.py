@@ -1,9 +1,9 @@
-"""Whether a run on a CUDA device compiles; imports no torch, so that a start knows before it has imported that."""
+"""Whether a run on CUDA compiles. Imports no torch, so that a start can decide before importing it."""
 
-# Compiling the functions takes about half a minute; a run this long gains more than that if it gains anything.
+# Compiling takes about half a minute; a run of this many steps gains more than that, if it gains at all.
 STEPS_WORTH_COMPILING = 200
 
 
 def compiles_on_cuda(choice: str, steps: int) -> bool:
-    """choice: auto, on or off. ``auto`` does where a run is long enough."""
+    """choice: auto, on or off; ``auto`` compiles if the run is long enough."""
     return choice == "on" or (choice == "auto" and steps >= STEPS_WORTH_COMPILING)

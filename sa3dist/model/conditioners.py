@@ -32,7 +32,7 @@ class NumberConditioner(nn.Module):
     def forward(self, values_B: Tensor, dtype: torch.dtype, reference_numerics: bool = False) -> Tensor:
         """(B,) to (B, 1, C). Values are clamped to the configured range.
 
-        dtype               the format of activations, which the features are cast to
+        dtype               of activations; the features are cast to it
         reference_numerics  round the normalised number to ``dtype`` before its features, as the reference does
         """
         value = (values_B.float().clamp(self.lowest, self.highest) - self.lowest) / (self.highest - self.lowest)
@@ -63,7 +63,7 @@ class PromptConditioner(nn.Module):
         if self.padding_mode == "none":
             return embeds_BLC
         valid = mask_BL.bool()[..., None]
-        # where, not a product: what stands at a padded position may be anything, NaN included.
+        # where, not a product: a padded position may hold anything, NaN included.
         filler = self.padding_embedding if self.padding_mode == "learned" else embeds_BLC.new_zeros(())
         return torch.where(valid, embeds_BLC, filler)
 

@@ -1,6 +1,6 @@
-"""``model_config.json`` as typed settings: what the network is built from; defaults are the reference constructor's.
+"""``model_config.json`` as typed settings; defaults are the reference constructor's.
 
-Options of which this network has one form only are no fields: ``parse_config`` checks that a file asks for that form.
+Options that this network supports in one form only have no field: ``parse_config`` checks that a file asks for it.
 """
 
 import dataclasses
@@ -50,9 +50,9 @@ class DiTConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ResamplingConfig:
-    """``encoder.config`` or ``decoder.config`` of a SAME autoencoder, every option of it.
+    """``encoder.config`` or ``decoder.config`` of a SAME autoencoder, with all its options.
 
-    Its ``repr`` is part of the keys of cached latents, so a field added or removed here means encoding again.
+    Its ``repr`` is part of the keys of cached latents: after adding or removing a field, everything is encoded again.
     """
 
     in_channels: int = 2
@@ -155,7 +155,7 @@ class ShiftConfig:
 class ModelConfig:
     """A whole diffusion model. ``source`` is the file it came from; ``sample_size`` is in samples per channel.
 
-    post_trained   sampled in few steps, each of which adds fresh noise; a base is integrated by Euler steps
+    post_trained   sampled in few steps, each adding fresh noise; a base is integrated by Euler steps
     """
 
     source: str

@@ -1,8 +1,8 @@
-"""cuDNN's attention where torch's own way to it lacks a call, through NVIDIA's Python package.
+"""cuDNN's attention through NVIDIA's Python package, for two calls that torch's own binding lacks.
 
-One is for a clip that does not fill its list of tokens: it stops where the clip ends, a length that is read on the
-device. The other is a backward pass that reads one gradient for both members of a pair: torch would copy it for each.
-Graphs are built once for each number of tokens.
+One stops where the clip ends, at a length read on the device: for a clip that does not fill its list of tokens. The
+other is a backward pass that reads one gradient for both members of a pair; torch would copy it for each. Graphs are
+built once per number of tokens.
 
 Legend: B batch (members of a differential pair), H heads, K query tokens, J key tokens, D head width.
 """
@@ -24,7 +24,7 @@ Layout = tuple[tuple[int, ...], tuple[int, ...]]
 class CudnnAttention:
     """Forward and backward pass for one layout of queries, keys and values.
 
-    Padded, whatever the tensors hold behind the clip's end is not read, and what is given back there is not defined.
+    If padded, values behind the clip's end are not read, and results there are undefined.
     """
 
     def __init__(
@@ -32,10 +32,10 @@ class CudnnAttention:
     ) -> None:
         """q, k, v: shape and strides of (B, H, K, D), (B, H, J, D) and (B, H, J, D).
 
-        padded   whether the clip may end ahead of K, which is J then. If not, there is no forward pass: torch has it
+        padded   whether the clip may end before K, which then equals J. If not, there is no forward pass: torch has it
         exact    whether two backward passes must agree to the last bit
 
-        Raises what cuDNN raises where it has no such kernel.
+        Raises cuDNN's own exceptions if it has no such kernel.
         """
         batch, heads, tokens, width = q[0]
         made, made_of_keys = _tokens_first(q[0]), _tokens_first(k[0])
@@ -66,9 +66,9 @@ class CudnnAttention:
         return torch.empty_strided(*layout, dtype=dtype, device=self._device)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, length_1: Tensor) -> tuple[Tensor, Tensor]:
-        """Output (B, H, K, D), and the logs of the softmax' sums (B, H, K, 1), float32.
+        """Output (B, H, K, D), and the logarithms of the softmax sums (B, H, K, 1), float32.
 
-        length_1   int32, on the device: how many tokens are the clip's
+        length_1   int32, on the device: number of tokens of the clip
         """
         made = self._forward(length_1, q=q, k=k, v=v)
         return made["out"], made["sums"]
@@ -137,7 +137,7 @@ class _Graph:
 
 
 def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, padded: bool) -> CudnnAttention | None:
-    """The kernels for tensors laid out like these, (B, H, K, D) in 16 bits on CUDA; None where they cannot be had."""
+    """The kernels for tensors of this layout, (B, H, K, D) in 16 bits on CUDA; None if cuDNN has none."""
     layouts = ((tuple(x.shape), x.stride()) for x in (q, k, v))
     return _built(*layouts, padded, torch.are_deterministic_algorithms_enabled(), q.dtype, q.device)
 
@@ -152,7 +152,7 @@ def _built(
     try:
         return CudnnAttention(q, k, v, padded, exact, dtype, device)
     except Exception as problem:
-        # Whatever cuDNN says: torch has kernels for any layout.
+        # Any error of cuDNN: torch has kernels for every layout.
         _say(str(problem).partition("\n")[0])
         return None
 

@@ -28,12 +28,12 @@ from sa3dist.model.packing import FilledPacking, Packing
 from sa3dist.model.self_attention import kernel_works
 from sa3dist.model.token_layout import Filled, Packed, Padded
 
-# False: the feed-forward's gate is differentiated by autograd, as it is for layouts other than ``Filled``.
+# False: autograd differentiates the feed-forward's gate, as it does for layouts other than ``Filled``.
 GATE_AS_ONE = True
 
 
 class Shared(NamedTuple):
-    """What every layer of one forward reads, computed once.
+    """Inputs of every layer in one forward pass, computed once.
 
     context_BSE, repeated (the context token that stands for several, see CrossAttention), local (G, frames, C) or None
     (one frame may stand for all), rotary (cos, signed sin, half width), layout (which token belongs to which clip)
@@ -47,7 +47,7 @@ class Shared(NamedTuple):
 
 
 def two_layers(inner: int, outer: int, bias: bool) -> nn.Sequential:
-    """Linear, SiLU, Linear: the shape of every conditioning embedder."""
+    """Linear, SiLU, Linear: the form of every conditioning embedder."""
     return nn.Sequential(nn.Linear(inner, outer, bias=bias), nn.SiLU(), nn.Linear(outer, outer, bias=bias))
 
 
@@ -68,7 +68,7 @@ def add_gated(h_GNE: Tensor, gate_BE: Tensor, branch_GNE: Tensor, layout) -> Ten
 class Block(nn.Module):
     """One layer: modulated self-attention, cross-attention, local conditioning, modulated feed-forward."""
 
-    # ``compile_elementwise`` may put compiled ones in their place.
+    # ``compile_elementwise`` may replace them by compiled ones.
     modulated_norm = staticmethod(modulated_norm)
     add_gated = staticmethod(add_gated)
 
@@ -113,8 +113,8 @@ class Transformer(nn.Module):
         super().__init__()
         width, channels = config.embed_dim, config.io_channels
         self.head_dim = config.head_dim
-        # Blocks, from the first on, that are computed again in the backward pass instead of kept: the first are the
-        # last to be needed, when what the others kept is free again.
+        # Number of first blocks that are recomputed in the backward pass: they are needed last, when the memory of what
+        # the others kept is free again.
         self.recomputed_blocks = 0
         self.project_in = nn.Linear(channels, width, bias=False)
         self.project_out = nn.Linear(width, channels, bias=False)
@@ -124,11 +124,11 @@ class Transformer(nn.Module):
         self.rotary_pos_emb = RotaryEmbedding(max(config.head_dim // 2, 32))
         self.global_cond_embedder = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 6 * width))
         self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
-        # ``compile_blocks`` may put a compiled one in its place.
+        # ``compile_blocks`` may replace it by a compiled one.
         self.run_block = Block.forward
-        # Set where adapted weights are formed for every use of a block, whose number it is given.
+        # Called with a block's number before each use, where adapted weights are formed per use.
         self.form_block: Callable[[int], None] | None = None
-        # By its number, what a block is run by: it is given a function and its arguments, as ``checkpoint`` is.
+        # By block number: runs the block instead of ``checkpoint``, with the same arguments.
         self.own_runs: dict[int, Callable[..., Tensor]] = {}
 
     def forward(
@@ -154,9 +154,9 @@ class Transformer(nn.Module):
             rotary=(cos, sin, self.rotary_pos_emb.inv_freq.numel()),
             layout=layout,
         )
-        # No block draws anything, and a CUDA graph that is recorded must not ask for a generator's state.
+        # No block draws random numbers, and a recorded CUDA graph must not read a generator's state.
         recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        # The next block's weights take the place of those that a backward pass would have kept.
+        # With weights formed per use every block is recomputed: the next block's weights overwrite those it would need.
         recomputed = self.recomputed_blocks if self.form_block is None else len(self.layers)
         recomputed = recomputed if torch.is_grad_enabled() else 0
         for i, modulation in enumerate(self.modulations(global_BE, dtype)):
@@ -170,7 +170,7 @@ class Transformer(nn.Module):
         return run_block(self.layers[number], *given)
 
     def modulations(self, global_BE: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
-        """Six (B, E) tensors for every layer, all layers in a handful of operations."""
+        """Six (B, E) tensors for every layer, computed for all layers in a handful of operations."""
         own_L6E = torch.stack([layer.to_scale_shift_gate.to(dtype) for layer in self.layers])
         both = (own_L6E[:, None] + self.global_cond_embedder(global_BE)).to(dtype)
         # (L, B, 6E): scale, shift, gate of the attention, then of the feed-forward.
@@ -178,13 +178,13 @@ class Transformer(nn.Module):
         scale = 1 + parts[..., 0, :]
         shift = parts[..., 1, :]
         gate = torch.sigmoid(1 - parts[..., 2, :])
-        # Taken apart in one operation: the gradient of each part alone would fill, copy and add a tensor of all layers.
+        # One unbind: separate slices would each fill, copy and add a gradient of all layers.
         each_BE = torch.stack([scale, shift, gate], dim=3).permute(0, 2, 3, 1, 4).flatten(0, 2).unbind()
         return [each_BE[i : i + 6] for i in range(0, len(each_BE), 6)]
 
 
 def working_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """Format of activations over weights stored as ``stored``: the same, unless autocast uses another 16-bit format.
+    """Dtype of activations over weights stored as ``stored``: the same, unless autocast uses another 16-bit dtype.
 
     torch refuses to mix the two: a float16 base trains under bfloat16 autocast with bfloat16 activations.
     """
@@ -214,7 +214,7 @@ class DiT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The frozen base's dtype: read from a tensor no adapter replaces."""
+        """The frozen base's dtype, read from a tensor that no adapter replaces."""
         return self.transformer.layers[0].to_scale_shift_gate.dtype
 
     def timestep_features(self, t_B: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ class DiT(nn.Module):
         local = None if local_BCT is None else local_BCT.to(dtype).transpose(1, 2)
         layouts = self.layouts(x_BCT, padding_mask_BT, packing)
         parts = [self._velocity(layout, x_BTC, context, embed, local, dtype) for layout in layouts]
-        # Every layout gives zeros where it computes nothing.
+        # Each layout returns zeros where it computes nothing, so the parts add up.
         return functools.reduce(torch.add, parts)
 
     def layouts(

@@ -61,7 +61,7 @@ def _existing_directory(name: str) -> Path:
 
 
 def known_config(name_or_directory: str | Path) -> ModelConfig:
-    """The parsed config of a released name, as published and without the hub, or of a directory; weights stay unread.
+    """The parsed config of a released name (built in, without the hub) or of a directory. Reads no weights.
 
     Raises CheckpointError.
     """
@@ -73,7 +73,7 @@ def known_config(name_or_directory: str | Path) -> ModelConfig:
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every key of ``model.safetensors`` with its shape, as the config implies them."""
+    """Every key of ``model.safetensors`` with its shape, as the config implies."""
     with torch.device("meta"):
         return {
             **tensor_shapes(wrapped(DiT(config.dit)), MODEL_PREFIX),
@@ -83,14 +83,14 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def meta_roots(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
-    """The modules adapter layers live in, on the meta device: names and shapes, no values."""
+    """The modules that hold adapter layers, on the meta device: names and shapes, no values."""
     with torch.device("meta"):
         return wrapped(DiT(config.dit)), Conditioners(config)
 
 
 @dataclasses.dataclass(frozen=True)
 class BaseOnDisk:
-    """A base that is checked as strictly as ``load_base`` does, but not loaded: its tensors are read one by one."""
+    """A base checked as strictly as by ``load_base``, but not loaded: its tensors are read one by one."""
 
     files: BaseFiles
     config: ModelConfig
@@ -107,7 +107,7 @@ class BaseOnDisk:
 
     @property
     def adapter_roots(self) -> tuple[nn.Module, nn.Module]:
-        """What ``Base.adapter_roots`` is, without values."""
+        """``Base.adapter_roots`` without values."""
         return meta_roots(self.config)
 
     def fp32_weight(self, name: str) -> torch.Tensor:

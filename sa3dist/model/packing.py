@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class TensorFields:
-    """A dataclass whose tensors, those of fields of this kind included, move together."""
+    """A dataclass whose tensors move together, including those of fields that are TensorFields."""
 
     def _each(self, change: Callable[[Any], Any]) -> Self:
         fields = {name: value for name, value in vars(self).items() if isinstance(value, Tensor | TensorFields)}
@@ -37,7 +37,7 @@ class TensorFields:
 class Packing(TensorFields):
     """The valid frames of a padded batch, clip after clip.
 
-    Lengths are host numbers, so that nothing has to be asked of a device; the loader's workers make it.
+    Made by the loader's workers. Lengths are host numbers, so that no device has to be asked.
 
     frames    frames of the padded batch
     lengths   valid frames of every clip
@@ -50,20 +50,20 @@ class Packing(TensorFields):
 
     @classmethod
     def of(cls, valid_BT: Tensor) -> Packing:
-        """The packing of a mask on the CPU, True = valid; any frames, not only leading ones."""
+        """The packing of a mask on the CPU, True = valid; valid frames may be anywhere, not only leading."""
         return cls(valid_BT.shape[1], tuple(valid_BT.sum(1).tolist()), valid_BT.flatten().nonzero().squeeze(1))
 
 
 @dataclasses.dataclass(frozen=True)
 class FilledPacking(TensorFields):
-    """Clips packed into one list of a given number of tokens: one more clip, the filling, makes up what is missing.
+    """Clips packed into one list with a given number of tokens; an extra clip, the filling, fills the rest.
 
     The filling attends only to itself and enters no loss. Everything is a tensor, so that one compiled program or CUDA
-    graph serves all lengths. The filling has the last clip's modulation and context; its tokens are finite and no
+    graph serves all lengths. The filling uses the last clip's modulation and context; its tokens are finite and no
     gradient reaches them, so they add zeros to every sum.
 
-    table_5K   int64, per token: index of its frame among the B * T flattened ones (0 where it is none); which memory
-               token it is (0 where none); index of its velocity among them (B * T where it is no frame of a clip);
+    table_5K   int64, per token: index of its frame among the B * T flattened ones (0 if none); number of its memory
+               token (0 if none); index of its velocity among the flattened frames (B * T if it is no clip's frame);
                rotary position; clip
     start_S    int32 (B + 2): first token of every clip and of the filling, and K; (2) for one clip without a filling
     """
@@ -92,7 +92,7 @@ class FilledPacking(TensorFields):
             part[3], part[4] = torch.arange(count), clip
             parts.append(part)
         filling[2], filling[4] = outside, len(lengths) - 1
-        # One clip alone is a shape of its own: its attention need not ask where it ends.
+        # One clip alone is a shape of its own: its attention need not look up where it ends.
         spans = [*counts, missing] if missing or len(counts) > 1 else counts
         starts = torch.tensor([0, *spans]).cumsum(0).to(torch.int32)
         return cls(torch.cat([*parts, filling], dim=1), starts)

@@ -1,4 +1,4 @@
-"""Parse ``model_config.json``: absent keys mean their defaults, unknown ones nothing, unsupported values are errors."""
+"""Parse ``model_config.json``: absent keys get defaults, unknown keys are ignored, unsupported values are errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sa3dist.model.config import (
 )
 from sa3dist.model.frequencies import FEATURES
 
-# Options that decide which network is built: what an absent key means, then the values this network can represent.
+# Options that decide which network is built: the value of an absent key, then the values this network supports.
 _DIT_OPTIONS = {
     "patch_size": (1, 1),
     "project_cond_tokens": (True, True),
@@ -71,7 +71,7 @@ _CONDITIONING_IDS = {
 
 
 class _Section:
-    """One JSON object and where it stands, so that every message can name file and key."""
+    """One JSON object and its path in the file, so that every message can name file and key."""
 
     def __init__(self, value, source: str, path: str):
         self.source, self.path = source, path
@@ -97,7 +97,7 @@ class _Section:
         return value
 
     def read(self, cls, options: dict[str, tuple], **parsed):
-        """Build ``cls`` from the keys it has as fields, once ``options`` are found to be supported.
+        """Check that ``options`` are supported, then build ``cls`` from the keys that are its fields.
 
         parsed   fields already built from nested objects
         """
@@ -258,7 +258,7 @@ def _check_resampling(section: _Section, config: ResamplingConfig) -> None:
 def _fits(value, annotation) -> bool:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return any(_fits(value, member) for member in typing.get_args(annotation))
-    # To Python a bool is a whole number.
+    # In Python a bool is an int.
     fits = isinstance(value, (int, float) if annotation is float else annotation)
     return fits and (annotation is bool or not isinstance(value, bool))
 

@@ -14,10 +14,10 @@ from sa3dist.model.loading import expected_tensors
 from sa3dist.model.parse_config import parse_model_config
 from sa3dist.model.released import released_config
 
-# Key pattern -> (mean, spread) of the entries; the first match counts. Nothing is at its initial value: zeros and ones
+# Key pattern -> (mean, spread) of the entries; the first match counts. Nothing has its initial value: zeros and ones
 # hide wrong terms.
 _VECTORS = {
-    # SAME's differential attention subtracts two softmaxes: they must be sharp, or nothing is left.
+    # SAME's differential attention subtracts two softmaxes: unless they are sharp, nothing remains.
     "pretransform.*.[qk]_norm.gamma": (3.0, 0.3),
     "*.gamma": (1.0, 0.1),
     "*.beta": (0.0, 0.05),
@@ -27,7 +27,7 @@ _VECTORS = {
     "*.memory_tokens": (0.0, 1.0),
     "*.new_tokens": (0.0, 0.2),
     "*.padding_embedding": (0.0, 1.0),
-    # Audio has an RMS around 0.1: up to 1 inside SAME, and down again after it.
+    # Audio has an RMS of about 0.1: scale it up to 1 inside SAME, and down again at the end.
     "*.encoder.*.weight_g": (10.0, 1.0),
     "*.decoder.*.weight_g": (0.1, 0.01),
     "*.scaling_factor": (1.0, 0.1),
@@ -49,7 +49,7 @@ _GAINS = {
 class RandomWeights:
     """Tensors as a pure function of (seed, key, shape, kind of device); read like a checkpoint file.
 
-    device   where they are drawn, wherever they are read to: an accelerator fills a large base much faster
+    device   where they are drawn, whatever device they are read to: an accelerator fills a large base much faster
     """
 
     def __init__(self, config: ModelConfig, seed: int, device: torch.device | str = "cpu"):
@@ -58,7 +58,7 @@ class RandomWeights:
         self.digest = digest_of("random weights", self.device.type, str(seed), repr(sorted(self.shapes.items())))
 
     def read(self, name: str, shape: tuple[int, ...] | None, device, dtype: torch.dtype) -> Tensor:
-        """One tensor. ``shape`` is known here already; it is a parameter so that a file can be read the same way."""
+        """One tensor. ``shape`` is given so that a checkpoint file can be read by the same call."""
         shape = self.shapes[name]
         if name.endswith("inv_freq"):
             exponents = torch.arange(shape[0], dtype=torch.float32) / shape[0]

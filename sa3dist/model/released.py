@@ -1,4 +1,4 @@
-"""The released base models: their names, where they live, and their configs as values in code."""
+"""The released base models: their names, repositories and configs."""
 
 from sa3dist.errors import CheckpointError
 

@@ -14,20 +14,20 @@ from sa3dist.errors import CheckpointError, EnvironmentFailure
 from sa3dist.formats import atomic_path, write_whole
 
 COPY_BYTES = 16 << 20
-# The format's names of the number formats a weight may be stored in.
+# The format's names for dtypes that a weight may be stored in.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file, whole or not at all; equal contents give equal bytes. ModelSpec's entries get its hash."""
+    """Write a file atomically; equal contents give equal bytes. If it has ModelSpec metadata, adds the hash."""
     data = io.BytesIO(safetensors.torch.save(dict(tensors), dict(metadata)))
     header, start = read_header(data, path)
     if "modelspec.sai_model_spec" in metadata:
-        # Of all bytes behind the header.
+        # Hash of all bytes behind the header.
         header["__metadata__"]["modelspec.hash_sha256"] = f"0x{hashlib.sha256(data.getbuffer()[start:]).hexdigest()}"
     # Sorted: safetensors writes the metadata in an order that changes from run to run.
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    # Not save_file: it replaces the temporary by a file that only its owner can read.
+    # Not save_file, which would replace the temporary file by one that only its owner can read.
     write_whole(path, _header_bytes(header) + data.read())
 
 
@@ -68,7 +68,7 @@ def read_header(file: BinaryIO, path: str | Path) -> tuple[dict, int]:
 def _header_bytes(header: dict) -> bytes:
     """The start of a safetensors file, up to its data."""
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    # The format keeps tensor data aligned to 8 bytes by spaces after the header.
+    # The format pads the header with spaces, so that tensor data is aligned to 8 bytes.
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 

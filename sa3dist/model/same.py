@@ -55,7 +55,7 @@ class Layer(nn.Module):
 
 
 class Resampler(nn.Module):
-    """The transformer both directions share: groups of S old and new tokens, a window or chunks, per-token layers."""
+    """The transformer of both directions: groups of S old and new tokens, a window or chunks, per-token layers."""
 
     def __init__(self, config: ResamplingConfig, token_count: int, sinusoidal_blocks: int, inner: int, outer: int):
         super().__init__()
@@ -85,7 +85,7 @@ class Resampler(nn.Module):
         half = len(self.transformers) // 2
         h_BNW = in_chunks(self.transformers[:half], h_BNW, chunk)
         shift = chunk // 2
-        # The second half of the layers sees chunks across the borders of the first half's chunks.
+        # In the second half of the layers, chunks span the borders of the first half's chunks.
         h_BNW = torch.cat([h_BNW[:, :shift], h_BNW, h_BNW[:, -shift:]], dim=1)
         return in_chunks(self.transformers[half:], h_BNW, chunk)[:, shift:-shift]
 
@@ -100,7 +100,7 @@ def in_chunks(layers: nn.ModuleList, h_BNW: Tensor, chunk: int) -> Tensor:
 
 
 class Downsampler(Resampler):
-    """Patches to one vector per latent frame: the new token at the end of each group gathers the group."""
+    """Patches to one vector per latent frame: the new token at the end of each group summarises the group."""
 
     def __init__(self, config: ResamplingConfig):
         super().__init__(config, 1, 0, config.in_channels, config.width)
@@ -179,13 +179,13 @@ class Bottleneck(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Audio to latents and back. Noise the reference always adds is off unless its draws are given."""
+    """Audio to latents and back. The noise that the reference always adds is off unless its draws are given."""
 
     def __init__(self, config: AutoencoderConfig, parts: tuple[str, ...] = ("encoder", "decoder")):
         super().__init__()
         self.config = config
         self.bottleneck = Bottleneck(config.bottleneck)
-        # A part left out has no tensors, in memory or in the state dict, until someone assigns it.
+        # A part left out has no tensors, neither in memory nor in the state dict, until it is assigned.
         self.register_module("encoder", Encoder(config.encoder) if "encoder" in parts else None)
         self.register_module("decoder", Decoder(config.decoder) if "decoder" in parts else None)
 

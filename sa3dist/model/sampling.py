@@ -101,7 +101,7 @@ def guided_velocity(
     null = torch.zeros_like(cross_BSC) if null_cross_BSC is None else null_cross_BSC
 
     def twice(value: Tensor | None) -> Tensor | None:
-        # One row stands for the whole batch already.
+        # One row may stand for the whole batch already.
         return value if value is None or len(value) == 1 != len(x_BCT) else torch.cat([value, value])
 
     both = torch.cat([cross_BSC, null])
@@ -116,9 +116,9 @@ def negative_cross(cross_BSC: Tensor, mask_BS: Tensor) -> Tensor:
 
 
 def euler(velocity: Callable[[Tensor, Tensor], Tensor], noise_BCT: Tensor, schedule: Tensor) -> Tensor:
-    """Integrate from noise to latents; ``velocity(x, t_B)`` is never asked at t = 0."""
+    """Integrate from noise to latents; ``velocity(x, t_B)`` is never called at t = 0."""
     x = noise_BCT
-    # The schedule is read on the host once, not once per step.
+    # Read the schedule to the host once, not once per step.
     times = schedule.tolist()
     for now, then in zip(times[:-1], times[1:], strict=True):
         x = x + (then - now) * velocity(x, x.new_full((len(x),), now))
@@ -157,8 +157,8 @@ def sample(
 ) -> Tensor:
     """Latents (B, D, T) for prompts; ``base.decode_latents`` makes them audio.
 
-    noise         float32 (B, D, T): what the sampling begins with for 0, and what a post-trained model's steps add
-    prompts       as from ``base.encode_prompts``        seconds   length of every item
+    noise         float32 (B, D, T): noise(0) is the start, later ones are added by a post-trained model's steps
+    prompts       from ``base.encode_prompts``        seconds   length of every item
     keep_BT       True = valid frame, None = all
     before_step   called before every evaluation of the network; what it raises ends the sampling
     """

@@ -1,10 +1,9 @@
-"""Self-attention from the packed projection on: norm and rotation of queries and keys, attention, and their gradient.
+"""Self-attention from the packed projection on: norm and rotation of queries and keys, attention, and the gradient.
 
-On a GPU queries and keys are made by a kernel of their own. They are not kept for the backward pass, which makes them
-again: four widths of the stream, for a pass over eight. The gradient of all of it is one operator, opaque to
-torch.compile: what cuDNN gives back is read where it lies, in any layout, and turned into the projection's gradient in
-one pass (``qkv_gradient``). Left to the compiler that were a copy of the values' gradient and two kernels with float32
-values between them.
+On a GPU a kernel makes queries and keys. They are not kept for the backward pass, which makes them again: that saves
+four widths per token for a pass over eight. The whole gradient is one operator, opaque to torch.compile: it reads what
+cuDNN returns in any layout and turns it into the projection's gradient in one pass (``qkv_gradient``). The compiler
+would copy the values' gradient and launch two kernels with float32 values between them.
 
 Legend: K tokens, S parts of the projection, P members of a pair, H heads, D head width, C clips.
 """
@@ -22,11 +21,11 @@ from sa3dist.model.varlen_attention import attention_gradients, difference
 
 
 def self_attention(qkv_KSHD: Tensor, norm: HeadNorm, is_clips_K: Tensor, start_C1: Tensor) -> Tensor:
-    """Attention of every clip's tokens to each other, (K, H, D); of a pair the first member's less the second's.
+    """Attention of every clip's tokens to each other, (K, H, D); for a pair, the first member's minus the second's.
 
-    qkv_KSHD     rows of the projection: q, k, v and, of a pair, the second member's q and k
-    is_clips_K   bool: False where the tokens are a filling's. What is returned there may be anything, NaN included;
-                 where ``has_kernel``, what comes back for it may be, too
+    qkv_KSHD     rows of the projection: q, k, v and, for a pair, the second member's q and k
+    is_clips_K   bool: False for tokens of a filling. Results there may be anything, NaN included; where
+                 ``has_kernel``, so may incoming gradients
     start_C1     see ``varlen_attention``
     """
     gammas = norm.gamma_q_D.to(qkv_KSHD.dtype), norm.gamma_k_D.to(qkv_KSHD.dtype)
@@ -90,9 +89,9 @@ define(
 
 @functools.cache
 def kernel_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels run on ``device`` and agree with torch; if not, the log says why.
+    """Whether the kernels run on ``device`` and agree with torch; if not, logs why.
 
-    On a CPU they are torch itself.
+    On a CPU the operators are torch itself.
     """
     if device.type == "cpu":
         return True

@@ -26,7 +26,7 @@ class SlidingWindow:
         query = starts + torch.arange(self.queries, device=device)[:, None]
         key = starts - left + torch.arange(self.keys, device=device)
         band = (key >= query - left) & (key <= query + right) & (key >= 0) & (key < length)
-        # Rows that only fill up the last block may see everything: a row without keys would be NaN.
+        # Rows that only fill up the last block may attend to everything: a row without keys would be NaN.
         self.mask_QK = (band | (query >= length))[None]
 
     def attend(self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tensors of a safetensors file on their way to an accelerator: through pinned memory, by several threads at a time."""
+"""Read tensors of a safetensors file to an accelerator: through pinned memory, in several threads."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -15,39 +15,39 @@ from sa3dist.model.rewrite_safetensors import DTYPES, read_header
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# One thread reads some GB/s even of a file in memory; a bus takes tens.
+# One thread reads some GB/s even from memory; the bus takes tens.
 THREADS = 8
-# Of host memory a tensor needs while it is read, and of the device's beside what it becomes.
+# Host memory a tensor needs while it is read; also extra device memory.
 STAGED_BYTES = 16 << 20
 
 
 def staged(device: torch.device | str) -> bool:
-    """Whether tensors go to ``device`` this way. For a CPU they are mapped, and rounded by all its cores together."""
+    """Whether tensors go to ``device`` this way. On a CPU they are mapped, and rounded by all cores together."""
     return torch.device(device).type == "cuda"
 
 
 class StagedFile:
-    """A safetensors file whose tensors are read piece by piece, each rounded where it has gone; any thread may read.
+    """A safetensors file whose tensors are read in pieces, each rounded on the device; any thread may read.
 
-    Reading a mapped file instead takes a page fault for every few kB, and leaves its copy to the driver's own thread.
+    Copying from a mapped file would cause a page fault every few kB, and run in the driver's single thread.
     """
 
     def __init__(self, path: Path) -> None:
-        """path: of a file that safetensors has opened, so that its header is whole."""
+        """path: of a file that safetensors has opened, so that its header is valid."""
         self.path = path
         self._file = path.open("rb", buffering=0)
         self._header, self._begin = read_header(self._file, path)
 
     def holds(self, name: str) -> bool:
-        """Whether ``read`` knows the tensor's number format."""
+        """Whether ``read`` supports the tensor's dtype."""
         return self._header[name]["dtype"] in DTYPES
 
     def begin_of(self, name: str) -> int:
-        """Where the tensor's first byte lies."""
+        """Offset of the tensor's first byte."""
         return self._begin + self._header[name]["data_offsets"][0]
 
     def read(self, name: str, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """One tensor on ``device`` in ``dtype``. Raises CheckpointError where the file ends too early."""
+        """One tensor on ``device`` in ``dtype``. Raises CheckpointError when the file ends too early."""
         entry = self._header[name]
         stored, offset = DTYPES[entry["dtype"]], self.begin_of(name)
         made = torch.empty(entry["shape"], dtype=dtype, device=device)
@@ -56,7 +56,7 @@ class StagedFile:
         for first in range(0, len(values), step):
             part = memory[: len(values) - first]
             self._read_into(part.view(torch.uint8).numpy(), offset + first * stored.itemsize)
-            # Sent as it is stored and waited for: the next piece is read into the same memory.
+            # Sent in the stored dtype; wait for it, since the next piece is read into the same memory.
             values[first : first + step].copy_(part.to(device))
         return made
 
@@ -74,15 +74,15 @@ class StagedFile:
 
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item], device: torch.device | str) -> Iterable[Result]:
-    """``work`` of every item in their order, by several threads where ``staged``, else one after the other.
+    """``work`` of every item, in order; in several threads if ``staged``, else one after the other.
 
-    Raises what ``work`` raised first in that order; what had not begun by then never does.
+    Raises the first exception in that order; items not begun by then are skipped.
     """
     if not staged(device):
         yield from map(work, items)
         return
     index = torch.device(device).index
-    # Otherwise a thread's own device would be the first of the machine.
+    # Otherwise a thread would use the machine's first device.
     here = torch.cuda.current_device() if index is None else index
     with ThreadPoolExecutor(THREADS, "read the base", torch.cuda.set_device, (here,)) as executor:
         yield from executor.map(work, items)

@@ -1,4 +1,4 @@
-"""The T5Gemma text encoder: where it is found, how it is loaded, and prompts to hidden states."""
+"""The T5Gemma text encoder: finding it, loading it, and turning prompts into hidden states."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ from sa3dist.model.hub import hub_folder
 from sa3dist.model.kept_digests import KeptDigests
 
 DECIDING_SUFFIXES = (".safetensors", ".json", ".model")
-# Below this, hashing a file costs no more than looking up its digest.
+# Hashing a smaller file costs no more than looking up its digest.
 LARGE_BYTES = 1 << 20
 NEEDED_FILES = ("config.json", "tokenizer_config.json")
 ENCODER_MODULE = "transformers.models.t5gemma.modeling_t5gemma"
@@ -30,12 +30,12 @@ ENCODER_MODULE = "transformers.models.t5gemma.modeling_t5gemma"
 
 @dataclasses.dataclass(frozen=True)
 class TextSource:
-    """Where the text encoder is looked for, in this order.
+    """Where to look for the text encoder, in this order.
 
-    override         what the user passed as ``text_encoder``: a directory, or ``org/name[/subfolder]`` on the hub
-    model_directory  the checkpoint's own directory, whose subfolder is used when present
+    override         the user's ``text_encoder``: a directory, or ``org/name[/subfolder]`` on the hub
+    model_directory  the checkpoint's own directory, if it has the subfolder
     base_repo        hub repository of a released base: the config's own repo_id names the post-trained twin, which is
-                     gated separately, while the bytes are the same
+                     gated separately, although the bytes are the same
     config           the config's model_path, repo_id and model_name, with its subfolder
     """
 
@@ -72,8 +72,8 @@ class TextSource:
         return digest_of(*parts)
 
     def begin_digest(self, kept: KeptDigests) -> None:
-        """Let threads hash the large files of ``digest``, where they are on this machine."""
-        # What is missing, cannot be read, or is on the hub still, is for who asks for the digest: on every rank.
+        """Start hashing the large files of ``digest`` in threads, if they are on this machine."""
+        # Whoever asks for the digest, on every rank, reports a file that is missing, unreadable or still on the hub.
         with contextlib.suppress(CheckpointError, OSError):
             for path in filter(_is_large, _deciding_files(self.resolve(local_only=True))):
                 kept.begin(path, "file", functools.partial(file_sha256, path))
@@ -104,20 +104,20 @@ def _is_large(path: Path) -> bool:
 
 @functools.cache
 def begin_imports() -> Future[ModuleType]:
-    """Let a thread import what the encoder is made of: seconds, of which a GPU that encodes clips leaves the most.
+    """Start a thread that imports the encoder's libraries: seconds, most of which a GPU that encodes clips leaves free.
 
-    Only that: transformers sets torch's default format, of all threads, while it loads a model.
+    The import only: while loading a model, transformers sets torch's default dtype for all threads.
     """
     return ThreadPoolExecutor(1, "import the text encoder").submit(importlib.import_module, ENCODER_MODULE)
 
 
 class TextEncoder:
-    """Tokenizer and encoder. Deliberately no nn.Module: no adapters, no casts, no state dict."""
+    """Tokenizer and encoder. Deliberately not an nn.Module: no adapters, no casts, no state dict."""
 
     def __init__(self, source: TextSource, device: torch.device | str):
         self.max_length = source.config.max_length
         directory = source.resolve()
-        # What failed there fails again, and is told. Two threads must not be among the same modules.
+        # A failed import fails again below, with a message. Wait: two threads must not import the same modules at once.
         begin_imports().exception()
         with quiet_transformers():
             self.tokenizer = load_tokenizer(directory)
@@ -140,7 +140,7 @@ class TextEncoder:
 
 
 def require_list(prompts: list[str]) -> None:
-    """Raises ValueError for no prompts, and for a bare string, which would be taken for a list of letters."""
+    """Raises ValueError for no prompts, and for a bare string, which would count as a list of letters."""
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts is {prompts!r}, expected a list of at least one string")
 
@@ -169,7 +169,7 @@ def load_encoder(directory: Path):
         raise CheckpointError(f"{directory}: not a loadable T5Gemma encoder ({first_line(error)})") from error
     missing = sorted(info["missing_keys"])
     if missing:
-        # transformers would go on with random values there.
+        # transformers would use random values there.
         raise CheckpointError(f"{directory}: {len(missing)} encoder weights are missing: {', '.join(missing[:3])}")
     width = model.config.encoder.hidden_size
     if width != HIDDEN_WIDTH:
@@ -179,7 +179,7 @@ def load_encoder(directory: Path):
 
 @contextlib.contextmanager
 def quiet_transformers():
-    """No progress bar and no report about the decoder's weights, which are unused on purpose."""
+    """No progress bar, and no report about the decoder's weights, which are deliberately unused."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

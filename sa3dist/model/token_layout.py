@@ -1,8 +1,8 @@
-"""The layouts of a batch's clips in the transformer's tokens: padded side by side, or packed into one list.
+"""How a batch's clips become the transformer's tokens: padded side by side, or packed into one list.
 
-``Filled`` is a packed list of a fixed length. A layout brings frames in and out, and does what depends on which token
-belongs to which clip; everything else in the network works token by token and sees (G, N, E) tokens: G = B padded
-clips, or G = 1 list of all clips' tokens.
+``Filled`` is a packed list of a fixed length. A layout brings frames in and out, and does everything that depends on
+which token belongs to which clip. The rest of the network works token by token on (G, N, E) tokens: G = B padded clips,
+or G = 1 list of all clips' tokens.
 
 Legend: B clips, C channels, T frames, M memory tokens, H heads (of both members of a pair), S context tokens,
 D head width.
@@ -22,26 +22,26 @@ from sa3dist.model.varlen_attention import has_kernel, varlen_attention
 
 
 class Layout:
-    """What the layouts share: attention of both members of a differential pair in one call."""
+    """Shared by the layouts: attention of both members of a differential pair in one call."""
 
-    # Only ``Filled`` has them.
+    # Only ``Filled`` has it.
     attend_qkv = None
     gate_as_one = False
 
     def attend_pairs(self, q_GNPHD: Tensor, k_GNPHD: Tensor, v_GN1HD: Tensor) -> Tensor:
-        """Attention of every clip's tokens to each other, (G, N, H * D); of a pair, the first's less the second's."""
+        """Attention of every clip's tokens to each other, (G, N, H * D); for a pair, the first's minus the second's."""
         return in_one_call(self.attend, q_GNPHD, k_GNPHD, v_GN1HD)
 
     def attend_pairs_to_context(self, q_GNPHD: Tensor, k_BSPHD: Tensor, v_BS1HD: Tensor) -> Tensor:
-        """The same of every clip's tokens to its own context."""
+        """The same, of every clip's tokens to its own context."""
         return in_one_call(self.attend_to_context, q_GNPHD, k_BSPHD, v_BS1HD)
 
 
 class Padded(Layout):
     """Every clip with every frame, (B, M + T, E).
 
-    valid_BT   True = valid; padded frames are computed, attended by nobody and get nothing from attention and
-               feed-forward. None: every frame is valid.
+    valid_BT   True = valid; padded frames are computed, but no token attends to them, and attention and feed-forward
+               add nothing to them. None: every frame is valid.
     """
 
     attends = True
@@ -91,10 +91,10 @@ class Padded(Layout):
 
 
 class Packed(Layout):
-    """Only valid frames, all clips' tokens in one list, (1, K, E). Frames left out are zeros in what ``put`` gives.
+    """Only valid frames, all clips' tokens in one list, (1, K, E). ``put`` writes zeros for the other frames.
 
-    attends    False for frames that nobody attends to and that attend to nobody: the padded ones, where their values
-               are wanted
+    attends    False for frames that no token attends to and that attend to none: the padded ones, if their values are
+               wanted
     """
 
     def __init__(self, packing: Packing, memory: int, attends: bool = True):
@@ -102,15 +102,16 @@ class Packed(Layout):
         self.memory, self.frames = memory, packing.frames
         self.attends = attends
         self.spans = tuple(memory + length for length in packing.lengths)
-        # Rotary positions are those of the padded clip. Everything below is made where the indices are, without a wait.
+        # Rotary positions are those in the padded clip. All tables are made on the device of the indices, without
+        # waiting.
         device, clips = packing.frame_F.device, len(self.spans)
         front = torch.arange(memory, device=device)
         places = (packing.frame_F % packing.frames + memory).split(packing.lengths)
         self.positions = torch.cat([piece for places_of_clip in places for piece in (front, places_of_clip)])
         self.clip_K = torch.cat([torch.full((count,), clip, device=device) for clip, count in enumerate(self.spans)])
         self.start_B1 = torch.searchsorted(self.clip_K, torch.arange(clips + 1, device=device), out_int32=True)
-        # Which clip owns a token, for sums over a clip's tokens: a product with it adds in a fixed order, without
-        # atomics, in one kernel.
+        # Which clip owns a token: a product with it sums over a clip's tokens in a fixed order, without atomics, in one
+        # kernel.
         self.owner_BK = torch.arange(clips, device=device)[:, None] == self.clip_K
 
     def take(self, x_BTC: Tensor) -> Tensor:
@@ -180,9 +181,9 @@ class Filled:
         self.start_S = packing.start_S
         self.is_frame_K1 = (self.target_K < clips * frames)[:, None]
         self.owner_BK = torch.arange(clips, device=self.clip_K.device)[:, None] == self.clip_K
-        # Attention leaves anything where the filling is.
+        # Attention may leave any values at the filling's tokens.
         self.is_clips_K = torch.arange(self.clip_K.numel(), device=self.clip_K.device) < self.start_S[clips]
-        # The filling is the last clip's as far as its context goes.
+        # The filling shares the last clip's context.
         self.context_start_B1 = torch.cat([self.start_S[:clips], self.start_S[-1:]])
         self.attend_qkv = self._attend_qkv if whole else None
         self.gate_as_one = gate_as_one
@@ -200,7 +201,7 @@ class Filled:
         return torch.where(self.is_frame_K1, x_1KE, memory_ME.index_select(0, self.slot_K))
 
     def without_memory(self, h_1KE: Tensor) -> Tensor:
-        # ``put`` leaves these tokens out.
+        # ``put`` drops these tokens.
         return h_1KE
 
     def modulate(self, h_1KE: Tensor, scale_BE: Tensor, shift_BE: Tensor) -> Tensor:
@@ -214,13 +215,13 @@ class Filled:
         return add_scaled(h_1KE, branch_1KE, gate_BE, self.clip_K, self.owner_BK)
 
     def add_to_frames(self, h_1KE: Tensor, local_1KE: Tensor) -> Tensor:
-        """local: of every token, or one row that stands for every frame."""
+        """local: one row per token, or one row that stands for every frame."""
         return h_1KE + torch.where(self.is_frame_K1, local_1KE, local_1KE.new_zeros(()))
 
     def _attend_qkv(self, qkv_1KSHD: Tensor, q_norm: RMSNorm, k_norm: RMSNorm, rotary) -> Tensor:
         """``attend_pairs`` from the projection on; rotary: as for ``SelfAttention``."""
         norm = HeadNorm(q_norm.gamma, k_norm.gamma, q_norm.eps, *rotary)
-        # The gradient of an index would be copied.
+        # squeeze, not an index: the gradient of an index would be copied.
         out_KHD = self_attention(qkv_1KSHD.squeeze(0), norm, self.is_clips_K, self.start_S)
         return _OfClips.apply(out_KHD, self.is_clips_K[:, None, None]).flatten(1)[None]
 
@@ -250,14 +251,14 @@ class _OfClips(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_KHD):
         if has_kernel(grad_KHD):
-            # Attention's kernels stop where the clips end: a pass less.
+            # Attention's kernels stop where the clips end, so the zeros need not be written: one pass less.
             return grad_KHD, None
         (is_clips_K11,) = ctx.saved_tensors
         return torch.where(is_clips_K11, grad_KHD, grad_KHD.new_zeros(())), None
 
 
 class _GradientsOfClips(torch.autograd.Function):
-    """The values as they are; of their gradients only those of the clips' tokens, zeros for the filling's."""
+    """Passes values on unchanged; of their gradients only those of the clips' tokens, with zeros for the filling's."""
 
     @staticmethod
     def forward(ctx, x_KPHD, is_clips_K111):
@@ -272,10 +273,10 @@ class _GradientsOfClips(torch.autograd.Function):
 
 
 def _takes_unequal_lengths(q: Tensor) -> bool:
-    """Whether one flash kernel serves clips of unequal length; elsewhere every clip is a call of its own."""
+    """Whether one flash kernel serves clips of unequal length; otherwise each clip needs its own call."""
     return q.is_cuda and q.dtype.itemsize == 2 and torch.backends.cuda.is_flash_attention_available()
 
 
 def _joined(outputs_1HND: list[Tensor]) -> Tensor:
-    # Joined with tokens before heads, as the fused kernels lay their output out: plain copies of whole blocks.
+    # Joined with tokens before heads, the layout of the fused kernels' output: plain copies of whole blocks.
     return torch.cat([out.transpose(1, 2) for out in outputs_1HND], dim=1).transpose(1, 2)

@@ -1,9 +1,10 @@
 """Attention over clips of unequal length in one list of tokens, as one operator that is opaque to torch.compile.
 
-Where clips begin is read on the device, so one recorded or compiled program serves all lengths. On CUDA in 16 bit it
-is cuDNN's for one clip, alone or with a filling behind it, and torch's flash attention for several. Both members of a
-differential pair are one call: at 30 s one of them alone would leave a third of an H100 idle. They share their values.
-Milliseconds of such a call there, forward and backward, 4155 tokens, of them 455 filling: cuDNN 1.56, flash 2.35.
+The starts of clips are read on the device, so one recorded or compiled program serves all lengths. On CUDA in 16 bits
+it is cuDNN's attention for one clip, alone or followed by a filling, and torch's flash attention for several. Both
+members of a differential pair share one call: at 30 s one member alone would leave a third of an H100 idle. They have
+the same values. Milliseconds of such a call there, forward and backward, 4155 tokens, 455 of them filling: cuDNN 1.56,
+flash 2.35.
 
 Legend: K query tokens, J key tokens of all clips, P members of a pair (1 or 2), H heads, D head width, S clips.
 """
@@ -20,9 +21,9 @@ from sa3dist.model.cudnn_attention import cudnn_attention
 def _attend(
     q_KPHD: Tensor, k_JPHD: Tensor, v_JHD: Tensor, q_start_S1: Tensor, k_start_S1: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Output (K, P, H, D) and the log of the softmax' sums (P, H, K), float32. A filling's may be anything.
+    """Output (K, P, H, D) and the logarithms of the softmax sums (P, H, K), float32. A filling's may be anything.
 
-    All results are contiguous, here and of the backward pass: compiled programs rely on it without a look.
+    All results are contiguous, also those of the backward pass: compiled programs rely on it unchecked.
     """
     K, P, H, D = q_KPHD.shape
     v_JPHD = v_JHD[:, None].expand(-1, P, -1, -1)
@@ -63,10 +64,10 @@ def attention_gradients(
     q_start_S1: Tensor,
     k_start_S1: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys, and of the values as each member of the pair sees them, (J, P, H, D).
+    """Gradients of queries, of keys, and of the values as each member of the pair sees them, (J, P, H, D).
 
-    All as if what comes back were the same for every member: those of a second one, which is taken off the first, are
-    of the other sign. In whatever layout the kernels leave them.
+    Computed as if every member had the incoming gradient. The second member is subtracted, so its gradients have the
+    opposite sign. The layout is whatever the kernels leave.
     """
     starts, lengths, P = (q_start_S1, k_start_S1), (len(q_KPHD), len(k_JPHD)), q_KPHD.shape[1]
     v_JPHD = v_JHD[:, None].expand(-1, P, -1, -1)
@@ -80,9 +81,9 @@ def attention_gradients(
         given = grad, q, k, v, out, sums_PHK[..., None]
         found = attention.backward(*given, None if alone else _length(q_start_S1))
         return tuple(_tokens_first(value) for value in found)
-    # Torch has no kernel that reads one for both.
+    # torch has no kernel that reads one gradient for both members.
     grad_KPHD = grad_KPHD.contiguous()
-    # No dropout: nothing of a generator's state is read.
+    # Without dropout no generator state is read.
     if alone:
         state, sums = _no_state(q.device, torch.int64), sums_PHK[..., None]
         found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
@@ -125,47 +126,48 @@ class _VarlenAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_KHD):
         found = torch.ops.sa3dist.varlen_attention_backward(grad_KHD, *ctx.saved_tensors)
-        # Outside the operation, so that the compiler does it where the gradients are read.
+        # Outside of the operator, so that the compiler fuses it into whatever reads the gradients.
         signs_P11 = (1 - 2 * torch.arange(found[0].shape[1], device=grad_KHD.device))[:, None, None]
         grad_q, grad_k = (value * signs_P11.to(value.dtype) for value in found[:2])
         return grad_q, grad_k, difference(found[2]), None, None
 
 
 def varlen_attention(q_KPHD: Tensor, k_JPHD: Tensor, v_JHD: Tensor, q_start_S1: Tensor, k_start_S1: Tensor) -> Tensor:
-    """Attention of every clip's queries to its own keys, (K, H, D): of a differential pair that of the first member
-    less that of the second. The scale is 1 / sqrt(D).
+    """Attention of every clip's queries to its own keys, (K, H, D); for a pair, the first member's minus the second's.
 
-    v_JHD                    the values that the members share
-    q_start_S1, k_start_S1   int32, on the device: where each clip's queries and keys begin, and where the last ends.
-                             A clip may be empty on both sides. Of two clips the second is a filling: its output may be
-                             anything, NaN included; where ``has_kernel``, what comes back for it may be, too
+    The scale is 1 / sqrt(D).
+
+    v_JHD                    values, shared by the members
+    q_start_S1, k_start_S1   int32, on the device: start of each clip's queries and keys, and the end of the last. A
+                             clip may be empty on both sides. Of two clips the second is a filling: its output may be
+                             anything, NaN included; where ``has_kernel``, so may its incoming gradient
     """
     return _VarlenAttention.apply(q_KPHD, k_JPHD, v_JHD, q_start_S1, k_start_S1)
 
 
 def difference(x_KPHD: Tensor) -> Tensor:
-    """The first member of a pair less the second, or the only one; (K, H, D)."""
+    """The first member of a pair minus the second, or the only member; (K, H, D)."""
     first_KHD, *second = x_KPHD.unbind(1)
     return first_KHD - second[0] if second else first_KHD
 
 
 def _clips(start_S1: Tensor) -> int:
-    """Clips in the list, a filling included."""
+    """Number of clips in the list, a filling included."""
     return start_S1.numel() - 1
 
 
 def _alone(q, k, v, q_start_S1: Tensor) -> bool:
-    """Whether these are of one clip alone, and cuDNN's.
+    """Whether these are one clip alone, in a form that cuDNN takes.
 
-    Torch says itself that its way to cuDNN's backward pass does not add in a fixed order: where that is asked for, only
-    through the package.
+    torch warns that its own binding of cuDNN's backward pass does not add in a fixed order: where that is required,
+    only the Python package is used.
     """
     exact = torch.are_deterministic_algorithms_enabled()
     return _clips(q_start_S1) == 1 and (not exact or cudnn_attention(q, k, v, False) is not None)
 
 
 def _padded(q, k, v, q_start_S1: Tensor, k_start_S1: Tensor):
-    """cuDNN's kernels for one clip and the filling behind it; None for others, and where they cannot be had."""
+    """cuDNN's kernels for one clip followed by a filling; None for other inputs, or without such kernels."""
     own = q_start_S1 is k_start_S1 or q_start_S1.data_ptr() == k_start_S1.data_ptr()
     return cudnn_attention(q, k, v, True) if own and _clips(q_start_S1) == 2 else None
 
@@ -175,7 +177,7 @@ def _length(start_S1: Tensor) -> Tensor:
 
 
 def has_kernel(q: Tensor) -> bool:
-    """Whether a kernel computes attention of these, and not torch's products over whole matrices."""
+    """Whether a kernel computes this attention, instead of torch's products of whole matrices."""
     return q.is_cuda and q.dtype.itemsize == 2
 
 
