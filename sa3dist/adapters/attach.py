@@ -18,13 +18,13 @@ from sa3dist.formats import digest_of
 from sa3dist.model.base import Base
 from sa3dist.model.staged_reads import in_threads
 
-# Stands between a layer's name and a tensor's name in a file: part of the file format.
+# Between a layer's name and a tensor's name in a file: part of the file format.
 SLOT = "parametrizations.weight.0"
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """What was attached. ``alpha`` keeps the number as it was given; the pattern lists are None when unset."""
+    """The attached adapter. ``alpha`` keeps the number as given; the pattern lists are None when unset."""
 
     rank: int
     alpha: int | float
@@ -61,11 +61,11 @@ def attach_adapter(
     """Put a fresh adapter on every selected layer of ``base`` and freeze everything else under its adapter roots.
 
     alpha    scaling is alpha / rank; None means alpha = rank
-    include  substrings of layer names, ``[a-b]`` expands; unset or empty takes every layer. ``exclude`` then removes.
-    bases    where the singular bases of -xs types are kept; None finds them anew
+    include  substrings of layer names, ``[a-b]`` expands; unset or empty selects every layer. ``exclude`` then removes.
+    bases    cache of the singular bases of -xs types; None computes them
     seed     lora_A of a layer depends on (seed, layer name) alone, not on selection, order, device or process
 
-    A fresh adapter leaves the model's output as it was, to rounding.
+    A fresh adapter leaves the model's output unchanged, to rounding.
     Raises ConfigError when a setting is out of range, a pattern list matches nothing, the rank exceeds what a selected
     layer allows, or an adapter is attached already.
     """
@@ -79,7 +79,7 @@ def attach_adapter(
 def attach_to(
     base: Base, config: AdapterConfig, selected: Sequence[str], seed: int, bases: BasesCache | None = None
 ) -> None:
-    """``attach_adapter`` for layers selected already. Nothing is changed when it raises."""
+    """``attach_adapter`` for layers that are selected already. Changes nothing if it raises."""
     layers = candidate_layers(base.adapter_roots)
     _check_layers(config, {name: layers[name] for name in selected})
     for root in base.adapter_roots:
@@ -88,7 +88,7 @@ def attach_to(
     def adapted(name: str) -> AdaptedLayer:
         find_bases = None if bases is None else functools.partial(bases, name)
         device = layers[name].weight.device
-        # Norms and bases are found where the weights are; only there are other devices than the CPU asked for.
+        # Norms and bases are computed on the weights' device. The argument is passed only if that is not the CPU.
         weight = base.fp32_weight(name, *([device] if device.type != "cpu" else []))
         generator = torch.Generator().manual_seed(int(digest_of("lora_A", str(seed), name)[:15], 16))
         adapter = initial_adapter(config.kind, config.rank, weight, generator, find_bases).to(device)
@@ -103,7 +103,7 @@ def attach_to(
 
 
 def detach_adapter(base: Base) -> None:
-    """Put the frozen layers back. Does nothing where no adapter is attached."""
+    """Put the frozen layers back. Does nothing if no adapter is attached."""
     for name, layer in adapted_layers(base).items():
         replace_layer(base, name, layer.original)
     base.adapter_config, base.formed_once = None, contextlib.nullcontext
@@ -113,9 +113,9 @@ def detach_adapter(base: Base) -> None:
 
 @torch.no_grad()
 def bake_adapter(base: Base) -> None:
-    """Put W', at the strength set, in place of every adapted layer's frozen weight in memory, and detach the adapter.
+    """Replace every adapted layer's frozen weight in memory by W' at the current strength, and detach the adapter.
 
-    Another adapter may then be attached: it acts on the result, as several do in the reference.
+    Another adapter may then be attached: it acts on the result, as several adapters do in the reference.
     """
     for layer in adapted_layers(base).values():
         layer.weight.copy_(layer.effective_weight(layer.weight))
@@ -124,15 +124,16 @@ def bake_adapter(base: Base) -> None:
 
 @contextlib.contextmanager
 def formed_once(base: Base) -> Iterator[None]:
-    """While this is entered, every adapted layer multiplies with W' as its tensors and its strength are now.
+    """Inside this context every adapted layer multiplies with W', made from its current tensors and strength.
 
-    W' has the frozen weight's format, as in the reference's inference; at strength 0 it is that weight. The layers keep
-    as many bytes more as their frozen weights have.
+    W' has the frozen weight's dtype, as in the reference's inference; at strength 0 it is that weight. The adapted
+    layers use twice the memory of their frozen weights.
     """
     layers = list(adapted_layers(base).values())
     try:
         for layer in layers:
-            # The very memory at strength 0: what a CPU's product rounds to depends on how its operands are aligned.
+            # At strength 0 use the very same memory: on a CPU, rounding depends on the alignment of a product's
+            # operands.
             off, weight = layer.strength == 0, layer.weight.detach()
             layer.kept_weight = weight if off else layer.effective_weight(weight).to(weight.dtype)
         yield
@@ -166,7 +167,7 @@ def check_strength(strength: float) -> None:
 
 
 def set_strength(base: Base, strength: float) -> None:
-    """Scale the update: 1 as trained, 0 the base model. Magnitudes act in full at every strength but 0."""
+    """Scale the update: 1 = as trained, 0 = the base model. Magnitudes act in full at every strength but 0."""
     check_strength(strength)
     for layer in adapted_layers(base).values():
         layer.strength = float(strength)
@@ -177,7 +178,7 @@ def effective_weight(base: Base, name: str) -> torch.Tensor:
 
     name  relative to its root, for example "model.transformer.layers.0.self_attn.to_qkv"; a layer without an adapter
           acts with its frozen weight.
-    Raises ConfigError for a name that is no layer.
+    Raises ConfigError if there is no layer of that name.
     """
     adapted = adapted_layers(base)
     if name in adapted:
@@ -190,7 +191,7 @@ def effective_weight(base: Base, name: str) -> torch.Tensor:
 
 
 def replace_layer(base: Base, name: str, module: nn.Module) -> None:
-    """Make ``module`` the child called ``name`` under the root that has one."""
+    """Make ``module`` the child called ``name``, under the root that has such a child."""
     parent, _, leaf = name.rpartition(".")
     for root in base.adapter_roots:
         try:

@@ -18,10 +18,10 @@ Weighted = Sequence[tuple[AdapterFile, float]]
 def combine(files: Weighted) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
     """One adapter whose update is the weighted sum of the files' updates, in float32, exact up to its products.
 
-    lora      factors side by side, so that the ranks add up; equal factors on scale stay in alpha
-    lora-xs   the cores added, as all live between the same singular bases; the smaller ones are padded with zeros
+    lora      factors side by side, so the ranks add up; a scale common to all files stays in alpha
+    lora-xs   sum of the cores, since all share the same singular bases; smaller cores are padded with zeros
     Raises CheckpointError when the files belong to different bases or to layers of different shapes, and ConfigError
-    for other types: with a magnitude the effective weight is no sum.
+    for other types: with a magnitude the effective weight is not a sum.
     """
     bases = {file.metadata[BASE_KEY]: file.path for file, _ in files if BASE_KEY in file.metadata}
     if len(bases) > 1:
@@ -39,7 +39,7 @@ def combine(files: Weighted) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
 def _concatenate(files: Weighted) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
     rank = sum(file.config.rank for file, _ in files)
     scales = [weight * file.config.alpha / file.config.rank for file, weight in files]
-    # One common positive scale stays outside of the factors, which are then the files' own values.
+    # A common positive scale stays outside of the factors, which then keep the files' own values.
     common = scales[0] if scales[0] > 0 and len(set(scales)) == 1 else 1.0
     held = [file.layers() for file, _ in files]
     tensors = {}
@@ -55,7 +55,7 @@ def _concatenate(files: Weighted) -> tuple[AdapterConfig, dict[str, torch.Tensor
             )
         ups, downs = [], []
         for (file, _), scale, own in zip(files, scales, held, strict=True):
-            # A file that leaves this layer alone adds nothing to it.
+            # A file without this layer adds nothing to it.
             size = file.config.rank
             nothing = {"lora_B": torch.zeros(fan_out, size), "lora_A": torch.zeros(size, fan_in)}
             trained = own.get(name, nothing)
@@ -93,10 +93,10 @@ def approximate(
     for name, shape in shapes.items():
         if rank > min(shape):
             raise ConfigError(f"svd: {rank} is too large for {name} {tuple(shape)}; choose at most {min(shape)}")
-        # float32 is enough: what it loses is 1e-7 of the weight, float16 factors lose 5e-4 of the change.
+        # float32 is enough: it loses 1e-7 of the weight, while float16 factors lose 5e-4 of the change.
         change = (merged_weight(adapters, name) - adapters[0][0].base.fp32_weight(name)).flatten(1)
         left, values, right = torch.linalg.svd(change, full_matrices=False)
-        # Half of every singular value on either side: float16 holds the factors with the least loss.
+        # Half of every singular value on either side: so float16 factors lose least.
         root = values[:rank].sqrt()
         up, down = (left[:, :rank] * root).half(), (root[:, None] * right[:rank]).half()
         size = torch.linalg.vector_norm(change).item()

@@ -1,7 +1,7 @@
 """Adapter files: one safetensors file per adapter, in the format that Stable Audio 3's own inference loads.
 
-Keys are ``<layer>.parametrizations.weight.0.<tensor>``, values float16, and the header's ``lora_config`` says what they
-are. Any other header entry is a trainer's own and ignored by other readers.
+Keys are ``<layer>.parametrizations.weight.0.<tensor>``, values float16; ``lora_config`` in the header describes them.
+Other readers ignore all other header entries, which are the trainer's own.
 """
 
 import contextlib
@@ -22,21 +22,21 @@ from sa3dist.formats import RUN_CONFIG_NAME
 from sa3dist.model.rewrite_safetensors import write_safetensors
 
 CONFIG_KEY = "lora_config"
-# Fields of lora_config beyond the adapter's own, for whoever reads nothing else of the header.
+# Fields of lora_config beyond the adapter's own, for readers that look at nothing else in the header.
 EXTRA_KEYS = ("step", "epoch", "base_model", "baked_norms", "norm_base")
-# float32 norms of the rows that a DoRA divides by: never in a run's own file, read wherever they are.
+# float32 row norms that a DoRA divides by: never in a run's own file, but read from any file that has them.
 BAKED = "baked_vnorm_row"
-# Header entry holding base.weights_digest(); written by whoever saves, checked by warm_start.
+# Header entry with base.weights_digest(); written on saving, checked by warm_start.
 BASE_KEY = "base_sha256"
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterFile:
-    """A file as read: config with its defaults filled in, tensors by key, and the other header entries.
+    """A file as read: config with defaults filled in, tensors by key, and the other header entries.
 
-    baked     norms of the rows of W0 + scale * D by layer, where the file holds them
-    foreign   whether another trainer's layout was read
-    of_run    the base that its run was trained on, where the adapter is read from a run's own state
+    baked     norms of the rows of W0 + scale * D by layer, if the file has them
+    foreign   whether the layout was another trainer's
+    of_run    the base of its run, if the adapter was read from a run's own state
     """
 
     path: Path
@@ -49,14 +49,14 @@ class AdapterFile:
 
     @property
     def base(self) -> str | None:
-        """The base it was trained on, as ``load_base`` takes it; None where nothing says so."""
+        """The base it was trained on, as ``load_base`` takes it; None if unknown."""
         return self.of_run or base_of(self.path, self.metadata)
 
     def layers(self) -> dict[str, dict[str, torch.Tensor]]:
         """Tensors of every layer by their names in the layer, in the file's order.
 
-        Raises CheckpointError, naming the layer, when they are not those of the adapter type and of one another's
-        shape. Whether they fit a base is not known here.
+        Raises CheckpointError, naming the layer, if the tensors do not match the adapter type or each other's shapes.
+        Whether they fit a base is not checked here.
         """
         layers: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in self.tensors.items():
@@ -75,11 +75,11 @@ class AdapterFile:
 
 
 def read_adapter_file(path: str | Path, lora_config: str | None = None) -> AdapterFile:
-    """Read and check a file by itself; whether it fits a base model is for ``load_adapter`` to say.
+    """Read and check a file by itself; ``load_adapter`` checks whether it fits a base model.
 
     path          safetensors, or a PyTorch checkpoint, of this format; or a file or PEFT folder of another trainer
-    lora_config   JSON that takes the place of the header's
-    Raises CheckpointError, naming the file, for what is no adapter file, a bad ``lora_config`` or non-finite values.
+    lora_config   JSON that replaces the header's
+    Raises CheckpointError, naming the file, if it is not an adapter, ``lora_config`` is bad, or a value is not finite.
     """
     path = Path(expand_home(path))
     weights = [weights_in(folder) for folder in peft_folders(path)] or [path]
@@ -98,9 +98,9 @@ def read_adapter_file(path: str | Path, lora_config: str | None = None) -> Adapt
 
 
 def base_of(path: Path, metadata: Mapping[str, str]) -> str | None:
-    """The base that the header of the file at ``path`` names, and where a directory lies, as far as its run told it.
+    """The base that the header of the file at ``path`` names; as a full path if its run's files tell.
 
-    The header of a file that may be given away has the directory's name alone; config.json beside it has all of it.
+    The header of a file that may be given away has only the directory's name; config.json beside it has the whole path.
     """
     name = metadata.get("base_model")
     with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
@@ -129,7 +129,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def weights_in(folder: Path) -> Path:
-    """The file of a PEFT folder that holds its tensors."""
+    """The file with the tensors in a PEFT folder."""
     return next((folder / name for name in PEFT_WEIGHTS if (folder / name).is_file()), folder / PEFT_WEIGHTS[0])
 
 
@@ -141,12 +141,12 @@ def write_adapter_file(
     extras: Mapping[str, object] | None = None,
     baked: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write float32 tensors as float16, whole or not at all; equal contents give equal bytes.
+    """Write float32 tensors as float16, atomically; equal contents give equal bytes.
 
-    extras   fields of EXTRA_KEYS that follow the adapter's own in ``lora_config``
+    extras   fields of EXTRA_KEYS, written behind the adapter's own in ``lora_config``
     baked    norms of rows by layer, which stay float32
-    Raises EnvironmentFailure, naming the tensor and leaving any older file in place, for values that are empty, not
-    finite, or beyond float16's range.
+    Raises EnvironmentFailure, naming the tensor and keeping any older file, for values that are empty, not finite, or
+    beyond float16's range.
     """
     halves = publishable(tensors)
     header = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
@@ -173,7 +173,7 @@ def config_from_value(value: Mapping) -> AdapterConfig:
 
 
 def _read_config(text: str | None, tensors: Mapping[str, torch.Tensor]) -> AdapterConfig:
-    """The header's config; absent fields as inference fills them in: type lora, rank from a shape, alpha = rank."""
+    """The header's config; absent fields get inference's defaults: type lora, rank from a shape, alpha = rank."""
     value = {} if text is None else json.loads(text)
     if not isinstance(value, dict):
         raise ValueError(f"expected an object, found {text}")
@@ -211,7 +211,7 @@ def _squeezed(key: str, value: torch.Tensor) -> torch.Tensor:
 
 
 def publishable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Every tensor as a file holds it, float16 on the CPU. Raises as ``write_adapter_file`` does."""
+    """Every tensor as a file stores it, float16 on the CPU. Raises as ``write_adapter_file`` does."""
     halves = {key: value.detach().to("cpu", torch.float32).half().contiguous() for key, value in tensors.items()}
     for key, half in halves.items():
         if not half.numel():

@@ -1,4 +1,4 @@
-"""Files given as an adapter that are no safetensors files: PyTorch checkpoints are read, all others named."""
+"""Adapter files that are not safetensors: PyTorch checkpoints are read, all others are described in a message."""
 
 import json
 import os
@@ -21,12 +21,12 @@ _PACKED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ\0", "xz"), (b"\
 
 
 def what_instead(path: Path, error: Exception) -> str:
-    """What ``path`` is, for a message that begins with its name, and the next move.
+    """Says what ``path`` is, for a message that begins with its name, and the next move.
 
-    error   what reading it as a safetensors file gave
+    error   from reading it as a safetensors file
     """
     if os.path.isdir(path):
-        # A run's own, with what was exported of it beside it.
+        # A run's folder, with its exported files.
         names = sorted((name for name in os.listdir(path) if name.endswith(SUFFIX)), key=lambda name: (len(name), name))
         return f"is a folder, expected an adapter file{f'; give {path / names[0]}' if names else ''}"
     try:
@@ -58,7 +58,7 @@ def _zip(path: Path) -> str:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether ``path`` is a file that torch.save wrote, whole or cut off behind its directory of contents."""
+    """Whether ``path`` is a file written by torch.save, whole or cut off behind its directory."""
     try:
         with open(path, "rb") as stream:
             if stream.read(2).startswith(_PICKLE):
@@ -70,10 +70,10 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors of a PyTorch checkpoint and, as JSON, its ``lora_config`` where it has one.
+    """Tensors of a PyTorch checkpoint and, as JSON, its ``lora_config`` if it has one.
 
-    It is read as tensors and plain values only: a pickle of anything else may run code of its maker.
-    Raises CheckpointError for that, for a damaged file and for one without tensors of an adapter.
+    Only tensors and plain values are unpickled: any other pickle may run its author's code.
+    Raises CheckpointError for such a pickle, a damaged file, or one without an adapter's tensors.
     """
     try:
         with warnings.catch_warnings():

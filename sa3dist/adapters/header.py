@@ -1,4 +1,4 @@
-"""The header of an adapter file: what it is, in ModelSpec's names and ours."""
+"""The header of an adapter file: its description, in ModelSpec's names and ours."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from sa3dist.adapters.file import EXTRA_KEYS
 from sa3dist.data.remote.local_paths import expand_home
 from sa3dist.model.released import RELEASED
 
-# ModelSpec's names of what takes one file: a base and its post-trained sibling are one.
+# ModelSpec's names for the models that take a file: a base and its post-trained sibling share one.
 ARCHITECTURES = {
     "medium-base": "stable-audio-3-medium",
     "small-music-base": "stable-audio-3-small",
@@ -17,12 +17,12 @@ HEADER_KEYS = ("step", "epoch", "base_model", "base_sha256", "dataset_sha256", "
 
 
 def base_name(model: str) -> str:
-    """What a file that is given away calls a base: a directory by its last part, never by where it lies."""
+    """The name of a base in files that are given away: for a directory its last part, never its path."""
     return model if model in RELEASED else Path(expand_home(model)).resolve().name
 
 
 def extras(description: dict[str, Any]) -> dict[str, Any]:
-    """What ``lora_config`` says beyond the adapter's own fields, from what config.json says of the run."""
+    """Fields of ``lora_config`` beyond the adapter's own, from the run's config.json."""
     said = _public(description)
     return {key: said[key] for key in EXTRA_KEYS if key in said}
 
@@ -33,9 +33,9 @@ def _public(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def header(description: dict[str, Any]) -> dict[str, str]:
-    """The entries of an adapter file's header that say what it is, ModelSpec 1.0.1 among them, all as text.
+    """Descriptive entries of an adapter file's header, ModelSpec 1.0.1 among them, all as text.
 
-    Without ModelSpec's date: equal adapters are equal files. Its hash is added where the file is written.
+    Without ModelSpec's date, so that equal adapters are equal files. Its hash is added when the file is written.
     Source: github.com/Stability-AI/ModelSpec.
     """
     description = _public(description)

@@ -1,7 +1,7 @@
-"""What other programs make of an adapter file: which of its layers they take, and the weights these then act with.
+"""How other programs load an adapter file: which layers they take, and the weights that result.
 
-By each program's documented rule: Stable Audio 3 (native), ComfyUI's generic loader, a base with the adapter merged in.
-PEFT's own loader is in ``landing_peft``.
+By each program's documented rules: Stable Audio 3 (native), ComfyUI's generic loader, a base with the adapter merged
+in. PEFT's own loader is in ``landing_peft``.
 
 Legend: O fan_out, I fan_in, R rank.
 """
@@ -27,9 +27,9 @@ from sa3dist.model.base import weight_key
 from sa3dist.model.loading import BaseOnDisk
 from sa3dist.model.rewrite_safetensors import DTYPES
 
-# A change that differs by more than this share is another one: float16 of both factors leaves a tenth of it.
+# Two changes that differ by a larger share count as different: float16 in both factors makes a tenth of it.
 MOST_DIFFERENCE = 0.01
-# Below this share of a weight a change is measured against the weight: float32 leaves no more digits.
+# A change below this share of its weight is compared relative to the weight: float32 has no more digits.
 SMALLEST_CHANGE = 1e-4
 COMFY_PARTS = ("lora_up.weight", "lora_down.weight", "lora_B.weight", "lora_A.weight", "alpha", "dora_scale", "diff")
 
@@ -38,12 +38,12 @@ Weight = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclasses.dataclass
 class Landing:
-    """What a program takes of a file.
+    """What a program takes from a file.
 
     weights   layer -> function from the base's float32 weight to the one the layer acts with, in the same shape
-    missed    layer, or key of no layer -> why the program passes over it
-    stored    number format the weights were rounded to
-    largest   largest difference of a layer that lands, as a share of its change, and its name; set by ``compare``
+    missed    layer, or key of no layer -> why the program ignores it
+    stored    dtype the weights were rounded to
+    largest   largest difference of a layer that lands, relative to its change, and the layer's name; set by ``compare``
     """
 
     weights: dict[str, Weight] = dataclasses.field(default_factory=dict)
@@ -54,9 +54,9 @@ class Landing:
     def compare(
         self, base: BaseOnDisk, expected: Callable[[str], torch.Tensor] | None, update: Callable[[int], None]
     ) -> None:
-        """Form every weight; a layer that acts otherwise than ``expected(layer)`` says, or not at all, is missed.
+        """Compute every weight. A layer that differs from ``expected(layer)``, or fails, counts as missed.
 
-        update   told the number of layers that are done
+        update   called with the number of finished layers
         """
         for done, (name, weight_of) in enumerate(list(self.weights.items()), start=1):
             update(done)
@@ -68,11 +68,11 @@ class Landing:
                 continue
             wanted = expected(name).float()
             change = max(float((wanted - before).norm()), SMALLEST_CHANGE * float(before.norm()), 1e-30)
-            # What rounding to the stored format cannot explain.
+            # Differences that rounding to the stored dtype cannot explain.
             limits = torch.finfo(self.stored)
             rounding = 0.51 * limits.eps * wanted.abs().clamp(min=limits.smallest_normal)
             difference = float(((found - wanted).abs() - rounding).clamp(min=0).norm()) / change
-            # Also where it is no number.
+            # "not <=" is also true for NaN.
             if not difference <= MOST_DIFFERENCE:
                 self._miss(name, f"acts otherwise than the adapter: by {difference:.2g} of its change")
             elif difference >= self.largest[0]:
@@ -84,15 +84,15 @@ class Landing:
 
 
 def native(path: Path, base: BaseOnDisk) -> Landing:
-    """Stable Audio 3: keys by name into the layers that include and exclude select; all others are passed over.
+    """Stable Audio 3: keys by name, into the layers that include and exclude select; all others are ignored.
 
-    Rows are divided by the file's own norms where it has them baked in.
+    Rows are divided by the file's own baked norms, if it has them.
     """
     return by_name(read_adapter_file(path), base.adapter_roots)
 
 
 def by_name(file: AdapterFile, roots: Iterable[nn.Module]) -> Landing:
-    """``native`` of a file that is read, over modules that need no values."""
+    """``native`` for a file already read, over modules that need no values."""
     layers = candidate_layers(roots)
     if file.foreign:
         why = "is in another trainer's layout; make a file of it with sa3dist export FILE --format native"
@@ -177,14 +177,14 @@ def _patched_by_comfy(found: Mapping[str, torch.Tensor], weight: torch.Tensor) -
     if "dora_scale" not in found:
         return after
     dora_scale = found["dora_scale"].float()
-    # The axis is told by the first side; on the output axis its norms are of the weight before the update.
+    # The first axis decides. On the output axis ComfyUI uses the norms of the weight before the update.
     on_rows = dora_scale.shape[0] == weight.shape[0]
     of, axes = (weight, [*range(1, weight.ndim)]) if on_rows else (after, [0, *range(2, weight.ndim)])
     return after * (dora_scale / (torch.linalg.vector_norm(of, dim=axes, keepdim=True) + COMFY_EPS))
 
 
 def merged(path: Path, base: BaseOnDisk) -> Landing:
-    """A whole base with the adapter inside, by our own loader, which is as strict as can be."""
+    """A whole base with the adapter merged in, loaded by our own strict loader."""
     if not os.path.isdir(path):
         raise CheckpointError(f"{path}: is no directory of a base; sa3dist export FILE --format merged makes one")
     made = BaseOnDisk.open(path)

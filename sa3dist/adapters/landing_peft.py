@@ -1,6 +1,6 @@
-"""What PEFT makes of adapter folders, by its own loader: over the model under our names, or over diffusers' port.
+"""How PEFT's own loader takes adapter folders: over the model under our names, or over diffusers' port.
 
-The modules are real, their memory is not: a layer gets its weight when its turn comes, and gives it back.
+The modules are real, but without memory: each layer gets its weight for its check and frees it afterwards.
 """
 
 import functools
@@ -108,7 +108,7 @@ def _load(folder: Path, module: nn.Module) -> tuple[nn.Module, set[str]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # Nothing is written to the memory of the weights, so none is used.
+            # Nothing is written to the weights, so no memory is used.
             model = PeftModel(module.to_empty(device="cpu"), PeftConfig.from_pretrained(str(folder)))
             result = model.load_adapter(str(folder), "default", ignore_mismatched_sizes=True)
     except (ValueError, RuntimeError, TypeError) as error:

@@ -27,7 +27,8 @@ from sa3dist.adapters.svd_bases import Bases, singular_bases
 class AdapterTensors(nn.Module):
     """Trained tensors of one layer, under their names in a file, and the frozen constants of its weight.
 
-    Both stay float32 when the base around them is cast to a narrower dtype; they follow its device, and float64.
+    Both stay float32 when the base around them is cast to a narrower dtype; they follow its device, and a cast to
+    float64.
     """
 
     def __init__(self, trained: dict[str, torch.Tensor], frozen: FrozenConstants):
@@ -55,7 +56,7 @@ class AdaptedLayer(nn.Module):
 
     Linear  (..., fan_in) to (..., fan_out)        Conv1d  (B, fan_in, T) to (B, fan_out, T)
     ``weight`` and ``bias`` are the frozen layer's own parameters, so the base keeps its state-dict keys. The adapter's
-    place in the module tree spells its names in a file: ``<layer>.parametrizations.weight.0.lora_A``.
+    position in the module tree gives its names in a file: ``<layer>.parametrizations.weight.0.lora_A``.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv1d, kind: AdapterType, adapter: AdapterTensors, scale: float):
@@ -64,17 +65,17 @@ class AdaptedLayer(nn.Module):
         self.parametrizations = nn.ModuleDict({"weight": nn.ModuleList([adapter])})
         self.kind = kind
         self.channels_first = isinstance(layer, nn.Conv1d)
-        # alpha / rank. ``strength`` multiplies it: 1 in training, adjustable afterwards.
+        # alpha / rank, multiplied by ``strength``, which is 1 in training and adjustable afterwards.
         self.scale = scale
         self.strength = 1.0
-        # Set by ``cached_norms`` while the trained tensors stay as they are.
+        # Set by ``cached_norms``, while the trained tensors do not change.
         self.norm_cache: NormCache | None = None
-        # Set while W' is kept for whole optimiser steps: what the passes read, and the leaf that gets the raw sums.
+        # Set where W' is formed: the weight that passes read, and the leaf that receives the raw sums.
         self.formed: FormedLayer | None = None
         self.sums: torch.Tensor | None = None
-        # Set by ``formed_once``: W' in the frozen weight's shape and format, which then alone is multiplied with.
+        # Set by ``formed_once``: W' in the frozen weight's shape and dtype, the only weight then used.
         self.kept_weight: torch.Tensor | None = None
-        # In a tuple, because a module assigned as an attribute would be registered and name the weight twice.
+        # In a tuple: a module assigned as an attribute would be registered, and the weight would have two names.
         self._original = (layer,)
 
     @property
@@ -91,13 +92,14 @@ class AdaptedLayer(nn.Module):
 
     def forward(self, x):
         if self.kept_weight is not None:
-            # As the frozen layer does it: with its own weight in this place the result is its own, bit for bit.
+            # The frozen layer's own function: with its own weight the result is its own, bit for bit.
             return (F.conv1d if self.channels_first else F.linear)(x, self.kept_weight, self.bias)
         return self._linear(x.transpose(1, 2)).transpose(1, 2) if self.channels_first else self._linear(x)
 
     def _linear(self, x):
         if self.strength == 0:
-            # By definition the base layer, magnitudes or not; the limit of small strengths is another weight.
+            # Strength 0 is the base layer by definition, with or without magnitudes; the limit of small strengths
+            # differs.
             return frozen_linear(x, self.weight.flatten(1), self.bias)
         if self.formed is not None:
             return self._with_bias(formed_linear(x, *self._formed_operands))
@@ -116,20 +118,20 @@ class AdaptedLayer(nn.Module):
         return self.formed is not None and self.strength != 0 and self.kept_weight is None
 
     def before_bias(self, x):
-        """A linear layer's ``forward`` as product and bias, to be added up; no bias: the product may have it."""
+        """A linear layer's ``forward`` as product and bias, which the caller adds; bias None: already added."""
         if self._multiplies_formed:
             return formed_linear(x, *self._formed_operands), self.bias
         return self(x), None
 
     def of_gated(self, z, gate_bias):
-        """A linear layer's ``forward`` of ``silu_gated(z, gate_bias)``; what is kept for the backward pass is z."""
+        """A linear layer's ``forward`` of ``silu_gated(z, gate_bias)``; only z is kept for the backward pass."""
         if self._multiplies_formed and z.requires_grad and z.dtype == self.formed.weight_OI.dtype:
             return self._with_bias(gated_formed_linear(z, gate_bias, *self._formed_operands))
         return self(silu_gated(z, gate_bias))
 
     @torch.no_grad()
     def effective_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """W' made from ``weight``, the frozen weight at the precision wanted."""
+        """W' made from ``weight``, the frozen weight at the wanted precision."""
         weight = weight.to(self.weight.device, copy=True)
         if self.strength == 0:
             return weight
@@ -139,15 +141,15 @@ class AdaptedLayer(nn.Module):
 
 
 def cached_norms(layers: Iterable[AdaptedLayer]) -> contextlib.AbstractContextManager[None]:
-    """While this is entered each layer computes its norms once; the caller keeps the trained tensors as they are.
+    """Inside this context each layer computes its norms once; the trained tensors must not change meanwhile.
 
-    Within it the layers keep copies of a few tensors of their trained tensors' size.
+    The layers keep copies of a few tensors as large as their trained tensors.
     """
     return _norm_caches(layers, NormCache)
 
 
 def uncached_norms(layers: Iterable[AdaptedLayer]) -> contextlib.AbstractContextManager[None]:
-    """While this is entered every call of a layer computes its norms, even inside ``cached_norms``."""
+    """Inside this context every call of a layer computes its norms, even within ``cached_norms``."""
     return _norm_caches(layers, lambda: None)
 
 
@@ -164,7 +166,7 @@ def _norm_caches(layers: Iterable[AdaptedLayer], make: Callable[[], NormCache | 
 
 
 def fan_limit(layer: nn.Linear | nn.Conv1d) -> int:
-    """Largest rank a layer allows: the smaller side of its weight as a matrix."""
+    """The largest rank a layer allows: the smaller side of its weight as a matrix."""
     return min(layer.weight.flatten(1).shape)
 
 
@@ -177,10 +179,10 @@ def initial_adapter(
 ) -> AdapterTensors:
     """A fresh adapter, W' = W0 up to rounding.
 
-    weight     the frozen weight in float32, at the precision inference has it: bases and norms depend on it, and are
-               found where it is
+    weight     the frozen weight in float32, at inference's precision: bases and norms depend on it, and are computed
+               on its device
     generator  a CPU generator of this layer's own; draws lora_A ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in))
-    find_bases  gives the singular bases of -xs types for (weight, rank); None: ``singular_bases``
+    find_bases  returns the singular bases of -xs types for (weight, rank); None: ``singular_bases``
     """
     weight_OI = weight.detach().flatten(1).float()
     fan_out, fan_in = weight_OI.shape

@@ -40,7 +40,7 @@ _OF_A_BLOCK = (
     *("self_attn.to_qkv", "self_attn.to_out", "cross_attn.to_q", "cross_attn.to_kv", "cross_attn.to_out"),
     *("ff.ff.0.proj", "ff.ff.2", "to_local_embed.0", "to_local_embed.2"),
 )
-# Every adaptable layer of Stable Audio 3, of its blocks the first one's. Source: the reference's module names.
+# Every adaptable layer of Stable Audio 3, with its blocks' layers named as in the first. Source: the reference.
 LAYERS = (
     *(f"model.to_{part}_embed.{i}" for part in ("timestep", "cond", "global") for i in (0, 2)),
     *("model.transformer.project_in", "model.transformer.project_out"),
@@ -64,12 +64,12 @@ class _Layer:
 
 
 def peft_folders(path: Path) -> list[Path]:
-    """The folders of a PEFT adapter that ``path`` names: itself, or one per module of diffusers' port inside."""
+    """The folders of the PEFT adapter at ``path``: itself, or one per module of diffusers' port inside."""
     return [folder for folder in (path, *(path / part for part in PARTS)) if os.path.isfile(folder / PEFT_CONFIG)]
 
 
 def is_foreign(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether there are tensors of another trainer's layout and none of ours."""
+    """Whether the tensors are in another trainer's layout, and none in ours."""
     return any(split_key(key)[1] for key in tensors) and not any(f".{SLOT}." in key for key in tensors)
 
 
@@ -92,10 +92,10 @@ def read_peft_config(path: Path) -> dict | None:
 def to_native(
     path: Path, parts: Iterable[tuple[Mapping[str, torch.Tensor], Mapping | None]]
 ) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
-    """An adapter of ours from another layout's tensors, exactly: different ranks are filled up with zeros.
+    """An adapter of ours from another layout's tensors, exactly: smaller ranks are padded with zeros.
 
     parts   (tensors, PEFT's adapter_config.json or None) of every file the adapter consists of
-    Raises CheckpointError, naming file and key, for what is no LoRA or DoRA of this model.
+    Raises CheckpointError, naming file and key, for anything but a LoRA or DoRA of this model.
     """
     layers: dict[str, _Layer] = {}
     for tensors, peft in parts:
@@ -126,7 +126,7 @@ def to_native(
 def _of_one_rank(layers: Mapping[str, _Layer]) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
     rank = max(layer.down_RI.shape[0] for layer in layers.values())
     scales = {layer.scale for layer in layers.values()}
-    # One scale of all layers stays outside of the factors, which are then the file's own values.
+    # A scale common to all layers stays outside of the factors, which then keep the file's own values.
     common = scales.pop() if len(scales) == 1 else 1.0
     tensors = {}
     for name, layer in layers.items():
@@ -138,7 +138,7 @@ def _of_one_rank(layers: Mapping[str, _Layer]) -> tuple[AdapterConfig, dict[str,
             tensors[f"{name}.{SLOT}.magnitude"] = layer.magnitude
     alpha = common * rank
     kind = next(iter(layers.values())).kind
-    # No name of a layer is part of another one's.
+    # As include patterns, since no layer's name is part of another's.
     return AdapterConfig(rank, int(alpha) if alpha == int(alpha) else alpha, kind, tuple(layers)), tensors
 
 
@@ -186,7 +186,7 @@ def _scale(name: str, rank: int, found: Mapping[str, tuple[str, torch.Tensor]], 
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """(layer as the file calls it, which of its tensors); the second is empty for a key of no known layout."""
+    """(the file's name of the layer, which of its tensors); the second is empty for a key of no known layout."""
     for ending, tensor in _TENSORS.items():
         if key.endswith(f".{ending}"):
             return key.removesuffix(f".{ending}"), tensor
@@ -201,7 +201,7 @@ def _not_read(key: str) -> str:
 
 @functools.cache
 def _spellings() -> dict[str, str]:
-    """Ours by what other programs call it, in a model whose blocks are all the first."""
+    """Our names by those of other programs, for a model whose blocks are all the first."""
     known = {}
     for name in LAYERS:
         inner = name.removeprefix("model.")
@@ -213,7 +213,7 @@ def _spellings() -> dict[str, str]:
 
 
 def native_name(name: str) -> str | None:
-    """Our name of a layer, or None where Stable Audio 3 has none of that name."""
+    """Our name of a layer, or None if Stable Audio 3 has no such layer."""
     name = name.removeprefix(PEFT_PREFIX).removeprefix("diffusion_model.")
     block = _BLOCK.search(name)
     ours = _spellings().get(_BLOCK.sub("0", name, count=1))

@@ -19,7 +19,7 @@ from sa3dist.model.loading import BaseOnDisk
 def factors(
     config: AdapterConfig, trained: Mapping[str, torch.Tensor], weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(up, down), (O, R) and (R, I) in float32: scale * up @ down is what a layer adds before any norm.
+    """(up, down), (O, R) and (R, I) in float32; scale * up @ down is what a layer adds before any norm.
 
     weight   the layer's frozen weight
     """
@@ -44,7 +44,7 @@ def effective(
 ) -> torch.Tensor:
     """The weight a layer acts with at strength 1, in the shape of its frozen ``weight``.
 
-    norms_O   what rows are divided by instead of their own norms
+    norms_O   divide the rows by these instead of their own norms
     Everything but the singular bases of -xs types, which are float32 by definition, is computed in ``dtype``.
     """
     kind = config.kind
@@ -73,7 +73,7 @@ class AdapterOnDisk:
 
     @property
     def of_another_base(self) -> bool:
-        """Whether the file's header names a base with another digest, as for a post-trained sibling."""
+        """Whether the file's header names a base with another digest, for example its post-trained sibling."""
         found = self.file.metadata.get(BASE_KEY)
         return found is not None and found != self.base.weights.digest
 

@@ -1,6 +1,6 @@
 """Latents and prompt features on disk: encoded once per clip and caption, found again by content.
 
-What is encoded on first use lies in a file of its own; ``encode.pack_latents`` makes shards of these.
+What is encoded on first use goes into a file of its own; ``encode.pack_latents`` packs these files into shards.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ from sa3dist.formats import ClipEntry, DatasetIndex, digest_of
 from sa3dist.model.base import Base
 
 # Frames of silence kept behind every clip: more than twice SAME-L's reach (12 layers x 1 frame), so that the clip's end
-# rings out as it does in one long padded clip; as many again are cut off, because the sequence's end reaches into them.
+# decays as in one long padded clip. As many again are encoded and cut off, because the sequence's end affects them.
 SILENCE_TAIL_FRAMES = 32
-# Looking through a work directory of a thousand shards takes milliseconds, and every clip asks.
+# Searching a work directory of a thousand shards takes milliseconds, and every clip asks.
 LOOK_AGAIN_SECONDS = 10.0
-# Changes when anything that decides the stored values changes, and so makes old files unfindable.
+# Change it whenever anything that decides the stored values changes: old files are then no longer found.
 ENCODING_VERSION = "1"
 
 
@@ -69,7 +69,7 @@ class EncodedClips:
     def __init__(
         self, index: DatasetIndex, work_dir: Path, base: Base, autoencoder_digest: str, text_encoder_digest: str
     ) -> None:
-        """base: the sa3dist.model.Base whose framing counts; the digests of its encoders name the files."""
+        """base: provides the framing; the digests of its encoders become part of the file names."""
         self.index = index
         self.clips = index.clips
         self.sample_rate_hz: int = base.sample_rate_hz
@@ -82,14 +82,14 @@ class EncodedClips:
         encoders = Encoders(ENCODING_VERSION, autoencoder_digest, text_encoder_digest, *framing)
         self.shards = LatentShards(Path(work_dir) / "latent_shards", encoders)
         name = digest_of(*map(str, dataclasses.astuple(encoders)), index.digest)
-        # Where the shards of this data set under this base lie, or will.
+        # Folder of the shards of this data set under this base, which may not exist yet.
         self.shards_dir = Path(work_dir) / "latent_shards" / name[:16]
         self.shards.load(self.shards_dir)
 
     def take(self, shards: Iterable[LatentShard]) -> None:
-        """Serve what these shards of a source hold.
+        """Serve the clips of these shards of a source.
 
-        Raises DataError, naming the shard, when another encoder than the base's wrote it.
+        Raises DataError, naming the shard, if its encoder differs from the base's.
         """
         for shard in shards:
             difference = self.shards.encoders.difference(shard.encoders)
@@ -115,7 +115,7 @@ class EncodedClips:
         return self._has((PROMPT, caption), self.prompt_path(caption))
 
     def _has(self, name: Name, path: Path) -> bool:
-        # At worst what another process has just put into a shard is encoded again.
+        # At worst a clip that another process has just packed into a shard is encoded again.
         return bool(self.shards.find(name) or path.exists() or self.shards.search(name, LOOK_AGAIN_SECONDS))
 
     def latents(self, clip: ClipEntry, flipped: bool) -> ClipLatents:
@@ -132,28 +132,28 @@ class EncodedClips:
 
     def _tensors(self, name: Name, path: Path, what: str) -> dict[str, torch.Tensor]:
         content, where = self._content(name, path, what)
-        # A member of a shard has been compared with the digest of all its bytes.
+        # A shard member's bytes have been compared with their digest already.
         return unpack_tensors(content, where, what, compare=where == path)
 
     def member(self, clip: ClipEntry, kind: str) -> bytes:
-        """What a shard keeps of a clip, verified; kind: LATENTS, FLIPPED, or PROMPT for its caption's features."""
+        """The verified bytes for a shard's member. kind: LATENTS, FLIPPED, or PROMPT for the caption's features."""
         if kind == PROMPT:
             path, what = self.prompt_path(clip.caption), f"prompt features of caption {clip.caption[:40]!r}"
         else:
             path, what = self.latents_path(clip, kind == FLIPPED), f"latents of clip {clip.key}"
         content, where = self._content(member_name(clip, kind), path, what)
-        # A damaged file must not become part of a shard with a digest that fits.
+        # Verify it: a damaged file must not get a valid digest in a shard.
         unpack_tensors(content, where, what)
         return content
 
     def _content(self, name: Name, path: Path, what: str) -> tuple[bytes, Path]:
-        """The bytes of a shard's member, or of the file at ``path``; and where they lie."""
+        """The bytes of a shard's member or of the file at ``path``, and where they are."""
         found = self.shards.find(name)
         if found is None:
             try:
                 return path.read_bytes(), path
             except FileNotFoundError as error:
-                # Another process may have put it into a shard meanwhile.
+                # Another process may just have packed it into a shard.
                 found = self.shards.search(name)
                 if found is None:
                     raise EnvironmentFailure(f"{path}: the {what} are gone; run again") from error
@@ -162,19 +162,19 @@ class EncodedClips:
         return read_member(*found, what), found[0]
 
     def slot_bytes(self, clip: ClipEntry) -> int:
-        """Of what ``load_slot`` returns: float32 stereo."""
+        """Bytes of what ``load_slot`` returns: float32 stereo."""
         return 8 * frames_of(clip, self) * self.samples_per_frame
 
     def load_slot(self, clip: ClipEntry, seed: int, slot: int) -> torch.Tensor | None:
-        """The audio that encoding the clip for ``slot`` takes; None where that is encoded. Any thread may call it."""
+        """The audio needed to encode the clip for ``slot``; None if that is encoded. Any thread may call it."""
         return None if self.has_latents(clip, polarity_of_slot(seed, slot)) else self.audio(clip)
 
     def encode_slot(
         self, base: Base, clip: ClipEntry, seed: int, slot: int, loaded_CN: torch.Tensor | None
     ) -> Path | None:
-        """Encode the clip for ``slot`` from what ``load_slot`` has returned, unless that is done already.
+        """Encode the clip for ``slot`` from the result of ``load_slot``, if not done yet.
 
-        Returns the file of this slot's crop, to be removed after its last use unless ``keep``; None where whole clips
+        Returns the file of this slot's crop, to be deleted after its last use unless ``keep``; None where whole clips
         are encoded, once for all epochs.
         """
         flipped = polarity_of_slot(seed, slot)
@@ -187,7 +187,7 @@ class EncodedClips:
         return load_clip_audio(self.index, clip, self.sample_rate_hz)
 
     def encode_together(self, base: Base, rows: Sequence[tuple[ClipEntry, bool, torch.Tensor]]) -> None:
-        """Encode clips of one length in frames in one pass; publish the files that are not there yet.
+        """Encode clips with equal numbers of frames in one pass; publish the files that do not exist yet.
 
         rows   (clip, flipped, its ``audio``)
         """
@@ -198,7 +198,7 @@ class EncodedClips:
     def encode_rows(
         self, base: Base, rows: Sequence[tuple[ClipEntry, bool, torch.Tensor]]
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """What is kept of each row of ``encode_together``: latents, silence, peaks."""
+        """Latents, silence and peaks of each row of ``encode_together``."""
         frame = self.samples_per_frame
         channels, valid_frames = rows[0][2].shape[0], -(-rows[0][2].shape[1] // frame)
         padded_BCN = torch.zeros(len(rows), channels, (valid_frames + 2 * SILENCE_TAIL_FRAMES) * frame)
@@ -221,7 +221,7 @@ class EncodedClips:
         return self._silence_D2
 
     def encode_prompts(self, base: Base, captions: Sequence[str]) -> None:
-        """Encode captions in one pass unless all are on disk already; publish those that are not there yet."""
+        """Encode captions in one pass unless all are on disk; publish those that are not."""
         if all(self.has_prompt(caption) for caption in captions):
             return
         hidden_BLH, mask_BL = base.encode_hidden(list(captions))
@@ -232,7 +232,7 @@ class EncodedClips:
 
 
 def frames_of(clip: ClipEntry, encoded: EncodedClips) -> int:
-    """Latent frames that hold sound of the whole clip."""
+    """Latent frames of the whole clip that hold sound."""
     samples = resampled_length(clip.samples, clip.sample_rate_hz, encoded.sample_rate_hz)
     return -(-samples // encoded.samples_per_frame)
 

@@ -1,4 +1,4 @@
-"""Latents of crops instead of whole clips: each crop is encoded by itself, as the reference does it every step."""
+"""Latents of crops instead of whole clips: each crop is encoded by itself, as the reference does at every step."""
 
 import dataclasses
 import shutil
@@ -19,7 +19,7 @@ from sa3dist.model.base import Base
 
 @dataclasses.dataclass(frozen=True)
 class CropLatents:
-    """The crops of one clip in one polarity, as ``ClipLatents`` shows the whole: the file of a crop is read when asked.
+    """The crops of one clip in one polarity, with the interface of ``ClipLatents``; a crop's file is read on request.
 
     peaks_T   float32 (valid_frames,): largest absolute sample of each frame of the whole clip
     """
@@ -40,7 +40,7 @@ class EncodedCrops(EncodedClips):
     """Reader and writer of single crops. A clip shorter than the crop is padded with zeros first, as in the reference.
 
     crop_frames   length of every crop in latent frames
-    keep          crops stay in the work directory for the next epoch and run; otherwise until they have been used
+    keep          crops stay in the work directory for later epochs and runs; otherwise they are deleted after use
     """
 
     def __init__(self, *args, crop_frames: int, keep: bool) -> None:
@@ -51,7 +51,7 @@ class EncodedCrops(EncodedClips):
         if not keep:
             self._latents_dir.mkdir(parents=True, exist_ok=True)
             remove_stale(self._latents_dir.glob(".on-the-fly-*"))
-            # Each process its own: it alone knows when a crop has been used.
+            # One folder per process, which alone knows when a crop has been used.
             self._latents_dir = Path(tempfile.mkdtemp(prefix=".on-the-fly-", dir=self._latents_dir))
             weakref.finalize(self, shutil.rmtree, self._latents_dir, ignore_errors=True)
 
@@ -75,9 +75,9 @@ class EncodedCrops(EncodedClips):
         return CropLatents(read_tensors(self.peaks_path(clip), f"peaks of clip {clip.key}")["peaks"], read)
 
     def load_slot(self, clip: ClipEntry, seed: int, slot: int) -> torch.Tensor | None:
-        """What ``slot`` needs of its clip, float32 (2, crop_frames x samples_per_frame); None where that is encoded.
+        """The audio ``slot`` needs of its clip, float32 (2, crop_frames x samples_per_frame); None if that is encoded.
 
-        Any thread may call it. A clip that is looked at for the first time is decoded whole, to know where it is loud.
+        Any thread may call it. The first look at a clip decodes it whole, to find where it is loud.
         """
         audio_CN = None
         if not self.peaks_path(clip).exists():
@@ -98,9 +98,10 @@ class EncodedCrops(EncodedClips):
     def encode_slot(
         self, base: Base, clip: ClipEntry, seed: int, slot: int, loaded_CN: torch.Tensor | None = None
     ) -> Path:
-        """Encode what ``slot`` needs of its clip unless that is done already; returns the crop's file.
+        """Encode what ``slot`` needs of its clip, if not done yet; returns the crop's file.
 
-        loaded_CN   what ``load_slot`` has returned; another micro batch may have let the file go since
+        loaded_CN   result of ``load_slot``; loaded again if it is None but another micro batch has deleted the file
+                    since
         """
         if loaded_CN is None:
             loaded_CN = self.load_slot(clip, seed, slot)
@@ -118,5 +119,5 @@ class EncodedCrops(EncodedClips):
         return self.crop_path(clip, flipped, start), start, flipped
 
     def slot_bytes(self, clip: ClipEntry) -> int:
-        """Of what ``load_slot`` returns."""
+        """Bytes of what ``load_slot`` returns."""
         return 8 * self._limit * self.samples_per_frame

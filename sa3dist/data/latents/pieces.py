@@ -1,4 +1,4 @@
-"""What encoding ahead consists of: captions, whole clips of one length, or crops, each done in one go by one rank."""
+"""The units of encoding ahead: captions, whole clips of one length, or crops; one rank encodes each in one go."""
 
 import dataclasses
 import itertools
@@ -13,26 +13,26 @@ from sa3dist.formats import ClipEntry
 from sa3dist.model.base import Base
 from sa3dist.model.text import begin_imports
 
-# One pass holds no more frames than the longest clip of any base (380 s) has alone.
+# One pass holds at most as many frames as the longest clip of any base (380 s).
 MAX_PASS_FRAMES = 4160
-# A caption costs about as much as a few frames: 256 tokens through a small model.
+# Relative cost of a caption, 256 tokens through a small model: that of a few frames.
 CAPTION_COST = 4.0
-# Captions come behind clips of so many frames, in both polarities, while what they need is imported; not behind all:
-# what is wrong with the text encoder must show early.
+# Captions come after clips of this many frames, in both polarities: meanwhile the text encoder's libraries are
+# imported. Not after all clips: a broken text encoder must show early.
 AHEAD_COST = 2.0 * MAX_PASS_FRAMES
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Work that is done as a whole.
+    """A unit of work.
 
     cost      relative, by length
     count     clips or captions in it
     memory    bytes of what ``load`` returns
-    lacking   whether an earlier run has left any of it
-    load      what ``encode`` needs, read in another thread while the piece before is encoded
+    lacking   whether any of it is not on disk yet
+    load      reads what ``encode`` needs, in another thread while the piece before is encoded
     encode    called with the base and what was loaded
-    begin     called before the first of all pieces is encoded
+    begin     called before the first piece is encoded
     """
 
     cost: float
@@ -45,9 +45,9 @@ class Piece:
 
 
 def whole_pieces(encoded: EncodedClips, batch: int = 1) -> list[Piece]:
-    """Every clip in both polarities and every distinct caption.
+    """Every clip in both polarities, and every distinct caption.
 
-    batch   clips of one length, or captions, that go through the encoder in one pass
+    batch   clips of one length, or captions, that share a pass of the encoder
     """
     clips = clip_pieces(encoded, batch)
     ahead = sum(cost <= AHEAD_COST for cost in itertools.accumulate(piece.cost for piece in clips))
@@ -63,8 +63,8 @@ def caption_pieces(encoded: EncodedClips, batch: int) -> list[Piece]:
             count=len(captions),
             memory=0,
             lacking=lambda: not all(map(encoded.has_prompt, captions)),
-            # Waited for here, where a signal still ends the stage, and whoever else has encoded them meanwhile: loader
-            # processes that are forked amid imports would wait for these for good.
+            # Wait for the imports here, where a signal still ends the stage, even if others have encoded the captions
+            # meanwhile: loader processes forked during an import would hang.
             load=lambda: begin_imports().exception(),
             encode=lambda base, loaded: encoded.encode_prompts(base, captions),
             begin=begin_imports,
@@ -74,7 +74,7 @@ def caption_pieces(encoded: EncodedClips, batch: int) -> list[Piece]:
 
 
 def crop_piece(encoded: EncodedCrops, clip: ClipEntry, seed: int, slot: int) -> Piece:
-    """The crop of one slot; which one it is shows when the clip's peaks have been read."""
+    """The crop of one slot; its position is known once the clip's peaks have been read."""
     return Piece(
         cost=1.0,
         count=1,
@@ -86,7 +86,7 @@ def crop_piece(encoded: EncodedCrops, clip: ClipEntry, seed: int, slot: int) -> 
 
 
 def clip_pieces(encoded: EncodedClips, batch: int) -> list[Piece]:
-    """Groups of clips of one length in both polarities, longest first, so that the ranks end at about one time.
+    """Groups of clips of one length in both polarities, longest first, so that the ranks end at about the same time.
 
     The latents of a flipped clip are not the flipped latents.
     """
@@ -119,7 +119,7 @@ def clip_pieces(encoded: EncodedClips, batch: int) -> list[Piece]:
 
 
 def rows_per_pass(frames: int, batch: int) -> int:
-    """``batch`` where that many clips of ``frames`` fit into one pass, else as many as fit; at least one."""
+    """``batch`` if that many clips of ``frames`` fit into one pass, else as many as fit; at least one."""
     return max(1, min(batch, MAX_PASS_FRAMES // (frames + 2 * SILENCE_TAIL_FRAMES)))
 
 

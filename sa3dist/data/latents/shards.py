@@ -1,4 +1,4 @@
-"""Latent shards: WebDataset tars of encoded clips, each with an index of what lies where and its digest.
+"""Latent shards: WebDataset tars of encoded clips, each with an index of offsets and digests.
 
 A clip is <stem>.json (its facts, sealed), .txt (caption), .latents.safetensors and .flipped.safetensors (one per
 polarity); the first clip of a shard with a caption also has its .prompt.safetensors.
@@ -24,9 +24,9 @@ from sa3dist.formats import ClipEntry, ShardEntry, is_sealed, sealed, write_whol
 
 SHARD_PREFIX = "latents-"
 SHARD_INDEX_VERSION = 1
-# Members of a clip by what they hold: the two polarities, and the caption's features.
+# Kinds of members: the two polarities, and the caption's features.
 LATENTS, FLIPPED, PROMPT = "latents", "flipped", "prompt"
-# What to do about bytes that are not as written.
+# Advice for bytes that do not match their digest.
 MEND = "delete the shard and run sa3dist encode, or copy it again"
 
 Name = tuple[str, str]
@@ -34,7 +34,7 @@ Name = tuple[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Encoders:
-    """What decides the numbers in a shard, besides audio and caption; digests of the weights in hex."""
+    """Everything that decides the numbers in a shard, besides audio and caption; digests of the weights in hex."""
 
     version: str
     autoencoder: str
@@ -46,7 +46,7 @@ class Encoders:
 
     def difference(self, other: Encoders) -> str | None:
         """The first value in which ``other`` (a shard's) differs from this one (the base's), in words."""
-        # Sizes first: they tell more than digests.
+        # Sizes first: they say more than digests.
         for name in ("latent_channels", "samples_per_frame", "sample_rate_hz", *vars(self)):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
@@ -55,7 +55,7 @@ class Encoders:
 
 
 class Place(NamedTuple):
-    """Where one member lies, and the hex SHA-256 of its bytes."""
+    """Position of one member, and the hex SHA-256 of its bytes."""
 
     offset: int
     bytes: int
@@ -64,7 +64,7 @@ class Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class EncodedClip:
-    """One clip of a shard. ``places`` has LATENTS and FLIPPED, and PROMPT where the clip is the first of its caption.
+    """One clip of a shard. ``places`` has LATENTS and FLIPPED, and PROMPT if the clip is the first with its caption.
 
     clip   its ``shard`` and ``audio_offset`` are empty: the audio may be gone
     """
@@ -74,15 +74,15 @@ class EncodedClip:
 
 
 def member_name(clip: ClipEntry, kind: str) -> Name:
-    """What a member is looked up by: whatever clip has the same audio, or the same caption, finds it."""
+    """The key of a member: clips with the same audio, or the same caption, share it."""
     return (PROMPT, clip.caption) if kind == PROMPT else (kind, clip.audio_sha256)
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentShard:
-    """One finished shard and its index, which lies beside it under the same name with .json.
+    """One finished shard and its index, a file beside it with the same name and the extension .json.
 
-    number, of   place among the shards of the data set, counted from 0, and how many they are
+    number, of   the shard's number among those of the data set, counted from 0, and how many there are
     dataset      digest of the data set it was made from
     """
 
@@ -111,9 +111,9 @@ class LatentShard:
 
     @classmethod
     def read(cls, path: Path | RemoteFile, index: Path | None = None) -> LatentShard:
-        """The shard at ``path``. Only the index is read, and the tar's length compared; members are checked when read.
+        """The shard at ``path``. Reads only the index and compares the tar's length; members are verified when read.
 
-        index   where its index is; default: beside it
+        index   path of its index; default: beside it
         Raises DataError, naming the file, when either is missing or damaged.
         """
         index = index_path(path) if index is None else index
@@ -137,7 +137,7 @@ class LatentShard:
 
 
 def latent_faults(shard: LatentShard) -> Iterator[str]:
-    """As ``index_faults``, of a latent shard's index."""
+    """``index_faults`` for a latent shard's index."""
     if not (isinstance(shard.dataset, str) and is_whole(shard.of, 1) and is_whole(shard.number, 0, shard.of - 1)):
         yield "names no data set, or no place among its shards"
         return
@@ -190,7 +190,7 @@ def write_latent_shard(
 ) -> LatentShard:
     """Write a shard, then its index, each atomically: a shard with an index is a finished one.
 
-    content   the bytes of one kind of member of a clip, asked for in order: one clip at a time is in memory
+    content   returns the bytes of one kind of member of a clip; called in order, with one clip in memory at a time
     """
     written: list[EncodedClip] = []
     captions: set[str] = set()
@@ -235,10 +235,10 @@ def read_member(path: Path | RemoteFile, place: Place, what: str) -> bytes:
 
 
 class LatentShards:
-    """What the shards of a work directory, or of a source, hold: member by name."""
+    """The members of all shards in a work directory, or of a source, by name."""
 
     def __init__(self, root: Path, encoders: Encoders) -> None:
-        """root   folder of folders of shards; those of other encoders are passed over."""
+        """root: a folder of folders of shards; shards of other encoders are ignored."""
         self._root = Path(root)
         self.encoders = encoders
         self._read: set[tuple[Path, int]] = set()
@@ -254,7 +254,7 @@ class LatentShards:
         return self._places.get(name)
 
     def search(self, name: Name, after_seconds: float = 0.0) -> tuple[Path | RemoteFile, Place] | None:
-        """As ``find``; first reads the indices that have appeared since, unless it has just looked for them."""
+        """As ``find``, but first reads new indices, unless it did so less than ``after_seconds`` ago."""
         if name not in self._places and time.monotonic() - self._looked >= after_seconds:
             self._looked = time.monotonic()
             for directory in sorted(path for path in self._root.glob("*") if path.is_dir()):
@@ -265,7 +265,7 @@ class LatentShards:
         """Read the indices in one folder. Damaged or foreign ones are ignored; their clips are encoded again."""
         for path in sorted(directory.glob(f"{SHARD_PREFIX}*.tar")):
             try:
-                # One that was damaged may have been written again.
+                # A damaged index may have been rewritten since.
                 version = path, index_path(path).stat().st_mtime_ns
                 if version in self._read:
                     continue
@@ -275,5 +275,5 @@ class LatentShards:
                         self.add(shard)
             except FileNotFoundError:
                 continue
-            # Last: whoever finds it here, in another thread, finds its clips too.
+            # Last, so that another thread that sees it here also finds its clips.
             self._read.add(version)

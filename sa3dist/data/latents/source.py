@@ -1,4 +1,4 @@
-"""Shards as a data set: latent shards instead of audio, fetched when remote; shards of either kind to stream."""
+"""Shards as a data set: latent shards instead of audio, fetched if remote; shards of either kind to stream."""
 
 import dataclasses
 import logging
@@ -21,30 +21,30 @@ from sa3dist.formats import INDEX_NAME, DatasetIndex, LeftOut, dataset_digest, d
 
 log = logging.getLogger(__name__)
 
-# Where a tar lies, or its URL where it stays remote; where its index lies; the tar's length where it is remote, else 0.
+# Path of a tar, or URL of one that stays remote; path of its index; the tar's length if it is remote, else 0.
 Paths = tuple[str, str, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentDataset(DatasetIndex):
-    """The index of a data set that is there as latents only, in ``latent_shards``."""
+    """The index of a data set that exists as latents only, in ``latent_shards``."""
 
     latent_shards: tuple[LatentShard, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamedDataset(DatasetIndex):
-    """A data set without an index: its clips are not known. ``digest`` is of the shards' names, and sizes if local."""
+    """A data set without an index, so its clips are unknown. ``digest`` is of the shards' names, and sizes if local."""
 
     urls: tuple[str, ...] = ()
     holds_latents: bool = False
 
 
 def latent_shards_of(source: str, should_stop: Callable[[], bool] = lambda: False) -> list[str] | None:
-    """The latent shards ``source`` names, as paths and URLs in order; None when it holds something else.
+    """The latent shards that ``source`` names, as paths and URLs in order; None if it is something else.
 
-    They are known by their name, latents-*.tar, whether named one by one, by a pattern in braces or by their folder.
-    Raises as ``download`` does where a remote folder cannot be listed.
+    They are recognised by their names, latents-*.tar, whether given one by one, by a pattern in braces or by their
+    folder. Raises as ``download`` does when a remote folder cannot be listed.
     """
     return _shards_named(source, is_latent_name, should_stop)
 
@@ -58,7 +58,7 @@ def streamed_shards(source: str, should_stop: Callable[[], bool] = lambda: False
     kinds = {is_latent_name(url) for url in urls}
     if len(kinds) > 1:
         raise DataError(f"{label}: latent shards and others side by side; stream one kind")
-    # Sizes tell an exchanged shard from the one before; asking a server for them all would take too long.
+    # Local sizes reveal an exchanged shard; asking a server for all sizes would take too long.
     local = [url if is_remote(url) else str(local_path(url)) for url in urls]
     facts = [f"{_last_part(url)} {'' if is_remote(url) else os.path.getsize(url)}" for url in local]
     digest = digest_of("streaming", *facts)
@@ -104,10 +104,10 @@ def _last_part(part: str) -> str:
 
 
 def fetch_latents(parts: list[str], work_dir: Path, should_stop: Callable[[], bool], max_bytes: int) -> list[Paths]:
-    """Where the shards and their indices are; remote indices come to ``work_dir``/downloads.
+    """Paths of the shards and their indices; remote indices are downloaded to ``work_dir``/downloads.
 
-    Remote shards stay where they are, unless their server sends whole files only, which is said: then they come too.
-    Raises DataError when one is missing (nothing fetched then stays), EnvironmentFailure when the network fails.
+    Remote shards stay remote, unless their server sends whole files only: then they are downloaded too, with a warning.
+    Raises DataError when one is missing (and removes what was fetched), EnvironmentFailure when the network fails.
     """
     stays: bool | None = None
 
@@ -132,9 +132,9 @@ def fetch_latents(parts: list[str], work_dir: Path, should_stop: Callable[[], bo
 def read_latents(
     source: str, paths: list[Paths], cache: ClipCache, should_stop: Callable[[], bool] = lambda: False
 ) -> LatentDataset:
-    """The data set in the shards at ``paths``. Raises DataError when one is damaged, or some of a folder are missing.
+    """The data set in the shards at ``paths``. Raises DataError when one is damaged, or a folder lacks some.
 
-    cache   keeps what is read of remote shards
+    cache   of clips read from remote shards
     """
     shards = tuple(
         LatentShard.read(RemoteFile(tar, size, cache, should_stop) if size else Path(tar), Path(index))
@@ -143,7 +143,7 @@ def read_latents(
     label, first = redacted(source), shards[0]
     if "{" not in source and not split_query(source)[0].endswith(".tar"):
         numbers = {shard.number for shard in shards}
-        # The first gap: how many there are is what a file says.
+        # Name the first gap: the number of shards comes from a file, and may be anything.
         missing = next((number for number in range(first.of) if number not in numbers), None)
         if missing is not None:
             raise DataError(f"{label}: shard {missing} of {first.of} is not there; copy all of them")

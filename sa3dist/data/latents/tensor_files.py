@@ -1,4 +1,4 @@
-"""Tensors as safetensors with a digest of what they hold: written whole, and never read damaged."""
+"""Tensors as safetensors with a digest of their values: written atomically, and never read damaged."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def pack_tensors(tensors: dict[str, torch.Tensor]) -> bytes:
-    """As safetensors, with the digest of what they hold."""
+    """As safetensors, with the digest of their values."""
     return save(tensors, metadata={"sha256": digest_of_tensors(tensors)})
 
 
@@ -32,7 +32,7 @@ def digest_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def read_tensors(path: Path, what: str) -> dict[str, torch.Tensor]:
-    """The tensors of a ``write_tensors`` file. Raises EnvironmentFailure, naming it, when they are not as written."""
+    """The tensors of a ``write_tensors`` file. Raises EnvironmentFailure, naming it, when it is damaged."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -41,9 +41,9 @@ def read_tensors(path: Path, what: str) -> dict[str, torch.Tensor]:
 
 
 def unpack_tensors(content: bytes, path: Path, what: str, compare: bool = True) -> dict[str, torch.Tensor]:
-    """The tensors in the bytes ``write_tensors`` left. Raises EnvironmentFailure, naming ``path``, when damaged.
+    """The tensors in the bytes of a ``write_tensors`` file. Raises EnvironmentFailure, naming ``path``, when damaged.
 
-    compare   with the digest they carry; needless where that of all the bytes has been compared
+    compare   check the digest inside; needless if a digest of all the bytes has been checked
     """
     try:
         tensors = load(content)
@@ -53,7 +53,7 @@ def unpack_tensors(content: bytes, path: Path, what: str, compare: bool = True) 
             expected = json.loads(header)["__metadata__"]["sha256"]
     except (ValueError, KeyError, SafetensorError) as error:
         raise EnvironmentFailure(f"{path}: cannot read the {what} ({error}); delete the file and run again") from error
-    # A NaN or infinity makes any sum one; summing takes a twentieth of the time. Large values may overflow it.
+    # A NaN or infinity makes any sum one, and a sum takes a twentieth of the time. Large finite values may overflow it.
     if not all(math.isfinite(tensor.sum()) or tensor.isfinite().all() for tensor in tensors.values()):
         raise EnvironmentFailure(f"{path}: the {what} hold a non-finite value; delete the file and run again")
     if compare and digest_of_tensors(tensors) != expected:

@@ -1,7 +1,7 @@
-"""A disk cache of clips by digest with a bound on its bytes: the least recently used go first.
+"""A disk cache of clips by digest, of bounded size: the least recently used clips are deleted first.
 
-Any number of processes of one machine share a cache. Reading takes no lock: a file appears whole, is verified by
-whoever reads it, and stays readable for those who hold it open when it goes. Writing and evicting take the lock.
+Any number of processes on one machine share a cache. Reading takes no lock: files appear atomically, readers verify
+them, and an open file stays readable when it is deleted. Writing and evicting take the lock.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from sa3dist.errors import EnvironmentFailure
 
 log = logging.getLogger(__name__)
 
-# Freed at once when the cache is full, so that not every new clip makes us list all files.
+# Share freed at once when the cache is full, so that not every new clip lists all files.
 SPARE_SHARE = 1 / 16
 
 
@@ -24,12 +24,12 @@ class ClipCache:
     """Audio bytes by their SHA-256, in ``directory``/<first two digits>/<digest>."""
 
     def __init__(self, directory: Path, max_bytes: int) -> None:
-        """max_bytes: of all clips together, never exceeded; a clip larger than that is not kept."""
+        """max_bytes: of all clips together, never exceeded; a larger clip is not kept."""
         self.directory = Path(directory)
         self.max_bytes = max_bytes
 
     def get(self, sha256: str) -> bytes | None:
-        """The clip's bytes, verified, or None. A damaged file is removed and said."""
+        """The clip's verified bytes, or None. A damaged file is removed, with a warning."""
         path = self._path(sha256)
         try:
             data = path.read_bytes()
@@ -41,13 +41,13 @@ class ClipCache:
             log.warning("%s: damaged, fetching the clip again", path)
             path.unlink(missing_ok=True)
             return None
-        # Evicted meanwhile by another process: the bytes are good all the same.
+        # Another process may have evicted it since: the bytes are still good.
         with contextlib.suppress(FileNotFoundError):
             os.utime(path)
         return data
 
     def put(self, sha256: str, data: bytes) -> None:
-        """Keep a clip, removing others where needed. Raises EnvironmentFailure when the disk is full."""
+        """Keep a clip, evicting others if needed. Raises EnvironmentFailure when the disk is full."""
         path = self._path(sha256)
         if len(data) > self.max_bytes or path.exists():
             return
@@ -67,7 +67,7 @@ class ClipCache:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         self.directory.mkdir(parents=True, exist_ok=True)
-        # One open file per caller, so that the lock also holds between threads. It ends with its process.
+        # Each caller opens the file itself, so that the lock also works between threads. It ends with the process.
         with (self.directory / ".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -75,7 +75,7 @@ class ClipCache:
     def _write(self, path: Path, data: bytes) -> None:
         path.parent.mkdir(exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        # Counted first: a kill in between leaves the count too high, which the next full count corrects.
+        # Count first: after a kill in between the count is too high, which the next full count corrects.
         self._count(self._counted() + len(data))
         try:
             temporary.write_bytes(data)
@@ -89,9 +89,9 @@ class ClipCache:
         held = []
         for path in self.directory.glob("??/*"):
             if path.suffix == ".tmp":
-                # Writers hold the lock, and so do we: this one was killed.
+                # Writers hold the lock, as we do now: this one was killed.
                 path.unlink(missing_ok=True)
-            # Gone by that, or by a reader that found it damaged.
+            # It may be gone already: deleted above, or by a reader that found it damaged.
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
                 held.append((status.st_mtime_ns, status.st_size, path))
@@ -106,7 +106,7 @@ class ClipCache:
         self._count(total)
 
     def _counted(self) -> int:
-        """Bytes by the last count; without a readable one max_bytes, so that all files are counted again."""
+        """Bytes by the last count; if that is unreadable, max_bytes, so that all files are counted again."""
         try:
             return int((self.directory / ".bytes").read_text())
         except (FileNotFoundError, ValueError):

@@ -16,20 +16,20 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# Bytes of one request. After an attempt that brought nothing requests get smaller, down to the second number.
+# Bytes per request. After an attempt without progress requests get smaller, down to the second number.
 BLOCK_BYTES = 8 << 20
 SMALLEST_BLOCK_BYTES = 64 << 10
-# Half a minute of pauses outlasts a server's restart; whatever moves the file forward starts the count again.
+# Half a minute of pauses outlasts a server's restart. Any progress resets the count.
 RETRY_PAUSES_SECONDS = (1, 2, 4, 8, 16)
-# Silence on an open connection that counts as broken; a slow but steady server may take any time.
+# A connection silent for this long counts as broken; a slow but steady server may take any time.
 CONNECT_SECONDS = 30
 SILENT_SECONDS = 60
-# Whatever of these a server tells identifies the version of a file.
+# Those that a server sends identify the version of a file.
 _VERSION_KEYS = ("ETag", "etag", "Last-Modified", "LastModified", "last_modified", "mtime", "md5Hash", "generation")
 
 
 def version_of(info: dict[str, Any]) -> dict[str, str]:
-    """What tells this state of a remote file from others; empty where the server does not say."""
+    """What distinguishes this version of a remote file from others; empty if the server does not say."""
     return {key: str(info[key]) for key in _VERSION_KEYS if info.get(key)}
 
 
@@ -39,7 +39,7 @@ def remote_info(system: AbstractFileSystem, path: str, label: str, should_stop: 
 
 
 def answer(question: Callable[[], Result], label: str, should_stop: Callable[[], bool]) -> Result:
-    """What a file system says, asked again while its server fails. Raises as ``download`` does."""
+    """The answer of a file system, retried while its server fails. Raises as ``download`` does."""
     return persist(question, label, should_stop, moved=lambda: False)
 
 
@@ -52,11 +52,11 @@ def download(
     limit: int,
     should_stop: Callable[[], bool],
 ) -> None:
-    """Complete ``part`` with the bytes of ``path``. What it holds already must be of the same version.
+    """Complete ``part`` with the bytes of ``path``. Bytes already in it must be of the same version.
 
-    info    of ``remote_info``        limit   bytes allowed        label   how messages call the file
-    Raises DataError when it does not exist, may not be read or is too large; EnvironmentFailure when it keeps breaking
-    off or changes on the way; Interrupted. ``part`` then holds what arrived.
+    info    of ``remote_info``        limit   bytes allowed        label   the file's name in messages
+    Raises DataError when it does not exist, may not be read or is too large; EnvironmentFailure when the transfer keeps
+    breaking off or the file changes meanwhile; Interrupted. ``part`` then holds what arrived.
     """
     size = info.get("size")
     if size is not None and size > limit:
@@ -64,7 +64,7 @@ def download(
     transfer = _Transfer(system, path, size, part, label, limit, should_stop)
     persist(transfer.attempt, label, should_stop, transfer.moved)
     if "http" in system.protocol:
-        # Web servers send a page of theirs with status 200.
+        # Web servers may send a page of their own with status 200.
         with part.open("rb") as stream:
             instead = answer_instead(stream.read(HEAD_BYTES))
         if instead is not None:
@@ -78,9 +78,9 @@ def download(
 
 
 class Attempts:
-    """How far attempts at one file got: where the last one began, what it reached, and how much to ask for at a time.
+    """Progress of the attempts at one file: where the last one began, what it reached, and the size of requests.
 
-    block   bytes of a request; 0: all in one stream, of which nothing stays when it breaks off
+    block   bytes of a request; 0: all in one stream, of which nothing is kept when it breaks off
     """
 
     def __init__(self, in_parts: bool = True) -> None:
@@ -88,7 +88,7 @@ class Attempts:
         self.begun = self.reached = 0
 
     def moved(self) -> bool:
-        """Whether the failed attempt brought anything that stays; a smaller request is tried where it did not."""
+        """Whether the failed attempt made progress that is kept; if not, the next request is smaller."""
         moved = self.block > 0 and self.reached > self.begun
         if self.block and not moved:
             self.block = max(SMALLEST_BLOCK_BYTES, self.block // 4)
@@ -108,19 +108,19 @@ class _Transfer(Attempts):
         limit: int,
         should_stop: Callable[[], bool],
     ) -> None:
-        # Without a known length a server's ranges cannot be checked: such a file comes in one stream.
+        # Without a known length a server's ranges cannot be checked: such a file is read in one stream.
         super().__init__(in_parts=bool(size))
         self.system, self.path, self.size = system, path, size
         self.part, self.label, self.limit, self.should_stop = part, label, limit, should_stop
 
     def attempt(self) -> None:
-        """Read on from what ``part`` holds to the end."""
+        """Continue reading from the end of ``part``."""
         held = self.part.stat().st_size if self.part.exists() else 0
         self.begun = self.reached = held if self.block and held <= self.size else 0
         try:
             self._read()
         except ValueError:
-            # How fsspec says that the server does not know ranges: it sends everything from the start again.
+            # fsspec's way to say that the server ignores ranges: it would send everything from the start again.
             if not self.block:
                 raise
             self.block = self.begun = self.reached = 0
@@ -144,7 +144,7 @@ class _Transfer(Attempts):
                         f"{self.label}: more than {self.limit} bytes; split it, or raise max_download_bytes"
                     )
                 out.write(block)
-                # On disk before it counts as progress.
+                # Bytes count as progress once they are on disk.
                 out.flush()
                 self.reached += len(block)
             out.truncate(self.reached)
@@ -153,10 +153,10 @@ class _Transfer(Attempts):
 def persist(
     work: Callable[[], Result], label: str, should_stop: Callable[[], bool], moved: Callable[[], bool]
 ) -> Result:
-    """Call ``work``, again after growing pauses while it fails for reasons that may pass.
+    """Call ``work``; while it fails for reasons that may pass, call it again after growing pauses.
 
-    moved   whether the failed attempt got further, which starts the count of failures again
-    Raises DataError for what no retry can mend, EnvironmentFailure after the last retry, Interrupted.
+    moved   whether the failed attempt made progress, which resets the count of failures
+    Raises DataError for what no retry can fix, EnvironmentFailure after the last retry, Interrupted.
     """
     failures = 0
     while True:
@@ -185,7 +185,7 @@ def persist(
 
 
 def _refusal(error: Exception, label: str) -> DataError | None:
-    """The error for what no retry can mend, or None."""
+    """The error for what no retry can fix, or None."""
     cause, status = _cause(error)
     if status == 407 or type(cause).__name__ == "ClientHttpProxyError":
         return DataError(f"{label}: the proxy refuses it (status {status}); check http_proxy, https_proxy and no_proxy")
@@ -201,16 +201,16 @@ def _refusal(error: Exception, label: str) -> DataError | None:
 
 def _reason(error: Exception) -> str:
     cause, status = _cause(error)
-    # Redirects are named with their signatures; whoever holds one may read the file.
+    # The text may name a redirect with its signature, which lets anyone read the file: remove queries.
     text = re.sub(r"(://[^\s?'\"]*)\?[^\s'\")]*", r"\1", str(cause) or type(cause).__name__)
     text = re.sub(r"://[^\s/'\"]*@", "://", text)
     return f"status {status}" if status and status >= 400 else printable(text)[:200]
 
 
 def _cause(error: Exception) -> tuple[BaseException, int | None]:
-    """The exception that says most, and the HTTP status in it."""
+    """The exception that says most, and its HTTP status."""
     cause = error.__cause__
-    # fsspec's http calls every failure "not found" and keeps the truth as its cause; others translate theirs well.
+    # fsspec's http turns every failure into "not found", with the real one as its cause; others translate theirs well.
     if cause is None or not type(cause).__module__.startswith(("aiohttp", "asyncio", "builtins")):
         cause = error
     return cause, getattr(cause, "status", None)
@@ -225,7 +225,7 @@ _COMMENT = re.compile(rb"<!--.*?-->", re.DOTALL)
 
 
 def answer_instead(head: bytes) -> str | None:
-    """What a server sends in place of a file, in words, or None: a page to log in, an error, a pointer to the file."""
+    """What a server sent instead of a file, in words, or None: a login page, an error, a pointer to the file."""
     text = _COMMENT.sub(b"", head).lstrip(b"\xef\xbb\xbf \t\r\n")
     if _PAGE.match(text) or (_XML.match(text) and _PAGE.search(text)):
         title = _TITLE.search(text)

@@ -21,7 +21,7 @@ from sa3dist.runtime.file_lock import alone
 
 # An hour of 24-bit stereo at 48 kHz is 1.04e9 bytes; the longest clip a model sees is 380 s.
 MAX_MEMBER_BYTES = 1 << 30
-# 2000 clips of 380 s in 24-bit stereo at 48 kHz are 0.2 TB: five times that is nobody's data set by accident.
+# 2000 clips of 380 s in 24-bit stereo at 48 kHz are 0.2 TB; nobody has five times that by accident.
 MAX_TOTAL_BYTES = 1 << 40
 _EXTRAS = {"s3": "pip install 'sa3dist[s3]'", "http": "pip install aiohttp", "https": "pip install aiohttp"}
 
@@ -31,7 +31,7 @@ def is_remote(source: str) -> bool:
 
 
 def split_query(source: str) -> tuple[str, str]:
-    """An address up to its path, and from ``?`` on (in http also from ``#``, which elsewhere is part of a name)."""
+    """An address split before ``?`` (in http also before ``#``, which elsewhere is part of a name)."""
     if not is_remote(source):
         return source, ""
     address = re.split(r"[?#]" if source[:4].lower() == "http" else r"\?", source, maxsplit=1)[0]
@@ -39,7 +39,7 @@ def split_query(source: str) -> tuple[str, str]:
 
 
 def address_name(source: str) -> str:
-    """The last part of an address's path, as it is written there."""
+    """The last part of an address's path, not decoded."""
     return split_query(source)[0].partition("://")[2].partition("/")[2].rpartition("/")[2]
 
 
@@ -58,10 +58,10 @@ def fetch(source: str, downloads: Path, should_stop: Callable[[], bool], max_byt
 
 
 class Downloads(contextlib.AbstractContextManager):
-    """A folder of downloaded files, named by content: <sha256>-<name>, with a note of URL and version beside each.
+    """A folder of downloaded files named by content, <sha256>-<name>, each with a note of URL and version.
 
-    A file whose version (ETag, time, size) is there already is not fetched again; a broken download of a known version
-    is continued by the next run.
+    A file whose version (ETag, time, size) is there already is not fetched again; the next run continues a broken
+    download of a known version.
     """
 
     def __init__(self, directory: Path, should_stop: Callable[[], bool], max_bytes: int = MAX_TOTAL_BYTES) -> None:
@@ -72,7 +72,7 @@ class Downloads(contextlib.AbstractContextManager):
         self.fetched: list[Path] = []
 
     def fetch(self, source: str) -> Path:
-        """Bring ``source`` here and return the local file or folder.
+        """Download ``source`` and return the local file or folder.
 
         Raises DataError when it does not exist, may not be read or is too large, EnvironmentFailure when it breaks off.
         """
@@ -81,7 +81,7 @@ class Downloads(contextlib.AbstractContextManager):
 
     @contextlib.contextmanager
     def borrowed(self, source: str) -> Iterator[Path]:
-        """``fetch`` for a block, which no other run that needs the same URL is in; then it is removed."""
+        """``fetch`` for the duration of a block, while other runs that need the URL wait; then delete the file."""
         with self._alone(source):
             local = self._fetch(source)
             yield local
@@ -89,7 +89,7 @@ class Downloads(contextlib.AbstractContextManager):
 
     @contextlib.contextmanager
     def _alone(self, source: str) -> Iterator[None]:
-        """One run at a time: two would write to one file, and one would rename it while the other writes."""
+        """One run at a time: two would write to one file, and one could rename it while the other writes."""
 
         def check_stop() -> None:
             if self._should_stop():
@@ -100,7 +100,7 @@ class Downloads(contextlib.AbstractContextManager):
                 yield
         finally:
             with contextlib.suppress(OSError):
-                # Only when nothing else is in it.
+                # Fails unless the folder is empty.
                 self._directory.rmdir()
 
     def _fetch(self, source: str) -> Path:
@@ -115,7 +115,7 @@ class Downloads(contextlib.AbstractContextManager):
         return local
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Remove everything fetched where the block has refused the source, with DataError."""
+        """Remove everything fetched, if the block refused the source with DataError."""
         if kind is not None and issubclass(kind, DataError):
             for path in self.fetched:
                 self.release(path)
@@ -126,7 +126,7 @@ class Downloads(contextlib.AbstractContextManager):
         for note in self._directory.glob(f"{path.name}.*.json"):
             note.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            # Only when nothing else is in it.
+            # Fails unless the folder is empty.
             self._directory.rmdir()
 
     def _file(self, system: AbstractFileSystem, path: str, source: str, info: dict[str, Any], label: str) -> Path:
@@ -158,7 +158,7 @@ class Downloads(contextlib.AbstractContextManager):
     ) -> Path:
         self._directory.mkdir(parents=True, exist_ok=True)
         versioned = bool(version_of(info))
-        # Without a version the next run could not tell whether it continues the same file.
+        # Without a version the next run could not know whether it continues the same file.
         part = self._directory / (f".{key}.part" if versioned else f".{key}.{secrets.token_hex(4)}.part")
         try:
             download(system, path, info, part, label, max(self._left, 0), self._should_stop)
@@ -173,7 +173,7 @@ class Downloads(contextlib.AbstractContextManager):
             raise
 
     def _folder(self, system: AbstractFileSystem, path: str, source: str) -> Path:
-        """All files below ``path``; unchanged ones stay, vanished ones go."""
+        """All files below ``path``; unchanged ones are kept, vanished ones removed."""
         listing = answer(lambda: system.find(path, detail=True), redacted(source), self._should_stop)
         found = sorted(listing.items())
         target = self._directory / f"{digest_of(source)[:16]}-folder"
@@ -220,9 +220,9 @@ def look_up(source: str, should_stop: Callable[[], bool]) -> tuple[AbstractFileS
 
 
 def filesystem(source: str) -> tuple[AbstractFileSystem, str]:
-    """fsspec's file system of a URL and the path in it, of this process: a fork makes its own.
+    """fsspec's file system of a URL, made by this process (a fork makes its own), and the path in it.
 
-    Raises DataError when the package for it is missing, the scheme is unknown, or an address or a proxy cannot be;
+    Raises DataError when its package is missing, the scheme is unknown, or an address or a proxy is invalid;
     EnvironmentFailure when it connects at once, as FTP does, and cannot.
     """
     scheme = source.split("://", 1)[0].lower()
@@ -235,7 +235,7 @@ def filesystem(source: str) -> tuple[AbstractFileSystem, str]:
         raise EnvironmentFailure(
             f"{redacted(source)}: cannot be reached ({first_line(error)}); check the address, or run again to continue"
         ) from error
-    # The others where an address leaves out what its file system needs.
+    # ValueError and the others: the address lacks something its file system needs.
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(
             f"{redacted(source)}: {scheme}:// is no known kind of location; use a path, http(s):// or s3://"
@@ -251,19 +251,19 @@ def _web(source: str, scheme: str) -> tuple[AbstractFileSystem, str]:
         address = as_sent(source)
     except ValueError as error:
         raise DataError(f"{redacted(source)}: no valid address ({error}); check it") from error
-    # At once, rather than as the cause of a failed request.
+    # Check the proxy now, not as the cause of a failed request.
     proxy_for(address)
-    # aiohttp's default ends every request, however it goes, after five minutes.
+    # aiohttp's default ends every request after five minutes, even one that makes progress.
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS)
     session = {"timeout": timeout, "response_class": BoundedResponse, "request_class": Request}
-    # Not by url_to_fs, to which "::" in an address is a chain of file systems.
+    # Not url_to_fs, which reads "::" in an address as a chain of file systems.
     public = {"get_client": _public_client} if is_public_only() else {}
     system = fsspec.filesystem(scheme, client_kwargs={**session, "requote_redirect_url": False}, encoded=True, **public)
     return system, str(address)
 
 
 async def _public_client(**options: Any) -> Any:
-    """A session that connects to the open internet alone, whatever a name or a redirect leads to."""
+    """A session that connects to public addresses only, wherever a name or a redirect leads."""
     import aiohttp
 
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(socket_factory=public_socket), **options)

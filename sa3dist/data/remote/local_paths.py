@@ -11,9 +11,9 @@ MAX_NAME_BYTES = 255
 
 
 def expand_home(path: str | Path) -> str:
-    """``path`` with a leading ``~`` or ``~user`` replaced by that home; a file of that very name stays what it is.
+    """``path`` with a leading ``~`` or ``~user`` replaced by that home; unchanged if a file has that very name.
 
-    Raises ConfigError when this machine knows no such user.
+    Raises ConfigError if this machine has no such user.
     """
     text = str(path)
     expanded = os.path.expanduser(text)
@@ -30,12 +30,12 @@ def home_path(text: str) -> Path:
 
 
 def is_text(word: str) -> bool:
-    """Whether an argument was UTF-8: nothing else can be written to our files."""
+    """Whether an argument was UTF-8; nothing else can be written to our files."""
     return not any(0xD800 <= ord(character) <= 0xDFFF for character in word)
 
 
 def can_be_named(path: str | Path) -> bool:
-    """Whether a file system of today takes every part of ``path`` as a name."""
+    """Whether common file systems accept every part of ``path`` as a name."""
     text = str(path)
     return (
         is_text(text)
@@ -45,9 +45,9 @@ def can_be_named(path: str | Path) -> bool:
 
 
 def local_name(source: str) -> str:
-    """The path that a file:// address or a plain path stands for, with its home expanded. Raises ConfigError.
+    """The path of a file:// address or a plain path, with its home expanded. Raises ConfigError.
 
-    ``#`` and ``?`` are part of a file's name: neither means anything else in an address of this machine.
+    ``#`` and ``?`` are part of a file's name: they have no other meaning in a local address.
     """
     if source[:7].lower() != "file://":
         return expand_home(source)

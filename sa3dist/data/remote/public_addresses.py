@@ -1,4 +1,4 @@
-"""Addresses that point inward - this machine, its network, a cloud's metadata - and connections that refuse them."""
+"""Addresses that point inward (this machine, its network, a cloud's metadata), and connections that refuse them."""
 
 import ipaddress
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 from sa3dist.errors import DataError
 
-# Set for this process and those it starts: whoever chose an address may not see what this machine sees.
+# Set for this process and its children: whoever chose an address must not reach what only this machine can.
 PUBLIC_ONLY_VARIABLE = "SA3DIST_PUBLIC_ADDRESSES_ONLY"
 # IPv4 inside of IPv6: translated by the network (RFC 6052), and the deprecated "compatible" form.
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -16,7 +16,7 @@ _COMPATIBLE = ipaddress.ip_network("::/96")
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the open internet, whatever form it is written in. False for what is none."""
+    """Whether an IP address, in whatever form, is public. False for text that is not an address."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -32,16 +32,16 @@ def is_public(address: str) -> bool:
 
 
 def inward_address(host: str, port: int) -> str | None:
-    """An address of ``host`` that points inward, or None. Raises OSError where its name is not known."""
-    # The dot that says that a name is whole.
+    """An address of ``host`` that points inward, or None. Raises OSError if the name is unknown."""
+    # A trailing dot marks a fully qualified name.
     found = socket.getaddrinfo(host.rstrip("."), port, type=socket.SOCK_STREAM)
     return next((entry[4][0] for entry in found if not is_public(entry[4][0])), None)
 
 
 def public_socket(entry: Sequence[Any]) -> socket.socket:
-    """A socket for one entry of ``getaddrinfo``, as aiohttp asks for it before it connects: after names and redirects.
+    """A socket for one entry of ``getaddrinfo``. aiohttp calls it before connecting, after names and redirects.
 
-    Raises DataError where the address points inward.
+    Raises DataError if the address points inward.
     """
     family, kind, protocol, _, address = entry
     if not is_public(address[0]):
@@ -50,5 +50,5 @@ def public_socket(entry: Sequence[Any]) -> socket.socket:
 
 
 def is_public_only() -> bool:
-    """Whether this process fetches from the open internet alone."""
+    """Whether this process may fetch from public addresses only."""
     return bool(os.environ.get(PUBLIC_ONLY_VARIABLE))

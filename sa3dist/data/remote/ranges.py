@@ -1,4 +1,4 @@
-"""Read a range of a remote file, with smaller requests where connections break, never more than was asked for."""
+"""Read a range of a remote file, in smaller requests where connections break, never more than was asked for."""
 
 import dataclasses
 import hashlib
@@ -14,7 +14,7 @@ from sa3dist.errors import EnvironmentFailure
 
 log = logging.getLogger(__name__)
 
-# A wrong byte on the way is cured by asking again; a changed file is not.
+# Reading again fixes a wrong byte from the network, but not a changed file.
 READS = 3
 
 
@@ -24,7 +24,7 @@ class NoRanges(EnvironmentFailure):
 
 @dataclasses.dataclass(frozen=True)
 class RemoteFile:
-    """A file that stays where it is. Pieces of it are read by range requests and kept in a cache.
+    """A file that stays remote. Pieces of it are read by range requests and cached.
 
     file_bytes   its length, as the server says
     """
@@ -38,7 +38,7 @@ class RemoteFile:
         return redacted(self.url)
 
     def read(self, offset: int, length: int, sha256: str, what: str) -> bytes | None:
-        """One piece, verified; None when it is never as ``sha256`` says. Raises as ``read_range``."""
+        """One piece, verified; None if it never matches ``sha256``. Raises as ``read_range``."""
         held = self.cache.get(sha256)
         if held is not None:
             return held
@@ -55,9 +55,9 @@ def read_range(source: str, file_bytes: int, first: int, length: int, should_sto
     """``length`` bytes of the file at URL ``source``, from byte ``first`` on.
 
     file_bytes   length of the whole file
-    What arrived before a connection broke is kept; what moves forward starts the count of retries again.
-    Raises DataError when the file is not there or may not be read, NoRanges, EnvironmentFailure when it keeps breaking
-    off, Interrupted.
+    Bytes that arrived before a connection broke are kept; progress resets the count of retries.
+    Raises DataError when the file does not exist or may not be read, NoRanges, EnvironmentFailure when it keeps
+    breaking off, Interrupted.
     """
     label = redacted(source)
     reader = _Reader(*filesystem(source), label, file_bytes, first, length)
@@ -85,7 +85,7 @@ class _Reader(Attempts):
                 try:
                     block = stream.read(min(self.block, missing))
                 except ValueError as error:
-                    # How fsspec says that the whole file came instead of a part.
+                    # fsspec's way to say that the whole file came instead of a part.
                     raise NoRanges(f"{self.label}: the server does not send parts of files") from error
                 if not block or len(block) > missing:
                     raise OSError(f"{len(self.data) + len(block)} of {self.length} bytes arrived")

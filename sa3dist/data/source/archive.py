@@ -14,7 +14,7 @@ from sa3dist.data.source.own_folders import OWN, is_below, is_own, on_disk, own_
 from sa3dist.data.source.zips import ZipContainer
 from sa3dist.errors import DataError, counted, printable
 
-# More shards than any listed data set needs, and a typo like {0..99999999} must not fill the memory.
+# More shards than any known data set has; a typo like {0..99999999} must not fill the memory.
 MAX_SHARDS = 100_000
 
 
@@ -28,10 +28,10 @@ def open_container(
 ) -> Iterator[Container]:
     """Open ``source``: a path, file:// or fsspec URL of a zip, a folder, or tars (one, or with {000..127}).
 
-    Remote sources are downloaded into ``work_dir``/downloads first and stay there for the next run, unless a DataError
+    Remote sources are first downloaded into ``work_dir``/downloads and kept for the next run, unless a DataError
     refuses them. Results and work directories of runs inside the source are left out and named.
-    outputs   where this run will write: refused where it holds clips of the source
-    Raises DataError when the source is missing, of no known kind, or hostile as a whole.
+    outputs   where this run will write: refused if it contains clips of the source
+    Raises DataError when the source is missing, of an unknown kind, or hostile as a whole.
     """
     with Downloads(Path(work_dir) / "downloads", should_stop, max_download_bytes) as downloads:
         paths = [downloads.fetch(part) if is_remote(part) else local_path(part) for part in expand_braces(source)]
@@ -39,7 +39,7 @@ def open_container(
             for path in paths:
                 _refuse_clips_among_results(path, directory, redacted(source))
         with _container(paths, redacted(source)) as container:
-            # What runs have left, as far as names tell; a folder passes over it while it is listed.
+            # Files that runs have left, as their names tell; a folder already skips them while listing.
             container.own += sorted(own_names(member.name for member in container.members))
             container.members = [one for one in container.members if not is_below(one.name, container.own)]
             if container.own:
@@ -55,7 +55,7 @@ def expand_braces(source: str) -> list[str]:
     address, query = split_query(source)
     if address.endswith(".tar"):
         return [name + query for name in _numbered(address, redacted(source))]
-    # A server that takes the name of the file as its query.
+    # Some servers take the file's name in the query.
     return _numbered(source, redacted(source)) if source.endswith(".tar") else [source]
 
 
@@ -73,16 +73,16 @@ def _numbered(pattern: str, label: str) -> list[str]:
 
 
 def check_local(source: str) -> None:
-    """Raise DataError when a part of ``source`` should be on this machine and is not; nothing is opened."""
+    """Raise DataError when a part of ``source`` should be on this machine and is not; opens nothing."""
     for part in expand_braces(source):
         if not is_remote(part):
             local_path(part)
 
 
 def local_path(source: str) -> Path:
-    """The file or folder of a path or file:// address. Raises DataError when there is none."""
+    """The file or folder of a path or file:// address. Raises DataError if it does not exist."""
     path = Path(local_name(source))
-    # os.path, which finds nothing where a name is too long; Path raises.
+    # os.path.exists is False for a name that is too long; Path.exists raises.
     if not os.path.exists(path):
         raise DataError(f"{source}: no such file or folder; check the path")
     if not (path.is_file() or path.is_dir()):
@@ -91,7 +91,7 @@ def local_path(source: str) -> Path:
 
 
 def _refuse_clips_among_results(source: Path, directory: Path, label: str) -> None:
-    """Refuse a run whose results would lie beside clips of its source: those clips would be left out as results."""
+    """Refuse a run whose results would be beside clips of its source: those clips would be left out as results."""
     source, directory = Path(source).resolve(), Path(directory).resolve()
     if directory == source or not directory.is_relative_to(source) or is_own(str(directory), on_disk):
         return
@@ -108,7 +108,7 @@ def _sounds(folder: Path) -> list[Path]:
 
 
 def _with_sounds(source: Path, name: str) -> str:
-    """``name`` with the number of audio files in it, in case they were meant to be used."""
+    """``name`` with the number of audio files in it, in case the user meant to train on them."""
     count = len(_sounds(source / name))
     return f"{name} ({counted(count, 'audio file')} in it)" if count else name
 
@@ -139,7 +139,7 @@ def tars_on_top(path: Path) -> list[Path]:
 
 
 def shards_on_top(folder: FolderContainer, path: Path) -> list[Path]:
-    """``tars_on_top`` of a folder of shards. Raises DataError where clips lie in it as well, in whatever subfolder."""
+    """``tars_on_top`` of a folder of shards. Raises DataError if it also holds clips, in whatever subfolder."""
     tars = tars_on_top(path)
     refused = [name for names in folder.refused.values() for name in names]
     for name in filter(is_audio, [*(member.name for member in folder.members), *refused] if tars else ()):
@@ -155,7 +155,7 @@ def two_readings(label: str, tar: str, clip: str) -> str:
     )
 
 
-# First bytes of files that are no data set, what they are, and how to unpack them.
+# First bytes of files that are not data sets, what they are, and how to unpack them.
 _OTHER_FILES = (
     (b"\x1f\x8b", "compressed with gzip", "tar -xzf"),
     (b"BZh", "compressed with bzip2", "tar -xjf"),
@@ -169,7 +169,7 @@ _AUDIO_STARTS = (b"fLaC", b"OggS", b"ID3", b"RF64", b"caff")
 
 
 def _archive(path: Path, label: str) -> Container:
-    """A zip or a tar, by what it holds rather than by its name."""
+    """A zip or a tar, recognised by its content, not by its name."""
     start = _start_of(path, label)
     _refuse_packed(path, start, label)
     if start.startswith(_AUDIO_STARTS) or start[8:12] in (b"WAVE", b"AIFF", b"AIFC"):

@@ -24,29 +24,29 @@ if TYPE_CHECKING:
     import torch
     from soundfile import SoundFile
 
-# A tenth of one latent frame: a shorter file holds no sound to learn from and is a mistake (a 1-sample export, say).
+# A tenth of a latent frame: a shorter file has no sound to learn from and is a mistake, such as a 1-sample export.
 MIN_SECONDS = 0.010
 # The longest model hears 380 s at once; an hour decoded at 48 kHz stereo already takes 1.4 GB of memory.
 MAX_SECONDS = 3600
-# Bounds what a small file with many channels may decode to: one hour of stereo at 192 kHz, float32, is 5.5 GB.
+# Bounds the memory of a small file with many channels: one hour of stereo at 192 kHz in float32 is 5.5 GB.
 MAX_DECODED_BYTES = 6 * 10**9
 # Float files may overshoot and are clamped, as in the reference. At +40 dBFS the scale itself is wrong (integers
 # as floats peak at 32768) and clamping would leave a square wave.
 MAX_PEAK = 100.0
-# Telephone recordings have 8 kHz, DXD has 352.8 kHz; beyond that the header is damaged.
+# Telephone recordings have 8 kHz, DXD 352.8 kHz; a rate beyond this range means a damaged header.
 SAMPLE_RATE_RANGE_HZ = (1000, 768_000)
 # libmpg123 may count one or two frames of 1152 samples more than it delivers, without any damage.
 MP3_SLACK_SAMPLES = 2304
 CONTAINER_FORMATS = {"WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF"}
 EXPECTED = "expected WAV, FLAC, MP3, OGG, OPUS, AIFF, AU, CAF or W64"
 DECODE_BLOCK_SAMPLES = 1 << 18
-# What is only looked at stays in a core's cache: 1 MB.
+# Small enough for a core's cache (1 MB), for data that is only inspected.
 CHECK_BLOCK_VALUES = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True)
 class AudioFacts:
-    """What a decode check learns: samples per channel, sample rate in Hz, channels."""
+    """Result of a decode check: samples per channel, sample rate in Hz, channels."""
 
     samples: int
     sample_rate_hz: int
@@ -54,13 +54,13 @@ class AudioFacts:
 
 
 def check_audio(data: bytes, observe: Callable[[np.ndarray, int], None] | None = None) -> AudioFacts:
-    """Decode ``data`` block by block, in memory independent of its length, and refuse what cannot be trained on.
+    """Decode ``data`` block by block, in memory independent of its length; raise DataError if it cannot be trained on.
 
     observe   called with every block, float32 (samples, channels), which the next one overwrites, and the sample rate
               in Hz
-    Raises DataError, without a file name, when it is undecodable, empty, shorter than 10 ms or longer than an hour,
-    holds NaN or infinity, never exceeds -60 dBFS, is cut off, or holds audio that is not decoded. Content decides the
-    format, not the extension.
+    The DataError has no file name. Causes: undecodable, empty, shorter than 10 ms or longer than an hour, NaN or
+    infinity, never above -60 dBFS, cut off, or audio that is not decoded. Content decides the format, not the
+    extension.
     """
     samples, peak = 0, 0.0
     check_end(data)
@@ -71,7 +71,7 @@ def check_audio(data: bytes, observe: Callable[[np.ndarray, int], None] | None =
         for block in _blocks(sound, len(buffer), buffer):
             samples += len(block)
             _check_size(rate, channels, samples)
-            # A NaN makes both of them one.
+            # NaN makes both of them NaN.
             low, high = float(block.min()), float(block.max())
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise DataError("holds NaN or infinite samples, expected finite ones; export it again")
@@ -107,7 +107,7 @@ def decode(data: bytes) -> tuple[np.ndarray, int]:
     with _open(data) as sound:
         _check_size(sound.samplerate, sound.channels, _declared_samples(sound))
         blocks, rate, channels = list(_blocks(sound)), sound.samplerate, sound.channels
-    # Sized by what was decoded, not by what the header claims; transposed and joined in one pass.
+    # Sized by what was decoded, not by the header; transposed and joined in one pass.
     samples_CN = np.empty((channels, sum(map(len, blocks))), np.float32)
     start = 0
     for block in blocks:
@@ -121,13 +121,13 @@ def load_clip_audio(
 ) -> torch.Tensor:
     """The whole clip ready for cropping: float32 (2, n) in [-1, 1] at ``sample_rate_hz``, n = resampled_length(...).
 
-    start, stop   only ``[:, start:stop]`` of it, bit for bit; no more is decoded than that and, where the encoding does
-                  not hold every sample by itself, what comes before; a clip that is resampled is decoded whole
+    start, stop   return only ``[:, start:stop]``, with equal bits. Decodes only that part and, for encodings whose
+                  samples depend on earlier ones, what comes before; a clip that is resampled is decoded whole
 
-    Reads the audio bytes at their offset in the shard, or through the index's reader, and nothing else of the shard.
-    Mono is duplicated, of more than two channels the first two stay (spec/training.md 4.2, whose clamp comes after crop
-    and flip but commutes with both).
-    Raises DataError naming shard and clip when the bytes are not the ones that were checked when the shard was written.
+    Reads only the clip's audio bytes, at their offset in the shard or through the index's reader. Mono is duplicated;
+    of more than two channels the first two are used (spec/training.md 4.2, whose clamp comes after crop and flip but
+    commutes with both). Raises DataError naming shard and clip when the bytes differ from those checked when the shard
+    was written.
     """
     data = index.reader(entry) if index.reader else read_clip(index.directory / entry.shard, entry)
     rate, samples = entry.sample_rate_hz, entry.samples
@@ -142,7 +142,7 @@ def load_clip_audio(
 
 
 def _decode_part(data: bytes, entry: ClipEntry, start: int, stop: int) -> tuple[np.ndarray, bool]:
-    """Samples ``start`` to ``stop``, float32 (channels, n), and whether the encoding keeps all in [-1, 1] by itself."""
+    """Samples ``start`` to ``stop``, float32 (channels, n), and whether the encoding itself keeps them in [-1, 1]."""
     if start:
         # A FLAC's seek table may be wrong although the whole file decodes.
         with contextlib.suppress(DataError):
@@ -155,7 +155,7 @@ def _read_part(data: bytes, entry: ClipEntry, start: int, stop: int, seek: bool)
         _check_size(sound.samplerate, sound.channels, _declared_samples(sound))
         bounded = sound.subtype.startswith("PCM_")
         first = sound.seek(start) if seek and (bounded or sound.subtype in ("FLOAT", "DOUBLE")) else 0
-        # One sample more than the index has would be noticed.
+        # Ask for one sample more than the index says, so that extra audio is noticed.
         wanted = stop - first + (stop == entry.samples)
         part_NC = next(_blocks(sound, wanted), np.empty((0, sound.channels), np.float32))[start - first :]
         found = (sound.channels, len(part_NC)), sound.samplerate
@@ -170,7 +170,7 @@ def _read_part(data: bytes, entry: ClipEntry, start: int, stop: int, seek: bool)
 
 @contextlib.contextmanager
 def _open(data: bytes) -> Iterator[SoundFile]:
-    """The decoder of ``data``, its header completed. What libsndfile refuses, here or in the block, is DataError."""
+    """The decoder of ``data``, its header completed. Refusals by libsndfile, here or in the block, become DataError."""
     import soundfile
 
     try:
@@ -197,7 +197,7 @@ def _refuse_lost(data: bytes, samples: int) -> None:
     start = data.find(b"fLaC") if data.startswith((b"fLaC", b"ID3")) else -1
     if start < 0:
         return
-    # The last 36 of these bits count a FLAC's samples: libsndfile stops there, whatever follows.
+    # The last 36 of these bits count a FLAC's samples; libsndfile stops there, whatever follows.
     more = bytearray(data)
     struct.pack_into(">Q", more, start + 18, struct.unpack_from(">Q", data, start + 18)[0] + 1)
     lost = 0
@@ -208,7 +208,7 @@ def _refuse_lost(data: bytes, samples: int) -> None:
 
 
 def _declared_samples(sound: SoundFile) -> int:
-    # A FLAC that was written to a pipe: libsndfile then says 2^63 - 1 samples, and soundfile cannot read it in blocks.
+    # A FLAC written to a pipe: libsndfile reports 2^63 - 1 samples, and soundfile cannot read it in blocks.
     if sound.frames >= 1 << 62:
         raise DataError("does not say how long it is, as if written to a pipe; write it to a file again (flac -f)")
     return sound.frames
@@ -223,7 +223,7 @@ def _blocks(
 
 
 def _undecodable(error: Exception) -> DataError:
-    # error_string leaves out the address of the in-memory file, which str(error) shows.
+    # error_string omits the address of the in-memory file, which str(error) shows.
     reason = getattr(error, "error_string", str(error)).strip().rstrip(".")
     return DataError(f"cannot be decoded ({reason}), {EXPECTED}; export it again")
 

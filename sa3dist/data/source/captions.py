@@ -15,19 +15,19 @@ from sa3dist.errors import DataError, printable
 
 # T5Gemma reads 256 tokens, about 1 kB of text; 64 kB is another kind of document.
 MAX_CAPTION_BYTES = 1 << 16
-# Tools keep whole feature tables beside the caption.
+# Some tools store whole feature tables beside the caption.
 MAX_JSON_BYTES = 1 << 24
 # 100,000 captions of 2 kB.
 MAX_MANIFEST_BYTES = 1 << 28
-# What tools call the columns; the first that is there counts.
+# Column names used by tools; the first one found counts.
 CAPTION_FIELDS = ("caption", "prompt", "text")
 FILE_FIELDS = ("file", "file_name", "path", "audio")
-# Spreadsheets of countries with a decimal comma write the second, and tables of tabs are called .csv too.
+# Spreadsheets in countries with a decimal comma write the second; tab-separated tables are called .csv too.
 DELIMITERS = (",", ";", "\t")
 
 
 class NoCaptions(Exception):
-    """A table with a common name that holds no captions."""
+    """A table with a common name, but without captions."""
 
 
 def read_caption(container: Container, caption: Member | str) -> str:
@@ -67,10 +67,10 @@ def is_json(name: str) -> bool:
 
 
 def read_manifest(container: Container, member: Member) -> Iterator[tuple[str, str, str]]:
-    """(audio file's name in the container, caption, where it stands for messages) of every line of a table.
+    """(audio file's name in the container, caption, position for messages) of every line of a table.
 
-    Raises DataError, naming the line, at the first one that cannot be understood, and NoCaptions where a metadata table
-    has no columns of files and captions.
+    Raises DataError, naming the line, at the first unreadable one, and NoCaptions if a metadata table has no columns of
+    files and captions.
     """
     label = printable(member.name)
     if member.size > MAX_MANIFEST_BYTES:
@@ -131,14 +131,14 @@ def _are_columns(fields: list[str]) -> bool:
 
 
 def _row(fields: list[str], cells: list[str], raw: str, delimiter: str, where: str) -> dict[str, Any]:
-    """The cells by column. Where there are too many, the caption is the rest of the line, if it is the last column."""
+    """The cells by column. If there are too many and the caption is the last column, it takes the rest of the line."""
     if len(cells) > len(fields):
-        # Some put a space between the comma and the quotes.
+        # Some programs put a space between the comma and the quotes.
         spaced = next(csv.reader([raw], delimiter=delimiter, skipinitialspace=True))
         if len(spaced) == len(fields):
             return dict(zip(fields, spaced, strict=True))
         rest = delimiter.join(cells[len(fields) - 1 :])
-        # With quotes in it nobody can tell which of the commas were meant.
+        # With quotes in it the intended commas cannot be known.
         if fields[-1] not in CAPTION_FIELDS or not raw.rstrip("\r\n").endswith(delimiter + rest):
             raise DataError(
                 f"{where}: {len(cells)} cells, its header has {len(fields)}; put a caption with commas in quotes"
@@ -148,7 +148,7 @@ def _row(fields: list[str], cells: list[str], raw: str, delimiter: str, where: s
 
 
 def _json_rows(text: str, label: str, any_table: bool) -> Iterator[tuple[int, dict[str, Any]]]:
-    # Not splitlines: captions may hold U+2028 and other characters that it takes for ends of lines.
+    # Not splitlines: captions may contain U+2028 and other characters that it counts as line ends.
     rows = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
     for number, line in rows:
         try:
@@ -163,7 +163,7 @@ def _json_rows(text: str, label: str, any_table: bool) -> Iterator[tuple[int, di
 
 def _parsed(text: str) -> dict[str, Any]:
     try:
-        # Not strict: control characters in texts are written raw by some tools.
+        # Not strict: some tools write raw control characters in texts.
         value = json.loads(text, strict=False)
     # Brackets nested by the thousand end in a RecursionError.
     except (ValueError, RecursionError) as error:
@@ -184,7 +184,7 @@ def _caption_field(row: dict[str, Any]) -> str:
     return found
 
 
-# The longer marks first: that of UTF-16 begins that of UTF-32.
+# Longer marks first: UTF-16's begins UTF-32's.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -192,7 +192,7 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-# Letters and symbols that show nothing: Hangul fillers and the empty Braille pattern.
+# Letters and symbols without a visible glyph: Hangul fillers and the empty Braille pattern.
 _INVISIBLE = frozenset(("Cc", "Cf", "Cs", "Zs", "Zl", "Zp", "Mn", "Mc", "Me"))
 _EMPTY_GLYPHS = "\u115f\u1160\u3164\uffa0\u2800"
 
@@ -213,13 +213,13 @@ def decoded(data: bytes, what: str) -> str:
 
 
 def is_blank(text: str) -> bool:
-    """Whether ``text`` holds nothing that can be seen: white space, marks without a letter, zero-width characters."""
+    """Whether ``text`` has nothing visible: white space, marks without a letter, zero-width characters."""
     # Control and format characters, separators, marks that need a letter.
     return all(unicodedata.category(c) in _INVISIBLE or c in _EMPTY_GLYPHS for c in text)
 
 
 def _encoding_without_mark(data: bytes) -> str | None:
-    """UTF-16 of either order, where most characters are Latin: every other byte is then 0, and none of the others."""
+    """UTF-16 of either byte order, if most characters are Latin: then every other byte is 0, and no byte between."""
     units = len(data) // 2
     even, odd = data[::2].count(0), data[1::2].count(0)
     if len(data) % 2 or min(even, odd) or max(even, odd) * 2 < units:

@@ -67,9 +67,9 @@ def _check(
 def read_pair(
     container: Container, pair: Pair, look: Callable[[str, bytes], Found]
 ) -> tuple[str, bytes, str, Found | None, tuple[str, ...]]:
-    """Caption, audio bytes, their SHA-256, what ``look`` finds in these, and what is wrong; empty what cannot be had.
+    """Caption, audio bytes, their SHA-256, the result of ``look``, and the problems; empty values for what is missing.
 
-    look   called with digest and bytes; what it raises as DataError is a problem of the audio
+    look   called with digest and bytes; a DataError it raises is a problem of the audio
     """
     caption, data, sha256, found, problems = "", b"", "", None, []
     try:
@@ -86,7 +86,7 @@ def read_pair(
 
 
 def decoder(known: Known, measure: Measure | None = None, stats: Measured | None = None) -> FactsOf:
-    """Decodes clips that are not known; what ``measure`` finds in them goes to ``stats``."""
+    """Decodes clips that are not known yet; stores what ``measure`` finds in ``stats``."""
 
     def facts_of(sha256: str, data: bytes) -> AudioFacts:
         key = sha256, len(data)
@@ -109,7 +109,7 @@ def earlier_indices(shards_dir: Path) -> list[DatasetIndex]:
 
 
 def known_facts(earlier: list[DatasetIndex]) -> Known:
-    """What is known of the same bytes, so that unchanged clips are not decoded again."""
+    """Facts of earlier indices by audio bytes, so that unchanged clips are not decoded again."""
     return {
         (clip.audio_sha256, clip.audio_bytes): AudioFacts(clip.samples, clip.sample_rate_hz, clip.channels)
         for index in earlier
@@ -133,15 +133,15 @@ def raise_or_skip(
     """
     bad = [line for key in sorted(problems) for line in problems[key]]
     lines = list(refusals) + (bad if on_bad_clip == "raise" else [])
-    # A clip that is reported will be mended and then counts: the number is a problem only if that cannot help.
+    # A user can repair the reported clips, which then count: the number is a problem only if that would not help.
     possible = usable + len(problems) if on_bad_clip == "raise" else usable
     miscount = count_problem(usable, any_size, possible)
     if miscount and not refusals:
-        # Where too few are left, what was skipped is the reason.
+        # If too few clips are left, the skipped ones are the reason.
         lines = [miscount, *bad, *(f"left out: {kind.line()}" for kind in left_out)]
         causes = [kind for kind in left_out if kind.what not in ("caption", "system file")]
         if not possible and len(causes) == 1:
-            # A zip of zips, say: one line is enough.
+            # For example a zip of zips: one line is enough.
             lines = [f"found no usable clip, but {causes[0].line()}"]
     if lines:
         hidden = len(lines) - MAX_PROBLEM_LINES
@@ -158,7 +158,7 @@ def check_count(label: str, count: int, any_size: bool) -> None:
 
 
 def count_problem(usable: int, any_size: bool, possible: int) -> str | None:
-    """What is wrong with the number of usable clips, or None. possible: their number once all faults are mended."""
+    """What is wrong with the number of usable clips, or None. possible: their number once all faults are repaired."""
     low, high = (1, usable) if any_size else CLIP_COUNT_RANGE
     if low <= possible and usable <= high:
         return None

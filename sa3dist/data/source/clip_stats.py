@@ -42,7 +42,7 @@ class ClipStats:
 
 
 NAME = "figures.safetensors"
-# Another number wherever clips are measured in another way.
+# Increase it when the way clips are measured changes.
 VERSION = "3"
 _FACTS = ("digests_N32", "facts_N4")
 SCALARS = tuple(field.name for field in dataclasses.fields(ClipStats)[:6])
@@ -54,13 +54,13 @@ Measured = dict[Key, tuple[AudioFacts, ClipStats]]
 
 
 def read_facts(work_dir: Path) -> dict[Key, AudioFacts]:
-    """What clips that were measured earlier decode to; nothing where the file is missing or damaged."""
+    """Decode results of clips measured earlier; empty if the file is missing or damaged."""
     arrays = _read(Path(work_dir) / NAME, _FACTS)
     return {} if arrays is None else _facts(*arrays)
 
 
 def read_stats(work_dir: Path) -> Measured:
-    """Clips that were measured earlier; nothing where the file is missing, damaged, or of another version."""
+    """Stats of clips measured earlier; empty if the file is missing, damaged, or of another version."""
     arrays = _read(Path(work_dir) / NAME, _FACTS + _STATS)
     if arrays is None:
         return {}
@@ -72,7 +72,7 @@ def read_stats(work_dir: Path) -> Measured:
 
 
 def write_stats(work_dir: Path, measured: Measured) -> None:
-    """Replace the file by ``measured``. A full or read-only disk gives a warning, no error."""
+    """Replace the file by ``measured``. A full or read-only disk gives only a warning."""
     keys = sorted(measured)
     facts, stats = zip(*(measured[key] for key in keys), strict=True)
     arrays = {

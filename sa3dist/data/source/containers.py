@@ -1,7 +1,7 @@
 """One interface to a zip (zips.py), a folder (folders.py) or tars: a checked list of members, and bounded reads.
 
-Faults of single members are collected in ``refused``, so that all are reported at once; what makes the whole container
-unusable raises DataError.
+Faults of single members are collected in ``refused``, so that all are reported at once; a fault of the whole container
+raises DataError.
 """
 
 import abc
@@ -58,7 +58,7 @@ def path_fault(name: str) -> str | None:
 
 
 def spelling_fault(name: str) -> str | None:
-    """Why ``name`` cannot be a key although it leads nowhere else, or None."""
+    """Why ``name`` cannot be a key although it stays inside the container, or None."""
     if any(ord(c) < 32 or ord(c) == 127 for c in name):
         return "has a control character in its name; rename it"
     try:
@@ -69,11 +69,11 @@ def spelling_fault(name: str) -> str | None:
 
 
 class Container(contextlib.AbstractContextManager):
-    """Base of the three kinds; closes the files it holds open at the end of its block.
+    """Base of the three kinds; closes its open files at the end of its block.
 
-    label     how messages call it
-    members   regular files in order of name, but for system files and what is left out; names are unique
-    system    how many files of operating systems were passed over
+    label     its name in messages
+    members   regular files in order of name, without system files and those left out; names are unique
+    system    number of operating system files skipped
     left_out  (what, why) -> names of files that cannot matter and could not be listed, as kind_of names them
     own       results and work directories of runs, which are left out, by name
     refused   fault -> names of the members that have it
@@ -105,7 +105,7 @@ class Container(contextlib.AbstractContextManager):
         fault    why it cannot be read; ignored for files that would not be read anyway
         unsafe   why no archive may hold it, whatever its name
         """
-        # Archives made on Windows may have backslashes between folders, and so do files unpacked from them elsewhere.
+        # Archives made on Windows, and files unpacked from them elsewhere, may have backslashes between folders.
         name = name.replace("\\", "/")
         if unsafe := path_fault(name) or unsafe:
             self.refused.setdefault(unsafe, []).append(name)
@@ -118,7 +118,7 @@ class Container(contextlib.AbstractContextManager):
                 self.system += 1
             return
         if odd := spelling_fault(name):
-            # A name that no clip can have, no caption or table of a clip has either.
+            # No clip can have such a name, so neither can a clip's caption or table.
             fault, matters = odd, is_audio(clean)
         else:
             matters = is_audio(clean) or extension_of(clean) == "txt" or is_manifest(clean)
@@ -197,7 +197,7 @@ def _tar_fault(info: tarfile.TarInfo) -> str | None:
 
 def read_exactly(stream: BinaryIO, size: int, whole_file: bool = True) -> bytes:
     """``size`` bytes in blocks; DataError when there are fewer, or (``whole_file``) more."""
-    # Not at once: zipfile would hold a large member twice.
+    # In blocks: read at once, zipfile would hold a large member twice.
     buffer = io.BytesIO()
     while buffer.tell() < size:
         block = stream.read(min(READ_BLOCK_BYTES, size - buffer.tell()))

@@ -1,4 +1,4 @@
-"""Captions that are longer than the text encoder reads: they are cut there, so users are told which."""
+"""Captions longer than the text encoder reads: it cuts them, so warn the user."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from sa3dist.settings import Settings
 
-# Every token stands for a byte at least, but for one at either end and a space in front.
+# A token stands for at least one byte, except one token at either end and a space in front.
 _TOKENS_ADDED = 3
 
 
@@ -28,14 +28,14 @@ class CutCaptions:
     """Captions that do not fit.
 
     limit    tokens the text encoder reads
-    tokens   clip's key -> tokens of its caption, of those that have more
+    tokens   clip's key -> number of its caption's tokens, if above the limit
     """
 
     limit: int
     tokens: dict[str, int]
 
     def line(self, most: int = 3) -> str:
-        """One line for people, with the first ``most`` clips; empty where no caption is cut."""
+        """One line for people, with the first ``most`` clips; empty if no caption is cut."""
         if not self.tokens:
             return ""
         named = listed([f"{key} has {count}" for key, count in sorted(self.tokens.items())], len(self.tokens), most)
@@ -46,9 +46,9 @@ class CutCaptions:
 
 
 def cut_captions(source: TextSource, captions: Iterable[tuple[str, str]]) -> CutCaptions | None:
-    """Which of (clip's key, caption) do not fit; None where some may not and there is no tokenizer on this machine.
+    """Which of (clip's key, caption) do not fit; None if some may not and this machine has no tokenizer.
 
-    Nothing is downloaded, and transformers not imported where all are short.
+    Downloads nothing, and does not import transformers if all captions are short.
     """
     limit = source.config.max_length
     long = [(key, caption) for key, caption in captions if len(caption.encode()) + _TOKENS_ADDED > limit]
@@ -64,14 +64,14 @@ def cut_captions(source: TextSource, captions: Iterable[tuple[str, str]]) -> Cut
 
 
 def say_cut_captions(index: DatasetIndex, source: TextSource | None) -> None:
-    """Warn of the captions that do not fit, if any, and if the tokenizer is here."""
+    """Warn of captions that do not fit, if this machine has the tokenizer."""
     found = source and cut_captions(source, ((clip.key, clip.caption) for clip in index.clips))
     if found and found.tokens:
         log.warning("%s", found.line())
 
 
 def text_source(settings: Settings) -> TextSource:
-    """Where a run with these settings finds its text encoder; reads the model's config, no weights.
+    """Where a run with these settings finds its text encoder; reads the model's config, but no weights.
 
     Raises CheckpointError.
     """

@@ -15,7 +15,7 @@ READ_ALREADY = "linked folder", "it is read already, under another name"
 
 
 class FolderContainer(Container):
-    """A person's own folder: links to files and folders are followed wherever they lead, each folder once."""
+    """A user's own folder: links to files and folders are followed wherever they lead, each folder once."""
 
     def __init__(self, path: Path, label: str):
         super().__init__(label)
@@ -23,7 +23,7 @@ class FolderContainer(Container):
         self._seen: set[tuple[int, int]] = set()
         self._links: list[tuple[str, Path]] = []
         self._walk(self._root, ".")
-        # After everything else, so that a folder found twice keeps its own name.
+        # Last, so that a folder found twice keeps its own name.
         while self._links:
             name, link = self._links.pop(0)
             target = link.resolve()
@@ -36,7 +36,7 @@ class FolderContainer(Container):
         self.members.sort(key=lambda member: member.name)
 
     def _walk(self, top: Path, name: str) -> None:
-        """Add everything below ``top`` under the name ``name``; links to folders wait in ``_links``."""
+        """Add everything below ``top`` under the name ``name``; links to folders are collected in ``_links``."""
         for folder, folders, files in os.walk(top, onerror=self._unreadable):
             inside = os.path.normpath(os.path.join(name, os.path.relpath(folder, top)))
             self._seen.add(_identity(folder))
