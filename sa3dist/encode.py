@@ -10,7 +10,7 @@ from pathlib import Path
 from sa3dist.data.batches.batch_source import BatchSource, open_source
 from sa3dist.data.batches.encode_on_demand import CLOSE_SECONDS, WAITING_BYTES
 from sa3dist.data.latents.cache import SILENCE_TAIL_FRAMES, EncodedClips, frames_of
-from sa3dist.data.latents.pieces import Piece
+from sa3dist.data.latents.encode_tasks import EncodeTask
 from sa3dist.data.latents.shards import LatentShard, latent_shard_name, write_latent_shard
 from sa3dist.data.source.cut_captions import say_cut_captions
 from sa3dist.data.source.prefetch import prefetch
@@ -56,54 +56,54 @@ def open_encoded(
     source = open_source(settings, base, index, digests, held_out, validation)
     main_process_first(group, "first-clip", source.check, stop)
     if held_out and settings.validation_every:
-        encode_all(base, FixedSet(source).pieces(group.world_size), group, stop, "encode-held-out")
+        encode_all(base, FixedSet(source).encode_tasks(group.world_size), group, stop, "encode-held-out")
     if everything or settings.pre_encode:
         per_step = settings.batch_size * settings.accumulation(group.world_size) * group.world_size
-        encode_all(base, source.pieces(settings.number_of_steps * per_step), group, stop)
+        encode_all(base, source.encode_tasks(settings.number_of_steps * per_step), group, stop)
         if source.packs_latents:
             pack_latents(source.encoded, group, stop)
         base.release_encoders()
     return source
 
 
-def encode_all(base: Base, pieces: Sequence[Piece], group: Group, stop: StopRequest, name: str = "encode") -> None:
-    """Encode every piece that is not on disk yet. name: unique per call within a run.
+def encode_all(base: Base, tasks: Sequence[EncodeTask], group: Group, stop: StopRequest, name: str = "encode") -> None:
+    """Encode every task that is not on disk yet. name: unique per call within a run.
 
-    Each rank takes every world_size-th piece; all return together when the slowest is done. Which clips share a pass
+    Each rank takes every world_size-th task; all return together when the slowest is done. Which clips share a pass
     depends on the data set alone, not on the number of ranks or on what an earlier run has encoded.
     Raises what failed on any rank, on every rank.
     """
-    mine = pieces[group.dist_rank :: group.world_size]
-    left = [piece for piece in mine if piece.lacking()]
-    total = sum(piece.count for piece in mine)
-    held = total - sum(piece.count for piece in left)
+    mine = tasks[group.dist_rank :: group.world_size]
+    left = [task for task in mine if task.is_missing()]
+    total = sum(task.count for task in mine)
+    held = total - sum(task.count for task in left)
     with progress("encode", total, shown=group.is_main) as update:
         run_on_all_ranks(group, name, lambda: _encode(base, left, group, stop, held, update), stop)
 
 
 def _encode(
-    base: Base, left: Sequence[Piece], group: Group, stop: StopRequest, held: int, update: Callable[..., None]
+    base: Base, left: Sequence[EncodeTask], group: Group, stop: StopRequest, held: int, update: Callable[..., None]
 ) -> None:
-    begin, whole = time.monotonic(), sum(piece.cost for piece in left)
+    begin, whole = time.monotonic(), sum(task.cost for task in left)
     done, cost = held, 0.0
     update(done, seconds_left=math.inf if left else 0.0)
-    for piece in left:
-        piece.begin()
+    for task in left:
+        task.begin()
     loaded = prefetch(
-        lambda piece: piece.load(),
+        lambda task: task.load(),
         left,
-        lambda piece: piece.memory,
+        lambda task: task.memory,
         num_workers=1,
         check_stop=lambda: stop.raise_if_requested("encoding"),
         in_flight_bytes=WAITING_BYTES,
         close_seconds=CLOSE_SECONDS,
     )
     with contextlib.closing(loaded):
-        for piece, value in loaded:
+        for task, value in loaded:
             group.liveness.progress()
             stop.raise_if_requested("encoding")
-            piece.encode(base, value)
-            done, cost = done + piece.count, cost + piece.cost
+            task.encode(base, value)
+            done, cost = done + task.count, cost + task.cost
             update(done, seconds_left=(time.monotonic() - begin) * (whole - cost) / cost)
 
 

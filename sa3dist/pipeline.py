@@ -158,7 +158,7 @@ class Run:
             with contextlib.closing(micro_batches) as batches:
                 where = settings.output_dir, self._saved_step, self.startup
                 self._end = loop.train(self.trainer, batches, self.stop, *where, self._observers)
-        source.say_end(self.step * plan.global_batch, self._cursors)
+        source.log_end(self.step * plan.global_batch, self._cursors)
 
     def _announce(self, base: Base, source: BatchSource) -> None:
         settings, group, work = self.settings, self.group, self.trainer.plan

@@ -11,7 +11,7 @@ import torch
 
 from sa3dist.data.batches.batch_source import BatchSource
 from sa3dist.data.batches.micro_batch import MicroBatch, collate, draw_sample
-from sa3dist.data.latents.pieces import CAPTION_COST, Piece
+from sa3dist.data.latents.encode_tasks import CAPTION_COST, EncodeTask
 from sa3dist.flow.crops import polarity_of_slot
 from sa3dist.formats import ClipEntry, digest_of
 from sa3dist.model.base import Base
@@ -55,22 +55,22 @@ class FixedSet:
         missing = -len(self.crops) % world_size
         return self.crops + [self.crops[number % len(self.crops)] for number in range(missing)]
 
-    def pieces(self, world_size: int) -> list[Piece]:
+    def encode_tasks(self, world_size: int) -> list[EncodeTask]:
         """What encoding the set consists of, in the order of ``of_ranks``."""
-        return [self._piece(crop) for crop in self.of_ranks(world_size)]
+        return [self._task(crop) for crop in self.of_ranks(world_size)]
 
-    def _piece(self, crop: Crop) -> Piece:
+    def _task(self, crop: Crop) -> EncodeTask:
         encoded, seed = self._encoded, self._draws.seed
 
         def encode(base: Base, loaded_CN: torch.Tensor | None) -> Path | None:
             encoded.encode_prompts(base, [crop.clip.caption])
             return encoded.encode_slot(base, crop.clip, seed, crop.slot, loaded_CN)
 
-        return Piece(
+        return EncodeTask(
             cost=1.0 + CAPTION_COST,
             count=1,
             memory=encoded.slot_bytes(crop.clip),
-            lacking=lambda: True,
+            is_missing=lambda: True,
             load=lambda: encoded.load_slot(crop.clip, seed, crop.slot),
             encode=encode,
         )

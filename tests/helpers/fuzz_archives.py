@@ -79,7 +79,7 @@ def use_index(directory):
 def use_latents(tar, work):
     index = read_latents(str(tar), [(str(tar), str(tar.with_suffix(".json")), 0)], ClipCache(work / "clip-cache", 0))
     encoded = EncodedClips(index, work, Framing, ENCODERS.autoencoder, ENCODERS.text_encoder)
-    encoded.take(index.latent_shards)
+    encoded.add_shards(index.latent_shards)
     for clip in index.clips:
         for kind in (LATENTS, FLIPPED, PROMPT):
             encoded.member(clip, kind)

@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from sa3dist import errors, loop
 from sa3dist.data.batches.loader import (
-    hanging_processes_left_behind,
+    explaining_full_shared_memory,
+    killing_loaders_when_interrupted,
     leave_signals_to_the_main_process,
-    naming_shared_memory,
     share,
 )
 from sa3dist.runtime import peers, watchdog
@@ -341,12 +341,12 @@ def test_what_the_system_has_no_more_of_is_no_bug_of_the_program(failure, told):
 
 def test_locks_of_loader_processes_that_find_no_room_name_it():
     def make():
-        with naming_shared_memory():
+        with explaining_full_shared_memory():
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(errors.EnvironmentFailure, match="/dev/shm"):
         make()
-    with pytest.raises(OSError, match="clips.tar"), naming_shared_memory():
+    with pytest.raises(OSError, match="clips.tar"), explaining_full_shared_memory():
         raise OSError(errno.ENOSPC, "No space left on device", "clips.tar")
 
 
@@ -378,7 +378,7 @@ def test_a_run_beside_a_full_shared_memory_ends_at_once_and_names_it(command, tm
 def test_processes_that_hang_are_not_waited_for():
     def broken_off():
         clips = iter(DataLoader(Clips(), batch_size=None, num_workers=2))
-        with hanging_processes_left_behind():
+        with killing_loaders_when_interrupted():
             for clip in clips:
                 # Not other children: a server that starts trainers may be one.
                 for loader in multiprocessing.active_children():

@@ -57,14 +57,14 @@ def dataset(work, seconds):
 
 def encode(base, directory, work, batch):
     from sa3dist.data.latents.cache import EncodedClips
-    from sa3dist.data.latents.pieces import whole_pieces
+    from sa3dist.data.latents.encode_tasks import whole_clip_tasks
     from sa3dist.encode import encode_all
     from sa3dist.formats import DatasetIndex
     from sa3dist.runtime.process_group import Group
     from sa3dist.runtime.signals import StopRequest
 
     encoded = EncodedClips(DatasetIndex.read(directory), work, base, "a", "t")
-    encode_all(base, whole_pieces(encoded, batch), Group(0, 1, torch.device("cpu")), StopRequest())
+    encode_all(base, whole_clip_tasks(encoded, batch), Group(0, 1, torch.device("cpu")), StopRequest())
 
 
 def one(base_dir, directory, short_directory, work, batch):

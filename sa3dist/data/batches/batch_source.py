@@ -1,4 +1,4 @@
-"""What a run trains on, as the stages see it: one class per kind of data set, chosen once, in ``open_source``."""
+"""The training data as the stages see it: one ``BatchSource`` class per kind of data set, chosen in ``open_source``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sa3dist.data.batches.encode_on_demand import EncodeOnDemand
 from sa3dist.data.batches.loader import MicroBatches, micro_indices
 from sa3dist.data.batches.micro_batch import MicroBatch, SampleSettings
 from sa3dist.data.batches.order import ClipOrder
-from sa3dist.data.batches.streaming import StreamedBatches, StreamedClips, finisher, streaming_loader
+from sa3dist.data.batches.streaming import StreamedBatches, StreamedClips, encoder_of_decoded, streaming_loader
 from sa3dist.data.batches.worker_shards import RankCursors
 from sa3dist.data.latents.cache import EncodedClips
 from sa3dist.data.latents.crops import EncodedCrops
-from sa3dist.data.latents.pieces import Piece, caption_pieces, crop_piece, whole_pieces
+from sa3dist.data.latents.encode_tasks import EncodeTask, caption_tasks, crop_task, whole_clip_tasks
 from sa3dist.data.latents.source import LatentDataset, StreamedDataset
 from sa3dist.errors import ConfigError, counted
 from sa3dist.flow.crops import crop_frames
@@ -33,16 +33,15 @@ log = logging.getLogger(__name__)
 
 
 class BatchSource(abc.ABC):
-    """A data set under one base, read as one run's settings say.
+    """A data set as one run uses it: with the run's base and settings.
 
     index           the clips to train on
-    encoded         their latents and prompt features
-    held_out        clips kept for validation, sorted by key; empty if none
-    held_encoded    latents and prompt features of these: the same object as ``encoded`` unless they are a separate data
-                    set
-    draws           everything else that samples depend on
-    order           which clip each slot trains on; None where a stream decides
-    packs_latents   whether latents encoded ahead are packed into latent shards
+    encoded         latents and prompt features of ``index``
+    held_out        validation clips, sorted by key; may be empty
+    held_encoded    latents and prompt features of ``held_out``: ``encoded``, unless validation is another data set
+    draws           what samples depend on besides the clips
+    order           the clip of each slot; None in streaming mode
+    packs_latents   whether the encode stage packs latents into shards
     """
 
     order: ClipOrder | None = None
@@ -57,9 +56,9 @@ class BatchSource(abc.ABC):
         held_out: Sequence[ClipEntry] = (),
         validation: DatasetIndex | None = None,
     ) -> None:
-        """Arguments as for ``open_source``. Raises ConfigError or DataError if the settings do not fit the data."""
+        """Arguments as in ``open_source``. Raises ConfigError or DataError if the settings do not fit the data set."""
         self.settings, self.base, self.index, self.held_out = settings, base, index, tuple(held_out)
-        # A stream has no index, so the longest clip is unknown; ``duration`` is set there.
+        # A streamed data set has no index, and requires ``duration``.
         longest = max((clip.seconds for clip in index.clips), default=math.inf)
         framing = base.native_seconds, base.sample_rate_hz, base.samples_per_frame
         self.draws = SampleSettings(
@@ -71,22 +70,22 @@ class BatchSource(abc.ABC):
             shift=base.config.distribution_shift,
             bucket_batches=settings.bucket_batches,
         )
-        where = settings.work_dir, base, *digests
-        self.encoded = self.held_encoded = self._open(settings, self.draws, index, *where)
+        cache = settings.work_dir, base, *digests
+        self.encoded = self.held_encoded = self._open(settings, self.draws, index, *cache)
         if validation is not None:
-            self.held_encoded = kind_of(validation, settings)._open(settings, self.draws, validation, *where)
+            self.held_encoded = source_class(validation, settings)._open(settings, self.draws, validation, *cache)
 
     @classmethod
     @abc.abstractmethod
-    def _open(cls, settings: Settings, draws: SampleSettings, index: DatasetIndex, *where) -> EncodedClips:
-        """The reader of a data set's latents. where: work_dir, base and the digests of its encoders."""
+    def _open(cls, settings: Settings, draws: SampleSettings, index: DatasetIndex, *cache) -> EncodedClips:
+        """The reader of a data set's latents. cache: work_dir, base and the digests of its encoders."""
 
     def check(self) -> None:  # noqa: B027 (most kinds have nothing to check)
-        """On rank 0, refuse at once what only the first clip shows. Raises DataError or EnvironmentFailure."""
+        """Check, on rank 0, what only the first clip can show. Raises DataError or EnvironmentFailure."""
 
     def identity(self) -> dict[str, Any]:
-        """JSON values by name that a checkpoint must share to be continued on this data set."""
-        # First in the dict, so that the error for another split names the split.
+        """What must equal the checkpoint's values to resume from it: JSON values by name."""
+        # First, so that a changed split is reported as such, not as a changed data set.
         held_out = "none"
         if self.held_out:
             held_out = f"{counted(len(self.held_out), 'clip')} ({dataset_digest(self.held_out)[:16]})"
@@ -97,7 +96,7 @@ class BatchSource(abc.ABC):
         }
 
     def describe(self) -> dict[str, Any]:
-        """What config.json says about the data set."""
+        """The fields of config.json about the data set."""
         clips = self.index.clips
         return {
             "dataset_sha256": self.index.digest,
@@ -108,33 +107,33 @@ class BatchSource(abc.ABC):
         }
 
     @abc.abstractmethod
-    def pieces(self, slots: int) -> list[Piece]:
-        """What to encode ahead for the first ``slots`` slots. Raises ConfigError if this kind encodes nothing ahead."""
+    def encode_tasks(self, slots: int) -> list[EncodeTask]:
+        """The work of encoding ahead for the first ``slots`` slots. Raises ConfigError if nothing can be kept."""
 
     def cursors(self, saved: dict[str, Any] | None, dist_rank: int, world_size: int) -> RankCursors | None:
-        """Where a stream continues. saved: the checkpoint's "stream". Raises CheckpointError when it does not fit."""
+        """Where a stream continues. saved: the checkpoint's "stream". Raises CheckpointError if it does not fit."""
         return None
 
     @abc.abstractmethod
     def batches(
         self, steps: range, accumulation: int, group: Group, stop: StopRequest, cursors: RankCursors | None
     ) -> Generator[MicroBatch, None, None]:
-        """This rank's micro batches of ``steps``, counted from 1, in training order. The caller closes the generator.
+        """This rank's micro batches for ``steps`` (from 1), in training order. The caller closes the generator.
 
         accumulation   micro batches per rank and step
-        cursors        from ``cursors``; the training keeps it up to date
-        Raises Interrupted when asked to stop, before a clip is encoded or while waiting for its audio.
+        cursors        the result of ``cursors``; the trainer advances it
+        Raises Interrupted, if asked to stop, before encoding a clip or while waiting for its audio.
         """
 
-    def say_end(self, clips: int, cursors: RankCursors | None) -> None:  # noqa: B027 (most have nothing to say)
-        """Log what is known at the end of the training. clips: number trained on, repeats included."""
+    def log_end(self, clips: int, cursors: RankCursors | None) -> None:  # noqa: B027 (most have nothing to say)
+        """Log a summary at the end of training. clips: number of clips trained on, repeats included."""
 
 
 class IndexedSource(BatchSource):
-    """Clips known by an index, each once per epoch. ``micro_batches`` gives any micro batch by its number."""
+    """A data set with known clips: each is used once per epoch. ``micro_batches`` gives random access by index."""
 
-    def __init__(self, *where) -> None:
-        super().__init__(*where)
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
         self.micro_batches = MicroBatches(self.encoded, self.draws)
         self.order = self.micro_batches.order
 
@@ -152,65 +151,65 @@ class IndexedSource(BatchSource):
 
 
 class WholeSource(IndexedSource):
-    """latents: whole. Each clip is encoded whole, once per polarity; crops are cut from the latents."""
+    """latents: whole. Whole clips are encoded, once per polarity; crops are cut from their latents."""
 
     packs_latents = True
 
     @classmethod
-    def _open(cls, settings: Settings, draws: SampleSettings, index: DatasetIndex, *where) -> EncodedClips:
-        return EncodedClips(index, *where)
+    def _open(cls, settings: Settings, draws: SampleSettings, index: DatasetIndex, *cache) -> EncodedClips:
+        return EncodedClips(index, *cache)
 
-    def pieces(self, slots: int) -> list[Piece]:
-        return whole_pieces(self.encoded, self.settings.encode_batch)
+    def encode_tasks(self, slots: int) -> list[EncodeTask]:
+        return whole_clip_tasks(self.encoded, self.settings.encode_batch)
 
 
 class LatentSource(IndexedSource):
-    """Latent shards as the data set: everything is encoded already."""
+    """Latent shards as the data set: nothing is left to encode."""
 
     @classmethod
-    def _open(cls, settings: Settings, draws: SampleSettings, index: DatasetIndex, *where) -> EncodedClips:
+    def _open(cls, settings: Settings, draws: SampleSettings, index: DatasetIndex, *cache) -> EncodedClips:
         if settings.latents != "whole":
             raise ConfigError(
                 f"latents: {settings.latents} needs audio, and {index.directory} holds latents; choose whole"
             )
-        encoded = EncodedClips(index, *where)
-        encoded.take(index.latent_shards)
+        encoded = EncodedClips(index, *cache)
+        encoded.add_shards(index.latent_shards)
         return encoded
 
-    def pieces(self, slots: int) -> list[Piece]:
+    def encode_tasks(self, slots: int) -> list[EncodeTask]:
         return []
 
 
 class CropSource(IndexedSource):
-    """latents: crop. Each crop is encoded by itself and kept for later epochs and runs."""
+    """latents: crop. Each crop is encoded separately and kept for later epochs and runs."""
 
     keep = True
 
     @classmethod
-    def _open(cls, settings: Settings, draws: SampleSettings, index: DatasetIndex, *where) -> EncodedCrops:
-        return EncodedCrops(index, *where, crop_frames=draws.crop_frames, keep=cls.keep)
+    def _open(cls, settings: Settings, draws: SampleSettings, index: DatasetIndex, *cache) -> EncodedCrops:
+        return EncodedCrops(index, *cache, crop_frames=draws.crop_frames, keep=cls.keep)
 
-    def pieces(self, slots: int) -> list[Piece]:
+    def encode_tasks(self, slots: int) -> list[EncodeTask]:
         clips = (self.micro_batches.clip_of_slot(slot)[0] for slot in range(slots))
-        crops = [crop_piece(self.encoded, clip, self.settings.seed, slot) for slot, clip in enumerate(clips)]
-        return caption_pieces(self.encoded, self.settings.encode_batch) + crops
+        crops = [crop_task(self.encoded, clip, self.settings.seed, slot) for slot, clip in enumerate(clips)]
+        return caption_tasks(self.encoded, self.settings.encode_batch) + crops
 
 
 class OnTheFlySource(CropSource):
-    """latents: on_the_fly. As CropSource, but a crop is deleted after its use, as in the reference."""
+    """latents: on_the_fly. Like CropSource, but a crop is encoded for every use, as in the reference."""
 
     keep = False
 
-    def pieces(self, slots: int) -> list[Piece]:
+    def encode_tasks(self, slots: int) -> list[EncodeTask]:
         raise ConfigError("latents: on_the_fly leaves nothing to encode ahead; choose whole or crop")
 
 
 class StreamSource(BatchSource):
-    """mode: streaming. Shards of latents or audio without an index, continued from a checkpoint's cursors."""
+    """mode: streaming. Shards of latents or audio are read sequentially, without an index; resumes at saved cursors."""
 
     @classmethod
-    def _open(cls, settings: Settings, draws: SampleSettings, index: DatasetIndex, *where) -> StreamedClips:
-        return StreamedClips(index, *where, max_bytes=settings.max_download_bytes)
+    def _open(cls, settings: Settings, draws: SampleSettings, index: DatasetIndex, *cache) -> StreamedClips:
+        return StreamedClips(index, *cache, max_bytes=settings.max_download_bytes)
 
     def check(self) -> None:
         self.encoded.check_first()
@@ -218,7 +217,7 @@ class StreamSource(BatchSource):
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "shuffle_buffer": self.settings.shuffle_buffer}
 
-    def pieces(self, slots: int) -> list[Piece]:
+    def encode_tasks(self, slots: int) -> list[EncodeTask]:
         raise ConfigError("mode: streaming encodes nothing ahead; encode with mode: indexed, then stream that")
 
     def cursors(self, saved: dict[str, Any] | None, dist_rank: int, world_size: int) -> RankCursors:
@@ -228,12 +227,12 @@ class StreamSource(BatchSource):
         self, steps: range, accumulation: int, group: Group, stop: StopRequest, cursors: RankCursors
     ) -> Generator[MicroBatch, None, None]:
         done = (steps.start - 1) * accumulation
-        where = group.dist_rank, group.world_size, cursors.cursors, done, self.settings.shuffle_buffer
-        batches = StreamedBatches(self.encoded, self.draws, *where)
-        finish = finisher(self.base, self.encoded, self.draws, functools.partial(_begin_work, group, stop))
-        return streaming_loader(batches, finish, cursors, self.settings.num_workers, group.device)
+        position = group.dist_rank, group.world_size, cursors.cursors, done, self.settings.shuffle_buffer
+        batches = StreamedBatches(self.encoded, self.draws, *position)
+        encode = encoder_of_decoded(self.base, self.encoded, self.draws, functools.partial(_begin_work, group, stop))
+        return streaming_loader(batches, encode, cursors, self.settings.num_workers, group.device)
 
-    def say_end(self, clips: int, cursors: RankCursors) -> None:
+    def log_end(self, clips: int, cursors: RankCursors) -> None:
         log.info("streaming: %s trained on, %d of them repeated", counted(clips, "clip"), cursors.repeated)
 
 
@@ -242,13 +241,13 @@ def _begin_work(group: Group, stop: StopRequest, doing: str) -> None:
     group.liveness.progress()
 
 
-# Chosen by what ``audio_data_url`` holds; for audio, by the setting ``latents``.
-OF_INDEX = {StreamedDataset: StreamSource, LatentDataset: LatentSource}
-OF_LATENTS = {"whole": WholeSource, "crop": CropSource, "on_the_fly": OnTheFlySource}
+# Shards are read by kind, audio as the setting ``latents`` says.
+SOURCE_OF_INDEX = {StreamedDataset: StreamSource, LatentDataset: LatentSource}
+SOURCE_OF_LATENTS = {"whole": WholeSource, "crop": CropSource, "on_the_fly": OnTheFlySource}
 
 
-def kind_of(index: DatasetIndex, settings: Settings) -> type[BatchSource]:
-    return OF_INDEX.get(type(index)) or OF_LATENTS[settings.latents]
+def source_class(index: DatasetIndex, settings: Settings) -> type[BatchSource]:
+    return SOURCE_OF_INDEX.get(type(index)) or SOURCE_OF_LATENTS[settings.latents]
 
 
 def open_source(
@@ -259,10 +258,10 @@ def open_source(
     held_out: Sequence[ClipEntry] = (),
     validation: DatasetIndex | None = None,
 ) -> BatchSource:
-    """The data set in ``index`` under ``base``.
+    """The batch source of the data set ``index`` with ``base``.
 
     digests      of the base's autoencoder and text encoder
-    held_out     clips that are not trained on and not in ``index``
-    validation   the data set they come from, if it is separate
+    held_out     validation clips; not in ``index``
+    validation   the data set of ``held_out``; None if they were split from the training data
     """
-    return kind_of(index, settings)(settings, base, index, digests, held_out, validation)
+    return source_class(index, settings)(settings, base, index, digests, held_out, validation)

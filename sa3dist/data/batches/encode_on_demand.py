@@ -1,4 +1,4 @@
-"""Encode what a micro batch lacks before a loader process reads it; delete files that were made for one use."""
+"""Encode missing latents and prompts just before a loader process reads them; remove crops that are not kept."""
 
 import contextlib
 import itertools
@@ -14,17 +14,17 @@ from sa3dist.data.batches.order import micro_batch_slots
 from sa3dist.data.source.prefetch import prefetch
 from sa3dist.model.base import Base
 
-# Memory for decoded audio that waits for the encoder.
+# Most decoded audio that waits for the encoder.
 WAITING_BYTES = 256 << 20
 MICRO_BATCHES_AHEAD = 4
-# Longer than reading a clip usually takes; a read that hangs is abandoned.
+# How long closing waits for the reading thread: reading a clip rarely takes longer. A hanging read is abandoned.
 CLOSE_SECONDS = 2.0
 
 
 class EncodeOnDemand:
-    """Encodes missing clips or crops of micro batches just before their step; a thread reads their audio ahead.
+    """Encodes the clips or crops of upcoming micro batches; another thread reads the audio ahead.
 
-    The encoders are loaded when a file is missing, and freed once all whole clips are known to be encoded.
+    The encoders are loaded when the first file is missing, and released once all whole clips are encoded.
     """
 
     def __init__(
@@ -34,22 +34,21 @@ class EncodeOnDemand:
         before_work: Callable[[str], None] = lambda doing: None,
         check_stop: Callable[[], None] = lambda: None,
     ) -> None:
-        """before_work: called with a description of the next work. What it or check_stop raises ends the step."""
+        """before_work: called with a description before each clip. If it or check_stop raises, the step ends."""
         self._base, self._micro_batches, self._encoded = base, micro_batches, micro_batches.encoded
         self._before_work, self._check_stop = before_work, check_stop
-        # (key, polarity) of the whole clips known to be encoded.
-        self._ready: set[tuple[str, bool]] = set()
-        # Files to delete after their last use: those of each micro batch in flight, and how many micro batches need
-        # each.
-        self._held: deque[list[Path]] = deque()
+        # Key and polarity of whole clips known to be encoded.
+        self._encoded_clips: set[tuple[str, bool]] = set()
+        # Crop files of each micro batch in flight, and how many of these micro batches need each file.
+        self._crops_in_flight: deque[list[Path]] = deque()
         self._uses: Counter[Path] = Counter()
 
     def batches(self, indices: Iterable[int], num_workers: int, device: torch.device) -> Generator[MicroBatch]:
         """The micro batches of ``indices``, in this order, on ``device``."""
-        issued, coming = itertools.tee(indices)
+        issued, upcoming = itertools.tee(indices)
         self._audio = prefetch(
             self._load,
-            (slot for index in coming for slot in self._slots(index)),
+            (slot for index in upcoming for slot in self._slots(index)),
             lambda slot: self._encoded.slot_bytes(self._micro_batches.clip_of_slot(slot)[0]),
             num_workers=1,
             check_stop=self._check_stop,
@@ -58,23 +57,23 @@ class EncodeOnDemand:
             close_seconds=CLOSE_SECONDS,
         )
         with contextlib.closing(self._audio):
-            yield from loader(self._micro_batches, issued, self._prepare, num_workers, device, self._used)
+            yield from loader(self._micro_batches, issued, self._encode, num_workers, device, self._remove_used_crops)
 
     def _slots(self, micro_index: int) -> range:
         return micro_batch_slots(micro_index, self._micro_batches.settings.micro_batch)
 
     def _load(self, slot: int) -> torch.Tensor | None:
         clip, flipped = self._micro_batches.clip_of_slot(slot)
-        if (clip.key, flipped) in self._ready:
+        if (clip.key, flipped) in self._encoded_clips:
             return None
         return self._encoded.load_slot(clip, self._micro_batches.settings.seed, slot)
 
-    def _prepare(self, micro_index: int) -> None:
+    def _encode(self, micro_index: int) -> None:
         paths = []
         for slot in self._slots(micro_index):
             clip, flipped = self._micro_batches.clip_of_slot(slot)
             _, audio_CN = next(self._audio)
-            if (clip.key, flipped) in self._ready:
+            if (clip.key, flipped) in self._encoded_clips:
                 continue
             if audio_CN is not None:
                 self._before_work(f"encoding clip {clip.key}")
@@ -83,15 +82,15 @@ class EncodeOnDemand:
             if path is not None:
                 paths.append(path)
             else:
-                self._ready.add((clip.key, flipped))
-                if len(self._ready) == 2 * len(self._encoded.clips):
+                self._encoded_clips.add((clip.key, flipped))
+                if len(self._encoded_clips) == 2 * len(self._encoded.clips):
                     self._base.release_encoders()
         self._uses.update(paths)
-        self._held.append(paths)
+        self._crops_in_flight.append(paths)
 
-    def _used(self, micro_index: int) -> None:
-        """Called when a micro batch has been read: delete its crops that no other one in flight needs."""
-        self._uses.subtract(paths := self._held.popleft())
+    def _remove_used_crops(self, micro_index: int) -> None:
+        """Called when a micro batch has been read: remove its crops, unless another one in flight needs them."""
+        self._uses.subtract(paths := self._crops_in_flight.popleft())
         for path in paths:
             if not self._uses[path] and not self._encoded.keep:
                 path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Micro batches by index, made by loader processes, and how these processes end."""
+"""Micro batches by index, the loader processes that make them, and how these processes end."""
 
 import contextlib
 import errno
@@ -21,14 +21,14 @@ from sa3dist.runtime.signals import SIGNALS, kill_loaders
 
 
 def micro_indices(steps: Iterable[int], accumulation: int, dist_rank: int, world_size: int) -> Iterator[int]:
-    """Indices of one rank's micro batches for ``steps``, counted from 1, in training order."""
+    """Global indices of one rank's micro batches for ``steps`` (from 1), in training order."""
     for step in steps:
         for round_ in range(accumulation):
             yield ((step - 1) * accumulation + round_) * world_size + dist_rank
 
 
 class MicroBatches(Dataset):
-    """Micro batch by its global index. Runs in the loader's workers: reading, cropping, drawing and coupling."""
+    """Micro batch by global index. Loader processes do the reading, cropping, drawing and coupling."""
 
     def __init__(self, encoded: EncodedClips, settings: SampleSettings) -> None:
         self.encoded = encoded
@@ -46,7 +46,7 @@ class MicroBatches(Dataset):
             return problem
 
     def clip_of_slot(self, slot: int) -> tuple[ClipEntry, bool]:
-        """The clip a slot trains on, and whether its polarity is flipped."""
+        """The clip of a slot, and whether it is phase-flipped."""
         return self.encoded.clips[self.order.clip_of_slot(slot)], polarity_of_slot(self.settings.seed, slot)
 
     def _sample(self, slot: int) -> Sample:
@@ -63,10 +63,10 @@ def loader(
     device: torch.device,
     after: Callable[[int], None] = lambda index: None,
 ) -> Generator[MicroBatch, None, None]:
-    """Micro batches in the order of ``indices``, prepared ahead by worker processes.
+    """Micro batches in the order of ``indices``, made ahead of time by loader processes.
 
-    before   called here with each index just before a worker gets it; encodes what the micro batch lacks. What it
-             raises ends the iteration, even before micro batches that the workers have ready
+    before   called in this process with each index before it goes to a loader process. If it raises, the iteration
+             ends at once, even if finished micro batches are waiting
     after    called with each index when its micro batch has come back
     """
     issued: deque[int] = deque()
@@ -79,7 +79,7 @@ def loader(
                 issued.append(index)
                 yield index
         except Exception as problem:
-            # Re-raised after the loop: inside the DataLoader the traceback would keep its workers alive at exit.
+            # Raised after the loop: raised inside the DataLoader, the traceback would keep its processes alive at exit.
             problems.append(problem)
 
     with contextlib.closing(results_of_workers(batches, num_workers, device, ordered())) as results:
@@ -95,9 +95,9 @@ def loader(
 
 
 def share(tensors: Iterable[torch.Tensor]) -> None:
-    """In a loader process, move tensors to shared memory. Raises EnvironmentFailure when there is no room.
+    """In a loader process, move tensors to shared memory. Raises EnvironmentFailure if it is full.
 
-    The loader itself would do so in a thread, where a failure is lost: the main process would then wait for ever.
+    The DataLoader would do so in a thread, where a failure goes unnoticed and the main process waits for ever.
     """
     if get_worker_info() is None:
         return
@@ -109,20 +109,20 @@ def share(tensors: Iterable[torch.Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def naming_shared_memory() -> Iterator[None]:
-    """For code that makes a loader's locks and queues, which need shared memory too. Raises EnvironmentFailure."""
+def explaining_full_shared_memory() -> Iterator[None]:
+    """Wraps the creation of locks and queues, which use shared memory. Raises EnvironmentFailure if it is full."""
     try:
         yield
     except OSError as error:
-        # An error that names a file is about that file.
+        # An error that names a file is about that file's disk.
         if error.errno == errno.ENOSPC and error.filename is None:
             raise no_shared_memory(error.strerror) from error
         raise
 
 
 @contextlib.contextmanager
-def hanging_processes_left_behind() -> Iterator[None]:
-    """Kill the loader processes when a wait for them is interrupted: ending them takes up to 5 s each, one by one."""
+def killing_loaders_when_interrupted() -> Iterator[None]:
+    """On Interrupted, kill the loader processes: the DataLoader would wait up to 5 s for each of them in turn."""
     try:
         yield
     except Interrupted:
@@ -131,7 +131,7 @@ def hanging_processes_left_behind() -> Iterator[None]:
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
-    # Ctrl-C and Slurm's signals reach the whole process group; a worker killed by one would fail the step.
+    # A terminal's Ctrl-C and Slurm's signals reach the whole process group. A worker that dies of one fails the step.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -139,11 +139,11 @@ def leave_signals_to_the_main_process(worker: int) -> None:
 def results_of_workers(
     dataset: Dataset, num_workers: int, device: torch.device, sampler: Iterable[int] | None = None
 ) -> Generator[Any, None, None]:
-    """What loader processes make of ``dataset``, in order; in pinned memory if ``device`` is CUDA.
+    """The items of ``dataset`` from loader processes, in order; in pinned memory if ``device`` is CUDA.
 
-    An SA3DistError is returned as a value: raised in a worker, its one line would be buried under a traceback.
+    An SA3DistError is returned as an item: raised in a worker, its message would be buried under a traceback.
     """
-    ready = DataLoader(
+    data_loader = DataLoader(
         dataset,
         sampler=sampler,
         batch_size=None,
@@ -151,12 +151,12 @@ def results_of_workers(
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_the_main_process,
     )
-    # Keep a reference: without one the loop would drop the iterator, and wait for its processes, before they can be
-    # killed.
-    with naming_shared_memory():
-        results = iter(ready)
+    # A variable keeps the iterator alive: ``yield from`` alone would drop it, and wait for its processes, before they
+    # can be killed.
+    with explaining_full_shared_memory():
+        results = iter(data_loader)
     try:
-        with hanging_processes_left_behind():
+        with killing_loaders_when_interrupted():
             yield from results
     finally:
         del results

@@ -1,7 +1,7 @@
 """Seeded training samples: slot → clip → crop → noised micro batch, a pure function of the seed.
 
-A slot is the position of a sample in the endless sequence of a run. Every draw is keyed by (seed, purpose, slot), so it
-does not matter which rank or worker makes a sample.
+A slot is the position of a sample in the endless sequence of a run. Every draw is keyed by (seed, purpose, slot), so
+it does not matter which rank or worker makes a sample.
 
 Suffixes: B clips, D latent channels, T latent frames, L prompt tokens, H prompt features.
 """
@@ -18,15 +18,16 @@ from sa3dist.formats import ClipEntry
 from sa3dist.model.config import ShiftConfig
 from sa3dist.model.packing import FilledPacking, Packing, TensorFields
 
-# Prompt lengths are rounded up to multiples of this many tokens.
+# Prompt lengths are rounded up to a multiple of this many tokens.
 PROMPT_STEP = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleSettings:
-    """What samples depend on beside the clips. ``shift`` is the base's, None if it has none.
+    """What samples depend on besides the clips.
 
-    bucket_batches   micro batches whose clips are sorted by length together; 1 = plain shuffle
+    shift            the base's timestep shift, if it has one
+    bucket_batches   number of micro batches whose clips are sorted by length together; 1 = plain shuffle
     """
 
     seed: int
@@ -42,11 +43,11 @@ class SampleSettings:
 class MicroBatch(TensorFields):
     """One micro batch, ready for the step.
 
-    keep_BT       which frames are real; None when all are
-    hidden_BLH    may end in one padding position, which stands for the rest of ``prompt_length`` in every clip
-    packing       of keep_BT: the frames that the network computes; None with it
-    has_context   whether any frame is given as context; stored, because asking the tensor would stall the device
-    repeated_clips   clips that a stream without an index has given before; 0 with an index
+    keep_BT          True for real frames; None if all are
+    hidden_BLH       may end in one position that is padding in every clip and represents the rest of ``prompt_length``
+    packing          packed form of keep_BT: the frames the network computes; None if keep_BT is
+    has_context      whether any frame is given as context; a host value, so that asking does not synchronise the device
+    repeated_clips   clips that a stream has already given before; 0 for indexed data sets
     """
 
     clips: list[str]
@@ -73,7 +74,7 @@ class MicroBatch(TensorFields):
 
 @dataclasses.dataclass
 class Sample:
-    """One slot's part of a micro batch. latents_DT: what noise is coupled with; frames: how many are trained on."""
+    """One slot's part of a micro batch. Noise is coupled with all of latents_DT; ``frames`` of it are trained on."""
 
     slot: int
     clip: str
@@ -88,9 +89,10 @@ class Sample:
 
 
 def without_common_padding(hidden_BLH: torch.Tensor, mask_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompt features and mask, cut behind the longest prompt and at least one position of padding.
+    """Prompt features and mask, cut to the longest prompt plus at least one position of padding.
 
-    All padding positions are equal, so one can stand for the rest. Lengths are multiples of PROMPT_STEP: few shapes.
+    All padding is alike, so one position represents it. The length is a multiple of PROMPT_STEP, to limit the number
+    of shapes.
     """
     used = int(mask_BL.sum(1).max())
     length = min((used // PROMPT_STEP + 1) * PROMPT_STEP, mask_BL.shape[1])
@@ -105,9 +107,10 @@ def draw_sample(
     settings: SampleSettings,
     framing: EncodedClips,
 ) -> Sample:
-    """Draw the crop, the extension and the prompt's dropout of one slot.
+    """Draw the crop, the silence extension and the prompt dropout of one slot.
 
-    latents   in the slot's polarity        prompt    features and mask of the caption
+    latents   in the slot's polarity
+    prompt    features and mask of the caption
     """
     seed, limit = settings.seed, settings.crop_frames
     start, silent = draw_crop(latents.peaks_T, limit, seed, slot)
@@ -121,7 +124,7 @@ def draw_sample(
     return Sample(
         slot=slot,
         clip=clip.key,
-        # Coupling compares whole crops, including the silence behind short clips.
+        # Coupling compares whole crops, including the silence after short clips.
         latents_DT=latents.window(start, limit if settings.micro_batch > 1 else frames),
         frames=frames,
         seconds_total=float(seconds_total),
@@ -134,7 +137,7 @@ def draw_sample(
 
 
 def collate(samples: list[Sample], settings: SampleSettings) -> MicroBatch:
-    """Draw each slot's t, noise and mask; pad to the longest sample; couple and mix noise, form the target."""
+    """Make a micro batch: draw t, noise and mask per slot, couple the noise, pad, mix, and form the target."""
     seed = settings.seed
     lengths = [sample.frames for sample in samples]
     longest = max(lengths)
@@ -143,7 +146,7 @@ def collate(samples: list[Sample], settings: SampleSettings) -> MicroBatch:
     noise_BDT = torch.stack(
         [flow.draw_noise(drawn_frames, channels, flow.generator_for(seed, "noise", sample.slot)) for sample in samples]
     )
-    # The reference couples over whole crops, so this comes before the cut to ``longest``.
+    # Couple over whole crops, as the reference does, before cutting to the longest sample.
     noise_BDT = noise_BDT[flow.couple_noise(latents_BDT, noise_BDT)]
     latents_BDT, noise_BDT = latents_BDT[..., :longest].contiguous(), noise_BDT[..., :longest].contiguous()
     inpaint_mask_B1T = torch.zeros(len(samples), 1, longest)

@@ -1,4 +1,4 @@
-"""From shards to clips without an index: a webdataset pipeline per segment, every clip checked on its way."""
+"""Clips from shards without an index: one webdataset pipeline per segment; every clip is checked."""
 
 import contextlib
 import dataclasses
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sa3dist.data.batches.worker_shards import StreamCursor, WorkerShards
-from sa3dist.data.latents.shards import FLIPPED, LATENTS, MEND, PROMPT, SHARD_INDEX_VERSION, Encoders
+from sa3dist.data.latents.shards import FLIPPED, LATENTS, PROMPT, REMEDY, SHARD_INDEX_VERSION, Encoders
 from sa3dist.data.remote.download import download
 from sa3dist.data.remote.fetch import is_remote, look_up, redacted
 from sa3dist.data.source.audio import check_audio
@@ -23,18 +23,20 @@ from sa3dist.data.source.kinds import AUDIO_EXTENSIONS
 from sa3dist.errors import DataError, EnvironmentFailure
 from sa3dist.formats import ClipEntry, is_sealed, remove_stale
 
-# Members without data, whatever their header says.
+# Types of members that have no data, whatever size their header gives.
 _NO_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
 
-# A clip's members by extension, as webdataset groups them.
+# A clip's members by extension, as grouped by webdataset.
 TarSample = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardClip:
-    """One clip as it came: encoded audio bytes, or the bytes of LATENTS, FLIPPED and PROMPT with their digests.
+    """One clip as read from a shard.
 
-    shard   for messages
+    shard     name for messages
+    content   bytes of "audio" (a file), or of LATENTS, FLIPPED and PROMPT
+    sha256    digests of ``content``, if it is latents
     """
 
     clip: ClipEntry
@@ -43,20 +45,21 @@ class ShardClip:
     sha256: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def verified(self, kind: str, what: str) -> bytes:
-        """Raises EnvironmentFailure, naming shard and ``what``, when the bytes are not as written."""
+        """The bytes of one kind. Raises EnvironmentFailure, naming shard and ``what``, if they are damaged."""
         data = self.content[kind]
         if hashlib.sha256(data).hexdigest() != self.sha256[kind]:
-            raise EnvironmentFailure(f"{self.shard}: the {what} do not match their digest; {MEND}")
+            raise EnvironmentFailure(f"{self.shard}: the {what} do not match their digest; {REMEDY}")
         return data
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardSource:
-    """The shards of a set that is streamed.
+    """The shards of a streamed data set.
 
-    urls       paths or URLs, in order
-    encoders   what must have written latents; None where the shards hold audio
-    scratch    folder where a remote shard lies while it is read
+    urls        paths or URLs, in order
+    encoders    encoders that must have written the latents; None if the shards hold audio
+    scratch     folder for a remote shard while it is read
+    max_bytes   limit of one download
     """
 
     urls: tuple[str, ...]
@@ -67,10 +70,10 @@ class ShardSource:
     def clips(
         self, worker: WorkerShards, cursor: StreamCursor, buffer: int, should_stop: Callable[[], bool] = lambda: False
     ) -> Iterator[tuple[ShardClip, StreamCursor, bool]]:
-        """The endless clips of a worker from its cursor on: (clip, cursor behind it, whether it is a repeat).
+        """The endless clips of a worker from its cursor on: (clip, cursor after it, whether it is a repeat).
 
-        buffer   clips the shuffle mixes
-        Raises DataError or EnvironmentFailure, naming the shard, when one cannot be used.
+        buffer   size of the shuffle buffer, in clips
+        Raises DataError or EnvironmentFailure, naming the shard, if one cannot be used.
         """
         epoch, begin, skip = cursor
         while True:
@@ -94,16 +97,17 @@ class ShardSource:
     ) -> Iterator[ShardClip]:
         import webdataset
 
-        # The place of another run on the same shards is another one.
-        mine = f"{socket.gethostname()}-{os.getpid()}"
-        scratch = self.scratch / f"{worker.dist_rank}-{worker.number}-{mine}.part"
-        reading = [""]
+        # Unique per process: other runs may read the same shards.
+        process = f"{socket.gethostname()}-{os.getpid()}"
+        scratch = self.scratch / f"{worker.dist_rank}-{worker.number}-{process}.part"
+        current_shard = ""
 
         def opened(sources: Iterable[TarSample]) -> Iterator[TarSample]:
+            nonlocal current_shard
             for source in sources:
-                reading[0] = redacted(source["url"])
+                current_shard = redacted(source["url"])
                 with self._open(source["url"], scratch, should_stop) as tar:
-                    check_tar(tar, reading[0])
+                    check_tar(tar, current_shard)
                     yield {**source, "stream": tar}
 
         clips = webdataset.DataPipeline(
@@ -121,9 +125,9 @@ class ShardSource:
                 yield clip
         except TAR_FAULTS as error:
             reason = short_reason(error.args[0] if error.args else error)
-            raise EnvironmentFailure(f"{reading[0]}: no readable shard ({reason}); make or copy it again") from error
+            raise EnvironmentFailure(f"{current_shard}: no readable shard ({reason}); make or copy it again") from error
         for url in urls:
-            # Also because a worker whose shards are all empty would look for a clip forever.
+            # A worker whose shards are all empty would search for a clip for ever.
             if redacted(url) not in seen:
                 raise DataError(f"{redacted(url)}: holds no clip; leave it out")
 
@@ -133,7 +137,7 @@ class ShardSource:
             with open(url, "rb") as tar:
                 yield tar
             return
-        # Whole shards, resumed and retried as any download; what a killed run has left may be of another version.
+        # Start afresh: a file left by a killed run may hold another version of the shard.
         scratch.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(scratch.parent.glob("*.part"))
         scratch.unlink(missing_ok=True)
@@ -147,9 +151,9 @@ class ShardSource:
 
 
 def check_tar(tar: BinaryIO, label: str) -> None:
-    """Walk the headers and return to the start. Raises EnvironmentFailure at the first damaged one.
+    """Check all headers and seek back to the start. Raises EnvironmentFailure at the first damaged one.
 
-    The tar library takes a damaged header for the end of the archive, and would leave out the rest in silence.
+    tarfile takes a damaged header for the end of the archive, and would silently skip the rest.
     """
     end = tar.seek(0, 2)
     offset = 0
@@ -172,53 +176,53 @@ def check_tar(tar: BinaryIO, label: str) -> None:
 
 
 def latent_clips(samples: Iterable[TarSample], encoders: Encoders) -> Iterator[ShardClip]:
-    """Clips of latent shards; each gets its caption's features. A clip that is missing or damaged ends the run."""
+    """Clips of latent shards, each with its caption's features. Raises if a clip is missing, damaged or foreign."""
     shard, count, of = "", 0, 0
     prompts: dict[str, tuple[bytes, str]] = {}
     for sample in samples:
         if sample["__url__"] != shard:
-            _expect(shard, count, of)
+            _check_position(shard, count, of)
             shard, count, prompts = sample["__url__"], 0, {}
         facts = _facts(sample, encoders)
-        _expect(shard, count, facts.pop("position"))
+        _check_position(shard, count, facts.pop("position"))
         of, sha256 = facts.pop("of"), facts.pop("sha256")
         clip = ClipEntry(**facts)
         try:
             content = {kind: sample[f"{kind}.safetensors"] for kind in sha256}
         except KeyError as error:
-            raise EnvironmentFailure(f"{redacted(shard)}, clip {clip.key}: has no {error.args[0]}; {MEND}") from error
+            raise EnvironmentFailure(f"{redacted(shard)}, clip {clip.key}: has no {error.args[0]}; {REMEDY}") from error
         if PROMPT in content:
             prompts[clip.caption] = content[PROMPT], sha256[PROMPT]
         content[PROMPT], sha256[PROMPT] = prompts[clip.caption]
         count += 1
         yield ShardClip(clip, redacted(shard), content, sha256)
-    _expect(shard, count, of)
+    _check_position(shard, count, of)
 
 
 def _facts(sample: TarSample, encoders: Encoders) -> dict[str, Any]:
     shard = redacted(sample["__url__"])
     data = sample.get("json", b"")
     if not is_sealed(data):
-        raise EnvironmentFailure(f"{shard}, clip {sample['__key__']}: its facts are missing or damaged; {MEND}")
+        raise EnvironmentFailure(f"{shard}, clip {sample['__key__']}: its .json is missing or damaged; {REMEDY}")
     facts = json.loads(data)
     del facts["self_sha256"]
     if facts.pop("version", None) != SHARD_INDEX_VERSION:
-        raise DataError(f"{shard}: of another version of sa3dist; encode the audio again")
+        raise DataError(f"{shard}: written by another version of sa3dist; encode the audio again")
     difference = encoders.difference(Encoders(**facts.pop("encoders")))
     if difference:
         raise DataError(f"{shard}: encoded with {difference}; give the model it was encoded with, or the audio")
     if not {LATENTS, FLIPPED} <= facts["sha256"].keys():
-        raise EnvironmentFailure(f"{shard}, clip {facts['key']}: lacks a polarity; {MEND}")
+        raise EnvironmentFailure(f"{shard}, clip {facts['key']}: lacks a polarity; {REMEDY}")
     return facts
 
 
-def _expect(shard: str, count: int, of: int) -> None:
-    if count != of:
-        raise EnvironmentFailure(f"{redacted(shard)}: clip {min(count, of)} is not in its place; {MEND}")
+def _check_position(shard: str, count: int, expected: int) -> None:
+    if count != expected:
+        raise EnvironmentFailure(f"{redacted(shard)}: clip {min(count, expected)} is not in its place; {REMEDY}")
 
 
 def audio_clips(samples: Iterable[TarSample]) -> Iterator[ShardClip]:
-    """Clips of audio shards with their captions. What cannot be used raises DataError, naming shard and clip."""
+    """Clips of audio shards with their captions. Raises DataError, naming shard and clip, if one cannot be used."""
     for sample in samples:
         shard, key = redacted(sample["__url__"]), sample["__key__"]
         sounds = [extension for extension in AUDIO_EXTENSIONS if extension in sample]

@@ -1,4 +1,4 @@
-"""Streaming mode: micro batches from shards too many to index, drawn by slot, continued from saved cursors."""
+"""Streaming mode: micro batches from shards too many to index. Draws depend on the slot; resumes at saved cursors."""
 
 import contextlib
 import dataclasses
@@ -14,8 +14,8 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from sa3dist.data.batches.loader import (
-    hanging_processes_left_behind,
-    naming_shared_memory,
+    explaining_full_shared_memory,
+    killing_loaders_when_interrupted,
     results_of_workers,
     share,
 )
@@ -44,14 +44,14 @@ from sa3dist.model.packing import TensorFields
 
 log = logging.getLogger(__name__)
 
-# Number of captions whose features are kept while audio is encoded on the fly.
-KEPT_CAPTIONS = 1024
+# Prompt features cached in memory while streamed audio is encoded.
+CACHED_CAPTIONS = 1024
 
 Decoded = tuple[int, ClipEntry, torch.Tensor]
 
 
 class StreamedClips(EncodedClips):
-    """The clips of a streamed data set under one base."""
+    """The clips of a streamed data set for one base."""
 
     def __init__(self, index: StreamedDataset, work_dir: Path, base: Base, *digests: str, max_bytes: int) -> None:
         super().__init__(index, work_dir, base, *digests)
@@ -59,26 +59,28 @@ class StreamedClips(EncodedClips):
         self.source = ShardSource(index.urls, encoders, Path(work_dir) / "streaming" / index.digest[:16], max_bytes)
 
     def check_first(self) -> None:
-        """Read the first clip, so that a wrong source or base is refused at once. Raises DataError."""
+        """Read the first clip, to refuse a wrong source or base at once. Raises DataError."""
         first = dataclasses.replace(self.source, urls=self.source.urls[:1])
         next(first.clips(WorkerShards(0, 1, 0, 1, 0, 1), StreamCursor(), buffer=1))
 
-    def sample(self, slot: int, found: ShardClip, settings: SampleSettings) -> Sample:
+    def sample(self, slot: int, shard_clip: ShardClip, settings: SampleSettings) -> Sample:
         """The sample of a slot from a clip of a latent shard."""
+
+        def tensors(kind: str, what: str) -> dict[str, torch.Tensor]:
+            return unpack_tensors(shard_clip.verified(kind, what), Path(shard_clip.shard), what, compare=False)
+
+        clip = shard_clip.clip
         kind = FLIPPED if polarity_of_slot(settings.seed, slot) else LATENTS
-        where = Path(found.shard)
-        what = f"latents of clip {found.clip.key}"
-        latents = clip_latents(unpack_tensors(found.verified(kind, what), where, what, compare=False))
-        what = f"prompt features of clip {found.clip.key}"
-        tokens_LH = unpack_tensors(found.verified(PROMPT, what), where, what, compare=False)["hidden"]
-        return draw_sample(slot, found.clip, latents, padded_prompt(tokens_LH, self.prompt_tokens), settings, self)
+        latents = clip_latents(tensors(kind, f"latents of clip {clip.key}"))
+        tokens_LH = tensors(PROMPT, f"prompt features of clip {clip.key}")["hidden"]
+        return draw_sample(slot, clip, latents, padded_prompt(tokens_LH, self.prompt_tokens), settings, self)
 
 
 @dataclasses.dataclass
-class Handed(TensorFields):
-    """What a worker hands over: a micro batch, or decoded clips to encode; and the worker's cursor after it.
+class WorkerOutput(TensorFields):
+    """What a worker returns: a micro batch or decoded clips to encode, and the worker's cursor after them.
 
-    repeated   number of its clips that the set has given before
+    repeated   number of these clips that the data set has already given before
     """
 
     worker: int
@@ -88,7 +90,7 @@ class Handed(TensorFields):
 
 
 class StreamedBatches(IterableDataset):
-    """One rank's micro batches from ``first`` on, made by its workers (loader processes) in turn."""
+    """The micro batches of one rank from number ``first`` on, made by its workers (loader processes) in turn."""
 
     def __init__(
         self,
@@ -100,19 +102,19 @@ class StreamedBatches(IterableDataset):
         first: int,
         buffer: int,
     ) -> None:
-        """first: micro batches this rank has trained on; cursors: by worker; buffer: clips that a worker shuffles."""
+        """first: micro batches this rank has trained on; cursors: one per worker; buffer: clips in a shuffle buffer."""
         self.encoded, self.settings, self.buffer = encoded, settings, buffer
         self._rank, self._world_size = dist_rank, world_size
         self._first, self._cursors = first, list(cursors)
-        with naming_shared_memory():
-            # Set when nobody waits for the loader processes any more.
+        with explaining_full_shared_memory():
+            # Set when the main process no longer waits for its loader processes.
             self.ended = multiprocessing.Event()
         self._parent = os.getpid()
 
-    def __iter__(self) -> Iterator[Handed | SA3DistError]:
+    def __iter__(self) -> Iterator[WorkerOutput | SA3DistError]:
         process = get_worker_info()
         begin = self._first + (process.id if process else 0)
-        # The loader asks its processes in turn, starting anywhere: compute which worker is due after a resume.
+        # The loader asks its processes in turn. Map them to workers so that the next worker is the same after a resume.
         workers = len(self._cursors)
         number = begin % workers
         cursor, source = self._cursors[number], self.encoded.source
@@ -124,9 +126,9 @@ class StreamedBatches(IterableDataset):
             repeats = 0
             try:
                 for slot in slots:
-                    found, cursor, repeated = next(clips)
+                    shard_clip, cursor, repeated = next(clips)
                     repeats += repeated
-                    content.append(self._read(slot, found))
+                    content.append(self._read(slot, shard_clip))
                 if source.encoders is not None:
                     content = collate(content, self.settings)
                     share(content.tensors())
@@ -135,39 +137,39 @@ class StreamedBatches(IterableDataset):
             except SA3DistError as problem:
                 yield problem
                 return
-            yield Handed(number, cursor, repeats, content)
+            yield WorkerOutput(number, cursor, repeats, content)
 
-    def _read(self, slot: int, found: ShardClip) -> Sample | Decoded:
+    def _read(self, slot: int, shard_clip: ShardClip) -> Sample | Decoded:
         if self.encoded.source.encoders is not None:
-            return self.encoded.sample(slot, found, self.settings)
-        samples_CN, rate = decode(found.content["audio"])
-        return slot, found.clip, ready_audio(samples_CN, False, rate, self.encoded.sample_rate_hz)
+            return self.encoded.sample(slot, shard_clip, self.settings)
+        samples_CN, rate = decode(shard_clip.content["audio"])
+        return slot, shard_clip.clip, ready_audio(samples_CN, False, rate, self.encoded.sample_rate_hz)
 
     def _should_stop(self) -> bool:
         return self.ended.is_set() or (get_worker_info() is not None and os.getppid() != self._parent)
 
 
-def finisher(
+def encoder_of_decoded(
     base: Base,
     encoded: StreamedClips,
     settings: SampleSettings,
     before_work: Callable[[str], None] = lambda doing: None,
 ) -> Callable[[list[Decoded]], MicroBatch]:
-    """Returns a function that encodes decoded clips, whole and in their slot's polarity, and makes the micro batch.
+    """Returns a function that encodes whole decoded clips, in their slots' polarity, and makes the micro batch.
 
-    before_work   called with a description of the next work; what it raises ends the step
+    before_work   called with a description before each clip; if it raises, the step ends
     """
 
-    @functools.lru_cache(maxsize=KEPT_CAPTIONS)
+    @functools.lru_cache(maxsize=CACHED_CAPTIONS)
     def prompt(caption: str) -> tuple[torch.Tensor, torch.Tensor]:
         if base.text_source is not None:
-            found = cut_captions(base.text_source, [(f"{caption[:40]!r}", caption)])
-            if found and found.tokens:
-                log.warning("%s", found.line())
+            cut = cut_captions(base.text_source, [(f"{caption[:40]!r}", caption)])
+            if cut and cut.tokens:
+                log.warning("%s", cut.line())
         hidden_BLH, mask_BL = base.encode_hidden([caption])
         return padded_prompt(hidden_BLH[0][mask_BL[0].bool()].cpu(), encoded.prompt_tokens)
 
-    def finish(decoded: list[Decoded]) -> MicroBatch:
+    def encode(decoded: list[Decoded]) -> MicroBatch:
         samples = []
         for slot, clip, audio_CN in decoded:
             before_work(f"encoding clip {clip.key}")
@@ -175,28 +177,28 @@ def finisher(
             samples.append(draw_sample(slot, clip, clip_latents(tensors), prompt(clip.caption), settings, encoded))
         return collate(samples, settings)
 
-    return finish
+    return encode
 
 
 def streaming_loader(
     batches: StreamedBatches,
-    finish: Callable[[list[Decoded]], MicroBatch],
+    encode: Callable[[list[Decoded]], MicroBatch],
     cursors: RankCursors,
     num_workers: int,
     device: torch.device,
 ) -> Generator[MicroBatch, None, None]:
-    """The endless micro batches of one rank; updates ``cursors.ahead`` with each one handed to the loop."""
-    # Import before the loader forks: each of its processes would need a second for it.
+    """The endless micro batches of one rank. Updates ``cursors.ahead`` with each one yielded."""
+    # Import it before the loader forks: each of its processes would take a second for it.
     import webdataset  # noqa: F401
 
-    all_handed = results_of_workers(batches, num_workers, device)
-    with contextlib.closing(all_handed), hanging_processes_left_behind():
+    outputs = results_of_workers(batches, num_workers, device)
+    with contextlib.closing(outputs), killing_loaders_when_interrupted():
         try:
-            for handed in all_handed:
-                if isinstance(handed, SA3DistError):
-                    raise handed
-                batch = handed.content if isinstance(handed.content, MicroBatch) else finish(handed.content)
-                cursors.ahead[handed.worker] = handed.cursor
-                yield dataclasses.replace(batch, repeated_clips=handed.repeated).to(device)
+            for output in outputs:
+                if isinstance(output, SA3DistError):
+                    raise output
+                batch = output.content if isinstance(output.content, MicroBatch) else encode(output.content)
+                cursors.ahead[output.worker] = output.cursor
+                yield dataclasses.replace(batch, repeated_clips=output.repeated).to(device)
         finally:
             batches.ended.set()

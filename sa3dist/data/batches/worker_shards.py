@@ -1,7 +1,7 @@
-"""Which shards a loader process reads in streaming mode: each shard once per epoch, and no worker without a shard.
+"""Which shards each loader process reads in streaming mode: every shard once per epoch, and every process at least one.
 
-Shards are dealt to ranks, and a rank's shards to its workers (loader processes), anew in every epoch. A worker that is
-done with its shards begins the next epoch without waiting for others.
+In each epoch shards are shuffled and divided among ranks, then among a rank's workers (loader processes). A worker that
+has finished its shards starts the next epoch without waiting for others.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from sa3dist import flow
 from sa3dist.errors import CheckpointError, counted
 
-# Shards whose clips are shuffled together; a continued run rereads them from the start to find its cursor.
+# Number of shards shuffled together. A resumed run reads these again from the start to reach its cursor.
 SEGMENT_SHARDS = 4
 
 
 class StreamCursor(NamedTuple):
-    """Position of a worker: the epoch, the segment of its shards, and how many clips of the segment are used."""
+    """Position of a worker: epoch, segment of its shards, and clips used in the segment."""
 
     epoch: int = 0
     segment: int = 0
@@ -28,7 +28,7 @@ class StreamCursor(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class WorkerShards:
-    """The shards of worker ``number`` of a rank's ``workers``. shards: how many the whole set has."""
+    """The shards of worker ``number`` of a rank's ``workers``. shards: how many the data set has."""
 
     seed: int
     shards: int
@@ -38,9 +38,9 @@ class WorkerShards:
     workers: int
 
     def segments(self, epoch: int) -> tuple[list[list[int]], bool]:
-        """Shard numbers of one epoch, in segments, and whether they are borrowed from another worker.
+        """The worker's shard numbers in one epoch, by segment; and whether they are another worker's shards.
 
-        With fewer shards than workers, a worker without any also reads another's: its clips are repeats.
+        With fewer shards than workers, a worker without its own reads another's; its clips count as repeats.
         """
         order = torch.randperm(self.shards, generator=flow.generator_for(self.seed, "shards", epoch)).tolist()
         of_rank = order[self.dist_rank :: self.world_size]
@@ -52,16 +52,18 @@ class WorkerShards:
         return [mine[start : start + SEGMENT_SHARDS] for start in range(0, len(mine), SEGMENT_SHARDS)], borrowed
 
     def shuffle_seed(self, epoch: int, segment: int) -> int:
-        """Seed of the shuffle buffer in one segment; differs between workers, even on the same shards."""
+        """Seed of the shuffle buffer in one segment, different for every worker, even on the same shards."""
         worker = self.dist_rank * self.workers + self.number
         return flow.generator_for(self.seed, "segment", epoch, worker, segment).initial_seed()
 
 
 @dataclasses.dataclass
 class RankCursors:
-    """Cursors of one rank's workers after the clips trained on, and the number of repeated clips of all ranks.
+    """Streaming position of one rank.
 
-    ahead   cursors by worker after the clips fetched for the current step
+    cursors    one per worker, after the last finished step
+    repeated   repeated clips so far, over all ranks
+    ahead      newer cursors by worker, after the micro batches of the current step
     """
 
     cursors: list[StreamCursor]
@@ -69,7 +71,7 @@ class RankCursors:
     ahead: dict[int, StreamCursor] = dataclasses.field(default_factory=dict)
 
     def advance(self, repeated: int) -> None:
-        """Called when the step is done: its fetched clips are now trained on."""
+        """Call when a step is finished. repeated: its repeated clips, over all ranks."""
         for worker, cursor in self.ahead.items():
             self.cursors[worker] = cursor
         self.ahead.clear()
@@ -77,18 +79,18 @@ class RankCursors:
 
     @classmethod
     def of(cls, saved: dict[str, Any] | None, dist_rank: int, world_size: int, workers: int) -> RankCursors:
-        """From a checkpoint, or at the beginning.
+        """The cursors of a checkpoint, or new ones if ``saved`` is None.
 
         saved   the checkpoint's "stream" value: cursors by rank and worker, repeated
-        Raises CheckpointError if the number of ranks or workers differs: the cursors would then mean other shards.
+        Raises CheckpointError if the number of ranks or workers differs: cursors cannot be converted.
         """
         if saved is None:
             return cls([StreamCursor()] * workers)
-        found = len(saved["cursors"]), len(saved["cursors"][0])
-        if found != (world_size, workers):
+        saved_ranks, saved_workers = len(saved["cursors"]), len(saved["cursors"][0])
+        if (saved_ranks, saved_workers) != (world_size, workers):
             raise CheckpointError(
-                f"resume: the checkpoint's places in the shards are those of "
-                f"{counted(found[0], 'process', 'processes')} with num_workers {found[1]}, this run has {world_size} "
-                f"and {workers}; mode: streaming continues with the same only"
+                f"resume: the checkpoint was written by {counted(saved_ranks, 'process', 'processes')} with "
+                f"num_workers {saved_workers}, this run has {world_size} and {workers}; mode: streaming resumes with "
+                f"the same numbers only"
             )
         return cls([StreamCursor(*cursor) for cursor in saved["cursors"][dist_rank]], saved["repeated"])

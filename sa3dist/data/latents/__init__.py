@@ -1,1 +1,1 @@
-"""Latents and prompt features on disk: the cache, latent shards, crops."""
+"""Latents and prompt features on disk: cache, latent shards, crops."""

@@ -1,6 +1,6 @@
-"""Latents and prompt features on disk: encoded once per clip and caption, found again by content.
+"""Cache of latents and prompt features on disk: encoded once per clip and caption, looked up by content.
 
-What is encoded on first use goes into a file of its own; ``encode.pack_latents`` packs these files into shards.
+Encoding on first use writes one file per item; ``encode.pack_latents`` packs these into shards.
 """
 
 import dataclasses
@@ -28,21 +28,21 @@ from sa3dist.flow.crops import polarity_of_slot
 from sa3dist.formats import ClipEntry, DatasetIndex, digest_of
 from sa3dist.model.base import Base
 
-# Frames of silence kept behind every clip: more than twice SAME-L's reach (12 layers x 1 frame), so that the clip's end
-# decays as in one long padded clip. As many again are encoded and cut off, because the sequence's end affects them.
+# Frames of silence stored after every clip: more than twice SAME-L's reach (12 layers x 1 frame), so that the clip's
+# end decays as it does in a long padded clip. As many again are encoded and cut off: the sequence's end affects them.
 SILENCE_TAIL_FRAMES = 32
-# Searching a work directory of a thousand shards takes milliseconds, and every clip asks.
-LOOK_AGAIN_SECONDS = 10.0
-# Change it whenever anything that decides the stored values changes: old files are then no longer found.
+# Minimum time between scans for new shards: scanning a thousand takes milliseconds, and every clip asks.
+RESCAN_SECONDS = 10.0
+# Part of every file name. Change it whenever the stored values change, so that old files are not found.
 ENCODING_VERSION = "1"
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipLatents:
-    """Latents of one whole clip in one polarity, with the silence behind it.
+    """Latents of one whole clip in one polarity, followed by silence.
 
     latents_DT     float32 (D, valid_frames + SILENCE_TAIL_FRAMES)
-    silence_D2     float32 (D, 2): latents of lasting silence at even and odd frames (SAME-S works on pairs of frames)
+    silence_D2     float32 (D, 2): latents of steady silence at even and odd frames (SAME-S works on pairs of frames)
     peaks_T        float32 (valid_frames,): largest absolute sample of each frame
     """
 
@@ -55,21 +55,21 @@ class ClipLatents:
         return len(self.peaks_T)
 
     def window(self, start: int, frames: int) -> torch.Tensor:
-        """Frames start..start+frames, float32 (D, frames); past the stored tail, lasting silence."""
+        """Frames start..start+frames, float32 (D, frames); steady silence past the stored tail."""
         stored = self.latents_DT[:, start : start + frames]
         missing = torch.arange(start + stored.shape[1], start + frames)
         return torch.cat([stored, self.silence_D2[:, missing % 2]], dim=1) if len(missing) else stored
 
 
 class EncodedClips:
-    """Reader and writer of the latents and prompt features of one dataset under one base."""
+    """Reads and writes the latents and prompt features of one dataset for one base."""
 
     keep = True
 
     def __init__(
         self, index: DatasetIndex, work_dir: Path, base: Base, autoencoder_digest: str, text_encoder_digest: str
     ) -> None:
-        """base: provides the framing; the digests of its encoders become part of the file names."""
+        """base: gives sample rate and frame size. The digests of its encoders are part of the file names."""
         self.index = index
         self.clips = index.clips
         self.sample_rate_hz: int = base.sample_rate_hz
@@ -82,15 +82,12 @@ class EncodedClips:
         encoders = Encoders(ENCODING_VERSION, autoencoder_digest, text_encoder_digest, *framing)
         self.shards = LatentShards(Path(work_dir) / "latent_shards", encoders)
         name = digest_of(*map(str, dataclasses.astuple(encoders)), index.digest)
-        # Folder of the shards of this data set under this base, which may not exist yet.
+        # Folder for the shards of this data set and base.
         self.shards_dir = Path(work_dir) / "latent_shards" / name[:16]
         self.shards.load(self.shards_dir)
 
-    def take(self, shards: Iterable[LatentShard]) -> None:
-        """Serve the clips of these shards of a source.
-
-        Raises DataError, naming the shard, if its encoder differs from the base's.
-        """
+    def add_shards(self, shards: Iterable[LatentShard]) -> None:
+        """Also read from these shards. Raises DataError, naming the shard, if a different encoder wrote one."""
         for shard in shards:
             difference = self.shards.encoders.difference(shard.encoders)
             if difference:
@@ -108,35 +105,35 @@ class EncodedClips:
         return self._prompts_dir / name[:2] / f"{name}.safetensors"
 
     def has_latents(self, clip: ClipEntry, flipped: bool) -> bool:
-        """Whether a clip is encoded, in a shard or in a file of its own."""
+        """Whether a clip is encoded, in a shard or a single file."""
         return self._has(member_name(clip, _kind(flipped)), self.latents_path(clip, flipped))
 
     def has_prompt(self, caption: str) -> bool:
         return self._has((PROMPT, caption), self.prompt_path(caption))
 
     def _has(self, name: Name, path: Path) -> bool:
-        # At worst a clip that another process has just packed into a shard is encoded again.
-        return bool(self.shards.find(name) or path.exists() or self.shards.search(name, LOOK_AGAIN_SECONDS))
+        # At worst an item that another process has just packed into a shard is encoded again.
+        return bool(self.shards.find(name) or path.exists() or self.shards.search(name, RESCAN_SECONDS))
 
     def latents(self, clip: ClipEntry, flipped: bool) -> ClipLatents:
-        """Raises EnvironmentFailure, naming file and clip, when the file is damaged or holds a non-finite value."""
+        """Raises EnvironmentFailure, naming file and clip, if the file is damaged or holds a non-finite value."""
         name = member_name(clip, _kind(flipped))
         tensors = self._tensors(name, self.latents_path(clip, flipped), f"latents of clip {clip.key}")
         return clip_latents(tensors)
 
     def prompt(self, caption: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (L, H) and mask (L,) of a caption, padded to the prompt length with zeros, real tokens first."""
+        """Features (L, H) and mask (L,) of a caption, zero-padded at the end to the prompt length."""
         what = f"prompt features of caption {caption[:40]!r}"
         tensors = self._tensors((PROMPT, caption), self.prompt_path(caption), what)
         return padded_prompt(tensors["hidden"], self.prompt_tokens)
 
     def _tensors(self, name: Name, path: Path, what: str) -> dict[str, torch.Tensor]:
         content, where = self._content(name, path, what)
-        # A shard member's bytes have been compared with their digest already.
+        # Shard members have already been checked against the digest of all their bytes.
         return unpack_tensors(content, where, what, compare=where == path)
 
     def member(self, clip: ClipEntry, kind: str) -> bytes:
-        """The verified bytes for a shard's member. kind: LATENTS, FLIPPED, or PROMPT for the caption's features."""
+        """Verified bytes of one shard member. kind: LATENTS, FLIPPED, or PROMPT (features of the clip's caption)."""
         if kind == PROMPT:
             path, what = self.prompt_path(clip.caption), f"prompt features of caption {clip.caption[:40]!r}"
         else:
@@ -147,35 +144,35 @@ class EncodedClips:
         return content
 
     def _content(self, name: Name, path: Path, what: str) -> tuple[bytes, Path]:
-        """The bytes of a shard's member or of the file at ``path``, and where they are."""
-        found = self.shards.find(name)
-        if found is None:
+        """Bytes of a shard member, else of the file at ``path``; and the path of the shard or file."""
+        location = self.shards.find(name)
+        if location is None:
             try:
                 return path.read_bytes(), path
             except FileNotFoundError as error:
-                # Another process may just have packed it into a shard.
-                found = self.shards.search(name)
-                if found is None:
+                # Another process may have packed it into a shard meanwhile.
+                location = self.shards.search(name)
+                if location is None:
                     raise EnvironmentFailure(f"{path}: the {what} are gone; run again") from error
             except OSError as error:
                 raise EnvironmentFailure(f"{path}: cannot read the {what} ({error})") from error
-        return read_member(*found, what), found[0]
+        return read_member(*location, what), location[0]
 
     def slot_bytes(self, clip: ClipEntry) -> int:
         """Bytes of what ``load_slot`` returns: float32 stereo."""
         return 8 * frames_of(clip, self) * self.samples_per_frame
 
     def load_slot(self, clip: ClipEntry, seed: int, slot: int) -> torch.Tensor | None:
-        """The audio needed to encode the clip for ``slot``; None if that is encoded. Any thread may call it."""
+        """Audio to encode for ``slot``; None if already encoded. Thread-safe."""
         return None if self.has_latents(clip, polarity_of_slot(seed, slot)) else self.audio(clip)
 
     def encode_slot(
         self, base: Base, clip: ClipEntry, seed: int, slot: int, loaded_CN: torch.Tensor | None
     ) -> Path | None:
-        """Encode the clip for ``slot`` from the result of ``load_slot``, if not done yet.
+        """Encode the clip for ``slot`` from what ``load_slot`` returned, unless already encoded.
 
-        Returns the file of this slot's crop, to be deleted after its last use unless ``keep``; None where whole clips
-        are encoded, once for all epochs.
+        Returns the file of this slot's crop, which the caller removes after its last use unless ``keep``; None when
+        whole clips are encoded, once for all epochs.
         """
         flipped = polarity_of_slot(seed, slot)
         if not self.has_latents(clip, flipped):
@@ -187,7 +184,7 @@ class EncodedClips:
         return load_clip_audio(self.index, clip, self.sample_rate_hz)
 
     def encode_together(self, base: Base, rows: Sequence[tuple[ClipEntry, bool, torch.Tensor]]) -> None:
-        """Encode clips with equal numbers of frames in one pass; publish the files that do not exist yet.
+        """Encode clips of equal length in frames in one pass; write the files that do not exist yet.
 
         rows   (clip, flipped, its ``audio``)
         """
@@ -198,7 +195,7 @@ class EncodedClips:
     def encode_rows(
         self, base: Base, rows: Sequence[tuple[ClipEntry, bool, torch.Tensor]]
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """Latents, silence and peaks of each row of ``encode_together``."""
+        """The tensors to store for each row of ``encode_together``: latents, silence, peaks."""
         frame = self.samples_per_frame
         channels, valid_frames = rows[0][2].shape[0], -(-rows[0][2].shape[1] // frame)
         padded_BCN = torch.zeros(len(rows), channels, (valid_frames + 2 * SILENCE_TAIL_FRAMES) * frame)
@@ -208,12 +205,12 @@ class EncodedClips:
         for latents_DT, (_, _, audio_CN) in zip(latents_BDT, rows, strict=True):
             yield {
                 "latents": latents_DT[:, : valid_frames + SILENCE_TAIL_FRAMES].contiguous(),
-                "silence": self._lasting_silence(base, channels),
+                "silence": self._steady_silence(base, channels),
                 "peaks": frame_peaks(audio_CN, frame),
             }
 
-    def _lasting_silence(self, base: Base, channels: int) -> torch.Tensor:
-        """Latents of silence far from both ends of a sequence, float32 (D, 2): an even frame and an odd one."""
+    def _steady_silence(self, base: Base, channels: int) -> torch.Tensor:
+        """Latents of silence far from both ends of a sequence, float32 (D, 2): one even and one odd frame."""
         if self._silence_D2 is None:
             middle = 2 * SILENCE_TAIL_FRAMES
             silent_1CN = torch.zeros(1, channels, 2 * middle * self.samples_per_frame, device=base.device)
@@ -221,7 +218,7 @@ class EncodedClips:
         return self._silence_D2
 
     def encode_prompts(self, base: Base, captions: Sequence[str]) -> None:
-        """Encode captions in one pass unless all are on disk; publish those that are not."""
+        """Encode captions in one pass, unless all are on disk; write those that are not."""
         if all(self.has_prompt(caption) for caption in captions):
             return
         hidden_BLH, mask_BL = base.encode_hidden(list(captions))
@@ -232,15 +229,15 @@ class EncodedClips:
 
 
 def frames_of(clip: ClipEntry, encoded: EncodedClips) -> int:
-    """Latent frames of the whole clip that hold sound."""
+    """Number of latent frames of the whole clip, the last one possibly partial."""
     samples = resampled_length(clip.samples, clip.sample_rate_hz, encoded.sample_rate_hz)
     return -(-samples // encoded.samples_per_frame)
 
 
 def frame_peaks(audio_CN: torch.Tensor, samples_per_frame: int) -> torch.Tensor:
     """Largest absolute sample of each latent frame, float32 (ceil(N / samples_per_frame),)."""
-    missing = -audio_CN.shape[1] % samples_per_frame
-    padded_CN = torch.nn.functional.pad(audio_CN.abs(), (0, missing))
+    padding = -audio_CN.shape[1] % samples_per_frame
+    padded_CN = torch.nn.functional.pad(audio_CN.abs(), (0, padding))
     return padded_CN.view(audio_CN.shape[0], -1, samples_per_frame).amax(dim=(0, 2))
 
 

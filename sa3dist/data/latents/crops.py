@@ -1,4 +1,4 @@
-"""Latents of crops instead of whole clips: each crop is encoded by itself, as the reference does at every step."""
+"""Latents of crops instead of whole clips: each crop is encoded separately, as in the reference."""
 
 import dataclasses
 import shutil
@@ -19,9 +19,10 @@ from sa3dist.model.base import Base
 
 @dataclasses.dataclass(frozen=True)
 class CropLatents:
-    """The crops of one clip in one polarity, with the interface of ``ClipLatents``; a crop's file is read on request.
+    """The crops of one clip in one polarity, with the interface of ``ClipLatents``. A crop's file is read on demand.
 
     peaks_T   float32 (valid_frames,): largest absolute sample of each frame of the whole clip
+    read      the latents of the crop that begins at a frame
     """
 
     peaks_T: torch.Tensor
@@ -32,15 +33,15 @@ class CropLatents:
         return len(self.peaks_T)
 
     def window(self, start: int, frames: int) -> torch.Tensor:
-        """The first ``frames`` of the crop that begins at ``start``, float32 (D, frames)."""
+        """The first ``frames`` frames of the crop at ``start``, float32 (D, frames)."""
         return self.read(start)[:, :frames]
 
 
 class EncodedCrops(EncodedClips):
-    """Reader and writer of single crops. A clip shorter than the crop is padded with zeros first, as in the reference.
+    """Reads and writes single crops. A clip shorter than the crop is zero-padded first, as in the reference.
 
     crop_frames   length of every crop in latent frames
-    keep          crops stay in the work directory for later epochs and runs; otherwise they are deleted after use
+    keep          whether crops stay in the work directory for later epochs and runs, or are removed after use
     """
 
     def __init__(self, *args, crop_frames: int, keep: bool) -> None:
@@ -51,7 +52,7 @@ class EncodedCrops(EncodedClips):
         if not keep:
             self._latents_dir.mkdir(parents=True, exist_ok=True)
             remove_stale(self._latents_dir.glob(".on-the-fly-*"))
-            # One folder per process, which alone knows when a crop has been used.
+            # One folder per process: only the process itself knows when a crop has been used.
             self._latents_dir = Path(tempfile.mkdtemp(prefix=".on-the-fly-", dir=self._latents_dir))
             weakref.finalize(self, shutil.rmtree, self._latents_dir, ignore_errors=True)
 
@@ -66,7 +67,7 @@ class EncodedCrops(EncodedClips):
         return self._latents_dir / name[:2] / f"{name}.safetensors"
 
     def latents(self, clip: ClipEntry, flipped: bool) -> CropLatents:
-        """Raises EnvironmentFailure, naming file and clip, when a file is damaged or holds a non-finite value."""
+        """Raises EnvironmentFailure, naming file and clip, if a file is damaged or holds a non-finite value."""
 
         def read(start: int) -> torch.Tensor:
             path = self.crop_path(clip, flipped, start)
@@ -75,9 +76,9 @@ class EncodedCrops(EncodedClips):
         return CropLatents(read_tensors(self.peaks_path(clip), f"peaks of clip {clip.key}")["peaks"], read)
 
     def load_slot(self, clip: ClipEntry, seed: int, slot: int) -> torch.Tensor | None:
-        """The audio ``slot`` needs of its clip, float32 (2, crop_frames x samples_per_frame); None if that is encoded.
+        """Audio of the crop for ``slot``, float32 (2, crop_frames x samples_per_frame); None if already encoded.
 
-        Any thread may call it. The first look at a clip decodes it whole, to find where it is loud.
+        Thread-safe. The first crop of a clip decodes the whole clip, because drawing a crop needs the clip's peaks.
         """
         audio_CN = None
         if not self.peaks_path(clip).exists():
@@ -98,10 +99,9 @@ class EncodedCrops(EncodedClips):
     def encode_slot(
         self, base: Base, clip: ClipEntry, seed: int, slot: int, loaded_CN: torch.Tensor | None = None
     ) -> Path:
-        """Encode what ``slot`` needs of its clip, if not done yet; returns the crop's file.
+        """Encode the crop for ``slot`` unless already encoded; returns its file.
 
-        loaded_CN   result of ``load_slot``; loaded again if it is None but another micro batch has deleted the file
-                    since
+        loaded_CN   what ``load_slot`` returned; if None, the file may have been removed since, so it is checked again
         """
         if loaded_CN is None:
             loaded_CN = self.load_slot(clip, seed, slot)
@@ -112,7 +112,7 @@ class EncodedCrops(EncodedClips):
         return path
 
     def _crop_of_slot(self, clip: ClipEntry, seed: int, slot: int) -> tuple[Path, int, bool]:
-        """The file of the slot's crop, its first frame, and whether it is flipped."""
+        """File of the slot's crop, its first frame, and whether it is flipped."""
         peaks_T = read_tensors(self.peaks_path(clip), f"peaks of clip {clip.key}")["peaks"]
         start, _ = draw_crop(peaks_T, self._limit, seed, slot)
         flipped = polarity_of_slot(seed, slot)

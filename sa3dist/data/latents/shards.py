@@ -1,7 +1,7 @@
-"""Latent shards: WebDataset tars of encoded clips, each with an index of offsets and digests.
+"""Latent shards: WebDataset tars of encoded clips, each with an index of member offsets and digests.
 
-A clip is <stem>.json (its facts, sealed), .txt (caption), .latents.safetensors and .flipped.safetensors (one per
-polarity); the first clip of a shard with a caption also has its .prompt.safetensors.
+A clip consists of <stem>.json (metadata with its own digest), .txt (caption), .latents.safetensors and
+.flipped.safetensors (one per polarity). The first clip of a shard with a given caption also has .prompt.safetensors.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from sa3dist.formats import ClipEntry, ShardEntry, is_sealed, sealed, write_whol
 
 SHARD_PREFIX = "latents-"
 SHARD_INDEX_VERSION = 1
-# Kinds of members: the two polarities, and the caption's features.
+# Kinds of members of a clip: the two polarities, and the caption's features.
 LATENTS, FLIPPED, PROMPT = "latents", "flipped", "prompt"
-# Advice for bytes that do not match their digest.
-MEND = "delete the shard and run sa3dist encode, or copy it again"
+# Ends the messages about damaged shards.
+REMEDY = "delete the shard and run sa3dist encode, or copy it again"
 
 Name = tuple[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoders:
-    """Everything that decides the numbers in a shard, besides audio and caption; digests of the weights in hex."""
+    """What the numbers in a shard depend on besides audio and captions. The encoders are hex digests of weights."""
 
     version: str
     autoencoder: str
@@ -45,7 +45,7 @@ class Encoders:
     prompt_tokens: int
 
     def difference(self, other: Encoders) -> str | None:
-        """The first value in which ``other`` (a shard's) differs from this one (the base's), in words."""
+        """The first difference of ``other`` (a shard's) from this (the base's), for a message; None if equal."""
         # Sizes first: they say more than digests.
         for name in ("latent_channels", "samples_per_frame", "sample_rate_hz", *vars(self)):
             ours, theirs = getattr(self, name), getattr(other, name)
@@ -55,7 +55,7 @@ class Encoders:
 
 
 class Place(NamedTuple):
-    """Position of one member, and the hex SHA-256 of its bytes."""
+    """Offset and length of one member in its tar, and the hex SHA-256 of its bytes."""
 
     offset: int
     bytes: int
@@ -64,9 +64,10 @@ class Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class EncodedClip:
-    """One clip of a shard. ``places`` has LATENTS and FLIPPED, and PROMPT if the clip is the first with its caption.
+    """One clip of a latent shard.
 
-    clip   its ``shard`` and ``audio_offset`` are empty: the audio may be gone
+    clip     its ``shard`` and ``audio_offset`` are empty: the audio may no longer exist
+    places   of LATENTS and FLIPPED; also of PROMPT if the clip is the shard's first with its caption
     """
 
     clip: ClipEntry
@@ -74,16 +75,17 @@ class EncodedClip:
 
 
 def member_name(clip: ClipEntry, kind: str) -> Name:
-    """The key of a member: clips with the same audio, or the same caption, share it."""
+    """The key to look up a member by. Clips with the same audio, or the same caption, share it."""
     return (PROMPT, clip.caption) if kind == PROMPT else (kind, clip.audio_sha256)
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentShard:
-    """One finished shard and its index, a file beside it with the same name and the extension .json.
+    """A finished shard and its index: a file next to it with the same name and suffix .json.
 
-    number, of   the shard's number among those of the data set, counted from 0, and how many there are
-    dataset      digest of the data set it was made from
+    dataset   digest of the data set it was made from
+    number    position among the shards of the data set, from 0
+    of        number of shards of the data set
     """
 
     path: Path | RemoteFile
@@ -104,61 +106,61 @@ class LatentShard:
             "shard": dataclasses.asdict(self.entry),
         }
         clips = ",\n".join(
-            json.dumps({**vars(found.clip), "places": found.places}, ensure_ascii=False) for found in self.clips
+            json.dumps({**vars(encoded.clip), "places": encoded.places}, ensure_ascii=False) for encoded in self.clips
         )
         body = f'{json.dumps(head, ensure_ascii=False)[:-1]}, "clips": [\n{clips}\n]'
         write_whole(index_path(self.path), sealed(body))
 
     @classmethod
     def read(cls, path: Path | RemoteFile, index: Path | None = None) -> LatentShard:
-        """The shard at ``path``. Reads only the index and compares the tar's length; members are verified when read.
+        """Read the index of the shard at ``path`` and compare the tar's length. Members are verified when read.
 
-        index   path of its index; default: beside it
-        Raises DataError, naming the file, when either is missing or damaged.
+        index   path of the index; default: next to the shard
+        Raises DataError, naming the file, if either is missing or damaged.
         """
         index = index_path(path) if index is None else index
         try:
             data = index.read_bytes()
             value = json.loads(data)
             if not is_sealed(data) or value["version"] != SHARD_INDEX_VERSION:
-                raise DataError(f"{index}: the index is damaged or of another version; {MEND}")
+                raise DataError(f"{index}: the index is damaged or of another version; {REMEDY}")
             clips = tuple(_clip_of(clip) for clip in value["clips"])
             rest = value["dataset"], value["number"], value["of"], clips
             shard = cls(path, ShardEntry(**value["shard"]), Encoders(**value["encoders"]), *rest)
             size = path.file_bytes if isinstance(path, RemoteFile) else path.stat().st_size
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             reason = printable(str(error))
-            raise DataError(f"{index}: no readable index of a latent shard ({reason}); {MEND}") from error
+            raise DataError(f"{index}: no readable index of a latent shard ({reason}); {REMEDY}") from error
         for fault in latent_faults(shard):
-            raise DataError(f"{index}: {fault}; {MEND}")
+            raise DataError(f"{index}: {fault}; {REMEDY}")
         if size != shard.entry.bytes:
-            raise DataError(f"{path}: {size} bytes, expected {shard.entry.bytes}; {MEND}")
+            raise DataError(f"{path}: {size} bytes, expected {shard.entry.bytes}; {REMEDY}")
         return shard
 
 
 def latent_faults(shard: LatentShard) -> Iterator[str]:
-    """``index_faults`` for a latent shard's index."""
+    """Like ``index_faults``, for a latent shard's index."""
     if not (isinstance(shard.dataset, str) and is_whole(shard.of, 1) and is_whole(shard.number, 0, shard.of - 1)):
         yield "names no data set, or no place among its shards"
         return
-    if not (is_whole(shard.entry.bytes, 1) and _sound(shard.encoders)):
+    if not (is_whole(shard.entry.bytes, 1) and _usable(shard.encoders)):
         yield "has no usable length or encoders"
         return
-    for found in shard.clips:
-        if (problem := clip_fault(found.clip) or _member_fault(found, shard.entry.bytes)) is not None:
-            yield f"clip {ascii(found.clip.key)[:80]} {problem}"
+    for encoded in shard.clips:
+        if (fault := clip_fault(encoded.clip) or _member_fault(encoded, shard.entry.bytes)) is not None:
+            yield f"clip {ascii(encoded.clip.key)[:80]} {fault}"
 
 
-def _sound(encoders: Encoders) -> bool:
+def _usable(encoders: Encoders) -> bool:
     texts = encoders.version, encoders.autoencoder, encoders.text_encoder
     sizes = encoders.sample_rate_hz, encoders.samples_per_frame, encoders.latent_channels, encoders.prompt_tokens
     return all(isinstance(text, str) and text.isprintable() for text in texts) and all(is_whole(n, 1) for n in sizes)
 
 
-def _member_fault(found: EncodedClip, shard_bytes: int) -> str | None:
-    if not {LATENTS, FLIPPED} <= found.places.keys() <= {LATENTS, FLIPPED, PROMPT}:
-        return "has not both polarities"
-    for place in found.places.values():
+def _member_fault(encoded: EncodedClip, shard_bytes: int) -> str | None:
+    if not {LATENTS, FLIPPED} <= encoded.places.keys() <= {LATENTS, FLIPPED, PROMPT}:
+        return "lacks a polarity"
+    for place in encoded.places.values():
         if not (is_whole(place.offset, 0) and is_whole(place.bytes, 1) and is_digest(place.sha256)):
             return "has no usable place"
         if place.offset + place.bytes > shard_bytes:
@@ -188,9 +190,9 @@ def write_latent_shard(
     of: int,
     content: Callable[[ClipEntry, str], bytes],
 ) -> LatentShard:
-    """Write a shard, then its index, each atomically: a shard with an index is a finished one.
+    """Write a shard, then its index, each atomically: a shard that has an index is complete.
 
-    content   returns the bytes of one kind of member of a clip; called in order, with one clip in memory at a time
+    content   returns the bytes of one kind of member of a clip; called clip by clip, to hold only one in memory
     """
     written: list[EncodedClip] = []
     captions: set[str] = set()
@@ -217,55 +219,56 @@ def write_latent_shard(
 
 
 def read_member(path: Path | RemoteFile, place: Place, what: str) -> bytes:
-    """The bytes of one member. Raises EnvironmentFailure, naming shard and ``what``, when they are not as written."""
+    """Read and verify one member. Raises EnvironmentFailure, naming shard and ``what``, if it is damaged."""
     if isinstance(path, RemoteFile):
         data = path.read(*place, what)
         if data is None:
-            raise EnvironmentFailure(f"{path}: the {what} do not match their digest; copy shard and index there again")
+            raise EnvironmentFailure(f"{path}: the {what} do not match their digest; upload shard and index again")
         return data
     try:
         with open(path, "rb", buffering=0) as stream:
             stream.seek(place.offset)
             data = stream.read(place.bytes)
     except OSError as error:
-        raise EnvironmentFailure(f"{path}: cannot read the {what} ({error.strerror or error}); {MEND}") from error
+        raise EnvironmentFailure(f"{path}: cannot read the {what} ({error.strerror or error}); {REMEDY}") from error
     if hashlib.sha256(data).hexdigest() != place.sha256:
-        raise EnvironmentFailure(f"{path}: the {what} do not match their digest; {MEND}")
+        raise EnvironmentFailure(f"{path}: the {what} do not match their digest; {REMEDY}")
     return data
 
 
 class LatentShards:
-    """The members of all shards in a work directory, or of a source, by name."""
+    """Where each member lies in the shards of a work directory or of a source."""
 
     def __init__(self, root: Path, encoders: Encoders) -> None:
-        """root: a folder of folders of shards; shards of other encoders are ignored."""
+        """root: folder of folders of shards. Shards of other encoders are ignored."""
         self._root = Path(root)
         self.encoders = encoders
+        # Indices that have been read, by path and modification time.
         self._read: set[tuple[Path, int]] = set()
         self._places: dict[Name, tuple[Path | RemoteFile, Place]] = {}
-        self._looked = -math.inf
+        self._last_scan = -math.inf
 
     def add(self, shard: LatentShard) -> None:
-        for found in shard.clips:
-            for kind, place in found.places.items():
-                self._places.setdefault(member_name(found.clip, kind), (shard.path, place))
+        for encoded in shard.clips:
+            for kind, place in encoded.places.items():
+                self._places.setdefault(member_name(encoded.clip, kind), (shard.path, place))
 
     def find(self, name: Name) -> tuple[Path | RemoteFile, Place] | None:
         return self._places.get(name)
 
     def search(self, name: Name, after_seconds: float = 0.0) -> tuple[Path | RemoteFile, Place] | None:
-        """As ``find``, but first reads new indices, unless it did so less than ``after_seconds`` ago."""
-        if name not in self._places and time.monotonic() - self._looked >= after_seconds:
-            self._looked = time.monotonic()
+        """Like ``find``, but reads new indices first if the last scan was at least ``after_seconds`` ago."""
+        if name not in self._places and time.monotonic() - self._last_scan >= after_seconds:
+            self._last_scan = time.monotonic()
             for directory in sorted(path for path in self._root.glob("*") if path.is_dir()):
                 self.load(directory)
         return self._places.get(name)
 
     def load(self, directory: Path) -> None:
-        """Read the indices in one folder. Damaged or foreign ones are ignored; their clips are encoded again."""
+        """Read the indices in one folder. Damaged ones and those of other encoders are ignored."""
         for path in sorted(directory.glob(f"{SHARD_PREFIX}*.tar")):
             try:
-                # A damaged index may have been rewritten since.
+                # With its time: a damaged index may have been rewritten.
                 version = path, index_path(path).stat().st_mtime_ns
                 if version in self._read:
                     continue
@@ -275,5 +278,5 @@ class LatentShards:
                         self.add(shard)
             except FileNotFoundError:
                 continue
-            # Last, so that another thread that sees it here also finds its clips.
+            # Last, so that another thread that sees the index as read also finds its clips.
             self._read.add(version)

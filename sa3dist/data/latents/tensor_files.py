@@ -1,4 +1,4 @@
-"""Tensors as safetensors with a digest of their values: written atomically, and never read damaged."""
+"""Safetensors files with a digest of their content: written atomically, verified when read."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def pack_tensors(tensors: dict[str, torch.Tensor]) -> bytes:
-    """As safetensors, with the digest of their values."""
+    """The bytes of a safetensors file, with the tensors' digest in its header."""
     return save(tensors, metadata={"sha256": digest_of_tensors(tensors)})
 
 
@@ -32,7 +32,7 @@ def digest_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def read_tensors(path: Path, what: str) -> dict[str, torch.Tensor]:
-    """The tensors of a ``write_tensors`` file. Raises EnvironmentFailure, naming it, when it is damaged."""
+    """The tensors of a ``write_tensors`` file. Raises EnvironmentFailure, naming the file, if it is damaged."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -41,19 +41,20 @@ def read_tensors(path: Path, what: str) -> dict[str, torch.Tensor]:
 
 
 def unpack_tensors(content: bytes, path: Path, what: str, compare: bool = True) -> dict[str, torch.Tensor]:
-    """The tensors in the bytes of a ``write_tensors`` file. Raises EnvironmentFailure, naming ``path``, when damaged.
+    """The tensors in the bytes of a ``write_tensors`` file. Raises EnvironmentFailure, naming ``path``, if damaged.
 
-    compare   check the digest inside; needless if a digest of all the bytes has been checked
+    compare   verify the tensors' digest; unnecessary if the caller has verified a digest of ``content``
     """
     try:
         tensors = load(content)
         if compare:
-            # The first 8 bytes of a safetensors file are the length of its JSON header.
+            # A safetensors file begins with the length of its JSON header, 8 bytes.
             header = content[8 : 8 + int.from_bytes(content[:8], "little")]
             expected = json.loads(header)["__metadata__"]["sha256"]
     except (ValueError, KeyError, SafetensorError) as error:
         raise EnvironmentFailure(f"{path}: cannot read the {what} ({error}); delete the file and run again") from error
-    # A NaN or infinity makes any sum one, and a sum takes a twentieth of the time. Large finite values may overflow it.
+    # A NaN or infinity makes the sum non-finite, and summing takes a twentieth of the time of isfinite(). Large finite
+    # values may overflow the sum, hence the second check.
     if not all(math.isfinite(tensor.sum()) or tensor.isfinite().all() for tensor in tensors.values()):
         raise EnvironmentFailure(f"{path}: the {what} hold a non-finite value; delete the file and run again")
     if compare and digest_of_tensors(tensors) != expected:

@@ -14,7 +14,7 @@ from sa3dist.data.batches.micro_batch import SampleSettings
 from sa3dist.data.batches.order import ClipOrder
 from sa3dist.data.latents import cache
 from sa3dist.data.latents.cache import EncodedClips
-from sa3dist.data.latents.pieces import whole_pieces
+from sa3dist.data.latents.encode_tasks import whole_clip_tasks
 from sa3dist.data.source import prefetch
 from sa3dist.data.source.audio import load_clip_audio
 from sa3dist.data.source.build import build_shards
@@ -71,7 +71,7 @@ def first_use(base, index):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_samples_are_those_of_encoding_everything_first(base, index, first_use, tmp_path, reads, workers):
     encoded, stream, _ = first_use(tmp_path / "before")
-    encode_all(base, whole_pieces(encoded), Group(0, 1, CPU), StopRequest())
+    encode_all(base, whole_clip_tasks(encoded), Group(0, 1, CPU), StopRequest())
     expected = [stream[number] for number in INDICES]
     reads.clear()
     encoded, stream, use = first_use(tmp_path / "on_the_way")
@@ -86,7 +86,7 @@ def test_the_samples_are_those_of_encoding_everything_first(base, index, first_u
 
 def test_nothing_is_read_where_everything_is_encoded(base, first_use, tmp_path, reads):
     encoded, stream, use = first_use(tmp_path)
-    encode_all(base, whole_pieces(encoded), Group(0, 1, CPU), StopRequest())
+    encode_all(base, whole_clip_tasks(encoded), Group(0, 1, CPU), StopRequest())
     reads.clear()
     doing = []
     encoded, stream, use = first_use(tmp_path, doing.append)
@@ -99,7 +99,7 @@ def test_a_request_to_stop_does_not_break_off_steps_that_lack_nothing(base, inde
     # However slow the machine is, nothing that is there is waited for that long.
     monkeypatch.setattr(prefetch, "TICK_SECONDS", 60)
     encoded = EncodedClips(index, tmp_path, base, "a", "t")
-    encode_all(base, whole_pieces(encoded), Group(0, 1, CPU), StopRequest())
+    encode_all(base, whole_clip_tasks(encoded), Group(0, 1, CPU), StopRequest())
     stream = MicroBatches(encoded, SampleSettings(3, MICRO_BATCH, 12, 0.1, "file", None))
     use = EncodeOnDemand(base, stream, before_work=pytest.fail, check_stop=lambda: pytest.fail("broken off"))
     assert len(list(use.batches(INDICES, 0, CPU))) == len(INDICES)

@@ -187,7 +187,7 @@ def test_what_goes_wrong_in_a_worker_reaches_the_step_as_its_own_one_line(tmp_pa
 
 def test_audio_shards_give_the_batches_of_the_latents_made_of_them(demo_base, tmp_path):
     from sa3dist.data.latents.cache import EncodedClips
-    from sa3dist.data.latents.pieces import whole_pieces
+    from sa3dist.data.latents.encode_tasks import whole_clip_tasks
     from sa3dist.data.source.build import build_shards
     from sa3dist.encode import encode_all, pack_latents
     from sa3dist.model.loading import load_base
@@ -198,14 +198,14 @@ def test_audio_shards_give_the_batches_of_the_latents_made_of_them(demo_base, tm
     index = build_shards(str(audio), tmp_path / "work")
     encoded = EncodedClips(index, tmp_path / "work", base, "a", "t")
     alone = Group(0, 1, CPU)
-    encode_all(base, whole_pieces(encoded), alone, StopRequest())
+    encode_all(base, whole_clip_tasks(encoded), alone, StopRequest())
     pack_latents(encoded, alone, StopRequest())
     found = {}
     for name, source in {"audio": audio, "latents": encoded.shards_dir}.items():
         streamed = streaming.StreamedClips(streamed_shards(str(source)), tmp_path, base, "a", "t", max_bytes=1)
         settings, cursors = make_settings(), RankCursors([StreamCursor()])
         batches = streaming.StreamedBatches(streamed, settings, 0, 1, cursors.cursors, 0, buffer=3)
-        finish = streaming.finisher(base, streamed, settings)
+        finish = streaming.encoder_of_decoded(base, streamed, settings)
         found[name] = list(itertools.islice(streaming.streaming_loader(batches, finish, cursors, 0, CPU), 3))
     for one, other in zip(found["audio"], found["latents"], strict=True):
         assert one.clips == other.clips

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from sa3dist import train
 from sa3dist.data.latents.cache import EncodedClips
-from sa3dist.data.latents.pieces import whole_pieces
+from sa3dist.data.latents.encode_tasks import whole_clip_tasks
 from sa3dist.data.latents.shards import latent_shard_name, write_latent_shard
 from sa3dist.data.source.build import build_shards
 from sa3dist.encode import encode_all
@@ -32,7 +32,7 @@ def shards(tmp_path_factory, demo_base):
     index = build_shards(str(write_zip(folder / "a.zip", captioned(sum(SIZES), seconds=0.4))), folder / "work")
     digests = base.autoencoder_digest(), base.text_encoder_digest()
     encoded = EncodedClips(index, folder / "work", base, *digests)
-    encode_all(base, whole_pieces(encoded), alone, StopRequest())
+    encode_all(base, whole_clip_tasks(encoded), alone, StopRequest())
     begin = 0
     for number, size in enumerate(SIZES):
         path, clips = folder / "shards" / latent_shard_name(number), index.clips[begin : begin + size]
@@ -113,7 +113,7 @@ def test_two_ranks_share_one_shard_count_the_repeats_and_learn(words, shards, tm
     for changed in ("num_workers=1", "num_workers=2"):
         assert train.main([*words, changed, f"output_dir={tmp_path / 'run'}", "number_of_steps=70"]) == 2
         message = capfd.readouterr().err.strip().splitlines()[-1]
-        assert "those of 2 processes with num_workers 2, this run has 1 and" in message
+        assert "by 2 processes with num_workers 2, this run has 1 and" in message
 
 
 def test_a_wrong_source_or_base_is_refused_before_anything_is_left(words, shards, tmp_path, capfd):

@@ -14,7 +14,7 @@ from sa3dist.data.batches.micro_batch import SampleSettings
 from sa3dist.data.latents import crops as data_crops
 from sa3dist.data.latents.cache import EncodedClips
 from sa3dist.data.latents.crops import EncodedCrops
-from sa3dist.data.latents.pieces import caption_pieces, crop_piece
+from sa3dist.data.latents.encode_tasks import caption_tasks, crop_task
 from sa3dist.data.source.audio import load_clip_audio
 from sa3dist.data.source.build import build_shards
 from sa3dist.encode import encode_all
@@ -136,8 +136,8 @@ def test_encoding_ahead_leaves_nothing_to_encode_on_the_way(index, base, tmp_pat
     encoded = crops_of(index, base, tmp_path, keep=True)
     stream = stream_of(encoded)
     clips = [index.clips[stream.order.clip_of_slot(slot)] for slot in range(14)]
-    pieces = [crop_piece(encoded, clip, 3, slot) for slot, clip in enumerate(clips)]
-    encode_all(base, caption_pieces(encoded, 1) + pieces, Group(0, 1, CPU), StopRequest())
+    tasks = [crop_task(encoded, clip, 3, slot) for slot, clip in enumerate(clips)]
+    encode_all(base, caption_tasks(encoded, 1) + tasks, Group(0, 1, CPU), StopRequest())
     monkeypatch.setattr(type(base), "encode_audio", lambda *_: pytest.fail("encoded again"))
     assert len(list(EncodeOnDemand(base, stream).batches(range(7), 0, CPU))) == 7
 

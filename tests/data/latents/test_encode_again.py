@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sa3dist.data.latents.cache import EncodedClips
-from sa3dist.data.latents.pieces import whole_pieces
+from sa3dist.data.latents.encode_tasks import whole_clip_tasks
 from sa3dist.data.latents.shards import LatentShard
 from sa3dist.data.source.audio import load_clip_audio
 from sa3dist.data.source.build import build_shards
@@ -98,7 +98,7 @@ def work(target): encode_everything(base, index, Path(target))
 @pytest.mark.slow
 def test_a_kill_while_shards_are_collected_loses_nothing(base_dir, index, tmp_path):
     base = load_base(base_dir)
-    encode_all(base, whole_pieces(EncodedClips(index, tmp_path / "loose", base, "a", "t")), ALONE, StopRequest())
+    encode_all(base, whole_clip_tasks(EncodedClips(index, tmp_path / "loose", base, "a", "t")), ALONE, StopRequest())
     setup = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})

@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from sa3dist import encode as stage
 from sa3dist import progress as progress_module
-from sa3dist.data.latents import cache, pieces
+from sa3dist.data.latents import cache, encode_tasks
 from sa3dist.data.latents.cache import EncodedClips
-from sa3dist.data.latents.pieces import CAPTION_COST, MAX_PASS_FRAMES, clip_pieces, rows_per_pass, whole_pieces
+from sa3dist.data.latents.encode_tasks import CAPTION_COST, MAX_PASS_FRAMES, clip_tasks, rows_per_pass, whole_clip_tasks
 from sa3dist.data.source.build import build_shards
 from sa3dist.errors import DataError, Interrupted
 from sa3dist.model.loading import load_base
@@ -43,13 +43,13 @@ def index(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _short_tail(monkeypatch):
-    for module in ("cache", "pieces"):
+    for module in ("cache", "encode_tasks"):
         monkeypatch.setattr(f"sa3dist.data.latents.{module}.SILENCE_TAIL_FRAMES", 4)
 
 
 def encode_everything(base, index, work_dir, dist_rank=0, world_size=1, batch=1):
     encoded = EncodedClips(index, work_dir, base, "a", "t")
-    stage.encode_all(base, whole_pieces(encoded, batch), Group(dist_rank, world_size, CPU), StopRequest())
+    stage.encode_all(base, whole_clip_tasks(encoded, batch), Group(dist_rank, world_size, CPU), StopRequest())
     return encoded
 
 
@@ -91,8 +91,8 @@ def test_an_interrupted_batch_is_finished_to_the_same_bytes_on_any_number_of_ran
     encoded.latents_path(index.clips[2], True).unlink()
     encoded.latents_path(index.clips[5], False).unlink()
     encoded.prompt_path(index.clips[1].caption).unlink()
-    of_clips = clip_pieces(encoded, 4)
-    assert [piece.lacking() for piece in of_clips] == [False, False, True, True, False]
+    of_clips = clip_tasks(encoded, 4)
+    assert [task.is_missing() for task in of_clips] == [False, False, True, True, False]
     encode_everything(base, index, tmp_path, batch=4)
     assert published(tmp_path) == whole
 
@@ -105,9 +105,9 @@ def test_captions_come_behind_some_clips_and_what_they_need_is_imported_meanwhil
         (order if threading.current_thread() is threading.main_thread() else waited).append("begin")
         return imports
 
-    costs = [piece.cost for piece in clip_pieces(encoded, 1)]
-    monkeypatch.setattr(pieces, "AHEAD_COST", sum(costs[:2]) + 0.1)
-    monkeypatch.setattr(pieces, "begin_imports", begin)
+    costs = [task.cost for task in clip_tasks(encoded, 1)]
+    monkeypatch.setattr(encode_tasks, "AHEAD_COST", sum(costs[:2]) + 0.1)
+    monkeypatch.setattr(encode_tasks, "begin_imports", begin)
     for kind in ("encode_prompts", "encode_together"):
         work = getattr(EncodedClips, kind)
         monkeypatch.setattr(EncodedClips, kind, lambda *given, kind=kind, work=work: order.append(kind) or work(*given))
@@ -126,10 +126,10 @@ def test_captions_come_behind_some_clips_and_what_they_need_is_imported_meanwhil
 
 def test_a_signal_ends_the_wait_for_the_imports(base, index, tmp_path, monkeypatch):
     encoded, stop, imports = EncodedClips(index, tmp_path, base, "a", "t"), StopRequest(), Future()
-    monkeypatch.setattr(pieces, "begin_imports", lambda: stop.hear("SIGTERM on rank 0") or imports)
+    monkeypatch.setattr(encode_tasks, "begin_imports", lambda: stop.hear("SIGTERM on rank 0") or imports)
     monkeypatch.setattr(stage, "CLOSE_SECONDS", 0.1)
     with pytest.raises(Interrupted):
-        stage.encode_all(base, pieces.caption_pieces(encoded, 1), Group(0, 1, CPU), stop)
+        stage.encode_all(base, encode_tasks.caption_tasks(encoded, 1), Group(0, 1, CPU), stop)
     imports.set_result(None)
 
 
@@ -143,7 +143,7 @@ def test_a_pass_holds_no_more_than_one_longest_clip(base, index, tmp_path):
         (1, 9999),
     ]:
         assert rows_per_pass(frames, 64) == rows
-    assert sum(piece.count for piece in clip_pieces(encoded, 64)) == len(SECONDS)
+    assert sum(task.count for task in clip_tasks(encoded, 64)) == len(SECONDS)
 
 
 def test_a_clip_is_decoded_once_for_both_polarities(base, index, tmp_path, monkeypatch):
@@ -214,7 +214,7 @@ def test_the_time_left_goes_by_what_pieces_cost_not_by_how_many_they_are(base, i
 
     monkeypatch.setattr(stage, "progress", recorded)
     encode_everything(base, index, tmp_path)
-    costs = [piece.cost for piece in whole_pieces(EncodedClips(index, tmp_path, base, "a", "t"))]
+    costs = [task.cost for task in whole_clip_tasks(EncodedClips(index, tmp_path, base, "a", "t"))]
     assert len(costs) == 2 * len(SECONDS)
     assert costs.count(CAPTION_COST) >= len(SECONDS)
     done = [sum(costs[:count]) for count in range(1, len(costs) + 1)]

@@ -495,7 +495,7 @@ def remote_latents(server, traits, work, later="etag"):
     paths = [(tar.replace(f"/{traits}/", f"/{later}/"), index, size) for tar, index, size in paths]
     index = read_latents(url, paths, ClipCache(work / "clip-cache", 1 << 30), never)
     encoded = EncodedClips(index, work, Framing, ENCODERS.autoencoder, ENCODERS.text_encoder)
-    encoded.take(index.latent_shards)
+    encoded.add_shards(index.latent_shards)
     return encoded
 
 
