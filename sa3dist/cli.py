@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def shard_only(run: Run) -> None:
     import torch
 
-    from sa3dist.data.source.cut_captions import say_cut_captions, text_source
+    from sa3dist.data.source.cut_captions import text_source, warn_of_cut_captions
     from sa3dist.inspection.measure import measure_clip
 
     # Clips are measured in parallel, one per core: a single clip needs no threads of its own.
@@ -28,7 +28,7 @@ def shard_only(run: Run) -> None:
     # The stages that need a model report what is wrong with it.
     with contextlib.suppress(CheckpointError):
         if run.group.is_main:
-            say_cut_captions(index, text_source(run.settings))
+            warn_of_cut_captions(index, text_source(run.settings))
 
 
 def loop_only(run: Run) -> None:

@@ -12,7 +12,7 @@ from sa3dist.data.batches.encode_on_demand import CLOSE_SECONDS, WAITING_BYTES
 from sa3dist.data.latents.cache import SILENCE_TAIL_FRAMES, EncodedClips, frames_of
 from sa3dist.data.latents.encode_tasks import EncodeTask
 from sa3dist.data.latents.shards import LatentShard, latent_shard_name, write_latent_shard
-from sa3dist.data.source.cut_captions import say_cut_captions
+from sa3dist.data.source.cut_captions import warn_of_cut_captions
 from sa3dist.data.source.prefetch import prefetch
 from sa3dist.data.source.shard_split import split
 from sa3dist.errors import DataError, counted
@@ -51,7 +51,7 @@ def open_encoded(
         group, "digests", lambda: [base.autoencoder_digest(), base.text_encoder_digest()], stop
     )
     if group.is_main:
-        say_cut_captions(index, base.text_source)
+        warn_of_cut_captions(index, base.text_source)
     index, held_out = hold_out(settings, index, group, stop, validation)
     source = open_source(settings, base, index, digests, held_out, validation)
     main_process_first(group, "first-clip", source.check, stop)

@@ -11,7 +11,7 @@ import torch
 
 from sa3dist.adapters.attach import SLOT
 from sa3dist.adapters.layouts import split_key
-from sa3dist.data.remote.download import HEAD_BYTES, answer_instead
+from sa3dist.data.remote.download import HEAD_BYTES, describe_non_file
 from sa3dist.errors import CheckpointError
 
 SUFFIX = ".safetensors"
@@ -37,7 +37,7 @@ def what_instead(path: Path, error: Exception) -> str:
         return f"cannot be read ({problem.strerror or problem}); check the path"
     if not size:
         return "is empty; copy or download it again"
-    if instead := answer_instead(head):
+    if instead := describe_non_file(head):
         return f"is {instead}"
     if head.startswith(b"PK\x03\x04"):
         return _zip(path)

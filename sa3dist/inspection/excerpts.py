@@ -5,7 +5,7 @@ import io
 
 import soundfile
 
-from sa3dist.data.source.riff import mended
+from sa3dist.data.source.riff import with_sizes_repaired
 from sa3dist.report.sound import ogg
 
 # As the page writes bytes: four characters for three.
@@ -29,7 +29,7 @@ class Excerpts:
         """The beginning of an audio file; nothing where libsndfile cannot write it, or once there is no room left."""
         if self._left > 0:
             with contextlib.suppress(soundfile.SoundFileError):
-                return ogg(io.BytesIO(mended(data)), seconds=self.seconds)
+                return ogg(io.BytesIO(with_sizes_repaired(data)), seconds=self.seconds)
         return b""
 
     def kept(self, sound: bytes) -> bytes:

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 
 from sa3dist import config
-from sa3dist.data.source.own_folders import is_run, on_disk
+from sa3dist.data.source.run_outputs import is_output_dir, list_disk
 from sa3dist.errors import ConfigError
 from sa3dist.tracking import background, kinds
 from sa3dist.training import observers
@@ -207,7 +207,7 @@ def test_tensorboard_reads_curves_and_previews_back_and_drops_what_a_resume_take
     output_dir = tmp_path / "run"
     words = [*PREVIEWS, "log_with=tensorboard", "save_every=2", "keep_checkpoints=9"]
     assert run(short_words, output_dir, *words) == 0
-    assert is_run(str(output_dir), on_disk)
+    assert is_output_dir(str(output_dir), list_disk)
     again = f"resume={output_dir}/checkpoints/step-00000004"
     assert run(short_words, output_dir, *words, again) == 0
     found = accumulator.EventAccumulator(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sa3dist.data.latents.shards import REMEDY, SHARD_PREFIX, LatentShard
 from sa3dist.data.remote.disk_cache import ClipCache
-from sa3dist.data.remote.download import answer
+from sa3dist.data.remote.download import query
 from sa3dist.data.remote.fetch import Downloads, address_name, filesystem, is_remote, look_up, redacted, split_query
 from sa3dist.data.remote.ranges import RemoteFile
 from sa3dist.data.source.archive import expand_braces, local_path, shards_on_top, tars_on_top
@@ -88,9 +88,9 @@ def _shards_named(source: str, matches: Callable[[str], bool], should_stop: Call
     if source[:4].lower() == "http" or len(parts) > 1 or Path(address_name(source)).suffix:
         return None
     system, path = filesystem(source)
-    if not answer(lambda: system.isdir(path), redacted(source), should_stop):
+    if not query(lambda: system.isdir(path), redacted(source), should_stop):
         return None
-    listing = answer(lambda: system.ls(path, detail=False), redacted(source), should_stop)
+    listing = query(lambda: system.ls(path, detail=False), redacted(source), should_stop)
     return sorted(system.unstrip_protocol(name) for name in listing if matches(name)) or None
 
 

@@ -1,4 +1,4 @@
-"""Download one remote file: resume it, retry with growing pauses, and never mix two versions of it."""
+"""Download one remote file: resume, retry with growing pauses, and never mix two versions of the file."""
 
 import html
 import logging
@@ -16,31 +16,31 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# Bytes per request. After an attempt without progress requests get smaller, down to the second number.
+# Bytes of one request. After an attempt without progress requests get smaller, down to the second number.
 BLOCK_BYTES = 8 << 20
 SMALLEST_BLOCK_BYTES = 64 << 10
-# Half a minute of pauses outlasts a server's restart. Any progress resets the count.
+# Half a minute in total outlasts a server's restart. Any progress resets the count.
 RETRY_PAUSES_SECONDS = (1, 2, 4, 8, 16)
-# A connection silent for this long counts as broken; a slow but steady server may take any time.
+# A connection that is silent for this long counts as broken; a slow but steady one may take any time.
 CONNECT_SECONDS = 30
 SILENT_SECONDS = 60
-# Those that a server sends identify the version of a file.
+# The values a server gives for these keys identify the version of a file.
 _VERSION_KEYS = ("ETag", "etag", "Last-Modified", "LastModified", "last_modified", "mtime", "md5Hash", "generation")
 
 
 def version_of(info: dict[str, Any]) -> dict[str, str]:
-    """What distinguishes this version of a remote file from others; empty if the server does not say."""
+    """Identifies the version of a remote file; empty if the server gives nothing to identify it."""
     return {key: str(info[key]) for key in _VERSION_KEYS if info.get(key)}
 
 
 def remote_info(system: AbstractFileSystem, path: str, label: str, should_stop: Callable[[], bool]) -> dict[str, Any]:
-    """fsspec's description of ``path``. Raises as ``download`` does."""
-    return answer(lambda: system.info(path), label, should_stop)
+    """fsspec's info of ``path``. Raises like ``download``."""
+    return query(lambda: system.info(path), label, should_stop)
 
 
-def answer(question: Callable[[], Result], label: str, should_stop: Callable[[], bool]) -> Result:
-    """The answer of a file system, retried while its server fails. Raises as ``download`` does."""
-    return persist(question, label, should_stop, moved=lambda: False)
+def query(call: Callable[[], Result], label: str, should_stop: Callable[[], bool]) -> Result:
+    """The result of a call of a file system, with retries. Raises like ``download``."""
+    return retry(call, label, should_stop, progressed=lambda: False)
 
 
 def download(
@@ -52,24 +52,26 @@ def download(
     limit: int,
     should_stop: Callable[[], bool],
 ) -> None:
-    """Complete ``part`` with the bytes of ``path``. Bytes already in it must be of the same version.
+    """Download ``path`` to ``part``, continuing after the bytes in ``part``, which must be of the same version.
 
-    info    of ``remote_info``        limit   bytes allowed        label   the file's name in messages
-    Raises DataError when it does not exist, may not be read or is too large; EnvironmentFailure when the transfer keeps
-    breaking off or the file changes meanwhile; Interrupted. ``part`` then holds what arrived.
+    info    from ``remote_info``
+    limit   maximum size in bytes
+    label   name of the file in messages
+    Raises DataError if the file does not exist, may not be read or is too large; EnvironmentFailure if the connection
+    keeps breaking or the file changes meanwhile; Interrupted. ``part`` then has the bytes that have arrived.
     """
     size = info.get("size")
     if size is not None and size > limit:
         raise DataError(f"{label}: {size} bytes, expected at most {limit}; split it, or raise max_download_bytes")
     transfer = _Transfer(system, path, size, part, label, limit, should_stop)
-    persist(transfer.attempt, label, should_stop, transfer.moved)
+    retry(transfer.attempt, label, should_stop, transfer.progressed)
     if "http" in system.protocol:
-        # Web servers may send a page of their own with status 200.
+        # Some web servers send an error or login page with status 200.
         with part.open("rb") as stream:
-            instead = answer_instead(stream.read(HEAD_BYTES))
-        if instead is not None:
+            description = describe_non_file(stream.read(HEAD_BYTES))
+        if description is not None:
             part.unlink()
-            raise DataError(f"{label}: the server sends {instead}")
+            raise DataError(f"{label}: the server sends {description}")
     if version_of(info):
         system.invalidate_cache()
         if version_of(remote_info(system, path, label, should_stop)) != version_of(info):
@@ -78,21 +80,23 @@ def download(
 
 
 class Attempts:
-    """Progress of the attempts at one file: where the last one began, what it reached, and the size of requests.
+    """Progress of repeated attempts to download one file.
 
-    block   bytes of a request; 0: all in one stream, of which nothing is kept when it breaks off
+    block     bytes per request; 0: one stream for all, which starts again from the beginning if it breaks
+    begun     bytes present when the last attempt began
+    reached   bytes present now
     """
 
     def __init__(self, in_parts: bool = True) -> None:
         self.block = BLOCK_BYTES if in_parts else 0
         self.begun = self.reached = 0
 
-    def moved(self) -> bool:
-        """Whether the failed attempt made progress that is kept; if not, the next request is smaller."""
-        moved = self.block > 0 and self.reached > self.begun
-        if self.block and not moved:
+    def progressed(self) -> bool:
+        """Whether the failed attempt made progress; if not, the next request is smaller."""
+        progressed = self.block > 0 and self.reached > self.begun
+        if self.block and not progressed:
             self.block = max(SMALLEST_BLOCK_BYTES, self.block // 4)
-        return moved
+        return progressed
 
 
 class _Transfer(Attempts):
@@ -108,19 +112,19 @@ class _Transfer(Attempts):
         limit: int,
         should_stop: Callable[[], bool],
     ) -> None:
-        # Without a known length a server's ranges cannot be checked: such a file is read in one stream.
+        # A server's ranges can only be checked against a known length; otherwise use one stream.
         super().__init__(in_parts=bool(size))
         self.system, self.path, self.size = system, path, size
         self.part, self.label, self.limit, self.should_stop = part, label, limit, should_stop
 
     def attempt(self) -> None:
-        """Continue reading from the end of ``part``."""
-        held = self.part.stat().st_size if self.part.exists() else 0
-        self.begun = self.reached = held if self.block and held <= self.size else 0
+        """Continue after the bytes in ``part``, to the end."""
+        present = self.part.stat().st_size if self.part.exists() else 0
+        self.begun = self.reached = present if self.block and present <= self.size else 0
         try:
             self._read()
         except ValueError:
-            # fsspec's way to say that the server ignores ranges: it would send everything from the start again.
+            # fsspec raises it if the server does not support ranges: read everything in one stream.
             if not self.block:
                 raise
             self.block = self.begun = self.reached = 0
@@ -144,19 +148,19 @@ class _Transfer(Attempts):
                         f"{self.label}: more than {self.limit} bytes; split it, or raise max_download_bytes"
                     )
                 out.write(block)
-                # Bytes count as progress once they are on disk.
+                # Write before counting it as progress.
                 out.flush()
                 self.reached += len(block)
             out.truncate(self.reached)
 
 
-def persist(
-    work: Callable[[], Result], label: str, should_stop: Callable[[], bool], moved: Callable[[], bool]
+def retry(
+    work: Callable[[], Result], label: str, should_stop: Callable[[], bool], progressed: Callable[[], bool]
 ) -> Result:
-    """Call ``work``; while it fails for reasons that may pass, call it again after growing pauses.
+    """Call ``work`` until it succeeds, with growing pauses, while the failures may be temporary.
 
-    moved   whether the failed attempt made progress, which resets the count of failures
-    Raises DataError for what no retry can fix, EnvironmentFailure after the last retry, Interrupted.
+    progressed   whether the failed attempt made progress, which resets the count of failures
+    Raises DataError for a permanent failure, EnvironmentFailure after the last retry, Interrupted.
     """
     failures = 0
     while True:
@@ -166,12 +170,12 @@ def persist(
             raise
         except Exception as error:
             if isinstance(error.__cause__, SA3DistError):
-                # fsspec's http calls every failure of a first look "not found".
+                # fsspec's http file system reports every failure of ``info`` as "not found".
                 raise error.__cause__ from error
             problem = _refusal(error, label)
             if problem is not None:
                 raise problem from error
-            failures = 1 if moved() else failures + 1
+            failures = 1 if progressed() else failures + 1
             if failures > len(RETRY_PAUSES_SECONDS):
                 reason = _reason(error)
                 raise EnvironmentFailure(f"{label}: download failed ({reason}); run again to continue") from error
@@ -185,7 +189,7 @@ def persist(
 
 
 def _refusal(error: Exception, label: str) -> DataError | None:
-    """The error for what no retry can fix, or None."""
+    """The DataError for a permanent failure; None if it may be temporary."""
     cause, status = _cause(error)
     if status == 407 or type(cause).__name__ == "ClientHttpProxyError":
         return DataError(f"{label}: the proxy refuses it (status {status}); check http_proxy, https_proxy and no_proxy")
@@ -201,22 +205,22 @@ def _refusal(error: Exception, label: str) -> DataError | None:
 
 def _reason(error: Exception) -> str:
     cause, status = _cause(error)
-    # The text may name a redirect with its signature, which lets anyone read the file: remove queries.
+    # Remove queries and passwords: a redirect's query may be a signature that grants access to the file.
     text = re.sub(r"(://[^\s?'\"]*)\?[^\s'\")]*", r"\1", str(cause) or type(cause).__name__)
     text = re.sub(r"://[^\s/'\"]*@", "://", text)
     return f"status {status}" if status and status >= 400 else printable(text)[:200]
 
 
 def _cause(error: Exception) -> tuple[BaseException, int | None]:
-    """The exception that says most, and its HTTP status."""
+    """The most specific exception, and its HTTP status."""
     cause = error.__cause__
-    # fsspec's http turns every failure into "not found", with the real one as its cause; others translate theirs well.
+    # fsspec's http file system reports every failure as "not found", with the real one as its cause. Others do better.
     if cause is None or not type(cause).__module__.startswith(("aiohttp", "asyncio", "builtins")):
         cause = error
     return cause, getattr(cause, "status", None)
 
 
-# Enough for the head of a page.
+# Enough for the beginning of a web page.
 HEAD_BYTES = 4096
 _PAGE = re.compile(rb"<(?:!doctype\s+html|html|head|body|script|meta|title)\b", re.IGNORECASE)
 _XML = re.compile(rb"<(?:\?xml|error)\b", re.IGNORECASE)
@@ -224,14 +228,14 @@ _TITLE = re.compile(rb"<title[^>]*>(.{1,200}?)</title>", re.IGNORECASE | re.DOTA
 _COMMENT = re.compile(rb"<!--.*?-->", re.DOTALL)
 
 
-def answer_instead(head: bytes) -> str | None:
-    """What a server sent instead of a file, in words, or None: a login page, an error, a pointer to the file."""
+def describe_non_file(head: bytes) -> str | None:
+    """Describe what a server sends instead of a file (web page, error, Git LFS pointer); None if it is a file."""
     text = _COMMENT.sub(b"", head).lstrip(b"\xef\xbb\xbf \t\r\n")
     if _PAGE.match(text) or (_XML.match(text) and _PAGE.search(text)):
         title = _TITLE.search(text)
-        said = " ".join(html.unescape(title[1].decode("utf-8", "replace")).split()) if title else ""
-        said = "".join(character for character in said if character.isprintable())[:80]
-        return f"a web page{f' ({said!r})' if said else ''}; is it a share link? Give the address of the file itself"
+        text = " ".join(html.unescape(title[1].decode("utf-8", "replace")).split()) if title else ""
+        text = "".join(character for character in text if character.isprintable())[:80]
+        return f"a web page{f' ({text!r})' if text else ''}; is it a share link? Give the address of the file itself"
     if _XML.match(text):
         return "an answer in XML, an error message perhaps; check the address"
     if text.startswith(b"version https://git-lfs.github.com/spec/"):

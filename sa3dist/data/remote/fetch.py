@@ -1,4 +1,4 @@
-"""Download remote sources (any fsspec URL) into the work directory, each version of a file once."""
+"""Download remote sources (any fsspec URL) to the work directory, each version of a file once."""
 
 import contextlib
 import json
@@ -13,15 +13,15 @@ from typing import Any
 import fsspec
 from fsspec import AbstractFileSystem
 
-from sa3dist.data.remote.download import CONNECT_SECONDS, SILENT_SECONDS, answer, download, remote_info, version_of
+from sa3dist.data.remote.download import CONNECT_SECONDS, SILENT_SECONDS, download, query, remote_info, version_of
 from sa3dist.data.remote.public_addresses import is_public_only, public_socket
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted, first_line
 from sa3dist.formats import digest_of, file_sha256, fsync, write_json
 from sa3dist.runtime.file_lock import alone
 
-# An hour of 24-bit stereo at 48 kHz is 1.04e9 bytes; the longest clip a model sees is 380 s.
+# An hour of 24-bit stereo at 48 kHz is 1.04e9 bytes; the longest clip a model uses is 380 s.
 MAX_MEMBER_BYTES = 1 << 30
-# 2000 clips of 380 s in 24-bit stereo at 48 kHz are 0.2 TB; nobody has five times that by accident.
+# Five times the size of 2000 clips of 380 s in 24-bit stereo at 48 kHz.
 MAX_TOTAL_BYTES = 1 << 40
 _EXTRAS = {"s3": "pip install 'sa3dist[s3]'", "http": "pip install aiohttp", "https": "pip install aiohttp"}
 
@@ -31,7 +31,7 @@ def is_remote(source: str) -> bool:
 
 
 def split_query(source: str) -> tuple[str, str]:
-    """An address split before ``?`` (in http also before ``#``, which elsewhere is part of a name)."""
+    """An address without its query, and the query from ``?`` on (in http also from ``#``, elsewhere part of a name)."""
     if not is_remote(source):
         return source, ""
     address = re.split(r"[?#]" if source[:4].lower() == "http" else r"\?", source, maxsplit=1)[0]
@@ -44,7 +44,7 @@ def address_name(source: str) -> str:
 
 
 def redacted(source: str) -> str:
-    """``source`` without user, password and query, which may hold secrets."""
+    """``source`` without user, password and query, which may be secret."""
     if not is_remote(source):
         return source
     scheme, _, rest = split_query(source)[0].partition("://")
@@ -53,35 +53,35 @@ def redacted(source: str) -> str:
 
 
 def fetch(source: str, downloads: Path, should_stop: Callable[[], bool], max_bytes: int = MAX_TOTAL_BYTES) -> Path:
-    """The local file of one URL, or the folder when the URL is one; see ``Downloads``."""
+    """Download one URL; returns the local file or folder. See ``Downloads``."""
     return Downloads(downloads, should_stop, max_bytes).fetch(source)
 
 
 class Downloads(contextlib.AbstractContextManager):
-    """A folder of downloaded files named by content, <sha256>-<name>, each with a note of URL and version.
+    """A folder of downloaded files, named <sha256>-<name>, each with a .json of its URL and version.
 
-    A file whose version (ETag, time, size) is there already is not fetched again; the next run continues a broken
-    download of a known version.
+    A file whose version (ETag, time, size) is already present is not downloaded again. An incomplete download of a
+    known version is continued by the next run.
     """
 
     def __init__(self, directory: Path, should_stop: Callable[[], bool], max_bytes: int = MAX_TOTAL_BYTES) -> None:
-        """max_bytes: of everything fetched through this object together, from the cache or not."""
+        """max_bytes: limit of all files fetched through this object, already present or not."""
         self._directory = directory
         self._should_stop = should_stop
         self._left = max_bytes
         self.fetched: list[Path] = []
 
     def fetch(self, source: str) -> Path:
-        """Download ``source`` and return the local file or folder.
+        """Download ``source``; returns the local file or folder.
 
-        Raises DataError when it does not exist, may not be read or is too large, EnvironmentFailure when it breaks off.
+        Raises DataError if it does not exist, may not be read or is too large; EnvironmentFailure if it keeps failing.
         """
         with self._alone(source):
             return self._fetch(source)
 
     @contextlib.contextmanager
     def borrowed(self, source: str) -> Iterator[Path]:
-        """``fetch`` for the duration of a block, while other runs that need the URL wait; then delete the file."""
+        """``fetch`` for the duration of a block, then remove the file. Locks the URL against other runs meanwhile."""
         with self._alone(source):
             local = self._fetch(source)
             yield local
@@ -89,7 +89,7 @@ class Downloads(contextlib.AbstractContextManager):
 
     @contextlib.contextmanager
     def _alone(self, source: str) -> Iterator[None]:
-        """One run at a time: two would write to one file, and one could rename it while the other writes."""
+        """Lock ``source`` against other runs, which would write to the same file."""
 
         def check_stop() -> None:
             if self._should_stop():
@@ -100,7 +100,7 @@ class Downloads(contextlib.AbstractContextManager):
                 yield
         finally:
             with contextlib.suppress(OSError):
-                # Fails unless the folder is empty.
+                # Succeeds only if it is empty.
                 self._directory.rmdir()
 
     def _fetch(self, source: str) -> Path:
@@ -115,35 +115,35 @@ class Downloads(contextlib.AbstractContextManager):
         return local
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Remove everything fetched, if the block refused the source with DataError."""
+        """If the block refused the source with DataError, remove everything fetched."""
         if kind is not None and issubclass(kind, DataError):
             for path in self.fetched:
                 self.release(path)
 
     def release(self, path: Path) -> None:
-        """Remove what ``fetch`` returned."""
+        """Remove a file or folder that ``fetch`` returned."""
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         for note in self._directory.glob(f"{path.name}.*.json"):
             note.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            # Fails unless the folder is empty.
+            # Succeeds only if it is empty.
             self._directory.rmdir()
 
     def _file(self, system: AbstractFileSystem, path: str, source: str, info: dict[str, Any], label: str) -> Path:
         version = version_of(info)
         key = digest_of(source, json.dumps(version, sort_keys=True))[:16]
-        found = self._cached(key) if version else None
-        if found is None:
+        local = self._cached(key) if version else None
+        if local is None:
             name = re.sub(r"[^A-Za-z0-9._-]", "_", address_name(source))[-80:] or "data"
-            found = self._bring(system, path, info, key, name, label)
+            local = self._download(system, path, info, key, name, label)
             if version:
-                note = {"url": label, "version": version, "sha256": found.name[:64], "bytes": found.stat().st_size}
-                write_json(self._directory / f"{found.name}.{key}.json", note)
-        self._left -= found.stat().st_size
+                note = {"url": label, "version": version, "sha256": local.name[:64], "bytes": local.stat().st_size}
+                write_json(self._directory / f"{local.name}.{key}.json", note)
+        self._left -= local.stat().st_size
         if self._left < 0:
-            self.fetched.append(found)
+            self.fetched.append(local)
             raise DataError(f"{label}: more bytes than max_download_bytes allows for the whole source; split it")
-        return found
+        return local
 
     def _cached(self, key: str) -> Path | None:
         for note in self._directory.glob(f"*.{key}.json"):
@@ -153,12 +153,12 @@ class Downloads(contextlib.AbstractContextManager):
                     return path
         return None
 
-    def _bring(
+    def _download(
         self, system: AbstractFileSystem, path: str, info: dict[str, Any], key: str, name: str, label: str
     ) -> Path:
         self._directory.mkdir(parents=True, exist_ok=True)
         versioned = bool(version_of(info))
-        # Without a version the next run could not know whether it continues the same file.
+        # Without a version the next run cannot continue this download, so its name is random.
         part = self._directory / (f".{key}.part" if versioned else f".{key}.{secrets.token_hex(4)}.part")
         try:
             download(system, path, info, part, label, max(self._left, 0), self._should_stop)
@@ -173,43 +173,42 @@ class Downloads(contextlib.AbstractContextManager):
             raise
 
     def _folder(self, system: AbstractFileSystem, path: str, source: str) -> Path:
-        """All files below ``path``; unchanged ones are kept, vanished ones removed."""
-        listing = answer(lambda: system.find(path, detail=True), redacted(source), self._should_stop)
-        found = sorted(listing.items())
+        """Download all files below ``path``. Keeps unchanged ones, removes those that no longer exist."""
+        listing = query(lambda: system.find(path, detail=True), redacted(source), self._should_stop)
         target = self._directory / f"{digest_of(source)[:16]}-folder"
         notes = self._directory / f"{target.name}.versions.json"
-        held: dict[str, dict[str, str]] = {}
+        earlier: dict[str, dict[str, str]] = {}
         with contextlib.suppress(OSError, ValueError):
-            held = json.loads(notes.read_text(encoding="utf-8"))
-        kept: dict[str, dict[str, str]] = {}
+            earlier = json.loads(notes.read_text(encoding="utf-8"))
+        versions: dict[str, dict[str, str]] = {}
         self.fetched.append(target)
         try:
-            for name, info in found:
+            for name, info in sorted(listing.items()):
                 relative = name[len(path.rstrip("/")) + 1 :]
                 label = f"{redacted(source)}, {relative}"
                 if relative.startswith("/") or ".." in relative.split("/"):
                     raise DataError(f"{label}: points outside the folder; rename it")
                 local, version = target / relative, version_of(info)
-                whole = local.is_file() and local.stat().st_size == info.get("size")
-                if not (version and whole and held.get(relative) == version):
+                complete = local.is_file() and local.stat().st_size == info.get("size")
+                if not (version and complete and earlier.get(relative) == version):
                     local.parent.mkdir(parents=True, exist_ok=True)
                     part = local.with_name(f".{local.name}.part")
                     part.unlink(missing_ok=True)
                     download(system, name, info, part, label, min(self._left, MAX_MEMBER_BYTES), self._should_stop)
                     os.replace(part, local)
                 self._left -= local.stat().st_size
-                kept[relative] = version
+                versions[relative] = version
             for local in [path for path in target.rglob("*") if path.is_file()]:
-                if local.relative_to(target).as_posix() not in kept:
+                if local.relative_to(target).as_posix() not in versions:
                     local.unlink()
         finally:
             if target.exists():
-                write_json(notes, kept)
+                write_json(notes, versions)
         return target
 
 
 def look_up(source: str, should_stop: Callable[[], bool]) -> tuple[AbstractFileSystem, str, dict[str, Any]]:
-    """As ``filesystem``, and fsspec's description of the file. Raises as ``download`` does."""
+    """Like ``filesystem``, plus fsspec's info of the file. Raises like ``download``."""
     system, path = filesystem(source)
     try:
         return system, path, remote_info(system, path, redacted(source), should_stop)
@@ -220,10 +219,10 @@ def look_up(source: str, should_stop: Callable[[], bool]) -> tuple[AbstractFileS
 
 
 def filesystem(source: str) -> tuple[AbstractFileSystem, str]:
-    """fsspec's file system of a URL, made by this process (a fork makes its own), and the path in it.
+    """fsspec's file system of a URL, and the path in it. Not valid in a forked process.
 
-    Raises DataError when its package is missing, the scheme is unknown, or an address or a proxy is invalid;
-    EnvironmentFailure when it connects at once, as FTP does, and cannot.
+    Raises DataError if its package is missing, the scheme is unknown, or the address or proxy is invalid;
+    EnvironmentFailure if it cannot connect (FTP connects here).
     """
     scheme = source.split("://", 1)[0].lower()
     try:
@@ -235,7 +234,7 @@ def filesystem(source: str) -> tuple[AbstractFileSystem, str]:
         raise EnvironmentFailure(
             f"{redacted(source)}: cannot be reached ({first_line(error)}); check the address, or run again to continue"
         ) from error
-    # ValueError and the others: the address lacks something its file system needs.
+    # TypeError and AttributeError if the address lacks a part that its file system requires.
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(
             f"{redacted(source)}: {scheme}:// is no known kind of location; use a path, http(s):// or s3://"
@@ -251,19 +250,19 @@ def _web(source: str, scheme: str) -> tuple[AbstractFileSystem, str]:
         address = as_sent(source)
     except ValueError as error:
         raise DataError(f"{redacted(source)}: no valid address ({error}); check it") from error
-    # Check the proxy now, not as the cause of a failed request.
+    # Raise for a wrong proxy here, rather than as the cause of a failed request.
     proxy_for(address)
-    # aiohttp's default ends every request after five minutes, even one that makes progress.
+    # By default aiohttp ends every request after five minutes.
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS)
     session = {"timeout": timeout, "response_class": BoundedResponse, "request_class": Request}
-    # Not url_to_fs, which reads "::" in an address as a chain of file systems.
+    # Not url_to_fs, which takes "::" in an address for a chain of file systems.
     public = {"get_client": _public_client} if is_public_only() else {}
     system = fsspec.filesystem(scheme, client_kwargs={**session, "requote_redirect_url": False}, encoded=True, **public)
     return system, str(address)
 
 
 async def _public_client(**options: Any) -> Any:
-    """A session that connects to public addresses only, wherever a name or a redirect leads."""
+    """A session that connects to public addresses only, also after redirects."""
     import aiohttp
 
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(socket_factory=public_socket), **options)

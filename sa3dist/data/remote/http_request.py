@@ -1,4 +1,4 @@
-"""HTTP requests that send path and query as they were given, and responses never read beyond what was asked for."""
+"""HTTP requests that send path and query unchanged, and responses limited to the requested range."""
 
 import contextlib
 import ipaddress
@@ -16,14 +16,14 @@ from sa3dist.errors import DataError
 
 
 def as_sent(address: str) -> URL:
-    """The URL that is asked for. Raises ValueError for what has no host.
+    """The URL to request. Raises ValueError if it has no host.
 
-    A signature covers the bytes of path and query: they stay, but for characters that no request can hold (spaces,
-    controls, anything beyond ASCII), which are percent-encoded as UTF-8. The part after ``#`` is never sent.
+    Path and query are kept byte for byte, because a signature may cover them. Only characters that are not allowed in a
+    request (spaces, control characters, non-ASCII) are percent-encoded as UTF-8. The part after ``#`` is not sent.
     """
     scheme, _, rest = address.partition("://")
     authority = re.match(r"[^/?#]*", rest)[0]
-    target = re.sub(r"[^!-~]", lambda found: quote(found[0], errors="surrogateescape"), rest[len(authority) :])
+    target = re.sub(r"[^!-~]", lambda match: quote(match[0], errors="surrogateescape"), rest[len(authority) :])
     url = URL(f"{scheme.lower()}://{authority}")
     if not url.host:
         raise ValueError("names no host")
@@ -31,7 +31,7 @@ def as_sent(address: str) -> URL:
 
 
 def resolved(base: URL, location: str) -> str:
-    """What a redirect from ``base`` leads to. Not by yarl, which unquotes the path that a relative one is joined to."""
+    """The target of a redirect from ``base``. Not with yarl, which unquotes the base's path when joining."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", location):
         return location
     if location.startswith("//"):
@@ -54,9 +54,9 @@ def resolved(base: URL, location: str) -> str:
 
 
 def proxy_for(url: URL) -> URL | None:
-    """The proxy that http_proxy, https_proxy or all_proxy name for ``url``, unless no_proxy exempts its host.
+    """The proxy for ``url`` from http_proxy, https_proxy or all_proxy, unless no_proxy exempts its host.
 
-    Raises DataError, naming the variable, when that is no HTTP proxy.
+    Raises DataError, naming the variable, if it is not an HTTP proxy.
     """
     proxies = getproxies_environment()
     key = url.scheme if proxies.get(url.scheme) else "all"
@@ -67,7 +67,7 @@ def proxy_for(url: URL) -> URL | None:
         proxy = URL(text if "://" in text else f"http://{text}")
         if proxy.scheme in ("http", "https") and proxy.host:
             return proxy
-    # Its value may hold a password.
+    # Do not show its value, which may contain a password.
     raise DataError(f"{key}_proxy: is no HTTP proxy; expected http://host:port, or unset it")
 
 
@@ -84,22 +84,22 @@ def _is_exempt(url: URL, proxies: dict[str, str]) -> bool:
 
 
 class Request(aiohttp.ClientRequest):
-    """One request, the first or one a redirect asks for: each has its own bytes to keep and its own proxy."""
+    """One request, original or redirected: keeps the URL's bytes and chooses the proxy for each."""
 
     def __init__(self, method: str, url: URL, **options: Any) -> None:
         url = as_sent(str(url))
         if options.get("auth") is not None:
-            # RFC 7617; aiohttp's Latin-1 cannot say every password.
+            # RFC 7617; aiohttp's default, Latin-1, cannot encode every password.
             options["auth"] = options["auth"]._replace(encoding="utf-8")
         super().__init__(method, url, **{**options, "proxy": proxy_for(url)})
 
 
 class BoundedResponse(aiohttp.ClientResponse):
-    """fsspec reads the whole body of what claims to be a part: an endless or compressed one would fill the memory."""
+    """A response limited to the requested range: fsspec reads whole bodies, so an endless one would fill the memory."""
 
     @property
     def headers(self) -> CIMultiDictProxy[str]:
-        """As received, but a redirect's Location is the whole address, as it will be requested."""
+        """As received, except that a redirect's Location is made absolute, as it will be requested."""
         if not self._headers or LOCATION not in self._headers:
             return self._headers
         headers = CIMultiDict(self._headers)
@@ -108,17 +108,17 @@ class BoundedResponse(aiohttp.ClientResponse):
         return CIMultiDictProxy(headers)
 
     async def read(self) -> bytes:
-        """The body; DataError as soon as it is longer than the range that was asked for, if one was."""
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.request_info.headers.get("Range", ""))
-        if not asked:
+        """The body. Raises DataError as soon as it is longer than the requested range, if any."""
+        requested = re.fullmatch(r"bytes=(\d+)-(\d+)", self.request_info.headers.get("Range", ""))
+        if not requested:
             return await super().read()
-        wanted = int(asked[2]) - int(asked[1]) + 1
+        wanted = int(requested[2]) - int(requested[1]) + 1
         body = bytearray()
         async for block in self.content.iter_any():
             body += block
             if len(body) > wanted:
                 self.close()
-                # Without the query, which may hold secrets.
+                # Without user and query, which may be secret.
                 address = self.url.with_user(None).with_query(None)
                 raise DataError(
                     f"{address}: the server answers a request for {wanted} bytes with more of them; "

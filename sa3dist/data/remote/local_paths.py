@@ -1,4 +1,4 @@
-"""Paths as people write them: ``~`` and ``~user`` as in a shell, and file:// addresses."""
+"""Paths given by users: ``~`` and ``~user`` as in a shell, and file:// addresses."""
 
 import os
 from pathlib import Path
@@ -11,9 +11,9 @@ MAX_NAME_BYTES = 255
 
 
 def expand_home(path: str | Path) -> str:
-    """``path`` with a leading ``~`` or ``~user`` replaced by that home; unchanged if a file has that very name.
+    """``path`` with a leading ``~`` or ``~user`` replaced by the home directory, unless a file of that name exists.
 
-    Raises ConfigError if this machine has no such user.
+    Raises ConfigError if there is no such user.
     """
     text = str(path)
     expanded = os.path.expanduser(text)
@@ -25,12 +25,12 @@ def expand_home(path: str | Path) -> str:
 
 
 def home_path(text: str) -> Path:
-    """``expand_home`` as a path, for what is given on a command line."""
+    """``expand_home`` as a Path, for command-line arguments."""
     return Path(expand_home(text))
 
 
 def is_text(word: str) -> bool:
-    """Whether an argument was UTF-8; nothing else can be written to our files."""
+    """Whether a command-line argument was valid UTF-8; others cannot be written to our files."""
     return not any(0xD800 <= ord(character) <= 0xDFFF for character in word)
 
 
@@ -45,9 +45,9 @@ def can_be_named(path: str | Path) -> bool:
 
 
 def local_name(source: str) -> str:
-    """The path of a file:// address or a plain path, with its home expanded. Raises ConfigError.
+    """The path of a file:// address or plain path, with ``~`` expanded. Raises ConfigError.
 
-    ``#`` and ``?`` are part of a file's name: they have no other meaning in a local address.
+    ``#`` and ``?`` have no special meaning in local addresses: they are part of the name.
     """
     if source[:7].lower() != "file://":
         return expand_home(source)

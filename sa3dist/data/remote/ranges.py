@@ -1,4 +1,4 @@
-"""Read a range of a remote file, in smaller requests where connections break, never more than was asked for."""
+"""Read a range of a remote file. Broken connections are retried with smaller requests."""
 
 import dataclasses
 import hashlib
@@ -8,25 +8,25 @@ from collections.abc import Callable
 from fsspec import AbstractFileSystem
 
 from sa3dist.data.remote.disk_cache import ClipCache
-from sa3dist.data.remote.download import Attempts, persist
+from sa3dist.data.remote.download import Attempts, retry
 from sa3dist.data.remote.fetch import filesystem, redacted
 from sa3dist.errors import EnvironmentFailure
 
 log = logging.getLogger(__name__)
 
-# Reading again fixes a wrong byte from the network, but not a changed file.
+# Reading again helps against a transmission error, not against a changed file.
 READS = 3
 
 
 class NoRanges(EnvironmentFailure):
-    """The server sends whole files only."""
+    """The server cannot send parts of files."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RemoteFile:
-    """A file that stays remote. Pieces of it are read by range requests and cached.
+    """A file that is not downloaded. Parts of it are read by range requests and cached.
 
-    file_bytes   its length, as the server says
+    file_bytes   its length, from the server
     """
 
     url: str
@@ -38,16 +38,16 @@ class RemoteFile:
         return redacted(self.url)
 
     def read(self, offset: int, length: int, sha256: str, what: str) -> bytes | None:
-        """One piece, verified; None if it never matches ``sha256``. Raises as ``read_range``."""
-        held = self.cache.get(sha256)
-        if held is not None:
-            return held
+        """Read and verify one part; None if it never matches ``sha256``. Raises like ``read_range``."""
+        cached = self.cache.get(sha256)
+        if cached is not None:
+            return cached
         for _ in range(READS):
             data = read_range(self.url, self.file_bytes, offset, length, self.should_stop)
             if hashlib.sha256(data).hexdigest() == sha256:
                 self.cache.put(sha256, data)
                 return data
-            log.warning("%s, %s: other bytes than the index has, reading again", self, what)
+            log.warning("%s, %s: bytes differ from the index, reading again", self, what)
         return None
 
 
@@ -55,13 +55,13 @@ def read_range(source: str, file_bytes: int, first: int, length: int, should_sto
     """``length`` bytes of the file at URL ``source``, from byte ``first`` on.
 
     file_bytes   length of the whole file
-    Bytes that arrived before a connection broke are kept; progress resets the count of retries.
-    Raises DataError when the file does not exist or may not be read, NoRanges, EnvironmentFailure when it keeps
-    breaking off, Interrupted.
+    A retry continues after the bytes that have arrived; any progress resets the count of retries.
+    Raises DataError if the file does not exist or may not be read, NoRanges, EnvironmentFailure if the connection keeps
+    breaking, Interrupted.
     """
     label = redacted(source)
     reader = _Reader(*filesystem(source), label, file_bytes, first, length)
-    persist(reader.attempt, label, should_stop, reader.moved)
+    retry(reader.attempt, label, should_stop, reader.progressed)
     return bytes(reader.data)
 
 
@@ -85,7 +85,7 @@ class _Reader(Attempts):
                 try:
                     block = stream.read(min(self.block, missing))
                 except ValueError as error:
-                    # fsspec's way to say that the whole file came instead of a part.
+                    # fsspec raises it if the server sends the whole file instead of a part.
                     raise NoRanges(f"{self.label}: the server does not send parts of files") from error
                 if not block or len(block) > missing:
                     raise OSError(f"{len(self.data) + len(block)} of {self.length} bytes arrived")

@@ -10,11 +10,11 @@ from sa3dist.data.remote.local_paths import local_name
 from sa3dist.data.source.containers import Container, TarContainer
 from sa3dist.data.source.folders import FolderContainer
 from sa3dist.data.source.kinds import BESIDE_SHARDS, extension_of, is_audio, is_system
-from sa3dist.data.source.own_folders import OWN, is_below, is_own, on_disk, own_names
+from sa3dist.data.source.run_outputs import RUN_OUTPUT, is_below, is_run_folder, list_disk, run_outputs_in_archive
 from sa3dist.data.source.zips import ZipContainer
 from sa3dist.errors import DataError, counted, printable
 
-# More shards than any known data set has; a typo like {0..99999999} must not fill the memory.
+# More than any data set needs; a typo like {0..99999999} must not fill the memory.
 MAX_SHARDS = 100_000
 
 
@@ -26,12 +26,12 @@ def open_container(
     max_download_bytes: int = MAX_TOTAL_BYTES,
     outputs: Sequence[Path] = (),
 ) -> Iterator[Container]:
-    """Open ``source``: a path, file:// or fsspec URL of a zip, a folder, or tars (one, or with {000..127}).
+    """Open ``source``: a path, file:// or fsspec URL of a zip, a folder, a tar, or several tars ({000..127}).
 
-    Remote sources are first downloaded into ``work_dir``/downloads and kept for the next run, unless a DataError
-    refuses them. Results and work directories of runs inside the source are left out and named.
-    outputs   where this run will write: refused if it contains clips of the source
-    Raises DataError when the source is missing, of an unknown kind, or hostile as a whole.
+    Remote sources are first downloaded to ``work_dir``/downloads and stay there for later runs, unless a DataError
+    refuses them. Results and work directories of runs inside the source are left out and listed.
+    outputs   folders this run will write to; an error if they contain clips of the source
+    Raises DataError if the source is missing, of an unknown kind, or hostile as a whole.
     """
     with Downloads(Path(work_dir) / "downloads", should_stop, max_download_bytes) as downloads:
         paths = [downloads.fetch(part) if is_remote(part) else local_path(part) for part in expand_braces(source)]
@@ -39,16 +39,16 @@ def open_container(
             for path in paths:
                 _refuse_clips_among_results(path, directory, redacted(source))
         with _container(paths, redacted(source)) as container:
-            # Files that runs have left, as their names tell; a folder already skips them while listing.
-            container.own += sorted(own_names(member.name for member in container.members))
-            container.members = [one for one in container.members if not is_below(one.name, container.own)]
-            if container.own:
-                container.left_out[OWN] = [_with_sounds(paths[0], name) for name in container.own]
+            # Run outputs in archives, recognised by name. FolderContainer leaves them out itself.
+            container.run_outputs += sorted(run_outputs_in_archive(member.name for member in container.members))
+            container.members = [m for m in container.members if not is_below(m.name, container.run_outputs)]
+            if container.run_outputs:
+                container.left_out[RUN_OUTPUT] = [_with_sounds(paths[0], name) for name in container.run_outputs]
             yield container
 
 
 def expand_braces(source: str) -> list[str]:
-    """``x-{000..127}.tar`` as its 128 names, each with the query behind it; anything else as itself.
+    """``x-{000..127}.tar?query`` as its 128 names, each with the query; any other source unchanged.
 
     Raises DataError above MAX_SHARDS.
     """
@@ -73,16 +73,16 @@ def _numbered(pattern: str, label: str) -> list[str]:
 
 
 def check_local(source: str) -> None:
-    """Raise DataError when a part of ``source`` should be on this machine and is not; opens nothing."""
+    """Raise DataError if a local part of ``source`` is missing. Opens nothing."""
     for part in expand_braces(source):
         if not is_remote(part):
             local_path(part)
 
 
 def local_path(source: str) -> Path:
-    """The file or folder of a path or file:// address. Raises DataError if it does not exist."""
+    """The file or folder of a path or file:// address. Raises DataError if there is none."""
     path = Path(local_name(source))
-    # os.path.exists is False for a name that is too long; Path.exists raises.
+    # os.path.exists returns False for a name that is too long; Path.exists raises.
     if not os.path.exists(path):
         raise DataError(f"{source}: no such file or folder; check the path")
     if not (path.is_file() or path.is_dir()):
@@ -91,13 +91,13 @@ def local_path(source: str) -> Path:
 
 
 def _refuse_clips_among_results(source: Path, directory: Path, label: str) -> None:
-    """Refuse a run whose results would be beside clips of its source: those clips would be left out as results."""
+    """Refuse to write results into a folder with clips of the source: the next run would leave those clips out."""
     source, directory = Path(source).resolve(), Path(directory).resolve()
-    if directory == source or not directory.is_relative_to(source) or is_own(str(directory), on_disk):
+    if directory == source or not directory.is_relative_to(source) or is_run_folder(str(directory), list_disk):
         return
     for sound in _sounds(directory):
         raise DataError(
-            f"{label}: {printable(str(sound.relative_to(source)))} lies in {directory.relative_to(source)}, where this "
+            f"{label}: {printable(str(sound.relative_to(source)))} is in {directory.relative_to(source)}, where this "
             f"run would write; choose another output_dir or work_dir"
         )
 
@@ -108,7 +108,7 @@ def _sounds(folder: Path) -> list[Path]:
 
 
 def _with_sounds(source: Path, name: str) -> str:
-    """``name`` with the number of audio files in it, in case the user meant to train on them."""
+    """``name`` with its number of audio files, in case they were meant to be used."""
     count = len(_sounds(source / name))
     return f"{name} ({counted(count, 'audio file')} in it)" if count else name
 
@@ -126,28 +126,28 @@ def _container(paths: list[Path], label: str) -> Container:
     shards = _tars(tars, label)
     shards.system += folder.system
     names = {tar.name for tar in tars}
-    beside = [*(m.name for m in folder.members), *(name for names in folder.left_out.values() for name in names)]
-    if beside := sorted(set(beside) - names):
-        shards.left_out.setdefault(BESIDE_SHARDS, []).extend(beside)
+    others = [*(m.name for m in folder.members), *(name for names in folder.left_out.values() for name in names)]
+    if others := sorted(set(others) - names):
+        shards.left_out.setdefault(BESIDE_SHARDS, []).extend(others)
     return shards
 
 
 def tars_on_top(path: Path) -> list[Path]:
-    """The .tar files directly in a folder, in order of name."""
+    """The .tar files directly in a folder, sorted by name."""
     tars = [child for child in path.iterdir() if extension_of(child.name) == "tar" and not is_system(child.name)]
     return sorted(child for child in tars if child.is_file())
 
 
 def shards_on_top(folder: FolderContainer, path: Path) -> list[Path]:
-    """``tars_on_top`` of a folder of shards. Raises DataError if it also holds clips, in whatever subfolder."""
+    """``tars_on_top`` of a folder of shards. Raises DataError if it or a subfolder also contains clips."""
     tars = tars_on_top(path)
     refused = [name for names in folder.refused.values() for name in names]
     for name in filter(is_audio, [*(member.name for member in folder.members), *refused] if tars else ()):
-        raise DataError(two_readings(folder.label, tars[0].name, name))
+        raise DataError(shards_and_clips(folder.label, tars[0].name, name))
     return tars
 
 
-def two_readings(label: str, tar: str, clip: str) -> str:
+def shards_and_clips(label: str, tar: str, clip: str) -> str:
     """The message for a folder that holds both shards and clips."""
     return (
         f"{label}: holds shards ({printable(tar)}) and clips ({printable(clip)}), and only one can be meant; "
@@ -155,7 +155,7 @@ def two_readings(label: str, tar: str, clip: str) -> str:
     )
 
 
-# First bytes of files that are not data sets, what they are, and how to unpack them.
+# First bytes of files that are not a data set, what they are, and how to unpack them.
 _OTHER_FILES = (
     (b"\x1f\x8b", "compressed with gzip", "tar -xzf"),
     (b"BZh", "compressed with bzip2", "tar -xjf"),
@@ -169,7 +169,7 @@ _AUDIO_STARTS = (b"fLaC", b"OggS", b"ID3", b"RF64", b"caff")
 
 
 def _archive(path: Path, label: str) -> Container:
-    """A zip or a tar, recognised by its content, not by its name."""
+    """A zip or a tar, by content rather than by name."""
     start = _start_of(path, label)
     _refuse_packed(path, start, label)
     if start.startswith(_AUDIO_STARTS) or start[8:12] in (b"WAVE", b"AIFF", b"AIFC"):

@@ -14,7 +14,7 @@ import numpy as np
 
 from sa3dist.data.source.joined_streams import check_end, mp3_counted, refuse_lost
 from sa3dist.data.source.resample import ready_audio, resampled_length
-from sa3dist.data.source.riff import mended
+from sa3dist.data.source.riff import with_sizes_repaired
 from sa3dist.data.source.tar_writer import read_clip
 from sa3dist.errors import DataError
 from sa3dist.flow.crops import SILENCE_PEAK
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
     import torch
     from soundfile import SoundFile
 
-# A tenth of a latent frame: a shorter file has no sound to learn from and is a mistake, such as a 1-sample export.
+# A tenth of one latent frame: a shorter file is a mistake, for example an export of one sample.
 MIN_SECONDS = 0.010
-# The longest model hears 380 s at once; an hour decoded at 48 kHz stereo already takes 1.4 GB of memory.
+# Models use at most 380 s at once; an hour of 48 kHz stereo already decodes to 1.4 GB.
 MAX_SECONDS = 3600
-# Bounds the memory of a small file with many channels: one hour of stereo at 192 kHz in float32 is 5.5 GB.
+# Limits what a small file with many channels may decode to: one hour of stereo at 192 kHz, float32, is 5.5 GB.
 MAX_DECODED_BYTES = 6 * 10**9
 # Float files may overshoot and are clamped, as in the reference. At +40 dBFS the scale itself is wrong (integers
 # as floats peak at 32768) and clamping would leave a square wave.
 MAX_PEAK = 100.0
-# Telephone recordings have 8 kHz, DXD 352.8 kHz; a rate beyond this range means a damaged header.
+# Telephone recordings have 8 kHz, DXD has 352.8 kHz; outside this range the header is damaged.
 SAMPLE_RATE_RANGE_HZ = (1000, 768_000)
-# libmpg123 may count one or two frames of 1152 samples more than it delivers, without any damage.
+# libmpg123 may count one or two frames of 1152 samples more than it decodes from an intact file.
 MP3_SLACK_SAMPLES = 2304
 CONTAINER_FORMATS = {"WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF"}
 EXPECTED = "expected WAV, FLAC, MP3, OGG, OPUS, AIFF, AU, CAF or W64"
 DECODE_BLOCK_SAMPLES = 1 << 18
-# Small enough for a core's cache (1 MB), for data that is only inspected.
+# 1 MB: fits in a core's cache.
 CHECK_BLOCK_VALUES = 1 << 18
 
 
@@ -54,13 +54,13 @@ class AudioFacts:
 
 
 def check_audio(data: bytes, observe: Callable[[np.ndarray, int], None] | None = None) -> AudioFacts:
-    """Decode ``data`` block by block, in memory independent of its length; raise DataError if it cannot be trained on.
+    """Decode ``data`` block by block, in constant memory, and refuse what cannot be trained on.
 
-    observe   called with every block, float32 (samples, channels), which the next one overwrites, and the sample rate
-              in Hz
-    The DataError has no file name. Causes: undecodable, empty, shorter than 10 ms or longer than an hour, NaN or
-    infinity, never above -60 dBFS, cut off, or audio that is not decoded. Content decides the format, not the
-    extension.
+    observe   called with every block, float32 (samples, channels), and the sample rate in Hz; the next block
+              overwrites it
+    Raises DataError, without a file name, if it is undecodable, empty, shorter than 10 ms or longer than an hour, has
+    NaN or infinity, never exceeds -60 dBFS, is truncated, or has audio that is not decoded. The format is decided by
+    content, not by extension.
     """
     samples, peak = 0, 0.0
     check_end(data)
@@ -71,7 +71,7 @@ def check_audio(data: bytes, observe: Callable[[np.ndarray, int], None] | None =
         for block in _blocks(sound, len(buffer), buffer):
             samples += len(block)
             _check_size(rate, channels, samples)
-            # NaN makes both of them NaN.
+            # A NaN makes both NaN.
             low, high = float(block.min()), float(block.max())
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise DataError("holds NaN or infinite samples, expected finite ones; export it again")
@@ -102,12 +102,12 @@ def check_audio(data: bytes, observe: Callable[[np.ndarray, int], None] | None =
 def decode(data: bytes) -> tuple[np.ndarray, int]:
     """All samples of ``data``: float32 (channels, n), full scale = 1, and the sample rate in Hz.
 
-    Raises DataError, without a file name, when libsndfile cannot decode it.
+    Raises DataError, without a file name, if libsndfile cannot decode it.
     """
     with _open(data) as sound:
         _check_size(sound.samplerate, sound.channels, _declared_samples(sound))
         blocks, rate, channels = list(_blocks(sound)), sound.samplerate, sound.channels
-    # Sized by what was decoded, not by the header; transposed and joined in one pass.
+    # Sized by what was decoded, not by what the header claims; transposed and concatenated in one pass.
     samples_CN = np.empty((channels, sum(map(len, blocks))), np.float32)
     start = 0
     for block in blocks:
@@ -119,15 +119,14 @@ def decode(data: bytes) -> tuple[np.ndarray, int]:
 def load_clip_audio(
     index: DatasetIndex, entry: ClipEntry, sample_rate_hz: int, start: int = 0, stop: int | None = None
 ) -> torch.Tensor:
-    """The whole clip ready for cropping: float32 (2, n) in [-1, 1] at ``sample_rate_hz``, n = resampled_length(...).
+    """The clip ready for cropping: float32 (2, n) in [-1, 1] at ``sample_rate_hz``, n = resampled_length(...).
 
-    start, stop   return only ``[:, start:stop]``, with equal bits. Decodes only that part and, for encodings whose
-                  samples depend on earlier ones, what comes before; a clip that is resampled is decoded whole
+    start, stop   return only ``[:, start:stop]``, bit-identical. Decodes only that, plus all samples before it if the
+                  encoding needs them; a clip that is resampled is decoded whole
 
-    Reads only the clip's audio bytes, at their offset in the shard or through the index's reader. Mono is duplicated;
-    of more than two channels the first two are used (spec/training.md 4.2, whose clamp comes after crop and flip but
-    commutes with both). Raises DataError naming shard and clip when the bytes differ from those checked when the shard
-    was written.
+    Reads only the clip's audio bytes, from the shard or through the index's reader. Mono is duplicated; of more than
+    two channels the first two are used (spec/training.md 4.2; its clamp after crop and flip commutes with both).
+    Raises DataError naming shard and clip if the bytes are not those that were checked when the shard was written.
     """
     data = index.reader(entry) if index.reader else read_clip(index.directory / entry.shard, entry)
     rate, samples = entry.sample_rate_hz, entry.samples
@@ -142,9 +141,9 @@ def load_clip_audio(
 
 
 def _decode_part(data: bytes, entry: ClipEntry, start: int, stop: int) -> tuple[np.ndarray, bool]:
-    """Samples ``start`` to ``stop``, float32 (channels, n), and whether the encoding itself keeps them in [-1, 1]."""
+    """Samples ``start`` to ``stop``, float32 (channels, n), and whether the encoding limits them to [-1, 1]."""
     if start:
-        # A FLAC's seek table may be wrong although the whole file decodes.
+        # Seeking may fail in a FLAC with a wrong seek table, although the file decodes.
         with contextlib.suppress(DataError):
             return _read_part(data, entry, start, stop, seek=True)
     return _read_part(data, entry, start, stop, seek=False)
@@ -155,26 +154,26 @@ def _read_part(data: bytes, entry: ClipEntry, start: int, stop: int, seek: bool)
         _check_size(sound.samplerate, sound.channels, _declared_samples(sound))
         bounded = sound.subtype.startswith("PCM_")
         first = sound.seek(start) if seek and (bounded or sound.subtype in ("FLOAT", "DOUBLE")) else 0
-        # Ask for one sample more than the index says, so that extra audio is noticed.
+        # At the end, ask for one sample more, to notice a clip longer than the index says.
         wanted = stop - first + (stop == entry.samples)
         part_NC = next(_blocks(sound, wanted), np.empty((0, sound.channels), np.float32))[start - first :]
-        found = (sound.channels, len(part_NC)), sound.samplerate
-    if found != ((entry.channels, stop - start), entry.sample_rate_hz):
+        shape, rate = (sound.channels, len(part_NC)), sound.samplerate
+    if (shape, rate) != ((entry.channels, stop - start), entry.sample_rate_hz):
         raise DataError(
-            f"decodes to {found[0]} at {found[1]} Hz, the index says {(entry.channels, stop - start)} at "
+            f"decodes to {shape} at {rate} Hz, the index says {(entry.channels, stop - start)} at "
             f"{entry.sample_rate_hz} Hz. Another libsndfile wrote it; run sa3dist shard on this machine."
         )
-    # By numpy: torch takes 16 times as long for this transpose.
+    # numpy: torch takes 16 times as long for this transpose.
     return np.ascontiguousarray(part_NC.T), bounded
 
 
 @contextlib.contextmanager
 def _open(data: bytes) -> Iterator[SoundFile]:
-    """The decoder of ``data``, its header completed. Refusals by libsndfile, here or in the block, become DataError."""
+    """Open ``data`` for decoding, its header repaired. Errors of libsndfile, also in the block, become DataError."""
     import soundfile
 
     try:
-        sound = soundfile.SoundFile(io.BytesIO(mended(data)))
+        sound = soundfile.SoundFile(io.BytesIO(with_sizes_repaired(data)))
     except (soundfile.LibsndfileError, TypeError, ValueError) as error:
         raise _undecodable(error) from error
     try:
@@ -187,7 +186,7 @@ def _open(data: bytes) -> Iterator[SoundFile]:
 
 
 def check_whole(data: bytes, samples: int) -> None:
-    """Raise DataError when ``data`` holds more audio than the ``samples`` that were once decoded from it."""
+    """Raise DataError if ``data`` has more audio than the ``samples`` decoded from it earlier."""
     check_end(data)
     _refuse_lost(data, samples)
 
@@ -197,7 +196,8 @@ def _refuse_lost(data: bytes, samples: int) -> None:
     start = data.find(b"fLaC") if data.startswith((b"fLaC", b"ID3")) else -1
     if start < 0:
         return
-    # The last 36 of these bits count a FLAC's samples; libsndfile stops there, whatever follows.
+    # libsndfile stops at the sample count of a FLAC's header. Increase it (the last 36 of these bits) by one, and see
+    # whether another sample can be decoded.
     more = bytearray(data)
     struct.pack_into(">Q", more, start + 18, struct.unpack_from(">Q", data, start + 18)[0] + 1)
     lost = 0
@@ -208,22 +208,22 @@ def _refuse_lost(data: bytes, samples: int) -> None:
 
 
 def _declared_samples(sound: SoundFile) -> int:
-    # A FLAC written to a pipe: libsndfile reports 2^63 - 1 samples, and soundfile cannot read it in blocks.
+    # For a FLAC written to a pipe libsndfile reports 2^63 - 1 samples, and soundfile cannot read it in blocks.
     if sound.frames >= 1 << 62:
-        raise DataError("does not say how long it is, as if written to a pipe; write it to a file again (flac -f)")
+        raise DataError("does not state its length, as if written to a pipe; write it to a file again (flac -f)")
     return sound.frames
 
 
 def _blocks(
     sound: SoundFile, block_samples: int = DECODE_BLOCK_SAMPLES, out: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:
-    """float32 (samples, channels), in ``out`` where that is given."""
+    """Blocks of float32 (samples, channels), in ``out`` if given."""
     while len(block := sound.read(block_samples, dtype="float32", always_2d=True, out=out)):
         yield block
 
 
 def _undecodable(error: Exception) -> DataError:
-    # error_string omits the address of the in-memory file, which str(error) shows.
+    # Unlike str(error), error_string does not show the address of the in-memory file.
     reason = getattr(error, "error_string", str(error)).strip().rstrip(".")
     return DataError(f"cannot be decoded ({reason}), {EXPECTED}; export it again")
 

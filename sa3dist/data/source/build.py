@@ -27,9 +27,9 @@ from sa3dist.data.source.tar_writer import shard_name, write_shard
 from sa3dist.errors import DataError, EnvironmentFailure, Interrupted
 from sa3dist.formats import ClipEntry, DatasetIndex, ShardEntry, atomic_directory, dataset_digest
 
-# Large enough to stream well, small enough that a damaged one is little lost.
+# Large enough to stream well, small enough that a damaged one costs little.
 MAX_SHARD_BYTES = 256 << 20
-# Larger sets are not measured on the way: their stats would take more than 300 MB of memory.
+# Larger data sets are not measured here: their statistics would take more than 300 MB of memory.
 MAX_MEASURED_CLIPS = 20_000
 
 
@@ -47,18 +47,18 @@ def build_shards(
     report: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> DatasetIndex:
-    """Check every clip of ``source`` and write it to ``work_dir``/shards/<digest>/; the audio bytes stay as they are.
+    """Check every clip of ``source`` and write it to ``work_dir``/shards/<digest>/, audio bytes unchanged.
 
     source           path, file:// or fsspec URL of a zip, a folder or WebDataset tars (archive.py)
     on_bad_clip      "raise": one DataError lists all problems; "skip": bad clips are left out and named in .skipped
-    output_dir       where the run writes its results; like what earlier runs left, it is no part of the source
-    num_workers      threads that decode, which changes no byte of the shards; default: one per core
-    measure          decodes in place of ``check_audio``; the stats are kept in ``work_dir`` for ``sa3dist inspect``
+    output_dir       the run's results; not part of the source, like results of earlier runs
+    num_workers      decoding threads; does not affect the shards; default: one per core
+    measure          replaces ``check_audio``; the statistics are stored in ``work_dir`` for ``sa3dist inspect``
     report           called as report(checked, total) after every clip
-    should_stop      polled after every clip; when true, Interrupted is raised and nothing stays behind
-    The same clips and captions, from whatever archive, give the same folder: it is then reused, not decoded or written.
-    Where some clips changed, only those are decoded and only their shards written.
-    Raises DataError (nothing is left in ``work_dir``), EnvironmentFailure when disk or network fail, Interrupted.
+    should_stop      polled after every clip; if true, Interrupted is raised and nothing is written
+    The same clips and captions, from any kind of source, give the same folder, which is then reused. If some clips
+    changed, only those are decoded and only their shards written.
+    Raises DataError (nothing is left in ``work_dir``), EnvironmentFailure if disk or network fail, Interrupted.
     """
     shards_dir = Path(work_dir) / "shards"
     outputs = [Path(path) for path in (work_dir, output_dir) if path is not None]
@@ -71,13 +71,13 @@ def build_shards(
         known = read_facts(work_dir) | known_facts(earlier)
         facts_of = decoder(known, measure if total <= MAX_MEASURED_CLIPS else None, stats)
         checked = checked_clips(container, listing, facts_of, num_workers, should_stop)
-        usable, problems = _sorted_out(checked, total, report)
+        usable, problems = _split_usable(checked, total, report)
         problems |= listing.problems
         left_out = tuple(kind.kept() for kind in listing.left_out)
         sizes = len(usable), on_bad_clip, allow_any_dataset_size
         skipped = raise_or_skip(container.label, listing.refusals, problems, *sizes, left_out)
         if stats:
-            # Before the shards: whoever finds those decodes nothing, and would measure nothing.
+            # Before the shards: a run that finds finished shards decodes, and so measures, nothing.
             write_stats(work_dir, read_stats(work_dir) | stats)
         clips = [clip for clip, _ in usable.values()]
         digest = dataset_digest(clips)
@@ -87,22 +87,22 @@ def build_shards(
             read_audio = functools.partial(_read_again, container, usable, should_stop)
             groups = list(split(clips, max_shard_bytes))
             finished = _write(index, groups, read_audio, FinishedShards(earlier), num_workers)
-        # Another source of the same clips may have written them, beside other files.
+        # The shards may come from another source of the same clips, with other files left out.
         index = dataclasses.replace(finished, skipped=skipped, left_out=left_out)
         update_report(index)
         return index
 
 
-def _sorted_out(
+def _split_usable(
     checked: Iterator[tuple[Pair, ClipEntry | None, tuple[str, ...]]],
     total: int,
     report: Callable[[int, int], None] | None,
 ) -> tuple[dict[str, tuple[ClipEntry, Pair]], dict[str, tuple[str, ...]]]:
-    """The good clips, and what is wrong with the others, by key."""
+    """The usable clips, and the problems of the others, by key."""
     usable, problems = {}, {}
-    for done, (pair, clip, found) in enumerate(checked, 1):
+    for done, (pair, clip, faults) in enumerate(checked, 1):
         if clip is None:
-            problems[pair.key] = found
+            problems[pair.key] = faults
         else:
             usable[pair.key] = clip, pair
         if report:
@@ -111,13 +111,13 @@ def _sorted_out(
 
 
 def _finished(directory: Path, digest: str) -> DatasetIndex | None:
-    """The index in ``directory`` if it is whole and each shard has its recorded length (reading hashes clips)."""
+    """The index in ``directory`` if every shard has its recorded length; reading a clip verifies its digest."""
     try:
         index = DatasetIndex.read(directory)
-        whole = all((directory / shard.name).stat().st_size == shard.bytes for shard in index.shards)
+        complete = all((directory / shard.name).stat().st_size == shard.bytes for shard in index.shards)
     except (DataError, OSError):
         return None
-    return index if whole and index.digest == digest else None
+    return index if complete and index.digest == digest else None
 
 
 def _read_again(
@@ -126,7 +126,7 @@ def _read_again(
     should_stop: Callable[[], bool],
     clip: ClipEntry,
 ) -> bytes:
-    """The audio bytes of a clip that was checked: the system's cache holds what was read a moment ago."""
+    """The audio bytes of a checked clip, usually still in the page cache."""
     if should_stop():
         raise Interrupted(f"{container.label}: stopped while writing shards; run again")
     member = usable[clip.key][1].audio
@@ -143,10 +143,10 @@ def _write(
     earlier: FinishedShards,
     num_workers: int | None,
 ) -> DatasetIndex:
-    """Fill a temporary folder with a shard per group, several at a time, then the index, and rename it.
+    """Write a shard per group, several in parallel, and the index to a temporary folder; then rename it.
 
-    index   without clips and shards, its directory the one to be
-    A full disk is EnvironmentFailure.
+    index   without clips and shards; its directory is the target
+    Raises EnvironmentFailure if the disk is full.
     """
     shards, placed = [], []
     directory, digest = index.directory, index.digest
@@ -158,7 +158,7 @@ def _write(
                 target = temporary / shard_name(number)
                 return earlier.reuse(clips, target) or write_shard(target, clips, read_audio)
 
-            # One clip of a shard is in memory at a time.
+            # Size 0: write_shard holds only one clip in memory.
             for _, (shard, clips) in prefetch(write, enumerate(groups), lambda _: 0, num_workers):
                 shards.append(shard)
                 placed += clips

@@ -1,4 +1,4 @@
-"""Read captions: from a .txt or .json beside the clip, or from a table (captions.csv, metadata.jsonl, ...)."""
+"""Read captions from a .txt or .json next to the clip, or from a table (captions.csv, metadata.jsonl, ...)."""
 
 import codecs
 import csv
@@ -13,27 +13,27 @@ from sa3dist.data.source.containers import Container, Member
 from sa3dist.data.source.kinds import METADATA_TABLES
 from sa3dist.errors import DataError, printable
 
-# T5Gemma reads 256 tokens, about 1 kB of text; 64 kB is another kind of document.
+# T5Gemma reads 256 tokens, about 1 kB of text; 64 kB is not a caption.
 MAX_CAPTION_BYTES = 1 << 16
-# Some tools store whole feature tables beside the caption.
+# Some tools store whole feature tables with the caption.
 MAX_JSON_BYTES = 1 << 24
 # 100,000 captions of 2 kB.
 MAX_MANIFEST_BYTES = 1 << 28
-# Column names used by tools; the first one found counts.
+# Names of the columns in various tools, in order of precedence.
 CAPTION_FIELDS = ("caption", "prompt", "text")
 FILE_FIELDS = ("file", "file_name", "path", "audio")
-# Spreadsheets in countries with a decimal comma write the second; tab-separated tables are called .csv too.
+# Spreadsheets in countries with a decimal comma write semicolons; files with tabs are named .csv too.
 DELIMITERS = (",", ";", "\t")
 
 
 class NoCaptions(Exception):
-    """A table with a common name, but without captions."""
+    """A metadata table has no captions: its name is also used for other tables."""
 
 
 def read_caption(container: Container, caption: Member | str) -> str:
-    """The stripped text of a .txt or .json member, or of a manifest's line.
+    """The stripped text of a .txt or .json member, or of a table's line.
 
-    Raises DataError, without the file's name, when it is empty, too long, not UTF-8 or no caption.
+    Raises DataError, without the file's name, if it is empty, too long, not UTF-8 or not a caption.
     """
     if not isinstance(caption, Member):
         return _checked(caption)
@@ -45,13 +45,13 @@ def read_caption(container: Container, caption: Member | str) -> str:
 
 
 def caption_text(data: bytes, as_json: bool) -> str:
-    """The stripped caption in the bytes of a .txt, or of a .json. Raises DataError when there is none."""
+    """The stripped caption in the bytes of a .txt or .json. Raises DataError if there is none."""
     text = decoded(data, "caption")
     return _checked(_caption_field(_parsed(text)) if as_json else text)
 
 
 def _checked(caption: str) -> str:
-    # A second byte order mark is what joining two files leaves.
+    # Joining two files can leave a second byte order mark.
     caption = caption.strip().strip("\ufeff").strip()
     if is_blank(caption):
         raise DataError("caption is empty; describe the clip in it")
@@ -67,10 +67,10 @@ def is_json(name: str) -> bool:
 
 
 def read_manifest(container: Container, member: Member) -> Iterator[tuple[str, str, str]]:
-    """(audio file's name in the container, caption, position for messages) of every line of a table.
+    """(audio file's name in the container, caption, location for messages) of every line of a table.
 
-    Raises DataError, naming the line, at the first unreadable one, and NoCaptions if a metadata table has no columns of
-    files and captions.
+    Raises DataError, naming the line, at the first invalid one; NoCaptions if a metadata table has no columns for files
+    and captions.
     """
     label = printable(member.name)
     if member.size > MAX_MANIFEST_BYTES:
@@ -94,32 +94,32 @@ def read_manifest(container: Container, member: Member) -> Iterator[tuple[str, s
 
 
 def _csv_rows(text: str, label: str, any_table: bool) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line where it begins, columns by lower-case name) of every row."""
+    """(number of its first line, cells by lower-case column name) of every row."""
     lines = io.StringIO(text, newline="").readlines()
-    begins, header_comes = 1, True
+    begins, is_header = 1, True
     try:
         delimiter, fields = _header(text, label, any_table)
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         for cells in reader:
-            if cells and not header_comes:
+            if cells and not is_header:
                 raw = "".join(lines[begins - 1 : reader.line_num])
                 yield begins, _row(fields, cells, raw, delimiter, f"{label}, line {begins}")
-            header_comes = header_comes and not cells
+            is_header = is_header and not cells
             begins = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{label}, line {begins}: no valid CSV ({error})") from error
 
 
 def _header(text: str, label: str, any_table: bool) -> tuple[str, list[str]]:
-    """What separates the columns, and their names."""
+    """Delimiter and names of the columns."""
     first = next((line for line in io.StringIO(text, newline="") if line.strip()), "")
     for delimiter in DELIMITERS:
         if _are_columns(fields := _fields(first, delimiter)):
             return delimiter, fields
-    found = printable(", ".join(_fields(first, ",")))[:120] or "nothing"
+    names = printable(", ".join(_fields(first, ",")))[:120] or "nothing"
     if any_table:
-        raise NoCaptions(f"its first line says {found}, no columns of files and captions")
-    raise DataError(f"{label}: its first line says {found}, expected column names such as file,caption")
+        raise NoCaptions(f"its first line says {names}, no columns of files and captions")
+    raise DataError(f"{label}: its first line says {names}, expected column names such as file,caption")
 
 
 def _fields(line: str, delimiter: str) -> list[str]:
@@ -131,14 +131,14 @@ def _are_columns(fields: list[str]) -> bool:
 
 
 def _row(fields: list[str], cells: list[str], raw: str, delimiter: str, where: str) -> dict[str, Any]:
-    """The cells by column. If there are too many and the caption is the last column, it takes the rest of the line."""
+    """The cells by column. If there are too many and the last column is the caption, it is the rest of the line."""
     if len(cells) > len(fields):
-        # Some programs put a space between the comma and the quotes.
+        # Some tools write a space between the comma and the quotes.
         spaced = next(csv.reader([raw], delimiter=delimiter, skipinitialspace=True))
         if len(spaced) == len(fields):
             return dict(zip(fields, spaced, strict=True))
         rest = delimiter.join(cells[len(fields) - 1 :])
-        # With quotes in it the intended commas cannot be known.
+        # If it contains quotes, it is not clear which commas separate cells.
         if fields[-1] not in CAPTION_FIELDS or not raw.rstrip("\r\n").endswith(delimiter + rest):
             raise DataError(
                 f"{where}: {len(cells)} cells, its header has {len(fields)}; put a caption with commas in quotes"
@@ -163,9 +163,9 @@ def _json_rows(text: str, label: str, any_table: bool) -> Iterator[tuple[int, di
 
 def _parsed(text: str) -> dict[str, Any]:
     try:
-        # Not strict: some tools write raw control characters in texts.
+        # Not strict: some tools write raw control characters in strings.
         value = json.loads(text, strict=False)
-    # Brackets nested by the thousand end in a RecursionError.
+    # Thousands of nested brackets raise RecursionError.
     except (ValueError, RecursionError) as error:
         raise DataError(f"is not valid JSON ({printable(str(error))[:120]})") from error
     if not isinstance(value, dict):
@@ -174,17 +174,17 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def _caption_field(row: dict[str, Any]) -> str:
-    found = next((row[field] for field in CAPTION_FIELDS if row.get(field) is not None), None)
-    if not isinstance(found, str):
+    caption = next((row[field] for field in CAPTION_FIELDS if row.get(field) is not None), None)
+    if not isinstance(caption, str):
         raise DataError(f"holds no caption, expected text under {' or '.join(CAPTION_FIELDS)}")
     try:
-        found.encode()
+        caption.encode()
     except UnicodeEncodeError as error:
         raise DataError("caption is not valid Unicode (a lone surrogate); write it again") from error
-    return found
+    return caption
 
 
-# Longer marks first: UTF-16's begins UTF-32's.
+# Byte order marks, longer ones first: the mark of UTF-32 begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -192,13 +192,14 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-# Letters and symbols without a visible glyph: Hangul fillers and the empty Braille pattern.
+# Unicode categories of control and format characters, separators, and marks that need a letter.
 _INVISIBLE = frozenset(("Cc", "Cf", "Cs", "Zs", "Zl", "Zp", "Mn", "Mc", "Me"))
+# Letters and symbols without a visible glyph: Hangul fillers and the empty Braille pattern.
 _EMPTY_GLYPHS = "\u115f\u1160\u3164\uffa0\u2800"
 
 
 def decoded(data: bytes, what: str) -> str:
-    """The text in ``data``. Raises DataError, beginning with ``what``, when it is in another encoding."""
+    """The text in ``data``: UTF-8, or UTF-16 or UTF-32 if recognised. Raises DataError, starting with ``what``."""
     mark, encoding = next(((mark, name) for mark, name in _MARKS if data.startswith(mark)), (b"", "utf-8"))
     data = data[len(mark) :]
     if not mark and b"\0" in data:
@@ -213,13 +214,12 @@ def decoded(data: bytes, what: str) -> str:
 
 
 def is_blank(text: str) -> bool:
-    """Whether ``text`` has nothing visible: white space, marks without a letter, zero-width characters."""
-    # Control and format characters, separators, marks that need a letter.
+    """Whether ``text`` has no visible character: only white space, marks without a letter, zero-width characters."""
     return all(unicodedata.category(c) in _INVISIBLE or c in _EMPTY_GLYPHS for c in text)
 
 
 def _encoding_without_mark(data: bytes) -> str | None:
-    """UTF-16 of either byte order, if most characters are Latin: then every other byte is 0, and no byte between."""
+    """The byte order of UTF-16 text that is mostly Latin: only every other byte is 0. None if it is not."""
     units = len(data) // 2
     even, odd = data[::2].count(0), data[1::2].count(0)
     if len(data) % 2 or min(even, odd) or max(even, odd) * 2 < units:

@@ -1,4 +1,4 @@
-"""Check the clips of an opened source, and refuse or skip those that cannot be used."""
+"""Check the clips of an opened source; refuse or skip unusable ones."""
 
 import contextlib
 import dataclasses
@@ -20,11 +20,11 @@ from sa3dist.formats import ClipEntry, DatasetIndex, LeftOut
 CLIP_COUNT_RANGE = (4, 2000)
 MAX_PROBLEM_LINES = 20
 
-Found = TypeVar("Found")
-# By SHA-256 of the audio bytes, and their number.
+Value = TypeVar("Value")
+# Keys: SHA-256 of the audio bytes, and their number.
 Known = dict[tuple[str, int], AudioFacts]
 Measure = Callable[[bytes], tuple[AudioFacts, ClipStats]]
-# From a clip's SHA-256 and bytes; raises DataError.
+# Called with a clip's SHA-256 and bytes; raises DataError.
 FactsOf = Callable[[str, bytes], AudioFacts]
 
 
@@ -36,9 +36,9 @@ def checked_clips(
     should_stop: Callable[[], bool],
     keep: Callable[[str, bytes], None] = lambda sha256, data: None,
 ) -> Iterator[tuple[Pair, ClipEntry | None, tuple[str, ...]]]:
-    """(pair, clip or None, problems) in order of key; several clips at a time, in bounded memory.
+    """(pair, clip or None, problems), sorted by key. Clips are checked in parallel, in bounded memory.
 
-    keep   called with the digest and the audio bytes of every good clip
+    keep   called with the digest and the audio bytes of every usable clip
     """
     checked = prefetch(
         lambda pair: _check(container, pair, facts_of, keep),
@@ -65,13 +65,13 @@ def _check(
 
 
 def read_pair(
-    container: Container, pair: Pair, look: Callable[[str, bytes], Found]
-) -> tuple[str, bytes, str, Found | None, tuple[str, ...]]:
-    """Caption, audio bytes, their SHA-256, the result of ``look``, and the problems; empty values for what is missing.
+    container: Container, pair: Pair, examine: Callable[[str, bytes], Value]
+) -> tuple[str, bytes, str, Value | None, tuple[str, ...]]:
+    """Caption, audio bytes, their SHA-256, the result of ``examine``, and problems. What cannot be read is empty.
 
-    look   called with digest and bytes; a DataError it raises is a problem of the audio
+    examine   called with digest and bytes; a DataError it raises becomes a problem of the audio
     """
-    caption, data, sha256, found, problems = "", b"", "", None, []
+    caption, data, sha256, value, problems = "", b"", "", None, []
     try:
         caption = read_caption(container, pair.caption)
     except DataError as error:
@@ -79,19 +79,19 @@ def read_pair(
     try:
         data = container.read(pair.audio)
         sha256 = hashlib.sha256(data).hexdigest()
-        found = look(sha256, data)
+        value = examine(sha256, data)
     except DataError as error:
         problems.append(f"{printable(pair.audio.name)}: {error}")
-    return caption, data, sha256, found, tuple(problems)
+    return caption, data, sha256, value, tuple(problems)
 
 
 def decoder(known: Known, measure: Measure | None = None, stats: Measured | None = None) -> FactsOf:
-    """Decodes clips that are not known yet; stores what ``measure`` finds in ``stats``."""
+    """A function that decodes clips that are not in ``known``. If ``measure`` is given, its results go to ``stats``."""
 
     def facts_of(sha256: str, data: bytes) -> AudioFacts:
         key = sha256, len(data)
         if key in known:
-            # An earlier version may have accepted it.
+            # An earlier version may have accepted a file with lost audio.
             check_whole(data, known[key].samples)
             return known[key]
         if measure is None:
@@ -103,13 +103,13 @@ def decoder(known: Known, measure: Measure | None = None, stats: Measured | None
 
 
 def earlier_indices(shards_dir: Path) -> list[DatasetIndex]:
-    """Indexes of earlier runs. Damaged and outdated ones are ignored; their clips are decoded and written again."""
-    found = map(DatasetIndex.find, sorted(path for path in shards_dir.glob("[0-9a-f]*") if path.is_dir()))
-    return [index for index in found if index is not None]
+    """Indices of earlier runs. Damaged and outdated ones are ignored; their clips are decoded and written again."""
+    indices = map(DatasetIndex.find, sorted(path for path in shards_dir.glob("[0-9a-f]*") if path.is_dir()))
+    return [index for index in indices if index is not None]
 
 
 def known_facts(earlier: list[DatasetIndex]) -> Known:
-    """Facts of earlier indices by audio bytes, so that unchanged clips are not decoded again."""
+    """Facts of the clips in ``earlier``, so that unchanged clips are not decoded again."""
     return {
         (clip.audio_sha256, clip.audio_bytes): AudioFacts(clip.samples, clip.sample_rate_hz, clip.channels)
         for index in earlier
@@ -126,14 +126,16 @@ def raise_or_skip(
     any_size: bool,
     left_out: Sequence[LeftOut] = (),
 ) -> tuple[str, ...]:
-    """Raise all problems as one DataError, or return those that are skipped, one line per clip.
+    """Raise all problems as one DataError, or return the skipped ones, one line per clip.
 
-    refusals   faults of the archive, which are never skipped        problems   key of a clip -> what is wrong with it
-    usable     number of good clips                                  left_out   files that are no clips
+    refusals   faults of the archive; never skipped
+    problems   key of a clip -> its problems
+    usable     number of usable clips
+    left_out   files that are not clips
     """
     bad = [line for key in sorted(problems) for line in problems[key]]
     lines = list(refusals) + (bad if on_bad_clip == "raise" else [])
-    # A user can repair the reported clips, which then count: the number is a problem only if that would not help.
+    # Clips that are reported can be repaired: their number is a problem only if repairing all would not help.
     possible = usable + len(problems) if on_bad_clip == "raise" else usable
     miscount = count_problem(usable, any_size, possible)
     if miscount and not refusals:
@@ -141,7 +143,7 @@ def raise_or_skip(
         lines = [miscount, *bad, *(f"left out: {kind.line()}" for kind in left_out)]
         causes = [kind for kind in left_out if kind.what not in ("caption", "system file")]
         if not possible and len(causes) == 1:
-            # For example a zip of zips: one line is enough.
+            # A zip of zips, for example: one line is enough.
             lines = [f"found no usable clip, but {causes[0].line()}"]
     if lines:
         hidden = len(lines) - MAX_PROBLEM_LINES
@@ -152,13 +154,13 @@ def raise_or_skip(
 
 
 def check_count(label: str, count: int, any_size: bool) -> None:
-    """Raise DataError when a data set holds too few or too many clips."""
+    """Raise DataError if a data set has too few or too many clips."""
     if problem := count_problem(count, any_size, count):
         raise DataError(f"{label}: {problem}")
 
 
 def count_problem(usable: int, any_size: bool, possible: int) -> str | None:
-    """What is wrong with the number of usable clips, or None. possible: their number once all faults are repaired."""
+    """The problem with the number of usable clips, or None. possible: their number if all faults were repaired."""
     low, high = (1, usable) if any_size else CLIP_COUNT_RANGE
     if low <= possible and usable <= high:
         return None

@@ -1,6 +1,6 @@
-"""Statistics of clips (loudness, peak, spectrogram, ...) and the file that keeps them between runs.
+"""Statistics of clips (loudness, peak, spectrogram, ...) and the file that stores them between runs.
 
-Suffixes: N clips, W pieces of all their spectrograms in turn, S bands, K values of a fingerprint.
+Suffixes: N clips, W spectrogram columns of all clips concatenated, S bands, P columns of one, K fingerprint values.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class ClipStats:
-    """What is measured in one clip.
+    """Measurements of one clip.
 
-    lufs            integrated loudness (ITU-R BS.1770-4), -inf when all of it is gated away; ungated below 400 ms
+    lufs            integrated loudness (ITU-R BS.1770-4); -inf if all is gated; ungated below 400 ms
     peak_dbfs       largest sample, dB full scale
-    silent_share    share of 100 ms pieces that stay below -60 dBFS, training's own limit
+    silent_share    share of 100 ms pieces below -60 dBFS, the limit that training uses
     lead_seconds, tail_seconds   silence before and after the sound
     clipped_samples   samples at full scale between two others at full scale
-    spectrogram_SP  float32 dB, 64 bands from 40 Hz to 16 kHz by pieces of 100 ms, 47 of them spread over a longer clip
-    fingerprint     float32: level-free picture of the spectrum over time, compare with ``fingerprint_distance_db``
+    spectrogram_SP  float32 dB, 64 bands from 40 Hz to 16 kHz by pieces of 100 ms; a long clip has 47, evenly spread
+    fingerprint     float32, level-independent spectrum over time; compare with ``fingerprint_distance_db``
     """
 
     lufs: float
@@ -42,7 +42,7 @@ class ClipStats:
 
 
 NAME = "figures.safetensors"
-# Increase it when the way clips are measured changes.
+# Increase it when clips are measured differently.
 VERSION = "3"
 _FACTS = ("digests_N32", "facts_N4")
 SCALARS = tuple(field.name for field in dataclasses.fields(ClipStats)[:6])
@@ -54,25 +54,26 @@ Measured = dict[Key, tuple[AudioFacts, ClipStats]]
 
 
 def read_facts(work_dir: Path) -> dict[Key, AudioFacts]:
-    """Decode results of clips measured earlier; empty if the file is missing or damaged."""
+    """Audio facts of clips measured earlier; empty if the file is missing or damaged."""
     arrays = _read(Path(work_dir) / NAME, _FACTS)
     return {} if arrays is None else _facts(*arrays)
 
 
 def read_stats(work_dir: Path) -> Measured:
-    """Stats of clips measured earlier; empty if the file is missing, damaged, or of another version."""
+    """Clips measured earlier; empty if the file is missing, damaged, or of another version."""
     arrays = _read(Path(work_dir) / NAME, _FACTS + _STATS)
     if arrays is None:
         return {}
     digests_N32, facts_N4, scalars_N6, widths_N, spectrograms_SW, fingerprints_NK = arrays
-    pictures = np.split(spectrograms_SW, np.cumsum(widths_N)[:-1], axis=1)
-    kept = zip(scalars_N6.tolist(), pictures, fingerprints_NK, strict=True)
-    stats = [ClipStats(*values[:5], int(values[5]), picture, print_) for values, picture, print_ in kept]
-    return {key: (facts, one) for (key, facts), one in zip(_facts(digests_N32, facts_N4).items(), stats, strict=True)}
+    spectrograms = np.split(spectrograms_SW, np.cumsum(widths_N)[:-1], axis=1)
+    rows = zip(scalars_N6.tolist(), spectrograms, fingerprints_NK, strict=True)
+    stats = [ClipStats(*scalars[:5], int(scalars[5]), *pictures) for scalars, *pictures in rows]
+    facts_by_key = _facts(digests_N32, facts_N4)
+    return {key: (facts, clip) for (key, facts), clip in zip(facts_by_key.items(), stats, strict=True)}
 
 
 def write_stats(work_dir: Path, measured: Measured) -> None:
-    """Replace the file by ``measured``. A full or read-only disk gives only a warning."""
+    """Replace the file's content by ``measured``. Only warns if the disk is full or read-only."""
     keys = sorted(measured)
     facts, stats = zip(*(measured[key] for key in keys), strict=True)
     arrays = {
@@ -89,7 +90,7 @@ def write_stats(work_dir: Path, measured: Measured) -> None:
     try:
         write_whole(Path(work_dir) / NAME, save(arrays, metadata=metadata))
     except OSError as error:
-        log.warning("%s: the statistics of the clips are not kept (%s)", work_dir, error.strerror or error)
+        log.warning("%s: cannot store the statistics of the clips (%s)", work_dir, error.strerror or error)
 
 
 def _facts(digests_N32: np.ndarray, facts_N4: np.ndarray) -> dict[Key, AudioFacts]:
@@ -102,12 +103,13 @@ def _read(path: Path, names: tuple[str, ...]) -> list[np.ndarray] | None:
         return None
     try:
         with safe_open(path, "np") as file:
-            said = file.metadata() or {}
+            metadata = file.metadata() or {}
             arrays = [file.get_tensor(name) for name in names]
     except (OSError, SafetensorError) as error:
         log.warning("%s: unreadable (%s), measuring again", path, error)
         return None
-    if said.get("version") != VERSION or any(said.get(n) != _digest(a) for n, a in zip(names, arrays, strict=True)):
+    digests_fit = all(metadata.get(name) == _digest(array) for name, array in zip(names, arrays, strict=True))
+    if metadata.get("version") != VERSION or not digests_fit:
         log.warning("%s: damaged or of another version, measuring again", path)
         return None
     return arrays

@@ -1,7 +1,7 @@
-"""One interface to a zip (zips.py), a folder (folders.py) or tars: a checked list of members, and bounded reads.
+"""One interface to zips (zips.py), folders (folders.py) and tars: a checked list of members, and bounded reads.
 
-Faults of single members are collected in ``refused``, so that all are reported at once; a fault of the whole container
-raises DataError.
+Faults of single members are collected in ``refused``, to report all at once. A fault of the whole container raises
+DataError.
 """
 
 import abc
@@ -30,7 +30,7 @@ TAR_FAULTS = (tarfile.TarError, struct.error, EOFError, OSError, ValueError, Loo
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One regular file of a container: normalised posix name, size in bytes, and where the container finds it."""
+    """One regular file of a container: normalised posix name, size in bytes, and the container's handle to read it."""
 
     name: str
     size: int
@@ -45,7 +45,7 @@ def name_fault(name: str) -> str | None:
 
 
 def path_fault(name: str) -> str | None:
-    """Why a name with '/' between folders could point outside the container, or None."""
+    """Why a name (with '/' between folders) could point outside the container, or None."""
     if not name:
         return "has no name; make the archive again with another tool"
     if name.startswith("/") or _DRIVE.match(name):
@@ -58,7 +58,7 @@ def path_fault(name: str) -> str | None:
 
 
 def spelling_fault(name: str) -> str | None:
-    """Why ``name`` cannot be a key although it stays inside the container, or None."""
+    """Why ``name`` cannot be a key because of its characters, or None."""
     if any(ord(c) < 32 or ord(c) == 127 for c in name):
         return "has a control character in its name; rename it"
     try:
@@ -69,14 +69,14 @@ def spelling_fault(name: str) -> str | None:
 
 
 class Container(contextlib.AbstractContextManager):
-    """Base of the three kinds; closes its open files at the end of its block.
+    """Base class of the three kinds. Used in a with block, which closes its files.
 
-    label     its name in messages
-    members   regular files in order of name, without system files and those left out; names are unique
-    system    number of operating system files skipped
-    left_out  (what, why) -> names of files that cannot matter and could not be listed, as kind_of names them
-    own       results and work directories of runs, which are left out, by name
-    refused   fault -> names of the members that have it
+    label         its name in messages
+    members       regular files sorted by name, without system files and left-out files; names are unique
+    system        number of ignored system files
+    left_out      (what, why), as from ``kind_of`` -> names of left-out files
+    run_outputs   names of run outputs, which are left out
+    refused       fault -> names of members with that fault
     """
 
     def __init__(self, label: str):
@@ -84,7 +84,7 @@ class Container(contextlib.AbstractContextManager):
         self.members: list[Member] = []
         self.system = 0
         self.left_out: dict[tuple[str, str], list[str]] = {}
-        self.own: list[str] = []
+        self.run_outputs: list[str] = []
         self.refused: dict[str, list[str]] = {}
         self._names: set[str] = set()
         self._total = 0
@@ -118,7 +118,7 @@ class Container(contextlib.AbstractContextManager):
                 self.system += 1
             return
         if odd := spelling_fault(name):
-            # No clip can have such a name, so neither can a clip's caption or table.
+            # No clip can have such a name, so no caption or table with it matters.
             fault, matters = odd, is_audio(clean)
         else:
             matters = is_audio(clean) or extension_of(clean) == "txt" or is_manifest(clean)
@@ -147,14 +147,14 @@ class Container(contextlib.AbstractContextManager):
 
 
 class TarContainer(Container):
-    """One or more uncompressed tars, as WebDataset writes them. Names that several share are prefixed."""
+    """One or more uncompressed tars, as written by WebDataset. If names collide, all are prefixed with their tar's."""
 
     def __init__(self, paths: list[Path], label: str):
         super().__init__(label)
-        found = [(path, info) for path in paths for info in self._scan(path)]
-        names = [info.name for _, info in found]
+        entries = [(path, info) for path in paths for info in self._scan(path)]
+        names = [info.name for _, info in entries]
         prefixed = len(paths) > 1 and len(set(names)) < len(names)
-        for path, info in sorted(found, key=lambda pair: (pair[1].name, pair[0].name)):
+        for path, info in sorted(entries, key=lambda entry: (entry[1].name, entry[0].name)):
             name = f"{path.stem}/{info.name}" if prefixed and not path_fault(info.name) else info.name
             self._admit(name, info.size, (path, info.offset_data), unsafe=_tar_fault(info))
         self.members.sort(key=lambda member: member.name)
@@ -169,7 +169,7 @@ class TarContainer(Container):
             raise DataError(f"cannot be read from {path.name} ({error.strerror or error})") from error
 
     def _scan(self, path: Path) -> list[tarfile.TarInfo]:
-        found: list[tarfile.TarInfo] = []
+        infos: list[tarfile.TarInfo] = []
         try:
             end = os.path.getsize(path)
             # "r:" is uncompressed only: offsets must point at bytes on disk.
@@ -178,13 +178,13 @@ class TarContainer(Container):
                     if info.isfile() and info.offset_data + info.size > end:
                         raise EOFError(f"{info.name} ends behind the end of the file")
                     if not info.isdir():
-                        found.append(info)
-                    if len(found) > MAX_MEMBERS:
+                        infos.append(info)
+                    if len(infos) > MAX_MEMBERS:
                         raise DataError(f"{self.label}: more than {MAX_MEMBERS} files; split it into several data sets")
         except TAR_FAULTS as error:
             reason = f"{path.name} is no readable plain tar ({short_reason(error)})"
             raise DataError(f"{self.label}: {reason}; make or download it again") from error
-        return found
+        return infos
 
 
 def _tar_fault(info: tarfile.TarInfo) -> str | None:
@@ -196,8 +196,8 @@ def _tar_fault(info: tarfile.TarInfo) -> str | None:
 
 
 def read_exactly(stream: BinaryIO, size: int, whole_file: bool = True) -> bytes:
-    """``size`` bytes in blocks; DataError when there are fewer, or (``whole_file``) more."""
-    # In blocks: read at once, zipfile would hold a large member twice.
+    """Read ``size`` bytes. Raises DataError if there are fewer, or (``whole_file``) more."""
+    # In blocks: zipfile would hold a large member in memory twice.
     buffer = io.BytesIO()
     while buffer.tell() < size:
         block = stream.read(min(READ_BLOCK_BYTES, size - buffer.tell()))

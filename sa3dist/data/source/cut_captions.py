@@ -1,4 +1,4 @@
-"""Captions longer than the text encoder reads: it cuts them, so warn the user."""
+"""Find captions that are longer than the text encoder's limit, where it cuts them, and warn of them."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ log = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from sa3dist.settings import Settings
 
-# A token stands for at least one byte, except one token at either end and a space in front.
+# Every token covers at least one byte, except one at each end and a leading space.
 _TOKENS_ADDED = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class CutCaptions:
-    """Captions that do not fit.
+    """Captions that are too long.
 
     limit    tokens the text encoder reads
-    tokens   clip's key -> number of its caption's tokens, if above the limit
+    tokens   key of each clip with a longer caption -> tokens of the caption
     """
 
     limit: int
     tokens: dict[str, int]
 
     def line(self, most: int = 3) -> str:
-        """One line for people, with the first ``most`` clips; empty if no caption is cut."""
+        """A one-line message with the first ``most`` clips; empty if no caption is cut."""
         if not self.tokens:
             return ""
         named = listed([f"{key} has {count}" for key, count in sorted(self.tokens.items())], len(self.tokens), most)
@@ -46,9 +46,9 @@ class CutCaptions:
 
 
 def cut_captions(source: TextSource, captions: Iterable[tuple[str, str]]) -> CutCaptions | None:
-    """Which of (clip's key, caption) do not fit; None if some may not and this machine has no tokenizer.
+    """The captions, given as (clip's key, caption), that are too long; None if unknown for lack of a local tokenizer.
 
-    Downloads nothing, and does not import transformers if all captions are short.
+    Downloads nothing. Imports transformers only if some caption may be too long.
     """
     limit = source.config.max_length
     long = [(key, caption) for key, caption in captions if len(caption.encode()) + _TOKENS_ADDED > limit]
@@ -63,18 +63,15 @@ def cut_captions(source: TextSource, captions: Iterable[tuple[str, str]]) -> Cut
     return CutCaptions(limit, {key: count for (key, _), count in zip(long, counts, strict=True) if count > limit})
 
 
-def say_cut_captions(index: DatasetIndex, source: TextSource | None) -> None:
-    """Warn of captions that do not fit, if this machine has the tokenizer."""
-    found = source and cut_captions(source, ((clip.key, clip.caption) for clip in index.clips))
-    if found and found.tokens:
-        log.warning("%s", found.line())
+def warn_of_cut_captions(index: DatasetIndex, source: TextSource | None) -> None:
+    """Warn of captions that are too long, if the tokenizer is on this machine."""
+    cut = source and cut_captions(source, ((clip.key, clip.caption) for clip in index.clips))
+    if cut and cut.tokens:
+        log.warning("%s", cut.line())
 
 
 def text_source(settings: Settings) -> TextSource:
-    """Where a run with these settings finds its text encoder; reads the model's config, but no weights.
-
-    Raises CheckpointError.
-    """
+    """The text encoder of a run with these settings. Reads the model's config, no weights. Raises CheckpointError."""
     override = None if settings.text_encoder is None else str(settings.text_encoder)
     directory = None if settings.model in RELEASED else Path(settings.model).expanduser()
     return TextSource(known_config(settings.model).prompt, override, directory, RELEASED.get(settings.model))

@@ -1,4 +1,4 @@
-"""A local folder as a container: the files below it and behind its links."""
+"""A local folder as a container: all files below it, links followed."""
 
 import errno
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sa3dist.data.source.containers import Container, Member, read_exactly
 from sa3dist.data.source.kinds import is_system
-from sa3dist.data.source.own_folders import own_on_disk
+from sa3dist.data.source.run_outputs import run_outputs_on_disk
 from sa3dist.errors import DataError
 
 LOOP = "looping link", "it leads to a folder that holds it"
@@ -15,7 +15,7 @@ READ_ALREADY = "linked folder", "it is read already, under another name"
 
 
 class FolderContainer(Container):
-    """A user's own folder: links to files and folders are followed wherever they lead, each folder once."""
+    """A local folder, trusted: links are followed wherever they lead. Each folder is read once."""
 
     def __init__(self, path: Path, label: str):
         super().__init__(label)
@@ -23,7 +23,7 @@ class FolderContainer(Container):
         self._seen: set[tuple[int, int]] = set()
         self._links: list[tuple[str, Path]] = []
         self._walk(self._root, ".")
-        # Last, so that a folder found twice keeps its own name.
+        # Links last, so that a folder that is reached twice keeps its real name.
         while self._links:
             name, link = self._links.pop(0)
             target = link.resolve()
@@ -36,13 +36,13 @@ class FolderContainer(Container):
         self.members.sort(key=lambda member: member.name)
 
     def _walk(self, top: Path, name: str) -> None:
-        """Add everything below ``top`` under the name ``name``; links to folders are collected in ``_links``."""
-        for folder, folders, files in os.walk(top, onerror=self._unreadable):
+        """Add everything below ``top`` under ``name``; collect links to folders in ``_links``."""
+        for folder, folders, files in os.walk(top, onerror=self._raise_unreadable):
             inside = os.path.normpath(os.path.join(name, os.path.relpath(folder, top)))
             self._seen.add(_identity(folder))
-            own = {child for child in own_on_disk(folder, at_top=inside == ".") if not is_system(child)}
-            self.own += [os.path.normpath(os.path.join(inside, child)) for child in sorted(own)]
-            folders[:] = [child for child in folders if child not in own]
+            outputs = {child for child in run_outputs_on_disk(folder, at_top=inside == ".") if not is_system(child)}
+            self.run_outputs += [os.path.normpath(os.path.join(inside, child)) for child in sorted(outputs)]
+            folders[:] = [child for child in folders if child not in outputs]
             for child in sorted(folders):
                 path, relative = Path(folder, child), os.path.normpath(os.path.join(inside, child))
                 if is_system(child):
@@ -54,11 +54,11 @@ class FolderContainer(Container):
                 else:
                     continue
                 folders.remove(child)
-            for child in sorted(set(files) - own):
+            for child in sorted(set(files) - outputs):
                 self._add(Path(folder, child), os.path.normpath(os.path.join(inside, child)))
 
     def _count_system(self, top: Path, name: str) -> None:
-        # Some of them only the system may list.
+        # os.walk ignores folders that may not be listed, as some of these are.
         if top.is_symlink():
             self.system += 1
         else:
@@ -79,14 +79,16 @@ class FolderContainer(Container):
         try:
             status = path.stat()
         except OSError as error:
-            lost = isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP
-            seen = f"cannot be looked at ({error.strerror}); check its permissions"
-            self._admit(name, 0, None, "is a link to nothing; remove it or copy the file there" if lost else seen)
+            if isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP:
+                fault = "is a link to nothing; remove it or copy the file there"
+            else:
+                fault = f"cannot be accessed ({error.strerror}); check its permissions"
+            self._admit(name, 0, None, fault)
         else:
             fault = None if stat.S_ISREG(status.st_mode) else "is a device or pipe, expected a file"
             self._admit(name, status.st_size, path, fault)
 
-    def _unreadable(self, error: OSError) -> None:
+    def _raise_unreadable(self, error: OSError) -> None:
         raise DataError(
             f"{self.label}: folder {error.filename} cannot be listed ({error.strerror}); check its permissions"
         )

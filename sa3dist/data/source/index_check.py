@@ -1,4 +1,4 @@
-"""Validate an untrusted index: a matching digest proves integrity, not origin."""
+"""Validate an untrusted index. A matching digest proves integrity, not origin."""
 
 import math
 import re
@@ -15,15 +15,15 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar")
 
 
 def index_faults(index: DatasetIndex) -> Iterator[str]:
-    """What is wrong with an untrusted index, a line without full stop for each fault; nothing for one of ours."""
+    """Faults of an untrusted index, one line each, without full stop; none for an index that we wrote."""
     for shard in index.shards:
         if not (_SHARD_NAME.fullmatch(str(shard.name)) and is_whole(shard.bytes, 1)):
             yield f"names a shard {ascii(shard.name)[:80]}"
             return
     if not all(isinstance(line, str) and line.isprintable() for line in index.skipped):
-        yield "tells of skipped clips in no lines of text"
+        yield "lists skipped clips that are not lines of text"
     if not all(_is_left_out(kind) for kind in index.left_out):
-        yield "tells of files left out in no lines of text"
+        yield "lists left-out files that are not lines of text"
     shards = {str(shard.name): shard for shard in index.shards}
     keys = [clip.key for clip in index.clips]
     if not all(isinstance(key, str) for key in keys) or keys != sorted(set(keys)):
@@ -53,7 +53,7 @@ def _place_fault(clip: ClipEntry, shards: dict[str, ShardEntry]) -> str | None:
 
 
 def clip_fault(clip: ClipEntry) -> str | None:
-    """What of a clip's facts cannot be; None where all can."""
+    """The first impossible value in a clip's entry, for a message; None if there is none."""
     if not isinstance(clip.key, str) or name_fault(clip.key):
         return "has an unusable name"
     if not is_digest(clip.audio_sha256) or clip.extension not in AUDIO_EXTENSIONS:
@@ -66,7 +66,7 @@ def clip_fault(clip: ClipEntry) -> str | None:
     try:
         clip.caption.encode()
     except UnicodeEncodeError:
-        return "has a caption that is no text"
+        return "has a caption that is not text"
     return None
 
 

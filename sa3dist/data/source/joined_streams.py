@@ -1,15 +1,15 @@
-"""Find audio that is lost: a file that is cut off, a second stream joined with cat, MP3 frames no header counts."""
+"""Refuse files whose audio would be lost: truncated, several joined with cat, or with uncounted MP3 frames."""
 
 import functools
 import re
 import struct
 from collections.abc import Iterator
 
-from sa3dist.data.source.riff import UNKNOWN, chunk_table, refuse_several, samples_of
+from sa3dist.data.source.riff import UNKNOWN, chunk_table, refuse_extra_audio, samples_of
 from sa3dist.errors import DataError
 
-_MEND = "cut it apart, or join it anew: ffmpeg -i IN OUT.flac"
-# How other files begin: (bytes to search for, offset behind their start, bytes that must stand there).
+_REMEDY = "cut it apart, or join it anew: ffmpeg -i IN OUT.flac"
+# Beginnings of audio files: (bytes to search for, offset from them, bytes that must be there).
 _STARTS = (
     (b"RIFF", 8, b"WAVE"),
     (b"RIFX", 8, b"WAVE"),
@@ -30,45 +30,46 @@ _BITRATES_KBPS = {
     1: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     2: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
-# Behind the side information of mono or stereo, of either version, and perhaps two bytes of CRC.
-_HEADINGS_AT = (13, 15, 21, 23, 36, 38)
+# Offsets of a Xing, Info or VBRI header in its frame: after the side information of mono or stereo, of either version,
+# and an optional CRC of two bytes.
+_HEADER_OFFSETS = (13, 15, 21, 23, 36, 38)
 _RATES_HZ = (44100, 48000, 32000)
-# So many frames in a row are no accident.
+# This many frames in a row cannot be chance.
 _FRAMES_IN_A_ROW = 3
-# The first frame may need what lies before it, and the last may be cut.
+# The first frame may depend on data before it, and the last may be truncated.
 _SLACK_FRAMES = 4
-# Some programs count a header, or fill up to a block, where they write how long the samples are.
+# Some programs add a header, or padding to a block, to the size of the samples that they write.
 _MISCOUNTED_BYTES = 4096
-# Where no header counts the frames, a decoder's guess of their size may be off by 0.04 bytes of 418.
+# If no header counts the frames, a decoder's guess of their size may be off by 0.04 bytes of 418.
 _SLACK_SHARE = 1 / 4000
 
 
 def check_end(data: bytes) -> None:
-    """Raise DataError, without a file name, when the first stream is cut off, or other audio begins where it ends.
+    """Raise DataError, without a file name, if the first stream is truncated or followed by other audio.
 
-    Covers, overviews and tags are none, nor are streams that run beside each other in one Ogg file. Where a FLAC or an
-    MP3 is cut off only decoding finds out.
+    Cover images, overviews and tags do not count as audio. Parallel streams in an Ogg file are accepted. A truncated
+    FLAC or MP3 is found only by decoding.
     """
     if data[:3] == b"ID3":
-        # Also in front of a FLAC.
+        # May precede a FLAC, too.
         data = data[_tag_size(data, 0) :]
     if data[:4] == b"OggS":
         streams, end = _ogg_streams(data)
         _refuse_cut(data, end)
         if streams > 1:
-            raise DataError(f"holds {streams} streams joined one after the other, of which one would be used; {_MEND}")
+            raise DataError(f"holds {streams} streams joined one after the other, but one would be used; {_REMEDY}")
         _refuse_second(data, end)
     elif (end := _end_of_samples(data)) is not None:
         _refuse_cut(data, end, _MISCOUNTED_BYTES)
         _refuse_second(data, end)
-        refuse_several(data)
+        refuse_extra_audio(data)
     elif (counted := mp3_counted(data)) is not None:
-        # Ahead of decoding: libmpg123 prints a warning of its own on the way.
+        # Before decoding, during which libmpg123 would print its own warning.
         _refuse_more(data, counted)
 
 
 def refuse_lost(data: bytes, samples: int) -> None:
-    """Raise DataError when an MP3 holds more than the ``samples`` that were decoded of it; after ``check_end``."""
+    """Raise DataError if an MP3 has more than the ``samples`` decoded from it. Call after ``check_end``."""
     if data[:4] == b"OggS" or _end_of_samples(data) is not None:
         return
     counted = mp3_counted(data)
@@ -83,26 +84,26 @@ def _refuse_cut(data: bytes, end: int, slack_bytes: int = 0) -> None:
 
 
 def _refuse_more(data: bytes, samples: int) -> None:
-    found = mp3_samples(data)
-    if found is not None and samples < found:
+    least = mp3_samples(data)
+    if least is not None and samples < least:
         raise DataError(
-            f"holds at least {found} samples, of which {samples} would be used, as where files were joined or cut "
-            f"without a new header; {_MEND}"
+            f"holds at least {least} samples, of which {samples} would be used, as where files were joined or cut "
+            f"without a new header; {_REMEDY}"
         )
 
 
 def _refuse_second(data: bytes, start: int) -> None:
-    # Where only decoding finds the end, the whole file is searched, for its own kind alone: that is slow enough.
+    # If only decoding finds the end, search the whole file, for its own kind alone, to save time.
     own = [known for known in _SEARCHED_THROUGHOUT if data.startswith(known[0][:4])]
     for magic, offset, rest in own or _STARTS:
         place = start - 1
         while (place := data.find(magic, place + 1)) >= 0:
             if data.startswith(rest, place + offset):
-                raise DataError(f"holds a second file, which begins at byte {place} and would be lost; {_MEND}")
+                raise DataError(f"holds a second file, which begins at byte {place} and would be lost; {_REMEDY}")
 
 
 def _end_of_samples(data: bytes) -> int | None:
-    """From where on a second file would show; None for MP3 and what is no audio. Tags in front may hold anything."""
+    """Where to begin the search for a second file; None for MP3 and non-audio. Skips tags, which may hold anything."""
     if data[:4] == b"fLaC":
         # Only decoding finds the end of the samples.
         place = 4
@@ -124,9 +125,9 @@ def _end_of_samples(data: bytes) -> int | None:
 
 
 def _ogg_streams(data: bytes) -> tuple[int, int]:
-    """How many groups of streams follow each other, and where the last page ends.
+    """Number of consecutive groups of streams, and the end of the last page.
 
-    A group begins wherever the first page of a stream comes behind other pages.
+    A new group begins where the first page of a stream follows pages that are not first ones.
     """
     streams, in_heads, place, end = 0, False, 0, 0
     while (place := data.find(b"OggS", place)) >= 0 and place + 27 <= len(data):
@@ -142,23 +143,23 @@ def _ogg_streams(data: bytes) -> tuple[int, int]:
 
 
 def mp3_samples(data: bytes) -> int | None:
-    """Samples per channel that the frames of an MP3 hold at least; None where that cannot be told (layers I, II).
+    """Lower bound of the samples per channel in an MP3's frames; None if unknown (layers I, II).
 
-    Raises DataError where its frames differ in rate or channels: what is joined there cannot be decoded as one.
+    Raises DataError if frames differ in rate or channels: such joined files cannot be decoded as one.
     """
-    headings = _headings(data)
+    headings = _header_frames(data)
     samples, kinds, trimmed, end = 0, set(), 0, 0
     for place, frame in _mp3_frames(data):
         size, rate, channels, of_frame = frame
         if place in headings:
-            # Only the first one counts for a decoder.
+            # Decoders use only the first one.
             trimmed = trimmed if end else _trimmed(data[place : place + size])
         else:
             kinds.add((rate, channels))
             samples += of_frame
         end = place + size
     if len(kinds) > 1:
-        raise DataError(f"changes its sample rate or channels on the way, as where files were joined; {_MEND}")
+        raise DataError(f"changes its sample rate or channels on the way, as where files were joined; {_REMEDY}")
     if not kinds:
         return None
     _refuse_second(data, end)
@@ -166,9 +167,9 @@ def mp3_samples(data: bytes) -> int | None:
 
 
 def mp3_counted(data: bytes) -> int | None:
-    """Samples an MP3 has by the frame that counts the others; None without one, where a decoder guesses by the size."""
+    """Samples of an MP3 as its header frame counts them; None without one. A decoder then guesses from the size."""
     place, frame = next(_mp3_frames(data), (0, None))
-    if frame is None or place not in _headings(data[place : place + 200], place):
+    if frame is None or place not in _header_frames(data[place : place + 200], place):
         return None
     size, _, _, of_frame = frame
     heading = data[place : place + size]
@@ -180,17 +181,17 @@ def mp3_counted(data: bytes) -> int | None:
     return max(0, of_frame * int.from_bytes(heading[at + 8 : at + 12], "big") - _trimmed(heading))
 
 
-def _headings(data: bytes, start: int = 0) -> set[int]:
-    """Where frames may begin that hold counts instead of sound, behind a header and 9 to 32 bytes of zeros.
+def _header_frames(data: bytes, start: int = 0) -> set[int]:
+    """Possible positions of frames with counts (Xing, Info, VBRI) instead of sound.
 
-    start   place of ``data`` in the file
+    start   position of ``data`` in the file
     """
-    marks = (found.start() for mark in (b"Xing", b"Info", b"VBRI") for found in re.finditer(mark, data))
-    return {start + at - before for at in marks for before in _HEADINGS_AT}
+    marks = (match.start() for mark in (b"Xing", b"Info", b"VBRI") for match in re.finditer(mark, data))
+    return {start + at - before for at in marks for before in _HEADER_OFFSETS}
 
 
 def _mp3_frames(data: bytes) -> Iterator[tuple[int, tuple[int, int, int, int]]]:
-    """(place, (bytes, sample rate in Hz, channels, samples)) of every frame of layer III; passes over tags."""
+    """(position, (bytes, sample rate in Hz, channels, samples)) of every layer III frame. Skips tags."""
     place, in_step = 0, False
     tags = dict.fromkeys((b"ID3", b"APETAGEX"), -1)
     while place + 4 <= len(data):
@@ -204,11 +205,11 @@ def _mp3_frames(data: bytes) -> Iterator[tuple[int, tuple[int, int, int, int]]]:
         else:
             for mark, at in tags.items():
                 if at <= place:
-                    tags[mark] = _found(data, mark, place + 1)
-            place = min(_found(data, b"\xff", place + 1), *tags.values())
+                    tags[mark] = _find_or_end(data, mark, place + 1)
+            place = min(_find_or_end(data, b"\xff", place + 1), *tags.values())
 
 
-def _found(data: bytes, mark: bytes, start: int) -> int:
+def _find_or_end(data: bytes, mark: bytes, start: int) -> int:
     place = data.find(mark, start)
     return len(data) if place < 0 else place
 
@@ -224,7 +225,7 @@ def _in_a_row(data: bytes, place: int) -> bool:
     return True
 
 
-# A file has few kinds of frames, and a minute of it 2300 of them.
+# A minute of audio has 2300 frames, but a file has few different frame headers.
 @functools.lru_cache(maxsize=4096)
 def _frame(header: bytes) -> tuple[int, int, int, int] | None:
     head = int.from_bytes(header, "big")
@@ -239,7 +240,7 @@ def _frame(header: bytes) -> tuple[int, int, int, int] | None:
 
 
 def _trimmed(frame: bytes) -> int:
-    """Samples of delay and padding that a decoder leaves out, as the encoder's tag says."""
+    """Samples of delay and padding that a decoder drops, from the encoder's tag."""
     at, flags = _xing(frame)
     if not at:
         return 0
@@ -249,13 +250,13 @@ def _trimmed(frame: bytes) -> int:
 
 
 def _xing(frame: bytes) -> tuple[int, int]:
-    """Where the Xing or Info header of a frame begins, and its flags; 0, 0 without one."""
-    at = next((at for at in _HEADINGS_AT if frame[at : at + 4] in (b"Xing", b"Info")), 0)
+    """Offset of the Xing or Info header in a frame, and its flags; 0, 0 without one."""
+    at = next((at for at in _HEADER_OFFSETS if frame[at : at + 4] in (b"Xing", b"Info")), 0)
     return at, int.from_bytes(frame[at + 4 : at + 8], "big") if at else 0
 
 
 def _tag_size(data: bytes, place: int) -> int:
-    """Bytes of the ID3v2, ID3v1 or APE tag at ``place``; 0 where there is none."""
+    """Size of the ID3v2, ID3v1 or APE tag at ``place``; 0 if there is none."""
     head = data[place : place + 10]
     if head[:3] == b"ID3" and len(head) == 10 and max(head[6:]) < 128:
         size = sum(byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
@@ -263,7 +264,7 @@ def _tag_size(data: bytes, place: int) -> int:
     if head[:3] == b"TAG" and place == len(data) - 128:
         return 128
     if head[:8] == b"APETAGEX":
-        # The size counts items and footer; of what comes first, a header, it is all that follows.
+        # The size excludes the header of 32 bytes.
         (size,) = struct.unpack_from("<I", data[place : place + 32].ljust(32, b"\0"), 12)
         return 32 + size
     return 0

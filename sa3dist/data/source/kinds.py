@@ -1,13 +1,13 @@
-"""What kind of file a name stands for: audio, caption table, system file, or one that is left out."""
+"""Kinds of files by name: audio, caption table, system file, or left out."""
 
 from pathlib import PurePosixPath
 
-# What libsndfile reads in the containers of audio.py.
+# Files that libsndfile reads, in the container formats of audio.py.
 AUDIO_EXTENSIONS = (
     *("wav", "wave", "bwf", "flac", "mp3", "ogg", "oga", "opus", "aif", "aiff", "aifc"),
     *("au", "snd", "caf", "w64", "rf64"),
 )
-# Recordings, and films with a sound track, that it does not.
+# Audio, and video with sound, that it cannot read.
 UNREAD_AUDIO_EXTENSIONS = frozenset(
     (
         *("m4a", "m4b", "m4p", "m4r", "mp4", "m4v", "aac", "adts", "alac", "wma", "wmv", "asf", "amr", "3gp"),
@@ -23,20 +23,20 @@ ARCHIVE_EXTENSIONS = frozenset(
         *("7z", "rar", "cab", "iso", "dmg", "z", "arj", "lzh"),
     )
 )
-# Tables of captions; the second kind is that of Hugging Face's AudioFolder, and a common name for other tables.
+# Tables of captions. metadata.* comes from Hugging Face's AudioFolder, but is a common name for other tables too.
 CAPTION_TABLES = ("captions.csv", "captions.jsonl")
 METADATA_TABLES = ("metadata.csv", "metadata.jsonl")
 MANIFEST_NAMES = CAPTION_TABLES + METADATA_TABLES
 # In lower case; docs/data.md lists them.
 SYSTEM_FILES = frozenset(("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"))
 SYSTEM_FOLDERS = frozenset(("__macosx", "$recycle.bin", "system volume information", "lost+found", "@eadir"))
-# Their audio is deleted, or no audio at all.
+# Folders and prefixes whose audio files are deleted files, or not audio at all.
 _DISCARDED = ("__macosx", "$recycle.bin", "@eadir", ".trash", ".git", "._")
 BESIDE_SHARDS = "file", "beside shards: of a folder with .tar files on top only these are read"
 
 
 def extension_of(name: str) -> str:
-    """Lower case, without the dot; empty where there is none."""
+    """Extension in lower case, without the dot; empty if there is none."""
     return PurePosixPath(name).suffix[1:].lower()
 
 
@@ -49,18 +49,18 @@ def is_manifest(name: str) -> bool:
 
 
 def is_system(name: str) -> bool:
-    """What systems and their file managers leave behind, and every name that begins with a dot."""
+    """Whether ``name`` was left by an operating system or file manager, or begins with a dot."""
     parts = [part.lower() for part in PurePosixPath(name).parts]
     return any(part.startswith(".") or part in SYSTEM_FOLDERS for part in parts) or parts[-1:][0] in SYSTEM_FILES
 
 
 def is_hidden_audio(name: str) -> bool:
-    """A recording among system files that somebody may miss: in a folder, or under a name, that begins with a dot."""
+    """Whether a system file is audio the user may miss: its name, or a folder's, begins with a dot."""
     return is_audio(name) and not any(part.lower().startswith(_DISCARDED) for part in PurePosixPath(name).parts)
 
 
 def kind_of(name: str) -> tuple[str, str]:
-    """(what it is, why it is left out and what helps) of a file that is neither audio we read nor a caption."""
+    """(what it is, why it is left out and what to do) of a file that is neither readable audio nor a caption."""
     extension = extension_of(name)
     if extension in UNREAD_AUDIO_EXTENSIONS:
         return (

@@ -1,4 +1,4 @@
-"""Match the audio files of a container with their captions, and say what is left out or refused."""
+"""Match the audio files of a container with their captions; list what is left out or refused."""
 
 import dataclasses
 import unicodedata
@@ -12,7 +12,7 @@ from sa3dist.errors import DataError, listed, printable
 from sa3dist.formats import LeftOut
 
 _OF_UNREADABLE = "caption", "of audio that is left out"
-_SYSTEM = "what systems and their file managers leave behind, and names that begin with a dot"
+_SYSTEM = "left by operating systems and file managers, or a name that begins with a dot"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Pair:
     """One clip of a container: its audio file and its caption.
 
     key           posix path inside the source, without extension
-    caption       a .txt or .json member, or the text itself where a manifest holds it
-    caption_name  where the caption is, for messages
+    caption       a .txt or .json member, or the text itself if it comes from a table
+    caption_name  location of the caption, for messages
     """
 
     key: str
@@ -33,12 +33,12 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """What a container holds.
+    """The content of a container.
 
     pairs     sorted by key
-    refusals  one line per fault of the container itself (hostile or unreadable members): never skipped
-    problems  key -> one line: audio without caption, caption without audio, two audio files or captions that compete
-    unread    key -> one line: clips whose captions may lie in a refused table, which is the one thing to mend
+    refusals  one line per fault of the container itself (hostile or unreadable members); never skipped
+    problems  key -> one line: audio without caption, caption without audio, several audio files or captions
+    unread    key -> one line: clips whose captions may be in a refused table; the table is what to fix
     left_out  every other file, by kind; system files are counted, not named
     """
 
@@ -50,17 +50,17 @@ class Listing:
 
 
 def pair_members(container: Container) -> Listing:
-    """Match every audio file with its caption; upper and lower case of a name count as one.
+    """Match every audio file with its caption; names are compared without case.
 
     The caption is the .txt of the same path and stem, or a line of a table (captions.csv, captions.jsonl, metadata.csv,
-    metadata.jsonl) in a folder above; where there is neither, the .json of that stem.
+    metadata.jsonl) in the same folder or above. If there is neither, it is the .json of that stem.
     """
     return _Pairing(container).listing()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
-    """A manifest's line: the audio file it names, the caption, and where it stands."""
+    """A table's line: name of the audio file, caption, and location of the line for messages."""
 
     name: str
     text: str
@@ -68,7 +68,7 @@ class _Line:
 
 
 class _Pairing:
-    """By stem: audio, captions; and by kind what is left out."""
+    """Builds a ``Listing``: collects audio and captions by stem, and left-out files by kind."""
 
     def __init__(self, container: Container) -> None:
         self._container = container
@@ -77,7 +77,7 @@ class _Pairing:
         self._left_out = {kind: list(names) for kind, names in container.left_out.items()}
         self._refusals = [f"{listed(names, len(names))}: {why}" for why, names in sorted(container.refused.items())]
         refused = [name for names in container.refused.values() for name in names]
-        # Tables that were refused, and stems: an absent or unreadable partner of those is no second problem.
+        # Refused tables, and stems of refused files: a missing partner of these is not reported as a second problem.
         self._tables = [name for name in refused if is_manifest(name)]
         self._other_tables: dict[str, str] = {}
         self._refused = {_stem(name) for name in refused}
@@ -111,8 +111,8 @@ class _Pairing:
         return Listing(tuple(pairs), tuple(self._refusals), problems, unread, self._lines())
 
     def _sort(self) -> None:
-        """Put every member where it belongs."""
-        descriptions: list[Member] = []
+        """Assign every member to audio, captions, tables or left-out files."""
+        json_files: list[Member] = []
         for member in self._container.members:
             if is_audio(member.name):
                 self._audio.setdefault(_stem(member.name), []).append(member)
@@ -121,11 +121,11 @@ class _Pairing:
             elif is_manifest(member.name):
                 self._read_table(member)
             elif is_json(member.name):
-                descriptions.append(member)
+                json_files.append(member)
             else:
                 self._leave_out(kind_of(member.name), member.name)
-        for member in descriptions:
-            # Beside a caption a .json holds something else, and alone it may be anything.
+        for member in json_files:
+            # A .json counts as a caption only next to audio that has no other caption.
             stem = _stem(member.name)
             if stem in self._audio and stem not in self._captions:
                 self._captions[stem] = [member]
@@ -153,12 +153,12 @@ class _Pairing:
     def _blame_unread_tables(
         self, pairs: list[Pair], problems: dict[str, tuple[str, ...]], unread: dict[str, tuple[str, ...]]
     ) -> None:
-        """Where no clip below a metadata table has a caption, that table is what is wrong, not each of the clips."""
+        """If no clip below a metadata table has a caption, report the table once instead of each clip."""
         for table, reason in self._other_tables.items():
-            alone = [key for key in problems if _lies_below(key, table) and not self._captions.get(_stem(f"{key}.x"))]
-            if alone and not any(_lies_below(pair.key, table) for pair in pairs):
+            without = [key for key in problems if _lies_below(key, table) and not self._captions.get(_stem(f"{key}.x"))]
+            if without and not any(_lies_below(pair.key, table) for pair in pairs):
                 self._refusals.append(f"{printable(table)}: {reason}; expected names such as file_name and text")
-                for key in alone:
+                for key in without:
                     del problems[key]
                     unread[key] = (f"its caption may be in {printable(table)}, which is refused",)
 
@@ -180,7 +180,7 @@ def _lies_below(name: str, table: str) -> bool:
 
 
 def _stem(name: str) -> str:
-    # macOS stores names decomposed, Windows and macOS do not tell upper from lower case.
+    # macOS stores names decomposed; Windows and macOS ignore case.
     return unicodedata.normalize("NFC", _without_extension(name)).casefold()
 
 

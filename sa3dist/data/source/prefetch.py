@@ -1,4 +1,4 @@
-"""Work done ahead of its turn by threads: results in the order of the items, with a bound on the bytes in memory."""
+"""Threads that work ahead: results in the order of the items, with a limit on the bytes in memory."""
 
 import os
 import queue
@@ -11,9 +11,9 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Bytes of the items being worked on at one time; a larger item is worked on alone.
+# Total size of items in progress; a larger item is processed alone.
 IN_FLIGHT_BYTES = 1 << 30
-# How soon a request to stop is noticed by who waits for a result.
+# How often a request to stop is checked while waiting for a result.
 TICK_SECONDS = 0.2
 THREAD_NAME = "prefetch"
 
@@ -28,16 +28,17 @@ def prefetch(
     ahead: int | None = None,
     close_seconds: float | None = None,
 ) -> Iterator[tuple[Item, Result]]:
-    """(item, work(item)) in the given order; threads do the work, for decoding and hashing release the interpreter.
+    """(item, work(item)) in order. Threads do the work: decoding and hashing release the interpreter lock.
 
-    size_of        bytes an item holds until its result is taken; ``in_flight_bytes`` at most together, or one item's
-    num_workers    threads; default: one per core. None is started before the first result is asked for
-    check_stop     called while a result is waited for; what it raises ends the iteration. Between results the caller
-                   asks: a step whose clips are all encoded is finished before a run stops
-    ahead          how many items are begun before their turn; default: four per thread
-    close_seconds  how long the end waits for work in hand; default: until it is done. Work that takes longer is left
-                   behind: the threads are daemons
-    Raises what ``work`` raised, at its item's turn.
+    size_of          bytes an item occupies until its result is taken
+    num_workers      threads; default: one per core. They start when the first result is requested
+    check_stop       called while waiting for a result; if it raises, the iteration ends. Between results the caller
+                     checks, so that a step whose clips are all encoded is finished before a run stops
+    in_flight_bytes  limit of the sum of ``size_of``; a single larger item is allowed
+    ahead            number of items in progress; default: four per thread
+    close_seconds    how long closing waits for work in progress; default: until it is done. Work that takes longer is
+                     abandoned: the threads are daemons
+    Raises what ``work`` raised, when its item's turn comes.
     """
     workers = num_workers or os.cpu_count() or 1
     limit, most = in_flight_bytes or IN_FLIGHT_BYTES, ahead or 4 * workers
@@ -49,7 +50,7 @@ def prefetch(
         waiting.append((item, size, Future()))
         tasks.put((waiting[-1][2], item))
         if len(threads) < workers:
-            threads.append(threading.Thread(target=_work_off, args=(tasks, work), name=THREAD_NAME, daemon=True))
+            threads.append(threading.Thread(target=_run_tasks, args=(tasks, work), name=THREAD_NAME, daemon=True))
             threads[-1].start()
 
     def finish() -> tuple[Item, Result]:
@@ -61,7 +62,7 @@ def prefetch(
     try:
         for item in items:
             size = size_of(item)
-            while waiting and (len(waiting) >= most or size + sum(held for _, held, _ in waiting) > limit):
+            while waiting and (len(waiting) >= most or size + sum(bytes_ for _, bytes_, _ in waiting) > limit):
                 yield finish()
             begin(item, size)
         while waiting:
@@ -75,7 +76,7 @@ def prefetch(
             thread.join(close_seconds)
 
 
-def _work_off(tasks: queue.SimpleQueue, work: Callable) -> None:
+def _run_tasks(tasks: queue.SimpleQueue, work: Callable) -> None:
     while (task := tasks.get()) is not None:
         future, item = task
         if future.set_running_or_notify_cancel():
@@ -83,5 +84,5 @@ def _work_off(tasks: queue.SimpleQueue, work: Callable) -> None:
                 future.set_result(work(item))
             except BaseException as problem:
                 future.set_exception(problem)
-        # While the next item is waited for no result must be kept alive here.
+        # Do not keep the result alive while waiting for the next item.
         del task, future, item

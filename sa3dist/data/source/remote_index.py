@@ -1,4 +1,4 @@
-"""The index of shards that stay remote: the one beside them, or one made by reading each shard once."""
+"""The index of shards that stay remote: the one stored with them, or one made by reading each shard once."""
 
 import dataclasses
 import json
@@ -32,13 +32,14 @@ def index_remote(
     report: Callable[[int, int], None] = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[DatasetIndex, dict[str, str]] | None:
-    """Index of remote WebDataset shards, in ``work_dir``/shards, and the URL of each; None where that is not possible.
+    """Index of remote WebDataset shards, written to ``work_dir``/shards, and the URL of each.
 
-    Without an index beside them every shard is downloaded once, checked as ``build_shards`` does, and removed again;
-    its clips stay in the cache as far as they fit. A shard that is known already is not read again.
-    None: ``source`` is local, or no shards, or its server sends whole files only, which is said.
-    cache_bytes   of the clips that are kept        report   called as report(shards read, all shards)
-    Raises as ``build_shards`` does.
+    Without an index next to them, every shard is downloaded once, checked as in ``build_shards``, and removed; its
+    clips stay in the cache as far as they fit. Known shards are not read again.
+    Returns None if ``source`` is local, is not shards, or its server cannot send parts of files (which is logged).
+    cache_bytes   size of the clip cache
+    report        called as report(shards read, all shards)
+    Raises like ``build_shards``.
     """
     work_dir, limits = Path(work_dir), (on_bad_clip, allow_any_dataset_size)
     tars = tars_of(source, should_stop)
@@ -46,19 +47,19 @@ def index_remote(
         return None
     work_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".index-", suffix=".tmp", dir=work_dir) as scratch:
-        found = find_index(source, tars, Path(scratch), should_stop)
-    if not _sends_ranges(found, tars, should_stop):
+        stored = find_index(source, tars, Path(scratch), should_stop)
+    if not _sends_ranges(stored, tars, should_stop):
         log.warning("%s: the server does not send parts of files, downloading the shards whole", redacted(source))
         return None
-    if found is not None:
-        index, urls = found
+    if stored is not None:
+        index, urls = stored
         check_sizes(index, urls, should_stop)
         skipped = raise_or_skip(redacted(source), (), {}, len(index.clips), *limits)
         return _publish(dataclasses.replace(index, skipped=skipped), work_dir), urls
-    log.info("%s: no index beside the shards, reading all of them once", redacted(source))
+    log.info("%s: no index next to the shards, reading all of them once", redacted(source))
     downloads = Downloads(work_dir / "downloads", should_stop, max_download_bytes)
     cache = ClipCache(work_dir / "clip-cache", cache_bytes)
-    return _Reading(source, tars, work_dir, downloads, cache, should_stop).run(limits, report)
+    return _Indexer(source, tars, work_dir, downloads, cache, should_stop).run(limits, report)
 
 
 def attach(
@@ -71,17 +72,17 @@ def attach(
 
 
 def _sends_ranges(
-    found: tuple[DatasetIndex, dict[str, str]] | None, tars: list[str], should_stop: Callable[[], bool]
+    stored: tuple[DatasetIndex, dict[str, str]] | None, tars: list[str], should_stop: Callable[[], bool]
 ) -> bool:
-    if found is not None:
-        index, urls = found
+    if stored is not None:
+        index, urls = stored
         return not index.shards or has_ranges(urls[index.shards[0].name], index.shards[0].bytes, should_stop)
     size = look_up(tars[0], should_stop)[2].get("size")
     return bool(size) and has_ranges(tars[0], size, should_stop)
 
 
 def _publish(index: DatasetIndex, work_dir: Path) -> DatasetIndex:
-    """Write the index into a folder named by what it holds and where that lies."""
+    """Write the index to a folder named after the clips and their positions."""
     digest = dataset_digest(index.clips)
     places = digest_of(*(f"{clip.shard} {clip.audio_offset}" for clip in index.clips))
     directory = work_dir / "shards" / f"{digest[:16]}-{places[:8]}"
@@ -94,8 +95,8 @@ def _publish(index: DatasetIndex, work_dir: Path) -> DatasetIndex:
     return index
 
 
-class _Reading:
-    """Reads shards without an index, each once; what is in a shard is kept on disk under the shard's version."""
+class _Indexer:
+    """Reads each shard once to index it; the index of each shard is stored on disk under the shard's version."""
 
     def __init__(
         self,
@@ -130,7 +131,7 @@ class _Reading:
                     left_out.append(dataclasses.replace(kind, names=tuple(f"{name}/{one}" for one in kind.names)))
                 self._problems |= {f"{name} {line}": (f"{name}, {line}",) for line in part.skipped}
                 report(done, len(self._urls))
-            kinds = _united(left_out)
+            kinds = _merged(left_out)
             skipped = raise_or_skip(self._label, self._refusals, self._problems, len(clips), *limits, kinds)
         filled = {clip.shard for clip in clips}
         shards = [shard for shard in shards if shard.name in filled]
@@ -138,19 +139,18 @@ class _Reading:
         return _publish(index, self._work_dir), self._urls
 
     def _part(self, name: str, url: str, known: Known) -> DatasetIndex:
-        """What is in one shard; ``skipped`` holds a line for each of its bad clips."""
+        """The index of one shard; ``skipped`` has a line for each bad clip."""
         version = version_of(look_up(url, self._should_stop)[2])
         key = digest_of(name, redacted(url), json.dumps(version, sort_keys=True))
-        kept = self._work_dir / "remote" / key[:16]
-        # Not read yet, or damaged: read again.
-        if version and (part := DatasetIndex.find(kept)) is not None:
+        directory = self._work_dir / "remote" / key[:16]
+        if version and (part := DatasetIndex.find(directory)) is not None:
             return part
         log.info("%s: reading it", redacted(url))
         refused = len(self._refusals)
         with self._downloads.borrowed(url) as local:
             part = self._checked(local, name, url, known)
         if version and len(self._refusals) == refused:
-            with atomic_directory(kept) as temporary:
+            with atomic_directory(directory) as temporary:
                 dataclasses.replace(part, directory=temporary, digest=key).write()
         return part
 
@@ -165,27 +165,27 @@ class _Reading:
                 if clip is None:
                     skipped.append("; ".join(problems))
                 else:
-                    # Where a TarContainer finds a member: its file and the offset in it.
+                    # A TarContainer's handle: path of the tar, and offset in it.
                     _, offset = pair.audio.handle
                     clips.append(dataclasses.replace(clip, shard=name, audio_offset=offset))
-        # Downloads are named by content: its digest, a dash, its name.
+        # Downloads are named <sha256>-<name>.
         shard = ShardEntry(name, local.stat().st_size, local.name[:64])
         left_out = tuple(kind.kept() for kind in listing.left_out)
         return DatasetIndex(self._work_dir, "", tuple(clips), tuple(sorted(skipped)), (shard,), left_out=left_out)
 
 
 def _unique(clips: list[ClipEntry]) -> tuple[ClipEntry, ...]:
-    """In order of key; where two shards use one key, all keys get their shard's name in front."""
+    """Sorted by key. If two shards share a key, all keys are prefixed with their shard's name."""
     if clips and max(Counter(clip.key for clip in clips).values()) > 1:
         clips = [dataclasses.replace(clip, key=f"{PurePosixPath(clip.shard).stem}/{clip.key}") for clip in clips]
     return tuple(sorted(clips, key=lambda clip: clip.key))
 
 
-def _united(kinds: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
-    """One of each kind."""
-    found: dict[tuple[str, str], LeftOut] = {}
+def _merged(kinds: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
+    """Merge entries of the same kind."""
+    merged: dict[tuple[str, str], LeftOut] = {}
     for kind in kinds:
-        before = found.get((kind.what, kind.why), LeftOut(kind.what, kind.why, 0))
+        before = merged.get((kind.what, kind.why), LeftOut(kind.what, kind.why, 0))
         names = before.names + kind.names
-        found[kind.what, kind.why] = LeftOut(kind.what, kind.why, before.count + kind.count, names).kept()
-    return tuple(found[key] for key in sorted(found))
+        merged[kind.what, kind.why] = LeftOut(kind.what, kind.why, before.count + kind.count, names).kept()
+    return tuple(merged[key] for key in sorted(merged))

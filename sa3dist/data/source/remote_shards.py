@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from sa3dist.data.remote.disk_cache import ClipCache
-from sa3dist.data.remote.download import answer, download, remote_info
+from sa3dist.data.remote.download import download, query, remote_info
 from sa3dist.data.remote.fetch import address_name, filesystem, is_remote, look_up, redacted, split_query
 from sa3dist.data.remote.ranges import READS, NoRanges, RemoteFile, read_range
-from sa3dist.data.source.archive import expand_braces, two_readings
+from sa3dist.data.source.archive import expand_braces, shards_and_clips
 from sa3dist.data.source.index_check import index_faults
 from sa3dist.data.source.kinds import BESIDE_SHARDS, extension_of, is_audio
 from sa3dist.data.source.shard_split import REPORT_NAME
@@ -25,10 +25,10 @@ MAX_INDEX_BYTES = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class RemoteShards:
-    """Reads clips by range requests; what was read once comes from the cache.
+    """Reads clips by range requests, through a cache.
 
-    urls         shard name -> its URL
-    file_bytes   shard name -> its length
+    urls         shard name -> URL
+    file_bytes   shard name -> length
     """
 
     urls: dict[str, str]
@@ -37,7 +37,7 @@ class RemoteShards:
     should_stop: Callable[[], bool]
 
     def __call__(self, entry: ClipEntry) -> bytes:
-        """The clip's audio bytes, verified. Raises DataError naming shard and clip when they never match the index."""
+        """The clip's audio bytes, verified. Raises DataError naming shard and clip if they do not match the index."""
         shard = RemoteFile(self.urls[entry.shard], self.file_bytes[entry.shard], self.cache, self.should_stop)
         data = shard.read(entry.audio_offset, entry.audio_bytes, entry.audio_sha256, f"clip {entry.key}")
         if data is None:
@@ -49,11 +49,11 @@ class RemoteShards:
 
 
 def tars_of(source: str, should_stop: Callable[[], bool]) -> list[str] | None:
-    """URLs of the shards that a remote ``source`` names, or None when it is something else, or local.
+    """URLs of the shards at a remote ``source``; None if it is local or something else. Empty for an index.json.
 
-    source   URL of one tar, of several with {000..127}, of a folder of tars, or of the index.json beside them, which
-             also stands for a folder where the server cannot list one
-    Raises as ``download`` does.
+    source   URL of one tar, of several with {000..127}, of a folder of tars, or of the index.json next to them, for
+             servers that cannot list a folder
+    Raises like ``download``.
     """
     if not is_remote(source):
         return None
@@ -67,29 +67,28 @@ def tars_of(source: str, should_stop: Callable[[], bool]) -> list[str] | None:
     system, path, info = look_up(source, should_stop)
     if info.get("type") != "directory":
         return None
-    listing = answer(lambda: system.ls(path, detail=True), redacted(source), should_stop)
-    found = {PurePosixPath(info["name"]).name: info.get("type") for info in listing}
-    tars = sorted(name for name in found if extension_of(name) == "tar")
+    listing = query(lambda: system.ls(path, detail=True), redacted(source), should_stop)
+    types = {PurePosixPath(info["name"]).name: info.get("type") for info in listing}
+    tars = sorted(name for name in types if extension_of(name) == "tar")
     if not tars:
         return None
-    below = "directory" in found.values()
-    names = found
-    if below:
-        listing = answer(lambda: system.find(path), redacted(source), should_stop)
+    names = list(types)
+    if "directory" in types.values():
+        listing = query(lambda: system.find(path), redacted(source), should_stop)
         names = [name[len(path.rstrip("/")) + 1 :] for name in listing]
     for name in filter(is_audio, sorted(names)):
-        raise DataError(two_readings(redacted(source), tars[0], name))
-    if beside := sorted({*names} - {*tars, INDEX_NAME, REPORT_NAME}):
-        log.warning("%s: left out: %s", redacted(source), LeftOut(*BESIDE_SHARDS, len(beside), tuple(beside)).line())
+        raise DataError(shards_and_clips(redacted(source), tars[0], name))
+    if others := sorted({*names} - {*tars, INDEX_NAME, REPORT_NAME}):
+        log.warning("%s: left out: %s", redacted(source), LeftOut(*BESIDE_SHARDS, len(others), tuple(others)).line())
     return [f"{source.rstrip('/')}/{name}" for name in tars]
 
 
 def find_index(
     source: str, tars: list[str], scratch: Path, should_stop: Callable[[], bool]
 ) -> tuple[DatasetIndex, dict[str, str]] | None:
-    """The index beside the shards, cut down to the shards that are named, and the URL of each; None when none fits.
+    """The index next to the shards, limited to ``tars``, and the URL of each shard; None if there is no suitable one.
 
-    Raises DataError when it is damaged or holds what no index of ours does.
+    Raises DataError if it is damaged or invalid.
     """
     folders = {_folder(url) for url in tars or [source]}
     if len(folders) > 1 or any(split_query(url)[1] for url in tars):
@@ -128,12 +127,12 @@ def _read_index(url: str, scratch: Path, should_stop: Callable[[], bool]) -> Dat
             info = remote_info(system, remote, redacted(url), should_stop)
             download(system, remote, info, path, redacted(url), MAX_INDEX_BYTES, should_stop)
         except DataError as error:
-            # Some servers answer "forbidden" for what is not there.
+            # Also for "access denied": some servers send it for files that do not exist.
             raise FileNotFoundError(str(error)) from error
         try:
             index = DatasetIndex.read(scratch)
         except DataError as error:
-            log.warning("%s: damaged, or no index of ours (attempt %d)", redacted(url), attempt + 1)
+            log.warning("%s: damaged, or not an index of sa3dist (attempt %d)", redacted(url), attempt + 1)
             problem = error
             continue
         for fault in index_faults(index):
@@ -144,22 +143,21 @@ def _read_index(url: str, scratch: Path, should_stop: Callable[[], bool]) -> Dat
 
 
 def has_ranges(url: str, file_bytes: int, should_stop: Callable[[], bool]) -> bool:
-    """Whether the server of ``url`` sends parts of files. Raises as ``read_range`` does for other trouble."""
+    """Whether the server of ``url`` sends parts of files. Raises like ``read_range`` for other failures."""
     with contextlib.suppress(NoRanges):
-        # The last byte: what sends the file from its start sends something else.
+        # The last byte, to notice a server that ignores the range and sends the file from the start.
         read_range(url, file_bytes, file_bytes - 1, 1, should_stop)
         return True
     return False
 
 
 def check_sizes(index: DatasetIndex, urls: dict[str, str], should_stop: Callable[[], bool]) -> None:
-    """Raises DataError when a shard is missing or has another length than the index says."""
+    """Raise DataError if a shard is missing or its length differs from the index."""
     for shard in index.shards:
-        found = look_up(urls[shard.name], should_stop)[2].get("size")
-        if found is not None and found != shard.bytes:
+        size = look_up(urls[shard.name], should_stop)[2].get("size")
+        if size is not None and size != shard.bytes:
             raise DataError(
-                f"{redacted(urls[shard.name])}: {found} bytes, its index says {shard.bytes}; "
-                f"write shard and index again"
+                f"{redacted(urls[shard.name])}: {size} bytes, its index says {shard.bytes}; write shard and index again"
             )
 
 

@@ -5,14 +5,14 @@ import math
 import numpy as np
 import torch
 
-# torchaudio tabulates one filter per output phase: at most 0.6 MB for the usual rates, 8 GB from 48,001 to 44,100 Hz.
+# Limit of torchaudio's table, one filter per output phase: 0.6 MB for the usual rates, 8 GB for 48,001 to 44,100 Hz.
 MAX_FILTER_TABLE = 1 << 20
 
 
 def ready_audio(audio_CN: np.ndarray, bounded: bool, from_hz: int, to_hz: int) -> torch.Tensor:
-    """Decoded samples ready for cropping, as ``load_clip_audio`` returns them.
+    """Convert decoded samples to what ``load_clip_audio`` returns: stereo, resampled, in [-1, 1].
 
-    bounded   its samples are known to lie in [-1, 1]
+    bounded   whether the samples are known to be in [-1, 1]
     """
     samples_CN = torch.from_numpy(audio_CN[:2])
     if from_hz != to_hz:
@@ -23,7 +23,7 @@ def ready_audio(audio_CN: np.ndarray, bounded: bool, from_hz: int, to_hz: int) -
 
 
 def resampled_length(samples: int, from_hz: int, to_hz: int) -> int:
-    """Samples that ``resample`` returns: ceil(samples * to / from), in exact integers."""
+    """Number of samples that ``resample`` returns: ceil(samples * to / from), in exact integers."""
     return -(-samples * to_hz // from_hz)
 
 
@@ -31,8 +31,8 @@ def resample(audio_CN: torch.Tensor, from_hz: int, to_hz: int) -> torch.Tensor:
     """torchaudio's default sinc resampler (Hann window of 6 zero crossings, roll-off 0.99), for any pair of rates.
 
     audio_CN  float32, any number of channels. Returns float32 (channels, resampled_length).
-    Source: torchaudio.functional.resample. Where its table of filters would not fit in memory (rates with a small
-    common divisor) the same filter is evaluated per output sample. It rounds lengths beyond 2^24 in float32, we do not.
+    Source: torchaudio.functional.resample. For rates with a small common divisor its table of filters would be too
+    large; the same filter is then evaluated per output sample. Unlike torchaudio, lengths above 2^24 are exact.
     """
     if from_hz == to_hz:
         return audio_CN.clone()

@@ -1,4 +1,4 @@
-"""Chunks of WAV, AIFF, CAF and AU files: where the samples lie, and sizes that a recorder never wrote."""
+"""Chunks of WAV, AIFF, CAF and AU files: find the samples, and repair sizes that a recorder never wrote."""
 
 import dataclasses
 import struct
@@ -6,23 +6,24 @@ from collections.abc import Iterator
 
 from sa3dist.errors import DataError
 
-# Written where the size was not known yet.
+# Size field of a chunk whose size is not known yet.
 UNKNOWN = 0xFFFFFFFF
-# Sizes from here on are those that programs write ahead of what they send through a pipe.
+# Programs that write to a pipe use placeholder sizes from here on.
 STREAMED = 0x7F000000
-# A file of nothing but empty chunks would have a hundred million.
+# Limits the work on a hostile file: one of empty chunks only could have a hundred million.
 MAX_CHUNKS = 10_000
-# Below this what lies behind the last chunk is padding, or a tag of some program.
+# Less audio than this after the last chunk is padding or some program's tag.
 MIN_LOST_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class ChunkTable:
-    """What the chunk headers of a file say.
+    """The chunk headers of a file.
 
-    order           of bytes: "<" or ">"        samples   name of the chunk with the samples
-    length          of the file in bytes
-    chunks          (name, where its content begins, size as written), up to the one that holds samples without a size
+    order     byte order: "<" or ">"
+    samples   name of the chunk with the samples
+    length    of the file in bytes
+    chunks    (name, start of its content, size as written), up to the samples' chunk if that has no size
     """
 
     order: str
@@ -31,15 +32,15 @@ class ChunkTable:
     chunks: tuple[tuple[bytes, int, int], ...]
 
     def find(self, name: bytes, at_least: int = 0) -> tuple[int, int] | None:
-        """Where the content of a chunk begins, and its size as written; None where ``at_least`` bytes are not there."""
-        for found, start, size in self.chunks:
-            if found == name and size >= at_least and start + at_least <= self.length:
+        """Start of a chunk's content and its size as written; None without such a chunk of ``at_least`` bytes."""
+        for chunk, start, size in self.chunks:
+            if chunk == name and size >= at_least and start + at_least <= self.length:
                 return start, size
         return None
 
 
 def chunk_table(data: bytes) -> ChunkTable | None:
-    """None when ``data`` is no file of chunks with sizes of four bytes."""
+    """The chunks of a RIFF or AIFF file; None for any other file."""
     kind, form = data[:4], data[8:12]
     if kind in (b"RIFF", b"RF64", b"RIFX") and form == b"WAVE":
         order, samples = ">" if kind == b"RIFX" else "<", b"data"
@@ -52,7 +53,7 @@ def chunk_table(data: bytes) -> ChunkTable | None:
 
 def _declared_end(data: bytes, order: str) -> int:
     (size,) = struct.unpack_from(f"{order}I", data, 4)
-    # A file that was not closed says 0, or the size that its header had when it was opened.
+    # A file that was not closed has size 0, or that of its header.
     return 8 + size if 36 < size < UNKNOWN else len(data)
 
 
@@ -70,54 +71,55 @@ def _chunks(data: bytes, order: str, samples: bytes, end: int) -> Iterator[tuple
 
 
 def samples_of(data: bytes, table: ChunkTable) -> tuple[int, int]:
-    """Where the chunk with the samples begins, and ends by the header; the end of the file where it does not say.
+    """Start of the samples' chunk, and its end according to the header, or the end of the file if not stated.
 
-    The end lies behind that of a file that is cut off.
+    In a truncated file the end is past the end of the file.
     """
     start, size = table.find(table.samples) or (len(data), 0)
     sizes = table.find(b"ds64", 24)
     if size == UNKNOWN and data[:4] == b"RF64" and sizes is not None:
         (size,) = struct.unpack_from("<Q", data, sizes[0] + 8)
-        says = size < UNKNOWN << 32
+        is_known = size < UNKNOWN << 32
     else:
-        says = size < STREAMED
-    return start, start + size if says and size else len(data)
+        is_known = size < STREAMED
+    return start, start + size if is_known and size else len(data)
 
 
-def mended(data: bytes) -> bytes:
-    """``data`` with the size of its samples in its header, where the recorder crashed before it wrote one.
+def with_sizes_repaired(data: bytes) -> bytes:
+    """``data`` with the size of its samples filled in, if a recorder crashed before writing it.
 
-    The samples are then all that follows. A file that is empty, and has nothing or whole chunks behind, stays as it is.
+    The samples are then all the remaining bytes. A file without samples, followed by nothing or whole chunks, is left
+    unchanged.
     """
     if data[:4] == b".snd" and len(data) > 24 and struct.unpack_from(">I", data, 8) == (0,):
         return _with(data, (8, ">I", UNKNOWN))
     if data[:4] == b"caff":
-        return _mended_caf(data)
+        return _repaired_caf(data)
     table = chunk_table(data)
-    found = table and table.find(table.samples)
-    if not found:
+    location = table and table.find(table.samples)
+    if not location:
         return data
-    start, size = found
+    start, size = location
     if data[:4] == b"RF64" and size == UNKNOWN:
-        return _mended_rf64(data, table, start)
+        return _repaired_rf64(data, table, start)
     left = len(data) - start
-    # In an AIFF eight bytes of the chunk are no samples.
+    # In an AIFF the chunk's first eight bytes are not samples.
     if size > (8 if table.samples == b"SSND" else 0) or left <= 8 or _are_chunks(data, start + size, table.order):
         return data
     if table.samples == b"SSND":
-        return _mended_aiff(data, table, start)
+        return _repaired_aiff(data, table, start)
     order = table.order
     return _with(data, (4, f"{order}I", min(len(data) - 8, UNKNOWN - 1)), (start - 4, f"{order}I", left))
 
 
-def _mended_rf64(data: bytes, table: ChunkTable, start: int) -> bytes:
+def _repaired_rf64(data: bytes, table: ChunkTable, start: int) -> bytes:
     sizes = table.find(b"ds64", 24)
     if sizes is None or struct.unpack_from("<Q", data, sizes[0] + 8) != (0,):
         return data
     return _with(data, (sizes[0], "<Q", len(data) - 8), (sizes[0] + 8, "<Q", len(data) - start))
 
 
-def _mended_aiff(data: bytes, table: ChunkTable, start: int) -> bytes:
+def _repaired_aiff(data: bytes, table: ChunkTable, start: int) -> bytes:
     common = table.find(b"COMM", 18)
     if common is None:
         return data
@@ -131,12 +133,12 @@ def _mended_aiff(data: bytes, table: ChunkTable, start: int) -> bytes:
     )
 
 
-def _mended_caf(data: bytes) -> bytes:
+def _repaired_caf(data: bytes) -> bytes:
     offset = 8
     while offset + 12 <= len(data):
         name, size = struct.unpack_from(">4sq", data, offset)
         if name == b"data":
-            # Four bytes of it count edits.
+            # Its first four bytes are an edit count.
             left = len(data) - offset - 12
             return _with(data, (offset + 4, ">q", left)) if size in (0, 4) and left > 4 else data
         if size < 0:
@@ -153,7 +155,7 @@ def _with(data: bytes, *values: tuple[int, str, int]) -> bytes:
 
 
 def _are_chunks(data: bytes, offset: int, order: str) -> bool:
-    """Whether whole chunks, of names in ASCII, fill the rest of the file."""
+    """Whether complete chunks with ASCII names fill the rest of the file."""
     for _ in range(MAX_CHUNKS):
         if offset + 8 > len(data):
             break
@@ -161,7 +163,7 @@ def _are_chunks(data: bytes, offset: int, order: str) -> bool:
         if not _is_name(name):
             return False
         offset += 8 + size + size % 2
-    # A last byte that only evens the length is often left out.
+    # A final padding byte is often omitted.
     return offset in (len(data), len(data) + 1)
 
 
@@ -169,8 +171,8 @@ def _is_name(name: bytes) -> bool:
     return name.isascii() and name.decode().isprintable()
 
 
-def refuse_several(data: bytes) -> None:
-    """Raise DataError where a file of chunks holds samples twice, or goes on behind its end."""
+def refuse_extra_audio(data: bytes) -> None:
+    """Raise DataError if a file of chunks has samples twice, or more audio after its end."""
     table = chunk_table(data)
     if table is None:
         return
@@ -179,7 +181,7 @@ def refuse_several(data: bytes) -> None:
         raise DataError(f"holds {pieces} pieces of audio, of which one would be used; export it again as one")
     start, end = samples_of(data, table)
     size = end - start
-    # What the file counts in is passed over, unless no chunk begins there: then a program miscounted the samples.
+    # Skip chunks after the samples, up to the declared end. If no chunk begins there, the samples' size is wrong.
     if any(_is_name(data[at : at + 4]) for at in (end, end + 1)):
         end = max(end, min(_declared_end(data, table.order), len(data)))
     lost = len(data) - end
@@ -192,10 +194,10 @@ def refuse_several(data: bytes) -> None:
 
 
 def _bytes_per_second(data: bytes, table: ChunkTable) -> float:
-    if found := table.find(b"fmt ", 16):
-        return struct.unpack_from(f"{table.order}I", data, found[0] + 8)[0]
-    if found := table.find(b"COMM", 18):
-        channels, _, bits, exponent, mantissa = struct.unpack_from(">hIhHQ", data, found[0])
-        # A float of 80 bits; no rate needs more than 24 of them.
+    if location := table.find(b"fmt ", 16):
+        return struct.unpack_from(f"{table.order}I", data, location[0] + 8)[0]
+    if location := table.find(b"COMM", 18):
+        channels, _, bits, exponent, mantissa = struct.unpack_from(">hIhHQ", data, location[0])
+        # The rate is an 80-bit float; none needs more than 24 bits.
         return channels * bits / 8 * (mantissa >> (16383 + 63 - exponent)) if 0 <= exponent - 16383 < 24 else 0.0
     return 0.0

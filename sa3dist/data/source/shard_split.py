@@ -34,12 +34,12 @@ def split(
     max_shard_bytes: int,
     size_of: Callable[[ClipEntry], int] = lambda clip: clip.audio_bytes,
 ) -> Iterator[list[ClipEntry]]:
-    """Consecutive clips, ``max_shard_bytes`` at most unless a single clip is larger.
+    """Groups of consecutive clips of at most ``max_shard_bytes`` (more only for a single larger clip).
 
-    size_of   bytes of one clip; default: its audio's
+    size_of   bytes of one clip; default: of its audio
 
-    Where one shard does not hold all, most cuts depend on the names of clips alone, about two per full shard: a changed
-    clip then moves no cut but perhaps the next one, and the other shards stay as they are.
+    If several shards are needed, most cuts depend only on the names of clips, about two per full shard. A changed clip
+    then moves at most the next cut, and the other shards can be reused.
     """
     total = sum(map(size_of, clips))
     halves = max(1, max_shard_bytes * len(clips) // max(2 * total, 1))
@@ -60,7 +60,7 @@ def split(
 
 
 class FinishedShards:
-    """Shards of earlier runs, found again by what is in them."""
+    """Shards of earlier runs, looked up by content."""
 
     def __init__(self, indices: Iterable[DatasetIndex]) -> None:
         self._places: dict[str, tuple[Path, ShardEntry, list[ClipEntry]]] = {}
@@ -73,11 +73,11 @@ class FinishedShards:
                 self._places[_content(clips)] = (index.directory / entry.name, entry, clips)
 
     def reuse(self, clips: list[ClipEntry], target: Path) -> tuple[ShardEntry, list[ClipEntry]] | None:
-        """Put the shard that holds exactly ``clips`` at ``target``; returns as ``write_shard``, None if there is none.
+        """Link or copy the shard with exactly ``clips`` to ``target``; None if there is no undamaged one.
 
-        A damaged one is none. Costs no space where the file system has hard links.
+        Returns the same as ``write_shard``. Takes no space on file systems with hard links.
         """
-        path, entry, found = self._places.get(_content(clips), (None, None, None))
+        path, entry, earlier_clips = self._places.get(_content(clips), (None, None, None))
         if path is None:
             return None
         try:
@@ -85,12 +85,12 @@ class FinishedShards:
                 return None
             link_or_copy(path, target)
         except OSError:
-            # Gone meanwhile, or on a full disk, which writing the shard will say.
+            # Removed meanwhile, or the disk is full, which writing the shard will report.
             target.unlink(missing_ok=True)
             return None
         placed = [
             dataclasses.replace(clip, shard=target.name, audio_offset=earlier.audio_offset)
-            for clip, earlier in zip(clips, found, strict=True)
+            for clip, earlier in zip(clips, earlier_clips, strict=True)
         ]
         return dataclasses.replace(entry, name=target.name), placed
 
@@ -110,11 +110,11 @@ def link_or_copy(path: Path, target: Path) -> None:
 
 
 def describe(index: DatasetIndex) -> str:
-    """A report for people: what the data set holds, what lies in which shard, what was left out and why."""
+    """A text report: statistics of the data set, its shards, and what was left out and why."""
     clips = index.clips
     seconds = [clip.seconds for clip in clips]
     words = [len(clip.caption.split()) for clip in clips]
-    held = Counter(clip.shard for clip in clips)
+    clips_in = Counter(clip.shard for clip in clips)
     first = {clip.shard: clip.key for clip in reversed(clips)}
     spread = f"{min(seconds):.2f} to {max(seconds):.2f} s, median {statistics.median(seconds):.2f} s"
     lines = [
@@ -131,18 +131,18 @@ def describe(index: DatasetIndex) -> str:
         *(f"  {kind.line(most=NAMES_KEPT)}" for kind in index.left_out),
         "",
         "shard                   bytes  clips  first",
-        *(f"{shard.name} {shard.bytes:>12} {held[shard.name]:>6}  {first[shard.name]}" for shard in index.shards),
+        *(f"{shard.name} {shard.bytes:>12} {clips_in[shard.name]:>6}  {first[shard.name]}" for shard in index.shards),
     ]
     return "\n".join(lines) + "\n"
 
 
 def write_report(index: DatasetIndex) -> None:
-    """Put ``describe`` into the index's directory."""
+    """Write ``describe`` to the index's directory."""
     write_whole(index.directory / REPORT_NAME, describe(index))
 
 
 def update_report(index: DatasetIndex) -> None:
-    """``write_report`` where the present one differs; a failure gives a warning, no error."""
+    """``write_report`` if the existing one differs. Only warns on failure."""
     path = index.directory / REPORT_NAME
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if path.read_text(encoding="utf-8") == describe(index):
@@ -150,7 +150,7 @@ def update_report(index: DatasetIndex) -> None:
     try:
         write_report(index)
     except OSError as error:
-        log.warning("%s: not written (%s)", path, error.strerror or error)
+        log.warning("%s: cannot be written (%s)", path, error.strerror or error)
 
 
 def _counted(values: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Write WebDataset tars whose bytes depend on nothing but the clips, and read one clip from a tar."""
+"""Write WebDataset tars whose bytes depend only on the clips, and read single clips from them."""
 
 import contextlib
 import dataclasses
@@ -15,15 +15,15 @@ from sa3dist.formats import ClipEntry, ShardEntry, atomic_path, file_sha256
 
 _SAFE_STEM = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _LOOKS_HASHED = re.compile(r".*-[0-9a-f]{12}")
-# (shard, offset) -> the digest this process has verified there, and the state of the file at that time: a worker that
-# reads a clip in every epoch hashes it once, and again when the shard has been written to.
-_compared: dict[tuple[str, int], tuple[str, int, int, int]] = {}
+# (shard, offset) -> digest verified by this process, and inode, size and time of the file. A clip that is read in every
+# epoch is hashed once, and again if the shard changes.
+_verified: dict[tuple[str, int], tuple[str, int, int, int]] = {}
 
 
 def member_stem(key: str) -> str:
-    """``key`` as a member name: webdataset splits names at the first dot, ustar allows 100 bytes, some only ASCII.
+    """``key`` as a member name: short ASCII without dots, as webdataset, ustar and other tools require.
 
-    Plain keys stay as they are; others get a hash, so that no two keys share a name.
+    Plain keys are unchanged; others get a hash, so that no two keys share a name.
     """
     if _SAFE_STEM.fullmatch(key) and not _LOOKS_HASHED.fullmatch(key):
         return key
@@ -35,9 +35,9 @@ def shard_name(number: int) -> str:
 
 
 def write_shard(path: Path, clips: list[ClipEntry], read_audio) -> tuple[ShardEntry, list[ClipEntry]]:
-    """Write ``clips`` as <stem>.<extension> + <stem>.txt in the given order, atomically.
+    """Write ``clips`` as <stem>.<extension> + <stem>.txt, in order, atomically.
 
-    read_audio(clip) -> bytes; called once per clip, in order, so that one clip at a time is in memory.
+    read_audio   called with each clip in turn, to hold only one clip's bytes in memory
     Returns the shard's entry, and the clips with ``shard`` and ``audio_offset`` filled in.
     """
     placed = []
@@ -51,7 +51,7 @@ def write_shard(path: Path, clips: list[ClipEntry], read_audio) -> tuple[ShardEn
 
 
 class NewTar:
-    """A tar that members are added to. ``entry`` describes it once it is whole."""
+    """A tar being written. ``entry`` is set once it is complete."""
 
     entry: ShardEntry | None = None
 
@@ -59,11 +59,11 @@ class NewTar:
         self._tar = tar
 
     def add(self, name: str, data: bytes) -> int:
-        """Append one member; returns where its data begins."""
-        # Mode and time of a TarInfo are constants, and it has no owner.
+        """Append one member; returns the offset of its data."""
+        # The defaults of TarInfo give every file the same mode, time and owner.
         info = tarfile.TarInfo(name)
         info.size = len(data)
-        # Behind the header, which is one block in this format.
+        # After the header, which is one block in this format.
         offset = self._tar.offset + tarfile.BLOCKSIZE
         self._tar.addfile(info, io.BytesIO(data))
         return offset
@@ -71,10 +71,7 @@ class NewTar:
 
 @contextlib.contextmanager
 def new_tar(path: Path) -> Iterator[NewTar]:
-    """A tar at ``path`` that appears there whole when the block ends; ``.entry`` then describes it.
-
-    Same members, same bytes.
-    """
+    """Write a tar that appears at ``path`` when the block ends; ``.entry`` is then set. Same members, same bytes."""
     with atomic_path(path) as temporary:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
             out = NewTar(tar)
@@ -83,9 +80,9 @@ def new_tar(path: Path) -> Iterator[NewTar]:
 
 
 def read_clip(shard: Path, entry: ClipEntry) -> bytes:
-    """Audio bytes of ``entry``; nothing else of the shard is touched.
+    """Read only the audio bytes of ``entry``.
 
-    Raises DataError naming shard and clip when it cannot be read, or when the bytes are not the ones in the index.
+    Raises DataError naming shard and clip if they cannot be read or differ from the index.
     """
     where = f"{shard}, clip {entry.key}"
     try:
@@ -97,12 +94,12 @@ def read_clip(shard: Path, entry: ClipEntry) -> bytes:
         raise DataError(f"{where}: cannot be read ({error.strerror or error}); run sa3dist shard") from error
     key = str(shard), entry.audio_offset
     state = entry.audio_sha256, status.st_ino, status.st_size, status.st_mtime_ns
-    if len(data) == entry.audio_bytes and _compared.get(key) == state:
+    if len(data) == entry.audio_bytes and _verified.get(key) == state:
         return data
     if len(data) != entry.audio_bytes or hashlib.sha256(data).hexdigest() != entry.audio_sha256:
         raise DataError(
             f"{where}: the audio bytes are not the ones in the index, the shard is damaged; "
             f"delete {shard.parent} and run sa3dist shard"
         )
-    _compared[key] = state
+    _verified[key] = state
     return data

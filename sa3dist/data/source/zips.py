@@ -1,4 +1,4 @@
-"""Untrusted zip archives: refuse members that point outside, unpack without end, or cannot be read."""
+"""Untrusted zip archives: refuse members that point outside, are zip bombs, or cannot be read."""
 
 import os
 import stat
@@ -13,7 +13,7 @@ from sa3dist.data.source.containers import Container, Member, path_fault, read_e
 from sa3dist.data.source.kinds import extension_of, is_audio
 from sa3dist.errors import DataError
 
-# Deflate reaches 1032:1, on constant bytes only. Real audio stays below 20:1; padding in a small file may go higher.
+# Deflate reaches 1032:1 on constant bytes. Real audio stays below 20:1; padding in a small file may exceed that.
 MAX_RATIO = 200
 RATIO_CHECKED_ABOVE_BYTES = 16 << 20
 _COMPRESSIONS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
@@ -21,7 +21,7 @@ _BAD_NAMES = (
     "names of clips {}; make it again with names in UTF-8, or unpack it with the right code page (unzip -O cp932 for "
     "Japanese, gbk for Chinese, cp866 for Russian, cp1252 for Western Europe) and give the folder"
 )
-# What the standard library raises on damaged archives, found by mutating them (tests/data/source/test_archive.py).
+# Exceptions of the standard library on damaged archives, found by mutating some (tests/data/source/test_archive.py).
 _ZIP_FAULTS = (
     zipfile.BadZipFile,
     zipfile.LargeZipFile,
@@ -47,11 +47,11 @@ class ZipContainer(Container):
             raise DataError(f"{label}: no readable zip ({short_reason(error)}); make or download it again") from error
         try:
             infos = self._zip.infolist()
-            unread = self._list(zip(infos, member_names(infos), strict=True))
-            if unread:
-                what = f"are in a code page it does not state, {unread[0][:80]} among others"
+            undecodable = self._list(zip(infos, member_names(infos), strict=True))
+            if undecodable:
+                what = f"are in a code page it does not state, {undecodable[0][:80]} among others"
                 raise DataError(f"{label}: {_BAD_NAMES.format(what)}")
-            # Members may share their compressed bytes, so each can look harmless while all together are a bomb.
+            # Members may share compressed bytes: each can look harmless while together they are a zip bomb.
             if self._total > max(RATIO_CHECKED_ABOVE_BYTES, MAX_RATIO * os.path.getsize(path)):
                 raise DataError(
                     f"{label}: unpacks to {self._total} bytes, over {MAX_RATIO} times its size; no audio does"
@@ -61,8 +61,8 @@ class ZipContainer(Container):
             raise
 
     def _list(self, named: Iterable[tuple[zipfile.ZipInfo, str | None]]) -> list[str]:
-        """Admit the members; returns the names of clips and captions that cannot be told, escaped."""
-        unread = []
+        """Admit the members; returns the escaped names of clips and captions whose encoding is unknown."""
+        undecodable = []
         for info, name in sorted(named, key=lambda pair: pair[1] or pair[0].filename):
             shown = name if name is not None else info.orig_filename
             fault, unsafe = _zip_fault(info), _unsafe(info)
@@ -71,10 +71,10 @@ class ZipContainer(Container):
             if name is None and unsafe is None:
                 shown = _escaped(info.orig_filename)
                 if is_audio(shown) or extension_of(shown) == "txt":
-                    unread.append(shown)
+                    undecodable.append(shown)
                     continue
             self._admit(shown, info.file_size, info, fault, unsafe)
-        return unread
+        return undecodable
 
     def read(self, member: Member) -> bytes:
         try:
@@ -104,7 +104,7 @@ def _zip_fault(info: zipfile.ZipInfo) -> str | None:
     if info.flag_bits & 0x41:
         return "is encrypted; make the zip again without a password"
     if info.compress_type not in _COMPRESSIONS:
-        # bzip2 and lzma have no bounded read in zipfile: one block may unpack to gigabytes.
+        # zipfile has no bounded read for bzip2 and lzma: one block may unpack to gigabytes.
         method = zipfile.compressor_names.get(info.compress_type, info.compress_type)
         return f"is compressed with {method}, expected deflate or stored; make the zip again with zip -r"
     if info.file_size > RATIO_CHECKED_ABOVE_BYTES and info.file_size > MAX_RATIO * info.compress_size:
@@ -112,26 +112,26 @@ def _zip_fault(info: zipfile.ZipInfo) -> str | None:
     return None
 
 
-# Set where a name is UTF-8, in the general purpose flags.
+# General purpose flag: the name is UTF-8.
 _UTF8 = 0x800
 # Info-ZIP's Unicode Path Extra Field: version, CRC-32 of the name it replaces, the name in UTF-8.
 _UNICODE_PATH = 0x7075
-# In these a name may consist of pairs of bytes that code page 437 shows as accented letters.
+# Encodings in which a name may consist of byte pairs that look like accented letters in code page 437.
 _DOUBLE_BYTE = ("cp932", "gbk", "big5", "cp949")
 
 
 def member_names(infos: list[zipfile.ZipInfo]) -> list[str | None]:
-    """The names of the members in order; None for one in a code page that nobody can tell.
+    """The names of the members in order; None for a name in an unknown code page.
 
-    Names without the UTF-8 flag are ASCII, what an extra field says, UTF-8 after all where every such name of the
-    archive is, or code page 437, as the specification says, where they are European words in it.
+    A name without the UTF-8 flag is taken from its extra field if it has one; else as UTF-8 if it is ASCII, or if all
+    such names of the archive are valid UTF-8; else as code page 437, as specified, if that gives European words.
     Source: APPNOTE.TXT 4.4.4 and 4.6.9, appendix D.
     """
     raw = [None if info.flag_bits & _UTF8 else info.orig_filename.encode("cp437") for info in infos]
-    said = [None if data is None else _unicode_path(info.extra, data) for info, data in zip(infos, raw, strict=True)]
-    unsaid = [data for data, name in zip(raw, said, strict=True) if data is not None and name is None]
+    stated = [None if data is None else _unicode_path(info.extra, data) for info, data in zip(infos, raw, strict=True)]
+    unstated = [data for data, name in zip(raw, stated, strict=True) if data is not None and name is None]
     try:
-        for data in unsaid:
+        for data in unstated:
             data.decode("utf-8")
         all_utf8 = True
     except UnicodeDecodeError:
@@ -144,14 +144,14 @@ def member_names(infos: list[zipfile.ZipInfo]) -> list[str | None]:
             return data.decode("utf-8")
         return info.orig_filename if _is_european(data) else None
 
-    return [name_of(*item) for item in zip(infos, raw, said, strict=True)]
+    return [name_of(*item) for item in zip(infos, raw, stated, strict=True)]
 
 
 def _unicode_path(extra: bytes, raw: bytes) -> str | None:
     while len(extra) >= 4:
         kind, size = struct.unpack_from("<HH", extra)
         field, extra = extra[4 : 4 + size], extra[4 + size :]
-        # A tool that renames members without knowing the field leaves one of another CRC.
+        # The CRC does not match if a tool that does not know this field has renamed the member.
         if kind == _UNICODE_PATH and field[:1] == b"\x01" and field[1:5] == struct.pack("<I", zlib.crc32(raw)):
             try:
                 return field[5:].decode("utf-8")
@@ -161,14 +161,14 @@ def _unicode_path(extra: bytes, raw: bytes) -> str | None:
 
 
 def _is_european(raw: bytes) -> bool:
-    """Whether ``raw``, in code page 437, is words of Latin letters with some accents among them, and nothing else."""
+    """Whether ``raw``, in code page 437, consists of words in Latin letters, some of them accented."""
     for word in _words(raw.decode("cp437")):
         accented = [c for c in word if not c.isascii()]
         if accented and (len(accented) == len(word) or len(accented) > len(word) // 2 + 1):
             return False
         if not all(unicodedata.name(c, "").startswith("LATIN ") for c in accented):
             return False
-        # A quotation mark or dash of another code page in the middle of a word.
+        # Lower case before an accented capital: a quotation mark or dash in another code page.
         if any(
             one.islower() and other.isupper() and not other.isascii()
             for one, other in zip(word, word[1:], strict=False)
@@ -178,12 +178,12 @@ def _is_european(raw: bytes) -> bool:
 
 
 def _words(text: str) -> list[str]:
-    """Runs of letters, where everything beyond ASCII counts as one."""
+    """Runs of letters. Every non-ASCII character counts as a letter."""
     return "".join(c if c.isalpha() or not c.isascii() else " " for c in text).split()
 
 
 def _is_east_asian(raw: bytes, encoding: str) -> bool:
-    """Whether some word of ``raw`` is made of double bytes alone: with Latin letters in it, it is an accent misread."""
+    """Whether a word of ``raw`` has only double-byte characters. With Latin letters it would be a misread accent."""
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError:

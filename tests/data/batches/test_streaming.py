@@ -285,5 +285,5 @@ def test_cursors_of_other_ranks_or_workers_are_refused():
     saved = {"cursors": [[[0, 1, 7], [1, 0, 2]], [[0, 0, 3], [0, 2, 1]]], "repeated": 9}
     assert RankCursors.of(saved, 1, 2, 2) == RankCursors([StreamCursor(0, 0, 3), StreamCursor(0, 2, 1)], 9)
     for world, workers in ((1, 2), (4, 2), (2, 1), (2, 4)):
-        with pytest.raises(CheckpointError, match="those of 2 processes with num_workers 2, this run has"):
+        with pytest.raises(CheckpointError, match="by 2 processes with num_workers 2, this run has"):
             RankCursors.of(saved, 0, world, workers)

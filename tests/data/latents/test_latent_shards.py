@@ -117,7 +117,7 @@ def test_a_clip_changed_in_a_shard_stops_the_run_and_is_named(made, tmp_path, ca
 def test_an_index_that_claims_a_trillion_shards_is_refused_at_once(tmp_path):
     path = tmp_path / latent_shard_name(0)
     write_latent_shard(path, [clip(0)], ENCODERS, "made up", 0, 10**12, content)
-    with pytest.raises(DataError, match="shard 1 of 1000000000000 is not there"):
+    with pytest.raises(DataError, match="shard 1 of 1000000000000 is missing"):
         read_latents(
             str(tmp_path), [(str(path), str(path.with_suffix(".json")), None)], ClipCache(tmp_path / "cache", 0)
         )

@@ -103,7 +103,7 @@ BAD = {
     "half an opus": (_half("OGG", "OPUS", 48000), "is cut off: at least [0-9]+ bytes are missing"),
     "half a wav": (_half("WAV"), "is cut off: at least 88222 bytes are missing"),
     **{f"half an {kind}": (_half(kind), "is cut off: ") for kind in ("AIFF", "AU", "RF64", "W64")},
-    "flac of unknown length": (_endless_flac(), "does not say how long it is"),
+    "flac of unknown length": (_endless_flac(), "does not state its length"),
     "another format": (encode(tone(), container="VOC", subtype="PCM_16"), "is VOC inside, expected WAV"),
     "1 Hz": (encode(tone(), rate=1), "has a sample rate of 1 Hz, expected 1000 to 768000"),
 }
@@ -305,7 +305,7 @@ def test_a_byte_flipped_anywhere_in_a_shard_is_noticed_in_its_clip_or_changes_no
     for place in (draw.randrange(len(whole)) for _ in range(50)):
         shard.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << draw.randrange(8))]) + whole[place + 1 :])
         # As the first read of a process that has seen nothing.
-        monkeypatch.setattr(tar_writer, "_compared", {})
+        monkeypatch.setattr(tar_writer, "_verified", {})
         for clip in index.clips:
             if clip.audio_offset <= place < clip.audio_offset + clip.audio_bytes:
                 noticed += 1
@@ -325,7 +325,7 @@ def test_a_clip_is_hashed_when_first_read_and_again_when_its_shard_was_written_t
     flipped[clip.audio_offset + 100] ^= 1
     # Each the first read of a process that has seen nothing.
     for data, good in [(bytes(flipped), False), (whole, True)]:
-        monkeypatch.setattr(tar_writer, "_compared", {})
+        monkeypatch.setattr(tar_writer, "_verified", {})
         shard.write_bytes(data)
         if good:
             expected = load_clip_audio(index, clip, 44100)

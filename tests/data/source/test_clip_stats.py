@@ -151,7 +151,7 @@ def test_a_disk_that_takes_no_figures_is_said_and_harms_nothing(source, tmp_path
     (tmp_path / "file").write_text("not a folder")
     report = look(source, tmp_path / "file" / "work")
     assert len(report.usable) == 6
-    assert "are not kept" in caplog.text
+    assert "cannot store the statistics" in caplog.text
 
 
 def test_a_clip_that_changed_since_is_decoded_anew(source, tmp_path, decoded):

@@ -11,7 +11,7 @@ import torch
 from sa3dist.data.source.audio import check_audio, decode, load_clip_audio
 from sa3dist.data.source.build import build_shards
 from sa3dist.data.source.joined_streams import _mp3_frames, check_end, mp3_samples
-from sa3dist.data.source.riff import mended
+from sa3dist.data.source.riff import with_sizes_repaired
 from sa3dist.errors import DataError
 from sa3dist.inspection.report import inspect_source
 from tests.helpers.clips import captioned, encode, tone, write_zip
@@ -248,11 +248,11 @@ def test_whatever_a_wav_says_instead_of_its_size_it_is_read_to_its_end(sizes):
 def test_an_empty_wav_stays_empty_and_a_good_one_as_it_is():
     empty = encode(tone()[:0])
     for data in (empty, empty + chunk(b"LIST", b"INFO"), empty + chunk(b"bext", bytes(603))):
-        assert mended(data) is data
+        assert with_sizes_repaired(data) is data
         assert "is empty" in fault_of(data)
     for container in ("WAV", "AIFF", "AU", "CAF", "RF64", "W64", "FLAC", "OGG", "MP3"):
         data = made(container, None, 44100)
-        assert mended(data) is data
+        assert with_sizes_repaired(data) is data
 
 
 def test_a_crashed_recording_is_kept_as_it_came_and_cut_like_any_other(tmp_path):

@@ -97,7 +97,7 @@ def test_a_report_that_cannot_be_written_again_is_said_and_harms_nothing(tmp_pat
     monkeypatch.setattr("sa3dist.data.source.shard_split.write_report", full)
     other = str(write_zip(tmp_path / "b.zip", captioned(4) | {"song.m4a": b""}))
     assert build_shards(other, tmp_path / "work").clips == first.clips
-    assert f"{first.directory / 'report.txt'}: not written (No space left on device)" in caplog.text
+    assert f"{first.directory / 'report.txt'}: cannot be written (No space left on device)" in caplog.text
 
 
 UNREAD = {
@@ -133,7 +133,7 @@ def test_audio_that_cannot_be_read_is_said_with_count_names_and_cure_in_shard_in
         assert "1 caption (b/take.txt): of audio that is left out" in text
         assert "1 zip archive (inner.zip): an archive inside the data set is not opened; unpack it" in text
         assert "3 other files (cover.jpg, od\\x01d.pdf, song.json): neither audio nor a caption" in text
-        assert "3 system files: what systems and their file managers leave behind" in text
+        assert "3 system files: left by operating systems and file managers" in text
     assert as_json["other file"]["names"] == ["cover.jpg", "od\x01d.pdf", "song.json"]
     assert as_json["system file"]["count"] == 3
 

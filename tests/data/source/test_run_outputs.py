@@ -9,8 +9,8 @@ import pytest
 from sa3dist import train
 from sa3dist.data.source.archive import open_container
 from sa3dist.data.source.build import build_shards
-from sa3dist.data.source.own_folders import OWN
 from sa3dist.data.source.pairing import pair_members
+from sa3dist.data.source.run_outputs import RUN_OUTPUT
 from sa3dist.errors import DataError
 from tests.helpers.clips import captioned, encode, tone, write_folder, write_tar, write_zip
 
@@ -43,8 +43,8 @@ def keys(source, tmp_path, **options):
         listing = pair_members(container)
     assert not listing.problems
     assert not listing.refusals
-    assert sum(kind.count for kind in listing.left_out if kind.what == OWN[0]) == len(container.own)
-    return [pair.key for pair in listing.pairs], container.own
+    assert sum(kind.count for kind in listing.left_out if kind.what == RUN_OUTPUT[0]) == len(container.run_outputs)
+    return [pair.key for pair in listing.pairs], container.run_outputs
 
 
 CLIPS = [f"clip{number}" for number in range(4)]
@@ -61,7 +61,7 @@ def test_runs_and_work_directories_of_any_run_are_passed_over(kind, at, tmp_path
     assert own == sorted([at, f"{at}-killed", f"{at}-refused", f"{at}-work"])
     sounds = " (2 audio files in it)" if kind == "folder" else ""
     with open_container(str(made), tmp_path / "elsewhere") as container:
-        assert container.left_out[OWN][0] == f"{own[0]}{sounds}"
+        assert container.left_out[RUN_OUTPUT][0] == f"{own[0]}{sounds}"
 
 
 @pytest.mark.parametrize("name", WORK)
@@ -85,8 +85,8 @@ def test_a_data_set_may_use_the_same_names(folder, tmp_path):
 
 @pytest.mark.parametrize("extra", [run_files("d", *RUN), work_files("d")], ids=["output_dir", "work_dir"])
 def test_a_source_that_is_itself_an_output_or_work_directory_keeps_its_clips(extra, tmp_path):
-    own_names = {name: data for name, data in extra.items() if "gen." not in name and "notes" not in name}
-    write_folder(tmp_path, own_names)
+    run_members = {name: data for name, data in extra.items() if "gen." not in name and "notes" not in name}
+    write_folder(tmp_path, run_members)
     write_folder(tmp_path / "d", captioned(4) | captioned(2, folder="kit/"))
     found, own = keys(tmp_path / "d", tmp_path)
     assert found == [*CLIPS, "kit/clip0", "kit/clip1"]
