@@ -112,7 +112,7 @@ def test_an_archive_of_a_folder_that_holds_clips_and_a_run_keeps_the_clips(tmp_p
 def test_clips_where_the_run_would_write_are_refused_rather_than_left_out(which, tmp_path):
     made = write_folder(tmp_path / "d", captioned(4) | captioned(2, folder="mine/"))
     places = {"work_dir": tmp_path / "w", "output_dir": tmp_path / "o"} | {which: made / "mine"}
-    with pytest.raises(DataError, match="mine/clip0.wav lies in mine, where this run would write; choose another"):
+    with pytest.raises(DataError, match="mine/clip0.wav is in mine, where this run would write; choose another"):
         build_shards(str(made), **places)
     assert build_shards(str(made), tmp_path / "w", output_dir=made).clips[-1].key == "mine/clip1"
 
