@@ -1,9 +1,9 @@
-"""Run the trainer under any launcher: pass stop signals on, end with the program's own exit code.
+"""Run the trainer under any launcher: forward stop signals, end with the program's own exit code.
 
     python -m sa3dist.supervise torchrun --nproc-per-node 8 -m sa3dist.train CONFIG.yaml key=value
 
-Launch agents turn every exit code of a worker into 1, and signals reach them, the batch shell or PID 1, not the ranks.
-This process can be any of the three. With --slurm-requeue it also puts an interrupted Slurm job back into the queue.
+Launch agents turn every exit code of a worker into 1. Signals reach the agent, the batch shell or PID 1, not the ranks.
+This process can replace any of the three. With --slurm-requeue it also requeues an interrupted Slurm job.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ from sa3dist.runtime import run_lock
 from sa3dist.runtime.signals import SAME_REQUEST_SECONDS, SIGNALS, handle_signals, kill_descendants
 
 PROGRAM = "sa3dist.train"
-# A closed terminal asks to stop as the first of them does.
+# Without SIGHUP: a closed terminal is forwarded as SIGTERM.
 FORWARDED = tuple(number for number in SIGNALS if number != signal.SIGHUP)
-# How long rank 0's status may take to appear here: it may run on another machine of a shared filesystem.
+# How long rank 0's status may take to appear here, from another machine of a shared filesystem.
 STATUS_SECONDS = 5.0
-# How long an agent may outlive the run: cut off from the other hosts' agents it waits for minutes to say goodbye, and
-# for half a minute for a rank that is frozen. All ranks have to be gone within a minute of what ended them.
+# How long an agent may outlive the run. Cut off from the other hosts' agents it waits for minutes to say goodbye, and
+# for a frozen rank half a minute; but all ranks must be gone within a minute of the failure.
 LINGER_SECONDS = 10.0
 REQUEUE_OPTION = "--slurm-requeue"
 
@@ -45,7 +45,7 @@ class Supervisor:
 
     def _forward(self, number: int, frame) -> None:
         now = time.monotonic()
-        # An agent that is signalled while it already stops its workers may leave them behind.
+        # An agent signalled again while it stops its workers may leave them behind.
         if self.asked_at is not None and now - self.asked_at < SAME_REQUEST_SECONDS:
             return
         self.asked_at = now
@@ -58,7 +58,7 @@ class Supervisor:
             self.child.send_signal(number)
 
     def run(self) -> int:
-        """Start the command, wait for it, return the exit code the program meant."""
+        """Start the command, wait for it, return the exit code that the program meant."""
         handle_signals(self._forward)
         status = status_path(self.command)
         before = identity_of(status)
@@ -66,21 +66,21 @@ class Supervisor:
             return self._without_status(errors.EXIT_INTERRUPTED, status)
         owner = run_lock.peek(status.parent)
         if owner is not None and run_lock.lives(owner):
-            # Before a second launch agent asks for the port of the first.
+            # Refuse here: a second launch agent would collide with the first one's port.
             raise run_lock.refusal(status.parent, owner)
         with tempfile.TemporaryDirectory(prefix="sa3dist-") as elsewhere:
             return self._run(status, before, Path(elsewhere))
 
     def _run(self, status: Path, before: tuple | None, elsewhere: Path) -> int:
-        """elsewhere: where a run says how it ended that may not write to its output directory."""
+        """elsewhere: status directory for a run that may not write to its output directory."""
         names = ",".join(number.name for number in FORWARDED)
-        # torchrun reads the first, and so does accelerate when it starts several processes. Without the second a lost
-        # store fills pages with torch's C++ stacks, around the one line that says which rank was lost.
+        # PET_SIGNALS_TO_HANDLE is read by torchrun, and by accelerate with several processes. TORCH_CPP_LOG_LEVEL:
+        # without it a lost store prints pages of C++ stacks around the one line that names the lost rank.
         environment = {"TORCH_CPP_LOG_LEVEL": "ERROR"} | os.environ | {"PET_SIGNALS_TO_HANDLE": names}
         environment[STATUS_DIR_VARIABLE] = str(elsewhere)
-        # A session of its own: a terminal's Ctrl-C then comes here only, and once.
+        # A session of its own, so that a terminal's Ctrl-C arrives only here, and once.
         self.child = subprocess.Popen(self.command, start_new_session=True, env=environment)
-        # What came while there was no child to send it to.
+        # Signals that came before the child existed.
         self._pass_on()
         code = self._wait(status, before)
         if code == errors.EXIT_DONE:
@@ -90,22 +90,22 @@ class Supervisor:
         return self._meant(code, status, before)
 
     def _wait(self, status: Path, before: tuple | None) -> int:
-        """The child's exit code; it is killed, with all it started, when it outlives the run's status for too long."""
+        """The child's exit code. Kills it, with all it started, when it outlives the run's status for too long."""
         ended_at = None
         while True:
             try:
                 return self.child.wait(timeout=1.0)
             except subprocess.TimeoutExpired:
-                # Rank 0 reports when all is published, another rank when rank 0 has had its time to publish: nobody has
-                # anything left to save.
+                # A status means that rank 0 has published everything, or had its time to: nobody has anything left to
+                # save.
                 if not is_replaced(status, before):
-                    # Or none again: it was an earlier run's, which ended while this one started.
+                    # Reset: an earlier run's status may have been removed while this run started.
                     ended_at = None
                 elif ended_at is None:
                     ended_at = time.monotonic()
                 if ended_at is not None and time.monotonic() - ended_at > LINGER_SECONDS:
-                    # The agent, and the ranks, which have sessions of their own. Stopped first: an agent that sees its
-                    # ranks end would end with a code of its own.
+                    # Kill the agent and the ranks, which have sessions of their own. Stop the agent first: otherwise it
+                    # sees its ranks end and exits with a code of its own.
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(self.child.pid, signal.SIGSTOP)
                         kill_descendants(self.child.pid)
@@ -120,7 +120,7 @@ class Supervisor:
         return _exit_code_in(status)
 
     def _without_status(self, code: int, status: Path) -> int:
-        # Refused for that, and nowhere to say so.
+        # output_dir is a file: refused for that, with no place for a status.
         if status.parent.is_file():
             return errors.EXIT_USER
         if run_lock.is_anothers(status.parent):
@@ -133,7 +133,7 @@ class Supervisor:
             }
             write_json(status, said | {"dist_rank": 0, "host": socket.gethostname(), "step": 0})
             return errors.EXIT_INTERRUPTED
-        # A signal nobody sent through us: the machine ran out of memory, or someone used kill.
+        # A signal that was not sent through us: out of memory, or someone's kill.
         return errors.EXIT_ENVIRONMENT if code < 0 else code
 
 
@@ -142,22 +142,22 @@ def _exit_code_in(status: Path) -> int:
 
 
 def status_path(command: Sequence[str]) -> Path:
-    """Where the program started by ``command`` reports its end. Raises ConfigError when it starts another program."""
+    """The status.json of the program started by ``command``. Raises ConfigError for another program."""
     if PROGRAM not in command:
         raise errors.ConfigError(f"supervise: no {PROGRAM} in the command; expected ... -m {PROGRAM} CONFIG.yaml ...")
-    # Imported late: it is slow, and signals must be caught meanwhile.
+    # Imported late: the import is slow, and signals must be caught meanwhile.
     from sa3dist import config
 
     words = [word for word in command[list(command).index(PROGRAM) + 1 :] if not word.startswith("-")]
     values: dict = {}
-    # What cannot be read the program itself reports, in the directory that follows from the rest.
+    # The program itself reports unreadable settings, in the directory that follows from the others.
     with contextlib.suppress(errors.ConfigError):
         config.read_arguments(words, values)
     return config.output_dir_of(values) / STATUS_NAME
 
 
 def identity_of(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is replaced; None where there is none."""
+    """Inode and time, which change when a file is replaced; None if there is no file."""
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -166,19 +166,19 @@ def identity_of(path: Path) -> tuple[int, int] | None:
 
 
 def is_replaced(path: Path, before: tuple[int, int] | None) -> bool:
-    """Whether there is a file other than the one that ``before`` identifies, as far as can be seen now."""
+    """Whether there is a file other than ``before``; False if that cannot be seen now."""
     try:
-        # None: the run has removed what an earlier one said, and not ended yet.
+        # None: the run has removed the earlier status and has not ended yet.
         return identity_of(path) not in (before, None)
     except OSError:
-        # A filesystem of the network that fails for a moment must not leave the run unsupervised; it is asked again.
+        # A network filesystem may fail for a moment: keep supervising and ask again.
         return False
 
 
 def requeue_slurm_job() -> None:
-    """Queue this job again, unless Slurm is ending it: it requeues a preempted job itself, a cancelled one is over.
+    """Queue this job again, unless Slurm is ending it: Slurm itself requeues a preempted job; a cancelled one is over.
 
-    Queueing again makes Slurm kill what is left of the job's processes, this one among them.
+    Slurm then kills the job's remaining processes, this one included.
     """
     job = os.environ["SLURM_JOB_ID"]
     state = subprocess.run(

@@ -1,4 +1,4 @@
-"""What devices can do: public figures of GPUs, and the ceilings of this machine, measured in a second."""
+"""Capabilities of devices: published figures of GPUs, and the ceilings of this machine, measured in a second."""
 
 import dataclasses
 import timeit
@@ -13,9 +13,9 @@ from sa3dist.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """A device's ceilings: memory in bytes, dense operations per second by number format, bytes per second.
+    """A device's ceilings: memory in bytes, dense operations per second by dtype, bytes per second.
 
-    source   where the figures come from: the maker's page, or "measured here"
+    source   of the figures: the maker's page, or "measured here"
     """
 
     name: str
@@ -28,7 +28,7 @@ class Device:
 
     @property
     def runs_kernels(self) -> bool:
-        """Whether ``auto`` takes the Triton kernels there: what has units for bfloat16 has all else that they need."""
+        """Whether ``auto`` uses the Triton kernels there: a GPU with bfloat16 units has all else that they need."""
         return self.on_gpu and self.bf16_flops > self.fp32_flops
 
     def flops_per_second(self, value_bytes: int) -> float:
@@ -50,7 +50,7 @@ _DATASHEETS = (
     ("A10", 24, 125, 31.2, 600, f"{_NVIDIA}/products/a10-gpu/"),
     ("RTX-4090", 24, 165.2, 82.6, 1008, _ADA),
     ("RTX-3090", 24, 71, 35.6, 936, _AMPERE),
-    # Turing has no bfloat16 units: its products run as float32.
+    # Turing has no bfloat16 units: such products run as float32.
     ("T4", 16, 8.1, 8.1, 320, f"{_NVIDIA}/tesla-t4/"),
 )
 GPUS = {
@@ -58,16 +58,16 @@ GPUS = {
     for name, memory, bf16, fp32, bandwidth, source in _DATASHEETS
 }
 THIS = "this"
-# Products of this size and copies of this many bytes are beyond caches, and short on a CPU. On a GPU they take a
-# thirtieth of a millisecond, as long as starting them does: there the side is four times and the copy eight times that.
+# Larger than caches, yet quick on a CPU. A GPU needs a thirtieth of a millisecond for them, as long as a launch: there
+# the side is four times and the copy eight times that.
 SQUARE, COPY_BYTES, REPEATS = 2048, 256 << 20, 5
 ON_GPU_SQUARE, ON_GPU_COPY_BYTES = 4 * SQUARE, 8 * COPY_BYTES
 
 
 def find_device(name: str) -> Device:
-    """A GPU of the table by name, spelled with or without dashes, or ``this`` machine, measured.
+    """A GPU of the table by name, with or without dashes, or ``this`` machine, measured.
 
-    Raises ConfigError, listing the names, for another one.
+    Raises ConfigError, listing the names, for any other.
     """
     if name == THIS:
         return this_machine()
@@ -79,7 +79,7 @@ def find_device(name: str) -> Device:
 
 
 def datasheet_of(name: str) -> Device | None:
-    """The table's entry for a device as its driver names it, such as ``NVIDIA H200``."""
+    """The table's entry for a device by its driver's name, such as ``NVIDIA H200``."""
     words = set(name.upper().replace("-", " ").split())
     matches = [device for known, device in GPUS.items() if set(known.upper().replace("-", " ").split()) <= words]
     matches += [GPUS["A100-80" if "80GB" in words else "A100-40"]] if "A100" in words else []
@@ -91,9 +91,9 @@ def _plain(name: str) -> str:
 
 
 def this_machine(device: torch.device | None = None) -> Device:
-    """A device of this machine with its ceilings measured: large products and copies, best of a few.
+    """A device of this machine, with measured ceilings: large products and copies, best of a few.
 
-    device   None is the one training would run on here
+    device   None = the one that training would use here
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     flops = {dtype: _product_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
@@ -111,7 +111,7 @@ def this_machine(device: torch.device | None = None) -> Device:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory a process could still take on the device, in bytes: free on the device or unused in torch's own pool."""
+    """Bytes a process could still allocate on the device: free there, or unused in torch's own pool."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -119,7 +119,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    # A CPU that emulates bfloat16 would take minutes; it is told apart by one small product.
+    # A CPU that emulates bfloat16 would take minutes; a small product shows whether it does.
     on_cpu = SQUARE if dtype == torch.float32 else SQUARE // 8
     side = ON_GPU_SQUARE if device.type == "cuda" else on_cpu
     one, other = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))

@@ -1,8 +1,8 @@
-"""What one micro batch computes and keeps for the backward pass, counted on the network itself.
+"""What one micro batch computes, and keeps for the backward pass, counted on the network itself.
 
-The network runs forward and backward on fake tensors, which have shapes and no values, so no weight is loaded and no
-product is made. Of blocks that are adapted alike one runs and stands for all. The fake tensors are a CPU's: an
-uncompiled pass on a GPU keeps somewhat less, because norms in 16 bit are one operation there.
+The network runs forward and backward on fake tensors, which have shapes but no values: no weight is loaded, no product
+computed. Of blocks with equal adapters one runs and stands for all. The fake tensors are on a CPU: an uncompiled pass
+on a GPU keeps somewhat less, because its 16-bit norms are one operation.
 """
 
 import dataclasses
@@ -24,16 +24,16 @@ from sa3dist.model.frequencies import expo_frequencies
 from sa3dist.model.packing import FilledPacking, Packing
 
 BLOCKS = "model.transformer.layers."
-# Layers the tokens pass before the first block, and those they pass behind the last; all others work on conditioning.
+# Layers on tokens before the first block, and behind the last; all others outside of blocks work on conditioning.
 BEFORE_BLOCKS = {"model.preprocess_conv", "model.transformer.project_in"}
 BEHIND_BLOCKS = {"model.transformer.project_out", "model.postprocess_conv"}
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
-    """A micro batch of clips of one length, in latent frames; prompts are evaluated at their full length.
+    """A micro batch of clips of one length, in latent frames; prompts have their full length.
 
-    given_context   whether some inpainting context is given, so that every frame is conditioned by its own
+    given_context   whether inpainting context is given, so that each frame has its own conditioning
     """
 
     clips: int
@@ -43,7 +43,7 @@ class BatchShape:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterShape:
-    """Which layers are adapted, and how; names are relative as in a file. Without any the base is frozen.
+    """Which layers are adapted, and how; names as in a file. Without any, the base is frozen.
 
     formed   they multiply with W' formed once per step
     """
@@ -56,10 +56,10 @@ class AdapterShape:
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
-    """Format of the frozen base, whether autocast to bfloat16 is on, and whether whole blocks are compiled.
+    """Dtype of the frozen base, whether autocast to bfloat16 is on, and whether whole blocks are compiled.
 
-    A compiled block keeps what products and attention read and write, and what enters it; the compiler makes everything
-    between these again in the backward pass.
+    A compiled block keeps its input and the inputs and outputs of products and attention; the compiler recomputes
+    everything between these in the backward pass.
     """
 
     base: torch.dtype
@@ -68,11 +68,11 @@ class Numerics:
 
 
 class FakeNetwork:
-    """The network with its adapters, as fake tensors; of blocks that are alike it has one."""
+    """The network with its adapters, as fake tensors; it holds one block of each kind."""
 
     def __init__(self, config: ModelConfig, adapter: AdapterShape, numerics: Numerics) -> None:
         self.adapter, self.numerics = adapter, numerics
-        # Kept for the whole process: a fake one must not be what later passes find.
+        # Cached for the whole process: make the real one first, so that later passes do not find a fake one.
         expo_frequencies(torch.device("cpu"))
         self._which, blocks = _alike(config.dit.depth, adapter.layers)
         config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, depth=len(blocks)))
@@ -90,7 +90,7 @@ class FakeNetwork:
     def count(self, batch: BatchShape, backward: bool = True) -> Count:
         """Work and kept bytes of one micro batch.
 
-        backward   False leaves out the work of the backward pass, which takes most of the time that counting takes
+        backward   False skips the work of the backward pass, which takes most of the counting time
         """
         counter = Counter(self._base, self.numerics.compiled)
         with self._mode, counter:
@@ -106,7 +106,7 @@ class FakeNetwork:
     def _velocity(self, batch: BatchShape) -> Tensor:
         base, clips, frames = self._base, batch.clips, batch.frames
         if self.adapter.formed:
-            # As on the longest rung of the ladder, where nothing needs filling.
+            # As on the ladder's top rung, which needs no filling.
             table = torch.empty(5, clips * (base.config.dit.num_memory_tokens + frames), dtype=torch.int64)
             packing = FilledPacking(table, torch.empty(clips + 1, dtype=torch.int32))
         else:
@@ -121,9 +121,9 @@ class FakeNetwork:
 
 
 def _alike(depth: int, adapted: frozenset[str]) -> tuple[list[int], list[int]]:
-    """For every block the number of its kind, and of every kind the first block.
+    """For every block the number of its kind, and for every kind its first block.
 
-    Blocks are alike when the same layers are adapted and gradients do or do not flow back to what enters them.
+    Blocks are of one kind when the same layers are adapted and gradients do or do not flow back to their input.
     """
     outside = {name for name in adapted if not name.startswith(BLOCKS)}
     flows = bool(outside & BEFORE_BLOCKS)
@@ -148,7 +148,7 @@ class _NoValues:
 
 
 def _full_name(name: str, blocks: list[int]) -> str:
-    """The name in the whole network of a layer of the one that has only ``blocks``."""
+    """The whole network's name of a layer in the one that has only ``blocks``."""
     if not name.startswith(BLOCKS):
         return name
     number, _, rest = name.removeprefix(BLOCKS).partition(".")

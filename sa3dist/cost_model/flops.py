@@ -1,4 +1,4 @@
-"""Counting on fake tensors: operations and bytes of every product, and what is saved for the backward pass."""
+"""Counting on fake tensors: operations and bytes of every product, and tensors saved for the backward pass."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ def _self_attention_gradient_flops(grad_KHD, qkv_KSHD, out_KPHD, *others, **_) -
 
 
 _ops = torch.ops
-# What torch's own registry leaves out: attention on a CPU and ours, oneDNN's product, and the one that adds in place.
+# Missing in torch's own registry: attention on a CPU and ours, oneDNN's product, and the in-place addition.
 FLOPS = {
     **flop_registry,
     _ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: mm_flop(x.shape, weight.shape[::-1]),
@@ -54,7 +54,7 @@ FLOPS = {
 
 @dataclasses.dataclass
 class Work:
-    """Floating point operations and bytes of operands and results, of every product and attention.
+    """Floating point operations, and bytes of operands and results, of all products and attention.
 
     A multiply-add counts twice.
     """
@@ -66,7 +66,7 @@ class Work:
         return sum(flops for flops, _ in self.operations)
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> tuple[float, float]:
-        """Shortest time on such a device, split: operations it multiplies for, and those it waits for memory in."""
+        """Shortest time on such a device, split: for operations limited by arithmetic, and by memory."""
         computing = moving = 0.0
         for flops, moved in self.operations:
             compute, memory = flops / flops_per_second, moved / bytes_per_second
@@ -77,7 +77,7 @@ class Work:
 
 @dataclasses.dataclass
 class Part:
-    """One piece of the network: its forward and backward work, and bytes made in it that the backward pass needs."""
+    """One piece of the network: its forward and backward work, and bytes it makes that the backward pass needs."""
 
     forward: Work = dataclasses.field(default_factory=Work)
     backward: Work = dataclasses.field(default_factory=Work)
@@ -88,7 +88,7 @@ class Part:
 class Count:
     """One micro batch without recomputation: the blocks in order, and everything around them.
 
-    input_bytes   of what enters a block, which stays where the block is recomputed
+    input_bytes   of a block's input, which is kept when the block is recomputed
     """
 
     ends: Part
@@ -96,7 +96,7 @@ class Count:
     input_bytes: int
 
     def total(self, recomputed_blocks: int = 0) -> Work:
-        """Forward, backward, and the forward of the first ``recomputed_blocks`` blocks once more."""
+        """Forward, backward, and a second forward of the first ``recomputed_blocks`` blocks."""
         total = Work()
         for i, part in enumerate((self.ends, *self.blocks)):
             total.operations += part.forward.operations * (2 if 0 < i <= recomputed_blocks else 1)
@@ -104,14 +104,14 @@ class Count:
         return total
 
     def kept_bytes(self, recomputed_blocks: int = 0) -> int:
-        """What waits for the backward pass at its start, with the working set of one block that is computed again."""
+        """Bytes kept when the backward pass starts, plus the working set of one recomputed block."""
         first, rest = self.blocks[:recomputed_blocks], self.blocks[recomputed_blocks:]
         kept = self.ends.kept_bytes + sum(part.kept_bytes for part in rest) + len(first) * self.input_bytes
         return kept + max((part.kept_bytes for part in first), default=0)
 
 
 class Counter(TorchDispatchMode):
-    """Notes every product, and every tensor that is saved, under the block that makes it; None is outside of them."""
+    """Notes every product, and every saved tensor, under the block that makes it; None = outside of blocks."""
 
     def __init__(self, base: Base, compiled: bool) -> None:
         super().__init__()
@@ -120,14 +120,14 @@ class Counter(TorchDispatchMode):
         self.input_bytes = 0
         self.backwards = False
         self._block: int | None = None
-        # By storage: where it was made.
+        # By storage: the block that made it.
         self._made: dict[int, int | None] = {}
         self._kept: dict[int, torch.UntypedStorage] = {}
-        # What a compiled block keeps: what products and attention gave, of a pair their difference, and the stream
-        # where it enters a norm. The rest is made again.
+        # Kept by a compiled block: results of products and attention (of a pair, their difference), and the residual
+        # stream where it enters a norm. The rest is recomputed.
         self._lasting: dict[int, torch.UntypedStorage] = {}
         transformer = base.dit.transformer
-        # The first module that each block calls, and the first one behind all blocks.
+        # The first module called by each block, and the first one behind all blocks.
         first = [*(layer.pre_norm for layer in transformer.layers), transformer.project_out]
         self._handles = [
             module.register_forward_pre_hook(functools.partial(self._enter, block, before))
@@ -138,7 +138,7 @@ class Counter(TorchDispatchMode):
             for layer in transformer.layers
             for norm in (layer.cross_attend_norm, layer.ff_norm)
         ]
-        # What modulates the blocks is differentiated behind them, and ahead of what enters the first.
+        # The blocks' modulation is differentiated after the blocks, before the first one's input.
         modulation = transformer.global_cond_embedder
         self._handles.append(modulation.register_forward_hook(lambda _, __, output: self._leave_for(None, output)))
 
@@ -161,7 +161,7 @@ class Counter(TorchDispatchMode):
             self._lasting |= {x.untyped_storage()._cdata: x.untyped_storage() for x in tree_leaves(values)}
 
     def _leave_for(self, block: int | None, tensor: Tensor) -> None:
-        """Once the gradient of ``tensor`` is whole, the backward pass is in ``block``."""
+        """When the gradient of ``tensor`` is complete, the backward pass enters ``block``."""
         if tensor.requires_grad:
             tensor.register_hook(lambda _: setattr(self, "_block", block))
 
@@ -186,15 +186,15 @@ class Counter(TorchDispatchMode):
 
     def keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        # Held, so that no other storage takes its place.
+        # Hold it, so that no other storage gets the same address.
         self._kept[storage._cdata] = storage
         return tensor
 
     def settle_kept(self) -> None:
-        """Add what was saved to the parts that made it; weights were made by none."""
+        """Add saved tensors to the parts that made them; weights were made by none."""
         made = {key: (self._made[key], storage) for key, storage in self._kept.items() if key in self._made}
         if self.compiled:
-            # A block of which nothing is saved lies ahead of the first adapted layer.
+            # A block that saves nothing comes before the first adapted layer.
             differentiated = {block for block, _ in made.values()} - {None}
             lasting = {key: (self._made[key], storage) for key, storage in self._lasting.items()}
             lasting = {key: found for key, found in lasting.items() if found[0] in differentiated}

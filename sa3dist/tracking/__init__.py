@@ -1,1 +1,1 @@
-"""Trackers: where else, beside metrics.jsonl, rows and previews go."""
+"""Trackers: further destinations of rows and previews, beside metrics.jsonl."""

@@ -1,4 +1,4 @@
-"""Trackers as an output of a run: each is called from a thread of its own and can neither slow nor end the training."""
+"""Trackers as outputs of a run, each in a thread of its own: they can neither slow nor end the training."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ID_NAME = "trackers.json"
-# Rows and previews that wait for a tracker; more are left out.
+# Rows and previews that may wait for a tracker; further ones are dropped.
 WAITING = 1000
-# Columns of a row that tell of speed and memory; others tell of the training.
+# Columns about speed and memory; the others are about the training.
 PERFORMANCE = {
     *("step_seconds", "data_wait", "recomputed_blocks", "peak_bytes", "reserved_bytes"),
     *("startup_seconds", "previews_seconds", "previews_missing"),
@@ -35,7 +35,7 @@ NO_CURVES = {"step", "clips", "resumed_from"}
 
 
 def tags(row: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a row under trackers' names: ``train/loss``, ``perf/clips_per_second``; ``val/...`` as it is."""
+    """The numbers of a row by trackers' names: ``train/loss``, ``perf/clips_per_second``; ``val/...`` unchanged."""
     found = {}
     for name, value in row.items():
         group = "perf/" if name in PERFORMANCE else "" if "/" in name else "train/"
@@ -48,11 +48,11 @@ def tags(row: dict[str, Any]) -> dict[str, float]:
 
 
 class Trackers:
-    """What ``metrics.Output`` asks for, for all of ``settings.log_with``."""
+    """The ``metrics.Output`` of all trackers in ``settings.log_with``."""
 
     def __init__(self, settings: Settings, output_dir: Path, resumed_from: int | None) -> None:
-        """resumed_from: step of the checkpoint that is continued, in the trackers' runs of before."""
-        # Links to data may hold a key.
+        """resumed_from: step of the checkpoint that is continued; the trackers' earlier runs are then continued too."""
+        # Links to data may contain a key.
         left_out = {"audio_data_url", "lora_checkpoint_url", *(["validation"] if settings.validation_source else [])}
         values = {
             name: value if isinstance(value, int | float | str) else str(value)
@@ -71,20 +71,20 @@ class Trackers:
             thread.put(lambda tracker: tracker.log(row["step"], tags(row)))
 
     def add_previews(self, step: int, folder: Path) -> None:
-        # Those of the base are the first start's.
+        # The first start has sent the base's previews already.
         if step or not self._resumed:
             for thread in self._threads:
                 thread.put(lambda tracker: _log_previews(tracker, step, folder))
 
     def sync(self) -> None:
-        """Nothing: a row that a tracker lacks stands in metrics.jsonl."""
+        """Nothing to do: metrics.jsonl holds any row that a tracker lacks."""
 
     def finish(self) -> None:
         for thread in self._threads:
             thread.end()
 
     def close(self, until: float) -> None:
-        """Wait until all have taken everything, or it is too late."""
+        """Wait until all trackers have taken everything, or the time is over."""
         for thread in self._threads:
             thread.join(until)
 
@@ -99,7 +99,7 @@ def _run_id(output_dir: Path, resumed_from: int | None) -> str:
 
 
 def _log_previews(tracker: kinds.Tracker, step: int, folder: Path) -> None:
-    # A JSON file is written last: its clip and picture are there.
+    # The JSON file is written last, so clip and picture exist.
     for path in sorted(folder.glob("*.json")):
         about = json.loads(path.read_text(encoding="utf-8"))
         audio, picture = path.with_suffix(".flac"), path.with_suffix(".png")
@@ -107,18 +107,18 @@ def _log_previews(tracker: kinds.Tracker, step: int, folder: Path) -> None:
 
 
 class _TrackerThread:
-    """Makes a tracker and calls it, one call after the other. What goes wrong is said once."""
+    """Makes a tracker and makes its calls one by one. Logs only the first error."""
 
     def __init__(self, name: str, make: Callable[[], kinds.Tracker]) -> None:
         self._name, self._make = name, make
         self._calls: queue.SimpleQueue[Callable[[kinds.Tracker], None] | None] = queue.SimpleQueue()
         self._said = threading.Lock()
-        # A daemon: the end of the process does not wait for it.
+        # A daemon thread: the end of the process does not wait for it.
         self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
         self._thread.start()
 
     def put(self, call: Callable[[kinds.Tracker], None]) -> None:
-        """Never waits."""
+        """Queue a call, without waiting."""
         if not self._thread.is_alive():
             return
         if self._calls.qsize() < WAITING:
@@ -145,13 +145,13 @@ class _TrackerThread:
     def _try(self, call: Callable[[], None]) -> bool:
         try:
             call()
-        # Some end the program where they cannot log in.
+        # SystemExit: some trackers end the program when they cannot log in.
         except (Exception, SystemExit) as failure:
             self._say(f"{type(failure).__name__}: {failure}".splitlines()[0])
             return False
         return True
 
     def _say(self, reason: str) -> None:
-        # Taken for good by the first.
+        # Never released: only the first error is logged.
         if self._said.acquire(blocking=False):
             log.warning("tracker %s: %s; training goes on, metrics.jsonl has every row", self._name, reason)

@@ -1,4 +1,4 @@
-"""The trackers by Accelerate's names: how each opens or continues its run, and what it takes of a preview."""
+"""The trackers by Accelerate's names: how each opens or continues its run, and how it takes a preview."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker knows a run by.
+    """Identifies a run for a tracker.
 
     id             the same for every start that continues the run
-    resumed_from   step of the checkpoint that is continued; None: a fresh run
+    resumed_from   step of the checkpoint that is continued; None = a fresh run
     settings       plain values by name
     """
 
@@ -41,16 +41,16 @@ class Preview:
 
 
 class Tracker:
-    """One of Accelerate's trackers, used without its Accelerator; for rank 0 alone.
+    """One of Accelerate's trackers, used without an Accelerator; on rank 0 only.
 
-    modules   what is imported for it; the extra that installs them has the tracker's name
+    modules   the modules it imports; the extra that installs them has the tracker's name
     """
 
     modules: ClassVar[tuple[str, ...]]
 
     def __init__(self, run: TrackedRun) -> None:
         self.tracker = self.open(run)
-        # Else it would ask Accelerate at every call whether this is rank 0.
+        # Otherwise every call would ask Accelerate whether this is rank 0.
         self.tracker.main_process_only = False
         self.tracker.start()
         if run.resumed_from is None:
@@ -67,7 +67,7 @@ class Tracker:
         self.tracker.log(values, step=step)
 
     def log_preview(self, step: int, preview: Preview) -> None:
-        """Take a preview as audio and spectrogram."""
+        """Log a preview as audio and spectrogram."""
         raise NotImplementedError
 
     def finish(self) -> None:
@@ -82,12 +82,12 @@ class TensorBoard(Tracker):
     def open(self, run: TrackedRun) -> GeneralTracker:
         from accelerate.tracking import TensorBoardTracker
 
-        # Readers drop what event files of an earlier start hold from that step on.
+        # Readers drop an earlier start's events from this step on.
         first = 0 if run.resumed_from is None else run.resumed_from + 1
         return TensorBoardTracker("tensorboard", run.output_dir, purge_step=first)
 
     def store_settings(self, settings: dict[str, Any]) -> None:
-        # Accelerate's way adds a run of its own to the list, for a table of hyperparameters.
+        # As text: Accelerate would add another run to the list, for a table of hyperparameters.
         lines = [f"    {name}: {value}" for name, value in settings.items()]
         self.tracker.writer.add_text("settings", "\n".join(lines), 0)
 
@@ -98,7 +98,7 @@ class TensorBoard(Tracker):
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         writer, tag = self.tracker.writer, f"previews/{preview.number}"
-        # Not add_audio, which knows one channel only.
+        # Not add_audio, which supports one channel only.
         audio_NC, rate_hz = soundfile.read(preview.audio, dtype="int16", always_2d=True)
         wav = io.BytesIO()
         soundfile.write(wav, audio_NC, rate_hz, format="WAV")
@@ -117,7 +117,7 @@ class TensorBoard(Tracker):
 
 
 class MediaTracker(Tracker):
-    """One whose module has ``Audio`` and ``Image``, which are logged like values."""
+    """A tracker whose module has ``Audio`` and ``Image``, which are logged like values."""
 
     def log_preview(self, step: int, preview: Preview) -> None:
         module = importlib.import_module(self.modules[0])
@@ -134,7 +134,8 @@ class Wandb(MediaTracker):
         import wandb
         from accelerate.tracking import WandBTracker
 
-        # The console is the run's own, and nobody is asked for a key there. Not silent, it was seen to hang at its end.
+        # Leave the console to the run, and never prompt for a key. Without silent=True wandb was seen to hang at its
+        # end.
         apart = wandb.Settings(console="off", silent=True, login_timeout=1)
         return WandBTracker(run.project, name=run.name, id=run.id, resume="allow", settings=apart)
 
@@ -149,7 +150,7 @@ class Trackio(MediaTracker):
 
 
 class Mlflow(Tracker):
-    """Previews are artifacts of the run."""
+    """Logs previews as artifacts of the run."""
 
     modules = ("mlflow",)
 
@@ -178,7 +179,7 @@ TRACKERS: dict[str, type[Tracker]] = {
 
 
 def chosen(log_with: Sequence[str] | None) -> dict[str, type[Tracker]]:
-    """The trackers of the setting ``log_with``, by name. Raises ConfigError for a name that is none."""
+    """The trackers of the setting ``log_with``, by name. Raises ConfigError for an unknown name."""
     names = [name.strip() for words in log_with or () for name in words.split(",")]
     for name in names:
         if name not in TRACKERS:
@@ -187,9 +188,9 @@ def chosen(log_with: Sequence[str] | None) -> dict[str, type[Tracker]]:
 
 
 def load(log_with: Sequence[str] | None) -> None:
-    """Import what the trackers need. Raises ConfigError where it is missing.
+    """Import what the trackers need. Raises ConfigError if it is missing.
 
-    In the main thread: a loader process that is forked while another thread imports would wait for that import.
+    Call in the main thread: a loader process forked while another thread imports would hang on that import.
     """
     for name, kind in chosen(log_with).items():
         try:

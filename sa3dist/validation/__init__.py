@@ -1,1 +1,1 @@
-"""Validation: which clips are held out, the fixed set made of them, and the loss on it while a run trains."""
+"""Validation: the choice of held-out clips, the fixed set made from them, and the loss on it during a run."""

@@ -1,4 +1,4 @@
-"""What earlier evaluations of a run have found, read from what it left on disk, and what they decide."""
+"""Earlier evaluations of a run, read from its files, and what they decide."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sa3dist.formats import BEST_ADAPTER_NAME
 from sa3dist.training.row_files import METRICS_NAME, read_rows
 
 BEST_NAME = "best.json"
-# In rows of metrics.jsonl.
+# Keys in rows of metrics.jsonl.
 LOSS, GAIN, SET = "val/loss", "val/gain", "validation_set"
 
 
@@ -20,9 +20,9 @@ LOSS, GAIN, SET = "val/loss", "val/gain", "validation_set"
 class History:
     """Evaluations on one fixed set.
 
-    base     loss of the base; None: not known yet
-    losses   (step, loss) of every evaluation after a step, in their order; a loss that is not finite is infinite
-    best     (step, loss) of the adapter that is published; None: none is
+    base     loss of the base; None = not known yet
+    losses   (step, loss) of every evaluation after a step, in order; a non-finite loss is stored as infinity
+    best     (step, loss) of the published adapter; None = no adapter is published
     """
 
     base: float | None = None
@@ -31,7 +31,7 @@ class History:
 
     @classmethod
     def read(cls, output_dir: Path, set_digest: str) -> History:
-        """Of the rows of this run, and best.json. Nothing where the base's row is missing or of another set."""
+        """From this run's rows and best.json. Empty if the base's row is missing or of another set."""
         history = cls()
         found = [row for row in read_rows(output_dir / METRICS_NAME) if LOSS in row]
         if not any(row["step"] == 0 and row.get(SET) == set_digest for row in found):
@@ -50,7 +50,7 @@ class History:
 
     @property
     def since_best(self) -> int:
-        """Evaluations after the best of ``losses``."""
+        """Number of evaluations since the best of ``losses``."""
         values = [loss for _, loss in self.losses]
         return len(values) - 1 - values.index(min(values)) if values else 0
 

@@ -1,4 +1,4 @@
-"""The loss on the clips held out, while a run trains: on the same crops, noise and times as that of the base."""
+"""The loss on held-out clips during a run: always on the same crops, noise and times, for adapters and base."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ log = logging.getLogger(__name__)
 
 
 def of_run(trainer: Trainer, source: BatchSource) -> Validation | None:
-    """What the settings ask for; None: nothing."""
+    """The validation that the settings ask for; None = none."""
     return Validation(trainer, source) if source.held_out and trainer.settings.validation_every else None
 
 
 class Validation(Observer):
-    """Evaluates the fixed set every ``validation_every`` steps, publishes the best adapter, ends what gets no better.
+    """Evaluates the fixed set every ``validation_every`` steps, publishes the best adapter, stops early.
 
-    Every crop and time is one forward pass of one clip on one rank, with the adapters as the training's passes have
-    them; so the numbers do not depend on how many ranks there are, and no pass needs more memory than a step's.
+    Every crop and time is one forward pass of one clip on one rank, with the adapters as in training passes. So the
+    numbers do not depend on the number of ranks, and no pass needs more memory than a training step.
     """
 
     name = "validation"
@@ -55,7 +55,7 @@ class Validation(Observer):
         self.history = History(found["base"], [tuple(one) for one in found["losses"]], found["best"])
         if self.history.base is None:
             return self._evaluate(0, stop)
-        # One that a signal had kept from being evaluated.
+        # A signal has prevented this evaluation at the end of the earlier start.
         if step and self._due(step) and not self.history.has(step):
             return self._evaluate(step, stop)
         return Observation(step, 0.0, end=self._end())
@@ -67,12 +67,12 @@ class Validation(Observer):
         return step % self.settings.validation_every == 0 or step == self.trainer.plan.steps
 
     def _read(self) -> dict[str, Any]:
-        """On rank 0: what is known of this run, and away with a best adapter that is not of this run."""
+        """On rank 0: read the run's history, and delete a best adapter that is not this run's."""
         output_dir, step = self.settings.output_dir, self.trainer.step
         history = History.read(output_dir, self.set.digest)
         of_this_run = history.best is not None and step > 0
         if self.settings.resume not in ("auto", "never"):
-            # From the checkpoint that was named the run may take another course.
+            # A run that continues from a named checkpoint may take another course.
             of_this_run = of_this_run and history.best[0] <= step
         if not of_this_run:
             history.best = None
@@ -81,7 +81,7 @@ class Validation(Observer):
         return dataclasses.asdict(history)
 
     def _evaluate(self, step: int, stop: StopRequest) -> Observation:
-        """step: 0 = the base, whatever the adapters hold."""
+        """step: 0 = evaluate the base, whatever the adapters hold."""
         begin = time.perf_counter()
         losses = self._mean_losses(step, stop)
         row, end = {}, ""
@@ -92,10 +92,10 @@ class Validation(Observer):
         return Observation(step, seconds, {"validation_seconds": seconds}, row, end=end, long=True)
 
     def _row(self, step: int, losses: list[float]) -> dict[str, Any]:
-        """The row of an evaluation, once what follows from it is done."""
+        """Record an evaluation, publish the adapter if it is the best, and return the row."""
         history = self.history
         mean = math.fsum(losses) / len(losses)
-        # Compares as worse than any number.
+        # Infinity compares as worse than any number.
         loss = mean if math.isfinite(mean) else math.inf
         if step == 0:
             history.base = loss
@@ -110,7 +110,7 @@ class Validation(Observer):
         return row | ({SET: self.set.digest} if step == 0 else {})
 
     def _end(self) -> str:
-        """Why the training ends here; empty where it goes on."""
+        """Why the training ends here; empty if it goes on."""
         patience, history = self.settings.early_stop, self.history
         if not patience or history.since_best < patience:
             return ""
@@ -119,7 +119,7 @@ class Validation(Observer):
         return f"early_stop: {found} without a lower validation loss than {loss:.4f}, after step {step}"
 
     def _publish(self, step: int, loss: float) -> None:
-        """Write the adapters of now as the best, on rank 0; called on all."""
+        """Write the current adapters as the best, on rank 0; called on all ranks."""
         trainer, output_dir = self.trainer, self.settings.output_dir
         tensors = trainer.engine.adapters()
         self.history.best = step, loss
@@ -131,13 +131,13 @@ class Validation(Observer):
             write_json(output_dir / BEST_NAME, {"step": step, LOSS: loss})
 
     def _mean_losses(self, step: int, stop: StopRequest) -> list[float] | None:
-        """Mean loss over the set at each time, equal on all ranks; None where any rank was asked to stop."""
+        """Mean loss over the set at each time, equal on all ranks; None if any rank was asked to stop."""
         group, crops = self.group, self.set.crops
         group.liveness.begin("validating")
         found = self._losses(self.set.of_ranks(group.world_size)[group.dist_rank :: group.world_size], step == 0, stop)
-        # However long the slowest takes: a collective would not wait so long.
+        # Wait without a time limit, which the collective below has.
         run_on_all_ranks(group, f"validation-{step}", lambda: None, stop=None)
-        # By rank, then by place: where a crop is there twice the first counts.
+        # By rank, then by position. Repeated crops come last, so the cut drops them.
         ranks = group.gather(found)
         if any(losses is None for losses in ranks):
             return None
@@ -155,7 +155,7 @@ class Validation(Observer):
                 stack.callback(set_strength, trainer.base, 1.0)
                 set_strength(trainer.base, 0.0)
             elif engine.formed is not None:
-                # They are those of the step that has just been taken; the next one forms them again.
+                # Form with the adapters just stepped; the next step forms again.
                 engine.formed.form()
             stack.enter_context(cached_norms(trainer.layers))
             for crop in crops:
@@ -163,7 +163,7 @@ class Validation(Observer):
                 for batch in self.set.batches(crop):
                     group.liveness.progress()
                     asked = stop.requested()
-                    # Where ranks exchange tensors within a pass, all of them stop before the same one.
+                    # Ranks that exchange tensors within a pass must all stop before the same pass.
                     if group.any(asked) if engine.collectives_in_forward else asked:
                         return None
                     losses.append(engine.losses(batch.to(group.device))["loss_gen"])

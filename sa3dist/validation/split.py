@@ -1,4 +1,4 @@
-"""Which clips are held out for validation: whole files, as a function of the data set, the settings and the seed."""
+"""The choice of held-out clips: whole files, as a function of the data set, the settings and the seed."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# With fewer clips a share would take too much of what is trained on: one file is held out.
+# With fewer clips, a share would leave too few to train on: one file is held out.
 SMALL_SET = 20
-# What programs that cut recordings into clips put behind the recording's name.
+# Suffixes that programs add to a recording's name when they cut it into clips.
 _CUT = re.compile(r"(.+?)[ _.-]+(?:part|chunk|segment|seg|slice|cut|split)[ _.-]*\d+", re.IGNORECASE)
 
 
@@ -47,9 +47,8 @@ def hold_out(
 ) -> tuple[DatasetIndex, tuple[ClipEntry, ...]]:
     """The data set without the clips that ``settings.validation`` holds out, and those clips; equal on all ranks.
 
-    validation   the data set that the setting names; all of its clips are those
-    Raises ConfigError for names that are not there, where nothing would be left on one of the sides, and where clips of
-    the one data set are in the other.
+    validation   the data set that the setting names, if it does; all its clips are held out
+    Raises ConfigError for unknown names, if no clip would be left on either side, and if the two data sets share clips.
     """
     if not settings.validation:
         return index, ()
@@ -81,13 +80,13 @@ def _choose(settings: Settings, index: DatasetIndex, group: Group, stop: StopReq
 
 
 def source_of(key: str) -> str:
-    """The recording a clip was cut from by its name (``song_part2``, ``song-chunk003``), in lower case."""
+    """The recording that a clip was cut from, by its name (``song_part2``, ``song-chunk003``), in lower case."""
     found = _CUT.fullmatch(key)
     return (found[1] if found else key).casefold()
 
 
 def grouped(clips: Sequence[ClipEntry], pairs: Iterable[tuple[str, str]]) -> list[list[str]]:
-    """Keys of clips that belong together: equal audio, one recording by name, or one of ``pairs``. Sorted."""
+    """Keys of clips that belong together: equal audio, the same recording by name, or one of ``pairs``. Sorted."""
     leader = {clip.key: clip.key for clip in clips}
 
     def first_of(key: str) -> str:
@@ -112,13 +111,13 @@ def grouped(clips: Sequence[ClipEntry], pairs: Iterable[tuple[str, str]]) -> lis
 
 
 def chosen_by_share(groups: Sequence[list[str]], share: float, seed: int) -> list[str]:
-    """Keys of whole groups, in an order drawn by ``seed``, as many as fit into the share; sorted.
+    """Keys of whole groups in a pseudo-random order given by ``seed``, as many as fit into the share; sorted.
 
-    At least one group: where none fits, one of the smallest.
+    At least one group: if none fits, one of the smallest.
     """
     total = sum(map(len, groups))
     most = 1 if total < SMALL_SET else max(1, round(share * total))
-    # By hash: a clip more in the data set moves few others to the other side.
+    # Ordered by hash: adding a clip to the data set moves few others to the other side.
     drawn = sorted(groups, key=lambda keys: digest_of("hold out", str(seed), keys[0]))
     chosen: list[str] = []
     for keys in drawn:
@@ -128,9 +127,9 @@ def chosen_by_share(groups: Sequence[list[str]], share: float, seed: int) -> lis
 
 
 def chosen_by_name(clips: Sequence[ClipEntry], groups: Sequence[list[str]], names: Sequence[str]) -> list[str]:
-    """Keys of the clips that are named, by key, file or folder, and of what belongs to them; sorted."""
+    """Keys of the clips named by key, file or folder, and of those that belong to them; sorted."""
     named: set[str] = set()
-    # macOS stores names decomposed, keyboards give them composed.
+    # macOS stores names decomposed; keyboards type them composed.
     composed = [(unicodedata.normalize("NFC", clip.key), clip) for clip in clips]
     for name in names:
         asked = unicodedata.normalize("NFC", name)
@@ -156,7 +155,8 @@ def _check_apart(
     shared = {clip.key: trained[clip.audio_sha256] for clip in validation.clips if clip.audio_sha256 in trained}
     ours = _inspected(settings, index, group, stop)
     theirs = _inspected(settings, validation, group, stop) if ours else []
-    # Both may have a clip of one name: theirs get a mark that is in no name, and comes first in a pair.
+    # The two sets may share names: mark the validation clips' keys with a character that no key has and that sorts
+    # first.
     marked = [dataclasses.replace(clip, key=f"\n{clip.key}") for clip in theirs]
     for one, other, _ in near_duplicates(ours + marked) if theirs else ():
         if one.startswith("\n") and not other.startswith("\n"):
@@ -170,12 +170,12 @@ def _check_apart(
 
 
 def _near_duplicates(settings: Settings, index: DatasetIndex, group: Group, stop: StopRequest) -> list[tuple[str, str]]:
-    """Pairs of keys whose audio is nearly equal, by the fingerprints that ``sa3dist inspect`` compares."""
+    """Pairs of keys with nearly equal audio, by the fingerprints that ``sa3dist inspect`` compares."""
     return [(one, other) for one, other, _ in near_duplicates(_inspected(settings, index, group, stop))]
 
 
 def _inspected(settings: Settings, index: DatasetIndex, group: Group, stop: StopRequest) -> list[InspectedClip]:
-    """The clips with their fingerprints; none, which is said, where those are not to be had."""
+    """The clips with their fingerprints; empty, with a log line, if there are no fingerprints."""
     if isinstance(index, LatentDataset) or index.reader is not None or len(index.clips) > MAX_MEASURED_CLIPS:
         log.info(
             "validation: only equal audio and recordings by name are kept on one side; near-duplicates are looked for "
@@ -207,7 +207,7 @@ def _inspected(settings: Settings, index: DatasetIndex, group: Group, stop: Stop
 
 
 def settings_file(settings: Settings, held_out: Sequence[ClipEntry]) -> str:
-    """run.yaml: the settings, and behind them, as comments, the keys of the clips that are held out."""
+    """run.yaml: the settings, followed by the keys of the held-out clips as comments."""
     text = yaml.safe_dump(settings.as_dict(), sort_keys=False)
     if held_out:
         listing = yaml.safe_dump({"held_out": [clip.key for clip in held_out]}, allow_unicode=True)
