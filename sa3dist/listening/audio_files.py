@@ -14,19 +14,19 @@ from sa3dist.formats import atomic_path
 if TYPE_CHECKING:
     from torch import Tensor
 
-# By suffix: libsndfile's container and encoding. 24 bits: rounding to 16 would be audible in quiet endings.
+# libsndfile's container and encoding by suffix. 24 bits, because rounding to 16 would be audible in quiet endings.
 FORMATS = {
     "flac": ("FLAC", "PCM_24"),
     "wav": ("WAV", "PCM_24"),
     "mp3": ("MP3", "MPEG_LAYER_III"),
     "ogg": ("OGG", "VORBIS"),
 }
-# libsndfile's Vorbis encoder takes stack in proportion to what it is given at once.
+# libsndfile's Vorbis encoder uses stack in proportion to the size of a write.
 BLOCK_SAMPLES = 1 << 16
 
 
 def check_format(suffix: str) -> None:
-    """Raises ConfigError where the installed libsndfile does not write files of this suffix."""
+    """Raises ConfigError if the installed libsndfile cannot write files of this suffix."""
     import soundfile
 
     container, subtype = FORMATS[suffix]
@@ -36,7 +36,7 @@ def check_format(suffix: str) -> None:
 
 
 def write_audio(path: Path, audio_CN: Tensor, rate: int) -> None:
-    """Write float audio within -1 .. 1 in the format of the suffix, whole or not at all."""
+    """Write float audio within -1 .. 1 in the format of the suffix, atomically."""
     import soundfile
 
     container, subtype = FORMATS[path.suffix[1:]]

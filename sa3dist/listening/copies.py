@@ -1,4 +1,4 @@
-"""Watch a run's previews for copies of training clips: encoded as they are made, searched for beside the training."""
+"""Check a run's previews for copies of training clips: encode them when made, search beside the training."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ENCODER = f"{AUTOENCODER_PREFIX}encoder."
 
 
 def of_run(settings: Settings, previews: Previews | None, source: BatchSource, step: int) -> Copies | None:
-    """The copy check that ``settings`` ask for; None: none. step: the training goes on from there."""
+    """The copy check that ``settings`` ask for; None = none. step: the training continues from there."""
     if previews is None or not settings.copy_check:
         return None
     if isinstance(source.index, StreamedDataset):
@@ -55,14 +55,14 @@ def of_run(settings: Settings, previews: Previews | None, source: BatchSource, s
 class Copies(Observer):
     """Writes a row of ``output_dir/copies.jsonl`` for the previews of every step, on rank 0.
 
-    Previews are encoded where the training computes, between two steps; a thread of its own then searches, and is not
-    waited for but at the end.
+    Previews are encoded between two steps, on the training's device; a thread then searches. Only the end of the run
+    waits for it.
     """
 
     name = "copies"
 
     def __init__(self, previews: Previews, source: BatchSource, step: int) -> None:
-        """step: rows of later ones are dropped."""
+        """step: rows of later steps are dropped."""
         self.previews, self.base, self.group = previews, previews.base, previews.group
         self._held_out: list[Sound] | None = None
         self._step, self._said = step, False
@@ -71,7 +71,7 @@ class Copies(Observer):
         self._changed = threading.Condition()
         self._no_more = self._abandoned = False
         self._thread: threading.Thread | None = None
-        # Of the search, since they were last told.
+        # Time of the search since it was last reported.
         self._seconds = 0.0
         if self.group.is_main:
             self.file = RowsFile(Path(previews.output_dir) / COPIES_NAME, step)
@@ -80,31 +80,31 @@ class Copies(Observer):
 
     def begin(self, stop: StopRequest) -> Observation | None:
         self._stop = stop
-        # Those of the base stay where a start continues, and so does their row.
+        # A continued run keeps the base's previews, and so their row.
         return self._observe(0) if self._step == 0 else None
 
     def after_step(self, step: int, stop: StopRequest) -> Observation | None:
         seen = self._observe(step) if self.previews.is_due(step) else None
         if self.group.is_main and self._thread is None and not self._no_more:
-            # After the first step: a loader that is forked before has no thread beside it.
+            # Started after the first step, so that loader processes are forked before there is another thread.
             self._thread = threading.Thread(target=self._work, name="copies", daemon=True)
             self._thread.start()
         return seen
 
     def finish(self, early: bool) -> None:
         with self._changed:
-            # What a signal or a failure has ended does not wait for the search.
+            # After a signal or a failure nobody waits for the search.
             self._no_more, self._abandoned = True, early
             self._changed.notify()
 
     def close(self, until: float) -> None:
-        """Wait for the search where it may still end in time; what is not found then is not written."""
+        """Wait for the search if it may end in time; results not found by then are not written."""
         if self._thread is not None:
             self._thread.join(0 if self._abandoned else max(0.0, until - time.monotonic()))
             if self._thread.is_alive() and not self._abandoned:
                 log.warning("copies: not searched for to the end, the run is over before")
             self._abandoned = True
-            # Between two clips.
+            # The thread checks between two clips.
             self._thread.join(1.0)
 
     def _observe(self, step: int) -> Observation | None:
@@ -125,7 +125,7 @@ class Copies(Observer):
         return Observation(step, seconds, {"copies_seconds": seconds + searched})
 
     def _job(self, step: int) -> Job:
-        """The previews of a step that are there, and once the held-out clips, with their latents."""
+        """The existing previews of a step and, the first time, the held-out clips, with their latents."""
         search, folder = self.search, self.previews.folder(step)
         paths = {int(path.stem): path for path in folder.glob("*.flac")}
         with self._encoder() as encode:
@@ -148,13 +148,13 @@ class Copies(Observer):
 
     @contextlib.contextmanager
     def _encoder(self) -> Iterator[Callable[[np.ndarray], list[np.ndarray]] | None]:
-        """What encodes the variants of a sound in this block; None where latents are of no use."""
+        """Yields a function that encodes the variants of a sound; None if latents are not used."""
         base, device = self.base, self.group.device
         if not self.search.has_latents:
             yield None
             return
         encoder = [math.prod(shape) for key, shape in base.weights.shapes.items() if key.startswith(ENCODER)]
-        # Its weights in float32, and as much to work with.
+        # Its float32 weights, and as much again to work with.
         if base.autoencoder.encoder is None and 8 * sum(encoder) > USABLE_SHARE * free_bytes(device):
             if not self._said:
                 log.warning("copies: compared without latents, the autoencoder does not fit into the free memory")
@@ -163,13 +163,13 @@ class Copies(Observer):
             return
         with contextlib.ExitStack() as stack:
             if device.type == "cuda":
-                # What was taken is free for whatever the next step needs it for.
+                # Give cached memory back for the next step.
                 stack.callback(torch.cuda.empty_cache)
             stack.enter_context(borrowed_encoders(base))
             yield self._encode
 
     def _encode(self, audio_CN: np.ndarray) -> list[np.ndarray]:
-        """Latents (D, T) of a sound from parts of a frame on, in both polarities, as training hears them."""
+        """Latents (D, T) of a sound, shifted by parts of a frame, in both polarities, as the training has them."""
         found, size = [], self.base.samples_per_frame
         for part in range(LATENT_PARTS if self.search.has_audio else 1):
             shifted_CN = torch.from_numpy(audio_CN[:, part * size // LATENT_PARTS :])
@@ -183,7 +183,7 @@ class Copies(Observer):
         return found
 
     def _check(self) -> None:
-        """Between two clips: raises Interrupted where nobody waits for the result any more."""
+        """Called between two clips: raises Interrupted if nobody waits for the result any more."""
         if self._abandoned:
             raise Interrupted("the run is over")
         self._stop.raise_if_requested("looking for copies")
@@ -203,14 +203,14 @@ class Copies(Observer):
             self._seconds += time.perf_counter() - begin
 
     def _next_jobs(self) -> list[Job]:
-        """All that wait, for one pass over the clips; empty when no more will come."""
+        """All waiting jobs, for one pass over the clips; empty when no more will come."""
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._no_more)
             jobs, self._jobs = self._jobs, []
             return jobs
 
     def _say(self, failure: Exception) -> None:
-        """Once, and nothing of a signal: that ends the run."""
+        """Log the first failure only, and no interruption: that ends the run."""
         if isinstance(failure, Interrupted):
             return
         if not self._said:

@@ -1,4 +1,4 @@
-"""The clips that previews are compared with, and the search among them, in mel frames and in SAME's latents.
+"""The clips that previews are compared with, and the search in them, by mel frames and by SAME's latents.
 
 Legend: C channels, N samples, D latent channels or bands, T frames.
 """
@@ -19,11 +19,11 @@ from sa3dist.formats import ClipEntry
 from sa3dist.listening.copying import View, row_of
 from sa3dist.listening.nearest import RANGE_DB, WINDOW_SECONDS, Match, mel_frames, nearest, windows_of, without_silence
 
-# Held-out clips that are compared at most: what more of them could say is little.
+# More held-out clips than this would add little.
 MOST_HELD_OUT = 32
-# A sound that is compared begins anywhere in a frame: so many parts of one are tried.
+# A compared sound may begin anywhere in a frame: try this many shifts within one.
 MEL_PARTS, LATENT_PARTS = 4, 2
-# Clips whose average spectrum is taken off all.
+# The average spectrum, subtracted from all, is taken over at most this many clips.
 MOST_AVERAGED = 64
 
 
@@ -31,8 +31,8 @@ MOST_AVERAGED = 64
 class Sound:
     """A preview or a held-out clip to look for.
 
-    audio      gives its samples, float32 (C, N); None: there is no audio
-    latents    of its variants, float32 (D, T) each; empty: there are none
+    audio      returns its samples, float32 (C, N); None = no audio
+    latents    of its variants, float32 (D, T) each; empty = none
     """
 
     audio: Callable[[], np.ndarray] | None
@@ -48,9 +48,9 @@ class Job:
 
 
 class Search:
-    """Looks for previews in the clips that are trained on. ``check`` is called between clips; what it raises ends it.
+    """Searches the training clips for previews. Calls ``check`` between clips; what it raises ends the search.
 
-    After the first call it holds the mel frames of all training clips, 0.7 KB per second of audio, and no latents.
+    After the first call it holds the mel frames of all training clips, 0.7 KB per second of audio, but no latents.
     """
 
     def __init__(self, source: BatchSource, preview_frames: int, check: Callable[[], None]) -> None:
@@ -61,7 +61,7 @@ class Search:
         self.has_audio = not any(isinstance(one.index, LatentDataset) for one in (encoded, self.held_encoded))
         self.has_latents = not isinstance(encoded, EncodedCrops)
         step = max(1, -(-len(source.held_out) // MOST_HELD_OUT))
-        # Without audio, those that are encoded: of a data set of their own perhaps not all.
+        # Without audio, those that are encoded; of a separate data set maybe not all.
         self.held_out: Sequence[ClipEntry] = [
             clip
             for clip in source.held_out[::step]
@@ -80,7 +80,7 @@ class Search:
         return audio_CN[:, begin : begin + samples]
 
     def rows(self, jobs: Sequence[Job], held_out: Sequence[Sound]) -> Iterator[dict[str, Any]]:
-        """The rows of ``copies.jsonl`` of some steps, from one pass over the clips. held_out: ``self.held_out``'s."""
+        """The rows of ``copies.jsonl`` for some steps, from one pass over the clips. held_out: their sounds."""
         sounds = [sound for job in jobs for sound in job.sounds.values()]
         found = {}
         if self.has_audio:
@@ -120,7 +120,7 @@ class Search:
             yield key, self._centred(frames_DT.astype(np.float32))
 
     def _centred(self, frames_DT: np.ndarray) -> np.ndarray:
-        """Against the average spectrum of the clips; frames that are all at the least level are silent."""
+        """Minus the average spectrum of the clips; frames at the lowest level throughout count as silent."""
         return without_silence(frames_DT - self._centre_D1, frames_DT.max(axis=0) > frames_DT.max() - RANGE_DB + 3)
 
     def _by_latents(self, sounds: Sequence[Sound], held_out: Sequence[Sound]) -> list[Match]:
@@ -138,13 +138,13 @@ class Search:
         return self._matches("latent", windows, sounds, held_out, clips)
 
     def _centred_latents(self, frames_DT: np.ndarray) -> np.ndarray:
-        """Against the average of the clips, but where nothing sounds."""
+        """Minus the average of the clips, but zero where nothing sounds."""
         return without_silence(frames_DT - self._latent_centre_D1, frames_DT.any(axis=0))
 
     def _stored(self, clips: Sequence[ClipEntry]) -> Iterator[tuple[str, np.ndarray]]:
         for clip in clips:
             self.check()
-            # What is encoded on first use may be there in one polarity, or not yet; sounds come in both.
+            # With encoding on first use a clip may exist in one polarity or none; sounds have both.
             for flipped in (False, True):
                 if self.encoded.has_latents(clip, flipped):
                     yield clip.key, stored(self.encoded, clip, flipped)
@@ -158,7 +158,7 @@ class Search:
         held_out: Sequence[Sound],
         clips: Callable[[], Iterator[tuple[str, np.ndarray]]],
     ) -> list[Match]:
-        """Matches of ``sounds``; those of held-out clips are found the first time."""
+        """Matches of ``sounds``; those of held-out clips are computed the first time."""
         new = [] if view in self._null else held_out
         found = nearest([windows(sound) for sound in (*new, *sounds)], clips())
         if view not in self._null:
@@ -167,7 +167,7 @@ class Search:
 
 
 def stored(encoded: EncodedClips, clip: ClipEntry, flipped: bool) -> np.ndarray:
-    """The latents of a clip that is encoded, float32 (D, T)."""
+    """The latents of an encoded clip, float32 (D, T)."""
     latents = encoded.latents(clip, flipped)
     latents_DT = latents.latents_DT[:, : latents.valid_frames].numpy()
     return without_silence(latents_DT, latents.peaks_T.numpy() >= SILENCE_PEAK)

@@ -1,4 +1,4 @@
-"""Whether previews are copies of training clips: how near they come, against how near held-out clips come."""
+"""Decides whether previews are copies of training clips: their distance, compared with that of held-out clips."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,19 +6,19 @@ from typing import Any
 
 from sa3dist.listening.nearest import Match
 
-# With fewer, being the nearest of all says too little.
+# With fewer held-out clips, being the nearest of all says too little.
 FEWEST_HELD_OUT = 4
-# A new clip is nearer than n held-out ones in 1 of n + 1 cases by chance. Being nearer by as much is rare: in 24 sets
-# of 30 clips with 6 held out the nearest new one came to 0.47, the farthest copy to 0.36, as in the tests of copies.
+# By chance a new clip is nearer than n held-out ones in 1 of n + 1 cases. Being nearer by this factor is rare: in 24
+# sets of 30 clips with 6 held out the nearest new clip reached 0.47, the farthest copy 0.36, as in the tests of copies.
 MARGIN = 0.42
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """One way to compare sounds, mel frames or latents, with what it found of held-out clips and of previews.
+    """One way to compare sounds, mel frames or latents, with its results for held-out clips and previews.
 
     held_out   distances of held-out clips from their nearest training clips
-    found      of each preview
+    found      match of each preview
     """
 
     held_out: Sequence[float]
@@ -30,7 +30,7 @@ class View:
         return (1 + nearer) / (1 + len(self.held_out))
 
     def alarms(self, number: int) -> bool:
-        """Whether a preview is nearer than held-out clips ever are, with a margin against chance."""
+        """Whether a preview is nearer than any held-out clip, with a margin against chance."""
         return self.found[number].distance < MARGIN * min(self.held_out)
 
 
@@ -40,7 +40,7 @@ def row_of(
     """The row of ``copies.jsonl`` for the previews of a step.
 
     numbers    of the previews, in the order of the views' ``found``
-    views      "mel" and "latent", as far as they are there, one at least; the first decides
+    views      "mel" and "latent", at least one of them; the first decides
     """
     reason = None
     if not held_out:
@@ -60,11 +60,11 @@ def row_of(
 def _about(place: int, number: int, views: dict[str, View], judged: bool, seconds_per_frame: float) -> dict[str, Any]:
     row = {"clip": None, "seconds": None, "mel": None, "latent": None, "rank": None, "warning": None}
     row |= {name: round(view.found[place].distance, 4) for name, view in views.items() if view.found[place].clip}
-    # Mel frames before latents: in them what is changed in level, or encoded anew, stays nearer.
+    # Mel frames before latents: they change less when a sound's level or encoding changes.
     view = next(iter(views.values()))
     match = view.found[place]
     if not match.clip:
-        # Silence is nobody's copy.
+        # Silence is never a copy.
         return row
     row |= {"clip": match.clip, "seconds": round(match.frame * seconds_per_frame, 2)}
     if judged:

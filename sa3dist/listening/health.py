@@ -1,4 +1,4 @@
-"""Whether a training is healthy: what its adapters do to the weights, and what its losses say, at every save."""
+"""The health of a training at every save: what the adapters do to the weights, and what the losses say."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HEALTH_NAME = "health.jsonl"
-# Training losses that are averaged, and how few say too little: one alone depends on the timestep that was drawn.
+# The mean is over at most and at least this many training losses: a single one depends on its timestep.
 MOST_LOSSES, FEWEST_LOSSES = 50, 10
 BAD = ("exploding", "overfit", "nothing learned")
 
 
 def of_run(settings: Settings, base: Base, engine: Engine, group: Group, step: int) -> Health | None:
-    """The health that ``settings`` ask for; None: none. step: the training goes on from there."""
+    """The health check that ``settings`` ask for; None = none. step: the training continues from there."""
     if not settings.health:
         return None
     return Health(base, group, settings.output_dir, step, engine.whole if engine.divided else None)
@@ -44,7 +44,7 @@ def of_run(settings: Settings, base: Base, engine: Engine, group: Group, step: i
 class Health(Observer):
     """Writes a row of ``output_dir/health.jsonl`` after every save, on rank 0.
 
-    The others hold the same adapters or, under ZeRO-3, parts of them.
+    The other ranks hold the same adapters or, under ZeRO-3, parts of them.
     """
 
     name = "health"
@@ -57,9 +57,9 @@ class Health(Observer):
         step: int,
         whole: Callable[[nn.Module], contextlib.AbstractContextManager] | None = None,
     ) -> None:
-        """step: rows of later ones are dropped.
+        """step: rows of later steps are dropped.
 
-        whole   ``Engine.whole`` where the ranks hold parts of a layer: they measure together
+        whole   ``Engine.whole`` if the ranks hold parts of a layer; they then measure together
         """
         self.base, self.group, self._whole = base, group, whole
         self.file = RowsFile(Path(output_dir) / HEALTH_NAME, step) if group.is_main else None
@@ -72,12 +72,12 @@ class Health(Observer):
         self._stop = stop
 
     def after_step(self, step: int, stop: StopRequest) -> Observation | None:
-        """Nothing new: what the save before has taken goes into the metrics."""
+        """Measures nothing: reports the time of the last save's check."""
         seconds, self._seconds = self._seconds, 0.0
         return Observation(step, seconds, {"health_seconds": seconds}) if seconds else None
 
     def after_save(self, step: int, last: bool) -> None:
-        # A signal leaves no time for it.
+        # After a signal there is no time for it.
         leaving = bool(self._stop and self._stop.requested())
         if self._whole is not None:
             leaving = self.group.any(leaving)
@@ -96,7 +96,7 @@ class Health(Observer):
         self._seconds = time.perf_counter() - begin
 
     def measure(self, step: int) -> dict[str, Any]:
-        """The row of ``step``, from the adapters as they are and the losses that are logged."""
+        """The row of ``step``, from the current adapters and the logged losses."""
         found = []
         for name, layer in adapted_layers(self.base).items():
             self.group.liveness.progress()
@@ -107,7 +107,7 @@ class Health(Observer):
         return {**row, "verdict": verdict, "reasons": reasons}
 
     def _say(self, row: dict[str, Any]) -> None:
-        """A verdict that is new."""
+        """Log a changed verdict."""
         verdict = row["verdict"]
         if verdict != self._verdict:
             level = logging.WARNING if verdict in BAD else logging.INFO
@@ -116,7 +116,7 @@ class Health(Observer):
 
 
 class Losses:
-    """Training and validation losses as metrics.jsonl has them; each row is read once."""
+    """Training and validation losses from metrics.jsonl; each row is read once."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._read = path, 0
@@ -124,7 +124,7 @@ class Losses:
         self._validation: dict[str, float] = {}
 
     def read(self) -> dict[str, float]:
-        """The mean of the last MOST_LOSSES of training, the last of validation and its gain, as far as known."""
+        """The mean of the last MOST_LOSSES training losses, and the last validation loss and gain, as far as known."""
         for row in self._new_rows():
             if "loss" in row:
                 self._training.append(row["loss"])

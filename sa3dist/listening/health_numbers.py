@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sa3dist.adapters.layers import AdaptedLayer
 
-# Of W0 at a time, in float32: 16 MB, so that nothing the training needs is taken from it.
+# Elements of W0 held at a time, in float32: 16 MB, which no training will miss.
 BLOCK_ELEMENTS = 1 << 22
 
 
@@ -23,10 +23,10 @@ BLOCK_ELEMENTS = 1 << 22
 class LayerHealth:
     """What one layer's adapter does to its weight.
 
-    update_ratio     |s D| / |W0|, Frobenius norms; NaN where the adapter is not finite
-    effective_rank   of D: exp of the entropy of its singular values as shares of their sum; 0 where D is 0
-    gains            float64: the trained magnitude of every row, column or both over the norm that it replaces, without
-                     rows and columns that are zero; None where the type has no magnitudes
+    update_ratio     |s D| / |W0|, Frobenius norms; NaN if the adapter is not finite
+    effective_rank   of D: exp of the entropy of its singular values as shares of their sum; 0 if D is 0
+    gains            float64: trained magnitudes of rows, columns or both, divided by the norms they replace, without
+                     zero rows and columns; None if the type has no magnitudes
     """
 
     update_ratio: float
@@ -36,18 +36,18 @@ class LayerHealth:
 
 @torch.no_grad()
 def measure_layer(layer: AdaptedLayer) -> LayerHealth:
-    """Holds no more of the weight at once than BLOCK_ELEMENTS, and factors in float64."""
+    """Holds at most BLOCK_ELEMENTS of the weight at once, and the factors in float64."""
     left_OR, right_RI = _factors(layer)
     values_R = singular_values(left_OR, right_RI)
     size = abs(layer.scale) * math.sqrt(float(values_R.square().sum()))
-    # Squared norms were found in float32; added up here in float64.
+    # The squared norms are float32; sum them in float64.
     weight = math.sqrt(float(layer.adapter.frozen.row_squares_O.double().sum()))
     ratio = size / weight if weight else (0.0 if size == 0 else math.inf)
     return LayerHealth(ratio, effective_rank(values_R), _gains(layer, left_OR, right_RI))
 
 
 def _factors(layer: AdaptedLayer) -> tuple[Tensor, Tensor]:
-    """L (O, R) and R (R, I) as they are trained, or as an -xs type's core makes them."""
+    """L (O, R) and R (R, I) as trained, or as made from an -xs type's core."""
     trained, frozen = layer.trained(), layer.adapter.frozen
     if layer.kind.xs:
         return frozen.left_OR, trained["M_xs"].detach() @ frozen.right_IR.t()
@@ -55,10 +55,10 @@ def _factors(layer: AdaptedLayer) -> tuple[Tensor, Tensor]:
 
 
 def singular_values(left_OR: Tensor, right_RI: Tensor) -> Tensor:
-    """Of L R, float64 (R,) on the CPU, from matrices of R x R alone; NaN where a factor is not finite.
+    """Of L R, float64 (R,) on the CPU, using only R x R matrices; NaN if a factor is not finite.
 
     With L^T L = S^T S they are the square roots of the eigenvalues of S (R R^T) S^T. Relative to the largest they are
-    right to 1e-8, the root of float64's rounding.
+    accurate to 1e-8, the root of float64's rounding.
     """
     left_OR, right_RI = left_OR.double(), right_RI.double()
     inner_RR, outer_RR = (left_OR.t() @ left_OR).cpu(), (right_RI @ right_RI.t()).cpu()
@@ -70,7 +70,7 @@ def singular_values(left_OR: Tensor, right_RI: Tensor) -> Tensor:
 
 
 def effective_rank(singular_values_R: Tensor) -> float:
-    """Between 1 and R; 0 where all are zero, NaN where they are. Source: Roy and Vetterli, EUSIPCO 2007."""
+    """Between 1 and R; 0 if all are zero, NaN if they are. Source: Roy and Vetterli, EUSIPCO 2007."""
     total = float(singular_values_R.sum())
     if total == 0:
         return 0.0
@@ -79,7 +79,7 @@ def effective_rank(singular_values_R: Tensor) -> float:
 
 
 def _gains(layer: AdaptedLayer, left_OR: Tensor, right_RI: Tensor) -> np.ndarray | None:
-    """What W' multiplies the rows of V by, then what it multiplies the columns of the result by."""
+    """The factors by which W' scales the rows of V, then those by which it scales the columns of the result."""
     kind, trained = layer.kind, layer.trained()
     if not (kind.rows or kind.cols):
         return None
@@ -98,7 +98,7 @@ def _gains(layer: AdaptedLayer, left_OR: Tensor, right_RI: Tensor) -> np.ndarray
     if kind.cols:
         found.append(_gain(trained[kind.col_magnitude], col_squares_I.sqrt()))
     gains = torch.cat(found).cpu().numpy()
-    # A row of zeros has a magnitude of zero too: it is not moved, and says nothing.
+    # A zero row also has a zero magnitude: it says nothing.
     return gains[~np.isnan(gains)]
 
 
@@ -108,7 +108,7 @@ def _gain(magnitude: Tensor, norms: Tensor) -> Tensor:
 
 
 def summary(layers: Iterable[tuple[str, LayerHealth]]) -> dict[str, Any]:
-    """What a row says of the layers, those that learn most first; None stands for what is not finite or not there."""
+    """A row's summary of the layers, those that learn most first; None for values that are not finite or missing."""
     named = sorted(layers, key=lambda pair: -np.nan_to_num(pair[1].update_ratio, nan=np.inf))
     gains = [layer.gains for _, layer in named if layer.gains is not None]
     return {
@@ -136,5 +136,5 @@ def _spread(gains: np.ndarray) -> dict[str, float | None] | None:
 
 
 def _number(value: float) -> float | None:
-    """Six digits, which is what float32 has. None where it is not finite: JSON has no word for it."""
+    """Rounded to six digits, float32's precision. None if not finite, which JSON cannot express."""
     return float(f"{value:.6g}") if math.isfinite(value) else None

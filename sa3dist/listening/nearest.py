@@ -1,7 +1,7 @@
-"""Where a piece of sound occurs in clips: the best correlation of its windows with every position of every clip.
+"""Find where a piece of sound occurs in clips: correlate its windows with every position of every clip.
 
-Frames are log-mel bands or latents, one column per latent frame. Correlations are of centred windows, so that a change
-of level, which shifts all bands of a log spectrum alike, does not count.
+Frames are log-mel bands or latents, one column per latent frame. Windows are centred before correlation, so that a
+change of level, which shifts all bands of a log spectrum equally, does not count.
 
 Legend: D bands or channels, T frames of a clip, W frames of a window, Q windows, S segments of a clip, F frequencies.
 """
@@ -12,24 +12,24 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-# Of a window: long enough that unrelated sounds hardly agree, short enough that a part of a preview may be a copy.
+# Long enough that unrelated sounds hardly agree, short enough to find a copied part of a preview.
 WINDOW_SECONDS = 4.0
-# Of a log-mel spectrum. Lossy codecs change what is higher, or quieter, than this.
+# Of the log-mel spectrum. Lossy codecs change what is higher, or quieter, than this.
 BANDS, LOWEST_HZ, TOP_HZ = 32, 60.0, 8000.0
 RANGE_DB = 45.0
-# Frames that are transformed at one time: 95 s at 10.8 frames per second.
+# Frames transformed at a time: 95 s at 10.8 frames per second.
 SEGMENT = 1024
-# A window whose values spread less than this share of the whole piece's holds nothing to recognise.
+# A window whose values spread less than this share of the whole piece's has nothing to recognise.
 LEAST_SPREAD = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """Where a piece was found best.
+    """The best match of a piece.
 
     distance   1 - correlation: 0 for equal windows, 1 for unrelated ones
-    clip       key of the clip; empty where nothing could be compared
-    frame      where in the clip the window begins that was found
+    clip       key of the clip; empty if nothing could be compared
+    frame      start of the matching window in the clip
     """
 
     distance: float = 1.0
@@ -38,10 +38,10 @@ class Match:
 
 
 def mel_frames(audio_CN: np.ndarray, rate: int, hop: int, offset: int = 0) -> np.ndarray:
-    """Levels in dB, float32 (BANDS, T): frame t is of the two hops around sample ``offset + (t + 1/2) hop``.
+    """Levels in dB, float32 (BANDS, T): frame t covers the two hops around sample ``offset + (t + 1/2) hop``.
 
-    What is far more than RANGE_DB below the loudest band of the clip counts as just that. By numpy, whose transforms
-    take no threads from a training beside it.
+    Levels far more than RANGE_DB below the clip's loudest band are raised to about that. Uses numpy, whose transforms
+    take no threads from the training.
     """
     mono = audio_CN.mean(axis=0)[offset:]
     frames = max(1, -(-len(mono) // hop))
@@ -50,11 +50,11 @@ def mel_frames(audio_CN: np.ndarray, rate: int, hop: int, offset: int = 0) -> np
     windows_TN = np.lib.stride_tricks.sliding_window_view(padded, 2 * hop)[::hop]
     hann, banks_FD = np.hanning(2 * hop).astype(np.float32), _banks(hop + 1, rate)
     levels_TD = np.empty((frames, BANDS), np.float32)
-    # A few seconds at a time stay in a core's cache.
+    # A few seconds at a time fit into a core's cache.
     for begin in range(0, frames, 64):
         spectrum_TF = np.fft.rfft(windows_TN[begin : begin + 64] * hann)
         levels_TD[begin : begin + 64] = np.square(np.abs(spectrum_TF)).astype(np.float32) @ banks_FD
-    # Softly: near a hard floor the noise of a codec would decide.
+    # A soft floor: at a hard one the noise of a codec would decide.
     return 10 * np.log10(levels_TD + max(float(levels_TD.max()) * 10 ** (-RANGE_DB / 10), 1e-10)).T
 
 
@@ -66,19 +66,19 @@ def _banks(bins: int, rate: int) -> np.ndarray:
 
 
 def without_silence(frames_DT: np.ndarray, sounds_T: np.ndarray) -> np.ndarray:
-    """Zeros where nothing sounds: all silence is equal, and nobody's copy."""
+    """Zeros where nothing sounds: all silence is equal, and never a copy."""
     return np.where(sounds_T, frames_DT, np.float32(0))
 
 
 def windows_of(variants: Sequence[np.ndarray], window: int) -> np.ndarray:
-    """Windows one behind the other of every variant (D, T) of a sound: shifted by parts of a frame, or flipped.
+    """Consecutive windows of every variant (D, T) of a sound: shifted by parts of a frame, or flipped.
 
-    float32 (Q, D, window), centred, of unit norm, without those that hold nothing to recognise.
+    float32 (Q, D, window), centred, of unit norm, without windows that have nothing to recognise.
     """
     found = []
     spread = max(float(np.std(frames_DT)) for frames_DT in variants)
     for frames_DT in variants:
-        # A short one is continued as the clips that it is compared with.
+        # Continue a short sound like the clips it is compared with.
         frames_DT = np.pad(frames_DT, ((0, 0), (0, max(0, window - frames_DT.shape[1]))), mode="edge")
         last = frames_DT.shape[1] - window
         for begin in sorted({*range(0, last + 1, window), last}):
@@ -107,7 +107,7 @@ def nearest(pieces: Sequence[np.ndarray], clips: Iterable[tuple[str, np.ndarray]
 
 
 class _Bank:
-    """Windows as they are multiplied with clips: transformed once for segments of one length."""
+    """Windows prepared for correlation: transformed once, for segments of one length."""
 
     def __init__(self, windows_QDW: np.ndarray) -> None:
         self.count, self.channels, self.window = windows_QDW.shape
@@ -116,15 +116,15 @@ class _Bank:
         self.spectra_FQD = np.ascontiguousarray(spectra_QDF.transpose(2, 0, 1))
 
     def best(self, frames_DT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The best correlation of every window, and at which frame its window of the clip begins.
+        """The best correlation of every window, and the frame of the clip where the matching window begins.
 
-        A clip that is shorter than the windows, or than one and a half, is continued as its last frame is.
+        A clip shorter than one and a half windows is continued by repeating its last frame.
         """
         length = frames_DT.shape[1]
         frames_DT = np.pad(frames_DT, ((0, 0), (0, max(self.window - length, 0) + self.window // 2)), mode="edge")
         positions = frames_DT.shape[1] - self.window + 1
         inverse_P = self._inverse_norms(frames_DT)
-        # Segments overlap by a window: of each, the first ``step`` positions are free of what wraps around.
+        # Segments overlap by a window: in each, the first ``step`` positions are free of wrap-around.
         step = self.size - self.window + 1
         segments_SD = np.zeros((-(-positions // step), self.channels, self.size), np.float32)
         for number, segment_D in enumerate(segments_SD):
@@ -137,7 +137,7 @@ class _Bank:
         return values_QP[np.arange(self.count), positions_Q], positions_Q
 
     def _inverse_norms(self, frames_DT: np.ndarray) -> np.ndarray:
-        """1 over the norm of every centred window of a clip; 0 where it holds nothing to recognise."""
+        """1 over the norm of every centred window of a clip; 0 where it has nothing to recognise."""
         sums, squares = (np.concatenate([[0.0], np.cumsum(value)]) for value in _column_sums(frames_DT))
         sum_P, square_P = (value[self.window :] - value[: -self.window] for value in (sums, squares))
         size = self.channels * self.window

@@ -1,6 +1,6 @@
-"""Previews during training: the same prompts and the same noise every so often, so that one hears what steps change.
+"""Previews during training: the same prompts and noise at intervals, to hear what the steps change.
 
-They never change the training, never end it, and hold nothing of its memory while it steps.
+They never change or end the training, and hold no memory while it steps.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_SECONDS = 20.0
-# Of the data set, beside an empty prompt.
+# Captions of the data set, used beside an empty prompt.
 DEFAULT_CAPTIONS = 3
 DECODER = f"{AUTOENCODER_PREFIX}decoder."
 
 
 def check(settings: Settings, config: ModelConfig) -> None:
-    """Refuse, before anything is prepared, previews that cannot be made. Raises ConfigError."""
+    """Before any preparation, refuse previews that cannot be made. Raises ConfigError."""
     if not settings.preview_every:
         return
     if settings.preview_seconds is not None:
@@ -64,7 +64,7 @@ def check(settings: Settings, config: ModelConfig) -> None:
 
 
 def of_run(trainer: Trainer, source: BatchSource) -> Previews | None:
-    """The previews that the settings ask for; None: none. source: whose captions are the default prompts."""
+    """The previews that the settings ask for; None = none. source: its captions are the default prompts."""
     settings, base = trainer.settings, trainer.base
     if not settings.preview_every:
         return None
@@ -91,9 +91,9 @@ def _generation(settings: Settings, seconds: float) -> Generation:
 
 
 class Previews(Observer):
-    """Makes ``output_dir/previews/step-00000500/<i>.flac``, with a JSON file and a picture beside each.
+    """Makes ``output_dir/previews/step-00000500/<i>.flac``, each with a JSON file and a picture.
 
-    Prompt i's noise is that of ``base.generate``'s prompt i. Every rank makes its share, on the device it trains on.
+    Prompt i uses the noise of ``base.generate``'s prompt i. Every rank makes its share, on its training device.
     """
 
     name = "previews"
@@ -111,15 +111,15 @@ class Previews(Observer):
         first_step: int = 0,
         engine: Engine | None = None,
     ) -> None:
-        """about: what the JSON files say of the run; last: the step after which they are made in any case.
+        """about: description of the run for the JSON files; last: a step after which previews are made in any case.
 
-        first_step   the training goes on from there
-        engine       evaluates the base where it is divided over the ranks
+        first_step   the training continues from there
+        engine       evaluates the base if it is divided over the ranks
         """
         self.base, self.group, self.output_dir, self.engine = base, group, Path(output_dir), engine
         self.how, self.prompts, self.about = how, list(prompts), about
         self.every, self.last, self.first_step = every, last, first_step
-        # Found once, so that the text encoder is not loaded again: hidden states and mask by prompt, on the CPU.
+        # Hidden states and mask by prompt, on the CPU, kept so that the text encoder need not load again.
         self._hidden: dict[str, tuple[Tensor, Tensor]] = {}
         self._said = False
 
@@ -128,7 +128,7 @@ class Previews(Observer):
         step = self.first_step
         if not step or not self.is_due(step):
             return seen
-        # Whether a signal had cut them short; rank 0 says it for all, of its disk.
+        # Whether a signal cut them short; rank 0 looks at its disk for all.
         if not main_process_first(self.group, f"previews-of-{step}", lambda: self._missing(step), stop=None):
             return seen
         also = self._observe(step, stop)
@@ -150,15 +150,15 @@ class Previews(Observer):
         return Observation(step, seconds, sums, folder=self.folder(step), long=True)
 
     def make(self, step: int, stop: StopRequest) -> tuple[float, int]:
-        """Previews of the adapters as they are after ``step``; of the base alone where it is 0, unless they are there.
+        """Make previews of the current adapters, after ``step``; for step 0 of the base, unless they exist.
 
-        The seconds they took, and how many of all ranks' are missing. Returns early when asked to stop. Whatever
-        else goes wrong is logged once.
+        Returns the seconds it took, and how many previews of all ranks are missing. Ends early when asked to stop. Any
+        other error is logged once.
         """
         begin = time.perf_counter()
         self.group.liveness.begin("making previews")
         missing = 0
-        # What ends them here ends the training after its next step.
+        # The request also ends the training, after its next step.
         with contextlib.suppress(Interrupted):
             try:
                 with self._as_after(step):
@@ -173,11 +173,11 @@ class Previews(Observer):
 
     @contextlib.contextmanager
     def _as_after(self, step: int) -> Iterator[None]:
-        """The base as previews of ``step`` need it, and afterwards as the training does."""
+        """Prepare the base for previews of ``step``; afterwards restore it for the training."""
         base = self.base
         with contextlib.ExitStack() as stack:
             if self.group.device.type == "cuda":
-                # What was taken is free for whatever the next step needs it for.
+                # Give cached memory back for the next step.
                 stack.callback(torch.cuda.empty_cache)
             stack.enter_context(borrowed_encoders(base))
             stack.enter_context(uncompiled(base.dit))
@@ -187,7 +187,7 @@ class Previews(Observer):
             yield
 
     def _generate(self, step: int, stop: StopRequest) -> None:
-        """This rank's share."""
+        """Make this rank's share."""
         mine = range(self.group.dist_rank, len(self.prompts), self.group.world_size)
         asked = [(number, self.prompts[number]) for number in mine if step or not self._is_there(number)]
         if not asked:
@@ -203,19 +203,19 @@ class Previews(Observer):
                 self._write(step, number, audio_CN)
 
     def _generate_together(self, step: int, stop: StopRequest) -> None:
-        """This rank's share where every rank holds a part of each layer: all evaluate the base equally often."""
+        """Make this rank's share where each rank holds a part of every layer: all evaluate the base equally often."""
         base, group = self.base, self.group
         numbers = range(len(self.prompts))
         if step == 0 and not group.any(not all(map(self._is_there, numbers))):
             return
-        # Some of them twice, so that all ranks have as many.
+        # Repeat some, so that all ranks have equally many.
         shared = [number % len(numbers) for number in range(-(-len(numbers) // group.world_size) * group.world_size)]
         mine = shared[group.dist_rank :: group.world_size]
         parts = [mine[begin : begin + BATCH] for begin in range(0, len(mine), BATCH)]
 
         def before_step() -> None:
             group.liveness.progress()
-            # On all of them before the same evaluation.
+            # All ranks stop before the same evaluation.
             if group.any(stop.requested()):
                 raise Interrupted("stopped while making previews")
 
@@ -225,7 +225,7 @@ class Previews(Observer):
             hidden = [self._encode([self.prompts[number] for number in part]) for part in parts]
         except Exception as found:
             failure = found
-        # What one rank cannot do the others do not begin.
+        # If one rank cannot make its share, no rank begins.
         if group.any(failure is not None):
             raise failure or EnvironmentFailure("another rank cannot make its share")
         with cached_norms(adapted_layers(base).values()):
@@ -237,7 +237,7 @@ class Previews(Observer):
                 self._write(step, number, self.how.decode(base, latents_DT))
 
     def _require_memory(self, step: int) -> None:
-        """Raises EnvironmentFailure where the device has too little left beside what the training holds."""
+        """Raises EnvironmentFailure if the training leaves too little device memory."""
         base = self.base
         layers = adapted_layers(base).values() if step and self.engine is None else ()
         formed = sum(layer.weight.numel() * layer.weight.dtype.itemsize for layer in layers)
@@ -251,7 +251,7 @@ class Previews(Observer):
     def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         for prompt in prompts:
             if prompt not in self._hidden:
-                # One by one: equal bits whoever makes which of them.
+                # One by one: the bits then do not depend on which rank makes which prompts.
                 hidden, mask = self.base.encode_hidden([prompt])
                 self._hidden[prompt] = hidden.cpu(), mask.cpu()
         hidden, mask = zip(*(self._hidden[prompt] for prompt in prompts), strict=True)
@@ -268,7 +268,7 @@ class Previews(Observer):
         return {"prompt": self.prompts[number], "number": number, "step": step, **how, **self.about}
 
     def _is_there(self, number: int) -> bool:
-        """Whether this preview of the base lies there from an earlier start; its JSON file is written last."""
+        """Whether an earlier start has made this preview of the base; its JSON file is written last."""
         with contextlib.suppress(OSError, ValueError):
             found = json.loads(self._path(0, number, "json").read_text(encoding="utf-8"))
             return found == self._text(0, number) and self._path(0, number, "flac").exists()
@@ -283,6 +283,6 @@ class Previews(Observer):
         known = isinstance(failure, SA3DistError)
         reason = (str(failure) if known else f"{type(failure).__name__}: {failure}").splitlines()[0]
         if not self._said:
-            # Not a warning: other ranks than the first are heard with errors only.
+            # Not a warning: ranks other than 0 log only errors.
             log.error("previews of step %d left out: %s; training goes on, others are counted in silence", step, reason)
         self._said = True

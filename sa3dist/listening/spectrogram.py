@@ -1,4 +1,4 @@
-"""A picture of a clip's sound: time to the right, pitch upwards, level as colour, as a PNG file.
+"""A clip's spectrogram as a PNG file: time to the right, pitch upwards, level as colour.
 
 Legend: C audio channels, N samples, M bands of pitch, P pieces of time.
 """
@@ -13,18 +13,18 @@ from torch import Tensor
 from sa3dist.formats import write_whole
 from sa3dist.inspection.png import png
 
-# 4096 samples are fine enough for the lowest bands, and with these few every band holds a line of the spectrum.
+# With 4096 samples the lowest bands are resolved, and with 128 bands each has at least one line of the spectrum.
 WINDOW, BANDS, LOWEST_HZ = 4096, 128, 30.0
-# Of a picture, in points. Bands are drawn twice, one above the other.
+# Size in pixels; bands are drawn twice, one above the other.
 WIDEST, POINTS_PER_BAND = 1000, 2
 # dB full scale of the darkest colour; the brightest is a full-scale sine.
 FLOOR_DB = -90.0
-# Colours from silent to loud, red, green and blue; what lies between is mixed.
+# Colours from silent to loud, red, green and blue, interpolated between.
 COLOURS = ((0, 0, 4), (60, 15, 110), (150, 40, 120), (235, 90, 60), (250, 180, 60), (252, 253, 191))
 
 
 def levels(audio_CN: Tensor, rate: int) -> Tensor:
-    """Level of every band in every piece, float32 dB (M, P): 0 is a sine at full scale, FLOOR_DB the least."""
+    """Level of every band in every piece, float32 dB (M, P): 0 is a full-scale sine, FLOOR_DB the minimum."""
     from torchaudio.functional import melscale_fbanks
 
     mono = audio_CN.float().mean(0)
@@ -37,7 +37,7 @@ def levels(audio_CN: Tensor, rate: int) -> Tensor:
 
 
 def write_spectrogram(path: Path, audio_CN: Tensor, rate: int) -> None:
-    """Write the picture of a clip, whole or not at all."""
+    """Write the picture of a clip, atomically."""
     shades_MP = (255 * (1 - levels(audio_CN, rate).clamp(max=0) / FLOOR_DB)).round().to(torch.uint8).flip(0)
     steps = np.linspace(0, len(COLOURS) - 1, 256)
     palette = np.stack([np.interp(steps, range(len(COLOURS)), part) for part in zip(*COLOURS, strict=True)], axis=1)

@@ -1,9 +1,9 @@
-"""What the numbers of a run's health mean, in words: one table of thresholds, each with where it comes from."""
+"""The verdict on a run's health: one table of thresholds, each with its source."""
 
 import dataclasses
 from typing import Any
 
-# The worst first; a run is called by the worst of its reasons, and without any healthy.
+# Worst first; the worst verdict with a reason counts, and without any the run is healthy.
 VERDICTS = ("exploding", "overfit", "nothing learned", "strong", "healthy")
 
 OWN = "our choice"
@@ -12,7 +12,7 @@ DRIFT = "Stable Audio 3, pull request 104: 0.984 (0.975 to 0.993) in a healthy a
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A verdict, and the number that asks for it from a threshold on.
+    """A verdict, and the number and threshold that lead to it.
 
     number   a key of ``numbers_of``
     above    whether values above the threshold count; otherwise those below it
@@ -31,7 +31,7 @@ class Rule:
         return value is not None and (value >= self.threshold if self.above else value < self.threshold)
 
 
-# An update of ratio r that points away from W0, under magnitudes that stay, has a drift of 1 / sqrt(1 + r^2).
+# If magnitudes stay, an update of ratio r orthogonal to W0 has a drift of 1 / sqrt(1 + r^2).
 RULES = (
     Rule("exploding", "not_finite", True, 1, "{value:.0f} layers hold values that are not finite", OWN),
     Rule(
@@ -83,10 +83,10 @@ ALL_IS_WELL = "no threshold is reached"
 
 
 def numbers_of(row: dict[str, Any], losses: dict[str, float]) -> dict[str, float | None]:
-    """What the rules look at; None where it is not there.
+    """The numbers that the rules use; None if unknown.
 
     row      of ``health_numbers.summary``
-    losses   "training", "validation" and "gain" (validation minus the base's), as far as they are known
+    losses   "training", "validation" and "gain" (validation minus the base's), as far as known
     """
     drift, ratio = row["drift"] or {}, row["update_ratio"]
     mean = drift.get("mean")

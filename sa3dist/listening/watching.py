@@ -1,4 +1,4 @@
-"""Everything that watches a run, as its settings ask for it: one more of them is one line here."""
+"""All observers of a run, as its settings ask for them: another observer is one line here."""
 
 from sa3dist.data.batches.batch_source import BatchSource
 from sa3dist.listening import copies, health, previews
@@ -10,11 +10,11 @@ from sa3dist.validation import observer as validation
 
 
 def observers_of(trainer: Trainer, base: Base, source: BatchSource) -> list[Observer]:
-    """In the order they are called; where no step is left only the page's. source: the clips that are trained on."""
+    """In calling order; only the page's if no step is left. source: the training clips."""
     settings, group = trainer.settings, trainer.group
     heard = previews.of_run(trainer, source)
     if trainer.step >= trainer.plan.steps:
-        # Nothing is left to watch; but a start before may not have come to say in the page how the run ended.
+        # Nothing to observe, but an earlier start may not have written into the page how the run ended.
         writer = background.of_run(settings, group, trainer.step)
         if writer is not None:
             writer.finish(early=False)

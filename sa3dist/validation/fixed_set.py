@@ -1,4 +1,4 @@
-"""The fixed set of validation: the same crops of the clips held out, with the same noise, at the same times.
+"""The fixed validation set: crops of the held-out clips with fixed noise, evaluated at fixed times.
 
 Suffixes: B clips, D latent channels, T latent frames.
 """
@@ -16,47 +16,47 @@ from sa3dist.flow.crops import polarity_of_slot
 from sa3dist.formats import ClipEntry, digest_of
 from sa3dist.model.base import Base
 
-# Those of the reference trainer.
+# The reference trainer's times.
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
-# Of few clips more crops are taken, so that one loud second does not decide; of many not all are evaluated.
+# Few clips give several crops each, so that one loud second does not decide; of many clips not all are used.
 FEWEST_CROPS, MOST_CROPS = 8, 32
-# Above every seed that settings allow: no draw of a training is one of these.
+# Above every allowed seed, so that no draw of the training is repeated here.
 SEED_OFFSET = 1 << 31
 
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """One crop of the set. slot: what its draws are keyed by, together with the set's seed."""
+    """One crop of the set. slot: the key of its draws, together with the set's seed."""
 
     slot: int
     clip: ClipEntry
 
 
 class FixedSet:
-    """The crops of a data set's ``held_out`` clips, and what is computed of each; the same whatever process asks."""
+    """The crops of a data set's ``held_out`` clips and their micro batches; equal in every process."""
 
     def __init__(self, source: BatchSource) -> None:
         self._encoded = source.held_encoded
         seed = source.draws.seed + SEED_OFFSET
         self._draws = dataclasses.replace(source.draws, seed=seed, micro_batch=1, prompt_dropout=0.0)
-        # As good as drawn: of more clips than are evaluated it takes some of every folder.
+        # A pseudo-random order: if there are too many clips, every folder is still represented.
         clips = sorted(source.held_out, key=lambda clip: digest_of(str(seed), clip.key))
         count = min(max(len(clips), FEWEST_CROPS), MOST_CROPS)
         self.crops = [Crop(slot, clips[slot % len(clips)]) for slot in range(count)]
 
     @property
     def digest(self) -> str:
-        """Tells two sets apart: their clips, draws and times."""
+        """Identifies the set: its clips, draws and times."""
         clips = [part for crop in self.crops for part in (crop.clip.audio_sha256, crop.clip.caption)]
         return digest_of(*clips, repr(self._draws), repr(TIMES))[:16]
 
     def of_ranks(self, world_size: int) -> list[Crop]:
-        """The crops, some again at the end so that every rank has as many: rank r takes every world_size-th from r."""
+        """The crops, some repeated so that ranks get equally many: rank r takes every world_size-th one from r on."""
         missing = -len(self.crops) % world_size
         return self.crops + [self.crops[number % len(self.crops)] for number in range(missing)]
 
     def encode_tasks(self, world_size: int) -> list[EncodeTask]:
-        """What encoding the set consists of, in the order of ``of_ranks``."""
+        """The tasks of encoding the set, in the order of ``of_ranks``."""
         return [self._task(crop) for crop in self.of_ranks(world_size)]
 
     def _task(self, crop: Crop) -> EncodeTask:
@@ -76,7 +76,7 @@ class FixedSet:
         )
 
     def batches(self, crop: Crop) -> Iterator[MicroBatch]:
-        """One micro batch per time of ``TIMES``, of this crop alone: all of it to be generated, with its prompt."""
+        """One micro batch per time of ``TIMES``, with this crop alone: no context given, prompt included."""
         encoded, seed = self._encoded, self._draws.seed
         latents = encoded.latents(crop.clip, polarity_of_slot(seed, crop.slot))
         prompt = encoded.prompt(crop.clip.caption)
