@@ -21,6 +21,7 @@ from sa3dist.model.parse_config import parse_model_config, read_model_config
 from sa3dist.model.released import RELEASED, released_config
 from sa3dist.model.same import Autoencoder
 from sa3dist.model.text import TextSource
+from sa3dist.runtime.nameless_user import keep_caches_without_a_name
 
 CONFIG_NAME = "model_config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -131,6 +132,7 @@ def load_base(
     Every tensor goes from the mapped file to ``device`` and ``dtype`` on its own. Raises CheckpointError when a file is
     missing or damaged, a key is missing, unexpected or of the wrong shape, or the config is unsupported.
     """
+    keep_caches_without_a_name()
     found = BaseOnDisk.open(name_or_directory)
     source = TextSource(
         found.config.prompt,

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TextIO
 
 from sa3dist.errors import EXIT_ENVIRONMENT
 from sa3dist.runtime.exact_products import keep_products_exact
+from sa3dist.runtime.nameless_user import keep_caches_without_a_name
 from sa3dist.runtime.signals import kill_loaders
 
 # Limit for the exit functions of libraries.
@@ -74,6 +75,7 @@ def as_process(program: Callable[[], int]) -> NoReturn:
         faulthandler.enable()
     try:
         keep_products_exact()
+        keep_caches_without_a_name()
         code = program() if _has_working_directory() else EXIT_ENVIRONMENT
         sys.stdout.flush()
     except OSError as failure:
