@@ -132,16 +132,19 @@ def pack_latents(
             group.liveness.progress()
             stop.raise_if_requested("collecting latents")
             path = encoded.shards_dir / latent_shard_name(number)
-            # Two runs with one work_dir must not mix the index of one with the shard of the other.
-            lock = path.with_name(f".{path.stem}.lock")
-            with alone(lock, lambda: stop.raise_if_requested("collecting latents")):
-                if not _is_finished(path):
-                    where = encoded.index.digest, number, len(groups)
-                    write_latent_shard(path, groups[number], encoded.shards.encoders, *where, encoded.member)
+            # Checked without the lock first: a complete work_dir may be read-only.
+            if not _is_finished(path):
+                # Two runs with one work_dir must not mix the index of one with the shard of the other.
+                lock = path.with_name(f".{path.stem}.lock")
+                with alone(lock, lambda: stop.raise_if_requested("collecting latents")):
+                    if not _is_finished(path):
+                        where = encoded.index.digest, number, len(groups)
+                        write_latent_shard(path, groups[number], encoded.shards.encoders, *where, encoded.member)
             for clip in groups[number]:
-                for path in (encoded.latents_path(clip, False), encoded.latents_path(clip, True)):
-                    path.unlink(missing_ok=True)
-                encoded.prompt_path(clip.caption).unlink(missing_ok=True)
+                loose = (encoded.latents_path(clip, False), encoded.latents_path(clip, True))
+                for path in (*loose, encoded.prompt_path(clip.caption)):
+                    if path.exists():
+                        path.unlink(missing_ok=True)
 
     run_on_all_ranks(group, "collect", work, stop)
     log.info("latents: %s in %s", counted(len(groups), "shard"), encoded.shards_dir)

@@ -1,6 +1,8 @@
 """The encode stage killed at any moment; shards with a byte flipped anywhere: noticed, named or harmless."""
 
+import errno
 import json
+import os
 import random
 import shutil
 
@@ -156,6 +158,19 @@ def test_only_what_a_lost_shard_held_is_encoded_again(base_dir, index, tmp_path,
     assert len(audio) == 3
     assert captions == [index.clips[2].caption]
     assert published(tmp_path) == whole
+
+
+def test_what_is_all_there_is_found_in_a_folder_that_nothing_can_be_written_to(base_dir, index, tmp_path, monkeypatch):
+    base = load_base(base_dir)
+    encode_everything(base, index, tmp_path)
+
+    def read_only(path, *rest):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    # As root no mode of a folder keeps from writing.
+    monkeypatch.setattr(os, "open", read_only)
+    monkeypatch.setattr(os, "unlink", read_only)
+    encode_everything(base, index, tmp_path)
 
 
 def holds(shard, clip):
