@@ -106,7 +106,8 @@ class MetricsLogger:
             if seen.folder is not None:
                 output.add_previews(seen.step, seen.folder)
             if seen.row:
-                output.write({"step": seen.step, **seen.row})
+                # One that comes before the first new step says where the run went on, as that step's row does.
+                output.write({"step": seen.step, **seen.row, **self._resumed_from})
         self._begin += seen.seconds
         self._clock += seen.seconds
         for name, value in seen.sums.items():

@@ -241,6 +241,14 @@ def test_a_run_that_is_continued_has_the_same_rows_and_does_not_evaluate_the_bas
     assert [row for row in rows(tmp_path / "run") if "val/loss" in row] == list(evaluations(watched).values())
 
 
+def test_the_first_row_of_a_continued_run_says_after_which_step_whatever_it_is_of(split_words, tmp_path):
+    for steps in (2, STEPS):
+        assert run(split_words, tmp_path / "run", *EVERY_3, "log_every=10", f"number_of_steps={steps}") == 0
+    new = [row for row in rows(tmp_path / "run") if row["step"] > 2]
+    # An evaluation after step 3, then the last step's row, behind another evaluation.
+    assert [row.get("resumed_from") for row in new] == [2, 2, 2]
+
+
 def test_a_source_of_its_own_is_evaluated_named_and_part_of_the_run(demo_clips, demo_base, demo_work, tmp_path, capsys):
     words, output_dir = short_run(demo_clips, demo_base, demo_work), tmp_path / "run"
     for name in ("one", "other"):
