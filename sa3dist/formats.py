@@ -46,6 +46,10 @@ def atomic_path(target: Path) -> Iterator[Path]:
         fsync(temporary)
         os.replace(temporary, target)
         fsync(target.parent)
+    except OSError as failure:
+        # A write that finds the disk full does not say where.
+        failure.filename = failure.filename or os.fspath(target)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

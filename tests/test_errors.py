@@ -1,14 +1,28 @@
 """What is said in numbers: one clip is one, short sets have seconds, and a run of one process names no rank."""
 
+import errno
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from sa3dist import cli, errors, train
 from sa3dist.errors import counted, span
-from sa3dist.runtime.exit_status import report
+from sa3dist.formats import write_whole
+from sa3dist.runtime.exit_status import report, translate
 from tests.helpers.clips import captioned, write_folder
+
+
+def test_a_write_that_finds_the_disk_full_is_told_with_its_path(tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        write_whole(tmp_path / "latents", b"")
+    assert str(translate(caught.value)).startswith(f"{tmp_path}/latents: disk full")
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_is_singular():
