@@ -47,8 +47,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
         os.replace(temporary, target)
         fsync(target.parent)
     except OSError as failure:
-        # A write that finds the disk full does not say where.
-        failure.filename = failure.filename or os.fspath(target)
+        failure.filename = failure.filename or os.fspath(target)  # write() does not name its file
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -104,8 +103,7 @@ def _empty_folder_beside(target: Path) -> Path:
             temporary.mkdir()
             return temporary
         except (FileNotFoundError, FileExistsError):
-            # Another process may remove the empty parent at any moment: try again. A file in its place, or a link to
-            # nothing, stays.
+            # Another process may remove the empty parent at any moment; a file in its place or a dangling link stays.
             left -= 1
             # Ask once only: the parent could vanish between two questions.
             if not left or target.parent.is_file():
@@ -275,9 +273,8 @@ class DatasetIndex:
         try:
             data = path.read_bytes()
             value = json.loads(data)
-            if value["version"] != INDEX_VERSION:
-                found = ascii(value["version"])[:20]
-                raise DataError(f"{path}: index version {found}, expected {INDEX_VERSION}; run sa3dist shard")
+            if (version := value["version"]) != INDEX_VERSION:
+                raise DataError(f"{path}: index version {version!a:.20}, expected {INDEX_VERSION}; run sa3dist shard")
             if not is_sealed(data):
                 raise DataError(f"{path}: damaged, its digest does not match; delete it and run sa3dist shard")
             clips = tuple(ClipEntry(**clip) for clip in value["clips"])
@@ -286,9 +283,8 @@ class DatasetIndex:
             return cls(Path(directory), value["digest"], clips, tuple(value["skipped"]), shards, left_out=left_out)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             # Untrusted text: escape it, so that the message stays one line.
-            raise DataError(
-                f"{path}: not a readable shard index ({ascii(str(error))[1:-1]}); run sa3dist shard"
-            ) from error
+            reason = ascii(str(error))[1:-1]
+            raise DataError(f"{path}: not a readable shard index ({reason}); run sa3dist shard") from error
 
 
 def sealed(body: str) -> bytes:

@@ -58,12 +58,27 @@ def _days(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
 
 
+STATE = {
+    "type": home_path,
+    "dest": "data_dir",
+    "default": argparse.SUPPRESS,
+    "metavar": "DATA_DIR",
+    "help": "another name of --data-dir",
+}
 ARGUMENTS = {
-    "--model": {"type": _model, "action": "append", "default": [], "metavar": "NAME=PATH", "help": "base of that name"},
+    "--model": {
+        "type": _model,
+        "nargs": "+",
+        "action": "extend",
+        "default": [],
+        "metavar": "NAME=DIR",
+        "help": "directory of the base that requests call NAME; may repeat",
+    },
     "--host": {"default": "127.0.0.1", "help": "default %(default)s; beyond loopback a key is needed"},
     "--port": {"type": int, "default": 8000, "help": "default %(default)s"},
     "--public-url": {"help": "how clients reach the server, behind a proxy for instance"},
     "--data-dir": {"type": home_path, "default": Path("sa3dist-serve"), "help": "of all files (default %(default)s)"},
+    "--state": STATE,
     "--database": {"help": "sqlite:///FILE or postgresql://...; unset = jobs.db in data-dir"},
     "--storage": {"help": "fsspec address of uploaded files; unset = files in data-dir"},
     "--slots": {
@@ -71,6 +86,7 @@ ARGUMENTS = {
         "help": f"jobs at once, 0 = none here; unset = by GPUs, one without, {CLUSTER_SLOTS} on a cluster",
     },
     "--executor": {"choices": ["local", "slurm", "kubernetes"], "default": "local", "help": "who runs the jobs"},
+    "--device": {"choices": ["cpu", "cuda"], "help": "where jobs train; default cuda if there is one"},
     "--nodes": {"type": positive, "default": 1, "metavar": "N", "help": "of each job (slurm, kubernetes)"},
     "--gpus": {"type": positive, "default": 1, "metavar": "N", "help": "of each job, on each of its nodes"},
     "--option": {"action": "append", "default": [], "help": "for sbatch, or image= cpu= ... (kubernetes); may repeat"},
@@ -91,6 +107,7 @@ KEY_ARGUMENTS = {
     "name": {"nargs": "?", "default": "", "help": "of a new key, or the id of one to remove"},
     "--scope": {"choices": SCOPES, "default": "submit", "help": "admin sees everybody's jobs"},
     "--data-dir": {"type": home_path, "default": Path("sa3dist-serve"), "help": "the server's (default %(default)s)"},
+    "--state": STATE,
 }
 
 
@@ -209,11 +226,16 @@ def run_options(options: argparse.Namespace, data: Path) -> RunOptions:
     # Now, and not in every job.
     build({"audio_data_url": "unknown", **settings})
     is_local = options.executor == "local"
-    gpus = gpus_here() if is_local else ()
+    gpus = gpus_here() if is_local and options.device != "cpu" else ()
+    if is_local and options.device == "cuda" and not gpus:
+        raise ConfigError("device: cuda, but this host has no GPU; leave --device out or use cpu")
+    if options.device == "cpu" and options.executor == "kubernetes":
+        raise ConfigError("device: cpu needs --executor local or slurm")
     if is_local and options.nodes > 1:
         raise ConfigError(f"nodes: {options.nodes} need --executor slurm or kubernetes")
     if is_local and options.gpus > max(len(gpus), 1):
         raise ConfigError(f"gpus: {options.gpus} for each job, this host has {len(gpus)}")
+    without_gpus = ["--gpus-per-node=0"] if options.executor == "slurm" and options.device == "cpu" else []
     slots = options.slots if options.slots is not None or is_local else CLUSTER_SLOTS
     return RunOptions(
         executor=options.executor,
@@ -227,7 +249,8 @@ def run_options(options: argparse.Namespace, data: Path) -> RunOptions:
         host=socket.gethostname(),
         models=dict(options.model),
         settings=json.loads(json.dumps(settings)),
-        options=tuple(options.option),
+        # Slurm takes the last of options that contradict each other.
+        options=(*without_gpus, *options.option),
     )
 
 

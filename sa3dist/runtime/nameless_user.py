@@ -1,4 +1,4 @@
-"""Where compiled programs are kept for a user that the system has no name for, as containers are started with."""
+"""Compile caches for a user that has no name on this system, as in a container started with a bare user id."""
 
 import getpass
 import os
@@ -6,9 +6,10 @@ import tempfile
 
 
 def keep_caches_without_a_name() -> None:
-    """Before torch compiles or transformers is imported: both end where torch finds no user to name its cache after.
+    """Set the cache directories that torch would name after the user, whose import fails without a name.
 
-    Caches that the environment names stay where they are, and so does Triton's in a home that can be written to.
+    Call before torch._dynamo or transformers is imported. Variables that are set stay; Triton's cache stays in a
+    writable home.
     """
     try:
         getpass.getuser()

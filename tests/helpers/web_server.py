@@ -35,7 +35,7 @@ class WebServer:
         self.port = free_port()
         self.data = folder / "data"
         self.log = folder / f"server-{self.port}.log"
-        words = ["--port", str(self.port), "--data-dir", str(self.data)]
+        words = ["--port", str(self.port), "--state", str(self.data)]
         words += [] if base is None else ["--model", f"medium-base={base}"]
         words += [word for setting in settings for word in ("--set", setting)]
         self._command = [sys.executable, "-m", "sa3dist.cli", "serve", *words, *more]

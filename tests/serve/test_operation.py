@@ -4,12 +4,15 @@ import json
 import logging
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from sa3dist.commands import serve as command
+from sa3dist.errors import ConfigError
+from sa3dist.runtime.exit_status import command as run_program_with
 from sa3dist.serve import operation
 from sa3dist.serve.app import create_app
 from sa3dist.serve.options import RunOptions
@@ -139,6 +142,7 @@ def test_a_ready_answer_is_that_of_the_route_and_goes_to_nobody_else(tmp_path, s
         (["--model", "medium-base=/no/such"], "model: medium-base: /no/such has no model_config.json"),
         (["--nodes", "2"], "nodes: 2 need --executor slurm or kubernetes"),
         (["--gpus", "99"], "gpus: 99 for each job, this host has "),
+        (["--device", "cpu", "--executor", "kubernetes"], "device: cpu needs --executor local or slurm"),
         (["--set", "rnk=3"], "rnk: unknown key, did you mean rank?"),
         (["--port", "99999"], "port: cannot listen at 127.0.0.1:99999; choose another --port"),
     ],
@@ -148,6 +152,43 @@ def test_what_cannot_be_served_is_refused_in_a_line_and_leaves_nothing(words, sa
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
     assert list(tmp_path.iterdir()) == []
+
+
+def parsed(*words):
+    found = []
+    assert run_program_with("sa3dist serve", command.ARGUMENTS, found.append)(words) == 0
+    return found[0]
+
+
+def test_models_are_named_one_after_another_or_each_by_its_own_word_and_the_folder_is_called_state_too(tmp_path):
+    words = ["--model", "medium-base=/a", "mine=/b=c", "--state", str(tmp_path), "--model", "small-sfx-base=/d"]
+    options = parsed(*words)
+    assert dict(options.model) == {"medium-base": "/a", "mine": "/b=c", "small-sfx-base": "/d"}
+    assert options.data_dir == tmp_path
+    assert parsed().data_dir == Path("sa3dist-serve")
+
+
+@pytest.mark.parametrize(
+    ("device", "here", "devices", "uses_gpus"),
+    [
+        ([], (4, 5), (4, 5), True),
+        (["--device", "cuda"], (4, 5), (4, 5), True),
+        (["--device", "cpu"], (4, 5), (0,), False),
+        (["--device", "cpu", "--slots", "2"], (), (0, 1), False),
+        (["--device", "cpu", "--executor", "slurm"], (4, 5), tuple(range(8)), False),
+    ],
+)
+def test_jobs_train_on_the_device_that_the_server_is_told(device, here, devices, uses_gpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "gpus_here", lambda: here)
+    options = command.run_options(parsed(*device), tmp_path)
+    assert (options.devices, options.gpus) == (devices, uses_gpus)
+    assert options.options == (("--gpus-per-node=0",) if "slurm" in device else ())
+
+
+def test_gpus_that_are_asked_for_have_to_be_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "gpus_here", lambda: ())
+    with pytest.raises(ConfigError, match="device: cuda, but this host has no GPU"):
+        command.run_options(parsed("--device", "cuda"), tmp_path)
 
 
 def test_a_port_that_is_taken_is_refused_ahead_of_the_first_word(tmp_path, capsys):
