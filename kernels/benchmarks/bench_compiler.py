@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import traceback
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,12 +88,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     results = ResultsFile.start(options.out, device, vars(options) | {"out": str(options.out)})
+    failed = {}
     for name in options.choice:
-        for row in measured(name, options, device):
-            results.add(**row)
-            print(row, flush=True)
-    results.set(state="finished")
-    return 0
+        try:
+            for row in measured(name, options, device):
+                results.add(**row)
+                print(row, flush=True)
+        except Exception as problem:
+            # Device time is dear: the others are timed.
+            traceback.print_exc()
+            failed[name] = f"{type(problem).__name__}: {problem}"
+    results.set(state="finished", failed=failed)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     PYTHONPATH=.:kernels python kernels/benchmarks/gpu_check.py tests|step|ops|run|ranks|all
 
-Every part keeps a budget of seconds: it starts nothing that would end later, and names what it left out. ``all`` runs
-the parts one after the other, each in its own process, and ends within eleven minutes whatever they do.
+Every part keeps a budget of seconds: it starts nothing that would end later, and names what it left out. One that hangs
+ends itself behind it, and says where it was. ``all`` runs the parts one after the other, each in its own process, and
+ends within eleven minutes whatever they do.
 Results go into $OUT/gpu_<part>.json (default: kernels/benchmarks/results) as they come, so that a part that is cut off
 keeps what it measured. Exit code 0: the part passed; 1: something failed or disagreed; 2: no CUDA device here.
 """
@@ -11,10 +12,14 @@ keeps what it measured. Exit code 0: the part passed; 1: something failed or dis
 from __future__ import annotations
 
 import argparse
+import contextlib
+import faulthandler
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -38,6 +43,9 @@ ALL = "all"
 ALL_SECONDS = 650.0
 # A part that has not ended by itself this long after its budget is killed by ``all``.
 GRACE_SECONDS = 10.0
+# One that is run by itself ends itself so long after its budget: what it is at may still be worth having.
+LATE_SECONDS = 30.0
+KILLED = "killed at the end of its time"
 # Less than this is not worth the start of a process.
 LEAST_SECONDS = 15.0
 
@@ -69,14 +77,24 @@ def main(arguments: list[str] | None = None) -> int:
         # A second thread only waits for the first.
         torch.set_num_threads(1)
     device = torch.device(options.device)
+    if options.device == "cuda" and importlib.util.find_spec("cudnn") is None:
+        print("gpu-check: no nvidia-cudnn-frontend here: attention is not what a run has", file=sys.stderr, flush=True)
     results = ResultsFile.start(results_path(options.part), device, vars(options))
     passed = False
+    watch = threading.Timer(budget.left() + LATE_SECONDS, end_late, (results.path,))
+    watch.daemon = True
+    watch.start()
+    # Where the interpreter is held this still comes.
+    faulthandler.dump_traceback_later(budget.left() + LATE_SECONDS + GRACE_SECONDS, exit=True, file=sys.__stderr__)
     try:
         passed = importlib.import_module(PARTS[options.part]).run(results, budget, device, options.tiny)
         results.set(state="finished")
     except Exception as problem:
         traceback.print_exc()
         results.set(state="failed", problem=f"{type(problem).__name__}: {problem}")
+    finally:
+        watch.cancel()
+        faulthandler.cancel_dump_traceback_later()
     results.set(passed=passed, seconds=round(spent + time.monotonic() - begin, 1))
     print(f"gpu-check {options.part}: {'passed' if passed else 'FAILED'}, {results.path}", flush=True)
     return 0 if passed else 1
@@ -104,8 +122,8 @@ def run_all(options: argparse.Namespace, budget: Budget) -> int:
         except subprocess.TimeoutExpired:
             end_family(process)
             if results_path(part).exists():
-                ResultsFile.reopen(results_path(part)).set(state="killed at the end of its time", passed=False)
-            outcomes[part] = "FAILED: killed at the end of its time"
+                ResultsFile.reopen(results_path(part)).set(state=KILLED, passed=False)
+            outcomes[part] = f"FAILED: {KILLED}"
         outcomes[part] += f", {time.monotonic() - begin:.0f} s"
     for part, outcome in outcomes.items():
         print(f"gpu-check {part}: {outcome}", flush=True)
@@ -114,14 +132,24 @@ def run_all(options: argparse.Namespace, budget: Budget) -> int:
 
 def end_family(process: subprocess.Popen) -> None:
     """Kill a process and its descendants, those in sessions of their own too."""
-    family = [psutil.Process(process.pid)]
-    family += family[0].children(recursive=True)
-    for member in family:
-        try:
-            member.kill()
-        except psutil.NoSuchProcess:
-            continue
+    first = psutil.Process(process.pid)
+    kill([first, *first.children(recursive=True)])
     process.wait()
+
+
+def end_late(results: Path) -> None:
+    """End this process, which hangs, and its descendants; it says where it was. results: its file."""
+    faulthandler.dump_traceback(sys.__stderr__)
+    # As it is on disk: another process may have added to it.
+    ResultsFile.reopen(results).set(state=KILLED, passed=False)
+    kill(psutil.Process().children(recursive=True))
+    os._exit(1)
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 if __name__ == "__main__":

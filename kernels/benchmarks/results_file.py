@@ -88,7 +88,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        **{name: version_of(name) for name in ("triton", "transformers", "accelerate")},
+        **{name: version_of(name) for name in ("triton", "transformers", "accelerate", "nvidia-cudnn-frontend")},
         "python": platform.python_version(),
         "commit": commit(),
         "source_sha256": source_digest(),

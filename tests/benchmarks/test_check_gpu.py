@@ -302,6 +302,20 @@ def test_run_runs_all_stages_and_a_resumed_loss_that_differs_fails_it(monkeypatc
     assert rows["warm start"]["startup_seconds"]["encode"] < rows["first start"]["startup_seconds"]["encode"]
 
 
+def test_a_part_of_the_run_that_breaks_in_any_way_leaves_the_others(monkeypatch, results):
+    def breaks(*_):
+        raise StopIteration
+
+    for name in ("killed_and_resumed", "warm_start", "reloaded"):
+        monkeypatch.setattr(check_run, name, breaks)
+    monkeypatch.setattr(check_run, "encoder_alone", lambda results, *_: results.add(what="encode alone"))
+    monkeypatch.setattr(check_run, "against_targets", lambda rows: [])
+    assert check_run.run(results, results_file.Budget(60), CPU, tiny=True) is False
+    named = [entry["what"] for entry in results.content["failed"]]
+    assert named == ["train and resume", "warm start", "reload"]
+    assert results.rows[-1]["what"] == "encode alone"
+
+
 def test_a_command_that_ends_early_is_told_with_what_it_said(tmp_path):
     environment = command_runs.command_environment(tmp_path, CPU)
     with (
@@ -389,6 +403,49 @@ def test_a_part_that_hangs_is_killed_with_what_it_has_started(tmp_path):
     assert process.returncode == -9
     gone, alive = psutil.wait_procs(members, timeout=30)
     assert (len(gone), alive) == (1, [])
+
+
+HANGING_PART = """
+import subprocess, sys, time
+import check_ops, gpu_check
+
+def run(results, budget, device, tiny):
+    results.add(measured=subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"]).pid)
+    time.sleep(99)
+
+check_ops.run, gpu_check.LATE_SECONDS = run, 0.5
+gpu_check.main(["ops", "--device", "cpu", "--tiny", "--seconds", "0.5"])
+"""
+
+
+def test_a_part_that_hangs_ends_itself_and_what_it_has_started_and_says_where_it_was(tmp_path):
+    paths = [str(ROOT / "kernels" / "benchmarks"), str(ROOT), str(ROOT / "kernels")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OUT": str(tmp_path)}
+    command = [sys.executable, "-c", HANGING_PART]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert 'File "<string>", line 7 in run' in done.stderr
+    content = json.loads((tmp_path / "gpu_ops.json").read_text())
+    assert (content["state"], content["passed"]) == ("killed at the end of its time", False)
+    ((child,),) = (row.values() for row in content["rows"])
+    # Without its parent it stays a zombie where nobody waits for it.
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_choice_of_the_compiler_that_fails_is_named_and_the_others_are_timed(tmp_path, monkeypatch):
+    import bench_compiler
+
+    def measured(name, options, device):
+        yield {"choice": name}
+        if name == "more kept":
+            raise RuntimeError("no such choice here")
+
+    monkeypatch.setattr(bench_compiler, "measured", measured)
+    words = ["--device", "cpu", "--out", str(tmp_path / "out.json"), "--choice", "more kept", "as it is"]
+    assert bench_compiler.main(words) == 1
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["failed"] == {"more kept": "RuntimeError: no such choice here"}
+    assert [row["choice"] for row in content["rows"]] == ["more kept", "as it is"]
 
 
 def test_types_are_compiled_ahead_by_processes_that_may_fail(tmp_path, monkeypatch):
