@@ -17,7 +17,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from results_file import ResultsFile
+from results_file import ResultsFile, tell_choices
 from step_sides import Side
 from timing import interleaved, peak_bytes, summary
 
@@ -103,4 +103,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    tell_choices()
     raise SystemExit(main())

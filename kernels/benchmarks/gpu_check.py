@@ -26,7 +26,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from results_file import Budget, ResultsFile
+from results_file import Budget, ResultsFile, tell_choices
 
 # Part name -> module with run(results, budget, device, tiny) -> passed. Imported when chosen, so that a fault in one
 # part's imports does not cost the others. In the order in which ``all`` runs them: the most telling first.
@@ -153,4 +153,5 @@ def kill(processes: list[psutil.Process]) -> None:
 
 
 if __name__ == "__main__":
+    tell_choices()
     sys.exit(main())

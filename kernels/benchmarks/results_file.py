@@ -7,6 +7,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
@@ -61,6 +62,13 @@ class ResultsFile:
             file.write(json.dumps(self.content, indent=1) + "\n")
         Path(temporary).chmod(0o644)
         os.replace(temporary, self.path)
+
+
+def tell_choices() -> None:
+    """Show what the program's own log says: a way that is slower than a run's must not be timed unseen."""
+    logging.basicConfig(format="%(name)s: %(message)s")
+    for package in ("sa3dist", "sa3dist_kernels"):
+        logging.getLogger(package).setLevel(logging.INFO)
 
 
 class Budget:
