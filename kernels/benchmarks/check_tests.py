@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from results_file import ROOT, Budget, ResultsFile
 RESULTS_VARIABLE = "SA3DIST_GPU_RESULTS"
 # Read by tests/conftest.py: where gpu-marked tests run.
 DEVICE_VARIABLE = "SA3DIST_TEST_DEVICE"
+# Of a file as a whole, of a test, of one of its cases.
+MARKED = re.compile(r"^pytestmark = pytest\.mark\.gpu$|^@pytest\.mark\.gpu$|marks=pytest\.mark\.gpu\b", re.MULTILINE)
 # Least seconds in which starting them makes sense.
 SHORTEST = 20.0
 # Tests wait for the host most of the time; on an H100 with 16 cores ten processes took 126 s for 283 tests.
@@ -45,12 +48,12 @@ def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) 
 
 
 def gpu_files(device: torch.device) -> list[Path]:
-    """Test files marked gpu as a whole; on a CPU only those that take their device from the environment.
+    """Test files with a test marked gpu; on a CPU only those that take their device from the environment.
 
     Whole steps first, single layers last: those are what the end of the time may cut off.
     """
-    named = sorted((ROOT / "tests").rglob("test_*gpu*.py"), reverse=True)
-    marked = [path for path in named if "\npytestmark = pytest.mark.gpu\n" in path.read_text(encoding="utf-8")]
+    named = sorted((ROOT / "tests").rglob("test_*.py"), reverse=True)
+    marked = [path for path in named if MARKED.search(path.read_text(encoding="utf-8"))]
     return [path for path in marked if device.type == "cuda" or path.name.startswith("test_gpu_")]
 
 

@@ -152,7 +152,7 @@ def test_without_cuda_it_says_so_in_one_line_and_exits_2(tmp_path, monkeypatch, 
 def test_all_gpu_tests_are_found_for_cuda_and_this_file_is_not():
     first, *others = names = [path.name for path in check_tests.gpu_files(torch.device("cuda"))]
     assert first == "test_gpu_training.py"
-    assert {"test_gpu_adapted_linear.py", "test_model_gpu.py"} <= {*others}
+    assert {"test_gpu_adapted_linear.py", "test_model_gpu.py", "test_cudnn_attention.py"} <= {*others}
     assert Path(__file__).name not in names
     assert "test_model_gpu.py" not in {path.name for path in check_tests.gpu_files(CPU)}
 

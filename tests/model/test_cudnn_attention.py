@@ -97,6 +97,28 @@ def test_a_pair_by_cudnn_is_attention_of_the_clip_alone(tokens, length, keys, dt
         assert (ours.float() - theirs).norm() < 1e-2 * theirs.norm()
 
 
+@pytest.mark.gpu
+# A clip alone, one with a filling, several; so many tokens that what is added in any order would show.
+@pytest.mark.parametrize("starts", [(0, 4155), (0, 3700, 4155), (0, 1000, 3100, 4155)])
+def test_attention_of_a_deterministic_run_repeats_its_bits(starts, monkeypatch, record_property):
+    own, tokens = {"device": "cuda", "dtype": torch.bfloat16}, starts[-1]
+    pairs, v, grad = torch.randn(2, tokens, 2, HEADS, WIDTH, **own), *torch.randn(2, tokens, HEADS, WIDTH, **own)
+    start, made, find = torch.tensor(starts, device="cuda", dtype=torch.int32), [], cudnn_attention.cudnn_attention
+    monkeypatch.setattr(varlen, "cudnn_attention", lambda *given: made.append(find(*given)) or made[-1])
+    torch.use_deterministic_algorithms(True)
+
+    def both_ways():
+        given = [value.clone().requires_grad_() for value in (*pairs, v)]
+        out = varlen.varlen_attention(*given, start, start)
+        return [value[: starts[-2] or tokens] for value in (out, *torch.autograd.grad(out, given, grad))]
+
+    first = both_ways()
+    for _ in range(5):
+        assert all(torch.equal(found, expected) for found, expected in zip(both_ways(), first, strict=True))
+    assert all(value.isfinite().all() for value in first)
+    record_property("by_cudnns_package", bool(made) and None not in made)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 # One clip, one with a filling, several.
 @pytest.mark.parametrize("starts", [(0, 40), (0, 33, 40), (0, 9, 30, 40)])
