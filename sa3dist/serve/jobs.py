@@ -203,13 +203,13 @@ class JobStore:
 
     def cancel(self, job_id: str) -> Job | None:
         """Ask for a job's end; the job after that: CANCELLED when it waited, still RUNNING with ``cancel`` when it ran,
-        as it was when it had ended. None when there is none."""
+        as it was when it had ended. None when there is none. An equal request after it is no replay."""
         # What waits to be continued on a cluster may still be there: the next attempt has to look.
         elsewhere = and_(jobs.c.executor.is_not(None), jobs.c.executor != "local")
         this = jobs.c.id == job_id
         with self.database.writing() as connection:
             ask = and_(this, or_(jobs.c.state == RUNNING, and_(jobs.c.state == QUEUED, elsewhere)))
-            connection.execute(jobs.update().where(ask, jobs.c.cancel == 0).values(changed(cancel=1)))
+            connection.execute(jobs.update().where(ask, jobs.c.cancel == 0).values(changed(cancel=1, dedup=None)))
             waits = and_(this, jobs.c.state == QUEUED, jobs.c.cancel == 0)
             end_jobs(connection, waits, CANCELLED, error=CLIENT_CANCELLED)
             return self._find(connection, job_id)

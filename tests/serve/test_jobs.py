@@ -76,6 +76,17 @@ def test_a_replay_gets_the_first_job_until_that_has_ended(store, leases):
     assert submit(store, dedup="x").id != first.id
 
 
+def test_a_request_like_one_that_was_cancelled_gets_a_job_of_its_own(store, leases):
+    first = submit(store, dedup="x")
+    leases.claim(place())
+    assert store.cancel(first.id).cancel
+    second = submit(store, dedup="x")
+    assert second.id != first.id
+    assert submit(store, dedup="x").id == second.id
+    assert store.cancel(second.id).state == CANCELLED
+    assert submit(store, dedup="x").id != second.id
+
+
 def test_a_full_queue_refuses_and_keeps_nothing(store):
     submit(store)
     submit(store, max_queue=1)
