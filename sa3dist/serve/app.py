@@ -22,7 +22,7 @@ from sa3dist.serve.keys import Keys, Signer
 from sa3dist.serve.operation import RequestLog
 from sa3dist.serve.ready_status import ReadyStatus
 from sa3dist.serve.server_options import WebOptions
-from sa3dist.serve.service import Service, WireError, message_of
+from sa3dist.serve.service import Service, UnknownRequest, WireError, message_of
 from sa3dist.serve.snapshot import Snapshot
 from sa3dist.serve.tables import DatabaseAway
 
@@ -100,8 +100,8 @@ def _add_keys(app: FastAPI, service: Service) -> None:
         return JSONResponse(webhooks.public_keys(service.signer))
 
 
-def _error(status: int, detail: Any, error_type: str | None, headers: dict[str, str]) -> Response:
-    body = {"detail": detail, "message": message_of(detail)}
+def _error(status: int, detail: Any, error_type: str | None, headers: dict[str, str], word: str = "") -> Response:
+    body = {"detail": detail, "message": message_of(detail)} | ({"status": word} if word else {})
     if error_type is not None:
         body["error_type"] = error_type
         headers = {"X-Fal-Error-Type": error_type, **headers}
@@ -109,7 +109,9 @@ def _error(status: int, detail: Any, error_type: str | None, headers: dict[str, 
 
 
 async def _wire_error(request: Request, error: WireError) -> Response:
-    return _error(error.status, error.detail, error.error_type, error.headers)
+    # Answers about a request say its status in a word, as the hosted endpoint's do.
+    word = "NOT_FOUND" if isinstance(error, UnknownRequest) else ""
+    return _error(error.status, error.detail, error.error_type, error.headers, word)
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:

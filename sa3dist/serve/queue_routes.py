@@ -20,7 +20,7 @@ from sa3dist.serve.jobs import RETRIES, QueueFull, Unfinished
 from sa3dist.serve.keys import Caller
 from sa3dist.serve.log_lines import LogReader
 from sa3dist.serve.ready_status import seen_as
-from sa3dist.serve.service import Service, WireError, refusal, service_of
+from sa3dist.serve.service import Service, UnknownRequest, WireError, refusal, service_of
 from sa3dist.serve.submission import accept, lifetime, refuse_inward
 from sa3dist.serve.tables import QUEUED
 
@@ -206,7 +206,7 @@ async def cancel(request: Request, owner: str, name: str, job_id: str) -> Respon
         return JSONResponse({"status": "ALREADY_COMPLETED"}, 400, {wire.REQUEST_ID: job_id})
     job = await asyncio.to_thread(service.store.cancel, job_id)
     if job is None:
-        raise WireError(404, "Request not found")
+        raise UnknownRequest
     service.snapshot.put(job)
     return JSONResponse({"status": "CANCELLATION_REQUESTED"}, 202, {wire.REQUEST_ID: job_id})
 

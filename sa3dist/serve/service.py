@@ -57,6 +57,13 @@ class WireError(SA3DistError):
         self.status, self.detail, self.error_type, self.headers = status, detail, error_type, headers or {}
 
 
+class UnknownRequest(WireError):
+    """A request id that the caller has no job of."""
+
+    def __init__(self) -> None:
+        super().__init__(404, "Request not found", headers={"X-Fal-Error-Type": "not_found"})
+
+
 def message_of(detail: str | list[dict[str, Any]]) -> str:
     """The one line that clients show a person."""
     if isinstance(detail, str):
@@ -156,7 +163,7 @@ class Service:
         if job is None and len(job_id) == 32 and job_id.isascii() and job_id.isalnum():
             job = await asyncio.to_thread(self.store.get, job_id)
         if job is None or not caller.may_see(job.key):
-            raise WireError(404, "Request not found", headers={"X-Fal-Error-Type": "not_found"})
+            raise UnknownRequest
         return job
 
     def link_of_result(self, job: Job, base: str, path: str) -> str:

@@ -97,6 +97,10 @@ def test_a_cancelled_request_is_completed_with_an_error_and_answers_499(client):
     assert (status["status"], status["error_type"]) == ("COMPLETED", "client_cancelled")
     assert client.get(made["response_url"]).status_code == 499
     assert client.put(made["cancel_url"]).json() == {"status": "ALREADY_COMPLETED"}
+    unknown = {"status": "NOT_FOUND", "detail": "Request not found", "message": "Request not found"}
+    address = made["response_url"].replace(made["request_id"], "0" * 32)
+    for answer in (client.get(f"{address}/status"), client.put(f"{address}/cancel"), client.get(address)):
+        assert (answer.status_code, answer.json()) == (404, unknown)
 
 
 def test_each_refused_field_is_named_with_the_trainers_words(client):
