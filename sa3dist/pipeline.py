@@ -54,7 +54,7 @@ class Run:
         self.trainer: Trainer | None = None
         self._warm_start_sha256: str | None = None
         self._saved_step: int | None = None
-        self._end = ""
+        self._ended_early = ""
         self._observers: list[Observer] = []
         self._validation: DatasetIndex | None = None
         self._cursors: RankCursors | None = None
@@ -156,17 +156,24 @@ class Run:
             steps = range(self.step + 1, plan.steps + 1)
             micro_batches = source.batches(steps, plan.accumulation, group, self.stop, self._cursors)
             with contextlib.closing(micro_batches) as batches:
-                where = settings.output_dir, self._saved_step, self.startup
-                self._end = loop.train(self.trainer, batches, self.stop, *where, self._observers)
+                self._ended_early = loop.train(
+                    self.trainer,
+                    batches,
+                    self.stop,
+                    settings.output_dir,
+                    resumed_from=self._saved_step,
+                    startup=self.startup,
+                    observers=self._observers,
+                )
         source.log_end(self.step * plan.global_batch, self._cursors)
 
     def _announce(self, base: Base, source: BatchSource) -> None:
-        settings, group, work = self.settings, self.group, self.trainer.plan
+        settings, group, plan = self.settings, self.group, self.trainer.plan
         if not group.is_main:
             return
         write_whole(settings.output_dir / "run.yaml", settings_file(settings, source.held_out))
         crop_seconds = source.draws.crop_frames * base.samples_per_frame / base.sample_rate_hz
-        log.info(work.said(group.world_size, crop_seconds, base.recomputed_blocks, self._saved_step))
+        log.info(plan.summary(group.world_size, crop_seconds, base.recomputed_blocks, self._saved_step))
 
     def _enter(self, stage: str, part: str | None = None) -> None:
         """part: which part of the start begins with this stage; None where the stage reports its own parts."""
@@ -180,8 +187,8 @@ class Run:
         description = {**self.trainer.description(), "startup_seconds": self.startup.seconds}
         # On every rank: in some modes each rank holds only a part.
         tensors = self.trainer.engine.adapters()
-        where = self.settings.output_dir, description, self._end
-        self._publish(lambda: export.publish(base.adapter_config, tensors, *where))
+        output_dir, config = self.settings.output_dir, base.adapter_config
+        self._publish(lambda: export.publish(config, tensors, output_dir, description, self._ended_early))
 
     def export_saved(self) -> None:
         """Stage four from a checkpoint alone, the one a run would continue from; its model and data may be gone."""
@@ -197,10 +204,10 @@ class Run:
 
         self._publish(publish)
 
-    def leave(self) -> None:
+    def on_exit(self) -> None:
         """Tell the observers that the run's last files are on disk."""
         for observer in self._observers:
-            observer.leave()
+            observer.on_exit()
 
     def _publish(self, publish: Callable[[], dict[str, Any]]) -> None:
         """Make the result on rank 0 and print it as the last line of stdout."""

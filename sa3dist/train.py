@@ -105,7 +105,7 @@ def run_stages(
         lambda: running[0].step if running else 0,
     )
     if running:
-        running[0].leave()
+        running[0].on_exit()
     return code
 
 

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,9 +73,9 @@ def of_run(trainer: Trainer, source: BatchSource) -> Previews | None:
     prompts = settings.preview_prompts or default_prompts([clip.caption for clip in source.index.clips])
     base_sha256 = trainer.plan.identity["base_sha256"]
     about = {"model": settings.model, "base_sha256": base_sha256, "sa3dist_version": __version__}
-    when = settings.preview_every, settings.number_of_steps, trainer.step
+    steps = PreviewSteps(settings.preview_every, settings.number_of_steps, trainer.step)
     engine = trainer.engine if trainer.engine.divided else None
-    return Previews(base, trainer.group, settings.output_dir, how, prompts, about, *when, engine)
+    return Previews(base, trainer.group, settings.output_dir, how, prompts, about, steps, engine)
 
 
 def default_prompts(captions: Sequence[str]) -> list[str]:
@@ -88,6 +88,17 @@ def default_prompts(captions: Sequence[str]) -> list[str]:
 
 def _generation(settings: Settings, seconds: float) -> Generation:
     return Generation(seconds, settings.preview_steps, settings.preview_cfg, settings.preview_seed)
+
+
+class PreviewSteps(NamedTuple):
+    """The steps with previews: every ``every``-th and the last. The training continues from ``first``."""
+
+    every: int
+    last: int
+    first: int = 0
+
+    def is_due(self, step: int) -> bool:
+        return step % self.every == 0 or step == self.last
 
 
 class Previews(Observer):
@@ -106,27 +117,21 @@ class Previews(Observer):
         how: Generation,
         prompts: Sequence[str],
         about: dict[str, Any],
-        every: int,
-        last: int,
-        first_step: int = 0,
+        steps: PreviewSteps,
         engine: Engine | None = None,
     ) -> None:
-        """about: description of the run for the JSON files; last: a step after which previews are made in any case.
-
-        first_step   the training continues from there
-        engine       evaluates the base if it is divided over the ranks
-        """
+        """about: description of the run for the JSON files; engine: evaluates a base divided over the ranks."""
         self.base, self.group, self.output_dir, self.engine = base, group, Path(output_dir), engine
         self.how, self.prompts, self.about = how, list(prompts), about
-        self.every, self.last, self.first_step = every, last, first_step
+        self.steps = steps
         # Hidden states and mask by prompt, on the CPU, kept so that the text encoder need not load again.
         self._hidden: dict[str, tuple[Tensor, Tensor]] = {}
         self._said = False
 
     def begin(self, stop: StopRequest) -> Observation:
         seen = self._observe(0, stop)
-        step = self.first_step
-        if not step or not self.is_due(step):
+        step = self.steps.first
+        if not step or not self.steps.is_due(step):
             return seen
         # Whether a signal cut them short; rank 0 looks at its disk for all.
         if not main_process_first(self.group, f"previews-of-{step}", lambda: self._missing(step), stop=None):
@@ -136,10 +141,7 @@ class Previews(Observer):
         return dataclasses.replace(also, seconds=seen.seconds + also.seconds, sums=sums)
 
     def after_step(self, step: int, stop: StopRequest) -> Observation | None:
-        return self._observe(step, stop) if self.is_due(step) else None
-
-    def is_due(self, step: int) -> bool:
-        return step % self.every == 0 or step == self.last
+        return self._observe(step, stop) if self.steps.is_due(step) else None
 
     def _missing(self, step: int) -> int:
         return sum(not self._path(step, number, "json").exists() for number in range(len(self.prompts)))

@@ -64,7 +64,7 @@ class ReportWriter(Observer):
         self._early = early
         self._until = time.monotonic() + (EARLY_CLOSE_SECONDS if early else CLOSE_SECONDS)
 
-    def leave(self) -> None:
+    def on_exit(self) -> None:
         """Write the last page, which says how the run ended."""
         if not self._group.is_main:
             return

@@ -64,7 +64,7 @@ class Observer:
     def close(self, until: float) -> None:
         """Wait for background work, at most until ``time.monotonic()`` is ``until``."""
 
-    def leave(self) -> None:
+    def on_exit(self) -> None:
         """Called before the process ends: the run's last files are written, status.json among them."""
 
 

@@ -55,7 +55,7 @@ class RunPlan:
         epochs = {"epoch": step * self.global_batch // len(self.clip_keys)} if self.clip_keys else {}
         return {"step": step, **epochs}
 
-    def said(self, processes: int, crop_seconds: float, recomputed_blocks: int, saved_step: int | None) -> str:
+    def summary(self, processes: int, crop_seconds: float, recomputed_blocks: int, saved_step: int | None) -> str:
         """The plan as a line of the log. saved_step: where a run continues, None for a fresh one."""
         each = f"batch_size {self.micro_batch} x {counted(processes, 'process', 'processes')} x {self.accumulation}"
         recomputing = f", recomputing {counted(recomputed_blocks, 'block')} to save memory" if recomputed_blocks else ""

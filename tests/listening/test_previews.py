@@ -12,7 +12,7 @@ import sa3dist
 from sa3dist import cli
 from sa3dist.adapters import adapter_parameters, attach_adapter, detach_adapter, formed_once
 from sa3dist.listening import previews
-from sa3dist.listening.previews import Previews, default_prompts
+from sa3dist.listening.previews import Previews, PreviewSteps, default_prompts
 from sa3dist.model.compiled import compile_blocks, compile_elementwise, uncompiled
 from sa3dist.model.dit import modulated_norm
 from sa3dist.model.generation import Generation
@@ -205,7 +205,7 @@ def preview(demo_base, tmp_path):
     base = sa3dist.load_base(demo_base, encoder=False)
     attach_adapter(base, "dora-rows", rank=4)
     move(base)
-    return Previews(base, Group(0, 1, torch.device("cpu")), tmp_path, HOW, ["a bass drum"], {}, every=1, last=1)
+    return Previews(base, Group(0, 1, torch.device("cpu")), tmp_path, HOW, ["a bass drum"], {}, PreviewSteps(1, last=1))
 
 
 def test_before_the_first_step_they_are_of_the_base_whatever_the_adapter_holds(preview):

@@ -43,7 +43,7 @@ def test_the_last_save_is_in_the_page_though_it_came_while_another_was_written(t
     observer.after_save(4, last=True)
     (folder / "status.json").write_text(json.dumps({"state": "interrupted", "message": "stopped after step 4"}))
     observer.finish(early=False)
-    observer.leave()
+    observer.on_exit()
     page = (folder / "report.html").read_text()
     assert "step 4 of 3, interrupted, can be continued: stopped after step 4" in page
     assert "0.123456" in page
@@ -59,7 +59,7 @@ def test_a_page_that_fails_is_said_once_and_ends_nothing(tmp_path, caplog):
     observer = writer(folder)
     observer.after_save(2, last=False)
     observer.finish(early=False)
-    observer.leave()
+    observer.on_exit()
     said = [record.message for record in caplog.records if "report.html" in record.message]
     assert len(said) == 1
     assert "no run's folder" in said[0]
@@ -84,7 +84,7 @@ def test_a_page_that_takes_too_long_is_stopped_at_the_end(tmp_path, caplog, monk
     # One at a time.
     assert len(started) == 1
     observer.finish(early=False)
-    observer.leave()
+    observer.on_exit()
     assert [process.poll() for process in started] == [-signal.SIGTERM, -signal.SIGTERM]
     # How long that was is the machine's affair.
     assert re.search(r"not written within \d+\.\d s", caplog.text)
@@ -98,7 +98,7 @@ def test_a_signal_while_the_last_page_is_written_ends_the_wait(tmp_path):
     observer.finish(early=False)
     stop.hear("SIGTERM")
     begin = time.monotonic()
-    observer.leave()
+    observer.on_exit()
     assert time.monotonic() - begin < background.CLOSE_SECONDS
     assert not (folder / "report.html").exists()
 
