@@ -1,4 +1,4 @@
-"""One clip of a source as `sa3dist inspect` sees it: what it holds, and what training would do with it."""
+"""One clip of a source as `sa3dist inspect` sees it: its content, and what training would do with it."""
 
 import dataclasses
 from typing import Any
@@ -14,7 +14,7 @@ class InspectedClip:
     """One pair of the source. ``facts`` and ``stats`` are None when the audio cannot be used.
 
     bytes      length of the audio file
-    sound      its beginning as OGG, where a page asked for it
+    sound      its beginning as OGG, if a page needs it
     treatment  "whole", "cropped", "padded" or "skipped"; ``reason`` says why in words
     """
 

@@ -6,11 +6,11 @@ from sa3dist.inspection.clip import InspectedClip
 from sa3dist.inspection.measure import fingerprint_distance_db
 
 # Measured on 90 drum recordings and 96 synthesised clips: copies as mp3, ogg, at half the sample rate or another level
-# lie below 3.2 dB (99 % below 2.3), the two closest different recordings of similar length at 3.3 dB.
+# are less than 3.2 dB apart (99 % less than 2.3), the two closest different recordings of similar length 3.3 dB.
 NEAR_DUPLICATE_DB = 2.5
-# Codecs add some 50 ms of padding; a cut of more makes another clip.
+# Codecs add some 50 ms of padding; a larger cut makes another clip.
 LENGTH_TOLERANCE = (0.05, 0.02)
-# Clips compared with all others of their length at once: 100,000 of one length are 100 MB of distances.
+# Number of clips compared at once with all others of their length: 100,000 of one length need 100 MB of distances.
 PAIR_BLOCK = 256
 
 
@@ -23,10 +23,10 @@ def exact_duplicates(clips: list[InspectedClip]) -> list[list[str]]:
 
 
 def near_duplicates(clips: list[InspectedClip]) -> list[tuple[str, str, float]]:
-    """(key, key, distance in dB) of clips of about one length whose fingerprints agree, nearest first.
+    """(key, key, distance in dB) of clips of similar length whose fingerprints agree, nearest first.
 
-    Finds one recording at another level, sample rate, format or channel count. Equal bytes are left to
-    ``exact_duplicates``; a recording cut at another place is another clip.
+    Finds the same recording at another level, sample rate, format or channel count. Excludes equal bytes, see
+    ``exact_duplicates``; a recording cut elsewhere counts as another clip.
     """
     if len(clips) < 2:
         return []

@@ -1,4 +1,4 @@
-"""The beginnings of clips as OGG, made while clips are inspected, for a page of limited size to play."""
+"""The beginnings of clips as OGG, made during the inspection, for the players of a page of limited size."""
 
 import contextlib
 import io
@@ -8,13 +8,13 @@ import soundfile
 from sa3dist.data.source.riff import with_sizes_repaired
 from sa3dist.report.sound import ogg
 
-# As the page writes bytes: four characters for three.
+# A page encodes bytes in base64: four characters for three.
 BYTES_PER_CHARACTER = 3 / 4
-# What a row of the page takes beside its sound: picture, names and figures.
+# Bytes of a row of the page without its sound: picture, names and numbers.
 ROW_BYTES = 7000
-# About what ogg() makes of stereo music.
+# About what ogg() needs for stereo music.
 BYTES_PER_SECOND = 11_000
-# Less of a clip says too little of it; more of one leaves others without.
+# A shorter excerpt says too little of a clip; a longer one leaves other clips without.
 LEAST_SECONDS, MOST_SECONDS = 5.0, 20.0
 
 
@@ -26,14 +26,14 @@ class Excerpts:
         self.seconds = min(max(self._left / BYTES_PER_SECOND / max(clips, 1), LEAST_SECONDS), MOST_SECONDS)
 
     def of(self, data: bytes) -> bytes:
-        """The beginning of an audio file; nothing where libsndfile cannot write it, or once there is no room left."""
+        """The beginning of an audio file; empty if libsndfile cannot write it, or no room is left."""
         if self._left > 0:
             with contextlib.suppress(soundfile.SoundFileError):
                 return ogg(io.BytesIO(with_sizes_repaired(data)), seconds=self.seconds)
         return b""
 
     def kept(self, sound: bytes) -> bytes:
-        """``sound`` where it fits, called clip by clip in their order; after the first that does not fit none does."""
+        """``sound`` if it fits, else empty. Call it clip by clip, in order; after the first misfit none fits."""
         self._left -= len(sound)
         if self._left < 0:
             self._left = 0

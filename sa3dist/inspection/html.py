@@ -1,4 +1,4 @@
-"""The inspection as one HTML page with players, pictures and charts inside: it loads nothing from elsewhere."""
+"""The inspection as one HTML page with embedded players, pictures and charts; it loads nothing else."""
 
 import dataclasses
 from pathlib import Path
@@ -15,11 +15,11 @@ from sa3dist.report.charts import Chart, histogram
 from sa3dist.report.document import Space, data_url, render
 
 MEGABYTES = 20.0
-# 4 kB a picture: more make browsers slow; all clips are still in the table.
+# 4 kB each: more pictures make browsers slow. The table still has all clips.
 MAX_PICTURES = 2000
-# From the loudest band of a clip downwards.
+# Range of a picture, from the clip's loudest band downwards.
 PICTURE_RANGE_DB = 70.0
-# Names of one kind of file that is left out, and clips whose captions are cut.
+# Listed at most: names of left-out files of one kind, and clips whose captions are cut.
 MAX_NAMES = 1000
 FIGURES = ("s", "Hz", "channels", "LUFS", "peak dBFS", "silent", "clipped")
 LOUDNESS_BINS = 20
@@ -27,7 +27,7 @@ LOUDNESS_BINS = 20
 
 @dataclasses.dataclass
 class Row:
-    """A clip as the table shows it. picture, sound: addresses that hold them, "" for none; figures: (text, value)."""
+    """A row of the table of clips. picture, sound: data URLs, "" for none; figures: (text, value)."""
 
     clip: InspectedClip
     figures: list[tuple[str, float | str]]
@@ -36,7 +36,7 @@ class Row:
 
 
 def write_html(report: Report, path: Path, megabytes: float = MEGABYTES) -> None:
-    """Write the page to ``path``, atomically. megabytes: what it may take; clips that do not fit have no player."""
+    """Write the page to ``path``, atomically. megabytes: its size limit; clips that do not fit have no player."""
     write_whole(Path(path), page_of(report, megabytes))
 
 
@@ -48,7 +48,7 @@ def page_of(report: Report, megabytes: float = MEGABYTES) -> str:
         "title": report.source,
         "standing": f"{summary['usable']} of {counted(summary['clips'], 'clip')} usable, "
         f"{span(3600 * summary['hours'])}; training crops to {report.crop_seconds:.1f} s.",
-        # The first two are in that sentence.
+        # Without the first two rows, which a sentence of the page contains.
         "overview": overview_rows(summary)[2:],
         "stops": report.verdict,
         "passed_over": [
@@ -60,7 +60,7 @@ def page_of(report: Report, megabytes: float = MEGABYTES) -> str:
         "heads": FIGURES,
         "rows": rows,
     }
-    # What the page takes without pictures and sounds is known only once it is written.
+    # The size without pictures and sounds is known only once the page is rendered.
     space = Space(int(1e6 * megabytes) - len(render("data_set.html", {**values, "notes": []}).encode()))
     for row in rows[:MAX_PICTURES]:
         if row.clip.stats:
@@ -104,7 +104,7 @@ def _charts(report: Report) -> dict[str, Chart]:
 
 
 def _figures(clip: InspectedClip) -> list[tuple[str, float | str]]:
-    """Its cells, each with the number that it is sorted by, "" where there is none."""
+    """The clip's cells, each with the number to sort by, "" if there is none."""
     if clip.facts is None or clip.stats is None:
         return [("", "")] * len(FIGURES)
     facts, stats = clip.facts, clip.stats
@@ -115,6 +115,6 @@ def _figures(clip: InspectedClip) -> list[tuple[str, float | str]]:
 
 
 def thumbnail(spectrogram_SP: np.ndarray) -> bytes:
-    """PNG of a spectrogram in dB, low bands at the bottom, loud dark."""
+    """PNG of a spectrogram in dB, low bands at the bottom, loud parts dark."""
     level = 1 + (spectrogram_SP - spectrogram_SP.max()) / PICTURE_RANGE_DB
     return png((255 * (1 - level.clip(0, 1))).astype(np.uint8)[::-1])

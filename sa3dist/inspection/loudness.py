@@ -15,7 +15,7 @@ GATING_PIECES = 4
 ABSOLUTE_GATE_LUFS = -70.0
 RELATIVE_GATE_LU = -10.0
 LUFS_OFFSET = -0.691
-# The shelf begins here. Where a sample rate is too low for it, it stays below half of that: a filter must not explode.
+# The shelf's corner. At low sample rates it is moved below half the rate: the filter must stay stable.
 SHELF_HZ = 1681.974450955533
 SHELF_LIMIT = 0.45
 
@@ -38,15 +38,15 @@ def k_weighting(rate_hz: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
 
 
 def k_weighted(samples_CN: np.ndarray, rate_hz: int) -> np.ndarray:
-    """float32 samples as the K weighting leaves them, by its frequency response.
+    """float32 samples after the K weighting, applied as a frequency response.
 
-    The transform is circular: the first 100 ms of the result are wrong, for the filters' response to the last samples
-    runs on into them. After 100 ms it is below float32's rounding.
+    The transform is circular: the filters' response to the last samples leaks into the first 100 ms of the result,
+    which are wrong. After 100 ms it is below float32's rounding.
     """
     # Not torchaudio.functional.loudness: it clips the weighted signal at full scale (2.5 LU off for a full-scale tone
     # of 8 kHz), takes 380 MB for a minute of stereo, and is unstable at sample rates below 3 kHz.
     spectrum_CF = torch.fft.rfft(torch.from_numpy(samples_CN))
-    # In place: fresh memory would take as long as both transforms.
+    # In place: allocating fresh memory takes as long as both transforms.
     spectrum_CF *= _k_response(rate_hz, samples_CN.shape[1])
     return torch.fft.irfft(spectrum_CF, samples_CN.shape[1]).numpy()
 
@@ -61,9 +61,9 @@ def _k_response(rate_hz: int, samples: int) -> torch.Tensor:
 
 
 def integrated_loudness(powers_P: np.ndarray) -> float:
-    """LUFS of K-weighted mean squares, summed over channels, of whole consecutive 100 ms pieces (BS.1770-4, annex 1).
+    """LUFS from K-weighted mean squares, summed over channels, of consecutive 100 ms pieces (BS.1770-4, annex 1).
 
-    powers_P   at least 4: what is shorter than a gating block has no integrated loudness
+    powers_P   at least 4: a clip shorter than a gating block has no integrated loudness
     """
     blocks = np.convolve(powers_P, np.full(GATING_PIECES, 1 / GATING_PIECES), "valid")
     blocks = blocks[blocks > 10 ** ((ABSOLUTE_GATE_LUFS - LUFS_OFFSET) / 10)]

@@ -20,18 +20,18 @@ from sa3dist.inspection.loudness import (
     lufs_of,
 )
 
-# A 16-bit file clips at 32767/32768; three neighbours there are a flat top, one alone is a peak that fits.
+# A 16-bit file clips at 32767/32768. Three such neighbours are a clipped top; a single one is a peak that just fits.
 FULL_SCALE = 32766.5 / 32768
 BANDS = 64
 BAND_EDGES_HZ = np.geomspace(40.0, 16000.0, BANDS + 1)
-# Lossy codecs cut above this, and 22 kHz copies end at 11 kHz.
+# Lossy codecs cut what is higher, and 22 kHz copies end at 11 kHz.
 FINGERPRINT_TOP_HZ = 8000.0
 FINGERPRINT_PIECES = 24
-# How far below a clip's loudest band the fingerprint looks: quieter parts are codec noise.
+# The fingerprint ignores what is further below the clip's loudest band: it is codec noise.
 FINGERPRINT_RANGE_DB = 50.0
-# As many pieces of a clip as its picture shows: those of the fingerprint, and one between each two.
+# Pieces of a clip's picture: those of the fingerprint, and one between each two.
 PICTURE_PIECES = 2 * FINGERPRINT_PIECES - 1
-# Pieces measured at one time, behind the one before them: 3.2 s, 1.1 MB of stereo at 44.1 kHz.
+# Pieces measured at a time, after the one before them: 3.2 s, 1.1 MB of stereo at 44.1 kHz.
 PIECES_AT_ONCE = 31
 
 
@@ -42,7 +42,7 @@ def measure_clip(data: bytes) -> tuple[AudioFacts, ClipStats]:
 
 
 class Measurement:
-    """Takes a clip block by block, as ``check_audio`` decodes it, in memory that hardly grows with its length."""
+    """Takes a clip block by block, as ``check_audio`` decodes it, in memory almost independent of its length."""
 
     def __init__(self) -> None:
         self._held_CN: np.ndarray | None = None
@@ -52,7 +52,7 @@ class Measurement:
         self._clipped = 0
 
     def __call__(self, block_NC: np.ndarray, rate_hz: int) -> None:
-        """Add float32 samples; of more than two channels the first two count, as in training."""
+        """Add float32 samples; of more than two channels only the first two count, as in training."""
         block_CN = block_NC[:, :2].T
         if self._held_CN is None:
             self._rate, self._piece = rate_hz, round(rate_hz / PIECES_PER_SECOND)
@@ -72,7 +72,7 @@ class Measurement:
         if self._end > self._piece:
             self._measure()
         powers_P, peaks_P = np.concatenate(self._powers), np.concatenate(self._peaks)
-        # A clip shorter than a gating block was measured at one time.
+        # A clip shorter than a gating block was measured as a whole.
         lufs = integrated_loudness(powers_P) if len(powers_P) >= GATING_PIECES else lufs_of(self._mean_power)
         bands_SP = np.concatenate(self._bands).T
         silent_P = peaks_P < SILENCE_PEAK
@@ -92,19 +92,19 @@ class Measurement:
         )
 
     def _measure(self) -> None:
-        """Measure the pieces that are held; the last one then stands before those that come."""
+        """Measure the held pieces; the last of them is kept before the next ones."""
         piece, samples = self._piece, self._end - self._piece
         whole, pieces = samples // piece, -(-samples // piece)
         self._held_CN[:, self._end :] = 0
         squares_N = np.square(k_weighted(self._held_CN, self._rate)[:, piece : self._end]).sum(axis=0)
-        # A gating block that the clip does not fill has no loudness: the standard leaves it out.
+        # The standard leaves out a gating block that the clip does not fill.
         self._powers.append(squares_N[: whole * piece].reshape(whole, piece).mean(axis=1))
         self._mean_power = float(squares_N.mean())
         new_CPN = self._held_CN[:, piece : (1 + pieces) * piece].reshape(-1, pieces, piece)
         self._peaks.append(np.abs(new_CPN).max(axis=(0, 2)))
         self._bands.append(_bands(new_CPN.mean(axis=0), self._rate))
         if self._peaks[-1].max() >= FULL_SCALE:
-            # Samples at full scale between two others at full scale, also where two pieces meet.
+            # A sample at full scale between two others at full scale, also across pieces.
             full_CN = np.abs(self._held_CN[:, piece - 2 : self._end]) >= FULL_SCALE
             self._clipped += int((full_CN[:, :-2] & full_CN[:, 1:-1] & full_CN[:, 2:]).sum())
         self._held_CN[:, :piece] = self._held_CN[:, self._end - piece : self._end]
@@ -112,7 +112,7 @@ class Measurement:
 
 
 def _spread(bands_SP: np.ndarray, count: int) -> np.ndarray:
-    """``count`` pieces spread evenly over all; some of them twice where there are fewer."""
+    """``count`` pieces spread evenly over all; some are repeated if there are fewer."""
     return np.take(bands_SP, np.linspace(0, bands_SP.shape[1] - 1, count).round().astype(int), axis=1)
 
 
@@ -127,20 +127,20 @@ def _hann(piece: int) -> np.ndarray:
 
 
 def _bands(mono_PN: np.ndarray, rate_hz: int) -> np.ndarray:
-    """Power in the bands of each piece, float32 (P, S); bands above half the sample rate hold nothing."""
+    """Power in the bands of each piece, float32 (P, S); bands above half the sample rate are empty."""
     piece = mono_PN.shape[1]
     mono_PN *= _hann(piece)
     spectrum_PF = torch.fft.rfft(torch.from_numpy(mono_PN)).numpy()
     power_PF = np.zeros((len(mono_PN), spectrum_PF.shape[1] + 1), np.float32)
     np.square(spectrum_PF.real, out=power_PF[:, :-1])
     power_PF[:, :-1] += np.square(spectrum_PF.imag)
-    # Where low bands are narrower than a bin, reduceat gives the one bin that begins them.
+    # For a band narrower than a bin, reduceat returns the bin at its lower edge.
     return np.add.reduceat(power_PF, _band_edges(piece, rate_hz), axis=1)[:, :-1]
 
 
 def _fingerprint(bands_SP: np.ndarray) -> np.ndarray:
     top = int(np.searchsorted(BAND_EDGES_HZ, FINGERPRINT_TOP_HZ)) - 1
-    # Pairs of bands, so that a codec's rounding of a narrow one does not count.
+    # Bands in pairs, so that a codec's rounding of a narrow band does not matter.
     paired = bands_SP[: top - top % 2].reshape(-1, 2, FINGERPRINT_PIECES).sum(axis=1)
     decibels = 10 * np.log10(paired + 1e-12)
     decibels = np.maximum(decibels, decibels.max() - FINGERPRINT_RANGE_DB)

@@ -1,4 +1,4 @@
-"""What an inspection found in all, as lines of a name and a text."""
+"""The summary of an inspection as lines of a name and a text."""
 
 from typing import Any
 

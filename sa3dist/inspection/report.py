@@ -1,4 +1,4 @@
-"""Inspect a source of captioned clips: what is in it, and what training would do with each clip."""
+"""Inspect a source of captioned clips: what it contains, and what training would do with each clip."""
 
 import dataclasses
 import statistics
@@ -31,16 +31,16 @@ LENGTH_BINS = 20
 
 @dataclasses.dataclass
 class Report:
-    """What an inspection found.
+    """Result of an inspection.
 
-    clips            every pair, by key, and what claims to be one but cannot be used
+    clips            every pair, by key, including those that cannot be used
     refusals         faults of the archive itself, each of which stops any run
     exact, near      groups of keys with equal bytes; (key, key, distance in dB) of clips that sound alike
-    crop_seconds     length training would crop to
-    verdict          what would stop training with these settings; empty when nothing would
-    left_out         files that are no clips, by kind, all of them named but for system files
-    excerpt_seconds  how much of a clip its ``sound`` holds; 0 where no page asked for it
-    cut              captions the text encoder does not read to their end; None where that cannot be counted here
+    crop_seconds     length that training would crop to
+    verdict          what would stop training with these settings; empty if nothing
+    left_out         files that are not clips, by kind, all named except system files
+    excerpt_seconds  length of each clip's ``sound``; 0 if no page needs it
+    cut              captions that the text encoder would cut; None if that cannot be counted here
     """
 
     source: str
@@ -72,7 +72,7 @@ class Report:
         }
 
     def summary(self) -> dict[str, Any]:
-        """Counts and spreads over the usable clips, JSON values."""
+        """Counts and spreads over the usable clips, as JSON values."""
         usable = self.usable
         values: dict[str, Any] = {
             "clips": len(self.clips),
@@ -110,7 +110,7 @@ class Report:
         return [f"equal bytes: {', '.join(keys)}" for keys in self.exact] + alike
 
     def length_histogram(self) -> tuple[list[float], list[int]]:
-        """Bin edges in seconds, evenly spaced from 0, and how many usable clips lie in each."""
+        """Bin edges in seconds, evenly spaced from 0, and the number of usable clips in each bin."""
         seconds = [clip.seconds for clip in self.usable]
         counts, edges = np.histogram(seconds, LENGTH_BINS, (0.0, max(seconds)))
         return edges.tolist(), counts.tolist()
@@ -122,14 +122,13 @@ def inspect_source(
     report: Callable[[int, int], None] = lambda done, total: None,
     page_bytes: float = 0,
 ) -> Report:
-    """Decode and measure every clip of ``settings.audio_data_url``, except those that an earlier look measured.
+    """Decode and measure every clip of ``settings.audio_data_url`` that no earlier run has measured.
 
-    Nothing is written but downloads and, in a ``work_dir`` that is there or was asked for, the stats: also when this
-    is interrupted.
+    Writes only downloads and, if ``work_dir`` exists or was given, the stats; also when interrupted.
 
-    framing   native length in seconds, sample rate in Hz and samples per latent frame of the model
-    report    called as report(inspected, total) after every clip
-    page_bytes    of a page to play clips from; 0: clips get no sound
+    framing       native length in seconds, sample rate in Hz and samples per latent frame of the model
+    report        called as report(inspected, total) after every clip
+    page_bytes    size of a page with players; 0 = clips get no sound
     Raises DataError when the source as a whole cannot be opened.
     """
     limits = {"max_download_bytes": settings.max_download_bytes, "outputs": (settings.work_dir, settings.output_dir)}

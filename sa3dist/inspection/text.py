@@ -23,9 +23,9 @@ from sa3dist.model.loading import known_config
 from sa3dist.progress import progress
 from sa3dist.runtime.exit_status import command
 
-# A terminal is for a look; --json and --html hold every clip.
+# A terminal shows part of a large set; --json and --html have every clip.
 MAX_ROWS = 200
-# Of a terminal, for a clip's name: where it is longer it goes over several lines.
+# Columns of a terminal for a clip's name; longer names wrap.
 NAME_COLUMNS = 16
 FIGURES = ("s", "Hz", "ch", "LUFS", "peak", "silent", "clipped")
 
@@ -54,7 +54,7 @@ def inspect(options: argparse.Namespace) -> None:
     settings = config.build(config.read_arguments(options.words) | {"audio_data_url": options.dataset})
     base = known_config(settings.model)
     framing = base.native_seconds, base.sample_rate_hz, base.samples_per_frame
-    # As many clips as there are cores are measured at a time: one clip needs no threads of its own.
+    # Clips are measured in parallel, one per core: a single clip needs no threads of its own.
     torch.set_num_threads(1)
     with progress("inspect", 1, shown=True) as update:
         page_bytes = 1e6 * options.megabytes if options.html else 0
@@ -103,13 +103,13 @@ def show(report: Report) -> None:
 
 
 def _print_whole(console: Console, table: Table, longest_name: int) -> None:
-    """Print a table with nothing cut: a terminal folds long names; a file or a pipe gets one line a clip.
+    """Print a table without cutting anything: a terminal wraps long names; a file or pipe gets one line per clip.
 
-    longest_name   its columns
+    longest_name   in columns
     """
     usual = console.width
     whole = console.measure(table, options=console.options.update(max_width=1 << 20)).maximum
-    # A terminal that is narrower than the figures alone breaks the lines itself.
+    # If the terminal is too narrow even for the numbers, it breaks the lines itself.
     folded = whole - max(longest_name - NAME_COLUMNS, 0)
     console.width = max(usual, folded if console.is_terminal else whole)
     console.print(table)
@@ -117,7 +117,7 @@ def _print_whole(console: Console, table: Table, longest_name: int) -> None:
 
 
 def _skipped(report: Report) -> Iterator[str]:
-    """One line for every reason: a table that cannot be read is the reason of many."""
+    """One line per reason: one unreadable table may be the reason for many clips."""
     reasons: dict[str, list[str]] = {}
     for clip in report.clips:
         if clip.problems:
@@ -127,7 +127,7 @@ def _skipped(report: Report) -> Iterator[str]:
         yield reason if named else LeftOut("clip", reason, len(keys), tuple(keys)).line()
 
 
-# Exit code 0 whatever the clips are like; 2 when the source cannot be opened.
+# Exit code 0 whatever the state of the clips; 2 when the source cannot be opened.
 main = command(
     "sa3dist inspect",
     ARGUMENTS,

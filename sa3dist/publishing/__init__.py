@@ -1,1 +1,1 @@
-"""What goes to other people with an adapter: its card, its licence's notice, and the upload to the Hugging Face hub."""
+"""What is published with an adapter: its card, the licence's notice, and the upload to the Hugging Face hub."""

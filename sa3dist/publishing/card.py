@@ -1,6 +1,6 @@
 """The model card of an adapter: README.md with the hub's metadata, and the NOTICE of the base's licence.
 
-A card holds no file name and no path of the data set, and none of its captions unless they are asked for.
+A card contains no file name or path of the data set, and none of its captions unless requested.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ from sa3dist.model.released import RELEASED
 
 LICENCE_NAME, LICENCE_LINK = "stability-ai-community-license", "https://stability.ai/license"
 LIBRARY = "stable-audio-3"
-# The licence, part IV (a), asks for both sentences, word for word, and for the NOTICE to say what was changed and how.
+# The licence, part IV (a), requires both sentences word for word, and the NOTICE to say what was changed and how.
 ATTRIBUTION = "Powered by Stability AI"
 NOTICE = (
     "This Stability AI Model is licensed under the Stability AI Community License, "
     "Copyright \N{COPYRIGHT SIGN} Stability AI Ltd. All Rights Reserved"
 )
-# Of the settings, by the words of the card.
+# Settings shown in the card, with their labels.
 SHOWN = {
     "number_of_steps": "steps asked for",
     "learning_rate": "learning rate",
@@ -36,7 +36,7 @@ SHOWN = {
     "mixed_precision": "mixed precision",
     "seed": "seed",
 }
-# What has a meaning within a line; the colon makes links of addresses.
+# Characters with a meaning within a line; a colon makes links of addresses.
 _MARKUP = set("\\`*_[](){}<>&|~$#@:^")
 _MARK = re.compile(r"<!-- written by sa3dist ([0-9a-f]{64}) -->\n\Z")
 
@@ -45,7 +45,7 @@ _MARK = re.compile(r"<!-- written by sa3dist ([0-9a-f]{64}) -->\n\Z")
 class Preview:
     """A clip to listen to, and the base's clip of the same prompt and noise; paths are relative to the card.
 
-    prompt   None where it is a caption that is not to be told
+    prompt   None for a caption that must not be shown
     """
 
     audio: str
@@ -57,7 +57,7 @@ class Preview:
 def write(description: dict[str, Any], previews: Sequence[Preview], curves: str | None, files: Sequence[str]) -> str:
     """The text of README.md.
 
-    description   what config.json holds       curves   the picture's path, if there is one
+    description   content of config.json       curves   the picture's path, if there is one
     files         names of the adapter files
     """
     body = "\n\n".join(
@@ -75,23 +75,23 @@ def write(description: dict[str, Any], previews: Sequence[Preview], curves: str 
 
 
 def is_as_written(text: str) -> bool:
-    """Whether a card is to the byte one that ``write`` gave: nobody has edited it since."""
+    """Whether a card equals, byte for byte, one that ``write`` returned: nobody has edited it."""
     mark = _MARK.search(text)
     return mark is not None and mark[1] == digest_of(text[: mark.start()])
 
 
 def plain(text: str) -> str:
-    """``text`` as one line of Markdown that shows just that text."""
+    """``text`` as one line of Markdown that displays exactly that text."""
     return "".join(f"\\{c}" if c in _MARKUP else c for c in " ".join(text.split()))
 
 
 def hub_base(description: dict[str, Any]) -> str | None:
-    """The hub's name of the base; None where a directory was trained on."""
+    """The hub's name of the base; None if it is a local directory."""
     return RELEASED.get(description["base_model"])
 
 
 def notice(description: dict[str, Any]) -> str:
-    """The text of NOTICE: the attribution, what was changed of the base and how, and where the licence stands."""
+    """The text of NOTICE: the attribution, what was changed in the base and how, and where to find the licence."""
     config = description["lora_config"]
     program = f"sa3dist {description.get('sa3dist_version', '')}".strip()
     return (
@@ -227,5 +227,5 @@ def _licence() -> list[str]:
 
 
 def read(path: Path) -> str | None:
-    """The card that lies there, None where none does."""
+    """The existing card, or None."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 WIDTH, HEIGHT, LEFT, MARGIN = 720, 300, 60, 30
-# More points are no finer on so many pixels.
+# More points would not be visible.
 MOST_POINTS = 360
 # Colour of each curve by its name in metrics.jsonl.
 CURVES = {"loss": "#2563eb", "val/loss": "#c2410c"}
@@ -18,7 +18,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def points_of(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
-    """Steps and smoothed values of one curve, few enough for the picture; the last one is always there."""
+    """Steps and smoothed values of one curve, thinned for the picture; the last one is always included."""
     found = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
     values = smoothed([value for _, value in found])
     every = -(-len(found) // MOST_POINTS) or 1
@@ -27,7 +27,7 @@ def points_of(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[int, floa
 
 
 def draw(rows: Sequence[dict[str, Any]]) -> str | None:
-    """An SVG document of the rows of metrics.jsonl; None where no curve has two points."""
+    """An SVG document from the rows of metrics.jsonl; None if no curve has two points."""
     curves = {name: points for name in CURVES if len(points := points_of(rows, name)) > 1}
     if not curves:
         return None

@@ -1,4 +1,4 @@
-"""Which files of a run go with its adapter, and the card that is written beside them."""
+"""The files of a run that are published with its adapter, and the card written beside them."""
 
 import contextlib
 import json
@@ -16,13 +16,13 @@ log = logging.getLogger(__name__)
 
 LORA_NAME = "lora.safetensors"
 CARD_NAME, NOTICE_NAME, CURVES_NAME = "README.md", "NOTICE", "curves.svg"
-# The last step's, and the best one's where the run kept it.
+# The last step's adapter, and the best one if the run kept it.
 ADAPTERS = (LORA_NAME, BEST_ADAPTER_NAME)
 _STEP = re.compile(r"step-(\d{8})")
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """What config.json beside the adapter holds. Raises CheckpointError where there is no finished adapter."""
+    """The content of config.json beside the adapter. Raises CheckpointError if there is no finished adapter."""
     if not (folder / LORA_NAME).is_file():
         raise CheckpointError(
             f"{folder}: no {LORA_NAME}: the run has not ended; sa3dist export {folder} writes one of its newest "
@@ -37,9 +37,9 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def previews_of(folder: Path, description: dict[str, Any], with_captions: bool) -> list[card.Preview]:
-    """The newest previews of the adapter, each with the base's where it is there.
+    """The newest previews of the adapter, each with the base's if it exists.
 
-    with_captions   tell prompts that are captions of the data set, too
+    with_captions   also show prompts that are captions of the data set
     """
     steps = {int(found[1]): path for path in folder.glob("previews/*") if (found := _STEP.fullmatch(path.name))}
     newest = max((step for step in steps if 0 < step <= description["step"]), default=None)
@@ -58,7 +58,7 @@ def previews_of(folder: Path, description: dict[str, Any], with_captions: bool) 
 
 
 def make(folder: Path, with_captions: bool = False) -> dict[str, str]:
-    """The texts that go beside the adapter, by their names. Nothing is written. Raises as ``describe``."""
+    """The texts that go beside the adapter, by file name. Writes nothing. Raises as ``describe``."""
     description = describe(folder)
     rows = read_rows(folder / METRICS_NAME)
     picture = curves.draw([row for row in rows if row.get("step", 0) <= description["step"]])
@@ -69,9 +69,9 @@ def make(folder: Path, with_captions: bool = False) -> dict[str, str]:
 
 
 def write_beside(folder: Path, with_captions: bool = False) -> None:
-    """Write README.md, NOTICE and curves.svg. A card that somebody edited, or wrote, stays as it is.
+    """Write README.md, NOTICE and curves.svg. A card that a user has edited or written is kept.
 
-    Raises ConfigError where such a card would have to hold captions; as ``describe``.
+    Raises ConfigError if such a card would have to contain captions; as ``describe``.
     """
     texts = make(folder, with_captions)
     there = card.read(folder / CARD_NAME)
@@ -87,9 +87,9 @@ def write_beside(folder: Path, with_captions: bool = False) -> None:
 
 
 def to_upload(folder: Path) -> list[str]:
-    """Paths, relative to ``folder``, of what others are to get; nothing else of a run is ever uploaded.
+    """Paths, relative to ``folder``, of the files to publish; nothing else of a run is ever uploaded.
 
-    Not config.json, metrics.jsonl or the JSON files of previews: they hold paths, names of clips and captions.
+    Excludes config.json, metrics.jsonl and the previews' JSON files: they hold paths, clip names and captions.
     """
     previews = previews_of(folder, describe(folder), False)
     heard = [path for preview in previews for path in (preview.audio, preview.base, preview.picture) if path]

@@ -1,4 +1,4 @@
-"""Upload files to a repository of the Hugging Face hub, in one commit; what has arrived is not sent again."""
+"""Upload files to a repository of the Hugging Face hub in one commit; files that have arrived are not sent again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GET_A_TOKEN = "run hf auth login, or set HF_TOKEN to one with write access from 
 
 
 def check_name(repo_id: str) -> None:
-    """Raises ConfigError unless ``repo_id`` is user/name as the hub takes it."""
+    """Raises ConfigError unless ``repo_id`` is a valid user/name."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -32,13 +32,13 @@ def check_name(repo_id: str) -> None:
 
 
 def upload(folder: Path, paths: Sequence[str], repo_id: str, public: bool, replace_card: bool) -> tuple[str, bool]:
-    """Put the files into a repository, made where there is none. Returns its address, and whether it is private.
+    """Upload the files to a repository, created if missing. Returns its address, and whether it is private.
 
     paths          relative to ``folder``; the same in the repository
-    public         of a repository that is made now; one that is public already is refused without
-    replace_card   whether a card there that somebody edited may go
-    One commit: others see all of it or nothing. An upload that was cut off sends, when it is called again, only what
-    has not arrived. Asks nothing. Raises ConfigError for what the user can mend, EnvironmentFailure for the rest.
+    public         create a public repository; an existing public one is refused without it
+    replace_card   replace a card there that somebody has edited
+    One commit: others see everything or nothing. After an interrupted upload, another call sends only what is missing.
+    Never prompts. Raises ConfigError for what the user can fix, EnvironmentFailure for the rest.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.utils import disable_progress_bars, logging
@@ -79,7 +79,7 @@ def _open(api: HfApi, repo_id: str, public: bool) -> ModelInfo:
 
 
 def _keep_edited_card(api: HfApi, known: ModelInfo, ours: bytes) -> None:
-    """Raises ConfigError where the repository's card is neither as we write cards nor the very one to upload."""
+    """Raises ConfigError if the repository's card is neither one of ours nor equal to the one to upload."""
     if CARD_NAME not in {file.rfilename for file in known.siblings or ()}:
         return
     there = Path(api.hf_hub_download(known.id, CARD_NAME, revision=known.sha)).read_bytes()
@@ -88,7 +88,7 @@ def _keep_edited_card(api: HfApi, known: ModelInfo, ours: bytes) -> None:
 
 
 def _asked(repo_id: str, user: str, ask: Callable):
-    """What the hub answers. Raises ``explain`` of its refusals and of a broken connection."""
+    """The hub's answer. Raises ``explain`` of its refusals and of a broken connection."""
     try:
         return ask()
     except SA3DistError:
@@ -101,7 +101,7 @@ def _asked(repo_id: str, user: str, ask: Callable):
 
 
 def explain(error: Exception, repo_id: str, user: str) -> SA3DistError | None:
-    """One line for a failed request: who may do what about it; None for what is no failure of the hub."""
+    """A failed request in one line, with what to do about it; None if the error is not the hub's."""
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
     causes = list(_causes(error))
@@ -128,7 +128,7 @@ def explain(error: Exception, repo_id: str, user: str) -> SA3DistError | None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception and what it was raised from."""
+    """An exception and its causes."""
     found: BaseException | None = error
     while found is not None:
         yield found

@@ -1,1 +1,1 @@
-"""One page per run: what a run's folder holds, as one HTML file that needs nothing else."""
+"""One page per run: the content of a run's folder as one self-contained HTML file."""

@@ -1,4 +1,4 @@
-"""The page of a run, written again at every save by another process, which the training never waits for."""
+"""The page of a run, rewritten at every save by another process that the training never waits for."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# When the last page is to be there, after the last step, and where a run is interrupted: what is not written then
+# Seconds until the last page must be there, after the last step and after an interruption. A page not written by then
 # is given up, or left to its process.
 CLOSE_SECONDS = 20.0
 EARLY_CLOSE_SECONDS = 3.0
-# That much it gets in any case.
+# The last page gets at least this long.
 LEAST_SECONDS = 1.0
 POLL_SECONDS = 0.02
 
 
 def of_run(settings: Settings, group: Group, first_step: int) -> Observer | None:
-    """The writer of the run's page; None where the settings ask for none. first_step: where this start continues."""
+    """The writer of the run's page; None if the settings ask for none. first_step: where this start continues."""
     return ReportWriter(settings, group, first_step) if settings.report else None
 
 
 class ReportWriter(Observer):
-    """On rank 0, after a save: starts ``sa3dist.report.process``, unless one is still at work.
+    """On rank 0, after a save: starts ``sa3dist.report.process``, unless one is still running.
 
-    The last page is begun when the run has said how it ended, and is waited for.
+    The last page is begun once the run has reported how it ended, and is waited for.
     """
 
     name = "report"
@@ -44,7 +44,7 @@ class ReportWriter(Observer):
     def __init__(self, settings: Settings, group: Group, first_step: int) -> None:
         self._settings, self._group, self._first_step = settings, group, first_step
         self._process: subprocess.Popen[str] | None = None
-        # A save that no page shows yet, because the one before was still being written.
+        # A save happened while the page of an earlier one was being written: another page is due.
         self._waiting = self._said = False
         self._early, self._until = True, 0.0
         self._stop: StopRequest | None = None
@@ -68,7 +68,7 @@ class ReportWriter(Observer):
         """Write the last page, which says how the run ended."""
         if not self._group.is_main:
             return
-        # It would put a page of before in the place of this one.
+        # Otherwise an earlier page could replace the last one.
         self._give_up()
         self._waiting = True
         self._start()
@@ -78,14 +78,14 @@ class ReportWriter(Observer):
             if time.monotonic() > until or (not self._early and self._stop is not None and self._stop.requested()):
                 break
             time.sleep(POLL_SECONDS)
-        # Says why it failed.
+        # Call once more, to log why it failed.
         self._start()
         if self._process is not None and not self._early:
             self._give_up()
             self._say(f"it was not written within {time.monotonic() - begin:.1f} s")
 
     def _give_up(self) -> None:
-        """End a page that is being written."""
+        """End the process of a page that is being written."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
             try:
@@ -96,7 +96,7 @@ class ReportWriter(Observer):
             self._process = None
 
     def _start(self) -> None:
-        """Begin a page where one is due and none is being written; say why the one before failed."""
+        """Begin a page if one is due and none is being written; log why the last one failed."""
         if self._process is not None:
             if self._process.poll() is None:
                 return
@@ -117,7 +117,7 @@ class ReportWriter(Observer):
         ]
         nothing = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
         try:
-            # A session of its own: what ends this run's processes leaves it its last page.
+            # A session of its own, so that whatever ends this run's processes does not end the last page.
             self._process = subprocess.Popen(
                 command, **nothing, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
             )

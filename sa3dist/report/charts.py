@@ -1,7 +1,7 @@
-"""The charts of a page: which points of which runs each one shows, and what it says beside them.
+"""The charts of a page: which points of which runs each shows, and its captions.
 
 A chart is a dict that page.js draws: ``series`` of {label, x, y, kind, colour}, where kind is "line", "faint" (single
-values behind a trend), "level" (a dashed line), "mark" (a point that stands out) or "bar".
+values behind a trend), "level" (a dashed line), "mark" (a highlighted point) or "bar".
 """
 
 import statistics
@@ -10,12 +10,12 @@ from typing import Any
 
 from sa3dist.report.run_folder import RunFolder, is_number
 
-# A trend is the median of as many neighbours: a 20th of the rows, but enough to be deaf to single ones.
+# A trend is the median of this many neighbours: a 20th of the rows, but enough to ignore single outliers.
 TREND_SHARE, TREND_LEAST, TREND_MOST = 20, 5, 101
 NOISE_BINS = ("0 to 0.2", "0.2 to 0.4", "0.4 to 0.6", "0.6 to 0.8", "0.8 to 1")
 VALIDATION_TIMES = ("0.1", "0.3", "0.5", "0.7", "0.9")
 GIGABYTE = 1e9
-# Where the largest value is so many times the smallest, only a logarithmic axis shows both.
+# If the largest value is this many times the smallest, only a logarithmic axis shows both.
 LOG_RATIO = 50
 
 Points = tuple[Sequence[float], Sequence[float]]
@@ -23,18 +23,18 @@ Chart = dict[str, Any]
 
 
 def running_median(values: Sequence[float]) -> list[float]:
-    """The median of each value and its neighbours on both sides, fewer at the ends: one outlier does not move it."""
+    """The median of each value and its neighbours on both sides, fewer at the ends: ignores single outliers."""
     half = trend_width(len(values)) // 2
     return [statistics.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
 def trend_width(count: int) -> int:
-    """How many of ``count`` values one value of a trend is made of; odd."""
+    """How many of ``count`` values make one value of a trend; odd."""
     return min(max(count // TREND_SHARE, TREND_LEAST), TREND_MOST) | 1
 
 
 def all_charts(runs: Sequence[RunFolder]) -> list[Chart]:
-    """Every chart that has points: of one run in detail, of several each as one line."""
+    """Every chart that has points: one run in detail, several runs as one line each."""
     made = [
         *(_loss(runs), _validation(runs), _gain_by_noise(runs), _loss_by_noise(runs)),
         _plain(runs, "lr", "Learning rate", "Of every step, after warm-up and schedule.", lambda run: run.curve("lr")),
@@ -65,7 +65,7 @@ def chart(name: str, title: str, note: str, lines: list[dict[str, Any]], **more:
 
 
 def histogram(name: str, title: str, note: str, edges: Sequence[float], counts: Sequence[int], unit: str) -> Chart:
-    """A chart of how many clips lie between each two of ``edges``, one more than ``counts``."""
+    """A chart of the number of clips between each two of ``edges``, one more than ``counts``."""
     middles = [(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]
     bars = series("clips", (middles, counts), "bar")
     return chart(name, title, note, [bars], x=unit, edges=list(edges))
@@ -100,7 +100,7 @@ def _plain(
 
 
 def base_loss(run: RunFolder) -> float | None:
-    """Validation loss of the base: what the row of step 0 says, or any other row's loss less its gain."""
+    """Validation loss of the base: from the row of step 0, or any other row's loss minus its gain."""
     for row in run.rows:
         loss, gain = row.get("val/loss"), row.get("val/gain")
         if is_number(loss) and (row["step"] == 0 or is_number(gain)):
@@ -182,7 +182,7 @@ def _memory(runs: Sequence[RunFolder]) -> Chart:
 
 
 def health_points(run: RunFolder, *keys: str) -> Points:
-    """Steps and values of a figure of health.jsonl; keys: the way to it."""
+    """Steps and values from health.jsonl; keys: the path to the value."""
     found = []
     for row in run.health:
         value: Any = row

@@ -1,4 +1,4 @@
-"""A page as one HTML file: a template with the style, the scripts and the charts that all pages share."""
+"""A page as one HTML file: a template with the styles, scripts and charts that all pages share."""
 
 import base64
 import functools
@@ -17,7 +17,7 @@ SCRIPTS = ("uplot/uPlot.iife.min.js", "page.js")
 def render(template: str, values: dict[str, Any]) -> str:
     """A template of ASSETS with ``values``, which are escaped, and with the styles and scripts of all pages.
 
-    The page may load nothing from elsewhere and run no other script: its policy names the digests of these.
+    The page's security policy allows only these scripts, by their digests, and loads nothing from elsewhere.
     """
     scripts = [(ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS]
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
@@ -31,18 +31,18 @@ def render(template: str, values: dict[str, Any]) -> str:
             **values,
         )
     )
-    # Halves of characters, which JSON can hold, would not be written: those of a pair are joined.
+    # JSON may hold surrogates, which cannot be written: join pairs, replace single ones.
     return page.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class Space:
-    """How many bytes a page may still take."""
+    """The bytes that a page may still take."""
 
     def __init__(self, left: int) -> None:
         self.left = left
 
     def take(self, address: str) -> bool:
-        """Whether ``address`` fits; it is then counted."""
+        """Whether ``address`` fits; if so, it is counted."""
         if len(address) > self.left:
             return False
         self.left -= len(address)
@@ -50,7 +50,7 @@ class Space:
 
 
 def data_url(kind: str, data: bytes) -> str:
-    """``data`` as an address that holds it; kind: its MIME type."""
+    """``data`` as a data URL; kind: its MIME type."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 

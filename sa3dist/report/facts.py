@@ -1,4 +1,4 @@
-"""What a page says of a run in words and tables: how it stands, its settings, data set, origin and warnings."""
+"""A run in words and tables: its state, settings, data set, origin and warnings."""
 
 import statistics
 from collections import Counter
@@ -16,16 +16,16 @@ STATES = {
     "failed": "ended by the machine or the numbers",
     "crashed": "ended by an error of the program",
 }
-# Of a data set, by length, what stands under its chart.
+# Bins of the chart of clip lengths.
 LENGTH_BINS = 20
 Facts = list[tuple[str, str]]
 
 
 def state(run: RunFolder) -> str:
-    """How far the run is, in a few words."""
+    """The run's progress, in a few words."""
     last = run.settings.get("number_of_steps")
     steps = f"step {run.step} of {last}" if isinstance(last, int) else f"step {run.step}"
-    # Until a run ends it has no status.
+    # A running run has no status.
     ended = STATES.get(run.status.get("state"))
     if early := run.result.get("ended_early") if run.status.get("state") == "done" else None:
         return f"{steps}, ended early: {early}"
@@ -36,7 +36,7 @@ def state(run: RunFolder) -> str:
 
 
 def overview(run: RunFolder) -> Facts:
-    """The figures at the top of the page; only those there are."""
+    """The figures at the top of the page, as far as they exist."""
     found = [("training loss", _change(running_median(run.curve("loss")[1])))]
     steps, losses = run.curve("val/loss")
     base, after = base_loss(run), [(loss, step) for step, loss in zip(steps, losses, strict=True) if step]
@@ -79,7 +79,7 @@ def startup(run: RunFolder) -> list[tuple[str, float]]:
 
 
 def copying(run: RunFolder) -> list[str]:
-    """Sentences on whether previews copy training clips; the first says how it stands."""
+    """Sentences on whether previews copy training clips; the first is the conclusion."""
     if not run.copies:
         return []
     newest = run.copies[-1]
@@ -97,7 +97,7 @@ def copying(run: RunFolder) -> list[str]:
 
 
 def copies_are_judged(runs: Sequence[RunFolder]) -> bool:
-    """Whether previews of any run were held against held-out clips."""
+    """Whether previews of any run were compared with held-out clips."""
     return any(run.copies and run.copies[-1].get("judged", True) for run in runs)
 
 
@@ -121,7 +121,7 @@ def as_text(value: Any) -> str:
 
 
 def data_set(run: RunFolder) -> Facts:
-    """What is known of the clips trained on."""
+    """Facts about the training clips."""
     about = run.description
     clips = about.get("dataset_clips")
     seconds = about.get("dataset_seconds")
@@ -179,7 +179,7 @@ def _start(row: dict[str, Any]) -> str:
 
 
 def warnings(run: RunFolder) -> list[dict[str, Any]]:
-    """Every warning of the run in order; equal ones once, with how often and when last."""
+    """Every warning of the run in order; equal ones once, with their number and last time."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for row in run.warnings:
         key = str(row.get("level", "")).lower(), str(row["message"])

@@ -1,4 +1,4 @@
-"""Previews side by side: a row for each prompt, a column for each step or run; and which stand inside the page."""
+"""Previews side by side: a row per prompt, a column per step or run; and which of them are embedded."""
 
 import contextlib
 import dataclasses
@@ -15,13 +15,13 @@ from sa3dist.report.document import Space, data_url
 from sa3dist.report.run_folder import Preview, RunFolder, is_number
 from sa3dist.report.sound import ogg, training_clip
 
-# How much of a training clip is played where nothing says how long the preview is.
+# How much of a training clip is played if the preview's length is unknown.
 NEAREST_SECONDS = 10.0
 
 
 @dataclasses.dataclass
 class Nearest:
-    """The training clip that is nearest to a preview, as copies.jsonl names it. audio: its address, "" for none."""
+    """The training clip nearest to a preview, from copies.jsonl. audio: its address, "" for none."""
 
     clip: str
     begin_seconds: float
@@ -32,7 +32,7 @@ class Nearest:
 
 @dataclasses.dataclass
 class Cell:
-    """One preview. audio, picture: their addresses, which may hold them; file: the FLAC file beside the page."""
+    """One preview. audio, picture: addresses, possibly data URLs; file: the FLAC file beside the page."""
 
     preview: Preview
     file: str
@@ -47,7 +47,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """The previews of one step of a run; ``notes``: what is said of it beside the step."""
+    """The previews of one step of a run; ``notes``: remarks beside the step."""
 
     run: RunFolder
     step: int
@@ -57,7 +57,7 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """columns from the base to the newest; rows: (prompt, its cell or None by column). left: clips that lie beside."""
+    """columns from the base to the newest; rows: (prompt, cell or None per column). left: clips not embedded."""
 
     columns: list[Column]
     rows: list[tuple[str, list[Cell | None]]]
@@ -65,10 +65,10 @@ class Grid:
 
 
 def make_grid(runs: Sequence[RunFolder], page: Path, space: Space, inside: bool) -> Grid:
-    """page: where it will lie, for addresses of files beside it. inside: whether clips may stand in it."""
+    """page: its future path, for addresses of files beside it. inside: whether clips may be embedded."""
     columns = _columns(runs)
     by_column = [_cells(column, page) for column in columns]
-    # The newest first, then the base, then the best; the others from the newest on, until the page is full.
+    # Embed the newest first, then the base, the best, and the others from the newest on, until the page is full.
     order = sorted(range(len(columns)), key=lambda n: (not columns[n].notes, "newest" not in columns[n].notes, -n))
     for number in order if inside else ():
         for cell in by_column[number].values():
@@ -94,7 +94,7 @@ def _columns(runs: Sequence[RunFolder]) -> list[Column]:
                 *(["newest"] if step and step == steps[-1] else []),
                 *(["best"] if step and step == _best_of(run, steps) else []),
             ]
-            # Beside other runs only what decides; bases are equal.
+            # With several runs show only notable steps, and the base once: all bases are equal.
             if len(runs) == 1 or (notes and not (step == 0 and any(column.step == 0 for column in found))):
                 label = f"step {step}" if step else "the base"
                 of_run = f"{run.name}, {label}" if len(runs) > 1 and step else label
@@ -118,7 +118,7 @@ def _cells(column: Column, page: Path) -> dict[tuple[int, str], Cell]:
 
 
 def _address(path: Path, page: Path) -> str:
-    """How the page names a file beside it."""
+    """The address, in the page, of a file beside it."""
     return quote(Path(os.path.relpath(path, page.parent)).as_posix())
 
 
@@ -143,7 +143,7 @@ def _dicts(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _put_inside(cell: Cell, space: Space) -> None:
-    # A clip that is gone or torn stays an address.
+    # A missing or damaged clip keeps its address.
     with contextlib.suppress(OSError, soundfile.SoundFileError):
         audio = data_url("audio/ogg", ogg(cell.preview.audio))
         if space.take(audio):

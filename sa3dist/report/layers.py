@@ -1,4 +1,4 @@
-"""The picture of layers: kinds of layer downwards, blocks of the network to the right, each with its figures."""
+"""The picture of layers: kinds of layer downwards, blocks of the network to the right, each with its numbers."""
 
 import dataclasses
 import re
@@ -12,7 +12,7 @@ _BLOCK = re.compile(r"(?<=\.)(\d+)(?=\.)")
 
 @dataclasses.dataclass(frozen=True)
 class LayerPicture:
-    """blocks: numbers above the columns. rows: (kind, a layer's figures or None by block). others: without a block."""
+    """blocks: column numbers. rows: (kind, a layer's numbers or None per block). others: layers outside of blocks."""
 
     blocks: list[int]
     rows: list[tuple[str, list[dict[str, Any] | None]]]
@@ -21,7 +21,7 @@ class LayerPicture:
 
 
 def layer_picture(layers: Any, most: int = 8) -> LayerPicture | None:
-    """The picture of a row's ``layers``; None where it has none. most: how many of those that learn most are named."""
+    """The picture of a row's ``layers``; None without any. most: how many of those that learn most are named."""
     found = [layer for layer in map(_layer, layers if isinstance(layers, list) else ()) if layer]
     if not found:
         return None
@@ -40,13 +40,13 @@ def layer_picture(layers: Any, most: int = 8) -> LayerPicture | None:
 
 
 def _layer(value: Any) -> dict[str, Any] | None:
-    """Its name and those of FIGURES that are numbers."""
+    """A layer's name and those of FIGURES that are numbers."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
     figures = {}
     for key in FIGURES:
         number = value.get(key)
-        # Drift is given by its mean, or as the same dict as the run's.
+        # Drift is a mean, or a dict like the run's.
         number = number.get("mean") if isinstance(number, dict) else number
         if is_number(number):
             figures[key] = number

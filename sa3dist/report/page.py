@@ -1,4 +1,4 @@
-"""The page of a run, or of several side by side: its charts, clips and words, put into one HTML file."""
+"""The page of a run, or of several side by side: charts, clips and text in one HTML file."""
 
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -18,11 +18,11 @@ MEGABYTES = 20.0
 
 
 def write_report(folders: Sequence[Path], page: Path, megabytes: float = MEGABYTES, inside: bool = True) -> None:
-    """Write the page of one run, or of several side by side, to ``page``, whole or not at all.
+    """Write the page of one run, or of several side by side, to ``page``, atomically.
 
-    megabytes   of the page with its clips; what does not fit is played from the runs' folders
-    inside      whether previews stand in the page at all
-    Raises DataError where a folder is none of a run.
+    megabytes   of the page with its clips; clips that do not fit are played from the runs' folders
+    inside      whether previews are embedded at all
+    Raises DataError if a folder is not a run's.
     """
     write_whole(page, render_runs([read_run(folder) for folder in folders], Path(page), megabytes, inside))
 
@@ -48,7 +48,7 @@ def render_runs(runs: Sequence[RunFolder], page: Path, megabytes: float = MEGABY
         "title": " · ".join(run.name for run in runs),
         "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
-    # What the rest of the page takes is known only once it is written.
+    # The size of the rest of the page is known only once it is rendered.
     taken = len(render("page.html", {**values, "grid": make_grid(runs, page, Space(0), inside=False)}).encode())
     grid = make_grid(runs, page, Space(int(megabytes * 1e6) - taken), inside)
     return render("page.html", {**values, "grid": grid})

@@ -1,18 +1,18 @@
-"""The process that writes a run's page while the run trains: with little priority, and never for long."""
+"""The process that writes a run's page during the run: with low priority and a time limit."""
 
 import os
 import signal
 import sys
 from pathlib import Path
 
-# However long a run's clips: whoever waits for the machine to be free waits no longer.
+# The limit, however long the run's clips are: others may be waiting for the machine.
 MOST_SECONDS = 300
 
 
 def main(folder: str, audio: str) -> None:
     """Write the page of the run in ``folder``. audio: "inside" or "beside"."""
     for number in (signal.SIGTERM, signal.SIGALRM):
-        # An exception, so that a page that is half written is removed.
+        # Raise, so that a half-written page is removed.
         signal.signal(number, lambda *_: sys.exit("stopped"))
     signal.alarm(MOST_SECONDS)
     os.nice(10)

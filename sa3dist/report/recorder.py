@@ -1,4 +1,4 @@
-"""What a run writes down for its page beside rows and clips: its warnings, and what each start ran on."""
+"""What a run records for its page beside rows and clips: its warnings, and machine and versions of each start."""
 
 import contextlib
 import json
@@ -16,14 +16,14 @@ from sa3dist.report.run_folder import STARTS_NAME, WARNINGS_NAME, without_keys
 
 
 class _WarningsFile(logging.Handler):
-    """Appends warnings and errors, one JSON object per line. What cannot be written ends nothing."""
+    """Appends warnings and errors, one JSON object per line. Write errors are ignored."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(logging.WARNING)
         self._path = path
 
     def emit(self, record: logging.LogRecord) -> None:
-        # The message stands on stderr in any case; a full disk is told by what needs the disk.
+        # The message is on stderr in any case; code that needs the disk reports a full one.
         with contextlib.suppress(OSError, ValueError, TypeError):
             message = without_keys(record.getMessage())
             row = {"time": now(), "level": record.levelname.lower(), "message": message}
@@ -32,15 +32,15 @@ class _WarningsFile(logging.Handler):
 
 @contextlib.contextmanager
 def recorded_warnings(output_dir: Path, anew: bool) -> Iterator[None]:
-    """Append what is logged as a warning or worse to ``output_dir/warnings.jsonl`` while the block runs.
+    """While the block runs, append logged warnings and errors to ``output_dir/warnings.jsonl``.
 
-    anew   whether a run begins: warnings of an earlier one are dropped
-    A run that is refused leaves the file as it was.
+    anew   whether a fresh run begins: an earlier run's warnings are dropped
+    A refused run leaves the file unchanged.
     """
     path = Path(output_dir) / WARNINGS_NAME
     earlier = path.read_bytes() if path.is_file() else None
     if anew:
-        # A file in the place of output_dir is refused by the run itself.
+        # output_dir may be a file; the run itself refuses that.
         with contextlib.suppress(NotADirectoryError):
             path.unlink(missing_ok=True)
     handler = _WarningsFile(path)
@@ -57,7 +57,7 @@ def recorded_warnings(output_dir: Path, anew: bool) -> Iterator[None]:
 
 
 def record_start(output_dir: Path, resumed_from: int, device: Any, processes: int) -> None:
-    """Note in ``output_dir/starts.jsonl`` what this start runs on. resumed_from: its first step's predecessor.
+    """Append this start's machine and versions to ``output_dir/starts.jsonl``. resumed_from: the step before its first.
 
     device   torch's, of this process
     """

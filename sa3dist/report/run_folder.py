@@ -1,4 +1,4 @@
-"""Read what a run has left in its output_dir, also while it runs, and also where parts are missing or torn."""
+"""Read a run's output_dir, also during the run, and also if parts are missing or damaged."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from sa3dist.errors import DataError
 from sa3dist.formats import RUN_CONFIG_NAME, DatasetIndex, dataset_digest
 from sa3dist.training.row_files import METRICS_NAME, read_rows
 
-# Written by the run, beside what other parts of it write there.
+# Written by the run for its page.
 WARNINGS_NAME, STARTS_NAME = "warnings.jsonl", "starts.jsonl"
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://[^\s'\"]+", re.IGNORECASE)
@@ -23,7 +23,7 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://[^\s'\"]+", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class Preview:
-    """One clip made after ``step``: ``<number>.flac`` with its picture and what its JSON file says."""
+    """One clip made after ``step``: ``<number>.flac`` with its picture and the content of its JSON file."""
 
     step: int
     number: int
@@ -38,11 +38,11 @@ class Preview:
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """A run as its files tell it; what is not there is empty.
+    """A run as its files describe it; missing parts are empty.
 
     rows, health, copies, warnings, starts   one dict per line of the file of that name
-    settings, status, best                   of run.yaml, status.json, best.json
-    description                              what config.json, or the newest checkpoint, says of the run
+    settings, status, best                   from run.yaml, status.json, best.json
+    description                              from config.json, or the newest checkpoint
     previews                                 by step, then by number
     """
 
@@ -65,7 +65,7 @@ class RunFolder:
 
     @property
     def step(self) -> int:
-        """The last step there is a row of."""
+        """The last step with a row."""
         return max((row["step"] for row in self.rows), default=0)
 
     @property
@@ -75,30 +75,30 @@ class RunFolder:
 
     @property
     def held_out(self) -> list[Any]:
-        """Keys of clips that validation holds out of the training."""
+        """Keys of the clips that validation holds out."""
         found = self.description.get("held_out_clips")
         return found if isinstance(found, list) else []
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a column of metrics.jsonl, where there is one."""
+        """Steps and values of a column of metrics.jsonl, where it has one."""
         found = [(row["step"], row[key]) for row in self.rows if is_number(row.get(key))]
         return [step for step, _ in found], [value for _, value in found]
 
     @functools.cached_property
     def index(self) -> DatasetIndex | None:
-        """The clips trained on, in the run's shards on this machine; None where they are elsewhere or gone."""
+        """The training clips, in the run's shards on this machine; None if these are elsewhere or gone."""
         digest, work = self.description.get("dataset_sha256"), self.settings.get("work_dir")
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest) or not work:
             return None
         held_out = set(map(str, self.held_out))
-        # A path that is relative to where the run was started; or the folder has moved with its neighbours.
+        # work_dir may be relative to where the run was started, or moved together with output_dir.
         for place in (Path(work), self.folder.parent / Path(work).name):
             for directory in sorted((place / "shards").glob("[0-9a-f]*")):
                 index = DatasetIndex.find(directory)
                 if index is None:
                     continue
-                # Shards hold the clips that were held out, too, and the run's digest is that of the others; unless
-                # they are of a data set of their own, where a clip may have the name of one that is trained on.
+                # The shards include held-out clips, while the run's digest excludes them; unless they are a separate
+                # data set, where a held-out clip may have the name of a training clip.
                 kept = tuple(clip for clip in index.clips if clip.key not in held_out)
                 for clips in (kept, index.clips):
                     if dataset_digest(clips) == digest:
@@ -107,7 +107,7 @@ class RunFolder:
 
 
 def read_run(folder: Path) -> RunFolder:
-    """Raises DataError where ``folder`` holds neither settings nor rows of a run."""
+    """Raises DataError if ``folder`` has neither settings nor rows of a run."""
     folder = Path(folder)
     if not any((folder / name).exists() for name in ("run.yaml", METRICS_NAME)):
         raise DataError(f"{folder}: no run's folder, it has neither run.yaml nor metrics.jsonl; give an output_dir")
@@ -130,7 +130,7 @@ def read_run(folder: Path) -> RunFolder:
 
 
 def without_keys(text: str) -> str:
-    """``text`` with every address in it as ``redacted`` gives it: they may hold keys."""
+    """``text`` with every address redacted: addresses may contain keys."""
     return _ADDRESS.sub(lambda found: redacted(found[0]), text)
 
 
@@ -153,7 +153,7 @@ def _by_step(path: Path) -> list[dict[str, Any]]:
 
 def _mapping(path: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
-        # JSON is YAML as well, but is read a hundred times faster.
+        # JSON is also YAML, but parses a hundred times faster.
         text = path.read_text(encoding="utf-8")
         value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         if isinstance(value, dict):
@@ -176,7 +176,7 @@ def _previews(folder: Path) -> dict[int, dict[int, Preview]]:
         matched = _STEP_FOLDER.fullmatch(directory.name)
         for path in sorted(directory.glob("*.json")) if matched else ():
             audio, about = path.with_suffix(".flac"), _mapping(path)
-            # The JSON file is written last: without it the others may be torn.
+            # The JSON file is written last: without it the others may be incomplete.
             if path.stem.isdecimal() and about and audio.exists():
                 step, number = int(matched[1]), int(path.stem)
                 preview = Preview(step, number, audio, path.with_suffix(".png"), about)

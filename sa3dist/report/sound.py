@@ -1,4 +1,4 @@
-"""Clips as OGG Vorbis, small enough to stand inside a page."""
+"""Clips as OGG Vorbis, small enough to embed in a page."""
 
 import io
 from pathlib import Path
@@ -7,16 +7,16 @@ import soundfile
 
 from sa3dist.formats import ClipEntry, DatasetIndex
 
-# libsndfile's scale from the largest file to the smallest: about 90 kbit/s of stereo music.
+# Between libsndfile's largest and smallest file: about 90 kbit/s for stereo music.
 COMPRESSION = 0.75
-# libsndfile's Vorbis encoder takes stack in proportion to what it is given at once.
+# libsndfile's Vorbis encoder uses stack in proportion to the size of a write.
 BLOCK_SAMPLES = 1 << 16
 
 
 def ogg(source: Path | io.BytesIO, begin_seconds: float = 0.0, seconds: float | None = None) -> bytes:
     """The clip, or ``seconds`` of it from ``begin_seconds`` on, as OGG Vorbis; of many channels the first two.
 
-    Raises soundfile.SoundFileError where libsndfile cannot read it.
+    Raises soundfile.SoundFileError if libsndfile cannot read it.
     """
     written = io.BytesIO()
     with soundfile.SoundFile(source) as clip:
@@ -38,7 +38,7 @@ def ogg(source: Path | io.BytesIO, begin_seconds: float = 0.0, seconds: float | 
 
 
 def training_clip(index: DatasetIndex, clip: ClipEntry) -> io.BytesIO:
-    """The audio file of a clip as it came. Raises OSError where its shard is gone."""
+    """The original audio file of a clip. Raises OSError if its shard is gone."""
     with (index.directory / clip.shard).open("rb") as shard:
         shard.seek(clip.audio_offset)
         return io.BytesIO(shard.read(clip.audio_bytes))

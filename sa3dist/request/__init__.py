@@ -1,1 +1,1 @@
-"""What a request may hold: nothing here knows of a run."""
+"""The fields of a request; nothing here depends on a run."""

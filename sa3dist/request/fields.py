@@ -1,14 +1,15 @@
-"""The hosted endpoint's fields, under its names and with its defaults and ranges: what a request may hold."""
+"""The hosted endpoint's fields, with its names, defaults and ranges."""
 
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-# Marks what decides the numbers of every step: a checkpoint is continued only under the same values.
+# Marks settings that change the numbers of a step: a checkpoint continues only with the same values.
 COURSE = "course"
 PRECISION_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 Alias = BeforeValidator(lambda value: PRECISION_ALIASES.get(value, value) if isinstance(value, str) else value)
-# Those of sa3dist_kernels, whose package imports torch: who only reads settings, such as a supervisor, needs none.
+# Repeated from sa3dist_kernels, which imports torch: programs that only read settings, such as a supervisor, do
+# without.
 AdapterName = Literal[
     "lora", "dora", "dora-rows", "dora-cols", "bora", "lora-xs", "dora-rows-xs", "dora-cols-xs", "bora-xs"
 ]

@@ -1,4 +1,4 @@
-"""The settings of what is heard and shown of a run; nothing here changes what is trained."""
+"""The settings of previews, validation and the page; none changes what is trained."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LARGEST_SHARE = 0.5
 
 
 def _share_names_or_source(value: Any) -> Any:
-    """A share, a list of names, the place of another data set, or 0 for off. Raises ValueError."""
+    """A share, a list of names, the address of another data set, or 0 for off. Raises ValueError."""
     if isinstance(value, str) and value.lower() in ("off", "no", "false"):
         return 0.0
     if isinstance(value, list):
@@ -86,7 +86,7 @@ class ListeningFields(EndpointFields):
 
     @property
     def validation_source(self) -> str | None:
-        """Where the clips held out are, if they are a data set of their own."""
+        """The address of the validation set, if it is a separate data set."""
         return self.validation if isinstance(self.validation, str) else None
 
     @model_validator(mode="after")

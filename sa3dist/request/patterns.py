@@ -1,20 +1,20 @@
-"""Layer patterns of a request: plain substrings of layers' names, with ranges in brackets."""
+"""Layer patterns of a request: substrings of layer names, with ranges in brackets."""
 
 import itertools
 import math
 import re
 from collections.abc import Sequence
 
-# Longer numbers stand for themselves: no layer has them.
+# Longer numbers are taken literally: no layer has them.
 RANGE = re.compile(r"\[(\d{1,9})-(\d{1,9})\]")
-# The released models have some hundreds of layers. Without a limit one pattern of ten characters fills the memory.
+# The released models have some hundreds of layers. Without a limit a pattern of ten characters could fill the memory.
 MAX_TEXTS = 10_000
 
 
 def expand(pattern: str) -> list[str]:
     """``layers.[0-2].`` into ``layers.0.``, ``layers.1.``, ``layers.2.``; several ranges give every combination.
 
-    A range may fall; anything else in brackets stands for itself. Surrounding spaces are dropped.
+    A range may be descending; anything else in brackets is literal. Surrounding spaces are dropped.
     """
     pieces = RANGE.split(pattern.strip())
     choices = []
@@ -29,7 +29,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def too_many(patterns: Sequence[str]) -> str | None:
-    """Why ``patterns`` cannot be expanded; None where they can."""
+    """Why ``patterns`` cannot be expanded; None if they can."""
     sizes = [
         math.prod(abs(int(start) - int(stop)) + 1 for start, stop in RANGE.findall(pattern)) for pattern in patterns
     ]
