@@ -5,7 +5,8 @@ from pathlib import Path
 
 from sa3dist.data.remote.local_paths import home_path
 from sa3dist.errors import ConfigError
-from sa3dist.report.page import MEGABYTES, PAGE_NAME, write_report
+from sa3dist.report.document import MEGABYTES
+from sa3dist.report.page import PAGE_NAME, write_report
 from sa3dist.runtime.exit_status import command
 
 # Of several runs, which lie in different folders.

@@ -12,9 +12,8 @@ from sa3dist.inspection.overview import overview_rows
 from sa3dist.inspection.png import png
 from sa3dist.inspection.report import Report
 from sa3dist.report.charts import Chart, histogram
-from sa3dist.report.document import Space, data_url, render
+from sa3dist.report.document import MEGABYTES, Space, data_url, render
 
-MEGABYTES = 20.0
 # 4 kB each: more pictures make browsers slow. The table still has all clips.
 MAX_PICTURES = 2000
 # Range of a picture, from the clip's loudest band downwards.

@@ -16,11 +16,12 @@ from sa3dist import config
 from sa3dist.data.remote.local_paths import home_path
 from sa3dist.errors import ConfigError, counted, printable
 from sa3dist.formats import LeftOut
-from sa3dist.inspection.html import MEGABYTES, write_html
+from sa3dist.inspection.html import write_html
 from sa3dist.inspection.overview import overview_rows
 from sa3dist.inspection.report import Report, inspect_source
 from sa3dist.model.loading import known_config
 from sa3dist.progress import progress
+from sa3dist.report.document import MEGABYTES
 from sa3dist.runtime.exit_status import command
 
 # A terminal shows part of a large set; --json and --html have every clip.

@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 # Seconds until the last page must be there, after the last step and after an interruption. A page not written by then
 # is given up, or left to its process.
-CLOSE_SECONDS = 20.0
-EARLY_CLOSE_SECONDS = 3.0
+LAST_PAGE_SECONDS = 20.0
+EARLY_PAGE_SECONDS = 3.0
 # The last page gets at least this long.
 LEAST_SECONDS = 1.0
 POLL_SECONDS = 0.02
@@ -62,7 +62,7 @@ class ReportWriter(Observer):
 
     def finish(self, early: bool) -> None:
         self._early = early
-        self._until = time.monotonic() + (EARLY_CLOSE_SECONDS if early else CLOSE_SECONDS)
+        self._until = time.monotonic() + (EARLY_PAGE_SECONDS if early else LAST_PAGE_SECONDS)
 
     def on_exit(self) -> None:
         """Write the last page, which says how the run ended."""

@@ -8,13 +8,12 @@ import numpy as np
 
 from sa3dist.formats import write_whole
 from sa3dist.report import charts, facts
-from sa3dist.report.document import Space, render
+from sa3dist.report.document import MEGABYTES, Space, render
 from sa3dist.report.grid import make_grid
 from sa3dist.report.layers import FIGURES, layer_picture
 from sa3dist.report.run_folder import RunFolder, read_run
 
 PAGE_NAME = "report.html"
-MEGABYTES = 20.0
 
 
 def write_report(folders: Sequence[Path], page: Path, megabytes: float = MEGABYTES, inside: bool = True) -> None:

@@ -58,7 +58,7 @@ def read(store: dist.Store, key: str) -> Any | None:
 def say_alive(store: dist.Store, dist_rank: int, liveness: Liveness) -> None:
     """Publish what this rank is doing; ``at`` makes each value differ from the one before."""
     said = {"at": time.monotonic(), "doing": liveness.doing, "step": liveness.step, "place": liveness.place}
-    store.set(ALIVE.format(dist_rank), json.dumps(said | run_lock.identity()))
+    store.set(ALIVE.format(dist_rank), json.dumps(said | run_lock.this_process()))
 
 
 def end_for_all(failure: Exception, group: Group) -> Exception:

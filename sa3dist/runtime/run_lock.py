@@ -57,7 +57,7 @@ def take(
     holds the lock.
     """
     path = _path(directory)
-    mine = {"token": uuid.uuid4().hex, "beat": 0, "time": time.time(), **identity()}
+    mine = {"token": uuid.uuid4().hex, "beat": 0, "time": time.time(), **this_process()}
     watched = _Watched(directory)
     try:
         while not _try_to_take(path, mine, watched):
@@ -144,7 +144,7 @@ def refusal(directory: Path, owner: Owner) -> InUse:
     )
 
 
-def identity() -> Owner:
+def this_process() -> Owner:
     """This process, described so that others can tell whether it lives."""
     pid = os.getpid()
     return {"host": socket.gethostname(), "pid": pid, "start": start_ticks(pid), "processes": process_space()}

@@ -38,7 +38,7 @@ BREAK_SECONDS = 2.0
 LEAVE_SECONDS = 15.0
 # Longest wait for an answer of the store or the disk.
 ANSWER_SECONDS = 5.0
-AGAIN = "state is as last saved, run again to continue"
+AS_LAST_SAVED = "state is as last saved, run again to continue"
 
 
 class Watchdog:
@@ -140,7 +140,7 @@ class Watchdog:
         if waiting and seconds > BREAK_SECONDS:
             self._stop.break_off()
         if seconds > LEAVE_SECONDS + self._saving_seconds():
-            what = f"while waiting for data, which hangs; {AGAIN}" if training else "during preparation"
+            what = f"while waiting for data, which hangs; {AS_LAST_SAVED}" if training else "during preparation"
             if not training:
                 what += "; finished work is kept, run the same command to continue"
             problem = errors.Interrupted(f"{self._stop.reason} {what}")
@@ -178,7 +178,7 @@ class Watchdog:
             also = f", nor have ranks {', '.join(map(str, others))}" if others else ""
             problem = errors.LostPeer(
                 f"has not come to the end of step {here.step} in {limit:.0f} s{also}; last seen in step "
-                f"{said[first]['step']} ({said[first]['doing']}); {AGAIN} (step_timeout)"
+                f"{said[first]['step']} ({said[first]['doing']}); {AS_LAST_SAVED} (step_timeout)"
             )
             problem.origin = (first, said[first]["host"])
             return problem
@@ -187,13 +187,13 @@ class Watchdog:
         else:
             where = f"step {here.step}" if here.stage == "train" else here.stage
             found = f"{where}: no progress for {limit:.0f} s ({here.doing})"
-        return errors.EnvironmentFailure(f"{found}; {AGAIN} (step_timeout)")
+        return errors.EnvironmentFailure(f"{found}; {AS_LAST_SAVED} (step_timeout)")
 
     def _explain_cut(self, group: Group, seconds: float) -> errors.EnvironmentFailure:
         address = f"{os.environ.get('MASTER_ADDR', 'unknown')}:{os.environ.get('MASTER_PORT', '')}"
         return errors.EnvironmentFailure(
             f"no contact with the rendezvous store at {address} for {seconds:.0f} s: the network is cut, or the "
-            f"host of rank 0 ({group.hosts[0]}) is gone; {AGAIN}"
+            f"host of rank 0 ({group.hosts[0]}) is gone; {AS_LAST_SAVED}"
         )
 
     @staticmethod

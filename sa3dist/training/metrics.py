@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from sa3dist.formats import fsync, write_whole
 from sa3dist.tracking.background import Trackers
 from sa3dist.training.loss import BY_TIME, TIME_BINS
 from sa3dist.training.memory import memory_figures
-from sa3dist.training.row_files import METRICS_NAME
+from sa3dist.training.row_files import METRICS_NAME, objects
 
 if TYPE_CHECKING:
     from sa3dist.settings import Settings
@@ -55,7 +54,10 @@ class RowsFile(Output):
 
     def __init__(self, path: Path, resumed_from: int | None) -> None:
         self._path = path
-        write_whole(path, "".join(_rows_up_to(path, resumed_from or 0)))
+        # A kill during a write leaves a torn last line; it is past the checkpoint, whose save synced all rows before.
+        text = path.read_text(encoding="utf-8", errors="replace") if resumed_from and path.exists() else ""
+        steps = (row for row in objects(text.splitlines()) if isinstance(row.get("step"), int))
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in steps if row["step"] <= resumed_from))
 
     def write(self, row: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
@@ -63,18 +65,6 @@ class RowsFile(Output):
 
     def sync(self) -> None:
         fsync(self._path)
-
-
-def _rows_up_to(path: Path, step: int) -> list[str]:
-    if step == 0 or not path.exists():
-        return []
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        # A kill during a write leaves a torn last line; it is past the checkpoint, whose save synced all rows before.
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-    return kept
 
 
 class MetricsLogger:

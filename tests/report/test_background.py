@@ -76,7 +76,7 @@ def test_a_page_that_takes_too_long_is_stopped_at_the_end(tmp_path, caplog, monk
 
     # The process itself: a page that hangs cannot be had from the real one.
     monkeypatch.setattr(background.subprocess, "Popen", hanging)
-    monkeypatch.setattr(background, "CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(background, "LAST_PAGE_SECONDS", 0.1)
     monkeypatch.setattr(background, "LEAST_SECONDS", 0.1)
     observer = writer(folder)
     observer.after_save(2, last=False)
@@ -99,7 +99,7 @@ def test_a_signal_while_the_last_page_is_written_ends_the_wait(tmp_path):
     stop.hear("SIGTERM")
     begin = time.monotonic()
     observer.on_exit()
-    assert time.monotonic() - begin < background.CLOSE_SECONDS
+    assert time.monotonic() - begin < background.LAST_PAGE_SECONDS
     assert not (folder / "report.html").exists()
 
 

@@ -104,7 +104,7 @@ def test_of_many_that_come_at_once_one_has_it(tmp_path, monkeypatch, left, locka
         directory = tmp_path / str(round_)
         directory.mkdir()
         if left == "a dead lock":
-            dead = {"token": "x", "beat": 3, "time": time.time(), **run_lock.identity(), "start": 1}
+            dead = {"token": "x", "beat": 3, "time": time.time(), **run_lock.this_process(), "start": 1}
             (directory / run_lock.LOCK_NAME).write_text(json.dumps(dead))
         elif left == "half a lock":
             (directory / run_lock.LOCK_NAME).write_text('{"token": "x", "be')
@@ -137,7 +137,7 @@ def test_a_killed_owner_keeps_nobody_out_nor_does_a_zombie_or_its_number(tmp_pat
     run_lock.release(tmp_path)
     # The same number, given to a process of another time.
     (tmp_path / run_lock.LOCK_NAME).write_text(
-        json.dumps({"token": "x", "beat": 0, "time": time.time(), **run_lock.identity(), "start": 12})
+        json.dumps({"token": "x", "beat": 0, "time": time.time(), **run_lock.this_process(), "start": 12})
     )
     assert run_lock.take(tmp_path)
 
@@ -192,7 +192,7 @@ def test_a_stop_request_ends_the_wait(tmp_path, owner):
 
 def test_a_run_that_was_given_up_for_dead_and_is_continued_ends_and_touches_nothing(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.05)
-    theirs = {"token": "theirs", "beat": 0, "time": time.time(), **run_lock.identity(), "pid": os.getppid()}
+    theirs = {"token": "theirs", "beat": 0, "time": time.time(), **run_lock.this_process(), "pid": os.getppid()}
     theirs["start"] = run_lock.start_ticks(os.getppid())
 
     def work(group):
