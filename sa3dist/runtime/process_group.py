@@ -77,7 +77,7 @@ class Group:
         return values
 
     def raise_first_error(self, problem: errors.SA3DistError | None) -> None:
-        """Raise the first rank's problem on every rank, or return on all. Problems that a restart can fix come last.
+        """Raise the first rank's problem on every rank, or return on all. OutOfMemory, maybe recoverable, comes last.
 
         A rank that fails alone would leave its peers waiting in the next collective.
         """

@@ -27,8 +27,8 @@ LOCK_NAME = "run.lock"
 BEAT_SECONDS = 3.0
 # Another machine's lock is dead if it has not changed for this long.
 DEAD_SECONDS = 60.0
-# If its time is already older than that, watch it only for about one heartbeat, with some margin for a slow disk: the
-# clocks of two machines may differ by anything.
+# If its time is already older than that, watch it only until a live run would have renewed it, with some margin for a
+# slow disk: the clocks of two machines may differ by anything.
 DOUBT_SECONDS = 15.0
 LOOK_SECONDS = 0.5
 # How long to wait for a file that another process has locked, to read or to write it.
