@@ -88,8 +88,8 @@ def attach_to(
     def adapted(name: str) -> AdaptedLayer:
         find_bases = None if bases is None else functools.partial(bases, name)
         device = layers[name].weight.device
-        # Norms and bases are computed on the weights' device. The argument is passed only if that is not the CPU.
-        weight = base.fp32_weight(name, *([device] if device.type != "cpu" else []))
+        # Norms and bases are computed on the weights' device.
+        weight = base.fp32_weight(name, device)
         generator = torch.Generator().manual_seed(int(digest_of("lora_A", str(seed), name)[:15], 16))
         adapter = initial_adapter(config.kind, config.rank, weight, generator, find_bases).to(device)
         return AdaptedLayer(layers[name], config.kind, adapter, config.alpha / config.rank)

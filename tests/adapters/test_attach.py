@@ -258,7 +258,7 @@ def test_the_digest_is_of_the_values(base):
 def test_an_attachment_that_fails_halfway_leaves_the_base_as_it_was(base, monkeypatch):
     read, seen = base.fp32_weight, []
 
-    def fail_at_the_sixth(name):
+    def fail_at_the_sixth(name, device):
         seen.append(name)
         if len(seen) == 6:
             raise OSError("no more")

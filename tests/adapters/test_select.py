@@ -87,7 +87,7 @@ class Tree(nn.Module):
     def adapter_roots(self):
         return (self.model,)
 
-    def fp32_weight(self, name):
+    def fp32_weight(self, name, device):
         return self.model.get_submodule(name).weight.detach()
 
 

@@ -51,7 +51,7 @@ class RecordedBase(nn.Module):
     def dit(self):
         return self.model.model
 
-    def fp32_weight(self, name):
+    def fp32_weight(self, name, device="cpu"):
         root = "conditioner" if name.startswith("conditioners.") else "model"
         return self.recorded[f"{root}.{name}.weight"]
 
