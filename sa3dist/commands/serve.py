@@ -146,7 +146,7 @@ def serve(options: argparse.Namespace) -> None:
     data.mkdir(parents=True, exist_ok=True)
     tls, authority = {}, None
     if options.tls:
-        authority, server = make_certificates(data / "tls", sorted({"localhost", "127.0.0.1", host, *HOSTS}))
+        authority, server = make_certificates(data / "tls", {*LOOPBACK, socket.gethostname(), host, *HOSTS})
         tls = {"ssl_certfile": str(server)}
     log_as_json()
     store = JobStore(options.database or f"sqlite:///{data / 'jobs.db'}", data / "jobs")
