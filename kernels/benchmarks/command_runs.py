@@ -14,8 +14,12 @@ from pathlib import Path
 import torch
 from results_file import ROOT
 
-# What reading the settings, clips and shards needs and a bare machine may lack.
-NEEDED = ("pydantic", "webdataset", "soundfile", "rich")
+# What reading the settings, clips and shards needs and a bare machine may lack, and what these need there: a wheel that
+# is forgotten is told before anything starts.
+NEEDED = (
+    "pydantic", "pydantic_core", "annotated_types", "typing_inspection", "webdataset", "braceexpand", "soundfile",
+    "cffi", "rich",
+)  # fmt: skip
 # Where wheels of such packages may travel with the source tree; git ignores it.
 WHEELS = ROOT / ".whl"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1")
