@@ -6,6 +6,9 @@
 One block of medium is traced on a CPU, at its own widths, forward and backward; its graphs are then moved to a CUDA
 device that only seems to be there, and planned by Inductor as for that device. Nothing runs. Bytes are counted in
 widths: what one bfloat16 value of every token and channel of the stream takes.
+
+On CUDA torch has an operation of its own for norms (``_fused_rms_norm``), whose gradient has other steps than those
+traced here. With them in their place the kernels, what is kept and the sums over tokens that are found are the same.
 """
 
 from __future__ import annotations
