@@ -27,8 +27,10 @@ processes on one card against one.
 
 ## Before
 
-`before/` holds a step of 30 s of the trainer at commit bdca748, before adapted weights were formed once a step, and the
-reference's own times, on one H100. `sa3dist plan` does not read them.
+`before/` is what one H100 showed of the trainer at commit bdca748, before adapted weights were formed once a step:
+`gpu_step_before.json` (a step of 30 s), `gpu_ops_before.json` (single layers: launching one takes 2 to 4 ms, its
+arithmetic 0.02 to 0.2), and `gpu_prototype.jsonl` (the frozen model, and a prototype that forms the weights, at 30 and
+380 s). `sa3dist plan` does not read them.
 """
 
 
