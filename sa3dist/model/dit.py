@@ -197,6 +197,11 @@ def call(function, *arguments):
     return function(*arguments)
 
 
+def residual(conv: nn.Module, x_GCT: Tensor) -> Tensor:
+    # Convolutions refuse zero frames, which are left where a padding mask leaves none valid.
+    return conv(x_GCT) + x_GCT if x_GCT.shape[-1] else x_GCT
+
+
 class DiT(nn.Module):
     """Velocity of noisy latents. Source: Stable Audio 3's network, under the names of the released files."""
 
@@ -285,11 +290,11 @@ class DiT(nn.Module):
     def _velocity(self, layout: Padded | Packed | Filled, x_BTC: Tensor, context, embed, local_BTC, dtype) -> Tensor:
         """Velocity of the layout's frames, (B, C, T) float32, zero at frames it leaves out."""
         x_GCT = layout.take(x_BTC).transpose(1, 2)
-        x_GCT = self.preprocess_conv(x_GCT) + x_GCT
+        x_GCT = residual(self.preprocess_conv, x_GCT)
         if local_BTC is not None and local_BTC.shape[:2] != (1, 1):
             local_BTC = layout.take(local_BTC)
         rounding = self.dtype if self.reference_numerics else None
         y_GTC = self.transformer(x_GCT.transpose(1, 2), context, embed, local_BTC, layout, dtype, rounding)
         y_GCT = y_GTC.transpose(1, 2)
-        y_GCT = self.postprocess_conv(y_GCT) + y_GCT
+        y_GCT = residual(self.postprocess_conv, y_GCT)
         return layout.put(y_GCT.transpose(1, 2)).transpose(1, 2).float()

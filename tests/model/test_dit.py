@@ -98,6 +98,18 @@ def test_content_of_padded_frames_reaches_no_valid_frame(tiny_base, recorded):
     assert (first - second)[~kept].abs().max() > 1
 
 
+def test_frames_of_a_clip_without_valid_ones_have_their_velocity_also_where_no_clip_has_any(tiny_base, recorded):
+    given = [recorded[f"dit.{name}"] for name in ("x", "t", "cross_attn_cond", "global_cond", "local_add_cond")]
+    given[1] = given[1][1]
+    mask = torch.zeros_like(recorded["dit.padding_mask"])
+    nothing = tiny_base.dit(*given, mask)
+    mask[0] = True
+    torch.testing.assert_close(nothing[1], tiny_base.dit(*given, mask)[1], rtol=0, atol=1e-6)
+    assert nothing.abs().sum() > 0
+    given[0], given[4] = given[0][..., :0], given[4][..., :0]
+    assert tiny_base.dit(*given).shape == given[0].shape
+
+
 def test_mask_without_padding_equals_no_mask(tiny_base, recorded):
     everything = dict(recorded, **{"dit.padding_mask": torch.ones_like(recorded["dit.padding_mask"])})
     ours = velocity(tiny_base, everything, 0, mask="pad_varlen")
