@@ -59,20 +59,20 @@ def train(
         while trainer.step < plan.steps and not end:
             begin = time.perf_counter()
             try:
-                figures = trainer.take_step(batches, stop)
+                values = trainer.take_step(batches, stop)
             except Interrupted:
                 # Stopped while clips of the next step were being encoded.
                 if trainer.step > saved_step:
                     trainer.save(output_dir, stop, wait=True, before=metrics.sync)
                 raise
-            stopping, step = figures["stop"] > 0, trainer.step
+            stopping, step = values["stop"] > 0, trainer.step
             recent.append(time.perf_counter() - begin)
             stop.reserve(max(recent), trainer.saver.seconds)
             if not stopping:
                 looks = [partial(observer.after_step, step, stop) for observer in observers]
                 end, stopping = observe(looks, metrics, group, stop)
             last = bool(end) or step == plan.steps
-            metrics.add(figures, last)
+            metrics.add(values, last)
             if stopping or last or step % settings.save_every == 0:
                 trainer.save(output_dir, stop, wait=stopping or last, before=metrics.sync)
                 saved_step = step

@@ -131,7 +131,7 @@ class Run:
         saved = resume.find_checkpoint(settings, group, self.stop)
         if saved is not None:
             resume.check_identity(saved, identity, settings)
-            resume.check_course(saved, settings)
+            resume.check_changes(saved, settings)
             self._saved_step = saved.step
         self._cursors = source.cursors(saved and saved.state.get("stream"), group.dist_rank, group.world_size)
         plan = run_plan.make(settings, source, identity, saved, group.world_size, self._out_of_memory_at_step)

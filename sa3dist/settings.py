@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from sa3dist.data.remote.local_paths import can_be_named, expand_home, is_text
 from sa3dist.errors import ConfigError, read_duration
-from sa3dist.request.fields import COURSE
+from sa3dist.request.fields import IDENTITY
 from sa3dist.request.listening import ListeningFields
 from sa3dist.request.patterns import too_many
 
@@ -31,7 +31,7 @@ class Settings(ListeningFields):
     """Everything a run depends on: the hosted endpoint's fields, then our own."""
 
     # Our own from here on.
-    latents: Annotated[Literal["whole", "crop", "on_the_fly"], COURSE] = Field(
+    latents: Annotated[Literal["whole", "crop", "on_the_fly"], IDENTITY] = Field(
         "whole",
         description="encode whole clips once and crop latents, encode each crop once, or encode crops at every step",
     )
@@ -50,10 +50,10 @@ class Settings(ListeningFields):
 
     # The adapter and the objective.
     alpha: float | None = Field(None, gt=0, allow_inf_nan=False, description="adapter scale times rank; unset = rank")
-    prompt_dropout: Annotated[float, COURSE] = Field(
+    prompt_dropout: Annotated[float, IDENTITY] = Field(
         0.1, ge=0, le=1, description="share of clips trained without prompt"
     )
-    context_weight: Annotated[float, COURSE] = Field(
+    context_weight: Annotated[float, IDENTITY] = Field(
         1.0, ge=0, allow_inf_nan=False, description="weight of the loss on given context"
     )
     weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="AdamW weight decay")
@@ -61,10 +61,10 @@ class Settings(ListeningFields):
     lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="learning rate after the warm-up: constant, or falling to 0 just behind the last step"
     )
-    seconds_total_of: Annotated[Literal["file", "clip"], COURSE] = Field(
+    seconds_total_of: Annotated[Literal["file", "clip"], IDENTITY] = Field(
         "file", description="duration told to the model: of the whole file, as the reference does, or of the crop"
     )
-    reference_numerics: Annotated[bool, COURSE] = Field(
+    reference_numerics: Annotated[bool, IDENTITY] = Field(
         False,
         description="round timestep and duration to the base's precision before their features, as the reference does",
     )
@@ -74,7 +74,7 @@ class Settings(ListeningFields):
     global_batch_size: int | None = Field(
         None, ge=1, description="clips per optimiser step over all processes; derives gradient_accumulation_steps"
     )
-    mixed_precision: Annotated[Literal["bf16", "no"], NoWord, COURSE] = Field(
+    mixed_precision: Annotated[Literal["bf16", "no"], NoWord, IDENTITY] = Field(
         "bf16", description="autocast of the step: bf16 or no"
     )
     gradient_checkpointing: Annotated[Literal["auto", "on", "off"], OnOff] = Field(
@@ -97,7 +97,7 @@ class Settings(ListeningFields):
     deterministic: bool = Field(
         False, description="only deterministic kernels: same command, same bits; what cannot be compiled ends the run"
     )
-    gradient_compression: Annotated[Literal["none", "bf16"], COURSE] = Field(
+    gradient_compression: Annotated[Literal["none", "bf16"], IDENTITY] = Field(
         "none", description="format in which gradients travel between processes: float32 (none), or bf16 for slow links"
     )
     mode: Literal["indexed", "streaming"] = Field(
@@ -105,7 +105,7 @@ class Settings(ListeningFields):
         description="indexed (every clip once per epoch, by position) or streaming (shards too many to index, in turn)",
     )
     shuffle_buffer: int = Field(256, ge=1, description="clips each loader process mixes in streaming mode")
-    bucket_batches: Annotated[int, COURSE] = Field(
+    bucket_batches: Annotated[int, IDENTITY] = Field(
         1, ge=1, description="micro batches sorted by length together, so that less is padded; 1 = plain shuffle"
     )
     encode_batch: int = Field(
@@ -265,10 +265,10 @@ class Settings(ListeningFields):
         """The tree as plain YAML and JSON values."""
         return self.model_dump(mode="json")
 
-    def course(self) -> dict[str, Any]:
-        """The values marked ``COURSE``, by name."""
+    def identity(self) -> dict[str, Any]:
+        """The values marked ``IDENTITY``, by name."""
         return {
-            name: getattr(self, name) for name, field in type(self).model_fields.items() if COURSE in field.metadata
+            name: getattr(self, name) for name, field in type(self).model_fields.items() if IDENTITY in field.metadata
         }
 
     def accumulation(self, world_size: int) -> int:

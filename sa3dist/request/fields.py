@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 # Marks settings that change the numbers of a step: a checkpoint continues only with the same values.
-COURSE = "course"
+IDENTITY = "identity"
 PRECISION_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 Alias = BeforeValidator(lambda value: PRECISION_ALIASES.get(value, value) if isinstance(value, str) else value)
 # Repeated from sa3dist_kernels, which imports torch: programs that only read settings, such as a supervisor, do
@@ -39,9 +39,9 @@ class EndpointFields(BaseModel):
         le=380,
         description="crop length in seconds, capped at the model's native length; unset = longest clip",
     )
-    batch_size: Annotated[int, COURSE] = Field(1, ge=1, le=8, description="clips per process and micro batch")
-    seed: Annotated[int, COURSE] = Field(42, ge=0, le=2147483647, description="seed of every random draw")
-    base_precision: Annotated[Literal["bf16", "fp16", "fp32"], Alias, COURSE] = Field(
+    batch_size: Annotated[int, IDENTITY] = Field(1, ge=1, le=8, description="clips per process and micro batch")
+    seed: Annotated[int, IDENTITY] = Field(42, ge=0, le=2147483647, description="seed of every random draw")
+    base_precision: Annotated[Literal["bf16", "fp16", "fp32"], Alias, IDENTITY] = Field(
         "bf16", description="storage of the frozen base: bf16 (bfloat16), fp16 (float16), fp32"
     )
     include: list[str] | None = Field(None, description="adapt only layers whose name has one of these; [a-b] expands")

@@ -34,7 +34,7 @@ class Schedule:
             return self.peak * step / self.warmup_steps
         return self.peak * DECAYS[self.decay]((step - 1 - self.warmup_steps) / (self.steps - self.warmup_steps))
 
-    def same_course(self, other: Schedule) -> bool:
+    def same_rates(self, other: Schedule) -> bool:
         """Whether both give the same rate at every step of the longer one."""
         if self.decay == other.decay == "constant":
             return (self.peak, self.warmup_steps) == (other.peak, other.warmup_steps)

@@ -103,13 +103,13 @@ class MetricsLogger:
         for name, value in seen.sums.items():
             self._observed[name] = self._observed.get(name, 0) + value
 
-    def add(self, figures: dict[str, float], last: bool) -> None:
+    def add(self, values: dict[str, float], last: bool) -> None:
         """Add the values of one step, as returned by ``Trainer.take_step``; called on all ranks.
 
         last: no step follows, so the row is written in any case
         """
         trainer, plan, step = self._trainer, self._trainer.plan, self._trainer.step
-        row = {"step": step, **figures}
+        row = {"step": step, **values}
         waited, silent, _, *by_time = (
             row.pop(name) for name in ("data_wait_seconds", "silent_crops", "stop", *BY_TIME)
         )
@@ -142,7 +142,7 @@ class MetricsLogger:
             self._clock, self._waited, self._silent, self._last_logged = now, 0.0, 0.0, step
             self._startup, self._resumed_from, self._observed = None, {}, {}
         rate = (step - self._first) / (now - self._begin)
-        self._update(step, f"loss {figures['loss']:.4f} {rate:.2f} it/s, {data_wait:.0%} waiting for data")
+        self._update(step, f"loss {values['loss']:.4f} {rate:.2f} it/s, {data_wait:.0%} waiting for data")
 
     def sync(self) -> None:
         """Make the rows as durable as the checkpoint that follows."""

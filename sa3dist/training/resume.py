@@ -33,7 +33,7 @@ def identity(settings: Settings, **measured: Any) -> dict[str, Any]:
     measured   values not in the settings: digests of base, dataset and warm start, lora_config, crop_frames
     """
     bases = {"singular_bases": METHOD} if ADAPTER_TYPES[settings.adapter_type].xs else {}
-    return {**measured, **bases, **settings.course()}
+    return {**measured, **bases, **settings.identity()}
 
 
 def check_start(settings: Settings, group: Group) -> None:
@@ -77,7 +77,7 @@ def check_identity(saved: checkpoint.Checkpoint, identity: dict[str, Any], setti
 
     A checkpoint without a setting's value is older than the setting: it was made with what is now the default.
     """
-    before = BEFORE | {name: type(settings).model_fields[name].default for name in settings.course()}
+    before = BEFORE | {name: type(settings).model_fields[name].default for name in settings.identity()}
     for name, value in identity.items():
         found = saved.state["identity"].get(name, before.get(name))
         if found != value:
@@ -87,7 +87,7 @@ def check_identity(saved: checkpoint.Checkpoint, identity: dict[str, Any], setti
             )
 
 
-def divide_work(saved: checkpoint.Checkpoint | None, settings: Settings, world_size: int) -> int:
+def accumulation_of(saved: checkpoint.Checkpoint | None, settings: Settings, world_size: int) -> int:
     """Micro batches per rank and step. A checkpoint's global batch overrides the configuration.
 
     Raises CheckpointError, naming the process counts that work, when that batch does not divide.
@@ -109,7 +109,7 @@ def divide_work(saved: checkpoint.Checkpoint | None, settings: Settings, world_s
     return rounds
 
 
-def check_course(saved: checkpoint.Checkpoint, settings: Settings) -> None:
+def check_changes(saved: checkpoint.Checkpoint, settings: Settings) -> None:
     """Warn of changes that a continued run may have, and refuse the others."""
     if saved.step > settings.number_of_steps:
         raise CheckpointError(
@@ -117,7 +117,7 @@ def check_course(saved: checkpoint.Checkpoint, settings: Settings) -> None:
             f"{settings.number_of_steps}; raise it, use another output_dir, or resume=never to start over"
         )
     was, now = Schedule(**saved.state["schedule"]), lr_schedule.of_settings(settings)
-    if not now.same_course(was):
+    if not now.same_rates(was):
         log.warning("continuing with learning rate %s; it was %s", now, was)
     if saved.state["weight_decay"] != settings.weight_decay:
         log.warning("continuing with weight_decay %g, it was %g", settings.weight_decay, saved.state["weight_decay"])

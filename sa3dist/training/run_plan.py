@@ -84,7 +84,7 @@ def make(
 
     noted_step   where the previous start ran out of memory, from its status.json
     """
-    accumulation = resume.divide_work(saved, settings, world_size)
+    accumulation = resume.accumulation_of(saved, settings, world_size)
     global_batch = accumulation * settings.batch_size * world_size
     urls = {"audio_data_url": settings.audio_data_url, "lora_checkpoint_url": settings.lora_checkpoint_url}
     urls["validation"] = settings.validation_source

@@ -112,13 +112,13 @@ def test_a_run_logs_the_rate_of_each_step_and_a_changed_schedule_is_said(words, 
     saved = checkpoint.load(checkpoint.path_of(output_dir, 6))
     assert Schedule(**saved.state["schedule"]) == Schedule(PEAK, 6, 2, "linear")
     settings = {"audio_data_url": "clips.zip", "number_of_steps": 8, "learning_rate": PEAK, "warmup_steps": 2}
-    resume.check_course(saved, config.build({**settings, "lr_scheduler": "linear"}))
+    resume.check_changes(saved, config.build({**settings, "lr_scheduler": "linear"}))
     assert (
         "linear decay to 0 after step 8; it was 0.0002, 2 warm-up steps, linear decay to 0 after step 6" in caplog.text
     )
 
 
 def test_more_steps_at_a_constant_rate_are_no_change():
-    assert Schedule(PEAK, 5).same_course(Schedule(PEAK, 50))
-    assert not Schedule(PEAK, 5).same_course(Schedule(PEAK, 5, warmup_steps=1))
-    assert not Schedule(PEAK, 5, 0, "cosine").same_course(Schedule(PEAK, 50, 0, "cosine"))
+    assert Schedule(PEAK, 5).same_rates(Schedule(PEAK, 50))
+    assert not Schedule(PEAK, 5).same_rates(Schedule(PEAK, 5, warmup_steps=1))
+    assert not Schedule(PEAK, 5, 0, "cosine").same_rates(Schedule(PEAK, 50, 0, "cosine"))

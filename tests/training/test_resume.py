@@ -42,7 +42,7 @@ def checkpoint_of(settings, without=()):
 
 
 def test_every_setting_that_decides_a_step_is_known_and_no_other():
-    assert settings_with().course().keys() == OTHERS.keys()
+    assert settings_with().identity().keys() == OTHERS.keys()
 
 
 @pytest.mark.parametrize("key", OTHERS)
