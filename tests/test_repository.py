@@ -91,9 +91,9 @@ def test_the_gpu_path_imports_without_what_gpu_machines_lack():
     assert python(block + "".join(f"import {name}\n" for name in gpu_path()) + "print('imported')") == "imported\n"
 
 
-def test_a_shepherd_starts_without_what_takes_seconds_to_import():
+def test_a_runner_starts_without_what_takes_seconds_to_import():
     # Its lease runs from before it is started.
-    program = "import sa3dist.serve.shepherd, sys; print({'torch', 'pydantic', 'fsspec', 'fastapi'} & {*sys.modules})"
+    program = "import sa3dist.serve.runner, sys; print({'torch', 'pydantic', 'fsspec', 'fastapi'} & {*sys.modules})"
     assert python(program) == "set()\n"
 
 

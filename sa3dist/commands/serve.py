@@ -132,8 +132,8 @@ def serve(options: argparse.Namespace) -> None:
         from sa3dist.serve.addresses import HOSTS
         from sa3dist.serve.app import create_app
         from sa3dist.serve.connections import HEAD_SECONDS, Connection
-        from sa3dist.serve.jobs import JobStore
-        from sa3dist.serve.operation import log_as_json
+        from sa3dist.serve.job_store import JobStore
+        from sa3dist.serve.monitoring import log_as_json
         from sa3dist.serve.scheduler import Scheduler
         from sa3dist.serve.tls import make_certificates
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The web server of the endpoint: all routes, errors in the endpoint's shape, and what runs beside them."""
+"""The web application of the endpoint: routes, errors in the endpoint's format, and background tasks."""
 
 import asyncio
 import contextlib
@@ -14,45 +14,45 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from sa3dist import __version__
-from sa3dist.serve import file_routes, operation, page_routes, queue_routes, webhooks
+from sa3dist.serve import file_routes, monitoring, page_routes, queue_routes, webhooks
 from sa3dist.serve.addresses import HostedAddresses
 from sa3dist.serve.files import FileStore
-from sa3dist.serve.jobs import JobStore
+from sa3dist.serve.job_store import JobStore
 from sa3dist.serve.keys import Keys, Signer
-from sa3dist.serve.operation import RequestLog
-from sa3dist.serve.ready_status import ReadyStatus
+from sa3dist.serve.monitoring import RequestLog
 from sa3dist.serve.server_options import WebOptions
 from sa3dist.serve.service import Service, UnknownRequest, WireError, message_of
 from sa3dist.serve.snapshot import Snapshot
+from sa3dist.serve.status_cache import CachedStatus
 from sa3dist.serve.tables import DatabaseAway
 
 log = logging.getLogger(__name__)
-# Python's own number is six on two processors: as many webhooks with slow names would keep everybody else.
+# Python's default is 6 on two cores, which six webhooks with slow name lookups would block.
 THREADS = 64
-TIDY_SECONDS, AGAIN_SECONDS = 3600.0, 60.0
+REMOVE_EXPIRED_SECONDS, RESTART_SECONDS = 3600.0, 60.0
 
 
 def create_app(options: WebOptions, store: JobStore) -> FastAPI:
-    """The application over a job store. It runs no jobs: a scheduler does, here or elsewhere."""
+    """The application for a job store. It runs no jobs; a scheduler does, in this process or elsewhere."""
     files = FileStore(options.storage or str(options.data_dir / "files"))
     service = Service(options, store, Keys(options.data_dir), Signer(options.data_dir), files, Snapshot(store))
 
     @contextlib.asynccontextmanager
-    async def beside(app: FastAPI) -> AsyncIterator[None]:
+    async def background_tasks(app: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "server"))
         await service.snapshot.refresh()
-        works = [service.snapshot.keep_fresh, webhooks.Webhooks(service).deliver_all, lambda: _tidy(service)]
-        tasks = [asyncio.create_task(_lasting(work)) for work in works]
+        works = [service.snapshot.keep_fresh, webhooks.Webhooks(service).deliver_all, lambda: _remove_expired(service)]
+        tasks = [asyncio.create_task(_forever(work)) for work in works]
         yield
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    app = FastAPI(title="sa3dist", version=__version__, lifespan=beside, docs_url=None, redoc_url=None)
+    app = FastAPI(title="sa3dist", version=__version__, lifespan=background_tasks, docs_url=None, redoc_url=None)
     app.state.service = service
-    app.include_router(operation.routes)
+    app.include_router(monitoring.routes)
     _add_keys(app, service)
-    # These before the queue, whose addresses begin with any word.
+    # Before the queue's routes, which match any first word.
     app.include_router(page_routes.page)
     app.include_router(page_routes.api)
     app.include_router(file_routes.routes)
@@ -60,13 +60,13 @@ def create_app(options: WebOptions, store: JobStore) -> FastAPI:
     app.include_router(queue_routes.routes)
     app.add_exception_handler(WireError, _wire_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(RequestValidationError, _refused_words)
+    app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(DatabaseAway, _database_away)
-    app.add_middleware(ReadyStatus, service=service)
+    app.add_middleware(CachedStatus, service=service)
     app.add_middleware(HostedAddresses)
     app.add_middleware(
         CORSMiddleware,
-        # Without keys a page of another site must not reach what runs on its visitor's machine.
+        # Without keys, pages of other sites must not reach a server on their visitor's machine.
         allow_origins=[] if options.is_open else ["*"],
         allow_origin_regex=r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?" if options.is_open else None,
         allow_methods=["*"],
@@ -77,26 +77,26 @@ def create_app(options: WebOptions, store: JobStore) -> FastAPI:
     return app
 
 
-async def _lasting(work: Callable[[], Awaitable[None]]) -> None:
-    """Do ``work`` for ever: after what it did not expect, it begins again."""
+async def _forever(work: Callable[[], Awaitable[None]]) -> None:
+    """Run ``work`` for ever; restart it after an unexpected exception."""
     while True:
         try:
             await work()
         except Exception:
-            log.exception("unexpected; trying again in %g s", AGAIN_SECONDS)
-            await asyncio.sleep(AGAIN_SECONDS)
+            log.exception("unexpected; trying again in %g s", RESTART_SECONDS)
+            await asyncio.sleep(RESTART_SECONDS)
 
 
-async def _tidy(service: Service) -> None:
+async def _remove_expired(service: Service) -> None:
     while True:
-        await asyncio.to_thread(service.tidy)
-        await asyncio.sleep(TIDY_SECONDS)
+        await asyncio.to_thread(service.remove_expired_files)
+        await asyncio.sleep(REMOVE_EXPIRED_SECONDS)
 
 
 def _add_keys(app: FastAPI, service: Service) -> None:
     @app.get("/.well-known/jwks.json", tags=["operation"])
     async def jwks() -> Response:
-        """The key that webhooks are signed with."""
+        """The public key for webhook signatures."""
         return JSONResponse(webhooks.public_keys(service.signer))
 
 
@@ -118,9 +118,9 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     return _error(error.status_code, str(error.detail), None, dict(error.headers or {}))
 
 
-async def _refused_words(request: Request, error: RequestValidationError) -> Response:
-    found = [{key: problem[key] for key in ("loc", "msg", "type") if key in problem} for problem in error.errors()]
-    return _error(422, [{**problem, "loc": list(problem["loc"])} for problem in found], None, {})
+async def _validation_error(request: Request, error: RequestValidationError) -> Response:
+    problems = [{key: problem[key] for key in ("loc", "msg", "type") if key in problem} for problem in error.errors()]
+    return _error(422, [{**problem, "loc": list(problem["loc"])} for problem in problems], None, {})
 
 
 async def _database_away(request: Request, error: DatabaseAway) -> Response:

@@ -1,9 +1,11 @@
-"""Folders of a job's attempts: what a new attempt takes over from an older one, and what a run says of itself in them.
+"""Folders of a job's attempts: prepare one from the attempt before, and read progress and outcome of its run.
 
-JOB/logs.jsonl                 what the trainer has said, of all attempts, in the form of the endpoint's logs
-JOB/attempt-2/request.json     the trainer's settings          JOB/attempt-2/log.txt   its stdout and stderr
-JOB/attempt-2/run/             its output_dir                  JOB/attempt-2/lease     until when it may work
-    JOB/cluster/                   the same of all attempts, where a cluster runs them
+JOB/logs.jsonl                 the trainer's output in all attempts, in the format of the endpoint's logs
+JOB/attempt-2/request.json     the trainer's settings
+JOB/attempt-2/log.txt          its stdout and stderr
+JOB/attempt-2/run/             its output_dir
+JOB/attempt-2/lease            the time until which it may work
+JOB/cluster/                   in place of attempt-N/, for all attempts, if a cluster runs them
 """
 
 import contextlib
@@ -23,37 +25,37 @@ from sa3dist.training.row_files import METRICS_NAME
 
 RUN_NAME, LOG_NAME, REQUEST_NAME = "run", "log.txt", "request.json"
 RESULT_NAME = "result.json"
-# Whole once they have their name: a second name is as good as a copy.
+# Folders that a new attempt takes over by hard links: their files do not change once they have their final name.
 LINKED = ("checkpoints", "previews")
-# What a start looks at of an earlier one, beside those.
+# Files that a new attempt takes over by copying.
 COPIED = (METRICS_NAME, STATUS_NAME)
-# What is read of the end of a file of rows.
+# How much to read from the end of a file of rows.
 TAIL_BYTES = 1 << 16
-# Of a folder of work: what depends on the base alone.
+# Folders of a work directory whose content depends only on the base.
 OF_THE_BASE = ("compiled", "digests", "kernels", "singular_bases")
 # ``rank: 300 is not valid``; also ``rank is 40, but ...`` and ``include [...] and exclude [...] leave none``
 _FIELD = re.compile(r"([a-z_]+)(?:: (.+)|[ =].*)")
 
 
 def prepare(job: Job, values: dict[str, Any], folder: Path) -> Path:
-    """Make an attempt's folder, with what the run continues from; the file with the trainer's settings."""
+    """Make an attempt's folder, including the state to continue from; returns the file with the trainer's settings."""
     run = folder / RUN_NAME
-    # There is one where an earlier attempt's goes on, on a cluster.
+    # It exists if an earlier attempt's run continues on a cluster.
     if not run.exists():
-        # Under another name until it is whole: the attempt after this one may look for it.
-        begun = folder / f".{RUN_NAME}"
-        shutil.rmtree(begun, ignore_errors=True)
-        begun.mkdir(parents=True)
+        # Use a temporary name until it is complete: a later attempt may look for it.
+        temporary = folder / f".{RUN_NAME}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         if (before := newest_run(job.folder, folder)) is not None:
-            take_over(before, begun)
-        os.replace(begun, run)
+            take_over(before, temporary)
+        os.replace(temporary, run)
     request = folder / REQUEST_NAME
     write_json(request, values | {"output_dir": str(run)})
     return request
 
 
 def share_work_of_base(work: Path, shared: Path) -> None:
-    """Let ``work``, a folder of one data set, find in ``shared`` what depends on the base alone."""
+    """Link the folders that depend only on the base from ``shared`` into ``work``, the work directory of a data set."""
     if work == shared:
         return
     work.mkdir(parents=True, exist_ok=True)
@@ -64,19 +66,19 @@ def share_work_of_base(work: Path, shared: Path) -> None:
 
 
 def newest_run(job_folder: Path, own: Path) -> Path | None:
-    """The run of an earlier attempt that got furthest: of equal ones the latest; None where none has saved."""
-    found = []
+    """The earlier attempt's run with the newest checkpoint, the latest of equal ones; None if none has saved."""
+    candidates = []
     for run in job_folder.glob(f"attempt-*/{RUN_NAME}"):
         saved = [path.name for path in run.glob("checkpoints/step-" + "[0-9]" * 8)]
         if saved and run.parent != own:
-            found.append((max(saved), int(run.parent.name.partition("-")[2]), run))
-    return max(found)[2] if found else None
+            candidates.append((max(saved), int(run.parent.name.partition("-")[2]), run))
+    return max(candidates)[2] if candidates else None
 
 
 def take_over(before: Path, run: Path) -> None:
-    """Give ``run`` the checkpoints and rows of an earlier run, which may still be dying, and even save once more.
+    """Copy or link checkpoints, previews and rows of an earlier run, which may still be ending and even saving.
 
-    A checkpoint has its name when it is whole. One that is removed meanwhile is older than another that stays.
+    A checkpoint has its final name only when it is complete. If one is removed meanwhile, a newer one exists.
     """
     for name in LINKED:
         for saved in sorted((before / name).glob("[!.]*"), reverse=True):
@@ -84,7 +86,7 @@ def take_over(before: Path, run: Path) -> None:
             try:
                 shutil.copytree(saved, target, copy_function=os.link)
             except (OSError, shutil.Error):
-                # It was removed, or the disk has no links.
+                # It was removed, or the file system has no hard links.
                 shutil.rmtree(target, ignore_errors=True)
                 with contextlib.suppress(OSError, shutil.Error):
                     shutil.copytree(saved, target)
@@ -96,14 +98,14 @@ def take_over(before: Path, run: Path) -> None:
 
 
 def remove_others(job: Job, own: Path) -> None:
-    """Remove the folders of earlier attempts: the last one holds all that theirs did."""
+    """Remove the folders of other attempts: the last one has taken over their content."""
     for folder in job.folder.glob("attempt-*"):
         if folder != own:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def progress(run: Path) -> dict[str, Any]:
-    """The run's ``stage`` and ``step``, as far as it says; the step is the last that is done."""
+    """The run's ``stage`` and ``step`` (the last finished one), as far as known."""
     found: dict[str, Any] = {}
     beat = read_json(run / HEARTBEAT_NAME)
     if isinstance(beat.get("stage"), str):
@@ -146,42 +148,42 @@ def result(job: Job, run: Path) -> dict[str, Any] | None:
 
 
 def message(run: Path, log: Path) -> str:
-    """Why a run ended, in its own words: its status, else the last line it wrote."""
-    said = read_json(run / STATUS_NAME).get("message")
-    if isinstance(said, str) and said:
-        return said
+    """Why a run ended: the message of its status, else the last line of its output."""
+    text = read_json(run / STATUS_NAME).get("message")
+    if isinstance(text, str) and text:
+        return text
     lines = [line.strip() for line in tail(log).splitlines() if line.strip()]
     return lines[-1][:1000] if lines else "The trainer ended without a word"
 
 
 def refusal(job: Job, text: str) -> dict[str, Any]:
-    """The endpoint's answer to a request that the trainer refused: one entry per line of ``text``, by field."""
+    """The endpoint's error for a request that the trainer refused: one entry per line of ``text``, by field."""
     detail = []
     for line in map(str.strip, text.splitlines()):
-        found, name = _FIELD.fullmatch(line), _field_of(job, line)
-        said = found[2] if found and found[2] and found[1] == name else line
-        entry = {"loc": ["body", name] if name else ["body"], "msg": said, "type": "value_error"}
+        match, name = _FIELD.fullmatch(line), _field_of(job, line)
+        message = match[2] if match and match[2] and match[1] == name else line
+        entry = {"loc": ["body", name] if name else ["body"], "msg": message, "type": "value_error"}
         detail.append(entry | ({"input": job.request[name]} if name in job.request else {}))
     return {"detail": detail}
 
 
 def _field_of(job: Job, line: str) -> str | None:
-    """The request's field that a line of the trainer is about: it begins with its name, or names what that says."""
-    # Here: a shepherd, whose lease runs from before it starts, needs pydantic and fsspec for nothing else.
+    """The request's field that a line of the trainer is about: the line contains its name or value."""
+    # Imported here: a runner must start fast, and needs pydantic and fsspec for nothing else.
     from sa3dist.data.remote.fetch import redacted
     from sa3dist.request.fields import EndpointFields
 
     fields = EndpointFields.model_fields
-    found = _FIELD.fullmatch(line)
-    if found and found[1] in fields:
-        return found[1]
-    asked = {name: job.request.get(name) for name in ("lora_checkpoint_url", "audio_data_url")}
-    places = {name: line.find(redacted(value)) for name, value in asked.items() if isinstance(value, str)}
-    if named := [(place, name) for name, place in places.items() if place >= 0]:
-        return min(named)[1]
+    match = _FIELD.fullmatch(line)
+    if match and match[1] in fields:
+        return match[1]
+    urls = {name: job.request.get(name) for name in ("lora_checkpoint_url", "audio_data_url")}
+    positions = {name: line.find(redacted(url)) for name, url in urls.items() if isinstance(url, str)}
+    if contained := [(position, name) for name, position in positions.items() if position >= 0]:
+        return min(contained)[1]
     if line.startswith(f"{job.request.get('model', fields['model'].default)}"):
         return "model"
-    # Shards and latents, by the name that stands for their folder.
+    # Shards and latents are in the work directory, which messages call work/.
     if re.search(r"\bwork(_dir)?/", line):
         return "audio_data_url"
     words = re.findall(r"[a-z]+(?:_[a-z]+)+", line)
@@ -189,7 +191,7 @@ def _field_of(job: Job, line: str) -> str | None:
 
 
 def failure(job: Job, exit_code: int, text: str) -> dict[str, Any]:
-    """The endpoint's answer for an attempt that ended with ``exit_code`` and these words."""
+    """The endpoint's error for an attempt that ended with ``exit_code`` and the message ``text``."""
     if exit_code == EXIT_USER:
         return refusal(job, text)
     lost = exit_code < 0 or exit_code > 128

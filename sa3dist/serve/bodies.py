@@ -1,4 +1,4 @@
-"""Request bodies within bounds, in bytes and in silence, and the address a client reached us at."""
+"""Read request bodies with limits on size and speed; and the address at which a client reached the server."""
 
 import asyncio
 import time
@@ -9,12 +9,12 @@ from starlette.requests import ClientDisconnect
 
 from sa3dist.serve.service import Service, WireError
 
-# A body that comes slower in the mean is given up; a line of 1 Mbit/s is twelve times as fast.
+# Bodies with a lower average speed are refused; 1 Mbit/s is twelve times as fast.
 SLOWEST_BYTES_PER_SECOND = 10_000
 
 
 def base_of(request: Request) -> str:
-    """The server as this client reaches it: what it is told to follow leads there too."""
+    """The server's URL as this client reaches it, for links in answers."""
     if request.scope.get("sa3dist_is_mapped"):
         return service_url(request)
     return f"{request.url.scheme}://{request.url.netloc}"
@@ -25,10 +25,10 @@ def service_url(request: Request) -> str:
 
 
 async def blocks(service: Service, request: Request, most: int) -> AsyncIterator[bytes]:
-    """The body as it comes. Raises WireError for one that is too long, too slow, or breaks off."""
-    told = request.headers.get("content-length", "0")
+    """The body in blocks. Raises WireError if it is too long, too slow, or incomplete."""
+    length = request.headers.get("content-length", "0")
     too_long = WireError(413, f"the body is longer than {most} bytes")
-    if not (told.isascii() and told.isdecimal()) or len(told) > 15 or int(told) > most:
+    if not (length.isascii() and length.isdecimal()) or len(length) > 15 or int(length) > most:
         raise too_long
     received, stream, silent_seconds = 0, request.stream().__aiter__(), service.options.silent_seconds
     begin = time.monotonic()
@@ -56,6 +56,6 @@ async def read_bounded(service: Service, request: Request, most: int) -> bytes:
 
 
 def is_large(request: Request) -> bool:
-    """Whether a body may take up much memory: it says so, or does not say how long it is."""
-    told = request.headers.get("content-length", "")
-    return not (told.isascii() and told.isdecimal() and len(told) < 7)
+    """Whether a body is long, by its Content-Length, or of unknown length."""
+    length = request.headers.get("content-length", "")
+    return not (length.isascii() and length.isdecimal() and len(length) < 7)

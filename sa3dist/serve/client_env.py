@@ -1,14 +1,14 @@
-"""The Python client in a notebook, pointed at a server of one's own."""
+"""Point the Python client at your own server, for notebooks."""
 
 import importlib
 import os
 
 
 def fal_env(url: str = "http://127.0.0.1:8000", key: str = "local:none", authority: str | None = None) -> None:
-    """Make ``fal_client`` talk to the server at ``url``, whether it is imported already or not; http works too.
+    """Make ``fal_client`` use the server at ``url`` (http or https), even if it is already imported.
 
-    key         as ``sa3dist serve keys add`` has printed it; any text for a server that needs none
-    authority   ca.pem of a server that was started with --tls
+    key         as printed by ``sa3dist serve keys add``; any text for a server that needs none
+    authority   ca.pem of a server started with --tls
     """
     scheme, _, host = url.rstrip("/").partition("://")
     os.environ |= {"FAL_RUN_HOST": f"{host}/run", "FAL_QUEUE_RUN_HOST": host, "FAL_KEY": key}

@@ -1,27 +1,28 @@
-"""Connections of uvicorn whose clients may not be silent for ever, nor send the head of a request without end."""
+"""uvicorn connections with limits on the time and size of a request's head."""
 
 import asyncio
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-# Longer than clients keep an idle connection (5 s): closed here first, it would lose a request that is on its way.
+# Longer than clients keep idle connections (5 s): if the server closed first, a request just sent would be lost.
 HEAD_SECONDS = 30.0
 MAX_HEAD_BYTES = 64 << 10
 
 
 class Connection(HttpToolsProtocol):
-    """One connection. A head of a request has to come within ``HEAD_SECONDS``; a body has limits of its own.
+    """One connection. The head of a request must arrive within ``HEAD_SECONDS``; bodies have separate limits.
 
-    The rest of a body that was refused is read in vain for as long, so that its sender comes to read why.
+    The rest of a refused body is read and discarded for the same time, so that its sender can read the answer.
     """
 
-    _end: asyncio.TimerHandle | None = None
-    # Of a head that has begun; None: there is none at the moment.
+    # Closes the connection when it fires.
+    _timer: asyncio.TimerHandle | None = None
+    # Size of the head received so far; None if no head is being received.
     _head_bytes: int | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self._limit()
+        self._start_timer()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -36,19 +37,19 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._head_bytes = None
-        self._end.cancel()
+        self._timer.cancel()
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
-        # Another request may be waiting already, whose head is there.
+        # If another request is in the pipeline, its head has already arrived.
         is_last = not self.pipeline
         super().on_response_complete()
         if is_last:
-            self._limit()
+            self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end.cancel()
+        self._timer.cancel()
         super().connection_lost(exc)
 
-    def _limit(self) -> None:
-        self._end = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+    def _start_timer(self) -> None:
+        self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)

@@ -1,4 +1,4 @@
-"""How the trainer of an attempt is started, watched and ended: on this host, or by a cluster's scheduler."""
+"""The interface of executors, which start, watch and end the trainer of an attempt, locally or on a cluster."""
 
 import dataclasses
 from pathlib import Path
@@ -10,12 +10,16 @@ from sa3dist.serve.processes import Mark
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """One attempt at a job, as an executor is given it.
+    """One attempt at a job.
 
-    folder     of the attempt                    run       the trainer's output_dir, in it
-    request    file with the trainer's settings  log       where the trainer's stdout and stderr go
-    processes  of the trainer, on each node      nodes     how many it is spread over
-    mark       what its processes carry          handles   descriptors of locks that they hold
+    folder      of the attempt
+    run         the trainer's output_dir, in ``folder``
+    request     file with the trainer's settings
+    log         file for the trainer's stdout and stderr
+    processes   of the trainer per node
+    nodes       number of nodes
+    mark        identifies its processes; in their environment
+    handles     descriptors of the locks its processes hold
     """
 
     job: Job
@@ -30,21 +34,21 @@ class Attempt:
 
 
 class Executor(Protocol):
-    """The trainer of one attempt. A scheduler that does not answer raises EnvironmentFailure; it is asked again.
+    """Runs the trainer of one attempt. Methods raise EnvironmentFailure if a scheduler does not answer; call again.
 
-    outlives_shepherd   whether the trainer goes on without it, and the next attempt finds it
+    outlives_runner   whether the trainer continues without its runner, and the next attempt finds it
     """
 
-    outlives_shepherd: bool
+    outlives_runner: bool
 
     def start(self, attempt: Attempt) -> None:
-        """Start the trainer, or find the one that an earlier attempt has started where those outlive it."""
+        """Start the trainer; if trainers outlive their runners, first look for one from an earlier attempt."""
 
     def exit_code(self) -> int | None:
-        """How it ended, negative for a signal; None while it runs or waits."""
+        """The exit code, negative for a signal; None while it runs or waits."""
 
     def ask_to_stop(self) -> None:
-        """Let it save and end."""
+        """Ask it to save and end."""
 
     def kill(self) -> bool:
-        """End all of it; whether nothing is left. Asked again until that is so."""
+        """Kill all its processes; returns whether none is left. Call again until then."""

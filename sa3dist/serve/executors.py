@@ -17,7 +17,7 @@ EXECUTORS: dict[str, Callable[[RunOptions], Executor]] = {
 
 
 def open_executor(options: RunOptions) -> Executor:
-    """The executor that ``options`` name. Raises ConfigError, EnvironmentFailure when it cannot work here."""
+    """The executor named in ``options``. Raises ConfigError, or EnvironmentFailure if it cannot work here."""
     if options.executor not in EXECUTORS:
         raise ConfigError(f"executor: {options.executor} is unknown; choose {', '.join(EXECUTORS)}")
     return EXECUTORS[options.executor](options)

@@ -49,7 +49,7 @@ async def _write(service: Service, request: Request, out: Sink, most: int) -> No
 async def _receive(service: Service, request: Request, note: StoredFile) -> StoredFile:
     """Store a body as the file of ``note``."""
     service.uploads.check()
-    with service.uploads.one():
+    with service.uploads.slot():
         with service.files.writing(note.id) as out:
             await _write(service, request, out, service.options.max_upload_bytes)
         return await asyncio.to_thread(service.files.keep, note, out)
@@ -148,7 +148,7 @@ async def put_part(
         raise WireError(422, f"part {number}: expected 1..{MAX_PARTS}")
     left = service.options.max_upload_bytes - await asyncio.to_thread(service.files.parts_size, upload_id, number)
     service.uploads.check()
-    with service.uploads.one(), service.files.writing_part(upload_id, number) as out:
+    with service.uploads.slot(), service.files.writing_part(upload_id, number) as out:
         await _write(service, request, out, min(max(left, 0), PART_BYTES))
     etag = f'"{out.sha256}"'
     return JSONResponse({"partNumber": number, "etag": etag}, headers={"ETag": etag})

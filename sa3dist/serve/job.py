@@ -1,4 +1,4 @@
-"""One accepted request of the endpoint, as its row and its folder hold it."""
+"""One accepted request of the endpoint, as stored in the database and its folder."""
 
 import dataclasses
 from pathlib import Path
@@ -11,18 +11,22 @@ from sa3dist.serve.tables import FINISHED, jobs
 class Job:
     """One accepted request.
 
-    id         32 hexadecimal digits            number    counts up with arrival
-    app, key   the address it came to, and the id of the key that made it
-    request    what the client sent             settings  what the trainer is given beside and before that
-    state      QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED, or DELETED in ``changed_since`` alone
-    cancel     whether its end was asked for while it ran
-    fence      number of the newest attempt, 0 before the first        attempts, failures  counts; see leases.py
-    owner, host, executor, devices   who runs it, where and on which GPUs (numbers, or none)
-    stage      what the trainer is at: base, encode, train, ...        step, steps  done, and asked for
-    error      {"detail": text, "error_type": word}, or {"detail": [...]} with the fields that were refused
-    result     the trainer's result.json; each file has ``path`` beside ``url``, relative to ``folder``
+    id         32 hexadecimal digits
+    number     increases in order of arrival
+    app, key   the application in the request's address, and the id of the key that made it
+    request    the client's JSON
+    settings   the trainer's settings; they override and extend ``request``
+    state      QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED; or DELETED, in results of ``changed_since`` only
+    cancel     whether cancellation was requested while it ran
+    fence      number of the newest attempt; 0 before the first
+    attempts, failures               counts; see leases.py
+    owner, host, executor, devices   the server that runs it, its host, how, and numbers of the GPUs if any
+    stage      current stage of the trainer: base, encode, train, ...
+    step, steps   finished and requested steps
+    error      {"detail": text, "error_type": word}, or {"detail": [...]} with refused fields
+    result     the trainer's result.json; each file also has ``path``, relative to ``folder``
     created, started, finished, updated   seconds since 1970
-    folder     all files of the job
+    folder     contains all files of the job
     """
 
     id: str
@@ -61,8 +65,8 @@ class Job:
 
     @property
     def attempt_folder(self) -> Path:
-        """Where the newest attempt writes: log.txt, and in run/ what a run leaves (metrics.jsonl, status.json ...)."""
-        # On a cluster the next attempt watches the run of the one before.
+        """Folder of the newest attempt: log.txt, and the run's output_dir run/ (metrics.jsonl, status.json, ...)."""
+        # One folder for all attempts on a cluster: the next attempt watches the same run.
         return self.folder / (f"attempt-{self.fence}" if self.executor in (None, "local") else "cluster")
 
 

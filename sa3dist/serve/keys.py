@@ -1,4 +1,4 @@
-"""Who calls: keys with scopes, kept as hashes, and the secret that signs links, upload tokens and webhooks."""
+"""API keys with scopes, stored as hashes; and the secret that signs links, upload tokens and webhooks."""
 
 import dataclasses
 import hashlib
@@ -18,28 +18,28 @@ from sa3dist.runtime.file_lock import alone
 
 SCOPES = ("submit", "admin")
 KEYS_NAME, SECRET_NAME = "keys.json", "secret"
-# A client refreshes its upload token by itself before this is over.
+# Clients refresh their upload tokens before they expire.
 TOKEN_SECONDS = 3600
 
 
 @dataclasses.dataclass(frozen=True)
 class Caller:
-    """The id of a key and what it may do: ``submit`` and see its own, ``admin`` see everybody's."""
+    """The id of a key, and whether it is an admin's: others see only their own jobs and files."""
 
     id: str
     is_admin: bool = False
 
     def may_see(self, owner: str) -> bool:
-        """Whether what the key ``owner`` made is visible."""
+        """Whether jobs and files of the key ``owner`` are visible."""
         return self.is_admin or self.id == owner
 
 
-# Who calls a server that needs no keys.
+# The caller of a server that needs no keys.
 LOCAL = Caller("local", is_admin=True)
 
 
 class Keys:
-    """The keys in a data folder. A change takes effect at once, in every server that has the folder."""
+    """The keys in a data folder. Changes take effect at once in every server that uses the folder."""
 
     def __init__(self, folder: Path) -> None:
         self._path = Path(folder) / KEYS_NAME
@@ -61,30 +61,30 @@ class Keys:
         return self._known
 
     def add(self, name: str, scope: str) -> str:
-        """Make a key; the only time that it is told."""
-        made, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
+        """Create a key and return it. It cannot be shown again."""
+        key_id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
         entry = {"name": name, "scope": scope, "sha256": _sha256(secret), "created": time.time()}
-        with self._alone():
-            self._write(self.read() | {made: entry})
-        return f"{made}:{secret}"
+        with self._lock():
+            self._write(self.read() | {key_id: entry})
+        return f"{key_id}:{secret}"
 
     def remove(self, key_id: str) -> None:
-        """Raises ConfigError for one that is not there."""
-        with self._alone():
-            kept = dict(self.read())
-            if kept.pop(key_id, None) is None:
+        """Remove a key. Raises ConfigError if it does not exist."""
+        with self._lock():
+            keys = dict(self.read())
+            if keys.pop(key_id, None) is None:
                 raise ConfigError(f"keys: no key {printable(key_id)}; sa3dist serve keys list shows all")
-            self._write(kept)
+            self._write(keys)
 
     def caller(self, key: str) -> Caller | None:
-        """Whose key this is."""
+        """The owner of a key; None if it is invalid."""
         key_id, _, secret = key.partition(":")
         entry = self.read().get(key_id)
-        # An unknown id costs as much as a wrong secret.
+        # Compare always: an unknown id must take as long as a wrong secret.
         fits = hmac.compare_digest(_sha256(secret), entry["sha256"] if entry else "0" * 64)
         return Caller(key_id, entry["scope"] == "admin") if entry and fits else None
 
-    def _alone(self):
+    def _lock(self):
         self._path.parent.mkdir(parents=True, exist_ok=True)
         return alone(self._path.with_suffix(".lock"), lambda: None)
 
@@ -94,35 +94,35 @@ class Keys:
 
 
 def _sha256(text: str) -> str:
-    # A plain hash: the secrets are 256 random bits, which nobody can try out.
+    # A plain hash is enough: the secrets are 256 random bits, which cannot be guessed.
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 class Signer:
-    """Signatures of one data folder: of links and upload tokens (HMAC-SHA-256), and of webhooks (Ed25519)."""
+    """Signs links and upload tokens (HMAC-SHA-256) and webhooks (Ed25519) with the secret of a data folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._secret = _kept_secret(Path(folder) / SECRET_NAME)
+        self._secret = _load_or_create_secret(Path(folder) / SECRET_NAME)
         self.webhook_key = Ed25519PrivateKey.from_private_bytes(self._mac("webhooks", b""))
 
     def sign(self, purpose: str, words: Iterable[object], expires: int) -> str:
-        """A signature for ``purpose`` alone."""
+        """A signature that is valid only for ``purpose``."""
         return self._mac(purpose, "\n".join([*map(str, words), str(expires)]).encode(errors="replace")).hex()
 
     def fits(self, purpose: str, words: Iterable[object], expires: str, signature: str) -> bool:
-        """Whether ``sign`` made this signature and its time is not over."""
+        """Whether ``sign`` made this signature and it has not expired."""
         if not (expires.isascii() and expires.isdecimal() and len(expires) < 16) or int(expires) < time.time():
             return False
         expected = self.sign(purpose, words, int(expires))
         return hmac.compare_digest(expected.encode(), signature.encode(errors="replace"))
 
     def token(self, caller: Caller) -> tuple[str, int]:
-        """A token with which ``caller`` may upload, and when it ends."""
+        """A token with which ``caller`` may upload, and when it expires."""
         expires = int(time.time()) + TOKEN_SECONDS
         return f"upload.{caller.id}.{expires}.{self.sign('token', [caller.id], expires)}", expires
 
     def token_caller(self, token: str, known: Collection[str]) -> Caller | None:
-        """Who was given this upload token. known: ids of the keys that there are now."""
+        """The caller of a valid upload token, else None. known: ids of existing keys."""
         kind, _, rest = token.partition(".")
         key_id, _, rest = rest.partition(".")
         expires, _, signature = rest.partition(".")
@@ -133,7 +133,7 @@ class Signer:
         return hmac.digest(self._secret, purpose.encode() + b"\0" + text, "sha256")
 
 
-def _kept_secret(path: Path) -> bytes:
+def _load_or_create_secret(path: Path) -> bytes:
     path.parent.mkdir(parents=True, exist_ok=True)
     with alone(path.with_suffix(".lock"), lambda: None):
         if not path.exists():
@@ -145,4 +145,4 @@ def _kept_secret(path: Path) -> bytes:
     try:
         return bytes.fromhex(path.read_text(encoding="ascii"))
     except ValueError as error:
-        raise ConfigError(f"{path}: damaged; restore it, or remove it, which ends all links made before") from error
+        raise ConfigError(f"{path}: damaged; restore it, or remove it, which invalidates all earlier links") from error

@@ -1,6 +1,7 @@
-"""Who runs a job: a claim with a lease and a number (fence), under which alone the job's row may be changed.
+"""Leases on jobs: a claim gives a lease and a number (fence); only the holder of that number may change the job's row.
 
-A lease ends by the database's clock. Who holds it counts by its own, from before it asked, and so stops before that.
+A lease ends by the database's clock. Its holder measures by its own clock, from before the request, and so stops
+earlier.
 """
 
 import dataclasses
@@ -11,27 +12,28 @@ import sqlalchemy
 from sqlalchemy import and_, func, or_, select
 
 from sa3dist.serve.job import COLUMNS, Job
-from sa3dist.serve.jobs import CLIENT_CANCELLED, JobStore
+from sa3dist.serve.job_store import CLIENT_CANCELLED, JobStore
 from sa3dist.serve.tables import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEEDED, changed, end_jobs, jobs, now
 
 LEASE_SECONDS = 30.0
 NOT_STARTED = {"detail": "Request did not start within the time it allowed", "error_type": "startup_timeout"}
 LOST = {"detail": "The processes that ran the request were lost, too often", "error_type": "runner_disconnected"}
-# Before an attempt that follows a failed one: a cause that passes is given as long, doubled each time.
+# Pause before the attempt after a failed one, doubled each time, to let temporary causes pass.
 FIRST_PAUSE_SECONDS = 2.0
 LONGEST_PAUSE_SECONDS = 120.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """What one server runs jobs with.
+class HostResources:
+    """What one server can run jobs with.
 
-    owner, host      names for people; on one host all servers give the same ``host``
+    owner            name of the server, for people
+    host             name of the host; the same for all servers on it
     executor         local, slurm or kubernetes
-    devices          numbers of the GPUs, or of the slots where there is none
-    devices_per_job  how many one job is given
-    limit            most jobs that run at once, on all hosts together; None: as many as there are devices
-    lease_seconds    after which a job that nobody renews is taken over
+    devices          numbers of the GPUs, or of job slots if there are none
+    devices_per_job  number of devices a job gets
+    limit            maximum of running jobs on all hosts together; None: limited by devices only
+    lease_seconds    length of a lease; a job whose lease is not renewed is taken over
     """
 
     owner: str
@@ -51,12 +53,12 @@ class Leases:
         self._database = store.database
 
     def end_overdue(self) -> None:
-        """Take back what nobody renews; end what had to start and did not. Called before each claim."""
+        """Queue jobs again whose lease has ended; fail jobs that did not start in time. Called before each claim."""
         expired = and_(jobs.c.state == RUNNING, jobs.c.lease_until < now())
         with self._database.writing(alone=True) as connection:
             late = and_(jobs.c.state == QUEUED, jobs.c.attempts == 0, jobs.c.start_until < now())
             end_jobs(connection, late, FAILED, error=NOT_STARTED)
-            # Its trainer has ended itself before the lease did. On a cluster it has not: the next attempt sees to it.
+            # A local trainer has ended itself before its lease. A cluster's has not: the next attempt cancels it.
             here = or_(jobs.c.executor.is_(None), jobs.c.executor == "local")
             end_jobs(connection, and_(expired, jobs.c.cancel == 1, here), CANCELLED, error=CLIENT_CANCELLED)
             spent = and_(expired, jobs.c.failures >= jobs.c.retries, jobs.c.cancel == 0)
@@ -64,13 +66,13 @@ class Leases:
             again = changed(state=QUEUED, lease_until=None, failures=jobs.c.failures + 1)
             connection.execute(jobs.update().where(expired).values(again))
 
-    def claim(self, place: Place) -> Job | None:
-        """The next job for ``place``, RUNNING under a new ``fence``; None where there is none, or no room."""
+    def claim(self, resources: HostResources) -> Job | None:
+        """Claim the next job: RUNNING under a new ``fence``. None if no job waits or no device is free."""
         with self._database.writing(alone=True) as connection:
             waits = and_(jobs.c.state == QUEUED, or_(jobs.c.not_before.is_(None), jobs.c.not_before <= now()))
-            devices = self._free_devices(connection, place)
+            devices = self._free_devices(connection, resources)
             if devices is None:
-                # To be cancelled on a cluster: that takes no room.
+                # A job to be cancelled on a cluster needs no device.
                 waits, devices = and_(waits, jobs.c.cancel == 1), []
             turn = (
                 select(jobs.c.id).where(waits).order_by(jobs.c.cancel.desc(), jobs.c.priority, jobs.c.number).limit(1)
@@ -82,57 +84,57 @@ class Leases:
                 state=RUNNING,
                 fence=jobs.c.fence + 1,
                 attempts=jobs.c.attempts + 1,
-                owner=place.owner,
-                host=place.host,
-                executor=place.executor,
+                owner=resources.owner,
+                host=resources.host,
+                executor=resources.executor,
                 devices=devices,
                 exit_code=None,
-                lease_until=now() + place.lease_seconds,
+                lease_until=now() + resources.lease_seconds,
                 started=func.coalesce(jobs.c.started, now()),
             )
             claimed = jobs.update().where(jobs.c.id == job_id).values(values).returning(*COLUMNS)
             return self._store.of_row(connection.execute(claimed).one())
 
-    def _free_devices(self, connection: sqlalchemy.Connection, place: Place) -> list[int] | None:
+    def _free_devices(self, connection: sqlalchemy.Connection, resources: HostResources) -> list[int] | None:
         running = connection.execute(select(jobs.c.host, jobs.c.devices).where(jobs.c.state == RUNNING)).all()
-        if place.limit is not None and len(running) >= place.limit:
+        if resources.limit is not None and len(running) >= resources.limit:
             return None
-        taken = {device for host, devices in running if host == place.host for device in devices or ()}
-        free = sorted(set(place.devices) - taken)
-        return free[: place.devices_per_job] if len(free) >= place.devices_per_job else None
+        taken = {device for host, devices in running if host == resources.host for device in devices or ()}
+        free = sorted(set(resources.devices) - taken)
+        return free[: resources.devices_per_job] if len(free) >= resources.devices_per_job else None
 
     def renew(self, job: Job, seconds: float) -> bool:
-        """Make the lease end ``seconds`` from now; False when it is over, or another attempt has begun."""
+        """Extend the lease to ``seconds`` from now. False if it has ended or another attempt has begun."""
         with self._database.writing() as connection:
             alive = and_(_held(job), jobs.c.lease_until >= now())
-            # No change that anybody shows: ``updated`` stays.
+            # ``updated`` stays: nothing visible changes.
             renewed = jobs.update().where(alive).values(lease_until=now() + seconds)
             return connection.execute(renewed).rowcount == 1
 
     def cancelled(self, job: Job) -> bool | None:
-        """Whether the job's end was asked for; None when this attempt no longer holds it."""
+        """Whether cancellation was requested; None if this attempt no longer holds the job."""
         with self._database.reading() as connection:
-            found = connection.scalar(select(jobs.c.cancel).where(_held(job)))
-            return None if found is None else bool(found)
+            cancel = connection.scalar(select(jobs.c.cancel).where(_held(job)))
+            return None if cancel is None else bool(cancel)
 
     def publish(self, job: Job, **values: Any) -> bool:
-        """Set what people see of a running job: ``stage``, ``step``; False when this attempt no longer holds it."""
+        """Set visible values of a running job (``stage``, ``step``). False if this attempt no longer holds it."""
         with self._database.writing() as connection:
             return connection.execute(jobs.update().where(_held(job)).values(changed(**values))).rowcount == 1
 
-    # Ending an attempt asks for no living lease, the number is enough: finished work is not thrown away because the
-    # database was out of reach. Each returns whether it was this attempt that ended it; asked again, False.
+    # The following methods end an attempt. They require the fence, but not a valid lease, so that finished work is not
+    # lost because the database was away. Each returns whether this attempt ended the job; False on a second call.
 
     def succeed(self, job: Job, result: dict[str, Any]) -> bool:
-        """The job is done."""
+        """End a job that succeeded."""
         return self._end(job, SUCCEEDED, result=result, error=None, exit_code=0, step=jobs.c.steps)
 
     def fail(self, job: Job, error: dict[str, Any], exit_code: int | None) -> bool:
-        """The job has failed, and is not tried again."""
+        """End a job that failed and is not tried again."""
         return self._end(job, FAILED, error=error, exit_code=exit_code)
 
     def cancel(self, job: Job, exit_code: int | None) -> bool:
-        """The job was asked to end, and nothing of it runs any more."""
+        """End a job that was cancelled, once all its processes have ended."""
         return self._end(job, CANCELLED, error=CLIENT_CANCELLED, exit_code=exit_code)
 
     def _end(self, job: Job, state: str, **values: Any) -> bool:
@@ -140,13 +142,13 @@ class Leases:
             return bool(end_jobs(connection, _held(job), state, **values))
 
     def try_again(self, job: Job, error: dict[str, Any], exit_code: int | None, counts: bool) -> bool:
-        """Queue the job once more, unless its end was asked for; FAILED with ``error`` when its retries are used up.
+        """Queue the job again, unless it was cancelled. It ends FAILED with ``error`` if no retries are left.
 
-        counts   whether this attempt uses one up
+        counts   whether this attempt uses up a retry
         """
         with self._database.writing() as connection:
-            asked = and_(_held(job), jobs.c.cancel == 1, jobs.c.executor == "local")
-            if end_jobs(connection, asked, CANCELLED, error=CLIENT_CANCELLED, exit_code=exit_code):
+            cancelled = and_(_held(job), jobs.c.cancel == 1, jobs.c.executor == "local")
+            if end_jobs(connection, cancelled, CANCELLED, error=CLIENT_CANCELLED, exit_code=exit_code):
                 return True
             if counts and end_jobs(
                 connection,

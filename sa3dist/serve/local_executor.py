@@ -1,4 +1,4 @@
-"""The trainer as processes of this host, in a session of their own, under the locks of their shepherd."""
+"""Runs the trainer as processes of this host, in their own session, which hold their runner's locks."""
 
 import contextlib
 import os
@@ -17,9 +17,9 @@ LEASE_NAME = "lease"
 
 
 class Local:
-    """Starts launch/local.sh: one process per GPU, or one on the processor."""
+    """Starts launch/local.sh: one process per GPU, or one on the CPU."""
 
-    outlives_shepherd = False
+    outlives_runner = False
 
     def __init__(self) -> None:
         self._child: subprocess.Popen | None = None
@@ -54,7 +54,7 @@ class Local:
         if self._attempt is None:
             return True
         self._send(signal.SIGKILL)
-        # Ranks that a launch agent has started have sessions of their own.
+        # Ranks started by a launch agent have sessions of their own, so find them by their mark.
         left = marked(lambda mark: mark == self._attempt.mark)
         for process in left:
             with contextlib.suppress(psutil.Error):
@@ -62,7 +62,7 @@ class Local:
         return not left
 
     def _send(self, number: int) -> None:
-        # Once it was waited for, its number may be another's.
+        # After it was waited for, its process id may belong to another process.
         if self._child.poll() is not None:
             return
         with contextlib.suppress(ProcessLookupError):

@@ -1,63 +1,93 @@
-"""What a trainer says, kept line by line with its time, in the form in which the endpoint gives logs out."""
+"""A job's log: lines of the trainer's output with times, in the endpoint's format; written by its runner, and read."""
 
+import contextlib
 import datetime
 import json
 from pathlib import Path
+from typing import Any
 
 from sa3dist.serve.job import Job
 
 NAME = "logs.jsonl"
 LONGEST_LINE = 2000
-# A job that says more than this has its later lines in log.txt alone.
+# Later lines of a job that writes more than this are only in log.txt.
 MOST_BYTES = 8 << 20
-PIECE_BYTES = 1 << 16
+BLOCK_BYTES = 1 << 16
 RESULT = '{"lora_file": '
+# Most that one ``LogReader.read`` returns.
+MAX_LINES, MAX_BYTES = 1000, 512 << 10
 
 
 def public(text: str, names: dict[str, str]) -> str:
-    """``text`` with paths of this machine replaced by what stands for them; the longest first."""
+    """``text`` with local paths replaced by ``names[path]``, the longest path first."""
     for path in sorted(names, key=len, reverse=True):
         text = text.replace(path, names[path])
     return text
 
 
 def public_names(job: Job, work_dir: str, models: dict[str, str]) -> dict[str, str]:
-    """What stands for this machine's paths wherever clients read; see ``public``."""
+    """Names to show clients instead of local paths; for ``public``."""
     paths = {value: str(job.request.get(name, name)) for name, value in job.settings.items()}
     names = {str(job.folder): "job", work_dir: "work", **{at: name for name, at in models.items()}}
     return names | {value: name for value, name in paths.items() if isinstance(value, str) and "/" in value}
 
 
 class Logs:
-    """Moves the new lines of ``log``, which an attempt writes, to the job's logs. names: see ``public``."""
+    """Appends new lines of ``log``, the output of an attempt, to the job's log. names: as for ``public``."""
 
     def __init__(self, log: Path, job_folder: Path, names: dict[str, str]) -> None:
-        self._log, self._kept, self._names = log, job_folder / NAME, names
-        self._place = log.stat().st_size if log.exists() else 0
+        self._log, self._target, self._names = log, job_folder / NAME, names
+        self._offset = log.stat().st_size if log.exists() else 0
+        # The last line, while it is incomplete.
         self._rest = b""
 
     def move(self) -> bool:
-        """Move what has come since the last call; whether anything has."""
+        """Append what was written since the last call; returns whether there was anything."""
         try:
             with self._log.open("rb") as file:
-                file.seek(self._place)
-                piece = file.read(PIECE_BYTES)
+                file.seek(self._offset)
+                block = file.read(BLOCK_BYTES)
         except FileNotFoundError:
             return False
-        self._place += len(piece)
-        # A bar of progress writes over its own line: what it came to counts.
-        *lines, self._rest = (self._rest + piece).split(b"\n")
-        self._rest = self._rest[-PIECE_BYTES:]
+        self._offset += len(block)
+        *lines, self._rest = (self._rest + block).split(b"\n")
+        self._rest = self._rest[-BLOCK_BYTES:]
+        # A progress bar overwrites its line: only its last state is logged.
         texts = [line.rsplit(b"\r", 1)[-1].decode(errors="replace").strip() for line in lines]
-        # The run's last line is its result, with paths of this machine; clients are given addresses.
+        # Without the run's last line, the result with local paths: clients get addresses instead.
         texts = [public(text, self._names)[:LONGEST_LINE] for text in texts if text and not text.startswith(RESULT)]
-        self._keep(texts)
-        return bool(piece)
+        self._append(texts)
+        return bool(block)
 
-    def _keep(self, texts: list[str]) -> None:
-        if not texts or (self._kept.exists() and self._kept.stat().st_size > MOST_BYTES):
+    def _append(self, texts: list[str]) -> None:
+        if not texts or (self._target.exists() and self._target.stat().st_size > MOST_BYTES):
             return
         time = datetime.datetime.now(datetime.timezone.utc).isoformat()
         rows = [{"message": text, "level": "STDERR", "source": "USER", "timestamp": time} for text in texts]
-        with self._kept.open("a", encoding="utf-8") as file:
+        with self._target.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class LogReader:
+    """Reads new lines of a job's log. at: the offset in bytes where the last call ended."""
+
+    def __init__(self, at: int = 0) -> None:
+        self.at = at
+
+    def read(self, job: Job) -> list[dict[str, Any]]:
+        """Lines completed since the last call, the newest ``MAX_LINES`` of them."""
+        try:
+            with (job.folder / NAME).open("rb") as file:
+                size = file.seek(0, 2)
+                begin = file.seek(max(self.at, size - MAX_BYTES))
+                data = file.read(MAX_BYTES)
+        except FileNotFoundError:
+            return []
+        end = data.rfind(b"\n") + 1
+        rows = []
+        for line in data[:end].splitlines():
+            # The first line may be incomplete, if more than MAX_BYTES are new.
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+        self.at = begin + end
+        return rows[-MAX_LINES:]

@@ -1,4 +1,4 @@
-"""How an endpoint runs its jobs: what a scheduler hands on to the shepherd of each."""
+"""How an endpoint runs its jobs: options that a scheduler passes to each runner."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from sa3dist.serve.leases import LEASE_SECONDS
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """All plain values: they travel as JSON.
+    """Options of a server's jobs. Only plain values, because they are passed as JSON.
 
     executor          local, slurm or kubernetes
-    devices           numbers of the GPUs of this host, or of its slots where it has none or a cluster has them
+    devices           numbers of this host's GPUs; or of job slots if it has none or a cluster runs the jobs
     gpus              whether ``devices`` are GPUs
-    devices_per_job   GPUs, and with them processes, of a job on each of its nodes
-    nodes             of a job; a cluster's scheduler finds them
-    limit             most jobs at once on all hosts; None: as many as there are devices
-    models            directories, by the released name that a request says
-    settings          the trainer's defaults here, in the place of its own
-    work_dir          what depends on the base alone; shards and latents of jobs that name no folder of their own
-    locks             folder of the locks on this host's disk
+    devices_per_job   GPUs, and processes, of a job per node
+    nodes             of a job; chosen by a cluster's scheduler
+    limit             maximum of running jobs on all hosts together; None: limited by devices only
+    models            released name in a request -> directory
+    settings          defaults for the trainer's settings
+    work_dir          shared data that depends only on the base; also shards and latents of jobs without a work_dir
+    locks             folder for locks, on this host's disk
     host              this host's name
-    lease_seconds     after which a job that nobody renews is taken over
-    poll_seconds      between two looks for work
-    stop_seconds      between the request to save and end, and the kill
-    stall_seconds     without a sign of progress while training; preparation_stall_seconds before that
-    options           words for sbatch, or what kubernetes_executor.py knows
+    lease_seconds     length of a lease; a job whose lease is not renewed is taken over
+    poll_seconds      interval between checks for new jobs
+    stop_seconds      time between asking a trainer to stop and killing it
+    stall_seconds     time without progress after which a training is killed
+    preparation_stall_seconds   the same before training begins
+    options           arguments for sbatch, or options of kubernetes_executor.py
     """
 
     executor: str
@@ -58,7 +59,7 @@ class RunOptions:
 
     @property
     def margin_seconds(self) -> float:
-        """How long before the lease's end, by the database, all work has ended here."""
+        """Time before the lease's end in the database by which all work here must have ended."""
         return max(1.0, self.lease_seconds / 10)
 
     def as_json(self) -> dict[str, Any]:
@@ -71,7 +72,7 @@ class RunOptions:
 
 
 def gpus_here() -> tuple[int, ...]:
-    """Numbers of the GPUs that this process may use; none where there is no driver."""
+    """Numbers of the GPUs that this process may use; empty without a driver."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None and all(word.strip().isdecimal() for word in chosen.split(",")):
         return tuple(int(word) for word in chosen.split(","))
@@ -82,5 +83,5 @@ def gpus_here() -> tuple[int, ...]:
 
 
 def shared_work_dir(data: Path) -> str:
-    """Where jobs of the endpoint whose files are in ``data`` share shards and latents."""
+    """The shared work directory of the endpoint whose files are in ``data``."""
     return str(data.absolute() / "work")

@@ -1,4 +1,4 @@
-"""Webhooks that are to be delivered: a row each, written with the end of its job, tried until it arrives."""
+"""Webhooks to deliver: one row each, written when a job ends, retried until it is delivered."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from sa3dist.serve.tables import Database, deliveries, now
 
 @dataclasses.dataclass(frozen=True)
 class Delivery:
-    """One webhook. tries: how many there were, the one that ``due`` hands out included."""
+    """One webhook. tries: number of tries, including the current one."""
 
     id: int
     job_id: str
@@ -21,14 +21,14 @@ class Delivery:
 class Outbox:
     """The webhooks of one database. Every method may raise DatabaseAway.
 
-    At least once: a server that is killed between the delivery and ``delivered`` leaves it to be made again.
+    Delivery is at least once: if a server is killed before ``delivered``, it is repeated.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def due(self, seconds: float, limit: int = 20) -> list[Delivery]:
-        """Deliveries that are to be tried now. Nobody else is given them within ``seconds``, the time one try takes."""
+        """Deliveries to try now. No other server gets them for ``seconds``, the duration of one try."""
         with self._database.writing(alone=True) as connection:
             ready = select(deliveries.c.id).where(deliveries.c.next_try <= now())
             ready = ready.order_by(deliveries.c.next_try).limit(limit)
@@ -41,11 +41,11 @@ class Outbox:
             return [Delivery(**row._mapping) for row in connection.execute(taken)]
 
     def delivered(self, delivery: Delivery) -> None:
-        """It has arrived."""
+        """Record a successful delivery."""
         self._update(delivery, delivered=now(), next_try=None, error=None)
 
     def failed(self, delivery: Delivery, error: str, again_seconds: float | None) -> None:
-        """It has not arrived. again_seconds: until the next try; None: it is given up."""
+        """Record a failed delivery. again_seconds: time until the next try; None: give up."""
         self._update(delivery, error=error, next_try=None if again_seconds is None else now() + again_seconds)
 
     def _update(self, delivery: Delivery, **values) -> None:

@@ -17,10 +17,10 @@ from sa3dist.serve import wire
 from sa3dist.serve.attempts import RUN_NAME
 from sa3dist.serve.bodies import base_of
 from sa3dist.serve.job import Job
+from sa3dist.serve.job_views import JobDetails, Jobs, Progress, problems, progress, report_file, summary
 from sa3dist.serve.logs import public, public_names
 from sa3dist.serve.options import shared_work_dir
 from sa3dist.serve.service import Service, WireError, service_of
-from sa3dist.serve.shown import JobDetails, Jobs, Progress, problems, progress, report_file, summary
 from sa3dist.serve.tables import SUCCEEDED
 
 page = APIRouter(include_in_schema=False)
@@ -46,7 +46,7 @@ PAGE_HEADERS = {**HEADERS, "Content-Security-Policy": PAGE_POLICY}
 REPORT_HEADERS = {**HEADERS, "Content-Security-Policy": REPORT_POLICY}
 REPORT_SECONDS = 3600
 # Larger numbers are no rows or bytes of ours, and databases refuse them.
-Place = Annotated[int, Query(ge=0, le=1 << 53)]
+Offset = Annotated[int, Query(ge=0, le=1 << 53)]
 
 
 class About(BaseModel):
@@ -138,7 +138,7 @@ def _details(service: Service, job: Job, base: str) -> JobDetails:
 
 @api.get("/jobs/{job_id}/progress")
 async def get_progress(
-    request: Request, job_id: str, logs_at: Place = 0, attempt: Place = 0, rows_at: Place = 0
+    request: Request, job_id: str, logs_at: Offset = 0, attempt: Offset = 0, rows_at: Offset = 0
 ) -> Progress:
     """Log lines and losses that have come since the last call; begin with zeros."""
     service = service_of(request)

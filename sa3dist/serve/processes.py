@@ -1,7 +1,7 @@
-"""Processes of jobs on this host: marked by their environment, found by it, ended; and locks that they hold.
+"""Find and end processes of jobs on this host, by a mark in their environment; and locks that they hold.
 
-A process id alone tells nothing: it may belong to another process by now. The mark is in the environment, which
-children inherit, and a lock goes with the last process that holds its file open.
+A process id does not identify a process: it may have been reused. The mark is in the environment, which children
+inherit. A lock is released when the last process that holds its file open ends.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from sa3dist.errors import ConfigError
 
 MARK = "SA3DIST_JOB"
 LOOK_SECONDS = 0.1
-# What a process that has done its last work may take to let go of a lock.
+# How long a finished process may take to release a lock.
 LINGER_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """What the processes of one attempt carry in their environment.
+    """Identifies the processes of one attempt; stored in their environment.
 
-    locks     folder of the locks they are under
-    store     folder of the jobs: another endpoint's on this host have nothing to do with ours
-    devices   numbers of the GPUs, without those of slots
+    locks         folder of the locks
+    store         folder of the jobs; distinguishes endpoints on one host
+    job, fence    id of the job, and number of the attempt
+    devices       numbers of the GPUs; empty if the devices are slots
     """
 
     locks: str
@@ -47,7 +48,7 @@ class Mark:
         return {MARK: json.dumps(dataclasses.asdict(self))}
 
     def is_of(self, other: Mark) -> bool:
-        """Whether both are of one store, on one host."""
+        """Whether both belong to the same store on the same host."""
         return (self.locks, self.store) == (other.locks, other.store)
 
     @classmethod
@@ -56,27 +57,27 @@ class Mark:
 
 
 def _read(text: str) -> Mark | None:
-    # Anybody can set a variable of that name to anything.
+    # The variable may have any value.
     with contextlib.suppress(ValueError, TypeError, KeyError):
         return Mark.of_json(json.loads(text))
     return None
 
 
 def marked(condition: Callable[[Mark], bool]) -> list[psutil.Process]:
-    """The living processes whose mark meets ``condition``, this one excepted. Zombies have no environment."""
-    found = []
+    """Running processes, except this one, whose mark meets ``condition``. Zombies have no environment."""
+    processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             mark = _read(process.environ().get(MARK, "")) if process.pid != os.getpid() else None
             if mark is not None and condition(mark):
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 def end_marked(condition: Callable[[Mark], bool], check: Callable[[], None] = lambda: None) -> None:
-    """Kill the marked processes, and return when none is left, stopped ones included.
+    """Kill the marked processes, including stopped ones, and wait until none is left.
 
-    check   called while there are some; what it raises ends the wait
+    check   called while waiting; may raise to end the wait
     """
     while living := marked(condition):
         for process in living:
@@ -87,9 +88,9 @@ def end_marked(condition: Callable[[Mark], bool], check: Callable[[], None] = la
 
 
 def locks_folder() -> Path:
-    """Where the locks of this host are: on its own disk, the same for all endpoints of this user.
+    """The folder for locks on this host's disk, shared by all endpoints of this user.
 
-    Raises ConfigError when somebody else has made it.
+    Raises ConfigError if another user has created it.
     """
     path = Path(tempfile.gettempdir()) / f"sa3dist-serve-{os.getuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
@@ -99,10 +100,10 @@ def locks_folder() -> Path:
 
 
 def take_lock(path: Path, clear: Callable[[], None], check: Callable[[], None]) -> int:
-    """Lock a file for this process and those that are given the descriptor, which is returned.
+    """Lock a file; returns its descriptor. Processes that inherit the descriptor hold the lock, too.
 
-    clear   called again and again while it stays locked, after a moment, to end those that should not hold it
-    check   called while waiting; what it raises ends the wait
+    clear   called repeatedly after LINGER_SECONDS of waiting, to end processes that should not hold the lock
+    check   called while waiting; may raise to end the wait
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     begin = time.monotonic()

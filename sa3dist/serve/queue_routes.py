@@ -16,11 +16,11 @@ from sa3dist.request.fields import EndpointFields
 from sa3dist.serve import wire
 from sa3dist.serve.bodies import base_of, is_large, read_bounded
 from sa3dist.serve.job import Job
-from sa3dist.serve.jobs import RETRIES, QueueFull, Unfinished
+from sa3dist.serve.job_store import RETRIES, QueueFull, Unfinished
 from sa3dist.serve.keys import Caller
-from sa3dist.serve.log_lines import LogReader
-from sa3dist.serve.ready_status import seen_as
-from sa3dist.serve.service import Service, UnknownRequest, WireError, refusal, service_of
+from sa3dist.serve.logs import LogReader
+from sa3dist.serve.service import Service, WireError, refusal, service_of
+from sa3dist.serve.status_cache import address_key
 from sa3dist.serve.submission import accept, lifetime, refuse_inward
 from sa3dist.serve.tables import QUEUED
 
@@ -144,7 +144,7 @@ async def get_status(request: Request, owner: str, name: str, job_id: str, logs:
     if logs.lower() not in ("1", "true", "yes"):
         body = wire.status(job, base, service.snapshot.position(job), None)
         answer = JSONResponse(body, 200 if job.is_finished else 202, {wire.REQUEST_ID: job.id})
-        service.snapshot.keep_answer(job, seen_as(request.scope), answer)
+        service.snapshot.cache_answer(job, address_key(request.scope), answer)
         return answer
     lines = await asyncio.to_thread(LogReader().read, job)
     body = wire.status(job, base, service.snapshot.position(job), lines)
@@ -164,9 +164,9 @@ async def stream_status(request: Request, owner: str, name: str, job_id: str, lo
 
 async def _events(service: Service, caller: Caller, job_id: str, base: str, logs: bool) -> AsyncIterator[str]:
     reader, told = LogReader(), None
-    with service.waiters.one():
+    with service.waiters.slot():
         while not service.stopping.is_set():
-            turned = asyncio.ensure_future(service.snapshot.turned())
+            turned = asyncio.ensure_future(service.snapshot.next_refresh())
             try:
                 job = await service.job(job_id, caller)
             except WireError:
@@ -262,12 +262,12 @@ async def run(request: Request, owner: str, name: str, sub: str = "") -> Respons
     service.waiters.check()
     job = await submit_job(request, owner, name)
     caller = service.caller(request)
-    with service.waiters.one():
+    with service.waiters.slot():
         while not (job := await service.job(job.id, caller)).is_finished:
             if await request.is_disconnected():
                 raise WireError(499, "the client is gone", "client_disconnected")
             if service.stopping.is_set():
                 raise WireError(503, "the server restarts; ask again", "runner_disconnected", {wire.REQUEST_ID: job.id})
-            await service.snapshot.turned()
+            await service.snapshot.next_refresh()
     code, body = wire.answer_of(service, job, base)
     return _answer(body, code, job)

@@ -1,22 +1,22 @@
-"""What a server is told at its start: addresses, folders and limits."""
+"""Options of a web server: addresses, folders and limits."""
 
 import dataclasses
 from pathlib import Path
 
-# The hosted trainer's own name.
+# The name of the hosted trainer.
 DEFAULT_APP = "fal-ai/stable-audio-3-trainer"
 MIB, GIB = 1 << 20, 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
 class WebOptions:
-    """One server's options; several servers of one database are given the same.
+    """Options of one server. All servers of one database must have the same.
 
-    data_dir       keys, secret, and uploaded files unless ``storage`` says otherwise
-    public_url     what clients reach the server at, without a slash at the end; for addresses in webhooks and logs
-    models         directories of bases by the names that requests may use, beside the released ones
-    storage        any fsspec address for uploaded files; unset = ``files`` in data_dir
-    is_open        whether requests need no key: on loopback alone
+    data_dir       folder of keys, secret, and uploaded files unless ``storage`` is set
+    public_url     URL at which clients reach the server, without a trailing slash; for addresses in webhooks and logs
+    models         name in requests -> directory of a base; in addition to the released ones
+    storage        fsspec address for uploaded files; default: ``files`` in data_dir
+    is_open        whether requests need no key; only on loopback
     """
 
     data_dir: Path
@@ -34,9 +34,9 @@ class WebOptions:
     max_waiters: int = 1000
     max_queue: int | None = None
     min_free_bytes: int = GIB
-    # Seconds without a byte of a body.
+    # Longest time without receiving a byte of a body.
     silent_seconds: float = 60.0
     link_seconds: int = 7 * 24 * 3600
-    # Equal requests within this time of the first are replays of it, while it is unfinished.
+    # Equal requests within this time return the first one's job, while it is unfinished.
     replay_seconds: float = 600.0
     keep_days: float | None = None

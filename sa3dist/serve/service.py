@@ -1,4 +1,4 @@
-"""What all routes of one server share, and the errors that become answers."""
+"""State shared by all routes of a server, and errors that become HTTP answers."""
 
 import asyncio
 import contextlib
@@ -17,12 +17,12 @@ from sa3dist.errors import SA3DistError
 from sa3dist.serve.addresses import HOSTS
 from sa3dist.serve.files import FileStore, is_id
 from sa3dist.serve.job import Job
-from sa3dist.serve.jobs import JobStore, places_of
+from sa3dist.serve.job_store import JobStore, paths_of
 from sa3dist.serve.keys import LOCAL, Caller, Keys, Signer
 from sa3dist.serve.server_options import WebOptions
 from sa3dist.serve.snapshot import Snapshot
 
-# The hosted endpoint's words for what is not the input's fault, and their status.
+# The hosted endpoint's error types for failures that are not the input's fault, and their HTTP status.
 ERROR_STATUS = {
     "request_timeout": 504,
     "startup_timeout": 504,
@@ -37,14 +37,14 @@ ERROR_STATUS = {
     "bad_request": 400,
     "internal_error": 500,
 }
-# Of more than a million bytes, or of unknown length.
+# Bodies of more than a million bytes, or of unknown length, that are processed at a time.
 MAX_LARGE_BODIES = 8
 RESOLVERS = 8
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1", "testserver")
 
 
 class WireError(SA3DistError):
-    """A request that is answered with an error: text, or fields with what is wrong with each."""
+    """An HTTP error answer. detail: a text, or a list of entries by field as from ``refusal``."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class UnknownRequest(WireError):
 
 
 def message_of(detail: str | list[dict[str, Any]]) -> str:
-    """The one line that clients show a person."""
+    """The error as one line of text."""
     if isinstance(detail, str):
         return detail
     return "; ".join(f"{'.'.join(map(str, item['loc'][1:]))}: {item['msg']}".removeprefix(": ") for item in detail)
@@ -77,29 +77,29 @@ def refusal(place: list[str | int], message: str, kind: str = "value_error", **m
 
 
 def result_file(job: Job, path: str) -> Path | None:
-    """One of the files that a job's result names, and no other."""
+    """The file ``path`` of a job if its result names it, else None."""
     values = (job.result or {}).values()
-    named = {value["path"] for value in values if isinstance(value, dict) and "path" in value}
-    return job.folder / path if path in named else None
+    paths = {value["path"] for value in values if isinstance(value, dict) and "path" in value}
+    return job.folder / path if path in paths else None
 
 
 @dataclasses.dataclass
-class Slots:
-    """Places that only so many requests have at a time."""
+class RequestLimit:
+    """Limits the number of concurrent requests of one kind."""
 
     most: int
     what: str
     taken: int = 0
 
     def check(self) -> None:
-        """Raises WireError where none is free: before an answer begins, which cannot fail any more after that."""
+        """Raises WireError at the limit. Call before an answer begins: afterwards its status can no longer change."""
         if self.taken >= self.most:
             retry = {"X-Fal-Needs-Retry": "1"}
             raise WireError(429, f"too many {self.what} at a time", "concurrent_requests_limit", retry)
 
     @contextlib.contextmanager
-    def one(self) -> Iterator[None]:
-        """A block that has one."""
+    def slot(self) -> Iterator[None]:
+        """Count a request for the duration of a block."""
         self.taken += 1
         try:
             yield
@@ -109,7 +109,7 @@ class Slots:
 
 @dataclasses.dataclass
 class Service:
-    """One server: its options and everything that routes work on."""
+    """One server: its options and all objects that routes use."""
 
     options: WebOptions
     store: JobStore
@@ -120,32 +120,32 @@ class Service:
     stopping: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self.uploads = Slots(self.options.max_uploads, "uploads")
-        self.waiters = Slots(self.options.max_waiters, "open streams")
-        # Others wait: each takes up a few times its size.
+        self.uploads = RequestLimit(self.options.max_uploads, "uploads")
+        self.waiters = RequestLimit(self.options.max_waiters, "open streams")
+        # Further large bodies wait: each takes a few times its size in memory.
         self.large_bodies = asyncio.Semaphore(MAX_LARGE_BODIES)
-        # Of their own: names that nobody answers for must not keep those that read and write.
+        # A pool of its own: slow name lookups must not block threads that read and write.
         self.resolvers = ThreadPoolExecutor(RESOLVERS, "resolver")
 
     def caller(self, request: Request, is_upload: bool = False) -> Caller:
-        """Whoever made the request. Raises WireError without a valid key, where one is needed.
+        """The caller of a request. Raises WireError if a key is required and missing or invalid.
 
-        is_upload   whether a token for uploads will do
+        is_upload   also accept an upload token
         """
         scheme, _, word = request.headers.get("authorization", "").partition(" ")
         if self.options.is_open:
             return self._local(request)
-        known = None
+        caller = None
         if scheme.lower() in ("key", "bearer"):
-            known = self.keys.caller(word.strip())
-            if known is None and is_upload:
-                known = self.signer.token_caller(word.strip(), self.keys.read())
-        if known is None:
+            caller = self.keys.caller(word.strip())
+            if caller is None and is_upload:
+                caller = self.signer.token_caller(word.strip(), self.keys.read())
+        if caller is None:
             raise WireError(401, "invalid key credentials", headers={"WWW-Authenticate": "Key"})
-        return known
+        return caller
 
     def _local(self, request: Request) -> Caller:
-        """The person at this machine, and no page of another site in that person's browser."""
+        """The local user. Raises WireError for requests from other sites' pages in the user's browser."""
         for name in ("host", "origin"):
             value = request.headers.get(name, "").partition("://")[2] or request.headers.get(name, "")
             host = value.rpartition(":")[0] if not value.endswith("]") and ":" in value else value
@@ -154,11 +154,11 @@ class Service:
         return LOCAL
 
     def _is_ours(self, host: str) -> bool:
-        # The hosted endpoint's are, where somebody has let them lead here.
+        # Includes the hosted endpoint's host names, in case they are redirected to this server.
         return host in HOSTS or host == self.options.public_url.partition("://")[2].partition(":")[0]
 
     async def job(self, job_id: str, caller: Caller) -> Job:
-        """A job that the caller may see. Raises WireError for any other, whether it is there or not."""
+        """A job that the caller may see. Raises the same WireError whether it does not exist or is not visible."""
         job = self.snapshot.get(job_id)
         if job is None and len(job_id) == 32 and job_id.isascii() and job_id.isalnum():
             job = await asyncio.to_thread(self.store.get, job_id)
@@ -167,15 +167,15 @@ class Service:
         return job
 
     def link_of_result(self, job: Job, base: str, path: str) -> str:
-        """An address of a result file that needs no key until it expires."""
+        """A URL of a result file that needs no key until it expires."""
         expires = int(time.time()) + self.options.link_seconds
         signature = self.signer.sign("result", [job.id, path], expires)
         return f"{base}/files/{job.id}/{quote(path)}?expires={expires}&signature={signature}"
 
-    def own_file(self, caller: Caller, path: str, query: str) -> str | None:
-        """Where the trainer reads the file that one of our addresses names; None for any other address.
+    def trainer_path(self, caller: Caller, path: str, query: str) -> str | None:
+        """The path or URL from which the trainer reads a file of this server; None for any other address.
 
-        A file is its owner's; with a signature that has not expired it is anybody's who has the address.
+        Only its owner may use a file, or anyone with its signed URL until that expires.
         """
         words = [unquote(word) for word in path.split("/")]
         if len(words) < 4 or words[1] != "files" or not is_id(words[2]):
@@ -185,29 +185,30 @@ class Service:
         if note is not None:
             return self.files.address(note.id) if caller.may_see(note.owner) else None
         job = self.store.get(file_id)
-        asked = dict(parse_qsl(query))
-        signed = self.signer.fits("result", [file_id, name], asked.get("expires", ""), asked.get("signature", ""))
-        found = None if job is None else result_file(job, name)
-        return str(found) if found is not None and (signed or caller.may_see(job.key)) else None
+        parameters = dict(parse_qsl(query))
+        expires, signature = parameters.get("expires", ""), parameters.get("signature", "")
+        signed = self.signer.fits("result", [file_id, name], expires, signature)
+        path = None if job is None else result_file(job, name)
+        return str(path) if path is not None and (signed or caller.may_see(job.key)) else None
 
     def delete(self, job: Job) -> None:
-        """Remove a job with the uploads that it alone read. Raises Unfinished."""
+        """Remove a job and the uploads that no other job uses. Raises Unfinished."""
         if job.is_finished:
-            # First: after a kill between the two it can be deleted again.
-            left = self.store.places(without=job.id)
-            for file_id in {self.files.id_of(place) for place in places_of(job.settings) if place not in left} - {None}:
+            # Uploads first: if killed in between, the job can be deleted again.
+            in_use = self.store.used_paths(without=job.id)
+            for file_id in {self.files.id_of(path) for path in paths_of(job.settings) if path not in in_use} - {None}:
                 self.files.delete(file_id)
         self.store.delete(job.id)
 
-    def tidy(self) -> None:
-        """Remove files whose time is over and that no unfinished job needs."""
-        in_use = {self.files.id_of(place) for place in self.store.places(unfinished=True)}
+    def remove_expired_files(self) -> None:
+        """Remove expired files that no unfinished job needs."""
+        in_use = {self.files.id_of(path) for path in self.store.used_paths(unfinished=True)}
         days = self.options.keep_days
         self.files.sweep(in_use, None if days is None else days * 24 * 3600)
 
     def check_space(self, coming: int = 0) -> None:
-        """Raises WireError when less is free than new work needs. coming: bytes of a file that are to be kept."""
-        # Where files go elsewhere, their size says nothing about the space here.
+        """Raises WireError if too little disk space is free. coming: size of a file about to be stored."""
+        # Files in another storage need no space here.
         coming = coming if self.options.storage is None else 0
         for folder in (self.options.data_dir, self.store.folder):
             free = shutil.disk_usage(folder).free
@@ -220,5 +221,5 @@ class Service:
 
 
 def service_of(request: Request) -> Service:
-    """The server that a request came to."""
+    """The ``Service`` of a request's application."""
     return request.app.state.service

@@ -1,4 +1,4 @@
-"""The jobs in memory, read again twice a second: what clients ask for most is answered without the database."""
+"""Recent jobs in memory, refreshed twice a second, to answer frequent requests without the database."""
 
 import asyncio
 import dataclasses
@@ -9,21 +9,21 @@ from collections.abc import Hashable
 from fastapi import Response
 
 from sa3dist.serve.job import Job
-from sa3dist.serve.jobs import JobStore, Token
+from sa3dist.serve.job_store import JobStore, Token
 from sa3dist.serve.tables import DELETED, QUEUED, DatabaseAway
 
 log = logging.getLogger(__name__)
 
 REFRESH_SECONDS = 0.5
-# Finished jobs stay so long: whoever waits for one asks within seconds. Later ones are read from the database.
+# Finished jobs stay for this time, since waiting clients ask within seconds. Later they are read from the database.
 KEEP_SECONDS = 600.0
-# Addresses in an answer have the Host header that the client sent.
+# Limits of cached answers. Their number has no natural bound: answers depend on the client's Host header.
 MOST_ANSWERS, LONGEST_ANSWER = 20_000, 4096
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Ready:
-    """An answer about a job of the key ``owner``."""
+class CachedAnswer:
+    """A cached answer about a job. owner: id of the job's key."""
 
     owner: str
     code: int
@@ -32,9 +32,9 @@ class Ready:
 
 
 class Snapshot:
-    """Unfinished jobs and those that ended a short time ago, as the database had them half a second ago.
+    """Unfinished and recently finished jobs, at most about half a second old.
 
-    One thread at a time changes it; everything is replaced, nothing is changed in place.
+    Only the event loop's thread changes it; its dicts are replaced, not changed in place.
     """
 
     def __init__(self, store: JobStore) -> None:
@@ -42,57 +42,58 @@ class Snapshot:
         self._token: Token | None = None
         self._jobs: dict[str, Job] = {}
         self._positions: dict[str, int] = {}
-        self._answers: dict[tuple[str, Hashable], Ready] = {}
-        self._turned = asyncio.Event()
+        self._answers: dict[tuple[str, Hashable], CachedAnswer] = {}
+        self._refreshed = asyncio.Event()
         self.read_at = 0.0
 
     def get(self, job_id: str) -> Job | None:
-        """The job, unless it is unknown here: then the database may have it."""
+        """The job; None if it is not in memory, though it may be in the database."""
         return self._jobs.get(job_id)
 
     def all(self) -> list[Job]:
-        """Every job that is in memory."""
+        """All jobs in memory."""
         return list(self._jobs.values())
 
     def position(self, job: Job) -> int:
-        """How many jobs go before this one."""
+        """Number of jobs before this one in the queue."""
         return self._positions.get(job.id, len(self._positions))
 
     def put(self, job: Job) -> None:
-        """Take up what a request has just done, before the next reading."""
+        """Add a job that a request has just changed, without waiting for the next refresh."""
         known = self._jobs.get(job.id)
         if known is None or job.updated >= known.updated:
-            self._take([job])
+            self._apply([job])
 
     def drop(self, job_id: str) -> None:
-        """Forget a deleted job."""
+        """Remove a deleted job."""
         self._jobs.pop(job_id, None)
         self._answers = {}
 
-    def answer(self, job_id: str, seen_as: Hashable) -> Ready | None:
-        """What ``keep_answer`` kept for a job, for clients that reach the server in the same way."""
-        return self._answers.get((job_id, seen_as))
+    def cached_answer(self, job_id: str, address_key: Hashable) -> CachedAnswer | None:
+        """The answer from ``cache_answer`` for a job and ``status_cache.address_key``, if any."""
+        return self._answers.get((job_id, address_key))
 
-    def keep_answer(self, job: Job, seen_as: Hashable, answer: Response) -> None:
-        """Until the next change of any job, and within bounds."""
+    def cache_answer(self, job: Job, address_key: Hashable, answer: Response) -> None:
+        """Store an answer until the next change of any job, within the limits."""
         fits = len(self._answers) < MOST_ANSWERS and len(answer.body) < LONGEST_ANSWER
         if fits and self._jobs.get(job.id) is job:
-            self._answers[job.id, seen_as] = Ready(job.key, answer.status_code, answer.raw_headers, answer.body)
+            cached = CachedAnswer(job.key, answer.status_code, answer.raw_headers, answer.body)
+            self._answers[job.id, address_key] = cached
 
-    async def turned(self) -> None:
-        """Wait for the next reading."""
-        await self._turned.wait()
+    async def next_refresh(self) -> None:
+        """Wait for the next refresh."""
+        await self._refreshed.wait()
 
     async def refresh(self) -> None:
-        """Read what has changed. Raises DatabaseAway."""
+        """Read all changes. Raises DatabaseAway."""
         changes, self._token = await asyncio.to_thread(self._store.changed_since, self._token)
-        self._take(changes)
+        self._apply(changes)
         self.read_at = time.time()
-        turned, self._turned = self._turned, asyncio.Event()
-        turned.set()
+        refreshed, self._refreshed = self._refreshed, asyncio.Event()
+        refreshed.set()
 
     async def keep_fresh(self) -> None:
-        """Read for ever."""
+        """Refresh for ever."""
         away = False
         while True:
             try:
@@ -100,19 +101,18 @@ class Snapshot:
                 away = False
             except DatabaseAway as failure:
                 if not away:
-                    log.warning("%s; answering as of the last reading", failure)
+                    log.warning("%s; answering from the last snapshot", failure)
                 away = True
             await asyncio.sleep(REFRESH_SECONDS)
 
-    def _take(self, changes: list[Job]) -> None:
-        old = time.time() - KEEP_SECONDS
-        ended = [job.id for job in self._jobs.values() if job.is_finished and (job.finished or 0) < old]
-        if not changes and not ended:
+    def _apply(self, changes: list[Job]) -> None:
+        oldest = time.time() - KEEP_SECONDS
+        expired = [job.id for job in self._jobs.values() if job.is_finished and (job.finished or 0) < oldest]
+        if not changes and not expired:
             return
-        # Deleted ones are forgotten with those that ended long ago.
-        gone = {*ended, *(job.id for job in changes if job.state == DELETED)}
+        removed = {*expired, *(job.id for job in changes if job.state == DELETED)}
         known = self._jobs | {job.id: job for job in changes}
-        self._jobs = {job_id: job for job_id, job in known.items() if job_id not in gone}
+        self._jobs = {job_id: job for job_id, job in known.items() if job_id not in removed}
         waiting = sorted((job.priority, job.number, job.id) for job in self._jobs.values() if job.state == QUEUED)
-        self._positions = {job_id: place for place, (_, _, job_id) in enumerate(waiting)}
+        self._positions = {job_id: position for position, (_, _, job_id) in enumerate(waiting)}
         self._answers = {}

@@ -163,7 +163,7 @@ async def _place_of(service: Service, caller: Caller, address: str, base: str) -
         raise ValueError(f"no valid address ({error})") from error
     if parts.scheme.lower() not in ("http", "https") or not host:
         raise ValueError(f"expected {ADDRESSES}")
-    if (own := await asyncio.to_thread(service.own_file, caller, parts.path, parts.query)) is not None:
+    if (own := await asyncio.to_thread(service.trainer_path, caller, parts.path, parts.query)) is not None:
         return own
     if f"{parts.scheme}://{parts.netloc}" in (base, service.options.public_url):
         raise ValueError("no such file here, or not yours")

@@ -1,4 +1,4 @@
-"""Tables of the job queue, and transactions on them, in SQLite and in PostgreSQL."""
+"""Database tables of the job queue, and transactions, for SQLite and PostgreSQL."""
 
 import contextlib
 import sqlite3
@@ -16,15 +16,15 @@ from sa3dist.errors import ConfigError, EnvironmentFailure, first_line
 
 QUEUED, RUNNING = "QUEUED", "RUNNING"
 SUCCEEDED, FAILED, CANCELLED = "SUCCEEDED", "FAILED", "CANCELLED"
-# What is left of a deleted job for a day, so that every server's snapshot hears of it.
+# State of a deleted job. Its row stays for a day, so that every server's snapshot notices.
 DELETED = "DELETED"
 UNFINISHED = (QUEUED, RUNNING)
 FINISHED = (SUCCEEDED, FAILED, CANCELLED)
 
-# How long a transaction of SQLite waits for another process's, and a statement of PostgreSQL may take.
+# Limits an SQLite transaction's wait for another process, and the duration of a PostgreSQL statement.
 BUSY_SECONDS = 20
 CONNECT_SECONDS = 5
-# The lock under which PostgreSQL hands out jobs: any number, the same in every server.
+# Number of the PostgreSQL lock for exclusive transactions; arbitrary, but the same in every server.
 ADVISORY_LOCK = 0x5A3D157
 
 metadata = MetaData()
@@ -46,11 +46,11 @@ def _values(*names: str) -> list[Column]:
     return [Column(name, JSON(none_as_null=True)) for name in names]
 
 
-# Ends of rows are numbers of seconds since 1970 by the database's clock.
+# Times are seconds since 1970 by the database's clock.
 jobs = Table(
     "jobs",
     metadata,
-    # The order of arrival. ``id`` is what clients see.
+    # In order of arrival. Clients see ``id``.
     _number("number"),
     Column("id", String(32), nullable=False, unique=True),
     Column("app", Text, nullable=False),
@@ -63,12 +63,12 @@ jobs = Table(
     Column("state", String(9), nullable=False),
     *(Column(name, Text) for name in ("dedup", "webhook", "owner", "host", "executor", "stage")),
     Column("exit_code", Integer),
-    # ``revision`` counts the changes of the row: two of them may fall into one tick of the clock.
+    # ``revision`` counts changes of the row: ``updated`` may be equal for two of them.
     *_counts("cancel", "fence", "attempts", "failures", "step", "revision"),
     *_values("devices", "error", "result"),
     *_times("created", "updated", nullable=False),
     *_times("start_until", "lease_until", "not_before", "started", "finished"),
-    # How long it is kept behind its end, where its client has said so.
+    # Time to keep it after its end, if its client asked for one.
     Column("keep_seconds", Double),
     sqlite_autoincrement=True,
 )
@@ -86,14 +86,14 @@ deliveries = Table(
     Column("error", Text),
     *_counts("tries"),
     *_times("created", nullable=False),
-    # None: no further try, it has arrived or was given up.
+    # None: delivered or given up.
     *_times("next_try", index=True),
     *_times("delivered"),
 )
 
 
 class DatabaseAway(EnvironmentFailure):
-    """The database does not answer, or has refused the connection."""
+    """The database does not answer or refuses the connection."""
 
 
 class now(FunctionElement):
@@ -110,19 +110,19 @@ def _now_sqlite(element: now, compiler: Any, **words: Any) -> str:
 
 @compiles(now, "postgresql")
 def _now_postgresql(element: now, compiler: Any, **words: Any) -> str:
-    # Not now(): that one stands still within a transaction, which may have waited for a lock.
+    # Not now(), which is the start of the transaction, before it may have waited for a lock.
     return "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
 
 
 def changed(**values: Any) -> dict[str, Any]:
-    """What an update of a job sets: ``values``, and that the row has changed."""
+    """The values of an update of a job: ``values``, and the columns that mark the row as changed."""
     return values | {"updated": now(), "revision": jobs.c.revision + 1}
 
 
 def end_jobs(connection: sqlalchemy.Connection, condition: Any, state: str, **values: Any) -> list[str]:
-    """Bring the jobs that meet ``condition`` to their final state; their ids.
+    """Set the final state of jobs that meet ``condition``; returns their ids.
 
-    A webhook's row is written in the same transaction, so that none is lost and none announces what is not so.
+    Rows for webhooks are written in the same transaction, so that none is lost and none is wrong.
     """
     final = changed(state=state, finished=now(), lease_until=None, **values)
     ended = connection.execute(jobs.update().where(condition).values(final).returning(jobs.c.id, jobs.c.webhook)).all()
@@ -134,10 +134,10 @@ def end_jobs(connection: sqlalchemy.Connection, condition: Any, state: str, **va
 
 
 class Database:
-    """Connections to the queue's tables, which are made where there are none.
+    """Connections to the database of the queue. Creates the tables if they do not exist.
 
-    folder_of_file   where an SQLite file lies; None for PostgreSQL
-    Raises ConfigError for an address that is none, DatabaseAway.
+    folder_of_file   folder of the SQLite file; None for PostgreSQL
+    Raises ConfigError for an invalid address, DatabaseAway.
     """
 
     def __init__(self, url: str) -> None:
@@ -146,7 +146,7 @@ class Database:
         if self.is_sqlite:
             self.folder_of_file = Path(self._engine.url.database).absolute().parent
             self.folder_of_file.mkdir(parents=True, exist_ok=True)
-        # Alone: servers that start at the same moment would make them twice.
+        # Exclusive: servers that start at the same time would create them twice.
         with self.writing(alone=True) as connection:
             metadata.create_all(connection)
 
@@ -156,15 +156,15 @@ class Database:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlalchemy.Connection]:
-        """A transaction that waits for no writer. Raises DatabaseAway."""
+        """A read transaction, which does not wait for writers. Raises DatabaseAway."""
         with _explained(), self._engine.begin() as connection:
             yield connection
 
     @contextlib.contextmanager
     def writing(self, alone: bool = False) -> Iterator[sqlalchemy.Connection]:
-        """A transaction that is done as a whole or not at all. Raises DatabaseAway; then it may have been done.
+        """A write transaction. Raises DatabaseAway, after which it may or may not have been committed.
 
-        alone   one such transaction at a time, of all servers; in SQLite every one is
+        alone   exclusive among all servers; in SQLite every write transaction is
         """
         connect = self._engine.connect
         with _explained(), connect().execution_options(sa3dist_writes=True) as connection, connection.begin():
@@ -173,7 +173,7 @@ class Database:
             yield connection
 
     def close(self) -> None:
-        """Let go of all connections."""
+        """Close all connections."""
         self._engine.dispose()
 
 
@@ -184,7 +184,7 @@ def _explained() -> Iterator[None]:
     except (OperationalError, InterfaceError) as failure:
         raise DatabaseAway(f"database: {first_line(failure.orig or failure)}") from failure
     except DBAPIError as failure:
-        # Exactly this one is what SQLite says of a file that is damaged, or none of its own.
+        # SQLite raises exactly this class for a file that is damaged or not a database.
         if type(failure.orig) is sqlite3.DatabaseError:
             reason = f"{failure.orig}; restore the file, or move it away and start with an empty queue"
             raise DatabaseAway(f"database: {reason}") from failure
@@ -199,41 +199,41 @@ def _engine(address: str) -> sqlalchemy.Engine:
         name = url.get_backend_name()
     except (ArgumentError, ValueError) as error:
         raise ConfigError(
-            f"database: {address!r} is no address; expected sqlite:///FILE or postgresql://..."
+            f"database: {address!r} is not an address; expected sqlite:///FILE or postgresql://..."
         ) from error
     if name == "sqlite":
         if not url.database or url.database == ":memory:":
-            raise ConfigError("database: sqlite needs a file, several processes use it: sqlite:///FILE")
+            raise ConfigError("database: sqlite needs a file, because several processes use it: sqlite:///FILE")
         engine = sqlalchemy.create_engine(url, connect_args={"timeout": BUSY_SECONDS})
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         return engine
     if name not in ("postgresql", "postgres"):
         raise ConfigError(f"database: {name} is not supported; expected sqlite:///FILE or postgresql://...")
-    # A connection that a restarted server has closed is found out before it is used.
-    words = {
+    options = {
         "connect_timeout": CONNECT_SECONDS,
         "tcp_user_timeout": 1000 * BUSY_SECONDS,
         "options": f"-c statement_timeout={1000 * BUSY_SECONDS}",
     }
     try:
+        # pool_pre_ping: detects connections that a restarted server has closed.
         return sqlalchemy.create_engine(
-            url.set(drivername="postgresql+psycopg"), connect_args=words, pool_pre_ping=True, pool_size=10
+            url.set(drivername="postgresql+psycopg"), connect_args=options, pool_pre_ping=True, pool_size=10
         )
     except ModuleNotFoundError as error:
         raise ConfigError("database: PostgreSQL needs psycopg; pip install 'sa3dist[postgres]'") from error
 
 
 def _prepare_sqlite(connection: Any, record: Any) -> None:
-    # The driver begins no transactions of its own: ``_begin_sqlite`` does.
+    # Disable the driver's implicit transactions: ``_begin_sqlite`` begins them.
     connection.isolation_level = None
-    # Readers do not wait for the writer. FULL: what was accepted outlives a power cut.
+    # WAL: readers do not wait for the writer. FULL: committed jobs survive a power cut.
     for pragma in ("journal_mode=WAL", "synchronous=FULL"):
         connection.execute(f"PRAGMA {pragma}")
 
 
 def _begin_sqlite(connection: sqlalchemy.Connection) -> None:
-    # A transaction that reads first and writes later could not be given the lock any more: it takes it at its start.
-    # One that only reads would then wait for the writers.
+    # A transaction that reads and then writes could fail to get the write lock, so write transactions take it at the
+    # start. Read transactions do not, to avoid waiting for writers.
     writes = connection.get_execution_options().get("sa3dist_writes", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

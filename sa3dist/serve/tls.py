@@ -1,4 +1,4 @@
-"""A certificate authority of one's own, for clients that insist on https."""
+"""A private certificate authority, for clients that require https."""
 
 import contextlib
 import ipaddress
@@ -9,14 +9,14 @@ from sa3dist.errors import ConfigError
 
 
 def make_certificates(folder: Path, hosts: Iterable[str]) -> tuple[Path, Path]:
-    """(authority, server certificate with its key) in ``folder``; what is there already is kept.
+    """(authority, server certificate with its key) in ``folder``; existing ones are kept.
 
-    The authority is made once. The certificate is made again only if it lacks one of ``hosts``; names that no
-    certificate can hold, such as ``my_host``, are left out.
+    The authority is created once. The certificate is created again only if it lacks one of ``hosts``. Names that are not
+    allowed in certificates, such as ``my_host``, are left out.
     Raises ConfigError without trustme.
     """
-    authority, key, server, named = (folder / name for name in ("ca.pem", "ca-key.pem", "server.pem", "hosts.txt"))
-    known = set(named.read_text(encoding="utf-8").split("\n")) if server.exists() and named.exists() else set()
+    authority, key, server, hosts_file = (folder / name for name in ("ca.pem", "ca-key.pem", "server.pem", "hosts.txt"))
+    known = set(hosts_file.read_text(encoding="utf-8").split("\n")) if server.exists() and hosts_file.exists() else set()
     if known >= set(hosts):
         return authority, server
     try:
@@ -25,14 +25,14 @@ def make_certificates(folder: Path, hosts: Iterable[str]) -> tuple[Path, Path]:
         raise ConfigError("tls: needs trustme; pip install 'sa3dist[serve]'") from error
     folder.mkdir(parents=True, exist_ok=True)
     if authority.exists() and key.exists():
-        made = trustme.CA.from_pem(authority.read_bytes(), key.read_bytes())
+        ca = trustme.CA.from_pem(authority.read_bytes(), key.read_bytes())
     else:
-        made = trustme.CA()
-        _write_private(key, made.private_key_pem)
-        made.cert_pem.write_to_path(authority)
+        ca = trustme.CA()
+        _write_private(key, ca.private_key_pem)
+        ca.cert_pem.write_to_path(authority)
     names = sorted(known | set(hosts))
-    _write_private(server, made.issue_cert(*filter(_can_be_certified, names)).private_key_and_cert_chain_pem)
-    named.write_text("\n".join(names), encoding="utf-8")
+    _write_private(server, ca.issue_cert(*filter(_can_be_certified, names)).private_key_and_cert_chain_pem)
+    hosts_file.write_text("\n".join(names), encoding="utf-8")
     return authority, server
 
 

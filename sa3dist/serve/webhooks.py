@@ -60,7 +60,7 @@ class Webhooks:
                     due = await asyncio.to_thread(self._outbox.due, 4 * TRY_SECONDS)
                     await asyncio.gather(*(self._deliver(session, delivery) for delivery in due))
                 except DatabaseAway:
-                    # Said once by the snapshot's reader.
+                    # Logged once by the snapshot's reader.
                     due = []
                 if not due:
                     await asyncio.sleep(LOOK_SECONDS)

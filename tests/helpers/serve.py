@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from sa3dist.serve.jobs import JobStore
+from sa3dist.serve.job_store import JobStore
 from sa3dist.serve.processes import MARK, Mark
 from tests.helpers.program import ENVIRONMENT
 
@@ -57,8 +57,8 @@ class Host:
         self.scheduler.wait()
 
     def processes(self, kind: str) -> list[psutil.Process]:
-        """Those of this host's jobs: kind is shepherd or trainer."""
-        module = {"shepherd": "sa3dist.serve.shepherd", "trainer": "sa3dist.train"}[kind]
+        """Those of this host's jobs: kind is runner or trainer."""
+        module = {"runner": "sa3dist.serve.runner", "trainer": "sa3dist.train"}[kind]
         found = []
         for process, mark in marks():
             try:

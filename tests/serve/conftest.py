@@ -34,7 +34,7 @@ def database_url(request, tmp_path) -> str:
 
 @pytest.fixture
 def store(database_url, tmp_path):
-    from sa3dist.serve.jobs import JobStore
+    from sa3dist.serve.job_store import JobStore
 
     made = JobStore(database_url, tmp_path / "jobs")
     yield made

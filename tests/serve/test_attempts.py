@@ -7,7 +7,7 @@ import os
 import pytest
 
 from sa3dist.serve import attempts
-from sa3dist.serve.jobs import JobStore
+from sa3dist.serve.job_store import JobStore
 from sa3dist.serve.logs import LONGEST_LINE, Logs, public
 
 

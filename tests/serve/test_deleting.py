@@ -48,13 +48,13 @@ def test_a_folder_of_work_goes_with_the_last_job_that_has_it(store, work):
 
 
 def test_retention_takes_the_folders_of_work_along_of_many_jobs(store, work, monkeypatch):
-    monkeypatch.setattr("sa3dist.serve.jobs.MOST_DELETED", 2)
+    monkeypatch.setattr("sa3dist.serve.job_store.MOST_DELETED", 2)
     other = store.work_folder("k", "other")
     other.mkdir()
     end(store, *(submit(store, work) for _ in range(5)))
     waiting = submit(store, other)
     time.sleep(0.05)
-    assert store.retention(days=0.04 / 86400) == 5
+    assert store.delete_expired(days=0.04 / 86400) == 5
     assert (work.exists(), other.exists()) == (False, True)
     assert [job.id for job in store.list()] == [waiting.id]
 
@@ -143,7 +143,7 @@ def test_by_age_go_the_uploads_that_no_unfinished_job_needs(tmp_path):
         for url in urls[1:]:
             aged(tmp_path / "files", url.split("/")[-2])
         end(store, jobs[1])
-        app.state.service.tidy()
+        app.state.service.remove_expired_files()
         assert [client.get(url).status_code for url in urls] == [200, 404, 200, 404]
     assert len(list((tmp_path / "files").iterdir())) == 4
 
@@ -156,11 +156,11 @@ def test_what_a_killed_server_has_left_of_uploads_goes_after_a_day(tmp_path):
         files = tmp_path / "files"
         for name in (f"{'0' * 32}.data.01234567.tmp", f"{'1' * 32}.data"):
             (files / name).write_bytes(b"half")
-        app.state.service.tidy()
+        app.state.service.remove_expired_files()
         assert len(list(files.iterdir())) == 5
         for path in files.iterdir():
             os.utime(path, (1, 1))
-        app.state.service.tidy()
+        app.state.service.remove_expired_files()
         assert sorted(path.suffix for path in files.iterdir()) == [".data", ".json"]
         assert client.get(kept).content == b"abc"
 

@@ -10,7 +10,7 @@ import psutil
 
 from sa3dist.request.fields import EndpointFields
 from sa3dist.serve.app import create_app
-from sa3dist.serve.jobs import JobStore
+from sa3dist.serve.job_store import JobStore
 from sa3dist.serve.keys import Keys
 from sa3dist.serve.server_options import DEFAULT_APP, WebOptions
 from tests.helpers import asgi

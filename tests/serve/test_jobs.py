@@ -8,8 +8,8 @@ from sqlalchemy import select
 
 from sa3dist.errors import ConfigError
 from sa3dist.serve import leases as leases_module
-from sa3dist.serve.jobs import JobStore, QueueFull, Unfinished
-from sa3dist.serve.leases import Leases, Place
+from sa3dist.serve.job_store import JobStore, QueueFull, Unfinished
+from sa3dist.serve.leases import HostResources, Leases
 from sa3dist.serve.outbox import Outbox
 from sa3dist.serve.tables import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEEDED, DatabaseAway, deliveries
 
@@ -24,7 +24,7 @@ def submit(store, **words):
 
 
 def place(host="a", devices=(0,), **words):
-    return Place(owner=f"server on {host}", host=host, executor="local", devices=devices, **words)
+    return HostResources(owner=f"server on {host}", host=host, executor="local", devices=devices, **words)
 
 
 @pytest.fixture
@@ -207,12 +207,12 @@ def test_a_cancelled_job_whose_host_is_lost_is_not_run_again(store, leases):
 
 def test_what_may_still_be_on_a_cluster_is_claimed_once_more_to_be_cancelled(store, leases):
     submit(store)
-    cluster = Place("server", "a", "slurm", devices=(0,), lease_seconds=0.01)
+    cluster = HostResources("server", "a", "slurm", devices=(0,), lease_seconds=0.01)
     job = leases.claim(cluster)
     store.cancel(job.id)
     time.sleep(0.05)
     leases.end_overdue()
-    full = Place("server", "a", "slurm", devices=())
+    full = HostResources("server", "a", "slurm", devices=())
     again = leases.claim(full)
     assert (again.id, again.cancel, again.devices) == (job.id, True, [])
 
@@ -302,9 +302,9 @@ def test_retention_deletes_what_ended_long_ago_alone(store):
     old, waits = submit(store), submit(store)
     store.cancel(old.id)
     old.folder.mkdir()
-    assert store.retention(days=1) == 0
+    assert store.delete_expired(days=1) == 0
     time.sleep(0.05)
-    assert store.retention(days=0.04 / 86400) == 1
+    assert store.delete_expired(days=0.04 / 86400) == 1
     assert not old.folder.exists()
     assert [job.id for job in store.list()] == [waits.id]
 
@@ -315,7 +315,7 @@ def test_a_job_is_kept_no_longer_than_it_asked(store, days):
     for job in (short, long, silent):
         store.cancel(job.id)
     time.sleep(0.05)
-    assert store.retention(days) == 1
+    assert store.delete_expired(days) == 1
     assert {job.id for job in store.list()} == {long.id, silent.id}
 
 

@@ -14,7 +14,7 @@ from sa3dist.errors import ConfigError, EnvironmentFailure
 from sa3dist.formats import write_json
 from sa3dist.serve import cluster
 from sa3dist.serve.executor import Attempt
-from sa3dist.serve.jobs import JobStore
+from sa3dist.serve.job_store import JobStore
 from sa3dist.serve.options import RunOptions
 from sa3dist.serve.processes import Mark
 from tests.helpers import kubernetes_api
@@ -139,7 +139,7 @@ def test_an_option_that_is_none_is_refused():
         opened("imag=x")
 
 
-def test_a_shepherd_that_follows_a_lost_one_finds_the_run_and_its_end(api, attempt):
+def test_a_runner_that_follows_a_lost_one_finds_the_run_and_its_end(api, attempt):
     opened().start(attempt)
     second = opened()
     second.start(attempt)

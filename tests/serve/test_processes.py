@@ -57,7 +57,7 @@ def test_a_lock_is_free_when_the_last_process_that_was_given_it_is_gone(start, t
 
     handle = take_lock(tmp_path / "gpu-0", fail, fail)
     holder = start("job", 1, (0,), pass_fds=[handle])
-    # Its shepherd is gone.
+    # Its runner is gone.
     os.close(handle)
     with pytest.raises(TimeoutError):
         take_lock(tmp_path / "gpu-0", fail, fail)

@@ -1,4 +1,4 @@
-"""Jobs run by schedulers, shepherds and trainers as they are: done, refused, failed, cancelled, interrupted."""
+"""Jobs run by schedulers, runners and trainers as they are: done, refused, failed, cancelled, interrupted."""
 
 import json
 import signal
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sa3dist.serve.jobs import JobStore
+from sa3dist.serve.job_store import JobStore
 from sa3dist.serve.outbox import Outbox
 from tests.helpers import serve
 from tests.helpers.clips import captioned, write_zip
@@ -38,13 +38,13 @@ def ended(tmp_path_factory, demo_base):
     host.start()
     try:
         wait(lambda: store.get(jobs["interrupted"]).step > 3)
-        (shepherd,) = [p for p in host.processes("shepherd") if marked_as(p, jobs["interrupted"])]
-        serve.send(shepherd, signal.SIGTERM)
+        (runner,) = [p for p in host.processes("runner") if marked_as(p, jobs["interrupted"])]
+        serve.send(runner, signal.SIGTERM)
         wait(lambda: store.get(jobs["cancelled"]).step > 2)
         store.cancel(jobs["cancelled"])
         wait(lambda: all(store.get(job_id).is_finished for job_id in jobs.values()))
         host.stop()
-        wait(lambda: not host.processes("shepherd"))
+        wait(lambda: not host.processes("runner"))
         yield {name: store.get(job_id) for name, job_id in jobs.items()}, host, store
     finally:
         host.end_all()

@@ -25,7 +25,7 @@ import safetensors.torch  # noqa: E402
 import sa3dist  # noqa: E402
 from sa3dist.commands.demo import synthesise_clips  # noqa: E402
 from sa3dist.model.tiny import write_tiny_base  # noqa: E402
-from sa3dist.serve.jobs import JobStore  # noqa: E402
+from sa3dist.serve.job_store import JobStore  # noqa: E402
 from tests.helpers import serve  # noqa: E402
 from tests.helpers.golden import ROOT  # noqa: E402
 from tests.helpers.web_server import WebServer  # noqa: E402
@@ -110,7 +110,7 @@ def served(directory: Path, base: Path, clips: Path) -> None:
 
 
 def killed(directory: Path, base: Path, clips: Path) -> None:
-    """Scheduler and shepherd killed, a failure, a refusal, a cancellation."""
+    """Scheduler and runner killed, a failure, a refusal, a cancellation."""
     store = JobStore(f"sqlite:///{directory / 'jobs.db'}")
     options = {"executor": "slurm", "devices": [0, 1, 2], "options": ON_CPU, "lease_seconds": 6}
     host = serve.Host("submit", store, directory, base, **options)
@@ -124,11 +124,11 @@ def killed(directory: Path, base: Path, clips: Path) -> None:
     try:
         long, refused = submit(150), submit(5, rank=300)
         wait("the first steps", lambda: store.get(long).step > 5)
-        # Killed: the next shepherd finds the same Slurm job.
+        # Killed: the next runner finds the same Slurm job.
         host.scheduler.kill()
         host.scheduler.wait()
-        for shepherd in host.processes("shepherd"):
-            serve.send(shepherd, signal.SIGKILL)
+        for runner in host.processes("runner"):
+            serve.send(runner, signal.SIGKILL)
         host.start()
         wait("another attempt", lambda: store.get(long).attempts == 2 and store.get(long).state == "RUNNING")
         (number,) = numbers(long)

@@ -1,4 +1,4 @@
-"""Random SIGKILLs and pauses of an endpoint's schedulers, shepherds and trainers, and a database that goes away.
+"""Random SIGKILLs and pauses of an endpoint's schedulers, runners and trainers, and a database that goes away.
 
     python tests/survival/serve_kills.py DIRECTORY [--events 40] [--seed 0] [--database sqlite|postgresql]
 
@@ -26,12 +26,12 @@ from sqlalchemy import func, select  # noqa: E402
 
 from sa3dist.commands.demo import synthesise_clips  # noqa: E402
 from sa3dist.model.tiny import write_tiny_base  # noqa: E402
-from sa3dist.serve.jobs import JobStore  # noqa: E402
+from sa3dist.serve.job_store import JobStore  # noqa: E402
 from sa3dist.serve.tables import DatabaseAway, deliveries  # noqa: E402
 from tests.helpers import serve  # noqa: E402
 from tests.helpers.postgres import Postgres  # noqa: E402
 
-TARGETS = ("scheduler", "shepherd", "trainer", "all")
+TARGETS = ("scheduler", "runner", "trainer", "all")
 LOOK_SECONDS = 0.05
 # Where nobody listens: the row counts the ends of a job.
 WEBHOOK = "http://127.0.0.1:9/"
@@ -151,7 +151,7 @@ class Series:
             kill = self._random.random() < 0.6
             seconds = self._random.choice((2, self._words.lease * 1.5))
             hit = [psutil.Process(host.scheduler.pid)] if target in ("scheduler", "all") else []
-            for kind in ("shepherd", "trainer"):
+            for kind in ("runner", "trainer"):
                 found = host.processes(kind) if target in (kind, "all") else []
                 hit += found if target == "all" else found[:1]
             # A scheduler alone is hit as often as the rest.

@@ -25,7 +25,7 @@ from sqlalchemy import func, select  # noqa: E402
 
 from sa3dist.commands.demo import synthesise_clips  # noqa: E402
 from sa3dist.model.tiny import write_tiny_base  # noqa: E402
-from sa3dist.serve.jobs import JobStore  # noqa: E402
+from sa3dist.serve.job_store import JobStore  # noqa: E402
 from sa3dist.serve.tables import deliveries  # noqa: E402
 from tests.helpers.postgres import Postgres  # noqa: E402
 from tests.helpers.serve import APP, marks, send  # noqa: E402

@@ -1,4 +1,4 @@
-"""What an operator sees of a server: its health, counts for Prometheus, and a line of JSON for whatever happens."""
+"""Monitoring of a server: health, metrics for Prometheus, and logs as JSON lines."""
 
 import collections
 import datetime
@@ -18,7 +18,7 @@ from sa3dist.serve.tables import UNFINISHED
 
 log = logging.getLogger(__name__)
 routes = APIRouter(tags=["operation"])
-# Beyond this age of the last reading the server is not healthy.
+# If the last successful read of the database is older than this, the server is unhealthy.
 STALE_SECONDS = 15.0
 KEPT_HEADERS = {b"x-fal-tags": "tags", b"x-fal-runner-hint": "hint"}
 METHODS = ("GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD")
@@ -36,15 +36,15 @@ async def healthz(request: Request) -> Response:
 
 @routes.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """Counts for Prometheus."""
-    found = collections.Counter(job.state for job in service_of(request).snapshot.all())
+    """Metrics for Prometheus."""
+    counts = collections.Counter(job.state for job in service_of(request).snapshot.all())
     for state in UNFINISHED:
-        JOBS.labels(state).set(found[state])
+        JOBS.labels(state).set(counts[state])
     return Response(prometheus_client.generate_latest(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
 
 class JsonLines(logging.Formatter):
-    """A line of JSON for each record; what it was given as ``fields`` stands beside its message."""
+    """Formats each record as a line of JSON, with the record's extra ``fields``."""
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc).isoformat(timespec="milliseconds")
@@ -56,7 +56,7 @@ class JsonLines(logging.Formatter):
 
 
 def log_as_json() -> None:
-    """From now on stderr has ``JsonLines``: everything of ours, warnings of libraries."""
+    """Log to stderr as ``JsonLines``: INFO and above from sa3dist, warnings from libraries."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
@@ -64,15 +64,15 @@ def log_as_json() -> None:
 
 
 def kept_words(scope: Scope) -> dict[str, str]:
-    """What a client says for people to find its requests by."""
+    """Client headers that are logged, to find its requests by."""
     headers = dict(scope["headers"])
     return {name: headers[key].decode("latin-1")[:1000] for key, name in KEPT_HEADERS.items() if key in headers}
 
 
 class RequestLog:
-    """Middleware that gives every request an id, counts it, and logs it unless it only read and succeeded.
+    """Middleware that gives every request an id, counts it, and logs it, except successful GETs.
 
-    An exception that nobody foresaw is logged under that id and answered with 500 in the endpoint's shape.
+    An unexpected exception is logged with that id and answered with 500 in the endpoint's format.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -97,7 +97,7 @@ class RequestLog:
         try:
             await self._app(scope, receive, send_with_id)
         except Exception:
-            log.exception("not foreseen", extra={"fields": fields})
+            log.exception("unexpected error", extra={"fields": fields})
             if not status:
                 text = f"internal error; the server's log says more under {request_id}"
                 body = {"detail": text, "message": text, "error_type": "internal_error"}
@@ -105,7 +105,7 @@ class RequestLog:
                 await answer(scope, receive, send_with_id)
         finally:
             REQUESTS.labels(scope["method"] if scope["method"] in METHODS else "other", status).inc()
-            # Polling would drown everything else.
+            # Polling would fill the log.
             if not (scope["method"] == "GET" and status < 400):
                 seconds = round(time.perf_counter() - begin, 4)
                 log.info(

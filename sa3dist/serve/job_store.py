@@ -1,4 +1,4 @@
-"""The jobs of the endpoint: submitted, looked up, cancelled, deleted. Who runs them is in leases.py."""
+"""The endpoint's jobs in the database: submit, look up, cancel, delete. leases.py assigns them to servers."""
 
 from __future__ import annotations
 
@@ -29,54 +29,54 @@ from sa3dist.serve.tables import (
     now,
 )
 
-# The hosted endpoint's number.
+# As the hosted endpoint.
 RETRIES = 10
-# Settings of a job that name files it reads and the folder it works in.
-PLACES = ("audio_data_url", "lora_checkpoint_url", "work_dir")
+# Settings of a job that name the files it reads and its work directory.
+PATH_SETTINGS = ("audio_data_url", "lora_checkpoint_url", "work_dir")
 WORK_NAME = "work"
-# Jobs that one transaction deletes.
+# Jobs deleted in one transaction.
 MOST_DELETED = 500
-# Transactions may become visible this much later than the time they have set.
+# Longest time from the ``updated`` that a transaction sets until the transaction is visible.
 OVERLAP_SECONDS = 5.0
-# A snapshot that begins holds unfinished jobs and those that ended so shortly ago; older ones are read one by one.
+# A new snapshot contains unfinished jobs and those that ended within this time; older ones are read one by one.
 RECENT_SECONDS = 600.0
-# By then every server has seen that a job was deleted.
+# Rows of deleted jobs stay for this time, so that every server's snapshot notices the deletion.
 FORGET_SECONDS = 24 * 3600
 DAY_SECONDS = 24 * 3600
 CLIENT_CANCELLED = {"detail": "Request was cancelled by the client", "error_type": "client_cancelled"}
 
 
 class QueueFull(SA3DistError):
-    """More jobs are waiting than this one accepts."""
+    """More jobs are waiting than the request or the server allows."""
 
 
 class Unfinished(SA3DistError):
-    """A job that waits or runs cannot be deleted; it has to be cancelled first."""
+    """A waiting or running job cannot be deleted; cancel it first."""
 
 
-def places_of(settings: dict[str, Any]) -> list[str]:
-    """What a job's settings name of ``PLACES``."""
-    return [settings[name] for name in PLACES if isinstance(settings.get(name), str)]
+def paths_of(settings: dict[str, Any]) -> list[str]:
+    """The values of ``PATH_SETTINGS`` in a job's settings."""
+    return [settings[name] for name in PATH_SETTINGS if isinstance(settings.get(name), str)]
 
 
-def _take_along(work: Path, folder: Path) -> None:
-    """Move what no job needs any more into a deleted one's folder: it goes with that, be it after a kill."""
+def _move_aside(work: Path, folder: Path) -> None:
+    """Move an unused work directory into a deleted job's folder, to be removed with it, even after a kill."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         os.replace(work, folder / WORK_NAME)
     except OSError:
-        # It is not there, or on another disk.
+        # It does not exist, or is on another disk.
         shutil.rmtree(work, ignore_errors=True)
 
 
-# The place of a reader in the changes: when it read, and what was new at that time, by id and revision.
+# A reader's position in the changes: time of its last read, and (id, revision) of jobs that were new then.
 Token = tuple[float, frozenset[tuple[str, int]]]
 
 
 class JobStore:
     """The jobs of one database.
 
-    folder   where the jobs' own folders are; unset = ``jobs`` beside an SQLite file
+    folder   contains the jobs' folders; default: ``jobs`` next to the SQLite file
     Every method may raise DatabaseAway.
     """
 
@@ -84,7 +84,7 @@ class JobStore:
         self.url = url
         self.database = Database(url)
         if folder is None and self.database.folder_of_file is None:
-            raise ConfigError("database: with PostgreSQL the folder of the jobs' files has to be given")
+            raise ConfigError("database: PostgreSQL also needs a folder for the jobs' files")
         self.folder = Path(folder or self.database.folder_of_file / "jobs").absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -103,15 +103,15 @@ class JobStore:
         retries: int = RETRIES,
         keep_seconds: float | None = None,
     ) -> Job:
-        """Accept a request: once this returns, it is finished exactly once, whatever is killed meanwhile.
+        """Accept a request. Once this returns, the job is finished exactly once, whatever is killed meanwhile.
 
-        priority        lower is earlier; equal ones in the order of arrival
-        dedup           while a job of this value is unfinished, that one is returned
+        priority        lower is earlier; equal priorities in order of arrival
+        dedup           if an unfinished job has the same value, that job is returned
         start_timeout   seconds after which a job that never ran ends FAILED with startup_timeout
-        max_queue       raises QueueFull when more jobs than that wait
-        settings        what the trainer is given in the place of what ``request`` says, or beside it
-        retries         failed attempts that are followed by another one
-        keep_seconds    how long behind its end ``retention`` leaves it, whatever else it keeps
+        max_queue       raises QueueFull if more jobs than this are waiting
+        settings        the trainer's settings; they override and extend ``request``
+        retries         number of failed attempts that are repeated
+        keep_seconds    time after its end until ``delete_expired`` removes it, at the latest
         """
         settings = settings or {}
         row = {
@@ -135,16 +135,16 @@ class JobStore:
             try:
                 return self._insert(row, max_queue)
             except IntegrityError:
-                # Another server has accepted the same at the same moment. It may even be finished when looked for.
+                # Another server has just accepted the same request. Look it up again; it may even be finished by now.
                 if dedup is None:
                     raise
 
     def _insert(self, row: dict[str, Any], max_queue: int | None) -> Job:
         with self.database.writing(alone=max_queue is not None) as connection:
             if row["dedup"] is not None:
-                alike = select(*COLUMNS).where(jobs.c.dedup == row["dedup"], jobs.c.state.in_(UNFINISHED))
-                if (found := connection.execute(alike).one_or_none()) is not None:
-                    return self.of_row(found)
+                same = select(*COLUMNS).where(jobs.c.dedup == row["dedup"], jobs.c.state.in_(UNFINISHED))
+                if (existing := connection.execute(same).one_or_none()) is not None:
+                    return self.of_row(existing)
             if max_queue is not None:
                 waiting = connection.scalar(select(func.count()).where(jobs.c.state == QUEUED))
                 if waiting > max_queue:
@@ -152,30 +152,30 @@ class JobStore:
             return self.of_row(connection.execute(jobs.insert().values(row).returning(*COLUMNS)).one())
 
     def get(self, job_id: str) -> Job | None:
-        """The job as it is now; None for one that is not there, or was deleted."""
+        """The job, read from the database; None if it does not exist or was deleted."""
         with self.database.reading() as connection:
             return self._find(connection, job_id)
 
     def list(self, key: str | None = None, limit: int = 100, before: int | None = None) -> list[Job]:
-        """The newest jobs, newest first. key: of that one alone; before: older than the job of that ``number``."""
+        """Jobs, newest first. key: only of this key; before: only jobs with a smaller ``number``."""
         condition = [jobs.c.state != DELETED]
         condition += [] if key is None else [jobs.c.key == key]
         condition += [] if before is None else [jobs.c.number < before]
         with self.database.reading() as connection:
-            found = select(*COLUMNS).where(*condition).order_by(jobs.c.number.desc()).limit(limit)
-            return [self.of_row(row) for row in connection.execute(found)]
+            newest = select(*COLUMNS).where(*condition).order_by(jobs.c.number.desc()).limit(limit)
+            return [self.of_row(row) for row in connection.execute(newest)]
 
     def counts(self) -> dict[str, int]:
-        """How many jobs are in each state that any is in."""
+        """Number of jobs by state, without states that have none."""
         with self.database.reading() as connection:
-            counted = select(jobs.c.state, func.count()).where(jobs.c.state != DELETED).group_by(jobs.c.state)
-            return dict(map(tuple, connection.execute(counted)))
+            counts = select(jobs.c.state, func.count()).where(jobs.c.state != DELETED).group_by(jobs.c.state)
+            return dict(map(tuple, connection.execute(counts)))
 
     def changed_since(self, token: Token | None) -> tuple[list[Job], Token]:
-        """The jobs that have changed since the call that returned ``token``, and the token for the next call.
+        """Jobs that have changed since the call that returned ``token``, and the token for the next call.
 
-        token   None: all that are unfinished or ended in the last ten minutes
-        A job that was deleted comes once more, with the state DELETED.
+        token   None: return all unfinished jobs and those that ended in the last ten minutes
+        A deleted job is returned once, with state DELETED.
         """
         if token is None:
             recent = or_(jobs.c.state.in_(UNFINISHED), jobs.c.updated > now() - RECENT_SECONDS)
@@ -184,15 +184,15 @@ class JobStore:
             read_at, known = token
             condition = jobs.c.updated > read_at - OVERLAP_SECONDS
         with self.database.reading() as connection:
-            # Before the rows: what becomes visible behind them has set a later time, or is overlapped.
+            # Read the time before the rows: a later commit has a later ``updated``, or is covered by the overlap.
             read_at = connection.scalar(select(now()))
-            found = select(*COLUMNS, jobs.c.revision).where(condition).order_by(jobs.c.updated)
-            rows = connection.execute(found).all()
+            changes = select(*COLUMNS, jobs.c.revision).where(condition).order_by(jobs.c.updated)
+            rows = connection.execute(changes).all()
         newest = frozenset((row.id, row.revision) for row in rows if row.updated > read_at - OVERLAP_SECONDS)
         return [self.of_row(row) for row in rows if (row.id, row.revision) not in known], (read_at, newest)
 
     def queue_position(self, job_id: str) -> int | None:
-        """How many jobs go before this one; None when it does not wait."""
+        """Number of jobs before this one in the queue; None if it is not waiting."""
         mine = select(jobs.c.priority, jobs.c.number).where(jobs.c.id == job_id, jobs.c.state == QUEUED)
         with self.database.reading() as connection:
             place = connection.execute(mine).one_or_none()
@@ -202,99 +202,97 @@ class JobStore:
             return connection.scalar(select(func.count()).where(jobs.c.state == QUEUED, earlier))
 
     def cancel(self, job_id: str) -> Job | None:
-        """Ask for a job's end; the job after that: CANCELLED when it waited, still RUNNING with ``cancel`` when it ran,
-        as it was when it had ended. None when there is none. An equal request after it is no replay."""
-        # What waits to be continued on a cluster may still be there: the next attempt has to look.
+        """Cancel a job: if waiting, it becomes CANCELLED; if running, its runner ends it. Returns the job, if any."""
+        # A job waiting to be continued may still run on a cluster: the next attempt has to cancel it there.
         elsewhere = and_(jobs.c.executor.is_not(None), jobs.c.executor != "local")
         this = jobs.c.id == job_id
         with self.database.writing() as connection:
-            ask = and_(this, or_(jobs.c.state == RUNNING, and_(jobs.c.state == QUEUED, elsewhere)))
-            connection.execute(jobs.update().where(ask, jobs.c.cancel == 0).values(changed(cancel=1, dedup=None)))
+            runs = and_(this, or_(jobs.c.state == RUNNING, and_(jobs.c.state == QUEUED, elsewhere)))
+            connection.execute(jobs.update().where(runs, jobs.c.cancel == 0).values(changed(cancel=1)))
             waits = and_(this, jobs.c.state == QUEUED, jobs.c.cancel == 0)
             end_jobs(connection, waits, CANCELLED, error=CLIENT_CANCELLED)
             return self._find(connection, job_id)
 
     def delete(self, job_id: str) -> bool:
-        """Remove a finished job with all its files; whether there was one. Raises Unfinished."""
+        """Remove a finished job with all its files; returns whether it existed. Raises Unfinished."""
         with self.database.writing(alone=True) as connection:
             job = self._find(connection, job_id)
             if job is None:
                 return False
             if not job.is_finished:
                 raise Unfinished(f"{job_id}: is {job.state}; cancel it first")
-            self._make_deleted(connection, jobs.c.id == job_id)
-        # The row first: what a killed server leaves of the folder, ``sweep`` removes.
+            self._mark_deleted(connection, jobs.c.id == job_id)
+        # The row first: if killed now, ``sweep`` removes the folder.
         shutil.rmtree(job.folder, ignore_errors=True)
         return True
 
-    def retention(self, days: float | None) -> int:
-        """Delete the jobs that ended more than ``days`` ago, or longer than they asked to be kept; how many."""
-        asked, count = jobs.c.keep_seconds, 0
-        kept = asked if days is None else case((asked < days * DAY_SECONDS, asked), else_=days * DAY_SECONDS)
-        old = and_(jobs.c.state.in_(FINISHED), jobs.c.finished + kept < now())
+    def delete_expired(self, days: float | None) -> int:
+        """Delete jobs that ended more than ``days`` or their ``keep_seconds`` ago; returns how many."""
+        keep, count = jobs.c.keep_seconds, 0
+        if days is not None:
+            keep = case((keep < days * DAY_SECONDS, keep), else_=days * DAY_SECONDS)
+        expired = and_(jobs.c.state.in_(FINISHED), jobs.c.finished + keep < now())
         while True:
             with self.database.writing(alone=True) as connection:
-                ended = self._make_deleted(connection, old)
-            for job_id in ended:
+                deleted = self._mark_deleted(connection, expired)
+            for job_id in deleted:
                 shutil.rmtree(self.folder / job_id, ignore_errors=True)
-            count += len(ended)
-            if len(ended) < MOST_DELETED:
+            count += len(deleted)
+            if len(deleted) < MOST_DELETED:
                 return count
 
     def work_folder(self, key: str, data: str) -> Path:
-        """Where jobs of ``key`` on the same ``data`` share shards and latents; it goes with the last of them."""
+        """The work directory shared by all jobs of ``key`` on the same ``data``; removed with the last of them."""
         return self.folder.parent / WORK_NAME / digest_of(key, data)[:32]
 
-    def places(self, unfinished: bool = False, without: str | None = None) -> set[str]:
-        """What jobs read and where they work, as ``PLACES`` name it.
-
-        unfinished   of those alone that wait or run        without   of all but this one
-        """
+    def used_paths(self, unfinished: bool = False, without: str | None = None) -> set[str]:
+        """Values of ``PATH_SETTINGS`` of all jobs, or of ``unfinished`` ones only, or of all ``without`` this job."""
         states = jobs.c.state.in_(UNFINISHED if unfinished else (*UNFINISHED, *FINISHED))
         with self.database.reading() as connection:
-            return self._places(connection, and_(states, jobs.c.id != without) if without else states)
+            return self._used_paths(connection, and_(states, jobs.c.id != without) if without else states)
 
     def sweep(self) -> None:
-        """Remove what killed servers have left of the folders of deleted jobs, and forget those jobs after a day."""
+        """Remove folders of deleted jobs that killed servers have left, and after a day the jobs' rows."""
         with self.database.reading() as connection:
             is_old = jobs.c.updated < now() - FORGET_SECONDS
             deleted = connection.execute(select(jobs.c.id, is_old).where(jobs.c.state == DELETED)).all()
         for job_id, _ in deleted:
             shutil.rmtree(self.folder / job_id, ignore_errors=True)
-        for job_id, old in deleted:
-            # What could not be removed is tried again next time.
-            if old and not (self.folder / job_id).exists():
+        for job_id, is_old in deleted:
+            # Keep the row while the folder exists, to try again next time.
+            if is_old and not (self.folder / job_id).exists():
                 with self.database.writing() as connection:
                     connection.execute(jobs.delete().where(jobs.c.id == job_id))
 
     def close(self) -> None:
-        """Let go of the database."""
+        """Close all database connections."""
         self.database.close()
 
     def _find(self, connection: Any, job_id: str) -> Job | None:
         row = connection.execute(select(*COLUMNS).where(jobs.c.id == job_id, jobs.c.state != DELETED)).one_or_none()
         return None if row is None else self.of_row(row)
 
-    def _places(self, connection: Any, condition: Any) -> set[str]:
-        named = [jobs.c.settings[name].as_string() for name in PLACES]
-        found = connection.execute(select(*named).where(condition)).all()
-        return {place for row in found for place in row if place is not None}
+    def _used_paths(self, connection: Any, condition: Any) -> set[str]:
+        columns = [jobs.c.settings[name].as_string() for name in PATH_SETTINGS]
+        rows = connection.execute(select(*columns).where(condition)).all()
+        return {path for row in rows for path in row if path is not None}
 
-    def _make_deleted(self, connection: Any, condition: Any) -> list[str]:
-        """In a transaction that is alone: nobody begins a job meanwhile whose folder of work is taken away."""
-        ended = connection.execute(select(jobs.c.id, jobs.c.settings).where(condition).limit(MOST_DELETED)).all()
-        ids = [row.id for row in ended]
+    def _mark_deleted(self, connection: Any, condition: Any) -> list[str]:
+        """Mark jobs as deleted and move away their unused work directories; returns the jobs' ids."""
+        # In an exclusive transaction, so that no job starts meanwhile in such a work directory.
+        rows = connection.execute(select(jobs.c.id, jobs.c.settings).where(condition).limit(MOST_DELETED)).all()
+        ids = [row.id for row in rows]
         nothing = {"request": {}, "settings": {}, "error": None, "result": None, "webhook": None}
         connection.execute(jobs.update().where(jobs.c.id.in_(ids)).values(changed(state=DELETED, **nothing)))
         connection.execute(deliveries.delete().where(deliveries.c.job_id.in_(ids)))
-        left = self._places(connection, jobs.c.state != DELETED) if ended else set()
-        for row in ended:
+        in_use = self._used_paths(connection, jobs.c.state != DELETED) if rows else set()
+        for row in rows:
             work = row.settings.get("work_dir")
-            if work is not None and work not in left:
-                _take_along(Path(work), self.folder / row.id)
+            if work is not None and work not in in_use:
+                _move_aside(Path(work), self.folder / row.id)
         return ids
 
     def of_row(self, row: Any) -> Job:
-        """The job of a row with ``COLUMNS``."""
+        """The job in a row with ``COLUMNS``."""
         values = {column.name: getattr(row, column.name) for column in COLUMNS}
         return Job(**values | {"cancel": bool(row.cancel), "folder": self.folder / row.id})

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from sa3dist.serve.attempts import RUN_NAME, tail
 from sa3dist.serve.job import Job
-from sa3dist.serve.log_lines import LogReader
+from sa3dist.serve.logs import LogReader
 from sa3dist.serve.service import Service
 from sa3dist.serve.tables import QUEUED, RUNNING
 from sa3dist.serve.wire import failure

@@ -1,6 +1,6 @@
-"""The thread that talks to the database for a shepherd: renews the lease, publishes progress, hears of a cancel.
+"""A runner's thread for the database: renews the lease, publishes progress, notices a cancellation.
 
-The database may not answer for any time. The main thread, which has to end the trainer in time, never waits for it.
+The database may be away for any time. The main thread, which must end the trainer in time, never waits for it.
 """
 
 import threading
@@ -18,13 +18,12 @@ from sa3dist.serve.tables import DatabaseAway
 LOOK_SECONDS = 0.5
 
 
-class Keeper:
-    """Holds one attempt's lease from the moment it is made.
+class LeaseThread:
+    """Holds one attempt's lease, from its creation. Creating it may raise DatabaseAway.
 
-    deadline    until when work may go on, on the clock of ``lease.seconds_now``
-    lost        another attempt has begun, or the lease has run out: this one must end
-    cancelled   the job's end was asked for
-    Raises DatabaseAway.
+    deadline    time until which work may continue, on the clock of ``lease.seconds_now``
+    lost        another attempt has begun, or the lease has ended: this attempt must end
+    cancelled   cancellation of the job was requested
     """
 
     def __init__(self, leases: Leases, job: Job, options: RunOptions) -> None:
@@ -39,45 +38,45 @@ class Keeper:
         self.lost = False
         self._renew()
         if not self.lost:
-            threading.Thread(target=self._keep, name="keeper", daemon=True).start()
+            threading.Thread(target=self._run, name="lease", daemon=True).start()
 
     def write_to(self, file: Path) -> None:
-        """Let the trainer read the deadline in ``file``, from now on."""
+        """From now on, also write the deadline to ``file``, for the trainer."""
         lease.write(file, self.deadline)
         self._file = file
 
     def show(self, values: dict[str, Any]) -> None:
-        """Publish these values of the job, when there is time."""
+        """Publish these values of the job soon."""
         self._shown = values
 
     @property
     def over(self) -> bool:
-        """Whether this attempt may do no more work."""
+        """Whether this attempt must stop working."""
         return self.lost or lease.seconds_now() > self.deadline
 
     def close(self) -> None:
         self._ended.set()
 
     def finish(self, end: Callable[[], bool]) -> bool:
-        """End the attempt in the database, as soon as that answers; whether it was this one's to end."""
+        """Call ``end`` until the database answers; returns whether this attempt was still the current one."""
         while True:
             try:
                 return end()
             except DatabaseAway:
                 time.sleep(LOOK_SECONDS)
 
-    def _keep(self) -> None:
+    def _run(self) -> None:
         while not self._ended.wait(LOOK_SECONDS) and not self.lost:
             try:
                 if lease.seconds_now() - self._renewed_at >= self._options.renew_seconds:
                     self._renew()
                 self._exchange()
             except (DatabaseAway, OSError):
-                # Until it answers again, or the deadline has passed.
+                # Try again, until the deadline has passed.
                 continue
 
     def _renew(self) -> None:
-        # Before it is sent: the database's own end of the lease is later.
+        # The time before the request, so that the deadline is earlier than the lease's end in the database.
         before = lease.seconds_now()
         if not self._leases.renew(self._job, self._options.lease_seconds):
             self.lost = True
@@ -90,7 +89,6 @@ class Keeper:
     def _exchange(self) -> None:
         shown = self._shown
         if shown != self._published:
-            # Not held any more is found by the next renewal, and by this.
             self.lost = self.lost or not self._leases.publish(self._job, **shown)
             self._published = shown
         cancelled = self._leases.cancelled(self._job)

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 from sa3dist.commands import serve as command
 from sa3dist.errors import ConfigError
 from sa3dist.runtime.exit_status import command as run_program_with
-from sa3dist.serve import operation
+from sa3dist.serve import monitoring
 from sa3dist.serve.app import create_app
 from sa3dist.serve.options import RunOptions
 from sa3dist.serve.scheduler import Scheduler
@@ -42,7 +42,7 @@ def metrics(client) -> dict[tuple, float]:
 
 def test_health_is_the_age_of_what_the_database_last_said(client, monkeypatch):
     assert client.get("/healthz").status_code == 200
-    monkeypatch.setattr(operation, "STALE_SECONDS", -1.0)
+    monkeypatch.setattr(monitoring, "STALE_SECONDS", -1.0)
     answer = client.get("/healthz")
     assert (answer.status_code, answer.json()["ok"]) == (503, False)
 
@@ -70,7 +70,7 @@ def lines():
 
     class Reader(logging.Handler):
         def emit(self, record):
-            said.append(json.loads(operation.JsonLines().format(record)))
+            said.append(json.loads(monitoring.JsonLines().format(record)))
 
     reader, ours = Reader(), logging.getLogger("sa3dist")
     level = ours.level
@@ -215,7 +215,7 @@ def test_stopped_jobs_are_queued_again_at_once_and_use_up_no_retry(tmp_path, sto
     job = store.submit(serve.request(demo_clips, 5000), app=DEFAULT_APP, key="k", settings=settings)
     words = {"work_dir": str(tmp_path / "work"), "locks": str(tmp_path / "locks"), "host": "here"}
     scheduler = Scheduler(store, RunOptions("local", (0,), **words))
-    scheduler.look()
+    scheduler.run_once()
     log, waited = job.folder / "attempt-1" / "log.txt", threading.Event()
     for _ in range(1200):
         if log.exists():
