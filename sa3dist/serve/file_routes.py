@@ -1,4 +1,4 @@
-"""Routes of files: the uploads of both clients, small and in parts, and what may be downloaded."""
+"""Routes of files: uploads by both clients, whole or in parts, and downloads."""
 
 import asyncio
 import datetime
@@ -25,7 +25,7 @@ async def _small_body(service: Service, request: Request) -> dict[str, Any]:
 
 
 def _note(service: Service, caller: Caller, name: str, request: Request, content_type: str | None = None) -> StoredFile:
-    """content_type: of the file; None: the request's own, which brings it."""
+    """The note of a new file. content_type: default: the request's."""
     seconds = lifetime(request.headers)
     expires = None if seconds is None else time.time() + seconds
     kind = request.headers.get("content-type", "application/octet-stream") if content_type is None else content_type
@@ -38,9 +38,9 @@ def _address(base: str, note: StoredFile) -> str:
 
 
 async def _write(service: Service, request: Request, out: Sink, most: int) -> None:
-    """Store a body of at most ``most`` bytes. Raises WireError for a longer one, and when the space runs out."""
-    told = request.headers.get("content-length", "")
-    service.check_space(int(told) if told.isascii() and told.isdecimal() and int(told[:15]) <= most else 0)
+    """Store a body of at most ``most`` bytes. Raises WireError if it is longer or disk space runs out."""
+    length = request.headers.get("content-length", "")
+    service.check_space(int(length) if length.isascii() and length.isdecimal() and int(length[:15]) <= most else 0)
     async for block in blocks(service, request, most):
         service.check_space()
         await asyncio.to_thread(out.write, block)
@@ -57,7 +57,7 @@ async def _receive(service: Service, request: Request, note: StoredFile) -> Stor
 
 @routes.post("/rest/storage/auth/token")
 async def upload_token(request: Request) -> Response:
-    """A token for the uploads of the Python client."""
+    """A token with which the Python client uploads."""
     service = service_of(request)
     token, expires = service.signer.token(service.caller(request))
     ends = datetime.datetime.fromtimestamp(expires, datetime.timezone.utc).isoformat()
@@ -67,7 +67,7 @@ async def upload_token(request: Request) -> Response:
 @routes.post("/rest/storage/upload/initiate")
 @routes.post("/rest/storage/upload/initiate-multipart")
 async def initiate(request: Request) -> Response:
-    """Where to PUT a file, or its parts, without a key."""
+    """A signed address to PUT a file, or its parts, without a key."""
     service, base = service_of(request), base_of(request)
     caller, words = service.caller(request), await _small_body(service, request)
     name, kind = str(words.get("file_name", "")), str(words.get("content_type", "application/octet-stream"))
@@ -80,11 +80,8 @@ async def initiate(request: Request) -> Response:
     return JSONResponse({"upload_url": f"{place}?{signed}", "file_url": _address(base, note)})
 
 
-def _begun(request: Request, upload_id: str, expires: str, signature: str) -> StoredFile:
-    """The note of an upload that the request may go on with: signed, or its owner's. Raises WireError.
-
-    Where it has ended already, of the file it has become.
-    """
+def _allowed_upload(request: Request, upload_id: str, expires: str, signature: str) -> StoredFile:
+    """The note of an upload; of its file, if it is complete. Raises WireError unless signed or the caller's own."""
     service = service_of(request)
     note = service.files.find_parts(upload_id) or service.files.find(upload_id)
     if signature:
@@ -100,8 +97,8 @@ def _begun(request: Request, upload_id: str, expires: str, signature: str) -> St
 @routes.put("/uploads/{upload_id}")
 async def put_signed(request: Request, upload_id: str, expires: str = "", signature: str = "") -> Response:
     """The bytes of a file that ``initiate`` gave an address for."""
-    service, note = service_of(request), _begun(request, upload_id, expires, signature)
-    # What is there may have been read already: it stays as it is.
+    service, note = service_of(request), _allowed_upload(request, upload_id, expires, signature)
+    # Do not overwrite a complete file, which may have been read already.
     if note.sha256 is None:
         note = await _receive(service, request, note)
         await asyncio.to_thread(service.files.end_parts, upload_id)
@@ -120,7 +117,7 @@ async def upload(request: Request) -> Response:
 
 @routes.put("/files/{name}")
 async def put_file(request: Request, name: str) -> Response:
-    """A whole file by its name: curl --upload-file clips.zip."""
+    """A whole file, by name: curl --upload-file clips.zip."""
     service = service_of(request)
     note = await _receive(service, request, _note(service, service.caller(request), name, request))
     return JSONResponse({"url": _address(base_of(request), note), "file_size": note.size})
@@ -142,7 +139,7 @@ async def put_part(
 ) -> Response:
     """One part, from 1 on, in any order."""
     service = service_of(request)
-    if _begun(request, upload_id, expires, signature).sha256 is not None:
+    if _allowed_upload(request, upload_id, expires, signature).sha256 is not None:
         raise WireError(409, "the upload is complete")
     if not 1 <= number <= MAX_PARTS:
         raise WireError(422, f"part {number}: expected 1..{MAX_PARTS}")
@@ -158,9 +155,9 @@ async def put_part(
 async def complete(
     request: Request, file_id: str, name: str, upload_id: str, expires: str = "", signature: str = ""
 ) -> Response:
-    """Join the parts that the body names."""
+    """Join the parts listed in the body."""
     service = service_of(request)
-    note = _begun(request, upload_id, expires, signature)
+    note = _allowed_upload(request, upload_id, expires, signature)
     words = await _small_body(service, request)
     parts = words.get("parts")
     numbers = [part.get("partNumber") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
@@ -177,7 +174,7 @@ async def complete(
 
 @routes.get("/files/{file_id}/{path:path}")
 async def download(request: Request, file_id: str, path: str, expires: str = "", signature: str = "") -> Response:
-    """A result by its signed address, or anything of one's own with a key."""
+    """Download a result by its signed address, or any of the caller's own files with a key."""
     service, missing = service_of(request), WireError(404, "no such file, or its address has expired")
     if not is_id(file_id):
         raise missing
@@ -193,12 +190,12 @@ async def download(request: Request, file_id: str, path: str, expires: str = "",
     if not service.signer.fits("result", [file_id, path], expires, signature):
         await service.job(file_id, service.caller(request))
     job = service.snapshot.get(file_id) or await asyncio.to_thread(service.store.get, file_id)
-    found = None if job is None else result_file(job, path)
-    if found is None or not found.is_file():
+    file = None if job is None else result_file(job, path)
+    if file is None or not file.is_file():
         raise missing
-    return FileResponse(found, headers=_as_attachment(found.name), media_type="application/octet-stream")
+    return FileResponse(file, headers=_as_attachment(file.name), media_type="application/octet-stream")
 
 
 def _as_attachment(name: str) -> dict[str, str]:
-    # What somebody uploaded is never shown as a page of this server.
+    # Never display an uploaded file as a page of this server.
     return {"Content-Disposition": f'attachment; filename="{name}"', "X-Content-Type-Options": "nosniff"}

@@ -1,4 +1,4 @@
-"""Uploaded files in a store of fsspec: written whole, each with a note of its owner, kind and end."""
+"""Uploaded files in an fsspec file system: written atomically, each with a note of owner, type and expiry."""
 
 import contextlib
 import dataclasses
@@ -12,19 +12,19 @@ from typing import Any, BinaryIO
 
 import fsspec
 
-# Where a file's name may be shown; the store never sees it.
+# Characters to replace in names in addresses and headers. Stored files are named by id.
 _PLAIN = re.compile(r"[^A-Za-z0-9._ -]+")
 ID_DIGITS = 32
-# Uploads in parts that were begun and not completed, and files that were half sent, go after a day.
+# Incomplete uploads are removed after a day.
 UNFINISHED_SECONDS = 24 * 3600
 COPY_BYTES = 1 << 20
-# Under which file systems tell when a file was written: local ones, S3, Google's, memory.
+# Keys of the modification time in various file systems: local, S3, Google Cloud, memory.
 TIMES = ("mtime", "LastModified", "updated", "created")
 MAX_PARTS = 10_000
 
 
 def plain_name(name: str) -> str:
-    """A client's name of a file as one that is harmless in an address and a header."""
+    """A client's file name, made safe for addresses and headers."""
     return _PLAIN.sub("_", name.replace("\\", "/").rpartition("/")[2]).strip("._ -")[-80:].replace(" ", "_") or "file"
 
 
@@ -36,9 +36,11 @@ def is_id(word: str) -> bool:
 class StoredFile:
     """The note of one file.
 
-    owner     id of the key that sent it            name      as ``plain_name`` gives it
-    size      bytes                                 expires   seconds since 1970, None = with its owner's jobs
-    sha256    of its bytes
+    owner     id of the key that uploaded it
+    name      from ``plain_name``
+    size      in bytes
+    expires   seconds since 1970; None: when no job of its owner needs it
+    sha256    of its bytes; None while the upload is incomplete
     """
 
     id: str
@@ -52,7 +54,7 @@ class StoredFile:
 
 
 class Sink:
-    """A file that is being written, with the size and the digest of what was."""
+    """A file being written, with size and digest of what has been written."""
 
     def __init__(self, out: BinaryIO) -> None:
         self._out, self._digest = out, hashlib.sha256()
@@ -69,11 +71,11 @@ class Sink:
 
 
 class FileStore:
-    """Files by id: 32 hexadecimal digits that nobody can guess and that we choose, so no client names a path."""
+    """Files by id: 32 random hexadecimal digits, so that clients can neither guess ids nor choose paths."""
 
     def __init__(self, address: str) -> None:
-        """address: of a folder, local or of any file system that fsspec knows."""
-        # Another server may have written what this one has not listed.
+        """address: path or fsspec URL of a folder."""
+        # No listings cache: other servers may write to the folder.
         self._system, self._root = fsspec.core.url_to_fs(address, use_listings_cache=False)
         self._system.makedirs(self._root, exist_ok=True)
 
@@ -81,18 +83,18 @@ class FileStore:
         return secrets.token_hex(ID_DIGITS // 2)
 
     def writing(self, file_id: str) -> contextlib.AbstractContextManager[Sink]:
-        """Write a file's bytes; nothing is left where the block fails. ``keep`` makes it one."""
+        """Write a file's bytes; they are removed if the block fails. Then call ``keep``."""
         return self._writing(self._data(file_id))
 
     def keep(self, note: StoredFile, written: Sink) -> StoredFile:
-        """The bytes are there: from now on the file is. Returns its note."""
+        """Complete a file whose bytes are written. Returns its final note."""
         note = dataclasses.replace(note, size=written.size, sha256=written.sha256)
-        # The note last: without one there is no file.
+        # Written last: a file without a note does not exist.
         self._write_json(self._note(note.id), dataclasses.asdict(note))
         return note
 
     def find(self, file_id: str) -> StoredFile | None:
-        """The note of a file; None where there is none, or its time is over."""
+        """The note of a file; None if it does not exist or has expired."""
         values = self._read_json(self._note(file_id)) if is_id(file_id) else None
         note = None if values is None else StoredFile(**values)
         return None if note is None or (note.expires is not None and note.expires < time.time()) else note
@@ -101,12 +103,12 @@ class FileStore:
         return self._system.open(self._data(file_id), "rb")
 
     def address(self, file_id: str) -> str:
-        """What a trainer reads the file from: a path of this machine, or an address of the object store."""
+        """Where a trainer reads the file: a local path, or an address in the object store."""
         path = self._data(file_id)
         return path if "file" in self._protocols() else self._system.unstrip_protocol(path)
 
     def id_of(self, address: str) -> str | None:
-        """The id of the file that ``address`` gives this for; None for any other."""
+        """The id of the file with this ``address``; None for other addresses."""
         file_id = address.rpartition("/")[2].removesuffix(".data")
         return file_id if is_id(file_id) and address == self.address(file_id) else None
 
@@ -115,12 +117,10 @@ class FileStore:
             with contextlib.suppress(FileNotFoundError):
                 self._system.rm_file(path)
 
-    # Uploads in parts.
-
-    # An upload has the id of the file that it becomes: a client that repeats its end finds the file.
+    # Uploads in parts. An upload has the id of its file, so that a repeated request to complete it finds the file.
 
     def begin_parts(self, note: StoredFile) -> None:
-        """Begin an upload in parts that becomes the file of ``note``."""
+        """Begin an upload in parts of the file of ``note``."""
         self._system.makedirs(self._parts(note.id), exist_ok=True)
         self._write_json(f"{self._parts(note.id)}/note.json", dataclasses.asdict(note))
 
@@ -129,7 +129,7 @@ class FileStore:
         return None if values is None else StoredFile(**values)
 
     def parts_size(self, upload_id: str, without: int) -> int:
-        """Bytes of all parts but one."""
+        """Total bytes of all parts except one."""
         known = ("note.json", f"{without}")
         listed = self._list(self._parts(upload_id))
         return sum(item["size"] for item in listed if item["name"].rpartition("/")[2] not in known)
@@ -138,7 +138,7 @@ class FileStore:
         return self._writing(f"{self._parts(upload_id)}/{number:d}")
 
     def complete_parts(self, note: StoredFile, numbers: list[int]) -> StoredFile:
-        """Join the parts in this order. Raises FileNotFoundError for one that was not sent."""
+        """Join the parts in this order. Raises FileNotFoundError if one is missing."""
         with self.writing(note.id) as out:
             for number in numbers:
                 with self._system.open(f"{self._parts(note.id)}/{number:d}", "rb") as part:
@@ -149,15 +149,15 @@ class FileStore:
         return note
 
     def end_parts(self, upload_id: str) -> None:
-        """Forget an upload in parts."""
+        """Remove an upload in parts."""
         with contextlib.suppress(FileNotFoundError):
             self._system.rm(self._parts(upload_id), recursive=True)
 
     def sweep(self, in_use: Collection[str | None], keep_seconds: float | None = None) -> None:
-        """Remove what was begun and not finished a day ago, and files whose time is over and that no job needs.
+        """Remove uploads that are incomplete after a day, and expired files that no job needs.
 
-        in_use         ids of those that a job needs
-        keep_seconds   after which a file's time is over, whatever its note says; None: never
+        in_use         ids of files that a job needs
+        keep_seconds   age at which all files expire, whatever their notes say; None: never
         """
         now = time.time()
         old = now - UNFINISHED_SECONDS
@@ -166,22 +166,22 @@ class FileStore:
         for item in listed:
             name = item["name"].rpartition("/")[2]
             file_id, _, kind = name.partition(".")
-            made = next((item[key] for key in TIMES if item.get(key) is not None), None)
-            if made is None:
-                # A folder of an object store, which has none itself.
-                begun = self.find_parts(file_id)
-                made = begun.created if begun else now
-            made = made if isinstance(made, int | float) else made.timestamp()
-            is_over = keep_seconds is not None and made < now - keep_seconds
-            if kind == "parts" and made < old:
+            created = next((item[key] for key in TIMES if item.get(key) is not None), None)
+            if created is None:
+                # Folders of an object store have no time.
+                upload = self.find_parts(file_id)
+                created = upload.created if upload else now
+            created = created if isinstance(created, int | float) else created.timestamp()
+            is_expired = keep_seconds is not None and created < now - keep_seconds
+            if kind == "parts" and created < old:
                 self.end_parts(file_id)
-            elif kind == "json" and file_id not in in_use and (is_over or self.find(file_id) is None):
+            elif kind == "json" and file_id not in in_use and (is_expired or self.find(file_id) is None):
                 self.delete(file_id)
-            elif made < old and (kind.endswith(".tmp") or (kind == "data" and f"{file_id}.json" not in names)):
+            elif created < old and (kind.endswith(".tmp") or (kind == "data" and f"{file_id}.json" not in names)):
                 self._system.rm_file(item["name"])
 
     def _list(self, folder: str) -> list[dict[str, Any]]:
-        # An object store has no empty folder.
+        # Object stores have no empty folders.
         with contextlib.suppress(FileNotFoundError):
             return self._system.ls(folder, detail=True, refresh=True)
         return []
@@ -201,7 +201,7 @@ class FileStore:
 
     @contextlib.contextmanager
     def _writing(self, path: str) -> Iterator[Sink]:
-        # Under a name of its own: a client that sends the same again must not lose it to its first, broken try.
+        # A unique name, so that a repeated upload is not affected by its first, failed attempt.
         temporary = f"{path}.{secrets.token_hex(4)}.tmp"
         try:
             with self._system.open(temporary, "wb") as out:

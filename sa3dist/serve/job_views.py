@@ -1,4 +1,4 @@
-"""What people are shown of a job: its summary and details, and what its run has written since they last looked."""
+"""Views of a job for the web page: summary, details, and new log lines and metrics."""
 
 import statistics
 from pathlib import Path
@@ -15,9 +15,9 @@ from sa3dist.serve.tables import QUEUED, RUNNING
 from sa3dist.serve.wire import failure
 from sa3dist.training.row_files import METRICS_NAME, objects
 
-# One answer reads so much of a run's rows; the next one goes on behind it.
+# Most bytes of a run's rows in one answer; the next answer continues there.
 MOST_BYTES = 1 << 20
-# How many of the newest rows say how long a step takes.
+# Number of newest rows used to estimate the time of a step.
 RATE_ROWS = 20
 REPORT_NAME = "report.html"
 
@@ -27,16 +27,16 @@ class JobSummary(BaseModel):
 
     id: str
     app: str
-    name: str = Field(description="what its data is called")
+    name: str = Field(description="name of its data")
     model: str
-    key: str = Field(description="whose job it is: the name or id of the key")
+    key: str = Field(description="name or id of the key that submitted it")
     state: Literal["QUEUED", "RUNNING", "SUCCEEDED", "FAILED", "CANCELLED"]
-    stopping: bool = Field(description="runs, and was asked to end")
-    stage: str | None = Field(description="what the trainer is at: encode, train, ...")
+    stopping: bool = Field(description="running, and cancellation was requested")
+    stage: str | None = Field(description="stage of the trainer: encode, train, ...")
     step: int
     steps: int
-    queue_position: int | None = Field(description="how many jobs go first; null where it does not wait")
-    eta_seconds: float | None = Field(description="until the last step; null where that cannot be said")
+    queue_position: int | None = Field(description="number of jobs before it; null if it is not waiting")
+    eta_seconds: float | None = Field(description="time until the last step; null if unknown")
     attempts: int
     created: float
     started: float | None
@@ -46,19 +46,19 @@ class JobSummary(BaseModel):
 
 
 class JobDetails(JobSummary):
-    """A job with what was asked for and what came of it."""
+    """A job with its request and outcome."""
 
-    request: dict[str, Any] = Field(description="as it was sent, with stored files in the place of data: URIs")
-    problems: list[dict[str, Any]] = Field(description="what was refused, by field: loc and msg")
-    result: dict[str, Any] | None = Field(description="as the endpoint gives it: files with addresses that expire")
-    report_url: str | None = Field(description="the run's page, at an address that expires; null before the first save")
+    request: dict[str, Any] = Field(description="as sent, with addresses of stored files instead of data: URIs")
+    problems: list[dict[str, Any]] = Field(description="refused fields: loc and msg")
+    result: dict[str, Any] | None = Field(description="as in the endpoint's result: files with addresses that expire")
+    report_url: str | None = Field(description="address of the run's report, which expires; null before the first save")
 
 
 class Jobs(BaseModel):
-    """The newest jobs first."""
+    """A page of the list of jobs, newest first."""
 
     jobs: list[JobSummary]
-    before: int | None = Field(description="ask with this for the jobs before these; null where there are none")
+    before: int | None = Field(description="pass it to get older jobs; null if there are none")
 
 
 class LogLine(BaseModel):
@@ -67,12 +67,12 @@ class LogLine(BaseModel):
 
 
 class Progress(BaseModel):
-    """What has come since the places that were asked for; ask for the next with those told here."""
+    """New log lines and rows since the given offsets; pass the offsets here to get the next ones."""
 
     logs: list[LogLine]
     logs_at: int
     attempt: int
-    begins: bool = Field(description="these rows are the run's first: forget earlier ones")
+    begins: bool = Field(description="the rows start at the run's first: discard earlier ones")
     rows_at: int
     rows: list[tuple[int, float | None, float | None]] = Field(description="step, training loss, validation loss")
 
@@ -80,8 +80,8 @@ class Progress(BaseModel):
 def summary(service: Service, job: Job) -> dict[str, Any]:
     """The fields of JobSummary."""
     owner = service.keys.read().get(job.key, {}).get("name") or job.key
-    named = {name: getattr(job, name) for name in JobSummary.model_fields if hasattr(job, name)}
-    return named | {
+    values = {name: getattr(job, name) for name in JobSummary.model_fields if hasattr(job, name)}
+    return values | {
         "name": data_name(job),
         "model": str(job.request.get("model") or "medium-base")[:100],
         "key": owner,
@@ -99,33 +99,33 @@ def data_name(job: Job) -> str:
 
 
 def eta_seconds(job: Job) -> float | None:
-    """Until the last step, by the median pace of the newest rows."""
+    """Time until the last step, from the median step time of the newest rows."""
     if job.state != RUNNING or job.stage != "train":
         return None
     newest = objects(tail(job.attempt_folder / RUN_NAME / METRICS_NAME).splitlines()[-RATE_ROWS:])
-    paces = [row["step_seconds"] for row in newest if _number(row.get("step_seconds")) is not None]
-    return statistics.median(paces) * max(job.steps - job.step, 0) if paces else None
+    step_seconds = [row["step_seconds"] for row in newest if _number(row.get("step_seconds")) is not None]
+    return statistics.median(step_seconds) * max(job.steps - job.step, 0) if step_seconds else None
 
 
 def problems(job: Job) -> list[dict[str, Any]]:
-    """The fields that were refused."""
+    """The refused fields of a job's error."""
     detail = (job.error or {}).get("detail")
     return [{"loc": item["loc"], "msg": item["msg"]} for item in detail] if isinstance(detail, list) else []
 
 
 def report_file(job: Job) -> Path | None:
-    """The page of the job's run, once there is one."""
+    """The report of the job's run, if it exists yet."""
     page = job.attempt_folder / RUN_NAME / REPORT_NAME
     return page if page.is_file() else None
 
 
 def progress(job: Job, logs_at: int, attempt: int, rows_at: int) -> Progress:
-    """The log lines and rows behind these places of an attempt's; another attempt's rows come from the first."""
+    """Log lines and rows from these offsets on. If ``attempt`` is not the current one, rows start at the first."""
     reader = LogReader(logs_at)
     lines = reader.read(job)
     path = job.attempt_folder / RUN_NAME / METRICS_NAME
     size = path.stat().st_size if path.is_file() else 0
-    # A run that continues from a checkpoint may have taken back what it wrote behind that.
+    # The file may be shorter than rows_at: a run that resumes removes the rows after its checkpoint.
     begins = attempt != job.fence or not 0 < rows_at <= size
     rows, end = read_rows(path, 0 if begins else rows_at)
     return Progress(
@@ -143,7 +143,7 @@ def progress(job: Job, logs_at: int, attempt: int, rows_at: int) -> Progress:
 
 
 def read_rows(path: Path, at: int) -> tuple[list[dict[str, Any]], int]:
-    """The whole rows of a file from byte ``at`` on, ``MOST_BYTES`` of them at most, and where they end."""
+    """Complete rows of a file from byte ``at`` on, at most ``MOST_BYTES`` of them, and the offset of their end."""
     try:
         with path.open("rb") as file:
             file.seek(at)

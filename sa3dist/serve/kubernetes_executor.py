@@ -68,8 +68,8 @@ class Kubernetes:
 
     def exit_code(self) -> int | None:
         def is_there() -> bool:
-            job_set = self._find()
-            return job_set is not None and not _is_over(job_set)
+            existing = self._find()
+            return existing is not None and not _is_over(existing)
 
         return self._run.exit_code(is_there, self._asked_to_stop, lambda: -signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""The page for people at `/`, and the routes under `/api` that it reads. What it does, it does on the wire's routes."""
+"""The web page at `/`, and the routes under `/api` that it reads. It submits and cancels through the queue's routes."""
 
 import asyncio
 import time
@@ -36,7 +36,7 @@ FILES = {
 }
 NOTHING_ELSE = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 PAGE_POLICY = f"{NOTHING_ELSE}; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'"
-# A run's page has its script and styles inside. It is kept apart from the keys of the page that leads to it.
+# A run's report has inline scripts and styles. The sandbox keeps it from the page's keys.
 REPORT_POLICY = (
     f"sandbox allow-scripts allow-downloads; {NOTHING_ELSE}; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src 'self' data:; media-src 'self' data:"
@@ -45,12 +45,12 @@ HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff", "Re
 PAGE_HEADERS = {**HEADERS, "Content-Security-Policy": PAGE_POLICY}
 REPORT_HEADERS = {**HEADERS, "Content-Security-Policy": REPORT_POLICY}
 REPORT_SECONDS = 3600
-# Larger numbers are no rows or bytes of ours, and databases refuse them.
+# Databases refuse larger numbers.
 Offset = Annotated[int, Query(ge=0, le=1 << 53)]
 
 
 class About(BaseModel):
-    """What a page needs to know before anything else."""
+    """What the page needs first."""
 
     version: str
     needs_key: bool
@@ -76,7 +76,7 @@ async def asset(name: str) -> Response:
 
 @api.get("/about")
 async def about(request: Request) -> About:
-    """Whether a key is needed, whose the given one is, and what a request may hold. Answered without a key, too."""
+    """Whether a key is needed, whose the given key is, and the fields of a request. Needs no key."""
     service = service_of(request)
     try:
         caller = service.caller(request)
@@ -101,21 +101,21 @@ async def list_jobs(
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
     before: Annotated[int | None, Query(ge=0, le=1 << 53)] = None,
 ) -> Jobs:
-    """The caller's jobs, an admin's everybody's."""
+    """The caller's jobs; all jobs for an admin."""
     service = service_of(request)
     caller = service.caller(request)
     return await asyncio.to_thread(_listed, service, None if caller.is_admin else caller.id, limit, before)
 
 
 def _listed(service: Service, key: str | None, limit: int, before: int | None) -> Jobs:
-    found = service.store.list(key, limit + 1, before)
-    more = found[limit - 1].number if len(found) > limit else None
-    return Jobs(jobs=[summary(service, job) for job in found[:limit]], before=more)
+    jobs = service.store.list(key, limit + 1, before)
+    more = jobs[limit - 1].number if len(jobs) > limit else None
+    return Jobs(jobs=[summary(service, job) for job in jobs[:limit]], before=more)
 
 
 @api.get("/jobs/{job_id}")
 async def get_job(request: Request, job_id: str) -> JobDetails:
-    """One job with its request, and what came of it."""
+    """One job with its request and outcome."""
     service = service_of(request)
     job = await service.job(job_id, service.caller(request))
     return await asyncio.to_thread(_details, service, job, base_of(request))
@@ -140,7 +140,7 @@ def _details(service: Service, job: Job, base: str) -> JobDetails:
 async def get_progress(
     request: Request, job_id: str, logs_at: Offset = 0, attempt: Offset = 0, rows_at: Offset = 0
 ) -> Progress:
-    """Log lines and losses that have come since the last call; begin with zeros."""
+    """Log lines and losses since the last call; start with zeros."""
     service = service_of(request)
     job = await service.job(job_id, service.caller(request))
     return await asyncio.to_thread(progress, job, logs_at, attempt, rows_at)
@@ -148,12 +148,12 @@ async def get_progress(
 
 @api.get("/jobs/{job_id}/report/{signed}/report.html")
 async def get_report(request: Request, job_id: str, signed: str) -> HTMLResponse:
-    """The run's page, at an address that was given out with the job."""
+    """The run's report, at the signed address from the job's details."""
     service, job = await _signed_job(request, job_id, signed)
-    found = report_file(job)
-    if found is None:
+    report = report_file(job)
+    if report is None:
         raise _missing()
-    text = await asyncio.to_thread(found.read_text, encoding="utf-8", errors="replace")
+    text = await asyncio.to_thread(report.read_text, encoding="utf-8", errors="replace")
     names = public_names(job, shared_work_dir(service.options.data_dir), service.options.models)
     return HTMLResponse(await asyncio.to_thread(public, text, names), headers=REPORT_HEADERS)
 
@@ -167,15 +167,15 @@ async def get_preview(
     number: Annotated[int, Path(ge=0, le=10**6)],
     kind: Literal["flac", "png"],
 ) -> FileResponse:
-    """A clip that lies beside the run's page, or its picture."""
+    """A preview that the run's report links to: its audio or its spectrogram."""
     _, job = await _signed_job(request, job_id, signed)
-    # Of numbers alone: nothing that a client writes is part of a path.
+    # The path is made from numbers only, not from text sent by a client.
     path = job.attempt_folder / RUN_NAME / "previews" / f"step-{step:08d}" / f"{number}.{kind}"
     if not path.is_file():
         raise _missing()
     if kind == "png":
         return FileResponse(path, headers=REPORT_HEADERS, media_type="image/png")
-    # The report's origin is no server's, so that its own word "download" counts for nothing.
+    # As an attachment: browsers ignore the link's "download" attribute, because the sandboxed report has no origin.
     return FileResponse(path, headers=REPORT_HEADERS, media_type="audio/flac", filename=path.name)
 
 

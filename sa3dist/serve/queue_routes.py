@@ -27,7 +27,7 @@ from sa3dist.serve.tables import QUEUED
 routes = APIRouter()
 NORMAL_PRIORITY, LOW_PRIORITY = 10, 100
 KEEP_ALIVE_SECONDS = 15.0
-# For which the hosted endpoint keeps a result where it stores no payloads.
+# How long the hosted endpoint keeps a result if it does not store payloads.
 UNSTORED_SECONDS = 3600.0
 BODY = {
     "requestBody": {"required": True, "content": {"application/json": {"schema": EndpointFields.model_json_schema()}}}
@@ -35,7 +35,7 @@ BODY = {
 
 
 def app_of(service: Service, owner: str, name: str) -> str:
-    """The application that an address names. Raises WireError."""
+    """The application in an address. Raises WireError if this server does not have it."""
     app = f"{owner}/{name}"
     if app not in service.options.apps:
         raise WireError(404, f"Application {app[:200]!r} not found; this server has {', '.join(service.options.apps)}")
@@ -43,24 +43,24 @@ def app_of(service: Service, owner: str, name: str) -> str:
 
 
 async def submit_job(request: Request, owner: str, name: str) -> Job:
-    """Accept the request's training, or find the one that it repeats."""
+    """Submit a job for the request, or return the job of an equal recent request."""
     service = service_of(request)
     caller, app = service.caller(request), app_of(service, owner, name)
     service.check_space()
     webhook = await _webhook(service, request.query_params.get("fal_webhook"))
-    asked = _wishes(request)
+    options = _queue_options(request)
     async with service.large_bodies if is_large(request) else contextlib.nullcontext():
         body = await read_bounded(service, request, service.options.max_body_bytes)
         accepted = await accept(service, caller, body, base_of(request))
-    once = request.headers.get("idempotency-key") or accepted.digest
-    words = {"app": app, "key": caller.id, "settings": accepted.settings, "webhook": webhook, **asked}
-    dedup = hashlib.sha256(json.dumps([caller.id, app, once, webhook]).encode()).hexdigest()
+    idempotency_key = request.headers.get("idempotency-key") or accepted.digest
+    options |= {"app": app, "key": caller.id, "settings": accepted.settings, "webhook": webhook}
+    dedup = hashlib.sha256(json.dumps([caller.id, app, idempotency_key, webhook]).encode()).hexdigest()
     while True:
         try:
-            job = await asyncio.to_thread(service.store.submit, accepted.request, dedup=dedup, **words)
+            job = await asyncio.to_thread(service.store.submit, accepted.request, dedup=dedup, **options)
         except QueueFull as full:
             raise WireError(429, str(full), headers={"X-Fal-Needs-Retry": "1"}) from full
-        # A later wish for the same is no replay: it gets a job of its own.
+        # An equal request after replay_seconds is not a repetition: it gets a new job.
         if time.time() - job.created < service.options.replay_seconds:
             break
         dedup = hashlib.sha256(f"{dedup} {job.id}".encode()).hexdigest()
@@ -68,11 +68,11 @@ async def submit_job(request: Request, owner: str, name: str) -> Job:
     return job
 
 
-def _wishes(request: Request) -> dict[str, Any]:
-    """What headers and query say about the queue. Raises WireError."""
+def _queue_options(request: Request) -> dict[str, Any]:
+    """Arguments of ``JobStore.submit`` from headers and query. Raises WireError."""
     headers, query = request.headers, request.query_params
     low = headers.get("x-fal-queue-priority", "normal").lower() == "low"
-    wishes: dict[str, Any] = {"priority": LOW_PRIORITY if low else NORMAL_PRIORITY, "retries": _retries(request)}
+    options: dict[str, Any] = {"priority": LOW_PRIORITY if low else NORMAL_PRIORITY, "retries": _retries(request)}
     timeout = headers.get("x-fal-request-start-timeout") or headers.get("x-fal-request-timeout")
     for key, text, place in (
         ("start_timeout", timeout, ["header", "x-fal-request-timeout"]),
@@ -86,30 +86,30 @@ def _wishes(request: Request) -> dict[str, Any]:
             value = -1
         if not 0 <= value < 1e9:
             raise WireError(422, [refusal(place, f"{text[:100]!r} is no number, 0 or more")])
-        wishes[key] = value
-    kept = lifetime(headers)
+        options[key] = value
+    keep_seconds = lifetime(headers)
     if headers.get("x-fal-store-io") == "0":
-        kept = min(UNSTORED_SECONDS, kept or UNSTORED_SECONDS)
-    wishes["keep_seconds"] = kept
+        keep_seconds = min(UNSTORED_SECONDS, keep_seconds or UNSTORED_SECONDS)
+    options["keep_seconds"] = keep_seconds
     if (most := request.app.state.service.options.max_queue) is not None:
-        wishes["max_queue"] = min(most, wishes.get("max_queue", most))
-    return wishes
+        options["max_queue"] = min(most, options.get("max_queue", most))
+    return options
 
 
 def _retries(request: Request) -> int:
-    """Failed attempts that are followed by another: the least number of those that were named for kinds of failure."""
+    """Number of retries: the smallest of those given for different kinds of failure."""
     if request.headers.get("x-fal-no-retry", "").lower() in ("1", "true", "yes"):
         return 0
     text = request.headers.get("x-fal-retry-config", "{}")
     try:
-        named = [int(kind["retries"]) for kind in json.loads(text).values()]
-        if not all(0 <= number <= 1000 for number in named):
+        numbers = [int(kind["retries"]) for kind in json.loads(text).values()]
+        if not all(0 <= number <= 1000 for number in numbers):
             raise ValueError("out of range")
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         expected = '{"server_error": {"retries": 3}}, 0..1000'
         place = ["header", "x-fal-retry-config"]
         raise WireError(422, [refusal(place, f"{text[:100]!r} is no budget; expected {expected}")]) from error
-    return min(named, default=RETRIES)
+    return min(numbers, default=RETRIES)
 
 
 async def _webhook(service: Service, address: str | None) -> str | None:
@@ -138,7 +138,7 @@ def _answer(body: Any, code: int, job: Job) -> Response:
 
 @routes.get("/{owner}/{name}/requests/{job_id}/status", tags=["queue"])
 async def get_status(request: Request, owner: str, name: str, job_id: str, logs: str = "0") -> Response:
-    """How far a request is; with logs=1 what the trainer has said so far."""
+    """The status of a request; with logs=1 including the trainer's output so far."""
     service, base = service_of(request), base_of(request)
     job = await service.job(job_id, service.caller(request))
     if logs.lower() not in ("1", "true", "yes"):
@@ -153,7 +153,7 @@ async def get_status(request: Request, owner: str, name: str, job_id: str, logs:
 
 @routes.get("/{owner}/{name}/requests/{job_id}/status/stream", tags=["queue"])
 async def stream_status(request: Request, owner: str, name: str, job_id: str, logs: str = "0") -> Response:
-    """The same as server-sent events, each time something changes, up to the end of the request."""
+    """The status as server-sent events, one for each change, until the request ends."""
     service, base = service_of(request), base_of(request)
     caller = service.caller(request)
     await service.job(job_id, caller)
@@ -163,26 +163,26 @@ async def stream_status(request: Request, owner: str, name: str, job_id: str, lo
 
 
 async def _events(service: Service, caller: Caller, job_id: str, base: str, logs: bool) -> AsyncIterator[str]:
-    reader, told = LogReader(), None
+    reader, last = LogReader(), None
     with service.waiters.slot():
         while not service.stopping.is_set():
-            turned = asyncio.ensure_future(service.snapshot.next_refresh())
+            refreshed = asyncio.ensure_future(service.snapshot.next_refresh())
             try:
                 job = await service.job(job_id, caller)
             except WireError:
-                # Deleted meanwhile: the answer has begun, so it can only end.
-                turned.cancel()
+                # The job was deleted meanwhile. The answer has begun, so it can only end.
+                refreshed.cancel()
                 return
             lines = await asyncio.to_thread(reader.read, job) if logs and job.state != QUEUED else []
             body = wire.status(job, base, service.snapshot.position(job), lines)
-            if lines or {**body, "logs": []} != told:
-                told = {**body, "logs": []}
+            if lines or {**body, "logs": []} != last:
+                last = {**body, "logs": []}
                 yield f"data: {json.dumps(body)}\n\n"
             if job.is_finished:
-                turned.cancel()
+                refreshed.cancel()
                 return
             try:
-                await asyncio.wait_for(turned, KEEP_ALIVE_SECONDS)
+                await asyncio.wait_for(refreshed, KEEP_ALIVE_SECONDS)
             except (TimeoutError, asyncio.TimeoutError):
                 yield ": keep-alive\n\n"
 
@@ -190,7 +190,7 @@ async def _events(service: Service, caller: Caller, job_id: str, base: str, logs
 @routes.get("/{owner}/{name}/requests/{job_id}", tags=["queue"])
 @routes.get("/{owner}/{name}/requests/{job_id}/response", tags=["queue"])
 async def get_result(request: Request, owner: str, name: str, job_id: str) -> Response:
-    """The result of a request that is done, or why there is none."""
+    """The result of a finished request, or its error."""
     service = service_of(request)
     job = await service.job(job_id, service.caller(request))
     code, body = wire.answer_of(service, job, base_of(request))
@@ -199,7 +199,7 @@ async def get_result(request: Request, owner: str, name: str, job_id: str) -> Re
 
 @routes.put("/{owner}/{name}/requests/{job_id}/cancel", tags=["queue"])
 async def cancel(request: Request, owner: str, name: str, job_id: str) -> Response:
-    """End a request: at once while it waits, after saving while it runs."""
+    """Cancel a request: at once if it is waiting, after saving if it is running."""
     service = service_of(request)
     known = await service.job(job_id, service.caller(request))
     if known.is_finished:
@@ -238,7 +238,7 @@ run_routes = APIRouter(prefix="/run")
 
 @run_routes.post("/{owner}/{name}/stream", tags=["run"], openapi_extra=BODY)
 async def run_stream(request: Request, owner: str, name: str) -> Response:
-    """Train, with an event for every change; the last one is the result."""
+    """Train, sending an event for every change; the last event is the result."""
     service, base = service_of(request), base_of(request)
     service.waiters.check()
     job = await submit_job(request, owner, name)
@@ -257,7 +257,7 @@ async def run_stream(request: Request, owner: str, name: str) -> Response:
 @run_routes.post("/{owner}/{name}", tags=["run"], openapi_extra=BODY)
 @run_routes.post("/{owner}/{name}/{sub:path}", tags=["run"], openapi_extra=BODY, include_in_schema=False)
 async def run(request: Request, owner: str, name: str, sub: str = "") -> Response:
-    """Train and answer with the result. A connection that drops ends nothing; the same request finds the job again."""
+    """Train and answer with the result. If the connection drops, the job continues; repeat the request to find it."""
     service, base = service_of(request), base_of(request)
     service.waiters.check()
     job = await submit_job(request, owner, name)

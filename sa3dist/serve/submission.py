@@ -1,4 +1,4 @@
-"""What a submit asks for: the endpoint's fields checked as the trainer checks them, and the data it may read."""
+"""Check a submitted request: the endpoint's fields as the trainer checks them, and the data it may read."""
 
 import asyncio
 import base64
@@ -30,24 +30,24 @@ ADDRESSES = "an http(s) address, a data: URI, or a file uploaded here"
 RESOLVE_SECONDS = 5.0
 MAX_FIELDS_BYTES = 256 << 10
 MOST_VALUES = 100_000
-# Of unknown fields so many are told, each with what it may have meant.
+# Most unknown fields that are reported, each with a suggestion.
 MOST_UNKNOWN = 20
-# Stands for an address that is refused already, while the other fields are checked.
+# Replaces an address that is refused already, while the other fields are checked.
 _ACCEPTABLE = "https://example.com/clips.zip"
 
 
 def lifetime(headers: Mapping[str, str]) -> float | None:
-    """Seconds for which a client wants a file or a job's results kept, by either client's header; None: not said."""
-    wish, seconds = headers.get("x-fal-object-lifecycle-preference") or headers.get("x-fal-object-lifecycle"), None
+    """How long a client wants a file or a job's results kept, in seconds, from either client's header; None: unset."""
+    header, seconds = headers.get("x-fal-object-lifecycle-preference") or headers.get("x-fal-object-lifecycle"), None
     with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
-        seconds = json.loads(wish or "{}").get("expiration_duration_seconds")
+        seconds = json.loads(header or "{}").get("expiration_duration_seconds")
     return seconds if isinstance(seconds, int | float) and 0 < seconds < 1e10 else None
 
 
 def read_body(body: bytes) -> dict[str, Any]:
-    """The JSON object of a request. Raises WireError for what is none, or cannot be stored."""
+    """The JSON object of a request. Raises WireError for anything else, and for JSON that cannot be stored."""
     if sum(map(body.count, (b",", b"[", b"{"))) > MOST_VALUES:
-        # A value of two bytes takes up sixty of memory.
+        # A value of two bytes takes sixty in memory.
         raise WireError(422, [refusal(["body"], f"more than {MOST_VALUES} values", "too_long")])
     try:
         value = json.loads(body, parse_constant=_refuse_constant, object_pairs_hook=each_once)
@@ -67,18 +67,18 @@ def _refuse_constant(word: str) -> None:
 
 
 def refused_fields(request: dict[str, Any], models: dict[str, str]) -> list[dict[str, Any]]:
-    """What is wrong with a request's fields, one entry each, in the trainer's own words."""
+    """Problems of a request's fields, one entry each, with the trainer's own messages."""
     known = {name: value for name, value in request.items() if name in EndpointFields.model_fields}
     unknown = [name for name in request if name not in known]
-    found = [_unknown(name) for name in unknown[:MOST_UNKNOWN]]
+    problems = [_unknown(name) for name in unknown[:MOST_UNKNOWN]]
     if "model" in known and known["model"] not in (names := [*models, *(n for n in RELEASED if n not in models)]):
-        found.append(refusal(["body", "model"], f"expected one of {', '.join(names)}", "literal_error"))
+        problems.append(refusal(["body", "model"], f"expected one of {', '.join(names)}", "literal_error"))
         known.pop("model")
     try:
         Settings(**known)
     except ValidationError as error:
-        found += [_refused(problem) for problem in error.errors(include_url=True)]
-    return found
+        problems += [_refused(problem) for problem in error.errors(include_url=True)]
+    return problems
 
 
 def _unknown(name: str) -> dict[str, Any]:
@@ -95,7 +95,12 @@ def _refused(problem: dict[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Submission:
-    """A request that is accepted: as it is kept, and what the trainer is given in the place of some of its fields."""
+    """An accepted request.
+
+    request    as stored: data: URIs are replaced by addresses of stored files
+    settings   of the trainer; they override fields of ``request``
+    digest     of the request as sent
+    """
 
     request: dict[str, Any]
     settings: dict[str, Any]
@@ -103,59 +108,62 @@ class Submission:
 
 
 async def accept(service: Service, caller: Caller, body: bytes, base: str) -> Submission:
-    """Check a request's body and store the data it brings. Raises WireError with everything that is wrong."""
+    """Check a request's body and store the data it contains. Raises WireError with all problems."""
     request = await asyncio.to_thread(read_body, body)
     digest = await asyncio.to_thread(_digest, request)
-    kept, settings, problems = dict(request), {}, []
+    stored, settings, problems = dict(request), {}, []
     inline: list[str] = []
     for field in DATA_FIELDS:
         value = request.get(field)
         if value is None or value == "":
             continue
         if not isinstance(value, str):
-            # The trainer would take a number for the name of a file.
+            # The trainer would take a number for a file name.
             problems.append(refusal(["body", field], f"expected {ADDRESSES}", "string_type"))
-            kept[field] = _ACCEPTABLE
+            stored[field] = _ACCEPTABLE
             continue
         if value[:5].lower() == "data:":
             inline.append(field)
-            kept[field] = _ACCEPTABLE
+            stored[field] = _ACCEPTABLE
             continue
         try:
-            if (place := await _place_of(service, caller, value, base)) is not None:
-                settings[field] = place
+            if (path := await _path_of(service, caller, value, base)) is not None:
+                settings[field] = path
         except ValueError as error:
             problems.append(refusal(["body", field], str(error)))
-            kept[field] = _ACCEPTABLE
-    if len(json.dumps(kept)) > MAX_FIELDS_BYTES:
-        # Every server keeps it in memory while the job waits and runs.
+            stored[field] = _ACCEPTABLE
+    if len(json.dumps(stored)) > MAX_FIELDS_BYTES:
+        # Every server keeps it in memory until the job has ended.
         raise WireError(422, [refusal(["body"], f"more than {MAX_FIELDS_BYTES} bytes beside data: URIs", "too_long")])
-    problems = refused_fields(kept, service.options.models) + problems
+    problems = refused_fields(stored, service.options.models) + problems
     if problems:
         raise WireError(422, problems)
     for field in inline:
         note = await asyncio.to_thread(_store_inline, service, caller, field, request[field])
-        kept[field] = f"{base}/files/{note.id}/{note.name}"
+        stored[field] = f"{base}/files/{note.id}/{note.name}"
         settings[field] = service.files.address(note.id)
-    settings["work_dir"] = str(service.store.work_folder(caller.id, _same_data(service, kept, settings)))
+    settings["work_dir"] = str(service.store.work_folder(caller.id, _data_id(service, stored, settings)))
     if not service.options.allow_private_data:
         settings["public_addresses_only"] = True
-    return Submission(kept, settings, digest)
+    return Submission(stored, settings, digest)
 
 
 def _digest(request: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
-def _same_data(service: Service, request: dict[str, Any], settings: dict[str, Any]) -> str:
-    """What is equal for requests on the same data: the digest of an upload, else the address."""
-    place = settings.get("audio_data_url", request["audio_data_url"])
-    note = service.files.find(service.files.id_of(place) or "")
-    return (note and note.sha256) or place
+def _data_id(service: Service, request: dict[str, Any], settings: dict[str, Any]) -> str:
+    """Identifies the data of a request: the digest of an upload, else the address."""
+    address = settings.get("audio_data_url", request["audio_data_url"])
+    note = service.files.find(service.files.id_of(address) or "")
+    return (note and note.sha256) or address
 
 
-async def _place_of(service: Service, caller: Caller, address: str, base: str) -> str | None:
-    """Where a file of our own lies; None for an address that the trainer fetches. Raises ValueError."""
+async def _path_of(service: Service, caller: Caller, address: str, base: str) -> str | None:
+    """The path or URL of a file stored by this server; None for an address that the trainer fetches.
+
+    Raises ValueError if the address is invalid, internal, or a file of this server that the caller may not use.
+    """
     try:
         parts = urlsplit(address)
         host, port = parts.hostname, parts.port
@@ -163,8 +171,8 @@ async def _place_of(service: Service, caller: Caller, address: str, base: str) -
         raise ValueError(f"no valid address ({error})") from error
     if parts.scheme.lower() not in ("http", "https") or not host:
         raise ValueError(f"expected {ADDRESSES}")
-    if (own := await asyncio.to_thread(service.trainer_path, caller, parts.path, parts.query)) is not None:
-        return own
+    if (path := await asyncio.to_thread(service.trainer_path, caller, parts.path, parts.query)) is not None:
+        return path
     if f"{parts.scheme}://{parts.netloc}" in (base, service.options.public_url):
         raise ValueError("no such file here, or not yours")
     if not service.options.allow_private_data:
@@ -173,12 +181,12 @@ async def _place_of(service: Service, caller: Caller, address: str, base: str) -
 
 
 async def refuse_inward(service: Service, host: str, port: int) -> None:
-    """Raises ValueError for a host that points inward. The address is checked again where it is connected to."""
+    """Raises ValueError for a host with an internal address. Connections check the address again."""
     try:
         looked_up = asyncio.get_running_loop().run_in_executor(service.resolvers, inward_address, host, port)
         inward = await asyncio.wait_for(looked_up, RESOLVE_SECONDS)
     except (TimeoutError, asyncio.TimeoutError, UnicodeError, socket.gaierror):
-        # Not known now, or not known at all: whoever fetches it will say.
+        # The name cannot be resolved, at least now. Whatever fetches it later will report that.
         return
     if inward is not None:
         raise ValueError(f"{inward}: points to this machine or its network; give an address of the open internet")

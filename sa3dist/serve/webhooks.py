@@ -1,4 +1,4 @@
-"""Webhooks: signed, sent to addresses of the open internet alone, tried again until they arrive."""
+"""Send webhooks: signed, to public addresses only, retried until delivered."""
 
 import asyncio
 import base64
@@ -32,7 +32,7 @@ def public_keys(signer: Signer) -> dict:
 
 
 def signed_headers(signer: Signer, request_id: str, user_id: str, body: bytes) -> dict[str, str]:
-    """Ed25519 over request id, user id, time and the body's SHA-256, a line each."""
+    """Headers with an Ed25519 signature of request id, user id, time and the body's SHA-256, one per line."""
     when = str(int(time.time()))
     text = "\n".join([request_id, user_id, when, hashlib.sha256(body).hexdigest()])
     return {
@@ -45,16 +45,16 @@ def signed_headers(signer: Signer, request_id: str, user_id: str, body: bytes) -
 
 
 class Webhooks:
-    """Delivers what is in the outbox of a server's database."""
+    """Delivers the webhooks in the outbox of a server's database."""
 
     def __init__(self, service: Service) -> None:
         self._service, self._outbox = service, Outbox(service.store.database)
 
     async def deliver_all(self) -> None:
         """Deliver for ever."""
-        words = {} if self._service.options.allow_private_webhooks else {"socket_factory": public_socket}
+        options = {} if self._service.options.allow_private_webhooks else {"socket_factory": public_socket}
         timeout = aiohttp.ClientTimeout(total=TRY_SECONDS)
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(**words), timeout=timeout) as session:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(**options), timeout=timeout) as session:
             while True:
                 try:
                     due = await asyncio.to_thread(self._outbox.due, 4 * TRY_SECONDS)
@@ -72,7 +72,7 @@ class Webhooks:
         body = wire.webhook_body(self._service, job)
         headers = signed_headers(self._service.signer, job.id, job.key, body)
         try:
-            # A redirect would lead elsewhere than the address that was given.
+            # No redirects: they could lead to another address than the client's.
             async with session.post(delivery.url, data=body, headers=headers, allow_redirects=False) as answer:
                 problem = None if 200 <= answer.status < 300 else f"status {answer.status}"
         except (aiohttp.ClientError, SA3DistError, OSError, ValueError, asyncio.TimeoutError) as failure:

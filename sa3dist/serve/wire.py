@@ -1,4 +1,4 @@
-"""The bodies of the hosted endpoint's queue: submit, status, result and error, as its clients read them."""
+"""Response bodies in the hosted endpoint's format: submit, status, result and error."""
 
 import json
 from typing import Any
@@ -11,7 +11,7 @@ REQUEST_ID = "x-fal-request-id"
 
 
 def addresses(job: Job, base: str) -> dict[str, str]:
-    """Where a client goes on. base: the server, as this client reaches it."""
+    """A job's addresses for its client. base: the server's URL as this client reaches it."""
     response = f"{base}/{job.app}/requests/{job.id}"
     return {
         "request_id": job.id,
@@ -32,7 +32,7 @@ def submitted(job: Job, base: str, position: int) -> dict[str, Any]:
 
 
 def status(job: Job, base: str, position: int, logs: list[dict[str, Any]] | None) -> dict[str, Any]:
-    """The answer to a status request. logs: None where they were not asked for."""
+    """The answer to a status request. logs: None if not requested."""
     known = addresses(job, base)
     if job.state == QUEUED:
         return {"status": "IN_QUEUE", **known, "queue_position": position}
@@ -40,29 +40,29 @@ def status(job: Job, base: str, position: int, logs: list[dict[str, Any]] | None
         progress = {"stage": job.stage, "step": job.step, "steps": job.steps}
         return {"status": "IN_PROGRESS", **known, "logs": logs or [], "progress": progress}
     began = job.started or job.finished
-    done = {"status": "COMPLETED", **known, "logs": logs or [], "metrics": {"inference_time": job.finished - began}}
+    answer = {"status": "COMPLETED", **known, "logs": logs or [], "metrics": {"inference_time": job.finished - began}}
     if job.state != SUCCEEDED:
         _, body = failure(job)
-        done |= {"error": body["message"], "error_type": body.get("error_type", "model_error")}
-    return done
+        answer |= {"error": body["message"], "error_type": body.get("error_type", "model_error")}
+    return answer
 
 
 def failure(job: Job) -> tuple[int, dict[str, Any]]:
-    """Status and body of a job that did not succeed."""
+    """HTTP status and body for a job that did not succeed."""
     if job.state == CANCELLED:
         text = "Request was cancelled by the client"
         return 499, {"detail": text, "error_type": "client_cancelled", "message": text}
-    error = job.error or {"detail": "the run ended without saying why", "error_type": "internal_error"}
+    error = job.error or {"detail": "the run ended for an unknown reason", "error_type": "internal_error"}
     code = ERROR_STATUS.get(error.get("error_type"), 422 if isinstance(error["detail"], list) else 500)
     return code, {**error, "message": message_of(error["detail"])}
 
 
 def output(service: Service, job: Job, base: str) -> dict[str, Any]:
-    """The result of a job that succeeded, with addresses that can be fetched without a key for some time."""
-    return {name: _linked(service, job, base, value) for name, value in job.result.items()}
+    """The result of a successful job. Its addresses need no key until they expire."""
+    return {name: _with_link(service, job, base, value) for name, value in job.result.items()}
 
 
-def _linked(service: Service, job: Job, base: str, value: Any) -> Any:
+def _with_link(service: Service, job: Job, base: str, value: Any) -> Any:
     if not isinstance(value, dict) or "path" not in value:
         return value
     shown = {key: item for key, item in value.items() if key != "path"}
@@ -70,14 +70,14 @@ def _linked(service: Service, job: Job, base: str, value: Any) -> Any:
 
 
 def answer_of(service: Service, job: Job, base: str) -> tuple[int, dict[str, Any]]:
-    """Status and body of a result request. Raises WireError while there is none."""
+    """HTTP status and body for a result request. Raises WireError while the job is unfinished."""
     if not job.is_finished:
         raise WireError(400, "Request is still in progress", "bad_request", {REQUEST_ID: job.id})
     return (200, output(service, job, base)) if job.state == SUCCEEDED else failure(job)
 
 
 def webhook_body(service: Service, job: Job) -> bytes:
-    """What a webhook is sent."""
+    """The body of a job's webhook."""
     code, payload = answer_of(service, job, service.options.public_url)
     body = {"request_id": job.id, "gateway_request_id": job.id, "status": "OK", "payload": payload}
     if code != 200:
