@@ -1,4 +1,4 @@
-"""The page of a run, rewritten at every save by another process that the training never waits for."""
+"""Write a run's report at every save, in another process, so that training does not wait."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Seconds until the last page must be there, after the last step and after an interruption. A page not written by then
-# is given up, or left to its process.
-LAST_PAGE_SECONDS = 20.0
-EARLY_PAGE_SECONDS = 3.0
-# The last page gets at least this long.
+# How long to wait for the last report after the last step. Then its process is ended.
+CLOSE_SECONDS = 20.0
+# The same for an interrupted run. Then the process is left to finish alone.
+EARLY_CLOSE_SECONDS = 3.0
+# Minimum of both waits.
 LEAST_SECONDS = 1.0
 POLL_SECONDS = 0.02
 
 
 def of_run(settings: Settings, group: Group, first_step: int) -> Observer | None:
-    """The writer of the run's page; None if the settings ask for none. first_step: where this start continues."""
+    """The run's report writer; None if its settings disable it. first_step: the step at which this start continues."""
     return ReportWriter(settings, group, first_step) if settings.report else None
 
 
 class ReportWriter(Observer):
-    """On rank 0, after a save: starts ``sa3dist.report.process``, unless one is still running.
+    """Starts ``sa3dist.report.process`` after each save, on rank 0, unless one is still running.
 
-    The last page is begun once the run has reported how it ended, and is waited for.
+    The last report is started once the run's final status is written; the run waits for it.
     """
 
     name = "report"
@@ -44,8 +44,8 @@ class ReportWriter(Observer):
     def __init__(self, settings: Settings, group: Group, first_step: int) -> None:
         self._settings, self._group, self._first_step = settings, group, first_step
         self._process: subprocess.Popen[str] | None = None
-        # A save happened while the page of an earlier one was being written: another page is due.
-        self._waiting = self._said = False
+        # Whether a save is not yet in any report, because the previous report was still being written.
+        self._pending = self._warned = False
         self._early, self._until = True, 0.0
         self._stop: StopRequest | None = None
 
@@ -57,20 +57,20 @@ class ReportWriter(Observer):
 
     def after_save(self, step: int, last: bool) -> None:
         if self._group.is_main and not last:
-            self._waiting = True
+            self._pending = True
             self._start()
 
     def finish(self, early: bool) -> None:
         self._early = early
         self._until = time.monotonic() + (EARLY_PAGE_SECONDS if early else LAST_PAGE_SECONDS)
 
-    def on_exit(self) -> None:
-        """Write the last page, which says how the run ended."""
+    def leave(self) -> None:
+        """Write the last report, which says how the run ended."""
         if not self._group.is_main:
             return
-        # Otherwise an earlier page could replace the last one.
-        self._give_up()
-        self._waiting = True
+        # A report in progress could overwrite this one.
+        self._end_process()
+        self._pending = True
         self._start()
         begin = time.monotonic()
         until = max(begin + LEAST_SECONDS, self._until)
@@ -78,14 +78,14 @@ class ReportWriter(Observer):
             if time.monotonic() > until or (not self._early and self._stop is not None and self._stop.requested()):
                 break
             time.sleep(POLL_SECONDS)
-        # Call once more, to log why it failed.
+        # Logs why it failed, if it did.
         self._start()
         if self._process is not None and not self._early:
-            self._give_up()
-            self._say(f"it was not written within {time.monotonic() - begin:.1f} s")
+            self._end_process()
+            self._warn(f"it was not written within {time.monotonic() - begin:.1f} s")
 
-    def _give_up(self) -> None:
-        """End the process of a page that is being written."""
+    def _end_process(self) -> None:
+        """End a running report process."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
             try:
@@ -96,18 +96,18 @@ class ReportWriter(Observer):
             self._process = None
 
     def _start(self) -> None:
-        """Begin a page if one is due and none is being written; log why the last one failed."""
+        """Start a report process if one is pending and none is running; log why the previous one failed."""
         if self._process is not None:
             if self._process.poll() is None:
                 return
             reason = self._process.stderr.read().strip()
             self._process.stderr.close()
             if self._process.returncode:
-                self._say(reason.splitlines()[-1] if reason else f"exit code {self._process.returncode}")
+                self._warn(reason.splitlines()[-1] if reason else f"exit code {self._process.returncode}")
             self._process = None
-        if not self._waiting:
+        if not self._pending:
             return
-        self._waiting = False
+        self._pending = False
         command = [
             sys.executable,
             "-m",
@@ -115,16 +115,16 @@ class ReportWriter(Observer):
             self._settings.output_dir,
             self._settings.report_audio,
         ]
-        nothing = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+        closed = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
         try:
-            # A session of its own, so that whatever ends this run's processes does not end the last page.
+            # In its own session, so that signals to this run's process group do not prevent the last report.
             self._process = subprocess.Popen(
-                command, **nothing, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+                command, **closed, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
             )
         except OSError as failure:
-            self._say(str(failure))
+            self._warn(str(failure))
 
-    def _say(self, reason: str) -> None:
-        if not self._said:
+    def _warn(self, reason: str) -> None:
+        if not self._warned:
             log.warning("report.html left out: %s; training goes on, sa3dist report writes it", reason)
-        self._said = True
+        self._warned = True

@@ -1,7 +1,7 @@
-"""The charts of a page: which points of which runs each shows, and its captions.
+"""The charts of a report: their data, titles and notes.
 
-A chart is a dict that page.js draws: ``series`` of {label, x, y, kind, colour}, where kind is "line", "faint" (single
-values behind a trend), "level" (a dashed line), "mark" (a highlighted point) or "bar".
+A chart is a dict that page.js draws. Its ``series`` are {label, x, y, kind, colour}, where kind is "line", "faint"
+(single values behind a trend), "level" (a dashed line), "mark" (a highlighted point) or "bar".
 """
 
 import statistics
@@ -10,12 +10,12 @@ from typing import Any
 
 from sa3dist.report.run_folder import RunFolder, is_number
 
-# A trend is the median of this many neighbours: a 20th of the rows, but enough to ignore single outliers.
+# Window of the running median: a 20th of the rows, within these limits.
 TREND_SHARE, TREND_LEAST, TREND_MOST = 20, 5, 101
 NOISE_BINS = ("0 to 0.2", "0.2 to 0.4", "0.4 to 0.6", "0.6 to 0.8", "0.8 to 1")
 VALIDATION_TIMES = ("0.1", "0.3", "0.5", "0.7", "0.9")
 GIGABYTE = 1e9
-# If the largest value is this many times the smallest, only a logarithmic axis shows both.
+# Use a logarithmic axis if the largest value is more than this many times the smallest.
 LOG_RATIO = 50
 
 Points = tuple[Sequence[float], Sequence[float]]
@@ -23,18 +23,18 @@ Chart = dict[str, Any]
 
 
 def running_median(values: Sequence[float]) -> list[float]:
-    """The median of each value and its neighbours on both sides, fewer at the ends: ignores single outliers."""
+    """Running median, with smaller windows at the ends. Unlike a mean it ignores single outliers."""
     half = trend_width(len(values)) // 2
     return [statistics.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
 def trend_width(count: int) -> int:
-    """How many of ``count`` values make one value of a trend; odd."""
+    """Size of the running median's window for ``count`` values; odd."""
     return min(max(count // TREND_SHARE, TREND_LEAST), TREND_MOST) | 1
 
 
 def all_charts(runs: Sequence[RunFolder]) -> list[Chart]:
-    """Every chart that has points: one run in detail, several runs as one line each."""
+    """All charts that have data. One run is shown in detail; of several runs, each is one line."""
     made = [
         *(_loss(runs), _validation(runs), _gain_by_noise(runs), _loss_by_noise(runs)),
         _plain(runs, "lr", "Learning rate", "Of every step, after warm-up and schedule.", lambda run: run.curve("lr")),
@@ -56,7 +56,7 @@ def all_charts(runs: Sequence[RunFolder]) -> list[Chart]:
 
 
 def series(label: str, points: Points, kind: str = "line", colour: int = 0) -> dict[str, Any]:
-    """One line of a chart; colour: its number in the page's palette."""
+    """One series of a chart. colour: number in the page's palette."""
     return {"label": label, "x": list(points[0]), "y": list(points[1]), "kind": kind, "colour": colour}
 
 
@@ -65,7 +65,7 @@ def chart(name: str, title: str, note: str, lines: list[dict[str, Any]], **more:
 
 
 def histogram(name: str, title: str, note: str, edges: Sequence[float], counts: Sequence[int], unit: str) -> Chart:
-    """A chart of the number of clips between each two of ``edges``, one more than ``counts``."""
+    """A histogram of clips. edges: of the bins, one more than ``counts``."""
     middles = [(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]
     bars = series("clips", (middles, counts), "bar")
     return chart(name, title, note, [bars], x=unit, edges=list(edges))
@@ -100,7 +100,7 @@ def _plain(
 
 
 def base_loss(run: RunFolder) -> float | None:
-    """Validation loss of the base: from the row of step 0, or any other row's loss minus its gain."""
+    """Validation loss of the base: from the row of step 0, or from any row's loss minus gain."""
     for row in run.rows:
         loss, gain = row.get("val/loss"), row.get("val/gain")
         if is_number(loss) and (row["step"] == 0 or is_number(gain)):
@@ -156,12 +156,12 @@ def _loss_by_noise(runs: Sequence[RunFolder]) -> Chart:
 
 def _clips_per_second(run: RunFolder) -> Points:
     rows = [row for row in run.rows if row["step"] > 0]
-    found = [
+    points = [
         (row["step"], row["clips_seen"] / row["step"] / row["step_seconds"])
         for row in rows
         if is_number(row.get("step_seconds")) and row["step_seconds"] > 0 and is_number(row.get("clips_seen"))
     ]
-    return [step for step, _ in found], [value for _, value in found]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def _scaled(points: Points, factor: float) -> Points:
@@ -182,15 +182,15 @@ def _memory(runs: Sequence[RunFolder]) -> Chart:
 
 
 def health_points(run: RunFolder, *keys: str) -> Points:
-    """Steps and values from health.jsonl; keys: the path to the value."""
-    found = []
+    """Steps and values of a number in health.jsonl. keys: its path in the row."""
+    points = []
     for row in run.health:
         value: Any = row
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         if is_number(value):
-            found.append((row["step"], value))
-    return [step for step, _ in found], [value for _, value in found]
+            points.append((row["step"], value))
+    return [step for step, _ in points], [value for _, value in points]
 
 
 HEALTH_CHARTS = (

@@ -1,4 +1,4 @@
-"""A page as one HTML file: a template with the styles, scripts and charts that all pages share."""
+"""Render a page as one self-contained HTML file: a template with the styles and scripts of all pages."""
 
 import base64
 import functools
@@ -17,9 +17,9 @@ SCRIPTS = ("uplot/uPlot.iife.min.js", "page.js")
 
 
 def render(template: str, values: dict[str, Any]) -> str:
-    """A template of ASSETS with ``values``, which are escaped, and with the styles and scripts of all pages.
+    """Render a template of ASSETS with ``values``, which are escaped, and with the styles and scripts of all pages.
 
-    The page's security policy allows only these scripts, by their digests, and loads nothing from elsewhere.
+    The page's content security policy lists the scripts' digests, so it can run no others and load nothing.
     """
     scripts = [(ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS]
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
@@ -33,18 +33,18 @@ def render(template: str, values: dict[str, Any]) -> str:
             **values,
         )
     )
-    # JSON may hold surrogates, which cannot be written: join pairs, replace single ones.
+    # JSON may contain lone surrogates, which cannot be encoded: join pairs, replace others.
     return page.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class Space:
-    """The bytes that a page may still take."""
+    """The remaining size budget of a page, in bytes."""
 
     def __init__(self, left: int) -> None:
         self.left = left
 
     def take(self, address: str) -> bool:
-        """Whether ``address`` fits; if so, it is counted."""
+        """Whether ``address`` fits; if so, subtract its size."""
         if len(address) > self.left:
             return False
         self.left -= len(address)
@@ -52,7 +52,7 @@ class Space:
 
 
 def data_url(kind: str, data: bytes) -> str:
-    """``data`` as a data URL; kind: its MIME type."""
+    """``data`` as a data: URL. kind: its MIME type."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 

@@ -1,4 +1,4 @@
-"""A run in words and tables: its state, settings, data set, origin and warnings."""
+"""Texts and tables of a report: state of the run, settings, data set, versions and warnings."""
 
 import statistics
 from collections import Counter
@@ -16,16 +16,16 @@ STATES = {
     "failed": "ended by the machine or the numbers",
     "crashed": "ended by an error of the program",
 }
-# Bins of the chart of clip lengths.
+# Bins of the histogram of clip lengths.
 LENGTH_BINS = 20
 Facts = list[tuple[str, str]]
 
 
 def state(run: RunFolder) -> str:
-    """The run's progress, in a few words."""
+    """The state of the run in a few words."""
     last = run.settings.get("number_of_steps")
     steps = f"step {run.step} of {last}" if isinstance(last, int) else f"step {run.step}"
-    # A running run has no status.
+    # A run has no status until it ends.
     ended = STATES.get(run.status.get("state"))
     if early := run.result.get("ended_early") if run.status.get("state") == "done" else None:
         return f"{steps}, ended early: {early}"
@@ -36,24 +36,24 @@ def state(run: RunFolder) -> str:
 
 
 def overview(run: RunFolder) -> Facts:
-    """The figures at the top of the page, as far as they exist."""
-    found = [("training loss", _change(running_median(run.curve("loss")[1])))]
+    """The figures at the top of the page, as far as known."""
+    rows = [("training loss", _change(running_median(run.curve("loss")[1])))]
     steps, losses = run.curve("val/loss")
     base, after = base_loss(run), [(loss, step) for step, loss in zip(steps, losses, strict=True) if step]
     if after and base:
         best, at = min(after)
         percent = 100 * (best / base - 1)
         compared = f"{abs(percent):.1f} % {'below' if percent < 0 else 'above'} the base"
-        found.append(("validation, best", f"{best:.4f} at step {at}, {compared}"))
+        rows.append(("validation, best", f"{best:.4f} at step {at}, {compared}"))
     clips = _rates(run)
-    found.append(("speed", f"{statistics.median(clips):.3g} clips/s" if clips else ""))
+    rows.append(("speed", f"{statistics.median(clips):.3g} clips/s" if clips else ""))
     memory = run.curve("reserved_bytes")[1] or run.curve("peak_bytes")[1]
-    found.append(("memory, most", f"{max(memory) / GIGABYTE:.1f} GB" if memory else ""))
+    rows.append(("memory, most", f"{max(memory) / GIGABYTE:.1f} GB" if memory else ""))
     trained = sum(row["step_seconds"] for row in run.rows if is_number(row.get("step_seconds")))
     logged = [row["step"] for row in run.rows if is_number(row.get("step_seconds"))]
     if logged:
-        found.append(("time in steps", span(trained / len(logged) * max(logged))))
-    return [(name, text) for name, text in found if text]
+        rows.append(("time in steps", span(trained / len(logged) * max(logged))))
+    return [(name, text) for name, text in rows if text]
 
 
 def _change(values: Sequence[float]) -> str:
@@ -74,12 +74,12 @@ def _rates(run: RunFolder) -> list[float]:
 def startup(run: RunFolder) -> list[tuple[str, float]]:
     """Parts of the newest start that reached a step, in order, with their seconds."""
     parts = next((row["startup_seconds"] for row in reversed(run.rows) if row.get("startup_seconds")), {})
-    found = parts.items() if isinstance(parts, dict) else ()
-    return [(name.replace("_", " "), value) for name, value in found if is_number(value)]
+    items = parts.items() if isinstance(parts, dict) else ()
+    return [(name.replace("_", " "), value) for name, value in items if is_number(value)]
 
 
 def copying(run: RunFolder) -> list[str]:
-    """Sentences on whether previews copy training clips; the first is the conclusion."""
+    """Sentences on whether previews copy training clips; the first is a summary."""
     if not run.copies:
         return []
     newest = run.copies[-1]
@@ -87,10 +87,10 @@ def copying(run: RunFolder) -> list[str]:
         reason = newest.get("reason") or "too little to compare with"
         return [f"Whether previews copy training clips cannot be judged: {reason}"]
     warnings = [
-        f"Step {row['step']}: {found['warning']}"
+        f"Step {row['step']}: {preview['warning']}"
         for row in run.copies
-        for found in row.get("previews") or ()
-        if isinstance(found, dict) and found.get("warning")
+        for preview in row.get("previews") or ()
+        if isinstance(preview, dict) and preview.get("warning")
     ]
     first = f"{counted(len(warnings), 'preview')} closer to a training clip than held-out audio ever is."
     return [first, *warnings] if warnings else ["No preview is closer to a training clip than held-out audio is."]
@@ -102,7 +102,7 @@ def copies_are_judged(runs: Sequence[RunFolder]) -> bool:
 
 
 def settings_table(runs: Sequence[RunFolder]) -> list[tuple[str, list[str], bool]]:
-    """(name, value of every run, whether they differ); those that differ first."""
+    """(name, value in every run, whether they differ), those that differ first."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     rows = []
     for name in names:
@@ -112,7 +112,7 @@ def settings_table(runs: Sequence[RunFolder]) -> list[tuple[str, list[str], bool
 
 
 def as_text(value: Any) -> str:
-    """A setting as people read it."""
+    """A setting as text."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -125,7 +125,7 @@ def data_set(run: RunFolder) -> Facts:
     about = run.description
     clips = about.get("dataset_clips")
     seconds = about.get("dataset_seconds")
-    found = [
+    rows = [
         ("source", str(run.settings.get("audio_data_url", ""))),
         ("clips", str(clips or "")),
         ("audio", span(seconds) if is_number(seconds) else ""),
@@ -137,7 +137,7 @@ def data_set(run: RunFolder) -> Facts:
             f"{min(lengths):.1f} to {max(lengths):.1f} s, median {statistics.median(lengths):.1f}" if lengths else ""
         )
         captions = Counter(clip.caption for clip in index.clips)
-        found += [
+        rows += [
             ("length", spread),
             ("formats", _tally(clip.extension for clip in index.clips)),
             ("sample rates", _tally(f"{clip.sample_rate_hz} Hz" for clip in index.clips)),
@@ -145,8 +145,8 @@ def data_set(run: RunFolder) -> Facts:
             ("captions", f"{len(captions)} different"),
         ]
     if held := run.held_out:
-        found.append(("held out", f"{len(held)}: {', '.join(map(str, held[:20]))}{' …' if len(held) > 20 else ''}"))
-    return [(name, text) for name, text in found if text]
+        rows.append(("held out", f"{len(held)}: {', '.join(map(str, held[:20]))}{' …' if len(held) > 20 else ''}"))
+    return [(name, text) for name, text in rows if text]
 
 
 def _tally(values: Any) -> str:
@@ -168,8 +168,8 @@ def provenance(run: RunFolder) -> Facts:
             for name, key in (("base", "base"), ("data set", "dataset"), ("settings", "config"))
         },
     }
-    found = [(name, str(value)) for name, value in names.items() if value]
-    return [*found, *((f"start {n}", _start(row)) for n, row in enumerate(run.starts, 1) if len(run.starts) > 1)]
+    rows = [(name, str(value)) for name, value in names.items() if value]
+    return [*rows, *((f"start {n}", _start(row)) for n, row in enumerate(run.starts, 1) if len(run.starts) > 1)]
 
 
 def _start(row: dict[str, Any]) -> str:
@@ -179,11 +179,12 @@ def _start(row: dict[str, Any]) -> str:
 
 
 def warnings(run: RunFolder) -> list[dict[str, Any]]:
-    """Every warning of the run in order; equal ones once, with their number and last time."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    """The run's warnings in order. Equal ones are merged, with their count, first and last time."""
+    merged: dict[tuple[str, str], dict[str, Any]] = {}
     for row in run.warnings:
-        key = str(row.get("level", "")).lower(), str(row["message"])
-        one = found.setdefault(key, {"level": key[0], "message": key[1], "first": str(row.get("time", "")), "count": 0})
-        one["count"] += 1
-        one["last"] = str(row.get("time", ""))
-    return list(found.values())
+        level, message, time = str(row.get("level", "")).lower(), str(row["message"]), str(row.get("time", ""))
+        new = {"level": level, "message": message, "first": time, "count": 0}
+        warning = merged.setdefault((level, message), new)
+        warning["count"] += 1
+        warning["last"] = time
+    return list(merged.values())

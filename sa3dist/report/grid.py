@@ -1,4 +1,4 @@
-"""Previews side by side: a row per prompt, a column per step or run; and which of them are embedded."""
+"""The table of previews: a row per prompt, a column per step or run; and which audio is embedded in the page."""
 
 import contextlib
 import dataclasses
@@ -15,13 +15,13 @@ from sa3dist.report.document import Space, data_url
 from sa3dist.report.run_folder import Preview, RunFolder, is_number
 from sa3dist.report.sound import ogg, training_clip
 
-# How much of a training clip is played if the preview's length is unknown.
+# Length of a training clip's excerpt if the preview's length is unknown.
 NEAREST_SECONDS = 10.0
 
 
 @dataclasses.dataclass
 class Nearest:
-    """The training clip nearest to a preview, from copies.jsonl. audio: its address, "" for none."""
+    """The training clip nearest to a preview, from copies.jsonl. audio: its address, or ""."""
 
     clip: str
     begin_seconds: float
@@ -32,7 +32,7 @@ class Nearest:
 
 @dataclasses.dataclass
 class Cell:
-    """One preview. audio, picture: addresses, possibly data URLs; file: the FLAC file beside the page."""
+    """One preview. audio, picture: addresses, possibly data: URLs; file: address of the FLAC file."""
 
     preview: Preview
     file: str
@@ -47,7 +47,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """The previews of one step of a run; ``notes``: remarks beside the step."""
+    """The previews of one step of a run. notes: "base", "newest", "best"."""
 
     run: RunFolder
     step: int
@@ -57,7 +57,12 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """columns from the base to the newest; rows: (prompt, cell or None per column). left: clips not embedded."""
+    """The table of previews.
+
+    columns   from the base to the newest step
+    rows      (prompt, cell or None per column)
+    left      number of previews that are not embedded in the page
+    """
 
     columns: list[Column]
     rows: list[tuple[str, list[Cell | None]]]
@@ -65,27 +70,27 @@ class Grid:
 
 
 def make_grid(runs: Sequence[RunFolder], page: Path, space: Space, inside: bool) -> Grid:
-    """page: its future path, for addresses of files beside it. inside: whether clips may be embedded."""
+    """Make the table. page: path of the report, for relative addresses; inside: whether to embed audio."""
     columns = _columns(runs)
     by_column = [_cells(column, page) for column in columns]
-    # Embed the newest first, then the base, the best, and the others from the newest on, until the page is full.
+    # Embed the newest first, then the other noted columns, then the rest from the newest on, until the page is full.
     order = sorted(range(len(columns)), key=lambda n: (not columns[n].notes, "newest" not in columns[n].notes, -n))
     for number in order if inside else ():
         for cell in by_column[number].values():
-            _put_inside(cell, space)
+            _embed(cell, space)
         if not columns[number].notes and not all(cell.inside for cell in by_column[number].values()):
             break
     for number in order:
         if {"newest", "best"} & set(columns[number].notes):
             for cell in by_column[number].values():
-                _put_nearest_inside(columns[number].run, cell, space)
+                _embed_nearest(columns[number].run, cell, space)
     keys = dict.fromkeys(key for cells in by_column for key in cells)
     rows = [(prompt, [cells.get((number, prompt)) for cells in by_column]) for number, prompt in sorted(keys)]
     return Grid(columns, rows, sum(not cell.inside for cells in by_column for cell in cells.values()))
 
 
 def _columns(runs: Sequence[RunFolder]) -> list[Column]:
-    found = []
+    columns = []
     for run in runs:
         steps = list(run.previews)
         for step in steps:
@@ -94,12 +99,12 @@ def _columns(runs: Sequence[RunFolder]) -> list[Column]:
                 *(["newest"] if step and step == steps[-1] else []),
                 *(["best"] if step and step == _best_of(run, steps) else []),
             ]
-            # With several runs show only notable steps, and the base once: all bases are equal.
-            if len(runs) == 1 or (notes and not (step == 0 and any(column.step == 0 for column in found))):
+            # Of several runs, show only noted steps, and the base once.
+            if len(runs) == 1 or (notes and not (step == 0 and any(column.step == 0 for column in columns))):
                 label = f"step {step}" if step else "the base"
                 of_run = f"{run.name}, {label}" if len(runs) > 1 and step else label
-                found.append(Column(run, step, of_run, tuple(notes)))
-    return found
+                columns.append(Column(run, step, of_run, tuple(notes)))
+    return columns
 
 
 def _best_of(run: RunFolder, steps: Sequence[int]) -> int | None:
@@ -109,31 +114,31 @@ def _best_of(run: RunFolder, steps: Sequence[int]) -> int | None:
 
 
 def _cells(column: Column, page: Path) -> dict[tuple[int, str], Cell]:
-    found = {}
+    cells = {}
     for number, preview in column.run.previews[column.step].items():
         file = _address(preview.audio, page)
         picture = _address(preview.picture, page) if preview.picture.exists() else ""
-        found[number, preview.prompt] = Cell(preview, file, file, picture, _nearest(column.run, preview))
-    return found
+        cells[number, preview.prompt] = Cell(preview, file, file, picture, _nearest(column.run, preview))
+    return cells
 
 
 def _address(path: Path, page: Path) -> str:
-    """The address, in the page, of a file beside it."""
+    """The relative address of a file in the page."""
     return quote(Path(os.path.relpath(path, page.parent)).as_posix())
 
 
 def _nearest(run: RunFolder, preview: Preview) -> Nearest | None:
     for row in run.copies:
         if row["step"] == preview.step:
-            for found in _dicts(row.get("previews")):
-                if found.get("number") == preview.number and found.get("clip"):
-                    begin = found.get("seconds")
-                    rank = found.get("rank")
+            for match in _dicts(row.get("previews")):
+                if match.get("number") == preview.number and match.get("clip"):
+                    begin = match.get("seconds")
+                    rank = match.get("rank")
                     return Nearest(
-                        str(found["clip"]),
+                        str(match["clip"]),
                         begin if is_number(begin) else 0.0,
                         rank if is_number(rank) else None,
-                        str(found.get("warning") or ""),
+                        str(match.get("warning") or ""),
                     )
     return None
 
@@ -142,8 +147,8 @@ def _dicts(value: Any) -> Iterator[dict[str, Any]]:
     yield from (item for item in value if isinstance(item, dict)) if isinstance(value, list) else ()
 
 
-def _put_inside(cell: Cell, space: Space) -> None:
-    # A missing or damaged clip keeps its address.
+def _embed(cell: Cell, space: Space) -> None:
+    # A missing or incomplete file is not embedded.
     with contextlib.suppress(OSError, soundfile.SoundFileError):
         audio = data_url("audio/ogg", ogg(cell.preview.audio))
         if space.take(audio):
@@ -153,7 +158,7 @@ def _put_inside(cell: Cell, space: Space) -> None:
                 cell.picture = picture if space.take(picture) else cell.picture
 
 
-def _put_nearest_inside(run: RunFolder, cell: Cell, space: Space) -> None:
+def _embed_nearest(run: RunFolder, cell: Cell, space: Space) -> None:
     clip = cell.nearest and _entry(run, cell.nearest.clip)
     if clip is None:
         return

@@ -1,4 +1,4 @@
-"""The picture of layers: kinds of layer downwards, blocks of the network to the right, each with its numbers."""
+"""The picture of layers: a row per kind of layer, a column per block of the network."""
 
 import dataclasses
 import re
@@ -12,7 +12,13 @@ _BLOCK = re.compile(r"(?<=\.)(\d+)(?=\.)")
 
 @dataclasses.dataclass(frozen=True)
 class LayerPicture:
-    """blocks: column numbers. rows: (kind, a layer's numbers or None per block). others: layers outside of blocks."""
+    """Figures of all layers.
+
+    blocks          block numbers of the columns
+    rows            (kind of layer, figures or None per block)
+    others          figures of layers outside blocks
+    learning_most   figures of the layers with the largest updates
+    """
 
     blocks: list[int]
     rows: list[tuple[str, list[dict[str, Any] | None]]]
@@ -21,13 +27,13 @@ class LayerPicture:
 
 
 def layer_picture(layers: Any, most: int = 8) -> LayerPicture | None:
-    """The picture of a row's ``layers``; None without any. most: how many of those that learn most are named."""
-    found = [layer for layer in map(_layer, layers if isinstance(layers, list) else ()) if layer]
-    if not found:
+    """The picture of the ``layers`` in a row of health.jsonl, if any. most: length of ``learning_most``."""
+    valid = [layer for layer in map(_layer, layers if isinstance(layers, list) else ()) if layer]
+    if not valid:
         return None
     kinds: dict[str, dict[int, dict[str, Any]]] = {}
     others = []
-    for layer in found:
+    for layer in valid:
         block = _BLOCK.search(layer["name"])
         if block is None:
             others.append(layer)
@@ -35,18 +41,18 @@ def layer_picture(layers: Any, most: int = 8) -> LayerPicture | None:
             kinds.setdefault(layer["name"][block.end() + 1 :], {})[int(block[1])] = layer
     blocks = sorted({block for by_block in kinds.values() for block in by_block})
     rows = [(kind, [by_block.get(block) for block in blocks]) for kind, by_block in kinds.items()]
-    ranked = sorted(found, key=lambda layer: layer.get("update_ratio", 0.0), reverse=True)
+    ranked = sorted(valid, key=lambda layer: layer.get("update_ratio", 0.0), reverse=True)
     return LayerPicture(blocks, rows, others, ranked[:most])
 
 
 def _layer(value: Any) -> dict[str, Any] | None:
-    """A layer's name and those of FIGURES that are numbers."""
+    """The layer's name and its FIGURES, as far as they are numbers."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
     figures = {}
     for key in FIGURES:
         number = value.get(key)
-        # Drift is a mean, or a dict like the run's.
+        # Drift is a number, or a dict like the run's.
         number = number.get("mean") if isinstance(number, dict) else number
         if is_number(number):
             figures[key] = number

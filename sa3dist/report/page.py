@@ -1,4 +1,4 @@
-"""The page of a run, or of several side by side: charts, clips and text in one HTML file."""
+"""The report of one run, or of several side by side: charts, previews and facts in one HTML file."""
 
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -17,17 +17,17 @@ PAGE_NAME = "report.html"
 
 
 def write_report(folders: Sequence[Path], page: Path, megabytes: float = MEGABYTES, inside: bool = True) -> None:
-    """Write the page of one run, or of several side by side, to ``page``, atomically.
+    """Write the report of one run, or of several side by side, to ``page``, atomically.
 
-    megabytes   of the page with its clips; clips that do not fit are played from the runs' folders
-    inside      whether previews are embedded at all
+    megabytes   size limit of the page with embedded audio; further previews are played from the runs' folders
+    inside      whether to embed previews
     Raises DataError if a folder is not a run's.
     """
     write_whole(page, render_runs([read_run(folder) for folder in folders], Path(page), megabytes, inside))
 
 
 def render_runs(runs: Sequence[RunFolder], page: Path, megabytes: float = MEGABYTES, inside: bool = True) -> str:
-    """The page as text; see ``write_report``."""
+    """The report as text; see ``write_report``."""
     drawn = {chart["name"]: chart for chart in charts.all_charts(runs)}
     groups = {
         "learning": [name for name in drawn if name not in {*SPEED_CHARTS, *HEALTH_CHARTS}],
@@ -47,7 +47,7 @@ def render_runs(runs: Sequence[RunFolder], page: Path, megabytes: float = MEGABY
         "title": " · ".join(run.name for run in runs),
         "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
-    # The size of the rest of the page is known only once it is rendered.
+    # Render once without embedded audio, to know the size of the rest.
     taken = len(render("page.html", {**values, "grid": make_grid(runs, page, Space(0), inside=False)}).encode())
     grid = make_grid(runs, page, Space(int(megabytes * 1e6) - taken), inside)
     return render("page.html", {**values, "grid": grid})

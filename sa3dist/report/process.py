@@ -1,18 +1,18 @@
-"""The process that writes a run's page during the run: with low priority and a time limit."""
+"""The process that writes a run's report during training, with low priority and a time limit."""
 
 import os
 import signal
 import sys
 from pathlib import Path
 
-# The limit, however long the run's clips are: others may be waiting for the machine.
+# Limit, so that the machine is free soon after the run, however long its clips are.
 MOST_SECONDS = 300
 
 
 def main(folder: str, audio: str) -> None:
-    """Write the page of the run in ``folder``. audio: "inside" or "beside"."""
+    """Write the report of the run in ``folder``. audio: "inside" or "beside"."""
     for number in (signal.SIGTERM, signal.SIGALRM):
-        # Raise, so that a half-written page is removed.
+        # An exception, so that a temporary file is removed.
         signal.signal(number, lambda *_: sys.exit("stopped"))
     signal.alarm(MOST_SECONDS)
     os.nice(10)

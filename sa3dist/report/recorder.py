@@ -1,4 +1,4 @@
-"""What a run records for its page beside rows and clips: its warnings, and machine and versions of each start."""
+"""Record a run's warnings, and the machine and versions of each start, for its report."""
 
 import contextlib
 import json
@@ -16,14 +16,14 @@ from sa3dist.report.run_folder import STARTS_NAME, WARNINGS_NAME, without_keys
 
 
 class _WarningsFile(logging.Handler):
-    """Appends warnings and errors, one JSON object per line. Write errors are ignored."""
+    """Appends warnings and errors as JSON lines. Ignores failures to write."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(logging.WARNING)
         self._path = path
 
     def emit(self, record: logging.LogRecord) -> None:
-        # The message is on stderr in any case; code that needs the disk reports a full one.
+        # The message is on stderr anyway, and a full disk is reported by other writers.
         with contextlib.suppress(OSError, ValueError, TypeError):
             message = without_keys(record.getMessage())
             row = {"time": now(), "level": record.levelname.lower(), "message": message}
@@ -32,15 +32,15 @@ class _WarningsFile(logging.Handler):
 
 @contextlib.contextmanager
 def recorded_warnings(output_dir: Path, anew: bool) -> Iterator[None]:
-    """While the block runs, append logged warnings and errors to ``output_dir/warnings.jsonl``.
+    """Append log records of level warning or above to ``output_dir/warnings.jsonl`` during the block.
 
-    anew   whether a fresh run begins: an earlier run's warnings are dropped
-    A refused run leaves the file unchanged.
+    anew   start with an empty file: a new run begins
+    If the run is refused (exit code 2), the file is restored.
     """
     path = Path(output_dir) / WARNINGS_NAME
     earlier = path.read_bytes() if path.is_file() else None
     if anew:
-        # output_dir may be a file; the run itself refuses that.
+        # If output_dir is a file, the run itself refuses it.
         with contextlib.suppress(NotADirectoryError):
             path.unlink(missing_ok=True)
     handler = _WarningsFile(path)
@@ -57,9 +57,10 @@ def recorded_warnings(output_dir: Path, anew: bool) -> Iterator[None]:
 
 
 def record_start(output_dir: Path, resumed_from: int, device: Any, processes: int) -> None:
-    """Append this start's machine and versions to ``output_dir/starts.jsonl``. resumed_from: the step before its first.
+    """Append machine and versions of this start to ``output_dir/starts.jsonl``.
 
-    device   torch's, of this process
+    resumed_from   step of the checkpoint that is continued, or 0
+    device         the torch.device of this process
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Read a run's output_dir, also during the run, and also if parts are missing or damaged."""
+"""Read a run's output_dir, also during the run, and with missing or incomplete files."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,6 @@ from sa3dist.errors import DataError
 from sa3dist.formats import RUN_CONFIG_NAME, DatasetIndex, dataset_digest
 from sa3dist.training.row_files import METRICS_NAME, read_rows
 
-# Written by the run for its page.
 WARNINGS_NAME, STARTS_NAME = "warnings.jsonl", "starts.jsonl"
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://[^\s'\"]+", re.IGNORECASE)
@@ -23,7 +22,7 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://[^\s'\"]+", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class Preview:
-    """One clip made after ``step``: ``<number>.flac`` with its picture and the content of its JSON file."""
+    """One preview made after ``step``: ``<number>.flac``, its picture, and the content of its JSON file."""
 
     step: int
     number: int
@@ -38,11 +37,11 @@ class Preview:
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """A run as its files describe it; missing parts are empty.
+    """The content of a run's output_dir. Missing parts are empty.
 
-    rows, health, copies, warnings, starts   one dict per line of the file of that name
-    settings, status, best                   from run.yaml, status.json, best.json
-    description                              from config.json, or the newest checkpoint
+    rows, health, copies, warnings, starts   one dict per line of metrics.jsonl and of the files of these names
+    settings, status, result, best           from run.yaml, status.json, result.json, best.json
+    description                              from the newest checkpoint, or config.json
     previews                                 by step, then by number
     """
 
@@ -75,39 +74,39 @@ class RunFolder:
 
     @property
     def held_out(self) -> list[Any]:
-        """Keys of the clips that validation holds out."""
-        found = self.description.get("held_out_clips")
-        return found if isinstance(found, list) else []
+        """Keys of held-out clips."""
+        keys = self.description.get("held_out_clips")
+        return keys if isinstance(keys, list) else []
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a column of metrics.jsonl, where it has one."""
-        found = [(row["step"], row[key]) for row in self.rows if is_number(row.get(key))]
-        return [step for step, _ in found], [value for _, value in found]
+        """Steps and values of a column of metrics.jsonl, from rows that have it."""
+        points = [(row["step"], row[key]) for row in self.rows if is_number(row.get(key))]
+        return [step for step, _ in points], [value for _, value in points]
 
     @functools.cached_property
     def index(self) -> DatasetIndex | None:
-        """The training clips, in the run's shards on this machine; None if these are elsewhere or gone."""
+        """The training clips, from the run's shards on this machine; None if they are elsewhere or removed."""
         digest, work = self.description.get("dataset_sha256"), self.settings.get("work_dir")
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest) or not work:
             return None
         held_out = set(map(str, self.held_out))
-        # work_dir may be relative to where the run was started, or moved together with output_dir.
-        for place in (Path(work), self.folder.parent / Path(work).name):
-            for directory in sorted((place / "shards").glob("[0-9a-f]*")):
+        # work_dir may be relative to another directory, or may have been moved together with the output_dir.
+        for work_dir in (Path(work), self.folder.parent / Path(work).name):
+            for directory in sorted((work_dir / "shards").glob("[0-9a-f]*")):
                 index = DatasetIndex.find(directory)
                 if index is None:
                     continue
-                # The shards include held-out clips, while the run's digest excludes them; unless they are a separate
-                # data set, where a held-out clip may have the name of a training clip.
-                kept = tuple(clip for clip in index.clips if clip.key not in held_out)
-                for clips in (kept, index.clips):
+                # The run's digest does not cover held-out clips, though the shards contain them. If they are from
+                # another data set, the shards do not, but a training clip may have the key of a held-out one.
+                trained = tuple(clip for clip in index.clips if clip.key not in held_out)
+                for clips in (trained, index.clips):
                     if dataset_digest(clips) == digest:
                         return dataclasses.replace(index, clips=clips, digest=digest)
         return None
 
 
 def read_run(folder: Path) -> RunFolder:
-    """Raises DataError if ``folder`` has neither settings nor rows of a run."""
+    """Read an output_dir. Raises DataError if it has neither settings nor rows of a run."""
     folder = Path(folder)
     if not any((folder / name).exists() for name in ("run.yaml", METRICS_NAME)):
         raise DataError(f"{folder}: no run's folder, it has neither run.yaml nor metrics.jsonl; give an output_dir")
@@ -130,12 +129,12 @@ def read_run(folder: Path) -> RunFolder:
 
 
 def without_keys(text: str) -> str:
-    """``text`` with every address redacted: addresses may contain keys."""
-    return _ADDRESS.sub(lambda found: redacted(found[0]), text)
+    """``text`` with every address redacted, since addresses may contain keys."""
+    return _ADDRESS.sub(lambda match: redacted(match[0]), text)
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is a number that can be drawn."""
+    """Whether ``value`` is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
@@ -146,14 +145,14 @@ def _public(value: Any) -> Any:
 
 
 def _by_step(path: Path) -> list[dict[str, Any]]:
-    """The last row of every step, in order of steps."""
+    """The last row of every step, sorted by step."""
     rows = {row["step"]: row for row in read_rows(path) if isinstance(row.get("step"), int)}
     return [rows[step] for step in sorted(rows)]
 
 
 def _mapping(path: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
-        # JSON is also YAML, but parses a hundred times faster.
+        # Not with yaml, which is a hundred times slower for JSON.
         text = path.read_text(encoding="utf-8")
         value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         if isinstance(value, dict):
@@ -171,14 +170,14 @@ def _description(folder: Path) -> dict[str, Any]:
 
 
 def _previews(folder: Path) -> dict[int, dict[int, Preview]]:
-    found: dict[int, dict[int, Preview]] = {}
+    previews: dict[int, dict[int, Preview]] = {}
     for directory in sorted(folder.glob("step-*")):
-        matched = _STEP_FOLDER.fullmatch(directory.name)
-        for path in sorted(directory.glob("*.json")) if matched else ():
+        match = _STEP_FOLDER.fullmatch(directory.name)
+        for path in sorted(directory.glob("*.json")) if match else ():
             audio, about = path.with_suffix(".flac"), _mapping(path)
             # The JSON file is written last: without it the others may be incomplete.
             if path.stem.isdecimal() and about and audio.exists():
-                step, number = int(matched[1]), int(path.stem)
+                step, number = int(match[1]), int(path.stem)
                 preview = Preview(step, number, audio, path.with_suffix(".png"), about)
-                found.setdefault(step, {})[number] = preview
-    return {step: dict(sorted(clips.items())) for step, clips in sorted(found.items())}
+                previews.setdefault(step, {})[number] = preview
+    return {step: dict(sorted(of_step.items())) for step, of_step in sorted(previews.items())}

@@ -1,4 +1,4 @@
-"""Clips as OGG Vorbis, small enough to embed in a page."""
+"""Encode clips as OGG Vorbis, small enough to embed in a page."""
 
 import io
 from pathlib import Path
@@ -7,14 +7,14 @@ import soundfile
 
 from sa3dist.formats import ClipEntry, DatasetIndex
 
-# Between libsndfile's largest and smallest file: about 90 kbit/s for stereo music.
+# On libsndfile's scale from 0 (largest file) to 1: about 90 kbit/s for stereo music.
 COMPRESSION = 0.75
-# libsndfile's Vorbis encoder uses stack in proportion to the size of a write.
+# libsndfile's Vorbis encoder uses stack in proportion to the block size.
 BLOCK_SAMPLES = 1 << 16
 
 
 def ogg(source: Path | io.BytesIO, begin_seconds: float = 0.0, seconds: float | None = None) -> bytes:
-    """The clip, or ``seconds`` of it from ``begin_seconds`` on, as OGG Vorbis; of many channels the first two.
+    """The clip, or ``seconds`` of it from ``begin_seconds`` on, as OGG Vorbis; at most the first two channels.
 
     Raises soundfile.SoundFileError if libsndfile cannot read it.
     """
@@ -38,7 +38,7 @@ def ogg(source: Path | io.BytesIO, begin_seconds: float = 0.0, seconds: float | 
 
 
 def training_clip(index: DatasetIndex, clip: ClipEntry) -> io.BytesIO:
-    """The original audio file of a clip. Raises OSError if its shard is gone."""
+    """The original audio file of a clip. Raises OSError if its shard is missing."""
     with (index.directory / clip.shard).open("rb") as shard:
         shard.seek(clip.audio_offset)
         return io.BytesIO(shard.read(clip.audio_bytes))

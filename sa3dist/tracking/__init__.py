@@ -1,1 +1,1 @@
-"""Trackers: further destinations of rows and previews, beside metrics.jsonl."""
+"""Experiment trackers, which get rows and previews in addition to metrics.jsonl."""

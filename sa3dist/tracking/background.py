@@ -1,4 +1,4 @@
-"""Trackers as outputs of a run, each in a thread of its own: they can neither slow nor end the training."""
+"""Trackers as an output of a run. Each is called in its own thread, so it can neither slow down nor end training."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ID_NAME = "trackers.json"
-# Rows and previews that may wait for a tracker; further ones are dropped.
-WAITING = 1000
-# Columns about speed and memory; the others are about the training.
+# Maximum of queued rows and previews per tracker; further ones are dropped.
+MAX_QUEUED = 1000
+# Columns about speed and memory, grouped as perf/; others are grouped as train/.
 PERFORMANCE = {
     *("step_seconds", "data_wait", "recomputed_blocks", "peak_bytes", "reserved_bytes"),
     *("startup_seconds", "previews_seconds", "previews_missing"),
@@ -35,24 +35,24 @@ NO_CURVES = {"step", "clips", "resumed_from"}
 
 
 def tags(row: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a row by trackers' names: ``train/loss``, ``perf/clips_per_second``; ``val/...`` unchanged."""
-    found = {}
+    """The numbers of a row, named for trackers: ``train/loss``, ``perf/clips_per_second``; ``val/...`` unchanged."""
+    values = {}
     for name, value in row.items():
         group = "perf/" if name in PERFORMANCE else "" if "/" in name else "train/"
         parts = {f"/{part}": number for part, number in value.items()} if isinstance(value, dict) else {"": value}
         if name not in NO_CURVES:
-            found |= {group + name + part: number for part, number in parts.items() if isinstance(number, int | float)}
+            values |= {group + name + part: number for part, number in parts.items() if isinstance(number, int | float)}
     if row.get("step_seconds"):
-        found["perf/clips_per_second"] = row["clips_seen"] / row["step"] / row["step_seconds"]
-    return found
+        values["perf/clips_per_second"] = row["clips_seen"] / row["step"] / row["step_seconds"]
+    return values
 
 
 class Trackers:
-    """The ``metrics.Output`` of all trackers in ``settings.log_with``."""
+    """A ``metrics.Output`` for all trackers in ``settings.log_with``."""
 
     def __init__(self, settings: Settings, output_dir: Path, resumed_from: int | None) -> None:
-        """resumed_from: step of the checkpoint that is continued; the trackers' earlier runs are then continued too."""
-        # Links to data may contain a key.
+        """resumed_from: step of the checkpoint that is continued; the trackers' runs are then continued, too."""
+        # Without addresses of data, which may contain secrets.
         left_out = {"audio_data_url", "lora_checkpoint_url", *(["validation"] if settings.validation_source else [])}
         values = {
             name: value if isinstance(value, int | float | str) else str(value)
@@ -71,20 +71,20 @@ class Trackers:
             thread.put(lambda tracker: tracker.log(row["step"], tags(row)))
 
     def add_previews(self, step: int, folder: Path) -> None:
-        # The first start has sent the base's previews already.
+        # On resume, previews of the base have been logged by the first start.
         if step or not self._resumed:
             for thread in self._threads:
                 thread.put(lambda tracker: _log_previews(tracker, step, folder))
 
     def sync(self) -> None:
-        """Nothing to do: metrics.jsonl holds any row that a tracker lacks."""
+        """Does nothing: rows that a tracker may miss are in metrics.jsonl."""
 
     def finish(self) -> None:
         for thread in self._threads:
             thread.end()
 
     def close(self, until: float) -> None:
-        """Wait until all trackers have taken everything, or the time is over."""
+        """Wait until all trackers have finished, or until the deadline."""
         for thread in self._threads:
             thread.join(until)
 
@@ -99,21 +99,22 @@ def _run_id(output_dir: Path, resumed_from: int | None) -> str:
 
 
 def _log_previews(tracker: kinds.Tracker, step: int, folder: Path) -> None:
-    # The JSON file is written last, so clip and picture exist.
+    # A preview's JSON file is written last, so its audio and picture exist.
     for path in sorted(folder.glob("*.json")):
-        about = json.loads(path.read_text(encoding="utf-8"))
+        info = json.loads(path.read_text(encoding="utf-8"))
         audio, picture = path.with_suffix(".flac"), path.with_suffix(".png")
-        tracker.log_preview(step, kinds.Preview(about["number"], about["prompt"], audio, picture))
+        tracker.log_preview(step, kinds.Preview(info["number"], info["prompt"], audio, picture))
 
 
 class _TrackerThread:
-    """Makes a tracker and makes its calls one by one. Logs only the first error."""
+    """Opens a tracker and makes queued calls to it. The first failure is logged, later ones are not."""
 
-    def __init__(self, name: str, make: Callable[[], kinds.Tracker]) -> None:
-        self._name, self._make = name, make
+    def __init__(self, name: str, open_tracker: Callable[[], kinds.Tracker]) -> None:
+        self._name, self._open = name, open_tracker
         self._calls: queue.SimpleQueue[Callable[[kinds.Tracker], None] | None] = queue.SimpleQueue()
-        self._said = threading.Lock()
-        # A daemon thread: the end of the process does not wait for it.
+        # Acquired by the first warning, and never released.
+        self._warned = threading.Lock()
+        # A daemon, so that the process can end without waiting for it.
         self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
         self._thread.start()
 
@@ -121,10 +122,10 @@ class _TrackerThread:
         """Queue a call, without waiting."""
         if not self._thread.is_alive():
             return
-        if self._calls.qsize() < WAITING:
+        if self._calls.qsize() < MAX_QUEUED:
             self._calls.put(call)
         else:
-            self._say(f"does not keep up: {counted(WAITING, 'row')} wait for it")
+            self._warn(f"does not keep up: {counted(MAX_QUEUED, 'row')} wait for it")
 
     def end(self) -> None:
         self._calls.put(None)
@@ -132,26 +133,25 @@ class _TrackerThread:
     def join(self, until: float) -> None:
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
-            self._say("did not take everything in the time it has at the end")
+            self._warn("did not take everything in the time it has at the end")
 
     def _work(self) -> None:
-        made = []
-        if not self._try(lambda: made.append(self._make())):
+        tracker = self._try(self._open)
+        if tracker is None:
             return
         while (call := self._calls.get()) is not None:
-            self._try(partial(call, made[0]))
-        self._try(made[0].finish)
+            self._try(partial(call, tracker))
+        self._try(tracker.finish)
 
-    def _try(self, call: Callable[[], None]) -> bool:
+    def _try(self, call: Callable[[], Any]) -> Any:
+        """The result of ``call``; None, with a warning, if it fails."""
         try:
-            call()
-        # SystemExit: some trackers end the program when they cannot log in.
+            return call()
+        # Some trackers end the program if they cannot log in.
         except (Exception, SystemExit) as failure:
-            self._say(f"{type(failure).__name__}: {failure}".splitlines()[0])
-            return False
-        return True
+            self._warn(f"{type(failure).__name__}: {failure}".splitlines()[0])
+            return None
 
-    def _say(self, reason: str) -> None:
-        # Never released: only the first error is logged.
-        if self._said.acquire(blocking=False):
+    def _warn(self, reason: str) -> None:
+        if self._warned.acquire(blocking=False):
             log.warning("tracker %s: %s; training goes on, metrics.jsonl has every row", self._name, reason)

@@ -1,4 +1,4 @@
-"""The trackers by Accelerate's names: how each opens or continues its run, and how it takes a preview."""
+"""The supported trackers, by Accelerate's names: how each opens or continues a run, and logs a preview."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """Identifies a run for a tracker.
+    """A run as trackers see it.
 
-    id             the same for every start that continues the run
-    resumed_from   step of the checkpoint that is continued; None = a fresh run
+    id             the same for all starts that continue the run
+    resumed_from   step of the checkpoint that is continued; None for a new run
     settings       plain values by name
     """
 
@@ -41,23 +41,23 @@ class Preview:
 
 
 class Tracker:
-    """One of Accelerate's trackers, used without an Accelerator; on rank 0 only.
+    """One of Accelerate's trackers, used without its Accelerator, on rank 0 only.
 
-    modules   the modules it imports; the extra that installs them has the tracker's name
+    modules   required modules; the extra that installs them has the tracker's name
     """
 
     modules: ClassVar[tuple[str, ...]]
 
     def __init__(self, run: TrackedRun) -> None:
         self.tracker = self.open(run)
-        # Otherwise every call would ask Accelerate whether this is rank 0.
+        # Otherwise it would ask Accelerate at every call whether this is rank 0.
         self.tracker.main_process_only = False
         self.tracker.start()
         if run.resumed_from is None:
             self.store_settings(run.settings)
 
     def open(self, run: TrackedRun) -> GeneralTracker:
-        """Accelerate's tracker, not started yet."""
+        """Create Accelerate's tracker, without starting it."""
         raise NotImplementedError
 
     def store_settings(self, settings: dict[str, Any]) -> None:
@@ -67,7 +67,7 @@ class Tracker:
         self.tracker.log(values, step=step)
 
     def log_preview(self, step: int, preview: Preview) -> None:
-        """Log a preview as audio and spectrogram."""
+        """Log audio and spectrogram of a preview."""
         raise NotImplementedError
 
     def finish(self) -> None:
@@ -82,12 +82,12 @@ class TensorBoard(Tracker):
     def open(self, run: TrackedRun) -> GeneralTracker:
         from accelerate.tracking import TensorBoardTracker
 
-        # Readers drop an earlier start's events from this step on.
+        # Readers ignore events of earlier starts from this step on.
         first = 0 if run.resumed_from is None else run.resumed_from + 1
         return TensorBoardTracker("tensorboard", run.output_dir, purge_step=first)
 
     def store_settings(self, settings: dict[str, Any]) -> None:
-        # As text: Accelerate would add another run to the list, for a table of hyperparameters.
+        # Not as hyperparameters, for which Accelerate would add another run to the list.
         lines = [f"    {name}: {value}" for name, value in settings.items()]
         self.tracker.writer.add_text("settings", "\n".join(lines), 0)
 
@@ -134,10 +134,9 @@ class Wandb(MediaTracker):
         import wandb
         from accelerate.tracking import WandBTracker
 
-        # Leave the console to the run, and never prompt for a key. Without silent=True wandb was seen to hang at its
-        # end.
-        apart = wandb.Settings(console="off", silent=True, login_timeout=1)
-        return WandBTracker(run.project, name=run.name, id=run.id, resume="allow", settings=apart)
+        # Do not capture the console or ask for a key. Without silent=True it was seen to hang at the end.
+        settings = wandb.Settings(console="off", silent=True, login_timeout=1)
+        return WandBTracker(run.project, name=run.name, id=run.id, resume="allow", settings=settings)
 
 
 class Trackio(MediaTracker):
@@ -150,7 +149,7 @@ class Trackio(MediaTracker):
 
 
 class Mlflow(Tracker):
-    """Logs previews as artifacts of the run."""
+    """MLflow. Previews are logged as artifacts of the run."""
 
     modules = ("mlflow",)
 
@@ -179,7 +178,7 @@ TRACKERS: dict[str, type[Tracker]] = {
 
 
 def chosen(log_with: Sequence[str] | None) -> dict[str, type[Tracker]]:
-    """The trackers of the setting ``log_with``, by name. Raises ConfigError for an unknown name."""
+    """The trackers in the setting ``log_with``, by name. Raises ConfigError for an unknown name."""
     names = [name.strip() for words in log_with or () for name in words.split(",")]
     for name in names:
         if name not in TRACKERS:
@@ -188,9 +187,9 @@ def chosen(log_with: Sequence[str] | None) -> dict[str, type[Tracker]]:
 
 
 def load(log_with: Sequence[str] | None) -> None:
-    """Import what the trackers need. Raises ConfigError if it is missing.
+    """Import the modules of the trackers. Raises ConfigError if one is missing.
 
-    Call in the main thread: a loader process forked while another thread imports would hang on that import.
+    Call it in the main thread: a loader process forked during an import in another thread would deadlock.
     """
     for name, kind in chosen(log_with).items():
         try:

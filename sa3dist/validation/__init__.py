@@ -1,1 +1,1 @@
-"""Validation: the choice of held-out clips, the fixed set made from them, and the loss on it during a run."""
+"""Validation: hold out clips, make a fixed set of crops from them, and evaluate the loss on it during training."""

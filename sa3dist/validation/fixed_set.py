@@ -1,4 +1,4 @@
-"""The fixed validation set: crops of the held-out clips with fixed noise, evaluated at fixed times.
+"""The fixed validation set: the same crops of held-out clips, with the same noise, at the same times.
 
 Suffixes: B clips, D latent channels, T latent frames.
 """
@@ -16,30 +16,30 @@ from sa3dist.flow.crops import polarity_of_slot
 from sa3dist.formats import ClipEntry, digest_of
 from sa3dist.model.base import Base
 
-# The reference trainer's times.
+# As in the reference trainer.
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
-# Few clips give several crops each, so that one loud second does not decide; of many clips not all are used.
+# Few clips give several crops each, so that a single one has little influence; of many clips only some are used.
 FEWEST_CROPS, MOST_CROPS = 8, 32
-# Above every allowed seed, so that no draw of the training is repeated here.
+# Above all seeds that settings allow, so that no draw equals one of training.
 SEED_OFFSET = 1 << 31
 
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """One crop of the set. slot: the key of its draws, together with the set's seed."""
+    """One crop of the set. Its draws depend on ``slot`` and the set's seed."""
 
     slot: int
     clip: ClipEntry
 
 
 class FixedSet:
-    """The crops of a data set's ``held_out`` clips and their micro batches; equal in every process."""
+    """The crops of a data set's ``held_out`` clips; the same in every process."""
 
     def __init__(self, source: BatchSource) -> None:
         self._encoded = source.held_encoded
         seed = source.draws.seed + SEED_OFFSET
         self._draws = dataclasses.replace(source.draws, seed=seed, micro_batch=1, prompt_dropout=0.0)
-        # A pseudo-random order: if there are too many clips, every folder is still represented.
+        # A pseudo-random order, so that a subset has clips of every folder.
         clips = sorted(source.held_out, key=lambda clip: digest_of(str(seed), clip.key))
         count = min(max(len(clips), FEWEST_CROPS), MOST_CROPS)
         self.crops = [Crop(slot, clips[slot % len(clips)]) for slot in range(count)]
@@ -51,12 +51,12 @@ class FixedSet:
         return digest_of(*clips, repr(self._draws), repr(TIMES))[:16]
 
     def of_ranks(self, world_size: int) -> list[Crop]:
-        """The crops, some repeated so that ranks get equally many: rank r takes every world_size-th one from r on."""
+        """The crops, padded with repeats to a multiple of world_size; rank r takes every world_size-th one from r."""
         missing = -len(self.crops) % world_size
         return self.crops + [self.crops[number % len(self.crops)] for number in range(missing)]
 
     def encode_tasks(self, world_size: int) -> list[EncodeTask]:
-        """The tasks of encoding the set, in the order of ``of_ranks``."""
+        """The work of encoding the set, in the order of ``of_ranks``."""
         return [self._task(crop) for crop in self.of_ranks(world_size)]
 
     def _task(self, crop: Crop) -> EncodeTask:
@@ -76,7 +76,7 @@ class FixedSet:
         )
 
     def batches(self, crop: Crop) -> Iterator[MicroBatch]:
-        """One micro batch per time of ``TIMES``, with this crop alone: no context given, prompt included."""
+        """One micro batch of this crop per time in ``TIMES``: with its prompt, and no frames given as context."""
         encoded, seed = self._encoded, self._draws.seed
         latents = encoded.latents(crop.clip, polarity_of_slot(seed, crop.slot))
         prompt = encoded.prompt(crop.clip.caption)

@@ -1,4 +1,4 @@
-"""Earlier evaluations of a run, read from its files, and what they decide."""
+"""Results of a run's earlier evaluations, read from its files."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ LOSS, GAIN, SET = "val/loss", "val/gain", "validation_set"
 class History:
     """Evaluations on one fixed set.
 
-    base     loss of the base; None = not known yet
-    losses   (step, loss) of every evaluation after a step, in order; a non-finite loss is stored as infinity
-    best     (step, loss) of the published adapter; None = no adapter is published
+    base     loss of the base; None if not known yet
+    losses   (step, loss) of every evaluation after a step, in order; non-finite losses count as infinite
+    best     (step, loss) of the published best adapter; None if there is none
     """
 
     base: float | None = None
@@ -31,12 +31,12 @@ class History:
 
     @classmethod
     def read(cls, output_dir: Path, set_digest: str) -> History:
-        """From this run's rows and best.json. Empty if the base's row is missing or of another set."""
+        """Read metrics.jsonl and best.json. Empty if the base's row is missing or belongs to another set."""
         history = cls()
-        found = [row for row in read_rows(output_dir / METRICS_NAME) if LOSS in row]
-        if not any(row["step"] == 0 and row.get(SET) == set_digest for row in found):
+        rows = [row for row in read_rows(output_dir / METRICS_NAME) if LOSS in row]
+        if not any(row["step"] == 0 and row.get(SET) == set_digest for row in rows):
             return history
-        for row in found:
+        for row in rows:
             loss = math.inf if row[LOSS] is None else row[LOSS]
             if row["step"] == 0:
                 history.base = loss
@@ -50,7 +50,7 @@ class History:
 
     @property
     def since_best(self) -> int:
-        """Number of evaluations since the best of ``losses``."""
+        """Number of evaluations after the best of ``losses``."""
         values = [loss for _, loss in self.losses]
         return len(values) - 1 - values.index(min(values)) if values else 0
 

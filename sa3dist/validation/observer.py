@@ -1,4 +1,4 @@
-"""The loss on held-out clips during a run: always on the same crops, noise and times, for adapters and base."""
+"""Evaluate the loss on held-out clips during training, with the same crops, noise and times as for the base."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ log = logging.getLogger(__name__)
 
 
 def of_run(trainer: Trainer, source: BatchSource) -> Validation | None:
-    """The validation that the settings ask for; None = none."""
+    """The run's validation; None if its settings do not enable it."""
     return Validation(trainer, source) if source.held_out and trainer.settings.validation_every else None
 
 
 class Validation(Observer):
-    """Evaluates the fixed set every ``validation_every`` steps, publishes the best adapter, stops early.
+    """Evaluates the fixed set every ``validation_every`` steps, publishes the best adapter, and stops early.
 
     Every crop and time is one forward pass of one clip on one rank, with the adapters as in training passes. So the
-    numbers do not depend on the number of ranks, and no pass needs more memory than a training step.
+    results do not depend on the number of ranks, and no pass needs more memory than a training step.
     """
 
     name = "validation"
@@ -51,11 +51,11 @@ class Validation(Observer):
 
     def begin(self, stop: StopRequest) -> Observation | None:
         step = self.trainer.step
-        found = main_process_first(self.group, "validation-history", self._read, stop=None)
-        self.history = History(found["base"], [tuple(one) for one in found["losses"]], found["best"])
+        values = main_process_first(self.group, "validation-history", self._read, stop=None)
+        self.history = History(values["base"], [tuple(pair) for pair in values["losses"]], values["best"])
         if self.history.base is None:
             return self._evaluate(0, stop)
-        # A signal has prevented this evaluation at the end of the earlier start.
+        # A signal may have prevented the evaluation of this step.
         if step and self._due(step) and not self.history.has(step):
             return self._evaluate(step, stop)
         return Observation(step, 0.0, end=self._end())
@@ -67,12 +67,12 @@ class Validation(Observer):
         return step % self.settings.validation_every == 0 or step == self.trainer.plan.steps
 
     def _read(self) -> dict[str, Any]:
-        """On rank 0: read the run's history, and delete a best adapter that is not this run's."""
+        """On rank 0: read the history of this run, and remove the best adapter of another run."""
         output_dir, step = self.settings.output_dir, self.trainer.step
         history = History.read(output_dir, self.set.digest)
         of_this_run = history.best is not None and step > 0
         if self.settings.resume not in ("auto", "never"):
-            # A run that continues from a named checkpoint may take another course.
+            # Resumed from a named checkpoint: a later best adapter belongs to a different continuation.
             of_this_run = of_this_run and history.best[0] <= step
         if not of_this_run:
             history.best = None
@@ -81,7 +81,7 @@ class Validation(Observer):
         return dataclasses.asdict(history)
 
     def _evaluate(self, step: int, stop: StopRequest) -> Observation:
-        """step: 0 = evaluate the base, whatever the adapters hold."""
+        """Evaluate after ``step``; 0 = the base, without adapters."""
         begin = time.perf_counter()
         losses = self._mean_losses(step, stop)
         row, end = {}, ""
@@ -92,10 +92,10 @@ class Validation(Observer):
         return Observation(step, seconds, {"validation_seconds": seconds}, row, end=end, long=True)
 
     def _row(self, step: int, losses: list[float]) -> dict[str, Any]:
-        """Record an evaluation, publish the adapter if it is the best, and return the row."""
+        """Record an evaluation, publish the adapters if they are the best, and return the metrics row."""
         history = self.history
         mean = math.fsum(losses) / len(losses)
-        # Infinity compares as worse than any number.
+        # Infinite, so that it is worse than any number.
         loss = mean if math.isfinite(mean) else math.inf
         if step == 0:
             history.base = loss
@@ -110,62 +110,63 @@ class Validation(Observer):
         return row | ({SET: self.set.digest} if step == 0 else {})
 
     def _end(self) -> str:
-        """Why the training ends here; empty if it goes on."""
+        """Why training ends now; empty if it continues."""
         patience, history = self.settings.early_stop, self.history
         if not patience or history.since_best < patience:
             return ""
-        step, loss = min(history.losses, key=lambda one: one[1])
-        found = counted(history.since_best, "evaluation")
-        return f"early_stop: {found} without a lower validation loss than {loss:.4f}, after step {step}"
+        step, loss = min(history.losses, key=lambda pair: pair[1])
+        evaluations = counted(history.since_best, "evaluation")
+        return f"early_stop: {evaluations} without a lower validation loss than {loss:.4f}, after step {step}"
 
     def _publish(self, step: int, loss: float) -> None:
-        """Write the current adapters as the best, on rank 0; called on all ranks."""
+        """Write the current adapters as the best, on rank 0; call on all ranks."""
         trainer, output_dir = self.trainer, self.settings.output_dir
         tensors = trainer.engine.adapters()
         self.history.best = step, loss
         if self.group.is_main:
             lease.end_if_over()
             description = trainer.description()
-            said = header(description), extras(description)
-            write_adapter_file(output_dir / BEST_ADAPTER_NAME, trainer.base.adapter_config, tensors, *said)
+            metadata = header(description), extras(description)
+            write_adapter_file(output_dir / BEST_ADAPTER_NAME, trainer.base.adapter_config, tensors, *metadata)
             write_json(output_dir / BEST_NAME, {"step": step, LOSS: loss})
 
     def _mean_losses(self, step: int, stop: StopRequest) -> list[float] | None:
         """Mean loss over the set at each time, equal on all ranks; None if any rank was asked to stop."""
         group, crops = self.group, self.set.crops
         group.liveness.begin("validating")
-        found = self._losses(self.set.of_ranks(group.world_size)[group.dist_rank :: group.world_size], step == 0, stop)
-        # Wait without a time limit, which the collective below has.
+        mine = self.set.of_ranks(group.world_size)[group.dist_rank :: group.world_size]
+        losses = self._losses(mine, step == 0, stop)
+        # Wait for the slowest rank first: the timeout of a collective may be too short.
         run_on_all_ranks(group, f"validation-{step}", lambda: None, stop=None)
-        # By rank, then by position. Repeated crops come last, so the cut drops them.
-        ranks = group.gather(found)
-        if any(losses is None for losses in ranks):
+        by_rank = group.gather(losses)
+        if any(rank_losses is None for rank_losses in by_rank):
             return None
-        of_crops = [losses for place in zip(*ranks, strict=True) for losses in place][: len(crops)]
-        return [math.fsum(at_one_time) / len(crops) for at_one_time in zip(*of_crops, strict=True)]
+        # Back in the order of crops, without the repeats at the end.
+        by_crop = [crop_losses for crops_of_ranks in zip(*by_rank, strict=True) for crop_losses in crops_of_ranks]
+        return [math.fsum(at_one_time) / len(crops) for at_one_time in zip(*by_crop[: len(crops)], strict=True)]
 
     @torch.no_grad()
     def _losses(self, crops: list, of_base: bool, stop: StopRequest) -> list[list[float]] | None:
-        """Losses at ``TIMES`` of each crop; None when asked to stop."""
+        """Losses of each crop at ``TIMES``; None if asked to stop."""
         trainer, engine, group = self.trainer, self.trainer.engine, self.group
-        found = []
+        by_crop = []
         with contextlib.ExitStack() as stack:
             stack.enter_context(uncompiled(trainer.base.dit))
             if of_base:
                 stack.callback(set_strength, trainer.base, 1.0)
                 set_strength(trainer.base, 0.0)
             elif engine.formed is not None:
-                # Form with the adapters just stepped; the next step forms again.
+                # The formed weights are from before the last step; the next step forms them again.
                 engine.formed.form()
             stack.enter_context(cached_norms(trainer.layers))
             for crop in crops:
                 losses = []
                 for batch in self.set.batches(crop):
                     group.liveness.progress()
-                    asked = stop.requested()
-                    # Ranks that exchange tensors within a pass must all stop before the same pass.
-                    if group.any(asked) if engine.collectives_in_forward else asked:
+                    requested = stop.requested()
+                    # If ranks exchange tensors within a pass, all must stop before the same pass.
+                    if group.any(requested) if engine.collectives_in_forward else requested:
                         return None
                     losses.append(engine.losses(batch.to(group.device))["loss_gen"])
-                found.append(torch.stack(losses).double().tolist())
-        return found
+                by_crop.append(torch.stack(losses).double().tolist())
+        return by_crop

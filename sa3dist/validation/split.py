@@ -1,4 +1,4 @@
-"""The choice of held-out clips: whole files, as a function of the data set, the settings and the seed."""
+"""Choose the clips held out for validation: whole files, depending on the data set, the settings and the seed."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# With fewer clips, a share would leave too few to train on: one file is held out.
+# With fewer clips a share would remove too much training data: one file is held out.
 SMALL_SET = 20
-# Suffixes that programs add to a recording's name when they cut it into clips.
+# Suffixes of programs that cut recordings into clips.
 _CUT = re.compile(r"(.+?)[ _.-]+(?:part|chunk|segment|seg|slice|cut|split)[ _.-]*\d+", re.IGNORECASE)
 
 
@@ -45,10 +45,10 @@ def hold_out(
     stop: StopRequest,
     validation: DatasetIndex | None = None,
 ) -> tuple[DatasetIndex, tuple[ClipEntry, ...]]:
-    """The data set without the clips that ``settings.validation`` holds out, and those clips; equal on all ranks.
+    """The data set without the held-out clips of ``settings.validation``, and those clips; equal on all ranks.
 
-    validation   the data set that the setting names, if it does; all its clips are held out
-    Raises ConfigError for unknown names, if no clip would be left on either side, and if the two data sets share clips.
+    validation   the data set named by the setting, if any; all its clips are held out
+    Raises ConfigError for unknown names, if one side would be empty, or if the two data sets share clips.
     """
     if not settings.validation:
         return index, ()
@@ -71,7 +71,7 @@ def _choose(settings: Settings, index: DatasetIndex, group: Group, stop: StopReq
     if len(keys) == clips:
         raise ConfigError(
             f"validation: nothing would be left to train on: all {counted(clips, 'clip')} are named, or belong to "
-            f"those by near-equal sound or by name; hold out less"
+            f"those by nearly equal sound or by name; hold out less"
         )
     log.info("validation: %d of %s held out: %s", len(keys), counted(clips, "clip"), listed(keys, len(keys), 5))
     if clips < SMALL_SET:
@@ -80,13 +80,13 @@ def _choose(settings: Settings, index: DatasetIndex, group: Group, stop: StopReq
 
 
 def source_of(key: str) -> str:
-    """The recording that a clip was cut from, by its name (``song_part2``, ``song-chunk003``), in lower case."""
-    found = _CUT.fullmatch(key)
-    return (found[1] if found else key).casefold()
+    """The recording from which a clip was cut, by its name (``song_part2``, ``song-chunk003``), in lower case."""
+    match = _CUT.fullmatch(key)
+    return (match[1] if match else key).casefold()
 
 
 def grouped(clips: Sequence[ClipEntry], pairs: Iterable[tuple[str, str]]) -> list[list[str]]:
-    """Keys of clips that belong together: equal audio, the same recording by name, or one of ``pairs``. Sorted."""
+    """Sorted groups of keys of clips that belong together: equal audio, same recording by name, or in ``pairs``."""
     leader = {clip.key: clip.key for clip in clips}
 
     def first_of(key: str) -> str:
@@ -111,13 +111,10 @@ def grouped(clips: Sequence[ClipEntry], pairs: Iterable[tuple[str, str]]) -> lis
 
 
 def chosen_by_share(groups: Sequence[list[str]], share: float, seed: int) -> list[str]:
-    """Keys of whole groups in a pseudo-random order given by ``seed``, as many as fit into the share; sorted.
-
-    At least one group: if none fits, one of the smallest.
-    """
+    """Sorted keys of whole groups, chosen by ``seed``, as many as fit into the share; at least one of the smallest."""
     total = sum(map(len, groups))
     most = 1 if total < SMALL_SET else max(1, round(share * total))
-    # Ordered by hash: adding a clip to the data set moves few others to the other side.
+    # Ordered by hash, so that adding a clip to the data set changes the side of few others.
     drawn = sorted(groups, key=lambda keys: digest_of("hold out", str(seed), keys[0]))
     chosen: list[str] = []
     for keys in drawn:
@@ -127,24 +124,26 @@ def chosen_by_share(groups: Sequence[list[str]], share: float, seed: int) -> lis
 
 
 def chosen_by_name(clips: Sequence[ClipEntry], groups: Sequence[list[str]], names: Sequence[str]) -> list[str]:
-    """Keys of the clips named by key, file or folder, and of those that belong to them; sorted."""
+    """Sorted keys of the clips given by key, file or folder, and of clips in the same groups."""
     named: set[str] = set()
-    # macOS stores names decomposed; keyboards type them composed.
+    # macOS stores names decomposed; keyboards enter them composed.
     composed = [(unicodedata.normalize("NFC", clip.key), clip) for clip in clips]
     for name in names:
-        asked = unicodedata.normalize("NFC", name)
-        folder = f"{asked.rstrip('/')}/"
-        found = {
-            clip.key for key, clip in composed if asked in (key, f"{key}.{clip.extension}") or key.startswith(folder)
+        wanted = unicodedata.normalize("NFC", name)
+        folder = f"{wanted.rstrip('/')}/"
+        matching = {
+            clip.key for key, clip in composed if wanted in (key, f"{key}.{clip.extension}") or key.startswith(folder)
         }
-        if not found:
+        if not matching:
             near = difflib.get_close_matches(name, [clip.key for clip in clips], n=1)
             hint = f", did you mean {near[0]!r}?" if near else "; sa3dist inspect lists them"
             raise ConfigError(f"validation: {name!r} is no clip, file or folder of the data set{hint}")
-        named |= found
+        named |= matching
     keys = sorted(key for keys in groups if named.intersection(keys) for key in keys)
-    if beside := [key for key in keys if key not in named]:
-        log.info("validation: held out with those that are named: %s", listed(beside, len(beside), 5))
+    if others := [key for key in keys if key not in named]:
+        log.info(
+            "validation: also held out, because they belong to the named clips: %s", listed(others, len(others), 5)
+        )
     return keys
 
 
@@ -155,17 +154,16 @@ def _check_apart(
     shared = {clip.key: trained[clip.audio_sha256] for clip in validation.clips if clip.audio_sha256 in trained}
     ours = _inspected(settings, index, group, stop)
     theirs = _inspected(settings, validation, group, stop) if ours else []
-    # The two sets may share names: mark the validation clips' keys with a character that no key has and that sorts
-    # first.
+    # Both may use the same key: mark theirs with a character that keys cannot have, and that sorts first in a pair.
     marked = [dataclasses.replace(clip, key=f"\n{clip.key}") for clip in theirs]
     for one, other, _ in near_duplicates(ours + marked) if theirs else ():
         if one.startswith("\n") and not other.startswith("\n"):
             shared.setdefault(one[1:], other)
     if shared:
-        label, found = redacted(settings.validation_source), [f"{one} (as {other})" for one, other in shared.items()]
+        label, pairs = redacted(settings.validation_source), [f"{one} (as {other})" for one, other in shared.items()]
         raise ConfigError(
             f"validation: {counted(len(shared), 'clip')} of {label} {'is' if len(shared) == 1 else 'are'} trained on, "
-            f"or nearly equal to what is: {listed(found, len(found), 3)}; take them out of one of the two"
+            f"or nearly equal to what is: {listed(pairs, len(pairs), 3)}; take them out of one of the two"
         )
 
 
@@ -207,7 +205,7 @@ def _inspected(settings: Settings, index: DatasetIndex, group: Group, stop: Stop
 
 
 def settings_file(settings: Settings, held_out: Sequence[ClipEntry]) -> str:
-    """run.yaml: the settings, followed by the keys of the held-out clips as comments."""
+    """The text of run.yaml: the settings, followed by the keys of held-out clips as comments."""
     text = yaml.safe_dump(settings.as_dict(), sort_keys=False)
     if held_out:
         listing = yaml.safe_dump({"held_out": [clip.key for clip in held_out]}, allow_unicode=True)

@@ -139,7 +139,7 @@ train.as_process(train.main)
 
 
 def test_a_queue_that_is_full_takes_no_more_and_never_waits(kinds_of_test, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(background, "WAITING", 3)
+    monkeypatch.setattr(background, "MAX_QUEUED", 3)
     thread = background._TrackerThread("slow", lambda: time.sleep(3600))
     begin = time.monotonic()
     with caplog.at_level("WARNING", logger="sa3dist"):
