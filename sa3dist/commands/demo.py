@@ -14,18 +14,18 @@ import numpy as np
 
 from sa3dist.formats import atomic_path
 
-# (extension, libsndfile format, subtype): what the endpoint's users bring, lossless and lossy.
+# (extension, libsndfile format, subtype): lossless and lossy formats that users upload.
 _FORMATS = (("wav", "WAV", "PCM_16"), ("flac", "FLAC", "PCM_24"), ("ogg", "OGG", "VORBIS"), ("mp3", "MP3", None))
 _SAMPLE_RATES_HZ = (22050, 32000, 44100, 48000)
 _SECONDS_RANGE = (0.5, 12.0)
-# Below full scale, so that lossy codecs do not overshoot it.
+# Below full scale, so that lossy codecs do not exceed it.
 _PEAK = 0.7
-# What small speakers still play, up to less than half of the lowest sample rate.
+# Audible on small speakers, and below half of the lowest sample rate.
 _HERTZ_RANGE = (80.0, 4000.0)
 
-# Where `make demo` works, below the current directory.
+# Folder of `make demo`, in the current directory.
 FOLDER = Path("demo")
-# Another seed than the training's, so that the comparison is over draws the adapter has not seen.
+# Not the training's seed, so that the comparison uses draws not seen in training.
 EVALUATION_SEED = 4242
 EVALUATION_BATCHES = 96
 
@@ -33,9 +33,9 @@ EVALUATION_BATCHES = 96
 def synthesise_clips(path_zip: Path, seed: int = 0, count: int = 24) -> None:
     """Write ``count`` captioned clips to ``path_zip``, atomically.
 
-    Kinds, formats (wav, flac, ogg, mp3), sample rates, mono and stereo alternate; lengths are spread over 0.5 to 12 s.
-    Samples and captions depend on seed and count only, and so does every byte but those of ogg files, whose stream
-    number libsndfile draws from the clock.
+    Kinds, formats (wav, flac, ogg, mp3), sample rates, mono and stereo alternate; lengths range from 0.5 to 12 s.
+    Everything depends only on seed and count, except the stream number in ogg files, which libsndfile takes from the
+    clock.
     """
     import soundfile
 
@@ -45,7 +45,7 @@ def synthesise_clips(path_zip: Path, seed: int = 0, count: int = 24) -> None:
     with atomic_path(Path(path_zip)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for number in range(count):
             kind, synth = kinds[number % len(kinds)]
-            # The shift by one per round keeps a kind from always meeting the same format.
+            # Shift by one per round, so that a kind does not always get the same format.
             extension, container, subtype = _FORMATS[(number + number // len(kinds)) % len(_FORMATS)]
             rate = _SAMPLE_RATES_HZ[(number // 2 + number // 8) % len(_SAMPLE_RATES_HZ)]
             channels = 1 + (number // 3) % 2
@@ -53,7 +53,7 @@ def synthesise_clips(path_zip: Path, seed: int = 0, count: int = 24) -> None:
             stem = f"{kind}/{kind}_{number:02d}"
             sound = io.BytesIO()
             soundfile.write(sound, _stage(rng, mono_N, channels), rate, format=container, subtype=subtype)
-            # ZipInfo's default date is a constant; writestr with a name would take the clock's.
+            # ZipInfo has a constant default date; writestr with a name would use the current time.
             archive.writestr(zipfile.ZipInfo(f"{stem}.{extension}"), sound.getvalue())
             archive.writestr(zipfile.ZipInfo(f"{stem}.txt"), f"{caption}, {seconds[number]:.1f} seconds")
 
@@ -79,7 +79,7 @@ def _drum(rng: np.random.Generator, time_N: np.ndarray) -> tuple[np.ndarray, str
     beats_per_minute = int(rng.integers(60, 180))
     since_hit_N = time_N % (60 / beats_per_minute)
     hertz = rng.uniform(45, 90)
-    # A body that falls from nine times its final pitch within some 50 ms, and a noisy stick on top.
+    # A body whose pitch falls from nine times its final value within 50 ms, plus a noisy stick.
     body_N = np.sin(2 * np.pi * hertz * (since_hit_N - 8 / 40 * np.exp(-40 * since_hit_N)))
     stick_N = rng.standard_normal(len(time_N)) * np.exp(-since_hit_N * 200)
     decay = rng.uniform(6, 20)
@@ -106,7 +106,7 @@ def _draw_hertz(rng: np.random.Generator) -> float:
 
 
 def _stage(rng: np.random.Generator, mono_N: np.ndarray, channels: int) -> np.ndarray:
-    """Level, 5 ms fades against clicks, and a random place between left and right: (samples, channels)."""
+    """Normalise, fade in and out over 100 samples against clicks, and pan randomly: float32 (samples, channels)."""
     ramp_N = np.minimum(1, np.arange(1, len(mono_N) + 1) / 100)
     mono_N = mono_N * ramp_N * ramp_N[::-1]
     gains = np.ones(1) if channels == 1 else np.array([np.cos(a := rng.uniform(0.2, 1.3)), np.sin(a)])
@@ -115,7 +115,7 @@ def _stage(rng: np.random.Generator, mono_N: np.ndarray, channels: int) -> np.nd
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`make demo`: make clips and a tiny base, train on them, reload the adapter and say what it learned."""
+    """`make demo`: make clips and a tiny base, train, reload the adapter and compare losses."""
     parser = argparse.ArgumentParser(prog="python -m sa3dist.commands.demo", description=main.__doc__)
     parser.add_argument("--prepare", action="store_true", help="make demo/clips.zip and demo/base, and train nothing")
     only_prepare = parser.parse_args(argv).prepare
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sa3dist.model.tiny import write_tiny_base
     from sa3dist.report.page import PAGE_NAME
 
-    # The tiny base's operations are too small to share: on a busy machine threads cost more than they give.
+    # The tiny base's operations are too small for several threads.
     torch.set_num_threads(1)
     clips, base = FOLDER / "clips.zip", FOLDER / "base"
     if not clips.exists():
@@ -143,13 +143,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{with_adapter:.4f} with it and {without:.4f} without, {fallen:.0f} % lower.",
             file=sys.stderr,
         )
-        # The last line, for whoever looks for what to open.
-        print(f"Its page, with what can be heard: {(FOLDER / 'run' / PAGE_NAME).resolve()}", file=sys.stderr)
+        # The last line, so that it is easy to find.
+        print(f"Its report, with previews to listen to: {(FOLDER / 'run' / PAGE_NAME).resolve()}", file=sys.stderr)
     return code
 
 
 def _losses_without_and_with(run_dir: Path, base_dir: Path) -> tuple[float, float]:
-    """Mean loss of the base, and of the base with the trained file loaded, over one set of draws not trained on."""
+    """Mean losses without and with the trained adapter, on the same draws, which were not used in training."""
     import torch
 
     from sa3dist import adapters, config

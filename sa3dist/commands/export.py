@@ -1,4 +1,4 @@
-"""`sa3dist export PATH`: the files of a run from its checkpoint alone, or an adapter in another program's layout."""
+"""`sa3dist export PATH`: write a run's files from its checkpoint, or an adapter in another program's format."""
 
 import argparse
 import functools
@@ -38,16 +38,16 @@ from sa3dist.runtime import run_lock
 from sa3dist.runtime.exit_status import command
 from sa3dist.training import checkpoint
 
-# What was written, the program it is for, and layers that were left out knowingly.
+# Path written, target program for ``verify``, and layers that were deliberately left out.
 Written = tuple[Path, str, list[str]]
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 ADAPTER_SUFFIX = ".safetensors"
-# The others are of files that torch.save wrote.
+# All but the first are files from torch.save.
 ADAPTER_SUFFIXES = (ADAPTER_SUFFIX, ".ckpt", ".pt", ".pth", ".bin")
 
 
 def is_path(words: Sequence[str]) -> bool:
-    """Whether the words of ``sa3dist export`` name something to export from, not a config of a run."""
+    """Whether the arguments of ``sa3dist export`` name a PATH to export, rather than a run's settings."""
     names = [word for word in words if word.startswith("-") or split_argument(word) is None]
     return any(
         name.partition("=")[0] in (*ARGUMENTS, "-h", "--help")
@@ -59,12 +59,12 @@ def is_path(words: Sequence[str]) -> bool:
 
 
 def from_checkpoint(source: Path, output: Path | None) -> dict:
-    """Publish what the run itself would have published at that checkpoint. Returns the result.
+    """Publish what the run would have published at that checkpoint. Returns the result.
 
-    source   a checkpoint directory, or an output_dir: its newest intact checkpoint
-    output   default the output_dir itself; for a checkpoint directory, ``exported/<its name>`` beside ``checkpoints``
-    Raises CheckpointError when there is no intact checkpoint, as ``publish_saved``, or when not every key of the file
-    lands; InUse when a run writes there.
+    source   a checkpoint directory, or an output_dir (its newest intact checkpoint)
+    output   default: the output_dir; for a checkpoint directory ``exported/<its name>`` next to ``checkpoints``
+    Raises CheckpointError if there is no intact checkpoint, if not every key of the file lands, or like
+    ``publish_saved``; InUse if a run writes to the directory.
     """
     saved, default = _open_checkpoint(source)
     try:
@@ -87,12 +87,12 @@ def _open_checkpoint(source: Path) -> tuple[checkpoint.Checkpoint, Path]:
 
 
 def is_adapter(source: Path) -> bool:
-    """Whether it is an adapter by itself: a file or a PEFT folder, not a run or a checkpoint directory."""
+    """Whether ``source`` is an adapter file or PEFT folder, not a run or a checkpoint directory."""
     return source.suffix in ADAPTER_SUFFIXES or bool(peft_folders(source))
 
 
 def read_source(source: Path, lora_config: str | None = None) -> tuple[AdapterFile, Path]:
-    """The adapter to convert, as its file holds it, and the path its converted file is named after."""
+    """The adapter to convert, and the path from which the converted file's name is derived."""
     if is_adapter(source):
         return read_adapter_file(source, lora_config), source
     saved, directory = _open_checkpoint(source)
@@ -104,7 +104,7 @@ def read_source(source: Path, lora_config: str | None = None) -> tuple[AdapterFi
 
 
 def convert(options: argparse.Namespace) -> None:
-    """Write the files in ``options.format``. Raises ConfigError where that layout cannot say the same."""
+    """Write the files in ``options.format``. Raises ConfigError if that format cannot represent the adapter."""
     native = options.format in ("sa3", "native")
     if options.baked_norms and not native:
         raise ConfigError(f"--baked-norms: only for --format native, not for {options.format}")
@@ -132,7 +132,7 @@ def convert(options: argparse.Namespace) -> None:
 
 
 def at_hand(name: str) -> bool:
-    """Whether a base can be opened without a download."""
+    """Whether the base can be opened without a download."""
     return is_cached(RELEASED[name], WEIGHTS_NAME) if name in RELEASED else os.path.isdir(home_path(name))
 
 
@@ -153,11 +153,11 @@ def _native(file: AdapterFile, base: Callable[[], AdapterOnDisk], options, named
     if options.baked_norms and not file.config.kind.rows:
         raise ConfigError(f"{file.path}: --baked-norms are of rows, which {file.config.adapter_type} does not divide")
     baked = {name: base().row_norms(name) for name in file.layers()} if options.baked_norms else {}
-    # The name that Stable Audio 3's own baker gives.
+    # As named by Stable Audio 3's own tool.
     ending = ".normbaked" if baked else ".native"
     output = options.output or named_after.with_suffix(f"{ending}{ADAPTER_SUFFIX}")
-    held = {key: file.metadata[key] for key in EXTRA_KEYS if key in file.metadata}
-    extras = {key: int(value) if value.isdecimal() else value for key, value in held.items()}
+    metadata = {key: file.metadata[key] for key in EXTRA_KEYS if key in file.metadata}
+    extras = {key: int(value) if value.isdecimal() else value for key, value in metadata.items()}
     if baked:
         extras |= {"baked_norms": len(baked), "norm_base": base_name(options.base or file.base)}
     kept = {} if file.foreign else file.metadata
@@ -184,9 +184,9 @@ def _peft(file: AdapterFile, base: Callable[[], AdapterOnDisk], options, named_a
 
 
 def _header(file: AdapterFile, **more) -> dict[str, str]:
-    kept = {key: file.metadata[key] for key in ("step", "base_model", BASE_KEY) if key in file.metadata}
-    made = {"format": "pt", "converted_from": config_value(file.config), "sa3dist_version": __version__, **more}
-    return {**kept, **{key: value if isinstance(value, str) else json.dumps(value) for key, value in made.items()}}
+    header = {key: file.metadata[key] for key in ("step", "base_model", BASE_KEY) if key in file.metadata}
+    added = {"format": "pt", "converted_from": config_value(file.config), "sa3dist_version": __version__, **more}
+    return header | {key: value if isinstance(value, str) else json.dumps(value) for key, value in added.items()}
 
 
 FORMATS = {

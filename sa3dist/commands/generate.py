@@ -1,4 +1,4 @@
-"""`sa3dist generate`: audio from prompts, with a base alone or with adapters on it."""
+"""`sa3dist generate`: make audio from prompts, with a base and optional adapters."""
 
 import argparse
 import contextlib
@@ -59,7 +59,7 @@ ARGUMENTS = {
 
 
 def generate(options: argparse.Namespace) -> None:
-    """``make_clips``, with what helps where the memory does not do."""
+    """``make_clips``, with advice if it runs out of memory."""
     try:
         make_clips(options)
     except torch.OutOfMemoryError:
@@ -83,21 +83,22 @@ def make_clips(options: argparse.Namespace) -> None:
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output: {output} is a file, expected a folder; choose another")
     precision = options.precision or ("bf16" if device == "cuda" else "fp32")
-    decides = {"precision": precision, "text_encoder": options.text_encoder}
-    texts = describe(options.prompt, how, model, adapters, decides)
-    left = [number for number in texts if not is_done(output, number, texts[number], options.format)]
-    if left:
+    other = {"precision": precision, "text_encoder": options.text_encoder}
+    descriptions = describe(options.prompt, how, model, adapters, other)
+    todo = [number for number in descriptions if not is_done(output, number, descriptions[number], options.format)]
+    if todo:
         base = load_base(model, device, PRECISIONS[precision], options.text_encoder, encoder=False)
         cut = base.text_source and cut_captions(
-            base.text_source, ((f"prompt {number}", texts[number]["prompt"]) for number in left)
+            base.text_source, ((f"prompt {number}", descriptions[number]["prompt"]) for number in todo)
         )
         if cut and cut.tokens:
             print(f"note: {cut.line()}", file=sys.stderr)
         for file, strength in adapters:
             load_adapter_file(base, file, strength)
             bake_adapter(base)
-        write_clips(base, how, output, {number: texts[number] for number in left}, options.format)
-    print(f"wrote {output}: {len(left)} of {len(texts)} clips" + "; the others were there" * (len(left) < len(texts)))
+        write_clips(base, how, output, {number: descriptions[number] for number in todo}, options.format)
+    existing = "; the others were there" if len(todo) < len(descriptions) else ""
+    print(f"wrote {output}: {len(todo)} of {len(descriptions)} clips{existing}")
 
 
 def read_how(options: argparse.Namespace, model: str) -> Generation:
@@ -114,43 +115,45 @@ def describe(
     how: Generation,
     model: str,
     adapters: Sequence[tuple[AdapterFile, float]],
-    decides: dict[str, Any],
+    other: dict[str, Any],
 ) -> dict[int, dict[str, Any]]:
-    """What the JSON file beside every clip holds, by the clip's number: all that decides how it sounds.
+    """The content of the JSON file of every clip, by number: everything that affects its sound.
 
-    decides   what does so beside the other arguments
+    other   further values that do
     """
     parts = [
         {"file": str(file.path), "strength": strength, "sha256": tensors_digest(file.tensors)}
         for file, strength in adapters
     ]
-    shared = {**dataclasses.asdict(how), "model": model, **decides, "adapters": parts, "sa3dist_version": __version__}
+    shared = {**dataclasses.asdict(how), "model": model, **other, "adapters": parts, "sa3dist_version": __version__}
     return {number: {"prompt": prompt, "number": number, **shared} for number, prompt in enumerate(prompts)}
 
 
-def is_done(output: Path, number: int, text: dict[str, Any], suffix: str) -> bool:
-    """Whether an earlier call has written this very clip. Raises ConfigError where something else is in its place."""
-    audio, about = output / f"{number}.{suffix}", output / f"{number}.json"
+def is_done(output: Path, number: int, description: dict[str, Any], suffix: str) -> bool:
+    """Whether an earlier call has written this clip. Raises ConfigError if another request has written its files."""
+    audio, json_file = output / f"{number}.{suffix}", output / f"{number}.json"
     same = False
     with contextlib.suppress(OSError, ValueError):
-        # Written ahead of the audio: beside it, it says what the audio is.
-        same = json.loads(about.read_text(encoding="utf-8")) == text
-    for path in (audio, about):
+        # It is written before the audio, so existing audio fits it.
+        same = json.loads(json_file.read_text(encoding="utf-8")) == description
+    for path in (audio, json_file):
         if path.exists() and not same:
             raise ConfigError(f"--output: {path} exists already, of another request; choose a new directory")
     return same and audio.exists()
 
 
-def write_clips(base: Base, how: Generation, output: Path, texts: dict[int, dict[str, Any]], suffix: str) -> None:
-    prompts = [(number, text["prompt"]) for number, text in texts.items()]
+def write_clips(
+    base: Base, how: Generation, output: Path, descriptions: dict[int, dict[str, Any]], suffix: str
+) -> None:
+    prompts = [(number, description["prompt"]) for number, description in descriptions.items()]
     with progress("generate", len(prompts), shown=True) as update:
         for done, (number, audio_CN) in enumerate(how.clips(base, prompts), start=1):
-            write_json(output / f"{number}.json", texts[number])
+            write_json(output / f"{number}.json", descriptions[number])
             write_audio(output / f"{number}.{suffix}", audio_CN, base.sample_rate_hz)
             update(done)
 
 
-# 0 when written; 2, with one line and nothing written, when this cannot be generated.
+# Exit code 0 when written; 2, with one line and nothing written, if this cannot be generated.
 main = command(
     "sa3dist generate",
     ARGUMENTS,

@@ -1,4 +1,4 @@
-"""`sa3dist health RUN|FILE`: what an adapter does to its base, and whether that is healthy."""
+"""`sa3dist health RUN|FILE`: measure how an adapter changes its base, and judge whether that is healthy."""
 
 import argparse
 
@@ -21,12 +21,17 @@ ARGUMENTS = {
         "help": "a run's output_dir (its newest checkpoint), or a file",
     },
     "--base": {"metavar": "MODEL", "help": "the base it was trained on; default the one it names"},
-    "--layers": {"type": int, "default": 10, "metavar": "N", "help": "so many of those that learn most (default 10)"},
+    "--layers": {
+        "type": int,
+        "default": 10,
+        "metavar": "N",
+        "help": "layers to list, largest updates first (default 10)",
+    },
 }
 
 
 def health(options: argparse.Namespace) -> None:
-    """Print the verdict, its reasons and the layers. Raises ConfigError where no base is known."""
+    """Print the verdict, its reasons and the layers. Raises ConfigError if no base is known."""
     file, _ = read_source(options.source)
     name = options.base or file.base
     if name is None:
@@ -45,7 +50,7 @@ def health(options: argparse.Namespace) -> None:
         print(f"{layer['update_ratio']!s:>12} {layer['effective_rank']!s:>9} {layer['drift']!s:>9}  {layer['name']}")
 
 
-# 0 whatever the verdict; 2, with one line, where there is nothing to measure.
+# Exit code 0 whatever the verdict; 2, with one line, if there is nothing to measure.
 main = command(
     "sa3dist health",
     ARGUMENTS,

@@ -1,4 +1,4 @@
-"""`sa3dist merge`: several adapters into one file, or adapters into the weights of a base."""
+"""`sa3dist merge`: merge several adapters into one file, or adapters into the weights of a base."""
 
 import argparse
 import json
@@ -40,7 +40,7 @@ ARGUMENTS = {
 
 
 def merge(options: argparse.Namespace) -> None:
-    """Write the merged adapter, or base, that ``options`` ask for."""
+    """Write the merged adapter or base."""
     weighted = map(split_weight, options.adapters)
     files = [(read_adapter_file(path), weight) for path, weight in weighted]
     if options.svd is not None and (options.base is None or options.svd < 1):
@@ -63,14 +63,14 @@ def merge(options: argparse.Namespace) -> None:
 
 
 def refuse_own(output: Path, files: Sequence[AdapterFile]) -> None:
-    """Raises ConfigError where ``output`` is one of the files that it is made from."""
+    """Raises ConfigError if ``output`` is one of the input files."""
     for file in files:
         if output.exists() and file.path.exists() and output.samefile(file.path):
-            raise ConfigError(f"--output: {output} is what is read here; choose a new file")
+            raise ConfigError(f"--output: {output} is one of the inputs; choose a new file")
 
 
 def split_weight(argument: str) -> tuple[str, float]:
-    """Path and weight of ``FILE=WEIGHT``; 1 when left out. Raises ConfigError for a weight that is no finite number."""
+    """Path and weight of ``FILE=WEIGHT``; default 1. Raises ConfigError for a weight that is not a finite number."""
     path, equals, text = argument.rpartition("=")
     if not equals or os.path.exists(argument):
         return argument, 1.0
@@ -84,15 +84,15 @@ def split_weight(argument: str) -> tuple[str, float]:
 
 
 def describe(files: Sequence[tuple[AdapterFile, float]]) -> dict[str, str]:
-    """Header entries of a merged file: what it was made from, and of which base where all agree."""
+    """Header entries of a merged file: its parts, and the base if all parts have the same."""
     parts = [
         {"file": file.path.name, "weight": weight, "lora_config": config_value(file.config)} for file, weight in files
     ]
     header = {"merged_from": json.dumps(parts), "sa3dist_version": __version__}
     for key in (BASE_KEY, "base_model"):
-        found = {file.metadata.get(key) for file, _ in files}
-        if len(found) == 1 and None not in found:
-            header[key] = found.pop()
+        values = {file.metadata.get(key) for file, _ in files}
+        if len(values) == 1 and None not in values:
+            header[key] = values.pop()
     return header
 
 
@@ -110,8 +110,9 @@ def write_approximation(output: Path, adapters: Sequence[tuple[AdapterOnDisk, fl
 
 
 def into_base(output: Path, base: BaseOnDisk, adapters: Sequence[tuple[AdapterOnDisk, float]]) -> None:
-    """Write the directory of a base whose adapted weights are merged: config, weights, text encoder where it lies
-    inside. Every other byte of the weights' data is the base's own.
+    """Write a base directory with merged weights: config, weights, and the text encoder if the base contains it.
+
+    All other weights are copied byte for byte.
     """
     if output.exists():
         raise ConfigError(f"--output: {output} exists already; choose a new directory")
@@ -138,7 +139,7 @@ def copy_file(source: str | Path, target: str | Path) -> None:
         shutil.copyfile(source, temporary)
 
 
-# 0 when written; 2, with one line and nothing written, when the files cannot be merged like this.
+# Exit code 0 when written; 2, with one line and nothing written, if the files cannot be merged.
 main = command(
     "sa3dist merge",
     ARGUMENTS,

@@ -1,4 +1,4 @@
-"""`sa3dist plan`: memory and time of a run before it is started, on this machine or on a GPU from a table."""
+"""`sa3dist plan`: predict memory and time of a run, on this machine or on a GPU from a table."""
 
 import argparse
 import dataclasses
@@ -33,10 +33,10 @@ def plan(options: argparse.Namespace) -> None:
     """Print the plan of ``options``."""
     if options.ranks < 1 or (options.link_gbit is not None and not options.link_gbit > 0):
         raise ConfigError("--ranks and --link-gbit: expected positive numbers")
-    # An installed package has no folder of its own.
+    # The default folder does not exist in an installed package.
     if options.results != RESULTS and not options.results.is_dir():
         raise ConfigError(f"--results: {options.results} is no folder; give one with the JSON files of gpu_check.py")
-    # A plan needs no data; where they are is nobody's business here.
+    # A plan needs no data: the address is not used.
     settings = config.build({"audio_data_url": "unknown", **config.read_arguments(options.arguments)})
     device = find_device(options.gpu)
     if options.fit:
@@ -83,7 +83,7 @@ def as_dict(job: Job, device: Device, changes: dict[str, Any], prediction: Predi
 
 
 def lines(job: Job, device: Device, changes: dict[str, Any], prediction: Prediction) -> list[str]:
-    """The plan for a terminal, a fact a line."""
+    """The plan as lines of text."""
     settings, planned = job.settings, prediction.memory
     seconds = settings.duration or job.frames * job.config.samples_per_frame / job.config.sample_rate_hz
     assumed = "" if settings.duration else " (no duration given: the model's full length)"
@@ -93,7 +93,7 @@ def lines(job: Job, device: Device, changes: dict[str, Any], prediction: Predict
     fits = "fits" if planned.fits else "DOES NOT FIT"
     rate = device.flops_per_second(job.product_bytes) / 1e12
     times = ", ".join(f"{name} {value:.3g}" for name, value in prediction.seconds.items() if value)
-    made = [
+    text = [
         f"run       {settings.model}, {settings.adapter_type} rank {settings.rank}, micro batches of "
         f"{settings.batch_size} x {seconds:.1f} s{assumed}, base in {settings.base_precision}",
         f"device    {device.name}: {device.memory_bytes / 1e9:.0f} GB, {rate:.3g} TFLOP/s, "
@@ -110,9 +110,9 @@ def lines(job: Job, device: Device, changes: dict[str, Any], prediction: Predict
         "          memory: counted on the network itself"
         + ("; host: launches estimated" if prediction.seconds["host"] else ""),
     ]
-    wanted = [f"{key}={value}" for key, value in changes.items() if value is not None]
-    return made + ([f"change    {' '.join(wanted)}"] if wanted else [])
+    proposed = [f"{key}={value}" for key, value in changes.items() if value is not None]
+    return text + ([f"change    {' '.join(proposed)}"] if proposed else [])
 
 
-# 0 with the plan on stdout, also when the run does not fit; 2 when settings or device are refused.
+# Exit code 0 with the plan on stdout, even if the run does not fit; 2 if settings or device are refused.
 main = command("sa3dist plan", ARGUMENTS, plan, description="Predict memory and time of a run.")

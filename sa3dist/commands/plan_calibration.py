@@ -1,8 +1,8 @@
-"""How far real steps are from the counted roofline: a factor, from steps that were timed on the same GPU.
+"""Calibrate predicted step times: the factor between real steps and the roofline, from steps timed on the same GPU.
 
-gpu_check.py writes timed steps as rows of a JSON file. A step takes a fixed time and a factor times its roofline: the
-time that its products, attention and the forming of adapted weights need at least with its device's ceilings. Two
-lengths of the nearest adapter type give both.
+gpu_check.py writes timed steps as rows of a JSON file. The model: a step takes a fixed time plus a factor times its
+roofline, which is the least time for its products, attention and forming of adapted weights at the device's peak rates.
+Timings at two lengths with the nearest adapter type determine both.
 """
 
 import dataclasses
@@ -23,19 +23,20 @@ from sa3dist.model.loading import meta_roots
 from sa3dist.model.parse_config import parse_model_config
 from sa3dist.model.released import RELEASED, released_config
 
-# Of a device no step was timed on. An H100 takes 2.3 times the roofline of its datasheet, and 6 ms; two AVX2 cores 1.3
-# times their measured one.
+# Factors for devices without timed steps. An H100 takes 2.3 times the roofline of its datasheet, plus 6 ms; two AVX2
+# cores take 1.3 times their measured roofline.
 ASSUMED_FACTOR = {"GPU": 2.5, "CPU": 1.3}
-# In a checkout; an installed package comes without measurements.
+# Exists in a checkout; an installed package has no measurements.
 RESULTS = Path(__file__).parents[2] / "kernels/benchmarks/results"
 
 
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """A step's time over its roofline, and what that rests on in words.
+    """Ratio of a step's time to its roofline.
 
-    fixed_seconds   what a micro batch takes beside that, whatever its length
-    measured        on that very device: what its host costs is then within the two
+    evidence        a description of the measurements it is based on
+    fixed_seconds   additional time per micro batch, independent of its length
+    measured        whether it was measured on this device; then it includes the host's time
     """
 
     value: float
@@ -45,20 +46,20 @@ class Factor:
 
 
 def forming_passes(kind: AdapterType, forms: int = 1) -> int:
-    """How often FORM, ``forms`` times, and FINISH go over all adapted weights.
+    """Number of passes over all adapted weights of ``forms`` times FORM and one FINISH.
 
-    FORM reads W0 and writes W', goes over each block of rows again for a row norm, and reads W0 once more for a column
-    norm; FINISH reads W0 for every norm that is differentiated. Source: spec/formed.md.
+    FORM reads W0 and writes W'; row norms need another pass, column norms one more. FINISH reads W0 once for every norm
+    that is differentiated. Source: spec/formed.md.
     """
     finish = (kind.rows and kind.cols) if kind.xs else kind.rows + kind.cols
     return forms * (2 + kind.rows + kind.cols) + finish
 
 
 def calibrate(folder: Path, device: Device, tokens: int, adapter_type: str) -> Factor:
-    """From the steps timed on that GPU, of the nearest adapter type and the nearest lengths; else assumed.
+    """The factor from steps timed on this GPU with the nearest adapter type and lengths; assumed if there are none.
 
     folder   of results
-    Raises ConfigError, naming the file, for one that is not JSON.
+    Raises ConfigError, naming the file, if one is not JSON.
     """
     rows = [
         {**row, "file": path.name, "tokens": row["batch"] * row["frames"]}
@@ -83,7 +84,7 @@ def calibrate(folder: Path, device: Device, tokens: int, adapter_type: str) -> F
     what = f"{near['shape']}, {near['batch']} x {near['frames']} frames, {near['adapter_type']}"
     evidence = f"a step timed on this GPU ({near['file']}: {what}, {near['ours_ms']:.3g} ms)"
     same = [row for row in rows if all(row[key] == near[key] for key in ("file", "shape", "depth", "adapter_type"))]
-    # Rather one on the other side of the length that is asked for.
+    # Prefer a second timing on the other side of the requested length.
     others = sorted(same, key=lambda row: ((row["tokens"] < tokens) == (near["tokens"] < tokens), distance(row)))
     least, taken = _roofline(near, device), near["ours_ms"] / 1e3
     for other in others:
@@ -111,7 +112,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _roofline(row: dict[str, Any], device: Device) -> float:
-    """Seconds."""
+    """The roofline of a timed step, in seconds."""
     config = parse_model_config(released_config(row["shape"], row["depth"]), row["shape"])
     layers = candidate_layers(meta_roots(config))
     adapter = AdapterShape(ADAPTER_TYPES[row["adapter_type"]], row["rank"], frozenset(layers), device.runs_kernels)

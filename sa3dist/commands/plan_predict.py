@@ -1,4 +1,4 @@
-"""Memory and step time of a run, predicted from counts; and settings that fit a given memory."""
+"""Predict memory and step time of a run from counted operations, and find settings that fit a given memory."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ from sa3dist.training.cuda_graphs import wants_graphs
 from sa3dist.training.memory import MOMENT_BYTES, USABLE_SHARE, VALUE_BYTES, fewest_recomputed, working_bytes
 from sa3dist.training.model_setup import DTYPES
 
-# A process on a GPU before it holds a tensor: context and libraries. Seen between 0.4 and 0.8 GB by driver and device.
+# Memory of a GPU process without tensors: context and libraries. Measured: 0.4 to 0.8 GB, by driver and device.
 CONTEXT_BYTES = 0.7e9
-# Value, gradient and AdamW's two means of one trained number, float32.
+# Per trained number, float32: value, gradient and AdamW's two moments.
 TRAINED_BYTES = VALUE_BYTES + MOMENT_BYTES
-# Kernels an eager step launches per counted operation, and the host's time for one: what limits short clips on a GPU.
+# Kernel launches per counted operation of an eager step, and the host's time per launch, which limits short clips.
 LAUNCHES_PER_OPERATION, LAUNCH_SECONDS = 4, 5e-6
 
 
 def frames_of(settings: Settings, config: ModelConfig) -> int:
-    """Length of a crop; without ``duration`` the model's full length, for the longest clip is not known here."""
+    """Length of a crop; without ``duration`` the model's full length, since the longest clip is not known."""
     seconds = config.native_seconds
     return crop_frames(settings.duration, seconds, seconds, config.sample_rate_hz, config.samples_per_frame)
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run as it is planned: its settings, the model's shape, and what surrounds one process.
+    """A run to plan: its settings, the model's shape, and the number of processes.
 
     frames                 length of a crop, in latent frames
-    fans                   adapted layers with (fan_out, fan_in)
-    base_values            numbers in the frozen network and conditioners
-    ranks                  processes
-    link_bytes_per_second  of the slowest link gradients are reduced over; None: not counted
-    networks               those counted so far, shared with the jobs that this one is changed to
+    fans                   adapted layers -> (fan_out, fan_in)
+    base_values            number of values in the frozen network and conditioners
+    ranks                  number of processes
+    link_bytes_per_second  of the slowest link between them; None: communication is not counted
+    networks               cache of counted networks, shared with jobs derived by ``changed``
     """
 
     settings: Settings
@@ -73,37 +73,37 @@ class Job:
         return cls(settings, config, frames_of(settings, config), fans, values, ranks, link)
 
     def changed(self, **changes: Any) -> Job:
-        """The same run with other settings, include and exclude aside."""
+        """The same run with other settings (not include and exclude)."""
         settings = self.settings.model_copy(update=changes)
         return dataclasses.replace(self, settings=settings, frames=frames_of(settings, self.config))
 
     @property
     def trained(self) -> int:
-        """Numbers the adapter trains."""
+        """Number of trained values."""
         kind, rank = ADAPTER_TYPES[self.settings.adapter_type], self.settings.rank
         shapes = (shape for fans in self.fans.values() for shape in kind.parameter_shapes(*fans, rank).values())
         return sum(map(math.prod, shapes))
 
     @property
     def product_bytes(self) -> int:
-        """Of an operand of the network's products."""
+        """Bytes per value of the operands of the network's matrix products."""
         narrow = self.settings.mixed_precision == "bf16" or self.settings.base_precision != "fp32"
         return 2 if narrow else 4
 
     def forms(self, device: Device) -> bool:
-        """Whether adapted weights are formed there."""
+        """Whether the run forms adapted weights on this device."""
         choice = self.settings.adapter_products
         return choice in ("formed", "per_use") or (choice == "auto" and device.runs_kernels)
 
     def per_use(self, device: Device) -> list[bool]:
-        """Whether they are formed for every use of a block: what a run there tries, in this order."""
+        """Whether weights are formed for every use of a block: the alternatives a run tries, in order."""
         settings = self.settings
         if settings.adapter_products == "auto" and self.forms(device) and settings.gradient_checkpointing != "off":
             return [False, True]
         return [settings.adapter_products == "per_use"]
 
     def network(self, device: Device) -> FakeNetwork:
-        """What is counted for that device."""
+        """The network to count for this device."""
         settings, formed = self.settings, self.forms(device)
         kind = torch.device("cuda" if device.on_gpu else "cpu")
         whole_blocks = formed and wants_compile(settings.compile, kind, settings.number_of_steps)
@@ -116,10 +116,10 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Memory of a process in bytes, by what it is for.
+    """Memory of a process in bytes, by purpose.
 
-    recorded_bytes   what passes recorded as graphs take beside that, where a run wants them and they fit; else 0
-    per_use          adapted weights are formed for every use of a block
+    recorded_bytes   additional memory of recorded CUDA graphs; 0 if they are off or do not fit
+    per_use          whether adapted weights are formed for every use of a block
     """
 
     bytes: dict[str, float]
@@ -135,9 +135,11 @@ class MemoryPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Memory, operations of a step, seconds of a step by what they go to, and how sure that is.
+    """Predicted memory, operations and time of a step.
 
-    seconds   compute, memory bandwidth, fixed, host, network; the host overlaps with the device, the network does not
+    seconds   by limit: compute, memory bandwidth, fixed, host, network; the host overlaps with the device, the network
+              does not
+    factor    the calibration used
     """
 
     memory: MemoryPlan
@@ -152,14 +154,14 @@ class Prediction:
 
     @property
     def limit(self) -> str:
-        """What most of a step's time goes to."""
+        """The largest part of a step's time."""
         return max(self.seconds, key=self.seconds.get)
 
 
 def plan_memory(job: Job, device: Device, given_context: bool = True) -> MemoryPlan:
-    """Memory of a job on a device.
+    """Plan the memory of a job on a device.
 
-    given_context   False plans for micro batches without inpainting context, which keep a little less
+    given_context   False: for micro batches without inpainting context, which need slightly less
     """
     settings, usable = job.settings, USABLE_SHARE * device.memory_bytes
     batch = BatchShape(settings.batch_size, job.frames, given_context)
@@ -179,13 +181,13 @@ def plan_memory(job: Job, device: Device, given_context: bool = True) -> MemoryP
 
 
 def _held_bytes(job: Job, device: Device, per_use: bool) -> dict[str, float]:
-    """Everything but what is kept for the backward pass, by name."""
+    """Memory by purpose, without activations kept for the backward pass."""
     kind, rank = ADAPTER_TYPES[job.settings.adapter_type], job.settings.rank
-    # Norms of rows and columns; the bases of -xs types and their products with the weight.
+    # Norms of rows and columns; for -xs types also the frozen factors and their products with the weight.
     constants = sum((fan_out + fan_in) * (1 + 2 * rank * kind.xs) * 4 for fan_out, fan_in in job.fans.values())
     formed: collections.Counter[str] = collections.Counter()
     for name, (fan_out, fan_in) in job.fans.items():
-        # Per use the blocks share the memory of the largest.
+        # With per_use all blocks share the memory of the largest one.
         block = name.removeprefix(BLOCKS).partition(".")[0] if per_use and name.startswith(BLOCKS) else ""
         formed[block] += fan_out * fan_in + rank * (fan_out + fan_in)
     values = formed.pop("", 0) + max(formed.values(), default=0)
@@ -206,10 +208,10 @@ def predict(job: Job, device: Device, results: Path) -> Prediction:
     factor = calibrate(results, device, settings.batch_size * job.frames, settings.adapter_type)
     compute, moving = work.seconds(device.flops_per_second(job.product_bytes), device.bytes_per_second)
     rounds = settings.accumulation(job.ranks)
-    # What a timed device's host costs is within the factor; a graph is launched at once.
+    # A measured factor includes the host's time; a recorded graph is a single launch.
     from_host = device.on_gpu and not factor.measured and not planned.recorded_bytes
     launches = LAUNCHES_PER_OPERATION * len(work.operations) if from_host else 0
-    # Per use, forward and again backward of every micro batch; else once per step.
+    # Per use: in the forward and backward pass of every micro batch; otherwise once per step.
     passes = forming_passes(ADAPTER_TYPES[settings.adapter_type], 2 * rounds if planned.per_use else 1)
     weights = job.product_bytes * sum(map(math.prod, job.fans.values())) if job.forms(device) else 0
     forming = passes * weights / device.bytes_per_second
@@ -224,21 +226,21 @@ def predict(job: Job, device: Device, results: Path) -> Prediction:
 
 
 def _reduction_seconds(job: Job) -> float:
-    """One ring all-reduce of the float32 gradients: every rank sends and receives twice (ranks - 1) / ranks of them."""
+    """Ring all-reduce of the float32 gradients: every rank sends and receives 2 (ranks - 1) / ranks of them."""
     if job.link_bytes_per_second is None:
         return 0.0
     return 2 * (job.ranks - 1) / job.ranks * 4 * job.trained / job.link_bytes_per_second
 
 
 def fit(job: Job, device: Device) -> dict[str, Any] | None:
-    """The settings to change so that the job fits the device, nearest to what was asked first; None if nothing does.
+    """The smallest change of settings that makes the job fit the device; None if nothing does.
 
-    Tried in this order: recomputing blocks, forming weights per use, fewer clips per micro batch with more
-    accumulation, a 16-bit base, and only then shorter crops.
+    Tries in this order: recomputing blocks, forming weights per use, fewer clips per micro batch with more
+    accumulation, a 16-bit base, shorter crops.
     """
     for changes in _alternatives(job):
         changed = job.changed(**changes)
-        # Nothing needs counting where not even what is held between steps fits.
+        # Skip the slow count if the memory held between steps alone does not fit.
         held = sum(_held_bytes(changed, device, changed.per_use(device)[-1]).values())
         if held <= USABLE_SHARE * device.memory_bytes and plan_memory(changed, device).fits:
             return changes
@@ -257,7 +259,7 @@ def _alternatives(job: Job) -> Iterator[dict[str, Any]]:
     clips = settings.batch_size * settings.accumulation(job.ranks)
     for batch_size in range(settings.batch_size - 1, 0, -1):
         if clips % batch_size == 0:
-            # The same clips per optimiser step, in more and smaller micro batches.
+            # The same number of clips per optimiser step, in more and smaller micro batches.
             rounds = {"batch_size": batch_size, "gradient_accumulation_steps": clips // batch_size}
             smallest = {**smallest, **rounds, "global_batch_size": None}
             yield smallest
@@ -266,6 +268,6 @@ def _alternatives(job: Job) -> Iterator[dict[str, Any]]:
         yield smallest
     seconds = job.frames * job.config.samples_per_frame / job.config.sample_rate_hz
     while seconds > 1:
-        # Steps of a tenth: fine enough for a proposal.
+        # Reduce by a tenth at a time.
         seconds = max(1.0, math.floor(0.9 * seconds))
         yield {**smallest, "duration": float(seconds)}

@@ -1,4 +1,4 @@
-"""`sa3dist publish RUN USER/NAME`: a run's adapter with its card, into a repository of the Hugging Face hub."""
+"""`sa3dist publish RUN USER/NAME`: upload a run's adapter and its card to a repository of the Hugging Face hub."""
 
 import argparse
 
@@ -10,22 +10,22 @@ from sa3dist.runtime.exit_status import command
 
 ARGUMENTS = {
     "run": {"type": home_path, "metavar": "RUN", "help": "a run's output_dir, or a folder that sa3dist export wrote"},
-    "repository": {"metavar": "USER/NAME", "help": "on the hub; made where there is none"},
-    "--public": {"action": "store_true", "help": "everybody may see it; default: a private repository"},
-    "--with-captions": {"action": "store_true", "help": "the card tells prompts that are captions of the data set"},
+    "repository": {"metavar": "USER/NAME", "help": "on the hub; created if it does not exist"},
+    "--public": {"action": "store_true", "help": "make it public; default: a private repository"},
+    "--with-captions": {"action": "store_true", "help": "show prompts in the card that are captions of the data set"},
     "--replace-card": {"action": "store_true", "help": "replace a README.md there that was edited by hand"},
     "--dry-run": {"action": "store_true", "help": "list what would be uploaded; nothing is written or sent"},
 }
 
 
 def publish(options: argparse.Namespace) -> None:
-    """Write the card anew, upload, and say what went where. Raises as ``files.write_beside`` and ``hub.upload``."""
+    """Write the card, upload, and print what was uploaded. Raises like ``files.write_beside`` and ``hub.upload``."""
     folder, repo_id = options.run, options.repository
     hub.check_name(repo_id)
     texts = files.make(folder, options.with_captions)
     for name in files.ADAPTERS:
         if (folder / name).is_file():
-            # A damaged file is not for others.
+            # Do not publish a damaged file.
             read_adapter_file(folder / name).layers()
     if options.dry_run:
         there = card.read(folder / files.CARD_NAME)
@@ -50,7 +50,7 @@ def _list(sizes: dict[str, int]) -> None:
         print(f"{size:>12,}  {path}")
 
 
-# 0 when all has arrived; 2 for what you can mend, 70 where the hub fails: one line, run again to continue.
+# Exit code 0 when all is uploaded; 2 for a user's mistake; 70 if the hub fails: run again to continue.
 main = command(
     "sa3dist publish",
     ARGUMENTS,

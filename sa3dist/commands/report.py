@@ -1,4 +1,4 @@
-"""`sa3dist report`: the page of a run, or of several side by side."""
+"""`sa3dist report`: write the report of a run, or of several side by side."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,7 @@ from sa3dist.report.document import MEGABYTES
 from sa3dist.report.page import PAGE_NAME, write_report
 from sa3dist.runtime.exit_status import command
 
-# Of several runs, which lie in different folders.
+# Default name for several runs.
 COMPARISON_NAME = "comparison.html"
 ARGUMENTS = {
     "runs": {"nargs": "+", "type": home_path, "metavar": "RUN", "help": "a run's output_dir; several are compared"},
@@ -32,7 +32,7 @@ ARGUMENTS = {
 
 
 def report(options: argparse.Namespace) -> None:
-    """Write the page that ``options`` ask for and print its path."""
+    """Write the report and print its path."""
     if not options.megabytes > 0:
         raise ConfigError(f"--megabytes: {options.megabytes} leaves no page; give a number above 0")
     page = options.output or (options.runs[0] / PAGE_NAME if len(options.runs) == 1 else Path(COMPARISON_NAME))
@@ -42,7 +42,7 @@ def report(options: argparse.Namespace) -> None:
     print(f"wrote {page}")
 
 
-# 0 when written; 2, with one line, where a folder is none of a run.
+# Exit code 0 when written; 2, with one line, if a folder is not a run's.
 main = command(
     "sa3dist report",
     ARGUMENTS,

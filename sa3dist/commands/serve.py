@@ -1,4 +1,4 @@
-"""`sa3dist serve`: the hosted endpoint on one's own machine, and the keys of those who may use it."""
+"""`sa3dist serve`: run the hosted endpoint on your own machine, and manage its keys."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sa3dist.serve.processes import locks_folder
 if TYPE_CHECKING:
     from sa3dist.serve.server_options import WebOptions
 
-# Of a cluster, which has a queue of its own; each costs a process here.
+# Default number of jobs submitted to a cluster at a time. Each needs a local process; the cluster has its own queue.
 CLUSTER_SLOTS = 8
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ABOUT = "Serve the endpoint; `sa3dist serve keys --help` makes keys for it."
@@ -120,12 +120,12 @@ def keys(options: argparse.Namespace) -> None:
         known.remove(options.name)
     else:
         for key_id, entry in known.read().items():
-            made = time.strftime("%Y-%m-%d", time.localtime(entry["created"]))
-            print(f"{key_id}  {entry['scope']:<6}  {made}  {entry['name']}")
+            created = time.strftime("%Y-%m-%d", time.localtime(entry["created"]))
+            print(f"{key_id}  {entry['scope']:<6}  {created}  {entry['name']}")
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Run the server and the scheduler until a signal comes; jobs that run go on."""
+    """Run the server and the scheduler until a signal comes. Running jobs continue."""
     try:
         import uvicorn
 
@@ -152,17 +152,17 @@ def serve(options: argparse.Namespace) -> None:
     store = JobStore(options.database or f"sqlite:///{data / 'jobs.db'}", data / "jobs")
     app = create_app(web, store)
     scheduler = Scheduler(store, runs, options.keep_days)
-    words = {"host": options.host, "port": options.port, "log_config": None, "access_log": False, **tls}
-    words |= {"http": Connection, "ws": "none", "timeout_keep_alive": HEAD_SECONDS}
-    listening = uvicorn.Config(app, timeout_graceful_shutdown=10, **words)
-    print(told(url, authority), flush=True)
-    _run(uvicorn.Server(listening), app.state.service.stopping, scheduler)
+    network = {"host": options.host, "port": options.port, "log_config": None, "access_log": False, **tls}
+    network |= {"http": Connection, "ws": "none", "timeout_keep_alive": HEAD_SECONDS}
+    config = uvicorn.Config(app, timeout_graceful_shutdown=10, **network)
+    print(instructions(url, authority), flush=True)
+    _run(uvicorn.Server(config), app.state.service.stopping, scheduler)
     if options.stop_jobs:
         scheduler.stop_jobs()
 
 
 def require_free(host: str, port: int) -> None:
-    """Raises ConfigError where nothing can listen: the web server would end with a code of its own, or not at all."""
+    """Raises ConfigError if the port cannot be used. uvicorn would exit with its own code, or not at all."""
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except (OSError, OverflowError) as error:
@@ -170,7 +170,7 @@ def require_free(host: str, port: int) -> None:
 
 
 def web_options(options: argparse.Namespace, data: Path, url: str) -> WebOptions:
-    """What the web server is told. Raises ConfigError."""
+    """The web server's options. Raises ConfigError."""
     from sa3dist.serve.server_options import GIB, WebOptions
 
     models = dict(options.model)
@@ -198,32 +198,32 @@ def web_options(options: argparse.Namespace, data: Path, url: str) -> WebOptions
 
 def _run(server, stopping, scheduler) -> None:
     stop = threading.Event()
-    giving = threading.Thread(target=scheduler.run, args=[stop], name="scheduler")
+    scheduling = threading.Thread(target=scheduler.run, args=[stop], name="scheduler")
     handle_exit = server.handle_exit
 
     def end_streams(number, frame) -> None:
-        # Open streams end by themselves, rather than keep the server from its end.
+        # Tell open streams to end, so that they do not delay the shutdown.
         stopping.set()
         handle_exit(number, frame)
 
     server.handle_exit = end_streams
-    # The server sends itself again what it has obeyed, which would kill it here.
+    # uvicorn raises the signal again after its shutdown; with the default handler that would kill this process.
     signal.signal(signal.SIGTERM, end_streams)
-    giving.start()
+    scheduling.start()
     try:
         with contextlib.suppress(KeyboardInterrupt):
             server.run()
     finally:
         stop.set()
-        giving.join()
+        scheduling.join()
 
 
 def run_options(options: argparse.Namespace, data: Path) -> RunOptions:
-    """What the scheduler is told. Raises ConfigError."""
+    """The scheduler's options. Raises ConfigError."""
     from sa3dist.config import build, read_arguments
 
     settings = read_arguments(options.set)
-    # Now, and not in every job.
+    # Check them now, rather than in every job.
     build({"audio_data_url": "unknown", **settings})
     is_local = options.executor == "local"
     gpus = gpus_here() if is_local and options.device != "cpu" else ()
@@ -254,8 +254,8 @@ def run_options(options: argparse.Namespace, data: Path) -> RunOptions:
     )
 
 
-def told(url: str, authority: Path | None) -> str:
-    """What each client needs."""
+def instructions(url: str, authority: Path | None) -> str:
+    """What to set in each client to use the server at ``url``."""
     host = url.partition("://")[2]
     python = (
         [f"export FAL_RUN_HOST={host}/run", f"export FAL_QUEUE_RUN_HOST={host}", f"export SSL_CERT_FILE={authority}"]

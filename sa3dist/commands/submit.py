@@ -1,4 +1,4 @@
-"""`sa3dist submit`: start a run on this machine, under Slurm or on Kubernetes, from one request."""
+"""`sa3dist submit`: start a run on this machine, with Slurm or on Kubernetes."""
 
 import argparse
 import os
@@ -19,16 +19,16 @@ from sa3dist.runtime.launch_files import label, launch_file
 
 
 def submit(options: argparse.Namespace) -> None:
-    """Give the run of ``options`` to its backend."""
-    # Refused here rather than after hours in a queue.
+    """Submit the run to its backend."""
+    # Check the settings here, rather than after hours in a queue.
     settings = config.build(config.read_arguments(options.arguments))
-    # Local and Slurm runs use this installation; Slurm hands the environment on.
+    # Local and Slurm runs use this installation; Slurm passes the environment on.
     os.environ.setdefault("SA3DIST_PYTHON", sys.executable)
     BACKENDS[options.backend](settings, options)
 
 
 def local(settings: Settings, options: argparse.Namespace) -> None:
-    """Become launch/local.sh, so that signals and exit code need no one in between."""
+    """Replace this process by launch/local.sh, so that signals and exit code are passed directly."""
     if options.nodes > 1:
         raise ConfigError(f"submit: --nodes {options.nodes} needs --backend slurm or kubernetes")
     processes = ["-n", str(options.processes)] if options.processes else []
@@ -40,16 +40,16 @@ def local(settings: Settings, options: argparse.Namespace) -> None:
 
 
 def slurm(settings: Settings, options: argparse.Namespace) -> None:
-    """Queue a batch script that is queued again when interrupted."""
+    """Queue a batch script that is requeued when interrupted."""
     processes, nodes = options.processes, options.nodes
     script = launch_file("slurm/multi_node.sbatch" if nodes > 1 else "slurm/preemptible.sbatch")
-    asked = [f"--job-name={label(settings.name)}", f"--nodes={nodes}"]
-    asked += [f"--gpus-per-node={processes}"] if processes else []
-    command = ["sbatch", "--parsable", *asked, *options.option, str(script), *options.arguments]
+    resources = [f"--job-name={label(settings.name)}", f"--nodes={nodes}"]
+    resources += [f"--gpus-per-node={processes}"] if processes else []
+    command = ["sbatch", "--parsable", *resources, *options.option, str(script), *options.arguments]
     if options.dry_run:
         print(f"# {_with_environment(command)}\n{script.read_text(encoding='utf-8')}", end="")
     else:
-        print(_answer(command))
+        print(_run_client(command))
 
 
 def _with_environment(command: list[str]) -> str:
@@ -57,11 +57,12 @@ def _with_environment(command: list[str]) -> str:
 
 
 def kubernetes(settings: Settings, options: argparse.Namespace) -> None:
-    """Apply the settings as a ConfigMap, and a Job, or a JobSet where there are several nodes."""
-    typed = config.read_arguments(options.arguments)
+    """Apply the settings as a ConfigMap, and a Job, or a JobSet for several nodes."""
+    arguments = config.read_arguments(options.arguments)
     for key in ("output_dir", "work_dir"):
-        if str(typed.get(key) or "").startswith("~"):
-            raise ConfigError(f"{key}: {typed[key]} is a home of this machine; give its path in the pod, below /data")
+        if str(arguments.get(key) or "").startswith("~"):
+            value = arguments[key]
+            raise ConfigError(f"{key}: {value} is a home of this machine; give its path in the pod, below /data")
         if not Path(getattr(settings, key)).is_absolute():
             raise ConfigError(f"{key}: {getattr(settings, key)} is relative; give its path in the pod, below /data")
     documents = [
@@ -72,7 +73,7 @@ def kubernetes(settings: Settings, options: argparse.Namespace) -> None:
     if options.dry_run:
         print(text, end="")
     else:
-        print(_answer(["kubectl", "apply", *options.option, "--filename=-"], text))
+        print(_run_client(["kubectl", "apply", *options.option, "--filename=-"], text))
 
 
 BACKENDS: dict[str, Callable[[Settings, argparse.Namespace], None]] = {
@@ -90,13 +91,13 @@ ARGUMENTS = {
     "--image": {"default": "sa3dist:0.1.0", "help": "container image (kubernetes)"},
     "--volume": {"default": "sa3dist-data", "help": "volume claim mounted at /data (kubernetes)"},
 }
-# 0 when submitted, 2 when the settings are refused, 70 when the backend is; the local backend becomes the run. The run
-# itself writes the status of its output directory.
+# Exit code 0 when submitted, 2 if the settings are refused, 70 if the backend fails. The local backend's exit code is
+# the run's. The run itself writes the status in its output_dir.
 main = command("sa3dist submit", ARGUMENTS, submit, description="Start a training run on a backend.")
 
 
-def _answer(command: list[str], text: str | None = None) -> str:
-    """Run a scheduler's client. Raises EnvironmentFailure with what it said."""
+def _run_client(command: list[str], text: str | None = None) -> str:
+    """Run a scheduler's client; returns its output. Raises EnvironmentFailure with its error message."""
     try:
         done = subprocess.run(command, input=text, capture_output=True, text=True)
     except FileNotFoundError as error:
@@ -104,8 +105,8 @@ def _answer(command: list[str], text: str | None = None) -> str:
             f"submit: {command[0]} is not installed here; --dry-run shows what it would get"
         ) from error
     if done.returncode != 0:
-        said = " ".join((done.stderr or done.stdout).split())
-        raise EnvironmentFailure(f"submit: {command[0]} refused ({done.returncode}): {said}")
+        message = " ".join((done.stderr or done.stdout).split())
+        raise EnvironmentFailure(f"submit: {command[0]} refused ({done.returncode}): {message}")
     return done.stdout.strip()
 
 
@@ -148,7 +149,7 @@ def _job_set(settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _fill_pod(pod: dict[str, Any], settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
-    """Put this run's image, GPUs, volume, settings and directory into a pod; its container."""
+    """Set image, GPUs, volume, settings and output_dir of this run in a pod; returns its container."""
     container = pod["containers"][0]
     container["image"] = options.image
     if options.processes:

@@ -1,4 +1,4 @@
-"""`sa3dist verify FILE --for TARGET`: whether a program takes every layer of a file, and as the adapter means it."""
+"""`sa3dist verify FILE --for TARGET`: check that a program loads every layer of a file, with the adapter's effect."""
 
 import argparse
 import contextlib
@@ -35,14 +35,14 @@ MOST_LINES = 10
 
 ARGUMENTS = {
     "file": {"type": home_path, "metavar": "FILE", "help": "an adapter file or PEFT folder; merged: the directory"},
-    "--for": {"dest": "target", "choices": TARGETS, "required": True, "help": "the program that is to load it"},
-    "--base": {"metavar": "MODEL", "help": "base it is loaded into; default the one the file names"},
+    "--for": {"dest": "target", "choices": TARGETS, "required": True, "help": "the program to load it with"},
+    "--base": {"metavar": "MODEL", "help": "base to load it into; default the one the file names"},
     "--against": {"type": home_path, "metavar": "ADAPTER", "help": "the adapter it was made from"},
 }
 
 
 def verify(options: argparse.Namespace) -> None:
-    """``check`` of what is given. Raises ConfigError where no base is known."""
+    """``check`` the given file. Raises ConfigError if no base is known."""
     path = options.file.parent if options.file.name in PEFT_WEIGHTS else options.file
     if not os.path.exists(path):
         raise ConfigError(f"{path}: no such file or folder; give the adapter file to verify")
@@ -57,7 +57,7 @@ def verify(options: argparse.Namespace) -> None:
 
 
 def named_base(path: Path) -> str | None:
-    """The base that a file, a PEFT folder or a merged base says it belongs to."""
+    """The base named in a file, a PEFT folder or a merged base; None if none is."""
     if path.is_dir():
         folders = peft_folders(path)
         path = weights_in(folders[0]) if folders else path / WEIGHTS_NAME
@@ -67,9 +67,9 @@ def named_base(path: Path) -> str | None:
 
 
 def own_reading(path: Path, base: BaseOnDisk) -> Callable[[str], torch.Tensor] | None:
-    """What the layers of the file act as by our reading of it, of those that are whole.
+    """A function that gives a layer's effective weight as we read it from the file.
 
-    None where the layout does not say enough, as of merged bases and ComfyUI's own norms.
+    None if the format does not contain enough, as with merged bases and ComfyUI's own norms.
     """
     try:
         file = read_adapter_file(path)
@@ -83,10 +83,10 @@ def own_reading(path: Path, base: BaseOnDisk) -> Callable[[str], torch.Tensor] |
 
 
 def check(path: Path, target: str, base: BaseOnDisk, source: AdapterOnDisk | None, without: Sequence[str] = ()) -> None:
-    """Print which layers land, last line ``N/N layers land``. Raises CheckpointError when one does not.
+    """Print which layers land, last line ``N/N layers land``. Raises CheckpointError if one does not.
 
-    source    what the layers are to act as; None takes the file's own reading
-    without   layers of the source that were left out knowingly
+    source    the adapter to compare effective weights with; None: the file as we read it
+    without   layers of the source that were deliberately left out
     """
     landed: Landing = TARGETS[target](path, base)
     expected = own_reading(path, base) if source is None else source.effective_weight
@@ -113,9 +113,9 @@ def check(path: Path, target: str, base: BaseOnDisk, source: AdapterOnDisk | Non
 
 
 def check_keys(path: Path) -> None:
-    """As ``check`` for the native format, by names and shapes alone: of the base its config is enough.
+    """``check`` for the native format, by names and shapes only, which needs just the base's config.
 
-    Says nothing where the file names no base, or one that is gone.
+    Does nothing if the file names no base, or the base does not exist.
     """
     file = read_adapter_file(path)
     name = file.base or ""
@@ -135,7 +135,7 @@ def _require_all(path: Path, landed: Landing) -> None:
         raise CheckpointError(f"{path}: not every layer lands, {len(landed.missed)} do not ({name}: {why})")
 
 
-# 0 when every layer lands; else 2, with the layers that do not.
+# Exit code 0 if every layer lands; else 2, with the layers that do not.
 main = command(
     "sa3dist verify",
     ARGUMENTS,

@@ -1,4 +1,4 @@
-"""One clip of a source as `sa3dist inspect` sees it: its content, and what training would do with it."""
+"""One clip as `sa3dist inspect` reports it: its content, and what training would do with it."""
 
 import dataclasses
 from typing import Any
@@ -11,11 +11,11 @@ from sa3dist.data.source.clip_stats import SCALARS, ClipStats
 
 @dataclasses.dataclass
 class InspectedClip:
-    """One pair of the source. ``facts`` and ``stats`` are None when the audio cannot be used.
+    """One pair of audio and caption. ``facts`` and ``stats`` are None if the audio cannot be used.
 
     bytes      length of the audio file
-    sound      its beginning as OGG, if a page needs it
-    treatment  "whole", "cropped", "padded" or "skipped"; ``reason`` says why in words
+    sound      its beginning as OGG, for an HTML page
+    treatment  "whole", "cropped", "padded" or "skipped"; ``reason`` explains it
     """
 
     key: str
@@ -40,7 +40,7 @@ class InspectedClip:
         return values | {"treatment": self.treatment, "reason": self.reason}
 
     def cells(self) -> list[str]:
-        """Its numbers for a table: seconds, Hz, channels, LUFS, peak dBFS, silent share, clipped samples."""
+        """Its values in a table: seconds, Hz, channels, LUFS, peak dBFS, silent share, clipped samples."""
         if self.facts is None or self.stats is None:
             return [""] * 7
         return [

@@ -1,4 +1,4 @@
-"""Find clips that are the same recording: equal bytes, or spectra that are nearly equal."""
+"""Find clips of the same recording: equal bytes, or nearly equal spectra."""
 
 import numpy as np
 
@@ -6,11 +6,11 @@ from sa3dist.inspection.clip import InspectedClip
 from sa3dist.inspection.measure import fingerprint_distance_db
 
 # Measured on 90 drum recordings and 96 synthesised clips: copies as mp3, ogg, at half the sample rate or another level
-# are less than 3.2 dB apart (99 % less than 2.3), the two closest different recordings of similar length 3.3 dB.
+# differ by less than 3.2 dB (99 % less than 2.3); the two closest different recordings of similar length by 3.3 dB.
 NEAR_DUPLICATE_DB = 2.5
-# Codecs add some 50 ms of padding; a larger cut makes another clip.
+# Seconds, and share of the length. Codecs add about 50 ms of padding; a larger difference is a different cut.
 LENGTH_TOLERANCE = (0.05, 0.02)
-# Number of clips compared at once with all others of their length: 100,000 of one length need 100 MB of distances.
+# Clips compared at once with all others of similar length: 100,000 of one length take 100 MB.
 PAIR_BLOCK = 256
 
 
@@ -23,10 +23,10 @@ def exact_duplicates(clips: list[InspectedClip]) -> list[list[str]]:
 
 
 def near_duplicates(clips: list[InspectedClip]) -> list[tuple[str, str, float]]:
-    """(key, key, distance in dB) of clips of similar length whose fingerprints agree, nearest first.
+    """(key, key, distance in dB) of clips of similar length with similar fingerprints, nearest first.
 
-    Finds the same recording at another level, sample rate, format or channel count. Excludes equal bytes, see
-    ``exact_duplicates``; a recording cut elsewhere counts as another clip.
+    Finds the same recording at another level, sample rate, format or channel count, but not cut differently. Excludes
+    equal bytes, which ``exact_duplicates`` finds.
     """
     if len(clips) < 2:
         return []
@@ -35,7 +35,7 @@ def near_duplicates(clips: list[InspectedClip]) -> list[tuple[str, str, float]]:
     prints = np.stack([clip.stats.fingerprint for clip in ordered])
     squares = (prints**2).sum(axis=1)
     ends = np.searchsorted(seconds, seconds + np.maximum(LENGTH_TOLERANCE[0], LENGTH_TOLERANCE[1] * seconds), "right")
-    found = []
+    pairs = []
     for start in range(0, len(ordered), PAIR_BLOCK):
         rows = range(start, min(start + PAIR_BLOCK, len(ordered)))
         near = slice(start, ends[rows[-1]])
@@ -44,5 +44,5 @@ def near_duplicates(clips: list[InspectedClip]) -> list[tuple[str, str, float]]:
             one, other = ordered[start + row], ordered[start + column]
             if row < column < ends[start + row] - start and one.audio_sha256 != other.audio_sha256:
                 distance = fingerprint_distance_db(one.stats.fingerprint, other.stats.fingerprint)
-                found.append((*sorted((one.key, other.key)), distance))
-    return sorted(found, key=lambda pair: pair[2])
+                pairs.append((*sorted((one.key, other.key)), distance))
+    return sorted(pairs, key=lambda pair: pair[2])

@@ -1,4 +1,4 @@
-"""The inspection as one HTML page with embedded players, pictures and charts; it loads nothing else."""
+"""Write an inspection as one self-contained HTML page with players, spectrograms and charts."""
 
 import dataclasses
 from pathlib import Path
@@ -14,11 +14,12 @@ from sa3dist.inspection.report import Report
 from sa3dist.report.charts import Chart, histogram
 from sa3dist.report.document import MEGABYTES, Space, data_url, render
 
-# 4 kB each: more pictures make browsers slow. The table still has all clips.
+MEGABYTES = 20.0
+# Pictures of 4 kB each; more make browsers slow. The table has all clips anyway.
 MAX_PICTURES = 2000
-# Range of a picture, from the clip's loudest band downwards.
+# Range below the loudest band of a clip.
 PICTURE_RANGE_DB = 70.0
-# Listed at most: names of left-out files of one kind, and clips whose captions are cut.
+# Most names in the lists of left-out files and of cut captions.
 MAX_NAMES = 1000
 FIGURES = ("s", "Hz", "channels", "LUFS", "peak dBFS", "silent", "clipped")
 LOUDNESS_BINS = 20
@@ -26,7 +27,7 @@ LOUDNESS_BINS = 20
 
 @dataclasses.dataclass
 class Row:
-    """A row of the table of clips. picture, sound: data URLs, "" for none; figures: (text, value)."""
+    """A row of the table. picture, sound: data: URLs, or ""; figures: (text, value to sort by)."""
 
     clip: InspectedClip
     figures: list[tuple[str, float | str]]
@@ -35,7 +36,7 @@ class Row:
 
 
 def write_html(report: Report, path: Path, megabytes: float = MEGABYTES) -> None:
-    """Write the page to ``path``, atomically. megabytes: its size limit; clips that do not fit have no player."""
+    """Write the page to ``path``, atomically. megabytes: size limit; clips that do not fit have no player."""
     write_whole(Path(path), page_of(report, megabytes))
 
 
@@ -47,7 +48,7 @@ def page_of(report: Report, megabytes: float = MEGABYTES) -> str:
         "title": report.source,
         "standing": f"{summary['usable']} of {counted(summary['clips'], 'clip')} usable, "
         f"{span(3600 * summary['hours'])}; training crops to {report.crop_seconds:.1f} s.",
-        # Without the first two rows, which a sentence of the page contains.
+        # Without the first two, which are in the sentence above.
         "overview": overview_rows(summary)[2:],
         "stops": report.verdict,
         "passed_over": [
@@ -59,7 +60,7 @@ def page_of(report: Report, megabytes: float = MEGABYTES) -> str:
         "heads": FIGURES,
         "rows": rows,
     }
-    # The size without pictures and sounds is known only once the page is rendered.
+    # Render once to know the page's size without pictures and sounds.
     space = Space(int(1e6 * megabytes) - len(render("data_set.html", {**values, "notes": []}).encode()))
     for row in rows[:MAX_PICTURES]:
         if row.clip.stats:
@@ -72,38 +73,38 @@ def page_of(report: Report, megabytes: float = MEGABYTES) -> str:
 
 
 def _notes(report: Report, rows: list[Row]) -> list[str]:
-    """What the table does not show."""
+    """Notes on what is missing from the table."""
     usable = [row for row in rows if row.clip.stats]
     playing = sum(bool(row.sound) for row in usable)
     long = any(row.clip.seconds > report.excerpt_seconds for row in usable if row.sound)
-    found = []
+    notes = []
     if playing and long:
-        found.append(f"Players hold the first {report.excerpt_seconds:.0f} s of a clip.")
+        notes.append(f"Players hold the first {report.excerpt_seconds:.0f} s of a clip.")
     if usable and playing < len(usable) and report.excerpt_seconds:
-        found.append(
+        notes.append(
             f"{counted(len(usable) - playing, 'clip')} of {len(usable)} without a player: the page is full; "
             f"--megabytes makes it larger."
         )
     pictures = sum(bool(row.picture) for row in usable)
-    return found + ([f"Pictures of {pictures} of {len(usable)} clips only."] if pictures < len(usable) else [])
+    return notes + ([f"Pictures of {pictures} of {len(usable)} clips only."] if pictures < len(usable) else [])
 
 
 def _charts(report: Report) -> dict[str, Chart]:
     usable = report.usable
     loudness = [clip.stats.lufs for clip in usable if clip.stats.lufs > -np.inf]
-    made = []
+    charts = []
     if usable:
         note = f"Clips longer than {report.crop_seconds:.1f} s are cropped, another part each time."
-        made.append(histogram("lengths", "Length", note, *report.length_histogram(), "seconds"))
+        charts.append(histogram("lengths", "Length", note, *report.length_histogram(), "seconds"))
     if loudness:
         counts, edges = np.histogram(loudness, LOUDNESS_BINS)
         note = "Of a whole clip, ITU-R BS.1770-4; silent clips have none."
-        made.append(histogram("loudness", "Integrated loudness", note, edges.tolist(), counts.tolist(), "LUFS"))
-    return {chart["name"]: chart for chart in made}
+        charts.append(histogram("loudness", "Integrated loudness", note, edges.tolist(), counts.tolist(), "LUFS"))
+    return {chart["name"]: chart for chart in charts}
 
 
 def _figures(clip: InspectedClip) -> list[tuple[str, float | str]]:
-    """The clip's cells, each with the number to sort by, "" if there is none."""
+    """The clip's cells, each with the value to sort by, or ""."""
     if clip.facts is None or clip.stats is None:
         return [("", "")] * len(FIGURES)
     facts, stats = clip.facts, clip.stats
@@ -114,6 +115,6 @@ def _figures(clip: InspectedClip) -> list[tuple[str, float | str]]:
 
 
 def thumbnail(spectrogram_SP: np.ndarray) -> bytes:
-    """PNG of a spectrogram in dB, low bands at the bottom, loud parts dark."""
+    """PNG of a spectrogram in dB: low bands at the bottom, loud is dark."""
     level = 1 + (spectrogram_SP - spectrogram_SP.max()) / PICTURE_RANGE_DB
     return png((255 * (1 - level.clip(0, 1))).astype(np.uint8)[::-1])

@@ -1,4 +1,4 @@
-"""Integrated loudness by ITU-R BS.1770-4: the K weighting, and the gating of the powers of 100 ms pieces.
+"""Integrated loudness by ITU-R BS.1770-4: K weighting, and gating of the powers of 100 ms pieces.
 
 Suffixes: N samples, C channels, F bins, P pieces of 100 ms.
 """
@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 PIECES_PER_SECOND = 10
-# BS.1770-4: gating blocks of 400 ms every 100 ms; below -70 LUFS silence; then 10 LU below the mean of the rest.
+# BS.1770-4: gating blocks of 400 ms every 100 ms. Blocks below -70 LUFS are dropped, then those 10 LU below the mean.
 GATING_PIECES = 4
 ABSOLUTE_GATE_LUFS = -70.0
 RELATIVE_GATE_LU = -10.0
 LUFS_OFFSET = -0.691
-# The shelf's corner. At low sample rates it is moved below half the rate: the filter must stay stable.
+# Frequency of the shelf filter. At low sample rates it is limited to this share of the rate, to keep the filter stable.
 SHELF_HZ = 1681.974450955533
 SHELF_LIMIT = 0.45
 
@@ -38,15 +38,15 @@ def k_weighting(rate_hz: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
 
 
 def k_weighted(samples_CN: np.ndarray, rate_hz: int) -> np.ndarray:
-    """float32 samples after the K weighting, applied as a frequency response.
+    """K-weighted float32 samples, filtered in the frequency domain.
 
-    The transform is circular: the filters' response to the last samples leaks into the first 100 ms of the result,
-    which are wrong. After 100 ms it is below float32's rounding.
+    The transform is circular: the filters' response to the last samples wraps around into the first ones, so the first
+    100 ms of the result are wrong. After 100 ms the response is below float32's rounding.
     """
     # Not torchaudio.functional.loudness: it clips the weighted signal at full scale (2.5 LU off for a full-scale tone
     # of 8 kHz), takes 380 MB for a minute of stereo, and is unstable at sample rates below 3 kHz.
     spectrum_CF = torch.fft.rfft(torch.from_numpy(samples_CN))
-    # In place: allocating fresh memory takes as long as both transforms.
+    # In place: allocating memory would take as long as both transforms.
     spectrum_CF *= _k_response(rate_hz, samples_CN.shape[1])
     return torch.fft.irfft(spectrum_CF, samples_CN.shape[1]).numpy()
 
@@ -63,7 +63,7 @@ def _k_response(rate_hz: int, samples: int) -> torch.Tensor:
 def integrated_loudness(powers_P: np.ndarray) -> float:
     """LUFS from K-weighted mean squares, summed over channels, of consecutive 100 ms pieces (BS.1770-4, annex 1).
 
-    powers_P   at least 4: a clip shorter than a gating block has no integrated loudness
+    powers_P   at least 4, the length of a gating block
     """
     blocks = np.convolve(powers_P, np.full(GATING_PIECES, 1 / GATING_PIECES), "valid")
     blocks = blocks[blocks > 10 ** ((ABSOLUTE_GATE_LUFS - LUFS_OFFSET) / 10)]
@@ -73,5 +73,5 @@ def integrated_loudness(powers_P: np.ndarray) -> float:
 
 
 def lufs_of(power: float) -> float:
-    """Loudness of a K-weighted mean square, without gates."""
+    """Ungated loudness of a K-weighted mean square."""
     return LUFS_OFFSET + 10 * math.log10(power) if power > 0 else -math.inf

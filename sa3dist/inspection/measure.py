@@ -20,59 +20,59 @@ from sa3dist.inspection.loudness import (
     lufs_of,
 )
 
-# A 16-bit file clips at 32767/32768. Three such neighbours are a clipped top; a single one is a peak that just fits.
+# A 16-bit file clips at 32767/32768. Three consecutive samples there are clipping; a single one is a normal peak.
 FULL_SCALE = 32766.5 / 32768
 BANDS = 64
 BAND_EDGES_HZ = np.geomspace(40.0, 16000.0, BANDS + 1)
-# Lossy codecs cut what is higher, and 22 kHz copies end at 11 kHz.
+# Lossy codecs cut higher frequencies, and copies at 22 kHz end at 11 kHz.
 FINGERPRINT_TOP_HZ = 8000.0
 FINGERPRINT_PIECES = 24
-# The fingerprint ignores what is further below the clip's loudest band: it is codec noise.
+# Range of the fingerprint below the loudest band; quieter parts are codec noise.
 FINGERPRINT_RANGE_DB = 50.0
-# Pieces of a clip's picture: those of the fingerprint, and one between each two.
+# Columns of a clip's picture: the pieces of the fingerprint, and one between each two.
 PICTURE_PIECES = 2 * FINGERPRINT_PIECES - 1
-# Pieces measured at a time, after the one before them: 3.2 s, 1.1 MB of stereo at 44.1 kHz.
+# Pieces measured at a time, after the previous piece: 3.2 s in total, 1.1 MB for stereo at 44.1 kHz.
 PIECES_AT_ONCE = 31
 
 
 def measure_clip(data: bytes) -> tuple[AudioFacts, ClipStats]:
-    """Decode check and stats of an audio file in one pass. Raises DataError as ``check_audio`` does."""
+    """Decode check and statistics of an audio file, in one pass. Raises DataError like ``check_audio``."""
     measurement = Measurement()
     return check_audio(data, measurement), measurement.finish()
 
 
 class Measurement:
-    """Takes a clip block by block, as ``check_audio`` decodes it, in memory almost independent of its length."""
+    """Measures a clip block by block, as decoded by ``check_audio``, in nearly constant memory."""
 
     def __init__(self) -> None:
-        self._held_CN: np.ndarray | None = None
+        self._buffer_CN: np.ndarray | None = None
         self._powers: list[np.ndarray] = []
         self._peaks: list[np.ndarray] = []
         self._bands: list[np.ndarray] = []
         self._clipped = 0
 
     def __call__(self, block_NC: np.ndarray, rate_hz: int) -> None:
-        """Add float32 samples; of more than two channels only the first two count, as in training."""
+        """Add float32 samples; at most the first two channels are used, as in training."""
         block_CN = block_NC[:, :2].T
-        if self._held_CN is None:
+        if self._buffer_CN is None:
             self._rate, self._piece = rate_hz, round(rate_hz / PIECES_PER_SECOND)
-            self._held_CN = np.zeros((len(block_CN), (1 + PIECES_AT_ONCE) * self._piece), np.float32)
+            self._buffer_CN = np.zeros((len(block_CN), (1 + PIECES_AT_ONCE) * self._piece), np.float32)
             self._end = self._piece
         while block_CN.shape[1]:
-            room_CN = self._held_CN[:, self._end :][:, : block_CN.shape[1]]
+            room_CN = self._buffer_CN[:, self._end :][:, : block_CN.shape[1]]
             taken = room_CN.shape[1]
             room_CN[:] = block_CN[:, :taken]
             self._end += taken
             block_CN = block_CN[:, taken:]
-            if self._end == self._held_CN.shape[1]:
+            if self._end == self._buffer_CN.shape[1]:
                 self._measure()
 
     def finish(self) -> ClipStats:
-        """The stats. Call once, after the last block."""
+        """The statistics. Call once, after the last block."""
         if self._end > self._piece:
             self._measure()
         powers_P, peaks_P = np.concatenate(self._powers), np.concatenate(self._peaks)
-        # A clip shorter than a gating block was measured as a whole.
+        # A clip shorter than a gating block has been measured in a single call, so _mean_power covers all of it.
         lufs = integrated_loudness(powers_P) if len(powers_P) >= GATING_PIECES else lufs_of(self._mean_power)
         bands_SP = np.concatenate(self._bands).T
         silent_P = peaks_P < SILENCE_PEAK
@@ -92,27 +92,27 @@ class Measurement:
         )
 
     def _measure(self) -> None:
-        """Measure the held pieces; the last of them is kept before the next ones."""
+        """Measure the buffered pieces; then move the last one to the front, before the next ones."""
         piece, samples = self._piece, self._end - self._piece
         whole, pieces = samples // piece, -(-samples // piece)
-        self._held_CN[:, self._end :] = 0
-        squares_N = np.square(k_weighted(self._held_CN, self._rate)[:, piece : self._end]).sum(axis=0)
-        # The standard leaves out a gating block that the clip does not fill.
+        self._buffer_CN[:, self._end :] = 0
+        squares_N = np.square(k_weighted(self._buffer_CN, self._rate)[:, piece : self._end]).sum(axis=0)
+        # Only complete pieces: the standard leaves out incomplete gating blocks.
         self._powers.append(squares_N[: whole * piece].reshape(whole, piece).mean(axis=1))
         self._mean_power = float(squares_N.mean())
-        new_CPN = self._held_CN[:, piece : (1 + pieces) * piece].reshape(-1, pieces, piece)
+        new_CPN = self._buffer_CN[:, piece : (1 + pieces) * piece].reshape(-1, pieces, piece)
         self._peaks.append(np.abs(new_CPN).max(axis=(0, 2)))
         self._bands.append(_bands(new_CPN.mean(axis=0), self._rate))
         if self._peaks[-1].max() >= FULL_SCALE:
-            # A sample at full scale between two others at full scale, also across pieces.
-            full_CN = np.abs(self._held_CN[:, piece - 2 : self._end]) >= FULL_SCALE
+            # Samples at full scale between two others at full scale, including across pieces.
+            full_CN = np.abs(self._buffer_CN[:, piece - 2 : self._end]) >= FULL_SCALE
             self._clipped += int((full_CN[:, :-2] & full_CN[:, 1:-1] & full_CN[:, 2:]).sum())
-        self._held_CN[:, :piece] = self._held_CN[:, self._end - piece : self._end]
+        self._buffer_CN[:, :piece] = self._buffer_CN[:, self._end - piece : self._end]
         self._end = piece
 
 
 def _spread(bands_SP: np.ndarray, count: int) -> np.ndarray:
-    """``count`` pieces spread evenly over all; some are repeated if there are fewer."""
+    """``count`` evenly spaced pieces; some are repeated if there are fewer."""
     return np.take(bands_SP, np.linspace(0, bands_SP.shape[1] - 1, count).round().astype(int), axis=1)
 
 
@@ -140,7 +140,7 @@ def _bands(mono_PN: np.ndarray, rate_hz: int) -> np.ndarray:
 
 def _fingerprint(bands_SP: np.ndarray) -> np.ndarray:
     top = int(np.searchsorted(BAND_EDGES_HZ, FINGERPRINT_TOP_HZ)) - 1
-    # Bands in pairs, so that a codec's rounding of a narrow band does not matter.
+    # Sum pairs of bands, to reduce the effect of a codec's rounding in narrow ones.
     paired = bands_SP[: top - top % 2].reshape(-1, 2, FINGERPRINT_PIECES).sum(axis=1)
     decibels = 10 * np.log10(paired + 1e-12)
     decibels = np.maximum(decibels, decibels.max() - FINGERPRINT_RANGE_DB)

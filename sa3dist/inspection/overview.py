@@ -1,4 +1,4 @@
-"""The summary of an inspection as lines of a name and a text."""
+"""The summary of an inspection as lines of name and text."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""PNG files of 8-bit pixels: shades of grey, or indices of a palette."""
+"""Write 8-bit PNG files, greyscale or with a palette."""
 
 import struct
 import zlib
@@ -7,9 +7,9 @@ import numpy as np
 
 
 def png(pixels_HW: np.ndarray, palette: np.ndarray | None = None) -> bytes:
-    """The PNG file of uint8 pixels.
+    """A PNG file of uint8 pixels.
 
-    palette   uint8 (256, 3): red, green and blue of each pixel value; None = grey
+    palette   uint8 (256, 3): red, green and blue of each pixel value; None: greyscale
     Source: the PNG specification, 8 bit, filter 0 on every row.
     """
     height, width = pixels_HW.shape

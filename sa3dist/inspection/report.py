@@ -31,16 +31,16 @@ LENGTH_BINS = 20
 
 @dataclasses.dataclass
 class Report:
-    """Result of an inspection.
+    """The results of an inspection.
 
-    clips            every pair, by key, including those that cannot be used
+    clips            all clips by key, including unusable ones
     refusals         faults of the archive itself, each of which stops any run
     exact, near      groups of keys with equal bytes; (key, key, distance in dB) of clips that sound alike
-    crop_seconds     length that training would crop to
-    verdict          what would stop training with these settings; empty if nothing
-    left_out         files that are not clips, by kind, all named except system files
-    excerpt_seconds  length of each clip's ``sound``; 0 if no page needs it
-    cut              captions that the text encoder would cut; None if that cannot be counted here
+    crop_seconds     length to which training would crop
+    verdict          what would stop training with these settings; empty if nothing would
+    left_out         files that are not clips, by kind; all are named except system files
+    excerpt_seconds  length of each clip's ``sound``; 0 without a page
+    cut              captions longer than the text encoder's limit; None if there is no tokenizer
     """
 
     source: str
@@ -72,7 +72,7 @@ class Report:
         }
 
     def summary(self) -> dict[str, Any]:
-        """Counts and spreads over the usable clips, as JSON values."""
+        """Statistics of the usable clips, as JSON values."""
         usable = self.usable
         values: dict[str, Any] = {
             "clips": len(self.clips),
@@ -105,7 +105,7 @@ class Report:
         }
 
     def duplicates(self) -> list[str]:
-        """One line for every group of equal clips, and for every pair of clips that sound alike."""
+        """One line per group of equal clips, and per pair of clips that sound alike."""
         alike = [f"sound alike ({distance:.1f} dB apart): {one}, {other}" for one, other, distance in self.near]
         return [f"equal bytes: {', '.join(keys)}" for keys in self.exact] + alike
 
@@ -122,14 +122,14 @@ def inspect_source(
     report: Callable[[int, int], None] = lambda done, total: None,
     page_bytes: float = 0,
 ) -> Report:
-    """Decode and measure every clip of ``settings.audio_data_url`` that no earlier run has measured.
+    """Decode and measure every clip of ``settings.audio_data_url``, except those measured earlier.
 
-    Writes only downloads and, if ``work_dir`` exists or was given, the stats; also when interrupted.
+    Writes only downloads and, if ``work_dir`` exists or was given, the statistics, even when interrupted.
 
-    framing       native length in seconds, sample rate in Hz and samples per latent frame of the model
-    report        called as report(inspected, total) after every clip
-    page_bytes    size of a page with players; 0 = clips get no sound
-    Raises DataError when the source as a whole cannot be opened.
+    framing      native length in seconds, sample rate in Hz and samples per latent frame of the model
+    report       called as report(inspected, total) after every clip
+    page_bytes   size of the page to play clips from; 0: clips get no sound
+    Raises DataError if the source as a whole cannot be opened.
     """
     limits = {"max_download_bytes": settings.max_download_bytes, "outputs": (settings.work_dir, settings.output_dir)}
     with open_container(settings.audio_data_url, settings.work_dir, **limits) as container:
@@ -152,31 +152,31 @@ def inspect_source(
         for key, problems in (listing.problems | listing.unread).items():
             clips.append(InspectedClip(key, "", 0, problems=problems))
         clips.sort(key=lambda clip: clip.key)
-        made = Report(container.label, clips, list(listing.refusals), [], [], 0.0, [], listing.left_out)
-    made.excerpt_seconds = excerpts.seconds if page_bytes else 0.0
+        inspection = Report(container.label, clips, list(listing.refusals), [], [], 0.0, [], listing.left_out)
+    inspection.excerpt_seconds = excerpts.seconds if page_bytes else 0.0
     good = [clip for clip in clips if not clip.problems]
-    made.exact, made.near = exact_duplicates(good), near_duplicates(good)
+    inspection.exact, inspection.near = exact_duplicates(good), near_duplicates(good)
     if good:
         frames = crop_frames(settings.duration, max(clip.seconds for clip in good), *framing)
-        made.crop_seconds = frames * framing[2] / framing[1]
+        inspection.crop_seconds = frames * framing[2] / framing[1]
         for clip in good:
             clip.treatment, clip.reason = _treatment(clip.facts, frames, *framing[1:])
     for clip in clips:
         clip.reason = clip.reason or "; ".join(clip.problems)
-    made.cut = cut_captions(text_source(settings), ((clip.key, clip.caption) for clip in made.usable))
-    made.verdict = _verdict(made, settings)
-    return made
+    inspection.cut = cut_captions(text_source(settings), ((clip.key, clip.caption) for clip in inspection.usable))
+    inspection.verdict = _verdict(inspection, settings)
+    return inspection
 
 
 def _inspect(container: Container, pair: Pair, known: Measured, excerpts: Excerpts) -> InspectedClip:
-    def look(sha256: str, data: bytes) -> tuple[AudioFacts, ClipStats, bytes]:
+    def examine(sha256: str, data: bytes) -> tuple[AudioFacts, ClipStats, bytes]:
         earlier = known.get((sha256, len(data)))
         if earlier:
             check_whole(data, earlier[0].samples)
         return *(earlier or measure_clip(data)), excerpts.of(data)
 
-    caption, _, sha256, found, problems = read_pair(container, pair, look)
-    facts, stats, sound = found or (None, None, b"")
+    caption, _, sha256, measured, problems = read_pair(container, pair, examine)
+    facts, stats, sound = measured or (None, None, b"")
     audio = pair.extension, pair.audio.size, sha256
     return InspectedClip(pair.key, *audio, caption, facts, stats, problems, sound=sound)
 
@@ -195,7 +195,7 @@ def _verdict(report: Report, settings: Settings) -> list[str]:
     lines = [f"{report.source}: {line}" for line in report.refusals]
     bad = [clip for clip in report.clips if clip.problems]
     if bad and settings.on_bad_clip == "raise":
-        lines.append(f"{counted(len(bad), 'clip')} cannot be used; mend them, or set on_bad_clip: skip")
+        lines.append(f"{counted(len(bad), 'clip')} cannot be used; fix them, or set on_bad_clip: skip")
     usable = len(report.usable)
     if problem := count_problem(usable, settings.allow_any_dataset_size, usable):
         lines.append(problem)

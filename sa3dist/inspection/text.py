@@ -1,4 +1,4 @@
-"""`sa3dist inspect` on the command line: the report as tables in the terminal, as JSON or as an HTML file."""
+"""`sa3dist inspect`: print the inspection as tables or JSON, or write it as an HTML file."""
 
 import argparse
 import json
@@ -24,9 +24,9 @@ from sa3dist.progress import progress
 from sa3dist.report.document import MEGABYTES
 from sa3dist.runtime.exit_status import command
 
-# A terminal shows part of a large set; --json and --html have every clip.
+# Most clips in the terminal; --json and --html have all.
 MAX_ROWS = 200
-# Columns of a terminal for a clip's name; longer names wrap.
+# Minimum width of the column for names in a terminal. Longer names are wrapped.
 NAME_COLUMNS = 16
 FIGURES = ("s", "Hz", "ch", "LUFS", "peak", "silent", "clipped")
 
@@ -49,13 +49,13 @@ ARGUMENTS = {
 
 
 def inspect(options: argparse.Namespace) -> None:
-    """Inspect the data set of ``options`` and show what was found."""
+    """Inspect a data set and show the results."""
     if not options.megabytes > 0:
         raise ConfigError(f"--megabytes: {options.megabytes} leaves no page; give a number above 0")
     settings = config.build(config.read_arguments(options.words) | {"audio_data_url": options.dataset})
     base = known_config(settings.model)
     framing = base.native_seconds, base.sample_rate_hz, base.samples_per_frame
-    # Clips are measured in parallel, one per core: a single clip needs no threads of its own.
+    # Clips are measured in parallel, one per core, so torch needs no further threads.
     torch.set_num_threads(1)
     with progress("inspect", 1, shown=True) as update:
         page_bytes = 1e6 * options.megabytes if options.html else 0
@@ -106,11 +106,11 @@ def show(report: Report) -> None:
 def _print_whole(console: Console, table: Table, longest_name: int) -> None:
     """Print a table without cutting anything: a terminal wraps long names; a file or pipe gets one line per clip.
 
-    longest_name   in columns
+    longest_name   width in columns
     """
     usual = console.width
     whole = console.measure(table, options=console.options.update(max_width=1 << 20)).maximum
-    # If the terminal is too narrow even for the numbers, it breaks the lines itself.
+    # A terminal that is too narrow even for the figures wraps the lines itself.
     folded = whole - max(longest_name - NAME_COLUMNS, 0)
     console.width = max(usual, folded if console.is_terminal else whole)
     console.print(table)
@@ -118,7 +118,7 @@ def _print_whole(console: Console, table: Table, longest_name: int) -> None:
 
 
 def _skipped(report: Report) -> Iterator[str]:
-    """One line per reason: one unreadable table may be the reason for many clips."""
+    """One line per reason, since one reason, such as an unreadable table, may apply to many clips."""
     reasons: dict[str, list[str]] = {}
     for clip in report.clips:
         if clip.problems:
@@ -128,7 +128,7 @@ def _skipped(report: Report) -> Iterator[str]:
         yield reason if named else LeftOut("clip", reason, len(keys), tuple(keys)).line()
 
 
-# Exit code 0 whatever the state of the clips; 2 when the source cannot be opened.
+# Exit code 0 whatever the clips are like; 2 if the source cannot be opened.
 main = command(
     "sa3dist inspect",
     ARGUMENTS,

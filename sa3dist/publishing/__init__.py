@@ -1,1 +1,1 @@
-"""What is published with an adapter: its card, the licence's notice, and the upload to the Hugging Face hub."""
+"""Publish an adapter: its card, its licence's notice, and the upload to the Hugging Face hub."""

@@ -1,6 +1,6 @@
 """The model card of an adapter: README.md with the hub's metadata, and the NOTICE of the base's licence.
 
-A card contains no file name or path of the data set, and none of its captions unless requested.
+A card contains no file names or paths of the data set, and its captions only on request.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ from sa3dist.model.released import RELEASED
 
 LICENCE_NAME, LICENCE_LINK = "stability-ai-community-license", "https://stability.ai/license"
 LIBRARY = "stable-audio-3"
-# The licence, part IV (a), requires both sentences word for word, and the NOTICE to say what was changed and how.
+# The licence, part IV (a), requires both sentences verbatim, and a NOTICE that states what was changed and how.
 ATTRIBUTION = "Powered by Stability AI"
 NOTICE = (
     "This Stability AI Model is licensed under the Stability AI Community License, "
     "Copyright \N{COPYRIGHT SIGN} Stability AI Ltd. All Rights Reserved"
 )
-# Settings shown in the card, with their labels.
+# Settings in the card's table, and their labels.
 SHOWN = {
     "number_of_steps": "steps asked for",
     "learning_rate": "learning rate",
@@ -36,16 +36,16 @@ SHOWN = {
     "mixed_precision": "mixed precision",
     "seed": "seed",
 }
-# Characters with a meaning within a line; a colon makes links of addresses.
+# Characters with a meaning in a line of Markdown; the colon makes addresses into links.
 _MARKUP = set("\\`*_[](){}<>&|~$#@:^")
 _MARK = re.compile(r"<!-- written by sa3dist ([0-9a-f]{64}) -->\n\Z")
 
 
 @dataclasses.dataclass(frozen=True)
 class Preview:
-    """A clip to listen to, and the base's clip of the same prompt and noise; paths are relative to the card.
+    """A preview, and the base's preview with the same prompt and noise. Paths are relative to the card.
 
-    prompt   None for a caption that must not be shown
+    prompt   None if it is a caption that must not be shown
     """
 
     audio: str
@@ -57,7 +57,8 @@ class Preview:
 def write(description: dict[str, Any], previews: Sequence[Preview], curves: str | None, files: Sequence[str]) -> str:
     """The text of README.md.
 
-    description   content of config.json       curves   the picture's path, if there is one
+    description   content of config.json
+    curves        path of the picture of losses, if there is one
     files         names of the adapter files
     """
     body = "\n\n".join(
@@ -75,23 +76,23 @@ def write(description: dict[str, Any], previews: Sequence[Preview], curves: str 
 
 
 def is_as_written(text: str) -> bool:
-    """Whether a card equals, byte for byte, one that ``write`` returned: nobody has edited it."""
+    """Whether a card is unchanged since ``write`` made it."""
     mark = _MARK.search(text)
     return mark is not None and mark[1] == digest_of(text[: mark.start()])
 
 
 def plain(text: str) -> str:
-    """``text`` as one line of Markdown that displays exactly that text."""
+    """``text`` as one line of Markdown, escaped."""
     return "".join(f"\\{c}" if c in _MARKUP else c for c in " ".join(text.split()))
 
 
 def hub_base(description: dict[str, Any]) -> str | None:
-    """The hub's name of the base; None if it is a local directory."""
+    """The hub's name of the base; None if the base was a directory."""
     return RELEASED.get(description["base_model"])
 
 
 def notice(description: dict[str, Any]) -> str:
-    """The text of NOTICE: the attribution, what was changed in the base and how, and where to find the licence."""
+    """The text of NOTICE: the attribution, what was changed in the base and how, and a link to the licence."""
     config = description["lora_config"]
     program = f"sa3dist {description.get('sa3dist_version', '')}".strip()
     return (
@@ -109,7 +110,7 @@ def _metadata(description: dict[str, Any], previews: Sequence[Preview]) -> str:
     from huggingface_hub import ModelCardData
 
     base = hub_base(description)
-    told = [preview for preview in previews if preview.prompt is not None]
+    shown = [preview for preview in previews if preview.prompt is not None]
     data = ModelCardData(
         license="other",
         license_name=LICENCE_NAME,
@@ -119,7 +120,7 @@ def _metadata(description: dict[str, Any], previews: Sequence[Preview]) -> str:
         base_model=base,
         base_model_relation="adapter" if base else None,
         tags=["lora", "stable-audio-3", "sa3dist"],
-        widget=[{"text": preview.prompt or " ", "output": {"url": preview.audio}} for preview in told] or None,
+        widget=[{"text": preview.prompt or " ", "output": {"url": preview.audio}} for preview in shown] or None,
     )
     return data.to_yaml(line_break="\n")
 
@@ -128,11 +129,11 @@ def _what_it_is(description: dict[str, Any], files: Sequence[str]) -> list[str]:
     base = hub_base(description)
     of = f"[{base}](https://huggingface.co/{base})" if base else "a base of Stable Audio 3"
     config = description["lora_config"]
-    held = " and ".join(f"`{name}`" for name in files)
+    names = " and ".join(f"`{name}`" for name in files)
     return [
         f"# {plain(description['settings']['name'])}",
         f"An adapter (`{config['adapter_type']}`, rank {config['rank']}, alpha {config['alpha']}) of {of}, a model "
-        f"that makes audio from text, after {counted(description['step'], 'step')} of training: {held}.",
+        f"that makes audio from text, after {counted(description['step'], 'step')} of training: {names}.",
         ATTRIBUTION,
     ]
 
@@ -227,5 +228,5 @@ def _licence() -> list[str]:
 
 
 def read(path: Path) -> str | None:
-    """The existing card, or None."""
+    """The text of a card; None if it does not exist."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None

@@ -1,33 +1,33 @@
-"""A picture of a run's losses over its steps, as an SVG file."""
+"""Draw a run's losses over its steps as an SVG file."""
 
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
 WIDTH, HEIGHT, LEFT, MARGIN = 720, 300, 60, 30
-# More points would not be visible.
+# More points would not be visible at this width.
 MOST_POINTS = 360
 # Colour of each curve by its name in metrics.jsonl.
 CURVES = {"loss": "#2563eb", "val/loss": "#c2410c"}
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """The median of every value and its neighbours, a twentieth of the curve on either side."""
+    """Running median over a twentieth of the curve on either side."""
     reach = len(values) // 20
     return [statistics.median(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
 
 
 def points_of(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
-    """Steps and smoothed values of one curve, thinned for the picture; the last one is always included."""
-    found = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
-    values = smoothed([value for _, value in found])
-    every = -(-len(found) // MOST_POINTS) or 1
-    kept = sorted({*range(0, len(found), every), len(found) - 1} - {-1})
-    return [(found[i][0], values[i]) for i in kept]
+    """Steps and smoothed values of one curve, thinned out to MOST_POINTS, always including the last."""
+    points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+    values = smoothed([value for _, value in points])
+    every = -(-len(points) // MOST_POINTS) or 1
+    indices = sorted({*range(0, len(points), every), len(points) - 1} - {-1})
+    return [(points[i][0], values[i]) for i in indices]
 
 
 def draw(rows: Sequence[dict[str, Any]]) -> str | None:
-    """An SVG document from the rows of metrics.jsonl; None if no curve has two points."""
+    """An SVG document from rows of metrics.jsonl; None if no curve has two points."""
     curves = {name: points for name in CURVES if len(points := points_of(rows, name)) > 1}
     if not curves:
         return None

@@ -1,4 +1,4 @@
-"""The files of a run that are published with its adapter, and the card written beside them."""
+"""Choose the files of a run to publish with its adapter, and write the card next to them."""
 
 import contextlib
 import json
@@ -16,13 +16,13 @@ log = logging.getLogger(__name__)
 
 LORA_NAME = "lora.safetensors"
 CARD_NAME, NOTICE_NAME, CURVES_NAME = "README.md", "NOTICE", "curves.svg"
-# The last step's adapter, and the best one if the run kept it.
+# The adapter of the last step, and the best one if the run kept it.
 ADAPTERS = (LORA_NAME, BEST_ADAPTER_NAME)
 _STEP = re.compile(r"step-(\d{8})")
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """The content of config.json beside the adapter. Raises CheckpointError if there is no finished adapter."""
+    """The content of config.json next to the adapter. Raises CheckpointError if there is no finished adapter."""
     if not (folder / LORA_NAME).is_file():
         raise CheckpointError(
             f"{folder}: no {LORA_NAME}: the run has not ended; sa3dist export {folder} writes one of its newest "
@@ -30,35 +30,35 @@ def describe(folder: Path) -> dict[str, Any]:
         )
     path = folder / RUN_CONFIG_NAME
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if {"settings", "lora_config", "step", "base_model"} <= found.keys():
-            return found
+        description = json.loads(path.read_text(encoding="utf-8"))
+        if {"settings", "lora_config", "step", "base_model"} <= description.keys():
+            return description
     raise CheckpointError(f"{path}: not the {RUN_CONFIG_NAME} of a run; sa3dist export {folder} writes it")
 
 
 def previews_of(folder: Path, description: dict[str, Any], with_captions: bool) -> list[card.Preview]:
-    """The newest previews of the adapter, each with the base's if it exists.
+    """The newest previews of the adapter, each with the base's preview if it exists.
 
     with_captions   also show prompts that are captions of the data set
     """
-    steps = {int(found[1]): path for path in folder.glob("previews/*") if (found := _STEP.fullmatch(path.name))}
+    steps = {int(match[1]): path for path in folder.glob("previews/*") if (match := _STEP.fullmatch(path.name))}
     newest = max((step for step in steps if 0 < step <= description["step"]), default=None)
     if newest is None:
         return []
-    chosen = with_captions or bool(description["settings"].get("preview_prompts"))
-    made = []
+    may_show = with_captions or bool(description["settings"].get("preview_prompts"))
+    previews = []
     for audio in sorted(steps[newest].glob("*.flac"), key=lambda path: (len(path.name), path.name)):
         prompt = None
         with contextlib.suppress(OSError, ValueError, KeyError):
             prompt = str(json.loads(audio.with_suffix(".json").read_text(encoding="utf-8"))["prompt"])
-        beside = [audio, folder / "previews/step-00000000" / audio.name, audio.with_suffix(".png")]
-        paths = [path.relative_to(folder).as_posix() if path.is_file() else None for path in beside]
-        made.append(card.Preview(*paths, prompt if chosen or prompt == "" else None))
-    return made
+        files = [audio, folder / "previews/step-00000000" / audio.name, audio.with_suffix(".png")]
+        paths = [path.relative_to(folder).as_posix() if path.is_file() else None for path in files]
+        previews.append(card.Preview(*paths, prompt if may_show or prompt == "" else None))
+    return previews
 
 
 def make(folder: Path, with_captions: bool = False) -> dict[str, str]:
-    """The texts that go beside the adapter, by file name. Writes nothing. Raises as ``describe``."""
+    """The text files to publish with the adapter, by name. Writes nothing. Raises like ``describe``."""
     description = describe(folder)
     rows = read_rows(folder / METRICS_NAME)
     picture = curves.draw([row for row in rows if row.get("step", 0) <= description["step"]])
@@ -69,13 +69,13 @@ def make(folder: Path, with_captions: bool = False) -> dict[str, str]:
 
 
 def write_beside(folder: Path, with_captions: bool = False) -> None:
-    """Write README.md, NOTICE and curves.svg. A card that a user has edited or written is kept.
+    """Write README.md, NOTICE and curves.svg. A card edited or written by hand is not changed.
 
-    Raises ConfigError if such a card would have to contain captions; as ``describe``.
+    Raises ConfigError if captions were requested in such a card; also like ``describe``.
     """
     texts = make(folder, with_captions)
-    there = card.read(folder / CARD_NAME)
-    if there is not None and not card.is_as_written(there):
+    existing = card.read(folder / CARD_NAME)
+    if existing is not None and not card.is_as_written(existing):
         if with_captions:
             raise ConfigError(
                 f"{folder / CARD_NAME}: was edited by hand; write the captions into it, or remove it for a new one"
@@ -87,11 +87,11 @@ def write_beside(folder: Path, with_captions: bool = False) -> None:
 
 
 def to_upload(folder: Path) -> list[str]:
-    """Paths, relative to ``folder``, of the files to publish; nothing else of a run is ever uploaded.
+    """Paths, relative to ``folder``, of all files to upload. Nothing else of a run is ever uploaded.
 
-    Excludes config.json, metrics.jsonl and the previews' JSON files: they hold paths, clip names and captions.
+    config.json, metrics.jsonl and the JSON files of previews are not: they contain paths, names of clips and captions.
     """
     previews = previews_of(folder, describe(folder), False)
-    heard = [path for preview in previews for path in (preview.audio, preview.base, preview.picture) if path]
-    named = [*ADAPTERS, CARD_NAME, NOTICE_NAME, CURVES_NAME]
-    return [path for path in [*named, *heard] if (folder / path).is_file()]
+    preview_files = [path for preview in previews for path in (preview.audio, preview.base, preview.picture) if path]
+    names = [*ADAPTERS, CARD_NAME, NOTICE_NAME, CURVES_NAME, *preview_files]
+    return [path for path in names if (folder / path).is_file()]

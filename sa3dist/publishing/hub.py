@@ -1,4 +1,4 @@
-"""Upload files to a repository of the Hugging Face hub in one commit; files that have arrived are not sent again."""
+"""Upload files to a repository of the Hugging Face hub, in one commit; retries do not repeat finished uploads."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def check_name(repo_id: str) -> None:
 
 
 def upload(folder: Path, paths: Sequence[str], repo_id: str, public: bool, replace_card: bool) -> tuple[str, bool]:
-    """Upload the files to a repository, created if missing. Returns its address, and whether it is private.
+    """Upload files to a repository, creating it if needed. Returns its address, and whether it is private.
 
-    paths          relative to ``folder``; the same in the repository
-    public         create a public repository; an existing public one is refused without it
-    replace_card   replace a card there that somebody has edited
-    One commit: others see everything or nothing. After an interrupted upload, another call sends only what is missing.
-    Never prompts. Raises ConfigError for what the user can fix, EnvironmentFailure for the rest.
+    paths          relative to ``folder`` and to the repository
+    public         for a new repository; an existing public one is refused unless this is set
+    replace_card   replace a card there even if it was edited
+    Uses a single commit. If interrupted, another call uploads only what is missing. Never asks for input.
+    Raises ConfigError for a user's mistake, EnvironmentFailure for other failures.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.utils import disable_progress_bars, logging
@@ -47,20 +47,20 @@ def upload(folder: Path, paths: Sequence[str], repo_id: str, public: bool, repla
     token = get_token()
     if token is None:
         raise ConfigError(f"{repo_id}: no token of the Hugging Face hub here; {GET_A_TOKEN}")
-    # Its warnings before every retry would bury the one line that says how it ended.
+    # Its warnings before every retry would bury the final message.
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         disable_progress_bars()
     api = HfApi(token=token, library_name="sa3dist", library_version=__version__)
-    user = _asked(repo_id, "you", lambda: api.whoami()["name"])
-    known = _asked(repo_id, user, lambda: _open(api, repo_id, public))
+    user = _explained(repo_id, "you", lambda: api.whoami()["name"])
+    known = _explained(repo_id, user, lambda: _open(api, repo_id, public))
     if not known.private and not public:
         raise ConfigError(f"{repo_id}: is public, and a run is published privately; say --public to publish it there")
     if not replace_card and CARD_NAME in paths:
-        _asked(repo_id, user, lambda: _keep_edited_card(api, known, (folder / CARD_NAME).read_bytes()))
+        _explained(repo_id, user, lambda: _keep_edited_card(api, known, (folder / CARD_NAME).read_bytes()))
     operations = [CommitOperationAdd(path, folder / path) for path in paths]
     message = f"Publish with sa3dist {__version__}"
-    _asked(
+    _explained(
         repo_id,
         user,
         lambda: api.create_commit(repo_id, operations, commit_message=message, parent_commit=known.sha),
@@ -79,18 +79,18 @@ def _open(api: HfApi, repo_id: str, public: bool) -> ModelInfo:
 
 
 def _keep_edited_card(api: HfApi, known: ModelInfo, ours: bytes) -> None:
-    """Raises ConfigError if the repository's card is neither one of ours nor equal to the one to upload."""
+    """Raises ConfigError if the repository's card was edited by hand and differs from the one to upload."""
     if CARD_NAME not in {file.rfilename for file in known.siblings or ()}:
         return
-    there = Path(api.hf_hub_download(known.id, CARD_NAME, revision=known.sha)).read_bytes()
-    if there != ours and not card.is_as_written(there.decode(errors="replace")):
+    existing = Path(api.hf_hub_download(known.id, CARD_NAME, revision=known.sha)).read_bytes()
+    if existing != ours and not card.is_as_written(existing.decode(errors="replace")):
         raise ConfigError(f"{known.id}: its {CARD_NAME} was edited by hand; --replace-card replaces it")
 
 
-def _asked(repo_id: str, user: str, ask: Callable):
-    """The hub's answer. Raises ``explain`` of its refusals and of a broken connection."""
+def _explained(repo_id: str, user: str, call: Callable):
+    """The result of a call to the hub. Raises errors from ``explain`` for refusals and connection failures."""
     try:
-        return ask()
+        return call()
     except SA3DistError:
         raise
     except Exception as error:
@@ -101,7 +101,7 @@ def _asked(repo_id: str, user: str, ask: Callable):
 
 
 def explain(error: Exception, repo_id: str, user: str) -> SA3DistError | None:
-    """A failed request in one line, with what to do about it; None if the error is not the hub's."""
+    """An error with one line of explanation for a failed request; None if the failure is not the hub's."""
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
     causes = list(_causes(error))
@@ -128,11 +128,11 @@ def explain(error: Exception, repo_id: str, user: str) -> SA3DistError | None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception and its causes."""
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        found = found.__cause__
+    """An exception and its chain of causes."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
 
 
 def _one_line(error: BaseException) -> str:

@@ -43,7 +43,7 @@ def test_a_run_that_is_not_there_is_no_config_and_what_is_read_is_not_overwritte
     before = path.read_bytes()
     for words in (["export", path, "--format", "native"], ["merge", path]):
         assert cli.main([*map(str, words), "--output", str(tmp_path / "." / "own.safetensors")]) == 2
-        assert f"--output: {path} is what is read here" in capsys.readouterr().err
+        assert f"--output: {path} is one of the inputs" in capsys.readouterr().err
     assert path.read_bytes() == before
 
 

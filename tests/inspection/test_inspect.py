@@ -161,7 +161,7 @@ def test_every_clip_has_its_treatment_and_every_fault_its_reason(tmp_path):
     assert "audio without a caption" in clips["orphan"].reason
     assert sorted(report.exact[0]) == ["2.0", "copy"]
     assert report.near == []
-    assert report.verdict == ["3 clips cannot be used; mend them, or set on_bad_clip: skip"]
+    assert report.verdict == ["3 clips cannot be used; fix them, or set on_bad_clip: skip"]
     summary = report.summary()
     assert (summary["clips"], summary["usable"]) == (8, 5)
     assert summary["captions"]["distinct"] == 3
