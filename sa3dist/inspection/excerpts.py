@@ -33,7 +33,7 @@ class Excerpts:
         return b""
 
     def kept(self, sound: bytes) -> bytes:
-        """``sound`` if it fits, else empty. Call in the order of clips: after the first that does not fit, none does."""
+        """``sound`` if it fits, else empty. Call in the order of clips; after the first that does not fit none does."""
         self._left -= len(sound)
         if self._left < 0:
             self._left = 0
