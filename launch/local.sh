@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Train on this machine, one process per GPU, or on its CPU:
 #   launch/local.sh [-n PROCESSES] [--cpu] CONFIG.yaml [key=value ...]
-# Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal save and end with 75; the same command continues. The exit codes: README.
-# SA3DIST_PYTHON names the interpreter (default: python).
+# On Ctrl-C, SIGTERM, SIGUSR1 or a closed terminal the run saves and exits with 75; the same command continues it. Exit
+# codes: see README. SA3DIST_PYTHON is the interpreter (default: python).
 set -euo pipefail
 
 python=${SA3DIST_PYTHON:-python}
@@ -38,7 +38,7 @@ fi
 if [[ $processes == 1 ]]; then
     exec "$python" -m sa3dist.train "$@"
 fi
-# torchrun would give each process a single thread.
+# Otherwise torchrun would set one thread per process.
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 exec "$python" -m sa3dist.supervise "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
