@@ -65,7 +65,7 @@ class Copies(Observer):
         """step: rows of later steps are dropped."""
         self.previews, self.base, self.group = previews, previews.base, previews.group
         self._held_out: list[Sound] | None = None
-        self._step, self._said = step, False
+        self._step, self._warned = step, False
         self._stop: StopRequest | None = None
         self._jobs: list[Job] = []
         self._changed = threading.Condition()
@@ -119,7 +119,7 @@ class Copies(Observer):
                     self._jobs.append(job)
                     self._changed.notify()
         except Exception as failure:
-            self._say(failure)
+            self._report_failure(failure)
         seconds = time.perf_counter() - begin
         searched, self._seconds = self._seconds, 0.0
         return Observation(step, seconds, {"copies_seconds": seconds + searched})
@@ -156,9 +156,9 @@ class Copies(Observer):
         encoder = [math.prod(shape) for key, shape in base.weights.shapes.items() if key.startswith(ENCODER)]
         # Its float32 weights, and as much again to work with.
         if base.autoencoder.encoder is None and 8 * sum(encoder) > USABLE_SHARE * free_bytes(device):
-            if not self._said:
+            if not self._warned:
                 log.warning("copies: compared without latents, the autoencoder does not fit into the free memory")
-            self._said = True
+            self._warned = True
             yield None
             return
         with contextlib.ExitStack() as stack:
@@ -170,7 +170,7 @@ class Copies(Observer):
 
     def _encode(self, audio_CN: np.ndarray) -> list[np.ndarray]:
         """Latents (D, T) of a sound, shifted by parts of a frame, in both polarities, as the training has them."""
-        found, size = [], self.base.samples_per_frame
+        latents, size = [], self.base.samples_per_frame
         for part in range(LATENT_PARTS if self.search.has_audio else 1):
             shifted_CN = torch.from_numpy(audio_CN[:, part * size // LATENT_PARTS :])
             for sign in (1, -1):
@@ -179,8 +179,8 @@ class Copies(Observer):
                 if shifted_CN.shape[1]:
                     latents_1DT = self.base.encode_audio((sign * shifted_CN)[None].to(self.group.device))
                     sounds_T = frame_peaks(shifted_CN, size).numpy() >= SILENCE_PEAK
-                    found.append(without_silence(latents_1DT[0].float().cpu().numpy(), sounds_T))
-        return found
+                    latents.append(without_silence(latents_1DT[0].float().cpu().numpy(), sounds_T))
+        return latents
 
     def _check(self) -> None:
         """Called between two clips: raises Interrupted if nobody waits for the result any more."""
@@ -199,7 +199,7 @@ class Copies(Observer):
             except Interrupted:
                 return
             except Exception as failure:
-                self._say(failure)
+                self._report_failure(failure)
             self._seconds += time.perf_counter() - begin
 
     def _next_jobs(self) -> list[Job]:
@@ -209,12 +209,14 @@ class Copies(Observer):
             jobs, self._jobs = self._jobs, []
             return jobs
 
-    def _say(self, failure: Exception) -> None:
+    def _report_failure(self, failure: Exception) -> None:
         """Log the first failure only, and no interruption: that ends the run."""
         if isinstance(failure, Interrupted):
             return
-        if not self._said:
+        if not self._warned:
             log.error(
-                "copies: not looked for: %s: %s; training goes on, others are not told", type(failure).__name__, failure
+                "copies: check failed: %s: %s; training goes on, further failures are not logged",
+                type(failure).__name__,
+                failure,
             )
-        self._said = True
+        self._warned = True

@@ -82,27 +82,27 @@ class Search:
     def rows(self, jobs: Sequence[Job], held_out: Sequence[Sound]) -> Iterator[dict[str, Any]]:
         """The rows of ``copies.jsonl`` for some steps, from one pass over the clips. held_out: their sounds."""
         sounds = [sound for job in jobs for sound in job.sounds.values()]
-        found = {}
+        matches_of = {}
         if self.has_audio:
-            found["mel"] = self._by_mel(sounds, held_out)
+            matches_of["mel"] = self._by_mel(sounds, held_out)
         if self.has_latents and all(len(sound.latents) for sound in (*sounds, *held_out)):
-            found["latent"] = self._by_latents(sounds, held_out)
+            matches_of["latent"] = self._by_latents(sounds, held_out)
         begin = 0
         for job in jobs:
             mine = slice(begin, begin := begin + len(job.sounds))
-            views = {name: View(self._null[name], matches[mine]) for name, matches in found.items()}
+            views = {name: View(self._null[name], matches[mine]) for name, matches in matches_of.items()}
             yield row_of(job.step, list(job.sounds), views, len(held_out), self.hop / self.rate)
 
     def _by_mel(self, sounds: Sequence[Sound], held_out: Sequence[Sound]) -> list[Match]:
         if not self._frames:
-            found = []
+            frames = []
             for clip in self.clips:
                 self.check()
                 audio_CN = self.encoded.audio(clip).numpy()
-                found.append((clip.key, mel_frames(audio_CN, self.rate, self.hop).astype(np.float16)))
-            averaged = [frames_DT for _, frames_DT in found[:: -(-len(found) // MOST_AVERAGED)]]
+                frames.append((clip.key, mel_frames(audio_CN, self.rate, self.hop).astype(np.float16)))
+            averaged = [frames_DT for _, frames_DT in frames[:: -(-len(frames) // MOST_AVERAGED)]]
             self._centre_D1 = np.concatenate(averaged, axis=1).astype(np.float32).mean(axis=1, keepdims=True)
-            self._frames = found
+            self._frames = frames
         return self._matches("mel", self._mel_windows, sounds, held_out, self._mel_clips)
 
     def _mel_windows(self, sound: Sound) -> np.ndarray:
@@ -160,10 +160,10 @@ class Search:
     ) -> list[Match]:
         """Matches of ``sounds``; those of held-out clips are computed the first time."""
         new = [] if view in self._null else held_out
-        found = nearest([windows(sound) for sound in (*new, *sounds)], clips())
+        matches = nearest([windows(sound) for sound in (*new, *sounds)], clips())
         if view not in self._null:
-            self._null[view] = [match.distance for match in found[: len(new)]]
-        return found[len(new) :]
+            self._null[view] = [match.distance for match in matches[: len(new)]]
+        return matches[len(new) :]
 
 
 def stored(encoded: EncodedClips, clip: ClipEntry, flipped: bool) -> np.ndarray:

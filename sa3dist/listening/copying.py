@@ -18,20 +18,20 @@ class View:
     """One way to compare sounds, mel frames or latents, with its results for held-out clips and previews.
 
     held_out   distances of held-out clips from their nearest training clips
-    found      match of each preview
+    matches    match of each preview
     """
 
     held_out: Sequence[float]
-    found: Sequence[Match]
+    matches: Sequence[Match]
 
     def rank(self, number: int) -> float:
         """(1 + held-out clips that are at least as near) / (1 + all of them)."""
-        nearer = sum(distance <= self.found[number].distance for distance in self.held_out)
+        nearer = sum(distance <= self.matches[number].distance for distance in self.held_out)
         return (1 + nearer) / (1 + len(self.held_out))
 
     def alarms(self, number: int) -> bool:
         """Whether a preview is nearer than any held-out clip, with a margin against chance."""
-        return self.found[number].distance < MARGIN * min(self.held_out)
+        return self.matches[number].distance < MARGIN * min(self.held_out)
 
 
 def row_of(
@@ -39,7 +39,7 @@ def row_of(
 ) -> dict[str, Any]:
     """The row of ``copies.jsonl`` for the previews of a step.
 
-    numbers    of the previews, in the order of the views' ``found``
+    numbers    of the previews, in the order of the views' ``matches``
     views      "mel" and "latent", at least one of them; the first decides
     """
     reason = None
@@ -59,10 +59,10 @@ def row_of(
 
 def _about(place: int, number: int, views: dict[str, View], judged: bool, seconds_per_frame: float) -> dict[str, Any]:
     row = {"clip": None, "seconds": None, "mel": None, "latent": None, "rank": None, "warning": None}
-    row |= {name: round(view.found[place].distance, 4) for name, view in views.items() if view.found[place].clip}
+    row |= {name: round(view.matches[place].distance, 4) for name, view in views.items() if view.matches[place].clip}
     # Mel frames before latents: they change less when a sound's level or encoding changes.
     view = next(iter(views.values()))
-    match = view.found[place]
+    match = view.matches[place]
     if not match.clip:
         # Silence is never a copy.
         return row

@@ -65,7 +65,7 @@ class Health(Observer):
         self.file = RowsFile(Path(output_dir) / HEALTH_NAME, step) if group.is_main else None
         self._losses = Losses(Path(output_dir) / METRICS_NAME)
         self._stop: StopRequest | None = None
-        self._verdict, self._said = "", False
+        self._verdict, self._warned = "", False
         self._seconds: float = 0.0
 
     def begin(self, stop: StopRequest) -> None:
@@ -88,25 +88,25 @@ class Health(Observer):
             row = self.measure(step)
             if self.file is not None:
                 self.file.write(row)
-                self._say(row)
+                self._log_verdict(row)
         except Exception as failure:
-            if not self._said:
+            if not self._warned:
                 log.error("health of step %d left out: %s: %s; training goes on", step, type(failure).__name__, failure)
-            self._said = True
+            self._warned = True
         self._seconds = time.perf_counter() - begin
 
     def measure(self, step: int) -> dict[str, Any]:
         """The row of ``step``, from the current adapters and the logged losses."""
-        found = []
+        layers = []
         for name, layer in adapted_layers(self.base).items():
             self.group.liveness.progress()
             with self._whole(layer) if self._whole else contextlib.nullcontext():
-                found.append((name, measure_layer(layer)))
-        row = {"step": step, **summary(found)}
+                layers.append((name, measure_layer(layer)))
+        row = {"step": step, **summary(layers)}
         verdict, reasons = judge(row, self._losses.read())
         return {**row, "verdict": verdict, "reasons": reasons}
 
-    def _say(self, row: dict[str, Any]) -> None:
+    def _log_verdict(self, row: dict[str, Any]) -> None:
         """Log a changed verdict."""
         verdict = row["verdict"]
         if verdict != self._verdict:

@@ -84,20 +84,20 @@ def _gains(layer: AdaptedLayer, left_OR: Tensor, right_RI: Tensor) -> np.ndarray
     if not (kind.rows or kind.cols):
         return None
     weight_OI = layer.weight.detach().flatten(1)
-    found, col_squares_I = [], weight_OI.new_zeros(weight_OI.shape[1], dtype=torch.float64)
+    parts, col_squares_I = [], weight_OI.new_zeros(weight_OI.shape[1], dtype=torch.float64)
     scaled_OR = layer.scale * left_OR.float()
     rows = max(1, BLOCK_ELEMENTS // weight_OI.shape[1])
     for begin in range(0, len(weight_OI), rows):
         block_OI = torch.addmm(weight_OI[begin : begin + rows].float(), scaled_OR[begin : begin + rows], right_RI)
         if kind.rows:
             gain_O = _gain(trained[kind.row_magnitude][begin : begin + rows], torch.linalg.vector_norm(block_OI, dim=1))
-            found.append(gain_O)
+            parts.append(gain_O)
             block_OI = block_OI.mul_(gain_O.nan_to_num(0.0).float()[:, None])
         if kind.cols:
             col_squares_I += torch.linalg.vector_norm(block_OI, dim=0).double().square()
     if kind.cols:
-        found.append(_gain(trained[kind.col_magnitude], col_squares_I.sqrt()))
-    gains = torch.cat(found).cpu().numpy()
+        parts.append(_gain(trained[kind.col_magnitude], col_squares_I.sqrt()))
+    gains = torch.cat(parts).cpu().numpy()
     # A zero row also has a zero magnitude: it says nothing.
     return gains[~np.isnan(gains)]
 

@@ -75,7 +75,7 @@ def windows_of(variants: Sequence[np.ndarray], window: int) -> np.ndarray:
 
     float32 (Q, D, window), centred, of unit norm, without windows that have nothing to recognise.
     """
-    found = []
+    windows = []
     spread = max(float(np.std(frames_DT)) for frames_DT in variants)
     for frames_DT in variants:
         # Continue a short sound like the clips it is compared with.
@@ -84,8 +84,8 @@ def windows_of(variants: Sequence[np.ndarray], window: int) -> np.ndarray:
         for begin in sorted({*range(0, last + 1, window), last}):
             centred_DW = frames_DT[:, begin : begin + window] - frames_DT[:, begin : begin + window].mean()
             if (norm := np.linalg.norm(centred_DW)) > LEAST_SPREAD * spread * centred_DW.size**0.5 and norm > 0:
-                found.append(centred_DW / norm)
-    return np.array(found, np.float32).reshape(-1, len(variants[0]), window)
+                windows.append(centred_DW / norm)
+    return np.array(windows, np.float32).reshape(-1, len(variants[0]), window)
 
 
 def nearest(pieces: Sequence[np.ndarray], clips: Iterable[tuple[str, np.ndarray]]) -> list[Match]:

@@ -126,7 +126,7 @@ class Previews(Observer):
         self.steps = steps
         # Hidden states and mask by prompt, on the CPU, kept so that the text encoder need not load again.
         self._hidden: dict[str, tuple[Tensor, Tensor]] = {}
-        self._said = False
+        self._warned = False
 
     def begin(self, stop: StopRequest) -> Observation:
         seen = self._observe(0, stop)
@@ -168,7 +168,7 @@ class Previews(Observer):
             except Interrupted:
                 raise
             except Exception as failure:
-                self._say(step, failure)
+                self._report_failure(step, failure)
             run_on_all_ranks(self.group, f"previews-{step}", lambda: None, stop)
             missing = self._missing(step)
         return time.perf_counter() - begin, missing
@@ -225,14 +225,14 @@ class Previews(Observer):
         try:
             self._require_memory(step)
             hidden = [self._encode([self.prompts[number] for number in part]) for part in parts]
-        except Exception as found:
-            failure = found
+        except Exception as problem:
+            failure = problem
         # If one rank cannot make its share, no rank begins.
         if group.any(failure is not None):
             raise failure or EnvironmentFailure("another rank cannot make its share")
         with cached_norms(adapted_layers(base).values()):
-            for part, found in zip(parts, hidden, strict=True):
-                work = functools.partial(self.how.latents, base, part, found, before_step)
+            for part, conditioning in zip(parts, hidden, strict=True):
+                work = functools.partial(self.how.latents, base, part, conditioning, before_step)
                 latents += zip(part, self.engine.evaluate(work), strict=True)
         for number, latents_DT in dict(latents).items():
             if shared.index(number) % group.world_size == group.dist_rank:
@@ -272,8 +272,8 @@ class Previews(Observer):
     def _is_there(self, number: int) -> bool:
         """Whether an earlier start has made this preview of the base; its JSON file is written last."""
         with contextlib.suppress(OSError, ValueError):
-            found = json.loads(self._path(0, number, "json").read_text(encoding="utf-8"))
-            return found == self._text(0, number) and self._path(0, number, "flac").exists()
+            content = json.loads(self._path(0, number, "json").read_text(encoding="utf-8"))
+            return content == self._text(0, number) and self._path(0, number, "flac").exists()
         return False
 
     def _write(self, step: int, number: int, audio_CN: Tensor) -> None:
@@ -281,10 +281,10 @@ class Previews(Observer):
         write_spectrogram(self._path(step, number, "png"), audio_CN, self.base.sample_rate_hz)
         write_json(self._path(step, number, "json"), self._text(step, number))
 
-    def _say(self, step: int, failure: Exception) -> None:
+    def _report_failure(self, step: int, failure: Exception) -> None:
         known = isinstance(failure, SA3DistError)
         reason = (str(failure) if known else f"{type(failure).__name__}: {failure}").splitlines()[0]
-        if not self._said:
+        if not self._warned:
             # Not a warning: ranks other than 0 log only errors.
             log.error("previews of step %d left out: %s; training goes on, others are counted in silence", step, reason)
-        self._said = True
+        self._warned = True

@@ -19,11 +19,11 @@ def observers_of(trainer: Trainer, base: Base, source: BatchSource) -> list[Obse
         if writer is not None:
             writer.finish(early=False)
         return [] if writer is None else [writer]
-    found = [
+    observers = [
         validation.of_run(trainer, source),
         heard,
         copies.of_run(settings, heard, source, trainer.step),
         health.of_run(settings, base, trainer.engine, group, trainer.step),
         background.of_run(settings, group, trainer.step),
     ]
-    return [observer for observer in found if observer is not None]
+    return [observer for observer in observers if observer is not None]
