@@ -272,7 +272,7 @@ def test_without_held_out_clips_the_nearest_is_named_and_a_failure_is_said_once(
     assert run(words, tmp_path / "broken") == 0
     said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("copies")]
     assert said == [
-        "copies: not looked for: OSError: [Errno 5] Input/output error; training goes on, others are not told"
+        "copies: check failed: OSError: [Errno 5] Input/output error; training goes on, further failures are not logged"
     ]
 
 
