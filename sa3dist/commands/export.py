@@ -156,12 +156,12 @@ def _native(file: AdapterFile, base: Callable[[], AdapterOnDisk], options, named
     # As named by Stable Audio 3's own tool.
     ending = ".normbaked" if baked else ".native"
     output = options.output or named_after.with_suffix(f"{ending}{ADAPTER_SUFFIX}")
-    metadata = {key: file.metadata[key] for key in EXTRA_KEYS if key in file.metadata}
-    extras = {key: int(value) if value.isdecimal() else value for key, value in metadata.items()}
+    numbers = {key: file.metadata[key] for key in EXTRA_KEYS if key in file.metadata}
+    extras = {key: int(value) if value.isdecimal() else value for key, value in numbers.items()}
     if baked:
         extras |= {"baked_norms": len(baked), "norm_base": base_name(options.base or file.base)}
-    kept = {} if file.foreign else file.metadata
-    write_adapter_file(output, file.config, file.tensors, {**kept, **_header(file)}, extras, baked)
+    metadata = {} if file.foreign else file.metadata
+    write_adapter_file(output, file.config, file.tensors, {**metadata, **_header(file)}, extras, baked)
     return output, "native", []
 
 

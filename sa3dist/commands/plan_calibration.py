@@ -98,8 +98,8 @@ def calibrate(folder: Path, device: Device, tokens: int, adapter_type: str) -> F
 
 
 def _is_of(row: dict[str, Any], device: Device) -> bool:
-    known = datasheet_of(row["device"]) if row.get("device_memory_bytes") else None
-    return known is not None and known is (datasheet_of(device.name) if device.on_gpu else None)
+    datasheet = datasheet_of(row["device"]) if row.get("device_memory_bytes") else None
+    return datasheet is not None and datasheet is (datasheet_of(device.name) if device.on_gpu else None)
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -176,8 +176,8 @@ def plan_memory(job: Job, device: Device, given_context: bool = True) -> MemoryP
         if sum(needed.values()) <= usable:
             break
     peak, again = sum(needed.values()), needed["kept for the backward pass"] + needed["working"]
-    wanted = device.on_gpu and wants_graphs(settings.cuda_graphs, torch.device("cuda"), settings.number_of_steps)
-    return MemoryPlan(needed, blocks, peak <= usable, again if wanted and peak + again <= usable else 0.0, per_use)
+    records = device.on_gpu and wants_graphs(settings.cuda_graphs, torch.device("cuda"), settings.number_of_steps)
+    return MemoryPlan(needed, blocks, peak <= usable, again if records and peak + again <= usable else 0.0, per_use)
 
 
 def _held_bytes(job: Job, device: Device, per_use: bool) -> dict[str, float]:

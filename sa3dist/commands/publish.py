@@ -28,8 +28,8 @@ def publish(options: argparse.Namespace) -> None:
             # Do not publish a damaged file.
             read_adapter_file(folder / name).layers()
     if options.dry_run:
-        there = card.read(folder / files.CARD_NAME)
-        if there is not None and not card.is_as_written(there):
+        existing = card.read(folder / files.CARD_NAME)
+        if existing is not None and not card.is_as_written(existing):
             del texts[files.CARD_NAME]
         sizes = {path: (folder / path).stat().st_size for path in files.to_upload(folder)}
         sizes |= {name: len(text.encode()) for name, text in texts.items()}

@@ -113,13 +113,13 @@ KEY_ARGUMENTS = {
 
 def keys(options: argparse.Namespace) -> None:
     """Make, list or remove a key."""
-    known = Keys(options.data_dir)
+    store = Keys(options.data_dir)
     if options.action == "add":
-        print(known.add(options.name, options.scope))
+        print(store.add(options.name, options.scope))
     elif options.action == "remove":
-        known.remove(options.name)
+        store.remove(options.name)
     else:
-        for key_id, entry in known.read().items():
+        for key_id, entry in store.read().items():
             created = time.strftime("%Y-%m-%d", time.localtime(entry["created"]))
             print(f"{key_id}  {entry['scope']:<6}  {created}  {entry['name']}")
 

@@ -146,8 +146,8 @@ def inspect_source(
                 report(done, len(listing.pairs))
         finally:
             measured = {(clip.audio_sha256, clip.bytes): (clip.facts, clip.stats) for clip in clips if clip.stats}
-            wanted = "work_dir" in settings.model_fields_set or settings.work_dir.is_dir()
-            if wanted and measured.keys() - known.keys():
+            may_write = "work_dir" in settings.model_fields_set or settings.work_dir.is_dir()
+            if may_write and measured.keys() - known.keys():
                 write_stats(settings.work_dir, known | measured)
         for key, problems in (listing.problems | listing.unread).items():
             clips.append(InspectedClip(key, "", 0, problems=problems))

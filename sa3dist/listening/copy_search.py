@@ -58,7 +58,7 @@ class Search:
         self.encoded, self.held_encoded = encoded, source.held_encoded
         self.clips, self.check = source.index.clips, check
         self.rate, self.hop = encoded.sample_rate_hz, encoded.samples_per_frame
-        self.has_audio = not any(isinstance(one.index, LatentDataset) for one in (encoded, self.held_encoded))
+        self.has_audio = not any(isinstance(clips.index, LatentDataset) for clips in (encoded, self.held_encoded))
         self.has_latents = not isinstance(encoded, EncodedCrops)
         step = max(1, -(-len(source.held_out) // MOST_HELD_OUT))
         # Without audio, those that are encoded; of a separate data set maybe not all.

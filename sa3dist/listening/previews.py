@@ -80,10 +80,10 @@ def of_run(trainer: Trainer, source: BatchSource) -> Previews | None:
 
 def default_prompts(captions: Sequence[str]) -> list[str]:
     """Captions far apart in the data set, and an empty prompt."""
-    known = list(dict.fromkeys(captions))
-    last = len(known) - 1
-    picked = {round(last * i / (DEFAULT_CAPTIONS - 1)) for i in range(DEFAULT_CAPTIONS)} if known else set()
-    return [*(known[i] for i in sorted(picked)), ""]
+    distinct = list(dict.fromkeys(captions))
+    last = len(distinct) - 1
+    picked = {round(last * i / (DEFAULT_CAPTIONS - 1)) for i in range(DEFAULT_CAPTIONS)} if distinct else set()
+    return [*(distinct[i] for i in sorted(picked)), ""]
 
 
 def _generation(settings: Settings, seconds: float) -> Generation:
@@ -129,16 +129,16 @@ class Previews(Observer):
         self._warned = False
 
     def begin(self, stop: StopRequest) -> Observation:
-        seen = self._observe(0, stop)
-        step = self.steps.first
-        if not step or not self.steps.is_due(step):
-            return seen
+        base = self._observe(0, stop)
+        step = self.first_step
+        if not step or not self.is_due(step):
+            return base
         # Whether a signal cut them short; rank 0 looks at its disk for all.
         if not main_process_first(self.group, f"previews-of-{step}", lambda: self._missing(step), stop=None):
-            return seen
+            return base
         also = self._observe(step, stop)
-        sums = {name: value + seen.sums[name] for name, value in also.sums.items()}
-        return dataclasses.replace(also, seconds=seen.seconds + also.seconds, sums=sums)
+        sums = {name: value + base.sums[name] for name, value in also.sums.items()}
+        return dataclasses.replace(also, seconds=base.seconds + also.seconds, sums=sums)
 
     def after_step(self, step: int, stop: StopRequest) -> Observation | None:
         return self._observe(step, stop) if self.steps.is_due(step) else None
@@ -191,8 +191,8 @@ class Previews(Observer):
     def _generate(self, step: int, stop: StopRequest) -> None:
         """Make this rank's share."""
         mine = range(self.group.dist_rank, len(self.prompts), self.group.world_size)
-        asked = [(number, self.prompts[number]) for number in mine if step or not self._is_there(number)]
-        if not asked:
+        todo = [(number, self.prompts[number]) for number in mine if step or not self._is_there(number)]
+        if not todo:
             return
         self._require_memory(step)
 
@@ -201,7 +201,7 @@ class Previews(Observer):
             stop.raise_if_requested("making previews")
 
         with formed_once(self.base):
-            for number, audio_CN in self.how.clips(self.base, asked, self._encode, before_step):
+            for number, audio_CN in self.how.clips(self.base, todo, self._encode, before_step):
                 self._write(step, number, audio_CN)
 
     def _generate_together(self, step: int, stop: StopRequest) -> None:
@@ -282,8 +282,8 @@ class Previews(Observer):
         write_json(self._path(step, number, "json"), self._text(step, number))
 
     def _report_failure(self, step: int, failure: Exception) -> None:
-        known = isinstance(failure, SA3DistError)
-        reason = (str(failure) if known else f"{type(failure).__name__}: {failure}").splitlines()[0]
+        is_explained = isinstance(failure, SA3DistError)
+        reason = (str(failure) if is_explained else f"{type(failure).__name__}: {failure}").splitlines()[0]
         if not self._warned:
             # Not a warning: ranks other than 0 log only errors.
             log.error("previews of step %d left out: %s; training goes on, others are counted in silence", step, reason)

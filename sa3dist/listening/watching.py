@@ -12,7 +12,7 @@ from sa3dist.validation import observer as validation
 def observers_of(trainer: Trainer, base: Base, source: BatchSource) -> list[Observer]:
     """In calling order; only the page's if no step is left. source: the training clips."""
     settings, group = trainer.settings, trainer.group
-    heard = previews.of_run(trainer, source)
+    previews_observer = previews.of_run(trainer, source)
     if trainer.step >= trainer.plan.steps:
         # Nothing to observe, but an earlier start may not have written into the page how the run ended.
         writer = background.of_run(settings, group, trainer.step)
@@ -21,8 +21,8 @@ def observers_of(trainer: Trainer, base: Base, source: BatchSource) -> list[Obse
         return [] if writer is None else [writer]
     observers = [
         validation.of_run(trainer, source),
-        heard,
-        copies.of_run(settings, heard, source, trainer.step),
+        previews_observer,
+        copies.of_run(settings, previews_observer, source, trainer.step),
         health.of_run(settings, base, trainer.engine, group, trainer.step),
         background.of_run(settings, group, trainer.step),
     ]

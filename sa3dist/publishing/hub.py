@@ -53,19 +53,19 @@ def upload(folder: Path, paths: Sequence[str], repo_id: str, public: bool, repla
         disable_progress_bars()
     api = HfApi(token=token, library_name="sa3dist", library_version=__version__)
     user = _explained(repo_id, "you", lambda: api.whoami()["name"])
-    known = _explained(repo_id, user, lambda: _open(api, repo_id, public))
-    if not known.private and not public:
+    repository = _explained(repo_id, user, lambda: _open(api, repo_id, public))
+    if not repository.private and not public:
         raise ConfigError(f"{repo_id}: is public, and a run is published privately; say --public to publish it there")
     if not replace_card and CARD_NAME in paths:
-        _explained(repo_id, user, lambda: _keep_edited_card(api, known, (folder / CARD_NAME).read_bytes()))
+        _explained(repo_id, user, lambda: _keep_edited_card(api, repository, (folder / CARD_NAME).read_bytes()))
     operations = [CommitOperationAdd(path, folder / path) for path in paths]
     message = f"Publish with sa3dist {__version__}"
     _explained(
         repo_id,
         user,
-        lambda: api.create_commit(repo_id, operations, commit_message=message, parent_commit=known.sha),
+        lambda: api.create_commit(repo_id, operations, commit_message=message, parent_commit=repository.sha),
     )
-    return f"{api.endpoint}/{repo_id}", bool(known.private)
+    return f"{api.endpoint}/{repo_id}", bool(repository.private)
 
 
 def _open(api: HfApi, repo_id: str, public: bool) -> ModelInfo:
@@ -78,13 +78,13 @@ def _open(api: HfApi, repo_id: str, public: bool) -> ModelInfo:
         return api.model_info(repo_id)
 
 
-def _keep_edited_card(api: HfApi, known: ModelInfo, ours: bytes) -> None:
+def _keep_edited_card(api: HfApi, repository: ModelInfo, ours: bytes) -> None:
     """Raises ConfigError if the repository's card was edited by hand and differs from the one to upload."""
-    if CARD_NAME not in {file.rfilename for file in known.siblings or ()}:
+    if CARD_NAME not in {file.rfilename for file in repository.siblings or ()}:
         return
-    existing = Path(api.hf_hub_download(known.id, CARD_NAME, revision=known.sha)).read_bytes()
+    existing = Path(api.hf_hub_download(repository.id, CARD_NAME, revision=repository.sha)).read_bytes()
     if existing != ours and not card.is_as_written(existing.decode(errors="replace")):
-        raise ConfigError(f"{known.id}: its {CARD_NAME} was edited by hand; --replace-card replaces it")
+        raise ConfigError(f"{repository.id}: its {CARD_NAME} was edited by hand; --replace-card replaces it")
 
 
 def _explained(repo_id: str, user: str, call: Callable):

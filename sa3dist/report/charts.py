@@ -35,7 +35,7 @@ def trend_width(count: int) -> int:
 
 def all_charts(runs: Sequence[RunFolder]) -> list[Chart]:
     """All charts that have data. One run is shown in detail; of several runs, each is one line."""
-    made = [
+    charts = [
         *(_loss(runs), _validation(runs), _gain_by_noise(runs), _loss_by_noise(runs)),
         _plain(runs, "lr", "Learning rate", "Of every step, after warm-up and schedule.", lambda run: run.curve("lr")),
         _noisy(
@@ -50,9 +50,9 @@ def all_charts(runs: Sequence[RunFolder]) -> list[Chart]:
         *(_memory(runs), _drift(runs)),
         *(_health(runs, *about) for about in HEALTH_CHARTS),
     ]
-    for chart in made:
+    for chart in charts:
         chart["series"] = [line for line in chart["series"] if line["x"]]
-    return [chart for chart in made if chart["series"]]
+    return [chart for chart in charts if chart["series"]]
 
 
 def series(label: str, points: Points, kind: str = "line", colour: int = 0) -> dict[str, Any]:

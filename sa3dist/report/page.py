@@ -48,8 +48,8 @@ def render_runs(runs: Sequence[RunFolder], page: Path, megabytes: float = MEGABY
         "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
     # Render once without embedded audio, to know the size of the rest.
-    taken = len(render("page.html", {**values, "grid": make_grid(runs, page, Space(0), inside=False)}).encode())
-    grid = make_grid(runs, page, Space(int(megabytes * 1e6) - taken), inside)
+    size = len(render("page.html", {**values, "grid": make_grid(runs, page, Space(0), inside=False)}).encode())
+    grid = make_grid(runs, page, Space(int(megabytes * 1e6) - size), inside)
     return render("page.html", {**values, "grid": grid})
 
 

@@ -1,1 +1,1 @@
-"""The HTTP endpoint of one's own: a durable job queue, the processes that run its jobs, and the web server in front."""
+"""The HTTP endpoint: a web server, a durable job queue, and the processes that run its jobs."""

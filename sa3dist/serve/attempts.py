@@ -119,7 +119,7 @@ def progress(run: Path) -> dict[str, Any]:
 
 
 def tail(path: Path) -> str:
-    """The end of a text file; nothing where there is none."""
+    """The end of a text file; empty if it does not exist."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL_BYTES))
@@ -129,7 +129,7 @@ def tail(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object that others write; empty where there is none that can be read."""
+    """The JSON object in a file of another process; empty if it cannot be read."""
     with contextlib.suppress(OSError, ValueError):
         value = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(value, dict):
@@ -138,13 +138,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def result(job: Job, run: Path) -> dict[str, Any] | None:
-    """The run's result.json, each file with its ``path`` below the job's folder; None where there is none."""
-    found = read_json(run / RESULT_NAME)
-    for file in found.values():
+    """The run's result.json, each file with its ``path`` relative to the job's folder; None if there is none."""
+    content = read_json(run / RESULT_NAME)
+    for file in content.values():
         if isinstance(file, dict) and "url" in file:
             path = Path(unquote(urlsplit(file["url"]).path))
             file["path"] = str(path.relative_to(job.folder.resolve()))
-    return found or None
+    return content or None
 
 
 def message(run: Path, log: Path) -> str:

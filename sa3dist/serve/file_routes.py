@@ -161,8 +161,8 @@ async def complete(
     words = await _small_body(service, request)
     parts = words.get("parts")
     numbers = [part.get("partNumber") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
-    known = all(isinstance(number, int) and 1 <= number <= MAX_PARTS for number in numbers)
-    if not numbers or not known or len(set(numbers)) != len(numbers):
+    valid = all(isinstance(number, int) and 1 <= number <= MAX_PARTS for number in numbers)
+    if not numbers or not valid or len(set(numbers)) != len(numbers):
         raise WireError(422, "parts: expected a list of objects with partNumber, each once")
     if note.sha256 is None:
         try:

@@ -130,9 +130,9 @@ class FileStore:
 
     def parts_size(self, upload_id: str, without: int) -> int:
         """Total bytes of all parts except one."""
-        known = ("note.json", f"{without}")
+        excluded = ("note.json", f"{without}")
         listed = self._list(self._parts(upload_id))
-        return sum(item["size"] for item in listed if item["name"].rpartition("/")[2] not in known)
+        return sum(item["size"] for item in listed if item["name"].rpartition("/")[2] not in excluded)
 
     def writing_part(self, upload_id: str, number: int) -> contextlib.AbstractContextManager[Sink]:
         return self._writing(f"{self._parts(upload_id)}/{number:d}")

@@ -55,11 +55,11 @@ class Local:
             return True
         self._send(signal.SIGKILL)
         # Ranks started by a launch agent have sessions of their own, so find them by their mark.
-        left = marked(lambda mark: mark == self._attempt.mark)
-        for process in left:
+        remaining = marked(lambda mark: mark == self._attempt.mark)
+        for process in remaining:
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        return not left
+        return not remaining
 
     def _send(self, number: int) -> None:
         # After it was waited for, its process id may belong to another process.

@@ -36,9 +36,9 @@ class Outbox:
             if not ids:
                 return []
             columns = [deliveries.c[field.name] for field in dataclasses.fields(Delivery)]
-            taken = deliveries.update().where(deliveries.c.id.in_(ids))
-            taken = taken.values(next_try=now() + seconds, tries=deliveries.c.tries + 1).returning(*columns)
-            return [Delivery(**row._mapping) for row in connection.execute(taken)]
+            claim = deliveries.update().where(deliveries.c.id.in_(ids))
+            claim = claim.values(next_try=now() + seconds, tries=deliveries.c.tries + 1).returning(*columns)
+            return [Delivery(**row._mapping) for row in connection.execute(claim)]
 
     def delivered(self, delivery: Delivery) -> None:
         """Record a successful delivery."""

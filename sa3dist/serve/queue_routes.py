@@ -201,8 +201,8 @@ async def get_result(request: Request, owner: str, name: str, job_id: str) -> Re
 async def cancel(request: Request, owner: str, name: str, job_id: str) -> Response:
     """Cancel a request: at once if it is waiting, after saving if it is running."""
     service = service_of(request)
-    known = await service.job(job_id, service.caller(request))
-    if known.is_finished:
+    job = await service.job(job_id, service.caller(request))
+    if job.is_finished:
         return JSONResponse({"status": "ALREADY_COMPLETED"}, 400, {wire.REQUEST_ID: job_id})
     job = await asyncio.to_thread(service.store.cancel, job_id)
     if job is None:

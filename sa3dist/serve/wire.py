@@ -33,14 +33,14 @@ def submitted(job: Job, base: str, position: int) -> dict[str, Any]:
 
 def status(job: Job, base: str, position: int, logs: list[dict[str, Any]] | None) -> dict[str, Any]:
     """The answer to a status request. logs: None if not requested."""
-    known = addresses(job, base)
+    links = addresses(job, base)
     if job.state == QUEUED:
-        return {"status": "IN_QUEUE", **known, "queue_position": position}
+        return {"status": "IN_QUEUE", **links, "queue_position": position}
     if job.state == RUNNING:
         progress = {"stage": job.stage, "step": job.step, "steps": job.steps}
-        return {"status": "IN_PROGRESS", **known, "logs": logs or [], "progress": progress}
+        return {"status": "IN_PROGRESS", **links, "logs": logs or [], "progress": progress}
     began = job.started or job.finished
-    answer = {"status": "COMPLETED", **known, "logs": logs or [], "metrics": {"inference_time": job.finished - began}}
+    answer = {"status": "COMPLETED", **links, "logs": logs or [], "metrics": {"inference_time": job.finished - began}}
     if job.state != SUCCEEDED:
         _, body = failure(job)
         answer |= {"error": body["message"], "error_type": body.get("error_type", "model_error")}

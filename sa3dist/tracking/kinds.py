@@ -161,8 +161,8 @@ class Mlflow(Tracker):
         earlier = mlflow.search_runs(
             experiment_names=[run.project], filter_string=f"tags.`{tag}` = '{run.id}'", output_format="list"
         )
-        known = earlier[0].info.run_id if earlier else None
-        return MLflowTracker(run.project, run_id=known, run_name=run.name, tags={tag: run.id})
+        run_id = earlier[0].info.run_id if earlier else None
+        return MLflowTracker(run.project, run_id=run_id, run_name=run.name, tags={tag: run.id})
 
     def log_preview(self, step: int, preview: Preview) -> None:
         for path in (preview.audio, preview.picture, preview.audio.with_suffix(".json")):

@@ -55,4 +55,4 @@ class History:
         return len(values) - 1 - values.index(min(values)) if values else 0
 
     def has(self, step: int) -> bool:
-        return any(known == step for known, _ in self.losses)
+        return any(evaluated == step for evaluated, _ in self.losses)

@@ -56,9 +56,9 @@ def hold_out(
         main_process_first(group, "hold-out", lambda: _check_apart(settings, index, validation, group, stop), stop)
         return index, validation.clips
     keys = set(main_process_first(group, "hold-out", lambda: _choose(settings, index, group, stop), stop))
-    kept = tuple(clip for clip in index.clips if clip.key not in keys)
+    trained = tuple(clip for clip in index.clips if clip.key not in keys)
     held_out = tuple(clip for clip in index.clips if clip.key in keys)
-    return dataclasses.replace(index, clips=kept, digest=dataset_digest(kept)), held_out
+    return dataclasses.replace(index, clips=trained, digest=dataset_digest(trained)), held_out
 
 
 def _choose(settings: Settings, index: DatasetIndex, group: Group, stop: StopRequest) -> list[str]:

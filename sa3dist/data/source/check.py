@@ -166,5 +166,5 @@ def count_problem(usable: int, any_size: bool, possible: int) -> str | None:
         return None
     if any_size:
         return "found no usable clip; expected audio files, each with a .txt caption of the same name"
-    found = counted(usable, "usable clip")
-    return f"found {found}, expected {low} to {high}; set allow_any_dataset_size: true to lift the limits"
+    count = counted(usable, "usable clip")
+    return f"found {count}, expected {low} to {high}; set allow_any_dataset_size: true to lift the limits"

@@ -81,10 +81,10 @@ def write_stats(work_dir: Path, measured: Measured) -> None:
         "facts_N4": np.array(
             [(size, *dataclasses.astuple(one)) for (_, size), one in zip(keys, facts, strict=True)], np.int64
         ),
-        "scalars_N6": np.array([[getattr(one, name) for name in SCALARS] for one in stats], np.float64),
-        "widths_N": np.array([one.spectrogram_SP.shape[1] for one in stats], np.int64),
-        "spectrograms_SW": np.concatenate([one.spectrogram_SP for one in stats], axis=1),
-        "fingerprints_NK": np.stack([one.fingerprint for one in stats]),
+        "scalars_N6": np.array([[getattr(clip, name) for name in SCALARS] for clip in stats], np.float64),
+        "widths_N": np.array([clip.spectrogram_SP.shape[1] for clip in stats], np.int64),
+        "spectrograms_SW": np.concatenate([clip.spectrogram_SP for clip in stats], axis=1),
+        "fingerprints_NK": np.stack([clip.fingerprint for clip in stats]),
     }
     metadata = {name: _digest(array) for name, array in arrays.items()} | {"version": VERSION}
     try:

@@ -128,7 +128,7 @@ class _Indexer:
                 clips += part.clips
                 shards += part.shards
                 for kind in part.left_out:
-                    left_out.append(dataclasses.replace(kind, names=tuple(f"{name}/{one}" for one in kind.names)))
+                    left_out.append(dataclasses.replace(kind, names=tuple(f"{name}/{file}" for file in kind.names)))
                 self._problems |= {f"{name} {line}": (f"{name}, {line}",) for line in part.skipped}
                 report(done, len(self._urls))
             kinds = _merged(left_out)

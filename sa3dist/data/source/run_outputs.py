@@ -58,13 +58,13 @@ def is_output_dir(folder: str, list_folder: ListFolder) -> bool:
 
 def _run_folders_in(folder: str, kinds: dict[str, re.Pattern], list_folder: ListFolder) -> set[str]:
     """The folders in ``folder`` whose name is in ``kinds`` and whose content matches its pattern."""
-    found = set()
+    matching = set()
     for name in kinds.keys() & set(list_folder(folder)[1]):
         files, folders = list_folder(f"{folder}/{name}" if folder else name)
         inside = [child for child in (*files, *folders) if not child.startswith(".")]
         if inside and all(kinds[name].fullmatch(child) for child in inside):
-            found.add(name)
-    return found
+            matching.add(name)
+    return matching
 
 
 def run_parts(folder: str, list_folder: ListFolder) -> set[str]:
@@ -104,7 +104,7 @@ def run_outputs_in_archive(names: Iterable[str]) -> set[str]:
 
 
 def is_below(name: str, folders: Collection[str]) -> bool:
-    """Whether ``name`` is one of ``folders`` or lies in one."""
+    """Whether ``name`` is one of ``folders`` or inside one."""
     parts = name.split("/")
     return any("/".join(parts[:depth]) in folders for depth in range(1, len(parts) + 1))
 
