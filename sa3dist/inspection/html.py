@@ -8,7 +8,6 @@ import numpy as np
 from sa3dist.errors import counted, span
 from sa3dist.formats import write_whole
 from sa3dist.inspection.clip import InspectedClip
-from sa3dist.inspection.overview import overview_rows
 from sa3dist.inspection.png import png
 from sa3dist.inspection.report import Report
 from sa3dist.report.charts import Chart, histogram
@@ -49,7 +48,7 @@ def page_of(report: Report, megabytes: float = MEGABYTES) -> str:
         "standing": f"{summary['usable']} of {counted(summary['clips'], 'clip')} usable, "
         f"{span(3600 * summary['hours'])}; training crops to {report.crop_seconds:.1f} s.",
         # Without the first two, which are in the sentence above.
-        "overview": overview_rows(summary)[2:],
+        "overview": report.overview()[2:],
         "stops": report.verdict,
         "passed_over": [
             *(f"left out: {kind.line(most=MAX_NAMES)}" for kind in report.left_out),

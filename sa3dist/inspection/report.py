@@ -18,7 +18,7 @@ from sa3dist.data.source.cut_captions import CutCaptions, cut_captions, text_sou
 from sa3dist.data.source.pairing import Pair, pair_members
 from sa3dist.data.source.prefetch import prefetch
 from sa3dist.data.source.resample import resampled_length
-from sa3dist.errors import counted
+from sa3dist.errors import counted, span
 from sa3dist.flow.crops import crop_frames
 from sa3dist.formats import LeftOut
 from sa3dist.inspection.clip import InspectedClip
@@ -103,6 +103,39 @@ class Report:
                 "most_common": captions.most_common(5),
             },
         }
+
+    def overview(self) -> list[tuple[str, str]]:
+        """The summary as (name, text) lines."""
+        summary = self.summary()
+        rows = [("clips", f"{summary['clips']}, {summary['usable']} usable"), ("audio", span(3600 * summary["hours"]))]
+        if summary["left_out"]:
+            rows.append(("left out", f"{summary['left_out']} files that are no clips, see below"))
+        if not summary["usable"]:
+            return rows
+
+        def spread(name: str, unit: str) -> str:
+            values = summary[name]
+            if not values:
+                return "none"
+            return f"{values['min']:.4g} to {values['max']:.4g} {unit}, median {values['median']:.4g}"
+
+        def counts(name: str) -> str:
+            return ", ".join(f"{value} x {key}" for key, value in summary[name].items())
+
+        captions = summary["captions"]
+        words = captions["words"]
+        return rows + [
+            ("length", spread("seconds", "s")),
+            ("formats", counts("formats")),
+            ("sample rates", counts("sample_rates_hz") + " Hz"),
+            ("channels", counts("channels")),
+            ("loudness", spread("lufs", "LUFS")),
+            ("peak", spread("peak_dbfs", "dBFS")),
+            ("clipping", counted(summary["clipped_clips"], "clip")),
+            ("mostly silent", counted(summary["mostly_silent_clips"], "clip")),
+            ("captions", f"{captions['distinct']} distinct, {words['min']:g} to {words['max']:g} words"),
+            ("training", counts("treatment") + f"; crops of {summary['crop_seconds']:.1f} s"),
+        ]
 
     def duplicates(self) -> list[str]:
         """One line per group of equal clips, and per pair of clips that sound alike."""

@@ -16,8 +16,7 @@ from sa3dist import config
 from sa3dist.data.remote.local_paths import home_path
 from sa3dist.errors import ConfigError, counted, printable
 from sa3dist.formats import LeftOut
-from sa3dist.inspection.html import write_html
-from sa3dist.inspection.overview import overview_rows
+from sa3dist.inspection.html import MEGABYTES, write_html
 from sa3dist.inspection.report import Report, inspect_source
 from sa3dist.model.loading import known_config
 from sa3dist.progress import progress
@@ -74,7 +73,7 @@ def show(report: Report) -> None:
     console = Console()
     console.print(escape(report.source), style="italic", soft_wrap=True)
     overview = Table("", Column(overflow="fold"), show_header=False)
-    for name, value in overview_rows(report.summary()):
+    for name, value in report.overview():
         overview.add_row(name, escape(value))
     console.print(overview)
     clips = Table(

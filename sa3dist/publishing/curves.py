@@ -1,8 +1,9 @@
 """Draw a run's losses over its steps as an SVG file."""
 
-import statistics
 from collections.abc import Sequence
 from typing import Any
+
+from sa3dist.report.charts import running_median
 
 WIDTH, HEIGHT, LEFT, MARGIN = 720, 300, 60, 30
 # More points would not be visible at this width.
@@ -11,16 +12,10 @@ MOST_POINTS = 360
 CURVES = {"loss": "#2563eb", "val/loss": "#c2410c"}
 
 
-def smoothed(values: Sequence[float]) -> list[float]:
-    """Running median over a twentieth of the curve on either side."""
-    reach = len(values) // 20
-    return [statistics.median(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
-
-
 def points_of(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
     """Steps and smoothed values of one curve, thinned out to MOST_POINTS, always including the last."""
     points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
-    values = smoothed([value for _, value in points])
+    values = running_median([value for _, value in points])
     every = -(-len(points) // MOST_POINTS) or 1
     indices = sorted({*range(0, len(points), every), len(points) - 1} - {-1})
     return [(points[i][0], values[i]) for i in indices]
