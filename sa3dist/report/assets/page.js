@@ -3,7 +3,7 @@
   const { charts } = JSON.parse(document.getElementById("data").textContent);
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 
-  // Charts: uPlot draws, in the page's own colours.
+  // Charts, drawn by uPlot in the page's colours.
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const short = (value) => {
     if (value == null) return "";
@@ -90,10 +90,10 @@
       plot.setCursor({ left: plot.valToPos(steps[at], "x"), top: plot.over.clientHeight / 2 });
     }),
   );
-  // What tests, and the curious, may ask for.
+  // For tests and debugging.
   window.sa3distCharts = () => Object.fromEntries(figures.map((figure) => [figure.dataset.chart, drawn.get(figure.querySelector(".plot")).data]));
 
-  // Clips: one sounds at a time; another one of its row goes on where it was.
+  // Clips: one plays at a time. Another one of its row continues at the same position.
   const clock = (seconds) => `${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, "0")}`;
   const audioOf = (cell) => cell.querySelector(":scope > audio");
   const rowOf = (cell) => cell.closest("[data-row]") ?? cell;
@@ -105,7 +105,7 @@
     const { duration } = audioOf(cell);
     return Number.isFinite(duration) ? duration : +cell.querySelector(":scope > .controls .time").dataset.seconds;
   };
-  // A picture may show more than is played: the whole clip, of which the player has the beginning.
+  // A picture may show the whole clip while the player has only its beginning.
   const pictured = (picture, known) => +picture.dataset.whole || known;
 
   function show(cell) {
@@ -183,7 +183,7 @@
       if (sounding && rowOf(sounding) === row && !audioOf(sounding).paused) play(next);
     });
   });
-  // The newest first: it stands at the end.
+  // Scroll to the newest column, which is the last.
   all(".grid").forEach((grid) => (grid.scrollLeft = grid.scrollWidth));
 
   // The picture of layers.
@@ -209,7 +209,7 @@
     if (buttons.length) choose(buttons[0].dataset.figure);
   });
 
-  // Tables that can be sorted: by number where all cells of a column have one.
+  // Sortable tables: a column is sorted by number if all its cells have one.
   all("table.sortable").forEach((table) => {
     const rows = () => all(":scope > tbody > tr", table);
     all(":scope > thead th", table).forEach((head, at) => {
@@ -232,7 +232,7 @@
     });
   });
 
-  // Rows of one line: a click shows all that they say.
+  // Rows are one line high: a click shows the whole text.
   all("[data-open]").forEach((button) => {
     const row = button.closest("tr");
     row.addEventListener("click", (event) => {
@@ -242,6 +242,6 @@
   });
   all(".line").forEach((line) => line.addEventListener("mouseenter", () => (line.title = line.textContent), { once: true }));
 
-  // Charts are drawn, controls answer, and this frame shows it.
+  // Ready: charts are drawn and controls work.
   requestAnimationFrame(() => performance.mark("usable"));
 })();

@@ -8,10 +8,10 @@
   const FIRST_FIELDS = ["audio_data_url", "model", "number_of_steps", "rank", "learning_rate"];
   const WHOLE = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000];
   const WORDS = { QUEUED: "waiting", RUNNING: "running", SUCCEEDED: "done", FAILED: "failed", CANCELLED: "cancelled" };
-  // Of two fields the wire takes less than the trainer.
+  // Two fields accept fewer values here than in the trainer.
   const SAID = { audio_data_url: ["or its address", "http(s), or a file that is here already"], model: ["model", "the base to train on"] };
   const $ = (id) => document.getElementById(id);
-  // Everything that comes from elsewhere becomes text, never markup.
+  // Data from the server is inserted as text, never as markup.
   const say = (node, text) => void (node.textContent !== text && (node.textContent = text));
   const make = (name, values = {}, ...inside) => {
     const node = Object.assign(document.createElement(name), values);
@@ -20,12 +20,12 @@
   };
 
   let about = null;
-  let shown = null; // {id, job, logs_at, attempt, rows_at, rows, plot} of the job that is open
+  let shown = null; // {id, job, logs_at, attempt, rows_at, rows, plot} of the open job
   let wanted = PAGE_JOBS;
-  let file = null; // what was dropped or chosen
-  let stored = null; // {file, url} of the last upload: a refused request does not send it again
+  let file = null; // the dropped or chosen file
+  let stored = null; // {file, url} of the last upload: it is not uploaded again if the request is refused
 
-  // The server.
+  // Requests to the server.
   const headers = () => {
     const key = sessionStorage.getItem(KEY);
     return key ? { Authorization: `Key ${key}` } : {};
@@ -43,7 +43,7 @@
 
   const jobRoute = (job) => `${job.app}/requests/${job.id}`;
 
-  // Words.
+  // Texts.
   const number = (value) => (value == null ? "–" : String(+value.toPrecision(4)));
   function span(seconds) {
     if (seconds < 90) return `${Math.max(1, Math.round(seconds))} s`;
@@ -107,7 +107,7 @@
     $("delete").hidden = !over;
     $("report").hidden = !job.report_url;
     if (job.report_url) $("report").href = here(job.report_url);
-    // What below this changes only with the job itself.
+    // The following changes only with the job itself.
     if (shown.updated === job.updated) return;
     shown.updated = job.updated;
     say($("job-id"), job.id);
@@ -117,7 +117,7 @@
     const words = Object.entries(job.request).map(([name, value]) => make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, typeof value === "string" ? value : JSON.stringify(value))));
     $("request").replaceChildren(...words);
   }
-  // Links lead to this server, whatever they look like.
+  // Links to results always lead to this server.
   const here = (address) => {
     const { pathname, search } = new URL(address, location.href);
     return pathname + search;
@@ -187,7 +187,7 @@
     location.hash = "new";
   });
 
-  // The form, made of what the server says of its fields.
+  // The form, generated from the server's description of the fields.
   function field(name, schema) {
     const kind = schema.anyOf?.find((one) => one.type !== "null") ?? schema;
     const choices = name === "model" ? about.models : kind.enum;
@@ -222,7 +222,7 @@
     for (const input of inputs()) {
       const value = request[input.name];
       input.value = value == null ? "" : Array.isArray(value) ? value.join(", ") : String(value);
-      // A value as usual is the first choice.
+      // The first choice is the default.
       if (input.value === "" && input.tagName === "SELECT") input.selectedIndex = 0;
       if (input.value && input.closest("#more")) $("more").open = true;
     }
@@ -241,7 +241,7 @@
 
   function choose(chosen) {
     file = chosen;
-    // What was dropped is not what the browser shows there.
+    // The file input does not show a dropped file.
     if (chosen !== $("file").files[0]) $("file").value = "";
     if (chosen) $("field-audio_data_url").value = "";
     say($("chosen"), chosen ? `${chosen.name}, ${number(chosen.size / 1e6)} MB` : "Each clip beside a text file of the same name, or a JSON file for all.");
@@ -249,7 +249,7 @@
   $("file").addEventListener("change", () => $("file").files[0] && choose($("file").files[0]));
   for (const name of ["dragover", "drop", "dragleave"])
     document.addEventListener(name, (event) => {
-      // Anywhere on the page: a browser would leave it and open the file.
+      // Anywhere on the page: otherwise the browser would open a dropped file.
       if (name !== "dragleave") event.preventDefault();
       $("drop").classList.toggle("over", name === "dragover");
       if (name !== "drop" || !event.dataTransfer?.files.length || !about || $("form").inert) return;
@@ -257,7 +257,7 @@
       location.hash = "new";
     });
 
-  // By XMLHttpRequest: fetch does not tell how much is sent.
+  // XMLHttpRequest, because fetch has no upload progress.
   const send = (address, data, told) =>
     new Promise((done, fail) => {
       const request = new XMLHttpRequest();
@@ -299,7 +299,7 @@
       fill({});
       location.hash = request_id;
     } catch (failure) {
-      // First: what is inert takes no focus.
+      // First, because an inert element cannot take the focus.
       form.inert = false;
       refuse(Array.isArray(failure.detail) ? failure.detail : [{ msg: failure.message }]);
     } finally {
@@ -307,7 +307,7 @@
     }
   });
 
-  // Who looks.
+  // The caller's key.
   const notice = (text) => say($("notice"), text);
   function enter(text = "") {
     sessionStorage.removeItem(KEY);
@@ -323,7 +323,7 @@
     event.preventDefault();
     const key = $("key").value.trim();
     $("key").value = "";
-    // Nothing else can be in a header.
+    // Headers cannot contain other characters.
     if (!/^[\x21-\x7e]+$/.test(key)) return notice("That is no key.");
     sessionStorage.setItem(KEY, key);
     begin();
@@ -348,7 +348,7 @@
     go();
   }
 
-  // Where one is: #, #new or #<id of a job>.
+  // The current view: #, #new or #<id of a job>.
   function close() {
     shown?.plot?.destroy();
     shown = null;
@@ -390,7 +390,7 @@
     const still = () => about === who && shown === open;
     const jobs = await ask(`api/jobs?limit=${wanted}`);
     if (still()) showList(jobs);
-    // Two at once would both be told the same lines.
+    // Two requests at a time would get the same lines.
     if (!open || !still() || open.looking) return;
     open.looking = true;
     try {
