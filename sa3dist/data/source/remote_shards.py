@@ -118,7 +118,7 @@ def find_index(
 
 
 def _read_index(url: str, scratch: Path, should_stop: Callable[[], bool]) -> DatasetIndex:
-    """Raises FileNotFoundError when there is none, DataError when it is damaged or no index of ours."""
+    """Raises FileNotFoundError if there is none, DataError if it is damaged or not an index of sa3dist."""
     system, remote = filesystem(url)
     path = scratch / INDEX_NAME
     for attempt in range(READS):
