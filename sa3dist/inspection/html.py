@@ -13,7 +13,6 @@ from sa3dist.inspection.report import Report
 from sa3dist.report.charts import Chart, histogram
 from sa3dist.report.document import MEGABYTES, Space, data_url, render
 
-MEGABYTES = 20.0
 # Pictures of 4 kB each; more make browsers slow. The table has all clips anyway.
 MAX_PICTURES = 2000
 # Range below the loudest band of a clip.

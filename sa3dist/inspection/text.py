@@ -16,7 +16,7 @@ from sa3dist import config
 from sa3dist.data.remote.local_paths import home_path
 from sa3dist.errors import ConfigError, counted, printable
 from sa3dist.formats import LeftOut
-from sa3dist.inspection.html import MEGABYTES, write_html
+from sa3dist.inspection.html import write_html
 from sa3dist.inspection.report import Report, inspect_source
 from sa3dist.model.loading import known_config
 from sa3dist.progress import progress

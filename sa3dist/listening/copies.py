@@ -84,7 +84,7 @@ class Copies(Observer):
         return self._observe(0) if self._step == 0 else None
 
     def after_step(self, step: int, stop: StopRequest) -> Observation | None:
-        observation = self._observe(step) if self.previews.is_due(step) else None
+        observation = self._observe(step) if self.previews.steps.is_due(step) else None
         if self.group.is_main and self._thread is None and not self._no_more:
             # Started after the first step, so that loader processes are forked before there is another thread.
             self._thread = threading.Thread(target=self._work, name="copies", daemon=True)

@@ -130,8 +130,8 @@ class Previews(Observer):
 
     def begin(self, stop: StopRequest) -> Observation:
         base = self._observe(0, stop)
-        step = self.first_step
-        if not step or not self.is_due(step):
+        step = self.steps.first
+        if not step or not self.steps.is_due(step):
             return base
         # Whether a signal cut them short; rank 0 looks at its disk for all.
         if not main_process_first(self.group, f"previews-of-{step}", lambda: self._missing(step), stop=None):

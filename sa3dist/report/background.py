@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # How long to wait for the last report after the last step. Then its process is ended.
-CLOSE_SECONDS = 20.0
+LAST_PAGE_SECONDS = 20.0
 # The same for an interrupted run. Then the process is left to finish alone.
-EARLY_CLOSE_SECONDS = 3.0
+EARLY_PAGE_SECONDS = 3.0
 # Minimum of both waits.
 LEAST_SECONDS = 1.0
 POLL_SECONDS = 0.02
@@ -64,7 +64,7 @@ class ReportWriter(Observer):
         self._early = early
         self._until = time.monotonic() + (EARLY_PAGE_SECONDS if early else LAST_PAGE_SECONDS)
 
-    def leave(self) -> None:
+    def on_exit(self) -> None:
         """Write the last report, which says how the run ended."""
         if not self._group.is_main:
             return

@@ -100,8 +100,10 @@ def _add_keys(app: FastAPI, service: Service) -> None:
         return JSONResponse(webhooks.public_keys(service.signer))
 
 
-def _error(status: int, detail: Any, error_type: str | None, headers: dict[str, str], word: str = "") -> Response:
-    body = {"detail": detail, "message": message_of(detail)} | ({"status": word} if word else {})
+def _error(
+    status: int, detail: Any, error_type: str | None, headers: dict[str, str], status_word: str = ""
+) -> Response:
+    body = {"detail": detail, "message": message_of(detail)} | ({"status": status_word} if status_word else {})
     if error_type is not None:
         body["error_type"] = error_type
         headers = {"X-Fal-Error-Type": error_type, **headers}
@@ -109,9 +111,9 @@ def _error(status: int, detail: Any, error_type: str | None, headers: dict[str, 
 
 
 async def _wire_error(request: Request, error: WireError) -> Response:
-    # Answers about a request say its status in a word, as the hosted endpoint's do.
-    word = "NOT_FOUND" if isinstance(error, UnknownRequest) else ""
-    return _error(error.status, error.detail, error.error_type, error.headers, word)
+    # As in the hosted endpoint's answers about requests.
+    status_word = "NOT_FOUND" if isinstance(error, UnknownRequest) else ""
+    return _error(error.status, error.detail, error.error_type, error.headers, status_word)
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:

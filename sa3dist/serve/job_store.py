@@ -208,7 +208,8 @@ class JobStore:
         this = jobs.c.id == job_id
         with self.database.writing() as connection:
             runs = and_(this, or_(jobs.c.state == RUNNING, and_(jobs.c.state == QUEUED, elsewhere)))
-            connection.execute(jobs.update().where(runs, jobs.c.cancel == 0).values(changed(cancel=1)))
+            # dedup=None: an equal request after this gets a job of its own.
+            connection.execute(jobs.update().where(runs, jobs.c.cancel == 0).values(changed(cancel=1, dedup=None)))
             waits = and_(this, jobs.c.state == QUEUED, jobs.c.cancel == 0)
             end_jobs(connection, waits, CANCELLED, error=CLIENT_CANCELLED)
             return self._find(connection, job_id)

@@ -19,7 +19,7 @@ from sa3dist.serve.job import Job
 from sa3dist.serve.job_store import RETRIES, QueueFull, Unfinished
 from sa3dist.serve.keys import Caller
 from sa3dist.serve.logs import LogReader
-from sa3dist.serve.service import Service, WireError, refusal, service_of
+from sa3dist.serve.service import Service, UnknownRequest, WireError, refusal, service_of
 from sa3dist.serve.status_cache import address_key
 from sa3dist.serve.submission import accept, lifetime, refuse_inward
 from sa3dist.serve.tables import QUEUED

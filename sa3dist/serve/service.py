@@ -58,7 +58,7 @@ class WireError(SA3DistError):
 
 
 class UnknownRequest(WireError):
-    """A request id that the caller has no job of."""
+    """No job of the caller has this request id."""
 
     def __init__(self) -> None:
         super().__init__(404, "Request not found", headers={"X-Fal-Error-Type": "not_found"})
