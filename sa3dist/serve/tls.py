@@ -11,8 +11,8 @@ from sa3dist.errors import ConfigError
 def make_certificates(folder: Path, hosts: Iterable[str]) -> tuple[Path, Path]:
     """(authority, server certificate with its key) in ``folder``; existing ones are kept.
 
-    The authority is created once, the certificate again only if it lacks one of ``hosts``. Names that are not allowed in
-    certificates, such as ``my_host``, are left out.
+    The authority is created once, the certificate again only if it lacks one of ``hosts``. Names that are not allowed
+    in certificates, such as ``my_host``, are left out.
     Raises ConfigError without trustme.
     """
     authority, key, server, hosts_file = (folder / name for name in ("ca.pem", "ca-key.pem", "server.pem", "hosts.txt"))

@@ -8,7 +8,7 @@ from cryptography import x509
 
 from sa3dist.commands import serve as command
 from sa3dist.errors import ConfigError
-from sa3dist.serve import app, operation
+from sa3dist.serve import app, monitoring
 from sa3dist.serve.tls import make_certificates
 
 
@@ -27,7 +27,7 @@ def test_the_certificate_names_this_machine_and_all_of_its_loopback_addresses(tm
         raise ConfigError("the certificates are made")
 
     monkeypatch.setattr(app, "create_app", end)
-    monkeypatch.setattr(operation, "log_as_json", lambda: None)
+    monkeypatch.setattr(monitoring, "log_as_json", lambda: None)
     monkeypatch.setattr(socket, "gethostname", lambda: "studio")
     assert command.main(["--tls", "--port", "0", "--state", str(tmp_path)]) == 2
     assert names_of(tmp_path / "tls/server.pem") >= {"localhost", "127.0.0.1", "::1", "studio", "queue.fal.run"}
