@@ -193,7 +193,8 @@ async def download(request: Request, file_id: str, path: str, expires: str = "",
     file = None if job is None else result_file(job, path)
     if file is None or not file.is_file():
         raise missing
-    return FileResponse(file, headers=_as_attachment(file.name), media_type="application/octet-stream")
+    kind = "application/json" if file.suffix == ".json" else "application/octet-stream"
+    return FileResponse(file, headers=_as_attachment(file.name), media_type=kind)
 
 
 def _as_attachment(name: str) -> dict[str, str]:

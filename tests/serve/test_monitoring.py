@@ -15,6 +15,7 @@ from sa3dist.errors import ConfigError
 from sa3dist.runtime.exit_status import command as run_program_with
 from sa3dist.serve import monitoring
 from sa3dist.serve.app import create_app
+from sa3dist.serve.leases import Leases, Place
 from sa3dist.serve.options import RunOptions
 from sa3dist.serve.scheduler import Scheduler
 from sa3dist.serve.server_options import DEFAULT_APP, WebOptions
@@ -128,6 +129,24 @@ def test_a_ready_answer_is_that_of_the_route_and_goes_to_nobody_else(tmp_path, s
         assert client.get(address, headers=one).json()["status"] == "COMPLETED"
         client.delete(first["response_url"], headers=one)
         assert client.get(address, headers=one).status_code == 404
+
+
+def test_files_of_a_result_are_sent_as_what_the_result_says_they_are(client, store):
+    made = client.post(f"/{DEFAULT_APP}", json=REQUEST).json()
+    leases = Leases(store)
+    job = leases.claim(Place(owner="server", host="here", executor="local", devices=(0,)))
+    kinds = {
+        "lora_file": ("lora.safetensors", "application/octet-stream"),
+        "config_file": ("config.json", "application/json"),
+    }
+    for name, _ in kinds.values():
+        (job.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (job.folder / name).write_text("{}")
+    result = {key: {"path": name, "content_type": kind} for key, (name, kind) in kinds.items()}
+    assert leases.succeed(job, result)
+    client.app.state.service.snapshot.put(store.get(job.id))
+    for file in client.get(made["response_url"]).json().values():
+        assert client.get(file["url"]).headers["content-type"] == file["content_type"]
 
 
 @pytest.mark.parametrize(
