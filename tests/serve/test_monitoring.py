@@ -15,7 +15,7 @@ from sa3dist.errors import ConfigError
 from sa3dist.runtime.exit_status import command as run_program_with
 from sa3dist.serve import monitoring
 from sa3dist.serve.app import create_app
-from sa3dist.serve.leases import Leases, Place
+from sa3dist.serve.leases import HostResources, Leases
 from sa3dist.serve.options import RunOptions
 from sa3dist.serve.scheduler import Scheduler
 from sa3dist.serve.server_options import DEFAULT_APP, WebOptions
@@ -134,7 +134,7 @@ def test_a_ready_answer_is_that_of_the_route_and_goes_to_nobody_else(tmp_path, s
 def test_files_of_a_result_are_sent_as_what_the_result_says_they_are(client, store):
     made = client.post(f"/{DEFAULT_APP}", json=REQUEST).json()
     leases = Leases(store)
-    job = leases.claim(Place(owner="server", host="here", executor="local", devices=(0,)))
+    job = leases.claim(HostResources(owner="server", host="here", executor="local", devices=(0,)))
     kinds = {
         "lora_file": ("lora.safetensors", "application/octet-stream"),
         "config_file": ("config.json", "application/json"),
