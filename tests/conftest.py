@@ -99,6 +99,8 @@ def pytest_collection_finish():
     """Keep what imports and collection have made out of the collector's passes, and of the pages that forks copy."""
     gc.collect()
     gc.freeze()
+    # Torch's compiler and Triton's interpreter make many small objects: passes are a twentieth of what the suite takes.
+    gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_collection_modifyitems(items):

@@ -17,6 +17,7 @@ import torch._dynamo
 from sa3dist import pipeline, train
 gc.collect()
 gc.freeze()
+gc.set_threshold(50_000, 20, 50)
 for line in sys.stdin:
     program, words, out, err = json.loads(line)
     child = os.fork()
