@@ -1,4 +1,7 @@
-"""What must not depend on the processor: frequency tables and singular bases, as this process computes them."""
+"""What must not depend on the processor, as this process computes it; and compiling for this one without trying it."""
+
+import os
+import subprocess
 
 import torch
 
@@ -7,6 +10,20 @@ from sa3dist.adapters import adapted_layers
 from sa3dist.model.frequencies import expo_frequencies
 from sa3dist.model.loading import load_base
 from tests.helpers.golden import golden
+
+
+def trust_instructions(monkeypatch):
+    """Take the instructions that the CPU names and the C++ compiler knows.
+
+    Inductor compiles a program for each kind of them, and loads it in a process that imports torch first.
+    """
+    from torch._inductor import cpp_builder, cpu_vec_isa
+
+    def known(isa, _):
+        command = [cpp_builder.get_cpp_compiler(), *isa._arch_flags.split(), "-E", "-x", "c++", os.devnull]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", known)
 
 
 def computed():

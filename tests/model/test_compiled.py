@@ -12,6 +12,7 @@ from sa3dist.errors import ConfigError
 from sa3dist.model import compiled
 from sa3dist.model.packing import Packing
 from tests.helpers.packed_clips import adapted, inputs
+from tests.helpers.processors import trust_instructions
 from tests.helpers.program import rows
 
 # Four functions, for several padded clips and for one packed list.
@@ -142,8 +143,9 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_compiler")
 # Processes that compile beside it would each import torch first, and so would those that try this CPU's instructions.
-@torch._inductor.config.patch({"compile_threads": 1, "cpp.vec_isa_ok": True})
+@torch._inductor.config.patch({"compile_threads": 1})
 def test_a_compiled_run_trains_as_an_uncompiled_one_and_keeps_its_kernels(words, tmp_path, monkeypatch):  # noqa: F811
+    trust_instructions(monkeypatch)
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     words = [word for word in words if not word.startswith("work_dir")]
     losses = {}

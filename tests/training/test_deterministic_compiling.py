@@ -8,6 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from sa3dist.training import acceleration, shape_ladder
+from tests.helpers.processors import trust_instructions
 from tests.helpers.program import run
 from tests.helpers.same_runs import assert_same_training
 from tests.helpers.trainers import make_settings
@@ -53,6 +54,7 @@ def compiled_run(words, tmp_path, monkeypatch):
         first.setdefault(found.has_context, found.packing.table_5K.shape[1])
         return found
 
+    trust_instructions(monkeypatch)
     # The clips are short: else all of them were filled up to one length.
     monkeypatch.setattr(shape_ladder, "LEAST_TOKENS", 16)
     monkeypatch.setattr(shape_ladder.ShapeLadder, "__call__", filled)
@@ -74,7 +76,7 @@ def compiled_run(words, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 # Processes that compile beside it would each import torch first, and so would those that try this CPU's instructions.
-@torch._inductor.config.patch({"compile_threads": 1, "cpp.vec_isa_ok": True})
+@torch._inductor.config.patch({"compile_threads": 1})
 def test_a_deterministic_run_has_the_same_bits_however_its_kernels_were_come_by(compiled_run, tmp_path):
     straight, first, compiled = compiled_run("straight", "first")
     assert compiled > 0
