@@ -8,10 +8,11 @@ OUT ?= kernels/benchmarks/results
 # Three for two cores: a test waits for a fifth of its time. Whole files stay together: they share what they prepare.
 PARALLEL ?= --numprocesses 3 --dist loadfile
 # `make test-services` runs these, the other two targets leave them out: what needs more than the install; the programs
-# that measure, which are no part of the product and take a minute and a half of processor time; and a minute of runs
+# that measure, which are no part of the product and take two minutes of processor time; and a minute of runs
 # whose blocks a C++ compiler compiles.
 SERVICES := tests/serve/test_clients.py tests/serve/test_openapi.py tests/report/test_browser.py tests/serve/test_page_browser.py
-MEASURING := $(addprefix tests/benchmarks/,test_check_gpu.py test_bench_step.py test_plan_block.py test_profile_step.py)
+MEASURING := $(addprefix tests/benchmarks/,test_check_gpu.py test_bench_formed.py test_bench_step.py test_counted_steps.py \
+	test_plan_block.py test_profile_step.py)
 COMPILING := tests/training/test_deterministic_compiling.py
 APART := $(SERVICES) $(MEASURING) $(COMPILING)
 
