@@ -26,8 +26,9 @@ def short_run(clips, base, work_dir):
         "duration=2",
         "log_every=1",
         "log_clips=true",
-        "num_workers=1",
-        # A process of its own for each page, and counting what a step keeps, would be most of what the suite does.
+        # Processes of their own for the loader and each page, and counting what a step keeps, would be most of what the
+        # suite does.
+        "num_workers=0",
         "report=false",
         "gradient_checkpointing=off",
     ]

@@ -47,7 +47,7 @@ def silent(short_words, tmp_path_factory):
 def heard(short_words, tmp_path_factory):
     """The same with previews."""
     output_dir = tmp_path_factory.mktemp("heard") / "run"
-    assert run(short_words, output_dir, *ON) == 0
+    assert run(short_words, output_dir, *ON, "num_workers=1") == 0
     return output_dir
 
 

@@ -68,7 +68,7 @@ def test_a_run_with_everything_on_that_is_killed_inside_a_preview_gives_the_file
     said_by, directory
 ):
     words = ["--runs", 1, "--processes", 1, "--steps", 4, "--terms", 0, "--seed", 1]
-    found = figures(said_by(SURVIVAL / "watched_series.py", directory / "watched", *words))
+    found = figures(said_by(SURVIVAL / "watched_series.py", directory, *words))
     assert (found["watched_is_alone"], found["identical"], found["moments"]["preview"]) == (True, 1, 1)
 
 
