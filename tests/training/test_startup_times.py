@@ -153,7 +153,7 @@ def test_while_a_start_imports_nothing_is_searched_for_garbage_and_afterwards_it
         assert gc.get_freeze_count() > len(made)
         assert gc.isenabled()
         del made
-        circle = [[number] for number in range(10_000)]
+        circle = [[number] for number in range(100_000)]
         assert collections != []
         del circle
     finally:
