@@ -1,11 +1,10 @@
-"""FORM and FINISH of all layers of the medium model: device time, bytes counted and the rate that makes.
+"""Times FORM and FINISH of all layers of the medium model, and counts the bytes they move.
 
     python kernels/benchmarks/bench_formed.py --type dora-rows bora --rank 16 --out formed.json
     python kernels/benchmarks/bench_formed.py --sweep --out formed_tiles.json
 
-Real shapes, random weights and trained tensors. On CUDA each of the two is recorded as a graph and the graph timed, so
-that the host counts only in "launched"; the first layer of every shape is compared with float64. --sweep tries other
-tiles.
+Real shapes, random weights and trained tensors. On CUDA each is captured as a graph, so that host time counts only in
+"launched". The first layer of each shape is compared with float64. --sweep tries other tiles.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from sa3dist_kernels.formed_weights import FormedWeights
 from timing import interleaved, summary
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# (fan_out, fan_in) of the medium base's adapted layers, and how many there are of each.
+# (fan_out, fan_in) of the medium base's adapted layers -> number of layers.
 MEDIUM = {
     (7680, 1536): 24, (12288, 1536): 24, (1536, 6144): 24, (1536, 1536): 74, (3072, 1536): 24, (4608, 1536): 24,
     (9216, 1536): 1, (256, 1536): 1, (1536, 768): 1, (1536, 257): 1, (256, 256): 1, (768, 256): 1,
@@ -35,7 +34,7 @@ TINY = {(18, 16): 1, (20, 19): 1}
 
 
 def make_specs(shapes: dict, kind, rank: int, dtype: torch.dtype, device: torch.device):
-    """Layers over one flat buffer of trained tensors and one of raw sums, which is returned too."""
+    """Layers whose trained tensors share one flat buffer and whose raw sums share another, which is also returned."""
     sizes = [size for size, count in shapes.items() for _ in range(count)]
     named = [kind.parameter_shapes(*size, rank) for size in sizes]
     count = sum(torch.Size(shape).numel() for shapes_ in named for shape in shapes_.values())
@@ -46,7 +45,7 @@ def make_specs(shapes: dict, kind, rank: int, dtype: torch.dtype, device: torch.
         for name, shape in shapes_.items():
             end = begin + torch.Size(shape).numel()
             params[name], grads[name] = values[begin:end].view(shape), sums[begin:end].view(shape)
-            # As far into training as to matter: an update of a tenth of the weight, magnitudes near its norms.
+            # As in advanced training: an update of a tenth of the weight, and magnitudes near its norms.
             params[name].mul_(0.3 / rank**0.5 if name == "lora_B" else fan_in**-0.5 if name == "lora_A" else 0.1)
             if name.startswith("magnitude"):
                 params[name].add_(1)
@@ -60,36 +59,37 @@ def make_specs(shapes: dict, kind, rank: int, dtype: torch.dtype, device: torch.
 
 
 class Oracle:
-    """One layer of each shape in float64: its W' and its gradients."""
+    """W' and gradients of one layer of each shape, in float64."""
 
     def __init__(self, specs: list[FormedSpec], sums: torch.Tensor) -> None:
         self.specs, self.sums, self.first, self.expected = specs, sums, sums.clone(), {}
         for index in {(spec.fan_out, spec.fan_in): index for index, spec in enumerate(specs)}.values():
             spec = specs[index]
-            params, grads = ({key: value.double() for key, value in of.items()} for of in (spec.params, spec.grads))
+            params = {key: value.double() for key, value in spec.params.items()}
+            grads = {key: value.double() for key, value in spec.grads.items()}
             bases = None if spec.bases is None else tuple(base.double() for base in spec.bases)
-            made = form_reference(spec.weight_OI.double(), params, spec.kind, spec.scale, bases)
-            finish_reference(made, grads, spec.kind, spec.scale, bases)
-            self.expected[index] = made.weight_OI(), grads
+            reference = form_reference(spec.weight_OI.double(), params, spec.kind, spec.scale, bases)
+            finish_reference(reference, grads, spec.kind, spec.scale, bases)
+            self.expected[index] = reference.weight_OI(), grads
 
     def errors(self, formed: FormedWeights) -> dict[str, float]:
-        """Largest relative error of a W' and of a gradient."""
+        """The largest relative error of any W', and of any gradient."""
         self.sums.copy_(self.first)
         formed.form()
         formed.finish()
-        weight = max(_error(formed.layers[at].weight_OI, made) for at, (made, _) in self.expected.items())
+        weight = max(_error(formed.layers[at].weight_OI, exact) for at, (exact, _) in self.expected.items())
         gradient = max(
             _error(self.specs[at].grads[key], grads[key]) for at, (_, grads) in self.expected.items() for key in grads
         )
         return {"weight": weight, "gradient": gradient}
 
 
-def _error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((got.double() - expected).norm() / expected.norm())
+def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected).norm() / expected.norm())
 
 
 def recorded(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """``run`` as a CUDA graph, after a warm-up; elsewhere ``run`` itself."""
+    """``run`` as a CUDA graph, after a warm-up; on a CPU ``run`` itself."""
     run()
     if device.type != "cuda":
         return run
@@ -101,7 +101,7 @@ def recorded(run: Callable[[], None], device: torch.device) -> Callable[[], None
 
 
 def measured(formed: FormedWeights, options, device: torch.device) -> dict[str, Any]:
-    """Milliseconds of both, and bytes and the rate where the kernels ran."""
+    """Milliseconds of both; bytes and rate if the kernels ran."""
     runs = {"form": formed.form, "finish": formed.finish}
     variants = {name: recorded(run, device) for name, run in runs.items()}
     variants |= {f"{name} launched": run for name, run in runs.items()}
@@ -120,14 +120,14 @@ def measured(formed: FormedWeights, options, device: torch.device) -> dict[str, 
 
 
 def candidates(kind, rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
-    """(what, tiles): the default, rows read twice where it keeps them, then one thing changed at a time."""
-    from sa3dist_kernels.formed_blocks import KeptTile, default_tiles
+    """(description, tiles): the default, rows read twice if the default keeps them, then one change at a time."""
+    from sa3dist_kernels.formed_blocks import ResidentTile, default_tiles
 
     base = default_tiles(rank, dtype)
     yield "default", base
-    if base.form_kept is not None and kind.rows and not (kind.cols or kind.xs):
-        yield "rows read twice", dataclasses.replace(base, form_kept=None)
-        yield "rows kept by 8 warps", dataclasses.replace(base, form_kept=KeptTile(splits=8, numbers=96))
+    if base.form_resident is not None and kind.rows and not (kind.cols or kind.xs):
+        yield "rows read twice", dataclasses.replace(base, form_resident=None)
+        yield "resident rows, 8 warps", dataclasses.replace(base, form_resident=ResidentTile(16, 8, 96))
     for change in ({"registers": 128}, {"stages": 4}, {"splits": 8, "registers": 128}):
         tile = dataclasses.replace(base.form_rows, **change)
         yield f"rows {change}", dataclasses.replace(base, form_rows=tile, finish_rows=tile)
@@ -140,7 +140,7 @@ def candidates(kind, rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Any]]
         for change in ({"narrow": True}, {"narrow": True, "block_i": 256}):
             columns = dataclasses.replace(base.form_columns, **change)
             yield f"FORM's columns {change}", dataclasses.replace(base, form_columns=columns)
-    yield "most_rows 2048", dataclasses.replace(base, most_rows=2048)
+    yield "max_rows 2048", dataclasses.replace(base, max_rows=2048)
 
 
 def rows(options, device: torch.device) -> Iterator[dict[str, Any]]:

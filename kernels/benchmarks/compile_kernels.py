@@ -1,9 +1,9 @@
-"""Compile every Triton kernel for a GPU that need not be there, and report what the machine code uses.
+"""Compiles every Triton kernel for a GPU, without needing one, and reports what the machine code uses.
 
     python kernels/benchmarks/compile_kernels.py --capability 90 --rank 16 64 128 256
 
 Prints one line per kernel and variant: registers, bytes spilled to local memory, shared memory, matrix instructions.
-Exit code 1 when one does not compile, spills in the default tiles, or takes more shared memory than there is.
+Exit code 1 if a kernel does not compile, spills registers with the default tiles, or needs too much shared memory.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from sa3dist_kernels.triton_support import dot_precision
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-# Bytes of shared memory a program can have.
-MOST_SHARED = {80: 163 << 10, 90: 227 << 10}
+# Bytes of shared memory available to a program.
+MAX_SHARED = {80: 163 << 10, 90: 227 << 10}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FORMED_TYPES = {"floats": "*fp32", "scales": "*fp32", "layers": "*i64", "programs": "*i32", "span": "i32"}
 
 
 def formed_variants(dtype: str, rank: int):
-    """(name, kernel, constants, launch options, layers) of every launch of FORM and FINISH, equal ones once."""
+    """(name, kernel, constants, launch options, layers) of each distinct launch of FORM and FINISH."""
     product, side, seen = FORMATS[dtype], 1536, []
     for kind in ADAPTER_TYPES.values():
         shapes = kind.parameter_shapes(side, side, rank)
@@ -58,25 +58,27 @@ def formed_variants(dtype: str, rank: int):
         group = Group([spec], memory, default_tiles(rank, product))
         plans = [("form", form_plan(group)), ("finish", finish_plan(group))]
         if dtype == "bf16" and rank <= group.tiles.rank_step == 16:
-            # Layers of another width, and what a sweep offers.
+            # Layers of another width, and tiles of ``bench_formed.py --sweep``.
             columns = dataclasses.replace(group.tiles.form_columns, narrow=True, block_i=256)
-            other = dataclasses.replace(group.tiles, form_kept=None, form_columns=columns)
-            plans.append(("form offered", form_plan(Group([spec], memory, other))))
+            other = dataclasses.replace(group.tiles, form_resident=None, form_columns=columns)
+            plans.append(("form sweep", form_plan(Group([spec], memory, other))))
         for phase, plan in plans:
             for launch in plan:
-                given = dict(launch.arguments)
-                options = {key: given.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in given}
+                arguments = dict(launch.arguments)
+                options = {
+                    key: arguments.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in arguments
+                }
                 variable = {*FORMED_TYPES, "weight", "product"}
-                constants = {key: value for key, value in given.items() if key not in variable}
+                constants = {key: value for key, value in arguments.items() if key not in variable}
                 if (launch.kernel, constants) not in seen:
                     seen.append((launch.kernel, constants))
-                    told = f"{launch.name}, {options['num_warps']} warps, {kind.name}"
-                    yield f"rank {rank}, {phase} {told}", launch.kernel, constants, options, 1
+                    label = f"{launch.name}, {options['num_warps']} warps, {kind.name}"
+                    yield f"rank {rank}, {phase} {label}", launch.kernel, constants, options, 1
 
 
 # A clip of 30 s and one of 380 s; tokens of a prompt.
 TOKENS, PROMPT = (387, 4160), 257
-# (fan_in, fan_out) of the medium base: layers by themselves, and those of a block, which share their launches.
+# (fan_in, fan_out) in the medium base: single layers, and the layers of a block, which share launches.
 LAYERS = ((1536, 12288), (6144, 1536), (1536, 1536), (768, 256), (257, 1536))
 BLOCK = ((1536, 7680), (1536, 1536), (1536, 3072), (1536, 1536), (1536, 1536), (1536, 12288), (6144, 1536))
 
@@ -89,7 +91,7 @@ def sums_groups():
 
 
 def sums_variants(dtype: str, rank: int):
-    """Likewise of the raw sums' launches: all blocks and shares that real sizes lead to."""
+    """The same for the raw sums, with all blocks and splits that real sizes lead to."""
     seen = []
     for (label, layers), kind in itertools.product(sums_groups(), ADAPTER_TYPES.values()):
         shapes = tuple(LayerShape(n, i, o, i, i * kind.cols, o, o * kind.rows) for n, i, o in layers)
@@ -108,40 +110,40 @@ def sums_variants(dtype: str, rank: int):
 
 
 def qkv_variants(dtype: str):
-    """Likewise of queries and keys, and of their gradient: the released models' heads, of a pair and alone."""
+    """The same for queries and keys and their gradient: the released models' heads, with and without pairs."""
     for pairs, heads in ((2, 24), (1, 16)):
-        given = {"H": heads, "D": 64, "P": pairs, "HALF": 16, "BLOCK_K": BLOCK_K, "BLOCK_H": BLOCK_H, "BLOCK_D": 64}
+        constants = {"H": heads, "D": 64, "P": pairs, "HALF": 16, "BLOCK_K": BLOCK_K, "BLOCK_H": BLOCK_H, "BLOCK_D": 64}
         for kernel in (queries_and_keys._queries_and_keys_kernel, qkv_gradient._qkv_gradient_kernel):
-            yield f"{heads} heads, pairs of {pairs}", kernel, given, {"num_warps": 4}, 1
+            yield f"{heads} heads, pairs of {pairs}", kernel, constants, {"num_warps": 4}, 1
 
 
 def gate_variants():
-    """Likewise of a gate's gradient: the released models' feed-forwards, with and without bias and gated values."""
+    """The same for the gate's gradient: the released models' feed-forwards, with and without bias and gated values."""
     blocks = {"BLOCK_K": gate_gradient.BLOCK_K, "BLOCK_G": gate_gradient.BLOCK_G}
     for channels, bias, values in itertools.product((6144, 4096), (True, False), (True, False)):
-        given = {"G": channels, "HAS_BIAS": bias, "VALUES": values, **blocks}
+        constants = {"G": channels, "HAS_BIAS": bias, "VALUES": values, **blocks}
         label = f"{channels} channels{', bias' if bias else ''}{', values' if values else ''}"
-        yield label, gate_gradient._gate_gradient_kernel, given, {"num_warps": gate_gradient.WARPS}, 1
+        yield label, gate_gradient._gate_gradient_kernel, constants, {"num_warps": gate_gradient.WARPS}, 1
 
 
 def token_sums_variants(dtype: str):
-    """Likewise of the sums of a block's modulations: those that wait for one another, one alone, and of three clips."""
+    """The same for the sums of a block's modulations: joined ones, a single one, and of three clips."""
     tiles, E = token_sums.TILES, 1536
     blocks = triton.cdiv(E, tiles.channels)
     for count, clips, rights, rows in ((4, 1, 15, 10), (1, 1, 0, 1), (4, 3, 15, 10)):
-        shares = min(token_sums.MOST_SHARES, tiles.programs // (blocks * count))
-        common = {"E": E, "COUNT": count, "SHARES": shares, "CLIPS": clips}
+        splits = min(token_sums.MAX_SPLITS, tiles.programs // (blocks * count))
+        common = {"E": E, "COUNT": count, "SPLITS": splits, "CLIPS": clips}
         steps = {"BLOCK_K": tiles.tokens, "DEPTH": tiles.depth, "BLOCK_E": tiles.channels}
-        given = common | steps | {"RIGHTS": rights, "ROWS": rows, "OWNED": clips > 1}
+        constants = common | steps | {"RIGHTS": rights, "ROWS": rows, "OWNED": clips > 1}
         label = f"{count} sums, {clips} clips"
-        yield label, token_sums._shares_kernel, given, {"num_warps": tiles.warps}, count
-        added = common | {"SCALES": rows, "BIASES": count // 4, "BLOCK_E": token_sums.ADDED_CHANNELS}
-        yield label, token_sums._added_kernel, added, {"num_warps": 4}, count
+        yield label, token_sums._partial_sums_kernel, constants, {"num_warps": tiles.warps}, count
+        added = common | {"SCALES": rows, "BIASES": count // 4, "BLOCK_E": token_sums.REDUCE_CHANNELS}
+        yield label, token_sums._reduce_kernel, added, {"num_warps": 4}, count
 
 
-# Of the sums: tensors of each layer, or of each sum, and others.
+# Arguments of the sums: tuples of one tensor per layer or sum, and single tensors.
 OF_LAYERS = ("xs", "dxs", "dys", "zs", "rights", "lefts", "rows", "scales", "biases")
-SUMS_TYPES = {"parts": "*fp32", "out": "*fp32", "sizes": "*i64", "programs": "*i32"}
+SUMS_TYPES = {"partials": "*fp32", "out": "*fp32", "sizes": "*i64", "programs": "*i32"}
 UNALIGNED = ("total", "K", "eps", "span")
 
 
@@ -158,7 +160,7 @@ def signature(kernel, dtype: str, layers: int) -> dict[str, str | tuple[str, ...
     of_layers = dict.fromkeys(OF_LAYERS, (f"*{dtype}",) * layers)
     others = SUMS_TYPES
     if "owner" in kernel.arg_names or "scales" in kernel.arg_names:
-        # Of one sum alone the rows are a mask.
+        # In a single sum, rows is a mask.
         of_layers["rows"] = ("*fp32" if layers > 1 else "*i1",) * layers
         others = others | {"out": f"*{dtype}", "owner": "*i1"}
     return {name: of_layers.get(name) or others.get(name, "i32") for name in kernel.arg_names}
@@ -166,7 +168,7 @@ def signature(kernel, dtype: str, layers: int) -> dict[str, str | tuple[str, ...
 
 def compiled(kernel, constants: dict, dtype: str, options: dict, capability: int, layers: int) -> dict:
     names, types = kernel.arg_names, signature(kernel, dtype, layers)
-    # As at the real sizes: memory starts, sizes and strides are multiples of 16.
+    # As for real sizes: addresses, sizes and strides are multiples of 16.
     aligned = {
         path: [["tt.divisibility", 16]]
         for place, name in enumerate(names)
@@ -191,7 +193,7 @@ def compiled(kernel, constants: dict, dtype: str, options: dict, capability: int
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capability", type=int, choices=MOST_SHARED, default=90, help="90: H100 and H200, 80: A100")
+    parser.add_argument("--capability", type=int, choices=MAX_SHARED, default=90, help="90: H100 and H200, 80: A100")
     parser.add_argument("--dtype", choices=FORMATS, default="bf16")
     parser.add_argument("--rank", type=int, nargs="*", default=[16], help="of the adapters")
     options = parser.parse_args()
@@ -204,7 +206,7 @@ def main() -> int:
     faults = 0
     for name, kernel, constants, launch, layers in variants:
         used = compiled(kernel, constants, options.dtype, launch, options.capability, layers)
-        faults += (used["spilled"] > 0 and "offered" not in name) or used["shared"] > MOST_SHARED[options.capability]
+        faults += (used["spilled"] > 0 and "sweep" not in name) or used["shared"] > MAX_SHARED[options.capability]
         label = f"{kernel.fn.__name__.strip('_')}: {name}"
         print(
             f"{label:62} {used['registers']:4} registers {used['spilled']:5} bytes spilled {used['shared']:7} shared "

@@ -1,16 +1,16 @@
-"""Count the kernels that a training step launches, without a device: frozen model, and ours of every adapter type.
+"""Counts the kernels that a training step launches, without a device: of the frozen model, and of every adapter type.
 
     python kernels/benchmarks/count_launches.py --json kernels/benchmarks/results/launches.json
 
-The step is ``step_sides``' own: medium's blocks, all of its layers adapted, narrowed, because counts do not depend on
-widths; bfloat16 under autocast, one clip, nothing given, formed weights, whole blocks compiled. What counts as one:
+The step is that of ``step_sides``: the medium model's blocks with all layers adapted, narrowed, since counts do not
+depend on widths; bfloat16 under autocast, one clip, no given context, formed weights, whole blocks compiled. Counted:
 
-* in a compiled block every kernel that Inductor's scheduler has fused for a CPU and every external call (a product, a
-  call of attention). Loops that a CPU only runs inside a common outer loop count apart.
-* every launch of a Triton kernel (``form``, ``finish``, thin sums): noted where Triton is called, and not run.
-* every other operation of torch that is neither a view nor mere memory.
+* in a compiled block, every kernel that Inductor's scheduler fused for a CPU, and every external call (a product or
+  attention). Loops that a CPU only runs inside a common outer loop count separately.
+* every launch of a Triton kernel (``form``, ``finish``, raw sums), which is recorded and not run.
+* every other torch operation that is neither a view nor an allocation.
 
-A device may launch more for one of them: attention's backward pass is one call here and several kernels there.
+A device may launch more: attention's backward pass is one call here and several kernels there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
-# Read when Triton is first imported: only its interpreter runs without a device.
+# Triton reads this when first imported. Only its interpreter runs without a device.
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -39,7 +39,7 @@ import torch
 import triton
 from results_file import environment
 from sa3dist_kernels import ADAPTER_TYPES, FormedWeights, formed_linear, gated_formed_linear
-from sa3dist_kernels.joined_sums import JOINED, ONE, JoinedSums
+from sa3dist_kernels.joined_sums import JOINED, SINGLE, JoinedSums
 from sa3dist_kernels.joined_token_sums import TOKEN_SUMS
 from sa3dist_kernels.raw_sums import LayerPass, raw_sums
 from sa3dist_kernels.token_sums import TokenSum, token_sums
@@ -59,47 +59,47 @@ from sa3dist.model.compiled import compile_blocks
 
 # Blocks of the medium model.
 DEPTH = 24
-# Latent frames of a clip: few tokens, and so many that thin sums are shared out over programs.
+# Latent frames of a clip: few, and so many that raw sums are split over programs.
 FRAMES = (323, 1020)
-# What a step may launch beyond the frozen model, and a frozen block forward and backward.
+# Limits: launches of a step beyond the frozen model's, and launches of a frozen block, forward and backward.
 PER_LAYER, PER_STEP, PER_FROZEN_BLOCK = 5, 100, 95
 
-# Names of operations that are no views and yet launch nothing: they only give memory, or answer on the host.
+# Operations that are not views and still launch nothing: they allocate, or only run on the host.
 NO_LAUNCH = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh", "detach",
     "alias", "is_same_size", "promote_types",
 }  # fmt: skip
 PARTS = ("forward", "backward", "triton", "torch")
-# More than one call: attention's gradient, queries and keys ahead of it, and ``qkv_gradient`` behind it.
+# Operators of several kernels: here queries and keys, attention's gradient, and ``qkv_gradient``.
 CALLS = {torch.ops.sa3dist.self_attention_gradient.default: 3}
 
 
 class _Planned(Exception):
-    """Ends a compilation once its kernels are known."""
+    """Raised to end a compilation once its kernels are known."""
 
 
 class LaunchCounter(TorchDispatchMode):
-    """Kernels by what launches them (``PARTS``), and how often a compiled block ran each way.
+    """Counts kernels by their source (``PARTS``), and how often a compiled block ran each way.
 
-    "forward", "backward"   of compiled blocks, but for sums over tokens
+    "forward", "backward"   of compiled blocks, except for sums over tokens
     "triton"                launches of Triton kernels
-    "torch"                 operations of torch outside the blocks, or beside the Triton kernels of the sums
+    "torch"                 torch operations outside of blocks, or in the operators of the sums
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: collections.Counter[str] = collections.Counter()
+        self.counts: collections.Counter[str] = collections.Counter()
         self.programs = 0
         self._in_block = False
 
     def backend(self, graph, examples, **_) -> Callable:
-        """Of torch.compile: Inductor up to its plan of kernels; the graph itself then runs uncompiled."""
+        """For torch.compile: runs Inductor up to its plan of kernels; the graph itself then runs uncompiled."""
         return compile_fx(graph, examples, inner_compile=self._compile)
 
     def _compile(self, graph, examples, is_backward: bool = False, **options) -> Callable:
         self.programs += 1
         run, kernels = copy.deepcopy(graph), []
-        # As the compiler does for itself below.
+        # The same pass as in the compilation below.
         JoinedSums("triton")(run.graph)
         run.recompile()
 
@@ -116,15 +116,15 @@ class LaunchCounter(TorchDispatchMode):
             with torch._inductor.config.patch(changes):
                 compile_fx_inner(graph, examples, is_backward=is_backward, **options)
         except InductorError:
-            # Inductor's own way of passing on ``_Planned``; without a plan it is another problem.
+            # How Inductor passes on ``_Planned``. Without a plan it is another error.
             if not kernels:
                 raise
         (planned_kernels,) = kernels
         way = "backward" if is_backward else "forward"
 
         def counted(*arguments):
-            self.found[way] += planned_kernels
-            self.found[f"{way} passes"] += 1
+            self.counts[way] += planned_kernels
+            self.counts[f"{way} passes"] += 1
             before, self._in_block = self._in_block, True
             try:
                 return run.forward(*arguments)
@@ -137,21 +137,23 @@ class LaunchCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         if not self._in_block:
             if launches_something(function):
-                self.found["torch"] += 1
+                self.counts["torch"] += 1
             return function(*args, **kwargs)
-        if function is ONE:
-            return self._seen(_raw_sums, [LayerPass(*args[:6])], *args[6:])[0]
+        if function is SINGLE:
+            return self._count_inside(_raw_sums, [LayerPass(*args[:6])], *args[6:])[0]
         if function is JOINED:
             none = [None] * len(args[0])
             layers = [LayerPass(*of_layer) for of_layer in zip(*(values or none for values in args[:6]), strict=True)]
-            return self._seen(_raw_sums, layers, *args[6:])
+            return self._count_inside(_raw_sums, layers, *args[6:])
         if function is TOKEN_SUMS:
             *of_each, owner_BK, impl = args
-            return self._seen(token_sums, [TokenSum(*each) for each in zip(*of_each, strict=True)], owner_BK, impl)
+            return self._count_inside(
+                token_sums, [TokenSum(*each) for each in zip(*of_each, strict=True)], owner_BK, impl
+            )
         return function(*args, **kwargs)
 
-    def _seen(self, function: Callable, *args) -> list[torch.Tensor]:
-        """What the compiler does not look into, run so that its own launches are seen."""
+    def _count_inside(self, function: Callable, *args) -> list[torch.Tensor]:
+        """Run an opaque operator so that its launches are counted."""
         self._in_block = False
         try:
             with self:
@@ -160,18 +162,18 @@ class LaunchCounter(TorchDispatchMode):
             self._in_block = True
 
     def of(self, call: Callable) -> collections.Counter[str]:
-        """What ``call`` launches."""
-        self.found = collections.Counter()
+        """The launches of ``call``."""
+        self.counts = collections.Counter()
         with self:
             call()
-        return self.found
+        return self.counts
 
     @contextlib.contextmanager
     def noting_triton(self) -> Iterator[None]:
-        """Launches of Triton kernels are counted instead of run."""
+        """A context in which launches of Triton kernels are counted instead of run."""
 
         def launch(*_, **__) -> None:
-            self.found["triton"] += 1
+            self.counts["triton"] += 1
 
         with patch.object(triton.runtime.interpreter.GridExecutor, "__call__", launch):
             yield
@@ -191,10 +193,9 @@ def launches(node: BaseSchedulerNode) -> int:
     if isinstance(node, NopKernelSchedulerNode):
         return 0
     if isinstance(node, ExternKernelSchedulerNode):
-        made = node.node
-        # A result picked out of several, and what ``LaunchCounter`` counts by itself.
-        operation = getattr(made, "op_overload", None)
-        apart = isinstance(made, ir.MultiOutput) or operation in (ONE, JOINED, TOKEN_SUMS)
+        # Zero for selecting one of several results, and for what ``LaunchCounter`` counts itself.
+        operation = getattr(node.node, "op_overload", None)
+        apart = isinstance(node.node, ir.MultiOutput) or operation in (SINGLE, JOINED, TOKEN_SUMS)
         return 0 if apart else CALLS.get(operation, 1)
     parts = getattr(node, "get_outer_nodes", None)
     return len(parts()) if parts else 1
@@ -202,7 +203,7 @@ def launches(node: BaseSchedulerNode) -> int:
 
 @contextlib.contextmanager
 def as_on_a_device() -> Iterator[None]:
-    """Layers multiply with formed weights and call Triton, as ``auto`` chooses on CUDA."""
+    """A context in which layers use formed weights and Triton, as ``auto`` chooses on CUDA."""
     if not interpreting():
         raise RuntimeError("set TRITON_INTERPRET=1 before Python starts: launches are counted in Triton's interpreter")
     with (
@@ -216,10 +217,10 @@ def as_on_a_device() -> Iterator[None]:
 
 
 def counted_step(name: str, adapter_type: str, frames: tuple[int, ...] = FRAMES, depth: int = DEPTH) -> list[dict]:
-    """What one step launches, a row for each length.
+    """The launches of one step, a row per length.
 
     name   "ours" or "frozen", as in ``step_sides``
-    Raises RuntimeError where Triton would not be interpreted, and where not every block runs as one compiled program.
+    Raises RuntimeError if Triton is not in interpreter mode, or a block does not run as one compiled program.
     """
     options = types.SimpleNamespace(
         shape="tiny-medium", depth=depth, adapter_type=adapter_type, rank=4, precision="bf16", compile="off",
@@ -231,24 +232,24 @@ def counted_step(name: str, adapter_type: str, frames: tuple[int, ...] = FRAMES,
         side = Side(name, options, torch.device("cpu"))
         adapted = len(adapted_layers(side.base))
         if name == "frozen":
-            # A CPU without bfloat16 keeps them at strength 0.
+            # On a CPU without bfloat16 ``Side`` leaves them attached at strength 0.
             adapters.detach_adapter(side.base)
         compile_blocks(side.base.dit, counter.backend)
         compiled = side.base.dit.transformer.run_block
 
         def run_block(*arguments):
-            # No mode may be on where a block is looked up among the compiled ones.
+            # The look-up of a compiled block must not run under the counting mode.
             with _disable_current_modes():
                 return compiled(*arguments)
 
         side.base.dit.transformer.run_block = run_block
         side.use(1, frames[0])
-        # Compiles, and makes AdamW's moments.
+        # Compiles, and allocates AdamW's moments.
         side.step()
         for length in frames:
             side.use(1, length)
             programs = counter.programs
-            # As a recorded pass has it.
+            # As in a captured pass.
             passes = functools.partial(side.passes, side.add_gradients)
             parts = {part: counter.of(call) for part, call in (("begin", side.zero), ("passes", passes))}
             parts["end"] = counter.of(side.update)
@@ -263,7 +264,7 @@ def row_of(parts: dict[str, collections.Counter], frames: int, depth: int) -> di
     passes = parts["passes"]
     if not passes["forward passes"] == passes["backward passes"] == depth:
         raise RuntimeError(f"{depth} blocks did not all run as one compiled program each way: {dict(passes)}")
-    totals = {part: sum(found[name] for name in PARTS) for part, found in parts.items()}
+    totals = {part: sum(counts[name] for name in PARTS) for part, counts in parts.items()}
     return {
         "depth": depth,
         "frames": frames,
@@ -276,7 +277,7 @@ def row_of(parts: dict[str, collections.Counter], frames: int, depth: int) -> di
 
 
 def most(frozen: dict, row: dict) -> int:
-    """What ``row`` may launch beside a frozen step of ``frozen``."""
+    """The limit for ``row``, given the frozen step ``frozen``."""
     return frozen["total"] + PER_LAYER * row["adapted_layers"] + PER_STEP
 
 
@@ -286,24 +287,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write all counts there")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="types that are counted at a time")
     options = parser.parse_args(arguments)
-    # Nothing depends on the type once the adapter is gone.
+    # The frozen model has no adapter, so its type does not matter.
     cases = [("frozen", "lora"), *(("ours", kind) for kind in ADAPTER_TYPES)]
     with concurrent.futures.ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
         waiting = [pool.submit(counted_step, *case, depth=options.depth) for case in cases]
         frozen, *others = (future.result() for future in waiting)
     rows = [{"adapter_type": "frozen", **row} for row in frozen]
-    kept = all(row["block_forward"] + row["block_backward"] <= PER_FROZEN_BLOCK for row in rows)
+    within_limits = all(row["block_forward"] + row["block_backward"] <= PER_FROZEN_BLOCK for row in rows)
     for kind, ours in zip(ADAPTER_TYPES, others, strict=True):
         for row, bare in zip(ours, frozen, strict=True):
             rows.append({"adapter_type": kind, **row, "most": most(bare, row)})
-            kept = kept and row["total"] <= most(bare, row)
+            within_limits = within_limits and row["total"] <= most(bare, row)
     for row in rows:
         print(json.dumps(row))
     if options.json:
         content = {"environment": environment(torch.device("cpu")), "rows": rows}
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print("every limit is kept" if kept else "A LIMIT IS BROKEN")
-    return 0 if kept else 1
+    print("within all limits" if within_limits else "A LIMIT IS EXCEEDED")
+    return 0 if within_limits else 1
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Bytes that FORM and FINISH move between a device's memory and its chip, counted from what their launches loop over.
+"""Counts the bytes that FORM and FINISH move to and from device memory, from what their launches loop over.
 
-L and R of a layer count once: they stay in the second-level cache. W0 counts as often as a launch reads it, also where
-a program reads its block of rows twice: an H100 reads 1.83 GB from memory then where W0 has 0.92.
+L and R of a layer count once, because they stay in the L2 cache. W0 counts each time a launch reads it, even if a
+program reads its block of rows twice: an H100 then reads 1.83 GB from memory for a W0 of 0.92 GB.
 
 Legend: O fan_out, I fan_in, R rank.
 """
@@ -15,12 +15,12 @@ FLOAT = 4
 
 
 def form_bytes(group: Group) -> dict[str, tuple[int, int]]:
-    """(bytes read, bytes written) of each launch of FORM, by its name."""
+    """(bytes read, bytes written) of each launch of FORM, by name."""
     return _total(group, _form_layer)
 
 
 def finish_bytes(group: Group) -> dict[str, tuple[int, int]]:
-    """Likewise of FINISH."""
+    """(bytes read, bytes written) of each launch of FINISH, by name."""
     return _total(group, _finish_layer)
 
 
@@ -34,7 +34,7 @@ def _total(group: Group, count) -> dict[str, tuple[int, int]]:
 
 
 def _sizes(group: Group, index: int) -> tuple[int, ...]:
-    """Bytes of W0, of L, of R, of a vector of rows and one of columns, and reads of W0 by a column launch."""
+    """Bytes of W0, L, R, a vector over rows and one over columns; and how often a column launch reads W0."""
     spec = group.specs[index]
     O, I, R = spec.fan_out, spec.fan_in, spec.rank
     steps = triton.cdiv(R, group.tiles.rank_step)
@@ -55,9 +55,9 @@ def _form_layer(group: Group, index: int) -> dict[str, tuple[int, int]]:
         gram = square if kind.rows else 0
         counted["core"] = square + gram + right, gram + right + (0 if kind.cols else int(narrow * right))
     if kind.rows:
-        reads = 1 - kind.cols if kind.xs else 1 if kind.cols or spec.fan_in == group.kept_fan else 2
+        reads = 1 - kind.cols if kind.xs else 1 if kind.cols or spec.fan_in == group.resident_fan_in else 2
         written = left + 2 * row + (0 if kind.cols else formed + thin)
-        if group.kept_fan:
+        if group.resident_fan_in:
             counted["R'"] = right, int(narrow * right)
         known = left + row + 2 * square if kind.xs else 0
         counted["rows"] = reads * weight + (right if reads else 0) + left + row + known, written
@@ -65,8 +65,8 @@ def _form_layer(group: Group, index: int) -> dict[str, tuple[int, int]]:
         gains = row if kind.rows else 0
         counted["columns"] = steps * weight + left + right + gains, splits * (right + col)
     if kind.cols:
-        shares = splits * (right + col) if swept else square + 2 * right + col
-        counted["close"] = shares + right + col, 4 * col + right + int(narrow * right)
+        partials = splits * (right + col) if swept else square + 2 * right + col
+        counted["close"] = partials + right + col, 4 * col + right + int(narrow * right)
     if kind.cols or not kind.rows:
         gains = (row if kind.rows else 0) + (col if kind.cols else 0)
         counted["write"] = weight + left + right + gains, formed + thin

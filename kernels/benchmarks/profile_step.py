@@ -1,9 +1,9 @@
-"""Where a training step's time goes, kernel by kernel: what each is for, and how much of the time has a name.
+"""Where a training step's time goes, by kernel and purpose, and the share of the time that has a known purpose.
 
     python kernels/benchmarks/profile_step.py --shape medium-base --depth 0 --frames 323
 
-Times are a device's own: of its kernels on CUDA, of operations without what they call on a CPU. Passes are run as
-ordinary launches; replayed as a graph they are the same kernels.
+Times are device times of kernels on CUDA, and self times of operations on a CPU. Passes run as ordinary launches; as a
+graph they would be the same kernels.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from timing import synchronise
 from torch.profiler import ProfilerActivity, profile
 
 STEPS = 5
-# The driver's and the runtime's calls that start work on the device, as the profiler names them.
+# The profiler's names of driver and runtime calls that start work on the device.
 LAUNCH = re.compile(r"cu(da)?(Launch\w*|GraphLaunch|Mem(cpy|set)\w*)$")
-# Kernels are listed until they make up this share of the time; of pairs between which the device idles so many.
+# List kernels up to this share of the time, and this many pairs of kernels with idle time between them.
 LISTED_SHARE, LISTED_PAIRS = 0.95, 12
-# The first that is found in a name says what it is for.
+# The first pattern found in a kernel's name gives its purpose.
 PURPOSES = (
     ("attention", r"flash|fmha|attention|sdpa|mha_"),
     (
@@ -40,18 +40,18 @@ PURPOSES = (
     ("own element-wise", r"(qkv_gradient|queries_and_keys|gate_gradient)_kernel"),
     ("optimiser", r"[aA]dam"),
     ("copies and fills", r"[mM]emcpy|[mM]emset|copy|[fF]ill|CatArray|aten::(cat|clone|contiguous|zero_|to$)"),
-    ("sums and norms", r"reduce|_(shares|added)_kernel|[nN]orm|aten::(sum|mean|pow|linalg)|softmax"),
+    ("sums and norms", r"reduce|_partial_sums_kernel|[nN]orm|aten::(sum|mean|pow|linalg)|softmax"),
     ("element-wise", r"elementwise|vectorized|aten::(mul|add|sub|div|sigmoid|silu|exp|neg|tanh|r?sqrt|where|sin|cos)"),
     ("indexing", r"index|gather|scatter|arange|searchsorted"),
 )
 
 
 def profiled(side: Side) -> dict:
-    """Milliseconds per step by purpose and by kernel, and which share of the device's time has a purpose.
+    """Milliseconds per step by purpose and by kernel, and the share of device time with a known purpose.
 
-    ``kernels_per_step`` counts kernels, copies and fills on the device; ``launches_per_step`` the host's calls that
-    started them, by name: one for all of a graph's. ``idle_ms`` is the device's idle time of a step, where steps follow
-    one another, and ``idle_between`` the pairs of kernels with most of it. Both are empty on a CPU.
+    ``kernels_per_step`` counts kernels, copies and fills on the device; ``launches_per_step`` the host calls that
+    started them, by name, one for a whole graph. ``idle_ms`` is the device's idle time per step in consecutive steps,
+    and ``idle_between`` the pairs of kernels with most of it. Both are empty on a CPU.
     """
     for _ in range(2):
         side.step()
@@ -64,8 +64,8 @@ def profiled(side: Side) -> dict:
     spent: dict[str, tuple[float, int]] = {}
     launches: dict[str, float] = {}
     for event in recorded.key_averages():
-        # On CUDA only kernels and copies take the device's own time; operations that launch them do not, and named
-        # stretches (an optimiser's step, a compiled graph) span kernels that are counted already.
+        # On CUDA count only kernels and copies: not the operations that launch them, nor annotated ranges (an
+        # optimiser's step, a compiled graph), whose kernels are counted already.
         if event.device_type != torch.autograd.DeviceType.CUDA and LAUNCH.match(event.key):
             launches[event.key] = event.count / STEPS
         own = event.self_device_time_total if on_cuda else event.self_cpu_time_total
@@ -76,11 +76,11 @@ def profiled(side: Side) -> dict:
     purposes: dict[str, float] = {}
     kernels, listed = [], 0.0
     for name, (own, calls) in sorted(spent.items(), key=lambda item: -item[1][0]):
-        found = purpose(name)
-        purposes[found] = purposes.get(found, 0.0) + own
+        kind = purpose(name)
+        purposes[kind] = purposes.get(kind, 0.0) + own
         if listed < LISTED_SHARE * total:
             listed += own
-            kernels.append({"name": name[:120], "purpose": found, "ms": round(own, 4), "calls": calls})
+            kernels.append({"name": name[:120], "purpose": kind, "ms": round(own, 4), "calls": calls})
     return {
         "device_ms": total,
         "kernels_per_step": sum(calls for _, calls in spent.values()),
@@ -99,9 +99,9 @@ def profiled(side: Side) -> dict:
 
 
 def idle(kernels: list[tuple[float, float, str]]) -> dict:
-    """Milliseconds a step in which no kernel ran, and between which ones.
+    """Milliseconds per step in which no kernel ran, and between which kernels.
 
-    kernels   of all steps: begin and end in microseconds, and name
+    kernels   of all steps: (begin, end, name), in microseconds
     """
     between: dict[tuple[str, str], float] = {}
     ended, last = math.inf, ""
@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(json.dumps({"environment": environment(device), "rows": [row]}, indent=1))
     for name, own in row["purposes_ms"].items():
         print(f"{name:24} {own:9.2f} ms  {own / row['device_ms']:6.1%}", file=sys.stderr)
-    print(f"{row['named_share']:.1%} of {row['device_ms']:.1f} ms has a name", file=sys.stderr)
+    print(f"{row['named_share']:.1%} of {row['device_ms']:.1f} ms has a purpose", file=sys.stderr)
 
 
 if __name__ == "__main__":

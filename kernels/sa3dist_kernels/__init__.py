@@ -1,4 +1,4 @@
-"""Adapted layers: W' formed once per step on a GPU, the factored form everywhere, and their autograd."""
+"""Adapted linear layers: W' formed once per step on a GPU, the factored form anywhere, and their autograd."""
 
 from sa3dist_kernels.adapted_linear import NormCache, adapted_linear, effective_weight_reference
 from sa3dist_kernels.adapter_types import ADAPTER_TYPES, AdapterType

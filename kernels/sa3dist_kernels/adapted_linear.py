@@ -1,16 +1,13 @@
-"""One adapted linear layer by itself, y = W' x + bias; nothing but its norms is kept from call to call.
+"""A single adapted linear layer, y = W' x + bias. Nothing but its norms is kept between calls.
 
-With W0 the frozen weight, s the scale, L and R the two factors of the update and V = W0 + s L R,
+With W0 the frozen weight, s the scale, L and R the factors of the update, and V = W0 + s L R,
 
     W' = diag(g) V diag(h)      g = row magnitude / (row norms of V + eps)                 or 1
                                 h = column magnitude / (column norms of diag(g) V + eps)   or 1
 
-    y = W' x + bias
-
-There are two paths. In plain torch W' and its gradient are never formed (``factored_linear``): the norms come from thin
-products with W0 (``weight_norms``) and may be shared by several calls (``NormCache``). On the Triton kernels W' is
-formed for every use (``formed_per_use``). Training on a GPU takes neither: it forms W' once per step
-(``formed_linear``).
+There are two paths. In plain torch neither W' nor its gradient is formed (``factored_linear``): norms come from thin
+products with W0 (``weight_norms``) and may be shared between calls (``NormCache``). On the Triton kernels W' is formed
+for each use (``formed_per_use``). Training on a GPU uses neither: it forms W' once per step (``formed_linear``).
 
 Legend: N tokens, O fan_out, I fan_in, R rank.
 """
@@ -31,11 +28,11 @@ IMPLEMENTATIONS = ("auto", "torch", "triton")
 
 
 class NormCache:
-    """The norms of one layer, valid while its trained tensors stay as they are, on which alone they depend.
+    """The norms of one layer, valid as long as its trained tensors do not change.
 
-    The micro batches of an optimiser step, and the blocks recomputed in its backward pass, share them. A caller that
-    knows how long the tensors stay the same hands the layer a cache for that time; changes that reach torch's version
-    counter are noticed anyway.
+    The micro batches of an optimiser step, and blocks recomputed in its backward pass, share them. The caller passes a
+    cache for the period in which the tensors stay the same. In-place changes that torch's version counter records are
+    detected too.
     """
 
     def __init__(self) -> None:
@@ -45,7 +42,7 @@ class NormCache:
         self._result: Any = None
 
     def get_or_compute(self, settings: tuple, trained: Iterable[torch.Tensor], compute: Callable[[], Any]) -> Any:
-        """The result of the last ``compute`` if it was called for these settings and the same, unchanged tensors."""
+        """The last result if settings and tensors are the same and unchanged, else that of ``compute``."""
         trained = tuple(trained)
         versions = tuple(tensor._version for tensor in trained)
         same = len(trained) == len(self._trained) and all(map(operator.is_, trained, self._trained))
@@ -62,9 +59,9 @@ def effective_weight_reference(
     scale: float,
     frozen: FrozenConstants | None = None,
 ) -> torch.Tensor:
-    """W' itself, in the shape of ``weight`` and the wider dtype of weight and parameters; autograd goes through it.
+    """W' in the shape of ``weight`` and the wider dtype of weight and parameters, differentiable.
 
-    The oracle of the factored form, and what a merge writes. ``frozen`` is needed for the bases of -xs types only.
+    The oracle of the factored form, and what a merge writes. ``frozen`` is needed for -xs types only.
     """
     dtype = torch.promote_types(weight.dtype, next(iter(params.values())).dtype)
     if kind.xs:
@@ -95,17 +92,17 @@ def adapted_linear(
 ) -> torch.Tensor:
     """``x @ W'.T + bias`` for any of the nine adapter types.
 
-    x       (..., I). Under autocast it is cast to autocast's dtype, which the output (..., O) then has.
-    weight  frozen W0, (O, I) or (O, I, 1), any float dtype; never a gradient
-    bias    frozen, (O,) or None
-    params  trained tensors by their names in a file (``AdapterType.parameter_shapes``); gradients come in their dtype
-    scale   strength * alpha / rank
-    frozen  ``frozen_constants`` of the layer; may be left out for types without frozen bases, at one more read of W0
-    norm_cache  where norms are kept that several calls share; None computes them anew
-    impl    "torch" and "auto": the factored form, on any device; "triton": W' formed per use, gradients in float32
+    x           (..., I). Under autocast, x is cast to autocast's dtype, which the output (..., O) then has
+    weight      frozen W0, (O, I) or (O, I, 1), any float dtype; gets no gradient
+    bias        frozen, (O,) or None
+    params      trained tensors by their names in a file (``AdapterType.parameter_shapes``); gradients have their dtype
+    scale       strength * alpha / rank
+    frozen      ``frozen_constants`` of the layer; optional except for -xs types, at the cost of one more read of W0
+    norm_cache  shares norms between calls; None computes them each time
+    impl        "torch" and "auto": the factored form, on any device; "triton": W' formed per use, float32 gradients
 
-    Raises ValueError for an unknown ``impl``, an input whose last axis does not fit, an -xs type without its bases, or
-    impl="triton" where no kernel can run.
+    Raises ValueError for an unknown ``impl``, an input of the wrong width, an -xs type without its bases, or
+    impl="triton" if the kernels cannot run.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
@@ -122,7 +119,7 @@ def adapted_linear(
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     bias = None if bias is None else bias.detach()
     if impl == "triton":
-        # Imported here: a machine without Triton runs everything else.
+        # Imported here: loading the kernels takes a quarter of a second.
         from sa3dist_kernels.formed_per_use import formed_per_use
 
         trained = [params[name].to(statistic) for name in kind.parameter_shapes(*weight_OI.shape, 1)]
@@ -134,15 +131,15 @@ def adapted_linear(
     if frozen is None and (kind.rows or kind.cols):
         frozen = frozen_constants(weight)
     layer = Layer(kind, scale, weight_OI, frozen, product_dtype(dtype, x.device), statistic)
-    known = _known_scalings(layer, norm_cache, params, trained, x.device)
-    y = FactoredLinear.apply(rows, *trained, bias, layer, weight, known)
+    cached = _cached_scalings(layer, norm_cache, params, trained, x.device)
+    y = FactoredLinear.apply(rows, *trained, bias, layer, weight, cached)
     return y.view(*x.shape[:-1], weight_OI.shape[0])
 
 
-def _known_scalings(layer: Layer, norm_cache: NormCache | None, params: Mapping[str, torch.Tensor], trained, device):
-    """Both scalings through the cache; None without one, or where the main product gives them (see FactoredLinear)."""
+def _cached_scalings(layer: Layer, norm_cache: NormCache | None, params: Mapping[str, torch.Tensor], trained, device):
+    """Both scalings, through the cache; None without one, and for types that ``factored_linear`` excludes from it."""
     kind = layer.kind
-    # A compiled graph must not come to depend on what a cache happened to hold.
+    # A compiled graph must not depend on the cache's content at trace time.
     if norm_cache is None or torch.compiler.is_compiling() or cross_from_product(kind) or not (kind.rows or kind.cols):
         return None
     settings = layer.scale, layer.product, layer.statistic

@@ -1,4 +1,4 @@
-"""The nine adapter types as one table: which norms a type rescales, and where its trainable numbers live."""
+"""The nine adapter types as one table: what a type rescales, and its trainable tensors."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class AdapterType:
-    """One way to write the effective weight W' of a layer whose frozen weight W0 is (out, in).
+    """How a type computes the effective weight W' of a layer from its frozen weight W0 (out, in).
 
-    The update is D = left @ right. Plain types train both factors (lora_B and lora_A); -xs types keep left = U and
-    right = M V^T between frozen singular bases and train M alone.
+    The update is D = left @ right. Plain types train both factors (lora_B and lora_A). -xs types have frozen singular
+    bases U and V and train only the core M: left = U, right = M V^T.
 
-    rows  every row of W0 + scale * D is brought to a trained length (the magnitude of the rows)
-    cols  every column is; with ``rows`` also set the columns are those of the row-scaled weight (BoRA)
-    xs    the trained core is the small square M
+    rows  rescale each row of W0 + scale * D to a trained norm, the row magnitude
+    cols  rescale each column; with ``rows``, each column of the row-scaled weight (BoRA)
+    xs    train only the small square core M
 
     Source: spec of the reference file format; DoRA arXiv:2402.09353, BoRA arXiv:2412.06441, LoRA-XS arXiv:2405.17604.
     """
@@ -39,11 +39,11 @@ class AdapterType:
         return "magnitude_c" if self.rows else "magnitude"
 
     def computes_as(self, other: AdapterType) -> bool:
-        """Whether two names stand for the same maths."""
+        """Whether both types compute the same function, as dora and dora-rows do."""
         return (self.rows, self.cols, self.xs) == (other.rows, other.cols, other.xs)
 
     def parameter_shapes(self, fan_out: int, fan_in: int, rank: int) -> dict[str, tuple[int, ...]]:
-        """Trainable tensors of one layer, by their names in a file, in the order they are stored."""
+        """Shapes of one layer's trainable tensors by their names in a file, in storage order."""
         if self.xs:
             shapes: dict[str, tuple[int, ...]] = {"M_xs": (rank, rank)}
         else:
@@ -55,7 +55,7 @@ class AdapterType:
         return shapes
 
 
-# "dora" computes what "dora-rows" computes; its name lives on in the files that were written under it.
+# "dora" is the same as "dora-rows"; existing files use either name.
 ADAPTER_TYPES: dict[str, AdapterType] = {
     kind.name: kind
     for kind in (

@@ -1,8 +1,7 @@
-"""Whether the Triton kernels can and do compute a model's adapted layers rightly on its device."""
+"""Whether the Triton kernels can run on a device, and whether they agree with torch there."""
 
 import collections
 import dataclasses
-import importlib.util
 
 import torch
 
@@ -11,50 +10,50 @@ from sa3dist_kernels.formed_weights import FormedWeights
 from sa3dist_kernels.frozen_products import no_autocast
 from sa3dist_kernels.raw_sums import LayerPass, raw_sums
 
-# Formats training takes the kernels in, and how far they may be from plain torch in each (relative L2): a few
-# roundings. float16 has too small a range for W' with small gains.
-FORMATS = {torch.float32: 5e-3, torch.bfloat16: 3e-2}
-# Below compute capability 8.0 a GPU has neither bfloat16 products nor asynchronous copies to shared memory.
-LEAST_CAPABILITY = (8, 0)
-# Of the trial: enough for a block of tokens that is not full.
+# Product dtypes the kernels train in, and the largest relative L2 error against torch in the trial: a few roundings.
+# Not float16, whose range is too small for W' with small gains.
+TOLERANCES = {torch.float32: 5e-3, torch.bfloat16: 3e-2}
+# Older GPUs have neither bfloat16 products nor asynchronous copies to shared memory.
+MIN_CAPABILITY = (8, 0)
+# More than one block of tokens, the last one partly filled.
 TRIAL_TOKENS = 19
 
 
 def obstacle_to(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot serve products in ``dtype`` on ``device``, or None."""
+    """Why the kernels cannot compute products in ``dtype`` on ``device``; None if they can."""
     if device.type != "cuda":
         return "the kernels need a CUDA device"
-    if dtype not in FORMATS:
+    if dtype not in TOLERANCES:
         return f"the kernels do not train in {dtype}"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     return None
 
 
 def trial(formed: FormedWeights) -> str | None:
-    """What went wrong when the kernels computed two layers of ``formed``, or None: they agree with torch.
+    """Compute two layers of ``formed`` with the kernels and with torch; what went wrong, or None if they agree.
 
-    They run as in training, over all layers, so that nothing is compiled for the trial alone. The layers are the
-    smallest one, and that of the width most weights have, whose rows other kernels may form.
+    The kernels run over all layers, as in training, so that nothing is compiled for the trial alone. Compared are the
+    smallest layer and the smallest one of the fan_in that most weights have: other kernels may form its rows
+    (``form_resident``).
     """
-    pairs, numbers = list(zip(formed.specs, formed.layers, strict=True)), collections.Counter()
+    pairs, weights = list(zip(formed.specs, formed.layers, strict=True)), collections.Counter()
     for spec in formed.specs:
-        numbers[spec.fan_in] += spec.weight_OI.numel()
-    common = max(numbers, key=numbers.__getitem__)
-    tried = [
-        min(some, key=lambda pair: pair[0].weight_OI.numel())
-        for some in (pairs, [pair for pair in pairs if pair[0].fan_in == common])
-    ]
-    problems = (_trial_of(formed, *pair) for pair in tried[: 1 if tried[0] is tried[1] else 2])
+        weights[spec.fan_in] += spec.weight_OI.numel()
+    common_fan_in = max(weights, key=weights.__getitem__)
+    smallest, smallest_common = (
+        min(candidates, key=lambda pair: pair[0].weight_OI.numel())
+        for candidates in (pairs, [pair for pair in pairs if pair[0].fan_in == common_fan_in])
+    )
+    compared = [smallest] if smallest is smallest_common else [smallest, smallest_common]
+    problems = (_try_layer(formed, *pair) for pair in compared)
     return next(filter(None, problems), None)
 
 
 @torch.no_grad()
-def _trial_of(formed: FormedWeights, spec: FormedSpec, layer: FormedLayer) -> str | None:
-    """The layer has random tensors meanwhile; its gradients are zeros afterwards."""
-    kept = {name: value.clone() for name, value in spec.params.items()}
+def _try_layer(formed: FormedWeights, spec: FormedSpec, layer: FormedLayer) -> str | None:
+    """Compare one layer with random trained tensors, then restore them and zero its gradients."""
+    saved = {name: value.clone() for name, value in spec.params.items()}
     draw = torch.Generator().manual_seed(0)
     try:
         for value in spec.params.values():
@@ -62,16 +61,16 @@ def _trial_of(formed: FormedWeights, spec: FormedSpec, layer: FormedLayer) -> st
         with no_autocast(layer.weight_OI.device):
             return _disagreement(formed, spec, layer, draw)
     except Exception as problem:
-        # Whatever a compiler or driver raises: the run goes on with torch, and the caller logs this.
+        # Whatever a compiler or driver raises: the caller logs it and continues with torch.
         return f"{type(problem).__name__}: {problem}"
     finally:
-        for name, value in kept.items():
+        for name, value in saved.items():
             spec.params[name].copy_(value)
             spec.grads[name].zero_()
 
 
 def _disagreement(formed: FormedWeights, spec: FormedSpec, layer: FormedLayer, draw: torch.Generator) -> str | None:
-    """Each stage on what the kernels made in the one before, so that a stage's rounding is all that differs."""
+    """Both sides compute each stage from the kernels' result of the previous one, so only its own rounding differs."""
     product, kind = layer.weight_OI.dtype, spec.kind
     grads = {name: torch.empty_like(value) for name, value in spec.grads.items()}
     plain = FormedWeights([dataclasses.replace(spec, grads=grads)], product, "torch")
@@ -81,19 +80,19 @@ def _disagreement(formed: FormedWeights, spec: FormedSpec, layer: FormedLayer, d
         torch.randn(TRIAL_TOKENS, size, generator=draw).to(layer.weight_OI) for size in reversed(layer.weight_OI.shape)
     )
     z, dx = x @ layer.weight_OI.t(), dy @ layer.weight_OI
-    given = LayerPass(x, dx if kind.cols else None, dy, z if kind.rows else None, layer.left_OR, layer.right_RI)
-    (sums,), (expected,) = raw_sums([given], kind), raw_sums([given], kind, impl="torch")
-    for of_layer in (spec.grads, grads):
-        parts = sums.split([grad.numel() for grad in of_layer.values()])
-        for grad, part in zip(of_layer.values(), parts, strict=True):
+    layer_pass = LayerPass(x, dx if kind.cols else None, dy, z if kind.rows else None, layer.left_OR, layer.right_RI)
+    (sums,), (expected,) = raw_sums([layer_pass], kind), raw_sums([layer_pass], kind, impl="torch")
+    for raw in (spec.grads, grads):
+        parts = sums.split([grad.numel() for grad in raw.values()])
+        for grad, part in zip(raw.values(), parts, strict=True):
             grad.copy_(part.view_as(grad))
     formed.finish()
     plain.finish()
     pairs = {"W'": (layer.weight_OI, plain.layers[0].weight_OI), "raw sums": (sums, expected)}
     pairs |= {f"gradient of {name}": (spec.grads[name], grad) for name, grad in grads.items()}
-    for what, (found, wanted) in pairs.items():
-        error = float((found.float() - wanted.float()).norm() / wanted.float().norm())
-        # Not "error > limit": that is false for a NaN.
-        if not error <= FORMATS[product]:
+    for what, (actual, expected) in pairs.items():
+        error = float((actual.float() - expected.float()).norm() / expected.float().norm())
+        # Not "error > limit", which is false for NaN.
+        if not error <= TOLERANCES[product]:
             return f"{kind.name}: {what} is {error:.1e} from torch's"
     return None

@@ -1,13 +1,15 @@
-"""The torch path of ``adapted_linear``: forward and backward of one layer as one autograd function, W' not formed.
+"""The torch path of ``adapted_linear``: forward and backward pass of one layer without forming W'.
 
     z = h * x      p = W0 z + s L (R z)      y = g * p + bias
 
-The norms, made from thin products with W0, are differentiated as the reference does (``weight_norms``). A row-scaled
-layer costs two matrix products, like a frozen one: the rows of the right factor are appended as extra tokens of
-``x @ W0^T`` and give the cross term W0 R^T of the row norms; in the backward pass the columns of diag(k) L are appended
-in ``dp @ W0``. On a CPU that beats separate thin products: 65 ms against 73, frozen 60 (1024 to 8192, N 192, R 16).
-Extra tokens change the product's last bits, so these types share no norms: bits must not depend on how many micro
-batches a step has. The other types compute their norms apart, and may share them (``NormCache``).
+Norms come from thin products with W0 and are differentiated, as in the reference (``weight_norms``).
+
+Plain row-scaled types cost two matrix products, like a frozen layer: the rows of R are appended as extra tokens of
+``x @ W0^T``, which yields the cross term W0 R^T of the row norms, and in the backward pass the columns of diag(k) L are
+appended in ``dp @ W0``. On a CPU that beats separate thin products: 65 ms against 73, frozen 60 (1024 to 8192, N 192,
+R 16). Extra tokens change the product's last bits, so these types share no norms between micro batches: bits must not
+depend on the number of micro batches per step. The other types compute their norms separately and may share them
+(``NormCache``).
 
 Legend: N tokens, O fan_out, I fan_in, R rank.
 """
@@ -34,39 +36,38 @@ from sa3dist_kernels.weight_norms import (
 
 
 def cross_from_product(kind: AdapterType) -> bool:
-    """Whether W0 R^T comes out of the main product: not where columns are scaled before it or frozen bases give it."""
+    """Whether the main product yields W0 R^T: not if columns are scaled before it or frozen bases give it for free."""
     return kind.rows and not kind.cols and not kind.xs
 
 
 def _scaled(values_NX, gain_X, dtype):
-    """``values * gain`` in ``dtype``, in one pass; a gain of None is one."""
+    """``values * gain`` in ``dtype``, in one pass; gain None is one."""
     if gain_X is None:
         return values_NX.to(dtype)
     return torch.mul(values_NX, gain_X, out=torch.empty_like(values_NX, dtype=dtype))
 
 
 def _with_room(values_NX, dtype, extra_rows: int):
-    """An uninitialised (N + extra_rows, X) buffer: the tokens to multiply with the weight, and what is appended."""
+    """An uninitialised buffer (N + extra_rows, X) for tokens and appended rows."""
     return values_NX.new_empty(values_NX.shape[0] + extra_rows, values_NX.shape[1], dtype=dtype)
 
 
 class FactoredLinear(torch.autograd.Function):
-    """Torch path. Gradients reach x (N, I) and the trained tensors; ``layer``, ``bias_O`` and ``weight`` are frozen.
+    """Gradients reach x (N, I) and the trained tensors; ``layer``, ``bias_O`` and ``weight`` are frozen.
 
-    known   both scalings where they are known already (``scalings``), or None
-    weight  W0 in the shape its owner has it. Kept instead of ``layer.weight_OI``, which is a view of its values now: an
-            owner that gathers W0 for each pass and drops it in between (ZeRO-3) must not find it held until backward.
+    cached_scalings  both scalings from ``scalings``, or None to compute them
+    weight           W0 as its owner holds it. Saved instead of ``layer.weight_OI``, a view of the gathered values, so
+                     that ZeRO-3 can free W0 between the passes.
     """
 
     @staticmethod
-    def forward(ctx, x, core, left, magnitude_O, magnitude_I, bias_O, layer, weight, known):
+    def forward(ctx, x, core, left, magnitude_O, magnitude_I, bias_O, layer, weight, cached_scalings):
         with no_autocast(x.device):
-            y, *kept = _forward(layer, x, core, left, magnitude_O, magnitude_I, bias_O, known)
-        p, down, rows, cols = kept
+            y, p, down, rows, cols = _forward(layer, x, core, left, magnitude_O, magnitude_I, bias_O, cached_scalings)
         ctx.layer, ctx.weight = dataclasses.replace(layer, weight_OI=None), weight
         ctx.has_rows, ctx.has_cols = rows is not None, cols is not None
         ctx.save_for_backward(x, core, left, p, down, *(rows or ()), *(cols or ()))
-        # A view: where the result itself was written in place, torch 2.11's compiler silently gives no gradient.
+        # A view: torch 2.11 silently compiles zero gradients for a function whose result was written in place.
         return y.view_as(y)
 
     @staticmethod
@@ -83,7 +84,7 @@ class FactoredLinear(torch.autograd.Function):
 
 
 def scalings(layer: Layer, core, left, magnitude_O, magnitude_I) -> tuple[RowScaling | None, ColScaling | None]:
-    """Both scalings, from products of their own with W0."""
+    """Both scalings, from separate products with W0."""
     L, R = factors(layer, core, left)
     rows = cols = None
     if layer.kind.rows:
@@ -93,25 +94,25 @@ def scalings(layer: Layer, core, left, magnitude_O, magnitude_I) -> tuple[RowSca
     return rows, cols
 
 
-def _forward(layer: Layer, x, core, left, magnitude_O, magnitude_I, bias_O, known):
-    """y and what the backward pass needs: p (with row scaling only), R z, and both scalings.
+def _forward(layer: Layer, x, core, left, magnitude_O, magnitude_I, bias_O, cached_scalings):
+    """y and what the backward pass needs: p (None without row scaling), R z, and both scalings.
 
-    p is kept although y holds it too: (y - bias) / g loses it where g is small.
+    p is saved although y contains it: (y - bias) / g loses digits where g is small.
     """
     L, R = factors(layer, core, left)
     tokens = x.shape[0]
-    if known is None and cross_from_product(layer.kind):
+    if cached_scalings is None and cross_from_product(layer.kind):
         stacked = _with_room(x, layer.product, R.shape[0])
         stacked[:tokens], stacked[tokens:] = x, R
         z, product = stacked[:tokens], times_transposed(stacked, layer.weight_OI)
         p, cross = product[:tokens], product[tokens:].t().to(layer.statistic)
         rows, cols = row_scaling(layer, L, R, magnitude_O, cross), None
     else:
-        rows, cols = known or scalings(layer, core, left, magnitude_O, magnitude_I)
+        rows, cols = cached_scalings or scalings(layer, core, left, magnitude_O, magnitude_I)
         z = _scaled(x, None if cols is None else cols.gain_I, layer.product)
         p = times_transposed(z, layer.weight_OI)
     down = z @ R.t().to(layer.product)
-    # Contiguous: with O as the slow axis of the thin factor this product takes 1.5 times as long on a CPU.
+    # Contiguous L^T: this product is 1.5 times as fast on a CPU.
     p.addmm_(down, L.t().contiguous().to(layer.product), alpha=layer.scale)
     if rows is None:
         return (p if bias_O is None else p.add_(bias_O)).to(x.dtype), None, down, rows, cols
@@ -124,7 +125,7 @@ def _forward(layer: Layer, x, core, left, magnitude_O, magnitude_I, bias_O, know
 
 
 def _backward(layer: Layer, x, core, left, p, down, rows, cols, grad, needs_x: bool, needs_trained: bool):
-    """Gradients of (x, core, left, row magnitude, column magnitude); None for what nobody asked for."""
+    """Gradients of (x, core, left, row magnitude, column magnitude); None for those not needed."""
     L, R = factors(layer, core, left)
     kind, tokens = layer.kind, x.shape[0]
     grad_gain_O = slope_O = sloped_cross = grad_row_magnitude = grad_col_magnitude = None
@@ -135,7 +136,7 @@ def _backward(layer: Layer, x, core, left, p, down, rows, cols, grad, needs_x: b
         stacked = _with_room(grad, layer.product, R.shape[0] if appended else 0)
         grad_p = stacked[:tokens]
         if needs_trained:
-            # The buffer holds the products first: a temporary of its own costs more than the products on a CPU.
+            # grad * p goes to the buffer first: on a CPU another temporary costs more than the multiplication.
             grad_gain_O = torch.mul(grad, p, out=grad_p).sum(0, dtype=layer.statistic)
         torch.mul(grad, rows.gain_O, out=grad_p)
     if appended:

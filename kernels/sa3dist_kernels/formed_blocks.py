@@ -1,4 +1,4 @@
-"""Block sizes of FORM's and FINISH's kernels: those for an H100, and small ones for Triton's interpreter."""
+"""Block sizes of FORM's and FINISH's kernels: for an H100, and small ones for Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ import dataclasses
 import torch
 import triton
 
-from sa3dist_kernels.formed_tiles import KEPT_WIDTH
-from sa3dist_kernels.triton_support import LEAST_BLOCK
+from sa3dist_kernels.formed_tiles import RESIDENT_WIDTH
+from sa3dist_kernels.triton_support import MIN_DOT_SIDE
 
-# Threads of a warp.
-WARP = 32
-# Three row programs for each of an H100's 132 multiprocessors.
-FEWEST_BLOCKS = 396
+WARP_THREADS = 32
+# Three row programs per multiprocessor of an H100, which has 132.
+MIN_ROW_PROGRAMS = 396
 
 
 @dataclasses.dataclass(frozen=True)
 class RowTile:
-    """A row program: a block of rows, ``splits`` warps with ``block_j`` columns each.
+    """A row program: a block of ``block_o`` rows; in each step ``splits`` warps take ``block_j`` columns each.
 
-    registers     of a thread, at most: with 168 three programs of four warps share a multiprocessor
-    right_vector  elements of R that a thread loads at once: 8 bytes come through the first-level cache, which then
-                  keeps R for all programs of a multiprocessor; 16 bytes go past it
+    registers     limit per thread: with 168, three programs of four warps share a multiprocessor
+    right_vector  elements of R per load. Loads of 8 bytes go through the L1 cache, which then serves all programs of a
+                  multiprocessor; loads of 16 bytes bypass it
     """
 
     block_o: int
@@ -35,9 +34,10 @@ class RowTile:
 
 @dataclasses.dataclass(frozen=True)
 class ColumnTile:
-    """A column program: ``block_i`` columns, steps of ``block_o`` rows.
+    """A column program: ``block_i`` columns, in steps of ``block_o`` rows.
 
-    narrow   FORM's (diag(g^2) L)^T V, which only the norms' gradient sees, of bfloat16 operands where the products are
+    narrow   take bfloat16 operands for (diag(g^2) L)^T V where the products are bfloat16; only the gradient of the
+             norms uses it
     """
 
     block_o: int
@@ -48,35 +48,35 @@ class ColumnTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class KeptTile:
-    """A row program whose rows stay in registers, ``splits`` warps with 32 columns each.
+class ResidentTile:
+    """A row program that keeps its rows in registers: ``splits`` warps with 32 columns each.
 
-    numbers   of V that a thread keeps, at most: with 192 it has some 250 registers, and two programs of four warps
-              share a multiprocessor. 32 rows of 1536 columns are under way there, 96 KiB that are asked for at once.
-              On an H100 2.56 ms for medium; 2.75 where one program of eight warps loads the next rows ahead, 3.10
-              where W0 is read twice
+    values_per_thread   limit on the elements of V in a thread. 192 take about 250 registers, so two programs of four
+                        warps share a multiprocessor, with 32 rows of 1536 columns (96 KiB) in flight. On an H100 FORM
+                        of the medium model takes 2.56 ms; 2.75 with one program of eight warps that prefetches the next
+                        rows, 3.10 where W0 is read twice
     """
 
     block_o: int = 16
     splits: int = 4
-    numbers: int = 192
+    values_per_thread: int = 192
 
     def fits(self, fan_in: int) -> bool:
-        columns = KEPT_WIDTH * self.splits
-        return fan_in % columns == 0 and self.block_o * fan_in // (self.splits * WARP) <= self.numbers
+        columns = RESIDENT_WIDTH * self.splits
+        return fan_in % columns == 0 and self.block_o * fan_in // (self.splits * WARP_THREADS) <= self.values_per_thread
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """Blocks of all kernels.
 
-    rank_step       part of the rank held at once
-    form_kept       of layers with a row magnitude alone whose rows are kept in registers; None: all go by ``form_rows``
+    rank_step       columns of L and rows of R in a tile
+    form_resident   for layers with a row magnitude alone whose rows fit in registers; None: ``form_rows`` forms all
     close           columns of a closing program
-    core            rows and columns that the sums of dM step by
-    most_rows       rows of one column program: at most, so that the longest is a small part of the launch
-    least_programs  that a column launch should have, by shorter spans of rows: four to each of an H100's 132
-                    multiprocessors
+    core            rows and columns per step of the sums of dM
+    max_rows        rows of one column program: few enough that the longest program is a small part of the launch
+    min_programs    programs a column launch should have; ``Group`` shortens the spans of rows to reach it. Four per
+                    multiprocessor of an H100
     """
 
     rank_step: int
@@ -84,41 +84,42 @@ class Tiles:
     finish_rows: RowTile
     form_columns: ColumnTile
     finish_columns: ColumnTile
-    form_kept: KeptTile | None = None
+    form_resident: ResidentTile | None = None
     close: int = 128
     core: int = 64
-    most_rows: int = 4096
-    least_programs: int = 528
+    max_rows: int = 4096
+    min_programs: int = 528
 
 
 def default_tiles(rank: int, product: torch.dtype, rows: int = 1 << 30) -> Tiles:
-    """Tiles for an H100, none of which spills registers (``compile_kernels.py`` shows it).
+    """Tiles for an H100. None of them spills registers (checked by ``compile_kernels.py``).
 
-    rows   of all layers: where they are few, as of a single layer, blocks are smaller, so that all the chip is used
+    product   dtype of the products
+    rows      of all layers together: with few, as in a single layer, blocks are smaller, to occupy the whole GPU
     """
-    step = min(triton.next_power_of_2(max(rank, LEAST_BLOCK)), 64)
+    step = min(triton.next_power_of_2(max(rank, MIN_DOT_SIDE)), 64)
     if product == torch.float32:
         rows, columns = RowTile(16, 32 if rank <= 32 else 16, 4, registers=None), ColumnTile(16, 64)
         return Tiles(min(step, 32), rows, rows, columns, columns, close=64, core=32)
     if step == 64:
-        # R of a layer exceeds the first-level cache anyway.
-        past = {"registers": None, "right_vector": 4}
+        # R of a layer exceeds the L1 cache anyway.
+        bypass_l1 = {"registers": None, "right_vector": 4}
         if rank <= step:
-            blocks = RowTile(32, 16, 4, **past), RowTile(16, 32, 4, stages=3, **past)
+            blocks = RowTile(32, 16, 4, **bypass_l1), RowTile(16, 32, 4, stages=3, **bypass_l1)
         else:
-            blocks = RowTile(16, 16, 4, **past), RowTile(16, 16, 2, **past)
+            blocks = RowTile(16, 16, 4, **bypass_l1), RowTile(16, 16, 2, **bypass_l1)
         return Tiles(step, *blocks, *(ColumnTile(32, 64),) * 2, close=32, core=32)
     columns = ColumnTile(32, 128), ColumnTile(32, 256)
     if step == 32 or product == torch.float16:
         tile = RowTile(32, 32, 4, registers=None)
         return Tiles(step, tile, dataclasses.replace(tile, block_o=512 // step), *columns)
-    # Two tiles under way behind the one in work: one would hide the memory's latency but barely.
-    tile = RowTile(32 if rows >= 32 * FEWEST_BLOCKS else 16, 32, 4, stages=3, right_vector=4)
-    return Tiles(step, tile, tile, *columns, form_kept=KeptTile())
+    # Three stages: prefetching only one tile barely hides the memory latency.
+    tile = RowTile(32 if rows >= 32 * MIN_ROW_PROGRAMS else 16, 32, 4, stages=3, right_vector=4)
+    return Tiles(step, tile, tile, *columns, form_resident=ResidentTile())
 
 
 def interpreter_tiles(rank: int) -> Tiles:
-    """Small ones, with several steps of the rank and spans of rows already in small layers."""
-    step = min(triton.next_power_of_2(max(rank, LEAST_BLOCK)), 32 if rank <= 64 else 128)
+    """Tiles so small that small layers already need several rank steps and spans of rows."""
+    step = min(triton.next_power_of_2(max(rank, MIN_DOT_SIDE)), 32 if rank <= 64 else 128)
     rows, columns = RowTile(16, 16, 2), ColumnTile(16, 32)
-    return Tiles(step, rows, rows, columns, columns, close=32, core=16, most_rows=16, least_programs=0)
+    return Tiles(step, rows, rows, columns, columns, close=32, core=16, max_rows=16, min_programs=0)

@@ -1,6 +1,6 @@
-"""The tables of one group of layers: offsets of their tensors, and the block of every program.
+"""Device tables of one group of layers: where each tensor lies, and which block of which layer a program computes.
 
-A group is what one launch serves: layers of any shapes whose frozen weights have one format and one alignment.
+A group is the layers that one launch serves: any shapes, but one weight dtype and one alignment.
 """
 
 from __future__ import annotations
@@ -15,97 +15,100 @@ from sa3dist_kernels.adapter_types import AdapterType
 from sa3dist_kernels.formed_blocks import Tiles
 from sa3dist_kernels.formed_spec import ALIGNED, FormedSpec, aligned, product_sizes
 from sa3dist_kernels.formed_tiles import FIELDS
-from sa3dist_kernels.triton_support import interpreting, sent
+from sa3dist_kernels.triton_support import interpreting, to_device
 
-# Bytes of the longest vector a thread loads.
+# Bytes of the widest load of a thread.
 VECTOR_BYTES = 16
-# Rows of one column program: its sums, which it writes, are as many numbers as a few dozen rows.
-LEAST_ROWS = 256
+# Fewest rows of a column program. The partial sums it writes are as large as a few dozen rows.
+MIN_ROWS = 256
 
 
 class Group:
-    """The table of one group. All its tensors lie on one device and stay alive with it.
+    """The layers of one group, their statistics and tables. All tensors are on one device and live as long as it.
 
-    Trained tensors, gradients and bases that share a storage move only together; a weight may move alone.
+    Trained tensors, gradients and bases that share a storage may only move together; a weight may move alone.
 
-    floats    float32 statistics; the base of every float32 offset
-    product   W', L' and R' of all layers
+    floats    float32 statistics; base of every float32 offset in the table
+    product   W', L' and R' of all layers; base of their offsets
+    weight    W0 of the first layer; base of the offsets of all W0
+    layers    the table: a row of ``FIELDS`` per layer, int64
+    programs  by launch: layer, block and split of every program, int32
     """
 
     def __init__(self, specs: Sequence[FormedSpec], memory: torch.Tensor, tiles: Tiles) -> None:
-        """memory: flat and in the format of the products; W', L' and R' of the layers fill it from its start."""
+        """memory: flat buffer in the product dtype; W', L' and R' of the layers fill it from its start."""
         self.tiles, self.product, self.specs = tiles, memory, list(specs)
-        self._watched = _moving_apart(specs)
+        self.weight = specs[0].weight_OI
+        self._probes = _address_probes(specs)
         self.kind: AdapterType = specs[0].kind
         self.rank: int = specs[0].rank
-        self.device = specs[0].weight_OI.device
-        self.kept_fan = self._kept_fan()
-        self.span = self._span()
-        self.splits = [triton.cdiv(spec.fan_out, self.span) for spec in specs]
-        # Frozen, and so kept apart from the statistics, whose memory others may share.
-        self.grams = [_grams(spec) for spec in specs]
-        self.owned, count = _offsets([self._float_sizes(index, spec) for index, spec in enumerate(specs)])
+        self.device = self.weight.device
+        self.resident_fan_in = self._choose_resident_fan_in()
+        self.row_span = self._choose_row_span()
+        self.splits = [triton.cdiv(spec.fan_out, self.row_span) for spec in specs]
+        # Apart from the statistics: those may share memory with another group, these are constant.
+        self._grams = [_grams(spec) for spec in specs]
+        self._float_offsets, count = _offsets([self._float_sizes(index, spec) for index, spec in enumerate(specs)])
         self.floats = torch.empty(count, device=self.device)
-        self.formed, _ = _offsets([product_sizes(spec) for spec in specs])
-        self.scales = sent([spec.scale for spec in specs], torch.float32, self.device)
+        self._product_offsets, _ = _offsets([product_sizes(spec) for spec in specs])
+        self.scales = to_device([spec.scale for spec in specs], torch.float32, self.device)
         self._make_programs()
         self.addresses: tuple[int, ...] = ()
-        # What is launched for a phase; made anew with the table.
+        # Launches of FORM and of FINISH, rebuilt with the table.
         self.plans: dict = {}
         self.refresh()
 
     def refresh(self) -> None:
-        """Make the table anew where a tensor has moved. Raises RuntimeError while a CUDA graph is recorded."""
-        addresses = tuple(tensor.data_ptr() for tensor in self._watched)
+        """Rebuild the table if a tensor has moved. Raises RuntimeError if that happens during CUDA graph capture."""
+        addresses = tuple(tensor.data_ptr() for tensor in self._probes)
         if addresses == self.addresses:
             return
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a tensor of a formed layer has moved: form() must run once before it is recorded")
-        self.addresses, self.widths = addresses, self._widths()
+            raise RuntimeError(
+                "a tensor of a formed layer has moved: run form() once before capturing it in a CUDA graph"
+            )
+        self.addresses, self.alignments = addresses, self._alignments()
         table = [self._row(index, spec) for index, spec in enumerate(self.specs)]
-        self.layers = sent(table, torch.int64, self.device)
+        self.layers = to_device(table, torch.int64, self.device)
         self.plans.clear()
 
     def keep_statistics_in(self, memory: torch.Tensor) -> None:
         """Move ``floats`` to the start of ``memory``; they are undefined until the next FORM."""
         self.floats = memory[: self.floats.numel()]
-        # The table counts from them: no address it was made for holds any more.
+        # Table offsets count from ``floats``: force a rebuild.
         self.addresses = ()
 
-    def weight_base(self) -> torch.Tensor:
-        return self.specs[0].weight_OI
-
-    def _widths(self) -> dict[str, int]:
-        """What every fan_in, every offset of a weight, and every offset of a trained tensor is a multiple of."""
-        bytes_ = self.weight_base().element_size()
-        wide = all(_is_wide(spec) for spec in self.specs)
-        thin = all(_starts_whole(spec) for spec in self.specs)
+    def _alignments(self) -> dict[str, int]:
+        """Kernel constants: divisors of every fan_in (I), offset of a weight (W) and offset of a trained tensor (T)."""
+        rows_aligned = all(_rows_aligned(spec) for spec in self.specs)
+        params_aligned = all(_params_aligned(spec) for spec in self.specs)
         return {
-            "WIDE_I": ALIGNED if wide else 1,
-            "WIDE_W": VECTOR_BYTES // bytes_ if wide else 1,
-            "WIDE_T": VECTOR_BYTES // 4 if thin else 1,
+            "ALIGN_I": ALIGNED if rows_aligned else 1,
+            "ALIGN_W": VECTOR_BYTES // self.weight.element_size() if rows_aligned else 1,
+            "ALIGN_T": VECTOR_BYTES // 4 if params_aligned else 1,
         }
 
-    def most(self, sizes: Iterable[int]) -> int:
-        """Where a loop ends that goes by a size from the table: 0, by that size. The interpreter cannot loop to one."""
+    def loop_bound(self, sizes: Iterable[int]) -> int:
+        """``LOOP`` of ``formed_tiles.loop_to``: the interpreter needs a constant, elsewhere 0."""
         return max(sizes) if interpreting() else 0
 
-    def _span(self) -> int:
+    def _choose_row_span(self) -> int:
+        """Rows of one column program: halved until the launch has enough programs."""
         blocks = sum(triton.cdiv(spec.fan_in, self.tiles.form_columns.block_i) for spec in self.specs)
         longest = max(spec.fan_out for spec in self.specs)
-        span = self.tiles.most_rows
-        while span > LEAST_ROWS and blocks * triton.cdiv(longest, span) < self.tiles.least_programs:
+        span = self.tiles.max_rows
+        while span > MIN_ROWS and blocks * triton.cdiv(longest, span) < self.tiles.min_programs:
             span //= 2
         return span
 
-    def _kept_fan(self) -> int:
-        """The fan_in whose layers' rows are kept in registers, of those that fit the one with most numbers; 0: none."""
-        tile, fans = self.tiles.form_kept, collections.Counter()
-        fitting = self.kind.rows and not (self.kind.cols or self.kind.xs) and self.rank <= self.tiles.rank_step
-        if tile is None or not fitting or {self.weight_base().dtype, self.product.dtype} != {torch.bfloat16}:
+    def _choose_resident_fan_in(self) -> int:
+        """The fan_in whose layers ``form_resident`` forms: of those that fit, the one with most weights. 0: none."""
+        tile, fans = self.tiles.form_resident, collections.Counter()
+        supported = self.kind.rows and not (self.kind.cols or self.kind.xs) and self.rank <= self.tiles.rank_step
+        if tile is None or not supported or {self.weight.dtype, self.product.dtype} != {torch.bfloat16}:
             return 0
         for spec in self.specs:
-            if tile.fits(spec.fan_in) and _is_wide(spec):
+            if tile.fits(spec.fan_in) and _rows_aligned(spec):
                 fans[spec.fan_in] += spec.weight_OI.numel()
         return max(fans, key=fans.__getitem__, default=0)
 
@@ -119,8 +122,10 @@ class Group:
         if self.kind.rows:
             sizes |= {"row_gain": O, "row_norm": O, "row_slope": O, "row_cross": O * R}
         if self.kind.cols:
-            sizes |= dict.fromkeys(("col_gain", "col_kept", "col_norm", "col_rate"), I) | {"col_cross": R * I}
-        # An -xs type reads W0 for the columns' norms of diag(g) V alone.
+            sizes |= dict.fromkeys(("col_gain", "col_gain_floored", "col_norm", "col_slope_factor"), I) | {
+                "col_cross": R * I
+            }
+        # Whether ``column_sweep`` runs: for -xs types only for the column norms of diag(g) V.
         swept = self.kind.rows and self.kind.cols if self.kind.xs else self.kind.rows or self.kind.cols
         if swept:
             sizes["partial"] = self.splits[index] * R * I
@@ -129,50 +134,50 @@ class Group:
         return sizes
 
     def _row(self, index: int, spec) -> list[int]:
-        """The fields of one layer, in their order; 0 for what its type has not."""
+        """One layer's row of the table; 0 for fields its type does not have."""
         values = {"fan_out": spec.fan_out, "fan_in": spec.fan_in, "splits": self.splits[index]}
-        values |= self.owned[index] | self.formed[index]
-        values["weight"] = _offset(spec.weight_OI, self.weight_base())
-        frozen = spec.named() | self.grams[index]
-        values |= {name: _offset(tensor, self.floats) for name, tensor in frozen.items()}
+        values |= self._float_offsets[index] | self._product_offsets[index]
+        values["weight"] = _offset(spec.weight_OI, self.weight)
+        floats = spec.float_tensors() | self._grams[index]
+        values |= {name: _offset(tensor, self.floats) for name, tensor in floats.items()}
         return [values.get(name, 0) for name in FIELDS]
 
     def _make_programs(self) -> None:
         tiles, specs = self.tiles, self.specs
-        # The longest programs first: what runs alone at the end should be short.
+        # Longest programs first, so that the last ones, which run alone, are short.
         by_width = sorted(range(len(specs)), key=lambda index: -specs[index].fan_in)
-        by_height = sorted(range(len(specs)), key=lambda index: -min(specs[index].fan_out, self.span))
+        by_height = sorted(range(len(specs)), key=lambda index: -min(specs[index].fan_out, self.row_span))
         tallest = sorted(range(len(specs)), key=lambda index: -specs[index].fan_out)
         ranks = range(triton.cdiv(self.rank, tiles.rank_step))
 
         def blocks(size: int, block: int) -> range:
             return range(triton.cdiv(size, block))
 
-        def rows(block: int, of: Iterable[int] = by_width) -> list:
-            return [(at, b, 0) for at in of for b in blocks(specs[at].fan_out, block)]
+        def rows(block: int, layers: Iterable[int] = by_width) -> list:
+            return [(layer, b, 0) for layer in layers for b in blocks(specs[layer].fan_out, block)]
 
         def columns(block: int) -> list:
-            spans = [(at, split) for at in by_height for split in range(self.splits[at])]
-            return [(at, b, split) for at, split in spans for b in blocks(specs[at].fan_in, block)]
+            spans = [(layer, split) for layer in by_height for split in range(self.splits[layer])]
+            return [(layer, b, split) for layer, split in spans for b in blocks(specs[layer].fan_in, block)]
 
-        kept = [at for at in by_width if specs[at].fan_in == self.kept_fan]
+        resident = [layer for layer in by_width if specs[layer].fan_in == self.resident_fan_in]
         programs = {
-            "form_kept": rows(tiles.form_kept.block_o, kept) if kept else [],
-            "form_rows": rows(tiles.form_rows.block_o, [at for at in by_width if at not in kept]),
+            "form_resident": rows(tiles.form_resident.block_o, resident) if resident else [],
+            "form_rows": rows(tiles.form_rows.block_o, [layer for layer in by_width if layer not in resident]),
             "finish_rows": rows(tiles.finish_rows.block_o),
             "form_columns": columns(tiles.form_columns.block_i),
             "finish_columns": columns(tiles.finish_columns.block_i),
-            "close": [(at, b, 0) for at in by_width for b in blocks(specs[at].fan_in, tiles.close)],
-            "core": [(at, down, across) for at in tallest for down in ranks for across in ranks],
+            "close": [(layer, b, 0) for layer in by_width for b in blocks(specs[layer].fan_in, tiles.close)],
+            "core": [(layer, down, across) for layer in tallest for down in ranks for across in ranks],
         }
-        # Tables without a program are left out: nothing is launched for them.
-        self.programs = {name: sent(table, torch.int32, self.device) for name, table in programs.items() if table}
+        # An empty table has no launch.
+        self.programs = {name: to_device(table, torch.int32, self.device) for name, table in programs.items() if table}
 
 
-def _moving_apart(specs: Sequence[FormedSpec]) -> list[torch.Tensor]:
-    """The tensors whose addresses tell where all are: every weight, and of the others one for each storage.
+def _address_probes(specs: Sequence[FormedSpec]) -> list[torch.Tensor]:
+    """The tensors whose addresses show whether any has moved: every weight, and one tensor per other storage.
 
-    To ask for a thousand addresses takes the host longer than to launch what they are for.
+    Asking a thousand tensors for their addresses takes the host longer than the launches.
     """
     others = [tensor for spec in specs for tensor in spec.tensors()[1:]]
     by_storage = {tensor.untyped_storage().data_ptr(): tensor for tensor in reversed(others)}
@@ -180,32 +185,32 @@ def _moving_apart(specs: Sequence[FormedSpec]) -> list[torch.Tensor]:
 
 
 def _grams(spec) -> dict[str, torch.Tensor]:
-    """Q^T Q and U^T U of an -xs type, as far as FORM needs them, by their names in the table."""
+    """The Gram matrix of an -xs type's bases that FORM reads, Q^T Q or U^T U, by its name in the table."""
     if not spec.kind.xs:
         return {}
-    # In float64, whatever precision products of float32 have been set to.
+    # float64: independent of torch.set_float32_matmul_precision.
     left, right = (base.double() for base in spec.bases)
     grams = {"right_gram": right} if spec.kind.rows else {"left_gram": left} if spec.kind.cols else {}
     return {name: (base.t() @ base).float() for name, base in grams.items()}
 
 
-def alignment(spec) -> tuple:
-    """Layers that differ in this are launched apart."""
-    return spec.weight_OI.dtype, _is_wide(spec), _starts_whole(spec)
+def group_key(spec) -> tuple:
+    """Layers with equal keys share a group."""
+    return spec.weight_OI.dtype, _rows_aligned(spec), _params_aligned(spec)
 
 
-def _is_wide(spec) -> bool:
-    """Whether every row of W0 starts at a whole vector."""
+def _rows_aligned(spec) -> bool:
+    """Whether every row of W0 starts at a multiple of VECTOR_BYTES."""
     return spec.fan_in % ALIGNED == 0 and spec.weight_OI.data_ptr() % VECTOR_BYTES == 0
 
 
-def _starts_whole(spec) -> bool:
-    """Whether its trained tensors and bases start at a whole vector."""
+def _params_aligned(spec) -> bool:
+    """Whether all trained tensors and bases start at a multiple of VECTOR_BYTES."""
     return all(tensor.data_ptr() % VECTOR_BYTES == 0 for tensor in spec.tensors()[1:])
 
 
 def _offsets(layers: list[dict[str, int]]) -> tuple[list[dict[str, int]], int]:
-    """Where the named memory of each layer begins, in one flat tensor, and how long that is."""
+    """Offsets of each layer's named buffers in one flat tensor, and the tensor's length."""
     offsets, end = [], 0
     for sizes in layers:
         offsets.append({})
@@ -216,7 +221,7 @@ def _offsets(layers: list[dict[str, int]]) -> tuple[list[dict[str, int]], int]:
 
 
 def _offset(tensor: torch.Tensor, base: torch.Tensor) -> int:
-    """Elements from the start of ``base`` to that of ``tensor``, which need not share memory."""
+    """Elements from the start of ``base`` to the start of ``tensor``; they need not share a storage."""
     distance = tensor.data_ptr() - base.data_ptr()
     assert distance % tensor.element_size() == 0
     return distance // tensor.element_size()

@@ -1,4 +1,4 @@
-"""The launches of FORM and FINISH over all layers of a model: which kernels a type needs, in which order."""
+"""The launches of FORM and FINISH: which kernels an adapter type needs, in which order, over all layers of a model."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from sa3dist_kernels import finish, form, form_kept, form_xs
+from sa3dist_kernels import finish, form, form_resident, form_xs
 from sa3dist_kernels.column_sweep import column_sweep_kernel
-from sa3dist_kernels.formed_blocks import ColumnTile, KeptTile, RowTile, Tiles, default_tiles, interpreter_tiles
-from sa3dist_kernels.formed_group import Group, alignment
+from sa3dist_kernels.formed_blocks import ColumnTile, ResidentTile, RowTile, Tiles, default_tiles, interpreter_tiles
+from sa3dist_kernels.formed_group import Group, group_key
 from sa3dist_kernels.formed_spec import FormedSpec, formed_layer
 from sa3dist_kernels.triton_support import check_triton, interpreting, launch, loop_end
 
 
 class TritonForms:
-    """Groups of layers that share their launches."""
+    """FORM and FINISH on the Triton kernels, in groups of layers that share their launches."""
 
     def __init__(self, specs: list[FormedSpec], memory: torch.Tensor, tiles: Tiles | None = None) -> None:
         for spec in specs:
@@ -31,12 +31,12 @@ class TritonForms:
             tiles = interpreter_tiles(rank) if interpreting() else default_tiles(rank, memory.dtype, rows)
         members: dict[tuple, list[int]] = {}
         for index, spec in enumerate(specs):
-            members.setdefault(alignment(spec), []).append(index)
+            members.setdefault(group_key(spec), []).append(index)
         layers, begin = {}, 0
         self.groups = []
-        for of_group in members.values():
-            self.groups.append(Group([specs[index] for index in of_group], memory[begin:], tiles))
-            for index in of_group:
+        for indices in members.values():
+            self.groups.append(Group([specs[index] for index in indices], memory[begin:], tiles))
+            for index in indices:
                 layers[index], begin = formed_layer(specs[index], memory, begin)
         self.layers = [layers[index] for index in range(len(specs))]
 
@@ -52,30 +52,30 @@ class TritonForms:
             if make_plan not in group.plans:
                 group.plans[make_plan] = make_plan(group)
         largest, *others = sorted(self.groups, key=lambda group: -len(group.programs["close"]))
-        # What one group writes no other reads. The others are a few small layers, which leave a GPU idle.
-        with _beside(largest.device if others else None) as beside:
+        # Groups are independent. All but the largest are a few small layers, too little to occupy a GPU by themselves.
+        with _side_stream(largest.device if others else None) as side_stream:
             for planned in largest.plans[make_plan]:
                 planned.run()
-            with beside:
+            with side_stream:
                 for group in others:
                     for planned in group.plans[make_plan]:
                         planned.run()
 
 
 @contextlib.contextmanager
-def _beside(device: torch.device | None) -> Iterator[contextlib.AbstractContextManager]:
-    """What is launched within the context it gives runs beside the rest of what is launched in it."""
+def _side_stream(device: torch.device | None) -> Iterator[contextlib.AbstractContextManager]:
+    """Fork a second stream, yield a context that launches on it, and join it at the end."""
     if device is None or device.type != "cuda":
         yield contextlib.nullcontext()
         return
-    current, other = torch.cuda.current_stream(device), _other_stream(device)
-    other.wait_stream(current)
-    yield torch.cuda.stream(other)
-    current.wait_stream(other)
+    current, side = torch.cuda.current_stream(device), _second_stream(device)
+    side.wait_stream(current)
+    yield torch.cuda.stream(side)
+    current.wait_stream(side)
 
 
 @functools.cache
-def _other_stream(device: torch.device) -> torch.cuda.Stream:
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
@@ -86,16 +86,18 @@ def form_plan(group: Group) -> list[Launch]:
     rows = plan.rows(tiles.form_rows) | {"EXACT": plan.exact["PRECISION"]} | flags
     if kind.xs:
         plan.add("core", form_xs.form_core_kernel, "close", plan.close | plan.exact | _pick(flags, "ROWS", "COLS"))
-    if "form_kept" in group.programs:
-        plan.add("R'", form_kept.form_right_kernel, "close", plan.close)
-        plan.add("kept rows", form_kept.form_kept_kernel, "form_kept", plan.kept(tiles.form_kept))
+    if "form_resident" in group.programs:
+        plan.add("R'", form_resident.form_right_kernel, "close", plan.close)
+        plan.add(
+            "resident rows", form_resident.form_resident_kernel, "form_resident", plan.resident(tiles.form_resident)
+        )
     if kind.rows and "form_rows" in group.programs:
         plan.add("rows", form.form_rows_kernel, "form_rows", rows | {"NORMS": True, "WRITE": not kind.cols})
     if kind.cols:
         if kind.rows or not kind.xs:
             columns = plan.columns(tiles.form_columns) | {"ROWS": kind.rows, "SLOPED": False}
             plan.add("columns", column_sweep_kernel, "form_columns", columns)
-        close = plan.close | plan.spans | plan.exact | _pick(flags, "ROWS", "XS")
+        close = plan.close | plan.loop_splits | plan.exact | _pick(flags, "ROWS", "XS")
         plan.add("close", form.form_close_kernel, "close", close)
     if kind.cols or not kind.rows:
         plan.add("write", form.form_rows_kernel, "form_rows", rows | {"NORMS": False, "WRITE": True})
@@ -114,78 +116,79 @@ def finish_plan(group: Group) -> list[Launch]:
     if kind.xs:
         plan.add("core", finish.finish_core_kernel, "core", plan.core | _pick(flags, "ROWS", "COLS"))
     if kind.cols or not kind.xs:
-        plan.add("close", finish.finish_close_kernel, "close", plan.close | plan.spans | flags)
+        plan.add("close", finish.finish_close_kernel, "close", plan.close | plan.loop_splits | flags)
     return plan.launches
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One launch of a plan, which is made anew whenever an address in it changes.
+    """One launch of a plan. A plan is rebuilt whenever an address in it changes.
 
-    kept   the compiled kernel, from the first run on
+    compiled   the compiled kernel, cached at the first run (``triton_support.launch``)
     """
 
     name: str
     kernel: Any
     programs: torch.Tensor
     arguments: dict[str, Any]
-    kept: dict = dataclasses.field(default_factory=dict)
+    compiled: dict = dataclasses.field(default_factory=dict)
 
     def run(self) -> None:
-        launch(self.kernel, (self.programs.shape[0],), self.arguments, self.kept)
+        launch(self.kernel, (self.programs.shape[0],), self.arguments, self.compiled)
 
 
 class _Plan:
-    """Collects launches; the rest is what their kernels take of sizes."""
+    """Collects the launches of one group. Attributes and other methods are constants that kernels have in common."""
 
     def __init__(self, group: Group) -> None:
         self.group, self.launches = group, []
         float32 = group.product.dtype == torch.float32
-        # As exact as the format of the products needs: TF32 has 10 bits beside bfloat16's 7 and float16's 10.
+        # TF32 suffices for 16-bit products: it has 10 mantissa bits, bfloat16 7, float16 10.
         self.precision = {"PRECISION": "ieee" if float32 else "tf32"}
         self.exact = {"PRECISION": "ieee" if float32 else "tf32x3"}
-        # bfloat16 has float32's range: the product that only the norms' gradient sees may take it.
+        # Only the gradient of the norms uses this product, and bfloat16 has float32's range.
         self.narrow = {"NARROW": group.product.dtype == torch.bfloat16, "UPCAST": interpreting()}
         self.step = {"R": group.rank, "RANK_STEP": group.tiles.rank_step}
-        self.ends = {"LOOP_I": group.most(spec.fan_in for spec in group.specs)}
-        self.spans = {"LOOP_SPLITS": group.most(group.splits)}
-        thin = self.step | _pick(group.widths, "WIDE_I", "WIDE_T") | {"num_warps": 4}
-        self.close = thin | {"BLOCK_I": group.tiles.close}
-        self.core = thin | self.exact | self.ends | {"BLOCK": group.tiles.core}
-        self.core |= {"LOOP_O": group.most(spec.fan_out for spec in group.specs)}
+        self.loop_i = {"LOOP_I": group.loop_bound(spec.fan_in for spec in group.specs)}
+        self.loop_splits = {"LOOP_SPLITS": group.loop_bound(group.splits)}
+        small = self.step | _pick(group.alignments, "ALIGN_I", "ALIGN_T") | {"num_warps": 4}
+        self.close = small | {"BLOCK_I": group.tiles.close}
+        self.core = small | self.exact | self.loop_i | {"BLOCK": group.tiles.core}
+        self.core |= {"LOOP_O": group.loop_bound(spec.fan_out for spec in group.specs)}
 
     def rows(self, tile: RowTile) -> dict[str, Any]:
-        widths = self.group.widths
+        alignments = self.group.alignments
         blocks = {"BLOCK_O": tile.block_o, "BLOCK_J": tile.block_j, "SPLITS": tile.splits, "STAGES": tile.stages}
-        wide = {"WIDE_R": min(widths["WIDE_T"], tile.right_vector)}
+        alignments = alignments | {"ALIGN_R": min(alignments["ALIGN_T"], tile.right_vector)}
         launch = {"num_warps": tile.splits, "num_stages": 1, "maxnreg": tile.registers}
-        return self.step | widths | wide | self.precision | self.ends | blocks | self.narrow | launch
+        return self.step | alignments | self.precision | self.loop_i | blocks | self.narrow | launch
 
-    def kept(self, tile: KeptTile) -> dict[str, Any]:
-        blocks = {"BLOCK_O": tile.block_o, "SPLITS": tile.splits, "I": self.group.kept_fan, "UPCAST": interpreting()}
+    def resident(self, tile: ResidentTile) -> dict[str, Any]:
+        blocks = {"BLOCK_O": tile.block_o, "SPLITS": tile.splits, "I": self.group.resident_fan_in}
+        blocks["UPCAST"] = interpreting()
         launch = {"num_warps": tile.splits, "num_stages": 1}
-        return self.step | _pick(self.group.widths, "WIDE_W", "WIDE_T") | blocks | launch
+        return self.step | _pick(self.group.alignments, "ALIGN_W", "ALIGN_T") | blocks | launch
 
     def columns(self, tile: ColumnTile) -> dict[str, Any]:
         blocks = {"BLOCK_O": tile.block_o, "BLOCK_I": tile.block_i, "STAGES": tile.stages}
-        span = {"span": loop_end(self.group.span), "BOUNDED": not interpreting()}
+        span = {"span": loop_end(self.group.row_span), "BOUNDED": not interpreting()}
         launch = {"num_warps": tile.warps, "num_stages": 1}
         narrow = self.narrow | {"NARROW": tile.narrow and self.narrow["NARROW"]}
-        return self.step | self.group.widths | self.precision | blocks | narrow | span | launch
+        return self.step | self.group.alignments | self.precision | blocks | narrow | span | launch
 
     def add(self, name: str, kernel, programs: str, constants: dict[str, Any]) -> None:
         group = self.group
-        given = {
+        tensors = {
             "floats": group.floats,
-            "weight": group.weight_base(),
+            "weight": group.weight,
             "product": group.product,
             "scales": group.scales,
             "layers": group.layers,
             "programs": group.programs[programs],
         }
-        arguments = _pick(given, *(name for name in given if name in kernel.arg_names))
+        arguments = _pick(tensors, *(name for name in tensors if name in kernel.arg_names))
         self.launches.append(Launch(name, kernel, group.programs[programs], arguments | constants))
 
 
-def _pick(of: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: of[name] for name in names}
+def _pick(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: values[name] for name in names}

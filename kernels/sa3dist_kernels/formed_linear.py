@@ -2,9 +2,9 @@
 
     z = x W'^T      dx = dy W'
 
-The caller adds the bias to z: what is kept for the backward pass is z itself, from which small gains can still be
-divided (spec/formed.md section 4). The trained tensors do not enter: what they get is the layer's raw sums, as the
-gradient of ``sums``, and ``FormedWeights.finish`` makes their gradients of it once per optimiser step.
+The caller adds the bias: z itself is saved for the backward pass, because small gains can still be divided out of it
+(spec/formed.md section 4). Trained tensors are not arguments. The layer's raw sums are returned as the gradient of
+``sums``, and ``FormedWeights.finish`` turns them into gradients once per optimiser step.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def formed_linear(
     kind: AdapterType,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """``x @ W'.T`` (..., O), in the format of W'.
+    """``x @ W'.T`` (..., O), in the dtype of W'.
 
-    x                    (..., I), cast to the format of W'
-    sums                 one vector, as long as the layer's trained tensors together: its gradient are the raw sums. Its
-                         values are not read
-    weight_OI, left_OR, right_RI    of a ``FormedLayer``
-    impl                 of the raw sums: "triton", "torch", or "auto", which is triton on CUDA
+    x                             (..., I), cast to the dtype of W'
+    sums                          vector as long as the layer's trained tensors together, which receives the raw sums as
+                                  its gradient; its values are not read
+    weight_OI, left_OR, right_RI  of a ``FormedLayer``
+    impl                          of the raw sums: "triton", "torch", or "auto", which is triton on CUDA
     """
     rows = x.reshape(-1, x.shape[-1]).to(weight_OI.dtype)
     impl = ("triton" if x.is_cuda else "torch") if impl == "auto" else impl
@@ -57,13 +57,13 @@ class _FormedLinear(torch.autograd.Function):
         x, z, weight_OI, left_OR, right_RI = ctx.saved_tensors
         kind = ADAPTER_TYPES[ctx.kind_name]
         needs_x, needs_sums = ctx.needs_input_grad[:2]
-        dx = found = None
+        dx = grad_sums = None
         with no_autocast(dy.device):
             if needs_x or kind.cols:
                 dx = dy @ weight_OI
             if needs_sums:
-                found = raw_sums_op(x, dx if kind.cols else None, dy, z, left_OR, right_RI, ctx.kind_name, ctx.impl)
-        return dx if needs_x else None, found, None, None, None, None, None
+                grad_sums = raw_sums_op(x, dx if kind.cols else None, dy, z, left_OR, right_RI, ctx.kind_name, ctx.impl)
+        return dx if needs_x else None, grad_sums, None, None, None, None, None
 
 
 def _raw_sums(x, dx, dy, z, left_OR, right_RI, kind_name: str, impl: str) -> torch.Tensor:
@@ -77,7 +77,7 @@ def _raw_sums_shape(x, dx, dy, z, left_OR, right_RI, kind_name: str, impl: str) 
 
 def _joined_raw_sums(xs, dxs, dys, zs, lefts, rights, kind_name: str, impl: str) -> list[torch.Tensor]:
     none = [None] * len(xs)
-    layers = [LayerPass(*given) for given in zip(xs, dxs or none, dys, zs or none, lefts, rights, strict=True)]
+    layers = [LayerPass(*operands) for operands in zip(xs, dxs or none, dys, zs or none, lefts, rights, strict=True)]
     return raw_sums(layers, ADAPTER_TYPES[kind_name], impl=impl)
 
 
@@ -86,15 +86,15 @@ def _joined_raw_sums_shape(xs, dxs, dys, zs, lefts, rights, kind_name: str, impl
     return [_raw_sums_shape(x, None, None, None, left, right, kind_name, impl) for x, left, right in operands]
 
 
-_ONE = "(Tensor x, Tensor? dx, Tensor dy, Tensor? z, Tensor left, Tensor right, str kind, str impl) -> Tensor"
-define(f"raw_sums{_ONE}", _raw_sums, _raw_sums_shape)
-# Of several layers; what a type does not need is an empty list.
-_SEVERAL = _ONE.replace("Tensor?", "Tensor").replace("Tensor", "Tensor[]")
-define(f"joined_raw_sums{_SEVERAL}", _joined_raw_sums, _joined_raw_sums_shape)
+_SINGLE = "(Tensor x, Tensor? dx, Tensor dy, Tensor? z, Tensor left, Tensor right, str kind, str impl) -> Tensor"
+define(f"raw_sums{_SINGLE}", _raw_sums, _raw_sums_shape)
+# For several layers; an empty list where the type has no such tensor.
+_JOINED = _SINGLE.replace("Tensor?", "Tensor").replace("Tensor", "Tensor[]")
+define(f"joined_raw_sums{_JOINED}", _joined_raw_sums, _joined_raw_sums_shape)
 
 
 def raw_sums_op(x, dx, dy, z, left_OR, right_RI, kind_name: str, impl: str) -> torch.Tensor:
-    """``raw_sums``; for the compiler one opaque operation."""
+    """``raw_sums`` of one layer; an opaque operation while compiling."""
     if torch.compiler.is_compiling():
         return torch.ops.sa3dist.raw_sums(x, dx, dy, z, left_OR, right_RI, kind_name, impl)
     return _raw_sums(x, dx, dy, z, left_OR, right_RI, kind_name, impl)

@@ -1,10 +1,10 @@
-"""One adapted layer on the Triton kernels alone: W' is formed for every use and dropped again.
+"""A single adapted layer on the Triton kernels: W' is formed for each use and dropped.
 
     forward     FORM, z = x W'^T
-    backward    FORM once more, dx = dy W', raw sums, FINISH: every trained tensor's gradient of this one micro batch
+    backward    FORM again, dx = dy W', raw sums, FINISH: all gradients of this one micro batch
 
-For callers that keep no ``FormedWeights`` over the layers of a model. Each use makes the kernels' table on the host, so
-that it cannot be recorded in a CUDA graph.
+For callers without ``FormedWeights`` over the layers of a model. Each use builds the kernels' tables on the host, so it
+cannot be captured in a CUDA graph.
 
 Legend: N tokens, O fan_out, I fan_in, R rank.
 """
@@ -22,22 +22,22 @@ from sa3dist_kernels.raw_sums import LayerPass, raw_sums
 from sa3dist_kernels.triton_support import check_triton
 from sa3dist_kernels.weight_norms import FrozenConstants
 
-# The operators' schemas are read off these annotations, and know no other spelling.
+# custom_op infers schemas from annotations and accepts only these spellings.
 Maybe, Tensors = Optional[Tensor], List[Tensor]  # noqa: UP006, UP045
 
 
 def formed_per_use(
     x: Tensor, weight: Tensor, trained: Tensors, kind_name: str, frozen: FrozenConstants | None, scale: float
 ) -> Tensor:
-    """``x @ W'.T`` (N, O) in the format of x; gradients reach x and ``trained``.
+    """``x @ W'.T`` (N, O), in the dtype of x; gradients reach x and ``trained``.
 
-    x        (N, I), float32, float16 or bfloat16: the format of the products
-    weight   frozen W0, (O, I) or (O, I, 1), as its owner holds it: kept like that, and read again in backward
+    x        (N, I), float32, float16 or bfloat16; its dtype is that of the products
+    weight   frozen W0, (O, I) or (O, I, 1). This tensor itself is saved and read again in the backward pass
     trained  the type's tensors in the order of ``parameter_shapes``, float32
-    frozen   of an -xs type, float32
+    frozen   -xs types only, float32
 
-    Raises ValueError where no kernel can run. In float16 W' cannot hold gains below 6e-8: their rows and columns are
-    zero, and so is their magnitudes' gradient.
+    Raises ValueError if the kernels cannot run. In float16, W' cannot represent gains below 6e-8: their rows and
+    columns become zero, and so does the gradient of their magnitudes.
     """
     check_triton(x)
     constants = [value.float() for value in vars(frozen).values()] if ADAPTER_TYPES[kind_name].xs else []
@@ -48,8 +48,8 @@ class _FormedPerUse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, kind_name, weight, count, scale, *tensors):
         z = formed_product_op(x, tensors[count:], kind_name, weight, tensors[:count], scale)
-        kept = z if ADAPTER_TYPES[kind_name].rows else None
-        ctx.save_for_backward(x, kept, weight, *tensors)
+        saved_z = z if ADAPTER_TYPES[kind_name].rows else None
+        ctx.save_for_backward(x, saved_z, weight, *tensors)
         ctx.kind_name, ctx.count, ctx.scale = kind_name, count, scale
         return z
 
@@ -59,13 +59,13 @@ class _FormedPerUse(torch.autograd.Function):
         x, z, weight, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[5 + ctx.count :]
         layer = tensors[ctx.count :], ctx.kind_name, weight, tensors[: ctx.count], ctx.scale
-        found = formed_gradients_op(dy.contiguous(), x, z, *layer, needs[0], any(needs[1:]))
-        dx, *grads = (gradient if needed else None for gradient, needed in zip(found, needs, strict=True))
+        gradients = formed_gradients_op(dy.contiguous(), x, z, *layer, needs[0], any(needs[1:]))
+        dx, *grads = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
         return dx, None, None, None, None, *[None] * ctx.count, *grads
 
 
 def _formed(x: Tensor, trained: Tensors, kind_name: str, weight: Tensor, frozen: Tensors, scale: float):
-    """W' of the layer, formed in the format of x; and the one vector whose views its gradients will be."""
+    """The layer's formed weights, in the dtype of x, and the flat vector whose views are its ``grads``."""
     kind, weight_OI = ADAPTER_TYPES[kind_name], weight.detach().flatten(1).contiguous()
     flat = trained[0].new_empty(sum(value.numel() for value in trained), dtype=torch.float32)
     parts = zip(flat.split([value.numel() for value in trained]), trained, strict=True)
@@ -98,16 +98,16 @@ def formed_gradients_op(
     dy: Tensor, x: Tensor, z: Maybe, trained: Tensors, kind_name: str, weight: Tensor, frozen: Tensors, scale: float,
     needs_x: bool, needs_trained: bool,
 ) -> Tensors:  # fmt: skip
-    """Gradients of x and of the trained tensors; a tensor without elements for what nobody asked for."""
+    """Gradients of x and of the trained tensors; an empty tensor for each that is not needed."""
     formed, flat = _formed(x, trained, kind_name, weight, frozen, scale)
     layer, kind = formed.layers[0], ADAPTER_TYPES[kind_name]
     with no_autocast(x.device):
         dx = dy @ layer.weight_OI if needs_x or kind.cols else None
         if needs_trained:
-            given = LayerPass(x, dx if kind.cols else None, dy, z, layer.left_OR, layer.right_RI)
-            flat.copy_(raw_sums([given], kind)[0])
+            layer_pass = LayerPass(x, dx if kind.cols else None, dy, z, layer.left_OR, layer.right_RI)
+            flat.copy_(raw_sums([layer_pass], kind)[0])
             formed.finish()
-    # Copies: results of an operator must not share memory.
+    # Cloned: results of an operator must not share memory.
     grads = [value.clone() if needs_trained else flat.new_empty(0) for value in formed.specs[0].grads.values()]
     return [dx if needs_x else x.new_empty(0), *grads]
 

@@ -1,6 +1,6 @@
-"""FORM and FINISH of one layer in plain torch: the maths of ``form`` and ``finish``.
+"""FORM and FINISH of one layer in plain torch; for the equations see ``form`` and ``finish``.
 
-Everything is in the format of the trained tensors.
+Everything is computed in the dtype of the trained tensors.
 
 Legend: O fan_out, I fan_in, R rank.
 """
@@ -16,7 +16,7 @@ from sa3dist_kernels.weight_norms import EPS
 
 @dataclasses.dataclass
 class Formed:
-    """What FORM leaves of a layer, float32 or float64; None where a type does not have it.
+    """What FORM computes of a layer, float32 or float64; None for what its type does not have.
 
     v_OI                         V = W0 + s L R
     left_OR, right_RI            L and R
@@ -37,12 +37,12 @@ class Formed:
     col_cross_RI: torch.Tensor | None = None
 
     def weight_OI(self) -> torch.Tensor:
-        """W', with gains kept from zero."""
+        """W', with gains kept away from zero."""
         return floored(self.row_gain_O)[:, None] * self.v_OI * floored(self.col_gain_I)
 
 
 def floored(gain: torch.Tensor) -> torch.Tensor:
-    """The gain that W' is formed with: its size is at least 2^-40 (float64: 2^-80); a NaN stays one."""
+    """The gain used in W': at least 2^-40 (float64: 2^-80) in absolute value. NaN stays NaN."""
     least = torch.full_like(gain, 2.0**-80 if gain.dtype == torch.float64 else 2.0**-40)
     return torch.where(gain.abs() < least, torch.copysign(least, gain), gain)
 
@@ -54,7 +54,7 @@ def form_reference(
     scale: float,
     bases: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Formed:
-    """Everything of one layer; ``bases`` are U (O, R) and Q (I, R) of an -xs type."""
+    """FORM of one layer; ``bases`` are U (O, R) and Q (I, R) of an -xs type."""
     if kind.xs:
         core = params["M_xs"]
         left, basis = (base.to(core.dtype) for base in bases)
@@ -81,7 +81,7 @@ def finish_reference(
     scale: float,
     bases: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """Raw sums in ``grads`` become gradients, in place."""
+    """FINISH of one layer: turns the raw sums in ``grads`` into gradients, in place."""
     g, h, v = formed.row_gain_O, formed.col_gain_I, formed.v_OI
     if not kind.xs:
         left, right = g[:, None] * grads["lora_B"], grads["lora_A"] * h
@@ -116,5 +116,5 @@ def finish_reference(
 
 
 def _slope(grad_magnitude, gain, norm):
-    # In this order nothing leaves float32's range that the result does not; zero where the norm is.
+    # In this order no intermediate leaves float32's range unless the result does. Zero where the norm is zero.
     return (-grad_magnitude * gain / norm).masked_fill(norm == 0, 0)

@@ -1,9 +1,9 @@
-"""Formed weights: W' of every adapted layer once per optimiser step, and raw sums turned into gradients at its end.
+"""The adapted weights W' of all layers of a model: FORM computes them once per optimiser step, FINISH makes gradients.
 
     formed = FormedWeights(specs, torch.bfloat16)
-    formed.form()        # from the trained tensors: W', L', R' of every layer (``form``)
-    ...                  # micro batches: products with W', raw sums added into ``grads``
-    formed.finish()      # raw sums to gradients, in place (``finish``)
+    formed.form()        # W', L' and R' of every layer, from the trained tensors (``form``)
+    ...                  # micro batches: products with W'; raw sums accumulate in ``grads``
+    formed.finish()      # turns the raw sums into gradients, in place (``finish``)
 
 Legend: O fan_out, I fan_in, R rank.
 """
@@ -24,16 +24,17 @@ if TYPE_CHECKING:
 
 
 class FormedWeights:
-    """W', L', R' of all ``specs``, one adapter type and rank, and what FINISH needs of them.
+    """W', L' and R' of layers that share one adapter type and rank.
 
-    product   format of the products and so of W', L' and R'
-    impl      "triton", "torch" (plain tensors, one layer after the other), or "auto": triton on CUDA, else torch
-    tiles     blocks of the Triton kernels; None: those that suit the rank, the format and the number of layers
-    memory    flat, where W', L' and R' lie from its start on; several that are never read at a time may share it, for
-              ``finish`` reads none of them. None: memory of its own
-    layers    a ``FormedLayer`` per spec, in their order; undefined before the first ``form``
+    specs     the layers
+    product   dtype of W', L' and R', and so of the products with them
+    impl      "triton", "torch" (one layer at a time), or "auto": triton on CUDA, else torch
+    tiles     block sizes of the Triton kernels; None chooses them by rank, dtype and number of rows
+    memory    flat buffer that receives W', L' and R' from its start; None allocates one. Instances may share a buffer
+              if only one of them is in use at a time: ``finish`` does not read it
+    layers    attribute: a ``FormedLayer`` per spec, in the same order; undefined before the first ``form``
 
-    Raises ValueError for specs that do not fit together, and for impl="triton" where no kernel can run.
+    Raises ValueError if the specs differ in type or rank, and for impl="triton" where no kernel can run.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class FormedWeights:
         if memory is None:
             memory = torch.empty(product_elements(self.specs), dtype=product, device=self.specs[0].weight_OI.device)
         if impl == "triton":
-            # Imported here: a machine without Triton runs the rest.
+            # Imported here: loading the kernels takes a quarter of a second.
             from sa3dist_kernels.formed_launch import TritonForms
 
             self.forms = TritonForms(self.specs, memory, tiles)
@@ -70,19 +71,19 @@ class FormedWeights:
 
     @torch.no_grad()
     def form(self) -> None:
-        """W', L', R', gains and norms from the trained tensors as they are now."""
+        """Compute W', L', R', gains and norms from the current trained tensors."""
         self.forms.form()
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Raw sums in ``grads`` to gradients, in place. The trained tensors must be those of the last ``form``."""
+        """Turn the raw sums in ``grads`` into gradients, in place. Trained tensors must be unchanged since ``form``."""
         self.forms.finish()
 
 
 def share_statistics(parts: Sequence[FormedWeights]) -> None:
-    """Have all ``parts`` keep in one memory what ``finish`` needs of ``form``.
+    """Let all ``parts`` keep their statistics, which ``finish`` reads, in one shared buffer.
 
-    From here on each of them has to be finished before another is formed.
+    From then on each part must be finished before another one is formed.
     """
     longest = max(sum(group.floats.numel() for group in part.forms.groups) for part in parts)
     memory = torch.empty(longest, device=parts[0].specs[0].weight_OI.device)
@@ -94,8 +95,9 @@ def share_statistics(parts: Sequence[FormedWeights]) -> None:
 
 
 class TorchForms:
-    """Plain tensors, one layer after the other. There are no groups: nothing is kept between FORM and FINISH."""
+    """FORM and FINISH in plain torch, one layer at a time."""
 
+    # Keeps no statistics between FORM and FINISH, so ``share_statistics`` has nothing to share.
     groups = ()
 
     def __init__(self, specs: list[FormedSpec], memory: torch.Tensor) -> None:
@@ -106,7 +108,7 @@ class TorchForms:
 
     def form(self) -> None:
         for spec, layer in zip(self.specs, self.layers, strict=True):
-            # A forward pass that forms its weights may be autocast.
+            # With weights formed per use this may run inside an autocast forward pass.
             with no_autocast(spec.weight_OI.device):
                 formed = form_reference(spec.weight_OI, spec.params, spec.kind, spec.scale, spec.bases)
             layer.weight_OI.copy_(formed.weight_OI())
@@ -115,7 +117,7 @@ class TorchForms:
             layer.right_RI.copy_(right * formed.col_gain_I)
 
     def finish(self) -> None:
-        # V is formed again: kept, it would take as much memory as the frozen weights.
+        # Recompute V: keeping it would take as much memory as the frozen weights.
         for spec in self.specs:
             formed = form_reference(spec.weight_OI, spec.params, spec.kind, spec.scale, spec.bases)
             finish_reference(formed, spec.grads, spec.kind, spec.scale, spec.bases)

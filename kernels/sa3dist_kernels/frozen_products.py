@@ -1,4 +1,4 @@
-"""Products with a frozen weight, in the number format the machine multiplies fastest, and the plain frozen layer.
+"""Products with a frozen weight, in the dtype the machine multiplies fastest, and the plain frozen layer.
 
 Legend: O fan_out, I fan_in, K any number of rows.
 """
@@ -12,18 +12,18 @@ import torch
 
 log = logging.getLogger(__name__)
 
-# Weights are converted this many elements at a time: 16 MiB of float32 is copied for about 1 % of the product it feeds,
-# and stays below the size from which glibc returns every freed block to the system (measured: 3x the conversion time).
+# Weights are converted in blocks of this many elements. Copying 16 MiB of float32 costs about 1 % of its product, and
+# larger blocks reach the size at which glibc returns freed memory to the system (measured: 3x the conversion time).
 BLOCK_ELEMENTS = 1 << 22
-# Weights of fewer rows are multiplied faster by BLAS, measured with 1 to 3000 tokens.
-ONEDNN_ROWS = 256
+# BLAS is faster for weights with fewer rows, measured with 1 to 3000 tokens.
+MIN_ONEDNN_ROWS = 256
 
 
 @functools.cache
 def cpu_multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU has matrix instructions for bfloat16 or float16. Says once when it has not.
+    """Whether this CPU has matrix instructions for ``dtype``; logged once if not.
 
-    Without them torch emulates: on AVX2 a bfloat16 ``dY @ W`` runs 100 times slower than float32.
+    Without them torch emulates: on AVX2 a bfloat16 ``dY @ W`` is 100 times slower than float32.
     """
     native = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
@@ -36,26 +36,26 @@ def cpu_multiplies(dtype: torch.dtype) -> bool:
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Format in which operands of ``dtype`` are multiplied on ``device``."""
+    """The dtype in which operands of ``dtype`` are multiplied on ``device``."""
     return torch.float32 if device.type == "cpu" and not cpu_multiplies(dtype) else dtype
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """Format of a layer's output for input ``x``: autocast's where autocast is on (float64 is left alone), else x's."""
+    """The dtype of a layer's output: autocast's if autocast is on (except for float64), else that of ``x``."""
     if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Inside the ops every format is chosen explicitly, in the backward pass too."""
+    """Disable autocast: the ops choose every dtype explicitly, in the backward pass too."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
 
 def blocks(weight_OI: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Consecutive rows of the weight in ``dtype``: the weight itself, or copies of at most BLOCK_ELEMENTS."""
+    """The weight in ``dtype`` as blocks of rows: the weight itself, or copies of at most BLOCK_ELEMENTS."""
     if weight_OI.dtype == dtype:
         yield slice(0, weight_OI.shape[0]), weight_OI
     else:
@@ -63,7 +63,7 @@ def blocks(weight_OI: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice,
 
 
 def small_blocks(weight_OI: torch.Tensor, dtype: torch.dtype, elements: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Consecutive rows of the weight in ``dtype``, at most ``elements`` at a time but at least one row."""
+    """Copies of consecutive rows of the weight in ``dtype``, each of at most ``elements`` but at least one row."""
     rows = max(1, elements // weight_OI.shape[1])
     for start in range(0, weight_OI.shape[0], rows):
         span = slice(start, start + rows)
@@ -77,11 +77,11 @@ def times_transposed(left_KI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Te
 
 
 def _product_transposed(left_KI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """oneDNN takes 0.55 to 0.9 times as long as BLAS, which torch chooses in float32, for a weight as it is stored."""
+    """Uses oneDNN for float32 on a CPU: 0.55 to 0.9 times the time of BLAS, torch's choice, for this weight layout."""
     if (
         weight_OI.device.type == "cpu"
         and weight_OI.dtype == torch.float32
-        and weight_OI.shape[0] >= ONEDNN_ROWS
+        and weight_OI.shape[0] >= MIN_ONEDNN_ROWS
         and torch.backends.mkldnn.is_available()
     ):
         return torch.ops.mkldnn._linear_pointwise(left_KI, weight_OI, None, "none", [], "")
@@ -99,7 +99,7 @@ def times(left_KO: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
 
 
 def weight_times(weight_OI: torch.Tensor, right_IK: torch.Tensor) -> torch.Tensor:
-    """``weight @ right`` (O, K) in right's dtype; for few columns this order is twice as fast as the transposed one."""
+    """``weight @ right`` (O, K) in right's dtype. For small K twice as fast as the transposed product."""
     out = right_IK.new_empty(weight_OI.shape[0], right_IK.shape[1])
     for span, block in blocks(weight_OI, right_IK.dtype):
         torch.mm(block, right_IK, out=out[span])
@@ -129,7 +129,7 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def frozen_linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-    """``F.linear`` for a frozen layer: gradients reach x only, and low precision is not emulated on CPUs without it.
+    """``F.linear`` of a frozen layer: gradients reach x only, and a CPU without 16-bit instructions uses float32.
 
     x  (..., I), any float dtype; the output (..., O) has autocast's dtype where autocast is on, else x's.
     """

@@ -1,9 +1,9 @@
-"""The gradient of a SiLU gate, and where wanted what the gate gave once more, in one pass.
+"""The gradient of a SiLU gate and, if needed, the gate's output again, in one pass.
 
     [a, g] = z + bias      y = a silu(g)      silu(g) = g sigmoid(g)
     dz = [dy silu(g), dy a sigmoid(g) (1 + g (1 - sigmoid(g)))]
 
-With y made again here, the layer behind the gate need not keep it for the sums of its trained tensors.
+Recomputing y here saves the next layer from keeping it for its raw sums.
 
 Legend: K tokens, G channels of y; z, bias and dz have 2 G.
 """
@@ -15,19 +15,19 @@ import triton
 import triton.language as tl
 
 from sa3dist_kernels.operations import define
-from sa3dist_kernels.triton_support import check_triton, launch_as_before
+from sa3dist_kernels.triton_support import check_triton, launch_cached
 
-# Tokens and channels of a program's tile: in 16 bit, each of its threads loads 16 bytes of every operand.
+# Tokens and channels of a tile: with 16-bit operands each thread loads 16 bytes of each.
 BLOCK_K, BLOCK_G, WARPS = 4, 512, 8
 
 
 def gate_gradient(
     dy_KG: torch.Tensor, z_KF: torch.Tensor, bias_F: torch.Tensor | None, values: bool, impl: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradient of z, (K, 2 G), and y, (K, G), in the format of z; float32 inside, or the wider format of z.
+    """Gradient of z (K, 2 G) and y (K, G), in the dtype of z; computed in float32 or wider.
 
-    dy_KG, bias_F   in the format of z; no bias: zeros
-    values          False: None in the place of y
+    dy_KG, bias_F   in the dtype of z; bias None: zeros
+    values          whether to compute y; else None is returned for it
     impl            "triton", "torch", or "auto", which is triton on CUDA
     """
     if impl == "torch" or (impl == "auto" and not z_KF.is_cuda):
@@ -36,23 +36,23 @@ def gate_gradient(
     dy_KG, z_KF = dy_KG.contiguous(), z_KF.contiguous()
     K, G = dy_KG.shape
     dz_KF, y_KG = torch.empty_like(z_KF), torch.empty_like(dy_KG) if values else None
-    # Of what is not there the kernel reads and writes nothing.
+    # The kernel does not touch a missing bias or y; another tensor is passed instead.
     bias, y = z_KF if bias_F is None else bias_F.contiguous(), dz_KF if y_KG is None else y_KG
-    given = {"dy": dy_KG, "z": z_KF, "bias": bias, "dz": dz_KF, "y": y, "K": K, "G": G}
-    given |= {"HAS_BIAS": bias_F is not None, "VALUES": values, "BLOCK_K": BLOCK_K, "BLOCK_G": BLOCK_G}
+    arguments = {"dy": dy_KG, "z": z_KF, "bias": bias, "dz": dz_KF, "y": y, "K": K, "G": G}
+    arguments |= {"HAS_BIAS": bias_F is not None, "VALUES": values, "BLOCK_K": BLOCK_K, "BLOCK_G": BLOCK_G}
     grid = (triton.cdiv(K, BLOCK_K) * triton.cdiv(G, BLOCK_G),)
-    launch_as_before(_gate_gradient_kernel, grid, given | {"num_warps": WARPS})
+    launch_cached(_gate_gradient_kernel, grid, arguments | {"num_warps": WARPS})
     return dz_KF, y_KG
 
 
 def gate_gradient_reference(dy_KG, z_KF, bias_F, values: bool):
-    """The maths."""
+    """``gate_gradient`` in torch."""
     wide = torch.promote_types(z_KF.dtype, torch.float32)
     entering_KF = z_KF.to(wide) if bias_F is None else z_KF.to(wide) + bias_F.to(wide)
     value_KG, gate_KG = entering_KF.chunk(2, dim=-1)
-    opened_KG = torch.sigmoid(gate_KG)
-    silu_KG, grad_KG = gate_KG * opened_KG, dy_KG.to(wide)
-    slope_KG = opened_KG * (1 + gate_KG * (1 - opened_KG))
+    sigmoid_KG = torch.sigmoid(gate_KG)
+    silu_KG, grad_KG = gate_KG * sigmoid_KG, dy_KG.to(wide)
+    slope_KG = sigmoid_KG * (1 + gate_KG * (1 - sigmoid_KG))
     dz_KF = torch.cat([grad_KG * silu_KG, grad_KG * value_KG * slope_KG], dim=-1).to(z_KF.dtype)
     return dz_KF, (value_KG * silu_KG).to(z_KF.dtype) if values else None
 
@@ -62,27 +62,27 @@ def _gate_gradient_kernel(
     dy, z, bias, dz, y, K,
     G: tl.constexpr, HAS_BIAS: tl.constexpr, VALUES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """A block of tokens and of channels of y. Consecutive programs have neighbouring channels."""
+    """A block of tokens and of channels of y. Consecutive programs take neighbouring channels."""
     columns: tl.constexpr = (G + BLOCK_G - 1) // BLOCK_G
     k = (tl.program_id(0) // columns * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None]
     g = (tl.program_id(0) % columns * BLOCK_G + tl.arange(0, BLOCK_G))[None, :]
     inside = k < K
     if G % BLOCK_G != 0:
         inside = inside & (g < G)
-    place = k * (2 * G) + g
-    value = tl.load(z + place, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(z + place + G, mask=inside, other=0.0).to(tl.float32)
+    offsets = k * (2 * G) + g
+    value = tl.load(z + offsets, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(z + offsets + G, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(dy + k * G + g, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        # As large as the tile, from the first-level cache: a row of it would be handed around in shared memory.
+        # Loaded as a full tile from the L1 cache: broadcasting a row would go through shared memory.
         biases = tl.broadcast_to(bias + g, (BLOCK_K, BLOCK_G))
         value += tl.load(biases, mask=inside, other=0.0).to(tl.float32)
         gate += tl.load(biases + G, mask=inside, other=0.0).to(tl.float32)
-    opened = tl.sigmoid(gate)
-    silu = gate * opened
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
     format = dz.dtype.element_ty
-    tl.store(dz + place, (grad * silu).to(format), mask=inside)
-    tl.store(dz + place + G, (grad * value * (opened * (1 + gate * (1 - opened)))).to(format), mask=inside)
+    tl.store(dz + offsets, (grad * silu).to(format), mask=inside)
+    tl.store(dz + offsets + G, (grad * value * (sigmoid * (1 + gate * (1 - sigmoid)))).to(format), mask=inside)
     if VALUES:
         tl.store(y + k * G + g, (value * silu).to(format), mask=inside)
 

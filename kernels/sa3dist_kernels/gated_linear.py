@@ -1,9 +1,9 @@
-"""A SiLU gate, alone or with a formed layer behind it, that keeps nothing but what the projection ahead of it gave.
+"""A SiLU gate, alone or in front of a formed layer, that saves only its input.
 
     [a, g] = z + bias      y = a silu(g)      out = y W'^T
 
-Left to autograd and the compiler, y is kept for the layer's raw sums. Here the gate's gradient makes it once more, in
-the pass that reads z anyway (``gate_gradient``).
+With autograd and the compiler alone, y would be saved for the layer's raw sums. Here ``gate_gradient`` recomputes it in
+the pass that reads z anyway.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-# Registers the operations.
+# Registers the operations used below.
 import sa3dist_kernels.gate_gradient  # noqa: F401
 from sa3dist_kernels.adapter_types import ADAPTER_TYPES, AdapterType
 from sa3dist_kernels.formed_linear import raw_sums_op
@@ -19,7 +19,7 @@ from sa3dist_kernels.frozen_products import no_autocast
 
 
 def silu_gated(z: torch.Tensor, bias_F: torch.Tensor | None) -> torch.Tensor:
-    """``y`` (..., G) of z (..., 2 G), in the format of z. bias_F: None for zeros."""
+    """y (..., G) of z (..., 2 G), in the dtype of z. bias_F may be None."""
     return _Gate.apply(*_as_rows(z, bias_F)).view(*z.shape[:-1], z.shape[-1] // 2)
 
 
@@ -33,7 +33,7 @@ def gated_formed_linear(
     kind: AdapterType,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """``formed_linear(silu_gated(z, bias_F), ...)``: (..., O); z in the format of W', everything else as there."""
+    """``formed_linear(silu_gated(z, bias_F), ...)`` (..., O), for z in the dtype of W'; other arguments as there."""
     impl = ("triton" if z.is_cuda else "torch") if impl == "auto" else impl
     out = _GatedFormedLinear.apply(*_as_rows(z, bias_F), sums, weight_OI, left_OR, right_RI, kind.name, impl)
     return out.view(*z.shape[:-1], weight_OI.shape[0])
@@ -74,11 +74,11 @@ class _GatedFormedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         z, bias, out, weight_OI, left_OR, right_RI = ctx.saved_tensors
-        found = None
+        grad_sums = None
         with no_autocast(grad.device):
             dy = grad @ weight_OI
             dz, y = torch.ops.sa3dist.gate_gradient_and_values(dy, z, bias)
             if ctx.needs_input_grad[2]:
-                of_cols = dy if ADAPTER_TYPES[ctx.kind_name].cols else None
-                found = raw_sums_op(y, of_cols, grad, out, left_OR, right_RI, ctx.kind_name, ctx.impl)
-        return dz, dz.sum(0) if ctx.needs_input_grad[1] else None, found, None, None, None, None, None
+                col_operand = dy if ADAPTER_TYPES[ctx.kind_name].cols else None
+                grad_sums = raw_sums_op(y, col_operand, grad, out, left_OR, right_RI, ctx.kind_name, ctx.impl)
+        return dz, dz.sum(0) if ctx.needs_input_grad[1] else None, grad_sums, None, None, None, None, None

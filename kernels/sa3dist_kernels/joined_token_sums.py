@@ -1,14 +1,14 @@
-"""A pass over a compiled backward graph that gives its sums over tokens to ``token_sums``, joined where they may wait.
+"""A compiler pass that replaces sums over tokens in a backward graph by ``token_sums``, joined where they may wait.
 
-The compiler's own kernels for them are slow: one for each sum that spreads it over few programs, and one that adds up.
-The graph is looked at once it is divided into forward and backward: before, the compiler would keep from the forward
-pass whatever an operation reads that it does not look into.
+The compiler's own kernels for them are slow: each sum is a kernel on few programs, plus one that adds up. The pass runs
+after the graph is partitioned into forward and backward; before, the partitioner would save whatever an opaque
+operation reads from the forward pass.
 
-    sum_k left * right       the gradient of a gate, of a scale or, without right, of a shift
-    owner_BK @ (left * right)   likewise of several clips
+    sum_k left * right          the gradient of a gate, a scale or, without right, a shift
+    owner_BK @ (left * right)   the same per clip
 
-where right is made of a kept tensor by casts, a factor of each token (a norm's) or of each channel, or a bias. These
-enter the sums; what they make is not written to memory.
+Right is a stored tensor, possibly with casts, a factor per token (a norm's) or per channel, or a bias. These become
+operands of ``token_sums``, so their result is not written to memory.
 
 Legend: K tokens, E channels, B clips.
 """
@@ -22,18 +22,18 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Graph, Node
 
-# Registers the operation.
+# Registers the operation used below.
 import sa3dist_kernels.token_sums  # noqa: F401
 
 TOKEN_SUMS = torch.ops.sa3dist.token_sums.default
 aten, CAST = torch.ops.aten, torch.ops.prims.convert_element_type.default
-# They change nothing where both sides have the same two last axes, and others of length 1.
+# Views; see ``_is_the_same`` for when they keep a tensor's last two axes.
 VIEWS = (aten.view.default, aten.reshape.default, aten.select.int, aten.squeeze.dim, aten.unsqueeze.default)
 
 
 @dataclasses.dataclass
-class Found:
-    """Nodes of the graph: the sums themselves, and what they are of; see ``TokenSum``."""
+class Match:
+    """A matched ``TokenSum``: the graph nodes of its two results (None if absent) and of its operands."""
 
     products: Node | None
     plain: Node | None
@@ -50,26 +50,26 @@ class Found:
 
     @property
     def group(self) -> tuple:
-        """Alike among those that are one operation."""
+        """Sums with equal keys can be one operation."""
         return _dtype(self.left), _dtype(self.right or self.left), self.owner
 
 
 def join_token_sums(graph: Graph, impl: str) -> None:
-    """impl: of ``token_sums``."""
-    found = [each for node in graph.nodes if (each := _found(node)) is not None]
-    waiting = _merged([each for each in found if _may_wait(each.nodes[0])])
-    groups: dict[tuple, list[Found]] = {}
-    for each in waiting:
-        groups.setdefault(each.group, []).append(each)
-    groups |= {(index,): [each] for index, each in enumerate(found) if not _may_wait(each.nodes[0])}
+    """Replace the sums over tokens in ``graph``; ``impl`` is that of ``token_sums``."""
+    matches = [match for node in graph.nodes if (match := _match(node)) is not None]
+    deferrable = _merged([match for match in matches if _may_wait(match.nodes[0])])
+    groups: dict[tuple, list[Match]] = {}
+    for match in deferrable:
+        groups.setdefault(match.group, []).append(match)
+    groups |= {(index,): [match] for index, match in enumerate(matches) if not _may_wait(match.nodes[0])}
     order = {node: place for place, node in enumerate(graph.nodes)}
     for members in groups.values():
         _replace(graph, members, order, impl)
     graph.eliminate_dead_code()
 
 
-def _found(node: Node) -> Found | None:
-    """What ``node`` sums over all tokens, or None where it is something else."""
+def _match(node: Node) -> Match | None:
+    """Match ``node`` as a sum over all tokens; None if it is something else."""
     owner, values = None, node.args[0] if node.args else None
     if node.target is aten.sum.dim_IntList:
         axes = {axis % len(_shape(values)) - len(_shape(values)) for axis in node.args[1]}
@@ -80,7 +80,7 @@ def _found(node: Node) -> Found | None:
     else:
         return None
     K, E = _last_two(values) or (0, 0)
-    # The tokens' axis alone has any length.
+    # Only the token axis has a symbolic length.
     if not over_tokens or isinstance(K, int) or not isinstance(E, int):
         return None
     tokens, rows, columns = [], [], []
@@ -94,17 +94,17 @@ def _found(node: Node) -> Found | None:
     result = _rounded(node, _dtype(tokens[0]))
     if result is None:
         return None
-    found = Found(result, None, *tokens, owner=owner)
-    found.rows, found.scale = (*rows, None)[0], (*columns, None)[0]
-    if found.right is None and not rows and not columns:
-        found.products, found.plain = None, result
-    elif found.right is not None:
-        _take_bias(found)
-    return found if _dtype(result) is _dtype(found.left) else None
+    match = Match(result, None, *tokens, owner=owner)
+    match.rows, match.scale = (*rows, None)[0], (*columns, None)[0]
+    if match.right is None and not rows and not columns:
+        match.products, match.plain = None, result
+    elif match.right is not None:
+        _take_bias(match)
+    return match if _dtype(result) is _dtype(match.left) else None
 
 
 def _rounded(node: Node, dtype: torch.dtype) -> Node | None:
-    """A sum in the format that is wanted: on CUDA torch adds 16 bit numbers in float32, and rounds what it shapes."""
+    """The node that holds the sum in ``dtype``: on CUDA torch sums 16-bit values in float32 and casts afterwards."""
     while _dtype(node) is not dtype:
         users = list(node.users)
         if len(users) != 1 or not _is_the_same(users[0]):
@@ -114,7 +114,7 @@ def _rounded(node: Node, dtype: torch.dtype) -> Node | None:
 
 
 def _factors(node: Node) -> Iterator[Node]:
-    """``node`` as a product: what is multiplied, as it is kept in memory or made by something else."""
+    """The factors of ``node`` as a product, looking through views, casts and masks."""
     if _is_the_same(node):
         yield from _factors(node.args[0])
     elif node.target is aten.mul.Tensor and isinstance(node.args[1], Node):
@@ -128,7 +128,7 @@ def _factors(node: Node) -> Iterator[Node]:
 
 
 def _is_the_same(node: Node) -> bool:
-    """Whether ``node`` holds what its first argument does, but for shape and format."""
+    """Whether ``node`` has the values of its first argument, in another shape or dtype."""
     if node.target in VIEWS:
         return _last_two(node) is not None and _last_two(node) == _last_two(node.args[0])
     if node.target is CAST:
@@ -136,68 +136,70 @@ def _is_the_same(node: Node) -> bool:
     return node.target is aten.mul.Scalar and node.args[1] == 1
 
 
-def _take_bias(found: Found) -> None:
-    """Where right is itself the sum of a product's result and a bias, that is not made again."""
-    if found.rows is not None or found.scale is not None:
+def _take_bias(match: Match) -> None:
+    """If right is a stored tensor plus a bias, take both as operands instead of their sum."""
+    if match.rows is not None or match.scale is not None:
         return
-    for left, right in ((found.left, found.right), (found.right, found.left)):
+    for left, right in ((match.left, match.right), (match.right, match.left)):
         if right.target is aten.add.Tensor and not right.kwargs and isinstance(right.args[1], Node):
             values, bias = right.args
             if _shape(values) == _shape(right) and _shape(bias) == _shape(right)[-1:]:
-                found.left, found.right, found.bias = left, values, bias
+                match.left, match.right, match.bias = left, values, bias
                 return
 
 
-def _merged(found: list[Found]) -> list[Found]:
-    """Plain sums of what is multiplied elsewhere come with the products."""
-    alone = {(each.left, each.owner): each for each in found if each.products is None}
-    for each in found:
-        if each.products is None or each.right is None:
+def _merged(matches: list[Match]) -> list[Match]:
+    """Merge plain sums into the matches that also multiply the same left, which compute both in one pass."""
+    alone = {(match.left, match.owner): match for match in matches if match.products is None}
+    for match in matches:
+        if match.products is None or match.right is None:
             continue
-        if (each.right, each.owner) in alone and each.bias is None:
-            each.left, each.right = each.right, each.left
-        plain = alone.pop((each.left, each.owner), None)
-        each.plain = plain and plain.plain
-    return [each for each in found if each.products is not None or alone.get((each.left, each.owner)) is each]
+        if (match.right, match.owner) in alone and match.bias is None:
+            match.left, match.right = match.right, match.left
+        plain = alone.pop((match.left, match.owner), None)
+        match.plain = plain and plain.plain
+    return [match for match in matches if match.products is not None or alone.get((match.left, match.owner)) is match]
 
 
-def _replace(graph: Graph, members: list[Found], order: dict[Node, int], impl: str) -> None:
-    columns = [[getattr(each, name) for each in members] for name in ("left", "right", "rows", "scale", "bias")]
-    last = place = max((node for each in members for node in each.nodes), key=order.__getitem__)
-    with graph.inserting_after(place):
-        made = place = graph.call_function(TOKEN_SUMS, (*columns, members[0].owner, impl))
+def _replace(graph: Graph, members: list[Match], order: dict[Node, int], impl: str) -> None:
+    """Insert one ``token_sums`` behind the last of the members' nodes and redirect what reads them."""
+    operands = [[getattr(match, name) for match in members] for name in ("left", "right", "rows", "scale", "bias")]
+    last_sum = last = max((node for match in members for node in match.nodes), key=order.__getitem__)
+    with graph.inserting_after(last):
+        joined = last = graph.call_function(TOKEN_SUMS, (*operands, members[0].owner, impl))
     clips = 1 if members[0].owner is None else _shape(members[0].owner)[0]
-    lefts = [each.left.meta["val"] for each in members]
-    made.meta["val"] = [left.new_empty(clips, left.shape[-1]) for left in lefts for _ in range(2)]
-    for index, each in enumerate(members):
-        for part, node in enumerate((each.products, each.plain)):
+    lefts = [match.left.meta["val"] for match in members]
+    joined.meta["val"] = [left.new_empty(clips, left.shape[-1]) for left in lefts for _ in range(2)]
+    for index, match in enumerate(members):
+        for part, node in enumerate((match.products, match.plain)):
             if node is None:
                 continue
-            with graph.inserting_after(place):
-                got = graph.call_function(operator.getitem, (made, 2 * index + part))
-            got.meta["val"] = made.meta["val"][2 * index + part]
-            with graph.inserting_after(got):
-                place = graph.call_function(aten.view.default, (got, list(_shape(node))))
-            place.meta["val"] = node.meta["val"]
-            node.replace_all_uses_with(place)
-            for user in _passed_on(place):
-                if order[user] < order[last]:
-                    place.append(user)
-                    place = user
+            with graph.inserting_after(last):
+                item = graph.call_function(operator.getitem, (joined, 2 * index + part))
+            item.meta["val"] = joined.meta["val"][2 * index + part]
+            with graph.inserting_after(item):
+                last = graph.call_function(aten.view.default, (item, list(_shape(node))))
+            last.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(last)
+            # Views and casts of the old sum that precede the joined operation move behind it.
+            for user in _views_and_casts(last):
+                if order[user] < order[last_sum]:
+                    last.append(user)
+                    last = user
 
 
-def _passed_on(node: Node) -> Iterator[Node]:
-    """Views and casts of a result, and those of them, in an order in which they can be made."""
+def _views_and_casts(node: Node) -> Iterator[Node]:
+    """Views and casts of a node, and of those, in topological order."""
     for user in list(node.users):
         if user.target in VIEWS or user.target is CAST:
             yield user
-            yield from _passed_on(user)
+            yield from _views_and_casts(user)
 
 
 def _may_wait(node: Node) -> bool:
-    """Whether nothing reads a result within this graph."""
-    passed_on = list(_passed_on(node))
-    return all(user.op == "output" or user in passed_on for each in (node, *passed_on) for user in each.users)
+    """Whether a result only leaves the graph, possibly through views and casts."""
+    forwarded = list(_views_and_casts(node))
+    return all(user.op == "output" or user in forwarded for each in (node, *forwarded) for user in each.users)
 
 
 def _uncast(node: Node) -> Node:
@@ -211,12 +213,12 @@ def _is_zero(node: object) -> bool:
 
 
 def _shape(node: Node) -> tuple:
-    """Numbers and, of axes of any length, expressions: to compare these adds no condition to the program."""
+    """Lengths; expressions for symbolic ones, because comparing SymInts would add guards to the program."""
     return tuple(size if isinstance(size, int) else size.node.expr for size in node.meta["val"].shape)
 
 
 def _last_two(node: Node) -> tuple | None:
-    """Lengths of the last two axes, None where others are longer than 1."""
+    """Lengths of the last two axes; None if another axis is longer than 1."""
     *others, tokens, channels = 1, 1, *_shape(node)
     return None if set(others) - {1} else (tokens, channels)
 

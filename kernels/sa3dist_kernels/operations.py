@@ -1,4 +1,4 @@
-"""Operations of our own, which torch.compile does not look into."""
+"""Registers custom operations, which torch.compile treats as opaque."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ _LIBRARY = torch.library.Library("sa3dist", "FRAGMENT")
 
 
 def define(schema: str, function: Callable, shapes: Callable) -> None:
-    """Make ``torch.ops.sa3dist.NAME`` of a schema "NAME(...) -> ...".
+    """Define ``torch.ops.sa3dist.NAME`` from a schema "NAME(...) -> ...".
 
-    Not by ``custom_op``, whose calls take 28 us of a host instead of 8.
+    Not with ``torch.library.custom_op``: a call of one takes the host 28 us instead of 8.
 
-    function   computes it on any device, without autograd     shapes   empty results, for the compiler
+    function   the implementation on any device, without autograd
+    shapes     the fake implementation for the compiler: returns empty results
     """
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name, *_ = schema.partition("(")

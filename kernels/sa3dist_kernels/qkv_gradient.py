@@ -1,12 +1,12 @@
-"""The gradient of a self-attention's packed projection, from those of its queries, keys and values, in one pass.
+"""The gradient of a self-attention's packed projection from those of its queries, keys and values, in one pass.
 
     q = rotate(norm(x_q))      k = rotate(norm(x_k))      v = x_v, shared by the members of a differential pair
 
 with norm(x) = gamma x / sqrt(mean(x^2) + eps) over a head's channels, and rotate(x) = x cos + swap(x) sin, where swap
-exchanges the first ``half`` channels with the next ``half``. x holds q, k, v and, of a pair, the second's q and k.
-Compiled, the same was two kernels with float32 values between them: 2.5 times the bytes.
+exchanges the first ``half`` channels with the next ``half``. x holds q, k, v and, of a pair, the second member's q and
+k. Compiled, this was two kernels with float32 values between them: 2.5 times the bytes.
 
-Legend: K tokens, S parts of the projection (3, or 5 of a pair), P members of a pair, H heads, D channels of a head.
+Legend: K tokens, S parts of the projection (3; 5 of a pair), P members (1; 2 of a pair), H heads, D channels of a head.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ import torch
 import triton
 import triton.language as tl
 
-from sa3dist_kernels.triton_support import check_triton, launch_as_before
+from sa3dist_kernels.triton_support import check_triton, launch_cached
 
 # Tokens and heads of a program's tile.
 BLOCK_K, BLOCK_H = 4, 8
 
 
 class HeadNorm(NamedTuple):
-    """What turns a projection's rows into queries and keys.
+    """The norm and rotation that turn a projection's rows into queries and keys.
 
-    gamma_q_D, gamma_k_D, eps   of the norms         cos_KD, sin_KD   of every token's position, float32; sin is signed
-    half                        half of the channels that are rotated
+    gamma_q_D, gamma_k_D, eps   parameters of the norms
+    cos_KD, sin_KD              rotary tables at each token's position, float32; sin is signed
+    half                        half the number of rotated channels
     """
 
     gamma_q_D: torch.Tensor
@@ -45,11 +46,11 @@ def qkv_gradient(
     is_clips_K: torch.Tensor,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Gradient of x, (K, S, H, D) in its format; float32 inside, or the wider format of x.
+    """Gradient of x (K, S, H, D), in its dtype; computed in float32 or wider.
 
-    grads_KPHD   of q, k, and of v as each member of the pair sees it, in the format of x; any strides of K, P and H. Of
-                 the second member, whose attention is taken off the first's, with the sign that they had if it were not
-    is_clips_K   bool: False for tokens whose gradients are zeros, whatever ``grads_KPHD`` hold there, NaN included
+    grads_KPHD   gradients of q, k, and of v per member, in the dtype of x; any strides of K, P and H. Those of the
+                 second member are passed as if its attention were added; it is subtracted, so they are negated here
+    is_clips_K   bool: False for tokens whose gradients are zero, whatever ``grads_KPHD`` hold there, even NaN
     impl         "triton", "torch", or "auto", which is triton on CUDA
     """
     if impl == "torch" or (impl == "auto" and not x_KSHD.is_cuda):
@@ -57,19 +58,19 @@ def qkv_gradient(
     check_triton(x_KSHD)
     K, S, H, D = x_KSHD.shape
     x_KSHD = x_KSHD.contiguous()
-    # Channels of a head lie side by side.
+    # The kernel takes channels of a head as contiguous.
     grads = [grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads_KPHD]
     out_KSHD = torch.empty_like(x_KSHD)
-    given = dict(zip(("grad_q", "grad_k", "grad_v"), grads, strict=True)) | {"x": x_KSHD, "out": out_KSHD, "K": K}
+    arguments = dict(zip(("grad_q", "grad_k", "grad_v"), grads, strict=True)) | {"x": x_KSHD, "out": out_KSHD, "K": K}
     for name, grad in zip("qkv", grads, strict=True):
-        given |= zip((f"{name}_k", f"{name}_p", f"{name}_h"), grad.stride(), strict=False)
+        arguments |= zip((f"{name}_k", f"{name}_p", f"{name}_h"), grad.stride(), strict=False)
     grid = triton.cdiv(K, BLOCK_K), triton.cdiv(H, BLOCK_H), S
-    launch_as_before(_qkv_gradient_kernel, grid, given | {"is_clips": is_clips_K} | constants(x_KSHD, norm))
+    launch_cached(_qkv_gradient_kernel, grid, arguments | {"is_clips": is_clips_K} | common_arguments(x_KSHD, norm))
     return out_KSHD
 
 
-def constants(x_KSHD: torch.Tensor, norm: HeadNorm) -> dict:
-    """What the kernels that go either way take of the norm, of x's sizes but for K, and of blocks."""
+def common_arguments(x_KSHD: torch.Tensor, norm: HeadNorm) -> dict:
+    """Arguments that this kernel and ``queries_and_keys`` share: of the norm, x's sizes except K, and block sizes."""
     _, S, H, D = x_KSHD.shape
     tables = {"gamma_q": norm.gamma_q_D, "gamma_k": norm.gamma_k_D}
     tables |= {"cos": norm.cos_KD.contiguous(), "sin": norm.sin_KD.contiguous(), "eps": norm.eps}
@@ -78,7 +79,7 @@ def constants(x_KSHD: torch.Tensor, norm: HeadNorm) -> dict:
 
 
 def qkv_gradient_reference(grads_KPHD, x_KSHD, norm: HeadNorm, is_clips_K: torch.Tensor) -> torch.Tensor:
-    """The maths."""
+    """``qkv_gradient`` in torch."""
     wide = torch.promote_types(x_KSHD.dtype, torch.float32)
     kept = is_clips_K[:, None, None, None]
     grad_q, grad_k, grad_v = (torch.where(kept, grad, grad.new_zeros(())).to(wide) for grad in grads_KPHD)
@@ -87,8 +88,8 @@ def qkv_gradient_reference(grads_KPHD, x_KSHD, norm: HeadNorm, is_clips_K: torch
     for part, grad, gamma in ((0, grad_q, norm.gamma_q_D), (1, grad_k, norm.gamma_k_D)):
         x = x_KSHD[:, part::3].to(wide)
         grad = grad * _signs(grad)
-        turned = grad * sin
-        first, second, rest = turned.split([norm.half, norm.half, x.shape[-1] - 2 * norm.half], dim=-1)
+        rotated = grad * sin
+        first, second, rest = rotated.split([norm.half, norm.half, x.shape[-1] - 2 * norm.half], dim=-1)
         normed_grad = (grad * cos + torch.cat([second, first, rest], dim=-1)) * gamma.to(wide)
         scale = (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
         along = (normed_grad * x).mean(-1, keepdim=True) * scale.square()
@@ -116,15 +117,15 @@ def _qkv_gradient_kernel(
     part = tl.program_id(2)
     inside = (k < K) & (h < H) & (d < D)
     kept = inside & (tl.load(is_clips + k, mask=k < K, other=0) != 0)
-    place = ((k * (2 * P + 1) + part) * H + h) * D + d
+    offsets = ((k * (2 * P + 1) + part) * H + h) * D + d
     if part == 2:
-        # Values: what every member of the pair sends back.
-        found = tl.zeros((BLOCK_K, BLOCK_H, BLOCK_D), tl.float32)
+        # Values: the sum over the members.
+        result = tl.zeros((BLOCK_K, BLOCK_H, BLOCK_D), tl.float32)
         for member in tl.static_range(P):
             value = tl.load(grad_v + k * v_k + member * v_p + h * v_h + d, mask=kept, other=0.0).to(tl.float32)
-            found += value * (1 - 2 * member)
+            result += value * (1 - 2 * member)
     else:
-        # The rows of ``grad`` that this part is the source of.
+        # Queries or keys of one member.
         member = part // 3
         if part % 3 == 0:
             rows, gammas = grad_q + k * q_k + member * q_p + h * q_h, gamma_q
@@ -136,11 +137,11 @@ def _qkv_gradient_kernel(
         sine = tl.load(sin + k * D + swapped, mask=in_tables, other=0.0)
         gamma = tl.load(gammas + d, mask=d < D, other=0.0).to(tl.float32)
         grad = tl.load(rows + d, mask=kept, other=0.0).to(tl.float32)
-        # A second time from the first-level cache: cheaper than an exchange between threads.
+        # A second load, from the L1 cache, is cheaper than exchanging values between threads.
         grad_swapped = tl.load(rows + swapped, mask=kept, other=0.0).to(tl.float32)
-        values = tl.load(x + place, mask=kept, other=0.0).to(tl.float32)
+        values = tl.load(x + offsets, mask=kept, other=0.0).to(tl.float32)
         normed_grad = (grad * cosine + grad_swapped * sine) * gamma
         scale = tl.rsqrt(tl.sum(values * values, axis=2, keep_dims=True) / D + eps)
         along = tl.sum(normed_grad * values, axis=2, keep_dims=True) / D * scale * scale
-        found = scale * (normed_grad - values * along) * (1 - 2 * member)
-    tl.store(out + place, found.to(out.dtype.element_ty), mask=inside)
+        result = scale * (normed_grad - values * along) * (1 - 2 * member)
+    tl.store(out + offsets, result.to(out.dtype.element_ty), mask=inside)

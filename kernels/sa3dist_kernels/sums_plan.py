@@ -1,7 +1,9 @@
-"""How the sums over tokens of a group of layers are shared out over programs: tables, grids, block sizes.
+"""How the raw sums of a group of layers are divided among programs: tables, grids and block sizes.
 
-One launch serves several layers. A program finds in a table (``PROGRAM``) which block of which layer is its own, and in
-``sizes`` (``Side``) what it needs to know of that layer's inputs x (side 0) or outputs dy (side 1).
+One launch serves several layers. A program looks up its block in a table of ``PROGRAM`` rows, and what it needs to know
+of the layer's inputs x (side 0) or outputs dy (side 1) in ``sizes`` (``Side``).
+
+Work is split twice: T and U over channels (``channel_splits``), the sums over tokens (``token_splits``).
 
 Legend: N tokens, O fan_out, I fan_in, R rank.
 """
@@ -12,49 +14,56 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 
 from sa3dist_kernels.adapter_types import AdapterType
-from sa3dist_kernels.triton_support import interpreting, rank_block, sent
+from sa3dist_kernels.triton_support import interpreting, rank_block, to_device
 
-# Programs of one launch for a layer alone: two, and in the second kernel eight, for each of an H100's 132
-# multiprocessors. For several layers there are rounds of them in the second kernel, so that the last one weighs little.
+# Programs per launch: two per multiprocessor of an H100 (132) in the first kernel; in the second one eight for a single
+# layer, and more for several layers, so that the last wave of programs weighs little.
 PROGRAMS, SUM_PROGRAMS, GROUP_SUM_PROGRAMS = 264, 1056, 3168
-# Shares of T and U: every program of the second kernel adds them up again.
-MOST_SHARES = 4
-# Tokens that are worth a program of their own in the second kernel, and an addition of its result.
-LEAST_SPAN = 512
-# Elements by which a layer's shares of T and U begin.
+# Channel splits of T and U. Every program of the second kernel adds them up again.
+MAX_CHANNEL_SPLITS = 4
+# Fewest tokens of a program of the second kernel: its partial sum has to be added.
+MIN_TOKEN_SPAN = 512
+# A layer's T and U start at multiples of this many elements.
 ALIGNED = 16
 
 PROGRAM = ("layer", "side", "block", "part")
 
 
 class Side(NamedTuple):
-    """An entry of ``sizes``.
+    """An entry of ``sizes``: one side of a layer. Offsets and strides are in elements.
 
-    made_stride    of dx or z                        span     channels of a share of T or U, which begin at ``parts``
-    matrix, gains  where the layer's sums begin      token_span   tokens of one split
+    size              channels: fan_in or fan_out
+    stride            row stride of x or dy
+    partner_stride    row stride of dx or z, which x or dy is multiplied with for the magnitude's sum
+    channel_span      channels of one split of T or U
+    channel_splits    number of these splits
+    partials          offset of T or U in the buffer of partial products
+    factor_sums       offset of P2, P1 or PM in ``out``
+    magnitude_sums    offset of s_h or s_g in ``out``
+    token_span        tokens of one split of the sums
     """
 
     tokens: int
     size: int
     stride: int
-    made_stride: int
-    span: int
-    shares: int
-    parts: int
-    matrix: int
-    gains: int
+    partner_stride: int
+    channel_span: int
+    channel_splits: int
+    partials: int
+    factor_sums: int
+    magnitude_sums: int
     token_span: int
 
 
 class LayerShape(NamedTuple):
-    """Tokens, fan_in, fan_out, and the row strides of x, dx, dy and z (0 where there is none)."""
+    """Tokens, fan_in, fan_out, and the row strides of x, dx, dy and z (0 if there is no such tensor)."""
 
     tokens: int
     fan_in: int
@@ -66,7 +75,7 @@ class LayerShape(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """programs (number, len(PROGRAM)), int32 on the device; constants and options of the kernel."""
+    """programs: int32 (count, len(PROGRAM)) on the device; constants: of the kernel, with Triton's launch options."""
 
     programs: torch.Tensor
     constants: dict
@@ -74,27 +83,30 @@ class Launch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SumsPlan:
-    """What the launches of a group take.
+    """The launches of a group.
 
-    sizes          (layers, 2, len(Side._fields)), int64 on the device
-    parts          elements of all shares of T and U      ranks    blocks of the rank
-    splits, total  shares of the sums, and the length of one: layer after layer, each as long as ``counts`` says
-    kept           of ``triton_support.launch``
+    sizes         (layers, 2, len(Side._fields)), int64 on the device
+    partials      elements of all splits of T and U
+    ranks         blocks of the rank
+    token_splits  splits of the sums: rows of ``out``
+    total         length of a row of ``out``
+    counts        its parts: the length of each layer's sums
+    compiled      the cache of ``triton_support.launch``
     """
 
     sizes: torch.Tensor
-    parts: int
+    partials: int
     ranks: int
-    splits: int
+    token_splits: int
     total: int
     counts: tuple[int, ...]
     thin: Launch
     sums: Launch
     core: Launch
-    kept: dict = dataclasses.field(default_factory=dict)
+    compiled: dict = dataclasses.field(default_factory=dict)
 
 
-# Found once for a shape: it would take the host longer than the launches. For good: recorded graphs read the tables.
+# Cached: planning takes the host longer than the launches. Never evicted: CUDA graphs read the tables.
 @functools.cache
 def plan_of(
     shapes: tuple[LayerShape, ...], R: int, kind: AdapterType, dtype: torch.dtype, precision: str, device: torch.device
@@ -103,31 +115,32 @@ def plan_of(
     ranks = triton.cdiv(R, block_r)
     thin_n, thin_warps, thin_k = _thin_blocks(shapes, dtype)
     sums_n, sums_m = _sum_blocks(block_r, kind.xs, dtype, loads_vectors(shapes))
-    splits = _splits(shapes, ranks, kind, sums_n, sums_m)
-    shares = _shares(shapes, ranks, thin_n, thin_warps * thin_k)
-    sizes, counts, parts = _sizes(shapes, R, kind, shares, thin_warps * thin_k, splits, sums_n)
+    token_splits = _token_splits(shapes, ranks, kind, sums_n, sums_m)
+    channel_splits = _channel_splits(shapes, ranks, thin_n, thin_warps * thin_k)
+    sizes, counts, partials = _sizes(shapes, R, kind, channel_splits, thin_warps * thin_k, token_splits, sums_n)
     thin, sums, core = (
-        sent(programs, torch.int32, device) for programs in _programs(sizes, kind, thin_n, sums_m, ranks, splits)
+        to_device(programs, torch.int32, device)
+        for programs in _programs(sizes, kind, thin_n, sums_m, ranks, token_splits)
     )
-    # By side, its layers'.
-    sides = list(zip(*sizes, strict=True))
-    spans, token_spans = zip(*((side.span, side.token_span) for of_layer in sizes for side in of_layer), strict=True)
+    inputs, outputs = zip(*sizes, strict=True)
+    both = [*inputs, *outputs]
     common = {"R": R, "BLOCK_R": block_r, "num_warps": 4}
-    wide = {name: _multiple(of_side) for name, of_side in zip(("WIDE_X", "WIDE_Y"), sides, strict=True)}
-    blocks = {"BLOCK_N": sums_n, "LOOP": _loop_to(token_spans)}
-    blocks["SHARES"] = max(side.shares for of_layer in sizes for side in of_layer)
+    alignments = {"ALIGN_X": _divisor(inputs), "ALIGN_Y": _divisor(outputs)}
+    blocks = {"BLOCK_N": sums_n, "LOOP": _loop_bound(side.token_span for side in both)}
+    blocks["CHANNEL_SPLITS"] = max(side.channel_splits for side in both)
     types = {"ROWS": kind.rows, "COLS": kind.cols, "XS": kind.xs}
     loops = _loops(block_r, precision)
-    thin_blocks = {"BLOCK_N": thin_n, "SPLITS": thin_warps, "BLOCK_K": thin_k, "LOOP": _loop_to(spans)}
+    thin_blocks = {"BLOCK_N": thin_n, "WARP_SPLITS": thin_warps, "BLOCK_K": thin_k}
+    thin_blocks["LOOP"] = _loop_bound(side.channel_span for side in both)
     return SumsPlan(
-        sizes=sent(sizes, torch.int64, device),
-        parts=parts,
+        sizes=to_device(sizes, torch.int64, device),
+        partials=partials,
         ranks=ranks,
-        splits=splits,
+        token_splits=token_splits,
         total=sum(counts),
         counts=tuple(counts),
-        thin=Launch(thin, common | wide | loops | thin_blocks),
-        sums=Launch(sums, common | wide | loops | types | blocks | {"BLOCK_M": sums_m, **_sum_loops(block_r)}),
+        thin=Launch(thin, common | alignments | loops | thin_blocks),
+        sums=Launch(sums, common | alignments | loops | types | blocks | {"BLOCK_M": sums_m, **_sum_loops(block_r)}),
         core=Launch(core, common | blocks | {"num_stages": 2}),
     )
 
@@ -136,58 +149,69 @@ def _sizes(
     shapes: tuple[LayerShape, ...],
     R: int,
     kind: AdapterType,
-    shares: list[tuple[int, int]],
+    channel_splits: list[tuple[int, int]],
     thin_step: int,
-    splits: int,
+    token_splits: int,
     sums_n: int,
 ) -> tuple[list[tuple[Side, Side]], list[int], int]:
-    """``sizes``, the length of each layer's sums, and the elements of all shares of T and U."""
-    sizes, counts, parts = [], [], 0
-    for shape, of_layer in zip(shapes, shares, strict=True):
+    """``sizes``, the length of each layer's sums, and the elements of all splits of T and U."""
+    sizes, counts, partials = [], [], 0
+    for shape, layer_splits in zip(shapes, channel_splits, strict=True):
         begin, count = offsets(kind, shape.fan_out, shape.fan_in, R)
         sides = (
             (shape.fan_in, shape.x, shape.dx, "lora_A", kind.col_magnitude),
             (shape.fan_out, shape.dy, shape.z, "lora_B", kind.row_magnitude),
         )
         entries = []
-        for (size, stride, made_stride, factor, magnitude), share_count in zip(sides, of_layer, strict=True):
-            # The one square of an -xs type comes first.
-            places = (sum(counts) + begin.get(name, 0) for name in (factor, magnitude))
-            span = up_to(triton.cdiv(size, share_count), thin_step)
-            token_span = up_to(triton.cdiv(shape.tokens, splits), sums_n)
-            entries.append(Side(shape.tokens, size, stride, made_stride, span, share_count, parts, *places, token_span))
-            parts += up_to(share_count * shape.tokens * R, ALIGNED)
+        for (size, stride, partner_stride, factor, magnitude), splits in zip(sides, layer_splits, strict=True):
+            # -xs types have neither factor; their PM comes first, at 0.
+            factor_sums, magnitude_sums = (sum(counts) + begin.get(name, 0) for name in (factor, magnitude))
+            entry = Side(
+                tokens=shape.tokens,
+                size=size,
+                stride=stride,
+                partner_stride=partner_stride,
+                channel_span=round_up(triton.cdiv(size, splits), thin_step),
+                channel_splits=splits,
+                partials=partials,
+                factor_sums=factor_sums,
+                magnitude_sums=magnitude_sums,
+                token_span=round_up(triton.cdiv(shape.tokens, token_splits), sums_n),
+            )
+            entries.append(entry)
+            partials += round_up(splits * shape.tokens * R, ALIGNED)
         sizes.append(tuple(entries))
         counts.append(count)
-    return sizes, counts, parts
+    return sizes, counts, partials
 
 
 def _programs(
-    sizes: list[tuple[Side, Side]], kind: AdapterType, thin_n: int, sums_m: int, ranks: int, splits: int
+    sizes: list[tuple[Side, Side]], kind: AdapterType, thin_n: int, sums_m: int, ranks: int, token_splits: int
 ) -> tuple[list, list, list]:
-    """Of the three kernels."""
-    sides = [(layer, side, entry) for layer, of_layer in enumerate(sizes) for side, entry in enumerate(of_layer)]
-    # What takes longest comes first, and the rest fills the gaps.
+    """The program tables of the three kernels."""
+    sides = [(layer, side, entry) for layer, entries in enumerate(sizes) for side, entry in enumerate(entries)]
+    # Longest programs first; short ones fill the gaps.
     thin = [
-        (layer, side, block, share)
-        for layer, side, entry in sorted(sides, key=lambda item: -item[2].span)
-        for share in range(entry.shares)
+        (layer, side, block, split)
+        for layer, side, entry in sorted(sides, key=lambda item: -item[2].channel_span)
+        for split in range(entry.channel_splits)
         for block in range(triton.cdiv(entry.tokens, thin_n))
     ]
-    # Of an -xs type there are magnitudes alone.
-    wanted = (kind.cols or not kind.xs, kind.rows or not kind.xs)
+    # -xs types have sums of magnitudes only.
+    needed = (kind.cols or not kind.xs, kind.rows or not kind.xs)
     sums = [
         (layer, side, block, split)
-        for split in range(splits)
+        for split in range(token_splits)
         for layer, side, entry in sides
-        for block in range(triton.cdiv(entry.size, sums_m) * wanted[side])
+        for block in range(triton.cdiv(entry.size, sums_m) * needed[side])
     ]
-    squares = itertools.product(range(len(sizes)), range(ranks), range(ranks), range(splits)) if kind.xs else ()
-    return thin, sums, list(squares)
+    layers = range(len(sizes))
+    core = itertools.product(layers, range(ranks), range(ranks), range(token_splits)) if kind.xs else ()
+    return thin, sums, list(core)
 
 
 def offsets(kind: AdapterType, O: int, I: int, R: int) -> tuple[dict[str, int], int]:
-    """Where each trained tensor's sums begin in a layer's vector, by its name in a file, and the vector's length."""
+    """The offset of each trained tensor's sums in a layer's vector, by its name in a file, and the vector's length."""
     begins, end = {}, 0
     for name, shape in kind.parameter_shapes(O, I, R).items():
         begins[name] = end
@@ -195,83 +219,87 @@ def offsets(kind: AdapterType, O: int, I: int, R: int) -> tuple[dict[str, int], 
     return begins, end
 
 
-def up_to(count: int, step: int) -> int:
-    """``count``, or the next multiple of ``step``."""
+def round_up(count: int, step: int) -> int:
+    """The smallest multiple of ``step`` that is at least ``count``."""
     return -(-count // step) * step
 
 
-def _multiple(sides: Sequence[Side]) -> int:
-    """The largest power of two up to 16 that divides the sizes and strides: what vectors can be loaded."""
-    return math.gcd(16, *(number for side in sides for number in (side.size, side.stride, side.made_stride)))
+def _divisor(sides: Sequence[Side]) -> int:
+    """The largest power of two up to 16 that divides all sizes and strides: how wide loads may be."""
+    return math.gcd(16, *(number for side in sides for number in (side.size, side.stride, side.partner_stride)))
 
 
-def _loop_to(spans: Sequence[int]) -> int:
-    """How far the interpreter loops, to a constant only; elsewhere 0: to a program's own span."""
+def _loop_bound(spans: Iterable[int]) -> int:
+    """``LOOP`` of ``formed_tiles.loop_to``: the interpreter needs a constant, elsewhere 0."""
     return max(1, *spans) if interpreting() else 0
 
 
 def _loops(block_r: int, precision: str) -> dict:
-    """Constants of the loops. Tiles of a long rank must fit the shared memory of an A100 too."""
-    # Said of the loops: else only what enters a product is loaded ahead.
+    """Constants of the loops. Fewer stages for a long rank, whose tiles must fit an A100's shared memory."""
+    # Stages are set per loop: set for the kernel, they pipeline only the loads of dot operands.
     return {"STAGES": 3 if block_r <= 32 else 2, "PRECISION": precision, "UPCAST": interpreting()}
 
 
 def _sum_loops(block_r: int) -> dict:
-    """What is otherwise in the second kernel: a step more under way, 2 to 5 % faster on an H100, where it fits."""
+    """Overrides for the second kernel: one more stage if it fits, 2 to 5 % faster on an H100."""
     return {"STAGES": 4} if block_r <= 32 else {}
 
 
 def loads_vectors(shapes: Sequence[LayerShape]) -> bool:
-    """Whether all rows begin at long vectors. If not, the addresses of a large tile do not fit the registers."""
+    """Whether all rows are aligned for wide loads. If not, a large tile's addresses do not fit in registers."""
     return not any(size % 8 for shape in shapes for size in shape[1:])
 
 
 def _thin_blocks(shapes: tuple[LayerShape, ...], dtype: torch.dtype) -> tuple[int, int, int]:
-    """Of a program of the first kernel: its tokens, warps that share out the channels, and channels a warp steps by."""
+    """The first kernel's tokens per program, warps that divide the channels, and channels per step of a warp."""
     tokens = max(shape.tokens for shape in shapes)
     if interpreting():
-        return 16, 1 if tokens > LEAST_SPAN else 2, 16
+        return 16, 1 if tokens > MIN_TOKEN_SPAN else 2, 16
     vectors, narrow = loads_vectors(shapes), dtype != torch.float32
     if tokens > 1024 and vectors:
         return 64, 1, 128 if narrow else 32
-    # So few tokens as 16 are work for one warp.
+    # 16 tokens are work for one warp, so the four divide the channels.
     return 16, 4, 128 if narrow and vectors else 32
 
 
-def _shares(shapes: tuple[LayerShape, ...], ranks: int, block_n: int, block_k: int) -> list[tuple[int, int]]:
-    """Shares of the first kernel's sums over I and over O, by layer."""
+def _channel_splits(shapes: tuple[LayerShape, ...], ranks: int, block_n: int, block_k: int) -> list[tuple[int, int]]:
+    """Splits of each layer's sums over I (for T) and over O (for U)."""
     blocks = ranks * sum(triton.cdiv(max(shape.tokens, 1), block_n) for shape in shapes)
     if 2 * blocks >= PROGRAMS:
         return [(1, 1)] * len(shapes)
     channels = sum(shape.fan_in + shape.fan_out for shape in shapes)
-    each = max(triton.cdiv(PROGRAMS * len(shapes), blocks), 2 * len(shapes))
-    span = up_to(triton.cdiv(channels, each), block_k)
+    total_splits = max(triton.cdiv(PROGRAMS * len(shapes), blocks), 2 * len(shapes))
+    span = round_up(triton.cdiv(channels, total_splits), block_k)
 
-    def shares(side: int) -> int:
-        # One or the most: any number between would be a kernel of its own.
-        return MOST_SHARES if 2 * side > 3 * span else 1
+    def splits(size: int) -> int:
+        # One or the maximum: each number in between would compile another kernel.
+        return MAX_CHANNEL_SPLITS if 2 * size > 3 * span else 1
 
-    return [(shares(shape.fan_in), shares(shape.fan_out)) for shape in shapes]
+    return [(splits(shape.fan_in), splits(shape.fan_out)) for shape in shapes]
 
 
-def _splits(shapes: tuple[LayerShape, ...], ranks: int, kind: AdapterType, block_n: int, block_m: int) -> int:
-    """Shares of the sums over tokens."""
+def _token_splits(shapes: tuple[LayerShape, ...], ranks: int, kind: AdapterType, block_n: int, block_m: int) -> int:
+    """Splits of the sums over tokens."""
     tokens, alone = max(shape.tokens for shape in shapes), len(shapes) == 1
     if kind.xs:
-        # PM has few programs of its own: its spans are as short as T and U allow.
-        programs, most, least = len(shapes) * ranks * ranks, PROGRAMS // 8 if alone else PROGRAMS, 4 * block_n
+        # PM has few programs, so its spans are as short as T and U allow.
+        programs, max_programs, min_span = (
+            len(shapes) * ranks * ranks,
+            PROGRAMS // 8 if alone else PROGRAMS,
+            4 * block_n,
+        )
     else:
         sides = [size for shape in shapes for size in (shape.fan_in, shape.fan_out)]
         programs = ranks * sum(triton.cdiv(size, block_m) for size in sides)
-        most, least = SUM_PROGRAMS if alone else GROUP_SUM_PROGRAMS, LEAST_SPAN
-    return max(1, min(triton.cdiv(most, programs), tokens // least))
+        max_programs, min_span = SUM_PROGRAMS if alone else GROUP_SUM_PROGRAMS, MIN_TOKEN_SPAN
+    return max(1, min(triton.cdiv(max_programs, programs), tokens // min_span))
 
 
 def _sum_blocks(block_r: int, xs: bool, dtype: torch.dtype, vectors: bool) -> tuple[int, int]:
-    """Tokens that programs of the second launch step by, and inputs or outputs of one of them."""
+    """The second kernel's tokens per step, and its channels per program."""
     if interpreting():
         return 16, 16
-    # Longer steps spill: float32 has no matrix units, and neither has the square of a long rank.
+    # Longer steps spill registers: float32 products, and PM of a long rank, do not run on matrix units.
     if dtype == torch.float32:
         return 16, 32 if block_r > 32 else 64
     return (16 if block_r > 32 else 32) if xs else 64 if vectors or block_r <= 32 else 32, 64

@@ -1,11 +1,11 @@
-"""Row and column norms of W0 + s L R and their gradients, from thin products with W0: the sum is never formed.
+"""Row and column norms of V = W0 + s L R and their gradients, from thin products with W0, without forming V.
 
-With V = W0 + s L R, C = W0 R^T and E = L^T W0,
+With C = W0 R^T and E = L^T W0,
 
     |row i of V|^2     = |row i of W0|^2    + 2 s C_i . L_i      + s^2 L_i (R R^T) L_i^T
     |column j of V|^2  = |column j of W0|^2 + 2 s E_j . R_j      + s^2 R_j^T (L^T L) R_j
 
-and for the columns of diag(g) V the same with W0 weighted by g^2 and L^T by L^T diag(g^2).
+and the same for the columns of diag(g) V, with W0^2 weighted by g^2 and L^T replaced by L^T diag(g^2).
 
 Legend: O fan_out, I fan_in, R rank. Everything here is float32 or wider, except the operands of products with W0.
 """
@@ -18,17 +18,17 @@ import torch
 from sa3dist_kernels.adapter_types import AdapterType
 from sa3dist_kernels.frozen_products import small_blocks, times, weight_times
 
-# Added to the norm, not to its square: part of the file format.
+# Added to the norm, not to its square: defined by the file format.
 EPS = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
 class FrozenConstants:
-    """What a layer's maths needs of its frozen weight beyond the weight itself; computed once.
+    """Constants derived from a layer's frozen weight, computed once.
 
     row_squares_O, col_squares_I     squared norms of W0's rows and columns
-    left_OR, right_IR                the singular bases U and V of -xs types, else None
-    weight_right_OR, left_weight_RI  W0 V and U^T W0: with them the norms of -xs types need no pass over W0
+    left_OR, right_IR                -xs types: the singular bases U and V, else None
+    weight_right_OR, left_weight_RI  -xs types: W0 V and U^T W0, from which norms need no read of W0
     """
 
     row_squares_O: torch.Tensor
@@ -40,7 +40,7 @@ class FrozenConstants:
 
 
 def frozen_constants(weight, left_OR=None, right_IR=None) -> FrozenConstants:
-    """Constants of ``weight`` (O, I) or (O, I, 1), in float32 or the weight's wider dtype; bases only for -xs types."""
+    """Constants of ``weight`` (O, I) or (O, I, 1), in float32 or wider; pass the bases for -xs types only."""
     weight_OI = weight.detach().flatten(1)
     weight_OI = weight_OI.to(torch.promote_types(weight_OI.dtype, torch.float32))
     row_squares_O = torch.linalg.vector_norm(weight_OI, dim=1).square()
@@ -54,10 +54,10 @@ def frozen_constants(weight, left_OR=None, right_IR=None) -> FrozenConstants:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """The frozen side of one evaluation.
+    """A layer's frozen side during one forward or backward pass.
 
-    product    format in which operands are multiplied with the weight
-    statistic  format of norms, gains and parameter gradients
+    product    dtype of operands multiplied with the weight
+    statistic  dtype of norms, gains and parameter gradients
     """
 
     kind: AdapterType
@@ -80,7 +80,7 @@ class Layer:
 
 
 def factors(layer: Layer, core, left) -> tuple[torch.Tensor, torch.Tensor]:
-    """L (O, R) and R (R, I). The trained ``core`` is R itself or, for -xs types, M in R = M V^T; then L is frozen."""
+    """L (O, R) and R (R, I). ``core`` is the trained R or, for -xs types, M in R = M V^T, whose L is frozen."""
     core = core.to(layer.statistic)
     if layer.kind.xs:
         return layer.constant("left_OR"), core @ layer.constant("right_IR").t()
@@ -88,7 +88,7 @@ def factors(layer: Layer, core, left) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class RowScaling(NamedTuple):
-    """g = magnitude / (norms + eps), one per output; ``cross_OR`` is W0 R^T."""
+    """g = magnitude / (norms + eps) per output; ``cross_OR`` is W0 R^T."""
 
     gain_O: torch.Tensor
     norms_O: torch.Tensor
@@ -96,7 +96,7 @@ class RowScaling(NamedTuple):
 
 
 class ColScaling(NamedTuple):
-    """h = magnitude / (norms + eps), one per input; ``weighted_OR`` is diag(g^2) L, ``cross_RI`` is that times W0."""
+    """h = magnitude / (norms + eps) per input; ``weighted_OR`` is diag(g^2) L, ``cross_RI`` (diag(g^2) L)^T W0."""
 
     gain_I: torch.Tensor
     norms_I: torch.Tensor
@@ -105,7 +105,7 @@ class ColScaling(NamedTuple):
 
 
 def row_cross(layer: Layer, core, right_RI) -> torch.Tensor:
-    """W0 R^T (O, R). ``core`` is the trained M of an -xs type, for which no read of W0 is needed."""
+    """W0 R^T (O, R). -xs types compute it from ``core`` (M) without reading W0."""
     return layer.constant("weight_right_OR") @ core.t() if layer.kind.xs else layer.weight_times(right_RI)
 
 
@@ -116,7 +116,7 @@ def row_scaling(layer: Layer, left_OR, right_RI, magnitude_O, cross_OR) -> RowSc
 
 
 def col_scaling(layer: Layer, left_OR, right_RI, magnitude_I, rows: RowScaling | None) -> ColScaling:
-    """Columns of V, or of diag(g) V when the rows are scaled first."""
+    """Scaling of the columns of V, or of diag(g) V if rows are scaled."""
     if rows is None:
         weighted, squares = left_OR, layer.constant("col_squares_I")
         cross = layer.constant("left_weight_RI") if layer.kind.xs else layer.times_weight(left_OR)
@@ -130,17 +130,17 @@ def col_scaling(layer: Layer, left_OR, right_RI, magnitude_I, rows: RowScaling |
 
 
 def row_slope(rows: RowScaling, grad_gain_O) -> torch.Tensor:
-    """k (O,): the norm of the rows adds diag(k) V to the gradient of V. Zero where a row is zero."""
+    """k (O,): the row norms contribute diag(k) V to the gradient of V. Zero where a row is zero."""
     slope = -grad_gain_O * rows.gain_O / ((rows.norms_O + EPS) * rows.norms_O)
     return slope.masked_fill(rows.norms_O == 0, 0)
 
 
 def row_backward(layer: Layer, left_OR, right_RI, rows: RowScaling, slope_O, sloped_cross_RI=None):
-    """Gradients of the row norms towards L (O, R) and towards the trained right core.
+    """The row norms' part of the gradients of L and of the trained core.
 
-    slope_O          what ``row_slope`` returned
-    sloped_cross_RI  (diag(k) L)^T W0 where the caller has it already; -xs types need none
-    Returns (grad_left, grad_core): the core is R (R, I), or M (R, R) of an -xs type, whose left factor gets None.
+    slope_O          from ``row_slope``
+    sloped_cross_RI  (diag(k) L)^T W0 if the caller has it; not used by -xs types
+    Returns (grad_left (O, R), grad_core): the core is R (R, I); for -xs types it is M (R, R), and grad_left is None.
     """
     s = layer.scale
     sloped = slope_O[:, None] * left_OR
@@ -154,10 +154,10 @@ def row_backward(layer: Layer, left_OR, right_RI, rows: RowScaling, slope_O, slo
 
 
 def col_backward(layer: Layer, left_OR, right_RI, rows: RowScaling | None, cols: ColScaling, grad_gain_I):
-    """Gradients of the column norms.
+    """The column norms' part of the gradients of L, R and the row gain.
 
-    Returns (grad_left, grad_right, grad_row_gain): towards L (O, R), None for -xs types; towards R (R, I); and towards
-    the row gain g (O,) that weighted the columns, None where rows are not scaled.
+    Returns (grad_left (O, R), grad_right (R, I), grad_row_gain (O,)). grad_left is None for -xs types, grad_row_gain
+    if rows are not scaled.
     """
     s = layer.scale
     slope = -grad_gain_I * cols.gain_I / ((cols.norms_I + EPS) * cols.norms_I)
@@ -176,13 +176,13 @@ def col_backward(layer: Layer, left_OR, right_RI, rows: RowScaling | None, cols:
 
 
 def _gain(magnitude, squares):
-    # Clamped: where a row nearly vanishes, rounding can leave the sum of its three terms below zero.
+    # Clamped: if a row nearly vanishes, rounding can make the sum of its three terms negative.
     norms = squares.clamp_min(0).sqrt()
     return magnitude / (norms + EPS), norms
 
 
 def _square_elements(weight_OI):
-    # A CPU squares blocks that stay in its cache (1 MiB of float32); a GPU wants few launches (64 MiB).
+    # On a CPU blocks should stay in its cache (1 MiB of float32); on a GPU launches should be few (64 MiB).
     return 1 << (18 if weight_OI.device.type == "cpu" else 24)
 
 

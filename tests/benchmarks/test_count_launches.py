@@ -41,7 +41,7 @@ def test_a_compiled_function_counts_its_fused_kernels_and_its_products_each_way(
     x, w = torch.ones(8, 8), torch.ones(8, 8, requires_grad=True)
     with torch._functorch.config.patch(enable_autograd_cache=False):
         function(x, w).sum().backward()
-    found, expected = counter.found, (x.sin() + 1).t() @ torch.exp((x.sin() + 1) @ w)
+    found, expected = counter.counts, (x.sin() + 1).t() @ torch.exp((x.sin() + 1) @ w)
     # sin and 1, product, exp; the gradient of exp, the product with what the first kernel made.
     assert (found["forward"], found["backward"]) == (3, 2)
     torch.testing.assert_close(w.grad, expected)

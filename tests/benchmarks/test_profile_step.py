@@ -50,7 +50,7 @@ def test_times_add_up_and_whatever_computes_has_a_purpose():
         ("void at::native::vectorized_gather_kernel<16, long>", "element-wise"),
         ("_gate_gradient_kernel", "own element-wise"),
         ("_queries_and_keys_kernel", "own element-wise"),
-        ("_shares_kernel", "sums and norms"),
+        ("_partial_sums_kernel", "sums and norms"),
         ("somebody_elses_kernel", "other"),
     ],
 )

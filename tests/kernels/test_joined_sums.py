@@ -8,7 +8,7 @@ from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 from tests.helpers.layer_cases import relative_error
 
 pytest.importorskip("triton")
-from sa3dist_kernels.joined_sums import JOINED, ONE, JoinedSums  # noqa: E402
+from sa3dist_kernels.joined_sums import JOINED, SINGLE, JoinedSums  # noqa: E402
 
 WIDTHS = (18, 20, 16, 24)
 RANK = 3
@@ -51,7 +51,7 @@ def test_a_graphs_layers_have_one_operation_for_their_sums_and_the_same_gradient
         JoinedSums()(graph.graph)
         graph.graph.lint()
         graph.recompile()
-        seen.append((before.count(ONE), [node.target for node in graph.graph.nodes]))
+        seen.append((before.count(SINGLE), [node.target for node in graph.graph.nodes]))
         return make_boxed_func(graph.forward)
 
     def backend(graph, examples):
@@ -60,7 +60,7 @@ def test_a_graphs_layers_have_one_operation_for_their_sums_and_the_same_gradient
 
     found = gradients(kind, x, leaves, weights, backend)
     ((layers, after),) = seen
-    assert (layers, after.count(ONE), after.count(JOINED)) == (len(leaves), 0, 1)
+    assert (layers, after.count(SINGLE), after.count(JOINED)) == (len(leaves), 0, 1)
     for ours, theirs in zip(found, gradients(kind, x, leaves, weights, None), strict=True):
         assert relative_error(ours, theirs) < 1e-6
 
@@ -68,11 +68,11 @@ def test_a_graphs_layers_have_one_operation_for_their_sums_and_the_same_gradient
 def test_sums_that_are_read_at_once_stay_where_they_are():
     graph = torch.fx.Graph()
     given = [graph.placeholder(name) for name in ("x", "dx", "dy", "z", "left", "right")]
-    made = [graph.call_function(ONE, (*given, "lora", "torch")) for _ in range(3)]
+    made = [graph.call_function(SINGLE, (*given, "lora", "torch")) for _ in range(3)]
     read = graph.call_function(torch.ops.aten.neg.default, (made[0],))
     for node in made:
         node.meta["val"] = torch.empty(5)
     graph.output((read, *made[1:]))
     JoinedSums()(graph)
     targets = [node.target for node in graph.nodes]
-    assert (targets.count(ONE), targets.count(JOINED)) == (1, 1)
+    assert (targets.count(SINGLE), targets.count(JOINED)) == (1, 1)

@@ -296,8 +296,8 @@ def test_a_layer_of_the_width_most_weights_have_is_tried_too(monkeypatch):
         grads = {name: torch.zeros_like(value) for name, value in params.items()}
         specs.append(FormedSpec(torch.ones(size), params, grads, kind, 1.0))
     formed, tried = FormedWeights(specs, torch.float32, "torch"), []
-    monkeypatch.setattr(dispatch, "_trial_of", lambda formed, spec, layer: tried.append(spec.weight_OI.shape))
+    monkeypatch.setattr(dispatch, "_try_layer", lambda formed, spec, layer: tried.append(spec.weight_OI.shape))
     assert dispatch.trial(formed) is None
     assert tried == [(18, 19), (23, 32)]
-    monkeypatch.setattr(dispatch, "_trial_of", lambda formed, spec, layer: spec.fan_in == 32 and "wrong")
+    monkeypatch.setattr(dispatch, "_try_layer", lambda formed, spec, layer: spec.fan_in == 32 and "wrong")
     assert dispatch.trial(formed) == "wrong"

@@ -103,7 +103,7 @@ def test_any_number_of_tokens_and_any_width(name, tokens, fan_in, fan_out):
 def test_shares_and_spans_add_up_and_in_one_order(name, programs, sum_programs, dtype, monkeypatch):
     # Not those kept for other tests' constants, nor the other way around.
     plan_of = sums_plan.plan_of.__wrapped__
-    monkeypatch.setattr(sums_plan, "LEAST_SPAN", 16)
+    monkeypatch.setattr(sums_plan, "MIN_TOKEN_SPAN", 16)
     monkeypatch.setattr(sums_plan, "PROGRAMS", programs)
     monkeypatch.setattr(sums_plan, "SUM_PROGRAMS", sum_programs)
     kind, plans = ADAPTER_TYPES[name], []
@@ -112,8 +112,8 @@ def test_shares_and_spans_add_up_and_in_one_order(name, programs, sum_programs, 
     found = check(kind, given, dtype)
     assert torch.equal(sums_of(kind, *given), found)
     for plan in plans:
-        shares = plan.sizes[:, :, sums_plan.Side._fields.index("shares")].flatten().tolist()
-        assert all((count > 1) == (programs > 1) for count in [*shares, plan.splits])
+        shares = plan.sizes[:, :, sums_plan.Side._fields.index("channel_splits")].flatten().tolist()
+        assert all((count > 1) == (programs > 1) for count in [*shares, plan.token_splits])
     assert len(plans) == 2
 
 
@@ -131,7 +131,7 @@ def test_shares_and_spans_add_up_and_in_one_order(name, programs, sum_programs, 
 def test_layers_of_any_shape_and_number_of_tokens_share_their_launches(name, dtype, monkeypatch):
     # Some layers' sums are shared out, some tokens are fewer than the splits, one layer's rows begin anywhere.
     monkeypatch.setattr(raw_sums, "plan_of", sums_plan.plan_of.__wrapped__)
-    monkeypatch.setattr(sums_plan, "LEAST_SPAN", 16)
+    monkeypatch.setattr(sums_plan, "MIN_TOKEN_SPAN", 16)
     kind = ADAPTER_TYPES[name]
     given = [
         raw_sums.LayerPass(*operands(kind, tokens, fan_in, fan_out, 3, dtype))
