@@ -1,9 +1,9 @@
-"""Choices of the compiler for whole blocks: milliseconds and memory of a step with each, ours and the frozen model's.
+"""Compares compiler options for whole blocks: milliseconds and memory of a step, ours and the frozen model's.
 
     python kernels/benchmarks/bench_compiler.py --out compiler_choices.json
 
-Every choice compiles anew, some 25 s on an H100. What a run takes is the first, "as it is"; all are timed in one
-process, and the first once more at the end.
+Each choice compiles anew, about 25 s on an H100. The first choice, "default", is what runs use. All are timed in one
+process, the first one again at the end.
 """
 
 from __future__ import annotations
@@ -23,56 +23,56 @@ from timing import interleaved, peak_bytes, summary
 
 from sa3dist.model import compiled
 
-# Beside ``compiled.CHOICES``: what begins with this is the full name of a constant of ours.
+# Changes to ``compiled.INDUCTOR_OPTIONS``. Names with this prefix are constants of ours instead.
 OURS = "sa3dist."
 CHOICES: dict[str, dict] = {
-    "as it is": {},
-    # Sums over tokens in the kernel that takes the norms of the same rows, at every length: one program, as before.
-    "sums beside norms": {
+    "default": {},
+    # Sums over tokens in the kernel that computes the norms of the same rows, at every length, so with one program.
+    "sums joined with norms": {
         "triton.mix_order_reduction": True,
         "triton.mix_order_reduction_non_strict_mode": True,
         "triton.mix_order_reduction_split_size": 16,
     },
-    "several tiles tried": {"max_autotune_pointwise": True},
-    # 31.6 instead of 26.4 widths a token and block, counted on a CPU.
-    "more kept": {"sa3dist.model.compiled.NORMS_AGAIN": False},
-    # Without kernels of ours. The gate's gradient is the compiler's, and its result is kept.
-    "gate as before": {"sa3dist.model.dit.GATE_AS_ONE": False},
-    "token sums as before": {"sa3dist.model.compiled.TOKEN_SUMS": False},
+    "autotuned pointwise": {"max_autotune_pointwise": True},
+    # Saves 31.6 instead of 26.4 model widths per token and block, counted on a CPU.
+    "norms saved": {"sa3dist.model.compiled.RECOMPUTE_NORMS": False},
+    # The compiler's kernels instead of ours. The gate's output is then saved.
+    "gate by compiler": {"sa3dist.model.dit.FUSED_GATE": False},
+    "token sums by compiler": {"sa3dist.model.compiled.TOKEN_SUMS_KERNEL": False},
 }
 LENGTHS = (4091, 323)
 
 
 @contextlib.contextmanager
 def chosen(choices: dict) -> Iterator[None]:
-    """Sides made and run in it are compiled so."""
+    """A context in which sides are built and compiled with ``choices``."""
     inductor = {key: value for key, value in choices.items() if not key.startswith(OURS)}
     torch._dynamo.reset()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(patch.dict(compiled.CHOICES, inductor))
+        stack.enter_context(patch.dict(compiled.INDUCTOR_OPTIONS, inductor))
         for name, value in choices.items():
             if name.startswith(OURS):
                 stack.enter_context(patch(name, value))
         yield
 
 
-def measured(name: str, options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
+def measured(choice: str, options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
     """A row for each length."""
-    given = types.SimpleNamespace(
+    side_options = types.SimpleNamespace(
         shape=options.shape, depth=options.depth, adapter_type=options.adapter_type, rank=16, precision="bf16",
         compile="auto", cuda_graphs="auto",
     )  # fmt: skip
-    with chosen(CHOICES[name]):
-        sides = {side: Side(side, given, device) for side in ("ours", "frozen")}
+    with chosen(CHOICES[choice]):
+        sides = {name: Side(name, side_options, device) for name in ("ours", "frozen")}
         for frames in options.frames:
-            row: dict = {"choice": name, "frames": frames}
-            for side, made in sides.items():
-                made.use(1, frames)
-                made.step()
-                row[f"{side}_step_bytes"] = peak_bytes(made.step, device)
-                made.record()
-            times = interleaved({side: made.step for side, made in sides.items()}, options.rounds, device, 3)
-            yield row | {f"{side}_ms": summary(found) for side, found in times.items()}
+            row: dict = {"choice": choice, "frames": frames}
+            for name, side in sides.items():
+                side.use(1, frames)
+                side.step()
+                row[f"{name}_step_bytes"] = peak_bytes(side.step, device)
+                side.record()
+            times = interleaved({name: side.step for name, side in sides.items()}, options.rounds, device, 3)
+            yield row | {f"{name}_ms": summary(spent) for name, spent in times.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,8 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shape", default="medium-base")
     parser.add_argument("--depth", type=int, help="blocks; the released number unless said")
     parser.add_argument("--adapter-type", default="dora-rows")
-    parser.add_argument("--frames", type=int, nargs="*", default=LENGTHS, help="the longest first, as in a run")
-    parser.add_argument("--choice", nargs="*", choices=CHOICES, default=[*CHOICES, "as it is"])
+    parser.add_argument("--frames", type=int, nargs="*", default=LENGTHS, help="longest first, as in a run")
+    parser.add_argument("--choice", nargs="*", choices=CHOICES, default=[*CHOICES, "default"])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("compiler_choices.json"))

@@ -1,14 +1,14 @@
 """What the compiler would launch for a block on an H100, planned without one: its kernels, and the bytes each moves.
 
     python kernels/benchmarks/plan_block.py --frames 4091 --adapter-type dora-rows
-    python kernels/benchmarks/plan_block.py --variants        # how many variants of each the device chooses between
+    python kernels/benchmarks/plan_block.py --variants        # how many variants of each kernel a device chooses from
 
-One block of medium is traced on a CPU, at its own widths, forward and backward; its graphs are then moved to a CUDA
-device that only seems to be there, and planned by Inductor as for that device. Nothing runs. Bytes are counted in
-widths: what one bfloat16 value of every token and channel of the stream takes.
+Traces one block of the medium model on a CPU, at its real widths, forward and backward; then moves the graphs to a fake
+CUDA device and lets Inductor plan for it. Nothing runs. Bytes are counted in widths: one bfloat16 value per token and
+channel of the model width.
 
-On CUDA torch has an operation of its own for norms (``_fused_rms_norm``), whose gradient has other steps than those
-traced here. With them in their place the kernels, what is kept and the sums over tokens that are found are the same.
+On CUDA, norms are one torch operation (``_fused_rms_norm``), whose gradient has other steps than those traced here. With
+it the kernels, the saved tensors and the matched sums over tokens are the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-# As count_launches.py, which is imported from here, wants it.
+# Required by count_launches.py, which is imported below.
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -45,7 +45,7 @@ from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNo
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from sa3dist import adapters
-from sa3dist.model.compiled import CHOICES, EXACT, compile_blocks
+from sa3dist.model.compiled import DETERMINISTIC_OPTIONS, INDUCTOR_OPTIONS, compile_blocks
 
 MEMORY_TOKENS, WIDTH = 64, 1536
 H100 = types.SimpleNamespace(
@@ -55,15 +55,15 @@ H100 = types.SimpleNamespace(
 )  # fmt: skip
 
 
-class _Enough(BaseException):
-    """Ends what is done for its by-product."""
+class _Stop(BaseException):
+    """Raised to end a compilation once its by-product has been taken."""
 
 
 class Kernel(NamedTuple):
-    """One that Inductor makes.
+    """A kernel that Inductor generates.
 
-    source     Triton code, with all that its variants are made of
-    variants   blocks, warps and stages; where there are several the device is asked at the first launch
+    source     Triton code, including what defines its variants
+    variants   blocks, warps and stages; of several, a device chooses at the first launch
     """
 
     source: str
@@ -85,12 +85,12 @@ def traced(
     def take(graph, _, is_backward: bool = False, **__):
         graphs.append((copy.deepcopy(graph), is_backward))
         if is_backward:
-            raise _Enough
+            raise _Stop
         return graph.forward
 
     torch._dynamo.reset()
     settings = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
-    with count_launches.as_on_a_device(), torch._functorch.config.patch(settings), contextlib.suppress(_Enough):
+    with count_launches.as_on_a_device(), torch._functorch.config.patch(settings), contextlib.suppress(_Stop):
         side = Side(name, options, torch.device("cpu"))
         if name == "frozen":
             adapters.detach_adapter(side.base)
@@ -101,21 +101,21 @@ def traced(
     return graphs
 
 
-def kept_bytes(graph: torch.fx.GraphModule) -> int:
-    """What the forward graph makes for the backward one; its first output is the block's."""
-    made = [node.meta["val"] for node in graph.graph.output_node().args[0][1:] if node.op != "placeholder"]
-    made = [value for value in made if isinstance(value, torch.Tensor)]
-    # A number made of a length would fix it in the graph that is planned next.
-    counts = (count if isinstance(count := value.numel(), int) else count.node.hint for value in made)
-    return sum(count * value.itemsize for count, value in zip(counts, made, strict=True))
+def saved_bytes(graph: torch.fx.GraphModule) -> int:
+    """Bytes that the forward graph saves for the backward one; its first output is the block's result."""
+    values = [node.meta["val"] for node in graph.graph.output_node().args[0][1:] if node.op != "placeholder"]
+    values = [value for value in values if isinstance(value, torch.Tensor)]
+    # The hint: converting a symbolic length to an int would specialise the graph.
+    counts = (count if isinstance(count := value.numel(), int) else count.node.hint for value in values)
+    return sum(count * value.itemsize for count, value in zip(counts, values, strict=True))
 
 
 def on_device(graph: torch.fx.GraphModule) -> list:
-    """The graph's inputs on the device; the graph itself is changed to work there."""
+    """Change the graph to work on the fake device; returns its inputs there."""
     places = [node for node in graph.graph.nodes if node.op == "placeholder"]
     mode = next(node.meta["val"].fake_mode for node in places if isinstance(node.meta["val"], torch.Tensor))
     with mode:
-        given = [
+        inputs = [
             torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="cuda:0")
             if isinstance(value := node.meta["val"], torch.Tensor)
             else value
@@ -125,12 +125,13 @@ def on_device(graph: torch.fx.GraphModule) -> list:
         if "device" in node.kwargs:
             node.kwargs = {**node.kwargs, "device": torch.device("cuda:0")}
     graph.recompile()
-    FakeTensorProp(graph, mode=mode).propagate_dont_convert_inputs(*given)
-    return given
+    FakeTensorProp(graph, mode=mode).propagate_dont_convert_inputs(*inputs)
+    return inputs
 
 
 @contextlib.contextmanager
-def a_device_that_seems_there() -> Iterator[None]:
+def fake_device() -> Iterator[None]:
+    """A context in which torch and Inductor see an H100."""
     answers = {
         torch.cuda: {
             "get_device_properties": H100, "is_available": True, "current_device": 0, "device_count": 1,
@@ -148,20 +149,20 @@ def a_device_that_seems_there() -> Iterator[None]:
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(torch._dynamo.utils, "preserve_rng_state", contextlib.nullcontext))
-        for place, of_place in answers.items():
-            for name, answer in of_place.items():
+        for owner, members in answers.items():
+            for name, answer in members.items():
                 give = lambda *_, answer=answer, **__: answer  # noqa: E731
-                stack.enter_context(patch.object(place, name, staticmethod(give) if isinstance(place, type) else give))
+                stack.enter_context(patch.object(owner, name, staticmethod(give) if isinstance(owner, type) else give))
         yield
 
 
 def planned(graph: torch.fx.GraphModule, is_backward: bool) -> list[tuple[str, bool, int]]:
-    """Every kernel's name, whether Inductor makes it itself, and the bytes it reads and writes."""
+    """(name, whether Inductor generates it, bytes read and written) of each kernel."""
     kernels = []
 
     def note(nodes: list[BaseSchedulerNode]) -> None:
         kernels.extend(map(described, nodes))
-        raise _Enough
+        raise _Stop
 
     _lowered(graph, is_backward, {"_post_fusion_custom_pass": note})
     if not kernels:
@@ -170,65 +171,65 @@ def planned(graph: torch.fx.GraphModule, is_backward: bool) -> list[tuple[str, b
 
 
 def _lowered(graph: torch.fx.GraphModule, is_backward: bool, choices: dict[str, Any]) -> None:
-    """Inductor's work on the graph, as far as it comes without a device."""
-    given = on_device(graph)
-    settings = CHOICES | {
+    """Run Inductor on the graph, as far as it gets without a device."""
+    inputs = on_device(graph)
+    settings = INDUCTOR_OPTIONS | {
         "post_grad_custom_pre_pass": JoinedSums("triton"),
         "fx_graph_cache": False,
         "compile_threads": 1,
     }
-    mode = next(value.fake_mode for value in given if isinstance(value, torch.Tensor))
+    mode = next(value.fake_mode for value in inputs if isinstance(value, torch.Tensor))
     with (
-        a_device_that_seems_there(),
+        fake_device(),
         torch._inductor.config.patch(settings | choices),
         tracing(TracingContext(mode)),
-        contextlib.suppress(_Enough, InductorError),
+        contextlib.suppress(_Stop, InductorError),
     ):
-        compile_fx_inner(graph, given, is_backward=is_backward)
+        compile_fx_inner(graph, inputs, is_backward=is_backward)
 
 
 def generated(graph: torch.fx.GraphModule, is_backward: bool, exact: bool) -> list[Kernel]:
-    """The kernels that Inductor makes itself; exact: as for a deterministic run."""
+    """The kernels that Inductor generates; exact: for a deterministic run."""
     programs = []
 
     def note(_, program) -> None:
         programs.append(program.value)
-        raise _Enough
+        raise _Stop
 
     with patch.object(GraphLowering, "_compile_to_module_lines", note):
-        _lowered(graph, is_backward, EXACT if exact else {})
+        _lowered(graph, is_backward, DETERMINISTIC_OPTIONS if exact else {})
     if not programs:
-        raise RuntimeError("Inductor did not make the graph's kernels")
+        raise RuntimeError("Inductor did not generate the graph's kernels")
     sources = re.findall(r"async_compile\.triton\('\w+', '''(.*?)'''", programs[0], re.DOTALL)
     return [Kernel(source, _variants(source)) for source in sources]
 
 
 def _variants(source: str) -> list[tuple]:
-    found = []
+    variants = []
 
     def note(_, configs, **__) -> Callable:
-        found.extend(map(triton_heuristics.triton_config_to_hashable, triton_heuristics.unique_configs(configs)))
+        variants.extend(map(triton_heuristics.triton_config_to_hashable, triton_heuristics.unique_configs(configs)))
         return lambda kernel: kernel
 
     with (
-        a_device_that_seems_there(),
+        fake_device(),
         patch.object(triton_heuristics, "cached_autotune", note),
         patch.object(triton, "jit", lambda function: function),
     ):
         exec(source, {"__file__": ""})
-    return found
+    return variants
 
 
 def described(node: BaseSchedulerNode) -> tuple[str, bool, int] | None:
-    # One result picked out of several is no kernel.
+    # Selecting one of several results is not a kernel.
     if isinstance(node, NopKernelSchedulerNode) or isinstance(node.node, ir.MultiOutput):
         return None
     parts = getattr(node, "snodes", [node])
     if isinstance(node, ExternKernelSchedulerNode):
         name = str(getattr(node.node, "op_overload", None) or node.node.python_kernel_name)
     else:
-        made_of = sorted({origin.name for part in parts for origin in part.node.get_origins()})
-        name = ", ".join(made_of)
+        origins = sorted({origin.name for part in parts for origin in part.node.get_origins()})
+        name = ", ".join(origins)
     return name, not isinstance(node, ExternKernelSchedulerNode), int(node.get_read_write_buffers_sizes())
 
 
@@ -253,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{way:9}{moved / width:8.2f} {'own ' if own else '    '} {name[:160]}")
             totals[way] += moved / width if own else 0.0
         if not is_backward:
-            print(f"widths kept for the backward pass: {kept_bytes(graph) / width:.1f}")
+            print(f"widths saved for the backward pass: {saved_bytes(graph) / width:.1f}")
     own = sum(totals.values())
     print(f"widths moved by Inductor's own kernels: {own:.1f}, of them forward {totals['forward']:.1f}")
     return 0

@@ -1,4 +1,4 @@
-"""Attach an adapter to a base model, reach its tensors and effective weights, detach it again."""
+"""Attaches an adapter to a base model, gives access to its tensors and effective weights, and detaches it."""
 
 import contextlib
 import dataclasses
@@ -18,13 +18,13 @@ from sa3dist.formats import digest_of
 from sa3dist.model.base import Base
 from sa3dist.model.staged_reads import in_threads
 
-# Between a layer's name and a tensor's name in a file: part of the file format.
+# Between a layer's name and a tensor's name in a file: defined by the file format.
 SLOT = "parametrizations.weight.0"
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """The attached adapter. ``alpha`` keeps the number as given; the pattern lists are None when unset."""
+    """An adapter's settings. ``alpha`` stays the int or float that was passed; pattern lists are None if unset."""
 
     rank: int
     alpha: int | float
@@ -58,16 +58,16 @@ def attach_adapter(
     seed: int = 42,
     bases: BasesCache | None = None,
 ) -> None:
-    """Put a fresh adapter on every selected layer of ``base`` and freeze everything else under its adapter roots.
+    """Attach a fresh adapter to each selected layer of ``base`` and freeze everything else under its adapter roots.
 
-    alpha    scaling is alpha / rank; None means alpha = rank
-    include  substrings of layer names, ``[a-b]`` expands; unset or empty selects every layer. ``exclude`` then removes.
+    alpha    the update is scaled by alpha / rank; None means alpha = rank
+    include  substrings of layer names, ``[a-b]`` expands; unset or empty selects all layers. ``exclude`` then removes
+    seed     lora_A of a layer depends only on (seed, layer name)
     bases    cache of the singular bases of -xs types; None computes them
-    seed     lora_A of a layer depends on (seed, layer name) alone, not on selection, order, device or process
 
-    A fresh adapter leaves the model's output unchanged, to rounding.
-    Raises ConfigError when a setting is out of range, a pattern list matches nothing, the rank exceeds what a selected
-    layer allows, or an adapter is attached already.
+    A fresh adapter does not change the model's output, except for rounding.
+    Raises ConfigError if a setting is out of range, a pattern list matches nothing, the rank is too large for a
+    selected layer, or an adapter is attached already.
     """
     config = AdapterConfig(rank, rank if alpha is None else alpha, adapter_type, include, exclude)
     if adapted_layers(base):
@@ -79,43 +79,43 @@ def attach_adapter(
 def attach_to(
     base: Base, config: AdapterConfig, selected: Sequence[str], seed: int, bases: BasesCache | None = None
 ) -> None:
-    """``attach_adapter`` for layers that are selected already. Changes nothing if it raises."""
+    """``attach_adapter`` to the layers named ``selected``. Changes nothing if it raises."""
     layers = candidate_layers(base.adapter_roots)
     _check_layers(config, {name: layers[name] for name in selected})
     for root in base.adapter_roots:
         root.requires_grad_(False)
 
     def adapted(name: str) -> AdaptedLayer:
-        find_bases = None if bases is None else functools.partial(bases, name)
+        compute_bases = None if bases is None else functools.partial(bases, name)
         device = layers[name].weight.device
         # Norms and bases are computed on the weights' device.
         weight = base.fp32_weight(name, device)
         generator = torch.Generator().manual_seed(int(digest_of("lora_A", str(seed), name)[:15], 16))
-        adapter = initial_adapter(config.kind, config.rank, weight, generator, find_bases).to(device)
+        adapter = initial_adapter(config.kind, config.rank, weight, generator, compute_bases).to(device)
         return AdaptedLayer(layers[name], config.kind, adapter, config.alpha / config.rank)
 
-    # Two threads must not be the first to use a device's linear algebra, as -xs types do. Each thread holds one weight.
+    # Threads on a GPU, each with one weight. Not for -xs types: two threads must not initialise linear algebra at once.
     device = "cpu" if config.kind.xs else layers[selected[0]].weight.device
-    made = list(in_threads(adapted, selected, device))
-    for name, layer in zip(selected, made, strict=True):
+    adapted_modules = list(in_threads(adapted, selected, device))
+    for name, layer in zip(selected, adapted_modules, strict=True):
         replace_layer(base, name, layer)
     base.adapter_config, base.formed_once = config, formed_once
 
 
 def detach_adapter(base: Base) -> None:
-    """Put the frozen layers back. Does nothing if no adapter is attached."""
+    """Restore the frozen layers. Does nothing if no adapter is attached."""
     for name, layer in adapted_layers(base).items():
         replace_layer(base, name, layer.original)
     base.adapter_config, base.formed_once = None, contextlib.nullcontext
     base.dit.transformer.form_block = None
-    base.dit.transformer.own_runs.clear()
+    base.dit.transformer.block_runners.clear()
 
 
 @torch.no_grad()
 def bake_adapter(base: Base) -> None:
-    """Replace every adapted layer's frozen weight in memory by W' at the current strength, and detach the adapter.
+    """Overwrite each adapted layer's frozen weight in memory by W' at the set strength, and detach the adapter.
 
-    Another adapter may then be attached: it acts on the result, as several adapters do in the reference.
+    Another adapter attached afterwards acts on the result, as several adapters do in the reference.
     """
     for layer in adapted_layers(base).values():
         layer.weight.copy_(layer.effective_weight(layer.weight))
@@ -124,22 +124,21 @@ def bake_adapter(base: Base) -> None:
 
 @contextlib.contextmanager
 def formed_once(base: Base) -> Iterator[None]:
-    """Inside this context every adapted layer multiplies with W', made from its current tensors and strength.
+    """A context in which all adapted layers multiply with a fixed W', computed from their current tensors and strength.
 
-    W' has the frozen weight's dtype, as in the reference's inference; at strength 0 it is that weight. The adapted
-    layers use twice the memory of their frozen weights.
+    W' has the frozen weight's dtype, as in the reference's inference; at strength 0 it is that weight. Takes as much
+    memory as the frozen weights.
     """
     layers = list(adapted_layers(base).values())
     try:
         for layer in layers:
-            # At strength 0 use the very same memory: on a CPU, rounding depends on the alignment of a product's
-            # operands.
+            # Not a copy at strength 0: a CPU product's rounding depends on how its operands are aligned.
             off, weight = layer.strength == 0, layer.weight.detach()
-            layer.kept_weight = weight if off else layer.effective_weight(weight).to(weight.dtype)
+            layer.fixed_weight = weight if off else layer.effective_weight(weight).to(weight.dtype)
         yield
     finally:
         for layer in layers:
-            layer.kept_weight = None
+            layer.fixed_weight = None
 
 
 def adapted_layers(base: Base) -> dict[str, AdaptedLayer]:
@@ -153,7 +152,7 @@ def adapted_layers(base: Base) -> dict[str, AdaptedLayer]:
 
 
 def adapter_parameters(base: Base) -> dict[str, nn.Parameter]:
-    """Every trained tensor by its name in a file, in registration order; empty where no adapter is attached."""
+    """The trained tensors by their names in a file, in registration order; empty if no adapter is attached."""
     return {
         f"{name}.{SLOT}.{parameter_name}": parameter
         for name, layer in adapted_layers(base).items()
@@ -167,18 +166,18 @@ def check_strength(strength: float) -> None:
 
 
 def set_strength(base: Base, strength: float) -> None:
-    """Scale the update: 1 = as trained, 0 = the base model. Magnitudes act in full at every strength but 0."""
+    """Scale the update: 1 as trained, 0 the base model. Magnitudes act in full at any strength but 0."""
     check_strength(strength)
     for layer in adapted_layers(base).values():
         layer.strength = float(strength)
 
 
 def effective_weight(base: Base, name: str) -> torch.Tensor:
-    """The weight a layer acts with, float32, in the shape of its frozen weight; made from the base's float32 weights.
+    """A layer's effective weight, float32, in the shape of its frozen weight, from the base's float32 weights.
 
-    name  relative to its root, for example "model.transformer.layers.0.self_attn.to_qkv"; a layer without an adapter
-          acts with its frozen weight.
-    Raises ConfigError if there is no layer of that name.
+    name  relative to its root, for example "model.transformer.layers.0.self_attn.to_qkv". For a layer without an
+          adapter the frozen weight is returned
+    Raises ConfigError if there is no such layer.
     """
     adapted = adapted_layers(base)
     if name in adapted:
@@ -191,7 +190,7 @@ def effective_weight(base: Base, name: str) -> torch.Tensor:
 
 
 def replace_layer(base: Base, name: str, module: nn.Module) -> None:
-    """Make ``module`` the child called ``name``, under the root that has such a child."""
+    """Replace the module called ``name`` under the root that has it. Raises KeyError if none does."""
     parent, _, leaf = name.rpartition(".")
     for root in base.adapter_roots:
         try:

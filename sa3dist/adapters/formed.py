@@ -1,4 +1,4 @@
-"""Form every adapted layer's W': once per optimiser step, or block by block at each use. Which runs do which."""
+"""Forms the weights of a base's adapted layers, once per optimiser step or per use of a block, and decides which."""
 
 from __future__ import annotations
 
@@ -25,82 +25,84 @@ log = logging.getLogger(__name__)
 class Formed:
     """W' of the adapted layers of a base, which multiply with it.
 
-    Kept, all of them are formed once per optimiser step. Per use, those of a block are formed right before every
-    forward pass of the block, also the one that its backward pass repeats: all blocks share the memory of the largest,
-    and every block is recomputed. Layers outside of the blocks are formed once per step either way.
+    Once per step: all are formed once per optimiser step. Per use: those of a block are formed before each forward pass
+    of the block, including the recomputed one; all blocks share the memory of the largest, and every block is
+    recomputed. Layers outside of blocks are formed once per step either way.
 
     per_use   which of the two
-    parts     by block, what is formed together; None: once per step
+    parts     what is formed together, by block; key None: once per step
     """
 
     def __init__(
         self, base: Base, layers: Sequence[AdaptedLayer], specs: Sequence[FormedSpec], products: torch.dtype
     ) -> None:
-        """specs: one per layer, in their order; products: the format of the products. ``allocate`` comes next."""
+        """specs: one per layer, in the same order; products: dtype of the products. Call ``allocate`` next."""
         self._transformer, self._layers, self._specs, self._products = base.dit.transformer, layers, specs, products
-        self._blocks = block_numbers(base, layers)
+        self._blocks = block_indices(base, layers)
         self.per_use = False
         self.parts: dict[int | None, FormedWeights] = {}
 
     def allocate(self, per_use: bool) -> None:
-        """Make room for W', and let go of what was there. Not where a CUDA graph has been recorded with that."""
+        """Allocate W', after freeing earlier memory. Not allowed once a CUDA graph was captured with that memory."""
         self.release()
         members: dict[int | None, list[int]] = {}
         for index, block in enumerate(self._blocks):
             members.setdefault(block if per_use else None, []).append(index)
         specs = {block: [self._specs[index] for index in indices] for block, indices in members.items()}
-        largest = max((product_elements(of_block) for block, of_block in specs.items() if block is not None), default=0)
+        sizes = (product_elements(block_specs) for block, block_specs in specs.items() if block is not None)
+        largest = max(sizes, default=0)
         shared = torch.empty(largest, dtype=self._products, device=self._specs[0].weight_OI.device)
-        for block, of_block in specs.items():
+        for block, block_specs in specs.items():
             memory = None if block is None else shared
-            self.parts[block] = FormedWeights(of_block, self._products, memory=memory)
-            for index, made in zip(members[block], self.parts[block].layers, strict=True):
-                self._layers[index].formed = made
+            self.parts[block] = FormedWeights(block_specs, self._products, memory=memory)
+            for index, formed_layer in zip(members[block], self.parts[block].layers, strict=True):
+                self._layers[index].formed = formed_layer
         self.per_use = per_use
         self._transformer.form_block = self._form_block if per_use else None
 
     def release(self) -> None:
-        """Let go of all memory; the layers then multiply in factored form."""
+        """Free all memory; the layers then compute in factored form."""
         self._transformer.form_block = None
         self.parts.clear()
         for layer in self._layers:
             layer.formed = None
 
     def form(self) -> None:
-        """Form from the trained tensors as they are now, per use but for the blocks' layers."""
+        """Form from the current trained tensors; if per use, only layers outside of blocks."""
         if None in self.parts:
             self.parts[None].form()
 
-    def _form_block(self, number: int) -> None:
-        if number in self.parts:
-            self.parts[number].form()
+    def _form_block(self, index: int) -> None:
+        if index in self.parts:
+            self.parts[index].form()
 
     def finish(self) -> None:
-        """Raw sums to gradients, in place. The trained tensors must be those of the last passes."""
+        """Turn raw sums into gradients, in place. Trained tensors must be unchanged since the last pass."""
         for part in self.parts.values():
             part.finish()
 
 
-def block_numbers(base: Base, layers: Sequence[AdaptedLayer]) -> list[int | None]:
-    """The number of the block that each layer is part of; None: it lies outside of the blocks."""
+def block_indices(base: Base, layers: Sequence[AdaptedLayer]) -> list[int | None]:
+    """The index of each layer's block; None for layers outside of blocks."""
     blocks = enumerate(base.dit.transformer.layers)
-    block_of = {id(module): number for number, block in blocks for module in block.modules()}
+    block_of = {id(module): index for index, block in blocks for module in block.modules()}
     return [block_of.get(id(layer)) for layer in layers]
 
 
-def product_format(base: Base, settings: Settings) -> torch.dtype:
+def product_dtype(base: Base, settings: Settings) -> torch.dtype:
     return torch.bfloat16 if settings.mixed_precision == "bf16" else base.dtype
 
 
-def keep_formed(base: Base, flat: FlatGradients, settings: Settings, device: torch.device) -> Formed | None:
-    """Have the adapted layers of ``base`` multiply with W' as ``form`` of what is returned, and passes, leave it.
+def use_formed_weights(base: Base, flat: FlatGradients, settings: Settings, device: torch.device) -> Formed | None:
+    """Switch the adapted layers of ``base`` to formed weights, if the settings ask for it.
 
-    None: not wanted, or with ``adapter_products: auto`` not possible, or not right in a trial; the log says why.
+    Returns None, and logs why, for ``adapter_products: factored``, and for ``auto`` if the kernels cannot run or fail
+    their trial.
 
     flat       the adapters' values and gradients
     settings   adapter_products, mixed_precision, gradient_checkpointing
     """
-    products = product_format(base, settings)
+    products = product_dtype(base, settings)
     choice = settings.adapter_products
     if choice == "factored":
         return None
@@ -118,7 +120,7 @@ def keep_formed(base: Base, flat: FlatGradients, settings: Settings, device: tor
             raise
     if not formed.parts:
         formed.allocate(per_use=True)
-    # Where blocks have parts of their own their kernels are alike.
+    # One part suffices: per use, all blocks use the same kernels.
     if choice == "auto" and (failure := trial(next(iter(formed.parts.values())))):
         formed.release()
         log.warning("adapted layers on %s in %s: factored, because the kernels failed: %s", device, products, failure)
@@ -132,7 +134,7 @@ def keep_formed(base: Base, flat: FlatGradients, settings: Settings, device: tor
 
 
 def spec_of(layer: AdaptedLayer, gradients: dict[torch.Tensor, torch.Tensor]) -> FormedSpec:
-    """gradients: by trained tensor, where its raw sums are found and its gradient is left."""
+    """The layer's spec. gradients: by trained tensor, the tensor for its raw sums and gradient."""
     trained = layer.trained()
     return FormedSpec(
         weight_OI=layer.weight.detach().flatten(1),

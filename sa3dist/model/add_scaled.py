@@ -1,4 +1,4 @@
-"""Combine tokens with values of their clips; gradients are summed in a fixed order.
+"""Multiply-add of tokens with values of their clips, with gradients summed in a fixed order.
 
 Legend: B clips, K tokens of all clips in one list, E width.
 """
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class _AddScaled(torch.autograd.Function):
-    """``base + x * factor[clip]`` per token; ``base`` is per token too, or per clip. Per token it saves only x.
+    """``base + x * factor[clip]`` per token, with ``base`` per token or per clip. Of per-token tensors only x is saved.
 
     base (1, K, E) or (B, E)    x (1, K, E)    factor (B, E)    clip_K, owner_BK  see Packed
     """
@@ -42,7 +42,7 @@ def add_scaled(base: Tensor, x_1KE: Tensor, factor_BE: Tensor, clip_K: Tensor, o
 
 
 def _sum_per_clip(values_1KE: Tensor, owner_BK: Tensor) -> Tensor:
-    # A CPU without bfloat16 instructions would emulate the product: use float32 there.
+    # float32 on a CPU: without bfloat16 instructions the product would be emulated.
     dtype = torch.float32 if values_1KE.device.type == "cpu" and values_1KE.dtype.itemsize == 2 else values_1KE.dtype
     # The compiler traces backward passes under the forward pass's autocast.
     with torch.autocast(values_1KE.device.type, enabled=False):

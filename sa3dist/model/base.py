@@ -14,10 +14,10 @@ from sa3dist.formats import digest_of
 from sa3dist.model.checkpoint import fill, tensors_sha256
 from sa3dist.model.conditioners import Conditioners
 from sa3dist.model.config import ModelConfig
+from sa3dist.model.digest_cache import DigestCache
 from sa3dist.model.dit import DiT, working_dtype
 from sa3dist.model.frequencies import expo_frequencies
 from sa3dist.model.generation import Generation
-from sa3dist.model.kept_digests import KeptDigests
 from sa3dist.model.packing import FilledPacking, Packing
 from sa3dist.model.same import Autoencoder, Decoder, Encoder
 from sa3dist.model.text import TextEncoder, TextSource, require_list
@@ -34,18 +34,18 @@ def weight_key(layer: str) -> str:
 
 
 def wrapped(model: nn.Module) -> nn.ModuleDict:
-    """A module with one child called ``model``, as the official key names require."""
+    """``model`` as a child named "model", as the official key names require."""
     return nn.ModuleDict({"model": model})
 
 
 class Base(nn.Module):
-    """The network the adapters attach to. Its state-dict keys are the official file's keys; none of it is trained.
+    """The frozen network that adapters attach to. Its state-dict keys are those of the official file.
 
-    config        ModelConfig
-    weights       where tensors come from: CheckpointFile or the random weights of a benchmark
-    device, dtype of the parameters; rotary tables, conditioning features and SAME stay float32
-    text_source   where to find the text encoder on first use; None: this base has none
-    encoder       load the SAME encoder now; otherwise it loads on first use, as its decoder and the text encoder do
+    config         ModelConfig
+    weights        source of the tensors: a CheckpointFile, or random weights
+    device, dtype  of the parameters; rotary tables, conditioning features and SAME stay float32
+    text_source    where to look for the text encoder on first use; None: this base has none
+    encoder        whether to load the SAME encoder now. Otherwise it loads on first use, as do decoder and text encoder
     """
 
     def __init__(
@@ -55,20 +55,20 @@ class Base(nn.Module):
         self.config = config
         self.sample_rate_hz, self.samples_per_frame = config.sample_rate_hz, config.samples_per_frame
         self.latent_channels = config.latent_channels
-        # The longest clip the model was made for, and the number of tokens every prompt is padded or cut to.
+        # The longest clip the model was trained for, and the length in tokens that prompts are padded or cut to.
         self.native_seconds, self.prompt_tokens = config.native_seconds, config.prompt.max_length
         self.weights = weights
         self.text_source = text_source
         self.text_encoder: TextEncoder | None = None
-        self.kept_digests: KeptDigests | None = None
-        # Replaced by an attached adapter: inside this context W' is formed once instead of at every use.
+        self.digest_cache: DigestCache | None = None
+        # Set by an attached adapter: a context in which W' is formed once instead of at every use.
         self.formed_once: Callable[[Base], contextlib.AbstractContextManager] = contextlib.nullcontext
         with torch.device("meta"):
             self.model = wrapped(DiT(config.dit))
             self.conditioner = Conditioners(config)
             self.pretransform = wrapped(Autoencoder(config.autoencoder, parts=("encoder",) if encoder else ()))
         for name, child in self.named_children():
-            # SAME stays float32: the run trains on its latents, which are computed once and kept.
+            # SAME stays float32: its latents are the training data, encoded once.
             wide = torch.promote_types(dtype, torch.float32) if child is self.pretransform else dtype
             fill(child, f"{name}.", weights, device, wide)
         self.eval()
@@ -94,12 +94,12 @@ class Base(nn.Module):
 
     @property
     def adapter_roots(self) -> tuple[nn.Module, nn.Module]:
-        """The modules that hold adapter layers; layer names are relative to them."""
+        """The modules that adapter layer names are relative to."""
         return self.model, self.conditioner
 
     @property
     def recomputed_blocks(self) -> int:
-        """Number of blocks that are recomputed in the backward pass instead of keeping their activations."""
+        """How many blocks are recomputed in the backward pass instead of saving their activations."""
         return self.dit.transformer.recomputed_blocks
 
     @recomputed_blocks.setter
@@ -108,7 +108,7 @@ class Base(nn.Module):
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Whether every block is recomputed. Setting it recomputes all blocks or none."""
+        """Whether all blocks are recomputed; setting it recomputes all or none."""
         return self.recomputed_blocks >= self.config.dit.depth
 
     @gradient_checkpointing.setter
@@ -117,7 +117,7 @@ class Base(nn.Module):
 
     @property
     def reference_numerics(self) -> bool:
-        """Whether t, seconds and rotary frequencies are rounded to the base's dtype first, as in the cast reference."""
+        """Whether to round t, seconds and rotary frequencies to the base's dtype, as the reference does when cast."""
         return self.dit.reference_numerics
 
     @reference_numerics.setter
@@ -125,7 +125,7 @@ class Base(nn.Module):
         self.dit.reference_numerics = on
 
     def frequency_tables(self) -> dict[str, Tensor]:
-        """Arguments of the sines and cosines, by name. Processes that train one model must hold equal ones."""
+        """Frequencies of sines and cosines, by name. All ranks of a run must hold equal ones."""
         rotary = {name: value for name, value in self.dit.named_buffers() if name.endswith("inv_freq")}
         return {"Fourier": expo_frequencies(self.device), **rotary}
 
@@ -134,22 +134,22 @@ class Base(nn.Module):
         return self.weights.read(weight_key(name), None, device, torch.float32)
 
     def weights_digest(self) -> str:
-        """Hex SHA-256 that identifies the checkpoint. Reads the file at most once per process, never if it is kept."""
-        return self._kept("file", lambda: self.weights.digest)
+        """Hex SHA-256 of the checkpoint file; computed once per process, or read from ``digest_cache``."""
+        return self._cached_digest("file", lambda: self.weights.digest)
 
     def begin_digests(self) -> None:
-        """Start computing the three digests in threads; for a base with ``kept_digests``."""
-        self.kept_digests.begin(self.weights.path, "file", lambda: self.weights.digest)
-        self.kept_digests.begin(self.weights.path, *self._named_autoencoder_digest())
+        """Start computing the three digests in threads; requires ``digest_cache``."""
+        self.digest_cache.begin(self.weights.path, "file", lambda: self.weights.digest)
+        self.digest_cache.begin(self.weights.path, *self._named_autoencoder_digest())
         if self.text_source is not None:
-            self.text_source.begin_digest(self.kept_digests)
+            self.text_source.begin_digest(self.digest_cache)
 
-    def _kept(self, what: str, make: Callable[[], str]) -> str:
-        return make() if self.kept_digests is None else self.kept_digests.of(self.weights.path, what, make)
+    def _cached_digest(self, what: str, make: Callable[[], str]) -> str:
+        return make() if self.digest_cache is None else self.digest_cache.of(self.weights.path, what, make)
 
     def autoencoder_digest(self) -> str:
-        """Hex SHA-256 of the weights that determine ``encode_audio``; two bases may share an autoencoder."""
-        return self._kept(*self._named_autoencoder_digest())
+        """Hex SHA-256 of the weights that ``encode_audio`` depends on; two bases may share an autoencoder."""
+        return self._cached_digest(*self._named_autoencoder_digest())
 
     def _named_autoencoder_digest(self) -> tuple[str, Callable[[], str]]:
         parts = (f"{AUTOENCODER_PREFIX}encoder.", f"{AUTOENCODER_PREFIX}bottleneck.")
@@ -158,15 +158,15 @@ class Base(nn.Module):
         return f"autoencoder {digest_of(described)}", lambda: tensors_sha256(self.weights, names, described)
 
     def text_encoder_digest(self) -> str:
-        """Hex SHA-256 of the text encoder's files. Raises CheckpointError when the base has none."""
-        return self._found_text_source().digest(self.kept_digests)
+        """Hex SHA-256 of the text encoder's files. Raises CheckpointError if the base has none."""
+        return self._require_text_source().digest(self.digest_cache)
 
     @torch.no_grad()
     def encode_audio(self, audio_BCN: Tensor) -> Tensor:
         """Latents (B, D, ceil(N / samples_per_frame)), float32, without noise.
 
         audio_BCN   any float dtype, N >= 1 samples at ``sample_rate_hz``, C the model's channels (2)
-        Raises ValueError for another shape: a mono clip is duplicated by its reader, not here.
+        Raises ValueError for another shape; the reader of a mono clip duplicates its channel.
         """
         channels = self.config.audio_channels
         if audio_BCN.ndim != 3 or audio_BCN.shape[1] != channels or audio_BCN.shape[2] < 1:
@@ -186,7 +186,7 @@ class Base(nn.Module):
             return self.autoencoder.decode(latents_BDT.to(first.device, first.dtype)).float()
 
     def _load_part(self, name: str, kind: type[nn.Module]) -> Tensor:
-        """Load one half of the autoencoder if it is not in memory; returns one of its tensors, for device and dtype."""
+        """Load one half of the autoencoder if needed; returns a tensor with its device and dtype."""
         like = self.autoencoder.bottleneck.scaling_factor
         if getattr(self.autoencoder, name) is None:
             with torch.device("meta"):
@@ -196,39 +196,39 @@ class Base(nn.Module):
         return like
 
     def encode_hidden(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """The text encoder's last hidden states (B, L, 768) and mask (B, L), before any projection: what to cache.
+        """The text encoder's last hidden states (B, L, 768) and mask (B, L), before projection. This is what is cached.
 
-        Raises ValueError for anything but a non-empty list of strings: a bare string would count as a list of letters.
+        Raises ValueError for anything but a non-empty list of strings; a bare string would be read as letters.
         """
         require_list(prompts)
         if self.text_encoder is None:
-            self.text_encoder = TextEncoder(self._found_text_source(), self.device)
+            self.text_encoder = TextEncoder(self._require_text_source(), self.device)
         return self.text_encoder.encode(prompts, self.device)
 
-    def _found_text_source(self) -> TextSource:
+    def _require_text_source(self) -> TextSource:
         if self.text_source is None:
             raise CheckpointError(f"{self.config.source}: this base has no text encoder; pass text_encoder=/path")
         return self.text_source
 
     def release_encoders(self) -> None:
-        """Free the text encoder and both halves of SAME; they load again when used again."""
+        """Drop the text encoder and both halves of SAME from memory; they are loaded again when used."""
         self.text_encoder = None
         self.autoencoder.encoder = None
         self.autoencoder.decoder = None
 
     def embed_prompts(self, hidden_BLH: Tensor, mask_BL: Tensor) -> Tensor:
-        """Hidden states to embeddings (B, L, C): projection (adapted if present), then padding. Differentiable."""
+        """Embeddings (B, L, C) of hidden states: projection (adapted if attached), then padding. Differentiable."""
         return self.conditioner.prompt(hidden_BLH.to(self.device), mask_BL.to(self.device), self._working_dtype())
 
     def encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, L, C) as ``velocity`` takes them, and the mask (B, L), True = a token of the prompt."""
+        """Embeddings (B, L, C) for ``velocity``, and the mask (B, L), True = a token of the prompt."""
         hidden, mask = self.encode_hidden(prompts)
         return self.embed_prompts(hidden, mask), mask
 
     def assemble(self, prompt_embeds_BLC, prompt_mask_BL, seconds_total_B, drop_cross_B=None) -> tuple[Tensor, Tensor]:
         """The DiT's cross-attention sequence (B, L + 1, C) and its global vector (B, C).
 
-        drop_cross_B   bool: the whole sequence of these clips becomes zero, the global vector stays
+        drop_cross_B   bool: zero the whole sequence of these clips, but not the global vector
         """
         dtype = self._working_dtype()
         seconds = self.conditioner.seconds_total(seconds_total_B, dtype, self.reference_numerics)
@@ -239,7 +239,7 @@ class Base(nn.Module):
         return cross, seconds[:, 0]
 
     def local_conditioning(self, inpaint_mask_B1T: Tensor | None, inpaint_latents_BDT: Tensor | None) -> Tensor | None:
-        """Mask and masked latents as channels, (B, D + 1, T). If both are None: one frame of zeros for all."""
+        """Mask and masked latents as channels (B, D + 1, T); without them zeros of one frame, which stands for all."""
         width = self.config.dit.local_add_cond_dim
         if inpaint_mask_B1T is None and inpaint_latents_BDT is None:
             return None if width is None else torch.zeros(1, width, 1, device=self.device, dtype=self._working_dtype())
@@ -266,15 +266,18 @@ class Base(nn.Module):
     ) -> Tensor:
         """Velocity (noise - data) of noisy latents, (B, D, T), float32; gradients reach adapters only.
 
-        x_BDT               noisy latents              t_B   0 data .. 1 noise
-        prompt_embeds_BLC, prompt_mask_BL              from encode_prompts; padding is filled in again
-        seconds_total_B     seconds of the whole item
-        padding_mask_BT     True = valid; no frame attends to the others
-        inpaint_mask_B1T    1 = given context          inpaint_latents_BDT   clean latents, masked here
-        drop_cross_B        True = no prompt and no seconds token for this clip (guidance dropout)
-        prompt_length       length of the whole prompt if fewer positions are given: the last given one, which must be
-                            padding in every clip, stands for the rest; its projections are then computed once
-        packing             precomputed from that padding mask: padded frames are then zero instead of computed
+        x_BDT                noisy latents
+        t_B                  0 data .. 1 noise
+        prompt_embeds_BLC    from ``encode_prompts``; padding is filled in again
+        prompt_mask_BL       True = a token of the prompt
+        seconds_total_B      seconds of the whole item
+        padding_mask_BT      True = valid; other frames are not attended to
+        inpaint_mask_B1T     1 = given context
+        inpaint_latents_BDT  clean latents; masked here
+        drop_cross_B         True = no prompt and no seconds token for this clip (guidance dropout)
+        prompt_length        length of the whole prompt if fewer positions are passed: the last one, padding in every
+                             clip, stands for the missing ones, and its projections are computed once
+        packing              precomputed from the padding mask; padded frames are then not computed, but zero
         """
         cross, embed = self.assemble(prompt_embeds_BLC, prompt_mask_BL, seconds_total_B, drop_cross_B)
         local = self.local_conditioning(inpaint_mask_B1T, inpaint_latents_BDT)
@@ -288,13 +291,13 @@ class Base(nn.Module):
     ) -> Tensor:
         """Audio (B, C, int(seconds * rate)) of the prompts, float32 on the CPU, -1 .. 1: see ``Generation``.
 
-        Raises ConfigError for what this model cannot make, ValueError as ``encode_hidden``.
+        Raises ConfigError for what this model cannot generate, ValueError as ``encode_hidden`` does.
         """
         require_list(prompts)
         with self.formed_once(self):
-            made = Generation(seconds, steps, cfg_scale, seed).clips(self, list(enumerate(prompts)))
-            return torch.stack([audio_CN for _, audio_CN in made])
+            clips = Generation(seconds, steps, cfg_scale, seed).clips(self, list(enumerate(prompts)))
+            return torch.stack([audio_CN for _, audio_CN in clips])
 
     def forward(self, *arguments, **keywords) -> Tensor:
-        """``velocity``, for wrappers that call the module itself."""
+        """``velocity``, for wrappers that call the module."""
         return self.velocity(*arguments, **keywords)

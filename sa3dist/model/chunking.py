@@ -1,4 +1,4 @@
-"""The overlapping windows of frames in which a long clip is encoded and decoded, and what is kept of each."""
+"""The overlapping windows of frames in which a long clip is encoded and decoded, and the part of each that is used."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -21,9 +21,9 @@ def windows(frames: int, phase: int, chunked: bool) -> Iterator[Window]:
 
     phase   latent frames that attention treats as one chunk, 1 for a sliding window
 
-    Windows have 128 frames, 96 apart. The last one ends at the clip's end but starts on a multiple of ``phase``:
-    chunked attention pairs frames by their position, so another start would pair them differently. Half of the overlap
-    is dropped at inner edges, where a window lacks the context that its neighbour has.
+    Windows have 128 frames and start 96 apart. The last one ends with the clip but starts at a multiple of ``phase``,
+    because chunked attention groups frames by position. At inner edges half the overlap is dropped: a window lacks
+    context there that its neighbour has.
     """
     if not chunked or frames <= WINDOW_FRAMES:
         yield Window(0, frames, 0)

@@ -1,9 +1,9 @@
-"""Whether a run on CUDA compiles. Imports no torch, so that a start can decide before importing it."""
+"""Whether a run on a CUDA device compiles. Imports no torch: a start decides this before torch is imported."""
 
-# Compiling takes about half a minute; a run of this many steps gains more than that, if it gains at all.
-STEPS_WORTH_COMPILING = 200
+# Compiling takes about half a minute; runs of at least this many steps gain more than that.
+MIN_STEPS = 200
 
 
 def compiles_on_cuda(choice: str, steps: int) -> bool:
-    """choice: auto, on or off; ``auto`` compiles if the run is long enough."""
-    return choice == "on" or (choice == "auto" and steps >= STEPS_WORTH_COMPILING)
+    """choice: auto, on or off; ``auto`` compiles runs of at least MIN_STEPS."""
+    return choice == "on" or (choice == "auto" and steps >= MIN_STEPS)

@@ -15,7 +15,7 @@ HIDDEN_WIDTH = 768
 
 
 class ExpoFeatures(nn.Module):
-    """Stateless first entry of the number embedding; the file's Linear is entry 1."""
+    """First entry of the number embedding, without state: the file's Linear is entry 1."""
 
     def forward(self, values: Tensor) -> Tensor:
         return expo_features(values)
@@ -32,7 +32,7 @@ class NumberConditioner(nn.Module):
     def forward(self, values_B: Tensor, dtype: torch.dtype, reference_numerics: bool = False) -> Tensor:
         """(B,) to (B, 1, C). Values are clamped to the configured range.
 
-        dtype               of activations; the features are cast to it
+        dtype               dtype of activations, to which the features are cast
         reference_numerics  round the normalised number to ``dtype`` before its features, as the reference does
         """
         value = (values_B.float().clamp(self.lowest, self.highest) - self.lowest) / (self.highest - self.lowest)
@@ -54,22 +54,22 @@ class PromptConditioner(nn.Module):
         )
 
     def forward(self, hidden_BLH: Tensor, mask_BL: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, L, H) to (B, L, C). The projection runs in ``dtype``; without one the input's dtype is kept."""
+        """(B, L, H) to (B, L, C). The projection runs in ``dtype``; without one the dtype does not change."""
         embeds = hidden_BLH if self.proj_out is None else self.proj_out(hidden_BLH.to(dtype))
         return self.fill_padding(embeds, mask_BL)
 
     def fill_padding(self, embeds_BLC: Tensor, mask_BL: Tensor) -> Tensor:
-        """Positions with mask 0 become the learned vector, or zero, or stay, as the config says. Idempotent."""
+        """Replace positions with mask 0 by the learned vector or by zero, or keep them, per config. Idempotent."""
         if self.padding_mode == "none":
             return embeds_BLC
         valid = mask_BL.bool()[..., None]
-        # where, not a product: a padded position may hold anything, NaN included.
+        # where, not a product: padded positions may hold anything, even NaN.
         filler = self.padding_embedding if self.padding_mode == "learned" else embeds_BLC.new_zeros(())
         return torch.where(valid, embeds_BLC, filler)
 
 
 class Conditioners(nn.Module):
-    """The conditioner root: adapter names start at ``conditioners.``."""
+    """The conditioners, whose adapter names start with ``conditioners.``."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

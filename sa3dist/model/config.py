@@ -1,6 +1,6 @@
-"""``model_config.json`` as typed settings; defaults are the reference constructor's.
+"""``model_config.json`` as typed settings that the network is built from; defaults are the reference constructor's.
 
-Options that this network supports in one form only have no field: ``parse_config`` checks that a file asks for it.
+Options for which this network supports only one value are not fields: ``parse_config`` checks them.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The diffusion transformer: noisy latents and conditioning in, velocity out.
 
-Legend: B batch, C latent channels, T latent frames, M memory tokens, S context tokens, E width; (G, N, E) tokens: of a
-padded batch G = B, N = M + T; packed G = 1 and N counts all clips' tokens (``token_layout.py``).
+Legend: B batch, C latent channels, T latent frames, M memory tokens, S context tokens, E width. Tokens are (G, N, E):
+padded, G = B and N = M + T; packed, G = 1 and N is the number of all clips' tokens (``token_layout.py``).
 """
 
 import functools
@@ -28,15 +28,18 @@ from sa3dist.model.packing import FilledPacking, Packing
 from sa3dist.model.self_attention import kernel_works
 from sa3dist.model.token_layout import Filled, Packed, Padded
 
-# False: autograd differentiates the feed-forward's gate, as it does for layouts other than ``Filled``.
-GATE_AS_ONE = True
+# Whether ``Filled`` layouts use the fused gradient of the feed-forward's gate; other layouts leave it to autograd.
+FUSED_GATE = True
 
 
 class Shared(NamedTuple):
-    """Inputs of every layer in one forward pass, computed once.
+    """Inputs that all layers of a forward pass share.
 
-    context_BSE, repeated (the context token that stands for several, see CrossAttention), local (G, frames, C) or None
-    (one frame may stand for all), rotary (cos, signed sin, half width), layout (which token belongs to which clip)
+    context_BSE  tokens for cross-attention
+    repeated     the context token that stands for several, see ``CrossAttention``
+    local_GTC    local conditioning, where one frame may stand for all, or None
+    rotary       cosines, signed sines, half the number of rotated channels
+    layout       which token belongs to which clip
     """
 
     context_BSE: Tensor
@@ -68,7 +71,7 @@ def add_gated(h_GNE: Tensor, gate_BE: Tensor, branch_GNE: Tensor, layout) -> Ten
 class Block(nn.Module):
     """One layer: modulated self-attention, cross-attention, local conditioning, modulated feed-forward."""
 
-    # ``compile_elementwise`` may replace them by compiled ones.
+    # ``compile_elementwise`` may replace these by compiled ones.
     modulated_norm = staticmethod(modulated_norm)
     add_gated = staticmethod(add_gated)
 
@@ -87,12 +90,12 @@ class Block(nn.Module):
             self.to_local_embed = two_layers(config.local_add_cond_dim, width, bias=True)
 
     def forward(self, h_GNE: Tensor, modulation: tuple[Tensor, ...], shared: Shared) -> Tensor:
-        """modulation: 1 + scale, shift, opened gate of the attention, then of the feed-forward, each (B, E)."""
+        """modulation: 1 + scale, shift, gate of the attention, then of the feed-forward, each (B, E)."""
         scale1, shift1, gate1, scale2, shift2, gate2 = modulation
         layout = shared.layout
         if layout.attends:
-            entering = self.modulated_norm(self.pre_norm, h_GNE, scale1, shift1, layout)
-            branch = self.self_attn(entering, shared.rotary, layout.attend_pairs, layout.attend_qkv)
+            normed = self.modulated_norm(self.pre_norm, h_GNE, scale1, shift1, layout)
+            branch = self.self_attn(normed, shared.rotary, layout.attend_pairs, layout.attend_qkv)
             h_GNE = self.add_gated(h_GNE, gate1, branch, layout)
         context = shared.context_BSE, shared.repeated
         branch = self.cross_attn(self.cross_attend_norm(h_GNE), *context, layout.attend_pairs_to_context)
@@ -100,21 +103,21 @@ class Block(nn.Module):
         if shared.local_GTC is not None:
             h_GNE = layout.add_to_frames(h_GNE, self.to_local_embed(shared.local_GTC).to(h_GNE.dtype))
         if layout.attends:
-            entering = self.modulated_norm(self.ff_norm, h_GNE, scale2, shift2, layout)
-            branch = self.ff(entering, layout.gate_as_one)
+            normed = self.modulated_norm(self.ff_norm, h_GNE, scale2, shift2, layout)
+            branch = self.ff(normed, layout.fused_gate)
             h_GNE = self.add_gated(h_GNE, gate2, branch, layout)
         return h_GNE
 
 
 class Transformer(nn.Module):
-    """Memory tokens, rotary positions and the layers, between the two channel projections."""
+    """Memory tokens, rotary positions and blocks, between the two channel projections."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
         width, channels = config.embed_dim, config.io_channels
         self.head_dim = config.head_dim
-        # Number of first blocks that are recomputed in the backward pass: they are needed last, when the memory of what
-        # the others kept is free again.
+        # How many blocks the backward pass recomputes. The first ones: it reaches them last, when the saved tensors of
+        # the others are free again.
         self.recomputed_blocks = 0
         self.project_in = nn.Linear(channels, width, bias=False)
         self.project_out = nn.Linear(width, channels, bias=False)
@@ -124,12 +127,12 @@ class Transformer(nn.Module):
         self.rotary_pos_emb = RotaryEmbedding(max(config.head_dim // 2, 32))
         self.global_cond_embedder = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 6 * width))
         self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
-        # ``compile_blocks`` may replace it by a compiled one.
+        # ``compile_blocks`` may replace this by a compiled one.
         self.run_block = Block.forward
-        # Called with a block's number before each use, where adapted weights are formed per use.
+        # Set if weights are formed per use: called with a block's index before each pass of the block.
         self.form_block: Callable[[int], None] | None = None
-        # By block number: runs the block instead of ``checkpoint``, with the same arguments.
-        self.own_runs: dict[int, Callable[..., Tensor]] = {}
+        # Overrides how the block of an index is run: called like ``checkpoint``, with a function and its arguments.
+        self.block_runners: dict[int, Callable[..., Tensor]] = {}
 
     def forward(
         self,
@@ -154,23 +157,23 @@ class Transformer(nn.Module):
             rotary=(cos, sin, self.rotary_pos_emb.inv_freq.numel()),
             layout=layout,
         )
-        # No block draws random numbers, and a recorded CUDA graph must not read a generator's state.
+        # Blocks draw no random numbers, and CUDA graph capture must not read a generator's state.
         recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        # With weights formed per use every block is recomputed: the next block's weights overwrite those it would need.
+        # Formed per use, the next block's weights overwrite those that a saved block would need in its backward pass.
         recomputed = self.recomputed_blocks if self.form_block is None else len(self.layers)
         recomputed = recomputed if torch.is_grad_enabled() else 0
         for i, modulation in enumerate(self.modulations(global_BE, dtype)):
-            run = self.own_runs.get(i, recompute if i < recomputed else call)
+            run = self.block_runners.get(i, recompute if i < recomputed else call)
             h_GNE = run(self._form_and_run, self.run_block, i, h_GNE, modulation, shared)
         return self.project_out(layout.without_memory(h_GNE))
 
-    def _form_and_run(self, run_block: Callable[..., Tensor], number: int, *given) -> Tensor:
+    def _form_and_run(self, run_block: Callable[..., Tensor], index: int, *arguments) -> Tensor:
         if self.form_block is not None:
-            self.form_block(number)
-        return run_block(self.layers[number], *given)
+            self.form_block(index)
+        return run_block(self.layers[index], *arguments)
 
     def modulations(self, global_BE: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
-        """Six (B, E) tensors for every layer, computed for all layers in a handful of operations."""
+        """Six (B, E) tensors per layer, computed for all layers in a few operations."""
         own_L6E = torch.stack([layer.to_scale_shift_gate.to(dtype) for layer in self.layers])
         both = (own_L6E[:, None] + self.global_cond_embedder(global_BE)).to(dtype)
         # (L, B, 6E): scale, shift, gate of the attention, then of the feed-forward.
@@ -178,15 +181,15 @@ class Transformer(nn.Module):
         scale = 1 + parts[..., 0, :]
         shift = parts[..., 1, :]
         gate = torch.sigmoid(1 - parts[..., 2, :])
-        # One unbind: separate slices would each fill, copy and add a gradient of all layers.
+        # One unbind: the gradient of separate slices would fill, copy and add a tensor of all layers for each.
         each_BE = torch.stack([scale, shift, gate], dim=3).permute(0, 2, 3, 1, 4).flatten(0, 2).unbind()
         return [each_BE[i : i + 6] for i in range(0, len(each_BE), 6)]
 
 
 def working_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """Dtype of activations over weights stored as ``stored``: the same, unless autocast uses another 16-bit dtype.
+    """The activations' dtype for weights of dtype ``stored``: the same, or autocast's if both are 16-bit.
 
-    torch refuses to mix the two: a float16 base trains under bfloat16 autocast with bfloat16 activations.
+    torch does not mix the two: a float16 base trains under bfloat16 autocast with bfloat16 activations.
     """
     if stored.itemsize == 2 and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
@@ -223,7 +226,7 @@ class DiT(nn.Module):
         return self.transformer.layers[0].to_scale_shift_gate.dtype
 
     def timestep_features(self, t_B: Tensor) -> Tensor:
-        """Fourier features of t, float32 in and out; (B, 256). Unlike the reference, t is not rounded to the dtype."""
+        """Fourier features of t (B, 256), float32. Unlike in the reference, t is not rounded to the base's dtype."""
         value = t_B.float()
         if self.config.timestep_features_logsnr:
             inside = value.clamp(1e-7, 1 - 1e-7)
@@ -245,14 +248,15 @@ class DiT(nn.Module):
     ) -> Tensor:
         """Velocity (B, C, T) in float32.
 
-        x_BCT            noisy latents         t_B              0 data .. 1 noise, kept float32 up to its features
-        cross_BSC        prompt tokens then the seconds token, all attended
+        x_BCT            noisy latents
+        t_B              0 data .. 1 noise; stays float32 until its features are computed
+        cross_BSC        prompt tokens, then the seconds token; all are attended to
         global_BC        seconds embedding
-        local_BCT        inpainting mask then masked latents; (1 or B, C+1, T), or T = 1 for the same value at every
-                         frame. None leaves the local branch out, which is not the same as zeros.
-        padding_mask_BT  bool, True = valid. Padded frames are attended by nobody. They must be finite.
-        repeated         (position, count): the token of cross_BSC that stands for ``count`` equal ones in a row
-        packing          of that mask, made ahead and on the device of x: padded frames are not computed, but zero
+        local_BCT        inpainting mask, then masked latents; (1 or B, C+1, T), or T = 1 for the same value at all
+                         frames. None skips the local branch, which differs from zeros
+        padding_mask_BT  bool, True = valid. Padded frames are not attended to. They must be finite
+        repeated         (position, count): the token of cross_BSC that stands for ``count`` equal consecutive ones
+        packing          precomputed from that mask, on the device of x: padded frames are not computed, but zero
         """
         dtype = working_dtype(self.dtype, x_BCT.device)
         context = self.to_cond_embed(cross_BSC.to(dtype)), repeated
@@ -262,33 +266,33 @@ class DiT(nn.Module):
         local = None if local_BCT is None else local_BCT.to(dtype).transpose(1, 2)
         layouts = self.layouts(x_BCT, padding_mask_BT, packing)
         parts = [self._velocity(layout, x_BTC, context, embed, local, dtype) for layout in layouts]
-        # Each layout returns zeros where it computes nothing, so the parts add up.
+        # Each layout returns zeros at frames it does not compute.
         return functools.reduce(torch.add, parts)
 
     def layouts(
         self, x_BCT: Tensor, padding_mask_BT: Tensor | None, packing: Packing | FilledPacking | None
     ) -> list[Padded | Packed | Filled]:
-        """What to compute, so that the sum over it is the velocity."""
+        """The layouts to compute; the velocity is the sum over them."""
         frames, memory = x_BCT.shape[2], self.transformer.memory
         if isinstance(packing, FilledPacking):
             device = x_BCT.device
             products = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.dtype
             inner = int(self.config.embed_dim * self.config.ff_kwargs.mult)
-            ours = kernel_works(device, products), GATE_AS_ONE and gate_kernel_works(device, products, inner)
-            return [Filled(packing, len(x_BCT), frames, memory, *ours)]
+            kernels = kernel_works(device, products), FUSED_GATE and gate_kernel_works(device, products, inner)
+            return [Filled(packing, len(x_BCT), frames, memory, *kernels)]
         if packing is not None:
             return [Packed(packing, memory)]
         if padding_mask_BT is None or padding_mask_BT.device.type != "cpu":
-            # Asking a device where its valid frames are would stop the host until it answers.
+            # Packing reads the mask on the host, which would wait for the device.
             return [Padded(frames, memory, padding_mask_BT)]
         layouts = [Packed(Packing.of(padding_mask_BT), memory)]
         if not padding_mask_BT.all():
-            # The reference goes on with padded frames, without attention and feed-forward: its velocity there too.
+            # The reference computes padded frames too, without attention and feed-forward. Return its values.
             layouts.append(Packed(Packing.of(~padding_mask_BT), memory=0, attends=False))
         return layouts
 
     def _velocity(self, layout: Padded | Packed | Filled, x_BTC: Tensor, context, embed, local_BTC, dtype) -> Tensor:
-        """Velocity of the layout's frames, (B, C, T) float32, zero at frames it leaves out."""
+        """Velocity of the layout's frames, (B, C, T) float32; zero at other frames."""
         x_GCT = layout.take(x_BTC).transpose(1, 2)
         x_GCT = residual(self.preprocess_conv, x_GCT)
         if local_BTC is not None and local_BTC.shape[:2] != (1, 1):

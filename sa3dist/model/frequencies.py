@@ -1,7 +1,7 @@
-"""The 128 frequencies of the exponential Fourier features, recorded: the same bits on every machine.
+"""The 128 frequencies of the exponential Fourier features, as recorded bits that are the same on every machine.
 
-Their arguments reach 6e4 rad, where one bit of one frequency moves a velocity by 6e-5, and the float32 exponential and
-linspace of two processors differ by that bit. So neither is asked here.
+Computing them would not be: float32 exp and linspace differ between processors in the last bit. Angles reach 6e4 rad,
+where one bit of a frequency changes a velocity by 6e-5.
 """
 
 import functools
@@ -12,9 +12,8 @@ import torch
 # Features of one number: a cosine and a sine per frequency. All models have this many.
 FEATURES = 256
 
-# 0.5 * 20000 ** ramp for 128 steps of a ramp from 0 to 1: the float32 bits, big-endian, that the reference had when
-# the golden tensors were recorded (``expo.freqs`` in tests/golden/*/golden.safetensors). Five of them are not the
-# float32 nearest to the formula's value.
+# 0.5 * 20000 ** ramp for 128 steps from 0 to 1, as big-endian float32 bits, recorded from the reference with the
+# golden tensors (``expo.freqs`` in tests/golden/*/golden.safetensors). Five are not the float32 nearest to the formula.
 _RECORDED = """
     3f000000 3f0a6187 3f159a95 3f21bca5 3f2eda9d 3f3d08eb 3f4c5da5 3f5cf0ac 3f6edbd1 3f811d7d 3f8b962c 3f96e842
     3fa32562 3fb0609a 3fbeae8a 3fce2577 3fdedd75 3ff0f08f 40023d77 400ccd82 401838d7 40249143 4031ea00 404057d7

@@ -1,4 +1,4 @@
-"""Prompts to audio: noise by seed and number, the guided sampler on batches, decoding one clip at a time.
+"""Generates audio from prompts: seeded noise, the guided sampler in batches, decoding clip by clip.
 
 Legend: B batch, C audio channels, N samples, D latent channels, T latent frames.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sa3dist.model.base import Base
     from sa3dist.model.config import ModelConfig
 
-# Generated behind the wanted length and cut off: the model was trained with audio that fades into silence there.
+# Generated beyond the requested length and cut off: the model was trained on audio that fades into silence there.
 # Source: the reference's generate.
 HEADROOM_SECONDS = 6
 BATCH = 4
@@ -30,7 +30,7 @@ BATCH = 4
 
 @contextlib.contextmanager
 def borrowed_encoders(base: Base) -> Iterator[None]:
-    """Whichever of the text encoder and SAME's halves is loaded in this block is dropped from memory at its end."""
+    """Drop the text encoder and halves of SAME from memory at the end if they were loaded in this context."""
     parts = [(base, "text_encoder"), (base.autoencoder, "encoder"), (base.autoencoder, "decoder")]
     before = [getattr(owner, name) for owner, name in parts]
     try:
@@ -44,8 +44,10 @@ def borrowed_encoders(base: Base) -> Iterator[None]:
 class Generation:
     """How clips are generated; the defaults are those of the reference's training demos.
 
-    seconds     length of every clip          steps   evaluations of the network, of both branches at once
-    cfg_scale   guidance; 1 = without         seed    of the noise, together with a clip's number
+    seconds     length of each clip
+    steps       evaluations of the network, each for both branches at once
+    cfg_scale   guidance; 1 is without
+    seed        of the noise, together with the clip's number
     """
 
     seconds: float
@@ -54,7 +56,7 @@ class Generation:
     seed: int = 0
 
     def check(self, config: ModelConfig) -> None:
-        """Raises ConfigError, in one line, for what the model cannot be asked for."""
+        """Raises ConfigError for values the model does not support."""
         longest = config.sample_size / config.sample_rate_hz
         if not 0 < self.samples(config) / config.sample_rate_hz <= longest:
             raise ConfigError(f"seconds: {self.seconds} is out of range, this model makes up to {longest:.1f} s")
@@ -68,9 +70,9 @@ class Generation:
         return int(self.seconds * config.sample_rate_hz) if math.isfinite(self.seconds) else 0
 
     def frames(self, config: ModelConfig) -> int:
-        """Latent frames with the headroom: those that the reference's padding mask leaves valid.
+        """Latent frames including the headroom: those that are valid in the reference's padding mask.
 
-        The reference computes up to two more, which no valid frame attends to and which are cut off.
+        The reference computes up to two more, which valid frames do not attend to and which it cuts off.
         """
         size = config.samples_per_frame
         headroom = HEADROOM_SECONDS * config.sample_rate_hz // size
@@ -83,13 +85,13 @@ class Generation:
         encode: Callable[[list[str]], tuple[Tensor, Tensor]] | None = None,
         before_step: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Audio (C, N), float32 on the CPU within -1 .. 1, and its number, for every (number, prompt).
+        """Yields (number, audio (C, N)) for each (number, prompt); float32 on the CPU, within -1 .. 1.
 
-        Clip i's noise is drawn on the CPU from (seed, i): whatever the batch and the device, clip i is the same but for
+        Clip i's noise is drawn on the CPU from (seed, i), so it does not depend on the batch or device except for
         rounding.
-        encode        what ``base.encode_hidden`` gives, where it is known already
-        before_step   called before every evaluation of the network; what it raises ends the generation
-        Raises ConfigError as ``check``.
+        encode        replaces ``base.encode_hidden``, for hidden states that are known already
+        before_step   called before each evaluation of the network; an exception ends the generation
+        Raises ConfigError as ``check`` does.
         """
         self.check(base.config)
         for begin in range(0, len(prompts), BATCH):
@@ -102,7 +104,7 @@ class Generation:
     def latents(
         self, base: Base, numbers: Sequence[int], hidden: tuple[Tensor, Tensor], before_step: Callable[[], None]
     ) -> Tensor:
-        """Latents (B, D, T) of the clips of these numbers. hidden: of their prompts, as from ``base.encode_hidden``."""
+        """Latents (B, D, T) of these clips. hidden: of their prompts, from ``base.encode_hidden``."""
         frames, channels = self.frames(base.config), base.latent_channels
 
         def noise(step: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Fetch released files from the Hugging Face cache, else from the hub; every error is one line that says what to do."""
+"""Fetches released files from the Hugging Face cache or the hub. Errors are one line that says what to do."""
 
 import contextlib
 from pathlib import Path
@@ -7,7 +7,7 @@ from sa3dist.errors import CheckpointError
 
 
 def hub_file(repo_id: str, name: str) -> Path:
-    """Path of one file of a repository: from the cache when it is there, else downloaded.
+    """Path of one file of a repository, from the cache or downloaded.
 
     Raises CheckpointError for gated or missing repositories, no network and offline mode.
     """
@@ -33,7 +33,7 @@ def is_cached(repo_id: str, name: str) -> bool:
 def hub_folder(repo_id: str, subfolder: str | None, needed: tuple[str, ...], local_only: bool = False) -> Path:
     """Directory of a repository (or of one subfolder) that holds at least the files ``needed``, cache first.
 
-    local_only   the cache alone
+    local_only   do not download
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -85,5 +85,5 @@ def explain(error: Exception, repo_id: str, what: str, otherwise: str) -> str:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     return (
         f"{repo_id}: {what} is not in the local cache and the hub cannot be reached ({reason}). "
-        f"Connect, set HF_HUB_OFFLINE=1 beside a filled cache, or pass {otherwise}"
+        f"Connect, set HF_HUB_OFFLINE=1 with a filled cache, or pass {otherwise}"
     )

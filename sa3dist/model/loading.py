@@ -1,4 +1,4 @@
-"""Find and load a base model by its released name or its directory."""
+"""Finds and loads a base model by its released name or directory."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _existing_directory(name: str) -> Path:
 
 
 def known_config(name_or_directory: str | Path) -> ModelConfig:
-    """The parsed config of a released name (built in, without the hub) or of a directory. Reads no weights.
+    """The parsed config of a released name, without asking the hub, or of a directory. Weights are not read.
 
     Raises CheckpointError.
     """
@@ -74,7 +74,7 @@ def known_config(name_or_directory: str | Path) -> ModelConfig:
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every key of ``model.safetensors`` with its shape, as the config implies."""
+    """Every key of ``model.safetensors`` with its shape, derived from the config."""
     with torch.device("meta"):
         return {
             **tensor_shapes(wrapped(DiT(config.dit)), MODEL_PREFIX),
@@ -91,7 +91,7 @@ def meta_roots(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
 
 @dataclasses.dataclass(frozen=True)
 class BaseOnDisk:
-    """A base checked as strictly as by ``load_base``, but not loaded: its tensors are read one by one."""
+    """A base checked as strictly as by ``load_base`` but not loaded; tensors are read one by one."""
 
     files: BaseFiles
     config: ModelConfig
@@ -108,7 +108,7 @@ class BaseOnDisk:
 
     @property
     def adapter_roots(self) -> tuple[nn.Module, nn.Module]:
-        """``Base.adapter_roots`` without values."""
+        """As ``Base.adapter_roots``, on the meta device."""
         return meta_roots(self.config)
 
     def fp32_weight(self, name: str) -> torch.Tensor:
@@ -127,17 +127,17 @@ def load_base(
 
     name_or_directory  small-music-base, small-sfx-base, medium-base, or a directory with model_config.json and
                        model.safetensors
-    text_encoder       where T5Gemma is, when not beside the model
+    text_encoder       where T5Gemma is, if not in the model's directory
     encoder            False leaves the SAME encoder on disk until audio is encoded (training on cached latents)
-    Every tensor goes from the mapped file to ``device`` and ``dtype`` on its own. Raises CheckpointError when a file is
-    missing or damaged, a key is missing, unexpected or of the wrong shape, or the config is unsupported.
+    Tensors are converted to ``device`` and ``dtype`` one by one. Raises CheckpointError if a file is missing or
+    damaged, a key is missing, unexpected or of the wrong shape, or the config is unsupported.
     """
     keep_caches_without_a_name()
-    found = BaseOnDisk.open(name_or_directory)
+    on_disk = BaseOnDisk.open(name_or_directory)
     source = TextSource(
-        found.config.prompt,
+        on_disk.config.prompt,
         override=None if text_encoder is None else str(text_encoder),
-        model_directory=found.files.directory,
-        base_repo=found.files.repo_id,
+        model_directory=on_disk.files.directory,
+        base_repo=on_disk.files.repo_id,
     )
-    return Base(found.config, found.weights, device, dtype, source, encoder)
+    return Base(on_disk.config, on_disk.weights, device, dtype, source, encoder)

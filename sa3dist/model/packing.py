@@ -1,4 +1,4 @@
-"""Index tables of the frames that are computed of a padded batch, made on the host.
+"""Which frames of a padded batch are computed: index tables, built on the host.
 
 Legend: B clips, T frames of the padded batch, F valid frames of all clips, K tokens.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class TensorFields:
-    """A dataclass whose tensors move together, including those of fields that are TensorFields."""
+    """A dataclass whose tensors, including those of nested TensorFields, move together."""
 
     def _each(self, change: Callable[[Any], Any]) -> Self:
         fields = {name: value for name, value in vars(self).items() if isinstance(value, Tensor | TensorFields)}
@@ -35,12 +35,12 @@ class TensorFields:
 
 @dataclasses.dataclass(frozen=True)
 class Packing(TensorFields):
-    """The valid frames of a padded batch, clip after clip.
+    """The valid frames of a padded batch, clip after clip. Built by the loader's workers.
 
-    Made by the loader's workers. Lengths are host numbers, so that no device has to be asked.
+    Lengths are host numbers, so that no code waits for a device.
 
     frames    frames of the padded batch
-    lengths   valid frames of every clip
+    lengths   valid frames of each clip
     frame_F   indices of the valid frames among the B * T flattened ones, int64
     """
 
@@ -50,22 +50,22 @@ class Packing(TensorFields):
 
     @classmethod
     def of(cls, valid_BT: Tensor) -> Packing:
-        """The packing of a mask on the CPU, True = valid; valid frames may be anywhere, not only leading."""
+        """The packing of a mask on the CPU, True = valid. Valid frames may be anywhere."""
         return cls(valid_BT.shape[1], tuple(valid_BT.sum(1).tolist()), valid_BT.flatten().nonzero().squeeze(1))
 
 
 @dataclasses.dataclass(frozen=True)
 class FilledPacking(TensorFields):
-    """Clips packed into one list with a given number of tokens; an extra clip, the filling, fills the rest.
+    """Clips packed into one list of a fixed number of tokens, filled up by an extra clip, the filling.
 
-    The filling attends only to itself and enters no loss. Everything is a tensor, so that one compiled program or CUDA
-    graph serves all lengths. The filling uses the last clip's modulation and context; its tokens are finite and no
-    gradient reaches them, so they add zeros to every sum.
+    The filling attends only to itself and enters no loss. It uses the last clip's modulation and context. Its tokens
+    are finite and get no gradient, so they add zeros to every sum. Everything is a tensor, so that one compiled program
+    or CUDA graph serves all lengths.
 
-    table_5K   int64, per token: index of its frame among the B * T flattened ones (0 if none); number of its memory
-               token (0 if none); index of its velocity among the flattened frames (B * T if it is no clip's frame);
-               rotary position; clip
-    start_S    int32 (B + 2): first token of every clip and of the filling, and K; (2) for one clip without a filling
+    table_5K   int64, per token: (0) index of its frame among the B * T flattened ones, else 0; (1) index of its memory
+               token, else 0; (2) index of its velocity among the flattened frames, or B * T if it is no clip's frame;
+               (3) rotary position; (4) clip
+    start_S    int32 (B + 2): first token of each clip and of the filling, then K; (2) for one clip without a filling
     """
 
     table_5K: Tensor
@@ -73,10 +73,12 @@ class FilledPacking(TensorFields):
 
     @classmethod
     def of(cls, lengths: Sequence[int], memory: int, frames: int, tokens: int) -> FilledPacking:
-        """On the CPU.
+        """Built on the CPU.
 
-        lengths   frames of every clip, the first of the padded batch's        memory   tokens ahead of every clip's
-        frames    T, at least the longest                                      tokens   K, at least all clips' tokens
+        lengths   valid frames of each clip, the first ones of the padded batch
+        memory    memory tokens before each clip's frames
+        frames    T, at least the longest clip
+        tokens    K, at least the tokens of all clips
         """
         counts = [memory + length for length in lengths]
         missing = tokens - sum(counts)
@@ -92,7 +94,7 @@ class FilledPacking(TensorFields):
             part[3], part[4] = torch.arange(count), clip
             parts.append(part)
         filling[2], filling[4] = outside, len(lengths) - 1
-        # One clip alone is a shape of its own: its attention need not look up where it ends.
+        # A single clip without a filling is a separate shape: its attention needs no length.
         spans = [*counts, missing] if missing or len(counts) > 1 else counts
         starts = torch.tensor([0, *spans]).cumsum(0).to(torch.int32)
         return cls(torch.cat([*parts, filling], dim=1), starts)

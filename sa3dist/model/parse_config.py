@@ -1,4 +1,4 @@
-"""Parse ``model_config.json``: absent keys get defaults, unknown keys are ignored, unsupported values are errors."""
+"""Parses ``model_config.json``: missing keys take defaults, unknown ones are ignored, unsupported values are errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sa3dist.model.config import (
 )
 from sa3dist.model.frequencies import FEATURES
 
-# Options that decide which network is built: the value of an absent key, then the values this network supports.
+# Options that determine the network: the default, then the supported values.
 _DIT_OPTIONS = {
     "patch_size": (1, 1),
     "project_cond_tokens": (True, True),

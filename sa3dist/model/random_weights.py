@@ -47,9 +47,9 @@ _GAINS = {
 
 
 class RandomWeights:
-    """Tensors as a pure function of (seed, key, shape, kind of device); read like a checkpoint file.
+    """Tensors as a function of (seed, key, shape, device type), read like a checkpoint file.
 
-    device   where they are drawn, whatever device they are read to: an accelerator fills a large base much faster
+    device   where values are drawn, regardless of where they are read to: a GPU fills a large base much faster
     """
 
     def __init__(self, config: ModelConfig, seed: int, device: torch.device | str = "cpu"):
@@ -58,7 +58,7 @@ class RandomWeights:
         self.digest = digest_of("random weights", self.device.type, str(seed), repr(sorted(self.shapes.items())))
 
     def read(self, name: str, shape: tuple[int, ...] | None, device, dtype: torch.dtype) -> Tensor:
-        """One tensor. ``shape`` is given so that a checkpoint file can be read by the same call."""
+        """One tensor. ``shape`` is not used; it matches the signature of ``CheckpointFile.read``."""
         shape = self.shapes[name]
         if name.endswith("inv_freq"):
             exponents = torch.arange(shape[0], dtype=torch.float32) / shape[0]
@@ -98,7 +98,8 @@ def random_base(
 ) -> Base:
     """A base of a released shape with random weights and no file behind it; it has no text encoder.
 
-    shape   a released name        depth   DiT layers, default the released number
+    shape   a released name
+    depth   DiT layers; default: as released
     The same arguments give the same weights on the same kind of device. Raises CheckpointError for an unknown shape.
     """
     config = parse_model_config(released_config(shape, depth), f"random {shape}")

@@ -1,4 +1,4 @@
-"""Writing safetensors files: whole, or as a copy with some tensors changed, one tensor in memory at a time."""
+"""Writes safetensors files: new ones, or copies with some tensors changed, one tensor in memory at a time."""
 
 import hashlib
 import io
@@ -14,7 +14,7 @@ from sa3dist.errors import CheckpointError, EnvironmentFailure
 from sa3dist.formats import atomic_path, write_whole
 
 COPY_BYTES = 16 << 20
-# The format's names for dtypes that a weight may be stored in.
+# safetensors' names of the dtypes a weight may be stored in.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -23,11 +23,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
     data = io.BytesIO(safetensors.torch.save(dict(tensors), dict(metadata)))
     header, start = read_header(data, path)
     if "modelspec.sai_model_spec" in metadata:
-        # Hash of all bytes behind the header.
+        # The hash covers all bytes behind the header.
         header["__metadata__"]["modelspec.hash_sha256"] = f"0x{hashlib.sha256(data.getbuffer()[start:]).hexdigest()}"
-    # Sorted: safetensors writes the metadata in an order that changes from run to run.
+    # Sorted: the order in which safetensors writes metadata changes from run to run.
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    # Not save_file, which would replace the temporary file by one that only its owner can read.
+    # Not save_file, which writes a file that only its owner can read.
     write_whole(path, _header_bytes(header) + data.read())
 
 
@@ -36,18 +36,18 @@ def rewrite_checkpoint(
 ) -> None:
     """Copy a safetensors file by rename, with new values for the keys of ``changed`` and more header entries.
 
-    changed   key -> function that makes the tensor, in the stored shape; it is rounded to the stored number format
+    changed   key -> function that returns the tensor in the stored shape; it is rounded to the stored dtype
     Raises EnvironmentFailure, naming the tensor and leaving an older ``target`` in place, for a value that is not
-    finite in that format; CheckpointError when a changed key is missing or of another shape.
+    finite in that dtype; CheckpointError if a changed key is missing or of another shape.
     """
     with Path(source).open("rb") as read:
         header, start = read_header(read, source)
-        kept = header.pop("__metadata__", {})
+        old_metadata = header.pop("__metadata__", {})
         missing = changed.keys() - header.keys()
         if missing:
             raise CheckpointError(f"{source}: has no tensor {min(missing)}")
         with atomic_path(target) as temporary, temporary.open("wb") as write:
-            write.write(_header_bytes({"__metadata__": {**kept, **metadata}, **header}))
+            write.write(_header_bytes({"__metadata__": {**old_metadata, **metadata}, **header}))
             for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
                 begin, end = entry["data_offsets"]
                 if key in changed:

@@ -228,6 +228,6 @@ class Autoencoder(nn.Module):
         out = latents_BDT.new_empty(batch, self.config.patching.channels, frames * size)
         for window in windows(frames, self.config.decoder.frames_per_chunk, self.config.chunked):
             audio = self.decode_once(latents_BDT[:, :, window.start : window.stop])
-            kept = audio[:, :, (window.keep - window.start) * size : (window.stop - window.start) * size]
-            out[:, :, window.keep * size : window.stop * size] = kept
+            new = audio[:, :, (window.keep - window.start) * size : (window.stop - window.start) * size]
+            out[:, :, window.keep * size : window.stop * size] = new
         return out

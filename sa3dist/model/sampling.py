@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Norm floors of the projection without and with a padding mask. Source: the reference's guidance.
 NORM_FLOOR = 1e-12
 MASKED_NORM_FLOOR = 1e-8
-# Of the schedule at t = 1 and at t = 0. Source: the reference's inference.
+# Log-SNR of the schedule at t = 1 and at t = 0. Source: the reference's inference.
 LOGSNR_START, LOGSNR_END = -6.2, 2.0
 
 
@@ -26,9 +26,9 @@ LOGSNR_START, LOGSNR_END = -6.2, 2.0
 class Guidance:
     """How the conditional and the null velocity are combined; the defaults are the reference's.
 
-    scale     1 runs the conditional branch alone
-    apg       1 keeps only the part of the difference orthogonal to the estimate, 0 all of it
-    rescale   0 leaves the velocity's spread, 1 gives it the conditional one's
+    scale     1 runs only the conditional branch
+    apg       1 keeps only the part of the difference orthogonal to the estimate, 0 keeps all of it
+    rescale   0 keeps the velocity's standard deviation, 1 sets it to the conditional velocity's
     """
 
     scale: float = 1.0
@@ -54,7 +54,8 @@ def combine(
 ) -> Tensor:
     """Guided velocity from the two branches, (B, C, T) float32.
 
-    cond, null   velocities        x   the noisy latents they were predicted from
+    cond, null   velocities of the two branches
+    x            the noisy latents they were predicted from
     keep_BT      True = valid frame; the projection ignores the rest
     Source: adaptive projected guidance, arXiv:2410.02416, in the space of the denoised estimate.
     """
@@ -116,7 +117,7 @@ def negative_cross(cross_BSC: Tensor, mask_BS: Tensor) -> Tensor:
 
 
 def euler(velocity: Callable[[Tensor, Tensor], Tensor], noise_BCT: Tensor, schedule: Tensor) -> Tensor:
-    """Integrate from noise to latents; ``velocity(x, t_B)`` is never called at t = 0."""
+    """Integrate from noise to latents; ``velocity(x, t_B)`` is not evaluated at t = 0."""
     x = noise_BCT
     # Read the schedule to the host once, not once per step.
     times = schedule.tolist()
@@ -131,9 +132,9 @@ def ping_pong(
     schedule: Tensor,
     fresh_noise: Callable[[int], Tensor],
 ) -> Tensor:
-    """From noise to latents with a post-trained model: after every step but the last its estimate is noised again.
+    """From noise to latents with a post-trained model: each step's estimate, except the last, is noised again.
 
-    fresh_noise   standard normals like ``noise_BCT`` for a step, counted from 1
+    fresh_noise   standard normals shaped like ``noise_BCT``, by step, counted from 1
     """
     x, times = noise_BCT, schedule.tolist()
     for step, (now, then) in enumerate(zip(times[:-1], times[1:], strict=True), start=1):
@@ -155,12 +156,13 @@ def sample(
     keep_BT: Tensor | None = None,
     before_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Latents (B, D, T) for prompts; ``base.decode_latents`` makes them audio.
+    """Latents (B, D, T) of prompts, for ``base.decode_latents``.
 
-    noise         float32 (B, D, T): noise(0) is the start, later ones are added by a post-trained model's steps
-    prompts       from ``base.encode_prompts``        seconds   length of every item
-    keep_BT       True = valid frame, None = all
-    before_step   called before every evaluation of the network; what it raises ends the sampling
+    noise         by step, float32 (B, D, T): step 0 starts the sampling, later steps are for post-trained models
+    prompts       from ``base.encode_prompts``
+    seconds       length of each clip
+    keep_BT       True = valid frame; None: all are
+    before_step   called before each evaluation of the network; an exception ends the sampling
     """
     start_BDT = noise(0)
     seconds_B = torch.full((len(start_BDT),), seconds, device=start_BDT.device)

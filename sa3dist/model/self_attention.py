@@ -1,9 +1,9 @@
-"""Self-attention from the packed projection on: norm and rotation of queries and keys, attention, and the gradient.
+"""Self-attention from the packed projection on: norm and rotation of queries and keys, attention, and its gradient.
 
-On a GPU a kernel makes queries and keys. They are not kept for the backward pass, which makes them again: that saves
-four widths per token for a pass over eight. The whole gradient is one operator, opaque to torch.compile: it reads what
-cuDNN returns in any layout and turns it into the projection's gradient in one pass (``qkv_gradient``). The compiler
-would copy the values' gradient and launch two kernels with float32 values between them.
+On a GPU one kernel computes queries and keys. They are not saved but recomputed in the backward pass: that saves four
+times the model width per token, and moves eight times the width. The gradient is one operator, opaque to torch.compile.
+It reads cuDNN's gradients in whatever layout they have, and makes the projection's gradient in one pass
+(``qkv_gradient``). The compiler would copy the values' gradient and run two kernels with float32 values between them.
 
 Legend: K tokens, S parts of the projection, P members of a pair, H heads, D head width, C clips.
 """
@@ -21,11 +21,11 @@ from sa3dist.model.varlen_attention import attention_gradients, difference
 
 
 def self_attention(qkv_KSHD: Tensor, norm: HeadNorm, is_clips_K: Tensor, start_C1: Tensor) -> Tensor:
-    """Attention of every clip's tokens to each other, (K, H, D); for a pair, the first member's minus the second's.
+    """Attention within each clip, (K, H, D); for a differential pair the first member's minus the second's.
 
-    qkv_KSHD     rows of the projection: q, k, v and, for a pair, the second member's q and k
-    is_clips_K   bool: False for tokens of a filling. Results there may be anything, NaN included; where
-                 ``has_kernel``, so may incoming gradients
+    qkv_KSHD     rows of the projection: q, k, v and, of a pair, the second member's q and k
+    is_clips_K   bool: False for tokens of a filling. Their output is undefined, even NaN; if ``has_kernel``, their
+                 output gradient may be too
     start_C1     see ``varlen_attention``
     """
     gammas = norm.gamma_q_D.to(qkv_KSHD.dtype), norm.gamma_k_D.to(qkv_KSHD.dtype)
@@ -36,8 +36,8 @@ class _SelfAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv_KSHD, gamma_q_D, gamma_k_D, cos_KD, sin_KD, is_clips_K, start_C1, eps, half):
         q, k = torch.ops.sa3dist.queries_and_keys(qkv_KSHD, gamma_q_D, gamma_k_D, cos_KD, sin_KD, eps, half)
-        out, sums = torch.ops.sa3dist.varlen_attention(q, k, qkv_KSHD[:, 2], start_C1, start_C1)
-        ctx.save_for_backward(qkv_KSHD, out, sums, gamma_q_D, gamma_k_D, cos_KD, sin_KD, is_clips_K, start_C1)
+        out, lse = torch.ops.sa3dist.varlen_attention(q, k, qkv_KSHD[:, 2], start_C1, start_C1)
+        ctx.save_for_backward(qkv_KSHD, out, lse, gamma_q_D, gamma_k_D, cos_KD, sin_KD, is_clips_K, start_C1)
         ctx.eps, ctx.half = eps, half
         return difference(out)
 
@@ -49,12 +49,12 @@ class _SelfAttention(torch.autograd.Function):
 
 
 def _gradient(
-    grad_KHD, qkv_KSHD, out_KPHD, sums_PHK, gamma_q_D, gamma_k_D, cos_KD, sin_KD, is_clips_K, start_C1, eps: float,
+    grad_KHD, qkv_KSHD, out_KPHD, lse_PHK, gamma_q_D, gamma_k_D, cos_KD, sin_KD, is_clips_K, start_C1, eps: float,
     half: int,
 ) -> Tensor:  # fmt: skip
     norm = HeadNorm(gamma_q_D, gamma_k_D, eps, cos_KD, sin_KD, half)
     q, k = queries_and_keys(qkv_KSHD, norm)
-    grads = attention_gradients(grad_KHD, q, k, qkv_KSHD[:, 2], out_KPHD, sums_PHK, start_C1, start_C1)
+    grads = attention_gradients(grad_KHD, q, k, qkv_KSHD[:, 2], out_KPHD, lse_PHK, start_C1, start_C1)
     return qkv_gradient(grads, qkv_KSHD, norm, is_clips_K)
 
 
@@ -63,7 +63,7 @@ def _gradient_shape(grad_KHD, qkv_KSHD, *_) -> Tensor:
 
 
 define(
-    "self_attention_gradient(Tensor grad, Tensor qkv, Tensor out, Tensor sums, Tensor gamma_q, Tensor gamma_k, "
+    "self_attention_gradient(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor gamma_q, Tensor gamma_k, "
     "Tensor cos, Tensor sin, Tensor is_clips, Tensor start, float eps, int half) -> Tensor",
     _gradient,
     _gradient_shape,
@@ -89,9 +89,9 @@ define(
 
 @functools.cache
 def kernel_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels run on ``device`` and agree with torch; if not, logs why.
+    """Whether the kernels run on ``device`` and agree with torch; if not, the reason is logged.
 
-    On a CPU the operators are torch itself.
+    True on a CPU, where torch computes them.
     """
     if device.type == "cpu":
         return True

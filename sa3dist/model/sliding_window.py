@@ -13,8 +13,7 @@ QUERIES_PER_BLOCK = 128
 class SlidingWindow:
     """The band ``-left <= key - query <= right`` over ``length`` positions; built once, used by every layer.
 
-    The largest tensor has N x K elements with K = 128 + left + right (rounded up to 8 for the fused kernels),
-    whatever N is.
+    The largest tensor has N x K elements, with K = 128 + left + right rounded up to 8 for the fused kernels.
     """
 
     def __init__(self, length: int, left: int, right: int, device: torch.device):
@@ -26,7 +25,7 @@ class SlidingWindow:
         query = starts + torch.arange(self.queries, device=device)[:, None]
         key = starts - left + torch.arange(self.keys, device=device)
         band = (key >= query - left) & (key <= query + right) & (key >= 0) & (key < length)
-        # Rows that only fill up the last block may attend to everything: a row without keys would be NaN.
+        # Padding rows of the last block attend to everything: a row without keys would be NaN.
         self.mask_QK = (band | (query >= length))[None]
 
     def attend(self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor) -> Tensor:

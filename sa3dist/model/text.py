@@ -1,4 +1,4 @@
-"""The T5Gemma text encoder: finding it, loading it, and turning prompts into hidden states."""
+"""The T5Gemma text encoder: finding it, loading it, and encoding prompts to hidden states."""
 
 import contextlib
 import dataclasses
@@ -18,8 +18,8 @@ from sa3dist.errors import CheckpointError, first_line
 from sa3dist.formats import digest_of, file_sha256
 from sa3dist.model.conditioners import HIDDEN_WIDTH
 from sa3dist.model.config import PromptConfig
+from sa3dist.model.digest_cache import DigestCache
 from sa3dist.model.hub import hub_folder
-from sa3dist.model.kept_digests import KeptDigests
 
 DECIDING_SUFFIXES = (".safetensors", ".json", ".model")
 # Hashing a smaller file costs no more than looking up its digest.
@@ -32,10 +32,10 @@ ENCODER_MODULE = "transformers.models.t5gemma.modeling_t5gemma"
 class TextSource:
     """Where to look for the text encoder, in this order.
 
-    override         the user's ``text_encoder``: a directory, or ``org/name[/subfolder]`` on the hub
-    model_directory  the checkpoint's own directory, if it has the subfolder
-    base_repo        hub repository of a released base: the config's own repo_id names the post-trained twin, which is
-                     gated separately, although the bytes are the same
+    override         what the user passed as ``text_encoder``: a directory, or ``org/name[/subfolder]`` on the hub
+    model_directory  the checkpoint's directory, whose subfolder is used if present
+    base_repo        hub repository of a released base. The config's repo_id names the post-trained model instead, which
+                     is gated separately but has the same text encoder
     config           the config's model_path, repo_id and model_name, with its subfolder
     """
 
@@ -45,9 +45,9 @@ class TextSource:
     base_repo: str | None = None
 
     def resolve(self, local_only: bool = False) -> Path:
-        """A local directory with config, tokenizer and weights. Raises CheckpointError when there is none.
+        """A local directory with config, tokenizer and weights. Raises CheckpointError if there is none.
 
-        local_only   nothing is downloaded
+        local_only   do not download
         """
         subfolder = self.config.subfolder
         if self.override:
@@ -60,23 +60,24 @@ class TextSource:
             return self._directory(Path(self.config.model_path), "model_path of the model config")
         return hub_folder(self.config.repo_id or self.config.model_name, subfolder, NEEDED_FILES, local_only)
 
-    def digest(self, kept: KeptDigests | None = None) -> str:
-        """Hex SHA-256 over the files that decide the hidden states: weights, tokenizer and their configs.
+    def digest(self, cache: DigestCache | None = None) -> str:
+        """Hex SHA-256 over the files that hidden states depend on: weights, tokenizer and their configs.
 
-        kept   where the digests of large ones are kept
+        cache   for the digests of large files
         """
         parts = []
         for path in _deciding_files(self.resolve()):
-            make = functools.partial(file_sha256, path)
-            parts += [path.name, kept.of(path, "file", make) if kept is not None and _is_large(path) else make()]
+            compute = functools.partial(file_sha256, path)
+            use_cache = cache is not None and _is_large(path)
+            parts += [path.name, cache.of(path, "file", compute) if use_cache else compute()]
         return digest_of(*parts)
 
-    def begin_digest(self, kept: KeptDigests) -> None:
+    def begin_digest(self, cache: DigestCache) -> None:
         """Start hashing the large files of ``digest`` in threads, if they are on this machine."""
-        # Whoever asks for the digest, on every rank, reports a file that is missing, unreadable or still on the hub.
+        # Errors are left to ``digest``, which raises them on every rank.
         with contextlib.suppress(CheckpointError, OSError):
             for path in filter(_is_large, _deciding_files(self.resolve(local_only=True))):
-                kept.begin(path, "file", functools.partial(file_sha256, path))
+                cache.begin(path, "file", functools.partial(file_sha256, path))
 
     def _resolve_override(self, override: str, local_only: bool) -> Path:
         path = Path(expand_home(override))
@@ -104,20 +105,20 @@ def _is_large(path: Path) -> bool:
 
 @functools.cache
 def begin_imports() -> Future[ModuleType]:
-    """Start a thread that imports the encoder's libraries: seconds, most of which a GPU that encodes clips leaves free.
+    """Start importing the encoder's module in a thread: it takes seconds, while a GPU encodes clips.
 
-    The import only: while loading a model, transformers sets torch's default dtype for all threads.
+    Loading the model stays in the main thread: transformers then changes torch's default dtype for all threads.
     """
     return ThreadPoolExecutor(1, "import the text encoder").submit(importlib.import_module, ENCODER_MODULE)
 
 
 class TextEncoder:
-    """Tokenizer and encoder. Deliberately not an nn.Module: no adapters, no casts, no state dict."""
+    """Tokenizer and encoder. Not an nn.Module, so that adapters, casts and state dicts do not reach it."""
 
     def __init__(self, source: TextSource, device: torch.device | str):
         self.max_length = source.config.max_length
         directory = source.resolve()
-        # A failed import fails again below, with a message. Wait: two threads must not import the same modules at once.
+        # Wait: two threads must not import the same modules. A failed import fails again here, with a message.
         begin_imports().exception()
         with quiet_transformers():
             self.tokenizer = load_tokenizer(directory)
@@ -127,7 +128,7 @@ class TextEncoder:
     def encode(self, prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """Last hidden states (B, L, 768) in the encoder's stored dtype, and the mask (B, L), bool, True = a token.
 
-        Every prompt is padded or cut to the config's length: the DiT attends to all of it.
+        Prompts are padded or cut to the config's length; the DiT attends to all positions.
         """
         tokens = self.tokenizer(
             list(prompts), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
@@ -140,7 +141,7 @@ class TextEncoder:
 
 
 def require_list(prompts: list[str]) -> None:
-    """Raises ValueError for no prompts, and for a bare string, which would count as a list of letters."""
+    """Raises ValueError for no prompts, and for a bare string, which would be read as a list of letters."""
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts is {prompts!r}, expected a list of at least one string")
 
@@ -169,7 +170,7 @@ def load_encoder(directory: Path):
         raise CheckpointError(f"{directory}: not a loadable T5Gemma encoder ({first_line(error)})") from error
     missing = sorted(info["missing_keys"])
     if missing:
-        # transformers would use random values there.
+        # transformers would use random values for them.
         raise CheckpointError(f"{directory}: {len(missing)} encoder weights are missing: {', '.join(missing[:3])}")
     width = model.config.encoder.hidden_size
     if width != HIDDEN_WIDTH:
@@ -179,7 +180,7 @@ def load_encoder(directory: Path):
 
 @contextlib.contextmanager
 def quiet_transformers():
-    """No progress bar, and no report about the decoder's weights, which are deliberately unused."""
+    """Without progress bars and reports about the decoder's weights, which are unused on purpose."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

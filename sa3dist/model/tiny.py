@@ -1,4 +1,4 @@
-"""Write a tiny base with random weights in the official format: real framing, real text path, seconds to train."""
+"""Writes a tiny base with random weights in the official format, with a text encoder; it trains in seconds."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def write_tiny_base(directory: str | Path, shape: str = "medium", seed: int = 0,
 
 
 def write_random_base(directory: str | Path, value: dict, seed: int) -> Path:
-    """Write a base of random weights with ``value`` as its model_config.json, beside a tiny text encoder."""
+    """Write a base of random weights with ``value`` as its model_config.json, and a tiny text encoder."""
     directory = Path(directory)
     weights = RandomWeights(parse_model_config(value, str(directory / "model_config.json")), seed)
     tensors = {key: weights.read(key, size, "cpu", torch.float32) for key, size in weights.shapes.items()}

@@ -1,8 +1,8 @@
-"""How a batch's clips become the transformer's tokens: padded side by side, or packed into one list.
+"""How a batch's clips are laid out as the transformer's tokens: padded side by side, or packed into one list.
 
-``Filled`` is a packed list of a fixed length. A layout brings frames in and out, and does everything that depends on
-which token belongs to which clip. The rest of the network works token by token on (G, N, E) tokens: G = B padded clips,
-or G = 1 list of all clips' tokens.
+A layout converts frames to tokens and back, and does what depends on which token belongs to which clip. The rest of
+the network works token by token on (G, N, E): G = B padded clips, or G = 1 list of all clips' tokens. ``Filled`` is a
+packed list of fixed length.
 
 Legend: B clips, C channels, T frames, M memory tokens, H heads (of both members of a pair), S context tokens,
 D head width.
@@ -22,26 +22,26 @@ from sa3dist.model.varlen_attention import has_kernel, varlen_attention
 
 
 class Layout:
-    """Shared by the layouts: attention of both members of a differential pair in one call."""
+    """Attention of both members of a differential pair in one call, for ``Padded`` and ``Packed``."""
 
     # Only ``Filled`` has it.
     attend_qkv = None
-    gate_as_one = False
+    fused_gate = False
 
     def attend_pairs(self, q_GNPHD: Tensor, k_GNPHD: Tensor, v_GN1HD: Tensor) -> Tensor:
-        """Attention of every clip's tokens to each other, (G, N, H * D); for a pair, the first's minus the second's."""
+        """Attention within each clip, (G, N, H * D); for a pair the first member's minus the second's."""
         return in_one_call(self.attend, q_GNPHD, k_GNPHD, v_GN1HD)
 
     def attend_pairs_to_context(self, q_GNPHD: Tensor, k_BSPHD: Tensor, v_BS1HD: Tensor) -> Tensor:
-        """The same, of every clip's tokens to its own context."""
+        """The same, of each clip's tokens to its own context."""
         return in_one_call(self.attend_to_context, q_GNPHD, k_BSPHD, v_BS1HD)
 
 
 class Padded(Layout):
-    """Every clip with every frame, (B, M + T, E).
+    """All frames of all clips, (B, M + T, E).
 
-    valid_BT   True = valid; padded frames are computed, but no token attends to them, and attention and feed-forward
-               add nothing to them. None: every frame is valid.
+    valid_BT   True = valid; None: all are. Padded frames are computed, but they are not attended to, and attention and
+               feed-forward add nothing to them
     """
 
     attends = True
@@ -52,22 +52,22 @@ class Padded(Layout):
         self.positions = None
 
     def take(self, x_BTC: Tensor) -> Tensor:
-        """The frames that are computed, as (G, frames, C); where B or T is 1, one row stands for all."""
+        """The frames to compute, (G, frames, C); where B or T is 1, one row stands for all."""
         return x_BTC
 
     def put(self, y_BTC: Tensor) -> Tensor:
-        """Computed frames back in their places, (B, T, C)."""
+        """Computed frames back at their positions, (B, T, C)."""
         return y_BTC
 
     def with_memory(self, memory_ME: Tensor, x_BTE: Tensor) -> Tensor:
-        """Memory tokens in front of every clip's frames."""
+        """Memory tokens before each clip's frames."""
         return torch.cat([memory_ME.expand(len(x_BTE), -1, -1), x_BTE], dim=1)
 
     def without_memory(self, h_BNE: Tensor) -> Tensor:
         return h_BNE[:, self.memory :]
 
     def modulate(self, h_BNE: Tensor, scale_BE: Tensor, shift_BE: Tensor) -> Tensor:
-        """``h * scale + shift`` with the values of every token's clip."""
+        """``h * scale + shift`` with the values of each token's clip."""
         return torch.addcmul(shift_BE[:, None], h_BNE, scale_BE[:, None])
 
     def add_gated(self, h_BNE: Tensor, gate_BE: Tensor, branch_BNE: Tensor) -> Tensor:
@@ -77,24 +77,23 @@ class Padded(Layout):
         return torch.addcmul(h_BNE, gate_BE[:, None], branch_BNE)
 
     def add_to_frames(self, h_BNE: Tensor, local_BTE: Tensor) -> Tensor:
-        """``local`` (T may be 1, standing for every frame) added to the frames; memory tokens stay."""
+        """Add ``local`` to the frames, not to memory tokens; T may be 1, which stands for all frames."""
         return h_BNE + F.pad(local_BTE.expand(-1, self.frames, -1), (0, 0, self.memory, 0))
 
     def attend(self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor) -> Tensor:
-        """Attention of every clip's tokens to each other."""
+        """Attention within each clip."""
         mask = None if self.valid_BN is None else self.valid_BN[:, None, None]
         return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=mask)
 
     def attend_to_context(self, q_BHND: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
-        """Attention of every clip's tokens to its own context."""
+        """Attention of each clip's tokens to its own context."""
         return F.scaled_dot_product_attention(q_BHND, k_BHSD, v_BHSD)
 
 
 class Packed(Layout):
-    """Only valid frames, all clips' tokens in one list, (1, K, E). ``put`` writes zeros for the other frames.
+    """Valid frames only, all clips' tokens in one list (1, K, E). ``put`` returns zeros for other frames.
 
-    attends    False for frames that no token attends to and that attend to none: the padded ones, if their values are
-               wanted
+    attends    False skips self-attention and feed-forward: for the values of padded frames
     """
 
     def __init__(self, packing: Packing, memory: int, attends: bool = True):
@@ -102,16 +101,14 @@ class Packed(Layout):
         self.memory, self.frames = memory, packing.frames
         self.attends = attends
         self.spans = tuple(memory + length for length in packing.lengths)
-        # Rotary positions are those in the padded clip. All tables are made on the device of the indices, without
-        # waiting.
+        # Rotary positions are those of the padded clip. All tensors are built on the indices' device, without a sync.
         device, clips = packing.frame_F.device, len(self.spans)
         front = torch.arange(memory, device=device)
         places = (packing.frame_F % packing.frames + memory).split(packing.lengths)
         self.positions = torch.cat([piece for places_of_clip in places for piece in (front, places_of_clip)])
         self.clip_K = torch.cat([torch.full((count,), clip, device=device) for clip, count in enumerate(self.spans)])
         self.start_B1 = torch.searchsorted(self.clip_K, torch.arange(clips + 1, device=device), out_int32=True)
-        # Which clip owns a token: a product with it sums over a clip's tokens in a fixed order, without atomics, in one
-        # kernel.
+        # Which clip owns a token. A product with it sums over clips' tokens in a fixed order, without atomics.
         self.owner_BK = torch.arange(clips, device=device)[:, None] == self.clip_K
 
     def take(self, x_BTC: Tensor) -> Tensor:
@@ -164,29 +161,35 @@ class Packed(Layout):
 
 
 class Filled:
-    """All clips' tokens in one list of a fixed length, (1, K, E): see ``FilledPacking``.
+    """All clips' tokens in one list of fixed length, (1, K, E): see ``FilledPacking``.
 
-    frames        T of the padded batch
-    whole         whether self-attention is one function from its projection on (``attend_qkv``)
-    gate_as_one   see ``FeedForward``
+    frames           T of the padded batch
+    fused_attention  whether norm, rotation and attention are one function, ``attend_qkv``
+    fused_gate       see ``FeedForward``
     """
 
     attends = True
 
     def __init__(
-        self, packing: FilledPacking, clips: int, frames: int, memory: int, whole: bool = True, gate_as_one: bool = True
+        self,
+        packing: FilledPacking,
+        clips: int,
+        frames: int,
+        memory: int,
+        fused_attention: bool = True,
+        fused_gate: bool = True,
     ):
         self.clips, self.frames, self.memory = clips, frames, memory
         self.frame_K, self.slot_K, self.target_K, self.positions, self.clip_K = packing.table_5K.unbind()
         self.start_S = packing.start_S
         self.is_frame_K1 = (self.target_K < clips * frames)[:, None]
         self.owner_BK = torch.arange(clips, device=self.clip_K.device)[:, None] == self.clip_K
-        # Attention may leave any values at the filling's tokens.
+        # Attention's output is undefined for the filling's tokens.
         self.is_clips_K = torch.arange(self.clip_K.numel(), device=self.clip_K.device) < self.start_S[clips]
-        # The filling shares the last clip's context.
+        # The filling attends to the last clip's context.
         self.context_start_B1 = torch.cat([self.start_S[:clips], self.start_S[-1:]])
-        self.attend_qkv = self._attend_qkv if whole else None
-        self.gate_as_one = gate_as_one
+        self.attend_qkv = self._attend_qkv if fused_attention else None
+        self.fused_gate = fused_gate
 
     def take(self, x_BTC: Tensor) -> Tensor:
         rows = x_BTC.expand(self.clips, self.frames, -1).flatten(0, 1).index_select(0, self.frame_K)
@@ -215,13 +218,13 @@ class Filled:
         return add_scaled(h_1KE, branch_1KE, gate_BE, self.clip_K, self.owner_BK)
 
     def add_to_frames(self, h_1KE: Tensor, local_1KE: Tensor) -> Tensor:
-        """local: one row per token, or one row that stands for every frame."""
+        """local: a row per token, or one row that stands for all frames."""
         return h_1KE + torch.where(self.is_frame_K1, local_1KE, local_1KE.new_zeros(()))
 
     def _attend_qkv(self, qkv_1KSHD: Tensor, q_norm: RMSNorm, k_norm: RMSNorm, rotary) -> Tensor:
-        """``attend_pairs`` from the projection on; rotary: as for ``SelfAttention``."""
+        """``attend_pairs`` of the packed projection, including norm and rotation; rotary as for ``SelfAttention``."""
         norm = HeadNorm(q_norm.gamma, k_norm.gamma, q_norm.eps, *rotary)
-        # squeeze, not an index: the gradient of an index would be copied.
+        # squeeze, not [0]: the gradient of an index is copied.
         out_KHD = self_attention(qkv_1KSHD.squeeze(0), norm, self.is_clips_K, self.start_S)
         return _OfClips.apply(out_KHD, self.is_clips_K[:, None, None]).flatten(1)[None]
 
@@ -240,7 +243,7 @@ class Filled:
 
 
 class _OfClips(torch.autograd.Function):
-    """Attention's output at the clips' tokens, zeros at the filling's."""
+    """Attention's output for the clips' tokens, zeros for the filling's."""
 
     @staticmethod
     def forward(ctx, out_KHD, is_clips_K11):
@@ -251,14 +254,14 @@ class _OfClips(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_KHD):
         if has_kernel(grad_KHD):
-            # Attention's kernels stop where the clips end, so the zeros need not be written: one pass less.
+            # Attention's kernels ignore gradients behind the clips' end, so masking them would be wasted.
             return grad_KHD, None
         (is_clips_K11,) = ctx.saved_tensors
         return torch.where(is_clips_K11, grad_KHD, grad_KHD.new_zeros(())), None
 
 
 class _GradientsOfClips(torch.autograd.Function):
-    """Passes values on unchanged; of their gradients only those of the clips' tokens, with zeros for the filling's."""
+    """The identity, with zero gradients for the filling's tokens."""
 
     @staticmethod
     def forward(ctx, x_KPHD, is_clips_K111):
@@ -273,10 +276,10 @@ class _GradientsOfClips(torch.autograd.Function):
 
 
 def _takes_unequal_lengths(q: Tensor) -> bool:
-    """Whether one flash kernel serves clips of unequal length; otherwise each clip needs its own call."""
+    """Whether one flash kernel serves clips of unequal length; elsewhere each clip is a separate call."""
     return q.is_cuda and q.dtype.itemsize == 2 and torch.backends.cuda.is_flash_attention_available()
 
 
 def _joined(outputs_1HND: list[Tensor]) -> Tensor:
-    # Joined with tokens before heads, the layout of the fused kernels' output: plain copies of whole blocks.
+    # Concatenated with tokens before heads, the layout of the fused kernels' output, so that blocks are copied whole.
     return torch.cat([out.transpose(1, 2) for out in outputs_1HND], dim=1).transpose(1, 2)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sa3dist.adapters.formed import keep_formed
+from sa3dist.adapters.formed import use_formed_weights
 from sa3dist.model.checkpoint import tensors_digest
 from sa3dist.parallel.engine import Losses, Result, Tensors
 from sa3dist.parallel.flat_adamw import FlatGradients, adamw
@@ -48,7 +48,7 @@ class FlatEngine:
         self.losses = forward
         self.scalars, self.gradient = flat.scalars, flat.gradient
         self.add_gradients = flat.add_gradients
-        self.formed = keep_formed(base, flat, settings, group.device)
+        self.formed = use_formed_weights(base, flat, settings, group.device)
         self.reduction = GradientReduction(flat, group, settings.gradient_compression)
         self.group = group
         self.alike = not self.steps_whole or step_alike(group)

@@ -22,7 +22,7 @@ from sa3dist_kernels.dispatch import obstacle_to, trial
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from sa3dist.adapters.formed import Formed, block_numbers, product_format, spec_of
+from sa3dist.adapters.formed import Formed, block_indices, product_dtype, spec_of
 from sa3dist.parallel.engine import Result
 
 if TYPE_CHECKING:
@@ -176,11 +176,11 @@ def form_by_block(
 
     settings   adapter_products, mixed_precision, gradient_checkpointing
     """
-    products, choice = product_format(base, settings), settings.adapter_products
+    products, choice = product_dtype(base, settings), settings.adapter_products
     if choice == "factored":
         return None, []
     members: dict[int, list[AdaptedLayer]] = {}
-    for layer, number in zip(layers, block_numbers(base, layers), strict=True):
+    for layer, number in zip(layers, block_indices(base, layers), strict=True):
         if number is not None:
             members.setdefault(number, []).append(layer)
     obstacle = None if members else "none is part of a block"
@@ -201,7 +201,7 @@ def form_by_block(
     for number, of_block in members.items():
         span = gradients[: sum(tensor.numel() for tensor in _trained(of_block))]
         block = DividedBlock(base.dit.transformer.layers[number], of_block, formed.parts[number], span)
-        base.dit.transformer.own_runs[number] = block.run
+        base.dit.transformer.block_runners[number] = block.run
         blocks.append(block)
     log.info("adapted weights are formed for every use of a block, in %s; outside of blocks: factored", products)
     return formed, blocks

@@ -27,7 +27,7 @@ import torch
 from sa3dist_kernels.dispatch import obstacle_to
 
 from sa3dist.adapters import adapter_parameters, attach_adapter
-from sa3dist.adapters.formed import product_format
+from sa3dist.adapters.formed import product_dtype
 from sa3dist.data.batches.micro_batch import Sample, SampleSettings, collate
 from sa3dist.errors import SA3DistError
 from sa3dist.formats import digest_of
@@ -158,7 +158,7 @@ def take_passes(base: Base, settings: Settings, backend, has_context: bool) -> N
     """
     longest = longest_frames(base, settings)
     if settings.adapter_products == "auto":
-        if obstacle := obstacle_to(base.device, product_format(base, settings)):
+        if obstacle := obstacle_to(base.device, product_dtype(base, settings)):
             raise SA3DistError(f"adapted weights are not formed here: {obstacle}")
         # "formed" skips the trial of kernels that no pass runs.
         settings = settings.model_copy(update={"adapter_products": "formed"})

@@ -15,7 +15,7 @@ from sa3dist.errors import CheckpointError
 from sa3dist.formats import digest_of, file_sha256
 from sa3dist.model.compiled import keep_compiled_in, start_compile_workers, wants_compile
 from sa3dist.model.config import ModelConfig
-from sa3dist.model.kept_digests import KeptDigests
+from sa3dist.model.digest_cache import DigestCache
 from sa3dist.model.loading import load_base
 from sa3dist.progress import progress
 from sa3dist.runtime.lasting_imports import lasting_imports
@@ -88,7 +88,7 @@ def _load(settings: Settings, device: torch.device) -> Base:
     )
     _require_trainable(base.config)
     base.reference_numerics = settings.reference_numerics
-    base.kept_digests = KeptDigests(settings.work_dir / "digests", settings.verify_base)
+    base.digest_cache = DigestCache(settings.work_dir / "digests", settings.verify_base)
     return base
 
 

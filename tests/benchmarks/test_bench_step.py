@@ -192,15 +192,15 @@ def test_the_compiler_knows_every_choice_that_is_tried_and_only_there():
         return {name: resolve_name(name) for name in choices if name.startswith(bench_compiler.OURS)}
 
     for choices in bench_compiler.CHOICES.values():
-        before, apart = dict(compiled.CHOICES), bench_compiler.OURS
+        before, apart = dict(compiled.INDUCTOR_OPTIONS), bench_compiler.OURS
         ours = constants(choices)
         with bench_compiler.chosen(choices):
             tried = {key: value for key, value in choices.items() if not key.startswith(apart)}
-            assert before | tried == compiled.CHOICES
+            assert before | tried == compiled.INDUCTOR_OPTIONS
             known = torch._inductor.config.get_config_copy()
-            assert compiled.CHOICES.keys() <= known.keys()
+            assert compiled.INDUCTOR_OPTIONS.keys() <= known.keys()
             assert constants(choices) == {name: choices[name] for name in ours}
-        assert before == compiled.CHOICES
+        assert before == compiled.INDUCTOR_OPTIONS
         assert constants(choices) == ours
 
 

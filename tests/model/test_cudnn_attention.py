@@ -13,12 +13,12 @@ HEADS, WIDTH = 3, 64
 def test_where_cudnn_has_no_such_kernel_there_is_none_and_the_log_says_why_once(caplog):
     caplog.set_level("INFO")
     cudnn_attention._built.cache_clear()
-    cudnn_attention._say.cache_clear()
+    cudnn_attention._log_once.cache_clear()
     for tokens in (5, 6):
         q = torch.zeros(1, HEADS, tokens, WIDTH, dtype=torch.bfloat16)
         assert cudnn_attention.cudnn_attention(q, q, q, True) is None
     (said,) = caplog.messages
-    assert said.startswith("attention takes torch's own kernels")
+    assert said.startswith("attention uses torch's kernels")
 
 
 def test_kernels_of_a_run_that_may_round_as_it_likes_are_not_those_of_a_deterministic_one(monkeypatch):
@@ -42,7 +42,7 @@ def test_one_clip_is_not_cudnns_where_bits_must_repeat_and_its_gradient_would_no
     torch.use_deterministic_algorithms(exact)
     q, start = torch.zeros(1, HEADS, 5, WIDTH), torch.tensor([0, 5])
     # Private: what follows from it takes a GPU.
-    assert varlen._alone(q, q, q, start) is (not exact or found is not None)
+    assert varlen._is_single_clip(q, q, q, start) is (not exact or found is not None)
 
 
 @pytest.mark.gpu

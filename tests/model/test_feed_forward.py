@@ -10,7 +10,7 @@ from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 
 import sa3dist
 from sa3dist.adapters import adapter_parameters
-from sa3dist.adapters.formed import keep_formed
+from sa3dist.adapters.formed import use_formed_weights
 from sa3dist.model import compiled, dit
 from sa3dist.model.blocks import FeedForward
 from sa3dist.model.compiled import compile_blocks
@@ -38,7 +38,7 @@ def formed(base, kind, include):
         for parameter in adapter_parameters(base).values():
             parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
     flat = FlatAdapters(adapter_parameters(base), 1e-3, 0.01, scalars=0)
-    weights = keep_formed(base, flat, StepSettings(adapter_products="formed"), torch.device("cpu"))
+    weights = use_formed_weights(base, flat, StepSettings(adapter_products="formed"), torch.device("cpu"))
     weights.form()
 
     def passes(given):
@@ -57,13 +57,13 @@ def formed(base, kind, include):
     [("dora-rows", "both"), ("bora-xs", "both"), ("lora", "projection"), ("dora-cols", "last"), ("lora", "neither")],
 )
 @pytest.mark.parametrize("recomputed", [0, 1])
-def test_the_gate_as_one_function_gives_the_gradients_of_its_parts(
+def test_the_fused_gate_function_gives_the_gradients_of_its_parts(
     tiny_base, one_clip, monkeypatch, kind, which, recomputed
 ):
     tiny_base.recomputed_blocks = recomputed
     passes = formed(tiny_base, kind, LAYERS[which])
     found = passes(one_clip)
-    monkeypatch.setattr(dit, "GATE_AS_ONE", False)
+    monkeypatch.setattr(dit, "FUSED_GATE", False)
     for ours, theirs in zip(found, passes(one_clip), strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-9
 
@@ -99,13 +99,13 @@ def kept_by_the_compiler(base, run):
 @pytest.mark.parametrize("tiny_name", ["tiny-sa3"])
 def test_a_compiled_block_keeps_one_value_less_than_with_the_gates_parts(tiny_base, one_clip, monkeypatch):
     # Otherwise the compiler makes what its own gate gives again, too.
-    monkeypatch.setattr(compiled, "NORMS_AGAIN", False)
+    monkeypatch.setattr(compiled, "RECOMPUTE_NORMS", False)
     # Of this type the projection's own layer keeps no output.
     passes = formed(tiny_base, "lora", LAYERS["both"])
     inner = tiny_base.dit.transformer.layers[0].ff.ff[2].weight.shape[1]
     tokens, expected, kept = one_clip["packing"].table_5K.shape[1], passes(one_clip), {}
     for as_one in (True, False):
-        monkeypatch.setattr(dit, "GATE_AS_ONE", as_one)
+        monkeypatch.setattr(dit, "FUSED_GATE", as_one)
         kept[as_one], found = kept_by_the_compiler(tiny_base, lambda: passes(one_clip))
         for ours, theirs in zip(found, expected, strict=True):
             assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-9
@@ -117,7 +117,7 @@ def test_a_compiled_block_keeps_one_value_less_than_with_the_gates_parts(tiny_ba
 def test_a_gate_of_another_kind_stays_as_it_is(sinusoidal):
     torch.manual_seed(0)
     feed_forward, x = FeedForward(8, 3.0, sinusoidal), torch.randn(5, 8, requires_grad=True)
-    expected, found = feed_forward(x), feed_forward(x, gate_as_one=True)
+    expected, found = feed_forward(x), feed_forward(x, fused_gate=True)
     torch.testing.assert_close(found, expected)
     score = torch.randn_like(expected)
     torch.testing.assert_close(*(torch.autograd.grad(y, x, score) for y in (found, expected)))

@@ -6,7 +6,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
 from sa3dist.adapters import adapter_parameters
-from sa3dist.adapters.formed import keep_formed
+from sa3dist.adapters.formed import use_formed_weights
 from sa3dist.model import compiled
 from sa3dist.model.lean_programs import lean
 from sa3dist.model.packing import FilledPacking
@@ -32,7 +32,7 @@ def test_blocks_give_the_bits_they_give_as_torch_calls_them(tiny_base, monkeypat
     base.recomputed_blocks = recomputed
     flat = FlatAdapters(adapter_parameters(base), 1e-3, 0.01, scalars=0)
     settings = StepSettings(adapter_products="formed", mixed_precision=precision)
-    keep_formed(base, flat, settings, torch.device("cpu")).form()
+    use_formed_weights(base, flat, settings, torch.device("cpu")).form()
     packing = FilledPacking.of([24, 7, 16], base.dit.transformer.memory, 24, 70)
     called = []
 
@@ -130,5 +130,5 @@ def test_a_second_backward_pass_of_one_call_is_refused():
     made = function(x)
     assert type(made.grad_fn).__name__ == LEAN
     made.sum().backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="runs once"):
+    with pytest.raises(RuntimeError, match="runs only once"):
         made.sum().backward()

@@ -11,7 +11,7 @@ from sa3dist.formats import file_sha256
 from sa3dist.model import base as base_module
 from sa3dist.model import checkpoint, text
 from sa3dist.model.config import PromptConfig
-from sa3dist.model.kept_digests import KeptDigests
+from sa3dist.model.digest_cache import DigestCache
 
 LONG_AGO = 10**18
 
@@ -35,7 +35,7 @@ def kept(tmp_path):
             made.append(path)
             return file_sha256(path)
 
-        return KeptDigests(tmp_path / "kept", verify).of(path, what, make)
+        return DigestCache(tmp_path / "kept", verify).of(path, what, make)
 
     digest.made = made
     return digest
@@ -115,14 +115,14 @@ def test_a_damaged_record_is_made_anew(file, kept, tmp_path, damage):
 def test_nothing_is_kept_of_a_file_that_was_written_just_now_or_changes_meanwhile(file, tmp_path):
     fresh = tmp_path / "fresh"
     fresh.write_bytes(b"still being written")
-    keeper = KeptDigests(tmp_path / "kept")
+    keeper = DigestCache(tmp_path / "kept")
     assert keeper.of(fresh, "file", lambda: "digest") == "digest"
     assert keeper.of(file, "file", lambda: rewrite(file) or "digest") == "digest"
     assert not (tmp_path / "kept").exists()
 
 
 def test_a_digest_that_has_begun_is_waited_for_and_its_failure_is_raised_where_it_is_asked_for(file, tmp_path):
-    keeper, go, made = KeptDigests(tmp_path / "kept"), threading.Event(), []
+    keeper, go, made = DigestCache(tmp_path / "kept"), threading.Event(), []
 
     def slow():
         go.wait(10)
@@ -176,7 +176,7 @@ def test_a_file_of_the_text_encoder_that_cannot_be_read_is_left_to_who_asks_for_
     for name in text.NEEDED_FILES:
         (tmp_path / name).write_text("{}")
     (tmp_path / "model.safetensors").symlink_to("nowhere")
-    source, kept = text.TextSource(PromptConfig(max_length=20), override=str(tmp_path)), KeptDigests(tmp_path / "kept")
+    source, kept = text.TextSource(PromptConfig(max_length=20), override=str(tmp_path)), DigestCache(tmp_path / "kept")
     source.begin_digest(kept)
     with pytest.raises(FileNotFoundError):
         source.digest(kept)
