@@ -1,4 +1,4 @@
-"""The nine adapter types: attaching them by name, their effective weights, their file format."""
+"""The nine adapter types on a base: attaching, effective weights and files."""
 
 from sa3dist.adapters.attach import (
     AdapterConfig,

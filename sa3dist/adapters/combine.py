@@ -1,4 +1,4 @@
-"""Combine several adapter files into one: exactly where the sum of their updates has the same form, else by SVD.
+"""Combines several adapter files into one: exactly if the sum of their updates has the same form, else by SVD.
 
 Legend: O fan_out, I fan_in, R rank.
 """
@@ -18,10 +18,10 @@ Weighted = Sequence[tuple[AdapterFile, float]]
 def combine(files: Weighted) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
     """One adapter whose update is the weighted sum of the files' updates, in float32, exact up to its products.
 
-    lora      factors side by side, so the ranks add up; a scale common to all files stays in alpha
-    lora-xs   sum of the cores, since all share the same singular bases; smaller cores are padded with zeros
-    Raises CheckpointError when the files belong to different bases or to layers of different shapes, and ConfigError
-    for other types: with a magnitude the effective weight is not a sum.
+    lora      concatenates the factors, so that the ranks add up; a common scale stays in alpha
+    lora-xs   adds the cores, which share their singular bases; smaller ones are padded with zeros
+    Raises CheckpointError if the files belong to different bases or layers of different shapes, and ConfigError for
+    other types: with a magnitude the effective weight is not a sum.
     """
     bases = {file.metadata[BASE_KEY]: file.path for file, _ in files if BASE_KEY in file.metadata}
     if len(bases) > 1:
@@ -39,7 +39,7 @@ def combine(files: Weighted) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
 def _concatenate(files: Weighted) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
     rank = sum(file.config.rank for file, _ in files)
     scales = [weight * file.config.alpha / file.config.rank for file, weight in files]
-    # A common positive scale stays outside of the factors, which then keep the files' own values.
+    # A common positive scale stays in alpha, so that the factors are the files' values.
     common = scales[0] if scales[0] > 0 and len(set(scales)) == 1 else 1.0
     held = [file.layers() for file, _ in files]
     tensors = {}
@@ -55,10 +55,10 @@ def _concatenate(files: Weighted) -> tuple[AdapterConfig, dict[str, torch.Tensor
             )
         ups, downs = [], []
         for (file, _), scale, own in zip(files, scales, held, strict=True):
-            # A file without this layer adds nothing to it.
+            # Zeros for a file that does not cover this layer.
             size = file.config.rank
-            nothing = {"lora_B": torch.zeros(fan_out, size), "lora_A": torch.zeros(size, fan_in)}
-            trained = own.get(name, nothing)
+            zeros = {"lora_B": torch.zeros(fan_out, size), "lora_A": torch.zeros(size, fan_in)}
+            trained = own.get(name, zeros)
             ups.append(trained["lora_B"].float() * (scale / common))
             downs.append(trained["lora_A"].float())
         tensors[f"{name}.{SLOT}.lora_A"] = torch.cat(downs)
@@ -83,20 +83,20 @@ def _add_cores(files: Weighted) -> tuple[AdapterConfig, dict[str, torch.Tensor]]
 def approximate(
     adapters: Sequence[tuple[AdapterOnDisk, float]], rank: int, report: Callable[[str, float], None]
 ) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
-    """A plain LoRA of ``rank`` nearest to the weighted sum of the effective changes, for adapters of any types.
+    """The plain LoRA of ``rank`` nearest to the weighted sum of the adapters' effective changes, for any types.
 
-    report   called per layer with its name and the relative Frobenius error of what the file will hold, float16
-    Raises ConfigError when a layer is too small for the rank.
+    report   called per layer with its name and the relative Frobenius error of the float16 result
+    Raises ConfigError if a layer is too small for the rank.
     """
     shapes = {name: layer.weight.flatten(1).shape for adapter, _ in adapters for name, layer in adapter.layers.items()}
     tensors = {}
     for name, shape in shapes.items():
         if rank > min(shape):
             raise ConfigError(f"svd: {rank} is too large for {name} {tuple(shape)}; choose at most {min(shape)}")
-        # float32 is enough: it loses 1e-7 of the weight, while float16 factors lose 5e-4 of the change.
+        # float32 suffices: it loses 1e-7 of the weight, float16 factors lose 5e-4 of the change.
         change = (merged_weight(adapters, name) - adapters[0][0].base.fp32_weight(name)).flatten(1)
         left, values, right = torch.linalg.svd(change, full_matrices=False)
-        # Half of every singular value on either side: so float16 factors lose least.
+        # Split each singular value evenly, which loses least in float16.
         root = values[:rank].sqrt()
         up, down = (left[:, :rank] * root).half(), (root[:, None] * right[:rank]).half()
         size = torch.linalg.vector_norm(change).item()
@@ -109,7 +109,7 @@ def approximate(
 def merged_weight(adapters: Sequence[tuple[AdapterOnDisk, float]], name: str) -> torch.Tensor:
     """W0 + sum over the adapters of weight * (W' - W0) for one layer, float32, in the shape of its weight.
 
-    Equal to W' itself, to the last bit, for one adapter of weight 1.
+    For one adapter of weight 1 it equals W' to the last bit.
     """
     mine = [(adapter, factor) for adapter, factor in adapters if name in adapter.layers]
     total = (1 - sum(factor for _, factor in mine)) * mine[0][0].base.fp32_weight(name)
@@ -119,7 +119,7 @@ def merged_weight(adapters: Sequence[tuple[AdapterOnDisk, float]], name: str) ->
 
 
 def _patterns(files: Weighted, held: Sequence[Iterable[str]]) -> tuple[list[str] | None, list[str] | None]:
-    """include and exclude lists that select exactly the layers held: the files' own where equal, else full names."""
+    """include and exclude lists that select exactly these layers: the files' own if equal, else full names."""
     own = {(file.config.include, file.config.exclude) for file, _ in files}
     if len(own) == 1:
         include, exclude = own.pop()

@@ -1,7 +1,7 @@
 """Adapter files: one safetensors file per adapter, in the format that Stable Audio 3's own inference loads.
 
-Keys are ``<layer>.parametrizations.weight.0.<tensor>``, values float16; ``lora_config`` in the header describes them.
-Other readers ignore all other header entries, which are the trainer's own.
+Keys are ``<layer>.parametrizations.weight.0.<tensor>``, values are float16, and ``lora_config`` in the header holds the
+adapter's settings. Readers ignore other header entries, which each trainer defines.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from sa3dist.formats import RUN_CONFIG_NAME
 from sa3dist.model.rewrite_safetensors import write_safetensors
 
 CONFIG_KEY = "lora_config"
-# Fields of lora_config beyond the adapter's own, for readers that look at nothing else in the header.
+# Fields of lora_config beyond the adapter's settings, for programs that read nothing else of the header.
 EXTRA_KEYS = ("step", "epoch", "base_model", "baked_norms", "norm_base")
-# float32 row norms that a DoRA divides by: never in a run's own file, but read from any file that has them.
+# Precomputed float32 row norms of a DoRA: read from any file, never written by a run.
 BAKED = "baked_vnorm_row"
-# Header entry with base.weights_digest(); written on saving, checked by warm_start.
+# Header entry with base.weights_digest(); checked by ``warm_start``.
 BASE_KEY = "base_sha256"
 
 
@@ -34,9 +34,9 @@ BASE_KEY = "base_sha256"
 class AdapterFile:
     """A file as read: config with defaults filled in, tensors by key, and the other header entries.
 
-    baked     norms of the rows of W0 + scale * D by layer, if the file has them
-    foreign   whether the layout was another trainer's
-    of_run    the base of its run, if the adapter was read from a run's own state
+    baked     precomputed norms of the rows of W0 + scale * D by layer, if the file has them
+    foreign   whether the file has another trainer's layout
+    of_run    the base of its run, if the adapter was read from a run's state
     """
 
     path: Path
@@ -49,14 +49,14 @@ class AdapterFile:
 
     @property
     def base(self) -> str | None:
-        """The base it was trained on, as ``load_base`` takes it; None if unknown."""
+        """The base it was trained on, as for ``load_base``; None if unknown."""
         return self.of_run or base_of(self.path, self.metadata)
 
     def layers(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Tensors of every layer by their names in the layer, in the file's order.
+        """Tensors by layer and name, in the file's order.
 
-        Raises CheckpointError, naming the layer, if the tensors do not match the adapter type or each other's shapes.
-        Whether they fit a base is not checked here.
+        Raises CheckpointError, naming the layer, if tensors do not fit the adapter type or one another. Does not check
+        them against a base.
         """
         layers: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in self.tensors.items():
@@ -65,32 +65,32 @@ class AdapterFile:
                 raise CheckpointError(f"{self.path}: {key} is no adapter tensor; expected <layer>.{SLOT}.<tensor>")
             layers.setdefault(name, {})[tensor] = value
         for name, tensors in layers.items():
-            found = {tensor: tuple(value.shape) for tensor, value in tensors.items()}
-            fan_out = (found.get("lora_B") or found.get(self.config.kind.row_magnitude) or (0,))[0]
-            fan_in = (found.get("lora_A") or found.get(self.config.kind.col_magnitude) or (0,))[-1]
+            shapes = {tensor: tuple(value.shape) for tensor, value in tensors.items()}
+            fan_out = (shapes.get("lora_B") or shapes.get(self.config.kind.row_magnitude) or (0,))[0]
+            fan_in = (shapes.get("lora_A") or shapes.get(self.config.kind.col_magnitude) or (0,))[-1]
             expected = self.config.kind.parameter_shapes(fan_out, fan_in, self.config.rank)
-            if found != expected:
-                raise CheckpointError(f"{self.path}: {name} holds {found}, expected {expected}")
+            if shapes != expected:
+                raise CheckpointError(f"{self.path}: {name} holds {shapes}, expected {expected}")
         return layers
 
 
 def read_adapter_file(path: str | Path, lora_config: str | None = None) -> AdapterFile:
-    """Read and check a file by itself; ``load_adapter`` checks whether it fits a base model.
+    """Read and check a file; ``load_adapter`` checks whether it fits a base.
 
-    path          safetensors, or a PyTorch checkpoint, of this format; or a file or PEFT folder of another trainer
-    lora_config   JSON that replaces the header's
-    Raises CheckpointError, naming the file, if it is not an adapter, ``lora_config`` is bad, or a value is not finite.
+    path          safetensors file or PyTorch checkpoint of this format, or a file or PEFT folder of another trainer
+    lora_config   JSON to use instead of the header's
+    Raises CheckpointError, naming the file, if it is no adapter file, has a bad ``lora_config`` or non-finite values.
     """
     path = Path(expand_home(path))
     weights = [weights_in(folder) for folder in peft_folders(path)] or [path]
-    read = [read_tensors(file) for file in weights]
-    if any(is_foreign(tensors) for tensors, _ in read):
-        parts = [(tensors, read_peft_config(file)) for file, (tensors, _) in zip(weights, read, strict=True)]
-        return AdapterFile(path, *to_native(path, parts), read[0][1], foreign=True)
-    [(tensors, metadata)] = read
-    given = metadata.pop(CONFIG_KEY, None)
+    contents = [read_tensors(file) for file in weights]
+    if any(is_foreign(tensors) for tensors, _ in contents):
+        parts = [(tensors, read_peft_config(file)) for file, (tensors, _) in zip(weights, contents, strict=True)]
+        return AdapterFile(path, *to_native(path, parts), contents[0][1], foreign=True)
+    [(tensors, metadata)] = contents
+    header_config = metadata.pop(CONFIG_KEY, None)
     try:
-        config = _read_config(lora_config or given, tensors)
+        config = _read_config(lora_config or header_config, tensors)
     except (ConfigError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {CONFIG_KEY} in the header is not valid: {error}") from error
     baked = {key.removesuffix(f".{SLOT}.{BAKED}"): tensors.pop(key) for key in list(tensors) if key.endswith(BAKED)}
@@ -98,9 +98,9 @@ def read_adapter_file(path: str | Path, lora_config: str | None = None) -> Adapt
 
 
 def base_of(path: Path, metadata: Mapping[str, str]) -> str | None:
-    """The base that the header of the file at ``path`` names; as a full path if its run's files tell.
+    """The base named by the header of the file at ``path``; for a directory its full path, if known.
 
-    The header of a file that may be given away has only the directory's name; config.json beside it has the whole path.
+    The header holds only the directory's name, because files are shared; config.json beside the file has the path.
     """
     name = metadata.get("base_model")
     with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
@@ -111,7 +111,7 @@ def base_of(path: Path, metadata: Mapping[str, str]) -> str | None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Every tensor and header entry of a safetensors file or a PyTorch checkpoint. Raises CheckpointError."""
+    """All tensors and header entries of a safetensors file or PyTorch checkpoint. Raises CheckpointError."""
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             metadata = dict(file.metadata() or {})
@@ -129,7 +129,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def weights_in(folder: Path) -> Path:
-    """The file with the tensors in a PEFT folder."""
+    """The file with the tensors of a PEFT folder."""
     return next((folder / name for name in PEFT_WEIGHTS if (folder / name).is_file()), folder / PEFT_WEIGHTS[0])
 
 
@@ -143,10 +143,10 @@ def write_adapter_file(
 ) -> None:
     """Write float32 tensors as float16, atomically; equal contents give equal bytes.
 
-    extras   fields of EXTRA_KEYS, written behind the adapter's own in ``lora_config``
-    baked    norms of rows by layer, which stay float32
-    Raises EnvironmentFailure, naming the tensor and keeping any older file, for values that are empty, not finite, or
-    beyond float16's range.
+    extras   fields of EXTRA_KEYS, written after the adapter's settings in ``lora_config``
+    baked    row norms by layer, written as float32
+    Raises EnvironmentFailure, naming the tensor and leaving any older file in place, for tensors that are empty, not
+    finite, or beyond float16's range.
     """
     halves = publishable(tensors)
     header = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
@@ -156,7 +156,7 @@ def write_adapter_file(
 
 
 def config_value(config: AdapterConfig) -> dict:
-    """``lora_config`` in the reference's field order. Dropout is never applied, there or here."""
+    """``lora_config`` in the reference's field order. Neither the reference nor we apply dropout."""
     return {
         "rank": config.rank,
         "alpha": config.alpha,
@@ -173,7 +173,7 @@ def config_from_value(value: Mapping) -> AdapterConfig:
 
 
 def _read_config(text: str | None, tensors: Mapping[str, torch.Tensor]) -> AdapterConfig:
-    """The header's config; absent fields get inference's defaults: type lora, rank from a shape, alpha = rank."""
+    """The header's config, with inference's defaults: type lora, rank from a shape, alpha = rank."""
     value = {} if text is None else json.loads(text)
     if not isinstance(value, dict):
         raise ValueError(f"expected an object, found {text}")
@@ -200,7 +200,7 @@ def _read_config(text: str | None, tensors: Mapping[str, torch.Tensor]) -> Adapt
 
 
 def _first_magnitude_is_a_row(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Early ``dora`` files kept 2-D magnitudes: (1, fan_in) for columns, (fan_out, 1) for rows."""
+    """Early ``dora`` files have 2-D magnitudes: (1, fan_in) for columns, (fan_out, 1) for rows."""
     first = next((value for key, value in tensors.items() if key.endswith(".magnitude")), None)
     return first is not None and first.ndim == 2 and first.shape[0] == 1
 
@@ -211,7 +211,7 @@ def _squeezed(key: str, value: torch.Tensor) -> torch.Tensor:
 
 
 def publishable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Every tensor as a file stores it, float16 on the CPU. Raises as ``write_adapter_file`` does."""
+    """All tensors as written to a file, float16 on the CPU. Raises as ``write_adapter_file`` does."""
     halves = {key: value.detach().to("cpu", torch.float32).half().contiguous() for key, value in tensors.items()}
     for key, half in halves.items():
         if not half.numel():

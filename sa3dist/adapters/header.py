@@ -1,4 +1,4 @@
-"""The header of an adapter file: its description, in ModelSpec's names and ours."""
+"""The header entries of an adapter file that describe it, by ModelSpec and our own."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from sa3dist.adapters.file import EXTRA_KEYS
 from sa3dist.data.remote.local_paths import expand_home
 from sa3dist.model.released import RELEASED
 
-# ModelSpec's names for the models that take a file: a base and its post-trained sibling share one.
+# ModelSpec architectures. A base and its post-trained sibling are the same.
 ARCHITECTURES = {
     "medium-base": "stable-audio-3-medium",
     "small-music-base": "stable-audio-3-small",
@@ -17,14 +17,14 @@ HEADER_KEYS = ("step", "epoch", "base_model", "base_sha256", "dataset_sha256", "
 
 
 def base_name(model: str) -> str:
-    """The name of a base in files that are given away: for a directory its last part, never its path."""
+    """A base's name in files that are shared: of a directory only the last part."""
     return model if model in RELEASED else Path(expand_home(model)).resolve().name
 
 
 def extras(description: dict[str, Any]) -> dict[str, Any]:
-    """Fields of ``lora_config`` beyond the adapter's own, from the run's config.json."""
-    said = _public(description)
-    return {key: said[key] for key in EXTRA_KEYS if key in said}
+    """The fields of EXTRA_KEYS for ``lora_config``, from the run's description in config.json."""
+    public = _public(description)
+    return {key: public[key] for key in EXTRA_KEYS if key in public}
 
 
 def _public(description: dict[str, Any]) -> dict[str, Any]:
@@ -33,9 +33,9 @@ def _public(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def header(description: dict[str, Any]) -> dict[str, str]:
-    """Descriptive entries of an adapter file's header, ModelSpec 1.0.1 among them, all as text.
+    """Header entries that describe an adapter file, including ModelSpec 1.0.1; all values are strings.
 
-    Without ModelSpec's date, so that equal adapters are equal files. Its hash is added when the file is written.
+    Without ModelSpec's date, so that equal adapters give equal files. Its hash is added when the file is written.
     Source: github.com/Stability-AI/ModelSpec.
     """
     description = _public(description)

@@ -1,7 +1,7 @@
-"""How other programs load an adapter file: which layers they take, and the weights that result.
+"""Which layers of an adapter file other programs load, and the effective weights that result.
 
-By each program's documented rules: Stable Audio 3 (native), ComfyUI's generic loader, a base with the adapter merged
-in. PEFT's own loader is in ``landing_peft``.
+Each program by its documented rules: Stable Audio 3 (native), ComfyUI's generic loader, a base with the adapter merged.
+PEFT's own loader is in ``landing_peft``.
 
 Legend: O fan_out, I fan_in, R rank.
 """
@@ -27,10 +27,10 @@ from sa3dist.model.base import weight_key
 from sa3dist.model.loading import BaseOnDisk
 from sa3dist.model.rewrite_safetensors import DTYPES
 
-# Two changes that differ by a larger share count as different: float16 in both factors makes a tenth of it.
-MOST_DIFFERENCE = 0.01
-# A change below this share of its weight is compared relative to the weight: float32 has no more digits.
-SMALLEST_CHANGE = 1e-4
+# Largest relative difference of a change; float16 factors cause a tenth of it.
+MAX_DIFFERENCE = 0.01
+# Changes smaller than this share of the weight are measured relative to the weight: float32 has no more digits.
+MIN_CHANGE = 1e-4
 COMFY_PARTS = ("lora_up.weight", "lora_down.weight", "lora_B.weight", "lora_A.weight", "alpha", "dora_scale", "diff")
 
 Weight = Callable[[torch.Tensor], torch.Tensor]
@@ -38,12 +38,12 @@ Weight = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclasses.dataclass
 class Landing:
-    """What a program takes from a file.
+    """What a program loads of a file.
 
-    weights   layer -> function from the base's float32 weight to the one the layer acts with, in the same shape
-    missed    layer, or key of no layer -> why the program ignores it
+    weights   layer -> function from the base's float32 weight to the layer's effective weight, in the same shape
+    missed    layer, or key that belongs to no layer -> why the program ignores it
     stored    dtype the weights were rounded to
-    largest   largest difference of a layer that lands, relative to its change, and the layer's name; set by ``compare``
+    largest   the largest relative difference of a layer that lands, and the layer; set by ``compare``
     """
 
     weights: dict[str, Weight] = dataclasses.field(default_factory=dict)
@@ -54,26 +54,26 @@ class Landing:
     def compare(
         self, base: BaseOnDisk, expected: Callable[[str], torch.Tensor] | None, update: Callable[[int], None]
     ) -> None:
-        """Compute every weight. A layer that differs from ``expected(layer)``, or fails, counts as missed.
+        """Compute every weight; layers that differ from ``expected(layer)``, or do not change, become missed.
 
-        update   called with the number of finished layers
+        update   called with the number of layers done
         """
         for done, (name, weight_of) in enumerate(list(self.weights.items()), start=1):
             update(done)
             before = base.fp32_weight(name)
-            found = weight_of(before.clone()).float()
+            actual = weight_of(before.clone()).float()
             if expected is None:
-                if not found.isfinite().all() or torch.equal(found, before):
+                if not actual.isfinite().all() or torch.equal(actual, before):
                     self._miss(name, "acts with a weight that is the base's own, or not finite")
                 continue
-            wanted = expected(name).float()
-            change = max(float((wanted - before).norm()), SMALLEST_CHANGE * float(before.norm()), 1e-30)
-            # Differences that rounding to the stored dtype cannot explain.
+            exact = expected(name).float()
+            change = max(float((exact - before).norm()), MIN_CHANGE * float(before.norm()), 1e-30)
+            # The difference beyond rounding to the stored dtype.
             limits = torch.finfo(self.stored)
-            rounding = 0.51 * limits.eps * wanted.abs().clamp(min=limits.smallest_normal)
-            difference = float(((found - wanted).abs() - rounding).clamp(min=0).norm()) / change
-            # "not <=" is also true for NaN.
-            if not difference <= MOST_DIFFERENCE:
+            rounding = 0.51 * limits.eps * exact.abs().clamp(min=limits.smallest_normal)
+            difference = float(((actual - exact).abs() - rounding).clamp(min=0).norm()) / change
+            # Not ">", which is false for NaN.
+            if not difference <= MAX_DIFFERENCE:
                 self._miss(name, f"acts otherwise than the adapter: by {difference:.2g} of its change")
             elif difference >= self.largest[0]:
                 self.largest = difference, name
@@ -84,15 +84,15 @@ class Landing:
 
 
 def native(path: Path, base: BaseOnDisk) -> Landing:
-    """Stable Audio 3: keys by name, into the layers that include and exclude select; all others are ignored.
+    """Stable Audio 3: loads keys by name into the layers that include and exclude select, and ignores all others.
 
-    Rows are divided by the file's own baked norms, if it has them.
+    Rows are divided by the file's baked norms if it has them.
     """
     return by_name(read_adapter_file(path), base.adapter_roots)
 
 
 def by_name(file: AdapterFile, roots: Iterable[nn.Module]) -> Landing:
-    """``native`` for a file already read, over modules that need no values."""
+    """``native`` for a file already read, over modules that may be on the meta device."""
     layers = candidate_layers(roots)
     if file.foreign:
         why = "is in another trainer's layout; make a file of it with sa3dist export FILE --format native"
@@ -122,7 +122,7 @@ def by_name(file: AdapterFile, roots: Iterable[nn.Module]) -> Landing:
 
 
 def comfy(path: Path, base: BaseOnDisk) -> Landing:
-    """ComfyUI's generic loader: ``diffusion_model.<layer>`` or ``lora_unet_<layer with underscores>``, nothing else."""
+    """ComfyUI's generic loader, which knows ``diffusion_model.<layer>`` and ``lora_unet_<layer_with_underscores>``."""
     tensors, _ = read_tensors(path)
     layers = candidate_layers(base.adapter_roots)
     inner = {name: name.removeprefix("model.") for name in layers if name.startswith("model.")}
@@ -134,30 +134,30 @@ def comfy(path: Path, base: BaseOnDisk) -> Landing:
         part, name = (part, key.removesuffix(f".{part}")) if part else (key, key.partition(f".{SLOT}")[0])
         grouped.setdefault(name, {})[part.replace("lora_B", "lora_up").replace("lora_A", "lora_down")] = value
     landing = Landing()
-    for key, found in grouped.items():
+    for key, parts in grouped.items():
         name = known.get(key)
-        why = _comfy_fault(found, layers[name].weight.shape) if name else "is no layer that ComfyUI knows: not loaded"
+        why = _comfy_fault(parts, layers[name].weight.shape) if name else "is no layer that ComfyUI knows: not loaded"
         if why:
             landing.missed[name or key] = why
         else:
-            landing.weights[name] = functools.partial(_patched_by_comfy, found)
+            landing.weights[name] = functools.partial(_patched_by_comfy, parts)
     return landing
 
 
-def _comfy_fault(found: Mapping[str, torch.Tensor], shape: torch.Size) -> str:
-    if "diff" in found:
-        return "" if found["diff"].shape == shape else f"diff is {list(found['diff'].shape)}, not {list(shape)}"
-    strange = [part for part in found if part not in COMFY_PARTS]
-    missing = [part for part in ("lora_up.weight", "lora_down.weight") if part not in found]
+def _comfy_fault(parts: Mapping[str, torch.Tensor], shape: torch.Size) -> str:
+    if "diff" in parts:
+        return "" if parts["diff"].shape == shape else f"diff is {list(parts['diff'].shape)}, not {list(shape)}"
+    strange = [part for part in parts if part not in COMFY_PARTS]
+    missing = [part for part in ("lora_up.weight", "lora_down.weight") if part not in parts]
     if strange or missing:
         return f"{strange[0]} is not loaded" if strange else f"has no {missing[0]}"
-    up, down = found["lora_up.weight"], found["lora_down.weight"]
+    up, down = parts["lora_up.weight"], parts["lora_down.weight"]
     flat = min(up.ndim, down.ndim) < 2
     if flat or up.shape[:1] != shape[:1] or down[0].numel() != shape[1:].numel() or up.shape[1] != down.shape[0]:
         return f"lora_up is {list(up.shape)} and lora_down {list(down.shape)}, over a weight of {list(shape)}"
-    if found.get("alpha", torch.ones(())).numel() != 1:
-        return f"alpha is {list(found['alpha'].shape)}, not one number"
-    scale = found.get("dora_scale", torch.ones(1))
+    if parts.get("alpha", torch.ones(())).numel() != 1:
+        return f"alpha is {list(parts['alpha'].shape)}, not one number"
+    scale = parts.get("dora_scale", torch.ones(1))
     if not scale.ndim:
         return "dora_scale is one number, not one of each row or column"
     try:
@@ -167,29 +167,29 @@ def _comfy_fault(found: Mapping[str, torch.Tensor], shape: torch.Size) -> str:
     return "" if fits else f"dora_scale is {list(scale.shape)}, over a weight of {list(shape)}"
 
 
-def _patched_by_comfy(found: Mapping[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+def _patched_by_comfy(parts: Mapping[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
     """Source: ComfyUI, comfy/weight_adapter/lora.py and base.py (weight_decompose) at strength 1, since v0.3.77."""
-    if "diff" in found:
-        return weight + found["diff"].float()
-    up, down = (found[f"lora_{part}.weight"].float().flatten(1) for part in ("up", "down"))
-    scale = float(found["alpha"]) / down.shape[0] if "alpha" in found else 1.0
+    if "diff" in parts:
+        return weight + parts["diff"].float()
+    up, down = (parts[f"lora_{part}.weight"].float().flatten(1) for part in ("up", "down"))
+    scale = float(parts["alpha"]) / down.shape[0] if "alpha" in parts else 1.0
     after = weight + (scale * up @ down).view(weight.shape)
-    if "dora_scale" not in found:
+    if "dora_scale" not in parts:
         return after
-    dora_scale = found["dora_scale"].float()
-    # The first axis decides. On the output axis ComfyUI uses the norms of the weight before the update.
+    dora_scale = parts["dora_scale"].float()
+    # The first dimension decides the axis. On the output axis, norms are those of the weight before the update.
     on_rows = dora_scale.shape[0] == weight.shape[0]
     of, axes = (weight, [*range(1, weight.ndim)]) if on_rows else (after, [0, *range(2, weight.ndim)])
     return after * (dora_scale / (torch.linalg.vector_norm(of, dim=axes, keepdim=True) + COMFY_EPS))
 
 
 def merged(path: Path, base: BaseOnDisk) -> Landing:
-    """A whole base with the adapter merged in, loaded by our own strict loader."""
+    """A base with the adapter merged in, read by our own strict loader."""
     if not os.path.isdir(path):
         raise CheckpointError(f"{path}: is no directory of a base; sa3dist export FILE --format merged makes one")
-    made = BaseOnDisk.open(path)
+    merged_base = BaseOnDisk.open(path)
     layers = candidate_layers(base.adapter_roots)
-    with safetensors.safe_open(made.files.weights, framework="pt") as file:
+    with safetensors.safe_open(merged_base.files.weights, framework="pt") as file:
         metadata = file.metadata() or {}
         stored = DTYPES[file.get_slice(weight_key(next(iter(layers)))).get_dtype()]
     try:
@@ -199,10 +199,10 @@ def merged(path: Path, base: BaseOnDisk) -> Landing:
     landing = Landing(stored=stored)
     for name in dict.fromkeys(name for config in configs for name in select(layers, config.include, config.exclude)):
         key = weight_key(name)
-        if made.weights.shapes[key] != base.weights.shapes[key]:
-            landing.missed[name] = f"{key} is {made.weights.shapes[key]}, {base.weights.shapes[key]} in the base"
+        if merged_base.weights.shapes[key] != base.weights.shapes[key]:
+            landing.missed[name] = f"{key} is {merged_base.weights.shapes[key]}, {base.weights.shapes[key]} in the base"
         else:
-            landing.weights[name] = lambda _, name=name: made.fp32_weight(name)
+            landing.weights[name] = lambda _, name=name: merged_base.fp32_weight(name)
     return landing
 
 

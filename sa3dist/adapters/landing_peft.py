@@ -1,6 +1,6 @@
-"""How PEFT's own loader takes adapter folders: over the model under our names, or over diffusers' port.
+"""What PEFT's own loader loads of adapter folders, over the model under our names or diffusers' port.
 
-The modules are real, but without memory: each layer gets its weight for its check and frees it afterwards.
+Modules are on the meta device; each layer gets its weight only while it is compared.
 """
 
 import functools
@@ -26,14 +26,14 @@ def installed(*packages: str) -> bool:
 
 
 def peft(path: Path, base: BaseOnDisk) -> Landing:
-    """One folder, over the diffusion model and the number conditioner under the names that our own files have."""
+    """One folder, over the diffusion model and number conditioner under our names."""
     network, conditioners = base.adapter_roots
     whole = nn.ModuleDict({**network._modules, **conditioners._modules})
     return _land(path, base, {path: whole}, {(path, name): name for name in candidate_layers([whole])}, ("peft",))
 
 
 def diffusers(path: Path, base: BaseOnDisk) -> Landing:
-    """A folder for each module of diffusers' port of the model that the adapter covers."""
+    """One folder per module of diffusers' port that the adapter covers."""
     names = {}
     for name in candidate_layers(base.adapter_roots):
         part, target = port_name(name)
@@ -73,7 +73,7 @@ def _land(
     names: dict[tuple[Path, str], str],
     packages: tuple[str, ...],
 ) -> Landing:
-    """What lands of the folders at ``path``, whose modules and layers the program calls as ``names`` says."""
+    """What lands of the folders at ``path``. names: (folder, the program's layer name) -> our layer name."""
     folders = peft_folders(path)
     if not folders:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""An adapter file together with a base on disk: effective weights and plain factors, one layer at a time.
+"""An adapter file and a base on disk: effective weights and plain factors, one layer at a time.
 
 Legend: O fan_out, I fan_in, R rank.
 """
@@ -30,7 +30,7 @@ def factors(
 
 
 def row_norms(config: AdapterConfig, trained: Mapping[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
-    """Norms (O) in float32 of the rows of W0 + scale * D, by which types with a row magnitude divide."""
+    """Norms (O) of the rows of W0 + scale * D, float32, by which types with a row magnitude divide."""
     up_OR, down_RI = factors(config, trained, weight)
     return torch.linalg.vector_norm(weight.flatten(1).float() + config.alpha / config.rank * up_OR @ down_RI, dim=1)
 
@@ -42,25 +42,25 @@ def effective(
     dtype: torch.dtype = torch.float32,
     norms_O: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The weight a layer acts with at strength 1, in the shape of its frozen ``weight``.
+    """A layer's effective weight at strength 1, in the shape of its frozen ``weight``.
 
-    norms_O   divide the rows by these instead of their own norms
-    Everything but the singular bases of -xs types, which are float32 by definition, is computed in ``dtype``.
+    norms_O   divides rows by these instead of their own norms
+    Everything is computed in ``dtype``, except the singular bases of -xs types, which are float32 by definition.
     """
     kind = config.kind
     bases = singular_bases(weight.flatten(1), config.rank) if kind.xs else ()
     frozen = frozen_constants(weight, *bases) if bases else None
     values = {key: value.to(dtype) for key, value in trained.items()}
     if norms_O is not None:
-        share_O = (row_norms(config, trained, weight) + EPS) / (norms_O.float() + EPS)
-        values[kind.row_magnitude] = values[kind.row_magnitude] * share_O
+        ratio_O = (row_norms(config, trained, weight) + EPS) / (norms_O.float() + EPS)
+        values[kind.row_magnitude] = values[kind.row_magnitude] * ratio_O
     return effective_weight_reference(weight.to(dtype), values, kind, config.alpha / config.rank, frozen)
 
 
 class AdapterOnDisk:
-    """The layers an adapter file changes in one base, without loading either.
+    """The layers of a base that an adapter file changes, without loading the base.
 
-    file   as read by ``read_adapter_file``
+    file   from ``read_adapter_file``
     base   checked, but not loaded
     Raises CheckpointError, as ``load_adapter`` does, for any missing, unexpected or misshapen tensor.
     """
@@ -73,16 +73,16 @@ class AdapterOnDisk:
 
     @property
     def of_another_base(self) -> bool:
-        """Whether the file's header names a base with another digest, for example its post-trained sibling."""
-        found = self.file.metadata.get(BASE_KEY)
-        return found is not None and found != self.base.weights.digest
+        """Whether the file's header has another base's digest, for example a post-trained sibling's."""
+        digest = self.file.metadata.get(BASE_KEY)
+        return digest is not None and digest != self.base.weights.digest
 
     def trained(self, name: str) -> dict[str, torch.Tensor]:
         """A layer's trained tensors in float32, by their names."""
         return {key: value.float() for key, value in self._trained[name].items()}
 
     def effective_weight(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """As ``effective``, of a layer by its name."""
+        """``effective`` of the layer called ``name``."""
         return effective(self.file.config, self.trained(name), self.base.fp32_weight(name), dtype)
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,5 +90,5 @@ class AdapterOnDisk:
         return factors(self.file.config, self.trained(name), self.base.fp32_weight(name))
 
     def row_norms(self, name: str) -> torch.Tensor:
-        """As ``row_norms``, of a layer by its name."""
+        """``row_norms`` of the layer called ``name``."""
         return row_norms(self.file.config, self.trained(name), self.base.fp32_weight(name))

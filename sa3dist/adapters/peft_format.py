@@ -1,8 +1,8 @@
-"""Experimental: an adapter as PEFT adapter folders, under our names or for diffusers' port, loaded by ``PeftModel``.
+"""Experimental: writes an adapter as PEFT folders for ``PeftModel``, under our names or for diffusers' port.
 
-Under our names one folder has it all, as Stable Audio 3's MLX runtime reads it. The port splits what one adapter file
-covers into two modules, ``transformer`` and ``duration_embedder``; each becomes a folder with adapter_config.json and
-adapter_model.safetensors. PEFT's LoRA is our lora, its DoRA our dora-rows; it has nothing for columns. -xs types are
+Under our names it is one folder, which Stable Audio 3's MLX runtime also reads. The port has two modules for what one
+adapter file covers, ``transformer`` and ``duration_embedder``; each becomes a folder with adapter_config.json and
+adapter_model.safetensors. PEFT's LoRA is our lora, its DoRA our dora-rows; it cannot scale columns. -xs types are
 written as the factors of their update.
 
 Legend: O fan_out, I fan_in, R rank.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sa3dist.adapters.lazy_file import AdapterOnDisk
 
 PARTS = TRANSFORMER, DURATION = "transformer", "duration_embedder"
-# Where the port's names differ; the first match replaces. Source: diffusers 0.42, scripts and model.
+# Names that differ in the port; the first match is replaced. Source: diffusers 0.42, scripts and model.
 _RENAMED = (
     (re.compile(r"^transformer\.layers\."), "transformer_blocks."),
     (re.compile(r"^transformer\.project_(in|out)$"), r"proj_\1"),
@@ -40,9 +40,9 @@ def to_peft(
 ) -> dict[str, tuple[dict, dict[str, torch.Tensor]]]:
     """Folder name -> (adapter_config.json, tensors), for the modules the adapter covers.
 
-    base   gives the adapter over its base, needed for -xs types
-    port   for diffusers' port; else for the model under our names, whose only folder is called ``.``
-    Raises ConfigError for types that scale columns and for layers the port does not have.
+    base   returns the adapter on its base; called for -xs types
+    port   for diffusers' port; else for the model under our names, as one folder called ``.``
+    Raises ConfigError for types that scale columns, and for layers the port does not have.
     """
     config = file.config
     if config.kind.cols:
@@ -71,7 +71,7 @@ def to_peft(
 
 
 def port_name(name: str) -> tuple[str, str]:
-    """(module, layer name in the port) of an adapter-relative layer name. Raises ConfigError where it has none."""
+    """(module, layer name in the port) of an adapter-relative layer name. Raises ConfigError if it has none."""
     if name == _DURATION_LAYER:
         return DURATION, "linear"
     if not name.startswith("model."):
@@ -87,7 +87,7 @@ def port_name(name: str) -> tuple[str, str]:
 
 
 def reordered(name: str, rows: torch.Tensor, fan_in: int, back: bool = False) -> torch.Tensor:
-    """``rows`` (O, ...) of a layer in the port's order; ``back`` takes rows of the port to ours."""
+    """``rows`` (O, ...) of a layer in the port's order; ``back`` converts from the port's order to ours."""
     blocks = len(_DIFFERENTIAL_ORDER)
     if not name.endswith("self_attn.to_qkv") or rows.shape[0] != blocks * fan_in:
         return rows
@@ -104,7 +104,7 @@ def _peft_config(config, targets: list[str]) -> dict:
         "use_dora": config.kind.rows,
         "lora_dropout": 0.0,
         "bias": "none",
-        # As text it is matched against whole names; a list would also match the ends of longer ones.
+        # A string is matched against whole names; a list would also match suffixes of names.
         "target_modules": "|".join(re.escape(target) for target in targets),
         "inference_mode": True,
     }

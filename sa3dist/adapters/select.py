@@ -1,4 +1,4 @@
-"""Which layers an adapter covers: every Linear and Conv1d of the roots, filtered by substrings of their names."""
+"""Selects the layers an adapter covers: Linear and Conv1d modules of the roots, by substrings of their names."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,7 +9,7 @@ from sa3dist.request.patterns import expand, too_many
 
 
 def candidate_layers(roots: Iterable[nn.Module]) -> dict[str, nn.Linear | nn.Conv1d]:
-    """Every layer an adapter can cover, by its name relative to its root, in registration order."""
+    """All layers an adapter can cover, by name relative to the root, in registration order."""
     return {
         name: module
         for root in roots
@@ -19,9 +19,9 @@ def candidate_layers(roots: Iterable[nn.Module]) -> dict[str, nn.Linear | nn.Con
 
 
 def normalise(patterns: Sequence[str] | None, field: str) -> tuple[str, ...] | None:
-    """A pattern list as it is kept: None when unset or empty.
+    """A pattern list as a tuple; None if unset or empty.
 
-    Raises ConfigError for anything but strings in a list, and for more ranges than can be expanded.
+    Raises ConfigError for anything but a list of strings, and for ranges that expand to too many patterns.
     """
     if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns or ()):
         raise ConfigError(
@@ -33,9 +33,9 @@ def normalise(patterns: Sequence[str] | None, field: str) -> tuple[str, ...] | N
 
 
 def select(names: Iterable[str], include: Sequence[str] | None, exclude: Sequence[str] | None) -> list[str]:
-    """Names in which some ``include`` pattern occurs (all, when unset) and no ``exclude`` pattern does.
+    """Names that contain an ``include`` pattern (if unset, all names) and no ``exclude`` pattern.
 
-    Patterns are plain substrings, case-sensitive: ``layers.1`` is also part of ``layers.10``; write ``layers.1.``.
+    Patterns are case-sensitive substrings: ``layers.1`` also matches ``layers.10``; write ``layers.1.``.
     """
     wanted = [text for pattern in include or () for text in expand(pattern)]
     unwanted = [text for pattern in exclude or () for text in expand(pattern)]
@@ -47,7 +47,7 @@ def select(names: Iterable[str], include: Sequence[str] | None, exclude: Sequenc
 
 
 def require_match(names: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str] | None) -> list[str]:
-    """``select``, but a list that has no effect, or leaves nothing, raises ConfigError and shows some real names."""
+    """``select``; raises ConfigError, with example names, if a list matches nothing or nothing is selected."""
     examples = f"names look like {', '.join([*names[:2], *names[-2:]])}"
     for field, patterns in (("include", include), ("exclude", exclude)):
         if patterns and not select(names, patterns, None):

@@ -1,4 +1,4 @@
-"""Load, warm-start and save the adapter of a base model; a missing or unexpected tensor is an error."""
+"""Loads, warm-starts and saves the adapter of a base model; a missing or unexpected tensor is an error."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,15 +23,15 @@ from sa3dist.model.checkpoint import differences
 def load_adapter(base: Base, path: str | Path, strength: float = 1.0) -> None:
     """Attach the adapter in ``path`` and set its strength.
 
-    Where an adapter is attached already its values are replaced, provided that its type, rank, alpha and pattern lists
-    are the file's. Raises CheckpointError when they are not, and for any missing, unexpected or misshapen tensor: the
-    reference's own loader passes over these. ``base`` is as before when it raises.
+    If an adapter is attached already, its values are replaced; its type, rank, alpha and pattern lists must equal the
+    file's. Raises CheckpointError if they do not, and for any missing, unexpected or misshapen tensor, which the
+    reference's loader ignores. ``base`` is unchanged if it raises.
     """
     load_adapter_file(base, read_adapter_file(path), strength)
 
 
 def load_adapter_file(base: Base, file: AdapterFile, strength: float = 1.0) -> None:
-    """``load_adapter`` of a file that is read already."""
+    """``load_adapter`` for a file already read."""
     check_strength(strength)
     if adapted_layers(base):
         _require_agreement(base, file)
@@ -39,7 +39,7 @@ def load_adapter_file(base: Base, file: AdapterFile, strength: float = 1.0) -> N
     else:
         names = list(covered_layers(file, base.adapter_roots))
         try:
-            # The seed is of no consequence: every trained value comes from the file.
+            # The seed does not matter: all trained values come from the file.
             attach_to(base, file.config, names, seed=0)
         except ConfigError as error:
             raise CheckpointError(f"{file.path}: {error}") from error
@@ -50,8 +50,8 @@ def load_adapter_file(base: Base, file: AdapterFile, strength: float = 1.0) -> N
 def warm_start(base: Base, path: str | Path) -> None:
     """Start the attached adapter from the values in ``path``.
 
-    Raises CheckpointError, naming the field and both values, when the file's type, rank, alpha or pattern lists are not
-    the attached adapter's or when it names another base by its hash; and for tensors that do not match.
+    Raises CheckpointError, naming the field and both values, if the file's type, rank, alpha or pattern lists differ
+    from the attached adapter's or its header has another base's hash; and for tensors that do not match.
     """
     if not adapted_layers(base):
         raise ConfigError("warm_start needs an attached adapter; attach_adapter(base, ...) first")
@@ -69,7 +69,7 @@ def warm_start(base: Base, path: str | Path) -> None:
 def save_adapter(base: Base, path: str | Path, metadata: Mapping[str, object] | None = None) -> None:
     """Write the attached adapter, float16, whole or not at all; equal adapters and metadata give equal bytes.
 
-    metadata  further header entries, kept as strings; ``base_sha256`` (base.weights_digest()) is checked by warm_start
+    metadata  more header entries, written as strings; ``base_sha256`` (base.weights_digest()) is checked by warm_start
     Raises ConfigError without an attached adapter, and EnvironmentFailure, naming the tensor and leaving any older file
     in place, for values that are empty, not finite, or beyond float16's range.
     """
@@ -80,7 +80,7 @@ def save_adapter(base: Base, path: str | Path, metadata: Mapping[str, object] | 
 
 
 def lora_config(base: Base) -> dict:
-    """The attached adapter's ``lora_config``, in the reference's field order. Raises ConfigError when there is none."""
+    """The attached adapter's ``lora_config``, in the reference's field order. Raises ConfigError if there is none."""
     if not adapted_layers(base):
         raise ConfigError("no adapter is attached; attach_adapter(base, ...) first")
     return config_value(base.adapter_config)
@@ -90,7 +90,7 @@ def _require_agreement(base: Base, file: AdapterFile) -> None:
     attached = base.adapter_config
     adapted = list(adapted_layers(base))
     names = [*adapted, *candidate_layers(base.adapter_roots)]
-    # Other trainers' files list layers one by one: what counts is which ones the patterns select.
+    # Compare the selected layers, not the lists: other trainers' files list layers one by one.
     lists = () if adapted == select(names, file.config.include, file.config.exclude) else ("include", "exclude")
     for field in ("adapter_type", "rank", "alpha", *lists):
         ours, theirs = getattr(attached, field), getattr(file.config, field)
@@ -104,9 +104,9 @@ def _require_agreement(base: Base, file: AdapterFile) -> None:
 
 
 def covered_layers(file: AdapterFile, roots: Iterable[torch.nn.Module]) -> dict[str, torch.nn.Linear | torch.nn.Conv1d]:
-    """The layers that the file's pattern lists select under ``roots``, by name.
+    """The layers under ``roots`` that the file's pattern lists select, by name.
 
-    Raises CheckpointError when there is none, and when the file's tensors are not those of an adapter over them.
+    Raises CheckpointError if there is none, or if the file's tensors do not fit them.
     """
     candidates = candidate_layers(roots)
     layers = {name: candidates[name] for name in select(candidates, file.config.include, file.config.exclude)}
@@ -123,7 +123,7 @@ def covered_layers(file: AdapterFile, roots: Iterable[torch.nn.Module]) -> dict[
 
 
 def require_tensors(expected: Mapping[str, Iterable[int]], file: AdapterFile) -> None:
-    """Raises CheckpointError naming up to three of the tensors that are missing, too many or of the wrong shape."""
+    """Raises CheckpointError naming up to three tensors that are missing, unexpected or of the wrong shape."""
     if problems := differences(expected, {key: value.shape for key, value in file.tensors.items()}):
         raise CheckpointError(
             f"{file.path}: of the {len(expected)} tensors this base model and the file's lora_config ask for, "
@@ -134,7 +134,7 @@ def require_tensors(expected: Mapping[str, Iterable[int]], file: AdapterFile) ->
         if tuple(norms.shape) != tuple(rows):
             raise CheckpointError(
                 f"{file.path}: {name}.{SLOT}.{BAKED} is {list(norms.shape)}, expected {list(rows)} of a "
-                f"{file.config.adapter_type} over this base; bake them anew: sa3dist export FILE --baked-norms"
+                f"{file.config.adapter_type} over this base; bake them again: sa3dist export FILE --baked-norms"
             )
 
 

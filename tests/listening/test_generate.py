@@ -118,14 +118,14 @@ def test_weights_are_formed_once_at_the_strength_set_last(base, adapters, monkey
     found = base.generate(PROMPTS[:1], **SHORT)[0]
     assert calls == list(adapted_layers(base).values())
     near(found, factored, 1e-4)
-    assert all(layer.kept_weight is None for layer in calls)
+    assert all(layer.fixed_weight is None for layer in calls)
 
 
 def test_formed_weights_go_when_generating_fails(base, adapters):
     load_adapter(base, adapters[0])
     with pytest.raises(RuntimeError, match="stop"), formed_once(base):
         raise RuntimeError("stop")
-    assert all(layer.kept_weight is None for layer in adapted_layers(base).values())
+    assert all(layer.fixed_weight is None for layer in adapted_layers(base).values())
 
 
 def generate(*words) -> int:

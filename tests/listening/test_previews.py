@@ -221,7 +221,7 @@ def test_what_previews_load_is_dropped_and_what_was_there_stays(preview):
     base = preview.base
     assert preview.make(3, StopRequest())[1] == 0
     assert (base.text_encoder, base.autoencoder.decoder) == (None, None)
-    assert all(getattr(layer, "kept_weight", None) is None for layer in base.modules())
+    assert all(getattr(layer, "fixed_weight", None) is None for layer in base.modules())
     assert {getattr(layer, "strength", 1.0) for layer in base.modules()} == {1.0}
     base.decode_latents(torch.zeros(1, base.latent_channels, 2))
     decoder = base.autoencoder.decoder

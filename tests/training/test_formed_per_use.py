@@ -47,7 +47,7 @@ def course(kind, **changes):
 @pytest.mark.parametrize(
     ("kind", "precision"), [("dora-rows", "bf16"), ("dora-cols", "no"), ("bora-xs", "no"), ("lora", "no")]
 )
-def test_formed_per_use_a_run_and_what_is_evaluated_after_it_have_the_bits_of_kept_weights(kind, precision):
+def test_formed_per_use_a_run_and_what_is_evaluated_after_it_have_the_bits_of_fixed_weights(kind, precision):
     kept, expected = course(kind, mixed_precision=precision, **KEPT)
     per_use, found = course(kind, mixed_precision=precision, **PER_USE)
     assert (kept.engine.formed.per_use, per_use.engine.formed.per_use) == (False, True)

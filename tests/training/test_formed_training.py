@@ -8,7 +8,7 @@ from sa3dist_kernels import ADAPTER_TYPES
 from torch._dynamo.utils import counters
 
 from sa3dist.adapters import adapter_parameters, formed
-from sa3dist.adapters.formed import keep_formed
+from sa3dist.adapters.formed import use_formed_weights
 from sa3dist.model.compiled import compile_blocks
 from sa3dist.model.packing import FilledPacking
 from sa3dist.parallel.flat_adamw import FlatAdapters
@@ -41,7 +41,7 @@ def test_formed_weights_give_the_factored_forms_gradients_over_three_micro_batch
     scores = [weighted_velocity({name: value[:clips] for name, value in given.items()}, clips) for clips in (1, 3, 2)]
     expected = factored_gradients(base, scores)
     flat = FlatAdapters(adapter_parameters(base), 1e-3, 0.01, scalars=0)
-    weights = keep_formed(base, flat, FORMED, torch.device("cpu"))
+    weights = use_formed_weights(base, flat, FORMED, torch.device("cpu"))
     weights.form()
     for score in scores:
         score(base).backward()
@@ -64,7 +64,7 @@ def test_auto_forms_weights_where_the_kernels_serve_and_a_choice_is_obeyed(
         settings = types.SimpleNamespace(adapter_products=choice, mixed_precision="no")
         expected = choice == "formed" or (choice == "auto" and not obstacle and not failure)
         with caplog.at_level("INFO", "sa3dist.adapters.formed"):
-            assert (keep_formed(base, flat, settings, torch.device("cpu")) is not None) is expected
+            assert (use_formed_weights(base, flat, settings, torch.device("cpu")) is not None) is expected
     if reason := obstacle or failure:
         assert reason in caplog.text
 
@@ -74,7 +74,7 @@ def test_one_program_serves_clips_with_and_without_a_filling_and_weights_kept_or
     base = adapted(tiny_base, "dora-rows")
     given = {name: value[:1] for name, value in inputs(tiny_base).items()}
     flat = FlatAdapters(adapter_parameters(base), 1e-3, 0.01, scalars=0)
-    weights = keep_formed(base, flat, FORMED, torch.device("cpu"))
+    weights = use_formed_weights(base, flat, FORMED, torch.device("cpu"))
     memory = base.dit.transformer.memory
     packings = [FilledPacking.of([24], memory, 24, memory + 24 + extra) for extra in (0, 16, 40)]
 
@@ -106,7 +106,7 @@ def test_blocks_that_cannot_be_compiled_run_uncompiled_unless_that_was_asked_for
     base, given = adapted(tiny_base, "dora-rows"), inputs(tiny_base)
     packing = FilledPacking.of([24, 7, 16], base.dit.transformer.memory, 24, 70)
     flat = FlatAdapters(adapter_parameters(base), 1e-3, 0.01, scalars=0)
-    keep_formed(base, flat, FORMED, torch.device("cpu")).form()
+    use_formed_weights(base, flat, FORMED, torch.device("cpu")).form()
 
     def no_compiler(graph, examples):
         raise RuntimeError("no compiler here")
