@@ -172,7 +172,7 @@ def plan_memory(job: Job, device: Device, given_context: bool = True) -> MemoryP
         if settings.gradient_checkpointing == "auto":
             other = sum(needed.values())
             blocks = fewest_recomputed(counted, other, device.memory_bytes, least=blocks).recomputed_blocks
-        needed["kept for the backward pass"] = counted.kept_bytes(blocks)
+        needed["kept for the backward pass"] = counted.saved_bytes(blocks)
         if sum(needed.values()) <= usable:
             break
     peak, again = sum(needed.values()), needed["kept for the backward pass"] + needed["working"]

@@ -1,4 +1,4 @@
-"""Capabilities of devices: published figures of GPUs, and the ceilings of this machine, measured in a second."""
+"""What devices can do: published figures of GPUs, and measurements of this machine, which take a second."""
 
 import dataclasses
 import timeit
@@ -13,9 +13,9 @@ from sa3dist.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """A device's ceilings: memory in bytes, dense operations per second by dtype, bytes per second.
+    """A device's limits: memory in bytes, dense operations per second by dtype, bytes per second.
 
-    source   of the figures: the maker's page, or "measured here"
+    source   of the figures: the manufacturer's page, or "measured here"
     """
 
     name: str
@@ -28,7 +28,7 @@ class Device:
 
     @property
     def runs_kernels(self) -> bool:
-        """Whether ``auto`` uses the Triton kernels there: a GPU with bfloat16 units has all else that they need."""
+        """Whether ``auto`` uses the Triton kernels: a GPU with bfloat16 units has everything they need."""
         return self.on_gpu and self.bf16_flops > self.fp32_flops
 
     def flops_per_second(self, value_bytes: int) -> float:
@@ -58,16 +58,16 @@ GPUS = {
     for name, memory, bf16, fp32, bandwidth, source in _DATASHEETS
 }
 THIS = "this"
-# Larger than caches, yet quick on a CPU. A GPU needs a thirtieth of a millisecond for them, as long as a launch: there
-# the side is four times and the copy eight times that.
+# Side of measured products, and bytes of measured copies: larger than caches, but short on a CPU. On a GPU they would
+# take a thirtieth of a millisecond, no longer than the launch, so larger ones are measured.
 SQUARE, COPY_BYTES, REPEATS = 2048, 256 << 20, 5
-ON_GPU_SQUARE, ON_GPU_COPY_BYTES = 4 * SQUARE, 8 * COPY_BYTES
+GPU_SQUARE, GPU_COPY_BYTES = 4 * SQUARE, 8 * COPY_BYTES
 
 
 def find_device(name: str) -> Device:
-    """A GPU of the table by name, with or without dashes, or ``this`` machine, measured.
+    """A GPU of the table by name, with or without dashes; or ``this`` machine, measured.
 
-    Raises ConfigError, listing the names, for any other.
+    Raises ConfigError, listing the names, for an unknown name.
     """
     if name == THIS:
         return this_machine()
@@ -79,7 +79,7 @@ def find_device(name: str) -> Device:
 
 
 def datasheet_of(name: str) -> Device | None:
-    """The table's entry for a device by its driver's name, such as ``NVIDIA H200``."""
+    """The table's entry for a driver's device name, such as ``NVIDIA H200``; None if there is none."""
     words = set(name.upper().replace("-", " ").split())
     matches = [device for known, device in GPUS.items() if set(known.upper().replace("-", " ").split()) <= words]
     matches += [GPUS["A100-80" if "80GB" in words else "A100-40"]] if "A100" in words else []
@@ -91,9 +91,9 @@ def _plain(name: str) -> str:
 
 
 def this_machine(device: torch.device | None = None) -> Device:
-    """A device of this machine, with measured ceilings: large products and copies, best of a few.
+    """A device of this machine, with measured limits: large products and copies, the best of a few.
 
-    device   None = the one that training would use here
+    device   None: the one training would use
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     flops = {dtype: _product_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
@@ -111,7 +111,7 @@ def this_machine(device: torch.device | None = None) -> Device:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes a process could still allocate on the device: free there, or unused in torch's own pool."""
+    """Bytes this process can still allocate on the device: free memory, and unused memory in torch's pool."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -119,24 +119,24 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    # A CPU that emulates bfloat16 would take minutes; a small product shows whether it does.
-    on_cpu = SQUARE if dtype == torch.float32 else SQUARE // 8
-    side = ON_GPU_SQUARE if device.type == "cuda" else on_cpu
+    # Small for bfloat16: a CPU that emulates it would take minutes.
+    cpu_side = SQUARE if dtype == torch.float32 else SQUARE // 8
+    side = GPU_SQUARE if device.type == "cuda" else cpu_side
     one, other = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return 2 * side**3 / _best_seconds(lambda: one @ other, device)
 
 
 def _copy_rate(device: torch.device) -> float:
-    copied = ON_GPU_COPY_BYTES if device.type == "cuda" else COPY_BYTES
-    source = torch.zeros(copied // 4, device=device)
+    size_bytes = GPU_COPY_BYTES if device.type == "cuda" else COPY_BYTES
+    source = torch.zeros(size_bytes // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * copied / _best_seconds(lambda: target.copy_(source), device)
+    return 2 * size_bytes / _best_seconds(lambda: target.copy_(source), device)
 
 
 def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
-    def to_the_end() -> None:
+    def run_and_wait() -> None:
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    return min(timeit.repeat(to_the_end, number=1, repeat=REPEATS + 1))
+    return min(timeit.repeat(run_and_wait, number=1, repeat=REPEATS + 1))

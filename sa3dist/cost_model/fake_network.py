@@ -1,8 +1,8 @@
-"""What one micro batch computes, and keeps for the backward pass, counted on the network itself.
+"""Counts what one micro batch computes and saves for the backward pass, by running the network on fake tensors.
 
-The network runs forward and backward on fake tensors, which have shapes but no values: no weight is loaded, no product
-computed. Of blocks with equal adapters one runs and stands for all. The fake tensors are on a CPU: an uncompiled pass
-on a GPU keeps somewhat less, because its 16-bit norms are one operation.
+Fake tensors have shapes but no values, so no weight is loaded and nothing is multiplied. Blocks that are adapted alike
+are run once. The fake tensors are CPU tensors: an uncompiled pass on a GPU saves slightly less, because 16-bit norms
+are one operation there.
 """
 
 import dataclasses
@@ -24,16 +24,16 @@ from sa3dist.model.frequencies import expo_frequencies
 from sa3dist.model.packing import FilledPacking, Packing
 
 BLOCKS = "model.transformer.layers."
-# Layers on tokens before the first block, and behind the last; all others outside of blocks work on conditioning.
+# Layers of the token path before the first block and after the last one. All others process conditioning.
 BEFORE_BLOCKS = {"model.preprocess_conv", "model.transformer.project_in"}
-BEHIND_BLOCKS = {"model.transformer.project_out", "model.postprocess_conv"}
+AFTER_BLOCKS = {"model.transformer.project_out", "model.postprocess_conv"}
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
-    """A micro batch of clips of one length, in latent frames; prompts have their full length.
+    """A micro batch of clips of one length, in latent frames, with prompts of full length.
 
-    given_context   whether inpainting context is given, so that each frame has its own conditioning
+    given_context   whether there is inpainting context, so that each frame has its own conditioning
     """
 
     clips: int
@@ -43,9 +43,9 @@ class BatchShape:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterShape:
-    """Which layers are adapted, and how; names as in a file. Without any, the base is frozen.
+    """Which layers are adapted, and how. Names are relative as in a file; without layers the base is frozen.
 
-    formed   they multiply with W' formed once per step
+    formed   whether layers multiply with a formed W'
     """
 
     kind: AdapterType
@@ -56,10 +56,10 @@ class AdapterShape:
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
-    """Dtype of the frozen base, whether autocast to bfloat16 is on, and whether whole blocks are compiled.
+    """The frozen base's dtype, whether autocast to bfloat16 is on, and whether whole blocks are compiled.
 
-    A compiled block keeps its input and the inputs and outputs of products and attention; the compiler recomputes
-    everything between these in the backward pass.
+    A compiled block saves its input and the operands and results of products and attention; its backward pass
+    recomputes everything else.
     """
 
     base: torch.dtype
@@ -68,13 +68,13 @@ class Numerics:
 
 
 class FakeNetwork:
-    """The network with its adapters, as fake tensors; it holds one block of each kind."""
+    """The network with its adapters as fake tensors, with one block for all that are alike."""
 
     def __init__(self, config: ModelConfig, adapter: AdapterShape, numerics: Numerics) -> None:
         self.adapter, self.numerics = adapter, numerics
-        # Cached for the whole process: make the real one first, so that later passes do not find a fake one.
+        # Fill this process-wide cache with a real tensor first, not a fake one.
         expo_frequencies(torch.device("cpu"))
-        self._which, blocks = _alike(config.dit.depth, adapter.layers)
+        self._kind_of_block, blocks = _alike(config.dit.depth, adapter.layers)
         config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, depth=len(blocks)))
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._mode:
@@ -88,25 +88,25 @@ class FakeNetwork:
         ]
 
     def count(self, batch: BatchShape, backward: bool = True) -> Count:
-        """Work and kept bytes of one micro batch.
+        """Work and saved bytes of one micro batch.
 
         backward   False skips the work of the backward pass, which takes most of the counting time
         """
         counter = Counter(self._base, self.numerics.compiled)
         with self._mode, counter:
-            with torch.autograd.graph.saved_tensors_hooks(counter.keep, lambda tensor: tensor):
+            with torch.autograd.graph.saved_tensors_hooks(counter.on_save, lambda tensor: tensor):
                 velocity = self._velocity(batch)
-            counter.settle_kept()
+            counter.assign_saved_bytes()
             if backward and self._trained:
-                counter.backwards = True
+                counter.in_backward = True
                 torch.autograd.grad(velocity, self._trained, velocity.detach(), allow_unused=True)
-        blocks = tuple(counter.parts[kind] for kind in self._which)
+        blocks = tuple(counter.parts[kind] for kind in self._kind_of_block)
         return Count(counter.parts[None], blocks, counter.input_bytes)
 
     def _velocity(self, batch: BatchShape) -> Tensor:
         base, clips, frames = self._base, batch.clips, batch.frames
         if self.adapter.formed:
-            # As on the ladder's top rung, which needs no filling.
+            # The largest size of the ladder, which needs no filling.
             table = torch.empty(5, clips * (base.config.dit.num_memory_tokens + frames), dtype=torch.int64)
             packing = FilledPacking(table, torch.empty(clips + 1, dtype=torch.int32))
         else:
@@ -121,34 +121,34 @@ class FakeNetwork:
 
 
 def _alike(depth: int, adapted: frozenset[str]) -> tuple[list[int], list[int]]:
-    """For every block the number of its kind, and for every kind its first block.
+    """The kind of each block, and the first block of each kind.
 
-    Blocks are of one kind when the same layers are adapted and gradients do or do not flow back to their input.
+    Blocks are alike if the same layers are adapted and their inputs both do or both do not need a gradient.
     """
     outside = {name for name in adapted if not name.startswith(BLOCKS)}
     flows = bool(outside & BEFORE_BLOCKS)
-    through_conditioning = bool(outside - BEFORE_BLOCKS - BEHIND_BLOCKS)
-    kinds, which, first = {}, [], []
+    through_conditioning = bool(outside - BEFORE_BLOCKS - AFTER_BLOCKS)
+    kinds, kind_of_block, first = {}, [], []
     for block in range(depth):
         prefix = f"{BLOCKS}{block}."
         own = frozenset(name.removeprefix(prefix) for name in adapted if name.startswith(prefix))
         kind = kinds.setdefault((own, flows), len(kinds))
         if kind == len(first):
             first.append(block)
-        which.append(kind)
+        kind_of_block.append(kind)
         flows = flows or through_conditioning or bool(own)
-    return which, first
+    return kind_of_block, first
 
 
 class _NoValues:
-    """Weights of any name, without values, read like a checkpoint file's."""
+    """Uninitialised weights under any name, read like a checkpoint file."""
 
     def read(self, name: str, shape: tuple[int, ...], device, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, device=device, dtype=dtype)
 
 
 def _full_name(name: str, blocks: list[int]) -> str:
-    """The whole network's name of a layer in the one that has only ``blocks``."""
+    """The full network's name of a layer of the reduced one, which has only ``blocks``."""
     if not name.startswith(BLOCKS):
         return name
     number, _, rest = name.removeprefix(BLOCKS).partition(".")
@@ -160,10 +160,10 @@ def _adapted(layer: torch.nn.Module, adapter: AdapterShape, numerics: Numerics) 
     fan_out, fan_in = weight_OI.shape
     bases = (torch.empty(fan_out, rank), torch.empty(fan_in, rank)) if adapter.kind.xs else ()
     trained = {name: torch.empty(shape) for name, shape in adapter.kind.parameter_shapes(fan_out, fan_in, rank).items()}
-    made = AdaptedLayer(layer, adapter.kind, AdapterTensors(trained, frozen_constants(weight_OI, *bases)), scale=1.0)
+    adapted = AdaptedLayer(layer, adapter.kind, AdapterTensors(trained, frozen_constants(weight_OI, *bases)), scale=1.0)
     if adapter.formed:
         products = torch.bfloat16 if numerics.autocast else numerics.base
         shapes = (fan_out, fan_in), (fan_out, rank), (rank, fan_in)
-        made.formed = FormedLayer(*(torch.empty(shape, dtype=products) for shape in shapes))
-        made.sums = torch.empty(sum(value.numel() for value in trained.values()), requires_grad=True)
-    return made
+        adapted.formed = FormedLayer(*(torch.empty(shape, dtype=products) for shape in shapes))
+        adapted.sums = torch.empty(sum(value.numel() for value in trained.values()), requires_grad=True)
+    return adapted

@@ -1,4 +1,4 @@
-"""Counting on fake tensors: operations and bytes of every product, and tensors saved for the backward pass."""
+"""Counts on fake tensors: operations and bytes of every product, and what is saved for the backward pass."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from sa3dist.model.base import Base
 
 
 def _varlen_sizes(q_KPHD: Tensor, k_JPHD: Tensor, starts: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Queries and keys of clips of one length, as shapes (clips, heads of both members of a pair, tokens, width)."""
+    """Shapes (clips, heads of all members, tokens, width) of queries and keys, for clips of one length."""
     clips = starts.numel() - 1
     return tuple((clips, x.shape[1] * x.shape[2], x.shape[0] // clips, x.shape[3]) for x in (q_KPHD, k_JPHD))
 
@@ -23,7 +23,7 @@ def _varlen_flops(q_KPHD, k_JPHD, v_JHD, q_starts, k_starts, **_) -> int:
     return sdpa_flop_count(queries, keys, keys)
 
 
-def _varlen_backward_flops(grad_KHD, q_KPHD, k_JPHD, v_JHD, out_KPHD, sums, q_starts, k_starts, **_) -> int:
+def _varlen_backward_flops(grad_KHD, q_KPHD, k_JPHD, v_JHD, out_KPHD, lse, q_starts, k_starts, **_) -> int:
     queries, keys = _varlen_sizes(q_KPHD, k_JPHD, q_starts)
     return sdpa_backward_flop_count(queries, queries, keys, keys)
 
@@ -35,7 +35,7 @@ def _self_attention_gradient_flops(grad_KHD, qkv_KSHD, out_KPHD, *others, **_) -
 
 
 _ops = torch.ops
-# Missing in torch's own registry: attention on a CPU and ours, oneDNN's product, and the in-place addition.
+# torch's registry, plus what it lacks: attention on a CPU, our own attention, oneDNN's product, in-place addmm.
 FLOPS = {
     **flop_registry,
     _ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: mm_flop(x.shape, weight.shape[::-1]),
@@ -54,9 +54,9 @@ FLOPS = {
 
 @dataclasses.dataclass
 class Work:
-    """Floating point operations, and bytes of operands and results, of all products and attention.
+    """(floating-point operations, bytes of operands and results) of every product and attention.
 
-    A multiply-add counts twice.
+    A multiply-add counts as two operations.
     """
 
     operations: list[tuple[float, float]] = dataclasses.field(default_factory=list)
@@ -66,7 +66,7 @@ class Work:
         return sum(flops for flops, _ in self.operations)
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> tuple[float, float]:
-        """Shortest time on such a device, split: for operations limited by arithmetic, and by memory."""
+        """Minimum time on a device, split into compute-bound and memory-bound operations."""
         computing = moving = 0.0
         for flops, moved in self.operations:
             compute, memory = flops / flops_per_second, moved / bytes_per_second
@@ -77,18 +77,18 @@ class Work:
 
 @dataclasses.dataclass
 class Part:
-    """One piece of the network: its forward and backward work, and bytes it makes that the backward pass needs."""
+    """A part of the network: its forward and backward work, and the bytes it produces that are saved for backward."""
 
     forward: Work = dataclasses.field(default_factory=Work)
     backward: Work = dataclasses.field(default_factory=Work)
-    kept_bytes: int = 0
+    saved_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Count:
-    """One micro batch without recomputation: the blocks in order, and everything around them.
+    """One micro batch without recomputation: the blocks in order, and everything else (``ends``).
 
-    input_bytes   of a block's input, which is kept when the block is recomputed
+    input_bytes   of a block's input, which is saved if the block is recomputed
     """
 
     ends: Part
@@ -96,51 +96,51 @@ class Count:
     input_bytes: int
 
     def total(self, recomputed_blocks: int = 0) -> Work:
-        """Forward, backward, and a second forward of the first ``recomputed_blocks`` blocks."""
+        """Forward, backward, and the forward of the first ``recomputed_blocks`` blocks again."""
         total = Work()
         for i, part in enumerate((self.ends, *self.blocks)):
             total.operations += part.forward.operations * (2 if 0 < i <= recomputed_blocks else 1)
             total.operations += part.backward.operations
         return total
 
-    def kept_bytes(self, recomputed_blocks: int = 0) -> int:
-        """Bytes kept when the backward pass starts, plus the working set of one recomputed block."""
+    def saved_bytes(self, recomputed_blocks: int = 0) -> int:
+        """Bytes saved at the start of the backward pass, plus those of one block while it is recomputed."""
         first, rest = self.blocks[:recomputed_blocks], self.blocks[recomputed_blocks:]
-        kept = self.ends.kept_bytes + sum(part.kept_bytes for part in rest) + len(first) * self.input_bytes
-        return kept + max((part.kept_bytes for part in first), default=0)
+        saved = self.ends.saved_bytes + sum(part.saved_bytes for part in rest) + len(first) * self.input_bytes
+        return saved + max((part.saved_bytes for part in first), default=0)
 
 
 class Counter(TorchDispatchMode):
-    """Notes every product, and every saved tensor, under the block that makes it; None = outside of blocks."""
+    """Records every product and saved tensor under the block that produces it; None is outside of blocks."""
 
     def __init__(self, base: Base, compiled: bool) -> None:
         super().__init__()
         self.compiled = compiled
         self.parts: dict[int | None, Part] = {block: Part() for block in (None, *range(base.config.dit.depth))}
         self.input_bytes = 0
-        self.backwards = False
+        self.in_backward = False
         self._block: int | None = None
-        # By storage: the block that made it.
-        self._made: dict[int, int | None] = {}
-        self._kept: dict[int, torch.UntypedStorage] = {}
-        # Kept by a compiled block: results of products and attention (of a pair, their difference), and the residual
-        # stream where it enters a norm. The rest is recomputed.
-        self._lasting: dict[int, torch.UntypedStorage] = {}
+        # The block that produced each storage.
+        self._producer: dict[int, int | None] = {}
+        self._saved: dict[int, torch.UntypedStorage] = {}
+        # What a compiled block saves: results of products and attention (of a differential pair the difference), and
+        # the inputs of norms. It recomputes the rest.
+        self._compiled_saved: dict[int, torch.UntypedStorage] = {}
         transformer = base.dit.transformer
-        # The first module called by each block, and the first one behind all blocks.
+        # The first module that each block calls, and the first one after all blocks.
         first = [*(layer.pre_norm for layer in transformer.layers), transformer.project_out]
         self._handles = [
             module.register_forward_pre_hook(functools.partial(self._enter, block, before))
             for module, block, before in zip(first, [*list(self.parts)[1:], None], self.parts, strict=True)
         ]
         self._handles += [
-            norm.register_forward_pre_hook(lambda _, inputs: self._last(inputs))
+            norm.register_forward_pre_hook(lambda _, inputs: self._note_compiled_saved(inputs))
             for layer in transformer.layers
             for norm in (layer.cross_attend_norm, layer.ff_norm)
         ]
-        # The blocks' modulation is differentiated after the blocks, before the first one's input.
+        # The backward pass reaches the modulation after all blocks, before the first block's input.
         modulation = transformer.global_cond_embedder
-        self._handles.append(modulation.register_forward_hook(lambda _, __, output: self._leave_for(None, output)))
+        self._handles.append(modulation.register_forward_hook(lambda _, __, output: self._on_gradient(None, output)))
 
     def __exit__(self, *problem):
         for handle in self._handles:
@@ -149,19 +149,19 @@ class Counter(TorchDispatchMode):
 
     def _enter(self, block: int | None, before: int | None, _, inputs: tuple[Tensor]) -> None:
         storage = inputs[0].untyped_storage()
-        self._made[storage._cdata] = before
-        self._last(inputs)
+        self._producer[storage._cdata] = before
+        self._note_compiled_saved(inputs)
         self._block = block
         if block is not None:
             self.input_bytes = storage.nbytes()
-        self._leave_for(before, inputs[0])
+        self._on_gradient(before, inputs[0])
 
-    def _last(self, values) -> None:
-        if self.compiled and not self.backwards:
-            self._lasting |= {x.untyped_storage()._cdata: x.untyped_storage() for x in tree_leaves(values)}
+    def _note_compiled_saved(self, values) -> None:
+        if self.compiled and not self.in_backward:
+            self._compiled_saved |= {x.untyped_storage()._cdata: x.untyped_storage() for x in tree_leaves(values)}
 
-    def _leave_for(self, block: int | None, tensor: Tensor) -> None:
-        """When the gradient of ``tensor`` is complete, the backward pass enters ``block``."""
+    def _on_gradient(self, block: int | None, tensor: Tensor) -> None:
+        """Set the current block to ``block`` once the gradient of ``tensor`` is complete."""
         if tensor.requires_grad:
             tensor.register_hook(lambda _: setattr(self, "_block", block))
 
@@ -174,30 +174,32 @@ class Counter(TorchDispatchMode):
             for values in ((args, kwargs), out)
         )
         formula = FLOPS.get(function._overloadpacket)
-        self._made.update(dict.fromkeys(written.keys() - read.keys(), self._block))
+        self._producer.update(dict.fromkeys(written.keys() - read.keys(), self._block))
         if formula is not None or function is torch.ops.aten.sub.Tensor:
-            self._last(out)
+            self._note_compiled_saved(out)
         if formula is not None:
             part = self.parts[self._block]
             flops = formula(*args, **(kwargs or {}), out_val=out)
             moved = sum(read.values()) + sum(written.values())
-            (part.backward if self.backwards else part.forward).operations.append((flops, moved))
+            (part.backward if self.in_backward else part.forward).operations.append((flops, moved))
         return out
 
-    def keep(self, tensor: Tensor) -> Tensor:
+    def on_save(self, tensor: Tensor) -> Tensor:
+        """Hook for autograd's saved tensors."""
         storage = tensor.untyped_storage()
-        # Hold it, so that no other storage gets the same address.
-        self._kept[storage._cdata] = storage
+        # Keep a reference, so that no other storage gets the same address.
+        self._saved[storage._cdata] = storage
         return tensor
 
-    def settle_kept(self) -> None:
-        """Add saved tensors to the parts that made them; weights were made by none."""
-        made = {key: (self._made[key], storage) for key, storage in self._kept.items() if key in self._made}
+    def assign_saved_bytes(self) -> None:
+        """Add saved bytes to the parts that produced them; weights belong to none."""
+        producer = self._producer
+        saved = {key: (producer[key], storage) for key, storage in self._saved.items() if key in producer}
         if self.compiled:
-            # A block that saves nothing comes before the first adapted layer.
-            differentiated = {block for block, _ in made.values()} - {None}
-            lasting = {key: (self._made[key], storage) for key, storage in self._lasting.items()}
-            lasting = {key: found for key, found in lasting.items() if found[0] in differentiated}
-            made = {key: found for key, found in made.items() if found[0] is None} | lasting
-        for block, storage in made.values():
-            self.parts[block].kept_bytes += storage.nbytes()
+            # Blocks that save nothing precede the first adapted layer.
+            differentiated = {block for block, _ in saved.values()} - {None}
+            in_blocks = {key: (producer[key], storage) for key, storage in self._compiled_saved.items()}
+            in_blocks = {key: entry for key, entry in in_blocks.items() if entry[0] in differentiated}
+            saved = {key: entry for key, entry in saved.items() if entry[0] is None} | in_blocks
+        for block, storage in saved.values():
+            self.parts[block].saved_bytes += storage.nbytes()

@@ -1,4 +1,4 @@
-"""Which part of a clip a slot trains on: the crop's length, its seeded start, and the clip's polarity."""
+"""The part of a clip that a sample slot trains on: crop length, seeded start, and polarity."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 
 from sa3dist.flow.draws import generator_for
 
-# -60 dBFS: a quieter crop is drawn again, a quieter clip is no clip; source: spec/training.md 4.2, item 5.
+# -60 dBFS. Quieter crops are drawn again, quieter clips are rejected. Source: spec/training.md 4.2, item 5.
 SILENCE_PEAK = 1e-3
 MAX_CROP_DRAWS = 8
 
@@ -14,17 +14,17 @@ MAX_CROP_DRAWS = 8
 def crop_frames(
     duration: float | None, longest_seconds: float, native_seconds: float, sample_rate_hz: int, samples_per_frame: int
 ) -> int:
-    """Training length in latent frames: ``duration``, else the longest clip, never above the native length; at least 1.
+    """Training length in latent frames, at least 1: ``duration`` or else the longest clip, up to the native length.
 
-    Floored to whole frames as the reference does (spec/training.md 3, sample size).
+    Floored to whole frames, as in the reference (spec/training.md 3, sample size).
     """
     seconds = min(longest_seconds if duration is None else duration, native_seconds)
-    # A float just below a whole sample count (0.1 + 0.2 style) must not lose the frame it stands for.
+    # 1e-6: float rounding below a whole number of samples must not lose a frame.
     return max(1, math.floor(seconds * sample_rate_hz + 1e-6) // samples_per_frame)
 
 
 def draw_crop(peaks_T: torch.Tensor, limit: int, seed: int, slot: int) -> tuple[int, bool]:
-    """Start frame of the crop, and whether it is silent after the last draw allowed."""
+    """Start frame of the crop, and whether it is still silent after the last allowed draw."""
     spare = len(peaks_T) - limit
     if spare <= 0:
         return 0, bool(peaks_T.max() < SILENCE_PEAK)

@@ -1,4 +1,4 @@
-"""What is drawn for one sample: the generator of each draw, its silence extension, inpainting mask and timestep."""
+"""Random draws of one sample: the generator of each draw, silence extension, inpainting mask and timestep."""
 
 import hashlib
 import itertools
@@ -6,7 +6,7 @@ import math
 
 import torch
 
-# Source: spec/training.md 2.7. Mean length of the encoded silence shown behind a clip.
+# Source: spec/training.md 2.7. Mean length of the encoded silence appended to a clip.
 EXTENSION_SECONDS = 4.0
 # Source: spec/training.md 2.8. Shares of random segments, full, causal.
 MASK_TYPE_PROBABILITIES = (0.1, 0.8, 0.1)
@@ -23,7 +23,7 @@ def generator_for(seed: int, purpose: str, *indices: int) -> torch.Generator:
     purpose   what is drawn, e.g. "noise"; two purposes never share a stream
     indices   the global sample slot, and an attempt where a draw can be repeated
 
-    A hash, not a sum, joins the parts: neighbouring seeds and slots get unrelated states.
+    The parts are hashed, not added, so that neighbouring seeds and slots get unrelated states.
     """
     name = "/".join([str(seed), purpose, *map(str, indices)])
     state = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
@@ -31,14 +31,14 @@ def generator_for(seed: int, purpose: str, *indices: int) -> torch.Generator:
 
 
 def draw_extension(scale_frames: float, generator: torch.Generator) -> int:
-    """Frames of encoded silence to show behind one clip: the floor of an exponential with mean ``scale_frames``."""
+    """Frames of encoded silence to append to a clip: floor of an exponential draw with mean ``scale_frames``."""
     if scale_frames == 0:
         return 0
     return int(torch.empty(1, dtype=torch.float64).exponential_(1 / scale_frames, generator=generator).floor())
 
 
 def _uniform_integer(low: int, high: int, generator: torch.Generator) -> int:
-    """Uniform over low..high, both ends possible."""
+    """Uniform over low..high, inclusive."""
     return int(torch.randint(low, high + 1, (1,), generator=generator))
 
 
@@ -65,7 +65,7 @@ MASK_TYPES = (_random_segments, _full, _causal)
 def draw_inpaint_mask(valid_frames: int, total_frames: int, generator: torch.Generator) -> torch.Tensor:
     """Draw the inpainting mask of one clip from the training mix of types.
 
-    valid_frames   frames that count for this clip, its silence extension included
+    valid_frames   frames that count for this clip, including its silence extension
     total_frames   length of the mask; frames from valid_frames on are never context
     Returns float32 of shape (total_frames,): 1 = given context, 0 = to generate. A clip without valid frames keeps
     ones everywhere unless its type is full. Source: spec/training.md 2.8.
@@ -86,7 +86,7 @@ def sample_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
 
     Source: spec/training.md 2.3.
     """
-    # float64: in float32 the two normal distribution functions in a row lose the tail near t = 0.
+    # float64: in float32 ndtr followed by ndtri loses the tail near t = 0.
     normal = torch.randn(count, generator=generator).double()
     lower = torch.special.ndtr(torch.logit(torch.tensor(TRUNCATION, dtype=torch.float64)))
     uniform = lower + (1 - lower) * torch.special.ndtr(normal)
@@ -95,7 +95,7 @@ def sample_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def effective_frames(seconds_total: float, sample_rate_hz: int, samples_per_frame: int) -> int:
-    """Length, in latent frames, that the timestep shift goes by: of the whole file, not of the crop."""
+    """The length in latent frames that determines the timestep shift: of the whole file, not the crop."""
     return math.ceil(int(seconds_total * sample_rate_hz) / samples_per_frame)
 
 
@@ -107,16 +107,16 @@ def shift_timesteps(
     base_shift: float = 0.5,
     max_shift: float = 1.15,
 ) -> torch.Tensor:
-    """Multiply the odds t / (1 - t) of every timestep by a factor that grows with the clip's length.
+    """Multiply the odds t / (1 - t) of each timestep by a factor that grows with the clip's length.
 
-    t_B        timesteps in [0, 1]; 0 and 1 stay where they are
+    t_B        timesteps in [0, 1]; 0 and 1 do not change
     frames_B   effective length of each clip in latent frames; clamped to [min_length, max_length]
     Returns t with the shape of t_B. Source: spec/training.md 2.4.
     """
     length = frames_B.to(t_B).clamp(min_length, max_length)
-    # Equal bounds leave one length, at base_shift.
+    # max: equal bounds must not divide by zero.
     slope = (max_shift - base_shift) / max(max_length - min_length, 1)
     shrink = torch.exp(-(base_shift + slope * (length - min_length)))
-    # These operations in this order: features of frequency 1e4 turn one ulp of t into 1e-3 of velocity. t = 1 passes
-    # through 1 / 0 = inf and comes out as 1.
+    # Keep the order of operations: features of frequency 1e4 turn one ulp of t into 1e-3 of velocity. t = 1 needs no
+    # special case: 1 / 0 is inf, and the result is 1.
     return 1 - shrink / (shrink + (1 / (1 - t_B) - 1))

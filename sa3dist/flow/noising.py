@@ -1,19 +1,19 @@
-"""Noise of a micro batch: drawn, paired with the clips, mixed with them; and the loss of what is predicted."""
+"""Noise of a micro batch: drawing it, pairing it with clips, mixing both; and the loss of the predicted velocity."""
 
 import math
 
 import torch
 
-# torch fills normals in blocks of 16 and redraws the last block when the size is no multiple of it;
-# whole blocks make a short draw a prefix of a long one from the same generator.
+# torch draws normals in blocks of 16 and redraws an incomplete last block. Drawing whole blocks makes a short draw a
+# prefix of a longer one from the same generator.
 _NORMAL_BLOCK = 16
 
 
 def draw_noise(frames: int, channels: int, generator: torch.Generator) -> torch.Tensor:
     """Standard normal noise of one clip, float32 of shape (channels, frames).
 
-    Drawn frame by frame: fewer frames from an equal generator are the first frames of more, so neither padding nor
-    a neighbour's length changes a clip's noise.
+    Drawn frame by frame: a shorter draw is a prefix of a longer one from an equal generator, so neither padding nor a
+    neighbour's length changes a clip's noise.
     """
     count = frames * channels
     whole_blocks = math.ceil(count / _NORMAL_BLOCK) * _NORMAL_BLOCK
@@ -23,10 +23,10 @@ def draw_noise(frames: int, channels: int, generator: torch.Generator) -> torch.
 def noise_latents(
     latents_BDT: torch.Tensor, noise_BDT: torch.Tensor, t_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mix clips and noise at time t, and form the velocity the model should predict.
+    """Mix clips and noise at time t, and compute the target velocity.
 
     latents_BDT, noise_BDT   float32 of shape (B, D, T)
-    t_B                      time of each clip, 0 = data, 1 = noise
+    t_B                      time of each clip: 0 = data, 1 = noise
     Returns (noised, target), both (B, D, T): (1 - t) latents + t noise, and noise - latents.
     Source: spec/training.md 2.6.
     """
@@ -47,7 +47,7 @@ def masked_loss(
     inpaint_mask_B1T: torch.Tensor,
     context_weight: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Squared velocity error: mean per clip, then mean over clips, context and generated frames apart.
+    """Squared velocity error: mean per clip, then over clips, for context and generated frames separately.
 
     velocity_BDT, target_BDT   shape (B, D, T); computed in float32 or wider
     keep_BT                    true or 1 where a frame counts (clip and silence extension)
@@ -63,11 +63,11 @@ def masked_loss(
 def masked_losses(
     velocity_BDT: torch.Tensor, target_BDT: torch.Tensor, keep_BT: torch.Tensor, inpaint_mask_B1T: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ``masked_loss`` is the mean of: (generated, context) of each clip, both of shape (B,)."""
+    """The losses per clip that ``masked_loss`` averages: (generated, context), both of shape (B,)."""
     wide = torch.promote_types(velocity_BDT.dtype, torch.float32)
     keep = keep_BT.bool()
     context = inpaint_mask_B1T[:, 0].bool()
-    # Frames that do not count may hold anything; 0 * nan would still be nan.
+    # where, not a product: other frames may hold anything, and 0 * NaN is NaN.
     error = torch.where(keep[:, None, :], velocity_BDT.to(wide) - target_BDT.to(wide), 0.0).square()
     return _mean_of_clips(error, keep & ~context), _mean_of_clips(error, keep & context)
 
@@ -84,7 +84,7 @@ def couple_noise(latents_BDT: torch.Tensor, noise_BDT: torch.Tensor) -> torch.Te
     batch = latents_BDT.shape[0]
     if batch == 1:
         return torch.zeros(1, dtype=torch.long, device=latents_BDT.device)
-    # float64: costs of order 1e6 differ by tens, so float32 sums would let a summation order decide the pairing.
+    # float64: costs of order 1e6 differ by tens, so in float32 the order of summation would decide the pairing.
     latents = latents_BDT.flatten(1).double()
     noise = noise_BDT.flatten(1).double()
     cost = latents.square().sum(1)[:, None] + noise.square().sum(1)[None, :] - 2 * latents @ noise.T

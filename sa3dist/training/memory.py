@@ -51,7 +51,7 @@ class Choice:
 def fewest_recomputed(counted: Count, other_bytes: float, free_bytes: float, least: int = 0) -> Choice:
     """The smallest number of recomputed blocks with which the step fits, or all blocks. least: lower bound."""
     for blocks in range(least, len(counted.blocks) + 1):
-        choice = Choice(blocks, other_bytes + counted.kept_bytes(blocks), free_bytes)
+        choice = Choice(blocks, other_bytes + counted.saved_bytes(blocks), free_bytes)
         if choice.fits:
             break
     return choice
@@ -88,8 +88,8 @@ class LargestPass:
         return working_bytes(self.base.config, tokens, self.base.dtype.itemsize)
 
     def bytes(self, recomputed_blocks: int) -> float:
-        """Bytes it takes beside what stays allocated between steps."""
-        return self.working_bytes + self.counted.kept_bytes(recomputed_blocks)
+        """Memory it takes beside what stays between steps."""
+        return self.working_bytes + self.counted.saved_bytes(recomputed_blocks)
 
 
 def recomputed_blocks(

@@ -11,7 +11,7 @@ from sa3dist_kernels import ADAPTER_TYPES
 from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
 from sa3dist.adapters import adapted_layers, adapter_parameters, attach_adapter, candidate_layers
-from sa3dist.adapters.formed import keep_formed
+from sa3dist.adapters.formed import use_formed_weights
 from sa3dist.adapters.layers import cached_norms
 from sa3dist.commands.plan_predict import Job, plan_memory
 from sa3dist.config import build
@@ -113,10 +113,10 @@ def test_every_types_operations_and_kept_bytes_are_those_of_the_real_network(kin
     attach_adapter(base, adapter_type=kind, rank=2)
     counted = counted_for(base, given=True)
     assert counted.total().flops == measured_flops(base, given=True)
-    assert counted.kept_bytes() == pytest.approx(kept_bytes(base, given=True), rel=0.01)
+    assert counted.saved_bytes() == pytest.approx(saved_bytes(base, given=True), rel=0.01)
 
 
-def kept_bytes(base, clips=CLIPS, frames=FRAMES, given=False, others=(), autocast="no") -> int:
+def saved_bytes(base, clips=CLIPS, frames=FRAMES, given=False, others=(), autocast="no") -> int:
     """Bytes of distinct storages autograd saves, parameters, buffers and ``others`` by their address aside."""
     kept: dict[int, torch.UntypedStorage] = {}
     own = {value.untyped_storage().data_ptr() for value in (*base.parameters(), *base.buffers())} | set(others)
@@ -148,25 +148,25 @@ def test_kept_bytes_of_released_shapes_are_what_autograd_saves(monkeypatch, shap
     base = random_weights.random_base(shape, depth=1, dtype=precision)
     attach_adapter(base, adapter_type=kind, rank=16)
     autocast = "bf16" if precision == torch.bfloat16 else "no"
-    measured = kept_bytes(base, 2, 60, autocast=autocast)
-    assert counted_for(base, 2, 60, autocast).kept_bytes() == pytest.approx(measured, rel=0.01)
+    measured = saved_bytes(base, 2, 60, autocast=autocast)
+    assert counted_for(base, 2, 60, autocast).saved_bytes() == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["dora-rows", "bora", "dora-cols", "lora-xs"])
 def test_formed_weights_keep_what_is_counted(kind):
     base = make_base("medium", depth=3)
     attach_adapter(base, adapter_type=kind, rank=2)
-    factored = kept_bytes(base, 1, 100)
+    factored = saved_bytes(base, 1, 100)
     settings = StepSettings(adapter_products="formed")
     flat = FlatAdapters(adapter_parameters(base), 1e-3, 0.01, scalars=0)
-    held = keep_formed(base, flat, settings, torch.device("cpu"))
+    held = use_formed_weights(base, flat, settings, torch.device("cpu"))
     held.form()
     own = {value.untyped_storage().data_ptr() for value in (flat.values, held.parts[None].layers[0].weight_OI)}
     memory_tokens = base.config.dit.num_memory_tokens
     packing = FilledPacking.of((100,), memory_tokens, 100, memory_tokens + 100)
-    measured = kept_bytes(FilledBase(base, packing), 1, 100, others=own)
+    measured = saved_bytes(FilledBase(base, packing), 1, 100, others=own)
     assert measured < (0.9 if kind in ("dora-rows", "bora") else 1.0) * factored
-    assert counted_for(base, 1, 100).kept_bytes() == pytest.approx(measured, rel=0.01)
+    assert counted_for(base, 1, 100).saved_bytes() == pytest.approx(measured, rel=0.01)
 
 
 class FilledBase:
@@ -188,9 +188,9 @@ def test_recomputing_keeps_a_blocks_input_and_the_values_of_one():
     counted = counted_for(base)
     tokens = CLIPS * (FRAMES + base.config.dit.num_memory_tokens)
     assert counted.input_bytes == 4 * tokens * base.config.dit.embed_dim
-    one = counted.blocks[0].kept_bytes
-    assert counted.kept_bytes(3) - counted.ends.kept_bytes == 3 * counted.input_bytes + one
-    assert counted.kept_bytes(1) - counted.ends.kept_bytes == counted.input_bytes + 3 * one
+    one = counted.blocks[0].saved_bytes
+    assert counted.saved_bytes(3) - counted.ends.saved_bytes == 3 * counted.input_bytes + one
+    assert counted.saved_bytes(1) - counted.ends.saved_bytes == counted.input_bytes + 3 * one
 
 
 # What was set where a peak was measured.
@@ -242,7 +242,7 @@ def test_a_compiled_block_keeps_what_products_and_attention_give_and_the_stream(
     # cross-attention, 2 and 1; in the feed-forward 8 and 1; the stream ahead of each. The rest is made again: 27.4 is
     # what the compiler keeps (``plan_block.py``), 0.4 of it of the prompt.
     widths = (5 + 1 + 2 + 1) + (2 + 1 + 2 + 1) + (8 + 1) + 3
-    assert block.kept_bytes == pytest.approx(2 * tokens * config.dit.embed_dim * widths, rel=0.03)
+    assert block.saved_bytes == pytest.approx(2 * tokens * config.dit.embed_dim * widths, rel=0.03)
 
 
 def medium_count(frames=4091, clips=1):
@@ -253,7 +253,7 @@ def medium_count(frames=4091, clips=1):
 
 def test_the_fewest_blocks_are_recomputed_that_make_the_step_fit():
     config, counted = medium_count()
-    kept = [counted.kept_bytes(blocks) for blocks in range(config.dit.depth + 1)]
+    kept = [counted.saved_bytes(blocks) for blocks in range(config.dit.depth + 1)]
     assert kept[1:] == sorted(kept[1:], reverse=True)
     for free, expected in ((1e12, 0), (1e9, config.dit.depth), ((kept[7] + 1e9) / memory.USABLE_SHARE, 7)):
         choice = memory.fewest_recomputed(counted, 1e9, free)
