@@ -1,10 +1,10 @@
-"""One adapted layer, forward and backward: factored op against the frozen layer and against the materialised weight.
+"""One adapted layer, forward and backward: the factored op against the frozen layer and the materialised weight.
 
     python kernels/benchmarks/bench_adapted_linear.py --shape small --tokens 192 --rank 16
 
 frozen        the same layer without adapter: x @ W0.T + bias and the gradient of x (``frozen_linear``)
-materialised  W' formed by a float32 parametrisation with autograd through it, as the reference does
-compiled      the same by ``torch.compile`` (--compile)
+materialised  W' by a float32 parametrisation that autograd differentiates, as in the reference
+compiled      the same with ``torch.compile`` (--compile)
 All variants of a layer run in turn in one process, so that a busy machine slows them alike; medians are compared.
 """
 
@@ -59,17 +59,17 @@ SCALE = 1.0
 def make_variants(
     fan_in, fan_out, bias, tokens, rank, kinds, device, dtype, formed=False, compiled: Collection[str] = ()
 ):
-    """Name to a function that runs one forward and backward and returns its output and gradients.
+    """Name -> function that runs one forward and backward pass and returns output and gradients.
 
-    formed     also "<type> formed": one micro batch with W' kept from before, as training on a GPU has it, its raw sums
-               instead of gradients; and "<type> finished": the same with FORM ahead and FINISH behind
-    compiled   also "<type> compiled" for these types: the materialised form by the compiler
+    formed     add "<type> formed", one micro batch with a formed W' and raw sums instead of gradients, as in training
+               on a GPU; and "<type> finished", the same with FORM and FINISH
+    compiled   types for which to add "<type> compiled": the materialised form, compiled
     """
     weight = (torch.randn(fan_out, fan_in, device=device) / fan_in**0.5).to(dtype)
     offset = torch.randn(fan_out, device=device).to(dtype) if bias else None
     x = torch.randn(tokens, fan_in, device=device).to(dtype).requires_grad_()
     grad = torch.randn(tokens, fan_out, device=device).to(dtype)
-    # Any bases serve for timing; the singular ones take longer to compute than the whole benchmark.
+    # Any bases do for timing; computing singular ones takes longer than the whole benchmark.
     bases = [torch.linalg.qr(torch.randn(side, rank, device=device))[0].contiguous() for side in (fan_out, fan_in)]
 
     def run(layer, params):
@@ -102,7 +102,7 @@ def make_variants(
 
 
 def formed_variants(weight, bias, params, kind, frozen, x, grad):
-    """(passes of one micro batch, these between FORM and FINISH), each giving the output and all gradients or sums."""
+    """(passes of one micro batch, FORM + passes + FINISH); each returns output and gradients or raw sums."""
     sums = torch.zeros(sum(value.numel() for value in params.values()), device=x.device, requires_grad=True)
     sums.grad = torch.zeros_like(sums)
     parts = sums.grad.split([value.numel() for value in params.values()])
@@ -111,9 +111,9 @@ def formed_variants(weight, bias, params, kind, frozen, x, grad):
         weight, {name: value.detach() for name, value in params.items()}, grads, kind, SCALE,
         frozen if kind.xs else None,
     )  # fmt: skip
-    kept = FormedWeights([spec], x.dtype)
-    kept.form()
-    layer = kept.layers[0]
+    formed_weights = FormedWeights([spec], x.dtype)
+    formed_weights.form()
+    layer = formed_weights.layers[0]
 
     def passes():
         z = formed_linear(x, sums, layer.weight_OI, layer.left_OR, layer.right_RI, kind)
@@ -121,17 +121,17 @@ def formed_variants(weight, bias, params, kind, frozen, x, grad):
         return [y, *torch.autograd.grad(y, [x, sums], grad)]
 
     def whole():
-        kept.form()
-        y, dx, found = passes()
-        sums.grad.copy_(found)
-        kept.finish()
+        formed_weights.form()
+        y, dx, raw_sums = passes()
+        sums.grad.copy_(raw_sums)
+        formed_weights.finish()
         return [y, dx, *grads.values()]
 
     return passes, whole
 
 
 def check(variants, kinds, dtype):
-    """The two ways must compute the same thing before their times mean anything."""
+    """Raise AssertionError unless factored and materialised forms agree."""
     limit = 1e-4 if dtype == torch.float32 else 0.05
     for kind in kinds:
         pairs = zip(variants[f"{kind.name} factored"](), variants[f"{kind.name} materialised"](), strict=True)
@@ -165,8 +165,7 @@ def measure(options, kinds, device):
 
 
 def summarise(rows, kinds):
-    """Per type: the block's layers together, over the frozen layers and under the materialised ones; most memory of one
-    layer, and how much of that a frozen one takes."""
+    """By type: time of all layers of the block, ratios to the other forms, and peak memory of a layer in each form."""
     total, peak = {}, {}
     for row in rows:
         total[row["variant"]] = total.get(row["variant"], 0.0) + row["milliseconds"]

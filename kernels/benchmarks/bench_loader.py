@@ -1,16 +1,16 @@
-"""Samples per second of our stream, a plain webdataset pipeline and a plain PyTorch folder dataset, on the same files.
+"""Samples per second of our loader, a plain webdataset pipeline and a plain PyTorch folder dataset, on the same files.
 
     python kernels/benchmarks/bench_loader.py [--clips 64] [--seconds 12] [--workers 1,2] [--rounds 7] [--out FILE.json]
 
-audio    decode every clip, cut or pad it to the crop: ours reads it from the shard by offset and checks its digest
-latents  read every clip's latents and cut them: ours from latent shards, digest checked; webdataset from a tar of .npy;
-         the folder dataset, which keeps none, decodes the audio as before
-ours     the samples as the training step takes them: besides the latents also prompt, noise, masks, coupling, target
-The others are what a newcomer writes: soundfile, torch and webdataset alone, nothing checked. No model is needed: the
-latents are random, of the released shape (256 x frames). Workers live on from pass to pass, as they do in a long run;
-whole passes of all variants are timed in turn, in another order each time, so that a busy machine slows all alike and
-none always follows the same one. With 0 workers the figure is
-samples per second of processor time, which other processes disturb little.
+audio    decode each clip and cut or pad it to the crop; ours reads from the shard by offset and checks the digest
+latents  read each clip's latents and cut them; ours from latent shards with a digest check, webdataset from a tar of
+         .npy; the folder dataset, which stores none, decodes the audio
+ours     whole training samples: latents, prompt, noise, masks, coupling and target
+
+The others use only soundfile, torch and webdataset, without checks, as a newcomer would write them. No model is needed:
+latents are random, of the released shape (256 x frames). Workers persist between passes, as in a long run. Passes of
+all variants are timed in turn, in random order, so that a busy machine slows all alike. With 0 workers the figure is
+samples per second of processor time, which other processes hardly affect.
 """
 
 import argparse
@@ -52,7 +52,7 @@ class Framing:
 
 
 class FolderAudio(Dataset):
-    """What a newcomer writes: a list of files, decoded when asked for."""
+    """A plain dataset: a list of files, decoded on access."""
 
     def __init__(self, folder, crop_samples):
         self.paths, self.crop_samples = sorted(folder.glob("*.flac")), crop_samples
@@ -65,7 +65,7 @@ class FolderAudio(Dataset):
 
 
 class IndexedAudio(Dataset):
-    """Our reader of audio, as the encode stage uses it, and the same cut."""
+    """Our audio reader, as used by the encode stage, with the same cut."""
 
     def __init__(self, index, crop_samples):
         self.index, self.crop_samples = index, crop_samples
@@ -78,7 +78,7 @@ class IndexedAudio(Dataset):
 
 
 class IndexedLatents(Dataset):
-    """The latents of our stream alone, to compare with readers that do no more."""
+    """Only the latents of our loader, to compare with readers that do no more."""
 
     def __init__(self, encoded, frames):
         self.encoded, self.frames = encoded, frames
@@ -91,7 +91,7 @@ class IndexedLatents(Dataset):
 
 
 def fitted(data, crop_samples):
-    """Clips are stereo at the model's rate already: nobody resamples."""
+    """Decode and cut. Clips already are stereo at the model's rate, so nothing is resampled."""
     samples_NC, _ = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     return cut(torch.from_numpy(np.ascontiguousarray(samples_NC.T)), crop_samples)
 
@@ -102,7 +102,7 @@ def cut(audio_CN, crop_samples):
 
 
 def write_clips(folder, count, seconds):
-    """Coloured noise in FLAC with captions: decodes as slowly as music."""
+    """Write captioned clips of coloured noise in FLAC, which decodes as slowly as music."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     for number in range(count):
@@ -120,7 +120,7 @@ def write_clips(folder, count, seconds):
 
 
 def write_latents(encoded, work):
-    """Our latents and prompts in latent shards, and the same latents as a WebDataset tar of .npy."""
+    """Write latents and prompts to latent shards, and the same latents to a WebDataset tar of .npy."""
     generator = torch.Generator().manual_seed(0)
     with webdataset.TarWriter(str(work / "latents.tar")) as tar:
         for clip in encoded.clips:
@@ -139,7 +139,7 @@ def write_latents(encoded, work):
 
 
 def make_variants(work, clips, seconds):
-    """Name -> dataset, each of ``clips`` samples."""
+    """Name -> dataset of ``clips`` samples."""
     source = write_clips(work / "in", clips, seconds)
     index = build_shards(str(source), work / "work", allow_any_dataset_size=True)
     encoded = EncodedClips(index, work / "work", Framing, "a", "t")
@@ -164,17 +164,17 @@ def make_variants(work, clips, seconds):
 
 
 def measure(variants, clips, workers, rounds):
-    """Seconds per sample of every variant, one figure per round."""
+    """Seconds per sample of each variant, one value per round."""
     loaders = {
         name: DataLoader(dataset, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
         for name, dataset in variants.items()
     }
     clock = time.perf_counter if workers else time.process_time
-    shuffled = random.Random(0)
+    order = random.Random(0)
     seconds = {name: [] for name in loaders}
     for round_ in range(rounds + 1):
-        # What a pass finds in the caches is what the one before it left there.
-        for name in shuffled.sample(list(loaders), len(loaders)):
+        # Random order: a pass finds in the caches what the previous one left there.
+        for name in order.sample(list(loaders), len(loaders)):
             begin = clock()
             seen = sum(1 for _ in loaders[name])
             spent = clock() - begin
@@ -186,17 +186,18 @@ def measure(variants, clips, workers, rounds):
 
 
 def rates(seconds):
-    """Samples per second: median of the rounds, slowest and fastest."""
+    """Samples per second: median, slowest and fastest round."""
     return {
-        name: {"samples_per_second": 1 / statistics.median(some), "spread": [1 / max(some), 1 / min(some)]}
-        for name, some in seconds.items()
+        name: {"samples_per_second": 1 / statistics.median(values), "spread": [1 / max(values), 1 / min(values)]}
+        for name, values in seconds.items()
     }
 
 
 def ratios(seconds):
-    """What the figures are for: how many times as fast as the others ours is, by round, so that all were as disturbed.
+    """How many times as fast as the others ours is, compared by round, so that disturbances are alike.
 
-    median   of the rounds        interval   holds the median of endless rounds at 95 %: order statistics, binomial
+    median     of the rounds
+    interval   95 % confidence interval of the median, from binomial order statistics
     """
     pairs = {
         "audio, ours over webdataset": ("audio, webdataset", "audio, ours"),
@@ -204,37 +205,37 @@ def ratios(seconds):
         "latents, ours over webdataset": ("latents, webdataset", "latents, ours"),
         "latents, ours over folder": ("audio, folder", "latents, ours"),
     }
-    found = {}
+    results = {}
     for name, (theirs, ours) in pairs.items():
         ratio = sorted(their / our for their, our in zip(seconds[theirs], seconds[ours], strict=True))
         outside = max(0, round((len(ratio) - 1.96 * math.sqrt(len(ratio))) / 2) - 1)
-        found[name] = {"median": statistics.median(ratio), "interval": [ratio[outside], ratio[-1 - outside]]}
-    return found
+        results[name] = {"median": statistics.median(ratio), "interval": [ratio[outside], ratio[-1 - outside]]}
+    return results
 
 
 def main():
     warnings.filterwarnings("ignore", message="This DataLoader will create")
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    made.add_argument("--clips", type=int, default=64)
-    made.add_argument("--seconds", type=float, default=12.0)
-    made.add_argument("--workers", default="1,2", help="numbers of loader processes to measure with")
-    made.add_argument("--rounds", type=int, default=7, help="timed passes of every variant")
-    made.add_argument("--out", type=Path)
-    chosen = made.parse_args()
-    report = {"clips": chosen.clips, "seconds": chosen.seconds, "rounds": chosen.rounds, "workers": {}}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clips", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=12.0)
+    parser.add_argument("--workers", default="1,2", help="numbers of loader processes to measure with")
+    parser.add_argument("--rounds", type=int, default=7, help="timed passes of every variant")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    report = {"clips": options.clips, "seconds": options.seconds, "rounds": options.rounds, "workers": {}}
     report |= {"torch": torch.__version__, "webdataset": webdataset.__version__, "cpus": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as name:
-        variants = make_variants(Path(name), chosen.clips, chosen.seconds)
-        for workers in map(int, chosen.workers.split(",")):
-            seconds = measure(variants, chosen.clips, workers, chosen.rounds)
+        variants = make_variants(Path(name), options.clips, options.seconds)
+        for workers in map(int, options.workers.split(",")):
+            seconds = measure(variants, options.clips, workers, options.rounds)
             rows = report["workers"][str(workers)] = {"rows": rates(seconds), "ratios": ratios(seconds)}
             for row, figures in rows["rows"].items():
                 print(f"{workers} workers  {row:<28} {figures['samples_per_second']:9.1f} samples/s", file=sys.stderr)
             for row, ratio in rows["ratios"].items():
                 low, high = ratio["interval"]
                 print(f"{workers} workers  {row:<32} {ratio['median']:6.2f} ({low:.2f} to {high:.2f})", file=sys.stderr)
-    if chosen.out:
-        write_json(chosen.out, report)
+    if options.out:
+        write_json(options.out, report)
     print(json.dumps(report))
 
 

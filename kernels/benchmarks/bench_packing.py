@@ -1,8 +1,8 @@
-"""A micro batch of clips of unequal length: forward and backward with padded frames left out, against computing them.
+"""A micro batch of clips of unequal length, forward and backward: packed against padded.
 
-Both sides give the same loss and gradients: padded frames are attended by nobody. A third side is the padded batch with
-no mask at all, as if every clip had the full length: the least that any padded computation costs. With --compile the
-packed batch also runs with the stretches between its matrix products compiled. Runs are interleaved; medians count.
+Both sides give the same loss and gradients, because padded frames are not attended to. A third side is the padded batch
+without a mask, as if all clips had full length: the minimum cost of any padded computation. With --compile the packed
+batch also runs with its element-wise operations compiled. Runs are interleaved and medians compared.
 
     python kernels/benchmarks/bench_packing.py --shape small-music-base --depth 4 --lengths 1024,512,320,192 --compile
 """
@@ -31,7 +31,7 @@ SIDES = ("packed", "padded", "full")
 
 
 class Batch:
-    """One padded batch, and the step each side takes on it."""
+    """A padded batch, and each side's step on it."""
 
     def __init__(self, options, device: torch.device) -> None:
         self.base = make_base(options.shape, options.depth, device, DTYPES[options.precision])
@@ -40,7 +40,7 @@ class Batch:
         lengths = torch.tensor(options.lengths)
         keep = torch.arange(max(options.lengths))[None] < lengths[:, None]
         self.values = make_batch(self.base, len(lengths), keep.shape[1])
-        # As the loader hands them over: one position of padding stands for the rest.
+        # As from the loader: one position of padding stands for the rest.
         self.prompt = without_common_padding(self.values["prompt"], self.values["prompt_mask"])
         self.fill = keep.float().mean().item()
         self.packing = Packing.of(keep).to(device)
@@ -58,13 +58,13 @@ class Batch:
             "compiled": lambda: Packed(self.packing, memory),
         }[side]
         compile_elementwise(self.base.dit, "inductor" if side == "compiled" else None)
-        # As given, whatever the network would choose.
+        # Override the network's choice.
         self.base.dit.layouts = lambda *_: [layout()]
         for parameter in self.trained.values():
             parameter.grad = None
-        given = batch["noised"], batch["t"], *self.prompt, batch["seconds"]
+        inputs = batch["noised"], batch["t"], *self.prompt, batch["seconds"]
         with torch.autocast(self.keep.device.type, torch.bfloat16, enabled=self.autocast):
-            velocity = self.base.velocity(*given, prompt_length=self.base.prompt_tokens)
+            velocity = self.base.velocity(*inputs, prompt_length=self.base.prompt_tokens)
         loss, _, _ = flow.masked_loss(velocity, batch["target"], self.keep, batch["inpaint_mask"])
         loss.backward()
         return loss.detach()
@@ -73,9 +73,9 @@ class Batch:
         return {name: value.grad.clone() for name, value in self.trained.items() if value.grad is not None}
 
 
-def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+def distance(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """Relative L2 distance over all gradients."""
-    squares = [((found[name] - value).square().sum(), value.square().sum()) for name, value in expected.items()]
+    squares = [((gradients[name] - value).square().sum(), value.square().sum()) for name, value in expected.items()]
     difference, total = (torch.stack(column).sum().item() for column in zip(*squares, strict=True))
     return (difference / total) ** 0.5
 
@@ -87,7 +87,7 @@ def measure(options, device: torch.device) -> dict:
     for side in set(sides) - {"full"}:
         losses[side], gradients[side] = batch.step(side).item(), batch.gradients()
     expected = gradients.pop("padded")
-    apart = max(distance(found, expected) for found in gradients.values())
+    apart = max(distance(of_side, expected) for of_side in gradients.values())
     gradients.clear()
     times = interleaved({side: lambda side=side: batch.step(side) for side in sides}, options.repeats, device)
     spans = {side: summary(values) for side, values in times.items()}

@@ -1,10 +1,10 @@
-"""Our adapted layers against PEFT's on the same module shapes: one block's linear layers, forward and backward.
+"""Our adapted layers against PEFT's: the linear layers of one block, forward and backward.
 
     python kernels/benchmarks/bench_peft.py --shape small --tokens 192 --rank 16
 
-PEFT is a test-only dependency. Both hold the same frozen weights and the same adapter. Outputs and input gradients
-must agree before times are compared; gradients of lora_A and lora_B are compared for LoRA only, because PEFT's DoRA
-treats the norm as a constant and Stable Audio 3's does not.
+PEFT is a test-only dependency. Both sides have the same frozen weights and the same adapter. Outputs and input
+gradients must agree before times are compared. Gradients of lora_A and lora_B are compared for LoRA only: PEFT's DoRA
+treats the norm as a constant, Stable Audio 3's does not.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from sa3dist_kernels import ADAPTER_TYPES, adapted_linear, frozen_constants
 from timing import interleaved, peak_bytes, summary
 from torch import nn
 
-# Both sides round at other places.
+# Largest relative difference: the sides round at different places.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
-# PEFT's name of what ours calls the same.
+# Our adapter type -> whether PEFT needs use_dora.
 DORA = {"lora": False, "dora-rows": True}
 
 
 class OneLayer(nn.Module):
-    """What PEFT needs around a layer: a module with a name to find it by."""
+    """A module with one named layer, which PEFT can target."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
@@ -51,17 +51,17 @@ def peft_layer(weight, bias, params: dict[str, torch.Tensor], adapter_type: str)
         r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=["layer"], use_dora=DORA[adapter_type]
     )
     model = peft.get_peft_model(OneLayer(weight, bias), config)
-    found = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
         for ours, theirs in {"lora_A": "lora_A", "lora_B": "lora_B", "magnitude": "lora_magnitude_vector"}.items():
             if ours in params:
-                (place,) = (value for name, value in found.items() if f".{theirs}." in name)
-                place.copy_(params[ours])
+                (target,) = (value for name, value in parameters.items() if f".{theirs}." in name)
+                target.copy_(params[ours])
     return model
 
 
 def make_sides(fan_in, fan_out, has_bias, options, device, dtype) -> dict[str, Callable[[], list[torch.Tensor]]]:
-    """Name of a side to one forward and backward that returns output, gradient of the input, of lora_A, of lora_B."""
+    """Side -> one forward and backward that returns output and gradients of input, lora_A, lora_B and magnitude."""
     weight = (torch.randn(fan_out, fan_in, device=device) / fan_in**0.5).to(dtype)
     bias = torch.randn(fan_out, device=device).to(dtype) if has_bias else None
     kind = ADAPTER_TYPES[options.adapter_type]
@@ -76,7 +76,7 @@ def make_sides(fan_in, fan_out, has_bias, options, device, dtype) -> dict[str, C
     grad = torch.randn(options.tokens, fan_out, device=device).to(dtype)
     theirs = peft_layer(weight, bias, params, options.adapter_type)
     trained = [value for value in theirs.parameters() if value.requires_grad]
-    # In the order of ``params``: PEFT lists the magnitude last too.
+    # PEFT lists them in the order of ``params``.
     assert [value.shape for value in trained] == [value.shape for value in params.values()]
 
     def run(layer: Callable, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -94,7 +94,7 @@ def make_sides(fan_in, fan_out, has_bias, options, device, dtype) -> dict[str, C
 
 
 def distances(sides: dict[str, Callable]) -> list[float]:
-    """Relative distance of every result of the two sides."""
+    """Relative distances of the sides' results."""
     pairs = zip(sides["ours"](), sides["peft"](), strict=True)
     return [((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs]
 
@@ -104,11 +104,11 @@ def measure(options, device: torch.device) -> list[dict]:
     rows = []
     for layer, (fan_in, fan_out, has_bias) in SHAPES[options.shape].items():
         sides = make_sides(fan_in, fan_out, has_bias, options, device, dtype)
-        found = distances(sides)
-        # For DoRA: output and gradient of the input only, see above.
-        assert max(found if options.adapter_type == "lora" else found[:2]) < TOLERANCE[dtype], (layer, found)
+        apart = distances(sides)
+        # For DoRA only output and input gradient, see above.
+        assert max(apart if options.adapter_type == "lora" else apart[:2]) < TOLERANCE[dtype], (layer, apart)
         times = interleaved(sides, options.repeats, device, warm_up=2, cold=True)
-        row = {"layer": layer, "fan_in": fan_in, "fan_out": fan_out, "distances": found}
+        row = {"layer": layer, "fan_in": fan_in, "fan_out": fan_out, "distances": apart}
         row |= {f"{name}_ms": summary(values) for name, values in times.items()}
         row |= {f"{name}_peak_bytes": peak_bytes(run, device) for name, run in sides.items()}
         rows.append(row)

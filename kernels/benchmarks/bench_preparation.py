@@ -1,13 +1,13 @@
-"""Clips per second of `sa3dist shard` and `sa3dist inspect`, and of nothing but decoding the same clips.
+"""Clips per second of `sa3dist shard` and `sa3dist inspect`, and of decoding the same clips.
 
     python kernels/benchmarks/bench_preparation.py [--clips 1000] [--seconds 12] [--repeats 3]
         [--source CLIPS.zip] [--out FILE.json]
 
-Without --source, clips are made: stereo noise with a beat, in turn FLAC, WAV, OGG and MP3.
-"decoder" decodes all of them with libsndfile, as many threads as cores, doing nothing else: the bound of both stages.
-"decoder, digest" also takes the SHA-256 of every file. "shard" measures what it decodes, as the command does; "shard
-in a run" does not, as where training begins with it. Whichever comes second of "shard" and "inspect" decodes nothing.
-Processor seconds tell what bounds a stage when the machine is not quiet.
+Without --source, clips are generated: stereo noise with a beat, alternating FLAC, WAV, OGG and MP3. "decoder" only
+decodes all clips with libsndfile, one thread per core: the upper bound of both stages. "decoder, digest" also computes
+each file's SHA-256. "shard" also measures what it decodes, as the command does; "shard in a run" does not, as when
+training begins with it. The second of "shard" and "inspect" decodes nothing. Processor seconds show what bounds a stage
+on a busy machine.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def write_clips(path, count, seconds):
 
 
 def decode_all(source, digest=False):
-    """Every clip decoded, in blocks, by one thread per core."""
+    """Decode all clips in blocks, with one thread per core; returns their number."""
     with zipfile.ZipFile(source) as archive:
         names = [name for name in archive.namelist() if name.rpartition(".")[2].lower() in AUDIO_EXTENSIONS]
 
@@ -81,14 +81,14 @@ def decode_all(source, digest=False):
 
 
 def timed(work):
-    """Seconds on the clock and of the processor."""
+    """Wall-clock and processor seconds."""
     begin, cpu_begin = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - begin, time.process_time() - cpu_begin
 
 
 def stages(source, work):
-    """What is timed, in turn, from an empty ``work``: a name and a function each."""
+    """Name -> function of each timed stage, in order, starting with an empty ``work``."""
 
     def shard(place, measure=measure_clip):
         return lambda: build_shards(str(source), work / place, allow_any_dataset_size=True, measure=measure)
@@ -111,7 +111,7 @@ def stages(source, work):
 
 
 def measure(source, work, repeats):
-    """Clips, and of every stage and of each order of the two stages the medians over ``repeats`` rounds."""
+    """Number of clips, and medians over ``repeats`` rounds by stage and by order of the two stages."""
     torch.set_num_threads(1)
     count = decode_all(source)
     runs = []
@@ -122,7 +122,7 @@ def measure(source, work, repeats):
     rows = {name: row([run[name] for run in runs], count) for name in runs[0]}
     orders = {}
     for first, second in (("shard", "inspect after shard"), ("inspect", "shard after inspect")):
-        # Each round against its own two passes: cores change their speed from minute to minute.
+        # Ratios within a round, because the speed of cores changes from minute to minute.
         ratios = [[2 * run["decoder, digest"][k] / (run[first][k] + run[second][k]) for run in runs] for k in (0, 1)]
         names = "speed_of_two_decodings", "cpu_of_two_decodings"
         orders[f"{first}, {second}"] = dict(zip(names, map(statistics.median, ratios), strict=True))
@@ -140,25 +140,25 @@ def row(timings, count):
 
 
 def main():
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    made.add_argument("--clips", type=int, default=1000)
-    made.add_argument("--seconds", type=float, default=12.0)
-    made.add_argument("--repeats", type=int, default=3)
-    made.add_argument(
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clips", type=int, default=1000)
+    parser.add_argument("--seconds", type=float, default=12.0)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
         "--source", type=Path, help="a zip of real clips instead (tests/helpers/make_real_dataset.py makes one)"
     )
-    made.add_argument("--out", type=Path)
-    chosen = made.parse_args()
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        source = chosen.source or Path(name) / "clips.zip"
-        if chosen.source is None:
-            write_clips(source, chosen.clips, chosen.seconds)
-        count, rows, orders = measure(source, Path(name), chosen.repeats)
-    report = {"clips": count, "cpus": os.cpu_count(), "repeats": chosen.repeats, "rows": rows, "orders": orders}
+        source = options.source or Path(name) / "clips.zip"
+        if options.source is None:
+            write_clips(source, options.clips, options.seconds)
+        count, rows, orders = measure(source, Path(name), options.repeats)
+    report = {"clips": count, "cpus": os.cpu_count(), "repeats": options.repeats, "rows": rows, "orders": orders}
     for name, figures in rows.items():
         print(
             f"{name:<19} {figures['clips_per_second']:8.1f} clips/s, {figures['cpu_ms_per_clip']:6.2f} ms of processor "
-            "a clip",
+            "time per clip",
             file=sys.stderr,
         )
     for name, ratios in orders.items():
@@ -167,8 +167,8 @@ def main():
             f"{ratios['cpu_of_two_decodings']:.2f} by processor time",
             file=sys.stderr,
         )
-    if chosen.out:
-        write_json(chosen.out, report)
+    if options.out:
+        write_json(options.out, report)
     print(json.dumps(report))
 
 

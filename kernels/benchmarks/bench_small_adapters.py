@@ -1,16 +1,16 @@
-"""What formats keep of an update that is small beside the frozen weight: one layer's output, and 100 steps of training.
+"""How much of a small update survives rounding, by way of computing: one layer's output, and 100 steps of training.
 
     python kernels/benchmarks/bench_small_adapters.py --out kernels/benchmarks/results/small_adapters_cpu.json
 
-Ways to multiply with W' over a frozen weight W0 in bfloat16; all but the first are trained under bfloat16 autocast:
+Ways to multiply with W' over a frozen bfloat16 weight W0; all but the first train under bfloat16 autocast:
 
     float32         everything in float32
-    reference       as the reference trains: the update made and added at each use, W' in bfloat16 (adapters.md 1.3)
-    formed          W' made in float32 and rounded once to bfloat16
-    factored        base and factors apart, bfloat16 products: x W0^T is rounded before the branch is added
+    reference       as the reference trains: W' computed at each use, in bfloat16 (adapters.md 1.3)
+    formed          W' computed in float32 and rounded once to bfloat16
+    factored        base and factors separately, bfloat16 products: x W0^T is rounded before the branch is added
     factored, wide  the same with float32 products, rounded once: as on CPUs without bfloat16 instructions
 
-Such a CPU emulates them here for the other ways: what is measured are values, not times.
+This measures values, not times: CPUs without bfloat16 instructions emulate them for the other ways.
 
 Legend: N tokens, O fan_out, I fan_in, R rank.
 """
@@ -65,22 +65,22 @@ SECONDS = (1.0, 30.0)
 
 @contextlib.contextmanager
 def bf16_products(native: bool = True) -> Iterator[None]:
-    """Let layers multiply in bfloat16 as on a GPU, or as on a CPU without instructions for it, on any CPU."""
-    told = frozen_products.cpu_multiplies
+    """Let layers multiply in bfloat16, as on a GPU, or in float32, as on a CPU without bfloat16, on any CPU."""
+    original = frozen_products.cpu_multiplies
     frozen_products.cpu_multiplies = lambda dtype: native or dtype == torch.float32
     try:
         yield
     finally:
-        frozen_products.cpu_multiplies = told
+        frozen_products.cpu_multiplies = original
 
 
-def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((got - expected).norm() / expected.norm())
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
-def share(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """How much of ``expected`` is in ``found``: the projection, 1 where they are equal."""
-    return float((found * expected).sum() / expected.square().sum())
+def share(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The projection of ``actual`` on ``expected``; 1 if they are equal."""
+    return float((actual * expected).sum() / expected.square().sum())
 
 
 # One layer.
@@ -89,7 +89,7 @@ def share(found: torch.Tensor, expected: torch.Tensor) -> float:
 def make_layer(name: str, ratio: float, moved: bool, side: int = SIDE) -> AdaptedLayer:
     """A layer of rank 16 over a bfloat16 weight; its update has ``ratio`` times the weight's Frobenius norm.
 
-    moved   whether magnitudes have left their initial values too, each by about ``ratio`` of itself
+    moved   whether magnitudes have changed too, each by about ``ratio`` of itself
     """
     draw, kind = torch.Generator().manual_seed(0), ADAPTER_TYPES[name]
     linear = nn.Linear(side, side, bias=False, dtype=torch.bfloat16).requires_grad_(False)
@@ -106,7 +106,7 @@ def make_layer(name: str, ratio: float, moved: bool, side: int = SIDE) -> Adapte
 
 
 def factored_in_full(layer: AdaptedLayer, x: torch.Tensor) -> torch.Tensor:
-    """The factored form with bfloat16 operands whose two products are added and scaled without rounding; float64."""
+    """The factored form with bfloat16 operands, whose two products are added and scaled in float64."""
     kind, trained = layer.kind, layer.trained()
     bf16 = torch.bfloat16
     frozen = Layer(kind, layer.scale, layer.weight, layer.adapter.frozen, bf16, torch.float32)
@@ -120,10 +120,10 @@ def factored_in_full(layer: AdaptedLayer, x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def outputs(layer: AdaptedLayer, x: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """By way, in float64: the output as the products' sums have it, and as the next layer gets it.
+    """By way, in float64: the output before and after rounding to the output dtype.
 
     x   (N, I) in bfloat16
-    The wide factored form differs from float32 in its output's format only.
+    The wide factored form differs from float32 only in the output dtype.
     """
     weight, trained = layer.weight, layer.trained()
     with torch.autocast("cpu", torch.bfloat16), bf16_products():
@@ -132,7 +132,7 @@ def outputs(layer: AdaptedLayer, x: torch.Tensor) -> dict[str, tuple[torch.Tenso
     with torch.autocast("cpu", torch.bfloat16), bf16_products(native=False):
         wide = layer(x)
     formed = form_reference(weight, trained, layer.kind, layer.scale).weight_OI().to(torch.bfloat16)
-    # float32 x: outside autocast the layer then computes and answers in float32.
+    # With a float32 x, outside autocast, the layer computes in float32.
     single = layer(x.float()).double()
     return {
         "float32": (single, single),
@@ -145,11 +145,11 @@ def outputs(layer: AdaptedLayer, x: torch.Tensor) -> dict[str, tuple[torch.Tenso
 
 @torch.no_grad()
 def layer_rows(name: str, ratio: float, moved: bool = False, side: int = SIDE, tokens: int = TOKENS) -> list[dict]:
-    """What each way makes of x (W' - W0)^T.
+    """Errors of each way's x (W' - W0)^T.
 
-    error         of the sums of the products, relative to the exact x (W' - W0)^T in float64
-    output_error  with the output rounded to the way's format, which no way with bfloat16 outputs is spared
-    kept          share of the exact change that is in the rounded output: what differs from the frozen layer's rounded
+    error         before rounding the output, relative to the exact value in float64
+    output_error  after rounding the output to the way's dtype
+    kept          share of the exact change in the rounded output: its difference from the frozen layer's rounded
                   output, projected on the exact change over all tokens
     """
     layer = make_layer(name, ratio, moved, side)
@@ -171,7 +171,7 @@ def layer_rows(name: str, ratio: float, moved: bool = False, side: int = SIDE, t
 
 
 def write_rounded_base(folder: Path) -> None:
-    """The tiny recorded base with weights rounded to bfloat16, so that all ways start from equal numbers."""
+    """Write the tiny recorded base with weights rounded to bfloat16, so that all ways start from the same values."""
     weights = load_file(GOLDEN / "tiny-sa3/model.safetensors")
     rounded = {name: value.to(torch.bfloat16).to(value.dtype) for name, value in weights.items()}
     save_file(rounded, folder / "model.safetensors")
@@ -179,7 +179,7 @@ def write_rounded_base(folder: Path) -> None:
 
 
 def make_batches(base: Base, steps: int) -> list[MicroBatch]:
-    """The recorded clips and prompts, with noise and timesteps drawn anew for every step."""
+    """The recorded clips and prompts, with fresh noise and timesteps for each step."""
     recorded = load_file(GOLDEN / "training/tiny_sa3_step_dora_rows.safetensors")
     prompts = load_file(GOLDEN / "tiny-sa3/golden.safetensors")
     draw, latents, batches = torch.Generator().manual_seed(0), recorded["latents"], []
@@ -209,7 +209,7 @@ def make_batches(base: Base, steps: int) -> list[MicroBatch]:
 
 @dataclasses.dataclass
 class Run:
-    """One way's training: the losses of its steps, those it would have had untrained, and what it trained, by name."""
+    """One way's training: losses per step, losses of the untrained adapter, and the trained tensors by name."""
 
     losses: torch.Tensor
     untrained: torch.Tensor
@@ -223,7 +223,7 @@ def make_base(folder: Path, way: str, name: str) -> Base:
 
 
 def our_step(base: Base, settings) -> tuple[dict[str, nn.Parameter], Callable[[MicroBatch], float]]:
-    """The trainer's step. Formed weights are there from the start."""
+    """The step of our trainer."""
     plan = RunPlan(STEPS, 1, len(SECONDS), len(SECONDS), 42, {}, ["a", "b"])
     trained = adapter_parameters(base)
     trainer = Trainer(base, trained, settings, plan, Group(0, 1, CPU))
@@ -267,7 +267,7 @@ def train(folder: Path, way: str, name: str, learning_rate: float, batches: list
 
 @torch.no_grad()
 def update_of(folder: Path, name: str, trained: dict[str, torch.Tensor]) -> torch.Tensor:
-    """W' - W0 of all layers in one vector, in float32, as a file of these tensors acts."""
+    """W' - W0 of all layers in one float32 vector, for these trained tensors."""
     base = make_base(folder, "float32", name)
     for key, parameter in adapter_parameters(base).items():
         parameter.copy_(trained[key])
@@ -277,11 +277,11 @@ def update_of(folder: Path, name: str, trained: dict[str, torch.Tensor]) -> torc
 
 
 def training_rows(folder: Path, name: str, learning_rate: float, steps: int = STEPS) -> list[dict]:
-    """How far each way is from float32.
+    """The distance of each way from float32.
 
-    curve      distance of the losses of the first steps to float32's, relative to these
-    learned    the same of what training took off the loss (untrained less trained, each in its own format)
-    weights    distance of the trained W' - W0 to float32's
+    curve      relative distance of the losses of the first steps
+    learned    the same for the reduction of the loss by training (untrained minus trained, each in its own way)
+    weights    relative distance of the trained W' - W0
     """
     batches = make_batches(sa3dist.load_base(folder), steps)
     runs = {way: train(folder, way, name, learning_rate, batches) for way in WAYS}
@@ -303,7 +303,7 @@ def main(words: list[str] | None = None) -> dict:
     parser.add_argument("--steps", type=int, default=STEPS, help="of training")
     parser.add_argument("--out", type=Path, help="write everything as JSON")
     options = parser.parse_args(words)
-    # The layers of training are too small to gain from more, and sums keep their order.
+    # One thread: layers are small, and the order of sums stays fixed.
     torch.set_num_threads(1)
     layer, training = [], []
     for name in LAYER_TYPES:
@@ -311,8 +311,8 @@ def main(words: list[str] | None = None) -> dict:
             for ratio in RATIOS:
                 rows = layer_rows(name, ratio, moved)
                 layer += rows
-                told = "  ".join(f"{r['way']} {r['error']:.1e} {r['kept']:.2f}" for r in rows)
-                print(f"{name:10} {'moved' if moved else ''} {ratio:.1e}  {told}", flush=True)
+                summary = "  ".join(f"{r['way']} {r['error']:.1e} {r['kept']:.2f}" for r in rows)
+                print(f"{name:10} {'moved' if moved else ''} {ratio:.1e}  {summary}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         write_rounded_base(Path(folder))
         for name in TRAINED_TYPES:

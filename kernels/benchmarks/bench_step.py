@@ -1,10 +1,10 @@
-"""One training step, ours against the reference's way of doing it: same process, same weights, same loss.
+"""One training step, ours against the reference's method, in the same process with the same weights and loss.
 
-The baseline forms every adapted weight by parametrisation, lets autograd differentiate through it, and recomputes every
-block; both sides use the same network code, autocast and AdamW settings. A third side is the model with frozen plain
-layers, forward and backward to its inputs: what a step would cost if adapters were free. Runs are interleaved; medians
-count. With --from-audio a fourth side encodes the clip's audio and its caption, which the reference does ahead of every
-step and we do once; ``ratio_from_audio`` adds that to the baseline.
+The baseline computes every adapted weight by a parametrisation that autograd differentiates, and recomputes all blocks.
+Both sides use the same network code, autocast and AdamW settings. A third side is the frozen model, forward and
+backward to its inputs: the cost of a step if adapters were free. Runs are interleaved and medians compared. With
+--from-audio a fourth side encodes the clip's audio and caption, which the reference does before every step and we do
+once; ``ratio_from_audio`` adds it to the baseline.
 
     python kernels/benchmarks/bench_step.py --shape small-music-base --depth 4 --frames 128 --adapter-type dora-rows
 """
@@ -26,8 +26,8 @@ from sa3dist_kernels.frozen_products import product_dtype
 from step_sides import DTYPES, MAKERS, SHAPES, Side
 from timing import interleaved, peak_bytes, summary
 
-# Both sides compute one loss in another order and, with bf16, round at other places. A gradient is the difference of
-# many such roundings: in bf16 both sides are that far from float64, so only gross disagreement shows there.
+# The sides compute the same loss in another order and, in bf16, with other roundings. In bf16 gradients of both sides
+# are this far from float64, so only gross disagreement shows.
 LOSS_TOLERANCE = {"bf16": 2e-2, "fp32": 1e-4}
 GRADIENT_TOLERANCE = {"bf16": 0.3, "fp32": 1e-3}
 
@@ -37,28 +37,28 @@ def make_sides(options, device: torch.device) -> dict[str, Side]:
 
 
 def gradient_distance(ours: dict[str, torch.Tensor], baseline: dict[str, torch.Tensor]) -> float:
-    """Relative L2 distance over all trained tensors. Raises KeyError when the two train different ones."""
+    """Relative L2 distance over all trained tensors. Raises KeyError if the sides train different ones."""
     squares = [((ours[name] - value).square().sum(), value.square().sum()) for name, value in baseline.items()]
     difference, total = (torch.stack(column).sum().item() for column in zip(*squares, strict=True))
     return (difference / total) ** 0.5
 
 
 def cpu_step_bytes(side: Side) -> int:
-    """Peak bytes of a process's first two steps on top of the loaded side, AdamW's moments included.
+    """Peak bytes of a process's first two steps beyond the loaded side, including AdamW's moments.
 
-    Must be the process's first steps: freed pages stay resident, so a later peak hides below the first.
+    They must be the process's first steps: freed pages stay resident and would hide a later peak.
     """
-    # The mark up to here is the load, which is larger than a step may be (Linux: writing 5 to clear_refs resets it).
+    # Reset the peak, which loading may have set higher than a step does (Linux).
     Path("/proc/self/clear_refs").write_text("5")
-    held = psutil.Process().memory_info().rss
+    resident = psutil.Process().memory_info().rss
     for _ in range(2):
         side.step()
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(peak.split()[1]) * 1024 - held
+    return int(peak.split()[1]) * 1024 - resident
 
 
 def memory_in_child(options, side: str) -> int:
-    """``cpu_step_bytes`` in a fresh process, where the other sides have left no freed pages behind."""
+    """``cpu_step_bytes`` in a fresh process, without freed pages of other sides."""
     values = {"--memory-of": side, "--device": "cpu", "--depth": options.depth or 0}
     for name in ("shape", "frames", "batch", "adapter_type", "rank", "precision", "compile"):
         values[f"--{name.replace('_', '-')}"] = getattr(options, name)
@@ -68,7 +68,7 @@ def memory_in_child(options, side: str) -> int:
 
 
 def step_bytes(options, sides: dict[str, Side], device: torch.device) -> dict[str, int | None]:
-    """Peak bytes that a step needs on top of what is held between steps (CPU: see ``cpu_step_bytes``)."""
+    """Peak bytes of a step beyond what is allocated between steps (on a CPU: ``cpu_step_bytes``)."""
     if device.type == "cuda":
         return {name: peak_bytes(side.step, device) for name, side in sides.items()}
     if options.skip_memory:
@@ -82,7 +82,7 @@ def compare(options, sides: dict[str, Side], device: torch.device) -> dict:
         side.use(options.batch, options.frames)
     losses = {name: side.step().item() for name, side in sides.items()}
     distance = gradient_distance(sides["ours"].gradients(), sides["baseline"].gradients())
-    # Before anything is recorded: a graph holds its values between the steps.
+    # Before graph capture: a graph keeps its memory between steps.
     memory = step_bytes(options, sides, device)
     for side in sides.values():
         side.record()
@@ -127,7 +127,7 @@ def compare(options, sides: dict[str, Side], device: torch.device) -> dict:
 
 
 def emulated(options, device: torch.device) -> bool:
-    """Whether the baseline's products are slowed by a number format this machine does not multiply in."""
+    """Whether this machine emulates the baseline's products, which slows them."""
     dtype = DTYPES[options.precision]
     return product_dtype(dtype, device) != dtype
 

@@ -1,8 +1,7 @@
-"""Part ``ops``: one adapted layer on the medium model's real shapes, against its frozen and its materialised form,
-the latter also compiled.
+"""Part ``ops``: one adapted layer at the medium model's shapes, against its frozen and its materialised form.
 
-Ours is a micro batch with W' kept from before; "finished" adds what a step does once, "torch" is the factored form.
-Every time is forward and backward of one layer with operands not in the cache.
+"ours" is a micro batch with a formed W', "finished" adds FORM and FINISH, "torch" is the factored form. The
+materialised form is also compiled for one type. Times are forward and backward of one layer, with cold caches.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ class Sizes:
     rounds: int
 
 
-# Type and rank whose materialised form is compiled too: that takes seconds a layer and length.
+# Type and rank whose materialised form is also compiled, which takes seconds per layer and length.
 COMPILED = ("dora-rows", 16)
 TYPES = ("dora-rows", "lora", "dora-cols", "bora", "dora-rows-xs")
 REAL = Sizes(
     layers=tuple(dict.fromkeys(SHAPES["medium"].values())),
-    # 30 s and 380 s of latent frames behind 64 memory tokens.
+    # 64 memory tokens and the latent frames of 30 s and 380 s.
     tokens=(323 + 64, 4096 + 64),
     ranks=(16, 128),
     types=TYPES,
@@ -42,12 +41,12 @@ REAL = Sizes(
     rounds=15,
 )
 SMALL = Sizes(((48, 80, True), (32, 48, False)), (5, 9), (4,), TYPES, "fp32", 2)
-# Relative L2 distance of the two forms' outputs and gradients. Both are rounded; equal maths stays far below.
+# Largest relative L2 distance of two forms' outputs and gradients; rounding stays far below.
 AGREEMENT = {"fp32": 1e-4, "bf16": 0.05}
 
 
 def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) -> bool:
-    """Returns whether the formed, the factored and the materialised form agreed everywhere."""
+    """Whether the formed, factored and materialised forms agreed everywhere."""
     sizes = SMALL if tiny else REAL
     torch.manual_seed(0)
     results.set(skipped=[])
@@ -68,13 +67,12 @@ def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) 
 
 
 def measure_layer(sizes: Sizes, layer, tokens: int, rank: int, device: torch.device) -> list[dict]:
-    """One row per adapter type, all variants measured in turn."""
+    """A row per adapter type, all variants measured in turn."""
     fan_in, fan_out, bias = layer
     kinds = [ADAPTER_TYPES[name] for name in sizes.types]
     dtype = DTYPES[sizes.dtype]
     compiled = COMPILED[:1] if device.type == "cuda" and rank == COMPILED[1] else ()
-    sizes_ = fan_in, fan_out, bias, tokens, rank
-    variants = make_variants(*sizes_, kinds, device, dtype, formed=True, compiled=compiled)
+    variants = make_variants(fan_in, fan_out, bias, tokens, rank, kinds, device, dtype, formed=True, compiled=compiled)
     distances = {kind.name: distance(variants, kind.name) for kind in kinds}
     spans = {n: summary(t) for n, t in interleaved(variants, sizes.rounds, device, warm_up=2, cold=True).items()}
     peaks = {name: peak_bytes(variant, device) for name, variant in variants.items()}
@@ -116,7 +114,7 @@ def measure_layer(sizes: Sizes, layer, tokens: int, rank: int, device: torch.dev
 
 
 def distance(variants: dict, name: str) -> float:
-    """Largest relative L2 distance of both other forms to the materialised, over the output and every gradient."""
+    """Largest relative L2 distance of the other forms to the materialised one, over output and gradients."""
     theirs = variants[f"{name} materialised"]()
     pairs = [
         pair for form in ("finished", "factored") for pair in zip(variants[f"{name} {form}"](), theirs, strict=True)
@@ -135,7 +133,7 @@ def line(row: dict) -> str:
 
 
 def summarise(rows: list[dict]) -> list[dict]:
-    """Per tokens, rank and type: the measured layer shapes together."""
+    """Sums over the measured layer shapes, by tokens, rank and type."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((row["tokens"], row["rank"], row["adapter_type"]), []).append(row)

@@ -1,7 +1,7 @@
-"""Part ``run``: all stages through the real command line on a base of random weights in a directory of its own.
+"""Part ``run``: all stages through the real command line, on a base of random weights in a directory.
 
-Clips in a zip are sharded and encoded, 200 steps are taken, the process is killed in the middle and the same command
-continues; a second run starts from a warm work_dir and is stopped by a signal; the file is loaded onto the bare base.
+Shards and encodes a zip of clips and trains 200 steps; kills the process in the middle and continues with the same
+command; starts a second run on the warm work_dir and stops it by a signal; loads the published file onto the base.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from sa3dist import adapters
 from sa3dist.model.tiny import write_tiny_base
 from sa3dist.training import checkpoint
 
-# A resumed run repeats the draws exactly; its losses differ by the order in which CUDA adds gradients, no more.
-RESUMED_LOSSES = {"cpu": 0.0, "cuda": 5e-3}
-# A second process, on everything the first has left, must be this quick (design: 20 s on an H100).
+# Largest relative difference of losses after resuming. Draws are repeated exactly, but CUDA adds in another order.
+RESUME_TOLERANCE = {"cpu": 0.0, "cuda": 5e-3}
+# From command to first step: on a warm work_dir, and the first time (design, on an H100).
 WARM_SECONDS, COLD_SECONDS = 20.0, 45.0
 ENCODING_FACTOR = 60.0
-# Start no part of this check with less time left: loading the base alone takes a good part of it.
-LEAST_SECONDS = 20.0
-# Of the time, for the first start.
+# With less time left, no part is started: loading the base alone takes much of it.
+MIN_SECONDS = 20.0
+# Share of the remaining time for the first start.
 FIRST_SHARE = 0.6
-# Figures of rows that must all be true.
+# Fields of rows that must be true.
 VERDICTS = ("same", "every_step_once", "equal", "acts")
 
 
@@ -66,7 +66,7 @@ TINY = Sizes("tiny", TINY_WORDS, 6, 24, 4, 6, (1.0, 2.1), 1 << 20)
 
 
 def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) -> bool:
-    """Returns whether resuming repeated the losses, the file came back, and every command ended as it should."""
+    """Whether resuming repeated the losses, the file loaded again, and every command ended as expected."""
     sizes = TINY if tiny else REAL
     results.set(skipped=[], failed=[])
     with scratch_directories(sizes.model_bytes) as (model, scratch):
@@ -92,13 +92,13 @@ def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) 
             "encode alone": lambda: encoder_alone(results, budget, sizes, model, device),
         }
         for what, part in parts.items():
-            if not budget.allows(0 if tiny else LEAST_SECONDS):
+            if not budget.allows(0 if tiny else MIN_SECONDS):
                 results.content["skipped"].append({"what": what, "why": "time budget"})
                 continue
             try:
                 part()
             except Exception as problem:
-                # The part fails, but device time is dear: the others are measured.
+                # Record the failure and continue: device time is scarce.
                 traceback.print_exc()
                 results.content["failed"].append({"what": what, "why": f"{type(problem).__name__}: {problem}"})
             results.write()
@@ -109,7 +109,7 @@ def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) 
 
 @contextlib.contextmanager
 def scratch_directories(model_bytes: int) -> Iterator[tuple[Path, Path]]:
-    """Where the model goes, in memory where there is room for it, and a folder for everything else."""
+    """A folder for the model, in shared memory if it fits, and one for everything else."""
     shared = Path("/dev/shm")
     in_memory = shared.is_dir() and shutil.disk_usage(shared).free > 1.5 * model_bytes
     with contextlib.ExitStack() as stack:
@@ -131,7 +131,7 @@ def write_inputs(results: ResultsFile, sizes: Sizes, model: Path, scratch: Path,
 
 
 def write_clips(path: Path, count: int) -> float:
-    """Captioned clips of 0.5 to 12 s, 16 bit stereo, in a zip; the seconds of all of them. Needs no audio library."""
+    """Write captioned clips of 0.5 to 12 s, 16-bit stereo, to a zip; their total seconds. Needs no audio library."""
     rate, total = 44100, 0
     draw = np.random.default_rng(1)
     with zipfile.ZipFile(path, "w") as archive:
@@ -154,15 +154,15 @@ def write_clips(path: Path, count: int) -> float:
 def killed_and_resumed(
     results: ResultsFile, budget: Budget, sizes: Sizes, environment, output_dir: Path, words: list[str], device
 ) -> None:
-    """Train, kill -9, the same command again: the steps taken twice must have the same losses."""
+    """Train, SIGKILL, run the same command again: steps taken twice must have the same losses."""
     with Command(environment, output_dir, words) as command:
-        # One that hangs leaves the other parts some time.
+        # If it hangs, some time is left for the other parts.
         first_step = command.wait_for_step(1, FIRST_SHARE * budget.left())
         results.add(what="first start", command_to_first_step_seconds=first_step, **start_of(results, command.rows()))
         command.wait_for_step(sizes.kill_at, budget.left())
         command.kill()
         before = command.rows()
-        results.add(what="train", **pace(before), said=command.said())
+        results.add(what="train", **pace(before), said=command.output())
     with Command(environment, output_dir, words) as command:
         seconds = command.finish(budget.left())
         after = command.rows()
@@ -175,7 +175,7 @@ def killed_and_resumed(
         resumed_from=resumed["resumed_from"],
         steps_taken_twice=before[-1]["step"] - resumed["resumed_from"],
         largest_relative_loss_difference=difference,
-        same=difference <= RESUMED_LOSSES[device.type],
+        same=difference <= RESUME_TOLERANCE[device.type],
         every_step_once=[row["step"] for row in after] == list(range(1, sizes.steps + 1)),
         seconds=seconds,
         startup_seconds=resumed["startup_seconds"],
@@ -184,7 +184,7 @@ def killed_and_resumed(
 
 
 def warm_start(results: ResultsFile, budget: Budget, environment, output_dir: Path, words: list[str]) -> None:
-    """A new run on a work_dir that holds everything; SIGTERM after its first steps must end it with 75."""
+    """Start a new run on the warm work_dir; SIGTERM after its first steps must end it with exit code 75."""
     with Command(environment, output_dir, words) as command:
         first_step = command.wait_for_step(1, budget.left())
         rows = command.rows()
@@ -200,15 +200,15 @@ def warm_start(results: ResultsFile, budget: Budget, environment, output_dir: Pa
 
 
 def start_of(results: ResultsFile, rows: list[dict]) -> dict:
-    """Where the seconds before the first step went, and how many times faster than it plays audio was encoded."""
+    """Seconds of each phase before the first step, and the encoding speed relative to real time."""
     startup = rows[0]["startup_seconds"]
     audio = next(row["audio_seconds"] for row in results.rows if row["what"] == "write clips")
-    # Every clip is encoded in both polarities; loading the encoders, and captions, are in it.
+    # Each clip is encoded in both polarities; loading the encoders and encoding captions are included.
     return {"startup_seconds": startup, "encode_stage_real_time_factor": 2 * audio / startup["encode"]}
 
 
 def pace(rows: list[dict]) -> dict:
-    """Steps per second and losses; the first half is left out of the pace: it compiles and records."""
+    """Steps per second and losses. Speeds are of the second half; the first compiles and records."""
     seconds = [row["step_seconds"] for row in rows]
     late = seconds[len(seconds) // 2 :]
     return {
@@ -226,16 +226,16 @@ def load(model: Path, device: torch.device):
 
 
 def reloaded(results: ResultsFile, sizes: Sizes, model: Path, output_dir: Path, device) -> None:
-    """The published file, loaded onto the bare base, must be the last checkpoint rounded to float16, and must act."""
+    """The published file must equal the last checkpoint rounded to float16, and must change the velocity."""
     begin = time.monotonic()
     base = load(model, device)
     sa3dist.load_adapter(base, output_dir / "lora.safetensors")
     synchronise(device)
     seconds = time.monotonic() - begin
-    found = adapters.adapter_parameters(base)
+    loaded = adapters.adapter_parameters(base)
     saved = checkpoint.load(checkpoint.path_of(output_dir, sizes.steps)).adapters
-    equal = found.keys() == saved.keys() and all(
-        torch.equal(found[name].detach().cpu(), value.half().float()) for name, value in saved.items()
+    equal = loaded.keys() == saved.keys() and all(
+        torch.equal(loaded[name].detach().cpu(), value.half().float()) for name, value in saved.items()
     )
     velocities = []
     for strength in (1.0, 0.0):
@@ -292,7 +292,7 @@ def encoding(base, seconds: float) -> dict:
 
 
 def against_targets(rows: list[dict]) -> list[dict]:
-    """Every aim of this part: what was found, what is wanted, whether it is met."""
+    """Each target of this part: measured value, bound, and whether it is met."""
     by_what = {row["what"]: row for row in rows}
     starts = (("first start", COLD_SECONDS), ("warm start", WARM_SECONDS))
     found = [

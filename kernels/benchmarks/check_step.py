@@ -1,10 +1,10 @@
-"""Part ``step``: whole training steps of the medium model at full depth, most telling cases first.
+"""Part ``step``: whole training steps of the medium model at full depth, most informative cases first.
 
     python kernels/benchmarks/check_step.py --compile TYPE     # fill the compilers' caches for one adapter type
 
-What the cases compile is compiled ahead, by a process for each type side by side: in turn it takes half a minute each.
-First dora-rows of rank 16 beside the frozen model and the baseline, with a profile and a mix of unequal lengths; then
-the other eight types, over the frozen step measured then.
+Programs are compiled ahead, by one process per adapter type in parallel; in turn it would take half a minute each.
+Measured first is dora-rows of rank 16 with the frozen model and the baseline, with a profile and a mix of unequal
+lengths; then the other eight types, relative to the frozen step measured before.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from sa3dist_kernels import ADAPTER_TYPES
 from step_sides import MAKERS, Side
 from timing import interleaved, milliseconds, peak_bytes, summary
 
-# What count_launches.py counts without a device; a test holds it to the code.
+# Counts of count_launches.py, made without a device; a test compares them with the code.
 COUNTED = Path(__file__).parent / "results" / "launches.json"
-# Expected of a group of which no like one has been measured yet: of one measured in full, and of another.
+# Expected duration of the first group measured in full, and of the first other group.
 FIRST_GROUP_SECONDS = {True: 60.0, False: 15.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Measurements that share their models; building those takes longer than stepping them.
+    """Measurements that share a model; building it takes longer than its steps.
 
-    in_full   beside the frozen model and the baseline, profiled, and at unequal lengths
+    in_full   with the frozen model and the baseline, a profile and unequal lengths
     """
 
     shape: str
@@ -53,9 +53,9 @@ class Group:
 
 # 30 and 380 s of latent frames.
 FRAMES = (323, 4091)
-# With the memory tokens 2000: from there on launching without graphs is to cost little more than the device takes.
+# 2000 tokens with the memory tokens. From there on, steps without graphs should take little more than device time.
 LAUNCHED_FRAMES = 1936
-# Until then what compiles ahead is waited for.
+# How long to wait for the processes that compile ahead.
 COMPILING_SECONDS = 75.0
 # The longest clip of the released models, in latent frames.
 LONGEST = 4096
@@ -69,10 +69,10 @@ TINY_PLAN = (
     Group("tiny-medium", "dora-rows", 4, (6,), in_full=True),
     Group("tiny-medium", "bora-xs", 4, (6, 9)),
 )
-# Lengths of a mix, between these shares of the length they are spread around.
+# Number of lengths in a mix, and their range relative to the central length.
 MIXED, SHORTEST_SHARE, LONGEST_SHARE = 24, 0.8, 1.2
-# The aims on an H100 (medium-base, rank 16): frames, figure, bound, and whether it is of dora-rows or of the others.
-# Milliseconds, ratios, bytes.
+# Targets on an H100 (medium-base, rank 16): frames, figure (milliseconds, ratio or bytes), upper bound, and whether it
+# is for dora-rows or for the other types.
 TARGETS = (
     (323, "frozen_ms", 12.0, True),
     (4091, "frozen_ms", 95.0, True),
@@ -92,11 +92,11 @@ TARGETS = (
 
 
 def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) -> bool:
-    """Returns whether both sides computed the same loss and gradients in every case, and no case failed."""
+    """Whether both sides computed the same loss and gradients in all cases, and no case failed."""
     results.set(skipped=[], failed=[], launched=[])
     if device.type == "cuda":
         compile_ahead(results, budget, PLAN, device)
-    # The first group also compiles and measures kernels: what it took says nothing of the others.
+    # By in_full: the first group also compiles, so its duration does not predict the others'.
     spent: dict[bool, float] = {}
     for group in TINY_PLAN if tiny else PLAN:
         if not budget.allows(spent.get(group.in_full, 0 if tiny else FIRST_GROUP_SECONDS[group.in_full])):
@@ -108,7 +108,7 @@ def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) 
             measure = measure_in_full if group.in_full else measure_type
             measure(group, results, budget, device, tiny)
         except Exception as problem:
-            # The part fails, but device time is dear: the other groups are measured.
+            # Record the failure and continue: device time is scarce.
             traceback.print_exc()
             why = f"{type(problem).__name__}: {problem}".partition("\n")[0]
             results.content["failed"].append({**dataclasses.asdict(group), "why": why})
@@ -124,7 +124,7 @@ def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) 
 
 
 def compile_ahead(results: ResultsFile, budget: Budget, plan: tuple[Group, ...], device: torch.device) -> None:
-    """Fill the compilers' caches of this process with what every group will need. What fails is compiled later."""
+    """Fill this process's compiler caches with what all groups need. What fails here is compiled later."""
     begin = time.monotonic()
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         os.environ.setdefault(name, tempfile.mkdtemp(prefix="compiled-"))
@@ -134,24 +134,26 @@ def compile_ahead(results: ResultsFile, budget: Budget, plan: tuple[Group, ...],
         )
         for group in plan
     }
-    ended = {}
+    exit_codes = {}
     for name, process in processes.items():
         try:
-            ended[name] = process.wait(max(0.1, min(COMPILING_SECONDS, budget.left()) - (time.monotonic() - begin)))
+            exit_codes[name] = process.wait(
+                max(0.1, min(COMPILING_SECONDS, budget.left()) - (time.monotonic() - begin))
+            )
         except subprocess.TimeoutExpired:
             process.kill()
-            ended[name] = process.wait()
-    results.set(compiled_ahead={"seconds": round(time.monotonic() - begin, 1), "exit_codes": ended})
+            exit_codes[name] = process.wait()
+    results.set(compiled_ahead={"seconds": round(time.monotonic() - begin, 1), "exit_codes": exit_codes})
 
 
 def compile_type(shape: str, adapter_type: str, device: torch.device) -> None:
-    """One step of a type on two blocks, which take the programs and kernels of all; and one of the frozen model."""
+    """Take one step of a type, and of the frozen model, on two blocks: they compile the same programs as all blocks."""
     group = next(group for group in (*PLAN, *TINY_PLAN) if (group.shape, group.adapter_type) == (shape, adapter_type))
     options = options_of(group, tiny=shape.startswith("tiny"))
     options.depth = 2
     for name in ("ours", "frozen") if group.in_full else ("ours",):
         side = Side(name, options, device)
-        # The longest first: the compiler chooses its tiles by the first it sees, and a run's longest clips count most.
+        # Longest first, as in a run: the compiler chooses tiles for the first length it sees.
         for frames in sorted(group.frames, reverse=True):
             side.use(options.batch, frames)
             side.step()
@@ -175,13 +177,13 @@ def options_of(group: Group, tiny: bool) -> argparse.Namespace:
 
 
 def measure_in_full(group: Group, results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) -> None:
-    """One row per length, with everything that is measured of a step."""
+    """One row per length, with all measurements of a step."""
     options = options_of(group, tiny)
     begin, before = time.monotonic(), allocated(device)
     sides = {"ours": Side("ours", options, device)}
     ours = sides["ours"]
     ours.use(options.batch, group.frames[0])
-    # AdamW makes its moments in the first step.
+    # The first step allocates AdamW's moments.
     ours.step()
     per_use = per_use_bytes(ours, before, device)
     held = allocated(device) - before
@@ -198,7 +200,7 @@ def measure_in_full(group: Group, results: ResultsFile, budget: Budget, device: 
         row["frozen_profile"] = profiled(sides["frozen"])
         for name, key in ((group.adapter_type, "counted_kernels"), ("frozen", "frozen_counted_kernels")):
             row[key] = counted_kernels(group.shape, name, frames)
-        # What gradient_checkpointing=on would need: the least this step can run in.
+        # Memory with gradient_checkpointing=on, the minimum for this step.
         ours.replay = None
         ours.base.gradient_checkpointing = True
         recomputing = peak_bytes(ours.step, device)
@@ -211,7 +213,7 @@ def measure_in_full(group: Group, results: ResultsFile, budget: Budget, device: 
         launched(ours, group, row["frames"], results, options.repeats, row["profile"])
     if not tiny:
         launched(ours, group, LAUNCHED_FRAMES, results, options.repeats)
-    # Last: it may overrun the time.
+    # Last: it may exceed the budget.
     for row in results.rows[-len(group.frames) :]:
         row |= mixed_lengths(ours, row["frames"], row["ours_ms"], budget, device, tiny)
         results.write()
@@ -220,9 +222,9 @@ def measure_in_full(group: Group, results: ResultsFile, budget: Budget, device: 
 def launched(
     side: Side, group: Group, frames: int, results: ResultsFile, repeats: int, profile: dict | None = None
 ) -> None:
-    """Add to ``launched`` of the results: a step without graphs, and that over what its kernels take on the device.
+    """Add to ``launched`` of the results: a step without graphs, and its ratio to the device time of its kernels.
 
-    profile   of such a step, replayed or not; None: it is made here
+    profile   of such a step, replayed or not; None: profile here
     """
     side.use(1, frames)
     side.replay = None
@@ -230,7 +232,7 @@ def launched(
         side.step()
     step_ms = statistics.median(milliseconds(side.step, side.device) for _ in range(repeats))
     device_ms = (profile or profiled(side))["device_ms"]
-    found = {
+    row = {
         "shape": group.shape,
         "adapter_type": group.adapter_type,
         "rank": group.rank,
@@ -239,17 +241,16 @@ def launched(
         "device_ms": round(device_ms, 3),
         "launched_over_device": round(step_ms / device_ms, 3),
     }
-    results.content["launched"].append(found)
+    results.content["launched"].append(row)
     results.write()
-    print(
-        f"{frames} frames without graphs: {step_ms:.1f} ms, {found['launched_over_device']}x the device's", flush=True
-    )
+    print(f"{frames} frames without graphs: {step_ms:.1f} ms, {row['launched_over_device']}x the device's", flush=True)
 
 
 def per_use_bytes(ours: Side, before: int, device: torch.device) -> int | None:
-    """Peak bytes of a step with ``adapter_products: per_use``, what is held between steps included.
+    """Peak bytes of a step with ``adapter_products: per_use``; None if weights are not formed.
 
-    before   allocated ahead of ``ours``. Nothing may be recorded yet: W' moves. None where nothing is formed.
+    before   bytes allocated before ``ours`` was created
+    No graph may have been captured yet: W' moves.
     """
     if ours.formed is None:
         return None
@@ -261,7 +262,7 @@ def per_use_bytes(ours: Side, before: int, device: torch.device) -> int | None:
 
 
 def measure_type(group: Group, results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) -> None:
-    """One row per length: our step of this type over the frozen model's, as measured beside the first type's."""
+    """One row per length: our step of this type, relative to the frozen step measured with the first type."""
     options = options_of(group, tiny)
     begin, before = time.monotonic(), allocated(device)
     side = Side("ours", options, device)
@@ -303,10 +304,10 @@ def measure_type(group: Group, results: ResultsFile, budget: Budget, device: tor
 
 
 def counted_kernels(shape: str, name: str, frames: int) -> int | None:
-    """Kernels of a step as ``count_launches.py`` counted them, at its longest clip of at most ``frames``.
+    """Kernels of a step according to ``count_launches.py``, at its longest clip of at most ``frames``.
 
     name   an adapter type, or "frozen"
-    None for another model than medium.
+    None for models other than medium.
     """
     if not shape.startswith("medium"):
         return None
@@ -316,16 +317,16 @@ def counted_kernels(shape: str, name: str, frames: int) -> int | None:
 
 
 def frozen_ms(rows: list[dict], shape: str, frames: int) -> float | None:
-    """The frozen model's step at this length, where a row has it; the same for every adapter type."""
+    """The frozen model's step at this length, from the row that has it; None if there is none."""
     return next((row["frozen_ms"] for row in rows if (row["shape"], row["frames"]) == (shape, frames)), None)
 
 
 def mixed_lengths(side: Side, frames: int, equal_ms: float, budget: Budget, device: torch.device, tiny: bool) -> dict:
-    """Mean step over clips of unequal lengths around ``frames``, and that over the step at ``frames`` itself.
+    """Mean step over clips of unequal lengths around ``frames``, and its ratio to the step at ``frames``.
 
     equal_ms   the step at ``frames``
-    Every length is stepped once to make ready what a run would have ready, then timed. Lengths for which no time was
-    left are missing from ``unequal_frames``.
+    Each length is stepped once for warm-up, then timed. Lengths that did not fit the budget are missing from
+    ``unequal_frames``.
     """
     spent, slowest, lengths = {}, 0.0, mix_of(frames, 3 if tiny else MIXED)
     for length in lengths:
@@ -347,8 +348,7 @@ def mixed_lengths(side: Side, frames: int, equal_ms: float, budget: Budget, devi
         "unequal_frames": list(spent),
         "unequal_each_ms": [round(value, 3) for value in spent.values()],
         "unequal_ms": round(mean, 3),
-        # By the frames trained on: lengths that could not be measured, or are cut off at the longest, do not count; and
-        # a few say nothing of all.
+        # Relative to the measured frames: lengths may be missing or cut. None if fewer than half were measured.
         "unequal_over_equal": round(mean / equal_ms * frames / statistics.fmean(spent), 3)
         if 2 * len(spent) >= len(lengths)
         else None,
@@ -356,7 +356,7 @@ def mixed_lengths(side: Side, frames: int, equal_ms: float, budget: Budget, devi
 
 
 def mix_of(frames: int, count: int) -> list[int]:
-    """``count`` lengths spread evenly around ``frames``, in an order that is always the same."""
+    """``count`` lengths spread evenly around ``frames``, in a fixed random order."""
     first, last = SHORTEST_SHARE * frames, min(LONGEST_SHARE * frames, LONGEST)
     lengths = [round(first + (last - first) * (i + 0.5) / count) for i in range(count)]
     random.Random(8).shuffle(lengths)
@@ -364,15 +364,15 @@ def mix_of(frames: int, count: int) -> list[int]:
 
 
 def against_targets(rows: list[dict]) -> list[dict]:
-    """Every aim that was measured: what was found, what is wanted, whether it is met."""
-    found = []
+    """Each target that was measured: value, bound, and whether it is met."""
+    compared = []
     for row in rows:
         if (row["shape"], row["rank"]) != ("medium-base", FIRST[1]):
             continue
         for frames, figure, bound, of_first in TARGETS:
             fits = frames == row["frames"] and of_first == (row["adapter_type"] == FIRST[0])
             if fits and row.get(figure) is not None:
-                found.append(
+                compared.append(
                     {
                         "adapter_type": row["adapter_type"],
                         "frames": frames,
@@ -382,7 +382,7 @@ def against_targets(rows: list[dict]) -> list[dict]:
                         "met": row[figure] <= bound,
                     }
                 )
-    return found
+    return compared
 
 
 def allocated(device: torch.device) -> int:

@@ -1,6 +1,6 @@
-"""Part ``tests``: the gpu-marked tests over several processes, each result recorded as it comes.
+"""Part ``tests``: the gpu-marked tests in several processes, with each result recorded as it comes.
 
-The same module is the pytest plugin that records: tests that are cut off leave the results before them.
+This module is also the pytest plugin that records results, so that a run that is killed keeps those it has.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ import torch
 from results_file import ROOT, Budget, ResultsFile
 
 RESULTS_VARIABLE = "SA3DIST_GPU_RESULTS"
-# Read by tests/conftest.py: where gpu-marked tests run.
+# Read by tests/conftest.py: the device of gpu-marked tests.
 DEVICE_VARIABLE = "SA3DIST_TEST_DEVICE"
-# Of a file as a whole, of a test, of one of its cases.
+# The gpu mark of a file, of a test, or of one of its cases.
 MARKED = re.compile(r"^pytestmark = pytest\.mark\.gpu$|^@pytest\.mark\.gpu$|marks=pytest\.mark\.gpu\b", re.MULTILINE)
-# Least seconds in which starting them makes sense.
-SHORTEST = 20.0
-# Tests wait for the host most of the time; on an H100 with 16 cores ten processes took 126 s for 283 tests.
+# With less time left, they are not started.
+MIN_SECONDS = 20.0
+# Tests are mostly limited by the host. On an H100 with 16 cores ten processes took 126 s for 283 tests.
 PROCESSES = 10
 
 
 def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) -> bool:
-    """Returns whether every test passed and all ran. ``tiny`` runs a part of the last file, in two processes."""
+    """Whether all tests ran and passed. ``tiny`` runs part of the last file, in two processes."""
     results.set(skipped=[], exit_code=None)
     files = gpu_files(device)[-1 if tiny else None :]
-    if not budget.allows(SHORTEST):
+    if not budget.allows(MIN_SECONDS):
         results.content["skipped"] += [{"file": path.name, "why": "time budget"} for path in files]
         results.write()
         return False
     selection = ["-k", "bora"] if tiny else []
     processes = (2 if tiny else PROCESSES) if importlib.util.find_spec("xdist") else 0
-    # What is left after a test that overruns: the end of pytest and its processes.
+    # 5 s to end pytest and its processes.
     code = run_files(files, results.path, budget.left() - 5, device, selection, processes)
-    # The child has written its tests into the same file.
+    # The child process wrote its rows into the same file.
     results.content = ResultsFile.reopen(results.path).content
     outcomes = [row["outcome"] for row in results.rows]
     summary = {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}
@@ -48,9 +48,9 @@ def run(results: ResultsFile, budget: Budget, device: torch.device, tiny: bool) 
 
 
 def gpu_files(device: torch.device) -> list[Path]:
-    """Test files with a test marked gpu; on a CPU only those that take their device from the environment.
+    """Test files with a test marked gpu; on a CPU only those that read DEVICE_VARIABLE.
 
-    Whole steps first, single layers last: those are what the end of the time may cut off.
+    Whole steps come first and single layers last: the time limit may cut those off.
     """
     named = sorted((ROOT / "tests").rglob("test_*.py"), reverse=True)
     marked = [path for path in named if MARKED.search(path.read_text(encoding="utf-8"))]
@@ -60,11 +60,11 @@ def gpu_files(device: torch.device) -> list[Path]:
 def run_files(
     paths: list[Path], results: Path, seconds: float, device: torch.device, selection: list[str], processes: int
 ) -> int | str:
-    """Exit code of pytest, or what ended it. Missing pytest is an exit code too: 1. processes: 0 is without xdist."""
+    """Exit code of pytest, or why it was stopped. Without pytest it is 1. processes: 0 runs without xdist."""
     here = Path(__file__).resolve().parent
     folders = [str(ROOT), str(ROOT / "kernels"), str(here), os.environ.get("PYTHONPATH", "")]
     environment = {
-        # Not what tells a process that it is one of pytest-xdist's: this one's parent may be.
+        # Without pytest-xdist's variables: this process may itself be one of its workers.
         **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")},
         "PYTHONPATH": os.pathsep.join(filter(None, folders)),
         RESULTS_VARIABLE: str(results.resolve()),
@@ -86,9 +86,9 @@ def run_files(
 
 
 def pytest_runtest_logreport(report) -> None:
-    """Append one test's outcome: its call, or its setup when that did not pass."""
+    """Record a test's outcome: of its call, or of its setup if that did not pass."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        # The process that hands out the tests gets this report too.
+        # The controller gets this report too.
         return
     if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
         row = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3)}

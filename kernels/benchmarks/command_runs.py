@@ -1,4 +1,4 @@
-"""The trainer's real command line as gpu-check uses it: started in a process group of its own, watched, killed."""
+"""Runs the trainer's command line for gpu-check: starts it in a process group, watches, stops and kills it."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from pathlib import Path
 import torch
 from results_file import ROOT
 
-# What reading the settings, clips and shards needs and a bare machine may lack, and what these need there: a wheel that
-# is forgotten is told before anything starts.
+# Packages the command needs and a bare machine may lack, with their own requirements, so that a missing wheel is reported
+# before anything starts.
 NEEDED = (
     "pydantic", "pydantic_core", "annotated_types", "typing_inspection", "webdataset", "braceexpand", "soundfile",
     "cffi", "rich",
 )  # fmt: skip
-# Where wheels of such packages may travel with the source tree; git ignores it.
+# Wheels of such packages may be put here; git ignores it.
 WHEELS = ROOT / ".whl"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1")
-# Metrics are looked for this often: well below a start's length, and no burden on the trainer.
+# How often metrics are read: far below the duration of a start, and no load on the trainer.
 POLL_SECONDS = 0.02
-# How long a process that was asked to stop gets.
+# Time to stop after SIGTERM.
 STOP_SECONDS = 30.0
-# The last lines of what a failed command said.
-SAID_CHARACTERS = 4000
+# Characters of a command's output that are kept.
+OUTPUT_CHARACTERS = 4000
 
 
 class CommandFailed(RuntimeError):
-    """A command ended otherwise than it should have."""
+    """A command did not end as expected."""
 
 
 def command_environment(scratch: Path, device: torch.device) -> dict[str, str]:
-    """Variables for ``python -m sa3dist.train`` from this source tree, whatever the current directory is.
+    """Environment for ``python -m sa3dist.train`` from this source tree.
 
-    Packages that are missing come from the wheels in ``.whl``, unpacked below ``scratch``. This process's compilers'
-    caches are not handed on, so that a first run starts cold.
-    Raises CommandFailed, naming them, when packages are missing and no wheel brings them.
+    Missing packages are installed from the wheels in ``.whl``, below ``scratch``. Compiler caches of this process are
+    not passed on, so that the first run starts cold.
+    Raises CommandFailed, naming them, if packages are missing and have no wheel.
     """
     paths = [str(ROOT), str(ROOT / "kernels")]
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -63,7 +63,7 @@ def command_environment(scratch: Path, device: torch.device) -> dict[str, str]:
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         environment.pop(name, None)
     if device.type == "cpu":
-        # Tiny models there: a second thread only waits for the first.
+        # Tiny models gain nothing from more threads.
         environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     return environment
 
@@ -72,12 +72,12 @@ class Command:
     """One run of the trainer, from its start to its end."""
 
     def __init__(self, environment: dict[str, str], output_dir: Path, words: list[str], ranks: int = 1) -> None:
-        """ranks: above 1, that many processes under torchrun"""
+        """ranks: if above 1, start this many processes with torchrun."""
         self.output_dir = Path(output_dir)
         self._log = self.output_dir.with_suffix(".log")
         self._log.parent.mkdir(parents=True, exist_ok=True)
         launcher = [*TORCHRUN, f"--nproc-per-node={ranks}"] if ranks > 1 else []
-        # A bare machine may not know its own name: ranks find each other without it.
+        # Use loopback: a bare machine may not resolve its own host name.
         environment = {**environment, "GLOO_SOCKET_IFNAME": "lo"} if ranks > 1 else environment
         words = [*words, f"output_dir={self.output_dir}"]
         self.begin = time.monotonic()
@@ -88,25 +88,25 @@ class Command:
                 env=environment,
                 stdout=log,
                 stderr=log,
-                # Loader processes and ranks go with it when it is killed.
+                # So that ``kill`` reaches loader processes and ranks.
                 start_new_session=True,
             )
 
     def rows(self) -> list[dict]:
-        """Rows of metrics.jsonl so far; a line that is being written is left out."""
+        """Rows of metrics.jsonl so far, without an incomplete last line."""
         path = self.output_dir / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def wait_for_step(self, step: int, seconds: float) -> float:
-        """Seconds from the start of the command until a row of at least ``step`` was there."""
+        """Wait for a row of at least ``step``; seconds since the start of the command."""
         deadline = time.monotonic() + seconds
         while not any(row["step"] >= step for row in self.rows()):
             if self._process.poll() is not None:
-                raise CommandFailed(f"ended with {self._process.returncode} before step {step}: {self.said()}")
+                raise CommandFailed(f"ended with {self._process.returncode} before step {step}: {self.output()}")
             if time.monotonic() > deadline:
                 self.kill()
-                raise CommandFailed(f"not at step {step} after {seconds:.0f} s: {self.said()}")
+                raise CommandFailed(f"not at step {step} after {seconds:.0f} s: {self.output()}")
             time.sleep(POLL_SECONDS)
         return time.monotonic() - self.begin
 
@@ -116,27 +116,27 @@ class Command:
             code = self._process.wait(max(seconds, 0.1))
         except subprocess.TimeoutExpired:
             self.kill()
-            raise CommandFailed(f"not finished after {seconds:.0f} s: {self.said()}") from None
+            raise CommandFailed(f"not finished after {seconds:.0f} s: {self.output()}") from None
         if code != expected:
-            raise CommandFailed(f"ended with {code}, expected {expected}: {self.said()}")
+            raise CommandFailed(f"ended with {code}, expected {expected}: {self.output()}")
         return time.monotonic() - self.begin
 
     def kill(self) -> None:
-        """SIGKILL to the command and everything it has started."""
+        """SIGKILL the command and its process group."""
         self._signal(signal.SIGKILL)
         self._process.wait()
 
     def stop(self) -> None:
-        """SIGTERM to the command alone, as schedulers send it."""
+        """SIGTERM the command alone, as schedulers do."""
         self._process.terminate()
 
     def _signal(self, number: int) -> None:
         if self._process.poll() is None:
             os.killpg(self._process.pid, number)
 
-    def said(self) -> str:
-        """The end of what it wrote to stdout and stderr."""
-        return self._log.read_text(encoding="utf-8", errors="replace")[-SAID_CHARACTERS:]
+    def output(self) -> str:
+        """The end of its stdout and stderr."""
+        return self._log.read_text(encoding="utf-8", errors="replace")[-OUTPUT_CHARACTERS:]
 
     def __enter__(self) -> Command:
         return self
@@ -146,7 +146,7 @@ class Command:
 
 
 def largest_difference(rows: list[dict], others: list[dict]) -> float:
-    """Largest relative difference of two runs' losses over the steps both have. Raises when they share none."""
+    """Largest relative difference of losses over the steps both runs have. Raises CommandFailed if there are none."""
     losses = {row["step"]: row["loss"] for row in others}
     shared = [row for row in rows if row["step"] in losses]
     if not shared:

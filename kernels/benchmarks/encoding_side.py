@@ -1,4 +1,4 @@
-"""What the reference does ahead of every step: encode the clip's audio and its caption, though neither ever changes."""
+"""What the reference computes before every step: it encodes the clip's audio and caption, which never change."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from sa3dist.model.base import Base
 
-# T5Gemma b-b-ul2's encoder (spec/model.md 6.1). A look-up costs the same in a smaller vocabulary.
+# T5Gemma b-b-ul2's encoder (spec/model.md 6.1), with a smaller vocabulary: a look-up costs the same.
 TEXT_ENCODER = {
     "vocab_size": 1000,
     "hidden_size": 768,
@@ -22,10 +22,10 @@ TEXT_ENCODER = {
 
 
 class Encoding:
-    """The released autoencoder's encoder and T5Gemma's, random weights, on random audio and tokens."""
+    """The released autoencoder's encoder and T5Gemma's encoder, with random weights and inputs."""
 
     def __init__(self, base: Base, frames: int, clips: int) -> None:
-        """base: whose encoder it is, in whose format and on whose device it works"""
+        """base: its autoencoder, dtype and device are used."""
         generator = torch.Generator().manual_seed(4)
         self._base = base
         samples = frames * base.samples_per_frame
@@ -37,13 +37,13 @@ class Encoding:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Encode; what comes out is thrown away: a step trains on given latents, the same for every side."""
+        """Encode and discard the result: all sides train on the same given latents."""
         self._base.encode_audio(self._audio_BCN)
         self._text(input_ids=self._tokens_BL, attention_mask=self._mask_BL)
 
 
 def text_encoder(base: Base) -> torch.nn.Module:
-    """T5Gemma's encoder with random weights, in bfloat16 as it is stored; in the base's format on a CPU."""
+    """T5Gemma's encoder with random weights, in bfloat16 as it is stored; on a CPU in the base's dtype."""
     from transformers import T5GemmaConfig, T5GemmaEncoderModel, T5GemmaModuleConfig
 
     half = T5GemmaModuleConfig(**TEXT_ENCODER)

@@ -1,12 +1,12 @@
-"""Everything that needs a CUDA device, part by part, from the source tree alone.
+"""Runs all checks that need a CUDA device, in parts, from the source tree alone.
 
     PYTHONPATH=.:kernels python kernels/benchmarks/gpu_check.py tests|step|ops|run|ranks|all
 
-Every part keeps a budget of seconds: it starts nothing that would end later, and names what it left out. One that hangs
-ends itself behind it, and says where it was. ``all`` runs the parts one after the other, each in its own process, and
-ends within eleven minutes whatever they do.
-Results go into $OUT/gpu_<part>.json (default: kernels/benchmarks/results) as they come, so that a part that is cut off
-keeps what it measured. Exit code 0: the part passed; 1: something failed or disagreed; 2: no CUDA device here.
+Each part has a time budget: it starts nothing that would exceed it, and lists what it skipped. A part that hangs ends
+itself after its budget and says where it was. ``all`` runs the parts in turn, each in its own process, and ends within
+eleven minutes in any case. Results are written to $OUT/gpu_<part>.json (default: kernels/benchmarks/results) as they
+come, so that a part that is killed keeps its measurements.
+Exit codes: 0 the part passed; 1 something failed or disagreed; 2 no CUDA device.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import psutil
 import torch
 from results_file import Budget, ResultsFile, tell_choices
 
-# Part name -> module with run(results, budget, device, tiny) -> passed. Imported when chosen, so that a fault in one
-# part's imports does not cost the others. In the order in which ``all`` runs them: the most telling first.
+# Part name -> module with run(results, budget, device, tiny) -> passed. Imported when chosen, so that a failed import
+# only affects its part. In the order in which ``all`` runs them: the most informative first.
 PARTS = {
     "step": "check_step",
     "tests": "check_tests",
@@ -41,13 +41,13 @@ PARTS = {
 BUDGET_SECONDS = {"step": 200.0, "tests": 150.0, "run": 200.0, "ranks": 50.0, "ops": 60.0}
 ALL = "all"
 ALL_SECONDS = 650.0
-# A part that has not ended by itself this long after its budget is killed by ``all``.
+# ``all`` kills a part this long after the end of its budget.
 GRACE_SECONDS = 10.0
-# One that is run by itself ends itself so long after its budget: what it is at may still be worth having.
+# A part that runs alone ends itself this long after its budget, because its current measurement may still complete.
 LATE_SECONDS = 30.0
 KILLED = "killed at the end of its time"
-# Less than this is not worth the start of a process.
-LEAST_SECONDS = 15.0
+# With less time left, a part is not started.
+MIN_SECONDS = 15.0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -68,13 +68,13 @@ def main(arguments: list[str] | None = None) -> int:
         print("gpu-check: no CUDA device here; run it where there is one, or try --device cpu --tiny", file=sys.stderr)
         return 2
     if arguments is not None:
-        # Called, not started: this process's past says nothing.
+        # Called from a test: the process is older than this part.
         spent = 0.0
     budget = Budget(options.seconds - spent)
     if options.part == ALL:
         return run_all(options, budget)
     if options.tiny:
-        # A second thread only waits for the first.
+        # Tiny models gain nothing from more threads.
         torch.set_num_threads(1)
     device = torch.device(options.device)
     if options.device == "cuda" and importlib.util.find_spec("cudnn") is None:
@@ -105,22 +105,22 @@ def results_path(part: str) -> Path:
 
 
 def run_all(options: argparse.Namespace, budget: Budget) -> int:
-    """All parts in order; 0 when every one of them passed. A part is killed at its own end or at that of all."""
+    """Run all parts in order; 0 if all passed. Parts are killed at the end of their time or of the total."""
     outcomes = {}
     for part in PARTS:
         seconds = min(BUDGET_SECONDS[part], budget.left() - GRACE_SECONDS)
-        if seconds < LEAST_SECONDS:
+        if seconds < MIN_SECONDS:
             outcomes[part] = "left out: time budget"
             continue
         words = [part, "--device", options.device, "--seconds", f"{seconds:.0f}", *(["--tiny"] if options.tiny else [])]
         begin = time.monotonic()
-        # A group of its own: what it has started goes with it.
+        # A process group of its own.
         process = subprocess.Popen([sys.executable, __file__, *words], start_new_session=True)
         try:
             code = process.wait(seconds + GRACE_SECONDS)
             outcomes[part] = "passed" if code == 0 else f"FAILED ({code})"
         except subprocess.TimeoutExpired:
-            end_family(process)
+            kill_tree(process)
             if results_path(part).exists():
                 ResultsFile.reopen(results_path(part)).set(state=KILLED, passed=False)
             outcomes[part] = f"FAILED: {KILLED}"
@@ -130,8 +130,8 @@ def run_all(options: argparse.Namespace, budget: Budget) -> int:
     return 0 if all(outcome.startswith("passed") for outcome in outcomes.values()) else 1
 
 
-def end_family(process: subprocess.Popen) -> None:
-    """Kill a process and its descendants, those in sessions of their own too."""
+def kill_tree(process: subprocess.Popen) -> None:
+    """Kill a process and its descendants, including those in other sessions."""
     first = psutil.Process(process.pid)
     kill([first, *first.children(recursive=True)])
     process.wait()

@@ -1,15 +1,14 @@
-"""What a step without CUDA graphs costs the host: processor milliseconds of one core, counted on a CPU.
+"""The host's cost of a step without CUDA graphs: processor milliseconds of one core, measured on a CPU.
 
     python kernels/benchmarks/host_cost.py
 
-The step is ``step_sides``' own: medium's blocks, all of its layers adapted, at a tiny width; bfloat16 under autocast,
-one clip, nothing given, formed weights, whole blocks compiled. The host does what it does for a GPU: Inductor and
-Triton compile for an H100 and launch by their own code. Only CUDA's driver, which they call at the end, is a library
-made here that starts nothing, and products of compiled blocks and attention's kernels are left out. So the driver's
-own part is missing, some 3 us for each launch, and what torch does for those products and for the device's memory.
+The step is that of ``step_sides``: the medium model's blocks with all layers adapted, at a tiny width; bfloat16 under
+autocast, one clip, no given context, formed weights, whole blocks compiled. The host does what it does for a GPU:
+Inductor and Triton compile for an H100 and launch through their own code. Only the CUDA driver is a stub built here,
+which starts nothing; products of compiled blocks and attention kernels are skipped. So the driver's time is missing,
+about 3 us per launch, as is torch's for those products and for device memory.
 
-Sides run in turn in one process; what the fastest tenth of each stays below counts. Parts are what a step takes less
-without them.
+Sides run in turn in one process; of each the 10th percentile counts. A part's cost is the time a step saves without it.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
-# Functions of these names hide the modules in their package.
+# As modules: their package has functions of the same names.
 import sa3dist_kernels.formed_linear
 import sa3dist_kernels.gate_gradient
 import sa3dist_kernels.qkv_gradient  # noqa: F401
@@ -56,9 +55,9 @@ from sa3dist.model.compiled import compile_blocks
 DEPTH, FRAMES, ROUNDS = 24, 323, 40
 H100 = GPUTarget("cuda", 90, 32)
 CPU = torch.device("cpu")
-# Functions whose results are read: everything else gives 0, for success.
+# Driver functions whose results are read; all others return 0, success.
 ANSWERS = {
-    # Whatever is asked for is as large as may be: memory shared by a block, threads of one.
+    # Large enough for any attribute: shared memory and threads of a block.
     "cuDeviceGetAttribute(int *value, int what, int device)": "*value = 232448;",
     "cuFuncGetAttribute(int *value, int what, void *function)": "*value = what == 0 ? 1024 : 0;",
     "cuCtxGetCurrent(void **made)": "*made = (void *)1;",
@@ -70,7 +69,7 @@ ANSWERS = {
 
 
 def use_idle_driver(folder: Path) -> None:
-    """From here on Triton launches through a CUDA driver, built in ``folder``, that starts nothing."""
+    """Build a stub CUDA driver in ``folder`` and make Triton launch through it from now on."""
     names = set(re.findall(r"\bcu[A-Z]\w+", Path(nvidia.__file__).with_name("driver.c").read_text()))
     names |= set(re.findall(r"\bcu[A-Z]\w+", Path(nvidia.__file__).read_text()))
     answers = {signature.partition("(")[0]: (signature, body) for signature, body in ANSWERS.items()}
@@ -81,7 +80,7 @@ def use_idle_driver(folder: Path) -> None:
     flags = "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1"
     subprocess.run([compiler, *flags, "-o", library, folder / "driver.c"], check=True)
     (folder / "libcuda.so").symlink_to(library)
-    # Compiled for no real device: not among what other programs find.
+    # Caches of their own: these kernels are for no real device.
     os.environ |= {name: str(folder / name) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
@@ -94,7 +93,7 @@ def use_idle_driver(folder: Path) -> None:
 
 @contextlib.contextmanager
 def as_on_a_device() -> Iterator[None]:
-    """Layers and compiled blocks call Triton, as on CUDA, though their tensors are a CPU's."""
+    """A context in which layers and compiled blocks call Triton as on CUDA, with CPU tensors."""
     checks = [name for name, module in sys.modules.items() if hasattr(module, "check_triton")]
     of_qkv, of_gate = (sys.modules[f"sa3dist_kernels.{name}_gradient"] for name in ("qkv", "gate"))
     with contextlib.ExitStack() as stack:
@@ -109,7 +108,7 @@ def as_on_a_device() -> Iterator[None]:
             patch.object(of_gate, "gate_gradient_reference", functools.partial(of_gate.gate_gradient, impl="triton")),
             *(patch.object(module, "has_kernel", lambda q: True) for module in (varlen_attention, token_layout)),
             patch.object(varlen_attention, "torch", _with_idle_attention()),
-            # Processes of their own would know nothing of this driver.
+            # No worker processes: they would not have the stub driver.
             torch._inductor.config.patch(cpu_backend="triton", compile_threads=1),
             patch.object(CpuInterface, "raise_if_triton_unavailable", lambda device=None: None),
             patch.object(triton_helpers, "set_driver_to_cpu", lambda: None),
@@ -131,7 +130,7 @@ class _Changed:
 
 
 def _with_idle_attention() -> _Changed:
-    """torch, but that cuDNN's attention only allocates what it gives."""
+    """torch, with cuDNN's attention replaced by allocations of its results."""
 
     def forward(q, k, v, *_):
         B, H, K, D = q.shape
@@ -147,14 +146,14 @@ def _with_idle_attention() -> _Changed:
 
 
 def make_side(name: str, adapter_type: str, depth: int) -> Side:
-    """One of ``step_sides``, compiled and warm."""
+    """A ``Side``, compiled and warmed up."""
     options = types.SimpleNamespace(
         shape="tiny-medium", depth=depth, adapter_type=adapter_type, rank=16, precision="bf16", compile="off",
         cuda_graphs="off",
     )  # fmt: skip
     side = Side(name, options, CPU)
     if name == "frozen":
-        # A CPU without bfloat16 keeps them at strength 0.
+        # On a CPU without bfloat16 ``Side`` leaves them attached at strength 0.
         adapters.detach_adapter(side.base)
     compile_blocks(side.base.dit, "inductor")
     side.use(1, FRAMES)
@@ -164,7 +163,7 @@ def make_side(name: str, adapter_type: str, depth: int) -> Side:
 
 
 def without(side: Side, part: contextlib.AbstractContextManager) -> Callable[[], None]:
-    """The side's step with a part of it replaced."""
+    """The side's step inside the patch ``part``."""
 
     def step() -> None:
         with part:
@@ -174,14 +173,14 @@ def without(side: Side, part: contextlib.AbstractContextManager) -> Callable[[],
 
 
 def only_allocated(layers, kind, impl="triton") -> list[torch.Tensor]:
-    """In place of ``raw_sums``."""
+    """Replaces ``raw_sums``: allocates its results."""
     sizes = [(len(layer.left_OR), layer.x.shape[1], layer.left_OR.shape[1]) for layer in layers]
     counts = [offsets(kind, *size)[1] for size in sizes]
     return layers[0].x.new_empty(sum(counts), dtype=torch.float32).split(counts)
 
 
 def measured(steps: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Processor milliseconds of every step, in turn: a core that others use too counts less."""
+    """Processor milliseconds of the steps, in turn. Unlike wall time it is little affected by other processes."""
     spent: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
@@ -215,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
         spent = measured(
             steps | {f"without {name}": without(ours, part) for name, part in parts.items()}, options.rounds
         )
-        # What else runs on the core makes a step longer, never shorter.
+    # Low quantile: other load only makes a step longer.
     fast = {name: statistics.quantiles(values, n=10)[0] for name, values in spent.items()}
     whole = fast["ours"]
     row = {

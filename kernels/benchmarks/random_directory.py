@@ -1,4 +1,4 @@
-"""A base of a released shape as a model directory of random weights, its text encoder included, written in seconds."""
+"""Writes a released shape as a model directory with random weights, including a text encoder, in seconds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 def write_released_shape(directory: Path, shape: str, device: torch.device, depth: int | None = None) -> int:
     """Write model_config.json, a float32 model.safetensors and the text encoder; returns the bytes of the weights.
 
-    device   where the values are drawn: a GPU draws a large base much faster
+    device   where values are drawn: a GPU is much faster for a large base
     """
     value = released_config(shape, depth)
     config = parse_model_config(value, shape)
@@ -41,10 +41,11 @@ def write_released_shape(directory: Path, shape: str, device: torch.device, dept
 
 
 def write_streamed(path: Path, shapes: dict[str, tuple[int, ...]], kind: str, draw) -> int:
-    """A safetensors file tensor by tensor, with one of them in memory at a time; returns the bytes of its tensors.
+    """Write a safetensors file with one tensor in memory at a time; returns the bytes of its tensors.
 
-    shapes   of all tensors by name         kind   F32 or BF16
-    draw     (name, shape) to a tensor of that format on the CPU
+    shapes   of all tensors, by name
+    kind     F32 or BF16
+    draw     returns a CPU tensor of that dtype for (name, shape)
     """
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -65,7 +66,7 @@ def write_streamed(path: Path, shapes: dict[str, tuple[int, ...]], kind: str, dr
 
 
 def write_text_encoder(directory: Path, device: torch.device) -> None:
-    """T5Gemma b-b-ul2's encoder in its real size and format (bfloat16), with a tokenizer of bytes."""
+    """T5Gemma b-b-ul2's encoder in its real size and dtype (bfloat16), with a byte tokenizer."""
     from transformers import T5GemmaConfig, T5GemmaEncoderModel, T5GemmaModuleConfig
 
     half = T5GemmaModuleConfig(**{**TEXT_ENCODER, "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": None})

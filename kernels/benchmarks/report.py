@@ -1,8 +1,8 @@
-"""Tables of the stored measurements, results/README.md, and the README's picture of speed, results/speed.svg.
+"""Writes the tables of stored measurements, results/README.md, and the README's chart, results/speed.svg.
 
     python kernels/benchmarks/report.py
 
-Reads what the benchmarks left in results/, newest measurement of each case last; computes nothing anew.
+Reads the files in results/, where the last measurement of a case counts; measures nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-# What has no table of its own, in words.
+# Files without a table.
 OTHERS = """## Other files
 
 `gpu_run.json` is a run through the command line on one H100, killed and continued; `gpu_tests.json` the tests marked
@@ -35,9 +35,9 @@ arithmetic 0.02 to 0.2), and `gpu_prototype.jsonl` (the frozen model, and a prot
 
 
 def read(directory: Path, prefix: str) -> list[dict]:
-    """Rows of every results file whose name starts with ``prefix``; a file's environment goes into each of its rows.
+    """Rows of all results files whose names start with ``prefix``, each with its file's options and environment.
 
-    Of bench_adapted_linear.py one row per adapter type: its layers together.
+    For bench_adapted_linear.py one row per adapter type: its layers together.
     """
     rows = []
     for path in sorted(directory.glob(f"{prefix}*.json*")):
@@ -46,7 +46,7 @@ def read(directory: Path, prefix: str) -> list[dict]:
             rows += [{"file": path.name, **json.loads(line)} for line in text.splitlines()]
             continue
         content = json.loads(text)
-        # Both name a device: the environment by its own name, the options as torch does.
+        # The environment's device name replaces that of the options ("cuda").
         shared = {"file": path.name, **content.get("options", {}), **content.get("environment", {})}
         if isinstance(content.get("summary"), dict) and prefix == "layers":
             rows += [{**shared, "adapter_type": name, **row} for name, row in content["summary"].items()]
@@ -56,7 +56,7 @@ def read(directory: Path, prefix: str) -> list[dict]:
 
 
 def newest(rows: Iterable[dict], keys: tuple[str, ...]) -> list[dict]:
-    """The last measurement of every case."""
+    """The last measurement of each case."""
     return list({tuple(str(row.get(key)) for key in keys): row for row in rows}.values())
 
 
@@ -73,7 +73,7 @@ def ways(row: dict) -> str:
 
 
 def figure(key: str, form: str, unit: str = "") -> Callable[[dict], str]:
-    """A number of a row as text, "-" where there is none."""
+    """A function that formats a row's number, "-" if it has none."""
     return lambda row: "-" if row.get(key) is None else f"{row[key]:{form}}{unit}"
 
 
@@ -82,11 +82,11 @@ def megabytes(*values: float | None) -> str:
 
 
 def emulated(row: dict) -> bool:
-    """Emulated products slow the frozen layers that have no adapter."""
+    """Whether the frozen side, without adapters, was slowed by emulated products."""
     return bool(row.get("emulated_products"))
 
 
-# Title; which files; what makes a case; columns.
+# Title, prefix of the files, keys of a case, columns.
 TABLES: tuple[tuple[str, str, tuple[str, ...], dict[str, Callable[[dict], str]]], ...] = (
     (
         "Whole training step (bench_step.py)",
@@ -180,12 +180,12 @@ GPU_COLUMNS = {
 }
 
 
-# The picture: width of the widest bar, height of a bar with its gap, room for names and for figures.
+# The chart: width of the widest bar, height of a bar with its gap, space for names and for figures.
 BAR_WIDTH, BAR_HEIGHT, NAMES, FIGURES = 420, 26, 190, 80
 
 
 def speed_picture(directory: Path) -> str | None:
-    """Milliseconds of a whole step of dora-rows beside the reference's, as SVG; None where either is missing."""
+    """A chart of a dora-rows step and the reference's, in milliseconds, as SVG; None if either is missing."""
     before = {row["frames"]: row for row in read(directory / "before", "gpu_reference")}
     now = {
         row["frames"]: row
@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
     for title, prefix, case, columns in TABLES:
         if rows := newest(read(directory, prefix), case):
             text.append(markdown(title, columns, rows))
-    # As it was before adapted weights were formed once a step; what a later run measures stands beside it.
+    # Measurements before and after weights were formed once per step, in one table.
     if gpu := [*read(directory / "before", "gpu_step"), *read(directory, "gpu_step")]:
         text.append(markdown("Whole training step on a GPU (gpu_check.py step)", GPU_COLUMNS, gpu))
     text += [OTHERS] if (directory / "before").is_dir() else []

@@ -1,4 +1,4 @@
-"""Measurements as they come: one JSON file per benchmark, rewritten whole after every row; and the time for them."""
+"""A benchmark's results as a JSON file, rewritten after each row; a time budget; and a description of the machine."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class ResultsFile:
-    """A JSON object on disk that is complete after every change, so that a killed run keeps what it measured.
+    """A JSON object that is written to disk after every change, so that a killed run keeps its measurements.
 
-    content   "state" (running, finished or failed), "environment", "options", "rows" and whatever ``set`` adds
+    content   "state" (running, finished or failed), "environment", "options", "rows" and what ``set`` adds
     """
 
     def __init__(self, path: Path, content: dict[str, Any]) -> None:
@@ -72,7 +72,7 @@ def tell_choices() -> None:
 
 
 class Budget:
-    """The seconds a part may take. What does not fit is left out and named, not cut off in the middle."""
+    """A time limit for a part. Measurements that do not fit are skipped and listed, not cut off."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
@@ -85,7 +85,7 @@ class Budget:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the numbers were measured on and with. A machine without git or triton is described without them."""
+    """Device, versions, commit and command of a measurement. Works without git and triton."""
     cuda = device.type == "cuda"
     properties = torch.cuda.get_device_properties(device) if cuda else None
     return {
@@ -106,16 +106,16 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def write_result(options: argparse.Namespace, device: torch.device, **content: Any) -> dict[str, Any]:
-    """``content`` with what it was measured on and with; written to ``options.out``, if given, and returned."""
-    given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    result = {"environment": environment(device), "options": given, **content}
+    """``content`` with environment and options; written to ``options.out`` if set, and returned."""
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    result = {"environment": environment(device), "options": values, **content}
     if options.out:
         ResultsFile(options.out, result).write()
     return result
 
 
 def append_row(path: Path | None, row: dict[str, Any]) -> None:
-    """One more line of a file of JSON lines, if there is to be one."""
+    """Append a line to a JSON lines file, if ``path`` is set."""
     if path is not None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -129,16 +129,16 @@ def version_of(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Commit of the checkout, ``-dirty`` when files differ from it; None in a copy without git or its history."""
+    """The checkout's commit, with ``-dirty`` if files differ from it; None without git or its history."""
     if shutil.which("git") is None:
         return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
 
 
 def source_digest() -> str:
-    """SHA-256 over the Python sources of both packages: names the code where there is no git."""
+    """SHA-256 over the Python sources of both packages: identifies the code without git."""
     state = hashlib.sha256()
     for folder in ("sa3dist", "kernels"):
         for path in sorted((ROOT / folder).rglob("*.py")):

@@ -1,7 +1,7 @@
-"""What bench_step compares: our trainer, one that trains as the reference does, and the frozen model without adapters.
+"""The sides that bench_step compares: our trainer, training by the reference's method, and the frozen model.
 
-All three run the same network code on the same weights and batch, under the same autocast. Our trainer and the frozen
-model also run compiled and as CUDA graphs where a long run would choose to; the reference does neither.
+All run the same network code on the same weights and batch, under the same autocast. Our trainer and the frozen model
+also run compiled and as CUDA graphs where a long run would; the reference does neither.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from sa3dist import adapters, flow
 from sa3dist.adapters import layers
-from sa3dist.adapters.formed import Formed, keep_formed
+from sa3dist.adapters.formed import Formed, use_formed_weights
 from sa3dist.data.batches.micro_batch import without_common_padding
 from sa3dist.model.base import Base
 from sa3dist.model.compiled import compile_blocks, compile_elementwise, wants_compile
@@ -36,22 +36,22 @@ from sa3dist.training.cuda_graphs import wants_graphs
 from sa3dist.training.graph_recorder import Recorder
 from sa3dist.training.shape_ladder import rung
 
-# The released shapes, and the demo's narrow ones, which take milliseconds on any machine.
+# The released shapes, and narrow ones that take milliseconds on any machine.
 TINY = {"tiny-medium": "medium", "tiny-small": "small"}
 SHAPES = (*RELEASED, *TINY)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# AdamW takes as long at any rate; at this one all steps of all sides are taken at the same point.
+# So small that all steps of all sides see the same weights; AdamW's time does not depend on it.
 LEARNING_RATE, WEIGHT_DECAY = 1e-9, 0.01
 ADAPTER_PRODUCTS = "auto"
-# What "auto" is asked for: a run long enough for everything.
+# The run length that "auto" settings assume: long enough for everything.
 STEPS = 1000
-# Where the frozen model's backward pass ends; every layer of the adapted one lies on a path to them.
-# Not the clean latents: with nothing given, as here, they do not enter the network.
+# Inputs that get gradients in the frozen model, so that its backward pass covers every layer that is adapted. Not the
+# clean latents, which do not enter the network without given context.
 INPUTS = ("noised", "t", "prompt", "seconds")
 
 
 def make_base(shape: str, depth: int | None, device: torch.device, dtype: torch.dtype) -> Base:
-    """A base with random weights: a released shape or a tiny one; ``depth`` None is the released number of blocks."""
+    """A base with random weights, of a released or tiny shape; ``depth`` None: the released number of blocks."""
     if shape not in TINY:
         return random_base(shape, depth=depth, device=device, dtype=dtype, seed=1)
     config = parse_model_config(tiny_config(TINY[shape], depth or 2), shape)
@@ -59,7 +59,7 @@ def make_base(shape: str, depth: int | None, device: torch.device, dtype: torch.
 
 
 def attach(base: Base, adapter_type: str, rank: int) -> None:
-    """Attach an adapter and move it off its initial values; equal for equal arguments."""
+    """Attach an adapter and move it off its initial values; deterministic."""
     with cheap_bases():
         adapters.attach_adapter(base, adapter_type=adapter_type, rank=rank, seed=1)
     generator = torch.Generator().manual_seed(2)
@@ -71,7 +71,7 @@ def attach(base: Base, adapter_type: str, rank: int) -> None:
 
 @contextlib.contextmanager
 def cheap_bases() -> Iterator[None]:
-    """Random orthonormal bases for -xs types: a step costs the same, and attaching takes seconds, not half an hour."""
+    """Use random orthonormal bases for -xs types: attaching takes seconds instead of half an hour."""
     exact = layers.singular_bases
     layers.singular_bases = orthonormal_bases
     try:
@@ -87,10 +87,10 @@ def orthonormal_bases(weight_OI: torch.Tensor, rank: int) -> tuple[torch.Tensor,
 
 
 class Materialised(nn.Module):
-    """W' formed anew at every use of the weight and returned in the base's dtype, with autograd through all of it.
+    """Parametrisation that computes W' at every use of the weight, differentiable, in the base's dtype.
 
-    In the adapter's float32 where norms are taken; lora and -xs types work in the base's dtype, as the reference's
-    training does (spec/adapters.md 1.3).
+    As in the reference's training, types with norms compute in float32, lora and -xs types in the base's dtype
+    (spec/adapters.md 1.3).
     """
 
     def __init__(self, layer: layers.AdaptedLayer) -> None:
@@ -109,41 +109,41 @@ class Materialised(nn.Module):
 
 
 def materialise(base: Base) -> dict[str, nn.Parameter]:
-    """Replace the factored layers by parametrised ones of equal value, and recompute every block in the backward pass.
+    """Replace adapted layers by parametrised ones of equal value, and recompute all blocks in the backward pass.
 
-    Returns the trained parameters by the names ``adapter_parameters`` gave them.
+    Returns the trained parameters by their names in ``adapter_parameters``.
     """
     trained: dict[str, nn.Parameter] = {}
     adapted = adapters.adapted_layers(base)
     adapters.detach_adapter(base)
     for name, layer in adapted.items():
-        made = Materialised(layer)
-        parametrize.register_parametrization(layer.original, "weight", made, unsafe=True)
-        trained |= {f"{name}.{adapters.attach.SLOT}.{key}": value for key, value in made.trained.items()}
+        parametrisation = Materialised(layer)
+        parametrize.register_parametrization(layer.original, "weight", parametrisation, unsafe=True)
+        trained |= {f"{name}.{adapters.attach.SLOT}.{key}": value for key, value in parametrisation.trained.items()}
     base.gradient_checkpointing = True
     return trained
 
 
 class Side:
-    """One contestant: a base, what it trains, and the step it repeats on the batch given to ``use``."""
+    """One side: a base, its trained tensors, and a step on the batch set by ``use``."""
 
     def __init__(self, name: str, options, device: torch.device) -> None:
         """options: shape, depth, precision, adapter_type, rank, compile, cuda_graphs."""
-        # As our loop and loader do; the reference feeds its networks zeros, and every position of a prompt's padding.
-        self.evaluates_equals_once = name != "baseline"
+        # Our loader evaluates a prompt's padding once and omits zero context; the reference computes both in full.
+        self.skips_redundant = name != "baseline"
         self.device = device
         self.autocast = options.precision == "bf16"
         self.base = make_base(options.shape, options.depth, device, DTYPES[options.precision])
         attach(self.base, options.adapter_type, options.rank)
         self.trained: dict[str, nn.Parameter] = {}
         self.batch: dict[str, torch.Tensor] = {}
-        # The backward pass that is recorded, where it is another than autograd's own.
+        # The backward pass to capture, if it is not ``loss.backward()``.
         self.add_gradients: Callable[[torch.Tensor], None] | None = None
-        # W' of the adapted layers, where it is formed.
+        # Formed weights, if used.
         self.formed: Formed | None = None
         self.zero, self.update = MAKERS[name](self)
         self.graphs = "off" if name == "baseline" else options.cuda_graphs
-        # What the loop does for clips of any length where adapted weights are formed; the frozen model beside it too.
+        # Filled packing, as the loop uses with formed weights; for the frozen model too.
         formed = ADAPTER_PRODUCTS == "formed" or obstacle_to(device, DTYPES[options.precision]) is None
         self.filled = name != "baseline" and formed
         self.compiled = name != "baseline" and wants_compile(options.compile, device, STEPS)
@@ -151,24 +151,24 @@ class Side:
             compile_blocks(self.base.dit, "inductor")
         elif self.compiled:
             compile_elementwise(self.base.dit)
-        # Forward and backward as one graph, once ``record`` has been called.
+        # Replays forward and backward as one graph; set by ``record``.
         self.replay: Callable[[], tuple[torch.Tensor, ...]] | None = None
         self.recorder: Recorder | None = None
-        # By shape: the tensors a graph reads, and the graph. For one longest clip, as in a run.
+        # By shape: the tensors a graph reads, and its replay.
         self.recorded: dict[tuple, tuple[list[torch.Tensor], Callable]] = {}
 
     def use(self, clips: int, frames: int, longest: int | None = None) -> None:
-        """Train on another batch; the same sizes give the same values.
+        """Set the batch; equal sizes give equal values.
 
-        longest   frames of the longest clip of a run that this batch is one of; None: this one's
+        longest   frames of the run's longest clip; None: ``frames``
         """
         self.replay = None
         self.batch = make_batch(self.base, clips, frames)
         self.packing = None
         if self.filled:
             self._fill(clips, frames, longest or frames)
-        if self.evaluates_equals_once and not self.filled:
-            # Ahead of the step, as our loader does: asking for the longest prompt would stop the host.
+        if self.skips_redundant and not self.filled:
+            # Before the step, as in our loader: finding the longest prompt would sync with the device.
             cut = without_common_padding(self.batch["prompt"], self.batch["prompt_mask"])
             self.batch["prompt"], self.batch["prompt_mask"] = cut
         self.has_context = bool(self.batch["inpaint_mask"].any())
@@ -181,7 +181,7 @@ class Side:
                 target.copy_(value)
 
     def _tensors(self) -> list[torch.Tensor]:
-        """Everything a pass reads that differs between batches."""
+        """All tensors of a batch that a pass reads."""
         filled = [self.packing.table_5K, self.packing.start_S, self.keep] if self.filled else []
         return [*self.batch.values(), *filled]
 
@@ -199,9 +199,9 @@ class Side:
         self.keep = torch.arange(longest, device=self.device).expand(clips, longest) < frames
 
     def record(self) -> None:
-        """Replay this batch's forward and backward from here on, where a run would."""
+        """Capture this batch's forward and backward as a graph, if a run would, and replay it from now on."""
         if self.replay is None and wants_graphs(self.graphs, self.device, STEPS):
-            # One for all lengths: its graphs share their memory.
+            # One recorder for all lengths: its graphs share a memory pool.
             recorder = self.recorder = self.recorder or Recorder(self.device)
             passes = functools.partial(self.passes, self.add_gradients)
             recorder.warm_up(passes)
@@ -210,11 +210,11 @@ class Side:
                 self.replay = recorder.record(passes)
                 self.recorded[self._shape()] = self._tensors(), self.replay
             except RuntimeError as problem:
-                # As a run would: it goes on without, and the row says "graphed": false.
+                # Continue without, as a run would; the row says "graphed": false.
                 print(f"no CUDA graph: {problem}", file=sys.stderr)
 
     def step(self) -> torch.Tensor:
-        """Forward, loss, backward, and the optimiser's step where something is trained. Returns the loss."""
+        """Forward, loss, backward and, if something is trained, the optimiser's step. Returns the loss."""
         self.zero()
         (loss,) = self.replay() if self.replay else self.passes()
         self.update()
@@ -224,7 +224,7 @@ class Side:
         """Forward, loss, backward; the loss."""
         batch = self.batch
         context = {"inpaint_mask_B1T": batch["inpaint_mask"], "inpaint_latents_BDT": batch["latents"]}
-        if self.evaluates_equals_once and not self.has_context:
+        if self.skips_redundant and not self.has_context:
             context = {}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             velocity = self.base.velocity(
@@ -254,7 +254,7 @@ def _ours(side: Side) -> tuple[Callable, Callable]:
     products = types.SimpleNamespace(
         adapter_products=ADAPTER_PRODUCTS, mixed_precision="bf16" if side.autocast else "no"
     )
-    formed = keep_formed(side.base, flat, products, side.device)
+    formed = use_formed_weights(side.base, flat, products, side.device)
     if formed is None:
         return flat.zero, flat.optimizer.step
 
@@ -279,15 +279,15 @@ def _baseline(side: Side) -> tuple[Callable, Callable]:
 
 
 def _frozen(side: Side) -> tuple[Callable, Callable]:
-    """The base as it is, gradients to its inputs only."""
+    """The base without adapter, with gradients to its inputs."""
     if product_dtype(side.base.dtype, side.device) == side.base.dtype:
         adapters.detach_adapter(side.base)
     else:
-        # Plain layers would emulate their products on this CPU; strength 0 is the frozen layer without that handicap.
+        # On this CPU plain layers would emulate their products; adapted layers at strength 0 do not.
         adapters.set_strength(side.base, 0)
 
     def zero() -> None:
-        # In place: a graph writes to the gradients it was recorded with.
+        # In place: a graph writes to the tensors it was captured with.
         for value in side.batch.values():
             if value.grad is not None:
                 value.grad.zero_()
@@ -313,7 +313,7 @@ def make_batch(base: Base, clips: int, frames: int) -> dict[str, torch.Tensor]:
         "prompt": torch.randn(clips, tokens, width, generator=generator),
         "prompt_mask": torch.arange(tokens).expand(clips, tokens) < 20,
         "seconds": torch.full((clips,), 30.0),
-        # As in four of five training samples: nothing given.
+        # No given context, as in four of five training samples.
         "inpaint_mask": torch.zeros(clips, 1, frames),
     }
     return {name: value.to(base.device) for name, value in batch.items()}

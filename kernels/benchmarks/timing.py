@@ -1,4 +1,4 @@
-"""Medians of interleaved runs: what is compared runs in turn, so that a busy or warming machine slows all alike."""
+"""Medians of interleaved runs: variants run in turn, so that a busy or warming machine slows all alike."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-# More than the last-level cache of any device in use (H200: 60 MB), so that a timed call finds its operands in memory,
-# as a layer does inside a model whose weights do not fit the cache.
+# Larger than the last-level cache of any device in use (H200: 60 MB), so that timed calls read operands from memory, as
+# layers do in a model whose weights do not fit in the cache.
 FLUSH_BYTES = 256 << 20
 
 
@@ -23,9 +23,9 @@ def synchronise(device: torch.device) -> None:
 
 
 def milliseconds(run: Callable[[], Any], device: torch.device, flush: torch.Tensor | None = None) -> float:
-    """Time of one call: between two events of a CUDA device, by the wall clock elsewhere.
+    """Time of one call: by CUDA events, or by the wall clock on a CPU.
 
-    flush   device memory to overwrite first, outside the timed span
+    flush   device memory to overwrite first, untimed
     """
     if device.type != "cuda":
         begin = time.perf_counter()
@@ -44,9 +44,9 @@ def milliseconds(run: Callable[[], Any], device: torch.device, flush: torch.Tens
 def interleaved(
     variants: dict[str, Callable[[], Any]], rounds: int, device: torch.device, warm_up: int = 1, cold: bool = False
 ) -> dict[str, list[float]]:
-    """Milliseconds of every variant, ``rounds`` of each, measured in turn after ``warm_up`` rounds.
+    """Milliseconds of each variant, ``rounds`` times each, in turn, after ``warm_up`` rounds.
 
-    cold   overwrite the device's cache before every timed call
+    cold   overwrite the device's cache before each timed call
     """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if cold and device.type == "cuda" else None
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -64,24 +64,24 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
-    """Most memory of tensors while ``run`` runs, beyond what was held before."""
+    """Peak memory of tensors during ``run``, beyond what was allocated before."""
     if device.type != "cuda":
         return _host_peak_bytes(run)
     synchronise(device)
     torch.cuda.reset_peak_memory_stats(device)
-    held = torch.cuda.memory_allocated(device)
+    allocated = torch.cuda.memory_allocated(device)
     run()
     synchronise(device)
-    return torch.cuda.max_memory_allocated(device) - held
+    return torch.cuda.max_memory_allocated(device) - allocated
 
 
 def _host_peak_bytes(run: Callable[[], Any]) -> int:
-    """A CPU's allocator keeps no count, but tells the profiler of every allocation."""
+    """From the profiler's allocation events: the CPU allocator has no statistics."""
     with warnings.catch_warnings():
-        # Of a profiler that is started and stopped several times in a process.
+        # The profiler warns when started several times in a process.
         warnings.simplefilter("ignore", UserWarning)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
             run()
-    taken = [event for event in recording.profiler.kineto_results.events() if event.name() == "[memory]"]
-    taken.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate((event.nbytes() for event in taken), initial=0))
+    allocations = [event for event in recording.profiler.kineto_results.events() if event.name() == "[memory]"]
+    allocations.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in allocations), initial=0))

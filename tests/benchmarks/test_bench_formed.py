@@ -67,11 +67,11 @@ def test_rows_of_the_commonest_width_are_kept_and_every_row_has_one_program(name
     memory = torch.empty(product_elements(specs), dtype=torch.bfloat16, device="meta")
     tiles = default_tiles(16, torch.bfloat16)
     group = Group(specs, memory, tiles)
-    blocks = {"form_kept": tiles.form_kept.block_o, "form_rows": tiles.form_rows.block_o}
-    assert group.kept_fan == kept
+    blocks = {"form_resident": tiles.form_resident.block_o, "form_rows": tiles.form_rows.block_o}
+    assert group.resident_fan_in == kept
     programs = {block: len(group.programs[table]) for table, block in blocks.items() if table in group.programs}
     expected = dict.fromkeys(programs, 0)
     for spec in specs:
-        block = blocks["form_kept" if spec.fan_in == kept else "form_rows"]
+        block = blocks["form_resident" if spec.fan_in == kept else "form_rows"]
         expected[block] += -(-spec.fan_out // block)
     assert programs == expected

@@ -175,7 +175,7 @@ def test_tests_that_hang_are_ended_with_the_budget(tmp_path, monkeypatch, result
     slow.write_text("import time\ntime.sleep(99)\n")
     monkeypatch.setattr(check_tests, "gpu_files", lambda device: [slow])
     monkeypatch.setattr(check_tests, "PROCESSES", 0)
-    monkeypatch.setattr(check_tests, "SHORTEST", 1.0)
+    monkeypatch.setattr(check_tests, "MIN_SECONDS", 1.0)
     assert check_tests.run(results, results_file.Budget(7), CPU, tiny=False) is False
     # What the budget leaves after the end of pytest, and after what came before on a slow machine.
     assert results.content["exit_code"] in ("stopped after 2 s", "stopped after 1 s", "stopped after 0 s")
@@ -385,7 +385,7 @@ def test_a_part_killed_by_all_says_so_in_its_file_and_keeps_its_rows(tmp_path, m
     monkeypatch.setenv("OUT", str(tmp_path))
     there = types.SimpleNamespace(Popen=Hanging, TimeoutExpired=subprocess.TimeoutExpired)
     monkeypatch.setattr(gpu_check, "subprocess", there)
-    monkeypatch.setattr(gpu_check, "end_family", lambda process: None)
+    monkeypatch.setattr(gpu_check, "kill_tree", lambda process: None)
     assert gpu_check.run_all(types.SimpleNamespace(device="cpu", tiny=True), results_file.Budget(900)) == 1
     for part in gpu_check.PARTS:
         content = json.loads((tmp_path / f"gpu_{part}.json").read_text())
@@ -401,7 +401,7 @@ def test_a_part_that_hangs_is_killed_with_what_it_has_started(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", code, inner], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     members = psutil.Process(process.pid).children(recursive=True)
-    gpu_check.end_family(process)
+    gpu_check.kill_tree(process)
     assert process.returncode == -9
     gone, alive = psutil.wait_procs(members, timeout=30)
     assert (len(gone), alive) == (1, [])
