@@ -161,7 +161,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--compile", choices=("auto", "on", "off"), default="auto", help="as the setting, in a long run"
     )
-    parser.add_argument("--cuda-graphs", choices=("auto", "on", "off"), default="auto", help="likewise")
+    parser.add_argument(
+        "--cuda-graphs", choices=("auto", "on", "off"), default="auto", help="as the setting, in a long run"
+    )
     parser.add_argument("--from-audio", action="store_true", help="time what the reference encodes in every step too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--skip-memory", action="store_true", help="on a CPU: leave out the fresh process per side")

@@ -186,15 +186,15 @@ def measure_in_full(group: Group, results: ResultsFile, budget: Budget, device: 
     # The first step allocates AdamW's moments.
     ours.step()
     per_use = per_use_bytes(ours, before, device)
-    held = allocated(device) - before
+    held_bytes = allocated(device) - before
     sides |= {name: Side(name, options, device) for name in MAKERS if name != "ours"}
     setup_seconds = time.monotonic() - begin
     for frames in group.frames:
         options.frames = frames
         row = compare(options, sides, device)
-        row |= {"ours_held_bytes": held, "setup_seconds": setup_seconds}
+        row |= {"ours_held_bytes": held_bytes, "setup_seconds": setup_seconds}
         step_bytes = row["ours_step_bytes"]
-        row["total_bytes"] = None if step_bytes is None else held + step_bytes
+        row["total_bytes"] = None if step_bytes is None else held_bytes + step_bytes
         row["profile"] = profiled(ours)
         row["named_share"] = row["profile"]["named_share"]
         row["frozen_profile"] = profiled(sides["frozen"])
@@ -205,7 +205,7 @@ def measure_in_full(group: Group, results: ResultsFile, budget: Budget, device: 
         ours.base.gradient_checkpointing = True
         recomputing = peak_bytes(ours.step, device)
         ours.base.gradient_checkpointing = False
-        row["recomputing_total_bytes"] = None if recomputing is None else held + recomputing
+        row["recomputing_total_bytes"] = None if recomputing is None else held_bytes + recomputing
         row["per_use_total_bytes"] = per_use if frames == group.frames[0] else None
         results.add(**row)
         print(line(row), flush=True)
@@ -266,12 +266,12 @@ def measure_type(group: Group, results: ResultsFile, budget: Budget, device: tor
     options = options_of(group, tiny)
     begin, before = time.monotonic(), allocated(device)
     side = Side("ours", options, device)
-    held, setup_seconds = None, time.monotonic() - begin
+    held_bytes, setup_seconds = None, time.monotonic() - begin
     for frames in group.frames:
         options.frames = frames
         side.use(options.batch, frames)
         loss = side.step().item()
-        held = held or allocated(device) - before
+        held_bytes = held_bytes or allocated(device) - before
         step_bytes = peak_bytes(side.step, device)
         side.record()
         span = summary(interleaved({"ours": side.step}, options.repeats, device, warm_up=1)["ours"])
@@ -292,7 +292,7 @@ def measure_type(group: Group, results: ResultsFile, budget: Budget, device: tor
             "over_frozen": frozen and round(span["median"] / frozen, 3),
             "counted_kernels": counted_kernels(group.shape, group.adapter_type, frames),
             "ours_loss": loss,
-            "total_bytes": None if step_bytes is None else held + step_bytes,
+            "total_bytes": None if step_bytes is None else held_bytes + step_bytes,
             "setup_seconds": setup_seconds,
         }
         results.add(**row)

@@ -254,7 +254,7 @@ def counted_step(name: str, adapter_type: str, frames: tuple[int, ...] = FRAMES,
             parts = {part: counter.of(call) for part, call in (("begin", side.zero), ("passes", passes))}
             parts["end"] = counter.of(side.update)
             if counter.programs != programs:
-                raise RuntimeError("a step compiled anew while it was counted")
+                raise RuntimeError("a step compiled again while it was counted")
             counts.append(row_of(parts, length, depth) | {"adapted_layers": adapted})
     torch._dynamo.reset()
     return counts

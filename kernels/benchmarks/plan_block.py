@@ -112,14 +112,14 @@ def saved_bytes(graph: torch.fx.GraphModule) -> int:
 
 def on_device(graph: torch.fx.GraphModule) -> list:
     """Change the graph to work on the fake device; returns its inputs there."""
-    places = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    mode = next(node.meta["val"].fake_mode for node in places if isinstance(node.meta["val"], torch.Tensor))
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    mode = next(node.meta["val"].fake_mode for node in placeholders if isinstance(node.meta["val"], torch.Tensor))
     with mode:
         inputs = [
             torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="cuda:0")
             if isinstance(value := node.meta["val"], torch.Tensor)
             else value
-            for node in places
+            for node in placeholders
         ]
     for node in graph.graph.nodes:
         if "device" in node.kwargs:

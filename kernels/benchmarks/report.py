@@ -16,21 +16,24 @@ RESULTS = Path(__file__).parent / "results"
 # Files without a table.
 OTHERS = """## Other files
 
-`gpu_run.json` is a run through the command line on one H100, killed and continued; `gpu_tests.json` the tests marked
-`gpu` on an H200.
-`gpu_formed_tiles.json` has FORM and FINISH of all layers of the medium model with other tiles (`bench_formed.py
---sweep`); `gpu_attention.jsonl` calls of attention, forward and backward, 2 x 24 heads of 64 (`bench_attention.py`; its
-filled cases took flash attention, which training no longer does); `gpu_padded_attention.jsonl` the same of cuDNN with a
-padding mask, of cuDNN with the filling's keys as zeros, and of a pair as one call or two; `gpu_ranks.json` two
-processes on one card against one.
-`small_adapters_cpu.json` is what formats keep of small updates (`bench_small_adapters.py`; see docs/gpu-step.md).
+* `gpu_run.json`: a run through the command line on one H100, killed and continued
+* `gpu_tests.json`: the tests marked `gpu`, on an H200
+* `gpu_formed_tiles.json`: FORM and FINISH of all layers of the medium model with other tiles (`bench_formed.py
+  --sweep`)
+* `gpu_attention.jsonl`: calls of attention, forward and backward, 2 x 24 heads of 64 (`bench_attention.py`). Its filled
+  cases used flash attention, which training no longer does
+* `gpu_padded_attention.jsonl`: the same for cuDNN with a padding mask, for cuDNN with the filling's keys as zeros, and
+  for a pair as one call or two
+* `gpu_ranks.json`: two processes on one card against one
+* `small_adapters_cpu.json`: how much of small updates survives rounding (`bench_small_adapters.py`; see
+  docs/gpu-step.md)
 
 ## Before
 
-`before/` is what one H100 showed of the trainer at commit bdca748, before adapted weights were formed once a step:
-`gpu_step_before.json` (a step of 30 s), `gpu_ops_before.json` (single layers: launching one takes 2 to 4 ms, its
-arithmetic 0.02 to 0.2), and `gpu_prototype.jsonl` (the frozen model, and a prototype that forms the weights, at 30 and
-380 s). `sa3dist plan` does not read them.
+`before/` has measurements of the trainer on one H100 at commit bdca748, before weights were formed once per step:
+`gpu_step_before.json` (a step at 30 s), `gpu_ops_before.json` (single layers: a launch takes 2 to 4 ms, the arithmetic
+0.02 to 0.2), and `gpu_prototype.jsonl` (the frozen model and a prototype that forms weights, at 30 and 380 s).
+`sa3dist plan` does not read them.
 """
 
 
@@ -228,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     directory = parser.parse_args(arguments).results
-    text = ["# Measurements", "", "Made by `python kernels/benchmarks/report.py` from the files beside this one.", ""]
+    text = ["# Measurements", "", "Made by `python kernels/benchmarks/report.py` from the files in this folder.", ""]
     for title, prefix, case, columns in TABLES:
         if rows := newest(read(directory, prefix), case):
             text.append(markdown(title, columns, rows))

@@ -61,8 +61,8 @@ def form_right_kernel(
     cols_ok = cols < I
     rank = tl.arange(0, RANK_STEP)
     part = right_tile(floats + field(layers, layer, RIGHT, ALIGN_T), cols, cols_ok, 0, I, R, RANK_STEP)
-    place = product + field(layers, layer, RIGHT_OUT, 16) + rank[:, None].to(tl.int64) * I + cols[None, :]
-    tl.store(place, part.to(product.dtype.element_ty), mask=(rank < R)[:, None] & cols_ok[None, :])
+    pointers = product + field(layers, layer, RIGHT_OUT, 16) + rank[:, None].to(tl.int64) * I + cols[None, :]
+    tl.store(pointers, part.to(product.dtype.element_ty), mask=(rank < R)[:, None] & cols_ok[None, :])
 
 
 @triton.jit

@@ -81,8 +81,8 @@ def common_arguments(x_KSHD: torch.Tensor, norm: HeadNorm) -> dict:
 def qkv_gradient_reference(grads_KPHD, x_KSHD, norm: HeadNorm, is_clips_K: torch.Tensor) -> torch.Tensor:
     """``qkv_gradient`` in torch."""
     wide = torch.promote_types(x_KSHD.dtype, torch.float32)
-    kept = is_clips_K[:, None, None, None]
-    grad_q, grad_k, grad_v = (torch.where(kept, grad, grad.new_zeros(())).to(wide) for grad in grads_KPHD)
+    valid = is_clips_K[:, None, None, None]
+    grad_q, grad_k, grad_v = (torch.where(valid, grad, grad.new_zeros(())).to(wide) for grad in grads_KPHD)
     cos, sin = (table[:, None, None].to(wide) for table in (norm.cos_KD, norm.sin_KD))
     out_KSHD = torch.empty_like(x_KSHD)
     for part, grad, gamma in ((0, grad_q, norm.gamma_q_D), (1, grad_k, norm.gamma_k_D)):
@@ -116,13 +116,13 @@ def _qkv_gradient_kernel(
     d = tl.arange(0, BLOCK_D)[None, None, :]
     part = tl.program_id(2)
     inside = (k < K) & (h < H) & (d < D)
-    kept = inside & (tl.load(is_clips + k, mask=k < K, other=0) != 0)
+    valid = inside & (tl.load(is_clips + k, mask=k < K, other=0) != 0)
     offsets = ((k * (2 * P + 1) + part) * H + h) * D + d
     if part == 2:
         # Values: the sum over the members.
         result = tl.zeros((BLOCK_K, BLOCK_H, BLOCK_D), tl.float32)
         for member in tl.static_range(P):
-            value = tl.load(grad_v + k * v_k + member * v_p + h * v_h + d, mask=kept, other=0.0).to(tl.float32)
+            value = tl.load(grad_v + k * v_k + member * v_p + h * v_h + d, mask=valid, other=0.0).to(tl.float32)
             result += value * (1 - 2 * member)
     else:
         # Queries or keys of one member.
@@ -136,10 +136,10 @@ def _qkv_gradient_kernel(
         cosine = tl.load(cos + k * D + d, mask=in_tables, other=0.0)
         sine = tl.load(sin + k * D + swapped, mask=in_tables, other=0.0)
         gamma = tl.load(gammas + d, mask=d < D, other=0.0).to(tl.float32)
-        grad = tl.load(rows + d, mask=kept, other=0.0).to(tl.float32)
+        grad = tl.load(rows + d, mask=valid, other=0.0).to(tl.float32)
         # A second load, from the L1 cache, is cheaper than exchanging values between threads.
-        grad_swapped = tl.load(rows + swapped, mask=kept, other=0.0).to(tl.float32)
-        values = tl.load(x + offsets, mask=kept, other=0.0).to(tl.float32)
+        grad_swapped = tl.load(rows + swapped, mask=valid, other=0.0).to(tl.float32)
+        values = tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32)
         normed_grad = (grad * cosine + grad_swapped * sine) * gamma
         scale = tl.rsqrt(tl.sum(values * values, axis=2, keep_dims=True) / D + eps)
         along = tl.sum(normed_grad * values, axis=2, keep_dims=True) / D * scale * scale

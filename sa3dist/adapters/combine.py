@@ -41,10 +41,10 @@ def _concatenate(files: Weighted) -> tuple[AdapterConfig, dict[str, torch.Tensor
     scales = [weight * file.config.alpha / file.config.rank for file, weight in files]
     # A common positive scale stays in alpha, so that the factors are the files' values.
     common = scales[0] if scales[0] > 0 and len(set(scales)) == 1 else 1.0
-    held = [file.layers() for file, _ in files]
+    layers_by_file = [file.layers() for file, _ in files]
     tensors = {}
-    for name in dict.fromkeys(name for layers in held for name in layers):
-        fans = {(own[name]["lora_B"].shape[0], own[name]["lora_A"].shape[1]) for own in held if name in own}
+    for name in dict.fromkeys(name for layers in layers_by_file for name in layers):
+        fans = {(own[name]["lora_B"].shape[0], own[name]["lora_A"].shape[1]) for own in layers_by_file if name in own}
         if len(fans) > 1:
             raise CheckpointError(f"merge: {name} has different shapes in the files: {sorted(fans)}; one base for all")
         fan_out, fan_in = fans.pop()
@@ -54,7 +54,7 @@ def _concatenate(files: Weighted) -> tuple[AdapterConfig, dict[str, torch.Tensor
                 f"{min(fan_out, fan_in)}; approximate with --base MODEL --svd RANK"
             )
         ups, downs = [], []
-        for (file, _), scale, own in zip(files, scales, held, strict=True):
+        for (file, _), scale, own in zip(files, scales, layers_by_file, strict=True):
             # Zeros for a file that does not cover this layer.
             size = file.config.rank
             zeros = {"lora_B": torch.zeros(fan_out, size), "lora_A": torch.zeros(size, fan_in)}
@@ -63,21 +63,21 @@ def _concatenate(files: Weighted) -> tuple[AdapterConfig, dict[str, torch.Tensor
             downs.append(trained["lora_A"].float())
         tensors[f"{name}.{SLOT}.lora_A"] = torch.cat(downs)
         tensors[f"{name}.{SLOT}.lora_B"] = torch.cat(ups, dim=1)
-    return AdapterConfig(rank, common * rank, "lora", *_patterns(files, held)), tensors
+    return AdapterConfig(rank, common * rank, "lora", *_patterns(files, layers_by_file)), tensors
 
 
 def _add_cores(files: Weighted) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
     rank = max(file.config.rank for file, _ in files)
-    held = [file.layers() for file, _ in files]
+    layers_by_file = [file.layers() for file, _ in files]
     tensors = {}
-    for name in dict.fromkeys(name for layers in held for name in layers):
+    for name in dict.fromkeys(name for layers in layers_by_file for name in layers):
         total = torch.zeros(rank, rank)
-        for (file, weight), own in zip(files, held, strict=True):
+        for (file, weight), own in zip(files, layers_by_file, strict=True):
             if name in own:
                 size = file.config.rank
                 total[:size, :size] += weight * file.config.alpha / size * own[name]["M_xs"].float()
         tensors[f"{name}.{SLOT}.M_xs"] = total
-    return AdapterConfig(rank, rank, "lora-xs", *_patterns(files, held)), tensors
+    return AdapterConfig(rank, rank, "lora-xs", *_patterns(files, layers_by_file)), tensors
 
 
 def approximate(
@@ -118,10 +118,10 @@ def merged_weight(adapters: Sequence[tuple[AdapterOnDisk, float]], name: str) ->
     return total
 
 
-def _patterns(files: Weighted, held: Sequence[Iterable[str]]) -> tuple[list[str] | None, list[str] | None]:
+def _patterns(files: Weighted, layers_by_file: Sequence[Iterable[str]]) -> tuple[list[str] | None, list[str] | None]:
     """include and exclude lists that select exactly these layers: the files' own if equal, else full names."""
     own = {(file.config.include, file.config.exclude) for file, _ in files}
     if len(own) == 1:
         include, exclude = own.pop()
         return None if include is None else list(include), None if exclude is None else list(exclude)
-    return sorted({name for layers in held for name in layers}), None
+    return sorted({name for layers in layers_by_file for name in layers}), None

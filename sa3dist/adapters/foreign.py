@@ -89,9 +89,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]
     values = inner if isinstance(inner, Mapping) else content if isinstance(content, Mapping) else {}
     tensors = {key: value for key, value in values.items() if isinstance(key, str) and torch.is_tensor(value)}
     if not any(f".{SLOT}." in key or split_key(key)[1] for key in tensors):
-        held = ", ".join(map(str, list(values)[:3])) or type(content).__name__
+        content_names = ", ".join(map(str, list(values)[:3])) or type(content).__name__
         raise CheckpointError(
-            f"{path}: is a PyTorch checkpoint without adapter tensors ({held}), expected an adapter file"
+            f"{path}: is a PyTorch checkpoint without adapter tensors ({content_names}), expected an adapter file"
         )
     config = content.get("lora_config")
     return tensors, {"lora_config": json.dumps(config)} if isinstance(config, Mapping) else {}

@@ -113,7 +113,7 @@ def _load(folder: Path, module: nn.Module) -> tuple[nn.Module, set[str]]:
             result = model.load_adapter(str(folder), "default", ignore_mismatched_sizes=True)
     except (ValueError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{folder}: PEFT refuses it ({reason}); export the adapter anew") from error
+        raise CheckpointError(f"{folder}: PEFT refuses it ({reason}); export the adapter again") from error
     keys = [key.replace(".default", "") for key in (*result.missing_keys, *result.unexpected_keys)]
     return model.base_model.model, {split_key(key)[0] for key in keys}
 
@@ -123,5 +123,5 @@ def _merged_by_peft(module: nn.Module, target: str, name: str, weight: torch.Ten
     own, fan_in, of_port = layer.get_base_layer(), weight.shape[1], target != name
     empty, own.weight = own.weight, nn.Parameter(reordered(name, weight, fan_in) if of_port else weight)
     layer.merge()
-    made, own.weight = own.weight.detach(), empty
-    return reordered(name, made, fan_in, back=True) if of_port else made
+    merged, own.weight = own.weight.detach(), empty
+    return reordered(name, merged, fan_in, back=True) if of_port else merged

@@ -74,7 +74,7 @@ def is_foreign(tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def read_peft_config(path: Path) -> dict | None:
-    """The adapter_config.json beside a file of weights; None where there is none. Raises CheckpointError."""
+    """The adapter_config.json next to a file of weights; None if there is none. Raises CheckpointError."""
     path = path.parent / PEFT_CONFIG
     if not os.path.isfile(path):
         return None
@@ -105,17 +105,17 @@ def to_native(
             if not tensor:
                 raise CheckpointError(f"{path}: {key} {_not_read(key)}")
             grouped.setdefault(name, {})[tensor] = key, value
-        for name, found in grouped.items():
-            key = next(iter(found.values()))[0]
+        for name, parts in grouped.items():
+            key = next(iter(parts.values()))[0]
             if name.startswith(PEFT_PREFIX) and peft is None:
-                raise CheckpointError(f"{path}: {key} is PEFT's, but {PEFT_CONFIG} is not beside it; put it there")
+                raise CheckpointError(f"{path}: {key} is PEFT's, but {PEFT_CONFIG} is not next to it; put it there")
             ours = native_name(name)
             if ours is None or ours in layers:
                 raise CheckpointError(
                     f"{path}: {key} is of {'a layer that is there already' if ours else 'no layer of Stable Audio 3'}; "
                     f"is this another model's adapter?"
                 )
-            layers[ours] = _read_layer(path, ours, name, found, peft)
+            layers[ours] = _read_layer(path, ours, name, parts, peft)
     kinds = {layer.kind: name for name, layer in layers.items()}
     if len(kinds) > 1:
         differ = " but ".join(f"{name} is {kind}" for kind, name in kinds.items())
@@ -142,18 +142,18 @@ def _of_one_rank(layers: Mapping[str, _Layer]) -> tuple[AdapterConfig, dict[str,
     return AdapterConfig(rank, int(alpha) if alpha == int(alpha) else alpha, kind, tuple(layers)), tensors
 
 
-def _read_layer(path: Path, ours: str, name: str, found: Mapping[str, tuple[str, torch.Tensor]], peft) -> _Layer:
+def _read_layer(path: Path, ours: str, name: str, parts: Mapping[str, tuple[str, torch.Tensor]], peft) -> _Layer:
     for part in ("up", "down"):
-        if part not in found:
-            only = next(iter(found.values()))[0]
-            raise CheckpointError(f"{path}: there is {only}, but no lora_{part} of that layer; copy the file anew")
-    (up_key, up), (down_key, down) = found["up"], found["down"]
-    alpha_key, alpha = found.get("alpha", ("", torch.ones(1)))
+        if part not in parts:
+            only = next(iter(parts.values()))[0]
+            raise CheckpointError(f"{path}: there is {only}, but no lora_{part} of that layer; copy the file again")
+    (up_key, up), (down_key, down) = parts["up"], parts["down"]
+    alpha_key, alpha = parts.get("alpha", ("", torch.ones(1)))
     if min(up.ndim, down.ndim) < 2 or up.shape[1] != down.shape[0] or alpha.numel() != 1:
         shapes = (
             f"{up_key} is {list(up.shape)}, {down_key} {list(down.shape)}, {alpha_key or 'alpha'} {list(alpha.shape)}"
         )
-        raise CheckpointError(f"{path}: {shapes}; expected (out, rank), (rank, in) and one number; copy the file anew")
+        raise CheckpointError(f"{path}: {shapes}; expected (out, rank), (rank, in) and one number; copy the file again")
     up_OR, down_RI = up.flatten(1), down.flatten(1)
     of_port = ours != name and "transformer_blocks" in name
 
@@ -161,22 +161,22 @@ def _read_layer(path: Path, ours: str, name: str, found: Mapping[str, tuple[str,
         return reordered(ours, value, down_RI.shape[1], back=True) if of_port else value
 
     kind, magnitude = "lora", None
-    if "magnitude" in found:
-        kind, magnitude = "dora-rows", rows(found["magnitude"][1].reshape(-1))
-    elif "dora_scale" in found:
-        key, scale = found["dora_scale"]
+    if "magnitude" in parts:
+        kind, magnitude = "dora-rows", rows(parts["magnitude"][1].reshape(-1))
+    elif "dora_scale" in parts:
+        key, scale = parts["dora_scale"]
         if scale.shape[0] != 1:
             raise CheckpointError(
                 f"{path}: {key} is of rows, which ComfyUI divides by the norms of the base and others by those of the "
                 f"sum; the file does not say which, so give the adapter as its trainer wrote it"
             )
         kind, magnitude = "dora-cols", scale.reshape(-1)
-    return _Layer(rows(up_OR), down_RI, _scale(name, down_RI.shape[0], found, peft), kind, magnitude)
+    return _Layer(rows(up_OR), down_RI, _scale(name, down_RI.shape[0], parts, peft), kind, magnitude)
 
 
-def _scale(name: str, rank: int, found: Mapping[str, tuple[str, torch.Tensor]], peft: Mapping | None) -> float:
+def _scale(name: str, rank: int, parts: Mapping[str, tuple[str, torch.Tensor]], peft: Mapping | None) -> float:
     if peft is None:
-        return float(found["alpha"][1]) / rank if "alpha" in found else 1.0
+        return float(parts["alpha"][1]) / rank if "alpha" in parts else 1.0
     module = name.removeprefix(PEFT_PREFIX)
     patterns = peft.get("alpha_pattern") or {}
     alpha = next(

@@ -266,14 +266,11 @@ class Base(nn.Module):
     ) -> Tensor:
         """Velocity (noise - data) of noisy latents, (B, D, T), float32; gradients reach adapters only.
 
-        x_BDT                noisy latents
-        t_B                  0 data .. 1 noise
-        prompt_embeds_BLC    from ``encode_prompts``; padding is filled in again
-        prompt_mask_BL       True = a token of the prompt
+        x_BDT, t_B           noisy latents and their time, 0 data .. 1 noise
+        prompt_embeds_BLC, prompt_mask_BL   from ``encode_prompts``; padding is filled in again
         seconds_total_B      seconds of the whole item
         padding_mask_BT      True = valid; other frames are not attended to
-        inpaint_mask_B1T     1 = given context
-        inpaint_latents_BDT  clean latents; masked here
+        inpaint_mask_B1T, inpaint_latents_BDT   1 = given context; clean latents, which are masked here
         drop_cross_B         True = no prompt and no seconds token for this clip (guidance dropout)
         prompt_length        length of the whole prompt if fewer positions are passed: the last one, padding in every
                              clip, stands for the missing ones, and its projections are computed once

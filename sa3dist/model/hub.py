@@ -51,13 +51,13 @@ def hub_folder(repo_id: str, subfolder: str | None, needed: tuple[str, ...], loc
     if local_only:
         raise CheckpointError(f"{repo_id}: not in the local cache")
     try:
-        found = folder()
+        downloaded = folder()
     except Exception as error:
         raise CheckpointError(explain(error, repo_id, subfolder or "files", "text_encoder=/path/to/t5gemma")) from error
-    missing = [name for name in needed if not (found / name).is_file()]
+    missing = [name for name in needed if not (downloaded / name).is_file()]
     if missing:
-        raise CheckpointError(f"{found}: no {missing[0]} in {repo_id}; pass text_encoder=/path/to/t5gemma")
-    return found
+        raise CheckpointError(f"{downloaded}: no {missing[0]} in {repo_id}; pass text_encoder=/path/to/t5gemma")
+    return downloaded
 
 
 def explain(error: Exception, repo_id: str, what: str, otherwise: str) -> str:

@@ -108,11 +108,11 @@ class _Section:
                 expected = getattr(fields[key], "__name__", str(fields[key]))
                 raise CheckpointError(f"{self.source}: {self.name(key)} is {value!r}, expected {expected}")
         for key, (absent, *supported) in options.items():
-            found = self.value.get(key, absent)
-            if found not in supported:
+            value = self.value.get(key, absent)
+            if value not in supported:
                 choices = " or ".join(map(repr, supported))
-                said = repr(found) if key in self.value else f"absent, which means {found!r}"
-                raise CheckpointError(f"{self.source}: {self.name(key)} is {said}; only {choices} is supported")
+                actual = repr(value) if key in self.value else f"absent, which means {value!r}"
+                raise CheckpointError(f"{self.source}: {self.name(key)} is {actual}; only {choices} is supported")
         return cls(**known, **parsed)
 
     def refuse(self, key: str, reason: str):
@@ -198,22 +198,23 @@ def _check_conditioning_ids(diffusion: _Section, dit: DiTConfig) -> None:
     elif dit.local_add_cond_dim != dit.io_channels + 1:
         diffusion.refuse("config.local_add_cond_dim", f"is {dit.local_add_cond_dim}, expected {dit.io_channels + 1}")
     for key, ids in expected.items():
-        found = diffusion.value.get(key, [])
-        if found != ids:
-            diffusion.refuse(key, f"{found} is not supported, only {ids}")
+        actual = diffusion.value.get(key, [])
+        if actual != ids:
+            diffusion.refuse(key, f"{actual} is not supported, only {ids}")
 
 
 def _parse_conditioning(section: _Section) -> tuple[int, PromptConfig, NumberConfig]:
     cond_dim = section.number("cond_dim")
-    found = {}
+    conditioners = {}
     for position, item in enumerate(section.required("configs")):
         entry = _Section(item, section.source, section.name(f"configs[{position}]"))
-        found[entry.required("id")] = (entry.required("type"), entry)
-    if {key: kind for key, (kind, _) in found.items()} != {"prompt": "t5gemma", "seconds_total": "number"}:
-        kinds = ", ".join(f"{key}: {kind}" for key, (kind, _) in found.items())
+        conditioners[entry.required("id")] = (entry.required("type"), entry)
+    if {key: kind for key, (kind, _) in conditioners.items()} != {"prompt": "t5gemma", "seconds_total": "number"}:
+        kinds = ", ".join(f"{key}: {kind}" for key, (kind, _) in conditioners.items())
         section.refuse("configs", f"found {kinds or 'none'}; expected prompt: t5gemma, seconds_total: number")
-    prompt = found["prompt"][1].child("config").read(PromptConfig, _PROMPT_OPTIONS)
-    return cond_dim, prompt, found["seconds_total"][1].child("config").read(NumberConfig, _NUMBER_OPTIONS)
+    prompt = conditioners["prompt"][1].child("config").read(PromptConfig, _PROMPT_OPTIONS)
+    seconds_total = conditioners["seconds_total"][1].child("config").read(NumberConfig, _NUMBER_OPTIONS)
+    return cond_dim, prompt, seconds_total
 
 
 def _parse_autoencoder(section: _Section, chunked: bool) -> AutoencoderConfig:

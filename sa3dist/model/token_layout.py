@@ -104,8 +104,8 @@ class Packed(Layout):
         # Rotary positions are those of the padded clip. All tensors are built on the indices' device, without a sync.
         device, clips = packing.frame_F.device, len(self.spans)
         front = torch.arange(memory, device=device)
-        places = (packing.frame_F % packing.frames + memory).split(packing.lengths)
-        self.positions = torch.cat([piece for places_of_clip in places for piece in (front, places_of_clip)])
+        frame_positions = (packing.frame_F % packing.frames + memory).split(packing.lengths)
+        self.positions = torch.cat([piece for of_clip in frame_positions for piece in (front, of_clip)])
         self.clip_K = torch.cat([torch.full((count,), clip, device=device) for clip, count in enumerate(self.spans)])
         self.start_B1 = torch.searchsorted(self.clip_K, torch.arange(clips + 1, device=device), out_int32=True)
         # Which clip owns a token. A product with it sums over clips' tokens in a fixed order, without atomics.
@@ -196,9 +196,9 @@ class Filled:
         return torch.where(self.is_frame_K1, rows, rows.new_zeros(()))[None]
 
     def put(self, y_1KC: Tensor) -> Tensor:
-        places = self.clips * self.frames
-        empty = y_1KC.new_zeros(places + 1, y_1KC.shape[-1])
-        return empty.index_copy(0, self.target_K, y_1KC[0])[:places].unflatten(0, (self.clips, self.frames))
+        count = self.clips * self.frames
+        empty = y_1KC.new_zeros(count + 1, y_1KC.shape[-1])
+        return empty.index_copy(0, self.target_K, y_1KC[0])[:count].unflatten(0, (self.clips, self.frames))
 
     def with_memory(self, memory_ME: Tensor, x_1KE: Tensor) -> Tensor:
         return torch.where(self.is_frame_K1, x_1KE, memory_ME.index_select(0, self.slot_K))

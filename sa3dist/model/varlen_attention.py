@@ -194,8 +194,8 @@ def _tokens_first(x_PHKD: Tensor) -> Tensor:
 
 
 def _owners(start_S1: Tensor, tokens: int) -> Tensor:
-    places = torch.arange(tokens, device=start_S1.device, dtype=start_S1.dtype)
-    return torch.searchsorted(start_S1, places, right=True)
+    positions = torch.arange(tokens, device=start_S1.device, dtype=start_S1.dtype)
+    return torch.searchsorted(start_S1, positions, right=True)
 
 
 def _scores(q_PHKD: Tensor, k_PHJD: Tensor, q_start_S1: Tensor, k_start_S1: Tensor) -> Tensor:

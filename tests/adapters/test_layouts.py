@@ -205,7 +205,7 @@ GOOD = {
         ),
         (
             {"base_model.model.proj_in.lora_A.weight": (2, 4), "base_model.model.proj_in.lora_B.weight": (4, 2)},
-            "proj_in.lora_A.weight is PEFT's, but adapter_config.json is not beside it; put it there",
+            "proj_in.lora_A.weight is PEFT's, but adapter_config.json is not next to it; put it there",
         ),
         (
             {
