@@ -160,12 +160,12 @@ def test_strided_operands_give_the_contiguous_ones_bits(name, columns):
 def test_launches_are_kept_only_for_operands_that_take_the_same_kernels():
     whole = raw_sums.LayerPass(*operands(ADAPTER_TYPES["dora-rows"], 16, 32, 48, 16, torch.float16))
     # Private: without a device nothing launched shows which way a call has taken.
-    assert raw_sums._as_planned([whole, whole])
-    assert not raw_sums._as_planned([whole, whole._replace(z=whole.z.float())])
+    assert raw_sums._is_aligned([whole, whole])
+    assert not raw_sums._is_aligned([whole, whole._replace(z=whole.z.float())])
     for name in ("x", "dy", "z", "left_OR", "right_RI"):
         value = getattr(whole, name)
         displaced = value.new_empty(value.numel() + 1)[1:].view(value.shape)
-        assert not raw_sums._as_planned([whole, whole._replace(**{name: displaced})]), name
+        assert not raw_sums._is_aligned([whole, whole._replace(**{name: displaced})]), name
 
 
 @needs_interpreter
