@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
                 results.add(**row)
                 print(row, flush=True)
         except Exception as problem:
-            # Device time is dear: the others are timed.
+            # Device time is scarce: time the others.
             traceback.print_exc()
             failed[name] = f"{type(problem).__name__}: {problem}"
     results.set(state="finished", failed=failed)

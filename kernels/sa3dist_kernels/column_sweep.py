@@ -44,24 +44,20 @@ def column_sweep_kernel(
     ALIGN_I: tl.constexpr, ALIGN_W: tl.constexpr, ALIGN_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
     RANK_STEP: tl.constexpr, PRECISION: tl.constexpr, NARROW: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Partial (diag(a) L)^T V (R, I) of a block of columns and a span of rows; unless SLOPED, also a (V.V) (I,).
+    """Partial (diag(a) L)^T V (R, I) of a block of columns and a span of rows; a is k if SLOPED, g^2 if ROWS, else 1.
 
-    SLOPED: a is k, else g^2 if ROWS, else 1. If the rank fits one step, SLOPED computes
-    (diag(a) L)^T W0 + s ((diag(a) L)^T L) R instead of forming V.
+    Not SLOPED: also a (V.V) (I,). SLOPED takes (diag(a) L)^T W0 + s ((diag(a) L)^T L) R if the rank fits one step.
     """
     layer, block, split = program(programs)
     O, I = field(layers, layer, FAN_OUT, 1), field(layers, layer, FAN_IN, ALIGN_I)
-    scale = tl.load(scales + layer)
-    begin = split.to(tl.int64) * span
+    scale, begin = tl.load(scales + layer), split.to(tl.int64) * span
     # Rows count from the start of the span, so that 32-bit offsets suffice.
     count, stride = tl.minimum(O - begin, span).to(tl.int32), I.to(tl.int32)
     cols = block * BLOCK_I + tl.arange(0, BLOCK_I)
     cols_ok = cols < stride
     weight_rows = weight + field(layers, layer, WEIGHT, ALIGN_W) + begin * I
-    left, right = (
-        floats + field(layers, layer, LEFT, ALIGN_T) + begin * R,
-        floats + field(layers, layer, RIGHT, ALIGN_T),
-    )
+    left = floats + field(layers, layer, LEFT, ALIGN_T) + begin * R
+    right = floats + field(layers, layer, RIGHT, ALIGN_T)
     gains = floats
     if SLOPED:
         gains = floats + field(layers, layer, ROW_SLOPE, 16) + begin
@@ -69,8 +65,7 @@ def column_sweep_kernel(
         gains = floats + field(layers, layer, ROW_GAIN, 16) + begin
     first_right = right_tile(right, cols, cols_ok, 0, I, R, RANK_STEP)
     for first in range(0, R, RANK_STEP):
-        cross = tl.zeros((RANK_STEP, BLOCK_I), tl.float32)
-        gram = tl.zeros((RANK_STEP, RANK_STEP), tl.float32)
+        cross, gram = tl.zeros((RANK_STEP, BLOCK_I), tl.float32), tl.zeros((RANK_STEP, RANK_STEP), tl.float32)
         # Eight partial sums per column, one per row of a thread: threads exchange sums only at the end.
         squares = tl.zeros((8, BLOCK_I), tl.float32)
         for start in tl.range(0, rows_to(span, count, BOUNDED), BLOCK_O, num_stages=STAGES):

@@ -439,15 +439,15 @@ def test_a_choice_of_the_compiler_that_fails_is_named_and_the_others_are_timed(t
 
     def measured(name, options, device):
         yield {"choice": name}
-        if name == "more kept":
+        if name == "norms saved":
             raise RuntimeError("no such choice here")
 
     monkeypatch.setattr(bench_compiler, "measured", measured)
-    words = ["--device", "cpu", "--out", str(tmp_path / "out.json"), "--choice", "more kept", "as it is"]
+    words = ["--device", "cpu", "--out", str(tmp_path / "out.json"), "--choice", "norms saved", "default"]
     assert bench_compiler.main(words) == 1
     content = json.loads((tmp_path / "out.json").read_text())
-    assert content["failed"] == {"more kept": "RuntimeError: no such choice here"}
-    assert [row["choice"] for row in content["rows"]] == ["more kept", "as it is"]
+    assert content["failed"] == {"norms saved": "RuntimeError: no such choice here"}
+    assert [row["choice"] for row in content["rows"]] == ["norms saved", "default"]
 
 
 def test_types_are_compiled_ahead_by_processes_that_may_fail(tmp_path, monkeypatch):
