@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from results_file import ROOT
 
-# Packages the command needs and a bare machine may lack, with their own requirements, so that a missing wheel is reported
-# before anything starts.
+# Packages the command needs and a bare machine may lack, with their own requirements, so that a missing wheel is
+# reported before anything starts.
 NEEDED = (
     "pydantic", "pydantic_core", "annotated_types", "typing_inspection", "webdataset", "braceexpand", "soundfile",
     "cffi", "rich",

@@ -7,8 +7,8 @@ Traces one block of the medium model on a CPU, at its real widths, forward and b
 CUDA device and lets Inductor plan for it. Nothing runs. Bytes are counted in widths: one bfloat16 value per token and
 channel of the model width.
 
-On CUDA, norms are one torch operation (``_fused_rms_norm``), whose gradient has other steps than those traced here. With
-it the kernels, the saved tensors and the matched sums over tokens are the same.
+On CUDA, norms are one torch operation (``_fused_rms_norm``), whose gradient has other steps than those traced here.
+With it the kernels, the saved tensors and the matched sums over tokens are the same.
 """
 
 from __future__ import annotations
