@@ -193,8 +193,9 @@ def core_sums_kernel(
     layer, down, across, split = _program(programs)
     i, j = down * BLOCK_R + tl.arange(0, BLOCK_R), across * BLOCK_R + tl.arange(0, BLOCK_R)
     N, span = _side(sizes, layer, 0, TOKENS, 1), _side(sizes, layer, 0, TOKEN_SPAN, BLOCK_N).to(tl.int32)
-    us, u_splits = partials + _side(sizes, layer, 1, PARTIALS, 16), _side(sizes, layer, 1, CHANNEL_SPLIT_COUNT, 1)
-    ts, t_splits = partials + _side(sizes, layer, 0, PARTIALS, 16), _side(sizes, layer, 0, CHANNEL_SPLIT_COUNT, 1)
+    us, ts = partials + _side(sizes, layer, 1, PARTIALS, 16), partials + _side(sizes, layer, 0, PARTIALS, 16)
+    u_splits = _side(sizes, layer, 1, CHANNEL_SPLIT_COUNT, 1)
+    t_splits = _side(sizes, layer, 0, CHANNEL_SPLIT_COUNT, 1)
     end = tl.minimum(N, (split + 1) * span)
     acc = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
     for start in range(0, loop_to(span, LOOP), BLOCK_N):
