@@ -35,8 +35,7 @@ FUSED_GATE = True
 class Shared(NamedTuple):
     """Inputs that all layers of a forward pass share.
 
-    context_BSE  tokens for cross-attention
-    repeated     the context token that stands for several, see ``CrossAttention``
+    context_BSE  tokens for cross-attention; repeated: the one that stands for several, see ``CrossAttention``
     local_GTC    local conditioning, where one frame may stand for all, or None
     rotary       cosines, signed sines, half the number of rotated channels
     layout       which token belongs to which clip
@@ -116,8 +115,7 @@ class Transformer(nn.Module):
         super().__init__()
         width, channels = config.embed_dim, config.io_channels
         self.head_dim = config.head_dim
-        # How many blocks the backward pass recomputes. The first ones: it reaches them last, when the saved tensors of
-        # the others are free again.
+        # How many blocks the backward pass recomputes: the first, which it reaches when others' tensors are free again.
         self.recomputed_blocks = 0
         self.project_in = nn.Linear(channels, width, bias=False)
         self.project_out = nn.Linear(width, channels, bias=False)
@@ -248,10 +246,8 @@ class DiT(nn.Module):
     ) -> Tensor:
         """Velocity (B, C, T) in float32.
 
-        x_BCT            noisy latents
-        t_B              0 data .. 1 noise; stays float32 until its features are computed
-        cross_BSC        prompt tokens, then the seconds token; all are attended to
-        global_BC        seconds embedding
+        x_BCT, t_B       noisy latents and their time, 0 data .. 1 noise; t stays float32 until its features
+        cross_BSC        prompt tokens, then the seconds token; all are attended to. global_BC: seconds embedding
         local_BCT        inpainting mask, then masked latents; (1 or B, C+1, T), or T = 1 for the same value at all
                          frames. None skips the local branch, which differs from zeros
         padding_mask_BT  bool, True = valid. Padded frames are not attended to. They must be finite
