@@ -5,7 +5,7 @@ import re
 import struct
 from collections.abc import Iterator
 
-from sa3dist.data.source.riff import UNKNOWN, chunk_table, refuse_extra_audio, samples_of
+from sa3dist.data.source.riff import MISCOUNTED_BYTES, UNKNOWN, chunk_table, refuse_extra_audio, samples_of
 from sa3dist.errors import DataError
 
 _REMEDY = "cut it apart, or join it anew: ffmpeg -i IN OUT.flac"
@@ -38,8 +38,6 @@ _RATES_HZ = (44100, 48000, 32000)
 _FRAMES_IN_A_ROW = 3
 # The first frame may depend on data before it, and the last may be truncated.
 _SLACK_FRAMES = 4
-# Some programs add a header, or padding to a block, to the size of the samples that they write.
-_MISCOUNTED_BYTES = 4096
 # If no header counts the frames, a decoder's guess of their size may be off by 0.04 bytes of 418.
 _SLACK_SHARE = 1 / 4000
 
@@ -60,7 +58,7 @@ def check_end(data: bytes) -> None:
             raise DataError(f"holds {streams} streams joined one after the other, but one would be used; {_REMEDY}")
         _refuse_second(data, end)
     elif (end := _end_of_samples(data)) is not None:
-        _refuse_cut(data, end, _MISCOUNTED_BYTES)
+        _refuse_cut(data, end, MISCOUNTED_BYTES)
         _refuse_second(data, end)
         refuse_extra_audio(data)
     elif (counted := mp3_counted(data)) is not None:

@@ -12,8 +12,15 @@ UNKNOWN = 0xFFFFFFFF
 STREAMED = 0x7F000000
 # Limits the work on a hostile file: one of empty chunks only could have a hundred million.
 MAX_CHUNKS = 10_000
-# Less audio than this after the last chunk is padding or some program's tag.
+# Less audio than this after the last chunk is padding or some program's tag. In a short clip a tenth is much.
 MIN_LOST_SECONDS = 0.5
+MIN_LOST_SHARE = 0.1
+# Some programs add a header, or padding to a block, to the size of the samples that they write.
+MISCOUNTED_BYTES = 4096
+# Tags that programs append to a file although its format has chunks.
+_TAGS = (b"ID3", b"TAG", b"APETAGEX")
+# Bits of a sample in a compressed AIFC. Its header holds those of the decoded sample.
+_PACKED_BITS = {b"ulaw": 8, b"ULAW": 8, b"alaw": 8, b"ALAW": 8, b"ima4": 4.25}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +37,11 @@ class ChunkTable:
     samples: bytes
     length: int
     chunks: tuple[tuple[bytes, int, int], ...]
+
+    @property
+    def head(self) -> struct.Struct:
+        """Name and size of a chunk."""
+        return struct.Struct(f"{self.order}4sI")
 
     def find(self, name: bytes, at_least: int = 0) -> tuple[int, int] | None:
         """Start of a chunk's content and its size as written; None without such a chunk of ``at_least`` bytes."""
@@ -104,7 +116,7 @@ def with_sizes_repaired(data: bytes) -> bytes:
         return _repaired_rf64(data, table, start)
     left = len(data) - start
     # In an AIFF the chunk's first eight bytes are not samples.
-    if size > (8 if table.samples == b"SSND" else 0) or left <= 8 or _are_chunks(data, start + size, table.order):
+    if size > (8 if table.samples == b"SSND" else 0) or left <= 8 or _are_chunks(data, start + size, table.head):
         return data
     if table.samples == b"SSND":
         return _repaired_aiff(data, table, start)
@@ -134,17 +146,23 @@ def _repaired_aiff(data: bytes, table: ChunkTable, start: int) -> bytes:
 
 
 def _repaired_caf(data: bytes) -> bytes:
+    start, size = _caf_data(data)
+    left = len(data) - start
+    # Its first four bytes are an edit count. -1 is a size that is not known, which libsndfile refuses.
+    return _with(data, (start - 8, ">q", left)) if size in (-1, 0, 4) and left > 4 else data
+
+
+def _caf_data(data: bytes) -> tuple[int, int]:
+    """Start of a CAF's data chunk and its size as written; without one the end of the file."""
     offset = 8
     while offset + 12 <= len(data):
         name, size = struct.unpack_from(">4sq", data, offset)
         if name == b"data":
-            # Its first four bytes are an edit count.
-            left = len(data) - offset - 12
-            return _with(data, (offset + 4, ">q", left)) if size in (0, 4) and left > 4 else data
+            return offset + 12, size
         if size < 0:
             break
         offset += 12 + size
-    return data
+    return len(data), 0
 
 
 def _with(data: bytes, *values: tuple[int, str, int]) -> bytes:
@@ -154,15 +172,18 @@ def _with(data: bytes, *values: tuple[int, str, int]) -> bytes:
     return bytes(patched)
 
 
-def _are_chunks(data: bytes, offset: int, order: str) -> bool:
-    """Whether complete chunks with ASCII names fill the rest of the file."""
+def _are_chunks(data: bytes, offset: int, head: struct.Struct, even: int = 2) -> bool:
+    """Whether complete chunks with ASCII names fill the rest of the file.
+
+    head   of a chunk: its name and size      even   a chunk's content is padded to a multiple of this
+    """
     for _ in range(MAX_CHUNKS):
-        if offset + 8 > len(data):
+        if offset + head.size > len(data):
             break
-        name, (size,) = data[offset : offset + 4], struct.unpack_from(f"{order}I", data, offset + 4)
-        if not _is_name(name):
+        name, size = head.unpack_from(data, offset)
+        if not _is_name(name) or size < 0:
             return False
-        offset += 8 + size + size % 2
+        offset += head.size + size + -size % even
     # A final padding byte is often omitted.
     return offset in (len(data), len(data) + 1)
 
@@ -172,9 +193,10 @@ def _is_name(name: bytes) -> bool:
 
 
 def refuse_extra_audio(data: bytes) -> None:
-    """Raise DataError if a file of chunks has samples twice, or more audio after its end."""
+    """Raise DataError if a file of chunks has samples twice, or it or an AU has more audio after its end."""
     table = chunk_table(data)
     if table is None:
+        _refuse_uncounted(data)
         return
     pieces = sum(name == table.samples for name, _, _ in table.chunks)
     if pieces > 1:
@@ -186,11 +208,34 @@ def refuse_extra_audio(data: bytes) -> None:
         end = max(end, min(_declared_end(data, table.order), len(data)))
     lost = len(data) - end
     rate = _bytes_per_second(data, table)
-    if lost > rate * MIN_LOST_SECONDS > 0 and not _are_chunks(data, end + end % 2, table.order) and any(data[end:]):
+    least = min(rate * MIN_LOST_SECONDS, max(size * MIN_LOST_SHARE, MISCOUNTED_BYTES))
+    if lost > least > 0 and not _are_chunks(data, end + end % 2, table.head) and _may_be_samples(data[end:]):
         raise DataError(
             f"holds {lost / rate:.1f} s more than its header counts ({size / rate:.1f} s), as where a recorder crashed "
             f"or files were joined; write its header again (sox --ignore-length IN.wav OUT.wav) or cut it off there"
         )
+
+
+def _refuse_uncounted(data: bytes) -> None:
+    if data[:4] == b".snd" and len(data) > 24:
+        start, size = struct.unpack_from(">II", data, 4)
+        known = 0 < size < UNKNOWN
+    elif data[:4] == b"caff":
+        start, size = _caf_data(data)
+        # A size of 4 or less means that the samples go on to the end of the file.
+        known = size > 4 and not _are_chunks(data, start + size, struct.Struct(">4sq"), 1)
+    else:
+        return
+    lost = len(data) - start - size
+    if known and lost > MISCOUNTED_BYTES and _may_be_samples(data[start + size :]):
+        raise DataError(
+            f"holds {lost} bytes more than the {size} that its header counts, as where a recorder crashed; export "
+            f"it again, or cut it off there (head -c {start + size} IN)"
+        )
+
+
+def _may_be_samples(rest: bytes) -> bool:
+    return any(rest) and not rest.startswith(_TAGS)
 
 
 def _bytes_per_second(data: bytes, table: ChunkTable) -> float:
@@ -198,6 +243,7 @@ def _bytes_per_second(data: bytes, table: ChunkTable) -> float:
         return struct.unpack_from(f"{table.order}I", data, location[0] + 8)[0]
     if location := table.find(b"COMM", 18):
         channels, _, bits, exponent, mantissa = struct.unpack_from(">hIhHQ", data, location[0])
+        bits = _PACKED_BITS.get(data[location[0] + 18 : location[0] + 22], bits)
         # The rate is an 80-bit float; none needs more than 24 bits.
         return channels * bits / 8 * (mantissa >> (16383 + 63 - exponent)) if 0 <= exponent - 16383 < 24 else 0.0
     return 0.0

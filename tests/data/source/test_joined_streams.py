@@ -197,6 +197,53 @@ def test_samples_that_a_wav_counts_but_not_as_samples_are_refused_and_its_chunks
         assert check_audio(odd + wav[44:-1] + between + tail).samples == 88199
 
 
+@pytest.mark.parametrize(("container", "before", "kind"), [("AU", 16, ">I"), ("CAF", 12, ">q")])
+def test_an_au_or_a_caf_that_holds_more_than_its_header_counts_is_refused(container, before, kind):
+    data = made(container, "PCM_16", 44100, 2.0)
+    start = data.index(b"data") + 16 if container == "CAF" else 24
+    # Four bytes of a CAF's chunk count edits.
+    edits = 4 * (container == "CAF")
+
+    def counting(size):
+        changed = bytearray(data)
+        struct.pack_into(kind, changed, start - before, size + edits)
+        return bytes(changed)
+
+    assert counting(352800) == data
+    message = fault_of(counting(44100))
+    assert message.startswith(f"holds 308700 bytes more than the {44100 + edits} that its header counts")
+    # A program that counts its header, and one that does not know a size.
+    assert check_audio(counting(352800 - 24)).samples == 88194
+    assert check_audio(counting(0xFFFFFFFF if container == "AU" else -1 - edits)).samples == 88200
+
+
+def test_chunks_behind_the_samples_of_an_aiff_or_a_caf_are_none():
+    picture = np.random.default_rng(0).bytes(300_001)
+    aiff = made("AIFF", "PCM_16", 44100)
+    tail = chunk(b"ID3 ", picture, ">") + chunk(b"ANNO", b"a note", ">")
+    for form in (len(aiff) - 8, len(aiff) + len(tail) - 8):
+        for end in (tail, tail[:-1], b"ID3" + picture):
+            assert check_audio(aiff[:4] + struct.pack(">I", form) + aiff[8:] + end).samples == 22050
+    caf = made("CAF", "PCM_16", 44100)
+    assert check_audio(caf + b"info" + struct.pack(">q", len(picture)) + picture).samples == 22050
+
+
+@pytest.mark.parametrize("kind", ["WAV", "AIFF"])
+def test_of_a_short_clip_less_than_half_a_second_is_missed_too(kind):
+    data = made(kind, "PCM_16", 44100)
+    order, head = ("<", 44) if kind == "WAV" else (">", 54)
+    at = data.index(b"data" if kind == "WAV" else b"SSND") + 4
+    size = struct.pack(f"{order}I", 52920 + head % 44)
+    assert fault_of(data[:at] + size + data[at + 4 :]).startswith("holds 0.2 s more than its header counts (0.3 s)")
+
+
+def test_what_an_aifc_has_more_is_told_in_the_time_of_its_packed_samples():
+    data = made("AIFF", "ULAW", 44100, 2.0)
+    at = data.index(b"SSND") + 4
+    message = fault_of(data[:at] + struct.pack(">I", 88208) + data[at + 4 :])
+    assert message.startswith("holds 1.0 s more than its header counts (1.0 s)")
+
+
 @pytest.mark.parametrize("tag", [b"", ID3V2])
 def test_a_flac_that_holds_more_than_its_header_counts_is_refused(tag):
     flac = made("FLAC", None, 44100, 2.0)
