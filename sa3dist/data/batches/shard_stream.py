@@ -18,7 +18,7 @@ from sa3dist.data.remote.download import download
 from sa3dist.data.remote.fetch import is_remote, look_up, redacted
 from sa3dist.data.source.audio import check_audio
 from sa3dist.data.source.captions import caption_text
-from sa3dist.data.source.containers import TAR_FAULTS, short_reason
+from sa3dist.data.source.containers import TAR_FAULTS, behind_end, short_reason
 from sa3dist.data.source.kinds import AUDIO_EXTENSIONS
 from sa3dist.errors import DataError, EnvironmentFailure
 from sa3dist.formats import ClipEntry, is_sealed, remove_stale
@@ -153,6 +153,8 @@ class ShardSource:
 def check_tar(tar: BinaryIO, label: str) -> None:
     """Check all headers and seek back to the start. Raises EnvironmentFailure at the first damaged one.
 
+    Raises DataError if another tar follows it.
+
     tarfile takes a damaged header for the end of the archive, and would silently skip the rest.
     """
     end = tar.seek(0, 2)
@@ -172,6 +174,8 @@ def check_tar(tar: BinaryIO, label: str) -> None:
         offset += tarfile.BLOCKSIZE * (1 + blocks)
     if offset > end:
         raise EnvironmentFailure(f"{label}: ends after {end} of {offset} bytes; make or copy it again")
+    if more := behind_end(tar, offset):
+        raise DataError(f"{label}: {more}")
     tar.seek(0)
 
 

@@ -181,10 +181,34 @@ class TarContainer(Container):
                         infos.append(info)
                     if len(infos) > MAX_MEMBERS:
                         raise DataError(f"{self.label}: more than {MAX_MEMBERS} files; split it into several data sets")
+                more = behind_end(tar.fileobj, tar.offset)
         except TAR_FAULTS as error:
             reason = f"{path.name} is no readable plain tar ({short_reason(error)})"
             raise DataError(f"{self.label}: {reason}; make or download it again") from error
+        if more is not None:
+            raise DataError(f"{self.label}: {path.name} {more}")
         return infos
+
+
+def behind_end(tar: BinaryIO, end: int) -> str | None:
+    """Why the bytes after the last member of a tar, from ``end`` on, cannot be ignored; None if they can.
+
+    tarfile takes a damaged header for the end of the archive, and reads nothing after the end.
+    """
+    tar.seek(end)
+    if any(tar.read(tarfile.BLOCKSIZE)):
+        return f"is damaged at byte {end}; make or download it again"
+    while block := tar.read(tarfile.BLOCKSIZE):
+        if any(block):
+            # Some programs fill the last record with whatever is in their memory.
+            with contextlib.suppress(tarfile.HeaderError):
+                tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+                return (
+                    f"goes on behind its end, at byte {tar.tell() - len(block)}, as where tars were joined with cat, "
+                    f"and the rest would be lost; give them apart in a folder, or unpack them with tar -xif"
+                )
+            break
+    return None
 
 
 def _tar_fault(info: tarfile.TarInfo) -> str | None:

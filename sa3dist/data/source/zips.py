@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 from sa3dist.data.source.containers import Container, Member, path_fault, read_exactly, short_reason
 from sa3dist.data.source.kinds import extension_of, is_audio
@@ -47,6 +48,11 @@ class ZipContainer(Container):
             raise DataError(f"{label}: no readable zip ({short_reason(error)}); make or download it again") from error
         try:
             infos = self._zip.infolist()
+            if _ends_as_zip(self._zip.fp, min((info.header_offset for info in infos), default=0)):
+                raise DataError(
+                    f"{label}: holds another zip in front of the one that would be read, as where they were joined "
+                    f"with cat; unpack each and give the folder"
+                )
             undecodable = self._list(zip(infos, member_names(infos), strict=True))
             if undecodable:
                 what = f"are in a code page it does not state, {undecodable[0][:80]} among others"
@@ -85,6 +91,28 @@ class ZipContainer(Container):
 
     def __exit__(self, *_: object) -> None:
         self._zip.close()
+
+
+# The record at the end of a zip. After its signature and 8 bytes: size and offset of the directory, length of a comment.
+_END_SIGNATURE = b"PK\5\6"
+_END = struct.Struct("<12xIIH")
+_MAX_COMMENT = 0xFFFF
+
+
+def _ends_as_zip(file: BinaryIO, end: int) -> bool:
+    """Whether the first ``end`` bytes end with a zip of at least one member, unlike a program that unpacks the rest."""
+    start = max(0, end - _END.size - _MAX_COMMENT)
+    file.seek(start)
+    tail = file.read(max(0, end - start))
+    place = len(tail) - _END.size + 1
+    while (place := tail.rfind(_END_SIGNATURE, 0, place + 3)) >= 0:
+        size, _, comment = _END.unpack_from(tail, place)
+        if place + _END.size + comment == len(tail) and size > 0:
+            file.seek(max(0, start + place - size))
+            # A large zip has zip64 records before this one.
+            if tail[place - 20 : place - 16] == b"PK\6\7" or file.read(4) == b"PK\1\2":
+                return True
+    return False
 
 
 def _escaped(name: str) -> str:

@@ -224,6 +224,11 @@ def test_audio_that_cannot_be_used_is_named(tmp_path):
         path = write_tar(tmp_path / f"{name}.tar", members)
         with pytest.raises(DataError, match=rf"{name}.tar, clip clip1: "):
             taken(source_of([path], encoders=None), WorkerShards(1, 1, 0, 1, 0, 1), StreamCursor(), 3)
+    for number in range(2):
+        write_tar(tmp_path / f"{number}.tar", good)
+    (tmp_path / "both.tar").write_bytes((tmp_path / "0.tar").read_bytes() + (tmp_path / "1.tar").read_bytes())
+    with pytest.raises(DataError, match=r"both.tar: goes on behind its end, at byte \d+, as where tars were joined"):
+        taken(source_of([tmp_path / "both.tar"], encoders=None), WorkerShards(1, 1, 0, 1, 0, 1), StreamCursor(), 3)
     with pytest.raises(DataError, match=r"none.tar: holds no clip"):
         taken(
             source_of([write_tar(tmp_path / "none.tar", {})], encoders=None),

@@ -300,6 +300,45 @@ def test_sources_that_are_none_are_refused(tmp_path):
     assert "found 0 usable clips, expected 4 to 2000" in refusal(tmp_path / "empty", tmp_path)
 
 
+def test_zips_and_tars_that_were_joined_are_refused_for_one_of_them_would_be_lost(tmp_path):
+    first, second = captioned(4), captioned(5, "more/")
+    for write, name in ((write_zip, "a.zip"), (write_tar, "a.tar")):
+        one, two = (write(tmp_path / f"{n}-{name}", members).read_bytes() for n, members in enumerate((first, second)))
+        for joined in (one + two, one + two + one):
+            (tmp_path / name).write_bytes(joined)
+            message = refusal(tmp_path / name, tmp_path)
+            assert "joined with cat" in message
+        assert f"at byte {len(one)}," in message or name == "a.zip"
+    with zipfile.ZipFile(tmp_path / "0-a.zip", "a") as archive:
+        archive.comment = b"with a comment" * 100
+    (tmp_path / "a.zip").write_bytes((tmp_path / "0-a.zip").read_bytes() + (tmp_path / "1-a.zip").read_bytes())
+    assert "holds another zip in front" in refusal(tmp_path / "a.zip", tmp_path)
+
+
+def test_a_zip_that_unpacks_itself_and_a_tar_with_a_filled_up_record_are_read(tmp_path):
+    whole = write_zip(tmp_path / "a.zip", captioned(4)).read_bytes()
+    # Its program searches for the record at the end of a zip.
+    for program in (b"MZ" + bytes(1000), b"MZ" + b"PK\5\6" * 9, b"MZ" + b"PK\5\6" + bytes(18)):
+        (tmp_path / "a.zip").write_bytes(program + whole)
+        assert len(listing_of(tmp_path / "a.zip", tmp_path).pairs) == 4
+    tar = write_tar(tmp_path / "a.tar", captioned(4))
+    tar.write_bytes(tar.read_bytes() + bytes(10240) + b"left in memory" * 300)
+    assert len(listing_of(tar, tmp_path).pairs) == 4
+    members = sum(1024 + -(-len(data) // 512) * 512 - 512 for data in captioned(4).values())
+    # Some programs write no end.
+    tar.write_bytes(tar.read_bytes()[:members])
+    assert len(listing_of(tar, tmp_path).pairs) == 4
+
+
+def test_a_tar_with_a_damaged_header_is_refused_though_what_comes_before_it_could_be_read(tmp_path):
+    tar = write_tar(tmp_path / "a.tar", captioned(6))
+    data = bytearray(tar.read_bytes())
+    at = data.index(b"clip5.wav")
+    data[at + 20] ^= 1
+    tar.write_bytes(data)
+    assert f"a.tar is damaged at byte {at}" in refusal(tar, tmp_path)
+
+
 def test_a_damaged_member_is_named(tmp_path):
     source = write_zip(tmp_path / "a.zip", captioned(4))
     data = bytearray(source.read_bytes())
