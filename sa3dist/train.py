@@ -66,14 +66,15 @@ def run_stages(
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from sa3dist import config
     from sa3dist.data.remote.public_addresses import PUBLIC_ONLY_VARIABLE
-    from sa3dist.runtime.exit_status import dist_rank_from_environment, has_peers, run_program
+    from sa3dist.runtime import launcher
+    from sa3dist.runtime.exit_status import run_program
     from sa3dist.training.compile_processes import end_all, start_early
 
     arguments, unknown = parser(program, about).parse_known_intermixed_args(argv)
     logging.basicConfig(format="sa3dist: %(message)s", stream=sys.stderr)
     # It prints its own lines; propagated, each would appear twice.
     logging.getLogger("huggingface_hub").propagate = False
-    logging.getLogger("sa3dist").setLevel(logging.INFO if dist_rank_from_environment() == 0 else logging.ERROR)
+    logging.getLogger("sa3dist").setLevel(logging.INFO if launcher.dist_rank_from_environment() == 0 else logging.ERROR)
     values: dict = {}
     running: list[Run] = []
 
@@ -91,9 +92,10 @@ def run_stages(
 
             print(yaml.safe_dump(settings.as_dict(), sort_keys=False), end="")
             return
-        if not has_peers():
+        launcher.check()
+        if not launcher.has_peers():
             stop.raise_if_requested("starting")
-        started = start_early(settings, dist_rank_from_environment()) if trains else {}
+        started = start_early(settings, launcher.dist_rank_from_environment()) if trains else {}
         try:
             _run_connected(settings, stop, stages, running, started)
         finally:

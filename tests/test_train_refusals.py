@@ -213,6 +213,7 @@ def test_a_directory_that_is_a_file_or_a_link_to_nothing(demo_base, demo_clips, 
 
 def test_a_directory_that_is_a_file_is_left_to_rank_0_to_refuse(tmp_path, monkeypatch, capfd):
     (tmp_path / "taken").write_text("")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for dist_rank in range(2):
         monkeypatch.setenv("RANK", str(dist_rank))
         report(errors.ConfigError("output_dir: a file"), tmp_path / "taken", 0, patience_seconds=0.1)

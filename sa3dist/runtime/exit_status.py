@@ -16,6 +16,7 @@ from typing import Any
 from sa3dist import errors
 from sa3dist.formats import STATUS_DIR_VARIABLE, STATUS_NAME, write_json
 from sa3dist.runtime import run_lock
+from sa3dist.runtime.launcher import dist_rank_from_environment, has_peers
 
 # The step that ran out of memory, if the run's next start is to recompute blocks.
 OUT_OF_MEMORY_KEY = "out_of_memory_at_step"
@@ -57,21 +58,6 @@ NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory", "could not execut
 SHARED_MEMORY = "/dev/shm"
 # How long another rank waits for rank 0 to report a failure that rank 0 knows of too.
 REPORT_SECONDS = 3.0
-
-
-def dist_rank_from_environment() -> int:
-    """Rank from the launcher's environment; valid before and after the process group exists."""
-    return _from_launcher("RANK")
-
-
-def has_peers() -> bool:
-    """Whether the launcher started more ranks than this one; valid before the process group exists."""
-    return _from_launcher("WORLD_SIZE") > 1
-
-
-def _from_launcher(name: str) -> int:
-    # Joining the process group refuses a value that is not a number.
-    return int(text) if (text := os.environ.get(name, "")).isdecimal() else 0
 
 
 def translate(failure: BaseException) -> errors.SA3DistError | None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from sa3dist import errors
-from sa3dist.runtime import deepspeed_launch
+from sa3dist.runtime import deepspeed_launch, launcher
 from sa3dist.runtime.liveness import Liveness
 from sa3dist.runtime.peers import END, default_store, pack, read, unpack
 from sa3dist.runtime.signals import StopRequest
@@ -125,7 +125,9 @@ def connect(step_timeout_seconds: float) -> Group:
     if dist.is_initialized():
         # Not accelerator.num_processes, which is 1 on every rank under DeepSpeed on CPU.
         group = Group(dist.get_rank(), dist.get_world_size(), device, plugin and plugin.deepspeed_config)
+        launcher.check_joined(group.world_size)
         return dataclasses.replace(group, hosts=tuple(group.gather(socket.gethostname())))
+    launcher.check_joined(1)
     return Group(0, 1, device)
 
 

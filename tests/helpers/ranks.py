@@ -69,7 +69,7 @@ def _rank(work, dist_rank, world_size, port, pipe):
     torch.set_num_threads(1)
     hosts = tuple(f"host-{number}" for number in range(world_size))
     group = Group(dist_rank, world_size, torch.device("cpu"), hosts=hosts)
-    os.environ["RANK"] = str(dist_rank)
+    os.environ |= {"RANK": str(dist_rank), "WORLD_SIZE": str(world_size)}
     if world_size > 1:
         store = dist.TCPStore("127.0.0.1", port, world_size, is_master=dist_rank == 0)
         timeout = timedelta(seconds=60)
