@@ -25,6 +25,8 @@ XS_RANK_LIMIT = 17
 # These values multiply float32 tensors.
 FLOAT32_MAX = 3.4028e38
 SECONDS_OF_A_YEAR = 31_536_000
+# Above are only typing errors: a step would never end, or a loader would need more memory than any machine has.
+MANY = 100_000
 
 
 class Settings(ListeningFields):
@@ -70,9 +72,11 @@ class Settings(ListeningFields):
     )
 
     # Running at scale.
-    gradient_accumulation_steps: int = Field(1, ge=1, description="micro batches per process and optimiser step")
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, le=MANY, description="micro batches per process and optimiser step"
+    )
     global_batch_size: int | None = Field(
-        None, ge=1, description="clips per optimiser step over all processes; derives gradient_accumulation_steps"
+        None, ge=1, le=MANY, description="clips per step over all processes; derives gradient_accumulation_steps"
     )
     mixed_precision: Annotated[Literal["bf16", "no"], NoWord, IDENTITY] = Field(
         "bf16", description="autocast of the step: bf16 or no"
@@ -104,9 +108,12 @@ class Settings(ListeningFields):
         "indexed",
         description="indexed (every clip once per epoch, by position) or streaming (shards too many to index, in turn)",
     )
-    shuffle_buffer: int = Field(256, ge=1, description="clips each loader process mixes in streaming mode")
+    shuffle_buffer: int = Field(256, ge=1, le=MANY, description="clips each loader process mixes in streaming mode")
     bucket_batches: Annotated[int, IDENTITY] = Field(
-        1, ge=1, description="micro batches sorted by length together, so that less is padded; 1 = plain shuffle"
+        1,
+        ge=1,
+        le=MANY,
+        description="micro batches sorted by length together, so that less is padded; 1 = plain shuffle",
     )
     encode_batch: int = Field(
         1,

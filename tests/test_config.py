@@ -132,6 +132,26 @@ def test_an_empty_pattern_list_means_unset(empty):
     assert build(include=empty, exclude=empty).include is None
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "gradient_accumulation_steps",
+        "global_batch_size",
+        "shuffle_buffer",
+        "bucket_batches",
+        "preview_steps",
+        "preview_cfg",
+    ],
+)
+def test_a_number_that_no_run_needs_and_that_would_not_end_is_refused_with_its_range(key):
+    for value in ("99999999999999", "-99999999999999"):
+        merged = config.read_arguments(["audio_data_url=x.zip", f"{key}={value}"])
+        with pytest.raises(
+            ConfigError, match=rf"^{key}: {value}(\.0)? is not valid, expected a (whole )?number, .*\.\."
+        ):
+            config.build(merged)
+
+
 @pytest.mark.parametrize("value", [True, False])
 def test_a_boolean_is_no_number(value):
     with pytest.raises(ConfigError, match="^rank: .* is not a number"):

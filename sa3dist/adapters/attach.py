@@ -20,6 +20,8 @@ from sa3dist.model.staged_reads import in_threads
 
 # Between a layer's name and a tensor's name in a file: defined by the file format.
 SLOT = "parametrizations.weight.0"
+# Files of other trainers may need a strength of some hundred.
+MAX_STRENGTH = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +163,8 @@ def adapter_parameters(base: Base) -> dict[str, nn.Parameter]:
 
 
 def check_strength(strength: float) -> None:
-    if not math.isfinite(strength):
-        raise ConfigError(f"strength is {strength}, expected a finite number")
+    if not abs(strength) <= MAX_STRENGTH:
+        raise ConfigError(f"strength is {strength}, expected a number up to {MAX_STRENGTH:.0f}")
 
 
 def set_strength(base: Base, strength: float) -> None:

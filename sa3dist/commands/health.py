@@ -11,7 +11,7 @@ from sa3dist.listening.health import Losses
 from sa3dist.listening.health_numbers import measure_layer, summary
 from sa3dist.listening.verdict import judge
 from sa3dist.model.loading import load_base
-from sa3dist.runtime.exit_status import command
+from sa3dist.runtime.exit_status import command, positive
 from sa3dist.training.row_files import METRICS_NAME
 
 ARGUMENTS = {
@@ -22,7 +22,7 @@ ARGUMENTS = {
     },
     "--base": {"metavar": "MODEL", "help": "the base it was trained on; default the one it names"},
     "--layers": {
-        "type": int,
+        "type": positive,
         "default": 10,
         "metavar": "N",
         "help": "layers to list, largest updates first (default 10)",

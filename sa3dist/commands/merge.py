@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import os
 import shutil
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sa3dist import __version__
+from sa3dist.adapters.attach import MAX_STRENGTH
 from sa3dist.adapters.combine import approximate, combine, merged_weight
 from sa3dist.adapters.file import BASE_KEY, AdapterFile, config_value, read_adapter_file, write_adapter_file
 from sa3dist.adapters.lazy_file import AdapterOnDisk
@@ -78,8 +78,8 @@ def split_weight(argument: str) -> tuple[str, float]:
         weight = float(text)
     except ValueError as error:
         raise ConfigError(f"{argument}: the weight {text!r} is not a number; expected FILE or FILE=WEIGHT") from error
-    if not math.isfinite(weight):
-        raise ConfigError(f"{argument}: the weight {text!r} is not a finite number")
+    if not abs(weight) <= MAX_STRENGTH:
+        raise ConfigError(f"{argument}: the weight {text!r} is not a number up to {MAX_STRENGTH:.0f}")
     return path, weight
 
 

@@ -13,7 +13,7 @@ from sa3dist.cost_model.devices import GPUS, THIS, Device, find_device
 from sa3dist.data.remote.local_paths import home_path
 from sa3dist.errors import ConfigError, counted, span
 from sa3dist.model.loading import known_config
-from sa3dist.runtime.exit_status import command
+from sa3dist.runtime.exit_status import MANY, command, number, positive
 
 UNITS = {"GB": 1e9, "GIB": 1 << 30}
 
@@ -22,8 +22,12 @@ ARGUMENTS = {
     "arguments": {"nargs": "*", "metavar": "CONFIG.yaml|REQUEST.json|key=value", "help": "settings of the run"},
     "--gpu": {"default": THIS, "help": f"{', '.join(GPUS)}, or {THIS} machine (default)"},
     "--fit": {"metavar": "24GB", "help": "plan for so much memory, and propose settings that fit it"},
-    "--ranks": {"type": int, "default": 1, "help": "processes, each on such a device"},
-    "--link-gbit": {"type": float, "metavar": "X", "help": "gigabits/s of the slowest link between them"},
+    "--ranks": {"type": positive, "default": 1, "help": "processes, each on such a device"},
+    "--link-gbit": {
+        "type": number(float, 0.001, 1e6),
+        "metavar": "X",
+        "help": "gigabits/s of the slowest link between them",
+    },
     "--results": {"type": home_path, "default": RESULTS, "help": "folder of benchmark results to calibrate with"},
     "--json": {"action": "store_true", "help": "print everything as JSON"},
 }
@@ -31,8 +35,6 @@ ARGUMENTS = {
 
 def plan(options: argparse.Namespace) -> None:
     """Print the plan of ``options``."""
-    if options.ranks < 1 or (options.link_gbit is not None and not options.link_gbit > 0):
-        raise ConfigError("--ranks and --link-gbit: expected positive numbers")
     # The default folder does not exist in an installed package.
     if options.results != RESULTS and not options.results.is_dir():
         raise ConfigError(f"--results: {options.results} is no folder; give one with the JSON files of gpu_check.py")
@@ -57,7 +59,7 @@ def plan(options: argparse.Namespace) -> None:
 def parse_bytes(text: str) -> float:
     """``24GB``, ``24GiB`` or ``24`` (gigabytes) as bytes. Raises ConfigError for anything else."""
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(GB|GiB)?\s*", text, re.IGNORECASE)
-    if not match or float(match[1]) <= 0:
+    if not match or not 0 < float(match[1]) <= MANY:
         raise ConfigError(f"--fit: {text!r} is no amount of memory; write it as 24GB")
     return float(match[1]) * UNITS[(match[2] or "GB").upper()]
 

@@ -7,7 +7,7 @@ from sa3dist.data.remote.local_paths import home_path
 from sa3dist.errors import ConfigError
 from sa3dist.report.document import MEGABYTES
 from sa3dist.report.page import PAGE_NAME, write_report
-from sa3dist.runtime.exit_status import command
+from sa3dist.runtime.exit_status import MANY, command, number
 
 # Default name for several runs.
 COMPARISON_NAME = "comparison.html"
@@ -24,7 +24,7 @@ ARGUMENTS = {
         "help": "previews inside the page, or played from the runs' folders",
     },
     "--megabytes": {
-        "type": float,
+        "type": number(float, 0.001, MANY),
         "default": MEGABYTES,
         "help": "largest page; previews that do not fit are played from the runs' folders (default %(default)g)",
     },
@@ -33,8 +33,6 @@ ARGUMENTS = {
 
 def report(options: argparse.Namespace) -> None:
     """Write the report and print its path."""
-    if not options.megabytes > 0:
-        raise ConfigError(f"--megabytes: {options.megabytes} leaves no page; give a number above 0")
     page = options.output or (options.runs[0] / PAGE_NAME if len(options.runs) == 1 else Path(COMPARISON_NAME))
     if page.is_dir():
         raise ConfigError(f"--output: {page} is a folder; name a file")

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from sa3dist.data.remote.local_paths import home_path
 from sa3dist.errors import ConfigError
-from sa3dist.runtime.exit_status import command, positive
+from sa3dist.runtime.exit_status import MANY, command, number, positive
 from sa3dist.serve.keys import SCOPES, Keys
 from sa3dist.serve.options import RunOptions, gpus_here, shared_work_dir
 from sa3dist.serve.processes import locks_folder
@@ -45,19 +45,9 @@ def _model(text: str) -> tuple[str, str]:
     return name, str(home_path(path).absolute())
 
 
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 0 or more")
-    return int(text)
-
-
-def _days(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if (days := float(text)) > 0:
-            return days
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-
-
+_natural = number(int, 0, MANY)
+# At most a hundred years.
+_days = number(float, 0.001, 36_500)
 STATE = {
     "type": home_path,
     "dest": "data_dir",
@@ -75,14 +65,14 @@ ARGUMENTS = {
         "help": "directory of the base that requests call NAME; may repeat",
     },
     "--host": {"default": "127.0.0.1", "help": "default %(default)s; beyond loopback a key is needed"},
-    "--port": {"type": int, "default": 8000, "help": "default %(default)s"},
+    "--port": {"type": number(int, 1, 65_535), "default": 8000, "help": "default %(default)s"},
     "--public-url": {"help": "how clients reach the server, behind a proxy for instance"},
     "--data-dir": {"type": home_path, "default": Path("sa3dist-serve"), "help": "of all files (default %(default)s)"},
     "--state": STATE,
     "--database": {"help": "sqlite:///FILE or postgresql://...; unset = jobs.db in data-dir"},
     "--storage": {"help": "fsspec address of uploaded files; unset = files in data-dir"},
     "--slots": {
-        "type": _natural,
+        "type": number(int, 0, 1024),
         "help": f"jobs at once, 0 = none here; unset = by GPUs, one without, {CLUSTER_SLOTS} on a cluster",
     },
     "--executor": {"choices": ["local", "slurm", "kubernetes"], "default": "local", "help": "who runs the jobs"},

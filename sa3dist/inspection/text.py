@@ -14,14 +14,14 @@ from rich.table import Column, Table
 
 from sa3dist import config
 from sa3dist.data.remote.local_paths import home_path
-from sa3dist.errors import ConfigError, counted, printable
+from sa3dist.errors import counted, printable
 from sa3dist.formats import LeftOut
 from sa3dist.inspection.html import write_html
 from sa3dist.inspection.report import Report, inspect_source
 from sa3dist.model.loading import known_config
 from sa3dist.progress import progress
 from sa3dist.report.document import MEGABYTES
-from sa3dist.runtime.exit_status import command
+from sa3dist.runtime.exit_status import MANY, command, number
 
 # Most clips in the terminal; --json and --html have all.
 MAX_ROWS = 200
@@ -40,7 +40,7 @@ ARGUMENTS = {
     "--json": {"action": "store_true", "help": "print everything as JSON instead of tables"},
     "--html": {"type": home_path, "metavar": "FILE", "help": "also write one page with players, pictures and charts"},
     "--megabytes": {
-        "type": float,
+        "type": number(float, 0.001, MANY),
         "default": MEGABYTES,
         "help": "largest page; clips that do not fit have no player (default %(default)g)",
     },
@@ -49,8 +49,6 @@ ARGUMENTS = {
 
 def inspect(options: argparse.Namespace) -> None:
     """Inspect a data set and show the results."""
-    if not options.megabytes > 0:
-        raise ConfigError(f"--megabytes: {options.megabytes} leaves no page; give a number above 0")
     settings = config.build(config.read_arguments(options.words) | {"audio_data_url": options.dataset})
     base = known_config(settings.model)
     framing = base.native_seconds, base.sample_rate_hz, base.samples_per_frame

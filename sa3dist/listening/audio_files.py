@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa3dist.errors import ConfigError
+from sa3dist.errors import ConfigError, EnvironmentFailure
 from sa3dist.formats import atomic_path
 
 if TYPE_CHECKING:
@@ -36,8 +36,16 @@ def check_format(suffix: str) -> None:
 
 
 def write_audio(path: Path, audio_CN: Tensor, rate: int) -> None:
-    """Write float audio within -1 .. 1 in the format of the suffix, atomically."""
+    """Write float audio within -1 .. 1 in the format of the suffix, atomically.
+
+    Raises EnvironmentFailure if it is not finite, which libsndfile cannot write.
+    """
     import soundfile
+
+    if not audio_CN.isfinite().all():
+        raise EnvironmentFailure(
+            f"{path}: the audio is not finite; a lower strength or guidance scale, or a wider precision may help"
+        )
 
     container, subtype = FORMATS[path.suffix[1:]]
     audio_NC = audio_CN.t().contiguous().numpy()

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 # Source: the reference's generate.
 HEADROOM_SECONDS = 6
 BATCH = 4
+# Usual are 50 steps and a scale of 7. A typing error must not run for days, or overflow.
+MAX_STEPS = 20_000
+MAX_CFG = 1000
 
 
 @contextlib.contextmanager
@@ -60,10 +63,10 @@ class Generation:
         longest = config.sample_size / config.sample_rate_hz
         if not 0 < self.samples(config) / config.sample_rate_hz <= longest:
             raise ConfigError(f"seconds: {self.seconds} is out of range, this model makes up to {longest:.1f} s")
-        if self.steps < 1:
-            raise ConfigError(f"steps: {self.steps} is out of range, expected at least 1")
-        if not math.isfinite(self.cfg_scale):
-            raise ConfigError(f"cfg_scale: {self.cfg_scale} is not a finite number")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise ConfigError(f"steps: {self.steps} is out of range, expected 1 to {MAX_STEPS}")
+        if not abs(self.cfg_scale) <= MAX_CFG:
+            raise ConfigError(f"cfg_scale: {self.cfg_scale} is out of range, expected a number up to {MAX_CFG}")
 
     def samples(self, config: ModelConfig) -> int:
         """Samples of a clip per channel."""

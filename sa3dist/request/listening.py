@@ -51,8 +51,10 @@ class ListeningFields(EndpointFields):
         allow_inf_nan=False,
         description="length of a preview; unset = 20, or the crop's if it is shorter",
     )
-    preview_steps: int = Field(50, ge=1, description="sampler steps of a preview")
-    preview_cfg: float = Field(7.0, allow_inf_nan=False, description="guidance scale of a preview; 1 = without")
+    preview_steps: int = Field(50, ge=1, le=20_000, description="sampler steps of a preview")
+    preview_cfg: float = Field(
+        7.0, ge=-1000, le=1000, allow_inf_nan=False, description="guidance scale of a preview; 1 = without"
+    )
     preview_seed: int = Field(
         0, ge=0, description="seed of the previews' noise, together with the number of the prompt"
     )

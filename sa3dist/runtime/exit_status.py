@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import json
+import math
 import os
 import socket
 import sys
@@ -11,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sa3dist import errors
 from sa3dist.formats import STATUS_DIR_VARIABLE, STATUS_NAME, write_json
@@ -141,7 +142,7 @@ def command(
     """
 
     def main(argv: Sequence[str] | None = None) -> int:
-        parser = argparse.ArgumentParser(prog=program, **about)
+        parser = _Parser(prog=program, **about)
         for name, how in arguments.items():
             parser.add_argument(name, **how)
         return run_program(lambda: work(parser.parse_intermixed_args(argv)), lambda: None, lambda: 0)
@@ -149,11 +150,30 @@ def command(
     return main
 
 
-def positive(text: str) -> int:
-    """An integer of at least 1, as an argument type."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 1 or more")
-    return int(text)
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise errors.ConfigError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def number(kind: type, low: float, high: float) -> Callable[[str], Any]:
+    """An argument type: an int or a float, by ``kind``, from ``low`` to ``high``."""
+
+    def read(text: str) -> Any:
+        value = math.nan
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
+        return value
+
+    return read
+
+
+# No option needs more: processes, nodes, gigabytes.
+MANY = 1_000_000
+positive = number(int, 1, MANY)
 
 
 def exit_code_of(failure: BaseException | None) -> int:

@@ -230,8 +230,9 @@ def test_strength_zero_is_the_base_and_one_is_the_adapter(base):
     assert (half - adapted).norm() > 1e-3
     set_strength(base, 1.0)
     assert torch.equal(base(*inputs), adapted)
-    with pytest.raises(ConfigError, match="strength is nan"):
-        set_strength(base, float("nan"))
+    for strength in ("nan", "inf", "-1e7"):
+        with pytest.raises(ConfigError, match=f"strength is {float(strength)}, expected a number up to 1000000"):
+            set_strength(base, float(strength))
 
 
 def test_detaching_restores_the_very_layers_and_a_second_adapter_is_refused(base):

@@ -182,7 +182,8 @@ def wrong_files(demo_base, tmp_path_factory):
     [
         (["rows.safetensors", "lora.safetensors"], "cannot be added up exactly"),
         (["lora.safetensors=much"], "'much' is not a number"),
-        (["lora.safetensors=nan"], "not a finite number"),
+        (["lora.safetensors=nan"], "'nan' is not a number up to 1000000"),
+        (["lora.safetensors=-1e7"], "'-1e7' is not a number up to 1000000"),
         (["missing.safetensors"], "cannot be read (No such file or directory)"),
         (["lora.safetensors", "--svd", "4"], "--svd: needs"),
         (["lora.safetensors", "--base", "nowhere"], "no such directory"),

@@ -321,8 +321,10 @@ def test_the_command_says_what_its_figures_rest_on(tmp_path, capsys):
         (["rnak=4", "--gpu", "H200"], "did you mean rank?"),
         (["--fit", "1GB", "--gpu", "H200"], "nothing fits 1 GB"),
         (["include=[nothing]", "--gpu", "H200"], "matches none of"),
-        (["--ranks", "0", "--gpu", "H200"], "expected positive numbers"),
-        (["--link-gbit", "nan", "--gpu", "H200"], "expected positive numbers"),
+        *((["--ranks", n, "--gpu", "H200"], f"--ranks: '{n}' is not a number from 1") for n in ("0", "9" * 40, "two")),
+        *((["--link-gbit", x, "--gpu", "H200"], f"'{x}' is not a number from") for x in ("0", "nan", "inf", "1e-320")),
+        (["--fit", "9" * 400, "--gpu", "H200"], "is no amount of memory"),
+        (["gradient_accumulation_steps=99999999999999"], "expected a whole number, 1..100000"),
         (["--results", "/no/such", "--gpu", "H200"], "--results: /no/such is no folder"),
     ],
 )

@@ -232,7 +232,8 @@ def test_a_page_that_is_full_says_how_many_clips_have_no_player_and_grows_no_fur
             assert 0 < len(lengths) < 8
             assert max(lengths) <= 5
             assert f"{8 - len(lengths)} clips of 8 without a player" in text
-    assert cli.main(["inspect", str(source), "--html", str(page), "--megabytes", "0"]) == 2
+    for megabytes in ("0", "-1", "nan", "inf"):
+        assert cli.main(["inspect", str(source), "--html", str(page), f"--megabytes={megabytes}"]) == 2
 
 
 def test_the_page_shows_what_strangers_wrote_as_text_and_loads_nothing(tmp_path):

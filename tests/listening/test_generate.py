@@ -11,8 +11,9 @@ import sa3dist
 from sa3dist import cli
 from sa3dist.adapters import adapted_layers, detach_adapter, formed_once, load_adapter, set_strength
 from sa3dist.adapters.layers import AdaptedLayer
+from sa3dist.errors import EnvironmentFailure
 from sa3dist.flow import draw_noise, generator_for
-from sa3dist.listening.audio_files import FORMATS
+from sa3dist.listening.audio_files import FORMATS, write_audio
 from sa3dist.model.generation import Generation
 from sa3dist.model.sampling import Guidance, combine, logsnr_schedule
 from tests.helpers.adapter_files import make_adapter
@@ -202,6 +203,13 @@ def test_other_formats_hold_the_same_sound(demo_base, base, tmp_path, suffix):
         assert torch.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.7
 
 
+@pytest.mark.parametrize("suffix", list(FORMATS))
+def test_audio_that_is_not_finite_is_no_file_and_says_why(tmp_path, suffix):
+    with pytest.raises(EnvironmentFailure, match=f"0.{suffix}: the audio is not finite"):
+        write_audio(tmp_path / f"0.{suffix}", torch.tensor([[0.1, math.nan, 0.2]] * 2), 44100)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -209,7 +217,12 @@ def test_other_formats_hold_the_same_sound(demo_base, base, tmp_path, suffix):
         (["--seconds", "nan"], "seconds: nan is out of range"),
         (["--seconds", "9999"], "this model makes up to 380.4 s"),
         (["--steps", "0"], "steps: 0 is out of range"),
-        (["--cfg", "inf"], "cfg_scale: inf is not a finite number"),
+        (["--steps", "99999999"], "steps: 99999999 is out of range, expected 1 to 20000"),
+        (["--steps", "two"], "argument --steps: invalid int value: 'two'"),
+        (["--cfg", "inf"], "cfg_scale: inf is out of range"),
+        (["--cfg", "nan"], "cfg_scale: nan is out of range"),
+        (["--cfg=-1e300"], "cfg_scale: -1e+300 is out of range, expected a number up to 1000"),
+        (["--adapter", "{adapter}=1e300"], "the weight '1e300' is not a number up to 1000000"),
         (["--adapter", "nowhere.safetensors"], "nowhere.safetensors: cannot be read"),
         (["--adapter", "{adapter}=loud"], "the weight 'loud' is not a number"),
         (["--model", "no-such-base"], "no such directory"),

@@ -227,6 +227,9 @@ def test_the_command_says_of_a_run_and_of_its_file_what_the_last_save_said(watch
     assert float(drift.split()[1]) == pytest.approx(row["drift"]["mean"], abs=1e-3)
     assert [line.split()[-1] for line in layers] == [layer["name"] for layer in row["layers"][:2]]
     assert head.startswith("update ratio eff. rank     drift  layer")
+    for layers in ("-1", "0", "1.5", "9" * 20):
+        assert cli.main(["health", str(watched / source), f"--layers={layers}"]) == 2
+        assert f"--layers: '{layers}' is not a number from 1" in capsys.readouterr().err
 
 
 def test_a_start_that_continues_drops_rows_past_its_checkpoint(short_words, watched, tmp_path):

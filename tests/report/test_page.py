@@ -201,3 +201,5 @@ def test_the_command_writes_the_page_and_refuses_what_is_no_run(run, tmp_path, c
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "no run's folder" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+    for megabytes in ("0", "-1", "nan", "inf", "1e300"):
+        assert cli.main(["report", str(folder), f"--megabytes={megabytes}"]) == 2
