@@ -10,7 +10,7 @@ _MEND = "unset it, or start with torchrun or accelerate launch"
 
 
 def dist_rank_from_environment() -> int:
-    """Rank from the launcher's environment; 0 if it is not less than the world size, so that the run's end is reported."""
+    """Rank from the launcher's environment; 0 if that is not below the world size, so that somebody reports the end."""
     dist_rank = _number("RANK")
     return dist_rank if dist_rank < _number("WORLD_SIZE") else 0
 

@@ -7,6 +7,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 # Longer than clients keep idle connections (5 s): if the server closed first, a request just sent would be lost.
 HEAD_SECONDS = 30.0
 MAX_HEAD_BYTES = 64 << 10
+TOO_LONG = f"The head of the request is longer than {MAX_HEAD_BYTES} bytes."
 
 
 class Connection(HttpToolsProtocol):
@@ -17,8 +18,10 @@ class Connection(HttpToolsProtocol):
 
     # Closes the connection when it fires.
     _timer: asyncio.TimerHandle | None = None
-    # Size of the head received so far; None if no head is being received.
+    # Size of the head up to the last piece; None if no head is being received.
     _head_bytes: int | None = None
+    # Size of its address and fields, counted while a piece is parsed.
+    _parsed_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -29,11 +32,29 @@ class Connection(HttpToolsProtocol):
         if self._head_bytes is not None and not self.transport.is_closing():
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
-                self.send_400_response(f"The head of the request is longer than {MAX_HEAD_BYTES} bytes.")
+                self.send_400_response(TOO_LONG)
+
+    def send_400_response(self, msg: str) -> None:
+        super().send_400_response(TOO_LONG if self._parsed_bytes > MAX_HEAD_BYTES else msg)
 
     def on_message_begin(self) -> None:
-        self._head_bytes = 0
+        self._head_bytes = self._parsed_bytes = 0
         super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # With a colon, a space and the end of the line.
+        self._count(len(name) + len(value) + 4)
+        super().on_header(name, value)
+
+    def _count(self, size: int) -> None:
+        self._parsed_bytes += size
+        if self._parsed_bytes > MAX_HEAD_BYTES:
+            # Stops the parser: the answer is 400.
+            raise ValueError(TOO_LONG)
 
     def on_headers_complete(self) -> None:
         self._head_bytes = None

@@ -119,6 +119,18 @@ def test_a_head_without_end_is_refused_before_it_fills_the_memory(served, line):
     assert still_answers(served[0])
 
 
+@pytest.mark.parametrize("line", [b"X-Long: " + bytes([120]) * 70_000 + b"\r\n", b"X-Many: x\r\n" * 6_500])
+@pytest.mark.parametrize("size", [1 << 30, 40_000])
+def test_a_head_that_is_too_long_is_refused_however_it_is_cut(served, line, size):
+    sent = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n" + line + b"\r\n"
+    status, answer = answer_to(served[0], *(sent[at : at + size] for at in range(0, len(sent), size)))
+    assert (status, b"longer than 65536 bytes" in answer) == (400, True)
+    for path in (b"/healthz?" + bytes([120]) * 70_000, b"/healthz?" + bytes([120]) * 60_000):
+        begin = b"GET " + path + b" HTTP/1.1\r\nConnection: close\r\nHost: localhost\r\n\r\n"
+        assert answer_to(served[0], begin)[0] == (400 if len(path) > 65536 else 200)
+    assert still_answers(served[0])
+
+
 def test_several_requests_at_once_are_answered_in_turn(served):
     one = head("GET", "/healthz")
     status, answer = answer_to(served[0], one * 3)

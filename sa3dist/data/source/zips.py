@@ -93,7 +93,7 @@ class ZipContainer(Container):
         self._zip.close()
 
 
-# The record at the end of a zip. After its signature and 8 bytes: size and offset of the directory, length of a comment.
+# The record at the end of a zip: signature, 8 bytes, size and offset of the directory, length of a comment.
 _END_SIGNATURE = b"PK\5\6"
 _END = struct.Struct("<12xIIH")
 _MAX_COMMENT = 0xFFFF
