@@ -11,14 +11,13 @@ from sa3dist.adapters import AdapterConfig
 from sa3dist.adapters.file import config_from_value, write_adapter_file
 from sa3dist.adapters.header import extras, header
 from sa3dist.errors import CheckpointError
-from sa3dist.formats import RUN_CONFIG_NAME, write_json
+from sa3dist.formats import RESULT_NAME, RUN_CONFIG_NAME, write_json
 from sa3dist.publishing.files import LORA_NAME, write_beside
 from sa3dist.runtime import lease
 from sa3dist.training.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
-RESULT_NAME = "result.json"
 # Released models that take the adapters of a base: the base itself and its post-trained sibling.
 INFERENCE_MODELS = {
     "medium-base": ["medium-base", "medium"],

@@ -18,11 +18,10 @@ from sa3dist.errors import DataError, counted, listed
 # How a run ended. In output_dir, or in the directory a supervisor names if that cannot be written.
 STATUS_NAME = "status.json"
 STATUS_DIR_VARIABLE = "SA3DIST_STATUS_DIR"
-# Beside the last adapter: the adapter with the lowest validation loss, and the run's description.
+# Beside the last adapter: the adapter with the lowest validation loss, the run's description and the endpoint's answer.
 BEST_ADAPTER_NAME = "lora.best.safetensors"
-RUN_CONFIG_NAME = "config.json"
-INDEX_NAME = "index.json"
-INDEX_VERSION = 2
+RUN_CONFIG_NAME, RESULT_NAME = "config.json", "result.json"
+INDEX_NAME, INDEX_VERSION = "index.json", 2
 # Ends the index; the digest of all bytes before it follows.
 _SEAL = '"self_sha256": "'
 # A temporary file or folder this old was left by a killed run.

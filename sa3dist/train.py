@@ -68,6 +68,7 @@ def run_stages(
     from sa3dist.data.remote.public_addresses import PUBLIC_ONLY_VARIABLE
     from sa3dist.runtime import launcher
     from sa3dist.runtime.exit_status import run_program
+    from sa3dist.runtime.open_files import allow_open_files
     from sa3dist.training.compile_processes import end_all, start_early
 
     arguments, unknown = parser(program, about).parse_known_intermixed_args(argv)
@@ -93,6 +94,7 @@ def run_stages(
             print(yaml.safe_dump(settings.as_dict(), sort_keys=False), end="")
             return
         launcher.check()
+        allow_open_files(settings.num_workers)
         if not launcher.has_peers():
             stop.raise_if_requested("starting")
         started = start_early(settings, launcher.dist_rank_from_environment()) if trains else {}

@@ -12,7 +12,7 @@ import yaml
 
 from sa3dist.data.remote.fetch import redacted
 from sa3dist.errors import DataError
-from sa3dist.formats import RUN_CONFIG_NAME, DatasetIndex, dataset_digest
+from sa3dist.formats import RESULT_NAME, RUN_CONFIG_NAME, DatasetIndex, dataset_digest
 from sa3dist.training.row_files import METRICS_NAME, read_rows
 
 WARNINGS_NAME, STARTS_NAME = "warnings.jsonl", "starts.jsonl"
@@ -121,7 +121,7 @@ def read_run(folder: Path) -> RunFolder:
         starts=read_rows(folder / STARTS_NAME),
         settings={name: _public(value) for name, value in _mapping(folder / "run.yaml").items()},
         status={name: _public(value) for name, value in _mapping(folder / "status.json").items()},
-        result=_mapping(folder / "result.json"),
+        result=_mapping(folder / RESULT_NAME),
         best=_mapping(folder / "best.json"),
         description=_description(folder),
         previews=_previews(folder / "previews"),

@@ -18,13 +18,12 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from sa3dist.errors import EXIT_USER
-from sa3dist.formats import STATUS_NAME, write_json
+from sa3dist.formats import RESULT_NAME, STATUS_NAME, write_json
 from sa3dist.runtime.exit_status import HEARTBEAT_NAME
 from sa3dist.serve.job import Job
 from sa3dist.training.row_files import METRICS_NAME
 
 RUN_NAME, LOG_NAME, REQUEST_NAME = "run", "log.txt", "request.json"
-RESULT_NAME = "result.json"
 # Folders that a new attempt takes over by hard links: their files do not change once they have their final name.
 LINKED = ("checkpoints", "previews")
 # Files that a new attempt takes over by copying.

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from pathlib import PurePosixPath
 
-from sa3dist.formats import BEST_ADAPTER_NAME, RUN_CONFIG_NAME
+from sa3dist.formats import BEST_ADAPTER_NAME, RESULT_NAME, RUN_CONFIG_NAME
 
 # Lists a folder: (files, folders) directly in it, by name.
 ListFolder = Callable[[str], tuple[Collection[str], Collection[str]]]
@@ -19,7 +19,7 @@ RUN_FILES = {
     "copies.jsonl",
     "status.json",
     "heartbeat.json",
-    "result.json",
+    RESULT_NAME,
     "lora.safetensors",
     BEST_ADAPTER_NAME,
     "run.lock",
