@@ -153,6 +153,14 @@ def test_values_left_to_the_launcher_are_left_to_deepspeed():
     assert "reduce" not in built
 
 
+@pytest.mark.parametrize(
+    ("said", "used"), [({}, 0), ({"stage3_max_reuse_distance": "auto"}, 0), ({"stage3_max_reuse_distance": 7}, 7)]
+)
+def test_nothing_stays_gathered_for_its_next_use_unless_the_file_says_so(said, used):
+    built = build({"zero_optimization": {"stage": 3, **said}}, 1, 1, 2, "none")["zero_optimization"]
+    assert built["stage3_max_reuse_distance"] == used
+
+
 def test_gradients_are_given_in_the_order_of_the_tensors_whatever_a_file_says_and_older_deepspeed_reads_it():
     asked = {"round_robin_gradients": True, "parameter_alignment": True, "ignore_unused_parameters": False}
     for zero_options in ({}, asked):
