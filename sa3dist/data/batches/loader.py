@@ -159,7 +159,7 @@ def results_of_workers(
         with killing_loaders_when_interrupted():
             yield from results
     finally:
-        # Not left to the iterator's end: in Python 3.12 the traceback of an error in the sampler refers to the frames that
-        # called it, and so to the iterator, and its processes would live as long as the error.
+        # Not left to the iterator's end: in Python 3.12 the traceback of an error in the sampler refers to its callers'
+        # frames, and so to the iterator; its processes would live as long as the error.
         if num_workers:
             results._shutdown_workers()
