@@ -29,7 +29,7 @@ def test_the_certificate_names_this_machine_and_all_of_its_loopback_addresses(tm
     monkeypatch.setattr(app, "create_app", end)
     monkeypatch.setattr(monitoring, "log_as_json", lambda: None)
     monkeypatch.setattr(socket, "gethostname", lambda: "studio")
-    assert command.main(["--tls", "--port", "0", "--state", str(tmp_path)]) == 2
+    assert command.main(["--tls", "--port", "8765", "--state", str(tmp_path)]) == 2
     assert names_of(tmp_path / "tls/server.pem") >= {"localhost", "127.0.0.1", "::1", "studio", "queue.fal.run"}
 
 
