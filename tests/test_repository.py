@@ -101,3 +101,16 @@ def test_a_runner_starts_without_what_takes_seconds_to_import():
 @pytest.mark.parametrize("module", ["sa3dist", "sa3dist.config", "sa3dist.supervise"])
 def test_importing_the_package_or_reading_settings_imports_no_framework(module):
     assert python(f"import {module}, sys; print('torch' in sys.modules)") == "False\n"
+
+
+def test_an_uncompiled_step_of_the_optimiser_imports_no_compiler():
+    # A second of processor time at every start.
+    program = (
+        "import sys, torch\n"
+        "from sa3dist.parallel.flat_adamw import FlatAdapters\n"
+        "flat = FlatAdapters({'a': torch.nn.Parameter(torch.ones(3))}, 1e-3, 0.0, scalars=0)\n"
+        "flat.parameters['a'].square().sum().backward()\n"
+        "flat.step()\n"
+        "print(flat.parameters['a'][0].item() < 1, 'torch._dynamo' in sys.modules)"
+    )
+    assert python(program) == "True False\n"

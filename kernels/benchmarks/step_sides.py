@@ -256,7 +256,7 @@ def _ours(side: Side) -> tuple[Callable, Callable]:
     )
     formed = use_formed_weights(side.base, flat, products, side.device)
     if formed is None:
-        return flat.zero, flat.optimizer.step
+        return flat.zero, flat.step
 
     def begin() -> None:
         flat.zero()
@@ -264,7 +264,7 @@ def _ours(side: Side) -> tuple[Callable, Callable]:
 
     def end() -> None:
         formed.finish()
-        flat.optimizer.step()
+        flat.step()
 
     side.formed = formed
     return begin, end

@@ -24,13 +24,13 @@ from sa3dist.model.compiled import wants_compile
 from sa3dist.model.config import ModelConfig
 from sa3dist.model.loading import expected_tensors, meta_roots
 from sa3dist.training.cuda_graphs import wants_graphs
-from sa3dist.training.memory import MOMENT_BYTES, USABLE_SHARE, VALUE_BYTES, fewest_recomputed, working_bytes
+from sa3dist.training.memory import USABLE_SHARE, fewest_recomputed, working_bytes
 from sa3dist.training.model_setup import DTYPES
 
 # Memory of a GPU process without tensors: context and libraries. Measured: 0.4 to 0.8 GB, by driver and device.
 CONTEXT_BYTES = 0.7e9
 # Per trained number, float32: value, gradient and AdamW's two moments.
-TRAINED_BYTES = VALUE_BYTES + MOMENT_BYTES
+TRAINED_BYTES = 16
 # Kernel launches per counted operation of an eager step, and the host's time per launch, which limits short clips.
 LAUNCHES_PER_OPERATION, LAUNCH_SECONDS = 4, 5e-6
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sa3dist.adapters.formed import use_formed_weights
 from sa3dist.model.checkpoint import tensors_digest
 from sa3dist.parallel.engine import Losses, Result, Tensors
-from sa3dist.parallel.flat_adamw import FlatGradients, adamw
+from sa3dist.parallel.flat_adamw import FlatAdamW, FlatGradients
 from sa3dist.parallel.gradient_buckets import GradientReduction
 
 if TYPE_CHECKING:
@@ -92,13 +92,10 @@ class FlatEngine:
         return torch.linalg.vector_norm(self.flat.gradient)
 
     def step(self, learning_rate: float, skip: Tensor | None = None) -> None:
-        optimizer = self.flat.optimizer
-        optimizer.param_groups[0]["lr"] = learning_rate
-        # Where ``found_inf`` is 1, fused AdamW changes neither values nor moments nor its step count.
-        optimizer.found_inf = skip
-        optimizer.step()
+        self.flat.optimizer.learning_rate = learning_rate
+        self.flat.step(skip)
         if not self.alike:
-            self.group.broadcast_(self.flat.values.data)
+            self.group.broadcast_(self.flat.values)
 
     def adapters(self) -> Tensors:
         return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
@@ -128,9 +125,9 @@ def step_alike(group: Group) -> bool:
     draws = (
         torch.rand(TRIAL_STEPS + 1, TRIAL_ELEMENTS, generator=torch.Generator().manual_seed(0)).to(group.device) - 0.5
     )
-    values = torch.nn.Parameter(draws[0].clone())
-    optimizer = adamw([values], learning_rate=1e-3, weight_decay=0.01)
-    for gradient in draws[1:]:
-        values.grad = gradient
+    values, gradient = draws[0].clone(), torch.empty_like(draws[0])
+    optimizer = FlatAdamW(values, gradient, learning_rate=1e-3, weight_decay=0.01)
+    for draw in draws[1:]:
+        gradient.copy_(draw)
         optimizer.step()
     return len(set(group.gather(tensors_digest({"values": values})))) == 1

@@ -1,6 +1,6 @@
 """Adapters and their gradients as views of two flat buffers: one optimiser kernel, one all-reduce per step."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -14,8 +14,44 @@ EPSILON = 1e-8
 ALIGNMENT = 64
 
 
-def adamw(tensors: Iterable[torch.Tensor], learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(tensors, lr=learning_rate, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True)
+class FlatAdamW:
+    """AdamW for one float32 tensor, with the kernel of ``torch.optim.AdamW(fused=True)``.
+
+    That class would import torch._dynamo, a second of processor time at every start.
+
+    state   by name: ``step``, the number of steps taken, shape (); ``MOMENTS``, in the shape of the values
+    """
+
+    def __init__(self, values: torch.Tensor, gradient: torch.Tensor, learning_rate: float, weight_decay: float) -> None:
+        self.values, self.gradient = values, gradient
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.state = {
+            "step": torch.zeros((), device=values.device),
+            **{moment: torch.zeros_like(values) for moment in MOMENTS},
+        }
+
+    def step(self, skip: torch.Tensor | None = None) -> None:
+        """Take a step. skip: float32 of shape (); where it is 1 the device changes neither values nor state."""
+        steps, means, squares = (self.state[name] for name in ("step", *MOMENTS))
+        steps += 1
+        torch._fused_adamw_(
+            [self.values],
+            [self.gradient],
+            [means],
+            [squares],
+            [],
+            [steps],
+            lr=self.learning_rate,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            weight_decay=self.weight_decay,
+            eps=EPSILON,
+            amsgrad=False,
+            maximize=False,
+            found_inf=skip,
+        )
+        if skip is not None:
+            steps -= skip
 
 
 class FlatGradients:
@@ -77,13 +113,16 @@ class FlatAdapters(FlatGradients):
     ) -> None:
         device = next(iter(parameters.values())).device
         assert all(p.dtype == torch.float32 and p.device == device for p in parameters.values())
-        self.values = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters.values()]))
+        self.values = torch.cat([parameter.detach().flatten() for parameter in parameters.values()])
         super().__init__(parameters, self.values, scalars)
-        self.values.grad = self.gradient
-        for name, parameter, values in self._views(self.values.data):
+        for name, parameter, values in self._views(self.values):
             parameter.data, parameter.grad = values, self.gradients[name]
-        self.optimizer = adamw([self.values], learning_rate, weight_decay)
-        self.optimizer.register_step_post_hook(lambda *_: self._tell_of_change())
+        self.optimizer = FlatAdamW(self.values, self.gradient, learning_rate, weight_decay)
+
+    def step(self, skip: torch.Tensor | None = None) -> None:
+        """Take an optimiser step; see ``FlatAdamW.step``."""
+        self.optimizer.step(skip)
+        self._tell_of_change()
 
     def _tell_of_change(self) -> None:
         # Storage is shared, but version counters are not: caches of values derived from the parameters check these.
@@ -91,20 +130,17 @@ class FlatAdapters(FlatGradients):
 
     def moments(self) -> dict[str, dict[str, torch.Tensor]]:
         """AdamW's running means by name, copied to the CPU."""
-        held = self.optimizer.state[self.values]
+        held = self.optimizer.state
         return {moment: {name: mean.clone() for name, _, mean in self._views(held[moment].cpu())} for moment in MOMENTS}
 
     def restore(
         self, adapters: dict[str, torch.Tensor], moments: dict[str, dict[str, torch.Tensor]], step: int
     ) -> None:
         """Load the values and ``moments`` that an optimiser had after ``step`` steps."""
-        flat_moments = {moment: torch.zeros_like(self.values.data) for moment in MOMENTS}
-        for name, _, values, *means in self._views(self.values.data, *flat_moments.values()):
+        held = self.optimizer.state
+        for name, _, values, *means in self._views(self.values, *(held[moment] for moment in MOMENTS)):
             values.copy_(adapters[name])
             for moment, mean in zip(MOMENTS, means, strict=True):
                 mean.copy_(moments[moment][name])
-        self.optimizer.state[self.values] = {
-            "step": torch.tensor(float(step), device=self.values.device),
-            **flat_moments,
-        }
+        held["step"].fill_(step)
         self._tell_of_change()

@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from sa3dist.parallel.ddp import FlatEngine
 from sa3dist.parallel.engine import Losses, Result, Tensors
-from sa3dist.parallel.flat_adamw import MOMENTS, FlatGradients, adamw
+from sa3dist.parallel.flat_adamw import BETAS, EPSILON, MOMENTS, FlatGradients
 from sa3dist.parallel.zero_blocks import form_by_block
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ def initialize(
 ) -> deepspeed.DeepSpeedEngine:
     """DeepSpeed's engine for the configuration that ``zero_config.build`` returned. gathered: see ``Roots``."""
     # Some versions of DeepSpeed take a step when they start: at a learning rate of zero nothing changes.
-    optimizer = adamw(parameters, 0.0, settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=settings.weight_decay, fused=True
+    )
     roots = Roots(base, gathered)
     engine, *_ = deepspeed.initialize(model=roots, optimizer=optimizer, config=config, dist_init_required=False)
     assert engine.gradient_clipping() == 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sa3dist.adapters import adapted_layers, adapter_parameters
+from sa3dist.adapters import adapted_layers
 from sa3dist.cost_model.devices import free_bytes
 from sa3dist.cost_model.fake_network import AdapterShape, BatchShape, FakeNetwork, Numerics
 from sa3dist.cost_model.flops import Count
@@ -25,8 +25,6 @@ USABLE_SHARE = 0.9
 # which are recomputed, and the gradients of these and of its hidden values): gradients of the residual stream, queries,
 # keys and values, and 13 of outputs that wait for joint sums with the block's last layer.
 WORKING_WIDTHS = 29
-# float32. AdamW's two moments are allocated in the first step; value and gradient exist before.
-MOMENT_BYTES, VALUE_BYTES = 8, 8
 
 
 def working_bytes(config: ModelConfig, tokens: int, value_bytes: int) -> float:
@@ -98,7 +96,7 @@ def recomputed_blocks(
     """Number of blocks to recompute in the backward pass: all with ``on``, none with ``off``, the fewest that fit with
     ``auto``.
 
-    Call it when the base is loaded, the adapter attached and formed weights allocated: only the rest must fit.
+    Call it when the base, the adapter, the optimiser's state and formed weights are allocated: only the rest must fit.
 
     form_per_use   frees most of the formed weights' memory; called if the step does not fit even with all blocks
                    recomputed. None: there are none, or they must stay
@@ -106,9 +104,9 @@ def recomputed_blocks(
     depth = largest.base.config.dit.depth
     if setting == "off" or (setting == "on" and form_per_use is None):
         return depth if setting == "on" else 0
-    trained = sum(parameter.numel() for parameter in adapter_parameters(largest.base).values())
-    other = largest.working_bytes + MOMENT_BYTES * trained
-    picked = fewest_recomputed(largest.counted, other, free_bytes(device), least=depth if setting == "on" else 0)
+    picked = fewest_recomputed(
+        largest.counted, largest.working_bytes, free_bytes(device), least=depth if setting == "on" else 0
+    )
     if form_per_use is not None and not picked.fits:
         log.info("adapted weights take too much memory: from here on they are formed for every use of a block")
         form_per_use()

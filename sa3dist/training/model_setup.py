@@ -57,9 +57,9 @@ def open_base(settings: Settings, group: Group, stop: StopRequest, startup: Star
     on_gpu = group.device.type == "cuda"
     compiles = _keep_caches(settings, group)
     startup.begin("load_base")
-    # AdamW imports torch._dynamo; both imports take four seconds, hidden behind the reading of the base.
-    compiler = ["torch._inductor.compile_fx"] if compiles and on_gpu else []
-    with lasting_imports(), imported_beside("torch._dynamo", *compiler), libraries_beside(group.device):
+    # Both imports take four seconds, hidden behind the reading of the base.
+    compiler = ["torch._dynamo", "torch._inductor.compile_fx"] if compiles and on_gpu else []
+    with lasting_imports(), imported_beside(*compiler), libraries_beside(group.device):
         base = run_on_all_ranks(group, "base", lambda: _load(settings, group.device), stop)
         # Startup part "compiler": the rest of the imports after the reading, and starting the workers.
         startup.begin("compiler")

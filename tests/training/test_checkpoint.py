@@ -162,7 +162,7 @@ def _train(parameters, steps, first=1, flat=None):
     for step in range(first, first + steps):
         flat.zero()
         sum((p.sin() * (k + step)).sum() for k, p in enumerate(parameters.values())).backward()
-        flat.optimizer.step()
+        flat.step()
     return flat
 
 

@@ -69,7 +69,7 @@ def test_losses_and_gradients_of_three_steps_are_the_references(device, run, che
                 expected = recorded[f"grad.{name}"]
                 atol = 2e-3 * expected.abs().max().item() + 1e-12
                 torch.testing.assert_close(parameter.grad.cpu(), expected, rtol=0, atol=atol, msg=name)
-        flat.optimizer.step()
+        flat.step()
     assert losses == pytest.approx(described["losses_of_3_steps_same_inputs"], rel=1e-4)
 
 
@@ -146,7 +146,7 @@ def test_flat_adamw_is_adamw_in_float64(device):
             second[name] = BETAS[1] * second[name] + (1 - BETAS[1]) * gradient.double().square()
             mean, spread = first[name] / (1 - BETAS[0] ** step), (second[name] / (1 - BETAS[1] ** step)).sqrt()
             expected[name] = expected[name] * (1 - 1e-2 * 0.1) - 1e-2 * mean / (spread + EPSILON)
-        flat.optimizer.step()
+        flat.step()
     for name, parameter in parameters.items():
         assert parameter.data_ptr() >= flat.values.data_ptr()
         torch.testing.assert_close(parameter.detach().cpu().double(), expected[name], rtol=1e-5, atol=1e-6)
@@ -278,7 +278,7 @@ def test_a_step_that_is_not_finite_was_not_taken_by_the_device_either(device):
 def _held(trainer):
     """Copies of values, moments and the count of steps."""
     flat = trainer.engine.flat
-    state = flat.optimizer.state[flat.values]
+    state = flat.optimizer.state
     return [held.detach().clone() for held in (flat.values, *(state[name] for name in ("step", *MOMENTS)))]
 
 

@@ -81,7 +81,7 @@ def curve_at(world_size, accumulation):
         rates, used = [], []
         for _ in range(STEPS):
             rates.append(trainer.take_step(iter([batch] * accumulation), StopRequest())["lr"])
-            used.append(trainer.engine.flat.optimizer.param_groups[0]["lr"])
+            used.append(trainer.engine.flat.optimizer.learning_rate)
         return rates, used, trainer.engine.flat.values.detach().tolist()
 
     return run_ranks(world_size, work)

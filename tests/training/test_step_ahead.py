@@ -35,7 +35,7 @@ def micro_batches(batch, step, group):
 def held(trainer):
     """Copies of values, moments and the count of steps."""
     flat = trainer.engine.flat
-    state = flat.optimizer.state[flat.values]
+    state = flat.optimizer.state
     return [value.detach().clone() for value in (flat.values, state["step"], *(state[name] for name in MOMENTS))]
 
 
