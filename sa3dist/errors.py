@@ -69,6 +69,15 @@ class Interrupted(SA3DistError):
     exit_code = EXIT_INTERRUPTED
 
 
+class OutOfTime(Interrupted):
+    """max_wall_time ended a start before its first step.
+
+    kept   what ``work_dir`` held then, for the next start to compare; None = not looked up yet
+    """
+
+    kept: list[int] | None = None
+
+
 def printable(name: str) -> str:
     """``name`` with control characters and broken encodings escaped, so that a message stays one line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

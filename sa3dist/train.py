@@ -69,13 +69,11 @@ def run_stages(
     from sa3dist.runtime import launcher
     from sa3dist.runtime.exit_status import run_program
     from sa3dist.runtime.open_files import allow_open_files
+    from sa3dist.runtime.start_limit import StartLimit
     from sa3dist.training.compile_processes import end_all, start_early
 
     arguments, unknown = parser(program, about).parse_known_intermixed_args(argv)
-    logging.basicConfig(format="sa3dist: %(message)s", stream=sys.stderr)
-    # It prints its own lines; propagated, each would appear twice.
-    logging.getLogger("huggingface_hub").propagate = False
-    logging.getLogger("sa3dist").setLevel(logging.INFO if launcher.dist_rank_from_environment() == 0 else logging.ERROR)
+    _log_to_stderr(launcher.dist_rank_from_environment() == 0)
     values: dict = {}
     running: list[Run] = []
 
@@ -88,6 +86,7 @@ def run_stages(
             os.environ[PUBLIC_ONLY_VARIABLE] = "1"
         if settings.max_wall_time is not None:
             stop.limit(settings.max_wall_time)
+            stop.judge = StartLimit(stop, settings.output_dir, settings.work_dir).judge
         if arguments.print_config:
             import yaml
 
@@ -107,10 +106,18 @@ def run_stages(
         body,
         lambda: None if arguments.print_config else config.output_dir_of(values),
         lambda: running[0].step if running else 0,
+        lambda failure: stop.judge(failure),
     )
     if running:
         running[0].on_exit()
     return code
+
+
+def _log_to_stderr(is_main: bool) -> None:
+    logging.basicConfig(format="sa3dist: %(message)s", stream=sys.stderr)
+    # It prints its own lines; propagated, each would appear twice.
+    logging.getLogger("huggingface_hub").propagate = False
+    logging.getLogger("sa3dist").setLevel(logging.INFO if is_main else logging.ERROR)
 
 
 def _run_connected(
@@ -147,7 +154,7 @@ def _run_connected(
                 stages(running[0])
             part(group, GOODBYE_SECONDS)
         except Exception as failure:
-            reason = leave(group, failure, watchdog.told)
+            reason = leave(group, stop.judge(failure), watchdog.told)
             if reason is failure:
                 raise
             raise reason from failure

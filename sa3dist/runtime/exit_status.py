@@ -21,6 +21,8 @@ from sa3dist.runtime.launcher import dist_rank_from_environment, has_peers
 
 # The step that ran out of memory, if the run's next start is to recompute blocks.
 OUT_OF_MEMORY_KEY = "out_of_memory_at_step"
+# What work_dir held when max_wall_time ended the run before a step.
+KEPT_KEY = "kept_in_work_dir"
 HEARTBEAT_NAME = "heartbeat.json"
 STATES = {
     errors.EXIT_DONE: "done",
@@ -113,15 +115,22 @@ def no_shared_memory(reason: str) -> errors.EnvironmentFailure:
     )
 
 
-def run_program(body: Callable[[], None], output_dir: Callable[[], Path | None], step: Callable[[], int]) -> int:
+def run_program(
+    body: Callable[[], None],
+    output_dir: Callable[[], Path | None],
+    step: Callable[[], int],
+    judge: Callable[[BaseException], BaseException] = lambda failure: failure,
+) -> int:
     """Run ``body``; report how it ended once, write status.json to the output directory, return the exit code.
 
     output_dir, step   called when the program ends, since settings may fail to load; no directory = no status.json
+    judge              replaces the exception with which ``body`` ends
     """
     problem = None
     try:
         body()
     except (Exception, KeyboardInterrupt) as failure:
+        failure = judge(failure)
         problem = translate(failure)
         if problem is None:
             with contextlib.suppress(OSError):
@@ -229,6 +238,8 @@ def _write_status(
     status |= {"dist_rank": origin[0], "host": origin[1], "step": step}
     if isinstance(problem, errors.RecomputeOnRestart):
         status[OUT_OF_MEMORY_KEY] = step + 1
+    if isinstance(problem, errors.OutOfTime):
+        status[KEPT_KEY] = problem.kept
     try:
         with contextlib.suppress(OSError):
             write_json(directory / STATUS_NAME, status)

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import psutil
 
-from sa3dist.errors import EXIT_INTERRUPTED, Interrupted
+from sa3dist.errors import EXIT_INTERRUPTED, ConfigError, Interrupted
 from sa3dist.runtime import run_lock
 
 # SIGHUP comes when the terminal, or the connection to it, is gone.
@@ -39,9 +39,11 @@ class StopRequest:
     """Whether this process was asked to stop. While ``saving`` is true no signal ends it.
 
     waiting   the main thread is in a wait that may never end and that may be broken off
+    judge     applied to the error that ends a run (``start_limit``)
     """
 
     def __init__(self) -> None:
+        self.judge: Callable[[Exception], Exception] = lambda failure: failure
         self.signal_name: str | None = None
         self.saving = False
         self.waiting = False
@@ -51,6 +53,7 @@ class StopRequest:
         self._ends_at: float | None = None
         self._allowed_seconds = 0.0
         self._reserve_seconds = EXIT_SECONDS
+        self._stepped = False
 
     def install(self) -> StopRequest:
         """Handle the stop signals from now on. Call from the main thread."""
@@ -77,9 +80,17 @@ class StopRequest:
         """What asked this process to stop, if anything did."""
         if self.signal_name is not None:
             return self.signal_name
-        if self._ends_at is not None and time.monotonic() > self._ends_at - self._reserve_seconds:
+        if self._time_is_up():
             return f"max_wall_time ({self._allowed_seconds:.0f} s) nearly over"
         return self._heard
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the time limit alone has stopped this process, before its first step."""
+        return self.signal_name is None and self._time_is_up() and not self._stepped
+
+    def _time_is_up(self) -> bool:
+        return self._ends_at is not None and time.monotonic() > self._ends_at - self._reserve_seconds
 
     def hear(self, reason: str) -> None:
         """Note a request made to another rank, or to this one while its main thread runs no signal handlers."""
@@ -112,12 +123,21 @@ class StopRequest:
             self.raise_if_requested("waiting for data")
 
     def limit(self, allowed_seconds: float) -> None:
-        """Ask to stop in time to be gone ``allowed_seconds`` after this program's start."""
+        """Ask to stop in time to be gone ``allowed_seconds`` after this program's start.
+
+        Raises ConfigError if that is less than stopping may take.
+        """
+        if allowed_seconds <= EXIT_SECONDS:
+            raise ConfigError(
+                f"max_wall_time: {allowed_seconds:g} s is not more than the {EXIT_SECONDS:.0f} s kept for stopping; "
+                f"choose a longer time"
+            )
         self._allowed_seconds = allowed_seconds
         self._ends_at = time.monotonic() + allowed_seconds - seconds_since_start()
 
     def reserve(self, step_seconds: float, save_seconds: float) -> None:
-        """Reserve time for stopping: twice the last step and save, since the next may be slower."""
+        """After a step: reserve time for stopping, twice the last step and save, since the next may be slower."""
+        self._stepped = True
         self._reserve_seconds = EXIT_SECONDS + 2 * (step_seconds + save_seconds)
 
     def _handle(self, number: int, frame) -> None:

@@ -144,6 +144,7 @@ class Watchdog:
             if not training:
                 what += "; finished work is kept, run the same command to continue"
             problem = errors.Interrupted(f"{self._stop.reason} {what}")
+            problem = within(ANSWER_SECONDS, lambda: self._stop.judge(problem)) or problem
             if group is not None:
                 # Otherwise the peers would take this rank for killed.
                 problem = within(ANSWER_SECONDS, lambda: peers.leave(group, problem)) or problem
