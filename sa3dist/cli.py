@@ -32,6 +32,7 @@ def shard_only(run: Run) -> None:
 
 
 def loop_only(run: Run) -> None:
+    run.check()
     run.begin_compiling()
     base = run.open_base()
     encoded = run.encode(base, run.shard())

@@ -53,6 +53,7 @@ class Run:
         self.stop = stop
         self.trainer: Trainer | None = None
         self._warm_start_sha256: str | None = None
+        self._saved: checkpoint.Checkpoint | None = None
         self._saved_step: int | None = None
         self._ended_early = ""
         self._observers: list[Observer] = []
@@ -68,7 +69,10 @@ class Run:
         return self.trainer.step if self.trainer else self._saved_step or 0
 
     def check(self) -> None:
-        """Refuse at once what can be refused without preparation. Raises ConfigError, DataError, CheckpointError."""
+        """Refuse at once what can be refused without preparation, and find the checkpoint to continue from.
+
+        Runs that train call it first. Raises ConfigError, DataError, CheckpointError.
+        """
         settings = self.settings
         for key, path in (("output_dir", settings.output_dir), ("work_dir", settings.work_dir)):
             if path.is_symlink() and not path.exists():
@@ -82,22 +86,25 @@ class Run:
         if self.group.deepspeed is not None:
             zero_config.check(self.group.deepspeed)
         check_choices(settings, self.group)
-        resume.check_start(settings, self.group)
+        self._saved = resume.find(settings, self.group, self.stop)
+        self._saved_step = self._saved and self._saved.step
 
     def begin_compiling(self) -> None:
-        """Start compiling a GPU's programs in the background of the next stages. Runs that train call it first."""
+        """Start compiling a GPU's programs in the background of the next stages."""
         if self.group.device.type == "cuda":
             self._compiling = model_setup.begin_compiling(self.settings, self.group, self._started)
         end_all(self._started)
 
     def open_base(self) -> Base:
-        """The frozen base with fresh adapters, started from lora_checkpoint_url when given.
+        """The frozen base with fresh adapters, started from lora_checkpoint_url unless the run continues.
 
         Comes first, so that a wrong model, rank, include list or adapter file is refused before hours of preparation.
         If one rank fails, all ranks raise its error.
         """
         self._enter("base")
-        base, self._warm_start_sha256 = model_setup.open_base(self.settings, self.group, self.stop, self.startup)
+        known = self._saved and resume.warm_start_of(self._saved, self.settings)
+        opened = model_setup.open_base(self.settings, self.group, self.stop, self.startup, known)
+        base, self._warm_start_sha256 = opened
         previews.check(self.settings, base.config)
         return base
 
@@ -125,14 +132,13 @@ class Run:
             settings,
             base_sha256=base_sha256,
             **source.identity(),
-            lora_checkpoint_sha256=self._warm_start_sha256,
+            **{resume.WARM_START: self._warm_start_sha256},
             lora_config=adapters.lora_config(base),
         )
-        saved = resume.find_checkpoint(settings, group, self.stop)
+        # Not kept: the trainer copies its tensors.
+        saved, self._saved = self._saved, None
         if saved is not None:
             resume.check_identity(saved, identity, settings)
-            resume.check_changes(saved, settings)
-            self._saved_step = saved.step
         self._cursors = source.cursors(saved and saved.state.get("stream"), group.dist_rank, group.world_size)
         plan = run_plan.make(settings, source, identity, saved, group.world_size, self._out_of_memory_at_step)
         if self._compiling is not None:

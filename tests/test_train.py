@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 import sa3dist
 from sa3dist import cli
 from sa3dist.data.latents.tensor_files import digest_of_tensors
+from sa3dist.training import checkpoint
 from tests.helpers.forked_trainers import ForkedTrainer, forked_ranks
 from tests.helpers.program import STEPS, rows, run, short_run, status
+from tests.helpers.servers import hostile_http
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +216,46 @@ def test_a_warm_start_begins_where_the_file_ends(words, straight, tmp_path):
     # The same first draws, seen by the adapter that six steps of training made.
     assert rows(tmp_path / "run")[0]["loss"] != pytest.approx(first, rel=1e-3)
     assert rows(tmp_path / "run")[0]["clips"] == rows(straight)[0]["clips"]
+
+
+def same_state(one, other):
+    one, other = (checkpoint.find(output_dir, "auto") for output_dir in (one, other))
+    return one.step == other.step and all(torch.equal(one.adapters[key], other.adapters[key]) for key in one.adapters)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_run_that_continues_needs_no_warm_start_file_but_the_same_address(words, straight, tmp_path, capfd, remote):
+    trained = straight / "lora.safetensors"
+    with hostile_http(trained.read_bytes()) as server:
+        address = (
+            f"{server.url}/etag/lora.safetensors?signature={{}}" if remote else str(tmp_path / "start.safetensors")
+        )
+        if not remote:
+            shutil.copy(trained, address)
+        url = f"lora_checkpoint_url={address}"
+        assert run(words, tmp_path / "whole", url.format(1)) == 0
+        assert run(words, tmp_path / "run", url.format(1), "number_of_steps=3") == 0
+    if not remote:
+        Path(address).unlink()
+    capfd.readouterr()
+    for other, found in ((f"lora_checkpoint_url={trained}x", "cannot be read"), ("lora_checkpoint_url=null", "None")):
+        assert run(words, tmp_path / "run", other) == 2
+        assert found in capfd.readouterr().err.splitlines()[-1]
+    assert run(words, tmp_path / "run", url.format(2)) == 0
+    assert same_state(tmp_path / "run", tmp_path / "whole")
+    # The same file at another address is the same start; a fresh run has none.
+    assert run(words, tmp_path / "run", f"lora_checkpoint_url={trained}") == 0
+    assert run(words, straight, f"lora_checkpoint_url={trained}") == 2
+    assert "holds a checkpoint with lora_checkpoint_url None" in capfd.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("change", ["seed=9", "number_of_steps=3", "batch_size=2"])
+def test_what_no_continued_run_may_change_is_refused_before_anything_is_prepared(
+    words, straight, tmp_path, capfd, change
+):
+    assert run(words, straight, change, f"work_dir={tmp_path / 'none'}", "model=/nowhere") == 2
+    assert change.partition("=")[0] in capfd.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.slow

@@ -48,9 +48,12 @@ def _keep_caches(settings: Settings, group: Group) -> bool:
     return compiles
 
 
-def open_base(settings: Settings, group: Group, stop: StopRequest, startup: Startup) -> tuple[Base, str | None]:
+def open_base(
+    settings: Settings, group: Group, stop: StopRequest, startup: Startup, known_warm_start: str | None
+) -> tuple[Base, str | None]:
     """The base with its adapters, and the digest of the adapter file they start from (None for fresh ones).
 
+    known_warm_start   that digest, if a checkpoint will replace the file's values: the file is then not read
     If one rank fails to load, to find singular bases or to attach, all ranks raise its error. Raises ConfigError when
     told to compile without a compiler.
     """
@@ -71,8 +74,10 @@ def open_base(settings: Settings, group: Group, stop: StopRequest, startup: Star
     startup.begin("singular_bases")
     bases = _singular_bases(settings, group, stop, base)
     startup.begin("attach")
-    warm = run_on_all_ranks(group, "attach", lambda: _attach(settings, group, stop, base, bases), stop)
-    return base, warm
+    run_on_all_ranks(group, "attach", lambda: _attach(settings, base, bases), stop)
+    if settings.lora_checkpoint_url and known_warm_start is None:
+        known_warm_start = run_on_all_ranks(group, "start-warm", lambda: _start_warm(settings, group, stop, base), stop)
+    return base, known_warm_start
 
 
 def _load(settings: Settings, device: torch.device) -> Base:
@@ -122,10 +127,7 @@ def _singular_bases(settings: Settings, group: Group, stop: StopRequest, base: B
     return cache
 
 
-def _attach(
-    settings: Settings, group: Group, stop: StopRequest, base: Base, bases: adapters.BasesCache | None
-) -> str | None:
-    """Attach the adapters. Returns the digest of the adapter file the run starts from, or None."""
+def _attach(settings: Settings, base: Base, bases: adapters.BasesCache | None) -> None:
     adapters.attach_adapter(
         base,
         adapter_type=settings.adapter_type,
@@ -136,8 +138,10 @@ def _attach(
         seed=settings.seed,
         bases=bases,
     )
-    if not settings.lora_checkpoint_url:
-        return None
+
+
+def _start_warm(settings: Settings, group: Group, stop: StopRequest, base: Base) -> str:
+    """Give the adapters the values of ``lora_checkpoint_url``. Returns the file's digest."""
     should_stop = group.liveness.counting(stop.requested)
     url, downloads = settings.lora_checkpoint_url, settings.work_dir / "downloads"
     path = main_process_first(

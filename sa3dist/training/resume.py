@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sa3dist_kernels import ADAPTER_TYPES
 
 from sa3dist.adapters.svd_bases import METHOD
+from sa3dist.data.remote.fetch import redacted
 from sa3dist.errors import CheckpointError, counted
 from sa3dist.formats import remove_stale
 from sa3dist.runtime.process_group import Group, main_process_first, run_on_all_ranks
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 # Temporary names of files that other threads and processes may be writing at this moment.
 BESIDE = (".report.html.", ".heartbeat.json.", ".status.json.", ".run.lock")
+# The value of a checkpoint's identity that says from which adapter file its run started.
+WARM_START = "lora_checkpoint_sha256"
 # Values of checkpoints that were saved before a key existed.
 BEFORE = {"singular_bases": "found as earlier versions did", "held_out": "none"}
 
@@ -36,15 +39,22 @@ def identity(settings: Settings, **measured: Any) -> dict[str, Any]:
     return {**measured, **bases, **settings.identity()}
 
 
-def check_start(settings: Settings, group: Group) -> None:
-    """Refuse at once an unreadable checkpoint, or a global batch that the ranks cannot share.
+def find(settings: Settings, group: Group, stop: StopRequest) -> checkpoint.Checkpoint | None:
+    """The checkpoint that a run continues from, checked as far as settings alone allow; None for a fresh run.
 
-    A run that continues takes the batch from its checkpoint. Raises ConfigError, CheckpointError.
+    Raises ConfigError or CheckpointError, on every rank: the checkpoint cannot be read, other settings decided what it
+    trained, or the ranks cannot share its global batch (a fresh run's: that of the settings).
     """
-    if settings.resume not in ("auto", "never"):
-        checkpoint.load(Path(settings.resume))
-    elif settings.resume == "never" or not checkpoint.list_all(settings.output_dir):
-        settings.accumulation(group.world_size)
+    saved = find_checkpoint(settings, group, stop)
+    if saved is not None:
+        check_identity(saved, settings.identity(), settings)
+        check_changes(saved, settings)
+    rounds = accumulation_of(saved, settings, group.world_size)
+    configured = settings.gradient_accumulation_steps, settings.global_batch_size
+    if saved is not None and (rounds != configured[0] or configured[1] not in (None, saved.state["global_batch"])):
+        found = counted(saved.state["global_batch"], "clip"), counted(rounds, "micro batch", "micro batches")
+        log.info("resuming with the checkpoint's %s per step: %s per process", *found)
+    return saved
 
 
 def find_checkpoint(settings: Settings, group: Group, stop: StopRequest) -> checkpoint.Checkpoint | None:
@@ -72,6 +82,21 @@ def find_checkpoint(settings: Settings, group: Group, stop: StopRequest) -> chec
     return run_on_all_ranks(group, "load-checkpoint", load, stop)
 
 
+def warm_start_of(saved: checkpoint.Checkpoint, settings: Settings) -> str | None:
+    """Digest of the adapter file that the checkpoint's run started from; None without one, or if it has to be read.
+
+    A run that continues does not need the file, whose address may have expired: the same address, but for its user and
+    its query, which a new signature changes, stands for the same file. Raises CheckpointError if one run has such a
+    file and the other has not.
+    """
+    digest = saved.state["identity"].get(WARM_START)
+    address = saved.state.get("description", {}).get("settings", {}).get("lora_checkpoint_url")
+    asked = redacted(settings.lora_checkpoint_url) if settings.lora_checkpoint_url else None
+    if (digest is None) != (asked is None):
+        _refuse(settings, "lora_checkpoint_url", address or digest, asked)
+    return digest if asked == address else None
+
+
 def check_identity(saved: checkpoint.Checkpoint, identity: dict[str, Any], settings: Settings) -> None:
     """Raises CheckpointError naming the first value in which the run and its checkpoint differ.
 
@@ -81,10 +106,14 @@ def check_identity(saved: checkpoint.Checkpoint, identity: dict[str, Any], setti
     for name, value in identity.items():
         found = saved.state["identity"].get(name, before.get(name))
         if found != value:
-            raise CheckpointError(
-                f"{settings.output_dir}: holds a checkpoint with {name} {found!r}, this run has {value!r}; "
-                f"use another output_dir, or resume=never to start over"
-            )
+            _refuse(settings, name, found, value)
+
+
+def _refuse(settings: Settings, name: str, found: Any, value: Any) -> NoReturn:
+    raise CheckpointError(
+        f"{settings.output_dir}: holds a checkpoint with {name} {found!r}, this run has {value!r}; use another "
+        f"output_dir, or resume=never to start over"
+    )
 
 
 def accumulation_of(saved: checkpoint.Checkpoint | None, settings: Settings, world_size: int) -> int:
@@ -103,9 +132,6 @@ def accumulation_of(saved: checkpoint.Checkpoint | None, settings: Settings, wor
             f"{micro_batch}, which {counted(world_size, 'process', 'processes')} cannot share evenly; use "
             f"{' or '.join(map(str, workable))} process{'es' * (workable != [1])}"
         )
-    if rounds != settings.gradient_accumulation_steps or settings.global_batch_size not in (None, global_batch):
-        found = counted(global_batch, "clip"), counted(rounds, "micro batch", "micro batches")
-        log.info("resuming with the checkpoint's %s per step: %s per process", *found)
     return rounds
 
 
