@@ -30,6 +30,15 @@ def generator_for(seed: int, purpose: str, *indices: int) -> torch.Generator:
     return torch.Generator().manual_seed(state)
 
 
+def require_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
+    """Raise ValueError unless ``tensor`` has the shape ``expected``; torch would silently broadcast a batch of 1.
+
+    Looks only at what the host knows: nothing waits for a device.
+    """
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected)}")
+
+
 def draw_extension(scale_frames: float, generator: torch.Generator) -> int:
     """Frames of encoded silence to append to a clip: floor of an exponential draw with mean ``scale_frames``."""
     if scale_frames == 0:
@@ -111,8 +120,9 @@ def shift_timesteps(
 
     t_B        timesteps in [0, 1]; 0 and 1 do not change
     frames_B   effective length of each clip in latent frames; clamped to [min_length, max_length]
-    Returns t with the shape of t_B. Source: spec/training.md 2.4.
+    Returns t with the shape of t_B. Raises ValueError for another number of lengths. Source: spec/training.md 2.4.
     """
+    require_shape("frames_B", frames_B, t_B.shape)
     length = frames_B.to(t_B).clamp(min_length, max_length)
     # max: equal bounds must not divide by zero.
     slope = (max_shift - base_shift) / max(max_length - min_length, 1)

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from sa3dist.flow.draws import require_shape
+
 # torch draws normals in blocks of 16 and redraws an incomplete last block. Drawing whole blocks makes a short draw a
 # prefix of a longer one from the same generator.
 _NORMAL_BLOCK = 16
@@ -28,8 +30,10 @@ def noise_latents(
     latents_BDT, noise_BDT   float32 of shape (B, D, T)
     t_B                      time of each clip: 0 = data, 1 = noise
     Returns (noised, target), both (B, D, T): (1 - t) latents + t noise, and noise - latents.
-    Source: spec/training.md 2.6.
+    Raises ValueError for other shapes. Source: spec/training.md 2.6.
     """
+    require_shape("noise_BDT", noise_BDT, latents_BDT.shape)
+    require_shape("t_B", t_B, latents_BDT.shape[:1])
     t_B11 = t_B[:, None, None]
     return (1 - t_B11) * latents_BDT + t_B11 * noise_BDT, noise_BDT - latents_BDT
 
@@ -53,7 +57,7 @@ def masked_loss(
     keep_BT                    true or 1 where a frame counts (clip and silence extension)
     inpaint_mask_B1T           1 = given context, 0 = to generate
     Returns (loss, loss_gen, loss_ctx), scalars, loss = loss_gen + context_weight * loss_ctx. A clip without frames in a
-    part contributes 0 to that part. Source: spec/training.md 2.11.
+    part contributes 0 to that part. Raises ValueError for other shapes. Source: spec/training.md 2.11.
     """
     gen_B, ctx_B = masked_losses(velocity_BDT, target_BDT, keep_BT, inpaint_mask_B1T)
     loss_gen, loss_ctx = gen_B.mean(), ctx_B.mean()
@@ -64,6 +68,10 @@ def masked_losses(
     velocity_BDT: torch.Tensor, target_BDT: torch.Tensor, keep_BT: torch.Tensor, inpaint_mask_B1T: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The losses per clip that ``masked_loss`` averages: (generated, context), both of shape (B,)."""
+    batch, _, frames = velocity_BDT.shape
+    require_shape("target_BDT", target_BDT, velocity_BDT.shape)
+    require_shape("keep_BT", keep_BT, (batch, frames))
+    require_shape("inpaint_mask_B1T", inpaint_mask_B1T, (batch, 1, frames))
     wide = torch.promote_types(velocity_BDT.dtype, torch.float32)
     keep = keep_BT.bool()
     context = inpaint_mask_B1T[:, 0].bool()
@@ -79,8 +87,10 @@ def couple_noise(latents_BDT: torch.Tensor, noise_BDT: torch.Tensor) -> torch.Te
     """Permutation that pairs clips with noise: clip i uses ``noise_BDT[permutation[i]]``.
 
     Both tensors have shape (B, D, T); every value counts, padding included. Returns int64 of shape (B,).
-    Greedy in clip order over a Sinkhorn plan, as the reference pairs them. Source: spec/training.md 2.5.
+    Greedy in clip order over a Sinkhorn plan, as the reference pairs them. Raises ValueError for different shapes.
+    Source: spec/training.md 2.5.
     """
+    require_shape("noise_BDT", noise_BDT, latents_BDT.shape)
     batch = latents_BDT.shape[0]
     if batch == 1:
         return torch.zeros(1, dtype=torch.long, device=latents_BDT.device)

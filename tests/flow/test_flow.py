@@ -214,3 +214,49 @@ def test_the_loss_ignores_frames_that_do_not_count():
             if part.any():
                 expected += weight * (velocity - target)[clip][:, part].double().square().mean().item() / 3
     assert plain[0].item() == pytest.approx(expected, rel=1e-6)
+
+
+BDT = 4, 3, 5
+ARGUMENTS = {
+    flow.noise_latents: {"latents_BDT": BDT, "noise_BDT": BDT, "t_B": (4,)},
+    flow.couple_noise: {"latents_BDT": BDT, "noise_BDT": BDT},
+    flow.masked_loss: {"velocity_BDT": BDT, "target_BDT": BDT, "keep_BT": (4, 5), "inpaint_mask_B1T": (4, 1, 5)},
+    flow.shift_timesteps: {"t_B": (4,), "frames_B": (4,)},
+}
+# Every axis of every tensor but the first one: one element, which torch would broadcast, or one too many.
+WRONG = [
+    (function, name, axis, size)
+    for function, shapes in ARGUMENTS.items()
+    for name, shape in list(shapes.items())[1:]
+    for axis, right in enumerate(shape)
+    for size in {1, right + 1} - {right}
+]
+
+
+def tensors(shapes):
+    return {name: torch.rand(shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(("function", "name", "axis", "size"), WRONG)
+def test_a_tensor_of_another_batch_or_length_is_refused_by_name_not_broadcast(function, name, axis, size):
+    shape = list(ARGUMENTS[function][name])
+    shape[axis] = size
+    with pytest.raises(ValueError, match=f"^{name} has shape .*{size}.*, expected "):
+        function(**tensors(ARGUMENTS[function] | {name: shape}))
+
+
+@pytest.mark.parametrize("function", [flow.noise_latents, flow.masked_loss, flow.shift_timesteps])
+def test_shapes_are_checked_in_one_compiled_graph_for_all_lengths(function):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=count, fullgraph=True, dynamic=True)
+    for length in (5, 7, 9):
+        sizes = {4: 4, 3: 3, 1: 1, 5: length}
+        values = tensors({name: [sizes[n] for n in shape] for name, shape in ARGUMENTS[function].items()})
+        torch.testing.assert_close(compiled(**values), function(**values))
+    assert len(graphs) == 1
