@@ -43,6 +43,10 @@ class CheckpointError(SA3DistError):
     exit_code = EXIT_USER
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A training checkpoint is not as it was saved; the one before it may be."""
+
+
 class EnvironmentFailure(SA3DistError):
     """The machine, the cluster or the numbers failed; the state is as last saved."""
 

@@ -1,6 +1,7 @@
 """Training checkpoints: adapters, moments and the step; safetensors and JSON, never pickle, never the base."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 
-from sa3dist.errors import CheckpointError
+from sa3dist.errors import CheckpointError, DamagedCheckpoint
 from sa3dist.formats import atomic_directory, file_sha256, write_whole
 from sa3dist.parallel.flat_adamw import MOMENTS
 from sa3dist.runtime import lease
@@ -28,6 +29,8 @@ STATE_NAME = "state.json"
 ADAPTER_NAME = "adapter.safetensors"
 MOMENTS_NAME = "moments.safetensors"
 CHECKPOINT_VERSION = 2
+# Errors of reading that another attempt will meet too. None: not of the system, of safetensors.
+DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,29 +124,41 @@ def list_all(output_dir: Path) -> list[Path]:
 
 
 def load(directory: Path) -> Checkpoint:
-    """Read one checkpoint. Raises CheckpointError, naming the file, when anything is missing or damaged."""
+    """Read one checkpoint.
+
+    Raises DamagedCheckpoint, naming the file, when anything is missing or damaged; CheckpointError when another version
+    of this program wrote it, or it may not be read; OSError when the system cannot read it now.
+    """
     directory = Path(directory)
     # exists() is also False for a name that is too long; reading would raise.
     if not os.path.exists(directory / STATE_NAME):
         example = path_of(Path("RUN"), 500)
-        raise CheckpointError(f"{directory}: no {STATE_NAME} in it, expected a folder such as {example}")
+        raise DamagedCheckpoint(f"{directory}: no {STATE_NAME} in it, expected a folder such as {example}")
     try:
         state = json.loads((directory / STATE_NAME).read_text(encoding="utf-8"))
         digest, files = state.pop("digest"), state["files"]
         if _digest_of_state(state) != digest:
-            raise CheckpointError(f"{directory / STATE_NAME}: content does not match its digest")
+            raise DamagedCheckpoint(f"{directory / STATE_NAME}: content does not match its digest")
         if state["version"] != CHECKPOINT_VERSION:
-            raise CheckpointError(f"{directory}: checkpoint version {state['version']}, expected {CHECKPOINT_VERSION}")
+            raise CheckpointError(
+                f"{directory}: checkpoint version {state['version']}, expected {CHECKPOINT_VERSION}; continue with the "
+                f"version of sa3dist that wrote it, use another output_dir, or resume=never to start over"
+            )
         for name, expected in files.items():
             if file_sha256(directory / name) != expected:
-                raise CheckpointError(f"{directory / name}: content does not match its digest")
+                raise DamagedCheckpoint(f"{directory / name}: content does not match its digest")
         moments: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in load_file(directory / MOMENTS_NAME).items():
             moment, _, name = key.partition("/")
             moments.setdefault(moment, {})[name] = tensor
         return Checkpoint(load_file(directory / ADAPTER_NAME), moments, state)
+    except PermissionError as error:
+        raise CheckpointError(f"{error.filename}: may not be read ({error.strerror}); check its permissions") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise CheckpointError(f"{directory}: not a readable checkpoint ({type(error).__name__}: {error})") from error
+        # A system that cannot open files now, say, has not damaged it: skipping it would lose its steps.
+        if isinstance(error, OSError) and error.errno not in DAMAGE:
+            raise
+        raise DamagedCheckpoint(f"{directory}: not a readable checkpoint ({type(error).__name__}: {error})") from error
 
 
 def find(output_dir: Path, resume: str) -> Checkpoint | None:
@@ -151,6 +166,7 @@ def find(output_dir: Path, resume: str) -> Checkpoint | None:
 
     resume   "never": none; "auto": the newest intact one in output_dir, with a warning for each damaged one skipped;
              else a checkpoint directory, which must be intact
+    Raises as ``load``, but in "auto" not for a damaged one.
     """
     if resume == "never":
         return None
@@ -159,7 +175,7 @@ def find(output_dir: Path, resume: str) -> Checkpoint | None:
     for directory in list_all(output_dir):
         try:
             return load(directory)
-        except CheckpointError as damage:
+        except DamagedCheckpoint as damage:
             log.warning("skipping a damaged checkpoint: %s", damage)
     return None
 

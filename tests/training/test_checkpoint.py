@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back, what is damaged is passed over, what is half-written never shows."""
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from sa3dist.errors import CheckpointError, EnvironmentFailure
 from sa3dist.parallel.flat_adamw import MOMENTS, FlatAdapters
 from sa3dist.runtime.exit_status import translate
+from sa3dist.runtime.peers import pack
 from sa3dist.runtime.process_group import Group
 from sa3dist.training import checkpoint
 
@@ -138,6 +140,36 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog
     assert "step-00000009" in caplog.text
     with pytest.raises(CheckpointError, match="step-00000009"):
         checkpoint.find(tmp_path, str(newest))
+
+
+def test_a_checkpoint_of_another_version_of_the_program_is_refused_not_passed_over(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, make(3), keep=2)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_VERSION", checkpoint.CHECKPOINT_VERSION + 1)
+    checkpoint.save(tmp_path, make(4), keep=2)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="step-00000004: checkpoint version 3, expected 2") as refusal:
+        checkpoint.find(tmp_path, "auto")
+    assert pack(refusal.value, 0)[0] == "CheckpointError"
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EMFILE, 70), (errno.ESTALE, 70), (errno.EACCES, 2)])
+def test_a_checkpoint_that_the_system_cannot_read_now_is_not_passed_over(tmp_path, monkeypatch, number, code):
+    for step in (3, 4):
+        checkpoint.save(tmp_path, make(step), keep=2)
+    whole = checkpoint.file_sha256
+
+    def read(path):
+        if "step-00000004" in str(path):
+            raise OSError(number, os.strerror(number), str(path))
+        return whole(path)
+
+    monkeypatch.setattr(checkpoint, "file_sha256", read)
+    with pytest.raises((OSError, CheckpointError)) as failure:
+        checkpoint.find(tmp_path, "auto")
+    assert translate(failure.value).exit_code == code
+    assert "step-00000004" in str(translate(failure.value))
+    number = errno.EIO
+    assert checkpoint.find(tmp_path, "auto").step == 3
 
 
 def test_a_folder_that_is_no_checkpoint_is_told_what_one_is_called(tmp_path):
