@@ -38,11 +38,13 @@ def open_encoded(
     index: DatasetIndex,
     group: Group,
     stop: StopRequest,
+    global_batch: int,
     everything: bool = False,
     validation: DatasetIndex | None = None,
 ) -> BatchSource:
     """The data set as ``base`` sees it; encoded now as far as possible with ``everything`` or ``pre_encode``.
 
+    global_batch   clips per step over all ranks
     validation   the data set whose clips are held out, if they are not part of ``index``
     Raises what failed on any rank, on every rank; ConfigError when nothing can be encoded ahead.
     """
@@ -58,8 +60,7 @@ def open_encoded(
     if held_out and settings.validation_every:
         encode_all(base, FixedSet(source).encode_tasks(group.world_size), group, stop, "encode-held-out")
     if everything or settings.pre_encode:
-        per_step = settings.batch_size * settings.accumulation(group.world_size) * group.world_size
-        encode_all(base, source.encode_tasks(settings.number_of_steps * per_step), group, stop)
+        encode_all(base, source.encode_tasks(settings.number_of_steps * global_batch), group, stop)
         if source.packs_latents:
             pack_latents(source.encoded, group, stop)
         base.release_encoders()

@@ -121,7 +121,10 @@ class Run:
     def encode(self, base: Base, index: DatasetIndex, everything: bool = False) -> BatchSource:
         """Stage two. everything: encode all clips now, whatever ``pre_encode`` says."""
         self._enter("encode", "encode")
-        return encode.open_encoded(self.settings, base, index, self.group, self.stop, everything, self._validation)
+        settings, group = self.settings, self.group
+        accumulation = resume.accumulation_of(self._saved, settings, group.world_size)
+        global_batch = accumulation * settings.batch_size * group.world_size
+        return encode.open_encoded(settings, base, index, group, self.stop, global_batch, everything, self._validation)
 
     def prepare(self, base: Base, source: BatchSource) -> None:
         """Make the trainer, fresh or restored from the newest good checkpoint."""

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sa3dist
-from sa3dist import cli
+from sa3dist import cli, encode
 from sa3dist.data.latents.tensor_files import digest_of_tensors
 from sa3dist.training import checkpoint
 from tests.helpers.forked_trainers import ForkedTrainer, forked_ranks
@@ -247,6 +247,16 @@ def test_a_run_that_continues_needs_no_warm_start_file_but_the_same_address(word
     assert run(words, tmp_path / "run", f"lora_checkpoint_url={trained}") == 0
     assert run(words, straight, f"lora_checkpoint_url={trained}") == 2
     assert "holds a checkpoint with lora_checkpoint_url None" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_a_continued_run_encodes_ahead_for_the_batch_of_its_checkpoint(words, tmp_path, monkeypatch):
+    ahead = []
+    monkeypatch.setattr(encode, "encode_all", lambda base, tasks, *_: ahead.append(sum(task.count for task in tasks)))
+    words = [*words, "latents=crop", "pre_encode=true"]
+    assert run(words, tmp_path / "whole", "gradient_accumulation_steps=2") == 0
+    assert run(words, tmp_path / "run", "gradient_accumulation_steps=2", "number_of_steps=1") == 0
+    assert run(words, tmp_path / "run", "gradient_accumulation_steps=1") == 0
+    assert ahead[2] == ahead[0] > ahead[1]
 
 
 @pytest.mark.parametrize("change", ["seed=9", "number_of_steps=3", "batch_size=2"])
