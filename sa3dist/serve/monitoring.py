@@ -30,7 +30,7 @@ SECONDS = prometheus_client.Histogram("sa3dist_request_seconds", "until an answe
 @routes.get("/healthz")
 async def healthz(request: Request) -> Response:
     """200 while the database answers."""
-    age = time.time() - service_of(request).snapshot.read_at
+    age = time.monotonic() - service_of(request).snapshot.read_at
     return JSONResponse({"ok": age < STALE_SECONDS, "database_read_ago": age}, 200 if age < STALE_SECONDS else 503)
 
 

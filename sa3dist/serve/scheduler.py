@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sa3dist.errors import SA3DistError
+from sa3dist.errors import EXIT_ENVIRONMENT, SA3DistError
 from sa3dist.serve.executors import open_executor
 from sa3dist.serve.job import Job
 from sa3dist.serve.job_store import JobStore
@@ -28,7 +28,7 @@ from sa3dist.serve.tables import DatabaseAway
 
 log = logging.getLogger(__name__)
 
-CLEANUP_SECONDS = 3600.0
+CLEANUP_SECONDS = 60.0
 RUNNER_LOG = "runner.log"
 
 
@@ -50,31 +50,39 @@ class Scheduler:
         )
         self._runners: list[subprocess.Popen] = []
         self._cleaned_at: float | None = None
-        self._away = False
+        self._problem = ""
         # Check the executor once here, rather than in every runner. Raises ConfigError, EnvironmentFailure.
         open_executor(options)
         Path(options.locks).mkdir(parents=True, exist_ok=True)
 
     def run(self, stop: threading.Event) -> None:
-        """Start jobs until ``stop`` is set. Running jobs continue after that."""
+        """Start jobs until ``stop`` is set, whatever fails meanwhile. Running jobs continue after that."""
         while not stop.wait(self._options.poll_seconds):
             try:
                 self.run_once()
-                if self._away:
-                    log.info("the database answers again")
-                self._away = False
-            except DatabaseAway as problem:
-                if not self._away:
-                    log.warning("%s; running jobs continue until their leases end", problem)
-                self._away = True
+                if self._problem:
+                    log.info("jobs are started again")
+                self._problem = ""
+            except Exception as problem:
+                # Log it once. The server still accepts jobs, so their scheduler must not end.
+                if str(problem) != self._problem:
+                    trace = not isinstance(problem, DatabaseAway | OSError)
+                    log.warning("%s; no jobs are started, running ones continue", problem, exc_info=trace)
+                self._problem = str(problem)
 
     def run_once(self) -> None:
-        """One round: end overdue jobs, claim, start. Raises DatabaseAway."""
+        """One round: end overdue jobs, claim, start. Raises DatabaseAway, and OSError if a runner cannot be started."""
         # poll() reaps runners that have ended.
         self._runners = [runner for runner in self._runners if runner.poll() is None]
         self._leases.end_overdue()
         while (job := self._leases.claim(self._place)) is not None:
-            self._runners.append(start_runner(self._store, job, self._options))
+            try:
+                self._runners.append(start_runner(self._store, job, self._options))
+            except OSError as problem:
+                # The disk is full or read-only, or memory is short: the job waits until that has passed.
+                error = {"detail": str(problem), "error_type": "runner_scheduling_failure"}
+                self._leases.try_again(job, error, EXIT_ENVIRONMENT, counts=False)
+                raise
         if self._cleaned_at is None or time.monotonic() - self._cleaned_at > CLEANUP_SECONDS:
             self._cleaned_at = time.monotonic()
             self._store.delete_expired(self._keep_days)

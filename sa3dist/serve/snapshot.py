@@ -88,7 +88,7 @@ class Snapshot:
         """Read all changes. Raises DatabaseAway."""
         changes, self._token = await asyncio.to_thread(self._store.changed_since, self._token)
         self._apply(changes)
-        self.read_at = time.time()
+        self.read_at = time.monotonic()
         refreshed, self._refreshed = self._refreshed, asyncio.Event()
         refreshed.set()
 

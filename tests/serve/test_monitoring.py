@@ -4,6 +4,7 @@ import json
 import logging
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from sa3dist.serve.leases import HostResources, Leases
 from sa3dist.serve.options import RunOptions
 from sa3dist.serve.scheduler import Scheduler
 from sa3dist.serve.server_options import DEFAULT_APP, WebOptions
-from sa3dist.serve.tables import QUEUED
+from sa3dist.serve.tables import FAILED, QUEUED
 from tests.helpers import serve
 
 REQUEST = {"audio_data_url": "data:application/zip;base64,UEsFBgAAAAAAAAAAAAAAAAAAAAAAAA=="}
@@ -46,6 +47,12 @@ def test_health_is_the_age_of_what_the_database_last_said(client, monkeypatch):
     monkeypatch.setattr(monitoring, "STALE_SECONDS", -1.0)
     answer = client.get("/healthz")
     assert (answer.status_code, answer.json()["ok"]) == (503, False)
+
+
+def test_health_does_not_depend_on_the_time_of_day(client, monkeypatch):
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3600)
+    assert client.get("/healthz").status_code == 200
 
 
 def test_prometheus_reads_jobs_by_state_and_answers_by_status(client):
@@ -233,6 +240,34 @@ def test_a_port_that_is_taken_is_refused_ahead_of_the_first_word(tmp_path, capsy
 def test_numbers_that_would_delete_or_stop_every_job_are_refused(option, value, tmp_path, capsys):
     assert command.main(["--data-dir", str(tmp_path / "data"), f"{option}={value}"]) == 2
     assert f"argument {option}: '{value}' is not a number from" in capsys.readouterr().err
+
+
+def test_a_scheduler_that_cannot_start_a_job_tries_again_and_uses_up_no_retry(tmp_path, store, caplog):
+    def wait(until):
+        deadline = time.monotonic() + 60
+        while not until():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    job = store.submit({"audio_data_url": "nowhere"}, app=DEFAULT_APP, key="k")
+    words = {"work_dir": str(tmp_path / "work"), "locks": str(tmp_path / "locks"), "host": "here"}
+    scheduler, stop = Scheduler(store, RunOptions("local", (0,), poll_seconds=0.01, **words)), threading.Event()
+    # Stands for a disk without space: no folder can be made here.
+    store.folder.rmdir()
+    store.folder.touch()
+    thread = threading.Thread(target=scheduler.run, args=[stop])
+    thread.start()
+    try:
+        wait(lambda: store.get(job.id).attempts > 2)
+        store.folder.unlink()
+        wait(lambda: store.get(job.id).state == FAILED)
+    finally:
+        stop.set()
+        thread.join()
+        scheduler.stop_jobs()
+    assert store.get(job.id).failures == 0
+    assert [record.getMessage() for record in caplog.records if "Not a directory" in record.getMessage()] != []
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.slow
