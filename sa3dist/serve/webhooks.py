@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import logging
 import time
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 # The hosted endpoint tries ten times within two hours.
 MAX_TRIES, FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 10, 10.0, 1800.0
 TRY_SECONDS, LOOK_SECONDS = 15.0, 1.0
+MOST_AT_A_TIME = 200
 
 
 def public_keys(signer: Signer) -> dict:
@@ -54,16 +56,25 @@ class Webhooks:
         """Deliver for ever."""
         options = {} if self._service.options.allow_private_webhooks else {"socket_factory": public_socket}
         timeout = aiohttp.ClientTimeout(total=TRY_SECONDS)
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(**options), timeout=timeout) as session:
+        connector = aiohttp.TCPConnector(limit=MOST_AT_A_TIME, **options)
+        tries: set[asyncio.Task] = set()
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
             while True:
-                try:
-                    due = await asyncio.to_thread(self._outbox.due, 4 * TRY_SECONDS)
-                    await asyncio.gather(*(self._deliver(session, delivery) for delivery in due))
-                except DatabaseAway:
-                    # Logged once by the snapshot's reader.
-                    due = []
+                due = []
+                # Logged once by the snapshot's reader.
+                with contextlib.suppress(DatabaseAway):
+                    due = await asyncio.to_thread(self._outbox.due, 4 * TRY_SECONDS, MOST_AT_A_TIME - len(tries))
+                for delivery in due:
+                    # A task of its own: receivers that do not answer must not delay the others.
+                    tries.add(task := asyncio.create_task(self._try(session, delivery)))
+                    task.add_done_callback(tries.discard)
                 if not due:
                     await asyncio.sleep(LOOK_SECONDS)
+
+    async def _try(self, session: aiohttp.ClientSession, delivery: Delivery) -> None:
+        # If the database is away, the delivery is due again later.
+        with contextlib.suppress(DatabaseAway):
+            await self._deliver(session, delivery)
 
     async def _deliver(self, session: aiohttp.ClientSession, delivery: Delivery) -> None:
         job = await asyncio.to_thread(self._service.store.get, delivery.job_id)

@@ -16,7 +16,7 @@ from sa3dist.data.remote import public_addresses
 from sa3dist.data.remote.fetch import fetch
 from sa3dist.data.remote.public_addresses import PUBLIC_ONLY_VARIABLE
 from sa3dist.errors import DataError
-from sa3dist.serve import service, submission
+from sa3dist.serve import service, submission, webhooks
 from sa3dist.serve.keys import Keys
 from sa3dist.serve.tables import deliveries
 from tests.helpers.endpoint import PATH, REQUEST, application, key_headers
@@ -193,6 +193,22 @@ def test_a_webhook_is_not_redirected(listener, tmp_path):
         client.put(client.post(PATH, params={"fal_webhook": hook}, json=REQUEST).json()["cancel_url"])
         assert delivered(store) == (1, "status 302")
     assert (outside.asked, inside.asked) == (["/hook"], [])
+
+
+def test_receivers_of_webhooks_that_never_answer_delay_no_other(listener, tmp_path, monkeypatch):
+    monkeypatch.setattr(webhooks, "TRY_SECONDS", 600.0)
+    answers = listener()
+    with socket.create_server(("127.0.0.1", 0)) as silent, application(tmp_path, allow_private_webhooks=True) as opened:
+        app, store = opened
+        ports = [silent.getsockname()[1]] * 25 + [answers.server_port]
+        for port in ports:
+            hook = f"http://127.0.0.1:{port}/hook"
+            store.cancel(store.submit(REQUEST, app=PATH[1:], key="k", webhook=hook).id)
+        with TestClient(app):
+            deadline = time.monotonic() + 60
+            while not answers.asked:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
 
 
 def test_nothing_of_one_key_is_there_for_another(tmp_path):
