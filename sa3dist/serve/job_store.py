@@ -77,6 +77,7 @@ class JobStore:
     """The jobs of one database.
 
     folder   contains the jobs' folders; default: ``jobs`` next to the SQLite file
+    The folder with this folder may be moved while no server uses it: paths in it are stored relative to it.
     Every method may raise DatabaseAway.
     """
 
@@ -114,12 +115,17 @@ class JobStore:
         keep_seconds    time after its end until ``delete_expired`` removes it, at the latest
         """
         settings = settings or {}
+        inside = f"{self.folder.parent}/"
+        stored = {
+            name: value.removeprefix(inside) if name in PATH_SETTINGS and isinstance(value, str) else value
+            for name, value in settings.items()
+        }
         row = {
             "id": uuid.uuid4().hex,
             "app": app,
             "key": key,
             "request": request,
-            "settings": settings,
+            "settings": stored,
             "priority": priority,
             "dedup": dedup,
             "webhook": webhook,
@@ -276,7 +282,7 @@ class JobStore:
     def _used_paths(self, connection: Any, condition: Any) -> set[str]:
         columns = [jobs.c.settings[name].as_string() for name in PATH_SETTINGS]
         rows = connection.execute(select(*columns).where(condition)).all()
-        return {path for row in rows for path in row if path is not None}
+        return {self._absolute(path) for row in rows for path in row if path is not None}
 
     def _mark_deleted(self, connection: Any, condition: Any) -> list[str]:
         """Mark jobs as deleted and move away their unused work directories; returns the jobs' ids."""
@@ -289,11 +295,17 @@ class JobStore:
         in_use = self._used_paths(connection, jobs.c.state != DELETED) if rows else set()
         for row in rows:
             work = row.settings.get("work_dir")
-            if work is not None and work not in in_use:
+            if work is not None and (work := self._absolute(work)) not in in_use:
                 _move_aside(Path(work), self.folder / row.id)
         return ids
+
+    def _absolute(self, path: str) -> str:
+        """A stored value of ``PATH_SETTINGS``, which may also be an absolute path or an address."""
+        return path if "://" in path else os.path.join(self.folder.parent, path)
 
     def of_row(self, row: Any) -> Job:
         """The job in a row with ``COLUMNS``."""
         values = {column.name: getattr(row, column.name) for column in COLUMNS}
-        return Job(**values | {"cancel": bool(row.cancel), "folder": self.folder / row.id})
+        paths = {name: self._absolute(row.settings[name]) for name in PATH_SETTINGS if name in row.settings}
+        values |= {"cancel": bool(row.cancel), "folder": self.folder / row.id, "settings": row.settings | paths}
+        return Job(**values)

@@ -319,6 +319,20 @@ def test_a_job_is_kept_no_longer_than_it_asked(store, days):
     assert {job.id for job in store.list()} == {long.id, silent.id}
 
 
+def test_jobs_find_their_files_when_the_folder_with_all_files_has_moved(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    store = JobStore(f"sqlite:///{old / 'jobs.db'}")
+    paths = {"audio_data_url": f"{old}/files/0.data", "lora_checkpoint_url": "s3://bucket/a", "work_dir": "/work"}
+    made = submit(store, settings={**paths, "seed": 1})
+    assert store.get(made.id).settings == made.settings == {**paths, "seed": 1}
+    store.close()
+    old.rename(new)
+    store = JobStore(f"sqlite:///{new / 'jobs.db'}")
+    paths["audio_data_url"] = f"{new}/files/0.data"
+    assert (store.get(made.id).settings, store.used_paths()) == ({**paths, "seed": 1}, {*paths.values()})
+    store.close()
+
+
 def test_jobs_are_listed_newest_first_and_by_key(store):
     mine = [submit(store).id for _ in range(3)]
     other = submit(store, key="other")
