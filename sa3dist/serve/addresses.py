@@ -19,6 +19,8 @@ HOSTS = {
     "queue.falrun.com": "",
     "rest.fal.ai": "/rest",
     "rest.fal.run": "/rest",
+    # Of older clients, such as the JavaScript client 1.6.
+    "rest.alpha.fal.ai": "/rest",
     "v3.fal.media": "",
 }
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +63,7 @@ def create_app(options: WebOptions, store: JobStore) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(DatabaseAway, _database_away)
+    app.add_exception_handler(OSError, _not_stored)
     app.add_middleware(CachedStatus, service=service)
     app.add_middleware(HostedAddresses)
     app.add_middleware(
@@ -127,3 +129,9 @@ async def _validation_error(request: Request, error: RequestValidationError) -> 
 
 async def _database_away(request: Request, error: DatabaseAway) -> Response:
     return _error(503, f"{error}; try again", "runner_connection_refused", {"Retry-After": "2"})
+
+
+async def _not_stored(request: Request, error: OSError) -> Response:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        raise error
+    return _error(507, f"the server cannot store files now: {error.strerror}", None, {})

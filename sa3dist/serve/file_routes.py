@@ -10,7 +10,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from starlette.background import BackgroundTask
 
 from sa3dist.serve.bodies import base_of, blocks, read_bounded
-from sa3dist.serve.files import COPY_BYTES, MAX_PARTS, Sink, StoredFile, is_id, plain_name
+from sa3dist.serve.files import COPY_BYTES, MAX_PARTS, Sink, StoredFile, is_id
 from sa3dist.serve.keys import Caller
 from sa3dist.serve.service import Service, WireError, result_file, service_of
 from sa3dist.serve.submission import lifetime, read_body
@@ -26,11 +26,8 @@ async def _small_body(service: Service, request: Request) -> dict[str, Any]:
 
 def _note(service: Service, caller: Caller, name: str, request: Request, content_type: str | None = None) -> StoredFile:
     """The note of a new file. content_type: default: the request's."""
-    seconds = lifetime(request.headers)
-    expires = None if seconds is None else time.time() + seconds
     kind = request.headers.get("content-type", "application/octet-stream") if content_type is None else content_type
-    kind = kind[:100] if kind.isprintable() else "application/octet-stream"
-    return StoredFile(service.files.new_id(), caller.id, plain_name(name), kind, 0, time.time(), expires)
+    return service.files.new(caller.id, name, kind, lifetime(request.headers))
 
 
 def _address(base: str, note: StoredFile) -> str:
@@ -165,13 +162,18 @@ async def complete(
     if not numbers or not valid or len(set(numbers)) != len(numbers):
         raise WireError(422, "parts: expected a list of objects with partNumber, each once")
     if note.sha256 is None:
+        service.check_space(await asyncio.to_thread(service.files.parts_size, upload_id))
         try:
             note = await asyncio.to_thread(service.files.complete_parts, note, sorted(numbers))
         except FileNotFoundError as missing:
-            raise WireError(422, "parts: one of them was not sent") from missing
+            # An equal request may have joined them meanwhile: clients repeat one that takes long.
+            note = await asyncio.to_thread(service.files.find, upload_id)
+            if note is None:
+                raise WireError(422, "parts: one of them was not sent") from missing
     return JSONResponse({"access_url": _address(base_of(request), note), "url": _address(base_of(request), note)})
 
 
+@routes.head("/files/{file_id}/{path:path}", include_in_schema=False)
 @routes.get("/files/{file_id}/{path:path}")
 async def download(request: Request, file_id: str, path: str, expires: str = "", signature: str = "") -> Response:
     """Download a result by its signed address, or any of the caller's own files with a key."""

@@ -79,8 +79,12 @@ class FileStore:
         self._system, self._root = fsspec.core.url_to_fs(address, use_listings_cache=False)
         self._system.makedirs(self._root, exist_ok=True)
 
-    def new_id(self) -> str:
-        return secrets.token_hex(ID_DIGITS // 2)
+    def new(self, owner: str, name: str, content_type: str, keep_seconds: float | None = None) -> StoredFile:
+        """The note of a file about to be stored. keep_seconds: until it expires."""
+        kind = content_type[:100] if content_type.isprintable() else "application/octet-stream"
+        now = time.time()
+        expires = None if keep_seconds is None else now + keep_seconds
+        return StoredFile(secrets.token_hex(ID_DIGITS // 2), owner, plain_name(name), kind, 0, now, expires)
 
     def writing(self, file_id: str) -> contextlib.AbstractContextManager[Sink]:
         """Write a file's bytes; they are removed if the block fails. Then call ``keep``."""
@@ -92,6 +96,12 @@ class FileStore:
         # Written last: a file without a note does not exist.
         self._write_json(self._note(note.id), dataclasses.asdict(note))
         return note
+
+    def store(self, note: StoredFile, content: bytes) -> StoredFile:
+        """Store a whole file. Returns its final note."""
+        with self.writing(note.id) as out:
+            out.write(content)
+        return self.keep(note, out)
 
     def find(self, file_id: str) -> StoredFile | None:
         """The note of a file; None if it does not exist or has expired."""
@@ -112,8 +122,8 @@ class FileStore:
         file_id = address.rpartition("/")[2].removesuffix(".data")
         return file_id if is_id(file_id) and address == self.address(file_id) else None
 
-    def delete(self, file_id: str) -> None:
-        for path in (self._note(file_id), self._data(file_id)):
+    def delete(self, *file_ids: str) -> None:
+        for path in (path for file_id in file_ids for path in (self._note(file_id), self._data(file_id))):
             with contextlib.suppress(FileNotFoundError):
                 self._system.rm_file(path)
 
@@ -128,8 +138,8 @@ class FileStore:
         values = self._read_json(f"{self._parts(upload_id)}/note.json") if is_id(upload_id) else None
         return None if values is None else StoredFile(**values)
 
-    def parts_size(self, upload_id: str, without: int) -> int:
-        """Total bytes of all parts except one."""
+    def parts_size(self, upload_id: str, without: int | None = None) -> int:
+        """Total bytes of all parts, or of all except one."""
         excluded = ("note.json", f"{without}")
         listed = self._list(self._parts(upload_id))
         return sum(item["size"] for item in listed if item["name"].rpartition("/")[2] not in excluded)

@@ -51,7 +51,7 @@ async def submit_job(request: Request, owner: str, name: str) -> Job:
     options = _queue_options(request)
     async with service.large_bodies if is_large(request) else contextlib.nullcontext():
         body = await read_bounded(service, request, service.options.max_body_bytes)
-        accepted = await accept(service, caller, body, base_of(request))
+        accepted = await accept(service, caller, body, base_of(request), options["keep_seconds"])
     idempotency_key = request.headers.get("idempotency-key") or accepted.digest
     options |= {"app": app, "key": caller.id, "settings": accepted.settings, "webhook": webhook}
     dedup = hashlib.sha256(json.dumps([caller.id, app, idempotency_key, webhook]).encode()).hexdigest()
@@ -59,11 +59,15 @@ async def submit_job(request: Request, owner: str, name: str) -> Job:
         try:
             job = await asyncio.to_thread(service.store.submit, accepted.request, dedup=dedup, **options)
         except QueueFull as full:
+            await asyncio.to_thread(service.files.delete, *accepted.files)
             raise WireError(429, str(full), headers={"X-Fal-Needs-Retry": "1"}) from full
         # An equal request after replay_seconds is not a repetition: it gets a new job.
         if time.time() - job.created < service.options.replay_seconds:
             break
         dedup = hashlib.sha256(f"{dedup} {job.id}".encode()).hexdigest()
+    if job.settings != accepted.settings:
+        # An earlier request's job, which reads its own copy of the data.
+        await asyncio.to_thread(service.files.delete, *accepted.files)
     service.snapshot.put(job)
     return job
 

@@ -2,14 +2,12 @@
 
 import asyncio
 import base64
-import binascii
 import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
 import socket
-import time
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
@@ -20,7 +18,6 @@ from sa3dist.config import each_once, explain
 from sa3dist.data.remote.public_addresses import inward_address
 from sa3dist.model.released import RELEASED
 from sa3dist.request.fields import EndpointFields
-from sa3dist.serve.files import StoredFile, plain_name
 from sa3dist.serve.keys import Caller
 from sa3dist.serve.service import Service, WireError, refusal
 from sa3dist.settings import Settings
@@ -50,8 +47,8 @@ def read_body(body: bytes) -> dict[str, Any]:
         # A value of two bytes takes sixty in memory.
         raise WireError(422, [refusal(["body"], f"more than {MOST_VALUES} values", "too_long")])
     try:
-        value = json.loads(body, parse_constant=_refuse_constant, object_pairs_hook=each_once)
-        text = json.dumps(value, ensure_ascii=False)
+        value = json.loads(body, object_pairs_hook=each_once)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode()
     except (ValueError, RecursionError) as error:
         raise WireError(422, [refusal(["body"], f"no valid JSON: {error}"[:200], "json_invalid")]) from error
@@ -60,10 +57,6 @@ def read_body(body: bytes) -> dict[str, Any]:
     if "\\u0000" in text:
         raise WireError(422, [refusal(["body"], "holds a NUL character")])
     return value
-
-
-def _refuse_constant(word: str) -> None:
-    raise ValueError(f"{word} is no JSON number")
 
 
 def refused_fields(request: dict[str, Any], models: dict[str, str]) -> list[dict[str, Any]]:
@@ -100,19 +93,26 @@ class Submission:
     request    as stored: data: URIs are replaced by addresses of stored files
     settings   of the trainer; they override fields of ``request``
     digest     of the request as sent
+    files      ids of the files stored from data: URIs
     """
 
     request: dict[str, Any]
     settings: dict[str, Any]
     digest: str
+    files: list[str]
 
 
-async def accept(service: Service, caller: Caller, body: bytes, base: str) -> Submission:
-    """Check a request's body and store the data it contains. Raises WireError with all problems."""
+async def accept(
+    service: Service, caller: Caller, body: bytes, base: str, keep_seconds: float | None = None
+) -> Submission:
+    """Check a request's body and store the data it contains. Raises WireError with all problems.
+
+    keep_seconds   for how long at least the data it contains is kept; None: until its job is deleted
+    """
     request = await asyncio.to_thread(read_body, body)
     digest = await asyncio.to_thread(_digest, request)
     stored, settings, problems = dict(request), {}, []
-    inline: list[str] = []
+    inline: dict[str, tuple[str, bytes]] = {}
     for field in DATA_FIELDS:
         value = request.get(field)
         if value is None or value == "":
@@ -122,12 +122,11 @@ async def accept(service: Service, caller: Caller, body: bytes, base: str) -> Su
             problems.append(refusal(["body", field], f"expected {ADDRESSES}", "string_type"))
             stored[field] = _ACCEPTABLE
             continue
-        if value[:5].lower() == "data:":
-            inline.append(field)
-            stored[field] = _ACCEPTABLE
-            continue
         try:
-            if (path := await _path_of(service, caller, value, base)) is not None:
+            if value[:5].lower() == "data:":
+                inline[field] = await asyncio.to_thread(_decoded, value)
+                stored[field] = _ACCEPTABLE
+            elif (path := await _path_of(service, caller, value, base)) is not None:
                 settings[field] = path
         except ValueError as error:
             problems.append(refusal(["body", field], str(error)))
@@ -138,14 +137,17 @@ async def accept(service: Service, caller: Caller, body: bytes, base: str) -> Su
     problems = refused_fields(stored, service.options.models) + problems
     if problems:
         raise WireError(422, problems)
-    for field in inline:
-        note = await asyncio.to_thread(_store_inline, service, caller, field, request[field])
+    files = []
+    for field, (kind, content) in inline.items():
+        note = service.files.new(caller.id, f"{field}.{kind.rpartition('/')[2] or 'bin'}", kind, keep_seconds)
+        await asyncio.to_thread(service.files.store, note, content)
+        files.append(note.id)
         stored[field] = f"{base}/files/{note.id}/{note.name}"
         settings[field] = service.files.address(note.id)
     settings["work_dir"] = str(service.store.work_folder(caller.id, _data_id(service, stored, settings)))
     if not service.options.allow_private_data:
         settings["public_addresses_only"] = True
-    return Submission(stored, settings, digest)
+    return Submission(stored, settings, digest, files)
 
 
 def _digest(request: dict[str, Any]) -> str:
@@ -192,18 +194,14 @@ async def refuse_inward(service: Service, host: str, port: int) -> None:
         raise ValueError(f"{inward}: points to this machine or its network; give an address of the open internet")
 
 
-def _store_inline(service: Service, caller: Caller, field: str, uri: str) -> StoredFile:
+def _decoded(uri: str) -> tuple[str, bytes]:
+    """The type and content of a data: URI. Raises ValueError."""
     head, comma, data = uri[5:].partition(",")
     kind, *words = head.split(";")
     try:
         if not comma:
             raise ValueError("no comma")
         raw = unquote_to_bytes(data)
-        content = base64.b64decode(raw, validate=True) if "base64" in words else raw
-    except (ValueError, binascii.Error) as error:
-        raise WireError(422, [refusal(["body", field], f"no valid data: URI ({error})")]) from error
-    name = plain_name(f"{field}.{kind.rpartition('/')[2] or 'bin'}")
-    note = StoredFile(service.files.new_id(), caller.id, name, kind[:100], len(content), time.time())
-    with service.files.writing(note.id) as out:
-        out.write(content)
-    return service.files.keep(note, out)
+        return kind, base64.b64decode(raw, validate=True) if "base64" in words else raw
+    except ValueError as error:
+        raise ValueError(f"no valid data: URI ({error})") from error

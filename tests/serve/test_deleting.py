@@ -3,14 +3,16 @@
 import contextlib
 import json
 import os
+import shutil
 import time
 import urllib.request
+from collections import namedtuple
 
 import pytest
 from starlette.testclient import TestClient
 
 from sa3dist.serve import attempts
-from sa3dist.serve.files import FileStore, StoredFile
+from sa3dist.serve.files import FileStore
 from tests.helpers.endpoint import PATH, REQUEST, application, key_headers, listening
 from tests.helpers.servers import s3_bucket
 
@@ -180,7 +182,7 @@ def test_two_servers_share_files_in_an_object_store(monkeypatch):
         one, other = (FileStore("s3://clips/files") for _ in range(2))
         # Nothing is there yet, not even a folder; what is written later is seen all the same.
         other.sweep(set())
-        whole, in_parts, begun = (StoredFile(one.new_id(), "k", "a.zip", "", 0, 1.0) for _ in range(3))
+        whole, in_parts, begun = (one.new("k", "a.zip", "") for _ in range(3))
         with one.writing(whole.id) as out:
             out.write(b"abc")
         one.keep(whole, out)
@@ -217,9 +219,61 @@ def test_an_upload_whose_end_is_sent_again_is_there_and_stays_as_it_is(tmp_path)
     assert sorted(path.suffix for path in (tmp_path / "files").iterdir()) == [".data", ".data", ".json", ".json"]
 
 
+def test_uploads_that_are_completed_twice_at_once_are_complete(tmp_path, monkeypatch):
+    with application(tmp_path) as (app, _), TestClient(app) as client:
+        made = client.post("/files/upload/multipart", headers={"X-Fal-File-Name": "a.zip"}).json()
+        place = f"{made['access_url']}/multipart/{made['uploadId']}"
+        client.put(f"{place}/1", content=b"abc")
+        files, end = app.state.service.files, {"json": {"parts": [{"partNumber": 1}]}}
+        join, answers = files.complete_parts, []
+
+        def join_after_another(*words):
+            monkeypatch.setattr(files, "complete_parts", join)
+            answers.append(client.post(f"{place}/complete", **end))
+            return join(*words)
+
+        monkeypatch.setattr(files, "complete_parts", join_after_another)
+        answers.append(client.post(f"{place}/complete", **end))
+        assert [answer.json().get("access_url") for answer in answers] == [made["access_url"]] * 2
+
+
+def test_parts_are_joined_only_if_the_disk_has_room_for_both(tmp_path, monkeypatch):
+    with application(tmp_path) as (app, _), TestClient(app) as client:
+        made = client.post("/files/upload/multipart", headers={"X-Fal-File-Name": "a.zip"}).json()
+        place = f"{made['access_url']}/multipart/{made['uploadId']}"
+        client.put(f"{place}/1", content=b"a" * 1000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: namedtuple("Usage", "free")(999))
+        assert client.post(f"{place}/complete", json={"parts": [{"partNumber": 1}]}).status_code == 507
+
+
+def test_data_in_a_request_is_stored_once_and_only_for_a_job(tmp_path):
+    def count():
+        return len(list((tmp_path / "files").iterdir()))
+
+    with application(tmp_path) as (app, _), TestClient(app) as client:
+        assert len({client.post(PATH, json=REQUEST).json()["request_id"] for _ in range(3)}) == 1
+        assert count() == 2
+        full = client.post(PATH, json={**REQUEST, "seed": 1}, params={"fal_max_queue_length": 0})
+        assert (full.status_code, count()) == (429, 2)
+        damaged = client.post(PATH, json={**REQUEST, "seed": 2, "lora_checkpoint_url": "data:;base64,?"})
+        assert (damaged.status_code, count()) == (422, 2)
+
+
+def test_data_of_a_request_that_is_not_to_be_stored_goes_with_its_time(tmp_path, monkeypatch):
+    with application(tmp_path) as (app, store), TestClient(app) as client:
+        made = client.post(PATH, json=REQUEST, headers={"X-Fal-Store-IO": "0"}).json()
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now + 2 * 3600)
+        app.state.service.remove_expired_files()
+        assert len(list((tmp_path / "files").iterdir())) == 2
+        store.cancel(made["request_id"])
+        app.state.service.remove_expired_files()
+    assert list((tmp_path / "files").iterdir()) == []
+
+
 def test_a_part_that_is_sent_again_is_not_lost_with_its_broken_first_try(tmp_path):
     files = FileStore(str(tmp_path))
-    note = StoredFile(files.new_id(), "k", "a.zip", "", 0, 0.0)
+    note = files.new("k", "a.zip", "")
     files.begin_parts(note)
     broken = files.writing_part(note.id, 1)
     broken.__enter__().write(b"ha")

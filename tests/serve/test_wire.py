@@ -2,8 +2,10 @@
 
 import base64
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -124,7 +126,12 @@ def test_fields_that_would_fill_the_memory_of_server_or_trainer_are_refused(clie
     assert list(refused(client, exclude=["[1-99]"] * 200)) == [("body", "exclude")]
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b'{"seed": NaN}', b'"a"', b'{"include": ["\\ud800"]}', b"[" * 9999])
+HUGE = b'{"audio_data_url": "https://example.org/x.zip", "include": [1e999]}'
+
+
+@pytest.mark.parametrize(
+    "body", [b"{", b"[]", b'{"seed": NaN}', b'"a"', b'{"include": ["\\ud800"]}', b"[" * 9999, HUGE]
+)
 def test_a_body_that_is_no_json_object_is_a_422(client, body):
     assert client.post(f"/{DEFAULT_APP}", content=body).status_code == 422
 
@@ -175,6 +182,24 @@ def test_an_upload_in_parts_is_joined_and_read_from_the_store(client, store):
         assert stored.read() == b"abcd"
 
 
+def test_the_head_of_a_file_is_that_of_its_download(client):
+    file = client.put("/files/a.zip", content=b"abc").json()["url"]
+    head, whole = client.head(file), client.get(file)
+    assert (head.status_code, head.content) == (200, b"")
+    for name in ("content-length", "content-type", "content-disposition"):
+        assert head.headers[name] == whole.headers[name]
+
+
+def test_a_disk_that_cannot_be_written_to_is_named(client, monkeypatch):
+    def fail(*words):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "/srv/files")
+
+    monkeypatch.setattr(client.app.state.service.files, "writing", fail)
+    answer = client.put("/files/a.zip", content=b"abc")
+    text = "the server cannot store files now: Read-only file system"
+    assert (answer.status_code, answer.json()["detail"]) == (507, text)
+
+
 @pytest.mark.parametrize("text", ["[" * 3000, "3", '{"expiration_duration_seconds": 1e999}', '"', "[]"])
 def test_a_lifecycle_that_is_none_keeps_the_file(client, text):
     file = client.put("/files/a.zip", content=b"abc", headers={"X-Fal-Object-Lifecycle": text}).json()["url"]
@@ -207,6 +232,8 @@ def test_the_proxy_route_leads_to_our_own_routes_alone(client):
         "",
         "[",
     )
+    # The address of older clients' uploads.
+    assert "upload_url" in through("https://rest.alpha.fal.ai/storage/upload/initiate").json()
     for target in inward:
         assert through(target).status_code == 400, target
 
