@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from sa3dist import __version__
 from sa3dist.serve import file_routes, monitoring, page_routes, queue_routes, webhooks
 from sa3dist.serve.addresses import HostedAddresses
+from sa3dist.serve.fast_status import FastStatus
 from sa3dist.serve.files import FileStore
 from sa3dist.serve.job_store import JobStore
 from sa3dist.serve.keys import Keys, Signer
@@ -24,7 +25,6 @@ from sa3dist.serve.monitoring import RequestLog
 from sa3dist.serve.server_options import WebOptions
 from sa3dist.serve.service import Service, UnknownRequest, WireError, message_of
 from sa3dist.serve.snapshot import Snapshot
-from sa3dist.serve.status_cache import CachedStatus
 from sa3dist.serve.tables import DatabaseAway
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def create_app(options: WebOptions, store: JobStore) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(DatabaseAway, _database_away)
     app.add_exception_handler(OSError, _not_stored)
-    app.add_middleware(CachedStatus, service=service)
+    app.add_middleware(FastStatus, service=service)
     app.add_middleware(HostedAddresses)
     app.add_middleware(
         CORSMiddleware,

@@ -20,7 +20,7 @@ class Job:
     cancel     whether cancellation was requested while it ran
     fence      number of the newest attempt; 0 before the first
     attempts, failures               counts; see leases.py
-    owner, host, executor, devices   the server that runs it, its host, how, and numbers of the GPUs if any
+    host, executor, devices          where and how it runs, and numbers of the GPUs if any
     stage      current stage of the trainer: base, encode, train, ...
     step, steps   finished and requested steps
     error      {"detail": text, "error_type": word}, or {"detail": [...]} with refused fields
@@ -40,7 +40,6 @@ class Job:
     state: str
     cancel: bool
     fence: int
-    owner: str | None
     host: str | None
     executor: str | None
     devices: list[int] | None

@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import and_, case, func, or_, select, tuple_
+from sqlalchemy import and_, case, func, or_, select
 from sqlalchemy.exc import IntegrityError
 
 from sa3dist.errors import ConfigError, SA3DistError
@@ -171,12 +171,6 @@ class JobStore:
             newest = select(*COLUMNS).where(*condition).order_by(jobs.c.number.desc()).limit(limit)
             return [self.of_row(row) for row in connection.execute(newest)]
 
-    def counts(self) -> dict[str, int]:
-        """Number of jobs by state, without states that have none."""
-        with self.database.reading() as connection:
-            counts = select(jobs.c.state, func.count()).where(jobs.c.state != DELETED).group_by(jobs.c.state)
-            return dict(map(tuple, connection.execute(counts)))
-
     def changed_since(self, token: Token | None) -> tuple[list[Job], Token]:
         """Jobs that have changed since the call that returned ``token``, and the token for the next call.
 
@@ -196,16 +190,6 @@ class JobStore:
             rows = connection.execute(changes).all()
         newest = frozenset((row.id, row.revision) for row in rows if row.updated > read_at - OVERLAP_SECONDS)
         return [self.of_row(row) for row in rows if (row.id, row.revision) not in known], (read_at, newest)
-
-    def queue_position(self, job_id: str) -> int | None:
-        """Number of jobs before this one in the queue; None if it is not waiting."""
-        mine = select(jobs.c.priority, jobs.c.number).where(jobs.c.id == job_id, jobs.c.state == QUEUED)
-        with self.database.reading() as connection:
-            place = connection.execute(mine).one_or_none()
-            if place is None:
-                return None
-            earlier = tuple_(jobs.c.priority, jobs.c.number) < tuple_(*place)
-            return connection.scalar(select(func.count()).where(jobs.c.state == QUEUED, earlier))
 
     def cancel(self, job_id: str) -> Job | None:
         """Cancel a job: if waiting, it becomes CANCELLED; if running, its runner ends it. Returns the job, if any."""

@@ -4,8 +4,6 @@ A lease ends by the database's clock. Its holder measures by its own clock, from
 earlier.
 """
 
-import dataclasses
-from collections.abc import Collection
 from typing import Any
 
 import sqlalchemy
@@ -13,36 +11,14 @@ from sqlalchemy import and_, func, or_, select
 
 from sa3dist.serve.job import COLUMNS, Job
 from sa3dist.serve.job_store import CLIENT_CANCELLED, JobStore
+from sa3dist.serve.options import RunOptions
 from sa3dist.serve.tables import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEEDED, changed, end_jobs, jobs, now
 
-LEASE_SECONDS = 30.0
 NOT_STARTED = {"detail": "Request did not start within the time it allowed", "error_type": "startup_timeout"}
 LOST = {"detail": "The processes that ran the request were lost, too often", "error_type": "runner_disconnected"}
 # Pause before the attempt after a failed one, doubled each time, to let temporary causes pass.
 FIRST_PAUSE_SECONDS = 2.0
 LONGEST_PAUSE_SECONDS = 120.0
-
-
-@dataclasses.dataclass(frozen=True)
-class HostResources:
-    """What one server can run jobs with.
-
-    owner            name of the server, for people
-    host             name of the host; the same for all servers on it
-    executor         local, slurm or kubernetes
-    devices          numbers of the GPUs, or of job slots if there are none
-    devices_per_job  number of devices a job gets
-    limit            maximum of running jobs on all hosts together; None: limited by devices only
-    lease_seconds    length of a lease; a job whose lease is not renewed is taken over
-    """
-
-    owner: str
-    host: str
-    executor: str
-    devices: Collection[int]
-    devices_per_job: int = 1
-    limit: int | None = None
-    lease_seconds: float = LEASE_SECONDS
 
 
 class Leases:
@@ -66,11 +42,11 @@ class Leases:
             again = changed(state=QUEUED, lease_until=None, failures=jobs.c.failures + 1)
             connection.execute(jobs.update().where(expired).values(again))
 
-    def claim(self, resources: HostResources) -> Job | None:
-        """Claim the next job: RUNNING under a new ``fence``. None if no job waits or no device is free."""
+    def claim(self, options: RunOptions) -> Job | None:
+        """Claim the next job for this host: RUNNING under a new ``fence``. None if none waits or no device is free."""
         with self._database.writing(alone=True) as connection:
             waits = and_(jobs.c.state == QUEUED, or_(jobs.c.not_before.is_(None), jobs.c.not_before <= now()))
-            devices = self._free_devices(connection, resources)
+            devices = self._free_devices(connection, options)
             if devices is None:
                 # A job to be cancelled on a cluster needs no device.
                 waits, devices = and_(waits, jobs.c.cancel == 1), []
@@ -84,24 +60,25 @@ class Leases:
                 state=RUNNING,
                 fence=jobs.c.fence + 1,
                 attempts=jobs.c.attempts + 1,
-                owner=resources.owner,
-                host=resources.host,
-                executor=resources.executor,
+                host=options.host,
+                executor=options.executor,
                 devices=devices,
                 exit_code=None,
-                lease_until=now() + resources.lease_seconds,
+                lease_until=now() + options.lease_seconds,
                 started=func.coalesce(jobs.c.started, now()),
             )
             claimed = jobs.update().where(jobs.c.id == job_id).values(values).returning(*COLUMNS)
             return self._store.of_row(connection.execute(claimed).one())
 
-    def _free_devices(self, connection: sqlalchemy.Connection, resources: HostResources) -> list[int] | None:
+    def _free_devices(self, connection: sqlalchemy.Connection, options: RunOptions) -> list[int] | None:
         running = connection.execute(select(jobs.c.host, jobs.c.devices).where(jobs.c.state == RUNNING)).all()
-        if resources.limit is not None and len(running) >= resources.limit:
+        if options.limit is not None and len(running) >= options.limit:
             return None
-        taken = {device for host, devices in running if host == resources.host for device in devices or ()}
-        free = sorted(set(resources.devices) - taken)
-        return free[: resources.devices_per_job] if len(free) >= resources.devices_per_job else None
+        taken = {device for host, devices in running if host == options.host for device in devices or ()}
+        free = sorted(set(options.devices) - taken)
+        # A slot is one job, however many GPUs a cluster gives it.
+        count = options.devices_per_job if options.gpus else 1
+        return free[:count] if len(free) >= count else None
 
     def renew(self, job: Job, seconds: float) -> bool:
         """Extend the lease to ``seconds`` from now. False if it has ended or another attempt has begun."""

@@ -9,8 +9,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from sa3dist.serve.leases import LEASE_SECONDS
-
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
@@ -46,7 +44,7 @@ class RunOptions:
     limit: int | None = None
     models: dict[str, str] = dataclasses.field(default_factory=dict)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    lease_seconds: float = LEASE_SECONDS
+    lease_seconds: float = 30.0
     poll_seconds: float = 0.5
     stop_seconds: float = 30.0
     stall_seconds: float = 1200.0

@@ -20,7 +20,6 @@ from sa3dist.serve.job_store import RETRIES, QueueFull, Unfinished
 from sa3dist.serve.keys import Caller
 from sa3dist.serve.logs import LogReader
 from sa3dist.serve.service import Service, UnknownRequest, WireError, refusal, service_of
-from sa3dist.serve.status_cache import address_key
 from sa3dist.serve.submission import accept, lifetime, refuse_inward
 from sa3dist.serve.tables import QUEUED
 
@@ -100,9 +99,13 @@ def _queue_options(request: Request) -> dict[str, Any]:
     return options
 
 
+def _is_yes(text: str) -> bool:
+    return text.lower() in ("1", "true", "yes")
+
+
 def _retries(request: Request) -> int:
     """Number of retries: the smallest of those given for different kinds of failure."""
-    if request.headers.get("x-fal-no-retry", "").lower() in ("1", "true", "yes"):
+    if _is_yes(request.headers.get("x-fal-no-retry", "")):
         return 0
     text = request.headers.get("x-fal-retry-config", "{}")
     try:
@@ -145,14 +148,8 @@ async def get_status(request: Request, owner: str, name: str, job_id: str, logs:
     """The status of a request; with logs=1 including the trainer's output so far."""
     service, base = service_of(request), base_of(request)
     job = await service.job(job_id, service.caller(request))
-    if logs.lower() not in ("1", "true", "yes"):
-        body = wire.status(job, base, service.snapshot.position(job), None)
-        answer = JSONResponse(body, 200 if job.is_finished else 202, {wire.REQUEST_ID: job.id})
-        service.snapshot.cache_answer(job, address_key(request.scope), answer)
-        return answer
-    lines = await asyncio.to_thread(LogReader().read, job)
-    body = wire.status(job, base, service.snapshot.position(job), lines)
-    return JSONResponse(body, 200 if job.is_finished else 202, {wire.REQUEST_ID: job.id})
+    lines = await asyncio.to_thread(LogReader().read, job) if _is_yes(logs) else []
+    return wire.status_answer(job, base, service.snapshot.position(job), lines)
 
 
 @routes.get("/{owner}/{name}/requests/{job_id}/status/stream", tags=["queue"])
@@ -162,7 +159,7 @@ async def stream_status(request: Request, owner: str, name: str, job_id: str, lo
     caller = service.caller(request)
     await service.job(job_id, caller)
     service.waiters.check()
-    events = _events(service, caller, job_id, base, logs.lower() in ("1", "true", "yes"))
+    events = _events(service, caller, job_id, base, _is_yes(logs))
     return StreamingResponse(events, 200, {wire.REQUEST_ID: job_id, "Cache-Control": "no-cache"}, "text/event-stream")
 
 

@@ -21,7 +21,7 @@ from sa3dist.errors import EXIT_ENVIRONMENT, SA3DistError
 from sa3dist.serve.executors import open_executor
 from sa3dist.serve.job import Job
 from sa3dist.serve.job_store import JobStore
-from sa3dist.serve.leases import HostResources, Leases
+from sa3dist.serve.leases import Leases
 from sa3dist.serve.options import RunOptions, gpus_here, shared_work_dir
 from sa3dist.serve.processes import Mark, locks_folder
 from sa3dist.serve.tables import DatabaseAway
@@ -38,16 +38,6 @@ class Scheduler:
     def __init__(self, store: JobStore, options: RunOptions, keep_days: float | None = None) -> None:
         self._store, self._options, self._keep_days = store, options, keep_days
         self._leases = Leases(store)
-        self._place = HostResources(
-            owner=f"{socket.gethostname()}:{os.getpid()}",
-            host=options.host,
-            executor=options.executor,
-            devices=options.devices,
-            # A slot is one job, however many GPUs a cluster gives it.
-            devices_per_job=options.devices_per_job if options.gpus else 1,
-            limit=options.limit,
-            lease_seconds=options.lease_seconds,
-        )
         self._runners: list[subprocess.Popen] = []
         self._cleaned_at: float | None = None
         self._problem = ""
@@ -75,7 +65,7 @@ class Scheduler:
         # poll() reaps runners that have ended.
         self._runners = [runner for runner in self._runners if runner.poll() is None]
         self._leases.end_overdue()
-        while (job := self._leases.claim(self._place)) is not None:
+        while (job := self._leases.claim(self._options)) is not None:
             try:
                 self._runners.append(start_runner(self._store, job, self._options))
             except OSError as problem:

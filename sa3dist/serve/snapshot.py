@@ -1,12 +1,8 @@
 """Recent jobs in memory, refreshed twice a second, to answer frequent requests without the database."""
 
 import asyncio
-import dataclasses
 import logging
 import time
-from collections.abc import Hashable
-
-from fastapi import Response
 
 from sa3dist.serve.job import Job
 from sa3dist.serve.job_store import JobStore, Token
@@ -17,18 +13,6 @@ log = logging.getLogger(__name__)
 REFRESH_SECONDS = 0.5
 # Finished jobs stay for this time, since waiting clients ask within seconds. Later they are read from the database.
 KEEP_SECONDS = 600.0
-# Limits of cached answers. Their number has no natural bound: answers depend on the client's Host header.
-MOST_ANSWERS, LONGEST_ANSWER = 20_000, 4096
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class CachedAnswer:
-    """A cached answer about a job. owner: id of the job's key."""
-
-    owner: str
-    code: int
-    headers: list[tuple[bytes, bytes]]
-    body: bytes
 
 
 class Snapshot:
@@ -42,7 +26,6 @@ class Snapshot:
         self._token: Token | None = None
         self._jobs: dict[str, Job] = {}
         self._positions: dict[str, int] = {}
-        self._answers: dict[tuple[str, Hashable], CachedAnswer] = {}
         self._refreshed = asyncio.Event()
         self.read_at = 0.0
 
@@ -66,19 +49,7 @@ class Snapshot:
 
     def drop(self, job_id: str) -> None:
         """Remove a deleted job."""
-        self._jobs.pop(job_id, None)
-        self._answers = {}
-
-    def cached_answer(self, job_id: str, address_key: Hashable) -> CachedAnswer | None:
-        """The answer from ``cache_answer`` for a job and ``status_cache.address_key``, if any."""
-        return self._answers.get((job_id, address_key))
-
-    def cache_answer(self, job: Job, address_key: Hashable, answer: Response) -> None:
-        """Store an answer until the next change of any job, within the limits."""
-        fits = len(self._answers) < MOST_ANSWERS and len(answer.body) < LONGEST_ANSWER
-        if fits and self._jobs.get(job.id) is job:
-            cached = CachedAnswer(job.key, answer.status_code, answer.raw_headers, answer.body)
-            self._answers[job.id, address_key] = cached
+        self._jobs = {known: job for known, job in self._jobs.items() if known != job_id}
 
     async def next_refresh(self) -> None:
         """Wait for the next refresh."""
@@ -115,4 +86,3 @@ class Snapshot:
         self._jobs = {job_id: job for job_id, job in known.items() if job_id not in removed}
         waiting = sorted((job.priority, job.number, job.id) for job in self._jobs.values() if job.state == QUEUED)
         self._positions = {job_id: position for position, (_, _, job_id) in enumerate(waiting)}
-        self._answers = {}

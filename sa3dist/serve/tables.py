@@ -61,7 +61,7 @@ jobs = Table(
     Column("retries", Integer, nullable=False),
     Column("steps", Integer, nullable=False),
     Column("state", String(9), nullable=False),
-    *(Column(name, Text) for name in ("dedup", "webhook", "owner", "host", "executor", "stage")),
+    *(Column(name, Text) for name in ("dedup", "webhook", "host", "executor", "stage")),
     Column("exit_code", Integer),
     # ``revision`` counts changes of the row: ``updated`` may be equal for two of them.
     *_counts("cancel", "fence", "attempts", "failures", "step", "revision"),

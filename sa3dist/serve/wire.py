@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+from fastapi.responses import JSONResponse, Response
+
 from sa3dist.serve.job import Job
 from sa3dist.serve.service import ERROR_STATUS, Service, WireError, message_of
 from sa3dist.serve.tables import CANCELLED, QUEUED, RUNNING, SUCCEEDED
@@ -31,16 +33,21 @@ def submitted(job: Job, base: str, position: int) -> dict[str, Any]:
     }
 
 
-def status(job: Job, base: str, position: int, logs: list[dict[str, Any]] | None) -> dict[str, Any]:
-    """The answer to a status request. logs: None if not requested."""
+def status_answer(job: Job, base: str, position: int, logs: list[dict[str, Any]]) -> Response:
+    """The answer to a status request. logs: empty if not requested."""
+    return JSONResponse(status(job, base, position, logs), 200 if job.is_finished else 202, {REQUEST_ID: job.id})
+
+
+def status(job: Job, base: str, position: int, logs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The body of ``status_answer``, and an event of the status stream."""
     links = addresses(job, base)
     if job.state == QUEUED:
         return {"status": "IN_QUEUE", **links, "queue_position": position}
     if job.state == RUNNING:
         progress = {"stage": job.stage, "step": job.step, "steps": job.steps}
-        return {"status": "IN_PROGRESS", **links, "logs": logs or [], "progress": progress}
+        return {"status": "IN_PROGRESS", **links, "logs": logs, "progress": progress}
     began = job.started or job.finished
-    answer = {"status": "COMPLETED", **links, "logs": logs or [], "metrics": {"inference_time": job.finished - began}}
+    answer = {"status": "COMPLETED", **links, "logs": logs, "metrics": {"inference_time": job.finished - began}}
     if job.state != SUCCEEDED:
         _, body = failure(job)
         answer |= {"error": body["message"], "error_type": body.get("error_type", "model_error")}

@@ -8,12 +8,13 @@ from starlette.testclient import TestClient
 
 from sa3dist.serve.app import create_app
 from sa3dist.serve.keys import Keys
-from sa3dist.serve.leases import HostResources, Leases
+from sa3dist.serve.leases import Leases
+from sa3dist.serve.options import RunOptions
 from sa3dist.serve.page_routes import PAGE
 from sa3dist.serve.server_options import DEFAULT_APP, WebOptions
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
-HERE = HostResources("o", "h", "local", (0,), devices_per_job=1, limit=None, lease_seconds=60)
+HERE = RunOptions("local", (0,), work_dir="", locks="", host="h", lease_seconds=60)
 
 
 @pytest.fixture
