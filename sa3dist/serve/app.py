@@ -52,7 +52,7 @@ def create_app(options: WebOptions, store: JobStore) -> FastAPI:
     app = FastAPI(title="sa3dist", version=__version__, lifespan=background_tasks, docs_url=None, redoc_url=None)
     app.state.service = service
     app.include_router(monitoring.routes)
-    _add_keys(app, service)
+    app.include_router(webhooks.routes)
     # Before the queue's routes, which match any first word.
     app.include_router(page_routes.page)
     app.include_router(page_routes.api)
@@ -93,13 +93,6 @@ async def _remove_expired(service: Service) -> None:
     while True:
         await asyncio.to_thread(service.remove_expired_files)
         await asyncio.sleep(REMOVE_EXPIRED_SECONDS)
-
-
-def _add_keys(app: FastAPI, service: Service) -> None:
-    @app.get("/.well-known/jwks.json", tags=["operation"])
-    async def jwks() -> Response:
-        """The public key for webhook signatures."""
-        return JSONResponse(webhooks.public_keys(service.signer))
 
 
 def _error(

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from sa3dist.serve.service import Service, WireError
+from sa3dist.serve.service import Service, WireError, service_of
 
 # Bodies with a lower average speed are refused; 1 Mbit/s is twelve times as fast.
 SLOWEST_BYTES_PER_SECOND = 10_000
@@ -16,12 +16,8 @@ SLOWEST_BYTES_PER_SECOND = 10_000
 def base_of(request: Request) -> str:
     """The server's URL as this client reaches it, for links in answers."""
     if request.scope.get("sa3dist_is_mapped"):
-        return service_url(request)
+        return service_of(request).options.public_url
     return f"{request.url.scheme}://{request.url.netloc}"
-
-
-def service_url(request: Request) -> str:
-    return request.app.state.service.options.public_url
 
 
 async def blocks(service: Service, request: Request, most: int) -> AsyncIterator[bytes]:

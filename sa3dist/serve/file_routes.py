@@ -12,7 +12,7 @@ from starlette.background import BackgroundTask
 from sa3dist.serve.bodies import base_of, blocks, read_bounded
 from sa3dist.serve.files import COPY_BYTES, MAX_PARTS, Sink, StoredFile, is_id
 from sa3dist.serve.keys import Caller
-from sa3dist.serve.service import Service, WireError, result_file, service_of
+from sa3dist.serve.service import Service, WireError, refuse_if_full, result_file, service_of
 from sa3dist.serve.submission import lifetime, read_body
 
 routes = APIRouter(tags=["files"])
@@ -34,6 +34,11 @@ def _address(base: str, note: StoredFile) -> str:
     return f"{base}/files/{note.id}/{note.name}"
 
 
+def _stored(request: Request, note: StoredFile) -> Response:
+    address = _address(base_of(request), note)
+    return JSONResponse({"access_url": address, "url": address})
+
+
 async def _write(service: Service, request: Request, out: Sink, most: int) -> None:
     """Store a body of at most ``most`` bytes. Raises WireError if it is longer or disk space runs out."""
     length = request.headers.get("content-length", "")
@@ -45,8 +50,8 @@ async def _write(service: Service, request: Request, out: Sink, most: int) -> No
 
 async def _receive(service: Service, request: Request, note: StoredFile) -> StoredFile:
     """Store a body as the file of ``note``."""
-    service.uploads.check()
-    with service.uploads.slot():
+    refuse_if_full(service.uploads, "uploads")
+    async with service.uploads:
         with service.files.writing(note.id) as out:
             await _write(service, request, out, service.options.max_upload_bytes)
         return await asyncio.to_thread(service.files.keep, note, out)
@@ -109,7 +114,7 @@ async def upload(request: Request) -> Response:
     caller = service.caller(request, is_upload=True)
     note = _note(service, caller, request.headers.get("x-fal-file-name", ""), request)
     note = await _receive(service, request, note)
-    return JSONResponse({"access_url": _address(base_of(request), note), "url": _address(base_of(request), note)})
+    return _stored(request, note)
 
 
 @routes.put("/files/{name}")
@@ -141,9 +146,10 @@ async def put_part(
     if not 1 <= number <= MAX_PARTS:
         raise WireError(422, f"part {number}: expected 1..{MAX_PARTS}")
     left = service.options.max_upload_bytes - await asyncio.to_thread(service.files.parts_size, upload_id, number)
-    service.uploads.check()
-    with service.uploads.slot(), service.files.writing_part(upload_id, number) as out:
-        await _write(service, request, out, min(max(left, 0), PART_BYTES))
+    refuse_if_full(service.uploads, "uploads")
+    async with service.uploads:
+        with service.files.writing_part(upload_id, number) as out:
+            await _write(service, request, out, min(max(left, 0), PART_BYTES))
     etag = f'"{out.sha256}"'
     return JSONResponse({"partNumber": number, "etag": etag}, headers={"ETag": etag})
 
@@ -170,7 +176,7 @@ async def complete(
             note = await asyncio.to_thread(service.files.find, upload_id)
             if note is None:
                 raise WireError(422, "parts: one of them was not sent") from missing
-    return JSONResponse({"access_url": _address(base_of(request), note), "url": _address(base_of(request), note)})
+    return _stored(request, note)
 
 
 @routes.head("/files/{file_id}/{path:path}", include_in_schema=False)

@@ -19,7 +19,7 @@ from sa3dist.serve.job import Job
 from sa3dist.serve.job_store import RETRIES, QueueFull, Unfinished
 from sa3dist.serve.keys import Caller
 from sa3dist.serve.logs import LogReader
-from sa3dist.serve.service import Service, UnknownRequest, WireError, refusal, service_of
+from sa3dist.serve.service import Service, UnknownRequest, WireError, refusal, refuse_if_full, service_of
 from sa3dist.serve.submission import accept, lifetime, refuse_inward
 from sa3dist.serve.tables import QUEUED
 
@@ -158,14 +158,14 @@ async def stream_status(request: Request, owner: str, name: str, job_id: str, lo
     service, base = service_of(request), base_of(request)
     caller = service.caller(request)
     await service.job(job_id, caller)
-    service.waiters.check()
+    refuse_if_full(service.waiters, "open streams")
     events = _events(service, caller, job_id, base, _is_yes(logs))
     return StreamingResponse(events, 200, {wire.REQUEST_ID: job_id, "Cache-Control": "no-cache"}, "text/event-stream")
 
 
 async def _events(service: Service, caller: Caller, job_id: str, base: str, logs: bool) -> AsyncIterator[str]:
     reader, last = LogReader(), None
-    with service.waiters.slot():
+    async with service.waiters:
         while not service.stopping.is_set():
             refreshed = asyncio.ensure_future(service.snapshot.next_refresh())
             try:
@@ -241,7 +241,7 @@ run_routes = APIRouter(prefix="/run")
 async def run_stream(request: Request, owner: str, name: str) -> Response:
     """Train, sending an event for every change; the last event is the result."""
     service, base = service_of(request), base_of(request)
-    service.waiters.check()
+    refuse_if_full(service.waiters, "open streams")
     job = await submit_job(request, owner, name)
     caller = service.caller(request)
 
@@ -260,10 +260,10 @@ async def run_stream(request: Request, owner: str, name: str) -> Response:
 async def run(request: Request, owner: str, name: str, sub: str = "") -> Response:
     """Train and answer with the result. If the connection drops, the job continues; repeat the request to find it."""
     service, base = service_of(request), base_of(request)
-    service.waiters.check()
+    refuse_if_full(service.waiters, "open streams")
     job = await submit_job(request, owner, name)
     caller = service.caller(request)
-    with service.waiters.slot():
+    async with service.waiters:
         while not (job := await service.job(job.id, caller)).is_finished:
             if await request.is_disconnected():
                 raise WireError(499, "the client is gone", "client_disconnected")

@@ -47,6 +47,7 @@ class Runner:
         self._folder = job.attempt_folder
         self._run = self._folder / attempts.RUN_NAME
         self._log = self._folder / attempts.LOG_NAME
+        self._public_names = public_names(job, options.work_dir, options.models)
         self._asked_to_stop = False
         self._stopped_at: float | None = None
         self._last_problem = ""
@@ -110,7 +111,7 @@ class Runner:
         self._lease.write_to(self._folder / LEASE_NAME)
         options = self._options
         processes = len(gpus) or (1 if options.executor == "local" else options.devices_per_job)
-        self._logs = Logs(self._log, self._job.folder, self._public_names())
+        self._logs = Logs(self._log, self._job.folder, self._public_names)
         return Attempt(
             self._job, self._folder, self._run, request, self._log, processes, options.nodes, mine, tuple(handles)
         )
@@ -122,9 +123,6 @@ class Runner:
         if isinstance(name, str) and name in options.models:
             values["model"] = options.models[name]
         return {**values, "work_dir": options.work_dir, **job.settings}
-
-    def _public_names(self) -> dict[str, str]:
-        return public_names(self._job, self._options.work_dir, self._options.models)
 
     def _watch(self) -> int:
         """Wait for the trainer's exit code, publishing progress meanwhile. Raises Lost."""
@@ -196,7 +194,7 @@ class Runner:
                 (Path(self._mark.locks) / f"job-{job.id}").unlink(missing_ok=True)
             return ended
 
-        text = public(attempts.message(self._run, self._log), self._public_names())
+        text = public(attempts.message(self._run, self._log), self._public_names)
         result = attempts.result(job, self._run) if code == EXIT_DONE else None
         if result is not None:
             if finish(lambda: leases.succeed(job, result)):

@@ -1,11 +1,9 @@
 """State shared by all routes of a server, and errors that become HTTP answers."""
 
 import asyncio
-import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -83,28 +81,11 @@ def result_file(job: Job, path: str) -> Path | None:
     return job.folder / path if path in paths else None
 
 
-@dataclasses.dataclass
-class RequestLimit:
-    """Limits the number of concurrent requests of one kind."""
-
-    most: int
-    what: str
-    taken: int = 0
-
-    def check(self) -> None:
-        """Raises WireError at the limit. Call before an answer begins: afterwards its status can no longer change."""
-        if self.taken >= self.most:
-            retry = {"X-Fal-Needs-Retry": "1"}
-            raise WireError(429, f"too many {self.what} at a time", "concurrent_requests_limit", retry)
-
-    @contextlib.contextmanager
-    def slot(self) -> Iterator[None]:
-        """Count a request for the duration of a block."""
-        self.taken += 1
-        try:
-            yield
-        finally:
-            self.taken -= 1
+def refuse_if_full(places: asyncio.Semaphore, what: str) -> None:
+    """Raises WireError if no place is free. Call it before an answer begins: its status can no longer change then."""
+    if places.locked():
+        retry = {"X-Fal-Needs-Retry": "1"}
+        raise WireError(429, f"too many {what} at a time", "concurrent_requests_limit", retry)
 
 
 @dataclasses.dataclass
@@ -120,8 +101,9 @@ class Service:
     stopping: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self.uploads = RequestLimit(self.options.max_uploads, "uploads")
-        self.waiters = RequestLimit(self.options.max_waiters, "open streams")
+        self.uploads = asyncio.Semaphore(self.options.max_uploads)
+        # Streams, and requests that wait for a job's end.
+        self.waiters = asyncio.Semaphore(self.options.max_waiters)
         # Further large bodies wait: each takes a few times its size in memory.
         self.large_bodies = asyncio.Semaphore(MAX_LARGE_BODIES)
         # A pool of its own: slow name lookups must not block threads that read and write.

@@ -1,24 +1,28 @@
-"""Send webhooks: signed, to public addresses only, retried until delivered."""
+"""Webhooks: a row for each, written when its job ends; sent signed, to public addresses only, until delivered."""
 
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import time
 
 import aiohttp
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from sqlalchemy import select
 
 from sa3dist.data.remote.public_addresses import public_socket
 from sa3dist.errors import SA3DistError, first_line, printable
 from sa3dist.serve import wire
 from sa3dist.serve.keys import Signer
-from sa3dist.serve.outbox import Delivery, Outbox
-from sa3dist.serve.service import Service
-from sa3dist.serve.tables import DatabaseAway
+from sa3dist.serve.service import Service, service_of
+from sa3dist.serve.tables import Database, DatabaseAway, deliveries, now
 
 log = logging.getLogger(__name__)
+routes = APIRouter(tags=["operation"])
 
 # The hosted endpoint tries ten times within two hours.
 MAX_TRIES, FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 10, 10.0, 1800.0
@@ -26,11 +30,13 @@ TRY_SECONDS, LOOK_SECONDS = 15.0, 1.0
 MOST_AT_A_TIME = 200
 
 
-def public_keys(signer: Signer) -> dict:
-    """The document at /.well-known/jwks.json."""
-    raw = signer.webhook_key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+@routes.get("/.well-known/jwks.json")
+async def public_keys(request: Request) -> Response:
+    """The public key for webhook signatures."""
+    raw = service_of(request).signer.webhook_key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
     word = base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
-    return {"keys": [{"kty": "OKP", "crv": "Ed25519", "x": word, "kid": hashlib.sha256(raw).hexdigest()[:16]}]}
+    key = {"kty": "OKP", "crv": "Ed25519", "x": word, "kid": hashlib.sha256(raw).hexdigest()[:16]}
+    return JSONResponse({"keys": [key]})
 
 
 def signed_headers(signer: Signer, request_id: str, user_id: str, body: bytes) -> dict[str, str]:
@@ -44,6 +50,51 @@ def signed_headers(signer: Signer, request_id: str, user_id: str, body: bytes) -
         "X-Fal-Webhook-Timestamp": when,
         "X-Fal-Webhook-Signature": signer.webhook_key.sign(text.encode()).hex(),
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Delivery:
+    """One webhook. tries: number of tries, including the current one."""
+
+    id: int
+    job_id: str
+    url: str
+    tries: int
+
+
+class Outbox:
+    """The webhooks of one database. Every method may raise DatabaseAway.
+
+    Delivery is at least once: if a server is killed before ``delivered``, it is repeated.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def due(self, seconds: float, limit: int = 20) -> list[Delivery]:
+        """Deliveries to try now. No other server gets them for ``seconds``, the duration of one try."""
+        with self._database.writing(alone=True) as connection:
+            ready = select(deliveries.c.id).where(deliveries.c.next_try <= now())
+            ready = ready.order_by(deliveries.c.next_try).limit(limit)
+            ids = list(connection.scalars(ready))
+            if not ids:
+                return []
+            columns = [deliveries.c[field.name] for field in dataclasses.fields(Delivery)]
+            claim = deliveries.update().where(deliveries.c.id.in_(ids))
+            claim = claim.values(next_try=now() + seconds, tries=deliveries.c.tries + 1).returning(*columns)
+            return [Delivery(**row._mapping) for row in connection.execute(claim)]
+
+    def delivered(self, delivery: Delivery) -> None:
+        """Record a successful delivery."""
+        self._update(delivery, delivered=now(), next_try=None, error=None)
+
+    def failed(self, delivery: Delivery, error: str, again_seconds: float | None) -> None:
+        """Record a failed delivery. again_seconds: time until the next try; None: give up."""
+        self._update(delivery, error=error, next_try=None if again_seconds is None else now() + again_seconds)
+
+    def _update(self, delivery: Delivery, **values) -> None:
+        with self._database.writing() as connection:
+            connection.execute(deliveries.update().where(deliveries.c.id == delivery.id).values(values))
 
 
 class Webhooks:

@@ -11,8 +11,8 @@ from sa3dist.serve import leases as leases_module
 from sa3dist.serve.job_store import JobStore, QueueFull, Unfinished
 from sa3dist.serve.leases import Leases
 from sa3dist.serve.options import RunOptions
-from sa3dist.serve.outbox import Outbox
 from sa3dist.serve.tables import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEEDED, DatabaseAway, deliveries
+from sa3dist.serve.webhooks import Outbox
 
 APP = "fal-ai/stable-audio-3-trainer"
 REQUEST = {"audio_data_url": "https://example.org/clips.zip", "number_of_steps": 7}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sa3dist.serve.job_store import JobStore
-from sa3dist.serve.outbox import Outbox
+from sa3dist.serve.webhooks import Outbox
 from tests.helpers import serve
 from tests.helpers.clips import captioned, write_zip
 
