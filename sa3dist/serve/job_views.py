@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from sa3dist.serve.attempts import RUN_NAME, tail
 from sa3dist.serve.job import Job
-from sa3dist.serve.logs import LogReader
+from sa3dist.serve.logs import read_logs, read_rows
 from sa3dist.serve.service import Service
 from sa3dist.serve.tables import QUEUED, RUNNING
 from sa3dist.serve.wire import failure
@@ -121,16 +121,15 @@ def report_file(job: Job) -> Path | None:
 
 def progress(job: Job, logs_at: int, attempt: int, rows_at: int) -> Progress:
     """Log lines and rows from these offsets on. If ``attempt`` is not the current one, rows start at the first."""
-    reader = LogReader(logs_at)
-    lines = reader.read(job)
+    lines, logs_at = read_logs(job, logs_at)
     path = job.attempt_folder / RUN_NAME / METRICS_NAME
     size = path.stat().st_size if path.is_file() else 0
     # The file may be shorter than rows_at: a run that resumes removes the rows after its checkpoint.
     begins = attempt != job.fence or not 0 < rows_at <= size
-    rows, end = read_rows(path, 0 if begins else rows_at)
+    rows, end = read_rows(path, 0 if begins else rows_at, MOST_BYTES)
     return Progress(
         logs=[LogLine(message=line["message"], timestamp=line["timestamp"]) for line in lines],
-        logs_at=reader.at,
+        logs_at=logs_at,
         attempt=job.fence,
         begins=begins,
         rows_at=end,
@@ -140,18 +139,6 @@ def progress(job: Job, logs_at: int, attempt: int, rows_at: int) -> Progress:
             if type(row.get("step")) is int
         ],
     )
-
-
-def read_rows(path: Path, at: int) -> tuple[list[dict[str, Any]], int]:
-    """Complete rows of a file from byte ``at`` on, at most ``MOST_BYTES`` of them, and the offset of their end."""
-    try:
-        with path.open("rb") as file:
-            file.seek(at)
-            data = file.read(MOST_BYTES)
-    except FileNotFoundError:
-        return [], 0
-    whole = data[: data.rfind(b"\n") + 1]
-    return list(objects(whole.decode(errors="replace").splitlines())), at + len(whole)
 
 
 def _number(value: Any) -> float | None:

@@ -1,12 +1,12 @@
 """A job's log: lines of the trainer's output with times, in the endpoint's format; written by its runner, and read."""
 
-import contextlib
 import datetime
 import json
 from pathlib import Path
 from typing import Any
 
 from sa3dist.serve.job import Job
+from sa3dist.training.row_files import objects
 
 NAME = "logs.jsonl"
 LONGEST_LINE = 2000
@@ -14,7 +14,7 @@ LONGEST_LINE = 2000
 MOST_BYTES = 8 << 20
 BLOCK_BYTES = 1 << 16
 RESULT = '{"lora_file": '
-# Most that one ``LogReader.read`` returns.
+# Most that one ``read_logs`` returns.
 MAX_LINES, MAX_BYTES = 1000, 512 << 10
 
 
@@ -68,26 +68,21 @@ class Logs:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
-class LogReader:
-    """Reads new lines of a job's log. at: the offset in bytes where the last call ended."""
+def read_logs(job: Job, at: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """The job's log lines from byte ``at`` on, the newest ``MAX_LINES`` of them, and the offset of their end."""
+    path = job.folder / NAME
+    size = path.stat().st_size if path.exists() else 0
+    rows, end = read_rows(path, max(at, size - MAX_BYTES), MAX_BYTES)
+    return rows[-MAX_LINES:], end
 
-    def __init__(self, at: int = 0) -> None:
-        self.at = at
 
-    def read(self, job: Job) -> list[dict[str, Any]]:
-        """Lines completed since the last call, the newest ``MAX_LINES`` of them."""
-        try:
-            with (job.folder / NAME).open("rb") as file:
-                size = file.seek(0, 2)
-                begin = file.seek(max(self.at, size - MAX_BYTES))
-                data = file.read(MAX_BYTES)
-        except FileNotFoundError:
-            return []
-        end = data.rfind(b"\n") + 1
-        rows = []
-        for line in data[:end].splitlines():
-            # The first line may be incomplete, if more than MAX_BYTES are new.
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-        self.at = begin + end
-        return rows[-MAX_LINES:]
+def read_rows(path: Path, at: int, most: int) -> tuple[list[dict[str, Any]], int]:
+    """Complete rows of a file from byte ``at`` on, at most ``most`` bytes of them, and the offset of their end."""
+    try:
+        with path.open("rb") as file:
+            file.seek(at)
+            data = file.read(most)
+    except FileNotFoundError:
+        return [], 0
+    whole = data[: data.rfind(b"\n") + 1]
+    return list(objects(whole.decode(errors="replace").splitlines())), at + len(whole)

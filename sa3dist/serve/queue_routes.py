@@ -18,7 +18,7 @@ from sa3dist.serve.bodies import base_of, is_large, read_bounded
 from sa3dist.serve.job import Job
 from sa3dist.serve.job_store import RETRIES, QueueFull, Unfinished
 from sa3dist.serve.keys import Caller
-from sa3dist.serve.logs import LogReader
+from sa3dist.serve.logs import read_logs
 from sa3dist.serve.service import Service, UnknownRequest, WireError, refusal, refuse_if_full, service_of
 from sa3dist.serve.submission import accept, lifetime, refuse_inward
 from sa3dist.serve.tables import QUEUED
@@ -148,7 +148,7 @@ async def get_status(request: Request, owner: str, name: str, job_id: str, logs:
     """The status of a request; with logs=1 including the trainer's output so far."""
     service, base = service_of(request), base_of(request)
     job = await service.job(job_id, service.caller(request))
-    lines = await asyncio.to_thread(LogReader().read, job) if _is_yes(logs) else []
+    lines, _ = await asyncio.to_thread(read_logs, job) if _is_yes(logs) else ([], 0)
     return wire.status_answer(job, base, service.snapshot.position(job), lines)
 
 
@@ -164,26 +164,26 @@ async def stream_status(request: Request, owner: str, name: str, job_id: str, lo
 
 
 async def _events(service: Service, caller: Caller, job_id: str, base: str, logs: bool) -> AsyncIterator[str]:
-    reader, last = LogReader(), None
+    at, last = 0, None
     async with service.waiters:
         while not service.stopping.is_set():
-            refreshed = asyncio.ensure_future(service.snapshot.next_refresh())
+            refreshed = service.snapshot.refreshed
             try:
                 job = await service.job(job_id, caller)
             except WireError:
                 # The job was deleted meanwhile. The answer has begun, so it can only end.
-                refreshed.cancel()
                 return
-            lines = await asyncio.to_thread(reader.read, job) if logs and job.state != QUEUED else []
+            lines = []
+            if logs and job.state != QUEUED:
+                lines, at = await asyncio.to_thread(read_logs, job, at)
             body = wire.status(job, base, service.snapshot.position(job), lines)
             if lines or {**body, "logs": []} != last:
                 last = {**body, "logs": []}
                 yield f"data: {json.dumps(body)}\n\n"
             if job.is_finished:
-                refreshed.cancel()
                 return
             try:
-                await asyncio.wait_for(refreshed, KEEP_ALIVE_SECONDS)
+                await asyncio.wait_for(refreshed.wait(), KEEP_ALIVE_SECONDS)
             except (TimeoutError, asyncio.TimeoutError):
                 yield ": keep-alive\n\n"
 
@@ -269,6 +269,6 @@ async def run(request: Request, owner: str, name: str, sub: str = "") -> Respons
                 raise WireError(499, "the client is gone", "client_disconnected")
             if service.stopping.is_set():
                 raise WireError(503, "the server restarts; ask again", "runner_disconnected", {wire.REQUEST_ID: job.id})
-            await service.snapshot.next_refresh()
+            await service.snapshot.refreshed.wait()
     code, body = wire.answer_of(service, job, base)
     return _answer(body, code, job)

@@ -19,6 +19,9 @@ class Snapshot:
     """Unfinished and recently finished jobs, at most about half a second old.
 
     Only the event loop's thread changes it; its dicts are replaced, not changed in place.
+
+    refreshed   set at the next refresh, then replaced by a new one
+    read_at     time of the last refresh, on the monotonic clock
     """
 
     def __init__(self, store: JobStore) -> None:
@@ -26,7 +29,7 @@ class Snapshot:
         self._token: Token | None = None
         self._jobs: dict[str, Job] = {}
         self._positions: dict[str, int] = {}
-        self._refreshed = asyncio.Event()
+        self.refreshed = asyncio.Event()
         self.read_at = 0.0
 
     def get(self, job_id: str) -> Job | None:
@@ -51,16 +54,12 @@ class Snapshot:
         """Remove a deleted job."""
         self._jobs = {known: job for known, job in self._jobs.items() if known != job_id}
 
-    async def next_refresh(self) -> None:
-        """Wait for the next refresh."""
-        await self._refreshed.wait()
-
     async def refresh(self) -> None:
         """Read all changes. Raises DatabaseAway."""
         changes, self._token = await asyncio.to_thread(self._store.changed_since, self._token)
         self._apply(changes)
         self.read_at = time.monotonic()
-        refreshed, self._refreshed = self._refreshed, asyncio.Event()
+        refreshed, self.refreshed = self.refreshed, asyncio.Event()
         refreshed.set()
 
     async def keep_fresh(self) -> None:

@@ -1,6 +1,7 @@
 """What goes with a job: the uploads and the folder of work that it alone used, at once or by age; the base's stay."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -182,7 +183,7 @@ def test_two_servers_share_files_in_an_object_store(monkeypatch):
         one, other = (FileStore("s3://clips/files") for _ in range(2))
         # Nothing is there yet, not even a folder; what is written later is seen all the same.
         other.sweep(set())
-        whole, in_parts, begun = (one.new("k", "a.zip", "") for _ in range(3))
+        whole, in_parts, begun = (dataclasses.replace(one.new("k", "a.zip", ""), created=1.0) for _ in range(3))
         with one.writing(whole.id) as out:
             out.write(b"abc")
         one.keep(whole, out)
