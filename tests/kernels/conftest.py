@@ -8,4 +8,4 @@ if find_spec("triton"):
     if triton_support.interpreting():
         from tests.helpers import interpreter
 
-        interpreter.patch_once()
+        interpreter.be_quick()
