@@ -74,6 +74,8 @@ def choose_acceleration(trainer: Trainer, settings: Settings, frames: int) -> No
         if whole_blocks:
             compile_whole_blocks(base, settings)
         else:
+            if exact:
+                torch.use_deterministic_algorithms(True)
             compile_elementwise(base.dit, tokens=most_tokens(base, settings) if exact else None)
             if settings.compile == "auto" and not exact:
                 fall_back_on_failure()
@@ -92,6 +94,8 @@ def compile_whole_blocks(base: Base, settings: Settings, backend="inductor") -> 
     # A deterministic run ends with the compiler's error: a fallback that happens only sometimes would change bits.
     may_fail = settings.compile == "auto" and not settings.deterministic
     tokens = most_tokens(base, settings) if settings.deterministic else None
+    if settings.deterministic:
+        torch.use_deterministic_algorithms(True)
     compile_blocks(base.dit, backend, whole=not may_fail, tokens=tokens)
     if may_fail:
         fall_back_on_failure()
@@ -112,5 +116,6 @@ def make_deterministic() -> None:
     """Use only deterministic kernels from here on; an operator without one raises."""
     # cuBLAS reads the variable at its first call.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+    # As use_deterministic_algorithms, which also tells the compiler and imports it for that: a second of every start.
+    torch.set_deterministic_debug_mode("error")
     torch.backends.cudnn.benchmark = False
