@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from sa3dist.model.tiny import write_tiny_base
 from tests.helpers.forked_programs import ForkedPrograms
 from tests.helpers.golden import ROOT
 from tests.helpers.program import ENVIRONMENT
@@ -87,8 +86,11 @@ def test_a_killed_rank_ends_its_peer_with_a_line_that_names_it(said_by, director
 
 
 @pytest.mark.slow
-def test_jobs_of_an_endpoint_that_is_killed_end_once_with_the_undisturbed_file(tmp_path):
+def test_jobs_of_an_endpoint_that_is_killed_end_once_with_the_undisturbed_file(demo_base, demo_clips, tmp_path):
     pytest.importorskip("sqlalchemy")
+    # Made already: the program would import the text encoder for a base.
+    (tmp_path / "base").symlink_to(demo_base)
+    (tmp_path / "clips.zip").symlink_to(demo_clips)
     # A process of its own: what it starts is told from it by the environment. One kill of the scheduler, one of all.
     words = [sys.executable, SURVIVAL / "serve_kills.py", tmp_path, "--events", "2", "--gap", "4", "6", "--lease", "4"]
     said = subprocess.run(
@@ -130,8 +132,8 @@ def test_a_loss_that_is_not_finite_ends_a_run_under_deepspeed(said_by, directory
 
 
 @pytest.mark.slow
-def test_the_memory_of_encoding_is_measured(said_by, tmp_path):
-    found = json.loads(said_by(SURVIVAL / "encode_memory.py", write_tiny_base(tmp_path), "--seconds", "2"))
+def test_the_memory_of_encoding_is_measured(said_by, demo_base):
+    found = json.loads(said_by(SURVIVAL / "encode_memory.py", demo_base, "--seconds", "2"))
     # The tiny base's short clip takes a few megabytes at most.
     assert 0 <= found["grown_mb"]["2 s"] < 100
 
