@@ -8,7 +8,7 @@ from typing import Any
 
 from sa3dist import config
 from sa3dist.commands.plan_calibration import RESULTS
-from sa3dist.commands.plan_predict import Job, Prediction, fit, predict
+from sa3dist.commands.plan_predict import Job, MemoryPlan, Prediction, fit, predict
 from sa3dist.cost_model.devices import GPUS, THIS, Device, find_device
 from sa3dist.data.remote.local_paths import home_path
 from sa3dist.errors import ConfigError, counted, span
@@ -22,7 +22,7 @@ ARGUMENTS = {
     "arguments": {"nargs": "*", "metavar": "CONFIG.yaml|REQUEST.json|key=value", "help": "settings of the run"},
     "--gpu": {"default": THIS, "help": f"{', '.join(GPUS)}, or {THIS} machine (default)"},
     "--fit": {"metavar": "24GB", "help": "plan for so much memory, and propose settings that fit it"},
-    "--ranks": {"type": positive, "default": 1, "help": "processes, each on such a device"},
+    "--ranks": {"type": positive, "default": 1, "help": "processes with DDP, each on such a device"},
     "--link-gbit": {
         "type": number(float, 0.001, 1e6),
         "metavar": "X",
@@ -47,7 +47,10 @@ def plan(options: argparse.Namespace) -> None:
     job = Job.of(settings, known_config(settings.model), options.ranks, link)
     changes = fit(job, device) if options.fit else {}
     if changes is None:
-        raise ConfigError(f"--fit: nothing fits {device.memory_bytes / 1e9:g} GB; take a smaller model or rank")
+        raise ConfigError(
+            f"--fit: nothing fits {device.memory_bytes / 1e9:g} GB; take a smaller model or rank, or several devices with "
+            f"ZeRO-3, which this does not plan"
+        )
     job = job.changed(**changes)
     prediction = predict(job, device, options.results)
     if options.json:
@@ -69,6 +72,8 @@ def as_dict(job: Job, device: Device, changes: dict[str, Any], prediction: Predi
     return {
         "device": dataclasses.asdict(device),
         "changes": {key: value for key, value in changes.items() if value is not None},
+        "mode": "ddp",
+        "ranks": job.ranks,
         "peak_bytes": planned.peak_bytes,
         "bytes": planned.bytes,
         "recorded_bytes": planned.recorded_bytes,
@@ -104,6 +109,7 @@ def lines(job: Job, device: Device, changes: dict[str, Any], prediction: Predict
         f"          {planned.recomputed_blocks} of {job.config.dit.depth} blocks recomputed"
         f"{', adapted weights formed for every use of a block' if planned.per_use else ''}"
         f"{recorded if planned.recorded_bytes else ''}",
+        *ranks_lines(job, planned),
         f"step      {step:.3g} s for {prediction.flops / 1e12:.3g} TFLOP: {times} s",
         f"limit     {prediction.limit}",
         f"total     {counted(settings.number_of_steps, 'step')} in {span(step * settings.number_of_steps)}, "
@@ -114,6 +120,19 @@ def lines(job: Job, device: Device, changes: dict[str, Any], prediction: Predict
     ]
     proposed = [f"{key}={value}" for key, value in changes.items() if value is not None]
     return text + ([f"change    {' '.join(proposed)}"] if proposed else [])
+
+
+def ranks_lines(job: Job, planned: MemoryPlan) -> list[str]:
+    """What the plan assumes of several processes; also if a single one does not fit."""
+    if job.ranks == 1 and planned.fits:
+        return []
+    network = "" if job.ranks == 1 or job.link_bytes_per_second else "; the network is not counted without --link-gbit"
+    divided = (planned.bytes["base"] + planned.bytes["adapter and optimiser"]) / 1e9
+    return [
+        f"ranks     {job.ranks}; with DDP each holds all of this{network}",
+        f"          ZeRO-3 is not planned: it divides base, adapter and optimiser ({divided:.1f} GB) over the ranks, and "
+        f"sends the base in every pass",
+    ]
 
 
 # Exit code 0 with the plan on stdout, even if the run does not fit; 2 if settings or device are refused.

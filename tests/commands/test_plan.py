@@ -314,6 +314,27 @@ def test_the_command_says_what_its_figures_rest_on(tmp_path, capsys):
     assert described["peak_bytes"] == pytest.approx(sum(described["bytes"].values()))
 
 
+def test_a_plan_for_several_processes_says_that_they_use_ddp_and_what_it_leaves_out(capsys):
+    words = ["plan", "model=small-music-base", "duration=30", "--gpu", "H200"]
+    assert cli.main(words) == 0
+    assert "ZeRO-3" not in capsys.readouterr().out
+    assert cli.main([*words, "--ranks", "8"]) == 0
+    printed = capsys.readouterr().out
+    held = plan_memory(job(batch_size=1, duration=30), H200).bytes
+    divided = (held["base"] + held["adapter and optimiser"]) / 1e9
+    assert "ranks     8; with DDP each holds all of this; the network is not counted without --link-gbit" in printed
+    assert f"ZeRO-3 is not planned: it divides base, adapter and optimiser ({divided:.1f} GB)" in printed
+    assert cli.main([*words, "--ranks", "8", "--link-gbit", "25", "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert (described["mode"], described["ranks"]) == ("ddp", 8)
+    assert described["seconds"]["network"] > 0
+    # A card that it does not fit: also with one process.
+    assert cli.main([*words, "gradient_checkpointing=off", "duration=380", "batch_size=8", "--gpu", "T4"]) == 0
+    printed = capsys.readouterr().out
+    assert "DOES NOT FIT" in printed
+    assert "ZeRO-3 is not planned" in printed
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
