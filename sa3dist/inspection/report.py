@@ -113,11 +113,11 @@ class Report:
         if not summary["usable"]:
             return rows
 
-        def spread(name: str, unit: str) -> str:
+        def spread(name: str, unit: str, form: str = ".1f") -> str:
             values = summary[name]
             if not values:
                 return "none"
-            return f"{values['min']:.4g} to {values['max']:.4g} {unit}, median {values['median']:.4g}"
+            return f"{values['min']:{form}} to {values['max']:{form}} {unit}, median {values['median']:{form}}"
 
         def counts(name: str) -> str:
             return ", ".join(f"{value} x {key}" for key, value in summary[name].items())
@@ -125,7 +125,7 @@ class Report:
         captions = summary["captions"]
         words = captions["words"]
         return rows + [
-            ("length", spread("seconds", "s")),
+            ("length", spread("seconds", "s", ".4g")),
             ("formats", counts("formats")),
             ("sample rates", counts("sample_rates_hz") + " Hz"),
             ("channels", counts("channels")),
@@ -215,11 +215,14 @@ def _inspect(container: Container, pair: Pair, known: Measured, excerpts: Excerp
 
 
 def _treatment(facts: AudioFacts, limit: int, sample_rate_hz: int, samples_per_frame: int) -> tuple[str, str]:
-    frames = -(-resampled_length(facts.samples, facts.sample_rate_hz, sample_rate_hz) // samples_per_frame)
+    samples = resampled_length(facts.samples, facts.sample_rate_hz, sample_rate_hz)
     crop = f"{limit * samples_per_frame / sample_rate_hz:.1f} s"
-    if frames > limit:
+    if samples // samples_per_frame > limit:
         return "cropped", f"another {crop} of it each time"
-    if frames == limit:
+    if samples > limit * samples_per_frame:
+        # Without `duration` this is the longest clip: its crop is floored to whole frames.
+        return "whole", f"all of it but less than a frame, {samples_per_frame / sample_rate_hz:.2g} s"
+    if samples > (limit - 1) * samples_per_frame:
         return "whole", "all of it"
     return "padded", f"all of it and a random stretch of silence, up to {crop}"
 

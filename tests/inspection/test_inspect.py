@@ -144,6 +144,11 @@ def test_every_clip_has_its_treatment_and_every_fault_its_reason(tmp_path):
     members |= {"mute.txt": b"nothing", "orphan.wav": encode(tone()), "junk.ogg": b"junk", "junk.txt": b"junk"}
     exactly = encode(tone(2 * 4096 * 10 / 44100))
     members |= {"exact.wav": exactly, "exact.txt": b"twenty frames"}
+    # A hundredth of a second more than twenty frames, less than one.
+    members |= {
+        "more.wav": encode(0.1 * np.random.default_rng(2).standard_normal((20 * 4096 + 441, 1))),
+        "more.txt": b"twenty frames and a bit",
+    }
     report = inspect(write_folder(tmp_path / "in", members), tmp_path, duration=20 * 4096 / 44100)
     clips = {clip.key: clip for clip in report.clips}
     assert {key: clip.treatment for key, clip in clips.items()} == {
@@ -153,9 +158,11 @@ def test_every_clip_has_its_treatment_and_every_fault_its_reason(tmp_path):
         "copy": "cropped",
         "exact": "whole",
         "junk": "skipped",
+        "more": "whole",
         "mute": "skipped",
         "orphan": "skipped",
     }
+    assert (clips["exact"].reason, clips["more"].reason) == ("all of it", "all of it but less than a frame, 0.093 s")
     assert "is silent" in clips["mute"].reason
     assert "cannot be decoded" in clips["junk"].reason
     assert "audio without a caption" in clips["orphan"].reason
@@ -163,9 +170,9 @@ def test_every_clip_has_its_treatment_and_every_fault_its_reason(tmp_path):
     assert report.near == []
     assert report.verdict == ["3 clips cannot be used; fix them, or set on_bad_clip: skip"]
     summary = report.summary()
-    assert (summary["clips"], summary["usable"]) == (8, 5)
-    assert summary["captions"]["distinct"] == 3
-    assert sum(summary["length_histogram"]["clips"]) == 5
+    assert (summary["clips"], summary["usable"]) == (9, 6)
+    assert summary["captions"]["distinct"] == 4
+    assert sum(summary["length_histogram"]["clips"]) == 6
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["figures.safetensors"]
 
 
@@ -198,7 +205,7 @@ def test_the_terminal_shows_every_clip_by_its_whole_name_however_narrow(tmp_path
     assert all(word in piped for word in ("clip0", "44100", "padded", "LUFS", str(source)))
     # Through a pipe a clip is one line.
     (line,) = [line for line in piped.splitlines() if name in line]
-    assert line.split()[-1] == "cropped"
+    assert line.split()[-1] == "whole"
     monkeypatch.setattr(rich.console.Console, "is_terminal", True)
     for columns in (80, 30):
         monkeypatch.setenv("COLUMNS", str(columns))
@@ -209,7 +216,7 @@ def test_the_terminal_shows_every_clip_by_its_whole_name_however_narrow(tmp_path
         found = lines[start:end] if start < end else lines[start:]
         wide = found[0].index("1.50")
         assert name.replace(" ", "") in "".join(line[:wide] for line in found).replace(" ", "")
-        assert all(figure in found[0] for figure in ("1.50", "44100", "cropped"))
+        assert all(figure in found[0] for figure in ("1.50", "44100", "whole"))
 
 
 def test_a_page_that_is_full_says_how_many_clips_have_no_player_and_grows_no_further(tmp_path):
