@@ -78,7 +78,7 @@ def encode_all(base: Base, tasks: Sequence[EncodeTask], group: Group, stop: Stop
     left = [task for task in mine if task.is_missing()]
     total = sum(task.count for task in mine)
     held = total - sum(task.count for task in left)
-    with progress("encode", total, shown=group.is_main) as update:
+    with progress(name.replace("-", " "), total, shown=group.is_main) as update:
         run_on_all_ranks(group, name, lambda: _encode(base, left, group, stop, held, update), stop)
 
 

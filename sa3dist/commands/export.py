@@ -25,6 +25,7 @@ from sa3dist.adapters.layouts import peft_folders
 from sa3dist.adapters.lazy_file import AdapterOnDisk
 from sa3dist.adapters.peft_format import to_peft
 from sa3dist.commands import verify
+from sa3dist.commands.base_option import base_of_adapter
 from sa3dist.commands.merge import into_base, refuse_own
 from sa3dist.config import split_argument
 from sa3dist.data.remote.local_paths import home_path
@@ -118,9 +119,7 @@ def convert(options: argparse.Namespace) -> None:
 
     @functools.cache
     def over_base() -> AdapterOnDisk:
-        if name is None:
-            raise ConfigError(f"{file.path}: names no base model; give the one it was trained on with --base MODEL")
-        return AdapterOnDisk(file, BaseOnDisk.open(name))
+        return AdapterOnDisk(file, BaseOnDisk.open(base_of_adapter(file.path, options.base, [file.base], "--base")))
 
     output, target, without = FORMATS[options.format](file, over_base, options, named_after)
     print(f"wrote {output}" + (f", without {', '.join(without)}" if without else ""))

@@ -13,6 +13,7 @@ import torch
 
 from sa3dist import __version__
 from sa3dist.adapters import AdapterFile, bake_adapter, load_adapter_file
+from sa3dist.commands.base_option import base_of_adapter
 from sa3dist.commands.export import read_source
 from sa3dist.commands.merge import split_weight
 from sa3dist.data.remote.local_paths import expand_home, is_text
@@ -75,9 +76,10 @@ def make_clips(options: argparse.Namespace) -> None:
         raise ConfigError("--prompt: holds bytes that are not UTF-8; type it in a UTF-8 terminal")
     weighted = map(split_weight, options.adapter)
     adapters = [(read_source(Path(expand_home(path)))[0], strength) for path, strength in weighted]
-    model = options.model or next((file.base for file, _ in adapters), None)
-    if model is None:
+    if not options.model and not any(file.base for file, _ in adapters):
         raise ConfigError("--model: is needed, as no adapter names its base; give a released name or a directory")
+    first = adapters[0][0].path if adapters else Path()
+    model = base_of_adapter(first, options.model, [file.base for file, _ in adapters], "--model")
     how = read_how(options, model)
     output = Path(expand_home(options.output))
     if output.exists() and not output.is_dir():

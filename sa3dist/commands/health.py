@@ -4,9 +4,9 @@ import argparse
 
 from sa3dist.adapters import adapted_layers
 from sa3dist.adapters.transfer import load_adapter_file
+from sa3dist.commands.base_option import base_of_adapter
 from sa3dist.commands.export import read_source
 from sa3dist.data.remote.local_paths import home_path
-from sa3dist.errors import ConfigError
 from sa3dist.listening.health import Losses
 from sa3dist.listening.health_numbers import measure_layer, summary
 from sa3dist.listening.verdict import judge
@@ -33,9 +33,7 @@ ARGUMENTS = {
 def health(options: argparse.Namespace) -> None:
     """Print the verdict, its reasons and the layers. Raises ConfigError if no base is known."""
     file, _ = read_source(options.source)
-    name = options.base or file.base
-    if name is None:
-        raise ConfigError(f"{options.source}: names no base model; give the one it was trained on with --base MODEL")
+    name = base_of_adapter(options.source, options.base, [file.base], "--base")
     base = load_base(name, encoder=False)
     load_adapter_file(base, file)
     row = summary((name, measure_layer(layer)) for name, layer in adapted_layers(base).items())
@@ -44,8 +42,8 @@ def health(options: argparse.Namespace) -> None:
     drift = row["drift"]
     if drift:
         print("drift {mean:.4f} on average (5 % {p5:.4f}, 95 % {p95:.4f}), {negative:.2%} negative".format(**drift))
-    print(f"update ratio {row['update_ratio']}, effective rank {row['effective_rank']}, the means of the layers")
-    print(f"{'update ratio':>12} {'eff. rank':>9} {'drift':>9}  layer, those that learn most first")
+    print(f"update ratio {row['update_ratio']}, effective rank {row['effective_rank']}: means over the layers")
+    print(f"{'update ratio':>12} {'eff. rank':>9} {'drift':>9}  layer, largest update first")
     for layer in row["layers"][: options.layers]:
         print(f"{layer['update_ratio']!s:>12} {layer['effective_rank']!s:>9} {layer['drift']!s:>9}  {layer['name']}")
 
@@ -55,6 +53,6 @@ main = command(
     "sa3dist health",
     ARGUMENTS,
     health,
-    description="Measure every adapted layer: drift, size and effective rank of its update; losses are judged with a "
-    "run's.",
+    description="Measure every adapted layer: drift, size and effective rank of its update. The verdict on a run also "
+    "considers its losses.",
 )

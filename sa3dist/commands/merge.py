@@ -101,12 +101,15 @@ def write_approximation(output: Path, adapters: Sequence[tuple[AdapterOnDisk, fl
 
     def report(name: str, error: float) -> None:
         errors.append(error)
-        print(f"{name}: relative error {error:.3e}")
+        print(f"{name}: relative error {error:.3g}")
 
     config, tensors = approximate(adapters, rank, report)
     header = describe([(adapter.file, weight) for adapter, weight in adapters])
     write_adapter_file(output, config, tensors, {**header, "svd_largest_relative_error": f"{max(errors):.6g}"})
-    print(f"wrote {output}: a lora of rank {rank}, relative error of a layer's change up to {max(errors):.3e}")
+    print(
+        f"wrote {output}: a lora of rank {rank}, relative error of a layer's change up to {max(errors):.3g}; a higher "
+        f"rank has a smaller one"
+    )
 
 
 def into_base(output: Path, base: BaseOnDisk, adapters: Sequence[tuple[AdapterOnDisk, float]]) -> None:

@@ -48,8 +48,8 @@ def plan(options: argparse.Namespace) -> None:
     changes = fit(job, device) if options.fit else {}
     if changes is None:
         raise ConfigError(
-            f"--fit: nothing fits {device.memory_bytes / 1e9:g} GB; take a smaller model or rank, or several devices with "
-            f"ZeRO-3, which this does not plan"
+            f"--fit: nothing fits {device.memory_bytes / 1e9:g} GB; take a smaller model or rank, or several devices "
+            f"with ZeRO-3, which this does not plan"
         )
     job = job.changed(**changes)
     prediction = predict(job, device, options.results)
@@ -130,8 +130,8 @@ def ranks_lines(job: Job, planned: MemoryPlan) -> list[str]:
     divided = (planned.bytes["base"] + planned.bytes["adapter and optimiser"]) / 1e9
     return [
         f"ranks     {job.ranks}; with DDP each holds all of this{network}",
-        f"          ZeRO-3 is not planned: it divides base, adapter and optimiser ({divided:.1f} GB) over the ranks, and "
-        f"sends the base in every pass",
+        f"          ZeRO-3 is not planned: it divides base, adapter and optimiser ({divided:.1f} GB) over the ranks, "
+        f"and sends the base in every pass",
     ]
 
 

@@ -34,7 +34,8 @@ def publish(options: argparse.Namespace) -> None:
         sizes = {path: (folder / path).stat().st_size for path in files.to_upload(folder)}
         sizes |= {name: len(text.encode()) for name, text in texts.items()}
         _list(sizes)
-        print(f"would go to {repo_id}, {'public' if options.public else 'private'} where it is new")
+        new = "public" if options.public else "private"
+        print(f"nothing sent; these files would go to {repo_id} ({new} if it is new)")
         return
     with run_lock.held(folder):
         files.write_beside(folder, options.with_captions)

@@ -16,6 +16,7 @@ from sa3dist.adapters.file import base_of, read_adapter_file, weights_in
 from sa3dist.adapters.landing import Landing
 from sa3dist.adapters.layouts import PEFT_WEIGHTS, peft_folders
 from sa3dist.adapters.lazy_file import AdapterOnDisk, effective
+from sa3dist.commands.base_option import base_of_adapter
 from sa3dist.data.remote.local_paths import home_path
 from sa3dist.errors import CheckpointError, ConfigError
 from sa3dist.model.loading import CONFIG_NAME, WEIGHTS_NAME, BaseOnDisk, known_config, meta_roots
@@ -36,24 +37,20 @@ MOST_LINES = 10
 ARGUMENTS = {
     "file": {"type": home_path, "metavar": "FILE", "help": "an adapter file or PEFT folder; merged: the directory"},
     "--for": {"dest": "target", "choices": TARGETS, "required": True, "help": "the program to load it with"},
-    "--base": {"metavar": "MODEL", "help": "base to load it into; default the one the file names"},
+    "--base": {"metavar": "MODEL", "help": "base to load it into; default: the one that the file, or ADAPTER, names"},
     "--against": {"type": home_path, "metavar": "ADAPTER", "help": "the adapter it was made from"},
 }
 
 
 def verify(options: argparse.Namespace) -> None:
-    """``check`` the given file. Raises ConfigError if no base is known."""
+    """``check`` the given file. Raises ConfigError if no base is known or it is not here."""
     path = options.file.parent if options.file.name in PEFT_WEIGHTS else options.file
     if not os.path.exists(path):
         raise ConfigError(f"{path}: no such file or folder; give the adapter file to verify")
-    name = options.base or named_base(path)
-    if name is None:
-        raise ConfigError(f"{path}: names no base model; give the one it is loaded into with --base MODEL")
-    base = BaseOnDisk.open(name)
-    if options.against:
-        check(path, options.target, base, AdapterOnDisk(read_adapter_file(options.against), base))
-    else:
-        check(path, options.target, base, None)
+    against = read_adapter_file(options.against) if options.against else None
+    named = [named_base(path), against.base if against else None]
+    base = BaseOnDisk.open(base_of_adapter(path, options.base, named, "--base"))
+    check(path, options.target, base, AdapterOnDisk(against, base) if against else None)
 
 
 def named_base(path: Path) -> str | None:
@@ -107,7 +104,7 @@ def check(path: Path, target: str, base: BaseOnDisk, source: AdapterOnDisk | Non
         print("effective weights: finite and changed, compared with nothing; give the adapter with --against")
     elif landed.weights:
         share, name = landed.largest
-        print(f"effective weights: as the adapter's, to {share:.1e} of a layer's change at most ({name})")
+        print(f"effective weights: differ from the adapter's by at most {share:.1e} of a layer's change ({name})")
     print(_count(landed), flush=True)
     _require_all(path, landed)
 
@@ -132,7 +129,8 @@ def _count(landed: Landing) -> str:
 def _require_all(path: Path, landed: Landing) -> None:
     if landed.missed or not landed.weights:
         name, why = next(iter(landed.missed.items()), ("the file", "holds no layer"))
-        raise CheckpointError(f"{path}: not every layer lands, {len(landed.missed)} do not ({name}: {why})")
+        advice = "" if landed.weights else "; the file is of another format, or of another base"
+        raise CheckpointError(f"{path}: not every layer lands, {len(landed.missed)} do not ({name}: {why}){advice}")
 
 
 # Exit code 0 if every layer lands; else 2, with the layers that do not.
@@ -140,5 +138,6 @@ main = command(
     "sa3dist verify",
     ARGUMENTS,
     verify,
-    description="Tell whether a program takes every layer of an adapter file, and as the adapter means it.",
+    description="Check whether a program loads every layer of an adapter file, and whether the layers then act as the "
+    "adapter intends.",
 )

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from sa3dist.errors import counted
 from sa3dist.listening.nearest import Match
 
 # With fewer held-out clips, being the nearest of all says too little.
@@ -47,7 +48,8 @@ def row_of(
         reason = "copying cannot be judged: no clip is held out; set validation=0.1"
     elif held_out < FEWEST_HELD_OUT:
         reason = (
-            f"copying cannot be judged: of {held_out} held-out clips too little is known, it takes {FEWEST_HELD_OUT}"
+            f"copying cannot be judged: {counted(held_out, 'clip')} held out, at least {FEWEST_HELD_OUT} are needed; "
+            f"raise validation"
         )
     judged = reason is None
     previews = [

@@ -97,11 +97,11 @@ def notice(description: dict[str, Any]) -> str:
     program = f"sa3dist {description.get('sa3dist_version', '')}".strip()
     return (
         f"{NOTICE}\n\n"
-        f"That attribution is of the Stability AI Materials that this adapter is made for and derived from: "
-        f"{hub_base(description) or 'a base of Stable Audio 3'}. They were changed: beside their weights, which stay "
-        f"as they are, an adapter (type {config['adapter_type']}, rank {config['rank']}) was trained for "
-        f"{counted(description['step'], 'step')} on other audio, with {program}. A program that loads it, or merges it "
-        f"into them, changes what they do.\n\n"
+        f"This adapter is derived from these Stability AI Materials: "
+        f"{hub_base(description) or 'a base of Stable Audio 3'}. What was changed: an adapter (type "
+        f"{config['adapter_type']}, rank {config['rank']}) was trained on other audio for "
+        f"{counted(description['step'], 'step')}, with {program}. The weights of the Materials were not changed. A "
+        f"program that loads the adapter, or merges it into the Materials, changes what they do.\n\n"
         f"The licence: {LICENCE_LINK}\n{ATTRIBUTION}\n"
     )
 
@@ -132,7 +132,7 @@ def _what_it_is(description: dict[str, Any], files: Sequence[str]) -> list[str]:
     names = " and ".join(f"`{name}`" for name in files)
     return [
         f"# {plain(description['settings']['name'])}",
-        f"An adapter (`{config['adapter_type']}`, rank {config['rank']}, alpha {config['alpha']}) of {of}, a model "
+        f"An adapter (`{config['adapter_type']}`, rank {config['rank']}, alpha {config['alpha']}) for {of}, a model "
         f"that makes audio from text, after {counted(description['step'], 'step')} of training: {names}.",
         ATTRIBUTION,
     ]
@@ -173,15 +173,14 @@ def _use(description: dict[str, Any]) -> list[str]:
         "## Use",
         "`lora.safetensors` is in Stable Audio 3's own format: its inference loads the file as it is. With sa3dist:",
         f"```python\n{native}\n```",
-        f"**ComfyUI** passes over such files in silence. `sa3dist export lora.safetensors --format {comfy}` writes one "
-        f"that it loads; layers of `conditioners` lie outside of what it patches.",
+        f"**ComfyUI** silently ignores this format. `sa3dist export lora.safetensors --format {comfy}` writes a file "
+        f"that it loads; it cannot load layers of `conditioners`.",
         f"**PEFT**: {refused}"
         if kind.cols
         else "**PEFT**: `sa3dist export lora.safetensors --format peft --output peft/`",
         f"**diffusers**, through PEFT: {refused}" if kind.cols else f"**diffusers**, through PEFT:\n\n```\n{port}\n```",
         f"**Merged** into a base, for any program: `sa3dist merge lora.safetensors --base {name} --output merged/`",
-        "The rank's factors and the magnitudes are kept exactly where the format has them, and a refusal says where it "
-        "has not; `sa3dist verify FILE --for PROGRAM` tells whether a program takes every layer.",
+        "`sa3dist verify FILE --for PROGRAM` tells whether a program takes every layer of a file.",
     ]
 
 
@@ -198,7 +197,7 @@ def _training(description: dict[str, Any], curves: str | None) -> list[str]:
     clips, seconds = description.get("dataset_clips"), description.get("dataset_seconds")
     data = "A stream of captioned clips." if clips is None else f"{counted(clips, 'captioned clip')}"
     if clips is not None:
-        data += f", {span(seconds)} of audio together." if seconds else "."
+        data += f", {span(seconds)} of audio in all." if seconds else "."
     skipped = len(description.get("skipped_clips") or ())
     if skipped:
         data += f" {counted(skipped, 'clip')} that could not be used {'was' if skipped == 1 else 'were'} left out."
@@ -222,8 +221,8 @@ def _versions(description: dict[str, Any]) -> list[str]:
 def _licence() -> list[str]:
     return [
         "## Licence",
-        f"The base's: [Stability AI Community License]({LICENCE_LINK}); see `NOTICE`. The clips it was trained on have "
-        f"rights of their own.",
+        f"That of the base: [Stability AI Community License]({LICENCE_LINK}); see `NOTICE`. The training clips have "
+        f"their own rights.",
     ]
 
 

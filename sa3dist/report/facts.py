@@ -84,8 +84,8 @@ def copying(run: RunFolder) -> list[str]:
         return []
     newest = run.copies[-1]
     if not newest.get("judged", True):
-        reason = newest.get("reason") or "too little to compare with"
-        return [f"Whether previews copy training clips cannot be judged: {reason}"]
+        reason = newest.get("reason") or "copying cannot be judged"
+        return [f"{reason[:1].upper()}{reason[1:]}."]
     warnings = [
         f"Step {row['step']}: {preview['warning']}"
         for row in run.copies

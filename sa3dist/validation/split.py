@@ -75,7 +75,9 @@ def _choose(settings: Settings, index: DatasetIndex, group: Group, stop: StopReq
         )
     log.info("validation: %d of %s held out: %s", len(keys), counted(clips, "clip"), listed(keys, len(keys), 5))
     if clips < SMALL_SET:
-        log.warning("validation: of %s few can be held out; take its loss as a hint only", counted(clips, "clip"))
+        log.warning(
+            "validation: %s held out of %s is little; its loss is only a hint", counted(len(keys), "clip"), clips
+        )
     return keys
 
 

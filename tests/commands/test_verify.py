@@ -64,7 +64,7 @@ def test_what_export_writes_lands_whole_and_is_verified_as_it_is_written(
     path, output = adapter(kind), tmp_path / ("out" if layout in ("peft", "diffusers", "merged") else "out.safetensors")
     code, lines, err = run(capfd, "export", path, "--format", layout, "--output", output, "--without-conditioner")
     assert (code, lines[-1]) == (0, f"{layers}/{layers} layers land"), err
-    assert lines[-2].startswith("effective weights: as the adapter's, to ")
+    assert lines[-2].startswith("effective weights: differ from the adapter's by at most ")
     against = ["--against", path] if layers == 14 else []
     code, lines, err = run(capfd, "verify", output, "--for", target, *against)
     assert (code, lines[-1]) == (0, f"{layers}/{layers} layers land"), err
@@ -74,6 +74,7 @@ def test_a_native_file_is_not_loaded_by_comfyui_and_that_is_said(adapter, capfd)
     code, lines, err = run(capfd, "verify", adapter("lora"), "--for", "comfy")
     assert (code, lines[-1]) == (2, "0/14 layers land")
     assert "is no layer that ComfyUI knows: not loaded" in err
+    assert err.endswith("; the file is of another format, or of another base\n")
 
 
 def test_what_is_of_another_kind_is_refused_in_one_line(adapter, capfd):
@@ -171,10 +172,31 @@ def test_a_base_that_is_not_at_hand_is_said_and_the_file_is_there(adapter, tmp_p
     code, lines, err = run(capfd, "export", path, "--format", "comfy", "--output", output)
     assert (code, lines) == (0, [f"wrote {output}"])
     assert f"not verified over a base it does not name: sa3dist verify {output} --for comfy --base MODEL" in err
-    assert (
-        "names no base model; give the one it is loaded into with --base MODEL"
-        in run(capfd, "verify", output, "--for", "comfy")[2]
-    )
+    assert "names no base model; give it with --base MODEL" in run(capfd, "verify", output, "--for", "comfy")[2]
+
+
+def test_a_file_whose_base_is_not_here_is_refused_with_the_option_to_give_it(adapter, tmp_path, capfd):
+    path, moved = adapter("lora"), tmp_path / "moved" / "a.safetensors"
+    moved.parent.mkdir()
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    # As in every file of a run: the name of the folder, and no config.json beside the file that says where it is.
+    save_file(load_file(path), moved, {**metadata, "base_model": "some-base"})
+    said = "its base is called 'some-base', which is no released base and no directory here; give the base with "
+    for command, option in (
+        (["verify", moved, "--for", "native"], "--base DIRECTORY"),
+        (["health", moved], "--base DIRECTORY"),
+        (["export", moved, "--format", "comfy-diff", "--without-conditioner"], "--base DIRECTORY"),
+        (
+            ["generate", "--adapter", moved, "--prompt", "x", "--seconds", "1", "--output", tmp_path],
+            "--model DIRECTORY",
+        ),
+    ):
+        code, _, err = run(capfd, *command)
+        assert (code, err.splitlines()) == (2, [f"{moved}: {said}{option}"])
+    # The adapter that it was made from names a base that is here.
+    code, lines, err = run(capfd, "verify", moved, "--for", "native", "--against", path)
+    assert (code, lines[-1]) == (0, "14/14 layers land"), err
 
 
 @pytest.mark.parametrize("kind", ["dora-rows", "bora", "dora-rows-xs"])

@@ -88,8 +88,8 @@ def test_the_notice_has_the_licences_own_sentence_and_says_what_was_changed(trai
         "This Stability AI Model is licensed under the Stability AI Community License, "
         "Copyright © Stability AI Ltd. All Rights Reserved"
     )
-    assert "They were changed" in rest
-    assert "rank 4) was trained for 4 steps" in rest
+    assert "What was changed" in rest
+    assert "rank 4) was trained on other audio for 4 steps" in rest
     assert rest.endswith("https://stability.ai/license\nPowered by Stability AI\n")
 
 
@@ -271,7 +271,7 @@ def test_a_dry_run_lists_what_would_go_and_writes_and_sends_nothing(folder, hub,
     assert publish.main([str(folder), "alice/drums", "--dry-run"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert {"README.md", "lora.safetensors"} < {line.split()[-1] for line in printed[:-1]}
-    assert printed[-1] == "would go to alice/drums, private where it is new"
+    assert printed[-1] == "nothing sent; these files would go to alice/drums (private if it is new)"
     assert hub.requests == []
     assert not (folder / "README.md").exists()
 
