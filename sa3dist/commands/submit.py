@@ -13,7 +13,10 @@ import yaml
 
 from sa3dist import config
 from sa3dist.config import Settings
+from sa3dist.data.remote.fetch import is_remote
+from sa3dist.data.remote.local_paths import local_name
 from sa3dist.errors import ConfigError, EnvironmentFailure
+from sa3dist.model.released import RELEASED
 from sa3dist.runtime.exit_status import command, positive
 from sa3dist.runtime.launch_files import label, launch_file
 
@@ -58,13 +61,7 @@ def _with_environment(command: list[str]) -> str:
 
 def kubernetes(settings: Settings, options: argparse.Namespace) -> None:
     """Apply the settings as a ConfigMap, and a Job, or a JobSet for several nodes."""
-    arguments = config.read_arguments(options.arguments)
-    for key in ("output_dir", "work_dir"):
-        if str(arguments.get(key) or "").startswith("~"):
-            value = arguments[key]
-            raise ConfigError(f"{key}: {value} is a home of this machine; give its path in the pod, below /data")
-        if not Path(getattr(settings, key)).is_absolute():
-            raise ConfigError(f"{key}: {getattr(settings, key)} is relative; give its path in the pod, below /data")
+    _require_paths_in_the_pod(settings, config.read_arguments(options.arguments))
     documents = [
         _config_map(settings, options),
         _job(settings, options) if options.nodes == 1 else _job_set(settings, options),
@@ -74,6 +71,20 @@ def kubernetes(settings: Settings, options: argparse.Namespace) -> None:
         print(text, end="")
     else:
         print(_run_client(["kubectl", "apply", *options.option, "--filename=-"], text))
+
+
+def _require_paths_in_the_pod(settings: Settings, arguments: dict[str, Any]) -> None:
+    """Raises ConfigError for a path that means something else in a pod, whose home and working directory differ."""
+    for key in ("output_dir", "work_dir", "audio_data_url", "model", "lora_checkpoint_url"):
+        value = str(getattr(settings, key) or "")
+        if not value or is_remote(value) or value in RELEASED:
+            continue
+        if str(arguments.get(key) or "").startswith("~"):
+            raise ConfigError(
+                f"{key}: {arguments[key]} is a home of this machine; give its path in the pod, below /data"
+            )
+        if not Path(local_name(value)).is_absolute():
+            raise ConfigError(f"{key}: {value} is relative; give its path in the pod, below /data")
 
 
 BACKENDS: dict[str, Callable[[Settings, argparse.Namespace], None]] = {
@@ -87,7 +98,11 @@ ARGUMENTS = {
     "--dry-run": {"action": "store_true", "help": "print what would be submitted, and submit nothing"},
     "--processes": {"type": positive, "metavar": "N", "help": "per node; unset = all GPUs, 8 with a scheduler"},
     "--nodes": {"type": positive, "default": 1, "metavar": "N", "help": "nodes (slurm, kubernetes)"},
-    "--option": {"action": "append", "default": [], "help": "passed on to sbatch or kubectl apply; may repeat"},
+    "--option": {
+        "action": "append",
+        "default": [],
+        "help": "passed on to sbatch or kubectl apply, as --option=--partition=gpu; may repeat",
+    },
     "--image": {"default": "sa3dist:0.1.0", "help": "container image (kubernetes)"},
     "--volume": {"default": "sa3dist-data", "help": "volume claim mounted at /data (kubernetes)"},
 }

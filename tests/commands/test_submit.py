@@ -110,6 +110,11 @@ def test_kubectl_reads_what_a_dry_run_prints(request_file, tmp_path, monkeypatch
         (["--backend", "slurm", "rank=0"], 2, "rank: 0 is not valid"),
         (["--backend", "local", "--nodes", "2"], 2, "--nodes 2 needs --backend slurm or kubernetes"),
         (["--backend", "kubernetes"], 2, "output_dir: runs/sa3dist-lora is relative"),
+        *(
+            (["--backend", "kubernetes", "output_dir=/data/run", word], 2, f"{word.replace('=', ': ')} is relative")
+            for word in ("audio_data_url=clips.zip", "model=demo/base", "lora_checkpoint_url=a.safetensors")
+        ),
+        (["--backend", "kubernetes", "output_dir=/data/run", "model=~/base"], 2, "model: ~/base is a home of this"),
         (["--backend", "slurm"], 70, "sbatch is not installed here"),
         (["--backend", "kubernetes", "output_dir=/data/run"], 70, "kubectl refused (3): no such cluster"),
     ],

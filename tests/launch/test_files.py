@@ -75,6 +75,23 @@ def test_pods_run_as_an_ordinary_user_and_may_save_before_they_are_killed(pod):
     assert mounted == {volume["name"] for volume in pod["volumes"]}
 
 
+@pytest.mark.parametrize("pod", pods(), ids=["Job", "JobSet", "TrainingRuntime"])
+def test_pods_take_the_hubs_token_from_a_secret_that_may_be_missing(pod):
+    (token,) = [variable for variable in pod["containers"][0]["env"] if variable["name"] == "HF_TOKEN"]
+    assert token["valueFrom"] == {"secretKeyRef": {"name": "huggingface", "key": "token", "optional": True}}
+    # As the launching page says how to make it.
+    assert "kubectl create secret generic huggingface --from-literal=token=" in (ROOT / "launch/README.md").read_text()
+
+
+def test_containers_of_compose_get_the_hubs_token_of_the_shell():
+    train, serve = (
+        yaml.safe_load((ROOT / f"docker/{name}").read_text()) for name in ("compose.yaml", "compose.serve.yaml")
+    )
+    assert "HF_TOKEN" in train["services"]["train"]["environment"]
+    # Without a value: that of the shell, and none if it has none.
+    assert serve["services"]["serve"]["environment"]["HF_TOKEN"] is None
+
+
 def test_health_is_watched_where_the_run_writes():
     settings = yaml.safe_load(of_kind("ConfigMap")["data"]["config.yaml"])
     for pod in pods():
