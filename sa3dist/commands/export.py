@@ -81,6 +81,8 @@ def _open_checkpoint(source: Path) -> tuple[checkpoint.Checkpoint, Path]:
     if (source / checkpoint.STATE_NAME).is_file():
         source = source.resolve()
         return checkpoint.load(source), source.parent.parent / "exported" / source.name
+    if not source.exists():
+        raise CheckpointError(f"{source}: no such file or folder; give a run's output_dir, a checkpoint or an adapter")
     saved = checkpoint.find(source, "auto")
     if saved is None:
         raise CheckpointError(f"{source}: no intact checkpoint here; give a run's output_dir or a checkpoint directory")

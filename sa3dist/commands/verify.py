@@ -19,6 +19,7 @@ from sa3dist.adapters.lazy_file import AdapterOnDisk, effective
 from sa3dist.commands.base_option import base_of_adapter
 from sa3dist.data.remote.local_paths import home_path
 from sa3dist.errors import CheckpointError, ConfigError
+from sa3dist.export import LORA_NAME
 from sa3dist.model.loading import CONFIG_NAME, WEIGHTS_NAME, BaseOnDisk, known_config, meta_roots
 from sa3dist.model.released import RELEASED
 from sa3dist.progress import progress
@@ -35,7 +36,11 @@ MOST_LINES = 10
 
 
 ARGUMENTS = {
-    "file": {"type": home_path, "metavar": "FILE", "help": "an adapter file or PEFT folder; merged: the directory"},
+    "file": {
+        "type": home_path,
+        "metavar": "FILE",
+        "help": "an adapter file, a run or a PEFT folder; merged: the directory",
+    },
     "--for": {"dest": "target", "choices": TARGETS, "required": True, "help": "the program to load it with"},
     "--base": {"metavar": "MODEL", "help": "base to load it into; default: the one that the file, or ADAPTER, names"},
     "--against": {"type": home_path, "metavar": "ADAPTER", "help": "the adapter it was made from"},
@@ -45,6 +50,8 @@ ARGUMENTS = {
 def verify(options: argparse.Namespace) -> None:
     """``check`` the given file. Raises ConfigError if no base is known or it is not here."""
     path = options.file.parent if options.file.name in PEFT_WEIGHTS else options.file
+    if (path / LORA_NAME).is_file():
+        path = path / LORA_NAME
     if not os.path.exists(path):
         raise ConfigError(f"{path}: no such file or folder; give the adapter file to verify")
     against = read_adapter_file(options.against) if options.against else None
@@ -104,7 +111,11 @@ def check(path: Path, target: str, base: BaseOnDisk, source: AdapterOnDisk | Non
         print("effective weights: finite and changed, compared with nothing; give the adapter with --against")
     elif landed.weights:
         share, name = landed.largest
-        print(f"effective weights: differ from the adapter's by at most {share:.1e} of a layer's change ({name})")
+        print(
+            f"effective weights: differ from the adapter's by at most {share:.1e} of a layer's change ({name})"
+            if share
+            else "effective weights: equal to the adapter's"
+        )
     print(_count(landed), flush=True)
     _require_all(path, landed)
 

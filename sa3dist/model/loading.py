@@ -55,8 +55,7 @@ def _existing_directory(name: str) -> Path:
     if not os.path.isdir(directory):
         known = ", ".join(RELEASED)
         raise CheckpointError(
-            f"model={name}: no such directory, and not a released base ({known}); give its path (an adapter file has "
-            f"the folder's name alone)"
+            f"model={name}: no such directory, and not a released base ({known}); give the path of its directory"
         )
     return directory
 

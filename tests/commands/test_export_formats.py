@@ -37,7 +37,7 @@ def test_help_of_export_tells_its_options(capsys):
 
 def test_a_run_that_is_not_there_is_no_config_and_what_is_read_is_not_overwritten(base, tmp_path, capsys):
     assert export(tmp_path / "absent") == 2
-    assert "no intact checkpoint here; give a run's output_dir" in capsys.readouterr().err
+    assert "absent: no such file or folder; give a run's output_dir" in capsys.readouterr().err
     path = tmp_path / "own.safetensors"
     make_adapter(base, path, 3)
     before = path.read_bytes()

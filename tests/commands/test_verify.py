@@ -64,7 +64,8 @@ def test_what_export_writes_lands_whole_and_is_verified_as_it_is_written(
     path, output = adapter(kind), tmp_path / ("out" if layout in ("peft", "diffusers", "merged") else "out.safetensors")
     code, lines, err = run(capfd, "export", path, "--format", layout, "--output", output, "--without-conditioner")
     assert (code, lines[-1]) == (0, f"{layers}/{layers} layers land"), err
-    assert lines[-2].startswith("effective weights: differ from the adapter's by at most ")
+    equal = "effective weights: equal to the adapter's"
+    assert lines[-2] == equal or lines[-2].startswith("effective weights: differ from the adapter's by at most ")
     against = ["--against", path] if layers == 14 else []
     code, lines, err = run(capfd, "verify", output, "--for", target, *against)
     assert (code, lines[-1]) == (0, f"{layers}/{layers} layers land"), err
@@ -243,3 +244,16 @@ def test_types_without_rows_have_no_norms_to_bake(adapter, capfd, kind):
 def test_a_file_that_is_not_there_is_said_to_be_missing(tmp_path, capsys):
     assert commands_verify.main([str(tmp_path / "nowhere.safetensors"), "--for", "native"]) == 2
     assert "nowhere.safetensors: no such file or folder" in capsys.readouterr().err
+
+
+def test_a_runs_folder_is_verified_by_its_adapter(adapter, tmp_path, capfd):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    shutil.copy(adapter("lora"), run_dir / "lora.safetensors")
+    code, lines, err = run(capfd, "verify", run_dir, "--for", "native")
+    assert (code, lines[-2:]) == (0, ["effective weights: equal to the adapter's", "14/14 layers land"]), err
+    code, _, err = run(capfd, "health", tmp_path / "nowhere")
+    assert (code, err) == (
+        2,
+        f"{tmp_path}/nowhere: no such file or folder; give a run's output_dir, a checkpoint or an adapter\n",
+    )
