@@ -57,9 +57,9 @@ PROGRAMS = {
     "inspect": ("look at a data set and what training would do with each clip", "sa3dist.inspection.text"),
     "plan": ("predict memory and time of a run, or find settings that fit", "sa3dist.commands.plan"),
     "generate": ("make audio from prompts with a base and adapters", "sa3dist.commands.generate"),
-    "merge": ("several adapters into one file, or adapters into a base", "sa3dist.commands.merge"),
-    "verify": ("whether a program takes every layer of an adapter file", "sa3dist.commands.verify"),
-    "health": ("what an adapter does to its base, and a verdict", "sa3dist.commands.health"),
+    "merge": ("merge adapters into one file, or into a base", "sa3dist.commands.merge"),
+    "verify": ("check whether a program takes every layer of an adapter file", "sa3dist.commands.verify"),
+    "health": ("measure what an adapter does to its base, and judge it", "sa3dist.commands.health"),
     "publish": ("upload an adapter with its card to the Hugging Face hub", "sa3dist.commands.publish"),
     "serve": ("an HTTP endpoint that the hosted one's clients use unchanged", "sa3dist.commands.serve"),
     "report": ("write the page of a run, or compare runs", "sa3dist.commands.report"),
@@ -72,7 +72,7 @@ def usage() -> str:
     return (
         "usage: sa3dist COMMAND [CONFIG.yaml|REQUEST.json] [key=value ...]\n\n"
         + "\n".join(lines)
-        + "\n\nsa3dist COMMAND --help lists the keys."
+        + "\n\nsa3dist COMMAND --help explains a command."
     )
 
 

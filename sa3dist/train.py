@@ -47,7 +47,12 @@ def parser(program: str, about: str) -> argparse.ArgumentParser:
         epilog="Keys, in CONFIG.yaml, REQUEST.json or as key=value:\n" + config.help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("words", nargs="*", metavar="CONFIG.yaml|REQUEST.json|key=value", help="later words win")
+    made.add_argument(
+        "words",
+        nargs="*",
+        metavar="CONFIG.yaml|REQUEST.json|key=value",
+        help="if a key appears twice, the later value counts",
+    )
     made.add_argument("--print-config", action="store_true", help="print the resolved settings as YAML and exit")
     return made
 

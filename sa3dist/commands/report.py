@@ -45,6 +45,5 @@ main = command(
     "sa3dist report",
     ARGUMENTS,
     report,
-    description="Write what a run has left as one HTML page that needs nothing else: curves, previews, settings, "
-    "warnings.",
+    description="Write one self-contained HTML page about a run: curves, previews, settings, warnings.",
 )
