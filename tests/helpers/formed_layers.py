@@ -160,6 +160,12 @@ def check_gradients(cases, dtype=torch.float32):
 def check_layers(kind, sizes, rank, product, impl, gradient=torch.float32, device=None, tiles=None):
     """A step of several layers against float64; returns the flat gradient. ``gradient`` sets how close it must come."""
     cases, flat = make_cases(kind, sizes, rank, weight_dtype=product, device=device)
+    check_step(cases, product, impl, gradient, tiles)
+    return flat
+
+
+def check_step(cases, product, impl, gradient=torch.float32, tiles=None):
+    """FORM and FINISH of ``cases`` against float64."""
     formed = FormedWeights([case.spec for case in cases], product, impl, tiles)
     formed.form()
     check_formed(cases, formed, product)
@@ -167,4 +173,3 @@ def check_layers(kind, sizes, rank, product, impl, gradient=torch.float32, devic
         case.load(case.sums())
     formed.finish()
     check_gradients(cases, gradient)
-    return flat

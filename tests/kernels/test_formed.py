@@ -15,12 +15,13 @@ from tests.helpers.formed_layers import (
     check_formed,
     check_gradients,
     check_layers,
+    check_step,
     make_cases,
 )
 
 pytest.importorskip("triton")
 from sa3dist_kernels import triton_support  # noqa: E402
-from sa3dist_kernels.formed_blocks import ColumnTile, ResidentTile, interpreter_tiles  # noqa: E402
+from sa3dist_kernels.formed_blocks import ResidentTile, interpreter_tiles  # noqa: E402
 
 NINE = tuple(ADAPTER_TYPES)
 needs_interpreter = pytest.mark.skipif(
@@ -64,6 +65,53 @@ def test_any_rank_is_taken_in_steps(name, rank):
 
 @needs_interpreter
 @pytest.mark.usefixtures("nan_memory")
+@pytest.mark.parametrize(
+    ("name", "size"), [("lora", (1, 1)), ("lora-xs", (1, 33)), ("dora-rows", (1, 33)), ("dora-cols", (33, 1))]
+)
+def test_layers_of_a_single_row_or_column_are_taken(name, size):
+    cases, _ = make_cases(ADAPTER_TYPES[name], [size], 2, odd=False)
+    check_step(cases, torch.float32, "triton")
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["dora-rows", "dora-cols", "bora"])
+def test_norms_may_be_as_small_as_eps_and_as_large_as_ten_to_the_twelve(name, impl):
+    kind = ADAPTER_TYPES[name]
+    cases, _ = make_cases(kind, [(23, 19)], 3, odd=False)
+    spec = cases[0].spec
+    sizes = torch.logspace(-12, 12, 23)[:, None] if kind.rows else torch.logspace(-12, 12, 19)
+    spec.weight_OI.mul_(sizes)
+    spec.params["lora_B" if kind.rows else "lora_A"].mul_(sizes)
+    formed = FormedWeights([spec], torch.float32, impl)
+    formed.form()
+    cases[0].load(cases[0].sums())
+    formed.finish()
+    for key, expected in cases[0].gradients().items():
+        # A gradient is as large as its row's or column's norm is small, so each is compared by itself.
+        along = {"lora_B": 1, "lora_A": 0}.get(key)
+        size = expected.abs() if along is None else expected.norm(dim=along, keepdim=True)
+        error = ((spec.grads[key].double() - expected) / size).abs().max()
+        assert error < 64 * torch.finfo(torch.float32).eps, key
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("name", "scale"), [("dora-rows", 1e4), ("bora", 0.0), ("bora-xs", -2.0)])
+def test_any_scale_of_the_update_is_taken(name, scale):
+    cases, _ = make_cases(ADAPTER_TYPES[name], [(23, 19)], 3, scale)
+    check_step(cases, torch.float32, "triton")
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", ["lora", "bora", "bora-xs"])
+def test_a_fresh_adapter_whose_update_is_zero_gets_its_gradients(name):
+    kind = ADAPTER_TYPES[name]
+    cases, _ = make_cases(kind, [(23, 19)], 3)
+    cases[0].spec.params["M_xs" if kind.xs else "lora_B"].zero_()
+    check_step(cases, torch.float32, "triton")
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("nan_memory")
 def test_rank_256_is_taken():
     check_layers(ADAPTER_TYPES["dora-rows"], [(18, 17)], 256, torch.float32, "triton")
 
@@ -81,9 +129,8 @@ def test_rows_that_are_kept_in_registers_are_formed_as_those_read_twice(name, ra
 @needs_interpreter
 @pytest.mark.parametrize("name", ["dora-rows", "bora"])
 def test_bfloat16_takes_its_own_format_for_the_norms_part_alone(name):
-    tiles = dataclasses.replace(interpreter_tiles(3), form_columns=ColumnTile(16, 32, narrow=True))
     # The interpreter cuts bfloat16's last bits off instead of rounding: twice the error.
-    check_layers(ADAPTER_TYPES[name], [(23, 19)], 3, torch.bfloat16, "triton", gradient=torch.bfloat16, tiles=tiles)
+    check_layers(ADAPTER_TYPES[name], [(23, 19)], 3, torch.bfloat16, "triton", gradient=torch.bfloat16)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
