@@ -11,8 +11,8 @@ PARALLEL ?= --numprocesses 3 --dist loadfile
 # that measure, which are no part of the product and take two minutes of processor time; and a minute of runs
 # whose blocks a C++ compiler compiles.
 SERVICES := tests/serve/test_clients.py tests/serve/test_openapi.py tests/report/test_browser.py tests/serve/test_page_browser.py
-MEASURING := $(addprefix tests/benchmarks/,test_check_gpu.py test_bench_formed.py test_bench_step.py test_counted_steps.py \
-	test_plan_block.py test_profile_step.py)
+MEASURING := $(addprefix tests/benchmarks/,test_check_gpu.py test_bench_formed.py test_bench_step.py test_compile_kernels.py \
+	test_counted_steps.py test_plan_block.py test_profile_step.py)
 COMPILING := tests/training/test_deterministic_compiling.py
 APART := $(SERVICES) $(MEASURING) $(COMPILING)
 

@@ -136,10 +136,6 @@ def candidates(kind, rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Any]]
             side: dataclasses.replace(getattr(base, side), **change) for side in ("form_columns", "finish_columns")
         }
         yield f"columns {change}", dataclasses.replace(base, **columns)
-    if kind.cols and dtype == torch.bfloat16:
-        for change in ({"narrow": True}, {"narrow": True, "block_i": 256}):
-            columns = dataclasses.replace(base.form_columns, **change)
-            yield f"FORM's columns {change}", dataclasses.replace(base, form_columns=columns)
     yield "max_rows 2048", dataclasses.replace(base, max_rows=2048)
 
 

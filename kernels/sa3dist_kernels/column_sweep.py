@@ -22,7 +22,6 @@ from sa3dist_kernels.formed_tiles import (
     WEIGHT,
     field,
     left_tile,
-    norms_dot,
     program,
     right_tile,
 )
@@ -42,7 +41,7 @@ def column_sweep_kernel(
     floats, weight, scales, layers, programs, span,
     R: tl.constexpr, ROWS: tl.constexpr, SLOPED: tl.constexpr, BOUNDED: tl.constexpr,
     ALIGN_I: tl.constexpr, ALIGN_W: tl.constexpr, ALIGN_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
-    RANK_STEP: tl.constexpr, PRECISION: tl.constexpr, NARROW: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
+    RANK_STEP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Partial (diag(a) L)^T V (R, I) of a block of columns and a span of rows; a is k if SLOPED, g^2 if ROWS, else 1.
 
@@ -90,7 +89,7 @@ def column_sweep_kernel(
                     weighted = left_part * (gain * gain)[:, None]
                     scaled = v * gain[:, None]
                 squares += tl.sum(tl.reshape(scaled * scaled, (BLOCK_O // 8, 8, BLOCK_I)), axis=0)
-            cross = norms_dot(tl.trans(weighted), v, cross, PRECISION, NARROW, UPCAST)
+            cross = tl.dot(tl.trans(weighted), v, cross, input_precision=PRECISION)
         if SLOPED and R <= RANK_STEP:
             cross = tl.dot(scale * gram, first_right, cross, input_precision=PRECISION)
         _store_partial(floats, layers, layer, split, cols, I, first, cross, R, RANK_STEP)

@@ -1,4 +1,4 @@
-"""Block sizes of FORM's and FINISH's kernels: for an H100, and small ones for Triton's interpreter."""
+"""Block sizes of FORM's and FINISH's kernels: for GPUs, and small ones for Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import triton
 
 from sa3dist_kernels.formed_tiles import RESIDENT_WIDTH
-from sa3dist_kernels.triton_support import MIN_DOT_SIDE
+from sa3dist_kernels.triton_support import MAX_REGISTERS, MIN_DOT_SIDE, rank_block
 
 WARP_THREADS = 32
 # Three row programs per multiprocessor of an H100, which has 132.
@@ -34,17 +34,13 @@ class RowTile:
 
 @dataclasses.dataclass(frozen=True)
 class ColumnTile:
-    """A column program: ``block_i`` columns, in steps of ``block_o`` rows.
-
-    narrow   take bfloat16 operands for (diag(g^2) L)^T V where the products are bfloat16; only the gradient of the
-             norms uses it
-    """
+    """A column program: ``block_i`` columns, in steps of ``block_o`` rows."""
 
     block_o: int
     block_i: int
     warps: int = 4
     stages: int = 3
-    narrow: bool = False
+    registers: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +67,7 @@ class Tiles:
     """Blocks of all kernels.
 
     rank_step       columns of L and rows of R in a tile
+    registers       limit per thread of the kernels that read no weight; None: the compiler's choice
     form_resident   for layers with a row magnitude alone whose rows fit in registers; None: ``form_rows`` forms all
     close           columns of a closing program
     core            rows and columns per step of the sums of dM
@@ -85,34 +82,43 @@ class Tiles:
     form_columns: ColumnTile
     finish_columns: ColumnTile
     form_resident: ResidentTile | None = None
+    registers: int | None = None
     close: int = 128
     core: int = 64
     max_rows: int = 4096
     min_programs: int = 528
 
+    @property
+    def core_step(self) -> int:
+        """Rows and columns of a tile of dM: a thread's part of a larger one exceeds its registers."""
+        return min(self.rank_step, 32)
+
 
 def default_tiles(rank: int, product: torch.dtype, rows: int = 1 << 30) -> Tiles:
-    """Tiles for an H100. None of them spills registers (checked by ``compile_kernels.py``).
+    """Tiles chosen on an H100. On no supported GPU do they spill registers or exceed its shared memory.
+
+    ``compile_kernels.py`` checks that.
 
     product   dtype of the products
     rows      of all layers together: with few, as in a single layer, blocks are smaller, to occupy the whole GPU
     """
-    step = min(triton.next_power_of_2(max(rank, MIN_DOT_SIDE)), 64)
+    step = rank_block(rank)
     if product == torch.float32:
         rows, columns = RowTile(16, 32 if rank <= 32 else 16, 4, registers=None), ColumnTile(16, 64)
         return Tiles(min(step, 32), rows, rows, columns, columns, close=64, core=32)
     if step == 64:
-        # R of a layer exceeds the L1 cache anyway.
-        bypass_l1 = {"registers": None, "right_vector": 4}
+        # Loads of 16 bytes: R of a layer exceeds the L1 cache anyway.
         if rank <= step:
-            blocks = RowTile(32, 16, 4, **bypass_l1), RowTile(16, 32, 4, stages=3, **bypass_l1)
+            form_rows, finish_rows = RowTile(32, 16, 4, 2, MAX_REGISTERS, 4), RowTile(16, 32, 4, 3, None, 4)
         else:
-            blocks = RowTile(16, 16, 4, **bypass_l1), RowTile(16, 16, 2, **bypass_l1)
-        return Tiles(step, *blocks, *(ColumnTile(32, 64),) * 2, close=32, core=32)
+            form_rows, finish_rows = RowTile(16, 16, 4, 2, MAX_REGISTERS, 4), RowTile(16, 16, 2, 2, None, 4)
+        columns = ColumnTile(32, 64, registers=MAX_REGISTERS), ColumnTile(32, 64)
+        return Tiles(step, form_rows, finish_rows, *columns, registers=MAX_REGISTERS, close=32, core=32)
     columns = ColumnTile(32, 128), ColumnTile(32, 256)
     if step == 32 or product == torch.float16:
         tile = RowTile(32, 32, 4, registers=None)
-        return Tiles(step, tile, dataclasses.replace(tile, block_o=512 // step), *columns)
+        finish = dataclasses.replace(tile, block_o=512 // step)
+        return Tiles(step, tile, finish, *columns, registers=MAX_REGISTERS, core=32)
     # Three stages: prefetching only one tile barely hides the memory latency.
     tile = RowTile(32 if rows >= 32 * MIN_ROW_PROGRAMS else 16, 32, 4, stages=3, right_vector=4)
     return Tiles(step, tile, tile, *columns, form_resident=ResidentTile())

@@ -148,7 +148,7 @@ class Group:
         by_width = sorted(range(len(specs)), key=lambda index: -specs[index].fan_in)
         by_height = sorted(range(len(specs)), key=lambda index: -min(specs[index].fan_out, self.row_span))
         tallest = sorted(range(len(specs)), key=lambda index: -specs[index].fan_out)
-        ranks = range(triton.cdiv(self.rank, tiles.rank_step))
+        ranks = range(triton.cdiv(self.rank, tiles.core_step))
 
         def blocks(size: int, block: int) -> range:
             return range(triton.cdiv(size, block))

@@ -92,7 +92,11 @@ def form_plan(group: Group) -> list[Launch]:
             "resident rows", form_resident.form_resident_kernel, "form_resident", plan.resident(tiles.form_resident)
         )
     if kind.rows and "form_rows" in group.programs:
-        plan.add("rows", form.form_rows_kernel, "form_rows", rows | {"NORMS": True, "WRITE": not kind.cols})
+        norms = rows | {"NORMS": True, "WRITE": not kind.cols}
+        if kind.xs and kind.cols:
+            # This launch reads no weight.
+            norms["maxnreg"] = tiles.registers
+        plan.add("rows", form.form_rows_kernel, "form_rows", norms)
     if kind.cols:
         if kind.rows or not kind.xs:
             columns = plan.columns(tiles.form_columns) | {"ROWS": kind.rows, "SLOPED": False}
@@ -151,9 +155,10 @@ class _Plan:
         self.step = {"R": group.rank, "RANK_STEP": group.tiles.rank_step}
         self.loop_i = {"LOOP_I": group.loop_bound(spec.fan_in for spec in group.specs)}
         self.loop_splits = {"LOOP_SPLITS": group.loop_bound(group.splits)}
-        small = self.step | _pick(group.alignments, "ALIGN_I", "ALIGN_T") | {"num_warps": 4}
+        launch = {"num_warps": 4, "maxnreg": group.tiles.registers}
+        small = self.step | _pick(group.alignments, "ALIGN_I", "ALIGN_T") | launch
         self.close = small | {"BLOCK_I": group.tiles.close}
-        self.core = small | self.exact | self.loop_i | {"BLOCK": group.tiles.core}
+        self.core = small | self.exact | self.loop_i | {"RANK_STEP": group.tiles.core_step, "BLOCK": group.tiles.core}
         self.core |= {"LOOP_O": group.loop_bound(spec.fan_out for spec in group.specs)}
 
     def rows(self, tile: RowTile) -> dict[str, Any]:
@@ -172,9 +177,8 @@ class _Plan:
     def columns(self, tile: ColumnTile) -> dict[str, Any]:
         blocks = {"BLOCK_O": tile.block_o, "BLOCK_I": tile.block_i, "STAGES": tile.stages}
         span = {"span": loop_end(self.group.row_span), "BOUNDED": not interpreting()}
-        launch = {"num_warps": tile.warps, "num_stages": 1}
-        narrow = self.narrow | {"NARROW": tile.narrow and self.narrow["NARROW"]}
-        return self.step | self.group.alignments | self.precision | blocks | narrow | span | launch
+        launch = {"num_warps": tile.warps, "num_stages": 1, "maxnreg": tile.registers}
+        return self.step | self.group.alignments | self.precision | blocks | span | launch
 
     def add(self, name: str, kernel, programs: str, constants: dict[str, Any]) -> None:
         group = self.group

@@ -26,7 +26,7 @@ import torch
 from sa3dist_kernels.adapter_types import AdapterType
 from sa3dist_kernels.sums_kernels import core_sums_kernel, raw_sums_kernel, thin_products_kernel
 from sa3dist_kernels.sums_plan import LayerShape, loads_vectors, plan_of
-from sa3dist_kernels.triton_support import ALIGNMENT, check_triton, dot_precision, launch
+from sa3dist_kernels.triton_support import ALIGNMENT, check_triton, dot_precision, launch, shared_bytes
 
 
 class LayerPass(NamedTuple):
@@ -91,7 +91,7 @@ def _sums_of_group(
 ) -> Sequence[torch.Tensor]:
     xs, dxs, dys, zs, lefts, rights = zip(*layers, strict=True)
     x, rank = xs[0], lefts[0].shape[1]
-    plan = plan_of(shapes, rank, kind, x.dtype, dot_precision(), x.device)
+    plan = plan_of(shapes, rank, kind, x.dtype, dot_precision(), x.device, shared_bytes(x.device))
     cache = plan.compiled if _is_aligned(layers) else None
     partials = x.new_empty(plan.partials, dtype=torch.float32)
     out = x.new_empty(plan.token_splits, plan.total, dtype=torch.float32)

@@ -22,7 +22,7 @@ import triton
 
 from sa3dist_kernels.adapter_types import AdapterType
 from sa3dist_kernels.formed_spec import aligned
-from sa3dist_kernels.triton_support import interpreting, rank_block, to_device
+from sa3dist_kernels.triton_support import MAX_REGISTERS, interpreting, rank_block, to_device
 
 # Programs per launch: two per multiprocessor of an H100 (132) in the first kernel; in the second one eight for a single
 # layer, and more for several layers, so that the last wave of programs weighs little.
@@ -31,6 +31,8 @@ PROGRAMS, SUM_PROGRAMS, GROUP_SUM_PROGRAMS = 264, 1056, 3168
 MAX_CHANNEL_SPLITS = 4
 # Fewest tokens of a program of the second kernel: its partial sum has to be added.
 MIN_TOKEN_SPAN = 512
+# Compute capability 8.6, 8.9 and 12.0 have 99 KiB, 8.0 has 163.
+SMALL_SHARED_BYTES = 128 << 10
 
 PROGRAM = ("layer", "side", "block", "part")
 
@@ -108,12 +110,15 @@ class SumsPlan:
 # Cached: planning takes the host longer than the launches. Never evicted: CUDA graphs read the tables.
 @functools.cache
 def plan_of(
-    shapes: tuple[LayerShape, ...], R: int, kind: AdapterType, dtype: torch.dtype, precision: str, device: torch.device
-) -> SumsPlan:
+    shapes: tuple[LayerShape, ...], R: int, kind: AdapterType, dtype: torch.dtype, precision: str, device: torch.device,
+    shared: int,
+) -> SumsPlan:  # fmt: skip
+    """shared: bytes of shared memory that a program may use."""
     block_r = rank_block(R)
     ranks = triton.cdiv(R, block_r)
     thin_n, thin_warps, thin_k = _thin_blocks(shapes, dtype)
-    sums_n, sums_m = _sum_blocks(block_r, kind.xs, dtype, loads_vectors(shapes))
+    small = shared < SMALL_SHARED_BYTES
+    sums_n, sums_m = _sum_blocks(block_r, kind.xs, dtype, loads_vectors(shapes), small)
     token_splits = _token_splits(shapes, ranks, kind, sums_n, sums_m)
     channel_splits = _channel_splits(shapes, ranks, thin_n, thin_warps * thin_k)
     sizes, counts, partials = _sizes(shapes, R, kind, channel_splits, thin_warps * thin_k, token_splits, sums_n)
@@ -129,12 +134,12 @@ def plan_of(
     blocks["CHANNEL_SPLITS"] = max(side.channel_splits for side in both)
     types = {"ROWS": kind.rows, "COLS": kind.cols, "XS": kind.xs}
     loops = _loops(block_r, precision)
-    sum_blocks = blocks | {"BLOCK_M": sums_m}
+    # Little shared memory leaves room for few programs on a multiprocessor, whatever their registers.
+    sum_blocks = blocks | {"BLOCK_M": sums_m, "maxnreg": MAX_REGISTERS if small else None}
     if block_r <= 32:
-        # One more stage if it fits: 2 to 5 % faster on an H100.
-        sum_blocks["STAGES"] = 4
-    thin_blocks = {"BLOCK_N": thin_n, "WARP_SPLITS": thin_warps, "BLOCK_K": thin_k}
-    thin_blocks["LOOP"] = _loop_bound(side.channel_span for side in both)
+        sum_blocks["STAGES"] = 4  # One more, because it fits: 2 to 5 % faster on an H100.
+    thin_loop = _loop_bound(side.channel_span for side in both)
+    thin_blocks = {"BLOCK_N": thin_n, "WARP_SPLITS": thin_warps, "BLOCK_K": thin_k, "LOOP": thin_loop}
     return SumsPlan(
         sizes=to_device(sizes, torch.int64, device),
         partials=partials,
@@ -149,14 +154,9 @@ def plan_of(
 
 
 def _sizes(
-    shapes: tuple[LayerShape, ...],
-    R: int,
-    kind: AdapterType,
-    channel_splits: list[tuple[int, int]],
-    thin_step: int,
-    token_splits: int,
-    sums_n: int,
-) -> tuple[list[tuple[Side, Side]], list[int], int]:
+    shapes: tuple[LayerShape, ...], R: int, kind: AdapterType, channel_splits: list[tuple[int, int]], thin_step: int,
+    token_splits: int, sums_n: int,
+) -> tuple[list[tuple[Side, Side]], list[int], int]:  # fmt: skip
     """``sizes``, the length of each layer's sums, and the elements of all splits of T and U."""
     sizes, counts, partials = [], [], 0
     for shape, layer_splits in zip(shapes, channel_splits, strict=True):
@@ -288,11 +288,13 @@ def _token_splits(shapes: tuple[LayerShape, ...], ranks: int, kind: AdapterType,
     return max(1, min(triton.cdiv(max_programs, programs), tokens // min_span))
 
 
-def _sum_blocks(block_r: int, xs: bool, dtype: torch.dtype, vectors: bool) -> tuple[int, int]:
-    """The second kernel's tokens per step, and its channels per program."""
+def _sum_blocks(block_r: int, xs: bool, dtype: torch.dtype, vectors: bool, small: bool) -> tuple[int, int]:
+    """The second kernel's tokens per step, and its channels per program. small: little shared memory."""
     if interpreting():
         return 16, 16
     # Longer steps spill registers: float32 products, and PM of a long rank, do not run on matrix units.
     if dtype == torch.float32:
         return 16, 32 if block_r > 32 else 64
-    return (16 if block_r > 32 else 32) if xs else 64 if vectors or block_r <= 32 else 32, 64
+    if xs:
+        return 16 if block_r > 32 else 32, 64
+    return 64 if block_r <= 16 or not small and (vectors or block_r <= 32) else 32, 64

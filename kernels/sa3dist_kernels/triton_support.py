@@ -13,6 +13,9 @@ from triton.compiler import CompiledKernel
 MIN_DOT_SIDE = 16
 # Longer ranks are processed in steps of this size, so that a tile's registers do not grow with the rank.
 MAX_RANK_BLOCK = 64
+# Of a thread. Given as a limit, it keeps the compiler from spilling a few registers to fit one more program on a
+# multiprocessor.
+MAX_REGISTERS = 255
 # Bytes. Triton specialises a kernel for pointers that are multiples of this.
 ALIGNMENT = 16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -101,6 +104,14 @@ def _as_addresses(value: Any) -> Any:
 def dot_precision() -> str:
     """``input_precision`` of float32 dots: the same as torch's matmuls."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """Bytes of shared memory that a program on ``device`` may use; without a GPU, what an H100 has."""
+    if device.type != "cuda":
+        return 227 << 10
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def rank_block(rank: int) -> int:

@@ -239,6 +239,8 @@ def test_the_compiler_sees_through_the_layer_without_a_break(impl, name):
     [
         ((9, 0), torch.bfloat16, None),
         ((8, 0), torch.float32, None),
+        ((8, 6), torch.bfloat16, None),
+        ((12, 0), torch.bfloat16, None),
         ((8, 0), torch.float16, "the kernels do not train in torch.float16"),
         ((7, 5), torch.float32, "Tesla T4 is older than compute capability 8.0"),
     ],

@@ -3,6 +3,8 @@
 bfloat16 is left to the GPU tests: the interpreter cuts its last bits off instead of rounding.
 """
 
+import types
+
 import pytest
 import torch
 from sa3dist_kernels import ADAPTER_TYPES, formed_linear
@@ -155,6 +157,40 @@ def test_strided_operands_give_the_contiguous_ones_bits(name, columns):
     found = check(kind, given, torch.float32)
     whole = [None if value is None else value.contiguous() for value in given]
     assert torch.equal(sums_of(kind, *whole), found)
+
+
+@pytest.mark.parametrize("shared", [227 << 10, 163 << 10, 99 << 10])
+@pytest.mark.parametrize("rank", [16, 32, 64])
+def test_the_tiles_in_flight_fit_the_shared_memory_of_the_device(rank, shared, monkeypatch):
+    monkeypatch.setattr(sums_plan, "interpreting", lambda: False)
+    shapes = (sums_plan.LayerShape(387, 1536, 12288, 1536, 1536, 12288, 12288),)
+    given = shapes, rank, ADAPTER_TYPES["bora"], torch.bfloat16, "ieee", torch.device("cpu"), shared
+    constants = sums_plan.plan_of.__wrapped__(*given).sums.constants
+    # x and dx, and T in float32 in four parts.
+    tiles = 2 * 2 * constants["BLOCK_M"] + 4 * 4 * constants["BLOCK_R"]
+    in_flight = constants["BLOCK_N"] * tiles * (constants["STAGES"] - 1)
+    assert in_flight <= shared - 1024
+
+
+@needs_interpreter
+def test_plans_are_made_for_the_shared_memory_of_the_operands_device(monkeypatch):
+    asked = []
+
+    def properties(device):
+        asked.append(device)
+        return types.SimpleNamespace(shared_memory_per_block_optin=99 << 10)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    # Not kept for other tests.
+    assert triton_support.shared_bytes.__wrapped__(torch.device("cuda", 1)) == 99 << 10
+    assert asked == [torch.device("cuda", 1)]
+    plans, plan_of = [], sums_plan.plan_of.__wrapped__
+    monkeypatch.setattr(raw_sums, "shared_bytes", lambda device: 99 << 10)
+    monkeypatch.setattr(raw_sums, "plan_of", lambda *given: plans.append(plan_of(*given)) or plans[-1])
+    kind = ADAPTER_TYPES["dora-rows"]
+    check(kind, operands(kind, 19, 18, 17, 3, torch.float32), torch.float32)
+    # A 4090's other programs are few anyway.
+    assert [plan.sums.constants["maxnreg"] for plan in plans] == [triton_support.MAX_REGISTERS]
 
 
 def test_launches_are_kept_only_for_operands_that_take_the_same_kernels():
