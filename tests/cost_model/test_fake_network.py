@@ -61,10 +61,10 @@ def velocity(base, clips=CLIPS, frames=FRAMES, given=False):
     return base.velocity(x, number, embeds, mask, number, packing=packing, **context)
 
 
-def counted_for(base, clips=CLIPS, frames=FRAMES, autocast="no", given=False):
+def counted_for(base, clips=CLIPS, frames=FRAMES, autocast="no", given=False, backward=True):
     adapter = adapter_of(base)
     network = FakeNetwork(base.config, adapter, Numerics(base.dtype, autocast == "bf16"))
-    return network.count(BatchShape(clips, frames, given))
+    return network.count(BatchShape(clips, frames, given), backward)
 
 
 def adapter_of(base) -> AdapterShape:
@@ -149,7 +149,7 @@ def test_kept_bytes_of_released_shapes_are_what_autograd_saves(monkeypatch, shap
     attach_adapter(base, adapter_type=kind, rank=16)
     autocast = "bf16" if precision == torch.bfloat16 else "no"
     measured = saved_bytes(base, 2, 60, autocast=autocast)
-    assert counted_for(base, 2, 60, autocast).saved_bytes() == pytest.approx(measured, rel=0.01)
+    assert counted_for(base, 2, 60, autocast, backward=False).saved_bytes() == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["dora-rows", "bora", "dora-cols", "lora-xs"])
@@ -166,7 +166,7 @@ def test_formed_weights_keep_what_is_counted(kind):
     packing = FilledPacking.of((100,), memory_tokens, 100, memory_tokens + 100)
     measured = saved_bytes(FilledBase(base, packing), 1, 100, others=own)
     assert measured < (0.9 if kind in ("dora-rows", "bora") else 1.0) * factored
-    assert counted_for(base, 1, 100).saved_bytes() == pytest.approx(measured, rel=0.01)
+    assert counted_for(base, 1, 100, backward=False).saved_bytes() == pytest.approx(measured, rel=0.01)
 
 
 class FilledBase:
@@ -185,7 +185,7 @@ class FilledBase:
 def test_recomputing_keeps_a_blocks_input_and_the_values_of_one():
     base = make_base("medium", depth=3)
     attach_adapter(base, rank=2)
-    counted = counted_for(base)
+    counted = counted_for(base, backward=False)
     tokens = CLIPS * (FRAMES + base.config.dit.num_memory_tokens)
     assert counted.input_bytes == 4 * tokens * base.config.dit.embed_dim
     one = counted.blocks[0].saved_bytes
@@ -236,7 +236,8 @@ def test_a_compiled_block_keeps_what_products_and_attention_give_and_the_stream(
     config = parse_model_config(released_config("medium-base", depth=1), "medium")
     layers = frozenset(candidate_layers(meta_roots(config)))
     adapter = AdapterShape(ADAPTER_TYPES["dora-rows"], 16, layers, formed=True)
-    (block,) = FakeNetwork(config, adapter, Numerics(torch.bfloat16, True, True)).count(BatchShape(1, 4091)).blocks
+    network = FakeNetwork(config, adapter, Numerics(torch.bfloat16, True, True))
+    (block,) = network.count(BatchShape(1, 4091), backward=False).blocks
     tokens = 4091 + config.dit.num_memory_tokens
     # In widths per token: what layers give, 5 and 1, outputs of both members and their difference; likewise in
     # cross-attention, 2 and 1; in the feed-forward 8 and 1; the stream ahead of each. The rest is made again: 27.4 is

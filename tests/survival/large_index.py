@@ -57,17 +57,19 @@ def write_index(work, count):
         )
         for i in range(count)
     )
-    DatasetIndex(work, "0" * 64, clips).write()
+    index = DatasetIndex(work, "0" * 64, clips)
+    index.write()
+    return index
 
 
-def stream_of(work):
-    encoded = cache.EncodedClips(DatasetIndex.read(work), work, Base, "a", "b")
+def stream_of(index):
+    encoded = cache.EncodedClips(index, index.directory, Base, "a", "b")
     return encoded, MicroBatches(encoded, SampleSettings(3, 2, 129, 0.1, "file", None, WINDOW))
 
 
-def write_first_latents(work, slots):
+def write_first_latents(index, slots):
     """What the first batches need, and no more: the rest of the data set is its index."""
-    encoded, batches = stream_of(work)
+    encoded, batches = stream_of(index)
     for slot in range(slots):
         clip, flipped = encoded.clips[batches.order.clip_of_slot(slot)], polarity_of_slot(3, slot)
         frames = clip.samples // 4096 + 1
@@ -87,13 +89,12 @@ def measure(work, count):
             assert len(set(order.epoch(0).tolist())) == count
             assert len(set(picked)) == len(picked)
     report["order_of_two_epochs"] = order_time.figures()
-    write_index(work, count)
-    write_first_latents(work, 16)
+    write_first_latents(write_index(work, count), 16)
     with Timed() as read_time:
         DatasetIndex.read(work)
     report["read_index"] = read_time.figures()
     with Timed() as first_time:
-        _, batches = stream_of(work)
+        _, batches = stream_of(DatasetIndex.read(work))
         source = EncodeOnDemand(Base, batches).batches(range(4), 1, torch.device("cpu"))
         first = next(source)
     assert len(first.clips) == 2
