@@ -39,6 +39,21 @@ def _init_tensor(self, handle, type):
     self.shape, self.numel = _shape(tuple(type.shape.values) if type.is_block() else ())
 
 
+@functools.cache
+def _block(sizes: tuple[int, ...]) -> tuple[core.tuple, int, str]:
+    if not sizes:
+        raise TypeError("0d block_type is forbidden")
+    shape = core.tuple(sizes)
+    return shape, core.validate_block_shape(shape), str(shape)
+
+
+def _init_block_type(self, element_ty, shape):
+    """As Triton's own; types of one shape share it."""
+    self.element_ty = element_ty
+    self.shape, self.numel, written = _block(tuple(core._unwrap_shape(shape)))
+    self.name = f"<{written}, {element_ty}>"
+
+
 def _quick_numpy_dtype(type):
     """As Triton's own, which makes its table anew at every call."""
     return numpy.dtype(numpy.uint64) if isinstance(type.scalar, core.pointer_type) else _numpy_dtype(type.scalar)
@@ -49,6 +64,7 @@ def be_quick() -> None:
     # Once per launch, not at every inner call.
     interpreter._patch_lang = _patch_once
     core.tensor.__init__ = _init_tensor
+    core.block_type.__init__ = _init_block_type
     interpreter._get_np_dtype = _quick_numpy_dtype
     options = interpreter.interpreter_builder.options
     # Every sum and product of integers is done again in int64 for an assertion that only ``debug`` makes.
