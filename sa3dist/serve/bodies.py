@@ -49,9 +49,3 @@ async def blocks(service: Service, request: Request, most: int) -> AsyncIterator
 async def read_bounded(service: Service, request: Request, most: int) -> bytes:
     """A whole body of at most ``most`` bytes."""
     return b"".join([block async for block in blocks(service, request, most)])
-
-
-def is_large(request: Request) -> bool:
-    """Whether a body is long, by its Content-Length, or of unknown length."""
-    length = request.headers.get("content-length", "")
-    return not (length.isascii() and length.isdecimal() and len(length) < 7)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,7 +15,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from sa3dist.request.fields import EndpointFields
 from sa3dist.serve import wire
-from sa3dist.serve.bodies import base_of, is_large, read_bounded
+from sa3dist.serve.bodies import base_of, blocks
 from sa3dist.serve.job import Job
 from sa3dist.serve.job_store import RETRIES, QueueFull, Unfinished
 from sa3dist.serve.keys import Caller
@@ -26,6 +27,7 @@ from sa3dist.serve.tables import QUEUED
 routes = APIRouter()
 NORMAL_PRIORITY, LOW_PRIORITY = 10, 100
 KEEP_ALIVE_SECONDS = 15.0
+SMALL_BODY_BYTES = 1 << 20
 # How long the hosted endpoint keeps a result if it does not store payloads.
 UNSTORED_SECONDS = 3600.0
 BODY = {
@@ -48,9 +50,14 @@ async def submit_job(request: Request, owner: str, name: str) -> Job:
     service.check_space()
     webhook = await _webhook(service, request.query_params.get("fal_webhook"))
     options = _queue_options(request)
-    async with service.large_bodies if is_large(request) else contextlib.nullcontext():
-        body = await read_bounded(service, request, service.options.max_body_bytes)
-        accepted = await accept(service, caller, body, base_of(request), options["keep_seconds"])
+    # Received to the disk if it is large: a body that comes slowly must neither fill the memory nor delay others.
+    with tempfile.SpooledTemporaryFile(SMALL_BODY_BYTES) as received:
+        async for block in blocks(service, request, service.options.max_body_bytes):
+            received.write(block)
+        async with service.large_bodies if received.tell() > SMALL_BODY_BYTES else contextlib.nullcontext():
+            received.seek(0)
+            body = await asyncio.to_thread(received.read)
+            accepted = await accept(service, caller, body, base_of(request), options["keep_seconds"])
     idempotency_key = request.headers.get("idempotency-key") or accepted.digest
     options |= {"app": app, "key": caller.id, "settings": accepted.settings, "webhook": webhook}
     dedup = hashlib.sha256(json.dumps([caller.id, app, idempotency_key, webhook]).encode()).hexdigest()

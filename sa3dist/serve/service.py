@@ -35,7 +35,7 @@ ERROR_STATUS = {
     "bad_request": 400,
     "internal_error": 500,
 }
-# Bodies of more than a million bytes, or of unknown length, that are processed at a time.
+# Submits of more than a mebibyte that are processed at a time.
 MAX_LARGE_BODIES = 8
 RESOLVERS = 8
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1", "testserver")

@@ -1,6 +1,7 @@
 """Clients that send slowly, half, too much or without end: answered in a line, within time, and nothing is kept."""
 
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -75,6 +76,20 @@ def test_a_body_that_drips_is_given_up_though_it_never_stops(served):
     status, _ = answer_to(served[0], *sent, pause=SILENT_SECONDS / 4)
     assert status == 408
     assert nothing_kept(served[1])
+
+
+def test_large_requests_that_come_slowly_delay_no_other(tmp_path):
+    with (
+        application(tmp_path, silent_seconds=600.0) as (app, _),
+        listening(app) as port,
+        contextlib.ExitStack() as slow,
+    ):
+        begun = head("POST", PATH, Content_Length=2 << 20) + b'{"audio_data_url": "'
+        for _ in range(service.MAX_LARGE_BODIES):
+            slow.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(begun)
+        body = json.dumps({"audio_data_url": "https://example.org/x.zip", "include": ["x" * (2 << 20)]}).encode()
+        status, answer = answer_to(port, head("POST", PATH, Content_Length=len(body), Connection="close"), body)
+        assert (status, b"bytes beside data: URIs" in answer) == (422, True)
 
 
 def test_an_upload_whose_client_is_gone_leaves_nothing(served):
