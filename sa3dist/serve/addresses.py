@@ -32,22 +32,25 @@ class HostedAddresses:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        headers = dict(scope["headers"])
-        if scope["path"] == PROXY_PATH and scope["method"] != "OPTIONS":
-            mapped = _map_target(headers.get(TARGET_HEADER, b"").decode("latin-1"))
-            if mapped is None:
-                detail = "x-fal-target-url names no address of the endpoint; nothing is forwarded"
-                return await JSONResponse({"detail": detail, "message": detail}, 400)(scope, receive, send)
-            return await self._app({**scope, **mapped}, receive, send)
-        host = headers.get(b"host", b"").decode("latin-1").partition(":")[0].lower()
-        if host in HOSTS:
-            mapped = _with_prefix(HOSTS[host], scope["path"])
-            return await self._app({**scope, **mapped, "sa3dist_is_mapped": True}, receive, send)
-        if scope["path"].startswith("/queue/"):
-            return await self._app({**scope, **_with_prefix("", scope["path"][6:])}, receive, send)
-        return await self._app(scope, receive, send)
+        changes = _changes(scope) if scope["type"] == "http" else {}
+        if changes is None:
+            detail = "x-fal-target-url names no address of the endpoint; nothing is forwarded"
+            await JSONResponse({"detail": detail, "message": detail}, 400)(scope, receive, send)
+        else:
+            await self._app({**scope, **changes}, receive, send)
+
+
+def _changes(scope: Scope) -> dict[str, Any] | None:
+    """What to change in a request's scope to reach a route here; None for a target that is not the endpoint's."""
+    headers = dict(scope["headers"])
+    if scope["path"] == PROXY_PATH and scope["method"] != "OPTIONS":
+        return _map_target(headers.get(TARGET_HEADER, b"").decode("latin-1"))
+    host = headers.get(b"host", b"").decode("latin-1").partition(":")[0].lower()
+    if host in HOSTS:
+        return {**_with_prefix(HOSTS[host], scope["path"]), "sa3dist_is_mapped": True}
+    if scope["path"].startswith("/queue/"):
+        return _with_prefix("", scope["path"].removeprefix("/queue"))
+    return {}
 
 
 def _with_prefix(prefix: str, path: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from sa3dist.serve.job_store import JobStore
 from sa3dist.serve.keys import Keys, Signer
 from sa3dist.serve.monitoring import RequestLog
 from sa3dist.serve.server_options import WebOptions
-from sa3dist.serve.service import Service, UnknownRequest, WireError, message_of
+from sa3dist.serve.service import Service, UnknownRequest, WireError, message_of, refusal
 from sa3dist.serve.snapshot import Snapshot
 from sa3dist.serve.tables import DatabaseAway
 
@@ -116,8 +116,8 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 
 
 async def _validation_error(request: Request, error: RequestValidationError) -> Response:
-    problems = [{key: problem[key] for key in ("loc", "msg", "type") if key in problem} for problem in error.errors()]
-    return _error(422, [{**problem, "loc": list(problem["loc"])} for problem in problems], None, {})
+    detail = [refusal(list(problem["loc"]), problem["msg"], problem["type"]) for problem in error.errors()]
+    return _error(422, detail, None, {})
 
 
 async def _database_away(request: Request, error: DatabaseAway) -> Response:

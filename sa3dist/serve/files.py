@@ -11,10 +11,10 @@ from collections.abc import Collection, Iterator
 from typing import Any, BinaryIO
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 # Characters to replace in names in addresses and headers. Stored files are named by id.
 _PLAIN = re.compile(r"[^A-Za-z0-9._ -]+")
-ID_DIGITS = 32
 # Incomplete uploads are removed after a day.
 UNFINISHED_SECONDS = 24 * 3600
 COPY_BYTES = 1 << 20
@@ -84,7 +84,7 @@ class FileStore:
         kind = content_type[:100] if content_type.isprintable() else "application/octet-stream"
         now = time.time()
         expires = None if keep_seconds is None else now + keep_seconds
-        return StoredFile(secrets.token_hex(ID_DIGITS // 2), owner, plain_name(name), kind, 0, now, expires)
+        return StoredFile(secrets.token_hex(16), owner, plain_name(name), kind, 0, now, expires)
 
     def writing(self, file_id: str) -> contextlib.AbstractContextManager[Sink]:
         """Write a file's bytes; they are removed if the block fails. Then call ``keep``."""
@@ -115,7 +115,7 @@ class FileStore:
     def address(self, file_id: str) -> str:
         """Where a trainer reads the file: a local path, or an address in the object store."""
         path = self._data(file_id)
-        return path if "file" in self._protocols() else self._system.unstrip_protocol(path)
+        return path if isinstance(self._system, LocalFileSystem) else self._system.unstrip_protocol(path)
 
     def id_of(self, address: str) -> str | None:
         """The id of the file with this ``address``; None for other addresses."""
@@ -195,10 +195,6 @@ class FileStore:
         with contextlib.suppress(FileNotFoundError):
             return self._system.ls(folder, detail=True, refresh=True)
         return []
-
-    def _protocols(self) -> tuple[str, ...]:
-        protocol = self._system.protocol
-        return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
     def _data(self, file_id: str) -> str:
         return f"{self._root}/{file_id}.data"

@@ -60,9 +60,6 @@ class RunOptions:
         """Time before the lease's end in the database by which all work here must have ended."""
         return max(1.0, self.lease_seconds / 10)
 
-    def as_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
     @classmethod
     def of_json(cls, values: dict[str, Any]) -> RunOptions:
         lists = {name: tuple(values[name]) for name in ("devices", "options")}

@@ -1,6 +1,7 @@
 """The process that runs one attempt at a job: holds its lease, starts and ends its trainer, records the outcome.
 
-The scheduler starts it, and it outlives the scheduler. It reads its job from stdin: addresses may contain passwords.
+The scheduler starts it, and it outlives the scheduler. Its mark names the attempt. It reads database and options from
+stdin: addresses may contain passwords.
 """
 
 import json
@@ -24,7 +25,7 @@ from sa3dist.serve.leases import Leases
 from sa3dist.serve.local_executor import LEASE_NAME
 from sa3dist.serve.logs import Logs, public, public_names
 from sa3dist.serve.options import RunOptions
-from sa3dist.serve.processes import Mark, end_marked, take_lock
+from sa3dist.serve.processes import MARK, Mark, end_marked, take_lock
 from sa3dist.serve.tables import RUNNING
 
 log = logging.getLogger(__name__)
@@ -216,7 +217,7 @@ LOST_CONTACT = {"detail": "The database was out of reach for too long", "error_t
 
 
 def main() -> NoReturn:
-    """Run the attempt described on stdin; see ``scheduler.start_runner``."""
+    """Run the attempt that its mark names; see ``scheduler.start_runner``."""
     logging.basicConfig(format="%(asctime)s runner: %(message)s", stream=sys.stderr, level=logging.INFO)
     try:
         run(json.load(sys.stdin))
@@ -230,10 +231,11 @@ def main() -> NoReturn:
 
 def run(config: dict[str, Any]) -> None:
     """Run the attempt, unless it is no longer the job's current one. Raises DatabaseAway if nothing was begun."""
-    store = JobStore(config["database"], Path(config["folder"]))
-    job = store.get(config["job"])
-    if job is not None and (job.state, job.fence) == (RUNNING, config["fence"]):
-        Runner(store, job, RunOptions.of_json(config["options"]), Mark.of_json(config["mark"])).run()
+    mark = Mark.of_json(json.loads(os.environ[MARK]))
+    store = JobStore(config["database"], Path(mark.store))
+    job = store.get(mark.job)
+    if job is not None and (job.state, job.fence) == (RUNNING, mark.fence):
+        Runner(store, job, RunOptions.of_json(config["options"]), mark).run()
 
 
 if __name__ == "__main__":

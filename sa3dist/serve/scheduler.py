@@ -91,8 +91,7 @@ def start_runner(store: JobStore, job: Job, options: RunOptions) -> subprocess.P
     job.folder.mkdir(parents=True, exist_ok=True)
     devices = tuple(job.devices or ()) if options.gpus else ()
     mark = Mark(options.locks, str(store.folder), job.id, job.fence, devices)
-    config = {"database": store.url, "folder": str(store.folder), "job": job.id, "fence": job.fence}
-    config |= {"options": options.as_json(), "mark": dataclasses.asdict(mark)}
+    config = {"database": store.url, "options": dataclasses.asdict(options)}
     with (job.folder / RUNNER_LOG).open("ab") as output:
         runner = subprocess.Popen(
             [sys.executable, "-m", "sa3dist.serve.runner"],

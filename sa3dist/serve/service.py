@@ -69,9 +69,9 @@ def message_of(detail: str | list[dict[str, Any]]) -> str:
     return "; ".join(f"{'.'.join(map(str, item['loc'][1:]))}: {item['msg']}".removeprefix(": ") for item in detail)
 
 
-def refusal(place: list[str | int], message: str, kind: str = "value_error", **more: Any) -> dict[str, Any]:
+def refusal(place: list[str | int], message: str, kind: str = "value_error") -> dict[str, Any]:
     """One entry of a 422's detail."""
-    return {"loc": place, "msg": message, "type": kind, "url": f"https://errors.pydantic.dev/2/v/{kind}", **more}
+    return {"loc": place, "msg": message, "type": kind, "url": f"https://errors.pydantic.dev/2/v/{kind}"}
 
 
 def result_file(job: Job, path: str) -> Path | None:
