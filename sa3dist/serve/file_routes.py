@@ -190,9 +190,11 @@ async def download(request: Request, file_id: str, path: str, expires: str = "",
     if note is not None:
         if not service.caller(request).may_see(note.owner):
             raise missing
+        headers = {"Content-Length": str(note.size), **_as_attachment(note.name)}
+        if request.method == "HEAD":
+            return Response(None, 200, headers, "application/octet-stream")
         stream = await asyncio.to_thread(service.files.open, note.id)
         sent = iter(lambda: stream.read(COPY_BYTES), b"")
-        headers = {"Content-Length": str(note.size), **_as_attachment(note.name)}
         done = BackgroundTask(stream.close)
         return StreamingResponse(sent, 200, headers, "application/octet-stream", background=done)
     if not service.signer.fits("result", [file_id, path], expires, signature):

@@ -178,8 +178,8 @@ class Service:
         if job.is_finished:
             # Uploads first: if killed in between, the job can be deleted again.
             in_use = self.store.used_paths(without=job.id)
-            for file_id in {self.files.id_of(path) for path in paths_of(job.settings) if path not in in_use} - {None}:
-                self.files.delete(file_id)
+            files = {self.files.id_of(path) for path in paths_of(job.settings) if path not in in_use}
+            self.files.delete(*files - {None})
         self.store.delete(job.id)
 
     def remove_expired_files(self) -> None:
