@@ -59,6 +59,48 @@ def missing_modules(text: str) -> list[str]:
     return missing
 
 
+def layout_faults(text: str) -> list[str]:
+    """Lines at which a table has no header, or a table or code block has no empty line beside it, as after a bad merge.
+
+    A browser then shows them as running text.
+    """
+
+    def kind(line: str) -> str:
+        if not line.strip() or line.startswith("```"):
+            return "empty"
+        if line.startswith("|"):
+            return "table"
+        # Four spaces are code, unless they continue an entry of a list.
+        return "code" if line.startswith("    ") else "text"
+
+    faults, listed = [], False
+    lines = re.sub(r"(?ms)^```.*?^```$", "", text).splitlines()
+    for number, (before, line) in enumerate(zip(["", *lines], lines, strict=False), 1):
+        # Indented lines, or an entry of a list, continue a list.
+        listed = bool(re.match(r"\s*([*-]|\d+\.) ", line)) or (listed and (line.startswith("  ") or not line.strip()))
+        pair = kind(before), kind(line)
+        if pair in {("table", "text"), ("text", "table"), ("code", "text"), ("text", "code")} and not listed:
+            faults.append(f"{number}: no empty line before {line[:40]!r}")
+        following = lines[number] if number < len(lines) else ""
+        if pair[1] == "table" and pair[0] != "table" and not re.match(r"\|[-:| ]+\|$", following):
+            faults.append(f"{number}: a table without a header")
+    return faults
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tables_and_code_of_a_page_are_shown_as_such(page):
+    assert layout_faults(page.read_text(encoding="utf-8")) == []
+
+
+def test_a_page_that_an_edit_has_mixed_is_noticed():
+    mixed = "Text.\n\n    code\ntold below\n\n| `a` | b |\n| `c` | d |\nmore\n\n* an entry\n    of a list\n"
+    assert layout_faults(mixed) == [
+        "4: no empty line before 'told below'",
+        "6: a table without a header",
+        "8: no empty line before 'more'",
+    ]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_everything_a_page_names_is_there(page):
     text = page.read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ from sa3dist.report import charts, facts
 from sa3dist.report.document import MEGABYTES, Space, render
 from sa3dist.report.grid import make_grid
 from sa3dist.report.layers import FIGURES, layer_picture
-from sa3dist.report.run_folder import RunFolder, read_run
+from sa3dist.report.run_folder import RunFolder, read_run, with_own_names
 
 PAGE_NAME = "report.html"
 
@@ -28,6 +28,7 @@ def write_report(folders: Sequence[Path], page: Path, megabytes: float = MEGABYT
 
 def render_runs(runs: Sequence[RunFolder], page: Path, megabytes: float = MEGABYTES, inside: bool = True) -> str:
     """The report as text; see ``write_report``."""
+    runs = with_own_names(runs)
     drawn = {chart["name"]: chart for chart in charts.all_charts(runs)}
     groups = {
         "learning": [name for name in drawn if name not in {*SPEED_CHARTS, *HEALTH_CHARTS}],

@@ -1,10 +1,12 @@
 """Read a run's output_dir, also during the run, and with missing or incomplete files."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ class RunFolder:
     settings, status, result, best           from run.yaml, status.json, result.json, best.json
     description                              from the newest checkpoint, or config.json
     previews                                 by step, then by number
+    shown_as                                 a name for the page in place of the run's own
     """
 
     folder: Path
@@ -57,10 +60,11 @@ class RunFolder:
     best: dict[str, Any]
     description: dict[str, Any]
     previews: dict[int, dict[int, Preview]]
+    shown_as: str | None = None
 
     @property
     def name(self) -> str:
-        return str(self.settings.get("name") or self.folder.name)
+        return self.shown_as or str(self.settings.get("name") or self.folder.name)
 
     @property
     def step(self) -> int:
@@ -103,6 +107,20 @@ class RunFolder:
                     if dataset_digest(clips) == digest:
                         return dataclasses.replace(index, clips=clips, digest=digest)
         return None
+
+
+def with_own_names(runs: Sequence[RunFolder]) -> list[RunFolder]:
+    """The runs; those that share a name are called by their folder, or by its path if folders share a name, too."""
+    names = collections.Counter(run.name for run in runs)
+    folders = collections.Counter(run.folder.absolute().name for run in runs)
+
+    def own_name(run: RunFolder) -> str | None:
+        if names[run.name] == 1:
+            return None
+        folder = run.folder.absolute()
+        return folder.name if folders[folder.name] == 1 else str(run.folder)
+
+    return [dataclasses.replace(run, shown_as=own_name(run)) for run in runs]
 
 
 def read_run(folder: Path) -> RunFolder:

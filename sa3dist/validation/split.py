@@ -75,9 +75,7 @@ def _choose(settings: Settings, index: DatasetIndex, group: Group, stop: StopReq
         )
     log.info("validation: %d of %s held out: %s", len(keys), counted(clips, "clip"), listed(keys, len(keys), 5))
     if clips < SMALL_SET:
-        log.warning(
-            "validation: %s held out of %s is little; its loss is only a hint", counted(len(keys), "clip"), clips
-        )
+        log.warning("validation: with fewer than %d clips the validation loss is only a hint", SMALL_SET)
     return keys
 
 

@@ -151,7 +151,10 @@ def test_what_users_wrote_is_shown_as_text_whatever_it_is(tmp_path_factory, text
     (folder / "previews/step-00000001").mkdir(parents=True)
     (folder / "previews/step-00000001/0.flac").write_bytes(b"torn")
     (folder / "previews/step-00000001/0.json").write_text(json.dumps({"prompt": text}))
-    elements, page = rendered(folder, folder)
+    other = folder.parent / "other"
+    other.mkdir()
+    (other / "run.yaml").write_text(json.dumps({"name": f"{text} 2"}))
+    elements, page = rendered(folder, other)
     # The data, uPlot and ours: nothing else runs, no attribute is a handler.
     assert len(elements.scripts) == 3
     assert not [name for _, found in elements.tags for name in found if name.startswith("on")]
@@ -192,6 +195,18 @@ def test_runs_are_compared_on_one_page_with_what_differs_first(run, tmp_path):
     assert page.index(">rank<") < page.index(">number_of_steps<")
     # The name, both folders and the rank.
     assert page.count('class="differs"') == 4
+
+
+def test_compared_runs_of_one_name_are_called_by_their_folders(tmp_path):
+    first, second, third = tmp_path / "drums", tmp_path / "drums-rank32", tmp_path / "more" / "drums"
+    for folder in (first, second, third):
+        make_run(folder, name="sa3dist-lora")
+    for folders, expected in (
+        ([first, second], ["drums", "drums-rank32"]),
+        ([first, second, third], [str(first), "drums-rank32", str(third)]),
+    ):
+        elements, _ = rendered(*folders)
+        assert [line["label"] for line in elements.charts()["loss"]["series"]] == expected
 
 
 def test_the_command_writes_the_page_and_refuses_what_is_no_run(run, tmp_path, capsys):
