@@ -380,7 +380,14 @@ def test_a_loss_that_overflows_stops_the_run_and_names_the_clip(words, tmp_path,
     assert run(words, tmp_path / "run", "learning_rate=1e30", "number_of_steps=20") == 70
     message = capfd.readouterr().err.strip().splitlines()[-1]
     assert "not finite" in message
+    assert "Look at that clip" in message
     assert not (tmp_path / "run/lora.safetensors").exists()
+    # Finite losses: there is no clip to look at.
+    assert run(words, tmp_path / "steep", "alpha=3e38") == 70
+    message = capfd.readouterr().err.strip().splitlines()[-1]
+    assert message.endswith(
+        "step 1: the gradient is not finite; training stopped, state is as last saved. Lower learning_rate"
+    )
 
 
 @pytest.mark.parametrize("of", ["run", "checkpoint", "config"])

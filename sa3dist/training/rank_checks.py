@@ -19,10 +19,11 @@ def name_the_non_finite(group: Group, step: int, losses: list[tuple[list[str], t
     mine = [key for clips, loss in losses if not bool(loss.isfinite()) for key in clips]
     told = group.gather((mine, socket.gethostname()))
     clips = sorted({key for keys, _ in told for key in keys})
-    found = f"loss of clip {', '.join(clips)}" if clips else "gradient"
+    found, look = (
+        (f"loss of clip {', '.join(clips)}", "Look at that clip, or lower") if clips else ("gradient", "Lower")
+    )
     problem = EnvironmentFailure(
-        f"step {step}: the {found} is not finite; training stopped, state is as last saved. "
-        f"Look at that clip, or lower learning_rate"
+        f"step {step}: the {found} is not finite; training stopped, state is as last saved. {look} learning_rate"
     )
     problem.origin = next(((n, host) for n, (keys, host) in enumerate(told) if keys), (0, told[0][1]))
     raise problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -47,7 +48,7 @@ def find(settings: Settings, group: Group, stop: StopRequest) -> checkpoint.Chec
     """
     saved = find_checkpoint(settings, group, stop)
     if saved is not None:
-        check_identity(saved, settings.identity(), settings)
+        _compare(saved, settings.identity(), settings.identity(), settings)
         check_changes(saved, settings)
     rounds = accumulation_of(saved, settings, group.world_size)
     configured = settings.gradient_accumulation_steps, settings.global_batch_size
@@ -100,11 +101,16 @@ def warm_start_of(saved: checkpoint.Checkpoint, settings: Settings) -> str | Non
 def check_identity(saved: checkpoint.Checkpoint, identity: dict[str, Any], settings: Settings) -> None:
     """Raises CheckpointError naming the first value in which the run and its checkpoint differ.
 
-    A checkpoint without a setting's value is older than the setting: it was made with what is now the default.
+    A checkpoint without a setting's value is older than the setting: it was made with what is now the default. One with
+    a value that this run does not know is newer.
     """
+    _compare(saved, identity, [*identity, *saved.state["identity"]], settings)
+
+
+def _compare(saved: checkpoint.Checkpoint, identity: dict[str, Any], names: Iterable[str], settings: Settings) -> None:
     before = BEFORE | {name: type(settings).model_fields[name].default for name in settings.identity()}
-    for name, value in identity.items():
-        found = saved.state["identity"].get(name, before.get(name))
+    for name in names:
+        found, value = (values.get(name, before.get(name)) for values in (saved.state["identity"], identity))
         if found != value:
             _refuse(settings, name, found, value)
 

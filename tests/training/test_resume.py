@@ -54,6 +54,16 @@ def test_a_checkpoint_of_before_a_setting_counts_as_made_with_its_default(key):
             resume.check_identity(saved, resume.identity(other, dataset_sha256="d"), other)
 
 
+def test_a_value_that_this_version_does_not_know_is_refused_not_ignored():
+    settings = settings_with()
+    newer = checkpoint_of(settings)
+    newer.state["identity"]["loss_kind"] = "huber"
+    with pytest.raises(CheckpointError, match="holds a checkpoint with loss_kind 'huber', this run has None"):
+        resume.check_identity(newer, resume.identity(settings, dataset_sha256="d"), settings)
+    newer.state["identity"] |= {"loss_kind": None, "held_out": "none"}
+    resume.check_identity(newer, resume.identity(settings, dataset_sha256="d"), settings)
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_run_that_continues_reads_and_verifies_its_checkpoint_once(tmp_path, monkeypatch, damaged):
     tensor = torch.arange(3.0)
