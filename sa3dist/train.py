@@ -169,9 +169,10 @@ def _run_connected(
 def recording(settings: Settings, group: Group) -> contextlib.AbstractContextManager[None]:
     """Keep the run's warnings in warnings.jsonl on rank 0; a run that continues appends to the earlier ones."""
     from sa3dist.report.recorder import recorded_warnings
+    from sa3dist.runtime.launcher import requeued_job
     from sa3dist.training import checkpoint
 
-    begins = settings.resume == "never" or not checkpoint.list_all(settings.output_dir)
+    begins = (settings.resume == "never" and requeued_job() is None) or not checkpoint.list_all(settings.output_dir)
     return recorded_warnings(settings.output_dir, begins) if group.is_main else contextlib.nullcontext()
 
 

@@ -47,6 +47,16 @@ def check_joined(world_size: int) -> None:
         raise ConfigError(f"WORLD_SIZE={said} in the environment, but {world_size} joined{hint}; {_MEND}")
 
 
+def batch_job() -> str | None:
+    """Id of the batch job that this process belongs to, the same when the job is requeued; None outside of one."""
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def requeued_job() -> str | None:
+    """``batch_job`` if its scheduler has started it before, with the same command; else None."""
+    return batch_job() if _number("SLURM_RESTART_COUNT") else None
+
+
 def _number(name: str, otherwise: int = 0) -> int:
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else otherwise

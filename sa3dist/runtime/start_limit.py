@@ -51,7 +51,7 @@ def kept_in(work_dir: Path) -> list[int]:
     files = downloaded = 0
     for folder, folders, names in os.walk(work_dir):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files += sum(not name.startswith(".") for name in names)
+        files += sum(not name.startswith(".") and not name.endswith(".part") for name in names)
         if DOWNLOADS in Path(folder).relative_to(work_dir).parts[:1]:
             for name in names:
                 with contextlib.suppress(OSError):

@@ -22,6 +22,7 @@ from sa3dist.errors import CheckpointError, DamagedCheckpoint
 from sa3dist.formats import atomic_directory, file_sha256, write_whole
 from sa3dist.parallel.flat_adamw import MOMENTS
 from sa3dist.runtime import lease
+from sa3dist.runtime.launcher import batch_job
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +41,13 @@ class Checkpoint:
     adapters   float32 adapter tensors by their name in the adapter file
     moments    AdamW's state by kind, {"exp_avg": {...}, "exp_avg_sq": {...}}, float32, same names
     state      JSON values: step, seed, micro and global batch, lora_config, base and dataset digests, versions
+    directory  where it was read
     """
 
     adapters: dict[str, torch.Tensor]
     moments: dict[str, dict[str, torch.Tensor]]
     state: dict[str, Any]
+    directory: Path | None = None
 
     @property
     def step(self) -> int:
@@ -84,7 +87,7 @@ def save(output_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
             for name, tensors in ((ADAPTER_NAME, checkpoint.adapters), (MOMENTS_NAME, moments)):
                 write_whole(temporary / name, serialize(tensors))
             digests = {name: file_sha256(temporary / name) for name in (ADAPTER_NAME, MOMENTS_NAME)}
-            body = {"version": CHECKPOINT_VERSION, **checkpoint.state, "files": digests}
+            body = {"version": CHECKPOINT_VERSION, "job": batch_job(), **checkpoint.state, "files": digests}
             write_whole(temporary / STATE_NAME, json.dumps({**body, "digest": _digest_of_state(body)}, indent=2))
             lease.end_if_over()
     except OSError as error:
@@ -151,7 +154,7 @@ def load(directory: Path) -> Checkpoint:
         for key, tensor in load_file(directory / MOMENTS_NAME).items():
             moment, _, name = key.partition("/")
             moments.setdefault(moment, {})[name] = tensor
-        return Checkpoint(load_file(directory / ADAPTER_NAME), moments, state)
+        return Checkpoint(load_file(directory / ADAPTER_NAME), moments, state, directory)
     except PermissionError as error:
         raise CheckpointError(f"{error.filename}: may not be read ({error.strerror}); check its permissions") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
@@ -161,23 +164,25 @@ def load(directory: Path) -> Checkpoint:
         raise DamagedCheckpoint(f"{directory}: not a readable checkpoint ({type(error).__name__}: {error})") from error
 
 
-def find(output_dir: Path, resume: str) -> Checkpoint | None:
+def find(output_dir: Path, resume: str, job: str | None = None) -> Checkpoint | None:
     """The checkpoint a run continues from.
 
     resume   "never": none; "auto": the newest intact one in output_dir, with a warning for each damaged one skipped;
              else a checkpoint directory, which must be intact
-    Raises as ``load``, but in "auto" not for a damaged one.
+    job      batch job of which this is another start: its own newest intact one, if there is one, goes before
+             ``resume``, which was meant for the first start
+    Raises as ``load``, but for a damaged one only where ``resume`` names it.
     """
-    if resume == "never":
-        return None
-    if resume != "auto":
-        return load(Path(resume))
-    for directory in list_all(output_dir):
-        try:
-            return load(directory)
-        except DamagedCheckpoint as damage:
-            log.warning("skipping a damaged checkpoint: %s", damage)
-    return None
+    if resume == "auto" or job is not None:
+        for directory in list_all(output_dir):
+            try:
+                saved = load(directory)
+            except DamagedCheckpoint as damage:
+                log.warning("skipping a damaged checkpoint: %s", damage)
+            else:
+                if resume == "auto" or saved.state.get("job") == job:
+                    return saved
+    return None if resume in ("auto", "never") else load(Path(resume))
 
 
 def _digest_of_state(state: dict[str, Any]) -> str:

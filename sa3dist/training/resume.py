@@ -13,6 +13,7 @@ from sa3dist.adapters.svd_bases import METHOD
 from sa3dist.data.remote.fetch import redacted
 from sa3dist.errors import CheckpointError, counted
 from sa3dist.formats import remove_stale
+from sa3dist.runtime.launcher import requeued_job
 from sa3dist.runtime.process_group import Group, main_process_first, run_on_all_ranks
 from sa3dist.runtime.signals import StopRequest
 from sa3dist.training import checkpoint, lr_schedule
@@ -61,23 +62,23 @@ def find(settings: Settings, group: Group, stop: StopRequest) -> checkpoint.Chec
 def find_checkpoint(settings: Settings, group: Group, stop: StopRequest) -> checkpoint.Checkpoint | None:
     """The checkpoint ``settings.resume`` asks for, read by every rank; None when there is none to continue.
 
+    A job that its scheduler has requeued continues its own, whatever ``resume`` says: it would never end otherwise.
     Raises CheckpointError on every rank when any rank cannot read it.
     """
     read: list[checkpoint.Checkpoint] = []
 
     def find() -> str | None:
-        found = checkpoint.find(settings.output_dir, settings.resume)
+        found = checkpoint.find(settings.output_dir, settings.resume, requeued_job())
         if found is None:
             return None
         read.append(found)
-        return str(checkpoint.path_of(settings.output_dir, found.step))
+        return str(found.directory)
 
     def load() -> checkpoint.Checkpoint:
         # The rank that searched has already read and verified it.
         return read.pop() if read else checkpoint.load(Path(path))
 
-    named = settings.resume not in ("auto", "never")
-    path = settings.resume if named else main_process_first(group, "find-checkpoint", find, stop)
+    path = main_process_first(group, "find-checkpoint", find, stop)
     if path is None:
         return None
     return run_on_all_ranks(group, "load-checkpoint", load, stop)

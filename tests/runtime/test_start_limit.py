@@ -69,6 +69,7 @@ def test_more_of_an_unfinished_download_counts_and_other_unfinished_files_do_not
     assert start() == 75
     leave(tmp_path, "shards/.ab.tmp/shard-000000.tar", 2)
     leave(tmp_path, "latents/.cd.tmp", 2)
+    leave(tmp_path, "streaming/ab/0-0-host-1.part", 2)
     assert start() == 2
 
 

@@ -10,6 +10,7 @@ import torch
 from sa3dist.errors import CheckpointError, EnvironmentFailure
 from sa3dist.parallel.flat_adamw import MOMENTS, FlatAdapters
 from sa3dist.runtime.exit_status import translate
+from sa3dist.runtime.launcher import requeued_job
 from sa3dist.runtime.peers import pack
 from sa3dist.runtime.process_group import Group
 from sa3dist.training import checkpoint
@@ -170,6 +171,28 @@ def test_a_checkpoint_that_the_system_cannot_read_now_is_not_passed_over(tmp_pat
     assert "step-00000004" in str(translate(failure.value))
     number = errno.EIO
     assert checkpoint.find(tmp_path, "auto").step == 3
+
+
+def test_a_requeued_job_goes_on_from_its_own_checkpoint_whatever_it_was_told_to_begin_with(tmp_path, monkeypatch):
+    other = checkpoint.save(tmp_path / "other", make(9), keep=2)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    checkpoint.save(tmp_path, make(5), keep=3)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+
+    def steps():
+        told = {resume: checkpoint.find(tmp_path, resume, requeued_job()) for resume in ("never", str(other), "auto")}
+        return [found and found.step for found in told.values()]
+
+    # The first start, and one that was requeued before it saved anything; checkpoint 5 is of an earlier job.
+    assert steps() == [None, 9, 5]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert steps() == [None, 9, 5]
+    for step in (2, 3):
+        checkpoint.save(tmp_path / "mine", make(step), keep=2)
+    for path in (tmp_path / "mine/checkpoints").iterdir():
+        path.rename(tmp_path / "checkpoints" / path.name)
+    assert steps() == [3, 3, 5]
+    assert checkpoint.find(tmp_path, "never", requeued_job()).directory == checkpoint.path_of(tmp_path, 3)
 
 
 def test_a_folder_that_is_no_checkpoint_is_told_what_one_is_called(tmp_path):
