@@ -244,7 +244,8 @@ def read_yaml(text: str) -> Any:
         if isinstance(root, yaml.MappingNode):
             each_once([(key.value, None) for key, _ in root.value if isinstance(key, yaml.ScalarNode)])
             for key, value in root.value:
-                _refuse_doubtful_comment(text, key, value)
+                if isinstance(key, yaml.ScalarNode):
+                    _refuse_doubtful_comment(text, key, value)
         found = None if root is None else loader.construct_document(root)
     finally:
         loader.dispose()

@@ -186,6 +186,7 @@ def test_a_value_that_is_no_yaml_is_taken_as_text():
     [
         ("a.json", "{", "not valid JSON"),
         ("a.yaml", "a: [", "not valid YAML"),
+        ("a.yaml", "? [a, b]\n: 3", "not valid YAML"),
         ("a.yaml", "- 1", "holds a list"),
         ("a.yaml", "rank: 3\nseed: 1\nrank: 4\n", "rank: given more than once; keep one"),
         ("a.json", '{"rank": 3, "rank": 4}', "rank: given more than once; keep one"),

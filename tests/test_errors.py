@@ -14,6 +14,13 @@ from sa3dist.runtime.exit_status import report, translate
 from tests.helpers.clips import captioned, write_folder
 
 
+def test_a_write_in_whose_place_stands_a_folder_is_told_with_its_path_not_a_temporary_one(tmp_path):
+    (tmp_path / "run.yaml").mkdir()
+    with pytest.raises(IsADirectoryError) as failure:
+        write_whole(tmp_path / "run.yaml", "x")
+    assert str(translate(failure.value)) == f"{tmp_path / 'run.yaml'}: Is a directory; state is as last saved"
+
+
 def test_a_write_that_finds_the_disk_full_is_told_with_its_path(tmp_path, monkeypatch):
     def full(path, data):
         raise OSError(errno.ENOSPC, "No space left on device")

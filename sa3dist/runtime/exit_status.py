@@ -79,7 +79,9 @@ def translate(failure: BaseException) -> errors.SA3DistError | None:
             f"the next start does so by itself), a smaller batch_size or a shorter duration"
         )
     if isinstance(failure, OSError):
-        where = f"{failure.filename}: " if failure.filename else ""
+        # Of a rename the target: the other name is a temporary one.
+        named = failure.filename2 or failure.filename
+        where = f"{named}: " if named else ""
         if failure.errno in (errno.ENOSPC, errno.EDQUOT):
             return errors.EnvironmentFailure(f"{where}disk full; free space and run again to continue")
         if failure.errno in ENVIRONMENT_ERRNOS:
