@@ -121,7 +121,9 @@ def default_tiles(rank: int, product: torch.dtype, rows: int = 1 << 30) -> Tiles
         return Tiles(step, tile, finish, *columns, registers=MAX_REGISTERS, core=32)
     # Three stages: prefetching only one tile barely hides the memory latency.
     tile = RowTile(32 if rows >= 32 * MIN_ROW_PROGRAMS else 16, 32, 4, stages=3, right_vector=4)
-    return Tiles(step, tile, tile, *columns, form_resident=ResidentTile())
+    # A partly filled step takes more registers for its masks.
+    finish = tile if rank == step else dataclasses.replace(tile, block_o=16)
+    return Tiles(step, tile, finish, *columns, form_resident=ResidentTile())
 
 
 def interpreter_tiles(rank: int) -> Tiles:
