@@ -54,8 +54,8 @@ SHARED_BYTES = {
 }
 # Those with code of their own: 8.0, 8.6 and 8.9 have the same instructions.
 CAPABILITIES = (89, 90, 120)
-# A rank for each kind of code: a step of 16 (partly filled and full), 32 and 64, and two steps.
-RANKS = (8, 16, 24, 64, 96)
+# A rank for each kind of code: a step of 16 (partly filled and full), 32 and 64, and several steps.
+RANKS = (8, 16, 24, 64, 96, 256)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Of the products and of W0, as the settings mixed_precision and base_precision have them.
 FORMATS = {

@@ -113,7 +113,8 @@ def default_tiles(rank: int, product: torch.dtype, rows: int = 1 << 30) -> Tiles
         else:
             form_rows, finish_rows = RowTile(16, 16, 4, 2, MAX_REGISTERS, 4), RowTile(16, 16, 2, 2, None, 4)
         columns = ColumnTile(32, 64, registers=MAX_REGISTERS), ColumnTile(32, 64)
-        return Tiles(step, form_rows, finish_rows, *columns, registers=MAX_REGISTERS, close=32, core=32)
+        close = 32 if rank <= step else 16
+        return Tiles(step, form_rows, finish_rows, *columns, registers=MAX_REGISTERS, close=close, core=32)
     columns = ColumnTile(32, 128), ColumnTile(32, 256)
     if step == 32 or product == torch.float16:
         tile = RowTile(32, 32, 4, registers=None)
