@@ -93,7 +93,7 @@ def form_plan(group: Group) -> list[Launch]:
         )
     if kind.rows and "form_rows" in group.programs:
         norms = rows | {"NORMS": True, "WRITE": not kind.cols}
-        if kind.xs and kind.cols:
+        if kind.xs and kind.cols and tiles.registers:
             # This launch reads no weight.
             norms["maxnreg"] = tiles.registers
         plan.add("rows", form.form_rows_kernel, "form_rows", norms)
