@@ -118,7 +118,7 @@ def plan_of(
     ranks = triton.cdiv(R, block_r)
     thin_n, thin_warps, thin_k = _thin_blocks(shapes, dtype)
     small = shared < SMALL_SHARED_BYTES
-    sums_n, sums_m = _sum_blocks(block_r, kind.xs, dtype, loads_vectors(shapes), small)
+    sums_n, sums_m = _sum_blocks(R, kind.xs, dtype, loads_vectors(shapes), small)
     token_splits = _token_splits(shapes, ranks, kind, sums_n, sums_m)
     channel_splits = _channel_splits(shapes, ranks, thin_n, thin_warps * thin_k)
     sizes, counts, partials = _sizes(shapes, R, kind, channel_splits, thin_warps * thin_k, token_splits, sums_n)
@@ -276,11 +276,7 @@ def _token_splits(shapes: tuple[LayerShape, ...], ranks: int, kind: AdapterType,
     tokens, alone = max(shape.tokens for shape in shapes), len(shapes) == 1
     if kind.xs:
         # PM has few programs, so its spans are as short as T and U allow.
-        programs, max_programs, min_span = (
-            len(shapes) * ranks * ranks,
-            PROGRAMS // 8 if alone else PROGRAMS,
-            4 * block_n,
-        )
+        programs, max_programs, min_span = len(shapes) * ranks**2, PROGRAMS // 8 if alone else PROGRAMS, 4 * block_n
     else:
         sides = [size for shape in shapes for size in (shape.fan_in, shape.fan_out)]
         programs = ranks * sum(triton.cdiv(size, block_m) for size in sides)
@@ -288,8 +284,9 @@ def _token_splits(shapes: tuple[LayerShape, ...], ranks: int, kind: AdapterType,
     return max(1, min(triton.cdiv(max_programs, programs), tokens // min_span))
 
 
-def _sum_blocks(block_r: int, xs: bool, dtype: torch.dtype, vectors: bool, small: bool) -> tuple[int, int]:
+def _sum_blocks(R: int, xs: bool, dtype: torch.dtype, vectors: bool, small: bool) -> tuple[int, int]:
     """The second kernel's tokens per step, and its channels per program. small: little shared memory."""
+    block_r = rank_block(R)
     if interpreting():
         return 16, 16
     # Longer steps spill registers: float32 products, and PM of a long rank, do not run on matrix units.
@@ -297,4 +294,7 @@ def _sum_blocks(block_r: int, xs: bool, dtype: torch.dtype, vectors: bool, small
         return 16, 32 if block_r > 32 else 64
     if xs:
         return 16 if block_r > 32 else 32, 64
+    if small and block_r > 32 and R % block_r:
+        # The masks of a partly filled step take registers, too.
+        return 32, 32
     return 64 if block_r <= 16 or not small and (vectors or block_r <= 32) else 32, 64

@@ -81,7 +81,7 @@ def course(group, regime, zero=DDP, first=1, last=None, kept=None, steps=STEPS, 
 @pytest.fixture(scope="module", params=REGIMES)
 def alone(request):
     """The regime, and its course in one process that accumulates all micro batches of a step."""
-    # AdamW imports it; once for all forked ranks.
+    # ZeRO's AdamW imports it; once for all forked ranks.
     import torch._dynamo  # noqa: F401
 
     (expected,) = run_ranks(1, lambda group: course(group, request.param))

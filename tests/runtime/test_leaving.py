@@ -178,9 +178,6 @@ def test_a_folder_that_is_gone_is_named_before_a_library_ends_the_process_for_it
 
 @pytest.fixture
 def short_times(monkeypatch):
-    # AdamW imports it; once for all forked ranks.
-    import torch._dynamo  # noqa: F401
-
     monkeypatch.setattr(watchdog, "TICK_SECONDS", 0.05)
     monkeypatch.setattr(watchdog, "BREAK_SECONDS", 0.2)
     monkeypatch.setattr(watchdog, "LEAVE_SECONDS", 1.0)
