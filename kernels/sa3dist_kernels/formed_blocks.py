@@ -104,7 +104,7 @@ def default_tiles(rank: int, product: torch.dtype, rows: int = 1 << 30) -> Tiles
     """
     step = rank_block(rank)
     if product == torch.float32:
-        rows, columns = RowTile(16, 32 if rank <= 32 else 16, 4, registers=None), ColumnTile(16, 64)
+        rows, columns = RowTile(16, 32 if rank <= 16 else 16, 4, registers=None), ColumnTile(16, 64)
         return Tiles(min(step, 32), rows, rows, columns, columns, close=64, core=32)
     if step == 64:
         # Loads of 16 bytes: R of a layer exceeds the L1 cache anyway.
@@ -115,7 +115,8 @@ def default_tiles(rank: int, product: torch.dtype, rows: int = 1 << 30) -> Tiles
         columns = ColumnTile(32, 64, registers=MAX_REGISTERS), ColumnTile(32, 64)
         close = 32 if rank <= step else 16
         return Tiles(step, form_rows, finish_rows, *columns, registers=MAX_REGISTERS, close=close, core=32)
-    columns = ColumnTile(32, 128), ColumnTile(32, 256)
+    # Of a float32 base, 256 columns and a rank above 16 exceed 99 KiB.
+    columns = ColumnTile(32, 128), ColumnTile(32, 256 if step == 16 else 128)
     if step == 32 or product == torch.float16:
         tile = RowTile(32, 32, 4, registers=None)
         finish = dataclasses.replace(tile, block_o=512 // step)

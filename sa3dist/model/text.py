@@ -163,8 +163,14 @@ def load_encoder(directory: Path):
     try:
         config = AutoConfig.from_pretrained(str(directory), local_files_only=True)
         config.is_encoder_decoder = False
+        # eager: some releases of transformers (5.20) otherwise take SDPA, which leaves out the logits' soft cap.
         model, info = T5GemmaEncoderModel.from_pretrained(
-            str(directory), config=config, local_files_only=True, dtype="auto", output_loading_info=True
+            str(directory),
+            config=config,
+            local_files_only=True,
+            dtype="auto",
+            attn_implementation="eager",
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{directory}: not a loadable T5Gemma encoder ({first_line(error)})") from error

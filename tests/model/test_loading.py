@@ -364,6 +364,8 @@ def test_encoder_of_a_whole_bf16_t5gemma_is_loaded_completely_in_its_dtype(tmp_p
     ours = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
     assert ours.dtype == torch.bfloat16
     assert torch.equal(ours, expected)
+    # SDPA would leave out the soft cap.
+    assert encoder.config._attn_implementation == "eager"
 
 
 def test_text_encoder_with_missing_weights_is_refused_not_filled_at_random(tiny, tmp_path):
